@@ -1,0 +1,128 @@
+"""The datamodule that all data sets share: splits kept as one uint8 tensor each, batches made without a Python loop."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from gencompare.contract import Cond, DataSpec
+from gencompare.data.stream import ValidationBatches, TrainStream
+from gencompare.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one split, (n, C, H, W): uint8 levels 0 to num_levels - 1, or float32 in [-1, 1] where continuous.
+
+    Padding is not stored. ``labels`` is (n,) int64, or None.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: Tensor | slice) -> Split:
+        return Split(self.images[rows], None if self.labels is None else self.labels[rows])
+
+
+class ImageData(pl.LightningDataModule):
+    """Base of every data set.
+
+    A subclass sets ``spec`` in ``__init__`` (reading files only when it must know their shape) and writes
+    ``load() -> {"train": Split, "val": Split, "test": Split}``.
+
+    Args:
+        batch_size: the global batch, shared out over the processes.
+        flip: mirror training images left to right, each with probability 1/2.
+        seed: decides the order of the training images and the flips.
+        eval_batch_size: rows of a validation batch.
+    """
+
+    spec: DataSpec
+
+    def __init__(self, *, batch_size: int = 128, flip: bool = False, seed: int = 0, eval_batch_size: int = 500) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"The global batch must hold at least 1 image, not {batch_size}.")
+        self.batch_size, self.flip, self.seed, self.eval_batch_size = batch_size, flip, seed, eval_batch_size
+        self.start_step = 0
+        """First step of the training stream; a resumed run sets it."""
+
+    @abstractmethod
+    def load(self) -> dict[str, Split]:
+        """Decode the data set. Raises `UserError` with the way out when files are missing or damaged."""
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        splits = self.load()
+        assert set(splits) == set(SPLITS), f"load() gives {sorted(splits)}, not {SPLITS}"
+        return splits
+
+    def split(self, name: str) -> Split:
+        """``train``, ``val`` or ``test``, in a fixed order."""
+        if name not in SPLITS:
+            raise UserError(f"There is no split '{name}': choose one of {', '.join(SPLITS)}.")
+        return self.splits[name]
+
+    def hash(self, name: str) -> str:
+        """SHA-256 over shape, pixels and labels of a split."""
+        if name not in self._hashes:
+            split = self.split(name)
+            digest = hashlib.sha256(str((tuple(split.images.shape), str(split.images.dtype))).encode())
+            for tensor in (split.images, split.labels):
+                if tensor is not None:
+                    digest.update(tensor.contiguous().cpu().numpy().data)
+            self._hashes[name] = digest.hexdigest()
+        return self._hashes[name]
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {}
+
+    # Between stored levels and what a model sees
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Stored images to float32 in [-1, 1], padded with -1 to ``spec.shape``."""
+        if self.spec.num_levels is not None:
+            images = images.float().mul_(2 / (self.spec.num_levels - 1)).sub_(1)
+        if self.spec.padding:
+            images = torch.nn.functional.pad(images, (self.spec.padding,) * 4, value=-1.0)
+        return images
+
+    def cond(self, labels: Tensor | None) -> Cond:
+        return {} if labels is None else {"label": labels}
+
+    def batches(self, name: str, size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
+        """One pass over a split in its fixed order, no flips, nothing left out."""
+        split = self.split(name)
+        for start in range(0, len(split), size or self.eval_batch_size):
+            part = split[slice(start, start + (size or self.eval_batch_size))]
+            yield self.normalize(part.images), self.cond(part.labels)
+
+    # What Lightning asks for
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.splits
+
+    def train_dataloader(self) -> TrainStream:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        return TrainStream(self, start_step=self.start_step, rank=rank, world=world, device=device)
+
+    def val_dataloader(self) -> ValidationBatches:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        return ValidationBatches(self, rank=rank, world=world, device=device)

@@ -1,0 +1,100 @@
+"""Batches from resident tensors: which images step s sees is a function of the seed and s alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gencompare.contract import Cond
+from gencompare.errors import UserError
+from gencompare.seeds import Draws, derive, generator
+
+if TYPE_CHECKING:
+    from gencompare.data.base import ImageData, Split
+
+RESIDENT_SHARE = 0.25
+"""A split moves to the device when it takes at most this share of the device's free memory."""
+
+
+class TrainStream:
+    """An endless stream of training batches, beginning at ``start_step``.
+
+    The images are visited in one random order after another (a permutation an epoch, a function of seed and epoch).
+    Step s takes places s B to (s + 1) B of that sequence, B being the global batch; rank r of W holds the r-th of W
+    equal parts of it. So what is learned at a step depends on neither the number of processes nor on resuming.
+    """
+
+    def __init__(self, data: ImageData, *, start_step: int, rank: int, world: int, device: torch.device) -> None:
+        if data.batch_size % world:
+            raise UserError(
+                f"trainer.global_batch_size={data.batch_size} cannot be shared out over {world} processes:"
+                f" choose a multiple of {world}."
+            )
+        self.data, self.device, self.start_step = data, device, start_step
+        self.rank, self.world = rank, world
+        self.split = resident(data.split("train"), device)
+        if not len(self.split):
+            raise UserError(f"Data '{data.spec.name}' has no training images.")
+
+    def rows(self, step: int) -> Tensor:
+        """Indices of the global batch of ``step``, (B,)."""
+        size, batch = len(self.split), self.data.batch_size
+        places = torch.arange(step * batch, (step + 1) * batch)
+        rows = torch.empty(batch, dtype=torch.int64)
+        for epoch in range(int(places[0]) // size, int(places[-1]) // size + 1):
+            inside = places // size == epoch
+            rows[inside] = self._order(epoch)[places[inside] % size]
+        return rows
+
+    def _order(self, epoch: int) -> Tensor:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._permutation = torch.randperm(
+                len(self.split), generator=generator("cpu", self.data.seed, "order", epoch)
+            )
+        return self._permutation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
+        share = self.data.batch_size // self.world
+        start, stop = self.rank * share, (self.rank + 1) * share
+        source = torch.Generator(self.device)
+        step = self.start_step
+        while True:
+            rows = self.rows(step)[start:stop].to(self.split.images.device)
+            part = self.split[rows]
+            images = self.data.normalize(part.images.to(self.device, non_blocking=True))
+            if self.data.flip:
+                source.manual_seed(derive(self.data.seed, "flip", step))
+                mirrored = Draws(source, start, stop, self.data.batch_size).uniform() < 0.5
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            labels = None if part.labels is None else part.labels.to(self.device, non_blocking=True)
+            yield images, self.data.cond(labels)
+            step += 1
+
+
+class ValidationBatches:
+    """One pass over the validation split; rank r of W takes every W-th batch."""
+
+    def __init__(self, data: ImageData, *, rank: int, world: int, device: torch.device) -> None:
+        self.data, self.rank, self.world, self.device = data, rank, world, device
+
+    def __len__(self) -> int:
+        total = -(-len(self.data.split("val")) // self.data.eval_batch_size)
+        return len(range(self.rank, total, self.world))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
+        for k, (x, cond) in enumerate(self.data.batches("val")):
+            if k % self.world == self.rank:
+                yield x.to(self.device), {name: value.to(self.device) for name, value in cond.items()}
+
+
+def resident(split: Split, device: torch.device) -> Split:
+    """The split on ``device`` if it fits well, otherwise as it is."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if split.images.nbytes <= RESIDENT_SHARE * free:
+            return type(split)(split.images.to(device), None if split.labels is None else split.labels.to(device))
+    return split

@@ -1,0 +1,184 @@
+"""The run record: everything that a comparison needs to know of one run, in one JSON file. No torch here."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gencompare.errors import UserError
+from gencompare.files import write_json
+from gencompare.protocol import Generation, Measurement
+
+SCHEMA = 1
+FILE = "record.json"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a `Result`."""
+
+    value: float | None
+    """None where the figure came out as not finite; ``note`` then says why."""
+    better: str | None = None
+    """``lower``, ``higher``, ``one`` (ideal value 1), or None where no order is meant."""
+    floor: float | None = None
+    """The same figure for real images (test split) in place of samples, at the same n: how good it can get."""
+    interval: tuple[float, float] | None = None
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def over_floor(self) -> float | None:
+        """The figure as a multiple of the real-against-real floor."""
+        if self.value is None or not self.floor:
+            return None
+        return self.value / self.floor
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures that were measured on one set of samples, with the protocol of both halves."""
+
+    measurement: Measurement
+    generation: Generation
+    metrics: dict[str, Metric]
+    headline: str
+    """Name of the metric that ranks: ``fid`` on inception-v3-compat, else ``fd_<extractor>``."""
+    created: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall seconds of its parts: ``sampling``, ``metrics``."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What is shown and never ranked: class shares, flags."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """PNG files by title, relative to the run folder."""
+
+    @property
+    def id(self) -> str:
+        """One place in a record: a second evaluation in the same way replaces the first."""
+        return f"{self.measurement.id}-{self.generation.id}"
+
+
+@dataclass
+class RunRecord:
+    """One run. ``state`` is ``running``, ``finished``, ``interrupted``, ``failed`` or ``samples`` (others' images)."""
+
+    name: str
+    family: str
+    data: dict[str, Any]
+    """name, shape, num_classes, num_levels, hash, and the size of each split."""
+    seed: int = 0
+    state: str = "running"
+    created: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    """The command line, word by word."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Package versions, git commit and dirtiness, host, device."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """parameters (all, and by network), conditional, flops_per_image_training, flops_per_sample."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """steps, images_seen, seconds, images_per_second, peak_memory_bytes, flops, trained_against."""
+    curve: str = "curve.csv"
+    """CSV of everything that was logged while training, relative to the run folder."""
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    """``last``, ``best``: paths relative to the run folder."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def put(self, result: Result) -> None:
+        """Add a result, in place of an earlier one that was measured in the same way."""
+        self.results = [r for r in self.results if r.id != result.id] + [result]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write ``record.json`` in ``folder``, whole or not at all."""
+        path = Path(folder) / FILE
+        write_json(path, _finite(asdict(self)))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> RunRecord:
+        """Read the record in ``folder`` (or the file itself). Raises `UserError` for a missing or damaged one."""
+        path = Path(folder)
+        if path.is_dir():
+            path = path / FILE
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"{path.parent} is not a run folder: it holds no {FILE}.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): evaluate the run again to write it anew.") from error
+        return cls.from_json(raw, path)
+
+    @classmethod
+    def from_json(cls, raw: Any, path: str | os.PathLike[str] = FILE) -> RunRecord:
+        if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
+            raise UserError(f"{path} is no run record: it names no schema.")
+        if raw["schema"] != SCHEMA:
+            raise UserError(f"{path} has schema {raw['schema']}; this version of gencompare reads schema {SCHEMA}.")
+        try:
+            results = [_result(r) for r in raw.pop("results")]
+            return cls(**raw, results=results)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}): evaluate the run again to write it anew.") from error
+
+    @staticmethod
+    def update(folder: str | os.PathLike[str], change: Callable[[RunRecord], None]) -> RunRecord:
+        """Read, change and write the record of ``folder``; other processes that update it wait their turn."""
+        with _locked(Path(folder) / f".{FILE}.lock"):
+            record = RunRecord.load(folder)
+            change(record)
+            record.save(folder)
+        return record
+
+
+def now() -> str:
+    """The time in UTC, to the second, in ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise UserError(f"Cannot write in {path.parent}: {error.strerror}.") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _result(raw: dict[str, Any]) -> Result:
+    metrics = {
+        name: Metric(**{**m, "interval": tuple(m["interval"]) if m.get("interval") else None})
+        for name, m in raw["metrics"].items()
+    }
+    return Result(
+        **{
+            **raw,
+            "measurement": Measurement(**raw["measurement"]),
+            "generation": Generation(**raw["generation"]),
+            "metrics": metrics,
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The value with every NaN and infinity as None (JSON has neither)."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
