@@ -96,11 +96,11 @@ class Classifies(Protocol):
     def features(self, x: Tensor) -> Tensor: ...
 
 
-class GenerativeModel(pl.LightningModule):
-    """A family of generative model of images in [-1, 1].
+class TrainedModel(pl.LightningModule):
+    """What the trainer needs of a model, generative or not.
 
-    A family with one optimiser writes ``losses`` and ``sample``; the rest has a default. One that optimises by hand
-    (a GAN) or in closed form overrides ``training_step``.
+    A model with one optimiser writes ``losses``; the rest has a default. One that optimises by hand (a GAN) or in
+    closed form overrides ``training_step``.
 
     Args:
         spec: shape, classes and levels of the data.
@@ -132,20 +132,18 @@ class GenerativeModel(pl.LightningModule):
         self.draws: Draws | None = None
         """Random numbers of the step in progress, set by the trainer's clock before each step."""
 
-    # Training
-
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """Per-sample figures (n,), of which ``loss`` is minimised; the rest is logged."""
         raise NotImplementedError(f"{type(self).__name__} writes neither losses() nor training_step()")
 
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor] | None:
-        """Means over the batch; Lightning minimises ``loss``."""
+        """Means over the batch; Lightning minimises ``loss`` and the trainer logs all of them."""
         x, cond = batch
         assert self.draws is not None, "the trainer's clock sets the draws of a step"
         return {name: value.mean() for name, value in self.losses(x, self.used(cond), self.draws).items()}
 
     def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        """Per-sample figures (n,) on held-out images; empty for a family that has none."""
+        """Per-sample figures (n,) on held-out images; empty for a model that has none."""
         return self.losses(x, self.used(cond), draws)
 
     def configure_optimizers(self) -> Any:
@@ -162,11 +160,21 @@ class GenerativeModel(pl.LightningModule):
         """The parameters, by their state-dict name, of which the trainer keeps a moving average for sampling."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    # Generation and evaluation
+    def used(self, cond: Cond | None) -> Cond:
+        """The conditions that steer this model: all of them, or none for an unconditional one."""
+        return cond if self.conditional and cond is not None else {}
+
+
+class GenerativeModel(TrainedModel):
+    """A family of generative model of images in [-1, 1]: a `TrainedModel` that can also ``sample``."""
 
     @abstractmethod
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         """``n`` images, (n, C, H, W) float32 in [-1, 1], a function of the weights, ``cond`` and ``generator`` alone."""
+
+    def sampling_description(self) -> str:
+        """How ``sample`` works, in words for a table: the sampler and its settings."""
+        return "one pass"
 
     def likelihoods(self) -> dict[str, Likelihood]:
         """Ways to score images in bits/dim, by name; empty when the composition has none."""
@@ -175,9 +183,3 @@ class GenerativeModel(pl.LightningModule):
     def counted_networks(self) -> dict[str, nn.Module]:
         """The networks whose calls are counted while sampling (NFE), by name."""
         return {}
-
-    # Helpers
-
-    def used(self, cond: Cond | None) -> Cond:
-        """The conditions that steer this model: all of them, or none for an unconditional one."""
-        return cond if self.conditional and cond is not None else {}
