@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gencompare.contract import Cond, DataSpec
-from gencompare.data.stream import ValidationBatches, TrainStream
+from gencompare.data.stream import TrainStream
 from gencompare.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -120,9 +120,3 @@ class ImageData(pl.LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         return TrainStream(self, start_step=self.start_step, rank=rank, world=world, device=device)
-
-    def val_dataloader(self) -> ValidationBatches:
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        device = trainer.strategy.root_device if trainer else torch.device("cpu")
-        return ValidationBatches(self, rank=rank, world=world, device=device)

@@ -75,22 +75,6 @@ class TrainStream:
             step += 1
 
 
-class ValidationBatches:
-    """One pass over the validation split; rank r of W takes every W-th batch."""
-
-    def __init__(self, data: ImageData, *, rank: int, world: int, device: torch.device) -> None:
-        self.data, self.rank, self.world, self.device = data, rank, world, device
-
-    def __len__(self) -> int:
-        total = -(-len(self.data.split("val")) // self.data.eval_batch_size)
-        return len(range(self.rank, total, self.world))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
-        for k, (x, cond) in enumerate(self.data.batches("val")):
-            if k % self.world == self.rank:
-                yield x.to(self.device), {name: value.to(self.device) for name, value in cond.items()}
-
-
 def resident(split: Split, device: torch.device) -> Split:
     """The split on ``device`` if it fits well, otherwise as it is."""
     if device.type == "cuda":

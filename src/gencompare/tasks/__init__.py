@@ -1,0 +1,1 @@
+"""Where configuration becomes objects: the only rooms that know Hydra. Nothing imports this package."""

@@ -1,0 +1,129 @@
+"""From config to objects: data, model, callbacks, loggers, trainer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
+
+from gencompare.contract import GenerativeModel, TrainedModel
+from gencompare.data.base import ImageData
+from gencompare.errors import UserError
+from gencompare.evaluation.evaluate import Protocol
+from gencompare.seeds import derive
+from gencompare.training.budget import Budget
+from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.clock import Clock
+from gencompare.training.curve import Curve
+from gencompare.training.ema import EMA
+from gencompare.training.looks import Looks
+from gencompare.training.lr import LearningRate
+from gencompare.training.preview import Preview
+from gencompare.training.progress import ProgressLine
+from gencompare.training.stop import GracefulStop
+
+
+def build_data(cfg: DictConfig) -> ImageData:
+    return instantiate(cfg.data, _convert_="all")
+
+
+def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
+    """The model of ``cfg.model`` for this data, with its first weights a function of the seed."""
+    torch.manual_seed(derive(cfg.seed, "weights"))
+    # Completed by a call of its own: Hydra would turn the specification (a dataclass) into a config.
+    return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=data.spec)
+
+
+def build_protocol(cfg: DictConfig) -> Protocol:
+    return instantiate(cfg.evaluation.protocol, _convert_="all")
+
+
+def build_callbacks(
+    cfg: DictConfig, model: TrainedModel, data: ImageData, protocol: Protocol | None, folder: Path
+) -> list[pl.Callback]:
+    """In the order in which they act: the clock first, the checkpoints last."""
+    options = cfg.callbacks
+    looks: list[pl.Callback] = []
+    if options.looks.count:
+        preview = None
+        if options.looks.preview and protocol is not None and isinstance(model, GenerativeModel):
+            preview = Preview(data, protocol, n=options.looks.preview, seed=cfg.seed)
+        looks = [
+            Looks(
+                count=options.looks.count, grid=options.looks.grid, preview=preview,
+                folder=folder / "samples", seed=cfg.seed,
+            )
+        ]  # fmt: skip
+    return [
+        Clock(cfg.seed, cfg.trainer.global_batch_size, build_budget(cfg)),
+        LearningRate(),
+        EMA(options.ema.decay),
+        GracefulStop(),
+        Curve(options.curve.every),
+        *looks,
+        *([ProgressLine()] if options.progress else []),
+        Checkpoints(folder / "checkpoints", options.checkpoints.every_minutes),
+    ]
+
+
+def build_budget(cfg: DictConfig) -> Budget:
+    return instantiate(cfg.budget)
+
+
+def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int) -> list[Logger]:
+    """The loggers of ``cfg.logger``; W&B gets one run a job, grouped by sweep."""
+    common = {
+        "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
+        "start_step": start_step,
+    }  # fmt: skip
+    return [instantiate(options, _partial_=True)(**common) for options in (cfg.logger or {}).values()]
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path) -> pl.Trainer:
+    """Lightning's trainer, with what this project does itself switched off."""
+    _quiet()
+    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
+    options.pop("global_batch_size")
+    if options["profiler"] == "pytorch":
+        from pytorch_lightning.profilers import PyTorchProfiler
+
+        options["profiler"] = PyTorchProfiler(dirpath=str(folder), filename="profile")
+    try:
+        return pl.Trainer(
+            **options,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(folder),
+            # The budget ends training; validation is a look; some families need gradients when they sample.
+            max_epochs=-1,
+            limit_val_batches=0,
+            inference_mode=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except pl.utilities.exceptions.MisconfigurationException as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of things that this project decides itself."""
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*your dataloader is.*",
+        ".*`training_step` returned `None`.*",
+        ".*LightningModule.configure_optimizers` returned `None`.*",
+        ".*You are using a CUDA device.*Tensor Cores.*",
+    ):
+        warnings.filterwarnings("ignore", text)

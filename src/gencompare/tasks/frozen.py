@@ -1,0 +1,128 @@
+"""A run folder is enough: its frozen config is the base, and only what the command line names is composed anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gencompare.errors import UserError
+from gencompare.files import write_text
+
+FILE = "config.yaml"
+NOT_INHERITED = ("experiment", "debug", "task", "hydra")
+"""Groups whose choice in the run folder is not chosen again: what they set is in the frozen config."""
+
+
+def base_on_run_folder(argv: list[str]) -> list[str]:
+    """With ``run=DIR`` or ``resume=DIR``: make the same choices of groups as that run did, unless ``argv`` makes its own.
+
+    So ``model.sampler.steps=18`` is known to the config of a run whose sampler has steps, whatever the default model.
+    """
+    folder = _folder_in(argv)
+    if folder is None:
+        return argv
+    choices = load(folder).get("choices", {})
+    named = {word.lstrip("+~").split("=")[0].split("@")[0] for word in argv}
+    inherited = [
+        f"{group}={choice}"
+        for group, choice in choices.items()
+        if choice is not None and group not in named and group.split("/")[0] not in NOT_INHERITED
+    ]
+    clash = [group for group in ("model",) if group in named and _value(argv, group) != choices.get(group)]
+    if clash:
+        raise UserError(
+            f"{folder} holds a run of model={choices.get('model')}, not model={_value(argv, 'model')}:"
+            " leave model= out, or name another run."
+        )
+    place = _quoted(str(folder))
+    inherited += [f"hydra.run.dir={place}", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=."]
+    return [*argv, *[word for word in inherited if word.split("=")[0] not in named]]
+
+
+def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
+    """The config of this job, plain and complete.
+
+    From a file (for the further processes of a job): as it is. From Hydra's composition: with the output folder,
+    the group choices and the sweep in it, and on the base of the frozen config where ``run`` or ``resume`` names one.
+    """
+    if isinstance(cfg, Path):
+        loaded = OmegaConf.load(cfg)
+        assert isinstance(loaded, DictConfig)
+        return loaded
+    OmegaConf.resolve(cfg)
+    words = list(hydra_config.overrides.task)
+    folder = cfg.run or cfg.resume
+    if folder is not None:
+        cfg = _rebased(cfg, load(Path(folder)), words)
+    with open_dict(cfg):
+        if "choices" not in cfg:
+            choices = dict(hydra_config.runtime.choices)
+            cfg.choices = {g: c for g, c in choices.items() if not g.startswith("hydra/")}
+        cfg.out = str(Path(hydra_config.runtime.output_dir).absolute())
+        cfg.sweep_name = Path(hydra_config.sweep.dir).name if hydra_config.mode.name == "MULTIRUN" else None
+        if cfg.get("command") is None:
+            cfg.command = words
+    return cfg
+
+
+def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfig:
+    merged = frozen.copy()
+    OmegaConf.set_struct(merged, False)
+    named = {o.key_or_group.split("@")[0].replace("/", ".") for o in OverridesParser.create().parse_overrides(words)}
+    inherited = {g.replace("/", ".") for g in frozen.get("choices", {})}
+    typed = {key for key in named if key not in inherited or _chosen_anew(key, cfg, frozen, words)}
+    for key in ["task", "run", "resume", "runs", "n", "checkpoint", "weights", "paths", *sorted(typed)]:
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    for key in ("data.root", "data.cache"):
+        # On another machine the files lie elsewhere; where the old place is still there, it is the right one.
+        old = OmegaConf.select(merged, key)
+        if old is not None and key not in named and not Path(old).exists():
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
+    return merged
+
+
+def _chosen_anew(key: str, cfg: DictConfig, frozen: DictConfig, words: list[str]) -> bool:
+    group = key.replace(".", "/")
+    return _value(words, group) != frozen.choices.get(group)
+
+
+def load(folder: Path) -> DictConfig:
+    """The frozen config of a run folder."""
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it holds no {FILE}.")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}.") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} is damaged: it holds no config.")
+    return loaded
+
+
+def save(cfg: DictConfig, path: Path) -> None:
+    """Write a config, every interpolation resolved, whole or not at all."""
+    write_text(path, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def _folder_in(argv: list[str]) -> Path | None:
+    for key in ("run", "resume"):
+        value = _value(argv, key)
+        if value not in (None, "null", ""):
+            return Path(value.strip("'\"")) if value else None
+    return None
+
+
+def _value(argv: list[str], key: str) -> str | None:
+    for word in reversed(argv):
+        name, equals, value = word.partition("=")
+        if equals and name.lstrip("+") == key:
+            return value
+    return None
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

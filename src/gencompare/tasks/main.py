@@ -1,0 +1,108 @@
+"""The command line: Hydra composes the config, and the task that it names does the work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from gencompare.errors import UserError
+from gencompare.paths import conf_dir
+from gencompare.tasks.frozen import base_on_run_folder, thaw
+from gencompare.tasks.processes import CHILD, alone_again
+
+USAGE, FAILURE = 2, 1
+
+
+def main() -> None:
+    """Run one task, or with ``-m`` one for each combination. Exit code 0, 1 (failed), 2 (usage), or 128 + a signal."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Hydra then hands errors over as they are, and we print one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        if CHILD in os.environ:
+            call_task(thaw(Path(os.environ[CHILD])))
+            return
+        sys.argv[1:] = base_on_run_folder(_with_extra_conf(sys.argv[1:]))
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
+    except (Exception, KeyboardInterrupt) as error:
+        if wants_traceback:
+            raise
+        sys.exit(report(error))
+
+
+def _job(cfg: DictConfig) -> None:
+    out = Path(HydraConfig.get().runtime.output_dir)
+    multirun = HydraConfig.get().mode.name == "MULTIRUN"
+    try:
+        call_task(thaw(cfg, HydraConfig.get()))
+    except Exception as error:
+        if multirun:
+            # The other jobs still run; Hydra raises the first failure when the last has ended.
+            report(error, job=out.name)
+        raise
+    finally:
+        alone_again()
+
+
+def call_task(cfg: DictConfig) -> None:
+    """Import the task that ``cfg.task`` names and call it: heavy imports happen here and not before."""
+    hydra.utils.get_method(cfg.task._target_)(cfg)
+
+
+def report(error: BaseException, job: str = "") -> int:
+    """Print one line about ``error`` and return the exit code."""
+    cause = _cause(error)
+    where = f"[{job}] " if job else ""
+    hint = "(HYDRA_FULL_ERROR=1 shows the traceback.)"
+    if isinstance(cause, KeyboardInterrupt):
+        print(f"{where}Interrupted.", file=sys.stderr)
+        return 130
+    if isinstance(cause, UserError):
+        print(f"{where}Error: {cause}", file=sys.stderr)
+        return FAILURE
+    if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(
+        cause, hydra.errors.InstantiationException
+    ):
+        print(f"{where}Error: {_plain(cause)}", file=sys.stderr)
+        return USAGE
+    if isinstance(cause, OSError) and cause.filename and cause.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        print(f"{where}Error: cannot write {cause.filename}: {cause.strerror}. Choose another folder.", file=sys.stderr)
+        return FAILURE
+    place = traceback.extract_tb(cause.__traceback__)
+    at = f" at {Path(place[-1].filename).name}:{place[-1].lineno}" if place else ""
+    print(f"{where}Error: {type(cause).__name__}{at}: {_plain(cause)} {hint}", file=sys.stderr)
+    return FAILURE
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The `UserError` or interrupt that ``error`` was raised from, if any, else the first cause."""
+    chain = [error]
+    while (following := chain[-1].__cause__ or chain[-1].__context__) is not None and following not in chain:
+        chain.append(following)
+    for link in chain:
+        if isinstance(link, UserError | KeyboardInterrupt):
+            return link
+    if isinstance(error, hydra.errors.InstantiationException):
+        return chain[-1]
+    return error
+
+
+def _plain(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _with_extra_conf(argv: list[str]) -> list[str]:
+    """``GENCOMPARE_CONF`` names a folder of one's own with the same layout as conf/; it is searched first."""
+    extra = os.environ.get("GENCOMPARE_CONF")
+    if not extra or any(word.startswith(("--config-dir", "-cd")) for word in argv):
+        return argv
+    return ["--config-dir", extra, *argv]

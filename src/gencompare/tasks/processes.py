@@ -1,0 +1,45 @@
+"""Several processes under Hydra: the further ones get the composed config, and leave nothing behind for the next job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHILD = "GENCOMPARE_JOB"
+"""Names the composed config of a job to its further processes."""
+
+_RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", CHILD)
+
+
+@contextmanager
+def children_of(job: Path) -> Iterator[None]:
+    """Lightning's further processes run ``gencompare`` on the config file ``job``.
+
+    As shipped, Lightning starts them with Hydra's whole command line, so that under ``-m`` every rank would run the
+    whole sweep and compose a config of its own.
+    """
+    from pytorch_lightning.strategies.launchers import subprocess_script
+
+    def command(local_rank: int) -> tuple[list[str], str]:
+        return [sys.executable, "-m", "gencompare.tasks.rank"], os.getcwd()
+
+    original = subprocess_script._hydra_subprocess_cmd
+    subprocess_script._hydra_subprocess_cmd = command  # type: ignore[assignment]
+    os.environ[CHILD] = str(job)
+    try:
+        yield
+    finally:
+        subprocess_script._hydra_subprocess_cmd = original
+
+
+def alone_again() -> None:
+    """After a job: end its process group and drop its rank variables, so that the next job of a sweep starts fresh."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in _RANK_VARIABLES:
+        os.environ.pop(name, None)

@@ -1,0 +1,88 @@
+"""Checkpoints that appear whole or not at all, and are read without unpickling code."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from gencompare.errors import UserError
+from gencompare.files import atomic
+from gencompare.training.clock import clock_of
+from gencompare.training.looks import Looks
+
+
+class Checkpoints(Callback):
+    """Keeps ``last.ckpt`` (at least every ``every_minutes``, at every look and at the end) and ``best.ckpt``.
+
+    ``best`` is the look with the lowest preview distance, which is measured on validation images only.
+    It stands last among the callbacks, so that what it saves is a finished step.
+    """
+
+    CHECK_STEPS = 20
+    """The time is looked at once in so many steps, since the processes must agree on it."""
+
+    def __init__(self, folder: Path, every_minutes: float = 2.0) -> None:
+        self.folder, self.every_minutes = folder, every_minutes
+        self._saved = time.monotonic()
+        self._looks_done = 0
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved = time.monotonic()
+        looks = _looks(trainer)
+        self._looks_done = looks.done if looks else 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        looks = _looks(trainer)
+        looked = looks is not None and looks.done > self._looks_done
+        if looks is not None and looked:
+            self._looks_done = looks.done
+            if looks.improved:
+                trainer.save_checkpoint(self.best)
+        if looked or trainer.should_stop or self._time_is_up(trainer):
+            trainer.save_checkpoint(self.last)
+            self._saved = time.monotonic()
+        clock_of(trainer).pause()
+
+    def _time_is_up(self, trainer: pl.Trainer) -> bool:
+        if self.every_minutes > 0 and clock_of(trainer).step % self.CHECK_STEPS:
+            return False
+        due = time.monotonic() - self._saved >= 60 * self.every_minutes
+        return bool(trainer.strategy.broadcast(due, src=0)) if trainer.world_size > 1 else due
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints under a temporary name first, synced and renamed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic(path) as file:
+            torch.save(checkpoint, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU; only tensors and plain containers are admitted."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no checkpoint {path}.") from error
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no checkpoint of gencompare ({type(error).__name__}).") from error
+
+
+def _looks(trainer: pl.Trainer) -> Looks | None:
+    return next((c for c in trainer.callbacks if isinstance(c, Looks)), None)  # type: ignore[attr-defined]

@@ -1,0 +1,87 @@
+"""The clock of a run: steps, images and seconds so far, and the random numbers of each step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
+
+from gencompare.contract import TrainedModel
+from gencompare.seeds import Draws, derive
+from gencompare.training.budget import Budget
+
+
+class Clock(Callback):
+    """Counts what was trained, ends training with the budget, and makes each step's randomness a function of the seed.
+
+    Before step s the model's ``draws`` and torch's global generator (dropout) are seeded with (seed, s). So a resumed
+    run meets the numbers that an unbroken one would have met, and 1, 2 or 4 processes draw the same noise for the same
+    image of the global batch. (Dropout masks differ between ranks, as they must.)
+
+    It stands first among the callbacks: the others read it.
+    """
+
+    def __init__(self, seed: int, global_batch_size: int, budget: Budget) -> None:
+        self.seed, self.global_batch_size, self.budget = seed, global_batch_size, budget
+        self.step = 0
+        """Finished training steps."""
+        self.seconds = 0.0
+        """Wall seconds spent in training, over all sittings."""
+        self._generator: torch.Generator | None = None
+        self._since = time.monotonic()
+
+    @property
+    def images(self) -> int:
+        """Training images seen, repeats counted."""
+        return self.step * self.global_batch_size
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, 0 to 1."""
+        return self.budget.progress(images=self.images, steps=self.step, seconds=self.seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step, self.seconds = state_dict["step"], state_dict["seconds"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning restores the callbacks before this hook and asks for the training stream after it.
+        trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._generator = torch.Generator(pl_module.device)
+        self._since = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, i: int) -> None:
+        assert isinstance(pl_module, TrainedModel) and self._generator is not None
+        self._generator.manual_seed(derive(self.seed, "step", self.step))
+        share = self.global_batch_size // trainer.world_size
+        start = trainer.global_rank * share
+        pl_module.draws = Draws(self._generator, start, start + share, self.global_batch_size)
+        torch.manual_seed(derive(self.seed, "dropout", self.step, trainer.global_rank))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.step += 1
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
+        if self.budget.minutes is not None and trainer.world_size > 1:
+            # Ranks must agree on when a budget of minutes is spent.
+            self.seconds = float(trainer.strategy.broadcast(self.seconds, src=0))
+        if self.progress >= 1:
+            trainer.should_stop = True
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of ``seconds`` (looks at the model are not training)."""
+        self._since = time.monotonic()
+
+
+def clock_of(trainer: pl.Trainer) -> Clock:
+    """The clock among a trainer's callbacks."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Clock))  # type: ignore[attr-defined]

@@ -1,0 +1,145 @@
+"""Where figures go: the run's own CSV, which is the truth, and W&B or TensorBoard, which mirror it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from gencompare.files import write_text
+
+LEADING = ("step", "images", "seconds")
+
+
+class CurveFile(Logger):
+    """``curve.csv`` in the run folder: one row a logging call, empty where a figure was not logged.
+
+    A resumed run goes on in the same file; rows past the step that it resumes from are dropped.
+    """
+
+    def __init__(self, folder: str | Path, start_step: int = 0, **_: Any) -> None:
+        super().__init__()
+        self.path = Path(folder) / "curve.csv"
+        self.columns: list[str] = list(LEADING)
+        if rank_zero_only.rank == 0:
+            rows = [row for row in read_curve(self.path) if row["step"] <= start_step]
+            for row in rows:
+                self.columns += [name for name in row if name not in self.columns]
+            if rows:
+                self._rewrite(rows)
+            else:
+                self.path.unlink(missing_ok=True)
+
+    @property
+    def name(self) -> str:
+        return "curve"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step or 0, **metrics}
+        new = [name for name in row if name not in self.columns]
+        if new or not self.path.exists():
+            self.columns += new
+            self._rewrite([*read_curve(self.path), row])
+            return
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The frozen config in the run folder has them."""
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """The rows of a curve file, figures that were logged only; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = []
+        for raw in csv.DictReader(file):
+            try:
+                rows.append({name: float(value) for name, value in raw.items() if name and value})
+            except (TypeError, ValueError):
+                continue
+        return [row for row in rows if "step" in row]
+
+
+def wandb_logger(
+    *, folder: str | Path, name: str, id: str, project: str, group: str | None = None, mode: str | None = None, **_: Any
+) -> Logger:
+    """A W&B logger that never stops a run: without a key, or without a network, it writes offline and says so.
+
+    Args:
+        mode: ``online``, ``offline`` or ``disabled``; None is online where there is an API key, else offline.
+    """
+    import wandb
+
+    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    # The run says itself where everything lies; W&B's own banner would only repeat it.
+    settings = wandb.Settings(init_timeout=30, silent=True)
+    options: dict[str, Any] = {
+        "name": name, "id": id, "project": project, "group": group, "save_dir": str(folder), "resume": "allow",
+        "settings": settings,
+    }  # fmt: skip
+    if rank_zero_only.rank != 0:
+        return WandbLogger(mode="disabled", **options)
+    logger = WandbLogger(mode=chosen, **options)
+    try:
+        _ = logger.experiment
+    except (wandb.errors.Error, OSError) as error:
+        print(
+            f"W&B cannot be reached ({type(error).__name__}): logging offline. Send it later: wandb sync {folder}/wandb/*"
+        )
+        logger = WandbLogger(mode="offline", **options)
+        _ = logger.experiment
+    else:
+        if chosen == "offline":
+            print(f"W&B has no API key here, so it logs offline. Send it later: wandb sync {folder}/wandb/offline-*")
+    return logger
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
+    """TensorBoard event files under ``tensorboard/`` in the run folder."""
+    return TensorBoardLogger(str(folder), name="tensorboard", version="")
+
+
+@rank_zero_only
+def log_picture(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
+    """Send a PNG to the loggers that take pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(title, [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            import numpy as np
+            from PIL import Image
+
+            logger.experiment.add_image(title, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")

@@ -1,0 +1,128 @@
+"""Looks at the model while it trains: held-out figures, a grid of samples, a cheap distance."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
+from torchmetrics import MeanMetric
+
+from gencompare.contract import GenerativeModel, TrainedModel
+from gencompare.evaluation.preview import Preview
+from gencompare.pictures import grid, save_png
+from gencompare.seeds import Draws, generator
+from gencompare.training.clock import clock_of
+from gencompare.training.curve import log_figures
+from gencompare.training.ema import EMA
+from gencompare.training.loggers import log_picture
+
+
+class Looks(Callback):
+    """Looks at the averaged weights ``count`` times, evenly over the budget.
+
+    A look logs the means of ``validation_figures`` over the validation split (the same noise each time), writes a
+    grid of samples from one fixed seed, and logs a Frechet distance between few samples and the validation images.
+    That distance is biased by its small n: it draws the curve and chooses ``best``, and is never a result.
+
+    Args:
+        count: looks in a run, the last at its end; 0 for none.
+        grid: samples in the picture.
+        preview: the cheap distance; None leaves it out.
+        folder: where the pictures go.
+    """
+
+    def __init__(self, *, count: int, grid: int, preview: Preview | None, folder: Path, seed: int) -> None:
+        self.count, self.grid, self.preview = count, grid, preview
+        self.folder, self.seed = folder, seed
+        self.done = 0
+        self.improved = False
+        """Whether the last look was the best so far."""
+        self.best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done, self.best = state_dict["done"], state_dict["best"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        clock = clock_of(trainer)
+        due = int(clock.progress * self.count)
+        self.improved = False
+        if due <= self.done:
+            return
+        self.done = due
+        with looking(trainer, pl_module):
+            self.look(trainer, pl_module)
+        clock.pause()
+
+    def look(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        figures = held_out_figures(trainer, model, self.seed)
+        if isinstance(model, GenerativeModel):
+            self.picture(trainer, model)
+            if self.preview is not None:
+                name, distance = self.preview(model)
+                figures[f"val/{name}"] = distance
+                if self.best is None or distance < self.best:
+                    self.best, self.improved = distance, True
+        log_figures(trainer, figures)
+
+    def picture(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
+        if not trainer.is_global_zero or not self.grid:
+            return
+        images = sample_grid(model, self.grid, self.seed)
+        path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
+        save_png(grid(images), path)
+        log_picture(trainer, "samples", path, clock_of(trainer).step)
+
+
+def sample_grid(model: GenerativeModel, n: int, seed: int) -> Any:
+    """``n`` samples as uint8 (n, C, H, W) numpy, from one fixed seed; labels go round in turn."""
+    cond = {}
+    if model.conditional:
+        cond = {"label": torch.arange(n, device=model.device) % model.spec.num_classes}
+    x = model.sample(n, cond, generator=generator(model.device, seed, "grid"))
+    x = model.spec.crop(x).clamp(-1, 1)
+    return x.add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, seed: int) -> dict[str, float]:
+    """Means of ``validation_figures`` over the validation split, with the same noise each time.
+
+    Each process takes its part of the rows of every batch, so the figures do not depend on their number.
+    """
+    assert isinstance(model, TrainedModel)
+    means: dict[str, MeanMetric] = {}
+    rank, world = trainer.global_rank, trainer.world_size
+    with torch.no_grad():
+        for k, (x, cond) in enumerate(trainer.datamodule.batches("val")):  # type: ignore[attr-defined]
+            start, stop = rank * len(x) // world, (rank + 1) * len(x) // world
+            if start == stop:
+                continue
+            draws = Draws(generator(model.device, seed, "validation", k), start, stop, len(x))
+            mine = {name: value[start:stop].to(model.device) for name, value in cond.items()}
+            for name, value in model.validation_figures(x[start:stop].to(model.device), mine, draws).items():
+                if name not in means:
+                    means[name] = MeanMetric(nan_strategy="disable").to(model.device)
+                means[name].update(value.float())
+    return {f"val/{name}": float(mean.compute()) for name, mean in means.items()}
+
+
+@contextlib.contextmanager
+def looking(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
+    """The model in eval mode with its averaged weights; both are put back when the block ends."""
+    ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+    training = model.training
+    model.eval()
+    with ema.averaged(model) if ema else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            model.train(training)

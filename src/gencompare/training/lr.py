@@ -1,0 +1,49 @@
+"""Learning-rate schedules: factors on the optimiser's own rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+from pytorch_lightning import Callback
+
+from gencompare.contract import TrainedModel
+from gencompare.errors import UserError
+from gencompare.training.clock import clock_of
+
+
+@dataclass(frozen=True)
+class WarmupDecay:
+    """Linear warm-up over ``warmup_steps`` steps, then constant, or decay to zero at the end of the budget.
+
+    factor(s, p) = min(1, (s + 1) / warmup_steps) * d(p), with p the share of the budget that is spent and
+    d(p) = 1, (1 + cos(pi p)) / 2 or 1 - p for ``constant``, ``cosine`` and ``linear``.
+    """
+
+    warmup_steps: int = 0
+    decay: str = "constant"
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("constant", "cosine", "linear"):
+            raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine or linear.")
+
+    def __call__(self, step: int, progress: float) -> float:
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
+        decay = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
+        return warmup * decay[self.decay]
+
+
+class LearningRate(Callback):
+    """Sets every optimiser's rate before each step, so that one rule serves automatic and manual optimisation."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, i: int) -> None:
+        assert isinstance(pl_module, TrainedModel)
+        if pl_module.lr_schedule is None:
+            return
+        clock = clock_of(trainer)
+        factor = pl_module.lr_schedule(clock.step, clock.progress)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = group["initial_lr"] * factor
