@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"evaluate": "gencompare.evaluation.evaluate", "load_run": "gencompare.runs"}
+_LAZY = {"evaluate": "gencompare.evaluation.evaluate", "load_run": "gencompare.tasks.load"}
 __all__ = ["__version__", "evaluate", "load_run"]
 
 if TYPE_CHECKING:
     from gencompare.evaluation.evaluate import evaluate
-    from gencompare.runs import load_run
+    from gencompare.tasks.load import load_run
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from gencompare.training.clock import Clock
 from gencompare.training.curve import Curve
 from gencompare.training.ema import EMA
+from gencompare.training.flops import TrainingFlops
 from gencompare.training.looks import Looks
 from gencompare.training.lr import LearningRate
 from gencompare.training.preview import Preview
@@ -64,6 +65,7 @@ def build_callbacks(
     return [
         Clock(cfg.seed, cfg.trainer.global_batch_size, build_budget(cfg)),
         LearningRate(),
+        TrainingFlops(),
         EMA(options.ema.decay),
         GracefulStop(),
         Curve(options.curve.every),

@@ -17,7 +17,7 @@ NOT_INHERITED = ("experiment", "debug", "task", "hydra")
 
 
 def base_on_run_folder(argv: list[str]) -> list[str]:
-    """With ``run=DIR`` or ``resume=DIR``: make the same choices of groups as that run did, unless ``argv`` makes its own.
+    """With ``run=DIR`` or ``resume=DIR``: the same choices of groups as that run made, unless ``argv`` makes its own.
 
     So ``model.sampler.steps=18`` is known to the config of a run whose sampler has steps, whatever the default model.
     """

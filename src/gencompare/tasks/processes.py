@@ -1,4 +1,4 @@
-"""Several processes under Hydra: the further ones get the composed config, and leave nothing behind for the next job."""
+"""Several processes under Hydra: the further ones get the composed config, and the next job of a sweep starts fresh."""
 
 from __future__ import annotations
 
@@ -43,3 +43,9 @@ def alone_again() -> None:
         torch.distributed.destroy_process_group()
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
+
+
+def wait_for_children(trainer: Any) -> None:
+    """Wait until the further processes that ``trainer`` launched have ended."""
+    for process in getattr(trainer.strategy.launcher, "procs", None) or []:
+        process.wait()

@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from gencompare.files import write_text
+from gencompare.records import FILE, RunRecord
 
 LEADING = ("step", "images", "seconds")
 
@@ -100,18 +101,17 @@ def wandb_logger(
     }  # fmt: skip
     if rank_zero_only.rank != 0:
         return WandbLogger(mode="disabled", **options)
+    later = f"wandb sync {folder}/wandb/offline-*"
     logger = WandbLogger(mode=chosen, **options)
     try:
         _ = logger.experiment
     except (wandb.errors.Error, OSError) as error:
-        print(
-            f"W&B cannot be reached ({type(error).__name__}): logging offline. Send it later: wandb sync {folder}/wandb/*"
-        )
+        print(f"W&B cannot be reached ({type(error).__name__}): logging offline. Send it later: {later}")
         logger = WandbLogger(mode="offline", **options)
         _ = logger.experiment
     else:
         if chosen == "offline":
-            print(f"W&B has no API key here, so it logs offline. Send it later: wandb sync {folder}/wandb/offline-*")
+            print(f"W&B has no API key here, so it logs offline. Send it later: {later}")
     return logger
 
 
@@ -143,3 +143,17 @@ def log_picture(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
             from PIL import Image
 
             logger.experiment.add_image(title, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+
+def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
+    """At the end of a job: send the record to W&B and close its run, so that the next job of a sweep gets its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            run.config.update(record.config, allow_val_change=True)
+            for result in record.results:
+                prefix = f"{result.generation.checkpoint}/"
+                run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
+            for file in (folder / FILE, page):
+                run.save(str(file), base_path=str(folder), policy="now")
+            run.finish()

@@ -36,9 +36,10 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.world_size > 1:
-            if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
-                self.received = self.received or signal.SIGTERM
+        received = self.received is not None
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(received, all=False):
+            # One process was told, so all stop after the same step.
+            self.received = self.received or signal.SIGTERM
         if self.received is not None:
             trainer.should_stop = True
 

@@ -1,0 +1,43 @@
+"""task=sample: images from a trained run, as files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from gencompare.errors import UserError
+from gencompare.evaluation.sampling import draw
+from gencompare.files import atomic
+from gencompare.pictures import grid, save_png, to_image
+from gencompare.tasks.build import build_data, build_model
+from gencompare.tasks.evaluate import run_folder
+from gencompare.tasks.load import generative, load_weights
+
+
+def sample(cfg: DictConfig) -> None:
+    """Draw ``cfg.n`` images; write a grid, and single PNGs or one npz (``arr_0``: uint8 (n, H, W, C))."""
+    if cfg.n < 1:
+        raise UserError(f"n={cfg.n}: ask for at least 1 image.")
+    if cfg.task.format not in ("png", "npz"):
+        raise UserError(f"task.format={cfg.task.format}: choose png or npz.")
+    folder = run_folder(cfg)
+    out = Path(cfg.task.out or folder / "drawn")
+    data = build_data(cfg)
+    model = generative(build_model(cfg, data), "sample").eval()
+    load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    images = draw(model.to(device), cfg.n, seed=cfg.seed).images.numpy()
+    save_png(grid(images), out / "grid.png")
+    if cfg.task.format == "npz":
+        with atomic(out / "samples.npz") as file:
+            buffer = io.BytesIO()
+            np.savez(buffer, arr_0=images.transpose(0, 2, 3, 1))
+            file.write(buffer.getvalue())
+    else:
+        for k, image in enumerate(images):
+            save_png(to_image(image), out / f"{k:06d}.png")
+    print(f"{cfg.n} images from {folder}: {out}")
