@@ -42,7 +42,12 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
         top, left = GAP + (k // a_row) * tall, GAP + (k % a_row) * wide
         tile = image.repeat(times, axis=0).repeat(times, axis=1)
         canvas[top : top + height * times, left : left + width * times] = tile
-    return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
+    return to_image(canvas.transpose(2, 0, 1))
+
+
+def to_image(image: np.ndarray) -> Image.Image:
+    """One uint8 image (C, H, W), C = 1 or 3, as it is."""
+    return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:

@@ -14,6 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from gencompare.errors import UserError
 from gencompare.files import atomic
 from gencompare.training.clock import clock_of
+from gencompare.training.curve import not_finite
 from gencompare.training.looks import Looks
 
 
@@ -53,11 +54,19 @@ class Checkpoints(Callback):
         if looks is not None and looked:
             self._looks_done = looks.done
             if looks.improved:
-                trainer.save_checkpoint(self.best)
+                self._save(trainer, pl_module, self.best)
         if looked or trainer.should_stop or self._time_is_up(trainer):
-            trainer.save_checkpoint(self.last)
+            self._save(trainer, pl_module, self.last)
             self._saved = time.monotonic()
         clock_of(trainer).pause()
+
+    @staticmethod
+    def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
+        """Save, unless the weights are no longer finite: the last good checkpoint must stay."""
+        norms = torch._foreach_norm([p.detach() for p in model.parameters()])
+        if not torch.isfinite(torch.stack(norms)).all():
+            raise not_finite("a weight", clock_of(trainer).step)
+        trainer.save_checkpoint(path)
 
     def _time_is_up(self, trainer: pl.Trainer) -> bool:
         if self.every_minutes > 0 and clock_of(trainer).step % self.CHECK_STEPS:

@@ -43,19 +43,16 @@ class Curve(Callback):
                 self._means[name].update(value.detach())
         clock = clock_of(trainer)
         if clock.step % self.every == 0 or trainer.should_stop:
-            self.log(trainer)
+            self.write(trainer)
 
-    def log(self, trainer: pl.Trainer) -> None:
+    def write(self, trainer: pl.Trainer) -> None:
         clock = clock_of(trainer)
         figures = {f"train/{name}": float(mean.compute()) for name, mean in self._means.items()}
         for mean in self._means.values():
             mean.reset()
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if bad:
-            raise UserError(
-                f"{bad[0]} is not finite at step {clock.step}: training was stopped, and the last good checkpoint kept."
-                " Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
-            )
+            raise not_finite(bad[0], clock.step)
         seconds, images = self._mark
         if clock.seconds > seconds:
             figures["train/images_per_second"] = (clock.images - images) / (clock.seconds - seconds)
@@ -64,6 +61,14 @@ class Curve(Callback):
         self._mark = (clock.seconds, clock.images)
         self.latest = figures
         log_figures(trainer, figures)
+
+
+def not_finite(name: str, step: int) -> UserError:
+    """The error that ends a run whose figures or weights can no longer be right."""
+    return UserError(
+        f"{name} is not finite at step {step}: training was stopped, and the last good checkpoint kept."
+        " Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
+    )
 
 
 def log_figures(trainer: pl.Trainer, figures: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,13 +13,15 @@ from pytorch_lightning import Callback
 from torchmetrics import MeanMetric
 
 from gencompare.contract import GenerativeModel, TrainedModel
-from gencompare.evaluation.preview import Preview
 from gencompare.pictures import grid, save_png
 from gencompare.seeds import Draws, generator
 from gencompare.training.clock import clock_of
 from gencompare.training.curve import log_figures
 from gencompare.training.ema import EMA
 from gencompare.training.loggers import log_picture
+
+if TYPE_CHECKING:
+    from gencompare.training.preview import Preview
 
 
 class Looks(Callback):

@@ -1,0 +1,44 @@
+"""What the tests share: where real data lie, and the command line run in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+# Tests share the cores: one thread each, so that their figures are also the same on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of the real data sets: GENCOMPARE_DATA, else ``shared/data`` beside the checkout."""
+    for place in (os.environ.get("GENCOMPARE_DATA"), CHECKOUT.parent / "shared" / "data"):
+        if place and Path(place).is_dir():
+            return Path(place)
+    pytest.skip("no real data sets here: set GENCOMPARE_DATA to the folder that holds them")
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``cli(*words) -> exit code``: the command line in this process, in a folder of its own."""
+    from gencompare.tasks.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["run.py", *words])
+            patch.setenv("HYDRA_FULL_ERROR", "0")
+            try:
+                main()
+            except SystemExit as end:
+                return end.code if isinstance(end.code, int) else 1 if end.code else 0
+        return 0
+
+    return run

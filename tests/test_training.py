@@ -1,0 +1,182 @@
+"""Laws of the trainer: what a step learns depends on the seed and the step, not on processes, sittings or looks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import Cond, GenerativeModel
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.seeds import Draws, derive
+from gencompare.training.budget import Budget
+from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.clock import Clock
+from gencompare.training.curve import Curve
+from gencompare.training.ema import EMA
+from gencompare.training.looks import Looks
+from gencompare.training.lr import LearningRate, WarmupDecay
+
+
+class Affine(GenerativeModel):
+    """A model small enough to follow by hand: x ~ mean + noise, with dropout to exercise the global generator."""
+
+    def __init__(self, data: Digits, **options: Any) -> None:
+        options.setdefault("optimizer", lambda p: torch.optim.SGD(p, lr=0.1))
+        super().__init__(data.spec, **options)
+        self.mean = nn.Parameter(torch.zeros(data.spec.shape))
+        self.dropout = nn.Dropout(0.5)
+        self.seen: list[Tensor] = []
+
+    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        noise = draws.normal(x.shape[1:])
+        if self.training:
+            self.seen.append(noise)
+        error = self.dropout(x + 0.1 * noise - self.mean)
+        return {"loss": error.square().flatten(1).mean(1)}
+
+    def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
+        return (self.mean + torch.randn(n, *self.spec.shape, generator=generator)).clamp(-1, 1)
+
+
+def train(
+    folder: Path, *, steps: int, until: int | None = None, resume: bool = False, looks: int = 0, **options: Any
+) -> tuple[Affine, list[Any]]:
+    """Train for a budget of ``steps``; stop short after step ``until``; ``resume`` from the folder's checkpoint."""
+
+    class StopAt(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if until is not None and trainer.callbacks[0].step == until:
+                trainer.should_stop = True
+
+    torch.manual_seed(0)
+    data = Digits(batch_size=32, seed=3)
+    model = Affine(data, **options)
+    watched = [Looks(count=looks, grid=4, preview=None, folder=folder / "samples", seed=0)] if looks else []
+    callbacks = [
+        Clock(5, 32, Budget(steps=steps)), LearningRate(), EMA(0.9), StopAt(), Curve(2), *watched,
+        Checkpoints(folder),
+    ]  # fmt: skip
+    trainer = pl.Trainer(
+        callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=resume or None)
+    return model, callbacks
+
+
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+    whole, whole_callbacks = train(tmp_path / "whole", steps=40)
+    train(tmp_path / "broken", steps=40, until=17)
+    resumed, callbacks = train(tmp_path / "broken", steps=40, resume=True)
+    assert callbacks[0].step == 40 and len(resumed.seen) == 23
+    assert torch.equal(whole.mean, resumed.mean)
+    assert torch.equal(whole_callbacks[2].average["mean"], callbacks[2].average["mean"])
+
+
+def test_looks_leave_no_trace_in_training(tmp_path: Path) -> None:
+    plain, _ = train(tmp_path / "plain", steps=12)
+    watched, callbacks = train(tmp_path / "watched", steps=12, looks=4)
+    assert torch.equal(plain.mean, watched.mean)
+    looks = next(c for c in callbacks if isinstance(c, Looks))
+    assert looks.done == 4 and len(list((tmp_path / "watched" / "samples").glob("*.png"))) == 4
+
+
+def test_ema_follows_its_equation_and_is_what_a_look_sees(tmp_path: Path) -> None:
+    weights: list[Tensor] = []
+
+    class Record(Affine):
+        def on_train_batch_end(self, *_: Any) -> None:
+            weights.append(self.mean.detach().clone())
+
+    data = Digits(batch_size=32)
+    model = Record(data)
+    ema = EMA(0.7)
+    trainer = pl.Trainer(
+        callbacks=[Clock(0, 32, Budget(steps=9)), ema], logger=False, max_epochs=-1, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+    expected = torch.zeros(data.spec.shape)
+    for s, w in enumerate(weights, start=1):
+        d = min(0.7, (1 + s) / (10 + s))
+        expected = d * expected + (1 - d) * w
+    assert torch.allclose(ema.average["mean"], expected, atol=1e-6)
+    raw = model.mean.detach().clone()
+    with ema.averaged(model):
+        assert torch.allclose(model.mean, expected, atol=1e-6) and not torch.allclose(model.mean, raw)
+    assert torch.equal(model.mean, raw)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    class Explodes(Affine):
+        def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+            scale = math.nan if self.trainer.callbacks[0].step >= 6 else 1.0  # type: ignore[attr-defined]
+            return {"loss": super().losses(x, cond, draws)["loss"] * scale}
+
+    data = Digits(batch_size=32)
+    trainer = pl.Trainer(
+        callbacks=[Clock(0, 32, Budget(steps=20)), EMA(0.5), Curve(2), Checkpoints(tmp_path, every_minutes=0)],
+        plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="is not finite at step 7"):
+        trainer.fit(Explodes(data), datamodule=data)
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert stored["callbacks"]["Clock"]["step"] <= 7
+    assert torch.isfinite(stored["state_dict"]["mean"]).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_rows_draw_the_same_numbers_whatever_the_number_of_processes(world: int) -> None:
+    whole = Draws.whole(torch.Generator().manual_seed(1), 8)
+    expected = [whole.normal((3,)), whole.uniform(), whole.integers(100, (2,)), whole.stratified()]
+    parts = []
+    for rank in range(world):
+        part = Draws(torch.Generator().manual_seed(1), rank * 8 // world, (rank + 1) * 8 // world, 8)
+        parts.append([part.normal((3,)), part.uniform(), part.integers(100, (2,)), part.stratified()])
+    for k, values in enumerate(expected):
+        assert torch.equal(torch.cat([part[k] for part in parts]), values)
+
+
+def test_stratified_draws_put_one_in_each_stratum() -> None:
+    u = Draws.whole(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
+    assert sorted((u * 64).floor().long().tolist()) == list(range(64))
+
+
+def test_seeds_tell_their_parts_apart() -> None:
+    assert len({derive(1, 23), derive(12, 3), derive("1", 23), derive(1, "23"), derive(123)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("budget", "progress"),
+    [
+        (Budget(images=100), 0.5),
+        (Budget(steps=20), 0.25),
+        (Budget(minutes=2), 0.5),
+        (Budget(images=60, steps=20), 50 / 60),
+    ],
+)
+def test_the_first_limit_reached_ends_training(budget: Budget, progress: float) -> None:
+    assert budget.progress(images=50, steps=5, seconds=60) == pytest.approx(progress)
+    assert budget.progress(images=10**9, steps=10**9, seconds=10**9) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"images": 0}, {"steps": -1}])
+def test_a_budget_without_training_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"budget"):
+        Budget(**options)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    rate = WarmupDecay(warmup_steps=10, decay="cosine")
+    assert rate(0, 0.0) == pytest.approx(0.1) and rate(9, 0.0) == pytest.approx(1.0)
+    assert rate(500, 0.5) == pytest.approx(0.5) and rate(1000, 1.0) == pytest.approx(0.0)
+    with pytest.raises(UserError, match="constant, cosine or linear"):
+        WarmupDecay(decay="exponential")
