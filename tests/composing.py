@@ -1,0 +1,38 @@
+"""Configs for the tests: what options there are, and how they compose. Options of ``GENCOMPARE_CONF`` count too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gencompare.paths import conf_dir
+
+
+def roots() -> list[Path]:
+    extra = os.environ.get("GENCOMPARE_CONF")
+    return [conf_dir(), *([Path(extra)] if extra else [])]
+
+
+def options(group: str) -> list[str]:
+    """The options of a group, from the shipped tree and from ``GENCOMPARE_CONF``."""
+    return sorted({path.stem for root in roots() for path in (root / group).glob("*.yaml")})
+
+
+def compose(*overrides: str) -> DictConfig:
+    """The config of a job, resolved, with plain output places."""
+    GlobalHydra.instance().clear()
+    searchpath = ",".join(f"file://{root}" for root in roots()[1:])
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        words = [*overrides, f"hydra.searchpath=[{searchpath}]", "hydra.job.num=0"]
+        cfg = hydra_compose("config", overrides=words, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        OmegaConf.resolve(cfg)
+    return cfg

@@ -1,0 +1,59 @@
+"""Every option of every group composes, and every experiment runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from composing import compose, options, roots
+from omegaconf import OmegaConf
+
+NOT_OPTIONS = ("hydra",)
+
+
+def every_option() -> list[tuple[str, str]]:
+    found = set()
+    for root in roots():
+        for path in root.rglob("*.yaml"):
+            group = str(path.parent.relative_to(root))
+            if group != "." and group.split("/")[0] not in NOT_OPTIONS:
+                found.add((group, path.stem))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("group", "option"), every_option(), ids=lambda x: str(x))
+def test_every_option_composes(group: str, option: str) -> None:
+    cfg = compose(*carriers(group), f"{group}={option}")
+    assert OmegaConf.missing_keys(cfg) <= {"data.root"}, f"{group}={option} leaves values open"
+
+
+def carriers(group: str) -> list[str]:
+    """A family (or evaluation) in whose defaults list ``group`` stands, chosen by looking and not by name."""
+    parts = group.split("/")
+    if len(parts) == 1:
+        return []
+    for carrier in options(parts[0]):
+        for root in roots():
+            path = root / parts[0] / f"{carrier}.yaml"
+            if path.is_file():
+                defaults = OmegaConf.load(path).get("defaults", [])
+                if any("/".join(parts[1:]) in entry for entry in defaults if not isinstance(entry, str)):
+                    return [f"{parts[0]}={carrier}"]
+    raise AssertionError(f"no option of {parts[0]} has {group} in its defaults list")
+
+
+def test_groups_of_the_issue_are_there() -> None:
+    for group, expected in {
+        "model": {"gaussian", "vae", "gan", "ddpm"},
+        "data": {"digits", "fashion_mnist", "mnist", "cifar10", "eurosat64", "image_folder", "toy2d"},
+        "trainer": {"auto", "cpu", "gpu", "ddp"},
+        "logger": {"default", "wandb", "tensorboard", "csv", "none"},
+        "debug": {"fast", "overfit", "profile"},
+        "task": {"train", "evaluate", "sample", "compare"},
+    }.items():
+        assert expected <= set(options(group)), group
+
+
+def test_the_wheel_would_hold_the_same_tree() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '"conf" = "gencompare/conf"' in pyproject

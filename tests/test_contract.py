@@ -1,0 +1,97 @@
+"""What every family promises, asked of each option of conf/model: nothing here names a family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composing import compose, options
+
+from gencompare.contract import GenerativeModel, TrainedModel
+from gencompare.data.base import ImageData
+from gencompare.seeds import Draws, generator
+from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
+from gencompare.tasks.load import load_weights
+from gencompare.training.clock import Clock
+
+
+def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
+    cfg = compose(
+        f"model={family}", "data=digits", "trainer=cpu", "trainer.global_batch_size=16", "budget.images=null",
+        "budget.steps=2", "callbacks.looks.count=0", "callbacks.progress=false", "callbacks.curve.every=1", *overrides,
+    )  # fmt: skip
+    data = build_data(cfg)
+    return cfg, build_model(cfg, data), data
+
+
+def fitted(family: str, folder: Path, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
+    cfg, model, data = built(family, *overrides)
+    trainer = build_trainer(cfg, build_callbacks(cfg, model, data, None, folder), [], folder)
+    trainer.fit(model, datamodule=data)
+    return cfg, model, data
+
+
+def draw(model: TrainedModel, n: int, seed: int) -> torch.Tensor:
+    assert isinstance(model, GenerativeModel)
+    cond = {"label": torch.arange(n) % model.spec.num_classes} if model.conditional else {}
+    with torch.no_grad():
+        return model.eval().sample(n, cond, generator=generator("cpu", seed))
+
+
+def conditional_options(family: str) -> list[bool]:
+    """Whether the family's config knows of class labels."""
+    return [False, True] if "conditional" in compose(f"model={family}").model else [False]
+
+
+FAMILIES = options("model")
+CASES = [(family, conditional) for family in FAMILIES for conditional in conditional_options(family)]
+
+
+@pytest.mark.parametrize(("family", "conditional"), CASES)
+def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
+    overrides = ["model.conditional=true"] if conditional else []
+    cfg, model, data = fitted(family, tmp_path, *overrides)
+    clock = next(c for c in model.trainer.callbacks if isinstance(c, Clock))  # type: ignore[attr-defined]
+    assert clock.step >= 1
+
+    # Saved and loaded into a fresh model, the weights and what they draw are the same.
+    _, fresh, _ = built(family, *overrides)
+    load_weights(fresh, tmp_path, checkpoint="last", weights="raw")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+
+    if not isinstance(model, GenerativeModel):
+        return
+    x = draw(model, 6, seed=1)
+    assert x.shape == (6, *data.spec.shape) and x.dtype == torch.float32
+    assert x.min() >= -1 and x.max() <= 1
+    assert torch.equal(x, draw(model, 6, seed=1)), "sampling is a function of the generator"
+    assert not torch.equal(x, draw(model, 6, seed=2)), "another seed draws other images"
+    assert isinstance(fresh, GenerativeModel)
+    assert torch.equal(x, draw(fresh, 6, seed=1)), "the loaded model draws the same images"
+    assert len({tuple(row) for row in x.flatten(1).tolist()}) == 6, "images of one call differ from each other"
+
+    images, cond = next(iter(data.batches("val", 16)))
+    for name, likelihood in model.likelihoods().items():
+        bits = likelihood.bits_per_dim(images, model.used(cond), generator("cpu", 0))
+        assert likelihood.kind in ("exact", "bound", "estimate") and bits.shape == (16,), name
+        assert torch.isfinite(bits).all(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_first_weights_depend_on_the_seed_alone(family: str) -> None:
+    _, one, data = built(family)
+    _, two, _ = built(family)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[name]), name
+    x, cond = next(iter(data.batches("val", 16)))
+    figures = []
+    for model in (one, two):
+        draws = Draws.whole(generator("cpu", 3), len(x))
+        with torch.no_grad():
+            figures.append(model.eval().validation_figures(x, model.used(cond), draws))
+    for name, value in figures[0].items():
+        assert value.shape == (len(x),), f"{name} is a figure a sample"
+        assert torch.equal(value, figures[1][name]), name
