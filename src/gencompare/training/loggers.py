@@ -76,10 +76,14 @@ def read_curve(path: Path) -> list[dict[str, float]]:
         rows = []
         for raw in csv.DictReader(file):
             try:
-                rows.append({name: float(value) for name, value in raw.items() if name and value})
+                rows.append({name: _number(value) for name, value in raw.items() if name and value})
             except (TypeError, ValueError):
                 continue
         return [row for row in rows if "step" in row]
+
+
+def _number(text: str) -> float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def wandb_logger(
@@ -100,18 +104,25 @@ def wandb_logger(
         "settings": settings,
     }  # fmt: skip
     if rank_zero_only.rank != 0:
-        return WandbLogger(mode="disabled", **options)
+        return _open(mode="disabled", **options)
     later = f"wandb sync {folder}/wandb/offline-*"
-    logger = WandbLogger(mode=chosen, **options)
+    logger = _open(mode=chosen, **options)
     try:
         _ = logger.experiment
     except (wandb.errors.Error, OSError) as error:
         print(f"W&B cannot be reached ({type(error).__name__}): logging offline. Send it later: {later}")
-        logger = WandbLogger(mode="offline", **options)
+        logger = _open(mode="offline", **options)
         _ = logger.experiment
     else:
         if chosen == "offline":
             print(f"W&B has no API key here, so it logs offline. Send it later: {later}")
+    return logger
+
+
+def _open(**options: Any) -> WandbLogger:
+    logger = WandbLogger(**options)
+    # Lightning passes a setting that today's wandb warns of.
+    logger._wandb_init.pop("anonymous", None)
     return logger
 
 
