@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gencompare.pictures import BACKGROUND, GAP, grid, save_png
+from gencompare.pictures import BACKGROUND, GAP, grid, save_png, to_image
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -26,6 +26,21 @@ def test_by_itself_small_images_become_readable():
     assert grid(np.zeros((10, 1, 8, 8), np.uint8)).size == (4 * 50 + 2, 3 * 50 + 2)
     assert grid(np.zeros((2, 3, 64, 64), np.uint8)).size == (2 * 66 + 2, 66 + 2)
     assert grid(np.zeros((2, 3, 64, 64), np.uint8), columns=8).size == (2 * 66 + 2, 66 + 2)
+
+
+def test_points_of_the_plane_are_dots_with_the_second_axis_upwards():
+    points = np.array([[0, 0], [255, 10], [100, 255]], dtype=np.uint8)
+    shown = np.asarray(grid(points[:, :, None, None]))
+    dots = {(int(x) // 2, 255 - int(y) // 2) for y, x in np.argwhere(shown == 0)}
+    assert shown.shape == (512, 512) and dots == {(0, 0), (255, 10), (100, 255)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_single_image_is_kept_as_it_is(channels: int):
+    image = np.random.default_rng(2).integers(0, 256, (channels, 5, 4), dtype=np.uint8)
+    shown = np.asarray(to_image(image))
+    assert shown.shape == ((5, 4) if channels == 1 else (5, 4, 3))
+    assert (shown.reshape(5, 4, channels) == np.moveaxis(image, 0, -1)).all()
 
 
 @pytest.mark.parametrize("shape, dtype", [((4, 2, 8, 8), "uint8"), ((4, 1, 8, 8), "float32"), ((0, 1, 8, 8), "uint8")])
