@@ -1,0 +1,243 @@
+r"""Noise schedules: how much of an image is left, and how much noise is there, at each time.
+
+Every schedule says p(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I). Time runs from data to noise in [t_min, t_max], a part
+of [0, 1], in which the signal-to-noise ratio alpha^2 / sigma^2 is finite and falls strictly. ``CLEAN`` stands for the
+data themselves (alpha 1, sigma 0): a grid of sampling times may end in it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from gencompare.errors import UserError
+
+CLEAN = -1.0
+"""The time that stands for clean data. (Not 0: a schedule may have noise left at time 0.)"""
+
+
+class NoiseSchedule(nn.Module, ABC):
+    r"""Base of every schedule; a subclass sets ``t_min`` and ``t_max`` and writes ``log_alpha`` and ``log_snr``.
+
+    It is a module so that tables move to the device and a learned schedule trains. Times are float tensors of any
+    shape, and what is returned has that shape. Both logarithms are asked for, since sigma by subtraction, or
+    log-SNR from rounded alpha and sigma, cancels in float32.
+    """
+
+    t_min: float
+    t_max: float = 1.0
+
+    @abstractmethod
+    def log_alpha(self, t: Tensor) -> Tensor:
+        """log alpha(t), for t in [t_min, t_max]."""
+
+    @abstractmethod
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda(t) = log(alpha(t)^2 / sigma(t)^2), falling strictly."""
+
+    @property
+    def discrete_times(self) -> Tensor | None:
+        """The times that the model is defined at, rising from t_min to t_max; None where time is continuous."""
+        return None
+
+    @property
+    def prior_std(self) -> Tensor | float:
+        """Standard deviation of the noise that sampling starts from: sigma(t_max)."""
+        return self.at(torch.tensor(self.t_max, device=self._device)).sigma
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
+
+    def at(self, t: Tensor, x: Tensor | None = None) -> Scales:
+        """Everything that the schedule says of times ``t``, () or (n,), shaped and cast to meet ``x`` (n, ...)."""
+        return Scales(self, t, x)
+
+    def sde(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Drift f and squared diffusion g^2 of dx = f(t) x dt + g(t) dw, whose marginals the schedule gives.
+
+        f = d log alpha / dt, g^2 = -sigma^2 d lambda / dt (Kingma et al. 2021, "Variational Diffusion Models", eq. 10
+        and the text around it), by forward differentiation.
+        """
+        sigma2 = torch.exp(2 * self.log_alpha(t) - self.log_snr(t))
+        return _slope(self.log_alpha, t), -sigma2 * _slope(self.log_snr, t)
+
+    @torch.no_grad()
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The time in [t_min, t_max] at which the log-SNR is nearest to the given one; by bisection."""
+        low = torch.full_like(log_snr, self.t_min)
+        high = torch.full_like(log_snr, self.t_max)
+        for _ in range(-math.floor(math.log2(torch.finfo(log_snr.dtype).eps)) + 8):
+            middle = (low + high) / 2
+            below = self.log_snr(middle) > log_snr
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def prior(self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+        """Noise that sampling starts from, N(0, prior_std^2), float32."""
+        noise = torch.randn(*shape, generator=generator, device=generator.device).to(device)
+        return noise * self.prior_std
+
+    @torch.no_grad()
+    def check(self, points: int = 1001) -> None:
+        """Raises `UserError` for a schedule that is not finite or whose SNR does not fall strictly."""
+        name = type(self).__name__
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise UserError(f"Schedule {name} runs from t={self.t_min} to {self.t_max}: not a part of [0, 1].")
+        t = torch.linspace(self.t_min, self.t_max, points, device=self._device)
+        log_snr, log_alpha = self.log_snr(t), self.log_alpha(t)
+        for what, values in (("log-SNR", log_snr), ("log alpha", log_alpha)):
+            if not torch.isfinite(values).all():
+                bad = float(t[~torch.isfinite(values)][0])
+                raise UserError(f"Schedule {name}: {what} is not finite at t={bad:.4g}; change its settings.")
+        rises = log_snr.diff() >= 0
+        if rises.any():
+            bad = float(t[1:][rises][0])
+            raise UserError(f"Schedule {name}: the signal-to-noise ratio does not fall at t={bad:.4g}.")
+
+
+class Scales:
+    r"""A schedule at given times: alpha, sigma, lambda, each computed when first asked for.
+
+    Where the time is ``CLEAN``, alpha = 1, sigma = 0 and lambda = inf.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, t: Tensor, x: Tensor | None = None) -> None:
+        self._schedule, self._t, self._x = schedule, t, x
+        self._clean = t == CLEAN
+        self._inside = torch.where(self._clean, schedule.t_min, t)
+
+    def _shaped(self, values: Tensor) -> Tensor:
+        if self._x is None:
+            return values
+        if values.ndim:
+            values = values.reshape(-1, *[1] * (self._x.ndim - 1))
+        return values.to(self._x.dtype)
+
+    @cached_property
+    def _logs(self) -> tuple[Tensor, Tensor]:
+        log_alpha = self._schedule.log_alpha(self._inside).masked_fill(self._clean, 0.0)
+        log_snr = self._schedule.log_snr(self._inside).masked_fill(self._clean, math.inf)
+        return log_alpha, log_snr
+
+    @cached_property
+    def log_snr(self) -> Tensor:
+        return self._shaped(self._logs[1])
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        return self._shaped(self._logs[0].exp())
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        log_alpha, log_snr = self._logs
+        return self._shaped(torch.exp(log_alpha - log_snr / 2))
+
+
+class VariancePreserving(NoiseSchedule):
+    r"""alpha^2 + sigma^2 = 1, so that log alpha follows from the log-SNR: alpha^2 = sigmoid(lambda)."""
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return logsigmoid(self.log_snr(t)) / 2
+
+    @property
+    def prior_std(self) -> float:
+        """1: the standard deviation that data of unit variance keep at all times."""
+        return 1.0
+
+
+class BetaTable(VariancePreserving):
+    r"""The T steps of a DDPM (Ho et al. 2020): x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z for i = 1, ..., T.
+
+    Step i of the table is time t = i / T, so that t_min = 1 / T and t_max = 1. There alpha^2 is the product of the
+    first i factors (1 - beta), the paper's bar alpha_i, exactly; between two steps the log-SNR is linear.
+
+    Args:
+        betas: beta_1 to beta_T, each in (0, 1). Sums are taken in float64; the table is kept in torch's default type.
+    """
+
+    table: Tensor
+
+    def __init__(self, betas: Sequence[float] | Tensor) -> None:
+        super().__init__()
+        beta = torch.as_tensor(betas, dtype=torch.float64)
+        if beta.ndim != 1 or len(beta) < 2:
+            raise UserError(f"A table of betas needs at least 2 steps, not {beta.numel()}.")
+        if not ((beta > 0) & (beta < 1)).all():
+            raise UserError("Every beta of a noise schedule must lie between 0 and 1 (neither included).")
+        log_alpha_bar = torch.log1p(-beta).cumsum(0)
+        log_snr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+        self.T = len(beta)
+        self.t_min = 1 / self.T
+        self.register_buffer("table", log_snr.to(torch.get_default_dtype()), persistent=False)
+
+    @property
+    def discrete_times(self) -> Tensor:
+        return torch.arange(1, self.T + 1, device=self.table.device, dtype=self.table.dtype) / self.T
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return _interpolate(self.table, on_step(t * self.T) - 1)
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        rising = self.table.flip(0)
+        right = torch.searchsorted(rising, log_snr.detach().contiguous()).clamp(1, self.T - 1)
+        share = (log_snr - rising[right - 1]) / (rising[right] - rising[right - 1])
+        return (self.T - (right - 1 + share.clamp(0, 1))) / self.T
+
+
+class LinearBetas(BetaTable):
+    r"""beta_i^(1 / power) rises linearly from first^(1 / power) to last^(1 / power).
+
+    ``power`` 1 is the linear table of Ho et al. (2020, section 4), 2 the "scaled linear" one of Rombach et al. (2022).
+    The end points suit T = 1000: with another T, scale them by 1000 / T to end at the same noise.
+    """
+
+    def __init__(self, first: float = 1e-4, last: float = 0.02, T: int = 1000, power: float = 1.0) -> None:
+        if not 0 < first <= last < 1:
+            raise UserError(
+                f"Linear betas from {first} to {last}: they must lie within (0, 1), the first not above the last."
+            )
+        if power <= 0:
+            raise UserError(f"schedule.power={power}: give a positive number.")
+        ends = first ** (1 / power), last ** (1 / power)
+        super().__init__(torch.linspace(*ends, T, dtype=torch.float64) ** power)
+
+
+class CosineBetas(BetaTable):
+    r"""bar alpha_i = f(i / T) / f(0), f(t) = cos^2(pi / 2 (t + s) / (1 + s)), with every beta at most ``beta_max``.
+
+    Nichol and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 17 and the text below it.
+    """
+
+    def __init__(self, s: float = 0.008, T: int = 1000, beta_max: float = 0.999) -> None:
+        if s < 0:
+            raise UserError(f"schedule.s={s}: give 0 or a positive number.")
+        t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+        alpha_bar = torch.cos(torch.pi / 2 * (t + s) / (1 + s)) ** 2
+        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
+
+
+def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
+def on_step(position: Tensor) -> Tensor:
+    """The position, moved onto a whole number that it misses by rounding alone (its slope stays 1)."""
+    miss = (position - position.round()).detach()
+    rounding = 2 * torch.finfo(position.dtype).eps * position.detach().abs()
+    return position - torch.where(miss.abs() <= rounding, miss, 0.0)
+
+
+def _interpolate(values: Tensor, position: Tensor) -> Tensor:
+    """``values`` (T,) at fractional indices, linear in between, held within [0, T - 1]."""
+    position = position.clamp(0, len(values) - 1)
+    left = position.detach().floor().long().clamp(max=len(values) - 2)
+    share = position - left
+    # Either end exactly: a (1 - s) + b s gives a at s = 0 and b at s = 1.
+    return values[left] * (1 - share) + values[left + 1] * share

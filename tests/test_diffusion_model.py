@@ -1,0 +1,182 @@
+"""The diffusion model as a whole: parts put together, trained and sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from composing import compose
+from gencompare.contract import DataSpec
+from gencompare.diffusion.schedules import VariancePreserving
+from gencompare.errors import UserError
+from gencompare.models.diffusion import Diffusion
+from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.seeds import Draws, generator
+from parts import part
+
+SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=3, num_levels=None)
+
+
+def diffusion(network: Any = partial(DenoisingMLP, width=32, depth=2), **changes: Any) -> Diffusion:
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "schedule": part("schedule", "linear"),
+        "parameterization": part("parameterization", "eps"),
+        "objective": part("objective", "simple"),
+        "sampler": part("sampler", "ddim", steps=8),
+    }
+    return Diffusion(SPEC, network=network, **(parts | changes))
+
+
+POINT = torch.tensor([0.4, -0.8])
+
+
+class KnowsThePoint(nn.Module):
+    """The perfect eps-network when all data are one point: (x_t - alpha x_0) / sigma, with DDPM's own numbers."""
+
+    def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
+        super().__init__()
+        bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+        self.register_buffer("alpha", bar.sqrt().float())
+        self.register_buffer("sigma", (1 - bar).sqrt().float())
+
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        # Told 500 + 25 log-SNR: which step is that?
+        log_snr = 2 * torch.log(self.alpha / self.sigma)  # type: ignore[operator]
+        k = (500 + 25 * log_snr[None] - noise_cond[:, None]).abs().argmin(1)
+        alpha, sigma = self.alpha[k, None, None, None], self.sigma[k, None, None, None]  # type: ignore[index]
+        return (x - alpha * POINT[:, None, None]) / sigma
+
+
+def test_a_perfect_network_has_no_loss_and_samples_the_data() -> None:
+    model = diffusion(KnowsThePoint)
+    x = POINT.expand(200, 2)[..., None, None].contiguous()
+    loss = model.losses(x, {}, Draws.whole(generator("cpu", 0), 200))["loss"]
+    assert loss.shape == (200,) and loss.max() < 1e-5
+    off_by_one = diffusion(KnowsThePoint, schedule=part("schedule", "linear", last=0.0201))
+    assert off_by_one.losses(x, {}, Draws.whole(generator("cpu", 0), 200))["loss"].max() > 1e-5
+    for sampler in (part("sampler", "ddim", steps=20), part("sampler", "ancestral", steps=50)):
+        found = diffusion(KnowsThePoint, sampler=sampler).sample(30, generator=generator("cpu", 1))
+        torch.testing.assert_close(found[:, :, 0, 0], POINT.expand(30, 2), rtol=0, atol=2e-3)
+
+
+def test_training_learns_the_data() -> None:
+    """Two points on the diagonal with a little spread: means, variances and their correlation come out."""
+    model = diffusion(partial(DenoisingMLP, width=64, depth=2), sampler=part("sampler", "ddim", steps=25))
+    source = generator("cpu", 7)
+
+    def data(n: int) -> Tensor:
+        side = (torch.rand(n, 1, generator=source) < 0.7).float() * 2 - 1
+        return (0.5 * side + 0.1 * torch.randn(n, 2, generator=source))[..., None, None]
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for step in range(600):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * (1 - step / 600)
+        optimizer.zero_grad()
+        model.losses(data(256), {}, Draws.whole(source, 256))["loss"].mean().backward()
+        optimizer.step()
+    x = model.sample(2000, generator=generator("cpu", 3))[:, :, 0, 0]
+    share = float((x[:, 0] > 0).float().mean())
+    assert abs(share - 0.7) < 0.06, "the weight of each mode"
+    assert ((x[:, 0] > 0) == (x[:, 1] > 0)).float().mean() > 0.98, "both coordinates choose the same mode"
+    right = x[x[:, 0] > 0]
+    torch.testing.assert_close(right.mean(0), torch.tensor([0.5, 0.5]), rtol=0, atol=0.03)
+    torch.testing.assert_close(right.std(0), torch.tensor([0.1, 0.1]), rtol=0, atol=0.04)
+
+
+class KnowsTheLabel(nn.Module):
+    """Thinks that class k is the point (k / 4, k / 4)."""
+
+    def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
+        super().__init__()
+        assert num_classes == 3
+
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return (cond["label"] / 4)[:, None, None, None].expand_as(x)
+
+
+def test_labels_steer_a_conditional_model() -> None:
+    model = diffusion(KnowsTheLabel, conditional=True, parameterization=part("parameterization", "x0"))
+    label = torch.tensor([0, 1, 2, 0])
+    one = model.sample(4, {"label": label}, generator=generator("cpu", 1))
+    assert torch.equal(one, model.sample(4, {"label": label}, generator=generator("cpu", 1)))
+    torch.testing.assert_close(one, (label / 4)[:, None, None, None].expand(4, 2, 1, 1), rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="needs a class for each image"):
+        model.sample(4, generator=generator("cpu", 1))
+    with pytest.raises(UserError, match="conditional"):
+        Diffusion(DataSpec(name="x", shape=(2, 1, 1)), network=DenoisingMLP, conditional=True, **_parts())
+
+
+def _parts() -> dict[str, Any]:
+    model = diffusion()
+    return {name: getattr(model, name) for name in ("schedule", "parameterization", "objective", "sampler")}
+
+
+def test_an_unconditional_model_does_not_look_at_labels() -> None:
+    model = diffusion()
+    x, label = torch.rand(4, 2, 1, 1), torch.arange(4) % 3
+    assert model.used({"label": label}) == {}
+    assert not any("label" in name for name, _ in model.named_parameters())
+    assert model.validation_figures(x, {"label": label}, Draws.whole(generator("cpu", 0), 4))["loss"].shape == (4,)
+
+
+def test_samples_stay_in_range_however_wild_the_network() -> None:
+    class Wild(KnowsThePoint):
+        def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            return 30 * torch.sin(7 * x)
+
+    x = diffusion(Wild).sample(20, generator=generator("cpu", 1))
+    assert x.min() >= -1 and x.max() <= 1
+    assert x.dtype == torch.float32
+
+
+def test_parts_that_do_not_fit_are_refused_before_training() -> None:
+    with pytest.raises(UserError, match="no more than 10 steps"):
+        diffusion(schedule=part("schedule", "linear", T=10, last=0.5), sampler=part("sampler", "ddim", steps=11))
+
+    class Rises(VariancePreserving):
+        t_min = 0.0
+
+        def log_snr(self, t: Tensor) -> Tensor:
+            return t
+
+    with pytest.raises(UserError, match="does not fall"):
+        diffusion(schedule=Rises())
+
+
+def test_checkpoints_hold_no_tables() -> None:
+    assert all(name.startswith("network.") for name in diffusion().state_dict())
+
+
+def test_what_is_counted_and_said() -> None:
+    model = diffusion()
+    calls: list[int] = []
+    model.counted_networks()["network"].register_forward_hook(lambda *_: calls.append(1))
+    model.sample(3, generator=generator("cpu", 0))
+    assert len(calls) == 8
+    assert model.sampling_description() == "DDIM, 8 steps, eta 0, x0 clipped"
+    assert diffusion(clip_x0=False).sampling_description() == "DDIM, 8 steps, eta 0"
+
+
+# Presets
+
+
+def test_the_cifar10_preset_is_the_papers() -> None:
+    """Ho et al. (2020), appendix B: 35.7 M parameters, T = 1000, linear betas, Adam 2e-4, batch 128, EMA 0.9999."""
+    cfg = compose("data=toy2d", "experiment=cifar10_ddpm")
+    assert (cfg.trainer.global_batch_size, cfg.callbacks.ema.decay) == (128, 0.9999)
+    assert cfg.budget.images == 800_000 * 128
+    assert (cfg.model.grad_clip, cfg.model.lr_schedule.warmup_steps) == (1.0, 5000)
+    with torch.device("meta"):
+        model = instantiate(cfg.model.network, _convert_="all")(shape=(3, 32, 32), out_channels=3, num_classes=0)
+    assert math.isclose(sum(p.numel() for p in model.parameters()), 35.7e6, rel_tol=2e-3)
+    sampler = instantiate(cfg.model.sampler)
+    assert (type(sampler).__name__, sampler.steps, sampler.variance) == ("Ancestral", 1000, 1.0)
