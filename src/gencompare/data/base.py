@@ -47,15 +47,29 @@ class ImageData(pl.LightningDataModule):
         flip: mirror training images left to right, each with probability 1/2.
         seed: decides the order of the training images and the flips.
         eval_batch_size: rows of a validation batch.
+        limit: train on the first ``limit`` images alone; None takes them all.
     """
 
     spec: DataSpec
 
-    def __init__(self, *, batch_size: int = 128, flip: bool = False, seed: int = 0, eval_batch_size: int = 500) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        flip: bool = False,
+        seed: int = 0,
+        eval_batch_size: int = 500,
+        limit: int | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise UserError(f"The global batch must hold at least 1 image, not {batch_size}.")
+        if eval_batch_size < 1:
+            raise UserError(f"data.eval_batch_size={eval_batch_size} must be at least 1 image.")
+        if limit is not None and limit < 1:
+            raise UserError(f"data.limit={limit} leaves nothing to train on: set it to null or at least 1.")
         self.batch_size, self.flip, self.seed, self.eval_batch_size = batch_size, flip, seed, eval_batch_size
+        self.limit = limit
         self.start_step = 0
         """First step of the training stream; a resumed run sets it."""
 
@@ -67,7 +81,7 @@ class ImageData(pl.LightningDataModule):
     def splits(self) -> dict[str, Split]:
         splits = self.load()
         assert set(splits) == set(SPLITS), f"load() gives {sorted(splits)}, not {SPLITS}"
-        return splits
+        return {**splits, "train": splits["train"][slice(self.limit)]}
 
     def split(self, name: str) -> Split:
         """``train``, ``val`` or ``test``, in a fixed order."""

@@ -1,0 +1,77 @@
+"""MNIST: handwritten digits, 60,000 for training and 10,000 for test, 28x28 grey (LeCun, Cortes and Burges 1998)."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gencompare.contract import DataSpec
+from gencompare.data import idx
+from gencompare.data.base import ImageData, Split
+from gencompare.data.locate import obtain, places
+from gencompare.data.partition import hold_out, shuffled
+from gencompare.errors import UserError
+
+VAL = 5000
+
+
+class MNIST(ImageData):
+    """MNIST from its four idx files, padded to 32x32; 5,000 of the training images are held out for validation.
+
+    The files may be packed by gzip or not, and lie in ``root`` or ``root/mnist``, there or in torchvision's folder
+    ``MNIST/raw``. Other data sets come in files of the same names, so their content (unpacked) is checked against the
+    official SHA-256: a mix-up or damage is an error.
+
+    Args:
+        root: folder in which to look.
+        download: fetch missing files into ``root`` (in torchvision's layout).
+    """
+
+    spec = DataSpec(name="mnist", shape=(1, 32, 32), num_classes=10, padding=2)
+    torchvision: ClassVar[str] = "MNIST"
+    sha256: ClassVar[dict[str, str]] = {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    }
+
+    def __init__(self, root: str | Path, *, download: bool = False, **common: Any) -> None:
+        super().__init__(**common)
+        self.root, self.download = Path(root).expanduser(), download
+
+    def load(self) -> dict[str, Split]:
+        files = obtain(
+            self._find,
+            name=self.spec.name,
+            root=self.root,
+            wanted=f"{', '.join(self.sha256)} (or .gz)",
+            torchvision=self.torchvision if self.download else None,
+        )
+        read = {name: self._read(path, digest) for (name, digest), path in zip(self.sha256.items(), files, strict=True)}
+        whole, test = (
+            Split(read[f"{part}-images-idx3-ubyte"][:, None], read[f"{part}-labels-idx1-ubyte"].long())
+            for part in ("train", "t10k")
+        )
+        train, val = hold_out(whole, VAL, self.spec.name, "split")
+        return {"train": train, "val": val, "test": shuffled(test, self.spec.name, "test")}
+
+    def _find(self) -> list[Path] | None:
+        """The four files in the order of ``sha256``, or None where no folder holds them all."""
+        for folder in places(self.root, self.spec.name, (f"{self.torchvision}/raw", "raw", "")):
+            files = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in self.sha256]
+            found = [file for file in files if file is not None]
+            if len(found) == len(files):
+                return found
+        return None
+
+    def _read(self, path: Path, digest: str) -> Tensor:
+        content = idx.unpacked(path)
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise UserError(
+                f"{path} is not the official file of data '{self.spec.name}': fetch it again, or set data.root=DIR."
+            )
+        return idx.parse(content, path)
