@@ -54,6 +54,13 @@ def to_image(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
 
 
+def plane(points: np.ndarray) -> Image.Image:
+    """Points (n, 2) uint8 as dark dots on white, 512 pixels a side; the first axis runs right and the second up."""
+    canvas = np.full((256, 256), 255, dtype=np.uint8)
+    canvas[255 - points[:, 1].astype(int), points[:, 0]] = 0
+    return Image.fromarray(canvas.repeat(2, axis=0).repeat(2, axis=1))
+
+
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write ``image`` as PNG, whole or not at all."""
     with atomic(path) as file:
