@@ -8,10 +8,12 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.errors import UserError
 from gencompare.files import write_json
@@ -111,7 +113,7 @@ class RunRecord:
         if path.is_dir():
             path = path / FILE
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_text(), parse_constant=lambda _: None)
         except FileNotFoundError as error:
             raise UserError(f"{path.parent} is not a run folder: it holds no {FILE}.") from error
         except (OSError, ValueError) as error:
@@ -126,7 +128,9 @@ class RunRecord:
             raise UserError(f"{path} has schema {raw['schema']}; this version of gencompare reads schema {SCHEMA}.")
         try:
             results = [_result(r) for r in raw.pop("results")]
-            return cls(**raw, results=results)
+            record = cls(**raw, results=results)
+            _check(record, cls)
+            return record
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}): evaluate the run again to write it anew.") from error
 
@@ -171,6 +175,36 @@ def _result(raw: dict[str, Any]) -> Result:
             "metrics": metrics,
         }
     )
+
+
+def _check(value: Any, hint: Any, name: str = "record") -> None:
+    """Raises TypeError where ``value``, or something in it, is not of its declared type. None passes for a number:
+    that is how one that was not finite is stored."""
+    kinds, inner = get_origin(hint) or hint, get_args(hint)
+    if kinds is Any:
+        return
+    if kinds is UnionType:
+        if value is not None:
+            _check(value, next(kind for kind in inner if kind is not NoneType), name)
+    elif is_dataclass(hint):
+        for part, kind in _hints(hint).items():
+            _check(getattr(value, part), kind, part)
+    elif kinds in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise TypeError(f"{name} is no number")
+    elif not isinstance(value, kinds):
+        raise TypeError(f"{name} is no {kinds.__name__}")
+    elif kinds is dict and inner:
+        for key, part in value.items():
+            _check(part, inner[1], f"{name}.{key}")
+    elif kinds in (list, tuple) and inner:
+        if kinds is tuple and len(value) != len(inner):
+            raise TypeError(f"{name} has {len(value)} parts, not {len(inner)}")
+        for part in value:
+            _check(part, inner[0], name)
+
+
+_hints = cache(get_type_hints)
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,139 @@
+"""A record comes back as it was written, or is refused in one line; protocols agree exactly when their fields do."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from gencompare.errors import UserError
+from gencompare.protocol import Generation, Measurement
+from gencompare.records import FILE, Metric, Result, RunRecord
+
+MEASUREMENT = Measurement("digits", 500, "test", 500, "aa", "digits", "bb")
+
+
+def result(value: float = 1.5, **generation: object) -> Result:
+    metrics = {
+        "fd_digits": Metric(value, better="lower", floor=0.5, interval=(1.0, 2.0), unit="", note=""),
+        "precision": Metric(0.75, better="higher"),
+    }
+    made = Generation(weights="ema", nfe={"net": 50.0}, **generation)  # type: ignore[arg-type]
+    return Result(MEASUREMENT, made, metrics, headline="fd_digits", seconds={"sampling": 2.0}, pictures={"s": "s.png"})
+
+
+def record(**changes: object) -> RunRecord:
+    run = RunRecord(name="a <b>", family="ddpm", data={"name": "digits"}, seed=3, config={"a": [1, {"b": None}]})
+    run.results = [result()]
+    for name, value in changes.items():
+        setattr(run, name, value)
+    return run
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
+    run = record()
+    assert run.save(tmp_path) == tmp_path / FILE
+    assert RunRecord.load(tmp_path) == run
+    assert RunRecord.load(tmp_path / FILE) == run
+
+
+def test_figures_that_are_not_finite_are_stored_as_none(tmp_path: Path):
+    run = record(training={"seconds": math.inf, "more": [math.nan, 1.0]})
+    run.results = [replace(result(math.nan, seed=1), seconds={"sampling": math.nan})]
+    run.results[0].metrics["kid"] = Metric(0.1, interval=(math.nan, 0.2))
+    path = run.save(tmp_path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    read = RunRecord.load(tmp_path)
+    assert read.training == {"seconds": None, "more": [None, 1.0]}
+    assert read.results[0].metrics["fd_digits"].value is None
+    assert read.results[0].metrics["kid"].interval == (None, 0.2)
+
+
+def test_a_second_evaluation_in_the_same_way_replaces_the_first():
+    run = record()
+    run.put(result(1.2))
+    assert [r.metrics["fd_digits"].value for r in run.results] == [1.2]
+    run.put(result(1.1, sampler="ddim"))
+    run.put(replace(result(1.0), measurement=replace(MEASUREMENT, n=1000)))
+    assert [r.metrics["fd_digits"].value for r in run.results] == [1.2, 1.1, 1.0]
+
+
+def test_a_figure_over_its_floor():
+    assert Metric(1.5, floor=0.5).over_floor == 3.0
+    assert Metric(None, floor=0.5).over_floor is None
+    assert Metric(1.5).over_floor is None
+    assert Metric(1.5, floor=0.0).over_floor is None
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda raw: "[1, 2", "damaged"),
+        (lambda raw: "\0\0\0", "damaged"),
+        (lambda raw: "[1, 2]", "no schema"),
+        (lambda raw: json.dumps({**raw, "schema": 99}), "schema 99"),
+        (lambda raw: json.dumps({**raw, "results": None}), "damaged"),
+        (lambda raw: json.dumps({**raw, "family": ["x"]}), "family is no str"),
+        (lambda raw: json.dumps({**raw, "seed": "0"}), "seed is no number"),
+        (lambda raw: json.dumps({**raw, "pictures": {"a": 3}}), "pictures.a is no str"),
+        (lambda raw: json.dumps({**raw, "unheard_of": 1}), "unheard_of"),
+        (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "name"}), "name"),
+        (lambda raw: json.dumps(raw).replace('"interval": [1.0, 2.0]', '"interval": [1.0]'), "interval"),
+        (lambda raw: json.dumps(raw).replace('"value": 1.5', '"value": "low"'), "value is no number"),
+        (lambda raw: json.dumps(raw).replace('"nfe": {"net": 50.0}', '"nfe": {"net": {}}'), "nfe.net is no number"),
+        (lambda raw: json.dumps(raw).replace('"n": 500', '"n": null, "m": 1'), "'m'"),
+    ],
+)
+def test_a_damaged_or_foreign_record_is_refused_in_one_line(tmp_path: Path, damage, told: str):
+    path = record().save(tmp_path)
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(UserError) as error:
+        RunRecord.load(tmp_path)
+    assert told in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_record_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"is not a run folder: it holds no record\.json"):
+        RunRecord.load(tmp_path)
+
+
+def _add_results(folder: Path, first: int) -> None:
+    for seed in range(first, first + 10):
+        RunRecord.update(folder, lambda run, seed=seed: run.put(result(seed=seed)))
+
+
+def test_updates_of_several_processes_all_survive(tmp_path: Path):
+    record(results=[]).save(tmp_path)
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_add_results, args=(tmp_path, first)) for first in (0, 10, 20)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(r.generation.seed for r in RunRecord.load(tmp_path).results) == list(range(30))  # type: ignore[type-var]
+
+
+def test_a_change_that_fails_leaves_the_record_as_it_was(tmp_path: Path):
+    before = record().save(tmp_path).read_bytes()
+
+    def change(run: RunRecord) -> None:
+        run.name = "half done"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        RunRecord.update(tmp_path, change)
+    assert (tmp_path / FILE).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, f".{FILE}.lock"}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Measurement)])
+def test_protocols_agree_exactly_when_every_field_does(name: str):
+    value = getattr(MEASUREMENT, name)
+    other = replace(MEASUREMENT, **{name: value + 1 if isinstance(value, int) else value + "x"})
+    assert MEASUREMENT.id == replace(MEASUREMENT).id and not MEASUREMENT.differences(replace(MEASUREMENT))
+    assert MEASUREMENT.id != other.id
+    assert MEASUREMENT.differences(other) == {name: (value, getattr(other, name))}
