@@ -35,6 +35,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["run.py", *words])
             patch.setenv("HYDRA_FULL_ERROR", "0")
+            patch.setenv("GENCOMPARE_FULL_ERROR", "0")
             try:
                 main()
             except SystemExit as end:

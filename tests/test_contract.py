@@ -28,7 +28,7 @@ def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
 
 def fitted(family: str, folder: Path, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
     cfg, model, data = built(family, *overrides)
-    trainer = build_trainer(cfg, build_callbacks(cfg, model, data, None, folder), [], folder)
+    trainer = build_trainer(cfg, model, build_callbacks(cfg, model, data, None, folder), [], folder)
     trainer.fit(model, datamodule=data)
     return cfg, model, data
 

@@ -29,6 +29,7 @@ from gencompare.training.lr import LearningRate
 from gencompare.training.preview import Preview
 from gencompare.training.progress import ProgressLine
 from gencompare.training.stop import GracefulStop
+from gencompare.training.strategy import OwnReduction
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -88,11 +89,15 @@ def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int
     return [instantiate(options, _partial_=True)(**common) for options in (cfg.logger or {}).values()]
 
 
-def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path) -> pl.Trainer:
+def build_trainer(
+    cfg: DictConfig, model: TrainedModel, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path
+) -> pl.Trainer:
     """Lightning's trainer, with what this project does itself switched off."""
     _quiet()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     options.pop("global_batch_size")
+    if options["strategy"] == "ddp" and not model.automatic_optimization:
+        options["strategy"] = OwnReduction()
     if options["profiler"] == "pytorch":
         from pytorch_lightning.profilers import PyTorchProfiler
 
@@ -126,6 +131,7 @@ def _quiet() -> None:
         ".*your dataloader is.*",
         ".*`training_step` returned `None`.*",
         ".*LightningModule.configure_optimizers` returned `None`.*",
+        ".*isinstance.treespec, LeafSpec.*",
         ".*You are using a CUDA device.*Tensor Cores.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -37,7 +37,7 @@ def evaluate_run(cfg: DictConfig) -> None:
     protocol.check(data)
     job = folder / ".job.yaml"
     frozen.save(cfg, job)
-    trainer = build_trainer(cfg, [], [], folder)
+    trainer = build_trainer(cfg, model, [], [], folder)
     with children_of(job):
         start_processes(trainer)
     device = trainer.strategy.root_device

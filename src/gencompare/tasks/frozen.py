@@ -12,7 +12,7 @@ from gencompare.errors import UserError
 from gencompare.files import write_text
 
 FILE = "config.yaml"
-NOT_INHERITED = ("experiment", "debug", "task", "hydra")
+NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local")
 """Groups whose choice in the run folder is not chosen again: what they set is in the frozen config."""
 
 

@@ -20,35 +20,44 @@ from gencompare.tasks.frozen import base_on_run_folder, thaw
 from gencompare.tasks.processes import CHILD, alone_again
 
 USAGE, FAILURE = 2, 1
+HYDRA_FULL, OWN_FULL = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
+
+
+def wants_tracebacks() -> bool:
+    """Whether the user set HYDRA_FULL_ERROR=1. (We set it ourselves too, and hand the user's wish to our processes.)"""
+    return os.environ.get(OWN_FULL, os.environ.get(HYDRA_FULL)) == "1"
 
 
 def main() -> None:
     """Run one task, or with ``-m`` one for each combination. Exit code 0, 1 (failed), 2 (usage), or 128 + a signal."""
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then hands errors over as they are, and we print one line.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ[OWN_FULL] = str(int(wants_tracebacks()))
+    os.environ[HYDRA_FULL] = "1"
+    _failures.clear()
     try:
         if CHILD in os.environ:
             call_task(thaw(Path(os.environ[CHILD])))
             return
         sys.argv[1:] = base_on_run_folder(_with_extra_conf(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
+        if _failures:
+            sys.exit(max(_failures))
     except (Exception, KeyboardInterrupt) as error:
-        if wants_traceback:
-            raise
         sys.exit(report(error))
 
 
+_failures: list[int] = []
+"""Exit codes of the jobs of a sweep that failed: the others still run."""
+
+
 def _job(cfg: DictConfig) -> None:
-    out = Path(HydraConfig.get().runtime.output_dir)
-    multirun = HydraConfig.get().mode.name == "MULTIRUN"
+    job = HydraConfig.get()
     try:
-        call_task(thaw(cfg, HydraConfig.get()))
+        call_task(thaw(cfg, job))
     except Exception as error:
-        if multirun:
-            # The other jobs still run; Hydra raises the first failure when the last has ended.
-            report(error, job=out.name)
-        raise
+        if job.mode.name != "MULTIRUN":
+            raise SystemExit(report(error)) from error
+        _failures.append(report(error, job=Path(job.runtime.output_dir).name))
     finally:
         alone_again()
 
@@ -59,7 +68,9 @@ def call_task(cfg: DictConfig) -> None:
 
 
 def report(error: BaseException, job: str = "") -> int:
-    """Print one line about ``error`` and return the exit code."""
+    """Print one line about ``error`` (below the traceback, where it is wanted) and return the exit code."""
+    if wants_tracebacks():
+        traceback.print_exception(error)
     cause = _cause(error)
     where = f"[{job}] " if job else ""
     hint = "(HYDRA_FULL_ERROR=1 shows the traceback.)"
@@ -101,7 +112,7 @@ def _plain(error: BaseException) -> str:
 
 
 def _with_extra_conf(argv: list[str]) -> list[str]:
-    """``GENCOMPARE_CONF`` names a folder of one's own with the same layout as conf/; it is searched first."""
+    """``GENCOMPARE_CONF`` names a folder of one's own with the same layout as conf/; it is searched beside it."""
     extra = os.environ.get("GENCOMPARE_CONF")
     if not extra or any(word.startswith(("--config-dir", "-cd")) for word in argv):
         return argv

@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> None:
     record = RunRecord.load(folder)
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
     loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=start)
-    trainer = build_trainer(cfg, callbacks, loggers, folder)
+    trainer = build_trainer(cfg, model, callbacks, loggers, folder)
     if start and cfg.trainer.global_batch_size * start >= (cfg.budget.images or float("inf")):
         print_zero("The budget is spent: nothing is left to train.")
     else:

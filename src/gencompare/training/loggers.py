@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -166,5 +167,6 @@ def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -
                 prefix = f"{result.generation.checkpoint}/"
                 run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
             for file in (folder / FILE, page):
-                run.save(str(file), base_path=str(folder), policy="now")
+                # What lies in the run's own folder is uploaded, now or at a later `wandb sync`.
+                shutil.copy(file, run.dir)
             run.finish()
