@@ -66,10 +66,13 @@ def measure(
 ) -> None:
     """Measure each of ``checkpoints`` and put the results, with a picture each, into the folder's record.
 
-    All processes take part; the first one writes. A checkpoint of the same step as one before it is left out.
+    All processes take part; the first one writes. Left out are a checkpoint of the same step as one before it, and
+    ``best`` of a run that never looked for it.
     """
     steps: set[int] = set()
     for checkpoint in checkpoints:
+        if checkpoint == "best" and len(checkpoints) > 1 and not (folder / "checkpoints" / "best.ckpt").exists():
+            continue
         step = load_weights(model, folder, checkpoint=checkpoint, weights=weights)["step"]
         if step in steps:
             continue
