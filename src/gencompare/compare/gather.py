@@ -1,0 +1,151 @@
+"""Find run folders, read what can be read, and keep a list of what cannot."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gencompare.errors import UserError
+from gencompare.records import FILE, RunRecord
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that could be read."""
+
+    folder: Path
+    record: RunRecord
+    label: str
+    """The run's name; made longer where two runs of a comparison share a name."""
+
+    @cached_property
+    def curve(self) -> dict[str, np.ndarray]:
+        """Columns of the curve file, (rows,) float64 each, NaN where a figure was not logged; empty without a file."""
+        path = self.inside(self.record.curve)
+        return read_curve(path) if path else {}
+
+    def picture(self, relative: str) -> bytes | None:
+        """The PNG at ``relative``, or None where it is missing, is no PNG, or lies outside the run folder."""
+        path = self.inside(relative)
+        try:
+            content = path.read_bytes() if path else b""
+        except OSError:
+            return None
+        return content if content.startswith(PNG) else None
+
+    def inside(self, relative: str) -> Path | None:
+        """A file of the run folder. A record may come from anybody: what it names elsewhere is not read."""
+        folder = self.folder.resolve()
+        try:
+            path = (folder / relative).resolve()
+            return path if path.is_relative_to(folder) and path.is_file() else None
+        except (OSError, ValueError):
+            return None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A run folder that is left out, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass
+class Gathered:
+    runs: list[Run] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def find(pattern: str) -> list[Path]:
+    """Run folders that a glob names, sorted; ``**`` goes any number of folders down.
+
+    A folder that is no run itself but holds runs (a sweep) stands for these. Raises `UserError` when there is none.
+    """
+    folders: set[Path] = set()
+    for name in glob.glob(os.path.expanduser(pattern), recursive=True):
+        path = Path(name)
+        if path.name == FILE:
+            folders.add(path.parent)
+        elif (path / FILE).is_file():
+            folders.add(path)
+        elif path.is_dir():
+            folders.update(record.parent for record in path.glob(f"*/{FILE}"))
+    if not folders:
+        raise UserError(f"runs='{pattern}' names no run folder (one that holds {FILE}): try runs='runs/*'.")
+    return sorted(folders)
+
+
+def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
+    """Read the records of ``folders``. Damaged ones, and a run that comes twice, are listed in ``skipped``."""
+    gathered = Gathered()
+    places: set[Path] = set()
+    read: list[tuple[Path, RunRecord]] = []
+    for folder in map(_from_here, folders):
+        if folder.resolve() in places:
+            continue
+        places.add(folder.resolve())
+        try:
+            read.append((folder, RunRecord.load(folder)))
+        except UserError as error:
+            gathered.skipped.append(Skipped(folder, str(error)))
+    kept: dict[str, Path] = {}
+    unique = []
+    for folder, record in read:
+        run_id = record.environment.get("run_id")
+        if isinstance(run_id, str) and run_id in kept:
+            reason = f"a copy of the run in {kept[run_id]}, which is shown"
+            gathered.skipped.append(Skipped(folder, reason))
+            continue
+        if isinstance(run_id, str):
+            kept[run_id] = folder
+        unique.append((folder, record))
+    gathered.runs = [
+        Run(folder, record, label) for (folder, record), label in zip(unique, _labels(unique), strict=True)
+    ]
+    return gathered
+
+
+def _from_here(folder: str | os.PathLike[str]) -> Path:
+    """Relative to the working directory where it lies below: a comparison that is passed on names no home folder."""
+    path = Path(folder).absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
+    """The shortest of name, parent/name and folder that no other run has."""
+    choices = [(record.name, f"{folder.parent.name}/{record.name}", str(folder)) for folder, record in runs]
+    seen = Counter(label for choice in choices for label in set(choice))
+    return [next((label for label in choice if seen[label] == 1), choice[-1]) for choice in choices]
+
+
+def read_curve(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a curve file. Values that are no numbers, and a last line that was cut short, count as not logged."""
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.reader(file))
+    except (OSError, csv.Error):
+        return {}
+    if not rows:
+        return {}
+    names, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
+    return {name: np.array([_number(row[k]) for row in body]) for k, name in enumerate(names)}
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan

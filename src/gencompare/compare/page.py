@@ -1,0 +1,236 @@
+"""One self-contained HTML page: styles, pictures and charts are inside, and it asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from gencompare import __version__
+from gencompare.compare import curves, terminal, words
+from gencompare.compare.gather import Gathered, Run
+from gencompare.compare.plots import Chart, svg
+from gencompare.compare.rank import Group, Row, apart, rank, without_figures
+from gencompare.compare.settings import differences, settings_of
+from gencompare.compare.table import columns, heading, weights
+from gencompare.files import write_text
+
+PICTURE_BYTES = 8_000_000
+"""Pictures are put in, best rank first, until they take so much; base64 makes that 4/3 of it."""
+
+DETAILED = 12
+"""A table of all figures has a column a row of the ranking: with more rows than this it is left to the CSV."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    run: Run
+    caption: str
+    """What was drawn, and how good it is."""
+    source: str
+    """A data URI."""
+
+
+@dataclass
+class Pictures:
+    """The pictures of a page under its budget, side by side under their titles."""
+
+    left: int = PICTURE_BYTES
+    by_title: dict[str, list[Picture]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    """Pictures that a record names and that are not there."""
+    too_many: int = 0
+    _seen: set[tuple[str, str, bytes]] = field(default_factory=set)
+
+    def add(self, run: Run, title: str, path: str, caption: str) -> None:
+        content = run.picture(path)
+        if content is None:
+            self.missing.append(f"{run.label}: {title} ({path})")
+        elif (run.label, title, content) in self._seen:
+            return
+        elif len(content) > self.left:
+            self.too_many += 1
+        else:
+            self.left -= len(content)
+            self._seen.add((run.label, title, content))
+            source = "data:image/png;base64," + base64.b64encode(content).decode()
+            self.by_title.setdefault(title, []).append(Picture(run, caption, source))
+
+
+def write_page(gathered: Gathered, path: str | os.PathLike[str]) -> None:
+    """Write the page of one run, or of many."""
+    write_text(path, render(gathered))
+
+
+def render(gathered: Gathered) -> str:
+    groups = rank(gathered.runs)
+    # Best rank first, each run once: the order of legends, pictures and settings.
+    runs = list({run.label: run for run in [row.run for g in groups for row in g.rows] + gathered.runs}.values())
+    style = curves.styles(run.label for run in runs)
+    single = len(runs) == 1
+    script = _asset("page.js")
+    return _template().render(
+        title=runs[0].label if single else f"Comparison of {len(runs)} runs",
+        subtitle=terminal.cost(runs[0].record) if single else _subtitle(runs, groups),
+        single=single,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        css=Markup(_asset("page.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        groups=[_table(k, group, single) for k, group in enumerate(groups, 1)],
+        apart=apart(groups) if len(groups) > 1 else "",
+        pictures=_pictures(groups, runs, single),
+        distances=_charts(curves.distances(runs, style), "d"),
+        losses=_charts(curves.losses(runs, style), "l"),
+        runs=[_run(run) for run in runs],
+        curved=[run for run in runs if run.curve],
+        swatch={label: {"color": s.color, "dash": s.dash} for label, s in style.items()},
+        settings=[] if single else differences(runs),
+        without_figures=without_figures(runs),
+        skipped=gathered.skipped,
+        dash=words.NONE,
+    )
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_asset("page.html.jinja"))
+
+
+def _asset(name: str) -> str:
+    return resources.files("gencompare.compare").joinpath(name).read_text(encoding="utf-8")
+
+
+def _subtitle(runs: list[Run], groups: list[Group]) -> str:
+    families = sorted({run.record.family for run in runs})
+    data = sorted({str(run.record.data.get("name", "")) for run in runs})
+    protocols = f"{len(groups)} protocol{'s' if len(groups) != 1 else ''}"
+    return f"{', '.join(families)} on {', '.join(data)}; {protocols}"
+
+
+def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
+    shown = columns(group)
+    return {
+        "number": number,
+        "title": f"{group.measurement.data}: {heading(group, group.headline)}",
+        "protocol": words.describe(group.measurement),
+        "id": group.measurement.id,
+        "headline": group.headline,
+        "notes": [*group.notes(), *group.flags()],
+        "columns": shown,
+        "sections": [
+            (title, [(row, [column.cell(row) for column in shown]) for row in rows]) for title, rows in group.sections()
+        ],
+        "figures": _all_figures(group) if single or len(group.rows) <= DETAILED else None,
+    }
+
+
+def _all_figures(group: Group) -> dict[str, Any]:
+    """Every figure with its floor and its notes, a row each, and what else the evaluation kept."""
+    lines = []
+    for name in group.metrics():
+        metrics = [row.result.metrics.get(name) for row in group.rows]
+        cells = [
+            (words.figure(m.value), words.beside(m, real=False)) if m is not None else (words.NONE, "") for m in metrics
+        ]
+        floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
+        unit = next((m.unit for m in metrics if m is not None and m.unit), "")
+        notes = dict.fromkeys(m.note for m in metrics if m is not None and m.note and m.note != words.label(m))
+        lines.append((heading(group, name), unit, cells, words.figure(floor), "; ".join(notes)))
+    kept = dict.fromkeys(
+        name for row in group.rows for name, value in row.result.details.items() if value not in ([], {})
+    )
+    kept.pop("flags", None)
+    details = [(name, [_compact(row.result.details.get(name)) for row in group.rows]) for name in kept]
+    costs = [column for column in columns(group) if column.title in ("NFE", "samples/s")]
+    details = [(c.title, [c.cell(row).text for row in group.rows]) for c in costs] + details
+    heads = [(row.run.label, _made(row) or "samples") for row in group.rows]
+    return {"heads": heads, "lines": lines, "details": details, "noted": any(line[-1] for line in lines)}
+
+
+def _made(row: Row) -> str:
+    g = row.result.generation
+    parts = [weights(row), "" if g.sampler == "unknown" else g.sampler]
+    parts += [f"step {g.step:,}" if g.step is not None else "", f"sampling seed {g.seed}" if g.seed is not None else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _compact(value: Any) -> str:
+    """A free value of a record in a few words."""
+    if value is None:
+        return words.NONE
+    if words.number(value) is not None:
+        return words.count(value) if abs(value) >= 1e4 else f"{value:.4g}"
+    if isinstance(value, list):
+        text = "  ".join(map(_compact, value))
+    elif isinstance(value, dict):
+        text = "  ".join(f"{key}: {_compact(part)}" for key, part in value.items())
+    else:
+        text = str(value)
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
+    pictures = Pictures()
+    for group in groups:
+        for row in group.rows:
+            quality = f"{words.title(group.headline)} {words.figure(row.headline.value)}"
+            for title, path in row.result.pictures.items():
+                of_data = (
+                    title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
+                )
+                pictures.add(row.run, of_data, path, f"{quality}, {_made(row)}")
+    for run in runs:
+        if single or not any(result.pictures for result in run.record.results):
+            for title, path in run.record.pictures.items():
+                pictures.add(run, title, path, run.record.family)
+    return pictures
+
+
+def _charts(charts: list[Chart], key: str) -> list[tuple[str, Markup]]:
+    return [(chart.title, Markup(svg(chart, f"{key}{k}"))) for k, chart in enumerate(charts)]
+
+
+def _run(run: Run) -> dict[str, Any]:
+    """What a reader may want to know of one run, in order; lines without a value are left out."""
+    record, taken, made = run.record, run.record.training, run.record.environment
+    git, packages = _mapping(made.get("git")), _mapping(made.get("packages"))
+    commit = str(git.get("commit", ""))[:12] + (" with uncommitted changes" if git.get("dirty") else "")
+    memory = words.number(taken.get("peak_memory_bytes"))
+    facts = {
+        "state": record.state,
+        "error": str(taken.get("error") or ""),
+        "folder": str(run.folder),
+        "made": record.created,
+        "command": " ".join(["python run.py", *record.overrides]) if record.overrides else "",
+        "data": f"{record.data.get('name', '')} {_compact(record.data.get('splits') or {})}",
+        "parameters": _known(words.number(record.model.get("parameters")), words.count),
+        "FLOPs": _known(words.number(taken.get("flops")), words.count),
+        "peak memory": f"{memory / 2**20:,.0f} MiB" if memory is not None else "",
+        "processes": _compact(taken.get("processes", "")),
+        "device": str(made.get("device", "")),
+        "commit": commit,
+        "versions": "  ".join(f"{name} {version}" for name, version in packages.items() if version),
+    }
+    config = json.dumps(settings_of(record.config), indent=1, ensure_ascii=False) if record.config else ""
+    known = {name: text.strip() for name, text in facts.items() if text.strip()}
+    return {"run": run, "cost": terminal.cost(record), "facts": known, "config": config}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _known(value: float | None, say: Any) -> str:
+    return say(value) if value is not None else ""

@@ -1,0 +1,206 @@
+"""Ranked rows to cells: the columns of every table, and the tables as CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gencompare.compare import words
+from gencompare.compare.gather import Gathered, Run
+from gencompare.compare.rank import Group, Row, rank, without_figures
+from gencompare.files import write_text
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    beside: str = ""
+    """A second, smaller line."""
+    key: float | str | None = None
+    """What the column is sorted by; None comes last."""
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    cell: Callable[[Row], Cell]
+    numeric: bool = True
+    metric: str | None = None
+    """Name of the figure that the column shows."""
+
+
+def columns(group: Group) -> list[Column]:
+    """The columns of a group's table, without those that would be empty in every row."""
+    figures = [Column(heading(group, name), _metric(name), metric=name) for name in group.metrics()]
+    every = [
+        Column("run", lambda row: _text(row.run.label, _remark(row)), numeric=False),
+        Column("family", lambda row: _text(row.run.record.family), numeric=False),
+        *figures,
+        Column("NFE", _nfe),
+        Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
+        Column("images seen", _count(_images_seen)),
+        Column("training time", lambda row: _timed(row.run.record.training.get("seconds"))),
+        Column("train images/s", _count(lambda row: row.run.record.training.get("images_per_second"), words.rate)),
+        Column("samples/s", _count(_samples_per_second, words.rate)),
+        Column("weights", lambda row: _text(weights(row)), numeric=False),
+        Column("sampler", lambda row: _known(row.result.generation.sampler), numeric=False),
+        Column("guidance", lambda row: _known(row.result.generation.guidance), numeric=False),
+        Column("seed", lambda row: Cell(str(row.run.record.seed), key=row.run.record.seed)),
+    ]
+    return [column for column in every if any(column.cell(row).key not in (None, "") for row in group.rows)]
+
+
+def heading(group: Group, name: str) -> str:
+    """A figure's title with the arrow of its better direction."""
+    better = next((row.result.metrics[name].better for row in group.rows if name in row.result.metrics), None)
+    return f"{words.title(name)} {words.ARROWS.get(better or '', '')}".strip()
+
+
+def weights(row: Row) -> str:
+    """Which weights of which checkpoint: ``last, EMA``."""
+    g = row.result.generation
+    kind = {"ema": "EMA", "unknown": ""}.get(g.weights, g.weights)
+    checkpoint = "" if g.checkpoint == "unknown" else g.checkpoint
+    return ", ".join(part for part in (checkpoint, kind) if part)
+
+
+def _remark(row: Row) -> str:
+    state = row.run.record.state
+    parts = [row.standing, state if state not in ("finished", "samples") else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _text(text: str, beside: str = "") -> Cell:
+    return Cell(text or words.NONE, beside, text)
+
+
+def _known(text: str) -> Cell:
+    return _text("" if text in ("unknown", "none") else text)
+
+
+def _metric(name: str) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        metric = row.result.metrics.get(name)
+        if metric is None:
+            return Cell(words.NONE)
+        return Cell(words.figure(metric.value), words.beside(metric), words.number(metric.value))
+
+    return cell
+
+
+def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = words.count) -> Callable[[Row], Cell]:
+    def cell(row: Row) -> Cell:
+        number = words.number(value(row))
+        return Cell(say(number), key=number)
+
+    return cell
+
+
+def _timed(value: Any) -> Cell:
+    seconds = words.number(value)
+    return Cell(words.duration(seconds), key=seconds)
+
+
+def _nfe(row: Row) -> Cell:
+    calls = {name: n for name, n in (row.result.generation.nfe or {}).items() if words.finite(n)}
+    if not calls:
+        return Cell(words.NONE)
+    beside = " + ".join(f"{words.rate(n)} {name}" for name, n in calls.items()) if len(calls) > 1 else ""
+    return Cell(words.rate(sum(calls.values())), beside, sum(calls.values()))
+
+
+def _images_seen(row: Row) -> float | None:
+    own = row.result.generation.images_seen
+    return own if own is not None else row.run.record.training.get("images_seen")
+
+
+def _samples_per_second(row: Row) -> float | None:
+    seconds = row.result.seconds.get("sampling")
+    return row.result.measurement.n / seconds if words.finite(seconds) and seconds else None
+
+
+# The same rows as files
+
+
+def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
+    """Every result with every figure, protocol field and cost: one row each, in the order of the tables.
+
+    A figure ``m`` has the columns ``m``, ``m.floor``, ``m.low`` and ``m.high``. A run without results has a row too.
+    """
+    rows: list[dict[str, Any]] = []
+    for group in rank(gathered.runs):
+        for row in group.rows:
+            result = row.result
+            entry = {"rank": row.rank, "standing": row.standing, **_about(row.run), "headline": result.headline}
+            for name in group.metrics():
+                metric = result.metrics.get(name)
+                if metric is not None:
+                    low, high = metric.interval or (None, None)
+                    entry |= {name: metric.value, f"{name}.floor": metric.floor}
+                    entry |= {f"{name}.low": low, f"{name}.high": high, f"{name}.note": metric.note or None}
+            entry |= {"protocol": result.measurement.id}
+            entry |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
+            entry |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
+            entry |= {"nfe": _nfe(row).key}
+            entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
+            entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
+            rows.append(entry)
+    rows += [_about(run) for run in without_figures(gathered.runs)]
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(map(_plain, names))
+    writer.writerows([_plain(row.get(name)) for name in names] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _about(run: Run) -> dict[str, Any]:
+    record = run.record
+    costs = ("steps", "images_seen", "seconds", "images_per_second", "flops", "peak_memory_bytes")
+    return {
+        "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,
+        "state": record.state, "folder": str(run.folder), "parameters": words.number(record.model.get("parameters")),
+        **{f"training.{name}": words.number(record.training.get(name)) for name in costs},
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A CSV value. Text that a spreadsheet would take for a formula gets an apostrophe in front, as they do it."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return "'" + value
+    return value
+
+
+def write_markdown(gathered: Gathered, path: str | os.PathLike[str]) -> None:
+    """The tables, one a protocol, ready to paste."""
+    parts = []
+    for group in rank(gathered.runs):
+        shown = columns(group)
+        lines = [f"### {_markdown(group.measurement.data)}: {_markdown(heading(group, group.headline))}", ""]
+        lines += [_markdown(words.describe(group.measurement)), ""]
+        lines += ["| # | " + " | ".join(_markdown(column.title) for column in shown) + " |"]
+        lines += ["| ---: | " + " | ".join("---:" if column.numeric else "---" for column in shown) + " |"]
+        for row in group.rows:
+            cells = [column.cell(row) for column in shown]
+            texts = [_markdown(f"{cell.text} ({cell.beside})" if cell.beside else cell.text) for cell in cells]
+            lines.append(f"| {row.rank or words.NONE} | " + " | ".join(texts) + " |")
+        lines += [f"\n{_markdown(note)}" for note in [*group.notes(), *group.flags()]]
+        parts.append("\n".join(lines))
+    missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in without_figures(gathered.runs)]
+    if missing:
+        parts.append("Runs without figures:\n\n" + "\n".join(missing))
+    skipped = [f"- {_markdown(str(skip.folder))}: {_markdown(skip.reason)}" for skip in gathered.skipped]
+    if skipped:
+        parts.append("Left out:\n\n" + "\n".join(skipped))
+    write_text(path, "\n\n".join(parts) + "\n")
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown and HTML leave alone."""
+    for sign in "\\`*[]|#":
+        text = text.replace(sign, "\\" + sign)
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())

@@ -1,0 +1,128 @@
+"""Tables for the terminal. Names are printed as text: square brackets in them are no markup."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gencompare.compare import words
+from gencompare.compare.gather import Run, gather
+from gencompare.compare.rank import Group as Ranking
+from gencompare.compare.rank import apart, rank, without_figures
+from gencompare.compare.table import Cell, columns, heading, weights
+from gencompare.records import RunRecord
+
+RESULTS = 4
+"""Results of one run shown side by side at its end, the latest ones."""
+
+
+NAME = 32
+"""Longer text goes on in the next line of its cell."""
+
+
+def print_tables(folders: Iterable[str | os.PathLike[str]], console: Console | None = None) -> None:
+    """Print the comparison of ``folders``: a table a protocol, and what was left out."""
+    console = console or Console()
+    gathered = gather(folders)
+    groups = rank(gathered.runs)
+    for group in groups:
+        console.print(_ranking(group, console.width))
+    if len(groups) > 1:
+        console.print(Text(f"{len(groups)} protocols: figures are ranked within one table only. {apart(groups)}\n"))
+    for run in without_figures(gathered.runs):
+        console.print(Text(f"no figures: {run.label} ({run.record.state})", style="dim"))
+    for skip in gathered.skipped:
+        console.print(Text(f"left out: {skip.folder}: {skip.reason}", style="yellow"))
+
+
+def _ranking(group: Ranking, width: int) -> RenderableType:
+    every = columns(group)
+    shown, used = [], 3
+    for column in every:
+        cells = [column.cell(row) for row in group.rows]
+        used += 3 + max(min(len(line), NAME) for cell in cells for line in [column.title, *_lines(cell)])
+        # The rightmost columns go first where the terminal is narrow.
+        if used > width and len(shown) > 2:
+            break
+        shown.append(column)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("#", justify="right")
+    for column in shown:
+        table.add_column(
+            Text(column.title), justify="right" if column.numeric else "left", max_width=NAME, overflow="fold"
+        )
+    for _, rows in group.sections():
+        for row in rows:
+            texts = [
+                Text("\n").join(Text(line, "dim" if k else "") for k, line in enumerate(_lines(column.cell(row))))
+                for column in shown
+            ]
+            table.add_row(str(row.rank or words.NONE), *texts)
+        table.add_section()
+    left = len(every) - len(shown)
+    notes = [f"{left} more columns are in the page and in the CSV: this terminal is narrow."] if left else []
+    notes = [Text(note, style="dim") for note in [*notes, *group.notes()]]
+    return Group(*_heading(group), table, *notes, *(Text(flag, style="yellow") for flag in group.flags()), "")
+
+
+def _lines(cell: Cell) -> list[str]:
+    return [cell.text, *cell.beside.split(" · ")] if cell.beside else [cell.text]
+
+
+def _heading(group: Ranking) -> tuple[Text, Text]:
+    title = f"{group.measurement.data}: {heading(group, group.headline)}"
+    return Text(title, style="bold"), Text(words.describe(group.measurement), style="dim")
+
+
+def cost(record: RunRecord) -> str:
+    """What a run is and what it took, in one line."""
+    taken = record.training
+    seen, seconds = words.number(taken.get("images_seen")), words.number(taken.get("seconds"))
+    speed, parameters = words.number(taken.get("images_per_second")), words.number(record.model.get("parameters"))
+    parts = [f"{record.family} on {record.data.get('name', 'unknown data')}"]
+    parts += [f"{words.count(parameters)} parameters"] if parameters is not None else []
+    if seen is not None:
+        parts.append(f"{words.count(seen)} images seen" + (f" in {words.duration(seconds)}" if seconds else ""))
+    parts += [f"{speed:,.0f} images/s"] if speed is not None else []
+    return ", ".join(parts)
+
+
+def summary(record: RunRecord) -> RenderableType:
+    """All figures of one run, for its end: a row a figure, a column a result, with the real-against-real floor."""
+    results = record.results[-RESULTS:]
+    kept = RunRecord(record.name, record.family, record.data, model=record.model, training=record.training)
+    kept.results = results
+    parts: list[RenderableType] = [Text(cost(record))]
+    for group in rank([Run(Path(), kept, record.name)]):
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("")
+        for row in group.rows:
+            g = row.result.generation
+            made = ", ".join(part for part in (weights(row), g.sampler if g.sampler != "unknown" else "") if part)
+            table.add_column(Text(made or "samples"), justify="right")
+        table.add_column("real data", justify="right")
+        noted: dict[str, None] = {}
+        for name in group.metrics():
+            metrics = [row.result.metrics.get(name) for row in group.rows]
+            floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
+            texts = []
+            for metric in metrics:
+                over = metric.over_floor if metric is not None and metric.better == "lower" else None
+                beside = f"  {words.times(over)} {words.FLOORS}" if over is not None else ""
+                beside += f"  {words.label(metric)}" if metric is not None and words.label(metric) else ""
+                texts.append(Text.assemble(words.figure(metric.value if metric else None), (beside, "dim")))
+                if metric is not None and metric.note:
+                    noted[f"{words.title(name)}: {metric.note}"] = None
+            table.add_row(Text(heading(group, name)), *texts, Text(words.figure(floor)))
+        flags = [Text(flag, style="yellow") for flag in group.flags()]
+        parts += [*_heading(group), table, *(Text(note, style="dim") for note in noted), *flags, ""]
+    hidden = len(record.results) - len(results)
+    if hidden:
+        parts.append(Text(f"{hidden} earlier results are in the record and in the page.", style="dim"))
+    return Group(*parts)

@@ -1,0 +1,103 @@
+"""Run folders with made-up figures, for the tests of what only reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gencompare.pictures import grid, save_png
+from gencompare.protocol import Generation, Measurement
+from gencompare.records import Metric, Result, RunRecord
+
+DIGITS = Measurement(
+    data="digits", n=500, reference="test", reference_n=500, reference_hash="f00d" * 16, extractor="digits",
+    extractor_hash="beef" * 16, chunk=250,
+)  # fmt: skip
+"""One protocol, for runs that are meant to be ranked together."""
+
+
+def result(value: float | None, measurement: Measurement = DIGITS, **changes: Any) -> Result:
+    """A result with headline ``fd_digits`` = ``value`` over a floor of 0.5."""
+    generation = {"weights": "ema", "checkpoint": "last", "sampler": "ddim, 50 steps", "nfe": {"unet": 50.0}, "seed": 0}
+    generation |= changes.pop("generation", {})
+    metrics = {
+        "fd_digits": Metric(value, better="lower", floor=0.5, note="" if value is not None else "samples hold NaN"),
+        "kd_digits": Metric(0.0021, better="lower", floor=0.0003, interval=(0.001, 0.0032)),
+        "precision": Metric(0.81, better="higher", floor=0.83),
+        "recall": Metric(0.64, better="higher", floor=0.82),
+        "bpd_vlb": Metric(2.31, better="lower", unit="bits/dim", note="bound, 500 test images"),
+        "confident": Metric(0.84, better="higher", floor=0.97),
+        "memorization": Metric(0.99, better="one", note="distance to training images over that to held-out ones"),
+    } | changes.pop("metrics", {})
+    fields: dict[str, Any] = {
+        "headline": "fd_digits", "seconds": {"sampling": 4.0, "metrics": 0.6}, "details": {"class_shares": [0.1] * 10},
+    }  # fmt: skip
+    return Result(measurement, Generation(**generation), metrics, **(fields | changes))
+
+
+def write_run(
+    folder: Path,
+    results: Iterable[Result] = (),
+    *,
+    family: str = "ddpm",
+    curve: dict[str, np.ndarray] | None = None,
+    picture: bool = True,
+    shape: tuple[int, int, int] = (1, 8, 8),
+    **fields: Any,
+) -> Path:
+    """A finished run with a sample grid and a learning curve; ``fields`` are those of the record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = sum(folder.name.encode())
+    results = list(results)
+    if picture:
+        noise = np.random.default_rng(seed).integers(0, 256, (36, *shape), dtype=np.uint8)
+        save_png(grid(noise), folder / "samples" / "grid.png")
+        for r in results:
+            r.pictures.setdefault("samples", "samples/grid.png")
+    config = {
+        "seed": fields.get("seed", 0), "family": family, "out": str(folder), "budget": {"images": 200_000},
+        "choices": {"data": "digits", "model": family, "evaluation": "default"},
+        "model": {"_target_": f"gencompare.models.{family}", "optimizer": {"lr": 1e-3}},
+    }  # fmt: skip
+    record = RunRecord(
+        **{
+            "name": folder.name, "family": family, "state": "finished", "config": config,
+            "created": "2026-01-02T03:04:05",
+            "data": {"name": "digits", "shape": list(shape), "splits": {"train": 1147, "val": 150, "test": 500}},
+            "overrides": [f"model={family}"],
+            "environment": {"run_id": str(folder), "git": {"commit": "0123456789abcdef", "dirty": True}},
+            "model": {"parameters": 412_345},
+            "training": {
+                "steps": 1563, "images_seen": 200_064, "seconds": 171.2, "images_per_second": 1168.6, "flops": 3.2e13,
+                "peak_memory_bytes": 512 * 2**20, "processes": 1, "trained_against": [],
+            },
+            "results": results,
+        }
+        | fields
+    )  # fmt: skip
+    record.save(folder)
+    write_curve(folder / "curve.csv", curve if curve is not None else a_curve(seed))
+    return folder
+
+
+def a_curve(seed: int, rows: int = 60) -> dict[str, np.ndarray]:
+    """Losses at every row, a distance and a held-out loss at every tenth."""
+    random = np.random.default_rng(seed)
+    images = np.linspace(0, 200_000, rows + 1)[1:]
+    loss = 0.2 + np.exp(-images / 20_000) + 0.01 * random.standard_normal(rows)
+    looks = np.arange(1, rows + 1) % 10 == 0
+    return {
+        "step": images / 128, "images": images, "seconds": images / 1168, "train/loss": loss,
+        "val/loss": np.where(looks, loss + 0.05, math.nan),
+        "val/fd_digits": np.where(looks, 3 + 40 * np.exp(-images / 40_000), math.nan),
+    }  # fmt: skip
+
+
+def write_curve(path: Path, columns: dict[str, np.ndarray]) -> None:
+    rows = zip(*columns.values(), strict=True)
+    lines = [",".join("" if math.isnan(value) else f"{value:.6g}" for value in row) for row in rows]
+    path.write_text("\n".join([",".join(f'"{name}"' for name in columns), *lines]) + "\n")
