@@ -44,7 +44,7 @@ class Picture:
 class Pictures:
     """The pictures of a page under its budget, side by side under their titles."""
 
-    left: int = PICTURE_BYTES
+    left: int
     by_title: dict[str, list[Picture]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     """Pictures that a record names and that are not there."""
@@ -182,7 +182,7 @@ def _compact(value: Any) -> str:
 
 
 def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
-    pictures = Pictures()
+    pictures = Pictures(PICTURE_BYTES)
     for group in groups:
         for row in group.rows:
             quality = f"{words.title(group.headline)} {words.figure(row.headline.value)}"
@@ -194,7 +194,7 @@ def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
     for run in runs:
         if single or not any(result.pictures for result in run.record.results):
             for title, path in run.record.pictures.items():
-                pictures.add(run, title, path, run.record.family)
+                pictures.add(run, title, path, "" if single else run.record.family)
     return pictures
 
 

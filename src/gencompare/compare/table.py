@@ -57,7 +57,7 @@ def columns(group: Group) -> list[Column]:
 def heading(group: Group, name: str) -> str:
     """A figure's title with the arrow of its better direction."""
     better = next((row.result.metrics[name].better for row in group.rows if name in row.result.metrics), None)
-    return f"{words.title(name)} {words.ARROWS.get(better or '', '')}".strip()
+    return "\u00a0".join(filter(None, [words.title(name), words.ARROWS.get(better or "")]))
 
 
 def weights(row: Row) -> str:

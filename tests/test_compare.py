@@ -1,0 +1,518 @@
+"""What may be ranked is ranked, what may not is kept apart and said; what others wrote is shown as text."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gencompare.compare import curves, page, words
+from gencompare.compare.gather import Gathered, find, gather, read_curve
+from gencompare.compare.rank import NO_FIGURE, NOT_LEARNED, OVERLAP, UNDECIDED, Group, apart, rank
+from gencompare.compare.report import report
+from gencompare.compare.settings import differences
+from gencompare.compare.terminal import print_tables, summary
+from gencompare.errors import UserError
+from gencompare.records import Metric, RunRecord
+from synthetic import DIGITS, result, write_curve, write_run
+
+FASHION = replace(DIGITS, data="fashion_mnist", extractor="fashion_mnist")
+ODD = '<img src=x onerror="alert(1)"><blink>[bold red]$a_1$|`x`*y*</blink>&amp;'
+"""A name that HTML, Markdown, rich and matplotlib would each make something of."""
+
+
+def standings(group: Group) -> list[tuple[int | None, str, str]]:
+    return [(row.rank, row.run.label, row.standing) for row in group.rows]
+
+
+def ranked(folder: Path, figures: dict[str, float | None], **common: Any) -> Group:
+    """One group of runs of these headline figures; a name up to the first ``-`` is the family."""
+    folders = [
+        write_run(folder / name, [result(value, **common)], family=name.split("-")[0], picture=False)
+        for name, value in figures.items()
+    ]
+    (group,) = rank(gather(folders).runs)
+    return group
+
+
+# Ranking
+
+
+@pytest.mark.parametrize(
+    "better, order",
+    [("lower", "abcd"), ("higher", "dcba"), ("one", "bcad")],
+)
+def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, better: str, order: str):
+    values = {"a": 0.2, "b": 0.9, "c": 1.2, "d": 3.0}
+    folders = [
+        write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, better=better)})], picture=False)
+        for name, value in values.items()
+    ]
+    (group,) = rank(gather(folders).runs)
+    assert standings(group) == [(k, name, "") for k, name in enumerate(order, 1)]
+
+
+def test_equal_figures_share_a_rank_and_a_figure_without_order_gives_none(tmp_path: Path):
+    group = ranked(tmp_path / "x", {"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0})
+    assert standings(group) == [(1, "b", ""), (2, "a", ""), (2, "c", ""), (4, "d", "")]
+    unordered = {"fd_digits": Metric(1.0, better=None)}
+    group = ranked(tmp_path / "y", {"a": 2.0, "b": 1.0}, metrics=unordered)
+    assert standings(group) == [(None, "a", ""), (None, "b", "")]
+
+
+def test_a_family_no_better_than_the_baseline_is_listed_as_not_learned(tmp_path: Path):
+    # The floor is 0.5, so the baseline is at 20 times it: a yardstick.
+    group = ranked(tmp_path, {"vae": 11.0, "gaussian": 10.0, "gan": 10.0, "ddpm": 9.9})
+    assert standings(group) == [
+        (1, "ddpm", ""), (2, "gaussian", "baseline"), (None, "gan", NOT_LEARNED), (None, "vae", NOT_LEARNED),
+    ]  # fmt: skip
+    assert [heading for heading, _ in group.sections()] == ["", "Not learned: no better than the Gaussian baseline"]
+    assert group.notes() == []
+
+
+def test_near_the_floor_the_baseline_decides_nothing(tmp_path: Path):
+    group = ranked(tmp_path, {"gaussian": 0.6, "ddpm": 1.5, "gan": 0.55})
+    assert standings(group) == [(1, "gan", ""), (2, "gaussian", "baseline"), (3, "ddpm", UNDECIDED)]
+    (note,) = group.notes()
+    assert "1.20 times the real-against-real floor" in note and "'undecided'" in note
+
+
+def test_the_mean_of_several_baselines_counts_and_one_without_a_figure_does_not(tmp_path: Path):
+    group = ranked(tmp_path, {"gaussian-1": 8.0, "gaussian-2": 12.0, "gaussian-3": None, "vae": 10.5, "gan": 9.5})
+    assert standings(group) == [
+        (1, "gaussian-1", "baseline"), (2, "gan", ""), (3, "gaussian-2", "baseline"),
+        (None, "vae", NOT_LEARNED), (None, "gaussian-3", NO_FIGURE),
+    ]  # fmt: skip
+
+
+def test_without_a_baseline_the_command_that_adds_it_is_named(tmp_path: Path):
+    group = ranked(tmp_path, {"vae": 11.0}, measurement=replace(DIGITS, conditioning="labels"))
+    (note,) = group.notes()
+    assert note.endswith("Add it: python run.py model=gaussian data=digits model.conditional=true")
+    config = {"choices": {"data": "image_folder", "evaluation": "quick"}}
+    folder = write_run(tmp_path / "b", [result(1.0)], config=config)
+    assert "model=gaussian data=image_folder evaluation=quick" in rank(gather([folder]).runs)[0].notes()[0]
+
+
+def test_a_model_trained_against_the_measuring_network_is_not_ranked(tmp_path: Path):
+    fair = write_run(tmp_path / "fair", [result(2.0)])
+    unfair = write_run(tmp_path / "unfair", [result(1.0)], training={"trained_against": ["lpips", "beef" * 16]})
+    (group,) = rank(gather([fair, unfair]).runs)
+    assert standings(group) == [(1, "fair", ""), (None, "unfair", OVERLAP)]
+
+
+def test_unlike_protocols_are_never_ranked_together_and_the_fields_are_named(tmp_path: Path):
+    more = replace(DIGITS, n=1000, chunk=100)
+    folders = [
+        write_run(tmp_path / "a", [result(2.0), result(0.5, more)]),
+        write_run(tmp_path / "b", [result(1.0)]),
+        write_run(tmp_path / "c", [result(0.1, FASHION)]),
+    ]
+    groups = rank(gather(folders).runs)
+    assert [standings(group) for group in groups] == [
+        [(1, "b", ""), (2, "a", "")],
+        [(1, "a", "")],
+        [(1, "c", "")],
+    ]
+    assert [len({row.result.measurement.id for row in group.rows}) for group in groups] == [1, 1, 1]
+    told = apart(groups)
+    assert "Table 2 differs from table 1 in n (1000 instead of 500), chunk (100 instead of 250)." in told
+    assert "Table 3 is of other data, fashion_mnist (and so differs from table 1 in extractor too)." in told
+    shown = page.render(gather(folders))
+    assert "3 protocols, 3 tables." in shown and "n (1000 instead of 500)" in shown
+
+
+# Finding and reading
+
+
+def test_a_glob_finds_runs_records_and_sweeps(tmp_path: Path):
+    one = write_run(tmp_path / "one", picture=False)
+    jobs = [write_run(tmp_path / "sweep" / name, picture=False) for name in ("0_vae", "1_gan")]
+    (tmp_path / "empty").mkdir()
+    assert find(f"{tmp_path}/*") == [one, *jobs]
+    assert find(f"{tmp_path}/sweep/1*") == [jobs[1]]
+    assert find(f"{tmp_path}/**/record.json") == [one, *jobs]
+    assert find(str(one)) == [one]
+
+
+@pytest.mark.parametrize("pattern", ["nowhere/*", "", "empty*"])
+def test_a_glob_without_runs_is_refused(tmp_path: Path, pattern: str):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="names no run folder"):
+        find(str(tmp_path / pattern))
+
+
+def test_damaged_records_are_listed_and_the_rest_is_compared(tmp_path: Path):
+    good = write_run(tmp_path / "good", [result(1.0)])
+    older = write_run(tmp_path / "older", [result(1.0)], schema=0)
+    cut = write_run(tmp_path / "cut", [result(1.0)])
+    (cut / "record.json").write_text((cut / "record.json").read_text()[:-40])
+    gone = tmp_path / "gone"
+    gathered = gather([good, older, cut, gone])
+    assert [run.label for run in gathered.runs] == ["good"]
+    reasons = {skip.folder: skip.reason for skip in gathered.skipped}
+    assert "schema 0" in reasons[older] and "damaged" in reasons[cut] and "not a run folder" in reasons[gone]
+    shown = page.render(gathered)
+    assert all(str(folder) in shown for folder in (older, cut, gone))
+
+
+def test_the_same_run_twice_counts_once(tmp_path: Path):
+    run = write_run(tmp_path / "a", [result(1.0)])
+    (tmp_path / "link").symlink_to(run)
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    gathered = gather([run, tmp_path / "link", run / ".." / "a", copy])
+    assert [r.folder for r in gathered.runs] == [run]
+    assert [(skip.folder, skip.reason) for skip in gathered.skipped] == [
+        (copy, f"a copy of the run in {run}, which is shown")
+    ]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+    folders = [write_run(tmp_path / where / "0_vae", picture=False) for where in ("s1", "s2")]
+    other = write_run(tmp_path / "gan", picture=False)
+    assert [run.label for run in gather([*folders, other]).runs] == ["s1/0_vae", "s2/0_vae", "gan"]
+
+
+def test_a_record_that_names_files_elsewhere_does_not_get_them(tmp_path: Path):
+    outside = write_run(tmp_path / "outside") / "samples" / "grid.png"
+    pictures = {"up": "../outside/samples/grid.png", "root": str(outside), "zero": "a\0b", "gone": "gone.png"}
+    folder = write_run(
+        tmp_path / "run", [result(1.0, pictures=dict(pictures))], curve={}, pictures={"text": "curve.csv"}
+    )
+    (run,) = gather([folder]).runs
+    assert [run.picture(path) for path in pictures.values()] == [None] * 4
+    assert run.picture("samples/grid.png") == (folder / "samples" / "grid.png").read_bytes()
+    shown = page.render(Gathered([run]))
+    assert base64.b64encode(outside.read_bytes()).decode() not in shown
+    assert "gone.png" in shown and "text (curve.csv)" in shown
+
+
+def test_a_curve_is_read_with_its_gaps(tmp_path: Path):
+    path = tmp_path / "curve.csv"
+    path.write_text('step,images,"val/<b>",train/loss\n1,128,,0.5\n2,256,3.5,nan\n3,384,inf,x\n4,51')
+    columns = read_curve(path)
+    assert columns["images"].tolist() == [128, 256, 384]
+    assert np.array_equal(columns["val/<b>"], [math.nan, 3.5, math.nan], equal_nan=True)
+    assert np.array_equal(columns["train/loss"], [0.5, math.nan, math.nan], equal_nan=True)
+    assert read_curve(tmp_path / "none.csv") == {}
+    path.write_bytes(b"")
+    assert read_curve(path) == {}
+
+
+# Charts
+
+
+def test_a_long_curve_is_thinned_to_means():
+    x, y = np.arange(3000.0), np.arange(3000.0) ** 2
+    few_x, few_y = curves.thin(x, y)
+    assert len(few_x) == len(few_y) == 300
+    assert few_x[0] == 4.5 and few_y[0] == np.mean(np.arange(10.0) ** 2)
+    assert few_y[-1] == pytest.approx(np.mean(y[-10:]))
+    uneven = curves.thin(np.arange(301.0), np.arange(301.0))[0]
+    assert len(uneven) == 300 and uneven[0] == 0 and uneven[-1] in (299.5, 300)
+    assert np.array_equal(curves.thin(x[:300], y[:300]), [x[:300], y[:300]])
+
+
+def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tmp_path: Path):
+    fashion = {"name": "fashion_mnist"}
+    folders = [
+        write_run(tmp_path / "d1", [result(1.0)], family="ddpm"),
+        write_run(tmp_path / "d2", [result(2.0)], family="ddpm"),
+        write_run(tmp_path / "v", [result(3.0)], family="vae"),
+        write_run(tmp_path / "f", [result(3.0, FASHION)], family="vae", data=fashion),
+        write_run(tmp_path / "none", [result(3.0)], family="gaussian", curve={}),
+    ]
+    runs = gather(folders).runs
+    style = curves.styles(run.label for run in runs)
+    drawn = {chart.title: [line.color for line in chart.lines] for chart in curves.distances(runs, style)}
+    c = [style[label].color for label in ("d1", "d2", "v", "f")]
+    assert drawn == {"FD digits on digits": c[:3], "FD digits on fashion_mnist": c[3:]}
+    losses = {chart.title: [line.color for line in chart.lines] for chart in curves.losses(runs, style)}
+    # Each run's training loss and its held-out loss.
+    assert losses == {
+        "ddpm on digits: loss": [c[0], c[0], c[1], c[1]], "vae on digits: loss": [c[2]] * 2,
+        "vae on fashion_mnist: loss": [c[3]] * 2,
+    }  # fmt: skip
+
+
+def test_a_line_holds_the_figures_that_were_logged(tmp_path: Path):
+    curve = {
+        "step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), "val/fd_x": np.array([math.nan, 5, 4]),
+    }  # fmt: skip
+    runs = gather([write_run(tmp_path / "a", curve=curve)]).runs
+    (chart,) = curves.distances(runs, curves.styles(["a"]))
+    assert chart.lines[0].x.tolist() == [20, 30] and chart.lines[0].y.tolist() == [5, 4]
+
+
+# Settings
+
+
+def test_only_settings_that_differ_are_shown_and_model_settings_within_a_family(tmp_path: Path):
+    def config(family: str, lr: float, images: int, **model: Any) -> dict[str, Any]:
+        return {
+            "family": family, "out": str(tmp_path / f"{lr}"), "budget": {"images": images, "steps": None},
+            "model": {"optimizer": {"lr": lr, "betas": [0.9, 0.99]}, **model}, "data": {"root": str(lr), "flip": True},
+        }  # fmt: skip
+
+    folders = [
+        write_run(tmp_path / "d1", family="ddpm", config=config("ddpm", 1e-3, 100)),
+        write_run(tmp_path / "d2", family="ddpm", config=config("ddpm", 2e-3, 100, dropout=0.1)),
+        write_run(tmp_path / "v", family="vae", config=config("vae", 5e-3, 200, latent=8)),
+    ]
+    tables = {t.title: (t.names, {run.label: v for run, v in t.rows}) for t in differences(gather(folders).runs)}
+    assert tables == {
+        "All runs": (["budget.images"], {"d1": ["100"], "d2": ["100"], "v": ["200"]}),
+        "ddpm": (["model.optimizer.lr", "model.dropout"], {"d1": ["0.001", "–"], "d2": ["0.002", "0.1"]}),  # noqa: RUF001
+    }
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, their attributes, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "line"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Gathered:
+    """Runs whose every text holds markup, with a broken one, one without figures, and several protocols."""
+    folder = tmp_path_factory.mktemp("odd")
+    metric = {"fd_digits": Metric(1.0, better="lower", floor=0.5, note=ODD), ODD: Metric(None, note=ODD, unit=ODD)}
+    generation = {"sampler": ODD, "guidance": ODD, "nfe": {ODD: 3.0, "b": math.nan}, "checkpoint": ODD}
+    measured = replace(DIGITS, extractor=ODD, reference=ODD, label_distribution=ODD)
+    details = {ODD: [ODD, {ODD: ODD}], "flags": [ODD]}
+    odd = result(1.0, measured, metrics=metric, generation=generation, details=details, headline="fd_digits")
+    write_run(
+        folder / "a", [replace(odd, pictures={ODD: "samples/grid.png", "gone": f"{ODD}.png"})], name=ODD, family=ODD,
+        state=ODD, config={ODD: ODD, "choices": {"data": ODD}}, overrides=[ODD], data={"name": ODD, "splits": ODD},
+        environment={"run_id": ODD, "device": ODD, "git": ODD, "packages": {ODD: ODD}}, training={"error": ODD},
+    )  # fmt: skip
+    write_curve(
+        folder / "a" / "curve.csv", {name: np.arange(5.0) for name in ("images", "val/fd_<b>", "train/loss<b>")}
+    )
+    write_run(folder / "b", [result(2.0)], config={ODD: "other"})
+    write_run(folder / "c", [], training={"error": ODD}, state="failed", name=f"=1+{ODD}")
+    (folder / "broken <blink>").mkdir()
+    (folder / "broken <blink>" / "record.json").write_text("{")
+    return gather(sorted(folder.iterdir()))
+
+
+def test_names_are_text_wherever_they_stand(odd: Gathered):
+    shown = Page(page.render(odd))
+    assert not shown.open, "every element is closed"
+    assert not shown.all("blink") and not shown.all("bold")
+    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in shown.all("img"))
+    assert not [name for _, attributes in shown.elements for name in attributes if name.startswith("on")]
+    assert sum(ODD in text for text in shown.texts) > 20
+    assert ODD in "".join(shown.texts[shown.texts.index("Losses") :])
+
+
+def test_the_page_asks_the_network_for_nothing(odd: Gathered):
+    html = page.render(odd)
+    shown = Page(html)
+    for _, attributes in shown.elements:
+        for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
+    assert not re.search(r"@import|url\((?!#)", html)
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    policy = next(meta["content"] for meta in shown.all("meta") if "http-equiv" in meta) or ""
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+
+
+def test_ids_of_a_page_are_unique_and_references_meet_one(odd: Gathered):
+    shown = Page(page.render(odd))
+    ids = Counter(attributes["id"] for _, attributes in shown.elements if "id" in attributes)
+    assert len(shown.all("svg")) > 4 and max(ids.values()) == 1
+    references = [a[1:] for _, attributes in shown.elements if (a := attributes.get("href") or "").startswith("#")]
+    clips = [a["clip-path"][5:-1] for _, a in shown.elements if a.get("clip-path")]  # type: ignore[index]
+    assert references and clips and {*references, *clips} <= ids.keys()
+
+
+def test_a_table_cell_carries_the_value_that_its_column_is_sorted_by(tmp_path: Path):
+    folders = [write_run(tmp_path / name, [result(v)]) for name, v in (("a", 1.23456), ("b", 0.1), ("c", None))]
+    shown = Page(page.render(gather(folders)))
+    start = next(k for k, (tag, a) in enumerate(shown.elements) if tag == "table" and a.get("class") == "ranking")
+    cells = [a for tag, a in shown.elements[start:] if tag == "td" and "lead-figure" in (a.get("class") or "")]
+    assert [cell["data-key"] for cell in cells] == ["0.1", "1.23456", ""]
+
+
+def test_pictures_stay_under_their_budget_and_those_left_out_are_counted(tmp_path: Path, monkeypatch):
+    folders = [write_run(tmp_path / f"r{k}", [result(float(k))]) for k in range(5)]
+    sizes = [(folder / "samples" / "grid.png").stat().st_size for folder in folders]
+    monkeypatch.setattr(page, "PICTURE_BYTES", sum(sizes[:3]) + min(sizes) - 1)
+    shown = Page(page.render(gather(folders)))
+    # The best-ranked come first.
+    best = [base64.b64encode((f / "samples" / "grid.png").read_bytes()).decode() for f in folders[:3]]
+    assert [image["src"] for image in shown.all("img")] == [f"data:image/png;base64,{content}" for content in best]
+    assert any("2 more pictures" in text for text in shown.texts)
+
+
+def test_a_single_run_has_its_own_page(tmp_path: Path):
+    folder = write_run(tmp_path / "mine", [result(1.5)], pictures={"while training": "samples/grid.png"})
+    path = report([folder], folder)
+    shown = Page(path.read_text())
+    assert path == folder / "compare.html" and "mine" in shown.texts
+    text = " ".join(" ".join(shown.texts).split())
+    assert "ddpm on digits, 412 k parameters, 200 k images seen in 2:51 min, 1,169 images/s" in text
+    assert "Comparison of" not in text and "Settings that differ" not in text
+    assert len(shown.all("img")) == 2
+    record = json.loads((folder / "record.json").read_text())
+    assert record["config"]["out"] not in "".join(re.findall(r"<pre>(.*?)</pre>", path.read_text(), re.DOTALL))
+
+
+def test_what_is_flagged_about_samples_is_said(tmp_path: Path):
+    flagged = write_run(tmp_path / "a", [result(1.0, details={"flags": ["many samples are alike"]})])
+    plain = write_run(tmp_path / "b", [result(2.0)])
+    assert "a: many samples are alike" in page.render(gather([flagged, plain]))
+
+
+# Files and terminal
+
+
+def test_the_csv_holds_every_result_and_every_figure(tmp_path: Path):
+    folders = [
+        write_run(tmp_path / "a", [result(1.25), result(1.5, generation={"checkpoint": "best"})], seed=7),
+        write_run(tmp_path / "b", [result(None)], name="=HYPERLINK(1)"),
+        write_run(tmp_path / "c", [], state="failed"),
+    ]
+    report(folders, tmp_path / "out")
+    with (tmp_path / "out" / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["rank"], row["state"]) for row in rows] == [
+        ("a", "1", "finished"), ("a", "2", "finished"), ("'=HYPERLINK(1)", "", "finished"), ("c", "", "failed"),
+    ]  # fmt: skip
+    first = rows[0]
+    assert [float(first[key]) for key in ("fd_digits", "fd_digits.floor", "kd_digits.low", "kd_digits.high")] == [
+        1.25, 0.5, 0.001, 0.0032,
+    ]  # fmt: skip
+    assert first["seed"] == "7" and first["measurement.n"] == "500" and first["generation.checkpoint"] == "last"
+    assert first["nfe.unet"] == "50.0" and first["training.images_seen"] == "200064"
+    assert rows[2]["fd_digits"] == "" and rows[2]["fd_digits.note"] == "samples hold NaN"
+    assert rows[2]["standing"] == NO_FIGURE
+
+
+def test_the_markdown_table_has_one_cell_a_column_whatever_a_name_holds(odd: Gathered, tmp_path: Path):
+    report([run.folder for run in odd.runs], tmp_path)
+    text = (tmp_path / "compare.md").read_text()
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    counts = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
+    assert len(tables) == 2 * 3 and len(counts) <= 2
+    assert "<" not in text and r"\*y\*" in text
+
+
+def test_a_report_needs_a_run(tmp_path: Path):
+    with pytest.raises(UserError, match="not a run folder"):
+        report([tmp_path], tmp_path)
+    with pytest.raises(UserError, match="No run folder"):
+        report([], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [60, 100, 240])
+def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: Gathered, width: int):
+    text = io.StringIO()
+    folders = [run.folder for run in odd.runs] + [skip.folder for skip in odd.skipped]
+    print_tables(folders, Console(file=text, width=width, force_terminal=False))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    flat = re.sub(r"\s", "", text.getvalue())
+    assert "[boldred]$a_1$" in flat and "leftout:" in flat and "nofigures:" in flat
+    assert "FDdigits↓" in flat and "2protocols:" in flat
+
+
+def test_the_summary_of_a_run_has_every_figure_with_its_floor(tmp_path: Path):
+    folder = write_run(tmp_path / "a", [result(1.25), result(None, generation={"checkpoint": "best"})])
+    text = io.StringIO()
+    Console(file=text, width=140).print(summary(RunRecord.load(folder)))
+    shown = text.getvalue()
+    row = next(line for line in shown.splitlines() if line.strip().startswith("FD"))
+    assert row.split() == ["FD", "digits", "↓", "1.25", "2.5", "×", "floor", "–", "0.500"]  # noqa: RUF001
+    assert "2.31  bound" in shown and "last, EMA, ddim, 50 steps" in shown
+    assert "bits/dim vlb: bound, 500 test images" in shown
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    "say, value, text",
+    [
+        (words.figure, 3.17, "3.17"), (words.figure, 0.99996, "1.00"), (words.figure, 0.0021, "0.00210"),
+        (words.figure, 1234.5, "1,234"), (words.figure, -2.0, "-2.00"), (words.figure, 0, "0"),
+        (words.figure, 3e-7, "3.00e-07"), (words.figure, None, "–"), (words.figure, math.nan, "–"),  # noqa: RUF001
+        (words.count, 870, "870"), (words.count, 412_345, "412 k"), (words.count, 999_900, "1 M"),
+        (words.count, 35_700_000, "35.7 M"), (words.count, 3.2e13, "32 T"),
+        (words.duration, 4.2, "4.2 s"), (words.duration, 59.7, "1:00 min"), (words.duration, 171.2, "2:51 min"),
+        (words.duration, 7859, "2:10 h"), (words.times, 1.1, "1.10"), (words.times, 2.94, "2.9"),
+        (words.times, 14.4, "14"), (words.rate, 1168.6, "1,169"), (words.rate, 2.5, "2.5"), (words.rate, 50.0, "50"),
+    ],
+)  # fmt: skip
+def test_numbers_in_words(say: Any, value: float | None, text: str):
+    assert say(value) == text
+
+
+@pytest.mark.parametrize(
+    "name, title",
+    [
+        ("fid", "FID"), ("fd_fashion_mnist", "FD fashion mnist"), ("kid", "KID"), ("bpd_vlb", "bits/dim vlb"),
+        ("class_share_min", "class share min"), ("fidelity", "fidelity"),
+    ],
+)  # fmt: skip
+def test_titles_of_figures(name: str, title: str):
+    assert words.title(name) == title
+
+
+def test_any_figure_gets_a_column_the_known_ones_first(tmp_path: Path):
+    extra = {"aa_new": Metric(1.0), "fid": Metric(3.0)}
+    group = ranked(tmp_path, {"a": 1.0}, metrics=extra)
+    assert group.metrics() == [
+        "fd_digits", "fid", "kd_digits", "precision", "recall", "bpd_vlb", "confident", "memorization", "aa_new",
+    ]  # fmt: skip
+
+
+def test_the_protocol_is_told_in_words():
+    measured = replace(DIGITS, conditioning="labels", label_distribution="test", resize="bilinear to 299")
+    assert words.describe(measured) == (
+        "500 generated images (conditional, labels: test, 250 from one seed at a time), held against the 500 images of"
+        " the test split of digits, rounded to uint8, resized by bilinear to 299. Features: digits (beefbeefbeef)."
+    )
