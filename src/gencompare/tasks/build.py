@@ -56,7 +56,7 @@ def build_callbacks(
     if options.looks.count:
         preview = None
         if options.looks.preview and protocol is not None and isinstance(model, GenerativeModel):
-            preview = Preview(data, protocol, n=options.looks.preview, seed=cfg.seed)
+            preview = Preview(data, protocol, n=options.looks.preview)
         looks = [
             Looks(
                 count=options.looks.count, grid=options.looks.grid, preview=preview,

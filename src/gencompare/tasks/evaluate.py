@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
 from gencompare.contract import GenerativeModel
 from gencompare.data.base import ImageData
@@ -16,13 +16,12 @@ from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.pictures import grid, save_png
 from gencompare.protocol import Generation
-from gencompare.records import Result, RunRecord
+from gencompare.records import RunRecord
 from gencompare.tasks import frozen
 from gencompare.tasks.build import build_data, build_model, build_protocol, build_trainer
 from gencompare.tasks.load import generative, load_weights
 from gencompare.tasks.processes import children_of, wait_for_children
 from gencompare.tasks.show import print_end
-from gencompare.training.looks import sample_grid
 
 GRID = 100
 """Samples in the picture of a result."""
@@ -86,14 +85,10 @@ def measure(
             sampler=model.sampling_description(),
             seed=protocol.seed,
         )
-        result = evaluate(model, data, protocol, generation=generation)
+        drawn: list[Tensor] = []
+        result = evaluate(model, data, protocol, generation=generation, on_samples=drawn.append)
         if rank_zero_only.rank == 0:
-            pictured = _with_picture(result, model, folder, protocol.seed)
+            path = folder / "samples" / f"result_{result.id}.png"
+            save_png(grid(drawn[0][:GRID].numpy()), path)
+            pictured = replace(result, pictures={**result.pictures, "samples": str(path.relative_to(folder))})
             RunRecord.update(folder, lambda r, new=pictured: r.put(new))
-
-
-def _with_picture(result: Result, model: GenerativeModel, folder: Path, seed: int) -> Result:
-    path = folder / "samples" / f"result_{result.id}.png"
-    with torch.no_grad():
-        save_png(grid(sample_grid(model, GRID, seed)), path)
-    return replace(result, pictures={**result.pictures, "samples": str(path.relative_to(folder))})

@@ -13,6 +13,7 @@ from pytorch_lightning import Callback
 from torchmetrics import MeanMetric
 
 from gencompare.contract import GenerativeModel, TrainedModel
+from gencompare.evaluation.sampling import draw
 from gencompare.pictures import grid, save_png
 from gencompare.seeds import Draws, generator
 from gencompare.training.clock import clock_of
@@ -77,22 +78,13 @@ class Looks(Callback):
         log_figures(trainer, figures)
 
     def picture(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
-        if not trainer.is_global_zero or not self.grid:
+        if not self.grid:
             return
-        images = sample_grid(model, self.grid, self.seed)
-        path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
-        save_png(grid(images), path)
-        log_picture(trainer, "samples", path, clock_of(trainer).step)
-
-
-def sample_grid(model: GenerativeModel, n: int, seed: int) -> Any:
-    """``n`` samples as uint8 (n, C, H, W) numpy, from one fixed seed; labels go round in turn."""
-    cond = {}
-    if model.conditional:
-        cond = {"label": torch.arange(n, device=model.device) % model.spec.num_classes}
-    x = model.sample(n, cond, generator=generator(model.device, seed, "grid"))
-    x = model.spec.crop(x).clamp(-1, 1)
-    return x.add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()
+        images = draw(model, self.grid, seed=self.seed).images
+        if trainer.is_global_zero:
+            path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
+            save_png(grid(images.numpy()), path)
+            log_picture(trainer, "samples", path, clock_of(trainer).step)
 
 
 def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, seed: int) -> dict[str, float]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gencompare.contract import GenerativeModel
 from gencompare.data.base import ImageData
-from gencompare.evaluation.evaluate import Protocol
+from gencompare.evaluation.evaluate import Protocol, draw_like
+from gencompare.evaluation.preview import preview_distance
 
 
 class Preview:
     """Frechet distance between ``n`` samples and the validation split, in the protocol's features.
 
     Biased upwards by its small n, and on another reference than a result's: fit to compare one run's looks with each
-    other, and nothing else.
+    other, and nothing else. All processes share the sampling.
     """
 
-    def __init__(self, data: ImageData, protocol: Protocol, *, n: int, seed: int) -> None:
-        self.data, self.protocol, self.n, self.seed = data, protocol, n, seed
+    def __init__(self, data: ImageData, protocol: Protocol, *, n: int) -> None:
+        self.data, self.n = data, n
+        # A seed of its own: the samples that a result is measured on choose no checkpoint.
+        self.protocol = replace(protocol, seed=protocol.seed + 1_000_003, chunk=min(protocol.chunk, n))
+        self.extractor = protocol.extractor(data.spec)
 
     def __call__(self, model: GenerativeModel) -> tuple[str, float]:
-        raise NotImplementedError
+        """The distance's name and value."""
+        images = draw_like(model, self.n, self.data, self.protocol).images
+        return self.extractor.frechet_name, preview_distance(images, self.data, self.extractor)

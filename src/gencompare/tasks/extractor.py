@@ -1,0 +1,56 @@
+"""task=extractor: a trained classifier as a compact feature extractor, one safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from gencompare.contract import Classifies, TrainedModel
+from gencompare.data.base import ImageData
+from gencompare.errors import UserError
+from gencompare.evaluation.compact import SHIPPED, save_compact, write_sums
+from gencompare.networks.classifier import ResidualClassifier
+from gencompare.records import RunRecord
+from gencompare.tasks.build import build_data, build_model
+from gencompare.tasks.evaluate import run_folder
+from gencompare.tasks.load import load_weights
+
+PRIVATE = ("hydra.", "paths.", "trainer", "logger", "callbacks.", "task")
+"""Words of a command that say where and how it ran, and nothing of what came out."""
+
+
+def extractor(cfg: DictConfig) -> None:
+    """Write the classifier of ``run=DIR``, with its accuracy on the test split, for ``evaluation.weights=FILE``."""
+    folder = run_folder(cfg)
+    data = build_data(cfg)
+    model = build_model(cfg, data)
+    network = getattr(model, "net", None)
+    if not isinstance(model, Classifies) or not isinstance(network, ResidualClassifier):
+        raise UserError(f"task=extractor needs a run of model=classifier; {folder} holds a {type(model).__name__}.")
+    load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
+    # The file holds float16: measure what it holds.
+    for parameter in network.parameters():
+        parameter.data = parameter.data.half().float()
+    settings = OmegaConf.to_container(cfg.model.network, resolve=True)
+    assert isinstance(settings, dict)
+    words = [word for word in RunRecord.load(folder).overrides if not word.startswith(PRIVATE)]
+    out = Path(cfg.task.out or folder / "extractor.safetensors")
+    score = accuracy(model, data)
+    digest = save_compact(
+        out, network.state_dict(), data.spec, accuracy=score, recipe=" ".join(["python run.py", *words]),
+        network={str(key): value for key, value in settings.items() if not str(key).startswith("_")},
+    )  # fmt: skip
+    if out.resolve().parent == SHIPPED.resolve():
+        write_sums()
+    print(f"{out}: accuracy {score:.4f} on {len(data.split('test'))} test images, SHA-256 {digest}")
+
+
+@torch.inference_mode()
+def accuracy(model: TrainedModel, data: ImageData) -> float:
+    """Share of test images whose class the model names."""
+    assert isinstance(model, Classifies)
+    model.eval()
+    right = sum(int((model.logits(x).argmax(1) == cond["label"]).sum()) for x, cond in data.batches("test"))
+    return right / len(data.split("test"))
