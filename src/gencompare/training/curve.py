@@ -56,8 +56,9 @@ class Curve(Callback):
         seconds, images = self._mark
         if clock.seconds > seconds:
             figures["train/images_per_second"] = (clock.images - images) / (clock.seconds - seconds)
-        if trainer.optimizers:
-            figures["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if groups:
+            figures["train/lr"] = groups[0]["lr"]
         self._mark = (clock.seconds, clock.images)
         self.latest = figures
         log_figures(trainer, figures)
