@@ -460,6 +460,16 @@ def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: Gathered, 
     assert "FDdigits↓" in flat and "2protocols:" in flat
 
 
+def test_a_narrow_terminal_gets_fewer_columns_and_not_broken_ones(tmp_path: Path):
+    folders = [write_run(tmp_path / name, [result(value)]) for name, value in (("first", 1.25), ("second", 2.5))]
+    text = io.StringIO()
+    print_tables(folders, Console(file=text, width=70, force_terminal=False))
+    lines = text.getvalue().splitlines()
+    assert ["1", "first", "ddpm", "1.25", "0.00210"] in [line.split()[:5] for line in lines]
+    assert any("more columns are in the page and in the CSV" in line for line in lines)
+    assert "…" not in text.getvalue()
+
+
 def test_the_summary_of_a_run_has_every_figure_with_its_floor(tmp_path: Path):
     folder = write_run(tmp_path / "a", [result(1.25), result(None, generation={"checkpoint": "best"})])
     text = io.StringIO()

@@ -24,7 +24,7 @@ from gencompare.compare.settings import differences, settings_of
 from gencompare.compare.table import columns, heading, weights
 from gencompare.files import write_text
 
-PICTURE_BYTES = 8_000_000
+PICTURE_BYTES = 7_000_000
 """Pictures are put in, best rank first, until they take so much; base64 makes that 4/3 of it."""
 
 DETAILED = 12
