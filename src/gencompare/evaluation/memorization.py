@@ -1,0 +1,44 @@
+"""Does a model repeat its training images? Nearest neighbours in the training set against those in held-out images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 2000
+
+
+def nearest(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
+
+    Distances are recomputed from the rows found, since the fast product form loses small ones to rounding: an exact
+    copy is at 0.
+    """
+    index = torch.cat(
+        [torch.cdist(block, keys, compute_mode="use_mm_for_euclid_dist").argmin(1) for block in queries.split(BLOCK)]
+    )
+    return (queries - keys[index]).norm(dim=1), index
+
+
+def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor) -> float | None:
+    """How much closer samples are to training than to held-out images, in units of what real images show.
+
+        r = [d(samples, train) / d(samples, test)] / [d(val, train) / d(val, test)],   d(a, b) = mean nearest distance
+
+    A training set is larger than a test set, so anything is closer to it. The second factor takes that out: validation
+    images are real, and neither in ``train`` nor in ``test``. So r is about 1 for samples that know no training image
+    from a fresh one, 1 - s when a share s of them are copies, and 0 for copies alone. (Equal sets by taking parts of
+    the training set in turn would miss most copies: a copy is found in one part only.)
+
+    Features are those of the distance: pixels would call a dull image near to everything.
+
+    Args: features, each (n, d). Returns None where a mean distance is 0 and the ratio means nothing.
+    """
+    d = {
+        (i, j): float(nearest(a, b)[0].double().mean())
+        for i, a in enumerate((samples, val))
+        for j, b in enumerate((train, test))
+    }
+    if not (d[0, 1] and d[1, 0] and d[1, 1]):
+        return None
+    return (d[0, 0] / d[0, 1]) / (d[1, 0] / d[1, 1])

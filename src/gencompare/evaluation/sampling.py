@@ -1,0 +1,150 @@
+"""Drawing samples in chunks: the same images for any number of processes, with network calls counted."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import DataSpec
+from gencompare.errors import UserError
+from gencompare.evaluation import source
+from gencompare.evaluation.distributed import shared_out, world
+from gencompare.evaluation.quantize import to_uint8
+from gencompare.seeds import generator
+
+CHUNK = 250
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Drawn images and what they cost."""
+
+    images: Tensor
+    """(n, C, H, W) on the CPU, padding cropped: uint8 0 to 255 unless `draw` was told otherwise."""
+    labels: Tensor | None
+    """(n,) classes that were asked for, or None."""
+    nfe: dict[str, float]
+    """Rows that went through each counted network, a sample. Guidance with two rows a sample counts two."""
+    seconds: float
+    peak_memory_bytes: int
+    """On a GPU the most that torch held while sampling; on a CPU the most that the process ever held."""
+
+
+def draw(
+    model: source.Samples,
+    n: int,
+    *,
+    seed: int = 0,
+    chunk: int = CHUNK,
+    labels: Tensor | None = None,
+    finish: Callable[[Tensor, DataSpec], Tensor] = to_uint8,
+    spec: DataSpec | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """Draw ``n`` images.
+
+    Chunk k holds images k ``chunk`` to (k + 1) ``chunk`` and is drawn from the generator of (seed, "sample", k), so
+    the images are a function of seed and chunk size alone; where torch.distributed runs, processes take chunks in turn
+    and all of them get all images. The model samples in eval mode, and is put back as it was.
+
+    Args:
+        labels: (n,) a class an image; None gives a conditional model the classes in turn, and others none.
+        finish: what is done to each chunk on the way to the CPU.
+        spec: of the images; None asks the model.
+        progress: called with (images done, n) after each chunk.
+    """
+    if n < 1 or chunk < 1:
+        raise UserError(f"Cannot draw {n} samples in chunks of {chunk}: both must be at least 1.")
+    spec = spec or getattr(model, "spec", None)
+    if spec is None:
+        raise UserError("This model says nothing of its images: give draw(..., spec=data.spec).")
+    device = torch.device(getattr(model, "device", "cpu"))
+    if labels is None and getattr(model, "conditional", False):
+        labels = torch.arange(n) % spec.num_classes
+    networks: Mapping[str, nn.Module] = getattr(model, "counted_networks", dict)()
+    processes = world()[1]
+
+    def one(k: int) -> tuple[Tensor, dict[str, int]]:
+        size = min(chunk, n - k * chunk)
+        cond = {} if labels is None else {"label": labels[k * chunk : k * chunk + size].to(device)}
+        with counted(networks) as rows, torch.no_grad():
+            x = model.sample(size, cond, generator=generator(device, seed, "sample", k))
+        if len(x) != size:
+            raise UserError(f"{type(model).__name__}.sample({size}) gave {len(x)} images.")
+        images = finish(x, spec)
+        if progress is not None:
+            progress(min(n, (k + processes) * chunk), n)
+        return images, dict(rows)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    with evaluating(model):
+        parts = shared_out(-(-n // chunk), one)
+    rows = Counter[str]()
+    for _, count in parts:
+        rows.update(count)
+    return Samples(
+        images=torch.cat([images for images, _ in parts]),
+        labels=labels,
+        nfe={name: rows[name] / n for name in networks},
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=_peak_memory(device),
+    )
+
+
+def labels_like(reference: Tensor, n: int, seed: int) -> Tensor:
+    """``n`` labels in the proportions of ``reference`` (each count right to within one), in an order of ``seed``'s."""
+    ranked = reference.cpu().sort().values
+    places = (torch.arange(n) * 2 + 1) * len(ranked) // (2 * n)
+    return ranked[places][torch.randperm(n, generator=generator("cpu", seed, "labels"))]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Every module of ``model`` in eval mode; each is put back as it was."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def counted(networks: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
+    """Counts the rows that pass through each network while the block runs."""
+    rows = Counter[str]()
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim)
+            rows[name] += len(first)
+
+        return count
+
+    handles = [network.register_forward_hook(hook(name), with_kwargs=True) for name, network in networks.items()]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

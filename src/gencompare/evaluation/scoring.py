@@ -1,0 +1,84 @@
+"""What a model says of real images: bits/dim and reconstructions, on the test split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from gencompare.contract import Cond, Reconstructs
+from gencompare.evaluation.distributed import shared_out
+from gencompare.evaluation.quantize import to_uint8
+from gencompare.evaluation.reference import spaced
+from gencompare.evaluation.sampling import evaluating
+from gencompare.evaluation.source import Data
+from gencompare.records import Metric
+from gencompare.seeds import generator
+
+BATCH = 100
+"""Images scored from one generator: a part of the protocol, so that figures do not depend on processes."""
+
+
+def bits_per_dim(model: Any, data: Data, n: int, seed: int) -> dict[str, Metric]:
+    """``bpd_<name>`` for each entry of ``model.likelihoods()``: mean of ``n`` test images."""
+    likelihoods = getattr(model, "likelihoods", dict)()
+    rows = test_rows(data, n)
+    metrics = {}
+    for name, likelihood in likelihoods.items():
+
+        def score(k: int, name: str = name, likelihood: Any = likelihood) -> Tensor:
+            x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
+            with evaluating(model), torch.no_grad():
+                return likelihood.bits_per_dim(x, cond, generator(x.device, seed, "likelihood", name, k)).cpu()
+
+        bits = torch.cat(shared_out(batches(rows), score)).double()
+        value = float(bits.mean())
+        bad = int((~torch.isfinite(bits)).sum())
+        note = f"{likelihood.kind}, {counted_images(rows, data)}"
+        metrics[f"bpd_{name}"] = Metric(
+            None if bad else value, better="lower", unit="bits/dim",
+            note=note + (f"; {bad} of them came out as not finite" if bad else ""),
+        )  # fmt: skip
+    return metrics
+
+
+def reconstruction(model: Any, data: Data, n: int, seed: int) -> dict[str, Metric]:
+    """``psnr`` for a model with an encoder: 10 log10(255^2 / mean squared error) of bytes over ``n`` test images."""
+    if not isinstance(model, Reconstructs) or data.spec.num_levels is None:
+        return {}
+    rows = test_rows(data, n)
+
+    def rebuild(k: int) -> tuple[Tensor, Tensor]:
+        x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
+        with evaluating(model), torch.no_grad():
+            again = model.reconstruct(x, cond, generator=generator(x.device, seed, "reconstruct", k))
+        return to_uint8(x, data.spec), to_uint8(again.clamp(-1, 1), data.spec)
+
+    pairs = shared_out(batches(rows), rebuild)
+    real, rebuilt = (torch.cat(images).float() for images in zip(*pairs, strict=True))
+    value = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
+    return {"psnr": Metric(value, better="higher", unit="dB", note=f"reconstruction, {counted_images(rows, data)}")}
+
+
+def test_rows(data: Data, n: int) -> Tensor:
+    return spaced(len(data.split("test")), n)
+
+
+def batches(rows: Tensor) -> int:
+    return -(-len(rows) // BATCH)
+
+
+def test_batch(model: Any, data: Data, rows: Tensor) -> tuple[Tensor, Cond]:
+    """Test images as the model was trained on them, and the conditions that it uses."""
+    part, device = data.split("test"), torch.device(getattr(model, "device", "cpu"))
+    x = data.normalize(part.images[rows]).to(device)
+    labels = None if part.labels is None else part.labels[rows].to(device)
+    cond = data.cond(labels)
+    return x, model.used(cond) if hasattr(model, "used") else cond
+
+
+def counted_images(rows: Tensor, data: Data) -> str:
+    total = len(data.split("test"))
+    return f"{len(rows)} test images" if len(rows) == total else f"{len(rows)} of {total} test images"

@@ -1,0 +1,158 @@
+"""The Gaussian baseline against closed forms that scipy gives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from scipy.integrate import quad
+from scipy.stats import multivariate_normal, norm
+
+from gencompare.contract import DataSpec
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.models.gaussian import Gaussian
+from gencompare.seeds import generator
+
+PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_levels=None)
+
+
+def plane(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes of 3-d points, 3 to 1, with covariances that are not diagonal."""
+    source = generator("cpu", "plane")
+    label = (torch.arange(n) % 4 == 0).long()
+    mix = torch.tensor(
+        [[[0.2, 0.0, 0.0], [0.1, 0.1, 0.0], [-0.1, 0.05, 0.05]], [[0.1, 0, 0], [0, 0.2, 0], [0, 0.1, 0.1]]]
+    )
+    centre = torch.tensor([[0.2, -0.3, 0.1], [-0.4, 0.2, 0.0]])
+    x = centre[label] + (mix[label] @ torch.randn(n, 3, 1, generator=source))[..., 0]
+    return x.view(n, 3, 1, 1), label
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_density_is_that_of_the_maximum_likelihood_mixture(conditional: bool) -> None:
+    x, label = plane(400)
+    model = Gaussian(PLANE, conditional=conditional).fit_to(
+        [(x[:150], {"label": label[:150]}), (x[150:], {"label": label[150:]})]
+    )
+    points, classes = x[:50].flatten(1).double().numpy(), label[:50].numpy()
+    densities = []
+    for k in range(2):
+        own = x[label == k].flatten(1).double().numpy()
+        densities.append(multivariate_normal(own.mean(0), np.cov(own.T, bias=True)).pdf(points))
+    expected = np.where(classes == 0, *densities) if conditional else 0.75 * densities[0] + 0.25 * densities[1]
+    found = model.bits_per_dim(x[:50], model.used({"label": label[:50]}))
+    np.testing.assert_allclose(found.numpy(), -np.log2(expected) / 3, rtol=1e-5)
+    assert model.likelihoods()["density"].kind == "exact"
+
+
+def test_few_directions_are_probabilistic_pca() -> None:
+    """Kept: the leading eigenvector; every other direction has the mean of the other eigenvalues as its variance."""
+    x, _ = plane(300)
+    flat = x.flatten(1).double().numpy()
+    values, vectors = np.linalg.eigh(np.cov(flat.T, bias=True))
+    rest = values[:2].mean()
+    lead = vectors[:, 2]
+    covariance = rest * np.eye(3) + (values[2] - rest) * np.outer(lead, lead)
+    model = Gaussian(PLANE, per_class=False, max_parameters=3).fit_to([(x, {})])
+    assert model.rank_kept == 1
+    expected = -multivariate_normal(flat.mean(0), covariance).logpdf(flat) / math.log(2) / 3
+    np.testing.assert_allclose(model.bits_per_dim(x, {}).numpy(), expected, rtol=1e-5)
+
+
+def test_more_pixels_than_images_gives_the_same_covariance() -> None:
+    """5 images of 12 numbers: the short way, by products between images, is the long way."""
+    spec = DataSpec(name="wide", shape=(3, 2, 2), num_levels=256)
+    x = torch.rand(5, 3, 2, 2, generator=generator("cpu", 3)) * 2 - 1
+    model = Gaussian(spec).fit_to([(x, {})])
+    flat = x.flatten(1).double().numpy()
+    step = 2 / 255
+    covariance = np.cov(flat.T, bias=True) + step**2 / 12 * np.eye(12)
+    w, s = model.factor[0].detach().double(), float(model.variance[0].detach())
+    np.testing.assert_allclose((w.T @ w + s * torch.eye(12)).numpy(), covariance, atol=1e-6)
+
+
+def test_discrete_bits_are_the_exact_average_over_dequantisation_and_a_bound() -> None:
+    """One pixel of four levels: against the integral over the bin, and never better than the bin's log probability."""
+    spec = DataSpec(name="pixel", shape=(1, 1, 1), num_levels=4)
+    levels = torch.tensor([0, 1, 1, 1, 2, 2, 3, 1, 2, 1])
+    x = (levels * 2 / 3 - 1).view(-1, 1, 1, 1)
+    model = Gaussian(spec).fit_to([(x, {})])
+    step, values = 2 / 3, x.flatten().double().numpy()
+    normal = norm(values.mean(), math.sqrt(values.var() + step**2 / 12))
+    assert model.likelihoods()["density"].kind == "bound"
+    for level in range(4):
+        centre = level * step - 1
+        average = quad(lambda u, c=centre: normal.logpdf(c + u), -step / 2, step / 2)[0] / step
+        found = float(model.bits_per_dim(torch.full((1, 1, 1, 1), centre), {}))
+        assert found == pytest.approx(-(average + math.log(step)) / math.log(2), rel=1e-6)
+        assert found >= -math.log2(normal.cdf(centre + step / 2) - normal.cdf(centre - step / 2))
+
+
+def test_samples_have_the_moments_of_the_data() -> None:
+    """Within five standard errors; clamping at -1 and 1 is far out here."""
+    x, label = plane(400)
+    model = Gaussian(PLANE, conditional=True).fit_to([(x, {"label": label})])
+    n = 40_000
+    for k in range(2):
+        cond = {"label": torch.full((n,), k)}
+        drawn = model.sample(n, cond, generator=generator("cpu", 1)).flatten(1).double().numpy()
+        own = x[label == k].flatten(1).double().numpy()
+        deviation = own.std(0)
+        np.testing.assert_array_less(np.abs(drawn.mean(0) - own.mean(0)), 5 * deviation / math.sqrt(n))
+        scale = np.outer(deviation, deviation)
+        assert np.abs((np.cov(drawn.T) - np.cov(own.T, bias=True)) / scale).max() < 5 * math.sqrt(2 / n)
+
+
+def test_unconditional_samples_have_the_class_weights() -> None:
+    x, label = plane(400)
+    model = Gaussian(PLANE).fit_to([(x, {"label": label})])
+    drawn = model.sample(20_000, generator=generator("cpu", 2))
+    densities = torch.stack([model._log_density(drawn.flatten(1), k) for k in range(2)], 1)
+    share = float((densities[:, 1] > densities[:, 0]).double().mean())
+    assert share == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_ridge_helps_held_out_digits() -> None:
+    data = Digits()
+    few = list(itertools.islice(data.batches("train", 100), 3))
+    plain = Gaussian(data.spec).fit_to(few)
+    ridged = Gaussian(data.spec).fit_to(few, data.batches("val"))
+    x, cond = next(data.batches("test"))
+    assert ridged.bits_per_dim(x, cond).mean() < plain.bits_per_dim(x, cond).mean() - 0.1
+
+
+def test_padding_is_black_and_costs_nothing() -> None:
+    small = DataSpec(name="s", shape=(1, 2, 2), num_levels=256)
+    padded = DataSpec(name="p", shape=(1, 6, 6), num_levels=256, padding=2)
+    x = torch.rand(30, 1, 2, 2, generator=generator("cpu", 4)) * 2 - 1
+    wide = torch.nn.functional.pad(x, (2,) * 4, value=-1.0)
+    one, two = Gaussian(small).fit_to([(x, {})]), Gaussian(padded).fit_to([(wide, {})])
+    torch.testing.assert_close(one.bits_per_dim(x, {}), two.bits_per_dim(wide, {}))
+    drawn = two.sample(3, generator=generator("cpu", 0))
+    assert drawn.shape == (3, 1, 6, 6)
+    torch.testing.assert_close(padded.crop(drawn), one.sample(3, generator=generator("cpu", 0)))
+    assert (drawn[:, :, :2] == -1).all() and (drawn[..., -2:] == -1).all()
+
+
+def test_one_training_step_fits_and_stops(tmp_path) -> None:
+    data = Digits(batch_size=16)
+    model = Gaussian(data.spec)
+    trainer = pl.Trainer(
+        max_epochs=-1, limit_val_batches=0, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data)
+    expected = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert not model.averaged_parameters()
+
+
+def test_one_gaussian_knows_no_classes() -> None:
+    with pytest.raises(UserError, match="per_class"):
+        Gaussian(PLANE, conditional=True, per_class=False)
