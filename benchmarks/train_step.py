@@ -1,0 +1,220 @@
+"""What a training step of the DDPM costs, beside the same step written by hand.
+
+    python benchmarks/train_step.py
+
+Two questions, in float32 on the CPU:
+
+- network: our U-Net beside diffusers' `UNet2DModel` of the same shape, at 3x32x32, batch 64, 32 base channels, each in
+  the same plain loop of forward, backward, AdamW and moving average;
+- trainer: the DDPM under this project's trainer as shipped, beside the same model in the same plain loop. Figures are
+  logged at *every* step, fifty times as often as by default. Looks at the model (samples, distances) are no part of a
+  step, and are left out. Steps on the digits are timed too: they are short, so there it shows what the trainer adds.
+
+The variants take turns in one process (see paired.py), so that a machine whose speed drifts does little harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from paired import Laps, compare, table, take_turns
+from torch import Tensor, nn
+
+from gencompare.contract import Cond, DataSpec
+from gencompare.data.base import ImageData, Split
+from gencompare.files import write_json
+from gencompare.models.diffusion import Diffusion
+from gencompare.networks.unet import UNet
+from gencompare.paths import conf_dir
+from gencompare.records import now
+from gencompare.seeds import Draws
+from gencompare.tasks.build import build_callbacks, build_loggers, build_model, build_trainer
+from gencompare.tasks.environment import environment
+
+RESULT = Path(__file__).parent / "results" / "train_step.json"
+WARM_UP = 3
+SHAPE, BATCH = (3, 32, 32), 64
+SMALL_CIFAR10 = ["model/network=unet_ddpm_cifar10", "model.network.channels=32", "model.network.dropout=0"]
+DIGITS_SHAPE, DIGITS_BATCH = (1, 8, 8), 128
+
+
+class PlainLoop:
+    """A training step as anyone would write it: forward, backward, AdamW, moving average of the weights."""
+
+    def __init__(self, network: nn.Module, loss: Callable[..., Tensor], clip: float | None = None) -> None:
+        self.parameters, self.loss, self.clip = list(network.parameters()), loss, clip
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4)
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    def step(self, *batch: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.loss(*batch).backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            for average, p in zip(self.average, self.parameters, strict=True):
+                average.lerp_(p, 1e-3)
+
+
+# The network
+
+
+def compare_networks(rounds: int) -> dict[str, Any]:
+    from diffusers import UNet2DModel  # type: ignore[attr-defined]
+
+    theirs = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    )
+    ours = UNet(SHAPE, SHAPE[0], channels=32, dropout=0.0)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    x, noise = torch.randn(2, BATCH, *SHAPE)
+    t = torch.randint(1000, (BATCH,))
+    loops = {
+        "diffusers UNet2DModel": PlainLoop(theirs, lambda: F.mse_loss(theirs(x, t).sample, noise)),
+        "gencompare UNet": PlainLoop(ours, lambda: F.mse_loss(ours(x, t.float(), {}), noise)),
+    }
+    laps = take_turns({name: loop.step for name, loop in loops.items()}, rounds, WARM_UP)
+    return compare(laps, base="diffusers UNet2DModel")
+
+
+# The trainer
+
+
+class Turns(ImageData):
+    """Random images, whose training stream takes a step of a plain loop before it hands out each batch.
+
+    Lightning asks for one batch a step. So the time from handing one out to being asked for the next is a whole step
+    of the trainer, whatever it does in it, and the two take turns.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], batch: int) -> None:
+        super().__init__(batch_size=batch)
+        self.spec = DataSpec(name="random", shape=shape)
+        self.laps = {"plain loop": Laps(), "gencompare trainer": Laps()}
+        self.plain_step: Callable[[Tensor], None]
+
+    def load(self) -> dict[str, Split]:
+        return {name: Split(torch.randint(256, (512, *self.spec.shape)).byte()) for name in ("train", "val", "test")}
+
+    def train_dataloader(self) -> Any:
+        return Interleaved(self, super().train_dataloader())
+
+
+class Interleaved:
+    """The stream of `Turns`."""
+
+    def __init__(self, turns: Turns, batches: Iterable[tuple[Tensor, Cond]]) -> None:
+        self.turns, self.batches = turns, batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
+        plain, trainer = self.turns.laps.values()
+        for x, cond in self.batches:
+            plain.start()
+            self.turns.plain_step(x)
+            plain.stop()
+            trainer.start()
+            yield x, cond
+            trainer.stop()
+
+
+def compare_trainer(data: Turns, overrides: list[str], rounds: int, logger: str) -> dict[str, Any]:
+    cfg = config(
+        *overrides,
+        f"logger={logger}",
+        f"budget.steps={rounds + WARM_UP}",
+        f"trainer.global_batch_size={data.batch_size}",
+    )
+    model = build_model(cfg, data)
+    assert isinstance(model, Diffusion)
+    twin = deepcopy(model)
+    draws = Draws.whole(torch.Generator().manual_seed(0), data.batch_size)
+    data.plain_step = PlainLoop(twin, lambda x: twin.losses(x, {}, draws)["loss"].mean(), model.grad_clip).step
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        loggers = build_loggers(cfg, folder, run_id="benchmark", start_step=0)
+        trainer = build_trainer(cfg, model, build_callbacks(cfg, model, data, None, folder), loggers, folder)
+        trainer.fit(model, datamodule=data)
+    # The first laps go: Lightning fetches one batch ahead, so the trainer's very first holds no step at all.
+    return compare({name: laps.last(rounds) for name, laps in data.laps.items()}, base="plain loop")
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose(
+            "config",
+            [
+                "model=ddpm",
+                "model.optimizer._target_=torch.optim.AdamW",
+                "trainer=cpu",
+                "budget.images=null",
+                "callbacks.looks.count=0",
+                "callbacks.curve.every=1",
+                *overrides,
+            ],
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time a training step of the DDPM.")
+    parser.add_argument("--rounds", type=int, default=40, help="steps of each variant; ten times as many on digits")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--logger", default="csv", help="an option of conf/logger")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+    result: dict[str, Any] = {
+        "created": now(),
+        "environment": environment(torch.device("cpu")),
+        "processors": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+    }
+
+    def report(part: str, setting: str, variants: dict[str, Any]) -> None:
+        result[part] = {"setting": setting, "variants": variants}
+        print(table(f"{part}, {setting}", variants), flush=True)
+
+    if find_spec("diffusers"):
+        result["environment"]["packages"]["diffusers"] = metadata.version("diffusers")
+        report("network", "3x32x32, batch 64, 32 channels", compare_networks(options.rounds))
+    else:
+        print("The network is compared with that of diffusers: pip install 'gencompare[parity]'")
+    report(
+        "trainer",
+        "3x32x32, batch 64, 32 channels",
+        compare_trainer(Turns(SHAPE, BATCH), SMALL_CIFAR10, options.rounds, options.logger),
+    )
+    report(
+        "trainer_on_digits",
+        "1x8x8, batch 128, the default network",
+        compare_trainer(Turns(DIGITS_SHAPE, DIGITS_BATCH), [], 10 * options.rounds, options.logger),
+    )
+    write_json(options.out, result)
+    print(f"Written to {options.out}.")
+
+
+if __name__ == "__main__":
+    main()
