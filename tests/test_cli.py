@@ -1,0 +1,314 @@
+"""The command line as a user meets it: runs, resumes, other tasks, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from composing import options
+from gencompare.training.clock import Clock
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
+    "callbacks.looks.grid=4", "callbacks.looks.preview=0", "callbacks.curve.every=1", "callbacks.progress=false",
+    "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+]  # fmt: skip
+Cli = Callable[..., int]
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_training(one: Path, two: Path) -> None:
+    a, b = checkpoint(one), checkpoint(two)
+    for part in ("state_dict", "ema"):
+        assert a[part].keys() == b[part].keys()
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), f"{part}: {name}"
+    assert a["callbacks"]["Clock"]["step"] == b["callbacks"]["Clock"]["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("family", options("model"))
+def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
+    family: str, number: signal.Signals, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = [f"model={family}", *QUICK, "budget.steps=6", "evaluation.checkpoints=[]", "callbacks.looks.count=0"]
+    assert cli(*words, "hydra.run.dir=whole") == 0
+    steps = checkpoint(tmp_path / "whole")["callbacks"]["Clock"]["step"]
+    original = Clock.on_train_batch_start
+
+    def stop_in_step_3(self: Clock, *args: Any) -> None:
+        original(self, *args)
+        if self.step == 2:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clock, "on_train_batch_start", stop_in_step_3)
+        code = cli(*words, "hydra.run.dir=broken")
+    # A model that is fitted in closed form has ended before it could be stopped.
+    assert code == (128 + number if steps > 2 else 0)
+    if code:
+        assert "resume=" in capsys.readouterr().out
+        assert json.loads((tmp_path / "broken" / "record.json").read_text())["state"] == "interrupted"
+        assert checkpoint(tmp_path / "broken")["callbacks"]["Clock"]["step"] == 3
+    assert cli("resume=broken") == 0
+    assert_same_training(tmp_path / "whole", tmp_path / "broken")
+    assert json.loads((tmp_path / "broken" / "record.json").read_text())["state"] == "finished"
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    words = ["model=vae", *QUICK, "budget.steps=60", "evaluation.checkpoints=[]", "callbacks.looks.count=0"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *words, "callbacks.checkpoints.every_minutes=0", "hydra.run.dir=killed"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 200
+    while not last.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    killed_at = checkpoint(tmp_path / "killed")["callbacks"]["Clock"]["step"]
+    assert killed_at < 60
+    assert cli("resume=killed", "callbacks.checkpoints.every_minutes=2") == 0
+    assert cli(*words, "hydra.run.dir=whole") == 0
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+    steps = [line.split(",")[0] for line in (tmp_path / "killed" / "curve.csv").read_text().splitlines()[1:]]
+    assert steps == [str(k) for k in range(1, 61)], "the curve has each step once"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained DDPM in ``run``."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "run.py"), "model=ddpm", *QUICK, "budget.steps=3", "model/sampler=ddim",
+            "model.sampler.steps=4", "callbacks.looks.count=1", "evaluation.checkpoints=[last]", "hydra.run.dir=run",
+        ],
+        cwd=folder, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "page with the pictures" in done.stdout and "FD digits" in done.stdout
+    return folder
+
+
+def test_the_record_says_all_that_a_comparison_needs(trained: Path) -> None:
+    record = json.loads((trained / "run" / "record.json").read_text())
+    assert record["state"] == "finished" and record["family"] == "ddpm"
+    assert record["training"]["images_seen"] == 48 and record["training"]["flops_per_image"] > 1e6
+    assert record["environment"]["packages"]["torch"] and record["data"]["hash"]
+    (result,) = record["results"]
+    assert result["measurement"]["extractor_hash"] and result["measurement"]["reference_hash"]
+    assert result["generation"]["nfe"] == {"network": 4} and result["generation"]["weights"] == "ema"
+    assert result["metrics"]["fd_digits"]["floor"] > 0
+    assert "Users" not in json.dumps(record["environment"]) and str(Path.home()) not in json.dumps(
+        record["environment"]
+    )
+
+
+def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
+    trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    before = checkpoint(trained / "run")["state_dict"]
+    assert cli("task=evaluate", "run=run", "model/sampler=ancestral", "model.sampler.steps=3") == 0
+    record = json.loads((trained / "run" / "record.json").read_text())
+    assert [r["generation"]["nfe"]["network"] for r in record["results"]] == [4, 3]
+    assert record["results"][0]["measurement"] == record["results"][1]["measurement"]
+    # Once more in the same way: the figure is the same, and takes the place of the first.
+    assert cli("task=evaluate", "run=run", "model/sampler=ancestral", "model.sampler.steps=3") == 0
+    again = json.loads((trained / "run" / "record.json").read_text())
+    assert len(again["results"]) == 2
+    for name, metric in record["results"][1]["metrics"].items():
+        assert again["results"][1]["metrics"][name]["value"] == metric["value"], name
+    after = checkpoint(trained / "run")["state_dict"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import gencompare
+
+    shutil.copytree(trained / "run", tmp_path / "moved")
+    run = gencompare.load_run(tmp_path / "moved")
+    x = run.model.sample(2, generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
+    assert x.shape == (2, 1, 8, 8) and run.record.family == "ddpm"
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_samples_as_files(form: str, trained: Path, cli: Cli, tmp_path: Path) -> None:
+    assert cli("task=sample", f"run={trained / 'run'}", "n=5", f"task.format={form}", "task.out=out") == 0
+    assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8
+    if form == "png":
+        assert [np.asarray(Image.open(tmp_path / "out" / f"{k:06d}.png")).shape for k in range(5)] == [(8, 8)] * 5
+    else:
+        assert np.load(tmp_path / "out" / "samples.npz", allow_pickle=False)["arr_0"].shape == (5, 8, 8, 1)
+
+
+def test_comparing_and_exporting(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    assert cli("task=compare", f"runs={trained}/*", "task.out=cmp") == 0
+    assert "ddpm" in capsys.readouterr().out and (tmp_path / "cmp" / "compare.html").stat().st_size > 1000
+    assert cli("task=export", f"run={trained / 'run'}", "task.out=w.safetensors") == 0
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "w.safetensors").keys() == checkpoint(trained / "run")["state_dict"].keys()
+
+
+def test_a_sweep_ends_in_a_comparison_and_one_failed_job_does_not_stop_the_others(
+    cli: Cli, tmp_path: Path, capsys: Any
+) -> None:
+    code = cli(
+        "-m", "model=vae,gan", "model.latent_dim=0,4", *QUICK, "budget.steps=2", "callbacks.looks.count=0",
+        "evaluation.checkpoints=[last]", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert code == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("latent_dim=0") == 2
+    assert len(list((tmp_path / "sweep").glob("*/record.json"))) == 2
+    assert (tmp_path / "sweep" / "compare.html").is_file()
+
+
+# Bad input: one line that names the thing and the way out, and nothing lost.
+
+
+def complaint(capsys: Any) -> str:
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["modle=ddpm"], 2, "model"),
+        (["model=dpdm"], 2, "ddpm"),
+        (["model.optimiser.lr=1"], 2, "optimiser"),
+        (["budget.images=0"], 1, "budget.images=0"),
+        (["data=toy2d", "model=vae", "model.conditional=maybe"], 1, ""),
+        (["evaluation.n=10"], 1, "evaluation.n=10"),
+        (["model.sampler.steps=0"], 1, "sampler.steps=0"),
+        (["model=vae", "model.latent_dim=0"], 1, "latent_dim=0"),
+        (["model.network.multipliers=[1,2,2,2,2]"], 1, "multipliers"),
+        (["data=eurosat64", "paths.data=nowhere"], 1, "eurosat64.zip"),
+        (["data=image_folder", "data.root=nowhere"], 1, "nowhere"),
+        (["trainer.global_batch_size=0"], 1, "batch"),
+        (["evaluation=inception"], 1, "weights"),
+        (["task=evaluate"], 1, "run=DIR"),
+        (["task=evaluate", "run=nowhere"], 1, "nowhere"),
+        (["resume=nowhere"], 1, "nowhere"),
+        (["task=compare"], 1, "runs="),
+        (["task=compare", "runs=nowhere/*"], 1, "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input(words: list[str], code: int, named: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    assert cli("logger=csv", *words) == code
+    assert named in complaint(capsys)
+    assert not list(tmp_path.rglob("*.ckpt")), "no time is spent on training"
+
+
+def test_labels_asked_of_data_without(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    for k in range(300):
+        Image.fromarray(np.full((8, 8), k % 256, np.uint8)).save(_made(tmp_path / "pictures") / f"{k}.png")
+    assert cli("data=image_folder", "data.root=pictures", "model.conditional=true", "logger=csv") == 1
+    assert "labels" in complaint(capsys)
+
+
+def test_a_checkpoint_of_another_family(trained: Path, cli: Cli, capsys: Any) -> None:
+    assert cli("task=evaluate", f"run={trained / 'run'}", "model=vae") == 1
+    assert "ddpm" in complaint(capsys)
+    assert cli("task=evaluate", f"run={trained / 'run'}", "model.network.channels=8") == 1
+    assert "another model" in complaint(capsys)
+
+
+def test_a_damaged_checkpoint(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    import shutil
+
+    shutil.copytree(trained / "run", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert cli("task=evaluate", "run=run") == 1
+    assert "last.ckpt" in complaint(capsys)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    import shutil
+
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "harm"),))
+
+    shutil.copytree(trained / "run", tmp_path / "run")
+    torch.save({"state_dict": {}, "x": Harm()}, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert cli("task=evaluate", "run=run") == 1
+    assert "last.ckpt" in complaint(capsys) and not (tmp_path / "harm").exists()
+
+
+def test_a_run_is_not_overwritten(trained: Path, cli: Cli, capsys: Any) -> None:
+    before = (trained / "run" / "record.json").read_bytes()
+    assert cli("model=vae", *QUICK, f"hydra.run.dir={trained / 'run'}") == 1
+    assert "resume=" in complaint(capsys)
+    assert (trained / "run" / "record.json").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gencompare.errors import UserError
+    from gencompare.files import write_text
+
+    target = tmp_path / "record.json"
+    write_text(target, "old")
+
+    def full(descriptor: int, mode: str) -> Any:
+        os.close(descriptor)
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(UserError, match="No room left on the disk"):
+        write_text(target, "new" * 10_000)
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_folder_that_cannot_be_written(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli("model=vae", *QUICK, "hydra.run.dir=file/run") == 1
+    assert "file" in complaint(capsys)
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['run.py', '--help']\n"
+        "from gencompare.tasks.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'pytorch_lightning', 'wandb', 'matplotlib'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    assert "HEAVY []" in shown
+    for word in ("task=evaluate", "model: ", "data: ", "ddpm", "Examples"):
+        assert word in shown
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
