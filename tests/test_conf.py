@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from composing import compose, options, roots
 from omegaconf import OmegaConf
+
+from composing import compose, options, roots
 
 NOT_OPTIONS = ("hydra",)
 
@@ -23,12 +24,14 @@ def every_option() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("group", "option"), every_option(), ids=lambda x: str(x))
 def test_every_option_composes(group: str, option: str) -> None:
-    cfg = compose(*carriers(group), f"{group}={option}")
+    carrier = carriers(group)
+    plus = "" if carrier or "/" not in group else "+"
+    cfg = compose(*carrier, f"{plus}{group}={option}")
     assert OmegaConf.missing_keys(cfg) <= {"data.root"}, f"{group}={option} leaves values open"
 
 
 def carriers(group: str) -> list[str]:
-    """A family (or evaluation) in whose defaults list ``group`` stands, chosen by looking and not by name."""
+    """An option in whose defaults list ``group`` stands, chosen by looking and not by name; none for an addition."""
     parts = group.split("/")
     if len(parts) == 1:
         return []
@@ -39,7 +42,7 @@ def carriers(group: str) -> list[str]:
                 defaults = OmegaConf.load(path).get("defaults", [])
                 if any("/".join(parts[1:]) in entry for entry in defaults if not isinstance(entry, str)):
                     return [f"{parts[0]}={carrier}"]
-    raise AssertionError(f"no option of {parts[0]} has {group} in its defaults list")
+    return []
 
 
 def test_groups_of_the_issue_are_there() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from composing import compose, options
 
+from composing import compose, options
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.seeds import Draws, generator
@@ -52,7 +52,7 @@ CASES = [(family, conditional) for family in FAMILIES for conditional in conditi
 @pytest.mark.parametrize(("family", "conditional"), CASES)
 def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
     overrides = ["model.conditional=true"] if conditional else []
-    cfg, model, data = fitted(family, tmp_path, *overrides)
+    _, model, data = fitted(family, tmp_path, *overrides)
     clock = next(c for c in model.trainer.callbacks if isinstance(c, Clock))  # type: ignore[attr-defined]
     assert clock.step >= 1
 

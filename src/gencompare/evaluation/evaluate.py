@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class Protocol:
         likelihood_n: test images that are scored in bits/dim and reconstructed (some families need a thousand network
             calls for each).
         seed: of sampling.
+        metrics: further figures by name, each a function ``(features of samples, features of the reference) -> float``;
+            its attribute ``better`` (``lower``, ``higher``, ``one``) says how to rank it, where it has one.
     """
 
     extractor: Callable[[DataSpec], Extractor] = compact
@@ -59,6 +61,7 @@ class Protocol:
     chunk: int = CHUNK
     likelihood_n: int = 500
     seed: int = 0
+    metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict)
 
     def check(self, data: source.Data) -> Extractor:
         """The extractor, when this protocol can measure ``data``.
@@ -216,6 +219,11 @@ def quality(
     note = "" if len(floor) == len(images) else f"floor from {len(floor)} {held_out} images"
 
     metrics = distances(own, reference, floor, extractor, note)
+    for name, further in protocol.metrics.items():
+        metrics[name] = Metric(
+            further(own.features, reference.features), better=getattr(further, "better", None),
+            floor=further(floor.features, reference.features), note=note,
+        )  # fmt: skip
     details: dict[str, Any] = {"flags": alike(own)}
     splits = {name: split_features(data, name, extractor, device) for name in ("train", "test", "val")}
     ratio = memorization_ratio(own.features, *(splits[name].features for name in ("train", "test", "val")))
