@@ -25,6 +25,7 @@ from gencompare.compare.gather import Gathered, find, gather, read_curve
 from gencompare.compare.rank import NO_FIGURE, NOT_LEARNED, OVERLAP, UNDECIDED, Group, apart, rank
 from gencompare.compare.report import report
 from gencompare.compare.settings import differences
+from gencompare.compare.table import columns
 from gencompare.compare.terminal import print_tables, summary
 from gencompare.errors import UserError
 from gencompare.records import Metric, RunRecord
@@ -510,6 +511,31 @@ def test_numbers_in_words(say: Any, value: float | None, text: str):
 )  # fmt: skip
 def test_titles_of_figures(name: str, title: str):
     assert words.title(name) == title
+
+
+@pytest.mark.parametrize(
+    "scores, shown",
+    [
+        ({"elbo": (2.5, "bound"), "iwae": (2.3, "bound")}, ("2.30", "iwae · bound")),
+        ({"elbo": (2.5, "bound"), "ode": (2.1, "estimate, 100 test images")}, ("2.50", "elbo · bound")),
+        ({"density": (3.5, "exact"), "elbo": (2.5, "bound")}, ("3.50", "density · exact")),
+        ({"odd": (3.5, "")}, ("3.50", "odd")),
+        ({"elbo": (None, "bound")}, ("–", "")),  # noqa: RUF001
+    ],
+)
+def test_bits_per_dim_is_one_column_that_names_its_kind(tmp_path: Path, scores: dict[str, Any], shown: tuple[str, str]):
+    metrics = {"fd_digits": Metric(1.0, better="lower"), "new": Metric(1.0)}
+    metrics |= {f"bpd_{name}": Metric(value, better="lower", note=note) for name, (value, note) in scores.items()}
+    other = {"fd_digits": Metric(2.0, better="lower"), "precision": Metric(0.5), "bpd_vlb": Metric(9.0, note="bound")}
+    folders = [
+        write_run(tmp_path / name, [replace(result(1.0), metrics=m)]) for name, m in (("a", metrics), ("b", other))
+    ]
+    (group,) = rank(gather(folders).runs)
+    found = {column.title: column.cell(group.rows[0]) for column in columns(group)}
+    assert [title for title in found if title.split("\u00a0")[0] in ("FD digits", "precision", "bits/dim", "new")] == [
+        "FD digits\u00a0↓", "precision", "bits/dim\u00a0↓", "new",
+    ]  # fmt: skip
+    assert (found["bits/dim\u00a0↓"].text, found["bits/dim\u00a0↓"].beside) == shown
 
 
 def test_any_figure_gets_a_column_the_known_ones_first(tmp_path: Path):

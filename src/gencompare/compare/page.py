@@ -142,7 +142,10 @@ def _all_figures(group: Group) -> dict[str, Any]:
     for name in group.metrics():
         metrics = [row.result.metrics.get(name) for row in group.rows]
         cells = [
-            (words.figure(m.value), words.beside(m, real=False)) if m is not None else (words.NONE, "") for m in metrics
+            (words.figure(m.value), words.beside(m, headline=name == group.headline, real=False))
+            if m is not None
+            else (words.NONE, "")
+            for m in metrics
         ]
         floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
         unit = next((m.unit for m in metrics if m is not None and m.unit), "")
@@ -151,7 +154,8 @@ def _all_figures(group: Group) -> dict[str, Any]:
     kept = dict.fromkeys(
         name for row in group.rows for name, value in row.result.details.items() if value not in ([], {})
     )
-    kept.pop("flags", None)
+    for said_elsewhere in ("flags", "images_per_second"):
+        kept.pop(said_elsewhere, None)
     details = [(name, [_compact(row.result.details.get(name)) for row in group.rows]) for name in kept]
     costs = [column for column in columns(group) if column.title in ("NFE", "samples/s")]
     details = [(c.title, [c.cell(row).text for row in group.rows]) for c in costs] + details

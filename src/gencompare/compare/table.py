@@ -14,6 +14,11 @@ from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.rank import Group, Row, rank, without_figures
 from gencompare.files import write_text
 
+LIKELIHOOD = "bpd_"
+"""Beginning of the names of figures in bits/dim, one a way of scoring."""
+
+KINDS = ("exact", "bound", "estimate")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -35,7 +40,11 @@ class Column:
 
 def columns(group: Group) -> list[Column]:
     """The columns of a group's table, without those that would be empty in every row."""
-    figures = [Column(heading(group, name), _metric(name), metric=name) for name in group.metrics()]
+    names = group.metrics()
+    figures = [Column(heading(group, n), _metric(n), metric=n) for n in names if not n.startswith(LIKELIHOOD)]
+    if len(figures) < len(names):
+        known = sum(words.place(column.metric or "") < words.place(LIKELIHOOD) for column in figures)
+        figures.insert(known, Column("bits/dim\u00a0↓", _likelihood))
     every = [
         Column("run", lambda row: _text(row.run.label, _remark(row)), numeric=False),
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
@@ -87,9 +96,30 @@ def _metric(name: str) -> Callable[[Row], Cell]:
         metric = row.result.metrics.get(name)
         if metric is None:
             return Cell(words.NONE)
-        return Cell(words.figure(metric.value), words.beside(metric), words.number(metric.value))
+        return Cell(
+            words.figure(metric.value),
+            words.beside(metric, headline=name == row.result.headline),
+            words.number(metric.value),
+        )
 
     return cell
+
+
+def _likelihood(row: Row) -> Cell:
+    """One figure in bits/dim, named: the exact one, else the tightest bound, else an estimate.
+
+    A model may be scored in several ways, and two models in different ones; all of them are among all figures.
+    """
+    scored = [
+        (KINDS.index(kind) if (kind := words.label(metric)) in KINDS else len(KINDS), metric.value, name)
+        for name, metric in row.result.metrics.items()
+        if name.startswith(LIKELIHOOD) and metric.value is not None
+    ]
+    if not scored:
+        return Cell(words.NONE)
+    kind, value, name = min(scored)
+    said = [name.removeprefix(LIKELIHOOD), *KINDS[kind : kind + 1]]
+    return Cell(words.figure(value), " · ".join(said), value)
 
 
 def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = words.count) -> Callable[[Row], Cell]:

@@ -113,10 +113,15 @@ def summary(record: RunRecord) -> RenderableType:
             floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
             texts = []
             for metric in metrics:
-                over = metric.over_floor if metric is not None and metric.better == "lower" else None
-                beside = f"  {words.times(over)} {words.FLOORS}" if over is not None else ""
-                beside += f"  {words.label(metric)}" if metric is not None and words.label(metric) else ""
-                texts.append(Text.assemble(words.figure(metric.value if metric else None), (beside, "dim")))
+                beside = []
+                if metric is not None:
+                    beside = [words.over(metric) if name == group.headline else "", words.label(metric)]
+                texts.append(
+                    Text.assemble(
+                        words.figure(metric.value if metric else None),
+                        *(("  " + part, "dim") for part in beside if part),
+                    )
+                )
                 if metric is not None and metric.note:
                     noted[f"{words.title(name)}: {metric.note}"] = None
             table.add_row(Text(heading(group, name)), *texts, Text(words.figure(floor)))

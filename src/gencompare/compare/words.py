@@ -104,14 +104,23 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def beside(metric: Metric, *, real: bool = True) -> str:
-    """What stands beside a figure: its interval, its floor (``real``: also one that is no divisor), and its label."""
+def over(metric: Metric) -> str:
+    """A headline distance as a multiple of its floor.
+
+    Only a headline is divided: the floor of an unbiased distance (KID) is 0 up to noise, and that of a share is no
+    unit of anything.
+    """
+    return f"{times(metric.over_floor)} {FLOORS}" if metric.better == "lower" and finite(metric.over_floor) else ""
+
+
+def beside(metric: Metric, *, headline: bool, real: bool = True) -> str:
+    """What stands beside a figure: its interval, its multiple of the floor or (``real``) the floor, its label."""
     parts = []
     if metric.interval is not None and all(map(finite, metric.interval)):
         parts.append(f"[{figure(metric.interval[0])}, {figure(metric.interval[1])}]")
-    if metric.better == "lower" and finite(metric.over_floor):
-        parts.append(f"{times(metric.over_floor)} {FLOORS}")
-    elif real and metric.better != "lower" and finite(metric.floor):
+    if headline and over(metric):
+        parts.append(over(metric))
+    elif real and finite(metric.floor):
         parts.append(f"real {figure(metric.floor)}")
     if label(metric):
         parts.append(label(metric))
