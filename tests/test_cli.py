@@ -200,7 +200,7 @@ def complaint(capsys: Any) -> str:
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
-        (["modle=ddpm"], 2, "model"),
+        (["modle=ddpm"], 2, "modle"),
         (["model=dpdm"], 2, "ddpm"),
         (["model.optimiser.lr=1"], 2, "optimiser"),
         (["budget.images=0"], 1, "budget.images=0"),
@@ -212,7 +212,7 @@ def complaint(capsys: Any) -> str:
         (["data=eurosat64", "paths.data=nowhere"], 1, "eurosat64.zip"),
         (["data=image_folder", "data.root=nowhere"], 1, "nowhere"),
         (["trainer.global_batch_size=0"], 1, "batch"),
-        (["evaluation=inception"], 1, "weights"),
+        (["evaluation=inception", "evaluation.weights=nowhere.pth", "evaluation.n=3000"], 1, "nowhere.pth"),
         (["task=evaluate"], 1, "run=DIR"),
         (["task=evaluate", "run=nowhere"], 1, "nowhere"),
         (["resume=nowhere"], 1, "nowhere"),

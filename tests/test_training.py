@@ -164,8 +164,8 @@ def test_seeds_tell_their_parts_apart() -> None:
     ],
 )
 def test_the_first_limit_reached_ends_training(budget: Budget, progress: float) -> None:
-    assert budget.progress(images=50, steps=5, seconds=60) == pytest.approx(progress)
-    assert budget.progress(images=10**9, steps=10**9, seconds=10**9) == 1
+    assert budget.progress(images=50, step=5, seconds=60) == pytest.approx(progress)
+    assert budget.progress(images=10**9, step=10**9, seconds=10**9) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"images": 0}, {"steps": -1}])

@@ -110,6 +110,9 @@ class TrainedModel(pl.LightningModule):
         grad_clip: the largest global norm of a gradient; None leaves gradients alone.
     """
 
+    closed_form = False
+    """Whether the first step fits the whole training split, which ends training whatever the budget."""
+
     def __init__(
         self,
         spec: DataSpec,

@@ -159,10 +159,3 @@ def _check(
             f"A U-Net with multipliers={list(multipliers)} halves its images {levels - 1} times, which {height}x{width}"
             f" does not allow: use at most {possible} multipliers, such as {list(multipliers[:possible])}."
         )
-    resolutions = [height >> level for level in range(levels)]
-    if attention and not set(attention) & set(resolutions):
-        raise UserError(
-            f"attention={list(attention)} names no resolution of this U-Net, which has"
-            f" {', '.join(map(str, resolutions))}: choose among these, or use attention=[]"
-            " (the middle of the network attends in any case)."
-        )

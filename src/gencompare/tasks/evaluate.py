@@ -72,16 +72,16 @@ def measure(
     for checkpoint in checkpoints:
         if checkpoint == "best" and len(checkpoints) > 1 and not (folder / "checkpoints" / "best.ckpt").exists():
             continue
-        step = load_weights(model, folder, checkpoint=checkpoint, weights=weights)["step"]
+        seen = load_weights(model, folder, checkpoint=checkpoint, weights=weights)
+        step = seen["step"]
         if step in steps:
             continue
         steps.add(step)
-        record = RunRecord.load(folder)
         generation = Generation(
             weights=weights if model.averaged_parameters() else "raw",
             checkpoint=checkpoint,
             step=step,
-            images_seen=step * int(record.config["trainer"]["global_batch_size"]),
+            images_seen=seen["images"],
             sampler=model.sampling_description(),
             seed=protocol.seed,
         )

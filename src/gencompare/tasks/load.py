@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -49,8 +48,8 @@ def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weight
     return Run(folder, model.eval(), data, config)
 
 
-def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights: str) -> dict[str, Any]:
-    """Put the weights of ``folder``'s checkpoint into ``model``; returns its ``step``.
+def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights: str) -> dict[str, int]:
+    """Put the weights of ``folder``'s checkpoint into ``model``; returns its ``step`` and the ``images`` seen.
 
     Raises `UserError` when the checkpoint is missing, damaged, or of a model of another family or size.
     """
@@ -72,7 +71,8 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
             f" and {expected.get(odd[0], 'missing')} here. Name the run's own family and sizes."
         )
     model.load_state_dict(state)
-    return {"step": stored["callbacks"]["Clock"]["step"]}
+    clock = stored["callbacks"]["Clock"]
+    return {"step": clock["step"], "images": clock["images"]}
 
 
 def generative(model: TrainedModel, task: str) -> GenerativeModel:

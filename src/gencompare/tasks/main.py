@@ -83,7 +83,8 @@ def report(error: BaseException, job: str = "") -> int:
     if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(
         cause, hydra.errors.InstantiationException
     ):
-        print(f"{where}Error: {_plain(cause)}", file=sys.stderr)
+        text = _plain(cause).split(" Config search path:")[0]
+        print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
         return USAGE
     if isinstance(cause, OSError) and cause.filename and cause.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
         print(f"{where}Error: cannot write {cause.filename}: {cause.strerror}. Choose another folder.", file=sys.stderr)

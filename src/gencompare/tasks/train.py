@@ -17,6 +17,7 @@ from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
 from gencompare.tasks import frozen
 from gencompare.tasks.build import (
+    build_budget,
     build_callbacks,
     build_data,
     build_loggers,
@@ -41,7 +42,7 @@ def train(cfg: DictConfig) -> None:
     folder = Path(cfg.out)
     resumed = cfg.resume is not None
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    start = load_checkpoint(checkpoint)["callbacks"]["Clock"]["step"] if resumed and checkpoint.exists() else 0
+    clock = load_checkpoint(checkpoint)["callbacks"]["Clock"] if resumed and checkpoint.exists() else None
     data = build_data(cfg)
     model = build_model(cfg, data)
     protocol = None
@@ -53,12 +54,12 @@ def train(cfg: DictConfig) -> None:
         begin(cfg, model, data, folder, resumed)
     record = RunRecord.load(folder)
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
-    loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=start)
+    loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=clock["step"] if clock else 0)
     trainer = build_trainer(cfg, model, callbacks, loggers, folder)
-    if start and cfg.trainer.global_batch_size * start >= (cfg.budget.images or float("inf")):
+    if clock and (model.closed_form or build_budget(cfg).progress(**clock) >= 1):
         print_zero("The budget is spent: nothing is left to train.")
     else:
-        fit(trainer, model, data, folder, checkpoint if start else None)
+        fit(trainer, model, data, folder, checkpoint if clock else None)
     if protocol is not None:
         assert isinstance(model, GenerativeModel)
         device = trainer.strategy.root_device

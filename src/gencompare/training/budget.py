@@ -29,11 +29,11 @@ class Budget:
             if limit is not None and limit <= 0:
                 raise UserError(f"budget.{name}={limit} leaves nothing to train: give a positive number.")
 
-    def progress(self, *, images: int, steps: int, seconds: float) -> float:
+    def progress(self, *, images: int, step: int, seconds: float) -> float:
         """The share of the budget that is spent, 0 to 1."""
         spent = [
             done / limit
-            for done, limit in ((images, self.images), (steps, self.steps), (seconds / 60, self.minutes))
+            for done, limit in ((images, self.images), (step, self.steps), (seconds / 60, self.minutes))
             if limit is not None
         ]
         return min(1.0, max(spent))

@@ -28,30 +28,32 @@ class Clock(Callback):
         self.seed, self.global_batch_size, self.budget = seed, global_batch_size, budget
         self.step = 0
         """Finished training steps."""
+        self.images = 0
+        """Training images seen, repeats counted."""
         self.seconds = 0.0
         """Wall seconds spent in training, over all sittings."""
         self._generator: torch.Generator | None = None
         self._since = time.monotonic()
 
     @property
-    def images(self) -> int:
-        """Training images seen, repeats counted."""
-        return self.step * self.global_batch_size
-
-    @property
     def progress(self) -> float:
         """The share of the budget that is spent, 0 to 1."""
-        return self.budget.progress(images=self.images, steps=self.step, seconds=self.seconds)
+        return self.budget.progress(images=self.images, step=self.step, seconds=self.seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds}
+        return {"step": self.step, "images": self.images, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self.seconds = state_dict["step"], state_dict["seconds"]
+        self.step, self.images, self.seconds = state_dict["step"], state_dict["images"], state_dict["seconds"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores the callbacks before this hook and asks for the training stream after it.
         trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
+        assert isinstance(pl_module, TrainedModel)
+        self._images_a_step = self.global_batch_size
+        if pl_module.closed_form:
+            self.budget = Budget(steps=1)
+            self._images_a_step = len(trainer.datamodule.split("train"))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._generator = torch.Generator(pl_module.device)
@@ -69,6 +71,7 @@ class Clock(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.step += 1
+        self.images += self._images_a_step
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
         if self.budget.minutes is not None and trainer.world_size > 1:

@@ -23,7 +23,8 @@ class GracefulStop(Callback):
         """The signal that ended training."""
         self._previous: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not sooner: Lightning sets a handler of its own before this hook, which ends training in the middle of a step.
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
 
@@ -43,7 +44,7 @@ class GracefulStop(Callback):
         if self.received is not None:
             trainer.should_stop = True
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
