@@ -36,9 +36,9 @@ class DenoisingMLP(nn.Module):
         self.label = LabelEmbedding(num_classes, width) if num_classes else None
         self.stem = nn.Linear(math.prod(shape), width)
         self.blocks = nn.ModuleList(ModulatedBlock(width) for _ in range(depth))
-        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape)))
-        nn.init.zeros_(self.out[1].weight)
-        nn.init.zeros_(self.out[1].bias)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = self.noise(noise_cond)
@@ -47,7 +47,7 @@ class DenoisingMLP(nn.Module):
         h = self.stem(x.flatten(1))
         for block in self.blocks:
             h = block(h, emb)
-        return self.out(h).unflatten(1, self.out_shape)
+        return self.out(self.norm(h)).unflatten(1, self.out_shape)
 
 
 class ModulatedBlock(nn.Module):
