@@ -249,7 +249,8 @@ def test_damaged_gzip_is_named(tmp_path: Path, data_root: Path) -> None:
     broken = tmp_path / "t10k-labels-idx1-ubyte.gz"
     content = broken.read_bytes()
     broken.unlink()
-    for damage in (content[:1000], b"no gzip at all", content[:2000] + bytes(100) + content[2100:]):
+    invalid = content[:10] + b"\xff" * 50 + content[60:]  # no block of packed data begins so
+    for damage in (content[:1000], b"no gzip at all", content[:2000] + bytes(100) + content[2100:], invalid):
         broken.write_bytes(damage)
         with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is damaged"):
             MNIST(tmp_path).setup()
@@ -338,7 +339,7 @@ def test_cifar10_runs_no_code_from_a_pickle(tmp_path: Path) -> None:
     for k in range(1, 6):
         (folder / f"data_batch_{k}").write_bytes(pickle.dumps({"data": Evil(), "labels": [], "filenames": []}))
     (folder / "test_batch").write_bytes(b"")
-    with pytest.raises(UserError, match=r"data_batch_1 is no CIFAR batch file.*system"):
+    with pytest.raises(UserError, match=r"data_batch_1 is no CIFAR batch file .it asks for \w+\.system"):
         CIFAR10(tmp_path).setup()
     assert not (tmp_path / "ran").exists()
     for k in range(1, 6):

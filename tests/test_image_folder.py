@@ -79,6 +79,7 @@ def one(content: bytes, root: Path, **options: object) -> torch.Tensor:
         ),
         (["set/train/b/1.png", "set/test/a/1.png"], ["train", "test"], [1, 0], ("a", "b")),
         (["train/1.png"], ["train"], None, ()),
+        (["train/cats/1.png", "test/cats/1.png"], ["train", "test"], None, ()),
     ],
 )
 def test_layouts(
@@ -290,11 +291,15 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, caplog:
 
 
 def test_an_error_of_the_images_passes_the_cache(tmp_path: Path) -> None:
+    asked = []
+
     def make() -> torch.Tensor:
+        asked.append(1)
         raise UserError("the images are at fault")
 
     with pytest.raises(UserError, match="at fault"):
         cached(tmp_path, "x", make)
+    assert len(asked) == 1, "it is not tried again"
     assert cached(tmp_path, "x", lambda: torch.zeros(2)).tolist() == [0, 0], "and leaves nothing behind"
 
 
