@@ -51,9 +51,7 @@ class Draws:
 
     def normal(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers, (rows, *shape)."""
-        return self._mine(
-            torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype)
-        )
+        return self._mine(torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform numbers in [0, 1), (rows, *shape)."""

@@ -27,4 +27,5 @@ class Digits(ImageData):
         labels = torch.tensor(bunch.target, dtype=torch.int64)  # type: ignore[attr-defined]
         order = torch.randperm(len(images), generator=generator("cpu", "digits", "split"))
         whole = Split(images[order], labels[order])
-        return {"test": whole[slice(TEST)], "val": whole[slice(TEST, TEST + VAL)], "train": whole[slice(TEST + VAL, None)]}
+        test, val, train = whole[slice(TEST)], whole[slice(TEST, TEST + VAL)], whole[slice(TEST + VAL, None)]
+        return {"train": train, "val": val, "test": test}

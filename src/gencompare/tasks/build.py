@@ -12,6 +12,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
@@ -118,7 +119,7 @@ def build_trainer(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except pl.utilities.exceptions.MisconfigurationException as error:
+    except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -55,7 +56,7 @@ def _job(cfg: DictConfig) -> None:
     try:
         call_task(thaw(cfg, job))
     except Exception as error:
-        if job.mode.name != "MULTIRUN":
+        if job.mode is not RunMode.MULTIRUN:
             raise SystemExit(report(error)) from error
         _failures.append(report(error, job=Path(job.runtime.output_dir).name))
     finally:
@@ -80,9 +81,7 @@ def report(error: BaseException, job: str = "") -> int:
     if isinstance(cause, UserError):
         print(f"{where}Error: {cause}", file=sys.stderr)
         return FAILURE
-    if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(
-        cause, hydra.errors.InstantiationException
-    ):
+    if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(cause, InstantiationException):
         text = _plain(cause).split(" Config search path:")[0]
         print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
         return USAGE
@@ -103,7 +102,7 @@ def _cause(error: BaseException) -> BaseException:
     for link in chain:
         if isinstance(link, UserError | KeyboardInterrupt):
             return link
-    if isinstance(error, hydra.errors.InstantiationException):
+    if isinstance(error, InstantiationException):
         return chain[-1]
     return error
 

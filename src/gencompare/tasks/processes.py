@@ -27,13 +27,13 @@ def children_of(job: Path) -> Iterator[None]:
     def command(local_rank: int) -> tuple[list[str], str]:
         return [sys.executable, "-m", "gencompare.tasks.rank"], os.getcwd()
 
-    original = subprocess_script._hydra_subprocess_cmd
-    subprocess_script._hydra_subprocess_cmd = command  # type: ignore[assignment]
+    original = subprocess_script._hydra_subprocess_cmd  # type: ignore[attr-defined]
+    subprocess_script._hydra_subprocess_cmd = command  # type: ignore[attr-defined]
     os.environ[CHILD] = str(job)
     try:
         yield
     finally:
-        subprocess_script._hydra_subprocess_cmd = original
+        subprocess_script._hydra_subprocess_cmd = original  # type: ignore[attr-defined]
 
 
 def alone_again() -> None:

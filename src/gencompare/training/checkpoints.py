@@ -63,7 +63,7 @@ class Checkpoints(Callback):
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
         """Save, unless the weights are no longer finite: the last good checkpoint must stay."""
-        norms = torch._foreach_norm([p.detach() for p in model.parameters()])
+        norms = torch._foreach_norm([p.detach() for p in model.parameters()])  # type: ignore[attr-defined]
         if not torch.isfinite(torch.stack(norms)).all():
             raise not_finite("a weight", clock_of(trainer).step)
         trainer.save_checkpoint(path)

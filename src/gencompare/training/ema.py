@@ -54,7 +54,7 @@ class EMA(Callback):
         step = clock_of(trainer).step
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [p.detach() for p in _parameters(pl_module).values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)  # type: ignore[attr-defined]
 
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:

@@ -96,6 +96,7 @@ def wandb_logger(
         mode: ``online``, ``offline`` or ``disabled``; None is online where there is an API key, else offline.
     """
     import wandb
+    from wandb.errors import Error as WandbError
 
     chosen = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
     # The run says itself where everything lies; W&B's own banner would only repeat it.
@@ -110,7 +111,7 @@ def wandb_logger(
     logger = _open(mode=chosen, **options)
     try:
         _ = logger.experiment
-    except (wandb.errors.Error, OSError) as error:
+    except (WandbError, OSError) as error:
         print(f"W&B cannot be reached ({type(error).__name__}): logging offline. Send it later: {later}")
         logger = _open(mode="offline", **options)
         _ = logger.experiment

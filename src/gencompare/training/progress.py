@@ -34,7 +34,7 @@ class ProgressLine(Callback):
             TextColumn("[bold]training"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
             TimeElapsedColumn(), console=Console(), refresh_per_second=4,
         )  # fmt: skip
-        self._task = self._bar.add_task("", total=1.0, completed=clock_of(trainer).progress)
+        self._task = self._bar.add_task("", total=1.0)
         self._bar.start()
 
     def on_train_batch_end(
