@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gencompare.errors import UserError
@@ -62,7 +63,7 @@ def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
             choices = dict(hydra_config.runtime.choices)
             cfg.choices = {g: c for g, c in choices.items() if not g.startswith("hydra/")}
         cfg.out = str(Path(hydra_config.runtime.output_dir).absolute())
-        cfg.sweep_name = Path(hydra_config.sweep.dir).name if hydra_config.mode.name == "MULTIRUN" else None
+        cfg.sweep_name = Path(hydra_config.sweep.dir).name if hydra_config.mode is RunMode.MULTIRUN else None
         if cfg.get("command") is None:
             cfg.command = words
     return cfg
