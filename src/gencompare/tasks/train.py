@@ -44,6 +44,7 @@ def train(cfg: DictConfig) -> None:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     clock = load_checkpoint(checkpoint)["callbacks"]["Clock"] if resumed and checkpoint.exists() else None
     data = build_data(cfg)
+    data.setup()
     model = build_model(cfg, data)
     protocol = None
     if isinstance(model, GenerativeModel):
