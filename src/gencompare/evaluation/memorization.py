@@ -11,9 +11,11 @@ BLOCK = 2000
 def nearest(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """(distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
 
-    Distances are recomputed from the rows found, since the fast product form loses small ones to rounding: an exact
-    copy is at 0.
+    Neighbours are found by the fast product form, on centred features, and their distances are then computed from the
+    rows themselves: the product form loses small ones to rounding, and a copy must be at 0.
     """
+    centre = keys.mean(0)
+    queries, keys = queries - centre, keys - centre
     index = torch.cat(
         [torch.cdist(block, keys, compute_mode="use_mm_for_euclid_dist").argmin(1) for block in queries.split(BLOCK)]
     )

@@ -32,7 +32,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> tuple[float, float]:
     """
     size = min(KID_SUBSET_SIZE, len(features), len(reference))
     figures = kid_features_to_metric(
-        features.double(), reference.double(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
+        features, reference, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
     )
     return figures[KEY_METRIC_KID_MEAN], figures[KEY_METRIC_KID_STD]
 
