@@ -311,7 +311,6 @@ def test_weights_of_another_network_are_refused_by_name() -> None:
         ),
         ((1, 8, 8), {"multipliers": (1,) * 5}, r"at most 4 multipliers"),
         ((2, 1, 1), {}, r"at most 1 multipliers"),
-        ((1, 8, 8), {"attention": (16,)}, r"attention=\[16\].*8, 4.*attention=\[\]"),
         ((1, 8, 8), {"channels": 12, "groups": 8}, r"channels=12.*groups=8.*groups=4"),
         ((1, 8, 8), {"multipliers": ()}, r"multipliers=\[\]"),
         ((1, 8, 8), {"blocks": 0}, r"blocks=0"),

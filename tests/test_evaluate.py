@@ -1,0 +1,302 @@
+"""evaluate(): one protocol for models and images, the same figures for any number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from gencompare.contract import Cond, DataSpec, Likelihood
+from gencompare.data.base import ImageData, Split
+from gencompare.data.digits import Digits
+from gencompare.data.toy2d import Toy2D
+from gencompare.errors import UserError
+from gencompare.evaluation.bars import bars, passes
+from gencompare.evaluation.controls import controls
+from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.preview import preview_distance
+from gencompare.evaluation.raw import RawValues
+from gencompare.evaluation.sampling import draw, labels_like
+from gencompare.models.gaussian import Gaussian
+from gencompare.protocol import Generation
+from gencompare.records import Result
+from gencompare.seeds import derive
+
+
+class Tiny(ImageData):
+    """2x2 images of 256 levels around one of two means, 3 to 1; cheap to measure with raw values."""
+
+    spec = DataSpec(name="tiny", shape=(1, 2, 2), num_classes=2)
+
+    def load(self) -> dict[str, Split]:
+        splits = {}
+        for k, (name, n) in enumerate({"train": 900, "val": 200, "test": 300}.items()):
+            label = (torch.arange(n) % 4 == 3).long()
+            noise = torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(k))
+            images = (80 + 90 * label[:, None, None, None] + 20 * noise).round().clamp(0, 255).to(torch.uint8)
+            splits[name] = Split(images, label)
+        return splits
+
+
+class Fake(nn.Module):
+    """Draws uniform images; each chunk passes its network once with n rows and once with 2 n."""
+
+    conditional = False
+    spec = Tiny.spec
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Identity()
+        self.frozen = nn.Dropout()
+        self.train()
+        self.frozen.eval()
+        self.conds: list[Cond] = []
+
+    def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
+        assert not any(module.training for module in self.modules())
+        assert not torch.is_grad_enabled()
+        self.conds.append(dict(cond or {}))
+        x = torch.rand(n, 1, 2, 2, generator=generator) * 2 - 1
+        self.net(torch.cat([x, x]))
+        return self.net(x)
+
+    def counted_networks(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    def sampling_description(self) -> str:
+        return "uniform"
+
+
+class Failing(Fake):
+    """The third chunk fails."""
+
+    def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
+        if generator.initial_seed() == self.bad:
+            return torch.full((n, 1, 2, 2), float("nan"))
+        return super().sample(n, cond, generator=generator)
+
+    bad = 0
+
+
+RAW = Protocol(extractor=RawValues, n=300, chunk=40)
+
+
+def values(result: Result) -> dict[str, float | None]:
+    return {name: metric.value for name, metric in result.metrics.items()}
+
+
+# Sampling
+
+
+def test_chunks_come_from_seed_and_place_alone() -> None:
+    model = Fake()
+    long, short = draw(model, 100, seed=3, chunk=40).images, draw(model, 40, seed=3, chunk=40).images
+    assert torch.equal(long[:40], short)
+    assert not torch.equal(long[:40], long[40:80]) and not torch.equal(long, draw(model, 100, seed=4, chunk=40).images)
+    assert [len(draw(model, n, chunk=40).images) for n in (1, 39, 40, 41)] == [1, 39, 40, 41]
+
+
+def test_network_rows_are_counted_and_modes_put_back() -> None:
+    model = Fake()
+    samples = draw(model, 100, chunk=40)
+    assert samples.nfe == {"net": 3.0} and samples.seconds > 0 and samples.peak_memory_bytes > 0
+    assert model.training and model.net.training and not model.frozen.training
+    assert not model.net._forward_hooks
+
+
+def test_labels_have_the_proportions_of_the_reference() -> None:
+    reference = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    labels = labels_like(reference, 1000, seed=0)
+    assert torch.bincount(labels).tolist() == [500, 300, 200]
+    assert torch.equal(labels, labels_like(reference, 1000, seed=0))
+    first = torch.bincount(labels[:100], minlength=3)
+    assert (first > 5).all(), "in no order of classes"
+    counts = torch.bincount(labels_like(reference, 7, seed=0), minlength=3)
+    assert ((counts - 7 * torch.tensor([0.5, 0.3, 0.2])).abs() < 1).all()
+
+
+def test_a_conditional_model_is_asked_for_the_reference_classes() -> None:
+    model = Fake()
+    model.conditional = True
+    data = Tiny()
+    result = evaluate(model, data, RAW)
+    asked = torch.cat([cond["label"] for cond in model.conds])
+    assert torch.bincount(asked).tolist() == [225, 75]
+    assert (result.measurement.conditioning, result.measurement.label_distribution) == ("labels", "train")
+    unconditional = evaluate(Fake(), data, RAW)
+    assert unconditional.measurement.differences(result.measurement).keys() == {"conditioning", "label_distribution"}
+    assert unconditional.metrics["fd_raw"] == result.metrics["fd_raw"], "this model does not listen"
+
+
+# Figures
+
+
+def test_images_and_the_model_that_draws_them_get_the_same_figures() -> None:
+    data, kept = Tiny(), []
+    one = evaluate(Fake(), data, RAW, generation=Generation(weights="ema"), on_samples=kept.append)
+    two = evaluate(kept[0], data, RAW)
+    padded = evaluate(kept[0].float() / 127.5 - 1, data, RAW)
+    assert values(one) == values(two) == values(padded)
+    assert one.measurement == two.measurement
+    assert one.generation.nfe == {"net": 3.0} and one.generation.sampler == "uniform"
+    assert one.generation.weights == "ema" and two.generation.nfe is None
+    assert one.headline == "fd_raw" and one.measurement.n == 300 and one.measurement.reference_n == 900
+    assert one.measurement.reference_hash == data.hash("train")
+
+
+def test_the_floor_is_the_figure_of_test_images() -> None:
+    data = Tiny()
+    real = evaluate(data.split("test").images, data, RAW)
+    for name in ("fd_raw", "kd_raw", "precision", "recall"):
+        assert real.metrics[name].value == pytest.approx(real.metrics[name].floor, rel=1e-9), name
+    assert real.metrics["memorization"].value is None
+    more = evaluate(Fake(), data, dataclasses.replace(RAW, n=500))
+    assert more.metrics["fd_raw"].floor == real.metrics["fd_raw"].floor
+    assert "300 test images" in more.metrics["fd_raw"].note
+    assert evaluate(Fake(), data, RAW).metrics["fd_raw"].over_floor > 100  # type: ignore[operator]
+
+
+def test_continuous_data_are_measured_as_they_are() -> None:
+    data = Toy2D(n=600)
+    result = evaluate(data.split("val").images, data)
+    assert result.headline == "fd_raw" and result.measurement.quantization == "none" and result.measurement.n == 600
+    assert result.metrics["fd_raw"].value == pytest.approx(0, abs=0.02)
+    assert "confident" not in result.metrics
+
+
+def test_what_cannot_carry_a_figure_is_refused() -> None:
+    data = Tiny()
+    cases: list[tuple[Any, Protocol, str]] = [
+        (Fake(), dataclasses.replace(RAW, n=4), r"evaluation.n=4 .*4 features"),
+        (Fake(), dataclasses.replace(RAW, reference="tset"), "no split 'tset'"),
+        (torch.zeros(200, 1, 2, 2), RAW, "asks for 300 images, and 200"),
+        (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 images cannot carry"),
+        (torch.full((300, 1, 2, 2), math.nan), RAW, "300 of 300 samples hold NaN"),
+        (torch.zeros(300, 3, 2, 2), RAW, "has images of shape"),
+        (Digits.spec, RAW, ""),
+    ]
+    for source, protocol, message in cases[:-1]:
+        with pytest.raises(UserError, match=message):
+            evaluate(source, data, protocol)
+    with pytest.raises(UserError, match="labels"):
+        evaluate(torch.zeros(300, 1, 2, 2), data, RAW, labels=torch.zeros(2))
+
+
+def test_odd_samples_are_flagged() -> None:
+    flat = evaluate(torch.zeros(300, 1, 2, 2), Tiny(), RAW)
+    assert any("draws one image" in flag for flag in flat.details["flags"])
+    unit = evaluate(torch.rand(300, 1, 2, 2), Tiny(), RAW)
+    assert any("[0, 1]" in flag for flag in unit.details["flags"])
+    assert evaluate(Fake(), Tiny(), RAW).details["flags"] == []
+
+
+# Likelihoods and reconstructions
+
+
+class Scoring(Fake):
+    def likelihoods(self) -> dict[str, Likelihood]:
+        return {
+            "mean": Likelihood("bound", lambda x, cond, generator: x.mean((1, 2, 3)) + 2),
+            "noise": Likelihood("estimate", lambda x, cond, g: torch.rand(len(x), generator=g)),
+            "broken": Likelihood("exact", lambda x, cond, g: torch.full((len(x),), math.nan)),
+        }
+
+    def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
+        return x + torch.where(x < 0, 2, -2) * 3 / 255
+
+
+def test_scores_of_the_model_are_means_over_test_images() -> None:
+    data = Tiny()
+    result = evaluate(Scoring(), data, RAW)
+    expected = (data.split("test").images.double() / 127.5 - 1).mean() + 2
+    assert result.metrics["bpd_mean"].value == pytest.approx(float(expected), rel=1e-6)
+    assert result.metrics["bpd_mean"].note == "bound, 300 test images"
+    assert result.metrics["bpd_broken"].value is None and "300 of them" in result.metrics["bpd_broken"].note
+    assert result.metrics["psnr"].value == pytest.approx(10 * math.log10(255**2 / 9), rel=1e-6)
+    few = evaluate(Scoring(), data, dataclasses.replace(RAW, likelihood_n=100))
+    assert few.metrics["bpd_mean"].note == "bound, 100 of 300 test images"
+    third = data.split("test").images[::3].double()
+    assert few.metrics["bpd_mean"].value == pytest.approx(float((third / 127.5 - 1).mean() + 2), rel=1e-6)
+    assert "bpd_mean" not in evaluate(Fake(), data, RAW).metrics
+
+
+# Processes
+
+
+def two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        sizes = []
+        drawn = draw(Fake(), 230, seed=5, chunk=40, progress=lambda done, n: sizes.append((done, n)))
+        result = evaluate(Scoring(), Tiny(), RAW)
+        failures = []
+        bad = Failing()
+        bad.bad = derive(0, "sample", 2)
+        try:
+            draw(bad, 230, chunk=40)
+        except UserError as error:
+            failures.append(str(error))
+        torch.save(
+            {"images": drawn.images, "nfe": drawn.nfe, "values": values(result), "id": result.id, "sizes": sizes,
+             "failures": failures},
+            f"{folder}/{rank}.pt",
+        )  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_draw_the_same_bytes_and_get_the_same_figures(tmp_path: Path) -> None:
+    mp.start_processes(two, (str(tmp_path),), nprocs=2, start_method="fork")  # type: ignore[attr-defined]
+    alone = draw(Fake(), 230, seed=5, chunk=40)
+    expected = evaluate(Scoring(), Tiny(), RAW)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(found["images"], alone.images) and found["nfe"] == alone.nfe
+        assert len(found["sizes"]) == 3, "the processes share the chunks"
+        assert found["values"] == pytest.approx(values(expected), rel=1e-6) and found["id"] == expected.id
+        assert len(found["failures"]) == 1 and "NaN" in found["failures"][0], "a failure of one is raised in both"
+
+
+# Controls
+
+
+@pytest.fixture(scope="module")
+def control_results() -> dict[str, Result]:
+    data = Digits()
+    baseline = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    return controls(data, baseline=baseline)
+
+
+def test_each_control_fails_the_bar_that_was_made_for_it(control_results: dict[str, Result]) -> None:
+    failed = {name: {bar.name for bar in bars(r) if not bar.ok} for name, r in control_results.items()}
+    assert failed["copies"] == {"memorization"}, "distances cannot tell copies from perfect samples"
+    assert {"distance over floor", "smallest class share"} <= failed["class dropped"]
+    assert failed["noise"] == {"distance over floor"}
+    assert not any(passes(control_results[name]) for name in ("copies", "class dropped", "noise"))
+
+
+def test_the_gaussian_control_is_what_it_should_be(control_results: dict[str, Result]) -> None:
+    """No copies, all classes; the distance lies between perfect samples and noisy ones."""
+    metrics = control_results["gaussian"].metrics
+    assert metrics["memorization"].value == pytest.approx(1, abs=0.1)
+    fd = [control_results[name].metrics["fd_digits"].value for name in ("copies", "gaussian", "noise")]
+    assert fd == sorted(fd)  # type: ignore[type-var]
+    assert metrics["bpd_density"].note.startswith("bound")
+    assert control_results["gaussian"].measurement == control_results["noise"].measurement
+
+
+def test_preview_orders_images_by_quality() -> None:
+    data = Digits()
+    extractor = Protocol().check(data)
+    x, _ = next(data.batches("test", 200))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    figures = [preview_distance((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
+    assert figures == sorted(figures)

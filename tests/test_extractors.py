@@ -1,0 +1,233 @@
+"""Extractors: shipped files are what they claim, damaged and missing ones are refused, unknown data have a fallback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gencompare.contract import Classifies, DataSpec
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.evaluation.compact import SHIPPED, SUMS, compact, read_compact, save_compact
+from gencompare.evaluation.inception import Inception
+from gencompare.evaluation.quantize import stored_split
+from gencompare.evaluation.raw import RawValues
+from gencompare.models.classifier import Classifier, flawed, shifted
+from gencompare.networks.classifier import ResidualClassifier
+from gencompare.seeds import Draws, generator
+
+LEAST = {"digits": 0.98, "mnist": 0.97, "fashion_mnist": 0.85, "cifar10": 0.6, "eurosat64": 0.7}
+LARGEST = {"digits": 300_000}
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda p: p.stem)
+def test_shipped_files_are_what_they_claim(path: Path) -> None:
+    _, facts, digest = read_compact(path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"{digest}  {path.name}" in SUMS.read_text().splitlines()
+    assert path.stat().st_size < LARGEST.get(path.stem, 1_500_000)
+    assert facts["data"] == path.stem and facts["accuracy"] >= LEAST[path.stem]
+    assert facts["recipe"].startswith(f"python run.py experiment={path.stem}_classifier")
+    assert facts["network"]["dim"] == 64
+
+
+def test_the_digits_extractor_is_as_good_as_it_says() -> None:
+    data = Digits()
+    extractor, test = compact(data.spec), data.split("test")
+    images = stored_split(test.images, data.spec)
+    logits = extractor.logits(images)
+    assert logits is not None and test.labels is not None
+    accuracy = float((logits.argmax(1) == test.labels).double().mean())
+    assert accuracy >= 0.98 and accuracy == pytest.approx(extractor.details["extractor_accuracy"], abs=1e-9)
+    features = extractor.features(images)
+    assert features.shape == (500, 64) and features.dtype == torch.float32 and features.device.type == "cpu"
+    extractor.batch = 7
+    torch.testing.assert_close(extractor.features(images[:30]), features[:30], rtol=1e-4, atol=1e-4)
+
+
+def test_data_of_their_own_name_get_their_own_extractor_and_others_a_stated_one() -> None:
+    folder = DataSpec(name="my_photos", shape=(3, 48, 40), num_classes=10)
+    other = compact(folder)
+    assert other.name == "cifar10" and other.resize == "bilinear antialias to 32x32"
+    images = torch.randint(256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).byte()
+    result = other(images)
+    assert result.features.shape == (5, 64) and result.logits is None, "its classes are not these"
+    grey = compact(DataSpec(name="my_scans", shape=(1, 32, 32)))
+    assert grey.name == "fashion_mnist" and grey.resize == "bilinear antialias to 28x28"
+    assert isinstance(compact(DataSpec(name="plane", shape=(2, 1, 1), num_levels=None)), RawValues)
+    with pytest.raises(UserError, match="2 channels"):
+        compact(DataSpec(name="odd", shape=(2, 8, 8)))
+    with pytest.raises(UserError, match="64 numbers"):
+        RawValues(DataSpec(name="big", shape=(3, 8, 8), num_levels=None))
+
+
+def test_resizing_keeps_a_constant_image() -> None:
+    """Images twice the size whose pixels are doubled come out as the small ones would."""
+    small = compact(DataSpec(name="a", shape=(3, 32, 32)))
+    large = compact(DataSpec(name="a", shape=(3, 64, 64)))
+    flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
+    torch.testing.assert_close(large.features(flat), small.features(flat[..., :32, :32]))
+
+
+def saved(path: Path, spec: DataSpec, **network: Any) -> ResidualClassifier:
+    torch.manual_seed(0)
+    net = ResidualClassifier(spec.shape[0], spec.num_classes, **network)
+    torch.nn.init.normal_(net.trunk[1].body[-1].weight, std=0.1)
+    save_compact(path, net.state_dict(), spec, network=network, accuracy=0.5, recipe="none")
+    return net
+
+
+def test_a_file_of_ones_own_comes_back_as_the_same_network(tmp_path: Path) -> None:
+    spec = DataSpec(name="own", shape=(1, 12, 12), num_classes=3, padding=2)
+    net = saved(tmp_path / "own.safetensors", spec, widths=[8, 16], dim=5)
+    extractor = compact(spec, weights=tmp_path / "own.safetensors")
+    assert (extractor.name, extractor.dim) == ("own", 5)
+    images = torch.randint(256, (4, 1, 8, 8)).byte()
+    x = torch.nn.functional.pad(images.float() / 127.5 - 1, (2,) * 4, value=-1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(extractor.logits(images), net(x), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(extractor.features(images), net.features(x), rtol=0.02, atol=0.02)
+    with pytest.raises(UserError, match="takes images of 1 channels"):
+        compact(DataSpec(name="rgb", shape=(3, 12, 12)), weights=tmp_path / "own.safetensors")
+
+
+def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = DataSpec(name="own", shape=(1, 8, 8), num_classes=3)
+    with pytest.raises(UserError, match="no extractor"):
+        compact(spec, weights=tmp_path / "none.safetensors")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not an extractor")
+    with pytest.raises(UserError, match="damaged"):
+        compact(spec, weights=path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="no extractor of gencompare"):
+        compact(spec, weights=path)
+    save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 2})})
+    with pytest.raises(UserError, match="another version"):
+        compact(spec, weights=path)
+    # A shipped file in which one bit flipped: whole, but not what the sum says.
+    shipped = SHIPPED / "digits.safetensors"
+    damaged = bytearray(shipped.read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / shipped.name).write_bytes(damaged)
+    monkeypatch.setattr("gencompare.evaluation.compact.SHIPPED", tmp_path)
+    with pytest.raises(UserError, match="SHA-256"):
+        compact(Digits.spec)
+
+
+# The FID network
+
+
+def test_without_the_inception_weights_one_is_told_where_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(module, "load_state_dict_from_url", offline)
+    photos = DataSpec(name="cifar10", shape=(3, 32, 32))
+    with pytest.raises(UserError, match=r"https://.*evaluation\.weights=PATH.*evaluation=default"):
+        Inception(photos)
+    with pytest.raises(UserError, match="There is no file"):
+        Inception(photos, tmp_path / "none.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not hold the weights"):
+        Inception(photos, tmp_path / "other.pth")
+    torch.save(Path("code"), tmp_path / "code.pth")
+    with pytest.raises(UserError, match="more than weights"):
+        Inception(photos, tmp_path / "code.pth")
+    with pytest.raises(UserError, match="toy"):
+        Inception(DataSpec(name="toy", shape=(2, 1, 1), num_levels=None))
+
+
+def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights of the right shapes: the features are those of torch-fidelity's own network."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.save({}, tmp_path / "empty.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        torch.manual_seed(0)
+        net = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth"))
+    torch.save(net.state_dict(), tmp_path / "random.pth")
+    extractor = Inception(DataSpec(name="grey", shape=(1, 32, 32)), tmp_path / "random.pth")
+    images = torch.randint(256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
+    torch.testing.assert_close(extractor.features(images), net(images.repeat(1, 3, 1, 1))[0])
+    assert (extractor.frechet_name, extractor.kernel_name, extractor.dim) == ("fid", "kid", 2048)
+    assert extractor.hash == hashlib.sha256((tmp_path / "random.pth").read_bytes()).hexdigest()
+    assert "not the published ones" in str(extractor.details["flags"])
+
+
+# The recipe
+
+
+def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
+    x = torch.rand(40, 2, 5, 6, generator=torch.Generator().manual_seed(0))
+    moved = shifted(x, 2, Draws.whole(generator("cpu", 1), 40))
+    found = set()
+    for image, result in zip(x, moved, strict=True):
+        matches = []
+        for down in range(-2, 3):
+            for right in range(-2, 3):
+                expected = -torch.ones_like(image)
+                for row in range(5):
+                    for column in range(6):
+                        if 0 <= row + down < 5 and 0 <= column + right < 6:
+                            expected[:, row, column] = image[:, row + down, column + right]
+                if torch.equal(expected, result):
+                    matches.append((down, right))
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert len(found) > 15, "every image has a shift of its own"
+
+
+def test_flaws_are_what_their_grades_say() -> None:
+    """About a quarter noisy, a quarter blurred; noise has 0.5 times its grade as deviation; grade 0 changes nothing."""
+    n = 4000
+    x = torch.zeros(n, 1, 12, 12)
+    x[..., 6:] = 0.4
+    images, grades = flawed(x, Draws.whole(generator("cpu", 2), n))
+    blur, noise = grades.T
+    for grade in (blur, noise):
+        assert float((grade > 0).double().mean()) == pytest.approx(0.25, abs=0.03)
+        assert float(grade[grade > 0].mean()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(images[(blur == 0) & (noise == 0)], x[(blur == 0) & (noise == 0)])
+    # Away from the edge only noise acts; there the deviation within an image is its strength.
+    strong = noise > 0.1
+    deviation = images[strong][..., :4].flatten(1).std(1)
+    assert float((deviation / (0.5 * noise[strong])).mean()) == pytest.approx(1, abs=0.02)
+    # At the edge a 3x3 mean mixes in a third of the other side, times the grade.
+    blurred = (blur > 0) & (noise == 0)
+    edge = images[blurred][:, 0, 3, 5]
+    torch.testing.assert_close(edge, 0.4 / 3 * blur[blurred], rtol=1e-4, atol=1e-6)
+
+
+def test_held_out_images_are_left_as_they_are() -> None:
+    spec = DataSpec(name="x", shape=(1, 8, 8), num_classes=3)
+    torch.manual_seed(0)
+    model = Classifier(spec, lambda **kw: ResidualClassifier(**kw, widths=[8]), shift=2).eval()
+    assert isinstance(model, Classifies)
+    x, label = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
+    figures = model.validation_figures(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))
+    log_probability = model.logits(x).log_softmax(1)[torch.arange(6), label]
+    torch.testing.assert_close(figures["cross_entropy"], -log_probability)
+    model.train()
+    with_flaws: Tensor = model.losses(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))["cross_entropy"]
+    assert not torch.allclose(with_flaws, figures["cross_entropy"])
+    assert math.isfinite(float(with_flaws.mean()))
+
+
+def test_a_classifier_needs_labels() -> None:
+    with pytest.raises(UserError, match="needs labels"):
+        Classifier(DataSpec(name="x", shape=(1, 8, 8)), ResidualClassifier)

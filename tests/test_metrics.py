@@ -1,0 +1,218 @@
+"""Metrics against closed forms, and the laws that they obey."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor, nn
+
+from gencompare.contract import DataSpec
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.evaluation.flops import flops_per_image
+from gencompare.evaluation.memorization import memorization_ratio, nearest
+from gencompare.evaluation.metrics import (
+    class_shares,
+    confident,
+    frechet_distance,
+    kernel_distance,
+    label_accuracy,
+    precision_recall,
+)
+from gencompare.evaluation.quantize import as_stored, stored_split, to_uint8
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DISTANCES: dict[str, Any] = {
+    "frechet": frechet_distance,
+    "kernel": lambda a, b: kernel_distance(a, b)[0],
+}
+
+
+def test_frechet_distance_tends_to_the_closed_form() -> None:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)) with scipy's matrix root."""
+    mix = [normal(4, 4, seed=1).numpy(), normal(4, 4, seed=2).numpy()]
+    means = [np.zeros(4), np.array([1.0, -0.5, 0.0, 0.25])]
+    covariances = [m @ m.T for m in mix]
+    root = np.asarray(sqrtm(covariances[0]))
+    cross = np.asarray(sqrtm(root @ covariances[1] @ root)).real
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * cross)
+    errors = []
+    for n in (1_000, 100_000):
+        sets = [normal(n, 4, seed=3 + k) @ torch.tensor(mix[k]).T + torch.tensor(means[k]).float() for k in range(2)]
+        errors.append(abs(frechet_distance(*sets) / expected - 1))
+    assert errors[1] < 0.01
+
+
+def test_the_bias_of_the_frechet_distance_falls_as_one_over_n() -> None:
+    """Two sets of n from one distribution: about c / n, so 16 times the images give about a sixteenth."""
+    few, many = (
+        np.mean([frechet_distance(normal(n, 8, seed=10 + i), normal(n, 8, seed=50 + i)) for i in range(10)])
+        for n in (200, 3_200)
+    )
+    assert 12 < few / many < 21
+
+
+def test_distances_are_zero_on_equal_sets_and_do_not_see_the_order() -> None:
+    a, b = normal(200, 16), normal(200, 16, seed=1) * 1.2 + 0.3
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(2))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    for name, distance in DISTANCES.items():
+        assert distance(a[order], b) == pytest.approx(distance(a, b), rel=1e-4), name
+        assert distance(a, b[order]) == pytest.approx(distance(a, b), rel=1e-4), name
+        assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-4), f"{name} is symmetric"
+    assert precision_recall(a[order], b) == precision_recall(a, b)
+    assert precision_recall(a, a) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_rise_with_noise(name: str) -> None:
+    real, base = normal(2000, 16), normal(300, 16, seed=1)
+    noise = normal(300, 16, seed=2)
+    figures = [DISTANCES[name](base + s * noise, real) for s in (0.3, 0.6, 1.0, 2.0)]
+    assert figures == sorted(figures) and figures[0] > DISTANCES[name](base, real)
+
+
+def test_kernel_distance_is_the_unbiased_mmd() -> None:
+    """Against the double sum over pairs, with (x y / d + 1)^3."""
+    a, b = normal(60, 5).double(), normal(60, 5, seed=1).double() + 0.5
+    total = 0.0
+    for x, sign in ((a, 1), (b, 1)):
+        for i in range(60):
+            total += sign * sum(float((x[i] @ x[j] / 5 + 1) ** 3) for j in range(60) if j != i) / (60 * 59)
+    total -= 2 * sum(float((p @ q / 5 + 1) ** 3) for p in a for q in b) / 60**2
+    assert kernel_distance(a.float(), b.float())[0] == pytest.approx(total, rel=1e-4)
+
+
+def test_kernel_distance_agrees_with_torch_fidelity() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = normal(120, 24), normal(150, 24, seed=1) * 1.1
+    theirs = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=120, verbose=False)
+    mean, deviation = kernel_distance(a, b)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
+
+
+def test_kernel_distance_is_zero_on_average_for_equal_distributions() -> None:
+    figures = np.array([kernel_distance(normal(100, 8, seed=i), normal(100, 8, seed=100 + i))[0] for i in range(40)])
+    assert abs(figures.mean()) < 3.5 * figures.std(ddof=1) / np.sqrt(len(figures))
+    assert (figures < 0).any() and (figures > 0).any()
+
+
+def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
+    centres = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
+    real = centres[torch.arange(600) % 2] + normal(600, 2)
+    one_mode = centres[0] + normal(600, 2, seed=1)
+    precision, recall = precision_recall(one_mode, real)
+    assert precision > 0.97 and recall == pytest.approx(0.5, abs=0.02)
+    odd = torch.cat([real[:300] + 0.01, centres[0] + torch.tensor([0.0, 500.0]) + 30 * normal(300, 2, seed=2)])
+    assert precision_recall(odd, real)[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_class_figures_count() -> None:
+    sure, unsure = [10.0, 0.0, 0.0], [0.0, 1.0, 0.0]
+    logits = torch.tensor([sure, sure, unsure, [0.0, 0.0, 10.0]])
+    assert confident(logits) == 0.75
+    assert class_shares(logits) == [0.5, 0.25, 0.25]
+    assert label_accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.5
+
+
+# Memorisation
+
+
+def test_nearest_finds_copies_at_zero() -> None:
+    keys = 100 + normal(5000, 32)
+    rows = torch.arange(0, 5000, 7)
+    distance, index = nearest(keys[rows], keys)
+    assert torch.equal(index, rows) and (distance == 0).all()
+    queries = 100 + normal(50, 32, seed=1)
+    exact = (queries.double()[:, None] - keys.double()).norm(dim=2)
+    torch.testing.assert_close(nearest(queries, keys)[0].double(), exact.amin(1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(1000, 1000, 300), (8000, 500, 500)])
+def test_memorization_is_one_for_fresh_samples_and_falls_with_the_share_of_copies(sizes: tuple[int, ...]) -> None:
+    """One, whatever the sizes of the sets; 1 - s when a share s of the samples are copies."""
+    train, test, val = (normal(n, 12, seed=k) for k, n in enumerate(sizes))
+    fresh = normal(500, 12, seed=9)
+    assert memorization_ratio(fresh, train, test, val) == pytest.approx(1, abs=0.03)
+    assert memorization_ratio(train[:500], train, test, val) == 0
+    for share in (0.2, 0.5):
+        copies = int(500 * share)
+        mixed = torch.cat([train[:copies], fresh[copies:]])
+        assert memorization_ratio(mixed, train, test, val) == pytest.approx(1 - share, abs=0.04)
+
+
+def test_memorization_means_nothing_for_held_out_images_themselves() -> None:
+    train, test, val = normal(50, 3), normal(50, 3, seed=1), normal(50, 3, seed=2)
+    assert memorization_ratio(test, train, test, val) is None
+
+
+# Rounding to what lies on a disk
+
+
+def test_real_images_survive_the_way_through_the_model_range() -> None:
+    """Every level comes out as the same byte whether it is read from the data or drawn by a model."""
+    for levels in (2, 17, 256):
+        spec = DataSpec(name="x", shape=(1, 1, levels), num_levels=levels)
+        stored = torch.arange(levels, dtype=torch.uint8).view(1, 1, 1, levels)
+        x = stored.float() * 2 / (levels - 1) - 1
+        expected = (stored.double() * 255 / (levels - 1)).round().to(torch.uint8)
+        assert torch.equal(stored_split(stored, spec), expected)
+        assert torch.equal(as_stored(x, spec), expected)
+        # 0.9 of the way to the next rounding, towards the middle: values outside [-1, 1] are another matter.
+        assert torch.equal(as_stored(x - 0.9 / (levels - 1) * x.sign(), spec), expected)
+        assert torch.equal(as_stored(expected, spec), expected), "images as they are on a disk"
+
+
+def test_digits_are_measured_alike_from_both_sides() -> None:
+    data = Digits()
+    x, _ = next(data.batches("test"))
+    assert torch.equal(to_uint8(x, data.spec), stored_split(data.split("test").images, data.spec))
+
+
+def test_padding_is_cropped() -> None:
+    spec = DataSpec(name="x", shape=(1, 6, 6), padding=2)
+    x = -torch.ones(1, 1, 6, 6)
+    x[..., 2:4, 2:4] = 1
+    assert torch.equal(as_stored(x, spec), torch.full((1, 1, 2, 2), 255, dtype=torch.uint8))
+    assert torch.equal(as_stored(x[..., 2:4, 2:4], spec), as_stored(x, spec))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.fill_(float("nan")), "2 of 2 samples hold NaN"),
+        (lambda x: x.mul_(float("inf")), "NaN or infinite"),
+        (lambda x: x.mul_(1.2), "reach 1.2"),
+        (lambda x: x.add(1).mul(127.5).long(), "int64"),
+        (lambda x: x[:, :, :4], r"not \(1, 4, 8\)"),
+        (lambda x: x.expand(-1, 3, -1, -1), r"not \(3, 8, 8\)"),
+    ],
+)
+def test_what_is_no_image_is_refused(change: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        as_stored(change(torch.ones(2, 1, 8, 8)), Digits.spec)
+
+
+def test_a_small_overshoot_is_clamped() -> None:
+    assert torch.equal(as_stored(torch.full((1, 1, 8, 8), 1.01), Digits.spec), torch.full((1, 1, 8, 8), 255).byte())
+
+
+# Cost
+
+
+def test_flops_of_a_matrix_product() -> None:
+    """2 m n k forward; a linear layer costs as much again for each of its two gradients."""
+    layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
+    with torch.no_grad():
+        assert flops_per_image(lambda: layer(x), 10) == 2 * 30 * 7
+    assert flops_per_image(lambda: layer(x).sum().backward(), 10) == 3 * 2 * 30 * 7
