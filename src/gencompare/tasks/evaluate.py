@@ -20,7 +20,7 @@ from gencompare.records import RunRecord
 from gencompare.tasks import frozen
 from gencompare.tasks.build import build_data, build_model, build_protocol, build_trainer
 from gencompare.tasks.load import generative, load_weights
-from gencompare.tasks.processes import children_of, wait_for_children
+from gencompare.tasks.processes import JOB, children_of, wait_for_children
 from gencompare.tasks.show import print_end
 
 GRID = 100
@@ -34,7 +34,7 @@ def evaluate_run(cfg: DictConfig) -> None:
     model = generative(build_model(cfg, data), "evaluate")
     protocol = build_protocol(cfg)
     protocol.check(data)
-    job = folder / ".job.yaml"
+    job = folder / JOB
     frozen.save(cfg, job)
     trainer = build_trainer(cfg, model, [], [], folder)
     with children_of(job):

@@ -105,8 +105,13 @@ def load(folder: Path) -> DictConfig:
 
 
 def save(cfg: DictConfig, path: Path) -> None:
-    """Write a config, every interpolation resolved, whole or not at all."""
+    """Write the config of a job, with its place, every interpolation resolved, whole or not at all."""
     write_text(path, OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def without_place(cfg: DictConfig) -> DictConfig:
+    """The config less the folder that it ran in: a run folder may move."""
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "out"])
 
 
 def _folder_in(argv: list[str]) -> Path | None:

@@ -12,6 +12,9 @@ from typing import Any
 CHILD = "GENCOMPARE_JOB"
 """Names the composed config of a job to its further processes."""
 
+JOB = ".job.yaml"
+"""The file in a run folder that holds it."""
+
 _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", CHILD)
 
 

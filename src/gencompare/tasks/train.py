@@ -27,7 +27,7 @@ from gencompare.tasks.build import (
 )
 from gencompare.tasks.environment import environment
 from gencompare.tasks.evaluate import measure
-from gencompare.tasks.processes import children_of, wait_for_children
+from gencompare.tasks.processes import JOB, children_of, wait_for_children
 from gencompare.tasks.show import print_config, print_end
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
@@ -76,6 +76,8 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
     """Freeze the config and write the first record."""
     if not resumed and (folder / RECORD).exists():
         raise UserError(f"{folder} holds a run already: go on with resume={folder}, or choose another hydra.run.dir.")
+    frozen.save(cfg, folder / JOB)
+    cfg = frozen.without_place(cfg)
     frozen.save(cfg, folder / frozen.FILE)
     print_config(cfg)
     if resumed:
@@ -110,7 +112,7 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
 def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path, checkpoint: Path | None) -> None:
     """Train, and keep the record's state true whatever happens."""
     try:
-        with children_of(folder / frozen.FILE):
+        with children_of(folder / JOB):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except BaseException as error:
         if trainer.is_global_zero:
