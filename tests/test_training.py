@@ -58,7 +58,9 @@ def train(
     torch.manual_seed(0)
     data = Digits(batch_size=32, seed=3)
     model = Affine(data, **options)
-    watched = [Looks(count=looks, grid=4, preview=None, folder=folder / "samples", seed=0)] if looks else []
+    watched = (
+        [Looks(count=looks, grid=4, held_out=100, preview=None, folder=folder / "samples", seed=0)] if looks else []
+    )
     callbacks = [
         Clock(5, 32, Budget(steps=steps)), LearningRate(), EMA(0.9), StopAt(), Curve(2), *watched,
         Checkpoints(folder),

@@ -16,18 +16,16 @@ from gencompare.evaluation import source
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
+from gencompare.evaluation.figures import Figures, Floor, distances, floor
 from gencompare.evaluation.memorization import memorization_ratio
 from gencompare.evaluation.metrics import (
     SURE,
     class_shares,
     confident,
-    frechet_distance,
-    kernel_distance,
     label_accuracy,
-    precision_recall,
 )
 from gencompare.evaluation.quantize import as_stored
-from gencompare.evaluation.reference import spaced, split_features
+from gencompare.evaluation.reference import split_features
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, labels_like
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
 from gencompare.protocol import Generation, Measurement
@@ -213,16 +211,15 @@ def quality(
     """(metrics, details) of images as `quantize.as_stored` gives them; real images give each its floor."""
     own = extractor(images, device)
     reference = split_features(data, protocol.reference, extractor, device)
-    held_out = "test" if protocol.reference != "test" else "val"
-    real = split_features(data, held_out, extractor, device)
-    floor = real[spaced(len(real), len(images))]
-    note = "" if len(floor) == len(images) else f"floor from {len(floor)} {held_out} images"
+    ground = floor(data, protocol.reference, len(images), extractor, device)
+    real, note = ground.features, ground.note
 
-    metrics = distances(own, reference, floor, extractor, note)
+    figures = distances(own.features, reference.features)
+    metrics = named(figures, ground, extractor)
     for name, further in protocol.metrics.items():
         metrics[name] = Metric(
             further(own.features, reference.features), better=getattr(further, "better", None),
-            floor=further(floor.features, reference.features), note=note,
+            floor=further(real.features, reference.features), note=note,
         )  # fmt: skip
     details: dict[str, Any] = {"flags": alike(own)}
     splits = {name: split_features(data, name, extractor, device) for name in ("train", "test", "val")}
@@ -231,13 +228,13 @@ def quality(
         ratio, better="one", note="nearest training against nearest held-out image; copies give 0"
         if ratio is not None else "a mean distance to held-out images is 0",
     )  # fmt: skip
-    if own.logits is not None and floor.logits is not None:
-        shares, real_shares = class_shares(own.logits), class_shares(floor.logits)
+    if own.logits is not None and real.logits is not None:
+        shares, real_shares = class_shares(own.logits), class_shares(real.logits)
         details["class_shares"], details["class_shares_of_floor"] = shares, real_shares
         metrics["confident"] = Metric(
             confident(own.logits),
             better="higher",
-            floor=confident(floor.logits),
+            floor=confident(real.logits),
             note=f"classifier at least {SURE} sure",
         )
         metrics["class_share_min"] = Metric(min(shares), better="higher", floor=min(real_shares))
@@ -249,35 +246,16 @@ def quality(
     return metrics, details
 
 
-def distances(
-    own: Features, reference: Features, floor: Features, extractor: Extractor, note: str
-) -> dict[str, Metric]:
-    """Frechet and kernel distance, precision and recall, each with the floor from real images."""
-    n, dim = len(own), own.features.shape[1]
-    whole = reference.features
-    # Precision and recall compare balls, which shrink as a set grows: equal sizes.
-    balls = whole[spaced(len(whole), n)]
-    beneath: dict[str, float | None] = dict.fromkeys(("fd", "kd", "precision", "recall"))
-    if len(floor) > dim:
-        beneath["fd"] = frechet_distance(floor.features, whole)
-    if len(floor) > 3:
-        beneath["kd"] = kernel_distance(floor.features, whole)[0]
-        beneath["precision"], beneath["recall"] = precision_recall(floor.features, balls)
-    kernel, spread = kernel_distance(own.features, whole)
-    precision, recall = precision_recall(own.features, balls)
-    flat = float(whole.double().var(0).sum()) == 0
-    fd = None if flat else frechet_distance(own.features, whole)
-    fd_note = "all reference images are alike" if flat else note
+def named(own: Figures, ground: Floor, extractor: Extractor) -> dict[str, Metric]:
+    """Frechet and kernel distance, precision and recall under their names, each with its floor."""
+    real, note = ground.figures, ground.note
+    missing = "all reference images are alike" if own.frechet is None else ""
+    spread = "" if own.kernel_spread is None else f"subsets +- {own.kernel_spread:.2g}"
     return {
-        extractor.frechet_name: Metric(fd, better="lower", floor=beneath["fd"], note=fd_note),
-        extractor.kernel_name: Metric(
-            kernel,
-            better="lower",
-            floor=beneath["kd"],
-            note="; ".join(filter(None, [f"subsets +- {spread:.2g}", note])),
-        ),
-        "precision": Metric(precision, better="higher", floor=beneath["precision"], note=note),
-        "recall": Metric(recall, better="higher", floor=beneath["recall"], note=note),
+        extractor.frechet_name: Metric(own.frechet, "lower", real.frechet, note=missing or note),
+        extractor.kernel_name: Metric(own.kernel, "lower", real.kernel, note="; ".join(filter(None, (spread, note)))),
+        "precision": Metric(own.precision, "higher", real.precision, note=note),
+        "recall": Metric(own.recall, "higher", real.recall, note=note),
     }
 
 

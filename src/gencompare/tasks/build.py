@@ -60,7 +60,7 @@ def build_callbacks(
             preview = Preview(data, protocol, n=options.looks.preview)
         looks = [
             Looks(
-                count=options.looks.count, grid=options.looks.grid, preview=preview,
+                count=options.looks.count, grid=options.looks.grid, held_out=options.looks.held_out, preview=preview,
                 folder=folder / "samples", seed=cfg.seed,
             )
         ]  # fmt: skip

@@ -35,12 +35,15 @@ class Looks(Callback):
     Args:
         count: looks in a run, the last at its end; 0 for none.
         grid: samples in the picture.
+        held_out: validation images that the figures are means over, the first ones of the split.
         preview: the cheap distance; None leaves it out.
         folder: where the pictures go.
     """
 
-    def __init__(self, *, count: int, grid: int, preview: Preview | None, folder: Path, seed: int) -> None:
-        self.count, self.grid, self.preview = count, grid, preview
+    def __init__(
+        self, *, count: int, grid: int, held_out: int, preview: Preview | None, folder: Path, seed: int
+    ) -> None:
+        self.count, self.grid, self.held_out, self.preview = count, grid, held_out, preview
         self.folder, self.seed = folder, seed
         self.done = 0
         self.improved = False
@@ -67,7 +70,7 @@ class Looks(Callback):
         clock.pause()
 
     def look(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        figures = held_out_figures(trainer, model, self.seed)
+        figures = held_out_figures(trainer, model, self.held_out, self.seed)
         if isinstance(model, GenerativeModel):
             self.picture(trainer, model)
             if self.preview is not None:
@@ -87,8 +90,8 @@ class Looks(Callback):
             log_picture(trainer, "samples", path, clock_of(trainer).step)
 
 
-def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, seed: int) -> dict[str, float]:
-    """Means of ``validation_figures`` over the validation split, with the same noise each time.
+def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, n: int, seed: int) -> dict[str, float]:
+    """Means of ``validation_figures`` over the first ``n`` validation images, with the same noise each time.
 
     Each process takes its part of the rows of every batch, so the figures do not depend on their number.
     """
@@ -96,7 +99,12 @@ def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, seed: int) 
     means: dict[str, MeanMetric] = {}
     rank, world = trainer.global_rank, trainer.world_size
     with torch.no_grad():
+        done = 0
         for k, (x, cond) in enumerate(trainer.datamodule.batches("val")):  # type: ignore[attr-defined]
+            if done >= n:
+                break
+            x, cond = x[: n - done], {name: value[: n - done] for name, value in cond.items()}
+            done += len(x)
             start, stop = rank * len(x) // world, (rank + 1) * len(x) // world
             if start == stop:
                 continue
