@@ -24,6 +24,9 @@ FAMILIES = ["vae", "gan", "ddpm", "gaussian"]
 EXTRA = {"ddpm": ["model.sampler.steps=3"]}
 TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
+ROUNDING = 2e-5
+"""Sums of gradients are taken in another order, so the last bits of float32 differ, and Adam makes the most of them."""
+
 PLANT = """
 import os
 if os.environ.get("PLANT") == "gradients":
@@ -100,8 +103,7 @@ def test_a_sampler_of_many_steps_on_two_processes_equals_one(cli: Callable[..., 
 
 
 def check_equal(one: Path, two: Path) -> None:
-    # Sums of gradients are taken in another order, so the last bits of float32 differ and Adam makes the most of them.
-    assert largest_difference(weights(one), weights(two)) < 1e-4
+    assert largest_difference(weights(one), weights(two)) < ROUNDING
     a, b = figures(one), figures(two)
     assert a.keys() == b.keys()
     for name, value in a.items():
@@ -120,4 +122,4 @@ def test_the_comparison_with_one_process_bites(plant: str, cli: Callable[..., in
     quick = ["model=gan", "logger=csv", "evaluation.checkpoints=[]", "hydra.run.dir=two"]
     two_processes(tmp_path, *quick, plant=plant)
     assert cli(*quick[:-1], *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) > 1e-3
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) > 5 * ROUNDING
