@@ -85,12 +85,17 @@ lr_schedule: null
 grad_clip: null
 """
 
+METRIC = """# @package evaluation.protocol.metrics.mean_gap
+_target_: mine.mean_gap
+_partial_: true
+"""
+
 YAML = {
     "model/blob.yaml": "_target_: mine.Blob" + TRAINING,
     "model/schedule/straight.yaml": "_target_: mine.Straight\n",
     "model/sampler/jump.yaml": "_target_: mine.Jump\nsteps: 5\n",
     "data/stripes.yaml": "_target_: mine.Stripes\nbatch_size: ${trainer.global_batch_size}\nseed: ${seed}\n",
-    "evaluation/metric/mean_gap.yaml": "# @package evaluation.protocol.metrics.mean_gap\n_target_: mine.mean_gap\n_partial_: true\n",
+    "evaluation/metric/mean_gap.yaml": METRIC,
 }
 
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from composing import compose, options
 from hydra.utils import instantiate
 
+from composing import compose, options
 from gencompare.evaluation.coverage import Coverage
 
 

@@ -173,7 +173,7 @@ class GenerativeModel(TrainedModel):
 
     @abstractmethod
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        """``n`` images (n, C, H, W), float32 in [-1, 1]: a function of the weights, ``cond`` and ``generator`` alone."""
+        """``n`` images (n, C, H, W), float32 in [-1, 1], a function of weights, ``cond`` and ``generator`` alone."""
 
     def sampling_description(self) -> str:
         """How ``sample`` works, in words for a table: the sampler and its settings."""

@@ -111,7 +111,7 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 def without_place(cfg: DictConfig) -> DictConfig:
     """The config less the folder that it ran in: a run folder may move."""
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "out"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "out"])
 
 
 def _folder_in(argv: list[str]) -> Path | None:
