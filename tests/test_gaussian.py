@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_density_is_that_of_the_maximum_likelihood_mixture(conditional: bool) ->
     densities = []
     for k in range(2):
         own = x[label == k].flatten(1).double().numpy()
-        densities.append(multivariate_normal(own.mean(0), np.cov(own.T, bias=True)).pdf(points))
+        covariance: Any = np.cov(own.T, bias=True)
+        densities.append(multivariate_normal(own.mean(0), covariance).pdf(points))
     expected = np.where(classes == 0, *densities) if conditional else 0.75 * densities[0] + 0.25 * densities[1]
     found = model.bits_per_dim(x[:50], model.used({"label": label[:50]}))
     np.testing.assert_allclose(found.numpy(), -np.log2(expected) / 3, rtol=1e-5)
@@ -83,7 +85,7 @@ def test_discrete_bits_are_the_exact_average_over_dequantisation_and_a_bound() -
     x = (levels * 2 / 3 - 1).view(-1, 1, 1, 1)
     model = Gaussian(spec).fit_to([(x, {})])
     step, values = 2 / 3, x.flatten().double().numpy()
-    normal = norm(values.mean(), math.sqrt(values.var() + step**2 / 12))
+    normal: Any = norm(values.mean(), math.sqrt(values.var() + step**2 / 12))
     assert model.likelihoods()["density"].kind == "bound"
     for level in range(4):
         centre = level * step - 1

@@ -42,7 +42,7 @@ def test_frechet_distance_tends_to_the_closed_form() -> None:
     means = [np.zeros(4), np.array([1.0, -0.5, 0.0, 0.25])]
     covariances = [m @ m.T for m in mix]
     root = np.asarray(sqrtm(covariances[0]))
-    cross = np.asarray(sqrtm(root @ covariances[1] @ root)).real
+    cross = np.real(np.asarray(sqrtm(root @ covariances[1] @ root)))
     expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * cross)
     errors = []
     for n in (1_000, 100_000):

@@ -34,7 +34,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> tuple[float, float]:
     it spends most of its time on raising to the power 3, which two products do in a fifth of it.
     """
     size = min(KID_SUBSET_SIZE, len(features), len(reference))
-    source = np.random.RandomState(KID_SEED)  # noqa: NPY002
+    source = np.random.RandomState(KID_SEED)
     figures = []
     for _ in range(KID_SUBSETS):
         x = features[torch.from_numpy(source.choice(len(features), size, replace=False))]
