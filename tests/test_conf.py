@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from composing import compose, options, roots
+from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
 
 NOT_OPTIONS = ("hydra",)
 
@@ -60,3 +62,24 @@ def test_groups_of_the_issue_are_there() -> None:
 def test_the_wheel_would_hold_the_same_tree() -> None:
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert '"conf" = "gencompare/conf"' in pyproject
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_takes_a_step_at_reduced_size(
+    name: str, data_root: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.getbasetemp().parent / "decoded"
+    cfg = compose(
+        f"experiment={name}", f"paths.data={data_root}", f"paths.cache={cache}", "trainer.accelerator=cpu",
+        "trainer.global_batch_size=4", "budget.images=null", "budget.steps=1", "callbacks.looks.count=0",
+        "callbacks.progress=false",
+    )  # fmt: skip
+    if cfg.model.get("network", {}).get("channels"):
+        cfg.model.network.channels = 32
+    data = build_data(cfg)
+    model = build_model(cfg, data)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    callbacks = build_callbacks(cfg, model, data, None, tmp_path)
+    build_trainer(cfg, model, callbacks, [], tmp_path).fit(model, datamodule=data)
+    assert callbacks[0].step == 1  # type: ignore[attr-defined]
+    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
