@@ -9,7 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from composing import compose, options
-from gencompare.evaluation.coverage import Coverage
+from gencompare.evaluation.mmd import GaussianMMD
 
 
 @pytest.mark.parametrize("name", options("evaluation/metric"))
@@ -25,11 +25,8 @@ def test_laws_of_a_metric(name: str) -> None:
     assert metric(b, b) != pytest.approx(metric(b + 5, b)), "sets that lie apart must not look equal"
 
 
-def test_coverage_of_known_sets() -> None:
-    real = torch.arange(100.0)[:, None]
-    metric = Coverage(neighbours=2)
-    # Inside the line a point's 2nd neighbour is at distance 1; its two ends have theirs at 2.
-    assert metric(real, real) == 1
-    assert metric(real + 1000, real) == 0
-    assert metric(real[:50], real) == 0.51, "the 50 sampled points and the next one"
-    assert metric(torch.tensor([[50.0]]), real) == 0.03, "one sample covers its neighbourhood"
+def test_mmd_of_two_points() -> None:
+    """Two single points: 1000 (1 + 1 - 2 exp(-r^2 / 2b^2))."""
+    a, b = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+    assert GaussianMMD(bandwidth=5)(a, b) == pytest.approx(2000 * (1 - math.exp(-0.5)))
+    assert GaussianMMD(bandwidth=10, normalize=True)(2 * b, b) == pytest.approx(0)

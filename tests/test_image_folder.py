@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from gencompare.cache import cached
 from gencompare.data import decode
-from gencompare.data.cache import cached
 from gencompare.data.image_folder import ImageFolder
 from gencompare.data.layout import read_layout
 from gencompare.errors import UserError

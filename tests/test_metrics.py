@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
+from gencompare.evaluation.compact import compact
 from gencompare.evaluation.flops import flops_per_image
-from gencompare.evaluation.memorization import memorization_ratio, nearest
-from gencompare.evaluation.metrics import (
-    class_shares,
-    confident,
-    frechet_distance,
-    kernel_distance,
-    label_accuracy,
-    precision_recall,
-)
+from gencompare.evaluation.memorization import authenticity, memorization_ratio, nearest
+from gencompare.evaluation.classes import class_shares, classifier_score, confident, label_accuracy
+from gencompare.evaluation.frechet import Statistics, between, extrapolated, frechet_distance, jackknife
+from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.neighbours import neighbourhood
 from gencompare.evaluation.quantize import as_stored, stored_split, to_uint8
 
 
@@ -68,8 +65,9 @@ def test_distances_are_zero_on_equal_sets_and_do_not_see_the_order() -> None:
         assert distance(a[order], b) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(a, b[order]) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-4), f"{name} is symmetric"
-    assert precision_recall(a[order], b) == precision_recall(a, b)
-    assert precision_recall(a, a) == (1.0, 1.0)
+    assert neighbourhood(a[order], b) == neighbourhood(a, b)
+    same = neighbourhood(a, a)
+    assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -111,10 +109,88 @@ def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
     centres = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     real = centres[torch.arange(600) % 2] + normal(600, 2)
     one_mode = centres[0] + normal(600, 2, seed=1)
-    precision, recall = precision_recall(one_mode, real)
-    assert precision > 0.97 and recall == pytest.approx(0.5, abs=0.02)
+    found = neighbourhood(one_mode, real)
+    assert found.precision > 0.97 and found.density > 0.9
+    assert found.recall == pytest.approx(0.5, abs=0.02) and found.coverage == pytest.approx(0.5, abs=0.03)
     odd = torch.cat([real[:300] + 0.01, centres[0] + torch.tensor([0.0, 500.0]) + 30 * normal(300, 2, seed=2)])
-    assert precision_recall(odd, real)[0] == pytest.approx(0.5, abs=0.02)
+    assert neighbourhood(odd, real).precision == pytest.approx(0.5, abs=0.02)
+    assert neighbourhood(odd, real).density < 0.6
+
+
+def test_the_frechet_distance_survives_singular_covariances() -> None:
+    """A constant feature, and fewer images than features: against scipy's matrix root."""
+    for n in (200, 6):
+        a, b = normal(n, 8), normal(n, 8, seed=1) * 1.5 + 0.2
+        a[:, 2], b[:, 2] = 0.5, 0.7
+        cov = [np.cov(x.double().numpy(), rowvar=False) for x in (a, b)]
+        root = np.trace(np.real(np.asarray(sqrtm(cov[0] @ cov[1]))))
+        gap = (a.double().mean(0) - b.double().mean(0)).square().sum()
+        expected = float(gap) + np.trace(cov[0]) + np.trace(cov[1]) - 2 * root
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_extrapolated_distance_has_lost_the_bias_of_n() -> None:
+    """At n = infinity, samples of the reference's own distribution are at the reference's own bias, near 0."""
+    statistics = Statistics(torch.zeros(8).double(), torch.eye(8).double())
+    plain, limits = [], []
+    for k in range(40):
+        x = normal(400, 8, seed=k)
+        plain.append(frechet_distance(x, statistics))
+        limits.append(extrapolated(x, statistics))
+    assert np.mean(plain) > 0.05
+    assert abs(np.mean(limits)) < 3.5 * np.std(limits) / np.sqrt(40) + 0.005
+
+
+def shifted_gaussians(n: int, seed: int) -> Tensor:
+    return 1.2 * normal(n, 64, seed=seed) + 0.1
+
+
+def skewed_mixture(n: int, seed: int) -> Tensor:
+    """Nine of ten modes, heavy tails along a falling spectrum, cut at zero as activations are."""
+    g = torch.Generator().manual_seed(seed)
+    centres = 2 * normal(10, 64, seed=99)[torch.randint(9, (n,), generator=g)]
+    tails = torch.empty(n, 1).exponential_(generator=g)
+    return (centres + (0.3 + tails) * torch.randn(n, 64, generator=g) * torch.logspace(0, -2, 64)).relu()
+
+
+@pytest.mark.parametrize("draw", [shifted_gaussians, skewed_mixture])
+def test_the_interval_of_the_frechet_distance_covers_its_expectation(draw: Any) -> None:
+    """In 90 to 99 of 100 repetitions, at d = 64 and n = 2,000. A bootstrap over images lies above it."""
+    reference = Statistics.of(normal(10_000, 64, seed=5) if draw is shifted_gaussians else draw(10_000, 5) + 0.25)
+    expected = np.mean([frechet_distance(draw(2000, 1000 + k), reference) for k in range(300)])
+    intervals = [jackknife(draw(2000, 2000 + k), reference) for k in range(100)]
+    covered = sum(low <= expected <= high for low, high in intervals)
+    assert 90 <= covered <= 99
+    if draw is not shifted_gaussians:
+        return
+    g = torch.Generator().manual_seed(0)
+    boot = draw(2000, 3000)
+    again = [frechet_distance(boot[torch.randint(2000, (2000,), generator=g)], reference) for _ in range(40)]
+    assert np.quantile(again, 0.025) > expected, "what a bootstrap would say"
+
+
+def test_distances_rise_with_blur_and_with_dropped_modes() -> None:
+    """On real digits through their own extractor."""
+    data = Digits()
+    extractor = compact(data.spec)
+    train, test = data.split("train"), data.split("test")
+    reference = Statistics.of(extractor.features(stored_split(train.images, data.spec)))
+    stored = stored_split(test.images, data.spec)
+    blurred = [stored]
+    for _ in range(3):
+        x = torch.nn.functional.avg_pool2d(blurred[-1].float(), 3, 1, 1)
+        blurred.append(x.round().byte())
+    dropped = [stored[(test.labels >= c)] for c in range(4)]  # type: ignore[operator]
+    for images in (blurred, dropped):
+        figures = [between(Statistics.of(extractor.features(part[:300])), reference) for part in images]
+        assert figures == sorted(figures) and figures[-1] > 2 * figures[0]
+
+
+def test_the_classifier_score_of_known_predictions() -> None:
+    """Sure of one class of four each: exp(KL) = 4. The same prediction for all images: 1."""
+    sure = 100.0 * torch.eye(4).repeat(100, 1)
+    assert classifier_score(sure)[0] == pytest.approx(4, rel=0.05)
+    assert classifier_score(torch.zeros(400, 4))[0] == pytest.approx(1)
 
 
 def test_class_figures_count() -> None:
@@ -149,6 +225,15 @@ def test_memorization_is_one_for_fresh_samples_and_falls_with_the_share_of_copie
         copies = int(500 * share)
         mixed = torch.cat([train[:copies], fresh[copies:]])
         assert memorization_ratio(mixed, train, test, val) == pytest.approx(1 - share, abs=0.04)
+
+
+def test_copies_are_not_authentic_and_fresh_samples_are_as_authentic_as_test_images() -> None:
+    train, fresh, other = (normal(n, 12, seed=k) for k, n in enumerate((4000, 2000, 2000)))
+    assert authenticity(train[:500], train) == 0
+    assert authenticity(fresh, train) == pytest.approx(authenticity(other, train), abs=0.05)
+    assert 0.5 < authenticity(fresh, train) < 0.75
+    half = torch.cat([train[:1000], fresh[:1000]])
+    assert authenticity(half, train) == pytest.approx(authenticity(fresh[:1000], train) / 2, abs=1e-9)
 
 
 def test_memorization_means_nothing_for_held_out_images_themselves() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -17,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.errors import UserError
 from gencompare.files import write_json
+from gencompare.locks import locked
 from gencompare.protocol import Generation, Measurement
 
 SCHEMA = 1
@@ -137,29 +136,20 @@ class RunRecord:
     @staticmethod
     def update(folder: str | os.PathLike[str], change: Callable[[RunRecord], None]) -> RunRecord:
         """Read, change and write the record of ``folder``; other processes that update it wait their turn."""
-        with _locked(Path(folder) / f".{FILE}.lock"):
-            record = RunRecord.load(folder)
-            change(record)
-            record.save(folder)
+        record = RunRecord.load(folder)
+        try:
+            with locked(Path(folder) / f".{FILE}.lock"):
+                record = RunRecord.load(folder)
+                change(record)
+                record.save(folder)
+        except OSError as error:
+            raise UserError(f"Cannot write in {folder}: {error.strerror}.") from error
         return record
 
 
 def now() -> str:
     """The time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise UserError(f"Cannot write in {path.parent}: {error.strerror}.") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _result(raw: dict[str, Any]) -> Result:

@@ -84,10 +84,17 @@ class ImageData(pl.LightningDataModule):
         return {**splits, "train": splits["train"][slice(self.limit)]}
 
     def split(self, name: str) -> Split:
-        """``train``, ``val`` or ``test``, in a fixed order."""
-        if name not in SPLITS:
-            raise UserError(f"There is no split '{name}': choose one of {', '.join(SPLITS)}.")
-        return self.splits[name]
+        """``train``, ``val``, ``test``, or some of them together (``train+val``), in a fixed order."""
+        parts = name.split("+")
+        if not set(parts) <= set(SPLITS) or len(set(parts)) < len(parts):
+            raise UserError(f"There is no split '{name}': choose one of {', '.join(SPLITS)}, or join some with +.")
+        if len(parts) == 1:
+            return self.splits[name]
+        found = [self.splits[part] for part in parts]
+        labels = [split.labels for split in found if split.labels is not None]
+        return Split(
+            torch.cat([split.images for split in found]), torch.cat(labels) if len(labels) == len(found) else None
+        )
 
     def hash(self, name: str) -> str:
         """SHA-256 over shape, pixels and labels of a split."""

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from gencompare.cache import cached
 from gencompare.data.archive import Archive
-from gencompare.data.cache import cached
 from gencompare.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from gencompare.data.locks import locked
 from gencompare.errors import UserError
+from gencompare.locks import locked
 
 Found = TypeVar("Found")
 

@@ -24,6 +24,8 @@ from gencompare.networks.classifier import ResidualClassifier
 
 SHIPPED = Path(__file__).parent / "weights"
 SUMS = SHIPPED / "SHA256SUMS"
+SPATIAL = 128
+"""Activations at most in the spatial distance of a compact extractor: a covariance needs several images for each."""
 FALLBACK = {1: "fashion_mnist", 3: "cifar10"}
 """By channels: whose extractor measures data that have none of their own."""
 
@@ -91,8 +93,16 @@ class CompactExtractor(Extractor):
             x = x.round().clamp(0, 255)
         x = F.pad(x.div(127.5).sub(1), (self.padding,) * 4, value=-1.0)
         assert isinstance(self.module, ResidualClassifier)
-        features = self.module.features(x)
-        return Features(features, self.module.classify(features) if self.knows_classes else None)
+        last = self.module.last(x)
+        features = self.module.features_of(last)
+        return Features(features, self.module.classify(features) if self.knows_classes else None, spatial_part(last))
+
+
+def spatial_part(activations: Tensor) -> Tensor:
+    """The first channels of (n, C, H, W) with their places, (n, s): as many as give at most `SPATIAL` numbers."""
+    n, channels, height, width = activations.shape
+    kept = max(1, min(channels, SPATIAL // (height * width)))
+    return activations[:, :kept].reshape(n, -1)
 
 
 def save_compact(

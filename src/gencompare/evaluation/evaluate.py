@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +17,9 @@ from gencompare.evaluation import source
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.figures import Figures, Floor, distances, floor
-from gencompare.evaluation.memorization import memorization_ratio
-from gencompare.evaluation.metrics import (
-    SURE,
-    class_shares,
-    confident,
-    label_accuracy,
-)
+from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
 from gencompare.evaluation.quantize import as_stored
-from gencompare.evaluation.reference import split_features
+from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, labels_like
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
 from gencompare.protocol import Generation, Measurement
@@ -36,6 +30,9 @@ MOST = 10_000
 PER_FEATURE = 4
 """Samples that are drawn at least for each feature, where the protocol does not say how many."""
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -44,13 +41,15 @@ class Protocol:
     Args:
         extractor: a factory ``spec -> Extractor``.
         n: samples; None draws as many as there are test images, but at least 4 a feature, and at most 10,000.
-        reference: the split that samples are held against.
+        reference: what samples are held against: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file with
+            the statistics of others (`reference.read_statistics`).
         chunk: samples drawn from one seed at a time.
         likelihood_n: test images that are scored in bits/dim and reconstructed (some families need a thousand network
             calls for each).
         seed: of sampling.
         metrics: further figures by name, each a function ``(features of samples, features of the reference) -> float``;
             its attribute ``better`` (``lower``, ``higher``, ``one``) says how to rank it, where it has one.
+        cache: folder for the features of real images; None keeps them in memory only.
     """
 
     extractor: Callable[[DataSpec], Extractor] = compact
@@ -59,7 +58,8 @@ class Protocol:
     chunk: int = CHUNK
     likelihood_n: int = 500
     seed: int = 0
-    metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict)
+    metrics: Further = field(default_factory=dict)
+    cache: str | Path | None = None
 
     def check(self, data: source.Data) -> Extractor:
         """The extractor, when this protocol can measure ``data``.
@@ -68,7 +68,7 @@ class Protocol:
         images the d x d covariance is singular, and a Frechet distance says more of n than of the model.
         """
         extractor = self.extractor(data.spec)
-        n, size, dim = self.size(data, extractor), len(data.split(self.reference)), extractor.dim
+        n, dim = self.size(data, extractor), extractor.dim
         if self.chunk < 1 or self.likelihood_n < 1:
             raise UserError("evaluation.protocol: chunk and likelihood_n must be at least 1.")
         if n <= dim:
@@ -76,7 +76,9 @@ class Protocol:
                 f"evaluation.n={n} samples cannot carry a Frechet distance on the {dim} features of {extractor.name}: "
                 f"ask for more than {dim} (evaluation.n={PER_FEATURE * dim})."
             )
-        if size <= dim:
+        if is_file(self.reference):
+            reference_of(data, self.reference, extractor)
+        elif (size := len(data.split(self.reference))) <= dim:
             raise UserError(
                 f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' cannot carry a Frechet "
                 f"distance on the {dim} features of {extractor.name}: more than {dim} are needed"
@@ -88,6 +90,10 @@ class Protocol:
         """How many samples are measured."""
         return self.n if self.n is not None else min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST)
 
+    @property
+    def folder(self) -> Path | None:
+        return None if self.cache is None else Path(self.cache)
+
 
 def evaluate(
     sampler_or_images: source.Samples | Tensor,
@@ -96,12 +102,13 @@ def evaluate(
     *,
     generation: Generation | None = None,
     labels: Tensor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     on_samples: Callable[[Tensor], None] | None = None,
+    keep: Path | None = None,
 ) -> Result:
     """Measure a model, or images, against ``data``.
 
-    Where torch.distributed runs, all processes must call this; they share the sampling, and all get the same result.
+    Where torch.distributed runs, all processes must call this; they share the work, and all get the same result.
 
     Args:
         sampler_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W): uint8 as on a disk
@@ -111,13 +118,13 @@ def evaluate(
         generation: what is known of how the samples came about; what is seen here (network calls, sampler, seed) is
             filled in.
         labels: for given images, the class that each was made for, (n,). A model's labels are chosen here.
-        progress: called with (samples drawn, n).
+        progress: see `Progress`.
         on_samples: called with the images as they were measured, on the first process.
+        keep: a folder of this model's own, for chunks that are drawn: an evaluation that was broken off goes on there.
 
     Returns:
-        A `Result` with ``fd_<extractor>`` (``fid`` on the Inception network), kernel distance, precision, recall, the
-        memorisation ratio; where the extractor knows the data's classes, ``confident`` and the class shares; for
-        models that can, ``bpd_<name>`` and ``psnr``.
+        A `Result` with the figures of `figures.figures` and `figures.copies`, each distance with its floor; for models
+        that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of reconstructions.
 
     Raises:
         UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape.
@@ -137,7 +144,7 @@ def evaluate(
         flags += suspicions(given)
     else:
         model = sampler_or_images
-        drawn = draw_like(model, n, data, protocol, progress)
+        drawn = draw_like(model, n, data, protocol, stage(progress, "sampling"), keep)
         images, labels = drawn.images, drawn.labels
         device = torch.device(getattr(model, "device", "cpu"))
         seconds["sampling"] = drawn.seconds
@@ -150,28 +157,29 @@ def evaluate(
     if on_samples is not None:
         once(lambda: on_samples(images))
     start = time.perf_counter()
-    metrics, more = once(lambda: quality(images, labels, data, protocol, extractor, device))
+    metrics, more = quality(images, labels, data, protocol, extractor, device, progress)
     seconds["metrics"] = time.perf_counter() - start
     flags += more.pop("flags")
     details |= more
     if model is not None:
         start = time.perf_counter()
-        metrics |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed)
-        metrics |= reconstruction(model, data, protocol.likelihood_n, protocol.seed)
+        metrics |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
+        metrics |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, extractor, device)
         seconds["likelihood"] = time.perf_counter() - start
 
+    reference = reference_of(data, protocol.reference, extractor, device, protocol.folder)
     measurement = Measurement(
         data=spec.name,
         n=len(images),
-        reference=protocol.reference,
-        reference_n=len(data.split(protocol.reference)),
-        reference_hash=data.hash(protocol.reference),
+        reference=reference.name,
+        reference_n=reference.n,
+        reference_hash=reference.hash,
         extractor=extractor.name,
         extractor_hash=extractor.hash,
         resize=extractor.resize,
         quantization=quantization(spec),
         conditioning="unconditional" if labels is None else "labels",
-        label_distribution="none" if labels is None else protocol.reference if model is not None else "as given",
+        label_distribution="none" if labels is None else reference.name if model is not None else "as given",
         chunk=protocol.chunk,
     )
     return Result(
@@ -180,23 +188,29 @@ def evaluate(
     )  # fmt: skip
 
 
+def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    """``progress`` for one part of the work."""
+    return None if progress is None else lambda done, total: progress(name, done, total)
+
+
 def draw_like(
     model: source.Samples,
     n: int,
     data: source.Data,
     protocol: Protocol,
     progress: Callable[[int, int], None] | None = None,
+    keep: Path | None = None,
 ) -> Samples:
     """``n`` samples in the form that extractors take; a conditional model is asked for the reference's classes."""
     labels = None
     if getattr(model, "conditional", False):
-        known = data.split(protocol.reference).labels
+        known = data.split("train" if is_file(protocol.reference) else protocol.reference).labels
         if known is None:
             raise UserError(f"A conditional model needs labels to draw, and data '{data.spec.name}' has none.")
         labels = labels_like(known, n, protocol.seed)
     return draw(
         model, n, seed=protocol.seed, chunk=protocol.chunk, labels=labels, finish=as_stored, spec=data.spec,
-        progress=progress,
+        progress=progress, keep=keep,
     )  # fmt: skip
 
 
@@ -207,56 +221,69 @@ def quality(
     protocol: Protocol,
     extractor: Extractor,
     device: torch.device,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """(metrics, details) of images as `quantize.as_stored` gives them; real images give each its floor."""
-    own = extractor(images, device)
-    reference = split_features(data, protocol.reference, extractor, device)
-    ground = floor(data, protocol.reference, len(images), extractor, device)
-    real, note = ground.features, ground.note
+    """(metrics, details) of images as `quantize.as_stored` gives them; real images give each its floor.
 
-    figures = distances(own.features, reference.features)
-    metrics = named(figures, ground, extractor)
-    for name, further in protocol.metrics.items():
-        metrics[name] = Metric(
-            further(own.features, reference.features), better=getattr(further, "better", None),
-            floor=further(real.features, reference.features), note=note,
-        )  # fmt: skip
-    details: dict[str, Any] = {"flags": alike(own)}
-    splits = {name: split_features(data, name, extractor, device) for name in ("train", "test", "val")}
-    ratio = memorization_ratio(own.features, *(splits[name].features for name in ("train", "test", "val")))
-    metrics["memorization"] = Metric(
-        ratio, better="one", note="nearest training against nearest held-out image; copies give 0"
-        if ratio is not None else "a mean distance to held-out images is 0",
-    )  # fmt: skip
-    if own.logits is not None and real.logits is not None:
-        shares, real_shares = class_shares(own.logits), class_shares(real.logits)
-        details["class_shares"], details["class_shares_of_floor"] = shares, real_shares
-        metrics["confident"] = Metric(
-            confident(own.logits),
-            better="higher",
-            floor=confident(real.logits),
-            note=f"classifier at least {SURE} sure",
-        )
-        metrics["class_share_min"] = Metric(min(shares), better="higher", floor=min(real_shares))
-        metrics["class_share_max"] = Metric(max(shares), better="lower", floor=max(real_shares))
-        if labels is not None:
-            metrics["label_accuracy"] = Metric(
-                label_accuracy(own.logits, labels), better="higher", note="the classifier sees the class asked for"
-            )
-    return metrics, details
+    All processes share the extraction of features; the first one computes the figures from them.
+    """
+
+    def real(name: str) -> Reference:
+        return reference_of(data, name, extractor, device, protocol.folder, stage(progress, f"features of {name}"))
+
+    reference = real(protocol.reference)
+    held = Held(**{name: real(name).features for name in ("train", "test", "val")})  # type: ignore[arg-type]
+    own = extractor(images, device, stage(progress, "features"))
+
+    def work() -> tuple[dict[str, Metric], dict[str, Any]]:
+        further = dict(protocol.metrics)
+        ground = floor(data, reference, len(own), real, extractor, further)
+        metrics = figures(own, reference, extractor, labels=labels, further=further)
+        metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
+        details: dict[str, Any] = {"flags": oddities(own)}
+        if (shares := shares_of(own, extractor)) is not None:
+            details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
+        return metrics, details
+
+    return once(work)
 
 
-def named(own: Figures, ground: Floor, extractor: Extractor) -> dict[str, Metric]:
-    """Frechet and kernel distance, precision and recall under their names, each with its floor."""
-    real, note = ground.figures, ground.note
-    missing = "all reference images are alike" if own.frechet is None else ""
-    spread = "" if own.kernel_spread is None else f"subsets +- {own.kernel_spread:.2g}"
-    return {
-        extractor.frechet_name: Metric(own.frechet, "lower", real.frechet, note=missing or note),
-        extractor.kernel_name: Metric(own.kernel, "lower", real.kernel, note="; ".join(filter(None, (spread, note)))),
-        "precision": Metric(own.precision, "higher", real.precision, note=note),
-        "recall": Metric(own.recall, "higher", real.recall, note=note),
-    }
+@dataclass(frozen=True)
+class Floor:
+    """Figures of real held-out images: how good samples can get."""
+
+    figures: dict[str, Metric]
+    features: Features
+    note: str
+    """What sets it apart from the samples' own n; empty when nothing does."""
+
+
+def floor(
+    data: source.Data,
+    reference: Reference,
+    n: int,
+    real: Callable[[str], Reference],
+    extractor: Extractor,
+    further: Further,
+) -> Floor:
+    """The floor at ``n`` images, or at as many as the test split has. Its figures are kept for the next model."""
+    split = "test" if reference.name != "test" else "val"
+    held_out = real(split)
+    assert held_out.features is not None
+    rows = spaced(held_out.n, n)
+    own = held_out.features[rows]
+    labels = None if held_out.labels is None else held_out.labels[rows]
+    key = (held_out.hash, reference.hash, len(own), extractor.hash, extractor.resize)
+    if key not in _floors:
+        _floors[key] = figures(own, reference, extractor, labels=labels, error=False)
+    found = dict(_floors[key])
+    if reference.features is not None:
+        for name, metric in further.items():
+            found[name] = Metric(metric(own.features, reference.features.features))
+    return Floor(found, own, "" if len(own) == n else f"floor from {len(own)} {split} images")
+
+
+_floors: dict[tuple[str | int, ...], dict[str, Metric]] = {}
 
 
 def given_images(
@@ -280,12 +307,6 @@ def suspicions(images: Tensor) -> list[str]:
     """What looks wrong with given images, and is no proof of it."""
     if images.is_floating_point() and images.numel() and images.min() >= 0:
         return ["no value is below 0: images in [0, 1] must be brought to [-1, 1] first"]
-    return []
-
-
-def alike(own: Features) -> list[str]:
-    if float(own.features.double().var(0).sum()) == 0:
-        return ["all samples have the same features: the model draws one image"]
     return []
 
 

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gencompare.evaluation.distributed import shared_out
+
 
 @dataclass(frozen=True)
 class Features:
-    """One pass of an extractor: ``features`` (n, d) float32, ``logits`` (n, classes) or None, both on the CPU."""
+    """One pass of an extractor over n images, float32 on the CPU."""
 
     features: Tensor
+    """(n, d)."""
     logits: Tensor | None = None
+    """(n, classes), where the network is a classifier."""
+    spatial: Tensor | None = None
+    """(n, s): an early layer's activations with their places, where the network gives them."""
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, rows: Tensor | slice) -> Features:
-        return Features(self.features[rows], None if self.logits is None else self.logits[rows])
+        return Features(*(None if part is None else part[rows] for part in self.parts()))  # type: ignore[arg-type]
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.features, self.logits, self.spatial
+
+    @staticmethod
+    def joined(sets: Iterable[Features]) -> Features:
+        columns = zip(*(part.parts() for part in sets), strict=True)
+        return Features(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+    def stored(self) -> Features:
+        """In memory of its own, float32 on the CPU, fit for gradients' mode or not."""
+        return Features(*(None if part is None else part.float().cpu().clone() for part in self.parts()))  # type: ignore[arg-type]
 
 
 class Extractor(ABC):
@@ -30,6 +49,7 @@ class Extractor(ABC):
         name: what its distance is called by: ``fd_<name>``.
         hash: SHA-256 of its weights.
         dim: features of an image.
+        knows_classes: whether its logits are over the data's own classes.
         resize: how images reach its size, in words.
         details: what a reader of a result should know of it (accuracy, a fallback): shown, never ranked.
         batch: images in one pass.
@@ -38,6 +58,7 @@ class Extractor(ABC):
     name: str
     hash: str
     dim: int
+    knows_classes: bool = False
     resize: str = "none"
     batch: int = 500
     module: nn.Module
@@ -54,26 +75,43 @@ class Extractor(ABC):
     def kernel_name(self) -> str:
         return f"kd_{self.name}"
 
+    @property
+    def score_name(self) -> str:
+        """Of `classes.classifier_score`."""
+        return "classifier_score"
+
     @abstractmethod
     def run(self, images: Tensor) -> Features:
         """One batch of images as `quantize.as_stored` gives them, on the network's device."""
 
-    def __call__(self, images: Tensor, device: torch.device | str = "cpu") -> Features:
-        """Features of images (n, C, H, W): uint8, or float32 for continuous data. Batched; no gradients."""
+    def __call__(
+        self,
+        images: Tensor,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Features:
+        """Features of images (n, C, H, W): uint8, or float32 for continuous data. No gradients.
+
+        Where torch.distributed runs, all processes must call this: they share the batches, and all get all features.
+        ``progress`` is called with (images done, n).
+        """
+
+        def one(k: int) -> Features:
+            with torch.inference_mode():
+                found = self.run(images[k * self.batch : (k + 1) * self.batch].to(device))
+            if progress is not None:
+                progress(min(len(images), (k + 1) * self.batch), len(images))
+            return found.stored()
+
         self.module.to(device)
-        with torch.inference_mode():
-            parts = [self.run(part.to(device)) for part in images.split(self.batch)]
+        parts = shared_out(-(-len(images) // self.batch), one)
         self.module.to("cpu")
-        with_logits = [part.logits.float().cpu() for part in parts if part.logits is not None]
-        return Features(
-            torch.cat([part.features.float().cpu() for part in parts]).clone(),
-            torch.cat(with_logits).clone() if with_logits else None,
-        )
+        return Features.joined(parts)
 
     def features(self, images: Tensor) -> Tensor:
         """(n, d) float32 on the CPU."""
         return self(images).features
 
     def logits(self, images: Tensor) -> Tensor | None:
-        """(n, classes) of the data's own classes, or None where the network knows none of them."""
+        """(n, classes), or None where the network is no classifier."""
         return self(images).logits

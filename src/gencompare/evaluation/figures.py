@@ -1,62 +1,176 @@
-"""The distances of one set of features from the reference, and the floor: the same for real images."""
+"""All figures of one set of features against a reference, from one pass of the extractor."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
 
-import torch
 from torch import Tensor
 
-from gencompare.evaluation import source
+from gencompare.evaluation.classes import SURE, class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.metrics import frechet_distance, kernel_distance, precision_recall
-from gencompare.evaluation.reference import spaced, split_features
+from gencompare.evaluation.frechet import Statistics, between, extrapolated, frechet_distance, jackknife
+from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.memorization import authenticity, memorization_ratio
+from gencompare.evaluation.neighbours import DENSITY_NEIGHBOURS, neighbourhood
+from gencompare.evaluation.reference import Reference, spaced
+from gencompare.records import Metric
+
+Further = Mapping[str, Callable[[Tensor, Tensor], float]]
+"""Figures that a protocol adds, by name."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What `distances` finds; None where there are too few images for it, or all are alike."""
+class Held:
+    """Real images beside the reference, for the figures that look for copies."""
 
-    frechet: float | None = None
-    kernel: float | None = None
-    kernel_spread: float | None = None
-    precision: float | None = None
-    recall: float | None = None
+    train: Features
+    test: Features
+    val: Features
 
 
-@dataclass(frozen=True)
-class Floor:
-    """Figures of real held-out images: how good samples can get."""
+def figures(
+    own: Features,
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    labels: Tensor | None = None,
+    further: Further | None = None,
+    error: bool = True,
+) -> dict[str, Metric]:
+    """Distances, neighbourhood figures and class figures of ``own``, by name.
 
-    figures: Figures
-    features: Features
-    note: str
-    """What sets it apart from the samples' own n; empty when nothing does."""
-
-
-def distances(own: Tensor, reference: Tensor) -> Figures:
-    """Figures of features ``own`` (n, d) against all of ``reference`` (m, d).
-
-    Precision and recall compare balls, which shrink as a set grows, so they see as many reference images as there are
-    samples.
+    Args:
+        labels: (n,) the class that each image was made for.
+        further: figures that the protocol adds.
+        error: give the Frechet distance its interval (ten times its cost).
     """
-    if len(own) <= own.shape[1] or float(reference.double().var(0).sum()) == 0:
-        return Figures()
-    kernel, spread = kernel_distance(own, reference)
-    precision, recall = precision_recall(own, reference[spaced(len(reference), len(own))])
-    return Figures(frechet_distance(own, reference), kernel, spread, precision, recall)
+    found = distances(own, reference, extractor, error=error)
+    found |= spatial_distance(own, reference, extractor)
+    if reference.features is not None:
+        found |= neighbours(own.features, reference.features.features)
+        for name, metric in (further or {}).items():
+            value = metric(own.features, reference.features.features)
+            found[name] = Metric(value, better=getattr(metric, "better", None))
+    if own.logits is not None:
+        found |= class_figures(own.logits, labels if extractor.knows_classes else None, extractor)
+    if labels is not None:
+        found |= by_class(own.features, labels, reference, extractor)
+    return found
 
 
-def floor(data: source.Data, reference: str, n: int, extractor: Extractor, device: torch.device) -> Floor:
-    """The floor at ``n`` images, or at as many as the test split has. Its figures are kept for the next model."""
-    split = "test" if reference != "test" else "val"
-    real = split_features(data, split, extractor, device)
-    own = real[spaced(len(real), n)]
-    key = (data.hash(split), data.hash(reference), len(own), extractor.hash, extractor.resize)
-    if key not in _kept:
-        whole = split_features(data, reference, extractor, device)
-        _kept[key] = distances(own.features, whole.features)
-    return Floor(_kept[key], own, "" if len(own) == n else f"floor from {len(own)} {split} images")
+def against_floor(own: dict[str, Metric], real: dict[str, Metric], note: str) -> dict[str, Metric]:
+    """``own`` with the same figures of real images as floors; ``note`` says what sets these apart, if anything does."""
+    paired = {}
+    for name, metric in own.items():
+        floor = real[name].value if name in real else None
+        notes = [part for part in (metric.note, note if floor is not None else "") if part]
+        paired[name] = replace(metric, floor=floor, note="; ".join(notes))
+    return paired
 
 
-_kept: dict[tuple[str | int, ...], Figures] = {}
+def distances(own: Features, reference: Reference, extractor: Extractor, *, error: bool) -> dict[str, Metric]:
+    """Frechet distance (at n and at n = infinity) and kernel distance."""
+    frechet, kernel = extractor.frechet_name, extractor.kernel_name
+    statistics = reference.statistics
+    if len(own) <= extractor.dim or float(statistics.cov.diagonal().sum()) == 0:
+        why = (
+            "all reference images are alike"
+            if len(own) > extractor.dim
+            else f"{len(own)} images, {extractor.dim} features"
+        )
+        return {name: Metric(None, "lower", note=why) for name in (frechet, kernel)}
+    found = {
+        frechet: Metric(
+            frechet_distance(own.features, statistics),
+            "lower",
+            interval=jackknife(own.features, statistics) if error else None,
+        ),
+        f"{frechet}_infinity": Metric(extrapolated(own.features, statistics), "lower", note="extrapolated"),
+    }
+    if reference.features is not None:
+        mean, spread = kernel_distance(own.features, reference.features.features)
+        found[kernel] = Metric(mean, "lower", note=f"subsets +- {spread:.2g}")
+    return found
+
+
+def spatial_distance(own: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
+    """Frechet distance of activations that still know their places (Nash et al. 2021, "Generating images with sparse
+    representations", section 5: sFID)."""
+    if own.spatial is None or reference.spatial is None:
+        return {}
+    name = f"s{extractor.frechet_name}"
+    if len(own) <= own.spatial.shape[1]:
+        return {name: Metric(None, "lower", note=f"{len(own)} images, {own.spatial.shape[1]} features")}
+    return {name: Metric(between(Statistics.of(own.spatial), reference.spatial), "lower")}
+
+
+def neighbours(own: Tensor, reference: Tensor) -> dict[str, Metric]:
+    """Precision, recall, density, coverage against as many reference images as there are samples: balls shrink as a set
+    grows."""
+    names = ("precision", "recall", "density", "coverage")
+    if min(len(own), len(reference)) <= DENSITY_NEIGHBOURS:
+        return {}
+    n = min(len(own), len(reference))
+    found = neighbourhood(own[spaced(len(own), n)], reference[spaced(len(reference), n)])
+    return {name: Metric(getattr(found, name), "higher") for name in names}
+
+
+def class_figures(logits: Tensor, labels: Tensor | None, extractor: Extractor) -> dict[str, Metric]:
+    """What the extractor's classifier sees."""
+    score, spread = classifier_score(logits)
+    found = {extractor.score_name: Metric(score, "higher", note=f"parts +- {spread:.2g}")}
+    if extractor.knows_classes:
+        shares = class_shares(logits)
+        found["confident"] = Metric(confident(logits), "higher", note=f"classifier at least {SURE} sure")
+        found["class_share_min"] = Metric(min(shares), "higher")
+        found["class_share_max"] = Metric(max(shares), "lower")
+    if labels is not None:
+        found["label_accuracy"] = Metric(
+            label_accuracy(logits, labels), "higher", note="the classifier sees the class asked for"
+        )
+    return found
+
+
+def by_class(own: Tensor, labels: Tensor, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
+    """Mean over classes of the Frechet distance between samples and real images of one class (intra-FID; Miyato and
+    Koyama 2018, "cGANs with Projection Discriminator", section 5)."""
+    if reference.features is None or reference.labels is None:
+        return {}
+    name = f"class_{extractor.frechet_name}"
+    pairs = [(own[labels == c], reference.features.features[reference.labels == c]) for c in reference.labels.unique()]
+    least = min(len(side) for pair in pairs for side in pair)
+    if least <= extractor.dim:
+        return {name: Metric(None, "lower", note=f"{least} images of a class, {extractor.dim} features")}
+    return {name: Metric(fmean(frechet_distance(a, b) for a, b in pairs), "lower")}
+
+
+def copies(own: Tensor, held: Held) -> dict[str, Metric]:
+    """Figures that copies of training images fail."""
+    train, test, val = held.train.features, held.test.features, held.val.features
+    ratio = memorization_ratio(own, train, test, val)
+    note = "nearest training against nearest held-out image; copies give 0"
+    return {
+        "memorization": Metric(
+            ratio, "one", note=note if ratio is not None else "a mean distance to held-out images is 0"
+        ),
+        "authenticity": Metric(
+            authenticity(own, train), "higher", floor=authenticity(test, train), note="copies give 0"
+        ),
+    }
+
+
+def oddities(own: Features) -> list[str]:
+    """What is wrong with the samples as a set, in words."""
+    constant = int((own.features == own.features[0]).all(0).sum())
+    if constant == own.features.shape[1]:
+        return ["all samples have the same features: the model draws one image"]
+    if constant:
+        return [f"{constant} of {own.features.shape[1]} features are the same for all samples"]
+    return []
+
+
+def shares_of(own: Features, extractor: Extractor) -> list[float] | None:
+    """Share of images in each of the data's classes, where the extractor knows them."""
+    return class_shares(own.logits) if own.logits is not None and extractor.knows_classes else None

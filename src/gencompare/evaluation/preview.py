@@ -6,9 +6,9 @@ from torch import Tensor
 
 from gencompare.evaluation import source
 from gencompare.evaluation.features import Extractor
-from gencompare.evaluation.metrics import frechet_distance
+from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.quantize import as_stored
-from gencompare.evaluation.reference import split_features
+from gencompare.evaluation.reference import reference_of
 
 
 def preview_distance(images: Tensor, data: source.Data, extractor: Extractor, split: str = "val") -> float:
@@ -22,4 +22,4 @@ def preview_distance(images: Tensor, data: source.Data, extractor: Extractor, sp
     """
     device = images.device
     own = extractor(as_stored(images, data.spec), device)
-    return frechet_distance(own.features, split_features(data, split, extractor, device).features)
+    return frechet_distance(own.features, reference_of(data, split, extractor, device).statistics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import resource
 import sys
 import time
@@ -9,9 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from gencompare.contract import DataSpec
@@ -19,6 +24,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.distributed import shared_out, world
 from gencompare.evaluation.quantize import to_uint8
+from gencompare.files import atomic
 from gencompare.seeds import generator
 
 CHUNK = 250
@@ -35,8 +41,41 @@ class Samples:
     nfe: dict[str, float]
     """Rows that went through each counted network, a sample. Guidance with two rows a sample counts two."""
     seconds: float
+    """Spent in drawing, over all chunks, divided by the processes that shared them."""
     peak_memory_bytes: int
     """On a GPU the most that torch held while sampling; on a CPU the most that the process ever held."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images of one seed, the rows that passed each network for them, and the seconds it took."""
+
+    images: Tensor
+    rows: dict[str, int]
+    seconds: float
+
+
+def write_chunk(path: Path, chunk: Chunk) -> None:
+    """Whole or not at all, with a check sum."""
+    facts = {"rows": chunk.rows, "seconds": chunk.seconds, "sha256": _sum(chunk.images)}
+    payload = save({"images": chunk.images.contiguous()}, {"chunk": json.dumps(facts)})
+    with atomic(path) as file:
+        file.write(payload)
+
+
+def read_chunk(path: Path) -> Chunk | None:
+    """What was drawn before, or None where nothing whole is there."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["chunk"])
+            images = file.get_tensor("images")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return Chunk(images, facts["rows"], facts["seconds"]) if facts["sha256"] == _sum(images) else None
+
+
+def _sum(images: Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 
 def draw(
@@ -49,6 +88,7 @@ def draw(
     finish: Callable[[Tensor, DataSpec], Tensor] = to_uint8,
     spec: DataSpec | None = None,
     progress: Callable[[int, int], None] | None = None,
+    keep: Path | None = None,
 ) -> Samples:
     """Draw ``n`` images.
 
@@ -61,6 +101,8 @@ def draw(
         finish: what is done to each chunk on the way to the CPU.
         spec: of the images; None asks the model.
         progress: called with (images done, n) after each chunk.
+        keep: folder in which chunks are kept as they are drawn, and looked for first. It must belong to this model and
+            these settings alone.
     """
     if n < 1 or chunk < 1:
         raise UserError(f"Cannot draw {n} samples in chunks of {chunk}: both must be at least 1.")
@@ -73,31 +115,37 @@ def draw(
     networks: Mapping[str, nn.Module] = getattr(model, "counted_networks", dict)()
     processes = world()[1]
 
-    def one(k: int) -> tuple[Tensor, dict[str, int]]:
+    def one(k: int) -> Chunk:
         size = min(chunk, n - k * chunk)
+        path = None if keep is None else keep / f"chunk_{k:05d}_{size}.safetensors"
+        if path is not None and (stored := read_chunk(path)) is not None:
+            return stored
+        began = time.perf_counter()
         cond = {} if labels is None else {"label": labels[k * chunk : k * chunk + size].to(device)}
         with counted(networks) as rows, torch.no_grad():
             x = model.sample(size, cond, generator=generator(device, seed, "sample", k))
         if len(x) != size:
             raise UserError(f"{type(model).__name__}.sample({size}) gave {len(x)} images.")
         images = finish(x, spec)
+        drawn = Chunk(images, dict(rows), time.perf_counter() - began)
+        if path is not None:
+            write_chunk(path, drawn)
         if progress is not None:
             progress(min(n, (k + processes) * chunk), n)
-        return images, dict(rows)
+        return drawn
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
     with evaluating(model):
         parts = shared_out(-(-n // chunk), one)
     rows = Counter[str]()
-    for _, count in parts:
-        rows.update(count)
+    for part in parts:
+        rows.update(part.rows)
     return Samples(
-        images=torch.cat([images for images, _ in parts]),
+        images=torch.cat([part.images for part in parts]),
         labels=labels,
         nfe={name: rows[name] / n for name in networks},
-        seconds=time.perf_counter() - start,
+        seconds=sum(part.seconds for part in parts) / processes,
         peak_memory_bytes=_peak_memory(device),
     )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from gencompare.contract import Cond, Reconstructs
 from gencompare.evaluation.distributed import shared_out
+from gencompare.evaluation.features import Extractor
+from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.evaluation.reference import spaced
 from gencompare.evaluation.sampling import evaluating
@@ -17,11 +21,15 @@ from gencompare.evaluation.source import Data
 from gencompare.records import Metric
 from gencompare.seeds import generator
 
+WINDOW = 11
+"""Pixels on a side of the window in which structural similarity is taken."""
 BATCH = 100
 """Images scored from one generator: a part of the protocol, so that figures do not depend on processes."""
 
 
-def bits_per_dim(model: Any, data: Data, n: int, seed: int) -> dict[str, Metric]:
+def bits_per_dim(
+    model: Any, data: Data, n: int, seed: int, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Metric]:
     """``bpd_<name>`` for each entry of ``model.likelihoods()``: mean of ``n`` test images."""
     likelihoods = getattr(model, "likelihoods", dict)()
     rows = test_rows(data, n)
@@ -31,7 +39,10 @@ def bits_per_dim(model: Any, data: Data, n: int, seed: int) -> dict[str, Metric]
         def score(k: int, name: str = name, likelihood: Any = likelihood) -> Tensor:
             x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
             with evaluating(model), torch.no_grad():
-                return likelihood.bits_per_dim(x, cond, generator(x.device, seed, "likelihood", name, k)).cpu()
+                bits = likelihood.bits_per_dim(x, cond, generator(x.device, seed, "likelihood", name, k)).cpu()
+            if progress is not None:
+                progress(min(len(rows), (k + 1) * BATCH), len(rows))
+            return bits
 
         bits = torch.cat(shared_out(batches(rows), score)).double()
         value = float(bits.mean())
@@ -44,8 +55,15 @@ def bits_per_dim(model: Any, data: Data, n: int, seed: int) -> dict[str, Metric]
     return metrics
 
 
-def reconstruction(model: Any, data: Data, n: int, seed: int) -> dict[str, Metric]:
-    """``psnr`` for a model with an encoder: 10 log10(255^2 / mean squared error) of bytes over ``n`` test images."""
+def reconstruction(
+    model: Any, data: Data, n: int, seed: int, extractor: Extractor, device: torch.device
+) -> dict[str, Metric]:
+    """How well a model with an encoder gives ``n`` test images back.
+
+    ``psnr`` = 10 log10(255^2 / mean squared error) of bytes; ``ssim``, structural similarity (Wang et al. 2004), for
+    images of 11 pixels and more; and ``r<frechet>``, the Frechet distance of reconstructions from the images that they
+    are of, where n exceeds the features.
+    """
     if not isinstance(model, Reconstructs) or data.spec.num_levels is None:
         return {}
     rows = test_rows(data, n)
@@ -57,9 +75,18 @@ def reconstruction(model: Any, data: Data, n: int, seed: int) -> dict[str, Metri
         return to_uint8(x, data.spec), to_uint8(again.clamp(-1, 1), data.spec)
 
     pairs = shared_out(batches(rows), rebuild)
-    real, rebuilt = (torch.cat(images).float() for images in zip(*pairs, strict=True))
-    value = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
-    return {"psnr": Metric(value, better="higher", unit="dB", note=f"reconstruction, {counted_images(rows, data)}")}
+    real, rebuilt = (torch.cat(images) for images in zip(*pairs, strict=True))
+    note = f"reconstruction, {counted_images(rows, data)}"
+    own, reference = (extractor(images, device).features for images in (rebuilt, real))
+    real, rebuilt = real.float(), rebuilt.float()
+    psnr = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
+    found = {"psnr": Metric(psnr if math.isfinite(psnr) else None, better="higher", unit="dB", note=note)}
+    if min(real.shape[2:]) >= WINDOW:
+        ssim = structural_similarity_index_measure(rebuilt, real, data_range=255.0)
+        found["ssim"] = Metric(float(ssim), better="higher", note=note)  # type: ignore[arg-type]
+    if len(rows) > extractor.dim:
+        found[f"r{extractor.frechet_name}"] = Metric(frechet_distance(own, reference), better="lower", note=note)
+    return found
 
 
 def test_rows(data: Data, n: int) -> Tensor:

@@ -71,7 +71,15 @@ class ResidualClassifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(n, dim): linear in the pooled activations, so that no feature is stuck at zero."""
-        return self.embed(self.trunk(x).mean((2, 3)))
+        return self.features_of(self.last(x))
+
+    def last(self, x: Tensor) -> Tensor:
+        """Activations of the last stage, (n, widths[-1], h, w)."""
+        return self.trunk(x)
+
+    def features_of(self, last: Tensor) -> Tensor:
+        """`features`, from the activations of the last stage."""
+        return self.embed(last.mean((2, 3)))
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (n, num_classes) of ``features``."""

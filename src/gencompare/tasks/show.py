@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.syntax import Syntax
 
 from gencompare.compare.report import report
 from gencompare.compare.terminal import summary
+from gencompare.data.base import SPLITS, ImageData
 from gencompare.records import RunRecord
 
 HIDDEN = ("choices", "command", "out", "sweep_name", "run", "resume", "runs", "n", "checkpoint", "weights", "task")
@@ -20,6 +22,19 @@ def print_config(cfg: DictConfig) -> None:
     shown = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in HIDDEN}  # type: ignore[union-attr]
     text = OmegaConf.to_yaml(OmegaConf.create(shown))
     Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+
+
+def described(data: ImageData) -> dict[str, Any]:
+    """The data set, for a record."""
+    spec = data.spec
+    return {
+        "name": spec.name,
+        "shape": list(spec.shape),
+        "num_classes": spec.num_classes,
+        "num_levels": spec.num_levels,
+        "splits": {name: len(data.split(name)) for name in SPLITS},
+        "hash": data.hash("train"),
+    }
 
 
 def print_end(record: RunRecord, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from gencompare.contract import GenerativeModel, TrainedModel
-from gencompare.data.base import SPLITS, ImageData
+from gencompare.data.base import ImageData
 from gencompare.errors import UserError
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
@@ -28,7 +28,7 @@ from gencompare.tasks.build import (
 from gencompare.tasks.environment import environment
 from gencompare.tasks.evaluate import measure
 from gencompare.tasks.processes import JOB, children_of, wait_for_children
-from gencompare.tasks.show import print_config, print_end
+from gencompare.tasks.show import described, print_config, print_end
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
 from gencompare.training.flops import TrainingFlops
@@ -64,7 +64,9 @@ def train(cfg: DictConfig) -> None:
     if protocol is not None:
         assert isinstance(model, GenerativeModel)
         device = trainer.strategy.root_device
-        measure(model.to(device), data, protocol, folder, checkpoints=list(cfg.evaluation.checkpoints), weights="ema")
+        measure(
+            cfg, model.to(device), data, protocol, folder, checkpoints=list(cfg.evaluation.checkpoints), weights="ema"
+        )
     if rank_zero_only.rank == 0:
         record = RunRecord.update(folder, lambda r: setattr(r, "state", "finished"))
         page = print_end(record, folder)
@@ -81,20 +83,12 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
     frozen.save(cfg, folder / frozen.FILE)
     print_config(cfg)
     if resumed:
-        RunRecord.update(folder, lambda r: setattr(r, "state", "running"))
+        RunRecord.update(folder, lambda r: go_on(r, cfg))
         return
-    spec = data.spec
     RunRecord(
         name=folder.name,
         family=cfg.family,
-        data={
-            "name": spec.name,
-            "shape": list(spec.shape),
-            "num_classes": spec.num_classes,
-            "num_levels": spec.num_levels,
-            "splits": {name: len(data.split(name)) for name in SPLITS},
-            "hash": data.hash("train"),
-        },
+        data=described(data),
         seed=cfg.seed,
         created=now(),
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
@@ -107,6 +101,12 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
             "averaged_parameters": sum(p.numel() for p in model.averaged_parameters().values()),
         },
     ).save(folder)
+
+
+def go_on(record: RunRecord, cfg: DictConfig) -> None:
+    """The record of a run that is resumed: what was changed on the command line is in force from here on."""
+    record.state = "running"
+    record.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
 
 
 def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path, checkpoint: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Decoded images kept on disk, under a name that says what they were decoded from.
+"""Arrays kept on disk (decoded images, features of real images), under a name that says what they were made from.
 
 A file is a ``.npy`` array followed by the 32 bytes of the SHA-256 of all that stands before them. What is read back is
 mapped into memory, so that several processes share one copy, and it is read only after the check sum was verified.
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gencompare.data.locks import locked
 from gencompare.errors import UserError
 from gencompare.files import atomic
+from gencompare.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +35,46 @@ def cached(folder: Path | None, name: str, make: Callable[[], Tensor]) -> Tensor
     """
     if folder is None:
         return make()
-    path = folder / f"{name}.npy"
-    stored = _read(path)
+    stored = load(folder, name)
     if stored is not None:
         return stored
     made = None
     try:
-        with locked(path.with_suffix(".lock")):
-            stored = _read(path)  # another process may have made it while this one waited
+        with locked(folder / f"{name}.lock"):
+            stored = load(folder, name)  # another process may have made it while this one waited
             if stored is not None:
                 return stored
             made = make()
-            _write(path, made)
-    except (OSError, UserError) as error:
-        if isinstance(error, UserError) and made is None:
-            raise  # from make(): the images themselves are at fault
-        log.warning("Decoded images cannot be kept in %s (%s): set paths.cache=DIR to save time.", folder, error)
+            store(folder, name, made)
+    except OSError as error:
+        _warn(folder, name, error)
     return make() if made is None else made
+
+
+def load(folder: Path, name: str) -> Tensor | None:
+    """The stored tensor, or None where the file is missing or not what was written."""
+    path = folder / f"{name}.npy"
+    with suppress(OSError, ValueError, EOFError):
+        if not _intact(path):
+            log.warning("%s is damaged: it is made anew.", path)
+            return None
+        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    return None
+
+
+def store(folder: Path, name: str, tensor: Tensor) -> None:
+    """Write ``tensor``, whole or not at all; a folder that cannot be written is a warning."""
+    try:
+        with atomic(folder / f"{name}.npy") as file:
+            summed = _Summed(file)
+            np.lib.format.write_array(summed, tensor.numpy(), allow_pickle=False)  # type: ignore[arg-type]
+            file.write(summed.digest.digest())
+    except (OSError, UserError) as error:
+        _warn(folder, name, error)
+
+
+def _warn(folder: Path, name: str, error: Exception) -> None:
+    log.warning("%s cannot be kept in %s (%s): set paths.cache=DIR to save time.", name, folder, error)
 
 
 class _Summed:
@@ -63,23 +86,6 @@ class _Summed:
     def write(self, block: bytes) -> int:
         self.digest.update(block)
         return self.file.write(block)
-
-
-def _write(path: Path, tensor: Tensor) -> None:
-    with atomic(path) as file:
-        summed = _Summed(file)
-        np.lib.format.write_array(summed, tensor.numpy(), allow_pickle=False)  # type: ignore[arg-type]
-        file.write(summed.digest.digest())
-
-
-def _read(path: Path) -> Tensor | None:
-    """The stored tensor, or None where the file is missing or not what was written."""
-    with suppress(OSError, ValueError, EOFError):
-        if not _intact(path):
-            log.warning("%s is damaged: it is made anew.", path)
-            return None
-        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-    return None
 
 
 def _intact(path: Path) -> bool:

@@ -1,0 +1,144 @@
+"""Figures against other programs, on the same images and the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gencompare.contract import DataSpec
+from gencompare.evaluation.classes import classifier_score
+from gencompare.evaluation.frechet import frechet_distance
+from gencompare.evaluation.inception import Inception
+from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.neighbours import neighbourhood
+
+SPEC = DataSpec(name="photos", shape=(3, 32, 32))
+
+
+def correlated(n: int, d: int, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=g) @ torch.randn(d, d, generator=g) / d**0.5 + 0.3 * seed
+
+
+@pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 450)])
+def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.CaptureFixture[str]) -> None:
+    prdc = pytest.importorskip("prdc")
+    a, b = correlated(n, 24, 1), torch.cat([correlated(m - 100, 24, 2), correlated(100, 24, 1)])
+    own = neighbourhood(a, b)
+    for k, names in ((5, ("density", "coverage")), (3, ("precision", "recall"))):
+        theirs = prdc.compute_prdc(b.numpy(), a.numpy(), k)
+        for name in names:
+            assert getattr(own, name) == pytest.approx(float(theirs[name]), rel=1e-4), name
+
+
+def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    a, b = correlated(1200, 64, 1), correlated(1500, 64, 2)
+    statistics = [fid_features_to_statistics(x.double()) for x in (a, b)]
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-4)
+    moments = [(x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b)]
+    pytorch_fid = fid_score.calculate_frechet_distance(*moments[0], *moments[1])
+    assert frechet_distance(a, b) == pytest.approx(float(pytorch_fid), rel=1e-4)
+    kid = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
+    assert kernel_distance(a, b)[0] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-4)
+    prc = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=False, verbose=False)
+    own = neighbourhood(a, b)
+    assert own.precision == pytest.approx(prc["precision"], rel=1e-4)
+    assert own.recall == pytest.approx(prc["recall"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Inception network with random weights of a trained one's size, so that activations neither die nor explode."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save({}, folder / "empty.pth")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+    torch.manual_seed(0)
+    net: Any = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
+    patch.undo()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+            torch.nn.init.uniform_(module.weight, 0.7, 1.0)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    torch.save(net.state_dict(), folder / "inception.pth")
+    return folder / "inception.pth"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders of PNG files: smooth random pictures, of other contrast in the second."""
+    places = []
+    for k, scale in enumerate((30, 90)):
+        folder = tmp_path_factory.mktemp(f"images{k}")
+        random = np.random.default_rng(k)
+        coarse = torch.from_numpy(random.standard_normal((48, 3, 6, 6))).float()
+        images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").mul(scale).add(2 * scale)
+        images = images.clamp(0, 255)
+        for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image).save(folder / f"{i:03d}.png")
+        places.append(folder)
+    return places
+
+
+def loaded(folder: Path) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(folder.iterdir())])
+
+
+def test_figures_are_those_of_the_command_line_of_torch_fidelity(folders: list[Path], random_weights: Path) -> None:
+    """FID, IS, KID, precision and recall of two folders of images, through the same network."""
+    from torch_fidelity import calculate_metrics
+
+    theirs = calculate_metrics(
+        input1=str(folders[0]), input2=str(folders[1]), cuda=False, fid=True, kid=True, isc=True, prc=True,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(random_weights), batch_size=16,
+        kid_subsets=100, kid_subset_size=48, cache=False, verbose=False, samples_find_deep=False,
+    )  # fmt: skip
+    extractor = Inception(SPEC, random_weights)
+    a, b = (extractor(loaded(folder)) for folder in folders)
+    assert frechet_distance(a.features, b.features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    kid = kernel_distance(a.features, b.features)[0]
+    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert a.logits is not None
+    assert classifier_score(a.logits)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    own = neighbourhood(a.features, b.features)
+    assert own.precision == pytest.approx(theirs["precision"], abs=1e-4)
+    assert own.recall == pytest.approx(theirs["recall"], abs=1e-4)
+
+
+def test_fid_is_that_of_torchmetrics_on_its_network(folders: list[Path], random_weights: Path) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    extractor = Inception(SPEC, random_weights)
+
+    class Network(torch.nn.Module):
+        """The same network, as torchmetrics wants it."""
+
+        num_features = 2048
+
+        def forward(self, x: Tensor) -> Tensor:
+            return extractor.run(x).features
+
+    fid = FrechetInceptionDistance(feature=Network(), normalize=False)
+    a, b = (loaded(folder) for folder in folders)
+    fid.update(a, real=True)
+    fid.update(b, real=False)
+    own = frechet_distance(extractor.features(b), extractor.features(a))
+    assert own == pytest.approx(float(fid.compute()), rel=1e-4)
