@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup setup-dev lint format test-browser clean
+.PHONY: demo test setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm

@@ -146,7 +146,9 @@ def test_the_first_images_are_a_fair_sample(data_set: ImageData) -> None:
 def test_limit_cuts_the_training_images_alone(few_images: Path, cache: Path) -> None:
     whole = from_conf("image_folder", few_images, cache)
     part = from_conf("image_folder", few_images, cache, limit=7)
-    assert torch.equal(part.split("train").images, whole.split("train").images[:7])
+    assert torch.equal(part.training.images, whole.training.images[:7])
+    assert sum(len(x) for x, _ in part.batches("train")) == 7
+    assert part.hash("train") == whole.hash("train"), "the reference of every distance stays whole"
     assert part.hash("val") == whole.hash("val") and part.hash("test") == whole.hash("test")
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
+from gencompare.evaluation.classes import class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.flops import flops_per_image
-from gencompare.evaluation.memorization import authenticity, memorization_ratio, nearest
-from gencompare.evaluation.classes import class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.frechet import Statistics, between, extrapolated, frechet_distance, jackknife
 from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.memorization import authenticity, memorization_ratio, nearest
 from gencompare.evaluation.neighbours import neighbourhood
 from gencompare.evaluation.quantize import as_stored, stored_split, to_uint8
 

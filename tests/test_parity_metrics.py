@@ -60,7 +60,7 @@ def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Inception network with random weights of a trained one's size, so that activations neither die nor explode."""
+    """The Inception network with random weights that neither let activations die nor explode."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     folder = tmp_path_factory.mktemp("weights")

@@ -307,10 +307,10 @@ def test_weights_of_another_network_are_refused_by_name() -> None:
         (
             (1, 28, 28),
             {"multipliers": (1, 2, 2, 2)},
-            r"halves its images 3 times.*28x28.*at most 3 multipliers.*\[1, 2, 2\]",
+            r"halves its images 3 time.*28x28.*multipliers=\[1, 2, 2\]",
         ),
-        ((1, 8, 8), {"multipliers": (1,) * 5}, r"at most 4 multipliers"),
-        ((2, 1, 1), {}, r"at most 1 multipliers"),
+        ((1, 8, 8), {"multipliers": (1,) * 5}, r"multipliers=\[1, 1, 1, 1\], or"),
+        ((2, 1, 1), {}, r"multipliers=\[1\], or"),
         ((1, 8, 8), {"channels": 12, "groups": 8}, r"channels=12.*groups=8.*groups=4"),
         ((1, 8, 8), {"multipliers": ()}, r"multipliers=\[\]"),
         ((1, 8, 8), {"blocks": 0}, r"blocks=0"),

@@ -123,6 +123,8 @@ class TrainedModel(pl.LightningModule):
         grad_clip: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(conditional, bool):
+            raise UserError(f"model.conditional={conditional}: choose true or false.")
         if conditional and not spec.num_classes:
             raise UserError(
                 f"model.conditional=true needs labels, and data '{spec.name}' has none: use model.conditional=false."

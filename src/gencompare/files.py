@@ -34,15 +34,26 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"No room left on the disk for {path}: free some space, then start again.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"Cannot write {path}: {error.strerror}. Choose another folder.") from error
-        raise
+        raise cannot_write(path, error) or error from error
     finally:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+ELSEWHERE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
+)  # fmt: skip
+
+
+def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError | None:
+    """What to tell the user of an error in writing ``path``; None where it is none of theirs."""
+    if error.errno in FULL:
+        return UserError(f"No room left on the disk for {path}: free some space, then start again.")
+    if error.errno in ELSEWHERE:
+        return UserError(f"Cannot write {path}: {error.strerror}. Choose another folder.")
+    return None
 
 
 def _umask() -> int:

@@ -113,7 +113,7 @@ def open_archive(path: Path) -> Archive:
         return Folder(path)
     if path.is_file():
         return Zip(path)
-    raise UserError(f"There is no folder or zip file {path}: set data.root=PATH.")
+    raise UserError(f"There is no folder or zip file '{path}': set data.root=PATH.")
 
 
 def _is_junk(name: str) -> bool:

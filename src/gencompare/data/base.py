@@ -81,7 +81,12 @@ class ImageData(pl.LightningDataModule):
     def splits(self) -> dict[str, Split]:
         splits = self.load()
         assert set(splits) == set(SPLITS), f"load() gives {sorted(splits)}, not {SPLITS}"
-        return {**splits, "train": splits["train"][slice(self.limit)]}
+        return splits
+
+    @property
+    def training(self) -> Split:
+        """What is trained on: the split ``train``, or its first ``limit`` images. (The reference stays whole.)"""
+        return self.split("train")[slice(self.limit)]
 
     def split(self, name: str) -> Split:
         """``train``, ``val``, ``test``, or some of them together (``train+val``), in a fixed order."""
@@ -125,8 +130,8 @@ class ImageData(pl.LightningDataModule):
         return {} if labels is None else {"label": labels}
 
     def batches(self, name: str, size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
-        """One pass over a split in its fixed order, no flips, nothing left out."""
-        split = self.split(name)
+        """One pass over a split (of ``train``: over `training`) in its fixed order, no flips, nothing left out."""
+        split = self.training if name == "train" else self.split(name)
         for start in range(0, len(split), size or self.eval_batch_size):
             part = split[slice(start, start + (size or self.eval_batch_size))]
             yield self.normalize(part.images), self.cond(part.labels)

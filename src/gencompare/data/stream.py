@@ -19,6 +19,10 @@ RESIDENT_SHARE = 0.25
 """A split moves to the device when it takes at most this share of the device's free memory."""
 
 
+MOST_EPOCHS = 16
+"""A batch may go through the training images several times (debug=overfit), but a slip of the finger is refused."""
+
+
 class TrainStream:
     """An endless stream of training batches, beginning at ``start_step``.
 
@@ -35,9 +39,14 @@ class TrainStream:
             )
         self.data, self.device, self.start_step = data, device, start_step
         self.rank, self.world = rank, world
-        self.split = resident(data.split("train"), device)
+        self.split = resident(data.training, device)
         if not len(self.split):
             raise UserError(f"Data '{data.spec.name}' has no training images.")
+        if data.batch_size > MOST_EPOCHS * len(self.split):
+            raise UserError(
+                f"trainer.global_batch_size={data.batch_size} is more than {MOST_EPOCHS} times the {len(self.split)}"
+                " training images: give a smaller one."
+            )
 
     def rows(self, step: int) -> Tensor:
         """Indices of the global batch of ``step``, (B,)."""
@@ -63,7 +72,10 @@ class TrainStream:
         source = torch.Generator(self.device)
         step = self.start_step
         while True:
-            rows = self.rows(step)[start:stop].to(self.split.images.device)
+            rows = self.rows(step)[start:stop]
+            if self.split.images.is_cuda:
+                # From pinned memory the copy does not wait for the work that the device has in hand.
+                rows = rows.pin_memory().to(self.split.images.device, non_blocking=True)
             part = self.split[rows]
             images = self.data.normalize(part.images.to(self.device, non_blocking=True))
             if self.data.flip:

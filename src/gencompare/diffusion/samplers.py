@@ -88,8 +88,8 @@ class Sampler(ABC):
         done = 0
         for step in self.iterate(denoiser, x, cond, generator=generator, times=times):
             x, done = step.x, done + 1
-            # Counted on the device, read once at the end: what is not finite stays so.
-            good += torch.isfinite(x).all()
+            # Counted on the device, read once at the end. Clipping can hide an infinite prediction from x.
+            good += torch.isfinite(x).all() & torch.isfinite(step.prediction.eps).all()
         if good < done:
             raise UserError(
                 f"Sampling broke off: step {int(good) + 1} of {done} gave NaN or infinite values. The network's weights"
@@ -130,9 +130,8 @@ class Ancestral(Sampler):
     def walk(
         self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s in pairwise(times):
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            now, then = denoiser.schedule.at(t, x), denoiser.schedule.at(s, x)
             c = -torch.expm1(now.log_snr - then.log_snr)
             kept = (1 - c) * then.alpha / now.alpha  # = alpha_t sigma_s^2 / (alpha_s sigma_t^2)
             std = c.sqrt() * then.sigma ** (1 - self.variance) * now.sigma**self.variance * (then.sigma > 0)
@@ -159,9 +158,8 @@ class DDIM(Sampler):
     def walk(
         self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s in pairwise(times):
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            now, then = denoiser.schedule.at(t, x), denoiser.schedule.at(s, x)
             share = self.eta**2 * -torch.expm1(now.log_snr - then.log_snr)  # tau^2 / sigma_s^2
             x = then.alpha * prediction.x0 + then.sigma * (1 - share).sqrt() * prediction.eps
             if self.eta > 0:
@@ -173,25 +171,32 @@ class DDIM(Sampler):
 class Heun(Sampler):
     r"""Heun's method on the probability-flow ODE d(x / alpha) / d(sigma / alpha) = eps.
 
-    Karras et al. (2022), "Elucidating the Design Space", algorithm 1, which has alpha = 1. Two denoiser calls a step;
-    the step into clean data is Euler's, with one.
+    Karras et al. (2022), "Elucidating the Design Space", algorithm 1, which has alpha = 1. Two denoiser calls a step.
+    Where sigma / alpha falls more than `FURTHEST`-fold in one step the mean of two slopes says nothing, and the step is
+    Euler's, with one call: the step into clean data, and the first one of schedules that end in almost pure noise.
     """
 
     order = 2
+    FURTHEST: ClassVar[float] = 100.0
 
     def walk(
         self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        ends_clean = bool(times[-1] == CLEAN)
-        for k, (t, s) in enumerate(pairwise(times), 1):
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            now, then = denoiser.schedule.at(t, x), denoiser.schedule.at(s, x)
             start, slope = x, prediction.eps
             x = _along(start, slope, now, then)
-            if not (ends_clean and k == len(times) - 1):
+            if then.sigma / then.alpha * self.FURTHEST >= now.sigma / now.alpha:
                 prediction = denoiser(x, s, cond)
                 x = _along(start, (slope + prediction.eps) / 2, now, then)
             yield Step(s, x, prediction)
+
+
+def steps_between(times: Tensor, schedule: NoiseSchedule, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Scales, Scales]]:
+    """(t, s, scales at t, scales at s) for each pair of neighbouring times, scales in the type of x."""
+    scales = [schedule.at(t, x) for t in times]
+    for (t, s), (now, then) in zip(pairwise(times), pairwise(scales), strict=True):
+        yield t, s, now, then
 
 
 def _along(x: Tensor, slope: Tensor, now: Scales, then: Scales) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ from gencompare.evaluation import source
 from gencompare.evaluation.distributed import shared_out, world
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.files import atomic
+from gencompare.memory import forget_peak, peak_memory_bytes
 from gencompare.seeds import generator
 
 CHUNK = 250
@@ -134,8 +133,7 @@ def draw(
             progress(min(n, (k + processes) * chunk), n)
         return drawn
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     with evaluating(model):
         parts = shared_out(-(-n // chunk), one)
     rows = Counter[str]()
@@ -146,7 +144,7 @@ def draw(
         labels=labels,
         nfe={name: rows[name] / n for name in networks},
         seconds=sum(part.seconds for part in parts) / processes,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory_bytes(device),
     )
 
 
@@ -190,9 +188,3 @@ def counted(networks: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -174,8 +174,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every process the mean of all processes' gradients; with one process, nothing.
 
     Each process's loss is a mean over an equal part of the batch, so this is the whole batch's gradient. (DDP's own
-    reducer expects one backward pass for each forward pass of the wrapped model; here two players take turns in one.
-    Where it has averaged already, the mean of equal gradients changes nothing.)
+    reducer expects one backward pass for each forward pass of the wrapped model; here two players take turns in one.)
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:

@@ -31,8 +31,7 @@ class UNet(nn.Module):
         multipliers: width of each level, from the image's own resolution down, as a multiple of ``channels``.
         blocks: residual blocks a level in the encoder; the decoder has one more.
         attention: resolutions (image heights) with self-attention after each block. The list may name some that this
-            shape does not come to, so that one list serves several sizes of image, but not only such. The middle has
-            attention always.
+            shape does not come to, so that one list serves several sizes of image. The middle has attention always.
         dropout: probability with which a feature inside a residual block is dropped in training.
         groups: groups of every GroupNorm.
     """
@@ -51,7 +50,7 @@ class UNet(nn.Module):
         groups: int = 32,
     ) -> None:
         super().__init__()
-        _check(shape, channels, multipliers, blocks, attention, dropout, groups)
+        _check(shape, channels, multipliers, blocks, dropout, groups)
         resolutions = [shape[1] >> level for level in range(len(multipliers))]
         widths = [channels * multiplier for multiplier in multipliers]
         emb_dim = 4 * channels
@@ -132,7 +131,6 @@ def _check(
     channels: int,
     multipliers: Sequence[int],
     blocks: int,
-    attention: Sequence[int],
     dropout: float,
     groups: int,
 ) -> None:
@@ -156,6 +154,7 @@ def _check(
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         possible = next(n for n in range(levels - 1, 0, -1) if not (height % 2 ** (n - 1) or width % 2 ** (n - 1)))
         raise UserError(
-            f"A U-Net with multipliers={list(multipliers)} halves its images {levels - 1} times, which {height}x{width}"
-            f" does not allow: use at most {possible} multipliers, such as {list(multipliers[:possible])}."
+            f"A U-Net with multipliers={list(multipliers)} halves its images {levels - 1} time(s), which"
+            f" {height}x{width} does not allow: use model.network.multipliers={list(multipliers[:possible])}, or images"
+            " of another size."
         )

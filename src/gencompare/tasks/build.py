@@ -61,7 +61,7 @@ def build_callbacks(
         looks = [
             Looks(
                 count=options.looks.count, grid=options.looks.grid, held_out=options.looks.held_out, preview=preview,
-                folder=folder / "samples", seed=cfg.seed,
+                folder=folder / "samples", seed=cfg.seed, patience=options.looks.patience,
             )
         ]  # fmt: skip
     return [
@@ -97,12 +97,13 @@ def build_trainer(
     _quiet()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     options.pop("global_batch_size")
-    if options["strategy"] == "ddp" and not model.automatic_optimization:
+    several = options["strategy"] == "ddp" or (
+        options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1)
+    )
+    if several and not model.automatic_optimization:
         options["strategy"] = OwnReduction()
-    if options["profiler"] == "pytorch":
-        from pytorch_lightning.profilers import PyTorchProfiler
-
-        options["profiler"] = PyTorchProfiler(dirpath=str(folder), filename="profile")
+    if options["profiler"] is not None:
+        options["profiler"] = build_profiler(options["profiler"], folder)
     try:
         return pl.Trainer(
             **options,
@@ -119,8 +120,18 @@ def build_trainer(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def build_profiler(name: str, folder: Path) -> Any:
+    """Lightning's profiler, with its table as ``profile.txt`` in the run folder."""
+    from pytorch_lightning.profilers import PyTorchProfiler, SimpleProfiler
+
+    known = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
+    if name not in known:
+        raise UserError(f"trainer.profiler={name}: choose null, simple or pytorch.")
+    return known[name](dirpath=str(folder), filename="profile")
 
 
 def _quiet() -> None:

@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from gencompare.contract import GenerativeModel
+from gencompare.contract import DataSpec, GenerativeModel
 from gencompare.data.base import ImageData
 from gencompare.data.samples import read_samples
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.quantize import to_uint8
 from gencompare.files import sha256
 from gencompare.pictures import grid, save_png
 from gencompare.protocol import Generation
@@ -28,7 +29,7 @@ from gencompare.tasks import frozen
 from gencompare.tasks.build import build_data, build_model, build_protocol, build_trainer
 from gencompare.tasks.environment import environment
 from gencompare.tasks.load import generative, load_weights
-from gencompare.tasks.processes import JOB, children_of, wait_for_children
+from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.progress import stages
 from gencompare.tasks.show import described, print_end
 
@@ -51,8 +52,10 @@ def evaluate_run(cfg: DictConfig) -> None:
     model = generative(build_model(cfg, data), "evaluate")
     protocol = build_protocol(cfg)
     protocol.check(data)
+    RunRecord.load(folder)
     job = folder / JOB
-    frozen.save(cfg, job)
+    if several_processes(cfg):
+        frozen.save(cfg, job)
     trainer = build_trainer(cfg, model, [], [], folder)
     with children_of(job):
         start_processes(trainer)
@@ -117,14 +120,17 @@ def measure(
                 model, data, protocol, generation=generation, progress=progress, on_samples=drawn.append, keep=kept
             )
         if rank_zero_only.rank == 0:
-            put(folder, result, drawn[0])
-            shutil.rmtree(folder / DRAWN, ignore_errors=True)
+            put(folder, result, drawn[0], data.spec)
+            shutil.rmtree(kept, ignore_errors=True)
 
 
-def put(folder: Path, result: Result, images: Tensor) -> None:
-    """The result, with a picture of its samples, into the folder's record."""
+def put(folder: Path, result: Result, images: Tensor, spec: DataSpec) -> None:
+    """The result into the folder's record, with a picture of the samples (``images`` as `quantize.as_stored` gives
+    them)."""
+    RunRecord.update(folder, lambda record: record.put(result))
+    shown = images if images.dtype == torch.uint8 else to_uint8(images.clamp(-1, 1), spec)
     path = folder / "samples" / f"result_{result.id}.png"
-    save_png(grid(images[:GRID].numpy()), path)
+    save_png(grid(shown[: len(shown) if spec.dims == 2 else GRID].numpy()), path)
     pictured = replace(result, pictures={**result.pictures, "samples": str(path.relative_to(folder))})
     RunRecord.update(folder, lambda record: record.put(pictured))
 
@@ -160,5 +166,5 @@ def evaluate_samples(cfg: DictConfig) -> None:
         config={"samples": Path(cfg.samples).name, "choices": {k: cfg.choices[k] for k in ("data", "evaluation")}},
         overrides=list(cfg.command), environment=environment(torch.device("cpu")),
     ).save(folder)  # fmt: skip
-    put(folder, result, drawn[0])
+    put(folder, result, drawn[0], data.spec)
     print_end(RunRecord.load(folder), folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     state: dict[str, Tensor] = dict(stored["state_dict"])
     if weights == "ema":
         state.update(stored.get(CHECKPOINT_KEY, {}))
+    check_fits(model, state, path)
+    model.load_state_dict(state)
+    clock = stored["callbacks"]["Clock"]
+    return {"step": clock["step"], "images": clock["images"]}
+
+
+def check_fits(model: TrainedModel, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises `UserError` where ``state``, of the file ``path``, is not of this model."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if expected != found:
@@ -70,9 +79,6 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
             f"{path} is of another model than the config describes: '{odd[0]}' is {found.get(odd[0], 'missing')} there"
             f" and {expected.get(odd[0], 'missing')} here. Name the run's own family and sizes."
         )
-    model.load_state_dict(state)
-    clock = stored["callbacks"]["Clock"]
-    return {"step": clock["step"], "images": clock["images"]}
 
 
 def generative(model: TrainedModel, task: str) -> GenerativeModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -16,6 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gencompare.errors import UserError
+from gencompare.files import cannot_write
 from gencompare.paths import conf_dir
 from gencompare.tasks.frozen import base_on_run_folder, thaw
 from gencompare.tasks.processes import CHILD, alone_again
@@ -65,6 +65,9 @@ def _job(cfg: DictConfig) -> None:
 
 def call_task(cfg: DictConfig) -> None:
     """Import the task that ``cfg.task`` names and call it: heavy imports happen here and not before."""
+    for name in ("seed", "n"):
+        if not isinstance(cfg[name], int):
+            raise UserError(f"{name}={cfg[name]}: give a whole number.")
     hydra.utils.get_method(cfg.task._target_)(cfg)
 
 
@@ -85,8 +88,8 @@ def report(error: BaseException, job: str = "") -> int:
         text = _plain(cause).split(" Config search path:")[0]
         print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
         return USAGE
-    if isinstance(cause, OSError) and cause.filename and cause.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-        print(f"{where}Error: cannot write {cause.filename}: {cause.strerror}. Choose another folder.", file=sys.stderr)
+    if isinstance(cause, OSError) and (told := cannot_write(cause.filename or "a file", cause)):
+        print(f"{where}Error: {told}", file=sys.stderr)
         return FAILURE
     place = traceback.extract_tb(cause.__traceback__)
     at = f" at {Path(place[-1].filename).name}:{place[-1].lineno}" if place else ""

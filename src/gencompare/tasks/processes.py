@@ -39,6 +39,11 @@ def children_of(job: Path) -> Iterator[None]:
         subprocess_script._hydra_subprocess_cmd = original  # type: ignore[attr-defined]
 
 
+def several_processes(cfg: Any) -> bool:
+    """Whether a job may start further processes, which read its config from the file `JOB`."""
+    return cfg.trainer.devices != 1 or cfg.trainer.num_nodes != 1
+
+
 def alone_again() -> None:
     """After a job: end its process group and drop its rank variables, so that the next job of a sweep starts fresh."""
     torch: Any = sys.modules.get("torch")

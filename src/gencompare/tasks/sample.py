@@ -37,7 +37,9 @@ def sample(cfg: DictConfig) -> None:
             buffer = io.BytesIO()
             np.savez(buffer, arr_0=images.transpose(0, 2, 3, 1))
             file.write(buffer.getvalue())
-    else:
+    elif data.spec.dims > 2:
+        for old in out.glob("[0-9]" * 6 + ".png"):
+            old.unlink()  # of an earlier call: whoever reads the folder wants this call's images alone
         for k, image in enumerate(images):
             save_png(to_image(image), out / f"{k:06d}.png")
     print(f"{cfg.n} images from {folder}: {out}")

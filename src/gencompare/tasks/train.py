@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
+from gencompare.locks import locked
+from gencompare.memory import peak_memory_bytes
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
 from gencompare.tasks import frozen
@@ -27,58 +33,147 @@ from gencompare.tasks.build import (
 )
 from gencompare.tasks.environment import environment
 from gencompare.tasks.evaluate import measure
-from gencompare.tasks.processes import JOB, children_of, wait_for_children
+from gencompare.tasks.load import check_fits
+from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.show import described, print_config, print_end
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
 from gencompare.training.flops import TrainingFlops
-from gencompare.training.loggers import finish
-from gencompare.training.memory import peak_memory_bytes
+from gencompare.training.loggers import abandon, finish
+from gencompare.training.looks import Looks
 from gencompare.training.stop import GracefulStop
 
 
 def train(cfg: DictConfig) -> None:
-    """Train the model of ``cfg`` in the folder ``cfg.out``, or go on with the run ``cfg.resume``; then evaluate it."""
+    """Train the model of ``cfg`` in the folder ``cfg.out``, or go on with the run ``cfg.resume``; then evaluate it.
+
+    Everything that can be found wrong is found before the folder is written to, and before time is spent.
+    """
     folder = Path(cfg.out)
     resumed = cfg.resume is not None
+    if not resumed and rank_zero_only.rank == 0:
+        refuse_second_run(folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    clock = load_checkpoint(checkpoint)["callbacks"]["Clock"] if resumed and checkpoint.exists() else None
+    stored = load_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
     data = build_data(cfg)
     data.setup()
     model = build_model(cfg, data)
+    check_optimizer(model)
+    if stored is not None:
+        check_fits(model, stored["state_dict"], checkpoint)
     protocol = None
     if isinstance(model, GenerativeModel):
         protocol = build_protocol(cfg)
-        # Everything that would spoil the evaluation is found before any time is spent on training.
         protocol.check(data)
-    if rank_zero_only.rank == 0:
-        begin(cfg, model, data, folder, resumed)
-    record = RunRecord.load(folder)
-    callbacks = build_callbacks(cfg, model, data, protocol, folder)
-    loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=clock["step"] if clock else 0)
-    trainer = build_trainer(cfg, model, callbacks, loggers, folder)
-    if clock and (model.closed_form or build_budget(cfg).progress(**clock) >= 1):
-        print_zero("The budget is spent: nothing is left to train.")
-    else:
-        fit(trainer, model, data, folder, checkpoint if clock else None)
-    if protocol is not None:
-        assert isinstance(model, GenerativeModel)
-        device = trainer.strategy.root_device
-        measure(
-            cfg, model.to(device), data, protocol, folder, checkpoints=list(cfg.evaluation.checkpoints), weights="ema"
-        )
-    if rank_zero_only.rank == 0:
-        record = RunRecord.update(folder, lambda r: setattr(r, "state", "finished"))
-        page = print_end(record, folder)
-        finish(loggers, record, folder, page)
+        check_choice(cfg.evaluation.checkpoints)
+    trainer = build_trainer(cfg, model, build_callbacks(cfg, model, data, protocol, folder), [], folder)
+    clock = stored["callbacks"]["Clock"] if stored is not None else None
+    with claimed(folder, clear=not resumed), recorded(folder):
+        if rank_zero_only.rank == 0:
+            begin(cfg, model, data, folder, resumed)
+        run_id = RunRecord.load(folder).environment["run_id"]
+        loggers = build_loggers(cfg, folder, run_id=run_id, start_step=clock["step"] if clock else 0)
+        try:
+            trainer.loggers = loggers
+            if clock and (model.closed_form or build_budget(cfg).progress(**clock) >= 1):
+                print_zero("The budget is spent: nothing is left to train.")
+            else:
+                fit(trainer, model, data, folder, checkpoint if clock else None)
+            if protocol is not None:
+                assert isinstance(model, GenerativeModel)
+                model.to(trainer.strategy.root_device)
+                measure(cfg, model, data, protocol, folder, checkpoints=cfg.evaluation.checkpoints, weights="ema")
+            if rank_zero_only.rank == 0:
+                record = RunRecord.update(folder, lambda r: setattr(r, "state", "finished"))
+                finish(loggers, record, folder, print_end(record, folder))
+        except BaseException:
+            abandon(loggers)
+            raise
     wait_for_children(trainer)
+
+
+@contextmanager
+def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
+    """The run folder for this job alone; ``clear`` asks that no run is in it yet. Other ranks come with the first."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    try:
+        with locked(folder / ".lock", wait=False):
+            if clear:
+                refuse_second_run(folder)
+            yield
+    except BlockingIOError as error:
+        raise UserError(f"Another process is at work in {folder}: wait for it, or choose another folder.") from error
+
+
+def refuse_second_run(folder: Path) -> None:
+    if (folder / RECORD).exists():
+        raise UserError(f"{folder} holds a run already: go on with resume={folder}, or choose another hydra.run.dir.")
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """The record's state is true whatever happens to the block: a run that broke off outside of training says so."""
+    try:
+        with sigterm_raises():
+            yield
+    except BaseException as error:
+        why = " ".join(str(error).split())
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == SIGTERM_CODE)
+
+        def change(record: RunRecord) -> None:
+            if record.state == "running":
+                record.state = "interrupted" if stopped else "failed"
+                record.training["error"] = why
+
+        if rank_zero_only.rank == 0 and (folder / RECORD).exists():
+            RunRecord.update(folder, change)
+            if stopped:
+                print_zero(f"Stopped. What was trained and drawn is kept. Go on with: python run.py resume={folder}")
+        raise
+
+
+SIGTERM_CODE = 128 + signal.SIGTERM
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM unwinds the block as Ctrl-C does. (While a model trains, `GracefulStop` has the signal.)"""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(SIGTERM_CODE)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def check_optimizer(model: TrainedModel) -> None:
+    """Raises `UserError` where the optimiser does not take its settings."""
+    try:
+        model.configure_optimizers()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
+
+
+def check_choice(checkpoints: Any) -> None:
+    """Raises `UserError` unless ``evaluation.checkpoints`` names some of last and best, or none."""
+    if not OmegaConf.is_list(checkpoints) or not {*checkpoints} <= {"last", "best"}:
+        raise UserError(
+            f"evaluation.checkpoints={checkpoints}: give a list of last, best or both."
+        )
 
 
 def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, resumed: bool) -> None:
     """Freeze the config and write the first record."""
-    if not resumed and (folder / RECORD).exists():
-        raise UserError(f"{folder} holds a run already: go on with resume={folder}, or choose another hydra.run.dir.")
-    frozen.save(cfg, folder / JOB)
+    if several_processes(cfg):
+        frozen.save(cfg, folder / JOB)
     cfg = frozen.without_place(cfg)
     frozen.save(cfg, folder / frozen.FILE)
     print_config(cfg)
@@ -132,6 +227,7 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
     """What training cost so far, in the record."""
     clock, flops = _callback(trainer, Clock), _callback(trainer, TrainingFlops)
     checkpoints = _callback(trainer, Checkpoints)
+    looks = [callback for callback in trainer.callbacks if isinstance(callback, Looks)]  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
     figures: dict[str, Any] = {
         "steps": clock.step,
@@ -140,7 +236,7 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
         "flops_per_image": flops.per_image,
         "flops": flops.per_image * clock.images if flops.per_image is not None else None,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": max(looks[0].peak_memory_bytes if looks else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "trained_against": [],

@@ -25,6 +25,9 @@ class Budget:
         limits = {"images": self.images, "steps": self.steps, "minutes": self.minutes}
         if all(limit is None for limit in limits.values()):
             raise UserError("The budget has no limit: set budget.images, budget.steps or budget.minutes.")
+        for name in ("images", "steps"):
+            if limits[name] is not None and not isinstance(limits[name], int):
+                raise UserError(f"budget.{name}={limits[name]}: give a whole number, or null.")
         for name, limit in limits.items():
             if limit is not None and limit <= 0:
                 raise UserError(f"budget.{name}={limit} leaves nothing to train: give a positive number.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Checkpoints(Callback):
     """The time is looked at once in so many steps, since the processes must agree on it."""
 
     def __init__(self, folder: Path, every_minutes: float = 2.0) -> None:
+        if every_minutes < 0:
+            raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} cannot be negative.")
         self.folder, self.every_minutes = folder, every_minutes
         self._saved = time.monotonic()
         self._looks_done = 0
@@ -58,7 +61,7 @@ class Checkpoints(Callback):
         if looked or trainer.should_stop or self._time_is_up(trainer):
             self._save(trainer, pl_module, self.last)
             self._saved = time.monotonic()
-        clock_of(trainer).pause()
+            clock_of(trainer).pause()
 
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
@@ -79,8 +82,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints under a temporary name first, synced and renamed."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        # Through memory: torch hides a full disk behind an error of its own.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
         with atomic(path) as file:
-            torch.save(checkpoint, file)
+            file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Clock(Callback):
         self.seed, self.global_batch_size, self.budget = seed, global_batch_size, budget
         self.step = 0
         """Finished training steps."""
+        self.images_a_step = global_batch_size
+        """Training images that a step sees; all of them, where a model is fitted in closed form."""
         self.images = 0
         """Training images seen, repeats counted."""
         self.seconds = 0.0
@@ -50,10 +52,10 @@ class Clock(Callback):
         # Lightning restores the callbacks before this hook and asks for the training stream after it.
         trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
         assert isinstance(pl_module, TrainedModel)
-        self._images_a_step = self.global_batch_size
+        self.images_a_step = self.global_batch_size
         if pl_module.closed_form:
             self.budget = Budget(steps=1)
-            self._images_a_step = len(trainer.datamodule.split("train"))  # type: ignore[attr-defined]
+            self.images_a_step = len(trainer.datamodule.training)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._generator = torch.Generator(pl_module.device)
@@ -71,7 +73,7 @@ class Clock(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.step += 1
-        self.images += self._images_a_step
+        self.images += self.images_a_step
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
         if self.budget.minutes is not None and trainer.world_size > 1:

@@ -22,6 +22,8 @@ class Curve(Callback):
     """
 
     def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise UserError(f"callbacks.curve.every={every}: give at least 1 step.")
         self.every = every
         self.latest: dict[str, float] = {}
         """The last figures logged, for the progress bar."""

@@ -8,9 +8,11 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
+from gencompare.training.clock import clock_of
+
 
 class TrainingFlops(Callback):
-    """Counts the first step of a sitting: forward, backward, and whatever else a family does in a step."""
+    """Counts the first step of a run: forward, backward, and whatever else a family does in a step."""
 
     def __init__(self) -> None:
         self.per_image: float | None = None
@@ -32,7 +34,7 @@ class TrainingFlops(Callback):
     ) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self.per_image = self._counter.get_total_flops() / len(batch[0])
+            self.per_image = self._counter.get_total_flops() * trainer.world_size / clock_of(trainer).images_a_step
             self._counter = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from gencompare.files import write_text
+from gencompare.files import cannot_write, write_text
 from gencompare.records import FILE, RunRecord
 
 LEADING = ("step", "images", "seconds")
@@ -55,8 +56,11 @@ class CurveFile(Logger):
             self.columns += new
             self._rewrite([*read_curve(self.path), row])
             return
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError as error:
+            raise cannot_write(self.path, error) or error from error
 
     def _rewrite(self, rows: list[dict[str, float]]) -> None:
         text = io.StringIO(newline="")
@@ -117,7 +121,8 @@ def wandb_logger(
         _ = logger.experiment
     else:
         if chosen == "offline":
-            print(f"W&B has no API key here, so it logs offline. Send it later: {later}")
+            why = "is set to offline" if mode or os.environ.get("WANDB_MODE") else "has no API key here"
+            print(f"W&B {why}, so it logs offline. Send it later: {later}")
     return logger
 
 
@@ -156,6 +161,14 @@ def log_picture(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
             from PIL import Image
 
             logger.experiment.add_image(title, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+
+def abandon(loggers: list[Logger]) -> None:
+    """After a failure: close the W&B run of this job, so that the next job of a sweep does not write into it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+            with suppress(Exception):
+                logger.experiment.finish(exit_code=1)
 
 
 def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:

@@ -13,7 +13,9 @@ from pytorch_lightning import Callback
 from torchmetrics import MeanMetric
 
 from gencompare.contract import GenerativeModel, TrainedModel
-from gencompare.evaluation.sampling import draw
+from gencompare.errors import UserError
+from gencompare.evaluation.sampling import draw, evaluating
+from gencompare.memory import forget_peak, peak_memory_bytes
 from gencompare.pictures import grid, save_png
 from gencompare.seeds import Draws, generator
 from gencompare.training.clock import clock_of
@@ -38,23 +40,47 @@ class Looks(Callback):
         held_out: validation images that the figures are means over, the first ones of the split.
         preview: the cheap distance; None leaves it out.
         folder: where the pictures go.
+        patience: training ends after so many looks in a row without a better preview; None never ends it so.
     """
 
     def __init__(
-        self, *, count: int, grid: int, held_out: int, preview: Preview | None, folder: Path, seed: int
+        self,
+        *,
+        count: int,
+        grid: int,
+        held_out: int,
+        preview: Preview | None,
+        folder: Path,
+        seed: int,
+        patience: int | None = None,
     ) -> None:
+        if count < 0 or grid < 0 or held_out < 0:
+            raise UserError("callbacks.looks: count, grid and held_out cannot be negative (0 leaves them out).")
+        if patience is not None and (patience < 1 or preview is None):
+            raise UserError(f"callbacks.looks.patience={patience}: give null, or at least 1 with a preview above 0.")
         self.count, self.grid, self.held_out, self.preview = count, grid, held_out, preview
-        self.folder, self.seed = folder, seed
+        self.folder, self.seed, self.patience = folder, seed, patience
         self.done = 0
         self.improved = False
         """Whether the last look was the best so far."""
         self.best: float | None = None
+        self.since_best = 0
+        """Looks since the best one."""
+        self.peak_memory_bytes = 0
+        """The most memory that training held; looks reset the device's own count."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "best": self.best}
+        return {"done": self.done, "best": self.best, "since_best": self.since_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done, self.best = state_dict["done"], state_dict["best"]
+        self.since_best = state_dict.get("since_best", 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if 0 < self.held_out < trainer.world_size:
+            raise UserError(f"callbacks.looks.held_out={self.held_out} is less than one image a process.")
+        # A budget that was raised on resuming has looks left in it.
+        self.done = min(self.done, int(clock_of(trainer).progress * self.count))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,8 +91,12 @@ class Looks(Callback):
         if due <= self.done:
             return
         self.done = due
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
         with looking(trainer, pl_module):
             self.look(trainer, pl_module)
+        forget_peak(pl_module.device)
+        if self.patience is not None and trainer.strategy.broadcast(self.since_best >= self.patience, src=0):
+            trainer.should_stop = True
         clock.pause()
 
     def look(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -78,6 +108,7 @@ class Looks(Callback):
                 figures[f"val/{name}"] = distance
                 if self.best is None or distance < self.best:
                     self.best, self.improved = distance, True
+                self.since_best = 0 if self.improved else self.since_best + 1
         log_figures(trainer, figures)
 
     def picture(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
@@ -121,10 +152,5 @@ def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, n: int, see
 def looking(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
     """The model in eval mode with its averaged weights; both are put back when the block ends."""
     ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
-    training = model.training
-    model.eval()
-    with ema.averaged(model) if ema else contextlib.nullcontext():
-        try:
-            yield
-        finally:
-            model.train(training)
+    with evaluating(model), ema.averaged(model) if ema else contextlib.nullcontext():
+        yield

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import Callback
 
 from gencompare.contract import TrainedModel
@@ -35,7 +36,22 @@ class WarmupDecay:
 
 
 class LearningRate(Callback):
-    """Sets every optimiser's rate before each step, so that one rule serves automatic and manual optimisation."""
+    """Sets every optimiser's rate before each step, so that one rule serves automatic and manual optimisation.
+
+    A checkpoint brings back an optimiser's settings with its state; those of the config are put in their place, so that
+    ``resume=DIR model.optimizer.lr=...`` does what it says.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        wanted = pl_module.configure_optimizers()
+        if wanted is None:
+            return
+        fresh = wanted if isinstance(wanted, list | tuple) else [wanted]
+        for optimizer, like in zip(trainer.optimizers, fresh, strict=True):
+            assert isinstance(like, torch.optim.Optimizer)
+            for group, settings in zip(optimizer.param_groups, like.param_groups, strict=True):
+                group.update({name: value for name, value in settings.items() if name != "params"})
+                group["initial_lr"] = settings["lr"]
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, i: int) -> None:
         assert isinstance(pl_module, TrainedModel)
@@ -45,5 +61,4 @@ class LearningRate(Callback):
         factor = pl_module.lr_schedule(clock.step, clock.progress)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
                 group["lr"] = group["initial_lr"] * factor

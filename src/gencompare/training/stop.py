@@ -9,6 +9,10 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
+from gencompare.training.clock import clock_of
+
+CHECK_STEPS = 10
+"""Several processes ask each other once in so many steps whether one of them was told to stop."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -37,11 +41,15 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        received = self.received is not None
-        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(received, all=False):
-            # One process was told, so all stop after the same step.
+        if trainer.world_size == 1:
+            stop = self.received is not None
+        elif clock_of(trainer).step % CHECK_STEPS:
+            return
+        else:
+            # One process was told, so all stop after the same step. Asking makes the host wait for the device.
+            stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        if stop:
             self.received = self.received or signal.SIGTERM
-        if self.received is not None:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
