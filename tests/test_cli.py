@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import torch
 from PIL import Image
 
 from composing import options
+from gencompare.locks import locked
+from gencompare.tasks import evaluate as evaluate_task
 from gencompare.training.clock import Clock
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +275,99 @@ def test_a_run_is_not_overwritten(trained: Path, cli: Cli, capsys: Any) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_installed_command_is_this_program() -> None:
+    from importlib.metadata import entry_points
+
+    from gencompare.tasks.main import main
+
+    (command,) = entry_points(group="console_scripts", name="gencompare")
+    assert command.load() is main
+
+
+def test_one_folder_takes_one_run_at_a_time(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "busy").mkdir()
+    with locked(tmp_path / "busy" / ".lock"):
+        assert cli("model=vae", *QUICK, "budget.steps=1", "hydra.run.dir=busy") == 1
+    assert "Another process is at work" in complaint(capsys)
+    assert not (tmp_path / "busy" / "record.json").exists()
+
+
+def test_a_failure_outside_of_training_is_in_the_record(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ["model=gaussian", *QUICK, "budget.steps=1", "hydra.run.dir=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_task, "evaluate", lambda *args, **kwargs: 1 / 0)
+        assert cli(*words) == 1
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_task, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+        assert cli("resume=run") == 128 + signal.SIGTERM
+    assert "resume=" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "interrupted"
+    assert cli("resume=run") == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "finished"
+
+
+def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: Path) -> None:
+    words = [word for word in QUICK if word not in ("data=digits", "evaluation.n=100")]
+    assert cli("model=gaussian", "data=toy2d", *words, "budget.steps=1", "evaluation.n=300", "hydra.run.dir=run") == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["pictures"]["samples"]).exists()
+
+
+@pytest.mark.parametrize("preset", options("debug"))
+def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
+    words = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]
+    assert cli(*words, "evaluation.n=100", "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["results"]
+    assert preset != "profile" or list((tmp_path / "run").glob("*profile*"))
+
+
+# Images from elsewhere
+
+
+def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    assert cli("task=sample", f"run={trained / 'run'}", "n=120", "task.out=theirs") == 0
+    assert cli("task=sample", f"run={trained / 'run'}", "n=120", "task.out=array", "task.format=npz") == 0
+    (tmp_path / "theirs" / "grid.png").unlink()
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "theirs")
+    for k, place in enumerate(("theirs", "packed.zip", "array/samples.npz")):
+        words = ["task=evaluate", "evaluation.n=100", f"samples={place}", "name=theirs", f"hydra.run.dir=runs/{k}"]
+        assert cli(*words) == 0
+    records = [json.loads((tmp_path / "runs" / str(k) / "record.json").read_text()) for k in range(3)]
+    assert all(record["state"] == "samples" and record["name"] == "theirs" for record in records)
+    figures = [record["results"][0]["metrics"]["fd_digits"]["value"] for record in records]
+    assert figures[0] == figures[1] == figures[2]
+    shutil.copytree(trained / "run", tmp_path / "runs" / "ours")
+    capsys.readouterr()
+    assert cli("task=compare", "runs='runs/*'", "task.out=page") == 0
+    assert "theirs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda p: p.mkdir(), "no PNG"),
+        (lambda p: None, "There is no"),
+        (lambda p: p.with_suffix(".zip").write_bytes(b"PK"), "zip"),
+        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 3), np.uint8)), "3 channels"),
+        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 1), np.float32)), "float32"),
+        (lambda p: np.savez(p.with_suffix(".npz"), x=np.zeros(3)), "arr_0"),
+        (lambda p: p.with_suffix(".npz").write_bytes(b"PK\3\4 cut short"), "damaged"),
+        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((99, 8, 8, 1), np.uint8)), "99"),
+        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.array([{}], dtype=object)), "damaged"),
+    ],
+)
+def test_bad_images_from_elsewhere(make: Any, named: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    place = tmp_path / "theirs"
+    make(place)
+    found = next((p for p in (place.with_suffix(".npz"), place.with_suffix(".zip")) if p.exists()), place)
+    assert cli("task=evaluate", "evaluation.n=100", f"samples={found}", "name=theirs", "hydra.run.dir=run") == 1
+    assert named in complaint(capsys)
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gencompare.errors import UserError
     from gencompare.files import write_text

@@ -141,6 +141,16 @@ def test_moments_are_right_in_many_steps(name: str, schedule: NoiseSchedule) -> 
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_moments_are_near_with_the_steps_of_the_preset(name: str, schedule: NoiseSchedule) -> None:
+    """As shipped, from pure noise: no step may be so long that the solver leaves the path."""
+    sampler = part("sampler", name)
+    if sampler.order is not None:
+        mean, variance = moments(sampler, Truth(schedule), sampler.times(schedule).double())
+        torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.1)
+        torch.testing.assert_close(variance.sqrt(), VARIANCE.sqrt(), rtol=0.12, atol=0.06)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_come_one_by_one(name: str, schedule: NoiseSchedule) -> None:
     sampler = part("sampler", name, steps=5)
     x, source = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)), generator("cpu", 2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,43 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     assert callbacks[0].step == 40 and len(resumed.seen) == 23
     assert torch.equal(whole.mean, resumed.mean)
     assert torch.equal(whole_callbacks[2].average["mean"], callbacks[2].average["mean"])
+
+
+def test_a_resumed_run_takes_the_rate_that_it_is_given(tmp_path: Path) -> None:
+    train(tmp_path, steps=10, until=5)
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["mean"]
+    still, _ = train(tmp_path, steps=10, resume=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    assert torch.equal(still.mean, before)
+
+
+def test_a_raised_budget_has_looks_left(tmp_path: Path) -> None:
+    train(tmp_path, steps=10, looks=2)
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    train(tmp_path, steps=20, looks=2, resume=True)
+    assert sorted(p.stem for p in (tmp_path / "samples").glob("*.png")) == [f"step_{k:08d}" for k in (5, 10, 20)]
+
+
+def test_training_time_counts_every_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock's time is the wall's, but for looks and checkpoints."""
+    original = Curve.on_train_batch_end
+
+    def slow(self: Curve, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.05)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Curve, "on_train_batch_end", slow)
+    _, callbacks = train(tmp_path, steps=10)
+    assert callbacks[0].seconds > 9 * 0.05
+
+
+def test_a_full_disk_at_a_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No room left on the disk"):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_looks_leave_no_trace_in_training(tmp_path: Path) -> None:

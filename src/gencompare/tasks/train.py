@@ -165,9 +165,7 @@ def check_optimizer(model: TrainedModel) -> None:
 def check_choice(checkpoints: Any) -> None:
     """Raises `UserError` unless ``evaluation.checkpoints`` names some of last and best, or none."""
     if not OmegaConf.is_list(checkpoints) or not {*checkpoints} <= {"last", "best"}:
-        raise UserError(
-            f"evaluation.checkpoints={checkpoints}: give a list of last, best or both."
-        )
+        raise UserError(f"evaluation.checkpoints={checkpoints}: give a list of last, best or both.")
 
 
 def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, resumed: bool) -> None:
