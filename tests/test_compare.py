@@ -23,6 +23,7 @@ from rich.console import Console
 from gencompare.compare import curves, page, words
 from gencompare.compare.gather import Gathered, find, gather, read_curve
 from gencompare.compare.rank import NO_FIGURE, NOT_LEARNED, OVERLAP, UNDECIDED, Group, apart, rank
+from gencompare.compare.remedy import commands
 from gencompare.compare.report import report
 from gencompare.compare.settings import differences
 from gencompare.compare.table import columns
@@ -135,6 +136,24 @@ def test_unlike_protocols_are_never_ranked_together_and_the_fields_are_named(tmp
     assert "Table 3 is of other data, fashion_mnist (and so differs from table 1 in extractor too)." in told
     shown = page.render(gather(folders))
     assert "3 protocols, 3 tables." in shown and "n (1000 instead of 500)" in shown
+    command = f"python run.py task=evaluate run={tmp_path / 'a'} evaluation.n=500 evaluation.protocol.chunk=250"
+    assert commands(groups) == [command], "other data cannot be brought together"
+    assert command in shown
+
+
+def test_the_command_names_the_preset_where_the_network_differs(tmp_path: Path):
+    inception = replace(DIGITS, extractor="inception_v3_compat", extractor_hash="a" * 64, resize="299x299", n=5000)
+    labels = replace(DIGITS, conditioning="labels", label_distribution="train")
+    folders = [
+        write_run(tmp_path / "a", [result(2.0)]),
+        write_run(tmp_path / "b", [result(1.0)]),
+        write_run(tmp_path / "c", [result(0.1, inception, generation={"checkpoint": "best"})]),
+        write_run(tmp_path / "d", [result(0.1, labels)]),
+        write_run(tmp_path / "e", [result(0.1, inception)], state="samples"),
+    ]
+    (line,) = commands(rank(gather(folders).runs))
+    assert line.startswith(f"python run.py task=evaluate run={tmp_path / 'c'} evaluation=default evaluation.n=500 ")
+    assert line.endswith(" checkpoint=best")
 
 
 # Finding and reading
@@ -455,7 +474,8 @@ def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: Gathered, 
     folders = [run.folder for run in odd.runs] + [skip.folder for skip in odd.skipped]
     print_tables(folders, Console(file=text, width=width, force_terminal=False))
     lines = text.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
+    # A command stays on one line, to be copied.
+    assert max(len(line) for line in lines if not line.startswith("  python run.py")) <= width
     flat = re.sub(r"\s", "", text.getvalue())
     assert "[boldred]$a_1$" in flat and "leftout:" in flat and "nofigures:" in flat
     assert "FDdigits↓" in flat and "2protocols:" in flat

@@ -20,6 +20,7 @@ from gencompare.compare import curves, terminal, words
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.plots import Chart, svg
 from gencompare.compare.rank import Group, Row, apart, rank, without_figures
+from gencompare.compare.remedy import commands
 from gencompare.compare.settings import differences, settings_of
 from gencompare.compare.table import columns, heading, weights
 from gencompare.files import write_text
@@ -89,6 +90,7 @@ def render(gathered: Gathered) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         groups=[_table(k, group, single) for k, group in enumerate(groups, 1)],
         apart=apart(groups) if len(groups) > 1 else "",
+        commands=commands(groups),
         pictures=_pictures(groups, runs, single),
         distances=_charts(curves.distances(runs, style), "d"),
         losses=_charts(curves.losses(runs, style), "l"),

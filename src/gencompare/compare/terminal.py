@@ -15,6 +15,7 @@ from gencompare.compare import words
 from gencompare.compare.gather import Run, gather
 from gencompare.compare.rank import Group as Ranking
 from gencompare.compare.rank import apart, rank, without_figures
+from gencompare.compare.remedy import commands
 from gencompare.compare.table import Cell, columns, heading, weights
 from gencompare.records import RunRecord
 
@@ -35,6 +36,8 @@ def print_tables(folders: Iterable[str | os.PathLike[str]], console: Console | N
         console.print(_ranking(group, console.width))
     if len(groups) > 1:
         console.print(Text(f"{len(groups)} protocols: figures are ranked within one table only. {apart(groups)}\n"))
+        for number, line in enumerate(commands(groups)):
+            console.print(Text(("" if number else "To measure them alike:\n") + f"  {line}"), soft_wrap=True)
     for run in without_figures(gathered.runs):
         console.print(Text(f"no figures: {run.label} ({run.record.state})", style="dim"))
     for skip in gathered.skipped:

@@ -1,0 +1,209 @@
+"""References: features kept on disk, statistics files of other programs, joined splits, chunks that survive a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import Cond, DataSpec
+from gencompare.data.base import Split
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.evaluation import reference as reference_module
+from gencompare.evaluation.compact import CompactExtractor, compact
+from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.frechet import Statistics, frechet_distance
+from gencompare.evaluation.module import Module, module
+from gencompare.evaluation.quantize import stored_split
+from gencompare.evaluation.reference import read_statistics, reference_of, split_features
+from gencompare.evaluation.sampling import draw
+from gencompare.models.gaussian import Gaussian
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_module, "_kept", type(reference_module._kept)())
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images of every pass of the compact extractor over more than one."""
+    seen: list[int] = []
+    original = CompactExtractor.run
+
+    def run(self: CompactExtractor, images: Tensor) -> Any:
+        if len(images) > 1:
+            seen.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(CompactExtractor, "run", run)
+    return seen
+
+
+def test_features_are_computed_once_and_read_back_alike(tmp_path: Path, passes: list[int]) -> None:
+    data, extractor = Digits(), compact(Digits.spec)
+    first = split_features(data, "train", extractor, cache=tmp_path)
+    assert sum(passes) == 1147
+    again = split_features(data, "train", extractor, cache=tmp_path)
+    assert sum(passes) == 1147, "from the file"
+    for one, two in zip(first.parts(), again.parts(), strict=True):
+        assert one is not None and two is not None and torch.equal(one, two)
+
+
+def test_a_damaged_file_is_noticed_and_made_anew(
+    tmp_path: Path, passes: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, extractor = Digits(), compact(Digits.spec)
+    first = split_features(data, "val", extractor, cache=tmp_path)
+    (file,) = tmp_path.glob("*.npy")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        again = split_features(data, "val", extractor, cache=tmp_path)
+    assert "damaged" in caplog.text and sum(passes) == 300
+    assert torch.equal(first.features, again.features)
+
+
+def test_other_pixels_have_another_file(tmp_path: Path) -> None:
+    extractor = compact(Digits.spec)
+
+    class Changed(Digits):
+        def load(self) -> dict[str, Split]:
+            splits = super().load()
+            images = splits["val"].images.clone()
+            images[0, 0, 3, 3] ^= 1
+            return {**splits, "val": Split(images, splits["val"].labels)}
+
+    for data in (Digits(), Changed()):
+        split_features(data, "val", extractor, cache=tmp_path)
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+def test_splits_can_be_joined() -> None:
+    data = Digits()
+    both = data.split("train+val")
+    assert len(both) == 1147 + 150 and both.labels is not None and len(both.labels) == len(both)
+    assert torch.equal(both.images[1147:], data.split("val").images)
+    assert data.hash("train+val") not in (data.hash("train"), data.hash("val"))
+    images = stored_split(data.split("test").images, data.spec)
+    result = evaluate(images, data, Protocol(reference="train+val", n=500))
+    assert (result.measurement.reference, result.measurement.reference_n) == ("train+val", 1297)
+    with pytest.raises(UserError, match="no split 'train\\+tset'"):
+        data.split("train+tset")
+
+
+# Statistics of others
+
+
+def statistics_file(path: Path, features: Tensor, **more: Any) -> Path:
+    x = features.double().numpy()
+    np.savez(path, mu=x.mean(0), sigma=np.cov(x, rowvar=False), **more)
+    return path
+
+
+def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> None:
+    """The layout of pytorch-fid and EDM (mu, sigma), and of ADM (with mu_s, sigma_s)."""
+    data, extractor = Digits(), compact(Digits.spec)
+    train = reference_of(data, "train", extractor).features
+    assert train is not None and train.spatial is not None
+    spatial = Statistics.of(train.spatial)
+    path = statistics_file(tmp_path / "adm.npz", train.features, mu_s=spatial.mean.numpy(), sigma_s=spatial.cov.numpy())
+    images = stored_split(data.split("test").images, data.spec)
+    ours, theirs = (evaluate(images, data, Protocol(reference=name, n=500)) for name in ("train", str(path)))
+    for name in ("fd_digits", "fd_digits_infinity", "sfd_digits"):
+        assert theirs.metrics[name].value == pytest.approx(ours.metrics[name].value, rel=1e-6), name
+        assert theirs.metrics[name].floor == pytest.approx(ours.metrics[name].floor, rel=1e-6), name
+    assert "precision" not in theirs.metrics, "means and covariances have no neighbours"
+    assert theirs.measurement.reference == "adm.npz" and theirs.measurement.differences(ours.measurement)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda p: None, "There is no statistics file"),
+        (lambda p: p.write_bytes(b"PK\3\4 cut"), "damaged"),
+        (lambda p: np.savez(p, arr_0=np.zeros(3)), "holds no 'mu'"),
+        (lambda p: np.savez(p, mu=np.zeros(2048), sigma=np.eye(2048)), "2048 features"),
+        (lambda p: np.savez(p, mu=np.full(64, np.nan), sigma=np.eye(64)), "not finite"),
+        (lambda p: np.savez(p, mu=np.array([{}], dtype=object), sigma=np.eye(64)), "damaged"),
+    ],
+)
+def test_bad_statistics_files_are_refused(make: Any, named: str, tmp_path: Path) -> None:
+    make(tmp_path / "s.npz")
+    with pytest.raises(UserError, match=named):
+        read_statistics(tmp_path / "s.npz", compact(Digits.spec))
+
+
+# Any network
+
+
+class Moments(nn.Module):
+    """Mean of each row of pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 3))
+
+
+def test_any_module_can_measure() -> None:
+    data = Digits()
+    images = stored_split(data.split("test").images, data.spec)
+    result = evaluate(images, data, Protocol(extractor=lambda spec: module(spec, Moments(), "rows")))
+    expected = [(stored_split(data.split(s).images, data.spec).float() / 255).mean((1, 3)) for s in ("test", "train")]
+    assert result.metrics["fd_rows"].value == pytest.approx(frechet_distance(*expected), rel=1e-5)
+    one, two = (Module(data.spec, nn.Sequential(Moments(), nn.Linear(8, 4)), "x") for _ in range(2))
+    assert one.hash != two.hash, "weights are part of the name"
+    with pytest.raises(UserError, match="not \\(images, features\\)"):
+        Module(data.spec, nn.Identity(), "pixels")
+
+
+# A broken-off evaluation
+
+
+class Counting(Gaussian):
+    drawn = 0
+
+    def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
+        self.drawn += n
+        return super().sample(n, cond, generator=generator)
+
+
+def test_an_evaluation_goes_on_from_the_chunks_that_were_drawn(tmp_path: Path) -> None:
+    data = Digits()
+    model = Counting(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    assert isinstance(model, Counting)
+    alone = draw(model, 250, chunk=100)
+    model.drawn = 0
+    draw(model, 200, chunk=100, keep=tmp_path)
+    again = draw(model, 250, chunk=100, keep=tmp_path)
+    assert model.drawn == 250, "two chunks came from the folder"
+    assert torch.equal(again.images, alone.images) and again.nfe == alone.nfe and again.seconds > 0
+    first = sorted(tmp_path.iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-7])
+    model.drawn = 0
+    assert torch.equal(draw(model, 250, chunk=100, keep=tmp_path).images, alone.images)
+    assert model.drawn == 100, "the damaged chunk was drawn anew"
+
+
+def test_figures_do_not_depend_on_the_batch_of_the_extractor() -> None:
+    data = Digits()
+    images = stored_split(data.split("test").images, data.spec)
+    found = []
+    for batch in (500, 37):
+
+        def small(spec: DataSpec, batch: int = batch) -> Any:
+            extractor = compact(spec)
+            extractor.batch = batch
+            return extractor
+
+        reference_module._kept.clear()
+        found.append(evaluate(images, data, dataclasses.replace(Protocol(), extractor=small, n=500)).metrics)
+    for name, metric in found[0].items():
+        assert metric.value == (None if metric.value is None else pytest.approx(found[1][name].value, rel=1e-6)), name
