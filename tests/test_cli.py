@@ -345,6 +345,38 @@ def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_
     assert "theirs" in capsys.readouterr().out
 
 
+def test_published_weights_join_the_comparison(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    """What task=export wrote is measured like the run that it came from."""
+    sampler = ["model/sampler=ddim", "model.sampler.steps=4"]
+    words = ["task=evaluate", "model=ddpm", *sampler, *QUICK, "name=published"]
+    assert cli("task=export", f"run={trained / 'run'}", "task.out=weights.safetensors") == 0
+    assert cli(*words, "pretrained=weights.safetensors", "hydra.run.dir=runs/published") == 0
+    theirs = json.loads((tmp_path / "runs" / "published" / "record.json").read_text())
+    ours = json.loads((trained / "run" / "record.json").read_text())
+    found, expected = (next(r for r in x["results"] if r["measurement"]["n"] == 100) for x in (theirs, ours))
+    assert found["metrics"]["fd_digits"]["value"] == pytest.approx(expected["metrics"]["fd_digits"]["value"], rel=1e-6)
+    assert found["generation"]["weights"] == "as published" and theirs["family"] == "ddpm"
+    for place, named in (("nowhere", "no weights at"), ("weights.safetensors", "another model")):
+        family = "model=ddpm" if place == "nowhere" else "model=gan"
+        assert cli("task=evaluate", family, *QUICK, f"pretrained={place}", "hydra.run.dir=runs/x") == 1
+        assert named in complaint(capsys)
+
+
+def test_a_published_ddpm_of_diffusers_is_measured(cli: Cli, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'gencompare[parity]'")
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
+        norm_num_groups=8,
+    )  # fmt: skip
+    network.save_pretrained(tmp_path / "published" / "unet")
+    words = ["model.network.channels=16", "model.network.attention=[8]", "model.sampler.steps=2"]
+    assert cli("task=evaluate", "model=ddpm", *QUICK, *words, "pretrained=published", "hydra.run.dir=run") == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["model"]["parameters"] == sum(p.numel() for p in network.parameters())
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,10 @@ from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.inception import Inception
 from gencompare.evaluation.kernel import kernel_distance
 from gencompare.evaluation.neighbours import neighbourhood
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from random_inception import save_random_inception  # type: ignore[import-not-found]
 
 SPEC = DataSpec(name="photos", shape=(3, 32, 32))
 
@@ -60,26 +64,7 @@ def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
 
 @pytest.fixture(scope="module")
 def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Inception network with random weights that neither let activations die nor explode."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    folder = tmp_path_factory.mktemp("weights")
-    torch.save({}, folder / "empty.pth")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
-    torch.manual_seed(0)
-    net: Any = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(folder / "empty.pth"))
-    patch.undo()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
-            torch.nn.init.uniform_(module.weight, 0.7, 1.0)
-            torch.nn.init.normal_(module.bias, 0, 0.1)
-    torch.save(net.state_dict(), folder / "inception.pth")
-    return folder / "inception.pth"
+    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 @pytest.fixture(scope="module")

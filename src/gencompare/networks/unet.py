@@ -51,6 +51,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check(shape, channels, multipliers, blocks, dropout, groups)
+        self.levels, self.blocks = len(multipliers), blocks
         resolutions = [shape[1] >> level for level in range(len(multipliers))]
         widths = [channels * multiplier for multiplier in multipliers]
         emb_dim = 4 * channels

@@ -5,47 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from gencompare.contract import DataSpec, GenerativeModel
+from gencompare.contract import GenerativeModel
 from gencompare.data.base import ImageData
-from gencompare.data.samples import read_samples
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.quantize import to_uint8
 from gencompare.files import sha256
-from gencompare.pictures import grid, save_png
 from gencompare.protocol import Generation
-from gencompare.records import FILE as RECORD
-from gencompare.records import Result, RunRecord, now
-from gencompare.tasks import frozen
+from gencompare.records import RunRecord
+from gencompare.tasks import frozen, others
 from gencompare.tasks.build import build_data, build_model, build_protocol, build_trainer
-from gencompare.tasks.environment import environment
 from gencompare.tasks.load import generative, load_weights
 from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.progress import stages
-from gencompare.tasks.show import described, print_end
+from gencompare.tasks.results import put
+from gencompare.tasks.show import print_end
 
 DRAWN = ".drawn"
 """Folder for the samples of an evaluation that is under way."""
-GRID = 100
-"""Samples in the picture of a result."""
 
 
 def evaluate_run(cfg: DictConfig) -> None:
     """Evaluate the checkpoint ``cfg.checkpoint`` of the run in ``cfg.run``; the result joins its record.
 
-    With ``samples=PATH`` images from elsewhere are measured instead, and get a run folder of their own.
+    With ``samples=PATH`` or ``pretrained=PATH`` the work of others is measured instead, in a run folder of its own.
     """
-    if cfg.samples is not None:
-        evaluate_samples(cfg)
+    if cfg.samples is not None or cfg.pretrained is not None:
+        others.evaluate(cfg)
         return
     folder = run_folder(cfg)
     data = build_data(cfg)
@@ -124,17 +116,6 @@ def measure(
             shutil.rmtree(kept, ignore_errors=True)
 
 
-def put(folder: Path, result: Result, images: Tensor, spec: DataSpec) -> None:
-    """The result into the folder's record, with a picture of the samples (``images`` as `quantize.as_stored` gives
-    them)."""
-    RunRecord.update(folder, lambda record: record.put(result))
-    shown = images if images.dtype == torch.uint8 else to_uint8(images.clamp(-1, 1), spec)
-    path = folder / "samples" / f"result_{result.id}.png"
-    save_png(grid(shown[: len(shown) if spec.dims == 2 else GRID].numpy()), path)
-    pictured = replace(result, pictures={**result.pictures, "samples": str(path.relative_to(folder))})
-    RunRecord.update(folder, lambda record: record.put(pictured))
-
-
 def drawing(cfg: DictConfig, data: ImageData, protocol: Protocol, folder: Path, checkpoint: str, weights: str) -> str:
     """A name for the samples of one evaluation: a hash of all that decides what is drawn."""
     decides = {
@@ -143,28 +124,3 @@ def drawing(cfg: DictConfig, data: ImageData, protocol: Protocol, folder: Path, 
         "chunks": [protocol.seed, protocol.chunk, protocol.n, protocol.reference, data.hash("train")],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def evaluate_samples(cfg: DictConfig) -> None:
-    """Measure the images in ``cfg.samples`` under the same protocol as a model's; they get a record in ``cfg.out``."""
-    folder = Path(cfg.out)
-    if (folder / RECORD).exists():
-        raise UserError(f"{folder} holds a run already: choose another hydra.run.dir.")
-    data = build_data(cfg)
-    protocol = build_protocol(cfg)
-    protocol.check(data)
-    images, labels = read_samples(Path(cfg.samples), data.spec, cache=Path(cfg.paths.cache))
-    generation = Generation(sampler="unknown", checkpoint="unknown")
-    drawn: list[Tensor] = []
-    with stages(cfg.callbacks.progress) as progress:
-        result = evaluate(
-            images, data, protocol, generation=generation, labels=labels, progress=progress, on_samples=drawn.append
-        )
-    name = cfg.name or Path(cfg.samples).stem
-    RunRecord(
-        name=name, family=name, data=described(data), seed=cfg.seed, state="samples", created=now(),
-        config={"samples": Path(cfg.samples).name, "choices": {k: cfg.choices[k] for k in ("data", "evaluation")}},
-        overrides=list(cfg.command), environment=environment(torch.device("cpu")),
-    ).save(folder)  # fmt: skip
-    put(folder, result, drawn[0], data.spec)
-    print_end(RunRecord.load(folder), folder)

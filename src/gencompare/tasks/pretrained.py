@@ -1,0 +1,69 @@
+"""Published weights into a model of this suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gencompare.contract import TrainedModel
+from gencompare.errors import UserError
+from gencompare.networks.diffusers_names import from_diffusers
+from gencompare.networks.unet import UNet
+from gencompare.tasks.load import check_fits
+
+FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "weights.safetensors")
+"""Names that weights have in a published folder."""
+
+
+def load_pretrained(model: TrainedModel, path: Path) -> None:
+    """Put the weights of ``path`` into ``model``, whose config must describe the model that they are of.
+
+    Read are what ``task=export`` writes, and the ``UNet2DModel`` of a diffusers DDPM: a file, or the folder that it was
+    published in. Nothing in a file is run. Raises `UserError` for weights that are missing, damaged or others.
+    """
+    file = found(path)
+    state = read(file)
+    if "conv_in.weight" in state:
+        network = getattr(model, "network", None)
+        if not isinstance(network, UNet):
+            raise UserError(f"{file} holds a U-Net of diffusers, and this model has none: choose model=ddpm.")
+        state = {
+            **{name: value for name, value in model.state_dict().items() if not name.startswith("network.")},
+            **{f"network.{name}": value for name, value in converted(network, state).items()},
+        }
+    check_fits(model, state, file)
+    model.load_state_dict(state)
+
+
+def converted(network: UNet, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return from_diffusers(state, levels=network.levels, blocks=network.blocks)
+
+
+def found(path: Path) -> Path:
+    """The file of weights at ``path``, or in the folder there or its ``unet``."""
+    if path.is_file():
+        return path
+    for folder in (path, path / "unet"):
+        for name in FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"There are no weights at {path}: name a .safetensors file, or a folder with {FILES[0]}.")
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged, or no file of weights ({type(error).__name__}).") from error
+    except Exception as error:
+        raise UserError(f"{file} is damaged, or holds more than weights ({type(error).__name__}).") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{file} holds no weights by name.")
+    return loaded
