@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from composing import compose
 from gencompare.contract import Cond, DataSpec, Likelihood
 from gencompare.data.base import ImageData, Split
 from gencompare.data.digits import Digits
@@ -293,6 +295,30 @@ def test_the_gaussian_control_is_what_it_should_be(control_results: dict[str, Re
     assert fd == sorted(fd)  # type: ignore[type-var]
     assert metrics["bpd_density"].note.startswith("bound")
     assert control_results["gaussian"].measurement == control_results["noise"].measurement
+
+
+@pytest.mark.parametrize("preset", ["default", "quick"])
+def test_each_figure_sees_the_fault_that_it_is_there_for(preset: str) -> None:
+    """Copies fail the figures of memorisation alone; a lost class those of diversity; noise those of fidelity."""
+    data = Digits()
+    protocol: Protocol = instantiate(compose(f"evaluation={preset}", "evaluation.n=400").evaluation.protocol)
+    found = controls(data, dataclasses.replace(protocol, cache=None))
+
+    def lost(control: str, figure: str) -> float:
+        metric = found[control].metrics[figure]
+        assert metric.value is not None and metric.floor is not None
+        return metric.floor - metric.value
+
+    for figure in ("precision", "recall", "density", "coverage"):
+        assert lost("copies", figure) < 0.03, figure
+        assert lost("noise", figure) > 0.2, figure
+    assert found["copies"].metrics["memorization"].value == found["copies"].metrics["authenticity"].value == 0
+    assert lost("class dropped", "recall") > 0.04 and lost("class dropped", "coverage") > 0.06
+    assert abs(lost("class dropped", "precision")) < 0.1
+    assert lost("noise", "authenticity") < 0 < lost("copies", "authenticity")
+    for name, result in found.items():
+        low, high = result.metrics["fd_digits"].interval  # type: ignore[misc]
+        assert low <= result.metrics["fd_digits"].value <= high, name
 
 
 def test_preview_orders_images_by_quality() -> None:
