@@ -58,6 +58,16 @@ def once(work: Callable[[], T]) -> T:
     return box[0]
 
 
+def all_agree(flag: bool) -> bool:
+    """Whether ``flag`` is true in every process: what one of them alone may know must not decide what all do."""
+    processes = world()[1]
+    if processes == 1:
+        return flag
+    everyone: list[Any] = [None] * processes
+    dist.all_gather_object(everyone, flag)
+    return all(everyone)
+
+
 def _raise(own: Exception | None, others: list[Exception | None]) -> None:
     if own is not None:
         raise own

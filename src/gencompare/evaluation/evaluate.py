@@ -233,11 +233,12 @@ def quality(
 
     reference = real(protocol.reference)
     held = Held(**{name: real(name).features for name in ("train", "test", "val")})  # type: ignore[arg-type]
+    held_out = real("test" if reference.name != "test" else "val")
     own = extractor(images, device, stage(progress, "features"))
 
     def work() -> tuple[dict[str, Metric], dict[str, Any]]:
         further = dict(protocol.metrics)
-        ground = floor(data, reference, len(own), real, extractor, further)
+        ground = floor(held_out, reference, len(own), extractor, further)
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
         details: dict[str, Any] = {"flags": oddities(own)}
@@ -258,17 +259,8 @@ class Floor:
     """What sets it apart from the samples' own n; empty when nothing does."""
 
 
-def floor(
-    data: source.Data,
-    reference: Reference,
-    n: int,
-    real: Callable[[str], Reference],
-    extractor: Extractor,
-    further: Further,
-) -> Floor:
-    """The floor at ``n`` images, or at as many as the test split has. Its figures are kept for the next model."""
-    split = "test" if reference.name != "test" else "val"
-    held_out = real(split)
+def floor(held_out: Reference, reference: Reference, n: int, extractor: Extractor, further: Further) -> Floor:
+    """The floor at ``n`` of the ``held_out`` images, or at all of them. Its figures are kept for the next model."""
     assert held_out.features is not None
     rows = spaced(held_out.n, n)
     own = held_out.features[rows]
@@ -280,7 +272,7 @@ def floor(
     if reference.features is not None:
         for name, metric in further.items():
             found[name] = Metric(metric(own.features, reference.features.features))
-    return Floor(found, own, "" if len(own) == n else f"floor from {len(own)} {split} images")
+    return Floor(found, own, "" if len(own) == n else f"floor from {len(own)} {held_out.name} images")
 
 
 _floors: dict[tuple[str | int, ...], dict[str, Metric]] = {}

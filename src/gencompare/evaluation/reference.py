@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gencompare.cache import cached, load, store
 from gencompare.errors import UserError
-from gencompare.evaluation.distributed import once, world
+from gencompare.evaluation.distributed import all_agree, once, world
 from gencompare.evaluation.features import Extractor, Features
 from gencompare.evaluation.frechet import Statistics
 from gencompare.evaluation.quantize import stored_split
@@ -73,7 +73,8 @@ def reference_of(
     if is_file(name):
         return read_statistics(Path(name), extractor)
     key = (data.hash(name), extractor.hash, extractor.resize)
-    if key not in _kept:
+    # The first process of a sweep may remember an earlier job, while the others are new.
+    if not all_agree(key in _kept):
         split = data.split(name)
         features = split_features(data, name, extractor, device, cache, progress)
         _kept[key] = Reference(name, data.hash(name), len(split), features, split.labels)
