@@ -61,7 +61,7 @@ def build_callbacks(
         looks = [
             Looks(
                 count=options.looks.count, grid=options.looks.grid, held_out=options.looks.held_out, preview=preview,
-                folder=folder / "samples", seed=cfg.seed, patience=options.looks.patience,
+                folder=folder / "samples", seed=cfg.seed, patience=options.looks.get("patience"),
             )
         ]  # fmt: skip
     return [

@@ -13,6 +13,12 @@ from gencompare.errors import UserError
 from gencompare.files import write_text
 
 FILE = "config.yaml"
+OF_THE_JOB = (
+    "task", "run", "resume", "runs", "samples", "pretrained", "name", "n", "checkpoint", "weights", "paths",
+    "evaluation.protocol.cache",
+)  # fmt: skip
+"""What a job has for itself, whatever the run folder says."""
+
 NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local")
 """Groups whose choice in the run folder is not chosen again: what they set is in the frozen config."""
 
@@ -75,7 +81,7 @@ def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfi
     named = {o.key_or_group.split("@")[0].replace("/", ".") for o in OverridesParser.create().parse_overrides(words)}
     inherited = {g.replace("/", ".") for g in frozen.get("choices", {})}
     typed = {key for key in named if key not in inherited or _chosen_anew(key, cfg, frozen, words)}
-    for key in ["task", "run", "resume", "runs", "n", "checkpoint", "weights", "paths", *sorted(typed)]:
+    for key in [*OF_THE_JOB, *sorted(typed)]:
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     for key in ("data.root", "data.cache"):
         # On another machine the files lie elsewhere; where the old place is still there, it is the right one.
