@@ -118,7 +118,11 @@ def summary(record: RunRecord) -> RenderableType:
             for metric in metrics:
                 beside = []
                 if metric is not None:
-                    beside = [words.over(metric) if name == group.headline else "", words.label(metric)]
+                    beside = [
+                        words.interval(metric),
+                        words.over(metric) if name == group.headline else "",
+                        words.label(metric),
+                    ]
                 texts.append(
                     Text.assemble(
                         words.figure(metric.value if metric else None),

@@ -113,11 +113,18 @@ def over(metric: Metric) -> str:
     return f"{times(metric.over_floor)} {FLOORS}" if metric.better == "lower" and finite(metric.over_floor) else ""
 
 
+def interval(metric: Metric) -> str:
+    """``[low, high]``, or nothing."""
+    if metric.interval is None or not all(map(finite, metric.interval)):
+        return ""
+    return f"[{figure(metric.interval[0])}, {figure(metric.interval[1])}]"
+
+
 def beside(metric: Metric, *, headline: bool, real: bool = True) -> str:
     """What stands beside a figure: its interval, its multiple of the floor or (``real``) the floor, its label."""
     parts = []
-    if metric.interval is not None and all(map(finite, metric.interval)):
-        parts.append(f"[{figure(metric.interval[0])}, {figure(metric.interval[1])}]")
+    if interval(metric):
+        parts.append(interval(metric))
     if headline and over(metric):
         parts.append(over(metric))
     elif real and finite(metric.floor):
