@@ -172,17 +172,17 @@ def main() -> None:
     def report(part: str, setting: str, variants: dict[str, Any]) -> None:
         result[part] = {"setting": setting, "variants": variants}
         print(table(f"{part}, {setting}", variants), flush=True)
+        write_json(options.out, result)  # part by part: the whole takes a quarter of an hour
 
-    report("distance", f"{DIM} features, full rank", compare_distances(options.rounds))
-    report("neighbours", f"{ROWS:,} x {DIM}", compare_neighbours(options.rounds))
     pictures = f"2 x {options.images} pictures of 32x32, FID, KID, IS, precision, recall"
     report("end_to_end", pictures, compare_end_to_end(options.rounds, options.images))
+    report("neighbours", f"{ROWS:,} x {DIM}", compare_neighbours(options.rounds))
+    report("distance", f"{DIM} features, full rank", compare_distances(options.rounds))
     for part in ("neighbours", "end_to_end"):
         for name, row in result[part]["variants"].items():
             extra = {key: row[key] for key in ("added_memory_mb", "largest_relative_difference") if key in row}
             if extra:
                 print(f"  {part}, {name}: {extra}")
-    write_json(options.out, result)
     print(f"Written to {options.out}.")
 
 
