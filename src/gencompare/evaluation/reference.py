@@ -100,9 +100,10 @@ def split_features(
     The file is named by the hashes of pixels and of the extractor's weights and by the way between them, so changed
     data never get old features. All processes of a job must call this; jobs that ask at once compute once.
     """
-    images = stored_split(data.split(name).images, data.spec)
+    split = data.split(name)
 
     def compute() -> Tensor:
+        images = stored_split(split.images, data.spec)
         return torch.cat([part for part in extractor(images, device, progress).parts() if part is not None], dim=1)
 
     way = "".join(c if c.isalnum() else "_" for c in extractor.resize)[:40]
@@ -115,7 +116,7 @@ def split_features(
         if found is None:
             once(lambda: store(cache, key, packed))
     with torch.inference_mode():
-        like = extractor.run(images[:1])
+        like = extractor.run(stored_split(split.images[:1], data.spec))
     widths = [0 if part is None else part.shape[1] for part in like.parts()]
     columns = [part.contiguous() for part in packed.split(widths, dim=1)]
     return Features(*(column if width else None for column, width in zip(columns, widths, strict=True)))  # type: ignore[arg-type]

@@ -77,15 +77,16 @@ def reconstruction(
     pairs = shared_out(batches(rows), rebuild)
     real, rebuilt = (torch.cat(images) for images in zip(*pairs, strict=True))
     note = f"reconstruction, {counted_images(rows, data)}"
-    own, reference = (extractor(images, device).features for images in (rebuilt, real))
+    found = {}
+    if len(rows) > extractor.dim:
+        distance = frechet_distance(*(extractor(images, device).features for images in (rebuilt, real)))
+        found[f"r{extractor.frechet_name}"] = Metric(distance, better="lower", note=note)
     real, rebuilt = real.float(), rebuilt.float()
     psnr = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
-    found = {"psnr": Metric(psnr if math.isfinite(psnr) else None, better="higher", unit="dB", note=note)}
+    found["psnr"] = Metric(psnr if math.isfinite(psnr) else None, better="higher", unit="dB", note=note)
     if min(real.shape[2:]) >= WINDOW:
         ssim = structural_similarity_index_measure(rebuilt, real, data_range=255.0)
         found["ssim"] = Metric(float(ssim), better="higher", note=note)  # type: ignore[arg-type]
-    if len(rows) > extractor.dim:
-        found[f"r{extractor.frechet_name}"] = Metric(frechet_distance(own, reference), better="lower", note=note)
     return found
 
 

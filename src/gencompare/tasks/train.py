@@ -123,11 +123,11 @@ def recorded(folder: Path) -> Iterator[None]:
         stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == SIGTERM_CODE)
 
         def change(record: RunRecord) -> None:
-            if record.state == "running":
-                record.state = "interrupted" if stopped else "failed"
-                record.training["error"] = why
+            record.state = "interrupted" if stopped else "failed"
+            record.training["error"] = why
 
-        if rank_zero_only.rank == 0 and (folder / RECORD).exists():
+        # What ended in training was recorded, and told, by `fit`.
+        if rank_zero_only.rank == 0 and (folder / RECORD).exists() and RunRecord.load(folder).state == "running":
             RunRecord.update(folder, change)
             if stopped:
                 print_zero(f"Stopped. What was trained and drawn is kept. Go on with: python run.py resume={folder}")
