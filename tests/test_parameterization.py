@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from composing import options
 from gencompare.diffusion.denoiser import ClipX0, Denoiser
-from gencompare.diffusion.objectives import MinSNR, Simple, UniformV, WeightedMSE, Weighting
+from gencompare.diffusion.objectives import WeightedMSE
 from gencompare.diffusion.parameterization import Eps, LogSNR, Parameterization, Timestep, V
 from gencompare.diffusion.schedules import LinearBetas, NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
+from gencompare.diffusion.weightings import MinSNR, Simple, UniformV, Weighting
 from gencompare.errors import UserError
 from gencompare.seeds import Draws, generator
 from parts import part

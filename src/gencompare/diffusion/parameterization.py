@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gencompare.diffusion.schedules import Scales, on_step
+from gencompare.diffusion.schedules import Scales
+from gencompare.diffusion.schedules.tables import on_step
 from gencompare.errors import UserError
 
 

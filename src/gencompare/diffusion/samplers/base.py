@@ -107,101 +107,11 @@ class Sampler(ABC):
         return ", ".join([type(self).__name__, f"{self.steps} steps", *others])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ancestral(Sampler):
-    r"""Draws from p(x_s | x_t) = N(mean of q(x_s | x_t, x_0), std^2), step by step (Ho et al. 2020, algorithm 2).
-
-    With c = 1 - SNR_t / SNR_s, the mean is (alpha_t sigma_s^2) / (alpha_s sigma_t^2) x_t + alpha_s c x_0 (their eq. 7)
-    and std = sqrt(c) sigma_s^(1 - v) sigma_t^v; into clean data no noise is added.
-
-    Args:
-        variance: v, from 0 ("fixed small", their beta tilde) to 1 ("fixed large", their beta), geometric in between
-            (Nichol and Dhariwal 2021, eq. 15).
-    """
-
-    order = 1
-    variance: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.variance <= 1:
-            raise UserError(f"sampler.variance={self.variance}: give a number from 0 (fixed small) to 1 (fixed large).")
-
-    def walk(
-        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
-    ) -> Iterator[Step]:
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
-            prediction = denoiser(x, t, cond)
-            c = -torch.expm1(now.log_snr - then.log_snr)
-            kept = (1 - c) * then.alpha / now.alpha  # = alpha_t sigma_s^2 / (alpha_s sigma_t^2)
-            std = c.sqrt() * then.sigma ** (1 - self.variance) * now.sigma**self.variance * (then.sigma > 0)
-            x = kept * x + then.alpha * c * prediction.x0 + std * normal_like(x, generator)
-            yield Step(s, x, prediction)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DDIM(Sampler):
-    r"""x_s = alpha_s x_0 + sqrt(sigma_s^2 - tau^2) eps + tau z (Song et al. 2021, "DDIM", eq. 12 and 16).
-
-    tau = eta sigma_s sqrt(1 - SNR_t / SNR_s). With eta = 0 it is deterministic, and Euler's method on the
-    probability-flow ODE in x / alpha over sigma / alpha; with eta = 1 it is `Ancestral` with small variance.
-    """
-
-    order = 1
-    eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"sampler.eta={self.eta}: give a number from 0 (deterministic) to 1 (ancestral).")
-
-    def walk(
-        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
-    ) -> Iterator[Step]:
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
-            prediction = denoiser(x, t, cond)
-            share = self.eta**2 * -torch.expm1(now.log_snr - then.log_snr)  # tau^2 / sigma_s^2
-            x = then.alpha * prediction.x0 + then.sigma * (1 - share).sqrt() * prediction.eps
-            if self.eta > 0:
-                x = x + then.sigma * share.sqrt() * normal_like(x, generator)
-            yield Step(s, x, prediction)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heun(Sampler):
-    r"""Heun's method on the probability-flow ODE d(x / alpha) / d(sigma / alpha) = eps.
-
-    Karras et al. (2022), "Elucidating the Design Space", algorithm 1, which has alpha = 1. Two denoiser calls a step.
-    Where sigma / alpha falls more than `FURTHEST`-fold in one step the mean of two slopes says nothing, and the step is
-    Euler's, with one call: the step into clean data, and the first one of schedules that end in almost pure noise.
-    """
-
-    order = 2
-    FURTHEST: ClassVar[float] = 100.0
-
-    def walk(
-        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
-    ) -> Iterator[Step]:
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
-            prediction = denoiser(x, t, cond)
-            start, slope = x, prediction.eps
-            x = _along(start, slope, now, then)
-            if then.sigma / then.alpha * self.FURTHEST >= now.sigma / now.alpha:
-                prediction = denoiser(x, s, cond)
-                x = _along(start, (slope + prediction.eps) / 2, now, then)
-            yield Step(s, x, prediction)
-
-
 def steps_between(times: Tensor, schedule: NoiseSchedule, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Scales, Scales]]:
     """(t, s, scales at t, scales at s) for each pair of neighbouring times, scales in the type of x."""
     scales = [schedule.at(t, x) for t in times]
     for (t, s), (now, then) in zip(pairwise(times), pairwise(scales), strict=True):
         yield t, s, now, then
-
-
-def _along(x: Tensor, slope: Tensor, now: Scales, then: Scales) -> Tensor:
-    """x / alpha moved along ``slope`` by the change of sigma / alpha, times the new alpha."""
-    return then.alpha / now.alpha * x + (then.sigma - then.alpha * now.sigma / now.alpha) * slope
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,73 @@
+"""The samplers of DDPM and DDIM: step by step from x_t to x_s through the predicted image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gencompare.diffusion.denoiser import Cond, Denoises
+from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestral(Sampler):
+    r"""Draws from p(x_s | x_t) = N(mean of q(x_s | x_t, x_0), std^2), step by step (Ho et al. 2020, algorithm 2).
+
+    With c = 1 - SNR_t / SNR_s, the mean is (alpha_t sigma_s^2) / (alpha_s sigma_t^2) x_t + alpha_s c x_0 (their eq. 7)
+    and std = sqrt(c) sigma_s^(1 - v) sigma_t^v; into clean data no noise is added.
+
+    Args:
+        variance: v, from 0 ("fixed small", their beta tilde) to 1 ("fixed large", their beta), geometric in between
+            (Nichol and Dhariwal 2021, eq. 15).
+    """
+
+    order = 1
+    variance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.variance <= 1:
+            raise UserError(f"sampler.variance={self.variance}: give a number from 0 (fixed small) to 1 (fixed large).")
+
+    def walk(
+        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Iterator[Step]:
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+            prediction = denoiser(x, t, cond)
+            c = -torch.expm1(now.log_snr - then.log_snr)
+            kept = (1 - c) * then.alpha / now.alpha  # = alpha_t sigma_s^2 / (alpha_s sigma_t^2)
+            std = c.sqrt() * then.sigma ** (1 - self.variance) * now.sigma**self.variance * (then.sigma > 0)
+            x = kept * x + then.alpha * c * prediction.x0 + std * normal_like(x, generator)
+            yield Step(s, x, prediction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDIM(Sampler):
+    r"""x_s = alpha_s x_0 + sqrt(sigma_s^2 - tau^2) eps + tau z (Song et al. 2021, "DDIM", eq. 12 and 16).
+
+    tau = eta sigma_s sqrt(1 - SNR_t / SNR_s). With eta = 0 it is deterministic, and Euler's method on the
+    probability-flow ODE in x / alpha over sigma / alpha; with eta = 1 it is `Ancestral` with small variance.
+    """
+
+    order = 1
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"sampler.eta={self.eta}: give a number from 0 (deterministic) to 1 (ancestral).")
+
+    def walk(
+        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Iterator[Step]:
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+            prediction = denoiser(x, t, cond)
+            share = self.eta**2 * -torch.expm1(now.log_snr - then.log_snr)  # tau^2 / sigma_s^2
+            x = then.alpha * prediction.x0 + then.sigma * (1 - share).sqrt() * prediction.eps
+            if self.eta > 0:
+                x = x + then.sigma * share.sqrt() * normal_like(x, generator)
+            yield Step(s, x, prediction)
