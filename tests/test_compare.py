@@ -432,7 +432,7 @@ def test_what_is_flagged_about_samples_is_said(tmp_path: Path):
 def test_the_csv_holds_every_result_and_every_figure(tmp_path: Path):
     folders = [
         write_run(tmp_path / "a", [result(1.25), result(1.5, generation={"checkpoint": "best"})], seed=7),
-        write_run(tmp_path / "b", [result(None)], name="=HYPERLINK(1)"),
+        write_run(tmp_path / "b", [result(None)], name="=HYPERLINK(1)", family="vae"),
         write_run(tmp_path / "c", [], state="failed"),
     ]
     report(folders, tmp_path / "out")

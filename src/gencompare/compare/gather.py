@@ -28,6 +28,8 @@ class Run:
     record: RunRecord
     label: str
     """The run's name; made longer where two runs of a comparison share a name."""
+    told: str = ""
+    """What its command line says that those of the other runs do not; seeds left out."""
 
     @cached_property
     def curve(self) -> dict[str, np.ndarray]:
@@ -111,8 +113,10 @@ def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
         if isinstance(run_id, str):
             kept[run_id] = folder
         unique.append((folder, record))
+    told = _told([record for _, record in unique])
     gathered.runs = [
-        Run(folder, record, label) for (folder, record), label in zip(unique, _labels(unique), strict=True)
+        Run(folder, record, label, words)
+        for (folder, record), label, words in zip(unique, _labels(unique), told, strict=True)
     ]
     return gathered
 
@@ -128,6 +132,19 @@ def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
     choices = [(record.name, f"{folder.parent.name}/{record.name}", str(folder)) for folder, record in runs]
     seen = Counter(label for choice in choices for label in set(choice))
     return [next((label for label in choice if seen[label] == 1), choice[-1]) for choice in choices]
+
+
+NOT_TOLD = ("seed=", "model=", "hydra", "logger", "run=", "resume=", "callbacks.progress")
+"""Beginnings of words of a command line that say nothing of the model, or what has a column of its own."""
+
+
+def _told(records: list[RunRecord]) -> list[str]:
+    said = [[word.lstrip("+") for word in r.overrides if not word.lstrip("+").startswith(NOT_TOLD)] for r in records]
+    common = set(said[0]).intersection(*said[1:]) if len(said) > 1 else {word for words in said for word in words}
+    return [
+        " ".join(word.removeprefix("model.").removeprefix("model/") for word in words if word not in common)
+        for words in said
+    ]
 
 
 def read_curve(path: Path) -> dict[str, np.ndarray]:

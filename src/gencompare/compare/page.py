@@ -75,7 +75,12 @@ def write_page(gathered: Gathered, path: str | os.PathLike[str]) -> None:
 def render(gathered: Gathered) -> str:
     groups = rank(gathered.runs)
     # Best rank first, each run once: the order of legends, pictures and settings.
-    runs = list({run.label: run for run in [row.run for g in groups for row in g.rows] + gathered.runs}.values())
+    runs = list(
+        {
+            run.label: run
+            for run in [run for g in groups for row in g.rows for run, _ in row.line.members] + gathered.runs
+        }.values()
+    )
     style = curves.styles(run.label for run in runs)
     single = len(runs) == 1
     script = _asset("page.js")
@@ -192,11 +197,12 @@ def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
     for group in groups:
         for row in group.rows:
             quality = f"{words.title(group.headline)} {words.figure(row.headline.value)}"
-            for title, path in row.result.pictures.items():
+            run, result = row.line.members[0]
+            for title, path in result.pictures.items():
                 of_data = (
                     title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
                 )
-                pictures.add(row.run, of_data, path, f"{quality}, {_made(row)}")
+                pictures.add(run, of_data, path, f"{quality}, {_made(row)}")
     for run in runs:
         if single or not any(result.pictures for result in run.record.results):
             for title, path in run.record.pictures.items():

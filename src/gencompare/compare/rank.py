@@ -11,6 +11,7 @@ from statistics import fmean
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
+from gencompare.compare.seeds import Line, lines
 from gencompare.protocol import Measurement
 from gencompare.records import Metric, Result
 
@@ -34,14 +35,21 @@ ASIDE = {
 
 @dataclass(frozen=True)
 class Row:
-    """One result of one run, in its place."""
+    """One line of a table in its place: a result of one run, or the mean of runs that differ in seeds alone."""
 
-    run: Run
-    result: Result
+    line: Line
     rank: int | None
     """1 is best; equal figures share a rank. None for a row that is not ranked."""
     standing: str = ""
     """``baseline``, `UNDECIDED`, a key of `ASIDE`, or empty."""
+
+    @property
+    def run(self) -> Run:
+        return self.line.run
+
+    @property
+    def result(self) -> Result:
+        return self.line.result
 
     @property
     def headline(self) -> Metric:
@@ -78,6 +86,21 @@ class Group:
 
     def notes(self) -> list[str]:
         """What a reader must know before believing the ranking."""
+        return [*self._on_the_baseline(), *self._on_seeds()]
+
+    def _on_seeds(self) -> list[str]:
+        several = [row for row in self.rows if len(row.line.seeds) > 1]
+        if not several:
+            return []
+        said = (
+            "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
+            " best of them."
+        )
+        if len(several) < len(self.rows):
+            said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
+        return [said]
+
+    def _on_the_baseline(self) -> list[str]:
         title = words.title(self.headline)
         if not self.baseline:
             return [
@@ -155,7 +178,7 @@ def _group(pairs: list[tuple[Run, Result]]) -> Group:
     headline = pairs[0][1].headline
     baseline = [r.metrics.get(headline, Metric(None)) for run, r in pairs if run.record.family == BASELINE]
     baseline = [metric for metric in baseline if words.finite(metric.value)]
-    rows = [Row(run, result, None, _standing(run, result, baseline)) for run, result in pairs]
+    rows = [Row(line, None, _standing(line.run, line.result, baseline)) for line in lines(pairs)]
     rows.sort(key=lambda row: (row.standing in ASIDE, _badness(row.headline), row.run.label, row.result.id))
     ordered: list[Row] = []
     for row in rows:
@@ -163,7 +186,7 @@ def _group(pairs: list[tuple[Run, Result]]) -> Group:
         if row.standing not in ASIDE and row.headline.better is not None:
             tied = ordered and ordered[-1].rank is not None and _badness(ordered[-1].headline) == _badness(row.headline)
             place = ordered[-1].rank if tied else len(ordered) + 1
-        ordered.append(Row(row.run, row.result, place, row.standing))
+        ordered.append(Row(row.line, place, row.standing))
     return Group(pairs[0][1].measurement, headline, ordered)
 
 

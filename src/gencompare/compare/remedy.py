@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 
+from gencompare.compare.gather import Run
 from gencompare.compare.rank import Group, Row
 from gencompare.protocol import Measurement
+from gencompare.records import Result
 
 BY_OPTION = {
     "n": "evaluation.n", "reference": "evaluation.protocol.reference", "chunk": "evaluation.protocol.chunk",
@@ -35,7 +37,8 @@ def commands(groups: list[Group]) -> list[str]:
             continue
         options = overrides(group.measurement, target)
         if options is not None:
-            found += [command(row, options) for row in group.rows if row.run.record.state != "samples"]
+            pairs = [pair for row in group.rows for pair in row.line.members if pair[0].record.state != "samples"]
+            found += [command(run, result, options) for run, result in pairs]
     return list(dict.fromkeys(found))
 
 
@@ -57,8 +60,8 @@ def preset(row: Row) -> str:
     return (choices.get("evaluation") if isinstance(choices, dict) else None) or "default"
 
 
-def command(row: Row, options: list[str]) -> str:
-    checkpoint = row.result.generation.checkpoint
+def command(run: Run, result: Result, options: list[str]) -> str:
+    checkpoint = result.generation.checkpoint
     chosen = [f"checkpoint={checkpoint}"] if checkpoint == "best" else []
     # Records may come from anybody, and users paste this into a shell.
-    return shlex.join(["python", "run.py", "task=evaluate", f"run={row.run.folder}", *options, *chosen])
+    return shlex.join(["python", "run.py", "task=evaluate", f"run={run.folder}", *options, *chosen])

@@ -58,7 +58,7 @@ def columns(group: Group) -> list[Column]:
         Column("weights", lambda row: _text(weights(row)), numeric=False),
         Column("sampler", lambda row: _known(row.result.generation.sampler), numeric=False),
         Column("guidance", lambda row: _known(row.result.generation.guidance), numeric=False),
-        Column("seed", lambda row: Cell(str(row.run.record.seed), key=row.run.record.seed)),
+        Column("seed", lambda row: Cell(", ".join(map(str, row.line.seeds)), key=row.line.seeds[0])),
     ]
     return [column for column in every if any(column.cell(row).key not in (None, "") for row in group.rows)]
 
@@ -79,8 +79,8 @@ def weights(row: Row) -> str:
 
 def _remark(row: Row) -> str:
     state = row.run.record.state
-    parts = [row.standing, state if state not in ("finished", "samples") else ""]
-    return ", ".join(part for part in parts if part)
+    parts = [row.run.told, row.standing, state if state not in ("finished", "samples") else ""]
+    return " · ".join(part for part in parts if part)
 
 
 def _text(text: str, beside: str = "") -> Cell:
@@ -137,10 +137,16 @@ def _timed(value: Any) -> Cell:
 
 def _nfe(row: Row) -> Cell:
     calls = {name: n for name, n in (row.result.generation.nfe or {}).items() if words.finite(n)}
-    if not calls:
+    total = _calls(calls)
+    if total is None:
         return Cell(words.NONE)
     beside = " + ".join(f"{words.rate(n)} {name}" for name, n in calls.items()) if len(calls) > 1 else ""
-    return Cell(words.rate(sum(calls.values())), beside, sum(calls.values()))
+    return Cell(words.rate(total), beside, total)
+
+
+def _calls(nfe: dict[str, float] | None) -> float | None:
+    calls = [n for n in (nfe or {}).values() if words.finite(n)]
+    return sum(calls) if calls else None
 
 
 def _images_seen(row: Row) -> float | None:
@@ -159,13 +165,17 @@ def _samples_per_second(row: Row) -> float | None:
 def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
     """Every result with every figure, protocol field and cost: one row each, in the order of the tables.
 
-    A figure ``m`` has the columns ``m``, ``m.floor``, ``m.low`` and ``m.high``. A run without results has a row too.
+    Results that make one row of a table share its rank and its ``mean`` with ``mean.low`` and ``mean.high``. A figure
+    ``m`` has the columns ``m``, ``m.floor``, ``m.low`` and ``m.high``. A run without results has a row too.
     """
-    rows: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for group in rank(gathered.runs):
-        for row in group.rows:
-            result = row.result
-            entry = {"rank": row.rank, "standing": row.standing, **_about(row.run), "headline": result.headline}
+        members = [(row, *pair) for row in group.rows for pair in row.line.members]
+        for row, run, result in members:
+            entry = {"rank": row.rank, "standing": row.standing, **_about(run), "headline": result.headline}
+            if len(row.line.members) > 1:
+                low, high = row.headline.interval or (None, None)
+                entry |= {"mean": row.headline.value, "mean.low": low, "mean.high": high}
             for name in group.metrics():
                 metric = result.metrics.get(name)
                 if metric is not None:
@@ -175,16 +185,16 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
             entry |= {"protocol": result.measurement.id}
             entry |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
             entry |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
-            entry |= {"nfe": _nfe(row).key}
+            entry |= {"nfe": _calls(result.generation.nfe)}
             entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
             entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
-            rows.append(entry)
-    rows += [_about(run) for run in without_figures(gathered.runs)]
-    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
+            entries.append(entry)
+    entries += [_about(run) for run in without_figures(gathered.runs)]
+    names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(map(_plain, names))
-    writer.writerows([_plain(row.get(name)) for name in names] for row in rows)
+    writer.writerows([_plain(entry.get(name)) for name in names] for entry in entries)
     write_text(path, text.getvalue())
 
 

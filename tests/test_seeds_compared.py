@@ -1,0 +1,112 @@
+"""Runs that differ in seeds alone are one row: the mean over training seeds, with an interval that holds the truth."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gencompare.compare import page
+from gencompare.compare.gather import gather
+from gencompare.compare.rank import Group, rank
+from gencompare.compare.report import report
+from gencompare.compare.seeds import over_seeds
+from gencompare.records import Metric
+from synthetic import result, write_run
+
+
+def ranked(folders: list[Path]) -> Group:
+    (group,) = rank(gather(folders).runs)
+    return group
+
+
+def seeds(tmp_path: Path, name: str, values: list[float], **fields: object) -> list[Path]:
+    return [
+        write_run(tmp_path / f"{name}{k}", [result(value, generation={"seed": k})], seed=k, **fields)
+        for k, value in enumerate(values)
+    ]
+
+
+def test_three_seeds_are_one_row_with_their_mean(tmp_path: Path) -> None:
+    (row,) = ranked(seeds(tmp_path, "a", [1.0, 2.0, 3.0])).rows
+    assert row.line.seeds == [0, 1, 2]
+    # 2 +- t(0.975, 2) * 1 / sqrt(3), with Student's quantile from a table.
+    assert row.headline.value == pytest.approx(2.0)
+    assert row.headline.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    assert "mean of 3 seeds" in row.run.label
+
+
+def test_the_best_seed_ranks_nothing(tmp_path: Path) -> None:
+    lucky = seeds(tmp_path, "a", [0.9, 3.0, 3.0])
+    steady = seeds(tmp_path, "b", [1.5, 1.5, 1.6], family="vae")
+    assert [row.run.record.family for row in ranked(lucky + steady).rows] == ["vae", "ddpm"]
+
+
+def test_sampling_seeds_are_nested_in_training_seeds(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", [result(v, generation={"seed": k}) for k, v in enumerate([1.0, 1.2])], seed=0)
+    two = write_run(tmp_path / "b", [result(v, generation={"seed": k}) for k, v in enumerate([3.0, 3.2])], seed=1)
+    (row,) = ranked([one, two]).rows
+    # Two independent trainings, 1.1 and 3.1: not four figures.
+    half = 12.7062047 * (2.0 / 2**0.5) / 2**0.5
+    assert row.headline.value == pytest.approx(2.1)
+    assert row.headline.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)
+
+
+def test_what_differs_in_more_than_seeds_stays_apart(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", [result(1.0)], seed=0)
+    for k, fields in enumerate(
+        [
+            {"config": {"family": "ddpm", "model": {"optimizer": {"lr": 2e-3}}}},
+            {"family": "vae"},
+            {"config": {}},
+            {"data": {"name": "digits", "hash": "other"}},
+        ]
+    ):
+        b = write_run(tmp_path / f"b{k}", [result(1.5)], seed=1, **fields)
+        assert len(ranked([a, b]).rows) == 2, fields
+    other = write_run(tmp_path / "c", [result(1.5, generation={"sampler": "ddim, 10 steps", "seed": 1})], seed=1)
+    assert len(ranked([a, other]).rows) == 2
+
+
+def test_the_same_seeds_twice_are_no_second_seed(tmp_path: Path) -> None:
+    again = [write_run(tmp_path / name, [result(1.0)], seed=0) for name in "ab"]
+    assert [row.line.seeds for row in ranked(again).rows] == [[0], [0]]
+
+
+def test_a_seed_without_a_figure_leaves_the_row_without_one(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"a{k}", [result(v)], seed=k) for k, v in enumerate([1.0, None, 2.0])]
+    (row,) = ranked(folders).rows
+    assert row.headline.value is None and row.rank is None
+
+
+def test_the_interval_covers_the_mean_of_all_trainings() -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(2.0, 0.5, (2000, 3))
+    found = [over_seeds([[Metric(float(v))] for v in row]).interval for row in values]
+    covered = np.mean([low <= 2.0 <= high for low, high in found if low is not None])
+    assert 0.935 < covered < 0.965
+
+
+def test_the_csv_keeps_every_run_and_the_page_shows_the_mean(tmp_path: Path) -> None:
+    folders = seeds(tmp_path, "a", [1.0, 2.0, 3.0]) + seeds(tmp_path, "b", [4.0], family="vae")
+    report(folders, tmp_path / "out")
+    with (tmp_path / "out" / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["rank"], row["fd_digits"], row["mean"]) for row in rows] == [
+        ("a0", "1", "1.0", "2.0"), ("a1", "1", "2.0", "2.0"), ("a2", "1", "3.0", "2.0"), ("b0", "2", "4.0", ""),
+    ]  # fmt: skip
+    html = page.render(gather(folders))
+    assert "mean of 3 seeds" in html and "the mean and its 95 % interval over seeds" in html
+
+
+def test_a_row_says_what_sets_its_command_apart(tmp_path: Path) -> None:
+    folders = [
+        write_run(
+            tmp_path / name, [result(1.0)], seed=seed,
+            overrides=["model=ddpm", f"model/schedule={name}", "data=digits", f"seed={seed}"],
+        )
+        for seed, name in enumerate(["linear", "cosine"])
+    ]  # fmt: skip
+    assert sorted(run.told for run in gather(folders).runs) == ["schedule=cosine", "schedule=linear"]
