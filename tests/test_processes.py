@@ -22,7 +22,7 @@ SETTINGS = [
 ONCE = "evaluation.checkpoints=[last]"
 FAMILIES = ["vae", "gan", "ddpm", "gaussian"]
 EXTRA = {"ddpm": ["model.sampler.steps=3"]}
-TWO = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 ROUNDING = 2e-5
 """Sums of gradients are taken in another order, so the last bits of float32 differ, and Adam makes the most of them."""
@@ -41,11 +41,11 @@ if os.environ.get("PLANT") == "data":
 """
 
 
-def two_processes(folder: Path, *words: str, plant: str = "") -> None:
+def processes(folder: Path, *words: str, plant: str = "", count: int = 2) -> None:
     (folder / "sitecustomize.py").write_text(PLANT if plant else "")
     env = {**os.environ, "PYTHONPATH": str(folder), "PLANT": plant, "WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words, *SETTINGS, *TWO],
+        [sys.executable, str(ROOT / "run.py"), *words, *SETTINGS, *DDP, f"trainer.devices={count}"],
         cwd=folder, env=env, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -69,7 +69,7 @@ def figures(folder: Path) -> dict[str, float | None]:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep over the families, each job on two processes."""
     folder = tmp_path_factory.mktemp("two")
-    two_processes(
+    processes(
         folder,
         "-m",
         ONCE,
@@ -97,7 +97,7 @@ def test_each_job_of_a_sweep_on_two_processes_equals_one_process(
 
 @pytest.mark.timeout(280)
 def test_a_sampler_of_many_steps_on_two_processes_equals_one(cli: Callable[..., int], tmp_path: Path) -> None:
-    two_processes(tmp_path, "model=ddpm", *EXTRA["ddpm"], ONCE, "logger=csv", "hydra.run.dir=two")
+    processes(tmp_path, "model=ddpm", *EXTRA["ddpm"], ONCE, "logger=csv", "hydra.run.dir=two")
     assert cli("model=ddpm", *EXTRA["ddpm"], ONCE, *SETTINGS, "trainer=cpu", "logger=csv", "hydra.run.dir=one") == 0
     check_equal(tmp_path / "one", tmp_path / "two")
 
@@ -126,6 +126,21 @@ def test_the_comparison_with_one_process_bites(plant: str, cli: Callable[..., in
         "evaluation.checkpoints=[]",
         "hydra.run.dir=two",
     ]
-    two_processes(tmp_path, *quick, plant=plant)
+    processes(tmp_path, *quick, plant=plant)
     assert cli(*quick[:-1], *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) > 5 * ROUNDING
+
+
+@pytest.mark.timeout(280)
+def test_four_processes_measure_what_one_measures(cli: Callable[..., int], tmp_path: Path) -> None:
+    """The same weights: the same images, so figures that agree to the rounding of features."""
+    assert cli("model=gaussian", ONCE, *SETTINGS, "trainer=cpu", "logger=none", "hydra.run.dir=run") == 0
+    one = figures(tmp_path / "run")
+    pictures = [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
+    processes(tmp_path, "task=evaluate", "run=run", count=4)
+    four = figures(tmp_path / "run")
+    assert one.keys() == four.keys()
+    for name, value in one.items():
+        assert four[name] == (value if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), name
+    assert pictures == [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
+    assert pictures
