@@ -19,6 +19,7 @@ from gencompare.files import cannot_write
 from gencompare.paths import conf_dir
 from gencompare.tasks.frozen import base_on_run_folder, thaw
 from gencompare.tasks.processes import CHILD, alone_again
+from gencompare.tasks.sweep import begun
 
 USAGE, FAILURE = 2, 1
 HYDRA_FULL, OWN_FULL = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
@@ -54,7 +55,10 @@ _failures: list[int] = []
 def _job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     try:
-        call_task(thaw(cfg, job))
+        cfg = thaw(cfg, job)
+        if job.mode is RunMode.MULTIRUN and not begun(cfg, Path(job.sweep.dir)):
+            return
+        call_task(cfg)
     except Exception as error:
         if job.mode is not RunMode.MULTIRUN:
             raise SystemExit(report(error)) from error

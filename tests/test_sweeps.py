@@ -1,0 +1,79 @@
+"""A sweep that was killed goes on where it was, and ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from test_cli import QUICK, Cli, assert_same_training, checkpoint
+
+WORDS = [
+    "-m", "model=vae", "seed=0,1,2", *QUICK, "budget.steps=4", "callbacks.looks.count=0",
+    "callbacks.checkpoints.every_minutes=0", "evaluation.checkpoints=[last]", "evaluation.n=80",
+]  # fmt: skip
+
+KILLED = """
+import os, signal, sys
+from gencompare.tasks.main import main
+from gencompare.training.clock import Clock
+original, starts = Clock.on_train_batch_start, []
+def start(self, *args):
+    original(self, *args)
+    starts.append(1)
+    if len(starts) == 7:  # the third step of the second job
+        os.kill(os.getpid(), signal.SIGKILL)
+Clock.on_train_batch_start = start
+main()
+"""
+
+
+def test_a_killed_sweep_goes_on_and_ends_like_one_that_was_not(cli: Cli, tmp_path: Path, capsys) -> None:
+    assert cli(*WORDS, "hydra.sweep.dir=whole") == 0
+    words = [*WORDS, "hydra.sweep.dir=killed"]
+    broken = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=tmp_path, capture_output=True, timeout=120)
+    assert broken.returncode == -9
+    first = tmp_path / "killed" / "0_digits_vae"
+    states = {
+        path.parent.name: json.loads(path.read_text())["state"] for path in (tmp_path / "killed").glob("*/record.json")
+    }
+    assert states == {"0_digits_vae": "finished", "1_digits_vae": "running"}
+    assert checkpoint(tmp_path / "killed" / "1_digits_vae")["callbacks"]["Clock"]["step"] < 4
+    before = (first / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    capsys.readouterr()
+
+    assert cli(*words) == 0
+    said = capsys.readouterr().out
+    assert "[0_digits_vae] finished before" in said and "[1_digits_vae] broke off before" in said
+    assert (first / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before, "no finished job is run again"
+    for job in ("0_digits_vae", "1_digits_vae", "2_digits_vae"):
+        one, two = tmp_path / "whole" / job, tmp_path / "killed" / job
+        assert_same_training(one, two)
+        a, b = (json.loads((folder / "record.json").read_text()) for folder in (one, two))
+        assert a["state"] == b["state"] == "finished"
+        assert [r["metrics"] for r in a["results"]] == [r["metrics"] for r in b["results"]]
+    assert (tmp_path / "killed" / "compare.html").is_file()
+
+
+def test_a_job_is_known_wherever_it_stands_in_the_sweep(cli: Cli, tmp_path: Path, capsys) -> None:
+    sweep = "hydra.sweep.dir=sweep"
+    words = [word for word in WORDS if not word.startswith("seed=")]
+    assert cli(*words, "seed=1", sweep) == 0
+    assert cli(*words, "seed=0,1", sweep) == 0
+    said = capsys.readouterr().out
+    # The folder of number 0 holds seed 1, which is done; seed 0 is another job, and gets another folder.
+    assert "[0_digits_vae] finished before" in said
+    assert {p.parent.name for p in (tmp_path / "sweep").glob("*/record.json")} == {"0_digits_vae", "0_digits_vae_2"}
+    seeds = {json.loads(p.read_text())["seed"] for p in (tmp_path / "sweep").glob("*/record.json")}
+    assert seeds == {0, 1}
+
+
+def test_another_setting_is_another_job(cli: Cli, tmp_path: Path) -> None:
+    words = [word for word in WORDS if not word.startswith("seed=")]
+    assert cli(*words, "seed=0", "hydra.sweep.dir=sweep") == 0
+    assert cli(*words, "seed=0,1", "model.beta=0.5", "hydra.sweep.dir=other") == 0
+    one, two = (checkpoint(tmp_path / place / "0_digits_vae")["state_dict"] for place in ("sweep", "other"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
