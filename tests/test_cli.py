@@ -440,3 +440,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def test_one_training_is_measured_with_several_samplers(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    ddim = "{_target_: gencompare.diffusion.samplers.DDIM, steps: 4, eta: 0.0}"
+    words = ["model=ddpm", *QUICK, "budget.steps=2", "callbacks.looks.count=0", "evaluation.checkpoints=[last]"]
+    further = f"+evaluation.samplers={{fast: {{steps: 3}}, other: {ddim}}}"
+    assert cli(*words, "model.sampler.steps=5", further, "hydra.run.dir=run") == 0
+    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
+    assert [(r["generation"]["sampler"].split(",")[0], r["generation"]["nfe"]["network"]) for r in results] == [
+        ("Ancestral", 5), ("Ancestral", 3), ("DDIM", 4),
+    ]  # fmt: skip
+    assert cli("model=vae", *words[1:], "+evaluation.samplers={fast: {steps: 3}}", "hydra.run.dir=vae") == 1
+    assert "VAE has no sampler" in capsys.readouterr().err

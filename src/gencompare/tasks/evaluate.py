@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytorch_lightning as pl
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
@@ -97,28 +99,52 @@ def measure(
         if step in steps:
             continue
         steps.add(step)
-        generation = Generation(
-            weights=weights if model.averaged_parameters() else "raw",
-            checkpoint=checkpoint,
-            step=step,
-            images_seen=seen["images"],
-            sampler=model.sampling_description(),
-            seed=protocol.seed,
-        )
-        kept = folder / DRAWN / drawing(cfg, data, protocol, folder, checkpoint, weights)
-        drawn: list[Tensor] = []
-        with stages(cfg.callbacks.progress) as progress:
-            result = evaluate(
-                model, data, protocol, generation=generation, progress=progress, on_samples=drawn.append, keep=kept
+        for name in samplers(cfg, model):
+            generation = Generation(
+                weights=weights if model.averaged_parameters() else "raw",
+                checkpoint=checkpoint,
+                step=step,
+                images_seen=seen["images"],
+                sampler=model.sampling_description(),
+                seed=protocol.seed,
             )
-        if rank_zero_only.rank == 0:
-            put(folder, result, drawn[0], data.spec)
-            shutil.rmtree(kept, ignore_errors=True)
+            kept = folder / DRAWN / drawing(cfg, data, protocol, folder, checkpoint, weights, name)
+            drawn: list[Tensor] = []
+            with stages(cfg.callbacks.progress) as progress:
+                result = evaluate(
+                    model, data, protocol, generation=generation, progress=progress, on_samples=drawn.append, keep=kept
+                )
+            if rank_zero_only.rank == 0:
+                put(folder, result, drawn[0], data.spec)
+                shutil.rmtree(kept, ignore_errors=True)
 
 
-def drawing(cfg: DictConfig, data: ImageData, protocol: Protocol, folder: Path, checkpoint: str, weights: str) -> str:
+def samplers(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
+    """Gives ``model`` one sampler after another: its own, then those of ``evaluation.samplers``; yields their names.
+
+    A further sampler is a whole one (with ``_target_``), or what is to be changed in the model's own.
+    """
+    further = cfg.evaluation.get("samplers") or {}
+    if further and not hasattr(model, "sampler"):
+        raise UserError(f"evaluation.samplers: {type(model).__name__} has no sampler that could be changed.")
+    yield "own"
+    own = getattr(model, "sampler", None)
+    try:
+        for name, change in further.items():
+            chosen = change if "_target_" in change else OmegaConf.merge(cfg.model.sampler, change)
+            model.sampler = instantiate(chosen, _convert_="all")
+            yield str(name)
+    finally:
+        if further:
+            model.sampler = own
+
+
+def drawing(
+    cfg: DictConfig, data: ImageData, protocol: Protocol, folder: Path, checkpoint: str, weights: str, sampler: str
+) -> str:
     """A name for the samples of one evaluation: a hash of all that decides what is drawn."""
     decides = {
+        "sampler": [sampler, str(cfg.evaluation.get("samplers"))],
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": [sha256(folder / "checkpoints" / f"{checkpoint}.ckpt"), weights],
         "chunks": [protocol.seed, protocol.chunk, protocol.n, protocol.reference, data.hash("train")],
