@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import gencompare
 from composing import options
 from gencompare.locks import locked
 from gencompare.tasks import evaluate as evaluate_task
@@ -375,6 +376,35 @@ def test_a_published_ddpm_of_diffusers_is_measured(cli: Cli, tmp_path: Path) -> 
     assert cli("task=evaluate", "model=ddpm", *QUICK, *words, "pretrained=published", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["model"]["parameters"] == sum(p.numel() for p in network.parameters())
+
+
+def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'gencompare[parity]'")
+    words = ["model=ddpm", *QUICK, "budget.steps=3", "callbacks.looks.count=0", "model.sampler.steps=3"]
+    assert cli(*words, "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
+    assert cli("task=export", "run=run", "format=diffusers", "task.out=theirs") == 0
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "theirs")
+    run = gencompare.load_run(tmp_path / "run")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 731])
+    with torch.no_grad():
+        expected, got = run.model.network(x, t.float(), {}), pipeline.unet(x, t).sample
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    bar = run.model.schedule.at(run.model.schedule.discrete_times).alpha ** 2
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, bar, rtol=1e-4, atol=1e-7)
+
+    back = ["task=evaluate", "model=ddpm", *QUICK, "model.sampler.steps=3", "pretrained=theirs", "hydra.run.dir=back"]
+    assert cli(*back) == 0
+    values = [
+        json.loads((tmp_path / name / "record.json").read_text())["results"][0]["metrics"]["fd_digits"]["value"]
+        for name in ("run", "back")
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    assert cli(*words[:-1], "model/sampler=ddim", "model.conditional=true", "hydra.run.dir=labels") == 0
+    assert cli("task=export", "run=labels", "format=diffusers") == 1
+    assert "nothing like label" in complaint(capsys)
+    assert cli("task=export", "run=run", "format=onnx") == 1
+    assert "choose safetensors or diffusers" in complaint(capsys)
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,25 @@ def from_diffusers(state: Mapping[str, Tensor], *, levels: int, blocks: int) -> 
             f" {', '.join(sorted(left)[:3])}."
         )
     return found
+
+
+def to_diffusers(state: Mapping[str, Tensor], *, levels: int, blocks: int) -> dict[str, Tensor]:
+    """The state dict of a ``UNet2DModel``, from that of a `UNet` of so many levels and blocks.
+
+    Raises `UserError` where the network has weights that a ``UNet2DModel`` has not.
+    """
+    left = dict(state)
+    found = {}
+    for ours, theirs in pairs(levels, blocks):
+        for kind in ("weight", "bias"):
+            weight = left.pop(f"{ours}.{kind}", None)
+            if weight is not None:
+                names = theirs.split()
+                parts = weight.chunk(len(names))
+                found |= {f"{name}.{kind}": part.contiguous() for name, part in zip(names, parts, strict=True)}
+    if left:
+        raise UserError(
+            f"diffusers' UNet2DModel has nothing like {', '.join(sorted(left)[:3])}: only an unconditional U-Net as of"
+            " the DDPM paper (model/network=unet or unet_ddpm_cifar10) can be written for diffusers."
+        )
+    return found

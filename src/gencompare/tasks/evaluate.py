@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
@@ -128,7 +129,7 @@ def samplers(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
     if further and not hasattr(model, "sampler"):
         raise UserError(f"evaluation.samplers: {type(model).__name__} has no sampler that could be changed.")
     yield "own"
-    own = getattr(model, "sampler", None)
+    own: Any = getattr(model, "sampler", None)
     try:
         for name, change in further.items():
             chosen = change if "_target_" in change else OmegaConf.merge(cfg.model.sampler, change)

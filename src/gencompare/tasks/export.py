@@ -1,27 +1,101 @@
-"""task=export: the weights of a run as one safetensors file, which holds no code."""
+"""task=export: the weights of a run as safetensors, which hold no code, for this project or for diffusers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from gencompare.files import atomic
+from gencompare.contract import TrainedModel
+from gencompare.diffusion.schedules import BetaTable
+from gencompare.errors import UserError
+from gencompare.files import atomic, write_json
+from gencompare.networks.diffusers_names import to_diffusers
+from gencompare.networks.unet import UNet
 from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.evaluate import run_folder
 from gencompare.tasks.load import load_weights
 
+FORMATS = ("safetensors", "diffusers")
+
 
 def export(cfg: DictConfig) -> None:
-    """Write the state dict of the run's model, with its config as JSON in the file's metadata."""
+    """Write the run's weights: one file, or with ``format=diffusers`` a folder that a ``DDPMPipeline`` loads."""
     folder = run_folder(cfg)
+    if cfg.format not in FORMATS:
+        raise UserError(f"format={cfg.format}: choose {' or '.join(FORMATS)}.")
     model = build_model(cfg, build_data(cfg))
     step = load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)["step"]
-    out = Path(cfg.task.out or folder / "weights.safetensors")
-    config = OmegaConf.to_container(cfg.model, resolve=True)
-    metadata = {"model": json.dumps(config), "data": cfg.data._target_, "step": str(step), "weights": cfg.weights}
-    with atomic(out) as file:
-        file.write(save({name: value.contiguous() for name, value in model.state_dict().items()}, metadata))
+    if cfg.format == "diffusers":
+        out = Path(cfg.task.out or folder / "diffusers")
+        write_pipeline(cfg, model, out)
+    else:
+        out = Path(cfg.task.out or folder / "weights.safetensors")
+        config = OmegaConf.to_container(cfg.model, resolve=True)
+        metadata = {"model": json.dumps(config), "data": cfg.data._target_, "step": str(step), "weights": cfg.weights}
+        write_tensors(model.state_dict(), out, metadata)
     print(f"Weights of {folder} at step {step}: {out}")
+
+
+def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    with atomic(path) as file:
+        file.write(save({name: value.contiguous() for name, value in state.items()}, metadata))
+
+
+def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
+    """A folder as ``diffusers.DDPMPipeline.from_pretrained`` reads it: U-Net, scheduler, and the list of both.
+
+    Raises `UserError` for a model that diffusers has no words for: another network, or a schedule that is no table of
+    betas, or a network that is not told the timestep.
+    """
+    network = getattr(model, "network", None)
+    schedule = getattr(model, "schedule", None)
+    betas = betas_of(schedule) if isinstance(schedule, BetaTable) else None
+    told = OmegaConf.select(cfg, "model.parameterization.noise.steps", default=1000)
+    predicts = {"Eps": "epsilon", "X0": "sample", "V": "v_prediction"}.get(
+        type(getattr(model, "parameterization", None)).__name__
+    )
+    by_timestep = "Timestep" in str(OmegaConf.select(cfg, "model.parameterization.noise._target_"))
+    if not isinstance(network, UNet) or betas is None or predicts is None or not by_timestep or told != len(betas):
+        raise UserError(
+            "format=diffusers writes DDPMs: a U-Net that is told the timestep, under a table of betas of so many"
+            " steps, with parameterization eps, x0 or v. Leave format out to write one file of weights."
+        )
+    state = to_diffusers(network.state_dict(), levels=network.levels, blocks=network.blocks)
+    write_tensors(state, out / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    write_json(out / "unet" / "config.json", unet_config(cfg.model.network, model))
+    scheduler = {
+        "_class_name": "DDPMScheduler", "num_train_timesteps": len(betas), "trained_betas": betas.tolist(),
+        "prediction_type": predicts, "clip_sample": bool(cfg.model.clip_x0), "variance_type": "fixed_small",
+    }  # fmt: skip
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    write_json(out / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+
+
+def betas_of(schedule: BetaTable) -> Tensor:
+    """beta_1 to beta_T, (T,) float64: bar alpha is a running product of 1 - beta, and sigmoid of the log-SNR."""
+    log_alpha_bar = logsigmoid(schedule.table.double())
+    return -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1)))
+
+
+def unet_config(network: DictConfig, model: TrainedModel) -> dict[str, Any]:
+    """The arguments of the ``UNet2DModel`` that is the same network."""
+    channels, height, width = model.spec.shape
+    heights = [height >> level for level in range(len(network.multipliers))]
+    attends = ["Attn" * (h in network.attention) for h in heights]
+    return {
+        "_class_name": "UNet2DModel", "sample_size": height if height == width else [height, width],
+        "in_channels": channels, "out_channels": channels,
+        "block_out_channels": [network.channels * m for m in network.multipliers], "layers_per_block": network.blocks,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in attends],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)],
+        "norm_num_groups": network.groups, "dropout": network.dropout, "attention_head_dim": None,
+        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+    }  # fmt: skip
