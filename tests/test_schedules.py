@@ -34,17 +34,18 @@ def double() -> Iterator[None]:
 
 @pytest.fixture(params=SCHEDULES)
 def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    return part("schedule", request.param)
+    return part("schedule", request.param).requires_grad_(False)
 
 
 def inner_times(schedule: NoiseSchedule, n: int = 400) -> torch.Tensor:
-    """Times inside the range that keep off the nodes of any table of 1000 or 4000 steps."""
+    """Times inside the range that keep off the nodes of any table of 10, 1000 or 4000 steps."""
     k = torch.linspace(schedule.t_min, schedule.t_max, n + 2)[1:-1]
     return ((k * 1000).floor() + 0.37) / 1000
 
 
 def test_there_are_schedules() -> None:
-    assert {"linear", "cosine", "scaled_linear"} <= set(SCHEDULES)
+    tables = {"linear", "scaled_linear", "cosine", "sigmoid", "betas", "ncsn"}
+    assert tables | {"vp", "subvp", "ve", "karras", "rectified", "learned"} <= set(SCHEDULES)
 
 
 # Laws of every schedule

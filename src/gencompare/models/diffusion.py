@@ -74,8 +74,10 @@ class Diffusion(GenerativeModel):
         used = self.used(cond)
         if self.conditional and "label" not in used:
             raise UserError("This diffusion model is conditional: it needs a class for each image, cond['label'].")
-        noise = self.schedule.prior((n, *self.spec.shape), generator, self.device)
-        return self.sampler.sample(self.sampling_denoiser, noise, used, generator=generator).clamp(-1, 1)
+        times = self.sampler.times(self.schedule)
+        noise = self.schedule.prior((n, *self.spec.shape), generator, self.device, t=times[0])
+        x = self.sampler.sample(self.sampling_denoiser, noise, used, generator=generator, times=times)
+        return x.clamp(-1, 1)
 
     def sampling_description(self) -> str:
         return self.sampler.describe() + (", x0 clipped" if self.clip_x0 else "")

@@ -104,7 +104,8 @@ class Sampler(ABC):
     def describe(self) -> str:
         """Name and settings, in words for a table."""
         others = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name not in ("steps", "grid")]
-        return ", ".join([type(self).__name__, f"{self.steps} steps", *others])
+        grid = self.grid.describe()
+        return ", ".join([type(self).__name__, f"{self.steps} steps", *([grid] if grid else []), *others])
 
 
 def steps_between(times: Tensor, schedule: NoiseSchedule, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Scales, Scales]]:

@@ -49,10 +49,15 @@ class NoiseSchedule(nn.Module, ABC):
     @property
     def prior_std(self) -> Tensor | float:
         """Standard deviation of the noise that sampling starts from: sigma(t_max)."""
-        return self.at(torch.tensor(self.t_max, device=self._device)).sigma
+        return self.start_std(torch.tensor(self.t_max, device=self.device))
+
+    def start_std(self, t: Tensor) -> Tensor | float:
+        """Standard deviation of the noise to start from at time ``t``, (): sigma(t), which takes the data for 0."""
+        return self.at(t).sigma
 
     @property
-    def _device(self) -> torch.device | None:
+    def device(self) -> torch.device | None:
+        """Where its tables or parameters lie; None where it has none, and goes by the times that it is given."""
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
     def at(self, t: Tensor, x: Tensor | None = None) -> Scales:
@@ -79,10 +84,17 @@ class NoiseSchedule(nn.Module, ABC):
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
-    def prior(self, shape: Sequence[int], generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-        """Noise that sampling starts from, N(0, prior_std^2), float32."""
+    def prior(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        t: Tensor | None = None,
+    ) -> Tensor:
+        """Noise that sampling starts from, float32: N(0, prior_std^2), or N(0, start_std(t)^2) for a grid whose first
+        time ``t``, (), is not t_max."""
         noise = torch.randn(*shape, generator=generator, device=generator.device).to(device)
-        return noise * self.prior_std
+        return noise * (self.prior_std if t is None else self.start_std(t.to(device)))
 
     @torch.no_grad()
     def check(self, points: int = 1001) -> None:
@@ -90,7 +102,7 @@ class NoiseSchedule(nn.Module, ABC):
         name = type(self).__name__
         if not 0 <= self.t_min < self.t_max <= 1:
             raise UserError(f"Schedule {name} runs from t={self.t_min} to {self.t_max}: not a part of [0, 1].")
-        t = torch.linspace(self.t_min, self.t_max, points, device=self._device)
+        t = torch.linspace(self.t_min, self.t_max, points, device=self.device)
         log_snr, log_alpha = self.log_snr(t), self.log_alpha(t)
         for what, values in (("log-SNR", log_snr), ("log alpha", log_alpha)):
             if not torch.isfinite(values).all():
@@ -156,10 +168,16 @@ class VariancePreserving(NoiseSchedule):
     def log_alpha(self, t: Tensor) -> Tensor:
         return logsigmoid(self.log_snr(t)) / 2
 
-    @property
-    def prior_std(self) -> float:
+    def start_std(self, t: Tensor) -> float:
         """1: the standard deviation that data of unit variance keep at all times."""
         return 1.0
+
+
+class VarianceExploding(NoiseSchedule):
+    r"""alpha = 1: noise is added to an image that is not scaled down, so that log sigma = -lambda / 2."""
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
 
 
 def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:

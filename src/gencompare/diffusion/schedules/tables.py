@@ -1,4 +1,4 @@
-"""Schedules given by a table of betas, one for each step."""
+"""Schedules given by a table, one entry for each step."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gencompare.diffusion.schedules.base import VariancePreserving
+from gencompare.diffusion.schedules.base import NoiseSchedule, VariancePreserving
 from gencompare.errors import UserError
 
 
-class BetaTable(VariancePreserving):
-    r"""The T steps of a DDPM (Ho et al. 2020): x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z for i = 1, ..., T.
+class LogSNRTable(NoiseSchedule):
+    r"""T steps whose log-SNR is given: step i is time t = i / T, so that t_min = 1 / T and t_max = 1.
 
-    Step i of the table is time t = i / T, so that t_min = 1 / T and t_max = 1. There alpha^2 is the product of the
-    first i factors (1 - beta), the paper's bar alpha_i, exactly; between two steps the log-SNR is linear.
+    Exact at the steps; between two of them the log-SNR is linear in time.
 
     Args:
-        betas: beta_1 to beta_T, each in (0, 1). Sums are taken in float64; the table is kept in torch's default type.
+        log_snr: log-SNR of steps 1 to T, (T,), falling; kept in torch's default type.
     """
 
     table: Tensor
 
-    def __init__(self, betas: Sequence[float] | Tensor) -> None:
+    def __init__(self, log_snr: Tensor) -> None:
         super().__init__()
-        beta = torch.as_tensor(betas, dtype=torch.float64)
-        if beta.ndim != 1 or len(beta) < 2:
-            raise UserError(f"A table of betas needs at least 2 steps, not {beta.numel()}.")
-        if not ((beta > 0) & (beta < 1)).all():
-            raise UserError("Every beta of a noise schedule must lie between 0 and 1 (neither included).")
-        log_alpha_bar = torch.log1p(-beta).cumsum(0)
-        log_snr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
-        self.T = len(beta)
+        self.T = len(log_snr)
         self.t_min = 1 / self.T
         self.register_buffer("table", log_snr.to(torch.get_default_dtype()), persistent=False)
 
@@ -44,10 +36,29 @@ class BetaTable(VariancePreserving):
         return _interpolate(self.table, on_step(t * self.T) - 1)
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        rising = self.table.flip(0)
+        rising = self.table.flip(0).to(log_snr.dtype)
         right = torch.searchsorted(rising, log_snr.detach().contiguous()).clamp(1, self.T - 1)
         share = (log_snr - rising[right - 1]) / (rising[right] - rising[right - 1])
         return (self.T - (right - 1 + share.clamp(0, 1))) / self.T
+
+
+class BetaTable(LogSNRTable, VariancePreserving):
+    r"""The T steps of a DDPM (Ho et al. 2020): x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z for i = 1, ..., T.
+
+    At time i / T, alpha^2 is the product of the first i factors (1 - beta), the paper's bar alpha_i, exactly.
+
+    Args:
+        betas: beta_1 to beta_T, each in (0, 1). Sums are taken in float64.
+    """
+
+    def __init__(self, betas: Sequence[float] | Tensor) -> None:
+        beta = torch.as_tensor(betas, dtype=torch.float64)
+        if beta.ndim != 1 or len(beta) < 2:
+            raise UserError(f"A table of betas needs at least 2 steps, not {beta.numel()}.")
+        if not ((beta > 0) & (beta < 1)).all():
+            raise UserError("Every beta of a noise schedule must lie between 0 and 1 (neither included).")
+        log_alpha_bar = torch.log1p(-beta).cumsum(0)
+        super().__init__(log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
 
 
 class LinearBetas(BetaTable):
@@ -58,10 +69,7 @@ class LinearBetas(BetaTable):
     """
 
     def __init__(self, first: float = 1e-4, last: float = 0.02, T: int = 1000, power: float = 1.0) -> None:
-        if not 0 < first <= last < 1:
-            raise UserError(
-                f"Linear betas from {first} to {last}: they must lie within (0, 1), the first not above the last."
-            )
+        _check_ends("Linear", first, last)
         if power <= 0:
             raise UserError(f"schedule.power={power}: give a positive number.")
         ends = first ** (1 / power), last ** (1 / power)
@@ -80,6 +88,26 @@ class CosineBetas(BetaTable):
         t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
         alpha_bar = torch.cos(torch.pi / 2 * (t + s) / (1 + s)) ** 2
         super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
+
+
+class SigmoidBetas(BetaTable):
+    r"""beta_i = first + (last - first) sigmoid(u_i), u evenly spaced from -6 to 6.
+
+    The table of GeoDiff (Xu et al. 2022, "GeoDiff", released code), known as "sigmoid" in later libraries. (Jabri et
+    al.'s 2022 sigmoid schedule is another one: there alpha^2 follows the sigmoid.) The end points suit T = 1000.
+    """
+
+    def __init__(self, first: float = 1e-4, last: float = 0.02, T: int = 1000) -> None:
+        _check_ends("Sigmoid", first, last)
+        u = torch.linspace(-6, 6, T, dtype=torch.float64)
+        super().__init__(first + (last - first) * torch.sigmoid(u))
+
+
+def _check_ends(name: str, first: float, last: float) -> None:
+    if not 0 < first <= last < 1:
+        raise UserError(
+            f"{name} betas from {first} to {last}: they must lie within (0, 1), the first not above the last."
+        )
 
 
 def on_step(position: Tensor) -> Tensor:
