@@ -1,4 +1,4 @@
-"""Noise schedules and times, held against what their papers say of them."""
+"""Noise schedules, held against what their papers say of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import torch
 from composing import options
 from gencompare.diffusion.schedules import (
     CLEAN,
+    VE,
+    VP,
     BetaTable,
     CosineBetas,
+    Karras,
+    Learned,
     LinearBetas,
+    NCSNLevels,
     NoiseSchedule,
+    SigmoidBetas,
+    SubVP,
     VariancePreserving,
 )
-from gencompare.diffusion.times import UniformGrid, UniformTimes
 from gencompare.errors import UserError
-from gencompare.seeds import Draws, generator
+from gencompare.seeds import generator
 from parts import part
 
 SCHEDULES = options("model/schedule")
@@ -115,6 +121,21 @@ def test_float32_keeps_what_float64_knows(schedule: NoiseSchedule, request: pyte
         torch.testing.assert_close(getattr(rounded, name).double(), getattr(exact, name), rtol=2e-4, atol=0)
 
 
+def test_float32_holds_the_noise_at_both_ends(schedule: NoiseSchedule) -> None:
+    """Rounding of x_t in float32 leaves of the noise at t_min, and of the image at t_max, 1 % or better.
+
+    (An image that is gone, below a thousandth of the noise, need not be found again.)
+    """
+    source = generator("cpu", 0)
+    x0, eps = torch.rand(1000, generator=source) * 2 - 1, torch.randn(1000, generator=source)
+    first, last = schedule.at(torch.tensor(schedule.t_min)), schedule.at(torch.tensor(schedule.t_max))
+    x_t = (first.alpha * x0 + first.sigma * eps).float().double()
+    assert ((x_t - first.alpha * x0) / first.sigma - eps).abs().max() < 0.01
+    if last.alpha / last.sigma > 1e-3:
+        x_t = (last.alpha * x0 + last.sigma * eps).float().double()
+        assert ((x_t - last.sigma * eps) / last.alpha - x0).abs().max() < 0.01
+
+
 def test_prior_is_the_noise_at_the_end(schedule: NoiseSchedule) -> None:
     x = schedule.prior((4000, 1, 2, 2), generator("cpu", 0))
     at = schedule.at(torch.tensor(schedule.t_max))
@@ -123,6 +144,10 @@ def test_prior_is_the_noise_at_the_end(schedule: NoiseSchedule) -> None:
     assert abs(float(x.std()) / expected - 1) < 0.02
     assert abs(float(x.mean())) / expected < 0.03
     torch.testing.assert_close(x, schedule.prior((4000, 1, 2, 2), generator("cpu", 0)), rtol=0, atol=0)
+    # Where a grid starts in the middle, so does the noise.
+    middle = torch.tensor((schedule.t_min + schedule.t_max) / 2)
+    expected = 1.0 if isinstance(schedule, VariancePreserving) else float(schedule.at(middle).sigma)
+    assert abs(float(schedule.prior((9000,), generator("cpu", 0), t=middle).std()) / expected - 1) < 0.03
 
 
 # The tables, number by number
@@ -156,6 +181,16 @@ def test_cosine_table_is_improved_ddpms() -> None:
     np.testing.assert_allclose(found[-1] / found[-2], 1 - 0.999, rtol=1e-9)
 
 
+def test_sigmoid_table_is_geodiffs() -> None:
+    betas = 1e-4 + (0.02 - 1e-4) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
+    np.testing.assert_allclose(alpha_bar(part("schedule", "sigmoid")), np.cumprod(1 - betas), rtol=1e-11)
+
+
+def test_any_list_of_betas_is_a_table() -> None:
+    betas = [0.3, 0.1, 0.02]
+    np.testing.assert_allclose(alpha_bar(part("schedule", "betas", betas=betas)), [0.7, 0.63, 0.6174], rtol=1e-12)
+
+
 def test_first_step_adds_the_first_beta() -> None:
     """Time 1 / T is the first step, not the clean image and not the second step."""
     schedule = BetaTable([0.1, 0.2, 0.3, 0.4])
@@ -177,6 +212,203 @@ def test_interpolation_lies_between_the_steps() -> None:
     ends = schedule.log_snr(torch.tensor([0.5, 0.75]))
     middle = schedule.log_snr(torch.tensor(0.625))
     torch.testing.assert_close(middle, ends.mean(), rtol=1e-12, atol=0)
+
+
+# The score SDEs in closed form (Song et al. 2021, eq. 9, 11, 12 and 29), on times over the whole range
+
+T = torch.tensor([1e-3, 0.01, 0.1, 0.35, 0.5, 0.8, 0.99, 1.0], dtype=torch.float64)
+t = T.numpy()
+
+
+def exactly(found: torch.Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("ends", [(0.1, 20.0), (3.0, 3.0), (0.5, 4.0)])
+def test_vp_and_sub_vp_in_closed_form(ends: tuple[float, float]) -> None:
+    low, high = ends
+    beta = low + t * (high - low)
+    exponent = t**2 * (high - low) / 2 + t * low
+    for name in ("vp", "subvp"):
+        schedule = part("schedule", name, beta_min=low, beta_max=high)
+        at, (f, g2) = schedule.at(T), schedule.sde(T)
+        exactly(at.alpha, np.exp(-exponent / 2))
+        exactly(f, -beta / 2)
+        if name == "vp":
+            exactly(at.sigma**2, 1 - np.exp(-exponent))
+            exactly(g2, beta)
+        else:
+            exactly(at.sigma, 1 - np.exp(-exponent))
+            exactly(g2, beta * (1 - np.exp(-2 * exponent)))
+
+
+def test_vp_is_the_limit_of_the_linear_table() -> None:
+    """beta_i = beta(i / T) / T (Song et al. 2021, appendix B), so ten times the steps come ten times as near."""
+    table, limit = LinearBetas(), VP()
+    t = torch.linspace(0.1, 1, 10)
+    torch.testing.assert_close(table.at(t).alpha, limit.at(t).alpha, rtol=0.06, atol=0)
+    finer = LinearBetas(first=1e-5, last=2e-3, T=10_000)
+    torch.testing.assert_close(finer.at(t).alpha, limit.at(t).alpha, rtol=0.006, atol=0)
+
+
+def test_ve_in_closed_form() -> None:
+    schedule = part("schedule", "ve")
+    at, (f, g2) = schedule.at(T), schedule.sde(T)
+    sigma = 0.02 * (100 / 0.02) ** t
+    exactly(at.sigma, sigma)
+    exactly(g2, 2 * sigma**2 * np.log(100 / 0.02))
+    assert (at.alpha == 1).all() and (f == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "published"),
+    [
+        ("ve", np.linspace(0, 1, 9), 0.01 * (50 / 0.01) ** np.linspace(0, 1, 9)),
+        ("ncsn", np.arange(1, 11) / 10, np.geomspace(0.01, 1, 10)),
+    ],
+)
+def test_noise_in_pixel_units_is_the_published(name: str, times: np.ndarray, published: np.ndarray) -> None:
+    """Pixels p in [0, 1] are x = 2 p - 1 here: noised there or here, the same picture comes out."""
+    at = part("schedule", name).at(torch.tensor(times))
+    p, eps = 0.3, -1.7
+    x_t = at.alpha * (2 * p - 1) + at.sigma * eps
+    np.testing.assert_allclose((x_t.numpy() + 1) / 2, p + published * eps, rtol=1e-12)
+    # In pixel units the noise is half as large: there the log-SNR, of an image of size 1, is 2 log 2 higher.
+    np.testing.assert_allclose(at.log_snr.numpy() + 2 * np.log(2), -2 * np.log(published), rtol=0, atol=1e-12)
+
+
+def test_level_of_ncsn_is_its_place() -> None:
+    schedule = part("schedule", "ncsn", levels=4, sigma_min=0.1, sigma_max=0.8)
+    exactly(schedule.at(torch.tensor([0.25, 0.5, 0.625, 0.75, 1])).sigma, np.array([1, 2, 8**0.5, 4, 8]) / 10)
+    assert schedule.discrete_times is not None
+    assert torch.equal(schedule.discrete_times, torch.tensor([0.25, 0.5, 0.75, 1.0]))
+
+
+@pytest.mark.parametrize("rho", [7.0, 3.0, 1.0])
+def test_even_times_of_karras_are_the_grid_of_eq_5(rho: float) -> None:
+    n, i = 18, np.arange(18)
+    low, high = 0.002 ** (1 / rho), 80 ** (1 / rho)
+    grid = (high + i / (n - 1) * (low - high)) ** rho
+    at = part("schedule", "karras", rho=rho).at(torch.linspace(1, 0, n))
+    exactly(at.sigma, grid)
+    assert (at.alpha == 1).all()
+
+
+def test_rectified_flow_is_straight() -> None:
+    """x_t = (1 - t) x_0 + t eps: velocity eps - x_0 at all times, f = -1 / (1 - t), g^2 = 2 t / (1 - t)."""
+    schedule = part("schedule", "rectified")
+    at, (f, g2) = schedule.at(T[:-1]), schedule.sde(T[:-1])
+    exactly(at.alpha, 1 - t[:-1])
+    exactly(at.sigma, t[:-1])
+    exactly(f, -1 / (1 - t[:-1]))
+    exactly(g2, 2 * t[:-1] / (1 - t[:-1]))
+
+
+# The learned schedule
+
+
+def shaken(seed: int, size: float = 2.0) -> Learned:
+    schedule, source = Learned(features=64), generator("cpu", seed)
+    with torch.no_grad():
+        for parameter in schedule.interior_parameters():
+            parameter += size * torch.randn(parameter.shape, generator=source)
+    return schedule
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_learned_schedule_falls_for_any_weights_and_keeps_its_ends(seed: int) -> None:
+    schedule = shaken(seed)
+    schedule.check()
+    found = schedule.log_snr(torch.linspace(0, 1, 2001)).detach()
+    assert (found.diff() < 0).all()
+    assert found[0] == 13.3 and found[-1] == -5
+    assert (found - Learned().log_snr(torch.linspace(0, 1, 2001)).detach()).abs().max() > 0.05, "it has another shape"
+
+
+def test_ends_move_and_the_shape_between_them_stays() -> None:
+    t, schedule = torch.linspace(0, 1, 101), shaken(1)
+    before = schedule.log_snr(t).detach()
+    with torch.no_grad():
+        schedule.gamma_min.fill_(-9.0)
+        schedule.gamma_max.fill_(2.0)
+    after = schedule.log_snr(t).detach()
+    torch.testing.assert_close((9 - after) / 11, (13.3 - before) / 18.3, rtol=0, atol=1e-12)
+
+
+def test_learned_schedule_starts_nearly_straight_and_alike() -> None:
+    t = torch.linspace(0, 1, 101)
+    first, second = part("schedule", "learned").log_snr(t), part("schedule", "learned").log_snr(t)
+    assert torch.equal(first, second)
+    assert (first - (13.3 - 18.3 * t)).abs().max() < 1
+
+
+def test_gradients_reach_ends_and_interior_and_nothing_is_left_out() -> None:
+    schedule = Learned(features=8)
+    named = {id(p) for p in schedule.parameters()}
+    parts_of_it = [id(p) for p in [*schedule.end_parameters(), *schedule.interior_parameters()]]
+    assert len(parts_of_it) == len(set(parts_of_it)) and set(parts_of_it) == named
+    t = torch.tensor([0.2, 0.7])
+    # A function of lambda and of its slope, as in the loss of the VDM, against finite differences.
+    value = lambda: (schedule.at(t).log_snr_slope * schedule.at(t).log_snr.sigmoid()).sum()  # noqa: E731
+    value().backward()
+    for parameter in schedule.parameters():
+        assert parameter.grad is not None
+        found, flat = parameter.grad.flatten()[0], parameter.detach().view(-1)
+        kept = float(flat[0])
+        flat[0] = kept + 1e-5
+        above = value().item()
+        flat[0] = kept - 1e-5
+        below = value().item()
+        flat[0] = kept
+        assert abs(float(found)) > 1e-6
+        assert float(found) == pytest.approx((above - below) / 2e-5, rel=1e-5)
+
+
+def test_only_the_ends_move_the_ends() -> None:
+    schedule = shaken(2)
+    schedule.log_snr(torch.tensor([0.0, 1.0])).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs() > 1 for p in schedule.end_parameters())
+    assert all(p.grad is not None and (p.grad.abs() < 1e-12).all() for p in schedule.interior_parameters())
+
+
+def test_learned_schedule_is_not_computed_in_16_bits() -> None:
+    torch.set_default_dtype(torch.float32)
+    schedule, t = Learned(), torch.linspace(0, 1, 50)
+    outside = schedule.log_snr(t)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(schedule.log_snr(t), outside, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "named"),
+    [
+        ("gamma_max", -13.3, "does not fall"),
+        ("gamma_max", -14.0, "does not fall"),
+        ("gamma_max", -13.0, "has collapsed"),
+        ("gamma_min", torch.nan, "not finite"),
+        ("gamma_max", torch.inf, "not finite"),
+        ("height", torch.nan, "not finite"),
+    ],
+)
+def test_a_learned_schedule_that_collapsed_is_refused(parameter: str, value: float, named: str) -> None:
+    schedule = Learned()
+    schedule.check()
+    with torch.no_grad():
+        getattr(schedule, parameter).fill_(value)
+    with pytest.raises(UserError, match=f"Schedule Learned.*{named}"):
+        schedule.check()
+
+
+def test_a_learned_schedule_that_has_become_a_step_is_refused() -> None:
+    """All of the fall in one place: no time is left for any noise level between."""
+    torch.set_default_dtype(torch.float32)
+    schedule = Learned()
+    with torch.no_grad():
+        schedule.straight.fill_(-40.0)
+        schedule.steepness.fill_(1e5)
+        schedule.bias.zero_()
+    with pytest.raises(UserError, match="does not fall"):
+        schedule.check()
 
 
 # Bad schedules are refused
@@ -212,57 +444,24 @@ def test_a_rising_or_infinite_snr_is_refused() -> None:
         lambda: LinearBetas(first=0.02, last=1e-4),
         lambda: LinearBetas(power=0),
         lambda: CosineBetas(s=-1),
+        lambda: SigmoidBetas(first=0.02, last=1e-4),
+        lambda: SigmoidBetas(last=1.0),
+        lambda: VP(beta_min=20, beta_max=0.1),
+        lambda: VP(beta_min=0),
+        lambda: VP(t_min=0),
+        lambda: SubVP(t_min=1),
+        lambda: VE(sigma_min=1, sigma_max=1),
+        lambda: VE(sigma_min=0),
+        lambda: VE(sigma_max=float("nan")),
+        lambda: NCSNLevels(sigma_min=2, sigma_max=0.02),
+        lambda: NCSNLevels(levels=1),
+        lambda: Karras(sigma_min=-1),
+        lambda: Karras(rho=0),
+        lambda: Learned(gamma_min=5, gamma_max=-13),
+        lambda: Learned(gamma_max=float("inf")),
+        lambda: Learned(features=0),
     ],
 )
-def test_bad_tables_are_refused(make) -> None:
+def test_bad_settings_are_refused(make) -> None:
     with pytest.raises(UserError):
         make()
-
-
-# Times
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
-def test_grid_leads_from_noise_to_clean_data(schedule: NoiseSchedule, steps: int) -> None:
-    times = UniformGrid()(schedule, steps)
-    assert len(times) == steps + 1
-    assert (times.diff() < 0).all()
-    assert times[0] == pytest.approx(schedule.t_max, abs=1e-12)
-    assert times[-1] == CLEAN
-    if steps > 1:
-        assert times[-2] == pytest.approx(schedule.t_min, abs=1e-12)
-    if schedule.discrete_times is not None:
-        assert torch.isin(times[:-1], schedule.discrete_times).all()
-
-
-def test_grid_with_all_steps_is_the_table() -> None:
-    schedule = LinearBetas()
-    assert torch.equal(UniformGrid()(schedule, 1000)[:-1].flip(0), schedule.discrete_times)
-    with pytest.raises(UserError, match="no more than 1000 steps"):
-        UniformGrid()(schedule, 1001)
-
-
-def test_stratified_times_visit_each_step_once() -> None:
-    schedule = LinearBetas(T=250)
-    t = UniformTimes(stratified=True)(schedule, Draws.whole(generator("cpu", 3), 250))
-    assert torch.equal(t.sort().values, schedule.discrete_times)
-
-
-@pytest.mark.parametrize("stratified", [True, False])
-def test_training_times_are_uniform(schedule: NoiseSchedule, stratified: bool) -> None:
-    source, n = generator("cpu", 5), 500
-    draws = [UniformTimes(stratified)(schedule, Draws.whole(source, n)) for _ in range(60)]
-    t = torch.cat(draws)
-    span = schedule.t_max - schedule.t_min
-    assert t.min() >= schedule.t_min - 1e-6 and t.max() <= schedule.t_max + 1e-6
-    assert abs(float(t.double().mean()) - (schedule.t_max + schedule.t_min) / 2) < 0.01 * span
-    assert abs(float(t.double().var()) - span**2 / 12) < 0.005 * span**2
-    # The mean of a batch scatters by sqrt(1 / 12 n) = 0.013 when times are independent, and far less when they are not.
-    scatter = float(torch.stack([d.double().mean() for d in draws]).std()) / span
-    assert (scatter < 0.002) if stratified else (0.009 < scatter < 0.018)
-
-
-def test_training_times_do_not_depend_on_the_number_of_processes(schedule: NoiseSchedule) -> None:
-    whole = UniformTimes()(schedule, Draws(generator("cpu", 1), 0, 8, 8))
-    halves = [UniformTimes()(schedule, Draws(generator("cpu", 1), k, k + 4, 8)) for k in (0, 4)]
-    assert torch.equal(torch.cat(halves), whole)

@@ -54,7 +54,9 @@ class _InTime(TimeGrid):
 
     def _spread(self, high: float, low: float, steps: int) -> Tensor:
         roots = torch.linspace(high ** (1 / self.power), low ** (1 / self.power), steps, dtype=torch.float64)
-        return roots**self.power
+        times = roots**self.power
+        times[-1], times[0] = low, high  # not what rounding makes of them
+        return times
 
     def _indices(self, T: int, steps: int) -> Tensor:
         """The nearest of steps 1 to T, counted from 0, but none twice: of equal ones the later move up to the next."""
