@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -150,6 +151,30 @@ def test_parts_that_do_not_fit_are_refused_before_training() -> None:
 
     with pytest.raises(UserError, match="does not fall"):
         diffusion(schedule=Rises())
+
+
+@pytest.mark.parametrize(("first", "std"), [(None, 100.0), (-2.0, math.e)])
+def test_sampling_starts_from_the_noise_at_the_first_time_of_its_grid(first: float | None, std: float) -> None:
+    """VE at log-SNR -2 has sigma = exp(1); at its end, 100."""
+    sampler = replace(part("sampler", "ddim", steps=3), grid=part("sampler/grid", "log_snr", first=first))
+    seen: list[Tensor] = []
+
+    class Watches(KnowsThePoint):
+        def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            seen.append(x)
+            return x
+
+    diffusion(Watches, schedule=part("schedule", "ve"), sampler=sampler).sample(3000, generator=generator("cpu", 0))
+    assert abs(float(seen[0].std()) / std - 1) < 0.03
+
+
+def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
+    model = diffusion(schedule=part("schedule", "learned"))
+    assert {"schedule.gamma_min", "schedule.height"} <= set(model.averaged_parameters())
+    loss = model.losses(torch.rand(8, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 8))["loss"]
+    loss.mean().backward()
+    assert all(p.grad is not None for p in model.schedule.parameters())
+    assert model.sample(2, generator=generator("cpu", 0)).isfinite().all()
 
 
 def test_checkpoints_hold_no_tables() -> None:

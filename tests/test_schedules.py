@@ -90,6 +90,18 @@ def test_sde_keeps_the_marginals(schedule: NoiseSchedule) -> None:
     assert (g2 > 0).all()
 
 
+def test_slopes_hold_at_the_ends_too(schedule: NoiseSchedule) -> None:
+    """Sampling starts at t_max and ends at t_min: drift and diffusion there are those of the path inside."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max])
+    h = 1e-3 * min(schedule.t_min or 1e-3, 1 - schedule.t_max or 1e-3) * torch.tensor([1.0, -1.0])
+    for slope, function in (
+        (schedule.at(ends).log_snr_slope, schedule.log_snr),
+        (schedule.at(ends).log_alpha_slope, schedule.log_alpha),
+    ):
+        torch.testing.assert_close(slope, (function(ends + h) - function(ends)) / h, rtol=2e-3, atol=1e-6)
+    assert (schedule.at(ends).log_snr_slope < 0).all() and (schedule.sde(ends)[1] > 0).all()
+
+
 def test_alpha_sigma_and_log_snr_agree(schedule: NoiseSchedule) -> None:
     at = schedule.at(inner_times(schedule))
     torch.testing.assert_close(at.log_snr, 2 * torch.log(at.alpha / at.sigma), rtol=1e-10, atol=1e-10)

@@ -1,6 +1,7 @@
 """Noise schedules: how much of an image is left, and how much noise is there, at each time."""
 
 from gencompare.diffusion.schedules.base import CLEAN, NoiseSchedule, Scales, VarianceExploding, VariancePreserving
+from gencompare.diffusion.schedules.curve import curve
 from gencompare.diffusion.schedules.karras import Karras
 from gencompare.diffusion.schedules.learned import Learned
 from gencompare.diffusion.schedules.levels import NCSNLevels
@@ -25,4 +26,5 @@ __all__ = [
     "SubVP",
     "VarianceExploding",
     "VariancePreserving",
+    "curve",
 ]

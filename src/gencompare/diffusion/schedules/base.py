@@ -8,9 +8,10 @@ data themselves (alpha 1, sigma 0): a grid of sampling times may end in it.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -181,4 +182,13 @@ class VarianceExploding(NoiseSchedule):
 
 
 def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    _warm_up()
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+
+
+@cache
+def _warm_up() -> None:
+    """A first call of torch.func.jvp, in which torch warns the user of what torch itself does (torch.jit.script)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))

@@ -119,7 +119,9 @@ def on_step(position: Tensor) -> Tensor:
 
 def _interpolate(values: Tensor, position: Tensor) -> Tensor:
     """``values`` (T,) at fractional indices, linear in between, held within [0, T - 1]."""
-    position = position.clamp(0, len(values) - 1)
+    # By a shift and not by clamp, whose slope is 0 at either end itself.
+    at = position.detach()
+    position = position + (at.clamp(0, len(values) - 1) - at)
     left = position.detach().floor().long().clamp(max=len(values) - 2)
     share = position - left
     # Either end exactly: a (1 - s) + b s gives a at s = 0 and b at s = 1.

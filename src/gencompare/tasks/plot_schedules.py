@@ -1,0 +1,41 @@
+"""task=plot_schedules: a picture of the noise schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from gencompare.compare.schedules import draw
+from gencompare.diffusion.schedules import NoiseSchedule, curve
+from gencompare.errors import UserError
+from gencompare.files import atomic
+
+GROUP = "model/schedule"
+
+
+def plot_schedules(cfg: DictConfig) -> None:
+    """Draw every option of ``model/schedule``, or those of ``cfg.task.schedules``, into one PNG.
+
+    The one that ``model/schedule=`` chooses is drawn with the values that the command line gives it.
+    """
+    known = GlobalHydra.instance().config_loader().get_group_options(GROUP)
+    names = list(cfg.task.schedules or known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"task.schedules: there is no schedule {unknown[0]}; there are {', '.join(known)}.")
+    path = Path(cfg.task.out or Path(cfg.out) / "schedules.png")
+    figure = draw({name: curve(_schedule(name, cfg), points=1001) for name in names})
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    print(f"The noise schedules: {path}")
+
+
+def _schedule(name: str, cfg: DictConfig) -> NoiseSchedule:
+    chosen = name == cfg.choices.get(GROUP)
+    schedule = instantiate((cfg if chosen else compose(f"{GROUP}/{name}")).model.schedule, _convert_="all")
+    schedule.check()
+    return schedule
