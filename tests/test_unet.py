@@ -243,8 +243,8 @@ def test_the_gradient_reaches_every_parameter() -> None:
     x, t = inputs()
     net(x, t, {"label": torch.tensor([0, 1, 2])}).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert net.label is not None and net.label.weight.grad is not None
-    assert torch.equal(net.label.weight.grad[3], torch.zeros(32)), "the row for no label costs nothing until it is used"
+    label: Any = net.conditions.label
+    assert torch.equal(label.weight.grad[3], torch.zeros(32)), "the row for no label costs nothing until it is used"
 
 
 def test_dropout_is_for_training_only() -> None:

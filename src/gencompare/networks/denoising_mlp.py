@@ -9,42 +9,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.embeddings import LabelEmbedding, SinusoidalEmbedding
+from gencompare.networks.conditions import Conditions
+from gencompare.networks.embeddings import SinusoidalEmbedding
 
 
 class DenoisingMLP(nn.Module):
-    """Residual blocks over all values of an image at once, each told the noise level and the class.
+    """Residual blocks over all values of an image at once, each told the noise level and the conditions.
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond["label"]`` (n,) int64 -> (n, out_channels, H, W). At the start the
-    output is nought.
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `Conditions` has it -> (n, out_channels, H, W). At the start
+    the output is nought.
 
     Args:
         shape: (C, H, W) of x.
         num_classes: 0 for a network without labels.
         width: features of every layer, an even number of at least 4.
         depth: residual blocks, of two layers each.
+        low_res: channels of the image ``cond["low_res"]``, 0 for none.
+        embedding_dim: length of ``cond["embedding"]``, 0 for none.
     """
 
     def __init__(
-        self, shape: Sequence[int], out_channels: int, num_classes: int = 0, *, width: int = 128, depth: int = 3
+        self,
+        shape: Sequence[int],
+        out_channels: int,
+        num_classes: int = 0,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        low_res: int = 0,
+        embedding_dim: int = 0,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise UserError(f"network.depth={depth}: a denoising MLP needs at least 1 block.")
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
-        self.label = LabelEmbedding(num_classes, width) if num_classes else None
-        self.stem = nn.Linear(math.prod(shape), width)
+        self.conditions = Conditions(width, num_classes, low_res=low_res, embedding_dim=embedding_dim)
+        self.stem = nn.Linear((shape[0] + low_res) * math.prod(shape[1:]), width)
         self.blocks = nn.ModuleList(ModulatedBlock(width) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        emb = self.noise(noise_cond)
-        if self.label is not None:
-            emb = emb + self.label(cond["label"])
-        h = self.stem(x.flatten(1))
+        emb = self.conditions.embed(self.noise(noise_cond), cond)
+        h = self.stem(self.conditions.beside(x, cond).flatten(1))
         for block in self.blocks:
             h = block(h, emb)
         return self.out(self.norm(h)).unflatten(1, self.out_shape)

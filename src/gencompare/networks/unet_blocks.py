@@ -1,11 +1,12 @@
 """The layers of a denoising U-Net. Each takes the features h and the embedding of the noise level, and gives new h.
 
-Shapes: h (n, C, H, W), emb (n, E). Ho et al. (2020), "Denoising diffusion probabilistic models", appendix B, and the
-code published with it.
+Shapes: h (n, C, H, W), emb (n, E). As they are by default they are those of Ho et al. (2020), "Denoising diffusion
+probabilistic models", appendix B, and the code published with it; each option names its source.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch.nn.functional as F
@@ -28,38 +29,78 @@ def fan_avg(layer: Layer, scale: float = 1.0) -> Layer:
     return layer
 
 
+def rescaled(total: Tensor, rescale: bool) -> Tensor:
+    """A sum of two branches, over sqrt 2 where asked for: two of equal variance then give a sum of that variance.
+
+    Karras et al. (2020), "Analyzing and improving the image quality of StyleGAN", section 4.1, and Song et al. (2021),
+    "Score-based generative modeling through stochastic differential equations", appendix H.1.
+    """
+    return total / math.sqrt(2) if rescale else total
+
+
 class ResidualBlock(nn.Module):
     """shortcut(h) + conv(dropout(silu(norm(conv(silu(norm(h))) + linear(emb))))).
 
     The shortcut is the identity, or a 1x1 convolution where the number of channels changes.
+
+    Args:
+        resample: halves or doubles the side, on the branch before its first convolution and on the shortcut before its
+            own: the block of Brock et al. (2019), "Large scale GAN training" (BigGAN), appendix B.
+        resample_proj: give a block that resamples a convolution on its shortcut even where its channels stay, as Song
+            et al. (2021) do and Dhariwal and Nichol (2021) do not.
+        scale_shift: emb scales and shifts what the second norm gives, (1 + a) norm(r) + b, in place of being added
+            before it: Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", section 3.1.
+        skip_rescale: divide the sum by sqrt 2 (see `rescaled`).
     """
 
-    def __init__(self, channels_in: int, channels_out: int, emb_dim: int, *, dropout: float, groups: int) -> None:
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        emb_dim: int,
+        *,
+        dropout: float,
+        groups: int,
+        resample: nn.Module | None = None,
+        resample_proj: bool = True,
+        scale_shift: bool = False,
+        skip_rescale: bool = False,
+    ) -> None:
         super().__init__()
+        self.scale_shift, self.skip_rescale = scale_shift, skip_rescale
+        self.resample = nn.Identity() if resample is None else resample
         self.norm1 = nn.GroupNorm(groups, channels_in, EPS)
         self.conv1 = fan_avg(nn.Conv2d(channels_in, channels_out, 3, padding=1))
-        self.emb = fan_avg(nn.Linear(emb_dim, channels_out))
+        self.emb = fan_avg(nn.Linear(emb_dim, 2 * channels_out if scale_shift else channels_out))
         self.norm2 = nn.GroupNorm(groups, channels_out, EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = fan_avg(nn.Conv2d(channels_out, channels_out, 3, padding=1), scale=0)
-        changes = channels_in != channels_out
-        self.shortcut = fan_avg(nn.Conv2d(channels_in, channels_out, 1)) if changes else nn.Identity()
+        projects = channels_in != channels_out or (resample is not None and resample_proj)
+        self.shortcut = fan_avg(nn.Conv2d(channels_in, channels_out, 1)) if projects else nn.Identity()
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        r = self.conv1(F.silu(self.norm1(h)))
-        r = r + self.emb(emb)[:, :, None, None]
-        r = self.conv2(self.dropout(F.silu(self.norm2(r))))
-        return self.shortcut(h) + r
+        r = self.conv1(self.resample(F.silu(self.norm1(h))))
+        told = self.emb(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            r = (1 + scale) * self.norm2(r) + shift
+        else:
+            r = self.norm2(r + told)
+        r = self.conv2(self.dropout(F.silu(r)))
+        return rescaled(self.shortcut(self.resample(h)) + r, self.skip_rescale)
 
 
 class SelfAttention(nn.Module):
-    """h + linear(softmax(q k^T / sqrt C) v): each pixel attends to all, with one head as wide as the features.
+    """h + linear(softmax(q k^T / sqrt d) v): each pixel attends to all, with heads of d features each.
 
-    q, k and v are linear in norm(h), pixel by pixel (Vaswani et al. 2017, "Attention is all you need", eq. 1).
+    q, k and v are linear in norm(h), pixel by pixel (Vaswani et al. 2017, "Attention is all you need", eq. 1 and
+    section 3.2.2). Head i has the i-th share of the features; one head is as wide as h. ``skip_rescale`` as in
+    `ResidualBlock`.
     """
 
-    def __init__(self, channels: int, *, groups: int) -> None:
+    def __init__(self, channels: int, *, groups: int, heads: int = 1, skip_rescale: bool = False) -> None:
         super().__init__()
+        self.heads, self.skip_rescale = heads, skip_rescale
         self.norm = nn.GroupNorm(groups, channels, EPS)
         # Three maps C -> C in one. Scale 2 gives each the variance it would have by itself: fan_avg is here 2 C.
         self.qkv = fan_avg(nn.Linear(channels, 3 * channels), scale=2)
@@ -67,9 +108,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         pixels = self.norm(h).flatten(2).mT  # (n, HW, C)
-        q, k, v = self.qkv(pixels).unsqueeze(1).chunk(3, dim=-1)  # (n, 1 head, HW, C) each
-        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return h + self.out(mixed).mT.unflatten(2, h.shape[2:])
+        heads = self.qkv(pixels).unflatten(2, (3 * self.heads, -1)).transpose(1, 2)
+        q, k, v = heads.chunk(3, dim=1)  # (n, heads, HW, d) each
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return rescaled(h + self.out(mixed).mT.unflatten(2, h.shape[2:]), self.skip_rescale)
 
 
 class Block(nn.Module):
