@@ -207,13 +207,16 @@ class UNet(nn.Module):
 
 def _heads(width: int, heads: int, head_channels: int | None) -> int:
     """Heads of an attention over ``width`` features."""
-    count = heads if head_channels is None else max(width // head_channels, 1)
-    if count < 1 or width % count:
+    if head_channels is None:
+        share = 0 if heads < 1 or width % heads else width // heads
+    else:
+        share = min(head_channels, width)
+    if share < 1 or width % share:
         raise UserError(
-            f"{width} features of the U-Net cannot be dealt out to {count} heads of attention: use model.network.heads"
-            " or head_channels that divide the widths."
+            f"{width} features of the U-Net cannot be dealt out to the heads of attention, with heads={heads} and"
+            f" head_channels={head_channels}: use model.network.heads or head_channels that divide the widths."
         )
-    return count
+    return width // share
 
 
 def _check(

@@ -1,0 +1,597 @@
+"""Denoising networks: what every option of conf/model/network must do, the published sizes, and the parts' formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from composing import options, roots
+from gencompare.errors import UserError
+from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.networks.dit import DiT, DiTBlock, grid_positions, patchify, unpatchify
+from gencompare.networks.embeddings import FourierEmbedding, FourierFeatures
+from gencompare.networks.pyramids import InputSkip, OutputSkip, ResidualInput
+from gencompare.networks.resampling import FIRConvDownsample, FIRDownsample, FIRUpsample
+from gencompare.networks.unet import UNet
+from gencompare.networks.unet_blocks import ResidualBlock, SelfAttention
+from parts import part
+
+SMALL = {"channels": 8, "groups": 4, "head_channels": 4, "blocks": 1, "width": 16, "depth": 2, "heads": 2}
+NETWORKS = options("model/network")
+
+
+def tiny(option: str, shape: tuple[int, ...] = (1, 8, 8), num_classes: int = 0, seed: int = 0, **changes: Any) -> Any:
+    """A network of the option's structure at little width and depth, its weights drawn from ``seed``."""
+    given = OmegaConf.load(next(p for root in roots() if (p := root / "model/network" / f"{option}.yaml").is_file()))
+    small = {name: size for name, size in SMALL.items() if name in given}
+    torch.manual_seed(seed)
+    return part("network", option, **small, **changes)(shape=shape, out_channels=shape[0], num_classes=num_classes)
+
+
+def shaken(net: nn.Module) -> Any:
+    """The same network with every weight drawn anew, so that nothing is nought by initialisation."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(std=0.2)
+    return net.eval()
+
+
+def inputs(n: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(n, *shape, generator=g), 1000 * torch.rand(n, generator=g)
+
+
+# Every option
+
+
+@pytest.mark.parametrize("option", NETWORKS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8)], ids=str)
+def test_every_network_is_made_at_its_own_size(option: str, shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        net = part("network", option)(shape=shape, out_channels=shape[0], num_classes=10)
+    assert all(p.is_meta for p in net.parameters())
+
+
+@pytest.mark.parametrize("option", NETWORKS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (2, 8, 16)], ids=str)
+def test_every_network_starts_at_nought(option: str, shape: tuple[int, ...]) -> None:
+    net = tiny(option, shape)
+    x, t = inputs(2, shape)
+    start = x if getattr(net, "add_input", False) else torch.zeros_like(x)
+    assert torch.equal(net(x, t, {}), start)
+
+
+@pytest.mark.parametrize("option", NETWORKS)
+def test_the_gradient_reaches_every_parameter(option: str) -> None:
+    net = shaken(tiny(option, num_classes=3, low_res=1, embedding_dim=5))
+    x, t = inputs(4, (1, 8, 8))
+    cond = {"label": torch.arange(4), "low_res": torch.randn(4, 1, 4, 4), "embedding": torch.randn(4, 5)}
+    net(x, t, cond).square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert net.conditions.label.weight.grad.abs().sum(1).gt(0).all(), "each label has a row of its own"
+
+
+@pytest.mark.parametrize("option", NETWORKS)
+def test_noise_level_and_conditions_change_the_output_of_their_own_row_only(option: str) -> None:
+    net = shaken(tiny(option, num_classes=3, low_res=2, embedding_dim=5))
+    x, t = inputs(3, (1, 8, 8))
+    cond = {"label": torch.tensor([0, 1, 2]), "low_res": torch.randn(3, 2, 4, 4), "embedding": torch.randn(3, 5)}
+    with torch.no_grad():
+        before = net(x, t, cond)
+        row = torch.tensor([0, 1, 0])
+        for name, changed in {
+            "noise": net(x, t + 50.0 * row, cond),
+            "label": net(x, t, {**cond, "label": torch.tensor([0, 3, 2])}),
+            "low_res": net(x, t, {**cond, "low_res": cond["low_res"] * (1 - row)[:, None, None, None]}),
+            "embedding": net(x, t, {**cond, "embedding": cond["embedding"] * (1 - row)[:, None]}),
+        }.items():
+            assert (changed[1] - before[1]).abs().max() > 1e-3, name
+            assert torch.allclose(changed[[0, 2]], before[[0, 2]], atol=1e-5), name
+
+
+@pytest.mark.parametrize("option", NETWORKS)
+def test_every_output_pixel_sees_every_input_pixel_of_its_image(option: str) -> None:
+    net = shaken(tiny(option))
+    x, t = inputs(2, (1, 8, 8))
+    x.requires_grad_()
+    (seen,) = torch.autograd.grad(net(x, t, {})[0, 0, 0, 0], x)
+    assert seen[0].count_nonzero() == x[0].numel() and not seen[1].any()
+
+
+@pytest.mark.parametrize("option", NETWORKS)
+def test_the_saved_state_is_the_whole_network(option: str) -> None:
+    net = shaken(tiny(option))
+    again = tiny(option, seed=7).eval()
+    again.load_state_dict(net.state_dict())
+    x, t = inputs(2, (1, 8, 8))
+    assert torch.equal(again(x, t, {}), net(x, t, {}))
+
+
+# Published sizes, counted without the memory for them
+
+
+@pytest.mark.parametrize(
+    ("option", "changes", "millions", "exactly"),
+    [
+        # Song et al. (2021) print no sizes. These are of their code (yang-song/score_sde_pytorch, configs/vp and ve,
+        # cifar10_{ddpmpp,ncsnpp}[_deep]_continuous), counted in NVlabs/edm's SongUNet, which is made to be equal to it.
+        ("unet_ddpmpp_cifar10", {}, 61.8, 61_804_419),
+        ("unet_ddpmpp_cifar10", {"blocks": 8}, 106.6, 106_632_579),
+        ("unet_ncsnpp_cifar10", {}, 62.8, 62_758_787),
+        ("unet_ncsnpp_cifar10", {"blocks": 8}, 107.6, 107_586_947),
+        # Karras et al. (2022), the networks of their CIFAR-10 runs: NVlabs/edm's SongUNet(channel_mult=[2, 2, 2]),
+        # without labels and augmentation.
+        ("unet_edm_cifar10", {}, 55.7, 55_732_739),
+        ("unet_ncsnpp_cifar10", {"multipliers": [2, 2, 2], "dropout": 0.13}, 56.4, 56_395_523),
+        # Tong et al. (2024): torchcfm's UNetModelWrapper as examples/images/cifar10/train_cifar10.py makes it.
+        ("unet_cfm_cifar10", {}, 35.7, 35_746_307),
+    ],
+)
+def test_unets_for_cifar10_have_the_published_number_of_parameters(
+    option: str, changes: dict[str, Any], millions: float, exactly: int
+) -> None:
+    count = parameters(option, (3, 32, 32), 3, **changes)
+    assert round(count / 1e6, 1) == millions
+    assert count == exactly
+
+
+def test_adm_has_the_published_number_of_parameters() -> None:
+    # Dhariwal and Nichol (2021), table 4: 296 M for ImageNet at 64x64, which has 1000 classes.
+    count = parameters("unet_adm_imagenet64", (3, 64, 64), 3, 1000)
+    assert round(count / 1e6) == 296
+    assert count == 295_899_267 + 4 * 192  # NVlabs/edm's DhariwalUNet, and our row for "no label"
+
+
+def test_vdm_has_the_parameters_of_its_code() -> None:
+    # Kingma et al. (2021) print no number that we know of. Counted by hand from google-research/vdm, model_vdm.py and
+    # configs/cifar10.py, but for the bias of each block's projection of the noise level, which is ours alone, and the
+    # one column of zeros that theirs gives beside the noise level.
+    def conv(i: int, o: int, k: int = 3) -> int:
+        return i * o * k * k + o
+
+    def block(i: int) -> int:
+        return 2 * i + conv(i, 128) + conv(512, 128, 1) + 2 * 128 + conv(128, 128) + (conv(i, 128, 1) if i > 128 else 0)
+
+    pixel = 3 * (1 + 2 * 2)
+    ends = conv(pixel, 128) + conv(128, 512, 1) + conv(512, 512, 1) + 2 * 128 + conv(128, 3)
+    middle = 2 * block(128) + 2 * 128 + 4 * conv(128, 128, 1)
+    count = parameters("unet_vdm_cifar10", (3, 32, 32), 3)
+    assert count == ends + 32 * block(128) + middle + 33 * block(256)
+    assert round(count / 1e6, 1) == 30.6
+
+
+@pytest.mark.parametrize(
+    ("option", "millions", "exactly"),
+    [
+        # Peebles and Xie (2023), table 1 and appendix: patch 2, latents of 4x32x32, 1000 classes, learnt variances.
+        # Exactly: the trained parameters of facebookresearch/DiT's models, as far as they were counted.
+        ("dit_s", 33, 32_865_056),
+        ("dit_b", 130, 130_315_808),
+        ("dit_l", 458, 457_840_672),
+        ("dit_xl", 675, None),
+    ],
+)
+def test_dits_have_the_published_number_of_parameters(option: str, millions: int, exactly: int | None) -> None:
+    count = parameters(option, (4, 32, 32), 8, 1000)
+    assert round(count / 1e6) == millions
+    assert exactly in (None, count)
+
+
+def parameters(option: str, shape: tuple[int, ...], out_channels: int, num_classes: int = 0, **changes: Any) -> int:
+    with torch.device("meta"):
+        net = part("network", option, **changes)(shape=shape, out_channels=out_channels, num_classes=num_classes)
+    return sum(p.numel() for p in net.parameters())
+
+
+# Conditions
+
+NETS = {
+    "unet": lambda **k: UNet((1, 8, 8), 1, k.pop("num_classes", 0), channels=8, multipliers=(1, 2), groups=4, **k),
+    "dit": lambda **k: DiT((1, 8, 8), 1, k.pop("num_classes", 0), width=16, depth=1, heads=2, **k),
+    "mlp": lambda **k: DenoisingMLP((1, 8, 8), 1, k.pop("num_classes", 0), width=16, depth=1, **k),
+}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("made_for", "words"),
+    [
+        ({"num_classes": 3}, r"3 classes: give cond\['label'\], where 3 means no label"),
+        ({"low_res": 1}, r"low-resolution image: give cond\['low_res'\]"),
+        ({"embedding_dim": 5}, r"embeddings: give cond\['embedding'\]"),
+    ],
+)
+def test_a_condition_that_is_missing_is_asked_for(net: str, made_for: dict[str, int], words: str) -> None:
+    x, t = inputs(2, (1, 8, 8))
+    with pytest.raises(UserError, match=words):
+        NETS[net](**made_for)(x, t, {})
+    everything = {"label": torch.tensor([9, 9]), "low_res": torch.ones(2, 7, 3, 3), "embedding": torch.ones(2, 9)}
+    assert torch.equal(NETS[net]()(x, t, everything), torch.zeros_like(x)), "what is not asked for is not looked at"
+
+
+@pytest.mark.parametrize(
+    ("made_for", "cond", "words"),
+    [
+        ({"low_res": 1}, {"low_res": torch.ones(2, 3, 4, 4)}, r"3 channels.*made for 1.*low_res=3"),
+        ({"embedding_dim": 5}, {"embedding": torch.ones(2, 6)}, r"6 features.*made for 5.*embedding_dim=6"),
+    ],
+)
+def test_a_condition_of_another_size_is_refused(made_for: Any, cond: Any, words: str) -> None:
+    x, t = inputs(2, (1, 8, 8))
+    with pytest.raises(UserError, match=words):
+        NETS["unet"](**made_for)(x, t, cond)
+
+
+@pytest.mark.parametrize("made_for", [{"low_res": -1}, {"embedding_dim": -2}])
+def test_negative_sizes_of_conditions_are_refused(made_for: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"low_res=.*embedding_dim=.*0 for none"):
+        NETS["mlp"](**made_for)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_an_embedding_of_noughts_means_none(net: str) -> None:
+    told = shaken(NETS[net](embedding_dim=5))
+    plain = NETS[net]().eval()
+    plain.load_state_dict({k: v for k, v in told.state_dict().items() if not k.startswith("conditions.")})
+    x, t = inputs(2, (1, 8, 8))
+    assert torch.equal(told(x, t, {"embedding": torch.zeros(2, 5)}), plain(x, t, {}))
+    assert not torch.allclose(told(x, t, {"embedding": torch.ones(2, 5)}), plain(x, t, {}), atol=1e-3)
+
+
+def test_the_low_resolution_image_is_laid_beside_the_noisy_one_at_its_size() -> None:
+    conditions = NETS["unet"](low_res=2).conditions
+    x = torch.randn(2, 1, 8, 8)
+    same = torch.randn(2, 2, 8, 8)
+    assert torch.equal(conditions.beside(x, {"low_res": same}), torch.cat([x, same], dim=1))
+    # A ramp stays a ramp: pixel centres of the small image lie at 1.5, 5.5 of the large one's 0..7.
+    small = torch.tensor([1.5, 5.5]).expand(2, 2, 2, 2)
+    large = conditions.beside(x, {"low_res": small})[:, 1:]
+    assert torch.allclose(large[..., 2:6], torch.arange(2.0, 6.0).expand(2, 2, 8, 4), atol=1e-6)
+
+
+def test_a_few_steps_teach_a_network_what_its_conditions_say() -> None:
+    # The target is the low-resolution image, times the sign that the embedding holds: neither alone will do.
+    torch.manual_seed(0)
+    net = UNet((1, 4, 4), 1, channels=8, multipliers=(1,), groups=4, blocks=1, dropout=0.0, low_res=1, embedding_dim=3)
+    x, t = inputs(16, (1, 4, 4))
+    low_res = torch.randn(16, 1, 2, 2)
+    sign = torch.tensor([1.0, -1.0]).repeat(8)
+    cond = {"low_res": low_res, "embedding": sign[:, None] * torch.ones(3)}
+    target = sign[:, None, None, None] * low_res.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    loss = torch.tensor(0.0)
+    for _ in range(60):
+        loss = F.mse_loss(net(x, t, cond), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * target.var().item()
+
+
+# Resampling
+
+
+def filter_of(taps: list[float]) -> np.ndarray[Any, Any]:
+    return np.outer(taps, taps) / sum(taps) ** 2
+
+
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1], [1, 5, 10, 10, 5, 1]], ids=str)
+def test_halving_and_doubling_are_their_sums(taps: list[float]) -> None:
+    x = np.random.default_rng(0).normal(size=(6, 8))
+    k, p = filter_of(taps), len(taps) // 2 - 1
+    padded = np.pad(x, p)
+    half = np.array(
+        [[(padded[2 * i : 2 * i + len(taps), 2 * j : 2 * j + len(taps)] * k).sum() for j in range(4)] for i in range(3)]
+    )
+    double = np.zeros((12 + 2 * p, 16 + 2 * p))
+    for i in range(6):
+        for j in range(8):
+            double[2 * i : 2 * i + len(taps), 2 * j : 2 * j + len(taps)] += 4 * k * x[i, j]
+    double = double[p : p + 12, p : p + 16]
+    image = torch.from_numpy(x)[None, None].repeat(2, 3, 1, 1)
+    for layer, expected in ((FIRDownsample(taps), half), (FIRUpsample(taps), double)):
+        got = layer.double()(image)
+        assert torch.allclose(got, torch.from_numpy(expected).expand(2, 3, -1, -1), atol=1e-7)
+
+
+def test_the_filter_of_two_taps_is_mean_and_nearest_neighbour() -> None:
+    x = torch.randn(2, 3, 6, 4)
+    assert torch.allclose(FIRDownsample([1, 1])(x), F.avg_pool2d(x, 2), atol=1e-6)
+    assert torch.allclose(FIRUpsample([1, 1])(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]], ids=str)
+def test_a_constant_keeps_its_value_and_the_finest_stripes_vanish(taps: list[float]) -> None:
+    down, up = FIRDownsample(taps), FIRUpsample(taps)
+    flat = torch.full((1, 2, 16, 16), 0.7)
+    assert torch.allclose(down(up(flat))[..., 2:-2, 2:-2], flat[..., 2:-2, 2:-2])
+    assert torch.allclose(up(down(flat))[..., 3:-3, 3:-3], flat[..., 3:-3, 3:-3])
+    stripes = torch.ones(1, 1, 16, 16)
+    stripes[..., ::2] = -1  # every second pixel of these is a flat -1: what a filter is there to prevent
+    assert down(stripes)[..., 1:-1, 1:-1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]], ids=str)
+def test_doubling_is_four_times_the_transpose_of_halving(taps: list[float]) -> None:
+    down, up = FIRDownsample(taps).double(), FIRUpsample(taps).double()
+    x, y = torch.randn(1, 2, 8, 6, dtype=torch.float64), torch.randn(1, 2, 4, 3, dtype=torch.float64)
+    assert torch.allclose((down(x) * y).sum(), (x * up(y)).sum() / 4)
+
+
+def test_halving_with_a_convolution_is_one_convolution_with_the_combined_kernel() -> None:
+    layer = shaken(FIRConvDownsample(2, 3, [1, 3, 3, 1])).double()
+    k = filter_of([1, 3, 3, 1])
+    combined = np.zeros((3, 2, 6, 6))
+    for a in range(4):
+        for b in range(4):
+            combined[:, :, a : a + 3, b : b + 3] += k[a, b] * layer.conv.weight.detach().numpy()
+    x = torch.randn(2, 2, 8, 6, dtype=torch.float64)
+    expected = F.conv2d(x, torch.from_numpy(combined), layer.conv.bias, stride=2, padding=2)
+    assert expected.shape == (2, 3, 4, 3)
+    assert torch.allclose(layer(x), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("taps", [[1], [1, 2, 1], [1, 3, 3, 2], [1, -1, -1, 1], []], ids=str)
+def test_filters_that_cannot_be_are_refused(taps: list[float]) -> None:
+    with pytest.raises(UserError, match="even number of symmetric taps"):
+        FIRDownsample(taps)
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("way", ["up", "down", "none"])
+@pytest.mark.parametrize("scale_shift", [False, True])
+@pytest.mark.parametrize("fir", [False, True])
+def test_a_residual_block_with_the_weights_of_diffusers_gives_the_same(way: str, scale_shift: bool, fir: bool) -> None:
+    resnet = pytest.importorskip("diffusers.models.resnet", reason="pip install 'gencompare[parity]'")
+    theirs = shaken(
+        resnet.ResnetBlock2D(
+            in_channels=8,
+            out_channels=8,
+            temb_channels=6,
+            groups=4,
+            eps=1e-6,
+            time_embedding_norm="scale_shift" if scale_shift else "default",
+            kernel="fir" if fir else None,
+            output_scale_factor=math.sqrt(2),
+            use_in_shortcut=way != "none",
+            up=way == "up",
+            down=way == "down",
+        )
+    )
+    taps = [1, 3, 3, 1] if fir else [1, 1]
+    resample = {"up": FIRUpsample(taps), "down": FIRDownsample(taps), "none": None}[way]
+    ours = ResidualBlock(
+        8, 8, 6, dropout=0.0, groups=4, resample=resample, scale_shift=scale_shift, skip_rescale=True
+    ).eval()
+    state = theirs.state_dict()
+    for old, new in (("time_emb_proj", "emb"), ("conv_shortcut", "shortcut")):
+        state = {name.replace(old, new): weight for name, weight in state.items()}
+    ours.load_state_dict(state)
+    h, emb = torch.randn(2, 8, 8, 8), torch.randn(2, 6)
+    expected = theirs(h, emb)
+    assert expected.shape[2] == {"up": 16, "down": 4, "none": 8}[way]
+    assert torch.allclose(ours(h, F.silu(emb)), expected, atol=1e-5)
+
+
+def test_at_the_start_a_block_that_resamples_does_nothing_else() -> None:
+    h, emb = torch.randn(2, 8, 8, 8), torch.randn(2, 6)
+    for resample in (FIRUpsample([1, 3, 3, 1]), FIRDownsample([1, 1])):
+        block = ResidualBlock(8, 8, 6, dropout=0.0, groups=4, resample=resample, resample_proj=False)
+        assert torch.equal(block(h, emb), resample(h))
+
+
+def test_rescaled_sums_keep_the_variance_of_the_features() -> None:
+    # Sixteen blocks whose branches have unit variance: silu of a unit normal has second moment 0.356.
+    def through(skip_rescale: bool) -> float:
+        torch.manual_seed(0)
+        h, emb = torch.randn(4, 32, 16, 16), torch.zeros(4, 8)
+        for _ in range(16):
+            block = ResidualBlock(32, 32, 8, dropout=0.0, groups=8, skip_rescale=skip_rescale)
+            nn.init.normal_(block.conv2.weight, std=(0.356 * 9 * 32) ** -0.5)
+            with torch.no_grad():
+                h = block(h, emb)
+        return h.var().item()
+
+    assert through(skip_rescale=True) == pytest.approx(1, abs=0.3)
+    assert through(skip_rescale=False) > 8
+
+
+def test_heads_of_attention_are_those_of_torch() -> None:
+    layer = shaken(SelfAttention(12, groups=3, heads=4, skip_rescale=True))
+    x = torch.randn(2, 12, 3, 5)
+    theirs = nn.MultiheadAttention(12, 4, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": layer.qkv.weight,
+            "in_proj_bias": layer.qkv.bias,
+            "out_proj.weight": layer.out.weight,
+            "out_proj.bias": layer.out.bias,
+        }
+    )
+    pixels = F.group_norm(x, 3, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2).mT
+    expected = (x + theirs(pixels, pixels, pixels)[0].mT.unflatten(2, (3, 5))) / math.sqrt(2)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    for changes in ({"heads": 3}, {"heads": 0}, {"head_channels": 3}, {"head_channels": 0}):
+        with pytest.raises(UserError, match=r"heads of attention.*model\.network\.heads"):
+            UNet((1, 8, 8), 1, channels=8, multipliers=(1,), groups=4, **changes)
+
+
+# The image on the way down and up
+
+
+@pytest.mark.parametrize("pyramid", [InputSkip, ResidualInput])
+def test_the_image_enters_again_at_each_level(pyramid: Any) -> None:
+    def seen(progressive_input: Any) -> bool:
+        sizes: Any = {"channels": 8, "multipliers": (1, 1, 2), "groups": 4, "blocks": 1}
+        net = shaken(UNet((1, 8, 8), 1, **sizes, progressive_input=progressive_input))
+        nn.init.zeros_(net.stem.weight)
+        x, t = inputs(2, (1, 8, 8))
+        return not torch.equal(net(x, t, {}), net(0 * x, t, {}))
+
+    assert seen(pyramid) and not seen(None)
+
+
+def test_the_pyramids_are_their_formulas() -> None:
+    h, image = torch.randn(2, 8, 4, 4), torch.randn(2, 3, 8, 8)
+    for combine in ("sum", "cat"):
+        skip = shaken(InputSkip(3, 8, combine=combine))
+        small = FIRDownsample([1, 3, 3, 1])(image)
+        got, rest = skip(h, image)
+        parts = F.conv2d(small, skip.conv.weight, skip.conv.bias)
+        assert torch.allclose(got, parts + h if combine == "sum" else torch.cat([parts, h], dim=1))
+        assert torch.equal(rest, small) and (got.shape[1], rest.shape[1]) == (skip.width, skip.channels)
+    residual = shaken(ResidualInput(3, 8))
+    got, rest = residual(h, image)
+    assert torch.allclose(got, (h + residual.downsample(image)) / math.sqrt(2)) and rest is got
+    with pytest.raises(UserError, match="combine=mean"):
+        InputSkip(3, 8, combine="mean")
+
+
+@pytest.mark.parametrize("combine", ["sum", "cat"])
+def test_a_network_with_input_and_output_skips_starts_at_nought_and_uses_them(combine: str) -> None:
+    net = UNet(
+        (1, 8, 8), 2, channels=8, multipliers=(1, 1, 2), groups=4, blocks=1, resample_filter=(1, 3, 3, 1),
+        progressive_input=lambda c, w: InputSkip(c, w, combine=combine), progressive_output=OutputSkip,
+    )  # fmt: skip
+    x, t = inputs(2, (1, 8, 8))
+    assert torch.equal(net(x, t, {}), torch.zeros(2, 2, 8, 8))
+    shaken(net)
+    net(x, t, {}).square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+    # With nothing from the finest level the output is the doubled sum of the coarser ones: smooth, and not nought.
+    with torch.no_grad():
+        net.out.weight.zero_()
+        net.out.bias.zero_()
+        assert net(x, t, {}).abs().max() > 1e-2
+
+
+def test_the_output_skip_is_its_formula() -> None:
+    layer = shaken(OutputSkip(8, 3, 4))
+    h, image = torch.randn(2, 8, 4, 4), torch.randn(2, 3, 4, 4)
+    normal = F.group_norm(h, 4, layer.norm.weight, layer.norm.bias, 1e-6)
+    own = F.conv2d(F.silu(normal), layer.conv.weight, layer.conv.bias, padding=1)
+    up = FIRUpsample([1, 3, 3, 1])
+    assert torch.allclose(layer(h, None), up(own), atol=1e-5)
+    assert torch.allclose(layer(h, image), up(own + image), atol=1e-5)
+
+
+def test_the_input_is_added_to_the_output_where_they_are_alike_only() -> None:
+    with pytest.raises(UserError, match=r"add_input=true.*1 channels.*which has 2"):
+        UNet((1, 8, 8), 2, channels=8, multipliers=(1,), groups=4, add_input=True)
+
+
+# Embeddings
+
+
+def test_the_fourier_embedding_is_its_formula() -> None:
+    torch.manual_seed(0)
+    layer = FourierEmbedding(2000, scale=16.0)
+    t = torch.tensor([0.0, 0.3, -2.0])
+    w = layer.frequencies.double().numpy()
+    assert w.std() == pytest.approx(16, rel=0.05) and abs(w.mean()) < 1.5
+    angles = 2 * np.pi * t.double().numpy()[:, None] * w
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    assert layer.dim == 4000 and np.allclose(layer(t), expected, atol=1e-3)
+    with pytest.raises(UserError, match="positive scale, not 0"):
+        FourierEmbedding(8, scale=0.0)
+
+
+def test_fourier_features_are_their_formula_and_tell_neighbouring_values_apart() -> None:
+    values = (2 * torch.arange(256, dtype=torch.float64) / 255 - 1).reshape(1, 1, 16, 16)
+    got = FourierFeatures([7, 8])(values)
+    x = values.numpy()
+    expected = np.concatenate(
+        [x, np.sin(128 * np.pi * x), np.sin(256 * np.pi * x), np.cos(128 * np.pi * x), np.cos(256 * np.pi * x)], axis=1
+    )
+    assert np.allclose(got, expected)
+    flat = got[0].flatten(1)
+    assert (flat[:, 1:] - flat[:, :-1]).norm(dim=0).min() > 1.9  # of values 2/255 apart
+
+
+# The diffusion transformer
+
+
+def test_patches_are_the_pieces_of_the_image_row_by_row() -> None:
+    x = torch.randn(2, 3, 6, 8)
+    tokens = patchify(x, 2)
+    assert tokens.shape == (2, 12, 12)
+    assert torch.equal(tokens[1, 4 * 1 + 2], x[1, :, 2:4, 4:6].flatten())
+    assert torch.equal(unpatchify(tokens, 2, (3, 4)), x)
+
+
+def test_positions_are_their_formula() -> None:
+    got = grid_positions(3, 5, 8)
+    for row in range(3):
+        for column in range(5):
+            w = [1.0, 0.01]
+            expected = [f(p * k) for p in (column, row) for f in (math.sin, math.cos) for k in w]
+            assert got[5 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_patches_that_move_with_their_positions_give_the_same_patches() -> None:
+    net = shaken(DiT((1, 8, 8), 1, width=16, depth=2, heads=2))
+    x, t = inputs(2, (1, 8, 8))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+
+    def moved(image: Tensor) -> Tensor:
+        return unpatchify(patchify(image, 2)[:, order], 2, (4, 4))
+
+    before = net(x, t, {})
+    assert not torch.allclose(net(moved(x), t, {}), moved(before), atol=1e-3), "places matter"
+    net.positions.copy_(net.positions[order])
+    assert torch.allclose(net(moved(x), t, {}), moved(before), atol=1e-4)
+
+
+def test_a_block_of_the_transformer_is_the_identity_at_the_start_and_its_formula_later() -> None:
+    net = DiT((1, 8, 8), 1, width=16, depth=1, heads=2)
+    h, emb = torch.randn(2, 5, 16), torch.randn(2, 16)
+    start: Any = net.blocks[0]
+    assert torch.equal(start(h, emb), h)
+
+    block = shaken(DiTBlock(16, 2, 24))
+    theirs = nn.MultiheadAttention(16, 2, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": block.qkv.weight,
+            "in_proj_bias": block.qkv.bias,
+            "out_proj.weight": block.mix.weight,
+            "out_proj.bias": block.mix.bias,
+        }
+    )
+    steer = (emb @ block.modulation.weight.T + block.modulation.bias)[:, None]
+    a1, b1, g1, a2, b2, g2 = (steer[:, :, 16 * i : 16 * (i + 1)] for i in range(6))
+    u = (1 + a1) * F.layer_norm(h, (16,), eps=1e-6) + b1
+    expected = h + g1 * theirs(u, u, u)[0]
+    u = (1 + a2) * F.layer_norm(expected, (16,), eps=1e-6) + b2
+    u = F.gelu(u @ block.mlp[0].weight.T + block.mlp[0].bias, approximate="tanh")
+    expected = expected + g2 * (u @ block.mlp[2].weight.T + block.mlp[2].bias)
+    assert torch.allclose(block(h, emb), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch": 3}, r"patch=3 cannot cut images of 8x8: use model\.network\.patch=1"),
+        ({"patch": 16}, r"patch=16.*patch=8"),
+        ({"width": 18}, r"width=18 must be a multiple of 4"),
+        ({"heads": 3}, r"heads=3"),
+        ({"depth": 0}, r"depth=0"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio=0.0"),
+    ],
+)
+def test_sizes_of_a_transformer_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        DiT((1, 8, 8), 1, **{"width": 16, "depth": 1, "heads": 2, **changes})
