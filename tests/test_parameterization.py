@@ -12,11 +12,20 @@ from torch import Tensor, nn
 
 from composing import options
 from gencompare.diffusion.denoiser import ClipX0, Denoiser
+from gencompare.diffusion.noise_conditioning import ContinuousTime, LevelIndex, LogSigma, LogSNR, Timestep
 from gencompare.diffusion.objectives import WeightedMSE
-from gencompare.diffusion.parameterization import Eps, LogSNR, Parameterization, Timestep, V
-from gencompare.diffusion.schedules import LinearBetas, NoiseSchedule
+from gencompare.diffusion.parameterization import (
+    Eps,
+    Karras,
+    LearnedVariance,
+    Parameterization,
+    PosteriorMean,
+    V,
+    Velocity,
+)
+from gencompare.diffusion.schedules import BetaTable, LinearBetas, NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
-from gencompare.diffusion.weightings import MinSNR, Simple, UniformV, Weighting
+from gencompare.diffusion.weightings import EDM, P2, Likelihood, MinSNR, Simple, UniformV, UniformVelocity, Weighting
 from gencompare.errors import UserError
 from gencompare.seeds import Draws, generator
 from parts import part
@@ -31,14 +40,58 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture(params=options("model/schedule"))
+class Straight(NoiseSchedule):
+    """alpha = 1 - t, sigma = t."""
+
+    t_min, t_max = 1e-4, 1 - 1e-4
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log1p(-t) - torch.log(t))
+
+
+class Exploding(NoiseSchedule):
+    """alpha = 1, sigma = 0.02 5000^t."""
+
+    t_min = 0.0
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.log(0.02) + math.log(5000) * t)
+
+
+STAND_INS = {"straight": Straight, "exploding": Exploding}
+
+
+@pytest.fixture(params=[*options("model/schedule"), *STAND_INS])
 def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    return part("schedule", request.param)
+    name = request.param
+    return STAND_INS[name]() if name in STAND_INS else part("schedule", name)
 
 
 @pytest.fixture(params=PARAMETERIZATIONS)
 def parameterization(request: pytest.FixtureRequest) -> Parameterization:
     return part("parameterization", request.param)
+
+
+@pytest.fixture
+def pair(schedule: NoiseSchedule, parameterization: Parameterization) -> tuple[NoiseSchedule, Parameterization]:
+    """A schedule and a parameterisation that fit. Those that do not are exchanged: a table in place of the schedule."""
+    try:
+        parameterization.check(schedule)
+    except UserError:
+        assert schedule.discrete_times is None
+        schedule = BetaTable(torch.linspace(1e-3, 0.3, 40))
+    return schedule, parameterization
+
+
+def saying(parameterization: Parameterization, out: Tensor) -> Tensor:
+    """What a network that says ``out`` gives, silent on whatever else it is asked for."""
+    return torch.cat([out, *[torch.zeros_like(out)] * (parameterization.outputs - 1)], 1)
 
 
 def noised(schedule: NoiseSchedule, n: int = 40) -> tuple[Tensor, ...]:
@@ -56,28 +109,37 @@ def noised(schedule: NoiseSchedule, n: int = 40) -> tuple[Tensor, ...]:
 
 
 def test_there_are_parameterizations() -> None:
-    assert {"eps", "x0", "v"} <= set(PARAMETERIZATIONS)
+    assert {"eps", "x0", "v", "score", "velocity", "posterior_mean", "karras"} <= set(PARAMETERIZATIONS)
 
 
-def test_round_trip(schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+Pair = tuple[NoiseSchedule, Parameterization]
+
+
+def test_round_trip(pair: Pair) -> None:
+    schedule, parameterization = pair
     t, x0, eps, x_t = noised(schedule)
     at = schedule.at(t, x_t)
-    found = parameterization.invert(parameterization.target(x0, eps, at), x_t, at)
+    out = saying(parameterization, parameterization.target(x0, eps, at))
+    assert torch.equal(parameterization.targeted(out), parameterization.target(x0, eps, at))
+    found = parameterization.invert(out, x_t, at)
     torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-10)
     torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-10)
 
 
-def test_image_and_noise_always_make_x_t(schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+def test_image_and_noise_always_make_x_t(pair: Pair) -> None:
+    schedule, parameterization = pair
     t, _, eps, x_t = noised(schedule)
     at = schedule.at(t, x_t)
-    found = parameterization.invert(eps.flip(0), x_t, at)
+    found = parameterization.invert(saying(parameterization, eps.flip(0)), x_t, at)
     torch.testing.assert_close(at.alpha * found.x0 + at.sigma * found.eps, x_t, rtol=0, atol=1e-11)
 
 
-def test_eps_gain_is_the_slope_of_eps(schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+def test_eps_gain_is_the_slope_of_eps(pair: Pair) -> None:
+    schedule, parameterization = pair
     t, _, eps, x_t = noised(schedule)
     at = schedule.at(t, x_t)
-    rise = parameterization.invert(eps + 1, x_t, at).eps - parameterization.invert(eps, x_t, at).eps
+    more, less = (parameterization.invert(saying(parameterization, out), x_t, at).eps for out in (eps + 1, eps))
+    rise = more - less
     torch.testing.assert_close(rise.abs(), parameterization.eps_gain(at).expand_as(rise), rtol=1e-9, atol=1e-12)
 
 
@@ -91,6 +153,96 @@ def test_targets_by_name() -> None:
     assert torch.equal(part("parameterization", "x0").target(x0, eps, at), x0)
     v = part("parameterization", "v").target(x0, eps, at)
     torch.testing.assert_close(v, alpha * eps - (1 - alpha**2).sqrt() * x0, rtol=0, atol=1e-12)
+
+
+def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma, (n, 1, 1, 1)."""
+    log_alpha = schedule.log_alpha(t)
+    return tuple(v.exp()[:, None, None, None] for v in (log_alpha, log_alpha - schedule.log_snr(t) / 2))  # type: ignore[return-value]
+
+
+def test_score_is_the_gradient_of_the_log_density(schedule: NoiseSchedule) -> None:
+    """Given x_0, p(x_t) = N(alpha x_0, sigma^2): its score is (alpha x_0 - x_t) / sigma^2."""
+    t, x0, eps, x_t = noised(schedule)
+    alpha, sigma = scales(schedule, t)
+    said = part("parameterization", "score").target(x0, eps, schedule.at(t, x_t))
+    torch.testing.assert_close(said, (alpha * x0 - x_t) / sigma**2, rtol=1e-8, atol=1e-8)
+
+
+def test_velocity_is_the_slope_of_the_path(schedule: NoiseSchedule) -> None:
+    margin, h = 0.05 * (schedule.t_max - schedule.t_min), 1e-6
+    t = ((torch.linspace(schedule.t_min + margin, schedule.t_max - margin, 40) * 1000).floor() + 0.37) / 1000
+    _, x0, eps, x_t = noised(schedule)
+    (alpha, sigma), (later_alpha, later_sigma) = scales(schedule, t - h), scales(schedule, t + h)
+    path = (later_alpha * x0 + later_sigma * eps - alpha * x0 - sigma * eps) / (2 * h)
+    torch.testing.assert_close(Velocity().target(x0, eps, schedule.at(t, x_t)), path, rtol=1e-5, atol=1e-5)
+
+
+def test_velocity_of_a_straight_line_is_noise_less_image() -> None:
+    t, x0, eps, x_t = noised(Straight())
+    torch.testing.assert_close(Velocity().target(x0, eps, Straight().at(t, x_t)), eps - x0, rtol=0, atol=1e-10)
+
+
+def test_karras_preconditioning_is_the_papers() -> None:
+    """Karras et al. (2022), table 1: D = c_skip x + c_out F, where alpha = 1."""
+    t, x0, eps, x = noised(Exploding())
+    sigma, d = 0.02 * 5000 ** t[:, None, None, None], 0.7
+    c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
+    at, karras = Exploding().at(t, x), Karras(sigma_data=d)
+    seen, told = karras.input(x, t, at)
+    torch.testing.assert_close(seen, x / (sigma**2 + d**2).sqrt(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(told, sigma.flatten().log() / 4, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(karras.target(x0, eps, at), (x0 - c_skip * x) / c_out, rtol=0, atol=1e-8)
+    torch.testing.assert_close(karras.invert(eps, x, at).x0, c_skip * x + c_out * eps, rtol=1e-11, atol=1e-12)
+
+
+def test_karras_under_any_schedule_sees_x_over_alpha(schedule: NoiseSchedule) -> None:
+    t, _, eps, x_t = noised(schedule)
+    alpha, sigma = scales(schedule, t)
+    y, s, d = x_t / alpha, sigma / alpha, 0.5
+    at, karras = schedule.at(t, x_t), Karras()
+    torch.testing.assert_close(karras.input(x_t, t, at)[0], y / (s**2 + d**2).sqrt(), rtol=1e-9, atol=1e-12)
+    expected = d**2 / (s**2 + d**2) * y + s * d / (s**2 + d**2).sqrt() * eps
+    torch.testing.assert_close(karras.invert(eps, x_t, at).x0, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_posterior_mean_is_ddpms(dtype: torch.dtype) -> None:
+    """Ho et al. (2020), eq. 7; at their t = 1 it is the image."""
+    beta = torch.linspace(1e-4, 0.02, 1000)
+    bar = torch.cumprod(1 - beta, 0)
+    before = torch.cat([torch.ones(1), bar[:-1]])
+    i = torch.tensor([0, 1, 2, 500, 998, 999])
+    _, x0, eps, _ = noised(LinearBetas(), 6)
+    bar_t, bar_s, beta = (v[i][:, None, None, None] for v in (bar, before, beta))
+    x_t = bar_t.sqrt() * x0 + (1 - bar_t).sqrt() * eps
+    mean = bar_s.sqrt() * beta / (1 - bar_t) * x0 + (1 - beta).sqrt() * (1 - bar_s) / (1 - bar_t) * x_t
+    at = LinearBetas().at(((i + 1) / 1000).to(dtype), x_t.to(dtype))
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    found = PosteriorMean().target(x0.to(dtype), eps.to(dtype), at)
+    torch.testing.assert_close(found.double(), mean, rtol=0, atol=tolerance)
+
+
+def test_posterior_mean_needs_a_schedule_with_steps() -> None:
+    with pytest.raises(UserError, match="Exploding runs in continuous time"):
+        PosteriorMean().check(Exploding())
+    with pytest.raises(UserError, match="Exploding runs in continuous time"):
+        LearnedVariance(inner=PosteriorMean()).check(Exploding())
+    PosteriorMean().check(LinearBetas())
+
+
+def test_learned_variance_is_a_share_beside_the_inner_parameterisation(schedule: NoiseSchedule) -> None:
+    """Nichol and Dhariwal (2021), eq. 15: v from -1 to 1 is a share from 0 to 1."""
+    t, x0, eps, x_t = noised(schedule)
+    at = schedule.at(t, x_t)
+    w = torch.linspace(-1.5, 1.5, 40)[:, None, None, None].expand_as(x_t).clone().requires_grad_()
+    inner = V()
+    found = LearnedVariance(inner=inner).invert(torch.cat([inner.target(x0, eps, at), w], 1), x_t, at)
+    torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-10)
+    assert found.variance_share is not None
+    torch.testing.assert_close(found.variance_share, ((w + 1) / 2).clamp(0, 1), rtol=0, atol=1e-15)
+    found.variance_share.sum().backward()
+    assert w.grad is not None and (w.grad == 0.5).all(), "the gradient does not die outside of [0, 1]"
 
 
 # What the network is told of the noise
@@ -113,12 +265,37 @@ def test_log_snr_condition_means_the_same_under_every_schedule(schedule: NoiseSc
     torch.testing.assert_close(told, 500 + 25 * log_snr, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_level_index_counts_from_the_noisiest(dtype: torch.dtype) -> None:
+    for schedule in (LinearBetas(T=10, last=0.5), LinearBetas()):
+        T = len(schedule.steps())
+        t = torch.arange(1, T + 1, dtype=dtype) / T
+        assert torch.equal(LevelIndex()(t, schedule.at(t)), torch.arange(T - 1, -1, -1, dtype=dtype))
+        assert LevelIndex()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "between two levels, the noisier one"
+    with pytest.raises(UserError, match="continuous time"):
+        Eps(noise=LevelIndex()).check(Straight())
+
+
+def test_other_conditions_are_the_papers() -> None:
+    """EDM's c_noise is ln(sigma) / 4; VE models are told ln sigma, VP ones 999 t (Song et al. 2021)."""
+    t = torch.linspace(0, 1, 7)
+    sigma = 0.02 * 5000**t
+    at = Exploding().at(t, torch.zeros(7, 1, 2, 2))
+    torch.testing.assert_close(LogSigma()(t, at), sigma.log() / 4, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(LogSigma(factor=1)(t, at), sigma.log(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(ContinuousTime()(t, at), 999 * t)
+
+
 class Recorder(nn.Module):
     """Keeps what it was called with, and says nothing but zeros."""
 
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.outputs = outputs
+
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         self.seen = x, noise, cond
-        return torch.zeros_like(x)
+        return torch.zeros_like(x).repeat(1, self.outputs, 1, 1)
 
 
 def test_network_sees_x_its_noise_and_the_conditions() -> None:
@@ -132,18 +309,18 @@ def test_network_sees_x_its_noise_and_the_conditions() -> None:
         assert torch.equal(noise, torch.tensor(told))
 
 
-class Half(nn.Module):
+class Half(Recorder):
     """Speaks bfloat16, as a network under autocast does."""
 
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        return x.bfloat16() * 0.3
+        return x.bfloat16().repeat(1, self.outputs, 1, 1) * 0.3
 
 
 def test_arithmetic_stays_in_the_type_of_x(parameterization: Parameterization) -> None:
     torch.set_default_dtype(torch.float32)
     x = torch.randn(3, 1, 2, 2)
-    for found in Denoiser(Half(), LinearBetas(), parameterization)(x, torch.tensor(0.5), {})[:2]:
-        assert found.dtype == torch.float32
+    for found in Denoiser(Half(parameterization.outputs), LinearBetas(), parameterization)(x, torch.tensor(0.5), {}):
+        assert found is None or found.dtype == torch.float32
 
 
 def test_clipping_holds_the_image_in_range_and_the_noise_follows(schedule: NoiseSchedule) -> None:
@@ -179,8 +356,11 @@ class Guess(nn.Module):
         self.schedule, self.parameterization = schedule, parameterization
 
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        at = self.schedule.at(torch.linspace(self.schedule.t_min, self.schedule.t_max, len(x)), x)
-        return self.parameterization.target(0.4 * x, (x - at.alpha * 0.4 * x) / at.sigma, at)
+        t = torch.linspace(self.schedule.t_min, self.schedule.t_max, len(x))
+        at = self.schedule.at(t, x)
+        x = x / self.parameterization.input(torch.ones_like(x), t, at)[0]  # as it was before it was scaled
+        x0 = 0.4 * x
+        return saying(self.parameterization, self.parameterization.target(x0, (x - at.alpha * x0) / at.sigma, at))
 
 
 # Weights on the error of x_0, as the papers give them.
@@ -189,26 +369,61 @@ BY_PAPER: list[tuple[Weighting, Callable[[Tensor], Tensor]]] = [
     (UniformV(), lambda snr: snr + 1),
     (MinSNR(gamma=5), lambda snr: snr.clamp(max=5)),
     (MinSNR(gamma=1), lambda snr: snr.clamp(max=1)),
+    # Karras et al. (2022), table 1, sigma being 1 / sqrt(snr): (sigma^2 + d^2) / (sigma d)^2.
+    (EDM(sigma_data=0.5), lambda snr: (1 / snr + 0.25) / (0.25 / snr)),
+    # Choi et al. (2022), eq. 8: L_simple's weight over (k + snr)^gamma.
+    (P2(), lambda snr: snr / (1 + snr)),
+    (P2(gamma=0.5, k=2), lambda snr: snr / (2 + snr).sqrt()),
 ]
 
 
 @pytest.mark.parametrize(("weighting", "paper"), BY_PAPER)
 def test_loss_is_the_papers_under_every_parameterization(
-    schedule: NoiseSchedule,
-    parameterization: Parameterization,
-    weighting: Weighting,
-    paper: Callable[[Tensor], Tensor],
+    pair: Pair, weighting: Weighting, paper: Callable[[Tensor], Tensor]
 ) -> None:
+    schedule, parameterization = pair
     denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
     t, x0, _, _ = noised(schedule)
     loss = WeightedMSE(weighting, Fixed())(denoiser, x0, {}, Draws.whole(generator("cpu", 9), 40))["loss"]
 
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
     snr = schedule.log_snr(t).exp()
-    alpha, sigma = schedule.log_alpha(t).exp(), (schedule.log_alpha(t) - schedule.log_snr(t) / 2).exp()
-    x_t = alpha[:, None, None, None] * x0 + sigma[:, None, None, None] * eps
-    error = (0.4 * x_t - x0).square().mean((1, 2, 3))
+    alpha, sigma = scales(schedule, t)
+    error = (0.4 * (alpha * x0 + sigma * eps) - x0).square().mean((1, 2, 3))
     torch.testing.assert_close(loss, paper(snr) * error, rtol=1e-8, atol=0)
+
+
+def test_uniform_velocity_is_the_plain_error_of_the_velocity(schedule: NoiseSchedule) -> None:
+    """Whatever the network predicts. On a straight line this is flow matching: w = (1 + sigma / alpha)^2."""
+    weighting, x0 = UniformVelocity(), noised(schedule)[1]
+    losses = []
+    for parameterization in (Velocity(), V()):
+        denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
+        losses.append(WeightedMSE(weighting, Fixed())(denoiser, x0, {}, Draws.whole(generator("cpu", 9), 40))["loss"])
+    t = noised(schedule)[0]
+    eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
+    alpha, sigma = scales(schedule, t)
+    x_t = alpha * x0 + sigma * eps
+    at = schedule.at(t, x_t)
+    f, slope = at.log_alpha_slope, at.log_snr_slope
+    # The path through (x_0, eps) has slope alpha' x_0 + sigma' eps, with alpha' and sigma' from the logarithms' slopes.
+    guess = f * alpha * 0.4 * x_t + (f - slope / 2) * (x_t - alpha * 0.4 * x_t)
+    path = f * alpha * x0 + (f - slope / 2) * sigma * eps
+    for loss in losses:
+        torch.testing.assert_close(loss, (guess - path).square().mean((1, 2, 3)), rtol=1e-7, atol=0)
+    t = torch.linspace(0.01, 0.99, 30)
+    torch.testing.assert_close(weighting(Straight().at(t)), (1 + t / (1 - t)) ** 2, rtol=1e-10, atol=0)
+
+
+def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None:
+    """Song et al. (2021), "Maximum Likelihood Training", eq. 7: g^2 on the error of the score."""
+    t = torch.linspace(schedule.t_min, schedule.t_max, 50)
+    g2, sigma = schedule.sde(t)[1], scales(schedule, t)[1].flatten()
+    torch.testing.assert_close(Likelihood()(schedule.at(t)), g2 / sigma**2, rtol=1e-9, atol=0)
+    # VE: g^2 = d sigma^2 / dt.
+    torch.testing.assert_close(
+        Likelihood()(Exploding().at(t)), torch.full((50,), 2 * math.log(5000)), rtol=1e-12, atol=0
+    )
 
 
 def test_uniform_v_is_the_plain_error_of_v() -> None:
@@ -240,15 +455,17 @@ def test_each_process_computes_its_own_rows() -> None:
     torch.testing.assert_close(torch.cat(halves), whole, rtol=0, atol=0)
 
 
-def test_every_objective_of_the_conf_tree_builds() -> None:
-    for name in options("model/objective"):
-        x0 = torch.zeros(4, 1, 2, 2)
-        denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
-        loss = part("objective", name)(denoiser, x0, {}, Draws.whole(generator("cpu", 0), 4))["loss"]
-        assert loss.shape == (4,) and torch.isfinite(loss).all()
-
-
-@pytest.mark.parametrize("make", [lambda: MinSNR(gamma=0), lambda: LogSNR(limit=-1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MinSNR(gamma=0),
+        lambda: LogSNR(limit=-1),
+        lambda: Karras(sigma_data=0),
+        lambda: EDM(sigma_data=-1),
+        lambda: P2(k=0),
+        lambda: P2(gamma=-1),
+    ],
+)
 def test_bad_settings_are_refused(make) -> None:
     with pytest.raises(UserError):
         make()

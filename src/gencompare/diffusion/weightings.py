@@ -55,3 +55,59 @@ class MinSNR(Weighting):
 
     def __call__(self, at: Scales) -> Tensor:
         return (self.gamma * torch.exp(-at.log_snr)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class EDM(Weighting):
+    """w = 1 + 1 / (d^2 SNR), d = ``sigma_data``: (sigma^2 + d^2) / (sigma d)^2 on x_0, where alpha = 1.
+
+    Karras et al. (2022), "Elucidating the Design Space", table 1: the plain squared error of a network with their
+    preconditioning. With d = 1 it is `UniformV`.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.sigma_data <= 0:
+            raise UserError(f"weighting.sigma_data={self.sigma_data}: give a positive number.")
+
+    def __call__(self, at: Scales) -> Tensor:
+        return 1 + torch.exp(-at.log_snr) / self.sigma_data**2
+
+
+@dataclass(frozen=True)
+class P2(Weighting):
+    """w = 1 / (k + SNR)^gamma (Choi et al. 2022, "Perception Prioritized Training of Diffusion Models", eq. 8)."""
+
+    gamma: float = 1.0
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0 or self.k <= 0:
+            raise UserError(f"weighting.gamma={self.gamma}, weighting.k={self.k}: neither may be negative, nor k be 0.")
+
+    def __call__(self, at: Scales) -> Tensor:
+        return (self.k + torch.exp(at.log_snr)) ** -self.gamma
+
+
+@dataclass(frozen=True)
+class UniformVelocity(Weighting):
+    r"""w = (sigma lambda' / 2)^2: the plain squared error in the velocity alpha' x_0 + sigma' eps.
+
+    Lipman et al. (2023), "Flow Matching", eq. 9; with rectified flow (1 + sigma / alpha)^2.
+    """
+
+    def __call__(self, at: Scales) -> Tensor:
+        return (0.5 * at.sigma * at.log_snr_slope) ** 2
+
+
+@dataclass(frozen=True)
+class Likelihood(Weighting):
+    """w = g^2 / sigma^2 = -lambda': with uniform times, a bound on the likelihood.
+
+    Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models", eq. 7 and theorem 1: g^2 on the
+    squared error of the score. Large near t_min, so the loss scatters more than others'.
+    """
+
+    def __call__(self, at: Scales) -> Tensor:
+        return -at.log_snr_slope

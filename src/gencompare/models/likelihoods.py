@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.contract import DataSpec
+from gencompare.diffusion.pixels import log_normal, log_normal_level
 from gencompare.errors import UserError
 
 
@@ -150,19 +151,10 @@ class Gaussian(PixelLikelihood):
         return self.channels
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        inverse, distance = torch.exp(-self.log_scale), x - h.float()
+        mean, std = h.float(), self.log_scale.exp()
         if self.num_levels is None:
-            return self._over_pixels(
-                -0.5 * (distance * inverse).square() - self.log_scale - 0.5 * math.log(2 * math.pi)
-            )
-        # The mass between two edges is that of its mirror image: on the left of the mean no digits are lost.
-        right = -(distance.abs() + self.step / 2) * inverse
-        left = -(distance.abs() - self.step / 2) * inverse
-        upper, lower = torch.special.log_ndtr(left), torch.special.log_ndtr(right)
-        inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-7)))
-        lowest, highest = x < -1 + self.step / 2, x > 1 - self.step / 2
-        outer = torch.special.log_ndtr((self.step / 2 + torch.where(lowest, distance, -distance)) * inverse)
-        return self._over_pixels(torch.where(lowest | highest, outer, inner))
+            return self._over_pixels(log_normal(x, mean, std))
+        return self._over_pixels(log_normal_level(x, mean, std, self.num_levels))
 
     def mean(self, h: Tensor) -> Tensor:
         return h.float().clamp(-1, 1)

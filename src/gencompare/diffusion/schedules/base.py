@@ -47,6 +47,20 @@ class NoiseSchedule(nn.Module, ABC):
         """The times that the model is defined at, rising from t_min to t_max; None where time is continuous."""
         return None
 
+    def steps(self) -> Tensor:
+        """``discrete_times``. Raises `UserError` for a schedule that has none."""
+        if self.discrete_times is None:
+            raise UserError(
+                f"Schedule {type(self).__name__} runs in continuous time, and a part of this model needs one with"
+                " steps (linear, cosine, ...)."
+            )
+        return self.discrete_times
+
+    def step_index(self, t: Tensor) -> Tensor:
+        """Index, counted from 0, of the first of ``steps()`` that is not before ``t``."""
+        steps, rounding = self.steps().to(t), 8 * torch.finfo(t.dtype).eps
+        return torch.searchsorted(steps, (t * (1 - rounding)).contiguous()).clamp(max=len(steps) - 1)
+
     @property
     def prior_std(self) -> Tensor | float:
         """Standard deviation of the noise that sampling starts from: sigma(t_max)."""
@@ -122,7 +136,7 @@ class Scales:
     """
 
     def __init__(self, schedule: NoiseSchedule, t: Tensor, x: Tensor | None = None) -> None:
-        self._schedule, self._t, self._x = schedule, t, x
+        self.schedule, self._t, self._x = schedule, t, x
         self._clean = t == CLEAN
         self._inside = torch.where(self._clean, schedule.t_min, t)
 
@@ -135,9 +149,17 @@ class Scales:
 
     @cached_property
     def _logs(self) -> tuple[Tensor, Tensor]:
-        log_alpha = self._schedule.log_alpha(self._inside).masked_fill(self._clean, 0.0)
-        log_snr = self._schedule.log_snr(self._inside).masked_fill(self._clean, math.inf)
+        log_alpha = self.schedule.log_alpha(self._inside).masked_fill(self._clean, 0.0)
+        log_snr = self.schedule.log_snr(self._inside).masked_fill(self._clean, math.inf)
         return log_alpha, log_snr
+
+    @cached_property
+    def step_before(self) -> Scales:
+        """The schedule at the last of its steps before each time, ``CLEAN`` before the first. `UserError` if none."""
+        index = self.schedule.step_index(self._inside)
+        steps = self.schedule.steps().to(self._t)
+        before = torch.where(index > 0, steps[index - 1], CLEAN)
+        return Scales(self.schedule, before, self._x)
 
     @cached_property
     def log_snr(self) -> Tensor:
@@ -155,12 +177,12 @@ class Scales:
     @cached_property
     def log_alpha_slope(self) -> Tensor:
         """d log alpha / dt, which is the drift f of the SDE; without meaning in clean data."""
-        return self._shaped(_slope(self._schedule.log_alpha, self._inside))
+        return self._shaped(_slope(self.schedule.log_alpha, self._inside))
 
     @cached_property
     def log_snr_slope(self) -> Tensor:
         """d lambda / dt, below 0; without meaning in clean data."""
-        return self._shaped(_slope(self._schedule.log_snr, self._inside))
+        return self._shaped(_slope(self.schedule.log_snr, self._inside))
 
 
 class VariancePreserving(NoiseSchedule):

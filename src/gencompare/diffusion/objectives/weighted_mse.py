@@ -1,24 +1,17 @@
-r"""What training minimises: per-sample losses of a denoiser."""
+"""The weighted squared error: denoising score matching and flow matching alike."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from gencompare.diffusion.couplings import Coupling, Independent
 from gencompare.diffusion.denoiser import Cond, Denoiser
+from gencompare.diffusion.objectives.base import Noised, Objective
 from gencompare.diffusion.times import TimeDistribution, UniformTimes
 from gencompare.diffusion.weightings import Simple, Weighting
 from gencompare.seeds import Draws
-
-
-class Objective(ABC):
-    """A training loss."""
-
-    @abstractmethod
-    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        """Figures of each image, (n,), of which ``loss`` is minimised."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +23,17 @@ class WeightedMSE(Objective):
     Args:
         weighting: w.
         times: distribution of t.
+        coupling: which noise goes with which image.
     """
 
     weighting: Weighting = field(default_factory=Simple)
     times: TimeDistribution = field(default_factory=UniformTimes)
+    coupling: Coupling = field(default_factory=Independent)
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         t = self.times(denoiser.schedule, draws)
-        eps = draws.normal(x0.shape[1:]).to(x0.dtype)
-        at = denoiser.schedule.at(t, x0)
-        x_t = at.alpha * x0 + at.sigma * eps
-        out = denoiser.output(x_t, t, at, cond)
-        error = (out - denoiser.parameterization.target(x0, eps, at)).square().flatten(1).mean(1)
-        eps_mse = error * denoiser.parameterization.eps_gain(at).flatten() ** 2
-        return {"loss": self.weighting(at).flatten() * eps_mse, "eps_mse": eps_mse.detach()}
+        eps = self.coupling(x0, draws.normal(x0.shape[1:]).to(x0.dtype))
+        noised = Noised.make(x0, eps, t, denoiser.schedule.at(t, x0))
+        out = denoiser.output(noised.x_t, t, noised.at, cond)
+        eps_mse = noised.eps_error(denoiser, out).flatten(1).mean(1)
+        return {"loss": self.weighting(noised.at).flatten() * eps_mse, "eps_mse": eps_mse.detach()}

@@ -1,0 +1,304 @@
+"""Objectives beyond the plain weighted error: which part of a model each of them trains, and couplings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from composing import options
+from gencompare.diffusion.couplings import Independent, MinibatchOT
+from gencompare.diffusion.denoiser import Denoiser
+from gencompare.diffusion.objectives import VLB, DiscreteVLB, Hybrid, WeightedMSE, vlb
+from gencompare.diffusion.parameterization import Eps, LearnedVariance
+from gencompare.diffusion.pixels import Pixels
+from gencompare.diffusion.schedules import BetaTable, LinearBetas, NoiseSchedule, VariancePreserving
+from gencompare.errors import UserError
+from gencompare.seeds import Draws, generator
+from parts import part
+
+SHAPE = (1, 2, 2)
+PIXELS = Pixels(None, torch.ones(1, 2, 2), 4)
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Scaled(nn.Module):
+    """Says a x_t, and whatever else it is asked for, b."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.7))
+        self.b = nn.Parameter(torch.tensor(0.2))
+        self.outputs = outputs
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([self.a * x, *[self.b.expand_as(x)] * (self.outputs - 1)], 1)
+
+
+def images(n: int) -> Tensor:
+    return torch.rand(n, *SHAPE, generator=generator("cpu", 4)) * 2 - 1
+
+
+def draws(n: int) -> Draws:
+    return Draws.whole(generator("cpu", 9), n)
+
+
+@pytest.mark.parametrize("name", options("model/objective"))
+def test_every_objective_of_the_conf_tree_trains(name: str) -> None:
+    network, x0 = Scaled(2), images(6)
+    denoiser = Denoiser(network, LinearBetas(), LearnedVariance())
+    objective = part("objective", name).bound_to(PIXELS)
+    loss = objective(denoiser, x0, {}, draws(6))["loss"]
+    assert loss.shape == (6,) and torch.isfinite(loss).all()
+    loss.mean().backward()
+    assert network.a.grad is not None and torch.isfinite(network.a.grad) and network.a.grad != 0
+
+
+# The hybrid objective
+
+
+def gradients(objective: Any, network: Scaled, schedule: NoiseSchedule, n: int = 40) -> tuple[float, float]:
+    network.zero_grad()
+    denoiser = Denoiser(network, schedule, LearnedVariance())
+    objective.bound_to(PIXELS)(denoiser, images(n), {}, draws(n))["loss"].mean().backward()
+    return tuple(0.0 if p.grad is None else float(p.grad) for p in (network.a, network.b))  # type: ignore[return-value]
+
+
+def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound() -> None:
+    schedule, network = LinearBetas(T=40, last=0.5), Scaled(2)
+    simple, bound = (gradients(o, network, schedule) for o in (WeightedMSE(), DiscreteVLB()))
+    hybrid = gradients(Hybrid(vlb=0.25), network, schedule)
+    assert simple[1] == 0 and abs(bound[0]) > 0.1 and abs(bound[1]) > 0.1
+    assert hybrid[0] == pytest.approx(simple[0], rel=1e-12), "the mean does not see the bound"
+    assert hybrid[1] == pytest.approx(0.25 * bound[1], rel=1e-12)
+
+
+def test_hybrid_needs_a_variance_to_train() -> None:
+    with pytest.raises(UserError, match="eps_learned_variance"):
+        Hybrid().bound_to(PIXELS)(Denoiser(Scaled(), LinearBetas(), Eps()), images(2), {}, draws(2))
+    with pytest.raises(UserError, match=r"objective\.vlb"):
+        Hybrid(vlb=0)
+    with pytest.raises(UserError, match=r"objective\.steps"):
+        DiscreteVLB(steps=0)
+
+
+# The bound as an objective: by hand, for one Gaussian pixel
+
+BETA = np.array([0.05, 0.1, 0.2, 0.4])
+BAR = np.cumprod(1 - BETA)
+
+
+def normal_kl(mean: np.ndarray, var: np.ndarray, other_mean: np.ndarray, other_var: np.ndarray) -> np.ndarray:
+    return 0.5 * (np.log(other_var / var) + (var + (mean - other_mean) ** 2) / other_var - 1)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.6, 1.0])
+def test_discrete_terms_are_divergences_of_gaussians(share: float | None) -> None:
+    """Ho et al. (2020), eq. 5 to 7, written out for each step; variances as in Nichol and Dhariwal (2021), eq. 15."""
+    n, schedule, network = 40, BetaTable(BETA.tolist()), Scaled(1 if share is None else 2)
+    if share is not None:
+        network.b.data.fill_(2 * share - 1)
+    x0 = images(n)
+    denoiser = Denoiser(network, schedule, Eps() if share is None else LearnedVariance())
+    found = DiscreteVLB(pixels=PIXELS)(denoiser, x0, {}, draws(n))
+
+    source = generator("cpu", 9)
+    u = (torch.rand((), generator=source, dtype=torch.float32) + torch.arange(n, dtype=torch.float32) / n) % 1
+    i = (u * 4).long().numpy()
+    eps = torch.randn(n, *SHAPE, generator=source, dtype=torch.float32).double().numpy()
+    x = x0.numpy()
+    bar, beta = BAR[i][:, None, None, None], BETA[i][:, None, None, None]
+    before = np.where(i > 0, BAR[i - 1], 1)[:, None, None, None]
+    x_t = bar**0.5 * x + (1 - bar) ** 0.5 * eps
+    guess = (x_t - (1 - bar) ** 0.5 * 0.7 * x_t) / bar**0.5
+    small = np.where(before < 1, (1 - before) / (1 - bar) * beta, beta)
+    kl = normal_kl(
+        before**0.5 * beta / (1 - bar) * x, small, before**0.5 * beta / (1 - bar) * guess,
+        beta ** (share or 0) * small ** (1 - (share or 0)),
+    )  # fmt: skip
+    nll = 0.5 * (x - guess) ** 2 / (1 - bar) + 0.5 * np.log(2 * np.pi * (1 - bar))
+    term = 4 * np.where(before < 1, kl, nll).sum((1, 2, 3))
+    prior = normal_kl(BAR[-1] ** 0.5 * x, 1 - BAR[-1], 0, 1).sum((1, 2, 3))
+    np.testing.assert_allclose(found["loss"].detach().numpy(), (term + prior) / (4 * np.log(2)), rtol=1e-8)
+    np.testing.assert_allclose(found["prior"].numpy(), prior / (4 * np.log(2)), rtol=1e-9)
+    assert set(i) == {0, 1, 2, 3}
+
+
+class Bent(VariancePreserving):
+    """lambda falls from ``top`` to ``bottom`` along t^bend; the ends and the bend can be trained."""
+
+    t_min = 0.0
+
+    def __init__(self, bend: float, trained: bool = False, top: float = 6.0, bottom: float = -4.0) -> None:
+        super().__init__()
+        values = [nn.Parameter(torch.tensor(v), requires_grad=trained) for v in (bend, top, bottom)]
+        self.bend, self.top, self.bottom = values
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self.top + (self.bottom - self.top) * (0.3 * t + 0.7 * (t + 1e-9) ** self.bend)
+
+
+def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() -> None:
+    """Kingma et al. (2021), section 5.1; with end points moved it does change."""
+    n, x0 = 40_000, images(1)
+    means, scatters = [], []
+    for schedule in (Bent(1.0), Bent(2.5), Bent(0.6), Bent(1.0, top=0.0)):
+        denoiser = Denoiser(Scaled(), schedule, Eps())
+        loss = VLB(pixels=PIXELS)(denoiser, x0.expand(n, *SHAPE), {}, draws(n))["loss"].detach()
+        means.append(float(loss.mean()))
+        scatters.append(float(loss.std()) / math.sqrt(n))
+    for k in (1, 2):
+        assert abs(means[k] - means[0]) < 4 * math.hypot(scatters[k], scatters[0])
+    assert abs(means[3] - means[0]) > 10 * math.hypot(scatters[3], scatters[0])
+
+
+def test_a_learned_schedule_has_its_ends_trained_by_the_bound_and_its_interior_by_the_variance() -> None:
+    """The ends' gradient is that of E[L], the interior's that of E[D^2] (Kingma et al. 2021, appendix I.2)."""
+    n, h = 64, 1e-5
+
+    def figures(**moved: float) -> dict[str, Tensor]:
+        """Of a schedule that is not trained."""
+        denoiser = Denoiser(network, Bent(**({"bend": 2.0} | moved)), Eps())
+        return VLB(pixels=PIXELS)(denoiser, images(n), {}, draws(n))
+
+    network, schedule = Scaled(), Bent(2.0, trained=True)
+    found = VLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))
+    torch.testing.assert_close(found["loss"], figures()["loss"], rtol=1e-9, atol=0)
+    found["loss"].mean().backward()
+    for name, value in (("top", 6.0), ("bottom", -4.0)):
+        more, less = (float(figures(**{name: value + d})["loss"].detach().mean()) for d in (h, -h))
+        assert float(getattr(schedule, name).grad) == pytest.approx((more - less) / (2 * h), rel=1e-5)
+    more, less = (float(figures(bend=2.0 + d)["diffusion"].square().mean()) for d in (h, -h))
+    assert float(schedule.bend.grad) == pytest.approx((more - less) / (2 * h), rel=1e-5)
+    plain = [float(figures(bend=2.0 + d)["diffusion"].mean()) for d in (h, -h)]
+    assert abs(float(schedule.bend.grad)) > 3 * abs(plain[0] - plain[1]) / (2 * h), "not the gradient of the bound"
+    network.zero_grad()
+    figures()["loss"].mean().backward()
+    expected = float(network.a.grad)  # type: ignore[arg-type]
+    network.zero_grad()
+    VLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))["loss"].mean().backward()
+    assert float(network.a.grad) == pytest.approx(expected, rel=1e-9)  # type: ignore[arg-type]
+
+
+def test_training_the_interior_lowers_the_variance_and_leaves_the_bound() -> None:
+    schedule, n = Bent(0.6, trained=True), 512
+    denoiser = Denoiser(Scaled(), schedule, Eps())
+    optimizer = torch.optim.Adam([schedule.bend], lr=0.05)
+    source, seen = generator("cpu", 3), []
+    for _ in range(120):
+        optimizer.zero_grad()
+        found = VLB(pixels=PIXELS)(denoiser, images(n), {}, Draws.whole(source, n))
+        found["loss"].mean().backward()
+        optimizer.step()
+        seen.append((float(found["diffusion"].var()), float(found["diffusion"].mean())))
+    (before, mean_before), (after, mean_after) = (np.mean(s, 0) for s in (seen[:10], seen[-10:]))
+    assert after < 0.7 * before
+    assert mean_after == pytest.approx(mean_before, rel=0.1)
+
+
+def test_only_a_variance_preserving_schedule_can_be_learned() -> None:
+    class Loose(NoiseSchedule):
+        t_min = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.end = nn.Parameter(torch.tensor(8.0))
+
+        def log_alpha(self, t: Tensor) -> Tensor:
+            return torch.zeros_like(t)
+
+        def log_snr(self, t: Tensor) -> Tensor:
+            return self.end - 12 * t
+
+    with pytest.raises(UserError, match="Loose"):
+        VLB(pixels=PIXELS)(Denoiser(Scaled(), Loose(), Eps()), images(2), {}, draws(2))
+
+
+@pytest.mark.parametrize("bug", ["none", "factor 2", "sign", "no prior"])
+def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Gaussian data with the perfect network, bound and truth agree to 0.03 bits/dim; with a bug they do not."""
+    n, variance = 200_000, 0.6
+    x0 = variance**0.5 * torch.randn(n, *SHAPE, generator=generator("cpu", 1))
+    schedule = Bent(1.0, top=6.0, bottom=-1.0)
+
+    class Perfect(nn.Module):
+        def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            log_snr = ((noise - 500) / 25)[:, None, None, None]
+            alpha2 = torch.sigmoid(log_snr)
+            return (1 - alpha2).sqrt() * x / (alpha2 * variance + 1 - alpha2)
+
+    if bug == "factor 2":
+        right = vlb.Noised.eps_error
+        monkeypatch.setattr(vlb.Noised, "eps_error", lambda *args: 2 * right(*args))
+    if bug == "sign":
+        slope = vlb.Scales.log_snr_slope.func  # type: ignore[attr-defined]
+        monkeypatch.setattr(vlb.Scales, "log_snr_slope", property(lambda self: -slope(self)))
+    if bug == "no prior":
+        monkeypatch.setattr(vlb, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
+    loss = VLB(pixels=PIXELS)(Denoiser(Perfect(), schedule, Eps()), x0, {}, draws(n))["loss"]
+    exact = x0.square().flatten(1).mean(1) / (2 * variance) + 0.5 * math.log(2 * math.pi * variance)
+    gap = loss - exact / math.log(2)
+    noise = float(gap.std()) / math.sqrt(n)
+    assert noise < 0.02
+    assert (-3 * noise < float(gap.mean()) < 0.03) == (bug == "none")
+
+
+# Couplings
+
+
+def pairing(x0: Tensor, eps: Tensor) -> list[int]:
+    found = MinibatchOT()(x0, eps)
+    rows = [int((eps == row).flatten(1).all(1).nonzero()) for row in found]
+    assert sorted(rows) == list(range(len(x0))), "each noise once"
+    return rows
+
+
+def cost(x0: Tensor, eps: Tensor) -> float:
+    return float((x0 - eps).square().sum())
+
+
+def test_optimal_transport_is_the_cheapest_of_all_pairings() -> None:
+    for seed in range(5):
+        source = generator("cpu", seed)
+        x0, eps = (torch.randn(5, *SHAPE, generator=source) for _ in range(2))
+        best = min(itertools.permutations(range(5)), key=lambda order: cost(x0, eps[list(order)]))
+        assert pairing(x0, eps) == list(best)
+
+
+def test_optimal_transport_on_a_line_is_the_order() -> None:
+    x0, eps = torch.randn(30, 1, 1, 1), torch.randn(30, 1, 1, 1)
+    found = MinibatchOT()(x0, eps).flatten()
+    assert torch.equal(found[x0.flatten().argsort()], eps.flatten().sort().values)
+    assert cost(x0, found.view_as(eps)) <= cost(x0, eps)
+
+
+def test_coupling_is_used_in_training_and_leaves_images_and_labels() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+            seen.append((x, cond["label"]))
+            return torch.zeros_like(x)
+
+    seen: list[tuple[Tensor, Tensor]] = []
+    schedule, x0, label = LinearBetas(), images(8), torch.arange(8)
+    for coupling in (Independent(), MinibatchOT()):
+        WeightedMSE(coupling=coupling)(Denoiser(Nothing(), schedule, Eps()), x0, {"label": label}, draws(8))
+    source = generator("cpu", 9)
+    u = (torch.rand((), generator=source, dtype=torch.float32) + torch.arange(8, dtype=torch.float32) / 8) % 1
+    at = schedule.at(((u * 1000).long() + 1) / 1000, x0)
+    eps = torch.randn(8, *SHAPE, generator=source, dtype=torch.float32).double()
+    for (x_t, labels), noise in zip(seen, (eps, MinibatchOT()(x0, eps)), strict=True):
+        torch.testing.assert_close(x_t, at.alpha * x0 + at.sigma * noise, rtol=0, atol=1e-6)
+        assert torch.equal(labels, label)
+    assert not torch.equal(seen[0][0], seen[1][0])
