@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.diffusion.schedules import Scales
 from gencompare.errors import UserError
 
 
@@ -22,7 +23,7 @@ class Ancestral(Sampler):
 
     Args:
         variance: v, from 0 ("fixed small", their beta tilde) to 1 ("fixed large", their beta), geometric in between
-            (Nichol and Dhariwal 2021, eq. 15).
+            (Nichol and Dhariwal 2021, eq. 15). Where the network learns v, value by value, its own is used.
     """
 
     order = 1
@@ -38,10 +39,9 @@ class Ancestral(Sampler):
     ) -> Iterator[Step]:
         for t, s, now, then in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            c = -torch.expm1(now.log_snr - then.log_snr)
-            kept = (1 - c) * then.alpha / now.alpha  # = alpha_t sigma_s^2 / (alpha_s sigma_t^2)
-            std = c.sqrt() * then.sigma ** (1 - self.variance) * now.sigma**self.variance * (then.sigma > 0)
-            x = kept * x + then.alpha * c * prediction.x0 + std * normal_like(x, generator)
+            v = self.variance if prediction.variance_share is None else prediction.variance_share
+            kept, gain, std = posterior(now, then, v)
+            x = kept * x + gain * prediction.x0 + std * normal_like(x, generator)
             yield Step(s, x, prediction)
 
 
@@ -71,3 +71,11 @@ class DDIM(Sampler):
             if self.eta > 0:
                 x = x + then.sigma * share.sqrt() * normal_like(x, generator)
             yield Step(s, x, prediction)
+
+
+def posterior(now: Scales, then: Scales, variance: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of `Ancestral` from ``now`` to ``then``: what it multiplies x_t, x_0 and standard normal noise by."""
+    c = -torch.expm1(now.log_snr - then.log_snr)
+    kept = (1 - c) * then.alpha / now.alpha  # = alpha_t sigma_s^2 / (alpha_s sigma_t^2)
+    std = c.sqrt() * then.sigma ** (1 - variance) * now.sigma**variance * (then.sigma > 0)
+    return kept, then.alpha * c, std

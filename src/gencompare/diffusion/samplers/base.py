@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
@@ -103,16 +104,52 @@ class Sampler(ABC):
 
     def describe(self) -> str:
         """Name and settings, in words for a table."""
-        others = [f"{f.name} {getattr(self, f.name):g}" for f in fields(self) if f.name not in ("steps", "grid")]
+        others = [f"{name} {_said(getattr(self, name))}" for name in self.settings()]
         grid = self.grid.describe()
         return ", ".join([type(self).__name__, f"{self.steps} steps", *([grid] if grid else []), *others])
+
+    def settings(self) -> list[str]:
+        """The names of the settings that ``describe`` tells, beside the steps."""
+        return [f.name for f in fields(self) if f.name not in ("steps", "grid")]
+
+
+def _said(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def steps_between(times: Tensor, schedule: NoiseSchedule, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Scales, Scales]]:
     """(t, s, scales at t, scales at s) for each pair of neighbouring times, scales in the type of x."""
-    scales = [schedule.at(t, x) for t in times]
+    every = schedule.at(times, x)
+    scales = [_OneTime(every, i) for i in range(len(times))]
     for (t, s), (now, then) in zip(pairwise(times), pairwise(scales), strict=True):
         yield t, s, now, then
+
+
+class _OneTime(Scales):
+    """The scales of one time out of many that are computed together: a step then takes no work of the schedule."""
+
+    def __init__(self, every: Scales, i: int) -> None:
+        self._every, self._i = every, i
+
+    @cached_property
+    def log_snr(self) -> Tensor:
+        return self._every.log_snr[self._i]
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        return self._every.alpha[self._i]
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        return self._every.sigma[self._i]
+
+    @cached_property
+    def log_alpha_slope(self) -> Tensor:
+        return self._every.log_alpha_slope[self._i]
+
+    @cached_property
+    def log_snr_slope(self) -> Tensor:
+        return self._every.log_snr_slope[self._i]
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,117 @@
+r"""Samplers that walk within the distribution of one noise level before they go on to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gencompare.diffusion.denoiser import Cond, Denoises
+from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.diffusion.samplers.sde import reverse_diffusion
+from gencompare.diffusion.schedules import Scales
+from gencompare.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorCorrector(Sampler):
+    r"""Langevin steps at time t, then a step of `ReverseDiffusion` to s (Song et al. 2021, algorithms 2 to 5).
+
+    A Langevin step is x + k sigma^2 score + sqrt(2 k) sigma z, of a length that is found for each image by itself, so
+    that an image does not depend on those drawn with it: k sigma^2 = 2 a (snr ||z|| / ||score||)^2, with a =
+    (alpha_t / alpha_s)^2, which is 1 in VE and 1 - beta in VP. k is at most 1: near a mode the score vanishes, and the
+    paper's step, averaged over a batch there, would have no bound.
+
+    As in the paper's code, the corrector comes first; so the prior is corrected, and the image is not.
+
+    Args:
+        steps: predictor steps.
+        corrector_steps: Langevin steps at each time.
+        snr: length of the score's part of a Langevin step over that of its noise.
+    """
+
+    order = None
+    corrector_steps: int = 1
+    snr: float = 0.16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.corrector_steps < 1:
+            raise UserError(
+                f"sampler.corrector_steps={self.corrector_steps}: give at least 1 (ReverseDiffusion has none)."
+            )
+        if not self.snr > 0:
+            raise UserError(f"sampler.snr={self.snr}: give a positive number.")
+
+    def walk(
+        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Iterator[Step]:
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+            for _ in range(self.corrector_steps):
+                prediction, z = denoiser(x, t, cond), normal_like(x, generator)
+                # ||score|| = ||eps|| / sigma
+                ratio = _norm(z) / _norm(prediction.eps).clamp(min=torch.finfo(x.dtype).tiny)
+                k = 2 * (now.alpha / then.alpha * self.snr * ratio) ** 2
+                x = langevin(x, prediction, now, k.clamp(max=1.0), z)
+            prediction = denoiser(x, t, cond)
+            yield Step(s, x := reverse_diffusion(x, prediction, now, then, generator), prediction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealedLangevin(Sampler):
+    r"""Langevin steps x + step_size sigma^2 / 2 score + sqrt(step_size) sigma z at each time of the grid.
+
+    Song and Ermon (2019), "Generative Modeling by Estimating Gradients of the Data Distribution", algorithm 1: their
+    alpha_i = eps sigma_i^2 / sigma_L^2 is ``step_size`` sigma_i^2. Where alpha < 1 the levels are those of p(x_t), and
+    from one to the next the predicted image grows by alpha_s - alpha_t, while the noise is left as it is.
+
+    Args:
+        steps: levels.
+        steps_per_level: Langevin steps at each.
+        step_size: eps / sigma_L^2, below 4, from where on Langevin steps diverge. The paper's 2e-5 / 0.01^2 is 0.2.
+        denoise: end in the predicted image, one more network call, in place of one with the last level's noise
+            (Jolicoeur-Martineau et al. 2021, "Adversarial score matching", section 3.1).
+    """
+
+    order = None
+    steps_per_level: int = 100
+    step_size: float = 0.2
+    denoise: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps_per_level < 1:
+            raise UserError(f"sampler.steps_per_level={self.steps_per_level}: give at least 1.")
+        if not 0 < self.step_size < 4:
+            raise UserError(
+                f"sampler.step_size={self.step_size}: give a number between 0 and 4; beyond, steps diverge."
+            )
+
+    def walk(
+        self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Iterator[Step]:
+        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+            prediction = denoiser(x, t, cond)
+            for i in range(self.steps_per_level):
+                if i:
+                    prediction = denoiser(x, t, cond)
+                x = langevin(x, prediction, now, self.step_size / 2, normal_like(x, generator))
+            if self.denoise and then.sigma == 0:
+                prediction = denoiser(x, t, cond)
+                x = prediction.x0
+            else:
+                x = x + (then.alpha - now.alpha) * prediction.x0
+            yield Step(s, x, prediction)
+
+
+def langevin(x: Tensor, prediction: Prediction, at: Scales, k: Tensor | float, z: Tensor) -> Tensor:
+    """x + k sigma^2 score + sqrt(2 k) sigma z, which leaves p(x_t) unchanged for small k; the score is -eps / sigma."""
+    return x - k * at.sigma * prediction.eps + (2 * k) ** 0.5 * at.sigma * z
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Length of each image, (n, 1, ..., 1)."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
