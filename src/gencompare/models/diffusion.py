@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, Denoises
+from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
 from gencompare.diffusion.objectives import Objective
-from gencompare.diffusion.parameterization import Parameterization
+from gencompare.diffusion.parameterization import Parameterization, Prediction
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.errors import UserError
@@ -31,6 +32,8 @@ class Diffusion(GenerativeModel):
         objective: the training loss.
         sampler: how samples are drawn.
         clip_x0: hold predicted images within [-1, 1] while sampling.
+        guidance: steers the denoiser while sampling; None samples what was trained.
+        label_dropout: share of the labels that are taken away in training, for classifier-free guidance.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class Diffusion(GenerativeModel):
         objective: Objective,
         sampler: Sampler,
         clip_x0: bool = True,
+        guidance: Guidance | None = None,
+        label_dropout: float = 0.0,
         **training: Any,
     ) -> None:
         super().__init__(spec, **training)
@@ -55,6 +60,12 @@ class Diffusion(GenerativeModel):
             out_channels=parameterization.outputs * spec.shape[0],
             num_classes=spec.num_classes if self.conditional else 0,
         )
+        self.label_dropout = label_dropout
+        self._check_label_dropout()
+        self.guidance = guidance
+        if guidance is not None:
+            self._check_guidance(guidance)
+            self.conditional = self.conditional or guidance.needs_label
 
     @property
     def denoiser(self) -> Denoiser:
@@ -64,9 +75,21 @@ class Diffusion(GenerativeModel):
     @property
     def sampling_denoiser(self) -> Denoises:
         """What samplers see: the denoiser in its wrappings."""
-        return ClipX0(self.denoiser) if self.clip_x0 else self.denoiser
+        guided = self.denoiser if self.guidance is None else Guided(self.denoiser, self.guidance, self.unlabelled)
+        return ClipX0(guided) if self.clip_x0 else guided
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        """The denoiser itself: a trained model may serve another as its guide."""
+        return self.denoiser(x_t, t, cond)
+
+    def unlabelled(self, cond: Cond) -> Cond:
+        """The same conditions without a class: every label is ``num_classes``, which stands for none."""
+        return {**cond, "label": torch.full_like(cond["label"], self.spec.num_classes)}
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        if self.training and self.label_dropout:
+            dropped = draws.uniform().to(x.device) < self.label_dropout
+            cond = {**cond, "label": torch.where(dropped, self.unlabelled(cond)["label"], cond["label"])}
         return self.objective(self.denoiser, x, cond, draws)
 
     @torch.no_grad()
@@ -74,13 +97,48 @@ class Diffusion(GenerativeModel):
         used = self.used(cond)
         if self.conditional and "label" not in used:
             raise UserError("This diffusion model is conditional: it needs a class for each image, cond['label'].")
+        if self.guidance is not None:
+            check_same_schedule(self.schedule, self.guidance)  # also of a schedule that was learned
         times = self.sampler.times(self.schedule)
         noise = self.schedule.prior((n, *self.spec.shape), generator, self.device, t=times[0])
         x = self.sampler.sample(self.sampling_denoiser, noise, used, generator=generator, times=times)
         return x.clamp(-1, 1)
 
     def sampling_description(self) -> str:
-        return self.sampler.describe() + (", x0 clipped" if self.clip_x0 else "")
+        parts = [self.sampler.describe(), *([] if self.guidance is None else [self.guidance.describe()])]
+        return ", ".join([*parts, *(["x0 clipped"] if self.clip_x0 else [])])
 
     def counted_networks(self) -> dict[str, nn.Module]:
-        return {"network": self.network}
+        return {"network": self.network, **self._guides()}
+
+    def _guides(self) -> dict[str, nn.Module]:
+        """Other models that take part in sampling. They are not of the module tree: nothing here trains, averages or
+        saves them."""
+        return {} if self.guidance is None else self.guidance.guides()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # What moves this model to a device moves its guides too.
+        for guide in self._guides().values():
+            guide._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _check_label_dropout(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"model.label_dropout={self.label_dropout}: give a share from 0 to 1.")
+        if self.label_dropout and not self.conditional:
+            raise UserError(f"model.label_dropout={self.label_dropout} needs labels: add model.conditional=true.")
+
+    def _check_guidance(self, guidance: Guidance) -> None:
+        if problem := guidance.problem(takes_labels=self.conditional, knows_no_label=self.label_dropout > 0):
+            raise UserError(problem)
+        if guidance.needs_label and not self.spec.num_classes:
+            raise UserError(f"{type(guidance).__name__} needs labels, and data '{self.spec.name}' has none.")
+        for name, guide in guidance.guides().items():
+            spec = getattr(guide, "spec", self.spec)
+            if (spec.shape, spec.num_classes) != (self.spec.shape, self.spec.num_classes):
+                raise UserError(
+                    f"model.guidance.{name} was trained on data '{spec.name}', which has other images or classes than"
+                    f" '{self.spec.name}'."
+                )
+        if not any(True for _ in self.schedule.parameters()):
+            check_same_schedule(self.schedule, guidance)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -47,6 +48,27 @@ def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weight
     model = build_model(config, data)
     load_weights(model, folder, checkpoint=checkpoint, weights=weights)
     return Run(folder, model.eval(), data, config)
+
+
+def guide(run: str | None, checkpoint: str = "last", weights: str = "ema") -> TrainedModel:
+    """The frozen model of a run, to guide another: what ``_target_: gencompare.tasks.load.guide`` in a YAML stands for.
+
+    Random numbers are left as they were: the guided model's first weights do not depend on its guide.
+    """
+    if run is None:
+        raise UserError(
+            "Guidance needs another trained run: name its folder (model.guidance.classifier.run=DIR or"
+            " model.guidance.weak.run=DIR)."
+        )
+    if not Path(run).is_dir():
+        raise UserError(
+            f"The run that guides this model is not at {run}: say where it is now (model.guidance...run=DIR)."
+        )
+    with torch.random.fork_rng(devices=[]):
+        model = load_run(run, checkpoint=checkpoint, weights=weights).model
+    model.requires_grad_(False)
+    model.origin = f"{Path(run).resolve().name} ({checkpoint}, {weights})"  # type: ignore[assignment]
+    return model
 
 
 def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights: str) -> dict[str, int]:
