@@ -1,0 +1,181 @@
+"""The classifier of noisy images: what it is asked, what it is told, and what its loss is when it knows the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from composing import options
+from gencompare.contract import DataSpec
+from gencompare.diffusion.guidance import ClassifierGuidance, Guided
+from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.schedules import NoiseSchedule
+from gencompare.diffusion.times import UniformTimes
+from gencompare.errors import UserError
+from gencompare.models.noisy_classifier import NoisyClassifier
+from gencompare.networks.noisy_classifier import AttentionPool, NoisyClassifierNet
+from gencompare.seeds import Draws, generator
+from parts import part
+
+SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=2, num_levels=None)
+MEANS = torch.tensor([[0.6, -0.2], [-0.4, 0.3]], dtype=torch.float64)
+STD = 0.3
+FIXED = [name for name in options("model/schedule") if not list(part("schedule", name).parameters())]
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Exploding(NoiseSchedule):
+    """alpha = 1 and sigma from 0.01 to 100: x_t grows, so its scaling matters."""
+
+    t_min = 0.0
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return 0 * t
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return math.log(1e4) * (1 - 2 * t)
+
+
+@pytest.fixture(params=[*FIXED, "exploding"])
+def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
+    return Exploding() if request.param == "exploding" else part("schedule", request.param)
+
+
+class Posterior(nn.Module):
+    """log p(x_t, y) of two equal Gaussians, from what the network is given: x_t / sqrt(alpha^2 + sigma^2), of which the
+    share of the image is SNR / (1 + SNR), and the log-SNR in DDPM's range, 500 + 25 log-SNR."""
+
+    def __init__(self, shape: Any, num_classes: int, off: float = 0.0) -> None:
+        super().__init__()
+        self.off = off
+
+    def forward(self, x: Tensor, noise_cond: Tensor) -> Tensor:
+        signal = torch.sigmoid((noise_cond - 500) / 25 + self.off)[:, None, None]
+        total = signal * STD**2 + 1 - signal
+        return -((x.flatten(1)[:, None] - signal.sqrt() * MEANS) ** 2 / total).sum(2) / 2
+
+
+def classifier(schedule: NoiseSchedule, network: Callable[..., nn.Module] = Posterior) -> NoisyClassifier:
+    return NoisyClassifier(SPEC, network=network, schedule=schedule, times=UniformTimes())
+
+
+def in_range(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Times at which the log-SNR is within the +-20 that networks are told apart."""
+    return t[schedule.log_snr(t).abs() < 20]
+
+
+def test_the_classifier_of_a_perfect_network_is_bayes(schedule: NoiseSchedule) -> None:
+    t = in_range(schedule, torch.linspace(schedule.t_min, schedule.t_max, 40))
+    log_alpha = schedule.log_alpha(t)
+    alpha, sigma = log_alpha.exp()[:, None], (log_alpha - schedule.log_snr(t) / 2).exp()[:, None]
+    source = generator("cpu", 0)
+    label = torch.arange(len(t)) % 2
+    x0 = MEANS[label] + STD * torch.randn(len(t), 2, generator=source)
+    x_t = alpha * x0 + sigma * torch.randn(len(t), 2, generator=source)
+    off = x_t[:, None] - alpha[:, None] * MEANS
+    expected = (-(off**2).sum(2) / (alpha**2 * STD**2 + sigma**2) / 2).softmax(1)
+    found = classifier(schedule)(x_t[:, :, None, None], t).softmax(1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    # And its gradient, through the scaling of the input, is the difference of the scores.
+    def unconditional(label: Tensor) -> Prediction:
+        told = alpha**2 * STD**2 + sigma**2
+        x0_of = MEANS + alpha[:, None] * STD**2 * off / told[:, None]
+        p = torch.where((label == 2)[:, None], expected, nn.functional.one_hot(label.clamp(max=1), 2))
+        x0 = (p[:, :, None] * x0_of).sum(1)
+        return Prediction(x0[:, :, None, None], ((x_t - alpha * x0) / sigma)[:, :, None, None])
+
+    class Plain:
+        def __init__(self) -> None:
+            self.schedule = schedule
+
+        def __call__(self, x: Tensor, t: Tensor, cond: Any) -> Prediction:
+            return unconditional(torch.full((len(x),), 2))
+
+    guidance = ClassifierGuidance(scale=1.0, classifier=classifier(schedule))
+    guided = Guided(Plain(), guidance, dict)(x_t[:, :, None, None], t, {"label": label})
+    torch.testing.assert_close(guided.eps, unconditional(label).eps, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_of_a_perfect_network_is_the_entropy_of_the_class() -> None:
+    """E -log p(y | x_t) over data, times and noise; any other network has more."""
+    schedule, n = part("schedule", "cosine"), 40_000
+    source = generator("cpu", 1)
+    label = torch.arange(n) % 2
+    x = (MEANS[label] + STD * torch.randn(n, 2, generator=source))[:, :, None, None]
+
+    def loss(network: Callable[..., nn.Module]) -> float:
+        figures = classifier(schedule, network).losses(x, {"label": label}, Draws.whole(generator("cpu", 2), n))
+        assert figures["loss"].shape == figures["accuracy"].shape == (n,)
+        return float(figures["loss"].mean())
+
+    # By itself: along the line between the means, x_t is N(+-d / 2, 1) with d the distance in standard deviations.
+    t = torch.arange(1, 1001) / 1000
+    log_alpha = schedule.log_alpha(t)
+    alpha, sigma2 = log_alpha.exp(), (2 * log_alpha - schedule.log_snr(t)).exp()
+    d = alpha * (MEANS[0] - MEANS[1]).norm() / (alpha**2 * STD**2 + sigma2).sqrt()
+    z = torch.linspace(-6, 6, 2001)
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    # Where x_t is z from the mean of its own class, the log odds of that class are d^2 / 2 + d z.
+    entropy = (density * nn.functional.softplus(-(d[:, None] ** 2 / 2 + d[:, None] * z))).sum(1).mean()
+    assert loss(Posterior) == pytest.approx(float(entropy), abs=0.01)
+    for off in (-3.0, 3.0):
+        assert loss(lambda shape, num_classes, off=off: Posterior(shape, num_classes, off)) > float(entropy) + 0.01
+
+
+def test_it_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(UserError, match="needs labels"):
+        NoisyClassifier(
+            DataSpec(name="x", shape=(2, 1, 1)), network=Posterior, schedule=part("schedule", "cosine"),
+            times=UniformTimes(),
+        )  # fmt: skip
+
+    class Learned(type(part("schedule", "cosine"))):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+    with pytest.raises(UserError, match="cannot learn its schedule"):
+        classifier(Learned())
+    for bad in ({"multipliers": (1, 2, 2, 2, 2)}, {"channels": 20}, {"blocks": 0}):
+        with pytest.raises(UserError):
+            NoisyClassifierNet((1, 8, 8), 10, **bad)
+
+
+# The network
+
+
+def test_attention_pooling_is_its_equation() -> None:
+    torch.manual_seed(0)
+    pool = AttentionPool(6)
+    h = torch.randn(3, 6, 2, 4)
+    k, v = pool.kv.weight.split(6)
+    for image, found in zip(h, pool(h), strict=True):
+        pixels = image.flatten(1)
+        weights = ((pool.q.weight @ pixels.mean(1)) @ (k @ pixels) / math.sqrt(6)).softmax(0)
+        torch.testing.assert_close(found, pool.out.weight @ (v @ pixels @ weights))
+
+
+def test_the_network_sees_the_image_and_the_noise_level() -> None:
+    torch.manual_seed(0)
+    net = NoisyClassifierNet((1, 8, 8), 10, channels=8, multipliers=(1, 2), blocks=1, attention=(4,))
+    x, noise = torch.randn(4, 1, 8, 8), torch.tensor([10.0, 400.0, 600.0, 990.0])
+    assert torch.equal(net(x, noise), torch.zeros(4, 10)), "nought at the start"
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    told = net(x, noise)
+    assert told.shape == (4, 10)
+    torch.testing.assert_close(told[1:2], net(x[1:2], noise[1:2]))
+    assert not torch.allclose(told, net(x, noise.flip(0)))
+    assert not torch.allclose(told, net(x.flip(0), noise))
