@@ -1,0 +1,146 @@
+"""Guidance of trained runs from the command line: it changes sampling and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from composing import compose
+from gencompare.tasks.build import build_data, build_model
+from gencompare.tasks.main import main
+
+Cli = Callable[..., int]
+QUICK = [
+    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
+    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+    "evaluation.checkpoints=[]",
+]  # fmt: skip
+SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "model.sampler.steps=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs ``told`` (conditional), ``untold`` (unconditional) and ``classifier``."""
+    folder = tmp_path_factory.mktemp("runs")
+    told = ["model.conditional=true", "model.label_dropout=0.1"]
+    commands = {"told": [*SMALL, *told], "untold": SMALL, "classifier": ["model=noisy_classifier"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"):
+            patch.setenv(name, "0")
+        for name, words in commands.items():
+            patch.setattr(sys, "argv", ["run.py", *words, *QUICK, f"hydra.run.dir={name}"])
+            main()
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_every_guidance_is_a_choice_at_evaluation(runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    before, config = weights(runs / "told"), (runs / "told" / "config.yaml").read_text()
+    for words, nfe, said in (
+        (["model/guidance=classifier_free", "model.guidance.scale=3"], {"network": 8}, "ClassifierFree, scale 3"),
+        (
+            ["model/guidance=classifier", "model.guidance.classifier.run=classifier"],
+            {"network": 4, "classifier": 4},
+            "ClassifierGuidance with classifier (last, ema), scale 1",
+        ),
+        (
+            ["model/guidance=auto", "model.guidance.weak.run=untold", "model.guidance.weak.weights=raw"],
+            {"network": 4, "weak": 4},
+            "AutoGuidance with untold (last, raw), scale 2",
+        ),
+    ):
+        assert cli("task=evaluate", "run=told", *words) == 0
+        generation = json.loads((runs / "told" / "record.json").read_text())["results"][-1]["generation"]
+        assert generation["nfe"] == nfe and said in generation["sampler"]
+    after = weights(runs / "told")
+    assert before["state_dict"].keys() == after["state_dict"].keys()
+    assert all(torch.equal(value, after["state_dict"][name]) for name, value in before["state_dict"].items())
+    assert (runs / "told" / "config.yaml").read_text() == config
+    assert len(json.loads((runs / "told" / "record.json").read_text())["results"]) == 3
+
+
+def test_a_classifier_makes_an_unconditional_run_conditional(
+    runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    words = ["task=evaluate", "run=untold", "model/guidance=classifier", "model.guidance.classifier.run=classifier"]
+    assert cli(*words) == 0
+    (result,) = json.loads((runs / "untold" / "record.json").read_text())["results"]
+    assert result["measurement"]["conditioning"] == "labels"
+    assert result["generation"]["nfe"] == {"network": 4, "classifier": 4}
+
+
+def test_a_model_trained_with_guidance_keeps_its_guide_out(
+    runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(runs)
+    guided = ["model/guidance=auto", f"model.guidance.weak.run={runs / 'untold'}"]
+    assert cli(*SMALL, *QUICK, *guided, "hydra.run.dir=guided") == 0
+    plain, own = weights(runs / "untold"), weights(runs / "guided")
+    for part in ("state_dict", "ema"):
+        assert plain[part].keys() == own[part].keys()
+        # Nor does a guide move the first weights or the noise of training.
+        assert all(torch.equal(value, own[part][name]) for name, value in plain[part].items())
+    assert cli("task=sample", "run=guided", "n=2") == 0
+    # The guide is named in the frozen config; where it is gone, that is said.
+    shutil.move(runs / "untold", runs / "elsewhere")
+    try:
+        assert cli("task=sample", "run=guided", "n=2") == 1
+        assert "The run that guides this model is not at" in capsys.readouterr().err
+        assert cli("task=sample", "run=guided", "n=2", "model.guidance.weak.run=elsewhere") == 0
+        assert cli("task=sample", "run=guided", "n=2", "~model/guidance") == 0
+    finally:
+        shutil.move(runs / "elsewhere", runs / "untold")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model/guidance=classifier_free"], "Classifier-free guidance needs a conditional model"),
+        (["model/guidance=classifier_free", "model.conditional=true"], "label_dropout=0.1"),
+        (["model/guidance=classifier"], "name its folder"),
+        (["model/guidance=auto", "model.guidance.weak.run=nowhere"], "is not at nowhere"),
+        (["model.label_dropout=0.1"], "needs labels"),
+        (["model/guidance=classifier_free", "model.guidance.scale=-1"], "0 or a positive number"),
+    ],
+)
+def test_bad_guidance_is_one_line_before_training(words: list[str], says: str, cli: Cli, capsys: Any) -> None:
+    assert cli(*SMALL, *QUICK, *words, "hydra.run.dir=bad") == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not Path("bad", "record.json").exists()
+
+
+def test_guides_of_another_schedule_or_data_are_refused(
+    runs: Path, cli: Cli, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    guided = [*SMALL, *QUICK, "model/guidance=classifier", "model.guidance.classifier.run=classifier"]
+    assert cli(*guided, "model/schedule=linear", "hydra.run.dir=bad") == 1
+    assert "under another noise schedule (CosineBetas)" in capsys.readouterr().err
+    assert cli(*guided, "data=toy2d", "hydra.run.dir=bad") == 1
+    assert "other images or classes" in capsys.readouterr().err
+
+
+def test_first_weights_do_not_depend_on_the_guide(runs: Path) -> None:
+    plain, guided = (
+        build_model(cfg, build_data(cfg))
+        for cfg in (
+            compose(*SMALL, *QUICK),
+            compose(*SMALL, *QUICK, "model/guidance=auto", f"model.guidance.weak.run={runs / 'untold'}"),
+        )
+    )
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, guided.state_dict()[name]), name
