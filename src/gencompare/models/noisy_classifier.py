@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.contract import Cond, DataSpec, TrainedModel
-from gencompare.diffusion.parameterization import LogSNR, NoiseConditioning
+from gencompare.diffusion.noise_conditioning import LogSNR, NoiseConditioning
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
 from gencompare.errors import UserError
