@@ -57,6 +57,17 @@ def activation(channels: int, embed_dim: int, normalize: bool) -> nn.Module:
     return Normalized(channels, embed_dim) if normalize else Plain()
 
 
+def he_normal(layer: nn.Conv2d, scale: float = 1.0) -> None:
+    """Weights with variance scale^2 2 / ((1 + 0.2^2) fan in), which keeps the size of what a leaky ReLU hands on.
+
+    He et al. (2015), "Delving deep into rectifiers", eq. 15. ``scale`` well below 1 for the last layer of a residual
+    branch makes a block start near its shortcut (Zhang et al. 2019, "Fixup initialization").
+    """
+    nn.init.kaiming_normal_(layer.weight, a=0.2)
+    layer.weight.data.mul_(scale)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
 class ResBlock(nn.Module):
     r"""Pre-activation residual block, skip(x) + f(x), that may halve or double the side.
 
@@ -80,6 +91,12 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         changes = channels_in != channels_out
         self.skip = nn.Conv2d(channels_in, channels_out, 1, bias=False) if changes else nn.Identity()
+        if not normalize:
+            # PyTorch's default lets the signal fade from layer to layer, and no normalisation brings it back.
+            he_normal(self.conv1)
+            he_normal(self.conv2, scale=0.1)
+            if changes:
+                nn.init.kaiming_normal_(self.skip.weight, nonlinearity="linear")  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         h = self.act1(x, e)
