@@ -132,12 +132,22 @@ def samplers(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
     own: Any = getattr(model, "sampler", None)
     try:
         for name, change in further.items():
-            chosen = change if "_target_" in change else OmegaConf.merge(cfg.model.sampler, change)
-            model.sampler = instantiate(chosen, _convert_="all")
+            model.sampler = instantiate(changed(cfg.model.sampler, change), _convert_="all")
             yield str(name)
     finally:
         if further:
             model.sampler = own
+
+
+def changed(own: DictConfig, change: DictConfig) -> DictConfig:
+    """``own`` with the values of ``change``; a part that names its own ``_target_`` takes the place of the other."""
+    if "_target_" in change:
+        return change
+    parts = {key: value for key, value in own.items() if key not in change}
+    for key, value in change.items():
+        nested = OmegaConf.is_dict(value) and OmegaConf.is_dict(own.get(key))
+        parts[key] = changed(own[key], value) if nested else value
+    return OmegaConf.create(parts)
 
 
 def drawing(
