@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel
+from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, Denoises
 from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
+from gencompare.diffusion.likelihood import LikelihoodMethod
 from gencompare.diffusion.objectives import Objective
 from gencompare.diffusion.parameterization import Parameterization, Prediction
+from gencompare.diffusion.pixels import Pixels
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.errors import UserError
@@ -34,6 +37,7 @@ class Diffusion(GenerativeModel):
         clip_x0: hold predicted images within [-1, 1] while sampling.
         guidance: steers the denoiser while sampling; None samples what was trained.
         label_dropout: share of the labels that are taken away in training, for classifier-free guidance.
+        bits: ways to score images in bits/dim, by name; used where the data have levels.
     """
 
     def __init__(
@@ -48,13 +52,18 @@ class Diffusion(GenerativeModel):
         clip_x0: bool = True,
         guidance: Guidance | None = None,
         label_dropout: float = 0.0,
+        bits: Mapping[str, LikelihoodMethod] | None = None,
         **training: Any,
     ) -> None:
         super().__init__(spec, **training)
         schedule.check()
         sampler.times(schedule)
+        parameterization.check(schedule)
         self.schedule, self.parameterization = schedule, parameterization
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
+        self.bits = dict(bits or {})
+        self.register_buffer("mask", spec.mask(), persistent=False)
+        self.mask: Tensor
         self.network = network(
             shape=spec.shape,
             out_channels=parameterization.outputs * spec.shape[0],
@@ -86,11 +95,16 @@ class Diffusion(GenerativeModel):
         """The same conditions without a class: every label is ``num_classes``, which stands for none."""
         return {**cond, "label": torch.full_like(cond["label"], self.spec.num_classes)}
 
+    @property
+    def pixels(self) -> Pixels:
+        """What a bound on the likelihood must know of the images."""
+        return Pixels(self.spec.num_levels, self.mask, self.spec.dims)
+
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         if self.training and self.label_dropout:
             dropped = draws.uniform().to(x.device) < self.label_dropout
             cond = {**cond, "label": torch.where(dropped, self.unlabelled(cond)["label"], cond["label"])}
-        return self.objective(self.denoiser, x, cond, draws)
+        return self.objective.bound_to(self.pixels)(self.denoiser, x, cond, draws)
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
@@ -107,6 +121,14 @@ class Diffusion(GenerativeModel):
     def sampling_description(self) -> str:
         parts = [self.sampler.describe(), *([] if self.guidance is None else [self.guidance.describe()])]
         return ", ".join([*parts, *(["x0 clipped"] if self.clip_x0 else [])])
+
+    def likelihoods(self) -> dict[str, Likelihood]:
+        if self.spec.num_levels is None:
+            return {}
+        return {name: Likelihood(method.kind, partial(self._bits, method)) for name, method in self.bits.items()}
+
+    def _bits(self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+        return method(self.denoiser, x, self.used(cond), self.pixels, generator)
 
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network, **self._guides()}

@@ -1,0 +1,30 @@
+"""What a way to score images is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gencompare.diffusion.denoiser import Cond, Denoises
+from gencompare.diffusion.pixels import Pixels
+
+
+class LikelihoodMethod(ABC):
+    """Bits/dim of images under a denoiser."""
+
+    kind: ClassVar[str]
+    """``bound`` (never better than the truth, in expectation) or ``estimate``."""
+
+    @abstractmethod
+    def __call__(
+        self, denoiser: Denoises, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
+    ) -> Tensor:
+        """-log2 p(x_0) per real value, (n,), for images (n, C, H, W); random numbers from ``generator`` alone."""
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers like x, drawn where the generator lives."""
+    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

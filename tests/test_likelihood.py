@@ -1,0 +1,487 @@
+"""Bits/dim of diffusion models, held against densities that are known exactly.
+
+Data: three correlated Gaussian values, x = m + Q sqrt(V) z with Q a rotation, or a mixture of two such; the denoiser is
+the perfect one. Everything in float64, in nats a value where not said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from composing import compose, options
+from gencompare.contract import DataSpec
+from gencompare.diffusion.denoiser import Cond, Denoises
+from gencompare.diffusion.likelihood import ODE, VLB, ode, vlb
+from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.pixels import Pixels
+from gencompare.diffusion.schedules import BetaTable, CosineBetas, NoiseSchedule, VariancePreserving
+from gencompare.errors import UserError
+from gencompare.models.diffusion import Diffusion
+from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.seeds import generator
+from parts import part
+
+Q = torch.linalg.qr(torch.randn(3, 3, generator=generator("cpu", 5), dtype=torch.float64))[0]
+V = torch.tensor([0.6, 1.7, 0.25], dtype=torch.float64)
+SHAPE = (1, 1, 3)
+PIXELS = Pixels(None, torch.ones(1, 1, 3), 3)
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Even(VariancePreserving):
+    """alpha^2 + sigma^2 = 1, the log-SNR even in time, but for a bend in its interior."""
+
+    t_min = 0.0
+
+    def __init__(self, high: float = 13.0, low: float = -13.0, bend: float = 1.0) -> None:
+        super().__init__()
+        self.high, self.low, self.bend = high, low, bend
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return self.high + (self.low - self.high) * (0.5 * t + 0.5 * (t + 1e-12) ** self.bend)
+
+
+class Straight(NoiseSchedule):
+    """alpha = 1 - t, sigma = t."""
+
+    t_min, t_max = 1e-3, 1 - 1e-4
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log1p(-t) - torch.log(t))
+
+
+class Exploding(NoiseSchedule):
+    """alpha = 1, sigma from 0.002 to 200."""
+
+    t_min = 0.0
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.log(0.002) + math.log(1e5) * t)
+
+
+WIDE: dict[str, Callable[[], NoiseSchedule]] = {
+    "even": Even, "straight": Straight, "exploding": Exploding, "cosine table": CosineBetas,
+}  # fmt: skip
+"""Schedules that begin with next to no noise and end with next to nothing else."""
+
+
+@pytest.fixture(params=list(WIDE))
+def wide(request: pytest.FixtureRequest) -> NoiseSchedule:
+    return WIDE[request.param]()
+
+
+def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma, shaped to meet (n, 3)."""
+    log_alpha = schedule.log_alpha(t)
+    alpha, sigma = log_alpha.exp(), (log_alpha - schedule.log_snr(t) / 2).exp()
+    return (alpha[:, None], sigma[:, None]) if t.ndim else (alpha, sigma)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The perfect denoiser of a mixture of Gaussians m_k + Q sqrt(V) z with weights w_k."""
+
+    schedule: NoiseSchedule
+    means: Tensor = field(default_factory=lambda: torch.zeros(1, 3))
+    weights: Tensor = field(default_factory=lambda: torch.ones(1))
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        alpha, sigma = scales(self.schedule, t)
+        # In the axes of the covariance, (n, k, 3).
+        off = ((x_t.reshape(len(x_t), 3) - 0) @ Q)[:, None] - (alpha * (self.means @ Q)[:, None]).transpose(0, 1)
+        total = (alpha**2 * V + sigma**2).expand(len(x_t), 3)[:, None]
+        share = torch.softmax(self.weights.log() - (off**2 / total).sum(-1) / 2, 1)
+        eps = ((share[..., None] * off / total).sum(1) * sigma) @ Q.T
+        eps = eps.view_as(x_t)
+        a, s = (v.reshape(-1, 1, 1, 1) for v in (alpha, sigma))
+        return Prediction((x_t - s * eps) / a, eps)
+
+    def draw(self, n: int, seed: int = 1) -> Tensor:
+        source = generator("cpu", seed)
+        k = torch.multinomial(self.weights, n, replacement=True, generator=source)
+        return (self.means[k] + (torch.randn(n, 3, generator=source) * V.sqrt()) @ Q.T).view(n, *SHAPE)
+
+    def log_density(self, x: Tensor) -> Tensor:
+        off = (x.reshape(len(x), 1, 3) - self.means) @ Q
+        each = -0.5 * (off**2 / V + torch.log(2 * math.pi * V)).sum(-1)
+        return torch.logsumexp(each + self.weights.log(), 1)
+
+
+TWO = (torch.tensor([[0.9, -0.4, 0.3], [-0.6, 0.8, 0.0]], dtype=torch.float64), torch.tensor([0.3, 0.7]).double())
+
+
+def bits(nats: Tensor) -> Tensor:
+    return nats / (3 * math.log(2))
+
+
+# The probability-flow ODE
+
+
+def flow_density(schedule: NoiseSchedule, x: Tensor) -> Tensor:
+    """What the exact flow makes of N(0, prior_std^2): on Gaussian data it stretches each axis by a number."""
+    (a, s), (a_end, s_end) = (scales(schedule, torch.tensor(t)) for t in (schedule.t_min, schedule.t_max))
+    stretch = ((a_end**2 * V + s_end**2) / (a**2 * V + s**2)).sqrt()  # of x_t
+    std = torch.as_tensor(schedule.prior_std)
+    end = stretch * a * (x.reshape(len(x), 3) @ Q)
+    return -0.5 * ((end / std) ** 2 + torch.log(2 * math.pi * std**2)).sum(1) + (stretch * a).log().sum()
+
+
+@pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
+def test_ode_density_is_that_of_the_flow_under_every_schedule(name: str) -> None:
+    schedule = WIDE[name]() if name in WIDE else part("schedule", name)
+    x = Truth(schedule).draw(8)
+    found = ODE(exact_trace=True)(Truth(schedule), x, {}, PIXELS, generator("cpu", 0))
+    torch.testing.assert_close(found, -bits(flow_density(schedule, x)), rtol=0, atol=2e-4)
+
+
+def test_ode_bits_of_gaussian_data_are_exact(wide: NoiseSchedule) -> None:
+    truth = Truth(wide)
+    x = truth.draw(60)
+    found = ODE(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    assert float((found + bits(truth.log_density(x))).abs().mean()) < 1e-3
+
+
+def test_ode_bits_of_a_mixture_are_exact(wide: NoiseSchedule) -> None:
+    truth = Truth(wide, *TWO)
+    x = truth.draw(200)
+    found = ODE(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    off = found + bits(truth.log_density(x))
+    assert float(off.abs().mean()) < 2e-3 and abs(float(off.mean())) < 1e-3
+
+
+def test_hutchinsons_estimate_is_unbiased(wide: NoiseSchedule) -> None:
+    """One point, 300 random vectors: their mean is the exact trace's within the Monte Carlo error."""
+    truth, n = Truth(wide, *TWO), 300
+    x = truth.draw(1)
+    exact = ODE(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    found = ODE()(truth, x.expand(n, *SHAPE), {}, PIXELS, generator("cpu", 1))
+    error = float(found.std()) / math.sqrt(n)
+    assert 1e-4 < error < 0.03
+    assert abs(float(found.mean() - exact)) < 4 * error
+
+
+def late(truth: Truth, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    return Truth.__call__(truth, x_t, (t + 0.02).clamp(max=truth.schedule.t_max), cond)
+
+
+@pytest.mark.parametrize("bug", ["none", "trace twice", "trace with the wrong sign", "no change of scale", "late"])
+def test_a_planted_bug_makes_the_density_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, trace = Truth(Even(), *TWO), ode._exact_trace
+    x = truth.draw(50)
+    if bug == "trace twice":
+        monkeypatch.setattr(ode, "_exact_trace", lambda *args: 2 * trace(*args))
+    if bug == "trace with the wrong sign":
+        monkeypatch.setattr(ode, "_exact_trace", lambda *args: -trace(*args))
+    if bug == "no change of scale":
+        truth = Truth(Even(high=4.0), *TWO)
+        monkeypatch.setattr(ode, "logsigmoid", torch.zeros_like)
+    denoiser: Any = truth
+    if bug == "late":
+        denoiser = type("Late", (), {"schedule": truth.schedule, "__call__": lambda self, *args: late(truth, *args)})()
+    found = ODE(exact_trace=True)(denoiser, x, {}, PIXELS, generator("cpu", 0))
+    assert (abs(float((found + bits(truth.log_density(x))).mean())) < 1e-3) == (bug == "none")
+
+
+def test_dequantised_bits_are_those_of_the_levels() -> None:
+    """With 256 levels the density hardly changes over a level: bits are -log2 of the level's mass."""
+    truth, levels, n = Truth(Even(15.0, -15.0)), 256, 20
+    x = ((truth.draw(1) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+    found = ODE(exact_trace=True)(
+        truth, x.expand(n, *SHAPE), {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
+    )
+    mass = -bits(truth.log_density(x) + 3 * math.log(2 / 255))
+    assert abs(float(found.mean() - mass)) < 4 * float(found.std()) / math.sqrt(n) + 1e-3
+    # Two of the three values are padding: the same nats over one real value.
+    padded = ODE(exact_trace=True)(truth, x, {}, Pixels(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3))
+    whole = ODE(exact_trace=True)(truth, x, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3))
+    torch.testing.assert_close(padded, 3 * whole)
+
+
+def test_an_ode_that_cannot_be_followed_is_named() -> None:
+    @dataclass(frozen=True)
+    class Broken(Truth):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            prediction = super().__call__(x_t, t, cond)
+            return prediction._replace(eps=prediction.eps * torch.nan)
+
+    with pytest.raises(UserError, match="could not be followed"):
+        ODE()(Broken(Even()), torch.zeros(2, *SHAPE), {}, PIXELS, generator("cpu", 0))
+
+
+# The bound
+
+
+def gap(method: VLB, truth: Denoises, x: Tensor, log_density: Tensor) -> tuple[float, float]:
+    """Mean and standard error of bound less truth, bits/dim."""
+    off = method(truth, x, {}, PIXELS, generator("cpu", 7)) + bits(log_density)
+    return float(off.mean()), float(off.std()) / math.sqrt(len(x))
+
+
+@pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
+def test_bound_is_never_better_than_the_truth(name: str) -> None:
+    """On average over data: a bound below the entropy of the data would be no bound."""
+    schedule = WIDE[name]() if name in WIDE else part("schedule", name)
+    truth = Truth(schedule, *TWO)
+    x = truth.draw(4000)
+    mean, error = gap(VLB(), truth, x, truth.log_density(x))
+    assert error < 0.06 and mean > -4 * error
+    mean, error = gap(VLB(steps=5, samples=None), truth, x, truth.log_density(x))
+    assert mean > 4 * error
+
+
+def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
+    truth = Truth(wide, *TWO)
+    x = truth.draw(150)
+    few, more, many = (
+        gap(VLB(steps=T, samples=None), truth, x, truth.log_density(x))[0] for T in (40, 160, 640)
+    )  # fmt: skip
+    assert few > 3 * more > 9 * many > 0
+
+
+def test_continuous_bound_of_the_perfect_denoiser_is_tight() -> None:
+    truth = Truth(Even(), *TWO)
+    x = truth.draw(10_000)
+    mean, error = gap(VLB(samples=32), truth, x, truth.log_density(x))
+    assert error < 0.02 and abs(mean) < 4 * error
+
+
+def test_bound_does_not_change_with_the_interior_of_the_schedule() -> None:
+    """Also for a denoiser that is wrong, if it errs alike at the same log-SNR (Kingma et al. 2021, section 5.1)."""
+
+    @dataclass(frozen=True)
+    class Wrong(Truth):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            prediction = super().__call__(x_t, t, cond)
+            return prediction._replace(eps=0.8 * prediction.eps)
+
+    def mean(schedule: NoiseSchedule) -> tuple[float, float]:
+        x = Truth(schedule, *TWO).draw(3000)
+        found = VLB()(Wrong(schedule, *TWO), x, {}, PIXELS, generator("cpu", 7))
+        return float(found.mean()), float(found.std()) / math.sqrt(3000)
+
+    straight, bent, other = (mean(Even(12.0, -8.0, bend)) for bend in (1.0, 3.0, 0.4))
+    for value, error in (bent, other):
+        assert abs(value - straight[0]) < 4 * math.hypot(error, straight[1])
+    assert abs(mean(Even(12.0, -24.0))[0] - straight[0]) > 6 * straight[1]
+
+
+def test_each_term_is_the_closed_form() -> None:
+    """Data of variance V, T = 4 steps: each term's mean over the data, by hand.
+
+    The perfect denoiser errs in eps by a^2 V / (a^2 V + s^2), and in x_0 by V s^2 / (a^2 V + s^2), squared.
+    """
+    beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
+    schedule, n = BetaTable(beta), 40_000
+    found = VLB(samples=None).terms(Truth(schedule), Truth(schedule).draw(n), {}, PIXELS, generator("cpu", 2))
+    a2 = torch.cumprod(1 - beta, 0)[:, None]
+    s2 = 1 - a2
+    snr = a2 / s2
+    in_eps = a2 * V / (a2 * V + s2)
+    expected = {
+        "prior": 0.5 * (a2[-1] * V + s2[-1] - 1 - s2[-1].log()).sum(),
+        "diffusion": 0.5 * ((snr[:-1] / snr[1:] - 1) * in_eps[1:]).sum(),
+        "reconstruction": 0.5 * (V / (a2[0] * V + s2[0]) + torch.log(2 * math.pi * s2[0])).sum(),
+    }
+    for name, value in expected.items():
+        error = float(found[name].std()) / math.sqrt(n)
+        assert abs(float(found[name].mean() - bits(value))) < 4 * error + 1e-9, name
+    torch.testing.assert_close(found["total"], found["prior"] + found["diffusion"] + found["reconstruction"])
+
+
+def test_learned_variance_counts_in_the_bound() -> None:
+    """Divergences of Gaussians with the variance that the network says (Nichol and Dhariwal 2021, eq. 15)."""
+
+    @dataclass(frozen=True)
+    class Says(Truth):
+        share: float = 0.0
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            prediction = super().__call__(x_t, t, cond)
+            return prediction._replace(variance_share=torch.full_like(x_t, self.share))
+
+    beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
+    schedule, n = BetaTable(beta), 40_000
+    x = Truth(schedule).draw(n)
+    a2 = torch.cumprod(1 - beta, 0)[:, None]
+    s2 = 1 - a2
+    small = s2[:-1] / s2[1:] * beta[1:, None]
+    for share in (0.0, 0.4, 1.0):
+        found = VLB(samples=None).terms(Says(schedule, share=share), x, {}, PIXELS, generator("cpu", 2))["diffusion"]
+        var = small ** (1 - share) * beta[1:, None] ** share
+        # Mean squared distance of the means: (sqrt(a2_s) beta / s2_t)^2 times the error in x_0.
+        off = (a2[:-1] * (beta[1:, None] / s2[1:]) ** 2) * V * s2[1:] / (a2[1:] * V + s2[1:])
+        expected = 0.5 * (torch.log(var / small) + (small + off) / var - 1).sum()
+        assert abs(float(found.mean() - bits(expected))) < 4 * float(found.std()) / math.sqrt(n)
+
+
+def test_some_steps_at_random_stand_for_all() -> None:
+    schedule = part("schedule", "linear", T=200, last=0.1)
+    truth = Truth(schedule, *TWO)
+    x = truth.draw(3000)
+    every, some = (VLB(samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8))
+    error = float(some.std()) / math.sqrt(3000)
+    assert error < 0.1 and abs(float((some - every).mean())) < 4 * error
+
+
+@pytest.mark.parametrize("bug", ["none", "twice", "half", "no prior", "no reconstruction", "sign"])
+def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, kl = Truth(Even(8.0, 0.0), *TWO), vlb.step_kl
+    x = truth.draw(3000)
+    factor = {"twice": 2.0, "half": 0.5, "sign": -1.0}.get(bug, 1.0)
+    monkeypatch.setattr(vlb, "step_kl", lambda *args: factor * kl(*args))
+    if bug == "no prior":
+        monkeypatch.setattr(vlb, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
+    if bug == "no reconstruction":
+        monkeypatch.setattr(vlb, "reconstruction", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
+    mean, error = gap(VLB(samples=None, steps=200), truth, x, truth.log_density(x))
+    assert error < 0.06
+    assert (-4 * error < mean < 0.2) == (bug == "none"), mean
+
+
+# Pixels with levels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_levels_have_a_mass_of_one_together(levels: int, dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, levels, dtype=dtype).view(-1, 1, 1, 1)
+    pixels = Pixels(levels, torch.ones(1, 1, 1), 1)
+    for mean in (-1.4, -1.0, 0.031, 0.9):
+        for std in (0.003, 0.05, 1.0, 7.0):
+            mass = pixels.log_prob(x, torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)).exp()
+            assert float(mass.sum()) == pytest.approx(1, abs=1e-10 if dtype == torch.float64 else 1e-3)
+
+
+def test_padding_is_not_reconstructed() -> None:
+    mask = torch.tensor([[[1.0, 0.0, 1.0]]])
+    x, mean, std = torch.tensor([[[[0.0, -1.0, 1.0]]]]), torch.full((1, 1, 1, 3), 0.2), torch.tensor(0.3)
+    found = Pixels(None, mask, 2).log_prob(x, mean, std)
+    normal = torch.distributions.Normal(0.2, 0.3)
+    expected = normal.log_prob(torch.tensor(0.0)) + normal.log_prob(torch.tensor(1.0))
+    torch.testing.assert_close(found, expected[None], rtol=1e-12, atol=0)
+
+
+def test_bound_on_discrete_data_is_near_their_entropy_and_not_below() -> None:
+    """A Gaussian rounded to 17 levels; its denoiser is not quite theirs, so the bound lies a little above."""
+    levels, n = 17, 4000
+    x = (Truth(Even()).draw(n, seed=8) * 0.35).clamp(-1, 1)
+    step = 2 / (levels - 1)
+    x = ((x + 1) / step).round() * step - 1
+
+    @dataclass(frozen=True)
+    class Narrow:
+        schedule: NoiseSchedule
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            alpha, sigma = (v.reshape(-1, 1, 1, 1) for v in scales(self.schedule, t))
+            cov = Q @ torch.diag(V * 0.35**2) @ Q.T + step**2 / 12 * torch.eye(3)
+            inner = alpha**2 * cov + sigma**2 * torch.eye(3)
+            eps = sigma * torch.linalg.solve(inner.expand(len(x_t), 1, 3, 3), x_t.transpose(2, 3)).transpose(2, 3)
+            return Prediction((x_t - sigma * eps) / alpha, eps)
+
+    # The true mass of each image by a grid within its bin; given that no value lies in one of the outer bins.
+    cov = Q @ torch.diag(V * 0.35**2) @ Q.T
+    normal = torch.distributions.MultivariateNormal(torch.zeros(3), cov)
+    inside = x[(x.abs() < 1 - step / 4).flatten(1).all(1)]
+    off = torch.linspace(-0.4, 0.4, 5) * step
+    fine = torch.cartesian_prod(off, off, off)
+    mass = torch.logsumexp(normal.log_prob(inside.view(-1, 1, 3) + fine), 1) - math.log(125) + 3 * math.log(step)
+    found = VLB(steps=400, samples=40)(
+        Narrow(Even(5.5, -10.0)), inside, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 2)
+    )
+    excess = found + bits(mass - math.log(len(inside) / n))
+    error = float(excess.std()) / math.sqrt(len(inside))
+    assert error < 0.02 and -4 * error < float(excess.mean()) < 0.15
+
+
+# In a model
+
+
+def model(**changes: Any) -> Diffusion:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    parts = {"schedule": "cosine", "parameterization": "eps", "objective": "simple", "sampler": "ddim"}
+    built = {group: part(group, changes.pop(group, name)) for group, name in parts.items()}
+    spec = changes.pop("spec", DataSpec(name="tiny", shape=(1, 4, 4), num_classes=0, num_levels=17, padding=1))
+    return Diffusion(spec, network=partial(DenoisingMLP, width=16, depth=1), **built, **changes)
+
+
+@pytest.mark.parametrize("name", options("model/bits"))
+def test_every_option_scores_images_from_the_generator_alone(name: str) -> None:
+    bits = part("bits", name)
+    diffusion = model(bits=bits)
+    x = torch.full((3, 1, 4, 4), -1.0)
+    x[:, :, 1:3, 1:3] = torch.randint(17, (3, 1, 2, 2)) / 8 - 1
+    for method, likelihood in diffusion.likelihoods().items():
+        assert method == name and likelihood.kind in ("bound", "estimate")
+        with torch.no_grad():
+            one, two = (likelihood.bits_per_dim(x, {}, generator("cpu", 3)) for _ in range(2))
+        assert one.shape == (3,) and torch.isfinite(one).all() and torch.equal(one, two)
+    continuous = DataSpec(name="points", shape=(2, 1, 1), num_levels=None)
+    assert model(bits=bits, spec=continuous).likelihoods() == {}
+
+
+def test_the_default_costs_few_network_calls() -> None:
+    cfg = compose("model=ddpm")
+    assert list(cfg.model.bits) == ["vlb"]
+    diffusion, calls = model(bits=part("bits", "vlb")), []
+    diffusion.network.register_forward_hook(lambda *_: calls.append(1))
+    diffusion.likelihoods()["vlb"].bits_per_dim(torch.zeros(2, 1, 4, 4), {}, generator("cpu", 0))
+    assert len(calls) <= 20
+
+
+def test_the_model_tells_its_objective_of_the_pixels() -> None:
+    seen: list[Pixels] = []
+
+    class Asks(nn.Module):
+        def bound_to(self, pixels: Pixels) -> Any:
+            seen.append(pixels)
+            return lambda denoiser, x, cond, draws: {"loss": x.flatten(1).sum(1)}
+
+    diffusion = model()
+    diffusion.objective = Asks()  # type: ignore[assignment]
+    diffusion.losses(torch.zeros(2, 1, 4, 4), {}, None)  # type: ignore[arg-type]
+    assert (seen[0].levels, seen[0].dims, float(seen[0].mask.sum())) == (17, 4, 4)
+
+
+def test_a_parameterisation_that_does_not_fit_is_refused_before_training() -> None:
+    with pytest.raises(UserError, match="continuous time"):
+        Diffusion(
+            DataSpec(name="points", shape=(2, 1, 1)), network=partial(DenoisingMLP, width=8, depth=1),
+            schedule=Even(), parameterization=part("parameterization", "posterior_mean"),
+            objective=part("objective", "simple"), sampler=part("sampler", "ddim"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VLB(samples=0),
+        lambda: VLB(steps=0),
+        lambda: ODE(rtol=0),
+        lambda: VLB(samples=None)(Truth(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)),
+    ],
+)
+def test_bad_settings_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(UserError):
+        make()
