@@ -50,6 +50,8 @@ class RK45(Sampler):
     SHORTEST: ClassVar[float] = 0.2
     LONGEST: ClassVar[float] = 5.0
     """Bounds on what one step is longer than the one before."""
+    COLLAPSED: ClassVar[float] = 1e-4
+    """A step of the log-SNR that is too short to go on with: it would take a million calls to the image."""
 
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -84,7 +86,7 @@ class RK45(Sampler):
         while state.log_snr < end:
             left = end - state.log_snr
             h = left if 1.01 * step > left else step
-            if h < left and h < 16 * torch.finfo(state.y.dtype).eps * max(1.0, abs(state.log_snr)):
+            if h < min(self.COLLAPSED, left):
                 raise UserError(
                     f"RK45: the step size collapsed at log-SNR {state.log_snr:.4g}. The network changes too abruptly"
                     f" for rtol={self.rtol:g} and atol={self.atol:g}: raise them, or take another sampler."

@@ -1,0 +1,62 @@
+"""Samplers on a mixture of two Gaussians whose denoiser is known: weights, means and widths of the modes come out.
+
+n = 1500 images of 16 pixels, which are enough for the Langevin corrector, whose steps go by the length of the score, in
+so many steps that the sampler has converged. The share of a mode then has a standard error of sqrt(0.2 0.8 / n) = 0.01.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from composing import options
+from gaussian_truth import Mixture, even_levels
+from gencompare.diffusion.schedules import VE, VP, NoiseSchedule, Rectified
+from gencompare.seeds import generator
+from parts import part
+
+N, PIXELS = 1500, 16
+STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
+CHANGES = {"annealed_langevin": {"steps_per_level": 25}, "predictor_corrector": {"corrector_steps": 3}}
+SCHEDULES = [VP, VE, Rectified]
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
+    """The share of the images nearer to the first mode; mean of each mode's pixels; their standard deviation."""
+    first = x.flatten(1).mean(1) < 0
+    low, high = x[first].mean(), x[~first].mean()
+    spread = torch.cat([(x[first] - low).flatten(), (x[~first] - high).flatten()]).std()
+    return float(first.double().mean()), float(low), float(high), float(spread)
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize("name", options("model/sampler"))
+def test_weights_means_and_widths_of_a_mixture_come_out(name: str, make: type[NoiseSchedule]) -> None:
+    schedule = make()
+    sampler = part("sampler", name, steps=STEPS.get(name, 250), **CHANGES.get(name, {}))
+    times = even_levels(schedule, sampler.steps) if sampler.steps > 2 else None
+    x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()
+    out = sampler.sample(Mixture(schedule), x, generator=generator("cpu", 1), times=times)
+    share, low, high, std = share_mean_std(out)
+    assert abs(share - 0.2) < 4 * (0.2 * 0.8 / N) ** 0.5
+    assert low == pytest.approx(-0.5, abs=0.02) and high == pytest.approx(0.5, abs=0.02)
+    assert std == pytest.approx(0.2, rel=0.12)
+
+
+def test_a_bug_in_the_weights_is_seen() -> None:
+    """The score of a mixture of equal weights."""
+    schedule = VP()
+    x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()
+    wrong = dataclasses.replace(Mixture(schedule), weights=(0.5, 0.5))
+    out = part("sampler", "ddim", steps=100).sample(wrong, x, generator=generator("cpu", 1))
+    assert abs(share_mean_std(out)[0] - 0.2) > 4 * (0.2 * 0.8 / N) ** 0.5

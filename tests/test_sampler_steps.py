@@ -1,0 +1,438 @@
+"""Samplers step by step: numbers as the papers give them, cases that can be solved exactly, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gaussian_truth import (
+    MEAN,
+    SCHEDULES,
+    VARIANCE,
+    Truth,
+    even_levels,
+    inner_times,
+    moments,
+    scales,
+    schedule_named,
+    times_of,
+    true_moments,
+    unit_noise,
+)
+from gencompare.diffusion.denoiser import Cond
+from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.samplers import (
+    DDIM,
+    RK45,
+    Ancestral,
+    AnnealedLangevin,
+    DPMSolverPP2M,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    UniPC,
+)
+from gencompare.diffusion.schedules import CLEAN, VE, VP, BetaTable, LinearBetas, NoiseSchedule, Rectified
+from gencompare.errors import UserError
+from gencompare.seeds import generator
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
+    return schedule_named(request.param)
+
+
+# Single steps, number by number: alpha bar and beta as in the papers, index 0 is their t = 1
+
+BETA = np.linspace(1e-4, 0.02, 1000)
+BAR = np.cumprod(1 - BETA)
+
+
+@dataclass(frozen=True)
+class Says:
+    """A denoiser that says the same of everything: x_0 = 0.3, and the noise that goes with it."""
+
+    schedule: NoiseSchedule
+    share: float | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        alpha, sigma = scales(self.schedule, t)
+        share = None if self.share is None else torch.full_like(x_t, self.share)
+        return Prediction(torch.full_like(x_t, 0.3), (x_t - alpha * 0.3) / sigma, share)
+
+
+def one_step(
+    sampler: Sampler,
+    times: list[float],
+    x: float = 0.7,
+    schedule: NoiseSchedule | None = None,
+    share: float | None = None,
+) -> tuple[float, float]:
+    """Mean and standard deviation of one step from ``x``, of one draw at most."""
+    start = torch.full((3, 1, 1, 1), x)
+    with unit_noise() as noise:
+        out = sampler.sample(
+            Says(schedule or LinearBetas(), share), start, generator=generator("cpu", 0), times=torch.tensor(times)
+        ).flatten()
+    assert noise.draws <= 1
+    return float(out[0]), float(out[2] - out[0])
+
+
+@pytest.mark.parametrize("i", [2, 10, 500, 1000])
+@pytest.mark.parametrize("variance", [0.0, 0.3, 1.0])
+def test_ancestral_step_is_ddpms(i: int, variance: float) -> None:
+    """Ho et al. (2020), eq. 7, section 3.2; Nichol and Dhariwal (2021), eq. 15."""
+    beta, bar, before = BETA[i - 1], BAR[i - 1], BAR[i - 2]
+    mean = before**0.5 * beta / (1 - bar) * 0.3 + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * 0.7
+    small = (1 - before) / (1 - bar) * beta
+    found = one_step(Ancestral(steps=1, variance=variance), [i / 1000, (i - 1) / 1000])
+    assert found[0] == pytest.approx(mean, rel=1e-9)
+    assert found[1] ** 2 == pytest.approx(beta**variance * small ** (1 - variance), rel=1e-7)
+    # The same where the network says so, whatever is set.
+    assert one_step(Ancestral(steps=1, variance=0.9), [i / 1000, (i - 1) / 1000], share=variance) == pytest.approx(
+        found, rel=1e-9
+    )
+
+
+def test_the_variance_may_be_learned_value_by_value() -> None:
+    class Uneven(Says):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            share = torch.tensor([0.0, 1.0]).expand_as(x_t)
+            return super().__call__(x_t, t, cond)._replace(variance_share=share)
+
+    with unit_noise():
+        out = Ancestral(steps=1).sample(
+            Uneven(LinearBetas()),
+            torch.full((3, 1, 1, 2), 0.7),
+            generator=generator("cpu", 0),
+            times=torch.tensor([0.5, 0.499]),
+        )[:, 0, 0]
+    small, large = one_step(Ancestral(steps=1), [0.5, 0.499]), one_step(Ancestral(steps=1, variance=1), [0.5, 0.499])
+    assert (out[2] - out[0]).tolist() == pytest.approx([small[1], large[1]], rel=1e-9)
+
+
+@pytest.mark.parametrize(("i", "j"), [(1000, 950), (500, 1), (20, 19)])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step_is_song_et_als(i: int, j: int, eta: float) -> None:
+    """Song et al. (2021), "Denoising Diffusion Implicit Models", eq. 12 and 16."""
+    bar, before = BAR[i - 1], BAR[j - 1]
+    eps = (0.7 - bar**0.5 * 0.3) / (1 - bar) ** 0.5
+    std = eta * ((1 - before) / (1 - bar)) ** 0.5 * (1 - bar / before) ** 0.5
+    mean = before**0.5 * 0.3 + (1 - before - std**2) ** 0.5 * eps
+    found = one_step(DDIM(steps=1, eta=eta), [i / 1000, j / 1000])
+    assert found == (pytest.approx(mean, rel=1e-9), pytest.approx(std, rel=1e-7))
+
+
+def vp_numbers(t: float) -> tuple[float, float, float]:
+    """alpha, sigma and beta of the VP SDE (Song et al. 2021, appendix C)."""
+    alpha = math.exp(-0.25 * t**2 * 19.9 - 0.05 * t)
+    return alpha, (1 - alpha**2) ** 0.5, 0.1 + t * 19.9
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.9, 0.88), (0.5, 0.45), (0.2, 0.19)])
+def test_euler_and_euler_maruyama_steps_are_those_of_the_vp_sde(t: float, s: float) -> None:
+    """f = -beta x / 2, g^2 = beta (Song et al. 2021, "Score-Based Generative Modeling", eq. 11, 6 and 13)."""
+    alpha, sigma, beta = vp_numbers(t)
+    score, h = -(0.7 - 0.3 * alpha) / sigma**2, t - s
+    euler = one_step(Euler(steps=1), [t, s], schedule=VP())
+    assert euler == (pytest.approx(0.7 + h * (beta / 2 * 0.7 + beta / 2 * score), rel=1e-9), 0)
+    maruyama = one_step(EulerMaruyama(steps=1), [t, s], schedule=VP())
+    assert maruyama[0] == pytest.approx(0.7 + h * (beta / 2 * 0.7 + beta * score), rel=1e-9)
+    assert maruyama[1] == pytest.approx((beta * h) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("i", [10, 500, 1000])
+def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
+    """Song et al. (2021), appendix E and F: x_i = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z."""
+    beta, bar = BETA[i - 1], BAR[i - 1]
+    score = -(0.7 - 0.3 * bar**0.5) / (1 - bar)
+    found = one_step(ReverseDiffusion(steps=1), [i / 1000, (i - 1) / 1000])
+    assert found[0] == pytest.approx((2 - (1 - beta) ** 0.5) * 0.7 + beta * score, rel=1e-9)
+    assert found[1] == pytest.approx(beta**0.5, rel=1e-7)
+
+
+def test_the_first_step_under_a_table_has_a_slope() -> None:
+    """At t = 1 too, where the table ends: per unit of time, g^2 is about 1000 beta."""
+    rise = 1 - BAR[-1] / BAR[-2]
+    found = one_step(EulerMaruyama(steps=1), [1.0, 0.9999])
+    assert found[1] ** 2 == pytest.approx(0.1 * rise, rel=0.02)
+
+
+def test_reverse_diffusion_step_is_that_of_ve() -> None:
+    """Song et al. (2021), algorithm 2: x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z."""
+    high, low = 0.02 * 5000**0.5, 0.02 * 5000**0.45
+    found = one_step(ReverseDiffusion(steps=1), [0.5, 0.45], schedule=VE())
+    assert found[0] == pytest.approx(0.7 - (high**2 - low**2) * 0.4 / high**2, rel=1e-9)
+    assert found[1] == pytest.approx((high**2 - low**2) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(("times", "a"), [([0.5, 0.499], 1 - BETA[499]), ([0.05, 0.049], 1 - BETA[49])])
+def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> None:
+    """Two Langevin steps of the size that the noise and the score ask for, image by image, then the predictor."""
+    x = torch.randn(3, 1, 2, 8, generator=generator("cpu", 1))
+    sampler = PredictorCorrector(steps=1, corrector_steps=2, snr=0.1)
+    found = sampler.sample(Says(LinearBetas()), x, generator=generator("cpu", 2), times=torch.tensor(times))
+    source, bar = generator("cpu", 2), BAR[round(times[0] * 1000) - 1]
+
+    def score(x: Tensor) -> Tensor:
+        return -(x - 0.3 * bar**0.5) / (1 - bar)
+
+    for _ in range(2):
+        z, g = torch.randn(x.shape, generator=source), score(x)
+        size = 2 * a * (0.1 * z.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)) ** 2
+        size = size[:, None, None, None]
+        x = x + size * g + (2 * size) ** 0.5 * z
+    z = torch.randn(x.shape, generator=source)
+    x = (2 - a**0.5) * x + (1 - a) * score(x) + (1 - a) ** 0.5 * z
+    torch.testing.assert_close(found, x, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
+    """Song and Ermon (2019), with their eps and sigma_L, on three levels; the last score gives the denoised image."""
+    sigmas, eps = [0.02 * 5000**t for t in (0.5, 0.25, 0.0)], 1e-4
+    step_size = eps / sigmas[-1] ** 2
+    x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1))
+    sampler = AnnealedLangevin(steps=3, steps_per_level=4, step_size=step_size, denoise=denoise)
+    times = torch.tensor([0.5, 0.25, 0.0, CLEAN])
+    found = sampler.sample(Truth(VE()), x, generator=generator("cpu", 2), times=times)
+    source = generator("cpu", 2)
+    for sigma in sigmas:
+        for _ in range(4):
+            size = eps * sigma**2 / sigmas[-1] ** 2
+            score = -(x - MEAN) / (VARIANCE + sigma**2)
+            x = x + size / 2 * score + size**0.5 * torch.randn(x.shape, generator=source)
+    if denoise:
+        x = x - sigmas[-1] ** 2 * (x - MEAN) / (VARIANCE + sigmas[-1] ** 2)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_heun_with_churn_is_algorithm_2() -> None:
+    """Karras et al. (2022): noise between s_min and s_max alone, of standard deviation s_noise."""
+    sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]
+    x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)) * sigmas[0]
+    sampler = Heun(steps=3, s_churn=0.6, s_min=0.3, s_max=2.0, s_noise=1.1)
+    times = torch.tensor([0.6, 0.5, 0.4, 0.3])
+    found = sampler.sample(Truth(VE()), x, generator=generator("cpu", 2), times=times)
+    source = generator("cpu", 2)
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        return sigma * (x - MEAN) / (VARIANCE + sigma**2)
+
+    churned = 0
+    for now, then in pairwise(sigmas):
+        gamma = min(0.6 / 3, 2**0.5 - 1) if 0.3 <= now <= 2.0 else 0.0
+        hat = now * (1 + gamma)
+        if gamma:
+            x = x + (hat**2 - now**2) ** 0.5 * 1.1 * torch.randn(x.shape, generator=source)
+            churned += 1
+        d = slope(x, hat)
+        euler = x + (then - hat) * d
+        x = x + (then - hat) * (d + slope(euler, then)) / 2
+    assert churned == 2
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_churn_keeps_the_moments(schedule: NoiseSchedule) -> None:
+    """And does not raise the noise beyond the schedule's end, where there is no denoiser."""
+    sampler = Heun(steps=100, s_churn=20.0)
+    mean, variance = moments(sampler, Truth(schedule), times_of(sampler, schedule))
+    torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.02)
+    torch.testing.assert_close(variance.sqrt(), VARIANCE.sqrt(), rtol=0.03, atol=0.02)
+
+
+# Cases that can be solved exactly
+
+
+LAST = [
+    Ancestral(steps=1),
+    Ancestral(steps=1, variance=1.0),
+    DDIM(steps=1, eta=1.0),
+    Euler(steps=1),
+    EulerMaruyama(steps=1),
+    ReverseDiffusion(steps=1),
+    Heun(steps=1),
+    DPMSolverPP2M(steps=1),
+    UniPC(steps=1),
+    UniPC(steps=1, variant="bh1"),
+    RK45(steps=2),
+]
+
+
+@pytest.mark.parametrize("sampler", LAST, ids=lambda sampler: sampler.describe())
+def test_last_step_gives_the_image_without_noise(sampler: Sampler) -> None:
+    assert one_step(sampler, [0.001, CLEAN]) == (pytest.approx(0.3, abs=1e-12), 0)
+
+
+def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSchedule) -> None:
+    x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
+    one, two = (
+        sampler.sample(Truth(schedule), x, generator=generator("cpu", 2), times=times_of(sampler, schedule))
+        for sampler in (DDIM(steps=30, eta=1.0), Ancestral(steps=30, variance=0.0))
+    )
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+
+
+def test_ddim_is_eulers_method_in_x_over_alpha(schedule: NoiseSchedule) -> None:
+    """d(x / alpha) / d(sigma / alpha) = eps."""
+    times = inner_times(schedule, 7)
+    x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
+    found = DDIM(steps=1).sample(Truth(schedule), x, generator=generator("cpu", 0), times=times)
+    for t, s in pairwise(times):
+        (alpha, sigma), (alpha_s, sigma_s) = scales(schedule, t), scales(schedule, s)
+        eps = sigma * (x - alpha * MEAN) / (alpha**2 * VARIANCE + sigma**2)
+        x = alpha_s * (x / alpha + (sigma_s / alpha_s - sigma / alpha) * eps)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_euler_is_ddim_under_rectified_flow() -> None:
+    """alpha and sigma are straight lines in time, so that their slopes are their differences."""
+    x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
+    euler, ddim = (
+        sampler.sample(Truth(Rectified()), x, generator=generator("cpu", 0))
+        for sampler in (Euler(steps=9), DDIM(steps=9))
+    )
+    torch.testing.assert_close(euler, ddim, rtol=1e-9, atol=1e-9)
+
+
+def test_deterministic_samplers_find_the_exact_path(schedule: NoiseSchedule) -> None:
+    """On Gaussian data the ODE keeps every point at its number of standard deviations from the mean."""
+    times = inner_times(schedule, 200)
+    x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
+    (mean, variance), (end_mean, end_variance) = true_moments(schedule, times[0]), true_moments(schedule, times[-1])
+    x = mean + x * variance.sqrt()
+    exact = end_mean + (x - mean) * (end_variance / variance).sqrt()
+    solvers = {DDIM(steps=1): 6e-2, Euler(steps=1): 6e-2, Heun(steps=1): 1e-3, DPMSolverPP2M(steps=1): 1e-3}
+    for sampler, tolerance in {**solvers, UniPC(steps=1): 5e-5, RK45(steps=2, rtol=1e-7, atol=1e-7): 1e-6}.items():
+        path = times if not isinstance(sampler, RK45) else times[[0, -1]]
+        found = sampler.sample(Truth(schedule), x, generator=generator("cpu", 0), times=path)
+        assert (found - exact).abs().max() < tolerance
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Predicts an image that is a parabola in u, half the log-SNR, whatever x is: 0.3 + 0.5 u - 0.2 u^2."""
+
+    schedule: NoiseSchedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        u = self.schedule.log_snr(t) / 2
+        alpha, sigma = scales(self.schedule, t)
+        x0 = (0.3 + 0.5 * u - 0.2 * u**2).expand_as(x_t)
+        return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc_is_exact_where_the_image_is_a_parabola(variant: str, schedule: NoiseSchedule) -> None:
+    """d(x / sigma) = e^u x_0(u) du, and e^u (a + b u + c u^2) integrates to e^u (a - b + 2 c + (b - 2 c) u + c u^2)."""
+    levels = even_levels(schedule, 40)[10:20]
+    (first, *_, last), x = levels, torch.zeros(1, 1, 1, 1)
+
+    def integral(t: Tensor) -> Tensor:
+        u = schedule.log_snr(t) / 2
+        return u.exp() * (0.3 - 0.5 - 0.4 + (0.5 + 0.4) * u - 0.2 * u**2)
+
+    source = generator("cpu", 0)
+    # One step by hand, as the first, which knows no step before, is of a lower order.
+    steps = list(UniPC(steps=1, variant=variant).iterate(Parabola(schedule), x, generator=source, times=levels))
+    start = steps[0].x / scales(schedule, levels[1])[1]
+    exact = start + integral(last) - integral(levels[1])
+    torch.testing.assert_close(steps[-1].x / scales(schedule, last)[1], exact, rtol=1e-9, atol=1e-9)
+    two = DPMSolverPP2M(steps=1).sample(Parabola(schedule), x, generator=source, times=levels)
+    assert (two - steps[-1].x).abs().max() > 1e-5, "nothing that any solver does"
+    assert first > last
+
+
+def test_multistep_solvers_do_not_extrapolate_far() -> None:
+    """In a step three times as long as the one before they take the image as it is."""
+    denoiser, times, source = Parabola(VE()), torch.tensor([0.5, 0.48, 0.42]), generator("cpu", 0)
+    for sampler in (DPMSolverPP2M(steps=1), UniPC(steps=1)):
+        one, two = sampler.iterate(denoiser, torch.ones(1, 1, 1, 3), generator=source, times=times)
+        ddim = DDIM(steps=1).sample(denoiser, one.x, generator=source, times=times[1:])
+        torch.testing.assert_close(two.x, ddim, rtol=1e-12, atol=1e-12)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: DDIM(steps=0), "steps=0"),
+        (lambda: DDIM(steps=-3), "steps=-3"),
+        (lambda: DDIM(steps=5, eta=1.5), "eta=1.5"),
+        (lambda: Ancestral(steps=5, variance=-0.1), "variance=-0.1"),
+        (lambda: DDIM(steps=11).times(BetaTable(torch.full((10,), 0.1))), "no more than 10 steps"),
+        (lambda: Heun(steps=5, s_churn=-1), "s_churn=-1"),
+        (lambda: Heun(steps=5, s_noise=math.nan), "s_noise=nan"),
+        (lambda: Heun(steps=5, s_min=2, s_max=1), "s_min=2 is above"),
+        (lambda: PredictorCorrector(steps=5, corrector_steps=0), "corrector_steps=0"),
+        (lambda: PredictorCorrector(steps=5, snr=0), "snr=0"),
+        (lambda: AnnealedLangevin(steps=5, steps_per_level=0), "steps_per_level=0"),
+        (lambda: AnnealedLangevin(steps=5, step_size=4.0), "step_size=4.0"),
+        (lambda: AnnealedLangevin(steps=5, step_size=-1), "step_size=-1"),
+        (lambda: UniPC(steps=5, variant="bh3"), "variant=bh3"),
+        (lambda: RK45(steps=1), "at least 2"),
+        (lambda: RK45(steps=0), "steps=0"),
+        (lambda: RK45(steps=5, rtol=0), "rtol=0"),
+        (lambda: RK45(steps=5, atol=-1e-5), "atol=-1e-05"),
+    ],
+)
+def test_bad_settings_are_refused(make: Callable[[], object], names: str) -> None:
+    with pytest.raises(UserError, match=names):
+        make()
+
+
+@pytest.mark.parametrize("times", [[0.1, 0.5], [0.5, 0.5], [0.5], [1.2, 0.5], [0.5, 0.0], [0.5, CLEAN, CLEAN]])
+def test_times_that_do_not_lead_from_noise_to_data_are_refused(times: list[float]) -> None:
+    schedule = LinearBetas()
+    with pytest.raises(UserError):
+        DDIM(steps=1).iterate(
+            Truth(schedule), torch.zeros(1, 1, 1, 3), generator=generator("cpu", 0), times=torch.tensor(times)
+        )
+
+
+def test_an_adaptive_solver_that_gets_nowhere_says_so() -> None:
+    class Jumps(Truth):
+        """Nothing that a solver could follow, however short its steps."""
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            prediction = super().__call__(x_t, t, cond)
+            return prediction._replace(eps=prediction.eps + 50 * torch.sin(1e9 * x_t))
+
+    with pytest.raises(UserError, match="step size collapsed at log-SNR"):
+        RK45(steps=2).sample(Jumps(LinearBetas()), torch.ones(4, 1, 1, 3), generator=generator("cpu", 0))
+
+
+DESCRIBED: list[tuple[Sampler, Any]] = [
+    (DDIM(steps=50), "DDIM, 50 steps, eta 0"),
+    (Ancestral(steps=1000, variance=1.0), "Ancestral, 1000 steps, variance 1"),
+    (Heun(steps=18), "Heun, 18 steps"),
+    (Heun(steps=18, s_churn=40), "Heun, 18 steps, s_churn 40, s_min 0, s_max inf, s_noise 1"),
+    (UniPC(steps=10), "UniPC, 10 steps, variant bh2"),
+    (RK45(steps=2), "RK45, 2 steps, rtol 1e-05, atol 1e-05"),
+    (AnnealedLangevin(steps=10), "AnnealedLangevin, 10 steps, steps_per_level 100, step_size 0.2, denoise True"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "words"), DESCRIBED, ids=str)
+def test_descriptions_name_the_settings(sampler: Sampler, words: str) -> None:
+    assert sampler.describe() == words
