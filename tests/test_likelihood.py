@@ -163,18 +163,19 @@ def test_ode_bits_of_gaussian_data_are_exact(wide: NoiseSchedule) -> None:
 
 def test_ode_bits_of_a_mixture_are_exact(wide: NoiseSchedule) -> None:
     truth = Truth(wide, *TWO)
-    x = truth.draw(200)
-    found = ODE(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    x = truth.draw(60)
+    found = ODE(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
     off = found + bits(truth.log_density(x))
     assert float(off.abs().mean()) < 2e-3 and abs(float(off.mean())) < 1e-3
 
 
-def test_hutchinsons_estimate_is_unbiased(wide: NoiseSchedule) -> None:
+@pytest.mark.parametrize("schedule", [Even(), Straight()], ids=str)
+def test_hutchinsons_estimate_is_unbiased(schedule: NoiseSchedule) -> None:
     """One point, 300 random vectors: their mean is the exact trace's within the Monte Carlo error."""
-    truth, n = Truth(wide, *TWO), 300
+    truth, n = Truth(schedule, *TWO), 300
     x = truth.draw(1)
-    exact = ODE(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
-    found = ODE()(truth, x.expand(n, *SHAPE), {}, PIXELS, generator("cpu", 1))
+    exact = ODE(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    found = ODE(1e-4, 1e-4)(truth, x.expand(n, *SHAPE), {}, PIXELS, generator("cpu", 1))
     error = float(found.std()) / math.sqrt(n)
     assert 1e-4 < error < 0.03
     assert abs(float(found.mean() - exact)) < 4 * error
@@ -198,7 +199,7 @@ def test_a_planted_bug_makes_the_density_wrong(bug: str, monkeypatch: pytest.Mon
     denoiser: Any = truth
     if bug == "late":
         denoiser = type("Late", (), {"schedule": truth.schedule, "__call__": lambda self, *args: late(truth, *args)})()
-    found = ODE(exact_trace=True)(denoiser, x, {}, PIXELS, generator("cpu", 0))
+    found = ODE(1e-4, 1e-4, exact_trace=True)(denoiser, x, {}, PIXELS, generator("cpu", 0))
     assert (abs(float((found + bits(truth.log_density(x))).mean())) < 1e-3) == (bug == "none")
 
 
@@ -206,14 +207,16 @@ def test_dequantised_bits_are_those_of_the_levels() -> None:
     """With 256 levels the density hardly changes over a level: bits are -log2 of the level's mass."""
     truth, levels, n = Truth(Even(15.0, -15.0)), 256, 20
     x = ((truth.draw(1) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-    found = ODE(exact_trace=True)(
+    found = ODE(1e-4, 1e-4, exact_trace=True)(
         truth, x.expand(n, *SHAPE), {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
     )
     mass = -bits(truth.log_density(x) + 3 * math.log(2 / 255))
     assert abs(float(found.mean() - mass)) < 4 * float(found.std()) / math.sqrt(n) + 1e-3
     # Two of the three values are padding: the same nats over one real value.
-    padded = ODE(exact_trace=True)(truth, x, {}, Pixels(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3))
-    whole = ODE(exact_trace=True)(truth, x, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3))
+    padded = ODE(1e-4, 1e-4, exact_trace=True)(
+        truth, x, {}, Pixels(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3)
+    )
+    whole = ODE(1e-4, 1e-4, exact_trace=True)(truth, x, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3))
     torch.testing.assert_close(padded, 3 * whole)
 
 
@@ -253,7 +256,7 @@ def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
     truth = Truth(wide, *TWO)
     x = truth.draw(150)
     few, more, many = (
-        gap(VLB(steps=T, samples=None), truth, x, truth.log_density(x))[0] for T in (40, 160, 640)
+        gap(VLB(steps=T, samples=None), truth, x, truth.log_density(x))[0] for T in (20, 80, 320)
     )  # fmt: skip
     assert few > 3 * more > 9 * many > 0
 
@@ -335,7 +338,7 @@ def test_learned_variance_counts_in_the_bound() -> None:
 
 
 def test_some_steps_at_random_stand_for_all() -> None:
-    schedule = part("schedule", "linear", T=200, last=0.1)
+    schedule = part("schedule", "linear", T=60, last=0.3)
     truth = Truth(schedule, *TWO)
     x = truth.draw(3000)
     every, some = (VLB(samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8))
@@ -353,9 +356,9 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(vlb, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
     if bug == "no reconstruction":
         monkeypatch.setattr(vlb, "reconstruction", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
-    mean, error = gap(VLB(samples=None, steps=200), truth, x, truth.log_density(x))
+    mean, error = gap(VLB(samples=None, steps=100), truth, x, truth.log_density(x))
     assert error < 0.06
-    assert (-4 * error < mean < 0.2) == (bug == "none"), mean
+    assert (-4 * error < mean < 0.3) == (bug == "none"), mean
 
 
 # Pixels with levels
