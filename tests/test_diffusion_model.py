@@ -175,6 +175,10 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
     loss.mean().backward()
     assert all(p.grad is not None for p in model.schedule.parameters())
     assert model.sample(2, generator=generator("cpu", 0)).isfinite().all()
+    with torch.no_grad():
+        model.schedule.gamma_max.fill_(-13.2)
+    with pytest.raises(UserError, match="Learned has collapsed"):
+        model.sample(2, generator=generator("cpu", 0))
 
 
 def test_checkpoints_hold_no_tables() -> None:

@@ -126,7 +126,7 @@ def test_clean_data_have_no_noise(schedule: NoiseSchedule) -> None:
 def test_float32_keeps_what_float64_knows(schedule: NoiseSchedule, request: pytest.FixtureRequest) -> None:
     torch.set_default_dtype(torch.float32)
     single = part("schedule", request.node.callspec.params["schedule"])
-    t = inner_times(schedule).float()
+    t = torch.cat([inner_times(schedule), torch.tensor([schedule.t_min, schedule.t_max])]).float()
     exact, rounded = schedule.at(t.double()), single.at(t)
     assert rounded.sigma.dtype == torch.float32
     for name in ("alpha", "sigma"):
@@ -319,15 +319,16 @@ def test_rectified_flow_is_straight() -> None:
 # The learned schedule
 
 
-def shaken(seed: int, size: float = 2.0) -> Learned:
-    schedule, source = Learned(features=64), generator("cpu", seed)
+def shaken(seed: int, size: float = 4.0) -> Learned:
+    """With wild weights, and so few of them that they do not average out."""
+    schedule, source = Learned(features=5), generator("cpu", seed)
     with torch.no_grad():
         for parameter in schedule.interior_parameters():
             parameter += size * torch.randn(parameter.shape, generator=source)
     return schedule
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_learned_schedule_falls_for_any_weights_and_keeps_its_ends(seed: int) -> None:
     schedule = shaken(seed)
     schedule.check()

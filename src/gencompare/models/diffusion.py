@@ -111,6 +111,7 @@ class Diffusion(GenerativeModel):
         used = self.used(cond)
         if self.conditional and "label" not in used:
             raise UserError("This diffusion model is conditional: it needs a class for each image, cond['label'].")
+        self.schedule.check()  # a learned one may have collapsed since it was built
         if self.guidance is not None:
             check_same_schedule(self.schedule, self.guidance)  # also of a schedule that was learned
         times = self.sampler.times(self.schedule)
