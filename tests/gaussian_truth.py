@@ -31,6 +31,8 @@ VARIANCE = torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
 
 
 SCHEDULES = options("model/schedule")
+SENSIBLE = [name for name in SCHEDULES if name != "steep"]
+"""Without the one that is bad on purpose: its noise falls in the last few steps."""
 
 
 def schedule_named(name: str) -> NoiseSchedule:

@@ -13,6 +13,7 @@ from composing import options
 from gaussian_truth import (
     MEAN,
     SCHEDULES,
+    SENSIBLE,
     VARIANCE,
     Truth,
     error,
@@ -55,8 +56,6 @@ SAMPLERS = options("model/sampler")
 OF_AN_ORDER = [name for name in SAMPLERS if part("sampler", name).order is not None]
 AFFINE = [*OF_AN_ORDER, "annealed_langevin", "rk45"]
 """Those whose exact moments can be had. (The Langevin steps of predictor_corrector are as long as x says.)"""
-SENSIBLE = [name for name in SCHEDULES if name != "steep"]
-"""Without the one that is bad on purpose: its noise falls in the last few steps."""
 
 
 @pytest.fixture(autouse=True)

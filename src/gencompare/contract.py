@@ -96,6 +96,18 @@ class Classifies(Protocol):
     def features(self, x: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class Explores(Protocol):
+    """A model that can show more than samples: interpolation, reconstruction, what it does on the way."""
+
+    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures by name, each (rows, columns, C, H, W); about images ``x`` (n, C, H, W) where it needs some.
+
+        Values beyond [-1, 1] are cut off when they are shown.
+        """
+        ...
+
+
 class TrainedModel(pl.LightningModule):
     """What the trainer needs of a model, generative or not.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
+from gencompare.diffusion import exploring
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, Denoises
 from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
 from gencompare.diffusion.likelihood import LikelihoodMethod
@@ -85,7 +86,10 @@ class Diffusion(GenerativeModel):
     def sampling_denoiser(self) -> Denoises:
         """What samplers see: the denoiser in its wrappings."""
         guided = self.denoiser if self.guidance is None else Guided(self.denoiser, self.guidance, self.unlabelled)
-        return ClipX0(guided) if self.clip_x0 else guided
+        return self._clipped(guided)
+
+    def _clipped(self, denoiser: Denoises) -> Denoises:
+        return ClipX0(denoiser) if self.clip_x0 else denoiser
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """The denoiser itself: a trained model may serve another as its guide."""
@@ -108,16 +112,34 @@ class Diffusion(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        used = self.used(cond)
-        if self.conditional and "label" not in used:
-            raise UserError("This diffusion model is conditional: it needs a class for each image, cond['label'].")
-        self.schedule.check()  # a learned one may have collapsed since it was built
-        if self.guidance is not None:
-            check_same_schedule(self.schedule, self.guidance)  # also of a schedule that was learned
+        used = self._ready(cond)
         times = self.sampler.times(self.schedule)
         noise = self.schedule.prior((n, *self.spec.shape), generator, self.device, t=times[0])
         x = self.sampler.sample(self.sampling_denoiser, noise, used, generator=generator, times=times)
         return x.clamp(-1, 1)
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """What `Explores` asks for. Encoding and decoding leave guidance out, which would amplify what the one misses
+        of the other; the rest is by the sampler, as samples are drawn."""
+        cond, times = self._ready(cond), self.sampler.times(self.schedule).to(x.device)
+        unguided = self._clipped(self.denoiser)
+        return {
+            "interpolation": exploring.interpolation(unguided, x, cond, times),
+            "inpainting": exploring.inpainting(self.sampler, self.sampling_denoiser, x, cond, generator),
+            "round_trip": exploring.round_trip(unguided, x, cond, times),
+            "trajectory": exploring.way(self.sampler, self.sampling_denoiser, x, cond, generator),
+        }
+
+    def _ready(self, cond: Cond | None) -> Cond:
+        """The conditions that are used, once it is clear that all is there that sampling needs."""
+        used = self.used(cond)
+        if self.conditional and "label" not in used:
+            raise UserError("This diffusion model is conditional: it needs a class for each image, cond['label'].")
+        self.schedule.check()  # a learned one may have changed since it was built
+        if self.guidance is not None:
+            check_same_schedule(self.schedule, self.guidance)
+        return used
 
     def sampling_description(self) -> str:
         parts = [self.sampler.describe(), *([] if self.guidance is None else [self.guidance.describe()])]

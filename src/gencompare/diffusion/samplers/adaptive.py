@@ -67,11 +67,10 @@ class RK45(Sampler):
     def walk(
         self, denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        state: _State | None = None
         step = 1.0  # of the log-SNR: its natural unit
         for t, s, now, then in steps_between(times, denoiser.schedule, x):
-            if state is None:
-                state = _State.said(denoiser, x / now.alpha, t, float(now.log_snr), cond)
+            # Asked anew at each point of the grid, where x may have been changed (inpainting).
+            state = _State.said(denoiser, x / now.alpha, t, float(now.log_snr), cond)
             if then.sigma == 0:
                 x = state.prediction.x0
             else:

@@ -1,0 +1,285 @@
+"""Encoding, interpolation, inpainting and trajectories, on Gaussian data, where all of them have exact answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import gaussian_truth
+from composing import options
+from gaussian_truth import MEAN, SCHEDULES, SENSIBLE, VARIANCE, scales, schedule_named, times_of
+from gencompare.diffusion.denoiser import Cond
+from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
+from gencompare.diffusion.exploring import BETWEEN, FILLS, MOMENTS, inpainting, interpolation, round_trip, way
+from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule
+from gencompare.errors import UserError
+from gencompare.seeds import generator
+from parts import part
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
+    return schedule_named(request.param)
+
+
+@dataclass(frozen=True)
+class Truth(gaussian_truth.Truth):
+    """The perfect denoiser of the Gaussian data, of which a class moves every mean by a tenth. It notes the states it
+    was asked about."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        self.seen.append(x_t.clone())
+        moved = cond["label"][:, None, None, None] / 10 if "label" in cond else torch.tensor(0.0)
+        centred = super().__call__(x_t - scales(self.schedule, t)[0] * moved, t, cond)
+        return Prediction(x0=centred.x0 + moved, eps=centred.eps)
+
+
+def images(n: int) -> Tensor:
+    return MEAN + VARIANCE.sqrt() * torch.randn(n, 1, 1, 3, generator=generator("cpu", 1))
+
+
+def carried(schedule: NoiseSchedule, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Where the probability-flow ODE takes x exactly: as many standard deviations from the mean as it was."""
+    (alpha, sigma), (alpha_end, sigma_end) = scales(schedule, start), scales(schedule, end)
+    stretch = ((alpha_end**2 * VARIANCE + sigma_end**2) / (alpha**2 * VARIANCE + sigma**2)).sqrt()
+    return alpha_end * MEAN + stretch * (x - alpha * MEAN)
+
+
+def inner_times(schedule: NoiseSchedule, steps: int) -> Tensor:
+    """Rising, off both ends of the schedule."""
+    margin = 0.1 * (schedule.t_max - schedule.t_min)
+    return torch.linspace(schedule.t_min + margin, schedule.t_max - margin, steps + 1)
+
+
+# There and back
+
+
+def order(error: Callable[[int], float], steps: int = 80) -> float:
+    return math.log2(error(steps) / error(2 * steps))
+
+
+def test_encoding_follows_the_exact_path_to_second_order(schedule: NoiseSchedule) -> None:
+    x = images(6)
+
+    def error(steps: int) -> float:
+        times = inner_times(schedule, steps)
+        start = carried(schedule, x, torch.tensor(CLEAN), times[0])
+        return float((encode(Truth(schedule), start, times) - carried(schedule, start, times[0], times[-1])).norm())
+
+    assert order(error) == pytest.approx(2, abs=0.2)
+
+
+def test_decoding_undoes_encoding_the_better_the_more_steps(schedule: NoiseSchedule) -> None:
+    x = images(6)
+
+    def error(steps: int) -> float:
+        times = times_of(part("sampler", "heun", steps=steps), schedule)
+        noise = encode(Truth(schedule), x, times.flip(0))
+        return float((decode(Truth(schedule), noise, times) - x).abs().max())
+
+    errors = [error(steps) for steps in (10, 40, 160)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05 * errors[0] + 1e-3 and errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("schedule", SENSIBLE, indirect=True)
+def test_images_are_encoded_to_noise(schedule: NoiseSchedule) -> None:
+    """All the way from clean data, what comes out is of the law that sampling starts from."""
+    x = images(4000)
+    times = times_of(part("sampler", "heun", steps=100), schedule)
+    found = encode(Truth(schedule), x, times.flip(0)).flatten(1)
+    alpha, sigma = scales(schedule, times[0])
+    std = (alpha**2 * VARIANCE + sigma**2).sqrt()
+    torch.testing.assert_close(found.mean(0) / std, alpha * MEAN / std, rtol=0, atol=4 / math.sqrt(4000) + 0.01)
+    torch.testing.assert_close(found.std(0) / std, torch.ones(3), rtol=0, atol=4 / math.sqrt(8000) + 0.01)
+
+
+def test_conditions_are_heeded_both_ways() -> None:
+    schedule, x = LinearBetas(), images(4)
+    times = part("sampler", "heun", steps=60).times(schedule)
+    one, two = {"label": torch.zeros(4)}, {"label": torch.full((4,), 5.0)}
+    noise = encode(Truth(schedule), x, times.flip(0), one)
+    torch.testing.assert_close(decode(Truth(schedule), noise, times, one), x, rtol=0, atol=0.02)
+    # Under another class, the noise stands for the image as far from that class's mean.
+    torch.testing.assert_close(decode(Truth(schedule), noise, times, two), x + 0.5, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("times", [[0.5, 0.1], [0.1, 0.1], [0.1, 1.5], [0.5]])
+def test_encoding_wants_rising_times_within_the_schedule(times: list[float]) -> None:
+    with pytest.raises(UserError):
+        encode(Truth(LinearBetas()), images(1), torch.tensor(times))
+
+
+# In between
+
+
+def test_slerp_walks_an_arc_at_even_speed() -> None:
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    for share in (0.0, 0.25, 0.5, 0.9, 1.0):
+        found = slerp(a, b, torch.tensor([share]))
+        angle = share * math.pi / 2
+        torch.testing.assert_close(found, torch.tensor([[2 * math.cos(angle), 2 * math.sin(angle)]]))
+    same = torch.randn(3, 2, 2, generator=generator("cpu", 0))
+    torch.testing.assert_close(slerp(same, same, torch.tensor([0.0, 0.3, 1.0])), same, rtol=0, atol=1e-5)
+
+
+def test_between_two_noises_there_is_noise() -> None:
+    a, b = torch.randn(2, 5, 3, 16, 16, generator=generator("cpu", 0))
+    middle = slerp(a, b, torch.full((5,), 0.5))
+    assert (middle.flatten(1).std(1) - 1).abs().max() < 0.1
+    assert ((a + b) / 2).std() < 0.75, "a straight line passes through what is no noise"
+
+
+def test_interpolation_starts_and_ends_at_the_images() -> None:
+    schedule, x = LinearBetas(), images(4)
+    times = part("sampler", "heun", steps=60).times(schedule)
+    found = interpolation(Truth(schedule), x, {"label": torch.tensor([0.0, 5.0, 3.0, 3.0])}, times)
+    assert found.shape == (2, BETWEEN, 1, 1, 3)
+    torch.testing.assert_close(found[:, 0], x[[0, 2]], rtol=0, atol=0.02)
+    torch.testing.assert_close(found[:, -1], x[[1, 3]], rtol=0, atol=0.02)
+
+
+# Filled in
+
+KNOWN = torch.tensor([True, False, True])
+
+
+@pytest.mark.parametrize("name", options("model/sampler"))
+def test_known_pixels_are_kept_and_unknown_ones_drawn(name: str) -> None:
+    """With independent pixels, what is known says nothing of the rest, which must come out as the data are."""
+    schedule, n = LinearBetas(), 2000
+    sampler = part("sampler", name, steps=100)
+    image = images(1).expand(n, 1, 1, 3)
+    found = inpaint(sampler, Truth(schedule), image, KNOWN, generator=generator("cpu", 2))
+    assert torch.equal(found[..., KNOWN], image[..., KNOWN])
+    if sampler.order is not None:
+        unknown = found[..., ~KNOWN].flatten()
+        mean, std = float(MEAN[1]), float(VARIANCE[1].sqrt())
+        assert abs(float(unknown.mean()) - mean) < 4 * std / math.sqrt(n) + 0.05
+        assert abs(float(unknown.std()) - std) < 4 * std / math.sqrt(2 * n) + 0.1
+
+
+@pytest.mark.parametrize("name", options("model/sampler"))
+def test_a_sampler_goes_on_from_the_state_that_it_yields(name: str) -> None:
+    """Inpainting changes that state in place, whatever the sampler keeps besides."""
+    truth, sampler = Truth(LinearBetas()), part("sampler", name, steps=5)
+    x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))
+    walk = sampler.iterate(truth, x, generator=generator("cpu", 1))
+    next(walk).x.add_(100)
+    seen = len(truth.seen)
+    next(walk)
+    assert truth.seen[seen].min() > 50
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ddim", "heun"])
+def test_the_denoiser_sees_known_pixels_with_the_noise_of_their_time(name: str) -> None:
+    schedule, n = LinearBetas(), 2000
+    sampler, truth = part("sampler", name, steps=5), Truth(schedule)
+    image = images(1).expand(n, 1, 1, 3)
+    inpaint(sampler, truth, image, KNOWN, generator=generator("cpu", 2))
+    for t in sampler.times(schedule)[:-1]:
+        alpha, sigma = scales(schedule, t)
+        assert any(
+            abs(x[..., 0].mean() - alpha * image[0, 0, 0, 0]) < 5 * sigma / math.sqrt(n)
+            and abs(x[..., 0].std() - sigma) < 5 * sigma / math.sqrt(2 * n)
+            for x in truth.seen
+        ), f"at t = {float(t):.3g}"
+
+
+def test_known_must_be_true_or_false() -> None:
+    with pytest.raises(UserError, match="bool"):
+        inpaint(part("sampler", "ddim"), Truth(LinearBetas()), images(1), KNOWN.double(), generator=generator("cpu", 0))
+
+
+# On the way
+
+
+@pytest.mark.parametrize("name", options("model/sampler"))
+def test_a_trajectory_is_the_samplers_own(name: str) -> None:
+    schedule = LinearBetas()
+    sampler, noise = part("sampler", name, steps=9), torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))
+    steps = list(sampler.iterate(Truth(schedule), noise, generator=generator("cpu", 1)))
+    found = trajectory(sampler, Truth(schedule), noise, count=4, generator=generator("cpu", 1))
+    places = [round(k * (len(steps) - 1) / 3) for k in range(4)]
+    assert torch.equal(found.times, torch.stack([steps[k].t for k in places]))
+    assert torch.equal(found.states, torch.stack([steps[k].x for k in places]))
+    assert torch.equal(found.x0, torch.stack([steps[k].prediction.x0 for k in places]))
+    every = trajectory(sampler, Truth(schedule), noise, count=10**6, generator=generator("cpu", 1))
+    assert len(every.times) == len(steps)
+    assert torch.equal(every.states[-1], sampler.sample(Truth(schedule), noise, generator=generator("cpu", 1)))
+
+
+def test_states_are_shown_at_unit_size() -> None:
+    class Exploding(NoiseSchedule):
+        t_min = 0.0
+
+        def log_alpha(self, t: Tensor) -> Tensor:
+            return 0 * t
+
+        def log_snr(self, t: Tensor) -> Tensor:
+            return 2 - 10 * t
+
+    times = torch.tensor([1.0, 0.2, CLEAN])
+    states = torch.ones(3, 2, 1, 1, 3)
+    found = unit_size(states, times, Exploding())[:, 0, 0, 0, 0]
+    expected = [(1 + math.exp(8)) ** -0.5, 0.5**0.5, 1.0]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+# Pictures
+
+
+def test_pictures_lie_as_they_are_described() -> None:
+    schedule, x = LinearBetas(), images(5)
+    heun, label = part("sampler", "heun", steps=40), {"label": torch.arange(5.0)}
+    times = heun.times(schedule)
+    there = round_trip(Truth(schedule), x, label, times)
+    assert torch.equal(there[0], x) and there.shape == (3, 5, 1, 1, 3)
+    torch.testing.assert_close(there[2], x, rtol=0, atol=0.05)
+    filled = inpainting(heun, Truth(schedule), x, label, generator("cpu", 0))
+    assert filled.shape == (5, 2 + FILLS, 1, 1, 3) and torch.equal(filled[:, 0], x)
+    shown = way(heun, Truth(schedule), x, label, generator("cpu", 0))
+    assert shown.shape == (8, MOMENTS, 1, 1, 3)
+    # The last image that was seen is what comes out.
+    torch.testing.assert_close(shown[0::2, -1], shown[1::2, -1], rtol=0, atol=1e-12)
+
+
+def test_the_task_writes_pictures_of_a_run(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    quick = [
+        "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null",
+        "budget.steps=1", "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.checkpoints=[]",
+    ]  # fmt: skip
+    small = ["model/network=mlp", "model.network.width=16", "model.conditional=true", "model/sampler=ddim"]
+    assert cli(*quick, *small, "model.sampler.steps=3", "hydra.run.dir=run") == 0
+    capsys.readouterr()
+    assert cli("task=explore", "run=run", "task.images=4") == 0
+    told = capsys.readouterr().out
+    for name in ("interpolation", "inpainting", "round_trip", "trajectory"):
+        path = Path("run", "explore", f"{name}.png")
+        assert str(path) in told
+        assert np.asarray(Image.open(path)).std() > 10
+    assert cli("task=explore", "run=run", "task.images=1") == 1
+    assert "at least 2" in capsys.readouterr().err
+    assert cli("model=gaussian", *quick, "hydra.run.dir=other") == 0
+    assert cli("task=explore", "run=other") == 1
+    assert "has nothing to show besides samples" in capsys.readouterr().err
