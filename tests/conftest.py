@@ -20,7 +20,7 @@ def data_root() -> Path:
     """The folder of the real data sets: GENCOMPARE_DATA, else ``shared/data`` beside the checkout."""
     for place in (os.environ.get("GENCOMPARE_DATA"), CHECKOUT.parent / "shared" / "data"):
         if place and Path(place).is_dir():
-            return Path(place)
+            return Path(place).resolve()
     pytest.skip("no real data sets here: set GENCOMPARE_DATA to the folder that holds them")
 
 

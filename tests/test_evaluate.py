@@ -205,9 +205,11 @@ def test_odd_samples_are_flagged() -> None:
 class Scoring(Fake):
     def likelihoods(self) -> dict[str, Likelihood]:
         return {
-            "mean": Likelihood("bound", lambda x, cond, generator: x.mean((1, 2, 3)) + 2),
-            "noise": Likelihood("estimate", lambda x, cond, g: torch.rand(len(x), generator=g)),
-            "broken": Likelihood("exact", lambda x, cond, g: torch.full((len(x),), math.nan)),
+            "mean": Likelihood(
+                "bound", lambda x, cond, g: {"far": x.mean((1, 2, 3)), "near": torch.full((len(x),), 2)}
+            ),
+            "noise": Likelihood("estimate", lambda x, cond, g: {"all": torch.rand(len(x), generator=g)}),
+            "broken": Likelihood("exact", lambda x, cond, g: {"all": torch.full((len(x),), math.nan)}),
         }
 
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
@@ -219,11 +221,11 @@ def test_scores_of_the_model_are_means_over_test_images() -> None:
     result = evaluate(Scoring(), data, RAW)
     expected = (data.split("test").images.double() / 127.5 - 1).mean() + 2
     assert result.metrics["bpd_mean"].value == pytest.approx(float(expected), rel=1e-6)
-    assert result.metrics["bpd_mean"].note == "bound, 300 test images"
+    assert result.metrics["bpd_mean"].note == f"bound, 300 test images; far {float(expected) - 2:.3g} + near 2"
     assert result.metrics["bpd_broken"].value is None and "300 of them" in result.metrics["bpd_broken"].note
     assert result.metrics["psnr"].value == pytest.approx(10 * math.log10(255**2 / 9), rel=1e-6)
     few = evaluate(Scoring(), data, dataclasses.replace(RAW, likelihood_n=100))
-    assert few.metrics["bpd_mean"].note == "bound, 100 of 300 test images"
+    assert few.metrics["bpd_mean"].note.startswith("bound, 100 of 300 test images; far")
     third = data.split("test").images[::3].double()
     assert few.metrics["bpd_mean"].value == pytest.approx(float((third / 127.5 - 1).mean() + 2), rel=1e-6)
     assert "bpd_mean" not in evaluate(Fake(), data, RAW).metrics

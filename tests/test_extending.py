@@ -39,7 +39,7 @@ class Blob(GenerativeModel):
         return torch.tanh(self.mean + torch.randn(n, *self.spec.shape, generator=generator))
 
 
-class Straight(VariancePreserving):
+class Chord(VariancePreserving):
     """The log-SNR falls in a straight line from 10 to -10."""
 
     t_min = 0.0
@@ -49,7 +49,7 @@ class Straight(VariancePreserving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jump(Sampler):
+class Leap(Sampler):
     """Goes to the predicted image and noise at each step: Euler's method, written anew."""
 
     order = 1
@@ -92,8 +92,8 @@ _partial_: true
 
 YAML = {
     "model/blob.yaml": "_target_: mine.Blob" + TRAINING,
-    "model/schedule/straight.yaml": "_target_: mine.Straight\n",
-    "model/sampler/jump.yaml": "_target_: mine.Jump\nsteps: 5\n",
+    "model/schedule/chord.yaml": "_target_: mine.Chord\n",
+    "model/sampler/leap.yaml": "_target_: mine.Leap\nsteps: 5\n",
     "data/stripes.yaml": "_target_: mine.Stripes\nbatch_size: ${trainer.global_batch_size}\nseed: ${seed}\n",
     "evaluation/metric/mean_gap.yaml": METRIC,
 }
@@ -130,15 +130,15 @@ def test_they_are_listed(outside: dict[str, str]) -> None:
 def test_they_run(outside: dict[str, str]) -> None:
     common = ["debug=fast", "logger=csv", "+evaluation/metric=mean_gap"]
     assert "mean_gap" in run(outside, str(ROOT / "run.py"), "model=blob", "data=stripes", *common)
-    parts = ["model=ddpm", "model/schedule=straight", "model/sampler=jump", "data=digits"]
-    assert "Jump" in run(outside, str(ROOT / "run.py"), *parts, *common)
+    parts = ["model=ddpm", "model/schedule=chord", "model/sampler=leap", "data=digits"]
+    assert "Leap" in run(outside, str(ROOT / "run.py"), *parts, *common)
 
 
 def test_the_contract_tests_find_them(outside: dict[str, str]) -> None:
     """The tests that glob conf/ run on the five as they are, and a broken promise of theirs is seen."""
     words = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-v", "--rootdir", str(ROOT)]
     found = run(
-        outside, *words, "-k", "blob or straight or jump or stripes or mean_gap", str(ROOT / "tests")
+        outside, *words, "-k", "blob or chord or leap or stripes or mean_gap", str(ROOT / "tests")
     )  # fmt: skip
     for name in YAML:
         option = Path(name).stem

@@ -243,7 +243,8 @@ def gap(method: VLB, truth: Denoises, x: Tensor, log_density: Tensor) -> tuple[f
 @pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
 def test_bound_is_never_better_than_the_truth(name: str) -> None:
     """On average over data: a bound below the entropy of the data would be no bound."""
-    schedule = WIDE[name]() if name in WIDE else part("schedule", name)
+    small = {"features": 8} if name == "learned" else {}  # its inverse is searched for
+    schedule = WIDE[name]() if name in WIDE else part("schedule", name, **small)
     truth = Truth(schedule, *TWO)
     x = truth.draw(4000)
     mean, error = gap(VLB(), truth, x, truth.log_density(x))
@@ -308,7 +309,7 @@ def test_each_term_is_the_closed_form() -> None:
     for name, value in expected.items():
         error = float(found[name].std()) / math.sqrt(n)
         assert abs(float(found[name].mean() - bits(value))) < 4 * error + 1e-9, name
-    torch.testing.assert_close(found["total"], found["prior"] + found["diffusion"] + found["reconstruction"])
+    assert list(found) == ["prior", "diffusion", "reconstruction"]
 
 
 def test_learned_variance_counts_in_the_bound() -> None:

@@ -60,13 +60,17 @@ class DataSpec:
 class Likelihood:
     """A way in which a model can score images.
 
-    ``bits_per_dim(x, cond, generator) -> (n,)``: -log2 p per real dimension of the discrete data (``num_levels``
-    values a pixel). ``kind`` says how far to trust it: ``exact``, ``bound`` (never better than the truth) or
-    ``estimate``.
+    ``terms(x, cond, generator) -> {name: (n,)}``: what adds up to -log2 p per real dimension of the discrete data
+    (``num_levels`` values a pixel). ``kind`` says how far to trust it: ``exact``, ``bound`` (never better than the
+    truth) or ``estimate``.
     """
 
     kind: str
-    bits_per_dim: Callable[[Tensor, Cond, torch.Generator], Tensor]
+    terms: Callable[[Tensor, Cond, torch.Generator], dict[str, Tensor]]
+
+    def bits_per_dim(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+        """The sum of the terms, (n,)."""
+        return torch.stack(list(self.terms(x, cond, generator).values())).sum(0)
 
 
 @runtime_checkable

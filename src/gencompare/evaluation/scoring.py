@@ -30,24 +30,28 @@ BATCH = 100
 def bits_per_dim(
     model: Any, data: Data, n: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Metric]:
-    """``bpd_<name>`` for each entry of ``model.likelihoods()``: mean of ``n`` test images."""
+    """``bpd_<name>`` for each entry of ``model.likelihoods()``: mean of ``n`` test images, its terms in the note."""
     likelihoods = getattr(model, "likelihoods", dict)()
     rows = test_rows(data, n)
     metrics = {}
     for name, likelihood in likelihoods.items():
 
-        def score(k: int, name: str = name, likelihood: Any = likelihood) -> Tensor:
+        def score(k: int, name: str = name, likelihood: Any = likelihood) -> dict[str, Tensor]:
             x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
             with evaluating(model), torch.no_grad():
-                bits = likelihood.bits_per_dim(x, cond, generator(x.device, seed, "likelihood", name, k)).cpu()
+                terms = likelihood.terms(x, cond, generator(x.device, seed, "likelihood", name, k))
             if progress is not None:
                 progress(min(len(rows), (k + 1) * BATCH), len(rows))
-            return bits
+            return {term: bits.cpu() for term, bits in terms.items()}
 
-        bits = torch.cat(shared_out(batches(rows), score)).double()
+        parts = shared_out(batches(rows), score)
+        terms = {term: torch.cat([part[term] for part in parts]).double() for term in parts[0]}
+        bits = torch.stack(list(terms.values())).sum(0)
         value = float(bits.mean())
         bad = int((~torch.isfinite(bits)).sum())
         note = f"{likelihood.kind}, {counted_images(rows, data)}"
+        if len(terms) > 1:
+            note += "; " + " + ".join(f"{term} {float(each.mean()):.3g}" for term, each in terms.items())
         metrics[f"bpd_{name}"] = Metric(
             None if bad else value, better="lower", unit="bits/dim",
             note=note + (f"; {bad} of them came out as not finite" if bad else ""),

@@ -150,8 +150,8 @@ class Diffusion(GenerativeModel):
             return {}
         return {name: Likelihood(method.kind, partial(self._bits, method)) for name, method in self.bits.items()}
 
-    def _bits(self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
-        return method(self.denoiser, x, self.used(cond), self.pixels, generator)
+    def _bits(self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
+        return method.terms(self.denoiser, x, self.used(cond), self.pixels, generator)
 
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network, **self._guides()}

@@ -172,14 +172,17 @@ class Gaussian(GenerativeModel):
         return (parts + self.weight.double().log()).logsumexp(1)
 
     @torch.no_grad()
-    def bits_per_dim(self, x: Tensor, cond: Cond, generator: torch.Generator | None = None) -> Tensor:
+    def bits_per_dim(self, x: Tensor, cond: Cond) -> Tensor:
         """-log2 of (density times the width delta of a level) a dimension, (n,)."""
         width = math.log(self.step) if self.step else 0.0
         return -(self.log_density(x, cond) / self.spec.dims + width) / LOG2
 
     def likelihoods(self) -> dict[str, Likelihood]:
         """The density is exact; of discrete images it gives a bound, through uniform dequantisation (Theis 2016)."""
-        return {"density": Likelihood("bound" if self.step else "exact", self.bits_per_dim)}
+        return {"density": Likelihood("bound" if self.step else "exact", self._terms)}
+
+    def _terms(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"density": self.bits_per_dim(x, cond)}
 
     def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         return {"bits_per_dim": self.bits_per_dim(x, self.used(cond)).float()}

@@ -121,10 +121,11 @@ class VAE(GenerativeModel):
         return {"elbo": Likelihood("bound", self._elbo)}
 
     @torch.no_grad()
-    def _elbo(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+    def _elbo(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
         noise = torch.randn(len(x), self.latent_dim, generator=generator, device=generator.device).to(x.device)
         reconstruction, kl = self.terms(x, self.used(cond), noise)
-        return (reconstruction + kl.sum(1)) / (self.spec.dims * math.log(2))
+        bits = 1 / (self.spec.dims * math.log(2))
+        return {"reconstruction": reconstruction * bits, "kl": kl.sum(1) * bits}
 
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"decoder": self.decoder}

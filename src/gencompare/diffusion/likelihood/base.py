@@ -19,10 +19,17 @@ class LikelihoodMethod(ABC):
     """``bound`` (never better than the truth, in expectation) or ``estimate``."""
 
     @abstractmethod
+    def terms(
+        self, denoiser: Denoises, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """By name what adds up to -log2 p(x_0) per real value, (n,) each, for images (n, C, H, W); random numbers from
+        ``generator`` alone."""
+
     def __call__(
         self, denoiser: Denoises, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
     ) -> Tensor:
-        """-log2 p(x_0) per real value, (n,), for images (n, C, H, W); random numbers from ``generator`` alone."""
+        """-log2 p(x_0) per real value, (n,)."""
+        return torch.stack(list(self.terms(denoiser, x0, cond, pixels, generator).values())).sum(0)
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -50,16 +50,17 @@ class ODE(LikelihoodMethod):
             raise UserError(f"bits.ode.rtol={self.rtol}, bits.ode.atol={self.atol}: give positive numbers.")
 
     @torch.no_grad()
-    def __call__(
+    def terms(
         self, denoiser: Denoises, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
+        """``density`` alone, in bits/dim, (n,)."""
         nats = x0.new_zeros(len(x0))
         values = x0[0].numel()
         if pixels.levels is not None:
             width = 2 / (pixels.levels - 1)
             noise = torch.rand(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
             x0, nats = x0 + width * (noise - 0.5), nats - values * math.log(width)
-        return pixels.bits(nats - self.log_density(denoiser, x0, cond, generator))
+        return {"density": pixels.bits(nats - self.log_density(denoiser, x0, cond, generator))}
 
     @torch.no_grad()
     def log_density(self, denoiser: Denoises, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:

@@ -41,16 +41,11 @@ class VLB(LikelihoodMethod):
             if value is not None and value < 1:
                 raise UserError(f"bits.vlb.{name}={value}: give at least 1.")
 
-    def __call__(
-        self, denoiser: Denoises, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
-    ) -> Tensor:
-        return self.terms(denoiser, x0, cond, pixels, generator)["total"]
-
     @torch.no_grad()
     def terms(
         self, denoiser: Denoises, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """``prior``, ``diffusion``, ``reconstruction`` and their sum ``total``, each in bits/dim, (n,)."""
+        """``prior``, ``diffusion`` and ``reconstruction``, each in bits/dim, (n,)."""
         schedule = denoiser.schedule
         if pixels.levels is not None:
             denoiser = ClipX0(denoiser)
@@ -66,8 +61,7 @@ class VLB(LikelihoodMethod):
             "diffusion": diffusion,
             "reconstruction": reconstruction(prediction, x0, at, pixels),
         }
-        found = {name: pixels.bits(nats) for name, nats in found.items()}
-        return found | {"total": found["prior"] + found["diffusion"] + found["reconstruction"]}
+        return {name: pixels.bits(nats) for name, nats in found.items()}
 
     def _continuous(self, denoiser: Denoises, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         schedule = denoiser.schedule
