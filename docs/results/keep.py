@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
@@ -32,13 +33,26 @@ def keep(run: Path, name: str) -> None:
     for result in record.results:
         result.pictures.clear()
     record.config.pop("out", None)
-    if any(word in str(record.config) for word in (str(Path.home()), str(run.resolve()))):
-        raise UserError(f"{run}/record.json names folders of this machine: run it from the repository's root.")
+    record.config = _without_places(record.config, record.config["paths"])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder)
     shutil.copyfile(run / "curve.csv", folder / "curve.csv")
     print(f"Kept in {folder}.")
+
+
+def _without_places(value: Any, places: dict[str, str]) -> Any:
+    """The config with ``paths.data`` and its like in place of folders of this machine."""
+    if isinstance(value, dict):
+        return {key: _without_places(each, places) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each, places) for each in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        for name, place in places.items():
+            if Path(value).is_relative_to(place):
+                return str(Path(f"paths.{name}") / Path(value).relative_to(place))
+        raise UserError(f"The record names a folder of this machine, {value}: give it relative to the repository's root.")
+    return value
 
 
 if __name__ == "__main__":
