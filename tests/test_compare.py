@@ -236,6 +236,41 @@ def test_a_curve_is_read_with_its_gaps(tmp_path: Path):
 # Charts
 
 
+def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_several(tmp_path: Path):
+    def measured(calls: float, value: float, sampler: str) -> Any:
+        return result(value, generation={"nfe": {"network": calls}, "sampler": f"{sampler}, {calls:g} steps"})
+
+    write_run(tmp_path / "a", [measured(50, 2.0, "DDIM"), measured(5, 9.0, "DDIM"), measured(20, 3.0, "Heun")])
+    write_run(tmp_path / "b", [measured(10, 4.0, "DDIM")])
+    for seed in (0, 1):  # one line for both seeds
+        results = [measured(n, 90 / n + seed, "Heun") for n in (10, 30)]
+        write_run(tmp_path / f"c{seed}", results, seed=seed, family="edm")
+    runs = gather(sorted(tmp_path.iterdir())).runs
+    style = curves.styles(run.label for run in runs)
+    (chart,) = curves.against_calls(rank(runs), style)
+    drawn = {(line.color, line.dash): (line.x.tolist(), line.y.tolist()) for line in chart.lines}
+    label = {name: next(run.label for run in runs if run.label.startswith(name)) for name in ("a", "c0")}
+    assert drawn[style[label["a"]].color, ""] == ([5, 50], [9.0, 2.0]), "one kind of sampler a line"
+    assert drawn[style[label["c0"]].color, "6 3"] == ([10, 30], [9.5, 3.5]), "the mean over seeds"
+    assert len(drawn) == 2, "a single point makes no line"
+    assert chart.x_log
+    html = page.render(gather(tmp_path.iterdir()))
+    assert "Quality against network calls" in html
+    assert "Quality against network calls" not in page.render(gather([tmp_path / "b"]))
+
+
+def test_noise_schedules_share_a_chart(tmp_path: Path):
+    falling = {"t": [0.0, 0.5, 1.0], "log_snr": [9.0, 0.0, -9.0]}
+    write_run(tmp_path / "a", [result(1.0)], model={"parameters": 1, "noise_schedule": falling})
+    write_run(tmp_path / "b", [result(2.0)], model={"noise_schedule": {"t": [0.0], "log_snr": [1.0, 2.0]}})
+    write_run(tmp_path / "c", [result(3.0)])
+    runs = gather(tmp_path.iterdir()).runs
+    (chart,) = curves.noise_schedules(runs, curves.styles(run.label for run in runs))
+    assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "what is damaged or absent is not drawn"
+    assert "Noise schedules" in page.render(gather(tmp_path.iterdir()))
+    assert "Noise schedules" not in page.render(gather([tmp_path / "c"]))
+
+
 def test_a_long_curve_is_thinned_to_means():
     x, y = np.arange(3000.0), np.arange(3000.0) ** 2
     few_x, few_y = curves.thin(x, y)

@@ -51,7 +51,7 @@ def _without_places(value: Any, places: dict[str, str]) -> Any:
         for name, place in places.items():
             if Path(value).is_relative_to(place):
                 return str(Path(f"paths.{name}") / Path(value).relative_to(place))
-        raise UserError(f"The record names a folder of this machine, {value}: give it relative to the repository's root.")
+        raise UserError(f"The record names {value}, a folder of this machine: run from the repository's root.")
     return value
 
 

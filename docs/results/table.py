@@ -24,15 +24,16 @@ COLUMNS = """
 """
 NOTES = {
     "digits": """
-On digits a distance below the floor is no wonder: the reference is the training split, which the model was fitted to and
-the floor's test images were not. The Gaussian baseline reaches 2.15 times the floor there ([digits](../digits.md)), so this
-table shows that a family's program works and ranks nothing.
+On digits a distance below the floor is no wonder: the reference is the training split, which the model was fitted to
+and the floor's test images were not. The Gaussian baseline reaches 2.15 times the floor there ([digits](../digits.md)),
+so this table shows that a family's program works and ranks nothing.
 """,
     "cifar10": """
-None of these short runs is better than the Gaussian baseline on CIFAR-10. The VAE's distance falls over its budget; trained
-on to 20,000 and 48,000 images it rose again to 15 and 17 while its loss went on falling, also with 128 latents, with beta 0.1
-or 0.01, with a Gaussian likelihood and with noise on the pixels. The GAN learns with the settings of its experiment; with
-those that suffice for Fashion-MNIST (one discriminator step a batch, a penalty of 1) its distance stayed between 6.7 and 9.4.
+None of these short runs is better than the Gaussian baseline on CIFAR-10. The VAE's distance falls over its budget;
+trained on to 20,000 and 48,000 images it rose again to 15 and 17 while its loss went on falling, also with 128 latents,
+with beta 0.1 or 0.01, with a Gaussian likelihood and with noise on the pixels. The GAN learns with the settings of its
+experiment; with those that suffice for Fashion-MNIST (one discriminator step a batch, a penalty of 1) its distance
+stayed between 6.7 and 9.4.
 """,
 }
 

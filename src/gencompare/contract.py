@@ -112,6 +112,15 @@ class Explores(Protocol):
         ...
 
 
+@runtime_checkable
+class AddsNoise(Protocol):
+    """A model that has a noise schedule, which comparisons draw."""
+
+    def noise_schedule(self) -> dict[str, list[float]]:
+        """``t`` in [0, 1] and ``log_snr`` there, as plain numbers."""
+        ...
+
+
 class TrainedModel(pl.LightningModule):
     """What the trainer needs of a model, generative or not.
 

@@ -11,6 +11,7 @@ import numpy as np
 from gencompare.compare import words
 from gencompare.compare.gather import Run
 from gencompare.compare.plots import Chart, Line
+from gencompare.compare.rank import Group
 
 POINTS = 300
 """A longer curve is drawn by the means of so many stretches of it."""
@@ -67,6 +68,53 @@ def losses(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
         for (family, data, name), drawn in lines.items()
         if drawn
     ]
+
+
+def noise_schedules(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
+    """One chart of the log-SNR over time, for the runs whose models add noise by a schedule."""
+    lines = []
+    for run in runs:
+        schedule = run.record.model.get("noise_schedule") or {}
+        t, log_snr = (np.asarray(schedule.get(name) or [], dtype=float) for name in ("t", "log_snr"))
+        if len(t) and t.shape == log_snr.shape and np.isfinite([t, log_snr]).all():
+            lines.append(Line(t, log_snr, style[run.label].color, style[run.label].dash))
+    return [Chart("Log-SNR", lines, "time: 0 data, 1 noise")] if lines else []
+
+
+def against_calls(groups: Iterable[Group], style: Mapping[str, Style]) -> list[Chart]:
+    """A chart for each table in which a run was measured at several numbers of network calls.
+
+    A line is what one training, or one set of training seeds, gives with one kind of sampler.
+    """
+    charts = []
+    for group in groups:
+        points: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+        for row in group.rows:
+            calls, figure = words.calls(row.result.generation.nfe), row.headline.value
+            if calls and figure is not None:
+                labels = dict.fromkeys(run.label for run, _ in row.line.members)
+                made = row.result.generation
+                points[(*labels, made.sampler.split(",")[0], made.checkpoint, made.weights)].append((calls, figure))
+        several = {key: sorted(found) for key, found in points.items() if len({x for x, _ in found}) > 1}
+        lines = [
+            Line(*_columns(found), style[key[0]].color, _sampler_dash(key[-3], several), marker=True)
+            for key, found in several.items()
+        ]
+        if lines:
+            title = f"{words.title(group.headline)} on {group.measurement.data}"
+            charts.append(Chart(title, lines, "network calls a sample", x_log=True))
+    return charts
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.array(points).T
+    return x, y
+
+
+def _sampler_dash(name: str, keys: Iterable[tuple[str, ...]]) -> str:
+    """Samplers of one chart are told apart by their dashes, in the order in which they come."""
+    names = list(dict.fromkeys(key[-3] for key in keys))
+    return DASHES[names.index(name) % len(DASHES)]
 
 
 def _lines(run: Run, name: str, style: Mapping[str, Style], *, marker: bool = False, pale: bool = False) -> list[Line]:

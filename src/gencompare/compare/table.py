@@ -137,16 +137,11 @@ def _timed(value: Any) -> Cell:
 
 def _nfe(row: Row) -> Cell:
     calls = {name: n for name, n in (row.result.generation.nfe or {}).items() if words.finite(n)}
-    total = _calls(calls)
+    total = words.calls(calls)
     if total is None:
         return Cell(words.NONE)
     beside = " + ".join(f"{words.rate(n)} {name}" for name, n in calls.items()) if len(calls) > 1 else ""
     return Cell(words.rate(total), beside, total)
-
-
-def _calls(nfe: dict[str, float] | None) -> float | None:
-    calls = [n for n in (nfe or {}).values() if words.finite(n)]
-    return sum(calls) if calls else None
 
 
 def _images_seen(row: Row) -> float | None:
@@ -185,7 +180,7 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
             entry |= {"protocol": result.measurement.id}
             entry |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
             entry |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
-            entry |= {"nfe": _calls(result.generation.nfe)}
+            entry |= {"nfe": words.calls(result.generation.nfe)}
             entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
             entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
             entries.append(entry)

@@ -104,6 +104,12 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h"
 
 
+def calls(nfe: dict[str, float] | None) -> float | None:
+    """Network calls a sample, over all networks; None where they were not counted."""
+    counted = [n for n in (nfe or {}).values() if finite(n)]
+    return sum(counted) if counted else None
+
+
 def over(metric: Metric) -> str:
     """A headline distance as a multiple of its floor.
 

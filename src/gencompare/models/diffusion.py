@@ -18,7 +18,7 @@ from gencompare.diffusion.objectives import Objective
 from gencompare.diffusion.parameterization import Parameterization, Prediction
 from gencompare.diffusion.pixels import Pixels
 from gencompare.diffusion.samplers import Sampler
-from gencompare.diffusion.schedules import NoiseSchedule
+from gencompare.diffusion.schedules import NoiseSchedule, curve
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
@@ -152,6 +152,10 @@ class Diffusion(GenerativeModel):
 
     def _bits(self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
         return method.terms(self.denoiser, x, self.used(cond), self.pixels, generator)
+
+    def noise_schedule(self) -> dict[str, list[float]]:
+        drawn = curve(self.schedule)
+        return {name: [round(float(value), 4) for value in drawn[name]] for name in ("t", "log_snr")}
 
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network, **self._guides()}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from gencompare.contract import GenerativeModel
+from gencompare.contract import AddsNoise, GenerativeModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import Protocol, evaluate
@@ -100,6 +100,9 @@ def measure(
         if step in steps:
             continue
         steps.add(step)
+        if isinstance(model, AddsNoise) and rank_zero_only.rank == 0:
+            schedule = model.noise_schedule()
+            RunRecord.update(folder, lambda r, schedule=schedule: r.model.update(noise_schedule=schedule))
         for name in samplers(cfg, model):
             generation = Generation(
                 weights=weights if model.averaged_parameters() else "raw",
