@@ -201,7 +201,7 @@ def main() -> None:
         result["environment"]["packages"]["diffusers"] = metadata.version("diffusers")
         report("network", "3x32x32, batch 64, 32 channels", compare_networks(options.rounds))
     else:
-        print("The network is compared with that of diffusers: pip install 'gencompare[parity]'")
+        print("The network is compared with that of diffusers: pip install 'gencompare[dev]'")
     report(
         "trainer",
         "3x32x32, batch 64, 32 channels",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -364,8 +365,9 @@ def test_published_weights_join_the_comparison(trained: Path, cli: Cli, tmp_path
         assert named in complaint(capsys)
 
 
-def test_a_published_ddpm_of_diffusers_is_measured(cli: Cli, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'gencompare[parity]'")
+def test_a_published_ddpm_of_diffusers_is_measured(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     network = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
         down_block_types=("AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D"),
@@ -378,9 +380,24 @@ def test_a_published_ddpm_of_diffusers_is_measured(cli: Cli, tmp_path: Path) -> 
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["model"]["parameters"] == sum(p.numel() for p in network.parameters())
 
+    asked = []
+
+    def download(name: str, **_: Any) -> str:
+        asked.append(name)
+        if name == "someone/ddpm":
+            return str(tmp_path / "published")
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    hub = ["task=evaluate", "model=ddpm", *QUICK, *words]
+    assert cli(*hub, "pretrained=someone/ddpm", "hydra.run.dir=hub") == 0
+    assert json.loads((tmp_path / "hub" / "record.json").read_text())["name"] == "ddpm"
+    assert cli(*hub, "pretrained=someone/else", "hydra.run.dir=other") == 1
+    assert "no file someone/else" in (said := complaint(capsys)) and "no network" in said and "pretrained=DIR" in said
+    assert asked == ["someone/ddpm", "someone/else"]
+
 
 def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install 'gencompare[parity]'")
     words = ["model=ddpm", *QUICK, "budget.steps=3", "callbacks.looks.count=0", "model.sampler.steps=3"]
     assert cli(*words, "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
     assert cli("task=export", "run=run", "format=diffusers", "task.out=theirs") == 0

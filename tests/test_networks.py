@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -352,9 +353,8 @@ def test_filters_that_cannot_be_are_refused(taps: list[float]) -> None:
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("fir", [False, True])
 def test_a_residual_block_with_the_weights_of_diffusers_gives_the_same(way: str, scale_shift: bool, fir: bool) -> None:
-    resnet = pytest.importorskip("diffusers.models.resnet", reason="pip install 'gencompare[parity]'")
     theirs = shaken(
-        resnet.ResnetBlock2D(
+        ResnetBlock2D(
             in_channels=8,
             out_channels=8,
             temb_channels=6,

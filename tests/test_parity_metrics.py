@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import prdc
 import pytest
 import torch
 from PIL import Image
+from pytorch_fid import fid_score
 from torch import Tensor
 
 from gencompare.contract import DataSpec
@@ -32,7 +34,6 @@ def correlated(n: int, d: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 450)])
 def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.CaptureFixture[str]) -> None:
-    prdc = pytest.importorskip("prdc")
     a, b = correlated(n, 24, 1), torch.cat([correlated(m - 100, 24, 2), correlated(100, 24, 1)])
     own = neighbourhood(a, b)
     for k, names in ((5, ("density", "coverage")), (3, ("precision", "recall"))):
@@ -42,7 +43,6 @@ def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.C
 
 
 def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
-    fid_score = pytest.importorskip("pytorch_fid.fid_score")
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -29,8 +30,6 @@ from gencompare.diffusion.parameterization import Prediction
 from gencompare.diffusion.samplers import DDIM, Ancestral, DPMSolverPP2M, Heun, Sampler, UniPC
 from gencompare.diffusion.schedules import CLEAN, BetaTable, CosineBetas, LinearBetas
 from gencompare.seeds import generator
-
-diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install 'gencompare[parity]'")
 
 
 def network(x: Tensor, k: float) -> Tensor:

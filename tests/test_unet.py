@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -260,7 +261,6 @@ def test_dropout_is_for_training_only() -> None:
 
 @pytest.mark.parametrize("names", ["today", "published"])
 def test_with_the_weights_of_diffusers_it_gives_the_same_output(names: str) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install 'gencompare[parity]'")
     theirs = shaken(
         # The settings of google/ddpm-cifar10-32, at a quarter of its width.
         diffusers.UNet2DModel(

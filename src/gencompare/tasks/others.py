@@ -18,7 +18,7 @@ from gencompare.records import RunRecord, now
 from gencompare.tasks.build import build_data, build_model, build_protocol
 from gencompare.tasks.environment import environment
 from gencompare.tasks.load import generative
-from gencompare.tasks.pretrained import load_pretrained
+from gencompare.tasks.pretrained import load_pretrained, located
 from gencompare.tasks.progress import stages
 from gencompare.tasks.results import put
 from gencompare.tasks.show import described, print_end
@@ -40,7 +40,7 @@ def evaluate(cfg: DictConfig) -> None:
     protocol.check(data)
     labels = None
     drawn: list[Tensor] = []
-    path = Path(given[0])
+    path = Path(given[0]) if cfg.samples is not None else located(given[0])
     if cfg.samples is not None:
         source, labels = read_samples(path, data.spec, cache=Path(cfg.paths.cache))
         generation, details = Generation(), {}
@@ -55,7 +55,7 @@ def evaluate(cfg: DictConfig) -> None:
         result = evaluation.evaluate(
             source, data, protocol, generation=generation, labels=labels, progress=progress, on_samples=drawn.append
         )
-    begin(cfg, data, path, details).save(folder)
+    begin(cfg, data, Path(given[0]), details).save(folder)
     put(folder, result, drawn[0], data.spec)
     print_end(RunRecord.load(folder), folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gencompare.tasks.load import check_fits
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "weights.safetensors")
 """Names that weights have in a published folder."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pretrained(model: TrainedModel, path: Path) -> None:
@@ -38,6 +40,28 @@ def load_pretrained(model: TrainedModel, path: Path) -> None:
         }
     check_fits(model, state, file)
     model.load_state_dict(state)
+
+
+def located(place: str) -> Path:
+    """The file or folder at ``place``, or where no such path is, the weights of the hub's repository of that name.
+
+    Raises `UserError` where the hub cannot be asked.
+    """
+    path = Path(place)
+    if path.exists() or not HUB_NAME.fullmatch(place):
+        return path
+    offer = f"download {FILES[0]} by other means and give its folder: pretrained=DIR"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f"There is no file {place}. To ask the Hugging Face hub for it: pip install 'gencompare[hub]'; or {offer}."
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(place, allow_patterns=[*FILES, *(f"unet/{n}" for n in FILES)]))
+    except Exception as error:  # of many kinds: no network, no such repository, a gated one
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"There is no file {place}, and the hub did not give it ({why}): {offer}.") from error
 
 
 def converted(network: UNet, state: dict[str, Tensor]) -> dict[str, Tensor]:
