@@ -1,0 +1,124 @@
+"""What a trained run samples with is the average of its weights: a law that the raw ones break.
+
+A diffusion model whose only weights are the mean and the variance of Gaussian data (`gaussian_truth`), trained at a
+constant rate so high that the weights keep shaking about the truth. Mean and covariance of its samples follow from the
+weights without Monte Carlo error, and are those of the data where the weights are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from gaussian_truth import MEAN, VARIANCE, error
+from gencompare.contract import DataSpec
+from gencompare.data.base import SPLITS, ImageData, Split
+from gencompare.models.diffusion import Diffusion
+from gencompare.seeds import generator
+from gencompare.tasks import load
+from gencompare.training.budget import Budget
+from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.clock import Clock
+from gencompare.training.ema import EMA
+from gencompare.training.looks import looking
+from parts import part
+
+CLOSE = 0.1
+"""How far mean and standard deviation of the samples may be off, over all pixels; the data's own differ by 0.03."""
+
+
+class GaussianPixels(ImageData):
+    """Images of three pixels, each Gaussian."""
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        self.spec = DataSpec(name="gaussian_pixels", shape=(1, 1, 3), num_classes=0, num_levels=None)
+
+    def load(self) -> dict[str, Split]:
+        sources = {split: generator("cpu", self.spec.name, split) for split in SPLITS}
+        draw = {split: torch.randn(4096, 1, 1, 3, generator=source) for split, source in sources.items()}
+        return {split: Split((MEAN + VARIANCE.sqrt() * z).float(), None) for split, z in draw.items()}
+
+
+class GaussianNetwork(nn.Module):
+    """E[x_0 | x_t] = m + alpha V (x_t - alpha m) / (alpha^2 V + sigma^2), of which m and log V are learned."""
+
+    def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.mean, self.log_variance = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        # It is told 500 + 25 log-SNR, and alpha^2 + sigma^2 = 1.
+        alpha2 = torch.sigmoid((noise_cond - 500) / 25)[:, None, None, None]
+        noise = (x - alpha2.sqrt() * self.mean) / (alpha2 * self.log_variance.exp() + 1 - alpha2)
+        return self.mean + alpha2.sqrt() * self.log_variance.exp() * noise
+
+
+def untrained() -> Diffusion:
+    return Diffusion(
+        GaussianPixels().spec,
+        network=GaussianNetwork,
+        schedule=part("schedule", "vp"),
+        parameterization=part("parameterization", "x0"),
+        objective=part("objective", "simple"),
+        sampler=part("sampler", "ddim", steps=200),
+        clip_x0=False,
+        optimizer=lambda weights: torch.optim.Adam(weights, lr=0.3),
+    )
+
+
+def samples_error(model: Diffusion) -> float:
+    """How far mean and standard deviation of the samples are off."""
+    with torch.no_grad():
+        return error(model.sampler, model.sampling_denoiser, model.sampler.times(model.schedule))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffusion, Path]:
+    """The trainer and the model as training left them, and the run's folder."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = pl.Trainer(
+        callbacks=[Clock(0, 64, Budget(steps=900)), EMA(0.99), Checkpoints(folder / "checkpoints")],
+        plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    model = untrained()
+    trainer.fit(model, datamodule=GaussianPixels(batch_size=64, seed=1))
+    return trainer, model, folder
+
+
+def loaded_error(folder: Path, weights: str = "ema") -> float:
+    """Of what a task samples that is given the run's folder."""
+    model = untrained()
+    load.load_weights(model, folder, checkpoint="last", weights=weights)
+    return samples_error(model)
+
+
+def looked_error(trainer: pl.Trainer, model: Diffusion) -> float:
+    """Of what a look sees while the model trains."""
+    with looking(trainer, model):
+        return samples_error(model)
+
+
+def test_samples_of_a_run_and_of_a_look_are_those_of_the_data(trained: tuple[pl.Trainer, Diffusion, Path]) -> None:
+    trainer, model, folder = trained
+    assert loaded_error(folder) < CLOSE
+    assert looked_error(trainer, model) < CLOSE
+
+
+def test_raw_weights_in_place_of_the_average_break_the_law(
+    trained: tuple[pl.Trainer, Diffusion, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, model, folder = trained
+    assert loaded_error(folder, "raw") > CLOSE, "asked for"
+    monkeypatch.setattr(load, "CHECKPOINT_KEY", "average")  # the name of nothing in a checkpoint
+    assert loaded_error(folder) > CLOSE, "a bug in loading"
+    monkeypatch.setattr(EMA, "averaged", lambda self, model: nullcontext())
+    assert looked_error(trainer, model) > CLOSE, "a bug in looking"
