@@ -1,6 +1,6 @@
 """The failures of plain score matching, and what mends them: python docs/figures/score_matching.py
 
-Writes docs/images/score_matching.png and prints the tables of docs/score_matching.md; two minutes on one core.
+Writes docs/images/score_matching.png and prints the tables of docs/score_matching.md; some two minutes on one core.
 """
 
 from __future__ import annotations
