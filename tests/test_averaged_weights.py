@@ -31,7 +31,7 @@ from gencompare.training.looks import looking
 from parts import part
 
 CLOSE = 0.1
-"""How far mean and standard deviation of the samples may be off, over all pixels; the training images' own differ by 0.02."""
+"""How far mean and standard deviation of the samples may be off, over all pixels; of the training images 0.02."""
 
 
 class GaussianPixels(ImageData):
