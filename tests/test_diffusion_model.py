@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from composing import compose
 from gencompare.contract import DataSpec
+from gencompare.diffusion.noise_conditioning import ContinuousTime, LogSigma, LogSNR, NoiseConditioning, Timestep
+from gencompare.diffusion.objectives import VLB
+from gencompare.diffusion.parameterization import Eps
 from gencompare.diffusion.schedules import VariancePreserving
 from gencompare.errors import UserError
 from gencompare.models.diffusion import Diffusion
@@ -169,7 +172,8 @@ def test_sampling_starts_from_the_noise_at_the_first_time_of_its_grid(first: flo
 
 
 def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
-    model = diffusion(schedule=part("schedule", "learned"))
+    bound = {"schedule": part("schedule", "learned"), "objective": VLB()}
+    model = diffusion(**bound)
     assert {"schedule.gamma_min", "schedule.height"} <= set(model.averaged_parameters())
     loss = model.losses(torch.rand(8, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 8))["loss"]
     loss.mean().backward()
@@ -179,6 +183,19 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
         model.schedule.gamma_max.fill_(-13.2)
     with pytest.raises(UserError, match="Learned has collapsed"):
         model.sample(2, generator=generator("cpu", 0))
+
+
+def test_no_other_loss_moves_a_learned_schedule() -> None:
+    """It would be lowest where there is nothing but noise."""
+    model = diffusion(schedule=part("schedule", "learned"))
+    model.losses(torch.rand(8, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 8))["loss"].mean().backward()
+    assert all(p.grad is None for p in model.schedule.parameters())
+
+
+@pytest.mark.parametrize("noise", [Timestep(), ContinuousTime(), LogSNR(), LogSigma()], ids=str)
+def test_churn_works_whatever_the_network_is_told_of_the_noise(noise: NoiseConditioning) -> None:
+    model = diffusion(parameterization=Eps(noise=noise), sampler=part("sampler", "heun", steps=5, s_churn=2.0))
+    assert model.sample(3, generator=generator("cpu", 0)).isfinite().all()
 
 
 def test_checkpoints_hold_no_tables() -> None:

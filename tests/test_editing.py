@@ -21,7 +21,9 @@ from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
 from gencompare.diffusion.exploring import BETWEEN, FILLS, MOMENTS, inpainting, interpolation, round_trip, way
 from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.samplers import DDIM
 from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule
+from gencompare.diffusion.times import LogSNRGrid
 from gencompare.errors import UserError
 from gencompare.seeds import generator
 from parts import part
@@ -151,8 +153,7 @@ def test_between_two_noises_there_is_noise() -> None:
 
 def test_interpolation_starts_and_ends_at_the_images() -> None:
     schedule, x = LinearBetas(), images(4)
-    times = part("sampler", "heun", steps=60).times(schedule)
-    found = interpolation(Truth(schedule), x, {"label": torch.tensor([0.0, 5.0, 3.0, 3.0])}, times)
+    found = interpolation(Truth(schedule), x, {"label": torch.tensor([0.0, 5.0, 3.0, 3.0])})
     assert found.shape == (2, BETWEEN, 1, 1, 3)
     torch.testing.assert_close(found[:, 0], x[[0, 2]], rtol=0, atol=0.02)
     torch.testing.assert_close(found[:, -1], x[[1, 3]], rtol=0, atol=0.02)
@@ -205,6 +206,29 @@ def test_the_denoiser_sees_known_pixels_with_the_noise_of_their_time(name: str) 
         ), f"at t = {float(t):.3g}"
 
 
+def test_filling_in_starts_where_the_grid_does() -> None:
+    """On a grid that begins below the top of the schedule, from the noise of that time."""
+    truth = Truth(schedule_named("ve"))
+    sampler = DDIM(steps=5, grid=LogSNRGrid(first=-2.0))
+    inpaint(sampler, truth, images(1).expand(2000, 1, 1, 3), KNOWN, generator=generator("cpu", 2))
+    assert float(truth.seen[0][..., ~KNOWN].std()) == pytest.approx(math.exp(1), rel=0.25)
+
+
+def test_what_is_not_finite_is_named() -> None:
+    class Breaks(Truth):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            return Prediction(x_t * torch.nan, x_t * torch.nan)
+
+    broken, x, ddim = Breaks(LinearBetas()), images(2), part("sampler", "ddim", steps=4)
+    for doing in (
+        lambda: inpaint(ddim, broken, x, KNOWN, generator=generator("cpu", 0)),
+        lambda: trajectory(ddim, broken, x, count=2, generator=generator("cpu", 0)),
+        lambda: encode(broken, x, ddim.times(broken.schedule).flip(0)),
+    ):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            doing()
+
+
 def test_known_must_be_true_or_false() -> None:
     with pytest.raises(UserError, match="bool"):
         inpaint(part("sampler", "ddim"), Truth(LinearBetas()), images(1), KNOWN.double(), generator=generator("cpu", 0))
@@ -251,8 +275,7 @@ def test_states_are_shown_at_unit_size() -> None:
 def test_pictures_lie_as_they_are_described() -> None:
     schedule, x = LinearBetas(), images(5)
     heun, label = part("sampler", "heun", steps=40), {"label": torch.arange(5.0)}
-    times = heun.times(schedule)
-    there = round_trip(Truth(schedule), x, label, times)
+    there = round_trip(Truth(schedule), x, label)
     assert torch.equal(there[0], x) and there.shape == (3, 5, 1, 1, 3)
     torch.testing.assert_close(there[2], x, rtol=0, atol=0.05)
     filled = inpainting(heun, Truth(schedule), x, label, generator("cpu", 0))

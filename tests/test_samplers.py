@@ -49,7 +49,7 @@ from gencompare.diffusion.samplers import (
 )
 from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule, Scales
 from gencompare.errors import UserError
-from gencompare.seeds import generator
+from gencompare.seeds import generator, normal_like
 from parts import part
 
 SAMPLERS = options("model/sampler")
@@ -320,7 +320,7 @@ def test_half_or_twice_the_variance_of_the_noise_breaks_the_order(
     sampler: Sampler, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (ancestral, sde):
-        monkeypatch.setattr(module, "normal_like", lambda x, source: factor**0.5 * base.normal_like(x, source))
+        monkeypatch.setattr(module, "normal_like", lambda x, source: factor**0.5 * normal_like(x, source))
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
 

@@ -70,3 +70,8 @@ class Draws:
         offset = torch.rand((), generator=self.generator, device=self.device, dtype=dtype)
         rows = torch.arange(self.start, self.stop, device=self.device, dtype=dtype)
         return (offset + rows / self.total) % 1.0
+
+
+def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the shape and type of x, drawn where the generator lives."""
+    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

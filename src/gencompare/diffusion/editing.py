@@ -12,10 +12,11 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.samplers import Heun, Sampler
-from gencompare.diffusion.samplers.base import check_times, normal_like, steps_between
+from gencompare.diffusion.samplers.base import check_times, steps_between
 from gencompare.diffusion.samplers.ode import along
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
 from gencompare.errors import UserError
+from gencompare.seeds import normal_like
 
 
 def encode(denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
@@ -40,12 +41,19 @@ def encode(denoiser: Denoises, x: Tensor, times: Tensor, cond: Cond | None = Non
         start, x = x, along(x, slope, now, then)
         if now.sigma / now.alpha * Heun.FURTHEST >= then.sigma / then.alpha:
             x = along(start, (slope + denoiser(x, t, cond).eps) / 2, now, then)
-    return x
+    return finite(x, "Encoding")
 
 
 def decode(denoiser: Denoises, noise: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
     """The images that the probability-flow ODE leads to from noise, at falling ``times``: `Heun`'s method."""
     return Heun(steps=len(times) - 1).sample(denoiser, noise, cond, generator=torch.Generator(), times=times)
+
+
+def finite(x: Tensor, doing: str) -> Tensor:
+    """``x``. Raises `UserError` where it holds NaN or infinite values."""
+    if not torch.isfinite(x).all():
+        raise UserError(f"{doing} gave NaN or infinite values: the network's weights or outputs are not finite.")
+    return x
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
@@ -88,11 +96,11 @@ def inpaint(
         at = schedule.at(t.to(x.device), x)
         return torch.where(known, at.alpha * image + at.sigma * normal_like(image, generator), x)
 
-    x = replaced(schedule.prior(image.shape, generator, image.device).to(image.dtype), times[0])
+    x = replaced(schedule.prior(image.shape, generator, image.device, t=times[0]).to(image.dtype), times[0])
     for step in sampler.iterate(denoiser, x, cond, generator=generator, times=times):
         # In place: the state that a sampler yields is the one that it goes on from.
         x = step.x.copy_(replaced(step.x, step.t))
-    return x
+    return finite(x, "Inpainting")
 
 
 class Trajectory(NamedTuple):
@@ -117,6 +125,7 @@ def trajectory(
 ) -> Trajectory:
     """``count`` evenly chosen steps of a sampler (all of them where it has fewer), the last among them."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
+    finite(steps[-1].x, "Sampling")
     chosen = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]
     return Trajectory(
         torch.stack([step.t for step in chosen]),

@@ -8,9 +8,12 @@ from torch import Tensor
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
 from gencompare.diffusion.samplers import Sampler
+from gencompare.diffusion.times import UniformGrid
 
 BETWEEN = 9
 """Images from one end of an interpolation to the other, ends included."""
+ODE_STEPS = 50
+"""From image to noise, and back; of two network calls each."""
 FILLS = 6
 """Ways in which a hidden half is filled in."""
 MOMENTS = 10
@@ -19,8 +22,16 @@ NOISES = 4
 """Noises whose trajectories are shown."""
 
 
-def interpolation(denoiser: Denoises, x: Tensor, cond: Cond, times: Tensor) -> Tensor:
+def ode_times(denoiser: Denoises, x: Tensor) -> Tensor:
+    """Falling times for the way between image and noise: `ODE_STEPS` even ones, or all of a table that has fewer."""
+    table = denoiser.schedule.discrete_times
+    steps = ODE_STEPS if table is None else min(ODE_STEPS, len(table))
+    return UniformGrid()(denoiser.schedule, steps).to(x.device)
+
+
+def interpolation(denoiser: Denoises, x: Tensor, cond: Cond) -> Tensor:
     """A row for each pair of images, (n // 2, `BETWEEN`, C, H, W), with the conditions of the nearer end."""
+    times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
     first = torch.arange(0, len(x) - 1, 2, device=x.device).repeat_interleave(BETWEEN)
     share = torch.linspace(0, 1, BETWEEN, device=x.device).repeat(len(x) // 2)
@@ -29,8 +40,9 @@ def interpolation(denoiser: Denoises, x: Tensor, cond: Cond, times: Tensor) -> T
     return decode(denoiser, between, times, rows(cond, nearer)).unflatten(0, (-1, BETWEEN))
 
 
-def round_trip(denoiser: Denoises, x: Tensor, cond: Cond, times: Tensor) -> Tensor:
+def round_trip(denoiser: Denoises, x: Tensor, cond: Cond) -> Tensor:
     """Three rows: images, the noises that they are encoded to (in units of the prior), and what those decode to."""
+    times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
     return torch.stack([x, noise / denoiser.schedule.prior_std, decode(denoiser, noise, times, cond)])
 
@@ -47,7 +59,7 @@ def inpainting(sampler: Sampler, denoiser: Denoises, x: Tensor, cond: Cond, gene
 def way(sampler: Sampler, denoiser: Denoises, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
     """Two rows for each of `NOISES` noises: the states of the sampler, and the images that the denoiser saw in them."""
     schedule, n = denoiser.schedule, min(NOISES, len(x))
-    noise = schedule.prior((n, *x.shape[1:]), generator, x.device)
+    noise = schedule.prior((n, *x.shape[1:]), generator, x.device, t=sampler.times(schedule)[0])
     cond = {name: value[:n] for name, value in cond.items()}
     found = trajectory(sampler, denoiser, noise, cond, count=MOMENTS, generator=generator)
     states = unit_size(found.states, found.times, schedule)

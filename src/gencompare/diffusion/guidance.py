@@ -238,9 +238,7 @@ def check_same_schedule(schedule: NoiseSchedule, guidance: Guidance, points: int
 
 def _curve(schedule: NoiseSchedule, points: int) -> Tensor:
     """Times, log-SNR and log alpha at some of them, from end to end."""
-    tensors = [*schedule.parameters(), *schedule.buffers()]
-    device = tensors[0].device if tensors else None
-    t = torch.linspace(schedule.t_min, schedule.t_max, points, device=device)
+    t = torch.linspace(schedule.t_min, schedule.t_max, points, device=schedule.device)
     return torch.stack([t, schedule.log_snr(t), schedule.log_alpha(t)]).float().cpu()
 
 

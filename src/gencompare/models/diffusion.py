@@ -31,7 +31,8 @@ class Diffusion(GenerativeModel):
     Args:
         network: a factory ``(shape, out_channels, num_classes) -> module(x, noise_cond, cond)``; ``num_classes`` is 0
             for an unconditional model.
-        schedule: alpha and sigma over time; a learned one is trained with the network.
+        schedule: alpha and sigma over time; a learned one is trained with the network where the objective is a bound,
+            and else stays as it starts.
         parameterization: what the network is given and predicts.
         objective: the training loss.
         sampler: how samples are drawn.
@@ -60,6 +61,8 @@ class Diffusion(GenerativeModel):
         schedule.check()
         sampler.times(schedule)
         parameterization.check(schedule)
+        if not objective.trains_schedule:
+            schedule.requires_grad_(False)
         self.schedule, self.parameterization = schedule, parameterization
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
         self.bits = dict(bits or {})
@@ -122,12 +125,12 @@ class Diffusion(GenerativeModel):
     def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """What `Explores` asks for. Encoding and decoding leave guidance out, which would amplify what the one misses
         of the other; the rest is by the sampler, as samples are drawn."""
-        cond, times = self._ready(cond), self.sampler.times(self.schedule).to(x.device)
+        cond = self._ready(cond)
         unguided = self._clipped(self.denoiser)
         return {
-            "interpolation": exploring.interpolation(unguided, x, cond, times),
+            "interpolation": exploring.interpolation(unguided, x, cond),
             "inpainting": exploring.inpainting(self.sampler, self.sampling_denoiser, x, cond, generator),
-            "round_trip": exploring.round_trip(unguided, x, cond, times),
+            "round_trip": exploring.round_trip(unguided, x, cond),
             "trajectory": exploring.way(self.sampler, self.sampling_denoiser, x, cond, generator),
         }
 
@@ -151,6 +154,7 @@ class Diffusion(GenerativeModel):
         return {name: Likelihood(method.kind, partial(self._bits, method)) for name, method in self.bits.items()}
 
     def _bits(self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
+        self.schedule.check()  # a bound under a log-SNR that rises would be none
         return method.terms(self.denoiser, x, self.used(cond), self.pixels, generator)
 
     def noise_schedule(self) -> dict[str, list[float]]:

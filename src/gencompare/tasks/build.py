@@ -97,6 +97,11 @@ def build_trainer(
     _quiet()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     options.pop("global_batch_size")
+    if str(options.get("precision")) in ("16-true", "bf16-true"):
+        raise UserError(
+            f"trainer.precision={options['precision']} would round noise schedules and averages to 16 bits: use"
+            f" {str(options['precision']).replace('true', 'mixed')}."
+        )
     several = options["strategy"] == "ddp" or (
         options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1)
     )

@@ -43,6 +43,14 @@ def export(cfg: DictConfig) -> None:
     print(f"Weights of {folder} at step {step}: {out}")
 
 
+ONLY = {
+    "heads": 1, "head_channels": None, "decoder_attention_once": False, "resample_filter": None, "scale_shift": False,
+    "skip_rescale": False, "progressive_input": None, "progressive_output": None, "fourier_input": (),
+    "add_input": False,
+}  # fmt: skip
+"""Options of `UNet` and the values with which it is diffusers' ``UNet2DModel``."""
+
+
 def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
     with atomic(path) as file:
         file.write(save({name: value.contiguous() for name, value in state.items()}, metadata))
@@ -67,16 +75,31 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
             "format=diffusers writes DDPMs: a U-Net that is told the timestep, under a table of betas of so many"
             " steps, with parameterization eps, x0 or v. Leave format out to write one file of weights."
         )
+    changed = [name for name, usual in ONLY.items() if cfg.model.network.get(name, usual) != usual]
+    if changed:
+        raise UserError(f"format=diffusers: UNet2DModel has nothing like model.network.{changed[0]} of this run.")
     state = to_diffusers(network.state_dict(), levels=network.levels, blocks=network.blocks)
     write_tensors(state, out / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     write_json(out / "unet" / "config.json", unet_config(cfg.model.network, model))
     scheduler = {
         "_class_name": "DDPMScheduler", "num_train_timesteps": len(betas), "trained_betas": betas.tolist(),
-        "prediction_type": predicts, "clip_sample": bool(cfg.model.clip_x0), "variance_type": "fixed_small",
+        "prediction_type": predicts, "clip_sample": bool(cfg.model.clip_x0), "variance_type": variance_type(model),
     }  # fmt: skip
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     write_json(out / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
+
+
+def variance_type(model: Any) -> str:
+    """diffusers' word for the variance that the model is sampled with; of other samplers than `Ancestral`, DDPM's."""
+    variance = getattr(model.sampler, "variance", 0.0)
+    words = {0.0: "fixed_small", 1.0: "fixed_large"}
+    if variance not in words:
+        raise UserError(
+            f"format=diffusers: DDPMScheduler has no variance between its bounds (here {variance}): export with"
+            " model.sampler.variance=0 or 1."
+        )
+    return words[variance]
 
 
 def betas_of(schedule: BetaTable) -> Tensor:

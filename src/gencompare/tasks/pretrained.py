@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from gencompare.tasks.load import check_fits
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "weights.safetensors")
 """Names that weights have in a published folder."""
+WANTED = (*FILES, "config.json")
+SAME_NETWORK = {
+    "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
+    "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional", "center_input_sample": False,
+    "resnet_time_scale_shift": "default", "add_attention": True, "downsample_type": "conv", "upsample_type": "conv",
+}  # fmt: skip
+"""What a ``UNet2DModel`` must say of itself to be the same network. What it leaves out is taken to be so."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -31,6 +39,7 @@ def load_pretrained(model: TrainedModel, path: Path) -> None:
     file = found(path)
     state = read(file)
     if "conv_in.weight" in state:
+        check_published(file.with_name("config.json"))
         network = getattr(model, "network", None)
         if not isinstance(network, UNet):
             raise UserError(f"{file} holds a U-Net of diffusers, and this model has none: choose model=ddpm.")
@@ -58,10 +67,27 @@ def located(place: str) -> Path:
             f"There is no file {place}. To ask the Hugging Face hub for it: pip install 'gencompare[hub]'; or {offer}."
         ) from error
     try:
-        return Path(huggingface_hub.snapshot_download(place, allow_patterns=[*FILES, *(f"unet/{n}" for n in FILES)]))
+        wanted = [*WANTED, *(f"unet/{name}" for name in WANTED)]
+        return Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
     except Exception as error:  # of many kinds: no network, no such repository, a gated one
         why = " ".join(str(error).split())[:200]
         raise UserError(f"There is no file {place}, and the hub did not give it ({why}): {offer}.") from error
+
+
+def check_published(config: Path) -> None:
+    """Raises `UserError` where the published ``config.json``, if there is one, tells of another network than `UNet`."""
+    if not config.is_file():
+        return
+    try:
+        said = json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"{config} is damaged ({error}).") from error
+    for name, usual in SAME_NETWORK.items():
+        if said.get(name, usual) != usual:
+            raise UserError(
+                f"{config} says {name}={said[name]}, and the U-Net here is the one with {name}={usual}: the weights"
+                " would fit, and give other images."
+            )
 
 
 def converted(network: UNet, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,8 +30,3 @@ class LikelihoodMethod(ABC):
     ) -> Tensor:
         """-log2 p(x_0) per real value, (n,)."""
         return torch.stack(list(self.terms(denoiser, x0, cond, pixels, generator).values())).sum(0)
-
-
-def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers like x, drawn where the generator lives."""
-    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

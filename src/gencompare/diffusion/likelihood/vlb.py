@@ -10,9 +10,10 @@ from torch import Tensor
 
 from gencompare.diffusion.bound import chain, prior_kl, reconstruction, step_kl
 from gencompare.diffusion.denoiser import ClipX0, Cond, Denoises
-from gencompare.diffusion.likelihood.base import LikelihoodMethod, normal_like
+from gencompare.diffusion.likelihood.base import LikelihoodMethod
 from gencompare.diffusion.pixels import Pixels
 from gencompare.errors import UserError
+from gencompare.seeds import normal_like
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,6 +16,10 @@ from gencompare.seeds import Draws
 
 class Objective(ABC):
     """A training loss."""
+
+    trains_schedule: ClassVar[bool] = False
+    """Whether a schedule with weights may follow its gradient. Only a bound on the likelihood may be lowered so: any
+    other loss is lowest where there is nothing but noise, or next to none."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class DiscreteVLB(Objective):
     Args:
         steps: T; None takes every step of a schedule that has steps.
     """
+
+    trains_schedule: ClassVar[bool] = True
 
     steps: int | None = None
     pixels: Pixels | None = None

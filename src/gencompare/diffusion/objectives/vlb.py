@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class VLB(Objective):
     A schedule with weights is trained along: its ends for the bound, as the network is, its course for a small variance
     of the diffusion term D, by the gradient of E[D^2] (their appendix I.2).
     """
+
+    trains_schedule: ClassVar[bool] = True
 
     pixels: Pixels | None = None
 

@@ -38,4 +38,4 @@ def _weights(at: Scales) -> tuple[Tensor, Tensor]:
     """k and a."""
     before = at.step_before
     c = -torch.expm1(at.log_snr - before.log_snr)
-    return (1 - c) * before.alpha / at.alpha, before.alpha * c
+    return torch.exp(at.log_snr - before.log_snr) * before.alpha / at.alpha, before.alpha * c

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoises
-from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.diffusion.samplers.base import Sampler, Step, steps_between
 from gencompare.diffusion.schedules import Scales
 from gencompare.errors import UserError
+from gencompare.seeds import normal_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class DDIM(Sampler):
 def posterior(now: Scales, then: Scales, variance: Tensor | float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The step of `Ancestral` from ``now`` to ``then``: what it multiplies x_t, x_0 and standard normal noise by."""
     c = -torch.expm1(now.log_snr - then.log_snr)
-    kept = (1 - c) * then.alpha / now.alpha  # = alpha_t sigma_s^2 / (alpha_s sigma_t^2)
+    # = alpha_t sigma_s^2 / (alpha_s sigma_t^2), for (1 - c) loses its last digits where c is nearly 1
+    kept = torch.exp(now.log_snr - then.log_snr) * then.alpha / now.alpha
     std = c.sqrt() * then.sigma ** (1 - variance) * now.sigma**variance * (then.sigma > 0)
     return kept, then.alpha * c, std

@@ -50,8 +50,8 @@ class Sampler(ABC):
     grid: TimeGrid = field(default_factory=UniformGrid)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"sampler.steps={self.steps}: give at least 1.")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise UserError(f"sampler.steps={self.steps}: give a whole number, at least 1.")
 
     @abstractmethod
     def walk(
@@ -150,11 +150,6 @@ class _OneTime(Scales):
     @cached_property
     def log_snr_slope(self) -> Tensor:
         return self._every.log_snr_slope[self._i]
-
-
-def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape and type of x, drawn where the generator lives."""
-    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
 
 
 def check_times(times: Tensor, schedule: NoiseSchedule) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.diffusion.samplers.base import Sampler, Step, steps_between
 from gencompare.diffusion.samplers.sde import reverse_diffusion
 from gencompare.diffusion.schedules import Scales
 from gencompare.errors import UserError
+from gencompare.seeds import normal_like
 
 
 @dataclass(frozen=True, kw_only=True)

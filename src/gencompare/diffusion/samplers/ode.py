@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoises
-from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.diffusion.samplers.base import Sampler, Step, steps_between
 from gencompare.diffusion.schedules import NoiseSchedule, Scales
 from gencompare.errors import UserError
+from gencompare.seeds import normal_like
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Heun(Sampler):
         self, schedule: NoiseSchedule, x: Tensor, t: Tensor, now: Scales, gamma: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Scales]:
         """x with fresh noise, the time to which that belongs, and the scales there."""
-        t = schedule.t_from_log_snr((now.log_snr - 2 * math.log1p(gamma)).to(t.dtype))
+        t = schedule.t_from_log_snr((now.log_snr - 2 * math.log1p(gamma)).to(t.dtype)).reshape(())
         raised = schedule.at(t, x)
         kept = raised.alpha / now.alpha
         added = (raised.sigma**2 - (kept * now.sigma) ** 2).clamp(min=0.0).sqrt()  # 0 at the end of the schedule

@@ -19,8 +19,9 @@ from torch import Tensor
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.parameterization import Prediction
 from gencompare.diffusion.samplers.ancestral import posterior
-from gencompare.diffusion.samplers.base import Sampler, Step, normal_like, steps_between
+from gencompare.diffusion.samplers.base import Sampler, Step, steps_between
 from gencompare.diffusion.schedules import Scales
+from gencompare.seeds import normal_like
 
 LONG = 1.0
 

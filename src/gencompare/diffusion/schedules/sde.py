@@ -57,9 +57,6 @@ class VP(_LinearBeta, VariancePreserving):
         t_min: where time starts; 1e-5, where sigma is 0.001, is what published models are trained and scored with.
     """
 
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return -0.5 * self.integral(t)
-
     def log_snr(self, t: Tensor) -> Tensor:
         b = self.integral(t)
         return -b - torch.log(-torch.expm1(-b))
