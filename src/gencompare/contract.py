@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
@@ -34,6 +34,8 @@ class DataSpec:
     """How many values a pixel can take (bits/dim dequantises at this number); None for continuous data."""
     padding: int = 0
     """Pixels added on each side of the real image, always -1 (black)."""
+    conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """Shape of one row of each condition beside the label: ``low_res`` (c, h, w), ``embedding`` (d,)."""
 
     def mask(self, device: torch.device | str | None = None) -> Tensor:
         """(1, H, W) float: 1 on real pixels, 0 on padding."""
@@ -135,6 +137,9 @@ class TrainedModel(pl.LightningModule):
         grad_clip: the largest global norm of a gradient; None leaves gradients alone.
     """
 
+    takes: ClassVar[frozenset[str]] = frozenset()
+    """The conditions beside the label that can steer this family."""
+
     closed_form = False
     """Whether the first step fits the whole training split, which ends training whatever the budget."""
 
@@ -153,6 +158,11 @@ class TrainedModel(pl.LightningModule):
         if conditional and not spec.num_classes:
             raise UserError(
                 f"model.conditional=true needs labels, and data '{spec.name}' has none: use model.conditional=false."
+            )
+        if unfit := sorted(spec.conditions.keys() - self.takes):
+            raise UserError(
+                f"{type(self).__name__} takes no condition '{unfit[0]}', which data.conditions gives:"
+                + (f" it takes {' and '.join(sorted(self.takes))}." if self.takes else " use a diffusion model for it.")
             )
         self.spec = spec
         self.conditional = conditional
@@ -190,9 +200,15 @@ class TrainedModel(pl.LightningModule):
         """The parameters, by their state-dict name, of which the trainer keeps a moving average for sampling."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of the conditions that steer this model: the label of a conditional one, and what the data give
+        beside it."""
+        return (*(["label"] if self.conditional else []), *self.spec.conditions)
+
     def used(self, cond: Cond | None) -> Cond:
-        """The conditions that steer this model: all of them, or none for an unconditional one."""
-        return cond if self.conditional and cond is not None else {}
+        """The conditions that steer this model."""
+        return {name: value for name, value in (cond or {}).items() if name in self.uses}
 
 
 class GenerativeModel(TrainedModel):

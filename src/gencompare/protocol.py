@@ -33,7 +33,8 @@ class Measurement:
     quantization: str = "uint8"
     """Rounding of images before features are taken."""
     conditioning: str = "unconditional"
-    """``unconditional`` or ``labels``: a conditional model is told the class, so it plays another game."""
+    """``unconditional``, ``labels``, or further conditions with their shapes and the split that they come from: a
+    conditional model is told the class, so it plays another game."""
     label_distribution: str = "none"
     chunk: int = 0
     """Images drawn from one seed at a time."""

@@ -102,6 +102,8 @@ class Group:
 
     def _on_the_baseline(self) -> list[str]:
         title = words.title(self.headline)
+        if self.measurement.conditioning not in ("unconditional", "labels"):
+            return []  # the baseline takes no other condition
         if not self.baseline:
             return [
                 f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"

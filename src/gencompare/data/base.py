@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import pytorch_lightning as pl
@@ -23,17 +23,33 @@ SPLITS = ("train", "val", "test")
 class Split:
     """Images of one split, (n, C, H, W): uint8 levels 0 to num_levels - 1, or float32 in [-1, 1] where continuous.
 
-    Padding is not stored. ``labels`` is (n,) int64, or None.
+    Padding is not stored. ``labels`` is (n,) int64, or None. ``kept`` has further conditions by name, (n, ...).
     """
 
     images: Tensor
     labels: Tensor | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, rows: Tensor | slice) -> Split:
-        return Split(self.images[rows], None if self.labels is None else self.labels[rows])
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> Split:
+        """The same on ``device``; on a GPU this does not wait for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    @property
+    def nbytes(self) -> int:
+        return self.images.nbytes + sum(rows.nbytes for rows in self.kept.values())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Split:
+        return Split(
+            change(self.images),
+            None if self.labels is None else change(self.labels),
+            {name: change(rows) for name, rows in self.kept.items()},
+        )
 
 
 class ImageData(pl.LightningDataModule):
@@ -98,7 +114,9 @@ class ImageData(pl.LightningDataModule):
         found = [self.splits[part] for part in parts]
         labels = [split.labels for split in found if split.labels is not None]
         return Split(
-            torch.cat([split.images for split in found]), torch.cat(labels) if len(labels) == len(found) else None
+            torch.cat([split.images for split in found]),
+            torch.cat(labels) if len(labels) == len(found) else None,
+            {key: torch.cat([split.kept[key] for split in found]) for key in found[0].kept},
         )
 
     def hash(self, name: str) -> str:
@@ -126,15 +144,17 @@ class ImageData(pl.LightningDataModule):
             images = torch.nn.functional.pad(images, (self.spec.padding,) * 4, value=-1.0)
         return images
 
-    def cond(self, labels: Tensor | None) -> Cond:
-        return {} if labels is None else {"label": labels}
+    def cond(self, x: Tensor, part: Split) -> Cond:
+        """The conditions of images ``x`` (n, C, H, W), as `normalize` gives them, that are the rows of ``part``."""
+        return {} if part.labels is None else {"label": part.labels}
 
     def batches(self, name: str, size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
         """One pass over a split (of ``train``: over `training`) in its fixed order, no flips, nothing left out."""
         split = self.training if name == "train" else self.split(name)
         for start in range(0, len(split), size or self.eval_batch_size):
             part = split[slice(start, start + (size or self.eval_batch_size))]
-            yield self.normalize(part.images), self.cond(part.labels)
+            x = self.normalize(part.images)
+            yield x, self.cond(x, part)
 
     # What Lightning asks for
 

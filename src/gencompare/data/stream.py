@@ -76,14 +76,13 @@ class TrainStream:
             if self.split.images.is_cuda:
                 # From pinned memory the copy does not wait for the work that the device has in hand.
                 rows = rows.pin_memory().to(self.split.images.device, non_blocking=True)
-            part = self.split[rows]
-            images = self.data.normalize(part.images.to(self.device, non_blocking=True))
+            part = self.split[rows].to(self.device)
+            images = self.data.normalize(part.images)
             if self.data.flip:
                 source.manual_seed(derive(self.data.seed, "flip", step))
                 mirrored = Draws(source, start, stop, self.data.batch_size).uniform() < 0.5
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            labels = None if part.labels is None else part.labels.to(self.device, non_blocking=True)
-            yield images, self.data.cond(labels)
+            yield images, self.data.cond(images, part)
             step += 1
 
 
@@ -91,6 +90,6 @@ def resident(split: Split, device: torch.device) -> Split:
     """The split on ``device`` if it fits well, otherwise as it is."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        if split.images.nbytes <= RESIDENT_SHARE * free:
-            return type(split)(split.images.to(device), None if split.labels is None else split.labels.to(device))
+        if split.nbytes <= RESIDENT_SHARE * free:
+            return split.to(device)
     return split

@@ -14,6 +14,7 @@ from torch import Tensor
 from gencompare.contract import DataSpec
 from gencompare.errors import UserError
 from gencompare.evaluation import source
+from gencompare.evaluation.asked import Asked, asked_for
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
@@ -22,6 +23,7 @@ from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, labels_like
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
+from gencompare.evaluation.super_resolution import super_resolution
 from gencompare.protocol import Generation, Measurement
 from gencompare.records import Metric, Result, now
 
@@ -43,6 +45,7 @@ class Protocol:
         n: samples; None draws as many as there are test images, but at least 4 a feature, and at most 10,000.
         reference: what samples are held against: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file with
             the statistics of others (`reference.read_statistics`).
+        conditions: the split of the images whose conditions samples get, where more than a class steers the model.
         chunk: samples drawn from one seed at a time.
         likelihood_n: test images that are scored in bits/dim and reconstructed (some families need a thousand network
             calls for each).
@@ -55,6 +58,7 @@ class Protocol:
     extractor: Callable[[DataSpec], Extractor] = compact
     n: int | None = None
     reference: str = "train"
+    conditions: str = "test"
     chunk: int = CHUNK
     likelihood_n: int = 500
     seed: int = 0
@@ -67,6 +71,12 @@ class Protocol:
         Raises `UserError` where it cannot: weights that are not there, or too few images for the features. With n <= d
         images the d x d covariance is singular, and a Frechet distance says more of n than of the model.
         """
+        if "train" in self.conditions.split("+"):
+            raise UserError(
+                f"evaluation.protocol.conditions={self.conditions}: a model must not be asked for images that it was"
+                " trained on: choose test or val."
+            )
+        data.split(self.conditions)
         extractor = self.extractor(data.spec)
         n, dim = self.size(data, extractor), extractor.dim
         if self.chunk < 1 or self.likelihood_n < 1:
@@ -124,7 +134,8 @@ def evaluate(
 
     Returns:
         A `Result` with the figures of `figures.figures` and `figures.copies`, each distance with its floor; for models
-        that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of reconstructions.
+        that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of reconstructions; for super-resolution,
+        `super_resolution.super_resolution`.
 
     Raises:
         UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape.
@@ -134,6 +145,7 @@ def evaluate(
     n = protocol.size(data, extractor)
     spec = data.spec
     model: Any = None
+    asked: Asked | None = None
     seconds: dict[str, float] = {}
     details: dict[str, Any] = dict(extractor.details)
     flags: list[str] = details.setdefault("flags", [])
@@ -145,7 +157,7 @@ def evaluate(
     else:
         model = sampler_or_images
         drawn = draw_like(model, n, data, protocol, stage(progress, "sampling"), keep)
-        images, labels = drawn.images, drawn.labels
+        images, labels, asked = drawn.images, drawn.labels, drawn.asked
         device = torch.device(getattr(model, "device", "cpu"))
         seconds["sampling"] = drawn.seconds
         details["images_per_second"] = n / drawn.seconds
@@ -161,6 +173,8 @@ def evaluate(
     seconds["metrics"] = time.perf_counter() - start
     flags += more.pop("flags")
     details |= more
+    if asked is not None:
+        metrics |= once(lambda: super_resolution(images, asked))
     if model is not None:
         start = time.perf_counter()
         metrics |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
@@ -178,14 +192,25 @@ def evaluate(
         extractor_hash=extractor.hash,
         resize=extractor.resize,
         quantization=quantization(spec),
-        conditioning="unconditional" if labels is None else "labels",
-        label_distribution="none" if labels is None else reference.name if model is not None else "as given",
+        **played(model, labels, asked, reference),
         chunk=protocol.chunk,
     )
     return Result(
         measurement=measurement, generation=generation, metrics=metrics, headline=extractor.frechet_name,
         created=now(), seconds=seconds, details=details,
     )  # fmt: skip
+
+
+def played(model: Any, labels: Tensor | None, asked: Asked | None, reference: Reference) -> dict[str, str]:
+    """What the model was told of each sample: two fields of a `Measurement`."""
+    if asked is not None:
+        return {
+            "conditioning": asked.describe(model.uses),
+            "label_distribution": asked.split if "label" in model.uses else "none",
+        }
+    if labels is None:
+        return {"conditioning": "unconditional", "label_distribution": "none"}
+    return {"conditioning": "labels", "label_distribution": reference.name if model is not None else "as given"}
 
 
 def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
@@ -201,16 +226,17 @@ def draw_like(
     progress: Callable[[int, int], None] | None = None,
     keep: Path | None = None,
 ) -> Samples:
-    """``n`` samples in the form that extractors take; a conditional model is asked for the reference's classes."""
-    labels = None
-    if getattr(model, "conditional", False):
+    """``n`` samples in the form that extractors take; a conditional model is asked for the reference's classes, and one
+    that is told more for what held-out images have."""
+    labels, asked = None, asked_for(model, data, n, seed=protocol.seed, split=protocol.conditions)
+    if asked is None and getattr(model, "conditional", False):
         known = data.split("train" if is_file(protocol.reference) else protocol.reference).labels
         if known is None:
             raise UserError(f"A conditional model needs labels to draw, and data '{data.spec.name}' has none.")
         labels = labels_like(known, n, protocol.seed)
     return draw(
-        model, n, seed=protocol.seed, chunk=protocol.chunk, labels=labels, finish=as_stored, spec=data.spec,
-        progress=progress, keep=keep,
+        model, n, seed=protocol.seed, chunk=protocol.chunk, labels=labels, asked=asked, finish=as_stored,
+        spec=data.spec, progress=progress, keep=keep,
     )  # fmt: skip
 
 

@@ -53,6 +53,12 @@ def stored_split(images: Tensor, spec: DataSpec) -> Tensor:
     return images if spec.num_levels is None else spread(images.float(), spec.num_levels - 1)
 
 
+def levels_of(images: Tensor, spec: DataSpec) -> Tensor:
+    """The way back from `spread`: uint8 images of 0 to 255 to the levels of a split."""
+    assert spec.num_levels is not None
+    return images.float().mul((spec.num_levels - 1) / 255).round()
+
+
 def spread(level: Tensor, steps: int) -> Tensor:
     """Levels 0 to ``steps`` as uint8 0 to 255 on the CPU."""
     return level.mul(255 / steps).round().to(torch.uint8).cpu()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gencompare.contract import DataSpec
 from gencompare.errors import UserError
 from gencompare.evaluation import source
+from gencompare.evaluation.asked import Asked
 from gencompare.evaluation.distributed import shared_out, world
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.files import atomic
@@ -37,6 +38,8 @@ class Samples:
     """(n, C, H, W) on the CPU, padding cropped: uint8 0 to 255 unless `draw` was told otherwise."""
     labels: Tensor | None
     """(n,) classes that were asked for, or None."""
+    asked: Asked | None
+    """The held-out images whose conditions were asked for, where more than a class was."""
     nfe: dict[str, float]
     """Rows that went through each counted network, a sample. Guidance with two rows a sample counts two."""
     seconds: float
@@ -84,6 +87,7 @@ def draw(
     seed: int = 0,
     chunk: int = CHUNK,
     labels: Tensor | None = None,
+    asked: Asked | None = None,
     finish: Callable[[Tensor, DataSpec], Tensor] = to_uint8,
     spec: DataSpec | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -97,6 +101,7 @@ def draw(
 
     Args:
         labels: (n,) a class an image; None gives a conditional model the classes in turn, and others none.
+        asked: the images whose conditions the samples get, with their classes, in place of ``labels``.
         finish: what is done to each chunk on the way to the CPU.
         spec: of the images; None asks the model.
         progress: called with (images done, n) after each chunk.
@@ -109,7 +114,9 @@ def draw(
     if spec is None:
         raise UserError("This model says nothing of its images: give draw(..., spec=data.spec).")
     device = torch.device(getattr(model, "device", "cpu"))
-    if labels is None and getattr(model, "conditional", False):
+    if asked is not None:
+        labels = asked.labels
+    elif labels is None and getattr(model, "conditional", False):
         labels = torch.arange(n) % spec.num_classes
     networks: Mapping[str, nn.Module] = getattr(model, "counted_networks", dict)()
     processes = world()[1]
@@ -120,7 +127,11 @@ def draw(
         if path is not None and (stored := read_chunk(path)) is not None:
             return stored
         began = time.perf_counter()
-        cond = {} if labels is None else {"label": labels[k * chunk : k * chunk + size].to(device)}
+        places = slice(k * chunk, k * chunk + size)
+        if asked is not None:
+            cond = asked.batch(places, device)[1]
+        else:
+            cond = {} if labels is None else {"label": labels[places].to(device)}
         with counted(networks) as rows, torch.no_grad():
             x = model.sample(size, cond, generator=generator(device, seed, "sample", k))
         if len(x) != size:
@@ -142,6 +153,7 @@ def draw(
     return Samples(
         images=torch.cat([part.images for part in parts]),
         labels=labels,
+        asked=asked,
         nfe={name: rows[name] / n for name in networks},
         seconds=sum(part.seconds for part in parts) / processes,
         peak_memory_bytes=peak_memory_bytes(device),

@@ -17,7 +17,7 @@ from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.evaluation.reference import spaced
 from gencompare.evaluation.sampling import evaluating
-from gencompare.evaluation.source import Data
+from gencompare.evaluation.source import Data, batch_of
 from gencompare.records import Metric
 from gencompare.seeds import generator
 
@@ -85,7 +85,12 @@ def reconstruction(
     if len(rows) > extractor.dim:
         distance = frechet_distance(*(extractor(images, device).features for images in (rebuilt, real)))
         found[f"r{extractor.frechet_name}"] = Metric(distance, better="lower", note=note)
-    real, rebuilt = real.float(), rebuilt.float()
+    return found | likeness(real, rebuilt, note)
+
+
+def likeness(real: Tensor, rebuilt: Tensor, note: str) -> dict[str, Metric]:
+    """``psnr`` and, where images are large enough, ``ssim`` of uint8 images (n, C, H, W) in place of ``real`` ones."""
+    real, rebuilt, found = real.float(), rebuilt.float(), {}
     psnr = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
     found["psnr"] = Metric(psnr if math.isfinite(psnr) else None, better="higher", unit="dB", note=note)
     if min(real.shape[2:]) >= WINDOW:
@@ -104,10 +109,7 @@ def batches(rows: Tensor) -> int:
 
 def test_batch(model: Any, data: Data, rows: Tensor) -> tuple[Tensor, Cond]:
     """Test images as the model was trained on them, and the conditions that it uses."""
-    part, device = data.split("test"), torch.device(getattr(model, "device", "cpu"))
-    x = data.normalize(part.images[rows]).to(device)
-    labels = None if part.labels is None else part.labels[rows].to(device)
-    cond = data.cond(labels)
+    x, cond = batch_of(data, "test", rows, torch.device(getattr(model, "device", "cpu")))
     return x, model.used(cond) if hasattr(model, "used") else cond
 
 

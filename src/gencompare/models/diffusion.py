@@ -22,6 +22,10 @@ from gencompare.diffusion.schedules import NoiseSchedule, curve
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
+SIZES = {"low_res": "low_res", "embedding": "embedding_dim"}
+"""By condition: what a network calls its first size."""
+NEEDS = {"label": "a class", "low_res": "a low-resolution image", "embedding": "an embedding"}
+
 
 class Diffusion(GenerativeModel):
     """A network that is trained to tell image from noise, and sampled by taking the noise away.
@@ -30,7 +34,8 @@ class Diffusion(GenerativeModel):
 
     Args:
         network: a factory ``(shape, out_channels, num_classes) -> module(x, noise_cond, cond)``; ``num_classes`` is 0
-            for an unconditional model.
+            for a model without labels. Where the data give further conditions, it is also called with ``low_res``,
+            channels of the low-resolution image, and ``embedding_dim``.
         schedule: alpha and sigma over time; a learned one is trained with the network where the objective is a bound,
             and else stays as it starts.
         parameterization: what the network is given and predicts.
@@ -38,9 +43,12 @@ class Diffusion(GenerativeModel):
         sampler: how samples are drawn.
         clip_x0: hold predicted images within [-1, 1] while sampling.
         guidance: steers the denoiser while sampling; None samples what was trained.
-        label_dropout: share of the labels that are taken away in training, for classifier-free guidance.
+        label_dropout: share of the images whose label and embedding are taken away in training, both at once, for
+            classifier-free guidance. A low-resolution image always stays.
         bits: ways to score images in bits/dim, by name; used where the data have levels.
     """
+
+    takes = frozenset({"low_res", "embedding"})
 
     def __init__(
         self,
@@ -72,7 +80,10 @@ class Diffusion(GenerativeModel):
             shape=spec.shape,
             out_channels=parameterization.outputs * spec.shape[0],
             num_classes=spec.num_classes if self.conditional else 0,
+            **{SIZES[name]: shape[0] for name, shape in spec.conditions.items()},
         )
+        self.told = self.conditional or "embedding" in spec.conditions
+        """Whether the network is told what classifier-free guidance goes towards."""
         self.label_dropout = label_dropout
         self._check_label_dropout()
         self.guidance = guidance
@@ -99,8 +110,10 @@ class Diffusion(GenerativeModel):
         return self.denoiser(x_t, t, cond)
 
     def unlabelled(self, cond: Cond) -> Cond:
-        """The same conditions without a class: every label is ``num_classes``, which stands for none."""
-        return {**cond, "label": torch.full_like(cond["label"], self.spec.num_classes)}
+        """The same conditions without class and embedding: every label is ``num_classes`` and every embedding nought,
+        which stand for none."""
+        none = {"label": self.spec.num_classes, "embedding": 0}
+        return {name: torch.full_like(value, none[name]) if name in none else value for name, value in cond.items()}
 
     @property
     def pixels(self) -> Pixels:
@@ -110,7 +123,11 @@ class Diffusion(GenerativeModel):
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         if self.training and self.label_dropout:
             dropped = draws.uniform().to(x.device) < self.label_dropout
-            cond = {**cond, "label": torch.where(dropped, self.unlabelled(cond)["label"], cond["label"])}
+            without = self.unlabelled(cond)
+            cond = {
+                name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), without[name], value)
+                for name, value in cond.items()
+            }
         return self.objective.bound_to(self.pixels)(self.denoiser, x, cond, draws)
 
     @torch.no_grad()
@@ -137,8 +154,11 @@ class Diffusion(GenerativeModel):
     def _ready(self, cond: Cond | None) -> Cond:
         """The conditions that are used, once it is clear that all is there that sampling needs."""
         used = self.used(cond)
-        if self.conditional and "label" not in used:
-            raise UserError("This diffusion model is conditional: it needs a class for each image, cond['label'].")
+        for name in self.uses:
+            if name not in used:
+                raise UserError(
+                    f"This diffusion model is conditional: it needs {NEEDS[name]} for each image, cond['{name}']."
+                )
         self.schedule.check()  # a learned one may have changed since it was built
         if self.guidance is not None:
             check_same_schedule(self.schedule, self.guidance)
@@ -178,11 +198,13 @@ class Diffusion(GenerativeModel):
     def _check_label_dropout(self) -> None:
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"model.label_dropout={self.label_dropout}: give a share from 0 to 1.")
-        if self.label_dropout and not self.conditional:
-            raise UserError(f"model.label_dropout={self.label_dropout} needs labels: add model.conditional=true.")
+        if self.label_dropout and not self.told:
+            raise UserError(
+                f"model.label_dropout={self.label_dropout} needs labels or embeddings: add model.conditional=true."
+            )
 
     def _check_guidance(self, guidance: Guidance) -> None:
-        if problem := guidance.problem(takes_labels=self.conditional, knows_no_label=self.label_dropout > 0):
+        if problem := guidance.problem(takes_labels=self.told, knows_no_label=self.label_dropout > 0):
             raise UserError(problem)
         if guidance.needs_label and not self.spec.num_classes:
             raise UserError(f"{type(guidance).__name__} needs labels, and data '{self.spec.name}' has none.")
@@ -192,6 +214,11 @@ class Diffusion(GenerativeModel):
                 raise UserError(
                     f"model.guidance.{name} was trained on data '{spec.name}', which has other images or classes than"
                     f" '{self.spec.name}'."
+                )
+            if lacking := sorted(getattr(spec, "conditions", {}).keys() - self.spec.conditions.keys()):
+                raise UserError(
+                    f"model.guidance.{name} was trained with '{lacking[0]}', which this model's data do not give:"
+                    f" add +data/condition={lacking[0]}."
                 )
         if not any(True for _ in self.schedule.parameters()):
             check_same_schedule(self.schedule, guidance)

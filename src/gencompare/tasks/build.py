@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import Logger
 
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
+from gencompare.data.conditions import Conditioned
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import Protocol
 from gencompare.seeds import derive
@@ -34,7 +35,11 @@ from gencompare.training.strategy import OwnReduction
 
 
 def build_data(cfg: DictConfig) -> ImageData:
-    return instantiate(cfg.data, _convert_="all")
+    """The data set of ``cfg.data``, with the conditions of ``cfg.data.conditions`` where there are some."""
+    alone = OmegaConf.masked_copy(cfg.data, [str(key) for key in cfg.data if key != "conditions"])
+    data = instantiate(alone, _convert_="all")
+    conditions = instantiate(cfg.data.get("conditions") or {}, _convert_="all")
+    return Conditioned(data, conditions) if conditions else data
 
 
 def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:

@@ -19,8 +19,12 @@ OF_THE_JOB = (
 )  # fmt: skip
 """What a job has for itself, whatever the run folder says."""
 
-NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local")
+NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep")
 """Groups whose choice in the run folder is not chosen again: what they set is in the frozen config."""
+
+
+ADDED = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
+"""Groups that a run adds with a plus, and where in the config their options come to stand."""
 
 
 def base_on_run_folder(argv: list[str]) -> list[str]:
@@ -34,7 +38,7 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
     choices = load(folder).get("choices", {})
     named = {word.lstrip("+~").split("=")[0].split("@")[0] for word in argv}
     inherited = [
-        f"{group}={choice}"
+        f"{'+' if group in ADDED else ''}{group}={choice}"
         for group, choice in choices.items()
         if choice is not None and group not in named and group.split("/")[0] not in NOT_INHERITED
     ]
@@ -46,7 +50,7 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
         )
     place = _quoted(str(folder))
     inherited += [f"hydra.run.dir={place}", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=."]
-    return [*argv, *[word for word in inherited if word.split("=")[0] not in named]]
+    return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in named]]
 
 
 def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
@@ -81,6 +85,11 @@ def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfi
     named = {o.key_or_group.split("@")[0].replace("/", ".") for o in OverridesParser.create().parse_overrides(words)}
     inherited = {g.replace("/", ".") for g in frozen.get("choices", {})}
     typed = {key for key in named if key not in inherited or _chosen_anew(key, cfg, frozen, words)}
+    for group, place in ADDED.items():
+        if group.replace("/", ".") in typed:
+            typed.remove(group.replace("/", "."))
+            both = OmegaConf.merge(OmegaConf.select(cfg, place), OmegaConf.select(frozen, place) or {})
+            OmegaConf.update(merged, place, both, merge=False, force_add=True)
     for key in [*OF_THE_JOB, *sorted(typed)]:
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
     for key in ("data.root", "data.cache"):

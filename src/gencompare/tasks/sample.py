@@ -10,7 +10,9 @@ import torch
 from omegaconf import DictConfig
 
 from gencompare.errors import UserError
+from gencompare.evaluation.asked import asked_for
 from gencompare.evaluation.sampling import draw
+from gencompare.evaluation.super_resolution import beside
 from gencompare.files import atomic
 from gencompare.pictures import grid, save_png, to_image
 from gencompare.tasks.build import build_data, build_model
@@ -30,8 +32,11 @@ def sample(cfg: DictConfig) -> None:
     model = generative(build_model(cfg, data), "sample").eval()
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
-    images = draw(model.to(device), cfg.n, seed=cfg.seed).images.numpy()
-    save_png(grid(images), out / "grid.png")
+    asked = asked_for(model, data, cfg.n, seed=cfg.seed, split=cfg.evaluation.protocol.get("conditions", "test"))
+    drawn = draw(model.to(device), cfg.n, seed=cfg.seed, asked=asked).images
+    shown, columns = beside(drawn, asked)
+    save_png(grid(shown.numpy(), columns), out / "grid.png")
+    images = drawn.numpy()
     if cfg.task.format == "npz":
         with atomic(out / "samples.npz") as file:
             buffer = io.BytesIO()

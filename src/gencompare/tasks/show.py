@@ -32,6 +32,7 @@ def described(data: ImageData) -> dict[str, Any]:
         "shape": list(spec.shape),
         "num_classes": spec.num_classes,
         "num_levels": spec.num_levels,
+        "conditions": {name: list(shape) for name, shape in spec.conditions.items()},
         "splits": {name: len(data.split(name)) for name in SPLITS},
         "hash": data.hash("train"),
     }

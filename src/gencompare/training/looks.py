@@ -14,7 +14,9 @@ from torchmetrics import MeanMetric
 
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.errors import UserError
+from gencompare.evaluation.asked import asked_for
 from gencompare.evaluation.sampling import draw, evaluating
+from gencompare.evaluation.super_resolution import beside
 from gencompare.memory import forget_peak, peak_memory_bytes
 from gencompare.pictures import grid, save_png
 from gencompare.seeds import Draws, generator
@@ -114,10 +116,13 @@ class Looks(Callback):
     def picture(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
         if not self.grid:
             return
-        images = draw(model, self.grid, seed=self.seed).images
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        asked = asked_for(model, data, self.grid, seed=self.seed, split="val")
+        images = draw(model, self.grid, seed=self.seed, asked=asked).images
         if trainer.is_global_zero:
             path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
-            save_png(grid(images.numpy()), path)
+            shown, columns = beside(images, asked)
+            save_png(grid(shown.numpy(), columns), path)
             log_picture(trainer, "samples", path, clock_of(trainer).step)
 
 

@@ -20,7 +20,9 @@ class Preview:
     def __init__(self, data: ImageData, protocol: Protocol, *, n: int) -> None:
         self.data, self.n = data, n
         # A seed of its own: the samples that a result is measured on choose no checkpoint.
-        self.protocol = replace(protocol, seed=protocol.seed + 1_000_003, chunk=min(protocol.chunk, n))
+        self.protocol = replace(
+            protocol, seed=protocol.seed + 1_000_003, chunk=min(protocol.chunk, n), conditions="val"
+        )
         self.extractor = protocol.extractor(data.spec)
 
     def __call__(self, model: GenerativeModel) -> tuple[str, float]:

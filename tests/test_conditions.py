@@ -1,0 +1,347 @@
+"""Conditions beside the label: from the data set through training and guidance to the record."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gencompare.contract import Cond, DataSpec
+from gencompare.data.base import ImageData
+from gencompare.data.conditions import Conditioned, Embedding, LowRes
+from gencompare.data.digits import Digits
+from gencompare.data.stream import TrainStream
+from gencompare.errors import UserError
+from gencompare.evaluation.asked import asked_for
+from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.sampling import draw
+from gencompare.evaluation.super_resolution import beside, super_resolution
+from gencompare.models.diffusion import Diffusion
+from gencompare.models.gaussian import Gaussian
+from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.seeds import Draws, generator
+from parts import part
+
+Cli = Callable[..., int]
+
+
+def small(flip: bool = False) -> Conditioned:
+    return Conditioned(Digits(batch_size=8, flip=flip), {"low_res": LowRes(2)})
+
+
+def one_hot(path: Path, data: ImageData, **changes: int) -> str:
+    """One-hot classes of the images as embeddings, in ``path``; ``changes``: rows left out at a split's end."""
+    rows = {}
+    for name in ("train", "val", "test"):
+        labels = data.split(name).labels
+        assert labels is not None
+        rows[name] = torch.eye(10)[labels][: len(labels) - changes.get(name, 0)]
+    if path.suffix == ".safetensors":
+        save_file(rows, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: value.numpy() for name, value in rows.items()})
+    else:
+        for name, value in rows.items():
+            np.save(str(path).replace("{split}", name), value.numpy())
+    return str(path)
+
+
+# Data
+
+
+def test_low_res_is_antialiased_and_keeps_what_is_smooth() -> None:
+    checks = (torch.arange(16)[:, None] + torch.arange(16)) % 2 * 2.0 - 1  # the finest pattern: nothing may be left
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    made = LowRes(4).of(checks.expand(1, 3, 16, 16))
+    assert made.shape == (1, 3, 4, 4) and made.abs().max() < 0.02
+    torch.testing.assert_close(LowRes(4).of(flat), torch.full((1, 3, 4, 4), 0.3))
+    ramp = torch.linspace(-0.9, 0.9, 64).expand(1, 1, 64, 64)
+    torch.testing.assert_close(LowRes(2).of(ramp)[..., 4:-4], ramp.unflatten(3, (32, 2)).mean(4)[:, :, ::2][..., 4:-4])
+
+
+def test_conditions_belong_to_the_images_they_come_with(tmp_path: Path) -> None:
+    """In the training stream too, where images are shuffled and mirrored, and for every split and join of splits."""
+    path = one_hot(tmp_path / "e.npz", Digits())
+    data = Conditioned(Digits(batch_size=64, flip=True), {"low_res": LowRes(2), "embedding": Embedding(path)})
+    assert dict(data.spec.conditions) == {"low_res": (1, 4, 4), "embedding": (10,)}
+    streams = [
+        TrainStream(data, start_step=s, rank=r, world=2, device=torch.device("cpu")) for s in (0, 3) for r in (0, 1)
+    ]
+    batches = [batch for stream in streams for batch in islice(stream, 3)]
+    batches += [*data.batches("val", 40), *data.batches("train+test", 700)]
+    assert sum(len(x) for x, _ in batches) > 1800
+    for x, cond in batches:
+        assert torch.equal(cond["embedding"].argmax(1), cond["label"]) and cond["embedding"].shape == (len(x), 10)
+        assert torch.equal(cond["low_res"], LowRes(2).of(x))
+
+
+@pytest.mark.parametrize("name", ["e.npz", "e.safetensors", "e_{split}.npy"])
+def test_every_form_of_embeddings(name: str, tmp_path: Path) -> None:
+    data = Digits()
+    read = Conditioned(Digits(), {"embedding": Embedding(one_hot(tmp_path / name, data))})
+    for split in ("train", "val", "test"):
+        assert torch.equal(read.split(split).kept["embedding"].argmax(1), data.split(split).labels)
+    with pytest.raises(UserError, match=r"holds 145 embeddings of 'val', which has 150 images") as error:
+        Conditioned(Digits(), {"embedding": Embedding(one_hot(tmp_path / name, data, val=5))}).setup()
+    assert "\n" not in str(error.value)
+
+
+def test_bad_conditions_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "flat.npz", train=np.ones(3), val=np.ones(3), test=np.ones(3))
+    np.savez(tmp_path / "less.npz", train=np.ones((3, 2)), val=np.ones((3, 2)))
+    np.savez(tmp_path / "odd.npz", train=np.ones((3, 2)), val=np.ones((3, 2)), test=np.ones((3, 4)))
+    np.savez(tmp_path / "nan.npz", **{k: np.full((3, 2), math.nan) for k in ("train", "val", "test")})
+    np.savez(tmp_path / "pickle.npz", train=np.array([{}], dtype=object))
+    (tmp_path / "torn.npz").write_bytes(b"PK\3\4 and no more")
+    (tmp_path / "torn.safetensors").write_bytes(b"\0" * 4)
+    for name, message in {
+        "nowhere.npz": "There is no .*nowhere.npz", "nowhere.safetensors": "There is no", "a.npy": r"\{split\}",
+        "a.pt": "npz or .safetensors", "flat.npz": "shape", "less.npz": "no array 'test'", "odd.npz": "unequal",
+        "nan.npz": "finite", "pickle.npz": "damaged", "torn.npz": "damaged", "torn.safetensors": "damaged",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            Conditioned(Digits(), {"embedding": Embedding(tmp_path / name)})
+    for factor in (1, 0, 3, 16):
+        with pytest.raises(UserError, match=rf"factor={factor} does not divide images of 8x8"):
+            Conditioned(Digits(), {"low_res": LowRes(factor)})
+    with pytest.raises(UserError, match="another name"):
+        Conditioned(Digits(), {"label": LowRes(2)})
+    with pytest.raises(UserError, match=r"Gaussian takes no condition 'low_res'.*use a diffusion model"):
+        Gaussian(small().spec)
+    with pytest.raises(UserError, match=r"no condition 'depth'.*it takes embedding and low_res"):
+        diffusion(replace(small().spec, conditions={"depth": (1, 8, 8)}))
+
+
+# Model
+
+
+def diffusion(spec: DataSpec, network: Any = partial(DenoisingMLP, width=32, depth=2), **changes: Any) -> Diffusion:
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "schedule": part("schedule", "cosine"), "parameterization": part("parameterization", "eps"),
+        "objective": part("objective", "simple"), "sampler": part("sampler", "ddim", steps=4),
+    }  # fmt: skip
+    return Diffusion(spec, network=network, **(parts | changes))
+
+
+class Listens(nn.Module):
+    """Keeps what it is told."""
+
+    def __init__(self, **made_for: Any) -> None:
+        super().__init__()
+        self.made_for, self.told = made_for, []
+
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Cond) -> Tensor:
+        self.told.append(dict(cond))
+        return torch.zeros_like(x)
+
+
+ALL = DataSpec("x", (1, 4, 4), num_classes=3, conditions={"low_res": (1, 2, 2), "embedding": (5,)})
+
+
+def everything(n: int) -> dict[str, Tensor]:
+    return {"label": torch.arange(n) % 3, "low_res": torch.ones(n, 1, 2, 2), "embedding": torch.ones(n, 5)}
+
+
+def test_the_network_is_made_for_what_the_data_give() -> None:
+    for conditional, classes in ((True, 3), (False, 0)):
+        model = diffusion(ALL, Listens, conditional=conditional)
+        assert model.network.made_for == {  # type: ignore[union-attr]
+            "shape": (1, 4, 4), "out_channels": 1, "num_classes": classes, "low_res": 1, "embedding_dim": 5,
+        }  # fmt: skip
+        names = {*(["label"] if conditional else []), "low_res", "embedding"}
+        assert set(model.uses) == names == set(model.used(everything(2) | {"else": torch.ones(2)}))
+        for name in names:
+            with pytest.raises(UserError, match=rf"cond\['{name}'\]"):
+                model.sample(2, {k: v for k, v in everything(2).items() if k != name}, generator=generator("cpu", 0))
+    alone = diffusion(replace(ALL, conditions={}), Listens)
+    assert "low_res" not in alone.network.made_for and not alone.used(everything(2))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_dropout_and_guidance_take_label_and_embedding_away_and_leave_low_res(conditional: bool) -> None:
+    guidance = part("guidance", "classifier_free", scale=3.0)
+    model = diffusion(ALL, Listens, conditional=conditional, label_dropout=0.25, guidance=guidance)
+    n = 2000
+    model.train().losses(torch.zeros(n, 1, 4, 4), model.used(everything(n)), Draws.whole(generator("cpu", 0), n))
+    (told,) = model.network.told  # type: ignore[union-attr]
+    gone = (told["embedding"] == 0).all(1)
+    assert gone.float().mean() == pytest.approx(0.25, abs=0.04) and (told["embedding"][~gone] == 1).all()
+    assert (told["low_res"] == 1).all()
+    if conditional:
+        assert torch.equal(told["label"] == 3, gone), "both go, or none"
+    model.network.told.clear()  # type: ignore[union-attr]
+    model.eval().sample(4, everything(4), generator=generator("cpu", 0))
+    for told in model.network.told:  # type: ignore[union-attr]
+        assert (told["embedding"][:4] == 0).all() and (told["embedding"][4:] == 1).all()
+        assert (told["low_res"] == 1).all() and len(told["low_res"]) == 8
+        assert ("label" in told) == conditional
+
+
+def test_guidance_needs_something_to_go_towards() -> None:
+    spec = replace(ALL, conditions={"low_res": (1, 2, 2)})
+    with pytest.raises(UserError, match="needs labels or embeddings"):
+        diffusion(spec, label_dropout=0.1)
+    with pytest.raises(UserError, match="Classifier-free"):
+        diffusion(spec, guidance=part("guidance", "classifier_free", scale=3.0))
+
+
+# Evaluation
+
+
+class Returns:
+    """Draws the image that it is asked for, if it can tell it: resizing the low-resolution image, or by heart."""
+
+    uses = ("low_res",)
+
+    def __init__(self, known: dict[bytes, Tensor] | None = None) -> None:
+        self.known, self.calls = known, []
+
+    def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
+        assert cond is not None
+        low = cond["low_res"]
+        self.calls.append(low)
+        if self.known is None:
+            return torch.nn.functional.interpolate(low, scale_factor=2)
+        return torch.stack([self.known[row.numpy().tobytes()] for row in low])
+
+
+def by_heart(data: ImageData, split: str) -> dict[bytes, Tensor]:
+    x, cond = next(data.batches(split, 10_000))
+    return {low.numpy().tobytes(): image for low, image in zip(cond["low_res"], x, strict=True)}
+
+
+def test_sample_k_is_asked_for_the_same_image_whatever_n_and_chunk() -> None:
+    data, model = small(), Returns(by_heart(small(), "test"))
+    asked = asked_for(model, data, 1200, seed=3, split="test")
+    assert asked is not None
+    assert torch.equal(asked.rows[:300], asked_for(model, data, 300, seed=3, split="test").rows)  # type: ignore[union-attr]
+    assert not torch.equal(asked.rows[:300], asked_for(model, data, 300, seed=4, split="test").rows[:300])  # type: ignore[union-attr]
+    assert sorted(asked.rows[:500].tolist()) == list(range(500)), "each image once before any comes again"
+    assert torch.equal(asked.rows[500:1000], asked.rows[:500])
+    images = [draw(model, 1200, chunk=chunk, asked=asked, spec=data.spec).images for chunk in (1200, 7)]
+    assert torch.equal(images[0], images[1])
+    expected = data.normalize(data.split("test").images[asked.rows])
+    assert torch.equal(images[0], ((expected + 1) / 2 * 255).round().to(torch.uint8))
+    assert asked_for(object(), data, 10, seed=0, split="test") is None
+
+
+def test_the_record_says_what_was_asked_and_how_far_samples_agree() -> None:
+    data = small()
+    protocol = Protocol(n=400)
+    perfect = evaluate(Returns(by_heart(data, "test")), data, protocol)
+    m = perfect.measurement
+    assert (m.conditioning, m.label_distribution) == ("low_res 1x4x4 of test", "none")
+    assert perfect.metrics["consistency"].value == 0 and perfect.metrics["psnr"].value is None, "no error at all"
+    blurred = evaluate(Returns(), data, protocol)
+    x, cond = data.batches("test", 500).__next__()
+    asked = asked_for(Returns(), data, 400, seed=0, split="test")
+    assert asked is not None
+    x, low = x[asked.rows], cond["low_res"][asked.rows]
+    mine = ((low.repeat_interleave(2, 2).repeat_interleave(2, 3) + 1) * 8).round() / 8 - 1  # 17 levels
+    levels, real = ((mine + 1) / 2 * 255).round(), ((x + 1) / 2 * 255).round()
+    assert blurred.metrics["psnr"].value == pytest.approx(
+        float(10 * torch.log10(255**2 / (levels - real).double().square().mean())), rel=1e-6
+    )
+    again = torch.nn.functional.interpolate(mine, (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
+    expected = float(((again - low) / 2).double().square().mean())
+    assert blurred.metrics["consistency"].value == pytest.approx(expected, rel=1e-4) and expected > 1e-4
+    assert "resized low_res" in blurred.metrics["psnr"].note and "400 test images" in blurred.metrics["psnr"].note
+    val = evaluate(Returns(by_heart(data, "val")), data, replace(protocol, conditions="val"))
+    assert val.measurement.conditioning == "low_res 1x4x4 of val"
+    assert set(m.differences(val.measurement)) == {"conditioning"}
+    for split in ("train", "train+val"):
+        with pytest.raises(UserError, match="must not be asked for images that it was trained on"):
+            evaluate(Returns(), data, replace(protocol, conditions=split))
+    wrong = torch.roll(((x + 1) / 2 * 255).round().to(torch.uint8), 1, dims=0)
+    assert super_resolution(wrong, asked)["consistency"].value > 0.05, "images of others do not agree"  # type: ignore[operator]
+
+
+def test_embeddings_are_told_apart_by_their_content(tmp_path: Path) -> None:
+    names = []
+    for scale in (1.0, 2.0):
+        path = tmp_path / f"{scale}.safetensors"
+        save_file({k: scale * torch.eye(10)[Digits().split(k).labels] for k in ("train", "val", "test")}, path)
+        data = Conditioned(Digits(), {"embedding": Embedding(path)})
+        asked = asked_for(diffusion(data.spec), data, 10, seed=0, split="test")
+        assert asked is not None
+        names.append(asked.describe(("label", "embedding")))
+    assert names[0] != names[1] and names[0].startswith("labels and embedding 10 (") and names[0].endswith(" of test")
+
+
+def test_a_picture_shows_low_res_sample_and_original() -> None:
+    data = small()
+    asked = asked_for(Returns(), data, 12, seed=0, split="test")
+    images = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
+    shown, columns = beside(images, asked)
+    assert shown.shape == (36, 1, 8, 8) and columns == 6
+    x, cond = next(data.batches("test", 500))
+    row = int(asked.rows[4])  # type: ignore[union-attr]
+    assert torch.equal(shown[12:15, 0, ::2, ::2][1], images[0, 0, ::2, ::2])
+    assert torch.equal(shown[14], ((x[row] + 1) / 2 * 255).round().to(torch.uint8))
+    nearest = ((cond["low_res"][row] + 1) * 8).round() / 16 * 255
+    assert torch.equal(shown[12, :, ::2, ::2], nearest.round().to(torch.uint8))
+    assert beside(images, None) == (images, None)
+
+
+# From the command line
+
+RUN = [
+    "data=digits", "model=ddpm", "model/network=mlp", "model.network.width=192", "model/sampler=ddim",
+    "model.sampler.steps=10", "trainer=cpu", "logger=none", "callbacks.progress=false", "callbacks.looks.preview=50",
+    "callbacks.looks.grid=9", "evaluation.n=150", "evaluation.protocol.likelihood_n=20",
+    "evaluation.checkpoints=[last]", "budget.images=null", "trainer.global_batch_size=64", "model.bits=null",
+]  # fmt: skip
+
+
+def metrics(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    result = json.loads((folder / "record.json").read_text())["results"][-1]
+    return result["metrics"], result["measurement"]
+
+
+def test_super_resolution_of_digits(cli: Cli, tmp_path: Path) -> None:
+    words = ["+data/condition=low_res", "data.conditions.low_res.factor=2", "callbacks.looks.count=1"]
+    assert cli(*RUN, *words, "budget.steps=400", "hydra.run.dir=sr") == 0
+    found, measurement = metrics(tmp_path / "sr")
+    assert measurement["conditioning"] == "low_res 1x4x4 of test"
+    assert list((tmp_path / "sr" / "samples").glob("step_*.png"))
+    # What a model that does not listen gets: other digits, as they come.
+    data = small()
+    asked = asked_for(Returns(), data, 150, seed=0, split="test")
+    assert asked is not None
+    others = (data.split("val").images[torch.arange(150)].float() / 16 * 255).round().to(torch.uint8)
+    unaware = super_resolution(others, asked)
+    assert found["consistency"]["value"] < 0.25 * unaware["consistency"].value  # type: ignore[operator]
+    assert found["psnr"]["value"] > unaware["psnr"].value + 3  # type: ignore[operator]
+    assert cli("task=sample", "run=sr", "n=6") == 0
+    assert (tmp_path / "sr" / "drawn" / "grid.png").exists()
+    assert cli("task=evaluate", "run=sr", "evaluation.protocol.conditions=val", "+evaluation/metric=mmd") == 0
+    more, other = metrics(tmp_path / "sr")
+    assert other["conditioning"] == "low_res 1x4x4 of val" and "mmd" in more
+    assert cli("task=evaluate", "run=sr", "model.sampler.steps=4") == 0, "what the run was told stays"
+    assert cli("task=explore", "run=sr", "task.images=2") == 0
+    assert cli("task=compare", "runs=sr", "task.out=compared") == 0
+
+
+def test_embeddings_steer_the_samples(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    path = one_hot(tmp_path / "classes.npz", Digits())
+    words = ["+data/condition=embedding", f"data.conditions.embedding.path={path}", "callbacks.looks.count=0"]
+    assert cli(*RUN, *words, "budget.steps=400", "model.label_dropout=0.1", "hydra.run.dir=told") == 0
+    found, measurement = metrics(tmp_path / "told")
+    assert measurement["conditioning"].startswith("embedding 10 (")
+    assert found["label_accuracy"]["value"] > 0.6, "a tenth by chance"
+    assert cli("task=evaluate", "run=told", "model/guidance=classifier_free", "model.guidance.scale=3") == 0
+    assert metrics(tmp_path / "told")[0]["label_accuracy"]["value"] > found["label_accuracy"]["value"]
+    assert cli(*RUN, "+data/condition=embedding", f"data.conditions.embedding.path={tmp_path}/no.npz") == 1
+    assert "There is no" in capsys.readouterr().err
