@@ -51,14 +51,10 @@ class Conditions(nn.Module):
         """The embedding (n, emb_dim) of the noise level, with label and embedding added to it."""
         if self.label is not None:
             no_label = self.label.no_label
-            means = (
-                f"This network was made for {no_label} classes: give cond['label'], where {no_label} means no label."
-            )
-            emb = emb + self.label(_given(cond, "label", means))
+            label = _given(cond, "label", f"{no_label} classes", f", where {no_label} means no label")
+            emb = emb + self.label(label)
         if self.embedding is not None:
-            given = _given(
-                cond, "embedding", "This network was made for precomputed embeddings: give cond['embedding']."
-            )
+            given = _given(cond, "embedding", "precomputed embeddings")
             if given.shape[-1] != self.embedding_dim:
                 raise UserError(
                     f"cond['embedding'] has {given.shape[-1]} features, and the network was made for"

@@ -18,6 +18,7 @@ from torch import Tensor
 from gencompare.contract import AddsNoise, GenerativeModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
+from gencompare.evaluation.asked import digest
 from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.files import sha256
 from gencompare.protocol import Generation
@@ -157,10 +158,12 @@ def drawing(
     cfg: DictConfig, data: ImageData, protocol: Protocol, folder: Path, checkpoint: str, weights: str, sampler: str
 ) -> str:
     """A name for the samples of one evaluation: a hash of all that decides what is drawn."""
+    kept = {name: digest(rows) for name, rows in data.split(protocol.conditions).kept.items()}
     decides = {
         "sampler": [sampler, str(cfg.evaluation.get("samplers"))],
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": [sha256(folder / "checkpoints" / f"{checkpoint}.ckpt"), weights],
         "chunks": [protocol.seed, protocol.chunk, protocol.n, protocol.reference, data.hash("train")],
+        "conditions": [protocol.conditions, str(cfg.data.get("conditions")), kept],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
