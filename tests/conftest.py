@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,11 @@ CHECKOUT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
+import torch  # noqa: E402  (after the number of threads is set)
+
+from gaussian_truth import SCHEDULES, schedule_named  # noqa: E402
+from gencompare.diffusion.schedules import NoiseSchedule  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
@@ -22,6 +27,20 @@ def data_root() -> Path:
         if place and Path(place).is_dir():
             return Path(place).resolve()
     pytest.skip("no real data sets here: set GENCOMPARE_DATA to the folder that holds them")
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Tensors are of float64 unless they say otherwise: pytestmark = pytest.mark.usefixtures("double")."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
+    """Each option of conf/model/schedule in turn, in the precision of the moment."""
+    return schedule_named(request.param)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gaussian_truth
 from composing import options
-from gaussian_truth import MEAN, SCHEDULES, SENSIBLE, VARIANCE, scales, schedule_named, times_of
+from gaussian_truth import MEAN, SENSIBLE, VARIANCE, scales, schedule_named, times_of
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
 from gencompare.diffusion.exploring import BETWEEN, FILLS, MOMENTS, inpainting, interpolation, round_trip, way
@@ -28,17 +28,7 @@ from gencompare.errors import UserError
 from gencompare.seeds import generator
 from parts import part
 
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(params=SCHEDULES)
-def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    return schedule_named(request.param)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ the classifier of noisy points are known, and Bayes's rule ties them together.""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,11 +34,7 @@ VARIANCES = torch.tensor([[0.09, 0.04], [0.04, 0.16], [0.16, 0.09]], dtype=torch
 NO_LABEL = 3
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture(params=options("model/schedule"))

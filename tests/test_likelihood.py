@@ -7,7 +7,7 @@ the perfect one. Everything in float64, in nats a value where not said otherwise
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.likelihood import ODE, VLB, ode, vlb
 from gencompare.diffusion.parameterization import Prediction
 from gencompare.diffusion.pixels import Pixels
-from gencompare.diffusion.schedules import BetaTable, CosineBetas, NoiseSchedule, VariancePreserving
+from gencompare.diffusion.schedules import VE, BetaTable, CosineBetas, NoiseSchedule, Rectified, VariancePreserving
 from gencompare.errors import UserError
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.denoising_mlp import DenoisingMLP
@@ -35,11 +35,7 @@ SHAPE = (1, 1, 3)
 PIXELS = Pixels(None, torch.ones(1, 1, 3), 3)
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 class Even(VariancePreserving):
@@ -55,32 +51,14 @@ class Even(VariancePreserving):
         return self.high + (self.low - self.high) * (0.5 * t + 0.5 * (t + 1e-12) ** self.bend)
 
 
-class Straight(NoiseSchedule):
-    """alpha = 1 - t, sigma = t."""
+class Straight(Rectified):
+    """With as little left of the image at the end, and more noise on it at the start."""
 
-    t_min, t_max = 1e-3, 1 - 1e-4
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.log1p(-t)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return 2 * (torch.log1p(-t) - torch.log(t))
-
-
-class Exploding(NoiseSchedule):
-    """alpha = 1, sigma from 0.002 to 200."""
-
-    t_min = 0.0
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * (math.log(0.002) + math.log(1e5) * t)
+    t_min = 1e-3
 
 
 WIDE: dict[str, Callable[[], NoiseSchedule]] = {
-    "even": Even, "straight": Straight, "exploding": Exploding, "cosine table": CosineBetas,
+    "even": Even, "straight": Straight, "exploding": partial(VE, 0.002, 200.0), "cosine table": CosineBetas,
 }  # fmt: skip
 """Schedules that begin with next to no noise and end with next to nothing else."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -23,7 +23,7 @@ from gencompare.diffusion.parameterization import (
     V,
     Velocity,
 )
-from gencompare.diffusion.schedules import BetaTable, LinearBetas, NoiseSchedule
+from gencompare.diffusion.schedules import VE, BetaTable, LinearBetas, NoiseSchedule, Rectified
 from gencompare.diffusion.times import TimeDistribution
 from gencompare.diffusion.weightings import EDM, P2, Likelihood, MinSNR, Simple, UniformV, UniformVelocity, Weighting
 from gencompare.errors import UserError
@@ -33,44 +33,7 @@ from parts import part
 PARAMETERIZATIONS = options("model/parameterization")
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Straight(NoiseSchedule):
-    """alpha = 1 - t, sigma = t."""
-
-    t_min, t_max = 1e-4, 1 - 1e-4
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.log1p(-t)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return 2 * (torch.log1p(-t) - torch.log(t))
-
-
-class Exploding(NoiseSchedule):
-    """alpha = 1, sigma = 0.02 5000^t."""
-
-    t_min = 0.0
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * (math.log(0.02) + math.log(5000) * t)
-
-
-STAND_INS = {"straight": Straight, "exploding": Exploding}
-
-
-@pytest.fixture(params=[*options("model/schedule"), *STAND_INS])
-def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    name = request.param
-    return STAND_INS[name]() if name in STAND_INS else part("schedule", name)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture(params=PARAMETERIZATIONS)
@@ -180,16 +143,16 @@ def test_velocity_is_the_slope_of_the_path(schedule: NoiseSchedule) -> None:
 
 
 def test_velocity_of_a_straight_line_is_noise_less_image() -> None:
-    t, x0, eps, x_t = noised(Straight())
-    torch.testing.assert_close(Velocity().target(x0, eps, Straight().at(t, x_t)), eps - x0, rtol=0, atol=1e-10)
+    t, x0, eps, x_t = noised(Rectified())
+    torch.testing.assert_close(Velocity().target(x0, eps, Rectified().at(t, x_t)), eps - x0, rtol=0, atol=1e-10)
 
 
 def test_karras_preconditioning_is_the_papers() -> None:
     """Karras et al. (2022), table 1: D = c_skip x + c_out F, where alpha = 1."""
-    t, x0, eps, x = noised(Exploding())
+    t, x0, eps, x = noised(VE())
     sigma, d = 0.02 * 5000 ** t[:, None, None, None], 0.7
     c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
-    at, karras = Exploding().at(t, x), Karras(sigma_data=d)
+    at, karras = VE().at(t, x), Karras(sigma_data=d)
     seen, told = karras.input(x, t, at)
     torch.testing.assert_close(seen, x / (sigma**2 + d**2).sqrt(), rtol=1e-11, atol=0)
     torch.testing.assert_close(told, sigma.flatten().log() / 4, rtol=1e-11, atol=1e-12)
@@ -225,10 +188,10 @@ def test_posterior_mean_is_ddpms(dtype: torch.dtype) -> None:
 
 
 def test_posterior_mean_needs_a_schedule_with_steps() -> None:
-    with pytest.raises(UserError, match="Exploding runs in continuous time"):
-        PosteriorMean().check(Exploding())
-    with pytest.raises(UserError, match="Exploding runs in continuous time"):
-        LearnedVariance(inner=PosteriorMean()).check(Exploding())
+    with pytest.raises(UserError, match="VE runs in continuous time"):
+        PosteriorMean().check(VE())
+    with pytest.raises(UserError, match="VE runs in continuous time"):
+        LearnedVariance(inner=PosteriorMean()).check(VE())
     PosteriorMean().check(LinearBetas())
 
 
@@ -274,14 +237,14 @@ def test_level_index_counts_from_the_noisiest(dtype: torch.dtype) -> None:
         assert torch.equal(LevelIndex()(t, schedule.at(t)), torch.arange(T - 1, -1, -1, dtype=dtype))
         assert LevelIndex()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "between two levels, the noisier one"
     with pytest.raises(UserError, match="continuous time"):
-        Eps(noise=LevelIndex()).check(Straight())
+        Eps(noise=LevelIndex()).check(Rectified())
 
 
 def test_other_conditions_are_the_papers() -> None:
     """EDM's c_noise is ln(sigma) / 4; VE models are told ln sigma, VP ones 999 t (Song et al. 2021)."""
     t = torch.linspace(0, 1, 7)
     sigma = 0.02 * 5000**t
-    at = Exploding().at(t, torch.zeros(7, 1, 2, 2))
+    at = VE().at(t, torch.zeros(7, 1, 2, 2))
     torch.testing.assert_close(LogSigma()(t, at), sigma.log() / 4, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(LogSigma(factor=1)(t, at), sigma.log(), rtol=1e-12, atol=1e-12)
     assert torch.equal(ContinuousTime()(t, at), 999 * t)
@@ -413,7 +376,7 @@ def test_uniform_velocity_is_the_plain_error_of_the_velocity(schedule: NoiseSche
     for loss in losses:
         torch.testing.assert_close(loss, (guess - path).square().mean((1, 2, 3)), rtol=1e-7, atol=0)
     t = torch.linspace(0.01, 0.99, 30)
-    torch.testing.assert_close(weighting(Straight().at(t)), (1 + t / (1 - t)) ** 2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(weighting(Rectified().at(t)), (1 + t / (1 - t)) ** 2, rtol=1e-10, atol=0)
 
 
 def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None:
@@ -422,9 +385,7 @@ def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None
     g2, sigma = schedule.sde(t)[1], scales(schedule, t)[1].flatten()
     torch.testing.assert_close(Likelihood()(schedule.at(t)), g2 / sigma**2, rtol=1e-9, atol=0)
     # VE: g^2 = d sigma^2 / dt.
-    torch.testing.assert_close(
-        Likelihood()(Exploding().at(t)), torch.full((50,), 2 * math.log(5000)), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(Likelihood()(VE().at(t)), torch.full((50,), 2 * math.log(5000)), rtol=1e-12, atol=0)
 
 
 def test_uniform_v_is_the_plain_error_of_v() -> None:

@@ -7,7 +7,6 @@ so many steps that the sampler has converged. The share of a mode then has a sta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,11 +23,7 @@ CHANGES = {"annealed_langevin": {"steps_per_level": 25}, "predictor_corrector": 
 SCHEDULES = [VP, VE, Rectified]
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:

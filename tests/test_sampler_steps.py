@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,14 +15,12 @@ from torch import Tensor
 
 from gaussian_truth import (
     MEAN,
-    SCHEDULES,
     VARIANCE,
     Truth,
     even_levels,
     inner_times,
     moments,
     scales,
-    schedule_named,
     times_of,
     true_moments,
     unit_noise,
@@ -47,17 +45,7 @@ from gencompare.diffusion.schedules import CLEAN, VE, VP, BetaTable, LinearBetas
 from gencompare.errors import UserError
 from gencompare.seeds import generator
 
-
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(params=SCHEDULES)
-def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    return schedule_named(request.param)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 # Single steps, number by number: alpha bar and beta as in the papers, index 0 is their t = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor
 from composing import options
 from gaussian_truth import (
     MEAN,
-    SCHEDULES,
     SENSIBLE,
     VARIANCE,
     Truth,
@@ -58,16 +56,7 @@ AFFINE = [*OF_AN_ORDER, "annealed_langevin", "rk45"]
 """Those whose exact moments can be had. (The Langevin steps of predictor_corrector are as long as x says.)"""
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(params=SCHEDULES)
-def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    return schedule_named(request.param)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def calls_a_step(name: str) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -31,16 +29,7 @@ from parts import part
 SCHEDULES = options("model/schedule")
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(params=SCHEDULES)
-def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    return part("schedule", request.param).requires_grad_(False)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def inner_times(schedule: NoiseSchedule, n: int = 400) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -43,11 +42,7 @@ IN_TIME = ("uniform", "quadratic")
 DISTRIBUTIONS = [UniformTimes(), UniformTimes(stratified=False), LogNormalTimes(), LogitNormalTimes()]
 
 
-@pytest.fixture(autouse=True)
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture(params=options("model/schedule"))

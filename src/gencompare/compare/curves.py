@@ -88,17 +88,17 @@ def against_calls(groups: Iterable[Group], style: Mapping[str, Style]) -> list[C
     """
     charts = []
     for group in groups:
-        points: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+        points: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
         for row in group.rows:
             calls, figure = words.calls(row.result.generation.nfe), row.headline.value
             if calls and figure is not None:
-                labels = dict.fromkeys(run.label for run, _ in row.line.members)
-                made = row.result.generation
-                points[(*labels, made.sampler.split(",")[0], made.checkpoint, made.weights)].append((calls, figure))
+                label, made = row.line.members[0][0].label, row.result.generation
+                points[label, made.sampler.split(",")[0], made.checkpoint, made.weights].append((calls, figure))
         several = {key: sorted(found) for key, found in points.items() if len({x for x, _ in found}) > 1}
+        samplers = list(dict.fromkeys(sampler for _, sampler, *_ in several))
         lines = [
-            Line(*_columns(found), style[key[0]].color, _sampler_dash(key[-3], several), marker=True)
-            for key, found in several.items()
+            Line(*_columns(found), style[label].color, DASHES[samplers.index(sampler) % len(DASHES)], marker=True)
+            for (label, sampler, *_), found in several.items()
         ]
         if lines:
             title = f"{words.title(group.headline)} on {group.measurement.data}"
@@ -109,12 +109,6 @@ def against_calls(groups: Iterable[Group], style: Mapping[str, Style]) -> list[C
 def _columns(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.array(points).T
     return x, y
-
-
-def _sampler_dash(name: str, keys: Iterable[tuple[str, ...]]) -> str:
-    """Samplers of one chart are told apart by their dashes, in the order in which they come."""
-    names = list(dict.fromkeys(key[-3] for key in keys))
-    return DASHES[names.index(name) % len(DASHES)]
 
 
 def _lines(run: Run, name: str, style: Mapping[str, Style], *, marker: bool = False, pale: bool = False) -> list[Line]:

@@ -69,13 +69,12 @@ def _draw(axes: Axes, chart: Chart) -> None:
             markersize=3,
         )
     axes.set_xlabel(chart.x_label)
-    if max(float(line.x.max()) for line in chart.lines) > 1:  # of a time in [0, 1] it would make thousandths
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     if chart.x_log:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.xaxis.set_minor_formatter(NullFormatter())
+    if max(float(line.x.max()) for line in chart.lines) > 1:  # of a time in [0, 1] it would make thousandths
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     _scale(axes, np.concatenate([line.y for line in chart.lines]))

@@ -1,7 +1,7 @@
 """Weights of diffusers' ``UNet2DModel`` under the names of `gencompare.networks.unet.UNet`.
 
-The two are the same network where the former has ``downsample_padding=0``, ``flip_sin_to_cos=False``, ``freq_shift=1``,
-``norm_eps=1e-6`` and ``attention_head_dim=None``, as published DDPMs have, and is given whole timesteps.
+The two are the same network where the config of the former holds `SAME_NETWORK`, as of published DDPMs, and it is given
+whole timesteps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
+
+SAME_NETWORK = {
+    "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
+    "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional", "center_input_sample": False,
+    "resnet_time_scale_shift": "default", "add_attention": True, "downsample_type": "conv", "upsample_type": "conv",
+}  # fmt: skip
+"""What ``UNet2DModel`` must say of itself to be the same network. What it leaves out is taken to be so."""
 
 RESIDUAL = {
     "norm1": "norm1",

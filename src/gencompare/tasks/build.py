@@ -95,6 +95,11 @@ def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int
     return [instantiate(options, _partial_=True)(**common) for options in (cfg.logger or {}).values()]
 
 
+def chosen_device(cfg: DictConfig) -> torch.device:
+    """Where a task that does not train works: a GPU where there is one and ``trainer`` does not say otherwise."""
+    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+
+
 def build_trainer(
     cfg: DictConfig, model: TrainedModel, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path
 ) -> pl.Trainer:

@@ -10,7 +10,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.pictures import grid, save_png
 from gencompare.seeds import generator
-from gencompare.tasks.build import build_data, build_model
+from gencompare.tasks.build import build_data, build_model, chosen_device
 from gencompare.tasks.evaluate import run_folder
 from gencompare.tasks.load import load_weights
 
@@ -25,7 +25,7 @@ def explore(cfg: DictConfig) -> None:
     if not isinstance(model, Explores):
         raise UserError(f"task=explore: {type(model).__name__} has nothing to show besides samples: use task=sample.")
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    device = chosen_device(cfg)
     model = model.to(device)
     x, cond = next(iter(data.batches("test", cfg.task.images)))
     cond = {name: value.to(device) for name, value in cond.items()}

@@ -16,7 +16,7 @@ from gencompare.contract import TrainedModel
 from gencompare.diffusion.schedules import BetaTable
 from gencompare.errors import UserError
 from gencompare.files import atomic, write_json
-from gencompare.networks.diffusers_names import to_diffusers
+from gencompare.networks.diffusers_names import SAME_NETWORK, to_diffusers
 from gencompare.networks.unet import UNet
 from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.evaluate import run_folder
@@ -119,6 +119,5 @@ def unet_config(network: DictConfig, model: TrainedModel) -> dict[str, Any]:
         "block_out_channels": [network.channels * m for m in network.multipliers], "layers_per_block": network.blocks,
         "down_block_types": [f"{kind}DownBlock2D" for kind in attends],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)],
-        "norm_num_groups": network.groups, "dropout": network.dropout, "attention_head_dim": None,
-        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+        "norm_num_groups": network.groups, "dropout": network.dropout, **SAME_NETWORK,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from gencompare.evaluation import evaluate as evaluation
 from gencompare.protocol import Generation
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
-from gencompare.tasks.build import build_data, build_model, build_protocol
+from gencompare.tasks.build import build_data, build_model, build_protocol, chosen_device
 from gencompare.tasks.environment import environment
 from gencompare.tasks.load import generative
 from gencompare.tasks.pretrained import load_pretrained, located
@@ -47,8 +47,7 @@ def evaluate(cfg: DictConfig) -> None:
     else:
         source = generative(build_model(cfg, data), "evaluate").eval()
         load_pretrained(source, path)
-        device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-        source = source.to(device)
+        source = source.to(chosen_device(cfg))
         generation = Generation(weights="as published", checkpoint="as published")
         details = {"parameters": sum(p.numel() for p in source.parameters()), "conditional": source.conditional}
     with stages(cfg.callbacks.progress) as progress:

@@ -14,19 +14,13 @@ from torch import Tensor
 
 from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
-from gencompare.networks.diffusers_names import from_diffusers
+from gencompare.networks.diffusers_names import SAME_NETWORK, from_diffusers
 from gencompare.networks.unet import UNet
 from gencompare.tasks.load import check_fits
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "weights.safetensors")
 """Names that weights have in a published folder."""
 WANTED = (*FILES, "config.json")
-SAME_NETWORK = {
-    "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
-    "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional", "center_input_sample": False,
-    "resnet_time_scale_shift": "default", "add_attention": True, "downsample_type": "conv", "upsample_type": "conv",
-}  # fmt: skip
-"""What a ``UNet2DModel`` must say of itself to be the same network. What it leaves out is taken to be so."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 

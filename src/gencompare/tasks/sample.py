@@ -6,7 +6,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 
 from gencompare.errors import UserError
@@ -15,7 +14,7 @@ from gencompare.evaluation.sampling import draw
 from gencompare.evaluation.super_resolution import beside
 from gencompare.files import atomic
 from gencompare.pictures import grid, save_png, to_image
-from gencompare.tasks.build import build_data, build_model
+from gencompare.tasks.build import build_data, build_model, chosen_device
 from gencompare.tasks.evaluate import run_folder
 from gencompare.tasks.load import generative, load_weights
 
@@ -31,7 +30,7 @@ def sample(cfg: DictConfig) -> None:
     data = build_data(cfg)
     model = generative(build_model(cfg, data), "sample").eval()
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    device = chosen_device(cfg)
     asked = asked_for(model, data, cfg.n, seed=cfg.seed, split=cfg.evaluation.protocol.get("conditions", "test"))
     drawn = draw(model.to(device), cfg.n, seed=cfg.seed, asked=asked).images
     shown, columns = beside(drawn, asked)
