@@ -55,9 +55,9 @@ class Result:
     """Name of the metric that ranks: ``fid`` on inception-v3-compat, else ``fd_<extractor>``."""
     created: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds of its parts: ``sampling``, ``metrics``."""
+    """Wall seconds of its parts: ``sampling``, ``metrics``, ``likelihood``."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What is shown and never ranked: class shares, flags."""
+    """What is shown and never ranked: images_per_second and flops_per_sample of sampling, class shares, flags."""
     pictures: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
 
@@ -84,9 +84,9 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     """Package versions, git commit and dirtiness, host, device."""
     model: dict[str, Any] = field(default_factory=dict)
-    """parameters (all, and by network), conditional, flops_per_image_training, flops_per_sample."""
+    """parameters (all, and by network), conditional, noise_schedule where there is one."""
     training: dict[str, Any] = field(default_factory=dict)
-    """steps, images_seen, seconds, images_per_second, peak_memory_bytes, flops, trained_against."""
+    """steps, images_seen, seconds, images_per_second, peak_memory_bytes, flops_per_image, flops, trained_against."""
     curve: str = "curve.csv"
     """CSV of everything that was logged while training, relative to the run folder."""
     checkpoints: dict[str, str] = field(default_factory=dict)

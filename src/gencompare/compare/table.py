@@ -50,6 +50,7 @@ def columns(group: Group) -> list[Column]:
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
         *figures,
         Column("NFE", _nfe),
+        Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
         Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
         Column("images seen", _count(_images_seen)),
         Column("training time", lambda row: _timed(row.run.record.training.get("seconds"))),
@@ -182,6 +183,7 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
             entry |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
             entry |= {"nfe": words.calls(result.generation.nfe)}
             entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
+            entry |= {"flops_per_sample": words.number(result.details.get("flops_per_sample"))}
             entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
             entries.append(entry)
     entries += [_about(run) for run in without_figures(gathered.runs)]

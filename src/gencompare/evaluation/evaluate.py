@@ -21,7 +21,7 @@ from gencompare.evaluation.features import Extractor, Features
 from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
-from gencompare.evaluation.sampling import CHUNK, Samples, draw, labels_like
+from gencompare.evaluation.sampling import CHUNK, Samples, draw, flops_of_one, labels_like
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
 from gencompare.evaluation.super_resolution import super_resolution
 from gencompare.protocol import Generation, Measurement
@@ -162,6 +162,7 @@ def evaluate(
         seconds["sampling"] = drawn.seconds
         details["images_per_second"] = n / drawn.seconds
         details["peak_memory_bytes"] = drawn.peak_memory_bytes
+        details["flops_per_sample"] = flops_of_one(model, drawn, seed=protocol.seed)
         if hasattr(model, "sampling_description"):
             generation = replace(generation, sampler=model.sampling_description())
         generation = replace(generation, nfe=drawn.nfe, seed=protocol.seed)

@@ -22,6 +22,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.asked import Asked
 from gencompare.evaluation.distributed import shared_out, world
+from gencompare.evaluation.flops import flops_per_image
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.files import atomic
 from gencompare.memory import forget_peak, peak_memory_bytes
@@ -128,10 +129,7 @@ def draw(
             return stored
         began = time.perf_counter()
         places = slice(k * chunk, k * chunk + size)
-        if asked is not None:
-            cond = asked.batch(places, device)[1]
-        else:
-            cond = {} if labels is None else {"label": labels[places].to(device)}
+        cond = conditions(places, labels, asked, device)
         with counted(networks) as rows, torch.no_grad():
             x = model.sample(size, cond, generator=generator(device, seed, "sample", k))
         if len(x) != size:
@@ -158,6 +156,21 @@ def draw(
         seconds=sum(part.seconds for part in parts) / processes,
         peak_memory_bytes=peak_memory_bytes(device),
     )
+
+
+def conditions(places: slice, labels: Tensor | None, asked: Asked | None, device: torch.device) -> dict[str, Tensor]:
+    """What the samples at ``places`` are asked for."""
+    if asked is not None:
+        return asked.batch(places, device)[1]
+    return {} if labels is None else {"label": labels[places].to(device)}
+
+
+def flops_of_one(model: source.Samples, samples: Samples, *, seed: int = 0) -> float:
+    """FLOPs of drawing one of ``samples`` once more, by itself: counted apart, since counting takes time."""
+    device = torch.device(getattr(model, "device", "cpu"))
+    cond = conditions(slice(0, 1), samples.labels, samples.asked, device)
+    with evaluating(model), torch.no_grad():
+        return flops_per_image(lambda: model.sample(1, cond, generator=generator(device, seed, "flops")), 1)
 
 
 def labels_like(reference: Tensor, n: int, seed: int) -> Tensor:
