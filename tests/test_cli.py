@@ -21,6 +21,7 @@ from PIL import Image
 
 import gencompare
 from composing import options
+from forking import Forked
 from gencompare.locks import locked
 from gencompare.tasks import evaluate as evaluate_task
 from gencompare.training.clock import Clock
@@ -79,17 +80,14 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, tmp_path: Path) -> None:
     words = ["model=vae", *QUICK, "budget.steps=60", "evaluation.checkpoints=[]", "callbacks.looks.count=0"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *words, "callbacks.checkpoints.every_minutes=0", "hydra.run.dir=killed"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = Forked(tmp_path, *words, "callbacks.checkpoints.every_minutes=0", "hydra.run.dir=killed")
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 200
     while not last.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     killed_at = checkpoint(tmp_path / "killed")["callbacks"]["Clock"]["step"]
     assert killed_at < 60
     assert cli("resume=killed", "callbacks.checkpoints.every_minutes=2") == 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gencompare.contract import DataSpec
 from gencompare.evaluation.classes import classifier_score
+from gencompare.evaluation.features import Features
 from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.inception import Inception
 from gencompare.evaluation.kernel import kernel_distance
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from random_inception import save_random_inception  # type: ignore[import-not-found]
 
 SPEC = DataSpec(name="photos", shape=(3, 32, 32))
+IMAGES = 24
+"""In each folder: few, since each is 11 GFLOP for Inception, which every figure goes through."""
 
 
 def correlated(n: int, d: int, seed: int) -> Tensor:
@@ -69,13 +72,13 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two folders of PNG files: smooth random pictures, of other contrast in the second."""
+    """Two folders of PNG files: smooth random pictures, finer and of more contrast in the second."""
     places = []
-    for k, scale in enumerate((30, 90)):
+    for k, (scale, side) in enumerate(((30, 4), (90, 16))):
         folder = tmp_path_factory.mktemp(f"images{k}")
         random = np.random.default_rng(k)
-        coarse = torch.from_numpy(random.standard_normal((48, 3, 6, 6))).float()
-        images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").mul(scale).add(2 * scale)
+        coarse = torch.from_numpy(random.standard_normal((IMAGES, 3, side, side))).float()
+        images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").mul(scale).add(128)
         images = images.clamp(0, 255)
         for i, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
             Image.fromarray(image).save(folder / f"{i:03d}.png")
@@ -87,17 +90,24 @@ def loaded(folder: Path) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(folder.iterdir())])
 
 
-def test_figures_are_those_of_the_command_line_of_torch_fidelity(folders: list[Path], random_weights: Path) -> None:
+@pytest.fixture(scope="module")
+def own_features(folders: list[Path], random_weights: Path) -> list[Features]:
+    extractor = Inception(SPEC, random_weights)
+    return [extractor(loaded(folder)) for folder in folders]
+
+
+def test_figures_are_those_of_the_command_line_of_torch_fidelity(
+    folders: list[Path], random_weights: Path, own_features: list[Features]
+) -> None:
     """FID, IS, KID, precision and recall of two folders of images, through the same network."""
     from torch_fidelity import calculate_metrics
 
     theirs = calculate_metrics(
         input1=str(folders[0]), input2=str(folders[1]), cuda=False, fid=True, kid=True, isc=True, prc=True,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(random_weights), batch_size=16,
-        kid_subsets=100, kid_subset_size=48, cache=False, verbose=False, samples_find_deep=False,
+        kid_subsets=100, kid_subset_size=IMAGES, cache=False, verbose=False, samples_find_deep=False,
     )  # fmt: skip
-    extractor = Inception(SPEC, random_weights)
-    a, b = (extractor(loaded(folder)) for folder in folders)
+    a, b = own_features
     assert frechet_distance(a.features, b.features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     kid = kernel_distance(a.features, b.features)[0]
     assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
@@ -108,22 +118,13 @@ def test_figures_are_those_of_the_command_line_of_torch_fidelity(folders: list[P
     assert own.recall == pytest.approx(theirs["recall"], abs=1e-4)
 
 
-def test_fid_is_that_of_torchmetrics_on_its_network(folders: list[Path], random_weights: Path) -> None:
+def test_fid_is_that_of_torchmetrics_on_its_network(
+    folders: list[Path], random_weights: Path, own_features: list[Features]
+) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    extractor = Inception(SPEC, random_weights)
-
-    class Network(torch.nn.Module):
-        """The same network, as torchmetrics wants it."""
-
-        num_features = 2048
-
-        def forward(self, x: Tensor) -> Tensor:
-            return extractor.run(x).features
-
-    fid = FrechetInceptionDistance(feature=Network(), normalize=False)
-    a, b = (loaded(folder) for folder in folders)
-    fid.update(a, real=True)
-    fid.update(b, real=False)
-    own = frechet_distance(extractor.features(b), extractor.features(a))
-    assert own == pytest.approx(float(fid.compute()), rel=1e-4)
+    fid = FrechetInceptionDistance(feature_extractor_weights_path=str(random_weights))
+    for folder, real in zip(folders, (True, False), strict=True):
+        fid.update(loaded(folder), real=real)
+    a, b = own_features
+    assert frechet_distance(b.features, a.features) == pytest.approx(float(fid.compute()), rel=1e-4)

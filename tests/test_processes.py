@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from forking import Forked
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -20,35 +22,21 @@ SETTINGS = [
     "evaluation.protocol.likelihood_n=20",
 ]  # fmt: skip
 ONCE = "evaluation.checkpoints=[last]"
-FAMILIES = ["vae", "gan", "ddpm", "gaussian"]
-EXTRA = {"ddpm": ["model.sampler.steps=3"]}
-DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 
 ROUNDING = 2e-5
 """Sums of gradients are taken in another order, so the last bits of float32 differ, and Adam makes the most of them."""
 
-PLANT = """
-import os
-if os.environ.get("PLANT") == "gradients":
-    import gencompare.models.gan as gan
-    gan.average_gradients = lambda parameters: None
-if os.environ.get("PLANT") == "data":
-    import gencompare.data.stream as stream
-    init = stream.TrainStream.__init__
-    def wrong(self, data, *, start_step, rank, world, device):
-        init(self, data, start_step=start_step, rank=0, world=world, device=device)
-    stream.TrainStream.__init__ = wrong
-"""
+SWEPT = ["vae", "gan", "gaussian"]
 
 
-def processes(folder: Path, *words: str, plant: str = "", count: int = 2) -> None:
-    (folder / "sitecustomize.py").write_text(PLANT if plant else "")
-    env = {**os.environ, "PYTHONPATH": str(folder), "PLANT": plant, "WANDB_MODE": "offline"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words, *SETTINGS, *DDP, f"trainer.devices={count}"],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def words_of(*words: str, count: int = 2) -> list[str]:
+    return [*words, *SETTINGS, "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}"]
+
+
+def processes(folder: Path, *words: str, count: int = 2, first: Callable[[], None] | None = None) -> None:
+    """Run ``words`` on ``count`` processes; ``first`` is called in the first of them, and so done to all."""
+    whole = Forked(folder, *words_of(*words, count=count), first=first)
+    assert whole.wait(timeout=280) == 0, whole.output()[-4000:]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -67,26 +55,22 @@ def figures(folder: Path) -> dict[str, float | None]:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over the families, each job on two processes."""
+    """A sweep over the families, each job on two processes, as a user starts it."""
     folder = tmp_path_factory.mktemp("two")
-    processes(
-        folder,
-        "-m",
-        ONCE,
-        f"model={','.join(f for f in FAMILIES if f not in EXTRA)}",
-        "logger=default",
-        "hydra.sweep.dir=sweep",
+    words = words_of("-m", ONCE, f"model={','.join(SWEPT)}", "logger=default", "hydra.sweep.dir=sweep")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *words], cwd=folder, capture_output=True, text=True, timeout=280
     )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in EXTRA])
+@pytest.mark.parametrize("family", SWEPT)
 def test_each_job_of_a_sweep_on_two_processes_equals_one_process(
     family: str, sweep: Path, cli: Callable[..., int], tmp_path: Path
 ) -> None:
-    number = [f for f in FAMILIES if f not in EXTRA].index(family)
-    two = sweep / "sweep" / f"{number}_digits_{family}"
+    two = sweep / "sweep" / f"{SWEPT.index(family)}_digits_{family}"
     assert cli(f"model={family}", ONCE, *SETTINGS, "trainer=cpu", "logger=csv", "hydra.run.dir=one") == 0
     check_equal(tmp_path / "one", two)
     runs = list((two / "wandb").glob("offline-run-*"))
@@ -97,8 +81,9 @@ def test_each_job_of_a_sweep_on_two_processes_equals_one_process(
 
 @pytest.mark.timeout(280)
 def test_a_sampler_of_many_steps_on_two_processes_equals_one(cli: Callable[..., int], tmp_path: Path) -> None:
-    processes(tmp_path, "model=ddpm", *EXTRA["ddpm"], ONCE, "logger=csv", "hydra.run.dir=two")
-    assert cli("model=ddpm", *EXTRA["ddpm"], ONCE, *SETTINGS, "trainer=cpu", "logger=csv", "hydra.run.dir=one") == 0
+    words = ["model=ddpm", "model.sampler.steps=3", ONCE, "logger=csv"]
+    processes(tmp_path, *words, "hydra.run.dir=two")
+    assert cli(*words, *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
     check_equal(tmp_path / "one", tmp_path / "two")
 
 
@@ -112,23 +97,40 @@ def check_equal(one: Path, two: Path) -> None:
 
 def test_one_comparison_of_the_sweep(sweep: Path) -> None:
     assert (sweep / "sweep" / "compare.html").is_file()
-    assert len(list((sweep / "sweep").glob("*/record.json"))) == len(FAMILIES) - len(EXTRA)
+    assert len(list((sweep / "sweep").glob("*/record.json"))) == len(SWEPT)
+
+
+def no_reduction() -> None:
+    """Each process goes its own way."""
+    import gencompare.models.gan as gan
+
+    gan.average_gradients = lambda parameters: None  # type: ignore[assignment]
+
+
+def same_images() -> None:
+    """Each process sees what the first one should."""
+    from gencompare.data.stream import TrainStream
+
+    right = TrainStream.__init__
+
+    def wrong(self: TrainStream, data: Any, *, rank: int, **rest: Any) -> None:
+        right(self, data, rank=0, **rest)
+
+    TrainStream.__init__ = wrong  # type: ignore[method-assign]
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("plant", ["gradients", "data"])
-def test_the_comparison_with_one_process_bites(plant: str, cli: Callable[..., int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("plant", [no_reduction, same_images])
+def test_the_comparison_with_one_process_bites(
+    plant: Callable[[], None], cli: Callable[..., int], tmp_path: Path
+) -> None:
     """Without the reduction of gradients, or with the same images on both ranks, the weights come out different."""
-    quick = [
-        "model=gan",
-        "model.lr_schedule.warmup_steps=1",
-        "logger=csv",
-        "evaluation.checkpoints=[]",
-        "hydra.run.dir=two",
-    ]
-    processes(tmp_path, *quick, plant=plant)
-    assert cli(*quick[:-1], *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) > 5 * ROUNDING
+    words = ["model=gan", "model.lr_schedule.warmup_steps=1", "logger=csv", "evaluation.checkpoints=[]"]
+    assert cli(*words, *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
+    processes(tmp_path, *words, "hydra.run.dir=right")
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "right")) < ROUNDING
+    processes(tmp_path, *words, "hydra.run.dir=wrong", first=plant)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "wrong")) > 5 * ROUNDING
 
 
 @pytest.mark.timeout(280)

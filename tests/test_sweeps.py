@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from forking import Forked
+from gencompare.training.clock import Clock
 from test_cli import QUICK, Cli, assert_same_training, checkpoint
 
 WORDS = [
@@ -16,26 +19,24 @@ WORDS = [
     "callbacks.checkpoints.every_minutes=0", "evaluation.checkpoints=[last]", "evaluation.n=80",
 ]  # fmt: skip
 
-KILLED = """
-import os, signal, sys
-from gencompare.tasks.main import main
-from gencompare.training.clock import Clock
-original, starts = Clock.on_train_batch_start, []
-def start(self, *args):
-    original(self, *args)
-    starts.append(1)
-    if len(starts) == 7:  # the third step of the second job
-        os.kill(os.getpid(), signal.SIGKILL)
-Clock.on_train_batch_start = start
-main()
-"""
+
+def dies() -> None:
+    """The process is killed in the third step of the second job."""
+    original, starts = Clock.on_train_batch_start, []
+
+    def start(self: Clock, *args: Any) -> None:
+        original(self, *args)
+        starts.append(1)
+        if len(starts) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Clock.on_train_batch_start = start  # type: ignore[method-assign]
 
 
 def test_a_killed_sweep_goes_on_and_ends_like_one_that_was_not(cli: Cli, tmp_path: Path, capsys) -> None:
     assert cli(*WORDS, "hydra.sweep.dir=whole") == 0
     words = [*WORDS, "hydra.sweep.dir=killed"]
-    broken = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=tmp_path, capture_output=True, timeout=120)
-    assert broken.returncode == -9
+    assert Forked(tmp_path, *words, first=dies).wait(timeout=120) == -signal.SIGKILL
     first = tmp_path / "killed" / "0_digits_vae"
     states = {
         path.parent.name: json.loads(path.read_text())["state"] for path in (tmp_path / "killed").glob("*/record.json")

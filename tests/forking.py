@@ -1,0 +1,79 @@
+"""New processes without the seconds that imports take: forks of the one that runs the tests.
+
+They are processes all the same: they can be killed, and several of them train together. That a new interpreter finds
+its way is for the tests that start ``run.py`` itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+class Forked:
+    """``python run.py WORDS`` in ``folder``; answers to what Lightning and the tests ask of a `subprocess.Popen`.
+
+    Args:
+        env: the environment; None keeps this process's.
+        first: called in the new process before anything else; what it changes is changed in further processes too.
+    """
+
+    def __init__(
+        self, folder: Path, *words: str, env: Mapping[str, str] | None = None, first: Callable[[], Any] | None = None
+    ) -> None:
+        self._output = folder / "output.txt"
+        self._process = get_context("fork").Process(target=self._run, args=(folder, words, env, first))
+        self._process.start()
+
+    def _run(
+        self, folder: Path, words: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
+    ) -> None:
+        """What the new process does. Nothing is put back: the process ends."""
+        sys.stdout = sys.stderr = output = self._output.open("a", buffering=1)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        os.chdir(folder)
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        if first is not None:
+            first()
+        sys.argv = ["run.py", *words]
+
+        from lightning_utilities.core.rank_zero import rank_zero_only
+        from pytorch_lightning.strategies.launchers import subprocess_script
+
+        from gencompare.tasks.main import main
+
+        def further(command: list[str], *, env: Mapping[str, str], cwd: str | None) -> Forked:
+            assert command[1:] == ["-m", "gencompare.tasks.rank"]
+            return Forked(folder, env=env)
+
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # else read once, at import
+        subprocess_script.subprocess = SimpleNamespace(Popen=further)  # type: ignore[assignment]
+        main()
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; minus the signal's number where one ended it."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def output(self) -> str:
+        """All that it and its further processes printed."""
+        return self._output.read_text()
