@@ -58,6 +58,10 @@ class Forked:
         subprocess_script.subprocess = SimpleNamespace(Popen=further)  # type: ignore[assignment]
         main()
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
     def poll(self) -> int | None:
         """The exit code, or None while it runs; minus the signal's number where one ended it."""
         return self._process.exitcode
@@ -71,8 +75,8 @@ class Forked:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        if self._process.is_alive() and self._process.pid is not None:
+            os.kill(self._process.pid, number)
 
     def output(self) -> str:
         """All that it and its further processes printed."""

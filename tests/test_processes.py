@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,8 @@ import pytest
 import torch
 
 from forking import Forked
+from gencompare.errors import UserError
+from gencompare.tasks import train
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -131,6 +135,25 @@ def test_the_comparison_with_one_process_bites(
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "right")) < ROUNDING
     processes(tmp_path, *words, "hydra.run.dir=wrong", first=plant)
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "wrong")) > 5 * ROUNDING
+
+
+def second_fails() -> None:
+    """The second process cannot read the data, before it meets the first."""
+    right = train.build_data
+
+    def wrong(cfg: Any) -> Any:
+        if os.environ.get("LOCAL_RANK") == "1":
+            raise UserError("no such disk")
+        return right(cfg)
+
+    train.build_data = wrong
+
+
+@pytest.mark.timeout(120)
+def test_one_that_fails_ends_all(tmp_path: Path) -> None:
+    process = Forked(tmp_path, *words_of("model=gan", "logger=csv", "hydra.run.dir=two"), first=second_fails)
+    assert process.wait(timeout=100) == -signal.SIGKILL
+    assert "no such disk" in process.output()
 
 
 @pytest.mark.timeout(280)
