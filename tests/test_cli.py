@@ -204,9 +204,12 @@ def complaint(capsys: Any) -> str:
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
-        (["modle=ddpm"], 2, "modle"),
+        (["modle=ddpm"], 2, "Did you mean model?"),
         (["model=dpdm"], 2, "ddpm"),
-        (["model.optimiser.lr=1"], 2, "optimiser"),
+        (["model.optimiser.lr=1"], 2, "Did you mean model.optimizer?"),
+        (["-m", "model=vdm,flow", "model.sampler.stpes=3"], 2, "model.sampler has steps"),
+        (["model.guidance.scale=3"], 2, "add model/guidance=auto|classifier|classifier_free"),
+        (["seed.x=3"], 2, "seed is 0"),
         (["budget.images=0"], 1, "budget.images=0"),
         (["data=toy2d", "model=vae", "model.conditional=maybe"], 1, ""),
         (["evaluation.n=10"], 1, "evaluation.n=10"),
@@ -226,7 +229,7 @@ def complaint(capsys: Any) -> str:
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_bad_input(words: list[str], code: int, named: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    assert cli("logger=csv", *words) == code
+    assert cli(*words, "logger=csv") == code
     assert named in complaint(capsys)
     assert not list(tmp_path.rglob("*.ckpt")), "no time is spent on training"
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec
+from gencompare.contract import Cond, DataSpec
 from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.asked import Asked
@@ -158,7 +158,7 @@ def draw(
     )
 
 
-def conditions(places: slice, labels: Tensor | None, asked: Asked | None, device: torch.device) -> dict[str, Tensor]:
+def conditions(places: slice, labels: Tensor | None, asked: Asked | None, device: torch.device) -> Cond:
     """What the samples at ``places`` are asked for."""
     if asked is not None:
         return asked.batch(places, device)[1]
