@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,17 @@ def diffusion(network: Any = partial(DenoisingMLP, width=32, depth=2), **changes
         "sampler": part("sampler", "ddim", steps=8),
     }
     return Diffusion(SPEC, network=network, **(parts | changes))
+
+
+def test_who_trains_a_learned_schedule() -> None:
+    learned, bound = part("schedule", "learned"), part("objective", "vlb")
+    with pytest.warns(UserWarning, match="trains no schedule.*stays as it starts"):
+        model = diffusion(schedule=learned)
+    assert not any(p.requires_grad for p in model.schedule.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = diffusion(schedule=part("schedule", "learned"), objective=bound)
+    assert all(p.requires_grad for p in model.schedule.parameters())
 
 
 POINT = torch.tensor([0.4, -0.8])

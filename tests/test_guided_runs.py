@@ -132,6 +132,9 @@ def test_guides_of_another_schedule_or_data_are_refused(
     assert "under another noise schedule (CosineBetas)" in capsys.readouterr().err
     assert cli(*guided, "data=toy2d", "hydra.run.dir=bad") == 1
     assert "other images or classes" in capsys.readouterr().err
+    towards = [*SMALL, *QUICK, "model/guidance=auto", "model.guidance.weak.run=told"]
+    assert cli(*towards, "hydra.run.dir=bad") == 1
+    assert "weak needs a class for each image" in capsys.readouterr().err
 
 
 def test_first_weights_do_not_depend_on_the_guide(runs: Path) -> None:

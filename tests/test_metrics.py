@@ -301,3 +301,9 @@ def test_flops_of_a_matrix_product() -> None:
     with torch.no_grad():
         assert flops_per_image(lambda: layer(x), 10) == 2 * 30 * 7
     assert flops_per_image(lambda: layer(x).sum().backward(), 10) == 3 * 2 * 30 * 7
+
+
+def test_flops_of_a_gradient_with_respect_to_an_input() -> None:
+    """As classifier guidance takes it: forward, and one of the two gradients of the layer."""
+    layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
+    assert flops_per_image(lambda: torch.autograd.grad(layer(x).sum(), x), 10) == 2 * 2 * 30 * 7

@@ -16,7 +16,8 @@ Each folder holds `record.json` (config, environment, cost, figures with their p
 kept by `python docs/results/keep.py`. This page is written from them by `python docs/results/table.py`. The runs are
 short, on one or two processor cores: they show that training works and that the distance falls, not what a family can
 do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples, at the
-first and the last look; the figure at the end is to the training images from n samples.
+first and the last look; the figure at the end is to the training images from n samples. The command is the one that was
+given, at the commit that the record names: presets and defaults may have changed since.
 """
 COLUMNS = """
 | run | images seen | minutes | distance while training | n | distance at the end | x floor | samples | command |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -69,7 +70,12 @@ class Diffusion(GenerativeModel):
         schedule.check()
         sampler.times(schedule)
         parameterization.check(schedule)
-        if not objective.trains_schedule:
+        if not objective.trains_schedule and any(True for _ in schedule.parameters()):
+            warnings.warn(
+                f"{type(objective).__name__} trains no schedule: {type(schedule).__name__} stays as it starts."
+                " Bounds train it (model/objective=vlb or vlb_discrete).",
+                stacklevel=2,
+            )
             schedule.requires_grad_(False)
         self.schedule, self.parameterization = schedule, parameterization
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
@@ -214,6 +220,11 @@ class Diffusion(GenerativeModel):
                 raise UserError(
                     f"model.guidance.{name} was trained on data '{spec.name}', which has other images or classes than"
                     f" '{self.spec.name}'."
+                )
+            if getattr(guide, "conditional", False) and not (self.conditional or guidance.needs_label):
+                raise UserError(
+                    f"model.guidance.{name} needs a class for each image, and this model has none to pass on: train"
+                    " both with model.conditional=true, or both without."
                 )
             if lacking := sorted(getattr(spec, "conditions", {}).keys() - self.spec.conditions.keys()):
                 raise UserError(

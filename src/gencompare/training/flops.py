@@ -6,8 +6,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
-from torch.utils.flop_counter import FlopCounterMode
 
+from gencompare.evaluation.flops import Flops
 from gencompare.training.clock import clock_of
 
 
@@ -16,7 +16,7 @@ class TrainingFlops(Callback):
 
     def __init__(self) -> None:
         self.per_image: float | None = None
-        self._counter: FlopCounterMode | None = None
+        self._counter: Flops | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"per_image": self.per_image}
@@ -26,7 +26,7 @@ class TrainingFlops(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
         if self.per_image is None:
-            self._counter = FlopCounterMode(display=False)
+            self._counter = Flops()
             self._counter.__enter__()
 
     def on_train_batch_end(
