@@ -129,7 +129,8 @@ def test_the_saved_state_is_the_whole_network(option: str) -> None:
         ("unet_ncsnpp_cifar10", {}, 62.8, 62_758_787),
         ("unet_ncsnpp_cifar10", {"blocks": 8}, 107.6, 107_586_947),
         # Karras et al. (2022), the networks of their CIFAR-10 runs: NVlabs/edm's SongUNet(channel_mult=[2, 2, 2]),
-        # without labels and augmentation.
+        # without labels, and with the 9 x 128 of their augmentation where it is named.
+        ("unet_edm_cifar10", {"augment_dim": 9}, 55.7, 55_733_891),
         ("unet_edm_cifar10", {}, 55.7, 55_732_739),
         ("unet_ncsnpp_cifar10", {"multipliers": [2, 2, 2], "dropout": 0.13}, 56.4, 56_395_523),
         # Tong et al. (2024): torchcfm's UNetModelWrapper as examples/images/cifar10/train_cifar10.py makes it.
@@ -245,6 +246,20 @@ def test_an_embedding_of_noughts_means_none(net: str) -> None:
     x, t = inputs(2, (1, 8, 8))
     assert torch.equal(told(x, t, {"embedding": torch.zeros(2, 5)}), plain(x, t, {}))
     assert not torch.allclose(told(x, t, {"embedding": torch.ones(2, 5)}), plain(x, t, {}), atol=1e-3)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_no_vector_of_an_augmentation_and_one_of_noughts_are_the_same(net: str) -> None:
+    told = shaken(NETS[net](augment_dim=9))
+    plain = NETS[net]().eval()
+    plain.load_state_dict({k: v for k, v in told.state_dict().items() if not k.startswith("conditions.")})
+    x, t = inputs(2, (1, 8, 8))
+    assert torch.equal(told(x, t, {}), plain(x, t, {}))
+    assert torch.equal(told(x, t, {"augment": torch.zeros(2, 9)}), plain(x, t, {}))
+    one_row = torch.tensor([[0.0], [1.0]]).expand(2, 9)
+    moved = told(x, t, {"augment": one_row})
+    assert torch.allclose(moved[0], plain(x, t, {})[0], atol=1e-5)
+    assert not torch.allclose(moved[1], plain(x, t, {})[1], atol=1e-3)
 
 
 def test_the_low_resolution_image_is_laid_beside_the_noisy_one_at_its_size() -> None:
