@@ -87,6 +87,7 @@ class Diffusion(GenerativeModel):
             **{SIZES[name]: shape[0] for name, shape in spec.conditions.items()},
             **({} if augmentation is None else {"augment_dim": augmentation.dim}),
         )
+        self._check_noise_levels()
         self.augmentation = augmentation
         if augmentation is not None and "low_res" in spec.conditions:
             raise UserError(
@@ -209,6 +210,18 @@ class Diffusion(GenerativeModel):
         for guide in self._guides().values():
             guide._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _check_noise_levels(self) -> None:
+        """A network with parameters for each noise level, ``noise_levels`` of them, must be told which one it is."""
+        known = getattr(self.network, "noise_levels", 1)
+        if known > 1 and self.parameterization.noise.levels(self.schedule) != known:
+            steps = self.schedule.discrete_times
+            there = "runs in continuous time" if steps is None else f"has {len(steps)}"
+            raise UserError(
+                f"{type(self.network).__name__} tells {known} noise levels apart by their index: it needs a schedule of"
+                f" {known} levels and noise conditioning LevelIndex, as in model=ncsn; {type(self.schedule).__name__}"
+                f" {there}, and the conditioning is {type(self.parameterization.noise).__name__}."
+            )
 
     def _check_label_dropout(self) -> None:
         if not 0 <= self.label_dropout <= 1:
