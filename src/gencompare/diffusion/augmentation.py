@@ -71,13 +71,24 @@ class Augmentation:
 
     def parameters(self, draws: Draws) -> Tensor:
         """a_0 to a_7 of each image, (n, 8)."""
-        chance, normal = draws.uniform((11,)), draws.normal((4,))
-        on = chance[:, :6] < chance.new_tensor([self.x_flip, *[self.p] * 5])
-        flips = chance[:, 6:8] < 0.5
-        angle = (2 * chance[:, 8:10] - 1) * math.pi
-        axis = angle[:, 1] * (chance[:, 10] < TURNED_AXIS)
-        a = torch.stack([*flips.T, normal[:, 0], angle[:, 0], axis, *normal[:, 1:].T], dim=1)
-        return a * on[:, [0, 1, 2, 3, 4, 4, 5, 5]]
+        # No number of ours goes to the device by itself, for which the host would wait.
+        chance, (zoom, stretch, right, down) = draws.uniform((11,)).T, draws.normal((4,)).T
+        zooms, turns, stretches, shifts = chance[:4] < self.p
+        flips = (chance[4:6] < 0.5) & torch.stack([chance[6] < self.x_flip, chance[7] < self.p])
+        turn, axis = (2 * chance[8:10] - 1) * math.pi
+        axis = axis * (chance[10] < TURNED_AXIS)
+        return torch.stack(
+            [
+                *flips.to(zoom),
+                zoom * zooms,
+                turn * turns,
+                axis * stretches,
+                stretch * stretches,
+                right * shifts,
+                down * shifts,
+            ],
+            dim=1,
+        )
 
 
 def told(a: Tensor) -> Tensor:
@@ -107,11 +118,10 @@ def moved(x: Tensor, a: Tensor) -> Tensor:
     rows, columns = (torch.arange(side, device=x.device) - (side - 1) / 2 for side in (height, width))
     pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=2).flatten(0, 1)
     shift = SHIFT * torch.stack([width * right, height * down], dim=1)
-    source = (pixels - shift[:, None]) @ back.mT
-    grid = source / source.new_tensor([(width - 1) / 2, (height - 1) / 2])  # the outermost centres are at -1 and 1
-    warped = F.grid_sample(
-        x, grid.view(n, height, width, 2).to(x.dtype), mode="bicubic", padding_mode="reflection", align_corners=True
-    )
+    x_from, y_from = ((pixels - shift[:, None]) @ back.mT).unbind(dim=2)
+    # The outermost centres are at -1 and 1.
+    grid = torch.stack([x_from * (2 / (width - 1)), y_from * (2 / (height - 1))], dim=2).view(n, height, width, 2)
+    warped = F.grid_sample(x, grid.to(x.dtype), mode="bicubic", padding_mode="reflection", align_corners=True)
     # Cubic interpolation overshoots at edges, and images are in [-1, 1].
     return torch.where(_rows(a[:, 2:].any(dim=1)), warped.clamp(-1, 1), x)
 
