@@ -126,6 +126,14 @@ def test_moved_images_stay_in_range_and_rows_do_not_touch_each_other() -> None:
     assert torch.allclose(got[:5], alone, atol=1e-6)
 
 
+def test_mixed_precision_does_not_round_places() -> None:
+    x, parameters = images(20), drawn(Augmentation(p=0.9), 20)
+    expected = moved(x, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = moved(x, parameters)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
 # What is drawn and told
 
 

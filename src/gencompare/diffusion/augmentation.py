@@ -106,31 +106,34 @@ def moved(x: Tensor, a: Tensor) -> Tensor:
     All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes in from
     outside is the image mirrored in the centres of its outermost pixels.
     """
-    n, _, height, width = x.shape
+    height, width = x.shape[2:]
     x_flip, y_flip, zoom, turn, axis, stretch, right, down = a.T
     x = torch.where(_rows(x_flip > 0), x.flip(3), x)
     x = torch.where(_rows(y_flip > 0), x.flip(2), x)
 
-    # Where each pixel comes from: the inverse of shift(stretch(turn(zoom(.)))), in pixels to the right and down.
-    back = torch.exp2(-SCALE * zoom)[:, None, None] * _clockwise(turn)
-    narrow = torch.exp2(-ANISOTROPY * stretch)
-    back = back @ _clockwise(-axis) @ torch.diag_embed(torch.stack([narrow, 1 / narrow], dim=1)) @ _clockwise(axis)
+    # Where each pixel comes from, to the right and down: the inverse of shift(stretch(turn(zoom(.)))).
     rows, columns = (torch.arange(side, device=x.device) - (side - 1) / 2 for side in (height, width))
-    pixels = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=2).flatten(0, 1)
-    shift = SHIFT * torch.stack([width * right, height * down], dim=1)
-    x_from, y_from = ((pixels - shift[:, None]) @ back.mT).unbind(dim=2)
+    place = (columns - SHIFT * width * right[:, None])[:, None, :], (rows - SHIFT * height * down[:, None])[:, :, None]
+    narrow = _shaped(torch.exp2(-ANISOTROPY * stretch))
+    along, across = _clockwise(axis, *place)
+    place = _clockwise(-axis, narrow * along, across / narrow)
+    to_right, to_bottom = (_shaped(torch.exp2(-SCALE * zoom)) * offset for offset in _clockwise(turn, *place))
     # The outermost centres are at -1 and 1.
-    grid = torch.stack([x_from * (2 / (width - 1)), y_from * (2 / (height - 1))], dim=2).view(n, height, width, 2)
+    grid = torch.stack([to_right * (2 / (width - 1)), to_bottom * (2 / (height - 1))], dim=3)
     warped = F.grid_sample(x, grid.to(x.dtype), mode="bicubic", padding_mode="reflection", align_corners=True)
     # Cubic interpolation overshoots at edges, and images are in [-1, 1].
     return torch.where(_rows(a[:, 2:].any(dim=1)), warped.clamp(-1, 1), x)
 
 
-def _clockwise(angle: Tensor) -> Tensor:
-    """(n,) -> (n, 2, 2): turns (right, down) clockwise as seen."""
-    cos, sin = angle.cos(), angle.sin()
-    return torch.stack([cos, -sin, sin, cos], dim=1).view(-1, 2, 2)
+def _clockwise(angle: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets (n, H, W), turned clockwise as seen. (Not by a product of matrices, which autocast would round.)"""
+    cos, sin = _shaped(angle.cos()), _shaped(angle.sin())
+    return cos * right - sin * down, sin * right + cos * down
+
+
+def _shaped(values: Tensor) -> Tensor:
+    return values[:, None, None]
 
 
 def _rows(choice: Tensor) -> Tensor:
-    return choice.view(-1, 1, 1, 1)
+    return choice[:, None, None, None]
