@@ -19,6 +19,7 @@ from gencompare.networks.denoising_mlp import DenoisingMLP
 from gencompare.networks.dit import DiT, DiTBlock, grid_positions, patchify, unpatchify
 from gencompare.networks.embeddings import FourierEmbedding, FourierFeatures
 from gencompare.networks.pyramids import InputSkip, OutputSkip, ResidualInput
+from gencompare.networks.refinenet import RefineNet
 from gencompare.networks.resampling import FIRConvDownsample, FIRDownsample, FIRUpsample
 from gencompare.networks.unet import UNet
 from gencompare.networks.unet_blocks import ResidualBlock, SelfAttention
@@ -84,16 +85,21 @@ def test_the_gradient_reaches_every_parameter(option: str) -> None:
 def test_noise_level_and_conditions_change_the_output_of_their_own_row_only(option: str) -> None:
     net = shaken(tiny(option, num_classes=3, low_res=2, embedding_dim=5))
     x, t = inputs(3, (1, 8, 8))
+    levels = getattr(net, "noise_levels", None)  # of a network that is told the index of one of so many, or with 1 none
+    t, step = (t, 50.0) if levels is None else (torch.zeros(3), 1.0)
     cond = {"label": torch.tensor([0, 1, 2]), "low_res": torch.randn(3, 2, 4, 4), "embedding": torch.randn(3, 5)}
     with torch.no_grad():
         before = net(x, t, cond)
         row = torch.tensor([0, 1, 0])
         for name, changed in {
-            "noise": net(x, t + 50.0 * row, cond),
+            "noise": net(x, t + step * row, cond),
             "label": net(x, t, {**cond, "label": torch.tensor([0, 3, 2])}),
             "low_res": net(x, t, {**cond, "low_res": cond["low_res"] * (1 - row)[:, None, None, None]}),
             "embedding": net(x, t, {**cond, "embedding": cond["embedding"] * (1 - row)[:, None]}),
         }.items():
+            if name == "noise" and levels == 1:
+                assert torch.equal(changed, before), "noise_levels=1 says that the noise level is not looked at"
+                continue
             assert (changed[1] - before[1]).abs().max() > 1e-3, name
             assert torch.allclose(changed[[0, 2]], before[[0, 2]], atol=1e-5), name
 
@@ -129,7 +135,8 @@ def test_the_saved_state_is_the_whole_network(option: str) -> None:
         ("unet_ncsnpp_cifar10", {}, 62.8, 62_758_787),
         ("unet_ncsnpp_cifar10", {"blocks": 8}, 107.6, 107_586_947),
         # Karras et al. (2022), the networks of their CIFAR-10 runs: NVlabs/edm's SongUNet(channel_mult=[2, 2, 2]),
-        # without labels and augmentation.
+        # without labels, and with the 9 x 128 of their augmentation where it is named.
+        ("unet_edm_cifar10", {"augment_dim": 9}, 55.7, 55_733_891),
         ("unet_edm_cifar10", {}, 55.7, 55_732_739),
         ("unet_ncsnpp_cifar10", {"multipliers": [2, 2, 2], "dropout": 0.13}, 56.4, 56_395_523),
         # Tong et al. (2024): torchcfm's UNetModelWrapper as examples/images/cifar10/train_cifar10.py makes it.
@@ -140,6 +147,24 @@ def test_unets_for_cifar10_have_the_published_number_of_parameters(
     option: str, changes: dict[str, Any], millions: float, exactly: int
 ) -> None:
     count = parameters(option, (3, 32, 32), 3, **changes)
+    assert round(count / 1e6, 1) == millions
+    assert count == exactly
+
+
+@pytest.mark.parametrize(
+    ("option", "millions", "exactly"),
+    [
+        # Song and Ermon print no sizes. Counted in the code published with their papers: ermongroup/ncsn's
+        # CondRefineNetDilated as configs/anneal.yml makes it for CIFAR-10, and ermongroup/ncsnv2's NCSNv2 by
+        # configs/cifar10.yml.
+        ("refinenet_ncsn_cifar10", 30.1, 30_117_635),
+        ("refinenet_ncsnv2_cifar10", 29.7, 29_694_083),
+    ],
+)
+def test_refinenets_for_cifar10_have_the_published_number_of_parameters(
+    option: str, millions: float, exactly: int
+) -> None:
+    count = parameters(option, (3, 32, 32), 3)
     assert round(count / 1e6, 1) == millions
     assert count == exactly
 
@@ -198,6 +223,7 @@ NETS = {
     "unet": lambda **k: UNet((1, 8, 8), 1, k.pop("num_classes", 0), channels=8, multipliers=(1, 2), groups=4, **k),
     "dit": lambda **k: DiT((1, 8, 8), 1, k.pop("num_classes", 0), width=16, depth=1, heads=2, **k),
     "mlp": lambda **k: DenoisingMLP((1, 8, 8), 1, k.pop("num_classes", 0), width=16, depth=1, **k),
+    "refinenet": lambda **k: RefineNet((1, 8, 8), 1, k.pop("num_classes", 0), channels=8, **k),
 }
 
 
@@ -241,10 +267,24 @@ def test_negative_sizes_of_conditions_are_refused(made_for: dict[str, int]) -> N
 def test_an_embedding_of_noughts_means_none(net: str) -> None:
     told = shaken(NETS[net](embedding_dim=5))
     plain = NETS[net]().eval()
-    plain.load_state_dict({k: v for k, v in told.state_dict().items() if not k.startswith("conditions.")})
+    plain.load_state_dict({k: v for k, v in told.state_dict().items() if "conditions." not in k})
     x, t = inputs(2, (1, 8, 8))
     assert torch.equal(told(x, t, {"embedding": torch.zeros(2, 5)}), plain(x, t, {}))
     assert not torch.allclose(told(x, t, {"embedding": torch.ones(2, 5)}), plain(x, t, {}), atol=1e-3)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_no_vector_of_an_augmentation_and_one_of_noughts_are_the_same(net: str) -> None:
+    told = shaken(NETS[net](augment_dim=9))
+    plain = NETS[net]().eval()
+    plain.load_state_dict({k: v for k, v in told.state_dict().items() if "conditions." not in k})
+    x, t = inputs(2, (1, 8, 8))
+    assert torch.equal(told(x, t, {}), plain(x, t, {}))
+    assert torch.equal(told(x, t, {"augment": torch.zeros(2, 9)}), plain(x, t, {}))
+    one_row = torch.tensor([[0.0], [1.0]]).expand(2, 9)
+    moved = told(x, t, {"augment": one_row})
+    assert torch.allclose(moved[0], plain(x, t, {})[0], atol=1e-5)
+    assert not torch.allclose(moved[1], plain(x, t, {})[1], atol=1e-3)
 
 
 def test_the_low_resolution_image_is_laid_beside_the_noisy_one_at_its_size() -> None:

@@ -21,6 +21,10 @@ class NoiseConditioning(ABC):
     def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027
         """Raises `UserError` where the number has no meaning under ``schedule``."""
 
+    def levels(self, schedule: NoiseSchedule) -> int | None:
+        """L where the number is the index of one of L noise levels, from 0 to L - 1; None where it is another."""
+        return None
+
 
 @dataclass(frozen=True)
 class LogSNR(NoiseConditioning):
@@ -81,6 +85,9 @@ class LevelIndex(NoiseConditioning):
 
     def check(self, schedule: NoiseSchedule) -> None:
         schedule.steps()
+
+    def levels(self, schedule: NoiseSchedule) -> int:
+        return len(schedule.steps())
 
     def __call__(self, t: Tensor, at: Scales) -> Tensor:
         schedule = at.schedule

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
 from gencompare.diffusion import exploring
+from gencompare.diffusion.augmentation import Augmentation
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, Denoises
 from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
 from gencompare.diffusion.likelihood import LikelihoodMethod
@@ -36,7 +38,7 @@ class Diffusion(GenerativeModel):
     Args:
         network: a factory ``(shape, out_channels, num_classes) -> module(x, noise_cond, cond)``; ``num_classes`` is 0
             for a model without labels. Where the data give further conditions, it is also called with ``low_res``,
-            channels of the low-resolution image, and ``embedding_dim``.
+            channels of the low-resolution image, and ``embedding_dim``; with an augmentation, ``augment_dim``.
         schedule: alpha and sigma over time; a learned one is trained with the network where the objective is a bound,
             and else stays as it starts.
         parameterization: what the network is given and predicts.
@@ -46,6 +48,7 @@ class Diffusion(GenerativeModel):
         guidance: steers the denoiser while sampling; None samples what was trained.
         label_dropout: share of the images whose label and embedding are taken away in training, both at once, for
             classifier-free guidance. A low-resolution image always stays.
+        augmentation: moves the training images, and tells the network how; None leaves them as they are.
         bits: ways to score images in bits/dim, by name; used where the data have levels.
     """
 
@@ -63,6 +66,7 @@ class Diffusion(GenerativeModel):
         clip_x0: bool = True,
         guidance: Guidance | None = None,
         label_dropout: float = 0.0,
+        augmentation: Augmentation | None = None,
         bits: Mapping[str, LikelihoodMethod] | None = None,
         **training: Any,
     ) -> None:
@@ -87,7 +91,15 @@ class Diffusion(GenerativeModel):
             out_channels=parameterization.outputs * spec.shape[0],
             num_classes=spec.num_classes if self.conditional else 0,
             **{SIZES[name]: shape[0] for name, shape in spec.conditions.items()},
+            **({} if augmentation is None else {"augment_dim": augmentation.dim}),
         )
+        self._check_noise_levels()
+        self.augmentation = augmentation
+        if augmentation is not None and "low_res" in spec.conditions:
+            raise UserError(
+                "model.augmentation moves the training images, and their low-resolution images would stay: use"
+                " model/augmentation=null."
+            )
         self.told = self.conditional or "embedding" in spec.conditions
         """Whether the network is told what classifier-free guidance goes towards."""
         self.label_dropout = label_dropout
@@ -127,6 +139,10 @@ class Diffusion(GenerativeModel):
         return Pixels(self.spec.num_levels, self.mask, self.spec.dims)
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        if self.training and self.augmentation is not None:
+            real, told = self.augmentation(self.spec.crop(x), draws)
+            x = F.pad(real, (self.spec.padding,) * 4, value=-1.0)
+            cond = {**cond, "augment": told}
         if self.training and self.label_dropout:
             dropped = draws.uniform().to(x.device) < self.label_dropout
             without = self.unlabelled(cond)
@@ -200,6 +216,18 @@ class Diffusion(GenerativeModel):
         for guide in self._guides().values():
             guide._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _check_noise_levels(self) -> None:
+        """A network with parameters for each noise level, ``noise_levels`` of them, must be told which one it is."""
+        known = getattr(self.network, "noise_levels", 1)
+        if known > 1 and self.parameterization.noise.levels(self.schedule) != known:
+            steps = self.schedule.discrete_times
+            there = "runs in continuous time" if steps is None else f"has {len(steps)}"
+            raise UserError(
+                f"{type(self.network).__name__} tells {known} noise levels apart by their index: it needs a schedule of"
+                f" {known} levels and noise conditioning LevelIndex, as in model=ncsn; {type(self.schedule).__name__}"
+                f" {there}, and the conditioning is {type(self.parameterization.noise).__name__}."
+            )
 
     def _check_label_dropout(self) -> None:
         if not 0 <= self.label_dropout <= 1:

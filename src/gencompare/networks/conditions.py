@@ -23,22 +23,36 @@ class Conditions(nn.Module):
       beside it as further channels (Nichol and Dhariwal 2021, "Improved denoising diffusion probabilistic models";
       Saharia et al. 2021, "Image super-resolution via iterative refinement", section 2.4). h x w may be any size; a row
       of noughts means no image.
+    - ``cond["augment"]`` (n, augment_dim) float: W a is added to the features from which e is made, where it says how a
+      training image was moved (Karras et al. 2022, "Elucidating the design space of diffusion-based generative models",
+      appendix F.2). Without it nothing was moved, a = 0.
 
-    Entries of ``cond`` that the network was not made for are not looked at; one that is missing is a `UserError`.
+    Entries of ``cond`` that the network was not made for are not looked at; any other that is missing is a `UserError`.
 
     Args:
         emb_dim: length of the network's embedding e.
         num_classes: 0 for none.
         low_res: channels of the low-resolution image, 0 for none.
         embedding_dim: length of the precomputed embedding, 0 for none.
+        augment_dim: length of what is said of an augmented image, 0 for none.
+        noise_dim: length of the features of the noise level from which e is made.
     """
 
-    def __init__(self, emb_dim: int, num_classes: int = 0, *, low_res: int = 0, embedding_dim: int = 0) -> None:
+    def __init__(
+        self,
+        emb_dim: int,
+        num_classes: int = 0,
+        *,
+        low_res: int = 0,
+        embedding_dim: int = 0,
+        augment_dim: int = 0,
+        noise_dim: int = 0,
+    ) -> None:
         super().__init__()
-        if min(num_classes, low_res, embedding_dim) < 0:
+        if min(num_classes, low_res, embedding_dim, augment_dim) < 0:
             raise UserError(
-                f"low_res={low_res} and embedding_dim={embedding_dim} of the network count channels and features: give"
-                " 0 for none, or a positive number."
+                f"low_res={low_res}, embedding_dim={embedding_dim} and augment_dim={augment_dim} of the network count"
+                " channels and features: give 0 for none, or a positive number."
             )
         self.low_res, self.embedding_dim = low_res, embedding_dim
         self.label = LabelEmbedding(num_classes, emb_dim) if num_classes else None
@@ -46,6 +60,15 @@ class Conditions(nn.Module):
         if self.embedding is not None:
             # As loud as a label, where the given features have unit variance.
             nn.init.normal_(self.embedding.weight, std=0.2 * embedding_dim**-0.5)
+        self.augment = nn.Linear(augment_dim, noise_dim, bias=False) if augment_dim else None
+        if self.augment is not None:
+            nn.init.xavier_uniform_(self.augment.weight)
+
+    def augmented(self, features: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Features of the noise level, (n, noise_dim), with what is said of an augmented image added to them."""
+        if self.augment is None or "augment" not in cond:
+            return features
+        return features + self.augment(cond["augment"].to(features.dtype))
 
     def embed(self, emb: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """The embedding (n, emb_dim) of the noise level, with label and embedding added to it."""

@@ -26,6 +26,7 @@ class DenoisingMLP(nn.Module):
         depth: residual blocks, of two layers each.
         low_res: channels of the image ``cond["low_res"]``, 0 for none.
         embedding_dim: length of ``cond["embedding"]``, 0 for none.
+        augment_dim: length of ``cond["augment"]``, 0 for none.
     """
 
     def __init__(
@@ -38,13 +39,21 @@ class DenoisingMLP(nn.Module):
         depth: int = 3,
         low_res: int = 0,
         embedding_dim: int = 0,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise UserError(f"network.depth={depth}: a denoising MLP needs at least 1 block.")
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
-        self.conditions = Conditions(width, num_classes, low_res=low_res, embedding_dim=embedding_dim)
+        self.conditions = Conditions(
+            width,
+            num_classes,
+            low_res=low_res,
+            embedding_dim=embedding_dim,
+            augment_dim=augment_dim,
+            noise_dim=width,
+        )
         self.stem = nn.Linear((shape[0] + low_res) * math.prod(shape[1:]), width)
         self.blocks = nn.ModuleList(ModulatedBlock(width) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
@@ -52,7 +61,8 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        emb = self.conditions.embed(self.noise(noise_cond), cond)
+        features = self.conditions.augmented(self.noise[0](noise_cond), cond)
+        emb = self.conditions.embed(self.noise[1:](features), cond)
         h = self.stem(self.conditions.beside(x, cond).flatten(1))
         for block in self.blocks:
             h = block(h, emb)

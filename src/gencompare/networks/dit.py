@@ -36,6 +36,7 @@ class DiT(nn.Module):
         mlp_ratio: width of the perceptron's hidden layer, as a multiple of ``width``.
         low_res: channels of the image ``cond["low_res"]``, 0 for none.
         embedding_dim: length of ``cond["embedding"]``, 0 for none.
+        augment_dim: length of ``cond["augment"]``, 0 for none.
     """
 
     positions: Tensor
@@ -53,6 +54,7 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         low_res: int = 0,
         embedding_dim: int = 0,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         _check(shape, patch, width, depth, heads, mlp_ratio)
@@ -60,7 +62,14 @@ class DiT(nn.Module):
         self.noise = nn.Sequential(
             SinusoidalEmbedding(NOISE_FEATURES), nn.Linear(NOISE_FEATURES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.conditions = Conditions(width, num_classes, low_res=low_res, embedding_dim=embedding_dim)
+        self.conditions = Conditions(
+            width,
+            num_classes,
+            low_res=low_res,
+            embedding_dim=embedding_dim,
+            augment_dim=augment_dim,
+            noise_dim=NOISE_FEATURES,
+        )
         self.stem = nn.Linear((shape[0] + low_res) * patch**2, width)
         self.register_buffer("positions", grid_positions(*self.grid, width), persistent=False)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, int(mlp_ratio * width)) for _ in range(depth))
@@ -76,7 +85,8 @@ class DiT(nn.Module):
             nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        emb = F.silu(self.conditions.embed(self.noise(noise_cond), cond))  # every modulation begins with it
+        features = self.conditions.augmented(self.noise[0](noise_cond), cond)
+        emb = F.silu(self.conditions.embed(self.noise[1:](features), cond))  # every modulation begins with it
         h = self.stem(patchify(self.conditions.beside(x, cond), self.patch)) + self.positions
         for block in self.blocks:
             h = block(h, emb)

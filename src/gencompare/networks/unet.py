@@ -63,6 +63,7 @@ class UNet(nn.Module):
         add_input: whether x is added to the output, which at the start then is x (VDM, which predicts eps).
         low_res: channels of the image ``cond["low_res"]``, 0 for none.
         embedding_dim: length of ``cond["embedding"]``, 0 for none.
+        augment_dim: length of ``cond["augment"]``, 0 for none.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class UNet(nn.Module):
         add_input: bool = False,
         low_res: int = 0,
         embedding_dim: int = 0,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         _check(shape, channels, multipliers, blocks, dropout, groups)
@@ -139,7 +141,14 @@ class UNet(nn.Module):
             nn.SiLU(),
             fan_avg(nn.Linear(emb_dim, emb_dim)),
         )
-        self.conditions = Conditions(emb_dim, num_classes, low_res=low_res, embedding_dim=embedding_dim)
+        self.conditions = Conditions(
+            emb_dim,
+            num_classes,
+            low_res=low_res,
+            embedding_dim=embedding_dim,
+            augment_dim=augment_dim,
+            noise_dim=embedding.dim,
+        )
         self.features = FourierFeatures(fourier_input) if fourier_input else nn.Identity()
         seen = shape[0] + low_res
 
@@ -202,7 +211,8 @@ class UNet(nn.Module):
 
     def embedding(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """(n, 4 channels): the noise level, and what is told beside it."""
-        return self.conditions.embed(self.noise(noise_cond), cond)
+        features = self.conditions.augmented(self.noise[0](noise_cond), cond)
+        return self.conditions.embed(self.noise[1:](features), cond)
 
 
 def _heads(width: int, heads: int, head_channels: int | None) -> int:

@@ -1,0 +1,307 @@
+"""Augmentation: what is told is what was done; untouched images and samples are told nought."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import DataSpec
+from gencompare.diffusion.augmentation import Augmentation, moved, told
+from gencompare.errors import UserError
+from gencompare.models.diffusion import Diffusion
+from gencompare.networks.unet import UNet
+from gencompare.seeds import Draws, generator
+from parts import part
+
+NAMES = ("x_flip", "y_flip", "zoom", "turn", "axis", "stretch", "right", "down")
+
+
+def images(n: int = 4, shape: tuple[int, ...] = (3, 8, 8), dtype: torch.dtype = torch.float32) -> Tensor:
+    return 2 * torch.rand(n, *shape, generator=torch.Generator().manual_seed(3), dtype=dtype) - 1
+
+
+def a(n: int = 4, dtype: torch.dtype = torch.float64, **values: float) -> Tensor:
+    """The same a_0 to a_7 for each image."""
+    return torch.tensor([values.get(name, 0.0) for name in NAMES], dtype=dtype).expand(n, -1)
+
+
+def drawn(augmentation: Augmentation, n: int, seed: int = 0) -> Tensor:
+    return augmentation.parameters(Draws.whole(generator("cpu", seed), n))
+
+
+# What is done
+
+
+def test_nothing_is_done_and_nothing_told_at_probability_nought() -> None:
+    x = images(100)
+    got, vector = Augmentation(p=0.0, x_flip=0.0)(x, Draws.whole(generator("cpu", 0), 100))
+    assert torch.equal(got, x) and torch.equal(vector, torch.zeros(100, 9))
+
+
+def test_a_vector_of_noughts_means_an_untouched_image_and_nothing_else_does() -> None:
+    x = images(2000)
+    got, vector = Augmentation(p=0.12, x_flip=0.5)(x, Draws.whole(generator("cpu", 0), 2000))
+    untold = ~vector.any(dim=1)
+    assert 400 < int(untold.sum()) < 1600
+    assert torch.equal(got[untold], x[untold])
+    assert (got - x)[~untold].flatten(1).any(dim=1).all()
+
+
+def test_mirroring_is_mirroring() -> None:
+    x = images()
+    assert torch.equal(moved(x, a(x_flip=1.0)), x.flip(3))
+    assert torch.equal(moved(x, a(y_flip=1.0)), x.flip(2))
+    assert torch.equal(moved(x, a(x_flip=1.0, y_flip=1.0)), x.flip(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 9)], ids=str)
+def test_half_a_turn_is_both_mirrorings(shape: tuple[int, ...]) -> None:
+    x = images(shape=shape, dtype=torch.float64)
+    assert torch.allclose(moved(x, a(turn=math.pi)), x.flip(2, 3), atol=1e-9)
+    assert torch.allclose(moved(x, a(turn=-math.pi)), x.flip(2, 3), atol=1e-9)
+
+
+def test_a_quarter_turn_is_to_the_left() -> None:
+    x = images(dtype=torch.float64)
+    assert torch.allclose(moved(x, a(turn=math.pi / 2)), x.rot90(1, (2, 3)), atol=1e-9)
+
+
+@pytest.mark.parametrize(("right", "down"), [(1, 0), (0, 1), (-3, 2), (5, -7), (8, 0)])
+def test_a_shift_by_whole_pixels_moves_them_and_mirrors_the_rest_in(right: int, down: int) -> None:
+    x = images(shape=(2, 8, 16), dtype=torch.float64)
+    got = moved(x, a(right=right / 2, down=down))  # an eighth of 16 pixels, and of 8
+    around = torch.nn.functional.pad(x, (15, 15, 7, 7), mode="reflect")
+    far = torch.nn.functional.pad(around, (15, 15, 7, 7), mode="reflect")
+    top, left = 14 - down, 30 - right
+    assert torch.allclose(got, far[:, :, top : top + 8, left : left + 16], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "matrix"),
+    [
+        ({"zoom": 5.0}, [[2, 0], [0, 2]]),
+        ({"stretch": 5.0}, [[2, 0], [0, 0.5]]),
+        ({"stretch": 5.0, "axis": math.pi / 2}, [[0.5, 0], [0, 2]]),
+        # Along an axis that rises to the right (rows count downwards): (r, -r) grows to (2 r, -2 r).
+        ({"stretch": 5.0, "axis": math.pi / 4}, [[1.25, -0.75], [-0.75, 1.25]]),
+        ({"turn": math.pi / 6}, [[0.75**0.5, 0.5], [-0.5, 0.75**0.5]]),
+        # In this order: mirrored, zoomed, turned, stretched, shifted.
+        ({"zoom": 5.0, "turn": math.pi / 2, "stretch": 5.0, "x_flip": 1.0}, [[0, 4], [1, 0]]),
+    ],
+)
+def test_each_map_is_its_matrix(values: dict[str, float], matrix: list[list[float]]) -> None:
+    """A plane wave of low frequency, f(x) = cos(k . x + c), becomes f of where each pixel comes from."""
+    back = torch.tensor(matrix, dtype=torch.float64).inverse()
+    place = torch.arange(64, dtype=torch.float64) - 31.5
+
+    def wave(through: Tensor) -> Tensor:
+        down, right = torch.meshgrid(place, place, indexing="ij")
+        x, y = torch.einsum("ij,jhw->ihw", through, torch.stack([right, down]))
+        return 0.9 * torch.cos(0.05 * x + 0.03 * y + 0.4)[None, None]
+
+    got, expected = moved(wave(torch.eye(2, dtype=torch.float64)), a(1, **values)), wave(back)
+    inner = slice(28, 36)  # all of it comes from within the image
+    assert torch.allclose(got[..., inner, inner], expected[..., inner, inner], atol=5e-3)
+
+
+def test_shifts_come_last_and_are_those_of_the_image_as_seen() -> None:
+    x = images(dtype=torch.float64)
+    turned = moved(x, a(turn=math.pi / 2, x_flip=1.0))
+    both = moved(x, a(turn=math.pi / 2, x_flip=1.0, right=2.0))
+    assert torch.allclose(both[..., 2:], turned[..., :-2], atol=1e-9)
+
+
+def test_moved_images_stay_in_range_and_rows_do_not_touch_each_other() -> None:
+    x = images(200).sign()
+    parameters = drawn(Augmentation(p=0.9), 200)
+    got = moved(x, parameters)
+    assert got.min() >= -1 and got.max() <= 1 and got.isfinite().all()
+    alone = torch.cat([moved(x[i : i + 1], parameters[i : i + 1]) for i in range(5)])
+    assert torch.allclose(got[:5], alone, atol=1e-6)
+
+
+def test_mixed_precision_does_not_round_places() -> None:
+    x, parameters = images(20), drawn(Augmentation(p=0.9), 20)
+    expected = moved(x, parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = moved(x, parameters)
+    assert got.dtype == torch.float32 and torch.equal(got, expected)
+
+
+# What is drawn and told
+
+
+def test_each_transform_is_done_as_often_as_asked() -> None:
+    n, p, x_flip = 40_000, 0.12, 0.6
+    parameters = drawn(Augmentation(p=p, x_flip=x_flip), n)
+    shares = (parameters != 0).double().mean(0)
+    expected = torch.tensor([x_flip / 2, p / 2, p, p, p / 2, p, p, p], dtype=torch.float64)
+    error = (expected * (1 - expected) / n).sqrt()
+    assert ((shares - expected).abs() < 4 * error).all(), shares
+    done = (parameters[:, [0, 1, 2, 3, 5, 6]] != 0).double()
+    together = torch.corrcoef(done.T) - torch.eye(6, dtype=torch.float64)
+    assert together.abs().max() < 5 / math.sqrt(n), "one is done whether another is or not"
+    assert torch.equal(parameters[:, 6] != 0, parameters[:, 7] != 0), "a shift goes both ways at once"
+    for column in (2, 5, 6, 7):
+        values = parameters[parameters[:, column] != 0, column]
+        assert abs(float(values.mean())) < 4 / math.sqrt(n * p) and abs(float(values.std()) - 1) < 0.05
+    turns = parameters[parameters[:, 3] != 0, 3]
+    assert abs(float(turns.square().mean()) / (math.pi**2 / 3) - 1) < 0.06 and turns.abs().max() <= math.pi
+
+
+def test_the_vector_is_that_of_the_paper() -> None:
+    vector = told(a(1, x_flip=1.0, zoom=0.3, turn=2.0, axis=0.7, stretch=-1.5, right=0.2, down=-0.4))[0]
+    expected = [1, 0, 0.3, math.cos(2) - 1, math.sin(2), -1.5 * math.cos(0.7), -1.5 * math.sin(0.7), 0.2, -0.4]
+    assert vector.tolist() == pytest.approx(expected) and len(vector) == Augmentation.dim
+
+
+def test_two_processes_move_the_images_that_one_would() -> None:
+    x, augmentation = images(10), Augmentation(p=0.5)
+    whole = augmentation(x, Draws.whole(generator("cpu", 5), 10))
+    parts = [augmentation(x[i : i + 5], Draws(generator("cpu", 5), i, i + 5, 10)) for i in (0, 5)]
+    for one, two in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(one, torch.cat(two))
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"p": 1.2}, r"p=1\.2"), ({"x_flip": -0.1}, r"x_flip=-0\.1")])
+def test_probabilities_that_are_none_are_refused(changes: dict[str, float], words: str) -> None:
+    with pytest.raises(UserError, match=rf"augmentation\.{words}.*0 to 1"):
+        Augmentation(**changes)
+
+
+# In the model
+
+
+class Watches(nn.Module):
+    """Keeps what it is shown and told."""
+
+    def __init__(self, **made_for: Any) -> None:
+        super().__init__()
+        self.made_for, self.seen = made_for, []
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        self.seen.append((x.detach(), dict(cond)))
+        return x * self.weight
+
+
+def model(network: Any = Watches, spec: DataSpec | None = None, **changes: Any) -> Diffusion:
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "schedule": part("schedule", "karras"),
+        "parameterization": part("parameterization", "karras"),
+        "objective": part("objective", "edm"),
+        "sampler": part("sampler", "heun", steps=2),
+        "augmentation": part("augmentation", "edm", p=0.5),
+    }
+    spec = spec or DataSpec(name="x", shape=(1, 8, 8), num_classes=3)
+    return Diffusion(spec, network=network, clip_x0=False, **(parts | changes))
+
+
+def draws(n: int, start: int = 0, stop: int | None = None) -> Draws:
+    return Draws(generator("cpu", 1), start, n if stop is None else stop, n)
+
+
+def test_only_training_moves_images_and_tells_of_it() -> None:
+    diffusion = model()
+    net: Any = diffusion.network
+    assert net.made_for["augment_dim"] == 9
+    diffusion.losses(images(6, (1, 8, 8)), {}, draws(6))
+    vector = net.seen[-1][1]["augment"]
+    assert vector.shape == (6, 9) and vector.any()
+    diffusion.eval()
+    seen = len(net.seen)
+    diffusion.losses(images(6, (1, 8, 8)), {}, draws(6))
+    diffusion.sample(2, generator=generator("cpu", 0))
+    assert len(net.seen) > seen + 2
+    assert not any("augment" in cond for _, cond in net.seen[seen:])
+
+
+def test_without_augmentation_the_network_is_made_for_none_and_the_draws_stay() -> None:
+    diffusion = model(augmentation=None)
+    net: Any = diffusion.network
+    assert "augment_dim" not in net.made_for
+    x = images(6, (1, 8, 8))
+    plain = diffusion.losses(x, {}, draws(6))["loss"]
+    diffusion.eval()
+    assert torch.equal(plain, diffusion.losses(x, {}, draws(6))["loss"])
+
+
+def test_padding_stays_black_and_the_image_is_moved_within_its_frame() -> None:
+    spec = DataSpec(name="x", shape=(1, 8, 8), padding=2)
+    schedule = part("schedule", "karras", sigma_min=1e-6, sigma_max=2e-6)
+    diffusion = model(
+        spec=spec,
+        schedule=schedule,
+        parameterization=part("parameterization", "eps"),
+        objective=part("objective", "simple"),
+        augmentation=Augmentation(p=1.0),
+    )
+    real = images(50, (1, 4, 4))
+    x = torch.nn.functional.pad(real, (2,) * 4, value=-1.0)
+    diffusion.losses(x, {}, draws(50))
+    net: Any = diffusion.network
+    shown, cond = net.seen[-1]
+    expected, vector = Augmentation(p=1.0)(real, draws(50))
+    assert torch.equal(cond["augment"], vector)
+    assert torch.allclose(shown[:, :, 2:-2, 2:-2], expected, atol=1e-4)
+    border = spec.mask() == 0
+    assert (shown[:, :, border[0]] + 1).abs().max() < 1e-4
+
+
+UNET = partial(UNet, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, groups=4)
+
+
+def shaken(diffusion: Diffusion) -> Diffusion:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in diffusion.network.parameters():
+            p.normal_(std=0.2)
+    return diffusion
+
+
+def test_two_processes_have_the_losses_of_one() -> None:
+    diffusion, x = shaken(model(UNET, augmentation=Augmentation(p=0.5))), images(8, (1, 8, 8))
+    whole = diffusion.losses(x, {}, draws(8))["loss"]
+    halves = [diffusion.losses(x[i : i + 4], {}, draws(8, i, i + 4))["loss"] for i in (0, 4)]
+    assert torch.allclose(whole, torch.cat(halves), rtol=1e-4)
+
+
+def test_samples_are_those_of_the_network_that_is_told_nought() -> None:
+    """The same weights without the map of the vector draw the same images and score images alike."""
+    one, two = shaken(model(UNET)).eval(), model(UNET, augmentation=None).eval()
+    state = one.network.state_dict()
+    two.network.load_state_dict({name: value for name, value in state.items() if "augment" not in name})
+    assert len(state) == len(two.network.state_dict()) + 1
+    assert torch.equal(one.sample(3, generator=generator("cpu", 2)), two.sample(3, generator=generator("cpu", 2)))
+    x = images(3, (1, 8, 8))
+    assert torch.equal(one.losses(x, {}, draws(3))["loss"], two.losses(x, {}, draws(3))["loss"])
+
+
+def test_labels_that_are_dropped_leave_the_vector_alone() -> None:
+    diffusion = model(conditional=True, label_dropout=1.0)
+    diffusion.losses(images(6, (1, 8, 8)), {"label": torch.zeros(6, dtype=torch.int64)}, draws(6))
+    net: Any = diffusion.network
+    cond = net.seen[-1][1]
+    assert (cond["label"] == 3).all() and cond["augment"].any()
+
+
+def test_a_gradient_reaches_the_map_of_the_vector() -> None:
+    diffusion = shaken(model(UNET))
+    diffusion.losses(images(40, (1, 8, 8)), {}, draws(40))["loss"].mean().backward()
+    net: Any = diffusion.network
+    assert net.conditions.augment.weight.grad.abs().sum(0).gt(0).all()
+
+
+def test_what_cannot_be_moved_is_refused() -> None:
+    spec = DataSpec(name="x", shape=(1, 8, 8), conditions={"low_res": (1, 4, 4)})
+    with pytest.raises(UserError, match=r"low-resolution images would stay.*model/augmentation=null"):
+        model(spec=spec)
+    with pytest.raises(UserError, match=r"at least 2x2 pixels, and these are 1x1"):
+        Augmentation()(torch.zeros(2, 2, 1, 1), draws(2))

@@ -1,0 +1,236 @@
+"""The network of NCSN: its normalisation and its parts are their formulas, and noise levels are told apart or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from composing import compose
+from gencompare.contract import DataSpec
+from gencompare.diffusion.noise_conditioning import LevelIndex, LogSNR
+from gencompare.diffusion.parameterization import Score
+from gencompare.errors import UserError
+from gencompare.models.diffusion import Diffusion
+from gencompare.networks.instance_norm import InstanceNormPlus, NoNorm
+from gencompare.networks.refinenet import RefineNet
+from gencompare.networks.refinenet_blocks import ChainedPooling, DilatedBlock, Fusion, RefineBlock, ResidualConvUnits
+from gencompare.seeds import Draws, generator
+from parts import part
+
+
+def shaken(net: nn.Module) -> Any:
+    """The same network with every weight drawn anew, so that nothing is nought by initialisation."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(std=0.2)
+    return net.double().eval()
+
+
+def features(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+# Normalisation
+
+
+def test_the_normalisation_is_its_formula_with_parameters_for_each_level() -> None:
+    norm = shaken(InstanceNormPlus(5, levels=3))
+    h = features(4, 5, 4, 6) + 3 * features(4, 5, 1, 1)
+    level = [2, 0, 0, 1]
+    got = norm(h, torch.eye(3, dtype=torch.float64)[level])
+    for i, x in enumerate(h.numpy()):
+        gamma, alpha, beta = norm.level.weight.detach()[:, level[i]].view(3, 5).numpy()
+        mu, var = x.mean((1, 2)), x.var((1, 2))
+        spread = (mu - mu.mean()) / np.sqrt(mu.var(ddof=1) + 1e-5)
+        expected = (x - mu[:, None, None]) / np.sqrt(var + 1e-5)[:, None, None] * gamma[:, None, None]
+        expected += (alpha * spread + beta)[:, None, None]
+        assert np.allclose(got[i].detach().numpy(), expected, atol=1e-10)
+
+
+def test_the_shift_between_maps_is_kept_and_that_of_the_whole_is_not() -> None:
+    norm, one = InstanceNormPlus(4).double(), torch.ones(2, 1, dtype=torch.float64)
+    h = features(2, 4, 5, 5)
+    assert torch.allclose(norm(h + 7, one), norm(h, one), atol=1e-8)
+    assert torch.allclose(norm(100 * h, one), norm(h, one), atol=1e-2)
+    shifted = h + torch.tensor([1.0, 0.0, 0.0, -1.0], dtype=torch.float64).view(4, 1, 1)
+    assert (norm(shifted, one) - norm(h, one)).abs().amax((0, 2, 3))[0] > 0.1
+
+
+def test_it_starts_near_instance_norm_with_the_shift_beside_it() -> None:
+    weight = InstanceNormPlus(500, levels=20).level.weight.detach()
+    gamma, alpha, beta = weight.view(3, 500, 20)
+    for values in (gamma, alpha):
+        assert float((values - 1).std()) == pytest.approx(0.02, rel=0.05) and abs(float(values.mean()) - 1) < 1e-3
+    assert not beta.any()
+
+
+# Parts
+
+
+@pytest.mark.parametrize(("opens", "halve", "dilation"), [(False, False, 1), (True, True, 1), (True, False, 2)])
+def test_a_dilated_block_is_its_formula(opens: bool, halve: bool, dilation: int) -> None:
+    width = 6 if halve else 4
+    block = shaken(DilatedBlock(4, width, InstanceNormPlus, dilation=dilation, opens=opens, halve=halve))
+    h, one = features(2, 4, 8, 8), torch.ones(2, 1, dtype=torch.float64)
+
+    def conv(x: Tensor, layer: nn.Conv2d, d: int) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, padding=d * (layer.kernel_size[0] // 2), dilation=d)
+
+    r = conv(F.elu(block.norm1(h, one)), block.conv1, dilation)
+    r = conv(F.elu(block.norm2(r, one)), block.conv2, dilation)
+    expected = r + (conv(h, block.shortcut, 1 if halve else dilation) if opens else h)
+    if halve:
+        expected = expected.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
+    assert torch.allclose(block(h, one), expected, atol=1e-10)
+
+
+def test_refining_is_its_formula() -> None:
+    block = shaken(RefineBlock([6, 4], 4, lambda _: NoNorm(), F.max_pool2d, last_units=3))
+    fine, coarse, told = features(2, 6, 8, 8), features(2, 4, 4, 4), torch.ones(2, 1, dtype=torch.float64)
+
+    def conv(x: Tensor, layer: Any) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, padding=1)
+
+    def units(h: Tensor, layer: Any) -> Tensor:
+        for first, second in zip(layer.convs[::2], layer.convs[1::2], strict=True):
+            h = h + conv(F.elu(conv(F.elu(h), first)), second)
+        return h
+
+    assert [len(layer.convs) // 2 for layer in (*block.adapt, block.last)] == [2, 2, 3]
+    a, b = units(fine, block.adapt[0]), units(coarse, block.adapt[1])
+    b = F.interpolate(conv(b, block.fuse.convs[1]), size=(8, 8), mode="bilinear", align_corners=True)
+    g = F.elu(conv(a, block.fuse.convs[0]) + b)
+    one = conv(F.max_pool2d(g, 5, 1, 2), block.pool.convs[0])
+    two = conv(F.max_pool2d(one, 5, 1, 2), block.pool.convs[1])
+    assert torch.allclose(block([fine, coarse], told), units(g + one + two, block.last), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ResidualConvUnits(4, 2, lambda c: InstanceNormPlus(c, levels=3)),
+        ChainedPooling(4, lambda c: InstanceNormPlus(c, levels=3), F.avg_pool2d),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_parts_with_normalisation_have_it_before_every_convolution(layer: Any) -> None:
+    assert len(layer.norms) == len(layer.convs)
+    told, h = torch.eye(3, dtype=torch.float64)[[0, 2]], features(2, 4, 6, 6)
+    before = shaken(layer)(h, told)
+    for norm in layer.norms:
+        with torch.no_grad():
+            norm.level.weight[:, 2] += 0.5
+        after = layer(h, told)
+        assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1], atol=1e-3)
+        before = after
+
+
+def test_fusion_of_equal_sizes_is_a_sum() -> None:
+    fusion = shaken(Fusion([3, 5], 4, lambda _: NoNorm()))
+    a, b, told = features(1, 3, 4, 4), features(1, 5, 4, 4), torch.ones(1, 1, dtype=torch.float64)
+    assert torch.allclose(fusion([a, b], told), fusion.convs[0](a) + fusion.convs[1](b), atol=1e-10)
+
+
+# The network
+
+
+def net(**changes: Any) -> Any:
+    return shaken(RefineNet((1, 8, 8), 1, channels=8, **changes))
+
+
+def test_one_level_knows_no_noise_level_and_no_normalisation_in_the_refining_blocks() -> None:
+    several, one = net(levels=5), net()
+    assert any(isinstance(m, InstanceNormPlus) for m in several.refine.modules())
+    assert not any(isinstance(m, InstanceNormPlus) for m in one.refine.modules())
+    x = features(2, 1, 8, 8)
+    assert torch.equal(one(x, torch.tensor([0.0, 3.0]).double(), {}), one(x, torch.tensor([-8.0, 1e9]).double(), {}))
+    assert not torch.allclose(several(x, torch.zeros(2).double(), {}), several(x, torch.ones(2).double(), {}))
+
+
+def test_each_level_has_parameters_of_its_own() -> None:
+    """Training on level 2 leaves what the network says of the others' normalisation alone."""
+    several = net(levels=5)
+    several(features(3, 1, 8, 8), torch.full((3,), 2.0).double(), {}).square().sum().backward()
+    for norm in (m for m in several.modules() if isinstance(m, InstanceNormPlus)):
+        moved = norm.level.weight.grad.any(dim=0)  # type: ignore[union-attr]
+        assert moved.tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "words"),
+    [
+        ((1, 7, 8), {}, "7x8 does not allow"),
+        ((1, 2, 2), {}, "2x2 does not allow"),
+        ((1, 8, 8), {"levels": 0}, "levels=0"),
+        ((1, 8, 8), {"channels": 1}, "channels=1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(shape: Any, changes: dict[str, int], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        RefineNet(shape, 1, **changes)
+
+
+# In the model
+
+
+def model(levels: int, schedule: str, noise: Any, **changes: Any) -> Diffusion:
+    return Diffusion(
+        DataSpec(name="x", shape=(1, 8, 8), num_classes=3),
+        network=lambda **k: RefineNet(**k, channels=4, levels=levels),
+        schedule=part("schedule", schedule),
+        parameterization=Score(noise=noise),
+        objective=part("objective", "simple"),
+        sampler=part("sampler", "euler", steps=3),
+        clip_x0=False,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("levels", "schedule", "noise", "words"),
+    [
+        (10, "ve", LogSNR(), "VE runs in continuous time, and the conditioning is LogSNR"),
+        (10, "ncsn", LogSNR(), "NCSNLevels has 10, and the conditioning is LogSNR"),
+        (7, "ncsn", LevelIndex(), "tells 7 noise levels apart.*schedule of 7 levels.*NCSNLevels has 10"),
+    ],
+)
+def test_a_network_with_levels_refuses_a_schedule_with_others(
+    levels: int, schedule: str, noise: Any, words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        model(levels, schedule, noise)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("levels", "schedule", "noise"), [(10, "ncsn", LevelIndex()), (1, "ve", LogSNR())])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_losses_and_samples(levels: int, schedule: str, noise: Any, conditional: bool) -> None:
+    torch.manual_seed(0)
+    diffusion = model(levels, schedule, noise, conditional=conditional)
+    cond = {"label": torch.tensor([0, 1, 2, 0])} if conditional else {}
+    loss = diffusion.losses(torch.zeros(4, 1, 8, 8), cond, Draws.whole(generator("cpu", 0), 4))["loss"]
+    # The network starts at nought, so the error in the noise is the noise: 1 a pixel.
+    assert loss.shape == (4,) and float(loss.detach().mean()) == pytest.approx(1, abs=0.4)
+    assert diffusion.sample(4, cond, generator=generator("cpu", 0)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "sigmas", "calls", "rate", "decay"),
+    [("cifar10_ncsn", 10, (1.0, 0.01), 1000, 1e-3, 0.0), ("cifar10_ncsnv2", 232, (50.0, 0.01), 1161, 1e-4, 0.999)],
+)
+def test_the_presets_are_the_papers(
+    name: str, levels: int, sigmas: tuple[float, float], calls: int, rate: float, decay: float
+) -> None:
+    """Song and Ermon (2019), section 5, and the configuration published with (2020). Sigmas are for data in [0, 1]."""
+    cfg = compose("data=toy2d", f"experiment={name}")
+    schedule, sampler = cfg.model.schedule, cfg.model.sampler
+    assert (schedule.levels, schedule.sigma_max / 2, schedule.sigma_min / 2) == (levels, *sigmas)
+    assert sampler.steps == levels and levels * sampler.steps_per_level + sampler.denoise == calls
+    assert (cfg.model.optimizer.lr, cfg.callbacks.ema.decay, cfg.trainer.global_batch_size) == (rate, decay, 128)
+    assert cfg.model.network.channels == 128 and cfg.model.network.levels == (levels if levels == 10 else 1)
