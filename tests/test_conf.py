@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from composing import compose, options, roots
@@ -31,6 +32,13 @@ def test_every_option_composes(group: str, option: str) -> None:
     plus = "" if carrier or group in usual_groups() else "+"
     cfg = compose(*carrier, f"{plus}{group}={option}")
     assert OmegaConf.missing_keys(cfg) <= {"data.root"}, f"{group}={option} leaves values open"
+
+
+@pytest.mark.parametrize("base", [f"{group}={name}" for group in ("model", "experiment") for name in options(group)])
+def test_another_sampler_is_a_choice_for_every_preset(base: str) -> None:
+    """What a preset sets of its own sampler, another one may not know: it stands in an option of that sampler."""
+    if "sampler" in compose(base).model:
+        instantiate(compose(base, "model/sampler=rk45").model.sampler, _convert_="all")
 
 
 def usual_groups() -> set[str]:

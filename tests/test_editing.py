@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 import gaussian_truth
-from composing import options
 from gaussian_truth import MEAN, SENSIBLE, VARIANCE, scales, schedule_named, times_of
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
@@ -26,7 +25,7 @@ from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule
 from gencompare.diffusion.times import LogSNRGrid
 from gencompare.errors import UserError
 from gencompare.seeds import generator
-from parts import part
+from parts import part, samplers
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -154,7 +153,7 @@ def test_interpolation_starts_and_ends_at_the_images() -> None:
 KNOWN = torch.tensor([True, False, True])
 
 
-@pytest.mark.parametrize("name", options("model/sampler"))
+@pytest.mark.parametrize("name", samplers())
 def test_known_pixels_are_kept_and_unknown_ones_drawn(name: str) -> None:
     """With independent pixels, what is known says nothing of the rest, which must come out as the data are."""
     schedule, n = LinearBetas(), 2000
@@ -169,7 +168,7 @@ def test_known_pixels_are_kept_and_unknown_ones_drawn(name: str) -> None:
         assert abs(float(unknown.std()) - std) < 4 * std / math.sqrt(2 * n) + 0.1
 
 
-@pytest.mark.parametrize("name", options("model/sampler"))
+@pytest.mark.parametrize("name", samplers())
 def test_a_sampler_goes_on_from_the_state_that_it_yields(name: str) -> None:
     """Inpainting changes that state in place, whatever the sampler keeps besides."""
     truth, sampler = Truth(LinearBetas()), part("sampler", name, steps=5)
@@ -227,7 +226,7 @@ def test_known_must_be_true_or_false() -> None:
 # On the way
 
 
-@pytest.mark.parametrize("name", options("model/sampler"))
+@pytest.mark.parametrize("name", samplers())
 def test_a_trajectory_is_the_samplers_own(name: str) -> None:
     schedule = LinearBetas()
     sampler, noise = part("sampler", name, steps=9), torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))

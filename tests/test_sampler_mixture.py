@@ -11,11 +11,10 @@ import dataclasses
 import pytest
 import torch
 
-from composing import options
 from gaussian_truth import Mixture, even_levels
 from gencompare.diffusion.schedules import VE, VP, NoiseSchedule, Rectified
 from gencompare.seeds import generator
-from parts import part
+from parts import part, samplers
 
 N, PIXELS = 1500, 16
 STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
@@ -35,7 +34,7 @@ def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("make", SCHEDULES)
-@pytest.mark.parametrize("name", options("model/sampler"))
+@pytest.mark.parametrize("name", samplers())
 def test_weights_means_and_widths_of_a_mixture_come_out(name: str, make: type[NoiseSchedule]) -> None:
     schedule = make()
     sampler = part("sampler", name, steps=STEPS.get(name, 250), **CHANGES.get(name, {}))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from composing import options
 from gaussian_truth import (
     MEAN,
     SENSIBLE,
@@ -48,9 +47,9 @@ from gencompare.diffusion.samplers import (
 from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule, Scales
 from gencompare.errors import UserError
 from gencompare.seeds import generator, normal_like
-from parts import part
+from parts import part, samplers
 
-SAMPLERS = options("model/sampler")
+SAMPLERS = samplers()
 OF_AN_ORDER = [name for name in SAMPLERS if part("sampler", name).order is not None]
 AFFINE = [*OF_AN_ORDER, "annealed_langevin", "rk45"]
 """Those whose exact moments can be had. (The Langevin steps of predictor_corrector are as long as x says.)"""
