@@ -24,7 +24,7 @@ def keep(run: Path, name: str) -> None:
     record = RunRecord.load(run)
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
-    samples = record.results[-1].pictures.get("samples")
+    samples = record.results[0].pictures.get("samples")
     if samples:
         IMAGES.mkdir(exist_ok=True)
         shutil.copyfile(run / samples, IMAGES / f"{name}.png")

@@ -41,7 +41,7 @@ blurs.
 
 
 def row(folder: Path, record: RunRecord) -> str:
-    result = record.results[-1]
+    result = record.results[0]
     metric = result.metrics[result.headline]
     looks = distances(folder / "curve.csv")
     training = record.training
@@ -71,8 +71,8 @@ def page() -> str:
     """The page, a table for each data set."""
     records = {path.parent: RunRecord.load(path.parent) for path in sorted(RESULTS.glob("*/record.json"))}
     text = HEAD
-    for data in dict.fromkeys(record.results[-1].measurement.data for record in records.values()):
-        kept = {folder: record for folder, record in records.items() if record.results[-1].measurement.data == data}
+    for data in dict.fromkeys(record.results[0].measurement.data for record in records.values()):
+        kept = {folder: record for folder, record in records.items() if record.results[0].measurement.data == data}
         text += f"\n## {data}\n{COLUMNS}" + "".join(row(*item) for item in kept.items()) + NOTES.get(data, "")
     return text
 
