@@ -150,10 +150,11 @@ def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
 
 
 def write_pictures(folder: Path, n: int, seed: int) -> Path:
+    """Smooth random pictures, finer and of more contrast for a larger seed."""
     folder.mkdir()
-    coarse = torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-    contrast = 40 + 40 * seed
-    images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").mul(contrast).add(100).clamp(0, 255)
+    side, contrast = 4 * 4**seed, 30 + 60 * seed
+    coarse = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    images = torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").mul(contrast).add(128).clamp(0, 255)
     for k, image in enumerate(images.byte().permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(folder / f"{k:05d}.png")
     return folder

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from gencompare.tasks import evaluate as evaluate_task
 from gencompare.training.clock import Clock
 
 ROOT = Path(__file__).parents[1]
-STOPS = [(family, signal.SIGTERM) for family in options("model")]
-STOPS += [(family, signal.SIGINT) for family in ("vae", "gan", "ddpm")]  # one for each way of optimising
+STOPS = {family: [signal.SIGTERM] for family in options("model")}
+for each in ("vae", "gan", "ddpm"):  # one for each way of optimising
+    STOPS[each] += [signal.SIGINT, signal.SIGKILL]
 QUICK = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
     "callbacks.looks.grid=4", "callbacks.looks.preview=0", "callbacks.curve.every=1", "callbacks.progress=false",
@@ -50,51 +51,48 @@ def assert_same_training(one: Path, two: Path) -> None:
     assert a["callbacks"]["Clock"]["step"] == b["callbacks"]["Clock"]["step"]
 
 
-@pytest.mark.parametrize(("family", "number"), STOPS)
-def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
-    family: str, number: signal.Signals, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def in_step_3(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Something happens as the third step begins."""
+    original = Clock.on_train_batch_start
+
+    def start(self: Clock, *args: Any) -> None:
+        original(self, *args)
+        if self.step == 2:
+            act()
+
+    patch.setattr(Clock, "on_train_batch_start", start)
+
+
+@pytest.mark.parametrize("family", STOPS)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    family: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     words = [f"model={family}", *QUICK, "budget.steps=6", "evaluation.checkpoints=[]", "callbacks.looks.count=0"]
     assert cli(*words, "hydra.run.dir=whole") == 0
     steps = checkpoint(tmp_path / "whole")["callbacks"]["Clock"]["step"]
-    original = Clock.on_train_batch_start
-
-    def stop_in_step_3(self: Clock, *args: Any) -> None:
-        original(self, *args)
-        if self.step == 2:
-            signal.raise_signal(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Clock, "on_train_batch_start", stop_in_step_3)
-        code = cli(*words, "hydra.run.dir=broken")
-    # A model that is fitted in closed form has ended before it could be stopped.
-    assert code == (128 + number if steps > 2 else 0)
-    if code:
-        assert "resume=" in capsys.readouterr().out
-        assert json.loads((tmp_path / "broken" / "record.json").read_text())["state"] == "interrupted"
-        assert checkpoint(tmp_path / "broken")["callbacks"]["Clock"]["step"] == 3
-    assert cli("resume=broken") == 0
-    assert_same_training(tmp_path / "whole", tmp_path / "broken")
-    assert json.loads((tmp_path / "broken" / "record.json").read_text())["state"] == "finished"
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(cli: Cli, tmp_path: Path) -> None:
-    words = ["model=vae", *QUICK, "budget.steps=60", "evaluation.checkpoints=[]", "callbacks.looks.count=0"]
-    process = Forked(tmp_path, *words, "callbacks.checkpoints.every_minutes=0", "hydra.run.dir=killed")
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 200
-    while not last.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    killed_at = checkpoint(tmp_path / "killed")["callbacks"]["Clock"]["step"]
-    assert killed_at < 60
-    assert cli("resume=killed", "callbacks.checkpoints.every_minutes=2") == 0
-    assert cli(*words, "hydra.run.dir=whole") == 0
-    assert_same_training(tmp_path / "whole", tmp_path / "killed")
-    steps = [line.split(",")[0] for line in (tmp_path / "killed" / "curve.csv").read_text().splitlines()[1:]]
-    assert steps == [str(k) for k in range(1, 61)], "the curve has each step once"
+    for number in STOPS[family]:
+        name = number.name
+        if number == signal.SIGKILL:
+            kill = partial(in_step_3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            saving = "callbacks.checkpoints.every_minutes=0"
+            process = Forked(tmp_path, *words, saving, f"hydra.run.dir={name}", first=kill)
+            assert process.wait(timeout=100) == -number
+            assert checkpoint(tmp_path / name)["callbacks"]["Clock"]["step"] == 2
+        else:
+            with monkeypatch.context() as patch:
+                in_step_3(patch, partial(signal.raise_signal, number))
+                code = cli(*words, f"hydra.run.dir={name}")
+            # A model that is fitted in closed form has ended before it could be stopped.
+            assert code == (128 + number if steps > 2 else 0)
+            if code:
+                assert "resume=" in capsys.readouterr().out
+                assert json.loads((tmp_path / name / "record.json").read_text())["state"] == "interrupted"
+                assert checkpoint(tmp_path / name)["callbacks"]["Clock"]["step"] == 3
+        assert cli(f"resume={name}", "callbacks.checkpoints.every_minutes=2") == 0
+        assert_same_training(tmp_path / "whole", tmp_path / name)
+        assert json.loads((tmp_path / name / "record.json").read_text())["state"] == "finished"
+        rows = (tmp_path / name / "curve.csv").read_text().splitlines()[1:]
+        assert [row.split(",")[0] for row in rows] == [str(k) for k in range(1, steps + 1)], "each step once"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from scipy.linalg import eigvalsh
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -28,7 +29,12 @@ class Statistics:
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
         """Of features (n, d), n at least 2; the covariance is the unbiased one, over n - 1."""
-        return _statistics(*_sums(features), shift=_centre(features))
+        made = _statistics(*_sums(features), shift=_centre(features))
+        n, d = features.shape
+        if n <= d:
+            # The features are a root themselves, and a narrow one; to find one of a singular covariance takes seconds.
+            made.__dict__["root"] = ((features.double() - made.mean) / math.sqrt(n - 1)).T
+        return made
 
     @property
     def dim(self) -> int:
@@ -36,8 +42,7 @@ class Statistics:
 
     @cached_property
     def root(self) -> Tensor:
-        """R with R R^T = cov. The Cholesky factor, or where cov is singular (n <= d, a constant feature) the symmetric
-        root."""
+        """R with R R^T = cov: the Cholesky factor, or where cov is singular (a constant feature) from eigenvectors."""
         factor, info = torch.linalg.cholesky_ex(self.cov)
         if int(info) == 0:
             return factor
@@ -62,7 +67,9 @@ def between(a: Statistics, b: Statistics) -> float:
     """
     if a.dim != b.dim:
         raise UserError(f"Features of {a.dim} numbers cannot be held against statistics of {b.dim}.")
-    roots = torch.linalg.eigvalsh(b.root.T @ a.cov @ b.root).clamp_min(0).sqrt().sum()
+    product = b.root.T @ a.cov @ b.root
+    # LAPACK as SciPy calls it takes three quarters of the time of torch's own call.
+    roots = torch.from_numpy(eigvalsh(product.numpy(), driver="evd", check_finite=False)).clamp_min(0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * roots
     return max(0.0, float(distance))
 

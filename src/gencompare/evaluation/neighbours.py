@@ -61,10 +61,22 @@ def neighbourhood(features: Tensor, reference: Tensor) -> Neighbourhood:
 
 def radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
     """For each k, the distance of every point to its k-th nearest neighbour among the others, (n,)."""
-    # The nearest of all is the point itself.
-    near = [distances(rows, points).topk(max(ks) + 1, largest=False).values for rows in points.split(BLOCK)]
-    whole = torch.cat(near)
-    return [whole[:, k] for k in ks]
+    # The nearest of all is the point itself. Distances are the same both ways, so half of the blocks do.
+    near = torch.full((len(points), max(ks) + 1), torch.inf)
+    for i in range(0, len(points), BLOCK):
+        for j in range(i, len(points), BLOCK):
+            rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
+            distance = distances(points[rows], points[columns])
+            near[rows] = smallest(near[rows], distance)
+            if j > i:
+                near[columns] = smallest(near[columns], distance.T)
+    return [near.sort(1).values[:, k] for k in ks]
+
+
+def smallest(known: Tensor, further: Tensor) -> Tensor:
+    """The least values of ``known`` (r, k) and ``further`` (r, c), (r, k), in no order."""
+    k = known.shape[1]
+    return torch.cat([known, further], 1).topk(k, largest=False, sorted=False).values
 
 
 def distances(rows: Tensor, points: Tensor) -> Tensor:
