@@ -12,8 +12,15 @@ from composing import options, roots
 
 def part(group: str, option: str, **changes: Any) -> Any:
     """What the YAML of ``model/group`` builds by itself, with some of its values changed."""
+    return instantiate(OmegaConf.merge(loaded(group, option), changes), _convert_="all")
+
+
+def loaded(group: str, option: str) -> Any:
+    """The YAML of ``model/group``, with the option that it is a change of, if any, below it."""
     path = next(p for root in roots() if (p := root / "model" / group / f"{option}.yaml").is_file())
-    return instantiate(OmegaConf.merge(OmegaConf.load(path), changes), _convert_="all")
+    own = OmegaConf.load(path)
+    below = [name for name in own.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+    return OmegaConf.merge(*(loaded(group, name) for name in below), own)
 
 
 def samplers() -> list[str]:

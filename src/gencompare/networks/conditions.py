@@ -70,6 +70,11 @@ class Conditions(nn.Module):
             return features
         return features + self.augment(cond["augment"].to(features.dtype))
 
+    def with_noise(self, noise: nn.Sequential, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """e (n, emb_dim) of noise level and conditions; the first layer of ``noise`` makes the level's features."""
+        features = self.augmented(noise[0](noise_cond), cond)
+        return self.embed(noise[1:](features), cond)
+
     def embed(self, emb: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """The embedding (n, emb_dim) of the noise level, with label and embedding added to it."""
         if self.label is not None:

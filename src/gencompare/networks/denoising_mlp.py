@@ -61,8 +61,7 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        features = self.conditions.augmented(self.noise[0](noise_cond), cond)
-        emb = self.conditions.embed(self.noise[1:](features), cond)
+        emb = self.conditions.with_noise(self.noise, noise_cond, cond)
         h = self.stem(self.conditions.beside(x, cond).flatten(1))
         for block in self.blocks:
             h = block(h, emb)

@@ -85,8 +85,7 @@ class DiT(nn.Module):
             nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        features = self.conditions.augmented(self.noise[0](noise_cond), cond)
-        emb = F.silu(self.conditions.embed(self.noise[1:](features), cond))  # every modulation begins with it
+        emb = F.silu(self.conditions.with_noise(self.noise, noise_cond, cond))  # every modulation begins with it
         h = self.stem(patchify(self.conditions.beside(x, cond), self.patch)) + self.positions
         for block in self.blocks:
             h = block(h, emb)

@@ -211,8 +211,7 @@ class UNet(nn.Module):
 
     def embedding(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """(n, 4 channels): the noise level, and what is told beside it."""
-        features = self.conditions.augmented(self.noise[0](noise_cond), cond)
-        return self.conditions.embed(self.noise[1:](features), cond)
+        return self.conditions.with_noise(self.noise, noise_cond, cond)
 
 
 def _heads(width: int, heads: int, head_channels: int | None) -> int:
