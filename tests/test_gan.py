@@ -16,7 +16,8 @@ from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.models.adversarial import Hinge, NonSaturating, squared_gradient
-from gencompare.models.gan import GAN, average_gradients, frozen
+from gencompare.models.alternating import average_gradients, frozen
+from gencompare.models.gan import GAN
 from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder
 from gencompare.networks.mlp import MLPDecoder, MLPEncoder
 from gencompare.networks.projection import ProjectionDiscriminator
@@ -209,7 +210,7 @@ def share_of_training(rank: int, world: int, folder: Path, reduce: bool) -> None
     for optimizer in model.optimizers():  # type: ignore[union-attr]
         optimizer.register_step_pre_hook(lambda o, *_: model.on_before_optimizer_step(o))
     if not reduce:
-        import gencompare.models.gan as module
+        import gencompare.models.alternating as module
 
         module.average_gradients = lambda parameters: None  # type: ignore[assignment]
     x, cond = next(iter(Digits().batches("train", 24)))

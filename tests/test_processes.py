@@ -106,9 +106,9 @@ def test_one_comparison_of_the_sweep(sweep: Path) -> None:
 
 def no_reduction() -> None:
     """Each process goes its own way."""
-    import gencompare.models.gan as gan
+    import gencompare.models.alternating as alternating
 
-    gan.average_gradients = lambda parameters: None  # type: ignore[assignment]
+    alternating.average_gradients = lambda parameters: None  # type: ignore[assignment]
 
 
 def same_images() -> None:

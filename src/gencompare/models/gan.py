@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel
 from gencompare.errors import UserError
 from gencompare.models.adversarial import Adversarial, squared_gradient
+from gencompare.models.alternating import frozen, take_step
 from gencompare.networks.projection import ProjectionDiscriminator
 from gencompare.seeds import Draws
 
@@ -99,25 +98,15 @@ class GAN(GenerativeModel):
         if self.r1:
             figures["r1"] = squared_gradient(real, x).mean()
             loss = loss + 0.5 * self.r1 * figures["r1"]
-        figures["d_grad"] = self._step(0, loss, list(self.discriminator.parameters()))
+        figures["d_grad"] = take_step(self, 0, loss, list(self.discriminator.parameters()))
         return {name: value.detach() for name, value in figures.items()}
 
     def _generator_step(self, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         with frozen(self.discriminator):
             fakes = self.generate(draws.normal((self.latent_dim,)), cond)
             loss = self.adversarial.generator(self.score(fakes, cond)).mean()
-            gradient = self._step(1, loss, self._generator_parameters())
+            gradient = take_step(self, 1, loss, self._generator_parameters())
         return {"g_loss": loss.detach(), "g_grad": gradient}
-
-    def _step(self, which: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """One step of an optimiser; the norm of its gradient before clipping."""
-        optimizer = self.optimizers()[which]  # type: ignore[index]
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        average_gradients(parameters)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimizer.step()
-        return norm
 
     @torch.no_grad()
     def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
@@ -158,30 +147,3 @@ def _label(cond: Cond) -> Tensor:
     if "label" not in cond:
         raise UserError("This GAN is conditional: it needs a class for each image, cond['label'].")
     return cond["label"]
-
-
-@contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """The network passes gradients on to its input and gathers none itself."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients; with one process, nothing.
-
-    Each process's loss is a mean over an equal part of the batch, so this is the whole batch's gradient. (DDP's own
-    reducer expects one backward pass for each forward pass of the wrapped model; here two players take turns in one.)
-    """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
