@@ -125,8 +125,8 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 
 def without_place(cfg: DictConfig) -> DictConfig:
-    """The config less the folder that it ran in: a run folder may move."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "out"])
+    """The config less the folders that it ran in and took its autoencoder from: a run folder may move."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("out", "autoencoder_run")])
 
 
 def _folder_in(argv: list[str]) -> Path | None:
