@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,9 +147,10 @@ def learn_codes(rank: int, world: int, folder: Path) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.manual_seed(0)
-    model = by_hand(
-        autoencoder(bottleneck=VQBottleneck(channels=2, codes=8, revive=0.2), discriminator=PatchDiscriminator)
-    )
+    quantizer = VQBottleneck(channels=2, codes=8, revive=0.2)
+    # Adam would magnify the rounding of gradients that are nought.
+    sgd = partial(torch.optim.SGD, lr=1e-2)
+    model = by_hand(autoencoder(bottleneck=quantizer, discriminator=PatchDiscriminator, optimizer=sgd))
     model.adversarial_after = 0.0
     x = digits(24)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
@@ -201,7 +203,7 @@ def test_the_distance_of_features_is_a_distance_whose_gradient_goes_to_the_image
 def test_the_shipped_networks_see_what_is_alike(channels: int) -> None:
     """A picture moved by a pixel is nearer to itself than to another picture, though its pixels may not be."""
     network = perceptual_network(channels)
-    assert len(network.identity["sha256"]) == 64
+    assert len(network.sha256) == 64
     torch.manual_seed(0)
     coarse = torch.randn(16, channels, 4, 4)
     x = nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(-1, 1)
@@ -218,6 +220,35 @@ def test_weights_that_are_missing_damaged_or_others_are_refused(tmp_path: Path) 
     damaged.write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         perceptual_network(1, damaged)
+
+
+def test_lpips_is_the_published_distance_or_says_where_its_weights_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    from gencompare.models.lpips import lpips
+
+    with pytest.raises(UserError, match="colour images"):
+        lpips(1)
+
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", offline)
+    with pytest.raises(UserError, match=r"vgg16-397923af.pth.*TORCH_HOME.*model/perceptual=trained"):
+        lpips(3)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda **_: SimpleNamespace(features=layers))
+    torch.manual_seed(0)
+    peer = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none")
+    torch.manual_seed(0)
+    own = lpips(3)
+    x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert own(x, y).shape == (2,) and not own.train().training
+    assert own(x, y).sum().item() == pytest.approx(peer(x, y).sum().item(), rel=1e-4)
+    y.requires_grad_()
+    own(x, y).sum().backward()
+    assert y.grad is not None and y.grad.abs().sum() > 0
 
 
 def test_the_discriminator_pulls_as_hard_as_the_rest_of_the_loss() -> None:

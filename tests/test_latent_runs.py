@@ -62,8 +62,8 @@ def test_both_stages_run_and_the_record_tells_what_the_first_cost_and_loses(runs
     own = record(runs / "ldm")
     assert own["training"]["steps"] == 2 and own["model"]["autoencoder"]["run"] == stage.name
     assert own["model"]["autoencoder"]["images_seen"] == 48 and own["model"]["autoencoder"]["flops"] > 0
-    (against,) = own["training"]["trained_against"]
-    assert against["name"] == "perceptual_fashion_mnist" and len(against["sha256"]) == 64
+    name, digest = own["training"]["trained_against"]
+    assert name == "perceptual_fashion_mnist" and len(digest) == 64
     (result,) = own["results"]
     assert "psnr" in result["metrics"] and "rfd_digits" in result["metrics"]
     assert result["generation"]["nfe"] == {"network": 3, "decoder": 1}

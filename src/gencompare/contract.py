@@ -207,8 +207,8 @@ class TrainedModel(pl.LightningModule):
         return self if isinstance(self, Reconstructs) else None
 
     @property
-    def trained_against(self) -> list[dict[str, str]]:
-        """``name`` and ``sha256`` of networks from elsewhere that the loss looks at: they may not measure the model."""
+    def trained_against(self) -> list[str]:
+        """Names and SHA-256 of networks from elsewhere that the loss looks at: they may not measure the model."""
         return []
 
     @property

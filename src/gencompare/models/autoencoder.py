@@ -14,6 +14,7 @@ from gencompare.models.adversarial import Hinge
 from gencompare.models.alternating import frozen, processes, summed, take_step
 from gencompare.models.bottlenecks import Bottleneck
 from gencompare.models.coder import Coder
+from gencompare.models.lpips import LPIPS
 from gencompare.networks.perceptual import PerceptualNetwork
 from gencompare.seeds import Draws
 
@@ -36,7 +37,8 @@ class Autoencoder(TrainedModel):
         encoder: a factory ``(shape, out_channels) -> module(x)``.
         decoder: a factory ``(in_channels, shape) -> module(z)``, whose last layer is ``out``.
         bottleneck: KL or VQ.
-        perceptual: a factory ``channels -> PerceptualNetwork``; None compares pixels alone.
+        perceptual: a factory ``channels -> module(x, y)`` with ``name`` and ``sha256``, images twice to (n,); None
+            compares pixels alone.
         discriminator: a factory ``shape -> module(x)``, images to scores (n,); None leaves it out.
     """
 
@@ -49,7 +51,7 @@ class Autoencoder(TrainedModel):
         encoder: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module],
         bottleneck: Bottleneck,
-        perceptual: Callable[..., PerceptualNetwork] | None = None,
+        perceptual: Callable[..., PerceptualNetwork | LPIPS] | None = None,
         perceptual_weight: float = 1.0,
         discriminator: Callable[..., nn.Module] | None = None,
         adversarial_weight: float = 0.5,
@@ -126,9 +128,8 @@ class Autoencoder(TrainedModel):
         return self.coder.decode(self.coder.encode(x)).clamp(-1, 1)
 
     @property
-    def trained_against(self) -> list[dict[str, str]]:
-        """Networks, beside the model itself, that its loss looked at: they may not measure it."""
-        return [] if self.perceptual is None else [self.perceptual.identity]
+    def trained_against(self) -> list[str]:
+        return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The coder's, and the discriminator's where there is one."""

@@ -223,7 +223,7 @@ class Diffusion(GenerativeModel):
         return {name: [round(float(value), 4) for value in drawn[name]] for name in ("t", "log_snr")}
 
     @property
-    def trained_against(self) -> list[dict[str, str]]:
+    def trained_against(self) -> list[str]:
         return self.space.trained_against if isinstance(self.space, Latents) else []
 
     def autoencoder(self) -> Reconstructs | None:

@@ -57,7 +57,7 @@ class Latents(nn.Module):
             raise UserError(f"{type(trained).__name__} is no autoencoder: latents need model=autoencoder or vqvae.")
         self.coder = coder
         self.latent_shape = coder.latent_shape
-        self.trained_against: list[dict[str, str]] = trained.trained_against
+        self.trained_against: list[str] = trained.trained_against
         self.register_buffer("mask", torch.ones(1, *self.latent_shape[1:]), persistent=False)
         self.mask: Tensor
         self.register_buffer("mean", torch.zeros(self.latent_shape[0], 1, 1))

@@ -35,7 +35,7 @@ class PerceptualNetwork(nn.Module):
     def __init__(self, network: VGG, name: str, sha256: str) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.identity = {"name": name, "sha256": sha256}
+        self.name, self.sha256 = name, sha256
 
     def train(self, mode: bool = True) -> PerceptualNetwork:
         """Always in eval mode: it is frozen."""
