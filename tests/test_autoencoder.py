@@ -280,11 +280,11 @@ def test_the_discriminator_joins_when_its_share_of_the_budget_is_spent() -> None
 def test_a_few_images_are_learned_by_heart(bottleneck: Any) -> None:
     model = by_hand(autoencoder(bottleneck=bottleneck(), optimizer=partial(torch.optim.Adam, lr=1e-2)))
     x = digits(6)
-    for step in range(150):
+    for step in range(100):
         model.draws = whole(6, step)
         model.training_step((x, {}), step)
     figures = model.eval().validation_figures(x, {}, whole(6))
-    assert figures["psnr"].mean() > 20
+    assert figures["psnr"].mean() > 18
     assert all(value.shape == (6,) for value in figures.values())
 
 

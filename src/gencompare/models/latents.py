@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Latents(nn.Module):
 
     def __init__(self, spec: DataSpec, *, autoencoder: Callable[..., Any], **first_stage: Any) -> None:
         super().__init__()
-        trained = autoencoder(spec=spec)
+        trained = autoencoder(spec=replace(spec, conditions={}))
         coder = getattr(trained, "coder", None)
         if not isinstance(coder, Coder):
             raise UserError(f"{type(trained).__name__} is no autoencoder: latents need model=autoencoder or vqvae.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from gencompare.records import RunRecord
 from gencompare.tasks import frozen
 from gencompare.tasks.load import load_run
 from gencompare.tasks.processes import alone_again
-from gencompare.tasks.sweep import job_hash
 
 GROUP = "model@model.latent.autoencoder"
 """The group in which the autoencoder of a latent model is chosen."""
+
+
+DECIDES = ("model", "budget", "seed", "trainer.global_batch_size", "trainer.precision", "callbacks.ema", "data.flip")
+"""Parts of a config that decide what is trained on given images."""
 
 
 def adopted(cfg: DictConfig) -> DictConfig:
@@ -73,6 +77,7 @@ def stage_of(cfg: DictConfig) -> DictConfig:
     stage = cfg.copy()
     OmegaConf.set_struct(stage, False)
     stage.model = OmegaConf.masked_copy(latent.autoencoder, [str(k) for k in latent.autoencoder if k != "_partial_"])
+    stage.data.pop("conditions", None)
     stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
     stage.choices = stage_choices(cfg)
     stage.family = stage.choices["model"]
@@ -95,8 +100,10 @@ def stage_choices(cfg: DictConfig) -> dict[str, Any]:
 
 
 def stage_folder(stage: DictConfig, data: ImageData) -> Path:
-    """Named by a hash of all that decides what the autoencoder becomes."""
-    key = hashlib.sha256(f"{job_hash(stage)} {data.hash('train')}".encode()).hexdigest()[:10]
+    """Named by a hash of all that decides what the autoencoder becomes, its data included."""
+    parts = {name: OmegaConf.to_container(OmegaConf.create({"": OmegaConf.select(stage, name)})) for name in DECIDES}
+    text = json.dumps([parts, data.hash("train")], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:10]
     return Path(stage.paths.runs) / f"{data.spec.name}_{stage.family}_{key}"
 
 
