@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from gencompare.contract import Cond, DataSpec, TrainedModel
 from gencompare.errors import UserError
 from gencompare.models.adversarial import Hinge
-from gencompare.models.alternating import frozen, processes, summed, take_step
+from gencompare.models.alternating import frozen, take_step
 from gencompare.models.bottlenecks import Bottleneck
 from gencompare.models.coder import Coder
 from gencompare.models.lpips import LPIPS
+from gencompare.models.processes import processes, summed
 from gencompare.networks.perceptual import PerceptualNetwork
 from gencompare.seeds import Draws
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.models.alternating import summed
+from gencompare.models.processes import summed
 from gencompare.seeds import Draws
 
 
