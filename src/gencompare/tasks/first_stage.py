@@ -20,6 +20,7 @@ from gencompare.models.latents import Latents
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord
 from gencompare.tasks import frozen
+from gencompare.tasks.build import chosen_device
 from gencompare.tasks.load import load_run
 from gencompare.tasks.processes import alone_again
 
@@ -131,7 +132,8 @@ def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
             f" '{own.name}' of {sides(own.shape)}: give model.latent.run=DIR of the same data, or leave it out to train"
             " one."
         )
-    space.take(found.model.coder, training_images(data))
+    space.to(chosen_device(cfg)).take(found.model.coder, training_images(data))
+    space.to("cpu")  # where the trainer expects a model
 
 
 def sides(shape: tuple[int, ...]) -> str:
