@@ -144,9 +144,15 @@ def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_value_that_follows_another_follows_it_in_a_run_folder_too(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    """evaluation.protocol.n takes the value of evaluation.n; in the frozen config it is a number of its own."""
+    shutil.copytree(trained / "run", tmp_path / "copy")
+    assert cli("task=evaluate", "run=copy", "model/sampler=ddim", "model.sampler.steps=2", "evaluation.n=110") == 0
+    record = json.loads((tmp_path / "copy" / "record.json").read_text())
+    assert record["results"][-1]["measurement"]["n"] == 110
 
+
+def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:
     import gencompare
 
     shutil.copytree(trained / "run", tmp_path / "moved")

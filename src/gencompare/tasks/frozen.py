@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
         loaded = OmegaConf.load(cfg)
         assert isinstance(loaded, DictConfig)
         return loaded
+    followers = _followers(OmegaConf.to_container(cfg, resolve=False))
     OmegaConf.resolve(cfg)
     words = list(hydra_config.overrides.task)
     folder = cfg.run or cfg.resume
     if folder is not None:
-        cfg = _rebased(cfg, load(Path(folder)), words)
+        cfg = _rebased(cfg, load(Path(folder)), words, followers)
     with open_dict(cfg):
         if "choices" not in cfg:
             choices = dict(hydra_config.runtime.choices)
@@ -79,12 +81,14 @@ def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
     return cfg
 
 
-def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfig:
+def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str], followers: dict[str, str]) -> DictConfig:
     merged = frozen.copy()
     OmegaConf.set_struct(merged, False)
     named = {_place(_key(o)) for o in OverridesParser.create().parse_overrides(words)}
     groups = {_place(str(group)): str(group) for group in frozen.get("choices", {})}
     typed = {key for key in named if key not in groups or _value(words, groups[key]) != frozen.choices[groups[key]]}
+    # What takes its value from a key that was typed: in the frozen config it is a value of its own.
+    typed |= {path for path, source in followers.items() if source in typed}
     for group, place in ADDED.items():
         if group.replace("/", ".") in typed:
             typed.remove(group.replace("/", "."))
@@ -98,6 +102,17 @@ def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfi
         if old is not None and key not in named and not Path(old).exists():
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
     return merged
+
+
+def _followers(node: Any, way: tuple[str, ...] = ()) -> dict[str, str]:
+    """By path: the path that a value is taken from, as ``${a.b}`` or from the place above as ``${..b}``."""
+    if isinstance(node, dict):
+        return {path: s for key, value in node.items() for path, s in _followers(value, (*way, str(key))).items()}
+    match = re.fullmatch(r"\$\{(\.*)([\w.]+)\}", node) if isinstance(node, str) else None
+    if match is None:
+        return {}
+    dots, rest = len(match[1]), match[2]
+    return {".".join(way): ".".join([*(way[:-dots] if dots else ()), rest])}
 
 
 def _key(override: Any) -> str:
