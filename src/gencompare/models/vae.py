@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
 from gencompare.errors import UserError
+from gencompare.models import latent_pictures
 from gencompare.models.likelihoods import PixelLikelihood
+from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal
 from gencompare.seeds import Draws
-
-
-def kl_from_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_var)) || N(0, 1)) in nats, element by element (Kingma and Welling 2014, appendix B)."""
-    return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
 
 
 class VAE(GenerativeModel):
@@ -32,7 +29,12 @@ class VAE(GenerativeModel):
     one draw of z an image. beta = 1 and free_bits = 0 give the bound; beta as in Higgins et al. 2017 ("beta-VAE");
     free_bits is the information, in bits, that each latent number may hold at no cost (Kingma et al. 2016, "Improved
     variational inference with inverse autoregressive flow", eq. 15, here image by image, so that the loss is a mean
-    over images). Both change only what is trained on: the reported bound is always the bound.
+    over images). With KL warm-up, beta rises in even steps over the first ``kl_warmup_steps`` steps of training
+    (the warm-up of Sonderby et al. 2016, "Ladder variational autoencoders"). All of these change only what is trained
+    on: the reported bound is always the bound.
+
+    ``likelihoods()`` are the bound, and the importance-weighted one of ``importance_samples`` draws
+    (`importance_weighted_bound`), which is nearer to log p(x).
 
     Samples are the mean of p(x | z) with z ~ N(0, I), as pictures of VAEs usually are, since the noise of a pixel-wise
     likelihood has no structure; ``pixel_noise`` draws from p(x | z) instead, so from the very distribution that the
@@ -44,6 +46,7 @@ class VAE(GenerativeModel):
         likelihood: a factory ``spec -> PixelLikelihood``.
         latent_dim: numbers in z.
         label_dim: size of the label's embedding, for a conditional model.
+        importance_samples: draws of z an image, for the importance-weighted bound; 0 leaves it out.
         pixel_noise: whether samples are draws from p(x | z).
     """
 
@@ -57,16 +60,24 @@ class VAE(GenerativeModel):
         latent_dim: int = 32,
         label_dim: int = 32,
         beta: float = 1.0,
+        kl_warmup_steps: int = 0,
         free_bits: float = 0.0,
+        importance_samples: int = 0,
         pixel_noise: bool = False,
         **training: Any,
     ) -> None:
         super().__init__(spec, **training)
-        if latent_dim < 1:
-            raise UserError(f"model.latent_dim={latent_dim}: a latent needs at least 1 number.")
+        if latent_dim < 1 or label_dim < 1:
+            raise UserError(f"model.latent_dim={latent_dim}, model.label_dim={label_dim}: both must be at least 1.")
         if beta < 0 or free_bits < 0:
             raise UserError(f"model.beta={beta}, model.free_bits={free_bits}: neither may be negative.")
-        self.latent_dim, self.beta, self.free_bits, self.pixel_noise = latent_dim, beta, free_bits, pixel_noise
+        if kl_warmup_steps < 0 or importance_samples < 0:
+            raise UserError(
+                f"model.kl_warmup_steps={kl_warmup_steps}, model.importance_samples={importance_samples}: neither may"
+                " be negative (0 leaves it out)."
+            )
+        self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
+        self.importance_samples, self.pixel_noise = importance_samples, pixel_noise
         self.likelihood = likelihood(spec)
         embed_dim = label_dim if self.conditional else 0
         self.labels = nn.Embedding(spec.num_classes, label_dim) if self.conditional else None
@@ -88,23 +99,31 @@ class VAE(GenerativeModel):
         z = mean + (0.5 * log_var).exp() * noise
         return -self.likelihood.log_prob(self.decode(z, cond), x), kl_from_standard_normal(mean, log_var)
 
+    @property
+    def beta_now(self) -> float:
+        """beta at the step in progress, warmed up; beta itself outside of training."""
+        if not self.training or not self.kl_warmup_steps:
+            return self.beta
+        # With its one optimiser Lightning's count is that of training steps, and a resumed run goes on with it.
+        return self.beta * min(1.0, (self.global_step + 1) / self.kl_warmup_steps)
+
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        """``loss``, and in bits/dim the bound and its two parts: ``bits_per_dim = reconstruction + kl``."""
+        """``loss``, and in bits a real pixel value the two parts of the bound; where these are bits/dim of the data,
+        the bound itself: ``bits_per_dim = reconstruction + kl``."""
         reconstruction, kl = self.terms(x, cond, draws.normal((self.latent_dim,)))
         penalty = kl.clamp(min=self.free_bits * math.log(2)).sum(1)
         kl = kl.sum(1)
-        bits = 1 / (self.spec.dims * math.log(2))
-        return {
-            "loss": (reconstruction + self.beta * penalty) * bits,
-            "bits_per_dim": (reconstruction + kl) * bits,
-            "reconstruction": reconstruction * bits,
-            "kl": kl * bits,
-        }
+        figures = {"loss": self._bits(reconstruction + self.beta_now * penalty)}
+        if self.likelihood.gives_bits:
+            figures["bits_per_dim"] = self._bits(reconstruction + kl)
+        return figures | {"reconstruction": self._bits(reconstruction), "kl": self._bits(kl)}
+
+    def _bits(self, nats: Tensor) -> Tensor:
+        return nats / (self.spec.dims * math.log(2))
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        z = torch.randn(n, self.latent_dim, generator=generator, device=generator.device)
-        h = self.decode(z.to(self.device), self.used(cond))
+        h = self.decode(self._noise(n, generator), self.used(cond))
         return self._picture(self.likelihood.sample(h, generator) if self.pixel_noise else self.likelihood.mean(h))
 
     def sampling_description(self) -> str:
@@ -115,20 +134,57 @@ class VAE(GenerativeModel):
         """The mean of p(x | z) at the posterior's mean: no random numbers."""
         cond = self.used(cond)
         mean, _ = self.posterior(x, cond)
-        return self._picture(self.likelihood.mean(self.decode(mean, cond)))
+        return self.decoded_mean(mean, cond)
+
+    def decoded_mean(self, z: Tensor, cond: Cond) -> Tensor:
+        """The mean of p(x | z), as a picture."""
+        return self._picture(self.likelihood.mean(self.decode(z, cond)))
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """What `Explores` asks for, as means of p(x | z): no random numbers."""
+        cond = self.used(cond)
+        mean, log_var = self.posterior(x, cond)
+        informative = kl_from_standard_normal(mean, log_var).mean(0)
+        return {
+            "reconstruction": torch.stack([x, self.decoded_mean(mean, cond)]),
+            "interpolation": latent_pictures.interpolation(self.decoded_mean, mean, cond),
+            "traversal": latent_pictures.traversal(self.decoded_mean, mean, cond, informative),
+        }
 
     def likelihoods(self) -> dict[str, Likelihood]:
-        return {"elbo": Likelihood("bound", self._elbo)}
+        if not self.likelihood.gives_bits:
+            return {}
+        found = {"elbo": Likelihood("bound", self._elbo)}
+        if self.importance_samples:
+            found[f"iwae_{self.importance_samples}"] = Likelihood("bound", self._iwae)
+        return found
 
     @torch.no_grad()
     def _elbo(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
-        noise = torch.randn(len(x), self.latent_dim, generator=generator, device=generator.device).to(x.device)
-        reconstruction, kl = self.terms(x, self.used(cond), noise)
-        bits = 1 / (self.spec.dims * math.log(2))
-        return {"reconstruction": reconstruction * bits, "kl": kl.sum(1) * bits}
+        reconstruction, kl = self.terms(x, self.used(cond), self._noise(len(x), generator))
+        return {"reconstruction": self._bits(reconstruction), "kl": self._bits(kl.sum(1))}
+
+    @torch.no_grad()
+    def _iwae(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
+        cond = self.used(cond)
+        mean, log_var = self.posterior(x, cond)
+
+        def log_weight() -> Tensor:
+            noise = self._noise(len(x), generator)
+            z = mean + (0.5 * log_var).exp() * noise
+            # log p(z) - log q(z | x), with z = mu + sigma noise.
+            ratio = 0.5 * (noise.square() + log_var - z.square()).sum(1)
+            return self.likelihood.log_prob(self.decode(z, cond), x) + ratio
+
+        return {"iwae": -self._bits(importance_weighted_bound(log_weight, self.importance_samples))}
 
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"decoder": self.decoder}
+
+    def _noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers (n, latent_dim), drawn where the generator lives."""
+        return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
     def _embedded(self, cond: Cond) -> Tensor | None:
         if self.labels is None:
