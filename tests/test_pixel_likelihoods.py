@@ -258,9 +258,9 @@ def test_draws_are_levels_and_means_are_pictures_and_every_number_matters(option
     assert torch.isfinite(h.grad).all() and (h.grad != 0).any(0).all()  # type: ignore[union-attr,operator]
 
 
-@pytest.mark.parametrize("option", [name for name in OPTIONS if name != "gaussian"])
-def test_only_a_gaussian_scores_continuous_data(option: str) -> None:
-    with pytest.raises(UserError, match="model/likelihood=gaussian"):
+@pytest.mark.parametrize("option", ["bernoulli", "discretized_logistic", "discretized_logistic_mixture"])
+def test_a_distribution_of_levels_refuses_continuous_data(option: str) -> None:
+    with pytest.raises(UserError, match=f"model/likelihood={option} .*use model/likelihood=gaussian"):
         part("likelihood", option)(DataSpec("points", (2, 1, 1), num_levels=None))
 
 
