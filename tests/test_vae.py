@@ -17,6 +17,7 @@ from gencompare.contract import DataSpec, Explores
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
+from gencompare.models.priors import MixtureOfGaussians, StandardNormal
 from gencompare.models.vae import VAE
 from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal
 from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder
@@ -26,6 +27,73 @@ from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from gencompare.training.clock import Clock
 from gencompare.training.ema import EMA
+
+
+def gaussians() -> tuple[MixtureOfGaussians, torch.distributions.MixtureSameFamily]:
+    """A mixture in two dimensions, and the same by PyTorch's own distributions."""
+    torch.manual_seed(0)
+    prior = MixtureOfGaussians(2, components=3)
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    parts = torch.distributions.Independent(
+        torch.distributions.Normal(prior.means.detach(), prior.log_stds.detach().exp()), 1
+    )
+    weights = torch.distributions.Categorical(logits=prior.logits.detach())
+    return prior, torch.distributions.MixtureSameFamily(weights, parts)
+
+
+def test_a_mixture_prior_has_the_density_and_the_moments_of_its_components() -> None:
+    prior, truth = gaussians()
+    z = 2 * torch.randn(50, 2)
+    assert torch.allclose(prior.log_prob(z), truth.log_prob(z), atol=1e-5)
+    drawn = prior.sample(40_000, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.mean(0), truth.mean, atol=0.04) and torch.allclose(
+        drawn.var(0), truth.variance, rtol=0.05
+    )
+    # Draws are no likelier, and no less likely, than the distribution's own.
+    error = truth.log_prob(drawn).std() / 200
+    assert abs(truth.log_prob(drawn).mean() - truth.log_prob(truth.sample((40_000,))).mean()) < 6 * error
+
+
+def test_what_one_draw_says_of_the_divergence_from_a_prior_is_right_on_average() -> None:
+    """E_q[log q - log p], by numerical integration over the plane; the closed form where there is one."""
+    prior, truth = gaussians()
+    mean, log_var = torch.tensor([[0.3, -0.8]]), torch.tensor([[-1.0, 0.4]])
+    q = torch.distributions.Independent(torch.distributions.Normal(mean[0], (0.5 * log_var[0]).exp()), 1)
+    axis = torch.linspace(-8, 8, 801)
+    plane = torch.cartesian_prod(axis, axis)
+    log_q = q.log_prob(plane)
+    exact = (log_q.exp() * (log_q - truth.log_prob(plane))).sum() * (axis[1] - axis[0]) ** 2
+    torch.manual_seed(0)
+    z = q.sample((40_000,))
+    found = prior.kl(mean.expand(len(z), -1), log_var.expand(len(z), -1), z)
+    assert found.shape == (len(z), 1)
+    assert found.mean().item() == pytest.approx(exact.item(), abs=6 * found.std().item() / 200)
+    normal = StandardNormal(2)
+    each = q.log_prob(z) - normal.log_prob(z)
+    assert normal.kl(mean, log_var, z[:1]).sum().item() == pytest.approx(each.mean().item(), abs=0.05)
+
+
+def test_a_learned_prior_costs_what_posteriors_tell_apart_and_no_more() -> None:
+    """Posteriors N(3, 0.5^2) and N(-3, 0.5^2), as many of each: the best prior is their mixture, and the divergence
+    from it is log 2, the one bit that z holds. From N(0, 1) it is 4.8 nats."""
+    torch.manual_seed(0)
+    prior = MixtureOfGaussians(1, components=2)
+    mean = torch.tensor([3.0, -3.0]).repeat(64)[:, None]
+    log_var = torch.full_like(mean, 2 * math.log(0.5))
+    optimizer = torch.optim.Adam(prior.parameters(), lr=0.1)
+    course = []
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        kl = prior.kl(mean, log_var, mean + 0.5 * torch.randn_like(mean)).mean()
+        optimizer.zero_grad()
+        kl.backward()
+        optimizer.step()
+        course.append(kl.item())
+    assert sum(course[-50:]) / 50 == pytest.approx(math.log(2), abs=0.03)
+    assert StandardNormal(1).kl(mean, log_var, mean).mean().item() == pytest.approx(4.5 + math.log(2) - 0.375, abs=1e-5)
+    drawn = prior.sample(4_000, torch.Generator().manual_seed(0))
+    assert ((drawn.abs() - 3).abs() < 2.5).all() and (drawn > 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_kl_is_the_closed_form() -> None:
@@ -358,6 +426,26 @@ def test_pictures_show_reconstructions_ways_between_them_and_single_numbers_turn
             expected = z[0].clone()
             expected[j] = value
             torch.testing.assert_close(image, (truth.w @ expected).clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_bounds_under_a_mixture_prior_are_bounds_too() -> None:
+    """One component at N(0, I) is N(0, I): the same bounds, by another way."""
+    truth = Truth()
+    for name in ("elbo", "iwae_8"):
+        found = []
+        for prior in (StandardNormal, partial(MixtureOfGaussians, components=1)):
+            model, _ = truth.vae(0.2, importance_samples=8, prior=prior)
+            for parameter in model.prior.parameters():
+                torch.nn.init.zeros_(parameter)
+            found.append(truth.scored(model, name, 3_000).mean(1))
+        assert torch.allclose(*found, atol=0.05), name
+
+
+def test_free_bits_are_refused_where_there_are_none_to_each_number() -> None:
+    with pytest.raises(UserError, match=r"model.free_bits=0.5 .*standard_normal"):
+        vae(Digits.spec, free_bits=0.5, prior=MixtureOfGaussians)
+    with pytest.raises(UserError, match="components=0"):
+        MixtureOfGaussians(2, components=0)
 
 
 @pytest.mark.parametrize(

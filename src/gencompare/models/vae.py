@@ -13,6 +13,7 @@ from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
 from gencompare.errors import UserError
 from gencompare.models import latent_pictures
 from gencompare.models.likelihoods import PixelLikelihood
+from gencompare.models.priors import Prior, StandardNormal
 from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal
 from gencompare.seeds import Draws
 
@@ -20,9 +21,9 @@ from gencompare.seeds import Draws
 class VAE(GenerativeModel):
     r"""A VAE with a Gaussian posterior over one latent vector (Kingma and Welling 2014).
 
-    log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)),  q(z | x) = N(mu(x), diag sigma^2(x)),  p(z) = N(0, I).
+    log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)),  q(z | x) = N(mu(x), diag sigma^2(x)),
 
-    What is minimised, in bits per real pixel value, is
+    with p(z) = N(0, I) or another ``prior``. What is minimised, in bits per real pixel value, is
 
         -log p(x | z) + beta sum_j max(KL_j, free_bits),
 
@@ -36,7 +37,7 @@ class VAE(GenerativeModel):
     ``likelihoods()`` are the bound, and the importance-weighted one of ``importance_samples`` draws
     (`importance_weighted_bound`), which is nearer to log p(x).
 
-    Samples are the mean of p(x | z) with z ~ N(0, I), as pictures of VAEs usually are, since the noise of a pixel-wise
+    Samples are the mean of p(x | z) with z ~ p(z), as pictures of VAEs usually are, since the noise of a pixel-wise
     likelihood has no structure; ``pixel_noise`` draws from p(x | z) instead, so from the very distribution that the
     bound scores.
 
@@ -44,6 +45,7 @@ class VAE(GenerativeModel):
         encoder: a factory ``(shape, out_features, embed_dim) -> module(x, e)``.
         decoder: a factory ``(in_features, shape, embed_dim) -> module(z, e)``.
         likelihood: a factory ``spec -> PixelLikelihood``.
+        prior: a factory ``latent_dim -> Prior``.
         latent_dim: numbers in z.
         label_dim: size of the label's embedding, for a conditional model.
         importance_samples: draws of z an image, for the importance-weighted bound; 0 leaves it out.
@@ -57,6 +59,7 @@ class VAE(GenerativeModel):
         encoder: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module],
         likelihood: Callable[..., PixelLikelihood],
+        prior: Callable[[int], Prior] = StandardNormal,
         latent_dim: int = 32,
         label_dim: int = 32,
         beta: float = 1.0,
@@ -78,7 +81,12 @@ class VAE(GenerativeModel):
             )
         self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
         self.importance_samples, self.pixel_noise = importance_samples, pixel_noise
-        self.likelihood = likelihood(spec)
+        self.likelihood, self.prior = likelihood(spec), prior(latent_dim)
+        if free_bits and not self.prior.factorizes:
+            raise UserError(
+                f"model.free_bits={free_bits} is an allowance for each latent number, and under this prior the"
+                " divergence is no sum over them: use model/prior=standard_normal, or model.free_bits=0."
+            )
         embed_dim = label_dim if self.conditional else 0
         self.labels = nn.Embedding(spec.num_classes, label_dim) if self.conditional else None
         self.encoder = encoder(spec.shape, 2 * latent_dim, embed_dim)
@@ -94,10 +102,11 @@ class VAE(GenerativeModel):
         return self.decoder(z, self._embedded(cond))
 
     def terms(self, x: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p(x | z) in nats (n,), with z = mu + sigma noise, and the KL of each latent number (n, latent_dim)."""
+        """-log p(x | z) in nats (n,), with z = mu + sigma noise, and the KL of each latent number (n, latent_dim), or
+        of all as (n, 1): `Prior.kl`."""
         mean, log_var = self.posterior(x, cond)
         z = mean + (0.5 * log_var).exp() * noise
-        return -self.likelihood.log_prob(self.decode(z, cond), x), kl_from_standard_normal(mean, log_var)
+        return -self.likelihood.log_prob(self.decode(z, cond), x), self.prior.kl(mean, log_var, z)
 
     @property
     def beta_now(self) -> float:
@@ -111,7 +120,8 @@ class VAE(GenerativeModel):
         """``loss``, and in bits a real pixel value the two parts of the bound; where these are bits/dim of the data,
         the bound itself: ``bits_per_dim = reconstruction + kl``."""
         reconstruction, kl = self.terms(x, cond, draws.normal((self.latent_dim,)))
-        penalty = kl.clamp(min=self.free_bits * math.log(2)).sum(1)
+        # What is estimated from one draw may be negative, and must not be cut off.
+        penalty = (kl.clamp(min=self.free_bits * math.log(2)) if self.free_bits else kl).sum(1)
         kl = kl.sum(1)
         figures = {"loss": self._bits(reconstruction + self.beta_now * penalty)}
         if self.likelihood.gives_bits:
@@ -123,11 +133,12 @@ class VAE(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        h = self.decode(self._noise(n, generator), self.used(cond))
+        z = self.prior.sample(n, generator).to(self.device)
+        h = self.decode(z, self.used(cond))
         return self._picture(self.likelihood.sample(h, generator) if self.pixel_noise else self.likelihood.mean(h))
 
     def sampling_description(self) -> str:
-        return f"{'draw from' if self.pixel_noise else 'mean of'} p(x | z), z ~ N(0, I)"
+        return f"{'draw from' if self.pixel_noise else 'mean of'} p(x | z), z ~ {self.prior.describe()}"
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
@@ -173,9 +184,8 @@ class VAE(GenerativeModel):
         def log_weight() -> Tensor:
             noise = self._noise(len(x), generator)
             z = mean + (0.5 * log_var).exp() * noise
-            # log p(z) - log q(z | x), with z = mu + sigma noise.
-            ratio = 0.5 * (noise.square() + log_var - z.square()).sum(1)
-            return self.likelihood.log_prob(self.decode(z, cond), x) + ratio
+            log_q = -0.5 * (noise.square() + log_var + math.log(2 * math.pi)).sum(1)
+            return self.likelihood.log_prob(self.decode(z, cond), x) + self.prior.log_prob(z) - log_q
 
         return {"iwae": -self._bits(importance_weighted_bound(log_weight, self.importance_samples))}
 
