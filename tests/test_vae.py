@@ -34,7 +34,7 @@ def gaussians() -> tuple[MixtureOfGaussians, torch.distributions.MixtureSameFami
     torch.manual_seed(0)
     prior = MixtureOfGaussians(2, components=3)
     for parameter in prior.parameters():
-        torch.nn.init.normal_(parameter, std=0.7)
+        torch.nn.init.normal_(parameter, std=0.7 / prior.GAIN)
     parts = torch.distributions.Independent(
         torch.distributions.Normal(prior.means.detach(), prior.log_stds.detach().exp()), 1
     )
@@ -81,10 +81,10 @@ def test_a_learned_prior_costs_what_posteriors_tell_apart_and_no_more() -> None:
     prior = MixtureOfGaussians(1, components=2)
     mean = torch.tensor([3.0, -3.0]).repeat(64)[:, None]
     log_var = torch.full_like(mean, 2 * math.log(0.5))
-    optimizer = torch.optim.Adam(prior.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=0.01)
     course = []
     for step in range(300):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 300)
         kl = prior.kl(mean, log_var, mean + 0.5 * torch.randn_like(mean)).mean()
         optimizer.zero_grad()
         kl.backward()

@@ -74,14 +74,32 @@ class MixtureOfGaussians(Prior):
     """
 
     factorizes = False
+    GAIN = 10.0
+    """Each parameter is GAIN times a weight: Adam moves a weight by about its learning rate a step, too slow for
+    components that have as far to go as posteriors lie apart."""
 
     def __init__(self, dim: int, *, components: int = 100) -> None:
         super().__init__()
         if components < 1:
             raise UserError(f"model.prior.components={components}: a mixture needs at least 1 component.")
-        self.logits = nn.Parameter(torch.zeros(components))
-        self.means = nn.Parameter(torch.randn(components, dim))
-        self.log_stds = nn.Parameter(torch.zeros(components, dim))
+        self.weights = nn.Parameter(torch.zeros(components))
+        self.places = nn.Parameter(torch.randn(components, dim) / self.GAIN)
+        self.spreads = nn.Parameter(torch.zeros(components, dim))
+
+    @property
+    def logits(self) -> Tensor:
+        """pi before the softmax, (K,)."""
+        return self.GAIN * self.weights
+
+    @property
+    def means(self) -> Tensor:
+        """mu, (K, d)."""
+        return self.GAIN * self.places
+
+    @property
+    def log_stds(self) -> Tensor:
+        """log s, (K, d)."""
+        return self.GAIN * self.spreads
 
     def log_prob(self, z: Tensor) -> Tensor:
         each = log_normal(z[:, None], self.means, self.log_stds.exp()).sum(2)
