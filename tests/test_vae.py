@@ -13,9 +13,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec, Explores
+from gencompare.contract import Cond, DataSpec, Explores
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
+from gencompare.models import latent_pictures
 from gencompare.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
 from gencompare.models.priors import MixtureOfGaussians, StandardNormal
 from gencompare.models.vae import VAE
@@ -446,6 +447,18 @@ def test_free_bits_are_refused_where_there_are_none_to_each_number() -> None:
         vae(Digits.spec, free_bits=0.5, prior=MixtureOfGaussians)
     with pytest.raises(UserError, match="components=0"):
         MixtureOfGaussians(2, components=0)
+
+
+def test_pictures_of_a_conditional_model_keep_to_their_classes() -> None:
+    """Between two images the class is that of the nearer one; a traversal keeps that of its image."""
+    z, label = torch.randn(4, 3), torch.tensor([7, 2, 5, 9])
+
+    def decode(z: Tensor, cond: Cond) -> Tensor:
+        return cond["label"][:, None, None, None].expand(-1, 1, 2, 2)
+
+    ways = latent_pictures.interpolation(decode, z, {"label": label})[..., 0, 0, 0]
+    assert ways.tolist() == [[7] * 4 + [2] * 5, [5] * 4 + [9] * 5]
+    assert (latent_pictures.traversal(decode, z, {"label": label}, torch.ones(3)) == 7).all()
 
 
 @pytest.mark.parametrize(
