@@ -1,4 +1,4 @@
-"""Laws of the GAN: its losses and penalty against calculus, a step against one by hand, one process against two."""
+"""Laws of the GAN: its losses and penalties against calculus, a step against one by hand, one process against two."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.models.adversarial import Hinge, NonSaturating, squared_gradient
+from gencompare.models.adversarial import Adversarial, Hinge, NonSaturating, Relativistic, Wasserstein
 from gencompare.models.alternating import average_gradients, frozen
+from gencompare.models.discriminator_augmentation import ADA
 from gencompare.models.gan import GAN
-from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder
-from gencompare.networks.mlp import MLPDecoder, MLPEncoder
-from gencompare.networks.projection import ProjectionDiscriminator
+from gencompare.models.penalties import R1, R2, Duel, WassersteinGP
+from gencompare.models.ramp import CosineRamp
+from gencompare.networks.players import MLPDiscriminator, MLPGenerator, ResNetDiscriminator, ResNetGenerator
+from gencompare.networks.projection import ProjectionHead, normalize_spectrally
 from gencompare.seeds import Draws
 
 POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_levels=None)
@@ -29,12 +31,10 @@ POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_levels=None)
 def points_gan(**options: Any) -> GAN:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "generator": partial(MLPDecoder, width=32, depth=2),
-        "discriminator": partial(MLPEncoder, width=32, depth=2),
+        "generator": partial(MLPGenerator, width=32, depth=2),
+        "discriminator": partial(MLPDiscriminator, width=32, depth=2, features=16),
         "adversarial": NonSaturating(),
         "latent_dim": 2,
-        "features": 16,
-        "spectral_norm": False,
         "optimizer": partial(torch.optim.SGD, lr=0.1),
     }
     return by_hand(GAN(POINTS, **(settings | options)))
@@ -62,43 +62,111 @@ def test_losses_are_those_of_the_papers() -> None:
     entropy = partial(nn.functional.binary_cross_entropy_with_logits, reduction="none")
     game = NonSaturating()
     assert torch.allclose(game.discriminator(real, fake), entropy(real, ones) + entropy(fake, zeros), atol=1e-6)
-    assert torch.allclose(game.generator(fake), entropy(fake, ones), atol=1e-6)
+    assert torch.allclose(game.generator(None, fake), entropy(fake, ones), atol=1e-6)
     two = Hinge().discriminator(torch.tensor([0.25, 2.0]), torch.tensor([-3.0, 0.5]))
     assert two.tolist() == [0.75, 1.5]
-    assert Hinge().generator(torch.tensor([0.5, -2.0])).tolist() == [-0.5, 2.0]
+    assert Hinge().generator(None, torch.tensor([0.5, -2.0])).tolist() == [-0.5, 2.0]
+    critic = Wasserstein()
+    assert critic.discriminator(torch.tensor([0.25, 2.0]), torch.tensor([-3.0, 0.5])).tolist() == [-3.25, -1.5]
+    assert critic.generator(None, torch.tensor([0.5, -2.0])).tolist() == [-0.5, 2.0]
+    # Of a pair, which one is real? One is the other's mirror image.
+    pairs = Relativistic()
+    assert torch.allclose(pairs.discriminator(real, fake), entropy(real - fake, ones), atol=1e-6)
+    assert torch.allclose(pairs.generator(real, fake), entropy(fake - real, ones), atol=1e-6)
 
 
-def test_r1_is_the_squared_gradient_of_a_quadratic_and_can_be_trained_through() -> None:
-    """D(x) = x'Ax / 2 with A symmetric: |grad_x D|^2 = |Ax|^2, and its gradient in A is 2 A x x'."""
-    a = torch.randn(5, 5, dtype=torch.float64)
+@pytest.mark.parametrize("game", [Relativistic(), Wasserstein()])
+def test_a_loss_of_pairs_depends_on_differences_alone(game: Adversarial) -> None:
+    """Any constant may be added to both scores of a pair, another to each pair; the margin does not see it either."""
+    real, fake = torch.randn(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    shift = 100 * torch.randn(20, dtype=torch.float64)
+    for found in (game.discriminator, game.margin, *([game.generator] if game.pairs else [])):
+        assert torch.allclose(found(real, fake), found(real + shift, fake + shift), atol=1e-10)
+        assert not torch.allclose(found(real, fake), found(real + shift, fake), atol=1e-3)
+
+
+def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, Duel]:
+    """D(x) = x'Ax / 2 with A symmetric, and a duel between points; gradients at x are Ax."""
+    a = torch.randn(dim, dim, dtype=torch.float64)
     a = (a + a.T).requires_grad_()
-    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    penalty = squared_gradient(0.5 * ((x @ a) * x).sum(1), x)
-    assert torch.allclose(penalty, (x @ a).square().sum(1))
+    real, fake = (torch.randn(n, dim, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def score(x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return 0.5 * ((x @ a) * x).sum(1)
+
+    return a, Duel(real, fake, score(real), score(fake), score, Draws.whole(torch.Generator().manual_seed(3), n))
+
+
+@pytest.mark.parametrize(("penalty", "where"), [(R1(2.0), "real"), (R2(2.0), "fake")])
+def test_r1_and_r2_are_squared_gradients_and_can_be_trained_through(penalty: Any, where: str) -> None:
+    """|grad_x D|^2 = |Ax|^2, and its gradient in A is 2 A x x'; half the weight is put before it."""
+    a, duel = quadratic()
+    x = getattr(duel, where).flatten(1)
+    found = penalty(duel)
+    assert torch.allclose(found, (x @ a).square().sum(1))
     # D depends on A through its symmetric part alone, and so does the penalty's gradient.
-    (gradient,) = torch.autograd.grad(penalty.sum(), a)
+    (gradient,) = torch.autograd.grad(found.sum(), a)
     expected = 2 * a @ x.T @ x
     assert torch.allclose(gradient, (expected + expected.T) / 2)
+    assert penalty.factor(torch.tensor(0)) == 1.0
+
+
+def test_the_wasserstein_penalty_is_that_of_points_between_pairs() -> None:
+    """(|Ax| - 1)^2 at x = u x_real + (1 - u) x_fake, and its gradient in A is 2 (|Ax| - 1) / |Ax| A x x'."""
+    a, duel = quadratic()
+    u = torch.rand(7, 1, generator=torch.Generator().manual_seed(3)).double()
+    x = (u * duel.real.flatten(1) + (1 - u) * duel.fake.flatten(1)).detach()
+    norm = (x @ a).norm(dim=1, keepdim=True)
+    found = WassersteinGP(10.0)(duel)
+    assert torch.allclose(found, (norm - 1).square().squeeze(1), atol=1e-9)
+    (gradient,) = torch.autograd.grad(found.sum(), a)
+    expected = a @ (2 * (norm - 1) / norm * x).T @ x
+    assert torch.allclose(gradient, (expected + expected.T) / 2, atol=1e-9)
+    assert WassersteinGP(10.0).factor(torch.tensor(0)) == 10.0
+
+
+def test_a_discriminator_that_is_constant_has_a_penalty_with_a_gradient() -> None:
+    """The root in the Wasserstein penalty has no derivative at nought, and must not give NaN."""
+    a = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+
+    def score(x: Tensor) -> Tensor:
+        return ((x @ a) * x).sum(1)
+
+    draws = Draws.whole(torch.Generator().manual_seed(0), 3)
+    reshaped = x[:, :, None, None]
+    duel = Duel(reshaped, reshaped, score(x), score(x), lambda images: score(images.flatten(1)), draws)
+    found = WassersteinGP(1.0)(duel)
+    assert torch.allclose(found, torch.ones(3, dtype=torch.float64), atol=1e-5)
+    assert torch.autograd.grad(found.sum(), a)[0].isfinite().all()
+
+
+def test_a_weight_can_change_with_the_images_seen() -> None:
+    """Half-way along a cosine lies the mean; beyond its end nothing changes."""
+    penalty = R1(CosineRamp(first=0.05, last=0.005, images=200))
+    found = [float(penalty.factor(torch.tensor(seen))) for seen in (0, 50, 100, 200, 1000)]
+    quarter = 0.05 - 0.045 * (1 - 0.5**0.5) / 2
+    assert found == pytest.approx([0.025, quarter / 2, 0.01375, 0.0025, 0.0025])
 
 
 def test_the_projection_adds_one_product_of_class_and_features() -> None:
     """D(x, y) - D(x, y') = (v_y - v_y') . phi(x) (Miyato and Koyama 2018, eq. 3)."""
     torch.manual_seed(0)
-    network = ProjectionDiscriminator(nn.Linear(4, 6), 6, 3)
-    assert network.classes is not None
-    nn.init.normal_(network.classes.weight)
-    x, label, other = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([1, 1, 0, 2, 0])
-    phi = nn.functional.leaky_relu(network.trunk(x), 0.2)
-    v = network.classes.weight
-    assert torch.allclose(network(x, label) - network(x, other), ((v[label] - v[other]) * phi).sum(1), atol=1e-5)
-    plain = phi @ network.score.weight[0] + network.score.bias
-    assert torch.allclose(network(x, label), plain + (v[label] * phi).sum(1), atol=1e-5)
+    head = ProjectionHead(6, 3)
+    assert head.classes is not None
+    nn.init.normal_(head.classes.weight)
+    phi, label, other = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1]), torch.tensor([1, 1, 0, 2, 0])
+    v = head.classes.weight
+    assert torch.allclose(head(phi, label) - head(phi, other), ((v[label] - v[other]) * phi).sum(1), atol=1e-5)
+    plain = phi @ head.score.weight[0] + head.score.bias
+    assert torch.allclose(head(phi, label), plain + (v[label] * phi).sum(1), atol=1e-5)
 
 
 def test_spectral_norm_brings_every_weight_to_norm_one() -> None:
     torch.manual_seed(0)
-    trunk = ResNetEncoder((1, 8, 8), 16, channels=8, blocks=1, normalize=False)
-    network = ProjectionDiscriminator(trunk, 16, 10, spectral_norm=True).train()
+    network = ResNetDiscriminator((1, 8, 8), 10, channels=8, features=16).train()
+    normalize_spectrally(network)
     for _ in range(200):
         network(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
     network.eval()
@@ -110,31 +178,32 @@ def test_spectral_norm_brings_every_weight_to_norm_one() -> None:
 
 @pytest.mark.parametrize(("r1", "conditional", "d_steps"), [(0.0, False, 1), (3.0, False, 2), (0.7, True, 1)])
 def test_a_step_is_the_one_worked_out_by_hand(r1: float, conditional: bool, d_steps: int) -> None:
-    """Gradient descent by autograd on copies: D's steps with G fixed, each on fresh noise, then G's with D fixed."""
-    model = points_gan(r1=r1, conditional=conditional, d_steps=d_steps)
+    """Gradient descent by autograd on copies: D's steps with G fixed, each on its part of the images and fresh noise,
+    then G's with D fixed."""
+    model = points_gan(penalty={"r1": R1(r1)} if r1 else None, conditional=conditional, d_steps=d_steps)
     x, label = torch.randn(6, 2, 1, 1), torch.tensor([0, 1, 2, 2, 1, 0])
     twin = copy.deepcopy(model)
     figures = train(model, x, {"label": label}, 1)
 
     noise = torch.Generator().manual_seed(0)
-    d, g, labels = twin.discriminator, twin.generator, twin.labels
-    y = label if conditional else None
+    d, g = twin.discriminator, twin.generator
 
-    def fakes() -> Tensor:
-        z = torch.randn(6, 2, generator=noise)
-        return torch.tanh(g(z, z if labels is None else torch.cat([z, labels(label)], 1)))
+    def fakes(y: Tensor | None) -> Tensor:
+        return g(torch.randn(6 // d_steps, 2, generator=noise), y)
 
     def descend(loss: Tensor, parameters: list[nn.Parameter]) -> None:
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.data -= 0.1 * gradient
 
-    for _ in range(d_steps):
-        real, fake = x.clone().requires_grad_(), fakes().detach()
+    for k in range(d_steps):
+        y = label[k::d_steps] if conditional else None
+        real, fake = x[k::d_steps].clone().requires_grad_(), fakes(y).detach()
         slope = torch.autograd.grad(d(real, y).sum(), real, create_graph=True)[0]
-        loss = -torch.log(torch.sigmoid(d(x, y))).mean() - torch.log(1 - torch.sigmoid(d(fake, y))).mean()
+        loss = -torch.log(torch.sigmoid(d(real, y))).mean() - torch.log(1 - torch.sigmoid(d(fake, y))).mean()
         descend(loss + r1 / 2 * slope.square().sum((1, 2, 3)).mean(), list(d.parameters()))
-    g_loss = -torch.log(torch.sigmoid(d(fakes(), y))).mean()
-    descend(g_loss, [*g.parameters(), *([] if labels is None else labels.parameters())])
+    y = label[::d_steps] if conditional else None
+    g_loss = -torch.log(torch.sigmoid(d(fakes(y), y))).mean()
+    descend(g_loss, list(g.parameters()))
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5), name
     assert figures["g_loss"].item() == pytest.approx(g_loss.item(), abs=1e-5)
@@ -144,8 +213,8 @@ def test_a_step_is_the_one_worked_out_by_hand(r1: float, conditional: bool, d_st
 
 def test_what_is_averaged_is_the_generator_alone() -> None:
     names = set(points_gan(conditional=True).averaged_parameters())
-    assert names and all(name.split(".")[0] in ("generator", "labels") for name in names)
-    assert "labels.weight" in names
+    assert names == {name for name in points_gan(conditional=True).state_dict() if name.startswith("generator.")}
+    assert "generator.labels.weight" in names
 
 
 def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
@@ -157,8 +226,18 @@ def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
     assert all(p.requires_grad for p in network.parameters())
 
 
+PAIRED = {"penalty": {"r1": R1(0.1), "r2": R2(0.1)}}
+
+
 @pytest.mark.parametrize(
-    ("game", "options"), [(NonSaturating(), {"r1": 0.1}), (Hinge(), {"spectral_norm": True})], ids=["r1", "sn"]
+    ("game", "options"),
+    [
+        (NonSaturating(), {"penalty": {"r1": R1(0.1)}}),
+        (Hinge(), {"spectral_norm": True}),
+        (Wasserstein(), {"penalty": {"wgan_gp": WassersteinGP(0.1)}}),
+        (Relativistic(), PAIRED),
+    ],
+    ids=["r1", "sn", "wgan_gp", "r3gan"],
 )
 def test_a_mixture_of_classes_is_learned(game: Any, options: dict[str, Any]) -> None:
     """Three points of the plane, one a class: fakes of a class go to its point."""
@@ -187,12 +266,12 @@ def digits_gan(spec: DataSpec = Digits.spec, **options: Any) -> GAN:
     torch.manual_seed(0)
     return GAN(
         spec,
-        generator=partial(ResNetDecoder, channels=8, blocks=1),
-        discriminator=partial(ResNetEncoder, channels=8, blocks=1, normalize=False),
-        adversarial=NonSaturating(),
+        generator=partial(ResNetGenerator, channels=8),
+        discriminator=partial(ResNetDiscriminator, channels=8, features=8),
+        adversarial=Relativistic(),
+        penalty={"r1": R1(1.0), "r2": R2(1.0), "wgan_gp": WassersteinGP(1.0)},
+        discriminator_augmentation=partial(ADA, interval=2, horizon=100, target=0.0, cutout=1.0),
         latent_dim=4,
-        features=8,
-        r1=1.0,
         grad_clip=0.5,
         optimizer=partial(torch.optim.SGD, lr=0.05),
         **options,
@@ -200,13 +279,13 @@ def digits_gan(spec: DataSpec = Digits.spec, **options: Any) -> GAN:
 
 
 def share_of_training(rank: int, world: int, folder: Path, reduce: bool) -> None:
-    """Three steps of one of ``world`` processes, each with its part of the batches."""
+    """Three steps of one of ``world`` processes, each with its part of the batches, in two parts each."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         meeting = f"file://{folder}/store_{reduce}"
         torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    model = by_hand(digits_gan(conditional=True))
+    model = by_hand(digits_gan(conditional=True, d_steps=2))
     for optimizer in model.optimizers():  # type: ignore[union-attr]
         optimizer.register_step_pre_hook(lambda o, *_: model.on_before_optimizer_step(o))
     if not reduce:
@@ -238,6 +317,8 @@ def trained_by(world: int, folder: Path, reduce: bool = True) -> list[dict[str, 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
     (alone,) = trained_by(1, tmp_path)
+    # Three times the strength was set, by 4 images' signs in two steps each.
+    assert alone["augmentation.strength"] > 0 and int(alone["seen"]) == 24
     first, second = trained_by(2, tmp_path)
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
@@ -255,11 +336,45 @@ def test_gradients_are_left_alone_by_a_single_process() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"d_steps": 0}, "d_steps"), ({"r1": -1.0}, "r1"), ({"latent_dim": 0}, "latent_dim")]
+    ("options", "message"),
+    [
+        ({"d_steps": 0}, "d_steps"),
+        ({"latent_dim": 0}, "latent_dim"),
+        ({"discriminator_augmentation": ADA}, r"at least 2x2 pixels.*model/discriminator_augmentation=null"),
+    ],
 )
 def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         points_gan(**options)
+
+
+@pytest.mark.parametrize("weight", [-1.0, CosineRamp(0.1, -0.1, 10)])
+def test_a_penalty_that_rewards_is_refused(weight: Any) -> None:
+    with pytest.raises(UserError, match=r"weight=-.* cannot be negative"):
+        R1(weight)
+    with pytest.raises(UserError, match="images=0"):
+        CosineRamp(0.0, 1.0, 0)
+
+
+def test_a_batch_that_cannot_be_taken_apart_is_refused() -> None:
+    model, x = points_gan(d_steps=3), torch.randn(4, 2, 1, 1)
+    figures = train(model, x, {}, 1)  # parts of 2, 1 and 1 images
+    assert figures["d_loss"].isfinite() and int(model.seen) == 4
+    for draws, held in ((Draws(torch.Generator(), 0, 4, 8), 4), (Draws.whole(torch.Generator(), 2), 2)):
+        model.draws = draws
+        with pytest.raises(UserError, match="d_steps=3.*multiple of d_steps times"):
+            model.training_step((x[:held], {}), 0)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_parts_of_a_batch_are_those_of_the_global_one(world: int) -> None:
+    """Every third row from row k on, whoever holds it, with the numbers that one process would draw for it."""
+    for k in range(3):
+        whole = Draws.whole(torch.Generator().manual_seed(1), 12).every(3, k).normal((2,))
+        assert whole.shape == (4, 2)
+        parts = [Draws(torch.Generator().manual_seed(1), r * 12 // world, (r + 1) * 12 // world, 12).every(3, k)
+                 for r in range(world)]  # fmt: skip
+        assert torch.equal(torch.cat([part.normal((2,)) for part in parts]), whole)
 
 
 def test_held_out_scores_are_a_figure_an_image() -> None:
@@ -267,4 +382,4 @@ def test_held_out_scores_are_a_figure_an_image() -> None:
     train(model, torch.randn(8, 2, 1, 1), {}, 2)
     figures = model.validation_figures(torch.zeros(5, 2, 1, 1), {}, Draws.whole(torch.Generator().manual_seed(0), 5))
     assert all(value.shape == (5,) for value in figures.values())
-    assert torch.allclose(figures["d_held_out"], model.score(torch.zeros(5, 2, 1, 1), {}))
+    assert torch.allclose(figures["d_held_out"], model.discriminator(torch.zeros(5, 2, 1, 1)))

@@ -42,12 +42,24 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     Each process's loss is a mean over an equal part of the batch, so this is the whole batch's gradient. (DDP's own
     reducer expects one backward pass for each forward pass of the wrapped model; here players take turns in one.)
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
+    if processes() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in gradients])
     torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
+    flat /= processes()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def summed_over_processes(value: Tensor) -> Tensor:
+    """The sum of all processes' values; with one process, the value."""
+    if processes() > 1:
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def processes() -> int:
+    """How many processes train together."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
