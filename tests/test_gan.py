@@ -362,7 +362,7 @@ def test_a_batch_that_cannot_be_taken_apart_is_refused() -> None:
     assert figures["d_loss"].isfinite() and int(model.seen) == 4
     for draws, held in ((Draws(torch.Generator(), 0, 4, 8), 4), (Draws.whole(torch.Generator(), 2), 2)):
         model.draws = draws
-        with pytest.raises(UserError, match="d_steps=3.*multiple of d_steps times"):
+        with pytest.raises(UserError, match=r"d_steps=3.*multiple of d_steps times"):
             model.training_step((x[:held], {}), 0)
 
 

@@ -106,8 +106,8 @@ def moved(x: Tensor, a: Tensor) -> Tensor:
 def warped(x: Tensor, a: Tensor) -> Tensor:
     """Images (n, C, H, W) after the transforms of ``a``, (n, 8); a row of noughts leaves its image as it is, exactly.
 
-    Linear in x. All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes in from
-    outside is the image mirrored in the centres of its outermost pixels.
+    Linear in x. All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes
+    in from outside is the image mirrored in the centres of its outermost pixels.
     """
     height, width = x.shape[2:]
     x_flip, y_flip, zoom, turn, axis, stretch, right, down = a.T

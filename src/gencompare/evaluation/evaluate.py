@@ -15,8 +15,8 @@ from gencompare.contract import DataSpec
 from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.asked import Asked, asked_for
-from gencompare.evaluation.compact import compact
 from gencompare.evaluation.collapse import missing_modes
+from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
 from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of

@@ -1,6 +1,8 @@
-"""The convolutional networks of DCGAN (Radford et al. 2016), in the version for 32x32 images that papers compare with."""
+"""The convolutional networks of DCGAN (Radford et al. 2016), as papers use them for 32x32 images."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +39,7 @@ class DCGANGenerator(nn.Module):
         widths = [width for width, _, _ in plan]
         self.root = nn.Linear(latent_dim, plan[0][0] * plan[0][1] * plan[0][2])
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(before, here, 4, stride=2, padding=1)
-            for before, here in zip(widths[:-1], widths[1:], strict=True)
+            nn.ConvTranspose2d(before, here, 4, stride=2, padding=1) for before, here in pairwise(widths)
         )
         self.norms = nn.ModuleList(ClassNorm(width, num_classes) for width in widths[1:])
         self.out = nn.Conv2d(widths[-1], shape[0], 3, padding=1)

@@ -1,7 +1,7 @@
 """The networks of R3GAN: residual blocks of grouped convolutions, without any normalisation.
 
-Huang et al. (2024), "The GAN is dead; long live the GAN! A modern GAN baseline", section 4 and appendix; sizes and first
-weights as in the code published with it (github.com/brownvc/R3GAN), which has no tanh at the end either.
+Huang et al. (2024), "The GAN is dead; long live the GAN! A modern GAN baseline", section 4 and appendix; sizes and
+first weights as in the code published with it (github.com/brownvc/R3GAN), which has no tanh at the end either.
 """
 
 from __future__ import annotations
