@@ -14,6 +14,7 @@ from composing import options
 from gencompare.contract import DataSpec
 from gencompare.diffusion.resampled import resampled
 from gencompare.errors import UserError
+from gencompare.models import alternating
 from gencompare.models.adversarial import NonSaturating
 from gencompare.models.colours import drawn_colours, recoloured
 from gencompare.models.discriminator_augmentation import ADA, DiscriminatorAugmentation, ScheduledAugmentation
@@ -204,6 +205,19 @@ def test_the_strength_stays_between_nought_and_one_and_is_saved_with_what_led_to
     for _ in range(8):
         ada.update(-torch.ones(10), 10, torch.tensor(0))
     assert ada.strength == 0.0
+
+
+@pytest.mark.parametrize(("elsewhere", "strength"), [(10.0, 0.6), (-10.0, 0.4)])
+def test_the_statistic_is_that_of_the_whole_batch(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: float, strength: float
+) -> None:
+    """Half of this process's ten images are taken for real, and all, or none, of another's: r_t is 1/2, or -1/2."""
+    monkeypatch.setattr(alternating, "processes", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(elsewhere))
+    ada = ADA(RGB, target=0.4, interval=1, horizon=200)
+    ada.strength.fill_(0.5)
+    ada.update(torch.tensor([1.0, -1.0]).repeat(5), 20, torch.tensor(0))
+    assert float(ada.strength) == pytest.approx(strength)
 
 
 def test_a_scheduled_strength_is_the_ramp_of_the_images_seen() -> None:

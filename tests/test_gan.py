@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from composing import options
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -24,6 +25,7 @@ from gencompare.models.ramp import CosineRamp
 from gencompare.networks.players import MLPDiscriminator, MLPGenerator, ResNetDiscriminator, ResNetGenerator
 from gencompare.networks.projection import ProjectionHead, normalize_spectrally
 from gencompare.seeds import Draws
+from parts import part
 
 POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_levels=None)
 
@@ -215,6 +217,19 @@ def test_what_is_averaged_is_the_generator_alone() -> None:
     names = set(points_gan(conditional=True).averaged_parameters())
     assert names == {name for name in points_gan(conditional=True).state_dict() if name.startswith("generator.")}
     assert "generator.labels.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g in ("penalty", "adversarial") for o in options(f"model/{g}")]
+)
+def test_every_option_can_be_trained_with(group: str, option: str) -> None:
+    model = points_gan(**{group: part(group, option)})
+    before = copy.deepcopy(model.state_dict())
+    figures = train(model, torch.randn(6, 2, 1, 1), {}, 2)
+    assert all(value.isfinite() for value in figures.values())
+    assert set(model.penalty) <= set(figures)
+    changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"generator", "discriminator"} <= changed
 
 
 def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
