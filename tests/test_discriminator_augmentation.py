@@ -139,8 +139,9 @@ def test_colours_are_drawn_as_in_the_paper() -> None:
 
 def test_every_derivative_is_that_of_finite_differences() -> None:
     """Of the whole pipeline at strength 1 with respect to the image, the first one and the second."""
-    augmentation = at(1.0, spec=DataSpec("x", (3, 5, 4)), cutout=1.0).double()
-    x = images(2, DataSpec("x", (3, 5, 4)), torch.float64).requires_grad_()
+    spec = DataSpec("x", (3, 4, 3))
+    augmentation = at(1.0, spec=spec, cutout=1.0).double()
+    x = images(2, spec, torch.float64).requires_grad_()
 
     def shown(x: Tensor) -> Tensor:
         return augmentation(x, draws(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -146,18 +147,14 @@ def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
     assert all(p.requires_grad for p in network.parameters())
 
 
-PAIRED = {"penalty": {"r1": R1(0.1), "r2": R2(0.1)}}
-
-
 @pytest.mark.parametrize(
     ("game", "options"),
     [
         (NonSaturating(), {"penalty": {"r1": R1(0.1)}}),
         (Hinge(), {"spectral_norm": True}),
         (Wasserstein(), {"penalty": {"wgan_gp": WassersteinGP(0.1)}}),
-        (Relativistic(), PAIRED),
     ],
-    ids=["r1", "sn", "wgan_gp", "r3gan"],
+    ids=["r1", "sn", "wgan_gp"],
 )
 def test_a_mixture_of_classes_is_learned(game: Any, options: dict[str, Any]) -> None:
     """Three points of the plane, one a class: fakes of a class go to its point."""
@@ -173,6 +170,36 @@ def test_a_mixture_of_classes_is_learned(game: Any, options: dict[str, Any]) -> 
     assert distance.median() < 0.2, distance.median()
     with pytest.raises(UserError, match="label"):
         model.sample(2, generator=torch.Generator())
+
+
+def test_a_ring_of_eight_modes_is_recovered() -> None:
+    """Eight normals of standard deviation 0.09 on a circle of radius 0.6: 96 % of points lie within 2.5 standard
+    deviations of their mode. Of the fakes most do, and each mode has its share of them."""
+    steps, batch, lr = 450, 256, 5e-3
+    angle = torch.arange(8) * math.pi / 4
+    modes = 0.6 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    numbers = torch.Generator().manual_seed(5)
+    x = modes.repeat(1024, 1) + 0.09 * torch.randn(8192, 2, generator=numbers)
+    model = points_gan(
+        generator=partial(MLPGenerator, width=64, depth=2),
+        discriminator=partial(MLPDiscriminator, width=64, depth=2, features=64),
+        adversarial=Relativistic(),
+        penalty={"r1": R1(0.02), "r2": R2(0.02)},
+        latent_dim=4,
+        optimizer=partial(torch.optim.Adam, lr=lr, betas=(0.0, 0.9)),
+    )
+    for step in range(steps):
+        for optimizer in model.optimizers():  # type: ignore[union-attr]
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        model.draws = Draws.whole(numbers, batch)
+        rows = torch.randint(len(x), (batch,), generator=numbers)
+        model.training_step((x[rows][:, :, None, None], {}), step)
+    distance = torch.cdist(model.sample(4000, generator=torch.Generator().manual_seed(1)).flatten(1), modes)
+    near, mode = distance.min(dim=1)
+    on = near < 2.5 * 0.09
+    weights = torch.bincount(mode[on], minlength=8) / on.sum()
+    assert on.double().mean() > 0.8, on.double().mean()
+    assert (weights - 1 / 8).abs().max() < 0.25 / 8, weights
 
 
 def test_fakes_are_black_outside_of_the_real_pixels() -> None:
