@@ -6,7 +6,8 @@ from gencompare.evaluation.neighbours import DENSITY_NEIGHBOURS
 
 EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_NEIGHBOURS
 """Coverage by as many further real images as there are, whatever the data: the k nearest to a real image are each one
-or the other with equal chance, and it is covered unless all k are its own kind (Naeem et al. 2020, section 3.3)."""
+or the other with equal chance, and it is covered unless all k are its own kind (Naeem et al. 2020 derive it for finite
+sets)."""
 HALF = 0.5
 """How far below what real images reach a figure must be to be called low."""
 

@@ -116,8 +116,9 @@ class R3GANDiscriminator(nn.Module):
 class Block(nn.Module):
     """x + f(x): a convolution 1x1 that widens, a grouped one 3x3, one 1x1 that narrows, leaky ReLUs in between.
 
-    f is nought at the start, and the weights within are so small that all ``depth`` blocks together change no variance
-    (Zhang et al. 2019, "Fixup initialization", section 3: three layers, hence depth^(-1 / 4)).
+    f is nought at the start, and the weights within are so small that a step changes all ``depth`` blocks together by
+    no more than it would one (Zhang et al. 2019, "Fixup initialization", section 3: three layers, hence
+    depth^(-1 / 4)).
     """
 
     def __init__(self, channels: int, expansion: int, group_width: int, depth: int) -> None:
