@@ -14,6 +14,7 @@ The variants take turns in one process (see paired.py).
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import tempfile
@@ -39,6 +40,7 @@ from gencompare.tasks.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "evaluation.json"
 DIM, ROWS = 2048, 10_000
+PARTS = ["end_to_end", "neighbours", "distance"]
 
 
 def correlated(rows: int, seed: int) -> Tensor:
@@ -168,22 +170,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time the parts of an evaluation.")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--images", type=int, default=100, help="pictures in each folder of the end-to-end part")
+    parser.add_argument("--only", choices=PARTS, help="leave the other parts as they are")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    result: dict[str, Any] = {
-        "created": now(), "environment": environment(torch.device("cpu")), "processors": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-    }  # fmt: skip
+    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "processors": os.cpu_count()}
+    if options.only is not None:
+        result = json.loads(options.out.read_text()) | result
 
     def report(part: str, setting: str, variants: dict[str, Any]) -> None:
-        result[part] = {"setting": setting, "variants": variants}
+        result[part] = {"setting": setting, "created": now(), "load": os.getloadavg()[0], "variants": variants}
         print(table(f"{part}, {setting}", variants), flush=True)
         write_json(options.out, result)  # part by part: the whole takes a quarter of an hour
 
+    wanted = [options.only] if options.only else PARTS
     pictures = f"2 x {options.images} pictures of 32x32, FID, KID, IS, precision, recall"
-    report("end_to_end", pictures, compare_end_to_end(options.rounds, options.images))
-    report("neighbours", f"{ROWS:,} x {DIM}", compare_neighbours(options.rounds))
-    report("distance", f"{DIM} features, full rank", compare_distances(options.rounds))
+    if "end_to_end" in wanted:
+        report("end_to_end", pictures, compare_end_to_end(options.rounds, options.images))
+    if "neighbours" in wanted:
+        report("neighbours", f"{ROWS:,} x {DIM}", compare_neighbours(options.rounds))
+    if "distance" in wanted:
+        report("distance", f"{DIM} features, full rank", compare_distances(options.rounds))
     for part in ("neighbours", "end_to_end"):
         for name, row in result[part]["variants"].items():
             extra = {key: row[key] for key in ("added_memory_mb", "largest_relative_difference") if key in row}

@@ -14,7 +14,7 @@ from composing import options
 from gencompare.contract import DataSpec
 from gencompare.diffusion.resampled import resampled
 from gencompare.errors import UserError
-from gencompare.models import alternating
+from gencompare.models import processes
 from gencompare.models.adversarial import NonSaturating
 from gencompare.models.colours import drawn_colours, recoloured
 from gencompare.models.discriminator_augmentation import ADA, DiscriminatorAugmentation, ScheduledAugmentation
@@ -213,7 +213,7 @@ def test_the_statistic_is_that_of_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch, elsewhere: float, strength: float
 ) -> None:
     """Half of this process's ten images are taken for real, and all, or none, of another's: r_t is 1/2, or -1/2."""
-    monkeypatch.setattr(alternating, "processes", lambda: 2)
+    monkeypatch.setattr(processes, "processes", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(elsewhere))
     ada = ADA(RGB, target=0.4, interval=1, horizon=200)
     ada.strength.fill_(0.5)

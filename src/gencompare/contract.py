@@ -171,6 +171,8 @@ class TrainedModel(pl.LightningModule):
         self.grad_clip = grad_clip
         self.draws: Draws | None = None
         """Random numbers of the step in progress, set by the trainer's clock before each step."""
+        self.progress = 0.0
+        """The share of the budget that is spent, 0 to 1, set likewise."""
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """Per-sample figures (n,), of which ``loss`` is minimised; the rest is logged."""
@@ -199,6 +201,15 @@ class TrainedModel(pl.LightningModule):
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters, by their state-dict name, of which the trainer keeps a moving average for sampling."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def autoencoder(self) -> Reconstructs | None:
+        """What encodes images and gives them back: the model itself, or the frozen autoencoder that it works on."""
+        return self if isinstance(self, Reconstructs) else None
+
+    @property
+    def trained_against(self) -> list[str]:
+        """Names and SHA-256 of networks from elsewhere that the loss looks at: they may not measure the model."""
+        return []
 
     @property
     def uses(self) -> tuple[str, ...]:

@@ -52,7 +52,8 @@ class Extractor(ABC):
         knows_classes: whether its logits are over the data's own classes.
         resize: how images reach its size, in words.
         details: what a reader of a result should know of it (accuracy, a fallback): shown, never ranked.
-        batch: images in one pass.
+        batch: images in one pass on a GPU.
+        cpu_batch: on a processor, whose caches hold fewer.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Extractor(ABC):
     knows_classes: bool = False
     resize: str = "none"
     batch: int = 500
+    cpu_batch: int = 500
     module: nn.Module
 
     def __init__(self) -> None:
@@ -96,15 +98,17 @@ class Extractor(ABC):
         ``progress`` is called with (images done, n).
         """
 
+        batch = self.cpu_batch if torch.device(device).type == "cpu" else self.batch
+
         def one(k: int) -> Features:
             with torch.inference_mode():
-                found = self.run(images[k * self.batch : (k + 1) * self.batch].to(device))
+                found = self.run(images[k * batch : (k + 1) * batch].to(device))
             if progress is not None:
-                progress(min(len(images), (k + 1) * self.batch), len(images))
+                progress(min(len(images), (k + 1) * batch), len(images))
             return found.stored()
 
         self.module.to(device)
-        parts = shared_out(-(-len(images) // self.batch), one)
+        parts = shared_out(-(-len(images) // batch), one)
         self.module.to("cpu")
         return Features.joined(parts)
 

@@ -36,6 +36,7 @@ class Fidelity(Extractor):
     """
 
     batch = 50
+    cpu_batch = 10  # the Inception network takes 0.8 of the time that it takes in batches of 50
 
     def __init__(self, spec: DataSpec, registered: str, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()

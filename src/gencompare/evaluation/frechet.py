@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from scipy.linalg import eigvalsh
-from scipy.linalg.lapack import dsygst
+from scipy.linalg.lapack import dsygst  # type: ignore[attr-defined]
 from scipy.stats import t as student
 from torch import Tensor
 

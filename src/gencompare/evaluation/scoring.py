@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from gencompare.contract import Cond, Reconstructs
+from gencompare.contract import Cond, TrainedModel
 from gencompare.evaluation.distributed import shared_out
 from gencompare.evaluation.features import Extractor
 from gencompare.evaluation.frechet import frechet_distance
@@ -68,14 +68,15 @@ def reconstruction(
     images of 11 pixels and more; and ``r<frechet>``, the Frechet distance of reconstructions from the images that they
     are of, where n exceeds the features.
     """
-    if not isinstance(model, Reconstructs) or data.spec.num_levels is None:
+    autoencoder = model.autoencoder() if isinstance(model, TrainedModel) else None
+    if autoencoder is None or data.spec.num_levels is None:
         return {}
     rows = test_rows(data, n)
 
     def rebuild(k: int) -> tuple[Tensor, Tensor]:
         x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
         with evaluating(model), torch.no_grad():
-            again = model.reconstruct(x, cond, generator=generator(x.device, seed, "reconstruct", k))
+            again = autoencoder.reconstruct(x, cond, generator=generator(x.device, seed, "reconstruct", k))
         return to_uint8(x, data.spec), to_uint8(again.clamp(-1, 1), data.spec)
 
     pairs = shared_out(batches(rows), rebuild)

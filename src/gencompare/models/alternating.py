@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from gencompare.models.processes import processes, summed
+
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
@@ -23,7 +25,8 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 def take_step(model: pl.LightningModule, which: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """One step of the model's optimiser number ``which``; returns the norm of its gradient before clipping."""
-    optimizer = model.optimizers()[which]  # type: ignore[index]
+    optimizers = model.optimizers()  # an only one comes without a list
+    optimizer = optimizers[which] if isinstance(optimizers, list) else optimizers
     optimizer.zero_grad()
     model.manual_backward(loss)
     average_gradients(parameters)
@@ -45,21 +48,6 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if processes() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= processes()
+    flat = summed(torch.cat([g.reshape(-1) for g in gradients])) / processes()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
-
-
-def summed_over_processes(value: Tensor) -> Tensor:
-    """The sum of all processes' values; with one process, the value."""
-    if processes() > 1:
-        torch.distributed.all_reduce(value)
-    return value
-
-
-def processes() -> int:
-    """How many processes train together."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if started else 1

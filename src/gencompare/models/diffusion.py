@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
+from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood, Reconstructs
 from gencompare.diffusion import exploring
 from gencompare.diffusion.augmentation import Augmentation
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, Denoises
@@ -23,6 +24,7 @@ from gencompare.diffusion.pixels import Pixels
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import NoiseSchedule, curve
 from gencompare.errors import UserError
+from gencompare.models.latents import Latents, PixelSpace
 from gencompare.seeds import Draws
 
 SIZES = {"low_res": "low_res", "embedding": "embedding_dim"}
@@ -44,7 +46,9 @@ class Diffusion(GenerativeModel):
         parameterization: what the network is given and predicts.
         objective: the training loss.
         sampler: how samples are drawn.
-        clip_x0: hold predicted images within [-1, 1] while sampling.
+        latent: a factory ``spec -> Latents``: the model then works on the whitened latents of a frozen autoencoder, and
+            everything below that speaks of images means latents, but for the augmentation. None works on pixels.
+        clip_x0: hold predicted images within [-1, 1] while sampling; latents have no bounds and are left alone.
         guidance: steers the denoiser while sampling; None samples what was trained.
         label_dropout: share of the images whose label and embedding are taken away in training, both at once, for
             classifier-free guidance. A low-resolution image always stays.
@@ -63,6 +67,7 @@ class Diffusion(GenerativeModel):
         parameterization: Parameterization,
         objective: Objective,
         sampler: Sampler,
+        latent: Callable[..., Latents] | None = None,
         clip_x0: bool = True,
         guidance: Guidance | None = None,
         label_dropout: float = 0.0,
@@ -84,11 +89,15 @@ class Diffusion(GenerativeModel):
         self.schedule, self.parameterization = schedule, parameterization
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
         self.bits = dict(bits or {})
-        self.register_buffer("mask", spec.mask(), persistent=False)
-        self.mask: Tensor
+        self.space: Latents | PixelSpace = PixelSpace(spec) if latent is None else latent(spec=spec)
+        if latent is not None and "low_res" in spec.conditions:
+            raise UserError(
+                "A low-resolution image is a condition on pixels, and this model works on latents: use"
+                " model/latent=null."
+            )
         self.network = network(
-            shape=spec.shape,
-            out_channels=parameterization.outputs * spec.shape[0],
+            shape=self.space.latent_shape,
+            out_channels=parameterization.outputs * self.space.latent_shape[0],
             num_classes=spec.num_classes if self.conditional else 0,
             **{SIZES[name]: shape[0] for name, shape in spec.conditions.items()},
             **({} if augmentation is None else {"augment_dim": augmentation.dim}),
@@ -121,7 +130,11 @@ class Diffusion(GenerativeModel):
         return self._clipped(guided)
 
     def _clipped(self, denoiser: Denoises) -> Denoises:
-        return ClipX0(denoiser) if self.clip_x0 else denoiser
+        return ClipX0(denoiser) if self.clips else denoiser
+
+    @property
+    def clips(self) -> bool:
+        return self.clip_x0 and isinstance(self.space, PixelSpace)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """The denoiser itself: a trained model may serve another as its guide."""
@@ -135,14 +148,17 @@ class Diffusion(GenerativeModel):
 
     @property
     def pixels(self) -> Pixels:
-        """What a bound on the likelihood must know of the images."""
-        return Pixels(self.spec.num_levels, self.mask, self.spec.dims)
+        """What a bound on the likelihood must know of the images, or of latents, which are continuous."""
+        if isinstance(self.space, PixelSpace):
+            return Pixels(self.spec.num_levels, self.space.mask, self.spec.dims)
+        return Pixels(None, self.space.mask, math.prod(self.space.latent_shape))
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         if self.training and self.augmentation is not None:
             real, told = self.augmentation(self.spec.crop(x), draws)
             x = F.pad(real, (self.spec.padding,) * 4, value=-1.0)
             cond = {**cond, "augment": told}
+        x = self.space.encode(x)
         if self.training and self.label_dropout:
             dropped = draws.uniform().to(x.device) < self.label_dropout
             without = self.unlabelled(cond)
@@ -156,21 +172,24 @@ class Diffusion(GenerativeModel):
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         used = self._ready(cond)
         times = self.sampler.times(self.schedule)
-        noise = self.schedule.prior((n, *self.spec.shape), generator, self.device, t=times[0])
+        noise = self.schedule.prior((n, *self.space.latent_shape), generator, self.device, t=times[0])
         x = self.sampler.sample(self.sampling_denoiser, noise, used, generator=generator, times=times)
-        return x.clamp(-1, 1)
+        return self.space.decode(x).clamp(-1, 1)
 
     @torch.no_grad()
     def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """What `Explores` asks for. Encoding and decoding leave guidance out, which would amplify what the one misses
         of the other; the rest is by the sampler, as samples are drawn."""
-        cond = self._ready(cond)
+        cond, x = self._ready(cond), self.space.encode(x)
         unguided = self._clipped(self.denoiser)
-        return {
+        found = {
             "interpolation": exploring.interpolation(unguided, x, cond),
             "inpainting": exploring.inpainting(self.sampler, self.sampling_denoiser, x, cond, generator),
             "round_trip": exploring.round_trip(unguided, x, cond),
             "trajectory": exploring.way(self.sampler, self.sampling_denoiser, x, cond, generator),
+        }
+        return {
+            name: self.space.decode(each.flatten(0, 1)).unflatten(0, each.shape[:2]) for name, each in found.items()
         }
 
     def _ready(self, cond: Cond | None) -> Cond:
@@ -188,10 +207,10 @@ class Diffusion(GenerativeModel):
 
     def sampling_description(self) -> str:
         parts = [self.sampler.describe(), *([] if self.guidance is None else [self.guidance.describe()])]
-        return ", ".join([*parts, *(["x0 clipped"] if self.clip_x0 else [])])
+        return ", ".join([*parts, *(["x0 clipped"] if self.clips else [])])
 
     def likelihoods(self) -> dict[str, Likelihood]:
-        if self.spec.num_levels is None:
+        if self.spec.num_levels is None or not isinstance(self.space, PixelSpace):
             return {}
         return {name: Likelihood(method.kind, partial(self._bits, method)) for name, method in self.bits.items()}
 
@@ -203,8 +222,16 @@ class Diffusion(GenerativeModel):
         drawn = curve(self.schedule)
         return {name: [round(float(value), 4) for value in drawn[name]] for name in ("t", "log_snr")}
 
+    @property
+    def trained_against(self) -> list[str]:
+        return self.space.trained_against if isinstance(self.space, Latents) else []
+
+    def autoencoder(self) -> Reconstructs | None:
+        return self.space if isinstance(self.space, Latents) else None
+
     def counted_networks(self) -> dict[str, nn.Module]:
-        return {"network": self.network, **self._guides()}
+        decoder = {"decoder": self.space.coder.decoder} if isinstance(self.space, Latents) else {}
+        return {"network": self.network, **decoder, **self._guides()}
 
     def _guides(self) -> dict[str, nn.Module]:
         """Other models that take part in sampling. They are not of the module tree: nothing here trains, averages or
@@ -238,6 +265,14 @@ class Diffusion(GenerativeModel):
             )
 
     def _check_guidance(self, guidance: Guidance) -> None:
+        for name, guide in guidance.guides().items():
+            works_on = getattr(guide, "space", None)
+            there = self.spec.shape if works_on is None else works_on.latent_shape
+            if there != self.space.latent_shape or isinstance(works_on, Latents) != isinstance(self.space, Latents):
+                raise UserError(
+                    f"model.guidance.{name} works on images of {there} and this model on {self.space.latent_shape}:"
+                    " a guide of a model on latents needs the same latents."
+                )
         if problem := guidance.problem(takes_labels=self.told, knows_no_label=self.label_dropout > 0):
             raise UserError(problem)
         if guidance.needs_label and not self.spec.num_classes:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from gencompare.contract import DataSpec
 from gencompare.diffusion.augmentation import drawn, warped
 from gencompare.errors import UserError
-from gencompare.models.alternating import summed_over_processes
 from gencompare.models.colours import drawn_colours, recoloured
+from gencompare.models.processes import summed
 from gencompare.models.ramp import CosineRamp
 from gencompare.seeds import Draws
 
@@ -120,7 +120,7 @@ class ADA(DiscriminatorAugmentation):
     @torch.no_grad()
     def update(self, margin: Tensor, batch: int, seen: Tensor) -> None:
         # Signs are whole numbers: their sum is exact, in whatever order and number of processes.
-        self.signs += summed_over_processes(margin.sign().sum())
+        self.signs += summed(margin.sign().sum())
         self.steps += 1
         images = self.interval * batch
         step = (self.signs - self.target * images).sign() * (images / self.horizon)

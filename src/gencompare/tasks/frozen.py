@@ -36,7 +36,7 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
     if folder is None:
         return argv
     choices = load(folder).get("choices", {})
-    named = {word.lstrip("+~").split("=")[0].split("@")[0] for word in argv}
+    named = {word.lstrip("+~").split("=")[0] for word in argv}
     inherited = [
         f"{'+' if group in ADDED else ''}{group}={choice}"
         for group, choice in choices.items()
@@ -82,9 +82,9 @@ def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
 def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfig:
     merged = frozen.copy()
     OmegaConf.set_struct(merged, False)
-    named = {o.key_or_group.split("@")[0].replace("/", ".") for o in OverridesParser.create().parse_overrides(words)}
-    inherited = {g.replace("/", ".") for g in frozen.get("choices", {})}
-    typed = {key for key in named if key not in inherited or _chosen_anew(key, cfg, frozen, words)}
+    named = {_place(_key(o)) for o in OverridesParser.create().parse_overrides(words)}
+    groups = {_place(str(group)): str(group) for group in frozen.get("choices", {})}
+    typed = {key for key in named if key not in groups or _value(words, groups[key]) != frozen.choices[groups[key]]}
     for group, place in ADDED.items():
         if group.replace("/", ".") in typed:
             typed.remove(group.replace("/", "."))
@@ -100,9 +100,13 @@ def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str]) -> DictConfi
     return merged
 
 
-def _chosen_anew(key: str, cfg: DictConfig, frozen: DictConfig, words: list[str]) -> bool:
-    group = key.replace(".", "/")
-    return _value(words, group) != frozen.choices.get(group)
+def _key(override: Any) -> str:
+    return f"{override.key_or_group}@{override.package}" if override.package else override.key_or_group
+
+
+def _place(group: str) -> str:
+    """Where in the config the option of a group stands: ``a/b`` at a.b, ``a/b@c.d`` at c.d."""
+    return group.partition("@")[2] or group.replace("/", ".")
 
 
 def load(folder: Path) -> DictConfig:
@@ -125,8 +129,8 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 
 def without_place(cfg: DictConfig) -> DictConfig:
-    """The config less the folder that it ran in: a run folder may move."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "out"])
+    """The config less the folders that it ran in and took its autoencoder from: a run folder may move."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("out", "autoencoder_run")])
 
 
 def _folder_in(argv: list[str]) -> Path | None:

@@ -15,6 +15,7 @@ from gencompare.tasks import frozen
 TRAIN = "gencompare.tasks.train.train"
 NO_PART = (
     "out",
+    "autoencoder_run",
     "paths",
     "sweep_name",
     "command",
@@ -67,6 +68,9 @@ def job_hash(cfg: DictConfig) -> str:
         for key in way:
             part = part.get(key) or {}
         part.pop(last, None)
+    latent = (kept.get("model") or {}).get("latent") or {}
+    if latent.get("run"):
+        latent.pop("autoencoder")  # it is what that run's folder says
     return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(kept), sort_keys=True).encode()).hexdigest()
 
 

@@ -21,7 +21,7 @@ from gencompare.locks import locked
 from gencompare.memory import peak_memory_bytes
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
-from gencompare.tasks import frozen
+from gencompare.tasks import first_stage, frozen
 from gencompare.tasks.build import (
     build_budget,
     build_callbacks,
@@ -55,6 +55,7 @@ def train(cfg: DictConfig) -> None:
         refuse_second_run(folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     stored = load_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
+    cfg = first_stage.adopted(cfg)
     data = build_data(cfg)
     data.setup()
     model = build_model(cfg, data)
@@ -66,6 +67,9 @@ def train(cfg: DictConfig) -> None:
         protocol = build_protocol(cfg)
         protocol.check(data)
         check_choice(cfg.evaluation.checkpoints)
+    if stored is None:
+        cfg = first_stage.trained_first(cfg, data, train)
+        first_stage.put_in(cfg, model, data)
     trainer = build_trainer(cfg, model, build_callbacks(cfg, model, data, protocol, folder), [], folder)
     clock = stored["callbacks"]["Clock"] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
@@ -172,6 +176,7 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
     """Freeze the config and write the first record."""
     if several_processes(cfg):
         frozen.save(cfg, folder / JOB)
+    autoencoder = first_stage.summary(Path(cfg.autoencoder_run)) if "autoencoder_run" in cfg else None
     cfg = frozen.without_place(cfg)
     frozen.save(cfg, folder / frozen.FILE)
     print_config(cfg)
@@ -192,6 +197,7 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
             "conditional": model.conditional,
             "parameters": sum(p.numel() for p in model.parameters()),
             "averaged_parameters": sum(p.numel() for p in model.averaged_parameters().values()),
+            **({"autoencoder": autoencoder} if autoencoder else {}),
         },
     ).save(folder)
 
@@ -237,7 +243,7 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "peak_memory_bytes": max(looks[0].peak_memory_bytes if looks else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
-        "trained_against": [],
+        "trained_against": trainer.lightning_module.trained_against,
         "missing_modes": {str(step): said for step, said in looks[0].missing.items()} if looks else {},
     }
     if error:

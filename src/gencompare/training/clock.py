@@ -67,6 +67,7 @@ class Clock(Callback):
         share = self.global_batch_size // trainer.world_size
         start = trainer.global_rank * share
         pl_module.draws = Draws(self._generator, start, start + share, self.global_batch_size)
+        pl_module.progress = self.progress
         torch.manual_seed(derive(self.seed, "dropout", self.step, trainer.global_rank))
 
     def on_train_batch_end(

@@ -16,6 +16,7 @@ from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.errors import UserError
 from gencompare.evaluation.asked import asked_for
 from gencompare.evaluation.collapse import missing_modes
+from gencompare.evaluation.quantize import to_uint8
 from gencompare.evaluation.sampling import draw, evaluating
 from gencompare.evaluation.super_resolution import beside
 from gencompare.memory import forget_peak, peak_memory_bytes
@@ -110,7 +111,9 @@ class Looks(Callback):
 
     def look(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         figures = held_out_figures(trainer, model, self.held_out, self.seed)
-        if isinstance(model, GenerativeModel):
+        if not isinstance(model, GenerativeModel):
+            self.reconstructions(trainer, model)
+        else:
             self.picture(trainer, model)
             if self.preview is not None:
                 found = self.preview(model)
@@ -140,11 +143,25 @@ class Looks(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         asked = asked_for(model, data, self.grid, seed=self.seed, split="val")
         images = draw(model, self.grid, seed=self.seed, asked=asked).images
+        shown, columns = beside(images, asked)
+        self.save(trainer, "samples", shown, columns)
+
+    def reconstructions(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Held-out images, each beside what an autoencoder makes of it."""
+        assert isinstance(model, TrainedModel)
+        autoencoder = model.autoencoder()
+        if not self.grid or autoencoder is None:
+            return
+        x, cond = next(iter(trainer.datamodule.batches("val", max(1, self.grid // 2))))  # type: ignore[attr-defined]
+        again = autoencoder.reconstruct(x.to(model.device), cond, generator=generator(model.device, self.seed))
+        pairs = torch.stack([x, again.cpu()], dim=1).flatten(0, 1).clamp(-1, 1)
+        self.save(trainer, "reconstructions", to_uint8(pairs, model.spec), 8)
+
+    def save(self, trainer: pl.Trainer, title: str, images: torch.Tensor, columns: int | None) -> None:
         if trainer.is_global_zero:
             path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
-            shown, columns = beside(images, asked)
-            save_png(grid(shown.numpy(), columns), path)
-            log_picture(trainer, "samples", path, clock_of(trainer).step)
+            save_png(grid(images.numpy(), columns), path)
+            log_picture(trainer, title, path, clock_of(trainer).step)
 
 
 def held_out_figures(trainer: pl.Trainer, model: pl.LightningModule, n: int, seed: int) -> dict[str, float]:

@@ -1,0 +1,152 @@
+"""The autoencoder under a latent model: found, or trained before it, and put into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from gencompare.contract import TrainedModel
+from gencompare.data.base import ImageData
+from gencompare.errors import UserError
+from gencompare.locks import locked
+from gencompare.models.autoencoder import Autoencoder
+from gencompare.models.latents import Latents
+from gencompare.records import FILE as RECORD
+from gencompare.records import RunRecord
+from gencompare.tasks import frozen
+from gencompare.tasks.build import chosen_device
+from gencompare.tasks.load import load_run
+from gencompare.tasks.processes import alone_again
+
+GROUP = "model@model.latent.autoencoder"
+"""The group in which the autoencoder of a latent model is chosen."""
+
+
+DECIDES = ("model", "budget", "seed", "trainer.global_batch_size", "trainer.precision", "callbacks.ema", "data.flip")
+"""Parts of a config that decide what is trained on given images."""
+
+
+def adopted(cfg: DictConfig) -> DictConfig:
+    """``cfg`` with the settings of the autoencoder that ``model.latent.run`` names, which are what its weights fit."""
+    run = OmegaConf.select(cfg, "model.latent.run")
+    if run is None or cfg.resume is not None or cfg.run is not None:
+        return cfg
+    theirs = frozen.load(Path(run))
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.model.latent.autoencoder = OmegaConf.merge(theirs.model, {"_partial_": True})
+    return cfg
+
+
+def trained_first(cfg: DictConfig, data: ImageData, train: Callable[[DictConfig], None]) -> DictConfig:
+    """``cfg`` with the folder of the autoencoder's run as ``autoencoder_run``, where its model works on latents.
+
+    The run is ``model.latent.run``, or one of the same config and data from before, or it is trained here and now. Jobs
+    that want the same one at once wait for the first of them.
+    """
+    latent = cfg.model.get("latent")
+    if latent is None or cfg.get("autoencoder_run"):
+        return cfg
+    folder = Path(latent.run) if latent.run is not None else stage_folder(stage_of(cfg), data)
+    if latent.run is None:
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not finished(folder):
+                stage = stage_of(cfg)
+                stage.out = str(folder.absolute())
+                stage.resume = stage.out if (folder / RECORD).exists() else None
+                print(f"First the autoencoder, in {folder}.", flush=True)
+                train(stage)
+                alone_again()
+                print("Now the model on its latents.", flush=True)
+            else:
+                print(f"The autoencoder was trained before: {folder}", flush=True)
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.autoencoder_run = str(folder.absolute())
+    return cfg
+
+
+def stage_of(cfg: DictConfig) -> DictConfig:
+    """The config of the autoencoder's own training: that of its latent model, but for model and budget."""
+    latent = cfg.model.latent
+    stage = cfg.copy()
+    OmegaConf.set_struct(stage, False)
+    stage.model = OmegaConf.masked_copy(latent.autoencoder, [str(k) for k in latent.autoencoder if k != "_partial_"])
+    stage.data.pop("conditions", None)
+    stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
+    stage.choices = stage_choices(cfg)
+    stage.family = stage.choices["model"]
+    stage.sweep_name = None
+    stage.command = [f"model={stage.family}", f"data={cfg.choices.data}"]
+    return stage
+
+
+def stage_choices(cfg: DictConfig) -> dict[str, Any]:
+    """The choices of groups as a run of the autoencoder alone would have made them."""
+    at = GROUP.partition("@")[2]
+    own, others = {}, {}
+    for group, choice in cfg.choices.items():
+        name, _, place = str(group).partition("@")
+        if place == at or place.startswith(f"{at}."):
+            own[name] = choice
+        elif not name.startswith("model") and name not in ("experiment", "sweep", "debug"):
+            others[str(group)] = choice
+    return {"model": "autoencoder", **others, **own}
+
+
+def stage_folder(stage: DictConfig, data: ImageData) -> Path:
+    """Named by a hash of all that decides what the autoencoder becomes, its data included."""
+    parts = {name: OmegaConf.to_container(OmegaConf.create({"": OmegaConf.select(stage, name)})) for name in DECIDES}
+    text = json.dumps([parts, data.hash("train")], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return Path(stage.paths.runs) / f"{data.spec.name}_{stage.family}_{key}"
+
+
+def finished(folder: Path) -> bool:
+    return (folder / RECORD).exists() and RunRecord.load(folder).state == "finished"
+
+
+def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
+    """Give a model on latents its trained autoencoder, and whiten by the training images."""
+    space = getattr(model, "space", None)
+    if not isinstance(space, Latents):
+        return
+    folder = Path(cfg.autoencoder_run)
+    options = cfg.model.latent
+    found = load_run(folder, checkpoint=options.checkpoint, weights=options.weights)
+    if not isinstance(found.model, Autoencoder):
+        raise UserError(
+            f"{folder} holds a {type(found.model).__name__}: model.latent.run wants a run of"
+            " model=autoencoder or vqvae."
+        )
+    own, theirs = data.spec, found.data.spec
+    if (own.name, own.shape, own.padding) != (theirs.name, theirs.shape, theirs.padding):
+        raise UserError(
+            f"The autoencoder in {folder} was trained on data '{theirs.name}' of {sides(theirs.shape)}, not on"
+            f" '{own.name}' of {sides(own.shape)}: give model.latent.run=DIR of the same data, or leave it out to train"
+            " one."
+        )
+    space.to(chosen_device(cfg)).take(found.model.coder, training_images(data))
+    space.to("cpu")  # where the trainer expects a model
+
+
+def sides(shape: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in shape)
+
+
+def training_images(data: ImageData) -> Iterator[Tensor]:
+    """All training images, as a model sees them, in order."""
+    return (x for x, _ in data.batches("train"))
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What a record says of the autoencoder that its model works on: where it is from, and what it cost."""
+    record = RunRecord.load(folder)
+    cost = {name: record.training.get(name) for name in ("images_seen", "seconds", "flops")}
+    return {"run": folder.name, "family": record.family, "parameters": record.model.get("averaged_parameters"), **cost}

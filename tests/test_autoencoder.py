@@ -1,0 +1,350 @@
+"""Laws of autoencoders: bottlenecks, the distance of features, the balance of losses, and latents that are whitened."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import DataSpec, LatentSpace, Reconstructs
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.models.autoencoder import Autoencoder
+from gencompare.models.bottlenecks import Bottleneck, KLBottleneck, VQBottleneck
+from gencompare.models.coder import Coder
+from gencompare.models.latents import Latents
+from gencompare.networks.autoencoder import LatentDecoder, LatentEncoder
+from gencompare.networks.patch_discriminator import PatchDiscriminator
+from gencompare.networks.perceptual import PerceptualNetwork, perceptual_network
+from gencompare.networks.vgg import VGG
+from gencompare.seeds import Draws
+
+NARROW = {"channels": 8, "multipliers": (1, 2), "attention": False}
+
+
+def whole(n: int, seed: int = 0) -> Draws:
+    return Draws.whole(torch.Generator().manual_seed(seed), n)
+
+
+def autoencoder(spec: DataSpec = Digits.spec, bottleneck: Bottleneck | None = None, **options: Any) -> Autoencoder:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "encoder": partial(LatentEncoder, **NARROW),
+        "decoder": partial(LatentDecoder, **NARROW),
+        "bottleneck": bottleneck or KLBottleneck(channels=3),
+        "optimizer": partial(torch.optim.Adam, lr=3e-3),
+    }
+    return Autoencoder(spec, **(settings | options))
+
+
+def by_hand(model: Autoencoder) -> Autoencoder:
+    """The model with its optimisers and backward pass outside of a trainer."""
+    optimizers = model.configure_optimizers()
+    model.optimizers = lambda: optimizers  # type: ignore[method-assign,assignment]
+    model.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
+    return model
+
+
+def digits(n: int) -> Tensor:
+    return next(iter(Digits().batches("train", n)))[0]
+
+
+def test_the_kl_bottleneck_draws_from_its_gaussian_and_charges_the_divergence() -> None:
+    h = torch.randn(5, 6, 2, 2)
+    bottleneck = KLBottleneck(channels=3, weight=0.2)
+    _, figures = bottleneck(h, whole(5))
+    mean, std = h[:, :3], (0.5 * h[:, 3:]).exp()
+    q = torch.distributions.Normal(mean, std)
+    divergence = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).flatten(1).mean(1)
+    assert torch.allclose(figures["kl"], divergence, atol=1e-5)
+    assert torch.allclose(figures["penalty"], 0.2 * divergence, atol=1e-5)
+    assert torch.equal(bottleneck.point(h), mean)
+    many, _ = bottleneck(h[:1].expand(20_000, -1, -1, -1), whole(20_000))
+    assert torch.allclose(many.mean(0), mean[0], atol=4 * float(std[0].max()) / 20_000**0.5)
+    assert torch.allclose(many.std(0), std[0], rtol=0.03)
+
+
+def vq(codes: Tensor, **options: Any) -> VQBottleneck:
+    """A quantiser whose codes are set."""
+    made = VQBottleneck(channels=codes.shape[1], codes=len(codes), **options)
+    made.codebook.copy_(codes)
+    made.counts.fill_(1.0)
+    made.sums.copy_(codes)
+    made.started.fill_(True)
+    return made
+
+
+def test_vectors_become_their_nearest_code_and_pass_gradients_straight_through() -> None:
+    codes = torch.randn(7, 2)
+    bottleneck = vq(codes, commitment=0.5).eval()
+    h = torch.randn(4, 2, 3, 3, requires_grad=True)
+    z, figures = bottleneck(h, whole(4))
+    vectors = h.detach().permute(0, 2, 3, 1).reshape(-1, 2).numpy()
+    nearest = ((vectors[:, None] - codes.numpy()[None]) ** 2).sum(2).argmin(1)
+    expected = torch.from_numpy(codes.numpy()[nearest]).reshape(4, 3, 3, 2).permute(0, 3, 1, 2)
+    assert torch.allclose(z, expected, atol=1e-6)
+    assert torch.allclose(bottleneck.settled(h.detach()), expected)
+    distance = (h.detach() - expected).square().flatten(1).mean(1)
+    assert torch.allclose(figures["penalty"], 0.5 * distance, atol=1e-6)
+    weight = torch.randn_like(z)
+    (z * weight).sum().backward()
+    assert torch.allclose(h.grad, weight), "the gradient of the codes is that of the vectors"
+    shares = np.bincount(nearest, minlength=7) / len(nearest)
+    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    assert figures["perplexity"][0].item() == pytest.approx(np.exp(entropy), rel=1e-5)
+
+
+def test_codes_follow_the_mean_of_the_vectors_that_choose_them() -> None:
+    codes = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    bottleneck = vq(codes, decay=0.9, revive=0.0).train()
+    h = torch.tensor([[-1.2, 0.3], [-0.8, 0.1], [-1.0, -0.7], [2.0, 1.0]]).reshape(4, 2, 1, 1)
+    bottleneck(h, whole(4))
+    # In units of the mean use, 2 vectors a code: three chose the first, one the second.
+    count = 0.9 * 1 + 0.1 * np.array([3 / 2, 1 / 2])
+    sums = 0.9 * np.array([[-1.0, 0.0], [1.0, 0.0]]) + 0.1 * np.array([[-3.0, -0.3], [2.0, 1.0]]) / 2
+    assert np.allclose(bottleneck.codebook.numpy(), sums / count[:, None], atol=1e-6)
+    settled = bottleneck.codebook.clone()
+    bottleneck.eval()(h, whole(4))
+    assert torch.equal(bottleneck.codebook, settled), "codes move in training alone"
+
+
+def test_a_code_that_nobody_chooses_is_set_on_a_vector_of_the_batch() -> None:
+    bottleneck = vq(torch.tensor([[0.0], [100.0]]), decay=0.5, revive=0.1).train()
+    h = torch.randn(8, 1, 1, 1)
+    for step in range(5):
+        bottleneck(h, whole(8, step))
+    assert bottleneck.codebook.max() < 5
+    assert bottleneck(h, whole(8))[1]["perplexity"][0] > 1.2
+
+
+def test_the_first_batch_gives_the_first_codes() -> None:
+    bottleneck = VQBottleneck(channels=2, codes=4).train()
+    h = 50 + torch.randn(16, 2, 2, 2)
+    bottleneck(h, whole(16))
+    assert bottleneck.codebook.min() > 40
+
+
+def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
+    model = autoencoder(bottleneck=vq(torch.tensor([[0.0], [1.0]])))
+    same = torch.zeros(4, 1, 1, 1)
+    bottleneck = model.coder.bottleneck.train()
+    for step in range(VQBottleneck.PATIENCE):
+        bottleneck.check()
+        bottleneck(same, whole(4, step))
+    with pytest.raises(UserError, match=r"collapsed.*last good checkpoint kept"):
+        model.validation_figures(torch.zeros(2, 1, 8, 8), {}, whole(2))
+
+
+def learn_codes(rank: int, world: int, folder: Path) -> None:
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    quantizer = VQBottleneck(channels=2, codes=8, revive=0.2)
+    # Adam would magnify the rounding of gradients that are nought.
+    sgd = partial(torch.optim.SGD, lr=1e-2)
+    model = by_hand(autoencoder(bottleneck=quantizer, discriminator=PatchDiscriminator, optimizer=sgd))
+    model.adversarial_after = 0.0
+    x = digits(24)
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    for step in range(3):
+        model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
+        model.training_step((x[8 * step :][rows], {}), step)
+    torch.save(model.state_dict(), folder / f"{world}_{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=learn_codes, args=(r, w, tmp_path)) for r, w in [(0, 1), (0, 2), (1, 2)]]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    alone, first, second = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(value.float(), first[name].float(), atol=1e-4), name
+
+
+def perceptual(channels: int = 1) -> PerceptualNetwork:
+    torch.manual_seed(3)
+    return PerceptualNetwork(VGG(channels, 10, widths=[8, 8]), "random", "0" * 64)
+
+
+def test_the_distance_of_features_is_a_distance_whose_gradient_goes_to_the_images() -> None:
+    network = perceptual()
+    x, y = torch.rand(3, 1, 8, 8) * 2 - 1, torch.rand(3, 1, 8, 8) * 2 - 1
+    assert (network(x, x) == 0).all() and (network(x, y) > 0).all()
+    assert torch.allclose(network(x, y), network(y, x))
+    expected = np.zeros(3)
+    for a, b in zip(network.network.activations(x), network.network.activations(y), strict=True):
+        a, b = a.numpy(), b.numpy()
+        a, b = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-6) for v in (a, b))
+        expected += ((a - b) ** 2).sum(1).mean((1, 2))
+    assert np.allclose(network(x, y).numpy(), expected, atol=1e-5)
+    y.requires_grad_()
+    network(x, y).sum().backward()
+    assert y.grad is not None and y.grad.abs().sum() > 0
+    assert all(p.grad is None for p in network.parameters()) and not network.train().network.training
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_shipped_networks_see_what_is_alike(channels: int) -> None:
+    """A picture moved by a pixel is nearer to itself than to another picture, though its pixels may not be."""
+    network = perceptual_network(channels)
+    assert len(network.sha256) == 64
+    torch.manual_seed(0)
+    coarse = torch.randn(16, channels, 4, 4)
+    x = nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(-1, 1)
+    moved, other = x.roll(1, dims=3), x.roll(1, dims=0)
+    assert (network(x, moved) < network(x, other)).all()
+
+
+def test_weights_that_are_missing_damaged_or_others_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"2 channels.*model/perceptual=null"):
+        perceptual_network(2)
+    with pytest.raises(UserError, match="no perceptual network"):
+        perceptual_network(1, tmp_path / "none.safetensors")
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        perceptual_network(1, damaged)
+
+
+def test_lpips_is_the_published_distance_or_says_where_its_weights_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    from gencompare.models.lpips import lpips
+
+    with pytest.raises(UserError, match="colour images"):
+        lpips(1)
+
+    def offline(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models, "vgg16", offline)
+    with pytest.raises(UserError, match=r"vgg16-397923af.pth.*TORCH_HOME.*model/perceptual=trained"):
+        lpips(3)
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    monkeypatch.setattr(torchvision.models, "vgg16", lambda **_: SimpleNamespace(features=layers))
+    torch.manual_seed(0)
+    peer = LearnedPerceptualImagePatchSimilarity(net_type="vgg", reduction="none")
+    torch.manual_seed(0)
+    own = lpips(3)
+    x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
+    assert own(x, y).shape == (2,) and not own.train().training
+    assert own(x, y).sum().item() == pytest.approx(peer(x, y).sum().item(), rel=1e-4)
+    y.requires_grad_()
+    own(x, y).sum().backward()
+    assert y.grad is not None and y.grad.abs().sum() > 0
+
+
+def test_the_discriminator_pulls_as_hard_as_the_rest_of_the_loss() -> None:
+    """lambda makes both gradients equally long at the decoder's last weight (Esser et al. 2021, eq. 7)."""
+    model = autoencoder(discriminator=PatchDiscriminator)
+    x = digits(8)
+    again, _ = model.coder(x, whole(8))
+    loss, fooling = (x - again).abs().mean(), -model.discriminator(again).mean()  # type: ignore[misc]
+    balance = model._balance(loss, fooling)
+    last = model.coder.decoder.out.weight  # type: ignore[union-attr]
+    (one,) = torch.autograd.grad(loss, last, retain_graph=True)  # type: ignore[arg-type]
+    (two,) = torch.autograd.grad(balance.detach() * fooling, last)  # type: ignore[arg-type]
+    assert one.norm().item() == pytest.approx(two.norm().item(), rel=1e-3)
+
+
+def test_the_discriminator_joins_when_its_share_of_the_budget_is_spent() -> None:
+    model = by_hand(autoencoder(discriminator=PatchDiscriminator, adversarial_after=0.5))
+    before = {name: value.clone() for name, value in model.discriminator.state_dict().items()}  # type: ignore[union-attr]
+    model.draws = whole(8)
+    assert "d_loss" not in model.training_step((digits(8), {}), 0)
+    after = model.discriminator.state_dict()  # type: ignore[union-attr]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.progress, model.draws = 0.5, whole(8)
+    figures = model.training_step((digits(8), {}), 1)
+    assert figures["d_loss"] > 0 and not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("bottleneck", [lambda: KLBottleneck(4, 1e-4), lambda: VQBottleneck(4, codes=64)])
+def test_a_few_images_are_learned_by_heart(bottleneck: Any) -> None:
+    model = by_hand(autoencoder(bottleneck=bottleneck(), optimizer=partial(torch.optim.Adam, lr=1e-2)))
+    x = digits(6)
+    for step in range(100):
+        model.draws = whole(6, step)
+        model.training_step((x, {}), step)
+    figures = model.eval().validation_figures(x, {}, whole(6))
+    assert figures["psnr"].mean() > 18
+    assert all(value.shape == (6,) for value in figures.values())
+
+
+def test_latents_are_whitened_over_the_training_images_and_decode_to_the_same_each_time() -> None:
+    data = Digits()
+    trained = autoencoder()
+    latents = Latents(Digits.spec, autoencoder=autoencoder)
+    assert isinstance(latents, LatentSpace) and isinstance(latents, Reconstructs)
+    latents.take(trained.coder, (x for x, _ in data.batches("train")))
+    x = torch.cat([x for x, _ in data.batches("train")])
+    w = latents.encode(x).double()
+    assert w.shape[1:] == latents.latent_shape
+    assert torch.allclose(w.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(w.var((0, 2, 3)), torch.ones(3, dtype=torch.float64), atol=1e-3)
+    again = latents.decode(latents.encode(x[:4]))
+    assert torch.equal(again, latents.decode(latents.encode(x[:4])))
+    assert torch.allclose(again, trained.coder.decode(trained.coder.encode(x[:4])), atol=1e-4)
+    assert not any(p.requires_grad for p in latents.parameters()) and not latents.train().coder.training
+
+
+def test_a_channel_that_says_nothing_is_refused() -> None:
+    trained = autoencoder()
+    with torch.no_grad():
+        trained.coder.encoder.out.weight.zero_()  # type: ignore[union-attr,operator]
+    with pytest.raises(UserError, match="fewer latent channels"):
+        Latents(Digits.spec, autoencoder=autoencoder).take(trained.coder, [digits(8)])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 64, 64), (1, 28, 28)])
+def test_every_size_is_encoded_decoded_and_judged(shape: tuple[int, int, int]) -> None:
+    multipliers = (1, 1, 2)
+    coder = Coder(
+        DataSpec("images", shape),
+        encoder=partial(LatentEncoder, channels=8, multipliers=multipliers, blocks=2),
+        decoder=partial(LatentDecoder, channels=8, multipliers=multipliers, blocks=2),
+        bottleneck=KLBottleneck(4),
+    )
+    assert coder.latent_shape == (4, shape[1] // 4, shape[2] // 4)
+    x = torch.rand(2, *shape) * 2 - 1
+    assert coder.decode(coder.encode(x)).shape == x.shape
+    judge = PatchDiscriminator(shape, width=8, layers=3)
+    scores = judge(x)
+    assert scores.shape == (2,) and torch.allclose(judge(x[:1]), scores[:1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: autoencoder(encoder=partial(LatentEncoder, channels=8, multipliers=(1, 1, 1, 1, 1))),
+            "halved 4 times",
+        ),
+        (lambda: autoencoder(encoder=partial(LatentEncoder, channels=9)), "multiple of 8"),
+        (lambda: KLBottleneck(channels=0), "at least 1 channel"),
+        (lambda: KLBottleneck(weight=-1.0), "negative"),
+        (lambda: VQBottleneck(codes=1), "at least 2 codes"),
+        (lambda: autoencoder(adversarial_after=1.5), "adversarial_after"),
+        (lambda: Latents(Digits.spec, autoencoder=lambda spec: nn.Identity()), "Identity is no autoencoder"),
+    ],
+)
+def test_settings_without_sense_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

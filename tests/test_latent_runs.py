@@ -1,0 +1,141 @@
+"""Latent diffusion from the command line: two stages in one command, the first of them once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gencompare.tasks.load import load_run
+from gencompare.tasks.main import main
+
+Cli = Callable[..., int]
+QUICK = [
+    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
+    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+]  # fmt: skip
+SMALL = ["model.network.channels=8", "model.network.groups=8", "model/sampler=ddim", "model.sampler.steps=3"]
+STAGE = [
+    "model.latent.autoencoder.encoder.channels=8",
+    "model.latent.budget.images=null",
+    "model.latent.budget.steps=3",
+]
+LDM = ["model=ldm", *QUICK, *SMALL, *STAGE]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which ``model=ldm`` was trained, as ``ldm``, with its autoencoder under ``runs``."""
+    folder = tmp_path_factory.mktemp("latent")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"):
+            patch.setenv(name, "0")
+        patch.setattr(sys, "argv", ["run.py", *LDM, "hydra.run.dir=ldm"])
+        main()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_runs(runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())
+
+
+def stages(runs: Path) -> list[Path]:
+    return sorted(path.parent for path in (runs / "runs").glob("*/record.json"))
+
+
+def test_both_stages_run_and_the_record_tells_what_the_first_cost_and_loses(runs: Path) -> None:
+    (stage,) = stages(runs)
+    assert stage.name.startswith("digits_autoencoder_") and record(stage)["state"] == "finished"
+    assert record(stage)["training"]["steps"] == 3
+    own = record(runs / "ldm")
+    assert own["training"]["steps"] == 2 and own["model"]["autoencoder"]["run"] == stage.name
+    assert own["model"]["autoencoder"]["images_seen"] == 48 and own["model"]["autoencoder"]["flops"] > 0
+    name, digest = own["training"]["trained_against"]
+    assert name == "perceptual_fashion_mnist" and len(digest) == 64
+    (result,) = own["results"]
+    assert result["metrics"]["psnr"]["note"].startswith("reconstruction")
+    assert result["generation"]["nfe"] == {"network": 3, "decoder": 1}
+    assert "clipped" not in result["generation"]["sampler"]
+
+
+def test_the_first_stage_is_frozen_whitened_and_part_of_the_run(runs: Path) -> None:
+    (stage,) = stages(runs)
+    ldm, first = load_run(runs / "ldm"), load_run(stage)
+    space = ldm.model.space
+    for name, value in first.model.coder.state_dict().items():  # type: ignore[union-attr]
+        assert torch.equal(value, space.coder.state_dict()[name]), name  # type: ignore[union-attr]
+    x = torch.cat([x for x, _ in ldm.data.batches("train")])
+    assert torch.allclose(space.encode(x).var((0, 2, 3)), torch.ones(4), atol=1e-2)  # type: ignore[union-attr,operator]
+    averaged = torch.load(runs / "ldm" / "checkpoints" / "last.ckpt", weights_only=True)["ema"]
+    assert not any(name.startswith("space.") for name in averaged)
+
+
+def test_another_run_of_the_same_stage_finds_it_and_other_settings_train_their_own(
+    runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stage,) = stages(runs)
+    before = (stage / "checkpoints" / "last.ckpt").stat().st_mtime
+    none = "evaluation.checkpoints=[]"
+    assert cli(*LDM, "model/schedule=linear", none, "hydra.run.dir=other") == 0
+    assert "was trained before" in capsys.readouterr().out
+    assert stages(runs) == [stage] and (stage / "checkpoints" / "last.ckpt").stat().st_mtime == before
+    vq = "model@model.latent.autoencoder=vqvae"
+    assert cli("model=flow", "model/latent=autoencoder", vq, *LDM[1:], none, "hydra.run.dir=vq") == 0
+    (second,) = set(stages(runs)) - {stage}
+    assert "vqvae" in second.name and record(second)["family"] == "vqvae"
+    # A run of the user's own is taken as it is, with the settings that its weights fit.
+    own = [word for word in LDM if not word.startswith("model.latent.autoencoder")]
+    assert cli(*own, none, f"model.latent.run={second}", "hydra.run.dir=given") == 0
+    assert record(runs / "given")["model"]["autoencoder"]["run"] == second.name
+    shutil.rmtree(second)
+
+
+def test_a_run_is_enough_without_its_first_stage(runs: Path, cli: Cli) -> None:
+    (stage,) = stages(runs)
+    shutil.move(stage, runs / "elsewhere")
+    try:
+        assert cli("task=evaluate", "run=ldm", "model.sampler.steps=2") == 0
+        assert cli("task=explore", "run=ldm") == 0
+        assert cli("resume=ldm", "budget.steps=3") == 0
+        assert record(runs / "ldm")["training"]["steps"] == 3
+    finally:
+        shutil.move(runs / "elsewhere", stage)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model.latent.run=nowhere"], "nowhere is not a run folder"),
+        (["model.latent.run=ldm"], "no autoencoder"),
+        (["model.latent.autoencoder.encoder.multipliers=[1,1,1,1,1]"], "halved 4 times"),
+        (["+data/condition=low_res"], "model/latent=null"),
+        (["data=toy2d", "model.latent.autoencoder.perceptual=null"], "cannot be halved"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    words: list[str], says: str, runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
+    assert says in capsys.readouterr().err
+    assert not (runs / "refused" / "record.json").exists()
+
+
+def test_an_autoencoder_of_other_data_is_refused(
+    runs: Path, cli: Cli, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stage,) = stages(runs)
+    words = [f"model.latent.run={stage}", "data=mnist", f"paths.data={data_root}"]
+    assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
+    assert "was trained on data 'digits' of 1x8x8, not on 'mnist' of 1x32x32" in capsys.readouterr().err
