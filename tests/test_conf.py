@@ -86,11 +86,12 @@ def test_every_experiment_takes_a_step_at_reduced_size(
     cache = tmp_path_factory.getbasetemp().parent / "decoded"
     cfg = compose(
         f"experiment={name}", f"paths.data={data_root}", f"paths.cache={cache}", "trainer.accelerator=cpu",
-        "trainer.global_batch_size=4", "budget.images=null", "budget.steps=1", "callbacks.looks.count=0",
+        "trainer.global_batch_size=5", "budget.images=null", "budget.steps=1", "callbacks.looks.count=0",
         "callbacks.progress=false",
     )  # fmt: skip
-    if cfg.model.get("network", {}).get("channels"):
-        cfg.model.network.channels = 32
+    for network in ("network", "generator", "discriminator"):
+        if cfg.model.get(network, {}).get("channels"):
+            cfg.model[network].channels = 32
     data = build_data(cfg)
     model = build_model(cfg, data)
     before = {key: value.clone() for key, value in model.state_dict().items()}

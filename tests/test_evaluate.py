@@ -23,7 +23,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.bars import bars, passes
 from gencompare.evaluation.controls import controls
 from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.preview import preview_distance
+from gencompare.evaluation.preview import preview_figures
 from gencompare.evaluation.raw import RawValues
 from gencompare.evaluation.sampling import draw, labels_like
 from gencompare.models.gaussian import Gaussian
@@ -336,5 +336,8 @@ def test_preview_orders_images_by_quality() -> None:
     extractor = Protocol().check(data)
     x, _ = next(data.batches("test", 200))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    figures = [preview_distance((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
-    assert figures == sorted(figures)
+    figures = [preview_figures((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
+    assert list(figures[0]) == ["fd_digits", "density", "coverage"]
+    distances, densities, coverages = (list(values) for values in zip(*(f.values() for f in figures), strict=True))
+    assert distances == sorted(distances)
+    assert densities == sorted(densities, reverse=True) and coverages == sorted(coverages, reverse=True)

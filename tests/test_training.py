@@ -220,5 +220,11 @@ def test_learning_rate_warms_up_and_decays() -> None:
     rate = WarmupDecay(warmup_steps=10, decay="cosine")
     assert rate(0, 0.0) == pytest.approx(0.1) and rate(9, 0.0) == pytest.approx(1.0)
     assert rate(500, 0.5) == pytest.approx(0.5) and rate(1000, 1.0) == pytest.approx(0.0)
+    # To a quarter over 40 steps, whatever the budget: (1 + 1/4) / 2 half-way.
+    rate = WarmupDecay(decay="cosine", last=0.25, decay_steps=40)
+    assert [rate(step, 0.9) for step in (0, 20, 40, 900)] == pytest.approx([1.0, 0.625, 0.25, 0.25])
+    assert WarmupDecay(decay="linear", last=0.2)(7, 0.5) == pytest.approx(0.6)
+    with pytest.raises(UserError, match="last=2"):
+        WarmupDecay(last=2.0)
     with pytest.raises(UserError, match="constant, cosine or linear"):
         WarmupDecay(decay="exponential")

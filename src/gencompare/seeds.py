@@ -46,6 +46,14 @@ class Draws:
     def device(self) -> torch.device:
         return self.generator.device
 
+    def every(self, step: int, first: int) -> Draws:
+        """Numbers for rows ``first``, ``first + step``, ... of the global batch alone: a batch of its own.
+
+        The rows are counted in the global batch, so all processes together hold the parts that one would.
+        """
+        start, stop, total = (-((first - rows) // step) for rows in (self.start, self.stop, self.total))
+        return Draws(self.generator, start, stop, total)
+
     def _mine(self, values: Tensor) -> Tensor:
         return values[self.start : self.stop]
 

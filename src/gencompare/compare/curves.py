@@ -16,7 +16,7 @@ from gencompare.compare.rank import Group
 POINTS = 300
 """A longer curve is drawn by the means of so many stretches of it."""
 
-DISTANCES = ("val/fid", "val/fd_")
+DISTANCES = ("val/fid", "val/fd_", "val/coverage")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
 
 
 def distances(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
-    """One chart for each data set and distance that was logged at the looks of a run."""
+    """One chart for each data set and distance (or coverage) that was logged at the looks of a run."""
     lines: dict[tuple[str, str], list[Line]] = defaultdict(list)
     for run in runs:
         for name in run.curve:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gencompare.diffusion.resampled import resampled
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
@@ -71,24 +71,22 @@ class Augmentation:
 
     def parameters(self, draws: Draws) -> Tensor:
         """a_0 to a_7 of each image, (n, 8)."""
-        # No number of ours goes to the device by itself, for which the host would wait.
-        chance, (zoom, stretch, right, down) = draws.uniform((11,)).T, draws.normal((4,)).T
-        zooms, turns, stretches, shifts = chance[:4] < self.p
-        flips = (chance[4:6] < 0.5) & torch.stack([chance[6] < self.x_flip, chance[7] < self.p])
-        turn, axis = (2 * chance[8:10] - 1) * math.pi
-        axis = axis * (chance[10] < TURNED_AXIS)
-        return torch.stack(
-            [
-                *flips.to(zoom),
-                zoom * zooms,
-                turn * turns,
-                axis * stretches,
-                stretch * stretches,
-                right * shifts,
-                down * shifts,
-            ],
-            dim=1,
-        )
+        return drawn(draws, self.p, self.x_flip)
+
+
+def drawn(draws: Draws, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
+    """a_0 to a_7 of each image, (n, 8), with the probabilities of `Augmentation` (numbers, or tensors of one)."""
+    # No number of ours goes to the device by itself, for which the host would wait.
+    chance, (zoom, stretch, right, down) = draws.uniform((11,)).T, draws.normal((4,)).T
+    zooms, turns, stretches, shifts = chance[:4] < p
+    flips = (chance[4:6] < 0.5) & torch.stack([chance[6] < x_flip, chance[7] < p])
+    turn, axis = (2 * chance[8:10] - 1) * math.pi
+    axis = axis * (chance[10] < TURNED_AXIS)
+    return torch.stack(
+        [*flips.to(zoom), zoom * zooms, turn * turns, axis * stretches, stretch * stretches, right * shifts,
+         down * shifts],
+        dim=1,
+    )  # fmt: skip
 
 
 def told(a: Tensor) -> Tensor:
@@ -101,10 +99,15 @@ def told(a: Tensor) -> Tensor:
 
 
 def moved(x: Tensor, a: Tensor) -> Tensor:
+    """`warped` images in [-1, 1]: cubic interpolation overshoots at edges, and that is cut off."""
+    return warped(x, a).clamp(-1, 1)
+
+
+def warped(x: Tensor, a: Tensor) -> Tensor:
     """Images (n, C, H, W) after the transforms of ``a``, (n, 8); a row of noughts leaves its image as it is, exactly.
 
-    All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes in from
-    outside is the image mirrored in the centres of its outermost pixels.
+    Linear in x. All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes
+    in from outside is the image mirrored in the centres of its outermost pixels.
     """
     height, width = x.shape[2:]
     x_flip, y_flip, zoom, turn, axis, stretch, right, down = a.T
@@ -120,9 +123,7 @@ def moved(x: Tensor, a: Tensor) -> Tensor:
     to_right, to_bottom = (_shaped(torch.exp2(-SCALE * zoom)) * offset for offset in _clockwise(turn, *place))
     # The outermost centres are at -1 and 1.
     grid = torch.stack([to_right * (2 / (width - 1)), to_bottom * (2 / (height - 1))], dim=3)
-    warped = F.grid_sample(x, grid.to(x.dtype), mode="bicubic", padding_mode="reflection", align_corners=True)
-    # Cubic interpolation overshoots at edges, and images are in [-1, 1].
-    return torch.where(_rows(a[:, 2:].any(dim=1)), warped.clamp(-1, 1), x)
+    return torch.where(_rows(a[:, 2:].any(dim=1)), resampled(x, grid), x)
 
 
 def _clockwise(angle: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

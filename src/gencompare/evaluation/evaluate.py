@@ -15,6 +15,7 @@ from gencompare.contract import DataSpec
 from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.asked import Asked, asked_for
+from gencompare.evaluation.collapse import missing_modes
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
@@ -269,6 +270,9 @@ def quality(
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
         details: dict[str, Any] = {"flags": oddities(own)}
+        if {"density", "coverage"} <= metrics.keys():
+            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")))
+            details["flags"] += [] if said is None else [said]
         if (shares := shares_of(own, extractor)) is not None:
             details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
         return metrics, details

@@ -1,4 +1,4 @@
-"""A cheap distance while a model trains: for curves and for the choice of ``best``, never for a result."""
+"""Cheap figures while a model trains: for curves and for the choice of ``best``, never for a result."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from torch import Tensor
 
 from gencompare.evaluation import source
 from gencompare.evaluation.features import Extractor
+from gencompare.evaluation.figures import neighbours
 from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import reference_of
 
 
-def preview_distance(images: Tensor, data: source.Data, extractor: Extractor, split: str = "val") -> float:
-    """Frechet distance between ``images`` and a split that no result is measured against.
+def preview_figures(images: Tensor, data: source.Data, extractor: Extractor, split: str = "val") -> dict[str, float]:
+    """Frechet distance (the first), density and coverage of ``images`` against a split that no result is measured on.
 
-    Biased upwards by the small n of both sides; with fewer images than features it is still defined, and still falls
-    as samples get better. So it orders the looks of one run, at one n, and nothing else.
+    The distance is biased upwards by the small n of both sides; with fewer images than features it is still defined,
+    and still falls as samples get better. So it orders the looks of one run, at one n, and nothing else. Density and
+    coverage are of as many real images as samples, and left out where these are fewer than 6.
 
     Args:
         images: (n, C, H, W), n at least 2, uint8 or float as `evaluate` takes them.
     """
     device = images.device
-    own = extractor(as_stored(images, data.spec), device)
-    return frechet_distance(own.features, reference_of(data, split, extractor, device).statistics)
+    own = extractor(as_stored(images, data.spec), device).features
+    reference = reference_of(data, split, extractor, device)
+    assert reference.features is not None
+    found = {extractor.frechet_name: frechet_distance(own, reference.statistics)}
+    near = neighbours(own, reference.features.features)
+    return found | {name: near[name].value for name in ("density", "coverage") if name in near}  # type: ignore[dict-item,misc]

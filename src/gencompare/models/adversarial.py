@@ -1,23 +1,34 @@
-"""What a generator and a discriminator play for: losses on scores (logits that an image is real), image by image."""
+"""What a generator and a discriminator play for: losses on scores, pair by pair."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 class Adversarial(ABC):
-    """A pair of losses. Scores are (n,), losses too; each player minimises the mean of its own."""
+    """A pair of losses. Scores are (n,), losses too; each player minimises the mean of its own.
+
+    ``real`` and ``fake`` are the discriminator's scores D(x_i) of real images and D(G(z_i)) of as many fakes.
+    """
+
+    pairs: ClassVar[bool] = False
+    """Whether the generator's loss looks at the real images' scores too, which are then worked out for it."""
 
     @abstractmethod
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def generator(self, fake: Tensor) -> Tensor: ...
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        """``real`` is None unless ``pairs``."""
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        """By how much the discriminator takes real images for real, (n,): its sign says whether it is right."""
+        return real
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class NonSaturating(Adversarial):
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         return F.softplus(-real) + F.softplus(fake)
 
-    def generator(self, fake: Tensor) -> Tensor:
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
         return F.softplus(-fake)
 
 
@@ -38,14 +49,45 @@ class Hinge(Adversarial):
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         return F.relu(1 - real) + F.relu(1 + fake)
 
-    def generator(self, fake: Tensor) -> Tensor:
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
         return -fake
 
 
-def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
-    """|d scores_i / d x_i|^2, (n,): with x real, the R1 penalty (Mescheder et al. 2018, eq. 9, without gamma / 2).
+@dataclass(frozen=True)
+class Wasserstein(Adversarial):
+    """fake - real, against -fake (Arjovsky et al. 2017, "Wasserstein GAN", algorithm 1).
 
-    Right as long as score i depends on image i alone, so on no statistic of the batch. Differentiable.
+    It estimates a distance as long as D is 1-Lipschitz, which a penalty (``wgan_gp``) or spectral norm sees to. A
+    constant added to D changes nothing, so its sign alone says nothing: `margin` is the difference.
     """
-    (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return fake - real
+
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return -fake
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        return real - fake
+
+
+@dataclass(frozen=True)
+class Relativistic(Adversarial):
+    """-log S(real - fake), against -log S(fake - real): is x_i more real than its partner G(z_i)?
+
+    The relativistic pairing loss of Jolicoeur-Martineau (2019), with f(t) = -log(1 + e^-t) as in Huang et al. (2024),
+    "The GAN is dead; long live the GAN!", eq. 2. No fake can win by being far from all real ones, as each is judged
+    beside its partner, which is what keeps modes from being dropped (their section 2.1).
+    """
+
+    pairs = True
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(fake - real)
+
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        assert real is not None
+        return F.softplus(real - fake)
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        return real - fake

@@ -84,7 +84,7 @@ class Autoencoder(TrainedModel):
             take_step(self, 0, loss, list(self.coder.parameters()))
             return {name: value.detach().mean() for name, value in figures.items()}
         with frozen(self.discriminator):
-            fooling = self.adversarial.generator(self.discriminator(again)).mean()
+            fooling = self.adversarial.generator(None, self.discriminator(again)).mean()
             balance = self._balance(loss, fooling)
             figures |= {"balance": balance, "fooling": fooling}
             take_step(self, 0, loss + self.adversarial_weight * balance * fooling, list(self.coder.parameters()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,32 +11,31 @@ from torch import Tensor, nn
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel
 from gencompare.errors import UserError
-from gencompare.models.adversarial import Adversarial, squared_gradient
+from gencompare.models.adversarial import Adversarial
 from gencompare.models.alternating import frozen, take_step
-from gencompare.networks.projection import ProjectionDiscriminator
+from gencompare.models.discriminator_augmentation import DiscriminatorAugmentation
+from gencompare.models.penalties import Duel, Penalty
+from gencompare.networks.projection import normalize_spectrally
 from gencompare.seeds import Draws
 
 
 class GAN(GenerativeModel):
     """A generator against a discriminator, optimised in turn (Goodfellow et al. 2014).
 
-    For each batch the discriminator takes ``d_steps`` steps on ``adversarial.discriminator`` plus
-    r1 / 2 |grad_x D(x)|^2 at real images (Mescheder et al. 2018), each against fresh fakes, then the generator one step
-    on ``adversarial.generator``. The latent enters the generator at its root and modulates its normalisations. No layer
-    uses a statistic of the batch: several processes with a part of the batch each learn what one with all of it learns.
-
-    Fakes wear the labels of the real batch; with labels the discriminator is a projection discriminator.
+    In each training step the discriminator takes ``d_steps`` steps on ``adversarial.discriminator`` plus the
+    penalties, each on its own part of the batch and against fresh fakes, then the generator one step on
+    ``adversarial.generator``, on as many fakes. Fakes wear the labels of real images. No layer uses a statistic of the
+    batch: several processes with a part of the batch each learn what one with all of it learns.
 
     Args:
-        generator: a factory ``(in_features, shape, embed_dim) -> module(z, e)``.
-        discriminator: a factory ``(shape, out_features, 0) -> module(x)``, the trunk under a linear head.
+        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)``, images (n, *shape).
+        discriminator: a factory ``(shape, num_classes) -> module(x, label)``, scores (n,).
         adversarial: the pair of losses.
+        penalty: penalties on the discriminator's gradient, by the name under which they are logged.
+        discriminator_augmentation: a factory ``spec -> DiscriminatorAugmentation``; None shows images as they are.
         latent_dim: numbers in z ~ N(0, I).
-        label_dim: size of the label's embedding in the generator of a conditional model.
-        features: size of the trunk's output.
         spectral_norm: normalise the discriminator's weights.
-        r1: weight gamma of the gradient penalty; 0 leaves it out.
-        d_steps: discriminator steps a batch.
+        d_steps: discriminator steps a training step.
     """
 
     def __init__(
@@ -45,67 +45,88 @@ class GAN(GenerativeModel):
         generator: Callable[..., nn.Module],
         discriminator: Callable[..., nn.Module],
         adversarial: Adversarial,
+        penalty: Mapping[str, Penalty] | None = None,
+        discriminator_augmentation: Callable[[DataSpec], DiscriminatorAugmentation] | None = None,
         latent_dim: int = 64,
-        label_dim: int = 32,
-        features: int = 128,
-        spectral_norm: bool = True,
-        r1: float = 0.0,
+        spectral_norm: bool = False,
         d_steps: int = 1,
         **training: Any,
     ) -> None:
         super().__init__(spec, **training)
         if latent_dim < 1 or d_steps < 1:
             raise UserError(f"model.latent_dim={latent_dim}, model.d_steps={d_steps}: both must be at least 1.")
-        if r1 < 0:
-            raise UserError(f"model.r1={r1}: the weight of a penalty cannot be negative.")
         self.automatic_optimization = False
-        self.adversarial, self.latent_dim, self.r1, self.d_steps = adversarial, latent_dim, r1, d_steps
+        self.adversarial, self.penalty = adversarial, dict(penalty or {})
+        self.latent_dim, self.d_steps = latent_dim, d_steps
         classes = spec.num_classes if self.conditional else 0
-        embed_dim = latent_dim + (label_dim if self.conditional else 0)
-        self.generator = generator(latent_dim, spec.shape, embed_dim)
-        self.labels = nn.Embedding(classes, label_dim) if self.conditional else None
-        self.discriminator = ProjectionDiscriminator(
-            discriminator(spec.shape, features, 0), features, classes, spectral_norm=spectral_norm
-        )
+        self.generator = generator(latent_dim, spec.shape, classes)
+        self.discriminator = discriminator(spec.shape, classes)
+        if spectral_norm:
+            normalize_spectrally(self.discriminator)
+        self.augmentation = None if discriminator_augmentation is None else discriminator_augmentation(spec)
         self.register_buffer("mask", spec.mask(), persistent=False)
         self.mask: Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.seen: Tensor
+        """Training images so far, which the weights of penalties may depend on."""
 
     def generate(self, z: Tensor, cond: Cond) -> Tensor:
-        """Images (n, C, H, W) in (-1, 1), black outside of the real pixels, from latents (n, latent_dim)."""
-        style = z if self.labels is None else torch.cat([z, self.labels(_label(cond))], dim=1)
-        return torch.tanh(self.generator(z, style).float()) * self.mask - (1 - self.mask)
+        """Images (n, C, H, W), black outside of the real pixels, from latents (n, latent_dim)."""
+        return self.generator(z, self._label(cond)).float() * self.mask - (1 - self.mask)
 
-    def score(self, x: Tensor, cond: Cond) -> Tensor:
-        """The discriminator's logits, (n,) in float32."""
-        return self.discriminator(x, _label(cond) if self.conditional else None).float()
+    def score(self, x: Tensor, cond: Cond, draws: Draws) -> Tensor:
+        """The discriminator's logits of augmented images, (n,) in float32."""
+        shown = x if self.augmentation is None else self.augmentation(x, draws)
+        return self.discriminator(shown, self._label(cond)).float()
 
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
-        x, cond = batch[0], self.used(batch[1])
         assert self.draws is not None, "the trainer's clock sets the draws of a step"
+        parts = list(self._parts(batch[0], self.used(batch[1]), self.draws))
         figures: dict[str, Tensor] = {}
-        for _ in range(self.d_steps):
-            figures = self._discriminator_step(x, cond, self.draws)
-        return figures | self._generator_step(cond, self.draws)
+        for part in parts:
+            figures = self._discriminator_step(*part)
+        return figures | self._generator_step(*parts[0])
+
+    def _parts(self, x: Tensor, cond: Cond, draws: Draws) -> Iterator[tuple[Tensor, Cond, Draws]]:
+        """The batch in ``d_steps`` parts: part k is every d_steps-th image of the global batch from image k on."""
+        alone = len(draws) == draws.total
+        if draws.total < self.d_steps or not (alone or len(draws) % self.d_steps == 0):
+            raise UserError(
+                f"model.d_steps={self.d_steps} takes the batch of each process apart, and it has {len(draws)} images:"
+                " make trainer.global_batch_size a multiple of d_steps times the number of processes."
+            )
+        for k in range(self.d_steps):
+            rows = slice((k - draws.start) % self.d_steps, None, self.d_steps)
+            yield x[rows], {name: value[rows] for name, value in cond.items()}, draws.every(self.d_steps, k)
 
     def _discriminator_step(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         with torch.no_grad():
-            fakes = self.generate(draws.normal((self.latent_dim,)), cond)
-        x = x.detach().requires_grad_(self.r1 > 0)
-        twice = {name: torch.cat([value, value]) for name, value in cond.items()}
-        real, fake = self.score(torch.cat([x, fakes]), twice).chunk(2)
-        loss = self.adversarial.discriminator(real, fake).mean()
-        figures = {"d_loss": loss, "d_real": real.mean(), "d_fake": fake.mean()}
-        if self.r1:
-            figures["r1"] = squared_gradient(real, x).mean()
-            loss = loss + 0.5 * self.r1 * figures["r1"]
+            made = self.generate(draws.normal((self.latent_dim,)), cond)
+        real, fake = (images.detach().requires_grad_(bool(self.penalty)) for images in (x, made))
+        score = partial(self.score, cond=cond, draws=draws)
+        duel = Duel(real, fake, score(real), score(fake), score, draws)
+        loss = self.adversarial.discriminator(duel.real_scores, duel.fake_scores).mean()
+        figures = {"d_loss": loss, "d_real": duel.real_scores.mean(), "d_fake": duel.fake_scores.mean()}
+        self.seen += draws.total
+        for name, penalty in self.penalty.items():
+            figures[name] = penalty(duel).mean()
+            loss = loss + penalty.factor(self.seen) * figures[name]
         figures["d_grad"] = take_step(self, 0, loss, list(self.discriminator.parameters()))
+        if self.augmentation is not None:
+            margin = self.adversarial.margin(duel.real_scores.detach(), duel.fake_scores.detach())
+            self.augmentation.update(margin, draws.total, self.seen)
+            figures["augmentation"] = self.augmentation.strength.clone()
         return {name: value.detach() for name, value in figures.items()}
 
-    def _generator_step(self, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def _generator_step(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         with frozen(self.discriminator):
             fakes = self.generate(draws.normal((self.latent_dim,)), cond)
-            loss = self.adversarial.generator(self.score(fakes, cond)).mean()
-            gradient = take_step(self, 1, loss, self._generator_parameters())
+            real = None
+            if self.adversarial.pairs:
+                with torch.no_grad():
+                    real = self.score(x, cond, draws)
+            loss = self.adversarial.generator(real, self.score(fakes, cond, draws)).mean()
+            gradient = take_step(self, 1, loss, list(self.generator.parameters()))
         return {"g_loss": loss.detach(), "g_grad": gradient}
 
     @torch.no_grad()
@@ -114,27 +135,21 @@ class GAN(GenerativeModel):
         (``d_real``) tell of a discriminator that knows its training set by heart."""
         cond = self.used(cond)
         fakes = self.generate(draws.normal((self.latent_dim,)), cond)
-        return {"d_held_out": self.score(x, cond), "d_fake": self.score(fakes, cond)}
+        return {"d_held_out": self.score(x, cond, draws), "d_fake": self.score(fakes, cond, draws)}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The discriminator's and the generator's."""
         assert self.optimizer_factory is not None
-        return [
-            self.optimizer_factory(self.discriminator.parameters()),
-            self.optimizer_factory(self._generator_parameters()),
-        ]
+        return [self.optimizer_factory(player.parameters()) for player in (self.discriminator, self.generator)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """The generator's: nothing else is used to sample."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("discriminator.")}
-
-    def _generator_parameters(self) -> list[nn.Parameter]:
-        return list(self.averaged_parameters().values())
+        return {f"generator.{name}": p for name, p in self.generator.named_parameters()}
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         z = torch.randn(n, self.latent_dim, generator=generator, device=generator.device)
-        return self.generate(z.to(self.device), self.used(cond))
+        return self.generate(z.to(self.device), self.used(cond)).clamp(-1, 1)
 
     def sampling_description(self) -> str:
         return "one pass, z ~ N(0, I)"
@@ -142,8 +157,9 @@ class GAN(GenerativeModel):
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator}
 
-
-def _label(cond: Cond) -> Tensor:
-    if "label" not in cond:
-        raise UserError("This GAN is conditional: it needs a class for each image, cond['label'].")
-    return cond["label"]
+    def _label(self, cond: Cond) -> Tensor | None:
+        if not self.conditional:
+            return None
+        if "label" not in cond:
+            raise UserError("This GAN is conditional: it needs a class for each image, cond['label'].")
+        return cond["label"]

@@ -244,6 +244,7 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "trained_against": trainer.lightning_module.trained_against,
+        "missing_modes": {str(step): said for step, said in looks[0].missing.items()} if looks else {},
     }
     if error:
         figures["error"] = error

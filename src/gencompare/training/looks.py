@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.errors import UserError
 from gencompare.evaluation.asked import asked_for
+from gencompare.evaluation.collapse import missing_modes
 from gencompare.evaluation.quantize import to_uint8
 from gencompare.evaluation.sampling import draw, evaluating
 from gencompare.evaluation.super_resolution import beside
@@ -35,7 +36,8 @@ class Looks(Callback):
 
     A look logs the means of ``validation_figures`` over the validation split (the same noise each time), writes a
     grid of samples from one fixed seed, and logs a Frechet distance between few samples and the validation images.
-    That distance is biased by its small n: it draws the curve and chooses ``best``, and is never a result.
+    That distance is biased by its small n: it draws the curve and chooses ``best``, and is never a result. Beside it
+    stand density and coverage of the same samples; where they say that modes of the data are missing, the look says so.
 
     Args:
         count: looks in a run, the last at its end; 0 for none.
@@ -69,15 +71,20 @@ class Looks(Callback):
         self.best: float | None = None
         self.since_best = 0
         """Looks since the best one."""
+        self.best_coverage = 0.0
+        self.missing: dict[int, str] = {}
+        """What was said of missing modes, by the step of the look."""
         self.peak_memory_bytes = 0
         """The most memory that training held; looks reset the device's own count."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done, "best": self.best, "since_best": self.since_best}
+        names = ("done", "best", "since_best", "best_coverage", "missing")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done, self.best = state_dict["done"], state_dict["best"]
         self.since_best = state_dict.get("since_best", 0)
+        self.best_coverage, self.missing = state_dict.get("best_coverage", 0.0), dict(state_dict.get("missing", {}))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if 0 < self.held_out < trainer.world_size:
@@ -109,12 +116,26 @@ class Looks(Callback):
         else:
             self.picture(trainer, model)
             if self.preview is not None:
-                name, distance = self.preview(model)
-                figures[f"val/{name}"] = distance
+                found = self.preview(model)
+                figures |= {f"val/{name}": value for name, value in found.items()}
+                distance = next(iter(found.values()))
+                self.watch(trainer, found)
                 if self.best is None or distance < self.best:
                     self.best, self.improved = distance, True
                 self.since_best = 0 if self.improved else self.since_best + 1
         log_figures(trainer, figures)
+
+    def watch(self, trainer: pl.Trainer, found: dict[str, float]) -> None:
+        """Say where modes of the data are missing from the samples, of whatever family they are."""
+        if "coverage" not in found:
+            return
+        said = missing_modes(found["density"], found["coverage"], self.best_coverage)
+        self.best_coverage = max(self.best_coverage, found["coverage"])
+        if said is not None:
+            step = clock_of(trainer).step
+            self.missing[step] = said
+            if trainer.is_global_zero:
+                print(f"Step {step}: {said}.", flush=True)
 
     def picture(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
         if not self.grid:

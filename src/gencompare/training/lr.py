@@ -16,23 +16,31 @@ from gencompare.training.clock import clock_of
 
 @dataclass(frozen=True)
 class WarmupDecay:
-    """Linear warm-up over ``warmup_steps`` steps, then constant, or decay to zero at the end of the budget.
+    """Linear warm-up over ``warmup_steps`` steps, then constant, or decay to ``last`` at the end of the budget.
 
-    factor(s, p) = min(1, (s + 1) / warmup_steps) * d(p), with p the share of the budget that is spent and
-    d(p) = 1, (1 + cos(pi p)) / 2 or 1 - p for ``constant``, ``cosine`` and ``linear``.
+    factor(s, p) = min(1, (s + 1) / warmup_steps) * (last + (1 - last) d(p)), with p the share of the budget that is
+    spent and d(p) = 1, (1 + cos(pi p)) / 2 or 1 - p for ``constant``, ``cosine`` and ``linear``. With ``decay_steps``,
+    p = min(1, s / decay_steps) whatever the budget.
     """
 
     warmup_steps: int = 0
     decay: str = "constant"
+    last: float = 0.0
+    decay_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "cosine", "linear"):
             raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine or linear.")
+        if not 0 <= self.last <= 1 or (self.decay_steps is not None and self.decay_steps < 1):
+            raise UserError(
+                f"lr_schedule: last={self.last} must be from 0 to 1, decay_steps={self.decay_steps} null or at least 1."
+            )
 
     def __call__(self, step: int, progress: float) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        decay = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress}
-        return warmup * decay[self.decay]
+        p = progress if self.decay_steps is None else min(1.0, step / self.decay_steps)
+        decay = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p}
+        return warmup * (self.last + (1 - self.last) * decay[self.decay])
 
 
 class LearningRate(Callback):

@@ -1,4 +1,4 @@
-"""The cheap distance of a look: few samples against the validation images."""
+"""The cheap figures of a look: few samples against the validation images."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 from gencompare.contract import GenerativeModel
 from gencompare.data.base import ImageData
 from gencompare.evaluation.evaluate import Protocol, draw_like
-from gencompare.evaluation.preview import preview_distance
+from gencompare.evaluation.preview import preview_figures
 
 
 class Preview:
-    """Frechet distance between ``n`` samples and the validation split, in the protocol's features.
+    """Frechet distance, density and coverage of ``n`` samples and the validation split, in the protocol's features.
 
     Biased upwards by its small n, and on another reference than a result's: fit to compare one run's looks with each
     other, and nothing else. All processes share the sampling.
@@ -25,7 +25,7 @@ class Preview:
         )
         self.extractor = protocol.extractor(data.spec)
 
-    def __call__(self, model: GenerativeModel) -> tuple[str, float]:
-        """The distance's name and value."""
+    def __call__(self, model: GenerativeModel) -> dict[str, float]:
+        """The figures by name, the distance first."""
         images = draw_like(model, self.n, self.data, self.protocol).images
-        return self.extractor.frechet_name, preview_distance(images, self.data, self.extractor)
+        return preview_figures(images, self.data, self.extractor)

@@ -1,0 +1,102 @@
+"""Missing modes are seen while a model trains, of whatever family it is, and said of results."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import Cond, GenerativeModel
+from gencompare.data.toy2d import Toy2D
+from gencompare.evaluation.collapse import EXPECTED_COVERAGE, missing_modes
+from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.neighbours import neighbourhood
+from gencompare.evaluation.raw import RawValues
+from gencompare.seeds import Draws
+from gencompare.training.budget import Budget
+from gencompare.training.clock import Clock
+from gencompare.training.looks import Looks
+from gencompare.training.preview import Preview
+
+RING = Toy2D("gaussians8", n=1000)
+
+
+def said(samples: Tensor, best: float = 0.0) -> str | None:
+    real = RING.split("val").images.flatten(1)
+    near = neighbourhood(samples[:1000], real)
+    return missing_modes(near.density, near.coverage, best)
+
+
+def test_samples_are_reported_where_modes_are_missing_and_nowhere_else() -> None:
+    test = RING.split("test")
+    points, labels = test.images.flatten(1), test.labels
+    assert labels is not None
+    assert said(points) is None, "as good as real"
+    assert said(points[labels < 6].repeat(2, 1)) is None, "a quarter of the modes: not yet"
+    # Three modes of eight: coverage cannot be above 3 / 8.
+    assert "reach 3" in (said(points[labels < 3].repeat(3, 1)) or "")
+    assert "reach 1" in (said(points[labels < 1].repeat(9, 1)) or "")
+    noise = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) + 2
+    assert said(noise) is None, "bad, but no collapse: nothing lies near real points"
+    assert "after 90% earlier on" in (said(noise, best=0.9) or "")
+    assert said(noise, best=0.3) is None, "it never was good"
+
+
+def test_coverage_of_real_images_is_what_is_expected_whatever_they_are() -> None:
+    """A law of ranks: it holds for any density, here a ring of modes and a plain normal in ten dimensions."""
+    normal = torch.randn(2, 2000, 10, generator=torch.Generator().manual_seed(0))
+    ring = [RING.split(name).images.flatten(1) for name in ("val", "test")]
+    for samples, real in (normal, ring):
+        # Coverage of neighbours goes together, so its standard deviation is a few times that of single coins.
+        assert neighbourhood(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
+
+
+class Narrowing(GenerativeModel):
+    """Draws real-looking points, of all modes at first, of one after half of the budget."""
+
+    def __init__(self) -> None:
+        super().__init__(RING.spec, optimizer=partial(torch.optim.SGD, lr=0.0))
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.steps = 0
+
+    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        self.steps += self.training
+        return {"loss": x.flatten(1).sum(1) * self.weight}
+
+    def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
+        split = RING.split("test")
+        images = split.images if self.steps <= 6 else split.images[split.labels == 0]  # type: ignore[operator]
+        return images[torch.randint(len(images), (n,), generator=generator)]
+
+
+def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol = Protocol(extractor=RawValues)
+    looks = Looks(count=4, grid=0, held_out=0, preview=Preview(RING, protocol, n=250), folder=tmp_path, seed=0)
+    logged: list[dict[str, float]] = []
+    logger = pl.loggers.CSVLogger(tmp_path)
+    logger.log_metrics = lambda metrics, step=None: logged.append(metrics)  # type: ignore[method-assign,assignment]
+    trainer = pl.Trainer(
+        callbacks=[Clock(0, 64, Budget(steps=12)), looks], logger=logger, max_epochs=-1, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(Narrowing(), datamodule=RING)
+    coverage = [row["val/coverage"] for row in logged]
+    assert min(coverage[:2]) > 0.85 and max(coverage[2:]) < 0.15
+    assert list(looks.missing) == [9, 12]
+    assert capsys.readouterr().out.count("modes are missing") == 2
+    other = Looks(count=4, grid=0, held_out=0, preview=None, folder=tmp_path, seed=0)
+    other.load_state_dict(looks.state_dict())
+    assert other.missing == looks.missing and other.best_coverage == max(coverage)
+
+
+def test_a_result_says_it_too() -> None:
+    split = RING.split("test")
+    narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
+    flags = evaluate(narrow[:100], RING, Protocol(extractor=RawValues, n=100)).details["flags"]
+    assert any("modes are missing" in flag for flag in flags)

@@ -1,0 +1,248 @@
+"""Generators and discriminators: sizes of the papers, an image by itself, the class where it belongs; the presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from composing import compose, options
+from gencompare.data.cifar10 import CIFAR10
+from gencompare.errors import UserError
+from gencompare.networks.class_norm import ClassNorm
+from gencompare.networks.r3gan import R3GANDiscriminator, R3GANGenerator
+from gencompare.networks.sngan import DownBlock, FirstBlock, UpBlock
+from gencompare.tasks.build import build_model
+from parts import loaded, part
+
+GENERATORS, DISCRIMINATORS = options("model/generator"), options("model/discriminator")
+PRESETS = ("cifar10_dcgan", "cifar10_gan", "cifar10_r3gan", "cifar10_sngan", "digits_gan", "fashion_mnist_gan")
+
+
+def small(group: str, option: str) -> Any:
+    """The option at a size for tests, its way of getting there found by looking."""
+    sizes = {"channels": 16, "max_channels": 32, "width": 16, "depth": 1, "features": 16}
+    return part(group, option, **{name: size for name, size in sizes.items() if name in loaded(group, option)})
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+# Sizes, counted by hand from the papers' tables
+
+
+def conv(i: int, o: int, k: int = 3, *, bias: bool = True) -> int:
+    return i * o * k * k + (o if bias else 0)
+
+
+def linear(i: int, o: int) -> int:
+    return i * o + o
+
+
+def dcgan() -> tuple[int, int]:
+    """Miyato et al. (2018), table 3 with M_g = 4. It gives no count; each batch norm has two numbers a channel."""
+    ups = sum(conv(i, o, 4) + 2 * o for i, o in ((512, 256), (256, 128), (128, 64)))
+    down = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
+    return linear(128, 512 * 16) + ups + conv(64, 3), sum(conv(*layer) for layer in down) + linear(512 * 16, 1)
+
+
+def sngan() -> tuple[int, int]:
+    """Miyato et al. (2018), table 4 and figure 8. It gives no count; shortcuts of blocks that change the side have a
+    convolution 1x1, as in the code published with it (gen_models/resblocks.py, dis_models/resblocks.py)."""
+    up = 2 * conv(256, 256) + conv(256, 256, 1) + 2 * 2 * 256
+    first, down = conv(3, 128) + conv(128, 128) + conv(3, 128, 1), 2 * conv(128, 128) + conv(128, 128, 1)
+    discriminator = first + down + 2 * 2 * conv(128, 128) + linear(128, 1)
+    return linear(128, 256 * 16) + 3 * up + 2 * 256 + conv(256, 3), discriminator
+
+
+def r3gan() -> tuple[int, int]:
+    """The code published with Huang et al. (2024), preset CIFAR10 with 10 classes: 4 stages of 768 channels, 2 blocks
+    each, expansion 2, 96 groups, latents of 64, label vectors of 64 and 768. (The count is worked out here.)"""
+    wide = 2 * 768
+    block = conv(768, wide, 1) + wide * (wide // 96) * 9 + wide + conv(wide, 768, 1, bias=False)
+    generator = 8 * block + 768 * 16 + (64 + 64) * 768 + 10 * 64 + 768 * 3
+    return generator, 8 * block + 3 * 768 + 768 * 16 + 768 * 768 + 10 * 768
+
+
+@pytest.mark.parametrize(
+    ("preset", "by_hand", "exactly"),
+    [
+        ("cifar10_dcgan", dcgan, (3_812_355, 2_935_873)),
+        ("cifar10_sngan", sngan, (4_276_739, 1_053_825)),
+        ("cifar10_r3gan", r3gan, (20_781_952, 21_280_512)),
+    ],
+)
+def test_presets_have_the_parameters_of_the_papers_tables(preset: str, by_hand: Any, exactly: tuple[int, int]) -> None:
+    cfg = compose(f"experiment={preset}")
+    classes = 10 if cfg.model.conditional else 0
+    with torch.device("meta"):
+        generator = part("generator", preset.removeprefix("cifar10_"))(cfg.model.latent_dim, (3, 32, 32), classes)
+        discriminator = part("discriminator", preset.removeprefix("cifar10_"))((3, 32, 32), classes)
+    assert (parameters(generator), parameters(discriminator)) == by_hand() == exactly
+
+
+# Every option
+
+
+@pytest.mark.parametrize("option", GENERATORS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 8), (3, 32, 32)], ids=str)
+def test_generators_make_each_image_by_itself_of_its_latent_and_class(option: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = small("generator", option)(5, shape, 3)
+    for p in net.parameters():  # nothing nought by initialisation
+        p.data += 0.05 * torch.randn_like(p)
+    z, label = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        x = net(z, label)
+        assert x.shape == (4, *shape) and x.dtype == torch.float32
+        assert torch.allclose(net(z[2:], label[2:]), x[2:], atol=1e-5)
+        other_class, other_latent = net(z, (label + 1) % 3), net(z.flip(0), label)
+    for other in (other_class, other_latent):
+        assert ((other - x).flatten(1).abs().amax(1) > 1e-4).all()
+    plain = small("generator", option)(5, shape, 0)
+    assert plain(z, None).shape == (4, *shape)
+
+
+@pytest.mark.parametrize("option", DISCRIMINATORS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 8), (3, 32, 32)], ids=str)
+def test_discriminators_score_each_image_by_itself_for_its_class(option: str, shape: tuple[int, ...]) -> None:
+    """Penalties on D's gradient rest on this: score i depends on image i alone, and on all of it."""
+    torch.manual_seed(0)
+    net = small("discriminator", option)(shape, 3)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x, label = torch.randn(4, *shape, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    scores = net(x, label)
+    assert scores.shape == (4,)
+    assert torch.allclose(net(x[2:], label[2:]), scores[2:], atol=1e-5)
+    assert ((net(x, (label + 1) % 3) - scores).abs() > 1e-5).all()
+    (gradient,) = torch.autograd.grad(scores[1], x)
+    assert gradient[1].ne(0).all() and not gradient[[0, 2, 3]].any()
+    assert small("discriminator", option)(shape, 0)(x, None).shape == (4,)
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_gradient_reaches_every_parameter(player: str, classes: int) -> None:
+    label = torch.tensor([0, 1, 2, 0]) if classes else None
+    for option in options(f"model/{player}"):
+        torch.manual_seed(0)
+        made = small(player, option)
+        net = made(5, (3, 8, 8), classes) if player == "generator" else made((3, 8, 8), classes)
+        for p in net.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        net(torch.randn(4, 5) if player == "generator" else torch.randn(4, 3, 8, 8), label).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in net.parameters()), option
+
+
+# Blocks
+
+
+def test_class_norm_has_a_scale_and_a_shift_for_each_class() -> None:
+    """Per image and group: mean b, standard deviation |a|, at the start 0 and 1 as without classes."""
+    torch.manual_seed(0)
+    norm, plain, x = ClassNorm(8, 3), ClassNorm(8), 5 + 3 * torch.randn(3, 8, 6, 6)
+    label = torch.tensor([0, 1, 2])
+    assert torch.allclose(norm(x, label), plain(x), atol=1e-6)
+    assert norm.classes is not None
+    norm.classes.weight.data.copy_(torch.arange(1.0, 49.0).view(3, 16))
+    y = norm(x, label).flatten(2)
+    expected = norm.classes.weight.data[label]
+    assert torch.allclose(y.mean(2), expected[:, 8:], atol=1e-3)
+    assert torch.allclose(y.std(2, unbiased=False), expected[:, :8], rtol=1e-3)
+
+
+def test_r3gan_starts_as_a_basis_of_images_and_its_blocks_as_the_identity() -> None:
+    """f(x) = 0 in every block at first, so the generator is linear in its latent."""
+    torch.manual_seed(0)
+    net = R3GANGenerator(5, (3, 16, 16), channels=16).double()
+    z, w = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    assert torch.allclose(net(2 * z - 3 * w), 2 * net(z) - 3 * net(w), atol=1e-10)
+    judge = R3GANDiscriminator((3, 16, 16), channels=16).double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    assert torch.allclose(judge(2 * x - 3), 2 * judge(x) - 3 * judge(torch.ones_like(x)), atol=1e-10)
+
+
+def test_r3gan_keeps_the_size_of_its_signal_however_deep_it_is() -> None:
+    """With last layers of a block as large as any, variances still grow by a bounded factor (Zhang et al. 2019)."""
+    for blocks in (1, 4, 16):
+        torch.manual_seed(0)
+        judge = R3GANDiscriminator((3, 4, 4), channels=64, blocks=blocks)
+        for block in judge.stages[0]:  # type: ignore[union-attr]
+            nn.init.normal_(block.narrow.weight, std=128**-0.5)
+        h = torch.randn(16, 64, 4, 4)
+        grown = judge.stages[0](h).var() / h.var()
+        assert 1.2 < float(grown.detach()) < 4
+
+
+def test_blocks_of_sngan_are_those_of_its_figure() -> None:
+    """Written out with functions alone, in double precision."""
+    torch.manual_seed(0)
+    f = nn.functional
+
+    def c(layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return f.conv2d(x, layer.weight, layer.bias, padding=layer.kernel_size[0] // 2)
+
+    def n(norm: ClassNorm, x: Tensor) -> Tensor:
+        return f.group_norm(x, 8, norm.norm.weight, norm.norm.bias)
+
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    up = UpBlock(8, 0).double()
+    twice = f.interpolate(f.relu(n(up.norm1, x)), scale_factor=2)
+    expected = c(up.conv2, f.relu(n(up.norm2, c(up.conv1, twice)))) + c(up.skip, f.interpolate(x, scale_factor=2))
+    assert torch.allclose(up(x, None), expected)
+    down = DownBlock(8, down=True).double()
+    inner = c(down.conv2, f.relu(c(down.conv1, f.relu(x))))
+    assert isinstance(down.skip, nn.Conv2d)
+    assert torch.allclose(down(x), f.avg_pool2d(inner + c(down.skip, x), 2))
+    same = DownBlock(8, down=False).double()
+    assert torch.allclose(same(x), x + c(same.conv2, f.relu(c(same.conv1, f.relu(x)))))
+    first = FirstBlock(8, 8).double()
+    inner = c(first.conv2, f.relu(c(first.conv1, x)))
+    assert torch.allclose(first(x), f.avg_pool2d(inner + c(first.skip, x), 2))
+
+
+def test_sizes_without_sense_are_refused() -> None:
+    with pytest.raises(UserError, match=r"halves the sides twice, and 6x6 cannot be: use\s+model/discriminator"):
+        part("discriminator", "sngan", channels=8)((1, 6, 6))
+    with pytest.raises(UserError, match="group_width=16"):
+        part("generator", "r3gan", channels=4)(5, (1, 8, 8))
+
+
+# Presets
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("conditional", [False, True])
+def test_every_preset_can_be_conditional_or_not(preset: str, conditional: bool) -> None:
+    cfg = compose(f"experiment={preset}", f"model.conditional={str(conditional).lower()}")
+    for player in (cfg.model.generator, cfg.model.discriminator):
+        player.channels = 16
+    data = CIFAR10.__new__(CIFAR10)  # its specification alone
+    model = build_model(cfg, data)
+    with torch.no_grad():
+        cond = {"label": torch.tensor([3, 1])} if conditional else {}
+        assert model.sample(2, cond, generator=torch.Generator().manual_seed(0)).shape == (2, 3, 32, 32)  # type: ignore[operator]
+
+
+def test_presets_carry_the_papers_settings() -> None:
+    """Steps of the generator, images for each step of the discriminator, Adam, losses (sources: the presets)."""
+    found = {}
+    for name in ("dcgan", "sngan", "r3gan"):
+        cfg = compose(f"experiment=cifar10_{name}")
+        m, batch = cfg.model, cfg.trainer.global_batch_size
+        game = m.adversarial._target_.rsplit(".", 1)[1]
+        sizes = (cfg.budget.images // batch, batch // m.d_steps, m.d_steps)
+        found[name] = (*sizes, m.optimizer.lr, *m.optimizer.betas, game)
+    assert found["dcgan"] == (100_000, 64, 1, 2e-4, 0.5, 0.999, "NonSaturating")
+    assert found["sngan"] == (50_000, 64, 5, 2e-4, 0.0, 0.9, "Hinge")
+    assert found["r3gan"] == (488_281, 512, 1, 2e-4, 0.0, 0.99, "Relativistic")
+    r3gan = compose("experiment=cifar10_r3gan")
+    assert pytest.approx(r3gan.callbacks.ema.decay, abs=5e-7) == 0.5 ** (512 / 5e6)
+    assert r3gan.model.lr_schedule.decay_steps == -(-20_000_000 // 512)
+    for name in ("r1", "r2"):
+        weight = r3gan.model.penalty[name].weight
+        assert (weight.first, weight.last, weight.images) == (0.05, 0.005, 20_000_000)

@@ -1,0 +1,70 @@
+"""A GAN under the trainer: one that is resumed equals an unbroken one, and one that diverges is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from composing import compose
+from gencompare.contract import TrainedModel
+from gencompare.errors import UserError
+from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
+
+
+def run(
+    folder: Path, *overrides: str, until: int = 30, resume: bool = False, rate: Callable[..., float] | None = None
+) -> tuple[pl.Trainer, TrainedModel]:
+    """Train a small GAN of digits until its budget is spent, or just past step ``until``; ``resume`` it there."""
+
+    class StopAt(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop |= trainer.callbacks[0].step == until
+
+    cfg = compose(
+        "model=gan", "data=digits", "trainer=cpu", "trainer.global_batch_size=8", "budget.images=null",
+        "budget.steps=30", "callbacks.looks.count=0", "callbacks.progress=false", "callbacks.curve.every=1",
+        "callbacks.checkpoints.every_minutes=0", "model.generator.channels=8", "model.discriminator.channels=8",
+        *overrides,
+    )  # fmt: skip
+    data = build_data(cfg)
+    model = build_model(cfg, data)
+    model.lr_schedule = rate
+    callbacks = build_callbacks(cfg, model, data, None, folder)
+    callbacks.insert(-1, StopAt())
+    trainer = build_trainer(cfg, model, callbacks, [], folder)
+    path = folder / "checkpoints" / "last.ckpt" if resume else None
+    trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True if resume else None)
+    return trainer, model
+
+
+def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None:
+    """Stopped between two changes of the augmentation's strength, with a penalty's weight that changes."""
+    parts = [
+        "model.conditional=true", "model.spectral_norm=true", "model.d_steps=2", "model/penalty=[r1,r2]",
+        "model/adversarial=relativistic", "model/discriminator_augmentation=ada", "budget.steps=5",
+        "model.discriminator_augmentation.horizon=100", "model.discriminator_augmentation.target=-0.9",
+        "model.penalty.r2.weight={_target_: gencompare.models.ramp.CosineRamp, first: 1.0, last: 0.1, images: 60}",
+    ]  # fmt: skip
+    _, whole = run(tmp_path / "whole", *parts)
+    trainer, _ = run(tmp_path / "broken", *parts, until=3)
+    assert trainer.callbacks[0].step == 3  # type: ignore[attr-defined]
+    trainer, resumed = run(tmp_path / "broken", *parts, resume=True)
+    assert trainer.callbacks[0].step == 5  # type: ignore[attr-defined]
+    state = whole.state_dict()
+    assert int(state["seen"]) == 40 and state["augmentation.strength"] > 0 and state["augmentation.steps"] == 2
+    for name, value in state.items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(tmp_path: Path) -> None:
+    """Its rate grows out of all bounds after the fourth step: a line names the figure, and what is saved is sound."""
+    with pytest.raises(UserError, match=r"is not finite at step \d+: training was stopped, and the last good"):
+        run(tmp_path, rate=lambda step, progress: 1.0 if step < 4 else 1e30)
+    stored: dict[str, Any] = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 4 <= stored["callbacks"]["Clock"]["step"] < 10
+    assert all(value.isfinite().all() for value in stored["state_dict"].values())
