@@ -23,7 +23,8 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 def take_step(model: pl.LightningModule, which: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """One step of the model's optimiser number ``which``; returns the norm of its gradient before clipping."""
-    optimizer = model.optimizers()[which]  # type: ignore[index]
+    optimizers = model.optimizers()  # an only one comes without a list
+    optimizer = optimizers[which] if isinstance(optimizers, list) else optimizers
     optimizer.zero_grad()
     model.manual_backward(loss)
     average_gradients(parameters)
