@@ -47,8 +47,7 @@ class EBM(GenerativeModel):
 
     A step whose energies are not finite or lie further than ``max_gap`` apart, before it or after, has diverged: the
     last good state is put back (`LastGood`), and the step reports nothing but ``rollbacks``, the number of such
-    returns so far.
-    No weights that were refused come into the moving average or a checkpoint.
+    returns so far. No weights that were refused come into the moving average or a checkpoint.
 
     Args:
         energy: a factory ``shape -> trunk`` of (n, C, H, W) -> (n, trunk.features), under a linear head.
