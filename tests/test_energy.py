@@ -359,13 +359,19 @@ def test_the_network_for_cifar10_is_the_published_one() -> None:
     biases = 128 + 2 * 3 * (128 + 256 + 512) + 1
     assert sum(p.numel() for p in model.parameters()) == weights + biases
     assert isinstance(model, EBM)
-    sides = []
-    for k in (0, 3, 6):
-        model.network.trunk.blocks[k].register_forward_hook(lambda m, args, out: sides.append(tuple(out.shape[1:])))  # type: ignore[union-attr]
-    assert model.network(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2,)
-    assert sides == [(128, 16, 16), (256, 8, 8), (512, 4, 4)]
     assert (cfg.model.langevin.step, cfg.model.langevin.noise, cfg.model.langevin.clip) == (40.0, 0.01, 0.005)
     assert (cfg.model.steps, cfg.model.buffer_size, cfg.model.restarts) == (60, 10_000, 0.05)
+
+
+def test_each_stage_halves_the_sides_as_long_as_they_are_at_least_four() -> None:
+    """32 to 4 in the three stages of the published network; 8x8 are halved once, and single points never."""
+    for side, sides in ((32, [16, 8, 4]), (8, [4, 4, 4]), (1, [1, 1, 1])):
+        network = EnergyResNet((3, side, side), channels=(4, 6, 8), blocks=3)
+        seen: list[tuple[int, ...]] = []
+        for block in network.blocks[2::3]:
+            block.register_forward_hook(lambda module, args, out, seen=seen: seen.append(tuple(out.shape[1:])))
+        assert network(torch.zeros(2, 3, side, side)).shape == (2, 8)
+        assert seen == [(c, s, s) for c, s in zip((4, 6, 8), sides, strict=True)]
 
 
 def test_pictures_order_images_by_energy() -> None:
