@@ -55,7 +55,8 @@ class EBM(GenerativeModel):
         steps: Langevin steps of a chain for each batch.
         sample_steps: Langevin steps from noise to a sample. A chain of the buffer is steps / restarts old on average
             when it ends.
-        buffer_size: chains in the replay buffer.
+        buffer_size: chains in the replay buffer. In a whole run each is taken (images seen) / buffer_size times, so a
+            short run wants few.
         restarts: share of a batch's chains that start anew.
         energy_l2: weight of the squared energies.
         data_noise: standard deviation of the noise on training images.
