@@ -28,17 +28,17 @@ class EBM(GenerativeModel):
 
         E_data[grad E(x)] - E_p[grad E(x)]
 
-    (Hinton 2002, "Training products of experts", eq. 3). The second mean is taken over chains of ``steps`` Langevin
-    steps, which go on where chains of a replay buffer stopped, or, with probability ``restarts``, start from noise that
-    is uniform in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling with energy-based models", algorithm
-    1; restarts=1 is the short-run chain of Nijkamp et al. 2019, "Learning non-convergent non-persistent short-run MCMC
-    toward energy-based model"). The gradient does not go through the chains. What is minimised is
+    (Hinton 2002, "Training products of experts by minimizing contrastive divergence"). The second mean is taken over
+    chains of ``steps`` Langevin steps, which go on where chains of a replay buffer stopped, or, with probability
+    ``restarts``, start from noise that is uniform in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling
+    with energy-based models", algorithm 1; restarts=1 is Nijkamp et al. 2019, "Learning non-convergent non-persistent
+    short-run MCMC toward energy-based model"). The gradient does not go through the chains. What is minimised is
 
         mean E(x) - mean E(x~) + energy_l2 (mean E(x)^2 + mean E(x~)^2),
 
     x with Gaussian noise of ``data_noise`` added, which spreads the density of images with few levels (Nijkamp et al.
-    2020, "On the anatomy of MCMC-based maximum likelihood learning of energy-based models", section 4). The last term
-    (Du and Mordatch 2019, section 3.3) keeps energies near 0, which the difference alone leaves free.
+    2019, algorithm 1). The last term (Du and Mordatch 2019, algorithm 1) keeps energies near 0, which the difference
+    alone leaves free.
 
     T = noise^2 / (2 step) is that of the `Langevin` steps. Where chains are far from their law (short runs, clipped
     gradients), the density is a tendency rather than a fact: it tells images from what are none, and its ratios are

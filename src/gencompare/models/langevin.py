@@ -16,8 +16,8 @@ from gencompare.errors import UserError
 class Langevin:
     r"""x' = x - step g(x) + noise z,  g = grad E with each entry held within [-clip, clip],  z ~ N(0, I).
 
-    Without clipping this is the unadjusted Langevin algorithm (Roberts and Tweedie 1996, section 1.4.1; Welling and Teh
-    2011, eq. 3) for p(x) ~ exp(-E(x) / T) at the temperature
+    Without clipping this is the unadjusted Langevin algorithm (Roberts and Tweedie 1996, "Exponential convergence of
+    Langevin distributions and their discrete approximations") for p(x) ~ exp(-E(x) / T) at the temperature
 
         T = noise^2 / (2 step),
 

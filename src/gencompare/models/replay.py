@@ -14,7 +14,7 @@ from gencompare.seeds import Draws
 class ReplayBuffer(nn.Module):
     """``size`` chains, of which each batch takes as many as it has images, and puts back what became of them.
 
-    Du and Mordatch (2019), "Implicit generation and modeling with energy-based models", section 3.2, and Tieleman
+    Du and Mordatch (2019), "Implicit generation and modeling with energy-based models", algorithm 1, and Tieleman
     (2008), "Training restricted Boltzmann machines using approximations to the likelihood gradient", whose chains
     persist: what a chain became takes its place. Chains of a batch are drawn without replacement.
 
