@@ -91,7 +91,8 @@ def test_every_experiment_takes_a_step_at_reduced_size(
     )  # fmt: skip
     if cfg.model.get("network", {}).get("channels"):
         cfg.model.network.channels = 32
-    if cfg.model.get("langevin"):
+    if cfg.model.get("energy", {}).get("channels"):
+        cfg.model.energy.channels = [8, 12]
         cfg.model.steps = 2
     data = build_data(cfg)
     model = build_model(cfg, data)
