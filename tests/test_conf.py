@@ -92,6 +92,11 @@ def test_every_experiment_takes_a_step_at_reduced_size(
     for network in ("network", "generator", "discriminator"):
         if cfg.model.get(network, {}).get("channels"):
             cfg.model[network].channels = 32
+    if cfg.model.get("latent"):
+        cfg.model.latent.autoencoder.encoder.channels = cfg.model.latent.autoencoder.decoder.channels = 8
+    if cfg.model.get("energy", {}).get("channels"):
+        cfg.model.energy.channels = [8, 12]
+        cfg.model.steps = 2
     data = build_data(cfg)
     model = build_model(cfg, data)
     before = {key: value.clone() for key, value in model.state_dict().items()}

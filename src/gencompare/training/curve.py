@@ -49,7 +49,9 @@ class Curve(Callback):
 
     def write(self, trainer: pl.Trainer) -> None:
         clock = clock_of(trainer)
-        figures = {f"train/{name}": float(mean.compute()) for name, mean in self._means.items()}
+        # A step that was undone tells less than others.
+        told = {name: mean for name, mean in self._means.items() if mean.update_called}
+        figures = {f"train/{name}": float(mean.compute()) for name, mean in told.items()}
         for mean in self._means.values():
             mean.reset()
         bad = [name for name, value in figures.items() if not math.isfinite(value)]

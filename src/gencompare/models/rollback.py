@@ -1,0 +1,92 @@
+"""Back to the last good state, when a training step has gone wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from gencompare.errors import UserError
+
+
+class LastGood:
+    """A copy of what training changes (the model's state and its optimiser's), to go back to.
+
+    The model says after each step whether it went well. A copy is made at the start, and whenever ``every`` steps in a
+    row did. Going back puts the last copy in place; the next step meets other images and other noise, and so may well
+    pass where the one before it did not. Where ``most`` returns brought no new copy, training ends.
+
+    All of this is a part of checkpoints (`state_dict`), so that a resumed run would go back as an unbroken one.
+
+    Args:
+        every: good steps from one copy to the next.
+        most: returns without a new copy between them that are made before training ends.
+    """
+
+    def __init__(self, every: int, most: int) -> None:
+        if every < 1 or most < 0:
+            raise UserError(f"model.keep_every={every}, model.max_rollbacks={most}: at least 1, and at least 0.")
+        self.every, self.most = every, most
+        self.kept: dict[str, Any] | None = None
+        self.since = 0
+        """Good steps since the copy was made or put back."""
+        self.in_a_row = 0
+        """Returns to this copy."""
+        self.total = 0
+        """Returns in the whole run."""
+
+    def begin(self, model: pl.LightningModule) -> None:
+        """Before a step: the first one leaves a copy of the first weights."""
+        if self.kept is None:
+            self._keep(model)
+
+    def passed(self, model: pl.LightningModule) -> None:
+        """A step went well."""
+        self.since += 1
+        if self.since >= self.every:
+            self._keep(model)
+
+    def go_back(self, model: pl.LightningModule, why: str) -> None:
+        """Undo everything since the copy. Raises `UserError`, with the copy in place, where that does not help."""
+        assert self.kept is not None, "begin() comes before a step"
+        model.load_state_dict(self.kept["model"])
+        optimizer = _optimizer(model)
+        optimizer.load_state_dict(
+            # What is put in is trained on, and the copy must stay as it is. Rates are not a part of the state.
+            {"state": _copied(self.kept["optimizer"]), "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        self.since = 0
+        self.in_a_row += 1
+        self.total += 1
+        if self.in_a_row > self.most:
+            raise UserError(
+                f"{why}, {self.in_a_row} times in a row from the same state: training was stopped, and the last good"
+                " checkpoint kept. Try a lower model.optimizer.lr, a higher model.energy_l2, model.spectral_norm=true,"
+                " or a lower model.langevin.step."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kept": self.kept, "since": self.since, "in_a_row": self.in_a_row, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept, self.since = state["kept"], state["since"]
+        self.in_a_row, self.total = state["in_a_row"], state["total"]
+
+    def _keep(self, model: pl.LightningModule) -> None:
+        self.kept = {
+            "model": _copied(model.state_dict()),
+            "optimizer": _copied(_optimizer(model).state_dict()["state"]),
+        }
+        self.since = self.in_a_row = 0
+
+
+def _optimizer(model: pl.LightningModule) -> Any:
+    """The model's only optimiser, without Lightning's wrapper."""
+    return model.optimizers(use_pl_optimizer=False)
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

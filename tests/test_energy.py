@@ -1,0 +1,612 @@
+"""Laws of the energy-based model: its Langevin steps, its gradient, its densities, and how it recovers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from composing import compose
+from gencompare.contract import DataSpec
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.evaluation.sampling import draw
+from gencompare.models.energy import EBM
+from gencompare.models.langevin import Langevin, input_gradient, last
+from gencompare.networks.energy import EnergyMLP, EnergyResNet
+from gencompare.seeds import Draws
+from gencompare.tasks.build import build_data, build_model
+from gencompare.training.budget import Budget
+from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.clock import Clock
+from gencompare.training.curve import Curve
+from gencompare.training.ema import EMA
+from gencompare.training.lr import LearningRate
+
+POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_levels=None)
+
+
+class Quadratic(nn.Module):
+    """phi(x) = (|x|^2 / 2, x_1, x_2): under a linear head, every isotropic Gaussian energy."""
+
+    features = 3
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return torch.cat([x.square().sum(1, keepdim=True) / 2, x], dim=1)
+
+
+def ebm(spec: DataSpec = POINTS, **options: Any) -> EBM:
+    """An EBM with its optimiser and backward pass outside of a trainer."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "energy": partial(EnergyMLP, width=16, depth=2),
+        "langevin": Langevin(step=0.005, noise=0.1),
+        "steps": 4,
+        "sample_steps": 8,
+        "buffer_size": 48,
+        "energy_l2": 0.0,
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+    }
+    model = EBM(spec, **(settings | options))
+    optimizer = model.configure_optimizers()
+    model.optimizers = lambda use_pl_optimizer=True: optimizer  # type: ignore[method-assign,assignment]
+    model.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
+    return model
+
+
+def gaussian_energy(model: EBM, precision: float, mean: tuple[float, float]) -> None:
+    """E(x) = precision |x - mean|^2 / 2 + constant."""
+    with torch.no_grad():
+        model.network.head.weight.copy_(torch.tensor([[precision, *(-precision * m for m in mean)]]))
+        model.network.head.bias.fill_(7.0)
+
+
+def train(
+    model: EBM, x: Tensor, steps: int, cond: dict[str, Tensor] | None = None, first: int = 0
+) -> dict[str, Tensor]:
+    figures: dict[str, Tensor] = {}
+    for step in range(first, first + steps):
+        model.draws = Draws.whole(torch.Generator().manual_seed(step), len(x))
+        figures = model.training_step((x, cond or {}), step)
+    return figures
+
+
+# Langevin steps
+
+CURVATURE = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+TEMPERATURE = 0.7
+
+
+def covariance_reached(step: float) -> Tensor:
+    """The covariance in which chains on x' L x / 2 end, from what a step does to basis vectors and to noise: it is
+    affine, so x -> A x + B z, and S = A S A' + B B' is solved as a linear system."""
+    langevin = Langevin(step, math.sqrt(2 * step * TEMPERATURE))
+    assert langevin.temperature == pytest.approx(TEMPERATURE)
+
+    def one(x: Tensor, z: Tensor) -> Tensor:
+        return last(langevin.walk(lambda x: ((x @ CURVATURE) * x).sum(1) / 2, x, 1, lambda: z))
+
+    eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    a, b = one(eye, zero).T, one(zero, eye).T
+    assert torch.equal(one(zero, zero), zero), "the mean stays"
+    solution = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - torch.kron(a, a), (b @ b.T).flatten())
+    return solution.view(2, 2)
+
+
+def test_the_law_of_a_gaussian_stays_as_the_step_shrinks() -> None:
+    """At a fixed temperature the covariance goes to T L^-1, and its bias falls in proportion to the step."""
+    truth = TEMPERATURE * torch.linalg.inv(CURVATURE)
+    biases = [float(torch.linalg.matrix_norm(covariance_reached(step) - truth)) for step in (0.04, 0.02, 0.01, 0.005)]
+    ratios = np.array(biases[:-1]) / np.array(biases[1:])
+    assert biases[-1] < 0.01 * float(torch.linalg.matrix_norm(truth))
+    assert np.allclose(ratios, 2, atol=0.1), ratios
+    # In the eigenvectors: (T / lambda) / (1 - step lambda / 2), so T / 2 is added in every direction, a step long.
+    step = 0.04
+    values = torch.linalg.eigvalsh(CURVATURE)
+    expected = (TEMPERATURE / values / (1 - step * values / 2)).sort().values
+    assert torch.allclose(torch.linalg.eigvalsh(covariance_reached(step)), expected, rtol=1e-9)
+
+
+def test_settings_of_the_paper_in_images_from_minus_one_to_one() -> None:
+    """A chain of u in [0, 1] with step 10, noise .005, gradients within .01 is one of 2 u - 1 with 40, .01, .005."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(6, 5, generator=generator, dtype=torch.float64)
+    x, noises = 2 * u - 1, torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
+
+    def energy(x: Tensor) -> Tensor:
+        return 0.004 * (x.square().sum(1) + (3 * x).sin().sum(1))
+
+    theirs, ours, clipped = u, x, 0
+    for z in noises:
+        leaf = theirs.clone().requires_grad_()
+        gradient = torch.autograd.grad(energy(2 * leaf - 1).sum(), leaf)[0]
+        clipped += int((gradient.abs() > 0.01).sum())
+        theirs = theirs - 10 * gradient.clamp(-0.01, 0.01) + 0.005 * z
+    assert 0 < clipped < noises.numel(), "some gradients are clipped and some are not"
+    rest = iter(noises)
+    ours = last(Langevin(40, 0.01, 0.005).walk(energy, x, 4, lambda: next(rest)))
+    assert torch.allclose(ours, 2 * theirs - 1, atol=1e-12)
+    assert Langevin(40, 0.01, 0.005).temperature == pytest.approx(0.005**2 / (2 * 10)) == pytest.approx(1.25e-6)
+
+
+def test_a_gradient_is_clipped_entry_by_entry() -> None:
+    slope = torch.tensor([5.0, -0.1, -8.0])
+    (state,) = Langevin(1.0, 1e-30, clip=0.5).walk(lambda x: x @ slope, torch.zeros(1, 3), 1, lambda: torch.zeros(1, 3))
+    assert torch.allclose(state, torch.tensor([[-0.5, 0.1, 0.5]]))
+
+
+def test_input_gradients_are_of_each_row_alone_and_need_no_gradient_mode() -> None:
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        gradient = input_gradient(lambda x: x.pow(3).sum(1), x)
+    assert torch.allclose(gradient, 3 * x.square()) and not gradient.requires_grad and not x.requires_grad
+
+
+# Learning
+
+
+def test_the_gradient_is_that_of_maximum_likelihood() -> None:
+    """On E = a |x|^2 / 2 + b . x: d/da is half the difference of mean squares, d/db that of means. The chains are those
+    that the buffer holds after the step, since the batch took them all."""
+    model = ebm(energy=Quadratic, buffer_size=32, optimizer=partial(torch.optim.SGD, lr=1.0), energy_l2=0.25)
+    gaussian_energy(model, 4.0, (0.5, -0.2))
+    before = model.network.head.weight.detach().double().clone().squeeze(0)
+    x = torch.randn(32, 2, 1, 1)
+    figures = train(model, x, 1)
+    real, chains = x.flatten(1).double().numpy(), model.replay.images.flatten(1).double().numpy()
+    a, b = before[0].item(), before[1:].numpy()
+
+    def energies(x: np.ndarray) -> np.ndarray:
+        return a * (x**2).sum(1) / 2 + x @ b + 7
+
+    expected = np.zeros(3)
+    for x_, sign in ((real, 1), (chains, -1)):
+        features = np.concatenate([(x_**2).sum(1, keepdims=True) / 2, x_], axis=1)
+        # d/dw (E + l2 E^2) = (1 + 2 l2 E) phi for images, (-1 + 2 l2 E) phi for chains.
+        expected += ((sign + 2 * 0.25 * energies(x_))[:, None] * features).mean(0)
+    moved = before - model.network.head.weight.detach().double().squeeze(0)
+    assert np.allclose(moved.numpy(), expected, rtol=1e-4), (moved, expected)
+    loss = energies(real).mean() - energies(chains).mean()
+    loss += 0.25 * ((energies(real) ** 2).mean() + (energies(chains) ** 2).mean())
+    assert figures["loss"].item() == pytest.approx(loss, rel=1e-4)
+    assert figures["energy_data"].item() == pytest.approx(energies(real).mean(), rel=1e-4)
+
+
+def test_a_gaussian_is_learned() -> None:
+    """The fixed point for data of mean m and variance v: E = a |x - m|^2 / 2 whose chains, of variance
+    (T / a) / (1 - step a / 2), have the data's: a = (1 - sqrt(1 - 2 step T / v)) / step, about T / v."""
+    generator = torch.Generator().manual_seed(3)
+    points = torch.tensor([0.4, -0.6]) + 0.5 * torch.randn(500, 2, generator=generator)
+    model = ebm(
+        energy=Quadratic, langevin=Langevin(step=0.1, noise=math.sqrt(0.05)), buffer_size=500, restarts=0.0, steps=10,
+        optimizer=partial(torch.optim.Adam, lr=0.03),
+    )  # fmt: skip
+    assert model.langevin.temperature == pytest.approx(0.25)
+    gaussian_energy(model, 2.0, (0.0, 0.0))
+    train(model, points.view(-1, 2, 1, 1), 120)
+    mean, variance = points.mean(0), (points - points.mean(0)).square().mean().item()
+    a, *b = model.network.head.weight.detach().squeeze(0).tolist()
+    assert a == pytest.approx((1 - math.sqrt(1 - 2 * 0.1 * 0.25 / variance)) / 0.1, rel=0.07)
+    assert [-value / a for value in b] == pytest.approx(mean.tolist(), abs=0.05)
+
+
+def test_density_ratios_of_a_gaussian_are_exact() -> None:
+    """log N(x; m, T / a) - log N(y; m, T / a), from the densities with their normalisation."""
+    model = ebm(energy=Quadratic, langevin=Langevin(step=0.02, noise=0.1))
+    gaussian_energy(model, 3.0, (0.3, 0.1))
+    x, y = torch.randn(5, 2, 1, 1), torch.randn(5, 2, 1, 1)
+    law = torch.distributions.Normal(torch.tensor([0.3, 0.1]).double(), math.sqrt(0.25 / 3.0))
+
+    def log_p(x: Tensor) -> Tensor:
+        return law.log_prob(x.flatten(1).double()).sum(1)
+
+    ratio = model.log_density_ratio(x, y)
+    assert ratio.shape == (5,) and torch.allclose(ratio.double(), log_p(x) - log_p(y), rtol=1e-4, atol=1e-4)
+    # The unnormalised density is off by one constant, log Z.
+    constant = model.unnormalized_log_density(x).double() - log_p(x)
+    assert torch.allclose(constant, constant[:1].expand(5), atol=1e-3)
+
+
+def test_all_modes_of_a_mixture_are_learned() -> None:
+    """Eight Gaussians of the plane, 5.7 standard deviations from one to the next: chains from noise under averaged
+    weights, as a trainer samples, find all of them, each with an eighth of the mass up to a quarter of it."""
+    angle = torch.arange(8) * math.pi / 4
+    centres = 0.75 * torch.stack([angle.cos(), angle.sin()], 1)
+    source = torch.Generator().manual_seed(1)
+    model = ebm(
+        energy=partial(EnergyMLP, width=32, depth=3), langevin=Langevin(step=0.015, noise=math.sqrt(0.006)), steps=10,
+        sample_steps=300, buffer_size=1024, restarts=0.02,
+        optimizer=partial(torch.optim.Adam, lr=1e-2, betas=(0.0, 0.999)),
+    )  # fmt: skip
+    average: list[Tensor] = []
+    for step in range(400):
+        if step == 300:
+            for group in model.optimizers().param_groups:  # type: ignore[union-attr]
+                group["lr"] = 1e-3
+        which = torch.randint(8, (256,), generator=source)
+        x = centres[which] + 0.1 * torch.randn(256, 2, generator=source)
+        train(model, x.view(-1, 2, 1, 1), 1, first=step)
+        if step >= 200:
+            weights = [p.detach().clone() for p in model.network.parameters()]
+            average = [torch.lerp(a, w, 0.02) for a, w in zip(average or weights, weights, strict=True)]
+    for p, a in zip(model.network.parameters(), average, strict=True):
+        p.data.copy_(a)
+    drawn = model.sample(2000, generator=torch.Generator().manual_seed(2)).flatten(1)
+    distance = torch.cdist(drawn, centres)
+    assert (distance.min(1).values < 0.3).float().mean() > 0.9, "three standard deviations"
+    share = torch.bincount(distance.argmin(1), minlength=8) / 2000
+    assert (share > 0.75 / 8).all() and (share < 1.25 / 8).all(), 8 * share
+
+
+def test_chains_of_a_batch_are_of_its_classes_and_different() -> None:
+    model = ebm(conditional=True, buffer_size=30)
+    label = torch.tensor([2, 0, 0, 1, 2, 2])
+    draws = Draws.whole(torch.Generator().manual_seed(0), 6)
+    places = model.replay.places(label, draws)
+    assert torch.equal(places // 10, label) and len(set(places.tolist())) == 6
+    train(model, torch.randn(6, 2, 1, 1), 1, {"label": label})
+    assert model.replay.started.view(3, 10).sum(1).tolist() == [2, 1, 3]
+
+
+def test_chains_go_on_where_they_stopped_unless_they_start_anew() -> None:
+    """With no gradient to speak of and hardly any noise, a chain stays where it started."""
+    kept: dict[float, Tensor] = {}
+    for restarts in (0.0, 1.0):
+        model = ebm(energy=Quadratic, buffer_size=8, restarts=restarts, langevin=Langevin(1e-12, 1e-9))
+        x = torch.randn(8, 2, 1, 1)
+        train(model, x, 1)
+        first = model.replay.images.clone()
+        assert first.abs().max() <= 1 and first.abs().max() > 0.5, "uniform in [-1, 1]"
+        train(model, x, 1, first=1)
+        kept[restarts] = (model.replay.images - first).abs().amax((1, 2, 3))
+    assert kept[0.0].max() < 1e-6 and kept[1.0].min() > 1e-3
+
+
+def test_chains_of_images_are_kept_as_bytes_and_stay_in_their_range() -> None:
+    spec = DataSpec("padded", (1, 8, 8), padding=2)
+    model = ebm(spec, energy=partial(EnergyResNet, channels=(4,)), langevin=Langevin(1.0, 0.5))
+    train(model, torch.rand(12, 1, 8, 8), 2)
+    assert model.replay.images.dtype == torch.uint8
+    states, started = model.replay.take(torch.arange(48))
+    assert states.abs().max() <= 1 and 12 <= int(started.sum()) <= 24
+    x = model.sample(3, generator=torch.Generator().manual_seed(0))
+    for images in (x, states[started]):
+        assert (images[:, :, :2] == -1).all() and (images[..., -2:] == -1).all()
+        assert images[..., 2:-2, 2:-2].max() > 0
+    again = model.replay.take(torch.arange(48))[0]
+    model.replay.put(torch.arange(48), again)
+    assert torch.equal(model.replay.take(torch.arange(48))[0], again), "bytes come back as they are"
+
+
+# Conditions, samples, networks
+
+
+def test_a_class_adds_one_product_with_the_features() -> None:
+    model = ebm(conditional=True)
+    network = model.network
+    assert network.classes is not None
+    x, y, other = torch.randn(4, 2, 1, 1), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
+    assert torch.equal(model.energy(x, {"label": y}), model.energy(x, {"label": other})), "all classes start alike"
+    nn.init.normal_(network.classes.weight)
+    difference = model.energy(x, {"label": y}) - model.energy(x, {"label": other})
+    v = network.classes.weight
+    assert torch.allclose(difference, ((v[y] - v[other]) * network.trunk(x)).sum(1), atol=1e-6)
+
+
+def test_a_class_that_is_asked_for_is_drawn() -> None:
+    places = torch.tensor([[0.6, 0.0], [-0.5, 0.5], [-0.3, -0.7]])
+    label = torch.arange(96) % 3
+    x = places[label][:, :, None, None] + 0.05 * torch.randn(96, 2, 1, 1, generator=torch.Generator().manual_seed(9))
+    model = ebm(
+        conditional=True, buffer_size=600, steps=10, sample_steps=100, langevin=Langevin(0.001, math.sqrt(0.002)),
+        energy=partial(EnergyMLP, width=32, depth=2), optimizer=partial(torch.optim.Adam, lr=1e-2, betas=(0.0, 0.999)),
+    )  # fmt: skip
+    train(model, x, 100, {"label": label})
+    drawn = model.sample(96, {"label": label}, generator=torch.Generator().manual_seed(1)).flatten(1)
+    assert (drawn - places[label]).norm(dim=1).median() < 0.2
+    with pytest.raises(UserError, match="label"):
+        model.sample(2, generator=torch.Generator())
+
+
+def test_samples_do_not_depend_on_the_buffer_and_their_network_calls_are_counted() -> None:
+    model = ebm(Digits.spec, energy=partial(EnergyResNet, channels=(4,)), sample_steps=7)
+    before = draw(model, 6, seed=1, chunk=4)
+    model.replay.images.random_(0, 255)
+    model.replay.started.fill_(True)
+    after = draw(model, 6, seed=1, chunk=4)
+    assert torch.equal(before.images, after.images)
+    assert before.nfe == {"network": 7.0}
+    assert not any(name.startswith("replay") for name in model.averaged_parameters())
+
+
+def test_spectral_norm_brings_every_weight_of_the_trunk_to_norm_one() -> None:
+    model = ebm(Digits.spec, energy=partial(EnergyResNet, channels=(8, 12)), spectral_norm=True).train()
+    for _ in range(200):
+        model.network(torch.zeros(1, 1, 8, 8))
+    model.eval()
+    weights = [m.weight for m in model.network.trunk.modules() if isinstance(m, nn.Conv2d)]
+    assert len(weights) == 1 + 2 + 3
+    for weight in weights:
+        assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+    model.train()
+    train(model, torch.rand(8, 1, 8, 8), 2)  # walks with the weights worked out once, and steps them afterwards
+
+
+def test_the_network_for_cifar10_is_the_published_one() -> None:
+    """ResNet32Large of github.com/openai/ebm_code_release (models.py): a convolution of 3 to 128 maps; blocks of two
+    convolutions, three each of 128, 256 and 512 maps, with a 3x3 shortcut where the number changes; one linear layer.
+    Biases are one a convolution but for shortcuts, and one of the linear layer."""
+    cfg = compose("experiment=cifar10_ebm")
+    with torch.device("meta"):
+        model = build_model(cfg, build_data(cfg))
+    block = {c: 2 * 9 * c * c for c in (128, 256, 512)}
+    widening = {c: 9 * (c // 2) * c + 9 * c * c + 9 * (c // 2) * c for c in (256, 512)}
+    weights = 9 * 3 * 128 + 3 * block[128] + widening[256] + 2 * block[256] + widening[512] + 2 * block[512] + 512
+    assert weights == 18_583_424
+    biases = 128 + 2 * 3 * (128 + 256 + 512) + 1
+    assert sum(p.numel() for p in model.parameters()) == weights + biases
+    assert isinstance(model, EBM)
+    assert (cfg.model.langevin.step, cfg.model.langevin.noise, cfg.model.langevin.clip) == (40.0, 0.01, 0.005)
+    assert (cfg.model.steps, cfg.model.buffer_size, cfg.model.restarts) == (60, 10_000, 0.05)
+
+
+def test_each_stage_halves_the_sides_as_long_as_they_are_at_least_four() -> None:
+    """32 to 4 in the three stages of the published network; 8x8 are halved once, and single points never."""
+    for side, sides in ((32, [16, 8, 4]), (8, [4, 4, 4]), (1, [1, 1, 1])):
+        network = EnergyResNet((3, side, side), channels=(4, 6, 8), blocks=3)
+        seen: list[tuple[int, ...]] = []
+        for block in network.blocks[2::3]:
+            block.register_forward_hook(lambda module, args, out, seen=seen: seen.append(tuple(out.shape[1:])))
+        assert network(torch.zeros(2, 3, side, side)).shape == (2, 8)
+        assert seen == [(c, s, s) for c, s in zip((4, 6, 8), sides, strict=True)]
+
+
+def test_pictures_order_images_by_energy() -> None:
+    """With E = |x|^2 / 2 + constant, the dark-grey image is likelier than the brighter ones, in every row."""
+    spec = DataSpec("grey", (1, 4, 4))
+    model = ebm(spec, energy=Quadratic4, sample_steps=30)
+    with torch.no_grad():
+        model.network.head.weight.fill_(1.0)
+    x = torch.tensor([0.9, -0.1, 0.5]).view(3, 1, 1, 1).expand(3, 1, 4, 4).contiguous()
+    pictures = model.pictures(x, {}, generator=torch.Generator().manual_seed(0))
+    assert set(pictures) == {"kinds", "ordered", "chains"}
+    assert pictures["kinds"].shape == (6, 3, 1, 4, 4) and pictures["chains"].shape == (3, 10, 1, 4, 4)
+    assert torch.allclose(pictures["kinds"][0, :, 0, 0, 0], torch.tensor([-0.1, 0.5, 0.9]))
+    energies = pictures["ordered"].flatten(2).square().sum(2).flatten()
+    assert (energies.diff() >= 0).all()
+    assert torch.equal(pictures["chains"][:, -1], model.sample(3, generator=after_pictures()))
+
+
+class Quadratic4(nn.Module):
+    """phi(x) = |x|^2 / 2."""
+
+    features = 1
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).square().sum(1, keepdim=True) / 2
+
+
+def after_pictures() -> torch.Generator:
+    """A generator in the state in which the corrupted images leave it: a permutation, normal and uniform numbers."""
+    generator = torch.Generator().manual_seed(0)
+    torch.randperm(16, generator=generator)
+    torch.rand(3, 1, 4, 4, generator=generator)
+    torch.randn(3, 1, 4, 4, generator=generator)
+    return generator
+
+
+# Divergence
+
+
+def test_a_planted_divergence_is_undone_and_told() -> None:
+    """A step at a rate far too high: weights, moments and chains are those of the last copy, bit by bit, and are so
+    the second time, after the copy was trained on."""
+    model = ebm(optimizer=partial(torch.optim.Adam, lr=1e-3), keep_every=5, max_gap=10.0)
+    optimizer: Any = model.optimizers()
+    x = torch.randn(16, 2, 1, 1)
+    assert train(model, x, 10)["rollbacks"] == 0
+    good, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    for count, step in ((1, 10), (2, 14)):
+        train(model, x, 3, first=step)
+        assert not torch.equal(good["network.head.weight"], model.network.head.weight)
+        optimizer.param_groups[0]["lr"] = 1e4
+        figures = train(model, x, 1, first=step + 3)
+        optimizer.param_groups[0]["lr"] = 1e-3
+        assert {name: value.item() for name, value in figures.items()} == {"rollbacks": count}
+        assert model.last_good.in_a_row == count
+        for name, value in good.items():
+            assert torch.equal(value, model.state_dict()[name]), name
+        for k, state in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, moments[k][name]) for name, value in state.items())
+    figures = train(model, x, 5, first=18)
+    assert figures["rollbacks"] == 2 and set(figures) > {"loss", "grad"}
+    assert model.last_good.in_a_row == 0, "five good steps leave a new copy"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_energies_that_are_not_finite_are_a_divergence(bad: float) -> None:
+    model = ebm()
+    x = torch.randn(16, 2, 1, 1)
+    train(model, x, 2)
+    with torch.no_grad():
+        model.network.head.bias.fill_(bad)
+    assert set(train(model, x, 1, first=2)) == {"rollbacks"}
+    assert torch.isfinite(model.network.head.bias).all()
+
+
+class Jump:
+    """A factor on the learning rate that is far too high from step ``at`` on."""
+
+    def __init__(self, at: int, last: int | None = None) -> None:
+        self.at, self.last = at, last
+
+    def __call__(self, step: int, progress: float) -> float:
+        return 1e7 if step >= self.at and (self.last is None or step <= self.last) else 1.0
+
+
+def run(
+    folder: Path, *, steps: int, until: int | None = None, resume: bool = False, **options: Any
+) -> tuple[EBM, list[pl.Callback]]:
+    """Train on digits with the project's trainer; stop short after step ``until``; ``resume`` from the checkpoint."""
+
+    class StopAt(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if until is not None and trainer.callbacks[0].step == until:
+                trainer.should_stop = True
+
+    torch.manual_seed(0)
+    data = Digits(batch_size=16, seed=3)
+    settings: dict[str, Any] = {
+        "energy": partial(EnergyMLP, width=16, depth=2), "langevin": Langevin(0.125, 0.05), "steps": 3,
+        "buffer_size": 400, "keep_every": 4, "max_gap": 50.0, "conditional": True, "data_noise": 0.05,
+        "optimizer": partial(torch.optim.Adam, lr=1e-3),
+    }  # fmt: skip
+    model = EBM(data.spec, **(settings | options))
+    callbacks: list[pl.Callback] = [
+        Clock(5, 16, Budget(steps=steps)), LearningRate(), EMA(0.9), StopAt(), Curve(1),
+        Checkpoints(folder, every_minutes=0),
+    ]  # fmt: skip
+    trainer = pl.Trainer(
+        callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model, datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=resume or None)
+    return model, callbacks
+
+
+def test_a_resumed_run_equals_an_unbroken_one_also_in_what_it_goes_back_to(tmp_path: Path) -> None:
+    """Broken off after step 10, with a divergence at step 11 whose copy is of step 8."""
+    options: dict[str, Any] = {"steps": 15, "lr_schedule": Jump(11, 11)}
+    whole, whole_callbacks = run(tmp_path / "whole", **options)
+    run(tmp_path / "broken", until=10, **options)
+    resumed, callbacks = run(tmp_path / "broken", resume=True, **options)
+    assert whole.last_good.total == resumed.last_good.total == 1
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for name, value in whole_callbacks[2].average.items():  # type: ignore[attr-defined]
+        assert torch.equal(value, callbacks[2].average[name]), name  # type: ignore[attr-defined]
+        assert torch.isfinite(value).all() and value.abs().max() < 10, "the average never saw what was undone"
+    assert {"replay.images", "replay.started"} <= whole.state_dict().keys()
+
+
+def test_a_divergence_that_cannot_be_mended_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"diverged.*3 times in a row.*last good checkpoint kept.*model\.optimizer\.lr"):
+        run(tmp_path, steps=40, lr_schedule=Jump(9), max_rollbacks=2)
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert stored["callbacks"]["Clock"]["step"] == 11, (
+        "two steps that were undone are saved, the third one ends the run"
+    )
+    weights = [value for name, value in stored["state_dict"].items() if name.startswith("network")]
+    assert all(torch.isfinite(w).all() and w.abs().max() < 10 for w in weights)
+
+
+# Several processes
+
+
+def share_of_training(rank: int, world: int, folder: Path, alone: bool) -> None:
+    """Six steps of one of ``world`` processes, each with its part of the batches; the fourth diverges."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        meeting = f"file://{folder}/store_{alone}"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    model = ebm(conditional=True, keep_every=2, max_gap=10.0, data_noise=0.1)
+    rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    if alone:
+        put = model.replay.put
+        model.replay.put = lambda places, x: put(places[rows], x[rows])  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(4)
+    x, label = torch.randn(48, 2, 1, 1, generator=generator), torch.randint(3, (48,), generator=generator)
+    for step in range(6):
+        for group in model.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = 1e5 if step == 3 else 0.1
+        model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
+        model.training_step((x[8 * step :][rows], {"label": label[8 * step :][rows]}), step)
+    assert model.last_good.total == 1
+    torch.save(model.state_dict(), folder / f"{world}_{rank}_{alone}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def trained_by(world: int, folder: Path, alone: bool = False) -> list[dict[str, Tensor]]:
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=share_of_training, args=(r, world, folder, alone)) for r in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{world}_{r}_{alone}.pt") for r in range(world)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
+    (whole,) = trained_by(1, tmp_path)
+    first, second = trained_by(2, tmp_path)
+    for name, value in whole.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(value.float(), first[name].float(), atol=2e-6), name
+    # Where each keeps its own chains, the buffers part: the law can fail.
+    first, second = trained_by(2, tmp_path, alone=True)
+    assert not torch.equal(first["replay.images"], second["replay.images"])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"sample_steps": 0}, "sample_steps"),
+        ({"restarts": 1.5}, "restarts"),
+        ({"energy_l2": -1.0}, "energy_l2"),
+        ({"data_noise": -0.1}, "data_noise"),
+        ({"max_gap": 0.0}, "max_gap"),
+        ({"keep_every": 0}, "keep_every"),
+        ({"buffer_size": 2, "conditional": True}, "buffer_size"),
+        ({"energy": partial(EnergyMLP, depth=0)}, "depth"),
+        ({"energy": partial(EnergyResNet, channels=())}, "channels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ebm(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"step": 0.0}, "step"), ({"noise": 0.0}, "noise"), ({"clip": 0.0}, "clip")]
+)
+def test_steps_without_sense_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=f"langevin.{message}"):
+        Langevin(**({"step": 1.0, "noise": 1.0} | changes))
+
+
+def test_a_batch_of_more_images_than_chains_is_refused() -> None:
+    with pytest.raises(UserError, match=r"buffer_size.*global_batch_size"):
+        train(ebm(buffer_size=15), torch.randn(16, 2, 1, 1), 1)
+
+
+def test_held_out_energies_are_a_figure_an_image() -> None:
+    model = ebm()
+    x = torch.zeros(5, 2, 1, 1)
+    figures = model.validation_figures(x, {}, Draws.whole(torch.Generator().manual_seed(0), 5))
+    assert all(value.shape == (5,) for value in figures.values())
+    assert torch.allclose(figures["energy_held_out"], model.energy(x))
