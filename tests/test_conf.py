@@ -97,6 +97,8 @@ def test_every_experiment_takes_a_step_at_reduced_size(
     if cfg.model.get("energy", {}).get("channels"):
         cfg.model.energy.channels = [8, 12]
         cfg.model.steps = 2
+    if "ladder" in cfg.model:
+        cfg.model.ladder.channels = cfg.model.ladder.max_channels = 16
     data = build_data(cfg)
     model = build_model(cfg, data)
     before = {key: value.clone() for key, value in model.state_dict().items()}

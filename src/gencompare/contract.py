@@ -221,6 +221,16 @@ class TrainedModel(pl.LightningModule):
         """The conditions that steer this model."""
         return {name: value for name, value in (cond or {}).items() if name in self.uses}
 
+    def label(self, cond: Cond) -> Tensor | None:
+        """The class of each image, (n,), that steers a conditional model; None for any other."""
+        if not self.conditional:
+            return None
+        if "label" not in cond:
+            raise UserError(
+                f"This {type(self).__name__} is conditional: it needs a class for each image, cond['label']."
+            )
+        return cond["label"]
+
 
 class GenerativeModel(TrainedModel):
     """A family of generative model of images in [-1, 1]: a `TrainedModel` that can also ``sample``."""

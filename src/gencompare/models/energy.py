@@ -106,7 +106,7 @@ class EBM(GenerativeModel):
 
     def energy(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         """E(x), or E(x, y) of a conditional model, of images (n, C, H, W): (n,) in float32."""
-        return self.network(x, self._label(self.used(cond))).float()
+        return self.network(x, self.label(self.used(cond))).float()
 
     def unnormalized_log_density(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         """log p(x) + log Z = -E(x) / T in nats, (n,); log p(x | y) + log Z_y of a conditional model."""
@@ -119,7 +119,7 @@ class EBM(GenerativeModel):
     # Training
 
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
-        x, label, draws = batch[0], self._label(self.used(batch[1])), self.draws
+        x, label, draws = batch[0], self.label(self.used(batch[1])), self.draws
         assert draws is not None, "the trainer's clock sets the draws of a step"
         self.last_good.begin(self)
         real = self._held(x + self.data_noise * draws.normal(x.shape[1:]).to(x))
@@ -203,16 +203,9 @@ class EBM(GenerativeModel):
             return x
         return x.clamp(-1, 1) * self.mask - (1 - self.mask)
 
-    def _label(self, cond: Cond) -> Tensor | None:
-        if not self.conditional:
-            return None
-        if "label" not in cond:
-            raise UserError("This EBM is conditional: it needs a class for each image, cond['label'].")
-        return cond["label"]
-
     def from_noise(self, n: int, cond: Cond | None, generator: torch.Generator) -> Iterator[Tensor]:
         """The states of ``n`` chains, (n, C, H, W) each: uniform noise, then one after each of ``sample_steps``."""
-        shape, label = (n, *self.spec.shape), self._label(self.used(cond))
+        shape, label = (n, *self.spec.shape), self.label(self.used(cond))
         noise = torch.rand(shape, generator=generator, device=generator.device).to(self.device)
         yield (x := self._held(noise * 2 - 1))
         yield from self._walk(

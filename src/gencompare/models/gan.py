@@ -72,12 +72,12 @@ class GAN(GenerativeModel):
 
     def generate(self, z: Tensor, cond: Cond) -> Tensor:
         """Images (n, C, H, W), black outside of the real pixels, from latents (n, latent_dim)."""
-        return self.generator(z, self._label(cond)).float() * self.mask - (1 - self.mask)
+        return self.generator(z, self.label(cond)).float() * self.mask - (1 - self.mask)
 
     def score(self, x: Tensor, cond: Cond, draws: Draws) -> Tensor:
         """The discriminator's logits of augmented images, (n,) in float32."""
         shown = x if self.augmentation is None else self.augmentation(x, draws)
-        return self.discriminator(shown, self._label(cond)).float()
+        return self.discriminator(shown, self.label(cond)).float()
 
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
         assert self.draws is not None, "the trainer's clock sets the draws of a step"
@@ -156,10 +156,3 @@ class GAN(GenerativeModel):
 
     def counted_networks(self) -> dict[str, nn.Module]:
         return {"generator": self.generator}
-
-    def _label(self, cond: Cond) -> Tensor | None:
-        if not self.conditional:
-            return None
-        if "label" not in cond:
-            raise UserError("This GAN is conditional: it needs a class for each image, cond['label'].")
-        return cond["label"]

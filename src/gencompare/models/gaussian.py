@@ -192,12 +192,8 @@ class Gaussian(GenerativeModel):
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         """m + z W + sqrt(s) e, with z and e standard normal; held within [-1, 1]."""
-        used, device = self.used(cond), self.mean.device
-        if self.conditional and "label" not in used:
-            raise UserError("This Gaussian is conditional: it needs a class for each image, cond['label'].")
-        if self.conditional:
-            part = used["label"]
-        else:
+        part, device = self.label(self.used(cond)), self.mean.device
+        if part is None:
             part = torch.multinomial(self.weight, n, replacement=True, generator=generator)
         z = torch.randn(n, self.rank_kept, generator=generator, device=device)
         x = torch.randn(n, self.spec.dims, generator=generator, device=device) * self.variance[part].sqrt()[:, None]

@@ -14,7 +14,7 @@ from gencompare.errors import UserError
 from gencompare.models import latent_pictures
 from gencompare.models.likelihoods import PixelLikelihood
 from gencompare.models.priors import Prior, StandardNormal
-from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal
+from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal, warmed_up
 from gencompare.seeds import Draws
 
 
@@ -111,10 +111,7 @@ class VAE(GenerativeModel):
     @property
     def beta_now(self) -> float:
         """beta at the step in progress, warmed up; beta itself outside of training."""
-        if not self.training or not self.kl_warmup_steps:
-            return self.beta
-        # With its one optimiser Lightning's count is that of training steps, and a resumed run goes on with it.
-        return self.beta * min(1.0, (self.global_step + 1) / self.kl_warmup_steps)
+        return self.beta * warmed_up(self, self.kl_warmup_steps)
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """``loss``, and in bits a real pixel value the two parts of the bound; where these are bits/dim of the data,
@@ -135,7 +132,9 @@ class VAE(GenerativeModel):
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         z = self.prior.sample(n, generator).to(self.device)
         h = self.decode(z, self.used(cond))
-        return self._picture(self.likelihood.sample(h, generator) if self.pixel_noise else self.likelihood.mean(h))
+        return self.likelihood.picture(
+            self.likelihood.sample(h, generator) if self.pixel_noise else self.likelihood.mean(h)
+        )
 
     def sampling_description(self) -> str:
         return f"{'draw from' if self.pixel_noise else 'mean of'} p(x | z), z ~ {self.prior.describe()}"
@@ -149,7 +148,7 @@ class VAE(GenerativeModel):
 
     def decoded_mean(self, z: Tensor, cond: Cond) -> Tensor:
         """The mean of p(x | z), as a picture."""
-        return self._picture(self.likelihood.mean(self.decode(z, cond)))
+        return self.likelihood.picture(self.likelihood.mean(self.decode(z, cond)))
 
     @torch.no_grad()
     def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
@@ -197,13 +196,5 @@ class VAE(GenerativeModel):
         return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
     def _embedded(self, cond: Cond) -> Tensor | None:
-        if self.labels is None:
-            return None
-        if "label" not in cond:
-            raise UserError("This VAE is conditional: it needs a class for each image, cond['label'].")
-        return self.labels(cond["label"])
-
-    def _picture(self, x: Tensor) -> Tensor:
-        """Black where there are no real pixels: nothing was learned there."""
-        mask = self.likelihood.mask
-        return x * mask - (1 - mask)
+        label = self.label(cond)
+        return None if self.labels is None else self.labels(label)

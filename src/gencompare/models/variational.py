@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -12,6 +13,15 @@ from torch import Tensor
 def kl_from_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, 1)) in nats, element by element (Kingma and Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var)
+
+
+def warmed_up(model: pl.LightningModule, steps: int) -> float:
+    """The share of their weight that divergences have at the step in progress: it rises evenly to 1 over the first
+    ``steps`` steps of training (Sonderby et al. 2016, "Ladder variational autoencoders"), and is 1 outside of it."""
+    if not model.training or not steps:
+        return 1.0
+    # With one optimiser Lightning's count is that of training steps, and a resumed run goes on with it.
+    return min(1.0, (model.global_step + 1) / steps)
 
 
 def importance_weighted_bound(log_weight: Callable[[], Tensor], samples: int) -> Tensor:

@@ -44,6 +44,10 @@ class PixelLikelihood(nn.Module, ABC):
         its bits/dim those of the data, and fit to be held against other models'."""
         return True
 
+    def picture(self, x: Tensor) -> Tensor:
+        """Images, black where there are no real pixels: nothing was learned there."""
+        return x * self.mask - (1 - self.mask)
+
     @property
     def step(self) -> float:
         """Delta, the distance between neighbouring levels."""
