@@ -98,7 +98,7 @@ class HVAE(GenerativeModel):
             kl[f"kl_{h}x{w}"] = kl[f"kl_{h}x{w}"] + posterior.kl(prior).flatten(1).sum(1)
             return posterior.at(draws.normal(layer.latent_shape).to(x.device))
 
-        h = self.ladder(self.label(cond, x), draw)
+        h = self.ladder(self._labels(cond, x), draw)
         return {"reconstruction": -self.likelihood.log_prob(h, x), **kl}
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class HVAE(GenerativeModel):
             found.append(prior.standardized(posterior.mean).flatten(1))
             return posterior.mean
 
-        self.ladder(self.label(cond, x), mean)
+        self.ladder(self._labels(cond, x), mean)
         return torch.cat(found, dim=1)
 
     def decode(self, u: Tensor, cond: Cond) -> Tensor:
@@ -176,7 +176,7 @@ class HVAE(GenerativeModel):
         def given(layer: LatentLayer, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             return prior.at(next(left).unflatten(1, layer.latent_shape))
 
-        return self.ladder(self.label(cond, u), given)
+        return self.ladder(self._labels(cond, u), given)
 
     def decoded_mean(self, u: Tensor, cond: Cond) -> Tensor:
         """The mean of p(x | z), black where there are no real pixels."""
@@ -229,14 +229,7 @@ class HVAE(GenerativeModel):
         """Standard normal numbers (n, `latent_dim`), drawn where the generator lives."""
         return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
-    def _label(self, cond: Cond, like: Tensor) -> Tensor:
+    def _labels(self, cond: Cond, like: Tensor) -> Tensor:
         """The class of each row of ``like``; noughts for a model without classes."""
-        if not self.conditional:
-            return torch.zeros(len(like), dtype=torch.int64, device=like.device)
-        if "label" not in cond:
-            raise UserError("This HVAE is conditional: it needs a class for each image, cond['label'].")
-        return cond["label"]
-
-    def _picture(self, x: Tensor) -> Tensor:
-        """Black where there are no real pixels: nothing was learned there."""
-        return torch.where(self.likelihood.mask > 0, x, -1.0)
+        label = self.label(cond)
+        return torch.zeros(len(like), dtype=torch.int64, device=like.device) if label is None else label

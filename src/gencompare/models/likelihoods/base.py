@@ -46,7 +46,7 @@ class PixelLikelihood(nn.Module, ABC):
 
     def picture(self, x: Tensor) -> Tensor:
         """Images, black where there are no real pixels: nothing was learned there."""
-        return x * self.mask - (1 - self.mask)
+        return torch.where(self.mask > 0, x, -1.0)
 
     @property
     def step(self) -> float:
