@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from gencompare.tasks.load import load_run
 from gencompare.tasks.main import main
+from gencompare.training.clock import Clock
 
 Cli = Callable[..., int]
 QUICK = [
@@ -112,6 +114,29 @@ def test_a_run_is_enough_without_its_first_stage(runs: Path, cli: Cli) -> None:
         assert record(runs / "ldm")["training"]["steps"] == 3
     finally:
         shutil.move(runs / "elsewhere", stage)
+
+
+def test_stopped_in_its_first_stage_the_same_command_goes_on(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*LDM, "evaluation.checkpoints=[]", "hydra.run.dir=ldm"]
+    with monkeypatch.context() as patch:
+        original = Clock.on_train_batch_start
+
+        def start(self: Clock, *args: Any) -> None:
+            original(self, *args)
+            if self.step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(Clock, "on_train_batch_start", start)
+        assert cli(*words) == 128 + signal.SIGTERM
+    assert "the same command goes on" in capsys.readouterr().out
+    (stage,) = stages(tmp_path)
+    assert record(stage)["state"] == "interrupted" and not (tmp_path / "ldm" / "record.json").exists()
+    assert cli(*words) == 0
+    assert stages(tmp_path) == [stage] and record(stage)["training"]["steps"] == 3
+    assert record(tmp_path / "ldm")["state"] == "finished"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,11 @@ def trained_first(cfg: DictConfig, data: ImageData, train: Callable[[DictConfig]
                 stage.out = str(folder.absolute())
                 stage.resume = stage.out if (folder / RECORD).exists() else None
                 print(f"First the autoencoder, in {folder}.", flush=True)
-                train(stage)
+                try:
+                    train(stage)
+                except (SystemExit, KeyboardInterrupt):
+                    print("It was stopped in its first stage: the same command goes on from there.", flush=True)
+                    raise
                 alone_again()
                 print("Now the model on its latents.", flush=True)
             else:
