@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from composing import compose
 from gencompare.compare import page
 from gencompare.compare.gather import gather
 from gencompare.compare.rank import Group, rank
@@ -36,6 +38,21 @@ def test_three_seeds_are_one_row_with_their_mean(tmp_path: Path) -> None:
     assert row.headline.value == pytest.approx(2.0)
     assert row.headline.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
     assert "mean of 3 seeds" in row.run.label
+
+
+def test_the_config_of_a_job_tells_seeds_from_settings(tmp_path: Path) -> None:
+    """The seed stands in several places of a real config: for the order of images, for the samples."""
+
+    def run(k: int, *words: str) -> Path:
+        config = OmegaConf.to_container(compose(f"seed={k}", *words))
+        return write_run(
+            tmp_path / f"{k}{len(words)}", [result(float(k), generation={"seed": k})], seed=k, config=config
+        )
+
+    (row,) = ranked([run(0), run(1), run(2)]).rows
+    assert row.line.seeds == [0, 1, 2]
+    assert len(ranked([run(0), run(1, "model.optimizer.lr=1e-4")]).rows) == 2
+    assert len(ranked([run(0), run(1, "data.flip=true")]).rows) == 2
 
 
 def test_the_best_seed_ranks_nothing(tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ def _but_for_seeds(run: Run, result: Result) -> str:
         return f"{run.folder} {result.id}"
     if isinstance(config.get("trainer"), dict):
         config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in OF_THE_MACHINE}
+    if isinstance(config.get("data"), dict):
+        # Orders the training images, and is the run's own.
+        config["data"] = {key: value for key, value in config["data"].items() if key != "seed"}
     # Adaptive solvers call their network a little more or less often from seed to seed.
     made["nfe"] = sorted(made["nfe"] or {})
     return json.dumps([run.record.family, run.record.data.get("hash"), config, made], sort_keys=True, default=str)
