@@ -67,7 +67,14 @@ def in_step_3(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     family: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    words = [f"model={family}", *QUICK, "budget.steps=6", "evaluation.checkpoints=[]", "callbacks.looks.count=0"]
+    words = [
+        f"model={family}",
+        "debug=fast",
+        *QUICK,
+        "budget.steps=6",
+        "evaluation.checkpoints=[]",
+        "callbacks.looks.count=0",
+    ]
     assert cli(*words, "hydra.run.dir=whole") == 0
     steps = checkpoint(tmp_path / "whole")["callbacks"]["Clock"]["step"]
     for number in STOPS[family]:
@@ -150,6 +157,11 @@ def test_a_value_that_follows_another_follows_it_in_a_run_folder_too(trained: Pa
     assert cli("task=evaluate", "run=copy", "model/sampler=ddim", "model.sampler.steps=2", "evaluation.n=110") == 0
     record = json.loads((tmp_path / "copy" / "record.json").read_text())
     assert record["results"][-1]["measurement"]["n"] == 110
+
+
+def test_a_group_is_set_to_null_as_in_a_yaml_file(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("model=ldm", "model/latent=null", "model/guidance=null", "--cfg", "job") == 0
+    assert "autoencoder" not in capsys.readouterr().out
 
 
 def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:

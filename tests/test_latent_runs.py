@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from composing import compose
+from gencompare.tasks.build import build_data
+from gencompare.tasks.first_stage import GROUP, stage_folder, stage_of
 from gencompare.tasks.load import load_run
 from gencompare.tasks.main import main
 from gencompare.training.clock import Clock
@@ -116,6 +120,36 @@ def test_a_run_is_enough_without_its_first_stage(runs: Path, cli: Cli) -> None:
         shutil.move(runs / "elsewhere", stage)
 
 
+def test_a_first_stage_is_a_run_like_any_other(runs: Path, cli: Cli) -> None:
+    (stage,) = stages(runs)
+    assert cli("task=export", f"run={stage}") == 0
+    assert cli(f"resume={stage}", "budget.steps=3") == 0
+
+
+def test_less_data_and_another_budget_make_another_first_stage(runs: Path) -> None:
+    def name(*words: str) -> str:
+        cfg = compose(*LDM, *words)
+        OmegaConf.set_struct(cfg, False)
+        cfg.choices = {"data": "digits", "debug": None, GROUP: "autoencoder"}
+        return stage_folder(stage_of(cfg), build_data(cfg)).name
+
+    first = name()
+    assert name("model/schedule=linear", "budget.steps=7", "evaluation.n=200", "trainer.accelerator=cpu") == first
+    names = {name(w) for w in ("data.limit=16", "seed=3", "model.latent.budget.steps=4", "trainer.global_batch_size=8")}
+    assert len(names | {first}) == 5
+
+
+def test_a_guide_on_other_latents_is_refused(runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    (stage,) = stages(runs)
+    assert cli(*LDM, "model.latent.budget.steps=2", "evaluation.checkpoints=[]", "hydra.run.dir=stranger") == 0
+    capsys.readouterr()
+    guided = ["task=sample", "run=ldm", "n=2", "model/guidance=auto"]
+    assert cli(*guided, "model.guidance.weak.run=stranger") == 1
+    assert "the latents of another autoencoder" in capsys.readouterr().err
+    assert cli(*guided, "model.guidance.weak.run=ldm") == 0
+    shutil.rmtree(next(iter(set(stages(runs)) - {stage})))
+
+
 def test_stopped_in_its_first_stage_the_same_command_goes_on(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +180,7 @@ def test_stopped_in_its_first_stage_the_same_command_goes_on(
         (["model.latent.run=ldm"], "no autoencoder"),
         (["model.latent.autoencoder.encoder.multipliers=[1,1,1,1,1]"], "halved 4 times"),
         (["+data/condition=low_res"], "model/latent=null"),
+        (["budget.steps=0"], "leaves nothing to train"),
         (["data=toy2d", "model.latent.autoencoder.perceptual=null"], "cannot be halved"),
     ],
 )

@@ -128,6 +128,9 @@ class Autoencoder(TrainedModel):
         """Images decoded from the latents that stand for them: no random numbers."""
         return self.coder.decode(self.coder.encode(x)).clamp(-1, 1)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.coder.bottleneck.check()  # the last good checkpoint stays
+
     @property
     def trained_against(self) -> list[str]:
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]

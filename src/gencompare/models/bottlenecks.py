@@ -7,6 +7,7 @@ of latents from elsewhere.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -97,8 +98,8 @@ class VQBottleneck(Bottleneck):
     batch. ``perplexity`` = exp(entropy of the codes' shares in the batch), 1 to K, says how many are in use. All of it
     is of the whole batch, however many processes share it.
 
-    `check` raises `UserError` when the codebook has collapsed: a single code in use for `PATIENCE` steps, in spite of
-    revival.
+    `check` raises `UserError` when the codebook has collapsed: a single code in use for so long that the others were
+    revived, and for `PATIENCE` steps more.
     """
 
     PATIENCE = 200
@@ -163,8 +164,10 @@ class VQBottleneck(Bottleneck):
             return torch.cdist(vectors, self.codebook).argmin(1)
 
     def check(self) -> None:
-        """Raises `UserError` where a single code has served all images for `PATIENCE` steps."""
-        if self.alone >= self.PATIENCE:
+        """Raises `UserError` where a single code has served all images, in spite of revival."""
+        # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
+        revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
+        if self.alone >= revived + self.PATIENCE:
             raise UserError(
                 f"The codebook has collapsed: for {int(self.alone)} steps all images fell on one of {self.codes}"
                 " codes, in spite of revival. Training was stopped, and the last good checkpoint kept. Try a lower"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gencompare.contract import DataSpec
+from gencompare.errors import UserError
 from gencompare.models.bottlenecks import Bottleneck
 from gencompare.seeds import Draws
 
@@ -37,6 +38,12 @@ class Coder(nn.Module):
         self.mask: Tensor
         with torch.no_grad():
             encoded = self.encoder(torch.zeros(1, *spec.shape))
+            decoded = self.decoder(torch.zeros(1, bottleneck.channels, *encoded.shape[2:]))
+        if decoded.shape[1:] != spec.shape:
+            raise UserError(
+                f"The decoder makes images of {tuple(decoded.shape[1:])} from what the encoder makes of {spec.shape}:"
+                " give both the same multipliers."
+            )
         self.latent_shape: tuple[int, int, int] = (bottleneck.channels, encoded.shape[2], encoded.shape[3])
 
     def forward(self, x: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

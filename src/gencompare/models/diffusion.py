@@ -203,7 +203,18 @@ class Diffusion(GenerativeModel):
         self.schedule.check()  # a learned one may have changed since it was built
         if self.guidance is not None:
             check_same_schedule(self.schedule, self.guidance)
+            self._check_same_latents(self.guidance)
         return used
+
+    def _check_same_latents(self, guidance: Guidance) -> None:
+        """Known once weights are loaded: two autoencoders of one shape make different latents."""
+        for name, guide in guidance.guides().items():
+            space = getattr(guide, "space", None)
+            if isinstance(space, Latents) and isinstance(self.space, Latents) and not space.same_as(self.space):
+                raise UserError(
+                    f"model.guidance.{name} works on the latents of another autoencoder: train both on one"
+                    " (model.latent.run=DIR)."
+                )
 
     def sampling_description(self) -> str:
         parts = [self.sampler.describe(), *([] if self.guidance is None else [self.guidance.describe()])]

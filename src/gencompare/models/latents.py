@@ -43,7 +43,7 @@ class Latents(nn.Module):
 
     Args:
         autoencoder: a factory ``spec -> model with a coder``, the first stage as it was trained.
-        run, checkpoint, weights: a trained one, whose weights `take` puts in here (as ``task=train`` does).
+        run: folder of a trained one, whose weights `take` puts in here (as ``task=train`` does).
         budget: of the first stage.
     """
 
@@ -52,13 +52,16 @@ class Latents(nn.Module):
 
     def __init__(self, spec: DataSpec, *, autoencoder: Callable[..., Any], **first_stage: Any) -> None:
         super().__init__()
-        trained = autoencoder(spec=replace(spec, conditions={}))
+        # Without the networks that its loss looks at, and without moving anyone's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            trained = autoencoder(spec=replace(spec, conditions={}), perceptual=None, discriminator=None)
         coder = getattr(trained, "coder", None)
         if not isinstance(coder, Coder):
             raise UserError(f"{type(trained).__name__} is no autoencoder: latents need model=autoencoder or vqvae.")
         self.coder = coder
         self.latent_shape = coder.latent_shape
-        self.trained_against: list[str] = trained.trained_against
+        self.trained_against: list[str] = []
+        """What the first stage's loss looked at; set with its weights."""
         self.register_buffer("mask", torch.ones(1, *self.latent_shape[1:]), persistent=False)
         self.mask: Tensor
         self.register_buffer("mean", torch.zeros(self.latent_shape[0], 1, 1))
@@ -71,10 +74,17 @@ class Latents(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        return (self.coder.encode(x) - self.mean) / self.std
+        # In full precision, as the whitening was measured.
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.coder.encode(x.float()) - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.coder.decode(z * self.std + self.mean)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.coder.decode(z.float() * self.std + self.mean)
+
+    def same_as(self, other: Latents) -> bool:
+        """Whether these are the latents of the same autoencoder: whitening by the same numbers tells."""
+        return torch.equal(self.mean, other.mean) and torch.equal(self.std, other.std)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Any, *, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gencompare.errors import UserError
 from gencompare.networks.blocks import he_normal
 
 
@@ -16,7 +17,7 @@ class PatchDiscriminator(nn.Module):
     Convolutions of 4x4 with stride 2, and two of stride 1 that end in a map of scores: Isola et al. (2017),
     "Image-to-image translation with conditional adversarial networks", appendix 6.1.2, with group norm in place of
     batch norm, so that no image's score depends on another's. Their 70x70 patches are ``layers=3``; small images want
-    fewer, and get no more than leave 4 scores or so a side.
+    fewer, and get no more than leave a side of 4.
 
     Args:
         shape: (C, H, W) of the images.
@@ -26,6 +27,10 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], *, width: int = 32, layers: int = 2) -> None:
         super().__init__()
+        if width < 8 or width % 8 or layers < 1:
+            raise UserError(f"A discriminator of patches with width={width}, layers={layers}: a multiple of 8, and 1.")
+        if min(shape[1:]) < 8:
+            raise UserError(f"Images of {shape[1]}x{shape[2]} have no patches: use model.discriminator=null.")
         while layers > 1 and min(shape[1:]) < 4 * 2**layers:
             layers -= 1
         widths = [width * min(2**k, 8) for k in range(layers + 1)]

@@ -75,6 +75,8 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
             "format=diffusers writes DDPMs: a U-Net that is told the timestep, under a table of betas of so many"
             " steps, with parameterization eps, x0 or v. Leave format out to write one file of weights."
         )
+    if model.autoencoder() is not None:
+        raise UserError("format=diffusers writes models of pixels, and this one works on latents: leave format out.")
     changed = [name for name, usual in ONLY.items() if cfg.model.network.get(name, usual) != usual]
     if changed:
         raise UserError(f"format=diffusers: UNet2DModel has nothing like model.network.{changed[0]} of this run.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ GROUP = "model@model.latent.autoencoder"
 """The group in which the autoencoder of a latent model is chosen."""
 
 
-DECIDES = ("model", "budget", "seed", "trainer.global_batch_size", "trainer.precision", "callbacks.ema", "data.flip")
+DECIDES = ("model", "budget", "seed", "data", "trainer.global_batch_size", "trainer.precision", "callbacks.ema")
 """Parts of a config that decide what is trained on given images."""
+PLACES = ("root", "cache", "eval_batch_size")
+"""What the part for the data holds beside that."""
 
 
 def adopted(cfg: DictConfig) -> DictConfig:
@@ -38,6 +41,11 @@ def adopted(cfg: DictConfig) -> DictConfig:
     if run is None or cfg.resume is not None or cfg.run is not None:
         return cfg
     theirs = frozen.load(Path(run))
+    if "bottleneck" not in theirs.model:
+        raise UserError(
+            f"{run} holds a run of model={theirs.family}, and no autoencoder: model.latent.run wants one of"
+            " model=autoencoder or vqvae."
+        )
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.model.latent.autoencoder = OmegaConf.merge(theirs.model, {"_partial_": True})
@@ -55,6 +63,11 @@ def trained_first(cfg: DictConfig, data: ImageData, train: Callable[[DictConfig]
         return cfg
     folder = Path(latent.run) if latent.run is not None else stage_folder(stage_of(cfg), data)
     if latent.run is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or cfg.trainer.num_nodes > 1:
+            raise UserError(
+                "Several nodes, or processes that were not started by this one, cannot train a first stage: train it"
+                " alone (model=autoencoder), and give model.latent.run=DIR."
+            )
         with locked(folder.with_name(f".{folder.name}.lock")):
             if not finished(folder):
                 stage = stage_of(cfg)
@@ -83,7 +96,9 @@ def stage_of(cfg: DictConfig) -> DictConfig:
     OmegaConf.set_struct(stage, False)
     stage.model = OmegaConf.masked_copy(latent.autoencoder, [str(k) for k in latent.autoencoder if k != "_partial_"])
     stage.data.pop("conditions", None)
-    stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
+    if cfg.choices.get("debug") is None:
+        stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
+    stage.callbacks.looks.patience = None  # nothing is drawn that could get better or worse
     stage.choices = stage_choices(cfg)
     stage.family = stage.choices["model"]
     stage.sweep_name = None
@@ -98,7 +113,8 @@ def stage_choices(cfg: DictConfig) -> dict[str, Any]:
     for group, choice in cfg.choices.items():
         name, _, place = str(group).partition("@")
         if place == at or place.startswith(f"{at}."):
-            own[name] = choice
+            usual = name.replace("/", ".") == "model" + place.removeprefix(at)
+            own[name if usual else f"{name}@model{place.removeprefix(at)}"] = choice
         elif not name.startswith("model") and name not in ("experiment", "sweep", "debug"):
             others[str(group)] = choice
     return {"model": "autoencoder", **others, **own}
@@ -106,7 +122,10 @@ def stage_choices(cfg: DictConfig) -> dict[str, Any]:
 
 def stage_folder(stage: DictConfig, data: ImageData) -> Path:
     """Named by a hash of all that decides what the autoencoder becomes, its data included."""
-    parts = {name: OmegaConf.to_container(OmegaConf.create({"": OmegaConf.select(stage, name)})) for name in DECIDES}
+    decides = OmegaConf.masked_copy(stage, list({name.split(".")[0] for name in DECIDES}))
+    parts: dict[str, Any] = {name: OmegaConf.select(decides, name) for name in DECIDES}
+    parts["data"] = {str(key): value for key, value in stage.data.items() if key not in PLACES}
+    parts = OmegaConf.to_container(OmegaConf.create(parts), resolve=True)  # type: ignore[assignment]
     text = json.dumps([parts, data.hash("train")], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:10]
     return Path(stage.paths.runs) / f"{data.spec.name}_{stage.family}_{key}"
@@ -122,8 +141,7 @@ def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
     if not isinstance(space, Latents):
         return
     folder = Path(cfg.autoencoder_run)
-    options = cfg.model.latent
-    found = load_run(folder, checkpoint=options.checkpoint, weights=options.weights)
+    found = load_run(folder)
     if not isinstance(found.model, Autoencoder):
         raise UserError(
             f"{folder} holds a {type(found.model).__name__}: model.latent.run wants a run of"
@@ -138,6 +156,7 @@ def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
         )
     space.to(chosen_device(cfg)).take(found.model.coder, training_images(data))
     space.to("cpu")  # where the trainer expects a model
+    space.trained_against = RunRecord.load(folder).training.get("trained_against", [])
 
 
 def sides(shape: tuple[int, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -41,7 +42,7 @@ def main() -> None:
         if CHILD in os.environ:
             call_task(thaw(Path(os.environ[CHILD])))
             return
-        sys.argv[1:] = base_on_run_folder(_with_extra_conf(sys.argv[1:]))
+        sys.argv[1:] = base_on_run_folder(_with_extra_conf(_without_groups_of_null(sys.argv[1:])))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
         if _failures:
             sys.exit(max(_failures))
@@ -117,6 +118,11 @@ def _cause(error: BaseException) -> BaseException:
 
 def _plain(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _without_groups_of_null(argv: list[str]) -> list[str]:
+    """``~model/guidance`` for ``model/guidance=null``: so it stands in YAML files, and Hydra's words do not know it."""
+    return [f"~{word.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", word) else word for word in argv]
 
 
 def _with_extra_conf(argv: list[str]) -> list[str]:

@@ -15,7 +15,6 @@ from gencompare.tasks import frozen
 TRAIN = "gencompare.tasks.train.train"
 NO_PART = (
     "out",
-    "autoencoder_run",
     "paths",
     "sweep_name",
     "command",

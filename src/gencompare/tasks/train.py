@@ -67,10 +67,11 @@ def train(cfg: DictConfig) -> None:
         protocol = build_protocol(cfg)
         protocol.check(data)
         check_choice(cfg.evaluation.checkpoints)
+    callbacks = build_callbacks(cfg, model, data, protocol, folder)
     if stored is None:
         cfg = first_stage.trained_first(cfg, data, train)
         first_stage.put_in(cfg, model, data)
-    trainer = build_trainer(cfg, model, build_callbacks(cfg, model, data, protocol, folder), [], folder)
+    trainer = build_trainer(cfg, model, callbacks, [], folder)
     clock = stored["callbacks"]["Clock"] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
         if rank_zero_only.rank == 0:
@@ -252,6 +253,8 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
     def change(record: RunRecord) -> None:
         record.state = state
         record.environment |= environment(device)
+        # A latent model that is resumed has its first stage's weights from its own checkpoint, and knows no more of it.
+        figures["trained_against"] = figures["trained_against"] or record.training.get("trained_against", [])
         record.training = figures
         record.checkpoints = {
             path.stem: str(path.relative_to(folder)) for path in (checkpoints.last, checkpoints.best) if path.exists()
