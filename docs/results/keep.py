@@ -2,7 +2,8 @@
 
     python docs/results/keep.py RUN_FOLDER NAME
 
-writes ``docs/results/NAME/record.json`` and ``curve.csv``, and the picture of its samples as ``docs/images/NAME.png``.
+writes ``docs/results/NAME/record.json`` and ``curve.csv``, and the picture of its samples as ``docs/images/NAME.png``; of a
+run that is one of many (NAME is ``SWEEP/RUN``) no picture.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def keep(run: Path, name: str) -> None:
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
     samples = record.results[0].pictures.get("samples")
-    if samples:
+    if samples and "/" not in name:
         IMAGES.mkdir(exist_ok=True)
         shutil.copyfile(run / samples, IMAGES / f"{name}.png")
-    record.name = name
+    record.name = Path(name).name
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:
         result.pictures.clear()
