@@ -607,3 +607,19 @@ def test_the_protocol_is_told_in_words():
         "500 generated images (conditional, labels: test, 250 from one seed at a time), held against the 500 images of"
         " the test split of digits, rounded to uint8, resized by bilinear to 299. Features: digits (beefbeefbeef)."
     )
+
+
+def test_a_latent_model_is_charged_with_its_autoencoder(tmp_path: Path) -> None:
+    training = {"seconds": 600.0, "images_seen": 1000}
+    first = {"run": "digits_autoencoder_0", "seconds": 300.0, "images_seen": 500}
+    write_run(tmp_path / "pixels", [result(1.0)], training=training)
+    write_run(tmp_path / "latents", [result(2.0)], training=training, model={"parameters": 7, "autoencoder": first})
+    gathered = gather([tmp_path / "pixels", tmp_path / "latents"])
+    (group,) = rank(gathered.runs)
+    (time,) = [column for column in columns(group) if column.title == "training time"]
+    pixels, latents = (time.cell(row) for row in group.rows)
+    assert (pixels.key, pixels.beside) == (600.0, "")
+    assert latents.key == 900.0 and "of it the autoencoder" in latents.beside
+    report([tmp_path / "pixels", tmp_path / "latents"], tmp_path / "page")
+    rows = list(csv.DictReader((tmp_path / "page" / "compare.csv").open()))
+    assert [row["autoencoder.images_seen"] for row in rows] == ["", "500"]

@@ -13,6 +13,7 @@ from gencompare.compare import words
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.rank import Group, Row, rank, without_figures
 from gencompare.files import write_text
+from gencompare.records import RunRecord
 
 LIKELIHOOD = "bpd_"
 """Beginning of the names of figures in bits/dim, one a way of scoring."""
@@ -53,7 +54,7 @@ def columns(group: Group) -> list[Column]:
         Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
         Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
         Column("images seen", _count(_images_seen)),
-        Column("training time", lambda row: _timed(row.run.record.training.get("seconds"))),
+        Column("training time", _training_time),
         Column("train images/s", _count(lambda row: row.run.record.training.get("images_per_second"), words.rate)),
         Column("samples/s", _count(_samples_per_second, words.rate)),
         Column("weights", lambda row: _text(weights(row)), numeric=False),
@@ -131,9 +132,19 @@ def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = wor
     return cell
 
 
-def _timed(value: Any) -> Cell:
-    seconds = words.number(value)
-    return Cell(words.duration(seconds), key=seconds)
+def _training_time(row: Row) -> Cell:
+    """Of all that the model needed: with the autoencoder that a latent model works on."""
+    seconds = words.number(row.run.record.training.get("seconds"))
+    before = words.number(first_stage(row.run.record).get("seconds"))
+    if seconds is None or before is None:
+        return Cell(words.duration(seconds), key=seconds)
+    return Cell(words.duration(seconds + before), f"{words.duration(before)} of it the autoencoder", seconds + before)
+
+
+def first_stage(record: RunRecord) -> dict[str, Any]:
+    """What the autoencoder of a latent model cost; empty for any other."""
+    found = record.model.get("autoencoder")
+    return found if isinstance(found, dict) else {}
 
 
 def _nfe(row: Row) -> Cell:
@@ -202,6 +213,7 @@ def _about(run: Run) -> dict[str, Any]:
         "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,
         "state": record.state, "folder": str(run.folder), "parameters": words.number(record.model.get("parameters")),
         **{f"training.{name}": words.number(record.training.get(name)) for name in costs},
+        **{f"autoencoder.{name}": words.number(first_stage(record).get(name)) for name in costs},
     }  # fmt: skip
 
 

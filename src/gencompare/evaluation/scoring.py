@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from gencompare.contract import Cond, TrainedModel
+from gencompare.contract import Cond, Reconstructs, TrainedModel
 from gencompare.evaluation.distributed import shared_out
 from gencompare.evaluation.features import Extractor
 from gencompare.evaluation.frechet import frechet_distance
@@ -68,8 +68,8 @@ def reconstruction(
     images of 11 pixels and more; and ``r<frechet>``, the Frechet distance of reconstructions from the images that they
     are of, where n exceeds the features.
     """
-    autoencoder = model.autoencoder() if isinstance(model, TrainedModel) else None
-    if autoencoder is None or data.spec.num_levels is None:
+    autoencoder = model.autoencoder() if isinstance(model, TrainedModel) else model
+    if not isinstance(autoencoder, Reconstructs) or data.spec.num_levels is None:
         return {}
     rows = test_rows(data, n)
 
