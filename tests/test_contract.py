@@ -22,8 +22,9 @@ def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
         f"model={family}", "data=digits", "trainer=cpu", "trainer.global_batch_size=16", "budget.images=null",
         "budget.steps=2", "callbacks.looks.count=0", "callbacks.progress=false", "callbacks.curve.every=1", *overrides,
     )  # fmt: skip
-    if cfg.model.get("sampler", {}).get("steps", 0) > 5:
-        cfg.model.sampler.steps = 5  # nothing here asks for good images
+    for name, value in cfg.model.get("sampler", {}).items():
+        if name.endswith("steps") and value > 5:
+            cfg.model.sampler[name] = 5  # nothing here asks for good images
     data = build_data(cfg)
     return cfg, build_model(cfg, data), data
 
