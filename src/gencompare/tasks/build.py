@@ -160,5 +160,6 @@ def _quiet() -> None:
         ".*LightningModule.configure_optimizers` returned `None`.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*You are using a CUDA device.*Tensor Cores.*",
+        ".*in eval mode at the start of training.*",  # frozen parts are meant to be
     ):
         warnings.filterwarnings("ignore", text)
