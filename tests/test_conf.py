@@ -92,6 +92,8 @@ def test_every_experiment_takes_a_step_at_reduced_size(
     for network in ("network", "generator", "discriminator"):
         if cfg.model.get(network, {}).get("channels"):
             cfg.model[network].channels = 32
+        if isinstance(cfg.model.get(network, {}).get("blocks"), int):
+            cfg.model[network].blocks = 1
     if cfg.model.get("latent"):
         cfg.model.latent.autoencoder.encoder.channels = cfg.model.latent.autoencoder.decoder.channels = 8
     if cfg.model.get("energy", {}).get("channels"):
