@@ -2,8 +2,8 @@
 
     python docs/results/keep.py RUN_FOLDER NAME
 
-writes ``docs/results/NAME/record.json`` and ``curve.csv``, and the picture of its samples as ``docs/images/NAME.png``; no
-picture of a run that is one of many (NAME is ``SWEEP/RUN``).
+writes ``docs/results/NAME/record.json`` and ``curve.csv``, and the picture of its samples as ``docs/images/NAME.png``,
+but for a run that is one of many (NAME is ``SWEEP/RUN``).
 """
 
 from __future__ import annotations
