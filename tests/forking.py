@@ -13,6 +13,36 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+from torch import Tensor
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+
+
+def in_processes(
+    world: int, folder: Path, share: Callable[..., Mapping[str, Tensor]], *args: Any
+) -> list[dict[str, Tensor]]:
+    """What ``share(rank, world, *args)`` gives in each of ``world`` processes of one gloo group, by rank."""
+    name = uuid4().hex
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        meeting = f"file://{folder}/{name}"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+        torch.save(dict(share(rank, world, *args)), folder / f"{name}_{rank}.pt")
+        torch.distributed.destroy_process_group()
+
+    processes = [get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{name}_{rank}.pt") for rank in range(world)]
 
 
 class Forked:

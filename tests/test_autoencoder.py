@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from composing import compose
+from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec, LatentSpace, Reconstructs
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -147,10 +147,8 @@ def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
         model.on_save_checkpoint({})
 
 
-def learn_codes(rank: int, world: int, folder: Path) -> None:
-    if world > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+def learn_codes(rank: int, world: int) -> dict[str, Tensor]:
+    """Three steps of one of ``world`` processes, each with its part of the batches."""
     torch.manual_seed(0)
     quantizer = VQBottleneck(channels=2, codes=8, revive=0.2)
     # Adam would magnify the rounding of gradients that are nought.
@@ -162,21 +160,13 @@ def learn_codes(rank: int, world: int, folder: Path) -> None:
     for step in range(3):
         model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((x[8 * step :][rows], {}), step)
-    torch.save(model.state_dict(), folder / f"{world}_{rank}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return model.state_dict()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+@needs_fork
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=learn_codes, args=(r, w, tmp_path)) for r, w in [(0, 1), (0, 2), (1, 2)]]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    alone, first, second = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    (alone,) = in_processes(1, tmp_path, learn_codes)
+    first, second = in_processes(2, tmp_path, learn_codes)
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(value.float(), first[name].float(), atol=1e-4), name

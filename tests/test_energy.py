@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from composing import compose
+from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -519,13 +519,8 @@ def test_a_divergence_that_cannot_be_mended_ends_the_run_and_keeps_the_last_good
 # Several processes
 
 
-def share_of_training(rank: int, world: int, folder: Path, alone: bool) -> None:
+def share_of_training(rank: int, world: int, alone: bool = False) -> dict[str, Tensor]:
     """Six steps of one of ``world`` processes, each with its part of the batches; the fourth diverges."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        meeting = f"file://{folder}/store_{alone}"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     model = ebm(conditional=True, keep_every=2, max_gap=10.0, data_noise=0.1)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     if alone:
@@ -539,31 +534,18 @@ def share_of_training(rank: int, world: int, folder: Path, alone: bool) -> None:
         model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((x[8 * step :][rows], {"label": label[8 * step :][rows]}), step)
     assert model.last_good.total == 1
-    torch.save(model.state_dict(), folder / f"{world}_{rank}_{alone}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return model.state_dict()
 
 
-def trained_by(world: int, folder: Path, alone: bool = False) -> list[dict[str, Tensor]]:
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=share_of_training, args=(r, world, folder, alone)) for r in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    return [torch.load(folder / f"{world}_{r}_{alone}.pt") for r in range(world)]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+@needs_fork
 def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
-    (whole,) = trained_by(1, tmp_path)
-    first, second = trained_by(2, tmp_path)
+    (whole,) = in_processes(1, tmp_path, share_of_training)
+    first, second = in_processes(2, tmp_path, share_of_training)
     for name, value in whole.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(value.float(), first[name].float(), atol=2e-6), name
     # Where each keeps its own chains, the buffers part: the law can fail.
-    first, second = trained_by(2, tmp_path, alone=True)
+    first, second = in_processes(2, tmp_path, share_of_training, True)
     assert not torch.equal(first["replay.images"], second["replay.images"])
 
 

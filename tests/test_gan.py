@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from composing import options
+from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -225,13 +225,8 @@ def digits_gan(spec: DataSpec = Digits.spec, **options: Any) -> GAN:
     )
 
 
-def share_of_training(rank: int, world: int, folder: Path, reduce: bool) -> None:
+def share_of_training(rank: int, world: int, reduce: bool = True) -> dict[str, Tensor]:
     """Three steps of one of ``world`` processes, each with its part of the batches, in two parts each."""
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        meeting = f"file://{folder}/store_{reduce}"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     model = by_hand(digits_gan(conditional=True, d_steps=2))
     for optimizer in model.optimizers():  # type: ignore[union-attr]
         optimizer.register_step_pre_hook(lambda o, *_: model.on_before_optimizer_step(o))
@@ -245,33 +240,20 @@ def share_of_training(rank: int, world: int, folder: Path, reduce: bool) -> None
         batch, labels = x[8 * step :][rows], cond["label"][8 * step :][rows]
         model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((batch, {"label": labels}), step)
-    torch.save(model.state_dict(), folder / f"{world}_{rank}_{reduce}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return model.state_dict()
 
 
-def trained_by(world: int, folder: Path, reduce: bool = True) -> list[dict[str, Tensor]]:
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=share_of_training, args=(r, world, folder, reduce)) for r in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    return [torch.load(folder / f"{world}_{r}_{reduce}.pt") for r in range(world)]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+@needs_fork
 def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
-    (alone,) = trained_by(1, tmp_path)
+    (alone,) = in_processes(1, tmp_path, share_of_training)
     # Three times the strength was set, by 4 images' signs in two steps each.
     assert alone["augmentation.strength"] > 0 and int(alone["seen"]) == 24
-    first, second = trained_by(2, tmp_path)
+    first, second = in_processes(2, tmp_path, share_of_training)
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(value, first[name], atol=2e-6), name
     # Without the reduction they would part: the law can fail.
-    first, second = trained_by(2, tmp_path, reduce=False)
+    first, second = in_processes(2, tmp_path, share_of_training, False)
     assert any(not torch.allclose(first[name], second[name], atol=1e-4) for name in alone)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from composing import compose
+from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec, Explores, Reconstructs
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -404,12 +404,8 @@ def test_a_gradient_is_taken_clipped_or_away(
     assert model.skipped_steps == (expected is None)
 
 
-def share_of_training(rank: int, world: int, folder: Path) -> None:
+def share_of_training(rank: int, world: int) -> dict[str, Tensor]:
     """Four steps of one of ``world`` processes under DDP; the third has a huge gradient on the last process alone."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    meeting = f"file://{folder}/store_{world}"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     model = hvae(grad_skip=1e4, grad_clip=1.0, optimizer=partial(torch.optim.AdamW, lr=1e-3, eps=1e-2))
 
     class Step(nn.Module):
@@ -430,21 +426,13 @@ def share_of_training(rank: int, world: int, folder: Path) -> None:
         (loss * (1e6 if k == 2 and rank == world - 1 else 1)).backward()
         model.on_before_optimizer_step(optimizer)
         optimizer.step()
-    torch.save(model.state_dict(), folder / f"{world}_{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return model.state_dict()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+@needs_fork
 def test_two_processes_skip_together_and_learn_what_one_learns(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("fork")
-    for world in (1, 2):
-        running = [context.Process(target=share_of_training, args=(r, world, tmp_path)) for r in range(world)]
-        for process in running:
-            process.start()
-        for process in running:
-            process.join(timeout=60)
-            assert process.exitcode == 0
-    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    (alone,) = in_processes(1, tmp_path, share_of_training)
+    first, second = in_processes(2, tmp_path, share_of_training)
     assert alone["skipped_steps"] == first["skipped_steps"] == 1
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
