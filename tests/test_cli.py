@@ -336,6 +336,19 @@ def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: 
     assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["pictures"]["samples"]).exists()
 
 
+def test_the_controls_of_a_protocol_are_measured(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    words = ["task=controls", "data=toy2d", "evaluation=quick", "hydra.run.dir=run"]
+    assert cli(*words) == 0
+    names = ["copies", "class dropped", "noise", "gaussian"]
+    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
+    assert [result["generation"]["sampler"] for result in results] == [f"control: {name}" for name in names]
+    rows = (tmp_path / "run" / "controls.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["real", *names]
+    capsys.readouterr()
+    assert cli(*words) == 1
+    assert "holds a run already" in complaint(capsys)
+
+
 @pytest.mark.parametrize("preset", options("debug"))
 def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
     words = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
 from gencompare.evaluation import source
-from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.evaluate import Progress, Protocol, evaluate
 from gencompare.evaluation.quantize import as_stored, stored_split
-from gencompare.protocol import Generation
 from gencompare.records import Result
 from gencompare.seeds import generator
 
@@ -39,16 +40,27 @@ def control_images(data: source.Data, n: int, seed: int = 0) -> dict[str, Tensor
 
 
 def controls(
-    data: source.Data, protocol: Protocol | None = None, *, baseline: source.Samples | None = None
+    data: source.Data,
+    protocol: Protocol | None = None,
+    *,
+    baseline: source.Samples | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Result]:
     """The result of each control, and of a fitted ``baseline`` (the Gaussian one), under ``protocol``."""
     protocol = protocol or Protocol()
     n = protocol.size(data, protocol.check(data))
-    results = {}
-    for name, images in control_images(data, n, protocol.seed).items():
-        if len(images) < n and protocol.n is not None:
+    sources: dict[str, source.Samples | Tensor] = dict(control_images(data, n, protocol.seed))
+    for name, images in sources.items():
+        if isinstance(images, Tensor) and len(images) < n and protocol.n is not None:
             raise UserError(f"The control '{name}' has {len(images)} images, fewer than evaluation.n={n}.")
-        results[name] = evaluate(images, data, protocol, generation=Generation(sampler=f"control: {name}"))
     if baseline is not None:
-        results["gaussian"] = evaluate(baseline, data, protocol)
-    return results
+        sources["gaussian"] = baseline
+    found = {name: evaluate(images, data, protocol, progress=of(progress, name)) for name, images in sources.items()}
+    return {name: replace(r, generation=replace(r.generation, sampler=f"control: {name}")) for name, r in found.items()}
+
+
+def of(progress: Progress | None, control: str) -> Progress | None:
+    """``progress`` with the control's name before each stage."""
+    if progress is None:
+        return None
+    return lambda stage, done, total: progress(f"{control}: {stage}", done, total)

@@ -33,8 +33,7 @@ def evaluate(cfg: DictConfig) -> None:
     if len(given) > 1:
         raise UserError("samples= and pretrained= are two evaluations: give one of them.")
     folder = Path(cfg.out)
-    if (folder / RECORD).exists():
-        raise UserError(f"{folder} holds a run already: choose another hydra.run.dir.")
+    refuse_second_run(folder)
     data = build_data(cfg)
     protocol = build_protocol(cfg)
     protocol.check(data)
@@ -57,6 +56,12 @@ def evaluate(cfg: DictConfig) -> None:
     begin(cfg, data, Path(given[0]), details).save(folder)
     put(folder, result, drawn[0], data.spec)
     print_end(RunRecord.load(folder), folder)
+
+
+def refuse_second_run(folder: Path) -> None:
+    """Raises `UserError` where ``folder`` holds a record already: two runs would become one."""
+    if (folder / RECORD).exists():
+        raise UserError(f"{folder} holds a run already: choose another hydra.run.dir.")
 
 
 def begin(cfg: DictConfig, data: ImageData, path: Path, model: dict[str, object]) -> RunRecord:
