@@ -22,6 +22,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.sampling import draw
 from gencompare.models.energy import EBM
 from gencompare.models.langevin import Langevin, input_gradient, last
+from gencompare.models.replay import ReplayBuffer
 from gencompare.networks.energy import EnergyMLP, EnergyResNet
 from gencompare.seeds import Draws
 from gencompare.tasks.build import build_data, build_model
@@ -280,15 +281,31 @@ def test_chains_of_images_are_kept_as_bytes_and_stay_in_their_range() -> None:
     model = ebm(spec, energy=partial(EnergyResNet, channels=(4,)), langevin=Langevin(1.0, 0.5))
     train(model, torch.rand(12, 1, 8, 8), 2)
     assert model.replay.images.dtype == torch.uint8
-    states, started = model.replay.take(torch.arange(48))
+    middle = torch.full((48, *spec.shape), 0.5)
+    states, started = model.replay.take(torch.arange(48), middle)
     assert states.abs().max() <= 1 and 12 <= int(started.sum()) <= 24
     x = model.sample(3, generator=torch.Generator().manual_seed(0))
     for images in (x, states[started]):
         assert (images[:, :, :2] == -1).all() and (images[..., -2:] == -1).all()
         assert images[..., 2:-2, 2:-2].max() > 0
-    again = model.replay.take(torch.arange(48))[0]
+    again = model.replay.take(torch.arange(48), middle)[0]
     model.replay.put(torch.arange(48), again)
-    assert torch.equal(model.replay.take(torch.arange(48))[0], again), "bytes come back as they are"
+    assert torch.equal(model.replay.take(torch.arange(48), middle)[0], again), "bytes come back as they are"
+
+
+def test_a_chain_that_moves_less_than_a_byte_a_batch_moves() -> None:
+    """A drift of 0.2 bytes a batch, 100 times, is one of 20 bytes."""
+    replay = ReplayBuffer(DataSpec("images", (1, 16, 16)), 4)
+    everywhere, source = torch.arange(4), torch.Generator().manual_seed(0)
+    replay.put(everywhere, torch.full((4, 1, 16, 16), -0.5))
+    middle = torch.full((4, 1, 16, 16), 0.5)
+    before = replay.take(everywhere, middle)[0].mean()
+    for _ in range(100):
+        states, _ = replay.take(everywhere, torch.rand(4, 1, 16, 16, generator=source))
+        replay.put(everywhere, states + 0.2 * 2 / 255)
+    moved = (replay.take(everywhere, middle)[0].mean() - before) * 255 / 2
+    # A byte is rounded 1,024 x 100 times, with a variance of 1/6 each at most.
+    assert float(moved) == pytest.approx(20, abs=4 * math.sqrt(100 / 6 / 1024))
 
 
 # Conditions, samples, networks
@@ -345,10 +362,10 @@ def test_spectral_norm_brings_every_weight_of_the_trunk_to_norm_one() -> None:
     train(model, torch.rand(8, 1, 8, 8), 2)  # walks with the weights worked out once, and steps them afterwards
 
 
-def test_the_network_for_cifar10_is_the_published_one() -> None:
+def test_the_network_for_cifar10_has_the_published_weights() -> None:
     """ResNet32Large of github.com/openai/ebm_code_release (models.py): a convolution of 3 to 128 maps; blocks of two
     convolutions, three each of 128, 256 and 512 maps, with a 3x3 shortcut where the number changes; one linear layer.
-    Biases are one a convolution but for shortcuts, and one of the linear layer."""
+    Biases are ours: one a convolution but for shortcuts, and one of the linear layer."""
     cfg = compose("experiment=cifar10_ebm")
     with torch.device("meta"):
         model = build_model(cfg, build_data(cfg))

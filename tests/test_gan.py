@@ -6,6 +6,7 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,6 +263,30 @@ def test_gradients_are_left_alone_by_a_single_process() -> None:
     p.grad = torch.tensor([1.0, 2.0, 3.0])
     average_gradients([p])
     assert p.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_step_that_the_loss_scaler_leaves_out_has_no_norm() -> None:
+    """Half precision: at first the scale is far too large, gradients overflow, and training goes on all the same."""
+    model = points_gan()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    model._trainer = trainer  # type: ignore[assignment]
+    model.manual_backward = lambda loss: (1e6 * scaler.scale(loss)).backward()  # type: ignore[method-assign,assignment]
+    x, before = torch.randn(16, 2, 1, 1), [p.clone() for p in model.discriminator.parameters()]
+    for optimizer in model.optimizers():  # type: ignore[union-attr]
+        optimizer.step = partial(stepped, scaler, optimizer, optimizer.step)
+    figures = train(model, x, {}, 1)
+    assert figures["d_grad"] == 0 and all(map(torch.equal, before, model.discriminator.parameters()))
+    scaler.update(1e-6)
+    figures = train(model, x, {}, 1)
+    assert 0 < figures["d_grad"] < 1e8 and not all(map(torch.equal, before, model.discriminator.parameters()))
+
+
+def stepped(scaler: Any, optimizer: torch.optim.Optimizer, own: Any) -> None:
+    """What Lightning's precision plugin does: the scale off, and the step if all gradients are finite."""
+    scaler.unscale_(optimizer)
+    if all(torch.isfinite(p.grad).all() for group in optimizer.param_groups for p in group["params"]):
+        own()
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,22 @@ def test_a_distribution_of_levels_refuses_continuous_data(option: str) -> None:
         part("likelihood", option)(DataSpec("points", (2, 1, 1), num_levels=None))
 
 
+@pytest.mark.parametrize("option", ["discretized_logistic", "discretized_logistic_mixture", "gaussian"])
+def test_parameters_of_any_size_leave_all_finite(option: str) -> None:
+    likelihood = part("likelihood", option)(DataSpec("images", (1, 4, 4)))
+    x = torch.rand(8, 1, 4, 4).mul(255).round() * 2 / 255 - 1
+    for size in (1.0, 30.0, 1000.0):
+        for parameter in likelihood.parameters():
+            torch.nn.init.constant_(parameter, -size)
+        reach = 1.0 if option == "gaussian" else size  # of a Gaussian it is the mean, and no scale
+        h = (reach * torch.randn(8, likelihood.maps, 4, 4)).requires_grad_()
+        found = likelihood.log_prob(h, x)
+        (gradient,) = torch.autograd.grad(found.sum(), h)
+        assert torch.isfinite(found).all() and torch.isfinite(gradient).all(), size
+        for images in (likelihood.mean(h), likelihood.sample(h, torch.Generator())):
+            assert torch.isfinite(images).all(), size
+
+
 def test_a_mixture_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="components=0"):
         DiscretizedLogisticMixture(DataSpec("pixel", (1, 1, 1)), components=0)

@@ -419,13 +419,16 @@ def test_pictures_show_reconstructions_ways_between_them_and_single_numbers_turn
     torch.testing.assert_close(ways[:, [0, -1]], again[:4].unflatten(0, (2, 2)))
     torch.testing.assert_close(ways[:, 4], again[:4].unflatten(0, (2, 2)).mean(1))
 
+    _, log_var = model.posterior(x, {})
+    posterior_variance = log_var.exp()[0]
     turned = shown["traversal"]
     assert turned.shape == (3, 9, truth.d)
     by_information = [0, 1, 2]  # columns of W are 1.5, 0.8 and 0.3 long
     for row, j in zip(turned, by_information, strict=True):
-        for value, image in zip(torch.linspace(-3, 3, 9), row, strict=True):
+        std = (z[:, j].var(correction=0) + posterior_variance[j]).sqrt()
+        for place, image in zip(torch.linspace(-3, 3, 9), row, strict=True):
             expected = z[0].clone()
-            expected[j] = value
+            expected[j] = z[:, j].mean() + place * std
             torch.testing.assert_close(image, (truth.w @ expected).clamp(-1, 1), atol=1e-5, rtol=0)
 
 
@@ -458,7 +461,17 @@ def test_pictures_of_a_conditional_model_keep_to_their_classes() -> None:
 
     ways = latent_pictures.interpolation(decode, z, {"label": label})[..., 0, 0, 0]
     assert ways.tolist() == [[7] * 4 + [2] * 5, [5] * 4 + [9] * 5]
-    assert (latent_pictures.traversal(decode, z, {"label": label}, torch.ones(3)) == 7).all()
+    assert (latent_pictures.traversal(decode, z, torch.zeros(4, 3), {"label": label}) == 7).all()
+
+
+def test_a_latent_number_that_is_the_same_for_all_images_is_turned_last() -> None:
+    """Whatever the prior: far from N(0, I) it has a divergence, and yet tells nothing."""
+    told = torch.stack([torch.full((6,), 5.0), torch.tensor([0.5, -0.5] * 3)], 1)
+    log_var = torch.tensor([0.5, 0.1]).square().log().expand(6, 2)
+    turned = latent_pictures.traversal(lambda z, cond: z[:, :, None, None], told, log_var, {})[..., 0, 0]
+    std = math.sqrt(0.5**2 + 0.1**2)
+    torch.testing.assert_close(turned[0, :, 1], torch.linspace(-3, 3, 9) * std)
+    torch.testing.assert_close(turned[1, :, 0], 5 + torch.linspace(-3, 3, 9) * 0.5)
 
 
 @pytest.mark.parametrize(

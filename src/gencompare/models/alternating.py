@@ -24,17 +24,21 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def take_step(model: pl.LightningModule, which: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """One step of the model's optimiser number ``which``; returns the norm of its gradient before clipping."""
+    """One step of the model's optimiser number ``which``; returns the norm of its gradient before clipping.
+
+    Under ``trainer.precision=16-mixed`` the loss is scaled up, now and then so far that gradients overflow; the scaler
+    then leaves the step out and takes a smaller scale. Such a step has no gradient, and its norm is given as 0.
+    """
     optimizers = model.optimizers()  # an only one comes without a list
     optimizer = optimizers[which] if isinstance(optimizers, list) else optimizers
     optimizer.zero_grad()
     model.manual_backward(loss)
     average_gradients(parameters)
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # trainer.precision=16-mixed scales the loss, and takes the scale off in the step. (`trainer` raises without one.)
+    # The scale comes off in the step itself. (`trainer` raises without one.)
     scaler = getattr(getattr(model._trainer, "precision_plugin", None), "scaler", None)
     if scaler is not None:
-        norm = norm / scaler.get_scale()
+        norm = (norm / scaler.get_scale()).nan_to_num(0.0, posinf=0.0)
     optimizer.step()
     return norm
 

@@ -88,7 +88,7 @@ class EBM(GenerativeModel):
             raise UserError(f"model.steps={steps}, model.sample_steps={sample_steps}: both must be at least 1.")
         if not 0 <= restarts <= 1:
             raise UserError(f"model.restarts={restarts}: give a share from 0 to 1.")
-        if energy_l2 < 0 or data_noise < 0:
+        if not (energy_l2 >= 0 and data_noise >= 0):
             raise UserError(f"model.energy_l2={energy_l2}, model.data_noise={data_noise}: neither may be negative.")
         if not max_gap > 0:
             raise UserError(f"model.max_gap={max_gap}: give a positive number.")
@@ -149,7 +149,8 @@ class EBM(GenerativeModel):
         """What Langevin steps make of chains of the buffer, which keeps it: (n, C, H, W) without gradient."""
         shape = self.spec.shape
         places = self.replay.places(label, draws)
-        x, started = self.replay.take(places[draws.start : draws.stop])
+        x, started = self.replay.take(places[draws.start : draws.stop], draws.uniform(shape).to(self.device))
+        x = self._held(x)
         anew = ~started | (draws.uniform().to(x.device) < self.restarts)
         noise = self._held(draws.uniform(shape).to(x) * 2 - 1)
         x = torch.where(anew[:, None, None, None], noise, x)

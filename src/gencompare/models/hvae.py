@@ -38,7 +38,8 @@ class HVAE(GenerativeModel):
     A step whose gradient has a norm above ``grad_skip``, or one that is not finite, is not taken: weights and the
     optimiser's state stay as they are ("gradient skipping" of the same paper, whose thresholds hold for a loss in nats
     per value). ``skipped`` is the share of such steps in what is logged, and ``skipped_steps`` counts them all. The
-    decision costs the host one wait for the device a step.
+    decision costs the host one wait for the device a step. A loss that is itself not finite ends the run, as it does
+    for every model.
 
     Samples at temperature T draw z_l from N(mu_l, (T sigma_l)^2) in place of the prior N(mu_l, sigma_l^2): T = 1 is the
     model, and less of it gives more usual images. Their pixels are the mean of p(x | z), or draws with ``pixel_noise``.
@@ -71,7 +72,7 @@ class HVAE(GenerativeModel):
             )
         if grad_skip is not None and not grad_skip > 0:
             raise UserError(f"model.grad_skip={grad_skip}: give a norm above 0, or null to take every step.")
-        if kl_warmup_steps < 0:
+        if not kl_warmup_steps >= 0:
             raise UserError(f"model.kl_warmup_steps={kl_warmup_steps}: it cannot be negative (0 leaves it out).")
         self.kl_warmup_steps, self.temperature, self.grad_skip = kl_warmup_steps, temperature, grad_skip
         self.pixel_noise = pixel_noise

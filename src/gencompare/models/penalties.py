@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Penalty(ABC):
 
     def __post_init__(self) -> None:
         least = min(self.weight.first, self.weight.last) if isinstance(self.weight, CosineRamp) else self.weight
-        if least < 0:
-            raise UserError(f"model.penalty: weight={least}: the weight of a penalty cannot be negative.")
+        if not 0 <= least < math.inf:
+            raise UserError(f"model.penalty: weight={least}: the weight of a penalty must be 0 or more.")
 
     def factor(self, seen: Tensor) -> Tensor | float:
         """``scale * weight`` after ``seen`` images."""

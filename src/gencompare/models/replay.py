@@ -22,8 +22,9 @@ class ReplayBuffer(nn.Module):
     samples of a batch have just the classes of its images, and the gradient compares like with like.
 
     There is one buffer for the whole batch: each process holds all of it, and gets the rows of the others. Images with
-    levels are kept as bytes (a quarter of the room in memory and in checkpoints: 31 MB for 10,000 of 3x32x32), as the
-    authors' code keeps them; 1/255 is below the noise of a Langevin step. Continuous data are kept as they are.
+    levels are kept as bytes (a quarter of the room in memory and in checkpoints: 31 MB for 10,000 of 3x32x32), and
+    spread evenly over their byte when they are taken, as in the authors' code: rounded alone, a chain whose batch moves
+    it by less than half a byte would stand still. Continuous data are kept as they are.
 
     Args:
         size: chains in all.
@@ -55,10 +56,14 @@ class ReplayBuffer(nn.Module):
         order = order.to(self.started.device)
         return order if label is None else gathered(label) * self.per_class + order
 
-    def take(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The chains' states (n, C, H, W) float32, and which of them are under way (n,)."""
+    def take(self, places: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+        """The chains' states (n, C, H, W) float32, and which of them are under way (n,).
+
+        Args:
+            within: where in its byte each value lies, uniform in [0, 1), (n, C, H, W).
+        """
         images = self.images[places]
-        states = images if images.is_floating_point() else images.float().mul_(2 / 255).sub_(1)
+        states = images if images.is_floating_point() else (images + (within - 0.5)).mul_(2 / 255).sub_(1)
         return states, self.started[places]
 
     def put(self, places: Tensor, states: Tensor) -> None:

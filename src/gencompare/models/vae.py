@@ -14,7 +14,7 @@ from gencompare.errors import UserError
 from gencompare.models import latent_pictures
 from gencompare.models.likelihoods import PixelLikelihood
 from gencompare.models.priors import Prior, StandardNormal
-from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal, warmed_up
+from gencompare.models.variational import importance_weighted_bound, warmed_up
 from gencompare.seeds import Draws
 
 
@@ -72,12 +72,12 @@ class VAE(GenerativeModel):
         super().__init__(spec, **training)
         if latent_dim < 1 or label_dim < 1:
             raise UserError(f"model.latent_dim={latent_dim}, model.label_dim={label_dim}: both must be at least 1.")
-        if beta < 0 or free_bits < 0:
+        if not (beta >= 0 and free_bits >= 0):
             raise UserError(f"model.beta={beta}, model.free_bits={free_bits}: neither may be negative.")
-        if kl_warmup_steps < 0 or importance_samples < 0:
+        if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
-                f"model.kl_warmup_steps={kl_warmup_steps}, model.importance_samples={importance_samples}: neither may"
-                " be negative (0 leaves it out)."
+                f"model.kl_warmup_steps={kl_warmup_steps}, model.importance_samples={importance_samples}: give whole"
+                " numbers, not negative (0 leaves it out)."
             )
         self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
         self.importance_samples, self.pixel_noise = importance_samples, pixel_noise
@@ -155,11 +155,10 @@ class VAE(GenerativeModel):
         """What `Explores` asks for, as means of p(x | z): no random numbers."""
         cond = self.used(cond)
         mean, log_var = self.posterior(x, cond)
-        informative = kl_from_standard_normal(mean, log_var).mean(0)
         return {
             "reconstruction": torch.stack([x, self.decoded_mean(mean, cond)]),
             "interpolation": latent_pictures.interpolation(self.decoded_mean, mean, cond),
-            "traversal": latent_pictures.traversal(self.decoded_mean, mean, cond, informative),
+            "traversal": latent_pictures.traversal(self.decoded_mean, mean, log_var, cond),
         }
 
     def likelihoods(self) -> dict[str, Likelihood]:

@@ -29,8 +29,8 @@ class ProjectionHead(nn.Module):
 def normalize_spectrally(network: nn.Module) -> None:
     """Give every convolution, linear layer and embedding of ``network`` a weight of spectral norm 1.
 
-    Weights are divided by their largest singular value, which one power iteration a training step keeps up to date
-    (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8 and algorithm 1).
+    Weights are divided by their largest singular value, which one power iteration each time that the network runs in
+    training keeps up to date (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8 and algorithm 1).
     """
     for module in list(network.modules()):
         if isinstance(module, nn.Embedding):

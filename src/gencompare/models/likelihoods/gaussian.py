@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.contract import DataSpec
@@ -17,7 +18,8 @@ class Gaussian(PixelLikelihood):
     r"""N(h, sigma^2) with one learned sigma for all pixels (Rybkin et al. 2021, "sigma-VAE").
 
     A density for continuous data. With levels it is the mass of the pixel's bin,
-    Phi((x + Delta/2 - h) / sigma) - Phi((x - Delta/2 - h) / sigma), the outer bins reaching to -inf and +inf.
+    Phi((x + Delta/2 - h) / sigma) - Phi((x - Delta/2 - h) / sigma), the outer bins reaching to -inf and +inf; sigma
+    is then held (softly) above 0.015 of a bin.
     """
 
     GAIN = 10.0
@@ -30,7 +32,11 @@ class Gaussian(PixelLikelihood):
     @property
     def log_scale(self) -> Tensor:
         """log sigma, a scalar."""
-        return self.GAIN * self.weight
+        raw = self.GAIN * self.weight
+        if self.num_levels is None:
+            return raw
+        least = math.log(0.03 / (self.num_levels - 1))
+        return least + F.softplus(raw - least, beta=40.0)
 
     @property
     def maps(self) -> int:

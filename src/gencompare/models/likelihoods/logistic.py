@@ -14,6 +14,12 @@ from gencompare.models.likelihoods.base import PixelLikelihood, levels_of, unifo
 NARROWEST = -2.15
 """The least log(s / Delta): PixelCNN++'s -7 at 256 levels. A bin then has up to 0.97 of the mass."""
 
+WIDEST = 4.0
+"""The largest log s: all but 1 % of the mass then lies beyond the range [-1, 1], half of it on either side."""
+
+SHARP = 10.0
+"""Of the bend at `WIDEST`: smaller scales stay as they are, and above it the gradient fades within a few tenths."""
+
 
 def log_logistic_level(x: Tensor, location: Tensor, log_scale: Tensor, levels: int) -> Tensor:
     r"""log of the mass of a logistic in the bin of x, value by value; x takes ``levels`` values from -1 to 1.
@@ -35,9 +41,9 @@ def log_logistic_level(x: Tensor, location: Tensor, log_scale: Tensor, levels: i
 
 
 def bounded_log_scale(raw: Tensor, levels: int) -> Tensor:
-    """log s, held above log(Delta) + `NARROWEST` (softly, so that the gradient never dies)."""
+    """log s, held above log(Delta) + `NARROWEST` (softly, so that the gradient never dies) and below `WIDEST`."""
     lowest = math.log(2 / (levels - 1)) + NARROWEST
-    return lowest + F.softplus(raw - lowest)
+    return lowest + F.softplus(WIDEST - F.softplus(WIDEST - raw, beta=SHARP) - lowest)
 
 
 def clipped_logistic_mean(location: Tensor, log_scale: Tensor) -> Tensor:
