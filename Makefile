@@ -1,16 +1,20 @@
 # make demo    install, train on the embedded digits, evaluate, show where the page is
 # make test    install the development extra, run all tests
+# make test-browser    the comparison page in headless Chromium, where there is one
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup setup-dev lint format clean
+.PHONY: demo test test-browser setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+test-browser: setup-dev
+	PYTHONPATH=tests:tests/browser $(BIN)/python -m pytest -n0 -rs tests/browser
 
 setup: $(VENV)/.core
 setup-dev: $(VENV)/.dev

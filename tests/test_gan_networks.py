@@ -231,7 +231,7 @@ def test_every_preset_can_be_conditional_or_not(preset: str, conditional: bool) 
 def test_presets_carry_the_papers_settings() -> None:
     """Steps of the generator (of R3GAN our own), images for each step of the discriminator, Adam, losses.
 
-    Sources: Radford et al. 2016, section 4; Miyato et al. 2018, table 1 and appendix B.4; github.com/brownvc/R3GAN.
+    Sources: the papers and the code that the presets name.
     """
     found = {}
     for name in ("dcgan", "sngan", "r3gan"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,10 @@ COLORS = ("#3b7dd8", "#d9792b", "#2f9e6e", "#c94a5e", "#8a63d2", "#1a9aa8", "#a8
 DASHES = ("", "6 3", "2 2")
 
 
+MOST = len(COLORS) * len(DASHES)
+"""Runs that a chart draws at most, the best-ranked first: further ones would have to share a style."""
+
+
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A colour and dash for each run, the same everywhere on the page."""
     n = len(COLORS)
@@ -45,10 +49,17 @@ def distances(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
                 key = (str(run.record.data.get("name", "")), name)
                 lines[key] += _lines(run, name, style, marker=True)
     return [
-        Chart(f"{words.title(name.removeprefix('val/'))} on {data}", drawn)
+        best(Chart(f"{words.title(name.removeprefix('val/'))} on {data}", drawn))
         for (data, name), drawn in lines.items()
-        if drawn
+        if any(len(line.x) > 1 for line in drawn)
     ]
+
+
+def best(chart: Chart) -> Chart:
+    """The chart with the lines of its first `MOST` names alone."""
+    names = list(dict.fromkeys(line.name for line in chart.lines))
+    kept = set(names[:MOST])
+    return replace(chart, lines=[line for line in chart.lines if line.name in kept], left=len(names) - len(kept))
 
 
 def losses(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
@@ -64,7 +75,7 @@ def losses(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
                 held_out = _lines(run, name.replace("train/", "val/", 1), style, marker=True, pale=True)
                 lines[key] += [*_lines(run, name, style), *held_out]
     return [
-        Chart(f"{family} on {data}: {words.title(name)}", drawn)
+        best(Chart(f"{family} on {data}: {words.title(name)}", drawn))
         for (family, data, name), drawn in lines.items()
         if drawn
     ]
@@ -74,11 +85,19 @@ def noise_schedules(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Cha
     """One chart of the log-SNR over time, for the runs whose models add noise by a schedule."""
     lines = []
     for run in runs:
-        schedule = run.record.model.get("noise_schedule") or {}
-        t, log_snr = (np.asarray(schedule.get(name) or [], dtype=float) for name in ("t", "log_snr"))
+        t, log_snr = (_numbers(run.record.model.get("noise_schedule"), name) for name in ("t", "log_snr"))
         if len(t) and t.shape == log_snr.shape and np.isfinite([t, log_snr]).all():
-            lines.append(Line(t, log_snr, style[run.label].color, style[run.label].dash))
-    return [Chart("Log-SNR", lines, "time: 0 data, 1 noise")] if lines else []
+            lines.append(Line(t, log_snr, style[run.label].color, style[run.label].dash, name=run.title))
+    return [best(Chart("Log-SNR", lines, "time: 0 data, 1 noise"))] if lines else []
+
+
+def _numbers(schedule: object, name: str) -> np.ndarray:
+    """A list of a record's free fields as an array (k,); empty where it is none."""
+    values = schedule.get(name) if isinstance(schedule, dict) else None
+    try:
+        return np.asarray(values if isinstance(values, list) else [], dtype=float).ravel()
+    except (TypeError, ValueError):
+        return np.empty(0)
 
 
 def against_calls(groups: Iterable[Group], style: Mapping[str, Style]) -> list[Chart]:
@@ -89,20 +108,28 @@ def against_calls(groups: Iterable[Group], style: Mapping[str, Style]) -> list[C
     charts = []
     for group in groups:
         points: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
+        titles: dict[str, str] = {}
         for row in group.rows:
             calls, figure = words.calls(row.result.generation.nfe), row.headline.value
             if calls and figure is not None:
-                label, made = row.line.members[0][0].label, row.result.generation
-                points[label, made.sampler.split(",")[0], made.checkpoint, made.weights].append((calls, figure))
+                first, made = row.line.members[0][0], row.result.generation
+                titles[first.label] = first.title
+                points[first.label, made.sampler.split(",")[0], made.checkpoint, made.weights].append((calls, figure))
         several = {key: sorted(found) for key, found in points.items() if len({x for x, _ in found}) > 1}
         samplers = list(dict.fromkeys(sampler for _, sampler, *_ in several))
         lines = [
-            Line(*_columns(found), style[label].color, DASHES[samplers.index(sampler) % len(DASHES)], marker=True)
+            Line(
+                *_columns(found),
+                style[label].color,
+                DASHES[samplers.index(sampler) % len(DASHES)],
+                marker=True,
+                name=f"{titles[label]}, {sampler}",
+            )
             for (label, sampler, *_), found in several.items()
         ]
         if lines:
             title = f"{words.title(group.headline)} on {group.measurement.data}"
-            charts.append(Chart(title, lines, "network calls a sample", x_log=True))
+            charts.append(best(Chart(title, lines, "network calls a sample", x_log=True)))
     return charts
 
 
@@ -119,7 +146,7 @@ def _lines(run: Run, name: str, style: Mapping[str, Style], *, marker: bool = Fa
     logged = np.isfinite(values) & np.isfinite(images)
     x, y = thin(images[logged], values[logged])
     own = style[run.label]
-    return [Line(x, y, own.color, own.dash, marker=marker, pale=pale)] if len(x) else []
+    return [Line(x, y, own.color, own.dash, marker=marker, pale=pale, name=run.title)] if len(x) else []
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,11 @@ class Run:
     """The run's name; made longer where two runs of a comparison share a name."""
     told: str = ""
     """What its command line says that those of the other runs do not; seeds left out."""
+
+    @property
+    def title(self) -> str:
+        """The label with what is told of the run: what a legend calls it."""
+        return f"{self.label} ({self.told})" if self.told else self.label
 
     @cached_property
     def curve(self) -> dict[str, np.ndarray]:
@@ -64,10 +70,23 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class View:
+    """What a comparison was asked to show."""
+
+    by: tuple[str, ...] = ()
+    """Config keys: one row for each combination of their values (`seeds.lines`); none of them: one row a config."""
+    metric: str | None = None
+    """The figure that ranks; None for the headline of each protocol."""
+
+
 @dataclass
 class Gathered:
     runs: list[Run] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    view: View = View()
+    groups: list[Any] | None = field(default=None, repr=False, compare=False)
+    """The tables, once `rank.ranked` has made them."""
 
 
 def find(pattern: str) -> list[Path]:
@@ -89,9 +108,9 @@ def find(pattern: str) -> list[Path]:
     return sorted(folders)
 
 
-def gather(folders: Iterable[str | os.PathLike[str]]) -> Gathered:
+def gather(folders: Iterable[str | os.PathLike[str]], view: View = View()) -> Gathered:
     """Read the records of ``folders``. Damaged ones, and a run that comes twice, are listed in ``skipped``."""
-    gathered = Gathered()
+    gathered = Gathered(view=view)
     places: set[Path] = set()
     read: list[tuple[Path, RunRecord]] = []
     for folder in map(_from_here, folders):
@@ -134,7 +153,7 @@ def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
     return [next((label for label in choice if seen[label] == 1), choice[-1]) for choice in choices]
 
 
-NOT_TOLD = ("seed=", "model=", "hydra", "logger", "run=", "resume=", "callbacks.progress")
+NOT_TOLD = ("seed=", "model=", "sweep=", "hydra", "logger", "run=", "resume=", "callbacks.progress")
 """Beginnings of words of a command line that say nothing of the model, or what has a column of its own."""
 
 

@@ -17,12 +17,16 @@ from markupsafe import Markup
 
 from gencompare import __version__
 from gencompare.compare import curves, terminal, words
+from gencompare.compare.anchors import anchors
+from gencompare.compare.charts import Charts, in_order
+from gencompare.compare.details import all_figures, compact, made
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.plots import Chart, svg
-from gencompare.compare.rank import Group, Row, apart, rank, without_figures
+from gencompare.compare.rank import Group, apart, ranked, without_figures
 from gencompare.compare.remedy import commands
 from gencompare.compare.settings import differences, settings_of
-from gencompare.compare.table import columns, heading, weights
+from gencompare.compare.significance import LEAST_SEEDS
+from gencompare.compare.table import columns, heading
 from gencompare.files import write_text
 
 PICTURE_BYTES = 7_000_000
@@ -73,17 +77,12 @@ def write_page(gathered: Gathered, path: str | os.PathLike[str]) -> None:
 
 
 def render(gathered: Gathered) -> str:
-    groups = rank(gathered.runs)
-    # Best rank first, each run once: the order of legends, pictures and settings.
-    runs = list(
-        {
-            run.label: run
-            for run in [run for g in groups for row in g.rows for run, _ in row.line.members] + gathered.runs
-        }.values()
-    )
+    groups = ranked(gathered)
+    runs = in_order(groups, gathered.runs)
     style = curves.styles(run.label for run in runs)
     single = len(runs) == 1
     script = _asset("page.js")
+    charts = Charts.of(groups, runs, style)
     return _template().render(
         title=runs[0].label if single else f"Comparison of {len(runs)} runs",
         subtitle=terminal.cost(runs[0].record) if single else _subtitle(runs, groups),
@@ -94,13 +93,18 @@ def render(gathered: Gathered) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         groups=[_table(k, group, single) for k, group in enumerate(groups, 1)],
+        anchors=_anchors(groups),
         apart=apart(groups) if len(groups) > 1 else "",
         commands=commands(groups),
         pictures=_pictures(groups, runs, single),
-        distances=_charts(curves.distances(runs, style), "d"),
-        losses=_charts(curves.losses(runs, style), "l"),
-        against_calls=_charts(curves.against_calls(groups, style), "n"),
-        schedules=_charts(curves.noise_schedules(runs, style), "s"),
+        distances=_drawn(charts.distances, "d"),
+        losses=_drawn(charts.losses, "l"),
+        against_calls=_drawn(charts.against_calls, "n"),
+        costs=[
+            (*drawn, trade.front)
+            for drawn, trade in zip(_drawn([t.chart for t in charts.trades], "c"), charts.trades, strict=True)
+        ],
+        schedules=_drawn(charts.schedules, "s"),
         runs=[_run(run) for run in runs],
         curved=[run for run in runs if run.curve],
         measured=[run for run in runs if run.record.results],
@@ -110,6 +114,7 @@ def render(gathered: Gathered) -> str:
         without_figures=without_figures(runs),
         skipped=gathered.skipped,
         dash=words.NONE,
+        least_seeds=LEAST_SEEDS,
     )
 
 
@@ -134,6 +139,7 @@ def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
     shown = columns(group)
     return {
         "number": number,
+        "data": group.measurement.data,
         "title": f"{group.measurement.data}: {heading(group, group.headline)}",
         "protocol": words.describe(group.measurement),
         "id": group.measurement.id,
@@ -143,57 +149,24 @@ def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
         "sections": [
             (title, [(row, [column.cell(row) for column in shown]) for row in rows]) for title, rows in group.sections()
         ],
-        "figures": _all_figures(group) if single or len(group.rows) <= DETAILED else None,
+        "figures": all_figures(group) if single or len(group.rows) <= DETAILED else None,
     }
 
 
-def _all_figures(group: Group) -> dict[str, Any]:
-    """Every figure with its floor and its notes, a row each, and what else the evaluation kept."""
-    lines = []
-    for name in group.metrics():
-        metrics = [row.result.metrics.get(name) for row in group.rows]
-        cells = [
-            (words.figure(m.value), words.beside(m, headline=name == group.headline, real=False))
-            if m is not None
-            else (words.NONE, "")
-            for m in metrics
+def _anchors(groups: list[Group]) -> dict[int, list[tuple[str, ...]]]:
+    """Published figures, as text, by the number of the last table of their data set: there they stand below."""
+    last = {group.measurement.data: number for number, group in enumerate(groups, 1)}
+    return {
+        number: [
+            (
+                a.model, words.figure(a.fid), words.figure(a.bpd), words.rate(a.nfe), words.count(a.images),
+                f"{a.source} ({a.note})" if a.note else a.source,
+            )
+            for a in anchors(data)
         ]
-        floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
-        unit = next((m.unit for m in metrics if m is not None and m.unit), "")
-        notes = dict.fromkeys(m.note for m in metrics if m is not None and m.note and m.note != words.label(m))
-        lines.append((heading(group, name), unit, cells, words.figure(floor), "; ".join(notes)))
-    kept = dict.fromkeys(
-        name for row in group.rows for name, value in row.result.details.items() if value not in ([], {})
-    )
-    for said_elsewhere in ("flags", "images_per_second"):
-        kept.pop(said_elsewhere, None)
-    details = [(name, [_compact(row.result.details.get(name)) for row in group.rows]) for name in kept]
-    costs = [column for column in columns(group) if column.title in ("NFE", "samples/s")]
-    details = [(c.title, [c.cell(row).text for row in group.rows]) for c in costs] + details
-    heads = [(row.run.label, _made(row) or "samples") for row in group.rows]
-    return {"heads": heads, "lines": lines, "details": details, "noted": any(line[-1] for line in lines)}
-
-
-def _made(row: Row) -> str:
-    g = row.result.generation
-    parts = [weights(row), "" if g.sampler == "unknown" else g.sampler]
-    parts += [f"step {g.step:,}" if g.step is not None else "", f"sampling seed {g.seed}" if g.seed is not None else ""]
-    return ", ".join(part for part in parts if part)
-
-
-def _compact(value: Any) -> str:
-    """A free value of a record in a few words."""
-    if value is None:
-        return words.NONE
-    if words.number(value) is not None:
-        return words.count(value) if abs(value) >= 1e4 else f"{value:.4g}"
-    if isinstance(value, list):
-        text = "  ".join(map(_compact, value))
-    elif isinstance(value, dict):
-        text = "  ".join(f"{key}: {_compact(part)}" for key, part in value.items())
-    else:
-        text = str(value)
-    return text if len(text) <= 300 else text[:299] + "…"
+        for data, number in last.items()
+        if anchors(data)
+    }  # fmt: skip
 
 
 def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
@@ -206,7 +179,7 @@ def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
                 of_data = (
                     title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
                 )
-                pictures.add(run, of_data, path, f"{quality}, {_made(row)}")
+                pictures.add(run, of_data, path, f"{quality}, {made(row)}")
     for run in runs:
         if single or not any(result.pictures for result in run.record.results):
             for title, path in run.record.pictures.items():
@@ -214,8 +187,8 @@ def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
     return pictures
 
 
-def _charts(charts: list[Chart], key: str) -> list[tuple[str, Markup]]:
-    return [(chart.title, Markup(svg(chart, f"{key}{k}"))) for k, chart in enumerate(charts)]
+def _drawn(charts: list[Chart], key: str) -> list[tuple[Chart, Markup]]:
+    return [(chart, Markup(svg(chart, f"{key}{k}"))) for k, chart in enumerate(charts)]
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -230,11 +203,11 @@ def _run(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "made": record.created,
         "command": " ".join(["python run.py", *record.overrides]) if record.overrides else "",
-        "data": f"{record.data.get('name', '')} {_compact(record.data.get('splits') or {})}",
+        "data": f"{record.data.get('name', '')} {compact(record.data.get('splits') or {})}",
         "parameters": _known(words.number(record.model.get("parameters")), words.count),
         "FLOPs": _known(words.number(taken.get("flops")), words.count),
         "peak memory": f"{memory / 2**20:,.0f} MiB" if memory is not None else "",
-        "processes": _compact(taken.get("processes", "")),
+        "processes": compact(taken.get("processes", "")),
         "device": str(made.get("device", "")),
         "commit": commit,
         "versions": "  ".join(f"{name} {version}" for name, version in packages.items() if version),

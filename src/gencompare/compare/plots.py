@@ -1,6 +1,7 @@
-"""Charts as SVG text that takes its ink from the page, so that they read in light and in dark.
+"""Charts as SVG text that takes its ink from the page, and as files that stand alone.
 
-No text of a user goes into a chart: titles and legends are the page's own, where they are escaped.
+In the page no text of a user goes into a chart's drawing: titles and legends are the page's own, where they are
+escaped; a line's name is an attribute, which the page's script shows as text.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -16,21 +19,36 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
+from gencompare.files import atomic, write_text
+
 INK, FAINT = "#010203", "#040506"
 """Stand-ins that the page's own colours replace."""
 
 LOG_RANGE = 20.0
 """Positive values that span more than this factor are drawn on a logarithmic axis."""
 
+NAMED = 20
+"""A chart that stands alone has a legend of so many lines at most."""
+
+
+MARKERS = {"": "o", "6 3": "s", "2 2": "^"}
+"""The mark that goes with a dash: a single point shows no dash."""
+
 
 @dataclass(frozen=True)
 class Line:
+    """What one run, or one row, gives: a line, or a single point."""
+
     x: np.ndarray
     y: np.ndarray
     color: str
+    """Empty for the page's own ink."""
     dash: str = ""
     marker: bool = False
     pale: bool = False
+    name: str = ""
+    bounds: tuple[float, float] | None = None
+    """An interval, drawn as a bar through a single point."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +57,99 @@ class Chart:
     lines: list[Line]
     x_label: str = "training images seen"
     x_log: bool = False
+    left: int = 0
+    """Further runs that are not drawn."""
 
 
 def svg(chart: Chart, key: str) -> str:
-    """The chart as one ``<svg>`` element. ``key`` is in all of its ids, so that charts of a page do not share any."""
+    """The chart as one ``<svg>`` element. ``key`` is in all of its ids, so that charts of a page do not share any.
+
+    A line is a group with the attribute ``data-name``. ``data-axes`` of the element says how its coordinates stand for
+    values: for x and then y ``log`` or ``linear``, two coordinates and their values.
+    """
     options: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
         "axes.labelcolor": INK, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK,
         "ytick.labelcolor": INK, "grid.color": FAINT, "text.parse_math": False,
     }  # fmt: skip
     with mpl.rc_context(options):
-        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-        _draw(figure.add_subplot(), chart)
+        figure = Figure(figsize=(4.6, 2.8))
+        # Fixed margins: laying a chart out takes as long as drawing it.
+        axes = figure.add_axes((0.115, 0.165, 0.875, 0.81))
+        _draw(axes, chart, INK)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue(), key)
+        scale = _scale_of(figure, axes)
+    return _inline(text.getvalue(), key, scale, [line.name for line in chart.lines])
 
 
-def _draw(axes: Axes, chart: Chart) -> None:
-    for line in chart.lines:
+def save(chart: Chart, folder: Path, name: str) -> None:
+    """``name.png`` and ``name.svg`` in ``folder``: the chart with its title and a legend, for a paper or a slide."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}):
+        named = list(dict.fromkeys(line.name for line in chart.lines if line.name))
+        figure = Figure(figsize=(8.6, 3.6))
+        axes = figure.add_axes((0.07, 0.135, 0.54 if len(named) > 1 else 0.9, 0.78))
+        _draw(axes, chart, "#1b1f24")
+        axes.set_title(chart.title, loc="left", fontsize=10)
+        if len(named) > 1:
+            artist = {line.name: drawn for line, drawn in zip(chart.lines, axes.lines, strict=False)}
+            labels = [_cut(name) for name in named[:NAMED]]
+            if len(named) > NAMED:
+                labels[-1] += f" … {len(named) - NAMED} more"
+            shown = [artist[name] for name in named[:NAMED]]
+            figure.legend(shown, labels, loc="upper left", bbox_to_anchor=(0.625, 0.95), frameon=False, fontsize=7)
+        with atomic(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    write_text(folder / f"{name}.svg", text.getvalue())
+
+
+def _cut(label: str) -> str:
+    # What begins with an underscore has no place in a legend of matplotlib.
+    label = label.lstrip("_") or "–"  # noqa: RUF001
+    return label if len(label) <= 50 else label[:49] + "…"
+
+
+def _draw(axes: Axes, chart: Chart, ink: str) -> None:
+    for k, line in enumerate(chart.lines):
+        color = line.color or ink
         axes.plot(
             line.x,
             line.y,
-            color=line.color,
+            color=color,
             linestyle=(0, tuple(map(float, line.dash.split()))) if line.dash else "-",
             linewidth=1.5,
             alpha=0.55 if line.pale else 1.0,
-            marker="o" if line.marker else "",
-            markersize=3,
+            marker=MARKERS.get(line.dash, "o") if line.marker else "",
+            markersize=3 if len(line.x) > 1 else 5,
+            gid=f"line{k}",
+            zorder=2.5 if line.marker else 2.0,
         )
+    bars = [(line.x[0], *line.bounds, line.color or ink) for line in chart.lines if line.bounds is not None]
+    if bars:
+        x, low, high, colors = zip(*bars, strict=True)
+        axes.vlines(x, low, high, color=colors, linewidth=1.2, alpha=0.7)
     axes.set_xlabel(chart.x_label)
     if chart.x_log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(LogLocator(subs=_ticks([line.x for line in chart.lines])))
         axes.xaxis.set_minor_formatter(NullFormatter())
     if max(float(line.x.max()) for line in chart.lines) > 1:  # of a time in [0, 1] it would make thousandths
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
-    _scale(axes, np.concatenate([line.y for line in chart.lines]))
+    _scale(axes, np.concatenate([line.y for line in chart.lines]), cut=not chart.x_log)
 
 
-def _scale(axes: Axes, values: np.ndarray) -> None:
+def _ticks(values: list[np.ndarray]) -> tuple[float, ...]:
+    """Which multiples of a power of ten are marked on a logarithmic axis: the fewer the longer it is."""
+    every = np.concatenate(values)
+    return (1.0, 2.0, 5.0) if every.max() / every.min() < 100 else (1.0,)
+
+
+def _scale(axes: Axes, values: np.ndarray, *, cut: bool) -> None:
+    """The y axis; ``cut`` says that a few far values of a learning curve may lie outside of it."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > LOG_RANGE:
         axes.set_yscale("log")
@@ -90,14 +159,36 @@ def _scale(axes: Axes, values: np.ndarray) -> None:
         return
     # A few huge values at the start would press the rest of the curve flat: the axis ends above the other 98 %.
     usual = float(np.quantile(values, 0.98))
-    if high - low > 4 * (usual - low) > 0:
+    if cut and high - low > 4 * (usual - low) > 0:
         axes.set_ylim(low - 0.05 * (usual - low), low + 1.25 * (usual - low))
 
 
-def _inline(text: str, key: str) -> str:
+def _scale_of(figure: Figure, axes: Axes) -> str:
+    """Of the drawn chart: kind, coordinate and value at either end, for x and for y, in units of the SVG."""
+    width, height = figure.get_size_inches() * 72
+    box = axes.get_position()
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    parts = [
+        axes.get_xscale(), f"{box.x0 * width:.3f} {left:.6g} {box.x1 * width:.3f} {right:.6g}",
+        axes.get_yscale(), f"{(1 - box.y0) * height:.3f} {bottom:.6g} {(1 - box.y1) * height:.3f} {top:.6g}",
+    ]  # fmt: skip
+    return " ".join(parts)
+
+
+def _inline(text: str, key: str, scale: str, names: list[str]) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", text)
-    text = re.sub(r'^<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg class="chart" viewBox="\1" role="img">', text)
-    return text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("xlink:href", "href")
+    text = re.sub(
+        r'^<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg class="chart" viewBox="\1" role="img" data-axes="{scale}">',
+        text,
+    )
+    text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("xlink:href", "href")
+    # Names last: nothing above may change them.
+    begin = f'<g id="{key}-line'
+    return re.sub(
+        rf'{begin}(\d+)">', lambda found: f'{found[0][:-1]} data-name="{escape(names[int(found[1])])}">', text
+    )

@@ -5,152 +5,67 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import groupby
 from statistics import fmean
 
 from gencompare.compare import words
-from gencompare.compare.gather import Run
-from gencompare.compare.seeds import Line, lines
-from gencompare.protocol import Measurement
+from gencompare.compare.gather import Gathered, Run, View
+from gencompare.compare.group import (
+    ASIDE,
+    BASELINE,
+    NO_FIGURE,
+    NOT_LEARNED,
+    OVERLAP,
+    UNDECIDED,
+    Group,
+    Row,
+    near_floor,
+)
+from gencompare.compare.seeds import lines, values_of
+from gencompare.compare.settings import differences, of_model
+from gencompare.compare.significance import LEAST_SEEDS, Verdict, verdicts
+from gencompare.errors import UserError
 from gencompare.records import Metric, Result
 
-BASELINE = "gaussian"
-"""The family that a learned one must beat."""
 
-NEAR_FLOOR = 3.0
-"""Below this multiple of the real-against-real floor the baseline's own figure says little about what was learned."""
+def rank(runs: Iterable[Run], view: View = View()) -> list[Group]:
+    """Results of ``runs`` in groups of equal `Measurement` (and headline): the data set with the most rows first.
 
-NOT_LEARNED = "not learned"
-UNDECIDED = "undecided"
-NO_FIGURE = "no figure"
-OVERLAP = "trained against the extractor"
-ASIDE = {
-    NOT_LEARNED: "Not learned: no better than the Gaussian baseline",
-    OVERLAP: "Not ranked: trained against the network that measures",
-    NO_FIGURE: "Not ranked: the figure is not finite",
-}
-"""Standings that are listed below the ranking, each with its heading."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table in its place: a result of one run, or the mean of runs that differ in seeds alone."""
-
-    line: Line
-    rank: int | None
-    """1 is best; equal figures share a rank. None for a row that is not ranked."""
-    standing: str = ""
-    """``baseline``, `UNDECIDED`, a key of `ASIDE`, or empty."""
-
-    @property
-    def run(self) -> Run:
-        return self.line.run
-
-    @property
-    def result(self) -> Result:
-        return self.line.result
-
-    @property
-    def headline(self) -> Metric:
-        return self.result.metrics.get(self.result.headline, Metric(None))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that were measured in the same way: ranked first, then those of `ASIDE`."""
-
-    measurement: Measurement
-    headline: str
-    rows: list[Row]
-
-    @property
-    def baseline(self) -> list[Row]:
-        return [row for row in self.rows if row.standing == "baseline"]
-
-    @property
-    def near_floor(self) -> float | None:
-        """The baseline's multiple of the floor, where that is so low that the baseline is no yardstick."""
-        return _near_floor([row.headline for row in self.baseline])
-
-    def sections(self) -> list[tuple[str, list[Row]]]:
-        """(heading, rows); the ranking itself has no heading."""
-        parts = [("", [row for row in self.rows if row.standing not in ASIDE])]
-        parts += [(heading, [row for row in self.rows if row.standing == key]) for key, heading in ASIDE.items()]
-        return [part for part in parts if part[1]]
-
-    def metrics(self) -> list[str]:
-        """Names of all figures, the headline first."""
-        names = {name for row in self.rows for name in row.result.metrics}
-        return [self.headline, *sorted(names - {self.headline}, key=words.place)]
-
-    def notes(self) -> list[str]:
-        """What a reader must know before believing the ranking."""
-        return [*self._on_the_baseline(), *self._on_seeds()]
-
-    def _on_seeds(self) -> list[str]:
-        several = [row for row in self.rows if len(row.line.seeds) > 1]
-        if not several:
-            return []
-        said = (
-            "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
-            " best of them."
-        )
-        if len(several) < len(self.rows):
-            said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
-        return [said]
-
-    def _on_the_baseline(self) -> list[str]:
-        title = words.title(self.headline)
-        if self.measurement.conditioning not in ("unconditional", "labels"):
-            return []  # the baseline takes no other condition
-        if not self.baseline:
-            return [
-                f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"
-                f" learned more than class-wise Gaussians. Add it: {self.baseline_command()}"
-            ]
-        if self.near_floor is not None:
-            return [
-                f"On {self.measurement.data} the Gaussian baseline itself reaches {words.times(self.near_floor)} times"
-                f" the real-against-real floor, so {title} can hardly tell a Gaussian from real images here. A row"
-                f" above the baseline is therefore marked '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures"
-                " and look at its samples."
-            ]
-        return []
-
-    def flags(self) -> list[str]:
-        """What the evaluation found odd about a row's samples, or about the network that measured them."""
-        found: dict[str, list[str]] = {}
-        for row in self.rows:
-            flags = row.result.details.get("flags")
-            for flag in flags if isinstance(flags, list) else []:
-                labels = found.setdefault(str(flag), [])
-                labels += [row.run.label] if row.run.label not in labels else []
-        return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
-
-    def baseline_command(self) -> str:
-        """The command that trains and measures the baseline like these rows."""
-        choices = self.rows[0].run.record.config.get("choices", {})
-        choices = choices if isinstance(choices, dict) else {}
-        parts = [f"model={BASELINE}", f"data={choices.get('data') or self.measurement.data}"]
-        if choices.get("evaluation", "default") != "default":
-            parts.append(f"evaluation={choices['evaluation']}")
-        if self.measurement.conditioning == "labels":
-            parts.append("model.conditional=true")
-        return " ".join(["python run.py", *parts])
-
-
-def rank(runs: Iterable[Run]) -> list[Group]:
-    """Results of ``runs`` in groups of equal `Measurement` (and headline): the data set with the most rows first."""
+    Raises `UserError` when ``view`` names a figure that no result has, or a config key that no run has.
+    """
     pairs = [(run, result) for run in runs for result in run.record.results]
+    if view.metric is not None:
+        known = sorted({name for _, result in pairs for name in result.metrics}, key=words.place)
+        if view.metric not in known:
+            raise UserError(f"metric={view.metric}: no result has this figure. There are: {', '.join(known)}.")
+        pairs = [(run, replace(result, headline=view.metric)) for run, result in pairs]
+    for key in view.by:
+        if pairs and all(values_of(run, (key,)) is None for run, _ in pairs):
+            raise UserError(_no_such_key(key, [run for run, _ in pairs]))
 
     def protocol(pair: tuple[Run, Result]) -> tuple[str, str, str]:
         measurement = pair[1].measurement
         return measurement.data, measurement.id, pair[1].headline
 
-    groups = [_group(list(part)) for _, part in groupby(sorted(pairs, key=protocol), key=protocol)]
+    groups = [_group(list(part), view) for _, part in groupby(sorted(pairs, key=protocol), key=protocol)]
     size = Counter(group.measurement.data for group in groups for _ in group.rows)
     return sorted(groups, key=lambda g: (-size[g.measurement.data], g.measurement.data, -len(g.rows)))
+
+
+def ranked(gathered: Gathered) -> list[Group]:
+    """`rank` of what was gathered, computed once for the page and all files."""
+    if gathered.groups is None:
+        gathered.groups = rank(gathered.runs, gathered.view)
+    return gathered.groups
+
+
+def _no_such_key(key: str, runs: list[Run]) -> str:
+    differing = sorted(
+        (name for table in differences(runs) for name in table.names), key=lambda name: not of_model(name)
+    )
+    said = f"by={key}: no run has this setting."
+    return said + (f" Settings that differ: {', '.join(differing[:12])}." if differing else " No setting differs.")
 
 
 def apart(groups: list[Group]) -> str:
@@ -176,20 +91,42 @@ def without_figures(runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if not run.record.results]
 
 
-def _group(pairs: list[tuple[Run, Result]]) -> Group:
+def _group(pairs: list[tuple[Run, Result]], view: View) -> Group:
     headline = pairs[0][1].headline
     baseline = [r.metrics.get(headline, Metric(None)) for run, r in pairs if run.record.family == BASELINE]
     baseline = [metric for metric in baseline if words.finite(metric.value)]
-    rows = [Row(line, None, _standing(line.run, line.result, baseline)) for line in lines(pairs)]
-    rows.sort(key=lambda row: (row.standing in ASIDE, _badness(row.headline), row.run.label, row.result.id))
+    rows = [Row(line, None, _standing(line.run, line.result, baseline)) for line in lines(pairs, view.by)]
+    rows.sort(key=lambda row: (row.standing in ASIDE, badness(row.headline), row.run.label, row.result.id))
     ordered: list[Row] = []
     for row in rows:
         place = None
         if row.standing not in ASIDE and row.headline.better is not None:
-            tied = ordered and ordered[-1].rank is not None and _badness(ordered[-1].headline) == _badness(row.headline)
+            tied = ordered and ordered[-1].rank is not None and badness(ordered[-1].headline) == badness(row.headline)
             place = ordered[-1].rank if tied else len(ordered) + 1
         ordered.append(Row(row.line, place, row.standing))
-    return Group(pairs[0][1].measurement, headline, ordered)
+    return Group(pairs[0][1].measurement, headline, _tested(ordered))
+
+
+def _tested(rows: list[Row]) -> list[Row]:
+    """``rows``, best first, with a `Verdict` for each that is ranked and has training seeds enough.
+
+    Where 1 is the ideal value, what is tested is how far from 1 each seed's figure is.
+    """
+    samples = [_figures(row) for row in rows]
+    found = verdicts(samples)
+    if not any(p is not None for p in found):
+        return rows
+    first = next(k for k, sample in enumerate(samples) if sample is not None and len(sample) >= LEAST_SEEDS)
+    reference = rows[first].rank or 0
+    return [
+        replace(row, verdict=Verdict(reference, p)) if p is not None or k == first else row
+        for k, (row, p) in enumerate(zip(rows, found, strict=True))
+    ]
+
+
+def _figures(row: Row) -> list[float] | None:
+    values = row.line.by_seed(row.result.headline) if row.rank is not None else None
+    return [abs(value - 1) for value in values] if values and row.headline.better == "one" else values
 
 
 def _standing(run: Run, result: Result, baseline: list[Metric]) -> str:
@@ -202,17 +139,12 @@ def _standing(run: Run, result: Result, baseline: list[Metric]) -> str:
         return OVERLAP
     if run.record.family == BASELINE:
         return "baseline"
-    if not baseline or metric.better is None or _badness(metric) < fmean(map(_badness, baseline)):
+    if not baseline or metric.better is None or badness(metric) < fmean(map(badness, baseline)):
         return ""
-    return UNDECIDED if _near_floor(baseline) is not None else NOT_LEARNED
+    return UNDECIDED if near_floor(baseline) is not None else NOT_LEARNED
 
 
-def _near_floor(baseline: list[Metric]) -> float | None:
-    multiples = [m.over_floor for m in baseline if m.better == "lower" and m.over_floor is not None]
-    return fmean(multiples) if multiples and fmean(multiples) < NEAR_FLOOR else None
-
-
-def _badness(metric: Metric) -> float:
+def badness(metric: Metric) -> float:
     """A number that is lower for a better figure."""
     if metric.value is None or not math.isfinite(metric.value):
         return math.inf

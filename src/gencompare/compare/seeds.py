@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
-from gencompare.compare.settings import settings_of
+from gencompare.compare.settings import flatten, settings_of
 from gencompare.records import Metric, Result, RunRecord
 
 CONFIDENCE = 0.95
@@ -21,79 +21,173 @@ NOT_THE_MODEL = ("seed", "evaluation", "callbacks", "choices", "name", "samples"
 """Settings that make no other model: how it is measured stands in its `Measurement`."""
 OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
 
+KEPT = ("flops_per_sample",)
+"""Details of a result that have a mean over seeds."""
+
 Pair = tuple[Run, Result]
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one row of a table shows: a result of one run, or the mean over runs of several seeds."""
+    """What one row of a table shows: a result of one run, or the mean over several runs."""
 
     run: Run
     """The run itself, or the first of several, under a label for all and with their mean costs."""
     result: Result
     members: tuple[Pair, ...]
+    mixed: tuple[str, ...] = ()
+    """Settings other than seeds in which the members differ."""
 
     @property
     def seeds(self) -> list[int]:
         """The training seeds, each once."""
         return list(dict.fromkeys(run.record.seed for run, _ in self.members))
 
+    def by_seed(self, name: str) -> list[float] | None:
+        """The figure ``name`` of each training seed, the mean over its sampling seeds.
 
-def lines(pairs: Iterable[Pair]) -> list[Line]:
+        None where one is missing, and for runs that differ in more than seeds: they are no repetitions.
+        """
+        found: dict[int, list[float]] = {}
+        for run, result in self.members:
+            value = result.metrics.get(name, Metric(None)).value
+            if value is None or not words.finite(value) or self.mixed:
+                return None
+            found.setdefault(run.record.seed, []).append(value)
+        return [fmean(values) for values in found.values()]
+
+
+def lines(pairs: Iterable[Pair], by: tuple[str, ...] = ()) -> list[Line]:
     """``pairs``, all measured under one protocol, with those that differ in seeds alone taken together.
 
     A second result of equal seeds is no further evidence: it keeps a row of its own.
+
+    With ``by``, keys of the config, all runs that share the values of these keys are taken together, whatever else sets
+    them apart, but for how they were sampled (sampler, guidance, weights, checkpoint). A run that has none of the keys
+    keeps the row that it has without ``by``. Where the runs of a row differ in seeds alone, it is what it would be
+    without ``by``. Where they differ in more, the row is the plain mean over trainings, and has no interval and no
+    test: those settings are a choice that somebody made, no sample of anything, and their spread says nothing of
+    another training's.
     """
-    found: dict[str, dict[tuple[int, int | None], Pair]] = {}
+    found: dict[str, dict[tuple[str, int, int | None], Pair]] = {}
+    names: dict[str, str] = {}
     repeated: list[Pair] = []
     for run, result in pairs:
-        members = found.setdefault(_but_for_seeds(run, result), {})
-        seeds = (run.record.seed, result.generation.seed)
-        if seeds in members:
+        own = _but_for_seeds(run, result)
+        values = values_of(run, by)
+        row = own if values is None else json.dumps([values, _made(run, result, settled=False)], sort_keys=True)
+        names[row] = ", ".join(f"{key}={value}" for key, value in (values or {}).items())
+        members = found.setdefault(row, {})
+        place = (own, run.record.seed, result.generation.seed)
+        if place in members:
             repeated.append((run, result))
         else:
-            members[seeds] = (run, result)
-    once = [tuple(members.values()) for members in found.values()]
-    return [_line(*members) for members in once] + [_line(pair) for pair in repeated]
+            members[place] = (run, result)
+    once = [_line(list(members.values()), [own for own, *_ in members], names[row]) for row, members in found.items()]
+    return once + [_line([pair], [""], "") for pair in repeated]
+
+
+def values_of(run: Run, by: tuple[str, ...]) -> dict[str, str] | None:
+    """What ``run`` has at each of the keys ``by``; None where it has none of them.
+
+    A key is a dotted path into the config (``budget.images``), ``family``, or a group: ``model.schedule`` and
+    ``model/schedule`` are the option that was chosen for it, where one was.
+    """
+    if not by:
+        return None
+    config = settings_of(run.record.config)
+    choices = run.record.config.get("choices")
+    flat = flatten(config) | {"family": run.record.family}
+    found = {}
+    for key in by:
+        dotted, group = key.replace("/", "."), key.replace(".", "/")
+        if isinstance(choices, dict) and choices.get(group) is not None:
+            found[key] = str(choices[group])
+        elif dotted in flat:
+            found[key] = flat[dotted]
+        elif inside := {name: value for name, value in flat.items() if name.startswith(f"{dotted}.")}:
+            found[key] = json.dumps({name.removeprefix(f"{dotted}."): value for name, value in inside.items()})
+    return {key: found.get(key, words.NONE) for key in by} if found else None
 
 
 def _but_for_seeds(run: Run, result: Result) -> str:
     """Equal for two results exactly when nothing but seeds tells them apart."""
-    made = {key: value for key, value in asdict(result.generation).items() if key != "seed"}
-    config = {key: value for key, value in settings_of(run.record.config).items() if key not in NOT_THE_MODEL}
+    config = _of_the_model(run)
     if not config:
         # Images from elsewhere: nothing is known of how they came about.
         return f"{run.folder} {result.id}"
+    made = _made(run, result, settled=True)
+    return json.dumps([run.record.family, run.record.data.get("hash"), config, made], sort_keys=True, default=str)
+
+
+def _of_the_model(run: Run) -> dict[str, Any]:
+    """The settings that make another model; no seed."""
+    config = {key: value for key, value in settings_of(run.record.config).items() if key not in NOT_THE_MODEL}
     if isinstance(config.get("trainer"), dict):
         config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in OF_THE_MACHINE}
     if isinstance(config.get("data"), dict):
         # Orders the training images, and is the run's own.
         config["data"] = {key: value for key, value in config["data"].items() if key != "seed"}
+    return config
+
+
+def _made(run: Run, result: Result, *, settled: bool) -> dict[str, Any]:
+    """How the samples were made, but for the seed; without ``settled``, of a training of any length."""
+    made = {key: value for key, value in asdict(result.generation).items() if key != "seed"}
+    at_the_end = made["checkpoint"] == "best" or made["step"] == run.record.training.get("steps")
+    if at_the_end or not settled:
+        # What validation chose, or where a limit of time ended training: an outcome of the seed, no setting.
+        made["step"] = made["images_seen"] = "best or end"
     # Adaptive solvers call their network a little more or less often from seed to seed.
     made["nfe"] = sorted(made["nfe"] or {})
-    return json.dumps([run.record.family, run.record.data.get("hash"), config, made], sort_keys=True, default=str)
+    return made
 
 
-def _line(*members: Pair) -> Line:
+def _line(members: list[Pair], own: list[str], name: str) -> Line:
+    """The row of ``members``, which differ in seeds alone where all of ``own`` are equal; ``name`` is theirs."""
     if len(members) == 1:
-        return Line(*members[0], members)
-    by_seed: dict[int, list[Result]] = {}
-    for run, result in members:
-        by_seed.setdefault(run.record.seed, []).append(result)
+        run, result = members[0]
+        return Line(replace(run, label=f"{name} ({run.label})") if name else run, result, tuple(members))
+    trainings: dict[tuple[str, int], list[Result]] = {}
+    for (run, result), key in zip(members, own, strict=True):
+        trainings.setdefault((key, run.record.seed), []).append(result)
+    mixed = _differing([run for run, _ in members]) if len(set(own)) > 1 else ()
     first, shown = members[0]
-    names = [name for name in shown.metrics if all(name in result.metrics for _, result in members)]
-    metrics = {name: over_seeds([[r.metrics[name] for r in results] for results in by_seed.values()]) for name in names}
+    metrics = {
+        metric: over_seeds([[r.metrics[metric] for r in results] for results in trainings.values()])
+        for metric in shown.metrics
+        if all(metric in result.metrics for _, result in members)
+    }
+    if len(set(own)) > 1:
+        metrics = {metric: replace(figure, interval=None) for metric, figure in metrics.items()}
     nfe = {
-        name: fmean((r.generation.nfe or {}).get(name, 0.0) for _, r in members) for name in shown.generation.nfe or {}
+        network: fmean((r.generation.nfe or {}).get(network, 0.0) for _, r in members)
+        for network in shown.generation.nfe or {}
     }
     result = replace(
         shown, metrics=metrics, seconds=_means([r.seconds for _, r in members]),
-        generation=replace(shown.generation, nfe=nfe or None),
-        details={"flags": list(dict.fromkeys(flag for _, r in members for flag in _flags(r)))},
+        generation=replace(
+            shown.generation, nfe=nfe or None, step=_only({r.generation.step for _, r in members}),
+            images_seen=_rounded_mean([r.generation.images_seen for _, r in members]),
+        ),
+        details=_means([{k: r.details[k] for k in KEPT if k in r.details} for _, r in members])
+        | {"flags": list(dict.fromkeys(flag for _, r in members for flag in _flags(r)))},
     )  # fmt: skip
     record: RunRecord = replace(first.record, training=_means([run.record.training for run, _ in members]))
-    count = f"mean of {len(by_seed)} seeds" if len(by_seed) > 1 else f"mean of {len(members)} sampling seeds"
-    return Line(Run(first.folder, record, f"{first.label}, {count}", first.told), result, members)
+    if len(set(own)) > 1:
+        count = f"mean of {len(trainings)} runs"
+    else:
+        count = f"mean of {len(trainings)} seeds" if len(trainings) > 1 else f"mean of {len(members)} sampling seeds"
+    run = Run(first.folder, record, f"{name or first.label}, {count}", "" if name else first.told)
+    return Line(run, result, tuple(members), mixed)
+
+
+def _differing(runs: list[Run]) -> tuple[str, ...]:
+    """Names of the settings of a model that are not the same in all of ``runs``."""
+    flat = [flatten(_of_the_model(run)) | {"family": run.record.family} for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    differ = tuple(name for name in names if len({settings.get(name) for settings in flat}) > 1)
+    return differ or ("data or length of training",)
 
 
 def over_seeds(by_seed: list[list[Metric]]) -> Metric:
@@ -121,6 +215,16 @@ def _means(costs: list[dict[str, Any]]) -> dict[str, Any]:
         name: fmean(c[name] for c in costs) if all(words.finite(words.number(c.get(name))) for c in costs) else value
         for name, value in costs[0].items()
     }
+
+
+def _only(values: set[int | None]) -> int | None:
+    """The one value of a set, or None."""
+    return values.pop() if len(values) == 1 else None
+
+
+def _rounded_mean(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return round(fmean(known)) if known and len(known) == len(values) else None
 
 
 def _flags(result: Result) -> list[str]:

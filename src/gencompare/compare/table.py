@@ -1,18 +1,13 @@
-"""Ranked rows to cells: the columns of every table, and the tables as CSV and Markdown."""
+"""Ranked rows to cells: the columns of every table."""
 
 from __future__ import annotations
 
-import csv
-import io
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gencompare.compare import words
-from gencompare.compare.gather import Gathered, Run
-from gencompare.compare.rank import Group, Row, rank, without_figures
-from gencompare.files import write_text
+from gencompare.compare.rank import Group, Row
 from gencompare.records import RunRecord
 
 LIKELIHOOD = "bpd_"
@@ -46,10 +41,15 @@ def columns(group: Group) -> list[Column]:
     if len(figures) < len(names):
         known = sum(words.place(column.metric or "") < words.place(LIKELIHOOD) for column in figures)
         figures.insert(known, Column("bits/dim\u00a0↓", _likelihood))
+    ways: dict[str, set[tuple[str, str]]] = {}
+    for row in group.rows:
+        ways.setdefault(_own(row), set()).add((row.result.generation.sampler, weights(row)))
     every = [
-        Column("run", lambda row: _text(row.run.label, _remark(row)), numeric=False),
+        Column("run", lambda row: _text(row.run.label, _remark(row, ways)), numeric=False),
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
-        *figures,
+        *figures[:1],
+        Column("against the best", _verdict),
+        *figures[1:],
         Column("NFE", _nfe),
         Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
         Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
@@ -79,10 +79,18 @@ def weights(row: Row) -> str:
     return ", ".join(part for part in (checkpoint, kind) if part)
 
 
-def _remark(row: Row) -> str:
+def _remark(row: Row, ways: Mapping[str, set[tuple[str, str]]]) -> str:
+    """What tells the row from its neighbours: of a run that was measured in several ways, how it was sampled."""
     state = row.run.record.state
-    parts = [row.run.told, row.standing, state if state not in ("finished", "samples") else ""]
+    samplers, kinds = (len(set(of_all)) for of_all in zip(*ways[_own(row)], strict=True))
+    made = [row.result.generation.sampler if samplers > 1 else "", weights(row) if kinds > 1 else ""]
+    parts = [row.run.told, *made, row.standing, state if state not in ("finished", "samples") else ""]
     return " · ".join(part for part in parts if part)
+
+
+def _own(row: Row) -> str:
+    """The name of a row's first run: the same for all rows of one training."""
+    return row.line.members[0][0].label
 
 
 def _text(text: str, beside: str = "") -> Cell:
@@ -105,6 +113,17 @@ def _metric(name: str) -> Callable[[Row], Cell]:
         )
 
     return cell
+
+
+def _verdict(row: Row) -> Cell:
+    """Holm's p value against the best row that was tested, and what it means."""
+    verdict = row.verdict
+    if verdict is None:
+        return Cell(words.NONE)
+    if verdict.p is None:
+        return Cell("best tested", key=1.0)
+    text = "p < 0.001" if verdict.p < 0.001 else f"p = {verdict.p:.2g}"
+    return Cell(text, f"{'worse than' if verdict.apart else 'not told apart from'} #{verdict.reference}", verdict.p)
 
 
 def _likelihood(row: Row) -> Cell:
@@ -164,92 +183,3 @@ def _images_seen(row: Row) -> float | None:
 def _samples_per_second(row: Row) -> float | None:
     seconds = row.result.seconds.get("sampling")
     return row.result.measurement.n / seconds if words.finite(seconds) and seconds else None
-
-
-# The same rows as files
-
-
-def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
-    """Every result with every figure, protocol field and cost: one row each, in the order of the tables.
-
-    Results that make one row of a table share its rank and its ``mean`` with ``mean.low`` and ``mean.high``. A figure
-    ``m`` has the columns ``m``, ``m.floor``, ``m.low`` and ``m.high``. A run without results has a row too.
-    """
-    entries: list[dict[str, Any]] = []
-    for group in rank(gathered.runs):
-        members = [(row, *pair) for row in group.rows for pair in row.line.members]
-        for row, run, result in members:
-            entry = {"rank": row.rank, "standing": row.standing, **_about(run), "headline": result.headline}
-            if len(row.line.members) > 1:
-                low, high = row.headline.interval or (None, None)
-                entry |= {"mean": row.headline.value, "mean.low": low, "mean.high": high}
-            for name in group.metrics():
-                metric = result.metrics.get(name)
-                if metric is not None:
-                    low, high = metric.interval or (None, None)
-                    entry |= {name: metric.value, f"{name}.floor": metric.floor}
-                    entry |= {f"{name}.low": low, f"{name}.high": high, f"{name}.note": metric.note or None}
-            entry |= {"protocol": result.measurement.id}
-            entry |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
-            entry |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
-            entry |= {"nfe": words.calls(result.generation.nfe)}
-            entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
-            entry |= {"flops_per_sample": words.number(result.details.get("flops_per_sample"))}
-            entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
-            entries.append(entry)
-    entries += [_about(run) for run in without_figures(gathered.runs)]
-    names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(map(_plain, names))
-    writer.writerows([_plain(entry.get(name)) for name in names] for entry in entries)
-    write_text(path, text.getvalue())
-
-
-def _about(run: Run) -> dict[str, Any]:
-    record = run.record
-    costs = ("steps", "images_seen", "seconds", "images_per_second", "flops", "peak_memory_bytes")
-    return {
-        "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,
-        "state": record.state, "folder": str(run.folder), "parameters": words.number(record.model.get("parameters")),
-        **{f"training.{name}": words.number(record.training.get(name)) for name in costs},
-        **{f"autoencoder.{name}": words.number(first_stage(record).get(name)) for name in costs},
-    }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    """A CSV value. Text that a spreadsheet would take for a formula gets an apostrophe in front, as they do it."""
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return "'" + value
-    return value
-
-
-def write_markdown(gathered: Gathered, path: str | os.PathLike[str]) -> None:
-    """The tables, one a protocol, ready to paste."""
-    parts = []
-    for group in rank(gathered.runs):
-        shown = columns(group)
-        lines = [f"### {_markdown(group.measurement.data)}: {_markdown(heading(group, group.headline))}", ""]
-        lines += [_markdown(words.describe(group.measurement)), ""]
-        lines += ["| # | " + " | ".join(_markdown(column.title) for column in shown) + " |"]
-        lines += ["| ---: | " + " | ".join("---:" if column.numeric else "---" for column in shown) + " |"]
-        for row in group.rows:
-            cells = [column.cell(row) for column in shown]
-            texts = [_markdown(f"{cell.text} ({cell.beside})" if cell.beside else cell.text) for cell in cells]
-            lines.append(f"| {row.rank or words.NONE} | " + " | ".join(texts) + " |")
-        lines += [f"\n{_markdown(note)}" for note in [*group.notes(), *group.flags()]]
-        parts.append("\n".join(lines))
-    missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in without_figures(gathered.runs)]
-    if missing:
-        parts.append("Runs without figures:\n\n" + "\n".join(missing))
-    skipped = [f"- {_markdown(str(skip.folder))}: {_markdown(skip.reason)}" for skip in gathered.skipped]
-    if skipped:
-        parts.append("Left out:\n\n" + "\n".join(skipped))
-    write_text(path, "\n\n".join(parts) + "\n")
-
-
-def _markdown(text: str) -> str:
-    """Text that Markdown and HTML leave alone."""
-    for sign in "\\`*[]|#":
-        text = text.replace(sign, "\\" + sign)
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())

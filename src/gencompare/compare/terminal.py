@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gencompare.compare import words
-from gencompare.compare.gather import Run, gather
+from gencompare.compare.gather import Gathered, Run, gather
 from gencompare.compare.rank import Group as Ranking
-from gencompare.compare.rank import apart, rank, without_figures
+from gencompare.compare.rank import apart, rank, ranked, without_figures
 from gencompare.compare.remedy import commands
 from gencompare.compare.table import Cell, columns, heading, weights
 from gencompare.records import RunRecord
@@ -27,11 +27,11 @@ NAME = 32
 """Longer text goes on in the next line of its cell."""
 
 
-def print_tables(folders: Iterable[str | os.PathLike[str]], console: Console | None = None) -> None:
-    """Print the comparison of ``folders``: a table a protocol, and what was left out."""
+def print_tables(runs: Gathered | Iterable[str | os.PathLike[str]], console: Console | None = None) -> None:
+    """Print the comparison of ``runs`` (folders, or what was gathered): a table a protocol, and what was left out."""
     console = console or Console()
-    gathered = gather(folders)
-    groups = rank(gathered.runs)
+    gathered = runs if isinstance(runs, Gathered) else gather(runs)
+    groups = ranked(gathered)
     for group in groups:
         console.print(_ranking(group, console.width))
     if len(groups) > 1:

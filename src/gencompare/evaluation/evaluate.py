@@ -20,6 +20,7 @@ from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
 from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
+from gencompare.evaluation.memorization import closest
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, flops_of_one, labels_like
@@ -32,6 +33,10 @@ MOST = 10_000
 """Samples that are drawn at most where the protocol does not say how many."""
 PER_FEATURE = 4
 """Samples that are drawn at least for each feature, where the protocol does not say how many."""
+
+LOOKED_AT, NEIGHBOURS = 8, 3
+"""Of the first so many samples, the rows of so many nearest training images are kept, to be shown beside them. The
+first ones: no choice of samples, and the same noise for every model."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -270,6 +275,9 @@ def quality(
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
         details: dict[str, Any] = {"flags": oddities(own)}
+        if data.spec.dims != 2:
+            looked_at = own.features[:LOOKED_AT]
+            details["nearest_training"] = closest(looked_at, held.train.features, NEIGHBOURS).tolist()
         if {"density", "coverage"} <= metrics.keys():
             said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")))
             details["flags"] += [] if said is None else [said]

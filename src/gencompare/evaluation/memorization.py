@@ -22,6 +22,13 @@ def nearest(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return (queries - keys[index]).norm(dim=1), index
 
 
+def closest(queries: Tensor, keys: Tensor, k: int) -> Tensor:
+    """Rows (n, k) of the ``k`` nearest ``keys`` of each query, nearest first, Euclidean; for few queries."""
+    centre = keys.mean(0)
+    distance = torch.cdist(queries - centre, keys - centre, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance.topk(min(k, len(keys)), largest=False).indices
+
+
 def nearest_other(rows: Tensor, keys: Tensor) -> Tensor:
     """Distance (r,) from ``keys[rows]`` to the nearest key that is another row."""
     keys = keys - keys.mean(0)

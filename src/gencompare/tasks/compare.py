@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from gencompare.compare.gather import find
-from gencompare.compare.report import report
+from gencompare.compare.gather import View, find, gather
+from gencompare.compare.report import write
 from gencompare.compare.terminal import print_tables
 from gencompare.errors import UserError
 
 
 def compare(cfg: DictConfig) -> None:
-    """Compare the run folders that the glob ``cfg.runs`` names."""
+    """Compare the run folders that the glob ``cfg.runs`` names.
+
+    ``by=KEY`` (or ``by=[KEY,KEY]``) makes one row of all runs that share the value of a config key; ``metric=NAME``
+    ranks by another figure than the headline.
+    """
     if not cfg.runs:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
-    draw(find(cfg.runs), Path(cfg.task.out or cfg.out))
+    view = View(keys(cfg.by), None if cfg.metric is None else str(cfg.metric))
+    draw(find(cfg.runs), Path(cfg.task.out or cfg.out), view)
 
 
-def draw(folders: list[Path], out: Path) -> Path:
+def keys(given: Any) -> tuple[str, ...]:
+    """Config keys from a list, or from text with commas between them."""
+    if given is None:
+        return ()
+    parts = list(given) if OmegaConf.is_list(given) else str(given).split(",")
+    return tuple(str(part).strip() for part in parts if str(part).strip())
+
+
+def draw(folders: list[Path], out: Path, view: View = View()) -> Path:
     """Write the comparison of ``folders`` to ``out`` and print its tables. Returns the page."""
-    page = report(folders, out)
-    print_tables(folders)
+    gathered = gather(folders, view)
+    page = write(gathered, out)
+    print_tables(gathered)
     print(f"The comparison: {page}")
     return page

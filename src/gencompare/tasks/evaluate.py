@@ -120,7 +120,7 @@ def measure(
                     model, data, protocol, generation=generation, progress=progress, on_samples=drawn.append, keep=kept
                 )
             if rank_zero_only.rank == 0:
-                put(folder, result, drawn[0], data.spec)
+                put(folder, result, drawn[0], data)
                 shutil.rmtree(kept, ignore_errors=True)
 
 

@@ -15,8 +15,8 @@ from gencompare.files import write_text
 
 FILE = "config.yaml"
 OF_THE_JOB = (
-    "task", "run", "resume", "runs", "samples", "pretrained", "name", "n", "checkpoint", "weights", "format", "paths",
-    "evaluation.protocol.cache",
+    "task", "run", "resume", "runs", "by", "metric", "samples", "pretrained", "name", "n", "checkpoint", "weights",
+    "format", "paths", "evaluation.protocol.cache",
 )  # fmt: skip
 """What a job has for itself, whatever the run folder says."""
 

@@ -54,7 +54,7 @@ def evaluate(cfg: DictConfig) -> None:
             source, data, protocol, generation=generation, labels=labels, progress=progress, on_samples=drawn.append
         )
     begin(cfg, data, Path(given[0]), details).save(folder)
-    put(folder, result, drawn[0], data.spec)
+    put(folder, result, drawn[0], data)
     print_end(RunRecord.load(folder), folder)
 
 

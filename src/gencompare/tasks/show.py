@@ -14,7 +14,10 @@ from gencompare.compare.terminal import summary
 from gencompare.data.base import SPLITS, ImageData
 from gencompare.records import RunRecord
 
-HIDDEN = ("choices", "command", "out", "sweep_name", "run", "resume", "runs", "n", "checkpoint", "weights", "task")
+HIDDEN = (
+    "choices", "command", "out", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights",
+    "task",
+)  # fmt: skip
 
 
 def print_config(cfg: DictConfig) -> None:

@@ -172,7 +172,8 @@ def abandon(loggers: list[Logger]) -> None:
 
 
 def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
-    """At the end of a job: send the record to W&B and close its run, so that the next job of a sweep gets its own."""
+    """At the end of a job: send the record, its table of figures and its pictures to W&B, and close its run, so that
+    the next job of a sweep gets its own."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment
@@ -180,7 +181,41 @@ def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -
             for result in record.results:
                 prefix = f"{result.generation.checkpoint}/"
                 run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
+            if record.results:
+                run.log({"figures": figures_table(record), **result_pictures(record, folder)})
             for file in (folder / FILE, page):
                 # What lies in the run's own folder is uploaded, now or at a later `wandb sync`.
                 shutil.copy(file, run.dir)
             run.finish()
+
+
+def figures_table(record: RunRecord) -> Any:
+    """A `wandb.Table` with a row for each figure of each result, beside how it was made."""
+    import wandb
+
+    table = wandb.Table(
+        columns=["figure", "value", "low", "high", "real data", "checkpoint", "weights", "sampler", "protocol", "note"]
+    )
+    for result in record.results:
+        made = result.generation
+        for name, metric in result.metrics.items():
+            low, high = metric.interval or (None, None)
+            table.add_data(
+                name, metric.value, low, high, metric.floor, made.checkpoint, made.weights, made.sampler,
+                result.measurement.id, metric.note,
+            )  # fmt: skip
+    return table
+
+
+def result_pictures(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
+    """The pictures of a record's results by title, each captioned with how its samples were drawn."""
+    import wandb
+
+    found: dict[str, list[Any]] = {}
+    for result in record.results:
+        made = result.generation
+        caption = ", ".join([made.checkpoint, made.weights, made.sampler])
+        for title, path in result.pictures.items():
+            if (folder / path).is_file():
+                found.setdefault(title, []).append(wandb.Image(str(folder / path), caption=caption))
+    return found

@@ -1,0 +1,175 @@
+"""A table of a comparison: its rows in their places, and what a reader must know before believing their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+
+from gencompare.compare import words
+from gencompare.compare.gather import Run
+from gencompare.compare.seeds import Line
+from gencompare.compare.significance import LEAST_SEEDS, LEVEL, Verdict
+from gencompare.protocol import Measurement
+from gencompare.records import Metric, Result
+
+BASELINE = "gaussian"
+"""The family that a learned one must beat."""
+
+NEAR_FLOOR = 3.0
+"""Below this multiple of the real-against-real floor the baseline's own figure says little about what was learned."""
+
+NOT_LEARNED = "not learned"
+UNDECIDED = "undecided"
+NO_FIGURE = "no figure"
+OVERLAP = "trained against the extractor"
+ASIDE = {
+    NOT_LEARNED: "Not learned: no better than the Gaussian baseline",
+    OVERLAP: "Not ranked: trained against the network that measures",
+    NO_FIGURE: "Not ranked: the figure is missing or not finite",
+}
+"""Standings that are listed below the ranking, each with its heading."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table in its place: a result of one run, or the mean of runs that differ in seeds alone."""
+
+    line: Line
+    rank: int | None
+    """1 is best; equal figures share a rank. None for a row that is not ranked."""
+    standing: str = ""
+    """``baseline``, `UNDECIDED`, a key of `ASIDE`, or empty."""
+    verdict: Verdict | None = None
+    """How the row stands to the best one that was tested; None for a row of too few training seeds."""
+
+    @property
+    def run(self) -> Run:
+        return self.line.run
+
+    @property
+    def result(self) -> Result:
+        return self.line.result
+
+    @property
+    def headline(self) -> Metric:
+        return self.result.metrics.get(self.result.headline, Metric(None))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that were measured in the same way: ranked first, then those of `ASIDE`."""
+
+    measurement: Measurement
+    headline: str
+    rows: list[Row]
+
+    @property
+    def baseline(self) -> list[Row]:
+        return [row for row in self.rows if row.standing == "baseline"]
+
+    @property
+    def near_floor(self) -> float | None:
+        """The baseline's multiple of the floor, where that is so low that the baseline is no yardstick."""
+        return near_floor([row.headline for row in self.baseline])
+
+    def sections(self) -> list[tuple[str, list[Row]]]:
+        """(heading, rows); the ranking itself has no heading."""
+        parts = [("", [row for row in self.rows if row.standing not in ASIDE])]
+        parts += [(heading, [row for row in self.rows if row.standing == key]) for key, heading in ASIDE.items()]
+        return [part for part in parts if part[1]]
+
+    def metrics(self) -> list[str]:
+        """Names of all figures, the headline first."""
+        names = {name for row in self.rows for name in row.result.metrics}
+        return [self.headline, *sorted(names - {self.headline}, key=words.place)]
+
+    def notes(self) -> list[str]:
+        """What a reader must know before believing the ranking."""
+        return [*self._on_the_baseline(), *self._on_seeds(), *self._on_significance()]
+
+    def _on_seeds(self) -> list[str]:
+        mixed = [
+            f"{row.run.label}: its runs differ in more than seeds ({_few(row.line.mixed)}). It is their mean, without"
+            " an interval and untested: such a spread says nothing of another training."
+            for row in self.rows
+            if row.line.mixed
+        ]
+        several = [row for row in self.rows if len(row.line.seeds) > 1 and not row.line.mixed]
+        if not several:
+            return mixed
+        said = (
+            "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
+            " best of them."
+        )
+        if any(len(row.line.seeds) < 2 for row in self.rows):
+            said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
+        return [*mixed, said]
+
+    def _on_significance(self) -> list[str]:
+        """What was tested, or why nothing was."""
+        ranked = [row for row in self.rows if row.rank is not None]
+        if len(ranked) < 2:
+            return []
+        tested = [row for row in ranked if row.verdict is not None]
+        if not tested:
+            return [
+                f"No difference is claimed to be significant: that takes two rows of at least {LEAST_SEEDS} training"
+                " seeds each. The intervals are all there is to go by."
+            ]
+        first = next(row for row in tested if row.verdict is not None and row.verdict.p is None)
+        said = (
+            f"Tested with the training seed as the unit: Welch's t test of every pair of the {len(tested)} rows with at"
+            f" least {LEAST_SEEDS} training seeds, Holm's correction over all pairs, level {LEVEL:g}; shown is each row"
+            f" against #{first.rank}. A row that cannot be told apart from it may be as good, or better."
+        )
+        if len(tested) < len(ranked):
+            said += " Of the other rows, no significance is claimed."
+        return [said]
+
+    def _on_the_baseline(self) -> list[str]:
+        title = words.title(self.headline)
+        if self.measurement.conditioning not in ("unconditional", "labels"):
+            return []  # the baseline takes no other condition
+        if not self.baseline:
+            return [
+                f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"
+                f" learned more than class-wise Gaussians. Add it: {self.baseline_command()}"
+            ]
+        if self.near_floor is not None:
+            return [
+                f"On {self.measurement.data} the Gaussian baseline itself reaches {words.times(self.near_floor)} times"
+                f" the real-against-real floor, so {title} can hardly tell a Gaussian from real images here. A row"
+                f" above the baseline is therefore marked '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures"
+                " and look at its samples."
+            ]
+        return []
+
+    def flags(self) -> list[str]:
+        """What the evaluation found odd about a row's samples, or about the network that measured them."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            flags = row.result.details.get("flags")
+            for flag in flags if isinstance(flags, list) else []:
+                labels = found.setdefault(str(flag), [])
+                labels += [row.run.label] if row.run.label not in labels else []
+        return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
+
+    def baseline_command(self) -> str:
+        """The command that trains and measures the baseline like these rows."""
+        choices = self.rows[0].run.record.config.get("choices", {})
+        choices = choices if isinstance(choices, dict) else {}
+        parts = [f"model={BASELINE}", f"data={choices.get('data') or self.measurement.data}"]
+        if choices.get("evaluation", "default") != "default":
+            parts.append(f"evaluation={choices['evaluation']}")
+        if self.measurement.conditioning == "labels":
+            parts.append("model.conditional=true")
+        return " ".join(["python run.py", *parts])
+
+
+def near_floor(baseline: list[Metric]) -> float | None:
+    multiples = [m.over_floor for m in baseline if m.better == "lower" and m.over_floor is not None]
+    return fmean(multiples) if multiples and fmean(multiples) < NEAR_FLOOR else None
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

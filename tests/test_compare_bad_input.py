@@ -1,0 +1,92 @@
+"""What cannot be compared is left out by name, or refused in one line; the rest is compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gencompare.compare.anchors import anchors
+from gencompare.compare.gather import gather
+from gencompare.compare.rank import apart, rank
+from gencompare.compare.report import report
+from gencompare.errors import UserError
+from gencompare.records import SCHEMA
+from synthetic import DIGITS, result, write_run
+
+
+@pytest.mark.parametrize(
+    "schema, told", [(SCHEMA - 1, "has schema 0"), (SCHEMA + 1, "has schema 2"), ("1", "no schema")]
+)
+def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path, schema: Any, told: str) -> None:
+    good = write_run(tmp_path / "good", [result(1.0)])
+    other = write_run(tmp_path / "other", [result(2.0)], schema=schema)
+    gathered = gather([good, other])
+    assert [run.label for run in gathered.runs] == ["good"]
+    (skipped,) = gathered.skipped
+    assert skipped.folder == other and told in skipped.reason and str(other / "record.json") in skipped.reason
+    report([good, other], tmp_path / "out")
+    for name in ("compare.html", "compare.md"):
+        assert told in (tmp_path / "out" / name).read_text().replace("\\", "")
+
+
+def test_damage_of_any_kind_is_listed(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", [result(1.0)])
+    damaged = {
+        "empty": "",
+        "list": "[]",
+        "null": "null",
+        "binary": "\x00\x01",
+        "deep": '{"schema": 1, "results": [{}]}',
+    }
+    folders = []
+    for name, text in damaged.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "record.json").write_text(text)
+        folders.append(folder)
+    (tmp_path / "folder" / "record.json").mkdir(parents=True)
+    folders.append(tmp_path / "folder")
+    raw = json.loads((good / "record.json").read_text())
+    raw["results"][0]["metrics"]["fd_digits"]["value"] = "low"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "record.json").write_text(json.dumps(raw))
+    gathered = gather([good, *folders, tmp_path / "text"])
+    assert [run.label for run in gathered.runs] == ["good"] and len(gathered.skipped) == len(folders) + 1
+    with pytest.raises(UserError, match="No run can be shown"):
+        report(folders, tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_record_that_may_not_be_read_is_listed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", [result(1.0)])
+    (folder / "record.json").chmod(0)
+    assert "damaged" in gather([folder]).skipped[0].reason
+
+
+def test_mixed_data_sets_are_tables_of_their_own(tmp_path: Path) -> None:
+    cifar = replace(DIGITS, data="cifar10", extractor="cifar10")
+    for name, measurement in (("a", DIGITS), ("b", DIGITS), ("c", cifar)):
+        data = {"name": measurement.data}
+        write_run(tmp_path / name, [result(1.0, measurement)], family=name, data=data, picture=False)
+    groups = rank(gather(sorted(tmp_path.iterdir())).runs)
+    assert [[row.run.label for row in group.rows] for group in groups] == [["a", "b"], ["c"]]
+    assert "Table 2 is of other data, cifar10" in apart(groups) and anchors("cifar10")
+    report(sorted(tmp_path.iterdir()), tmp_path / "out")
+    assert (tmp_path / "out" / "compare.tex").read_text().count(r"\begin{tabular}") == 2
+
+
+def test_a_config_that_is_no_config_breaks_nothing(tmp_path: Path) -> None:
+    odd: list[dict[str, Any]] = [
+        {"choices": "none"}, {"model": [1, 2]}, {"data": None, "trainer": 3}, {"budget": {"images": float("inf")}},
+    ]  # fmt: skip
+    for k, config in enumerate(odd):
+        training = {"flops": "many", "seconds": None, "steps": [1]}
+        model = {"autoencoder": "x", "noise_schedule": [3, {"t": 1, "log_snr": [1]}, {"t": ["a"]}, None][k]}
+        write_run(tmp_path / f"r{k}", [result(1.0 + k)], config=config, training=training, model=model, picture=False)
+    page = report(sorted(tmp_path.iterdir()), tmp_path / "out")
+    assert page.is_file() and len(gather(sorted(tmp_path.glob("r*"))).runs) == 4

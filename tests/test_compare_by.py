@@ -1,0 +1,125 @@
+"""by= makes one row of the runs that share a setting; metric= ranks by another figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gencompare.compare import page
+from gencompare.compare.gather import View, gather
+from gencompare.compare.rank import NO_FIGURE, Group, Row, rank
+from gencompare.compare.report import report
+from gencompare.errors import UserError
+from gencompare.records import Metric
+from gencompare.tasks.compare import keys
+from synthetic import result, write_run
+
+
+def run(folder: Path, schedule: str, lr: float, seed: int, value: float, **fields: Any) -> Path:
+    config = {
+        "family": "ddpm", "seed": seed, "choices": {"model": "ddpm", "model/schedule": schedule},
+        "model": {"schedule": {"_target_": schedule, "shift": 0}, "optimizer": {"lr": lr}},
+    }  # fmt: skip
+    made = result(value, generation={"seed": seed} | fields.pop("generation", {}))
+    name = f"{schedule}_{lr:g}_{seed}"
+    return write_run(folder / name, [made], seed=seed, config=config, picture=False, **fields)
+
+
+def table(folder: Path, *by: str, metric: str | None = None) -> Group:
+    view = View(by, metric)
+    (group,) = rank(gather(sorted(folder.iterdir()), view).runs, view)
+    return group
+
+
+def shown(rows: list[Row]) -> list[tuple[str, float | None]]:
+    return [(row.run.label.split(",")[0], row.headline.value) for row in rows]
+
+
+def test_one_row_a_value_of_the_key(tmp_path: Path) -> None:
+    for schedule, base in (("cosine", 1.0), ("linear", 3.0)):
+        for k, lr in enumerate((1e-3, 2e-3)):
+            for seed in (0, 1):
+                run(tmp_path, schedule, lr, seed, base + k + 0.1 * seed)
+    assert len(table(tmp_path).rows) == 4, "without by= a row a config"
+    by = table(tmp_path, "model.schedule")
+    # Of cosine: 1, 1.1, 2 and 2.1.
+    assert shown(by.rows) == [
+        ("model.schedule=cosine", pytest.approx(1.55)), ("model.schedule=linear", pytest.approx(3.55)),
+    ]  # fmt: skip
+    assert all(row.headline.interval is None and row.verdict is None for row in by.rows)
+    notes = [note for note in by.notes() if "differ in more than seeds (model.optimizer.lr)" in note]
+    assert len(notes) == 2 and "mean of 4 runs" in notes[0]
+    assert [shown([row])[0][0] for row in table(tmp_path, "model/schedule").rows] == [
+        "model/schedule=cosine", "model/schedule=linear",
+    ]  # fmt: skip
+    both = table(tmp_path, "model.schedule", "model.optimizer.lr")
+    assert both.rows[0].run.label.startswith("model.schedule=cosine, model.optimizer.lr=0.001, mean")
+    assert all(row.headline.interval is not None for row in both.rows), "what differs in seeds alone has its interval"
+    assert len(table(tmp_path, "model.schedule.shift").rows) == 1
+
+
+def test_runs_that_share_the_key_and_differ_in_seeds_alone_are_tested(tmp_path: Path) -> None:
+    for schedule, base in (("cosine", 1.0), ("linear", 3.0)):
+        for seed in range(5):
+            run(tmp_path, schedule, 1e-3, seed, base + 0.01 * seed)
+    plain, by = table(tmp_path), table(tmp_path, "model.schedule")
+    assert [(row.headline, row.verdict) for row in plain.rows] == [(row.headline, row.verdict) for row in by.rows]
+    assert by.rows[1].verdict is not None and by.rows[1].verdict.apart
+    assert by.rows[0].run.label == "model.schedule=cosine, mean of 5 seeds"
+
+
+def test_samplers_stay_apart_and_runs_without_the_key_keep_their_row(tmp_path: Path) -> None:
+    run(tmp_path, "cosine", 1e-3, 0, 1.0)
+    run(tmp_path, "cosine", 2e-3, 1, 2.0)
+    run(tmp_path, "cosine", 3e-3, 2, 9.0, generation={"sampler": "ddim, 5 steps"})
+    write_run(tmp_path / "vae", [result(5.0)], family="vae", picture=False)
+    rows = table(tmp_path, "model.schedule").rows
+    assert shown(rows) == [
+        ("model.schedule=cosine", 1.5), ("vae", 5.0), ("model.schedule=cosine (cosine_0.003_2)", 9.0),
+    ]  # fmt: skip
+
+
+def test_trainings_of_any_length_are_one_row(tmp_path: Path) -> None:
+    for seed, step in ((0, 100), (1, 200)):
+        run(tmp_path, "cosine", 1e-3, seed, 1.0 + seed, generation={"step": step}, training={"steps": 500})
+    assert len(table(tmp_path).rows) == 2
+    (row,) = table(tmp_path, "family").rows
+    assert row.headline.value == 1.5 and row.line.mixed == ("data or length of training",)
+
+
+def test_a_key_that_no_run_has_is_refused_with_those_that_differ(tmp_path: Path) -> None:
+    run(tmp_path, "cosine", 1e-3, 0, 1.0)
+    run(tmp_path, "cosine", 2e-3, 0, 2.0)
+    with pytest.raises(UserError, match=r"by=model.shedule: no run.*Settings that differ: model.optimizer.lr\."):
+        table(tmp_path, "model.shedule")
+
+
+def test_another_figure_ranks(tmp_path: Path) -> None:
+    for name, recall in (("a", 0.2), ("b", 0.9)):
+        metrics = {"recall": Metric(recall, better="higher", floor=0.95)}
+        write_run(tmp_path / name, [result(1.0 if name == "a" else 2.0, metrics=metrics)], family=name, picture=False)
+    other = result(0.1)
+    del other.metrics["recall"]
+    write_run(tmp_path / "c", [other], family="c", picture=False)
+    group = table(tmp_path, metric="recall")
+    assert [(row.rank, row.run.label, row.standing) for row in group.rows] == [
+        (1, "b", ""), (2, "a", ""), (None, "c", NO_FIGURE),
+    ]  # fmt: skip
+    view = View(metric="recall")
+    html = page.render(gather(sorted(tmp_path.iterdir()), view))
+    assert "digits: recall\u00a0↑" in html and "missing or not finite" in html
+    with pytest.raises(UserError, match=r"metric=fid: no result has this figure. There are: fd_digits, kd_digits, "):
+        report(sorted(tmp_path.iterdir()), tmp_path / "out", View(metric="fid"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [(None, ()), ("model.schedule", ("model.schedule",)), ("a, b/c", ("a", "b/c")), (["a", "b"], ("a", "b"))],
+)
+def test_keys_as_they_are_written(given: Any, expected: tuple[str, ...]) -> None:
+    from omegaconf import OmegaConf
+
+    assert keys(OmegaConf.create(given) if isinstance(given, list) else given) == expected
