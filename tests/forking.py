@@ -7,6 +7,7 @@ its way is for the tests that start ``run.py`` itself.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import get_context
@@ -51,12 +52,18 @@ class Forked:
     Args:
         env: the environment; None keeps this process's.
         first: called in the new process before anything else; what it changes is changed in further processes too.
+        output: where it prints to.
     """
 
     def __init__(
-        self, folder: Path, *words: str, env: Mapping[str, str] | None = None, first: Callable[[], Any] | None = None
+        self,
+        folder: Path,
+        *words: str,
+        env: Mapping[str, str] | None = None,
+        first: Callable[[], Any] | None = None,
+        output: Path | None = None,
     ) -> None:
-        self._output = folder / "output.txt"
+        self._output = output or folder / "output.txt"
         self._process = get_context("fork").Process(target=self._run, args=(folder, words, env, first))
         self._process.start()
 
@@ -107,6 +114,9 @@ class Forked:
     def send_signal(self, number: int) -> None:
         if self._process.is_alive() and self._process.pid is not None:
             os.kill(self._process.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def output(self) -> str:
         """All that it and its further processes printed."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from forking import Forked
+from gencompare.models.vae import VAE
 from gencompare.training.clock import Clock
 from test_cli import QUICK, Cli, assert_same_training, checkpoint
 
@@ -78,3 +79,45 @@ def test_another_setting_is_another_job(cli: Cli, tmp_path: Path) -> None:
     assert cli(*words, "seed=0,1", "model.beta=0.5", "hydra.sweep.dir=other") == 0
     one, two = (checkpoint(tmp_path / place / "0_digits_vae")["state_dict"] for place in ("sweep", "other"))
     assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_job_that_fails_does_not_stop_the_others_and_is_tried_again(
+    cli: Cli, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    words = ["-m", "model=vae", *WORDS[3:], "hydra.sweep.dir=sweep", "model.beta=-1,2"]
+    assert cli(*words) == 1
+    out = capsys.readouterr().out
+    assert "1 of 2 runs did not finish" in out and "[0_digits_vae] failed: " in out
+    records = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted((tmp_path / "sweep").glob("*/record.json"))
+    }
+    assert [record["state"] for record in records.values()] == ["failed", "finished"]
+    why = records["0_digits_vae"]["training"]["error"]
+    assert "beta" in why and why in (tmp_path / "sweep" / "compare.html").read_text(), "the page lists it"
+    times = {name: (tmp_path / "sweep" / name / "record.json").stat().st_mtime_ns for name in records}
+    # What was wrong is put right (here: in the model), and the same command does what is left.
+    monkeypatch.setattr(VAE, "__init__", forgiving(VAE.__init__))
+    assert cli(*words) == 0
+    out = capsys.readouterr().out
+    assert "[0_digits_vae] did not get to train before: starts anew." in out and "did not finish" not in out
+    again = json.loads((tmp_path / "sweep" / "0_digits_vae" / "record.json").read_text())
+    assert again["state"] == "finished" and "error" not in again["training"] and again["results"]
+    assert len(list((tmp_path / "sweep").glob("*/record.json"))) == 2
+    assert (tmp_path / "sweep" / "1_digits_vae" / "record.json").stat().st_mtime_ns == times["1_digits_vae"]
+
+
+def forgiving(original: Any) -> Any:
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **{**options, "beta": abs(options["beta"])})
+
+    return init
+
+
+def test_a_damaged_run_is_done_again_beside_it(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    words = ["-m", "model=gaussian", *WORDS[3:], "seed=0", "hydra.sweep.dir=sweep"]
+    assert cli(*words) == 0
+    (tmp_path / "sweep" / "0_digits_gaussian" / "record.json").write_text("{")
+    capsys.readouterr()
+    assert cli(*words) == 0
+    assert json.loads((tmp_path / "sweep" / "0_digits_gaussian_2" / "record.json").read_text())["state"] == "finished"
+    assert "[0_digits_gaussian] " in capsys.readouterr().out

@@ -31,8 +31,11 @@ class Trade:
 
 
 def training_flops(row: Row) -> float | None:
-    """FLOPs of the training and of all that it needed (`table.first_stage`)."""
-    return _with_first_stage(row, "flops")
+    """FLOPs of the training and of all that it needed: as the record adds them up, tuning trials too, or by
+    `table.first_stage` in a record of before."""
+    total = row.run.record.training.get("total")
+    added_up = words.number(total.get("flops")) if isinstance(total, dict) else None
+    return _with_first_stage(row, "flops") if added_up is None else added_up
 
 
 def training_seconds(row: Row) -> float | None:

@@ -7,14 +7,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from gencompare.compare.gather import View, find, gather
+from gencompare.compare.gather import View, gather
 from gencompare.compare.report import write
 from gencompare.compare.terminal import print_tables
 from gencompare.errors import UserError
+from gencompare.tasks.gathering import located
 
 
 def compare(cfg: DictConfig) -> None:
-    """Compare the run folders that the glob ``cfg.runs`` names.
+    """Compare the runs that ``cfg.runs`` names: a glob of run folders, or ``wandb:ENTITY/PROJECT``.
 
     ``by=KEY`` (or ``by=[KEY,KEY]``) makes one row of all runs that share the value of a config key; ``metric=NAME``
     ranks by another figure than the headline.
@@ -22,7 +23,7 @@ def compare(cfg: DictConfig) -> None:
     if not cfg.runs:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
     view = View(keys(cfg.by), None if cfg.metric is None else str(cfg.metric))
-    draw(find(cfg.runs), Path(cfg.task.out or cfg.out), view)
+    draw(located(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), view)
 
 
 def keys(given: Any) -> tuple[str, ...]:

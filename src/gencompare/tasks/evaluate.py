@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.files import sha256
 from gencompare.protocol import Generation
 from gencompare.records import RunRecord
-from gencompare.tasks import frozen, others
+from gencompare.tasks import costs, frozen, others
 from gencompare.tasks.build import build_data, build_model, build_protocol, build_trainer
 from gencompare.tasks.load import generative, load_weights
 from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
@@ -92,6 +93,7 @@ def measure(
     ``best`` of a run that never looked for it. What is drawn is kept until its result is in the record, so an
     evaluation that is broken off goes on where it was.
     """
+    guides = costs.guides(cfg)
     steps: set[int] = set()
     for checkpoint in checkpoints:
         if checkpoint == "best" and len(checkpoints) > 1 and not (folder / "checkpoints" / "best.ckpt").exists():
@@ -104,7 +106,7 @@ def measure(
         if isinstance(model, AddsNoise) and rank_zero_only.rank == 0:
             schedule = model.noise_schedule()
             RunRecord.update(folder, lambda r, schedule=schedule: r.model.update(noise_schedule=schedule))
-        for name in samplers(cfg, model):
+        for name in ways(cfg, model):
             generation = Generation(
                 weights=weights if model.averaged_parameters() else "raw",
                 checkpoint=checkpoint,
@@ -120,27 +122,50 @@ def measure(
                     model, data, protocol, generation=generation, progress=progress, on_samples=drawn.append, keep=kept
                 )
             if rank_zero_only.rank == 0:
+                if guides:
+                    result = replace(result, details={**result.details, "guides": guides})
                 put(folder, result, drawn[0], data)
                 shutil.rmtree(kept, ignore_errors=True)
 
 
-def samplers(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
-    """Gives ``model`` one sampler after another: its own, then those of ``evaluation.samplers``; yields their names.
+def ways(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
+    """Gives ``model`` one way of sampling after another: its own, then those of ``evaluation.samplers`` and
+    ``evaluation.guidance``; yields their names.
 
-    A further sampler is a whole one (with ``_target_``), or what is to be changed in the model's own.
+    A further sampler is a whole one (with ``_target_``), or what is to be changed in the model's own; of its guidance,
+    the scale and the like are changed.
     """
     further = cfg.evaluation.get("samplers") or {}
-    if further and not hasattr(model, "sampler"):
-        raise UserError(f"evaluation.samplers: {type(model).__name__} has no sampler that could be changed.")
+    guidances = cfg.evaluation.get("guidance") or {}
+    own: dict[str, Any] = {"sampler": getattr(model, "sampler", None), "guidance": getattr(model, "guidance", None)}
+    for option, part, wanted in (("samplers", "sampler", further), ("guidance", "guidance", guidances)):
+        if wanted and own[part] is None:
+            raise UserError(f"evaluation.{option}: {type(model).__name__} has no {part} here that could be changed.")
     yield "own"
-    own: Any = getattr(model, "sampler", None)
     try:
         for name, change in further.items():
             model.sampler = instantiate(changed(cfg.model.sampler, change), _convert_="all")
             yield str(name)
+            model.sampler = own["sampler"]
+        for name, change in guidances.items():
+            model.guidance = reguided(own["guidance"], change)
+            yield f"guidance {name}"
     finally:
-        if further:
-            model.sampler = own
+        for part, value in own.items():
+            if value is not None:
+                setattr(model, part, value)
+
+
+def reguided(own: Any, change: DictConfig) -> Any:
+    """The guidance ``own`` with another scale or interval; the models that take part are the same."""
+    known = [field.name for field in fields(own) if field.name not in own.guides()]
+    unknown = [str(key) for key in change if key not in known]
+    if unknown:
+        raise UserError(
+            f"evaluation.guidance: {type(own).__name__} has no {unknown[0]} that could be changed, but"
+            f" {', '.join(known)}."
+        )
+    return replace(own, **{str(key): value for key, value in change.items()})
 
 
 def changed(own: DictConfig, change: DictConfig) -> DictConfig:
@@ -160,7 +185,7 @@ def drawing(
     """A name for the samples of one evaluation: a hash of all that decides what is drawn."""
     kept = {name: digest(rows) for name, rows in data.split(protocol.conditions).kept.items()}
     decides = {
-        "sampler": [sampler, str(cfg.evaluation.get("samplers"))],
+        "sampler": [sampler, str(cfg.evaluation.get("samplers")), str(cfg.evaluation.get("guidance"))],
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": [sha256(folder / "checkpoints" / f"{checkpoint}.ckpt"), weights],
         "chunks": [protocol.seed, protocol.chunk, protocol.n, protocol.reference, data.hash("train")],

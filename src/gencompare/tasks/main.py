@@ -21,7 +21,7 @@ from gencompare.paths import conf_dir
 from gencompare.tasks.frozen import base_on_run_folder, thaw
 from gencompare.tasks.misspelt import of_absent_option
 from gencompare.tasks.processes import CHILD, alone_again
-from gencompare.tasks.sweep import begun
+from gencompare.tasks.sweep import begun, fail
 
 USAGE, FAILURE = 2, 1
 HYDRA_FULL, OWN_FULL = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
@@ -37,20 +37,20 @@ def main() -> None:
     # Hydra then hands errors over as they are, and we print one line.
     os.environ[OWN_FULL] = str(int(wants_tracebacks()))
     os.environ[HYDRA_FULL] = "1"
-    _failures.clear()
+    failures.clear()
     try:
         if CHILD in os.environ:
             call_task(thaw(Path(os.environ[CHILD])))
             return
         sys.argv[1:] = base_on_run_folder(_with_extra_conf(_without_groups_of_null(sys.argv[1:])))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
-        if _failures:
-            sys.exit(max(_failures))
+        if failures:
+            sys.exit(max(failures))
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(report(error))
 
 
-_failures: list[int] = []
+failures: list[int] = []
 """Exit codes of the jobs of a sweep that failed: the others still run."""
 
 
@@ -64,7 +64,9 @@ def _job(cfg: DictConfig) -> None:
     except Exception as error:
         if job.mode is not RunMode.MULTIRUN:
             raise SystemExit(report(error)) from error
-        _failures.append(report(error, job=Path(job.runtime.output_dir).name))
+        failures.append(report(error, job=Path(job.runtime.output_dir).name))
+        if "out" in cfg:
+            fail(cfg, told(error))
     finally:
         alone_again()
 
@@ -90,6 +92,9 @@ def report(error: BaseException, job: str = "") -> int:
     if isinstance(cause, UserError):
         print(f"{where}Error: {cause}", file=sys.stderr)
         return FAILURE
+    if "submitit_slurm" in str(cause):
+        print(f"{where}Error: hydra/launcher=slurm needs submitit: pip install 'gencompare[slurm]'.", file=sys.stderr)
+        return USAGE
     if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(cause, InstantiationException):
         text = of_absent_option(cause, sys.argv[1:]) or _plain(cause).split(" Config search path:")[0]
         print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
@@ -101,6 +106,12 @@ def report(error: BaseException, job: str = "") -> int:
     at = f" at {Path(place[-1].filename).name}:{place[-1].lineno}" if place else ""
     print(f"{where}Error: {type(cause).__name__}{at}: {_plain(cause)} {hint}", file=sys.stderr)
     return FAILURE
+
+
+def told(error: BaseException) -> str:
+    """What went wrong, in one line for a record."""
+    cause = _cause(error)
+    return _plain(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_plain(cause)}"
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -16,7 +16,7 @@ from gencompare.records import RunRecord
 
 HIDDEN = (
     "choices", "command", "out", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights",
-    "task",
+    "task", "trial",
 )  # fmt: skip
 
 

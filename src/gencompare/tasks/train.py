@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from gencompare.locks import locked
 from gencompare.memory import peak_memory_bytes
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
-from gencompare.tasks import first_stage, frozen
+from gencompare.tasks import costs, first_stage, frozen
 from gencompare.tasks.build import (
     build_budget,
     build_callbacks,
@@ -36,9 +34,10 @@ from gencompare.tasks.evaluate import measure
 from gencompare.tasks.load import check_fits
 from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.show import described, print_config, print_end
+from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
+from gencompare.tasks.sweep import LOCK
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
-from gencompare.training.flops import TrainingFlops
 from gencompare.training.loggers import abandon, finish
 from gencompare.training.looks import Looks
 from gencompare.training.stop import GracefulStop
@@ -70,17 +69,21 @@ def train(cfg: DictConfig) -> None:
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
     if stored is None:
         cfg = first_stage.trained_first(cfg, data, train)
+    needed = costs.needed(cfg, known=RunRecord.load(folder).training.get("needed", []) if stored is not None else ())
+    budget = costs.remaining(build_budget(cfg), needed)
+    next(callback for callback in callbacks if isinstance(callback, Clock)).budget = budget
+    if stored is None:
         first_stage.put_in(cfg, model, data)
     trainer = build_trainer(cfg, model, callbacks, [], folder)
     clock = stored["callbacks"]["Clock"] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
         if rank_zero_only.rank == 0:
-            begin(cfg, model, data, folder, resumed)
+            begin(cfg, model, data, folder, resumed, needed)
         run_id = RunRecord.load(folder).environment["run_id"]
         loggers = build_loggers(cfg, folder, run_id=run_id, start_step=clock["step"] if clock else 0)
         try:
             trainer.loggers = loggers
-            if clock and (model.closed_form or build_budget(cfg).progress(**clock) >= 1):
+            if clock and (model.closed_form or budget.progress(**clock) >= 1):
                 print_zero("The budget is spent: nothing is left to train.")
             else:
                 fit(trainer, model, data, folder, checkpoint if clock else None)
@@ -104,7 +107,7 @@ def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
         yield
         return
     try:
-        with locked(folder / ".lock", wait=False):
+        with locked(folder / LOCK, wait=False):
             if clear:
                 refuse_second_run(folder)
             yield
@@ -139,26 +142,6 @@ def recorded(folder: Path) -> Iterator[None]:
         raise
 
 
-SIGTERM_CODE = 128 + signal.SIGTERM
-
-
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds the block as Ctrl-C does. (While a model trains, `GracefulStop` has the signal.)"""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(SIGTERM_CODE)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def check_optimizer(model: TrainedModel) -> None:
     """Raises `UserError` where the optimiser does not take its settings."""
     try:
@@ -173,7 +156,9 @@ def check_choice(checkpoints: Any) -> None:
         raise UserError(f"evaluation.checkpoints={checkpoints}: give a list of last, best or both.")
 
 
-def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, resumed: bool) -> None:
+def begin(
+    cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, resumed: bool, needed: list[dict[str, Any]]
+) -> None:
     """Freeze the config and write the first record."""
     if several_processes(cfg):
         frozen.save(cfg, folder / JOB)
@@ -182,7 +167,7 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
     frozen.save(cfg, folder / frozen.FILE)
     print_config(cfg)
     if resumed:
-        RunRecord.update(folder, lambda r: go_on(r, cfg))
+        RunRecord.update(folder, lambda r: go_on(r, cfg, needed))
         return
     RunRecord(
         name=folder.name,
@@ -200,13 +185,15 @@ def begin(cfg: DictConfig, model: TrainedModel, data: ImageData, folder: Path, r
             "averaged_parameters": sum(p.numel() for p in model.averaged_parameters().values()),
             **({"autoencoder": autoencoder} if autoencoder else {}),
         },
+        training={"needed": needed},
     ).save(folder)
 
 
-def go_on(record: RunRecord, cfg: DictConfig) -> None:
+def go_on(record: RunRecord, cfg: DictConfig, needed: list[dict[str, Any]]) -> None:
     """The record of a run that is resumed: what was changed on the command line is in force from here on."""
     record.state = "running"
     record.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    record.training["needed"] = needed
 
 
 def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path, checkpoint: Path | None) -> None:
@@ -230,7 +217,7 @@ def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path,
 
 def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str = "") -> None:
     """What training cost so far, in the record."""
-    clock, flops = _callback(trainer, Clock), _callback(trainer, TrainingFlops)
+    clock = _callback(trainer, Clock)
     checkpoints = _callback(trainer, Checkpoints)
     looks = [callback for callback in trainer.callbacks if isinstance(callback, Looks)]  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
@@ -238,15 +225,18 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "steps": clock.step,
         "images_seen": clock.images,
         "seconds": clock.seconds,
+        "device_seconds": clock.device_seconds,
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
-        "flops_per_image": flops.per_image,
-        "flops": flops.per_image * clock.images if flops.per_image is not None else None,
+        "flops_per_image": clock.flops_per_image,
+        "flops": clock.flops if clock.flops_per_image is not None else None,
         "peak_memory_bytes": max(looks[0].peak_memory_bytes if looks else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "trained_against": trainer.lightning_module.trained_against,
         "missing_modes": {str(step): said for step, said in looks[0].missing.items()} if looks else {},
     }
+    if looks and looks[0].last is not None:
+        figures["preview"] = {"last": looks[0].last, "best": looks[0].best}
     if error:
         figures["error"] = error
 
@@ -255,7 +245,9 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         record.environment |= environment(device)
         # A latent model that is resumed has its first stage's weights from its own checkpoint, and knows no more of it.
         figures["trained_against"] = figures["trained_against"] or record.training.get("trained_against", [])
+        figures["needed"] = record.training.get("needed", [])
         record.training = figures
+        costs.tell(record)
         record.checkpoints = {
             path.stem: str(path.relative_to(folder)) for path in (checkpoints.last, checkpoints.best) if path.exists()
         }

@@ -34,19 +34,32 @@ class Clock(Callback):
         """Training images seen, repeats counted."""
         self.seconds = 0.0
         """Wall seconds spent in training, over all sittings."""
+        self.device_seconds = 0.0
+        """The same, times the processes of each sitting."""
+        self.flops_per_image: float | None = None
+        """What an image costs, once `TrainingFlops` has counted it."""
         self._generator: torch.Generator | None = None
         self._since = time.monotonic()
 
     @property
     def progress(self) -> float:
         """The share of the budget that is spent, 0 to 1."""
-        return self.budget.progress(images=self.images, step=self.step, seconds=self.seconds)
+        return self.budget.progress(**self.state_dict())
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of training so far; 0 until the first step was counted."""
+        return (self.flops_per_image or 0.0) * self.images
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "images": self.images, "seconds": self.seconds}
+        return {
+            "step": self.step, "images": self.images, "seconds": self.seconds, "flops": self.flops,
+            "device_seconds": self.device_seconds,
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.images, self.seconds = state_dict["step"], state_dict["images"], state_dict["seconds"]
+        self.device_seconds = state_dict.get("device_seconds", self.seconds)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores the callbacks before this hook and asks for the training stream after it.
@@ -76,10 +89,15 @@ class Clock(Callback):
         self.step += 1
         self.images += self.images_a_step
         now = time.monotonic()
-        self.seconds, self._since = self.seconds + now - self._since, now
-        if self.budget.minutes is not None and trainer.world_size > 1:
-            # Ranks must agree on when a budget of minutes is spent.
-            self.seconds = float(trainer.strategy.broadcast(self.seconds, src=0))
+        taken, self._since = now - self._since, now
+        if self.budget.by_time and trainer.world_size > 1:
+            # Ranks must agree on when a budget of time is spent.
+            taken = float(trainer.strategy.broadcast(taken, src=0))
+        self.seconds += taken
+        self.device_seconds += taken * trainer.world_size
+        self.end_if_spent(trainer)
+
+    def end_if_spent(self, trainer: pl.Trainer) -> None:
         if self.progress >= 1:
             trainer.should_stop = True
 

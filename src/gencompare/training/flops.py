@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
+from gencompare.errors import UserError
 from gencompare.evaluation.flops import Flops
 from gencompare.training.clock import clock_of
 
@@ -24,6 +25,9 @@ class TrainingFlops(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.per_image = state_dict["per_image"]
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        clock_of(trainer).flops_per_image = self.per_image
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
         if self.per_image is None:
             self._counter = Flops()
@@ -34,8 +38,14 @@ class TrainingFlops(Callback):
     ) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self.per_image = self._counter.get_total_flops() * trainer.world_size / clock_of(trainer).images_a_step
+            clock = clock_of(trainer)
+            self.per_image = self._counter.get_total_flops() * trainer.world_size / clock.images_a_step
             self._counter = None
+            if not self.per_image and clock.budget.flops is not None:
+                raise UserError("budget.flops: a step of this model has nothing that is counted. Set another limit.")
+            # The clock acted before this count was known.
+            clock.flops_per_image = self.per_image
+            clock.end_if_spent(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._counter is not None:

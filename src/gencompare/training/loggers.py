@@ -102,7 +102,7 @@ def wandb_logger(
     import wandb
     from wandb.errors import Error as WandbError
 
-    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
     # The run says itself where everything lies; W&B's own banner would only repeat it.
     settings = wandb.Settings(init_timeout=30, silent=True)
     options: dict[str, Any] = {
@@ -133,7 +133,8 @@ def _open(**options: Any) -> WandbLogger:
     return logger
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Whether there is an API key of W&B here."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc
@@ -183,9 +184,15 @@ def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -
                 run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
             if record.results:
                 run.log({"figures": figures_table(record), **result_pictures(record, folder)})
-            for file in (folder / FILE, page):
-                # What lies in the run's own folder is uploaded, now or at a later `wandb sync`.
-                shutil.copy(file, run.dir)
+            # What lies in the run's own folder is uploaded, now or at a later `wandb sync`: enough for a comparison.
+            for file in (page, folder / record.curve):
+                if file.is_file():
+                    shutil.copy(file, run.dir)
+            samples = Path(run.dir) / "samples"
+            samples.mkdir(exist_ok=True)
+            for picture in {picture for result in record.results for picture in result.pictures.values()}:
+                shutil.copy(folder / picture, samples)
+            shutil.copy(folder / FILE, run.dir)
             run.finish()
 
 

@@ -69,6 +69,9 @@ class Looks(Callback):
         self.improved = False
         """Whether the last look was the best so far."""
         self.best: float | None = None
+        """The preview's distance at the best look so far."""
+        self.last: float | None = None
+        """The same at the last look."""
         self.since_best = 0
         """Looks since the best one."""
         self.best_coverage = 0.0
@@ -78,11 +81,12 @@ class Looks(Callback):
         """The most memory that training held; looks reset the device's own count."""
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("done", "best", "since_best", "best_coverage", "missing")
+        names = ("done", "best", "last", "since_best", "best_coverage", "missing")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done, self.best = state_dict["done"], state_dict["best"]
+        self.last = state_dict.get("last")
         self.since_best = state_dict.get("since_best", 0)
         self.best_coverage, self.missing = state_dict.get("best_coverage", 0.0), dict(state_dict.get("missing", {}))
 
@@ -120,6 +124,7 @@ class Looks(Callback):
                 figures |= {f"val/{name}": value for name, value in found.items()}
                 distance = next(iter(found.values()))
                 self.watch(trainer, found)
+                self.last = distance
                 if self.best is None or distance < self.best:
                     self.best, self.improved = distance, True
                 self.since_best = 0 if self.improved else self.since_best + 1

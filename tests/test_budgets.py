@@ -1,0 +1,254 @@
+"""Budgets: training ends at the limit, all that a model needed is counted, and nothing is forgotten on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from composing import compose
+from gencompare.contract import Cond, GenerativeModel
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.records import RunRecord
+from gencompare.seeds import Draws
+from gencompare.tasks import costs
+from gencompare.training import clock as clocks
+from gencompare.training.budget import Budget
+from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.clock import Clock
+from gencompare.training.flops import TrainingFlops
+
+Cli = Callable[..., int]
+BATCH = 32
+A_STEP = 3 * 2 * 64 * 5 * BATCH - 2 * 64 * 5 * BATCH
+"""FLOPs of a linear layer of 64 to 5: 2 n m forward, 2 n m backward to its weights; images need no gradient."""
+
+
+class Linear(GenerativeModel):
+    def __init__(self, data: Digits) -> None:
+        super().__init__(data.spec, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        self.layer = nn.Linear(64, 5, bias=False)
+
+    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        return {"loss": self.layer(x.flatten(1)).square().sum(1)}
+
+
+def train(folder: Path, budget: Budget, *, until: int | None = None, resume: bool = False) -> Clock:
+    class StopAt(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop |= clock.step == until
+
+    clock = Clock(0, BATCH, budget)
+    data = Digits(batch_size=BATCH)
+    pl.Trainer(
+        callbacks=[clock, TrainingFlops(), StopAt(), Checkpoints(folder)], plugins=[AtomicCheckpointIO()], logger=False,
+        max_epochs=-1, limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, accelerator="cpu",
+    ).fit(
+        Linear(data), datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=resume or None
+    )  # fmt: skip
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("flops", "steps"), [(A_STEP * 7, 7), (A_STEP * 7 + 1, 8), (A_STEP * 6.5, 7), (1.0, 1), (A_STEP, 1)]
+)
+def test_training_ends_with_the_step_that_spends_the_flops(flops: float, steps: int, tmp_path: Path) -> None:
+    clock = train(tmp_path, Budget(flops=flops))
+    assert clock.step == steps and clock.flops == steps * A_STEP
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+    train(tmp_path, Budget(flops=10 * A_STEP), until=4)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["Clock"]
+    assert state["flops"] == 4 * A_STEP and state["step"] == 4
+    resumed = train(tmp_path, Budget(flops=10 * A_STEP), resume=True)
+    assert resumed.step == 10 and resumed.flops == 10 * A_STEP
+    assert resumed.seconds > state["seconds"] and resumed.device_seconds > state["device_seconds"]
+
+
+class Ticking:
+    """A clock of which each look takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(("world", "steps"), [(1, 6), (2, 3), (4, 2)])
+def test_device_minutes_are_wall_time_times_processes(
+    world: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of a second each: 6 device seconds are 6 steps of one process, 3 of two, and 2 (8 seconds) of four."""
+    monkeypatch.setattr(clocks, "time", Ticking())
+    said: list[float] = []
+
+    class Trainer:
+        world_size, should_stop = world, False
+
+        class strategy:
+            @staticmethod
+            def broadcast(value: float, src: int) -> float:
+                said.append(value)
+                return value
+
+    clock, trainer = Clock(0, BATCH, Budget(device_minutes=0.1)), Trainer()
+    while not trainer.should_stop:
+        clock.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+    assert clock.step == steps and clock.device_seconds == steps * world and clock.seconds == steps
+    assert len(said) == (steps if world > 1 else 0), "the first process decides for all"
+
+
+def test_a_model_that_counts_nothing_is_not_trained_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linear, "losses", lambda self, x, *_: {"loss": (x.flatten(1) * self.layer.weight[0]).sum(1)})
+    with pytest.raises(UserError, match=r"budget\.flops"):
+        train(tmp_path, Budget(flops=1e9))
+
+
+@pytest.mark.parametrize("name", ["flops", "device_minutes"])
+def test_what_others_spent_is_taken_off(name: str) -> None:
+    budget = Budget(**{"images": 50, name: 10.0})
+    left = budget.after(flops=4.0, device_seconds=240.0, spender="the autoencoder")
+    assert vars(left) == {**vars(budget), name: 6.0}
+    with pytest.raises(UserError, match=rf"budget\.{name}=10.*the autoencoder took 10"):
+        budget.after(flops=10.0, device_seconds=600.0, spender="the autoencoder")
+
+
+def test_limits_on_images_are_a_models_own() -> None:
+    assert Budget(images=50).after(flops=1e30, device_seconds=1e30, spender="x") == Budget(images=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"flops": 0.0}, "positive"), ({"flops": "1e12"}, "1.0e"), ({"device_minutes": -1}, "positive")],
+)
+def test_limits_that_are_none_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Budget(**options)
+
+
+@pytest.mark.parametrize(
+    ("words", "limits"),
+    [
+        ([], {"images": 60_000}),
+        (["budget=images", "budget.images=7"], {"images": 7}),
+        (["budget=steps", "budget.steps=9"], {"steps": 9}),
+        (["budget=flops", "budget.flops=2.5e12"], {"flops": 2.5e12}),
+        (["budget=device_minutes", "budget.device_minutes=3"], {"device_minutes": 3}),
+    ],
+)
+def test_an_option_of_the_group_replaces_what_an_experiment_says(words: list[str], limits: dict[str, float]) -> None:
+    cfg = compose("experiment=digits_vae", *words)
+    assert {key: value for key, value in cfg.budget.items() if key != "_target_" and value is not None} == limits
+    assert cfg.model.importance_samples == 50
+
+
+def record(name: str, flops: float | None, seconds: float, needed: Any = ()) -> RunRecord:
+    training = {
+        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2, "needed": list(needed),
+    }  # fmt: skip
+    return RunRecord(name=name, family=name, data={}, environment={"run_id": name}, training=training)
+
+
+def test_the_total_is_of_all_that_was_needed_each_once() -> None:
+    """A guide and the model that it guides stand on one autoencoder: it is paid for once."""
+    coder = costs.entry(record("coder", 100.0, 1.0), "autoencoder")
+    guide = record("guide", 20.0, 2.0, [coder])
+    model = record("model", 3.0, 4.0, [coder, costs.entry(guide, "classifier")])
+    costs.tell(model)
+    assert model.training["total"] == {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0}
+    # The other trials of a search are part of the cost, and do not take from what the model may spend.
+    trial = costs.entry(record("other", 1000.0, 1.0), "trial")
+    assert costs.remaining(Budget(flops=130.0), [coder, trial]).flops == 30.0
+    unknown = record("old", None, 1.0)
+    costs.tell(unknown)
+    assert unknown.training["total"]["flops"] is None and unknown.training["total"]["steps"] == 1
+
+
+QUICK = [
+    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "callbacks.looks.count=0",
+    "callbacks.progress=false", "evaluation.checkpoints=[]", "callbacks.checkpoints.every_minutes=100",
+]  # fmt: skip
+SMALL = ["model.network.channels=8", "model.network.groups=8"]
+STAGE = [
+    "model.latent.autoencoder.encoder.channels=8", "model.latent.budget.images=null", "model.latent.budget.steps=3",
+    "model.latent.autoencoder.perceptual=null",
+]  # fmt: skip
+
+
+def training(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())["training"]
+
+
+def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    """One run by steps says what a step costs; a budget in FLOPs then buys as many as arithmetic says, autoencoder
+    first, also where it is broken off and resumed."""
+    words = ["model=ldm", *QUICK, *SMALL, *STAGE]
+    assert cli(*words, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
+    probe = training(tmp_path / "probe")
+    (stage,) = probe["needed"]
+    assert stage["role"] == "autoencoder" and stage["steps"] == 3 and stage["images_seen"] == 48
+    assert probe["total"]["flops"] == probe["flops"] + stage["flops"]
+    assert probe["total"]["images_seen"] == 32 + 48 and probe["total"]["steps"] == 5
+    assert probe["total"]["device_seconds"] == pytest.approx(probe["seconds"] + stage["device_seconds"])
+
+    flops = float(f"{stage['flops'] + 4.5 * 16 * probe['flops_per_image']:.6e}")
+    assert cli(*words, "budget=flops", f"budget.flops={flops:.6e}", "hydra.run.dir=run") == 0
+    run = training(tmp_path / "run")
+    assert run["needed"][0]["id"] == stage["id"], "the autoencoder of the other run is taken"
+    assert run["steps"] == math.ceil((flops - stage["flops"]) / (16 * run["flops_per_image"])) == 5
+    assert flops <= run["total"]["flops"] < flops + 16 * run["flops_per_image"]
+
+    assert cli("resume=run", f"budget.flops={flops + 2 * 16 * run['flops_per_image']:.8e}") == 0
+    again = training(tmp_path / "run")
+    assert again["steps"] == 7 and again["needed"] == run["needed"]
+    assert again["total"]["flops"] == again["flops"] + stage["flops"]
+
+    capsys.readouterr()
+    assert cli(*words, "budget=flops", f"budget.flops={stage['flops']:.6e}", "hydra.run.dir=none") == 1
+    said = capsys.readouterr().err
+    assert "the autoencoder (digits_autoencoder_" in said and "nothing is left to train" in said
+    assert not (tmp_path / "none" / "record.json").exists()
+
+
+def test_a_noisy_classifier_is_part_of_what_a_guided_model_costs(cli: Cli, tmp_path: Path) -> None:
+    base = [*QUICK, "budget=steps", "budget.steps=1"]
+    assert cli("model=noisy_classifier", *base, "hydra.run.dir=guide") == 0
+    guide = training(tmp_path / "guide")
+    guided = ["model/guidance=classifier", "model.guidance.classifier.run=guide"]
+    assert cli("model=ddpm", *SMALL, *base, *guided, "hydra.run.dir=guided") == 0
+    found = training(tmp_path / "guided")
+    assert [part["role"] for part in found["needed"]] == ["classifier"]
+    assert found["total"]["flops"] == found["flops"] + guide["flops"]
+    # An evaluation may bring a guide that training did not have, so its result tells of guides too.
+    measured = ["evaluation.n=100", "model/bits=null", "model/sampler=ddim", "model.sampler.steps=2"]
+    assert cli("task=evaluate", "run=guided", *measured) == 0
+    (result,) = json.loads((tmp_path / "guided" / "record.json").read_text())["results"]
+    assert [part["id"] for part in result["details"]["guides"]] == [found["needed"][0]["id"]]
+
+
+def test_one_training_is_measured_with_several_scales(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    words = [
+        "model=ddpm", *SMALL, *QUICK[:-2], "budget=steps", "budget.steps=1", "model.conditional=true",
+        "model.label_dropout=0.1", "model/guidance=classifier_free", "model/sampler=ddim", "model.sampler.steps=2",
+        "model.guidance.scale=1", "evaluation.n=100", "evaluation.checkpoints=[last]", "model/bits=null",
+    ]  # fmt: skip
+    further = "+evaluation.guidance={w0: {scale: 0}, w4: {scale: 4, interval: [0.3, 3]}}"
+    assert cli(*words, further, "hydra.run.dir=run") == 0
+    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
+    ways = [result["generation"]["sampler"] for result in results]
+    assert ["scale 1" in ways[0], "scale 0" in ways[1], "scale 4" in ways[2] and "0.3" in ways[2]] == [True] * 3
+    capsys.readouterr()
+    assert cli(*words, "+evaluation.guidance={w: {scael: 0}}", "hydra.run.dir=wrong") == 1
+    assert "no scael" in capsys.readouterr().err

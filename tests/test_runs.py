@@ -1,0 +1,129 @@
+"""task=runs: a line a run, whatever state it is in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from gencompare.compare.gather import find, gather
+from gencompare.locks import locked
+from gencompare.tasks.runs import WIDE, listed
+from synthetic import result, write_run
+
+
+def said(folders: list[Path]) -> list[str]:
+    text = StringIO()
+    listed(folders, Console(file=text, width=WIDE))
+    return text.getvalue().splitlines()
+
+
+def line_of(lines: list[str], name: str) -> str:
+    (line,) = [line for line in lines if name in line]
+    return " ".join(line.split())
+
+
+def test_each_run_has_its_line_the_oldest_first(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    odd = "[red]c[/red]<b>"
+    runs = tmp_path / "runs"
+    write_run(runs / "late", [result(1.5), result(0.25)], created="2026-03-04T05:06:07+00:00", family="vae", seed=3)
+    write_run(runs / "sweep" / "early", [], created="2026-01-01T00:00:00+00:00", state="failed")
+    write_run(runs / "sweep" / "deep" / odd, [], created="2026-02-01T00:00:00+00:00", state="running")
+    write_run(runs / "live", [], created="2026-02-02T00:00:00+00:00", state="running")
+    (runs / "damaged").mkdir()
+    (runs / "damaged" / "record.json").write_text("{")
+    (runs / "stranger.txt").write_text("")
+    with locked(runs / "live" / ".lock"):
+        assert cli("task=runs") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert line_of(lines, "runs/late") == "2026-03-04 05:06 finished vae digits 3 FD digits 0.250 500 runs/late"
+    assert line_of(lines, "early").split()[2] == "failed"
+    assert line_of(lines, odd).split()[2:4] == ["broke", "off"], "no process is at work there"
+    assert line_of(lines, "runs/live").split()[2] == "running"
+    order = [next(k for k, line in enumerate(lines) if name in line) for name in ("early", odd, "live", "runs/late")]
+    assert order == sorted(order)
+    assert "4 runs, 1 left out" in lines
+    assert "damaged" in line_of(lines, "left out: runs")
+    assert cli("task=runs", "runs=nowhere/*") == 1
+    assert "names no run folder" in capsys.readouterr().err
+
+
+def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
+    write_run(tmp_path / "first", [result(1.5), result(0.25)])
+    text = (tmp_path / "first" / "record.json").read_text()
+    for k in range(1000):
+        folder = tmp_path / "many" / f"run_{k:04d}"
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(text.replace(str(tmp_path / "first"), str(folder)))
+    start = time.process_time()
+    lines = said(find(str(tmp_path / "many" / "**")))
+    assert time.process_time() - start < 10
+    assert "1000 runs" in lines and sum("run_0" in line for line in lines) == 1000
+
+
+def test_wandbs_offline_folder_is_a_run_and_no_second_one(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+    words = ["model=gaussian", "trainer=cpu", "evaluation.n=100", "evaluation.protocol.likelihood_n=20"]
+    assert cli(*words, "callbacks.looks.count=1", "callbacks.looks.preview=0", "hydra.run.dir=runs/run") == 0
+    capsys.readouterr()
+    assert cli("task=runs") == 0
+    assert "1 runs" in capsys.readouterr().out.splitlines(), "the copy in wandb/ is no run beside it"
+    (offline,) = (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*")
+    for pattern in ("runs/run/wandb/offline-run-*", "runs/*/wandb/*"):  # the latter by its other name, latest-run, too
+        assert cli("task=runs", f"runs={pattern}") == 0
+        out = capsys.readouterr().out
+        assert "-run" in out and "/files" in out and "1 runs" in out.splitlines()
+    (run,) = gather([offline / "files"]).runs
+    assert run.record.state == "finished" and run.curve, "what a comparison shows is there"
+    assert run.picture(run.record.results[0].pictures["samples"])
+
+
+class File:
+    def __init__(self, source: Path, name: str, asked: list[str]) -> None:
+        self.source, self.name, self.asked = source, name, asked
+
+    def download(self, root: str, replace: bool) -> None:
+        self.asked.append(self.name)
+        target = Path(root) / self.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((self.source / self.name).read_bytes())
+
+
+def test_a_wandb_project_is_fetched_once(
+    cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What W&B's API gives is played here: there is no network and no account."""
+    import wandb
+
+    there = tmp_path / "there"
+    write_run(there / "done", [result(0.25)])
+    write_run(there / "going", [], state="running")
+    asked: list[str] = []
+    files = {
+        name: [File(there / name, f, asked) for f in ("samples/grid.png", "record.json")] for name in ("done", "going")
+    }
+    files["done"].append(File(there / "done", "../evil.json", asked))
+    files["stranger"] = []
+    runs = [SimpleNamespace(id=name, files=lambda name=name: files[name]) for name in files]
+    monkeypatch.setattr(
+        wandb, "Api", lambda **_: SimpleNamespace(runs=lambda project: runs if project == "me/it" else [])
+    )
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli("task=runs", "runs=wandb:me/it") == 1
+    assert "wandb login" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert cli("task=runs", "runs=wandb:me/it") == 0
+    assert "2 runs" in capsys.readouterr().out.splitlines()
+    assert sorted(asked) == ["record.json"] * 2 + ["samples/grid.png"] * 2, "nothing outside of the folder"
+    asked.clear()
+    assert cli("task=runs", "runs=wandb:me/it") == 0
+    assert len(asked) == 2, "the finished one is here"
+    for words, says in (("wandb:me/other", "No run"), ("wandb:me", "ENTITY/PROJECT")):
+        assert cli("task=runs", f"runs={words}") == 1
+        assert says in capsys.readouterr().err
