@@ -1,4 +1,7 @@
-"""Several jobs of a sweep at once: each has its share of the machine, its run folder and its W&B run."""
+"""Several jobs of a sweep at once: each has its share of the machine and its run folder.
+
+That each has one W&B run is tested in test_processes.py: W&B's threads do not live through a fork.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_jobs_at_once_of_two_processes_each(cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any) -> None:
     """Two jobs at a time on two processes each; one fails; started again, only that one is tried."""
     words = [
-        *LAUNCHED, "model=vae", "model.beta=-1,1,2", *QUICK, "logger=default", "budget.steps=2",
+        *LAUNCHED, "model=vae", "model.beta=-1,1,2", *QUICK, "budget.steps=2",
         "callbacks.looks.count=0", "evaluation.checkpoints=[]", "trainer=ddp", "trainer.accelerator=cpu",
         "trainer.devices=2",
     ]  # fmt: skip
@@ -83,7 +86,6 @@ def test_jobs_at_once_of_two_processes_each(cli: Cli, tmp_path: Path, forked: li
         record = json.loads((sweep / name / "record.json").read_text())
         assert record["state"] == "finished" and record["training"]["processes"] == 2
         assert record["training"]["device_seconds"] > record["training"]["seconds"]
-        assert len(list((sweep / name / "wandb").glob("offline-run-*"))) == 1, "one W&B run a job"
         assert record["environment"]["sweep"] == "sweep"
     assert (sweep / "compare.html").is_file()
     forked.clear()

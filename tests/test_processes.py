@@ -57,30 +57,23 @@ def figures(folder: Path) -> dict[str, float | None]:
     return {name: metric["value"] for name, metric in result["metrics"].items()}
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.mark.timeout(280)
+def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[..., int], tmp_path: Path) -> None:
     """A sweep over the families, each job on two processes, as a user starts it."""
-    folder = tmp_path_factory.mktemp("two")
     words = words_of("-m", ONCE, f"model={','.join(SWEPT)}", "logger=default", "hydra.sweep.dir=sweep")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words], cwd=folder, capture_output=True, text=True, timeout=280
+        [sys.executable, str(ROOT / "run.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return folder
-
-
-@pytest.mark.timeout(280)
-@pytest.mark.parametrize("family", SWEPT)
-def test_each_job_of_a_sweep_on_two_processes_equals_one_process(
-    family: str, sweep: Path, cli: Callable[..., int], tmp_path: Path
-) -> None:
-    two = sweep / "sweep" / f"{SWEPT.index(family)}_digits_{family}"
-    assert cli(f"model={family}", ONCE, *SETTINGS, "trainer=cpu", "logger=csv", "hydra.run.dir=one") == 0
-    check_equal(tmp_path / "one", two)
-    runs = list((two / "wandb").glob("offline-run-*"))
-    assert len(runs) == 1, "one W&B run a job"
-    record = json.loads((two / "record.json").read_text())
-    assert record["state"] == "finished" and record["training"]["processes"] == 2
+    sweep = tmp_path / "sweep"
+    assert (sweep / "compare.html").is_file() and len(list(sweep.glob("*/record.json"))) == len(SWEPT)
+    for k, family in enumerate(SWEPT):
+        one, two = tmp_path / family, sweep / f"{k}_digits_{family}"
+        assert cli(f"model={family}", ONCE, *SETTINGS, "trainer=cpu", "logger=csv", f"hydra.run.dir={family}") == 0
+        check_equal(one, two)
+        assert len(list((two / "wandb").glob("offline-run-*"))) == 1, "one W&B run a job"
+        record = json.loads((two / "record.json").read_text())
+        assert record["state"] == "finished" and record["training"]["processes"] == 2
 
 
 @pytest.mark.timeout(280)
@@ -97,11 +90,6 @@ def check_equal(one: Path, two: Path) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert b[name] == (value if value is None else pytest.approx(value, rel=0.02, abs=0.02)), name
-
-
-def test_one_comparison_of_the_sweep(sweep: Path) -> None:
-    assert (sweep / "sweep" / "compare.html").is_file()
-    assert len(list((sweep / "sweep").glob("*/record.json"))) == len(SWEPT)
 
 
 def no_reduction() -> None:

@@ -23,7 +23,7 @@ WANTED = {f"{data}_{family}" for data in ("fashion_mnist", "cifar10") for family
 @pytest.mark.parametrize("folder", LEARNED, ids=lambda folder: folder.name)
 def test_distance_falls_while_training(folder: Path) -> None:
     distances = table.distances(folder / "curve.csv")
-    assert len(distances) >= 5
+    assert len(distances) >= (5 if folder.name in WANTED else 2), "at half of the budget, and at its end"
     assert distances[-1] < distances[0]
     if not folder.name.startswith("digits"):  # most of digits is learned before the first look
         assert spearmanr(range(len(distances)), distances).statistic < -0.5

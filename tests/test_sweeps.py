@@ -120,4 +120,5 @@ def test_a_damaged_run_is_done_again_beside_it(cli: Cli, tmp_path: Path, capsys:
     capsys.readouterr()
     assert cli(*words) == 0
     assert json.loads((tmp_path / "sweep" / "0_digits_gaussian_2" / "record.json").read_text())["state"] == "finished"
-    assert "[0_digits_gaussian] " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out: sweep/0_digits_gaussian:" in printed and "did not finish" not in printed

@@ -125,13 +125,14 @@ def _failed(record: RunRecord, *, why: str) -> None:
 
 
 def unfinished(folders: list[Path]) -> dict[str, str]:
-    """By folder name: why a run did not finish."""
+    """By folder name: why a run did not finish. One with a damaged record, done again beside, is not among them."""
     found = {}
     for folder in folders:
         try:
             record = RunRecord.load(folder)
         except UserError as error:
-            found[folder.name] = str(error)
+            if not done_again(folder):
+                found[folder.name] = str(error)
             continue
         error = str(record.training.get("error") or "")
         if record.state in ("failed", "interrupted"):
@@ -139,6 +140,15 @@ def unfinished(folders: list[Path]) -> dict[str, str]:
         elif record.state == "running" and not at_work(folder):
             found[folder.name] = "broke off"
     return found
+
+
+def done_again(folder: Path) -> bool:
+    """Whether another run of the sweep finished the job of ``folder``, whose own record cannot be read."""
+    try:
+        job = job_hash(frozen.load(folder))
+    except UserError:
+        return False
+    return any(record.state == "finished" for _, record in runs_of(folder.parent, job))
 
 
 def at_work(folder: Path) -> bool:

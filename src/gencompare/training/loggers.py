@@ -191,7 +191,8 @@ def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -
             samples = Path(run.dir) / "samples"
             samples.mkdir(exist_ok=True)
             for picture in {picture for result in record.results for picture in result.pictures.values()}:
-                shutil.copy(folder / picture, samples)
+                if (folder / picture).is_file():
+                    shutil.copy(folder / picture, samples)
             shutil.copy(folder / FILE, run.dir)
             run.finish()
 
