@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from functools import cache
 from pathlib import Path
 
 from hydra import compose as hydra_compose
@@ -25,14 +27,24 @@ def options(group: str) -> list[str]:
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The config of a job, resolved, with plain output places."""
+    """The config of a job, resolved, with plain output places; a copy of one's own."""
+    places = tuple(value for name, value in sorted(os.environ.items()) if name.startswith("GENCOMPARE"))
+    cfg, hydra = composed(overrides, places)
+    HydraConfig.instance().set_config(hydra)
+    return copy.deepcopy(cfg)
+
+
+@cache
+def composed(overrides: tuple[str, ...], places: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+    """A config and the same with Hydra's own part. It takes a third of a second, and many tests begin with the same."""
     GlobalHydra.instance().clear()
     searchpath = ",".join(f"file://{root}" for root in roots()[1:])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         words = [*overrides, f"hydra.searchpath=[{searchpath}]", "hydra.job.num=0"]
-        cfg = hydra_compose("config", overrides=words, return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
+        whole = hydra_compose("config", overrides=words, return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)
+        cfg = copy.deepcopy(whole)
         with open_dict(cfg):
             del cfg["hydra"]
         OmegaConf.resolve(cfg)
-    return cfg
+    return cfg, whole

@@ -106,15 +106,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained DDPM in ``run``."""
     folder = tmp_path_factory.mktemp("trained")
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "run.py"), "model=ddpm", *QUICK, "budget.steps=3", "model/sampler=ddim",
-            "model.sampler.steps=4", "callbacks.looks.count=1", "evaluation.checkpoints=[last]", "hydra.run.dir=run",
-        ],
-        cwd=folder, capture_output=True, text=True, timeout=280,
+    run = Forked(
+        folder, "model=ddpm", *QUICK, "budget.steps=3", "model/sampler=ddim", "model.sampler.steps=4",
+        "callbacks.looks.count=1", "evaluation.checkpoints=[last]", "hydra.run.dir=run",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "page with the pictures" in done.stdout and "FD digits" in done.stdout
+    assert run.wait(timeout=280) == 0, run.output()[-4000:]
+    assert "page with the pictures" in run.output() and "FD digits" in run.output()
     return folder
 
 

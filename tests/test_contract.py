@@ -15,6 +15,7 @@ from gencompare.seeds import Draws, generator
 from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
 from gencompare.tasks.load import load_weights
 from gencompare.training.clock import Clock
+from parts import loaded
 
 
 def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
@@ -45,7 +46,7 @@ def draw(model: TrainedModel, n: int, seed: int) -> torch.Tensor:
 
 def conditional_options(family: str) -> list[bool]:
     """Whether the family's config knows of class labels."""
-    return [False, True] if "conditional" in compose(f"model={family}").model else [False]
+    return [False, True] if "conditional" in loaded("", family) else [False]
 
 
 FAMILIES = options("model")
