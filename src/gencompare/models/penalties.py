@@ -47,7 +47,7 @@ class Penalty(ABC):
     def __post_init__(self) -> None:
         least = min(self.weight.first, self.weight.last) if isinstance(self.weight, CosineRamp) else self.weight
         if not 0 <= least < math.inf:
-            raise UserError(f"model.penalty: weight={least}: the weight of a penalty cannot be negative.")
+            raise UserError(f"model.penalty: weight={least}: a penalty's weight must be finite and cannot be negative.")
 
     def factor(self, seen: Tensor) -> Tensor | float:
         """``scale * weight`` after ``seen`` images."""
