@@ -26,6 +26,23 @@ def options(group: str) -> list[str]:
     return sorted({path.stem for root in roots() for path in (root / group).glob("*.yaml")})
 
 
+def usual_groups() -> set[str]:
+    """Those of which every run has an option, if only null; others are added with a plus."""
+    defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
+    return {str(key).removeprefix("optional ") for entry in defaults if not isinstance(entry, str) for key in entry}
+
+
+def carrier_of(group: str) -> str | None:
+    """An option in whose defaults list ``group`` stands, chosen by looking and not by name; none for an addition."""
+    first, *rest = group.split("/")
+    for carrier in options(first) if rest else []:
+        for path in (root / first / f"{carrier}.yaml" for root in roots()):
+            defaults = OmegaConf.load(path).get("defaults", []) if path.is_file() else []
+            if any("/".join(rest) in entry for entry in defaults if not isinstance(entry, str)):
+                return f"{first}={carrier}"
+    return None
+
+
 def compose(*overrides: str) -> DictConfig:
     """The config of a job, resolved, with plain output places; a copy of one's own."""
     places = tuple(value for name, value in sorted(os.environ.items()) if name.startswith("GENCOMPARE"))

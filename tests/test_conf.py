@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,8 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from composing import compose, options, roots
+from composing import carrier_of, compose, options, roots, usual_groups
 from gencompare.data.base import ImageData
-from gencompare.paths import conf_dir
 from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
 
 NOT_OPTIONS = ("hydra",)
@@ -30,12 +31,23 @@ def every_option() -> list[tuple[str, str]]:
     return sorted(found)
 
 
-@pytest.mark.parametrize(("group", "option"), [o for o in every_option() if o[0] not in PRESETS], ids=lambda x: str(x))
-def test_every_option_composes(group: str, option: str) -> None:
-    carrier = carriers(group)
-    plus = "" if carrier or group in usual_groups() else "+"
-    cfg = compose(*carrier, f"{plus}{group}={option}")
-    assert OmegaConf.missing_keys(cfg) <= {"data.root"}, f"{group}={option} leaves values open"
+def bundles() -> list[list[str]]:
+    """Every option once. Parts of one model are chosen together, the k-th of each group: a config takes its time."""
+    single, together = [], defaultdict(lambda: defaultdict(list))
+    for group, option in every_option():
+        if group in PRESETS:
+            continue
+        if carrier := carrier_of(group):
+            together[carrier][group].append(f"{group}={option}")
+        else:
+            single.append([f"{'' if group in usual_groups() else '+'}{group}={option}"])
+    rows = ([c, *filter(None, row)] for c, groups in together.items() for row in zip_longest(*groups.values()))
+    return single + list(rows)
+
+
+@pytest.mark.parametrize("words", bundles(), ids=",".join)
+def test_every_option_composes(words: list[str]) -> None:
+    assert OmegaConf.missing_keys(compose(*words)) <= {"data.root"}, f"{words} leave values open"
 
 
 @pytest.mark.parametrize("base", [f"{group}={name}" for group in PRESETS for name in options(group)])
@@ -48,27 +60,6 @@ def test_another_sampler_is_a_choice_for_every_preset(base: str) -> None:
         assert "Could not override 'model/sampler'" in str(error), "a model without a sampler"
         cfg = compose(base)
     assert not OmegaConf.missing_keys(cfg), f"{base} leaves values open"
-
-
-def usual_groups() -> set[str]:
-    """Those of which every run has an option, if only null; others are added with a plus."""
-    defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
-    return {str(key).removeprefix("optional ") for entry in defaults if not isinstance(entry, str) for key in entry}
-
-
-def carriers(group: str) -> list[str]:
-    """An option in whose defaults list ``group`` stands, chosen by looking and not by name; none for an addition."""
-    parts = group.split("/")
-    if len(parts) == 1:
-        return []
-    for carrier in options(parts[0]):
-        for root in roots():
-            path = root / parts[0] / f"{carrier}.yaml"
-            if path.is_file():
-                defaults = OmegaConf.load(path).get("defaults", [])
-                if any("/".join(parts[1:]) in entry for entry in defaults if not isinstance(entry, str)):
-                    return [f"{parts[0]}={carrier}"]
-    return []
 
 
 def test_groups_of_the_issue_are_there() -> None:

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 
+from checkpoints import assert_same_training, checkpoint
 from composing import compose, options
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.seeds import Draws, generator
 from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
 from gencompare.tasks.load import load_weights
-from gencompare.training.clock import Clock
+from gencompare.training.clock import Clock, clock_of
 from parts import loaded
 
 
@@ -82,6 +84,33 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
         bits = likelihood.bits_per_dim(images, model.used(cond), generator("cpu", 0))
         assert likelihood.kind in ("exact", "bound", "estimate") and bits.shape == (16,), name
         assert torch.isfinite(bits).all(), name
+
+
+class SaveOnTheWay(Callback):
+    """Keeps the state after ``step`` steps in ``way.ckpt``."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path, self.step = folder / "checkpoints" / "way.ckpt", step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        if clock_of(trainer).step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_that_is_resumed_equals_training_that_never_stopped(family: str, tmp_path: Path) -> None:
+    """To the last bit: weights, averaged weights, and all that decides the next step."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    for folder, start in ((whole, None), (resumed, whole / "checkpoints" / "way.ckpt")):
+        cfg, model, data = built(family, "budget.steps=3")
+        callbacks = [*build_callbacks(cfg, model, data, None, folder), SaveOnTheWay(folder, step=2)]
+        trainer = build_trainer(cfg, model, callbacks, [], folder)
+        trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True if start else None)
+        if model.closed_form:
+            return
+    assert checkpoint(whole, "way")["callbacks"]["Clock"]["step"] == 2
+    assert not (resumed / "checkpoints" / "way.ckpt").exists(), "the second step is not taken again"
+    assert_same_training(whole, resumed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

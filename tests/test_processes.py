@@ -30,7 +30,7 @@ ONCE = "evaluation.checkpoints=[last]"
 ROUNDING = 2e-5
 """Sums of gradients are taken in another order, so the last bits of float32 differ, and Adam makes the most of them."""
 
-SWEPT = ["vae", "gan", "gaussian"]
+SWEPT = ["vae", "gan"]
 
 
 def words_of(*words: str, count: int = 2) -> list[str]:
@@ -111,18 +111,28 @@ def same_images() -> None:
     TrainStream.__init__ = wrong  # type: ignore[method-assign]
 
 
+LONE = ["model=gan", "model.lr_schedule.warmup_steps=1", "logger=csv", "evaluation.checkpoints=[]"]
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights that one process trains, which two come to as well."""
+    folder = tmp_path_factory.mktemp("right")
+    one = Forked(folder, *LONE, *SETTINGS, "trainer=cpu", "hydra.run.dir=one")
+    assert one.wait(timeout=280) == 0, one.output()[-4000:]
+    processes(folder, *LONE, "hydra.run.dir=two")
+    assert largest_difference(weights(folder / "one"), weights(folder / "two")) < ROUNDING
+    return weights(folder / "one")
+
+
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("plant", [no_reduction, same_images])
 def test_the_comparison_with_one_process_bites(
-    plant: Callable[[], None], cli: Callable[..., int], tmp_path: Path
+    plant: Callable[[], None], right: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Without the reduction of gradients, or with the same images on both ranks, the weights come out different."""
-    words = ["model=gan", "model.lr_schedule.warmup_steps=1", "logger=csv", "evaluation.checkpoints=[]"]
-    assert cli(*words, *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
-    processes(tmp_path, *words, "hydra.run.dir=right")
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "right")) < ROUNDING
-    processes(tmp_path, *words, "hydra.run.dir=wrong", first=plant)
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "wrong")) > 5 * ROUNDING
+    processes(tmp_path, *LONE, "hydra.run.dir=wrong", first=plant)
+    assert largest_difference(right, weights(tmp_path / "wrong")) > 5 * ROUNDING
 
 
 def second_fails() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from checkpoints import assert_same_training, checkpoint
 from forking import Forked
 from gencompare.models.vae import VAE
 from gencompare.training.clock import Clock
-from test_cli import QUICK, Cli, assert_same_training, checkpoint
+from test_cli import QUICK, Cli
 
 WORDS = [
     "-m", "model=vae", "seed=0,1,2", *QUICK, "budget.steps=4", "callbacks.looks.count=0",
