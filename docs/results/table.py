@@ -16,7 +16,8 @@ Each folder holds `record.json` (config, environment, cost, figures with their p
 kept by `python docs/results/keep.py`. This page is written from them by `python docs/results/table.py`. The runs are
 short, on one or two processor cores: they show that training works and that the distance falls, not what a family can
 do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples, at the
-first and the last look; the figure at the end is to the training images from n samples. The command is the one that was
+first and the last look (100 samples where the command says so); the figure at the end is to the training images from n
+samples, and rises as n falls. The command is the one that was
 given, at the commit that the record names: presets and defaults may have changed since.
 """
 COLUMNS = """
@@ -32,8 +33,10 @@ energy-based model's distances are above that baseline: the VAE blends digits, a
 grain of noise. Latent diffusion took 2.4 minutes more for its autoencoder.
 """,
     "fashion_mnist": """
-A family above the Gaussian baseline has not learned in its budget: here the VAE (of an earlier preset; its samples are
-blurs, some of no garment). `fashion_mnist_ddpm_eps` and the two further rows of EDM are what their presets were set
+A family above the Gaussian baseline, 0.82 from 1,000 samples and 0.97 from 500, has not learned in its budget: here the
+VAE (of an earlier preset; its samples are blurs, some of no garment) and, by this figure, VDM. VDM is trained on the bound, in
+which the shape of a garment counts for little beside its last bits: of these runs it has the best bits/dim (3.35; the
+Gaussian's are 5.66), and garments in pieces. More steps (150) change little. `fashion_mnist_ddpm_eps` and the two further rows of EDM are what their presets were set
 from: [short runs](../diffusion.md#short-runs-of-larger-images) of a network that says eps leave the brightness of the
 garments wrong.
 """,
