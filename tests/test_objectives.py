@@ -83,7 +83,7 @@ def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound() -> N
 
 def test_hybrid_needs_a_variance_to_train() -> None:
     with pytest.raises(UserError, match="eps_learned_variance"):
-        Hybrid().bound_to(PIXELS)(Denoiser(Scaled(), LinearBetas(), Eps()), images(2), {}, draws(2))
+        Hybrid().check(LinearBetas(), Eps())
     with pytest.raises(UserError, match=r"objective\.vlb"):
         Hybrid(vlb=0)
     with pytest.raises(UserError, match=r"objective\.steps"):
@@ -219,7 +219,7 @@ def test_only_a_variance_preserving_schedule_can_be_learned() -> None:
             return self.end - 12 * t
 
     with pytest.raises(UserError, match="Loose"):
-        VLB(pixels=PIXELS)(Denoiser(Scaled(), Loose(), Eps()), images(2), {}, draws(2))
+        VLB().check(Loose(), Eps())
 
 
 @pytest.mark.parametrize("bug", ["none", "factor 2", "sign", "no prior"])
