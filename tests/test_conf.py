@@ -79,6 +79,16 @@ def test_the_wheel_would_hold_the_same_tree() -> None:
     assert '"conf" = "gencompare/conf"' in pyproject
 
 
+def test_edms_weighting_is_for_data_of_the_same_size_as_its_preconditioning() -> None:
+    """What is set in one place holds in both; an objective by itself goes by the published 0.5."""
+    for words, expected in (
+        (["model=edm", "model.parameterization.sigma_data=0.8"], 0.8),
+        (["model=edm", "model.parameterization.sigma_data=0.8", "model.objective.weighting.sigma_data=0.6"], 0.6),
+        (["model=flow", "model/objective=edm"], 0.5),
+    ):
+        assert compose(*words).model.objective.weighting.sigma_data == expected
+
+
 BUILT: dict[str, ImageData] = {}
 
 

@@ -14,11 +14,12 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from composing import compose
+from composing import compose, options
 from gencompare.contract import DataSpec
 from gencompare.diffusion.noise_conditioning import ContinuousTime, LogSigma, LogSNR, NoiseConditioning, Timestep
-from gencompare.diffusion.objectives import VLB
+from gencompare.diffusion.objectives import VLB, DiscreteVLB, Hybrid
 from gencompare.diffusion.parameterization import Eps
+from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import VariancePreserving
 from gencompare.errors import UserError
 from gencompare.models.diffusion import Diffusion
@@ -49,6 +50,108 @@ def test_who_trains_a_learned_schedule() -> None:
         warnings.simplefilter("error")
         model = diffusion(schedule=part("schedule", "learned"), objective=bound)
     assert all(p.requires_grad for p in model.schedule.parameters())
+
+
+def test_who_trains_a_learned_variance() -> None:
+    """Under the losses that do, its weights have a gradient; the others say that they do not, and there is none."""
+    for name in options("model/objective"):
+        learned = part("parameterization", "eps_learned_variance")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = diffusion(parameterization=learned, objective=part("objective", name))
+        told = [str(warning.message) for warning in said]
+        x = torch.rand(8, 2, 1, 1, generator=generator("cpu", 0))
+        model.losses(x, {}, Draws.whole(generator("cpu", 0), 8))["loss"].mean().backward()
+        last = [p for p in model.network.parameters() if len(p) == 4][-1]  # of eps and variance, two channels each
+        assert last.grad is not None and last.grad[:2].abs().max() > 0
+        trained = bool(last.grad[2:].abs().max() > 0)
+        assert trained == (name in ("hybrid", "vlb_discrete")), name
+        assert ["trains no variance" in line for line in told] == ([] if trained else [True]), name
+
+
+def test_a_learned_variance_is_what_samplers_take() -> None:
+    """What is set has no part in sampling, and none in what is said of it."""
+    found, said = [], []
+    for variance in (0.0, 1.0):
+        changes = {"sampler": part("sampler", "ancestral", steps=8, variance=variance), "objective": Hybrid()}
+        model = diffusion(parameterization=part("parameterization", "eps_learned_variance"), **changes)
+        found.append(model.sample(3, generator=generator("cpu", 0)))
+        said.append(model.sampling_description())
+    assert torch.equal(*found)
+    assert said == ["Ancestral, 8 steps, learned variance, x0 clipped"] * 2
+    assert diffusion(sampler=changes["sampler"]).sampling_description() == "Ancestral, 8 steps, variance 1, x0 clipped"
+
+
+def composed(words: str) -> Diffusion:
+    """The model that such words build; of those that name the same thing the last one counts."""
+    given = dict(word.split("=", 1) for word in words.split())
+    cfg = compose("data=toy2d", *(f"{name}={value}" for name, value in given.items()))
+    network = partial(DenoisingMLP, width=8, depth=1)
+    return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=SPEC, network=network)
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "way_out"),
+    [
+        ("model=vdm model/objective=vlb_discrete", "DiscreteVLB.*Learned", "model.objective.steps=50"),
+        ("model=ddpm model/objective=hybrid", "Hybrid", "model/parameterization=eps_learned_variance"),
+        ("model=iddpm model/schedule=vp", "Hybrid.*VP", "model/schedule=cosine"),
+        ("model=iddpm model/schedule=vp", "Hybrid.*VP", "model/parameterization=eps model/objective=simple"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_refused_before_training(words: str, named: str, way_out: str) -> None:
+    """... and the way out that is named leads to a model that trains."""
+    with pytest.raises(UserError, match=named) as refused:
+        composed(words)
+    assert way_out in str(refused.value)
+    loss = composed(f"{words} {way_out}").losses(torch.rand(4, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 4))[
+        "loss"
+    ]
+    assert loss.isfinite().all()
+
+
+def test_no_more_steps_than_the_table_has() -> None:
+    with pytest.raises(UserError, match=r"objective\.steps=1001.*1000"):
+        diffusion(objective=DiscreteVLB(steps=1001))
+    diffusion(objective=DiscreteVLB(steps=1000))
+
+
+def along(grid: str, first: float) -> Sampler:
+    return replace(part("sampler", "ddim", steps=3), grid=part("sampler/grid", grid, first=first))
+
+
+@pytest.mark.parametrize(
+    ("change", "left", "instead"),
+    [
+        # The root of the product of 1 - beta over 100 betas from 1e-4 to 0.02, a tenth of DDPM's 1000 steps.
+        ({"schedule": ("linear", {"T": 100})}, 0.6, {"schedule": ("linear", {"T": 100, "last": 0.2})}),
+        ({"schedule": ("vp", {}), "sampler": ("log_snr", 0.0)}, 0.71, {"sampler": ("log_snr", -4.5)}),
+        ({"schedule": ("rectified", {}), "sampler": ("karras", 0.0)}, 0.5, {"sampler": ("karras", -9.0)}),
+    ],
+)
+def test_sampling_that_would_not_start_in_noise_is_refused(
+    change: dict[str, tuple[str, Any]], left: float, instead: dict[str, tuple[str, Any]]
+) -> None:
+    def build(parts: dict[str, tuple[str, Any]]) -> Diffusion:
+        name, settings = parts["schedule"]
+        own = {"sampler": along(*parts["sampler"])} if "sampler" in parts else {}
+        return diffusion(schedule=part("schedule", name, **settings), **own)
+
+    with pytest.raises(UserError, match=f"a share {left} of the image is left"):
+        build(change)
+    build(change | instead)
+
+
+def test_another_sampler_must_start_in_noise_too() -> None:
+    """As evaluation.samplers exchanges it; and of an end that is learned there is a warning, for it is trained."""
+    model = diffusion()
+    model.sampler = along("log_snr", -2.0)
+    with pytest.raises(UserError, match="starts from noise alone"):
+        model.sample(2, generator=generator("cpu", 0))
+    with pytest.warns(UserWarning, match="trains no"), pytest.raises(UserError, match=r"noise alone.*Learned"):
+        diffusion(schedule=part("schedule", "learned", gamma_max=2.0))
+    with pytest.warns(UserWarning, match="starts from noise alone"):
+        diffusion(schedule=part("schedule", "learned", gamma_max=2.0), objective=VLB())
 
 
 POINT = torch.tensor([0.4, -0.8])
@@ -171,7 +274,7 @@ def test_parts_that_do_not_fit_are_refused_before_training() -> None:
 @pytest.mark.parametrize(("first", "std"), [(None, 100.0), (-2.0, math.e)])
 def test_sampling_starts_from_the_noise_at_the_first_time_of_its_grid(first: float | None, std: float) -> None:
     """VE at log-SNR -2 has sigma = exp(1); at its end, 100."""
-    sampler = replace(part("sampler", "ddim", steps=3), grid=part("sampler/grid", "log_snr", first=first))
+    sampler = part("sampler", "ddim", steps=3) if first is None else along("log_snr", first)
     seen: list[Tensor] = []
 
     class Watches(KnowsThePoint):

@@ -39,16 +39,16 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Even(VariancePreserving):
-    """alpha^2 + sigma^2 = 1, the log-SNR even in time, but for a bend in its interior."""
+    """alpha^2 + sigma^2 = 1, the log-SNR even in time."""
 
     t_min = 0.0
 
-    def __init__(self, high: float = 13.0, low: float = -13.0, bend: float = 1.0) -> None:
+    def __init__(self, high: float = 13.0, low: float = -13.0) -> None:
         super().__init__()
-        self.high, self.low, self.bend = high, low, bend
+        self.high, self.low = high, low
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return self.high + (self.low - self.high) * (0.5 * t + 0.5 * (t + 1e-12) ** self.bend)
+        return self.high + (self.low - self.high) * t
 
 
 class Straight(Rectified):
@@ -220,13 +220,13 @@ def gap(method: VLB, truth: Denoises, x: Tensor, log_density: Tensor) -> tuple[f
 
 @pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
 def test_bound_is_never_better_than_the_truth(name: str) -> None:
-    """On average over data: a bound below the entropy of the data would be no bound."""
+    """On average over data, within two standard errors, which are small where the bound is tight."""
     small = {"features": 8} if name == "learned" else {}  # its inverse is searched for
     schedule = WIDE[name]() if name in WIDE else part("schedule", name, **small)
     truth = Truth(schedule, *TWO)
     x = truth.draw(4000)
     mean, error = gap(VLB(), truth, x, truth.log_density(x))
-    assert error < 0.15 and mean > -4 * error
+    assert mean > -2 * error and (error < 0.07 or mean > 1)
     mean, error = gap(VLB(steps=5, samples=None), truth, x, truth.log_density(x))
     assert mean > 4 * error
 
@@ -245,26 +245,6 @@ def test_continuous_bound_of_the_perfect_denoiser_is_tight() -> None:
     x = truth.draw(10_000)
     mean, error = gap(VLB(samples=32), truth, x, truth.log_density(x))
     assert error < 0.02 and abs(mean) < 4 * error
-
-
-def test_bound_does_not_change_with_the_interior_of_the_schedule() -> None:
-    """Also for a denoiser that is wrong, if it errs alike at the same log-SNR (Kingma et al. 2021, section 5.1)."""
-
-    @dataclass(frozen=True)
-    class Wrong(Truth):
-        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            prediction = super().__call__(x_t, t, cond)
-            return prediction._replace(eps=0.8 * prediction.eps)
-
-    def mean(schedule: NoiseSchedule) -> tuple[float, float]:
-        x = Truth(schedule, *TWO).draw(3000)
-        found = VLB()(Wrong(schedule, *TWO), x, {}, PIXELS, generator("cpu", 7))
-        return float(found.mean()), float(found.std()) / math.sqrt(3000)
-
-    straight, bent, other = (mean(Even(12.0, -8.0, bend)) for bend in (1.0, 3.0, 0.4))
-    for value, error in (bent, other):
-        assert abs(value - straight[0]) < 4 * math.hypot(error, straight[1])
-    assert abs(mean(Even(12.0, -24.0))[0] - straight[0]) > 6 * straight[1]
 
 
 def test_each_term_is_the_closed_form() -> None:

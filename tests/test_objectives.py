@@ -18,7 +18,7 @@ from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.objectives import VLB, DiscreteVLB, Hybrid, WeightedMSE, vlb
 from gencompare.diffusion.parameterization import Eps, LearnedVariance
 from gencompare.diffusion.pixels import Pixels
-from gencompare.diffusion.schedules import BetaTable, LinearBetas, NoiseSchedule, VariancePreserving
+from gencompare.diffusion.schedules import BetaTable, Learned, LinearBetas, NoiseSchedule, VariancePreserving
 from gencompare.errors import UserError
 from gencompare.seeds import Draws, generator
 from parts import part
@@ -83,7 +83,7 @@ def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound() -> N
 
 def test_hybrid_needs_a_variance_to_train() -> None:
     with pytest.raises(UserError, match="eps_learned_variance"):
-        Hybrid().bound_to(PIXELS)(Denoiser(Scaled(), LinearBetas(), Eps()), images(2), {}, draws(2))
+        Hybrid().check(LinearBetas(), Eps())
     with pytest.raises(UserError, match=r"objective\.vlb"):
         Hybrid(vlb=0)
     with pytest.raises(UserError, match=r"objective\.steps"):
@@ -148,14 +148,24 @@ class Bent(VariancePreserving):
 
 def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() -> None:
     """Kingma et al. (2021), section 5.1; with end points moved it does change."""
+
+    def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> Learned:
+        """With one of its sigmoids ``height`` the larger, and all of them moved by ``bias``."""
+        schedule = Learned(gamma_min=gamma_min, gamma_max=4.0, features=8).requires_grad_(False)
+        schedule.height[2] += height
+        schedule.bias += bias
+        return schedule
+
     n, x0 = 40_000, images(1)
-    means, scatters = [], []
-    for schedule in (Bent(1.0), Bent(2.5), Bent(0.6), Bent(1.0, top=0.0)):
+    means, scatters, halfway = [], [], []
+    for schedule in (learned(), learned(60.0), learned(40.0, -3.0), learned(gamma_min=0.0)):
+        halfway.append(float(schedule.log_snr(torch.tensor(0.5))))
         denoiser = Denoiser(Scaled(), schedule, Eps())
         loss = VLB(pixels=PIXELS)(denoiser, x0.expand(n, *SHAPE), {}, draws(n))["loss"].detach()
         means.append(float(loss.mean()))
         scatters.append(float(loss.std()) / math.sqrt(n))
     for k in (1, 2):
+        assert abs(halfway[k] - halfway[0]) > 2, "the interior is another one"
         assert abs(means[k] - means[0]) < 4 * math.hypot(scatters[k], scatters[0])
     assert abs(means[3] - means[0]) > 10 * math.hypot(scatters[3], scatters[0])
 
@@ -219,7 +229,7 @@ def test_only_a_variance_preserving_schedule_can_be_learned() -> None:
             return self.end - 12 * t
 
     with pytest.raises(UserError, match="Loose"):
-        VLB(pixels=PIXELS)(Denoiser(Scaled(), Loose(), Eps()), images(2), {}, draws(2))
+        VLB().check(Loose(), Eps())
 
 
 @pytest.mark.parametrize("bug", ["none", "factor 2", "sign", "no prior"])

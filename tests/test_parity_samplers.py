@@ -6,7 +6,9 @@ Where conventions differ:
   of their own, `CLEAN`, where they have a sigma of 0 or an alpha bar of 1 after the last timestep.
 - State. Their Euler and Heun hold x / alpha, whose noise is sigma / alpha, and scale it for the network; here the state
   is x_t, as the network sees it. Compared is therefore what the network is shown at every call, and the image.
-- Names. Their Euler steps in sigma / alpha: that is `DDIM` with eta 0 here, as theirs is; `Euler` here steps in t.
+- Names. Their Euler of diffusion models steps in sigma / alpha: that is `DDIM` with eta 0 here, as theirs is. `Euler`
+  here steps in t, as their Euler of flow matching does, whose sigma is the time of `Rectified`; there the network says
+  the velocity, and time ends at 1 - 1e-4 here: they are given our times.
 - UniPC. Theirs corrects x_s at the start of the next step, here it is done before x_s is shown: the same calls.
   Their bh1 gives NaN in the step to sigma 0, so there the image is not compared.
 - Heun. Here a step in which sigma / alpha falls more than 100-fold is Euler's; the cosine table begins with one, so
@@ -27,8 +29,8 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import DDIM, Ancestral, DPMSolverPP2M, Heun, Sampler, UniPC
-from gencompare.diffusion.schedules import CLEAN, BetaTable, CosineBetas, LinearBetas
+from gencompare.diffusion.samplers import DDIM, Ancestral, DPMSolverPP2M, Euler, Heun, Sampler, UniPC
+from gencompare.diffusion.schedules import CLEAN, BetaTable, CosineBetas, LinearBetas, Rectified
 from gencompare.seeds import generator
 
 
@@ -104,4 +106,32 @@ def test_the_trajectory_is_that_of_diffusers(
     assert len(ours.seen) == len(seen)
     pairs = [*zip(ours.seen, seen, strict=True), *([(found, image)] if settings.get("solver_type") != "bh1" else [])]
     for mine, their in pairs:
+        assert (mine - their).abs().max() <= 1e-4 * their.abs().max()
+
+
+@dataclass(frozen=True)
+class Flows:
+    """`network` as a velocity: x_t = (1 - t) x_0 + t eps moves by eps - x_0."""
+
+    schedule: Rectified
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        self.seen.append(x_t)
+        velocity = network(x_t, float(t) * 1000)
+        return Prediction(x0=x_t - t * velocity, eps=x_t + (1 - t) * velocity)
+
+
+@pytest.mark.parametrize("steps", [10, 28])
+def test_the_trajectory_of_a_flow_is_that_of_diffusers(steps: int) -> None:
+    ours, sampler = Flows(Rectified()), Euler(steps=steps)
+    found = sampler.sample(ours, START, generator=generator("cpu", 1))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=sampler.times(ours.schedule)[:-1].tolist())
+    x, seen = START, []
+    for k in scheduler.timesteps:
+        seen.append(x)
+        x = scheduler.step(network(x, float(k)), k, x).prev_sample
+    assert len(ours.seen) == len(seen) == steps
+    for mine, their in zip([*ours.seen, found], [*seen, x], strict=True):
         assert (mine - their).abs().max() <= 1e-4 * their.abs().max()

@@ -54,9 +54,14 @@ BETA = np.linspace(1e-4, 0.02, 1000)
 BAR = np.cumprod(1 - BETA)
 
 
+def image(t: float) -> float:
+    """Another one at each time, so that a step with what the denoiser says at its end is not the step."""
+    return 0.5 - 0.4 * t
+
+
 @dataclass(frozen=True)
 class Says:
-    """A denoiser that says the same of everything: x_0 = 0.3, and the noise that goes with it."""
+    """A denoiser that says the same of every x_t: x_0 = `image` (t), and the noise that goes with it."""
 
     schedule: NoiseSchedule
     share: float | None = None
@@ -64,7 +69,8 @@ class Says:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         alpha, sigma = scales(self.schedule, t)
         share = None if self.share is None else torch.full_like(x_t, self.share)
-        return Prediction(torch.full_like(x_t, 0.3), (x_t - alpha * 0.3) / sigma, share)
+        x0 = image(float(t))
+        return Prediction(torch.full_like(x_t, x0), (x_t - alpha * x0) / sigma, share)
 
 
 def one_step(
@@ -89,7 +95,7 @@ def one_step(
 def test_ancestral_step_is_ddpms(i: int, variance: float) -> None:
     """Ho et al. (2020), eq. 7, section 3.2; Nichol and Dhariwal (2021), eq. 15."""
     beta, bar, before = BETA[i - 1], BAR[i - 1], BAR[i - 2]
-    mean = before**0.5 * beta / (1 - bar) * 0.3 + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * 0.7
+    mean = before**0.5 * beta / (1 - bar) * image(i / 1000) + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * 0.7
     small = (1 - before) / (1 - bar) * beta
     found = one_step(Ancestral(steps=1, variance=variance), [i / 1000, (i - 1) / 1000])
     assert found[0] == pytest.approx(mean, rel=1e-9)
@@ -122,9 +128,9 @@ def test_the_variance_may_be_learned_value_by_value() -> None:
 def test_ddim_step_is_song_et_als(i: int, j: int, eta: float) -> None:
     """Song et al. (2021), "Denoising Diffusion Implicit Models", eq. 12 and 16."""
     bar, before = BAR[i - 1], BAR[j - 1]
-    eps = (0.7 - bar**0.5 * 0.3) / (1 - bar) ** 0.5
+    eps = (0.7 - bar**0.5 * image(i / 1000)) / (1 - bar) ** 0.5
     std = eta * ((1 - before) / (1 - bar)) ** 0.5 * (1 - bar / before) ** 0.5
-    mean = before**0.5 * 0.3 + (1 - before - std**2) ** 0.5 * eps
+    mean = before**0.5 * image(i / 1000) + (1 - before - std**2) ** 0.5 * eps
     found = one_step(DDIM(steps=1, eta=eta), [i / 1000, j / 1000])
     assert found == (pytest.approx(mean, rel=1e-9), pytest.approx(std, rel=1e-7))
 
@@ -139,7 +145,7 @@ def vp_numbers(t: float) -> tuple[float, float, float]:
 def test_euler_and_euler_maruyama_steps_are_those_of_the_vp_sde(t: float, s: float) -> None:
     """f = -beta x / 2, g^2 = beta (Song et al. 2021, "Score-Based Generative Modeling", eq. 11, 6 and 13)."""
     alpha, sigma, beta = vp_numbers(t)
-    score, h = -(0.7 - 0.3 * alpha) / sigma**2, t - s
+    score, h = -(0.7 - image(t) * alpha) / sigma**2, t - s
     euler = one_step(Euler(steps=1), [t, s], schedule=VP())
     assert euler == (pytest.approx(0.7 + h * (beta / 2 * 0.7 + beta / 2 * score), rel=1e-9), 0)
     maruyama = one_step(EulerMaruyama(steps=1), [t, s], schedule=VP())
@@ -151,7 +157,7 @@ def test_euler_and_euler_maruyama_steps_are_those_of_the_vp_sde(t: float, s: flo
 def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
     """Song et al. (2021), appendix E and F: x_i = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z."""
     beta, bar = BETA[i - 1], BAR[i - 1]
-    score = -(0.7 - 0.3 * bar**0.5) / (1 - bar)
+    score = -(0.7 - image(i / 1000) * bar**0.5) / (1 - bar)
     found = one_step(ReverseDiffusion(steps=1), [i / 1000, (i - 1) / 1000])
     assert found[0] == pytest.approx((2 - (1 - beta) ** 0.5) * 0.7 + beta * score, rel=1e-9)
     assert found[1] == pytest.approx(beta**0.5, rel=1e-7)
@@ -168,7 +174,7 @@ def test_reverse_diffusion_step_is_that_of_ve() -> None:
     """Song et al. (2021), algorithm 2: x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z."""
     high, low = 0.02 * 5000**0.5, 0.02 * 5000**0.45
     found = one_step(ReverseDiffusion(steps=1), [0.5, 0.45], schedule=VE())
-    assert found[0] == pytest.approx(0.7 - (high**2 - low**2) * 0.4 / high**2, rel=1e-9)
+    assert found[0] == pytest.approx(0.7 - (high**2 - low**2) * (0.7 - image(0.5)) / high**2, rel=1e-9)
     assert found[1] == pytest.approx((high**2 - low**2) ** 0.5, rel=1e-9)
 
 
@@ -181,7 +187,7 @@ def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> Non
     source, bar = generator("cpu", 2), BAR[round(times[0] * 1000) - 1]
 
     def score(x: Tensor) -> Tensor:
-        return -(x - 0.3 * bar**0.5) / (1 - bar)
+        return -(x - image(times[0]) * bar**0.5) / (1 - bar)
 
     for _ in range(2):
         z, g = torch.randn(x.shape, generator=source), score(x)
@@ -267,7 +273,7 @@ LAST = [
 
 @pytest.mark.parametrize("sampler", LAST, ids=lambda sampler: sampler.describe())
 def test_last_step_gives_the_image_without_noise(sampler: Sampler) -> None:
-    assert one_step(sampler, [0.001, CLEAN]) == (pytest.approx(0.3, abs=1e-12), 0)
+    assert one_step(sampler, [0.001, CLEAN]) == (pytest.approx(image(0.001), abs=1e-12), 0)
 
 
 def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSchedule) -> None:

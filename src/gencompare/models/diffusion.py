@@ -77,17 +77,24 @@ class Diffusion(GenerativeModel):
     ) -> None:
         super().__init__(spec, **training)
         schedule.check()
-        sampler.times(schedule)
         parameterization.check(schedule)
+        objective.check(schedule, parameterization)
         if not objective.trains_schedule and any(True for _ in schedule.parameters()):
             warnings.warn(
                 f"{type(objective).__name__} trains no schedule: {type(schedule).__name__} stays as it starts."
-                " Bounds train it (model/objective=vlb or vlb_discrete).",
+                " Bounds train it (model/objective=vlb, or vlb_discrete with model.objective.steps=50).",
                 stacklevel=2,
             )
             schedule.requires_grad_(False)
+        if not objective.trains_variance and parameterization.learns_variance:
+            warnings.warn(
+                f"{type(objective).__name__} trains no variance: that of the reverse steps stays as the network starts."
+                " Use model/objective=hybrid or vlb_discrete, or a parameterization that learns none (eps, v, ...).",
+                stacklevel=2,
+            )
         self.schedule, self.parameterization = schedule, parameterization
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
+        self._check_start()
         self.bits = dict(bits or {})
         self.space: Latents | PixelSpace = PixelSpace(spec) if latent is None else latent(spec=spec)
         if latent is not None and "low_res" in spec.conditions:
@@ -201,6 +208,7 @@ class Diffusion(GenerativeModel):
                     f"This diffusion model is conditional: it needs {NEEDS[name]} for each image, cond['{name}']."
                 )
         self.schedule.check()  # a learned one may have changed since it was built
+        self._check_start()  # and the sampler may be another one
         if self.guidance is not None:
             check_same_schedule(self.schedule, self.guidance)
             self._check_same_latents(self.guidance)
@@ -217,7 +225,8 @@ class Diffusion(GenerativeModel):
                 )
 
     def sampling_description(self) -> str:
-        parts = [self.sampler.describe(), *([] if self.guidance is None else [self.guidance.describe()])]
+        learned = {"variance"} if self.parameterization.learns_variance else ()
+        parts = [self.sampler.describe(learned), *([] if self.guidance is None else [self.guidance.describe()])]
         return ", ".join([*parts, *(["x0 clipped"] if self.clips else [])])
 
     def likelihoods(self) -> dict[str, Likelihood]:
@@ -254,6 +263,15 @@ class Diffusion(GenerativeModel):
         for guide in self._guides().values():
             guide._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _check_start(self) -> None:
+        """Sampling must start where there is noise alone. That is a setting, but for an end that is learned: there the
+        bound counts what is left of the image, and a warning does."""
+        problem = self.schedule.start_problem(self.sampler.times(self.schedule)[0])
+        if problem and not any(parameter.requires_grad for parameter in self.schedule.parameters()):
+            raise UserError(problem)
+        if problem:
+            warnings.warn(problem, stacklevel=2)
 
     def _check_noise_levels(self) -> None:
         """A network with parameters for each noise level, ``noise_levels`` of them, must be told which one it is."""

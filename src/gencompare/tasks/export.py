@@ -6,18 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
-from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from gencompare.contract import TrainedModel
-from gencompare.diffusion.schedules import BetaTable
 from gencompare.errors import UserError
 from gencompare.files import atomic, write_json
 from gencompare.networks.diffusers_names import SAME_NETWORK, to_diffusers
 from gencompare.networks.unet import UNet
+from gencompare.tasks import diffusers_scheduler
 from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.evaluate import run_folder
 from gencompare.tasks.load import load_weights
@@ -63,14 +60,8 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
     betas, or a network that is not told the timestep.
     """
     network = getattr(model, "network", None)
-    schedule = getattr(model, "schedule", None)
-    betas = betas_of(schedule) if isinstance(schedule, BetaTable) else None
-    told = OmegaConf.select(cfg, "model.parameterization.noise.steps", default=1000)
-    predicts = {"Eps": "epsilon", "X0": "sample", "V": "v_prediction"}.get(
-        type(getattr(model, "parameterization", None)).__name__
-    )
-    by_timestep = "Timestep" in str(OmegaConf.select(cfg, "model.parameterization.noise._target_"))
-    if not isinstance(network, UNet) or betas is None or predicts is None or not by_timestep or told != len(betas):
+    scheduler = diffusers_scheduler.written(model)
+    if not isinstance(network, UNet) or scheduler is None:
         raise UserError(
             "format=diffusers writes DDPMs: a U-Net that is told the timestep, under a table of betas of so many"
             " steps, with parameterization eps, x0 or v. Leave format out to write one file of weights."
@@ -83,31 +74,9 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
     state = to_diffusers(network.state_dict(), levels=network.levels, blocks=network.blocks)
     write_tensors(state, out / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     write_json(out / "unet" / "config.json", unet_config(cfg.model.network, model))
-    scheduler = {
-        "_class_name": "DDPMScheduler", "num_train_timesteps": len(betas), "trained_betas": betas.tolist(),
-        "prediction_type": predicts, "clip_sample": bool(cfg.model.clip_x0), "variance_type": variance_type(model),
-    }  # fmt: skip
-    write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(out / "scheduler" / diffusers_scheduler.FILE, scheduler)
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     write_json(out / "model_index.json", {"_class_name": "DDPMPipeline", **parts})
-
-
-def variance_type(model: Any) -> str:
-    """diffusers' word for the variance that the model is sampled with; of other samplers than `Ancestral`, DDPM's."""
-    variance = getattr(model.sampler, "variance", 0.0)
-    words = {0.0: "fixed_small", 1.0: "fixed_large"}
-    if variance not in words:
-        raise UserError(
-            f"format=diffusers: DDPMScheduler has no variance between its bounds (here {variance}): export with"
-            " model.sampler.variance=0 or 1."
-        )
-    return words[variance]
-
-
-def betas_of(schedule: BetaTable) -> Tensor:
-    """beta_1 to beta_T, (T,) float64: bar alpha is a running product of 1 - beta, and sigmoid of the log-SNR."""
-    log_alpha_bar = logsigmoid(schedule.table.double())
-    return -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1)))
 
 
 def unet_config(network: DictConfig, model: TrainedModel) -> dict[str, Any]:

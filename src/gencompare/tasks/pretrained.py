@@ -14,13 +14,19 @@ from torch import Tensor
 
 from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
+from gencompare.models.diffusion import Diffusion
 from gencompare.networks.diffusers_names import SAME_NETWORK, from_diffusers
 from gencompare.networks.unet import UNet
+from gencompare.tasks.diffusers_scheduler import FILE, check_scheduler
 from gencompare.tasks.load import check_fits
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "weights.safetensors")
 """Names that weights have in a published folder."""
-WANTED = (*FILES, "config.json")
+WANTED = (*FILES, "config.json", FILE)
+WHOSE = (
+    "pretrained= takes model and data from the rest of the command: give experiment=NAME (cifar10_ddpm is the DDPM of"
+    " Ho et al.), or model= and data= with the sizes of that network (model=ddpm model.network.channels=128 ...)."
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -28,21 +34,32 @@ def load_pretrained(model: TrainedModel, path: Path) -> None:
     """Put the weights of ``path`` into ``model``, whose config must describe the model that they are of.
 
     Read are what ``task=export`` writes, and the ``UNet2DModel`` of a diffusers DDPM: a file, or the folder that it was
-    published in. Nothing in a file is run. Raises `UserError` for weights that are missing, damaged or others.
+    published in. Nothing in a file is run. Raises `UserError` for weights that are missing, damaged or others, and
+    where the scheduler in that folder is of another schedule or parameterisation than the model's.
     """
     file = found(path)
     state = read(file)
-    if "conv_in.weight" in state:
-        check_published(file.with_name("config.json"))
-        network = getattr(model, "network", None)
-        if not isinstance(network, UNet):
-            raise UserError(f"{file} holds a U-Net of diffusers, and this model has none: choose model=ddpm.")
-        state = {
-            **{name: value for name, value in model.state_dict().items() if not name.startswith("network.")},
-            **{f"network.{name}": value for name, value in converted(network, state).items()},
-        }
-    check_fits(model, state, file)
+    try:
+        if "conv_in.weight" in state:
+            state = of_diffusers(model, state, file)
+        check_fits(model, state, file)
+    except UserError as error:
+        raise UserError(f"{error} {WHOSE}") from error
+    if isinstance(model, Diffusion):
+        check_scheduler(model, file)
     model.load_state_dict(state)
+
+
+def of_diffusers(model: TrainedModel, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The state of ``model`` with its network's weights from ``state``, that of a ``UNet2DModel``."""
+    check_published(file.with_name("config.json"))
+    network = getattr(model, "network", None)
+    if not isinstance(network, UNet):
+        raise UserError(f"{file} holds a U-Net of diffusers, and this model has none.")
+    return {
+        **{name: value for name, value in model.state_dict().items() if not name.startswith("network.")},
+        **{f"network.{name}": value for name, value in converted(network, state).items()},
+    }
 
 
 def located(place: str) -> Path:
@@ -61,7 +78,7 @@ def located(place: str) -> Path:
             f"There is no file {place}. To ask the Hugging Face hub for it: pip install 'gencompare[hub]'; or {offer}."
         ) from error
     try:
-        wanted = [*WANTED, *(f"unet/{name}" for name in WANTED)]
+        wanted = [*WANTED, *(f"unet/{name}" for name in WANTED), f"scheduler/{FILE}"]
         return Path(huggingface_hub.snapshot_download(place, allow_patterns=wanted))
     except Exception as error:  # of many kinds: no network, no such repository, a gated one
         why = " ".join(str(error).split())[:200]

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoiser
+from gencompare.diffusion.parameterization import Parameterization
 from gencompare.diffusion.pixels import Pixels
-from gencompare.diffusion.schedules import Scales
+from gencompare.diffusion.schedules import NoiseSchedule, Scales
 from gencompare.seeds import Draws
 
 
@@ -20,6 +21,12 @@ class Objective(ABC):
     trains_schedule: ClassVar[bool] = False
     """Whether a schedule with weights may follow its gradient. Only a bound on the likelihood may be lowered so: any
     other loss is lowest where there is nothing but noise, or next to none."""
+    trains_variance: ClassVar[bool] = False
+    """Whether its gradient reaches a reverse variance that the network says. In an error of image or noise there is
+    none."""
+
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:  # noqa: B027
+        """Raises `UserError` where the objective cannot train a network of ``parameterization`` under ``schedule``."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gencompare.diffusion.bound import chain, prior_kl, reconstruction, step_kl
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.objectives.base import Noised, Objective
-from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.parameterization import Parameterization, Prediction
 from gencompare.diffusion.pixels import Pixels
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.errors import UserError
@@ -30,6 +30,7 @@ class DiscreteVLB(Objective):
     """
 
     trains_schedule: ClassVar[bool] = True
+    trains_variance: ClassVar[bool] = True
 
     steps: int | None = None
     pixels: Pixels | None = None
@@ -37,6 +38,16 @@ class DiscreteVLB(Objective):
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise UserError(f"objective.steps={self.steps}: give at least 1.")
+
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+        table = schedule.discrete_times
+        if self.steps is None and table is None:
+            raise UserError(
+                f"The objective DiscreteVLB bounds a model of steps, and schedule {type(schedule).__name__} runs in"
+                " continuous time: say how many there are (model.objective.steps=50), or use model/objective=vlb."
+            )
+        if self.steps is not None and table is not None and self.steps > len(table):
+            raise UserError(f"model.objective.steps={self.steps}: the schedule has no more than {len(table)} steps.")
 
     def bound_to(self, pixels: Pixels) -> Objective:
         return replace(self, pixels=pixels)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.objectives.base import Objective
 from gencompare.diffusion.objectives.discrete_vlb import at_random_step, chain_term
+from gencompare.diffusion.parameterization import Parameterization
 from gencompare.diffusion.pixels import Pixels
+from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.weightings import Simple, Weighting
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
@@ -26,6 +29,8 @@ class Hybrid(Objective):
         weighting: how errors of the noise count in L_simple.
     """
 
+    trains_variance: ClassVar[bool] = True
+
     vlb: float = 0.001
     weighting: Weighting = field(default_factory=Simple)
     pixels: Pixels | None = None
@@ -33,6 +38,19 @@ class Hybrid(Objective):
     def __post_init__(self) -> None:
         if self.vlb <= 0:
             raise UserError(f"objective.vlb={self.vlb}: give a positive number, or take model/objective=simple.")
+
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+        if not parameterization.learns_variance:
+            raise UserError(
+                "The objective Hybrid trains the variance of the reverse steps, which this model does not learn: use"
+                " model/parameterization=eps_learned_variance, or model/objective=simple."
+            )
+        if schedule.discrete_times is None:
+            raise UserError(
+                f"The objective Hybrid trains a model of steps, and schedule {type(schedule).__name__} runs in"
+                " continuous time: use a table (model/schedule=cosine), or a fixed variance"
+                " (model/parameterization=eps model/objective=simple)."
+            )
 
     def bound_to(self, pixels: Pixels) -> Objective:
         return replace(self, pixels=pixels)
@@ -44,11 +62,6 @@ class Hybrid(Objective):
         out = denoiser.output(noised.x_t, noised.t, noised.at, cond)
         eps_mse = noised.eps_error(denoiser, out).flatten(1).mean(1)
         prediction = denoiser.parameterization.invert(out, noised.x_t, noised.at)
-        if prediction.variance_share is None:
-            raise UserError(
-                "The hybrid objective trains the variance of the reverse steps, which this model does not learn: use"
-                " model/parameterization=eps_learned_variance, or model/objective=simple."
-            )
         fixed = prediction._replace(x0=prediction.x0.detach(), eps=prediction.eps.detach())
         term = chain_term(fixed, noised, step, times, denoiser.schedule, self.pixels)
         bound = self.pixels.bits(len(times) * term)

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from gencompare.diffusion.bound import prior_kl
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.objectives.base import Noised, Objective
+from gencompare.diffusion.parameterization import Parameterization
 from gencompare.diffusion.pixels import Pixels
 from gencompare.diffusion.schedules import NoiseSchedule, Scales, VariancePreserving
 from gencompare.errors import UserError
@@ -35,6 +36,12 @@ class VLB(Objective):
     trains_schedule: ClassVar[bool] = True
 
     pixels: Pixels | None = None
+
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+        if any(True for _ in schedule.parameters()) and not isinstance(schedule, VariancePreserving):
+            raise UserError(
+                f"Schedule {type(schedule).__name__} cannot be learned by the bound: it must preserve variance."
+            )
 
     def bound_to(self, pixels: Pixels) -> Objective:
         return replace(self, pixels=pixels)
@@ -67,15 +74,12 @@ class EndsAndCourse(Scales):
     r"""A learned schedule at given times, written lambda = lambda_0 + (lambda_1 - lambda_0) s(t) with lambda_0 and
     lambda_1 its ends, so that the gradients of the ends and of the course s between them can go different ways.
 
-    s is found from lambda, and does not change with the ends, as the ends do not with s.
+    s is found from lambda, and does not change with the ends, as the ends do not with s. The schedule must preserve
+    variance.
     """
 
     def __init__(self, schedule: NoiseSchedule, t: Tensor, x: Tensor) -> None:
         super().__init__(schedule, t, x)
-        if not isinstance(schedule, VariancePreserving):
-            raise UserError(
-                f"Schedule {type(schedule).__name__} cannot be learned by the bound: it must preserve variance."
-            )
         self._first = schedule.log_snr(t.new_full((), schedule.t_min))
         self._fall = schedule.log_snr(t.new_full((), schedule.t_max)) - self._first
         at = schedule.at(t)

@@ -43,6 +43,8 @@ class Parameterization(ABC):
 
     outputs = 1
     """Values that the network gives for each value of the image."""
+    learns_variance = False
+    """Whether one of them is the variance of the reverse step."""
 
     def input(self, x_t: Tensor, t: Tensor, at: Scales) -> tuple[Tensor, Tensor]:
         """What the network sees of x_t, (n, C, H, W), and its noise condition, (n,)."""

@@ -27,6 +27,7 @@ class LearnedVariance(Parameterization):
     inner: Parameterization = field(default_factory=Eps)
 
     outputs = 2
+    learns_variance = True
 
     def check(self, schedule: NoiseSchedule) -> None:
         super().check(schedule)

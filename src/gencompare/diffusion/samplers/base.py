@@ -7,7 +7,7 @@ Arithmetic is in the type of x, float32 or float64.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -102,9 +102,11 @@ class Sampler(ABC):
         """The grid's times, (steps + 1,). Raises `UserError` where schedule and number of steps do not fit."""
         return self.grid(schedule, self.steps)
 
-    def describe(self) -> str:
-        """Name and settings, in words for a table."""
-        others = [f"{name} {_said(getattr(self, name))}" for name in self.settings()]
+    def describe(self, learned: Collection[str] = ()) -> str:
+        """Name and settings, in words for a table. Those that are ``learned`` the network says itself, and what was set
+        has no part in sampling."""
+        said = {name: _said(getattr(self, name)) for name in self.settings()}
+        others = [f"learned {name}" if name in learned else f"{name} {value}" for name, value in said.items()]
         grid = self.grid.describe()
         return ", ".join([type(self).__name__, f"{self.steps} steps", *([grid] if grid else []), *others])
 

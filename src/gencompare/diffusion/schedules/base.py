@@ -19,6 +19,9 @@ from torch.nn.functional import logsigmoid
 
 from gencompare.errors import UserError
 
+NOISE_ALONE = -4.0
+"""The highest log-SNR at which what is left of an image, a share alpha = 0.13, may be taken for nothing. Published
+schedules end lower, at -5 (VDM) to -20."""
 CLEAN = -1.0
 """The time that stands for clean data. (Not 0: a schedule may have noise left at time 0.)"""
 
@@ -69,6 +72,18 @@ class NoiseSchedule(nn.Module, ABC):
     def start_std(self, t: Tensor) -> Tensor | float:
         """Standard deviation of the noise to start from at time ``t``, (): sigma(t), which takes the data for 0."""
         return self.at(t).sigma
+
+    @torch.no_grad()
+    def start_problem(self, t: Tensor) -> str | None:
+        """Why noise alone is no start at time ``t``, (), or None: too much is left of the image, which noise lacks."""
+        if (log_snr := float(self.log_snr(t.to(self.device)))) <= NOISE_ALONE:
+            return None
+        return (
+            f"Sampling starts from noise alone, and under schedule {type(self).__name__} it would at log-SNR"
+            f" {log_snr:.3g}, where a share {float(self.log_alpha(t.to(self.device)).exp()):.2g} of the image is left:"
+            f" samples would lack that. Let the log-SNR fall to {NOISE_ALONE:g} or lower, by the schedule (betas for T"
+            " steps are 1000 / T times as large as for 1000) and by model.sampler.grid.first."
+        )
 
     @property
     def device(self) -> torch.device | None:
@@ -201,6 +216,10 @@ class VarianceExploding(NoiseSchedule):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
+
+    def start_problem(self, t: Tensor) -> None:
+        """None: the image stays as it is at all times, and sampling starts from noise of sigma(t). Whether that drowns
+        the image is up to the largest sigma. (NCSN's is 2; its Langevin steps forget where they start.)"""
 
 
 def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
