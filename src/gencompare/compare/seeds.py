@@ -13,13 +13,18 @@ from scipy.special import stdtrit
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
-from gencompare.compare.settings import flatten, settings_of
+from gencompare.compare.settings import NOT_SETTINGS, flatten, settings_of
 from gencompare.records import Metric, Result, RunRecord
 
 CONFIDENCE = 0.95
-NOT_THE_MODEL = ("seed", "evaluation", "callbacks", "choices", "name", "samples", "pretrained", "debug")
-"""Settings that make no other model: how it is measured stands in its `Measurement`."""
-OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
+NOT_THE_MODEL = frozenset(NOT_SETTINGS) | {
+    "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler",
+    "callbacks.progress", "callbacks.curve", "callbacks.checkpoints", "callbacks.looks.grid", "callbacks.looks.held_out",
+}  # fmt: skip
+"""Settings that make no other model. How it is measured stands in its `Measurement`; ``data.seed`` orders the training
+images, and is the run's own. Callbacks that change a figure do count: the average of the weights (``ema``), and the
+looks that choose ``best`` and may end training."""
 
 KEPT = ("flops_per_sample",)
 """Details of a result that have a mean over seeds."""
@@ -122,13 +127,7 @@ def _but_for_seeds(run: Run, result: Result) -> str:
 
 def _of_the_model(run: Run) -> dict[str, Any]:
     """The settings that make another model; no seed."""
-    config = {key: value for key, value in settings_of(run.record.config).items() if key not in NOT_THE_MODEL}
-    if isinstance(config.get("trainer"), dict):
-        config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in OF_THE_MACHINE}
-    if isinstance(config.get("data"), dict):
-        # Orders the training images, and is the run's own.
-        config["data"] = {key: value for key, value in config["data"].items() if key != "seed"}
-    return config
+    return settings_of(run.record.config, NOT_THE_MODEL)
 
 
 def _made(run: Run, result: Result, *, settled: bool) -> dict[str, Any]:
