@@ -26,6 +26,7 @@ from gencompare.compare.rank import NO_FIGURE, NOT_LEARNED, OVERLAP, UNDECIDED, 
 from gencompare.compare.remedy import commands
 from gencompare.compare.report import report
 from gencompare.compare.settings import differences
+from gencompare.compare.styles import styles
 from gencompare.compare.table import columns
 from gencompare.compare.terminal import print_tables, summary
 from gencompare.errors import UserError
@@ -247,13 +248,19 @@ def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_seve
         results = [measured(n, 90 / n + seed, "Heun") for n in (10, 30)]
         write_run(tmp_path / f"c{seed}", results, seed=seed, family="edm")
     runs = gather(sorted(tmp_path.iterdir())).runs
-    style = curves.styles(run.label for run in runs)
-    (chart,) = curves.against_calls(rank(runs), style)
-    drawn = {(line.color, line.dash): (line.x.tolist(), line.y.tolist()) for line in chart.lines}
-    label = {name: next(run.label for run in runs if run.label.startswith(name)) for name in ("a", "c0")}
-    assert drawn[style[label["a"]].color, ""] == ([5, 50], [9.0, 2.0]), "one kind of sampler a line"
-    assert drawn[style[label["c0"]].color, "6 3"] == ([10, 30], [9.5, 3.5]), "the mean over seeds"
-    assert len(drawn) == 2, "a single point makes no line"
+    groups = rank(runs)
+    style = styles(groups, runs)
+    (chart,) = curves.against_calls(groups, style)
+    drawn = {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines}
+    assert drawn == {
+        "a · DDIM": ([5, 50], [9.0, 2.0]), "c0, mean of 2 seeds · Heun": ([10, 30], [9.5, 3.5]),
+    }, "one kind of sampler a line, the mean over seeds, and a single point makes no line"  # fmt: skip
+    best = {row.title: row for row in reversed(groups[0].rows)}
+    assert [(line.color, line.dash) for line in chart.lines] == [
+        (style[title].color, style[title].dash)
+        for title in ("a · DDIM, 50 steps", "c0, mean of 2 seeds · Heun, 30 steps")
+        if title in best
+    ], "a line is drawn as its best row is elsewhere"
     assert chart.x_log
     html = page.render(gather(tmp_path.iterdir()))
     assert "Quality against network calls" in html
@@ -266,7 +273,7 @@ def test_noise_schedules_share_a_chart(tmp_path: Path):
     write_run(tmp_path / "b", [result(2.0)], model={"noise_schedule": {"t": [0.0], "log_snr": [1.0, 2.0]}})
     write_run(tmp_path / "c", [result(3.0)])
     runs = gather(tmp_path.iterdir()).runs
-    (chart,) = curves.noise_schedules(runs, curves.styles(run.label for run in runs))
+    (chart,) = curves.noise_schedules(runs, styles([], runs))
     assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "what is damaged or absent is not drawn"
     assert "Noise schedules" in page.render(gather(tmp_path.iterdir()))
     assert "Noise schedules" not in page.render(gather([tmp_path / "c"]))
@@ -293,7 +300,7 @@ def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tm
         write_run(tmp_path / "none", [result(3.0)], family="gaussian", curve={}),
     ]
     runs = gather(folders).runs
-    style = curves.styles(run.label for run in runs)
+    style = styles(rank(runs), runs)
     drawn = {chart.title: [line.color for line in chart.lines] for chart in curves.distances(runs, style)}
     c = [style[label].color for label in ("d1", "d2", "v", "f")]
     assert drawn == {"FD digits on digits": c[:3], "FD digits on fashion_mnist": c[3:]}
@@ -310,7 +317,7 @@ def test_a_line_holds_the_figures_that_were_logged(tmp_path: Path):
         "step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), "val/fd_x": np.array([math.nan, 5, 4]),
     }  # fmt: skip
     runs = gather([write_run(tmp_path / "a", curve=curve)]).runs
-    (chart,) = curves.distances(runs, curves.styles(["a"]))
+    (chart,) = curves.distances(runs, styles([], runs))
     assert chart.lines[0].x.tolist() == [20, 30] and chart.lines[0].y.tolist() == [5, 4]
 
 

@@ -15,13 +15,15 @@ from gencompare.compare.costs import pareto, trades
 from gencompare.compare.gather import gather
 from gencompare.compare.plots import Chart, Line
 from gencompare.compare.rank import rank
+from gencompare.compare.styles import styles
 from gencompare.records import Metric
 from synthetic import result, write_run
 
 
 def drawn(folder: Path) -> Any:
     runs = gather(sorted(folder.iterdir())).runs
-    return {t.chart.x_label: t for t in trades(rank(runs), curves.styles(run.label for run in runs))}
+    groups = rank(runs)
+    return {t.chart.x_label: t for t in trades(groups, styles(groups, runs))}
 
 
 def test_the_front_is_what_no_row_beats() -> None:
@@ -94,7 +96,7 @@ def test_of_very_many_rows_the_best_and_the_front_are_drawn(tmp_path: Path, monk
     chart = drawn(tmp_path)["training FLOPs"].chart
     assert len(chart.lines) == 1 + 8 and chart.left == 1, "all eight are on the front"
     runs = gather(sorted(tmp_path.iterdir())).runs
-    (distance,) = curves.distances(runs, curves.styles(run.label for run in runs))
+    (distance,) = curves.distances(runs, styles([], runs))
     assert [line.name for line in distance.lines] == ["r0", "r1"] and distance.left == 7
     assert "(without 7 more: the best are drawn)" in page.render(gather(sorted(tmp_path.iterdir())))
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gencompare.compare import words
-from gencompare.compare.curves import Style
 from gencompare.compare.plots import Chart, Line
 from gencompare.compare.rank import Group, Row, badness
+from gencompare.compare.styles import Style
 from gencompare.compare.table import first_stage
 
 FRONT = ""
@@ -82,12 +82,12 @@ def _trade(
     y = [row.headline.value or 0.0 for row in rows]
     lines = [Line(np.array([x[k] for k in front]), np.array([y[k] for k in front]), FRONT, pale=True)]
     for row, cost_of_row, value in zip(rows, x, y, strict=True):
-        own = style[row.line.members[0][0].label]
+        own = style[row.title]
         interval = row.headline.interval
         bounds = None if interval is None or not all(map(words.finite, interval)) else interval
         lines.append(
             Line(
-                np.array([cost_of_row]), np.array([value]), own.color, own.dash, marker=True, name=row.run.title,
+                np.array([cost_of_row]), np.array([value]), own.color, own.dash, marker=True, name=row.title,
                 bounds=bounds,
             )
         )  # fmt: skip

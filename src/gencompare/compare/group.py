@@ -41,6 +41,8 @@ class Row:
     """``baseline``, `UNDECIDED`, a key of `ASIDE`, or empty."""
     verdict: Verdict | None = None
     """How the row stands to the best one that was tested; None for a row of too few training seeds."""
+    way: str = ""
+    """How it was sampled, as far as that sets it apart from other rows of its training (`ways.ways`)."""
 
     @property
     def run(self) -> Run:
@@ -49,6 +51,11 @@ class Row:
     @property
     def result(self) -> Result:
         return self.line.result
+
+    @property
+    def title(self) -> str:
+        """What the row is called outside of its table: in charts and their legends."""
+        return " · ".join(part for part in (self.run.title, self.way) if part)
 
     @property
     def headline(self) -> Metric:

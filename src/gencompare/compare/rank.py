@@ -25,6 +25,7 @@ from gencompare.compare.group import (
 from gencompare.compare.seeds import lines, values_of
 from gencompare.compare.settings import differences, of_model
 from gencompare.compare.significance import LEAST_SEEDS, Verdict, verdicts
+from gencompare.compare.ways import ways
 from gencompare.errors import UserError
 from gencompare.records import Metric, Result
 
@@ -95,7 +96,11 @@ def _group(pairs: list[tuple[Run, Result]], view: View) -> Group:
     headline = pairs[0][1].headline
     baseline = [r.metrics.get(headline, Metric(None)) for run, r in pairs if run.record.family == BASELINE]
     baseline = [metric for metric in baseline if words.finite(metric.value)]
-    rows = [Row(line, None, _standing(line.run, line.result, baseline)) for line in lines(pairs, view.by)]
+    found = lines(pairs, view.by)
+    rows = [
+        Row(line, None, _standing(line.run, line.result, baseline), way=way)
+        for line, way in zip(found, ways(found), strict=True)
+    ]
     rows.sort(key=lambda row: (row.standing in ASIDE, badness(row.headline), row.run.label, row.result.id))
     ordered: list[Row] = []
     for row in rows:
@@ -103,7 +108,7 @@ def _group(pairs: list[tuple[Run, Result]], view: View) -> Group:
         if row.standing not in ASIDE and row.headline.better is not None:
             tied = ordered and ordered[-1].rank is not None and badness(ordered[-1].headline) == badness(row.headline)
             place = ordered[-1].rank if tied else len(ordered) + 1
-        ordered.append(Row(row.line, place, row.standing))
+        ordered.append(replace(row, rank=place))
     return Group(pairs[0][1].measurement, headline, _tested(ordered))
 
 

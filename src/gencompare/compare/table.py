@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from gencompare.compare import words
 from gencompare.compare.rank import Group, Row
+from gencompare.compare.ways import weights
 from gencompare.records import RunRecord
 
 LIKELIHOOD = "bpd_"
@@ -41,11 +42,8 @@ def columns(group: Group) -> list[Column]:
     if len(figures) < len(names):
         known = sum(words.place(column.metric or "") < words.place(LIKELIHOOD) for column in figures)
         figures.insert(known, Column("bits/dim\u00a0↓", _likelihood))
-    ways: dict[str, set[tuple[str, str]]] = {}
-    for row in group.rows:
-        ways.setdefault(_own(row), set()).add((row.result.generation.sampler, weights(row)))
     every = [
-        Column("run", lambda row: _text(row.run.label, _remark(row, ways)), numeric=False),
+        Column("run", lambda row: _text(row.run.label, _remark(row)), numeric=False),
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
         *figures[:1],
         Column("against the best", _verdict),
@@ -57,7 +55,7 @@ def columns(group: Group) -> list[Column]:
         Column("training time", _training_time),
         Column("train images/s", _count(lambda row: row.run.record.training.get("images_per_second"), words.rate)),
         Column("samples/s", _count(_samples_per_second, words.rate)),
-        Column("weights", lambda row: _text(weights(row)), numeric=False),
+        Column("weights", lambda row: _text(weights(row.result.generation)), numeric=False),
         Column("sampler", lambda row: _known(row.result.generation.sampler), numeric=False),
         Column("guidance", lambda row: _known(row.result.generation.guidance), numeric=False),
         Column("seed", lambda row: Cell(", ".join(map(str, row.line.seeds)), key=row.line.seeds[0])),
@@ -71,26 +69,11 @@ def heading(group: Group, name: str) -> str:
     return "\u00a0".join(filter(None, [words.title(name), words.ARROWS.get(better or "")]))
 
 
-def weights(row: Row) -> str:
-    """Which weights of which checkpoint: ``last, EMA``."""
-    g = row.result.generation
-    kind = {"ema": "EMA", "unknown": ""}.get(g.weights, g.weights)
-    checkpoint = "" if g.checkpoint == "unknown" else g.checkpoint
-    return ", ".join(part for part in (checkpoint, kind) if part)
-
-
-def _remark(row: Row, ways: Mapping[str, set[tuple[str, str]]]) -> str:
+def _remark(row: Row) -> str:
     """What tells the row from its neighbours: of a run that was measured in several ways, how it was sampled."""
     state = row.run.record.state
-    samplers, kinds = (len(set(of_all)) for of_all in zip(*ways[_own(row)], strict=True))
-    made = [row.result.generation.sampler if samplers > 1 else "", weights(row) if kinds > 1 else ""]
-    parts = [row.run.told, *made, row.standing, state if state not in ("finished", "samples") else ""]
+    parts = [row.run.told, row.way, row.standing, state if state not in ("finished", "samples") else ""]
     return " · ".join(part for part in parts if part)
-
-
-def _own(row: Row) -> str:
-    """The name of a row's first run: the same for all rows of one training."""
-    return row.line.members[0][0].label
 
 
 def _text(text: str, beside: str = "") -> Cell:
