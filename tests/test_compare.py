@@ -69,6 +69,27 @@ def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, be
     assert standings(group) == [(k, name, "") for k, name in enumerate(order, 1)]
 
 
+def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
+    """Errors of either sign cancel in a mean and not in its seeds."""
+    seeds = {"far": [0.5, 1.5, 0.5, 1.5, 1.0], "near": [1.1, 1.11, 1.1, 1.09, 1.12], "off": [3.0, 3.1, 3.2, 3.3, 2.9]}
+    folders = [
+        write_run(
+            tmp_path / f"{name}{k}", [result(0, metrics={"fd_digits": Metric(value, better="one")})], family=name,
+            seed=k, picture=False,
+        )
+        for name, values in seeds.items() for k, value in enumerate(values)
+    ]  # fmt: skip
+    (group,) = rank(gather(folders).runs)
+    assert [row.run.record.family for row in group.rows] == ["near", "far", "off"]
+    assert abs(group.rows[1].headline.value - 1) < abs(group.rows[0].headline.value - 1), "though its mean is 1"
+    against = next(column for column in columns(group) if column.title == "against the best")
+    cells = [against.cell(row) for row in group.rows]
+    assert cells[0].text == "best tested" and cells[2].beside == "worse than #1"
+    keys = [cell.key for cell in cells]
+    assert keys == sorted(keys) and len(set(keys)) == 3, "sorted, the best stands beside the least told apart"
+    assert any("how far from 1" in note for note in group.notes())
+
+
 def test_equal_figures_share_a_rank_and_a_figure_without_order_gives_none(tmp_path: Path):
     group = ranked(tmp_path / "x", {"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0})
     assert standings(group) == [(1, "b", ""), (2, "a", ""), (2, "c", ""), (4, "d", "")]
@@ -89,8 +110,11 @@ def test_a_family_no_better_than_the_baseline_is_listed_as_not_learned(tmp_path:
 
 
 def test_near_the_floor_the_baseline_decides_nothing(tmp_path: Path):
-    group = ranked(tmp_path, {"gaussian": 0.6, "ddpm": 1.5, "gan": 0.55})
-    assert standings(group) == [(1, "gan", ""), (2, "gaussian", "baseline"), (3, "ddpm", UNDECIDED)]
+    group = ranked(tmp_path, {"gaussian": 0.6, "ddpm": 1.4, "gan": 0.55, "vae": 23.5, "flow": 1.5})
+    assert standings(group) == [
+        (1, "gan", ""), (2, "gaussian", "baseline"), (3, "ddpm", UNDECIDED), (None, "flow", NOT_LEARNED),
+        (None, "vae", NOT_LEARNED),
+    ], "only what is near the floor of 0.5 itself cannot be told from a Gaussian"  # fmt: skip
     note, _ = group.notes()
     assert "1.20 times the real-against-real floor" in note and "'undecided'" in note
 
@@ -624,10 +648,10 @@ def test_a_latent_model_is_charged_with_its_autoencoder(tmp_path: Path) -> None:
     write_run(tmp_path / "latents", [result(2.0)], training=training, model={"parameters": 7, "autoencoder": first})
     gathered = gather([tmp_path / "pixels", tmp_path / "latents"])
     (group,) = rank(gathered.runs)
-    (time,) = [column for column in columns(group) if column.title == "training time"]
+    (time,) = [column for column in columns(group) if column.title == "device time"]
     pixels, latents = (time.cell(row) for row in group.rows)
     assert (pixels.key, pixels.beside) == (600.0, "")
-    assert latents.key == 900.0 and "of it the autoencoder" in latents.beside
+    assert latents.key == 900.0 and "5:00 min of it: autoencoder" in latents.beside
     report([tmp_path / "pixels", tmp_path / "latents"], tmp_path / "page")
     rows = list(csv.DictReader((tmp_path / "page" / "compare.csv").open()))
     assert [row["autoencoder.images_seen"] for row in rows] == ["", "500"]

@@ -108,6 +108,8 @@ class Group:
             "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
             " best of them."
         )
+        if self.rows[0].headline.better == "one":
+            said += " Rows are ordered by how far from 1 the figures of their seeds are, on average."
         if any(len(row.line.seeds) < 2 for row in self.rows):
             said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
         return [*mixed, said]
@@ -146,8 +148,8 @@ class Group:
             return [
                 f"On {self.measurement.data} the Gaussian baseline itself reaches {words.times(self.near_floor)} times"
                 f" the real-against-real floor, so {title} can hardly tell a Gaussian from real images here. A row"
-                f" above the baseline is therefore marked '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures"
-                " and look at its samples."
+                f" above the baseline that is below {NEAR_FLOOR:g} times the floor too is therefore marked"
+                f" '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures and look at its samples."
             ]
         return []
 

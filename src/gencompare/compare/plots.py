@@ -34,7 +34,8 @@ NAMED = 24
 
 MARKS = {
     "": ("o", "M6.2 4a2.8 2.8 0 1 0 5.6 0a2.8 2.8 0 1 0-5.6 0z"), "6 3": ("s", "M6.5 1.5h5v5h-5z"),
-    "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"), "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
+    "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"),
+    "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
 }  # fmt: skip
 """The mark that goes with a dash, for matplotlib and as an SVG path around (9, 4): a single point shows no dash."""
 

@@ -20,7 +20,8 @@ CONFIDENCE = 0.95
 NOT_THE_MODEL = frozenset(NOT_SETTINGS) | {
     "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler",
-    "callbacks.progress", "callbacks.curve", "callbacks.checkpoints", "callbacks.looks.grid", "callbacks.looks.held_out",
+    "callbacks.progress", "callbacks.curve", "callbacks.checkpoints", "callbacks.looks.grid",
+    "callbacks.looks.held_out",
 }  # fmt: skip
 """Settings that make no other model. How it is measured stands in its `Measurement`; ``data.seed`` orders the training
 images, and is the run's own. Callbacks that change a figure do count: the average of the weights (``ema``), and the
@@ -53,12 +54,16 @@ class Line:
 
         None where one is missing, and for runs that differ in more than seeds: they are no repetitions.
         """
-        found: dict[int, list[float]] = {}
+        return None if self.mixed else self.by_training(name)
+
+    def by_training(self, name: str) -> list[float] | None:
+        """The same, also for runs that differ in more than seeds."""
+        found: dict[tuple[int, str], list[float]] = {}
         for run, result in self.members:
             value = result.metrics.get(name, Metric(None)).value
-            if value is None or not words.finite(value) or self.mixed:
+            if value is None or not words.finite(value):
                 return None
-            found.setdefault(run.record.seed, []).append(value)
+            found.setdefault((run.record.seed, run.label if self.mixed else ""), []).append(value)
         return [fmean(values) for values in found.values()]
 
 
@@ -209,11 +214,20 @@ def over_seeds(by_seed: list[list[Metric]]) -> Metric:
 
 
 def _means(costs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of several dicts, with the mean in place of each number that all of them hold."""
-    return {
-        name: fmean(c[name] for c in costs) if all(words.finite(words.number(c.get(name))) for c in costs) else value
-        for name, value in costs[0].items()
-    }
+    """The first of several dicts, with the mean in place of each number that all of them hold, inner ones too.
+
+    A number that one of them lacks is not known.
+    """
+    found = {}
+    for name, value in costs[0].items():
+        every = [c.get(name) for c in costs]
+        if all(isinstance(one, dict) for one in every):
+            found[name] = _means(every)
+        elif any(words.number(one) is None for one in every):
+            found[name] = None if words.number(value) is not None else value
+        else:
+            found[name] = fmean(every)
+    return found
 
 
 def _only(values: set[int | None]) -> int | None:

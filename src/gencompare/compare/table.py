@@ -8,8 +8,8 @@ from typing import Any
 
 from gencompare.compare import words
 from gencompare.compare.rank import Group, Row
+from gencompare.compare.spent import needed, own, total
 from gencompare.compare.ways import weights
-from gencompare.records import RunRecord
 
 LIKELIHOOD = "bpd_"
 """Beginning of the names of figures in bits/dim, one a way of scoring."""
@@ -52,7 +52,7 @@ def columns(group: Group) -> list[Column]:
         Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
         Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
         Column("images seen", _count(_images_seen)),
-        Column("training time", _training_time),
+        Column("device time", _device_time),
         Column("train images/s", _count(lambda row: row.run.record.training.get("images_per_second"), words.rate)),
         Column("samples/s", _count(_samples_per_second, words.rate)),
         Column("weights", lambda row: _text(weights(row.result.generation)), numeric=False),
@@ -99,14 +99,17 @@ def _metric(name: str) -> Callable[[Row], Cell]:
 
 
 def _verdict(row: Row) -> Cell:
-    """Holm's p value against the best row that was tested, and what it means."""
+    """Holm's p value against the best row that was tested, and what it means.
+
+    Sorted from the best row over those least told apart from it to the one most surely worse.
+    """
     verdict = row.verdict
     if verdict is None:
         return Cell(words.NONE)
     if verdict.p is None:
-        return Cell("best tested", key=1.0)
+        return Cell("best tested", key=-2.0)
     text = "p < 0.001" if verdict.p < 0.001 else f"p = {verdict.p:.2g}"
-    return Cell(text, f"{'worse than' if verdict.apart else 'not told apart from'} #{verdict.reference}", verdict.p)
+    return Cell(text, f"{'worse than' if verdict.apart else 'not told apart from'} #{verdict.reference}", -verdict.p)
 
 
 def _likelihood(row: Row) -> Cell:
@@ -134,19 +137,13 @@ def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = wor
     return cell
 
 
-def _training_time(row: Row) -> Cell:
-    """Of all that the model needed: with the autoencoder that a latent model works on."""
-    seconds = words.number(row.run.record.training.get("seconds"))
-    before = words.number(first_stage(row.run.record).get("seconds"))
-    if seconds is None or before is None:
-        return Cell(words.duration(seconds), key=seconds)
-    return Cell(words.duration(seconds + before), f"{words.duration(before)} of it the autoencoder", seconds + before)
-
-
-def first_stage(record: RunRecord) -> dict[str, Any]:
-    """What the autoencoder of a latent model cost; empty for any other."""
-    found = record.model.get("autoencoder")
-    return found if isinstance(found, dict) else {}
+def _device_time(row: Row) -> Cell:
+    """Of all that the model needed."""
+    record = row.run.record
+    seconds, alone = total(record)["device_seconds"], own(record)["device_seconds"]
+    further = seconds - alone if seconds is not None and alone is not None else 0.0
+    beside = f"{words.duration(further)} of it: {needed(record)}" if further > 0 else ""
+    return Cell(words.duration(seconds), beside, seconds)
 
 
 def _nfe(row: Row) -> Cell:
