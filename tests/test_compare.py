@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from gencompare.compare import curves, page, words
@@ -130,10 +133,29 @@ def test_the_mean_of_several_baselines_counts_and_one_without_a_figure_does_not(
 def test_without_a_baseline_the_command_that_adds_it_is_named(tmp_path: Path):
     group = ranked(tmp_path, {"vae": 11.0}, measurement=replace(DIGITS, conditioning="labels"))
     (note,) = group.notes()
-    assert note.endswith("Add it: python run.py model=gaussian data=digits model.conditional=true")
+    assert note.endswith(
+        "Add it: python run.py model=gaussian data=digits evaluation.n=500 evaluation.protocol.reference=test"
+        f" evaluation.protocol.chunk=250 model.conditional=true hydra.run.dir={tmp_path}/gaussian"
+    )
     config = {"choices": {"data": "image_folder", "evaluation": "quick"}}
-    folder = write_run(tmp_path / "b", [result(1.0)], config=config)
-    assert "model=gaussian data=image_folder evaluation=quick" in rank(gather([folder]).runs)[0].notes()[0]
+    sweep = tmp_path / "it's [x]"
+    folder = write_run(sweep / "b", [result(1.0)], config=config, overrides=["seed=1", "data.root='a b'"])
+    (sweep / "gaussian").mkdir()
+    said = rank(gather([folder]).runs)[0].notes()[0].split("Add it: ")[1]
+    assert shlex.split(said)[2:6] == ["model=gaussian", "data=image_folder", "data.root='a b'", "evaluation=quick"]
+    last = OverridesParser.create().parse_override(shlex.split(said)[-1])
+    assert (last.key_or_group, last.value()) == ("hydra.run.dir", f"{sweep}/gaussian_2"), "where none is yet"
+
+
+def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
+    more = replace(DIGITS, n=1000)
+    odd = write_run(tmp_path / "lr=1,2 (it's [x]) \\ ${y}", [result(2.0, more)])
+    folders = [odd, *(write_run(tmp_path / name, [result(1.0)]) for name in "ab")]
+    (line,) = commands(rank(gather(folders).runs))
+    words = shlex.split(line)
+    assert [*words[:3], *words[4:]] == ["python", "run.py", "task=evaluate", "evaluation.n=500"]
+    value = OverridesParser.create().parse_override(words[3]).value()
+    assert OmegaConf.create({"run": value}).run == str(odd)
 
 
 def test_a_model_trained_against_the_measuring_network_is_not_ranked(tmp_path: Path):

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
+from gencompare.compare.remedy import trained_alike
 from gencompare.compare.seeds import Line
 from gencompare.compare.significance import LEAST_SEEDS, LEVEL, Verdict
 from gencompare.protocol import Measurement
@@ -142,7 +143,7 @@ class Group:
         if not self.baseline:
             return [
                 f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"
-                f" learned more than class-wise Gaussians. Add it: {self.baseline_command()}"
+                f" learned more than class-wise Gaussians. Add it: {trained_alike(BASELINE, self)}"
             ]
         if self.near_floor is not None:
             return [
@@ -162,17 +163,6 @@ class Group:
                 labels = found.setdefault(str(flag), [])
                 labels += [row.run.label] if row.run.label not in labels else []
         return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
-
-    def baseline_command(self) -> str:
-        """The command that trains and measures the baseline like these rows."""
-        choices = self.rows[0].run.record.config.get("choices", {})
-        choices = choices if isinstance(choices, dict) else {}
-        parts = [f"model={BASELINE}", f"data={choices.get('data') or self.measurement.data}"]
-        if choices.get("evaluation", "default") != "default":
-            parts.append(f"evaluation={choices['evaluation']}")
-        if self.measurement.conditioning == "labels":
-            parts.append("model.conditional=true")
-        return " ".join(["python run.py", *parts])
 
 
 def near_floor(baseline: list[Metric]) -> float | None:
