@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -22,7 +23,7 @@ DISTANCES = ("val/fid", "val/fd_", "val/coverage")
 
 
 MOST = 75
-"""Runs that a chart draws at most, the best-ranked first: fifteen families of five seeds each."""
+"""Lines of a chart at most, those of the best-ranked runs: fifteen families of five seeds each."""
 
 
 def distances(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
@@ -41,10 +42,10 @@ def distances(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
 
 
 def best(chart: Chart) -> Chart:
-    """The chart with the lines of its first `MOST` names alone."""
-    names = list(dict.fromkeys(line.name for line in chart.lines))
-    kept = set(names[:MOST])
-    return replace(chart, lines=[line for line in chart.lines if line.name in kept], left=len(names) - len(kept))
+    """The chart with the lines of its first names alone, `MOST` lines at most."""
+    count = Counter(line.name for line in chart.lines)  # in the order of the lines
+    kept = {name for name, drawn in zip(count, accumulate(count.values()), strict=True) if drawn <= MOST}
+    return replace(chart, lines=[line for line in chart.lines if line.name in kept], left=len(count) - len(kept))
 
 
 def losses(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -137,7 +137,8 @@ def _of_the_model(run: Run) -> dict[str, Any]:
 
 def _made(run: Run, result: Result, *, settled: bool) -> dict[str, Any]:
     """How the samples were made, but for the seed; without ``settled``, of a training of any length."""
-    made = {key: value for key, value in asdict(result.generation).items() if key != "seed"}
+    made = {field.name: getattr(result.generation, field.name) for field in fields(result.generation)}
+    del made["seed"]
     at_the_end = made["checkpoint"] == "best" or made["step"] == run.record.training.get("steps")
     if at_the_end or not settled:
         # What validation chose, or where a limit of time ended training: an outcome of the seed, no setting.

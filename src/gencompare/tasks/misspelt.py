@@ -14,7 +14,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from gencompare.overrides import override
+from gencompare.overrides import quoted
 from gencompare.paths import conf_dir
 
 OF_PLACES = (
@@ -58,14 +58,15 @@ def of_absent_option(error: BaseException, words: list[str]) -> str | None:
 
 
 def of_bare_value(error: BaseException) -> str | None:
-    """One line about a value that Hydra's grammar does not take without quotes, with the quotes; None for another error.
+    """One line about a value that Hydra's grammar does not take without quotes, with them; None for another error.
 
     Only of what is a place or a glob: elsewhere brackets and braces are mostly meant as lists.
     """
     key, equals, value = str(getattr(error, "override", None) or "").partition("=")
     if not isinstance(error, OverrideParseException) or not equals or key not in OF_PLACES or value[:1] in "'\"":
         return None
-    return f"{key}={value} has signs that Hydra reads otherwise. Quote it: {shlex.quote(override(key, value))}"
+    word = f"{key}={quoted(value)}"
+    return f"{key}={value} has signs that Hydra reads otherwise. Quote it: {shlex.quote(word)}"
 
 
 def _composed_without(key: str, words: list[str]) -> DictConfig:
