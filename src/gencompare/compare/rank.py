@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from statistics import fmean
 
 from gencompare.compare import words
@@ -27,6 +26,7 @@ from gencompare.compare.settings import differences, of_model
 from gencompare.compare.significance import LEAST_SEEDS, Verdict, verdicts
 from gencompare.compare.ways import ways
 from gencompare.errors import UserError
+from gencompare.protocol import Measurement
 from gencompare.records import Result
 
 
@@ -45,11 +45,11 @@ def rank(runs: Iterable[Run], view: View = View()) -> list[Group]:
         if pairs and all(values_of(run, (key,)) is None for run, _ in pairs):
             raise UserError(_no_such_key(key, [run for run, _ in pairs]))
 
-    def protocol(pair: tuple[Run, Result]) -> tuple[str, str, str]:
-        measurement = pair[1].measurement
-        return measurement.data, measurement.id, pair[1].headline
-
-    groups = [_group(list(part), view) for _, part in groupby(sorted(pairs, key=protocol), key=protocol)]
+    alike: dict[tuple[Measurement, str], list[tuple[Run, Result]]] = defaultdict(list)
+    for run, result in pairs:
+        alike[result.measurement, result.headline].append((run, result))
+    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, part[0][0].id, part[0][1]))
+    groups = [_group(part, view) for _, part in in_order]
     size = Counter(group.measurement.data for group in groups for _ in group.rows)
     return sorted(groups, key=lambda g: (-size[g.measurement.data], g.measurement.data, -len(g.rows)))
 

@@ -82,8 +82,11 @@ def lines(pairs: Iterable[Pair], by: tuple[str, ...] = ()) -> list[Line]:
     found: dict[str, dict[tuple[str, int, int | None], Pair]] = {}
     names: dict[str, str] = {}
     repeated: list[Pair] = []
+    models: dict[str, str] = {}
     for run, result in pairs:
-        own = _but_for_seeds(run, result)
+        if run.label not in models:
+            models[run.label] = _model(run)
+        own = _but_for_seeds(run, result, models[run.label])
         values = values_of(run, by)
         row = own if values is None else json.dumps([values, _made(run, result, settled=False)], sort_keys=True)
         names[row] = ", ".join(f"{key}={value}" for key, value in (values or {}).items())
@@ -120,14 +123,19 @@ def values_of(run: Run, by: tuple[str, ...]) -> dict[str, str] | None:
     return {key: found.get(key, words.NONE) for key in by} if found else None
 
 
-def _but_for_seeds(run: Run, result: Result) -> str:
-    """Equal for two results exactly when nothing but seeds tells them apart."""
+def _model(run: Run) -> str:
+    """Equal for two runs exactly when nothing but seeds and sampling tells them apart; empty where nothing is known."""
     config = _of_the_model(run)
-    if not config:
+    named = [run.record.family, run.record.data.get("hash"), config]
+    return json.dumps(named, sort_keys=True, default=str) if config else ""
+
+
+def _but_for_seeds(run: Run, result: Result, model: str) -> str:
+    """Equal for two results exactly when nothing but seeds tells them apart."""
+    if not model:
         # Images from elsewhere: nothing is known of how they came about.
         return f"{run.folder} {result.id}"
-    made = _made(run, result, settled=True)
-    return json.dumps([run.record.family, run.record.data.get("hash"), config, made], sort_keys=True, default=str)
+    return json.dumps([model, _made(run, result, settled=True)], sort_keys=True)
 
 
 def _of_the_model(run: Run) -> dict[str, Any]:
