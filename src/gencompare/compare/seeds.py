@@ -230,12 +230,13 @@ def _means(costs: list[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for name, value in costs[0].items():
         every = [c.get(name) for c in costs]
+        numbers = [number for one in every if (number := words.number(one)) is not None]
         if all(isinstance(one, dict) for one in every):
-            found[name] = _means(every)
-        elif any(words.number(one) is None for one in every):
-            found[name] = None if words.number(value) is not None else value
+            found[name] = _means([one for one in every if isinstance(one, dict)])
+        elif len(numbers) == len(every):
+            found[name] = fmean(numbers)
         else:
-            found[name] = fmean(every)
+            found[name] = None if words.number(value) is not None else value
     return found
 
 
