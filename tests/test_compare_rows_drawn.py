@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gencompare.compare import page
@@ -25,10 +26,12 @@ def charts_of(gathered: Gathered) -> Charts:
 
 
 def test_fifteen_families_of_five_seeds_have_fifteen_styles(tmp_path: Path) -> None:
+    curve = {"images": np.array([1e4, 2e4]), "val/fd_digits": np.array([9.0, 3.0])}
     folders = [
         write_run(
             tmp_path / f"{family}_{seed}", [result(1.0 + family + 0.01 * seed, generation={"seed": seed})], seed=seed,
             family=f"f{family:02d}", training={"flops": 1e12 * (20 - family), "seconds": 60.0}, picture=False,
+            curve=curve,
         )
         for family in range(15) for seed in range(5)
     ]  # fmt: skip

@@ -13,10 +13,10 @@ import pytest
 
 from gencompare.compare import curves, page, plots
 from gencompare.compare.costs import pareto, trades
+from gencompare.compare.files import write_csv
 from gencompare.compare.gather import gather
 from gencompare.compare.plots import Chart, Line
 from gencompare.compare.rank import rank
-from gencompare.compare.report import report
 from gencompare.compare.styles import styles
 from gencompare.compare.table import columns
 from gencompare.records import Metric
@@ -96,8 +96,8 @@ def test_costs_are_those_that_the_records_add_up(tmp_path: Path) -> None:
     assert [(time.cell(row).key, time.cell(row).beside) for row in group.rows] == [
         (120.0, "1:40 min of it: 2 trials"), (10.0, ""),
     ]  # fmt: skip
-    report(sorted(tmp_path.iterdir()), tmp_path / "out")
-    with (tmp_path / "out" / "compare.csv").open(newline="") as file:
+    write_csv(gather(sorted(tmp_path.iterdir())), tmp_path / "compare.csv")
+    with (tmp_path / "compare.csv").open(newline="") as file:
         rows = [
             (row["run"], row["training.flops"], row["total.flops"], row["total.device_seconds"])
             for row in csv.DictReader(file)
