@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from gencompare.compare import curves, page, words
@@ -26,6 +29,7 @@ from gencompare.compare.rank import NO_FIGURE, NOT_LEARNED, OVERLAP, UNDECIDED, 
 from gencompare.compare.remedy import commands
 from gencompare.compare.report import report
 from gencompare.compare.settings import differences
+from gencompare.compare.styles import styles
 from gencompare.compare.table import columns
 from gencompare.compare.terminal import print_tables, summary
 from gencompare.errors import UserError
@@ -68,6 +72,27 @@ def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, be
     assert standings(group) == [(k, name, "") for k, name in enumerate(order, 1)]
 
 
+def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
+    """Errors of either sign cancel in a mean and not in its seeds."""
+    seeds = {"far": [0.5, 1.5, 0.5, 1.5, 1.0], "near": [1.1, 1.11, 1.1, 1.09, 1.12], "off": [3.0, 3.1, 3.2, 3.3, 2.9]}
+    folders = [
+        write_run(
+            tmp_path / f"{name}{k}", [result(0, metrics={"fd_digits": Metric(value, better="one")})], family=name,
+            seed=k, picture=False,
+        )
+        for name, values in seeds.items() for k, value in enumerate(values)
+    ]  # fmt: skip
+    (group,) = rank(gather(folders).runs)
+    assert [row.run.record.family for row in group.rows] == ["near", "far", "off"]
+    assert abs(group.rows[1].headline.value - 1) < abs(group.rows[0].headline.value - 1), "though its mean is 1"
+    against = next(column for column in columns(group) if column.title == "against the best")
+    cells = [against.cell(row) for row in group.rows]
+    assert cells[0].text == "best tested" and cells[2].beside == "worse than #1"
+    keys = [cell.key for cell in cells]
+    assert keys == sorted(keys) and len(set(keys)) == 3, "sorted, the best stands beside the least told apart"
+    assert any("how far from 1" in note for note in group.notes())
+
+
 def test_equal_figures_share_a_rank_and_a_figure_without_order_gives_none(tmp_path: Path):
     group = ranked(tmp_path / "x", {"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0})
     assert standings(group) == [(1, "b", ""), (2, "a", ""), (2, "c", ""), (4, "d", "")]
@@ -88,8 +113,11 @@ def test_a_family_no_better_than_the_baseline_is_listed_as_not_learned(tmp_path:
 
 
 def test_near_the_floor_the_baseline_decides_nothing(tmp_path: Path):
-    group = ranked(tmp_path, {"gaussian": 0.6, "ddpm": 1.5, "gan": 0.55})
-    assert standings(group) == [(1, "gan", ""), (2, "gaussian", "baseline"), (3, "ddpm", UNDECIDED)]
+    group = ranked(tmp_path, {"gaussian": 0.6, "ddpm": 1.4, "gan": 0.55, "vae": 23.5, "flow": 1.5})
+    assert standings(group) == [
+        (1, "gan", ""), (2, "gaussian", "baseline"), (3, "ddpm", UNDECIDED), (None, "flow", NOT_LEARNED),
+        (None, "vae", NOT_LEARNED),
+    ], "only what is near the floor of 0.5 itself cannot be told from a Gaussian"  # fmt: skip
     note, _ = group.notes()
     assert "1.20 times the real-against-real floor" in note and "'undecided'" in note
 
@@ -105,10 +133,29 @@ def test_the_mean_of_several_baselines_counts_and_one_without_a_figure_does_not(
 def test_without_a_baseline_the_command_that_adds_it_is_named(tmp_path: Path):
     group = ranked(tmp_path, {"vae": 11.0}, measurement=replace(DIGITS, conditioning="labels"))
     (note,) = group.notes()
-    assert note.endswith("Add it: python run.py model=gaussian data=digits model.conditional=true")
+    assert note.endswith(
+        "Add it: python run.py model=gaussian data=digits evaluation.n=500 evaluation.protocol.reference=test"
+        f" evaluation.protocol.chunk=250 model.conditional=true hydra.run.dir={tmp_path}/gaussian"
+    )
     config = {"choices": {"data": "image_folder", "evaluation": "quick"}}
-    folder = write_run(tmp_path / "b", [result(1.0)], config=config)
-    assert "model=gaussian data=image_folder evaluation=quick" in rank(gather([folder]).runs)[0].notes()[0]
+    sweep = tmp_path / "it's [x]"
+    folder = write_run(sweep / "b", [result(1.0)], config=config, overrides=["seed=1", "data.root='a b'"])
+    (sweep / "gaussian").mkdir()
+    said = rank(gather([folder]).runs)[0].notes()[0].split("Add it: ")[1]
+    assert shlex.split(said)[2:6] == ["model=gaussian", "data=image_folder", "data.root='a b'", "evaluation=quick"]
+    last = OverridesParser.create().parse_override(shlex.split(said)[-1])
+    assert (last.key_or_group, last.value()) == ("hydra.run.dir", f"{sweep}/gaussian_2"), "where none is yet"
+
+
+def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
+    more = replace(DIGITS, n=1000)
+    odd = write_run(tmp_path / "lr=1,2 (it's [x]) \\ ${y}", [result(2.0, more)])
+    folders = [odd, *(write_run(tmp_path / name, [result(1.0)]) for name in "ab")]
+    (line,) = commands(rank(gather(folders).runs))
+    words = shlex.split(line)
+    assert [*words[:3], *words[4:]] == ["python", "run.py", "task=evaluate", "evaluation.n=500"]
+    value = OverridesParser.create().parse_override(words[3]).value()
+    assert OmegaConf.create({"run": value}).run == str(odd)
 
 
 def test_a_model_trained_against_the_measuring_network_is_not_ranked(tmp_path: Path):
@@ -247,13 +294,19 @@ def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_seve
         results = [measured(n, 90 / n + seed, "Heun") for n in (10, 30)]
         write_run(tmp_path / f"c{seed}", results, seed=seed, family="edm")
     runs = gather(sorted(tmp_path.iterdir())).runs
-    style = curves.styles(run.label for run in runs)
-    (chart,) = curves.against_calls(rank(runs), style)
-    drawn = {(line.color, line.dash): (line.x.tolist(), line.y.tolist()) for line in chart.lines}
-    label = {name: next(run.label for run in runs if run.label.startswith(name)) for name in ("a", "c0")}
-    assert drawn[style[label["a"]].color, ""] == ([5, 50], [9.0, 2.0]), "one kind of sampler a line"
-    assert drawn[style[label["c0"]].color, "6 3"] == ([10, 30], [9.5, 3.5]), "the mean over seeds"
-    assert len(drawn) == 2, "a single point makes no line"
+    groups = rank(runs)
+    style = styles(groups, runs)
+    (chart,) = curves.against_calls(groups, style)
+    drawn = {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines}
+    assert drawn == {
+        "a · DDIM": ([5, 50], [9.0, 2.0]), "c0, mean of 2 seeds · Heun": ([10, 30], [9.5, 3.5]),
+    }, "one kind of sampler a line, the mean over seeds, and a single point makes no line"  # fmt: skip
+    best = {row.title: row for row in reversed(groups[0].rows)}
+    assert [(line.color, line.dash) for line in chart.lines] == [
+        (style[title].color, style[title].dash)
+        for title in ("a · DDIM, 50 steps", "c0, mean of 2 seeds · Heun, 30 steps")
+        if title in best
+    ], "a line is drawn as its best row is elsewhere"
     assert chart.x_log
     html = page.render(gather(tmp_path.iterdir()))
     assert "Quality against network calls" in html
@@ -266,7 +319,7 @@ def test_noise_schedules_share_a_chart(tmp_path: Path):
     write_run(tmp_path / "b", [result(2.0)], model={"noise_schedule": {"t": [0.0], "log_snr": [1.0, 2.0]}})
     write_run(tmp_path / "c", [result(3.0)])
     runs = gather(tmp_path.iterdir()).runs
-    (chart,) = curves.noise_schedules(runs, curves.styles(run.label for run in runs))
+    (chart,) = curves.noise_schedules(runs, styles([], runs))
     assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "what is damaged or absent is not drawn"
     assert "Noise schedules" in page.render(gather(tmp_path.iterdir()))
     assert "Noise schedules" not in page.render(gather([tmp_path / "c"]))
@@ -293,7 +346,7 @@ def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tm
         write_run(tmp_path / "none", [result(3.0)], family="gaussian", curve={}),
     ]
     runs = gather(folders).runs
-    style = curves.styles(run.label for run in runs)
+    style = styles(rank(runs), runs)
     drawn = {chart.title: [line.color for line in chart.lines] for chart in curves.distances(runs, style)}
     c = [style[label].color for label in ("d1", "d2", "v", "f")]
     assert drawn == {"FD digits on digits": c[:3], "FD digits on fashion_mnist": c[3:]}
@@ -310,7 +363,7 @@ def test_a_line_holds_the_figures_that_were_logged(tmp_path: Path):
         "step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), "val/fd_x": np.array([math.nan, 5, 4]),
     }  # fmt: skip
     runs = gather([write_run(tmp_path / "a", curve=curve)]).runs
-    (chart,) = curves.distances(runs, curves.styles(["a"]))
+    (chart,) = curves.distances(runs, styles([], runs))
     assert chart.lines[0].x.tolist() == [20, 30] and chart.lines[0].y.tolist() == [5, 4]
 
 
@@ -617,10 +670,10 @@ def test_a_latent_model_is_charged_with_its_autoencoder(tmp_path: Path) -> None:
     write_run(tmp_path / "latents", [result(2.0)], training=training, model={"parameters": 7, "autoencoder": first})
     gathered = gather([tmp_path / "pixels", tmp_path / "latents"])
     (group,) = rank(gathered.runs)
-    (time,) = [column for column in columns(group) if column.title == "training time"]
+    (time,) = [column for column in columns(group) if column.title == "device time"]
     pixels, latents = (time.cell(row) for row in group.rows)
     assert (pixels.key, pixels.beside) == (600.0, "")
-    assert latents.key == 900.0 and "of it the autoencoder" in latents.beside
+    assert latents.key == 900.0 and "5:00 min of it: autoencoder" in latents.beside
     report([tmp_path / "pixels", tmp_path / "latents"], tmp_path / "page")
     rows = list(csv.DictReader((tmp_path / "page" / "compare.csv").open()))
     assert [row["autoencoder.images_seen"] for row in rows] == ["", "500"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gencompare.compare.anchors import anchors
 from gencompare.compare.gather import gather
@@ -90,3 +92,14 @@ def test_a_config_that_is_no_config_breaks_nothing(tmp_path: Path) -> None:
         write_run(tmp_path / f"r{k}", [result(1.0 + k)], config=config, training=training, model=model, picture=False)
     page = report(sorted(tmp_path.iterdir()), tmp_path / "out")
     assert page.is_file() and len(gather(sorted(tmp_path.glob("r*"))).runs) == 4
+
+
+@pytest.mark.parametrize("name", ["runs=runs/s[12]/*", "runs=a=1/*", "task.out=(x)"])
+def test_a_bare_glob_that_hydra_does_not_take_is_named_with_its_quotes(name: str, cli: Any, capsys: Any) -> None:
+    assert cli("task=compare", name) == 2
+    said = capsys.readouterr().err
+    key, _, value = name.partition("=")
+    assert said.count("\n") == 1 and f"Quote it: {key}=" in said.replace('"', "").replace("'", "")
+    word = shlex.split(said.split("Quote it: ")[1].split(" (python")[0])[0]
+    override = OverridesParser.create().parse_override(word)
+    assert (override.key_or_group, override.value()) == (key, value)

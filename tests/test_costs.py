@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -12,16 +13,20 @@ import pytest
 
 from gencompare.compare import curves, page, plots
 from gencompare.compare.costs import pareto, trades
+from gencompare.compare.files import write_csv
 from gencompare.compare.gather import gather
 from gencompare.compare.plots import Chart, Line
 from gencompare.compare.rank import rank
+from gencompare.compare.styles import styles
+from gencompare.compare.table import columns
 from gencompare.records import Metric
 from synthetic import result, write_run
 
 
 def drawn(folder: Path) -> Any:
     runs = gather(sorted(folder.iterdir())).runs
-    return {t.chart.x_label: t for t in trades(rank(runs), curves.styles(run.label for run in runs))}
+    groups = rank(runs)
+    return {t.chart.x_label: t for t in trades(groups, styles(groups, runs))}
 
 
 def test_the_front_is_what_no_row_beats() -> None:
@@ -67,8 +72,40 @@ def test_everything_a_model_needed_is_its_cost(tmp_path: Path) -> None:
     found = drawn(tmp_path)
     x = {line.name: line.x.tolist() for line in found["training FLOPs"].chart.lines[1:]}
     assert x == {"pixels": [1e12], "latent": [6e12]}, "half of a cost is none"
-    x = {line.name: line.x.tolist() for line in found["training seconds"].chart.lines[1:]}
+    x = {line.name: line.x.tolist() for line in found["device seconds of training"].chart.lines[1:]}
     assert x == {"pixels": [60.0], "latent": [90.0], "unknown": [90.0]}
+
+
+def test_costs_are_those_that_the_records_add_up(tmp_path: Path) -> None:
+    """Two seeds whose search had two other trials each; a model of 0.5e12 FLOPs and 10 s that needed nothing."""
+    trial = {"role": "trial", "flops": 0.5e12, "device_seconds": 50.0}
+    for seed, scale in enumerate((1, 3)):
+        taken = {"flops": 1e12 * scale, "seconds": 5.0 * scale, "processes": 2, "device_seconds": 10.0 * scale}
+        summed = {"flops": 1e12 + 1e12 * scale, "device_seconds": 100 + 10.0 * scale, "steps": None}
+        training = taken | {"needed": [trial, trial], "total": summed}
+        made = result(1.0 + seed, generation={"seed": seed})
+        write_run(tmp_path / f"x{seed}", [made], seed=seed, training=training, picture=False)
+    plain = {"flops": 0.5e12, "seconds": 5.0, "processes": 2}
+    write_run(tmp_path / "y", [result(9.0)], family="vae", training=plain, picture=False)
+    found = drawn(tmp_path)
+    for name, mean, other in (("training FLOPs", 3e12, 0.5e12), ("device seconds of training", 120.0, 10.0)):
+        x = {line.name: line.x.tolist() for line in found[name].chart.lines[1:]}
+        assert x == {"x0, mean of 2 seeds": [mean], "y": [other]}
+    (group,) = rank(gather(sorted(tmp_path.iterdir())).runs)
+    (time,) = (column for column in columns(group) if column.title == "device time")
+    assert [(time.cell(row).key, time.cell(row).beside) for row in group.rows] == [
+        (120.0, "1:40 min of it: 2 trials"), (10.0, ""),
+    ]  # fmt: skip
+    write_csv(gather(sorted(tmp_path.iterdir())), tmp_path / "compare.csv")
+    with (tmp_path / "compare.csv").open(newline="") as file:
+        rows = [
+            (row["run"], row["training.flops"], row["total.flops"], row["total.device_seconds"])
+            for row in csv.DictReader(file)
+        ]
+    assert rows == [
+        ("x0", "1000000000000.0", "2000000000000.0", "110.0"), ("x1", "3000000000000.0", "4000000000000.0", "130.0"),
+        ("y", "500000000000.0", "500000000000.0", "10.0"),
+    ]  # fmt: skip
 
 
 def test_rows_of_several_seeds_have_their_interval_and_mean_cost(tmp_path: Path) -> None:
@@ -94,7 +131,7 @@ def test_of_very_many_rows_the_best_and_the_front_are_drawn(tmp_path: Path, monk
     chart = drawn(tmp_path)["training FLOPs"].chart
     assert len(chart.lines) == 1 + 8 and chart.left == 1, "all eight are on the front"
     runs = gather(sorted(tmp_path.iterdir())).runs
-    (distance,) = curves.distances(runs, curves.styles(run.label for run in runs))
+    (distance,) = curves.distances(runs, styles([], runs))
     assert [line.name for line in distance.lines] == ["r0", "r1"] and distance.left == 7
     assert "(without 7 more: the best are drawn)" in page.render(gather(sorted(tmp_path.iterdir())))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +55,47 @@ def test_the_config_of_a_job_tells_seeds_from_settings(tmp_path: Path) -> None:
     assert row.line.seeds == [0, 1, 2]
     assert len(ranked([run(0), run(1, "model.optimizer.lr=1e-4")]).rows) == 2
     assert len(ranked([run(0), run(1, "data.flip=true")]).rows) == 2
+
+
+@pytest.mark.parametrize("further", [0, 5], ids=["the same seeds", "other seeds"])
+def test_runs_of_another_decay_are_another_model_and_tested_against_it(tmp_path: Path, further: int) -> None:
+    config = OmegaConf.to_container(compose("model=flow"))
+    assert isinstance(config, dict)
+    folders = []
+    for first, decay, base in ((0, 0.995, 1.0), (further, 0.0, 3.0)):
+        config["callbacks"]["ema"]["decay"] = decay
+        for seed in range(first, first + 5):
+            made = result(base + 0.01 * seed, generation={"seed": seed})
+            own = json.loads(json.dumps(config | {"seed": seed}))
+            folders.append(
+                write_run(tmp_path / f"{decay}_{seed}", [made], seed=seed, config=own, family="flow", picture=False)
+            )
+    better, worse = ranked(folders).rows
+    assert (better.headline.value, worse.headline.value) == pytest.approx((1.02, 3.02 + 0.01 * further))
+    assert len(better.line.seeds) == len(worse.line.seeds) == 5
+    assert worse.verdict is not None and worse.verdict.apart, "a crippled average of the weights comes out worse"
+
+
+@pytest.mark.parametrize(
+    "name, value, rows",
+    [
+        ("callbacks.looks.patience", 3, 2), ("callbacks.looks.count", 9, 2), ("callbacks.looks.preview", 100, 2),
+        ("callbacks.looks.grid", 4, 1), ("callbacks.looks.held_out", 10, 1), ("callbacks.curve.every", 7, 1),
+        ("callbacks.checkpoints.every_minutes", 9, 1), ("callbacks.progress", False, 1), ("trainer.devices", 2, 1),
+    ],
+)  # fmt: skip
+def test_callbacks_that_change_a_figure_make_another_model(tmp_path: Path, name: str, value: Any, rows: int) -> None:
+    plain, changed = compose(), compose()
+    assert OmegaConf.select(plain, name, default="none") not in ("none", value), "there is such a setting"
+    OmegaConf.update(changed, name, value)
+    folders = [
+        write_run(
+            tmp_path / f"{seed}", [result(1.0, generation={"seed": seed})], seed=seed, picture=False,
+            config=OmegaConf.to_container(config),
+        )
+        for seed, config in enumerate([plain, changed])
+    ]  # fmt: skip
+    assert len(ranked(folders).rows) == rows
 
 
 def test_the_best_seed_ranks_nothing(tmp_path: Path) -> None:

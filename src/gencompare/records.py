@@ -171,9 +171,9 @@ def _result(raw: dict[str, Any]) -> Result:
 def _check(value: Any, hint: Any, name: str = "record") -> None:
     """Raises TypeError where ``value``, or something in it, is not of its declared type. None passes for a number:
     that is how one that was not finite is stored."""
-    kinds, inner = get_origin(hint) or hint, get_args(hint)
-    if kinds is Any:
+    if hint is Any or (hint in _PLAIN and type(value) is hint):
         return
+    kinds, inner = _parts(hint)
     if kinds is UnionType:
         if value is not None:
             _check(value, next(kind for kind in inner if kind is not NoneType), name)
@@ -185,7 +185,7 @@ def _check(value: Any, hint: Any, name: str = "record") -> None:
             raise TypeError(f"{name} is no number")
     elif not isinstance(value, kinds):
         raise TypeError(f"{name} is no {kinds.__name__}")
-    elif kinds is dict and inner:
+    elif kinds is dict and inner and inner[1] is not Any:
         for key, part in value.items():
             _check(part, inner[1], f"{name}.{key}")
     elif kinds in (list, tuple) and inner:
@@ -195,7 +195,13 @@ def _check(value: Any, hint: Any, name: str = "record") -> None:
             _check(part, inner[0], name)
 
 
+_PLAIN = (str, int, float)
 _hints = cache(get_type_hints)
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(hint) or hint, get_args(hint)
 
 
 def _finite(value: Any) -> Any:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from gencompare.compare import costs, curves
 from gencompare.compare.costs import Trade
-from gencompare.compare.curves import Style
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.plots import Chart, save
 from gencompare.compare.rank import Group, ranked
+from gencompare.compare.styles import Style, styles
 
 FOLDER = "plots"
 
@@ -53,7 +53,7 @@ def save_all(gathered: Gathered, out: Path) -> list[Path]:
     """Each chart as PNG and SVG in the folder `FOLDER` of ``out``, named by its title. Returns the PNG files."""
     groups = ranked(gathered)
     runs = in_order(groups, gathered.runs)
-    charts = Charts.of(groups, runs, curves.styles(run.label for run in runs)).all
+    charts = Charts.of(groups, runs, styles(groups, runs)).all
     names = file_names([chart.title for chart in charts])
     for chart, name in zip(charts, names, strict=True):
         save(chart, out / FOLDER, name)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gencompare.compare import words
-from gencompare.compare.curves import Style
 from gencompare.compare.plots import Chart, Line
 from gencompare.compare.rank import Group, Row, badness
-from gencompare.compare.table import first_stage
+from gencompare.compare.spent import total
+from gencompare.compare.styles import Style
 
 FRONT = ""
 """No colour: the front is drawn in the ink of the page."""
@@ -30,31 +30,9 @@ class Trade:
     """Cheapest first, and so from worse to better."""
 
 
-def training_flops(row: Row) -> float | None:
-    """FLOPs of the training and of all that it needed: as the record adds them up, tuning trials too, or by
-    `table.first_stage` in a record of before."""
-    total = row.run.record.training.get("total")
-    added_up = words.number(total.get("flops")) if isinstance(total, dict) else None
-    return _with_first_stage(row, "flops") if added_up is None else added_up
-
-
-def training_seconds(row: Row) -> float | None:
-    """Seconds of the training and of all that it needed."""
-    return _with_first_stage(row, "seconds")
-
-
-def _with_first_stage(row: Row, name: str) -> float | None:
-    own = words.number(row.run.record.training.get(name))
-    before = first_stage(row.run.record)
-    if not before or own is None:
-        return own
-    further = words.number(before.get(name))
-    return None if further is None else own + further  # half of a cost is none
-
-
 COSTS: dict[str, Callable[[Row], float | None]] = {
-    "training FLOPs": training_flops,
-    "training seconds": training_seconds,
+    "training FLOPs": lambda row: total(row.run.record)["flops"],
+    "device seconds of training": lambda row: total(row.run.record)["device_seconds"],
     "network calls a sample": lambda row: words.calls(row.result.generation.nfe),
     "FLOPs a sample": lambda row: words.number(row.result.details.get("flops_per_sample")),
 }
@@ -74,7 +52,7 @@ def trades(groups: Iterable[Group], style: Mapping[str, Style]) -> list[Trade]:
 def _trade(
     group: Group, name: str, cost: Callable[[Row], float | None], rows: Sequence[Row], style: Mapping[str, Style]
 ) -> Trade:
-    front = pareto([cost(row) or 0.0 for row in rows], [badness(row.headline) for row in rows])
+    front = pareto([cost(row) or 0.0 for row in rows], [badness(row) for row in rows])
     kept = sorted({*range(min(MOST, len(rows))), *front})
     left, front = len(rows) - len(kept), [kept.index(k) for k in front]
     rows = [rows[k] for k in kept]
@@ -82,12 +60,12 @@ def _trade(
     y = [row.headline.value or 0.0 for row in rows]
     lines = [Line(np.array([x[k] for k in front]), np.array([y[k] for k in front]), FRONT, pale=True)]
     for row, cost_of_row, value in zip(rows, x, y, strict=True):
-        own = style[row.line.members[0][0].label]
+        own = style[row.title]
         interval = row.headline.interval
         bounds = None if interval is None or not all(map(words.finite, interval)) else interval
         lines.append(
             Line(
-                np.array([cost_of_row]), np.array([value]), own.color, own.dash, marker=True, name=row.run.title,
+                np.array([cost_of_row]), np.array([value]), own.color, own.dash, marker=True, name=row.title,
                 bounds=bounds,
             )
         )  # fmt: skip

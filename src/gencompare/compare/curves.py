@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
 from gencompare.compare.plots import Chart, Line
-from gencompare.compare.rank import Group
+from gencompare.compare.rank import Group, Row
+from gencompare.compare.styles import Style
+from gencompare.compare.ways import but_for_steps
 
 POINTS = 300
 """A longer curve is drawn by the means of so many stretches of it."""
@@ -19,25 +22,8 @@ POINTS = 300
 DISTANCES = ("val/fid", "val/fd_", "val/coverage")
 
 
-@dataclass(frozen=True)
-class Style:
-    color: str
-    dash: str
-    """An SVG dash array; empty for an unbroken line."""
-
-
-COLORS = ("#3b7dd8", "#d9792b", "#2f9e6e", "#c94a5e", "#8a63d2", "#1a9aa8", "#a8793f", "#c858a0", "#8a951f", "#7c8591")
-DASHES = ("", "6 3", "2 2")
-
-
-MOST = len(COLORS) * len(DASHES)
-"""Runs that a chart draws at most, the best-ranked first: further ones would have to share a style."""
-
-
-def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A colour and dash for each run, the same everywhere on the page."""
-    n = len(COLORS)
-    return {label: Style(COLORS[k % n], DASHES[k // n % len(DASHES)]) for k, label in enumerate(labels)}
+MOST = 75
+"""Lines of a chart at most, those of the best-ranked runs: fifteen families of five seeds each."""
 
 
 def distances(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
@@ -56,10 +42,10 @@ def distances(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
 
 
 def best(chart: Chart) -> Chart:
-    """The chart with the lines of its first `MOST` names alone."""
-    names = list(dict.fromkeys(line.name for line in chart.lines))
-    kept = set(names[:MOST])
-    return replace(chart, lines=[line for line in chart.lines if line.name in kept], left=len(names) - len(kept))
+    """The chart with the lines of its first names alone, `MOST` lines at most."""
+    count = Counter(line.name for line in chart.lines)  # in the order of the lines
+    kept = {name for name, drawn in zip(count, accumulate(count.values()), strict=True) if drawn <= MOST}
+    return replace(chart, lines=[line for line in chart.lines if line.name in kept], left=len(count) - len(kept))
 
 
 def losses(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Chart]:
@@ -87,7 +73,8 @@ def noise_schedules(runs: Iterable[Run], style: Mapping[str, Style]) -> list[Cha
     for run in runs:
         t, log_snr = (_numbers(run.record.model.get("noise_schedule"), name) for name in ("t", "log_snr"))
         if len(t) and t.shape == log_snr.shape and np.isfinite([t, log_snr]).all():
-            lines.append(Line(t, log_snr, style[run.label].color, style[run.label].dash, name=run.title))
+            own = style[run.label]
+            lines.append(Line(t, log_snr, own.color, own.dash, name=run.title, entry=own.name))
     return [best(Chart("Log-SNR", lines, "time: 0 data, 1 noise"))] if lines else []
 
 
@@ -103,30 +90,29 @@ def _numbers(schedule: object, name: str) -> np.ndarray:
 def against_calls(groups: Iterable[Group], style: Mapping[str, Style]) -> list[Chart]:
     """A chart for each table in which a run was measured at several numbers of network calls.
 
-    A line is what one training, or one set of training seeds, gives with one kind of sampler.
+    A line is what one training, or one set of training seeds, gives when nothing but the number of steps is changed. It
+    is drawn as the best of its rows is elsewhere.
     """
     charts = []
     for group in groups:
-        points: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
-        titles: dict[str, str] = {}
+        points: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+        best_of: dict[tuple[str, ...], Row] = {}
         for row in group.rows:
             calls, figure = words.calls(row.result.generation.nfe), row.headline.value
             if calls and figure is not None:
-                first, made = row.line.members[0][0], row.result.generation
-                titles[first.label] = first.title
-                points[first.label, made.sampler.split(",")[0], made.checkpoint, made.weights].append((calls, figure))
-        several = {key: sorted(found) for key, found in points.items() if len({x for x, _ in found}) > 1}
-        samplers = list(dict.fromkeys(sampler for _, sampler, *_ in several))
+                made = row.result.generation
+                sampled = (but_for_steps(made.sampler), made.guidance, made.checkpoint, made.weights)
+                key = (row.line.members[0][0].label, *sampled)
+                best_of.setdefault(key, row)
+                points[key].append((calls, figure))
         lines = [
             Line(
-                *_columns(found),
-                style[label].color,
-                DASHES[samplers.index(sampler) % len(DASHES)],
-                marker=True,
-                name=f"{titles[label]}, {sampler}",
+                *_columns(sorted(found)), style[row.title].color, style[row.title].dash, marker=True,
+                name=but_for_steps(row.title),
             )
-            for (label, sampler, *_), found in several.items()
-        ]
+            for found, row in zip(points.values(), best_of.values(), strict=True)
+            if len({x for x, _ in found}) > 1
+        ]  # fmt: skip
         if lines:
             title = f"{words.title(group.headline)} on {group.measurement.data}"
             charts.append(best(Chart(title, lines, "network calls a sample", x_log=True)))
@@ -146,7 +132,8 @@ def _lines(run: Run, name: str, style: Mapping[str, Style], *, marker: bool = Fa
     logged = np.isfinite(values) & np.isfinite(images)
     x, y = thin(images[logged], values[logged])
     own = style[run.label]
-    return [Line(x, y, own.color, own.dash, marker=marker, pale=pale, name=run.title)] if len(x) else []
+    line = Line(x, y, own.color, own.dash, marker=marker, pale=pale, name=run.title, entry=own.name)
+    return [line] if len(x) else []
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from gencompare.compare import words
-from gencompare.compare.rank import Group, Row
-from gencompare.compare.table import columns, heading, weights
+from gencompare.compare.rank import Group
+from gencompare.compare.table import columns, heading
+from gencompare.compare.ways import made
 
 
 def all_figures(group: Group) -> dict[str, Any]:
@@ -32,15 +33,8 @@ def all_figures(group: Group) -> dict[str, Any]:
     details = [(name, [compact(row.result.details.get(name)) for row in group.rows]) for name in kept]
     costs = [column for column in columns(group) if column.title in ("NFE", "samples/s")]
     details = [(c.title, [c.cell(row).text for row in group.rows]) for c in costs] + details
-    heads = [(row.run.label, made(row) or "samples") for row in group.rows]
+    heads = [(row.run.label, made(row.result) or "samples") for row in group.rows]
     return {"heads": heads, "lines": lines, "details": details, "noted": any(line[-1] for line in lines)}
-
-
-def made(row: Row) -> str:
-    g = row.result.generation
-    parts = [weights(row), "" if g.sampler == "unknown" else g.sampler]
-    parts += [f"step {g.step:,}" if g.step is not None else "", f"sampling seed {g.seed}" if g.seed is not None else ""]
-    return ", ".join(part for part in parts if part)
 
 
 def compact(value: Any) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 from gencompare.compare import words
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.rank import Group, Row, ranked, without_figures
-from gencompare.compare.table import Column, columns, first_stage, heading
+from gencompare.compare.spent import first_stage, total
+from gencompare.compare.table import Column, columns, heading
 from gencompare.files import write_text
 
 
@@ -25,6 +26,7 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
     entries: list[dict[str, Any]] = []
     for group in ranked(gathered):
         members = [(row, *pair) for row in group.rows for pair in row.line.members]
+        names_of_figures = group.metrics()
         for row, run, result in members:
             entry = {"rank": row.rank, "standing": row.standing, **_about(run), "headline": result.headline}
             if len(row.line.members) > 1:
@@ -32,7 +34,7 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
                 entry |= {"mean": row.headline.value, "mean.low": low, "mean.high": high}
             if row.verdict is not None:
                 entry |= {"against": row.verdict.reference, "p_holm": row.verdict.p}
-            for name in group.metrics():
+            for name in names_of_figures:
                 metric = result.metrics.get(name)
                 if metric is not None:
                     low, high = metric.interval or (None, None)
@@ -57,11 +59,14 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
 
 def _about(run: Run) -> dict[str, Any]:
     record = run.record
-    costs = ("steps", "images_seen", "seconds", "images_per_second", "flops", "peak_memory_bytes")
+    costs = (
+        "steps", "images_seen", "seconds", "device_seconds", "images_per_second", "flops", "peak_memory_bytes"
+    )  # fmt: skip
     return {
         "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,
         "state": record.state, "folder": str(run.folder), "parameters": words.number(record.model.get("parameters")),
         **{f"training.{name}": words.number(record.training.get(name)) for name in costs},
+        **{f"total.{kind}": cost for kind, cost in total(record).items()},
         **{f"autoencoder.{name}": words.number(first_stage(record).get(name)) for name in costs},
     }  # fmt: skip
 

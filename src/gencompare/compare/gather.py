@@ -176,12 +176,21 @@ def read_curve(path: Path) -> dict[str, np.ndarray]:
     if not rows:
         return {}
     names, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
-    return {name: np.array([_number(row[k]) for row in body]) for k, name in enumerate(names)}
+    columns = zip(*body, strict=True) if body else ((),) * len(names)
+    return {name: _numbers(texts) for name, texts in zip(names, columns, strict=True)}
+
+
+def _numbers(texts: tuple[str, ...]) -> np.ndarray:
+    try:
+        values = np.array([text or "nan" for text in texts], dtype=float)
+    except ValueError:
+        values = np.array([_number(text) for text in texts], dtype=float)
+    values[~np.isfinite(values)] = math.nan
+    return values
 
 
 def _number(text: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         return math.nan
-    return value if math.isfinite(value) else math.nan

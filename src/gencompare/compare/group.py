@@ -7,6 +7,7 @@ from statistics import fmean
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
+from gencompare.compare.remedy import trained_alike
 from gencompare.compare.seeds import Line
 from gencompare.compare.significance import LEAST_SEEDS, LEVEL, Verdict
 from gencompare.protocol import Measurement
@@ -41,6 +42,8 @@ class Row:
     """``baseline``, `UNDECIDED`, a key of `ASIDE`, or empty."""
     verdict: Verdict | None = None
     """How the row stands to the best one that was tested; None for a row of too few training seeds."""
+    way: str = ""
+    """How it was sampled, as far as that sets it apart from other rows of its training (`ways.ways`)."""
 
     @property
     def run(self) -> Run:
@@ -49,6 +52,11 @@ class Row:
     @property
     def result(self) -> Result:
         return self.line.result
+
+    @property
+    def title(self) -> str:
+        """What the row is called outside of its table: in charts and their legends."""
+        return " · ".join(part for part in (self.run.title, self.way) if part)
 
     @property
     def headline(self) -> Metric:
@@ -101,6 +109,8 @@ class Group:
             "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
             " best of them."
         )
+        if self.rows[0].headline.better == "one":
+            said += " Rows are ordered by how far from 1 the figures of their seeds are, on average."
         if any(len(row.line.seeds) < 2 for row in self.rows):
             said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
         return [*mixed, said]
@@ -133,14 +143,14 @@ class Group:
         if not self.baseline:
             return [
                 f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"
-                f" learned more than class-wise Gaussians. Add it: {self.baseline_command()}"
+                f" learned more than class-wise Gaussians. Add it: {trained_alike(BASELINE, self)}"
             ]
         if self.near_floor is not None:
             return [
                 f"On {self.measurement.data} the Gaussian baseline itself reaches {words.times(self.near_floor)} times"
                 f" the real-against-real floor, so {title} can hardly tell a Gaussian from real images here. A row"
-                f" above the baseline is therefore marked '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures"
-                " and look at its samples."
+                f" above the baseline that is below {NEAR_FLOOR:g} times the floor too is therefore marked"
+                f" '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures and look at its samples."
             ]
         return []
 
@@ -153,17 +163,6 @@ class Group:
                 labels = found.setdefault(str(flag), [])
                 labels += [row.run.label] if row.run.label not in labels else []
         return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
-
-    def baseline_command(self) -> str:
-        """The command that trains and measures the baseline like these rows."""
-        choices = self.rows[0].run.record.config.get("choices", {})
-        choices = choices if isinstance(choices, dict) else {}
-        parts = [f"model={BASELINE}", f"data={choices.get('data') or self.measurement.data}"]
-        if choices.get("evaluation", "default") != "default":
-            parts.append(f"evaluation={choices['evaluation']}")
-        if self.measurement.conditioning == "labels":
-            parts.append("model.conditional=true")
-        return " ".join(["python run.py", *parts])
 
 
 def near_floor(baseline: list[Metric]) -> float | None:

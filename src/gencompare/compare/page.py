@@ -16,18 +16,21 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gencompare import __version__
-from gencompare.compare import curves, terminal, words
+from gencompare.compare import terminal, words
 from gencompare.compare.anchors import anchors
 from gencompare.compare.charts import Charts, in_order
-from gencompare.compare.details import all_figures, compact, made
+from gencompare.compare.details import all_figures, compact
 from gencompare.compare.gather import Gathered, Run
-from gencompare.compare.plots import Chart, svg
+from gencompare.compare.plots import MARKS, Chart, legend, svg
 from gencompare.compare.rank import Group, apart, ranked, without_figures
 from gencompare.compare.remedy import commands
 from gencompare.compare.settings import differences, settings_of
 from gencompare.compare.significance import LEAST_SEEDS
+from gencompare.compare.styles import styles
 from gencompare.compare.table import columns, heading
+from gencompare.compare.ways import made
 from gencompare.files import write_text
+from gencompare.records import Metric
 
 PICTURE_BYTES = 7_000_000
 """Pictures are put in, best rank first, until they take so much; base64 makes that 4/3 of it."""
@@ -79,7 +82,7 @@ def write_page(gathered: Gathered, path: str | os.PathLike[str]) -> None:
 def render(gathered: Gathered) -> str:
     groups = ranked(gathered)
     runs = in_order(groups, gathered.runs)
-    style = curves.styles(run.label for run in runs)
+    style = styles(groups, runs)
     single = len(runs) == 1
     script = _asset("page.js")
     charts = Charts.of(groups, runs, style)
@@ -106,10 +109,9 @@ def render(gathered: Gathered) -> str:
         ],
         schedules=_drawn(charts.schedules, "s"),
         runs=[_run(run) for run in runs],
-        curved=[run for run in runs if run.curve],
-        measured=[run for run in runs if run.record.results],
-        scheduled=[run for run in runs if run.record.model.get("noise_schedule")],
-        swatch={label: {"color": s.color, "dash": s.dash} for label, s in style.items()},
+        style=style,
+        marks={dash: path for dash, (_, path) in MARKS.items()},
+        legend=lambda drawn: legend(chart for chart, *_ in drawn),
         settings=[] if single else differences(runs),
         without_figures=without_figures(runs),
         skipped=gathered.skipped,
@@ -173,13 +175,15 @@ def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
     pictures = Pictures(PICTURE_BYTES)
     for group in groups:
         for row in group.rows:
-            quality = f"{words.title(group.headline)} {words.figure(row.headline.value)}"
             run, result = row.line.members[0]
+            # The figure of the run whose samples these are, not its row's mean.
+            own = result.metrics.get(group.headline, Metric(None))
+            quality = f"{words.title(group.headline)} {words.figure(own.value)}"
             for title, path in result.pictures.items():
                 of_data = (
                     title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
                 )
-                pictures.add(run, of_data, path, f"{quality}, {made(row)}")
+                pictures.add(run, of_data, path, f"{quality}, {made(result)}")
     for run in runs:
         if single or not any(result.pictures for result in run.record.results):
             for title, path in run.record.pictures.items():

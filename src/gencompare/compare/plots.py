@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -27,12 +28,16 @@ INK, FAINT = "#010203", "#040506"
 LOG_RANGE = 20.0
 """Positive values that span more than this factor are drawn on a logarithmic axis."""
 
-NAMED = 20
+NAMED = 24
 """A chart that stands alone has a legend of so many lines at most."""
 
 
-MARKERS = {"": "o", "6 3": "s", "2 2": "^"}
-"""The mark that goes with a dash: a single point shows no dash."""
+MARKS = {
+    "": ("o", "M6.2 4a2.8 2.8 0 1 0 5.6 0a2.8 2.8 0 1 0-5.6 0z"), "6 3": ("s", "M6.5 1.5h5v5h-5z"),
+    "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"),
+    "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
+}  # fmt: skip
+"""The mark that goes with a dash, for matplotlib and as an SVG path around (9, 4): a single point shows no dash."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,9 @@ class Line:
     marker: bool = False
     pale: bool = False
     name: str = ""
+    """What it is, for the pointer; empty for a line that only joins points of others."""
+    entry: str = ""
+    """What a legend calls it and all that is drawn alike; empty where that is the name."""
     bounds: tuple[float, float] | None = None
     """An interval, drawn as a bar through a single point."""
 
@@ -59,6 +67,14 @@ class Chart:
     x_log: bool = False
     left: int = 0
     """Further runs that are not drawn."""
+
+
+def legend(charts: Iterable[Chart]) -> dict[str, Line]:
+    """By name, the first line of each that is drawn in any of ``charts``."""
+    found: dict[str, Line] = {}
+    for line in (line for chart in charts for line in chart.lines if line.name):
+        found.setdefault(line.entry or line.name, line)
+    return found
 
 
 def svg(chart: Chart, key: str) -> str:
@@ -86,17 +102,17 @@ def svg(chart: Chart, key: str) -> str:
 def save(chart: Chart, folder: Path, name: str) -> None:
     """``name.png`` and ``name.svg`` in ``folder``: the chart with its title and a legend, for a paper or a slide."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}):
-        named = list(dict.fromkeys(line.name for line in chart.lines if line.name))
+        named = legend([chart])
         figure = Figure(figsize=(8.6, 3.6))
         axes = figure.add_axes((0.07, 0.135, 0.54 if len(named) > 1 else 0.9, 0.78))
         _draw(axes, chart, "#1b1f24")
         axes.set_title(chart.title, loc="left", fontsize=10)
         if len(named) > 1:
-            artist = {line.name: drawn for line, drawn in zip(chart.lines, axes.lines, strict=False)}
-            labels = [_cut(name) for name in named[:NAMED]]
+            artist = {id(line): drawn for line, drawn in zip(chart.lines, axes.lines, strict=False)}
+            labels = [_cut(name) for name in list(named)[:NAMED]]
             if len(named) > NAMED:
                 labels[-1] += f" … {len(named) - NAMED} more"
-            shown = [artist[name] for name in named[:NAMED]]
+            shown = [artist[id(line)] for line in list(named.values())[:NAMED]]
             figure.legend(shown, labels, loc="upper left", bbox_to_anchor=(0.625, 0.95), frameon=False, fontsize=7)
         with atomic(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
@@ -121,7 +137,7 @@ def _draw(axes: Axes, chart: Chart, ink: str) -> None:
             linestyle=(0, tuple(map(float, line.dash.split()))) if line.dash else "-",
             linewidth=1.5,
             alpha=0.55 if line.pale else 1.0,
-            marker=MARKERS.get(line.dash, "o") if line.marker else "",
+            marker=MARKS.get(line.dash, MARKS[""])[0] if line.marker else "",
             markersize=3 if len(line.x) > 1 else 5,
             gid=f"line{k}",
             zorder=2.5 if line.marker else 2.0,

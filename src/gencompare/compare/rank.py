@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from statistics import fmean
 
 from gencompare.compare import words
@@ -25,8 +24,10 @@ from gencompare.compare.group import (
 from gencompare.compare.seeds import lines, values_of
 from gencompare.compare.settings import differences, of_model
 from gencompare.compare.significance import LEAST_SEEDS, Verdict, verdicts
+from gencompare.compare.ways import ways
 from gencompare.errors import UserError
-from gencompare.records import Metric, Result
+from gencompare.protocol import Measurement
+from gencompare.records import Result
 
 
 def rank(runs: Iterable[Run], view: View = View()) -> list[Group]:
@@ -44,11 +45,11 @@ def rank(runs: Iterable[Run], view: View = View()) -> list[Group]:
         if pairs and all(values_of(run, (key,)) is None for run, _ in pairs):
             raise UserError(_no_such_key(key, [run for run, _ in pairs]))
 
-    def protocol(pair: tuple[Run, Result]) -> tuple[str, str, str]:
-        measurement = pair[1].measurement
-        return measurement.data, measurement.id, pair[1].headline
-
-    groups = [_group(list(part), view) for _, part in groupby(sorted(pairs, key=protocol), key=protocol)]
+    alike: dict[tuple[Measurement, str], list[tuple[Run, Result]]] = defaultdict(list)
+    for run, result in pairs:
+        alike[result.measurement, result.headline].append((run, result))
+    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, part[0][0].id, part[0][1]))
+    groups = [_group(part, view) for _, part in in_order]
     size = Counter(group.measurement.data for group in groups for _ in group.rows)
     return sorted(groups, key=lambda g: (-size[g.measurement.data], g.measurement.data, -len(g.rows)))
 
@@ -93,26 +94,25 @@ def without_figures(runs: Iterable[Run]) -> list[Run]:
 
 def _group(pairs: list[tuple[Run, Result]], view: View) -> Group:
     headline = pairs[0][1].headline
-    baseline = [r.metrics.get(headline, Metric(None)) for run, r in pairs if run.record.family == BASELINE]
-    baseline = [metric for metric in baseline if words.finite(metric.value)]
-    rows = [Row(line, None, _standing(line.run, line.result, baseline)) for line in lines(pairs, view.by)]
-    rows.sort(key=lambda row: (row.standing in ASIDE, badness(row.headline), row.run.label, row.result.id))
+    found = lines(pairs, view.by)
+    rows = [Row(line, None, way=way) for line, way in zip(found, ways(found), strict=True)]
+    baseline = [row for row in rows if row.run.record.family == BASELINE and words.finite(row.headline.value)]
+    rows = [replace(row, standing=_standing(row, baseline)) for row in rows]
+    rows.sort(key=lambda row: (row.standing in ASIDE, badness(row), row.run.label, row.result.id))
     ordered: list[Row] = []
     for row in rows:
         place = None
         if row.standing not in ASIDE and row.headline.better is not None:
-            tied = ordered and ordered[-1].rank is not None and badness(ordered[-1].headline) == badness(row.headline)
+            tied = ordered and ordered[-1].rank is not None and badness(ordered[-1]) == badness(row)
             place = ordered[-1].rank if tied else len(ordered) + 1
-        ordered.append(Row(row.line, place, row.standing))
+        ordered.append(replace(row, rank=place))
     return Group(pairs[0][1].measurement, headline, _tested(ordered))
 
 
 def _tested(rows: list[Row]) -> list[Row]:
-    """``rows``, best first, with a `Verdict` for each that is ranked and has training seeds enough.
-
-    Where 1 is the ideal value, what is tested is how far from 1 each seed's figure is.
-    """
-    samples = [_figures(row) for row in rows]
+    """``rows``, best first, with a `Verdict` for each that is ranked and has training seeds enough."""
+    samples = [row.line.by_seed(row.result.headline) if row.rank is not None else None for row in rows]
+    samples = [s and _off(s, row.headline.better) for s, row in zip(samples, rows, strict=True)]
     found = verdicts(samples)
     if not any(p is not None for p in found):
         return rows
@@ -124,28 +124,30 @@ def _tested(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _figures(row: Row) -> list[float] | None:
-    values = row.line.by_seed(row.result.headline) if row.rank is not None else None
-    return [abs(value - 1) for value in values] if values and row.headline.better == "one" else values
-
-
-def _standing(run: Run, result: Result, baseline: list[Metric]) -> str:
-    metric = result.metrics.get(result.headline, Metric(None))
-    if not words.finite(metric.value):
+def _standing(row: Row, baseline: list[Row]) -> str:
+    if not words.finite(row.headline.value):
         return NO_FIGURE
-    against = run.record.training.get("trained_against")
-    measuring = (result.measurement.extractor, result.measurement.extractor_hash)
+    against = row.run.record.training.get("trained_against")
+    measuring = (row.result.measurement.extractor, row.result.measurement.extractor_hash)
     if isinstance(against, list) and any(name in against for name in measuring):
         return OVERLAP
-    if run.record.family == BASELINE:
+    if row.run.record.family == BASELINE:
         return "baseline"
-    if not baseline or metric.better is None or badness(metric) < fmean(map(badness, baseline)):
+    if not baseline or row.headline.better is None or badness(row) < fmean(map(badness, baseline)):
         return ""
-    return UNDECIDED if near_floor(baseline) is not None else NOT_LEARNED
+    if near_floor([other.headline for other in baseline]) is None or near_floor([row.headline]) is None:
+        return NOT_LEARNED
+    return UNDECIDED
 
 
-def badness(metric: Metric) -> float:
-    """A number that is lower for a better figure."""
-    if metric.value is None or not math.isfinite(metric.value):
-        return math.inf
-    return {"lower": metric.value, "higher": -metric.value, "one": abs(metric.value - 1)}.get(metric.better or "", 0.0)
+def badness(row: Row) -> float:
+    """A number that is lower for a better row: the mean of what is tested, over its trainings."""
+    values = row.line.by_training(row.result.headline)
+    return fmean(_off(values, row.headline.better)) if values else math.inf
+
+
+def _off(values: list[float], better: str | None) -> list[float]:
+    """Figures such that the lower is the better. Where 1 is the ideal value, that is each one's own distance from it:
+    the distance of their mean would praise luck."""
+    signs = {"lower": lambda value: value, "higher": lambda value: -value, "one": lambda value: abs(value - 1)}
+    return [signs[better](value) if better in signs else 0.0 for value in values]

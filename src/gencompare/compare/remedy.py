@@ -1,13 +1,19 @@
-"""The command that measures a run again, under the protocol of other rows."""
+"""The command that measures a run again under the protocol of other rows, or trains one to stand beside them."""
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gencompare.compare.gather import Run
-from gencompare.compare.rank import Group, Row
+from gencompare.overrides import command as to_paste
+from gencompare.overrides import override, quoted
 from gencompare.protocol import Measurement
 from gencompare.records import Result
+
+if TYPE_CHECKING:
+    from gencompare.compare.group import Group, Row
 
 BY_OPTION = {
     "n": "evaluation.n", "reference": "evaluation.protocol.reference", "chunk": "evaluation.protocol.chunk",
@@ -47,11 +53,19 @@ def overrides(measurement: Measurement, target: Group) -> list[str] | None:
     differ = set(measurement.differences(target.measurement))
     if differ & FIXED.keys() or ("reference_hash" in differ and "reference" not in differ):
         return None
-    words = []
-    if differ & BY_PRESET:
-        words.append(f"evaluation={preset(target.rows[0])}")
-    named = [name for name in BY_OPTION if name in differ or words]
-    return words + [f"{BY_OPTION[name]}={getattr(target.measurement, name)}" for name in named]
+    by_preset = bool(differ & BY_PRESET)
+    named = [name for name in BY_OPTION if name in differ or by_preset]
+    return [*([_evaluation(target)] if by_preset else []), *_options(target, named)]
+
+
+def _evaluation(target: Group) -> str:
+    return override("evaluation", preset(target.rows[0]))
+
+
+def _options(target: Group, names: Iterable[str]) -> list[str]:
+    """What decides these fields of the measurement of ``target``."""
+    fields = {BY_OPTION[name]: getattr(target.measurement, name) for name in names}
+    return [f"{key}={quoted(value) if isinstance(value, str) else value}" for key, value in fields.items()]
 
 
 def preset(row: Row) -> str:
@@ -64,4 +78,32 @@ def command(run: Run, result: Result, options: list[str]) -> str:
     checkpoint = result.generation.checkpoint
     chosen = [f"checkpoint={checkpoint}"] if checkpoint == "best" else []
     # Records may come from anybody, and users paste this into a shell.
-    return shlex.join(["python", "run.py", "task=evaluate", f"run={run.folder}", *options, *chosen])
+    return to_paste("task=evaluate", override("run", run.folder), *options, *chosen)
+
+
+def trained_alike(family: str, group: Group) -> str:
+    """The command that trains ``family`` and measures it as the rows of ``group`` are.
+
+    Its folder lies beside that of the first row, where the comparison of these runs finds it when it is drawn again.
+    """
+    run = group.rows[0].line.members[0][0]
+    choices = run.record.config.get("choices", {})
+    data = choices.get("data") if isinstance(choices, dict) else None
+    # The same images, and the network that measures, as far as the command line of that row named them.
+    typed = [word for word in run.record.overrides if word.startswith(("data.", "evaluation.weights="))]
+    words = [override("model", family), override("data", data or group.measurement.data), *typed]
+    if preset(group.rows[0]) != "default":
+        words.append(_evaluation(group))
+    words += _options(group, BY_OPTION)
+    if group.measurement.conditioning == "labels":
+        words.append("model.conditional=true")
+    return to_paste(*words, override("hydra.run.dir", _free(run.folder.parent / family)))
+
+
+def _free(folder: Path) -> Path:
+    """``folder``, or the first of its name with a number that is not there yet."""
+    k, found = 1, folder
+    while found.exists():
+        k += 1
+        found = folder.with_name(f"{folder.name}_{k}")
+    return found

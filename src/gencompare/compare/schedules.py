@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gencompare.compare.curves import COLORS, DASHES
+from gencompare.compare.styles import COLORS, DASHES
 
 MANY = (*COLORS, "#1d2530", "#e0b20a")
 """More colours than runs have on a page: there are more schedules than that."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import sqrt
 from statistics import fmean, stdev
 from typing import Any
@@ -13,13 +13,19 @@ from scipy.special import stdtrit
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
-from gencompare.compare.settings import flatten, settings_of
+from gencompare.compare.settings import NOT_SETTINGS, flatten, settings_of
 from gencompare.records import Metric, Result, RunRecord
 
 CONFIDENCE = 0.95
-NOT_THE_MODEL = ("seed", "evaluation", "callbacks", "choices", "name", "samples", "pretrained", "debug")
-"""Settings that make no other model: how it is measured stands in its `Measurement`."""
-OF_THE_MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
+NOT_THE_MODEL = frozenset(NOT_SETTINGS) | {
+    "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler",
+    "callbacks.progress", "callbacks.curve", "callbacks.checkpoints", "callbacks.looks.grid",
+    "callbacks.looks.held_out",
+}  # fmt: skip
+"""Settings that make no other model. How it is measured stands in its `Measurement`; ``data.seed`` orders the training
+images, and is the run's own. Callbacks that change a figure do count: the average of the weights (``ema``), and the
+looks that choose ``best`` and may end training."""
 
 KEPT = ("flops_per_sample",)
 """Details of a result that have a mean over seeds."""
@@ -48,12 +54,16 @@ class Line:
 
         None where one is missing, and for runs that differ in more than seeds: they are no repetitions.
         """
-        found: dict[int, list[float]] = {}
+        return None if self.mixed else self.by_training(name)
+
+    def by_training(self, name: str) -> list[float] | None:
+        """The same, also for runs that differ in more than seeds."""
+        found: dict[tuple[int, str], list[float]] = {}
         for run, result in self.members:
             value = result.metrics.get(name, Metric(None)).value
-            if value is None or not words.finite(value) or self.mixed:
+            if value is None or not words.finite(value):
                 return None
-            found.setdefault(run.record.seed, []).append(value)
+            found.setdefault((run.record.seed, run.label if self.mixed else ""), []).append(value)
         return [fmean(values) for values in found.values()]
 
 
@@ -72,8 +82,11 @@ def lines(pairs: Iterable[Pair], by: tuple[str, ...] = ()) -> list[Line]:
     found: dict[str, dict[tuple[str, int, int | None], Pair]] = {}
     names: dict[str, str] = {}
     repeated: list[Pair] = []
+    models: dict[str, str] = {}
     for run, result in pairs:
-        own = _but_for_seeds(run, result)
+        if run.label not in models:
+            models[run.label] = _model(run)
+        own = _but_for_seeds(run, result, models[run.label])
         values = values_of(run, by)
         row = own if values is None else json.dumps([values, _made(run, result, settled=False)], sort_keys=True)
         names[row] = ", ".join(f"{key}={value}" for key, value in (values or {}).items())
@@ -110,30 +123,30 @@ def values_of(run: Run, by: tuple[str, ...]) -> dict[str, str] | None:
     return {key: found.get(key, words.NONE) for key in by} if found else None
 
 
-def _but_for_seeds(run: Run, result: Result) -> str:
-    """Equal for two results exactly when nothing but seeds tells them apart."""
+def _model(run: Run) -> str:
+    """Equal for two runs exactly when nothing but seeds and sampling tells them apart; empty where nothing is known."""
     config = _of_the_model(run)
-    if not config:
+    named = [run.record.family, run.record.data.get("hash"), config]
+    return json.dumps(named, sort_keys=True, default=str) if config else ""
+
+
+def _but_for_seeds(run: Run, result: Result, model: str) -> str:
+    """Equal for two results exactly when nothing but seeds tells them apart."""
+    if not model:
         # Images from elsewhere: nothing is known of how they came about.
         return f"{run.folder} {result.id}"
-    made = _made(run, result, settled=True)
-    return json.dumps([run.record.family, run.record.data.get("hash"), config, made], sort_keys=True, default=str)
+    return json.dumps([model, _made(run, result, settled=True)], sort_keys=True)
 
 
 def _of_the_model(run: Run) -> dict[str, Any]:
     """The settings that make another model; no seed."""
-    config = {key: value for key, value in settings_of(run.record.config).items() if key not in NOT_THE_MODEL}
-    if isinstance(config.get("trainer"), dict):
-        config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in OF_THE_MACHINE}
-    if isinstance(config.get("data"), dict):
-        # Orders the training images, and is the run's own.
-        config["data"] = {key: value for key, value in config["data"].items() if key != "seed"}
-    return config
+    return settings_of(run.record.config, NOT_THE_MODEL)
 
 
 def _made(run: Run, result: Result, *, settled: bool) -> dict[str, Any]:
     """How the samples were made, but for the seed; without ``settled``, of a training of any length."""
-    made = {key: value for key, value in asdict(result.generation).items() if key != "seed"}
+    made = {field.name: getattr(result.generation, field.name) for field in fields(result.generation)}
+    del made["seed"]
     at_the_end = made["checkpoint"] == "best" or made["step"] == run.record.training.get("steps")
     if at_the_end or not settled:
         # What validation chose, or where a limit of time ended training: an outcome of the seed, no setting.
@@ -210,11 +223,21 @@ def over_seeds(by_seed: list[list[Metric]]) -> Metric:
 
 
 def _means(costs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of several dicts, with the mean in place of each number that all of them hold."""
-    return {
-        name: fmean(c[name] for c in costs) if all(words.finite(words.number(c.get(name))) for c in costs) else value
-        for name, value in costs[0].items()
-    }
+    """The first of several dicts, with the mean in place of each number that all of them hold, inner ones too.
+
+    A number that one of them lacks is not known.
+    """
+    found = {}
+    for name, value in costs[0].items():
+        every = [c.get(name) for c in costs]
+        numbers = [number for one in every if (number := words.number(one)) is not None]
+        if all(isinstance(one, dict) for one in every):
+            found[name] = _means([one for one in every if isinstance(one, dict)])
+        elif len(numbers) == len(every):
+            found[name] = fmean(numbers)
+        else:
+            found[name] = None if words.number(value) is not None else value
+    return found
 
 
 def _only(values: set[int | None]) -> int | None:

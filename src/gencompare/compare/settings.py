@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +44,12 @@ def of_model(name: str) -> bool:
     return name.startswith(("model.", "choices.model/"))
 
 
-def settings_of(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The config without what is no setting."""
-    kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in NOT_SETTINGS}
+def settings_of(config: dict[str, Any], without: Container[str] = NOT_SETTINGS, prefix: str = "") -> dict[str, Any]:
+    """The config without the dotted names ``without``: what is no setting."""
+    kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in without}
     return {
-        key: settings_of(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()
+        key: settings_of(value, without, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in kept.items()
     }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from gencompare.compare import words
 from gencompare.compare.rank import Group, Row
-from gencompare.records import RunRecord
+from gencompare.compare.spent import needed, own, total
+from gencompare.compare.ways import weights
 
 LIKELIHOOD = "bpd_"
 """Beginning of the names of figures in bits/dim, one a way of scoring."""
@@ -41,11 +42,8 @@ def columns(group: Group) -> list[Column]:
     if len(figures) < len(names):
         known = sum(words.place(column.metric or "") < words.place(LIKELIHOOD) for column in figures)
         figures.insert(known, Column("bits/dim\u00a0↓", _likelihood))
-    ways: dict[str, set[tuple[str, str]]] = {}
-    for row in group.rows:
-        ways.setdefault(_own(row), set()).add((row.result.generation.sampler, weights(row)))
     every = [
-        Column("run", lambda row: _text(row.run.label, _remark(row, ways)), numeric=False),
+        Column("run", lambda row: _text(row.run.label, _remark(row)), numeric=False),
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
         *figures[:1],
         Column("against the best", _verdict),
@@ -54,10 +52,10 @@ def columns(group: Group) -> list[Column]:
         Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
         Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
         Column("images seen", _count(_images_seen)),
-        Column("training time", _training_time),
+        Column("device time", _device_time),
         Column("train images/s", _count(lambda row: row.run.record.training.get("images_per_second"), words.rate)),
         Column("samples/s", _count(_samples_per_second, words.rate)),
-        Column("weights", lambda row: _text(weights(row)), numeric=False),
+        Column("weights", lambda row: _text(weights(row.result.generation)), numeric=False),
         Column("sampler", lambda row: _known(row.result.generation.sampler), numeric=False),
         Column("guidance", lambda row: _known(row.result.generation.guidance), numeric=False),
         Column("seed", lambda row: Cell(", ".join(map(str, row.line.seeds)), key=row.line.seeds[0])),
@@ -71,26 +69,11 @@ def heading(group: Group, name: str) -> str:
     return "\u00a0".join(filter(None, [words.title(name), words.ARROWS.get(better or "")]))
 
 
-def weights(row: Row) -> str:
-    """Which weights of which checkpoint: ``last, EMA``."""
-    g = row.result.generation
-    kind = {"ema": "EMA", "unknown": ""}.get(g.weights, g.weights)
-    checkpoint = "" if g.checkpoint == "unknown" else g.checkpoint
-    return ", ".join(part for part in (checkpoint, kind) if part)
-
-
-def _remark(row: Row, ways: Mapping[str, set[tuple[str, str]]]) -> str:
+def _remark(row: Row) -> str:
     """What tells the row from its neighbours: of a run that was measured in several ways, how it was sampled."""
     state = row.run.record.state
-    samplers, kinds = (len(set(of_all)) for of_all in zip(*ways[_own(row)], strict=True))
-    made = [row.result.generation.sampler if samplers > 1 else "", weights(row) if kinds > 1 else ""]
-    parts = [row.run.told, *made, row.standing, state if state not in ("finished", "samples") else ""]
+    parts = [row.run.told, row.way, row.standing, state if state not in ("finished", "samples") else ""]
     return " · ".join(part for part in parts if part)
-
-
-def _own(row: Row) -> str:
-    """The name of a row's first run: the same for all rows of one training."""
-    return row.line.members[0][0].label
 
 
 def _text(text: str, beside: str = "") -> Cell:
@@ -116,14 +99,17 @@ def _metric(name: str) -> Callable[[Row], Cell]:
 
 
 def _verdict(row: Row) -> Cell:
-    """Holm's p value against the best row that was tested, and what it means."""
+    """Holm's p value against the best row that was tested, and what it means.
+
+    Sorted from the best row over those least told apart from it to the one most surely worse.
+    """
     verdict = row.verdict
     if verdict is None:
         return Cell(words.NONE)
     if verdict.p is None:
-        return Cell("best tested", key=1.0)
+        return Cell("best tested", key=-2.0)
     text = "p < 0.001" if verdict.p < 0.001 else f"p = {verdict.p:.2g}"
-    return Cell(text, f"{'worse than' if verdict.apart else 'not told apart from'} #{verdict.reference}", verdict.p)
+    return Cell(text, f"{'worse than' if verdict.apart else 'not told apart from'} #{verdict.reference}", -verdict.p)
 
 
 def _likelihood(row: Row) -> Cell:
@@ -151,19 +137,13 @@ def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = wor
     return cell
 
 
-def _training_time(row: Row) -> Cell:
-    """Of all that the model needed: with the autoencoder that a latent model works on."""
-    seconds = words.number(row.run.record.training.get("seconds"))
-    before = words.number(first_stage(row.run.record).get("seconds"))
-    if seconds is None or before is None:
-        return Cell(words.duration(seconds), key=seconds)
-    return Cell(words.duration(seconds + before), f"{words.duration(before)} of it the autoencoder", seconds + before)
-
-
-def first_stage(record: RunRecord) -> dict[str, Any]:
-    """What the autoencoder of a latent model cost; empty for any other."""
-    found = record.model.get("autoencoder")
-    return found if isinstance(found, dict) else {}
+def _device_time(row: Row) -> Cell:
+    """Of all that the model needed."""
+    record = row.run.record
+    seconds, alone = total(record)["device_seconds"], own(record)["device_seconds"]
+    further = seconds - alone if seconds is not None and alone is not None else 0.0
+    beside = f"{words.duration(further)} of it: {needed(record)}" if further > 0 else ""
+    return Cell(words.duration(seconds), beside, seconds)
 
 
 def _nfe(row: Row) -> Cell:

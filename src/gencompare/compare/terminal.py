@@ -16,7 +16,8 @@ from gencompare.compare.gather import Gathered, Run, gather
 from gencompare.compare.rank import Group as Ranking
 from gencompare.compare.rank import apart, rank, ranked, without_figures
 from gencompare.compare.remedy import commands
-from gencompare.compare.table import Cell, columns, heading, weights
+from gencompare.compare.table import Cell, columns, heading
+from gencompare.compare.ways import weights
 from gencompare.records import RunRecord
 
 RESULTS = 4
@@ -107,7 +108,7 @@ def summary(record: RunRecord) -> RenderableType:
         table.add_column("")
         for row in group.rows:
             g = row.result.generation
-            made = ", ".join(part for part in (weights(row), g.sampler if g.sampler != "unknown" else "") if part)
+            made = ", ".join(part for part in (weights(g), g.sampler if g.sampler != "unknown" else "") if part)
             table.add_column(Text(made or "samples"), justify="right")
         table.add_column("real data", justify="right")
         noted: dict[str, None] = {}

@@ -19,7 +19,7 @@ from gencompare.errors import UserError
 from gencompare.files import cannot_write
 from gencompare.paths import conf_dir
 from gencompare.tasks.frozen import base_on_run_folder, thaw
-from gencompare.tasks.misspelt import of_absent_option
+from gencompare.tasks.misspelt import of_absent_option, of_bare_value
 from gencompare.tasks.processes import CHILD, alone_again
 from gencompare.tasks.sweep import begun, fail
 
@@ -96,7 +96,11 @@ def report(error: BaseException, job: str = "") -> int:
         print(f"{where}Error: hydra/launcher=slurm needs submitit: pip install 'gencompare[slurm]'.", file=sys.stderr)
         return USAGE
     if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(cause, InstantiationException):
-        text = of_absent_option(cause, sys.argv[1:]) or _plain(cause).split(" Config search path:")[0]
+        text = (
+            of_bare_value(cause)
+            or of_absent_option(cause, sys.argv[1:])
+            or _plain(cause).split(" Config search path:")[0]
+        )
         print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
         return USAGE
     if isinstance(cause, OSError) and (told := cannot_write(cause.filename or "a file", cause)):

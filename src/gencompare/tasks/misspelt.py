@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+import shlex
 from difflib import get_close_matches
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gencompare.overrides import quoted
 from gencompare.paths import conf_dir
+
+OF_PLACES = (
+    "runs", "run", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
+    "paths.data", "paths.cache", "data.root",
+)  # fmt: skip
 
 
 def of_absent_option(error: BaseException, words: list[str]) -> str | None:
@@ -48,6 +55,18 @@ def of_absent_option(error: BaseException, words: list[str]) -> str | None:
     near = get_close_matches(last, names, 1)
     told = f" Did you mean {'.'.join([*place, *near])}?" if near else ""
     return f"There is no option '{key}': {'.'.join(place) or 'the config'} has {', '.join(names) or 'none'}.{told}"
+
+
+def of_bare_value(error: BaseException) -> str | None:
+    """One line about a value that Hydra's grammar does not take without quotes, with them; None for another error.
+
+    Only of what is a place or a glob: elsewhere brackets and braces are mostly meant as lists.
+    """
+    key, equals, value = str(getattr(error, "override", None) or "").partition("=")
+    if not isinstance(error, OverrideParseException) or not equals or key not in OF_PLACES or value[:1] in "'\"":
+        return None
+    word = f"{key}={quoted(value)}"
+    return f"{key}={value} has signs that Hydra reads otherwise. Quote it: {shlex.quote(word)}"
 
 
 def _composed_without(key: str, words: list[str]) -> DictConfig:
