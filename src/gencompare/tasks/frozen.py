@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gencompare.errors import UserError
 from gencompare.files import write_text
+from gencompare.tasks.words import quoted
 
 FILE = "config.yaml"
 OF_THE_JOB = (
@@ -49,7 +50,7 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
             f"{folder} holds a run of model={choices.get('model')}, not model={_value(argv, 'model')}:"
             " leave model= out, or name another run."
         )
-    place = _quoted(str(folder))
+    place = quoted(str(folder))
     inherited += [f"hydra.run.dir={place}", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=."]
     return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in named]]
 
@@ -152,8 +153,15 @@ def _folder_in(argv: list[str]) -> Path | None:
     for key in ("run", "resume"):
         value = _value(argv, key)
         if value not in (None, "null", ""):
-            return Path(value.strip("'\"")) if value else None
+            return Path(_unquoted(value))
     return None
+
+
+def _unquoted(value: str) -> str:
+    if value[0] not in "'\"":
+        return value
+    parsed = OverridesParser.create().parse_override(f"key={value}").value()
+    return str(OmegaConf.create({"value": str(parsed)}).value)
 
 
 def _value(argv: list[str], key: str) -> str | None:
@@ -162,7 +170,3 @@ def _value(argv: list[str], key: str) -> str | None:
         if equals and name.lstrip("+") == key:
             return value
     return None
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -15,6 +15,7 @@ from gencompare.errors import UserError
 from gencompare.records import FILE, RunRecord
 from gencompare.tasks import costs
 from gencompare.tasks.costs import TRIAL
+from gencompare.tasks.words import quoted
 
 STORE = "study.db"
 NO_AIM = (
@@ -77,12 +78,14 @@ class Study:
 
     def __post_init__(self) -> None:
         optuna: Any = import_optuna()
+        url: Any = import_module("sqlalchemy").URL  # which escapes what a path may hold
         # Another question is another study, whose trials are nothing to this one.
         asked = "\n".join([*sorted(self.fixed), *(f"{key}: {self.space[key]}" for key in sorted(self.space))])
         self.id = f"{self.name}_{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
         self.study = optuna.create_study(
-            study_name=self.id, storage=f"sqlite:///{self.sweep / STORE}", direction="minimize", load_if_exists=True
-        )
+            study_name=self.id, direction="minimize", load_if_exists=True,
+            storage=url.create("sqlite", database=str(self.sweep / STORE)).render_as_string(),
+        )  # fmt: skip
         self.states = optuna.trial.TrialState
         self.sampler = optuna.samplers.TPESampler
 
@@ -102,7 +105,7 @@ class Study:
         assert folder is not None
         print(f"[{self.name}] best of {self.trials}: {folder.name}, {' '.join(self.values(best))}", flush=True)
         if not RunRecord.load(folder).results:
-            there = [f"resume='{folder.absolute()}'", f"hydra.sweep.subdir={folder.name}"]
+            there = [f"resume={quoted(str(folder.absolute()))}", f"hydra.sweep.subdir={quoted(folder.name)}"]
             measured = [*self.words(best), *there, "evaluation.checkpoints=[last]"]
             launch([measured], self.first + best.number)
         self.tell(best.number)
@@ -130,7 +133,7 @@ class Study:
         return [f"{key}={trial.params[key]}" for key in self.space]
 
     def words(self, trial: Any) -> list[str]:
-        return [*self.fixed, *self.values(trial), f"trial={{study: {self.id}, number: {trial.number}}}"]
+        return [*self.fixed, *self.values(trial), f"trial={{study: {quoted(self.id)}, number: {trial.number}}}"]
 
     def folder(self, number: int) -> Path | None:
         """The run folder of a trial."""

@@ -36,6 +36,7 @@ from gencompare.tasks.processes import JOB, children_of, several_processes, wait
 from gencompare.tasks.show import described, print_config, print_end
 from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
 from gencompare.tasks.sweep import LOCK
+from gencompare.tasks.words import pasted
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
 from gencompare.training.loggers import abandon, finish
@@ -117,7 +118,9 @@ def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
 
 def refuse_second_run(folder: Path) -> None:
     if (folder / RECORD).exists():
-        raise UserError(f"{folder} holds a run already: go on with resume={folder}, or choose another hydra.run.dir.")
+        raise UserError(
+            f"{folder} holds a run already: go on with {pasted('resume', folder)}, or choose another hydra.run.dir."
+        )
 
 
 @contextmanager
@@ -138,7 +141,9 @@ def recorded(folder: Path) -> Iterator[None]:
         if rank_zero_only.rank == 0 and (folder / RECORD).exists() and RunRecord.load(folder).state == "running":
             RunRecord.update(folder, change)
             if stopped:
-                print_zero(f"Stopped. What was trained and drawn is kept. Go on with: python run.py resume={folder}")
+                print_zero(
+                    f"Stopped. What was trained and drawn is kept. Go on with: python run.py {pasted('resume', folder)}"
+                )
         raise
 
 
@@ -210,7 +215,7 @@ def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path,
         record_training(trainer, folder, state="interrupted" if stop.received else "running")
     if stop.received:
         clock = _callback(trainer, Clock)
-        print_zero(f"Stopped after step {clock.step}, and saved. Go on with: python run.py resume={folder}")
+        print_zero(f"Stopped after step {clock.step}, and saved. Go on with: python run.py {pasted('resume', folder)}")
         wait_for_children(trainer)
         raise SystemExit(128 + stop.received)
 
