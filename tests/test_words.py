@@ -13,8 +13,8 @@ from gencompare.tasks import frozen
 from gencompare.tasks.words import pasted, quoted
 
 ODD = [
-    "it's a u? 50%", "a,b=[c]", "a\\b", "a\\", "a\\'b", "a\\\\", "${x}", "a\\${x}", "'q'", '"d"', "null", "True", "1e3", "12",
-    "", " a ", "{x: 1}", "tab\tx", "süß", "#x", "nan",
+    "it's a u? 50%", "a,b=[c]", "a\\b", "a\\", "a\\'b", "a\\\\", "${x}", "a\\${x}", "'q'", '"d"', "null", "True", "1e3",
+    "12", "", " a ", "{x: 1}", "tab\tx", "süß", "#x", "nan",
 ]  # fmt: skip
 
 

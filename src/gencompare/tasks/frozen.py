@@ -145,8 +145,9 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 
 def without_place(cfg: DictConfig) -> DictConfig:
-    """The config less the folders that it ran in and took its autoencoder from: a run folder may move."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("out", "autoencoder_run")])
+    """The config less the folders that it ran in and took its weights or its autoencoder from: run folders may move."""
+    places = ("out", "autoencoder_run", "trained_in")
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in places])
 
 
 def _folder_in(argv: list[str]) -> Path | None:

@@ -15,6 +15,8 @@ from gencompare.errors import UserError
 from gencompare.records import FILE, RunRecord
 from gencompare.tasks import costs
 from gencompare.tasks.costs import TRIAL
+from gencompare.tasks.jobs import counts
+from gencompare.tasks.sweep import wait_for
 from gencompare.tasks.words import quoted
 
 STORE = "study.db"
@@ -80,7 +82,9 @@ class Study:
         optuna: Any = import_optuna()
         url: Any = import_module("sqlalchemy").URL  # which escapes what a path may hold
         # Another question is another study, whose trials are nothing to this one.
-        asked = "\n".join([*sorted(self.fixed), *(f"{key}: {self.space[key]}" for key in sorted(self.space))])
+        asked = "\n".join(
+            [*sorted(filter(counts, self.fixed)), *(f"{key}: {self.space[key]}" for key in sorted(self.space))]
+        )
         self.id = f"{self.name}_{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
         self.study = optuna.create_study(
             study_name=self.id, direction="minimize", load_if_exists=True,
@@ -94,7 +98,10 @@ class Study:
         while batch := self.next_batch():
             launch([self.words(trial) for trial in batch], self.first + batch[0].number)
             for trial in batch:
-                value = objective(self.folder(trial.number))
+                folder = self.folder(trial.number)
+                if folder is not None:
+                    wait_for(folder)
+                value = objective(folder)
                 state = self.states.FAIL if value is None else self.states.COMPLETE
                 self.study.tell(trial.number, value, state=state)
         if not self.of(self.states.COMPLETE):
@@ -103,6 +110,7 @@ class Study:
         best = self.study.best_trial
         folder = self.folder(best.number)
         assert folder is not None
+        wait_for(folder)
         print(f"[{self.name}] best of {self.trials}: {folder.name}, {' '.join(self.values(best))}", flush=True)
         if not RunRecord.load(folder).results:
             there = [f"resume={quoted(str(folder.absolute()))}", f"hydra.sweep.subdir={quoted(folder.name)}"]

@@ -30,7 +30,7 @@ from gencompare.tasks.build import (
     build_trainer,
 )
 from gencompare.tasks.environment import environment
-from gencompare.tasks.evaluate import measure
+from gencompare.tasks.evaluate import measure, measure_trained
 from gencompare.tasks.load import check_fits
 from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.show import described, print_config, print_end
@@ -47,8 +47,13 @@ from gencompare.training.stop import GracefulStop
 def train(cfg: DictConfig) -> None:
     """Train the model of ``cfg`` in the folder ``cfg.out``, or go on with the run ``cfg.resume``; then evaluate it.
 
+    Where another job of a sweep has trained just that (in ``cfg.trained_in``), evaluate its run as ``cfg`` says.
     Everything that can be found wrong is found before the folder is written to, and before time is spent.
     """
+    if cfg.get("trained_in"):
+        check_choice(cfg.evaluation.checkpoints)
+        measure_trained(cfg)
+        return
     folder = Path(cfg.out)
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
