@@ -82,9 +82,9 @@ def kept(cfg: DictConfig) -> dict[str, Any]:
 
 def previews_decide(cfg: DictConfig) -> bool:
     """Whether samples that are drawn while training choose a checkpoint, or end it: then they are part of it."""
-    looks = cfg.callbacks.looks
-    chosen = looks.get("patience") is not None or "best" in str(cfg.evaluation.checkpoints)
-    return bool(looks.count and looks.preview and chosen)
+    looks = OmegaConf.select(cfg, "callbacks.looks") or {}
+    best = "best" in str(OmegaConf.select(cfg, "evaluation.checkpoints"))
+    return bool(looks.get("count") and looks.get("preview") and (best or looks.get("patience") is not None))
 
 
 def drop(parts: dict[str, Any], names: Iterable[str]) -> None:
