@@ -93,6 +93,26 @@ def test_jobs_at_once_of_two_processes_each(cli: Cli, tmp_path: Path, forked: li
     assert len(forked) == 1 and "[2_digits_vae] finished before" in capsys.readouterr().out
 
 
+def test_a_job_that_trains_what_another_is_training_measures_that_afterwards(
+    cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any
+) -> None:
+    words = [
+        *LAUNCHED,
+        "model=gaussian",
+        *QUICK,
+        "evaluation.checkpoints=[last]",
+        "evaluation.n=66,80",
+        "budget.steps=1",
+    ]
+    assert cli(*words) == 0
+    assert [job.beside for job in forked] == [
+        0,
+        0,
+    ] and "trained before, as 0_digits_gaussian" in capsys.readouterr().out
+    (path,) = (tmp_path / "sweep").glob("*/record.json")
+    assert [result["measurement"]["n"] for result in json.loads(path.read_text())["results"]] == [66, 80]
+
+
 @pytest.mark.timeout(120)
 def test_jobs_are_told_to_stop_with_the_sweep_and_go_on_later(
     cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from checkpoints import assert_same_training, checkpoint
@@ -171,20 +170,19 @@ def fails(cfg: Any) -> None:
     raise UserError("broken")
 
 
-@pytest.mark.parametrize("ends", ["finished", "running"])
-def test_a_job_that_lives_on_is_waited_for_and_judged_then(ends: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_a_job_that_lives_on_is_waited_for_and_judged_then(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """As after SIGKILL of ``hydra/launcher=parallel``, whose jobs are processes of their own."""
     words = [*GAUSSIAN, "seed=0", "hydra.sweep.dir=sweep"]
     assert cli(*words) == 0
-    folder = tmp_path / "sweep" / "0_digits_gaussian"
-    with living_on(folder, ends):
+    for ends, code in (("finished", 0), ("running", 1)):
         (tmp_path / "sweep" / "compare.html").unlink()
         capsys.readouterr()
-        assert cli(*words) == (0 if ends == "finished" else 1)
-    out = capsys.readouterr().out
-    assert "left to that" in out and "[0_digits_gaussian] waiting for the process" in out
-    assert (tmp_path / "sweep" / "compare.html").is_file()
-    assert ("1 of 1 runs did not finish" in out and "broke off" in out) == (ends == "running")
+        with living_on(tmp_path / "sweep" / "0_digits_gaussian", ends):
+            assert cli(*words) == code
+        out = capsys.readouterr().out
+        assert "left to that" in out and "[0_digits_gaussian] waiting for the process" in out
+        assert (tmp_path / "sweep" / "compare.html").is_file()
+        assert ("1 of 1 runs did not finish" in out and "broke off" in out) == (ends == "running")
 
 
 def test_failures_of_other_commands_are_told_apart(cli: Cli, capsys: Any) -> None:

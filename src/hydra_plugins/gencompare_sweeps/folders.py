@@ -1,6 +1,6 @@
 """Resolvers that name the folder of a sweep, so that the same command finds it: ``${sweep_folder:}``, ``${limits:}``.
 
-Hydra imports this module with the plugins beside it; a job takes over the names that its sweep has resolved.
+Hydra imports this module with the plugins beside it. Jobs take over the name that their sweep has resolved.
 """
 
 from __future__ import annotations
