@@ -158,12 +158,13 @@ def test_training_that_differs_in_sampling_is_done_once(
     monkeypatch.setattr(train, "measure_trained", original)
     assert cli(*words) == 0
     out = capsys.readouterr().out
-    assert "[0_digits_ddpm] finished before" in out and "trained before, as 0_digits_ddpm" in out
+    assert "[0_digits_ddpm] finished before" in out and "trained before, in 0_digits_ddpm" in out
     (record,) = records(sweep).values()
     assert [r["generation"]["nfe"] for r in record["results"]] == [{"network": 2}, {"network": 3}]
     assert record["state"] == "finished" and record["config"]["model"]["sampler"]["steps"] == 2
     assert cli(*words) == 0
-    assert records(sweep) == {"0_digits_ddpm": record} and "asks before: left as it is" in capsys.readouterr().out
+    assert records(sweep) == {"0_digits_ddpm": record}
+    assert "[1_digits_ddpm] measured before, in 0_digits_ddpm" in capsys.readouterr().out
 
 
 def fails(cfg: Any) -> None:

@@ -72,9 +72,9 @@ def settled(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
     if trained is None:
         return Path(cfg.out), True
     if measured(trained, who.job).exists():
-        print(f"[{trained.name}] measured as {place.name} asks before: left as it is.", flush=True)
+        print(f"[{place.name}] measured before, in {trained.name}: left as it is.", flush=True)
         return trained, False
-    print(f"[{place.name}] trained before, as {trained.name}: that is measured.", flush=True)
+    print(f"[{place.name}] trained before, in {trained.name}: that run is measured.", flush=True)
     with open_dict(cfg):
         cfg.trained_in = str(trained.absolute())
     return trained, True
@@ -83,7 +83,8 @@ def settled(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
 def trained_alike(sweep: Path, who: Identity) -> Path | None:
     """The finished run of another job with the same training; one that is under way is waited for."""
     for folder, record in runs_of(sweep, lambda other: other.training == who.training):
-        if record.state == "finished" or (wait_for(folder) and RunRecord.load(folder).state == "finished"):
+        done = record.state == "finished" or (wait_for(folder) and RunRecord.load(folder).state == "finished")
+        if done and (folder / "checkpoints" / "last.ckpt").exists():
             return folder
     return None
 

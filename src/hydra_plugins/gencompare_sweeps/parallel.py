@@ -48,6 +48,8 @@ class Parallel(Launcher):
         while waiting:
             later: list[Job] = []
             for cfg, code, why in run_all(self.composed(waiting, later), folder, self.jobs):
+                if code and sweep.at_work(Path(cfg.out)):
+                    continue  # a process that outlived an earlier sitting was about to begin it
                 if code:
                     main.failures.append(code)
                 if code not in (0, *STOPPED):
