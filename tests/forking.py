@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,10 @@ from uuid import uuid4
 import pytest
 import torch
 from torch import Tensor
+
+from gencompare.locks import locked
+from gencompare.records import RunRecord
+from gencompare.tasks import sweep
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 
@@ -121,3 +126,30 @@ class Forked:
     def output(self) -> str:
         """All that it and its further processes printed."""
         return self._output.read_text()
+
+
+@contextmanager
+def living_on(folder: Path, ends: str, **training: Any) -> Iterator[None]:
+    """A process is at work in a run folder until it is waited for, and then leaves the state ``ends`` in its record."""
+    begun, awaited = (get_context("fork").Event() for _ in range(2))
+    original = sweep.locked
+
+    def work() -> None:
+        with locked(folder / sweep.LOCK):
+            RunRecord.update(folder, lambda record: setattr(record, "state", "running"))
+            begun.set()
+            awaited.wait(timeout=100)
+            RunRecord.update(folder, lambda r: (setattr(r, "state", ends), r.training.update(training))[0])
+
+    def telling(path: Path, *, wait: bool = True) -> Any:
+        if wait:
+            awaited.set()
+        return original(path, wait=wait)
+
+    process = get_context("fork").Process(target=work)
+    process.start()
+    assert begun.wait(timeout=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "locked", telling)
+        yield
+    process.join(timeout=20)

@@ -11,13 +11,15 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from forking import Forked
+from forking import Forked, living_on
+from gencompare.records import RunRecord
 from gencompare.tasks import parallel
 from test_cli import QUICK, Cli
 
@@ -91,6 +93,44 @@ def test_jobs_at_once_of_two_processes_each(cli: Cli, tmp_path: Path, forked: li
     forked.clear()
     assert cli(*words) == 1
     assert len(forked) == 1 and "[2_digits_vae] finished before" in capsys.readouterr().out
+
+
+def test_a_job_that_trains_what_another_is_training_measures_that_afterwards(
+    cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any
+) -> None:
+    words = [
+        *LAUNCHED,
+        "model=gaussian",
+        *QUICK,
+        "evaluation.checkpoints=[last]",
+        "evaluation.n=66,80",
+        "budget.steps=1",
+    ]
+    assert cli(*words) == 0
+    assert [job.beside for job in forked] == [
+        0,
+        0,
+    ] and "trained before, in 0_digits_gaussian" in capsys.readouterr().out
+    (path,) = (tmp_path / "sweep").glob("*/record.json")
+    assert [result["measurement"]["n"] for result in json.loads(path.read_text())["results"]] == [66, 80]
+
+
+def test_a_job_that_a_process_of_an_earlier_sitting_begins_first_is_left_to_that(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After SIGKILL of the sweep while its job was still starting: the one that comes second finds it taken."""
+    folder = tmp_path / "sweep" / "0_digits_gaussian"
+
+    def run_all(jobs: Any, *_: Any) -> Any:
+        for cfg in jobs:
+            RunRecord(folder.name, "gaussian", {"name": "digits"}).save(folder)
+            living.enter_context(living_on(folder, "finished"))
+            yield cfg, 1, "Another process is at work in it."
+
+    monkeypatch.setattr(parallel, "run_all", run_all)
+    with ExitStack() as living:
+        assert cli(*LAUNCHED, "model=gaussian", *QUICK) == 0
+    assert json.loads((folder / "record.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.timeout(120)

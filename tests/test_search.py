@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from composing import compose, options
+from forking import living_on
 from gencompare.errors import UserError
+from gencompare.records import RunRecord
 from gencompare.tasks import main, search
 from hydra_plugins.gencompare_sweeps.families import with_experiment
 from test_cli import Cli
@@ -79,6 +82,32 @@ def test_a_search_that_broke_off_ends_as_one_that_did_not(
     capsys.readouterr()
     assert cli(*SEARCH[:-1], "hydra.sweeper.trials=3", "hydra.sweep.dir=broken") == 0
     assert records(tmp_path / "broken")[0]["training"]["tuning"]["trials"] == 3
+
+
+def test_a_trial_that_lives_on_is_waited_for_in_a_folder_of_any_name(tmp_path: Path, capsys: Any) -> None:
+    """As after SIGKILL of ``hydra/launcher=parallel``. The trial's own process ends it while the search waits."""
+    folder = tmp_path / "it's a u? 50%" / "0_digits vae"
+    folder.parent.mkdir()
+    study = search.Study(
+        name="it's", space={"a": optuna.distributions.FloatDistribution(0, 1)}, fixed=[], trials=1, at_once=1, first=0,
+        seed=0, sweep=folder.parent,
+    )  # fmt: skip
+    launched: list[dict[str, Any]] = []
+
+    def launch(jobs: Any, first: int) -> None:
+        (words,) = jobs
+        launched.append({o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(words)})
+        if len(launched) == 1:
+            trial = launched[0]["trial"]
+            RunRecord("0", "vae", {}, config={"trial": {str(k): v for k, v in trial.items()}}).save(folder)
+            living.enter_context(living_on(folder, "finished", preview={"last": 1.0}))
+
+    with ExitStack() as living:
+        study.run(launch)
+    assert "[0_digits vae] waiting for the process" in capsys.readouterr().out
+    assert len(launched) == 2 and launched[1]["resume"] == str(folder), "then it is measured"
+    assert launched[1]["hydra.sweep.subdir"] == "0_digits vae"
+    assert (folder.parent / search.STORE).is_file()
 
 
 def test_each_family_has_as_many_trials_of_which_some_fail(cli: Cli, tmp_path: Path) -> None:

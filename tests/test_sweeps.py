@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from checkpoints import assert_same_training, checkpoint
-from forking import Forked
+from forking import Forked, living_on
+from gencompare.errors import UserError
 from gencompare.models.vae import VAE
+from gencompare.tasks import evaluate, train
 from gencompare.training.clock import Clock
 from test_cli import QUICK, Cli
 
@@ -123,3 +125,74 @@ def test_a_damaged_run_is_done_again_beside_it(cli: Cli, tmp_path: Path, capsys:
     assert json.loads((tmp_path / "sweep" / "0_digits_gaussian_2" / "record.json").read_text())["state"] == "finished"
     printed = capsys.readouterr().out
     assert "left out: sweep/0_digits_gaussian:" in printed and "did not finish" not in printed
+
+
+GAUSSIAN = ["-m", "model=gaussian", *WORDS[3:]]
+
+
+def records(folder: Path) -> dict[str, Any]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))}
+
+
+def test_the_same_command_finds_its_folder_wherever_and_however_it_logs(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    assert cli(*GAUSSIAN, "seed=0") == 0
+    capsys.readouterr()
+    assert cli(*GAUSSIAN[:-1], "logger=none", "paths.data=/else", "evaluation.n=80", "seed=0,1") == 0
+    assert "[0_digits_gaussian] finished before" in capsys.readouterr().out
+    (sweep,) = (tmp_path / "runs").iterdir()
+    assert [record["seed"] for record in records(sweep).values()] == [0, 1], "more seeds join it"
+
+
+def test_training_that_differs_in_sampling_is_done_once(
+    cli: Cli, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    words = [
+        "-m", "model=ddpm", "model/sampler=ddim", "model.network.channels=8", "model.network.groups=8", *WORDS[3:],
+        "budget.steps=2", "evaluation.n=66", "model.sampler.steps=2,3", "hydra.sweep.dir=sweep",
+    ]  # fmt: skip
+    sweep = tmp_path / "sweep"
+    original = evaluate.measure_trained
+    monkeypatch.setattr(train, "measure_trained", fails)
+    assert cli(*words) == 1
+    assert "1 of 2 runs did not finish" in (out := capsys.readouterr().out) and "[1_digits_ddpm] failed: broken" in out
+    monkeypatch.setattr(train, "measure_trained", original)
+    assert cli(*words) == 0
+    out = capsys.readouterr().out
+    assert "[0_digits_ddpm] finished before" in out and "trained before, in 0_digits_ddpm" in out
+    (record,) = records(sweep).values()
+    assert [r["generation"]["nfe"] for r in record["results"]] == [{"network": 2}, {"network": 3}]
+    assert record["state"] == "finished" and record["config"]["model"]["sampler"]["steps"] == 2
+    assert cli(*words) == 0
+    assert records(sweep) == {"0_digits_ddpm": record}
+    assert "[1_digits_ddpm] measured before, in 0_digits_ddpm" in capsys.readouterr().out
+
+
+def fails(cfg: Any) -> None:
+    raise UserError("broken")
+
+
+def test_a_job_that_lives_on_is_waited_for_and_judged_then(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    """As after SIGKILL of ``hydra/launcher=parallel``, whose jobs are processes of their own."""
+    words = [*GAUSSIAN, "seed=0", "hydra.sweep.dir=sweep"]
+    assert cli(*words) == 0
+    for ends, code in (("finished", 0), ("running", 1)):
+        (tmp_path / "sweep" / "compare.html").unlink()
+        capsys.readouterr()
+        with living_on(tmp_path / "sweep" / "0_digits_gaussian", ends):
+            assert cli(*words) == code
+        out = capsys.readouterr().out
+        assert "left to that" in out and "[0_digits_gaussian] waiting for the process" in out
+        assert (tmp_path / "sweep" / "compare.html").is_file()
+        assert ("1 of 1 runs did not finish" in out and "broke off" in out) == (ends == "running")
+
+
+def test_failures_of_other_commands_are_told_apart(cli: Cli, capsys: Any) -> None:
+    words = [*WORDS[3:], "hydra.sweep.dir=sweep"]
+    assert cli("-m", "model=vae", "model.beta=-1", *words) == 1
+    capsys.readouterr()
+    assert cli(*GAUSSIAN, "hydra.sweep.dir=sweep") == 0
+    out = capsys.readouterr().out
+    assert "runs did not finish" not in out
+    assert "Of other commands in this folder, 1 did not finish:\n  [0_digits_vae] failed: model.beta=-1" in out
+    assert cli("-m", "model=vae", "model.beta=-1", *words) == 1, "tried again, it is one of this command"
+    assert "1 of 1 runs did not finish" in capsys.readouterr().out

@@ -24,8 +24,9 @@ from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.files import sha256
 from gencompare.protocol import Generation
 from gencompare.records import RunRecord
-from gencompare.tasks import costs, frozen, others
+from gencompare.tasks import costs, first_stage, frozen, others
 from gencompare.tasks.build import build_data, build_model, build_protocol, build_trainer
+from gencompare.tasks.jobs import identity, measured
 from gencompare.tasks.load import generative, load_weights
 from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.progress import stages
@@ -47,17 +48,41 @@ def evaluate_run(cfg: DictConfig) -> None:
     folder = run_folder(cfg)
     data = build_data(cfg)
     model = generative(build_model(cfg, data), "evaluate")
+    measure_run(cfg, model, data, folder, job=folder / JOB, checkpoints=[cfg.checkpoint], weights=cfg.weights)
+
+
+def measure_trained(cfg: DictConfig) -> None:
+    """Measure the run in ``cfg.trained_in``, which has the weights that ``cfg`` would train, as ``cfg`` says.
+
+    The results join that run's record. The config is then kept beside it, so that the job is known to be done.
+    """
+    folder = Path(cfg.trained_in)
+    config = measured(folder, identity(cfg).job)
+    cfg = first_stage.adopted(cfg)
+    data = build_data(cfg)
+    model = build_model(cfg, data)
+    if isinstance(model, GenerativeModel):
+        job = folder / f".{Path(cfg.out).name}.yaml"  # others may measure the same run at once
+        measure_run(cfg, model, data, folder, job=job, checkpoints=cfg.evaluation.checkpoints, weights="ema")
+    if rank_zero_only.rank == 0:
+        frozen.save(frozen.without_place(cfg), config)
+
+
+def measure_run(
+    cfg: DictConfig, model: GenerativeModel, data: ImageData, folder: Path, *, job: Path, checkpoints: list[str],
+    weights: str,
+) -> None:  # fmt: skip
+    """`measure` in as many processes as ``cfg.trainer`` says, which read ``cfg`` from the file ``job``."""
     protocol = build_protocol(cfg)
     protocol.check(data)
     RunRecord.load(folder)
-    job = folder / JOB
     if several_processes(cfg):
         frozen.save(cfg, job)
     trainer = build_trainer(cfg, model, [], [], folder)
     with children_of(job):
         start_processes(trainer)
     device = trainer.strategy.root_device
-    measure(cfg, model.to(device), data, protocol, folder, checkpoints=[cfg.checkpoint], weights=cfg.weights)
+    measure(cfg, model.to(device), data, protocol, folder, checkpoints=checkpoints, weights=weights)
     if rank_zero_only.rank == 0:
         print_end(RunRecord.load(folder), folder)
     wait_for_children(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def extractor(cfg: DictConfig) -> None:
     out = Path(cfg.task.out or folder / "extractor.safetensors")
     score = accuracy(model, data)
     digest = save_compact(
-        out, network.state_dict(), data.spec, accuracy=score, recipe=" ".join(["python run.py", *words]),
+        out, network.state_dict(), data.spec, accuracy=score, recipe=shlex.join(["python", "run.py", *words]),
         network={str(key): value for key, value in settings.items() if not str(key).startswith("_")},
     )  # fmt: skip
     if out.resolve().parent == SHIPPED.resolve():

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gencompare.errors import UserError
 from gencompare.files import write_text
+from gencompare.tasks.words import quoted
 
 FILE = "config.yaml"
 OF_THE_JOB = (
@@ -49,7 +50,7 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
             f"{folder} holds a run of model={choices.get('model')}, not model={_value(argv, 'model')}:"
             " leave model= out, or name another run."
         )
-    place = _quoted(str(folder))
+    place = quoted(str(folder))
     inherited += [f"hydra.run.dir={place}", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=."]
     return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in named]]
 
@@ -144,16 +145,24 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 
 def without_place(cfg: DictConfig) -> DictConfig:
-    """The config less the folders that it ran in and took its autoencoder from: a run folder may move."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("out", "autoencoder_run")])
+    """The config less the folders that it ran in and took its weights or its autoencoder from: run folders may move."""
+    places = ("out", "autoencoder_run", "trained_in")
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in places])
 
 
 def _folder_in(argv: list[str]) -> Path | None:
     for key in ("run", "resume"):
         value = _value(argv, key)
         if value not in (None, "null", ""):
-            return Path(value.strip("'\"")) if value else None
+            return Path(_unquoted(value))
     return None
+
+
+def _unquoted(value: str) -> str:
+    if value[0] not in "'\"":
+        return value
+    parsed = OverridesParser.create().parse_override(f"key={value}").value()
+    return str(OmegaConf.create({"value": str(parsed)}).value)
 
 
 def _value(argv: list[str], key: str) -> str | None:
@@ -162,7 +171,3 @@ def _value(argv: list[str], key: str) -> str | None:
         if equals and name.lstrip("+") == key:
             return value
     return None
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

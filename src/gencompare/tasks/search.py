@@ -15,6 +15,9 @@ from gencompare.errors import UserError
 from gencompare.records import FILE, RunRecord
 from gencompare.tasks import costs
 from gencompare.tasks.costs import TRIAL
+from gencompare.tasks.jobs import counts
+from gencompare.tasks.sweep import wait_for
+from gencompare.tasks.words import quoted
 
 STORE = "study.db"
 NO_AIM = (
@@ -77,12 +80,16 @@ class Study:
 
     def __post_init__(self) -> None:
         optuna: Any = import_optuna()
+        url: Any = import_module("sqlalchemy").URL  # which escapes what a path may hold
         # Another question is another study, whose trials are nothing to this one.
-        asked = "\n".join([*sorted(self.fixed), *(f"{key}: {self.space[key]}" for key in sorted(self.space))])
+        asked = "\n".join(
+            [*sorted(filter(counts, self.fixed)), *(f"{key}: {self.space[key]}" for key in sorted(self.space))]
+        )
         self.id = f"{self.name}_{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
         self.study = optuna.create_study(
-            study_name=self.id, storage=f"sqlite:///{self.sweep / STORE}", direction="minimize", load_if_exists=True
-        )
+            study_name=self.id, direction="minimize", load_if_exists=True,
+            storage=url.create("sqlite", database=str(self.sweep / STORE)).render_as_string(),
+        )  # fmt: skip
         self.states = optuna.trial.TrialState
         self.sampler = optuna.samplers.TPESampler
 
@@ -91,7 +98,10 @@ class Study:
         while batch := self.next_batch():
             launch([self.words(trial) for trial in batch], self.first + batch[0].number)
             for trial in batch:
-                value = objective(self.folder(trial.number))
+                folder = self.folder(trial.number)
+                if folder is not None:
+                    wait_for(folder)
+                value = objective(folder)
                 state = self.states.FAIL if value is None else self.states.COMPLETE
                 self.study.tell(trial.number, value, state=state)
         if not self.of(self.states.COMPLETE):
@@ -100,9 +110,10 @@ class Study:
         best = self.study.best_trial
         folder = self.folder(best.number)
         assert folder is not None
+        wait_for(folder)
         print(f"[{self.name}] best of {self.trials}: {folder.name}, {' '.join(self.values(best))}", flush=True)
         if not RunRecord.load(folder).results:
-            there = [f"resume='{folder.absolute()}'", f"hydra.sweep.subdir={folder.name}"]
+            there = [f"resume={quoted(str(folder.absolute()))}", f"hydra.sweep.subdir={quoted(folder.name)}"]
             measured = [*self.words(best), *there, "evaluation.checkpoints=[last]"]
             launch([measured], self.first + best.number)
         self.tell(best.number)
@@ -130,7 +141,7 @@ class Study:
         return [f"{key}={trial.params[key]}" for key in self.space]
 
     def words(self, trial: Any) -> list[str]:
-        return [*self.fixed, *self.values(trial), f"trial={{study: {self.id}, number: {trial.number}}}"]
+        return [*self.fixed, *self.values(trial), f"trial={{study: {quoted(self.id)}, number: {trial.number}}}"]
 
     def folder(self, number: int) -> Path | None:
         """The run folder of a trial."""

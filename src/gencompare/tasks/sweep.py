@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,67 +19,89 @@ from gencompare.errors import UserError
 from gencompare.locks import locked
 from gencompare.records import FILE, RunRecord, now
 from gencompare.tasks import frozen
+from gencompare.tasks.jobs import Identity, identity, identity_of, measured
 
 TRAIN = "gencompare.tasks.train.train"
 LOCK = ".lock"
 """Held by the process that works in a run folder."""
-NO_PART = (
-    "out",
-    "paths",
-    "sweep_name",
-    "command",
-    "logger",
-    "resume",
-    "trial",
-    "by",
-    "metric",
-    "callbacks.progress",
-    "evaluation.protocol.cache",
-)
-"""What a config holds of places and of the terminal: with another value it is the same job."""
 
 
 def begun(cfg: DictConfig, sweep: Path) -> bool:
-    """Whether a job of a sweep has anything left to do.
+    """Whether a job of a sweep has anything left to do; what and where is then in ``cfg``.
 
     A job is known by the hash of its config, wherever in the sweep's folder it lies. A finished one is left alone; of
-    one that broke off, ``cfg`` goes on; one that failed before it had trained anything starts anew.
+    one that broke off, ``cfg`` goes on; one that failed before it had trained anything starts anew. One that would
+    train what another job has trained measures that one's run.
     """
-    if cfg.task._target_ != TRAIN or cfg.resume is not None:
+    if cfg.task._target_ != TRAIN:
         return True
     place = Path(cfg.out)
-    for folder, record in runs_of(sweep, job_hash(cfg)):
-        if folder.resolve() != place.resolve() and place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+    folder, left = (place, True) if cfg.resume is not None else settled(cfg, sweep)
+    if folder.resolve() != place.resolve() and place.is_dir() and not any(place.iterdir()):
+        place.rmdir()
+    attend(folder)
+    return left
+
+
+def settled(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
+    """The run folder of a job that is not resumed by hand, and whether there is anything left to do in it."""
+    who = identity(cfg)
+    runs = runs_of(sweep, lambda other: other.job == who.job)
+    for folder, record in sorted(runs, key=lambda run: run[1].state != "finished")[:1]:
         if record.state == "finished":
             print(f"[{folder.name}] finished before: left as it is.", flush=True)
-            return False
+            return folder, False
         if at_work(folder):
             print(f"[{folder.name}] another process is at work in it: left to that.", flush=True)
-            return False
+            return folder, False
         with open_dict(cfg):
             cfg.out = str(folder.absolute())
         if (folder / "checkpoints" / "last.ckpt").exists():
             print(f"[{folder.name}] broke off before: goes on.", flush=True)
             with open_dict(cfg):
                 cfg.resume = cfg.out
-        else:
-            print(f"[{folder.name}] did not get to train before: starts anew.", flush=True)
-            (folder / FILE).unlink()
-        return True
-    others = 1
+            return folder, True
+        print(f"[{folder.name}] did not get to train before: starts anew.", flush=True)
+        (folder / FILE).unlink()
+    place, others = Path(cfg.out), 1
     while (Path(cfg.out) / FILE).exists():
         # Another job of an earlier sitting has this number.
         others += 1
         cfg.out = f"{place}_{others}"
-    return True
+    trained = trained_alike(sweep, who)
+    if trained is None:
+        return Path(cfg.out), True
+    if measured(trained, who.job).exists():
+        print(f"[{place.name}] measured before, in {trained.name}: left as it is.", flush=True)
+        return trained, False
+    print(f"[{place.name}] trained before, in {trained.name}: that run is measured.", flush=True)
+    with open_dict(cfg):
+        cfg.trained_in = str(trained.absolute())
+    return trained, True
 
 
-def runs_of(sweep: Path, job: str) -> Iterator[tuple[Path, RunRecord]]:
-    """The runs in the folder of a sweep whose config has the hash ``job``; damaged ones are left out."""
+def trained_alike(sweep: Path, who: Identity) -> Path | None:
+    """The finished run of another job with the same training; one that is under way is waited for."""
+    for folder, record in runs_of(sweep, lambda other: other.training == who.training):
+        done = record.state == "finished" or (wait_for(folder) and RunRecord.load(folder).state == "finished")
+        if done and (folder / "checkpoints" / "last.ckpt").exists():
+            return folder
+    return None
+
+
+def attend(folder: Path) -> None:
+    """Note that a sweep has come to a run folder now: see `CompareAtEnd`."""
+    (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+    (folder / LOCK).touch()
+    moment = time.time_ns()
+    os.utime(folder / LOCK, ns=(moment, moment))
+
+
+def runs_of(sweep: Path, wanted: Callable[[Identity], bool]) -> Iterator[tuple[Path, RunRecord]]:
+    """The runs in the folder of a sweep that are ``wanted`` by their config; damaged ones are left out."""
     for path in sorted(sweep.glob(f"*/{FILE}")):
         try:
-            if job_hash(frozen.load(path.parent)) == job:
+            if wanted(identity_of(path.parent)):
                 yield path.parent, RunRecord.load(path.parent)
         except UserError:
             continue
@@ -89,6 +112,7 @@ def fail(cfg: DictConfig, why: str) -> None:
     folder = Path(cfg.out)
     if cfg.task._target_ != TRAIN:
         return
+    attend(folder)
     with suppress(BlockingIOError), locked(folder / LOCK, wait=False):
         if (folder / FILE).exists():
             RunRecord.update(folder, partial(_failed, why=why))
@@ -101,22 +125,6 @@ def fail(cfg: DictConfig, why: str) -> None:
             overrides=list(cfg.command), environment={"run_id": uuid.uuid4().hex[:12], "sweep": cfg.sweep_name},
             training={"error": why},
         ).save(folder)  # fmt: skip
-
-
-def job_hash(cfg: DictConfig) -> str:
-    """A name for all that decides what a training job gives."""
-    kept = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(kept, dict)
-    for name in NO_PART:
-        *way, last = name.split(".")
-        part: Any = kept
-        for key in way:
-            part = part.get(key) or {}
-        part.pop(last, None)
-    latent = (kept.get("model") or {}).get("latent") or {}
-    if latent.get("run"):
-        latent.pop("autoencoder")  # it is what that run's folder says
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(kept), sort_keys=True).encode()).hexdigest()
 
 
 def _failed(record: RunRecord, *, why: str) -> None:
@@ -145,10 +153,10 @@ def unfinished(folders: list[Path]) -> dict[str, str]:
 def done_again(folder: Path) -> bool:
     """Whether another run of the sweep finished the job of ``folder``, whose own record cannot be read."""
     try:
-        job = job_hash(frozen.load(folder))
+        job = identity_of(folder).job
     except UserError:
         return False
-    return any(record.state == "finished" for _, record in runs_of(folder.parent, job))
+    return any(record.state == "finished" for _, record in runs_of(folder.parent, lambda other: other.job == job))
 
 
 def at_work(folder: Path) -> bool:
@@ -165,8 +173,25 @@ def at_work(folder: Path) -> bool:
         return False
 
 
+def wait_for(folder: Path) -> bool:
+    """Wait until no other process is at work in a run folder; whether there was one."""
+    busy = at_work(folder)
+    if busy:
+        print(f"[{folder.name}] waiting for the process that is at work in it.", flush=True)
+        with locked(folder / LOCK):
+            pass
+    return busy
+
+
 class CompareAtEnd(Callback):
-    """Says what of a sweep did not finish, and draws the comparison of its runs in its folder."""
+    """Says what of a sweep did not finish, and draws the comparison of the runs in its folder."""
+
+    def __init__(self) -> None:
+        self.since = 0
+        """When this sitting began: run folders that were attended to since are those of its jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.since = time.time_ns()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if config.task._target_ != TRAIN:
@@ -178,15 +203,30 @@ class CompareAtEnd(Callback):
         folders = sorted(path.parent for path in sweep.glob(f"*/{FILE}"))
         if not folders:
             return
+        own = [folder for folder in folders if self.attended(folder)]
+        for folder in own:
+            wait_for(folder)
         try:
             draw(folders, sweep)
         except UserError as error:
             print(f"There is no comparison: {error}", file=sys.stderr)
-        left = unfinished(folders)
+        left = unfinished(own)
         if left:
             if not main.failures:
                 main.failures.append(1)  # of jobs that ran elsewhere
-            print(f"{len(left)} of {len(folders)} runs did not finish. The same command tries them again.")
-            for name, why in left.items():
-                print(f"  [{name}] {why}")
-            sys.stdout.flush()
+            print(f"{len(left)} of {len(own)} runs did not finish. The same command tries them again.")
+            print_each(left)
+        earlier = unfinished([folder for folder in folders if folder not in own])
+        if earlier:
+            print(f"Of other commands in this folder, {len(earlier)} did not finish:")
+            print_each(earlier)
+
+    def attended(self, folder: Path) -> bool:
+        lock = folder / LOCK
+        return lock.exists() and lock.stat().st_mtime_ns >= self.since
+
+
+def print_each(why: dict[str, str]) -> None:
+    for name, reason in why.items():
+        print(f"  [{name}] {reason}")
+    sys.stdout.flush()

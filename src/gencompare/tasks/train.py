@@ -30,12 +30,13 @@ from gencompare.tasks.build import (
     build_trainer,
 )
 from gencompare.tasks.environment import environment
-from gencompare.tasks.evaluate import measure
+from gencompare.tasks.evaluate import measure, measure_trained
 from gencompare.tasks.load import check_fits
 from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
 from gencompare.tasks.show import described, print_config, print_end
 from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
 from gencompare.tasks.sweep import LOCK
+from gencompare.tasks.words import pasted
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
 from gencompare.training.loggers import abandon, finish
@@ -46,8 +47,13 @@ from gencompare.training.stop import GracefulStop
 def train(cfg: DictConfig) -> None:
     """Train the model of ``cfg`` in the folder ``cfg.out``, or go on with the run ``cfg.resume``; then evaluate it.
 
+    Where another job of a sweep has trained just that (in ``cfg.trained_in``), evaluate its run as ``cfg`` says.
     Everything that can be found wrong is found before the folder is written to, and before time is spent.
     """
+    if cfg.get("trained_in"):
+        check_choice(cfg.evaluation.checkpoints)
+        measure_trained(cfg)
+        return
     folder = Path(cfg.out)
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
@@ -117,7 +123,9 @@ def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
 
 def refuse_second_run(folder: Path) -> None:
     if (folder / RECORD).exists():
-        raise UserError(f"{folder} holds a run already: go on with resume={folder}, or choose another hydra.run.dir.")
+        raise UserError(
+            f"{folder} holds a run already: go on with {pasted('resume', folder)}, or choose another hydra.run.dir."
+        )
 
 
 @contextmanager
@@ -138,7 +146,9 @@ def recorded(folder: Path) -> Iterator[None]:
         if rank_zero_only.rank == 0 and (folder / RECORD).exists() and RunRecord.load(folder).state == "running":
             RunRecord.update(folder, change)
             if stopped:
-                print_zero(f"Stopped. What was trained and drawn is kept. Go on with: python run.py resume={folder}")
+                print_zero(
+                    f"Stopped. What was trained and drawn is kept. Go on with: python run.py {pasted('resume', folder)}"
+                )
         raise
 
 
@@ -210,7 +220,7 @@ def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path,
         record_training(trainer, folder, state="interrupted" if stop.received else "running")
     if stop.received:
         clock = _callback(trainer, Clock)
-        print_zero(f"Stopped after step {clock.step}, and saved. Go on with: python run.py resume={folder}")
+        print_zero(f"Stopped after step {clock.step}, and saved. Go on with: python run.py {pasted('resume', folder)}")
         wait_for_children(trainer)
         raise SystemExit(128 + stop.received)
 

@@ -12,6 +12,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+Job = tuple[int, Sequence[str]]
+"""Its number and its words."""
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of jobs that were told to stop: their own records say so."""
 
@@ -42,21 +44,32 @@ class Parallel(Launcher):
             raise UserError(f"hydra.launcher.jobs={self.jobs}: give a whole number of jobs at once, at least 1.")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for cfg, code, why in run_all(self.composed(job_overrides, initial_job_idx), folder, self.jobs):
-            if code:
-                main.failures.append(code)
-            if code not in (0, *STOPPED):
-                sweep.fail(cfg, why)
+        waiting = list(enumerate(job_overrides, start=initial_job_idx))
+        while waiting:
+            later: list[Job] = []
+            for cfg, code, why in run_all(self.composed(waiting, later), folder, self.jobs):
+                if code and sweep.at_work(Path(cfg.out)):
+                    continue  # a process that outlived an earlier sitting was about to begin it
+                if code:
+                    main.failures.append(code)
+                if code not in (0, *STOPPED):
+                    sweep.fail(cfg, why)
+            waiting = later
         # What failed is in the records; to Hydra, a job that failed would end the sweep.
         return [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
 
-    def composed(self, job_overrides: Sequence[Sequence[str]], first: int) -> Iterator[DictConfig]:
-        """The configs of the jobs that have anything left to do, each as its turn comes."""
+    def composed(self, jobs: Sequence[Job], later: list[Job]) -> Iterator[DictConfig]:
+        """The configs of the jobs that have anything left to do, each as its turn comes.
+
+        Put into ``later`` are those that train what one of them is training: they can measure that, once it is done.
+        """
         from gencompare.tasks import main, sweep
         from gencompare.tasks.frozen import thaw
+        from gencompare.tasks.jobs import identity
 
         assert self.config is not None and self.hydra_context is not None
-        for number, words in enumerate(job_overrides, start=first):
+        training: set[str] = set()
+        for number, words in jobs:
             whole = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
             with open_dict(whole):
                 whole.hydra.job.id = whole.hydra.job.num = number
@@ -69,9 +82,15 @@ class Parallel(Launcher):
             OmegaConf.set_struct(own, True)
             try:
                 cfg = thaw(own, HydraConfig.get())
+                trained = identity(cfg).training if cfg.task._target_ == sweep.TRAIN else None
+                if trained in training:
+                    later.append((number, words))
+                    continue
                 if not sweep.begun(cfg, Path(whole.hydra.sweep.dir)):
                     continue
             except Exception as error:
                 main.failures.append(main.report(error, job=place.name))
                 continue
+            if trained is not None and "trained_in" not in cfg:
+                training.add(trained)
             yield cfg
