@@ -9,8 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from gencompare.overrides import pasted, quoted
 from gencompare.tasks import frozen
-from gencompare.tasks.words import pasted, quoted
 
 ODD = [
     "it's a u? 50%", "a,b=[c]", "a\\b", "a\\", "a\\'b", "a\\\\", "${x}", "a\\${x}", "'q'", '"d"', "null", "True", "1e3",

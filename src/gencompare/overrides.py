@@ -28,3 +28,8 @@ def override(key: str, value: object) -> str:
 def command(*words: str) -> str:
     """``python run.py`` with these words, to be pasted into a shell."""
     return shlex.join(["python", "run.py", *words])
+
+
+def pasted(key: str, value: object) -> str:
+    """``key=value`` as a word to be pasted into a shell."""
+    return shlex.quote(override(key, value))

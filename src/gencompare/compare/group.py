@@ -19,6 +19,9 @@ BASELINE = "gaussian"
 NEAR_FLOOR = 3.0
 """Below this multiple of the real-against-real floor the baseline's own figure says little about what was learned."""
 
+FAR_FROM_FLOOR = 10.0
+"""From this multiple on a row above the baseline has not learned, however near the floor the baseline is."""
+
 NOT_LEARNED = "not learned"
 UNDECIDED = "undecided"
 NO_FIGURE = "no figure"
@@ -149,8 +152,8 @@ class Group:
             return [
                 f"On {self.measurement.data} the Gaussian baseline itself reaches {words.times(self.near_floor)} times"
                 f" the real-against-real floor, so {title} can hardly tell a Gaussian from real images here. A row"
-                f" above the baseline that is below {NEAR_FLOOR:g} times the floor too is therefore marked"
-                f" '{UNDECIDED}', not '{NOT_LEARNED}': read its other figures and look at its samples."
+                f" above the baseline, below {FAR_FROM_FLOOR:g} times the floor, is therefore marked '{UNDECIDED}', not"
+                f" '{NOT_LEARNED}': read its other figures and look at its samples."
             ]
         return []
 
@@ -165,9 +168,10 @@ class Group:
         return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
 
 
-def near_floor(baseline: list[Metric]) -> float | None:
-    multiples = [m.over_floor for m in baseline if m.better == "lower" and m.over_floor is not None]
-    return fmean(multiples) if multiples and fmean(multiples) < NEAR_FLOOR else None
+def near_floor(metrics: list[Metric], below: float = NEAR_FLOOR) -> float | None:
+    """The mean multiple of the floor of ``metrics``, where it is less than ``below``."""
+    multiples = [m.over_floor for m in metrics if m.better == "lower" and m.over_floor is not None]
+    return fmean(multiples) if multiples and fmean(multiples) < below else None
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -13,6 +13,7 @@ from gencompare.compare.gather import Gathered, Run, View
 from gencompare.compare.group import (
     ASIDE,
     BASELINE,
+    FAR_FROM_FLOOR,
     NO_FIGURE,
     NOT_LEARNED,
     OVERLAP,
@@ -135,9 +136,9 @@ def _standing(row: Row, baseline: list[Row]) -> str:
         return "baseline"
     if not baseline or row.headline.better is None or badness(row) < fmean(map(badness, baseline)):
         return ""
-    if near_floor([other.headline for other in baseline]) is None or near_floor([row.headline]) is None:
-        return NOT_LEARNED
-    return UNDECIDED
+    if near_floor([other.headline for other in baseline]) and near_floor([row.headline], FAR_FROM_FLOOR):
+        return UNDECIDED
+    return NOT_LEARNED
 
 
 def badness(row: Row) -> float:

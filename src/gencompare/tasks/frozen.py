@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gencompare.errors import UserError
 from gencompare.files import write_text
-from gencompare.tasks.words import quoted
+from gencompare.overrides import quoted
 
 FILE = "config.yaml"
 OF_THE_JOB = (

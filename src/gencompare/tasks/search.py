@@ -12,12 +12,12 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from gencompare.errors import UserError
+from gencompare.overrides import quoted
 from gencompare.records import FILE, RunRecord
 from gencompare.tasks import costs
 from gencompare.tasks.costs import TRIAL
 from gencompare.tasks.jobs import counts
 from gencompare.tasks.sweep import wait_for
-from gencompare.tasks.words import quoted
 
 STORE = "study.db"
 NO_AIM = (

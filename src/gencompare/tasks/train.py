@@ -17,6 +17,7 @@ from gencompare.data.base import ImageData
 from gencompare.errors import UserError
 from gencompare.locks import locked
 from gencompare.memory import peak_memory_bytes
+from gencompare.overrides import pasted
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
 from gencompare.tasks import costs, first_stage, frozen
@@ -36,7 +37,6 @@ from gencompare.tasks.processes import JOB, children_of, several_processes, wait
 from gencompare.tasks.show import described, print_config, print_end
 from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
 from gencompare.tasks.sweep import LOCK
-from gencompare.tasks.words import pasted
 from gencompare.training.checkpoints import Checkpoints, load_checkpoint
 from gencompare.training.clock import Clock
 from gencompare.training.loggers import abandon, finish
