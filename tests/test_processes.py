@@ -67,6 +67,7 @@ def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[.
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     sweep = tmp_path / "sweep"
     assert (sweep / "compare.html").is_file() and len(list(sweep.glob("*/record.json"))) == len(SWEPT)
+    assert len(list((sweep / "wandb").glob("offline-run-*"))) == 1, "and one of the comparison"
     for k, family in enumerate(SWEPT):
         one, two = tmp_path / family, sweep / f"{k}_digits_{family}"
         assert cli(f"model={family}", ONCE, *SETTINGS, "trainer=cpu", "logger=csv", f"hydra.run.dir={family}") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from io import StringIO
@@ -81,6 +82,22 @@ def test_wandbs_offline_folder_is_a_run_and_no_second_one(cli: Callable[..., int
     (run,) = gather([offline / "files"]).runs
     assert run.record.state == "finished" and run.curve, "what a comparison shows is there"
     assert run.picture(run.record.results[0].pictures["samples"])
+
+
+def test_a_comparison_goes_to_wandb_with_its_table_charts_and_page(cli: Callable[..., int], tmp_path: Path) -> None:
+    for k, name in enumerate(("a <b>", "b")):
+        write_run(tmp_path / "runs" / name, [result(0.25 + k)], training={"flops": 1e9 * (2 - k)})
+    words = ["task=compare", "runs=runs/*", "task.out=page"]
+    assert cli(*words) == 0
+    assert not (tmp_path / "page" / "wandb").exists(), "only where it is asked for"
+    assert cli(*words, "logger=wandb") == 0
+    (files,) = (tmp_path / "page" / "wandb").glob("offline-run-*/files")
+    assert (files / "compare.html").read_text() == (tmp_path / "page" / "compare.html").read_text()
+    (table,) = (json.loads(path.read_text()) for path in (files / "media" / "table").glob("*.json"))
+    assert [row[table["columns"].index("fd_digits")] for row in table["data"]] == [0.25, 1.25]
+    sent = len(list((files / "media" / "images").rglob("*.png")))
+    assert sent == len(list((tmp_path / "page" / "plots").glob("*.png"))) > 0
+    assert cli(*words, "logger=none") == 0
 
 
 class File:

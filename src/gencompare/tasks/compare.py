@@ -12,18 +12,21 @@ from gencompare.compare.report import write
 from gencompare.compare.terminal import print_tables
 from gencompare.errors import UserError
 from gencompare.tasks.gathering import located
+from gencompare.tasks.mirror import mirror
 
 
 def compare(cfg: DictConfig) -> None:
     """Compare the runs that ``cfg.runs`` names: a glob of run folders, or ``wandb:ENTITY/PROJECT``.
 
     ``by=KEY`` (or ``by=[KEY,KEY]``) makes one row of all runs that share the value of a config key; ``metric=NAME``
-    ranks by another figure than the headline.
+    ranks by another figure than the headline. With ``logger=wandb`` the comparison is sent to W&B as well.
     """
     if not cfg.runs:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
     view = View(keys(cfg.by), None if cfg.metric is None else str(cfg.metric))
-    draw(located(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), view)
+    page = draw(located(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), view)
+    if any(word.startswith("logger=") for word in cfg.command):  # a comparison is looked at more often than kept
+        mirror(page, cfg.logger)
 
 
 def keys(given: Any) -> tuple[str, ...]:

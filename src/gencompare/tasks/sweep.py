@@ -198,6 +198,7 @@ class CompareAtEnd(Callback):
             return
         from gencompare.tasks import main
         from gencompare.tasks.compare import draw
+        from gencompare.tasks.mirror import mirror
 
         sweep = Path(config.hydra.sweep.dir)
         folders = sorted(path.parent for path in sweep.glob(f"*/{FILE}"))
@@ -207,7 +208,7 @@ class CompareAtEnd(Callback):
         for folder in own:
             wait_for(folder)
         try:
-            draw(folders, sweep)
+            mirror(draw(folders, sweep), config.logger, group=sweep.name)
         except UserError as error:
             print(f"There is no comparison: {error}", file=sys.stderr)
         left = unfinished(own)
