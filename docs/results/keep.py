@@ -33,7 +33,8 @@ def keep(run: Path, name: str) -> None:
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:
         result.pictures.clear()
-    record.config.pop("out", None)
+    for place in ("out", "resume"):
+        record.config.pop(place, None)
     record.config = _without_places(record.config, record.config["paths"])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
