@@ -2,8 +2,8 @@
 
     python docs/results/keep.py RUN_FOLDER NAME
 
-writes ``docs/results/NAME/record.json`` and ``curve.csv``, and the picture of its samples as ``docs/images/NAME.png``,
-but for a run that is one of many (NAME is ``SWEEP/RUN``).
+writes ``docs/results/NAME/record.json`` and ``curve.csv``, and pictures of its samples as ``docs/images/NAME.png``, and
+``NAME_2.png`` and so on where it was measured several times; none for a run that is one of many (NAME is ``SWEEP/RUN``).
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ def keep(run: Path, name: str) -> None:
     record = RunRecord.load(run)
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
-    samples = record.results[0].pictures.get("samples")
-    if samples and "/" not in name:
-        IMAGES.mkdir(exist_ok=True)
-        shutil.copyfile(run / samples, IMAGES / f"{name}.png")
+    for i, result in enumerate(record.results):
+        samples = result.pictures.get("samples")
+        if samples and "/" not in name:
+            IMAGES.mkdir(exist_ok=True)
+            shutil.copyfile(run / samples, IMAGES / (f"{name}_{i + 1}.png" if i else f"{name}.png"))
     record.name = Path(name).name
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:

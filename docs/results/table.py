@@ -55,19 +55,32 @@ blurs.
 }
 
 
-def row(folder: Path, record: RunRecord) -> str:
-    result = record.results[0]
+def rows(folder: Path, record: RunRecord) -> str:
+    """A row for each way in which the run was measured."""
+    return "".join(row(folder, record, i) for i in range(len(record.results)))
+
+
+def row(folder: Path, record: RunRecord, i: int) -> str:
+    result = record.results[i]
     metric = result.metrics[result.headline]
     looks = distances(folder / "curve.csv")
     training = record.training
-    picture = IMAGES / f"{record.name}.png"
+    picture = IMAGES / (f"{record.name}_{i + 1}.png" if i else f"{record.name}.png")
     cells = [
         record.name, f"{training['images_seen']:,}", f"{training['seconds'] / 60:.1f}",
         f"{looks[0]:.2f} to {looks[-1]:.2f}" if len(looks) > 1 else "", f"{result.measurement.n:,}",
         f"{metric.value:.3g}", f"{metric.over_floor:.3g}",
-        f"[picture](../images/{picture.name})" if picture.is_file() else "", f"`{command(record)}`",
+        f"[picture](../images/{picture.name})" if picture.is_file() else "",
+        again(record, i) if i else f"`{command(record)}`",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
+
+
+def again(record: RunRecord, i: int) -> str:
+    """What set another measurement of the same run apart from the first."""
+    first, other = record.results[0].generation, record.results[i].generation
+    checkpoint = f", checkpoint {other.checkpoint}" if other.checkpoint != first.checkpoint else ""
+    return f"the same run, {other.sampler}{checkpoint}"
 
 
 def distances(curve: Path) -> list[float]:
@@ -88,7 +101,7 @@ def page() -> str:
     text = HEAD
     for data in dict.fromkeys(record.results[0].measurement.data for record in records.values()):
         kept = {folder: record for folder, record in records.items() if record.results[0].measurement.data == data}
-        text += f"\n## {data}\n{COLUMNS}" + "".join(row(*item) for item in kept.items()) + NOTES.get(data, "")
+        text += f"\n## {data}\n{COLUMNS}" + "".join(rows(*item) for item in kept.items()) + NOTES.get(data, "")
     return text
 
 
