@@ -219,6 +219,40 @@ def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
+@dataclass(frozen=True)
+class Point:
+    """The perfect denoiser of data that are always 0: nothing but the noise is left in x."""
+
+    schedule: NoiseSchedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        return Prediction(x0=torch.zeros_like(x_t), eps=x_t / scales(self.schedule, t)[1])
+
+
+@pytest.mark.parametrize(
+    ("levels", "steps_per_level", "step_size", "lag"),
+    [(126, 5, 0.124, 1.062), (68, 5, 0.124, 1.112), (68, 10, 0.2, 1.037)],
+)
+def test_annealed_langevin_lags_behind_its_levels(
+    levels: int, steps_per_level: int, step_size: float, lag: float
+) -> None:
+    """The figures of docs/diffusion.md, on levels from 2 to 0.02: noise over the last level's, at its end.
+
+    With k = step_size / 2, T steps at a level and levels a factor g apart, the variance over sigma^2 settles where
+    r = (1 - k)^(2 T) (g^2 r - b) + b, of which b = 1 / (1 - k / 2) is what steps of that length make of any start.
+    """
+    k, kept = step_size / 2, (1 - step_size / 2) ** (2 * steps_per_level)
+    g = 100 ** (1 / (levels - 1))
+    assert ((1 - kept) / (1 - k / 2) / (1 - kept * g**2)) ** 0.5 == pytest.approx(lag, abs=1e-3)
+
+    sampler = AnnealedLangevin(steps=levels, steps_per_level=steps_per_level, step_size=step_size, denoise=False)
+    schedule = VE(sigma_min=0.02, sigma_max=2.0)
+    times = torch.cat([torch.linspace(schedule.t_max, schedule.t_min, levels), torch.tensor([CLEAN])])
+    x = 2 * torch.randn(1, 1, 1, 20_000, generator=generator("cpu", 1))
+    found = sampler.sample(Point(schedule), x, generator=generator("cpu", 2), times=times)
+    assert float(found.std()) / 0.02 == pytest.approx(lag, abs=4 * lag / 40_000**0.5)
+
+
 def test_heun_with_churn_is_algorithm_2() -> None:
     """Karras et al. (2022): noise between s_min and s_max alone, of standard deviation s_noise."""
     sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]

@@ -69,6 +69,10 @@ class AnnealedLangevin(Sampler):
     alpha_i = eps sigma_i^2 / sigma_L^2 is ``step_size`` sigma_i^2. Where alpha < 1 the levels are those of p(x_t), and
     from one to the next the predicted image grows by alpha_s - alpha_t, while the noise is left as it is.
 
+    The noise in x lags behind the levels: with k = step_size / 2 and levels a factor g apart, its variance over sigma^2
+    settles at r = (1 - a) b / (1 - a g^2), a = (1 - k)^(2 steps_per_level), b = 1 / (1 - k / 2) (technique 4 of Song
+    and Ermon 2020, solved for the steady state). A network that was trained at sigma sees sqrt(r) of it.
+
     Args:
         steps: levels.
         steps_per_level: Langevin steps at each.
