@@ -3,7 +3,7 @@
     python docs/results/keep.py RUN_FOLDER NAME
 
 writes ``docs/results/NAME/record.json`` and ``curve.csv``, and pictures of its samples as ``docs/images/NAME.png``, and
-``NAME_2.png`` and so on where it was measured several times; none for a run that is one of many (NAME is ``SWEEP/RUN``).
+``NAME_2.png`` and so on where it was measured several times; none for one run of many (NAME is ``SWEEP/RUN``).
 """
 
 from __future__ import annotations
