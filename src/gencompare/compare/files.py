@@ -150,9 +150,10 @@ def _latex_row(row: Row, shown: list[Column], group: Group) -> str:
     cells = [str(row.rank) if row.rank is not None else "--"]
     for column in shown:
         cell = column.cell(row)
-        metric = row.result.metrics.get(column.metric or "")
+        headline = column.metric == group.headline
+        metric = row.result.metrics.get(group.headline) if headline else None  # a page has no room for more intervals
         beside = words.interval(metric) if metric is not None else cell.beside if column.title == "run" else ""
-        best = column.metric == group.headline and row.rank == 1
+        best = headline and row.rank == 1
         text = rf"\textbf{{{latex(cell.text)}}}" if best else latex(cell.text)
         cells.append(text + (rf" {{\footnotesize {latex(beside)}}}" if beside else ""))
     return " & ".join(cells) + r" \\"
