@@ -47,8 +47,8 @@ class LogSNR(NoiseConditioning):
 class LogSigma(NoiseConditioning):
     """factor ln(sigma / alpha): EDM's c_noise with 1/4 (Karras et al. 2022, table 1).
 
-    With factor 1 it is what the Fourier features of the VE models are given (Song et al. 2021, appendix C). With factor 0 the
-    network is told nothing, and has to see in x how much noise there is (Song and Ermon 2020, technique 3).
+    With factor 1 it is what the Fourier features of the VE models are given (Song et al. 2021, appendix C). With factor
+    0 the network is told nothing, and has to see in x how much noise there is (Song and Ermon 2020, technique 3).
     """
 
     factor: float = 0.25
