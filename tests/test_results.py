@@ -16,7 +16,9 @@ import table  # type: ignore[import-not-found]
 
 RESULTS = Path(table.__file__).parent
 KEPT = sorted(path.parent for path in RESULTS.glob("*/record.json"))
-LEARNED = [folder for folder in KEPT if RunRecord.load(folder).family != "gaussian"]
+GRAINY = "fashion_mnist_ncsn_told"
+"""Kept to show what goes wrong (docs/diffusion.md): its samples get worse with training."""
+LEARNED = [folder for folder in KEPT if folder.name != GRAINY and RunRecord.load(folder).family != "gaussian"]
 WANTED = {f"{data}_{family}" for data in ("fashion_mnist", "cifar10") for family in ("vae", "gan", "ddpm")}
 
 
