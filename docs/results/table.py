@@ -34,15 +34,10 @@ grain of noise. Latent diffusion took 2.4 minutes more for its autoencoder.
 """,
     "fashion_mnist": """
 A family above the Gaussian baseline, 0.82 from 1,000 samples and 0.97 from 500, has not learned in its budget: here
-the VAE (of an earlier preset; its samples are blurs, some of no garment) and, by this figure, VDM, NCSN with its ten
-levels and, not far from it, the VE and sub-VP SDEs. By DPM-Solver++ in 30 steps in place of Euler-Maruyama in 100 the
-sub-VP SDE has 0.90 and is better; the VE SDE has 1.06 by Heun's method in 20 steps, so its sampler is not to blame.
-VDM is trained on the bound, in which the shape of a garment counts for little beside its last bits: of these runs it
-has the best bits/dim (3.35; the Gaussian's are 5.66), and garments in pieces; 150 steps give 2.33 from 300 samples.
-NCSN's garments have a grain, less of it after more Langevin steps: ten levels are too far apart for 1,024 pixels
-(Song and Ermon 2020, technique 2). Its preset has 68 levels since, and has not been run. `fashion_mnist_ddpm_eps` and
-the two further rows of EDM are what their presets were set from: [short runs](../diffusion.md#short-runs-of-larger-
-images) of a network that says eps leave the brightness of the garments wrong.
+the VAE (of an earlier preset; its samples are blurs, some of no garment) and NCSN. NCSN's garments look right one by
+one, and cover the real ones well, but too many are too bright or too dark. Rows whose names end in `_eps`, `_narrow`,
+`_published`, `_uniform`, `_wide`, `_euler_maruyama`, `_ten_levels` and `_told` are what the presets were set from:
+[short runs](../diffusion.md#short-runs-of-larger-images) has the comparisons.
 """,
     "cifar10": """
 None of these short runs is better than the Gaussian baseline on CIFAR-10. The VAE's distance falls over its budget;
