@@ -27,7 +27,7 @@ def test_latex_is_text_whatever_it_holds() -> None:
     assert latex("two\nlines\x00") == "two lines "
     # Read back as TeX reads it, it is the text that went in.
     back = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textless{}": "<"}
-    back |= {r"\textgreater{}": ">", r"\textbar{}": "|", r"\textquotedbl{}": '"', r"\textasciigrave{}": "`"}
+    back |= {r"\textgreater{}": ">", r"\textbar{}": "|", r"\char34{}": '"', r"\textasciigrave{}": "`"}
     back |= {rf"\{sign}": sign for sign in "{}$&#%_"}
     read = re.sub(r"\\text[a-z]+\{\}|\\[{}$&#%_]", lambda found: back[found[0]], latex(ODD))
     assert read == ODD
