@@ -13,11 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from table import RESULTS, picture_of  # type: ignore[import-not-found]
+
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
-
-RESULTS = Path(__file__).parent
-IMAGES = RESULTS.parent / "images"
 
 
 def keep(run: Path, name: str) -> None:
@@ -28,8 +27,7 @@ def keep(run: Path, name: str) -> None:
     for i, result in enumerate(record.results):
         samples = result.pictures.get("samples")
         if samples and "/" not in name:
-            IMAGES.mkdir(exist_ok=True)
-            shutil.copyfile(run / samples, IMAGES / (f"{name}_{i + 1}.png" if i else f"{name}.png"))
+            shutil.copyfile(run / samples, picture_of(name, i))
     record.name = Path(name).name
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:

@@ -16,7 +16,7 @@ Each folder holds `record.json` (config, environment, cost, figures with their p
 kept by `python docs/results/keep.py`. This page is written from them by `python docs/results/table.py`. The runs are
 short, on one or two processor cores: they show that training works and that the distance falls, not what a family can
 do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples, at the
-first and the last look (100 samples where the command says so); the figure at the end is to the training images from n
+first and the last look (fewer where the command says so); the figure at the end is to the training images from n
 samples, and rises as n falls. The command is the one that was
 given, at the commit that the record names: presets and defaults may have changed since.
 """
@@ -60,7 +60,7 @@ def row(folder: Path, record: RunRecord, i: int) -> str:
     metric = result.metrics[result.headline]
     looks = distances(folder / "curve.csv")
     training = record.training
-    picture = IMAGES / (f"{record.name}_{i + 1}.png" if i else f"{record.name}.png")
+    picture = picture_of(record.name, i)
     cells = [
         record.name, f"{training['images_seen']:,}", f"{training['seconds'] / 60:.1f}",
         f"{looks[0]:.2f} to {looks[-1]:.2f}" if len(looks) > 1 else "", f"{result.measurement.n:,}",
@@ -69,6 +69,11 @@ def row(folder: Path, record: RunRecord, i: int) -> str:
         again(record, i) if i else f"`{command(record)}`",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
+
+
+def picture_of(name: str, i: int) -> Path:
+    """Where the samples of a run's measurement ``i``, from 0, are kept."""
+    return IMAGES / (f"{name}_{i + 1}.png" if i else f"{name}.png")
 
 
 def again(record: RunRecord, i: int) -> str:
