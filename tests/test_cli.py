@@ -85,7 +85,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
                 assert checkpoint(tmp_path / name)["callbacks"]["Clock"]["step"] == 3
         assert cli(f"resume={name}", "callbacks.checkpoints.every_minutes=2") == 0
         assert_same_training(tmp_path / "whole", tmp_path / name)
-        assert json.loads((tmp_path / name / "record.json").read_text())["state"] == "finished"
+        record = json.loads((tmp_path / name / "record.json").read_text())
+        assert record["state"] == "finished" and "resume" not in record["config"], "a folder is no part of what was run"
         rows = (tmp_path / name / "curve.csv").read_text().splitlines()[1:]
         assert [row.split(",")[0] for row in rows] == [str(k) for k in range(1, steps + 1)], "each step once"
 

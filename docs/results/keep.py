@@ -32,8 +32,7 @@ def keep(run: Path, name: str) -> None:
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:
         result.pictures.clear()
-    for place in ("out", "resume"):
-        record.config.pop(place, None)
+    record.config.pop("out", None)
     record.config = _without_places(record.config, record.config["paths"])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)

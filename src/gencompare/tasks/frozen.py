@@ -146,7 +146,7 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 def without_place(cfg: DictConfig) -> DictConfig:
     """The config less the folders that it ran in and took its weights or its autoencoder from: run folders may move."""
-    places = ("out", "autoencoder_run", "trained_in")
+    places = ("out", "resume", "autoencoder_run", "trained_in")
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in places])
 
 
