@@ -1,8 +1,8 @@
 """Data whose denoiser is known exactly, and samplers' results on them without Monte Carlo error.
 
-On Gaussian data every step of a sampler is affine. One run carries a row with no noise at all, a row that starts one
-unit higher, and one row for each random number, in which that number alone is 1. What comes out is the affine map from
-the noise to the sample, and with it the mean and the covariance of what the sampler gives.
+On Gaussian data every step of a sampler is affine. One run carries a row with no noise at all, a row for each pixel
+that starts one unit higher in it, and a row for each random number, in which that number alone is 1. What comes out is
+the affine map from the noise to the sample, and with it the mean and the covariance of what the sampler gives.
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from torch import Tensor
 from composing import options
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import Sampler
+from gencompare.diffusion.samplers import EulerMaruyama, Sampler
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
+from gencompare.diffusion.schedules.base import VarianceExploding
 from gencompare.seeds import generator
 from parts import part
 
 MEAN = torch.tensor([0.6, -0.3, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
-"""Data: three independent Gaussian pixels, none of unit variance."""
+AXES = torch.tensor([[2, -1, 2], [2, 2, -1], [-1, 2, 2]], dtype=torch.float64) / 3
+COVARIANCE = AXES * VARIANCE @ AXES.T
+"""Data: three Gaussian pixels, correlated by -0.5, -0.8 and 0.8. Along AXES, the columns of a rotation, they are
+independent, with VARIANCE, of which none is 1."""
+ALONE = torch.eye(3, dtype=torch.float64)
+"""In place of AXES: pixels that are independent."""
 
 
 SCHEDULES = options("model/schedule")
@@ -48,8 +54,8 @@ def times_of(sampler: Sampler, schedule: NoiseSchedule) -> Tensor:
 
 def even_levels(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Times from end to end of the schedule, evenly spaced in log-SNR, then clean data."""
-    ends = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min])).tolist()
-    times = schedule.t_from_log_snr(torch.linspace(*ends, steps))
+    noisy, clean = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min])).tolist()
+    times = schedule.t_from_log_snr(torch.linspace(noisy, clean, steps))
     return torch.cat([times, torch.tensor([CLEAN])])
 
 
@@ -63,28 +69,32 @@ def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Truth:
-    """The perfect denoiser of the Gaussian data: E[x_0 | x_t] = m + alpha V (x_t - alpha m) / (alpha^2 V + sigma^2)."""
+    """The perfect denoiser of Gaussian data: E[x_0 | x_t] = m + alpha C (alpha^2 C + sigma^2)^-1 (x_t - alpha m)."""
 
     schedule: NoiseSchedule
-    _seen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    axes: Tensor = field(default_factory=lambda: AXES, repr=False, compare=False)
+    _seen: dict[float, tuple[Tensor, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         if (key := float(t)) not in self._seen:
-            self._seen[key] = scales(self.schedule, t)
-        alpha, sigma = self._seen[key]
-        noise = (x_t - alpha * MEAN.to(x_t)) / (alpha**2 * VARIANCE.to(x_t) + sigma**2)
-        return Prediction(x0=MEAN.to(x_t) + alpha * VARIANCE.to(x_t) * noise, eps=sigma * noise)
+            alpha, sigma = scales(self.schedule, t)
+            inverse = self.axes / (alpha**2 * VARIANCE + sigma**2) @ self.axes.T
+            self._seen[key] = alpha * MEAN, sigma * inverse, alpha * (self.axes * VARIANCE) @ self.axes.T @ inverse
+        mean, to_eps, to_x0 = (each.to(x_t) for each in self._seen[key])
+        off = x_t - mean  # images are rows, and both matrices symmetric
+        return Prediction(x0=MEAN.to(x_t) + off @ to_x0, eps=off @ to_eps)
 
 
 class UnitNoise:
-    """In place of random numbers: the k-th draw is 1 in row k + 2 and 0 elsewhere."""
+    """In place of random numbers: of all that an image of d values is given, the k-th is 1 in row 1 + d + k, else 0."""
 
     draws = 0
 
     def randn(self, *shape: Any, dtype: torch.dtype, **_: Any) -> Tensor:
         x = torch.zeros(*shape, dtype=dtype)
-        if self.draws + 2 < len(x):
-            x[self.draws + 2] = 1
+        flat = x.view(len(x), -1)
+        first, d = 1 + flat.shape[1] * (1 + self.draws), flat.shape[1]
+        flat[first : first + d] = torch.eye(d, dtype=dtype)[: max(len(x) - first, 0)]
         self.draws += 1
         return x
 
@@ -97,51 +107,71 @@ def unit_noise() -> Iterator[UnitNoise]:
 
 
 def moments(sampler: Sampler, denoiser: Denoises, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mean and variance, (3,) each, of what comes out when the exact marginal at ``times[0]`` goes in."""
-    rows = len(times) + 2
+    """Exact mean, (3,), and covariance, (3, 3), of what comes out when the exact marginal at ``times[0]`` goes in."""
+    rows = 4
     while True:
         x = torch.zeros(rows, 1, 1, 3)
-        x[1] = 1
+        x[1:4, 0, 0] = torch.eye(3)
         with unit_noise() as noise:
-            out = sampler.sample(denoiser, x, generator=generator("cpu", 0), times=times)[:, 0, 0]
-        if noise.draws + 2 <= rows:
+            out = sampler.sample(denoiser, x, generator=generator("cpu", 0), times=times)[:, 0, 0].double()
+        if 4 + 3 * noise.draws == rows:
             break
-        rows = noise.draws + 2  # a sampler of many draws a step: once more, with room for all
+        rows = 4 + 3 * noise.draws  # a sampler that is random: once more, with room for all
     gains = out[1:] - out[0]
-    alpha, sigma = scales(denoiser.schedule, times[0])
-    mean = out[0] + gains[0] * alpha * MEAN
-    return mean, gains[0] ** 2 * (alpha**2 * VARIANCE + sigma**2) + gains[1:].square().sum(0)
+    mean, covariance = true_moments(denoiser.schedule, times[0])
+    return out[0] + mean @ gains[:3], gains[:3].T @ covariance @ gains[:3] + gains[3:].T @ gains[3:]
 
 
 def true_moments(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
     alpha, sigma = scales(schedule, t)
-    return alpha * MEAN, alpha**2 * VARIANCE + sigma**2
+    return alpha * MEAN, alpha**2 * COVARIANCE + sigma**2 * torch.eye(3)
+
+
+def root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a covariance: standard deviations, along whatever axes they are."""
+    values, axes = torch.linalg.eigh(covariance)
+    return axes * values.clamp(min=0).sqrt() @ axes.T
 
 
 def error(sampler: Sampler, denoiser: Denoises, times: Tensor) -> float:
-    """How far mean and standard deviation are off, over all pixels."""
-    mean, variance = moments(sampler, denoiser, times)
-    true_mean, true_variance = true_moments(denoiser.schedule, times[-1])
-    off = (mean - true_mean).square().sum() + (variance.sqrt() - true_variance.sqrt()).square().sum()
+    """How far the mean and the root of the covariance are off, over all pixels."""
+    mean, covariance = moments(sampler, denoiser, times)
+    true_mean, true_covariance = true_moments(denoiser.schedule, times[-1])
+    off = (mean - true_mean).square().sum() + (root(covariance) - root(true_covariance)).square().sum()
     return float(off.sqrt())
 
 
-def inner_times(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """``steps`` equal steps in time that keep off both ends.
+def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False) -> Tensor:
+    """About ``steps`` equal steps in time that keep off both ends by a tenth of the time.
 
-    They end where there is still noise, at log-SNR 2: of an SDE solver's leading error what is made above a pixel's
-    variance and what is made below it cancel, where the log-SNR is even in time and all of it is passed through.
+    A table of fewer steps has a kink at each of them: there the times run from one of its steps to another, with as
+    many in between each pair, so that no step leads across a kink. With ``noise_left`` they end at log-SNR 2.
     """
     margin = 0.1 * (schedule.t_max - schedule.t_min)
-    noisy, clean = schedule.t_from_log_snr(torch.tensor([-6.0, 2.0]))
-    return torch.linspace(min(schedule.t_max - margin, noisy), max(schedule.t_min + margin, clean), steps + 1)
+    first, last = schedule.t_max - margin, schedule.t_min + margin
+    if noise_left:
+        last = max(last, float(schedule.t_from_log_snr(torch.tensor(2.0))))
+    table = schedule.discrete_times
+    if table is not None and len(table) < steps:
+        inside = table[(table >= last) & (table <= first)]
+        first, last, pieces = float(inside[-1]), float(inside[0]), len(inside) - 1
+        steps = pieces * math.ceil(steps / pieces)
+    return torch.linspace(first, last, steps + 1)
 
 
-def measured_order(sampler: Sampler, denoiser: Denoises) -> float:
-    """log2 of what the error is divided by when the steps are halved."""
-    steps = 160 if sampler.order == 3 else 50
-    coarse, fine = (error(sampler, denoiser, inner_times(denoiser.schedule, n)) for n in (steps, 2 * steps))
-    return math.log2(coarse / fine)
+def measured_order(sampler: Sampler, denoiser: Denoises, coarse: Tensor | None = None) -> float:
+    """log2 of what the error is divided by when the steps, those between the times ``coarse``, are halved.
+
+    Euler-Maruyama under a VE schedule ends where there is still noise, for it is better than its order where it ends
+    without. With s = sigma^2 and P = V + s, V the variance of the data along one axis, a step of h errs in the variance
+    by h^2 (s'^2 / P - s'' / 2), of which (V / P)^2 is left at the end. So all of them make h times the integral of
+    s'^2 / P^3 - s'' / (2 P^2), which is -[s' / (2 P^2)]: nothing where s' is, and nothing where P is large.
+    """
+    if coarse is None:
+        better = isinstance(sampler, EulerMaruyama) and isinstance(denoiser.schedule, VarianceExploding)
+        coarse = inner_times(denoiser.schedule, 160 if sampler.order == 3 else 50, noise_left=better)
+    fine = torch.linspace(float(coarse[0]), float(coarse[-1]), 2 * len(coarse) - 1)
+    return math.log2(error(sampler, denoiser, coarse) / error(sampler, denoiser, fine))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a trained run samples with is the average of its weights: a law that the raw ones break.
 
-A diffusion model whose only weights are the mean and the variance of Gaussian data (`gaussian_truth`), trained at a
+A diffusion model whose only weights are mean and variances of Gaussian data (`gaussian_truth`), trained at a
 constant rate so high that the weights keep shaking about the truth. Mean and covariance of its samples follow from the
 weights without Monte Carlo error, and are those of the data where the weights are averaged.
 """
@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gaussian_truth import MEAN, VARIANCE, error
+from gaussian_truth import AXES, MEAN, VARIANCE, error
 from gencompare.contract import DataSpec
 from gencompare.data.base import SPLITS, ImageData, Split
 from gencompare.models.diffusion import Diffusion
@@ -35,7 +35,7 @@ CLOSE = 0.1
 
 
 class GaussianPixels(ImageData):
-    """Images of three pixels, each Gaussian."""
+    """Gaussian images of three pixels."""
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
@@ -44,11 +44,11 @@ class GaussianPixels(ImageData):
     def load(self) -> dict[str, Split]:
         sources = {split: generator("cpu", self.spec.name, split) for split in SPLITS}
         draw = {split: torch.randn(4096, 1, 1, 3, generator=source) for split, source in sources.items()}
-        return {split: Split((MEAN + VARIANCE.sqrt() * z).float(), None) for split, z in draw.items()}
+        return {split: Split((MEAN + VARIANCE.sqrt() * z @ AXES.T).float(), None) for split, z in draw.items()}
 
 
 class GaussianNetwork(nn.Module):
-    """E[x_0 | x_t] = m + alpha V (x_t - alpha m) / (alpha^2 V + sigma^2), of which m and log V are learned."""
+    """E[x_0 | x_t] = m + alpha V (x_t - alpha m) / (alpha^2 V + sigma^2) along the axes; m and log V are learned."""
 
     def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -56,9 +56,10 @@ class GaussianNetwork(nn.Module):
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         # It is told 500 + 25 log-SNR, and alpha^2 + sigma^2 = 1.
+        axes = AXES.to(x)
         alpha2 = torch.sigmoid((noise_cond - 500) / 25)[:, None, None, None]
-        noise = (x - alpha2.sqrt() * self.mean) / (alpha2 * self.log_variance.exp() + 1 - alpha2)
-        return self.mean + alpha2.sqrt() * self.log_variance.exp() * noise
+        noise = (x - alpha2.sqrt() * self.mean) @ axes / (alpha2 * self.log_variance.exp() + 1 - alpha2)
+        return self.mean + alpha2.sqrt() * self.log_variance.exp() * noise @ axes.T
 
 
 def untrained() -> Diffusion:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import gaussian_truth
-from gaussian_truth import MEAN, SENSIBLE, VARIANCE, scales, schedule_named, times_of
+from gaussian_truth import ALONE, MEAN, SENSIBLE, VARIANCE, scales, schedule_named, times_of
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
 from gencompare.diffusion.exploring import BETWEEN, FILLS, MOMENTS, inpainting, interpolation, round_trip, way
@@ -32,9 +32,10 @@ pytestmark = pytest.mark.usefixtures("double")
 
 @dataclass(frozen=True)
 class Truth(gaussian_truth.Truth):
-    """The perfect denoiser of the Gaussian data, of which a class moves every mean by a tenth. It notes the states it
-    was asked about."""
+    """The perfect denoiser of Gaussian data whose pixels are independent, and of which a class moves every mean by a
+    tenth. It notes the states it was asked about."""
 
+    axes: Tensor = field(default_factory=lambda: ALONE)
     seen: list[Tensor] = field(default_factory=list)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from gaussian_truth import (
+    AXES,
+    COVARIANCE,
     MEAN,
     SENSIBLE,
-    VARIANCE,
     Truth,
     error,
     even_levels,
     inner_times,
     measured_order,
     moments,
+    root,
     scales,
     schedule_named,
     times_of,
@@ -44,7 +47,7 @@ from gencompare.diffusion.samplers import (
     langevin,
     sde,
 )
-from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule, Scales
+from gencompare.diffusion.schedules import CLEAN, VP, LinearBetas, NoiseSchedule, Scales
 from gencompare.errors import UserError
 from gencompare.seeds import generator, normal_like
 from parts import part, samplers
@@ -109,9 +112,10 @@ def test_moments_are_near_in_as_many_steps_as_are_usual(name: str, schedule: Noi
     # The levels of Langevin steps are not steps in time, and are meant to fall evenly.
     langevin = name == "annealed_langevin"
     times = even_levels(schedule, sampler.steps) if langevin else times_of(sampler, schedule)
-    mean, variance = moments(sampler, Truth(schedule), times)
+    mean, covariance = moments(sampler, Truth(schedule), times)
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.1)
-    torch.testing.assert_close(variance.sqrt(), VARIANCE.sqrt(), rtol=0.12, atol=0.06)
+    found, true = (AXES.T @ root(each) @ AXES for each in (covariance, COVARIANCE))
+    torch.testing.assert_close(found, true, rtol=0.12, atol=0.06)
 
 
 def test_the_schedule_that_is_bad_on_purpose_is_bad() -> None:
@@ -133,9 +137,10 @@ def test_no_step_blows_up(name: str, schedule: NoiseSchedule) -> None:
     for step in sampler.iterate(
         Truth(schedule), x, generator=generator("cpu", 2), times=times_of(sampler, schedule).float()
     ):
-        mean, variance = true_moments(schedule, step.t)
+        mean, covariance = true_moments(schedule, step.t)
         assert step.x.dtype == torch.float32
-        assert ((step.x - mean).square().mean(0).squeeze() < 16 * variance).all()
+        along = (step.x - mean)[:, 0, 0].double() @ AXES
+        assert (along.square().mean(0) < 25 * (AXES.T @ covariance @ AXES).diagonal()).all()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -208,15 +213,17 @@ def rk45_error(denoiser: Denoises, tolerance: float) -> float:
 
 
 def test_the_adaptive_solver_errs_as_much_as_is_tolerated(schedule: NoiseSchedule) -> None:
+    """That is, in each of its many steps, and of x, which is 45 where VE schedules begin: in all 22 times as much."""
     for tolerance in (1e-3, 1e-5, 1e-7):
-        assert rk45_error(Truth(schedule), tolerance) < 10 * tolerance
+        assert rk45_error(Truth(schedule), tolerance) < 30 * tolerance
 
 
 def langevin_error(denoiser: Denoises, finer: int) -> float:
     """Of annealed Langevin steps, ``finer`` times as short and ``finer``^2 times as many, at ten even levels."""
     sampler = AnnealedLangevin(steps=10, steps_per_level=10 * finer**2, step_size=0.8 / finer)
-    mean, variance = moments(sampler, denoiser, even_levels(denoiser.schedule, 10))
-    return float((mean - MEAN).abs().max() + (variance.sqrt() - VARIANCE.sqrt()).abs().max())
+    mean, covariance = moments(sampler, denoiser, even_levels(denoiser.schedule, 10))
+    along = AXES.T @ (root(covariance) - root(COVARIANCE)) @ AXES
+    return float((mean - MEAN).abs().max() + along.abs().max())
 
 
 def falls(errors: list[float]) -> bool:
@@ -230,45 +237,55 @@ def test_the_bias_of_annealed_langevin_falls_with_more_and_shorter_steps(schedul
 
 @dataclass(frozen=True)
 class ManyPixels(Truth):
-    """The perfect denoiser of 64 pixels of variance 0.3: enough for the length of the score to be steady."""
+    """The perfect denoiser of 64 pixels of variance 0.3: enough for the length of the score to be steady.
+
+    Planted bugs: it is told a time ``late``, or says the score with the wrong ``sign``.
+    """
+
+    late: float = 0.0
+    sign: int = 1
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         alpha, sigma = scales(self.schedule, t)
-        noise = x_t / (0.3 * alpha**2 + sigma**2)
-        return Prediction(x0=0.3 * alpha * noise, eps=sigma * noise)
+        told, noise = scales(self.schedule, (t + self.late).clamp(max=self.schedule.t_max))
+        eps = self.sign * noise * x_t / (0.3 * told**2 + noise**2)
+        return Prediction(x0=(x_t - sigma * eps) / alpha, eps=eps)
 
 
-def corrected_error(steps: int, snr: float, corrector_steps: int, schedule: NoiseSchedule) -> float:
-    """Relative error of the variance of 64 pixels of 500 images (Monte Carlo error 0.008); snr 0 is no corrector."""
+def corrected_error(snr: float, corrector_steps: int, denoiser: ManyPixels) -> float:
+    """Relative error of the variance of 64 pixels of 500 images (Monte Carlo error 0.008), in 25 steps; snr 0 is no
+    corrector."""
+    schedule, steps = denoiser.schedule, 25
     sampler = (
         PredictorCorrector(steps=steps, snr=snr, corrector_steps=corrector_steps)
         if snr
         else ReverseDiffusion(steps=steps)
     )
     x = schedule.prior((500, 1, 1, 64), generator("cpu", 0)).double()
-    out = sampler.sample(ManyPixels(schedule), x, generator=generator("cpu", 1), times=even_levels(schedule, steps))
+    out = sampler.sample(denoiser, x, generator=generator("cpu", 1), times=even_levels(schedule, steps))
     return abs(float(out.square().mean()) / 0.3 - 1)
 
 
+def mends(denoiser: ManyPixels) -> bool:
+    alone, one, many = (corrected_error(*how, denoiser) for how in ((0.0, 0), (0.16, 1), (0.16, 20)))
+    return many < 0.04 and many < one < alone
+
+
 def test_the_corrector_mends_the_errors_of_the_predictor(schedule: NoiseSchedule) -> None:
-    alone, one, many = (corrected_error(25, *how, schedule) for how in ((0.0, 0), (0.16, 1), (0.16, 20)))
-    assert many < 0.04 and many < one < alone
+    assert mends(ManyPixels(schedule))
 
 
 # The laws bite
-
-
-def table(T: int = 200) -> LinearBetas:
-    """DDPM's in fewer steps, each the larger for it."""
-    return LinearBetas(first=0.1 / T, last=20 / T, T=T)
 
 
 @dataclass(frozen=True)
 class LateTime(Truth):
     """Bug: t off by one. The denoiser is told the step of the table that comes next, 1 / T too late."""
 
+    T: int = 1000
+
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return super().__call__(x_t, (t + self.schedule.t_min).clamp(max=self.schedule.t_max), cond)
+        return super().__call__(x_t, (t + 1 / self.T).clamp(max=self.schedule.t_max), cond)
 
 
 @dataclass(frozen=True)
@@ -295,16 +312,30 @@ RANDOM = [sampler for sampler in SOLVERS if isinstance(sampler, (Ancestral, Eule
 SLOPED = [sampler for sampler in SOLVERS if isinstance(sampler, (Euler, EulerMaruyama))]
 
 
-def keeps_its_order(sampler: Sampler, denoiser: Denoises) -> bool:
+def keeps_its_order(sampler: Sampler, denoiser: Denoises, coarse: Tensor | None = None) -> bool:
     assert sampler.order is not None
-    return abs(measured_order(sampler, denoiser) - sampler.order) <= 0.2
+    return abs(measured_order(sampler, denoiser, coarse) - sampler.order) <= 0.2
 
 
 @pytest.mark.parametrize("sampler", SOLVERS, ids=lambda sampler: sampler.describe())
 def test_late_times_and_wrong_signs_break_the_order(sampler: Sampler) -> None:
-    assert keeps_its_order(sampler, Truth(table()))
-    assert not keeps_its_order(sampler, LateTime(table()))
-    assert not keeps_its_order(sampler, WrongSign(table()))
+    """In the 1,000 steps of DDPM, of which the 150th to the 50th are taken two by two and one by one.
+
+    (In continuous time for solvers that go by the slope, which a table has of its steps alone, itself 1 / T off.)
+    """
+    schedule = VP() if sampler in SLOPED else LinearBetas()
+    coarse = torch.linspace(0.15, 0.05, 51)
+    assert keeps_its_order(sampler, Truth(schedule), coarse)
+    assert not keeps_its_order(sampler, LateTime(schedule), coarse)
+    assert not keeps_its_order(sampler, WrongSign(schedule), coarse)
+
+
+@pytest.mark.parametrize("sampler", RANDOM, ids=lambda sampler: sampler.describe())
+def test_one_random_number_for_all_pixels_breaks_the_order(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variance of each pixel is right, and their covariance is not."""
+    for module in (ancestral, sde):
+        monkeypatch.setattr(module, "normal_like", lambda x, source: normal_like(x, source)[..., :1].expand_as(x))
+    assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
 
 @pytest.mark.parametrize("sampler", RANDOM, ids=lambda sampler: sampler.describe())
@@ -328,13 +359,19 @@ def test_half_or_twice_g2_breaks_the_order(sampler: Sampler, factor: float, monk
 
 @pytest.mark.parametrize("denoiser", [LateTime, WrongSign])
 def test_late_times_and_wrong_signs_break_the_law_of_the_adaptive_solver(denoiser: type[Truth]) -> None:
-    assert rk45_error(Truth(table()), 1e-5) < 1e-3 < rk45_error(denoiser(table()), 1e-5)
+    assert rk45_error(Truth(LinearBetas()), 1e-5) < 1e-3 < rk45_error(denoiser(LinearBetas()), 1e-5)
 
 
 def test_late_times_and_wrong_signs_break_the_law_of_annealed_langevin() -> None:
-    """In a table of 25 steps, of which its ten levels are more than two apart."""
-    for denoiser in (LateTime(table(25)), WrongSign(table(25))):
+    """By a step of 25, of which its ten levels are more than two apart."""
+    for denoiser in (LateTime(LinearBetas(), T=25), WrongSign(LinearBetas())):
         assert not falls([langevin_error(denoiser, finer) for finer in (1, 2, 4)])
+
+
+@pytest.mark.parametrize("bug", [{"late": 1 / 200}, {"sign": -1}], ids=str)
+def test_late_times_and_wrong_signs_break_the_law_of_the_corrector(bug: dict[str, Any]) -> None:
+    """By a step of 200: one of 1,000 is not much more than the Monte Carlo error."""
+    assert not mends(ManyPixels(LinearBetas(), **bug))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -348,4 +385,4 @@ def test_half_or_twice_the_noise_breaks_the_laws_of_langevin_steps(
 
     monkeypatch.setattr(langevin, "langevin", wrong)
     assert not falls([langevin_error(Truth(LinearBetas()), finer) for finer in (1, 2, 4)])
-    assert corrected_error(25, 0.16, 20, LinearBetas()) > 0.1
+    assert corrected_error(0.16, 20, ManyPixels(LinearBetas())) > 0.1
