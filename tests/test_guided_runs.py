@@ -114,6 +114,8 @@ def test_a_model_trained_with_guidance_keeps_its_guide_out(
         (["model/guidance=auto", "model.guidance.weak.run=nowhere"], "is not at nowhere"),
         (["model.label_dropout=0.1"], "needs labels"),
         (["model/guidance=classifier_free", "model.guidance.scale=-1"], "0 or a positive number"),
+        (["model/guidance=classifier_free", "model.guidance.scale=.nan"], "guidance.scale=.nan: give a number"),
+        (["model/guidance=classifier_free", "model.guidance.interval=[low,3]"], "guidance.interval=low: give a number"),
     ],
 )
 def test_bad_guidance_is_one_line_before_training(words: list[str], says: str, cli: Cli, capsys: Any) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -412,6 +412,9 @@ def test_multistep_solvers_do_not_extrapolate_far() -> None:
         (lambda: DDIM(steps=0), "steps=0"),
         (lambda: DDIM(steps=-3), "steps=-3"),
         (lambda: DDIM(steps=5, eta=1.5), "eta=1.5"),
+        (lambda: DDIM(steps=5, eta=cast(float, ".nan")), "eta=.nan: give a number"),
+        (lambda: Heun(steps=5, s_churn=cast(float, "much")), "s_churn=much: give a number"),
+        (lambda: PredictorCorrector(steps=5, corrector_steps=cast(int, True)), "corrector_steps=True: give a number"),
         (lambda: Ancestral(steps=5, variance=-0.1), "variance=-0.1"),
         (lambda: DDIM(steps=11).times(BetaTable(torch.full((10,), 0.1))), "no more than 10 steps"),
         (lambda: Heun(steps=5, s_churn=-1), "s_churn=-1"),

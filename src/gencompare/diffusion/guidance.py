@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.parameterization import Prediction
 from gencompare.diffusion.schedules import NoiseSchedule, Scales
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Guidance(ABC):
     scale: float
 
     def __post_init__(self) -> None:
+        check_number("guidance.scale", self.scale)
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise UserError(f"guidance.scale={self.scale}: give 0 or a positive number.")
 
@@ -102,6 +103,8 @@ class ClassifierFree(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for end in self.interval or ():
+            check_number("guidance.interval", end)
         if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
             raise UserError(
                 f"guidance.interval={list(self.interval)}: give the lowest and the highest sigma / alpha, as [0.3, 3]."

@@ -23,7 +23,7 @@ from gencompare.diffusion.parameterization import Parameterization, Prediction
 from gencompare.diffusion.pixels import Pixels
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import NoiseSchedule, curve
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_number
 from gencompare.models.latents import Latents, PixelSpace
 from gencompare.seeds import Draws
 
@@ -224,6 +224,12 @@ class Diffusion(GenerativeModel):
                     " (model.latent.run=DIR)."
                 )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self.schedule.check()  # a learned one may have collapsed, and the last good checkpoint stays
+        except UserError as error:
+            raise UserError(f"{error} Training was stopped, and the last good checkpoint kept.") from None
+
     def sampling_description(self) -> str:
         learned = {"variance"} if self.parameterization.learns_variance else ()
         parts = [self.sampler.describe(learned), *([] if self.guidance is None else [self.guidance.describe()])]
@@ -286,6 +292,7 @@ class Diffusion(GenerativeModel):
             )
 
     def _check_label_dropout(self) -> None:
+        check_number("model.label_dropout", self.label_dropout)
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"model.label_dropout={self.label_dropout}: give a share from 0 to 1.")
         if self.label_dropout and not self.told:

@@ -20,7 +20,7 @@ from gencompare.diffusion.denoiser import Cond, Denoises
 from gencompare.diffusion.parameterization import Prediction
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule, Scales
 from gencompare.diffusion.times import TimeGrid, UniformGrid
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_number
 
 
 class Step(NamedTuple):
@@ -52,6 +52,9 @@ class Sampler(ABC):
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise UserError(f"sampler.steps={self.steps}: give a whole number, at least 1.")
+        for setting in fields(self):
+            if setting.type in ("int", "float"):  # as written, for annotations are not evaluated
+                check_number(f"sampler.{setting.name}", getattr(self, setting.name))
 
     @abstractmethod
     def walk(

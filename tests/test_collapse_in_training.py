@@ -1,0 +1,104 @@
+"""What collapses while a model trains, finite all the same: training ends, and the last good checkpoint stays."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from gencompare.contract import TrainedModel
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.models.autoencoder import Autoencoder
+from gencompare.models.bottlenecks import VQBottleneck
+from gencompare.models.diffusion import Diffusion
+from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.training.budget import Budget
+from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.clock import Clock
+from gencompare.training.ema import EMA
+from parts import part
+
+
+def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -> int:
+    """Trains until the model is found to have collapsed; every step is saved. Gives the step of last.ckpt."""
+    trainer = pl.Trainer(
+        callbacks=[Clock(0, 16, Budget(steps=20)), *callbacks, EMA(0.9), Checkpoints(folder, every_minutes=0)],
+        plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"collapsed.*Training was stopped, and the last good checkpoint kept") as told:
+        trainer.fit(model, datamodule=Digits(batch_size=16, seed=1))
+    assert "\n" not in str(told.value)
+    saved = torch.load(folder / "last.ckpt", weights_only=True)
+    model.load_state_dict(saved["state_dict"])
+    return saved["callbacks"]["Clock"]["step"]
+
+
+class NarrowsAt(pl.Callback):
+    """After a step, the learned log-SNR spans a tenth of what is least."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == self.step:
+            with torch.no_grad():
+                pl_module.schedule.gamma_max.copy_(pl_module.schedule.gamma_min + 0.1)
+
+
+def test_a_learned_schedule_that_collapses_ends_training_and_is_not_saved(tmp_path: Path) -> None:
+    model = Diffusion(
+        Digits.spec,
+        network=partial(DenoisingMLP, width=16, depth=1),
+        schedule=part("schedule", "learned", features=8),
+        parameterization=part("parameterization", "eps"),
+        objective=part("objective", "vlb"),
+        sampler=part("sampler", "ddim", steps=2),
+        optimizer=partial(torch.optim.Adam, lr=1e-3),
+    )
+    assert last_good_step(model, tmp_path, NarrowsAt(4)) == 3
+    model.schedule.check()
+
+
+class Encoder(nn.Module):
+    """One latent an image: its brightness, and after ``healthy`` calls the same for all."""
+
+    def __init__(self, shape: tuple[int, ...], out_channels: int, healthy: int) -> None:
+        super().__init__()
+        self.healthy, self.scale = healthy, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.healthy -= 1
+        return self.scale * x.mean((2, 3), keepdim=True) * (self.healthy >= 0)
+
+
+class Decoder(nn.Module):
+    def __init__(self, in_channels: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out = nn.ConvTranspose2d(in_channels, shape[0], shape[-1])
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out(z)
+
+
+def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VQBottleneck, "PATIENCE", 3)
+    model = Autoencoder(
+        Digits.spec,
+        encoder=partial(Encoder, healthy=2),
+        decoder=Decoder,
+        bottleneck=VQBottleneck(channels=1, codes=4, decay=0.5, revive=0.25),
+        optimizer=partial(torch.optim.SGD, lr=1e-3),
+    )
+    # A first call is of the model being built, so one step is healthy. Then a count of 1 takes two steps to fall to a
+    # quarter, where a code is revived, and three are of patience: the fifth of them is the collapse.
+    assert last_good_step(model, tmp_path) == 1 + 4
+    model.coder.bottleneck.check()
