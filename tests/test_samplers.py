@@ -27,7 +27,7 @@ from gaussian_truth import (
     true_moments,
     unit_noise,
 )
-from gencompare.diffusion.denoiser import Cond, Denoises
+from gencompare.diffusion.denoiser import ClipX0, Cond, Denoises
 from gencompare.diffusion.parameterization import Prediction
 from gencompare.diffusion.samplers import (
     DDIM,
@@ -203,6 +203,22 @@ def test_the_place_of_a_nan_is_named(name: str) -> None:
     assert broken[0] in (3, 4)
     with pytest.raises(UserError, match=f"step {broken[0]} of 5 gave NaN"):
         sampler.sample(Breaks(LinearBetas()), x, generator=generator("cpu", 0), times=times)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_clipping_would_hide_is_named_all_the_same(name: str, bad: float) -> None:
+    """An infinite image clipped to [-1, 1] looks like any other, and leads on to finite samples."""
+
+    @dataclass(frozen=True)
+    class Breaks(Truth):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            prediction = super().__call__(x_t, t, cond)
+            return Prediction(prediction.x0 + bad, prediction.eps - bad) if t < 0.55 else prediction
+
+    times, x = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, CLEAN]), torch.ones(2, 1, 1, 3)
+    with pytest.raises(UserError, match=r"step [34] of 5 gave NaN or infinite values"):
+        part("sampler", name).sample(ClipX0(Breaks(LinearBetas())), x, generator=generator("cpu", 0), times=times)
 
 
 # Those without an order
