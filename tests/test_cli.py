@@ -281,7 +281,6 @@ def test_a_run_is_not_overwritten(trained: Path, cli: Cli, capsys: Any) -> None:
     assert (trained / "run" / "record.json").read_bytes() == before
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_installed_command_is_this_program() -> None:
     from importlib.metadata import entry_points
 
@@ -472,6 +471,7 @@ def test_bad_images_from_elsewhere(make: Any, named: str, cli: Cli, tmp_path: Pa
     assert not (tmp_path / "run" / "record.json").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gencompare.errors import UserError
     from gencompare.files import write_text
