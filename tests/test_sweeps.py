@@ -167,6 +167,17 @@ def test_training_that_differs_in_sampling_is_done_once(
     assert "[1_digits_ddpm] measured before, in 0_digits_ddpm" in capsys.readouterr().out
 
 
+def test_settings_swept_at_evaluation_join_the_record_of_the_run(cli: Cli, tmp_path: Path) -> None:
+    words = ["model=ddpm", "model/sampler=ddim", "model.network.channels=8", "model.network.groups=8", *WORDS[3:]]
+    assert cli(*words, "budget.steps=2", "evaluation.n=66", "model.sampler.steps=4", "hydra.run.dir=run") == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    trained = last.stat().st_mtime_ns
+    assert cli("-m", "task=evaluate", "run=run", "model.sampler.steps=2,3,5") == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert [r["generation"]["nfe"] for r in record["results"]] == [{"network": n} for n in (4, 2, 3, 5)]
+    assert last.stat().st_mtime_ns == trained and len(list(tmp_path.rglob("last.ckpt"))) == 1
+
+
 def fails(cfg: Any) -> None:
     raise UserError("broken")
 
