@@ -90,6 +90,17 @@ def composed(words: str) -> Diffusion:
     return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=SPEC, network=network)
 
 
+@pytest.mark.filterwarnings("ignore:.*trains no schedule")
+@pytest.mark.parametrize("says", ["eps", "v", "x0"])
+@pytest.mark.parametrize("name", options("model/schedule"))
+def test_schedules_and_what_the_network_says_can_be_crossed(name: str, says: str) -> None:
+    """As the sweep of docs/diffusion.md does; a learned schedule stays as it starts under the simple loss."""
+    model = composed(f"model=ddpm model/schedule={name} model/parameterization={says} model.sampler.steps=5")
+    loss = model.losses(torch.rand(4, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 4))["loss"]
+    assert loss.isfinite().all()
+    assert model.sample(4, generator=generator("cpu", 0)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("words", "named", "way_out"),
     [
