@@ -20,6 +20,14 @@ N, PIXELS = 1500, 16
 STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
 CHANGES = {"annealed_langevin": {"steps_per_level": 25}, "predictor_corrector": {"corrector_steps": 3}}
 SCHEDULES = [VP, VE, Rectified]
+BIAS = {"ancestral": 0.02, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
+    "annealed_langevin": 0.1, "predictor_corrector": 0.06
+}  # fmt: skip
+"""How far the width may be off besides the Monte Carlo error, relatively; the others are held to that alone.
+
+The first four are of first order, in 250 steps of a log-SNR of about 0.1: each errs by some share of that. (Euler goes
+by time, and its 0.1 is under VE.) Langevin steps leave more noise than belongs to their level: a variance larger by
+1 / (1 - k / 2), and what is left of the level before."""
 
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -43,8 +51,9 @@ def test_weights_means_and_widths_of_a_mixture_come_out(name: str, make: type[No
     out = sampler.sample(Mixture(schedule), x, generator=generator("cpu", 1), times=times)
     share, low, high, std = share_mean_std(out)
     assert abs(share - 0.2) < 4 * (0.2 * 0.8 / N) ** 0.5
-    assert low == pytest.approx(-0.5, abs=0.02) and high == pytest.approx(0.5, abs=0.02)
-    assert std == pytest.approx(0.2, rel=0.12)
+    for mean, true, weight in ((low, -0.5, 0.2), (high, 0.5, 0.8)):
+        assert abs(mean - true) < 4 * 0.2 / (PIXELS * N * weight) ** 0.5
+    assert std == pytest.approx(0.2, rel=BIAS.get(name, 0.0) + 4 / (2 * PIXELS * N) ** 0.5)
 
 
 def test_a_bug_in_the_weights_is_seen() -> None:
