@@ -523,7 +523,9 @@ def test_a_resumed_run_equals_an_unbroken_one_also_in_what_it_goes_back_to(tmp_p
 
 
 def test_a_divergence_that_cannot_be_mended_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"diverged.*3 times in a row.*last good checkpoint kept.*model\.optimizer\.lr"):
+    with pytest.raises(
+        UserError, match=r"diverged.*3 times in a row.*last good checkpoint is kept.*model\.optimizer\.lr"
+    ):
         run(tmp_path, steps=40, lr_schedule=Jump(9), max_rollbacks=2)
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert stored["callbacks"]["Clock"]["step"] == 11, (
@@ -531,6 +533,14 @@ def test_a_divergence_that_cannot_be_mended_ends_the_run_and_keeps_the_last_good
     )
     weights = [value for name, value in stored["state_dict"].items() if name.startswith("network")]
     assert all(torch.isfinite(w).all() and w.abs().max() < 10 for w in weights)
+
+
+def test_a_divergence_before_the_first_checkpoint_says_that_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"diverged.*1 times in a row.*no checkpoint had been saved yet.*model\.optimizer"
+    ):
+        run(tmp_path, steps=40, lr_schedule=Jump(0), max_rollbacks=0)
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 # Several processes

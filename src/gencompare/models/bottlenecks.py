@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.models.processes import summed
 from gencompare.seeds import Draws
 
@@ -168,10 +168,10 @@ class VQBottleneck(Bottleneck):
         # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
         revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
         if self.alone >= revived + self.PATIENCE:
-            raise UserError(
+            raise TrainingStopped(
                 f"The codebook has collapsed: for {int(self.alone)} steps all images fell on one of {self.codes}"
-                " codes, in spite of revival. Training was stopped, and the last good checkpoint kept. Try a lower"
-                " learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment."
+                " codes, in spite of revival",
+                "Try a lower learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment.",
             )
 
     def _start(self, vectors: Tensor, draws: Draws) -> None:

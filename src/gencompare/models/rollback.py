@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 
 
 class LastGood:
@@ -48,7 +48,7 @@ class LastGood:
             self._keep(model)
 
     def go_back(self, model: pl.LightningModule, why: str) -> None:
-        """Undo everything since the copy. Raises `UserError`, with the copy in place, where that does not help."""
+        """Undo everything since the copy. Raises `TrainingStopped`, with the copy in place, where that is no help."""
         assert self.kept is not None, "begin() comes before a step"
         model.load_state_dict(self.kept["model"])
         optimizer = _optimizer(model)
@@ -60,10 +60,10 @@ class LastGood:
         self.in_a_row += 1
         self.total += 1
         if self.in_a_row > self.most:
-            raise UserError(
-                f"{why}, {self.in_a_row} times in a row from the same state: training was stopped, and the last good"
-                " checkpoint kept. Try a lower model.optimizer.lr, a higher model.energy_l2, model.spectral_norm=true,"
-                " or a lower model.langevin.step."
+            raise TrainingStopped(
+                f"{why}, {self.in_a_row} times in a row from the same state",
+                "Try a lower model.optimizer.lr, a higher model.energy_l2, model.spectral_norm=true, or a lower"
+                " model.langevin.step.",
             )
 
     def state_dict(self) -> dict[str, Any]:

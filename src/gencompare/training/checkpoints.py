@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import atomic
 from gencompare.training.clock import clock_of
 from gencompare.training.curve import not_finite
@@ -62,6 +62,10 @@ class Checkpoints(Callback):
             self._save(trainer, pl_module, self.last)
             self._saved = time.monotonic()
             clock_of(trainer).pause()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, TrainingStopped):
+            exception.kept = self.last.exists()
 
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.training.clock import clock_of
 
 
@@ -68,11 +68,10 @@ class Curve(Callback):
         log_figures(trainer, figures)
 
 
-def not_finite(name: str, step: int) -> UserError:
+def not_finite(name: str, step: int) -> TrainingStopped:
     """The error that ends a run whose figures or weights can no longer be right."""
-    return UserError(
-        f"{name} is not finite at step {step}: training was stopped, and the last good checkpoint kept."
-        " Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
+    return TrainingStopped(
+        f"{name} is not finite at step {step}", "Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
     )
 
 
