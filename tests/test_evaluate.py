@@ -25,7 +25,7 @@ from gencompare.evaluation.controls import controls
 from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.evaluation.preview import preview_figures
 from gencompare.evaluation.raw import RawValues
-from gencompare.evaluation.sampling import draw, labels_like
+from gencompare.evaluation.sampling import counted, draw, labels_like
 from gencompare.models.gaussian import Gaussian
 from gencompare.protocol import Generation
 from gencompare.records import Result
@@ -111,6 +111,25 @@ def test_network_rows_are_counted_and_modes_put_back() -> None:
     assert samples.nfe == {"net": 3.0} and samples.seconds > 0 and samples.peak_memory_bytes > 0
     assert model.training and model.net.training and not model.frozen.training
     assert not model.net._forward_hooks
+
+
+class Rows(nn.Module):
+    def forward(self, n: int) -> Tensor:
+        return torch.zeros(n, 1, 2, 2)
+
+
+class Parts(nn.Module):
+    def forward(self, parts: list[Tensor]) -> list[Tensor]:
+        return parts
+
+
+def test_a_network_is_counted_by_what_it_gives_where_it_takes_no_rows_and_named_where_it_gives_none() -> None:
+    networks = {"rows": Rows(), "parts": Parts()}
+    with counted(networks) as rows:
+        networks["rows"](5)
+    assert rows == {"rows": 5}
+    with counted(networks), pytest.raises(UserError, match=r"'parts' cannot be counted.*counted_networks\(\)"):
+        networks["parts"]([torch.zeros(2, 1)])
 
 
 def test_flops_of_a_sample_are_those_of_its_network_calls() -> None:

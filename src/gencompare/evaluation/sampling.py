@@ -202,8 +202,14 @@ def counted(networks: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
 
     def hook(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim)
-            rows[name] += len(first)
+            # A network that is given no rows (a number of images, say) may well give some.
+            passed = [v for v in (*args, *kwargs.values(), output) if isinstance(v, Tensor) and v.ndim]
+            if not passed:
+                raise UserError(
+                    f"Calls of the network '{name}' cannot be counted, since it neither takes nor gives a tensor of"
+                    " rows: leave it out of counted_networks()."
+                )
+            rows[name] += len(passed[0])
 
         return count
 
