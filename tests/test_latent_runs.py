@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from composing import compose
+from gencompare.data.digits import Digits
+from gencompare.pictures import save_png, to_image
 from gencompare.tasks.build import build_data
 from gencompare.tasks.first_stage import GROUP, stage_folder, stage_of
 from gencompare.tasks.load import load_run
@@ -199,3 +202,41 @@ def test_an_autoencoder_of_other_data_is_refused(
     words = [f"model.latent.run={stage}", "data=mnist", f"paths.data={data_root}"]
     assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
     assert "was trained on data 'digits' of 1x8x8, not on 'mnist' of 1x32x32" in capsys.readouterr().err
+
+
+def write_digits(folder: Path, *, mirrored: bool) -> None:
+    """Some 300 digits as PNG files, enlarged to the 16 pixels a side at which a structural similarity has a meaning."""
+    images = next(Digits().batches("train", 300))[0]
+    for k, image in enumerate(images.flip(3) if mirrored else images):
+        levels = ((image.numpy() + 1) * 127.5).round().astype(np.uint8)
+        save_png(to_image(levels.repeat(2, axis=1).repeat(2, axis=2)), folder / f"{k:03d}.png")
+
+
+def test_an_autoencoder_goes_with_its_own_images_wherever_they_lie_and_what_it_loses_of_them_is_measured(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_digits(Path("here/scans"), mirrored=False)
+    write_digits(Path("others/scans"), mirrored=True)
+    words = [*QUICK[1:-1], "evaluation.protocol.likelihood_n=90", "data=image_folder", "data.test_fraction=0.3"]
+    first = ["model=autoencoder", "model/perceptual=null", "model.encoder.channels=8", "hydra.run.dir=first"]
+    assert cli(*first, *words, "data.root=here/scans") == 0
+    Path("here").rename("there")
+    second = ["model=ldm", *SMALL, *words, "evaluation.checkpoints=[last]", "model.latent.run=first"]
+    assert cli(*second, "data.root=there/scans", "hydra.run.dir=moved") == 0
+
+    metrics = record(Path("moved"))["results"][0]["metrics"]
+    run = load_run("moved")
+    x, cond = next(run.data.batches("test"))
+    again = run.model.autoencoder().reconstruct(x, cond, generator=torch.Generator())  # type: ignore[union-attr]
+    levels, rebuilt = ((images.clamp(-1, 1) * 127.5 + 127.5).round() for images in (x, again))
+    psnr = 10 * torch.log10(255**2 / (levels - rebuilt).square().mean())
+    assert len(x) == 90 and metrics["psnr"]["value"] == pytest.approx(float(psnr), abs=0.02)
+    assert metrics["rfd_fashion_mnist"]["value"] > 0 and 0 < metrics["ssim"]["value"] < 1
+    assert all(metrics[name]["note"].startswith("reconstruction") for name in ("psnr", "ssim", "rfd_fashion_mnist"))
+
+    capsys.readouterr()
+    assert cli(*second, "data.root=others/scans", "hydra.run.dir=refused") == 1
+    said = capsys.readouterr().err
+    assert "trained on data 'image_folder_scans' of 1x16x16, not on these images of the same name" in said
+    assert not Path("refused/record.json").exists()

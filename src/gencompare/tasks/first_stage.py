@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from gencompare.contract import TrainedModel
 from gencompare.data.base import ImageData
+from gencompare.data.conditions import Conditioned
 from gencompare.errors import UserError
 from gencompare.locks import locked
 from gencompare.models.latents import Latents
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord
 from gencompare.tasks import frozen
-from gencompare.tasks.build import chosen_device
-from gencompare.tasks.load import load_run
+from gencompare.tasks.build import build_model, chosen_device
+from gencompare.tasks.load import load_weights
 from gencompare.tasks.processes import alone_again
 
 GROUP = "model@model.latent.autoencoder"
@@ -140,20 +141,32 @@ def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
     if not isinstance(space, Latents):
         return
     folder = Path(cfg.autoencoder_run)
-    found: Any = load_run(folder)
-    own, theirs = data.spec, found.data.spec
-    if (own.name, own.shape, own.padding) != (theirs.name, theirs.shape, theirs.padding):
-        raise UserError(
-            f"The autoencoder in {folder} was trained on data '{theirs.name}' of {sides(theirs.shape)}, not on"
-            f" '{own.name}' of {sides(own.shape)}: give model.latent.run=DIR of the same data, or leave it out to train"
-            " one."
-        )
-    space.to(chosen_device(cfg)).take(found.model.coder, training_images(data))
+    record = RunRecord.load(folder)
+    images = data.data if isinstance(data, Conditioned) else data
+    refuse_other_data(folder, record, images)
+    # Built for the images at hand, which are its own: those need not lie any more where they lay when it was trained.
+    first: Any = build_model(frozen.load(folder), images)
+    load_weights(first, folder, checkpoint="last", weights="ema")
+    space.to(chosen_device(cfg)).take(first.eval().coder, training_images(data))
     space.to("cpu")  # where the trainer expects a model
-    space.trained_against = RunRecord.load(folder).training.get("trained_against", [])
+    space.trained_against = record.training.get("trained_against", [])
 
 
-def sides(shape: tuple[int, ...]) -> str:
+def refuse_other_data(folder: Path, record: RunRecord, data: ImageData) -> None:
+    """Raises `UserError` unless the run was trained on these very images, whatever they are called and lie in."""
+    own, theirs = data.spec, record.data
+    if (theirs["hash"], tuple(theirs["shape"])) == (data.hash("train"), own.shape):
+        return
+    known = f"'{theirs['name']}' of {sides(theirs['shape'])}"
+    at_hand = f"'{own.name}' of {sides(own.shape)}"
+    raise UserError(
+        f"The autoencoder in {folder} was trained on data {known}, not on"
+        f" {at_hand if at_hand != known else 'these images of the same name and size'}: give model.latent.run=DIR of"
+        " the same data, or leave it out to train one."
+    )
+
+
+def sides(shape: Sequence[int]) -> str:
     return "x".join(str(side) for side in shape)
 
 
