@@ -336,19 +336,3 @@ def test_what_is_counted_and_said() -> None:
     assert len(calls) == 8
     assert model.sampling_description() == "DDIM, 8 steps, eta 0, x0 clipped"
     assert diffusion(clip_x0=False).sampling_description() == "DDIM, 8 steps, eta 0"
-
-
-# Presets
-
-
-def test_the_cifar10_preset_is_the_papers() -> None:
-    """Ho et al. (2020), appendix B: 35.7 M parameters, T = 1000, linear betas, Adam 2e-4, batch 128, EMA 0.9999."""
-    cfg = compose("data=toy2d", "experiment=cifar10_ddpm")
-    assert (cfg.trainer.global_batch_size, cfg.callbacks.ema.decay) == (128, 0.9999)
-    assert cfg.budget.images == 800_000 * 128
-    assert (cfg.model.grad_clip, cfg.model.lr_schedule.warmup_steps) == (1.0, 5000)
-    with torch.device("meta"):
-        model = instantiate(cfg.model.network, _convert_="all")(shape=(3, 32, 32), out_channels=3, num_classes=0)
-    assert math.isclose(sum(p.numel() for p in model.parameters()), 35.7e6, rel_tol=2e-3)
-    sampler = instantiate(cfg.model.sampler)
-    assert (type(sampler).__name__, sampler.steps, sampler.variance) == ("Ancestral", 1000, 1.0)

@@ -14,7 +14,6 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from composing import compose
 from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
@@ -25,7 +24,6 @@ from gencompare.models.langevin import Langevin, input_gradient, last
 from gencompare.models.replay import ReplayBuffer
 from gencompare.networks.energy import EnergyMLP, EnergyResNet
 from gencompare.seeds import Draws
-from gencompare.tasks.build import build_data, build_model
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from gencompare.training.clock import Clock
@@ -360,24 +358,6 @@ def test_spectral_norm_brings_every_weight_of_the_trunk_to_norm_one() -> None:
         assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
     model.train()
     train(model, torch.rand(8, 1, 8, 8), 2)  # walks with the weights worked out once, and steps them afterwards
-
-
-def test_the_network_for_cifar10_has_the_published_weights() -> None:
-    """ResNet32Large of github.com/openai/ebm_code_release (models.py): a convolution of 3 to 128 maps; blocks of two
-    convolutions, three each of 128, 256 and 512 maps, with a 3x3 shortcut where the number changes; one linear layer.
-    Biases are ours: one a convolution but for shortcuts, and one of the linear layer."""
-    cfg = compose("experiment=cifar10_ebm")
-    with torch.device("meta"):
-        model = build_model(cfg, build_data(cfg))
-    block = {c: 2 * 9 * c * c for c in (128, 256, 512)}
-    widening = {c: 9 * (c // 2) * c + 9 * c * c + 9 * (c // 2) * c for c in (256, 512)}
-    weights = 9 * 3 * 128 + 3 * block[128] + widening[256] + 2 * block[256] + widening[512] + 2 * block[512] + 512
-    assert weights == 18_583_424
-    biases = 128 + 2 * 3 * (128 + 256 + 512) + 1
-    assert sum(p.numel() for p in model.parameters()) == weights + biases
-    assert isinstance(model, EBM)
-    assert (cfg.model.langevin.step, cfg.model.langevin.noise, cfg.model.langevin.clip) == (40.0, 0.01, 0.005)
-    assert (cfg.model.steps, cfg.model.buffer_size, cfg.model.restarts) == (60, 10_000, 0.05)
 
 
 def test_each_stage_halves_the_sides_as_long_as_they_are_at_least_four() -> None:

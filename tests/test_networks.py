@@ -122,7 +122,7 @@ def test_the_saved_state_is_the_whole_network(option: str) -> None:
     assert torch.equal(again(x, t, {}), net(x, t, {}))
 
 
-# Published sizes, counted without the memory for them
+# Published sizes, counted without the memory for them. Those of experiment=cifar10_*: test_published_settings.py
 
 
 @pytest.mark.parametrize(
@@ -130,41 +130,18 @@ def test_the_saved_state_is_the_whole_network(option: str) -> None:
     [
         # Song et al. (2021) print no sizes. These are of their code (yang-song/score_sde_pytorch, configs/vp and ve,
         # cifar10_{ddpmpp,ncsnpp}[_deep]_continuous), counted in NVlabs/edm's SongUNet, which is made to be equal to it.
-        ("unet_ddpmpp_cifar10", {}, 61.8, 61_804_419),
         ("unet_ddpmpp_cifar10", {"blocks": 8}, 106.6, 106_632_579),
-        ("unet_ncsnpp_cifar10", {}, 62.8, 62_758_787),
         ("unet_ncsnpp_cifar10", {"blocks": 8}, 107.6, 107_586_947),
-        # Karras et al. (2022), the networks of their CIFAR-10 runs: NVlabs/edm's SongUNet(channel_mult=[2, 2, 2]),
-        # without labels, and with the 9 x 128 of their augmentation where it is named.
-        ("unet_edm_cifar10", {"augment_dim": 9}, 55.7, 55_733_891),
+        # Karras et al. (2022), networks for CIFAR-10: NVlabs/edm's SongUNet(channel_mult=[2, 2, 2]), without labels and
+        # augmentation.
         ("unet_edm_cifar10", {}, 55.7, 55_732_739),
         ("unet_ncsnpp_cifar10", {"multipliers": [2, 2, 2], "dropout": 0.13}, 56.4, 56_395_523),
-        # Tong et al. (2024): torchcfm's UNetModelWrapper as examples/images/cifar10/train_cifar10.py makes it.
-        ("unet_cfm_cifar10", {}, 35.7, 35_746_307),
     ],
 )
-def test_unets_for_cifar10_have_the_published_number_of_parameters(
+def test_other_unets_for_cifar10_have_the_published_number_of_parameters(
     option: str, changes: dict[str, Any], millions: float, exactly: int
 ) -> None:
     count = parameters(option, (3, 32, 32), 3, **changes)
-    assert round(count / 1e6, 1) == millions
-    assert count == exactly
-
-
-@pytest.mark.parametrize(
-    ("option", "millions", "exactly"),
-    [
-        # Song and Ermon print no sizes. Counted in the code published with their papers: ermongroup/ncsn's
-        # CondRefineNetDilated as configs/anneal.yml makes it for CIFAR-10, and ermongroup/ncsnv2's NCSNv2 by
-        # configs/cifar10.yml.
-        ("refinenet_ncsn_cifar10", 30.1, 30_117_635),
-        ("refinenet_ncsnv2_cifar10", 29.7, 29_694_083),
-    ],
-)
-def test_refinenets_for_cifar10_have_the_published_number_of_parameters(
-    option: str, millions: float, exactly: int
-) -> None:
-    count = parameters(option, (3, 32, 32), 3)
     assert round(count / 1e6, 1) == millions
     assert count == exactly
 
@@ -174,24 +151,6 @@ def test_adm_has_the_published_number_of_parameters() -> None:
     count = parameters("unet_adm_imagenet64", (3, 64, 64), 3, 1000)
     assert round(count / 1e6) == 296
     assert count == 295_899_267 + 4 * 192  # NVlabs/edm's DhariwalUNet, and our row for "no label"
-
-
-def test_vdm_has_the_parameters_of_its_code() -> None:
-    # Kingma et al. (2021) print no number that we know of. Counted by hand from google-research/vdm, model_vdm.py and
-    # configs/cifar10.py, but for the bias of each block's projection of the noise level, which is ours alone, and the
-    # one column of zeros that theirs gives beside the noise level.
-    def conv(i: int, o: int, k: int = 3) -> int:
-        return i * o * k * k + o
-
-    def block(i: int) -> int:
-        return 2 * i + conv(i, 128) + conv(512, 128, 1) + 2 * 128 + conv(128, 128) + (conv(i, 128, 1) if i > 128 else 0)
-
-    pixel = 3 * (1 + 2 * 2)
-    ends = conv(pixel, 128) + conv(128, 512, 1) + conv(512, 512, 1) + 2 * 128 + conv(128, 3)
-    middle = 2 * block(128) + 2 * 128 + 4 * conv(128, 128, 1)
-    count = parameters("unet_vdm_cifar10", (3, 32, 32), 3)
-    assert count == ends + 32 * block(128) + middle + 33 * block(256)
-    assert round(count / 1e6, 1) == 30.6
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from composing import compose
 from gencompare.contract import DataSpec
 from gencompare.diffusion.noise_conditioning import LevelIndex, LogSNR
 from gencompare.diffusion.parameterization import Score
@@ -218,19 +217,3 @@ def test_losses_and_samples(levels: int, schedule: str, noise: Any, conditional:
     # The network starts at nought, so the error in the noise is the noise: 1 a pixel.
     assert loss.shape == (4,) and float(loss.detach().mean()) == pytest.approx(1, abs=0.4)
     assert diffusion.sample(4, cond, generator=generator("cpu", 0)).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("name", "levels", "sigmas", "calls", "rate", "decay"),
-    [("cifar10_ncsn", 10, (1.0, 0.01), 1000, 1e-3, 0.0), ("cifar10_ncsnv2", 232, (50.0, 0.01), 1161, 1e-4, 0.999)],
-)
-def test_the_presets_are_the_papers(
-    name: str, levels: int, sigmas: tuple[float, float], calls: int, rate: float, decay: float
-) -> None:
-    """Song and Ermon (2019), section 5, and the configuration published with (2020). Sigmas are for data in [0, 1]."""
-    cfg = compose("data=toy2d", f"experiment={name}")
-    schedule, sampler = cfg.model.schedule, cfg.model.sampler
-    assert (schedule.levels, schedule.sigma_max / 2, schedule.sigma_min / 2) == (levels, *sigmas)
-    assert sampler.steps == levels and levels * sampler.steps_per_level + sampler.denoise == calls
-    assert (cfg.model.optimizer.lr, cfg.callbacks.ema.decay, cfg.trainer.global_batch_size) == (rate, decay, 128)
-    assert cfg.model.network.channels == 128 and cfg.model.network.levels == (levels if levels == 10 else 1)

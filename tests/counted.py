@@ -1,0 +1,135 @@
+"""Parameters of published networks for CIFAR-10, counted by hand: from a paper's tables or the structure of its code.
+
+Nothing here comes from the package, whose networks are held against these counts.
+"""
+
+from __future__ import annotations
+
+
+def conv(i: int, o: int, k: int = 3, *, bias: bool = True) -> int:
+    return i * o * k * k + (o if bias else 0)
+
+
+def linear(i: int, o: int, *, bias: bool = True) -> int:
+    return i * o + (o if bias else 0)
+
+
+def unet(*, blocks: int, attention: tuple[int, ...], told: int, out: int) -> int:
+    """Ho et al. (2020), appendix B, with 128 channels times 1, 2, 2, 2, and Nichol and Dhariwal's (2021) variant of it
+    (openai/improved-diffusion, unet.py).
+
+    ``attention``: sides that have it beside the middle. ``told``: numbers a channel that a block is told of the step: 1
+    is added, 2 scale and shift. ``out``: maps at the end.
+    """
+
+    def residual(i: int, o: int) -> int:
+        return 2 * i + conv(i, o) + linear(512, told * o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
+
+    def attend(c: int) -> int:
+        return 2 * c + 4 * linear(c, c)
+
+    def block(i: int, o: int, side: int) -> int:
+        return residual(i, o) + (attend(o) if side in attention else 0)
+
+    levels = ((32, 128), (16, 256), (8, 256), (4, 256))
+    count = linear(128, 512) + linear(512, 512) + conv(3, 128)
+    kept = [128]  # the width of each output that the decoder sees again, last first
+    for side, width in levels:
+        for _ in range(blocks):
+            count += block(kept[-1], width, side)
+            kept.append(width)
+        if side > 4:
+            count += conv(width, width)
+            kept.append(width)
+    count += 2 * residual(256, 256) + attend(256)
+    below = 256
+    for side, width in reversed(levels):
+        for _ in range(blocks + 1):
+            count += block(below + kept.pop(), width, side)
+            below = width
+        if side < 32:
+            count += conv(width, width)
+    return count + 2 * 128 + conv(128, out)
+
+
+def vdm(*, step_bias: bool = False, told: int = 129) -> int:
+    """Kingma et al. (2021): google-research/vdm, model_vdm.py and configs/cifar10.py. 32 blocks down, 33 up, one side.
+
+    ``step_bias``: whether a block's map of the noise level has a bias. ``told``: numbers by which the noise level is
+    told; in their code 128, and a column of zeros.
+    """
+    step = linear(512, 128, bias=step_bias)
+
+    def block(i: int) -> int:
+        return 2 * i + conv(i, 128) + step + 2 * 128 + conv(128, 128) + (conv(i, 128, 1) if i > 128 else 0)
+
+    pixel = 3 * (1 + 2 * 2)  # itself, and sine and cosine of two frequencies
+    ends = conv(pixel, 128) + linear(told, 512) + linear(512, 512) + 2 * 128 + conv(128, 3)
+    middle = 2 * block(128) + 2 * 128 + 4 * linear(128, 128)
+    return ends + 32 * block(128) + middle + 33 * block(256)
+
+
+def vdvae() -> int:
+    """Child (2021), by the authors' configuration (openai/vdvae, hps.py): width 384, a quarter of it inside a block, z
+    16; encoder "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3", decoder "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"; 1x1
+    convolutions where the side is 1."""
+    width, inner, z, maps = 384, 96, 16, 100
+    up, down = 11 + 1 + 6 + 1 + 6 + 1 + 3 + 1, 1 + 2 + 1 + 5 + 1 + 10 + 1 + 21
+
+    def block(i: int, o: int, k: int) -> int:
+        return conv(i, inner, 1) + 2 * conv(inner, inner, k) + conv(inner, o, 1)
+
+    def layer(k: int) -> int:
+        posterior, prior = block(2 * width, 2 * z, k), block(width, 2 * z + width, k)
+        return posterior + prior + conv(z, width, 1) + block(width, width, k)
+
+    encoder = conv(3, width) + up * block(width, width, 3) + 3 * block(width, width, 1)
+    starts = width * (32**2 + 16**2 + 8**2 + 4**2 + 1)
+    return encoder + down * layer(3) + layer(1) + starts + 2 * width + conv(width, maps, 1)
+
+
+def igebm(*, bias: bool = False) -> int:
+    """ResNet32Large of Du and Mordatch (2019): openai/ebm_code_release, models.py.
+
+    A convolution of 3 to 128 maps; blocks of two convolutions, three each of 128, 256 and 512 maps, with a 3x3 shortcut
+    where the number changes; one linear layer. ``bias``: whether these have one, but for shortcuts.
+    """
+    stages = (128, 128), (128, 256), (256, 512)
+    count = conv(3, 128, bias=bias) + linear(512, 1, bias=bias)
+    for i, o in stages:
+        count += conv(i, o, bias=bias) + 5 * conv(o, o, bias=bias)
+        count += conv(i, o, bias=False) if i != o else 0
+    return count
+
+
+def dcgan() -> dict[str, int]:
+    """Miyato et al. (2018), table 3 with M_g = 4. It gives no count; each batch norm has two numbers a channel."""
+    ups = sum(conv(i, o, 4) + 2 * o for i, o in ((512, 256), (256, 128), (128, 64)))
+    down = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
+    return {
+        "generator": linear(128, 512 * 16) + ups + conv(64, 3),
+        "discriminator": sum(conv(*layer) for layer in down) + linear(512 * 16, 1),
+    }
+
+
+def sngan(*, last_bias: bool = False) -> dict[str, int]:
+    """Miyato et al. (2018), table 4 and figure 8. It gives no count; shortcuts of blocks that change the side have a
+    convolution 1x1, and the last layer of the discriminator no bias, as in the code published with it
+    (pfnet-research/sngan_projection, gen_models and dis_models)."""
+    up = 2 * conv(256, 256) + conv(256, 256, 1) + 2 * 2 * 256
+    first, down = conv(3, 128) + conv(128, 128) + conv(3, 128, 1), 2 * conv(128, 128) + conv(128, 128, 1)
+    return {
+        "generator": linear(128, 256 * 16) + 3 * up + 2 * 256 + conv(256, 3),
+        "discriminator": first + down + 2 * 2 * conv(128, 128) + linear(128, 1, bias=last_bias),
+    }
+
+
+def r3gan() -> dict[str, int]:
+    """The code published with Huang et al. (2024), preset CIFAR10 with 10 classes: 4 stages of 768 channels, 2 blocks
+    each, expansion 2, 96 groups, latents of 64, label vectors of 64 and 768."""
+    wide = 2 * 768
+    block = conv(768, wide, 1) + wide * (wide // 96) * 9 + wide + conv(wide, 768, 1, bias=False)
+    return {
+        "generator": 8 * block + 768 * 16 + (64 + 64) * 768 + 10 * 64 + 768 * 3,
+        "discriminator": 8 * block + 3 * 768 + 768 * 16 + 768 * 768 + 10 * 768,
+    }
