@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 from gencompare.files import write_text
@@ -15,14 +16,15 @@ HEAD = """# Records of real runs
 Each folder holds `record.json` (config, environment, cost, figures with their protocol) and `curve.csv` of one run,
 kept by `python docs/results/keep.py`. This page is written from them by `python docs/results/table.py`. The runs are
 short, on one or two processor cores: they show that training works and that the distance falls, not what a family can
-do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples, at the
-first and the last look (fewer where the command says so); the figure at the end is to the training images from n
-samples, and rises as n falls. The command is the one that was
-given, at the commit that the record names: presets and defaults may have changed since.
+do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples (fewer
+where the command says so), at the last look in the first half of the budget and at its end; the figure at the end is to
+the training images from n samples, and rises as n falls. *x Gaussian* is that figure over the baseline's, `model=gaussian`
+at the same n: a family above 1, or no nearer at its end than at half of its budget, has **not learned** in that budget.
+The command is the one that was given, at the commit that the record names: presets and defaults may have changed since.
 """
 COLUMNS = """
-| run | images seen | minutes | distance while training | n | distance at the end | x floor | samples | command |
-|---|---|---|---|---|---|---|---|---|
+| run | images seen | minutes | distance at half, at the end | n | distance | x floor | x Gaussian | samples | command |
+|---|---|---|---|---|---|---|---|---|---|
 """
 NOTES = {
     "digits": """
@@ -50,21 +52,61 @@ blurs.
 }
 
 
-def rows(folder: Path, record: RunRecord) -> str:
-    """A row for each way in which the run was measured."""
-    return "".join(row(folder, record, i) for i in range(len(record.results)))
+@dataclass(frozen=True)
+class Kept:
+    """A record, with the distances that were measured while its model trained."""
+
+    record: RunRecord
+    looks: list[tuple[int, float]]
+    """(images seen, distance to validation images), in order."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Kept:
+        with open(folder / "curve.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        names = [name for name in rows[0] if name.startswith("val/fd_")]
+        looks = [(int(row["images"]), float(row[name])) for row in rows for name in names if row[name]]
+        return cls(RunRecord.load(folder), looks)
+
+    @property
+    def halves(self) -> tuple[float, float] | None:
+        """The distance at the last look in the first half of the budget, and at its end; None without two looks."""
+        end, last = self.looks[-1] if self.looks else (0, 0.0)
+        # A half may end within a batch.
+        early = [distance for images, distance in self.looks if images <= 0.51 * end]
+        return (early[-1], last) if early else None
+
+    def over_gaussian(self, i: int, baselines: list[RunRecord]) -> float | None:
+        """The distance of measurement ``i`` over a baseline's that was measured alike; None where there is none."""
+        result = self.record.results[i]
+        for baseline in baselines:
+            for other in baseline.results:
+                if (other.headline, other.measurement) == (result.headline, result.measurement):
+                    return result.metrics[result.headline].value / other.metrics[other.headline].value
+        return None
+
+    def learned(self, baselines: list[RunRecord]) -> bool | None:
+        """Better than the baseline and than at half of the budget; None where one of the two was not measured."""
+        over = self.over_gaussian(0, baselines)
+        if over is None or self.halves is None:
+            return None
+        return over < 1 and self.halves[1] < self.halves[0]
 
 
-def row(folder: Path, record: RunRecord, i: int) -> str:
-    result = record.results[i]
-    metric = result.metrics[result.headline]
-    looks = distances(folder / "curve.csv")
-    training = record.training
+def baselines(kept: list[Kept]) -> list[RunRecord]:
+    return [each.record for each in kept if each.record.family == "gaussian"]
+
+
+def row(kept: Kept, i: int, baselines: list[RunRecord]) -> str:
+    """A row of the table: the way in which a run was measured that is the ``i``-th."""
+    record, result = kept.record, kept.record.results[i]
+    metric, training = result.metrics[result.headline], record.training
+    over = None if record.family == "gaussian" else kept.over_gaussian(i, baselines)
     picture = picture_of(record.name, i)
     cells = [
         record.name, f"{training['images_seen']:,}", f"{training['seconds'] / 60:.1f}",
-        f"{looks[0]:.2f} to {looks[-1]:.2f}" if len(looks) > 1 else "", f"{result.measurement.n:,}",
-        f"{metric.value:.3g}", f"{metric.over_floor:.3g}",
+        "{:.2f}, {:.2f}".format(*kept.halves) if kept.halves else "", f"{result.measurement.n:,}",
+        f"{metric.value:.3g}", f"{metric.over_floor:.3g}", f"{over:.2f}" if over else "",
         f"[picture](../images/{picture.name})" if picture.is_file() else "",
         again(record, i) if i else f"`{command(record)}`",
     ]  # fmt: skip
@@ -83,25 +125,24 @@ def again(record: RunRecord, i: int) -> str:
     return f"the same run, {other.sampler}{checkpoint}"
 
 
-def distances(curve: Path) -> list[float]:
-    """The distances that were measured while the model trained, in order."""
-    with open(curve, newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name.startswith("val/fd_")]
-    return [float(r[name]) for r in rows for name in names if r[name]]
-
-
 def command(record: RunRecord) -> str:
     return " ".join(["python run.py", *(w for w in record.overrides if not w.startswith(("hydra.", "logger")))])
 
 
+def load() -> list[Kept]:
+    return [Kept.load(path.parent) for path in sorted(RESULTS.glob("*/record.json"))]
+
+
 def page() -> str:
     """The page, a table for each data set."""
-    records = {path.parent: RunRecord.load(path.parent) for path in sorted(RESULTS.glob("*/record.json"))}
+    records = load()
     text = HEAD
-    for data in dict.fromkeys(record.results[0].measurement.data for record in records.values()):
-        kept = {folder: record for folder, record in records.items() if record.results[0].measurement.data == data}
-        text += f"\n## {data}\n{COLUMNS}" + "".join(rows(*item) for item in kept.items()) + NOTES.get(data, "")
+    for data in dict.fromkeys(each.record.results[0].measurement.data for each in records):
+        kept = [each for each in records if each.record.results[0].measurement.data == data]
+        text += f"\n## {data}\n{COLUMNS}"
+        text += "".join(row(each, i, baselines(kept)) for each in kept for i in range(len(each.record.results)))
+        missed = [each.record.name for each in kept if each.learned(baselines(kept)) is False]
+        text += f"\nNot learned: {', '.join(missed) or 'none'}.\n{NOTES.get(data, '')}"
     return text
 
 
