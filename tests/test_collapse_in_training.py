@@ -32,7 +32,7 @@ def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -
         plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"collapsed.*Training was stopped, and the last good checkpoint kept") as told:
+    with pytest.raises(UserError, match=r"collapsed.*Training was stopped; the last good checkpoint is kept") as told:
         trainer.fit(model, datamodule=Digits(batch_size=16, seed=1))
     assert "\n" not in str(told.value)
     saved = torch.load(folder / "last.ckpt", weights_only=True)

@@ -18,9 +18,10 @@ kept by `python docs/results/keep.py`. This page is written from them by `python
 short, on one or two processor cores: they show that training works and that the distance falls, not what a family can
 do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples (fewer
 where the command says so), at the last look in the first half of the budget and at its end; the figure at the end is to
-the training images from n samples, and rises as n falls. *x Gaussian* is that figure over the baseline's, `model=gaussian`
-at the same n: a family above 1, or no nearer at its end than at half of its budget, has **not learned** in that budget.
-The command is the one that was given, at the commit that the record names: presets and defaults may have changed since.
+the training images from n samples, and rises as n falls. *x Gaussian* is that figure over the baseline's
+(`model=gaussian`) at the same n: a family above 1, or no nearer at its end than at half of its budget, has **not
+learned** in that budget. The command is the one that was given, at the commit that the record names: presets and
+defaults may have changed since.
 """
 COLUMNS = """
 | run | images seen | minutes | distance at half, at the end | n | distance | x floor | x Gaussian | samples | command |

@@ -225,10 +225,7 @@ class Diffusion(GenerativeModel):
                 )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        try:
-            self.schedule.check()  # a learned one may have collapsed, and the last good checkpoint stays
-        except UserError as error:
-            raise UserError(f"{error} Training was stopped, and the last good checkpoint kept.") from None
+        self.schedule.check()  # a learned one may have collapsed, and the last good checkpoint stays
 
     def sampling_description(self) -> str:
         learned = {"variance"} if self.parameterization.learns_variance else ()

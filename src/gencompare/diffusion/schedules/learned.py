@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from gencompare.diffusion.schedules.base import VariancePreserving
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 
 
 class Learned(VariancePreserving):
@@ -70,10 +70,10 @@ class Learned(VariancePreserving):
         """As for every schedule; and a log-SNR that spans less than 1 has collapsed."""
         super().check(points)
         if self.gamma_max - self.gamma_min < 1:
-            raise UserError(
+            raise TrainingStopped(
                 f"Schedule Learned has collapsed: its log-SNR runs from {-float(self.gamma_min):.4g} to"
-                f" {-float(self.gamma_max):.4g} only. Train it with a lower learning rate, or with other gamma_min and"
-                " gamma_max to start from."
+                f" {-float(self.gamma_max):.4g} only",
+                "Train it with a lower learning rate, or with other gamma_min and gamma_max to start from.",
             )
 
 
