@@ -46,7 +46,7 @@ def table(path: Path) -> Any:
 
     with path.open(newline="") as file:
         head, *rows = csv.reader(file)
-    return wandb.Table(columns=head, data=[[value(cell) for cell in row] for row in rows], allow_mixed_types=True)
+    return wandb.Table(columns=[*head], data=[[value(cell) for cell in row] for row in rows], allow_mixed_types=True)
 
 
 def value(cell: str) -> str | float | None:
