@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from checkpoints import assert_same_training, checkpoint
 from composing import compose, options
-from gencompare.contract import GenerativeModel, TrainedModel
+from gencompare.contract import GenerativeModel, Reconstructs, TrainedModel
 from gencompare.data.base import ImageData
+from gencompare.models.gaussian import Gaussian
 from gencompare.seeds import Draws, generator
 from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
-from gencompare.tasks.load import load_weights
+from gencompare.tasks.load import load_run, load_weights
 from gencompare.training.clock import Clock, clock_of
+from learning import FourPatterns, UntilLearned, distance, members, shown
 from parts import loaded
 
 
@@ -128,3 +131,42 @@ def test_losses_and_first_weights_depend_on_the_seed_alone(family: str) -> None:
     for name, value in figures[0].items():
         assert value.shape == (len(x),), f"{name} is a figure a sample"
         assert torch.equal(value, figures[1][name]), name
+
+
+BAR = 0.5
+"""Of the patterns' own distance from their mean. Their mean is at 1, and a Gaussian fitted to all of them at 0.64."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_few_images_are_learned_by_heart(
+    family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run like any other, a first stage included. A family that is fitted in closed form has one part a class, and
+    each pattern is a class: it can know them too."""
+    if not isinstance(built(family)[1], GenerativeModel | Reconstructs):
+        return
+
+    def with_end(*parts: Any) -> list[Callback]:
+        callbacks = build_callbacks(*parts)
+        callbacks.insert(-1, UntilLearned(bar=0.8 * BAR, first=150))
+        return callbacks
+
+    monkeypatch.setattr("gencompare.tasks.train.build_callbacks", with_end)
+    assert cli(
+        f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.limit=4",
+        "trainer=cpu", "trainer.global_batch_size=8", "budget.steps=1200", "logger=none", "callbacks.looks.count=0",
+        "callbacks.progress=false", "evaluation.checkpoints=[]", "hydra.run.dir=run",
+    ) == 0  # fmt: skip
+    away, reached = distance(shown(load_run(tmp_path / "run").model, seed=1))
+    assert away < BAR and reached > 1, (away, reached)
+
+
+def test_what_knows_the_mean_or_one_gaussian_or_one_image_or_nothing_is_told_from_what_knows_the_images() -> None:
+    few = next(FourPatterns(limit=4).batches("train"))
+    gaussian = Gaussian(FourPatterns.spec, per_class=False).fit_to([few])
+    assert distance(gaussian.sample(500, generator=generator("cpu", 0)))[0] > 0.6
+    noise = torch.rand(500, *FourPatterns.spec.shape, generator=generator("cpu", 0)) * 2 - 1
+    assert distance(members().mean(0, keepdim=True))[0] == pytest.approx(1)
+    assert distance(noise)[0] > 0.8
+    assert distance(members()[:1].expand(9, -1, -1, -1)) == (0, 1)
+    assert distance(members()) == (0, 4)
