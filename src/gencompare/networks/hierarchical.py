@@ -80,7 +80,8 @@ class LatentLayer(nn.Module):
 
     A residual posterior is parameterised relative to the prior, q = N(mu + dmu, (sigma dsigma)^2) (Vahdat and Kautz
     2020, "NVAE", section 3.2): where the prior moves, the posterior moves with it. Otherwise q has its own mean and
-    variance (Child 2021). The prior starts as N(0, 1), and the posterior near it.
+    variance (Child 2021). The prior starts as N(0, 1), and the posterior near it. Where posteriors are residual,
+    logarithms of standard deviations keep within -5 and 5, smoothly (NVAE's published code).
 
     Weights start as `blocks.he_normal` has them, so that narrow and shallow networks pass signals on too; the authors'
     own start with less (PyTorch's default).
@@ -113,14 +114,19 @@ class LatentLayer(nn.Module):
         """p(z | h), and h with the prior's features added."""
         z = self.latent_shape[0]
         mean, log_std, features = self.prior_block(h).split([z, z, h.shape[1]], dim=1)
-        return DiagonalGaussian(mean.float(), log_std.float()), h + features
+        return DiagonalGaussian(mean.float(), self._bounded(log_std.float())), h + features
 
     def posterior(self, h: Tensor, features: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
         """q(z | h, features of the image)."""
         mean, log_std = self.posterior_block(torch.cat([h, features], dim=1)).float().chunk(2, dim=1)
         if self.residual_posterior:
             mean, log_std = prior.mean + mean, prior.log_std + log_std
-        return DiagonalGaussian(mean, log_std)
+        return DiagonalGaussian(mean, self._bounded(log_std))
+
+    def _bounded(self, log_std: Tensor) -> Tensor:
+        """5 tanh(x / 5) in place of x. The variance of a prior that has learned few images by heart falls and falls, and
+        a divergence from it overflows."""
+        return 5 * torch.tanh(log_std / 5) if self.residual_posterior else log_std
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
         """The state once z is known."""
