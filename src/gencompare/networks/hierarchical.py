@@ -124,8 +124,8 @@ class LatentLayer(nn.Module):
         return DiagonalGaussian(mean, self._bounded(log_std))
 
     def _bounded(self, log_std: Tensor) -> Tensor:
-        """5 tanh(x / 5) in place of x. The variance of a prior that has learned few images by heart falls and falls, and
-        a divergence from it overflows."""
+        """5 tanh(x / 5) in place of x. The variance of a prior that has learned few images by heart falls and falls,
+        and a divergence from it overflows."""
         return 5 * torch.tanh(log_std / 5) if self.residual_posterior else log_std
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
