@@ -147,6 +147,8 @@ def test_the_contract_tests_find_them(outside: dict[str, str]) -> None:
     ]
     # The laws of samplers under the new schedule with the new sampler alone, not with all the others as well.
     chosen = "blob or stripes or mean_gap or (chord and leap) or ((chord or leap) and not test_samplers)"
+    # The blob has one mode, so it cannot know several images by heart, and the law says so.
+    chosen = f"({chosen}) and not by_heart"
     found = run(outside, *words, "-k", chosen, *(str(ROOT / file) for file in files))
     assert found.count("[chord-leap] PASSED") >= 4
     for name in YAML:

@@ -19,10 +19,18 @@ QUIET = 0.3
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """N(mean, exp(log_std)^2), number by number."""
+    """N(mean, exp(log_std)^2), number by number. log_std is what was ``said``, or b tanh(said / b) with a ``bound`` b.
+
+    The variance of a prior that learns few images by heart falls and falls, and a divergence from it would overflow.
+    """
 
     mean: Tensor
-    log_std: Tensor
+    said: Tensor
+    bound: float | None = None
+
+    @property
+    def log_std(self) -> Tensor:
+        return self.said if self.bound is None else self.bound * torch.tanh(self.said / self.bound)
 
     def at(self, u: Tensor) -> Tensor:
         """mean + std u: a draw where u is standard normal, the mean where it is nought."""
@@ -80,8 +88,8 @@ class LatentLayer(nn.Module):
 
     A residual posterior is parameterised relative to the prior, q = N(mu + dmu, (sigma dsigma)^2) (Vahdat and Kautz
     2020, "NVAE", section 3.2): where the prior moves, the posterior moves with it. Otherwise q has its own mean and
-    variance (Child 2021). The prior starts as N(0, 1), and the posterior near it. Where posteriors are residual,
-    logarithms of standard deviations keep within -5 and 5, smoothly (NVAE's published code).
+    variance (Child 2021). The prior starts as N(0, 1), and the posterior near it. NVAE's logarithms of standard
+    deviations are bounded, VDVAE's are not.
 
     Weights start as `blocks.he_normal` has them, so that narrow and shallow networks pass signals on too; the authors'
     own start with less (PyTorch's default).
@@ -103,6 +111,7 @@ class LatentLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.level, self.latent_shape, self.residual_posterior = level, latent_shape, residual_posterior
+        self.bound = 5.0 if residual_posterior else None  # as in NVAE's published code
         z, side = latent_shape[0], min(latent_shape[1:])
         small = branches**-0.5
         self.posterior_block = Bottleneck(2 * channels, hidden, 2 * z, side, scale=QUIET)
@@ -114,19 +123,14 @@ class LatentLayer(nn.Module):
         """p(z | h), and h with the prior's features added."""
         z = self.latent_shape[0]
         mean, log_std, features = self.prior_block(h).split([z, z, h.shape[1]], dim=1)
-        return DiagonalGaussian(mean.float(), self._bounded(log_std.float())), h + features
+        return DiagonalGaussian(mean.float(), log_std.float(), self.bound), h + features
 
     def posterior(self, h: Tensor, features: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
         """q(z | h, features of the image)."""
         mean, log_std = self.posterior_block(torch.cat([h, features], dim=1)).float().chunk(2, dim=1)
         if self.residual_posterior:
-            mean, log_std = prior.mean + mean, prior.log_std + log_std
-        return DiagonalGaussian(mean, self._bounded(log_std))
-
-    def _bounded(self, log_std: Tensor) -> Tensor:
-        """5 tanh(x / 5) in place of x. The variance of a prior that has learned few images by heart falls and falls,
-        and a divergence from it overflows."""
-        return 5 * torch.tanh(log_std / 5) if self.residual_posterior else log_std
+            mean, log_std = prior.mean + mean, prior.said + log_std
+        return DiagonalGaussian(mean, log_std, self.bound)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
         """The state once z is known."""
