@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class DiagonalGaussian:
     said: Tensor
     bound: float | None = None
 
-    @property
+    @cached_property
     def log_std(self) -> Tensor:
         return self.said if self.bound is None else self.bound * torch.tanh(self.said / self.bound)
 
