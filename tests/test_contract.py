@@ -137,13 +137,7 @@ BAR = 0.5
 """Of the patterns' own distance from their mean. Their mean is at 1, and a Gaussian fitted to all of them at 0.64."""
 
 
-STAYS_SHORT = pytest.mark.xfail(
-    raises=AssertionError, reason="1,200 steps leave it with one or two of the four patterns: docs/hvae.md"
-)
-"""Of the bar alone: training that breaks off is a failure."""
-
-
-@pytest.mark.parametrize("family", [pytest.param(f, marks=STAYS_SHORT) if f == "hvae" else f for f in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_few_images_are_learned_by_heart(
     family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

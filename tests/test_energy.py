@@ -22,7 +22,7 @@ from gencompare.evaluation.sampling import draw
 from gencompare.models.energy import EBM
 from gencompare.models.langevin import Langevin, input_gradient, last
 from gencompare.models.replay import ReplayBuffer
-from gencompare.networks.energy import EnergyMLP, EnergyResNet
+from gencompare.networks.energy import Energy, EnergyConvNet, EnergyMLP, EnergyResNet
 from gencompare.seeds import Draws
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
@@ -371,6 +371,19 @@ def test_each_stage_halves_the_sides_as_long_as_they_are_at_least_four() -> None
         assert seen == [(c, s, s) for c, s in zip((4, 6, 8), sides, strict=True)]
 
 
+def test_the_plain_network_has_the_layers_of_the_published_one() -> None:
+    """``VanillaNet`` of github.com/point0bar1/ebm-anatomy: 3x3 to 32 maps, 4x4 with stride 2 to 64, 128 and 256, and
+    4x4 over what is left to one number. Other sizes halve as long as sides are at least four; points have one layer."""
+    published = Energy(EnergyConvNet((3, 32, 32)))
+    sizes = [3 * 32 * 9 + 32, 32 * 64 * 16 + 64, 64 * 128 * 16 + 128, 128 * 256 * 16 + 256, 256 * 16 + 1]
+    assert sum(p.numel() for p in published.parameters()) == sum(sizes)
+    assert published.trunk.act.negative_slope == 0.05  # type: ignore[union-attr]
+    for shape, features in (((1, 8, 8), 8 * 4 * 4), ((1, 64, 64), 16 * 4 * 4), ((2, 1, 1), 4)):
+        trunk = EnergyConvNet(shape, channels=4, max_channels=16)
+        assert trunk(torch.zeros(3, *shape)).shape == (3, features) and trunk.features == features
+    assert isinstance(EnergyConvNet((1, 8, 8), leaky=None).act, nn.SiLU)
+
+
 def test_pictures_order_images_by_energy() -> None:
     """With E = |x|^2 / 2 + constant, the dark-grey image is likelier than the brighter ones, in every row."""
     spec = DataSpec("grey", (1, 4, 4))
@@ -572,6 +585,7 @@ def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path)
         ({"buffer_size": 2, "conditional": True}, "buffer_size"),
         ({"energy": partial(EnergyMLP, depth=0)}, "depth"),
         ({"energy": partial(EnergyResNet, channels=())}, "channels"),
+        ({"energy": partial(EnergyConvNet, channels=0)}, "max_channels"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -221,7 +221,7 @@ def test_divergences_weigh_in_by_even_steps_and_the_bound_does_not_move() -> Non
 
 
 def test_a_residual_posterior_without_a_correction_is_the_prior() -> None:
-    model, (x, _) = stirred(hvae()), digits(4)
+    model, (x, _) = stirred(hvae(ladder={"residual_posterior": True})), digits(4)
     for layer in model.ladder.layers:
         for p in layer.posterior_block.convs[-1].parameters():
             nn.init.zeros_(p)
@@ -450,6 +450,16 @@ def test_every_size_has_a_ladder_whose_every_weight_learns(shape: tuple[int, int
     assert model.ladder.plan[-1][1:] == (1, 1)
 
 
+def test_resolutions_without_latents_have_a_block_and_no_divergence() -> None:
+    """8x8, 4x4 and 1x1, with 4 numbers a place in two layers of 1x1 and one of 4x4."""
+    model, (x, _) = stirred(hvae(ladder={"decoder_blocks": [0, 1, 2]})), digits(3)
+    assert set(model.terms(x, {}, whole(3))) == {"reconstruction", "kl_1x1", "kl_4x4"}
+    assert model.latent_dim == 2 * 4 + 4 * 16
+    assert model.pictures(x, {}, generator=torch.Generator())["kept_latents"].shape == (3, 1 + 2, 1, 8, 8)
+    model.losses(x, {}, whole(3))["loss"].mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
 def test_the_prior_starts_as_a_standard_normal() -> None:
     model = hvae()
     found: list[DiagonalGaussian] = []
@@ -469,7 +479,9 @@ def test_the_prior_starts_as_a_standard_normal() -> None:
         ({"ladder": {"channels": 0}}, "channels"),
         ({"ladder": {"bottleneck": 0.0}}, "bottleneck"),
         ({"ladder": {"encoder_blocks": [1, 2]}}, "encoder_blocks.*8x8, 4x4, 1x1"),
-        ({"ladder": {"decoder_blocks": [2, 0, 1]}}, "decoder_blocks"),
+        ({"ladder": {"decoder_blocks": [2, -1, 1]}}, "decoder_blocks"),
+        ({"ladder": {"decoder_blocks": [2, 1, 0]}}, "decoder_blocks.*coarsest"),
+        ({"ladder": {"decoder_blocks": 0}}, "decoder_blocks.*coarsest"),
         ({"ladder": {"decoder_blocks": 1.5}}, "decoder_blocks"),
     ],
 )

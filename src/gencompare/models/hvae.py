@@ -89,14 +89,15 @@ class HVAE(GenerativeModel):
 
     def terms(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """What adds up to minus the bound in nats, each (n,): ``reconstruction``, -log p(x | z), and the KL of each
-        resolution, ``kl_1x1`` to that of the image."""
+        resolution that has latents, ``kl_1x1`` to that of the finest."""
         features = self.ladder.encode(x)
-        kl = {f"kl_{h}x{w}": x.new_zeros(len(x)) for _, h, w in reversed(self.ladder.plan)}
+        kl: dict[str, Tensor] = {}
 
         def draw(layer: LatentLayer, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             posterior = layer.posterior(state, features[layer.level], prior)
             _, h, w = layer.latent_shape
-            kl[f"kl_{h}x{w}"] = kl[f"kl_{h}x{w}"] + posterior.kl(prior).flatten(1).sum(1)
+            told, name = posterior.kl(prior).flatten(1).sum(1), f"kl_{h}x{w}"
+            kl[name] = kl[name] + told if name in kl else told
             return posterior.at(draws.normal(layer.latent_shape).to(x.device))
 
         h = self.ladder(self._labels(cond, x), draw)
@@ -205,7 +206,8 @@ class HVAE(GenerativeModel):
         """What `Explores` asks for, as means of p(x | z).
 
         - ``kept_latents``: a row an image; the image, then what comes of it when its latents are kept down to each
-          resolution, from 1x1 alone to all of them, and the finer ones are sampled at the model's temperature.
+          resolution that has some, from 1x1 alone to all of them, and the finer ones are sampled at the model's
+          temperature.
         - ``temperatures``: a row for each of `TEMPERATURES`, of the same random numbers.
         - ``interpolation``: a row for each pair of images.
         """
@@ -215,7 +217,7 @@ class HVAE(GenerativeModel):
         level_of = torch.tensor(levels, device=x.device)
         kept = [
             self.decoded_mean(torch.where(level_of >= level, code, self.temperature * noise), cond)
-            for level in reversed(range(len(self.ladder.plan)))
+            for level in sorted(set(levels), reverse=True)
         ]
         return {
             "kept_latents": torch.stack([x, *kept], dim=1),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
 from gencompare.networks.blocks import he_normal
-from gencompare.networks.convnets import SMALLEST
+from gencompare.networks.convnets import SMALLEST, stages
 from gencompare.networks.mlp import mlp
 from gencompare.networks.projection import normalize_spectrally
 
@@ -90,7 +91,7 @@ class EnergyResNet(nn.Module):
                 " at least 1."
             )
         self.features = channels[-1]
-        self.act = nn.SiLU() if leaky is None else nn.LeakyReLU(leaky)
+        self.act = smooth_or_leaky(leaky)
         self.stem = nn.Conv2d(shape[0], channels[0], 3, padding=1)
         he_normal(self.stem)
         self.blocks = nn.ModuleList()
@@ -107,6 +108,52 @@ class EnergyResNet(nn.Module):
         for block in self.blocks:
             h = block(h)
         return h.sum((2, 3))
+
+
+class EnergyConvNet(nn.Module):
+    """A plain convolutional network, (n, C, H, W) -> (n, numbers of the last resolution); a ResNet costs far more.
+
+    A 3x3 convolution, then one 4x4 with stride 2 for each resolution of `convnets.stages` after the first. The head
+    weighs each place by itself. Nijkamp et al. (2020), "On the anatomy of MCMC-based maximum likelihood learning of
+    energy-based models": with its defaults it has the layers of ``VanillaNet`` in github.com/point0bar1/ebm-anatomy,
+    ``nets.py``, for 32x32 images.
+
+    Args:
+        channels: at the finest resolution; doubled at each halving, up to ``max_channels``.
+        leaky: as in `EnergyResNet`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        channels: int = 32,
+        max_channels: int = 256,
+        leaky: float | None = 0.05,
+    ) -> None:
+        super().__init__()
+        if channels < 1 or max_channels < 1:
+            raise UserError(
+                f"model.energy.channels={channels}, model.energy.max_channels={max_channels}: both must be at least 1."
+            )
+        plan = stages(shape[1], shape[2], channels, max_channels)
+        widths, self.features = [width for width, _, _ in plan], math.prod(plan[-1])
+        self.act = smooth_or_leaky(leaky)
+        convs = [nn.Conv2d(shape[0], widths[0], 3, padding=1)]
+        convs += [nn.Conv2d(before, here, 4, stride=2, padding=1) for before, here in pairwise(widths)]
+        for conv in convs:
+            he_normal(conv)
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = self.act(conv(x))
+        return x.flatten(1)
+
+
+def smooth_or_leaky(leaky: float | None) -> nn.Module:
+    """Leaky ReLU of the slope below nought; SiLU for None."""
+    return nn.SiLU() if leaky is None else nn.LeakyReLU(leaky)
 
 
 class EnergyBlock(nn.Module):

@@ -152,7 +152,8 @@ class Ladder(nn.Module):
     of the coarser resolution, each of whose pixels is repeated.
 
     The resolutions are those of `convnets.stages`, sides halved to 4 at least, and then 1x1: 8x8 has 3 and 32x32 has 5.
-    Where channels double, features get further channels of noughts, and the state gives its first ones on.
+    Where channels double, features get further channels of noughts, and the state gives its first ones on. A resolution
+    without latents has one block on the way down (in NVAE the finest resolutions are such).
 
     Args:
         shape: (C, H, W) of the image.
@@ -163,7 +164,7 @@ class Ladder(nn.Module):
         latent_channels: numbers of a latent layer at each place.
         encoder_blocks: blocks a resolution; a list says how many at each, the finest first. At all resolutions but the
             coarsest the last one leads to the next, and latents do not see it.
-        decoder_blocks: layers of latents a resolution, likewise.
+        decoder_blocks: layers of latents a resolution, likewise; 0 leaves all but the coarsest without.
         residual_posterior: posteriors are relative to their priors.
     """
 
@@ -179,7 +180,7 @@ class Ladder(nn.Module):
         latent_channels: int = 16,
         encoder_blocks: int | Sequence[int] = 1,
         decoder_blocks: int | Sequence[int] = 2,
-        residual_posterior: bool = True,
+        residual_posterior: bool = False,
     ) -> None:
         super().__init__()
         if min(channels, max_channels, latent_channels) < 1 or not bottleneck > 0:
@@ -189,8 +190,11 @@ class Ladder(nn.Module):
             )
         plan = resolutions(shape[1], shape[2], channels, max_channels)
         up = counted("encoder_blocks", encoder_blocks, plan)
-        down = counted("decoder_blocks", decoder_blocks, plan)
+        down = counted("decoder_blocks", decoder_blocks, plan, least=0)
+        if not down[-1]:
+            raise UserError(f"model.ladder.decoder_blocks={decoder_blocks}: the coarsest resolution needs latents.")
         hidden = [max(1, int(c * bottleneck)) for c, _, _ in plan]
+        branches = sum(max(1, count) for count in down)
         self.plan = plan
         self.stem = convolution(shape[0], plan[0][0], 3)
         self.features = nn.ModuleList(
@@ -204,11 +208,18 @@ class Ladder(nn.Module):
         self.latents = nn.ModuleList(
             nn.ModuleList(
                 LatentLayer(
-                    level, c, (latent_channels, h, w), inner, branches=sum(down), residual_posterior=residual_posterior
+                    level, c, (latent_channels, h, w), inner, branches=branches, residual_posterior=residual_posterior
                 )
                 for _ in range(count)
             )
             for level, ((c, h, w), inner, count) in enumerate(zip(plan, hidden, down, strict=True))
+        )
+        self.blocks = nn.ModuleDict(
+            {
+                str(level): Bottleneck(c, inner, c, min(h, w), scale=branches**-0.5)
+                for level, ((c, h, w), inner, count) in enumerate(zip(plan, hidden, down, strict=True))
+                if not count
+            }
         )
         self.gain = nn.Parameter(torch.ones(plan[0][0], 1, 1))
         self.bias = nn.Parameter(torch.zeros(plan[0][0], 1, 1))
@@ -242,6 +253,8 @@ class Ladder(nn.Module):
             for layer in self.latents[level]:  # type: ignore[union-attr]
                 prior, with_features = layer.prior(h)
                 h = layer(with_features, latent(layer, h, prior))
+            if str(level) in self.blocks:
+                h = h + self.blocks[str(level)](h)
         assert h is not None
         return self.out(h * self.gain + self.bias)
 
@@ -268,10 +281,14 @@ def resolutions(side_h: int, side_w: int, channels: int, max_channels: int) -> l
     return found if (h, w) == (1, 1) else [*found, (min(2 * last, max_channels), 1, 1)]
 
 
-def counted(name: str, blocks: int | Sequence[int], plan: Sequence[tuple[int, int, int]]) -> list[int]:
+def counted(
+    name: str, blocks: int | Sequence[int], plan: Sequence[tuple[int, int, int]], *, least: int = 1
+) -> list[int]:
     """How many blocks there are at each resolution, the finest first."""
     counts = list(blocks) if isinstance(blocks, Sequence) else [blocks] * len(plan)
-    if len(counts) != len(plan) or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in counts):
+    if len(counts) != len(plan) or any(not isinstance(k, int) or isinstance(k, bool) or k < least for k in counts):
         sides = ", ".join(f"{h}x{w}" for _, h, w in plan)
-        raise UserError(f"model.ladder.{name}={blocks}: give one whole number, at least 1, or one for each of {sides}.")
+        raise UserError(
+            f"model.ladder.{name}={blocks}: give one whole number, at least {least}, or one for each of {sides}."
+        )
     return counts
