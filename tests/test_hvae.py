@@ -76,6 +76,16 @@ def learn(model: HVAE, optimizer: torch.optim.Optimizer, x: Tensor, cond: dict[s
 # The bound
 
 
+def test_deviations_of_residual_posteriors_have_bounds() -> None:
+    said = torch.tensor([-1000.0, -0.1, 0.1, 1000.0])
+    assert torch.allclose(DiagonalGaussian(said, said, bound=5.0).log_std, torch.tensor([-5, -0.1, 0.1, 5]), atol=1e-4)
+    assert torch.equal(DiagonalGaussian(said, said).log_std, said)
+    for residual, bound in ((True, 5.0), (False, None)):
+        layer = hvae(ladder={"residual_posterior": residual}).ladder.layers[0]
+        prior, h = layer.prior(torch.zeros(1, 16, 1, 1))
+        assert prior.bound == layer.posterior(h, torch.zeros_like(h), prior).bound == bound
+
+
 def test_the_divergence_is_that_of_two_normal_distributions() -> None:
     a, b, c, d = torch.randn(4, 200, dtype=torch.float64)
     found = DiagonalGaussian(a, b).kl(DiagonalGaussian(c, d))

@@ -111,7 +111,7 @@ class EnergyResNet(nn.Module):
 
 
 class EnergyConvNet(nn.Module):
-    """A plain convolutional network, (n, C, H, W) -> (n, numbers of the last resolution); a ResNet costs far more.
+    """A plain convolutional network, (n, C, H, W) -> (n, numbers of the last resolution).
 
     A 3x3 convolution, then one 4x4 with stride 2 for each resolution of `convnets.stages` after the first. The head
     weighs each place by itself. Nijkamp et al. (2020), "On the anatomy of MCMC-based maximum likelihood learning of

@@ -22,7 +22,8 @@ QUIET = 0.3
 class DiagonalGaussian:
     """N(mean, exp(log_std)^2), number by number. log_std is what was ``said``, or b tanh(said / b) with a ``bound`` b.
 
-    The variance of a prior that learns few images by heart falls and falls, and a divergence from it would overflow.
+    Residual posteriors have a bound, and so have their priors: without it, where few images are learned by heart,
+    variances fell until a divergence overflowed.
     """
 
     mean: Tensor
@@ -164,7 +165,8 @@ class Ladder(nn.Module):
         latent_channels: numbers of a latent layer at each place.
         encoder_blocks: blocks a resolution; a list says how many at each, the finest first. At all resolutions but the
             coarsest the last one leads to the next, and latents do not see it.
-        decoder_blocks: layers of latents a resolution, likewise; 0 leaves all but the coarsest without.
+        decoder_blocks: layers of latents a resolution, likewise; a 0 in the list leaves a resolution without,
+            but for the coarsest.
         residual_posterior: posteriors are relative to their priors.
     """
 
@@ -289,6 +291,7 @@ def counted(
     if len(counts) != len(plan) or any(not isinstance(k, int) or isinstance(k, bool) or k < least for k in counts):
         sides = ", ".join(f"{h}x{w}" for _, h, w in plan)
         raise UserError(
-            f"model.ladder.{name}={blocks}: give one whole number, at least {least}, or one for each of {sides}."
+            f"model.ladder.{name}={blocks}: give one whole number, at least 1, or one for each of {sides}, at least"
+            f" {least}."
         )
     return counts
