@@ -114,8 +114,8 @@ def test_every_experiment_takes_a_step_at_reduced_size(
             cfg.model[network].blocks = 1
     if cfg.model.get("latent"):
         cfg.model.latent.autoencoder.encoder.channels = cfg.model.latent.autoencoder.decoder.channels = 8
-    if cfg.model.get("energy", {}).get("channels"):
-        cfg.model.energy.channels = [8, 12]
+    if channels := cfg.model.get("energy", {}).get("channels"):
+        cfg.model.energy.channels = 8 if isinstance(channels, int) else [8, 12]
         cfg.model.steps = 2
     if "ladder" in cfg.model:
         cfg.model.ladder.channels = cfg.model.ladder.max_channels = 16
