@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +20,10 @@ from torch.distributions import Normal, kl_divergence
 from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec, Explores, Reconstructs
 from gencompare.data.digits import Digits
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.evaluation.sampling import draw
-from gencompare.models.hvae import HVAE
-from gencompare.models.likelihoods import DiscretizedLogistic, Gaussian
+from gencompare.models.hvae import HVAE, MOST_SKIPPED
+from gencompare.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
 from gencompare.networks.hierarchical import Bottleneck, DiagonalGaussian, Ladder, LatentLayer
 from gencompare.seeds import Draws
 from gencompare.training.budget import Budget
@@ -339,13 +340,17 @@ def test_a_conditional_one_draws_the_class_it_is_asked_for() -> None:
 # Gradient skipping
 
 
-def fit(folder: Path, *, steps: int, until: int | None = None, resume: bool = False, planted: int = 3) -> Any:
-    """Train under the trainer; the loss of step ``planted`` is a million times too large."""
+def fit(
+    folder: Path, *, steps: int, until: int | None = None, resume: bool = False, factor: float = 1e6,
+    planted: Container[int] = (3,),
+) -> Any:
+    """Train under the trainer; the losses of the steps ``planted`` are a million times too large, or not finite."""
 
     class Planted(HVAE):
         def losses(self, x: Tensor, cond: Any, draws: Draws) -> dict[str, Tensor]:
             found = super().losses(x, cond, draws)
-            factor = 1e6 if self.trainer.callbacks[0].step == planted else 1.0  # type: ignore[attr-defined]
+            if self.trainer.callbacks[0].step not in planted:  # type: ignore[attr-defined]
+                return found
             return {**found, "loss": found["loss"] * factor}
 
     class Watch(pl.Callback):
@@ -375,12 +380,12 @@ def fit(folder: Path, *, steps: int, until: int | None = None, resume: bool = Fa
 
 def test_a_step_of_a_huge_gradient_is_skipped_and_a_resumed_run_skips_alike(tmp_path: Path) -> None:
     model, callbacks, weights, figures = fit(tmp_path / "whole", steps=7)
+    assert figures[3]["grad_norm"] > 400 > figures[2]["grad_norm"] > 0
     for name, value in weights[3].items():
         assert torch.equal(value, weights[2][name]), name
     changed = [any(not torch.equal(b[name], a[name]) for name in a) for a, b in pairwise(weights)]
     assert changed == [True, True, False, True, True, True]
     assert [row["skipped"] for row in figures] == [0, 0, 0, 1, 0, 0, 0]
-    assert figures[3]["grad_norm"] > 400 > figures[2]["grad_norm"] > 0
     assert model.skipped_steps == 1
     # The optimiser too has seen six steps, not seven.
     steps = {int(state["step"]) for state in model.trainer.optimizers[0].state.values()}
@@ -392,6 +397,35 @@ def test_a_step_of_a_huge_gradient_is_skipped_and_a_resumed_run_skips_alike(tmp_
         assert torch.equal(value, resumed.state_dict()[name]), name
     for name, value in callbacks[1].average.items():
         assert torch.equal(value, again[1].average[name]), name
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_told_as_no_more(tmp_path: Path) -> None:
+    model, callbacks, weights, figures = fit(tmp_path, steps=6, factor=math.nan, planted=(3, 4, 5))
+    assert model.skipped_steps == 3
+    for name, value in weights[5].items():
+        assert torch.equal(value, weights[2][name]), name
+    # The curve of steps 5 and 6, which were both skipped, and of 3 and 4, where one was.
+    assert callbacks[3].latest["train/skipped"] == 1 and "train/loss" not in callbacks[3].latest
+    _, callbacks, _, figures = fit(tmp_path / "half", steps=4, factor=math.nan)
+    assert callbacks[3].latest["train/skipped"] == 0.5
+    assert callbacks[3].latest["train/loss"] == pytest.approx(figures[2]["loss"])
+    assert callbacks[3].latest["train/grad_norm"] == pytest.approx(figures[2]["grad_norm"])
+
+
+@pytest.mark.parametrize("factor", [1e6, math.nan])
+def test_training_ends_where_every_step_is_skipped(factor: float, tmp_path: Path) -> None:
+    steps = range(3, 3 + MOST_SKIPPED)
+    with pytest.raises(TrainingStopped, match=r"50 steps in a row .*grad_skip=400.*lower learning rate"):
+        fit(tmp_path / "all", steps=60, factor=factor, planted=steps)
+    model, *_ = fit(tmp_path / "but one", steps=60, factor=factor, planted={*steps, 54} - {30})
+    assert model.skipped_steps == 50
+
+
+def test_where_pixels_are_taken_for_probabilities_there_are_no_bits_per_dim() -> None:
+    x, _ = digits(4)
+    grey = hvae(likelihood=Bernoulli)
+    assert not grey.likelihoods() and "bits_per_dim" not in grey.losses(x, {}, whole(4))
+    assert "bits_per_dim" in hvae().losses(x, {}, whole(4))
 
 
 @pytest.mark.parametrize(("norm", "skip", "clip", "expected"), [

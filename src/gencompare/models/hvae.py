@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.models import latent_pictures
 from gencompare.models.likelihoods import PixelLikelihood
 from gencompare.models.variational import warmed_up
@@ -20,6 +20,8 @@ from gencompare.seeds import Draws
 
 TEMPERATURES = (1.0, 0.85, 0.7, 0.5, 0.0)
 """Those that ``task=explore`` shows."""
+MOST_SKIPPED = 50
+"""Steps in a row that may be skipped."""
 
 
 class HVAE(GenerativeModel):
@@ -37,9 +39,10 @@ class HVAE(GenerativeModel):
 
     A step whose gradient has a norm above ``grad_skip``, or one that is not finite, is not taken: weights and the
     optimiser's state stay as they are ("gradient skipping" of the same paper, whose thresholds hold for a loss in nats
-    per value). ``skipped`` is the share of such steps in what is logged, and ``skipped_steps`` counts them all. The
-    decision costs the host one wait for the device a step. A loss that is itself not finite ends the run, as it does
-    for every model.
+    per value; its code, too, leaves out steps whose loss is not finite). The networks have no normalisation, and now
+    and then a single image's posterior overflows, at weights that do well before and after it. ``skipped`` is the share
+    of such steps in what is logged, and ``skipped_steps`` counts them all; `MOST_SKIPPED` in a row end the run. The
+    decision costs the host one wait for the device a step.
 
     Samples at temperature T draw z_l from N(mu_l, (T sigma_l)^2) in place of the prior N(mu_l, sigma_l^2): T = 1 is the
     model, and less of it gives more usual images. Their pixels are the mean of p(x | z), or draws with ``pixel_noise``.
@@ -82,6 +85,7 @@ class HVAE(GenerativeModel):
         """Numbers in all latents together."""
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
         self.skipped_steps: Tensor
+        self._skipped_in_a_row = 0
         self._gradient = torch.zeros(2)
         """Norm of the gradient of the step in progress, and whether the step is skipped."""
 
@@ -104,11 +108,14 @@ class HVAE(GenerativeModel):
         return {"reconstruction": -self.likelihood.log_prob(h, x), **kl}
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        """``loss`` in nats a value, and in bits/dim the bound, ``bits_per_dim``, and the terms that add up to it."""
+        """``loss`` in nats a value, the terms of the bound in bits a value, and, where the likelihood is one of these
+        pixels, the bound in bits/dim that they add up to, ``bits_per_dim``."""
         terms = self.terms(x, cond, draws)
         nats = torch.stack(list(terms.values())).sum(0)
         loss = terms["reconstruction"] + self.kl_weight * (nats - terms["reconstruction"])
-        figures = {"loss": loss / self.spec.dims, "bits_per_dim": self._bits(nats)}
+        figures = {"loss": loss / self.spec.dims}
+        if self.likelihood.gives_bits:
+            figures["bits_per_dim"] = self._bits(nats)
         return figures | {name: self._bits(value) for name, value in terms.items()}
 
     @property
@@ -150,10 +157,17 @@ class HVAE(GenerativeModel):
                 p.grad = None
             self.skipped_steps += 1
             self._gradient[1] = 1
-            # What is not finite would pass for weights that cannot be right any more.
-            norm = norm.nan_to_num(self.grad_skip, posinf=self.grad_skip)
-        elif self.grad_clip is not None:
-            clip_grads_with_norm_(parameters, self.grad_clip, norm)
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row == MOST_SKIPPED:
+                raise TrainingStopped(
+                    f"{MOST_SKIPPED} steps in a row had a gradient that is longer than model.grad_skip={self.grad_skip}"
+                    f" or not finite (the last one's norm: {norm:.4g})",
+                    "Try a lower learning rate (model.optimizer.lr), or a larger model.grad_skip.",
+                )
+        else:
+            self._skipped_in_a_row = 0
+            if self.grad_clip is not None:
+                clip_grads_with_norm_(parameters, self.grad_clip, norm)
         self._gradient[0] = norm
 
     # Latents as one vector of deviations from the priors; samples and pictures

@@ -19,6 +19,8 @@ class Curve(Callback):
 
     The means stay on the device and are read (and averaged over processes) once in ``every`` steps, so that the
     training step never waits for the host. A mean that is not finite ends the run: the weights can no longer be right.
+    A model that may leave a step out, which it waits for the device to decide, says so by a figure ``skipped`` of 1:
+    that is all that such a step tells.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -37,19 +39,21 @@ class Curve(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for name, value in (outputs or {}).items():
-            if isinstance(value, Tensor):
-                if name not in self._means:
-                    # A NaN must show, so it is neither skipped nor warned of (a check would wait for the device).
-                    self._means[name] = MeanMetric(nan_strategy="disable").to(pl_module.device)
-                self._means[name].update(value.detach())
+        figures = {name: value.detach() for name, value in (outputs or {}).items() if isinstance(value, Tensor)}
+        if figures.get("skipped", 0) > 0:
+            figures = {"skipped": figures["skipped"]}
+        for name, value in figures.items():
+            if name not in self._means:
+                # A NaN must show, so it is neither skipped nor warned of (a check would wait for the device).
+                self._means[name] = MeanMetric(nan_strategy="disable").to(pl_module.device)
+            self._means[name].update(value)
         clock = clock_of(trainer)
         if clock.step % self.every == 0 or trainer.should_stop:
             self.write(trainer)
 
     def write(self, trainer: pl.Trainer) -> None:
         clock = clock_of(trainer)
-        # A step that was undone tells less than others.
+        # A step that was undone or left out tells less than others, alike in all processes.
         told = {name: mean for name, mean in self._means.items() if mean.update_called}
         figures = {f"train/{name}": float(mean.compute()) for name, mean in told.items()}
         for mean in self._means.values():
