@@ -343,7 +343,7 @@ def test_a_conditional_one_draws_the_class_it_is_asked_for() -> None:
 def fit(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, factor: float = 1e6,
     planted: Container[int] = (3,),
-) -> Any:
+) -> Any:  # fmt: skip
     """Train under the trainer; the losses of the steps ``planted`` are a million times too large, or not finite."""
 
     class Planted(HVAE):
