@@ -16,7 +16,7 @@ from composing import compose
 from forking import in_processes, needs_fork
 from gencompare.contract import DataSpec, LatentSpace, Reconstructs
 from gencompare.data.digits import Digits
-from gencompare.errors import UserError
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.models.autoencoder import Autoencoder
 from gencompare.models.bottlenecks import Bottleneck, KLBottleneck, VQBottleneck
 from gencompare.models.coder import Coder
@@ -147,6 +147,31 @@ def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
         model.on_save_checkpoint({})
 
 
+def test_two_codes_of_many_are_a_collapse_too() -> None:
+    """Vectors at two places, with noise around them that revived codes are chosen for: perplexity stays at two."""
+    model = autoencoder(bottleneck=VQBottleneck(1, codes=256, decay=0.5, revive=0.25))
+    bottleneck = model.coder.bottleneck.train()
+    for step in range(VQBottleneck.PATIENCE + 2):
+        bottleneck.check()
+        generator = torch.Generator().manual_seed(step)
+        places = torch.tensor([-1.0, 1.0]).repeat(32).view(64, 1, 1, 1)
+        # One image in 64 is a little elsewhere.
+        noise = 1e-3 * torch.randn(64, 1, 1, 1, generator=generator) * (torch.arange(64) == step % 64).view(64, 1, 1, 1)
+        _, figures = bottleneck(places + noise, whole(64, step))
+        assert figures["perplexity"][0] < 3
+    with pytest.raises(TrainingStopped, match=r"perplexity was below 3 of 256"):
+        bottleneck.check()
+
+
+def test_a_small_codebook_is_not_taken_for_a_collapse() -> None:
+    bottleneck = VQBottleneck(1, codes=2, decay=0.5).train()
+    for step in range(VQBottleneck.PATIENCE + 100):
+        x = torch.ones(8, 1, 1, 1)
+        x[0] = -1
+        bottleneck(x, whole(8, step))
+    bottleneck.check()
+
+
 def learn_codes(rank: int, world: int) -> dict[str, Tensor]:
     """Three steps of one of ``world`` processes, each with its part of the batches."""
     torch.manual_seed(0)
@@ -260,6 +285,27 @@ def test_the_discriminator_pulls_as_hard_as_the_rest_of_the_loss() -> None:
     assert one.norm().item() == pytest.approx(two.norm().item(), rel=1e-3)
 
 
+def test_each_patch_is_judged_by_itself() -> None:
+    """A patch within the margin is pushed however far beyond it the other patches of its image are."""
+
+    class Patches(nn.Module):
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            super().__init__()
+            self.scores = nn.Parameter(torch.tensor([0.5, 5.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scores.expand(len(x), 2)
+
+    model = autoencoder(discriminator=Patches)
+    taken: list[Tensor] = []
+    model.optimizers = lambda: [None, SimpleNamespace(zero_grad=lambda: None, step=lambda: None)]  # type: ignore
+    model.manual_backward = lambda loss: taken.append(loss) or loss.backward()  # type: ignore
+    figures = model._discriminator_step(digits(4), digits(4))
+    # Real: max(0, 1 - 0.5) and max(0, 1 - 5) = 0; given back: 1.5 and 6; means over the patches.
+    assert figures["d_loss"].item() == pytest.approx((0.5 + 0) / 2 + (1.5 + 6) / 2)
+    assert PatchDiscriminator((3, 32, 32))(torch.zeros(2, 3, 32, 32)).shape == (2, 36)
+
+
 def test_the_discriminator_joins_when_its_share_of_the_budget_is_spent() -> None:
     model = by_hand(autoencoder(discriminator=PatchDiscriminator, adversarial_after=0.5))
     before = {name: value.clone() for name, value in model.discriminator.state_dict().items()}  # type: ignore[union-attr]
@@ -284,13 +330,14 @@ def test_a_few_images_are_learned_by_heart(bottleneck: Any) -> None:
     assert all(value.shape == (6,) for value in figures.values())
 
 
-def test_latents_are_whitened_over_the_training_images_and_decode_to_the_same_each_time() -> None:
+@pytest.mark.parametrize("bottleneck", [lambda: KLBottleneck(3), lambda: VQBottleneck(3, codes=64)])
+def test_latents_are_whitened_over_the_training_images_and_decode_to_the_same_each_time(bottleneck: Any) -> None:
     data = Digits()
-    trained = autoencoder()
+    trained = autoencoder(bottleneck=bottleneck())
     with torch.no_grad():
         for p in trained.coder.parameters():
             p.add_(0.01)  # not the weights that a fresh one has
-    latents = Latents(Digits.spec, autoencoder=autoencoder)
+    latents = Latents(Digits.spec, autoencoder=partial(autoencoder, bottleneck=bottleneck()))
     assert isinstance(latents, LatentSpace) and isinstance(latents, Reconstructs)
     latents.take(trained.coder, (x for x, _ in data.batches("train")))
     x = torch.cat([x for x, _ in data.batches("train")])
@@ -326,7 +373,7 @@ def test_every_size_is_encoded_decoded_and_judged(shape: tuple[int, int, int]) -
     assert coder.decode(coder.encode(x)).shape == x.shape
     judge = PatchDiscriminator(shape, width=8, layers=3)
     scores = judge(x)
-    assert scores.shape == (2,) and torch.allclose(judge(x[:1]), scores[:1], atol=1e-6)
+    assert len(scores) == 2 and scores.ndim == 2 and torch.allclose(judge(x[:1]), scores[:1], atol=1e-6)
 
 
 @pytest.mark.parametrize(

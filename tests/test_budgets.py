@@ -17,9 +17,11 @@ from composing import compose
 from gencompare.contract import Cond, GenerativeModel
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
+from gencompare.evaluation.flops import flops_per_image
 from gencompare.records import RunRecord
 from gencompare.seeds import Draws
 from gencompare.tasks import costs
+from gencompare.tasks.load import load_run
 from gencompare.training import clock as clocks
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
@@ -41,7 +43,21 @@ class Linear(GenerativeModel):
         return {"loss": self.layer(x.flatten(1)).square().sum(1)}
 
 
-def train(folder: Path, budget: Budget, *, until: int | None = None, resume: bool = False) -> Clock:
+class Twice(Linear):
+    """From half of the budget on, a step passes the layer twice."""
+
+    @property
+    def step_kind(self) -> str:
+        return "twice" if self.progress >= 0.5 else ""
+
+    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        once = super().losses(x, cond, draws)["loss"]
+        return {"loss": once + super().losses(x, cond, draws)["loss"] if self.step_kind else once}
+
+
+def train(
+    folder: Path, budget: Budget, *, until: int | None = None, resume: bool = False, kind: type[Linear] = Linear
+) -> Clock:
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             trainer.should_stop |= clock.step == until
@@ -53,7 +69,7 @@ def train(folder: Path, budget: Budget, *, until: int | None = None, resume: boo
         max_epochs=-1, limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu",
     ).fit(
-        Linear(data), datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=resume or None
+        kind(data), datamodule=data, ckpt_path=folder / "last.ckpt" if resume else None, weights_only=resume or None
     )  # fmt: skip
     return clock
 
@@ -73,6 +89,15 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     resumed = train(tmp_path, Budget(flops=10 * A_STEP), resume=True)
     assert resumed.step == 10 and resumed.flops == 10 * A_STEP
     assert resumed.seconds > state["seconds"] and resumed.device_seconds > state["device_seconds"]
+
+
+def test_steps_that_cost_more_count_for_more(tmp_path: Path) -> None:
+    """Five single steps are half of the budget; two and a half double ones are the rest, and the last overspends."""
+    clock = train(tmp_path / "whole", Budget(flops=10 * A_STEP), kind=Twice)
+    assert clock.step == 5 + 3 and clock.flops == 11 * A_STEP
+    train(tmp_path / "broken", Budget(flops=10 * A_STEP), kind=Twice, until=6)
+    resumed = train(tmp_path / "broken", Budget(flops=10 * A_STEP), kind=Twice, resume=True)
+    assert resumed.step == 8 and resumed.flops == 11 * A_STEP
 
 
 class Ticking:
@@ -197,26 +222,40 @@ def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, 
     words = ["model=ldm", *QUICK, *SMALL, *STAGE]
     assert cli(*words, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
     probe = training(tmp_path / "probe")
-    (stage,) = probe["needed"]
+    stage, whitening = probe["needed"]
     assert stage["role"] == "autoencoder" and stage["steps"] == 3 and stage["images_seen"] == 48
-    assert probe["total"]["flops"] == probe["flops"] + stage["flops"]
     assert probe["total"]["images_seen"] == 32 + 48 and probe["total"]["steps"] == 5
-    assert probe["total"]["device_seconds"] == pytest.approx(probe["seconds"] + stage["device_seconds"])
+    # The whitening has the encoder pass over all training images.
+    loaded: Any = load_run(tmp_path / "probe")
+    images, encode = len(loaded.data.training), loaded.model.space.coder.encode
+    assert whitening["role"] == "whitening" and whitening["images_seen"] == 0
+    assert whitening["flops"] == pytest.approx(images * flops_per_image(lambda: encode(torch.zeros(1, 1, 8, 8)), 1))
+    # Of the autoencoder's three steps the discriminator joins the last: it costs more.
+    coder = training(next((tmp_path / "runs").glob("digits_autoencoder_*")))
+    first = torch.load(next((tmp_path / "runs").glob("*/checkpoints/last.ckpt")), weights_only=True)["callbacks"]
+    per_image = first["TrainingFlops"]["per_image"]
+    assert per_image["adversarial"] > 1.05 * per_image[""]
+    assert coder["flops"] == pytest.approx(16 * (2 * per_image[""] + per_image["adversarial"]))
+    before = stage["flops"] + whitening["flops"]
+    assert probe["total"]["flops"] == probe["flops"] + before
+    assert probe["total"]["device_seconds"] == pytest.approx(
+        probe["seconds"] + stage["device_seconds"] + whitening["device_seconds"]
+    )
 
-    flops = float(f"{stage['flops'] + 4.5 * 16 * probe['flops_per_image']:.6e}")
+    flops = float(f"{before + 4.5 * 16 * probe['flops_per_image']:.6e}")
     assert cli(*words, "budget=flops", f"budget.flops={flops:.6e}", "hydra.run.dir=run") == 0
     run = training(tmp_path / "run")
     assert run["needed"][0]["id"] == stage["id"], "the autoencoder of the other run is taken"
-    assert run["steps"] == math.ceil((flops - stage["flops"]) / (16 * run["flops_per_image"])) == 5
+    assert run["steps"] == math.ceil((flops - before) / (16 * run["flops_per_image"])) == 5
     assert flops <= run["total"]["flops"] < flops + 16 * run["flops_per_image"]
 
     assert cli("resume=run", f"budget.flops={flops + 2 * 16 * run['flops_per_image']:.8e}") == 0
     again = training(tmp_path / "run")
     assert again["steps"] == 7 and again["needed"] == run["needed"]
-    assert again["total"]["flops"] == again["flops"] + stage["flops"]
+    assert again["total"]["flops"] == again["flops"] + before
 
     capsys.readouterr()
-    assert cli(*words, "budget=flops", f"budget.flops={stage['flops']:.6e}", "hydra.run.dir=none") == 1
+    assert cli(*words, "budget=flops", f"budget.flops={before:.6e}", "hydra.run.dir=none") == 1
     said = capsys.readouterr().err
     assert "the autoencoder (digits_autoencoder_" in said and "nothing is left to train" in said
     assert not (tmp_path / "none" / "record.json").exists()

@@ -12,6 +12,7 @@ from composing import compose, options
 from gencompare.data.cifar10 import CIFAR10
 from gencompare.errors import UserError
 from gencompare.networks.class_norm import ClassNorm
+from gencompare.networks.projection import normalize_spectrally
 from gencompare.networks.r3gan import R3GANDiscriminator, R3GANGenerator
 from gencompare.networks.sngan import DownBlock, FirstBlock, UpBlock
 from gencompare.tasks.build import build_model
@@ -65,6 +66,19 @@ def test_discriminators_score_each_image_by_itself_for_its_class(option: str, sh
     (gradient,) = torch.autograd.grad(scores[1], x)
     assert gradient[1].ne(0).all() and not gradient[[0, 2, 3]].any()
     assert small("discriminator", option)(shape, 0)(x, None).shape == (4,)
+
+
+@pytest.mark.parametrize("option", DISCRIMINATORS)
+def test_discriminators_of_spectral_norm_score_and_learn(option: str) -> None:
+    """Weights that are noughts at the start have no direction that could be normalised."""
+    net = small("discriminator", option)((1, 8, 8), 3)
+    normalize_spectrally(net)
+    x, label = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    for _ in range(2):
+        scores = net(x, label)
+        scores.sum().backward()
+        assert scores.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("player", ["generator", "discriminator"])

@@ -195,6 +195,17 @@ def test_what_does_not_fit_is_refused(
     assert not (runs / "refused" / "record.json").exists()
 
 
+@pytest.mark.parametrize("how", ["resume=ldm", "task=evaluate run=ldm", "task=sample run=ldm"])
+@pytest.mark.parametrize("word", ["model.latent.run=elsewhere", "model.latent.budget.steps=4"])
+def test_a_trained_model_keeps_its_first_stage(
+    how: str, word: str, runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (runs / "ldm" / "record.json").read_text()
+    assert cli(*how.split(), word) == 1
+    assert "leave model.latent as it is" in capsys.readouterr().err
+    assert (runs / "ldm" / "record.json").read_text() == before
+
+
 def test_an_autoencoder_of_other_data_is_refused(
     runs: Path, cli: Cli, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -174,6 +174,11 @@ class TrainedModel(pl.LightningModule):
         self.progress = 0.0
         """The share of the budget that is spent, 0 to 1, set likewise."""
 
+    @property
+    def step_kind(self) -> str:
+        """The kind of the step that comes next, where kinds cost unlike FLOPs; told by `progress` and the state."""
+        return ""
+
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """Per-sample figures (n,), of which ``loss`` is minimised; the rest is logged."""
         raise NotImplementedError(f"{type(self).__name__} writes neither losses() nor training_step()")

@@ -29,9 +29,9 @@ class Autoencoder(TrainedModel):
 
     y the image made again, the norm a mean over real pixels, d a distance of features (`networks.perceptual`), penalty
     the bottleneck's (KL, or the commitment of a vector-quantised one). A discriminator of patches joins once
-    ``adversarial_after`` of the budget is spent, with the hinge loss; lambda = |grad of the first three terms| /
-    |grad of -D|, both at the weight of the decoder's last layer, keeps the two in balance (Esser et al. 2021, "Taming
-    transformers for high-resolution image synthesis", eq. 6 and 7; Rombach et al. 2022, "High-resolution image
+    ``adversarial_after`` of the budget is spent, with the hinge loss of each patch; lambda = |grad of the first three
+    terms| / |grad of -D|, both at the weight of the decoder's last layer, keeps the two in balance (Esser et al. 2021,
+    "Taming transformers for high-resolution image synthesis", eq. 6 and 7; Rombach et al. 2022, "High-resolution image
     synthesis with latent diffusion models", appendix G).
 
     Args:
@@ -40,7 +40,7 @@ class Autoencoder(TrainedModel):
         bottleneck: KL or VQ.
         perceptual: a factory ``channels -> module(x, y)`` with ``name`` and ``sha256``, images twice to (n,); None
             compares pixels alone.
-        discriminator: a factory ``shape -> module(x)``, images to scores (n,); None leaves it out.
+        discriminator: a factory ``shape -> module(x)``, images to scores (n, patches); None leaves it out.
     """
 
     LARGEST_LAMBDA = 1e4
@@ -74,13 +74,17 @@ class Autoencoder(TrainedModel):
         self.adversarial = Hinge()
         self.adversarial_weight, self.adversarial_after = adversarial_weight, adversarial_after
 
+    @property
+    def step_kind(self) -> str:
+        return "adversarial" if self.discriminator is not None and self.progress >= self.adversarial_after else ""
+
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
         x = batch[0]
         assert self.draws is not None, "the trainer's clock sets the draws of a step"
         again, figures = self.coder(x, self.draws)
         figures = self._likeness(x, again) | figures
         loss = figures["loss"] = (figures["loss"] + figures["penalty"]).mean()
-        if self.discriminator is None or self.progress < self.adversarial_after:
+        if self.discriminator is None or not self.step_kind:
             take_step(self, 0, loss, list(self.coder.parameters()))
             return {name: value.detach().mean() for name, value in figures.items()}
         with frozen(self.discriminator):

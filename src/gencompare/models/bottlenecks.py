@@ -98,8 +98,8 @@ class VQBottleneck(Bottleneck):
     batch. ``perplexity`` = exp(entropy of the codes' shares in the batch), 1 to K, says how many are in use. All of it
     is of the whole batch, however many processes share it.
 
-    `check` raises `UserError` when the codebook has collapsed: a single code in use for so long that the others were
-    revived, and for `PATIENCE` steps more.
+    `check` raises `UserError` when the codebook has collapsed: a perplexity below `least` for so long that unused codes
+    were revived, and for `PATIENCE` steps more.
     """
 
     PATIENCE = 200
@@ -109,7 +109,7 @@ class VQBottleneck(Bottleneck):
     counts: Tensor
     sums: Tensor
     started: Tensor
-    alone: Tensor
+    low: Tensor
 
     def __init__(
         self,
@@ -130,7 +130,12 @@ class VQBottleneck(Bottleneck):
         self.register_buffer("counts", torch.zeros(codes))
         self.register_buffer("sums", torch.zeros(codes, channels))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("alone", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("low", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def least(self) -> float:
+        """The perplexity below which a codebook is as good as none."""
+        return min(3.0, 1 + 0.01 * self.codes)
 
     def forward(self, h: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         h = h.float()
@@ -164,13 +169,13 @@ class VQBottleneck(Bottleneck):
             return torch.cdist(vectors, self.codebook).argmin(1)
 
     def check(self) -> None:
-        """Raises `UserError` where a single code has served all images, in spite of revival."""
+        """Raises `UserError` where a code or two have served all images, in spite of revival."""
         # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
         revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
-        if self.alone >= revived + self.PATIENCE:
+        if self.low >= revived + self.PATIENCE:
             raise TrainingStopped(
-                f"The codebook has collapsed: for {int(self.alone)} steps all images fell on one of {self.codes}"
-                " codes, in spite of revival",
+                f"The codebook has collapsed: for {int(self.low)} steps its perplexity was below {self.least:.3g} of"
+                f" {self.codes} codes, in spite of revival",
                 "Try a lower learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment.",
             )
 
@@ -193,7 +198,7 @@ class VQBottleneck(Bottleneck):
         self.counts.copy_(torch.where(dead, 1.0, self.counts))
         self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
         self.codebook.copy_(self.sums / self.counts[:, None])
-        self.alone.copy_(torch.where((used > 0).sum() > 1, 0, self.alone + 1))
+        self.low.copy_(torch.where(perplexity(used) >= self.least, 0, self.low + 1))
 
     def _picked(self, vectors: Tensor, draws: Draws) -> Tensor:
         """Random vectors of the whole batch, one a code, (K, c): the same for any number of processes."""

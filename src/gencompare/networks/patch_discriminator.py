@@ -12,7 +12,7 @@ from gencompare.networks.blocks import he_normal
 
 
 class PatchDiscriminator(nn.Module):
-    """(n, C, H, W) to (n,): the mean of the scores of overlapping patches.
+    """(n, C, H, W) to (n, patches): a score for each of the overlapping patches of an image.
 
     Convolutions of 4x4 with stride 2, and two of stride 1 that end in a map of scores: Isola et al. (2017),
     "Image-to-image translation with conditional adversarial networks", appendix 6.1.2, with group norm in place of
@@ -47,4 +47,4 @@ class PatchDiscriminator(nn.Module):
         h = F.leaky_relu(self.stem(x), 0.2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = F.leaky_relu(norm(conv(h)), 0.2)
-        return self.out(h).flatten(1).mean(1)
+        return self.out(h).flatten(1)

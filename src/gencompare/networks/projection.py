@@ -33,7 +33,7 @@ def normalize_spectrally(network: nn.Module) -> None:
     training keeps up to date (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8 and algorithm 1).
     """
     for module in list(network.modules()):
-        if isinstance(module, nn.Embedding):
-            nn.init.orthogonal_(module.weight)  # noughts have no direction that could be normalised
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
+            if not module.weight.any():
+                nn.init.orthogonal_(module.weight)  # noughts have no direction that could be normalised
             spectral_norm(module)

@@ -44,6 +44,8 @@ def needed(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[dict[s
     for role, folder in named(cfg):
         record = RunRecord.load(folder)
         found += [*record.training.get("needed", []), entry(record, role)]
+    if cfg.get("whitening"):
+        found.append(OmegaConf.to_container(cfg.whitening))  # type: ignore[arg-type]
     return each_once(found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gencompare.contract import TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.data.conditions import Conditioned
 from gencompare.errors import UserError
+from gencompare.evaluation.flops import Flops
 from gencompare.locks import locked
 from gencompare.models.latents import Latents
 from gencompare.records import FILE as RECORD
@@ -135,11 +137,15 @@ def finished(folder: Path) -> bool:
     return (folder / RECORD).exists() and RunRecord.load(folder).state == "finished"
 
 
-def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
-    """Give a model on latents its trained autoencoder, and whiten by the training images."""
+def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> DictConfig:
+    """Give a model on latents its trained autoencoder, and whiten by the training images.
+
+    Returns ``cfg`` with the cost of that as ``whitening``, an entry of what a model needed (`costs.entry`). Of several
+    processes, which all encode all images, the first one's counts: they must agree on what is left of a budget.
+    """
     space = getattr(model, "space", None)
     if not isinstance(space, Latents):
-        return
+        return cfg
     folder = Path(cfg.autoencoder_run)
     record = RunRecord.load(folder)
     images = data.data if isinstance(data, Conditioned) else data
@@ -147,9 +153,23 @@ def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> None:
     # Built for the images at hand, which are its own: those need not lie any more where they lay when it was trained.
     first: Any = build_model(frozen.load(folder), images)
     load_weights(first, folder, checkpoint="last", weights="ema")
-    space.to(chosen_device(cfg)).take(first.eval().coder, training_images(data))
+    space.to(chosen_device(cfg))
+    with Flops() as counter:
+        start = time.monotonic()
+        space.take(first.eval().coder, training_images(data))
+        seconds = time.monotonic() - start
     space.to("cpu")  # where the trainer expects a model
     space.trained_against = record.training.get("trained_against", [])
+    if cfg.get("whitening"):
+        return cfg
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.whitening = {
+            "role": "whitening", "run": record.name, "id": f"{record.environment.get('run_id')} whitening",
+            "family": record.family, "images_seen": 0, "steps": 0, "flops": float(counter.get_total_flops()),
+            "device_seconds": seconds,
+        }  # fmt: skip
+    return cfg
 
 
 def refuse_other_data(folder: Path, record: RunRecord, data: ImageData) -> None:

@@ -55,6 +55,10 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
     return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in named]]
 
 
+SETTLED = "model.latent"
+"""What a trained model stands on, and its checkpoint holds: another one would want another training."""
+
+
 def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
     """The config of this job, plain and complete.
 
@@ -70,7 +74,14 @@ def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
     words = list(hydra_config.overrides.task)
     folder = cfg.run or cfg.resume
     if folder is not None:
-        cfg = _rebased(cfg, load(Path(folder)), words, followers)
+        before = load(Path(folder))
+        cfg = _rebased(cfg, before, words, followers)
+        trained = (Path(folder) / "checkpoints" / "last.ckpt").exists()
+        if trained and OmegaConf.select(cfg, SETTLED) != OmegaConf.select(before, SETTLED):
+            raise UserError(
+                f"{folder} was trained on the latents of its own first stage, which its checkpoint holds: leave"
+                f" {SETTLED} as it is, or train another model."
+            )
     with open_dict(cfg):
         if "choices" not in cfg:
             choices = dict(hydra_config.runtime.choices)
@@ -145,8 +156,9 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 
 def without_place(cfg: DictConfig) -> DictConfig:
-    """The config less the folders that it ran in and took its weights or its autoencoder from: run folders may move."""
-    places = ("out", "resume", "autoencoder_run", "trained_in")
+    """The config less the folders that it ran in and took its weights or its autoencoder from (run folders may move),
+    and what it took to put that in."""
+    places = ("out", "resume", "autoencoder_run", "whitening", "trained_in")
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in places])
 
 

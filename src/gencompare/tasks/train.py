@@ -75,11 +75,10 @@ def train(cfg: DictConfig) -> None:
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
     if stored is None:
         cfg = first_stage.trained_first(cfg, data, train)
+        cfg = first_stage.put_in(cfg, model, data)
     needed = costs.needed(cfg, known=RunRecord.load(folder).training.get("needed", []) if stored is not None else ())
     budget = costs.remaining(build_budget(cfg), needed)
     next(callback for callback in callbacks if isinstance(callback, Clock)).budget = budget
-    if stored is None:
-        first_stage.put_in(cfg, model, data)
     trainer = build_trainer(cfg, model, callbacks, [], folder)
     clock = stored["callbacks"]["Clock"] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
@@ -237,8 +236,8 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "seconds": clock.seconds,
         "device_seconds": clock.device_seconds,
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
-        "flops_per_image": clock.flops_per_image,
-        "flops": clock.flops if clock.flops_per_image is not None else None,
+        "flops_per_image": clock.flops / clock.images if clock.flops else None,
+        "flops": clock.flops or None,
         "peak_memory_bytes": max(looks[0].peak_memory_bytes if looks else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),

@@ -36,8 +36,8 @@ class Clock(Callback):
         """Wall seconds spent in training, over all sittings."""
         self.device_seconds = 0.0
         """The same, times the processes of each sitting."""
-        self.flops_per_image: float | None = None
-        """What an image costs, once `TrainingFlops` has counted it."""
+        self.flops = 0.0
+        """FLOPs of training so far, as `TrainingFlops` adds them up."""
         self._generator: torch.Generator | None = None
         self._since = time.monotonic()
 
@@ -45,11 +45,6 @@ class Clock(Callback):
     def progress(self) -> float:
         """The share of the budget that is spent, 0 to 1."""
         return self.budget.progress(**self.state_dict())
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of training so far; 0 until the first step was counted."""
-        return (self.flops_per_image or 0.0) * self.images
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -60,6 +55,7 @@ class Clock(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step, self.images, self.seconds = state_dict["step"], state_dict["images"], state_dict["seconds"]
         self.device_seconds = state_dict.get("device_seconds", self.seconds)
+        self.flops = state_dict["flops"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores the callbacks before this hook and asks for the training stream after it.

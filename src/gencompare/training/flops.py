@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations, counted once by torch while the step really happens."""
+"""What training costs in floating-point operations, counted by torch while steps really happen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
+from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
 from gencompare.evaluation.flops import Flops
 from gencompare.training.clock import clock_of
 
 
 class TrainingFlops(Callback):
-    """Counts the first step of a run: forward, backward, and whatever else a family does in a step."""
+    """Counts the first step of each of a model's kinds (`TrainedModel.step_kind`): forward, backward, and whatever else
+    a family does in a step. Every step adds what its kind costs to the clock's FLOPs."""
 
     def __init__(self) -> None:
-        self.per_image: float | None = None
+        self.per_image: dict[str, float] = {}
+        """FLOPs of a training image, by the kind of step."""
         self._counter: Flops | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -25,27 +28,26 @@ class TrainingFlops(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.per_image = state_dict["per_image"]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        clock_of(trainer).flops_per_image = self.per_image
-
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
-        if self.per_image is None:
+        assert isinstance(pl_module, TrainedModel)
+        self._kind = pl_module.step_kind
+        if self._kind not in self.per_image:
             self._counter = Flops()
             self._counter.__enter__()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        clock = clock_of(trainer)
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            clock = clock_of(trainer)
-            self.per_image = self._counter.get_total_flops() * trainer.world_size / clock.images_a_step
+            counted = self._counter.get_total_flops() * trainer.world_size / clock.images_a_step
+            self.per_image[self._kind] = counted
             self._counter = None
-            if not self.per_image and clock.budget.flops is not None:
+            if not counted and clock.budget.flops is not None:
                 raise UserError("budget.flops: a step of this model has nothing that is counted. Set another limit.")
-            # The clock acted before this count was known.
-            clock.flops_per_image = self.per_image
-            clock.end_if_spent(trainer)
+        clock.flops += self.per_image[self._kind] * clock.images_a_step
+        clock.end_if_spent(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._counter is not None:
