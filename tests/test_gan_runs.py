@@ -61,12 +61,13 @@ def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], ["callbacks.curve.every=100", "callbacks.looks.count=10"]], ids=["loss", "look"])
+def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(words: list[str], tmp_path: Path) -> None:
     """Its rate grows out of all bounds after the fourth step: a line names the figure, and what is saved is sound."""
     with pytest.raises(
         UserError, match=r"is not finite at step \d+\. Training was stopped; the last good checkpoint is kept"
     ):
-        run(tmp_path, rate=lambda step, progress: 1.0 if step < 4 else 1e30)
+        run(tmp_path, *words, rate=lambda step, progress: 1.0 if step < 4 else 1e30)
     stored: dict[str, Any] = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert 4 <= stored["callbacks"]["Clock"]["step"] < 10
     assert all(value.isfinite().all() for value in stored["state_dict"].values())

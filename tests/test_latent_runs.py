@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from composing import compose
 from gencompare.data.digits import Digits
 from gencompare.pictures import save_png, to_image
-from gencompare.tasks.build import build_data
+from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.first_stage import GROUP, stage_folder, stage_of
 from gencompare.tasks.load import load_run
 from gencompare.tasks.main import main
@@ -193,6 +194,16 @@ def test_what_does_not_fit_is_refused(
     assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
     assert says in capsys.readouterr().err
     assert not (runs / "refused" / "record.json").exists()
+
+
+def test_a_deviation_that_is_not_that_of_whitened_latents_is_told() -> None:
+    words = ["model=edm", "model/latent=autoencoder", "data=digits", "model.latent.autoencoder.perceptual=null"]
+    with pytest.warns(UserWarning, match=r"sigma_data=0.5.*use model\.parameterization\.sigma_data=1"):
+        build_model(compose(*words), Digits())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_model(compose(*words, "model.parameterization.sigma_data=1"), Digits())
+        build_model(compose("model=ldm", *words[2:]), Digits())
 
 
 @pytest.mark.parametrize("how", ["resume=ldm", "task=evaluate run=ldm", "task=sample run=ldm"])

@@ -97,6 +97,12 @@ class Diffusion(GenerativeModel):
         self._check_start()
         self.bits = dict(bits or {})
         self.space: Latents | PixelSpace = PixelSpace(spec) if latent is None else latent(spec=spec)
+        if latent is not None and getattr(parameterization, "sigma_data", 1.0) != 1:
+            warnings.warn(
+                f"model.parameterization.sigma_data={parameterization.sigma_data:g}, while whitened latents have a"  # type: ignore[attr-defined]
+                " standard deviation of 1: use model.parameterization.sigma_data=1.",
+                stacklevel=2,
+            )
         if latent is not None and "low_res" in spec.conditions:
             raise UserError(
                 "A low-resolution image is a condition on pixels, and this model works on latents: use"

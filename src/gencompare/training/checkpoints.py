@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import atomic
 from gencompare.training.clock import clock_of
-from gencompare.training.curve import not_finite
+from gencompare.training.curve import check_weights
 from gencompare.training.looks import Looks
 
 
@@ -70,9 +70,7 @@ class Checkpoints(Callback):
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
         """Save, unless the weights are no longer finite: the last good checkpoint must stay."""
-        norms = torch._foreach_norm([p.detach() for p in model.parameters()])  # type: ignore[attr-defined]
-        if not torch.isfinite(torch.stack(norms)).all():
-            raise not_finite("a weight", clock_of(trainer).step)
+        check_weights(model, clock_of(trainer).step)
         trainer.save_checkpoint(path)
 
     def _time_is_up(self, trainer: pl.Trainer) -> bool:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 from torchmetrics import MeanMetric
@@ -77,6 +78,13 @@ def not_finite(name: str, step: int) -> TrainingStopped:
     return TrainingStopped(
         f"{name} is not finite at step {step}", "Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
     )
+
+
+def check_weights(model: pl.LightningModule, step: int) -> None:
+    """Raises `TrainingStopped` where a weight is no longer finite."""
+    norms = torch._foreach_norm([p.detach() for p in model.parameters()])  # type: ignore[attr-defined]
+    if not torch.isfinite(torch.stack(norms)).all():
+        raise not_finite("a weight", step)
 
 
 def log_figures(trainer: pl.Trainer, figures: dict[str, float]) -> None:

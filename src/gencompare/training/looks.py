@@ -23,7 +23,7 @@ from gencompare.memory import forget_peak, peak_memory_bytes
 from gencompare.pictures import grid, save_png
 from gencompare.seeds import Draws, generator
 from gencompare.training.clock import clock_of
-from gencompare.training.curve import log_figures
+from gencompare.training.curve import check_weights, log_figures
 from gencompare.training.ema import EMA
 from gencompare.training.loggers import log_picture
 
@@ -105,6 +105,7 @@ class Looks(Callback):
         if due <= self.done:
             return
         self.done = due
+        check_weights(pl_module, clock.step)  # what they draw would not be finite either
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
         with looking(trainer, pl_module):
             self.look(trainer, pl_module)
