@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from table import RESULTS, picture_of  # type: ignore[import-not-found]
+from table import RESULTS, Kept, picture_of  # type: ignore[import-not-found]
 
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
@@ -24,8 +24,8 @@ def keep(run: Path, name: str) -> None:
     record = RunRecord.load(run)
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
-    for i, result in enumerate(record.results):
-        samples = result.pictures.get("samples")
+    for i, *_ in Kept(record, []).ways:
+        samples = record.results[i].pictures.get("samples")
         if samples and "/" not in name:
             shutil.copyfile(run / samples, picture_of(name, i))
     record.name = Path(name).name

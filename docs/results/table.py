@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 from gencompare.files import write_text
 from gencompare.records import RunRecord
@@ -20,7 +21,8 @@ do. Budgets differ, so rows are no ranking. The distance while training is to va
 where the command says so), at the last look in the first half of the budget and at its end; the figure at the end is to
 the training images from n samples, and rises as n falls. *x Gaussian* is that figure over the baseline's
 (`model=gaussian`) at the same n: a family above 1, or no nearer at its end than at half of its budget, has **not
-learned** in that budget. The command is the one that was given, at the commit that the record names: presets and
+learned** in that budget. Where a model was measured with several draws of n samples, their mean stands in its row, with
+their standard deviation: the Gaussian's says how far a figure of one draw may be off. The command is the one that was given, at the commit that the record names: presets and
 defaults may have changed since.
 """
 COLUMNS = """
@@ -78,18 +80,32 @@ class Kept:
         early = [distance for images, distance in self.looks if images <= 0.51 * end]
         return (early[-1], last) if early else None
 
-    def over_gaussian(self, i: int, baselines: list[RunRecord]) -> float | None:
-        """The distance of measurement ``i`` over a baseline's that was measured alike; None where there is none."""
-        result = self.record.results[i]
-        for baseline in baselines:
-            for other in baseline.results:
-                if (other.headline, other.measurement) == (result.headline, result.measurement):
-                    return result.metrics[result.headline].value / other.metrics[other.headline].value
-        return None
+    @property
+    def ways(self) -> list[list[int]]:
+        """The measurements that were made in the same way, but for the seed of the samples, by their places."""
+        found: dict[str, list[int]] = {}
+        for i, result in enumerate(self.record.results):
+            found.setdefault(repr((result.measurement, replace(result.generation, seed=0))), []).append(i)
+        return list(found.values())
+
+    def distances(self, way: list[int]) -> list[float]:
+        results = [self.record.results[i] for i in way]
+        return [result.metrics[result.headline].value for result in results]
+
+    def over_gaussian(self, way: list[int], baselines: list[RunRecord]) -> float | None:
+        """The mean distance over that of all baselines that were measured alike; None where there are none."""
+        result = self.record.results[way[0]]
+        same = [
+            other.metrics[other.headline].value
+            for baseline in baselines
+            for other in baseline.results
+            if (other.headline, other.measurement) == (result.headline, result.measurement)
+        ]
+        return fmean(self.distances(way)) / fmean(same) if same else None
 
     def learned(self, baselines: list[RunRecord]) -> bool | None:
         """Better than the baseline and than at half of the budget; None where one of the two was not measured."""
-        over = self.over_gaussian(0, baselines)
+        over = self.over_gaussian(self.ways[0], baselines)
         if over is None or self.halves is None:
             return None
         return over < 1 and self.halves[1] < self.halves[0]
@@ -99,16 +115,18 @@ def baselines(kept: list[Kept]) -> list[RunRecord]:
     return [each.record for each in kept if each.record.family == "gaussian"]
 
 
-def row(kept: Kept, i: int, baselines: list[RunRecord]) -> str:
-    """A row of the table: the way in which a run was measured that is the ``i``-th."""
+def row(kept: Kept, way: list[int], baselines: list[RunRecord]) -> str:
+    """A row of the table: a way in which a run was measured."""
+    i, distances = way[0], kept.distances(way)
     record, result = kept.record, kept.record.results[i]
+    spread = f" ± {stdev(distances):.2g} ({len(way)} draws)" if len(way) > 1 else ""
     metric, training = result.metrics[result.headline], record.training
-    over = None if record.family == "gaussian" else kept.over_gaussian(i, baselines)
+    over = None if record.family == "gaussian" else kept.over_gaussian(way, baselines)
     picture = picture_of(record.name, i)
     cells = [
         record.name, f"{training['images_seen']:,}", f"{training['seconds'] / 60:.1f}",
         "{:.2f}, {:.2f}".format(*kept.halves) if kept.halves else "", f"{result.measurement.n:,}",
-        f"{metric.value:.3g}", f"{metric.over_floor:.3g}", f"{over:.2f}" if over else "",
+        f"{fmean(distances):.3g}{spread}", f"{metric.over_floor:.3g}", f"{over:.2f}" if over else "",
         f"[picture](../images/{picture.name})" if picture.is_file() else "",
         again(record, i) if i else f"`{command(record)}`",
     ]  # fmt: skip
@@ -142,7 +160,7 @@ def page() -> str:
     for data in dict.fromkeys(each.record.results[0].measurement.data for each in records):
         kept = [each for each in records if each.record.results[0].measurement.data == data]
         text += f"\n## {data}\n{COLUMNS}"
-        text += "".join(row(each, i, baselines(kept)) for each in kept for i in range(len(each.record.results)))
+        text += "".join(row(each, way, baselines(kept)) for each in kept for way in each.ways)
         missed = [each.record.name for each in kept if each.learned(baselines(kept)) is False]
         text += f"\nNot learned: {', '.join(missed) or 'none'}.\n{NOTES.get(data, '')}"
     return text
