@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from composing import carrier_of, compose, options, roots, usual_groups
+from gencompare.contract import GenerativeModel
 from gencompare.data.base import ImageData
 from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
 
@@ -97,15 +98,11 @@ def once_built(cfg: DictConfig) -> ImageData:
     return BUILT.setdefault(OmegaConf.to_yaml(cfg.data), build_data(cfg))
 
 
-@pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_takes_a_step_at_reduced_size(
-    name: str, data_root: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    cache = tmp_path_factory.getbasetemp().parent / "decoded"
+def reduced(name: str, *words: str) -> DictConfig:
+    """The config of an experiment with narrow networks."""
     cfg = compose(
-        f"experiment={name}", f"paths.data={data_root}", f"paths.cache={cache}", "trainer.accelerator=cpu",
-        "trainer.global_batch_size=5", "budget.images=null", "budget.steps=1", "callbacks.looks.count=0",
-        "callbacks.progress=false",
+        f"experiment={name}", "trainer.accelerator=cpu", "trainer.global_batch_size=5", "budget.images=null",
+        "budget.steps=1", "callbacks.looks.count=0", "callbacks.progress=false", *words,
     )  # fmt: skip
     for network in ("network", "generator", "discriminator"):
         if cfg.model.get(network, {}).get("channels"):
@@ -119,6 +116,16 @@ def test_every_experiment_takes_a_step_at_reduced_size(
         cfg.model.steps = 2
     if "ladder" in cfg.model:
         cfg.model.ladder.channels = cfg.model.ladder.max_channels = 16
+    return cfg
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_takes_a_step_at_reduced_size(
+    name: str, data_root: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cache = tmp_path_factory.getbasetemp().parent / "decoded"
+    places = f"paths.data={data_root}", f"paths.cache={cache}"
+    cfg = reduced(name, *places)
     data = once_built(cfg)
     model = build_model(cfg, data)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -126,3 +133,7 @@ def test_every_experiment_takes_a_step_at_reduced_size(
     build_trainer(cfg, model, callbacks, [], tmp_path).fit(model, datamodule=data)
     assert callbacks[0].step == 1  # type: ignore[attr-defined]
     assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    if isinstance(model, GenerativeModel) and not model.conditional:
+        conditional = build_model(reduced(name, *places, "model.conditional=true"), data)
+        parameters = [sum(p.numel() for p in each.parameters()) for each in (model, conditional)]
+        assert conditional.conditional and parameters[0] < parameters[1], "the label has weights of its own"
