@@ -24,10 +24,10 @@ def keep(run: Path, name: str) -> None:
     record = RunRecord.load(run)
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
-    for i, *_ in Kept(record, []).ways:
+    for k, (i, *_) in enumerate(Kept(record, []).ways):
         samples = record.results[i].pictures.get("samples")
         if samples and "/" not in name:
-            shutil.copyfile(run / samples, picture_of(name, i))
+            shutil.copyfile(run / samples, picture_of(name, k))
     record.name = Path(name).name
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:
