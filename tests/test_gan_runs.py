@@ -61,7 +61,7 @@ def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("words", [[], ["callbacks.curve.every=100", "callbacks.looks.count=10"]], ids=["loss", "look"])
+@pytest.mark.parametrize("words", [[], ["callbacks.curve.every=100", "callbacks.looks.count=30"]], ids=["loss", "look"])
 def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(words: list[str], tmp_path: Path) -> None:
     """Its rate grows out of all bounds after the fourth step: a line names the figure, and what is saved is sound."""
     with pytest.raises(

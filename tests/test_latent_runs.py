@@ -213,7 +213,7 @@ def test_a_trained_model_keeps_its_first_stage(
 ) -> None:
     before = (runs / "ldm" / "record.json").read_text()
     assert cli(*how.split(), word) == 1
-    assert "leave model.latent as it is" in capsys.readouterr().err
+    assert "was trained with another model.latent" in capsys.readouterr().err
     assert (runs / "ldm" / "record.json").read_text() == before
 
 

@@ -24,8 +24,6 @@ TWO_LOOKS = {"fashion_mnist_vae"}
 """Its record is a job of the families' sweep, which looks at half of the budget and at its end."""
 OF_OTHER_USE = {"fashion_mnist_classifier", "fashion_mnist_perceptual"}
 """Presets that train what measures, or what latent diffusion is trained against."""
-NOT_LEARNED: set[str] = set()
-"""Families that stay above the Gaussian baseline of Fashion-MNIST; the page tells what was tried."""
 
 
 @pytest.mark.parametrize("name", FALLS)
@@ -42,10 +40,10 @@ def test_each_family_has_its_curve() -> None:
     assert set(FALLS) >= WANTED
 
 
-def test_every_family_of_fashion_mnist_beats_the_gaussian_and_its_half_or_is_named() -> None:
+def test_every_family_of_fashion_mnist_beats_the_gaussian_and_its_half() -> None:
     presets = {path.stem for path in conf_dir().glob("experiment/fashion_mnist_*.yaml")} - OF_OTHER_USE
     baselines = [kept.record for kept in KEPT.values() if kept.record.family == "gaussian"]
-    assert {name for name in presets if not KEPT[name].learned(baselines)} == NOT_LEARNED
+    assert len(presets) > 12 and not {name for name in presets if not KEPT[name].learned(baselines)}
 
 
 def test_the_bad_schedule_is_last_of_all_under_every_sampling_grid() -> None:

@@ -87,7 +87,8 @@ class RunRecord:
     """parameters (all, and by network), conditional, noise_schedule where there is one."""
     training: dict[str, Any] = field(default_factory=dict)
     """steps, images_seen, seconds, device_seconds, images_per_second, peak_memory_bytes, flops_per_image, flops,
-    trained_against; ``needed``, the runs that the model cannot do without, and ``total``, the cost with theirs."""
+    trained_against; ``needed``, what else the model cannot do without (`tasks.costs`), and ``total``, the cost with
+    it."""
     curve: str = "curve.csv"
     """CSV of everything that was logged while training, relative to the run folder."""
     checkpoints: dict[str, str] = field(default_factory=dict)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class Adversarial(ABC):
-    """A pair of losses. Scores are (n,), losses too; each player minimises the mean of its own.
+    """A pair of losses. Scores are (n,), or (n, patches) where images are not paired, and losses too; each player
+    minimises the mean of its own.
 
     ``real`` and ``fake`` are the discriminator's scores D(x_i) of real images and D(G(z_i)) of as many fakes.
     """

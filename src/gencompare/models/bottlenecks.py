@@ -98,18 +98,20 @@ class VQBottleneck(Bottleneck):
     batch. ``perplexity`` = exp(entropy of the codes' shares in the batch), 1 to K, says how many are in use. All of it
     is of the whole batch, however many processes share it.
 
-    `check` raises `UserError` when the codebook has collapsed: a perplexity below `least` for so long that unused codes
-    were revived, and for `PATIENCE` steps more.
+    `check` raises `UserError` when the codebook has collapsed: two codes, or one of fewer than ten, had nearly all
+    vectors for so long that the others were revived, and for `PATIENCE` steps more.
     """
 
     PATIENCE = 200
     """Training steps."""
+    NEARLY_ALL = 0.98
+    """Share of a batch's vectors; revived codes are set on some of them, and may be chosen by these."""
 
     codebook: Tensor
     counts: Tensor
     sums: Tensor
     started: Tensor
-    low: Tensor
+    alone: Tensor
 
     def __init__(
         self,
@@ -130,12 +132,8 @@ class VQBottleneck(Bottleneck):
         self.register_buffer("counts", torch.zeros(codes))
         self.register_buffer("sums", torch.zeros(codes, channels))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("low", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def least(self) -> float:
-        """The perplexity below which a codebook is as good as none."""
-        return min(3.0, 1 + 0.01 * self.codes)
+        self.register_buffer("alone", torch.zeros((), dtype=torch.int64))
+        self.few = 2 if codes >= 10 else 1
 
     def forward(self, h: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         h = h.float()
@@ -172,10 +170,10 @@ class VQBottleneck(Bottleneck):
         """Raises `UserError` where a code or two have served all images, in spite of revival."""
         # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
         revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
-        if self.low >= revived + self.PATIENCE:
+        if self.alone >= revived + self.PATIENCE:
             raise TrainingStopped(
-                f"The codebook has collapsed: for {int(self.low)} steps its perplexity was below {self.least:.3g} of"
-                f" {self.codes} codes, in spite of revival",
+                f"The codebook has collapsed: for {int(self.alone)} steps nearly all images fell on"
+                f" {'two' if self.few > 1 else 'one'} of {self.codes} codes, in spite of revival",
                 "Try a lower learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment.",
             )
 
@@ -198,7 +196,8 @@ class VQBottleneck(Bottleneck):
         self.counts.copy_(torch.where(dead, 1.0, self.counts))
         self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
         self.codebook.copy_(self.sums / self.counts[:, None])
-        self.low.copy_(torch.where(perplexity(used) >= self.least, 0, self.low + 1))
+        collapsed = used.topk(self.few).values.sum() > self.NEARLY_ALL * used.sum()
+        self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
     def _picked(self, vectors: Tensor, draws: Draws) -> Tensor:
         """Random vectors of the whole batch, one a code, (K, c): the same for any number of processes."""

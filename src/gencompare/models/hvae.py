@@ -39,7 +39,7 @@ class HVAE(GenerativeModel):
 
     A step whose gradient has a norm above ``grad_skip``, or one that is not finite, is not taken: weights and the
     optimiser's state stay as they are ("gradient skipping" of the same paper, whose thresholds hold for a loss in nats
-    per value; its code, too, leaves out steps whose loss is not finite). The networks have no normalisation, and now
+    per value; its code, too, leaves out what is not finite). The networks have no normalisation, and now
     and then a single image's posterior overflows, at weights that do well before and after it. ``skipped`` is the share
     of such steps in what is logged, and ``skipped_steps`` counts them all; `MOST_SKIPPED` in a row end the run. The
     decision costs the host one wait for the device a step.
@@ -142,7 +142,8 @@ class HVAE(GenerativeModel):
         assert figures is not None
         # Known after the backward pass alone: `on_before_optimizer_step` writes them in before they are logged.
         self._gradient = torch.zeros(2, device=self.device)
-        return {**figures, "grad_norm": self._gradient[0], "skipped": self._gradient[1]}
+        skipped = {} if self.grad_skip is None else {"skipped": self._gradient[1]}
+        return {**figures, "grad_norm": self._gradient[0], **skipped}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradient, or take it away: an optimiser does nothing to a parameter without one.

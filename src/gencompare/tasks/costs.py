@@ -1,4 +1,4 @@
-"""What a model cost, with all that it needed: a latent model's autoencoder, the models that guide it, its tuning."""
+"""What a model cost, with all that it needed: an autoencoder and the whitening of its latents, guides, its tuning."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,11 @@ def finished(folder: Path) -> bool:
     return (folder / RECORD).exists() and RunRecord.load(folder).state == "finished"
 
 
-def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> DictConfig:
+def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:
     """Give a model on latents its trained autoencoder, and whiten by the training images.
 
-    Returns ``cfg`` with the cost of that as ``whitening``, an entry of what a model needed (`costs.entry`). Of several
-    processes, which all encode all images, the first one's counts: they must agree on what is left of a budget.
+    Returns ``cfg`` with the cost of that as ``whitening``, an entry of what a model needed (as `costs.entry` makes).
+    Each of the ``processes`` encodes all images; the time is that of the first, times their number.
     """
     space = getattr(model, "space", None)
     if not isinstance(space, Latents):
@@ -165,9 +166,9 @@ def put_in(cfg: DictConfig, model: TrainedModel, data: ImageData) -> DictConfig:
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.whitening = {
-            "role": "whitening", "run": record.name, "id": f"{record.environment.get('run_id')} whitening",
-            "family": record.family, "images_seen": 0, "steps": 0, "flops": float(counter.get_total_flops()),
-            "device_seconds": seconds,
+            "role": "whitening", "run": record.name, "id": uuid.uuid4().hex[:12], "family": record.family,
+            "images_seen": 0, "steps": 0, "flops": float(counter.get_total_flops() * processes),
+            "device_seconds": seconds * processes,
         }  # fmt: skip
     return cfg
 

@@ -56,7 +56,7 @@ def base_on_run_folder(argv: list[str]) -> list[str]:
 
 
 SETTLED = "model.latent"
-"""What a trained model stands on, and its checkpoint holds: another one would want another training."""
+"""What a trained model's weights stand on: another one would want another training."""
 
 
 def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
@@ -79,8 +79,8 @@ def thaw(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
         trained = (Path(folder) / "checkpoints" / "last.ckpt").exists()
         if trained and OmegaConf.select(cfg, SETTLED) != OmegaConf.select(before, SETTLED):
             raise UserError(
-                f"{folder} was trained on the latents of its own first stage, which its checkpoint holds: leave"
-                f" {SETTLED} as it is, or train another model."
+                f"{folder} was trained with another {SETTLED}, which its weights stand on: leave {SETTLED} as it is, or"
+                " train another model."
             )
     with open_dict(cfg):
         if "choices" not in cfg:

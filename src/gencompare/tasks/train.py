@@ -75,11 +75,13 @@ def train(cfg: DictConfig) -> None:
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
     if stored is None:
         cfg = first_stage.trained_first(cfg, data, train)
-        cfg = first_stage.put_in(cfg, model, data)
+    trainer = build_trainer(cfg, model, callbacks, [], folder)
+    if stored is None:
+        costs.remaining(build_budget(cfg), costs.needed(cfg))  # refused before images are encoded
+        cfg = first_stage.put_in(cfg, model, data, trainer.world_size)
     needed = costs.needed(cfg, known=RunRecord.load(folder).training.get("needed", []) if stored is not None else ())
     budget = costs.remaining(build_budget(cfg), needed)
     next(callback for callback in callbacks if isinstance(callback, Clock)).budget = budget
-    trainer = build_trainer(cfg, model, callbacks, [], folder)
     clock = stored["callbacks"]["Clock"] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
         if rank_zero_only.rank == 0:
@@ -236,8 +238,8 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "seconds": clock.seconds,
         "device_seconds": clock.device_seconds,
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
-        "flops_per_image": clock.flops / clock.images if clock.flops else None,
-        "flops": clock.flops or None,
+        "flops_per_image": clock.flops / clock.images if clock.images else None,
+        "flops": clock.flops if clock.images else None,
         "peak_memory_bytes": max(looks[0].peak_memory_bytes if looks else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),

@@ -62,6 +62,9 @@ class Clock(Callback):
         trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
         assert isinstance(pl_module, TrainedModel)
         self.images_a_step = self.global_batch_size
+        if self.budget.by_time and trainer.world_size > 1:
+            # What is left of it after a first stage was measured by each process for itself.
+            self.budget = trainer.strategy.broadcast(self.budget, src=0)
         if pl_module.closed_form:
             self.budget = Budget(steps=1)
             self.images_a_step = len(trainer.datamodule.training)  # type: ignore[attr-defined]
