@@ -34,6 +34,6 @@ def normalize_spectrally(network: nn.Module) -> None:
     """
     for module in list(network.modules()):
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
-            if not module.weight.any():
+            if not module.weight.is_meta and not module.weight.any():
                 nn.init.orthogonal_(module.weight)  # noughts have no direction that could be normalised
             spectral_norm(module)
