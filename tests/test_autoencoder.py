@@ -147,18 +147,19 @@ def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
         model.on_save_checkpoint({})
 
 
-def test_two_codes_of_many_are_a_collapse_too() -> None:
-    """Vectors at two places, with a little noise, for which revived codes are chosen now and then."""
-    model = autoencoder(bottleneck=VQBottleneck(1, codes=256, decay=0.5, revive=0.25))
+@pytest.mark.parametrize("codes, places", [(20, 2), (256, 5)])
+def test_a_few_codes_of_many_are_a_collapse_too(codes: int, places: int) -> None:
+    """Vectors at few places, with a little noise, for which revived codes are chosen now and then."""
+    model = autoencoder(bottleneck=VQBottleneck(1, codes=codes, decay=0.5, revive=0.25))
     bottleneck = model.coder.bottleneck.train()
     for step in range(VQBottleneck.PATIENCE + 2):
         bottleneck.check()
         generator = torch.Generator().manual_seed(step)
-        places = torch.tensor([-1.0, 1.0]).repeat(32).view(64, 1, 1, 1)
-        # One image in 64 is a little elsewhere.
-        noise = 1e-3 * torch.randn(64, 1, 1, 1, generator=generator) * (torch.arange(64) == step % 64).view(64, 1, 1, 1)
-        bottleneck(places + noise, whole(64, step))
-    with pytest.raises(TrainingStopped, match=r"nearly all images fell on two of 256"):
+        at = torch.arange(60.0).remainder(places).view(60, 1, 1, 1)
+        # One image in 60 is a little elsewhere.
+        noise = 1e-3 * torch.randn(60, 1, 1, 1, generator=generator) * (torch.arange(60) == step % 60).view(60, 1, 1, 1)
+        bottleneck(at + noise, whole(60, step))
+    with pytest.raises(TrainingStopped, match=rf"nearly all images fell on {places} of {codes}"):
         bottleneck.check()
 
 

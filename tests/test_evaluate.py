@@ -26,6 +26,7 @@ from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.evaluation.preview import preview_figures
 from gencompare.evaluation.raw import RawValues
 from gencompare.evaluation.sampling import counted, draw, labels_like
+from gencompare.evaluation.scoring import reconstruction
 from gencompare.models.gaussian import Gaussian
 from gencompare.protocol import Generation
 from gencompare.records import Result
@@ -362,3 +363,23 @@ def test_preview_orders_images_by_quality() -> None:
     distances, densities, coverages = (list(values) for values in zip(*(f.values() for f in figures), strict=True))
     assert distances == sorted(distances)
     assert densities == sorted(densities, reverse=True) and coverages == sorted(coverages, reverse=True)
+
+
+class Rounds(nn.Module):
+    """Gives images back with each value set to the nearest of a few."""
+
+    def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
+        return (x * 4).round() / 4
+
+
+@pytest.mark.parametrize("n, features, used", [(100, 64, 100), (50, 64, 500), (50, 600, None)])
+def test_a_distance_of_reconstructions_takes_all_test_images_where_it_must(
+    n: int, features: int, used: int | None
+) -> None:
+    data, cpu = Digits(), torch.device("cpu")
+    extractor = RawValues(data.spec)
+    extractor.dim = features
+    found = reconstruction(Rounds(), data, n, 0, extractor, cpu)
+    distance = found["rfd_raw"]
+    assert distance.note.startswith(found["psnr"].note) and f", {used or n} " in found["psnr"].note
+    assert (distance.value is None) == (used is None) == ("too few for 600 features" in distance.note)

@@ -130,13 +130,15 @@ def test_a_first_stage_is_a_run_like_any_other(runs: Path, cli: Cli) -> None:
     assert cli(f"resume={stage}", "budget.steps=3") == 0
 
 
-def test_less_data_and_another_budget_make_another_first_stage(runs: Path) -> None:
-    def name(*words: str) -> str:
-        cfg = compose(*LDM, *words)
-        OmegaConf.set_struct(cfg, False)
-        cfg.choices = {"data": "digits", "debug": None, GROUP: "autoencoder"}
-        return stage_folder(stage_of(cfg), build_data(cfg)).name
+def name(*words: str) -> str:
+    """That of the folder in which the first stage would be trained."""
+    cfg = compose(*LDM, *words)
+    OmegaConf.set_struct(cfg, False)
+    cfg.choices = {"data": "digits", "debug": None, GROUP: "autoencoder"}
+    return stage_folder(stage_of(cfg), build_data(cfg)).name
 
+
+def test_less_data_and_another_budget_make_another_first_stage(runs: Path) -> None:
     first = name()
     assert name("model/schedule=linear", "budget.steps=7", "evaluation.n=200", "trainer.accelerator=cpu") == first
     names = {name(w) for w in ("data.limit=16", "seed=3", "model.latent.budget.steps=4", "trainer.global_batch_size=8")}
@@ -224,6 +226,28 @@ def test_an_autoencoder_of_other_data_is_refused(
     words = [f"model.latent.run={stage}", "data=mnist", f"paths.data={data_root}"]
     assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
     assert "was trained on data 'digits' of 1x8x8, not on 'mnist' of 1x32x32" in capsys.readouterr().err
+
+
+def test_a_first_stage_is_named_by_what_its_perceptual_network_holds_and_not_by_where_it_lies(tmp_path: Path) -> None:
+    def key(file: str, content: str) -> str:
+        (tmp_path / file).write_text(content)
+        return name(f"model.latent.autoencoder.perceptual.weights={tmp_path / file}")
+
+    one = key("a.safetensors", "one")
+    assert key("b.safetensors", "one") == one != key("a.safetensors", "two")
+
+
+@pytest.mark.parametrize("state", ["interrupted", "failed", "running"])
+def test_an_autoencoder_that_was_not_trained_to_its_end_is_refused(
+    runs: Path, cli: Cli, tmp_path: Path, state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stage, *_) = stages(runs)
+    shutil.copytree(stage, tmp_path / "stage")
+    (tmp_path / "stage" / "record.json").write_text(json.dumps(record(stage) | {"state": state}))
+    assert cli("model=ldm", *QUICK, *SMALL, f"model.latent.run={tmp_path / 'stage'}", "hydra.run.dir=early") == 1
+    said = capsys.readouterr().err
+    assert "was not trained to its end" in said and f"resume={tmp_path / 'stage'}" in said
+    assert not (Path("early") / "record.json").exists()
 
 
 def write_digits(folder: Path, *, mirrored: bool) -> None:

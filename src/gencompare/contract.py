@@ -179,6 +179,11 @@ class TrainedModel(pl.LightningModule):
         """The kind of the step that comes next, where kinds cost unlike FLOPs; told by `progress` and the state."""
         return ""
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last step may be the start of a collapse: no good checkpoint is replaced while it is."""
+        return False
+
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """Per-sample figures (n,), of which ``loss`` is minimised; the rest is logged."""
         raise NotImplementedError(f"{type(self).__name__} writes neither losses() nor training_step()")

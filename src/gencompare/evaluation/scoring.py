@@ -62,16 +62,17 @@ def bits_per_dim(
 def reconstruction(
     model: Any, data: Data, n: int, seed: int, extractor: Extractor, device: torch.device
 ) -> dict[str, Metric]:
-    """How well a model with an encoder gives ``n`` test images back.
+    """How well a model with an encoder gives ``n`` test images back: all of them, where a distance takes so many.
 
     ``psnr`` = 10 log10(255^2 / mean squared error) of bytes; ``ssim``, structural similarity (Wang et al. 2004), for
     images of 11 pixels and more; and ``r<frechet>``, the Frechet distance of reconstructions from the images that they
-    are of, where n exceeds the features.
+    are of. That needs more images than the extractor has features, and is None where the test split has no more.
     """
     autoencoder = model.autoencoder() if isinstance(model, TrainedModel) else model
     if not isinstance(autoencoder, Reconstructs) or data.spec.num_levels is None:
         return {}
-    rows = test_rows(data, n)
+    total = len(data.split("test"))
+    rows = test_rows(data, n if n > extractor.dim or total <= extractor.dim else total)
 
     def rebuild(k: int) -> tuple[Tensor, Tensor]:
         x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
@@ -82,11 +83,12 @@ def reconstruction(
     pairs = shared_out(batches(rows), rebuild)
     real, rebuilt = (torch.cat(images) for images in zip(*pairs, strict=True))
     note = f"reconstruction, {counted_images(rows, data)}"
-    found = {}
     if len(rows) > extractor.dim:
         distance = frechet_distance(*(extractor(images, device).features for images in (rebuilt, real)))
-        found[f"r{extractor.frechet_name}"] = Metric(distance, better="lower", note=note)
-    return found | likeness(real, rebuilt, note)
+        frechet = Metric(distance, better="lower", note=note)
+    else:
+        frechet = Metric(None, better="lower", note=f"{note}: too few for {extractor.dim} features")
+    return {f"r{extractor.frechet_name}": frechet} | likeness(real, rebuilt, note)
 
 
 def likeness(real: Tensor, rebuilt: Tensor, note: str) -> dict[str, Metric]:
@@ -95,8 +97,9 @@ def likeness(real: Tensor, rebuilt: Tensor, note: str) -> dict[str, Metric]:
     psnr = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
     found["psnr"] = Metric(psnr if math.isfinite(psnr) else None, better="higher", unit="dB", note=note)
     if min(real.shape[2:]) >= WINDOW:
-        ssim = structural_similarity_index_measure(rebuilt, real, data_range=255.0)
-        found["ssim"] = Metric(float(ssim), better="higher", note=note)  # type: ignore[arg-type]
+        pairs = zip(rebuilt.split(BATCH), real.split(BATCH), strict=True)
+        of_each = [structural_similarity_index_measure(*pair, reduction="none", data_range=255.0) for pair in pairs]
+        found["ssim"] = Metric(float(torch.cat(of_each).mean()), better="higher", note=note)  # type: ignore[arg-type]
     return found
 
 

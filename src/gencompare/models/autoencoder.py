@@ -132,6 +132,10 @@ class Autoencoder(TrainedModel):
         """Images decoded from the latents that stand for them: no random numbers."""
         return self.coder.decode(self.coder.encode(x)).clamp(-1, 1)
 
+    @property
+    def doubtful(self) -> bool:
+        return self.coder.bottleneck.doubtful
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.coder.bottleneck.check()  # the last good checkpoint stays
 

@@ -49,6 +49,11 @@ class Bottleneck(nn.Module, ABC):
     def check(self) -> None:
         """Raises `UserError` where training cannot go on in any sensible way."""
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last step may have been the start of that."""
+        return False
+
 
 class KLBottleneck(Bottleneck):
     r"""q(z | x) = N(mu, diag sigma^2), held a little towards N(0, I): z = mu + sigma eps.
@@ -98,8 +103,9 @@ class VQBottleneck(Bottleneck):
     batch. ``perplexity`` = exp(entropy of the codes' shares in the batch), 1 to K, says how many are in use. All of it
     is of the whole batch, however many processes share it.
 
-    `check` raises `UserError` when the codebook has collapsed: two codes, or one of fewer than ten, had nearly all
-    vectors for so long that the others were revived, and for `PATIENCE` steps more.
+    `check` raises `UserError` when the codebook has collapsed: a fiftieth of the codes (at least two, or one of fewer
+    than ten) had nearly all vectors for so long that the others were revived, and for `PATIENCE` steps more. Until
+    then it is `doubtful`.
     """
 
     PATIENCE = 200
@@ -133,7 +139,7 @@ class VQBottleneck(Bottleneck):
         self.register_buffer("sums", torch.zeros(codes, channels))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("alone", torch.zeros((), dtype=torch.int64))
-        self.few = 2 if codes >= 10 else 1
+        self.few = max(2, codes // 50) if codes >= 10 else 1
 
     def forward(self, h: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         h = h.float()
@@ -167,15 +173,19 @@ class VQBottleneck(Bottleneck):
             return torch.cdist(vectors, self.codebook).argmin(1)
 
     def check(self) -> None:
-        """Raises `UserError` where a code or two have served all images, in spite of revival."""
+        """Raises `UserError` where a few codes have served nearly all images, in spite of revival."""
         # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
         revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
         if self.alone >= revived + self.PATIENCE:
             raise TrainingStopped(
                 f"The codebook has collapsed: for {int(self.alone)} steps nearly all images fell on"
-                f" {'two' if self.few > 1 else 'one'} of {self.codes} codes, in spite of revival",
+                f" {self.few} of {self.codes} codes, in spite of revival",
                 "Try a lower learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment.",
             )
+
+    @property
+    def doubtful(self) -> bool:
+        return bool(self.alone > 0)
 
     def _start(self, vectors: Tensor, draws: Draws) -> None:
         """The first batch's vectors are the first codes. (Without an `if`: the step need not wait for the device.)"""

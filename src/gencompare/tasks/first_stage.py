@@ -21,6 +21,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.flops import Flops
 from gencompare.locks import locked
 from gencompare.models.latents import Latents
+from gencompare.overrides import pasted
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord
 from gencompare.tasks import frozen
@@ -48,6 +49,11 @@ def adopted(cfg: DictConfig) -> DictConfig:
         raise UserError(
             f"{run} holds a run of model={theirs.family}, and no autoencoder: model.latent.run wants one of"
             " model=autoencoder or vqvae."
+        )
+    if not finished(Path(run)):
+        raise UserError(
+            f"The autoencoder in {run} was not trained to its end: go on with it by {pasted('resume', str(run))}, and"
+            " give it again then."
         )
     cfg = cfg.copy()
     with open_dict(cfg):
@@ -129,6 +135,10 @@ def stage_folder(stage: DictConfig, data: ImageData) -> Path:
     parts: dict[str, Any] = {name: OmegaConf.select(decides, name) for name in DECIDES}
     parts["data"] = {str(key): value for key, value in stage.data.items() if key not in PLACES}
     parts = OmegaConf.to_container(OmegaConf.create(parts), resolve=True)  # type: ignore[assignment]
+    perceptual = parts["model"].get("perceptual") or {}
+    if perceptual.get("weights") and Path(perceptual["weights"]).is_file():
+        # What the file holds decides, wherever it lies.
+        perceptual["weights"] = hashlib.sha256(Path(perceptual["weights"]).read_bytes()).hexdigest()
     text = json.dumps([parts, data.hash("train")], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:10]
     return Path(stage.paths.runs) / f"{data.spec.name}_{stage.family}_{key}"

@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from gencompare.contract import TrainedModel
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import atomic
 from gencompare.training.clock import clock_of
@@ -23,7 +24,8 @@ class Checkpoints(Callback):
     """Keeps ``last.ckpt`` (at least every ``every_minutes``, at every look and at the end) and ``best.ckpt``.
 
     ``best`` is the look with the lowest preview distance, which is measured on validation images only.
-    It stands last among the callbacks, so that what it saves is a finished step.
+    It stands last among the callbacks, so that what it saves is a finished step. While a model is `doubtful`, nothing
+    is saved over what there is, but at the end of the budget.
     """
 
     CHECK_STEPS = 20
@@ -35,6 +37,8 @@ class Checkpoints(Callback):
         self.folder, self.every_minutes = folder, every_minutes
         self._saved = time.monotonic()
         self._looks_done = 0
+        self._there = False
+        """Whether there is a checkpoint of this run."""
 
     @property
     def last(self) -> Path:
@@ -48,24 +52,30 @@ class Checkpoints(Callback):
         self._saved = time.monotonic()
         looks = _looks(trainer)
         self._looks_done = looks.done if looks else 0
+        self._there = clock_of(trainer).step > 0  # resumed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         looks = _looks(trainer)
         looked = looks is not None and looks.done > self._looks_done
-        if looks is not None and looked:
-            self._looks_done = looks.done
-            if looks.improved:
+        due = looked or trainer.should_stop or self._time_is_up(trainer)
+        if due and not self._waits(trainer, pl_module):
+            if looks is not None and looked and looks.improved:
                 self._save(trainer, pl_module, self.best)
-        if looked or trainer.should_stop or self._time_is_up(trainer):
             self._save(trainer, pl_module, self.last)
-            self._saved = time.monotonic()
+            self._saved, self._there = time.monotonic(), True
             clock_of(trainer).pause()
+        if looks is not None:
+            self._looks_done = looks.done
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, TrainingStopped):
             exception.kept = self.last.exists()
+
+    def _waits(self, trainer: pl.Trainer, model: pl.LightningModule) -> bool:
+        assert isinstance(model, TrainedModel)
+        return self._there and clock_of(trainer).progress < 1 and model.doubtful
 
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
