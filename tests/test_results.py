@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
+from composing import compose
 from gencompare.paths import conf_dir
 from gencompare.records import RunRecord
 
@@ -22,7 +25,7 @@ FALLS = [name for name, kept in KEPT.items() if name not in RISES and len(kept.l
 WANTED = {f"{data}_{family}" for data in ("fashion_mnist", "cifar10") for family in ("vae", "gan", "ddpm")}
 TWO_LOOKS = {"fashion_mnist_vae"}
 """Its record is a job of the families' sweep, which looks at half of the budget and at its end."""
-OF_OTHER_USE = {"fashion_mnist_classifier", "fashion_mnist_perceptual"}
+OF_OTHER_USE = {"digits_classifier", "fashion_mnist_classifier", "fashion_mnist_perceptual"}
 """Presets that train what measures, or what latent diffusion is trained against."""
 
 
@@ -40,10 +43,23 @@ def test_each_family_has_its_curve() -> None:
     assert set(FALLS) >= WANTED
 
 
+def presets(data: str) -> set[str]:
+    """The names of a data set's experiments, one a family."""
+    return {path.stem for path in conf_dir().glob(f"experiment/{data}_*.yaml")} - OF_OTHER_USE
+
+
 def test_every_family_of_fashion_mnist_beats_the_gaussian_and_its_half() -> None:
-    presets = {path.stem for path in conf_dir().glob("experiment/fashion_mnist_*.yaml")} - OF_OTHER_USE
+    families = presets("fashion_mnist")
     baselines = [kept.record for kept in KEPT.values() if kept.record.family == "gaussian"]
-    assert len(presets) > 12 and not {name for name in presets if not KEPT[name].learned(baselines)}
+    assert len(families) > 12 and not {name for name in families if not KEPT[name].learned(baselines)}
+
+
+@pytest.mark.parametrize("name", sorted(presets("digits") | presets("fashion_mnist")))
+def test_a_record_is_of_its_preset_as_it_is_today(name: str) -> None:
+    today, then = compose(f"experiment={name}"), OmegaConf.create(KEPT[name].record.config)
+    both = ("budget.images", "trainer.global_batch_size", "model.network", "model.optimizer")
+    for part in (*both, "model.latent.budget.images"):
+        assert OmegaConf.select(today, part) == OmegaConf.select(then, part), part
 
 
 def test_the_bad_schedule_is_last_of_all_under_every_sampling_grid() -> None:
@@ -57,6 +73,20 @@ def test_the_bad_schedule_is_last_of_all_under_every_sampling_grid() -> None:
             grid[steep].append(result.metrics[result.headline].value)
     assert len(grids) == 3
     assert all(min(grid[True]) > max(grid[False]) for grid in grids.values())
+
+
+def test_the_families_have_three_seeds_each_and_their_page_shows_these_records() -> None:
+    records = [RunRecord.load(path.parent) for path in (table.RESULTS / "families").glob("*/record.json")]
+    of_sweep = OmegaConf.load(conf_dir() / "sweep" / "families.yaml").hydra.sweeper.params.model.split(",")
+    trained = {(each.family, each.seed, each.config["budget"]["images"]) for each in records}
+    assert len(trained) == len(records)
+    assert {(family, seed, 40_000) for family in of_sweep for seed in range(3)} <= trained
+    results = [(record, result) for record in records for result in record.results]
+    assert len(results) == len(records) and len({result.measurement.id for _, result in results}) == 1
+    kept = [(record.family, str(record.seed), result.metrics["fd_fashion_mnist"].value) for record, result in results]
+    with (table.RESULTS / "families" / "compare.csv").open(newline="") as file:
+        shown = [(row["family"], row["seed"], float(row["fd_fashion_mnist"])) for row in csv.DictReader(file)]
+    assert sorted(shown) == sorted(kept)
 
 
 @pytest.mark.parametrize("name", KEPT)
