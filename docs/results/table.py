@@ -36,7 +36,9 @@ NOTES = {
 On digits a distance below the floor is no wonder: the reference is the training split, which the model was fitted to
 and the floor's test images were not. The Gaussian baseline reaches 2.15 times the floor there
 ([digits](../digits.md)), so this table shows that a family's program works and ranks nothing.
-The energy-based model's chains leave the digits after the 30 steps that it was trained with.
+The energy-based model's chains leave the digits after the 30 steps that it was trained with. What the hierarchical
+VAE was set from ends in `_two_layers`, `_two_layers_warm` and `_narrow` ([more](../hvae.md#which-posteriors)).
+`_persistent` is the energy-based model before its short runs, `_vq` is on vector-quantised latents.
 """,
     "eurosat64": """
 Pixels against latents at equal cost, one seed each. To the eye the latents are far ahead of the Gaussian baseline, and
