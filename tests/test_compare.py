@@ -674,6 +674,10 @@ def test_a_latent_model_is_charged_with_its_autoencoder(tmp_path: Path) -> None:
     pixels, latents = (time.cell(row) for row in group.rows)
     assert (pixels.key, pixels.beside) == (600.0, "")
     assert latents.key == 900.0 and "5:00 min of it: autoencoder" in latents.beside
+    (images,) = [column for column in columns(group) if column.title == "images seen"]
+    assert [(cell.key, cell.beside) for cell in map(images.cell, group.rows)] == [
+        (1000, ""), (1500, "500 of it: autoencoder"),
+    ]  # fmt: skip
     report([tmp_path / "pixels", tmp_path / "latents"], tmp_path / "page")
     rows = list(csv.DictReader((tmp_path / "page" / "compare.csv").open()))
     assert [row["autoencoder.images_seen"] for row in rows] == ["", "500"]

@@ -57,7 +57,8 @@ def test_a_record_is_of_its_preset_as_it_is_today(name: str) -> None:
     today, then = compose(f"experiment={name}"), OmegaConf.create(KEPT[name].record.config)
     both = ("budget.images", "trainer.global_batch_size", "model.network", "model.optimizer")
     for part in (*both, "model.latent.budget.images"):
-        assert OmegaConf.select(today, part) == OmegaConf.select(then, part), part
+        wanted, had = (OmegaConf.select(cfg, part) for cfg in (today, then))
+        assert wanted == had, part
 
 
 def test_the_bad_schedule_is_last_of_all_under_every_sampling_grid() -> None:

@@ -51,7 +51,7 @@ def columns(group: Group) -> list[Column]:
         Column("NFE", _nfe),
         Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
         Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
-        Column("images seen", _count(_images_seen)),
+        Column("images seen", _images_seen),
         Column("device time", _device_time),
         Column("train images/s", _count(lambda row: row.run.record.training.get("images_per_second"), words.rate)),
         Column("samples/s", _count(_samples_per_second, words.rate)),
@@ -137,13 +137,27 @@ def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = wor
     return cell
 
 
+def _images_seen(row: Row) -> Cell:
+    """Up to the checkpoint that was measured, and by all that the model needed."""
+    seen = row.result.generation.images_seen
+    return _whole(row, "images_seen", words.count, own(row.run.record)["images_seen"] if seen is None else seen)
+
+
 def _device_time(row: Row) -> Cell:
     """Of all that the model needed."""
+    return _whole(row, "device_seconds", words.duration, own(row.run.record)["device_seconds"])
+
+
+def _whole(row: Row, kind: str, say: Callable[[float | None], str], taken: float | None) -> Cell:
+    """A cost with what else the model needed, which stands beside it; ``taken`` is the model's own."""
     record = row.run.record
-    seconds, alone = total(record)["device_seconds"], own(record)["device_seconds"]
-    further = seconds - alone if seconds is not None and alone is not None else 0.0
-    beside = f"{words.duration(further)} of it: {needed(record)}" if further > 0 else ""
-    return Cell(words.duration(seconds), beside, seconds)
+    whole, alone = total(record)[kind], own(record)[kind]
+    if taken is not None and alone is not None:
+        if whole is None:  # half of a cost is none
+            return Cell(words.NONE)
+        if further := max(whole - alone, 0.0):
+            return Cell(say(taken + further), f"{say(further)} of it: {needed(record)}", taken + further)
+    return Cell(say(taken), key=taken)
 
 
 def _nfe(row: Row) -> Cell:
@@ -153,11 +167,6 @@ def _nfe(row: Row) -> Cell:
         return Cell(words.NONE)
     beside = " + ".join(f"{words.rate(n)} {name}" for name, n in calls.items()) if len(calls) > 1 else ""
     return Cell(words.rate(total), beside, total)
-
-
-def _images_seen(row: Row) -> float | None:
-    own = row.result.generation.images_seen
-    return own if own is not None else row.run.record.training.get("images_seen")
 
 
 def _samples_per_second(row: Row) -> float | None:
