@@ -155,12 +155,21 @@ def test_a_few_codes_of_many_are_a_collapse_too(codes: int, places: int) -> None
     for step in range(VQBottleneck.PATIENCE + 2):
         bottleneck.check()
         generator = torch.Generator().manual_seed(step)
-        at = torch.arange(60.0).remainder(places).view(60, 1, 1, 1)
-        # One image in 60 is a little elsewhere.
-        noise = 1e-3 * torch.randn(60, 1, 1, 1, generator=generator) * (torch.arange(60) == step % 60).view(60, 1, 1, 1)
-        bottleneck(at + noise, whole(60, step))
-    with pytest.raises(TrainingStopped, match=rf"nearly all images fell on {places} of {codes}"):
+        at = torch.arange(300.0).remainder(places).view(300, 1, 1, 1)
+        # One image in 300 is a little elsewhere.
+        noise = 1e-3 * torch.randn(300, 1, 1, 1, generator=generator)
+        bottleneck(at + noise * (torch.arange(300) == step).view(300, 1, 1, 1), whole(300, step))
+    assert not bottleneck.doubtful, "it is sure"
+    with pytest.raises(TrainingStopped, match=rf"nearly all images fell on at most {places} of {codes}"):
         bottleneck.check()
+
+
+def test_more_codes_than_vectors_are_no_collapse() -> None:
+    bottleneck = VQBottleneck(2, codes=2048, decay=0.5).train()
+    for step in range(VQBottleneck.PATIENCE + 20):
+        bottleneck(torch.randn(32, 2, 1, 1, generator=torch.Generator().manual_seed(step)), whole(32, step))
+    bottleneck.check()
+    assert not bottleneck.doubtful
 
 
 @pytest.mark.parametrize("codes", [2, 64])

@@ -102,3 +102,4 @@ def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
     # found to be a collapse five steps later: two until a code is revived, and three of patience.
     assert last_good_step(model, tmp_path) == 1
     assert not model.doubtful
+    assert model.coder.encoder.healthy == -5, "steps since the healthy one"

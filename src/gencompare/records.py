@@ -27,7 +27,7 @@ class Metric:
     """One figure of a `Result`."""
 
     value: float | None
-    """None where the figure came out as not finite; ``note`` then says why."""
+    """None where the figure came out as not finite, or of too few images; ``note`` then says why."""
     better: str | None = None
     """``lower``, ``higher``, ``one`` (ideal value 1), or None where no order is meant."""
     floor: float | None = None

@@ -103,9 +103,9 @@ class VQBottleneck(Bottleneck):
     batch. ``perplexity`` = exp(entropy of the codes' shares in the batch), 1 to K, says how many are in use. All of it
     is of the whole batch, however many processes share it.
 
-    `check` raises `UserError` when the codebook has collapsed: a fiftieth of the codes (at least two, or one of fewer
-    than ten) had nearly all vectors for so long that the others were revived, and for `PATIENCE` steps more. Until
-    then it is `doubtful`.
+    `check` raises `UserError` when the codebook has collapsed: a fiftieth of the codes, or of the batch's vectors where
+    these are fewer (at least two; one of fewer than ten codes), had nearly all vectors for so long that the others were
+    revived, and for `PATIENCE` steps more. Until then it is `doubtful`.
     """
 
     PATIENCE = 200
@@ -174,18 +174,23 @@ class VQBottleneck(Bottleneck):
 
     def check(self) -> None:
         """Raises `UserError` where a few codes have served nearly all images, in spite of revival."""
-        # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
-        revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
-        if self.alone >= revived + self.PATIENCE:
+        if self.alone >= self._enough:
             raise TrainingStopped(
-                f"The codebook has collapsed: for {int(self.alone)} steps nearly all images fell on"
+                f"The codebook has collapsed: for {int(self.alone)} steps nearly all images fell on at most"
                 f" {self.few} of {self.codes} codes, in spite of revival",
                 "Try a lower learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment.",
             )
 
     @property
     def doubtful(self) -> bool:
-        return bool(self.alone > 0)
+        return bool(0 < self.alone < self._enough)
+
+    @property
+    def _enough(self) -> float:
+        """Steps on few codes that are a collapse."""
+        # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
+        revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
+        return revived + self.PATIENCE
 
     def _start(self, vectors: Tensor, draws: Draws) -> None:
         """The first batch's vectors are the first codes. (Without an `if`: the step need not wait for the device.)"""
@@ -206,7 +211,8 @@ class VQBottleneck(Bottleneck):
         self.counts.copy_(torch.where(dead, 1.0, self.counts))
         self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
         self.codebook.copy_(self.sums / self.counts[:, None])
-        collapsed = used.topk(self.few).values.sum() > self.NEARLY_ALL * used.sum()
+        few = min(self.few, max(2, len(vectors) // len(draws) * draws.total // 50))
+        collapsed = used.topk(few).values.sum() > self.NEARLY_ALL * used.sum()
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
     def _picked(self, vectors: Tensor, draws: Draws) -> Tensor:

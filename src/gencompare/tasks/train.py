@@ -220,8 +220,9 @@ def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path,
     if trainer.is_global_zero:
         record_training(trainer, folder, state="interrupted" if stop.received else "running")
     if stop.received:
-        clock = _callback(trainer, Clock)
-        print_zero(f"Stopped after step {clock.step}, and saved. Go on with: python run.py {pasted('resume', folder)}")
+        step, saved = _callback(trainer, Clock).step, _callback(trainer, Checkpoints).saved
+        said = "and saved" if saved == step else f"in what may be a collapse: saved is step {saved}"
+        print_zero(f"Stopped after step {step}, {said}. Go on with: python run.py {pasted('resume', folder)}")
         wait_for_children(trainer)
         raise SystemExit(128 + stop.received)
 

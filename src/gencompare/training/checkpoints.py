@@ -24,8 +24,8 @@ class Checkpoints(Callback):
     """Keeps ``last.ckpt`` (at least every ``every_minutes``, at every look and at the end) and ``best.ckpt``.
 
     ``best`` is the look with the lowest preview distance, which is measured on validation images only.
-    It stands last among the callbacks, so that what it saves is a finished step. While a model is `doubtful`, nothing
-    is saved over what there is, but at the end of the budget.
+    It stands last among the callbacks, so that what it saves is a finished step. A model that is `doubtful` is saved at
+    the end of the budget alone, or where training is stopped before anything else was.
     """
 
     CHECK_STEPS = 20
@@ -35,10 +35,10 @@ class Checkpoints(Callback):
         if every_minutes < 0:
             raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} cannot be negative.")
         self.folder, self.every_minutes = folder, every_minutes
-        self._saved = time.monotonic()
+        self._since = time.monotonic()
         self._looks_done = 0
-        self._there = False
-        """Whether there is a checkpoint of this run."""
+        self.saved: int | None = None
+        """The step that ``last.ckpt`` is of."""
 
     @property
     def last(self) -> Path:
@@ -49,10 +49,10 @@ class Checkpoints(Callback):
         return self.folder / "best.ckpt"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved = time.monotonic()
+        self._since = time.monotonic()
         looks = _looks(trainer)
         self._looks_done = looks.done if looks else 0
-        self._there = clock_of(trainer).step > 0  # resumed
+        self.saved = clock_of(trainer).step or None  # of a run that is resumed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,7 +64,7 @@ class Checkpoints(Callback):
             if looks is not None and looked and looks.improved:
                 self._save(trainer, pl_module, self.best)
             self._save(trainer, pl_module, self.last)
-            self._saved, self._there = time.monotonic(), True
+            self._since, self.saved = time.monotonic(), clock_of(trainer).step
             clock_of(trainer).pause()
         if looks is not None:
             self._looks_done = looks.done
@@ -75,7 +75,8 @@ class Checkpoints(Callback):
 
     def _waits(self, trainer: pl.Trainer, model: pl.LightningModule) -> bool:
         assert isinstance(model, TrainedModel)
-        return self._there and clock_of(trainer).progress < 1 and model.doubtful
+        only = trainer.should_stop and self.saved is None
+        return model.doubtful and not only and clock_of(trainer).progress < 1
 
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
@@ -86,7 +87,7 @@ class Checkpoints(Callback):
     def _time_is_up(self, trainer: pl.Trainer) -> bool:
         if self.every_minutes > 0 and clock_of(trainer).step % self.CHECK_STEPS:
             return False
-        due = time.monotonic() - self._saved >= 60 * self.every_minutes
+        due = time.monotonic() - self._since >= 60 * self.every_minutes
         return bool(trainer.strategy.broadcast(due, src=0)) if trainer.world_size > 1 else due
 
 
