@@ -25,19 +25,29 @@ from gencompare.training.ema import EMA
 from parts import part
 
 
-def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -> int:
-    """Trains until the model is found to have collapsed; every step is saved. Gives the step of last.ckpt."""
+def fit(model: TrainedModel, folder: Path, *callbacks: pl.Callback, steps: int = 20) -> None:
+    """Trains; every step is saved that may be."""
     trainer = pl.Trainer(
-        callbacks=[Clock(0, 16, Budget(steps=20)), *callbacks, EMA(0.9), Checkpoints(folder, every_minutes=0)],
+        callbacks=[Clock(0, 16, Budget(steps=steps)), *callbacks, EMA(0.9), Checkpoints(folder, every_minutes=0)],
         plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"collapsed.*Training was stopped; the last good checkpoint is kept") as told:
-        trainer.fit(model, datamodule=Digits(batch_size=16, seed=1))
-    assert "\n" not in str(told.value)
+    trainer.fit(model, datamodule=Digits(batch_size=16, seed=1))
+
+
+def saved_step(folder: Path, model: TrainedModel) -> int:
+    """The step of last.ckpt, whose weights the model takes."""
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     model.load_state_dict(saved["state_dict"])
     return saved["callbacks"]["Clock"]["step"]
+
+
+def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -> int:
+    """Trains until the model is found to have collapsed. Gives the step of last.ckpt."""
+    with pytest.raises(UserError, match=r"collapsed.*Training was stopped; the last good checkpoint is kept") as told:
+        fit(model, folder, *callbacks)
+    assert "\n" not in str(told.value)
+    return saved_step(folder, model)
 
 
 class NarrowsAt(pl.Callback):
@@ -87,19 +97,48 @@ class Decoder(nn.Module):
         return self.out(z)
 
 
-def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(VQBottleneck, "PATIENCE", 3)
-    model = Autoencoder(
+def collapsing() -> Autoencoder:
+    """The first call is of the model being built, so one step is healthy. From then on all images have one code."""
+    return Autoencoder(
         Digits.spec,
         encoder=partial(Encoder, healthy=2),
         decoder=Decoder,
         bottleneck=VQBottleneck(channels=1, codes=4, decay=0.5, revive=0.25),
         optimizer=partial(torch.optim.SGD, lr=1e-3),
     )
-    # A first call is of the model being built, so one step is healthy. From then on all images have one code, which is
-    # found to be a collapse five steps later: two until a code is revived, and three of patience.
+
+
+def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VQBottleneck, "PATIENCE", 3)
+    model = collapsing()
     assert last_good_step(model, tmp_path) == 1
     assert not model.doubtful
-    assert model.coder.encoder.healthy == -5, "steps since the healthy one"
+    assert model.coder.encoder.healthy == -5, "two steps until a code is revived, and three of patience"
+
+
+class StopsAt(pl.Callback):
+    """Asks training to stop after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = batch_idx + 1 == self.step
+
+
+@pytest.mark.parametrize("stops, steps, kept", [(4, 20, 1), (1, 20, 1), (4, 4, 4)])
+def test_what_may_be_a_collapse_is_saved_at_the_end_of_the_budget_alone(
+    tmp_path: Path, stops: int, steps: int, kept: int
+) -> None:
+    model = collapsing()
+    fit(model, tmp_path, StopsAt(stops), steps=steps)
+    assert saved_step(tmp_path, model) == kept
+
+
+def test_training_that_is_stopped_before_anything_was_saved_is_saved(tmp_path: Path) -> None:
+    model = collapsing()
+    model.coder.encoder.healthy = 0
+    fit(model, tmp_path, StopsAt(2))
+    assert saved_step(tmp_path, model) == 2
