@@ -36,6 +36,8 @@ NOTES = {
 On digits a distance below the floor is no wonder: the reference is the training split, which the model was fitted to
 and the floor's test images were not. The Gaussian baseline reaches 2.15 times the floor there
 ([digits](../digits.md)), so this table shows that a family's program works and ranks nothing.
+Diffusion models know the digits by half of their budget: `digits_iddpm`, `_sde_subvp` and `_sde_vp` are listed for the
+looks alone, of which the last is no better than that at half.
 The energy-based model's chains leave the digits after the 30 steps that it was trained with. What the hierarchical
 VAE was set from ends in `_two_layers`, `_two_layers_warm` and `_narrow` ([more](../hvae.md#which-posteriors)).
 `_persistent` is the energy-based model before its short runs, `_vq` is on vector-quantised latents.
