@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,26 @@ def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -
     return saved_step(folder, model)
 
 
-class NarrowsAt(pl.Callback):
-    """After a step, the learned log-SNR spans a tenth of what is least."""
+class After(pl.Callback):
+    """Does something after a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, act: Callable[[pl.Trainer, Any], None]) -> None:
+        self.step, self.act = step, act
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx + 1 == self.step:
-            with torch.no_grad():
-                pl_module.schedule.gamma_max.copy_(pl_module.schedule.gamma_min + 0.1)
+            self.act(trainer, pl_module)
+
+
+def narrow(trainer: pl.Trainer, model: Any) -> None:
+    """The learned log-SNR spans a tenth of what is least."""
+    with torch.no_grad():
+        model.schedule.gamma_max.copy_(model.schedule.gamma_min + 0.1)
+
+
+def stop(trainer: pl.Trainer, model: Any) -> None:
+    """As Ctrl-C does."""
+    trainer.should_stop = True
 
 
 def test_a_learned_schedule_that_collapses_ends_training_and_is_not_saved(tmp_path: Path) -> None:
@@ -72,7 +83,7 @@ def test_a_learned_schedule_that_collapses_ends_training_and_is_not_saved(tmp_pa
         sampler=part("sampler", "ddim", steps=2),
         optimizer=partial(torch.optim.Adam, lr=1e-3),
     )
-    assert last_good_step(model, tmp_path, NarrowsAt(4)) == 3
+    assert last_good_step(model, tmp_path, After(4, narrow)) == 3
     model.schedule.check()
 
 
@@ -97,11 +108,11 @@ class Decoder(nn.Module):
         return self.out(z)
 
 
-def collapsing() -> Autoencoder:
-    """The first call is of the model being built, so one step is healthy. From then on all images have one code."""
+def collapsing(healthy: int = 1) -> Autoencoder:
+    """After some healthy steps all images have one code. The encoder's first call is of the model being built."""
     return Autoencoder(
         Digits.spec,
-        encoder=partial(Encoder, healthy=2),
+        encoder=partial(Encoder, healthy=1 + healthy),
         decoder=Decoder,
         bottleneck=VQBottleneck(channels=1, codes=4, decay=0.5, revive=0.25),
         optimizer=partial(torch.optim.SGD, lr=1e-3),
@@ -118,27 +129,16 @@ def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
     assert model.coder.encoder.healthy == -5, "two steps until a code is revived, and three of patience"
 
 
-class StopsAt(pl.Callback):
-    """Asks training to stop after a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        trainer.should_stop = batch_idx + 1 == self.step
-
-
 @pytest.mark.parametrize("stops, steps, kept", [(4, 20, 1), (1, 20, 1), (4, 4, 4)])
 def test_what_may_be_a_collapse_is_saved_at_the_end_of_the_budget_alone(
     tmp_path: Path, stops: int, steps: int, kept: int
 ) -> None:
     model = collapsing()
-    fit(model, tmp_path, StopsAt(stops), steps=steps)
+    fit(model, tmp_path, After(stops, stop), steps=steps)
     assert saved_step(tmp_path, model) == kept
 
 
 def test_training_that_is_stopped_before_anything_was_saved_is_saved(tmp_path: Path) -> None:
-    model = collapsing()
-    model.coder.encoder.healthy = 0
-    fit(model, tmp_path, StopsAt(2))
+    model = collapsing(healthy=0)
+    fit(model, tmp_path, After(2, stop))
     assert saved_step(tmp_path, model) == 2

@@ -139,25 +139,25 @@ def _count(value: Callable[[Row], Any], say: Callable[[float | None], str] = wor
 
 def _images_seen(row: Row) -> Cell:
     """Up to the checkpoint that was measured, and by all that the model needed."""
-    seen = row.result.generation.images_seen
-    return _whole(row, "images_seen", words.count, own(row.run.record)["images_seen"] if seen is None else seen)
+    return _whole(row, "images_seen", words.count, row.result.generation.images_seen)
 
 
 def _device_time(row: Row) -> Cell:
     """Of all that the model needed."""
-    return _whole(row, "device_seconds", words.duration, own(row.run.record)["device_seconds"])
+    return _whole(row, "device_seconds", words.duration)
 
 
-def _whole(row: Row, kind: str, say: Callable[[float | None], str], taken: float | None) -> Cell:
-    """A cost with what else the model needed, which stands beside it; ``taken`` is the model's own."""
+def _whole(row: Row, kind: str, say: Callable[[float | None], str], taken: float | None = None) -> Cell:
+    """A cost with what else the model needed, which stands beside it; ``taken`` is the model's own, or as recorded."""
     record = row.run.record
-    whole, alone = total(record)[kind], own(record)[kind]
-    if taken is not None and alone is not None:
-        if whole is None:  # half of a cost is none
-            return Cell(words.NONE)
-        if further := max(whole - alone, 0.0):
-            return Cell(say(taken + further), f"{say(further)} of it: {needed(record)}", taken + further)
-    return Cell(say(taken), key=taken)
+    alone, whole = own(record)[kind], total(record)[kind]
+    if alone is not None and whole is None:  # half of a cost is none
+        return Cell(words.NONE)
+    taken = alone if taken is None else taken
+    further = 0.0 if alone is None or whole is None else whole - alone
+    if taken is None or further <= 0:
+        return Cell(say(taken), key=taken)
+    return Cell(say(taken + further), f"{say(further)} of it: {needed(record)}", taken + further)
 
 
 def _nfe(row: Row) -> Cell:
