@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.asked import Asked, asked_for
 from gencompare.evaluation.collapse import missing_modes
-from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
+from gencompare.evaluation.extractors import Factory, build_extractors
 from gencompare.evaluation.features import Extractor, Features
 from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
 from gencompare.evaluation.memorization import closest
@@ -29,10 +29,13 @@ from gencompare.evaluation.super_resolution import super_resolution
 from gencompare.protocol import Generation, Measurement
 from gencompare.records import Metric, Result, now
 
-MOST = 10_000
-"""Samples that are drawn at most where the protocol does not say how many."""
+DEFAULT_N = 2_000
+"""Samples that are drawn at most where the protocol does not say how many: at this n the primary metric tells apart
+what a person can (docs/evaluation.md)."""
+MOST_FRECHET = 10_000
+LEAST_N = 10
 PER_FEATURE = 4
-"""Samples that are drawn at least for each feature, where the protocol does not say how many."""
+"""Samples for each feature that a Frechet distance asks for, where it is the primary metric."""
 
 LOOKED_AT, NEIGHBOURS = 8, 3
 """Of the first so many samples, the rows of so many nearest training images are kept, to be shown beside them. The
@@ -47,8 +50,10 @@ class Protocol:
     """How samples are measured. Everything that moves a figure is here, or is hashed into its `Measurement`.
 
     Args:
-        extractor: a factory ``spec -> Extractor``.
-        n: samples; None draws as many as there are test images, but at least 4 a feature, and at most 10,000.
+        extractors: factories ``spec -> Extractor``, all of which measure the same samples; the first one's primary metric
+            ranks. None takes the default of the data (`extractors.default_extractors`).
+        weights: a file of weights for the first extractor; None takes the published or shipped ones.
+        n: samples; None draws as many as there are test images, but at most 2,000 (10,000 where a Frechet distance ranks).
         reference: what samples are held against: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file with
             the statistics of others (`reference.read_statistics`).
         conditions: the split of the images whose conditions samples get, where more than a class steers the model.
@@ -61,7 +66,8 @@ class Protocol:
         cache: folder for the features of real images; None keeps them in memory only.
     """
 
-    extractor: Callable[[DataSpec], Extractor] = compact
+    extractors: Sequence[Factory] | None = None
+    weights: str | Path | None = None
     n: int | None = None
     reference: str = "train"
     conditions: str = "test"
@@ -71,11 +77,15 @@ class Protocol:
     metrics: Further = field(default_factory=dict)
     cache: str | Path | None = None
 
-    def check(self, data: source.Data) -> Extractor:
-        """The extractor, when this protocol can measure ``data``.
+    def build(self, spec: DataSpec) -> list[Extractor]:
+        """The extractors for data of ``spec``, the one that ranks first."""
+        return build_extractors(self.extractors, spec, self.weights)
 
-        Raises `UserError` where it cannot: weights that are not there, or too few images for the features. With n <= d
-        images the d x d covariance is singular, and a Frechet distance says more of n than of the model.
+    def check(self, data: source.Data) -> list[Extractor]:
+        """The extractors, when this protocol can measure ``data``.
+
+        Raises `UserError` where it cannot: weights that are missing, or too few images for the primary metric. With
+        n <= d images the d x d covariance is singular, and a Frechet distance depends more on n than on the model.
         """
         if "train" in self.conditions.split("+"):
             raise UserError(
@@ -83,28 +93,40 @@ class Protocol:
                 " trained on: choose test or val."
             )
         data.split(self.conditions)
-        extractor = self.extractor(data.spec)
-        n, dim = self.size(data, extractor), extractor.dim
+        extractors = self.build(data.spec)
+        extractor, n = extractors[0], self.size(data, extractors[0])
         if self.chunk < 1 or self.likelihood_n < 1:
             raise UserError("evaluation.protocol: chunk and likelihood_n must be at least 1.")
-        if n <= dim:
+        if n < LEAST_N:
+            raise UserError(f"evaluation.n={n} samples measure nothing: give at least {LEAST_N}.")
+        frechet, dim = extractor.primary == extractor.frechet_name, extractor.dim
+        if frechet and n <= dim:
             raise UserError(
                 f"evaluation.n={n} samples cannot carry a Frechet distance on the {dim} features of {extractor.name}: "
                 f"ask for more than {dim} (evaluation.n={PER_FEATURE * dim})."
             )
         if is_file(self.reference):
             reference_of(data, self.reference, extractor)
-        elif (size := len(data.split(self.reference))) <= dim:
+            if not frechet:
+                raise UserError(
+                    f"{self.reference} holds a mean and a covariance, from which only a Frechet distance can be computed,"
+                    f" and {extractor.primary} ranks here: choose evaluation.extractors=[inception]."
+                )
+        elif frechet and (size := len(data.split(self.reference))) <= dim:
             raise UserError(
                 f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' cannot carry a Frechet "
                 f"distance on the {dim} features of {extractor.name}: more than {dim} are needed"
-                + (", or evaluation=default with its smaller extractor." if dim > 64 else ".")
+                + (", or evaluation=default." if dim > 64 else ".")
             )
-        return extractor
+        return extractors
 
     def size(self, data: source.Data, extractor: Extractor) -> int:
         """How many samples are measured."""
-        return self.n if self.n is not None else min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST)
+        if self.n is not None:
+            return self.n
+        if extractor.primary != extractor.frechet_name:
+            return min(len(data.split("test")), DEFAULT_N)
+        return min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST_FRECHET)
 
     @property
     def folder(self) -> Path | None:
@@ -139,22 +161,24 @@ def evaluate(
         keep: a folder of this model's own, for chunks that are drawn: an evaluation that was broken off goes on there.
 
     Returns:
-        A `Result` with the figures of `figures.figures` and `figures.copies`, each distance with its floor; for models
-        that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of reconstructions; for super-resolution,
-        `super_resolution.super_resolution`.
+        A `Result` of the first extractor with the figures of `figures.figures` and `figures.copies`, each distance with
+        that of real images; for models that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of
+        reconstructions; for super-resolution, `super_resolution.super_resolution`. The other extractors' results on the
+        same samples are in its ``also``.
 
     Raises:
         UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape.
     """
     protocol, generation = protocol or Protocol(), generation or Generation()
-    extractor = protocol.check(data)
+    extractors = protocol.check(data)
+    extractor = extractors[0]
     n = protocol.size(data, extractor)
     spec = data.spec
     model: Any = None
     asked: Asked | None = None
     seconds: dict[str, float] = {}
-    details: dict[str, Any] = dict(extractor.details)
-    flags: list[str] = details.setdefault("flags", [])
+    details: dict[str, Any] = {}
+    flags: list[str] = []
     if isinstance(sampler_or_images, Tensor):
         given, labels = given_images(sampler_or_images, labels, n, protocol, extractor)
         images = as_stored(given, spec)
@@ -175,37 +199,48 @@ def evaluate(
 
     if on_samples is not None:
         once(lambda: on_samples(images))
-    start = time.perf_counter()
-    metrics, more = quality(images, labels, data, protocol, extractor, device, progress)
-    seconds["metrics"] = time.perf_counter() - start
-    flags += more.pop("flags")
-    details |= more
+    extra: dict[str, Metric] = {}
     if asked is not None:
-        metrics |= once(lambda: super_resolution(images, asked))
+        extra |= once(lambda: super_resolution(images, asked))
     if model is not None:
         start = time.perf_counter()
-        metrics |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
-        metrics |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, extractor, device)
+        extra |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
+        extra |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, extractor, device)
         seconds["likelihood"] = time.perf_counter() - start
 
-    reference = reference_of(data, protocol.reference, extractor, device, protocol.folder)
-    measurement = Measurement(
-        data=spec.name,
-        n=len(images),
-        reference=reference.name,
-        reference_n=reference.n,
-        reference_hash=reference.hash,
-        extractor=extractor.name,
-        extractor_hash=extractor.hash,
-        resize=extractor.resize,
-        quantization=quantization(spec),
-        **played(model, labels, asked, reference),
-        chunk=protocol.chunk,
-    )
-    return Result(
-        measurement=measurement, generation=generation, metrics=metrics, headline=extractor.frechet_name,
-        created=now(), seconds=seconds, details=details,
-    )  # fmt: skip
+    results = []
+    for each in extractors:
+        start = time.perf_counter()
+        metrics, more = quality(images, labels, data, protocol, each, device, progress)
+        taken = {"metrics": time.perf_counter() - start}
+        reference = reference_of(data, protocol.reference, each, device, protocol.folder)
+        measurement = Measurement(
+            data=spec.name,
+            n=len(images),
+            reference=reference.name,
+            reference_n=reference.n,
+            reference_hash=reference.hash,
+            extractor=each.name,
+            extractor_hash=each.hash,
+            resize=each.resize,
+            quantization=quantization(spec),
+            **played(model, labels, asked, reference),
+            chunk=protocol.chunk,
+        )
+        first = each is extractor
+        results.append(
+            Result(
+                measurement=measurement,
+                generation=generation,
+                metrics=metrics | (extra if first else {}),
+                headline=each.primary,
+                created=now(),
+                seconds=(seconds if first else {}) | taken,
+                details=each.details | details | more
+                | {"flags": [*each.details.get("flags", []), *flags, *more["flags"]]},  # type: ignore[misc]
+            )
+        )  # fmt: skip
+    return replace(results[0], also=results[1:])
 
 
 def played(model: Any, labels: Tensor | None, asked: Asked | None, reference: Reference) -> dict[str, str]:
@@ -324,7 +359,7 @@ def given_images(
     if len(images) < n:
         if protocol.n is not None:
             raise UserError(f"The protocol asks for {n} images, and {len(images)} were given.")
-        if len(images) <= extractor.dim:
+        if extractor.primary == extractor.frechet_name and len(images) <= extractor.dim:
             raise UserError(
                 f"{len(images)} images cannot carry a Frechet distance on the {extractor.dim} features of "
                 f"{extractor.name}: give more than {extractor.dim}."

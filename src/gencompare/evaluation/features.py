@@ -69,8 +69,16 @@ class Extractor(ABC):
         self.details: dict[str, object] = {}
 
     @property
+    def primary(self) -> str:
+        """The metric that ranks: the maximum mean discrepancy, which has no bias in the number of samples."""
+        return self.mmd_name
+
+    @property
+    def mmd_name(self) -> str:
+        return f"mmd_{self.name}"
+
+    @property
     def frechet_name(self) -> str:
-        """The metric that ranks."""
         return f"fd_{self.name}"
 
     @property

@@ -71,27 +71,28 @@ def against_floor(own: dict[str, Metric], real: dict[str, Metric], note: str) ->
 
 
 def distances(own: Features, reference: Reference, extractor: Extractor, *, error: bool) -> dict[str, Metric]:
-    """Frechet distance (at n and at n = infinity) and kernel distance."""
-    frechet, kernel = extractor.frechet_name, extractor.kernel_name
+    """Maximum mean discrepancy, Frechet distance (at n and at n = infinity) and kernel distance."""
+    frechet, kernel, mmd = extractor.frechet_name, extractor.kernel_name, extractor.mmd_name
+    found: dict[str, Metric] = {}
+    if reference.features is not None and len(own) > 2:
+        estimate = reference.kernel.distance(own.features)
+        found[mmd] = Metric(estimate.value, "lower", interval=estimate.interval, unbiased=True)
     statistics = reference.statistics
-    if len(own) <= extractor.dim or float(statistics.cov.diagonal().sum()) == 0:
-        why = (
-            "all reference images are alike"
-            if len(own) > extractor.dim
-            else f"{len(own)} images, {extractor.dim} features"
-        )
-        return {name: Metric(None, "lower", note=why) for name in (frechet, kernel)}
-    found = {
-        frechet: Metric(
-            frechet_distance(own.features, statistics),
-            "lower",
-            interval=jackknife(own.features, statistics) if error else None,
-        ),
-        f"{frechet}_infinity": Metric(extrapolated(own.features, statistics), "lower", note="extrapolated"),
-    }
+    if float(statistics.cov.diagonal().sum()) == 0:
+        why = "all reference images are alike"
+        return found | {name: Metric(None, "lower", note=why) for name in (frechet, kernel)}
+    few = f"{len(own)} images, {extractor.dim} features: mostly bias" if len(own) <= extractor.dim else ""
+    found[frechet] = Metric(
+        frechet_distance(own.features, statistics),
+        "lower",
+        interval=jackknife(own.features, statistics) if error else None,
+        note=few,
+    )
+    if not few:
+        found[f"{frechet}_infinity"] = Metric(extrapolated(own.features, statistics), "lower", note="extrapolated")
     if reference.features is not None:
         mean, spread = kernel_distance(own.features, reference.features.features)
-        found[kernel] = Metric(mean, "lower", note=f"subsets +- {spread:.2g}")
+        found[kernel] = Metric(mean, "lower", note=f"subsets +- {spread:.2g}", unbiased=True)
     return found
 
 

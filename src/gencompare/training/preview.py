@@ -23,7 +23,7 @@ class Preview:
         self.protocol = replace(
             protocol, seed=protocol.seed + 1_000_003, chunk=min(protocol.chunk, n), conditions="val"
         )
-        self.extractor = protocol.extractor(data.spec)
+        self.extractor = protocol.build(data.spec)[0]
 
     def __call__(self, model: GenerativeModel) -> dict[str, float]:
         """The figures by name, the distance first."""
