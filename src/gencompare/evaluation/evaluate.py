@@ -19,11 +19,12 @@ from gencompare.evaluation.collapse import missing_modes
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
+from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, shares_of
 from gencompare.evaluation.memorization import closest
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, flops_of_one, labels_like
+from gencompare.evaluation.sanity import check_features, check_images, check_reference
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
 from gencompare.evaluation.super_resolution import super_resolution
 from gencompare.protocol import Generation, Measurement
@@ -157,9 +158,9 @@ def evaluate(
     flags: list[str] = details.setdefault("flags", [])
     if isinstance(sampler_or_images, Tensor):
         given, labels = given_images(sampler_or_images, labels, n, protocol, extractor)
+        flags += sanity_warnings(given, data, protocol, refuse=True)
         images = as_stored(given, spec)
         device = torch.device("cpu")
-        flags += suspicions(given)
     else:
         model = sampler_or_images
         drawn = draw_like(model, n, data, protocol, stage(progress, "sampling"), keep)
@@ -172,6 +173,7 @@ def evaluate(
         if hasattr(model, "sampling_description"):
             generation = replace(generation, sampler=model.sampling_description())
         generation = replace(generation, nfe=drawn.nfe, seed=protocol.seed)
+        flags += sanity_warnings(images, data, protocol, refuse=False)
 
     if on_samples is not None:
         once(lambda: on_samples(images))
@@ -274,12 +276,13 @@ def quality(
         ground = floor(held_out, reference, len(own), extractor, further)
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
-        details: dict[str, Any] = {"flags": oddities(own)}
+        details: dict[str, Any] = {"flags": check_features(own.features)}
         if data.spec.dims != 2:
             looked_at = own.features[:LOOKED_AT]
             details["nearest_training"] = closest(looked_at, held.train.features, NEIGHBOURS).tolist()
         if {"density", "coverage"} <= metrics.keys():
-            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")))
+            n = min(len(own), reference.n)
+            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")), n=n)
             details["flags"] += [] if said is None else [said]
         if (shares := shares_of(own, extractor)) is not None:
             details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
@@ -334,11 +337,13 @@ def given_images(
     return images[:n], None if labels is None else labels[:n]
 
 
-def suspicions(images: Tensor) -> list[str]:
-    """What looks wrong with given images, and is no proof of it."""
-    if images.is_floating_point() and images.numel() and images.min() >= 0:
-        return ["no value is below 0: images in [0, 1] must be brought to [-1, 1] first"]
-    return []
+def sanity_warnings(images: Tensor, data: source.Data, protocol: Protocol, *, refuse: bool) -> list[str]:
+    """`sanity.check_images` and `sanity.check_reference` against the protocol's reference, or the training split where
+    that is a file. The first process computes them."""
+    name = "train" if is_file(protocol.reference) else protocol.reference
+    real = data.split(name).images
+    compared = real[spaced(len(real), len(images))]  # as for the neighbour metrics
+    return once(lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name))
 
 
 def quantization(spec: DataSpec) -> str:
