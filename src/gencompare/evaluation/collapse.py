@@ -17,9 +17,7 @@ HALF = 0.5
 """How far below what real images reach a figure must be to be called low."""
 
 
-def missing_modes(
-    density: float, coverage: float, best_coverage: float = 0.0, *, n: int = MIN_IMAGES
-) -> str | None:
+def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *, n: int = MIN_IMAGES) -> str | None:
     """A line that says so where samples leave much of the data out, else None.
 
     It is so if samples lie where real images do (density at least half of the 1 that real images have), and still fewer

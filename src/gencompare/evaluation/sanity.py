@@ -30,7 +30,7 @@ RARE = 0.05
 """A range is too narrow if at most this share of single real images stay within it ..."""
 NARROW = 0.6
 """... and if it covers at most this share of the range of the real images."""
-FEW_LEVELS = 0.5
+FEW_LEVELS = 0.55
 """Samples may have no more than this share of the levels that as many real images have within the same range."""
 EXTREME_EXCESS = 0.25
 """The share of values that are 0 or 255 may exceed that of real images by this much."""
@@ -44,12 +44,14 @@ uniform values differ by 85, by 64 on the circle."""
 REPEATED = 0.05
 """The share of blank images, and of exact copies, may exceed that among real images by this much."""
 CLOSE, MUCH_CLOSER = 0.25, 0.1
-"""A conversion explains the samples if `RealImages.distance` is at most the first after it is undone, and at most the
-second times what it was before."""
+"""A conversion explains the samples if `RealImages.distance` is above the first as they are, and at most the first, and
+at most the second times what it was, once the conversion is undone (see `RealImages.explains` for few samples)."""
 TOLERANCE = 4.0
 """Standard deviation, in grey levels, added to that of every statistic: a few levels are no fault."""
 GRID = 4
 """Cells along each side of an image whose means are compared."""
+CHUNK = 50
+"""Images in one pass: large temporary tensors cost more time than the arithmetic."""
 
 
 def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: bool = True) -> list[str]:
@@ -73,12 +75,13 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
     pixels = unpadded(images, spec)
     if len(pixels) < 2 or (pixels.is_floating_point() and not bool(torch.isfinite(pixels).all())):
         return []  # `as_stored` refuses values that are not finite
-    real = RealImages(stored_split(reference[spaced(len(reference), MAX_IMAGES)], spec), spec)
+    some = reference[spaced(len(reference), MAX_IMAGES)].split(CHUNK)
+    real = RealImages(torch.cat([stored_split(part, spec) for part in some]), spec)
     rows = spaced(len(pixels), MAX_IMAGES)
     if refuse:
         _check_integers(pixels, real)
         _check_floats(pixels, real)
-    stored = as_stored(pixels, spec)
+    stored = torch.cat([as_stored(part, spec) for part in pixels.split(CHUNK)])
     warnings = _check_padding(images, spec)
     if bool((stored == stored[0]).all()):
         return [*warnings, _same(len(stored))]
@@ -154,14 +157,25 @@ class RealImages:
         away = torch.linalg.solve_triangular(factor, (values.mean(0) - mean)[:, None], upper=False)
         return float(away.square().sum()) - len(mean) / len(values)
 
+    def explains(self, before: float, after: float, n: int) -> bool:
+        """Whether a conversion explains ``n`` samples, by their `distance` before and after it is undone.
+
+        The distance of n real images has standard deviation sqrt(2 k) / n about 0, which widens both limits.
+        """
+        noise = (2 * len(self._whitened[0])) ** 0.5 / n
+        return before > CLOSE + 4 * noise and after <= min(CLOSE + 2 * noise, MUCH_CLOSER * before + noise)
+
 
 def statistics(images: Tensor) -> Tensor:
     """Coarse statistics of each image (n, C, H, W) of 0 to 255, (n, k) float64, in grey levels.
 
     Means of up to 4 x 4 cells of the mean over channels and of the differences of the channels from the first one,
-    standard deviation of each channel, mean absolute differences of horizontal and of vertical neighbours.
+    standard deviation of each channel, mean absolute differences of vertical and of horizontal neighbours.
     """
-    x = images.float()
+    return torch.cat([_statistics(part.float()) for part in images.split(CHUNK)])
+
+
+def _statistics(x: Tensor) -> Tensor:
     opponent = torch.cat([x.mean(1, keepdim=True), x[:, 1:] - x[:, :1]], 1)
     grid = (min(GRID, x.shape[2]), min(GRID, x.shape[3]))
     variance = x.square().mean((2, 3)) - x.mean((2, 3)).square()
@@ -183,13 +197,15 @@ def wrap_ratio(images: Tensor) -> tuple[float, float]:
     is smooth, and no jump on the circle. Real images have ratios near 1. Saturated values are left out, since edges
     from 0 to 255 are common.
     """
-    left, right = images[..., :-1], images[..., 1:]
-    between = (left > 0) & (left < 255) & (right > 0) & (right < 255)
-    difference = (left[between].float() - right[between].float()).abs()
-    circular = float(torch.minimum(difference, 256 - difference).sum())
-    if not circular:
-        return 1.0, 0.0
-    return float(difference.sum()) / circular, circular / len(difference)
+    linear = circular = pairs = 0.0
+    for part in images.split(CHUNK):
+        between = (part > 0) & (part < 255)
+        between = between[..., :-1] & between[..., 1:]
+        difference = part.float().diff(dim=3).abs() * between
+        linear += float(difference.sum())
+        circular += float(torch.minimum(difference, 256 - difference).sum())
+        pairs += float(between.sum())
+    return (linear / circular, circular / pairs) if circular else (1.0, 0.0)
 
 
 def share_of_copies(images: Tensor, at_least: int = 1) -> float:
@@ -247,7 +263,7 @@ def _check_floats(pixels: Tensor, real: RealImages) -> None:
     if in_unit_interval(pixels):
         some = pixels[spaced(len(pixels), MAX_CONVERTED)].float()
         read, rescaled = (as_stored(x, real.spec) for x in (some.clamp(-1, 1), (2 * some - 1).clamp(-1, 1)))
-        if real.distance(rescaled) <= min(CLOSE, MUCH_CLOSER * real.distance(read)):
+        if real.explains(real.distance(read), real.distance(rescaled), len(some)):
             raise UserError(
                 f"Samples lie in [0, 1] ({low:.3g} to {high:.3g}), and floats are read as [-1, 1]: give 2 * images - 1."
             )
@@ -344,11 +360,11 @@ def _converted(images: Tensor, real: RealImages) -> str | None:
     """The conversion that makes samples match the real images, where there is one and they do not match as they are."""
     some = images[spaced(len(images), MAX_CONVERTED)]
     distance = real.distance(some)
-    if distance <= CLOSE:
+    if not real.explains(distance, 0.0, len(some)):
         return None
     candidates = {cause: real.distance(undone) for cause, undone in conversions(some, real)}
     least = min(candidates.values())
-    if least > min(CLOSE, MUCH_CLOSER * distance):
+    if not real.explains(distance, least, len(some)):
         return None
     # Of several that do equally well (images without left and right can be turned or reversed), the first is simplest.
     return next(cause for cause, reached in candidates.items() if reached <= least + MUCH_CLOSER * CLOSE)
