@@ -129,7 +129,8 @@ def evaluate(
 
     Args:
         sampler_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W): uint8 as on a disk
-            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not.
+            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not. Images of
+            a split, which have the data's own levels, are given as ``data.normalize(images)``.
         data: a datamodule of this package, or anything like it (`source.Data`).
         protocol: see `Protocol`.
         generation: what is known of how the samples came about; what is seen here (network calls, sampler, seed) is
@@ -145,7 +146,8 @@ def evaluate(
         `super_resolution.super_resolution`.
 
     Raises:
-        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape.
+        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape, and given images
+            that cannot be of these data (`sanity.check_images`; all that it only suspects is in ``details["flags"]``).
     """
     protocol, generation = protocol or Protocol(), generation or Generation()
     extractor = protocol.check(data)

@@ -89,6 +89,12 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
     explained = _converted(compared, real)
     if explained is not None:
         warnings.append(explained)
+    elif pixels.is_floating_point() and in_unit_interval(pixels):
+        low, high = float(pixels.min()), float(pixels.max())
+        warnings.append(
+            f"samples use {low:.2g} to {high:.2g}, and images of {spec.name} use [-1, 1]: if they are in [0, 1], give"
+            " 2 * images - 1"
+        )
     else:
         warnings += _check_range(compared, real) or _check_levels(compared, real)
         warnings += _check_structure(compared, real)
@@ -430,7 +436,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
         warnings.append(f"{blank:.0%} of the samples are blank: each has one colour only")
     rough, usual = (float(x.float().diff(dim=3).abs().mean()) for x in (some, as_many))
     (ratio, circular), (of_real, _) = wrap_ratio(some), wrap_ratio(as_many)
-    if rough > max(RELATED, 2 * usual):
+    if rough > max(RELATED, 2 * usual) and images.shape[3] > GRID:
         warnings.append(
             f"neighbouring values differ by {rough:.0f} on average, and by {usual:.0f} in images of {name}: samples are"
             " noise, or their pixels are in a wrong order"
