@@ -454,7 +454,10 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
         (lambda p: p.mkdir(), "no PNG"),
         (lambda p: None, "There is no"),
         (lambda p: p.with_suffix(".zip").write_bytes(b"PK"), "zip"),
-        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 3), np.uint8)), "3 channels"),
+        (
+            lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.eye(192, dtype=np.uint8).reshape(-1, 8, 8, 3)),
+            "3 channels",
+        ),
         (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 1), np.float32)), "float32"),
         (lambda p: np.savez(p.with_suffix(".npz"), x=np.zeros(3)), "arr_0"),
         (lambda p: p.with_suffix(".npz").write_bytes(b"PK\3\4 cut short"), "damaged"),

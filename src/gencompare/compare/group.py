@@ -8,7 +8,7 @@ from statistics import fmean
 from gencompare.compare import words
 from gencompare.compare.gather import Run
 from gencompare.compare.remedy import trained_alike
-from gencompare.compare.seeds import Line
+from gencompare.compare.seeds import Line, flags_of
 from gencompare.compare.significance import LEAST_SEEDS, LEVEL, Verdict
 from gencompare.protocol import Measurement
 from gencompare.records import Metric, Result
@@ -64,6 +64,11 @@ class Row:
     @property
     def headline(self) -> Metric:
         return self.result.metrics.get(self.result.headline, Metric(None))
+
+    @property
+    def flags(self) -> list[str]:
+        """Warnings of the evaluation about the samples, or about the network that measured them."""
+        return flags_of(self.result)
 
 
 @dataclass(frozen=True)
@@ -158,12 +163,11 @@ class Group:
         return []
 
     def flags(self) -> list[str]:
-        """What the evaluation found odd about a row's samples, or about the network that measured them."""
+        """The warnings about its rows, each with the rows that it is about."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
-            flags = row.result.details.get("flags")
-            for flag in flags if isinstance(flags, list) else []:
-                labels = found.setdefault(str(flag), [])
+            for flag in row.flags:
+                labels = found.setdefault(flag, [])
                 labels += [row.run.label] if row.run.label not in labels else []
         return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
 

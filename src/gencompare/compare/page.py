@@ -146,7 +146,8 @@ def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
         "protocol": words.describe(group.measurement),
         "id": group.measurement.id,
         "headline": group.headline,
-        "notes": [*group.notes(), *group.flags()],
+        "notes": group.notes(),
+        "warnings": group.flags(),
         "columns": shown,
         "sections": [
             (title, [(row, [column.cell(row) for column in shown]) for row in rows]) for title, rows in group.sections()

@@ -72,7 +72,11 @@ def _ranking(group: Ranking, width: int) -> RenderableType:
     left = len(every) - len(shown)
     notes = [f"{left} more columns are in the page and in the CSV: this terminal is narrow."] if left else []
     notes = [Text(note, style="dim") for note in [*notes, *group.notes()]]
-    return Group(*_heading(group), table, *notes, *(Text(flag, style="yellow") for flag in group.flags()), "")
+    return Group(*_heading(group), table, *_warnings(group), *notes, "")
+
+
+def _warnings(group: Ranking) -> list[Text]:
+    return [Text(f"Warning: {flag}", style="bold yellow") for flag in group.flags()]
 
 
 def _lines(cell: Cell) -> list[str]:
@@ -116,13 +120,14 @@ def summary(record: RunRecord) -> RenderableType:
             metrics = [row.result.metrics.get(name) for row in group.rows]
             floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
             texts = []
-            for metric in metrics:
+            for row, metric in zip(group.rows, metrics, strict=True):
                 beside = []
                 if metric is not None:
                     beside = [
                         words.interval(metric),
                         words.over(metric) if name == group.headline else "",
                         words.label(metric),
+                        words.WARNED if name == group.headline and row.flags else "",
                     ]
                 texts.append(
                     Text.assemble(
@@ -133,8 +138,7 @@ def summary(record: RunRecord) -> RenderableType:
                 if metric is not None and metric.note:
                     noted[f"{words.title(name)}: {metric.note}"] = None
             table.add_row(Text(heading(group, name)), *texts, Text(words.figure(floor)))
-        flags = [Text(flag, style="yellow") for flag in group.flags()]
-        parts += [*_heading(group), table, *(Text(note, style="dim") for note in noted), *flags, ""]
+        parts += [*_heading(group), table, *_warnings(group), *(Text(note, style="dim") for note in noted), ""]
     hidden = len(record.results) - len(results)
     if hidden:
         parts.append(Text(f"{hidden} earlier results are in the record and in the page.", style="dim"))

@@ -126,6 +126,15 @@ def interval(metric: Metric) -> str:
     return f"[{figure(metric.interval[0])}, {figure(metric.interval[1])}]"
 
 
+WARNED = "warning"
+"""Stands beside the primary metric of samples about which the evaluation warns."""
+
+
+def join(*parts: str) -> str:
+    """What stands beside a figure, in one text."""
+    return " · ".join(part for part in parts if part)
+
+
 def beside(metric: Metric, *, headline: bool, real: bool = True) -> str:
     """What stands beside a figure: its interval, its multiple of the floor or (``real``) the floor, its label."""
     parts = []

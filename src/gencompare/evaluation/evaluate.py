@@ -19,11 +19,12 @@ from gencompare.evaluation.collapse import missing_modes
 from gencompare.evaluation.distributed import once
 from gencompare.evaluation.extractors import Factory, build_extractors
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
+from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, shares_of
 from gencompare.evaluation.memorization import closest
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, flops_of_one, labels_like
+from gencompare.evaluation.sanity import check_features, check_images, check_reference
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
 from gencompare.evaluation.super_resolution import super_resolution
 from gencompare.protocol import Generation, Measurement
@@ -150,7 +151,8 @@ def evaluate(
 
     Args:
         sampler_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W): uint8 as on a disk
-            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not.
+            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not. Images of
+            a split, which have the data's own levels, are given as ``data.normalize(images)``.
         data: a datamodule of this package, or anything like it (`source.Data`).
         protocol: see `Protocol`.
         generation: what is known of how the samples came about; what is seen here (network calls, sampler, seed) is
@@ -167,7 +169,8 @@ def evaluate(
         same samples are in its ``also``.
 
     Raises:
-        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape.
+        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape, and given images
+            that cannot be of these data (`sanity.check_images`; all that it only suspects is in ``details["flags"]``).
     """
     protocol, generation = protocol or Protocol(), generation or Generation()
     extractors = protocol.check(data)
@@ -181,9 +184,9 @@ def evaluate(
     flags: list[str] = []
     if isinstance(sampler_or_images, Tensor):
         given, labels = given_images(sampler_or_images, labels, n, protocol, extractor)
+        flags += sanity_warnings(given, data, protocol, refuse=True)
         images = as_stored(given, spec)
         device = torch.device("cpu")
-        flags += suspicions(given)
     else:
         model = sampler_or_images
         drawn = draw_like(model, n, data, protocol, stage(progress, "sampling"), keep)
@@ -196,6 +199,7 @@ def evaluate(
         if hasattr(model, "sampling_description"):
             generation = replace(generation, sampler=model.sampling_description())
         generation = replace(generation, nfe=drawn.nfe, seed=protocol.seed)
+        flags += sanity_warnings(images, data, protocol, refuse=False)
 
     if on_samples is not None:
         once(lambda: on_samples(images))
@@ -309,12 +313,13 @@ def quality(
         ground = floor(held_out, reference, len(own), extractor, further)
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
-        details: dict[str, Any] = {"flags": oddities(own)}
+        details: dict[str, Any] = {"flags": check_features(own.features)}
         if data.spec.dims != 2:
             looked_at = own.features[:LOOKED_AT]
             details["nearest_training"] = closest(looked_at, held.train.features, NEIGHBOURS).tolist()
         if {"density", "coverage"} <= metrics.keys():
-            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")))
+            n = min(len(own), reference.n)
+            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")), n=n)
             details["flags"] += [] if said is None else [said]
         if (shares := shares_of(own, extractor)) is not None:
             details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
@@ -369,11 +374,13 @@ def given_images(
     return images[:n], None if labels is None else labels[:n]
 
 
-def suspicions(images: Tensor) -> list[str]:
-    """What looks wrong with given images, and is no proof of it."""
-    if images.is_floating_point() and images.numel() and images.min() >= 0:
-        return ["no value is below 0: images in [0, 1] must be brought to [-1, 1] first"]
-    return []
+def sanity_warnings(images: Tensor, data: source.Data, protocol: Protocol, *, refuse: bool) -> list[str]:
+    """`sanity.check_images` and `sanity.check_reference` against the protocol's reference, or the training split where
+    that is a file. The first process computes them."""
+    name = "train" if is_file(protocol.reference) else protocol.reference
+    real = data.split(name).images
+    compared = real[spaced(len(real), len(images))]  # as for the neighbour metrics
+    return once(lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name))
 
 
 def quantization(spec: DataSpec) -> str:

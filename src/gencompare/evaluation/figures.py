@@ -162,16 +162,6 @@ def copies(own: Tensor, held: Held) -> dict[str, Metric]:
     }
 
 
-def oddities(own: Features) -> list[str]:
-    """What is wrong with the samples as a set, in words."""
-    constant = int((own.features == own.features[0]).all(0).sum())
-    if constant == own.features.shape[1]:
-        return ["all samples have the same features: the model draws one image"]
-    if constant:
-        return [f"{constant} of {own.features.shape[1]} features are the same for all samples"]
-    return []
-
-
 def shares_of(own: Features, extractor: Extractor) -> list[float] | None:
     """Share of images in each of the data's classes, where the extractor knows them."""
     return class_shares(own.logits) if own.logits is not None and extractor.knows_classes else None

@@ -25,6 +25,11 @@ class Preview:
         )
         self.extractor = protocol.build(data.spec)[0]
 
+    @property
+    def images(self) -> int:
+        """Images on each side of density and coverage."""
+        return min(self.n, len(self.data.split("val")))
+
     def __call__(self, model: GenerativeModel) -> dict[str, float]:
         """The figures by name, the distance first."""
         images = draw_like(model, self.n, self.data, self.protocol).images
