@@ -322,17 +322,18 @@ def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: 
     assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["pictures"]["samples"]).exists()
 
 
-def test_the_controls_of_a_protocol_are_measured(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    words = ["task=controls", "data=digits", "evaluation.n=100", "hydra.run.dir=run"]
-    assert cli(*words) == 0
-    names = ["copies", "class dropped", "noise", "gaussian"]
-    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
-    assert [result["generation"]["sampler"] for result in results] == [f"control: {name}" for name in names]
-    rows = (tmp_path / "run" / "controls.md").read_text().splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["real", *names]
+def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    words = ["task=validate_metrics", "data=digits", "task.n=[60]", "task.references=200", "hydra.run.dir=run"]
+    assert cli(*words, "evaluation.extractors=[classifier]") == 0
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]
+    names = {score["metric"] for score in scores}
+    assert {"digits: cubic kernel", "digits: MMD, b = 1 x median", "digits: 1 - coverage"} <= names
+    assert all(0 < score["right"] <= score["pairs"] for score in scores)
+    assert (tmp_path / "run" / "metrics.md").read_text().startswith("| metric | n | pairs right |")
+    assert (tmp_path / "run" / "metrics.png").stat().st_size > 10_000
     capsys.readouterr()
-    assert cli(*words) == 1
-    assert "holds a run already" in complaint(capsys)
+    assert cli("task=validate_metrics", "data=toy2d", "hydra.run.dir=points") == 1
+    assert "has points" in complaint(capsys)
 
 
 @pytest.mark.parametrize("preset", options("debug"))

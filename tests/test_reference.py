@@ -155,7 +155,7 @@ class Moments(nn.Module):
 def test_any_module_can_measure() -> None:
     data = Digits()
     images = stored_split(data.split("test").images, data.spec)
-    result = evaluate(images, data, Protocol(extractor=lambda spec: module(spec, Moments(), "rows")))
+    result = evaluate(images, data, Protocol(extractors=(lambda spec: module(spec, Moments(), "rows"),)))
     expected = [(stored_split(data.split(s).images, data.spec).float() / 255).mean((1, 3)) for s in ("test", "train")]
     assert result.metrics["fd_rows"].value == pytest.approx(frechet_distance(*expected), rel=1e-5)
     one, two = (Module(data.spec, nn.Sequential(Moments(), nn.Linear(8, 4)), "x") for _ in range(2))
@@ -204,6 +204,6 @@ def test_figures_do_not_depend_on_the_batch_of_the_extractor() -> None:
             return extractor
 
         reference_module._kept.clear()
-        found.append(evaluate(images, data, dataclasses.replace(Protocol(), extractor=small, n=500)).metrics)
+        found.append(evaluate(images, data, dataclasses.replace(Protocol(), extractors=(small,), n=500)).metrics)
     for name, metric in found[0].items():
         assert metric.value == (None if metric.value is None else pytest.approx(found[1][name].value, rel=1e-6)), name

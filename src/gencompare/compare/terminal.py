@@ -14,7 +14,7 @@ from rich.text import Text
 from gencompare.compare import words
 from gencompare.compare.gather import Gathered, Run, gather
 from gencompare.compare.rank import Group as Ranking
-from gencompare.compare.rank import apart, rank, ranked, without_figures
+from gencompare.compare.rank import apart, disagreements, rank, ranked, without_figures
 from gencompare.compare.remedy import commands
 from gencompare.compare.table import Cell, columns, heading
 from gencompare.compare.ways import weights
@@ -37,6 +37,8 @@ def print_tables(runs: Gathered | Iterable[str | os.PathLike[str]], console: Con
         console.print(_ranking(group, console.width))
     if len(groups) > 1:
         console.print(Text(f"{len(groups)} protocols: figures are ranked within one table only. {apart(groups)}\n"))
+        for sentence in disagreements(groups):
+            console.print(Text(f"{sentence}\n", style="yellow"))
         for number, line in enumerate(commands(groups)):
             console.print(Text(("" if number else "To measure them alike:\n") + f"  {line}"), soft_wrap=True)
     for run in without_figures(gathered.runs):

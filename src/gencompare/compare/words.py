@@ -18,6 +18,7 @@ TITLES = {
     "fd": "FD",
     "kid": "KID",
     "kd": "KD",
+    "mmd": "MMD",
     "nfe": "NFE",
     "is": "IS",
     "psnr": "PSNR",
@@ -26,7 +27,9 @@ TITLES = {
 }
 """Names that are written otherwise than as words with spaces between."""
 
-FIRST = ("fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "bpd", "confident", "memorization")
+FIRST = (
+    "mmd", "fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "bpd", "confident", "memorization",
+)  # fmt: skip
 """Beginnings of the metrics that come first in a table, in this order; the others follow by name."""
 
 ARROWS = {"lower": "↓", "higher": "↑", "one": "→1"}

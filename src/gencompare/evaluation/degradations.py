@@ -88,7 +88,7 @@ def contrast_loss(images: Tensor, share: float, source: torch.Generator) -> Tens
 
 
 def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Tensor:
-    """A ``grid`` x ``grid`` of patches in another order in each image; rows and columns that do not fill a patch stay."""
+    """A ``grid`` x ``grid`` of patches in another order in each image. Pixels that do not fill a patch stay."""
     n, channels, height, width = images.shape
     k = round(grid)
     h, w = height // k, width // k
@@ -110,7 +110,7 @@ def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Ten
 
 def displaced(images: Tensor, flow: Tensor) -> Tensor:
     """Images read at places moved by ``flow`` (n, 2, H, W) in pixels, bilinear; the border is repeated."""
-    n, _, height, width = images.shape
+    height, width = images.shape[2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x, y = x + flow[:, 0], y + flow[:, 1]
     grid = torch.stack([2 * (x + 0.5) / width - 1, 2 * (y + 0.5) / height - 1], 3)
@@ -177,7 +177,7 @@ DEGRADATIONS = (
 
 
 def dropped_classes(labels: Tensor, count: float, source: torch.Generator) -> Tensor:
-    """Rows of a set without ``count`` of its classes; the others fill their places with repeats only where they must."""
+    """Rows of a set without ``count`` of its classes."""
     classes = labels.unique()
     kept = classes[torch.randperm(len(classes), generator=source)][round(count) :]
     return torch.isin(labels, kept).nonzero()[:, 0]

@@ -51,10 +51,11 @@ class Protocol:
     """How samples are measured. Everything that moves a figure is here, or is hashed into its `Measurement`.
 
     Args:
-        extractors: factories ``spec -> Extractor``, all of which measure the same samples; the first one's primary metric
-            ranks. None takes the default of the data (`extractors.default_extractors`).
+        extractors: factories ``spec -> Extractor``, all of which measure the same samples; the first one's primary
+            metric ranks. None takes the default of the data (`extractors.default_extractors`).
         weights: a file of weights for the first extractor; None takes the published or shipped ones.
-        n: samples; None draws as many as there are test images, but at most 2,000 (10,000 where a Frechet distance ranks).
+        n: samples; None draws as many as there are test images, but at most 2,000 (10,000 where a Frechet distance
+            ranks).
         reference: what samples are held against: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file with
             the statistics of others (`reference.read_statistics`).
         conditions: the split of the images whose conditions samples get, where more than a class steers the model.
@@ -110,8 +111,8 @@ class Protocol:
             reference_of(data, self.reference, extractor)
             if not frechet:
                 raise UserError(
-                    f"{self.reference} holds a mean and a covariance, from which only a Frechet distance can be computed,"
-                    f" and {extractor.primary} ranks here: choose evaluation.extractors=[inception]."
+                    f"{self.reference} holds a mean and a covariance, which give a Frechet distance alone, and"
+                    f" {extractor.primary} ranks here: choose evaluation.extractors=[inception]."
                 )
         elif frechet and (size := len(data.split(self.reference))) <= dim:
             raise UserError(
@@ -209,7 +210,9 @@ def evaluate(
     if model is not None:
         start = time.perf_counter()
         extra |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
-        extra |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, extractor, device)
+        # The distance of reconstructions needs more images than features, so the smallest extractor measures them.
+        smallest = min(extractors, key=lambda each: each.dim)
+        extra |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, smallest, device)
         seconds["likelihood"] = time.perf_counter() - start
 
     results = []
@@ -364,6 +367,8 @@ def given_images(
     if len(images) < n:
         if protocol.n is not None:
             raise UserError(f"The protocol asks for {n} images, and {len(images)} were given.")
+        if len(images) < LEAST_N:
+            raise UserError(f"{len(images)} samples measure nothing: give at least {LEAST_N}.")
         if extractor.primary == extractor.frechet_name and len(images) <= extractor.dim:
             raise UserError(
                 f"{len(images)} images cannot carry a Frechet distance on the {extractor.dim} features of "

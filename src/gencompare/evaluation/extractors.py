@@ -19,8 +19,8 @@ Factory = Callable[..., Extractor]
 def default_extractors(spec: DataSpec) -> list[Factory]:
     """What measures data of ``spec`` where a protocol names nothing, the first one ranks.
 
-    Images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and beside it the classifier that this package
-    ships for the data set, for class metrics and as a second opinion. Points: their own values.
+    Images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and beside it the classifier that this
+    package ships for the data set, for class metrics and as a second opinion. Points: their own values.
     """
     if spec.num_levels is None:
         return [RawValues]

@@ -40,8 +40,9 @@ def efficientnet_lite0(
 class EfficientNetLite0Extractor(Extractor):
     """Mean activations of layers of EfficientNet-Lite0 (Tan and Le 2019; TensorFlow's Lite variant, Apache-2.0).
 
-    Images are resized to ``size`` x ``size`` (bicubic, antialiased), grey ones get three equal channels, and grey levels
-    are scaled to (x - 127) / 128, as in training on ImageNet. Features are the spatial means of ``layers``, side by side.
+    Images are resized to ``size`` x ``size`` (bicubic, antialiased), grey ones get three equal channels, and grey
+    levels are scaled to (x - 127) / 128, as in training on ImageNet. Features are the means of ``layers`` over places,
+    side by side.
 
     Args:
         spec: of the data to be measured.
@@ -144,7 +145,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is damaged, or holds more than weights ({type(error).__name__}). {way_out()}") from error
+        raise UserError(
+            f"{path} is damaged, or holds more than weights ({type(error).__name__}). {way_out()}"
+        ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict. {way_out()}")
     return state, hashlib.sha256(payload).hexdigest()

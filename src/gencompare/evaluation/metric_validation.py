@@ -1,10 +1,10 @@
-"""Does a metric of image quality agree with what a person sees? A battery of degraded images, and how metrics order it."""
+"""Does a metric of image quality agree with what a person sees? Degraded images, and how metrics order them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -77,7 +77,9 @@ def battery(
                     yield (name, strength), real[rows(part.labels, strength, generator("cpu", seed, name))]
     for times in REPEATS:
         yield ("repeated images", times), real[repeated(n, times, generator("cpu", seed, "repeats"))]
-    copies = stored_split(train.images[torch.randperm(len(train), generator=generator("cpu", seed, "copies"))[:n]], spec)
+    copies = stored_split(
+        train.images[torch.randperm(len(train), generator=generator("cpu", seed, "copies"))[:n]], spec
+    )
     for share in COPIES:
         mixed = real.clone()
         mixed[: round(share * n)] = copies[: round(share * n)]
@@ -91,12 +93,12 @@ def strengths(name: str, levels: Sequence[float], side: int) -> list[float]:
 
 @dataclass
 class Candidate:
-    """Features of one extractor, one layer, and a distance on them."""
+    """Features of one extractor and layer, and metrics that are computed from them together."""
 
     name: str
     columns: slice
-    distance: Callable[[Tensor], float]
-    """Features of samples (n, d) to their distance from the reference."""
+    metrics: Callable[[Tensor], dict[str, float]]
+    """Features of samples (n, d) to metrics by name, each the larger the worse the samples are."""
     least: int = 2
     """Fewest images that it takes."""
 
@@ -123,29 +125,38 @@ class Score:
     """Of the extractor, for one image."""
 
 
-def score(
-    candidate: Candidate, features: Mapping[Key, Tensor], n: int, milliseconds: float = math.nan
-) -> Score:
-    """The score of ``candidate`` with ``n`` images a set (or all of fewer), over disjoint draws of that size."""
+def score(candidate: Candidate, features: Mapping[Key, Tensor], n: int, milliseconds: float = math.nan) -> list[Score]:
+    """The scores of each metric of ``candidate`` with ``n`` images a set, or fewer, over disjoint draws."""
     total = len(features[REAL])
     draws = max(1, min(4, total // n))
-    values: dict[Key, list[float]] = {}
+    found: dict[Key, list[dict[str, float]]] = {}
     for key, own in features.items():
         own = own[:, candidate.columns]
-        size = min(n, len(own) // draws) if len(own) < total else n
         # Each draw takes every k-th image: of a set sorted by class, a fair part of each.
-        parts = [own[k::draws][:size] for k in range(draws)]
-        values[key] = [candidate.distance(part) for part in parts if len(part) >= candidate.least]
-    mean = {key: fmean(found) if found else math.nan for key, found in values.items()}
+        parts = [own[k::draws][:n] for k in range(draws)]
+        found[key] = [candidate.metrics(part) for part in parts if len(part) >= candidate.least]
+    names = list(found[REAL][0])
+    return [
+        score_of(
+            f"{candidate.name}: {name}", {key: [m[name] for m in of] for key, of in found.items()}, n, milliseconds
+        )
+        for name in names
+    ]
+
+
+def score_of(metric: str, values: Mapping[Key, Sequence[float]], n: int, milliseconds: float) -> Score:
+    """The score of one metric from its ``values`` on the draws of each set."""
+    draws = len(values[REAL])
+    mean = {key: fmean(of) if of else math.nan for key, of in values.items()}
     base, scale = mean[REAL], mean[BASELINE] - mean[REAL]
     kinds: dict[str, list[float]] = {}
-    for kind, strength in features:
+    for kind, strength in values:
         if (kind, strength) not in (REAL, BASELINE):
             kinds.setdefault(kind, []).append(strength)
     known = [(a, b) for a, b in PAIRS if a in mean and b in mean and not math.isnan(mean[a] + mean[b])]
     wrong = [f"{title(a)} > {title(b)}" for a, b in known if not mean[a] < mean[b]]
     return Score(
-        metric=candidate.name, n=min(n, total), pairs=len(known), right=len(known) - len(wrong), wrong=wrong,
+        metric=metric, n=n, pairs=len(known), right=len(known) - len(wrong), wrong=wrong,
         spearman={kind: correlation(levels, [mean[kind, s] for s in levels]) for kind, levels in kinds.items()},
         detected={kind: weakest(kind, levels, values) for kind, levels in kinds.items()},
         spread=stdev(values[REAL]) / scale if draws > 1 and scale > 0 else math.nan,
@@ -205,4 +216,11 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    return [s.__dict__ for s in scores]
+    """The scores for a JSON file, in which a value that is not defined is null."""
+    return [_defined(asdict(s)) for s in scores]
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _defined(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

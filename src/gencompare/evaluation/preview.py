@@ -8,6 +8,7 @@ from gencompare.evaluation import source
 from gencompare.evaluation.features import Extractor
 from gencompare.evaluation.figures import neighbours
 from gencompare.evaluation.frechet import frechet_distance
+from gencompare.evaluation.mmd import mmd
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import reference_of
 
@@ -29,8 +30,10 @@ def preview_figures(images: Tensor, data: source.Data, extractor: Extractor, spl
     if extractor.primary == extractor.frechet_name:
         distance = frechet_distance(own, reference.statistics)
     else:
-        distance = reference.kernel.distance(own).value
+        distance = mmd(own, reference.kernel).value
     near = neighbours(own, reference.features.features)
     return {extractor.primary: distance} | {
-        name: near[name].value for name in ("density", "coverage") if name in near  # type: ignore[misc]
+        name: near[name].value
+        for name in ("density", "coverage")
+        if name in near  # type: ignore[misc]
     }
