@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gencompare.errors import UserError
 from gencompare.evaluation.distributed import shared_out
+
+
+def check_finite(features: Tensor) -> None:
+    """Raise `UserError` for features that hold NaN or infinite values."""
+    if not torch.isfinite(features).all():
+        raise UserError("Features hold NaN or infinite values: the extractor's weights or the images are not finite.")
 
 
 @dataclass(frozen=True)

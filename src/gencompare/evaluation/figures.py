@@ -10,14 +10,15 @@ from torch import Tensor
 
 from gencompare.evaluation.classes import SURE, class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.frechet import Statistics, between, extrapolated, frechet_distance, jackknife
-from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.frechet import Jackknife, Statistics, between, frechet_distance
+from gencompare.evaluation.intervals import Estimate
+from gencompare.evaluation.kernel import Cubic, kernel_distance, kid
 from gencompare.evaluation.memorization import authenticity, memorization_ratio
 from gencompare.evaluation.neighbours import DENSITY_NEIGHBOURS, neighbourhood
 from gencompare.evaluation.reference import Reference, spaced
 from gencompare.records import Metric
 
-Further = Mapping[str, Callable[[Tensor, Tensor], float]]
+Further = Mapping[str, Callable[[Tensor, Tensor], float | Estimate]]
 """Figures that a protocol adds, by name."""
 
 
@@ -44,7 +45,7 @@ def figures(
     Args:
         labels: (n,) the class that each image was made for.
         further: figures that the protocol adds.
-        error: give the Frechet distance its interval (ten times its cost).
+        error: give the Frechet distance its interval.
     """
     found = distances(own, reference, extractor, error=error)
     found |= spatial_distance(own, reference, extractor)
@@ -52,7 +53,9 @@ def figures(
         found |= neighbours(own.features, reference.features.features)
         for name, metric in (further or {}).items():
             value = metric(own.features, reference.features.features)
-            found[name] = Metric(value, better=getattr(metric, "better", None))
+            interval = value.interval if isinstance(value, Estimate) else None
+            value = value.value if isinstance(value, Estimate) else value
+            found[name] = Metric(value, better=getattr(metric, "better", None), interval=interval)
     if own.logits is not None:
         found |= class_figures(own.logits, labels if extractor.knows_classes else None, extractor)
     if labels is not None:
@@ -81,18 +84,26 @@ def distances(own: Features, reference: Reference, extractor: Extractor, *, erro
             else f"{len(own)} images, {extractor.dim} features"
         )
         return {name: Metric(None, "lower", note=why) for name in (frechet, kernel)}
+    jackknife = Jackknife(own.features, statistics)
+    infinity = jackknife.infinity if error else None
     found = {
-        frechet: Metric(
-            frechet_distance(own.features, statistics),
-            "lower",
-            interval=jackknife(own.features, statistics) if error else None,
+        frechet: Metric(jackknife.value, "lower", interval=jackknife.distance.interval if error else None),
+        f"{frechet}_infinity": Metric(
+            jackknife.value_at_infinity, "lower", interval=infinity and infinity.interval, note="extrapolated"
         ),
-        f"{frechet}_infinity": Metric(extrapolated(own.features, statistics), "lower", note="extrapolated"),
     }
     if reference.features is not None:
-        mean, spread = kernel_distance(own.features, reference.features.features)
-        found[kernel] = Metric(mean, "lower", note=f"subsets +- {spread:.2g}")
+        found[kernel] = cubic_distance(own.features, reference.features.features, kernel)
     return found
+
+
+def cubic_distance(own: Tensor, reference: Tensor, name: str) -> Metric:
+    """Kernel distance with the cubic kernel; the one called ``kid`` is the mean over subsets, as it is published."""
+    estimate = kernel_distance(own, reference, Cubic())
+    if name != "kid":
+        return Metric(estimate.value, "lower", interval=estimate.interval)
+    mean, spread = kid(own, reference)
+    return Metric(mean, "lower", interval=estimate.interval, note=f"subsets +- {spread:.2g}")
 
 
 def spatial_distance(own: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
@@ -114,7 +125,9 @@ def neighbours(own: Tensor, reference: Tensor) -> dict[str, Metric]:
         return {}
     n = min(len(own), len(reference))
     found = neighbourhood(own[spaced(len(own), n)], reference[spaced(len(reference), n)])
-    return {name: Metric(getattr(found, name), "higher") for name in names}
+    repeated = max(found.zero_radii, found.zero_radii_reference)
+    note = f"{repeated:.0%} of the k-NN radii are 0: repeated images" if repeated >= 0.01 else ""
+    return {name: Metric(getattr(found, name), "higher", note=note) for name in names}
 
 
 def class_figures(logits: Tensor, labels: Tensor | None, extractor: Extractor) -> dict[str, Metric]:
