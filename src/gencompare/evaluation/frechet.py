@@ -172,8 +172,8 @@ class Jackknife:
 
     @property
     def infinity(self) -> Estimate:
-        """The distance at n = infinity: n d - (n - 1) mean d_(i), the jackknife's correction of a bias c / n (Quenouille
-        1956, "Notes on bias in estimation").
+        """The distance at n = infinity: n d - (n - 1) mean d_(i), the jackknife's correction of a bias c / n
+        (Quenouille 1956, "Notes on bias in estimation").
 
         It uses all images at both sizes. A line through distances at sizes between n/2 and n (Chong and Forsyth 2020,
         "Effectively Unbiased FID and Inception Score", section 4) has the same aim and several times the error. What
