@@ -19,8 +19,8 @@ from gencompare.evaluation.neighbours import DENSITY_NEIGHBOURS, neighbourhood
 from gencompare.evaluation.reference import Reference, spaced
 from gencompare.records import Metric
 
-Further = Mapping[str, Callable[[Tensor, Tensor], float | Estimate]]
-"""Figures that a protocol adds, by name."""
+Further = Mapping[str, Callable[[Tensor, Tensor], float]]
+"""Metrics that a protocol adds, by name. One with a method ``estimate`` has an interval too."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def figures(
     if reference.features is not None:
         found |= neighbours(own.features, reference.features.features)
         for name, metric in (further or {}).items():
-            value = metric(own.features, reference.features.features)
-            interval = value.interval if isinstance(value, Estimate) else None
-            value = value.value if isinstance(value, Estimate) else value
-            found[name] = Metric(value, better=getattr(metric, "better", None), interval=interval)
+            found[name] = further_metric(metric, own.features, reference.features.features)
     if own.logits is not None:
         found |= class_figures(own.logits, labels if extractor.knows_classes else None, extractor)
     if labels is not None:
@@ -106,6 +103,14 @@ def cubic_distance(own: Tensor, reference: Reference, name: str) -> Metric:
         return Metric(estimate.value, "lower", interval=estimate.interval, unbiased=True)
     mean, spread = kid(own, reference.features.features)
     return Metric(mean, "lower", interval=estimate.interval, note=f"subsets +- {spread:.2g}", unbiased=True)
+
+
+def further_metric(metric: Callable[[Tensor, Tensor], float], own: Tensor, reference: Tensor) -> Metric:
+    better = getattr(metric, "better", None)
+    if not hasattr(metric, "estimate"):
+        return Metric(metric(own, reference), better)
+    estimate: Estimate = metric.estimate(own, reference)  # type: ignore[attr-defined]
+    return Metric(estimate.value, better, interval=estimate.interval)
 
 
 def spatial_distance(own: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:

@@ -32,6 +32,9 @@ class Estimate:
     interval: tuple[float, float] | None
     """None for fewer than 10 images."""
     standard_error: float = math.nan
+    largest_share: float = 0.0
+    """Share of the variance that comes from one image. Above about a quarter, the tails are so heavy that value and
+    interval rest on few images."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Margins:
     below: float
     above: float
     standard_error: float
+    largest_share: float
 
     def around(self, value: float, low: float = -math.inf) -> Estimate:
-        return Estimate(value, (max(low, value - self.below), value + self.above), self.standard_error)
+        return Estimate(
+            value, (max(low, value - self.below), value + self.above), self.standard_error, self.largest_share
+        )
 
 
 def margins(left_out: Tensor, second_order: Tensor, rows: Tensor) -> Margins | None:
@@ -76,14 +82,15 @@ def margins(left_out: Tensor, second_order: Tensor, rows: Tensor) -> Margins | N
     u = (n - 1) * (left_out.mean() - left_out)
     spread = float(u.var())
     if spread == 0:
-        return Margins(0.0, 0.0, 0.0)
+        return Margins(0.0, 0.0, 0.0, 0.0)
     squares, products = second_order_moments(second_order, u[rows])
     variance = max(spread / n - squares / (2 * n**2), spread / (2 * n))
     z = float(student.ppf((1 + LEVEL) / 2, n - 1))
     lean = z**2 * products / (n * spread)
     reach = math.sqrt(lean**2 + z**2 * variance)
     centred = u - u.median()
-    return Margins((reach - lean) * widening(-centred), (reach + lean) * widening(centred), math.sqrt(variance))
+    share = float((u - u.mean()).square().max()) / (spread * (n - 1))
+    return Margins((reach - lean) * widening(-centred), (reach + lean) * widening(centred), math.sqrt(variance), share)
 
 
 def pair_rows(n: int) -> Tensor:

@@ -170,28 +170,28 @@ def kernel_distance(features: Tensor, reference: Tensor | KernelReference, kerne
 def kid(features: Tensor, reference: Tensor) -> tuple[float, float]:
     """(mean, spread) over 100 subsets of the squared MMD with the cubic kernel: KID as it is published.
 
-    Subsets have 1,000 images of each side, or as many as the smaller side has; they are those of torch-fidelity, and
-    the values agree with its own. The spread is the standard deviation over subsets, not the error of the mean. Where
-    each subset would hold all samples it says nothing about them, and the standard error of the U-statistic takes its
-    place.
+    Subsets have 1,000 images of each side, or as many as the smaller side has. They are those of torch-fidelity, and
+    the result agrees with its own. The spread is the standard deviation over subsets, not the error of the mean. Where
+    each subset would hold all samples, that says nothing about them, and the spread is the standard error of the
+    U-statistic.
     """
     check_finite(features)
     check_finite(reference)
     size = min(SUBSET_SIZE, len(features), len(reference))
     source = np.random.RandomState(SEED)
     kernel = Cubic()
-    figures = []
+    values = []
     for _ in range(SUBSETS):
         x = features[torch.from_numpy(source.choice(len(features), size, replace=False))]
         y = reference[torch.from_numpy(source.choice(len(reference), size, replace=False))]
         xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
         within = total(xx) - total(xx.diagonal()) + total(yy) - total(yy.diagonal())
-        figures.append(float(within / (size * (size - 1)) - 2 * total(xy) / size**2))
+        values.append(float(within / (size * (size - 1)) - 2 * total(xy) / size**2))
         if size == len(features) == len(reference):
             break  # all subsets are the whole sets
     if size < len(features):
-        return float(np.mean(figures)), float(np.std(figures))
-    return float(np.mean(figures)), kernel_distance(features, reference, kernel).standard_error
+        return float(np.mean(values)), float(np.std(values))
+    return float(np.mean(values)), kernel_distance(features, reference, kernel).standard_error
 
 
 def row_sums(x: Tensor, kernel: Kernel) -> Tensor:

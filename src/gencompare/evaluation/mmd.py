@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,7 +18,7 @@ def mmd(features: Tensor, reference: Tensor | KernelReference, kernel: Gaussian 
     et al. 2024, "Rethinking FID", section 4, https://arxiv.org/abs/2401.09603)."""
     found = kernel_distance(features, reference, kernel)
     interval = found.interval and (SCALE * found.interval[0], SCALE * found.interval[1])
-    return Estimate(SCALE * found.value, interval, SCALE * found.standard_error)
+    return replace(found, value=SCALE * found.value, interval=interval, standard_error=SCALE * found.standard_error)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class GaussianMMD:
     normalize: bool = False
     better: ClassVar[str] = "lower"
 
-    def __call__(self, generated: Tensor, reference: Tensor) -> Estimate:
+    def __call__(self, generated: Tensor, reference: Tensor) -> float:
         """Features (n, d) and (m, d)."""
+        return self.estimate(generated, reference).value
+
+    def estimate(self, generated: Tensor, reference: Tensor) -> Estimate:
+        """The same with its interval."""
         return mmd(generated, reference, Gaussian(self.bandwidth, normalize=self.normalize))
