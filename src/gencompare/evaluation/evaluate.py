@@ -101,20 +101,17 @@ class Protocol:
             raise UserError("evaluation.protocol: chunk and likelihood_n must be at least 1.")
         if n < LEAST_N:
             raise UserError(f"evaluation.n={n} samples measure nothing: give at least {LEAST_N}.")
-        frechet, dim = extractor.primary == extractor.frechet_name, extractor.dim
+        frechet, dim = self.ranks_by_frechet(extractor), extractor.dim
         if frechet and n <= dim:
             raise UserError(
                 f"evaluation.n={n} samples cannot carry a Frechet distance on the {dim} features of {extractor.name}: "
                 f"ask for more than {dim} (evaluation.n={PER_FEATURE * dim})."
             )
         if is_file(self.reference):
+            # Statistics are of one network's features, so the others have no reference.
             reference_of(data, self.reference, extractor)
-            if not frechet:
-                raise UserError(
-                    f"{self.reference} holds a mean and a covariance, which give a Frechet distance alone, and"
-                    f" {extractor.primary} ranks here: choose evaluation.extractors=[inception]."
-                )
-        elif frechet and (size := len(data.split(self.reference))) <= dim:
+            return extractors[:1]
+        if frechet and (size := len(data.split(self.reference))) <= dim:
             raise UserError(
                 f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' cannot carry a Frechet "
                 f"distance on the {dim} features of {extractor.name}: more than {dim} are needed"
@@ -122,11 +119,15 @@ class Protocol:
             )
         return extractors
 
+    def ranks_by_frechet(self, extractor: Extractor) -> bool:
+        """Whether the Frechet distance is the primary metric: with a file of statistics, no other can be computed."""
+        return extractor.primary == extractor.frechet_name or is_file(self.reference)
+
     def size(self, data: source.Data, extractor: Extractor) -> int:
         """How many samples are measured."""
         if self.n is not None:
             return self.n
-        if extractor.primary != extractor.frechet_name:
+        if not self.ranks_by_frechet(extractor):
             return min(len(data.split("test")), DEFAULT_N)
         return min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST_FRECHET)
 
@@ -240,7 +241,7 @@ def evaluate(
                 measurement=measurement,
                 generation=generation,
                 metrics=metrics | (extra if first else {}),
-                headline=each.primary,
+                headline=each.frechet_name if protocol.ranks_by_frechet(each) else each.primary,
                 created=now(),
                 seconds=(seconds if first else {}) | taken,
                 details=each.details | details | more
@@ -316,7 +317,7 @@ def quality(
         ground = floor(held_out, reference, len(own), extractor, further)
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
-        details: dict[str, Any] = {"flags": check_features(own.features)}
+        details: dict[str, Any] = {"flags": check_features(own.features, ground.features.features)}
         if data.spec.dims != 2:
             looked_at = own.features[:LOOKED_AT]
             details["nearest_training"] = closest(looked_at, held.train.features, NEIGHBOURS).tolist()
@@ -369,7 +370,7 @@ def given_images(
             raise UserError(f"The protocol asks for {n} images, and {len(images)} were given.")
         if len(images) < LEAST_N:
             raise UserError(f"{len(images)} samples measure nothing: give at least {LEAST_N}.")
-        if extractor.primary == extractor.frechet_name and len(images) <= extractor.dim:
+        if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
             raise UserError(
                 f"{len(images)} images cannot carry a Frechet distance on the {extractor.dim} features of "
                 f"{extractor.name}: give more than {extractor.dim}."

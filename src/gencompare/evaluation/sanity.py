@@ -101,12 +101,22 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
     return warnings + _check_duplicates(stored, real)
 
 
-def check_features(features: Tensor) -> list[str]:
-    """Warnings about degenerate features (n, d): the same for all samples, which no d x d covariance survives."""
-    constant = int((features == features[0]).all(0).sum())
-    if constant == features.shape[1]:
+def check_features(features: Tensor, real: Tensor) -> list[str]:
+    """Warnings about features (n, d) that are the same for all samples, and not for as many ``real`` images (m, d).
+
+    A network's ReLU leaves some features at 0 for all images of one data set; that is no fault of the samples. Fewer
+    than `CONSTANT` of the others are rare features that these samples happen not to have.
+    """
+    varies = (real != real[0]).any(0)
+    constant = int((features[:, varies] == features[0, varies]).all(0).sum())
+    if constant and constant == int(varies.sum()):
         return ["all samples have the same features: the model draws one image"]
-    return [f"{constant} of {features.shape[1]} features are the same for all samples"] if constant else []
+    if constant <= CONSTANT * int(varies.sum()):
+        return []
+    return [f"{constant} of {int(varies.sum())} features are the same for all samples, and differ between real images"]
+
+
+CONSTANT = 0.25
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
