@@ -43,7 +43,7 @@ def main() -> None:
     print("|---" * (len(first) + 2) + "|")
     for name, result in named.items():
         cells = [
-            "–" if c.value is None else f"{c.value:.3g}" if c.met else f"**{c.value:.3g}**" for c in criteria(result)
+            "-" if c.value is None else f"{c.value:.3g}" if c.met else f"**{c.value:.3g}**" for c in criteria(result)
         ]
         print(f"| {name} | " + " | ".join(cells) + f" | {'passes' if accepted(result) else 'fails'} |")
 

@@ -52,6 +52,8 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
 
 def build_protocol(cfg: DictConfig) -> Protocol:
     """The protocol of ``cfg.evaluation``, with the extractors that its names stand for."""
+    if "extractors" not in cfg.evaluation:
+        raise UserError("This run's evaluation settings are of an earlier version: add evaluation=default.")
     protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
     names, available = cfg.evaluation.extractors, cfg.evaluation.available
     if names is None:
