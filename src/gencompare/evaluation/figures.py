@@ -18,6 +18,8 @@ from gencompare.evaluation.neighbours import DENSITY_NEIGHBOURS, neighbourhood
 from gencompare.evaluation.reference import Reference, spaced
 from gencompare.records import Metric
 
+FEW_FOR_INFINITY = 3
+"""Images a feature below which the bias left in the Frechet distance at infinity nears its margin."""
 Further = Mapping[str, Callable[[Tensor, Tensor], float]]
 """Metrics that a protocol adds, by name. One with a method ``estimate`` has an interval too."""
 
@@ -83,9 +85,11 @@ def distances(own: Features, reference: Reference, extractor: Extractor, *, erro
         return {name: Metric(None, "lower", note=why) for name in (frechet, kernel)}
     jackknife = Jackknife(own.features, statistics)
     at_n, infinity = (jackknife.distance.interval, jackknife.infinity.interval) if error else (None, None)
+    few = len(own) < FEW_FOR_INFINITY * extractor.dim
+    note = f"extrapolated; too low, from under {FEW_FOR_INFINITY} images a feature" if few else "extrapolated"
     found = {
         frechet: Metric(jackknife.value, "lower", interval=at_n),
-        f"{frechet}_infinity": Metric(jackknife.value_at_infinity, "lower", interval=infinity, note="extrapolated"),
+        f"{frechet}_infinity": Metric(jackknife.value_at_infinity, "lower", interval=infinity, note=note),
     }
     if reference.features is not None:
         found[kernel] = cubic_distance(own.features, reference.features.features, kernel)
