@@ -1,7 +1,7 @@
 """The summary of the studies in this folder that docs/evaluation.md shows: python docs/metrics/summary.py
 
-Each study is written by `task=validate_metrics evaluation=study data=DATA`; its metrics.json, metrics.md and metrics.png are
-kept here as DATA.json, DATA.md and DATA.png.
+Each study is written by `task=validate_metrics evaluation=study data=DATA`; its metrics.json, .md and .png
+are kept here as DATA.json, DATA.md and DATA.png.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def validate_metrics(cfg: DictConfig) -> None:
                 progress(f"scores of {extractor.name} {extractor.resize}", len(scores), len(scores))
     write_json(folder / "metrics.json", {
         "data": data.spec.name, "hash": data.hash("test"), "references": len(reference), "seed": cfg.seed,
-        "environment": environment(device), "command": [word for word in cfg.command if not word.startswith(PLACES)], "scores": as_json(scores),
+        "environment": environment(device), "command": [word for word in cfg.command if not word.startswith(PLACES)],
+        "scores": as_json(scores),
     })  # fmt: skip
     text = table(scores)
     write_text(folder / "metrics.md", text)
