@@ -202,7 +202,7 @@ def test_continuous_data_are_measured_as_they_are() -> None:
 def test_what_cannot_carry_a_figure_is_refused() -> None:
     data = Tiny()
     cases: list[tuple[Any, Protocol, str]] = [
-        (Fake(), dataclasses.replace(RAW, n=4), "evaluation.n=4 .*at least 10"),
+        (Fake(), dataclasses.replace(RAW, n=4), "evaluation.n=4 .*at least 20"),
         (Fake(), dataclasses.replace(RAW, reference="tset"), "no split 'tset'"),
         (torch.zeros(200, 1, 2, 2), RAW, "asks for 300 images, and 200"),
         (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 samples measure nothing"),

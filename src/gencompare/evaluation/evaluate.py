@@ -34,7 +34,7 @@ DEFAULT_N = 2_000
 """Samples that are drawn at most where the protocol does not say how many: at this n the primary metric tells apart
 what a person can (docs/evaluation.md)."""
 MOST_FRECHET = 10_000
-LEAST_N = 10
+LEAST_N = 20
 PER_FEATURE = 4
 """Samples for each feature that a Frechet distance asks for, where it is the primary metric."""
 
