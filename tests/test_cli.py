@@ -34,7 +34,7 @@ STOPPED = {"gaussian": SIGNALS[:1], "vae": SIGNALS, "gan": SIGNALS, "ddpm": SIGN
 QUICK = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
     "callbacks.looks.grid=4", "callbacks.looks.preview=0", "callbacks.curve.every=1", "callbacks.progress=false",
-    "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
 ]  # fmt: skip
 Cli = Callable[..., int]
 
@@ -316,7 +316,7 @@ def test_a_failure_outside_of_training_is_in_the_record(
 
 
 def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: Path) -> None:
-    words = [word for word in QUICK if word not in ("data=digits", "evaluation.n=100")]
+    words = [word for word in QUICK if not word.startswith(("data=digits", "evaluation.n=", "evaluation.extractors"))]
     assert cli("model=gaussian", "data=toy2d", *words, "budget.steps=1", "evaluation.n=300", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["pictures"]["samples"]).exists()

@@ -22,6 +22,9 @@ from gencompare.records import Metric
 Further = Mapping[str, Callable[[Tensor, Tensor], float]]
 """Metrics that a protocol adds, by name. One with a method ``estimate`` has an interval too."""
 
+FEW_FOR_INFINITY = 3
+"""Samples a feature below which the distance at infinity is too low by more than its interval."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -89,8 +92,12 @@ def distances(own: Features, reference: Reference, extractor: Extractor, *, erro
     )
     if not few:
         infinity = jackknife.infinity if error else None
+        low = len(own) < FEW_FOR_INFINITY * extractor.dim
         found[f"{frechet}_infinity"] = Metric(
-            jackknife.value_at_infinity, "lower", interval=infinity and infinity.interval, note="extrapolated"
+            jackknife.value_at_infinity,
+            "lower",
+            interval=infinity and infinity.interval,
+            note="extrapolated" + (f"; too low, from under {FEW_FOR_INFINITY} images a feature" if low else ""),
         )
     return found
 

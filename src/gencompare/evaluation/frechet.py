@@ -160,9 +160,10 @@ class Jackknife:
         (Quenouille 1956, "Notes on bias in estimation").
 
         It uses all images at both sizes. A line through distances at sizes between n/2 and n (Chong and Forsyth 2020,
-        "Effectively Unbiased FID and Inception Score", section 4) has the same aim and several times the error. What
-        is left is of order (d/n)^2: for n below about 5 d, it exceeds the interval. The reference's own bias stays in
-        it, so distances to one reference alone compare. It may be negative.
+        "Effectively Unbiased FID and Inception Score", section 4) has the same aim, twice the standard deviation and
+        more bias left. What is left here is negative and of order (d/n)^2: under half of the margin for n of 5 d and
+        more, as large as the margin for n below 2 d. The reference's own bias stays in it, so only distances to one
+        reference compare. It may be negative.
         """
         return self._with_interval(self.value_at_infinity, low=-math.inf)
 

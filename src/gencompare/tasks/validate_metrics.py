@@ -36,6 +36,8 @@ from gencompare.tasks.others import refuse_second_run
 from gencompare.tasks.progress import stages
 
 TIMED = 100
+PLACES = ("hydra.", "paths.", "trainer", "logger")
+"""Words of a command that say where it ran, and nothing of what it measured."""
 
 
 def validate_metrics(cfg: DictConfig) -> None:
@@ -69,12 +71,13 @@ def validate_metrics(cfg: DictConfig) -> None:
                 progress(f"scores of {extractor.name} {extractor.resize}", len(scores), len(scores))
     write_json(folder / "metrics.json", {
         "data": data.spec.name, "hash": data.hash("test"), "references": len(reference), "seed": cfg.seed,
-        "environment": environment(device), "command": list(cfg.command), "scores": as_json(scores),
+        "environment": environment(device), "command": [word for word in cfg.command if not word.startswith(PLACES)],
+        "scores": as_json(scores),
     })  # fmt: skip
     text = table(scores)
     write_text(folder / "metrics.md", text)
     with atomic(folder / "metrics.png") as file:
-        draw(scores, data.spec.name).savefig(file, format="png", dpi=110)
+        draw(scores, data.spec.name).savefig(file, format="png", dpi=80)
     print(f"{text}\n{folder / 'metrics.png'}")
 
 
