@@ -22,39 +22,53 @@ from gencompare.evaluation.compact import SHIPPED, SUMS, compact, read_compact, 
 from gencompare.evaluation.inception import Inception
 from gencompare.evaluation.quantize import stored_split
 from gencompare.evaluation.raw import RawValues
-from gencompare.models.classifier import Classifier, flawed, shifted
+from gencompare.models.classifier import Classifier, rotated, shifted, with_cutout
 from gencompare.networks.classifier import ResidualClassifier
 from gencompare.networks.efficientnet_lite import EfficientNetLite0
 from gencompare.seeds import Draws, generator
-from gencompare.tasks.build import build_protocol
+from gencompare.tasks.build import build_data, build_protocol
 
-LEAST = {"digits": 0.98, "mnist": 0.97, "fashion_mnist": 0.85, "cifar10": 0.59, "eurosat64": 0.8}
-LARGEST = {"digits": 300_000}
+TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.85, "eurosat64": 0.92}
+"""The least accuracy on test images that a shipped classifier has. CIFAR-10's aim is .93: docs/evaluation.md."""
+FEATURES = {"digits": 64, "mnist": 128, "fashion_mnist": 128, "cifar10": 256, "eurosat64": 120}
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda p: p.stem)
 def test_shipped_files_are_what_they_claim(path: Path) -> None:
-    _, facts, digest = read_compact(path)
+    state, facts, digest = read_compact(path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"{digest}  {path.name}" in SUMS.read_text().splitlines()
-    assert path.stat().st_size < LARGEST.get(path.stem, 1_500_000)
-    assert facts["data"] == path.stem and facts["accuracy"] >= LEAST[path.stem]
+    assert path.stat().st_size < 6_000_000
+    assert facts["data"] == path.stem and facts["accuracy"] >= TARGETS[path.stem]
     assert facts["recipe"].startswith(f"python run.py experiment={path.stem}_classifier")
-    assert facts["network"]["dim"] == 64
+    assert state["head.weight"].shape == (10, FEATURES[path.stem])
 
 
-def test_the_digits_extractor_is_as_good_as_it_says() -> None:
-    data = Digits()
-    extractor, test = compact(data.spec), data.split("test")
-    images = stored_split(test.images, data.spec)
-    logits = extractor.logits(images)
+def test_every_image_data_set_has_its_classifier() -> None:
+    assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path) -> None:
+    """On the first 500 test images: within four standard errors of the accuracy that the file states on all of them."""
+    data = build_data(compose(f"data={name}", f"paths.data={data_root}"))
+    test = data.split("test")[slice(500)]
+    extractor = compact(data.spec)
+    logits = extractor.logits(stored_split(test.images, data.spec))
     assert logits is not None and test.labels is not None
-    accuracy = float((logits.argmax(1) == test.labels).double().mean())
-    assert accuracy >= 0.98 and accuracy == pytest.approx(extractor.details["extractor_accuracy"], abs=1e-9)
+    accuracy, stated = float((logits.argmax(1) == test.labels).double().mean()), extractor.details["extractor_accuracy"]
+    assert isinstance(stated, float)
+    whole = len(data.split("test")) == 500
+    assert accuracy == pytest.approx(stated, abs=1e-9 if whole else 4 * (stated * (1 - stated) / 500) ** 0.5)
+
+
+def test_a_batch_of_any_size_gets_the_same_features() -> None:
+    extractor = compact(Digits.spec)
+    images = stored_split(Digits().split("test").images[:30], Digits.spec)
     features = extractor.features(images)
-    assert features.shape == (500, 64) and features.dtype == torch.float32 and features.device.type == "cpu"
-    extractor.batch = 7
-    torch.testing.assert_close(extractor.features(images[:30]), features[:30], rtol=1e-4, atol=1e-4)
+    assert features.shape == (30, 64) and features.dtype == torch.float32 and features.device.type == "cpu"
+    extractor.batch = extractor.cpu_batch = 7
+    torch.testing.assert_close(extractor.features(images), features, rtol=1e-4, atol=1e-4)
 
 
 def test_data_of_their_own_name_get_their_own_extractor_and_others_a_stated_one() -> None:
@@ -63,7 +77,7 @@ def test_data_of_their_own_name_get_their_own_extractor_and_others_a_stated_one(
     assert other.name == "cifar10" and other.resize == "bilinear antialias to 32x32"
     images = torch.randint(256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).byte()
     result = other(images)
-    assert result.features.shape == (5, 64) and result.logits is None, "its classes are not these"
+    assert result.features.shape == (5, 256) and result.logits is None, "its classes are not these"
     grey = compact(DataSpec(name="my_scans", shape=(1, 32, 32)))
     assert grey.name == "fashion_mnist" and grey.resize == "bilinear antialias to 28x28"
     assert isinstance(compact(DataSpec(name="plane", shape=(2, 1, 1), num_levels=None)), RawValues)
@@ -86,13 +100,15 @@ def saved(path: Path, spec: DataSpec, **network: Any) -> ResidualClassifier:
     net = ResidualClassifier(spec.shape[0], spec.num_classes, **network)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    net(torch.randn(50, spec.shape[0], *spec.shape[1:]))  # batch norm gets statistics
+    net.eval()
     save_compact(path, net.state_dict(), spec, network=network, accuracy=0.5, recipe="none")
     return net
 
 
 def test_a_file_of_ones_own_comes_back_as_the_same_network(tmp_path: Path) -> None:
     spec = DataSpec(name="own", shape=(1, 12, 12), num_classes=3, padding=2)
-    net = saved(tmp_path / "own.safetensors", spec, widths=[8, 16], dim=5)
+    net = saved(tmp_path / "own.safetensors", spec, widths=[8, 5])
     extractor = compact(spec, weights=tmp_path / "own.safetensors")
     assert (extractor.name, extractor.dim) == ("own", 5)
     images = torch.randint(256, (4, 1, 8, 8)).byte()
@@ -115,7 +131,7 @@ def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="no extractor of gencompare"):
         compact(spec, weights=path)
-    save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 2})})
+    save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 1})})
     with pytest.raises(UserError, match="another version"):
         compact(spec, weights=path)
     # A shipped file in which one bit flipped: whole, but not what the sum says.
@@ -196,40 +212,66 @@ def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
     assert len(found) > 15, "every image has a shift of its own"
 
 
-def test_flaws_are_what_their_grades_say() -> None:
-    """About a quarter noisy, a quarter blurred; noise has 0.5 times its grade as deviation; grade 0 changes nothing."""
-    n = 4000
-    x = torch.zeros(n, 1, 12, 12)
-    x[..., 6:] = 0.4
-    images, grades = flawed(x, Draws.whole(generator("cpu", 2), n))
-    blur, noise = grades.T
-    for grade in (blur, noise):
-        assert float((grade > 0).double().mean()) == pytest.approx(0.25, abs=0.03)
-        assert float(grade[grade > 0].mean()) == pytest.approx(0.5, abs=0.03)
-    assert torch.equal(images[(blur == 0) & (noise == 0)], x[(blur == 0) & (noise == 0)])
-    # Away from the edge only noise acts; there the deviation within an image is its strength.
-    strong = noise > 0.1
-    deviation = images[strong][..., :4].flatten(1).std(1)
-    assert float((deviation / (0.5 * noise[strong])).mean()) == pytest.approx(1, abs=0.02)
-    # At the edge a 3x3 mean mixes in a third of the other side, times the grade.
-    blurred = (blur > 0) & (noise == 0)
-    edge = images[blurred][:, 0, 3, 5]
-    torch.testing.assert_close(edge, 0.4 / 3 * blur[blurred], rtol=1e-4, atol=1e-6)
+def test_turns_are_by_right_angles() -> None:
+    x = torch.rand(200, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    turned = rotated(x, Draws.whole(generator("cpu", 1), 200))
+    found = []
+    for image, result in zip(x, turned, strict=True):
+        (k,) = [k for k in range(4) if torch.equal(image.rot90(k, (1, 2)), result)]
+        found.append(k)
+    assert all(25 <= found.count(k) <= 75 for k in range(4)), "each about a quarter"
+
+
+def test_cutout_covers_a_square_around_any_pixel() -> None:
+    n, side, size = 4000, 4, 10
+    covered = with_cutout(torch.ones(n, 2, size, size), side, Draws.whole(generator("cpu", 1), n)) == 0
+    assert torch.equal(covered[:, 0], covered[:, 1]), "all channels"
+    rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
+    assert torch.equal(covered[:, 0], rows[:, :, None] & columns[:, None, :]), "a rectangle"
+    heights = rows.sum(1)
+    # Around pixels 2 to 8 the square of 4 lies inside; around 0, 1 and 9 it is cut to 2, 3 and 3.
+    assert [float((heights == h).double().mean()) for h in (2, 3, 4)] == pytest.approx([0.1, 0.2, 0.7], abs=0.03)
+    assert float((heights * columns.sum(1)).double().mean()) == pytest.approx(3.6**2, rel=0.03)
+
+
+def small_classifier(**options: Any) -> Classifier:
+    torch.manual_seed(0)
+    spec = DataSpec(name="x", shape=(1, 8, 8), num_classes=3)
+    return Classifier(spec, lambda **kw: ResidualClassifier(**kw, widths=[8]), **options)
 
 
 def test_held_out_images_are_left_as_they_are() -> None:
-    spec = DataSpec(name="x", shape=(1, 8, 8), num_classes=3)
-    torch.manual_seed(0)
-    model = Classifier(spec, lambda **kw: ResidualClassifier(**kw, widths=[8]), shift=2).eval()
+    model = small_classifier(shift=2, cutout=3, rotate=True, label_smoothing=0.3).eval()
     assert isinstance(model, Classifies)
     x, label = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
     figures = model.validation_figures(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))
     log_probability = model.logits(x).log_softmax(1)[torch.arange(6), label]
-    torch.testing.assert_close(figures["cross_entropy"], -log_probability)
+    torch.testing.assert_close(figures["loss"], -log_probability)
     model.train()
-    with_flaws: Tensor = model.losses(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))["cross_entropy"]
-    assert not torch.allclose(with_flaws, figures["cross_entropy"])
-    assert torch.isfinite(with_flaws).all()
+    changed: Tensor = model.losses(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))["loss"]
+    assert not torch.allclose(changed, figures["loss"]) and torch.isfinite(changed).all()
+
+
+def test_smoothed_labels_are_best_answered_by_smoothed_probabilities() -> None:
+    """With e = 0.3 and 3 classes the loss is least, over all logits, at p = (0.8, 0.1, 0.1)."""
+    model = small_classifier(label_smoothing=0.3).train()
+    logits = torch.zeros(1, 3, requires_grad=True)
+    model.logits = lambda x: logits  # type: ignore[method-assign]
+    best = torch.tensor([[0.8, 0.1, 0.1]])
+    logits.data = best.log()
+    loss = model.losses(torch.zeros(1, 1, 8, 8), {"label": torch.tensor([0])}, Draws.whole(generator("cpu", 0), 1))
+    loss["loss"].sum().backward()
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)
+
+
+def test_settings_of_a_classifier_that_cannot_be_are_refused() -> None:
+    for options in ({"label_smoothing": 1.0}, {"shift": -1}, {"cutout": -2}):
+        with pytest.raises(UserError, match=f"model.{next(iter(options))}="):
+            small_classifier(**options)
+    with pytest.raises(UserError, match="square"):
+        Classifier(DataSpec(name="x", shape=(1, 8, 6), num_classes=3), ResidualClassifier, rotate=True)
+    with pytest.raises(UserError, match="at least 1 channel"):
+        ResidualClassifier(1, 3, widths=[8, 0])
 
 
 def test_a_classifier_needs_labels() -> None:

@@ -1,4 +1,4 @@
-"""The compact extractors: small classifiers trained by this project and shipped with it, for use without a network."""
+"""Classifier extractors: small classifiers trained by this project and shipped with it, for use offline."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from gencompare.networks.classifier import ResidualClassifier
 SHIPPED = Path(__file__).parent / "weights"
 SUMS = SHIPPED / "SHA256SUMS"
 SPATIAL = 128
-"""Activations at most in the spatial distance of a compact extractor: a covariance needs several images for each."""
+"""Activations at most in the spatial distance of a classifier extractor: a covariance needs several images for each."""
+VERSION = 2
+"""Of the files. 1: pre-activation blocks with group norm, and a second head."""
 FALLBACK = {1: "fashion_mnist", 3: "cifar10"}
 """By channels: whose extractor measures data that have none of their own."""
 
 
 def compact(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """The compact extractor for data of ``spec``.
+    """The classifier extractor for data of ``spec``.
 
     Data with a shipped extractor of their own name get that one. Others get the one of Fashion-MNIST (grey) or
     CIFAR-10 (RGB) on images resized to 32 x 32, without its class figures. Continuous data are measured as they are.
@@ -93,9 +95,10 @@ class CompactExtractor(Extractor):
             x = x.round().clamp(0, 255)
         x = F.pad(x.div(127.5).sub(1), (self.padding,) * 4, value=-1.0)
         assert isinstance(self.module, ResidualClassifier)
-        last = self.module.last(x)
-        features = self.module.features_of(last)
-        return Features(features, self.module.classify(features) if self.knows_classes else None, spatial_part(last))
+        activations = self.module.activations(x)
+        features = self.module.pool(activations)
+        logits = self.module.classify(features) if self.knows_classes else None
+        return Features(features, logits, spatial_part(activations))
 
 
 def spatial_part(activations: Tensor) -> Tensor:
@@ -117,20 +120,26 @@ def save_compact(
     """Write a trained `ResidualClassifier` as an extractor's file; returns its SHA-256.
 
     Args:
-        state: its state dict (stored as float16, which moves the logits by less than training noise does).
+        state: its state dict; what is floating-point in it is stored as float16, which moves the logits by less than
+            training noise does.
         network: the arguments that build it, beside channels and classes.
         accuracy: on the data's test split, after rounding to float16.
         recipe: the command that trained it.
     """
     facts = {
         "data": spec.name, "shape": list(spec.shape), "padding": spec.padding, "num_classes": spec.num_classes,
-        "network": dict(network), "accuracy": accuracy, "recipe": recipe, "version": 1,
+        "network": dict(network), "accuracy": accuracy, "recipe": recipe, "version": VERSION,
     }  # fmt: skip
-    half = {name: value.detach().cpu().to(torch.float16).contiguous() for name, value in state.items()}
+    half = {name: rounded(value).cpu().contiguous() for name, value in state.items()}
     payload = save(half, {"extractor": json.dumps(facts, sort_keys=True)})
     with atomic(path) as file:
         file.write(payload)
     return hashlib.sha256(payload).hexdigest()
+
+
+def rounded(value: Tensor) -> Tensor:
+    """``value`` as float16; the integers that batch norm counts its batches with stay what they are."""
+    return value.detach().to(torch.float16) if value.is_floating_point() else value.detach()
 
 
 def read_compact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -139,9 +148,11 @@ def read_compact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         payload = path.read_bytes()
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["extractor"])
-        state = {name: value.float() for name, value in load(payload).items()}
-        if facts["version"] != 1:
-            raise UserError(f"{path} was written by another version of gencompare ({facts['version']}, not 1).")
+        state = {name: value.float() if value.is_floating_point() else value for name, value in load(payload).items()}
+        if facts["version"] != VERSION:
+            raise UserError(
+                f"{path} was written by another version of gencompare ({facts['version']}, not {VERSION}): train it again."
+            )
     except FileNotFoundError as error:
         raise UserError(f"There is no extractor {path}.") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -159,7 +170,7 @@ def shipped_sum(path: Path) -> str:
 
 
 def write_sums() -> None:
-    """Write ``SHA256SUMS`` anew, after a shipped file was replaced."""
+    """Write ``SHA256SUMS`` again, after a shipped file was replaced."""
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(SHIPPED.glob("*.safetensors"))]
     with atomic(SUMS) as file:
         file.write("".join(lines).encode())

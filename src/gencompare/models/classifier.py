@@ -1,4 +1,4 @@
-"""An image classifier: the recipe of the compact feature extractors, trained by the same trainer as every model."""
+"""An image classifier: the recipe of the classifier extractors, trained by the same trainer as every model."""
 
 from __future__ import annotations
 
@@ -13,28 +13,25 @@ from gencompare.contract import Cond, DataSpec, TrainedModel
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
-NOISE = 0.5
-"""Largest standard deviation of the noise that images are flawed with, in units of [-1, 1]."""
-FLAWED = 0.25
-"""Share of training images that are flawed by noise, and (independently) of those that are blurred."""
+WHITENED = 5000
+"""Training images that a first layer is fitted to."""
 
 
 class Classifier(TrainedModel):
-    """Names the class of an image, and grades its flaws.
+    r"""Predicts the class of an image: minimises the cross-entropy -sum_k q_k log p_k with smoothed labels.
 
-    A network that is trained for classes alone learns to look past noise and blur: a Frechet distance on its features
-    rates noisy digits as good as real ones. So a quarter of the training images get a known amount of noise, and a
-    quarter a known amount of blur, and the same features must tell how much:
-
-        loss = cross-entropy + ``grading`` * mean squared error of the grades
-
-    Training images are also shifted at random. Held-out images are left as they are.
+    q = (1 - e) one_hot(y) + e / K, with e the label smoothing and K the number of classes (Szegedy et al. 2016,
+    "Rethinking the Inception architecture", section 7). Training images are turned, shifted and partly covered at
+    random; held-out images are left as they are, and their labels are not smoothed.
 
     Args:
         spec: of the data; it must have labels.
-        network: ``(channels, num_classes) -> nn.Module`` with ``features``, ``classify`` and ``grade``.
+        network: ``(channels, num_classes) -> nn.Module`` with ``features`` and ``classify``;
+            ``whiten(x)``, if it has it, fits its first layer to training images before the first step.
+        label_smoothing: e, in [0, 1).
+        rotate: whether images are turned by 0, 90, 180 or 270 degrees (square images alone).
         shift: largest random shift in pixels, each way; 0 for none.
-        grading: weight of the grades.
+        cutout: side of the square that is covered, in pixels; 0 for none.
         common: see `TrainedModel`.
     """
 
@@ -43,34 +40,50 @@ class Classifier(TrainedModel):
         spec: DataSpec,
         network: Callable[..., nn.Module],
         *,
+        label_smoothing: float = 0.0,
+        rotate: bool = False,
         shift: int = 0,
-        grading: float = 15.0,
+        cutout: int = 0,
         **common: Any,
     ) -> None:
         if not spec.num_classes:
             raise UserError(f"model=classifier needs labels, and data '{spec.name}' has none.")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"model.label_smoothing={label_smoothing}: give a number from 0 up to, not including, 1.")
+        if shift < 0 or cutout < 0:
+            raise UserError(f"model.shift={shift} and model.cutout={cutout} cannot be negative (0 leaves them out).")
+        if rotate and spec.shape[1] != spec.shape[2]:
+            raise UserError(f"model.rotate=true needs square images, and data '{spec.name}' has {spec.shape[1:]}.")
         super().__init__(spec, **common)
         self.net: Any = network(channels=spec.shape[0], num_classes=spec.num_classes)
-        self.shift, self.grading = shift, grading
+        self.label_smoothing, self.rotate, self.shift, self.cutout = label_smoothing, rotate, shift, cutout
+
+    def on_train_start(self) -> None:
+        # A run that is resumed has this layer in its checkpoint.
+        if self.global_step == 0 and hasattr(self.net, "whiten"):
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            images = data.training[slice(WHITENED)].images
+            self.net.whiten(data.normalize(images).to(self.device))
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
-        label, flaws = cond["label"], x.new_zeros(len(x), 2)
+        label = cond["label"]
         if self.training:
-            x = shifted(x, self.shift, draws) if self.shift else x
-            x, flaws = flawed(x, draws)
-        features = self.net.features(x)
-        logits = self.net.classify(features)
-        cross_entropy = F.cross_entropy(logits, label, reduction="none")
-        grade_error = (self.net.grade(features) - flaws).square().mean(1)
+            x = self.augment(x, draws)
+        logits = self.logits(x).float()
+        smoothing = self.label_smoothing if self.training else 0.0
         return {
-            "loss": cross_entropy + self.grading * grade_error,
-            "cross_entropy": cross_entropy,
-            "grade_error": grade_error,
+            "loss": F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing),
             "accuracy": (logits.argmax(1) == label).float(),
         }
 
+    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+        """Each image changed at random, as the settings say."""
+        x = rotated(x, draws) if self.rotate else x
+        x = shifted(x, self.shift, draws) if self.shift else x
+        return with_cutout(x, self.cutout, draws) if self.cutout else x
+
     def used(self, cond: Cond | None) -> Cond:
-        """Labels are what a classifier learns from, whether or not anything is steered by them."""
+        """Labels are what a classifier learns from, whether or not it has other conditions."""
         return cond or {}
 
     def features(self, x: Tensor) -> Tensor:
@@ -79,6 +92,14 @@ class Classifier(TrainedModel):
 
     def logits(self, x: Tensor) -> Tensor:
         return self.net(x)
+
+
+def rotated(x: Tensor, draws: Draws) -> Tensor:
+    """Each image (C, H, H) turned by its own multiple of 90 degrees."""
+    turns = draws.integers(4).to(x.device)[:, None, None, None]
+    for k in range(1, 4):
+        x = torch.where(turns >= k, x.rot90(1, (2, 3)), x)
+    return x
 
 
 def shifted(x: Tensor, most: int, draws: Draws) -> Tensor:
@@ -93,13 +114,17 @@ def shifted(x: Tensor, most: int, draws: Draws) -> Tensor:
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def flawed(x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """(images, strengths (n, 2) in [0, 1]): some blurred, some with noise, some with both, the rest as they are.
+def with_cutout(x: Tensor, side: int, draws: Draws) -> Tensor:
+    """Each image with a grey (0) square of ``side`` pixels around one of its pixels; part of it may lie outside.
 
-    Blur of strength b is (1 - b) x + b (mean over 3 x 3 pixels); noise of strength s has standard deviation `NOISE` s.
+    DeVries and Taylor (2017), "Improved regularization of convolutional neural networks with cutout",
+    https://arxiv.org/abs/1708.04552.
     """
-    strength = draws.uniform((2,)) * (draws.uniform((2,)) < FLAWED)
-    blur, noise = strength[:, 0, None, None, None], strength[:, 1, None, None, None]
-    smooth = F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, stride=1)
-    x = torch.lerp(x, smooth, blur) + NOISE * noise * draws.normal(tuple(x.shape[1:]))
-    return x.clamp(-1, 1), strength
+    height, width = x.shape[2:]
+    top = draws.integers(height).to(x.device)[:, None] - side // 2
+    left = draws.integers(width).to(x.device)[:, None] - side // 2
+    row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    inside_rows = (row >= top) & (row < top + side)
+    inside_columns = (column >= left) & (column < left + side)
+    covered = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+    return x.masked_fill(covered, 0.0)

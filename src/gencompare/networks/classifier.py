@@ -1,94 +1,97 @@
-"""A small residual classifier: the network of the compact feature extractors."""
+"""A small residual classifier: the network of the classifier extractors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
 
 
-class PreActivationBlock(nn.Module):
-    """x + f(x), f = two times (norm, ReLU, 3x3 convolution) (He et al. 2016, "Identity Mappings", fig. 1b).
-
-    Group norm in place of batch norm: no running statistics, so the averaged weights, several processes and single
-    images all see the same function.
-    """
+class ResidualBlock(nn.Module):
+    """x + f(x), with f a 3x3 convolution, batch norm and GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.GroupNorm(8, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-        )  # fmt: skip
-        # The block begins as the identity.
-        nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]
+        self.body = nn.Sequential(convolution(width, width), nn.BatchNorm2d(width), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
 class ResidualClassifier(nn.Module):
-    """Stages of residual blocks, each half the size of the one before; average pool; ``dim`` features; logits.
+    r"""Fixed whitening layer; stages of (convolution, 2x2 max pool, residual block), each at half of the side; mean; logits.
+
+    After Jordan (2024), "94% on CIFAR-10 in 3.29 seconds on a single GPU" (https://arxiv.org/abs/2404.00498), sections 3.1
+    to 3.3: the first layer decorrelates patches of 2x2 pixels, batch norm and GELU follow every other convolution, and most
+    channels are where the image is small. The residual blocks are as in the ResNet-9 of Page (2018), "How to train your
+    ResNet" (https://github.com/davidcpage/cifar10-fast).
 
     Args:
         channels: of the image.
         num_classes: logits.
-        widths: channels of each stage, multiples of 8.
-        blocks: residual blocks a stage.
+        widths: channels of each stage; the last is the number of features.
         stem_stride: 2 halves the image before the first stage, which is where most of the cost lies.
-        dim: features in the layer before the logits.
-        defects: flaws of an image that are graded beside its class.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_classes: int,
-        *,
-        widths: Sequence[int],
-        blocks: int = 1,
-        stem_stride: int = 1,
-        dim: int = 64,
-        defects: int = 2,
-    ) -> None:
+    def __init__(self, channels: int, num_classes: int, *, widths: Sequence[int], stem_stride: int = 1) -> None:
         super().__init__()
         if not num_classes:
             raise UserError("A classifier needs labelled data.")
-        if not widths or any(width % 8 for width in widths):
-            raise UserError(f"The widths of a classifier must be multiples of 8, not {list(widths)}.")
-        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, stride=stem_stride, padding=1)]
-        for before, width in zip([None, *widths[:-1]], widths, strict=True):
-            if before is not None:
-                layers.append(nn.Conv2d(before, width, 3, stride=2, padding=1))
-            layers += [PreActivationBlock(width) for _ in range(blocks)]
-        self.trunk = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.ReLU())
-        self.embed = nn.Linear(widths[-1], dim)
-        self.head = nn.Linear(dim, num_classes)
-        self.grades = nn.Linear(dim, defects)
+        if not widths or min(widths) < 1:
+            raise UserError(f"A classifier has stages of at least 1 channel, not {list(widths)}.")
+        self.whitening = nn.Conv2d(channels, 8 * channels, 2, stride=stem_stride).requires_grad_(False)
+        layers: list[nn.Module] = []
+        for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):
+            # Pooling before the norm: a quarter of the values to normalise.
+            layers += [convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+            layers.append(ResidualBlock(width))
+        self.trunk = nn.Sequential(nn.GELU(), *layers)
+        self.head = nn.Linear(widths[-1], num_classes)
+        # Convolutions in bfloat16 take half the time with the channels last.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def whiten(self, x: Tensor) -> None:
+        r"""Fit the first layer to images (n, channels, H, W).
+
+        With e_i and l_i the eigenvectors and eigenvalues of the covariance of patches p of 2x2 pixels, and m their mean,
+        its outputs are \pm e_i \cdot (p - m) / sqrt(l_i + c): uncorrelated and of variance about 1, c being small beside
+        the mean eigenvalue.
+        """
+        patches = F.unfold(x, 2, stride=self.whitening.stride).transpose(1, 2).flatten(0, 1).double()
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        filters = (vectors / (values + 5e-4 * values.mean()).sqrt()).T
+        filters = torch.cat([filters, -filters])
+        self.whitening.weight.copy_(filters.unflatten(1, (x.shape[1], 2, 2)))
+        assert self.whitening.bias is not None
+        self.whitening.bias.copy_(-filters @ mean)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """Activations of the last stage, (n, widths[-1], h, w), of images (n, channels, H, W) in [-1, 1]."""
+        return self.trunk(self.whitening(x.contiguous(memory_format=torch.channels_last)))
+
+    def pool(self, activations: Tensor) -> Tensor:
+        """`features`, from the activations of the last stage."""
+        return activations.mean((2, 3))
 
     def features(self, x: Tensor) -> Tensor:
-        """(n, dim): linear in the pooled activations, so that no feature is stuck at zero."""
-        return self.features_of(self.last(x))
-
-    def last(self, x: Tensor) -> Tensor:
-        """Activations of the last stage, (n, widths[-1], h, w)."""
-        return self.trunk(x)
-
-    def features_of(self, last: Tensor) -> Tensor:
-        """`features`, from the activations of the last stage."""
-        return self.embed(last.mean((2, 3)))
+        """(n, widths[-1]): the layer before the logits."""
+        return self.pool(self.activations(x))
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (n, num_classes) of ``features``."""
-        return self.head(torch.relu(features))
-
-    def grade(self, features: Tensor) -> Tensor:
-        """How strong each flaw is, (n, defects), 0 for none."""
-        return self.grades(features)
+        return self.head(features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, num_classes) of images (n, channels, H, W) in [-1, 1]."""
         return self.classify(self.features(x))
+
+
+def convolution(before: int, after: int) -> nn.Conv2d:
+    """3x3; a bias would be lost in the batch norm that follows."""
+    return nn.Conv2d(before, after, 3, padding=1, bias=False)

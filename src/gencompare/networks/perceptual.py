@@ -72,6 +72,8 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["model"])["network"]
         state = {name.removeprefix("net."): value for name, value in load(payload).items()}
+        # The shipped networks were trained with a second head, which a distance does not use.
+        state = {name: value for name, value in state.items() if not name.startswith("grades.")}
         taken, classes = state["stages.0.0.weight"].shape[1], len(state["head.weight"])
         network = VGG(taken, classes, widths=options["widths"])
         network.load_state_dict(state)

@@ -19,10 +19,9 @@ class VGG(nn.Module):
         channels: of the image.
         num_classes: logits.
         widths: channels of each stage, multiples of 8.
-        defects: flaws of an image that are graded beside its class.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, widths: Sequence[int], defects: int = 2) -> None:
+    def __init__(self, channels: int, num_classes: int, *, widths: Sequence[int]) -> None:
         super().__init__()
         if not widths or any(width % 8 for width in widths):
             raise UserError(f"The widths of a classifier must be multiples of 8, not {list(widths)}.")
@@ -31,7 +30,6 @@ class VGG(nn.Module):
             for before, width in zip([channels, *widths[:-1]], widths, strict=True)
         )
         self.head = nn.Linear(widths[-1], num_classes)
-        self.grades = nn.Linear(widths[-1], defects)
 
     def activations(self, x: Tensor) -> list[Tensor]:
         """The activations after each stage, finest first, of images (n, C, H, W) in [-1, 1]."""
@@ -48,10 +46,6 @@ class VGG(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Logits (n, num_classes) of ``features``."""
         return self.head(features)
-
-    def grade(self, features: Tensor) -> Tensor:
-        """How strong each flaw is, (n, defects), 0 for none."""
-        return self.grades(features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))

@@ -1,4 +1,4 @@
-"""task=extractor: a trained classifier as a compact feature extractor, one safetensors file."""
+"""task=extractor: a trained classifier as a feature extractor, one safetensors file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from gencompare.contract import Classifies, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
-from gencompare.evaluation.compact import SHIPPED, save_compact, write_sums
+from gencompare.evaluation.compact import SHIPPED, rounded, save_compact, write_sums
 from gencompare.networks.classifier import ResidualClassifier
 from gencompare.records import RunRecord
 from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.evaluate import run_folder
 from gencompare.tasks.load import load_weights
 
-PRIVATE = ("hydra.", "paths.", "trainer", "logger", "callbacks.", "task")
-"""Words of a command that say where and how it ran, and nothing of what came out."""
+PRIVATE = ("hydra.", "paths.", "logger", "task")
+"""Words of a command that say where it ran, and nothing of what came out."""
 
 
 def extractor(cfg: DictConfig) -> None:
@@ -32,8 +32,7 @@ def extractor(cfg: DictConfig) -> None:
         raise UserError(f"task=extractor needs a run of model=classifier; {folder} holds a {type(model).__name__}.")
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     # The file holds float16: measure what it holds.
-    for parameter in network.parameters():
-        parameter.data = parameter.data.half().float()
+    network.load_state_dict({name: rounded(value) for name, value in network.state_dict().items()})
     settings = OmegaConf.to_container(cfg.model.network, resolve=True)
     assert isinstance(settings, dict)
     words = [word for word in RunRecord.load(folder).overrides if not word.startswith(PRIVATE)]
