@@ -353,8 +353,8 @@ def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_
     (tmp_path / "theirs" / "grid.png").unlink()
     shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "theirs")
     for k, place in enumerate(("theirs", "packed.zip", "array/samples.npz")):
-        words = ["task=evaluate", "evaluation.n=100", f"samples={place}", "name=theirs", f"hydra.run.dir=runs/{k}"]
-        assert cli(*words) == 0
+        words = ["task=evaluate", "evaluation.n=100", "evaluation.extractors=[classifier]", f"samples={place}"]
+        assert cli(*words, "name=theirs", f"hydra.run.dir=runs/{k}") == 0
     records = [json.loads((tmp_path / "runs" / str(k) / "record.json").read_text()) for k in range(3)]
     assert all(record["state"] == "samples" and record["name"] == "theirs" for record in records)
     figures = [record["results"][0]["metrics"]["fd_digits"]["value"] for record in records]
