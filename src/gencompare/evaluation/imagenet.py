@@ -75,7 +75,7 @@ class EfficientNetLite0Extractor(Extractor):
             )
         if size < 32:
             raise UserError(f"EfficientNet-Lite0 halves images five times: size={size} must be at least 32.")
-        self.module = EfficientNetLite0()
+        network = EfficientNetLite0()
         known = [*(f"stage{k}" for k in range(1, 8)), "head"]
         if not layers or not set(layers) <= set(known) or len(set(layers)) < len(layers):
             raise UserError(f"layers={list(layers)}: name some of {', '.join(known)}, each once.")
@@ -86,10 +86,10 @@ class EfficientNetLite0Extractor(Extractor):
                 raise UserError(f"{path} is damaged: its SHA-256 is not the published one. {way_out()}")
             self.details["flags"] = [f"{path.name} is not the published EfficientNet-Lite0: not comparable with others"]
         try:
-            self.module.load_published(state)
+            network.load_published(state)
         except (RuntimeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} does not hold the weights of EfficientNet-Lite0. {way_out()}") from error
-        self.module.fold().requires_grad_(False)
+        self.module = network.fold().requires_grad_(False)
         self.size, self.layers = size, tuple(layers)
         self.name = "efficientnet_lite0"
         self.resize = f"bicubic antialias to {size}x{size}"
@@ -100,6 +100,7 @@ class EfficientNetLite0Extractor(Extractor):
 
     def _columns(self) -> dict[str, slice]:
         found, start = {}, 0
+        assert isinstance(self.module, EfficientNetLite0)
         with torch.inference_mode():
             activations = self.module.activations(torch.zeros(1, 3, 32, 32))
         for layer in self.layers:
@@ -114,6 +115,7 @@ class EfficientNetLite0Extractor(Extractor):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
             x = x.clamp(0, 255)  # bicubic filters overshoot
         x = x.sub(127).div(128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        assert isinstance(self.module, EfficientNetLite0)
         found = self.module.activations(x)
         means = [found[layer].mean((2, 3)) for layer in self.layers]
         return Features(torch.cat(means, 1), spatial=spatial_part(found[SPATIAL_LAYER]))

@@ -68,7 +68,8 @@ def validate_metrics(cfg: DictConfig) -> None:
                 scores += [
                     s for n in usable if n >= candidate.least for s in score(candidate, features, n, milliseconds)
                 ]
-                progress(f"scores of {extractor.name} {extractor.resize}", len(scores), len(scores))
+                if progress is not None:
+                    progress(f"scores of {extractor.name} {extractor.resize}", len(scores), len(scores))
     write_json(folder / "metrics.json", {
         "data": data.spec.name, "hash": data.hash("test"), "references": len(reference), "seed": cfg.seed,
         "environment": environment(device), "command": [word for word in cfg.command if not word.startswith(PLACES)],
