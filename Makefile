@@ -1,17 +1,21 @@
 # make demo    install, train on the embedded digits, evaluate, show where the page is
 # make test    install the development extra, run all tests
+# make test-slow    the tests that take minutes each
 # make test-browser    the comparison page in headless Chromium, where there is one
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser setup setup-dev lint format clean
+.PHONY: demo test test-slow test-browser setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm
 
 test: setup-dev
 	$(BIN)/python -m pytest
+
+test-slow: setup-dev
+	$(BIN)/python -m pytest -m slow -rs
 
 test-browser: setup-dev
 	PYTHONPATH=tests:tests/browser $(BIN)/python -m pytest -n0 -rs tests/browser

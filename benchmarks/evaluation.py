@@ -32,7 +32,7 @@ from gencompare.contract import DataSpec
 from gencompare.evaluation.classes import classifier_score
 from gencompare.evaluation.frechet import Statistics, between, frechet_distance
 from gencompare.evaluation.inception import Inception
-from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.kernel import kid
 from gencompare.evaluation.neighbours import neighbourhood
 from gencompare.files import write_json
 from gencompare.records import now
@@ -140,7 +140,7 @@ def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
             assert a.logits is not None
             near = neighbourhood(a.features, b.features)
             last["ours"] = [
-                frechet_distance(a.features, b.features), kernel_distance(a.features, b.features)[0],
+                frechet_distance(a.features, b.features), kid(a.features, b.features)[0],
                 classifier_score(a.logits)[0], near.precision, near.recall,
             ]  # fmt: skip
 

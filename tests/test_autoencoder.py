@@ -277,7 +277,7 @@ def test_lpips_is_the_published_distance_or_says_where_its_weights_go(monkeypatc
     own = lpips(3)
     x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
     assert own(x, y).shape == (2,) and not own.train().training
-    assert own.name == compose("evaluation=vgg16").evaluation.protocol.extractor.name, "what may not measure the model"
+    assert own.name == compose("evaluation=vgg16").evaluation.available.vgg16.name, "what may not measure the model"
     assert own(x, y).sum().item() == pytest.approx(peer(x, y).sum().item(), rel=1e-4)
     y.requires_grad_()
     own(x, y).sum().backward()

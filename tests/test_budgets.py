@@ -271,7 +271,10 @@ def test_a_noisy_classifier_is_part_of_what_a_guided_model_costs(cli: Cli, tmp_p
     assert [part["role"] for part in found["needed"]] == ["classifier"]
     assert found["total"]["flops"] == found["flops"] + guide["flops"]
     # An evaluation may bring a guide that training did not have, so its result tells of guides too.
-    measured = ["evaluation.n=100", "model/bits=null", "model/sampler=ddim", "model.sampler.steps=2"]
+    measured = [
+        "evaluation.n=100",
+        "evaluation.extractors=[classifier]", "model/bits=null", "model/sampler=ddim", "model.sampler.steps=2",
+    ]  # fmt: skip
     assert cli("task=evaluate", "run=guided", *measured) == 0
     (result,) = json.loads((tmp_path / "guided" / "record.json").read_text())["results"]
     assert [part["id"] for part in result["details"]["guides"]] == [found["needed"][0]["id"]]
@@ -281,7 +284,8 @@ def test_one_training_is_measured_with_several_scales(cli: Cli, tmp_path: Path, 
     words = [
         "model=ddpm", *SMALL, *QUICK[:-2], "budget=steps", "budget.steps=1", "model.conditional=true",
         "model.label_dropout=0.1", "model/guidance=classifier_free", "model/sampler=ddim", "model.sampler.steps=2",
-        "model.guidance.scale=1", "evaluation.n=100", "evaluation.checkpoints=[last]", "model/bits=null",
+        "model.guidance.scale=1", "evaluation.n=100",
+        "evaluation.extractors=[classifier]", "evaluation.checkpoints=[last]", "model/bits=null",
     ]  # fmt: skip
     further = "+evaluation.guidance={w0: {scale: 0}, w4: {scale: 4, interval: [0.3, 3]}}"
     assert cli(*words, further, "hydra.run.dir=run") == 0

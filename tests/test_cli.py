@@ -34,7 +34,7 @@ STOPPED = {"gaussian": SIGNALS[:1], "vae": SIGNALS, "gan": SIGNALS, "ddpm": SIGN
 QUICK = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
     "callbacks.looks.grid=4", "callbacks.looks.preview=0", "callbacks.curve.every=1", "callbacks.progress=false",
-    "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
 ]  # fmt: skip
 Cli = Callable[..., int]
 
@@ -316,23 +316,24 @@ def test_a_failure_outside_of_training_is_in_the_record(
 
 
 def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: Path) -> None:
-    words = [word for word in QUICK if word not in ("data=digits", "evaluation.n=100")]
+    words = [word for word in QUICK if not word.startswith(("data=digits", "evaluation.n=", "evaluation.extractors"))]
     assert cli("model=gaussian", "data=toy2d", *words, "budget.steps=1", "evaluation.n=300", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["pictures"]["samples"]).exists()
 
 
-def test_the_controls_of_a_protocol_are_measured(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    words = ["task=controls", "data=digits", "evaluation.n=100", "hydra.run.dir=run"]
-    assert cli(*words) == 0
-    names = ["copies", "class dropped", "noise", "gaussian"]
-    results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
-    assert [result["generation"]["sampler"] for result in results] == [f"control: {name}" for name in names]
-    rows = (tmp_path / "run" / "controls.md").read_text().splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["real", *names]
+def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    words = ["task=validate_metrics", "data=digits", "task.n=[60]", "task.references=200", "hydra.run.dir=run"]
+    assert cli(*words, "evaluation.extractors=[classifier]") == 0
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]
+    names = {score["metric"] for score in scores}
+    assert {"digits: cubic kernel", "digits: MMD, b = 1 x median", "digits: 1 - coverage"} <= names
+    assert all(0 < score["right"] <= score["pairs"] for score in scores)
+    assert (tmp_path / "run" / "metrics.md").read_text().startswith("| metric | n | pairs right |")
+    assert (tmp_path / "run" / "metrics.png").stat().st_size > 10_000
     capsys.readouterr()
-    assert cli(*words) == 1
-    assert "holds a run already" in complaint(capsys)
+    assert cli("task=validate_metrics", "data=toy2d", "hydra.run.dir=points") == 1
+    assert "has points" in complaint(capsys)
 
 
 @pytest.mark.parametrize("preset", options("debug"))
@@ -352,8 +353,8 @@ def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_
     (tmp_path / "theirs" / "grid.png").unlink()
     shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "theirs")
     for k, place in enumerate(("theirs", "packed.zip", "array/samples.npz")):
-        words = ["task=evaluate", "evaluation.n=100", f"samples={place}", "name=theirs", f"hydra.run.dir=runs/{k}"]
-        assert cli(*words) == 0
+        words = ["task=evaluate", "evaluation.n=100", "evaluation.extractors=[classifier]", f"samples={place}"]
+        assert cli(*words, "name=theirs", f"hydra.run.dir=runs/{k}") == 0
     records = [json.loads((tmp_path / "runs" / str(k) / "record.json").read_text()) for k in range(3)]
     assert all(record["state"] == "samples" and record["name"] == "theirs" for record in records)
     figures = [record["results"][0]["metrics"]["fd_digits"]["value"] for record in records]
@@ -454,7 +455,10 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
         (lambda p: p.mkdir(), "no PNG"),
         (lambda p: None, "There is no"),
         (lambda p: p.with_suffix(".zip").write_bytes(b"PK"), "zip"),
-        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 3), np.uint8)), "3 channels"),
+        (
+            lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.eye(192, dtype=np.uint8).reshape(-1, 8, 8, 3)),
+            "3 channels",
+        ),
         (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 1), np.float32)), "float32"),
         (lambda p: np.savez(p.with_suffix(".npz"), x=np.zeros(3)), "arr_0"),
         (lambda p: p.with_suffix(".npz").write_bytes(b"PK\3\4 cut short"), "damaged"),

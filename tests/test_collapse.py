@@ -76,7 +76,7 @@ class Narrowing(GenerativeModel):
 def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    protocol = Protocol(extractor=RawValues)
+    protocol = Protocol(extractors=(RawValues,))
     looks = Looks(count=4, grid=0, held_out=0, preview=Preview(RING, protocol, n=250), folder=tmp_path, seed=0)
     logged: list[dict[str, float]] = []
     logger = pl.loggers.CSVLogger(tmp_path)
@@ -98,5 +98,5 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
 def test_a_result_says_it_too() -> None:
     split = RING.split("test")
     narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
-    flags = evaluate(narrow[:100], RING, Protocol(extractor=RawValues, n=100)).details["flags"]
+    flags = evaluate(narrow[:100], RING, Protocol(extractors=(RawValues,), n=100)).details["flags"]
     assert any("modes are missing" in flag for flag in flags)

@@ -311,7 +311,7 @@ RUN = [
 
 
 def metrics(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    result = json.loads((folder / "record.json").read_text())["results"][-1]
+    result = json.loads((folder / "record.json").read_text())["results"][0]
     return result["metrics"], result["measurement"]
 
 

@@ -11,25 +11,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from composing import compose
 from gencompare.contract import Cond, DataSpec, Likelihood
 from gencompare.data.base import ImageData, Split
 from gencompare.data.digits import Digits
 from gencompare.data.toy2d import Toy2D
 from gencompare.errors import UserError
-from gencompare.evaluation.bars import bars, passes
-from gencompare.evaluation.controls import controls
 from gencompare.evaluation.evaluate import Protocol, evaluate
+from gencompare.evaluation.module import module
 from gencompare.evaluation.preview import preview_figures
+from gencompare.evaluation.quantize import stored_split
 from gencompare.evaluation.raw import RawValues
 from gencompare.evaluation.sampling import counted, draw, labels_like
 from gencompare.evaluation.scoring import reconstruction
 from gencompare.models.gaussian import Gaussian
 from gencompare.protocol import Generation
-from gencompare.records import Result
+from gencompare.records import Result, RunRecord
 from gencompare.seeds import derive
 
 
@@ -88,7 +86,7 @@ class Failing(Fake):
     bad = 0
 
 
-RAW = Protocol(extractor=RawValues, n=300, chunk=40)
+RAW = Protocol(extractors=(RawValues,), n=300, chunk=40)
 
 
 def values(result: Result) -> dict[str, float | None]:
@@ -177,14 +175,14 @@ def test_images_and_the_model_that_draws_them_get_the_same_figures() -> None:
     assert one.measurement == two.measurement
     assert one.generation.nfe == {"net": 3.0} and one.generation.sampler == "uniform"
     assert one.generation.weights == "ema" and two.generation.nfe is None
-    assert one.headline == "fd_raw" and one.measurement.n == 300 and one.measurement.reference_n == 900
+    assert one.headline == "mmd_raw" and one.measurement.n == 300 and one.measurement.reference_n == 900
     assert one.measurement.reference_hash == data.hash("train")
 
 
 def test_the_floor_is_the_figure_of_test_images() -> None:
     data = Tiny()
     real = evaluate(data.split("test").images, data, RAW)
-    for name in ("fd_raw", "kd_raw", "precision", "recall"):
+    for name in ("mmd_raw", "fd_raw", "kd_raw", "precision", "recall"):
         assert real.metrics[name].value == pytest.approx(real.metrics[name].floor, rel=1e-9), name
     assert real.metrics["memorization"].value is None
     more = evaluate(Fake(), data, dataclasses.replace(RAW, n=500))
@@ -196,7 +194,7 @@ def test_the_floor_is_the_figure_of_test_images() -> None:
 def test_continuous_data_are_measured_as_they_are() -> None:
     data = Toy2D(n=600)
     result = evaluate(data.split("val").images, data)
-    assert result.headline == "fd_raw" and result.measurement.quantization == "none" and result.measurement.n == 600
+    assert result.headline == "mmd_raw" and result.measurement.quantization == "none" and result.measurement.n == 600
     assert result.metrics["fd_raw"].value == pytest.approx(0, abs=0.02)
     assert "confident" not in result.metrics
 
@@ -204,10 +202,10 @@ def test_continuous_data_are_measured_as_they_are() -> None:
 def test_what_cannot_carry_a_figure_is_refused() -> None:
     data = Tiny()
     cases: list[tuple[Any, Protocol, str]] = [
-        (Fake(), dataclasses.replace(RAW, n=4), r"evaluation.n=4 .*4 features"),
+        (Fake(), dataclasses.replace(RAW, n=4), "evaluation.n=4 .*at least 20"),
         (Fake(), dataclasses.replace(RAW, reference="tset"), "no split 'tset'"),
         (torch.zeros(200, 1, 2, 2), RAW, "asks for 300 images, and 200"),
-        (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 images cannot carry"),
+        (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 samples measure nothing"),
         (torch.full((300, 1, 2, 2), math.nan), RAW, "300 of 300 samples hold NaN"),
         (torch.zeros(300, 3, 2, 2), RAW, "has images of shape"),
         (Digits.spec, RAW, ""),
@@ -301,65 +299,61 @@ def test_processes_draw_the_same_bytes_and_get_the_same_figures(world: int, most
         assert len(found["failures"]) == 1 and "NaN" in found["failures"][0], "a failure of one is raised in all"
 
 
-# Controls
+# The default protocol
 
 
-@pytest.fixture(scope="module")
-def control_results() -> dict[str, Result]:
+def test_samples_are_measured_once_by_all_extractors() -> None:
+    """The first extractor ranks; further ones measure the same images, and a record lists their results beside it."""
+    data = Tiny()
+    twice = dataclasses.replace(RAW, extractors=(RawValues, lambda spec: module(spec, Twice(), "twice")))
+    model = Fake()
+    result = evaluate(model, data, twice)
+    assert len(model.conds) == 8 + 1, "each of the 8 chunks is drawn once, and one image to count its cost"
+    (other,) = result.also
+    assert (result.measurement.extractor, other.measurement.extractor) == ("raw", "twice")
+    assert result.headline == "mmd_raw" and other.headline == "mmd_twice"
+    assert other.generation == result.generation
+    # The kernel's bandwidth follows the features, so their scale is no matter.
+    assert other.metrics["mmd_twice"].value == pytest.approx(result.metrics["mmd_raw"].value, rel=1e-3)
+    record = RunRecord("run", "fake", {})
+    record.put(result)
+    record.put(result)
+    assert [r.measurement.extractor for r in record.results] == ["raw", "twice"]
+    assert all(r.also == [] for r in record.results)
+    with pytest.raises(UserError, match="twice"):
+        evaluate(Fake(), data, dataclasses.replace(RAW, extractors=(RawValues, RawValues)))
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x.flatten(1)
+
+
+def test_the_default_protocol_measures_digits_by_two_networks() -> None:
     data = Digits()
     baseline = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
-    return controls(data, baseline=baseline)
-
-
-def test_each_control_fails_the_bar_that_was_made_for_it(control_results: dict[str, Result]) -> None:
-    failed = {name: {bar.name for bar in bars(r) if not bar.ok} for name, r in control_results.items()}
-    assert failed["copies"] == {"memorization"}, "distances cannot tell copies from perfect samples"
-    assert {"distance over floor", "smallest class share"} <= failed["class dropped"]
-    assert failed["noise"] == {"distance over floor"}
-    assert not any(passes(control_results[name]) for name in ("copies", "class dropped", "noise"))
-
-
-def test_the_gaussian_control_is_what_it_should_be(control_results: dict[str, Result]) -> None:
-    """No copies, all classes; the distance lies between perfect samples and noisy ones."""
-    metrics = control_results["gaussian"].metrics
-    assert metrics["memorization"].value == pytest.approx(1, abs=0.1)
-    fd = [control_results[name].metrics["fd_digits"].value for name in ("copies", "gaussian", "noise")]
-    assert fd == sorted(fd)  # type: ignore[type-var]
-    assert metrics["bpd_density"].note.startswith("bound")
-    assert control_results["gaussian"].measurement == control_results["noise"].measurement
-
-
-@pytest.mark.parametrize("preset", ["default", "quick"])
-def test_each_figure_sees_the_fault_that_it_is_there_for(preset: str) -> None:
-    """Copies fail the figures of memorisation alone; a lost class those of diversity; noise those of fidelity."""
-    data = Digits()
-    protocol: Protocol = instantiate(compose(f"evaluation={preset}", "evaluation.n=400").evaluation.protocol)
-    found = controls(data, dataclasses.replace(protocol, cache=None))
-
-    def lost(control: str, figure: str) -> float:
-        metric = found[control].metrics[figure]
-        assert metric.value is not None and metric.floor is not None
-        return metric.floor - metric.value
-
-    for figure in ("precision", "recall", "density", "coverage"):
-        assert lost("copies", figure) < 0.03, figure
-        assert lost("noise", figure) > 0.2, figure
-    assert found["copies"].metrics["memorization"].value == found["copies"].metrics["authenticity"].value == 0
-    assert lost("class dropped", "recall") > 0.04 and lost("class dropped", "coverage") > 0.06
-    assert abs(lost("class dropped", "precision")) < 0.1
-    assert lost("noise", "authenticity") < 0 < lost("copies", "authenticity")
-    for name, result in found.items():
-        low, high = result.metrics["fd_digits"].interval  # type: ignore[misc]
-        assert low <= result.metrics["fd_digits"].value <= high, name
+    result = evaluate(baseline, data)
+    (second,) = result.also
+    assert result.headline == "mmd_efficientnet_lite0" and second.measurement.extractor == "digits"
+    primary = result.metrics[result.headline]
+    assert primary.value is not None and primary.floor is not None and primary.interval is not None
+    assert abs(primary.floor) < primary.interval[0], "the baseline is worse than real images"
+    assert primary.over_floor is None, "a multiple of an unbiased distance of real images means nothing"
+    assert result.metrics["memorization"].value == pytest.approx(1, abs=0.1)
+    assert result.metrics["bpd_density"].note.startswith("bound") and "bpd_density" not in second.metrics
+    assert {"confident", "class_share_min"} <= second.metrics.keys()
+    copies = evaluate(stored_split(data.split("train").images[:500], data.spec), data)
+    assert copies.metrics["memorization"].value == copies.metrics["authenticity"].value == 0
+    assert copies.metrics[copies.headline].value < primary.interval[0]
 
 
 def test_preview_orders_images_by_quality() -> None:
     data = Digits()
-    extractor = Protocol().check(data)
+    (extractor, _) = Protocol().check(data)
     x, _ = next(data.batches("test", 200))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     figures = [preview_figures((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
-    assert list(figures[0]) == ["fd_digits", "density", "coverage"]
+    assert list(figures[0]) == ["mmd_efficientnet_lite0", "density", "coverage"]
     distances, densities, coverages = (list(values) for values in zip(*(f.values() for f in figures), strict=True))
     assert distances == sorted(distances)
     assert densities == sorted(densities, reverse=True) and coverages == sorted(coverages, reverse=True)

@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from composing import compose, options
+from gencompare.evaluation.kernel import Gaussian, kernel_distance
 from gencompare.evaluation.mmd import GaussianMMD
 
 
@@ -25,8 +26,16 @@ def test_laws_of_a_metric(name: str) -> None:
     assert metric(b, b) != pytest.approx(metric(b + 5, b)), "sets that lie apart must not look equal"
 
 
-def test_mmd_of_two_points() -> None:
-    """Two single points: 1000 (1 + 1 - 2 exp(-r^2 / 2b^2))."""
-    a, b = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
+def test_mmd_of_points_at_two_places() -> None:
+    """All pairs of a side coincide, and all pairs between sides are r = 5 apart: 1000 (1 + 1 - 2 exp(-r^2 / 2b^2))."""
+    a, b = torch.zeros(3, 2), torch.tensor([[3.0, 4.0]]).repeat(4, 1)
     assert GaussianMMD(bandwidth=5)(a, b) == pytest.approx(2000 * (1 - math.exp(-0.5)))
-    assert GaussianMMD(bandwidth=10, normalize=True)(2 * b, b) == pytest.approx(0)
+    assert GaussianMMD(bandwidth=10, normalize=True)(2 * b, b) == pytest.approx(0, abs=1e-9)
+
+
+def test_mmd_is_scaled_with_its_interval() -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(60, 4, generator=g), torch.randn(80, 4, generator=g)
+    plain, scaled = kernel_distance(a, b, Gaussian(2.0)), GaussianMMD(bandwidth=2).estimate(a, b)
+    assert plain.interval is not None and scaled.value == pytest.approx(1000 * plain.value)
+    assert scaled.interval == pytest.approx(tuple(1000 * end for end in plain.interval))

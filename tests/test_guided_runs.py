@@ -19,7 +19,8 @@ from gencompare.tasks.main import main
 Cli = Callable[..., int]
 QUICK = [
     "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
-    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100",
+    "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
     "evaluation.checkpoints=[]",
 ]  # fmt: skip
 SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "model.sampler.steps=4"]

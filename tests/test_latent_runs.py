@@ -28,7 +28,8 @@ from gencompare.training.clock import Clock
 Cli = Callable[..., int]
 QUICK = [
     "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
-    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100", "evaluation.protocol.likelihood_n=20",
+    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100",
+    "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
 ]  # fmt: skip
 SMALL = ["model.network.channels=8", "model.network.groups=8", "model/sampler=ddim", "model.sampler.steps=3"]
 STAGE = [

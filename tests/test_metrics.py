@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from gencompare.errors import UserError
 from gencompare.evaluation.classes import class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.compact import compact
 from gencompare.evaluation.flops import flops_per_image
-from gencompare.evaluation.frechet import Statistics, between, extrapolated, frechet_distance, jackknife
-from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.frechet import Jackknife, Statistics, between, frechet_distance
+from gencompare.evaluation.kernel import Cubic, Gaussian, KernelReference, kernel_distance, kid
 from gencompare.evaluation.memorization import authenticity, memorization_ratio, nearest
 from gencompare.evaluation.neighbours import neighbourhood
 from gencompare.evaluation.quantize import as_stored, stored_split, to_uint8
@@ -29,7 +30,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 DISTANCES: dict[str, Any] = {
     "frechet": frechet_distance,
-    "kernel": lambda a, b: kernel_distance(a, b)[0],
+    "kid": lambda a, b: kid(a, b)[0],
+    "cubic": lambda a, b: kernel_distance(a, b, Cubic()).value,
+    "gaussian": lambda a, b: kernel_distance(a, b, Gaussian(4.0)).value,
 }
 
 
@@ -78,31 +81,86 @@ def test_distances_rise_with_noise(name: str) -> None:
     assert figures == sorted(figures) and figures[0] > DISTANCES[name](base, real)
 
 
-def test_kernel_distance_is_the_unbiased_mmd() -> None:
-    """Against the double sum over pairs, with (x y / d + 1)^3."""
-    a, b = normal(60, 5).double(), normal(60, 5, seed=1).double() + 0.5
-    total = 0.0
-    for x, sign in ((a, 1), (b, 1)):
-        for i in range(60):
-            total += sign * sum(float((x[i] @ x[j] / 5 + 1) ** 3) for j in range(60) if j != i) / (60 * 59)
-    total -= 2 * sum(float((p @ q / 5 + 1) ** 3) for p in a for q in b) / 60**2
-    assert kernel_distance(a.float(), b.float())[0] == pytest.approx(total, rel=1e-4)
+KERNELS: dict[str, tuple[Any, Any]] = {
+    "cubic": (Cubic(), lambda p, q: float((p @ q / 5 + 1) ** 3)),
+    "gaussian": (Gaussian(2.0), lambda p, q: math.exp(-float((p - q).square().sum()) / 8)),
+}
 
 
-def test_kernel_distance_agrees_with_torch_fidelity() -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_distance_is_the_unbiased_mmd(name: str) -> None:
+    """Against the double sums over pairs."""
+    a, b = normal(30, 5).double(), normal(40, 5, seed=1).double() + 0.5
+    kernel, exact = KERNELS[name]
+    expected = 0.0
+    for x in (a, b):
+        pairs = [exact(p, q) for i, p in enumerate(x) for j, q in enumerate(x) if i != j]
+        expected += sum(pairs) / len(pairs)
+    expected -= 2 * float(np.mean([exact(p, q) for p in a for q in b]))
+    assert kernel_distance(a, b, kernel).value == pytest.approx(expected, rel=1e-10)
+    assert kernel_distance(a.float(), b.float(), kernel).value == pytest.approx(expected, rel=1e-4)
+    if name == "cubic":
+        assert kid(a[:30], b[:30])[0] == pytest.approx(kernel_distance(a, b[:30], kernel).value, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [Cubic(), Gaussian(3.0), Gaussian(10.0, normalize=True)])
+def test_kernel_distance_does_not_depend_on_blocks(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = normal(250, 8).double(), 1.2 * normal(330, 8, seed=1).double()
+    whole = kernel_distance(a, b, kernel)
+    monkeypatch.setattr("gencompare.evaluation.kernel.BLOCK", 70)
+    parts = kernel_distance(a, b, kernel)
+    assert parts.value == pytest.approx(whole.value, rel=1e-10)
+    assert parts.interval == pytest.approx(whole.interval, rel=1e-10)
+
+
+def gaussian_kernel_mean(variance: float, gap: float, bandwidth: float, dim: int) -> float:
+    """E exp(-|D|^2 / (2 b^2)) for D ~ N(gap 1, variance I) in dim dimensions."""
+    s = bandwidth**2 + variance
+    return (bandwidth**2 / s) ** (dim / 2) * math.exp(-dim * gap**2 / (2 * s))
+
+
+def test_gaussian_kernel_distance_has_the_mean_of_the_closed_form() -> None:
+    """Of N(0.3, 1.3^2 I) from N(0, I): unbiased even at n = 20, over samples and references."""
+    d, b = 4, 1.5
+    expected = gaussian_kernel_mean(2 * 1.69, 0, b, d) + gaussian_kernel_mean(2, 0, b, d)
+    expected -= 2 * gaussian_kernel_mean(1 + 1.69, 0.3, b, d)
+    values = np.array(
+        [
+            kernel_distance(0.3 + 1.3 * normal(20, d, seed=k), normal(30, d, seed=9000 + k), Gaussian(b)).value
+            for k in range(2000)
+        ]
+    )
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    assert abs(values.mean() - expected) < 3.5 * error < 0.2 * expected
+
+
+def test_the_bandwidth_is_the_median_distance_of_the_reference() -> None:
+    real = 3 * normal(500, 6) + 100
+    kernel = KernelReference.of(real, Gaussian()).kernel
+    assert isinstance(kernel, Gaussian)
+    assert kernel.bandwidth == pytest.approx(float(torch.pdist(real).median()), rel=1e-4)
+    wide = KernelReference.of(real, Gaussian(median_factor=2.0)).kernel
+    assert isinstance(wide, Gaussian) and wide.bandwidth == pytest.approx(2 * kernel.bandwidth)
+    far = kernel_distance(real[:200] + 1e4, real + 1e4).value
+    assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "moving both changes nothing"
+
+
+def test_kid_agrees_with_torch_fidelity() -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    a, b = normal(120, 24), normal(150, 24, seed=1) * 1.1
-    theirs = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=120, verbose=False)
-    mean, deviation = kernel_distance(a, b)
+    a, b = normal(1100, 24), normal(1150, 24, seed=1) * 1.1
+    theirs = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
+    mean, deviation = kid(a, b)
     assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert deviation == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
 
 
-def test_kernel_distance_is_zero_on_average_for_equal_distributions() -> None:
-    figures = np.array([kernel_distance(normal(100, 8, seed=i), normal(100, 8, seed=100 + i))[0] for i in range(40)])
-    assert abs(figures.mean()) < 3.5 * figures.std(ddof=1) / np.sqrt(len(figures))
-    assert (figures < 0).any() and (figures > 0).any()
+def test_kid_of_few_samples_has_the_spread_of_fresh_samples() -> None:
+    """Each subset holds all samples, so their own spread would be 0."""
+    real = normal(200, 8)
+    found = [kid(1.1 * normal(200, 8, seed=1 + k), real) for k in range(100)]
+    spread = np.std([value for value, _ in found], ddof=1)
+    assert 0.75 * spread < np.mean([error for _, error in found]) < 1.25 * spread
 
 
 def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
@@ -129,44 +187,127 @@ def test_the_frechet_distance_survives_singular_covariances() -> None:
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_extrapolated_distance_has_lost_the_bias_of_n() -> None:
-    """At n = infinity, samples of the reference's own distribution are at the reference's own bias, near 0."""
+def test_distance_at_infinity_has_lost_the_bias_of_n() -> None:
+    """Samples of the reference's own distribution are at 0, with an error below the bias that is gone."""
     statistics = Statistics(torch.zeros(8).double(), torch.eye(8).double())
-    plain, limits = [], []
-    for k in range(40):
-        x = normal(400, 8, seed=k)
-        plain.append(frechet_distance(x, statistics))
-        limits.append(extrapolated(x, statistics))
-    assert np.mean(plain) > 0.05
-    assert abs(np.mean(limits)) < 3.5 * np.std(limits) / np.sqrt(40) + 0.005
+    jackknives = [Jackknife(normal(400, 8, seed=k), statistics) for k in range(40)]
+    plain, limits = (np.array([getattr(j, name) for j in jackknives]) for name in ("value", "value_at_infinity"))
+    assert plain.mean() > 0.05
+    assert abs(limits.mean()) < 3.5 * limits.std() / np.sqrt(40) + 0.002
+    assert limits.std() < 0.03
+
+
+def test_left_out_distances_are_those_of_the_other_images() -> None:
+    """A falling spectrum, a constant feature and an image far from all others."""
+    x = normal(40, 6) * torch.logspace(0, -2, 6)
+    x[:, 2], x[7] = 0.5, x[7] * 30
+    reference = normal(300, 6, seed=1)
+    jackknife = Jackknife(x, reference)
+    assert jackknife.value == pytest.approx(frechet_distance(x, reference), rel=1e-9)
+    for i in (0, 7, 39):
+        others = torch.cat([x[:i], x[i + 1 :]])
+        assert float(jackknife.left_out[i]) == pytest.approx(frechet_distance(others, reference), rel=1e-5)
 
 
 def shifted_gaussians(n: int, seed: int) -> Tensor:
     return 1.2 * normal(n, 64, seed=seed) + 0.1
 
 
-def skewed_mixture(n: int, seed: int) -> Tensor:
+def narrowed_gaussians(n: int, seed: int) -> Tensor:
+    return 0.8 * normal(n, 64, seed=seed)
+
+
+def skewed_mixture(n: int, seed: int, modes: int = 9) -> Tensor:
     """Nine of ten modes, heavy tails along a falling spectrum, cut at zero as activations are."""
     g = torch.Generator().manual_seed(seed)
-    centres = 2 * normal(10, 64, seed=99)[torch.randint(9, (n,), generator=g)]
+    centres = 2 * normal(10, 64, seed=99)[torch.randint(modes, (n,), generator=g)]
     tails = torch.empty(n, 1).exponential_(generator=g)
     return (centres + (0.3 + tails) * torch.randn(n, 64, generator=g) * torch.logspace(0, -2, 64)).relu()
 
 
-@pytest.mark.parametrize("draw", [shifted_gaussians, skewed_mixture])
-def test_the_interval_of_the_frechet_distance_covers_its_expectation(draw: Any) -> None:
-    """In 90 to 99 of 100 repetitions, at d = 64 and n = 2,000. A bootstrap over images lies above it."""
-    reference = Statistics.of(normal(10_000, 64, seed=5) if draw is shifted_gaussians else draw(10_000, 5) + 0.25)
-    expected = np.mean([frechet_distance(draw(2000, 1000 + k), reference) for k in range(300)])
-    intervals = [jackknife(draw(2000, 2000 + k), reference) for k in range(100)]
-    covered = sum(low <= expected <= high for low, high in intervals)
-    assert 90 <= covered <= 99
-    if draw is not shifted_gaussians:
-        return
+def heavy_tailed(n: int, seed: int, scale: float = 1.2) -> Tensor:
+    """Multivariate t with 5 degrees of freedom."""
+    g = torch.Generator().manual_seed(seed)
+    chi2 = torch.randn(n, 5, generator=g).square().sum(1, keepdim=True)
+    return scale * torch.randn(n, 64, generator=g) * (5 / chi2).sqrt()
+
+
+CASES: dict[str, tuple[Any, Any]] = {
+    "shifted": (shifted_gaussians, lambda: normal(5000, 64, seed=5)),
+    "narrowed": (narrowed_gaussians, lambda: normal(5000, 64, seed=5)),
+    "mode dropped": (skewed_mixture, lambda: skewed_mixture(5000, 5, modes=10)),
+    "heavy tails": (heavy_tailed, lambda: heavy_tailed(5000, 5, scale=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_intervals_cover_the_expectation(name: str) -> None:
+    """At n = 500 in 88 to 100 of 100 repetitions, and no wider than they need to be."""
+    draw, real = CASES[name]
+    statistics, kernel = Statistics.of(real()), KernelReference.of(real()[:1000], Gaussian())
+    means = {
+        "frechet": np.array([frechet_distance(draw(500, 1000 + k), statistics) for k in range(300)]),
+        "gaussian": np.array([kernel_distance(draw(500, 1000 + k), kernel).value for k in range(150)]),
+    }
+    samples = [draw(500, 2000 + k) for k in range(100)]
+    found = {
+        "frechet": [Jackknife(x, statistics).distance for x in samples],
+        "gaussian": [kernel_distance(x, kernel) for x in samples],
+    }
+    for metric, estimates in found.items():
+        intervals = np.array([e.interval for e in estimates])
+        expected, deviation = means[metric].mean(), means[metric].std(ddof=1)
+        covered = ((intervals[:, 0] <= expected) & (expected <= intervals[:, 1])).mean()
+        assert covered >= 0.88, metric
+        assert (intervals[:, 1] - intervals[:, 0]).mean() < 1.6 * 3.92 * deviation, metric
+
+
+def test_what_a_bootstrap_would_say_of_the_frechet_distance() -> None:
+    """Images drawn with replacement: an interval above the expectation."""
+    reference = Statistics.of(normal(10_000, 64, seed=5))
+    expected = np.mean([frechet_distance(shifted_gaussians(2000, 1000 + k), reference) for k in range(50)])
     g = torch.Generator().manual_seed(0)
-    boot = draw(2000, 3000)
+    boot = shifted_gaussians(2000, 3000)
     again = [frechet_distance(boot[torch.randint(2000, (2000,), generator=g)], reference) for _ in range(40)]
-    assert np.quantile(again, 0.025) > expected, "what a bootstrap would say"
+    assert np.quantile(again, 0.025) > expected
+
+
+def test_few_images_have_no_interval_and_equal_ones_a_narrow_one() -> None:
+    assert kernel_distance(normal(9, 3), normal(50, 3, seed=1)).interval is None
+    same = kernel_distance(torch.ones(50, 3), normal(50, 3, seed=1))
+    assert same.interval == (same.value, same.value)
+
+
+NOT_FINITE: dict[str, Any] = {
+    "frechet": frechet_distance,
+    "jackknife": Jackknife,
+    "kernel": kernel_distance,
+    "kid": kid,
+    "neighbours": neighbourhood,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    good, bad = normal(50, 8), normal(50, 8, seed=1)
+    bad[3, 4] = value
+    for pair in ((bad, good), (good, bad)):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            NOT_FINITE[name](*pair)
+
+
+def test_repeated_images_are_seen_as_radii_of_zero() -> None:
+    """10 images four times each among 100: balls of 3 neighbours collapse, balls of 5 do not."""
+    a, b = 5 + normal(100, 16), 5 + normal(100, 16, seed=1)
+    assert (neighbourhood(a, b).zero_radii, neighbourhood(a, b).zero_radii_reference) == (0, 0)
+    repeated = torch.cat([a[:60], a[:10].repeat(4, 1)])
+    assert neighbourhood(repeated, b).zero_radii == pytest.approx(0.5)
+    assert neighbourhood(b, repeated).zero_radii_reference == 0
+    sixfold = torch.cat([a[:50], a[50:60].repeat(5, 1)])
+    assert neighbourhood(b, sixfold).zero_radii_reference == 0
+    sixfold[:10] = a[50:60]
+    assert neighbourhood(b, sixfold).zero_radii_reference == pytest.approx(0.6)
 
 
 def test_distances_rise_with_blur_and_with_dropped_modes() -> None:

@@ -35,7 +35,7 @@ def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
     train, test = (stored_split(data.split(name).images, data.spec) for name in ("train", "test"))
     images = torch.cat([train[100:104], test[:300]])
     drawn: list[torch.Tensor] = []
-    result = evaluate(images, data, Protocol(extractor=RawValues), on_samples=drawn.append)
+    result = evaluate(images, data, Protocol(extractors=(RawValues,)), on_samples=drawn.append)
     rows = result.details["nearest_training"]
     assert len(rows) == 8 and all(len(row) == 3 for row in rows)
     pixels = np.square(train.numpy().astype(float) - images[:8, None].numpy().astype(float)).sum((2, 3, 4))
@@ -57,5 +57,5 @@ def test_points_of_the_plane_have_none(tmp_path: Path) -> None:
     data = Toy2D()
     data.setup()
     points = data.split("test").images[:200]
-    result = evaluate(points, data, Protocol(extractor=RawValues, n=200))
+    result = evaluate(points, data, Protocol(extractors=(RawValues,), n=200))
     assert "nearest_training" not in result.details

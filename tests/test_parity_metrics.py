@@ -18,7 +18,7 @@ from gencompare.evaluation.classes import classifier_score
 from gencompare.evaluation.features import Features
 from gencompare.evaluation.frechet import frechet_distance
 from gencompare.evaluation.inception import Inception
-from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.kernel import kid
 from gencompare.evaluation.neighbours import neighbourhood
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -57,8 +57,8 @@ def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
     moments = [(x.double().numpy().mean(0), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b)]
     pytorch_fid = fid_score.calculate_frechet_distance(*moments[0], *moments[1])
     assert frechet_distance(a, b) == pytest.approx(float(pytorch_fid), rel=1e-4)
-    kid = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
-    assert kernel_distance(a, b)[0] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-4)
+    their_kid = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
+    assert kid(a, b)[0] == pytest.approx(their_kid["kernel_inception_distance_mean"], rel=1e-4)
     prc = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=False, verbose=False)
     own = neighbourhood(a, b)
     assert own.precision == pytest.approx(prc["precision"], rel=1e-4)
@@ -109,8 +109,8 @@ def test_figures_are_those_of_the_command_line_of_torch_fidelity(
     )  # fmt: skip
     a, b = own_features
     assert frechet_distance(a.features, b.features) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    kid = kernel_distance(a.features, b.features)[0]
-    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    own_kid = kid(a.features, b.features)[0]
+    assert own_kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert a.logits is not None
     assert classifier_score(a.logits)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
     own = neighbourhood(a.features, b.features)

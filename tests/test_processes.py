@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "data=digits", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=4", "callbacks.looks.count=1",
     "callbacks.looks.grid=4", "callbacks.looks.preview=70", "callbacks.curve.every=2", "callbacks.progress=false",
-    "evaluation.n=100", "evaluation.protocol.chunk=30",
+    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.chunk=30",
     "evaluation.protocol.likelihood_n=20",
 ]  # fmt: skip
 ONCE = "evaluation.checkpoints=[last]"

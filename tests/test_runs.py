@@ -69,7 +69,10 @@ def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
 
 
 def test_wandbs_offline_folder_is_a_run_and_no_second_one(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
-    words = ["model=gaussian", "trainer=cpu", "evaluation.n=100", "evaluation.protocol.likelihood_n=20"]
+    words = [
+        "model=gaussian", "trainer=cpu", "evaluation.n=100",
+        "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
+    ]  # fmt: skip
     assert cli(*words, "callbacks.looks.count=1", "callbacks.looks.preview=0", "hydra.run.dir=runs/run") == 0
     capsys.readouterr()
     assert cli("task=runs") == 0

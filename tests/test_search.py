@@ -26,7 +26,8 @@ optuna = pytest.importorskip("optuna", reason="Optuna is an optional extra: pip 
 TINY = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget=steps", "budget.steps=4",
     "callbacks.looks.grid=0", "callbacks.looks.held_out=0", "callbacks.looks.preview=66", "callbacks.progress=false",
-    "callbacks.looks.count=2", "evaluation.n=100", "evaluation.protocol.likelihood_n=20", "model.encoder.channels=8",
+    "callbacks.looks.count=2", "evaluation.n=100",
+    "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20", "model.encoder.channels=8",
     "model.decoder.channels=8", "model.importance_samples=0",
 ]  # fmt: skip
 SEARCH = ["-m", "+search=optuna", "model=vae", *TINY, "hydra.sweeper.trials=2"]

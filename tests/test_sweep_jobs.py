@@ -100,7 +100,7 @@ def test_the_same_question_has_the_same_folder() -> None:
         folder("model=flow"),
     ]  # fmt: skip
     assert len({*others}) == len(others)
-    assert folder("task=controls", "data=digits,mnist") == "now_sweep", "what is no training cannot go on"
+    assert folder("task=validate_metrics", "data=digits,mnist") == "now_sweep", "what is no training cannot go on"
 
 
 @pytest.mark.parametrize("preset", ["+sweep=families", "+search=optuna"])

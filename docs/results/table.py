@@ -16,7 +16,9 @@ IMAGES = RESULTS.parent / "images"
 HEAD = """# Records of real runs
 
 Each folder holds `record.json` (config, environment, cost, figures with their protocol) and `curve.csv` of one run,
-kept by `python docs/results/keep.py`. This page is written from them by `python docs/results/table.py`. The runs are
+kept by `python docs/results/keep.py`. This page is written from them by `python docs/results/table.py`. The distances
+are of the metric that was the default before `mmd_efficientnet_lite0`: a Frechet distance on a small classifier of the
+data set, which rates blurred images too low ([why](../evaluation.md#the-default-metric-and-why)). The runs are
 short, on one or two processor cores: they show that training works and that the distance falls, not what a family can
 do. Budgets differ, so rows are no ranking. The distance while training is to validation images from 250 samples (fewer
 where the command says so), at the last look in the first half of the budget and at its end; the figure at the end is to

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -35,11 +35,13 @@ class Metric:
     interval: tuple[float, float] | None = None
     unit: str = ""
     note: str = ""
+    unbiased: bool = False
+    """Whether real images give 0 on average, so that a multiple of theirs means nothing."""
 
     @property
     def over_floor(self) -> float | None:
-        """The figure as a multiple of the real-against-real floor."""
-        if self.value is None or not self.floor:
+        """The figure as a multiple of the same figure for real images; None where that means nothing."""
+        if self.value is None or not self.floor or self.unbiased:
             return None
         return self.value / self.floor
 
@@ -52,7 +54,7 @@ class Result:
     generation: Generation
     metrics: dict[str, Metric]
     headline: str
-    """Name of the metric that ranks: ``fid`` on inception-v3-compat, else ``fd_<extractor>``."""
+    """Name of the metric that ranks."""
     created: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds of its parts: ``sampling``, ``metrics``, ``likelihood``."""
@@ -60,6 +62,8 @@ class Result:
     """What is shown and never ranked: images_per_second and flops_per_sample of sampling, class shares, flags."""
     pictures: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
+    also: list[Result] = field(default_factory=list)
+    """Results of further extractors on the same samples; a record lists them beside this one."""
 
     @property
     def id(self) -> str:
@@ -98,8 +102,9 @@ class RunRecord:
     schema: int = SCHEMA
 
     def put(self, result: Result) -> None:
-        """Add a result, in place of an earlier one that was measured in the same way."""
-        self.results = [r for r in self.results if r.id != result.id] + [result]
+        """Add a result and those of its ``also``, each in place of an earlier one that was measured in the same way."""
+        for each in (replace(result, also=[]), *result.also):
+            self.results = [r for r in self.results if r.id != each.id] + [each]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``record.json`` in ``folder``, whole or not at all."""

@@ -14,12 +14,14 @@ def all_figures(group: Group) -> dict[str, Any]:
     """Every figure with its floor and its notes, a row each, and what else the evaluation kept."""
     lines = []
     for name in group.metrics():
+        primary = name == group.headline
         metrics = [row.result.metrics.get(name) for row in group.rows]
+        warned = [words.WARNED if primary and row.flags else "" for row in group.rows]
         cells = [
-            (words.figure(m.value), words.beside(m, headline=name == group.headline, real=False))
+            (words.figure(m.value), words.join(warning, words.beside(m, headline=primary, real=False)))
             if m is not None
-            else (words.NONE, "")
-            for m in metrics
+            else (words.NONE, warning)
+            for m, warning in zip(metrics, warned, strict=True)
         ]
         floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
         unit = next((m.unit for m in metrics if m is not None and m.unit), "")

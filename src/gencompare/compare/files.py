@@ -11,6 +11,7 @@ from typing import Any
 from gencompare.compare import words
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.rank import Group, Row, ranked, without_figures
+from gencompare.compare.seeds import flags_of
 from gencompare.compare.spent import first_stage, total
 from gencompare.compare.table import Column, columns, heading
 from gencompare.files import write_text
@@ -47,6 +48,7 @@ def write_csv(gathered: Gathered, path: str | os.PathLike[str]) -> None:
             entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
             entry |= {"flops_per_sample": words.number(result.details.get("flops_per_sample"))}
             entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
+            entry |= {"warnings": "; ".join(flags_of(result)) or None}
             entries.append(entry)
     entries += [_about(run) for run in without_figures(gathered.runs)]
     names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
@@ -91,7 +93,8 @@ def write_markdown(gathered: Gathered, path: str | os.PathLike[str]) -> None:
             cells = [column.cell(row) for column in shown]
             texts = [_markdown(f"{cell.text} ({cell.beside})" if cell.beside else cell.text) for cell in cells]
             lines.append(f"| {row.rank or words.NONE} | " + " | ".join(texts) + " |")
-        lines += [f"\n{_markdown(note)}" for note in [*group.notes(), *group.flags()]]
+        warnings = [f"Warning: {flag}" for flag in group.flags()]
+        lines += [f"\n{_markdown(note)}" for note in [*warnings, *group.notes()]]
         parts.append("\n".join(lines))
     missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in without_figures(gathered.runs)]
     if missing:
@@ -133,10 +136,12 @@ def write_latex(gathered: Gathered, path: str | os.PathLike[str]) -> None:
 def _latex_table(group: Group) -> str:
     shown = [column for column in columns(group) if column.title != "family"][:LATEX_COLUMNS]
     name = f"{group.measurement.data}: {heading(group, group.headline)}"
+    warnings = [f"Warning: {flag}." for flag in group.flags()]
+    said = [words.describe(group.measurement), *warnings, *group.notes()]
     lines = [
         r"\begin{table}",
         r"\centering\small",
-        rf"\caption{{{latex(name)}. {latex(' '.join([words.describe(group.measurement), *group.notes()]))}}}",
+        rf"\caption{{{latex(name)}. {latex(' '.join(said))}}}",
         rf"\begin{{tabular}}{{r{''.join('r' if column.numeric else 'l' for column in shown)}}}",
         r"\toprule",
         " & ".join([r"\#", *(latex(column.title) for column in shown)]) + r" \\",

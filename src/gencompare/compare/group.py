@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean
 
 from gencompare.compare import words
 from gencompare.compare.gather import Run
 from gencompare.compare.remedy import trained_alike
-from gencompare.compare.seeds import Line
+from gencompare.compare.seeds import Line, flags_of
 from gencompare.compare.significance import LEAST_SEEDS, LEVEL, Verdict
 from gencompare.protocol import Measurement
 from gencompare.records import Metric, Result
 
 BASELINE = "gaussian"
 """The family that a learned one must beat."""
-
-NEAR_FLOOR = 3.0
-"""Below this multiple of the real-against-real floor the baseline's own figure says little about what was learned."""
-
-FAR_FROM_FLOOR = 10.0
-"""From this multiple on a row above the baseline has not learned, however near the floor the baseline is."""
 
 NOT_LEARNED = "not learned"
 UNDECIDED = "undecided"
@@ -65,6 +58,11 @@ class Row:
     def headline(self) -> Metric:
         return self.result.metrics.get(self.result.headline, Metric(None))
 
+    @property
+    def flags(self) -> list[str]:
+        """Warnings of the evaluation about the samples, or about the network that measured them."""
+        return flags_of(self.result)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -77,11 +75,6 @@ class Group:
     @property
     def baseline(self) -> list[Row]:
         return [row for row in self.rows if row.standing == "baseline"]
-
-    @property
-    def near_floor(self) -> float | None:
-        """The baseline's multiple of the floor, where that is so low that the baseline is no yardstick."""
-        return near_floor([row.headline for row in self.baseline])
 
     def sections(self) -> list[tuple[str, list[Row]]]:
         """(heading, rows); the ranking itself has no heading."""
@@ -148,30 +141,26 @@ class Group:
                 f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"
                 f" learned more than class-wise Gaussians. Add it: {trained_alike(BASELINE, self)}"
             ]
-        if self.near_floor is not None:
+        if any(row.standing == UNDECIDED for row in self.rows):
             return [
-                f"On {self.measurement.data} the Gaussian baseline itself reaches {words.times(self.near_floor)} times"
-                f" the real-against-real floor, so {title} can hardly tell a Gaussian from real images here. A row"
-                f" above the baseline, below {FAR_FROM_FLOOR:g} times the floor, is therefore marked '{UNDECIDED}', not"
-                f" '{NOT_LEARNED}': read its other figures and look at its samples."
+                f"A row marked '{UNDECIDED}' cannot be told from the Gaussian baseline by {title} here: they differ by"
+                " less than their 95 % intervals. More samples (evaluation.n) make these narrower."
             ]
         return []
 
     def flags(self) -> list[str]:
-        """What the evaluation found odd about a row's samples, or about the network that measured them."""
+        """The warnings about its rows, each with the rows that it is about."""
         found: dict[str, list[str]] = {}
         for row in self.rows:
-            flags = row.result.details.get("flags")
-            for flag in flags if isinstance(flags, list) else []:
-                labels = found.setdefault(str(flag), [])
+            for flag in row.flags:
+                labels = found.setdefault(flag, [])
                 labels += [row.run.label] if row.run.label not in labels else []
         return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
 
 
-def near_floor(metrics: list[Metric], below: float = NEAR_FLOOR) -> float | None:
-    """The mean multiple of the floor of ``metrics``, where it is less than ``below``."""
-    multiples = [m.over_floor for m in metrics if m.better == "lower" and m.over_floor is not None]
-    return fmean(multiples) if multiples and fmean(multiples) < below else None
+def half_width(metric: Metric) -> float:
+    """Half of the interval of ``metric``; 0 where it has none."""
+    return (metric.interval[1] - metric.interval[0]) / 2 if words.interval(metric) and metric.interval else 0.0
 
 
 def _few(names: tuple[str, ...]) -> str:

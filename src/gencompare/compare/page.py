@@ -22,7 +22,7 @@ from gencompare.compare.charts import Charts, in_order
 from gencompare.compare.details import all_figures, compact
 from gencompare.compare.gather import Gathered, Run
 from gencompare.compare.plots import MARKS, Chart, legend, svg
-from gencompare.compare.rank import Group, apart, ranked, without_figures
+from gencompare.compare.rank import Group, apart, disagreements, ranked, without_figures
 from gencompare.compare.remedy import commands
 from gencompare.compare.settings import differences, settings_of
 from gencompare.compare.significance import LEAST_SEEDS
@@ -98,6 +98,7 @@ def render(gathered: Gathered) -> str:
         groups=[_table(k, group, single) for k, group in enumerate(groups, 1)],
         anchors=_anchors(groups),
         apart=apart(groups) if len(groups) > 1 else "",
+        disagreements=disagreements(groups),
         commands=commands(groups),
         pictures=_pictures(groups, runs, single),
         distances=_drawn(charts.distances, "d"),
@@ -146,7 +147,8 @@ def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
         "protocol": words.describe(group.measurement),
         "id": group.measurement.id,
         "headline": group.headline,
-        "notes": [*group.notes(), *group.flags()],
+        "notes": group.notes(),
+        "warnings": group.flags(),
         "columns": shown,
         "sections": [
             (title, [(row, [column.cell(row) for column in shown]) for row in rows]) for title, rows in group.sections()

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import combinations
 from statistics import fmean
 
 from gencompare.compare import words
@@ -13,14 +14,13 @@ from gencompare.compare.gather import Gathered, Run, View
 from gencompare.compare.group import (
     ASIDE,
     BASELINE,
-    FAR_FROM_FLOOR,
     NO_FIGURE,
     NOT_LEARNED,
     OVERLAP,
     UNDECIDED,
     Group,
     Row,
-    near_floor,
+    half_width,
 )
 from gencompare.compare.seeds import lines, values_of
 from gencompare.compare.settings import differences, of_model
@@ -49,10 +49,17 @@ def rank(runs: Iterable[Run], view: View = View()) -> list[Group]:
     alike: dict[tuple[Measurement, str], list[tuple[Run, Result]]] = defaultdict(list)
     for run, result in pairs:
         alike[result.measurement, result.headline].append((run, result))
-    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, part[0][0].id, part[0][1]))
+    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, _place(part[1]), part[0][0].id, part[0][1]))
     groups = [_group(part, view) for _, part in in_order]
     size = Counter(group.measurement.data for group in groups for _ in group.rows)
     return sorted(groups, key=lambda g: (-size[g.measurement.data], g.measurement.data, -len(g.rows)))
+
+
+def _place(pairs: list[tuple[Run, Result]]) -> int:
+    """Where these results come in their records: the primary extractor's are listed first."""
+    return min(
+        next((k for k, other in enumerate(run.record.results) if other.id == result.id), 0) for run, result in pairs
+    )
 
 
 def ranked(gathered: Gathered) -> list[Group]:
@@ -87,6 +94,49 @@ def apart(groups: list[Group]) -> str:
         differences = words.unlike(other.measurement.differences(group.measurement))
         said.append(f"Table {k} differs from table {number} in {differences or f'headline ({group.headline})'}.")
     return " ".join(said)
+
+
+def disagreements(groups: list[Group]) -> list[str]:
+    """Where two metrics of the same samples disagree about the order of rows, a sentence for each pair of tables."""
+    found = []
+    for (i, a), (j, b) in combinations(enumerate(groups, 1), 2):
+        if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:
+            continue
+        first, second = (_places(group) for group in (a, b))
+        shared = [key for key in first if key in second]
+        swapped = [
+            (x, y)
+            for x, y in combinations(shared, 2)
+            if (badness(first[x]) - badness(first[y])) * (badness(second[x]) - badness(second[y])) < 0
+        ]
+        if not swapped:
+            continue
+        clear = [pair for pair in swapped if all(_clear(rows[pair[0]], rows[pair[1]]) for rows in (first, second))]
+        named = [f"{first[x].title} and {first[y].title}" for x, y in (clear or swapped)[:NAMED_PAIRS]]
+        more = len(clear or swapped) - len(named)
+        found.append(
+            f"{words.title(a.headline)} (table {i}) and {words.title(b.headline)} (table {j}) disagree about the order"
+            f" of {len(swapped)} of {len(shared) * (len(shared) - 1) // 2} pairs of rows,"
+            f" {len(clear) or 'none'} of them beyond the intervals of both: {'; '.join(named)}"
+            + (f"; and {more} more." if more else ".")
+        )
+    return found
+
+
+NAMED_PAIRS = 5
+
+
+def _places(group: Group) -> dict[tuple[str, str], Row]:
+    """The ranked rows, by what they are of: their runs, and how these were sampled."""
+    return {
+        (" ".join(sorted(str(run.folder) for run, _ in row.line.members)), row.result.generation.id): row
+        for row in group.rows
+        if row.rank is not None
+    }
+
+
+def _clear(a: Row, b: Row) -> bool:
+    return abs(badness(a) - badness(b)) > math.hypot(half_width(a.headline), half_width(b.headline))
 
 
 def without_figures(runs: Iterable[Run]) -> list[Run]:
@@ -134,11 +184,14 @@ def _standing(row: Row, baseline: list[Row]) -> str:
         return OVERLAP
     if row.run.record.family == BASELINE:
         return "baseline"
-    if not baseline or row.headline.better is None or badness(row) < fmean(map(badness, baseline)):
+    if not baseline or row.headline.better is None:
         return ""
-    if near_floor([other.headline for other in baseline]) and near_floor([row.headline], FAR_FROM_FLOOR):
+    # The interval of a difference between two independent estimates.
+    reach = math.hypot(half_width(row.headline), fmean(half_width(other.headline) for other in baseline))
+    difference = badness(row) - fmean(map(badness, baseline))
+    if difference and abs(difference) < reach:
         return UNDECIDED
-    return NOT_LEARNED
+    return NOT_LEARNED if difference >= 0 else ""
 
 
 def badness(row: Row) -> float:

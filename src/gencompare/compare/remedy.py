@@ -43,7 +43,15 @@ def commands(groups: list[Group]) -> list[str]:
             continue
         options = overrides(group.measurement, target)
         if options is not None:
-            pairs = [pair for row in group.rows for pair in row.line.members if pair[0].record.state != "samples"]
+            # Two extractors of one evaluation: a run that the target lists already needs no other.
+            alike = not set(group.measurement.differences(target.measurement)) - BY_PRESET
+            there = {(run.folder, result.generation.id) for row in target.rows for run, result in row.line.members}
+            pairs = [
+                (run, result)
+                for row in group.rows
+                for run, result in row.line.members
+                if run.record.state != "samples" and not (alike and (run.folder, result.generation.id) in there)
+            ]
             found += [command(run, result, options) for run, result in pairs]
     return list(dict.fromkeys(found))
 

@@ -184,7 +184,7 @@ def _line(members: list[Pair], own: list[str], name: str) -> Line:
             images_seen=_rounded_mean([r.generation.images_seen for _, r in members]),
         ),
         details=_means([{k: r.details[k] for k in KEPT if k in r.details} for _, r in members])
-        | {"flags": list(dict.fromkeys(flag for _, r in members for flag in _flags(r)))},
+        | {"flags": list(dict.fromkeys(flag for _, r in members for flag in flags_of(r)))},
     )  # fmt: skip
     record: RunRecord = replace(first.record, training=_means([run.record.training for run, _ in members]))
     if len(set(own)) > 1:
@@ -250,6 +250,7 @@ def _rounded_mean(values: list[int | None]) -> int | None:
     return round(fmean(known)) if known and len(known) == len(values) else None
 
 
-def _flags(result: Result) -> list[str]:
+def flags_of(result: Result) -> list[str]:
+    """The warnings of one evaluation."""
     flags = result.details.get("flags")
     return [str(flag) for flag in flags] if isinstance(flags, list) else []

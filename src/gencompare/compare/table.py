@@ -89,11 +89,10 @@ def _metric(name: str) -> Callable[[Row], Cell]:
         metric = row.result.metrics.get(name)
         if metric is None:
             return Cell(words.NONE)
-        return Cell(
-            words.figure(metric.value),
-            words.beside(metric, headline=name == row.result.headline),
-            words.number(metric.value),
-        )
+        beside = words.beside(metric, headline=name == row.result.headline)
+        if name == row.result.headline and row.flags:
+            beside = words.join(words.WARNED, beside)
+        return Cell(words.figure(metric.value), beside, words.number(metric.value))
 
     return cell
 

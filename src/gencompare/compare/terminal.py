@@ -14,7 +14,7 @@ from rich.text import Text
 from gencompare.compare import words
 from gencompare.compare.gather import Gathered, Run, gather
 from gencompare.compare.rank import Group as Ranking
-from gencompare.compare.rank import apart, rank, ranked, without_figures
+from gencompare.compare.rank import apart, disagreements, rank, ranked, without_figures
 from gencompare.compare.remedy import commands
 from gencompare.compare.table import Cell, columns, heading
 from gencompare.compare.ways import weights
@@ -37,6 +37,8 @@ def print_tables(runs: Gathered | Iterable[str | os.PathLike[str]], console: Con
         console.print(_ranking(group, console.width))
     if len(groups) > 1:
         console.print(Text(f"{len(groups)} protocols: figures are ranked within one table only. {apart(groups)}\n"))
+        for sentence in disagreements(groups):
+            console.print(Text(f"{sentence}\n", style="yellow"))
         for number, line in enumerate(commands(groups)):
             console.print(Text(("" if number else "To measure them alike:\n") + f"  {line}"), soft_wrap=True)
     for run in without_figures(gathered.runs):
@@ -72,7 +74,11 @@ def _ranking(group: Ranking, width: int) -> RenderableType:
     left = len(every) - len(shown)
     notes = [f"{left} more columns are in the page and in the CSV: this terminal is narrow."] if left else []
     notes = [Text(note, style="dim") for note in [*notes, *group.notes()]]
-    return Group(*_heading(group), table, *notes, *(Text(flag, style="yellow") for flag in group.flags()), "")
+    return Group(*_heading(group), table, *_warnings(group), *notes, "")
+
+
+def _warnings(group: Ranking) -> list[Text]:
+    return [Text(f"Warning: {flag}", style="bold yellow") for flag in group.flags()]
 
 
 def _lines(cell: Cell) -> list[str]:
@@ -116,13 +122,14 @@ def summary(record: RunRecord) -> RenderableType:
             metrics = [row.result.metrics.get(name) for row in group.rows]
             floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
             texts = []
-            for metric in metrics:
+            for row, metric in zip(group.rows, metrics, strict=True):
                 beside = []
                 if metric is not None:
                     beside = [
                         words.interval(metric),
                         words.over(metric) if name == group.headline else "",
                         words.label(metric),
+                        words.WARNED if name == group.headline and row.flags else "",
                     ]
                 texts.append(
                     Text.assemble(
@@ -133,8 +140,7 @@ def summary(record: RunRecord) -> RenderableType:
                 if metric is not None and metric.note:
                     noted[f"{words.title(name)}: {metric.note}"] = None
             table.add_row(Text(heading(group, name)), *texts, Text(words.figure(floor)))
-        flags = [Text(flag, style="yellow") for flag in group.flags()]
-        parts += [*_heading(group), table, *(Text(note, style="dim") for note in noted), *flags, ""]
+        parts += [*_heading(group), table, *_warnings(group), *(Text(note, style="dim") for note in noted), ""]
     hidden = len(record.results) - len(results)
     if hidden:
         parts.append(Text(f"{hidden} earlier results are in the record and in the page.", style="dim"))

@@ -18,6 +18,7 @@ TITLES = {
     "fd": "FD",
     "kid": "KID",
     "kd": "KD",
+    "mmd": "MMD",
     "nfe": "NFE",
     "is": "IS",
     "psnr": "PSNR",
@@ -26,7 +27,9 @@ TITLES = {
 }
 """Names that are written otherwise than as words with spaces between."""
 
-FIRST = ("fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "bpd", "confident", "memorization")
+FIRST = (
+    "mmd", "fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "bpd", "confident", "memorization",
+)  # fmt: skip
 """Beginnings of the metrics that come first in a table, in this order; the others follow by name."""
 
 ARROWS = {"lower": "↓", "higher": "↑", "one": "→1"}
@@ -124,6 +127,15 @@ def interval(metric: Metric) -> str:
     if metric.interval is None or not all(map(finite, metric.interval)):
         return ""
     return f"[{figure(metric.interval[0])}, {figure(metric.interval[1])}]"
+
+
+WARNED = "warning"
+"""Stands beside the primary metric of samples about which the evaluation warns."""
+
+
+def join(*parts: str) -> str:
+    """What stands beside a figure, in one text."""
+    return " · ".join(part for part in parts if part)
 
 
 def beside(metric: Metric, *, headline: bool, real: bool = True) -> str:

@@ -20,14 +20,16 @@ SUFFIXES = {".png", ".jpg", ".jpeg"}
 def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tuple[Tensor, Tensor | None]:
     """(images, labels): uint8 (n, C, H, W) in the size of ``spec``, padded or not; labels (n,) or None.
 
-    Nothing is resized: images of another size or channel count were made for other data. Order is that of the file
-    names, or of the array. An npz file holds ``arr_0``, uint8 (n, H, W, C), and may hold class labels as ``arr_1``.
+    Nothing is resized: images of another size were made for other data. Grey images may have one channel or three equal
+    ones, whatever the data; images in colour are refused where the data are grey. Order is that of the file names, or
+    of the array. An npz file holds ``arr_0``, uint8 (n, H, W, C) or (n, H, W), and may hold class labels as ``arr_1``.
 
     Raises:
         UserError: an empty, damaged or truncated archive, a path that leads out of it, mixed sizes, another shape.
     """
-    images, labels = _from_array(path) if path.suffix == ".npz" else (_from_pictures(path, spec, cache), None)
+    images, labels = _from_array(path) if path.suffix == ".npz" else (_from_pictures(path, cache), None)
     channels, height, width = spec.shape
+    images = _in_channels(images, channels, path, spec)
     real = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
     if tuple(images.shape[1:]) not in (real, tuple(spec.shape)):
         raise UserError(
@@ -43,14 +45,28 @@ def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tu
     return images, labels
 
 
-def _from_pictures(path: Path, spec: DataSpec, cache: Path | None) -> Tensor:
+def _in_channels(images: Tensor, channels: int, path: Path, spec: DataSpec) -> Tensor:
+    """Grey images (n, 1 or 3, H, W) in the number of channels of the data; others as they are."""
+    if (images.shape[1], channels) == (1, 3):
+        return images.repeat(1, 3, 1, 1)
+    if (images.shape[1], channels) == (3, 1):
+        if bool((images == images[:, :1]).all()):
+            return images[:, :1].contiguous()
+        raise UserError(
+            f"{path} holds images of {_size(images.shape[1:])} that are not grey, and data '{spec.name}' has 1 channel:"
+            " convert them to grey before saving."
+        )
+    return images
+
+
+def _from_pictures(path: Path, cache: Path | None) -> Tensor:
     if not path.exists():
         raise UserError(f"There is no {path}: samples= names a folder, a zip or an npz file of images.")
     archive = open_archive(path)
     names = [name for name in archive.names if PurePosixPath(name).suffix.lower() in SUFFIXES]
     if not names:
         raise UserError(f"{path} holds no PNG or JPEG images.")
-    return decoded(archive, names, cache=cache, channels=spec.shape[0])
+    return decoded(archive, names, cache=cache)
 
 
 def _from_array(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -63,6 +79,8 @@ def _from_array(path: Path) -> tuple[Tensor, Tensor | None]:
         raise UserError(f"There is no {path}: samples= names a folder, a zip or an npz file of images.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged, or no npz file of images ({type(error).__name__}).") from error
+    if array.ndim == 3:
+        array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
         raise UserError(
             f"{path}: arr_0 is {array.dtype} of shape {array.shape}; images are uint8 (n, height, width, channels)."

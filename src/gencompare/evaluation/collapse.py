@@ -8,11 +8,16 @@ EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_NEIGHBOURS
 """Coverage by as many further real images as there are, whatever the data: the k nearest to a real image are each one
 or the other with equal chance, and it is covered unless all k are its own kind (Naeem et al. 2020 derive it for finite
 sets)."""
+MIN_IMAGES = 100
+"""Samples and real images from which on density and coverage can show a collapse. With fewer, the ball to the fifth
+neighbour spans much of the real images, and what lies off them falls into a few balls. Of noise of four kinds (uniform,
+normal, faint, smooth), measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10 (640 sets, compact
+networks), 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to 400."""
 HALF = 0.5
 """How far below what real images reach a figure must be to be called low."""
 
 
-def missing_modes(density: float, coverage: float, best_coverage: float = 0.0) -> str | None:
+def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *, n: int = MIN_IMAGES) -> str | None:
     """A line that says so where samples leave much of the data out, else None.
 
     It is so if samples lie where real images do (density at least half of the 1 that real images have), and still fewer
@@ -22,7 +27,10 @@ def missing_modes(density: float, coverage: float, best_coverage: float = 0.0) -
 
     Args:
         density: as in `neighbours.Neighbourhood`, of as many samples as real images, and so are the others.
+        n: how many these are; fewer than `MIN_IMAGES` give no warning.
     """
+    if n < MIN_IMAGES:
+        return None
     low = HALF * EXPECTED_COVERAGE
     if density >= HALF and coverage < low:
         return (

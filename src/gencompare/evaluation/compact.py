@@ -151,8 +151,7 @@ def read_compact(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         state = {name: value.float() if value.is_floating_point() else value for name, value in load(payload).items()}
         if facts["version"] != VERSION:
             raise UserError(
-                f"{path} was written by another version of gencompare ({facts['version']}, not {VERSION}): train it"
-                " again."
+                f"{path} is of another version of gencompare ({facts['version']}, not {VERSION}): train it again."
             )
     except FileNotFoundError as error:
         raise UserError(f"There is no extractor {path}.") from error

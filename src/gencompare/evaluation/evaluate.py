@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,27 @@ from gencompare.errors import UserError
 from gencompare.evaluation import source
 from gencompare.evaluation.asked import Asked, asked_for
 from gencompare.evaluation.collapse import missing_modes
-from gencompare.evaluation.compact import compact
 from gencompare.evaluation.distributed import once
+from gencompare.evaluation.extractors import Factory, build_extractors
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, oddities, shares_of
+from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, shares_of
 from gencompare.evaluation.memorization import closest
 from gencompare.evaluation.quantize import as_stored
 from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
 from gencompare.evaluation.sampling import CHUNK, Samples, draw, flops_of_one, labels_like
+from gencompare.evaluation.sanity import check_features, check_images, check_reference
 from gencompare.evaluation.scoring import bits_per_dim, reconstruction
 from gencompare.evaluation.super_resolution import super_resolution
 from gencompare.protocol import Generation, Measurement
 from gencompare.records import Metric, Result, now
 
-MOST = 10_000
-"""Samples that are drawn at most where the protocol does not say how many."""
+DEFAULT_N = 2_000
+"""Samples that are drawn at most where the protocol does not say how many: at this n the primary metric tells apart
+what a person can (docs/evaluation.md)."""
+MOST_FRECHET = 10_000
+LEAST_N = 20
 PER_FEATURE = 4
-"""Samples that are drawn at least for each feature, where the protocol does not say how many."""
+"""Samples for each feature that a Frechet distance asks for, where it is the primary metric."""
 
 LOOKED_AT, NEIGHBOURS = 8, 3
 """Of the first so many samples, the rows of so many nearest training images are kept, to be shown beside them. The
@@ -47,8 +51,11 @@ class Protocol:
     """How samples are measured. Everything that moves a figure is here, or is hashed into its `Measurement`.
 
     Args:
-        extractor: a factory ``spec -> Extractor``.
-        n: samples; None draws as many as there are test images, but at least 4 a feature, and at most 10,000.
+        extractors: factories ``spec -> Extractor``, all of which measure the same samples; the first one's primary
+            metric ranks. None takes the default of the data (`extractors.default_extractors`).
+        weights: a file of weights for the first extractor; None takes the published or shipped ones.
+        n: samples; None draws as many as there are test images, but at most 2,000 (10,000 where a Frechet distance
+            ranks).
         reference: what samples are held against: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file with
             the statistics of others (`reference.read_statistics`).
         conditions: the split of the images whose conditions samples get, where more than a class steers the model.
@@ -61,7 +68,8 @@ class Protocol:
         cache: folder for the features of real images; None keeps them in memory only.
     """
 
-    extractor: Callable[[DataSpec], Extractor] = compact
+    extractors: Sequence[Factory] | None = None
+    weights: str | Path | None = None
     n: int | None = None
     reference: str = "train"
     conditions: str = "test"
@@ -71,11 +79,15 @@ class Protocol:
     metrics: Further = field(default_factory=dict)
     cache: str | Path | None = None
 
-    def check(self, data: source.Data) -> Extractor:
-        """The extractor, when this protocol can measure ``data``.
+    def build(self, spec: DataSpec) -> list[Extractor]:
+        """The extractors for data of ``spec``, the one that ranks first."""
+        return build_extractors(self.extractors, spec, self.weights)
 
-        Raises `UserError` where it cannot: weights that are not there, or too few images for the features. With n <= d
-        images the d x d covariance is singular, and a Frechet distance says more of n than of the model.
+    def check(self, data: source.Data) -> list[Extractor]:
+        """The extractors, when this protocol can measure ``data``.
+
+        Raises `UserError` where it cannot: weights that are missing, or too few images for the primary metric. With
+        n <= d images the d x d covariance is singular, and a Frechet distance depends more on n than on the model.
         """
         if "train" in self.conditions.split("+"):
             raise UserError(
@@ -83,28 +95,41 @@ class Protocol:
                 " trained on: choose test or val."
             )
         data.split(self.conditions)
-        extractor = self.extractor(data.spec)
-        n, dim = self.size(data, extractor), extractor.dim
+        extractors = self.build(data.spec)
+        extractor, n = extractors[0], self.size(data, extractors[0])
         if self.chunk < 1 or self.likelihood_n < 1:
             raise UserError("evaluation.protocol: chunk and likelihood_n must be at least 1.")
-        if n <= dim:
+        if n < LEAST_N:
+            raise UserError(f"evaluation.n={n} samples measure nothing: give at least {LEAST_N}.")
+        frechet, dim = self.ranks_by_frechet(extractor), extractor.dim
+        if frechet and n <= dim:
             raise UserError(
                 f"evaluation.n={n} samples cannot carry a Frechet distance on the {dim} features of {extractor.name}: "
                 f"ask for more than {dim} (evaluation.n={PER_FEATURE * dim})."
             )
         if is_file(self.reference):
+            # Statistics are of one network's features, so the others have no reference.
             reference_of(data, self.reference, extractor)
-        elif (size := len(data.split(self.reference))) <= dim:
+            return extractors[:1]
+        if frechet and (size := len(data.split(self.reference))) <= dim:
             raise UserError(
                 f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' cannot carry a Frechet "
                 f"distance on the {dim} features of {extractor.name}: more than {dim} are needed"
-                + (", or evaluation=default with its smaller extractor." if dim > 64 else ".")
+                + (", or evaluation=default." if dim > 64 else ".")
             )
-        return extractor
+        return extractors
+
+    def ranks_by_frechet(self, extractor: Extractor) -> bool:
+        """Whether the Frechet distance is the primary metric: with a file of statistics, no other can be computed."""
+        return extractor.primary == extractor.frechet_name or is_file(self.reference)
 
     def size(self, data: source.Data, extractor: Extractor) -> int:
         """How many samples are measured."""
-        return self.n if self.n is not None else min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST)
+        if self.n is not None:
+            return self.n
+        if not self.ranks_by_frechet(extractor):
+            return min(len(data.split("test")), DEFAULT_N)
+        return min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST_FRECHET)
 
     @property
     def folder(self) -> Path | None:
@@ -128,7 +153,8 @@ def evaluate(
 
     Args:
         sampler_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W): uint8 as on a disk
-            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not.
+            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not. Images of
+            a split, which have the data's own levels, are given as ``data.normalize(images)``.
         data: a datamodule of this package, or anything like it (`source.Data`).
         protocol: see `Protocol`.
         generation: what is known of how the samples came about; what is seen here (network calls, sampler, seed) is
@@ -139,27 +165,30 @@ def evaluate(
         keep: a folder of this model's own, for chunks that are drawn: an evaluation that was broken off goes on there.
 
     Returns:
-        A `Result` with the figures of `figures.figures` and `figures.copies`, each distance with its floor; for models
-        that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of reconstructions; for super-resolution,
-        `super_resolution.super_resolution`.
+        A `Result` of the first extractor with the figures of `figures.figures` and `figures.copies`, each distance with
+        that of real images; for models that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of
+        reconstructions; for super-resolution, `super_resolution.super_resolution`. The other extractors' results on the
+        same samples are in its ``also``.
 
     Raises:
-        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape.
+        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape, and given images
+            that cannot be of these data (`sanity.check_images`; all that it only suspects is in ``details["flags"]``).
     """
     protocol, generation = protocol or Protocol(), generation or Generation()
-    extractor = protocol.check(data)
+    extractors = protocol.check(data)
+    extractor = extractors[0]
     n = protocol.size(data, extractor)
     spec = data.spec
     model: Any = None
     asked: Asked | None = None
     seconds: dict[str, float] = {}
-    details: dict[str, Any] = dict(extractor.details)
-    flags: list[str] = details.setdefault("flags", [])
+    details: dict[str, Any] = {}
+    flags: list[str] = []
     if isinstance(sampler_or_images, Tensor):
         given, labels = given_images(sampler_or_images, labels, n, protocol, extractor)
+        flags += sanity_warnings(given, data, protocol, refuse=True)
         images = as_stored(given, spec)
         device = torch.device("cpu")
-        flags += suspicions(given)
     else:
         model = sampler_or_images
         drawn = draw_like(model, n, data, protocol, stage(progress, "sampling"), keep)
@@ -172,40 +201,54 @@ def evaluate(
         if hasattr(model, "sampling_description"):
             generation = replace(generation, sampler=model.sampling_description())
         generation = replace(generation, nfe=drawn.nfe, seed=protocol.seed)
+        flags += sanity_warnings(images, data, protocol, refuse=False)
 
     if on_samples is not None:
         once(lambda: on_samples(images))
-    start = time.perf_counter()
-    metrics, more = quality(images, labels, data, protocol, extractor, device, progress)
-    seconds["metrics"] = time.perf_counter() - start
-    flags += more.pop("flags")
-    details |= more
+    extra: dict[str, Metric] = {}
     if asked is not None:
-        metrics |= once(lambda: super_resolution(images, asked))
+        extra |= once(lambda: super_resolution(images, asked))
     if model is not None:
         start = time.perf_counter()
-        metrics |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
-        metrics |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, extractor, device)
+        extra |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
+        # The distance of reconstructions needs more images than features, so the smallest extractor measures them.
+        smallest = min(extractors, key=lambda each: each.dim)
+        extra |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, smallest, device)
         seconds["likelihood"] = time.perf_counter() - start
 
-    reference = reference_of(data, protocol.reference, extractor, device, protocol.folder)
-    measurement = Measurement(
-        data=spec.name,
-        n=len(images),
-        reference=reference.name,
-        reference_n=reference.n,
-        reference_hash=reference.hash,
-        extractor=extractor.name,
-        extractor_hash=extractor.hash,
-        resize=extractor.resize,
-        quantization=quantization(spec),
-        **played(model, labels, asked, reference),
-        chunk=protocol.chunk,
-    )
-    return Result(
-        measurement=measurement, generation=generation, metrics=metrics, headline=extractor.frechet_name,
-        created=now(), seconds=seconds, details=details,
-    )  # fmt: skip
+    results = []
+    for each in extractors:
+        start = time.perf_counter()
+        metrics, more = quality(images, labels, data, protocol, each, device, progress)
+        taken = {"metrics": time.perf_counter() - start}
+        reference = reference_of(data, protocol.reference, each, device, protocol.folder)
+        measurement = Measurement(
+            data=spec.name,
+            n=len(images),
+            reference=reference.name,
+            reference_n=reference.n,
+            reference_hash=reference.hash,
+            extractor=each.name,
+            extractor_hash=each.hash,
+            resize=each.resize,
+            quantization=quantization(spec),
+            **played(model, labels, asked, reference),
+            chunk=protocol.chunk,
+        )
+        first = each is extractor
+        results.append(
+            Result(
+                measurement=measurement,
+                generation=generation,
+                metrics=metrics | (extra if first else {}),
+                headline=each.frechet_name if protocol.ranks_by_frechet(each) else each.primary,
+                created=now(),
+                seconds=(seconds if first else {}) | taken,
+                details=each.details | details | more
+                | {"flags": [*each.details.get("flags", []), *flags, *more["flags"]]},  # type: ignore[misc]
+            )
+        )  # fmt: skip
+    return replace(results[0], also=results[1:])
 
 
 def played(model: Any, labels: Tensor | None, asked: Asked | None, reference: Reference) -> dict[str, str]:
@@ -274,12 +317,13 @@ def quality(
         ground = floor(held_out, reference, len(own), extractor, further)
         metrics = figures(own, reference, extractor, labels=labels, further=further)
         metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
-        details: dict[str, Any] = {"flags": oddities(own)}
+        details: dict[str, Any] = {"flags": check_features(own.features, ground.features.features)}
         if data.spec.dims != 2:
             looked_at = own.features[:LOOKED_AT]
             details["nearest_training"] = closest(looked_at, held.train.features, NEIGHBOURS).tolist()
         if {"density", "coverage"} <= metrics.keys():
-            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")))
+            n = min(len(own), reference.n)
+            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")), n=n)
             details["flags"] += [] if said is None else [said]
         if (shares := shares_of(own, extractor)) is not None:
             details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
@@ -324,7 +368,9 @@ def given_images(
     if len(images) < n:
         if protocol.n is not None:
             raise UserError(f"The protocol asks for {n} images, and {len(images)} were given.")
-        if len(images) <= extractor.dim:
+        if len(images) < LEAST_N:
+            raise UserError(f"{len(images)} samples measure nothing: give at least {LEAST_N}.")
+        if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
             raise UserError(
                 f"{len(images)} images cannot carry a Frechet distance on the {extractor.dim} features of "
                 f"{extractor.name}: give more than {extractor.dim}."
@@ -334,11 +380,13 @@ def given_images(
     return images[:n], None if labels is None else labels[:n]
 
 
-def suspicions(images: Tensor) -> list[str]:
-    """What looks wrong with given images, and is no proof of it."""
-    if images.is_floating_point() and images.numel() and images.min() >= 0:
-        return ["no value is below 0: images in [0, 1] must be brought to [-1, 1] first"]
-    return []
+def sanity_warnings(images: Tensor, data: source.Data, protocol: Protocol, *, refuse: bool) -> list[str]:
+    """`sanity.check_images` and `sanity.check_reference` against the protocol's reference, or the training split where
+    that is a file. The first process computes them."""
+    name = "train" if is_file(protocol.reference) else protocol.reference
+    real = data.split(name).images
+    compared = real[spaced(len(real), len(images))]  # as for the neighbour metrics
+    return once(lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name))
 
 
 def quantization(spec: DataSpec) -> str:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gencompare.errors import UserError
 from gencompare.evaluation.distributed import shared_out
+
+
+def check_finite(features: Tensor) -> None:
+    """Raise `UserError` for features that hold NaN or infinite values."""
+    if not torch.isfinite(features).all():
+        raise UserError("Features hold NaN or infinite values: the extractor's weights or the images are not finite.")
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,24 @@ class Extractor(ABC):
     batch: int = 500
     cpu_batch: int = 500
     module: nn.Module
+    columns: Mapping[str, slice]
+    """Which features come from which layer; ``{"": all}`` where there is one."""
 
     def __init__(self) -> None:
         self.details: dict[str, object] = {}
+        self.columns = {"": slice(None)}
+
+    @property
+    def primary(self) -> str:
+        """The metric that ranks: the maximum mean discrepancy, which has no bias in the number of samples."""
+        return self.mmd_name
+
+    @property
+    def mmd_name(self) -> str:
+        return f"mmd_{self.name}"
 
     @property
     def frechet_name(self) -> str:
-        """The metric that ranks."""
         return f"fd_{self.name}"
 
     @property

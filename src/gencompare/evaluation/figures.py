@@ -10,15 +10,20 @@ from torch import Tensor
 
 from gencompare.evaluation.classes import SURE, class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.frechet import Statistics, between, extrapolated, frechet_distance, jackknife
-from gencompare.evaluation.kernel import kernel_distance
+from gencompare.evaluation.frechet import Jackknife, Statistics, between, frechet_distance
+from gencompare.evaluation.intervals import Estimate
+from gencompare.evaluation.kernel import kernel_distance, kid
 from gencompare.evaluation.memorization import authenticity, memorization_ratio
+from gencompare.evaluation.mmd import mmd
 from gencompare.evaluation.neighbours import DENSITY_NEIGHBOURS, neighbourhood
 from gencompare.evaluation.reference import Reference, spaced
 from gencompare.records import Metric
 
 Further = Mapping[str, Callable[[Tensor, Tensor], float]]
-"""Figures that a protocol adds, by name."""
+"""Metrics that a protocol adds, by name. One with a method ``estimate`` has an interval too."""
+
+FEW_FOR_INFINITY = 3
+"""Samples a feature below which the distance at infinity is too low by more than its interval."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,14 @@ def figures(
     Args:
         labels: (n,) the class that each image was made for.
         further: figures that the protocol adds.
-        error: give the Frechet distance its interval (ten times its cost).
+        error: give the Frechet distance its interval.
     """
     found = distances(own, reference, extractor, error=error)
     found |= spatial_distance(own, reference, extractor)
     if reference.features is not None:
         found |= neighbours(own.features, reference.features.features)
         for name, metric in (further or {}).items():
-            value = metric(own.features, reference.features.features)
-            found[name] = Metric(value, better=getattr(metric, "better", None))
+            found[name] = further_metric(metric, own.features, reference.features.features)
     if own.logits is not None:
         found |= class_figures(own.logits, labels if extractor.knows_classes else None, extractor)
     if labels is not None:
@@ -71,28 +75,49 @@ def against_floor(own: dict[str, Metric], real: dict[str, Metric], note: str) ->
 
 
 def distances(own: Features, reference: Reference, extractor: Extractor, *, error: bool) -> dict[str, Metric]:
-    """Frechet distance (at n and at n = infinity) and kernel distance."""
+    """Maximum mean discrepancy, Frechet distance (at n and at n = infinity) and kernel distance."""
     frechet, kernel = extractor.frechet_name, extractor.kernel_name
+    found: dict[str, Metric] = {}
+    if reference.features is not None and len(own) > 2:
+        estimate = mmd(own.features, reference.kernel)
+        found[extractor.mmd_name] = Metric(estimate.value, "lower", interval=estimate.interval, unbiased=True)
+        found[kernel] = cubic_distance(own.features, reference, kernel)
     statistics = reference.statistics
-    if len(own) <= extractor.dim or float(statistics.cov.diagonal().sum()) == 0:
-        why = (
-            "all reference images are alike"
-            if len(own) > extractor.dim
-            else f"{len(own)} images, {extractor.dim} features"
-        )
-        return {name: Metric(None, "lower", note=why) for name in (frechet, kernel)}
-    found = {
-        frechet: Metric(
-            frechet_distance(own.features, statistics),
+    if float(statistics.cov.diagonal().sum()) == 0:
+        return found | {frechet: Metric(None, "lower", note="all reference images are alike")}
+    few = f"{len(own)} images, {extractor.dim} features: mostly bias" if len(own) <= extractor.dim else ""
+    jackknife = Jackknife(own.features, statistics)
+    found[frechet] = Metric(
+        jackknife.value, "lower", interval=jackknife.distance.interval if error and not few else None, note=few
+    )
+    if not few:
+        infinity = jackknife.infinity if error else None
+        low = len(own) < FEW_FOR_INFINITY * extractor.dim
+        found[f"{frechet}_infinity"] = Metric(
+            jackknife.value_at_infinity,
             "lower",
-            interval=jackknife(own.features, statistics) if error else None,
-        ),
-        f"{frechet}_infinity": Metric(extrapolated(own.features, statistics), "lower", note="extrapolated"),
-    }
-    if reference.features is not None:
-        mean, spread = kernel_distance(own.features, reference.features.features)
-        found[kernel] = Metric(mean, "lower", note=f"subsets +- {spread:.2g}")
+            interval=infinity and infinity.interval,
+            note="extrapolated" + (f"; too low, from under {FEW_FOR_INFINITY} images a feature" if low else ""),
+        )
     return found
+
+
+def cubic_distance(own: Tensor, reference: Reference, name: str) -> Metric:
+    """Kernel distance with the cubic kernel; the one called ``kid`` is the mean over subsets, as it is published."""
+    assert reference.features is not None
+    estimate = kernel_distance(own, reference.cubic)
+    if name != "kid":
+        return Metric(estimate.value, "lower", interval=estimate.interval, unbiased=True)
+    mean, spread = kid(own, reference.features.features)
+    return Metric(mean, "lower", interval=estimate.interval, note=f"subsets +- {spread:.2g}", unbiased=True)
+
+
+def further_metric(metric: Callable[[Tensor, Tensor], float], own: Tensor, reference: Tensor) -> Metric:
+    better = getattr(metric, "better", None)
+    if not hasattr(metric, "estimate"):
+        return Metric(metric(own, reference), better)
+    estimate: Estimate = metric.estimate(own, reference)  # type: ignore[attr-defined]
+    return Metric(estimate.value, better, interval=estimate.interval)
 
 
 def spatial_distance(own: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
@@ -114,7 +139,9 @@ def neighbours(own: Tensor, reference: Tensor) -> dict[str, Metric]:
         return {}
     n = min(len(own), len(reference))
     found = neighbourhood(own[spaced(len(own), n)], reference[spaced(len(reference), n)])
-    return {name: Metric(getattr(found, name), "higher") for name in names}
+    repeated = max(found.zero_radii, found.zero_radii_reference)
+    note = f"{repeated:.0%} of the k-NN radii are 0: repeated images" if repeated >= 0.01 else ""
+    return {name: Metric(getattr(found, name), "higher", note=note) for name in names}
 
 
 def class_figures(logits: Tensor, labels: Tensor | None, extractor: Extractor) -> dict[str, Metric]:
@@ -159,16 +186,6 @@ def copies(own: Tensor, held: Held) -> dict[str, Metric]:
             authenticity(own, train), "higher", floor=authenticity(test, train), note="copies give 0"
         ),
     }
-
-
-def oddities(own: Features) -> list[str]:
-    """What is wrong with the samples as a set, in words."""
-    constant = int((own.features == own.features[0]).all(0).sum())
-    if constant == own.features.shape[1]:
-        return ["all samples have the same features: the model draws one image"]
-    if constant:
-        return [f"{constant} of {own.features.shape[1]} features are the same for all samples"]
-    return []
 
 
 def shares_of(own: Features, extractor: Extractor) -> list[float] | None:

@@ -35,6 +35,11 @@ class Inception(Fidelity):
         super().__init__(spec, NAME, weights)
 
     @property
+    def primary(self) -> str:
+        """FID, which papers quote."""
+        return self.frechet_name
+
+    @property
     def frechet_name(self) -> str:
         return "fid"
 

@@ -1,6 +1,12 @@
 """Precision, recall, density and coverage: are samples among the real images, and real images among the samples?
 
-Every figure counts points inside balls. The ball of an image reaches to its k-th nearest neighbour in its own set.
+Each metric counts points inside balls. The ball of an image reaches to its k-th nearest neighbour in its own set.
+
+Two known weaknesses. Precision and density *increase* with blur: blurred samples move towards the centre of the
+features, where balls of real images are large and overlap, so they lie in more of them than real images do. Read them
+with recall, coverage or a distance. Raisa et al. 2025 ("Position: All Current Generative Fidelity and Diversity Metrics
+are Flawed", ICML) find that each of these metrics fails many of their sanity checks. And a set with more than k equal
+images has balls of radius zero, which hold nothing but copies: see `Neighbourhood.zero_radii`.
 """
 
 from __future__ import annotations
@@ -10,9 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gencompare.errors import UserError
+from gencompare.evaluation.features import check_finite
+
 BLOCK = 1000
 """Rows of a distance matrix that are held at a time: 10,000 x 10,000 distances never lie in memory whole."""
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+COPY = 1e-3
+"""Distance of copies at most, over a point's distance from the mean."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,10 @@ class Neighbourhood:
     Metrics", eq. 3). It may exceed 1."""
     coverage: float
     """Share of real images whose ball, k = 5, holds a sample (the same, eq. 4)."""
+    zero_radii: float = 0.0
+    """Share of samples whose ball, k = 3, has radius 0, because they are repeated: recall is then too low."""
+    zero_radii_reference: float = 0.0
+    """Share of real images whose ball, k = 5, has radius 0: density and coverage are then too low, or noise."""
 
 
 def neighbourhood(features: Tensor, reference: Tensor) -> Neighbourhood:
@@ -36,7 +51,14 @@ def neighbourhood(features: Tensor, reference: Tensor) -> Neighbourhood:
 
     The two sets should be of one size: balls shrink as a set grows. Distances are Euclidean, in float32, by the product
     form on features centred about the reference's mean (the product form alone loses small distances far from zero).
+
+    Raises:
+        UserError: features that are not finite, whose distances would still give plausible numbers, or too few.
     """
+    for side in (features, reference):
+        check_finite(side)
+        if len(side) <= DENSITY_NEIGHBOURS:
+            raise UserError(f"Neighbour metrics need at least {DENSITY_NEIGHBOURS + 1} images of each side.")
     centre = reference.mean(0)
     samples, real = (features - centre).float(), (reference - centre).float()
     ks = (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
@@ -56,7 +78,15 @@ def neighbourhood(features: Tensor, reference: Tensor) -> Neighbourhood:
         recall=float(recalled.double().mean()),
         density=held / (DENSITY_NEIGHBOURS * len(samples)),
         coverage=float((nearest < real_far).double().mean()),
+        zero_radii=share_of_zeros(sample_near, samples),
+        zero_radii_reference=share_of_zeros(real_far, real),
     )
+
+
+def share_of_zeros(radius: Tensor, points: Tensor) -> float:
+    """Share of radii (n,) of centred points (n, d) that are zero but for rounding, which the product form makes about
+    5e-4 of a point's norm."""
+    return float((radius <= COPY * points.norm(dim=1)).double().mean())
 
 
 def radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:

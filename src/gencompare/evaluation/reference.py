@@ -18,6 +18,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.distributed import all_agree, once, world
 from gencompare.evaluation.features import Extractor, Features
 from gencompare.evaluation.frechet import Statistics
+from gencompare.evaluation.kernel import Cubic, Gaussian, KernelReference
 from gencompare.evaluation.quantize import stored_split
 from gencompare.evaluation.source import Data
 from gencompare.files import sha256
@@ -48,6 +49,16 @@ class Reference:
             return self.given
         assert self.features is not None
         return Statistics.of(self.features.features)
+
+    @cached_property
+    def kernel(self) -> KernelReference:
+        assert self.features is not None
+        return KernelReference.of(self.features.features, Gaussian())
+
+    @cached_property
+    def cubic(self) -> KernelReference:
+        assert self.features is not None
+        return KernelReference.of(self.features.features, Cubic())
 
     @cached_property
     def spatial(self) -> Statistics | None:

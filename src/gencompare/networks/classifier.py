@@ -23,12 +23,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualClassifier(nn.Module):
-    """A fixed whitening layer; stages of convolution, 2x2 max pool and residual block; mean over all places; logits.
+    r"""Whitening; stages of convolution, 2x2 max pool and residual block, each of half the side; mean; logits.
 
-    After Jordan (2024), "94% on CIFAR-10 in 3.29 seconds on a single GPU", https://arxiv.org/abs/2404.00498, sections
+    After Jordan (2024), "94% on CIFAR-10 in 3.29 seconds on a single GPU" (https://arxiv.org/abs/2404.00498), sections
     3.1 to 3.3: the first layer decorrelates patches of 2x2 pixels, batch norm and GELU follow every other convolution,
     and most channels are where the image is small. The residual blocks are as in the ResNet-9 of Page (2018), "How to
-    train your ResNet", https://github.com/davidcpage/cifar10-fast.
+    train your ResNet" (https://github.com/davidcpage/cifar10-fast).
 
     Args:
         channels: of the image.
@@ -58,9 +58,9 @@ class ResidualClassifier(nn.Module):
     def whiten(self, x: Tensor) -> None:
         r"""Fit the first layer to images (n, channels, H, W).
 
-        Let m be the mean of patches p of 2x2 pixels, and e_i and l_i the eigenvectors and eigenvalues of their
-        covariance. The outputs are \pm e_i \cdot (p - m) / sqrt(l_i + c): uncorrelated and, as c is small beside the
-        mean eigenvalue, of variance about 1.
+        With e_i and l_i the eigenvectors and eigenvalues of the covariance of patches p of 2x2 pixels, and m their
+        mean, its outputs are \pm e_i \cdot (p - m) / sqrt(l_i + c): uncorrelated and of variance about 1, c being small
+        beside the mean eigenvalue.
         """
         patches = F.unfold(x, 2, stride=self.whitening.stride).transpose(1, 2).flatten(0, 1).double()
         mean = patches.mean(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,21 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
 
 
 def build_protocol(cfg: DictConfig) -> Protocol:
-    return instantiate(cfg.evaluation.protocol, _convert_="all")
+    """The protocol of ``cfg.evaluation``, with the extractors that its names stand for."""
+    if "extractors" not in cfg.evaluation:
+        raise UserError("This run's evaluation settings are of an earlier version: add evaluation=default.")
+    protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
+    names, available = cfg.evaluation.extractors, cfg.evaluation.available
+    if names is None:
+        return protocol
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise UserError(
+            f"evaluation.extractors: there is no extractor {unknown[0]}; choose from {', '.join(map(str, available))}, "
+            f"or define it with +evaluation.available.{unknown[0]}._target_=FUNCTION."
+        )
+    factories = tuple(instantiate(available[name], _convert_="all") for name in names)
+    return replace(protocol, extractors=factories)
 
 
 def build_callbacks(

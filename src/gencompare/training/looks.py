@@ -135,7 +135,8 @@ class Looks(Callback):
         """Say where modes of the data are missing from the samples, of whatever family they are."""
         if "coverage" not in found:
             return
-        said = missing_modes(found["density"], found["coverage"], self.best_coverage)
+        assert self.preview is not None
+        said = missing_modes(found["density"], found["coverage"], self.best_coverage, n=self.preview.images)
         self.best_coverage = max(self.best_coverage, found["coverage"])
         if said is not None:
             step = clock_of(trainer).step

@@ -23,7 +23,12 @@ class Preview:
         self.protocol = replace(
             protocol, seed=protocol.seed + 1_000_003, chunk=min(protocol.chunk, n), conditions="val"
         )
-        self.extractor = protocol.extractor(data.spec)
+        self.extractor = protocol.build(data.spec)[0]
+
+    @property
+    def images(self) -> int:
+        """Images on each side of density and coverage."""
+        return min(self.n, len(self.data.split("val")))
 
     def __call__(self, model: GenerativeModel) -> dict[str, float]:
         """The figures by name, the distance first."""

@@ -1,0 +1,158 @@
+"""task=validate_metrics: how each metric orders images whose faults, and their strengths, are known."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from hydra.utils import instantiate
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from torch import Tensor
+
+from gencompare.errors import UserError
+from gencompare.evaluation.features import Extractor
+from gencompare.evaluation.frechet import Statistics, frechet_distance
+from gencompare.evaluation.kernel import Cubic, Gaussian, Kernel, KernelReference, kernel_distance
+from gencompare.evaluation.metric_validation import (
+    UNITS,
+    Candidate,
+    Score,
+    as_json,
+    battery,
+    extract,
+    score,
+    table,
+)  # fmt: skip
+from gencompare.evaluation.neighbours import neighbourhood
+from gencompare.evaluation.quantize import stored_split
+from gencompare.evaluation.reference import spaced
+from gencompare.files import atomic, write_json, write_text
+from gencompare.tasks.build import build_data, build_protocol, chosen_device
+from gencompare.tasks.environment import environment
+from gencompare.tasks.others import refuse_second_run
+from gencompare.tasks.progress import stages
+
+TIMED = 100
+PLACES = ("hydra.", "paths.", "trainer", "logger")
+"""Words of a command that say where it ran, and nothing of what it measured."""
+
+
+def validate_metrics(cfg: DictConfig) -> None:
+    """Score every extractor of ``cfg.evaluation``, every layer that it gives and every metric, at each ``cfg.task.n``.
+
+    Writes ``metrics.json`` (all values), ``metrics.md`` (a table) and ``metrics.png`` into ``cfg.out``.
+    """
+    folder = Path(cfg.out)
+    refuse_second_run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = build_data(cfg)
+    if data.spec.num_levels is None:
+        raise UserError(f"task=validate_metrics degrades images, and data '{data.spec.name}' has points.")
+    sizes = sorted(int(n) for n in cfg.task.n)
+    baseline = instantiate(cfg.task.baseline, _partial_=True)(spec=data.spec)
+    baseline.fit_to(data.batches("train"), data.batches("val"))
+    sets = dict(battery(data, sizes[-1], baseline, cfg.seed))
+    train = data.split("train")
+    reference = stored_split(train[spaced(len(train), cfg.task.references)].images, data.spec)
+    device, scores = chosen_device(cfg), []
+    with stages(cfg.callbacks.progress) as progress:
+        for extractor in build_protocol(cfg).build(data.spec):
+            milliseconds = cost(extractor, reference[:TIMED], device)
+            real = extractor(reference, device).features
+            features = extract(sets, extractor, device, progress)
+            for candidate in candidates(extractor, real):
+                usable = sorted({min(n, len(sets["real", 0.0])) for n in sizes})
+                scores += [
+                    s for n in usable if n >= candidate.least for s in score(candidate, features, n, milliseconds)
+                ]
+                progress(f"scores of {extractor.name} {extractor.resize}", len(scores), len(scores))
+    write_json(folder / "metrics.json", {
+        "data": data.spec.name, "hash": data.hash("test"), "references": len(reference), "seed": cfg.seed,
+        "environment": environment(device), "command": [word for word in cfg.command if not word.startswith(PLACES)],
+        "scores": as_json(scores),
+    })  # fmt: skip
+    text = table(scores)
+    write_text(folder / "metrics.md", text)
+    with atomic(folder / "metrics.png") as file:
+        draw(scores, data.spec.name).savefig(file, format="png", dpi=80)
+    print(f"{text}\n{folder / 'metrics.png'}")
+
+
+def cost(extractor: Extractor, images: Tensor, device: torch.device) -> float:
+    """Milliseconds for one image."""
+    extractor(images, device)
+    start = time.perf_counter()
+    extractor(images, device)
+    return 1000 * (time.perf_counter() - start) / len(images)
+
+
+def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
+    """Every layer of ``extractor`` with every metric of distance, or of shares, from ``reference`` (m, d)."""
+    kernels: dict[str, Kernel] = {
+        "cubic kernel": Cubic(),
+        **{f"MMD, b = {factor:g} x median": Gaussian(median_factor=factor) for factor in (0.5, 1.0, 2.0)},
+        "CMMD": Gaussian(10.0, normalize=True),
+    }
+    found = []
+    for layer, columns in extractor.columns.items():
+        real = reference[:, columns]
+        name = " ".join(part for part in (extractor.name, short(extractor.resize), layer) if part)
+        statistics, dim = Statistics.of(real), real.shape[1]
+        fitted = {kernel: KernelReference.of(real, chosen) for kernel, chosen in kernels.items()}
+
+        def distances(own: Tensor, fitted: dict[str, KernelReference] = fitted) -> dict[str, float]:
+            return {kernel: kernel_distance(own, side).value for kernel, side in fitted.items()}
+
+        def frechet(own: Tensor, statistics: Statistics = statistics) -> dict[str, float]:
+            return {"Frechet": frechet_distance(own, statistics)}
+
+        def shares(own: Tensor, real: Tensor = real) -> dict[str, float]:
+            seen = neighbourhood(own, real[spaced(len(real), len(own))])
+            return {f"1 - {kind}": 1 - getattr(seen, kind) for kind in ("precision", "recall", "density", "coverage")}
+
+        found += [
+            Candidate(name, columns, distances, least=10),
+            Candidate(name, columns, frechet, least=dim + 1),
+            Candidate(name, columns, shares, least=10),
+        ]
+    return found
+
+
+def short(resize: str) -> str:
+    """``96 px`` of a sentence on resizing."""
+    sizes = [
+        word.split("x")[0] for word in resize.replace(",", " ").split() if word.count("x") == 1 and word[0].isdigit()
+    ]
+    return f"{sizes[0]} px" if sizes else ""
+
+
+def draw(scores: list[Score], data: str) -> Figure:
+    """A panel for each kind of degradation: its strength against each metric, as a share of the Gaussian baseline's."""
+    most = max(s.n for s in scores)
+    shown = [s for s in scores if s.n == most and " - " not in s.metric]
+    best = sorted(shown, key=lambda s: -s.right / max(1, s.pairs))[:8]
+    kinds = list(dict.fromkeys(kind for s in shown for kind in s.relative))
+    figure = Figure(figsize=(16, 3.1 * -(-len(kinds) // 4) + 1.0), layout="constrained")
+    axes = figure.subplots(-(-len(kinds) // 4), 4, squeeze=False).ravel()
+    colors = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for axis, kind in zip(axes, kinds, strict=False):
+        for k, s in enumerate(best):
+            values = s.relative.get(kind, {})
+            axis.plot(range(len(values)), list(values.values()), "o-", ms=3, lw=1, color=colors[k], label=s.metric)
+        levels = list(best[0].relative.get(kind, {}))
+        axis.set_xticks(range(len(levels)), levels)
+        axis.axhline(1, color="0.6", lw=0.8, ls=":")
+        axis.set_yscale("symlog", linthresh=0.1)
+        axis.set_title(kind, fontsize=10)
+        axis.set_xlabel(UNITS.get(kind, ""), fontsize=8)
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(
+        f"{data}, {most:,} images a set: share of the Gaussian baseline's distance (dotted: 1)", fontsize=11
+    )
+    return figure

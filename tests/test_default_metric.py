@@ -1,0 +1,119 @@
+"""The default metric agrees with what a person sees, on every data set with real images at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gencompare.data.base import ImageData
+from gencompare.data.cifar10 import CIFAR10
+from gencompare.data.digits import Digits
+from gencompare.data.eurosat64 import EuroSAT64
+from gencompare.data.fashion_mnist import FashionMNIST
+from gencompare.data.mnist import MNIST
+from gencompare.evaluation.degradations import DEGRADATIONS
+from gencompare.evaluation.evaluate import Protocol
+from gencompare.evaluation.kernel import Gaussian as GaussianKernel
+from gencompare.evaluation.kernel import KernelReference
+from gencompare.evaluation.mmd import mmd
+from gencompare.evaluation.quantize import as_stored, stored_split
+from gencompare.evaluation.reference import spaced
+from gencompare.models.gaussian import Gaussian
+from gencompare.seeds import generator
+
+FULL = 2000
+SHORT = 500
+"""Samples of each set in ``make test``, so that the suite stays short; ``make test-slow`` takes 2,000."""
+PHOTOGRAPHS = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10, "eurosat64": EuroSAT64}
+WORSE_THAN = [
+    (("real", 0), ("jpeg", 50)), (("jpeg", 50), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)),
+    (("noise", 10), ("noise", 25)), (("patch shuffle", 2), ("patch shuffle", 4)),
+    (("jpeg", 50), ("gaussian", 0)), (("blur", 1.0), ("gaussian", 0)), (("noise", 10), ("gaussian", 0)),
+    (("patch shuffle", 2), ("gaussian", 0)), (("mixing", 0.5), ("gaussian", 0)),
+]  # fmt: skip
+"""(better, worse) for photographs and drawings of 28 pixels and more."""
+VISIBLE_AT_8X8 = [
+    (("real", 0), ("noise", 25)), (("noise", 10), ("noise", 25)), (("noise", 25), ("noise", 60)),
+    (("real", 0), ("patch shuffle", 2)), (("patch shuffle", 2), ("patch shuffle", 4)),
+    (("real", 0), ("blur", 1.0)), (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)),
+    (("real", 0), ("gaussian", 0)),
+]  # fmt: skip
+"""What a person sees on digits of 8 x 8 pixels. Left out (docs/evaluation.md): JPEG, which codes blocks of 8 x 8 and so
+changes such an image in no way of its own, and every comparison with the Gaussian, whose samples look like digits."""
+
+
+Key = tuple[str, float]
+
+
+def distances(data: ImageData, n: int, references: int, pairs: list[tuple[Key, Key]]) -> dict[tuple[str, float], float]:
+    """The primary metric of each set of images that ``pairs`` name."""
+    spec = data.spec
+    extractor = Protocol().build(spec)[0]
+    train, test = data.split("train"), data.split("test")
+    reference = stored_split(train.images[spaced(len(train), references)], spec)
+    side = KernelReference.of(extractor(reference).features, GaussianKernel())
+    real = stored_split(test.images[spaced(len(test), n)], spec)
+    by_name = {degradation.name: degradation for degradation in DEGRADATIONS}
+    found = {}
+    for name, strength in dict.fromkeys(key for pair in pairs for key in pair):
+        if name == "real":
+            images = real
+        elif name == "gaussian":
+            baseline = Gaussian(spec).fit_to(data.batches("train"), data.batches("val"))
+            images = as_stored(baseline.sample(len(real), generator=generator("cpu", 0, "baseline")), spec)
+        else:
+            images = as_stored(by_name[name](real, strength), spec)
+        found[name, strength] = mmd(extractor(images).features, side).value
+    return found
+
+
+@pytest.mark.parametrize("n", [SHORT, pytest.param(FULL, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_the_default_metric_orders_degraded_images_as_a_person_does(name: str, n: int, data_root: Path) -> None:
+    found = distances(PHOTOGRAPHS[name](data_root), n, 4 * n, WORSE_THAN)
+    wrong = [f"{a} {found[a]:.2f} >= {b} {found[b]:.2f}" for a, b in WORSE_THAN if not found[a] < found[b]]
+    assert not wrong, found
+
+
+def test_the_default_metric_orders_digits_as_far_as_a_person_can() -> None:
+    found = distances(Digits(), 500, 1147, VISIBLE_AT_8X8)
+    wrong = [f"{a} {found[a]:.2f} >= {b} {found[b]:.2f}" for a, b in VISIBLE_AT_8X8 if not found[a] < found[b]]
+    assert not wrong, found
+
+
+def test_every_degradation_grows_with_its_strength_and_keeps_its_input() -> None:
+    """In pixels: a stronger fault moves images further. Shape and type stay, and the input is not written to."""
+    images = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
+    images = torch.nn.functional.avg_pool2d(images, 3, 1, 1).to(torch.uint8)  # neighbours are alike, as in photographs
+    before = images.clone()
+    for degradation in DEGRADATIONS:
+        if 3 not in degradation.channels:
+            continue
+        moved = []
+        for strength in degradation.strengths:
+            out = degradation(images, strength)
+            assert out.shape == images.shape and out.dtype == torch.uint8, degradation.name
+            assert torch.equal(out, degradation(images, strength)), degradation.name
+            moved.append(float((out.float() - images.float()).square().mean()))
+        assert torch.equal(images, before), degradation.name
+        if degradation.name != "patch shuffle":  # all grids move most pixels to a random place
+            assert moved == sorted(moved) and moved[0] < moved[-1], (degradation.name, moved)
+
+
+def test_a_patch_shuffle_moves_whole_patches() -> None:
+    shuffle = next(degradation for degradation in DEGRADATIONS if degradation.name == "patch shuffle")
+    images = torch.arange(2 * 64).reshape(2, 1, 8, 8).to(torch.uint8)
+    out = shuffle(images, 2)
+
+    def corners(x: torch.Tensor) -> list[list[int]]:
+        patches = x.unfold(2, 4, 4).unfold(3, 4, 4).reshape(2, 4, 16)
+        return [sorted(int(patch[0]) for patch in image) for image in patches]
+
+    assert corners(out) == corners(images) and not torch.equal(out, images)
+
+
+def test_the_default_needs_no_download() -> None:
+    extractor = Protocol().build(Digits.spec)[0]
+    assert extractor.name == "efficientnet_lite0" and extractor.primary == "mmd_efficientnet_lite0"
