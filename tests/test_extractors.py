@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,39 @@ def test_cutout_covers_a_square_around_any_pixel() -> None:
     assert float((heights * columns.sum(1)).double().mean()) == pytest.approx(3.6**2, rel=0.03)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_first_layer_whitens_patches(stride: int) -> None:
+    """Of smooth images in colour, far from white: its outputs are uncorrelated, of mean 0 and of variance 1."""
+    x = torch.randn(300, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.avg_pool2d(x, 2, stride=1) + 0.5 * x[:, :1, 1:, 1:] + 0.3
+    net = ResidualClassifier(3, 4, widths=[8], stem_stride=stride)
+    net.whiten(x)
+    outputs = net.whitening(x).transpose(0, 1).flatten(1).detach()
+    assert torch.equal(net.whitening.weight[:12], -net.whitening.weight[12:])
+    torch.testing.assert_close(outputs.mean(1), torch.zeros(24), atol=1e-4, rtol=0)
+    covariance = outputs[:12].cov(correction=0)
+    torch.testing.assert_close(covariance, torch.eye(12), atol=0.02, rtol=0)
+    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before, the colours are correlated"
+
+
+def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:
+    """A resumed run goes on with the filters that it began with; the classifier's own steps leave them alone."""
+    small = ["experiment=digits_classifier", "data.limit=300", "callbacks.looks.count=0", "logger=none"]
+    assert cli(*small, "budget.images=200", "hydra.run.dir=a") == 0
+
+    def filters() -> Tensor:
+        stored = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        return stored["net.whitening.weight"]
+
+    first = filters()
+    data = Digits(limit=300)
+    net = ResidualClassifier(1, 10, widths=[8])
+    net.whiten(data.normalize(data.training.images))
+    torch.testing.assert_close(first, net.whitening.weight.detach())
+    assert cli("resume=a", "budget.images=400", "data.limit=100") == 0
+    assert torch.equal(filters(), first)
+
+
 def small_classifier(**options: Any) -> Classifier:
     torch.manual_seed(0)
     spec = DataSpec(name="x", shape=(1, 8, 8), num_classes=3)
@@ -242,7 +276,8 @@ def small_classifier(**options: Any) -> Classifier:
 
 def test_held_out_images_are_left_as_they_are() -> None:
     model = small_classifier(shift=2, cutout=3, rotate=True, label_smoothing=0.3).eval()
-    assert isinstance(model, Classifies)
+    supports: object = model
+    assert isinstance(supports, Classifies)
     x, label = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
     figures = model.validation_figures(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))
     log_probability = model.logits(x).log_softmax(1)[torch.arange(6), label]
