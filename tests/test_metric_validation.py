@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 
 import pytest
 import torch
 
+from conftest import CHECKOUT
 from gencompare.data.digits import Digits
 from gencompare.evaluation.metric_validation import (
     BASELINE,
@@ -86,3 +88,14 @@ def test_the_battery_has_every_set_that_the_pairs_name() -> None:
 def test_pairs_go_from_the_milder_to_the_stronger_fault(kind: str) -> None:
     pairs = [(a, b) for a, b in PAIRS if a[0] == b[0] == kind]
     assert pairs and all(a[1] < b[1] for a, b in pairs)
+
+
+def test_the_docs_show_the_summary_of_the_studies_that_are_kept() -> None:
+    spec = importlib.util.spec_from_file_location("summary", CHECKOUT / "docs" / "metrics" / "summary.py")
+    assert spec is not None and spec.loader is not None
+    summary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(summary)
+    page = (CHECKOUT / "docs" / "evaluation.md").read_text()
+    kept = summary.studies()
+    assert {"cifar10", "eurosat64"} <= kept.keys()
+    assert summary.pairs_right(kept) in page and summary.faults(kept) in page

@@ -130,11 +130,19 @@ def short(resize: str) -> str:
     return f"{sizes[0]} px" if sizes else ""
 
 
+def drawn_metrics(scores: list[Score]) -> list[Score]:
+    """Every distance of the layer whose MMD does best, and the Frechet distance of each other layer; at most ten."""
+    mmd = [s for s in scores if s.metric.endswith(": MMD, b = 1 x median")]
+    first = min(mmd, key=lambda s: (-s.right / max(1, s.pairs), s.metric)).metric.split(":")[0]
+    own = [s for s in scores if s.metric.split(":")[0] == first and " - " not in s.metric]
+    return [*own, *(s for s in scores if s not in own and s.metric.endswith(": Frechet"))][:10]
+
+
 def draw(scores: list[Score], data: str) -> Figure:
     """A panel for each kind of degradation: its strength against each metric, as a share of the Gaussian baseline's."""
     most = max(s.n for s in scores)
-    shown = [s for s in scores if s.n == most and " - " not in s.metric]
-    best = sorted(shown, key=lambda s: -s.right / max(1, s.pairs))[:8]
+    shown = [s for s in scores if s.n == most]
+    best = drawn_metrics(shown)
     kinds = list(dict.fromkeys(kind for s in shown for kind in s.relative))
     figure = Figure(figsize=(16, 3.1 * -(-len(kinds) // 4) + 1.0), layout="constrained")
     axes = figure.subplots(-(-len(kinds) // 4), 4, squeeze=False).ravel()
