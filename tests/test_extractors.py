@@ -251,7 +251,7 @@ def test_the_first_layer_whitens_patches(stride: int) -> None:
 
 
 def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:
-    """A resumed run goes on with the filters that it began with; the classifier's own steps leave them alone."""
+    """A resumed run keeps its filters; the classifier's own steps leave them alone."""
     small = ["experiment=digits_classifier", "data.limit=300", "callbacks.looks.count=0", "logger=none"]
     assert cli(*small, "budget.images=200", "hydra.run.dir=a") == 0
 

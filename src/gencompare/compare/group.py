@@ -143,8 +143,8 @@ class Group:
             ]
         if any(row.standing == UNDECIDED for row in self.rows):
             return [
-                f"A row marked '{UNDECIDED}' cannot be told from the Gaussian baseline by {title} here: they differ by"
-                " less than their 95 % intervals. More samples (evaluation.n) make these narrower."
+                f"A row marked '{UNDECIDED}' cannot be distinguished from the Gaussian baseline by {title} here: they"
+                " differ by less than their 95 % intervals. More samples (evaluation.n) make these narrower."
             ]
         return []
 

@@ -130,11 +130,11 @@ def interval(metric: Metric) -> str:
 
 
 WARNED = "warning"
-"""Stands beside the primary metric of samples about which the evaluation warns."""
+"""Shown with the primary metric of samples about which the evaluation warns."""
 
 
 def join(*parts: str) -> str:
-    """What stands beside a figure, in one text."""
+    """Remarks on a metric as one text."""
     return " · ".join(part for part in parts if part)
 
 

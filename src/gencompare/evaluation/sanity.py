@@ -104,8 +104,8 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
 def check_features(features: Tensor, real: Tensor) -> list[str]:
     """Warnings about features (n, d) that are the same for all samples, and not for as many ``real`` images (m, d).
 
-    A network's ReLU leaves some features at 0 for all images of one data set; that is no fault of the samples. Fewer
-    than `CONSTANT` of the others are rare features that these samples happen not to have.
+    A network's ReLU leaves some features at 0 for all images of one data set, which says nothing about the samples.
+    Fewer than `CONSTANT` of the others are rare features that these samples happen not to have.
     """
     varies = (real != real[0]).any(0)
     constant = int((features[:, varies] == features[0, varies]).all(0).sum())
@@ -120,7 +120,7 @@ CONSTANT = 0.25
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
-    """A warning if images (m, C, H, W) of the reference ``name`` have so many copies that neighbour metrics fail."""
+    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
     share = share_of_copies(reference, PRECISION_NEIGHBOURS)
     if share <= REPEATED:
         return []
@@ -225,7 +225,7 @@ def wrap_ratio(images: Tensor) -> tuple[float, float]:
 
 
 def share_of_copies(images: Tensor, at_least: int = 1) -> float:
-    """The share of images that have at least so many exact copies among the others."""
+    """The share of images that have at least that number of exact copies among the others."""
     keys = [hash(row.tobytes()) for row in images.cpu().contiguous().numpy()]
     counts = Counter(keys)
     return sum(counts[key] > at_least for key in keys) / len(keys)
