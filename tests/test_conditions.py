@@ -307,11 +307,12 @@ RUN = [
     "model.sampler.steps=10", "trainer=cpu", "logger=none", "callbacks.progress=false", "callbacks.looks.preview=50",
     "callbacks.looks.grid=9", "evaluation.n=150", "evaluation.protocol.likelihood_n=20",
     "evaluation.checkpoints=[last]", "budget.images=null", "trainer.global_batch_size=64", "model.bits=null",
+    "evaluation.extractors=[classifier]",
 ]  # fmt: skip
 
 
 def metrics(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    result = json.loads((folder / "record.json").read_text())["results"][0]
+    result = json.loads((folder / "record.json").read_text())["results"][-1]
     return result["metrics"], result["measurement"]
 
 
