@@ -137,6 +137,10 @@ BAR = 0.5
 """Of the patterns' own distance from their mean. Their mean is at 1, and a Gaussian fitted to all of them at 0.64."""
 
 
+STEPS = {"vae": 2000}
+"""Families that may need more than 1,200 steps: rounding differs between processors, and so does the way to the end."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_few_images_are_learned_by_heart(
     family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +158,7 @@ def test_a_few_images_are_learned_by_heart(
     monkeypatch.setattr("gencompare.tasks.train.build_callbacks", with_end)
     code = cli(
         f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.limit=4",
-        "trainer=cpu", "trainer.global_batch_size=8", "budget.steps=1200", "logger=none", "callbacks.looks.count=0",
+        "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}", "logger=none", "callbacks.looks.count=0",
         "callbacks.progress=false", "evaluation.checkpoints=[]", "hydra.run.dir=run",
     )  # fmt: skip
     if code:
