@@ -159,7 +159,8 @@ def test_a_few_images_are_learned_by_heart(
     code = cli(
         f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.limit=4",
         "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}",
-        "logger=none", "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.checkpoints=[]", "hydra.run.dir=run",
+        "logger=none", "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.checkpoints=[]",
+        "hydra.run.dir=run",
     )  # fmt: skip
     if code:
         pytest.fail(f"training ended with exit code {code}")
