@@ -29,6 +29,15 @@ def data_root() -> Path:
     pytest.skip("no real data sets here: set GENCOMPARE_DATA to the folder that holds them")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Decoded images and features of real images are computed once for all tests of this run of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["GENCOMPARE_CACHE"] = str(folder / "cache")
+    return folder / "cache"
+
+
 @pytest.fixture
 def double() -> Iterator[None]:
     """Tensors are of float64 unless they say otherwise: pytestmark = pytest.mark.usefixtures("double")."""

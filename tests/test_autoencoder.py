@@ -231,10 +231,7 @@ def test_the_distance_of_features_is_a_distance_whose_gradient_goes_to_the_image
 
 
 @pytest.mark.parametrize(("name", "least"), [("fashion_mnist", 0.7), ("cifar10", 0.35)])
-def test_the_shipped_networks_know_what_is_on_an_image(
-    name: str, least: float, data_root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    cache = tmp_path_factory.getbasetemp().parent / "decoded"
+def test_the_shipped_networks_know_what_is_on_an_image(name: str, least: float, data_root: Path, cache: Path) -> None:
     data = build_data(compose(f"data={name}", f"paths.data={data_root}", f"paths.cache={cache}"))
     network = perceptual_network(data.spec.shape[0])
     assert len(network.sha256) == 64

@@ -121,10 +121,7 @@ def reduced(name: str, *words: str) -> DictConfig:
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_takes_a_step_at_reduced_size(
-    name: str, data_root: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    cache = tmp_path_factory.getbasetemp().parent / "decoded"
+def test_every_experiment_takes_a_step_at_reduced_size(name: str, data_root: Path, tmp_path: Path, cache: Path) -> None:
     places = f"paths.data={data_root}", f"paths.cache={cache}"
     cfg = reduced(name, *places)
     data = once_built(cfg)

@@ -35,13 +35,6 @@ Read = Callable[[str, Path | None], ImageData]
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all workers, so that CIFAR-10 is decoded once."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "decoded"
-
-
-@pytest.fixture(scope="session")
 def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 random pictures of 8x8 in two classes."""
     folder = tmp_path_factory.mktemp("pictures")

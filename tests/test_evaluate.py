@@ -329,10 +329,11 @@ class Twice(nn.Module):
         return 2 * x.flatten(1)
 
 
-def test_the_default_protocol_measures_digits_by_two_networks() -> None:
+def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> None:
     data = Digits()
     baseline = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
-    result = evaluate(baseline, data)
+    protocol = Protocol(cache=cache)
+    result = evaluate(baseline, data, protocol)
     (second,) = result.also
     assert result.headline == "mmd_efficientnet_lite0" and second.measurement.extractor == "digits"
     primary = result.metrics[result.headline]
@@ -342,7 +343,7 @@ def test_the_default_protocol_measures_digits_by_two_networks() -> None:
     assert result.metrics["memorization"].value == pytest.approx(1, abs=0.1)
     assert result.metrics["bpd_density"].note.startswith("bound") and "bpd_density" not in second.metrics
     assert {"confident", "class_share_min"} <= second.metrics.keys()
-    copies = evaluate(stored_split(data.split("train").images[:500], data.spec), data)
+    copies = evaluate(stored_split(data.split("train").images[:500], data.spec), data, protocol)
     assert copies.metrics["memorization"].value == copies.metrics["authenticity"].value == 0
     assert copies.metrics[copies.headline].value < primary.interval[0]
 

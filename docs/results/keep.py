@@ -1,9 +1,8 @@
 """Keep what a run measured: its record and curve, without the places of the machine that it ran on.
 
-    python docs/results/keep.py RUN_FOLDER NAME
+    python docs/results/keep.py RUN_FOLDER FOLDER/NAME
 
-writes ``docs/results/NAME/record.json`` and ``curve.csv``, and pictures of its samples as ``docs/images/NAME.png``, and
-``NAME_2.png`` and so on where it was measured several times; none for one run of many (NAME is ``SWEEP/RUN``).
+writes ``docs/results/FOLDER/NAME/record.json`` and ``curve.csv``.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from table import RESULTS, Kept, picture_of  # type: ignore[import-not-found]
-
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
+
+RESULTS = Path(__file__).parent
 
 
 def keep(run: Path, name: str) -> None:
@@ -24,10 +23,6 @@ def keep(run: Path, name: str) -> None:
     record = RunRecord.load(run)
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
-    for k, (i, *_) in enumerate(Kept(record, []).ways):
-        samples = record.results[i].pictures.get("samples")
-        if samples and "/" not in name:
-            shutil.copyfile(run / samples, picture_of(name, k))
     record.name = Path(name).name
     record.pictures, record.checkpoints = {}, {}
     for result in record.results:
@@ -37,7 +32,8 @@ def keep(run: Path, name: str) -> None:
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder)
-    shutil.copyfile(run / "curve.csv", folder / "curve.csv")
+    if (run / "curve.csv").is_file():  # nothing was trained for others' images
+        shutil.copyfile(run / "curve.csv", folder / "curve.csv")
     print(f"Kept in {folder}.")
 
 
