@@ -140,8 +140,13 @@ BAR = 0.5
 STEPS = {"vae": 2000}
 """Families that may need more than 1,200 steps: rounding differs between processors, and so does the way to the end."""
 
+SLOW = {"vdm", "iddpm", "sde_subvp", "sde_ve"}
+"""Families that take up to a minute and a half, of the same class as others that stay in ``make test``."""
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in FAMILIES]
+)
 def test_a_few_images_are_learned_by_heart(
     family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

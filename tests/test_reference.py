@@ -94,7 +94,7 @@ def test_splits_can_be_joined() -> None:
     assert torch.equal(both.images[1147:], data.split("val").images)
     assert data.hash("train+val") not in (data.hash("train"), data.hash("val"))
     images = stored_split(data.split("test").images, data.spec)
-    result = evaluate(images, data, Protocol(reference="train+val", n=500))
+    result = evaluate(images, data, Protocol(extractors=(compact,), reference="train+val", n=500))
     assert (result.measurement.reference, result.measurement.reference_n) == ("train+val", 1297)
     with pytest.raises(UserError, match="no split 'train\\+tset'"):
         data.split("train+tset")

@@ -32,6 +32,7 @@ from gencompare.data.mnist import MNIST
 from gencompare.data.samples import read_samples
 from gencompare.errors import UserError
 from gencompare.evaluation.collapse import MIN_IMAGES, missing_modes
+from gencompare.evaluation.compact import compact
 from gencompare.evaluation.evaluate import Protocol, evaluate
 from gencompare.evaluation.quantize import as_stored, stored_split
 from gencompare.evaluation.sanity import (
@@ -238,13 +239,13 @@ def test_the_data_sets_own_levels_are_refused(digits: Images, dtype: torch.dtype
     with pytest.raises(UserError, match=r"data\.normalize\(images\)"):
         warnings(own.to(dtype), digits)
     with pytest.raises(UserError, match=r"data\.normalize\(images\)"):
-        evaluate(own.to(dtype), data)
+        evaluate(own.to(dtype), data, Protocol(extractors=(compact,)))
     assert warnings(data.normalize(own), digits) == []
 
 
 def test_the_data_sets_own_tensors_give_the_baseline_once_normalized() -> None:
     data = Digits()
-    result = evaluate(data.normalize(data.split("test").images), data)
+    result = evaluate(data.normalize(data.split("test").images), data, Protocol(extractors=(compact,)))
     metric = result.metrics[result.headline]
     assert metric.value == pytest.approx(metric.floor) and result.details["flags"] == []
 
