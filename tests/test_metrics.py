@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.evaluation.classes import class_shares, classifier_score, confident, label_accuracy
 from gencompare.evaluation.compact import compact
+from gencompare.evaluation.figures import distance_metric
 from gencompare.evaluation.flops import flops_per_image
 from gencompare.evaluation.frechet import Jackknife, Statistics, between, frechet_distance
 from gencompare.evaluation.kernel import Cubic, Gaussian, KernelReference, kernel_distance, kid
@@ -260,6 +262,14 @@ def test_intervals_cover_the_expectation(name: str) -> None:
         covered = ((intervals[:, 0] <= expected) & (expected <= intervals[:, 1])).mean()
         assert covered >= 0.88, metric
         assert (intervals[:, 1] - intervals[:, 0]).mean() < 1.6 * 3.92 * deviation, metric
+
+
+def test_a_distance_that_one_image_decides_says_so() -> None:
+    statistics, x = Statistics.of(normal(5000, 16, seed=5)), shifted_gaussians(500, 0)[:, :16]
+    assert distance_metric(Jackknife(x, statistics).distance).note == ""
+    x[0] *= 40
+    metric = distance_metric(Jackknife(x, statistics).distance, "a note")
+    assert re.fullmatch(r"a note; heavy tails: one image makes up (100|9\d)% of the variance", metric.note), metric
 
 
 def test_what_a_bootstrap_would_say_of_the_frechet_distance() -> None:

@@ -22,6 +22,8 @@ from gencompare.records import Metric
 Further = Mapping[str, Callable[[Tensor, Tensor], float]]
 """Metrics that a protocol adds, by name. One with a method ``estimate`` has an interval too."""
 
+HEAVY = 0.25
+"""Share of the variance of a distance that one image makes up, above which a note says so."""
 FEW_FOR_INFINITY = 3
 """Samples a feature below which the distance at infinity is too low by more than its interval."""
 
@@ -79,27 +81,28 @@ def distances(own: Features, reference: Reference, extractor: Extractor, *, erro
     frechet, kernel = extractor.frechet_name, extractor.kernel_name
     found: dict[str, Metric] = {}
     if reference.features is not None and len(own) > 2:
-        estimate = mmd(own.features, reference.kernel)
-        found[extractor.mmd_name] = Metric(estimate.value, "lower", interval=estimate.interval, unbiased=True)
+        found[extractor.mmd_name] = distance_metric(mmd(own.features, reference.kernel), unbiased=True)
         found[kernel] = cubic_distance(own.features, reference, kernel)
     statistics = reference.statistics
     if float(statistics.cov.diagonal().sum()) == 0:
         return found | {frechet: Metric(None, "lower", note="all reference images are alike")}
     few = f"{len(own)} images, {extractor.dim} features: mostly bias" if len(own) <= extractor.dim else ""
     jackknife = Jackknife(own.features, statistics)
-    found[frechet] = Metric(
-        jackknife.value, "lower", interval=jackknife.distance.interval if error and not few else None, note=few
-    )
+    found[frechet] = distance_metric(jackknife.distance if error and not few else Estimate(jackknife.value, None), few)
     if not few:
-        infinity = jackknife.infinity if error else None
-        low = len(own) < FEW_FOR_INFINITY * extractor.dim
-        found[f"{frechet}_infinity"] = Metric(
-            jackknife.value_at_infinity,
-            "lower",
-            interval=infinity and infinity.interval,
-            note="extrapolated" + (f"; too low, from under {FEW_FOR_INFINITY} images a feature" if low else ""),
-        )
+        enough = len(own) >= FEW_FOR_INFINITY * extractor.dim
+        low = "" if enough else f"too low, from under {FEW_FOR_INFINITY} images a feature"
+        infinity = jackknife.infinity if error else Estimate(jackknife.value_at_infinity, None)
+        found[f"{frechet}_infinity"] = distance_metric(infinity, "extrapolated", low)
     return found
+
+
+def distance_metric(estimate: Estimate, *notes: str, unbiased: bool = False) -> Metric:
+    """The metric of a distance and its interval; a note says so where one image decides both."""
+    share = estimate.largest_share
+    heavy = f"heavy tails: one image makes up {share:.0%} of the variance" if share > HEAVY else ""
+    note = "; ".join(filter(None, [*notes, heavy]))
+    return Metric(estimate.value, "lower", interval=estimate.interval, note=note, unbiased=unbiased)
 
 
 def cubic_distance(own: Tensor, reference: Reference, name: str) -> Metric:
@@ -107,9 +110,9 @@ def cubic_distance(own: Tensor, reference: Reference, name: str) -> Metric:
     assert reference.features is not None
     estimate = kernel_distance(own, reference.cubic)
     if name != "kid":
-        return Metric(estimate.value, "lower", interval=estimate.interval, unbiased=True)
+        return distance_metric(estimate, unbiased=True)
     mean, spread = kid(own, reference.features.features)
-    return Metric(mean, "lower", interval=estimate.interval, note=f"subsets +- {spread:.2g}", unbiased=True)
+    return distance_metric(replace(estimate, value=mean), f"subsets +- {spread:.2g}", unbiased=True)
 
 
 def further_metric(metric: Callable[[Tensor, Tensor], float], own: Tensor, reference: Tensor) -> Metric:
