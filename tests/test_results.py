@@ -17,8 +17,10 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
 """Each is one comparison: its records, and the page that shows them."""
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
-STUDIES = {"schedules", "twins", "averages"}
+STUDIES = {"ncsn", "schedules"}
 """Their models are no presets."""
+DATA_SETS = {"digits", "fashion_mnist"}
+"""Pages of all families on one data set."""
 
 
 def records(folder: str) -> list[RunRecord]:
@@ -71,8 +73,9 @@ def test_the_default_metric_ranks_every_page(folder: str) -> None:
     assert {record.results[0].headline for record in records(folder)} == {"mmd_efficientnet_lite0"}
 
 
-def test_every_family_of_fashion_mnist_has_the_same_seeds_and_images() -> None:
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if name in DATA_SETS])
+def test_a_page_of_families_has_all_of_them_with_the_same_seeds(folder: str) -> None:
     of_sweep = OmegaConf.load(conf_dir() / "sweep" / "families.yaml").hydra.sweeper.params.model.split(",")
-    runs = [(each.family, each.seed) for each in records("fashion_mnist") if each.config["budget"]["images"] == 40_000]
+    runs = [(each.family, each.seed) for each in records(folder) if "_half_" not in each.name]
     seeds = {seed for _, seed in runs}
     assert seeds and sorted(runs) == sorted((family, seed) for family in of_sweep for seed in seeds)
