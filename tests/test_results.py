@@ -49,9 +49,10 @@ def test_a_record_is_finished_and_names_no_folder_of_a_machine(name: str) -> Non
 @pytest.mark.parametrize("name", [name for name in RECORDS if name.split("/")[0] not in STUDIES])
 def test_a_record_is_of_its_preset_as_it_is_today(name: str) -> None:
     record = RunRecord.load(RECORDS[name])
-    experiment = f"{record.data}_{record.family}"
+    data = record.data["name"]
+    experiment = f"{data}_{record.family}"
     known = (conf_dir() / "experiment" / f"{experiment}.yaml").is_file()
-    words = [f"experiment={experiment}"] if known else [f"model={record.family}", f"data={record.data}"]
+    words = [f"experiment={experiment}"] if known else [f"model={record.family}", f"data={data}"]
     assert model_and_batch(OmegaConf.create(record.config)) == model_and_batch(compose(*words))
 
 

@@ -16,6 +16,8 @@ from gencompare.errors import UserError
 from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parent
+OF_THE_MACHINE = ("paths.", "hydra.", "logger=")
+"""Words of a command line that say where a run lies, and nothing of what it did."""
 
 
 def keep(run: Path, name: str) -> None:
@@ -28,6 +30,8 @@ def keep(run: Path, name: str) -> None:
     for result in record.results:
         result.pictures.clear()
     record.config.pop("out", None)
+    record.overrides = [word for word in record.overrides if not word.lstrip("+").startswith(OF_THE_MACHINE)]
+    record.config["command"] = record.overrides
     record.config = _without_places(record.config, record.config["paths"])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
