@@ -144,6 +144,8 @@ def build_trainer(
             # The budget ends training; validation is a look; some families need gradients when they sample.
             max_epochs=-1,
             limit_val_batches=0,
+            # `Curve` logs means over steps, with images and seconds; ``self.log`` serves other callbacks.
+            log_every_n_steps=0,
             inference_mode=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from gencompare.checkpoint_files import read_checkpoint
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
@@ -37,7 +38,7 @@ from gencompare.tasks.processes import JOB, children_of, several_processes, wait
 from gencompare.tasks.show import described, print_config, print_end
 from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
 from gencompare.tasks.sweep import LOCK
-from gencompare.training.checkpoints import Checkpoints, load_checkpoint
+from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import Clock
 from gencompare.training.loggers import abandon, finish
 from gencompare.training.looks import Looks
@@ -59,7 +60,7 @@ def train(cfg: DictConfig) -> None:
     if not resumed and rank_zero_only.rank == 0:
         refuse_second_run(folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    stored = load_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
+    stored = read_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
     cfg = first_stage.adopted(cfg)
     data = build_data(cfg)
     data.setup()
@@ -156,7 +157,7 @@ def recorded(folder: Path) -> Iterator[None]:
 def check_optimizer(model: TrainedModel) -> None:
     """Raises `UserError` where the optimiser does not take its settings."""
     try:
-        model.configure_optimizers()
+        model.optimizers_of_players()
     except (TypeError, ValueError) as error:
         raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
 

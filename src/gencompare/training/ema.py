@@ -11,11 +11,10 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
+from gencompare.checkpoint_files import AVERAGED
 from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
 from gencompare.training.clock import clock_of
-
-CHECKPOINT_KEY = "ema"
 
 
 class EMA(Callback):
@@ -66,10 +65,10 @@ class EMA(Callback):
             swap(pl_module, self.average)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint[CHECKPOINT_KEY] = self.average
+        checkpoint[AVERAGED] = self.average
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        stored = checkpoint.get(CHECKPOINT_KEY, {})
+        stored = checkpoint.get(AVERAGED, {})
         if set(stored) != set(self.average):
             raise UserError("The checkpoint's averaged weights do not fit the model: it is of another configuration.")
         self.average = dict(stored)
