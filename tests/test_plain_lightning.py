@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
+import gencompare
 from composing import compose, options
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.digits import Digits
@@ -111,6 +113,7 @@ def test_averaged_weights_are_what_a_checkpoint_gives_back(tmp_path: Path) -> No
     for name, value in average.average.items():
         assert torch.equal(loaded.state_dict()[name], value)
         assert value.numel() == 1 or not torch.equal(model.state_dict()[name], value)
+    assert average.step == 4
 
 
 def test_a_closed_form_family_ends_training_by_itself(tmp_path: Path) -> None:
@@ -140,3 +143,36 @@ def test_batches_of_every_usual_form_are_taken(form: str) -> None:
 def test_a_batch_of_another_form_is_refused(batch: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_of("ddpm").training_step(batch, 0)
+
+
+def test_the_script_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for fewer steps."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    script = readme.partition("### From your own code")[2].partition("```python\n")[2].partition("```")[0]
+    assert script and len(script.splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    exec(
+        compile(
+            re.sub(
+                r"val_check_interval=\d+", "val_check_interval=1", re.sub(r"max_steps=[\d_]+", "max_steps=2", script)
+            ),
+            "README.md",
+            "exec",
+        ),
+        {},
+    )
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_config_composed_in_python_trains(tmp_path: Path) -> None:
+    cfg = gencompare.compose(
+        "model=flow", "trainer=cpu", "budget=steps", "budget.steps=2", "logger=none", "callbacks.looks.count=0",
+        "evaluation.checkpoints=[]", folder=tmp_path / "run",
+    )  # fmt: skip
+    gencompare.train(cfg)
+    run = gencompare.load_run(tmp_path / "run")
+    assert run.record.state == "finished" and run.record.overrides[0] == "model=flow"
+    again = gencompare.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert isinstance(run.model, GenerativeModel) and isinstance(again, GenerativeModel)
+    one, other = (model.sample(2, generator=generator("cpu", 0)) for model in (run.model, again))
+    assert torch.equal(one, other)

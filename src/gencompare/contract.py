@@ -285,7 +285,7 @@ class TrainedModel(pl.LightningModule):
     @property
     def attached(self) -> bool:
         """Whether a Trainer runs this model."""
-        return self._trainer is not None
+        return isinstance(self._trainer, pl.Trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One step on a batch (`unpacked` has its forms): logs every metric of `fit_batch` as ``train/<name>``."""
@@ -341,7 +341,7 @@ class TrainedModel(pl.LightningModule):
             return None
         rule = self.lr_schedule
         if rule is None:
-            return optimizers
+            return optimizers if len(optimizers) > 1 else optimizers[0]
 
         def factor(step: int) -> float:
             return rule(step, self.progress)
@@ -424,3 +424,7 @@ class GenerativeModel(TrainedModel):
     def counted_networks(self) -> dict[str, nn.Module]:
         """The networks whose calls are counted while sampling (NFE), by name."""
         return {}
+
+
+load_from_checkpoint = TrainedModel.load_from_checkpoint
+"""The model of a checkpoint, of whatever family it is."""

@@ -90,9 +90,9 @@ class Gaussian(GenerativeModel):
         assert train is not None
         return (unpacked(b, self.spec) for b in train), val and (unpacked(b, self.spec) for b in val)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def optimizers_of_players(self) -> list[torch.optim.Optimizer]:
         """One that changes nothing: its step tells the Trainer that there was one."""
-        return torch.optim.SGD(self.parameters(), lr=0.0)
+        return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """None: what was fitted in one step has no past to average."""

@@ -51,6 +51,8 @@ def train(cfg: DictConfig) -> None:
     Where another job of a sweep has trained just that (in ``cfg.trained_in``), evaluate its run as ``cfg`` says.
     Everything that can be found wrong is found before the folder is written to, and before time is spent.
     """
+    if "out" not in cfg:
+        raise UserError('This config names no run folder: make it with gencompare.compose("model=ddpm", ...).')
     if cfg.get("trained_in"):
         check_choice(cfg.evaluation.checkpoints)
         measure_trained(cfg)
