@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial, reduce
 from importlib import import_module
 from types import FunctionType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class KeepsArguments:
 
     _arguments: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> KeepsArguments:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         # A copy is made without arguments, and takes over the attributes of the original.
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)

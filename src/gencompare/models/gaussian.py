@@ -83,7 +83,7 @@ class Gaussian(GenerativeModel):
 
     def _whole_splits(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
         """The batches of the training and the validation split, each once: training batches may have no end."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "batches"):
             return data.batches("train"), data.batches("val")
         train, val = self.trainer.train_dataloader, self.trainer.val_dataloaders
