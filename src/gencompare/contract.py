@@ -326,7 +326,9 @@ class TrainedModel(pl.LightningModule):
     def _log(self, metrics: Mapping[str, Tensor], stage: str, batch_size: int) -> None:
         if self.attached:
             named = {f"{stage}/{name}": value.detach().float() for name, value in metrics.items()}
-            self.log_dict(named, batch_size=batch_size, sync_dist=stage != "train")
+            # Where the callbacks of a run set the draws, `Curve` logs means over many steps.
+            logger = stage != "train" or self.draws is None
+            self.log_dict(named, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
 
     def optimizers_of_players(self) -> list[torch.optim.Optimizer]:
         """The optimisers in the order in which `fit_batch` uses them; none of a model that is fitted in closed form."""

@@ -30,6 +30,7 @@ from gencompare.tasks.build import (
     build_model,
     build_protocol,
     build_trainer,
+    check_trainer_settings,
 )
 from gencompare.tasks.environment import environment
 from gencompare.tasks.evaluate import measure, measure_trained
@@ -57,6 +58,7 @@ def train(cfg: DictConfig) -> None:
         check_choice(cfg.evaluation.checkpoints)
         measure_trained(cfg)
         return
+    check_trainer_settings(cfg)
     folder = Path(cfg.out)
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
