@@ -66,13 +66,14 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
     assert all(torch.isfinite(value) for value in logged.values())
     again: dict[str, Any] = {"datamodule": Digits()} if own else {"dataloaders": pairs(32)}
     assert run.validate(model, verbose=False, **again)[0], "metrics"
+    predicted = run.predict(model, **again)
+    assert predicted and torch.isfinite(predicted[0]).all()
+    assert predicted[0].shape[1:] == ((10,) if "classifier" in family else model.spec.shape)
     loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt")
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     if isinstance(model, GenerativeModel):
         assert isinstance(loaded, GenerativeModel)
-        samples = run.predict(model, **again)
-        assert samples is not None and samples[0].shape[1:] == model.spec.shape
         one, other = (each.eval().sample(4, generator=generator("cpu", 1)) for each in (model, loaded))
         assert torch.equal(one, other)
 

@@ -173,7 +173,7 @@ class TrainedModel(pl.LightningModule):
     """What the trainer needs of a model, generative or not.
 
     A model with one optimiser writes ``losses``; the rest has a default. One that optimises by hand (a GAN) or in
-    closed form overrides ``training_step``.
+    closed form overrides ``fit_batch``. It works under any Trainer, with batches of any usual form (`unpacked`).
 
     Args:
         spec: shape, classes and levels of the data.
@@ -235,7 +235,7 @@ class TrainedModel(pl.LightningModule):
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         """Per-sample figures (n,), of which ``loss`` is minimised; the rest is logged."""
-        raise NotImplementedError(f"{type(self).__name__} writes neither losses() nor training_step()")
+        raise NotImplementedError(f"{type(self).__name__} writes neither losses() nor fit_batch()")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -316,6 +316,15 @@ class TrainedModel(pl.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As `validation_step`, as ``test/<name>``."""
         self._evaluation_step(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Reconstructions of a batch, or logits; samples of a model that draws them."""
+        x, cond = unpacked(batch, self.spec)
+        if isinstance(self, Classifies):
+            return self.logits(x)
+        if isinstance(self, Reconstructs):
+            return self.reconstruct(x, self.used(cond), generator=generator(x.device, "predict", batch_idx))
+        raise UserError(f"{type(self).__name__} neither draws, classifies nor reconstructs images: nothing to predict.")
 
     def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
         x, cond = unpacked(batch, self.spec)
