@@ -87,8 +87,8 @@ def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> 
         def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
             used.append(optimizer.param_groups[0]["lr"])
 
-    players = len(model.optimizers_of_players())
-    base = model.optimizers_of_players()[0].param_groups[0]["lr"]
+    players = len(model.build_optimizers())
+    base = model.build_optimizers()[0].param_groups[0]["lr"]
     steps = 10
     trainer(tmp_path, Watch(), max_steps=steps * players, limit_val_batches=0).fit(model, Digits(batch_size=16))
     assert model.lr_schedule is not None

@@ -134,7 +134,7 @@ class AddsNoise(Protocol):
         ...
 
 
-def unpacked(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
+def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
     """Images (n, C, H, W), float in [-1, 1], and their conditions, of a batch in any of the usual forms.
 
     ``x`` alone; ``(x, y)`` with class indices y (n,), or with a mapping of conditions in place of y; a mapping with the
@@ -173,7 +173,7 @@ class TrainedModel(pl.LightningModule):
     """What the trainer needs of a model, generative or not.
 
     A model with one optimiser writes ``losses``; the rest has a default. One that optimises by hand (a GAN) or in
-    closed form overrides ``fit_batch``. It works under any Trainer, with batches of any usual form (`unpacked`).
+    closed form overrides ``fit_batch``. It works under any Trainer, with batches of any usual form (`unpack_batch`).
 
     Args:
         spec: shape, classes and levels of the data.
@@ -288,8 +288,8 @@ class TrainedModel(pl.LightningModule):
         return isinstance(self._trainer, pl.Trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """One step on a batch (`unpacked` has its forms): logs every metric of `fit_batch` as ``train/<name>``."""
-        x, cond = unpacked(batch, self.spec)
+        """One step on a batch (`unpack_batch` has its forms): logs every metric of `fit_batch` as ``train/<name>``."""
+        x, cond = unpack_batch(batch, self.spec)
         draws = self.draws or Draws.whole(default_generator(x.device), len(x))
         metrics = self.fit_batch(x, self.used(cond), draws)
         self._log(metrics, "train", len(x))
@@ -319,7 +319,7 @@ class TrainedModel(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Reconstructions of a batch, or logits; samples of a model that draws them."""
-        x, cond = unpacked(batch, self.spec)
+        x, cond = unpack_batch(batch, self.spec)
         if isinstance(self, Classifies):
             return self.logits(x)
         if isinstance(self, Reconstructs):
@@ -327,7 +327,7 @@ class TrainedModel(pl.LightningModule):
         raise UserError(f"{type(self).__name__} neither draws, classifies nor reconstructs images: nothing to predict.")
 
     def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
-        x, cond = unpacked(batch, self.spec)
+        x, cond = unpack_batch(batch, self.spec)
         draws = Draws.whole(generator(x.device, stage, batch_idx), len(x))
         metrics = {name: value.mean() for name, value in self.validation_figures(x, cond, draws).items()}
         self._log(metrics, stage, len(x))
@@ -339,7 +339,7 @@ class TrainedModel(pl.LightningModule):
             logger = stage != "train" or self.draws is None
             self.log_dict(named, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
 
-    def optimizers_of_players(self) -> list[torch.optim.Optimizer]:
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimisers in the order in which `fit_batch` uses them; none of a model that is fitted in closed form."""
         if self.optimizer_factory is None:
             return []
@@ -347,7 +347,7 @@ class TrainedModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimisers, each with the learning-rate schedule of the model, stepped after every training step."""
-        optimizers = self.optimizers_of_players()
+        optimizers = self.build_optimizers()
         if not optimizers:
             return None
         rule = self.lr_schedule
@@ -414,7 +414,7 @@ class GenerativeModel(TrainedModel):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """As many samples as the batch has images, of the same conditions."""
-        x, cond = unpacked(batch, self.spec)
+        x, cond = unpack_batch(batch, self.spec)
         # Some families need gradients to sample, and Lightning predicts in inference mode.
         with torch.inference_mode(False):
             cond = {name: value.clone() for name, value in self.used(cond).items()}

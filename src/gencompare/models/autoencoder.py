@@ -141,7 +141,7 @@ class Autoencoder(TrainedModel):
     def trained_against(self) -> list[str]:
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
-    def optimizers_of_players(self) -> list[torch.optim.Optimizer]:
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """The coder's, and the discriminator's where there is one."""
         assert self.optimizer_factory is not None
         players = [self.coder, *([] if self.discriminator is None else [self.discriminator])]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, TrainedModel, unpacked
+from gencompare.contract import Cond, DataSpec, TrainedModel, unpack_batch
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
@@ -70,7 +70,7 @@ class Classifier(TrainedModel):
             return data.normalize(data.training[slice(n)].images)
         found: list[Tensor] = []
         for batch in self.trainer.train_dataloader or []:
-            found.append(unpacked(batch, self.spec)[0])
+            found.append(unpack_batch(batch, self.spec)[0])
             if sum(map(len, found)) >= n:
                 break
         return torch.cat(found)

@@ -136,7 +136,7 @@ class GAN(GenerativeModel):
         fakes = self.generate(draws.normal((self.latent_dim,)), cond)
         return {"d_held_out": self.score(x, cond, draws), "d_fake": self.score(fakes, cond, draws)}
 
-    def optimizers_of_players(self) -> list[torch.optim.Optimizer]:
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """The discriminator's and the generator's."""
         assert self.optimizer_factory is not None
         return [self.optimizer_factory(player.parameters()) for player in (self.discriminator, self.generator)]

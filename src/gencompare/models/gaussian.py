@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood, unpacked
+from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood, unpack_batch
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
@@ -88,9 +88,9 @@ class Gaussian(GenerativeModel):
             return data.batches("train"), data.batches("val")
         train, val = self.trainer.train_dataloader, self.trainer.val_dataloaders
         assert train is not None
-        return (unpacked(b, self.spec) for b in train), val and (unpacked(b, self.spec) for b in val)
+        return (unpack_batch(b, self.spec) for b in train), val and (unpack_batch(b, self.spec) for b in val)
 
-    def optimizers_of_players(self) -> list[torch.optim.Optimizer]:
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """One that changes nothing: its step tells the Trainer that there was one."""
         return [torch.optim.SGD(self.parameters(), lr=0.0)]
 

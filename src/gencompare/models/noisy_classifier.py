@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, TrainedModel, unpacked
+from gencompare.contract import Cond, DataSpec, TrainedModel, unpack_batch
 from gencompare.diffusion.noise_conditioning import LogSNR, NoiseConditioning
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
@@ -58,7 +58,7 @@ class NoisyClassifier(TrainedModel):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits (n, num_classes) of images without noise."""
-        x, _ = unpacked(batch, self.spec)
+        x, _ = unpack_batch(batch, self.spec)
         return self(x, x.new_tensor(self.schedule.t_min))
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ def recorded(folder: Path) -> Iterator[None]:
 def check_optimizer(model: TrainedModel) -> None:
     """Raises `UserError` where the optimiser does not take its settings."""
     try:
-        model.optimizers_of_players()
+        model.build_optimizers()
     except (TypeError, ValueError) as error:
         raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
 

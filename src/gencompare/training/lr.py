@@ -51,7 +51,7 @@ class LearningRate(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainedModel)
-        for optimizer, like in zip(trainer.optimizers, pl_module.optimizers_of_players(), strict=True):
+        for optimizer, like in zip(trainer.optimizers, pl_module.build_optimizers(), strict=True):
             for group, settings in zip(optimizer.param_groups, like.param_groups, strict=True):
                 group.update({name: value for name, value in settings.items() if name != "params"})
                 group["initial_lr"] = settings["lr"]
