@@ -170,8 +170,7 @@ def test_a_config_composed_in_python_trains(tmp_path: Path) -> None:
         "model=flow", "trainer=cpu", "budget=steps", "budget.steps=2", "logger=none", "callbacks.looks.count=0",
         "evaluation.checkpoints=[]", folder=tmp_path / "run",
     )  # fmt: skip
-    gencompare.train(cfg)
-    run = gencompare.load_run(tmp_path / "run")
+    run = gencompare.train(cfg)
     assert run.record.state == "finished" and run.record.overrides[0] == "model=flow"
     again = gencompare.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert isinstance(run.model, GenerativeModel) and isinstance(again, GenerativeModel)

@@ -17,16 +17,15 @@ _LAZY = {
     "evaluate": "gencompare.evaluation.evaluate",
     "load_from_checkpoint": "gencompare.contract",
     "load_run": "gencompare.tasks.load",
-    "train": "gencompare.tasks.train",
+    "train": "gencompare.tasks.compose",
 }
 __all__ = ["EMA", "__version__", "build", "compose", "evaluate", "load_from_checkpoint", "load_run", "train"]
 
 if TYPE_CHECKING:
     from gencompare.contract import load_from_checkpoint
     from gencompare.evaluation.evaluate import evaluate
-    from gencompare.tasks.compose import build, compose
+    from gencompare.tasks.compose import build, compose, train
     from gencompare.tasks.load import load_run
-    from gencompare.tasks.train import train
     from gencompare.training.ema import EMA
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gencompare.contract import TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.paths import conf_dir
+from gencompare.tasks import train as tasks_train
 from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.frozen import thaw
+from gencompare.tasks.load import Run, load_run
+from gencompare.tasks.processes import alone_again
 
 
 def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> DictConfig:
@@ -33,7 +37,7 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
     words = [*overrides, *([f"hydra.searchpath=[file://{Path(extra).absolute()}]"] if extra else [])]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         whole = hydra_compose("config", overrides=[*words, "hydra.job.num=0"], return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)
+        HydraConfig.instance().set_config(copy.deepcopy(whole))
         OmegaConf.set_readonly(whole.hydra, False)
         with open_dict(whole):
             whole.hydra.runtime.output_dir = str(folder or whole.hydra.run.dir)
@@ -47,3 +51,12 @@ def build(cfg: DictConfig) -> tuple[ImageData, TrainedModel]:
     """The datamodule and the untrained model of a config; the model's first weights are a function of ``cfg.seed``."""
     data = build_data(cfg)
     return data, build_model(cfg, data)
+
+
+def train(cfg: DictConfig) -> Run:
+    """Train and evaluate the model of a config of `compose`, as ``python run.py`` does; returns the finished run."""
+    try:
+        tasks_train.train(cfg)
+    finally:
+        alone_again()
+    return load_run(cfg.out)
