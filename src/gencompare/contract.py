@@ -15,12 +15,11 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
 from gencompare.checkpoint_files import AVERAGED, read_checkpoint
 from gencompare.errors import UserError
-from gencompare.hyperparameters import as_config, as_path, from_config, object_at
+from gencompare.hyperparameters import as_config, as_path, constructor_arguments, from_config, object_at
 from gencompare.seeds import Draws, default_generator, generator
 
 Cond = Mapping[str, Tensor]
@@ -218,10 +217,9 @@ class TrainedModel(pl.LightningModule):
         self.draws: Draws | None = None
         """Random numbers of the current step where a callback (`Clock`) sets them; None: the global generator's."""
         self._progress: float | None = None
-        given: dict[str, Any] = {}
-        for arguments in collect_init_args(inspect.currentframe(), [], classes=(pl.LightningModule,)):  # type: ignore[arg-type]
-            given.update(arguments)  # of this constructor, then of those of the subclasses
-        self.save_hyperparameters({"_target_": as_path(type(self)), **as_config(given)}, logger=False)
+        given = constructor_arguments(self, inspect.currentframe())
+        # Plain data, so that a checkpoint needs no unpickling (`save_hyperparameters` would keep the objects).
+        self.hparams.update({"_target_": as_path(type(self)), **as_config(given)})
 
     @property
     def step_kind(self) -> str:

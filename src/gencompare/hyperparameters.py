@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial, reduce
 from importlib import import_module
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any, Self
 
 from torch import Tensor
@@ -35,6 +35,16 @@ class KeepsArguments:
         bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
         object.__setattr__(self, "_arguments", dict(list(bound.arguments.items())[1:]))
         return self
+
+
+def constructor_arguments(instance: object, frame: FrameType | None) -> dict[str, Any]:
+    """The arguments of the constructor of ``instance`` that runs in ``frame``, and of its subclasses' around it."""
+    found: dict[str, Any] = {}
+    while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is instance:
+        names, _, keywords, values = inspect.getargvalues(frame)
+        found |= {name: values[name] for name in names if name != "self"} | (values[keywords] if keywords else {})
+        frame = frame.f_back
+    return {name: value for name, value in found.items() if not name.startswith("__")}
 
 
 def as_config(value: Any) -> Any:
