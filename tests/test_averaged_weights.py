@@ -119,7 +119,7 @@ def test_raw_weights_in_place_of_the_average_break_the_law(
 ) -> None:
     trainer, model, folder = trained
     assert loaded_error(folder, "raw") > CLOSE, "asked for"
-    monkeypatch.setattr(load, "CHECKPOINT_KEY", "average")  # the name of nothing in a checkpoint
+    monkeypatch.setattr(load, "AVERAGED", "average")  # the name of nothing in a checkpoint
     assert loaded_error(folder) > CLOSE, "a bug in loading"
     monkeypatch.setattr(EMA, "averaged", lambda self, model: nullcontext())
     assert looked_error(trainer, model) > CLOSE, "a bug in looking"

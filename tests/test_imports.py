@@ -39,7 +39,8 @@ def violations(path: Path) -> set[str]:
             bad |= touches(names, {"gencompare.tasks"})
     own = {name for name in names if name.startswith("gencompare.")}
     if room in ("networks", "diffusion"):
-        allowed = {f"gencompare.{room}", "gencompare.errors", "gencompare.seeds", "gencompare.contract.Cond"}
+        shared = {"gencompare.errors", "gencompare.seeds", "gencompare.hyperparameters"}
+        allowed = {f"gencompare.{room}", "gencompare.contract.Cond"} | shared
         bad |= own - touches(own, allowed) - {"gencompare.contract"}
         bad |= touches(names, {"pytorch_lightning", "torchmetrics", "torchvision"})
     if room == "models":

@@ -39,8 +39,7 @@ def facts(cfg: Any, said: Mapping[str, Any]) -> dict[str, Any]:
     """The same of the experiment as is ``said`` of its source."""
     model = built(cfg)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    optimizers = model.configure_optimizers()  # of a GAN two alike
-    optimizer = (optimizers[0] if isinstance(optimizers, list) else optimizers).param_groups[0]
+    optimizer = model.build_optimizers()[0].param_groups[0]  # of a GAN two alike
     schedule, sampler = getattr(model, "schedule", None), getattr(model, "sampler", None)
     ends = None
     if schedule is not None:

@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"evaluate": "gencompare.evaluation.evaluate", "load_run": "gencompare.tasks.load"}
-__all__ = ["__version__", "evaluate", "load_run"]
+_LAZY = {
+    "EMA": "gencompare.training.ema",
+    "build": "gencompare.tasks.compose",
+    "compose": "gencompare.tasks.compose",
+    "evaluate": "gencompare.evaluation.evaluate",
+    "load_from_checkpoint": "gencompare.contract",
+    "load_run": "gencompare.tasks.load",
+    "train": "gencompare.tasks.compose",
+}
+__all__ = ["EMA", "__version__", "build", "compose", "evaluate", "load_from_checkpoint", "load_run", "train"]
 
 if TYPE_CHECKING:
+    from gencompare.contract import load_from_checkpoint
     from gencompare.evaluation.evaluate import evaluate
+    from gencompare.tasks.compose import build, compose, train
     from gencompare.tasks.load import load_run
+    from gencompare.training.ema import EMA
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,14 @@ def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(derive(*parts))
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """Torch's own generator on ``device``, which ``torch.manual_seed`` and Lightning's ``seed_everything`` seed."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
 @dataclass(frozen=True)
 class Draws:
     """Random numbers for the rows of the global batch that this process holds.

@@ -11,8 +11,8 @@ from gencompare.compare import words
 from gencompare.compare.gather import Run
 
 NOT_SETTINGS = (
-    "out", "command", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights", "format",
-    "task", "paths", "logger", "family", "choices.model", "data.root", "data.cache", "hydra",
+    "out", "tags", "command", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights",
+    "format", "task", "paths", "logger", "family", "choices.model", "data.root", "data.cache", "hydra",
 )  # fmt: skip
 """What a config holds of places and of the task in hand: it differs between runs and changes no figure."""
 

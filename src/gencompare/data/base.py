@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 import pytorch_lightning as pl
 import torch
@@ -166,3 +167,28 @@ class ImageData(pl.LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         return TrainStream(self, start_step=self.start_step, rank=rank, world=world, device=device)
+
+    def val_dataloader(self) -> SplitLoader:
+        return SplitLoader(self, "val")
+
+    def test_dataloader(self) -> SplitLoader:
+        return SplitLoader(self, "test")
+
+    def predict_dataloader(self) -> SplitLoader:
+        return SplitLoader(self, "test")
+
+
+class SplitLoader:
+    """One pass over a split in its fixed order, in batches of ``eval_batch_size``; each process gets its own."""
+
+    def __init__(self, data: ImageData, name: str) -> None:
+        self.data, self.name = data, name
+        trainer = data.trainer
+        self.rank, self.world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def __len__(self) -> int:
+        batches = -(-len(self.data.split(self.name)) // self.data.eval_batch_size)
+        return len(range(self.rank, batches, self.world))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
+        return islice(self.data.batches(self.name), self.rank, None, self.world)

@@ -78,10 +78,8 @@ class Autoencoder(TrainedModel):
     def step_kind(self) -> str:
         return "adversarial" if self.discriminator is not None and self.progress >= self.adversarial_after else ""
 
-    def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
-        x = batch[0]
-        assert self.draws is not None, "the trainer's clock sets the draws of a step"
-        again, figures = self.coder(x, self.draws)
+    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        again, figures = self.coder(x, draws)
         figures = self._likeness(x, again) | figures
         loss = figures["loss"] = (figures["loss"] + figures["penalty"]).mean()
         if self.discriminator is None or not self.step_kind:
@@ -143,7 +141,7 @@ class Autoencoder(TrainedModel):
     def trained_against(self) -> list[str]:
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """The coder's, and the discriminator's where there is one."""
         assert self.optimizer_factory is not None
         players = [self.coder, *([] if self.discriminator is None else [self.discriminator])]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, TrainedModel
+from gencompare.contract import Cond, DataSpec, TrainedModel, unpack_batch
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
@@ -61,9 +61,19 @@ class Classifier(TrainedModel):
     def on_train_start(self) -> None:
         # A run that is resumed has this layer in its checkpoint.
         if self.global_step == 0 and hasattr(self.net, "whiten"):
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            images = data.training[slice(WHITENED)].images
-            self.net.whiten(data.normalize(images).to(self.device))
+            self.net.whiten(self._first_images(WHITENED).to(self.device))
+
+    def _first_images(self, n: int) -> Tensor:
+        """Training images (n, C, H, W) at least, or as many as there are."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "training"):
+            return data.normalize(data.training[slice(n)].images)
+        found: list[Tensor] = []
+        for batch in self.trainer.train_dataloader or []:
+            found.append(unpack_batch(batch, self.spec)[0])
+            if sum(map(len, found)) >= n:
+                break
+        return torch.cat(found)
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         label = cond["label"]

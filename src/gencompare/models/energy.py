@@ -118,9 +118,8 @@ class EBM(GenerativeModel):
 
     # Training
 
-    def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
-        x, label, draws = batch[0], self.label(self.used(batch[1])), self.draws
-        assert draws is not None, "the trainer's clock sets the draws of a step"
+    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        label = self.label(cond)
         self.last_good.begin(self)
         real = self._held(x + self.data_noise * draws.normal(x.shape[1:]).to(x))
         chains = self._chains(label, draws)

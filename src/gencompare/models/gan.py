@@ -79,9 +79,8 @@ class GAN(GenerativeModel):
         shown = x if self.augmentation is None else self.augmentation(x, draws)
         return self.discriminator(shown, self.label(cond)).float()
 
-    def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
-        assert self.draws is not None, "the trainer's clock sets the draws of a step"
-        parts = list(self._parts(batch[0], self.used(batch[1]), self.draws))
+    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        parts = list(self._parts(x, cond, draws))
         figures: dict[str, Tensor] = {}
         for part in parts:
             figures = self._discriminator_step(*part)
@@ -137,7 +136,7 @@ class GAN(GenerativeModel):
         fakes = self.generate(draws.normal((self.latent_dim,)), cond)
         return {"d_held_out": self.score(x, cond, draws), "d_fake": self.score(fakes, cond, draws)}
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """The discriminator's and the generator's."""
         assert self.optimizer_factory is not None
         return [self.optimizer_factory(player.parameters()) for player in (self.discriminator, self.generator)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
+from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood, unpack_batch
 from gencompare.errors import UserError
 from gencompare.seeds import Draws
 
@@ -72,13 +72,27 @@ class Gaussian(GenerativeModel):
 
     # Fitting
 
-    def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> None:
-        """The first step, which is the only one, fits the whole training split."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.fit_to(data.batches("train"), data.batches("val"))
+    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        """The first step, which is the only one, fits the whole training split and ends training."""
+        self.fit_to(*self._whole_splits())
+        self.trainer.should_stop = True
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.step()
+        return {"loss": self.bits_per_dim(x, cond).mean().float()}
 
-    def configure_optimizers(self) -> None:
-        return None
+    def _whole_splits(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
+        """The batches of the training and the validation split, each once: training batches may have no end."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "batches"):
+            return data.batches("train"), data.batches("val")
+        train, val = self.trainer.train_dataloader, self.trainer.val_dataloaders
+        assert train is not None
+        return (unpack_batch(b, self.spec) for b in train), val and (unpack_batch(b, self.spec) for b in val)
+
+    def build_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One that changes nothing: its step tells the Trainer that there was one."""
+        return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """None: what was fitted in one step has no past to average."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, TrainedModel
+from gencompare.contract import Cond, DataSpec, TrainedModel, unpack_batch
 from gencompare.diffusion.noise_conditioning import LogSNR, NoiseConditioning
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
@@ -55,6 +55,11 @@ class NoisyClassifier(TrainedModel):
         at = self.schedule.at(t, x_t)
         noise = self.noise(t, at).to(x_t.dtype).expand(len(x_t))
         return self.network(x_t / (at.alpha**2 + at.sigma**2).sqrt(), noise)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits (n, num_classes) of images without noise."""
+        x, _ = unpack_batch(batch, self.spec)
+        return self(x, x.new_tensor(self.schedule.t_min))
 
     def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
         t = self.times(self.schedule, draws)

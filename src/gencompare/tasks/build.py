@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +22,9 @@ from gencompare.data.base import ImageData
 from gencompare.data.conditions import Conditioned
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import Protocol
+from gencompare.paths import conf_dir
 from gencompare.seeds import derive
+from gencompare.tasks.checks import check_trainer
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from gencompare.training.clock import Clock
@@ -92,9 +96,43 @@ def build_callbacks(
         GracefulStop(),
         Curve(options.curve.every),
         *looks,
+        *further_callbacks(options),
         *([ProgressLine()] if options.progress else []),
         Checkpoints(folder / "checkpoints", options.checkpoints.every_minutes),
     ]
+
+
+def further_callbacks(options: DictConfig) -> list[pl.Callback]:
+    """Those of the user: ``+callbacks.NAME._target_=CLASS``, or ``+callbacks.NAME=OPTION`` of conf/callbacks."""
+    found = []
+    for name, chosen in options.items():
+        described = OmegaConf.load(callback_option(str(name), chosen)) if isinstance(chosen, str) else chosen
+        if isinstance(described, DictConfig) and "_target_" in described:
+            callback = built(f"callbacks.{name}", described)
+            if not isinstance(callback, pl.Callback):
+                raise UserError(f"callbacks.{name}: {described._target_} is no callback of Lightning.")
+            found.append(callback)
+    return found
+
+
+def built(place: str, described: DictConfig, **more: Any) -> Any:
+    """What ``described`` describes. Raises `UserError` where its class is not found or refuses its arguments."""
+    try:
+        return instantiate(described, _convert_="all", **more)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while following := cause.__cause__ or cause.__context__:
+            cause = following
+        raise UserError(f"{place}={described._target_}: {' '.join(str(cause).split())}.") from error
+
+
+def callback_option(name: str, option: str) -> Path:
+    """The file of an option of conf/callbacks."""
+    path = conf_dir() / "callbacks" / f"{option}.yaml"
+    if not path.is_file():
+        options = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml") if each.stem != "default"))
+        raise UserError(f"callbacks.{name}={option}: there is no such option. Choose from {options}.")
+    return path
 
 
 def build_budget(cfg: DictConfig) -> Budget:
@@ -105,9 +143,26 @@ def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int
     """The loggers of ``cfg.logger``; W&B gets one run a job, grouped by sweep."""
     common = {
         "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
-        "start_step": start_step,
+        "start_step": start_step, "tags": list(cfg.get("tags") or []),
     }  # fmt: skip
-    return [instantiate(options, _partial_=True)(**common) for options in (cfg.logger or {}).values()]
+    return [build_logger(str(name), options, common) for name, options in (cfg.logger or {}).items()]
+
+
+def build_logger(name: str, options: DictConfig, common: dict[str, Any]) -> Logger:
+    """One of this project's loggers, with what it must know of the run, or any other of Lightning, as it is."""
+    if str(options._target_).startswith("gencompare."):
+        return instantiate(options, _partial_=True, _convert_="all")(**common)
+    factory = built(f"logger.{name}", options, _partial_=True)
+    place = {"save_dir": common["folder"]} if "save_dir" in inspect.signature(factory).parameters else {}
+    logger = factory(**({} if "save_dir" in options else place))
+    if not isinstance(logger, Logger):
+        raise UserError(f"logger.{name}: {options._target_} is no logger of Lightning.")
+    return logger
+
+
+def check_trainer_settings(cfg: DictConfig) -> None:
+    """Refuse settings of the Trainer that are not there or are made here: `check_trainer`."""
+    check_trainer({str(key): value for key, value in cfg.trainer.items()}, inspect.signature(pl.Trainer).parameters)
 
 
 def chosen_device(cfg: DictConfig) -> torch.device:
@@ -134,22 +189,21 @@ def build_trainer(
         options["strategy"] = OwnReduction()
     if options["profiler"] is not None:
         options["profiler"] = build_profiler(options["profiler"], folder)
+    own: dict[str, Any] = {
+        "plugins": [AtomicCheckpointIO()],
+        "default_root_dir": str(folder),
+        # The budget ends training; validation is a look; some families need gradients when they sample.
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "inference_mode": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": cfg.callbacks.curve.every,
+    }
     try:
-        return pl.Trainer(
-            **options,
-            callbacks=callbacks,
-            logger=loggers or False,
-            plugins=[AtomicCheckpointIO()],
-            default_root_dir=str(folder),
-            # The budget ends training; validation is a look; some families need gradients when they sample.
-            max_epochs=-1,
-            limit_val_batches=0,
-            inference_mode=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        return pl.Trainer(callbacks=callbacks, logger=loggers or False, **(own | options))
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 

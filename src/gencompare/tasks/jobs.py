@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from gencompare.tasks import frozen
 
 NO_PART = (
-    *frozen.OF_THE_JOB, "out", "sweep_name", "command", "trained_in", "logger", "callbacks.progress", "data.cache"
+    *frozen.OF_THE_JOB, "out", "tags", "sweep_name", "command", "trained_in", "logger", "callbacks.progress",
+    "data.cache",
 )  # fmt: skip
 """What a config holds of places, of the terminal and of other tasks: with another value it is the same job."""
 SAMPLING = ("evaluation", "model.sampler", "model.guidance")

@@ -11,14 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from gencompare.checkpoint_files import AVERAGED, read_checkpoint
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
 from gencompare.tasks import frozen
 from gencompare.tasks.build import build_data, build_model
-from gencompare.training.checkpoints import load_checkpoint
-from gencompare.training.ema import CHECKPOINT_KEY
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights}: choose ema or raw.")
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    stored = load_checkpoint(path)
+    stored = read_checkpoint(path)
     state: dict[str, Tensor] = dict(stored["state_dict"])
     if weights == "ema":
-        state.update(stored.get(CHECKPOINT_KEY, {}))
+        state.update(stored.get(AVERAGED, {}))
     check_fits(model, state, path)
     model.load_state_dict(state)
     clock = stored["callbacks"]["Clock"]

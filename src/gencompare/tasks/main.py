@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gencompare.errors import UserError
 from gencompare.files import cannot_write
 from gencompare.paths import conf_dir
+from gencompare.tasks.checks import check_keys
 from gencompare.tasks.frozen import base_on_run_folder, thaw
 from gencompare.tasks.misspelt import of_absent_option, of_bare_value
 from gencompare.tasks.processes import CHILD, alone_again
@@ -57,6 +58,7 @@ failures: list[int] = []
 def _job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     try:
+        check_keys(cfg)
         cfg = thaw(cfg, job)
         if job.mode is RunMode.MULTIRUN and not begun(cfg, Path(job.sweep.dir)):
             return

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gencompare.overrides import quoted
 from gencompare.paths import conf_dir
+from gencompare.tasks.checks import TEMPLATE
 
 OF_PLACES = (
     "runs", "run", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
@@ -33,6 +34,8 @@ def of_absent_option(error: BaseException, words: list[str]) -> str | None:
     if found is None or found[1].startswith("hydra."):
         return None
     key = found[1]
+    if key in TEMPLATE:
+        return f"There is no option '{key}': {TEMPLATE[key]}."
     try:
         cfg = _composed_without(key, words)
     except (HydraException, OmegaConfBaseException):

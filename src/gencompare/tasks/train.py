@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from gencompare.checkpoint_files import read_checkpoint
 from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.base import ImageData
 from gencompare.errors import UserError
@@ -29,6 +30,7 @@ from gencompare.tasks.build import (
     build_model,
     build_protocol,
     build_trainer,
+    check_trainer_settings,
 )
 from gencompare.tasks.environment import environment
 from gencompare.tasks.evaluate import measure, measure_trained
@@ -37,7 +39,7 @@ from gencompare.tasks.processes import JOB, children_of, several_processes, wait
 from gencompare.tasks.show import described, print_config, print_end
 from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
 from gencompare.tasks.sweep import LOCK
-from gencompare.training.checkpoints import Checkpoints, load_checkpoint
+from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import Clock
 from gencompare.training.loggers import abandon, finish
 from gencompare.training.looks import Looks
@@ -50,16 +52,19 @@ def train(cfg: DictConfig) -> None:
     Where another job of a sweep has trained just that (in ``cfg.trained_in``), evaluate its run as ``cfg`` says.
     Everything that can be found wrong is found before the folder is written to, and before time is spent.
     """
+    if "out" not in cfg:
+        raise UserError('This config names no run folder: make it with gencompare.compose("model=ddpm", ...).')
     if cfg.get("trained_in"):
         check_choice(cfg.evaluation.checkpoints)
         measure_trained(cfg)
         return
+    check_trainer_settings(cfg)
     folder = Path(cfg.out)
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
         refuse_second_run(folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    stored = load_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
+    stored = read_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
     cfg = first_stage.adopted(cfg)
     data = build_data(cfg)
     data.setup()
@@ -156,7 +161,7 @@ def recorded(folder: Path) -> Iterator[None]:
 def check_optimizer(model: TrainedModel) -> None:
     """Raises `UserError` where the optimiser does not take its settings."""
     try:
-        model.configure_optimizers()
+        model.build_optimizers()
     except (TypeError, ValueError) as error:
         raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
 

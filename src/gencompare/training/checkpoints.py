@@ -102,15 +102,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU; only tensors and plain containers are admitted."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"There is no checkpoint {path}.") from error
-    except Exception as error:
-        raise UserError(f"{path} is damaged or no checkpoint of gencompare ({type(error).__name__}).") from error
-
-
 def _looks(trainer: pl.Trainer) -> Looks | None:
     return next((c for c in trainer.callbacks if isinstance(c, Looks)), None)  # type: ignore[attr-defined]

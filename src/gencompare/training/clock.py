@@ -96,6 +96,10 @@ class Clock(Callback):
         self.device_seconds += taken * trainer.world_size
         self.end_if_spent(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainedModel)
+        pl_module.draws = pl_module.progress = None  # type: ignore[assignment]
+
     def end_if_spent(self, trainer: pl.Trainer) -> None:
         if self.progress >= 1:
             trainer.should_stop = True

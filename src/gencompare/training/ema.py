@@ -11,11 +11,9 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
+from gencompare.checkpoint_files import AVERAGED
 from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
-from gencompare.training.clock import clock_of
-
-CHECKPOINT_KEY = "ema"
 
 
 class EMA(Callback):
@@ -37,6 +35,8 @@ class EMA(Callback):
             raise UserError(f"callbacks.ema.decay={decay}: give a number from 0 up to, not including, 1.")
         self.decay = decay
         self.average: dict[str, Tensor] = {}
+        self.step = 0
+        """Training steps that the average has seen."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.average = {name: p.detach().clone() for name, p in _parameters(pl_module).items()}
@@ -51,8 +51,8 @@ class EMA(Callback):
     ) -> None:
         if not self.average:
             return
-        step = clock_of(trainer).step
-        decay = min(self.decay, (1 + step) / (10 + step))
+        self.step += 1
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
         weights = [p.detach() for p in _parameters(pl_module).values()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)  # type: ignore[attr-defined]
 
@@ -65,14 +65,22 @@ class EMA(Callback):
         finally:
             swap(pl_module, self.average)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint[CHECKPOINT_KEY] = self.average
+        checkpoint[AVERAGED] = self.average
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        stored = checkpoint.get(CHECKPOINT_KEY, {})
+        stored = checkpoint.get(AVERAGED, {})
         if set(stored) != set(self.average):
             raise UserError("The checkpoint's averaged weights do not fit the model: it is of another configuration.")
         self.average = dict(stored)
+        # Checkpoints of earlier versions have the steps with the clock alone.
+        self.step = checkpoint["callbacks"].get("Clock", {}).get("step", 0)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,24 @@ def _number(text: str) -> float:
 
 
 def wandb_logger(
-    *, folder: str | Path, name: str, id: str, project: str, group: str | None = None, mode: str | None = None, **_: Any
+    *,
+    folder: str | Path,
+    name: str,
+    id: str,
+    project: str,
+    group: str | None = None,
+    mode: str | None = None,
+    tags: Sequence[str] = (),
+    start_step: int = 0,
+    **further: Any,
 ) -> Logger:
     """A W&B logger that never stops a run: without a key, or without a network, it writes offline and says so.
 
     Args:
         mode: ``online``, ``offline`` or ``disabled``; None is online where there is an API key, else offline.
+        tags: labels of the run.
+        start_step: not used; other loggers need it.
+        further: any other argument of ``wandb.init``, such as ``entity`` and ``notes``.
     """
     import wandb
     from wandb.errors import Error as WandbError
@@ -107,7 +120,7 @@ def wandb_logger(
     settings = wandb.Settings(init_timeout=30, silent=True)
     options: dict[str, Any] = {
         "name": name, "id": id, "project": project, "group": group, "save_dir": str(folder), "resume": "allow",
-        "settings": settings,
+        "settings": settings, "tags": list(tags), **further,
     }  # fmt: skip
     if rank_zero_only.rank != 0:
         return _open(mode="disabled", **options)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning import Callback
 
 from gencompare.contract import TrainedModel
@@ -51,12 +50,8 @@ class LearningRate(Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        wanted = pl_module.configure_optimizers()
-        if wanted is None:
-            return
-        fresh = wanted if isinstance(wanted, list | tuple) else [wanted]
-        for optimizer, like in zip(trainer.optimizers, fresh, strict=True):
-            assert isinstance(like, torch.optim.Optimizer)
+        assert isinstance(pl_module, TrainedModel)
+        for optimizer, like in zip(trainer.optimizers, pl_module.build_optimizers(), strict=True):
             for group, settings in zip(optimizer.param_groups, like.param_groups, strict=True):
                 group.update({name: value for name, value in settings.items() if name != "params"})
                 group["initial_lr"] = settings["lr"]

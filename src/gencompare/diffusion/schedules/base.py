@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from gencompare.errors import UserError
+from gencompare.hyperparameters import KeepsArguments
 
 NOISE_ALONE = -4.0
 """The highest log-SNR at which what is left of an image, a share alpha = 0.13, may be taken for nothing. Published
@@ -26,7 +27,7 @@ CLEAN = -1.0
 """The time that stands for clean data. (Not 0: a schedule may have noise left at time 0.)"""
 
 
-class NoiseSchedule(nn.Module, ABC):
+class NoiseSchedule(nn.Module, KeepsArguments, ABC):
     r"""Base of every schedule; a subclass sets ``t_min`` and ``t_max`` and writes ``log_alpha`` and ``log_snr``.
 
     It is a module so that tables move to the device and a learned schedule trains. Times are float tensors of any

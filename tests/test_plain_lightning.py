@@ -1,0 +1,178 @@
+"""Every family under a plain Trainer, with this project's data or anybody's: what a Lightning user expects works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+import gencompare
+from composing import compose, options
+from gencompare.contract import GenerativeModel, TrainedModel
+from gencompare.data.digits import Digits
+from gencompare.errors import UserError
+from gencompare.seeds import generator
+from gencompare.tasks.build import build_data, build_model
+from gencompare.training.ema import EMA
+
+FAMILIES = options("model")
+
+
+def model_of(family: str) -> TrainedModel:
+    cfg = compose(f"model={family}", "data=digits", "trainer=cpu")
+    for name, value in cfg.model.get("sampler", {}).items():
+        if name.endswith("steps") and value > 3:
+            cfg.model.sampler[name] = 3
+    if "sample_steps" in cfg.model:
+        cfg.model.steps = cfg.model.sample_steps = 2
+    return build_model(cfg, build_data(cfg))
+
+
+def pairs(n: int) -> DataLoader[Any]:
+    """Batches (x, y) as any image data set gives them: floats in [-1, 1] and class indices."""
+    split = Digits().split("train")
+    assert split.labels is not None
+    return DataLoader(TensorDataset(Digits().normalize(split.images[:n]), split.labels[:n]), batch_size=16)
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", logger=CSVLogger(folder), callbacks=list(callbacks), enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["datamodule", "pairs"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: bool, tmp_path: Path) -> None:
+    model = model_of(family)
+    saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    rates = LearningRateMonitor("step")
+    run = trainer(tmp_path, saved, rates, max_steps=8, limit_val_batches=1, val_check_interval=4)
+    data: dict[str, Any] = {"datamodule": Digits(batch_size=16)} if own else {
+        "train_dataloaders": pairs(160), "val_dataloaders": pairs(32),
+    }  # fmt: skip
+    pl.seed_everything(0)
+    run.fit(model, **data)
+    logged = run.callback_metrics
+    assert any(name.startswith("train/") and "loss" in name for name in logged), logged
+    assert all(torch.isfinite(value) for value in logged.values())
+    again: dict[str, Any] = {"datamodule": Digits()} if own else {"dataloaders": pairs(32)}
+    assert run.validate(model, verbose=False, **again)[0], "metrics"
+    predicted = run.predict(model, **again)
+    assert predicted and torch.isfinite(predicted[0]).all()
+    assert predicted[0].shape[1:] == ((10,) if "classifier" in family else model.spec.shape)
+    loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    if isinstance(model, GenerativeModel):
+        assert isinstance(loaded, GenerativeModel)
+        one, other = (each.eval().sample(4, generator=generator("cpu", 1)) for each in (model, loaded))
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["ddpm", "gan"])
+def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> None:
+    """Warm-up by steps and decay by the share of ``max_steps``, with automatic and manual optimisation alike."""
+    model, used = model_of(family), []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+            used.append(optimizer.param_groups[0]["lr"])
+
+    players = len(model.build_optimizers())
+    base = model.build_optimizers()[0].param_groups[0]["lr"]
+    steps = 10
+    trainer(tmp_path, Watch(), max_steps=steps * players, limit_val_batches=0).fit(model, Digits(batch_size=16))
+    assert model.lr_schedule is not None
+    expected = [base * model.lr_schedule(s, s / steps) for s in range(len(used) // players)]
+    assert used[::players] == pytest.approx(expected)
+
+
+def test_early_stopping_and_the_best_checkpoint_act_on_a_logged_metric(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", filename="best")
+    stop = EarlyStopping("val/loss", patience=1, min_delta=1e9)
+    run = trainer(tmp_path, best, stop, max_steps=50, val_check_interval=2, limit_val_batches=1)
+    run.fit(model_of("vae"), Digits(batch_size=16))
+    assert run.global_step == 4 and stop.stopped_epoch == 0 and best.best_model_path
+    assert best.best_model_score == pytest.approx(float(stop.best_score), rel=0.5)
+
+
+def test_averaged_weights_are_what_a_checkpoint_gives_back(tmp_path: Path) -> None:
+    average, model = EMA(0.9), model_of("ddpm")
+    saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    trainer(tmp_path, average, saved, max_steps=4, limit_val_batches=0).fit(model, Digits(batch_size=16))
+    loaded = TrainedModel.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert type(loaded) is type(model)
+    for name, value in average.average.items():
+        assert torch.equal(loaded.state_dict()[name], value)
+        assert value.numel() == 1 or not torch.equal(model.state_dict()[name], value)
+    assert average.step == 4
+
+
+def test_a_closed_form_family_ends_training_by_itself(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=-1, limit_val_batches=0)
+    run.fit(model_of("gaussian"), Digits(batch_size=16))
+    assert run.global_step == 1
+
+
+@pytest.mark.parametrize("form", ["x", "pair", "conditions", "mapping"])
+def test_batches_of_every_usual_form_are_taken(form: str) -> None:
+    model = model_of("ddpm")
+    x, y = next(iter(pairs(16)))
+    batch = {"x": x, "pair": (x, y), "conditions": (x, {"label": y}), "mapping": {"image": x, "label": y}}[form]
+    assert model.training_step(batch, 0)["loss"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.zeros(4, 1, 28, 28), r"\(n, 1, 8, 8\) in \[-1, 1\].*\(4, 1, 28, 28\)"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), r"float tensors.*uint8"),
+        ((torch.zeros(4, 1, 8, 8), torch.zeros(4, 10)), r"class indices.*\(4, 10\)"),
+        ("text", r"\{'image': x, 'label': class indices\}"),
+        ({"pixels": torch.zeros(4, 1, 8, 8)}, r"\{'image': x, 'label': class indices\}"),
+    ],
+)
+def test_a_batch_of_another_form_is_refused(batch: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_of("ddpm").training_step(batch, 0)
+
+
+def test_the_script_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for fewer steps."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    script = readme.partition("### From your own code")[2].partition("```python\n")[2].partition("```")[0]
+    assert script and len(script.splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    exec(
+        compile(
+            re.sub(
+                r"val_check_interval=\d+", "val_check_interval=1", re.sub(r"max_steps=[\d_]+", "max_steps=2", script)
+            ),
+            "README.md",
+            "exec",
+        ),
+        {},
+    )
+    assert list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_config_composed_in_python_trains(tmp_path: Path) -> None:
+    cfg = gencompare.compose(
+        "model=flow", "trainer=cpu", "budget=steps", "budget.steps=2", "logger=none", "callbacks.looks.count=0",
+        "evaluation.checkpoints=[]", folder=tmp_path / "run",
+    )  # fmt: skip
+    run = gencompare.train(cfg)
+    assert run.record.state == "finished" and run.record.overrides[0] == "model=flow"
+    again = gencompare.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert isinstance(run.model, GenerativeModel) and isinstance(again, GenerativeModel)
+    one, other = (model.sample(2, generator=generator("cpu", 0)) for model in (run.model, again))
+    assert torch.equal(one, other)
