@@ -27,7 +27,7 @@ MEMORIZATION = 0.9
 def criteria(result: Result) -> list[Criterion]:
     """The conditions on a result of the default protocol on data with ten classes in about equal parts.
 
-    The primary distance is at most `DISTANCE`; the data's classifier (a result in ``result.also``) is at least .9 sure
+    The primary distance is at most `DISTANCE`; the data's classifier (a result in ``result.also``) is at least .7 sure
     of 80 % of the samples, and assigns 5 to 15 % of them to each class; the memorisation ratio is at least .9. A metric
     that is missing meets no condition.
     """
