@@ -1,4 +1,4 @@
-"""The kept records: whole, of today's presets, and what the pages beside them show."""
+"""The kept records are whole and of the current presets, and each page shows its records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def records(folder: str) -> list[RunRecord]:
 
 
 def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
-    """What a preset sets beside its budget, but for how bits are counted and a bound that a sampler need not have."""
+    """What a preset sets apart from its budget, how bits are counted, and a bound that samplers may lack."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(model, dict)
     model.pop("bits", None)

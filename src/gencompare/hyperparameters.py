@@ -108,7 +108,7 @@ def object_at(path: str, name: str = "model") -> Any:
     """The class or function at ``path``. Raises `UserError` for one of a package that is not trusted, or none."""
     if not str(path).startswith(TRUSTED):
         raise UserError(
-            f"The checkpoint's {name} is {path}, which is no part of gencompare and is not called: give it yourself,"
+            f"The checkpoint's {name} is {path}, which is not part of gencompare and is not called: pass it yourself,"
             f" load_from_checkpoint(path, {name.partition('.')[0]}=...)."
         )
     parts = path.split(".")

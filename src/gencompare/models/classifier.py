@@ -64,7 +64,7 @@ class Classifier(TrainedModel):
             self.net.whiten(self._first_images(WHITENED).to(self.device))
 
     def _first_images(self, n: int) -> Tensor:
-        """Training images (n, C, H, W) at least, or as many as there are."""
+        """At least ``n`` training images, (N, C, H, W), or all of them where there are fewer."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "training"):
             return data.normalize(data.training[slice(n)].images)

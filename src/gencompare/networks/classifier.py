@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +12,11 @@ from gencompare.errors import UserError
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), with f ``depth`` times a 3x3 convolution, batch norm and GELU."""
+    """x + f(x), with f a 3x3 convolution, batch norm and GELU."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        layers = ((convolution(width, width), nn.BatchNorm2d(width), nn.GELU()) for _ in range(depth))
-        self.body = nn.Sequential(*chain.from_iterable(layers))
+        self.body = nn.Sequential(convolution(width, width), nn.BatchNorm2d(width), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -36,13 +34,10 @@ class ResidualClassifier(nn.Module):
         channels: of the image.
         num_classes: logits.
         widths: channels of each stage; the last is the number of features.
-        block_depth: convolutions of a residual block.
         stem_stride: 2 halves the image before the first stage, which is where most of the cost lies.
     """
 
-    def __init__(
-        self, channels: int, num_classes: int, *, widths: Sequence[int], block_depth: int = 1, stem_stride: int = 1
-    ) -> None:
+    def __init__(self, channels: int, num_classes: int, *, widths: Sequence[int], stem_stride: int = 1) -> None:
         super().__init__()
         if not num_classes:
             raise UserError("A classifier needs labelled data.")
@@ -53,7 +48,7 @@ class ResidualClassifier(nn.Module):
         for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):
             # Pooling before the norm: a quarter of the values to normalise.
             layers += [convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
-            layers.append(ResidualBlock(width, block_depth))
+            layers.append(ResidualBlock(width))
         self.trunk = nn.Sequential(nn.GELU(), *layers)
         self.head = nn.Linear(widths[-1], num_classes)
         # Convolutions in bfloat16 take half the time with the channels last.

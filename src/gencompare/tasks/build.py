@@ -110,7 +110,7 @@ def further_callbacks(options: DictConfig) -> list[pl.Callback]:
         if isinstance(described, DictConfig) and "_target_" in described:
             callback = built(f"callbacks.{name}", described)
             if not isinstance(callback, pl.Callback):
-                raise UserError(f"callbacks.{name}: {described._target_} is no callback of Lightning.")
+                raise UserError(f"callbacks.{name}: {described._target_} is not a Lightning callback.")
             found.append(callback)
     return found
 
@@ -156,7 +156,7 @@ def build_logger(name: str, options: DictConfig, common: dict[str, Any]) -> Logg
     place = {"save_dir": common["folder"]} if "save_dir" in inspect.signature(factory).parameters else {}
     logger = factory(**({} if "save_dir" in options else place))
     if not isinstance(logger, Logger):
-        raise UserError(f"logger.{name}: {options._target_} is no logger of Lightning.")
+        raise UserError(f"logger.{name}: {options._target_} is not a Lightning logger.")
     return logger
 
 
