@@ -12,11 +12,12 @@ from gencompare.errors import UserError
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), with f a 3x3 convolution, batch norm and GELU."""
+    """x + f(x), with f ``depth`` times a 3x3 convolution, batch norm and GELU."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, depth: int = 1) -> None:
         super().__init__()
-        self.body = nn.Sequential(convolution(width, width), nn.BatchNorm2d(width), nn.GELU())
+        layers = [(convolution(width, width), nn.BatchNorm2d(width), nn.GELU()) for _ in range(depth)]
+        self.body = nn.Sequential(*(layer for each in layers for layer in each))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -35,20 +36,25 @@ class ResidualClassifier(nn.Module):
         num_classes: logits.
         widths: channels of each stage; the last is the number of features.
         stem_stride: 2 halves the image before the first stage, which is where most of the cost lies.
+        block_depth: convolutions of each residual block.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, widths: Sequence[int], stem_stride: int = 1) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, *, widths: Sequence[int], stem_stride: int = 1, block_depth: int = 1
+    ) -> None:
         super().__init__()
         if not num_classes:
             raise UserError("A classifier needs labelled data.")
         if not widths or min(widths) < 1:
             raise UserError(f"A classifier has stages of at least 1 channel, not {list(widths)}.")
+        if block_depth < 1:
+            raise UserError(f"A residual block has at least 1 convolution, not {block_depth}.")
         self.whitening = nn.Conv2d(channels, 8 * channels, 2, stride=stem_stride).requires_grad_(False)
         layers: list[nn.Module] = []
         for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):
             # Pooling before the norm: a quarter of the values to normalise.
             layers += [convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
-            layers.append(ResidualBlock(width))
+            layers.append(ResidualBlock(width, block_depth))
         self.trunk = nn.Sequential(nn.GELU(), *layers)
         self.head = nn.Linear(widths[-1], num_classes)
         # Convolutions in bfloat16 take half the time with the channels last.
