@@ -21,10 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from gencompare.compare.report import report
+from gencompare.compare.page import report
 from gencompare.files import write_json
 from gencompare.records import now
-from gencompare.tasks.environment import environment
+from gencompare.tasks.runs.environment import environment
 from synthetic import a_curve, result, write_run  # type: ignore[import-not-found]
 
 RESULT = Path(__file__).parent / "results" / "compare.json"

@@ -15,8 +15,8 @@ from gencompare.data.digits import Digits
 from gencompare.evaluation.acceptance import accepted, criteria
 from gencompare.evaluation.degradations import DEGRADATIONS
 from gencompare.evaluation.evaluate import evaluate
-from gencompare.evaluation.quantize import stored_split
-from gencompare.models.gaussian import Gaussian
+from gencompare.evaluation.reference import stored_split
+from gencompare.models.gaussian import GaussianBaseline
 from gencompare.records import Result, RunRecord
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         "one class dropped": copies[train.labels != 3][:500],
         "noise of 25 grey levels": degrade["noise"](real, 25),
         "blur of 0.6 pixels": degrade["blur"](real, 0.6),
-        "Gaussian baseline": Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val")),
+        "Gaussian baseline": GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val")),
     }
     record = RunRecord.load(sys.argv[1])
     own, *also = [r for r in record.results if r.generation == record.results[0].generation]

@@ -28,15 +28,15 @@ from PIL import Image
 from random_inception import save_random_inception
 from torch import Tensor
 
-from gencompare.contract import DataSpec
-from gencompare.evaluation.classes import classifier_score
-from gencompare.evaluation.frechet import Statistics, between, frechet_distance
-from gencompare.evaluation.inception import Inception
-from gencompare.evaluation.kernel import kid
-from gencompare.evaluation.neighbours import neighbourhood
+from gencompare.evaluation.extractors.torch_fidelity_networks import InceptionExtractor
+from gencompare.evaluation.metrics.class_metrics import classifier_score
+from gencompare.evaluation.metrics.frechet import Statistics, between, frechet_distance
+from gencompare.evaluation.metrics.kernel import kid
+from gencompare.evaluation.metrics.neighbors import neighbor_balls
 from gencompare.files import write_json
+from gencompare.generative_model import DataSpec
 from gencompare.records import now
-from gencompare.tasks.environment import environment
+from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "evaluation.json"
 DIM, ROWS = 2048, 10_000
@@ -78,7 +78,7 @@ def compare_distances(rounds: int) -> dict[str, Any]:
 
 
 def own_neighbours(a: Tensor, b: Tensor) -> None:
-    neighbourhood(a, b)
+    neighbor_balls(a, b)
 
 
 def their_neighbours(a: Tensor, b: Tensor) -> None:
@@ -135,10 +135,10 @@ def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
             last["theirs"] = [found[key] for key in (*names, "precision", "recall")]
 
         def ours() -> None:
-            extractor = Inception(DataSpec(name="photos", shape=(3, 32, 32)), weights)
+            extractor = InceptionExtractor(DataSpec(name="photos", shape=(3, 32, 32)), weights)
             a, b = (extractor(read_pictures(folder)) for folder in folders)
             assert a.logits is not None
-            near = neighbourhood(a.features, b.features)
+            near = neighbor_balls(a.features, b.features)
             last["ours"] = [
                 frechet_distance(a.features, b.features), kid(a.features, b.features)[0],
                 classifier_score(a.logits)[0], near.precision, near.recall,

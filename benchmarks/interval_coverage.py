@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gencompare.evaluation.frechet import Jackknife, Statistics, frechet_distance
-from gencompare.evaluation.intervals import Estimate
-from gencompare.evaluation.kernel import Cubic, Gaussian, KernelReference, kernel_distance
+from gencompare.evaluation.metrics.frechet import Jackknife, Statistics, frechet_distance
+from gencompare.evaluation.metrics.intervals import Estimate
+from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, KernelReference, kernel_distance
 from gencompare.files import write_json
 from gencompare.records import now
-from gencompare.tasks.environment import environment
+from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "interval_coverage.json"
 SIZES = (500, 1000)
-KERNELS = {"cubic": Cubic(), "gaussian": Gaussian()}
+KERNELS = {"cubic": CubicKernel(), "gaussian": GaussianKernel()}
 KERNEL_REFERENCE = 2000
 Draw = Callable[[int, torch.Generator], Tensor]
 

@@ -32,16 +32,16 @@ from omegaconf import DictConfig
 from paired import Laps, compare, table, take_turns
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec
-from gencompare.data.base import ImageData, Split
+from gencompare.command_line import conf_dir
+from gencompare.data.datamodule import ImageData, Split
 from gencompare.files import write_json
+from gencompare.generative_model import Cond, DataSpec
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.unet import UNet
-from gencompare.paths import conf_dir
 from gencompare.records import now
-from gencompare.seeds import Draws
-from gencompare.tasks.build import build_callbacks, build_loggers, build_model, build_trainer
-from gencompare.tasks.environment import environment
+from gencompare.rng import RandomSource
+from gencompare.tasks.runs.build import build_callbacks, build_loggers, build_model, build_trainer
+from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 WARM_UP = 3
@@ -149,7 +149,7 @@ def compare_trainer(data: Turns, overrides: list[str], rounds: int, logger: str)
     model = build_model(cfg, data)
     assert isinstance(model, Diffusion)
     twin = deepcopy(model)
-    draws = Draws.whole(torch.Generator().manual_seed(0), data.batch_size)
+    draws = RandomSource.whole(torch.Generator().manual_seed(0), data.batch_size)
     data.plain_step = PlainLoop(twin, lambda x: twin.losses(x, {}, draws)["loss"].mean(), model.grad_clip).step
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

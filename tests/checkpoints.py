@@ -19,4 +19,4 @@ def assert_same_training(one: Path, two: Path) -> None:
         assert a[part].keys() == b[part].keys()
         for name, value in a[part].items():
             assert torch.equal(value, b[part][name]), f"{part}: {name}"
-    assert a["callbacks"]["Clock"]["step"] == b["callbacks"]["Clock"]["step"]
+    assert a["callbacks"]["TrainingClock"]["step"] == b["callbacks"]["TrainingClock"]["step"]

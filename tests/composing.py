@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gencompare.paths import conf_dir
+from gencompare.command_line import conf_dir
 
 
 def roots() -> list[Path]:

@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gencompare.locks import locked
+from gencompare.files import locked
 from gencompare.records import RunRecord
-from gencompare.tasks import sweep
+from gencompare.tasks.runs import sweep
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
 
@@ -93,7 +93,7 @@ class Forked:
         from gencompare.tasks.main import main
 
         def further(command: list[str], *, env: Mapping[str, str], cwd: str | None) -> Forked:
-            assert command[1:] == ["-m", "gencompare.tasks.rank"]
+            assert command[1:] == ["-m", "gencompare.tasks.runs.rank"]
             return Forked(folder, env=env)
 
         rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # else read once, at import

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from composing import options
-from gencompare.diffusion.denoiser import Cond, Denoises
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import EulerMaruyama, Sampler
-from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
-from gencompare.diffusion.schedules.base import VarianceExploding
-from gencompare.seeds import generator
+from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.samplers import Sampler
+from gencompare.diffusion.schedules import CLEAN, NoiseSchedule, VarianceExploding
+from gencompare.diffusion.sde_samplers import EulerMaruyama
+from gencompare.rng import generator
 from parts import part
 
 MEAN = torch.tensor([0.6, -0.3, 0.0], dtype=torch.float64)
@@ -106,7 +106,7 @@ def unit_noise() -> Iterator[UnitNoise]:
         yield noise
 
 
-def moments(sampler: Sampler, denoiser: Denoises, times: Tensor) -> tuple[Tensor, Tensor]:
+def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tuple[Tensor, Tensor]:
     """Exact mean, (3,), and covariance, (3, 3), of what comes out when the exact marginal at ``times[0]`` goes in."""
     rows = 4
     while True:
@@ -133,7 +133,7 @@ def root(covariance: Tensor) -> Tensor:
     return axes * values.clamp(min=0).sqrt() @ axes.T
 
 
-def error(sampler: Sampler, denoiser: Denoises, times: Tensor) -> float:
+def error(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> float:
     """How far the mean and the root of the covariance are off, over all pixels."""
     mean, covariance = moments(sampler, denoiser, times)
     true_mean, true_covariance = true_moments(denoiser.schedule, times[-1])
@@ -159,7 +159,7 @@ def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False
     return torch.linspace(first, last, steps + 1)
 
 
-def measured_order(sampler: Sampler, denoiser: Denoises, coarse: Tensor | None = None) -> float:
+def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor | None = None) -> float:
     """log2 of what the error is divided by when the steps, those between the times ``coarse``, are halved.
 
     Euler-Maruyama under a VE schedule ends where there is still noise, for it is better than its order where it ends

@@ -8,10 +8,10 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from gencompare.contract import DataSpec, GenerativeModel, TrainedModel
-from gencompare.data.base import ImageData, Split
+from gencompare.data.datamodule import ImageData, Split
 from gencompare.evaluation.sampling import evaluating
-from gencompare.seeds import generator
+from gencompare.generative_model import DataSpec, GenerativeModel, TrainedModel
+from gencompare.rng import generator
 from gencompare.training.clock import clock_of
 from gencompare.training.ema import EMA
 

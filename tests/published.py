@@ -247,7 +247,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 100_000,
         "model.d_steps": 1,
         "model.latent_dim": 128,
-        "model.adversarial._target_": "gencompare.models.adversarial.NonSaturating",
+        "model.adversarial._target_": "gencompare.models.gan.NonSaturating",
     },
     # Miyato et al. (2018), table 4; pfnet-research/sngan_projection, configs/sn_cifar10_unconditional.yml.
     "cifar10_sngan": {
@@ -259,7 +259,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 50_000,
         "model.d_steps": 5,
         "model.latent_dim": 128,
-        "model.adversarial._target_": "gencompare.models.adversarial.Hinge",
+        "model.adversarial._target_": "gencompare.models.gan.Hinge",
     },
     # Huang et al. (2024); brownvc/R3GAN, README.md and train.py, preset CIFAR10. It trains until it is stopped.
     "cifar10_r3gan": {
@@ -274,7 +274,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.conditional": True,
         "model.d_steps": 1,
         "model.latent_dim": 64,
-        "model.adversarial._target_": "gencompare.models.adversarial.Relativistic",
+        "model.adversarial._target_": "gencompare.models.gan.Relativistic",
         "model.lr_schedule.last": 5e-5 / 2e-4,
         "model.lr_schedule.decay_steps": math.ceil(20_000_000 / 512),
         **{f"model.penalty.{r}.weight.first": 0.05 for r in ("r1", "r2")},

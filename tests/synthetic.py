@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gencompare.pictures import grid, save_png
-from gencompare.protocol import Generation, Measurement
-from gencompare.records import Metric, Result, RunRecord
+from gencompare.image_grid import grid, save_png
+from gencompare.records import Measurement, Metric, Result, RunRecord, SampleSettings
 
 DIGITS = Measurement(
     data="digits", n=500, reference="test", reference_n=500, reference_hash="f00d" * 16, extractor="digits",
@@ -36,7 +35,7 @@ def result(value: float | None, measurement: Measurement = DIGITS, **changes: An
     fields: dict[str, Any] = {
         "headline": "fd_digits", "seconds": {"sampling": 4.0, "metrics": 0.6}, "details": {"class_shares": [0.1] * 10},
     }  # fmt: skip
-    return Result(measurement, Generation(**generation), metrics, **(fields | changes))
+    return Result(measurement, SampleSettings(**generation), metrics, **(fields | changes))
 
 
 def write_run(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.models.adversarial import Adversarial, Hinge, NonSaturating, Relativistic, Wasserstein
-from gencompare.models.penalties import R1, R2, Duel, WassersteinGP
-from gencompare.models.ramp import CosineRamp
-from gencompare.seeds import Draws
+from gencompare.models.elbo import CosineRamp
+from gencompare.models.gan import Adversarial, Hinge, NonSaturating, Relativistic, Wasserstein
+from gencompare.models.gan_penalties import R1, R2, DiscriminatorStep, WassersteinGP
+from gencompare.rng import RandomSource
 
 
 def test_losses_are_those_of_the_papers() -> None:
@@ -45,7 +45,7 @@ def test_a_loss_of_pairs_depends_on_differences_alone(game: Adversarial) -> None
         assert not torch.allclose(found(real, fake), found(real + shift, fake), atol=1e-3)
 
 
-def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, Duel]:
+def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, DiscriminatorStep]:
     """D(x) = x'Ax / 2 with A symmetric, and a duel between points; gradients at x are Ax."""
     a = torch.randn(dim, dim, dtype=torch.float64)
     a = (a + a.T).requires_grad_()
@@ -55,7 +55,9 @@ def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, Duel]:
         x = x.flatten(1)
         return 0.5 * ((x @ a) * x).sum(1)
 
-    return a, Duel(real, fake, score(real), score(fake), score, Draws.whole(torch.Generator().manual_seed(3), n))
+    return a, DiscriminatorStep(
+        real, fake, score(real), score(fake), score, RandomSource.whole(torch.Generator().manual_seed(3), n)
+    )
 
 
 @pytest.mark.parametrize(("penalty", "where"), [(R1(2.0), "real"), (R2(2.0), "fake")])
@@ -94,9 +96,9 @@ def test_a_discriminator_that_is_constant_has_a_penalty_with_a_gradient() -> Non
     def score(x: Tensor) -> Tensor:
         return ((x @ a) * x).sum(1)
 
-    draws = Draws.whole(torch.Generator().manual_seed(0), 3)
+    draws = RandomSource.whole(torch.Generator().manual_seed(0), 3)
     reshaped = x[:, :, None, None]
-    duel = Duel(reshaped, reshaped, score(x), score(x), lambda images: score(images.flatten(1)), draws)
+    duel = DiscriminatorStep(reshaped, reshaped, score(x), score(x), lambda images: score(images.flatten(1)), draws)
     found = WassersteinGP(1.0)(duel)
     assert torch.allclose(found, torch.ones(3, dtype=torch.float64), atol=1e-5)
     assert torch.autograd.grad(found.sum(), a)[0].isfinite().all()

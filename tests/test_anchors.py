@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from gencompare.compare import page
-from gencompare.compare.anchors import anchors
-from gencompare.compare.gather import gather
-from gencompare.compare.report import report
+from gencompare.compare.load_runs import load_runs
+from gencompare.compare.page import report
+from gencompare.compare.ranking import published_results
 from synthetic import DIGITS, result, write_run
 
 
 def test_every_published_figure_has_its_paper_and_year() -> None:
-    found = anchors("cifar10")
+    found = published_results("cifar10")
     assert len(found) > 15 and len({anchor.model for anchor in found}) == len(found)
     for anchor in found:
         assert re.search(r"(19|20)\d\d, \w", anchor.source), anchor
@@ -24,7 +24,7 @@ def test_every_published_figure_has_its_paper_and_year() -> None:
     # Ho et al. 2020, table 1: 800,000 steps of 128 images.
     (ddpm,) = [anchor for anchor in found if anchor.model == "DDPM"]
     assert (ddpm.fid, ddpm.nfe, ddpm.images) == (3.17, 1000, 800_000 * 128)
-    assert anchors("digits") == []
+    assert published_results("digits") == []
 
 
 def test_they_are_shown_once_and_never_ranked(tmp_path: Path) -> None:
@@ -42,4 +42,4 @@ def test_they_are_shown_once_and_never_ranked(tmp_path: Path) -> None:
     for name in ("compare.csv", "compare.md", "compare.tex"):
         assert "Ho et al." not in (tmp_path / "out" / name).read_text()
     digits = [write_run(tmp_path / "d", [result(1.0)])]
-    assert "published, not measured" not in page.render(gather([*digits, write_run(tmp_path / "e", [result(2.0)])]))
+    assert "published, not measured" not in page.render(load_runs([*digits, write_run(tmp_path / "e", [result(2.0)])]))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec
-from gencompare.diffusion.augmentation import Augmentation, moved, told
+from gencompare.diffusion.augmentation import Augmentation, augment, condition_vector
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.unet import UNet
-from gencompare.seeds import Draws, generator
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 NAMES = ("x_flip", "y_flip", "zoom", "turn", "axis", "stretch", "right", "down")
@@ -32,7 +32,7 @@ def a(n: int = 4, dtype: torch.dtype = torch.float64, **values: float) -> Tensor
 
 
 def drawn(augmentation: Augmentation, n: int, seed: int = 0) -> Tensor:
-    return augmentation.parameters(Draws.whole(generator("cpu", seed), n))
+    return augmentation.parameters(RandomSource.whole(generator("cpu", seed), n))
 
 
 # What is done
@@ -40,13 +40,13 @@ def drawn(augmentation: Augmentation, n: int, seed: int = 0) -> Tensor:
 
 def test_nothing_is_done_and_nothing_told_at_probability_nought() -> None:
     x = images(100)
-    got, vector = Augmentation(p=0.0, x_flip=0.0)(x, Draws.whole(generator("cpu", 0), 100))
+    got, vector = Augmentation(p=0.0, x_flip=0.0)(x, RandomSource.whole(generator("cpu", 0), 100))
     assert torch.equal(got, x) and torch.equal(vector, torch.zeros(100, 9))
 
 
 def test_a_vector_of_noughts_means_an_untouched_image_and_nothing_else_does() -> None:
     x = images(2000)
-    got, vector = Augmentation(p=0.12, x_flip=0.5)(x, Draws.whole(generator("cpu", 0), 2000))
+    got, vector = Augmentation(p=0.12, x_flip=0.5)(x, RandomSource.whole(generator("cpu", 0), 2000))
     untold = ~vector.any(dim=1)
     assert 400 < int(untold.sum()) < 1600
     assert torch.equal(got[untold], x[untold])
@@ -55,27 +55,27 @@ def test_a_vector_of_noughts_means_an_untouched_image_and_nothing_else_does() ->
 
 def test_mirroring_is_mirroring() -> None:
     x = images()
-    assert torch.equal(moved(x, a(x_flip=1.0)), x.flip(3))
-    assert torch.equal(moved(x, a(y_flip=1.0)), x.flip(2))
-    assert torch.equal(moved(x, a(x_flip=1.0, y_flip=1.0)), x.flip(2, 3))
+    assert torch.equal(augment(x, a(x_flip=1.0)), x.flip(3))
+    assert torch.equal(augment(x, a(y_flip=1.0)), x.flip(2))
+    assert torch.equal(augment(x, a(x_flip=1.0, y_flip=1.0)), x.flip(2, 3))
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 9)], ids=str)
 def test_half_a_turn_is_both_mirrorings(shape: tuple[int, ...]) -> None:
     x = images(shape=shape, dtype=torch.float64)
-    assert torch.allclose(moved(x, a(turn=math.pi)), x.flip(2, 3), atol=1e-9)
-    assert torch.allclose(moved(x, a(turn=-math.pi)), x.flip(2, 3), atol=1e-9)
+    assert torch.allclose(augment(x, a(turn=math.pi)), x.flip(2, 3), atol=1e-9)
+    assert torch.allclose(augment(x, a(turn=-math.pi)), x.flip(2, 3), atol=1e-9)
 
 
 def test_a_quarter_turn_is_to_the_left() -> None:
     x = images(dtype=torch.float64)
-    assert torch.allclose(moved(x, a(turn=math.pi / 2)), x.rot90(1, (2, 3)), atol=1e-9)
+    assert torch.allclose(augment(x, a(turn=math.pi / 2)), x.rot90(1, (2, 3)), atol=1e-9)
 
 
 @pytest.mark.parametrize(("right", "down"), [(1, 0), (0, 1), (-3, 2), (5, -7), (8, 0)])
 def test_a_shift_by_whole_pixels_moves_them_and_mirrors_the_rest_in(right: int, down: int) -> None:
     x = images(shape=(2, 8, 16), dtype=torch.float64)
-    got = moved(x, a(right=right / 2, down=down))  # an eighth of 16 pixels, and of 8
+    got = augment(x, a(right=right / 2, down=down))  # an eighth of 16 pixels, and of 8
     around = torch.nn.functional.pad(x, (15, 15, 7, 7), mode="reflect")
     far = torch.nn.functional.pad(around, (15, 15, 7, 7), mode="reflect")
     top, left = 14 - down, 30 - right
@@ -105,32 +105,32 @@ def test_each_map_is_its_matrix(values: dict[str, float], matrix: list[list[floa
         x, y = torch.einsum("ij,jhw->ihw", through, torch.stack([right, down]))
         return 0.9 * torch.cos(0.05 * x + 0.03 * y + 0.4)[None, None]
 
-    got, expected = moved(wave(torch.eye(2, dtype=torch.float64)), a(1, **values)), wave(back)
+    got, expected = augment(wave(torch.eye(2, dtype=torch.float64)), a(1, **values)), wave(back)
     inner = slice(28, 36)  # all of it comes from within the image
     assert torch.allclose(got[..., inner, inner], expected[..., inner, inner], atol=5e-3)
 
 
 def test_shifts_come_last_and_are_those_of_the_image_as_seen() -> None:
     x = images(dtype=torch.float64)
-    turned = moved(x, a(turn=math.pi / 2, x_flip=1.0))
-    both = moved(x, a(turn=math.pi / 2, x_flip=1.0, right=2.0))
+    turned = augment(x, a(turn=math.pi / 2, x_flip=1.0))
+    both = augment(x, a(turn=math.pi / 2, x_flip=1.0, right=2.0))
     assert torch.allclose(both[..., 2:], turned[..., :-2], atol=1e-9)
 
 
 def test_moved_images_stay_in_range_and_rows_do_not_touch_each_other() -> None:
     x = images(200).sign()
     parameters = drawn(Augmentation(p=0.9), 200)
-    got = moved(x, parameters)
+    got = augment(x, parameters)
     assert got.min() >= -1 and got.max() <= 1 and got.isfinite().all()
-    alone = torch.cat([moved(x[i : i + 1], parameters[i : i + 1]) for i in range(5)])
+    alone = torch.cat([augment(x[i : i + 1], parameters[i : i + 1]) for i in range(5)])
     assert torch.allclose(got[:5], alone, atol=1e-6)
 
 
 def test_mixed_precision_does_not_round_places() -> None:
     x, parameters = images(20), drawn(Augmentation(p=0.9), 20)
-    expected = moved(x, parameters)
+    expected = augment(x, parameters)
     with torch.autocast("cpu", torch.bfloat16):
-        got = moved(x, parameters)
+        got = augment(x, parameters)
     assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
@@ -156,15 +156,15 @@ def test_each_transform_is_done_as_often_as_asked() -> None:
 
 
 def test_the_vector_is_that_of_the_paper() -> None:
-    vector = told(a(1, x_flip=1.0, zoom=0.3, turn=2.0, axis=0.7, stretch=-1.5, right=0.2, down=-0.4))[0]
+    vector = condition_vector(a(1, x_flip=1.0, zoom=0.3, turn=2.0, axis=0.7, stretch=-1.5, right=0.2, down=-0.4))[0]
     expected = [1, 0, 0.3, math.cos(2) - 1, math.sin(2), -1.5 * math.cos(0.7), -1.5 * math.sin(0.7), 0.2, -0.4]
     assert vector.tolist() == pytest.approx(expected) and len(vector) == Augmentation.dim
 
 
 def test_two_processes_move_the_images_that_one_would() -> None:
     x, augmentation = images(10), Augmentation(p=0.5)
-    whole = augmentation(x, Draws.whole(generator("cpu", 5), 10))
-    parts = [augmentation(x[i : i + 5], Draws(generator("cpu", 5), i, i + 5, 10)) for i in (0, 5)]
+    whole = augmentation(x, RandomSource.whole(generator("cpu", 5), 10))
+    parts = [augmentation(x[i : i + 5], RandomSource(generator("cpu", 5), i, i + 5, 10)) for i in (0, 5)]
     for one, two in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(one, torch.cat(two))
 
@@ -204,8 +204,8 @@ def model(network: Any = Watches, spec: DataSpec | None = None, **changes: Any) 
     return Diffusion(spec, network=network, clip_x0=False, **(parts | changes))
 
 
-def draws(n: int, start: int = 0, stop: int | None = None) -> Draws:
-    return Draws(generator("cpu", 1), start, n if stop is None else stop, n)
+def draws(n: int, start: int = 0, stop: int | None = None) -> RandomSource:
+    return RandomSource(generator("cpu", 1), start, n if stop is None else stop, n)
 
 
 def test_only_training_moves_images_and_tells_of_it() -> None:

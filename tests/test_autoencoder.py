@@ -14,25 +14,23 @@ from torch import Tensor, nn
 
 from composing import compose
 from forking import in_processes, needs_fork
-from gencompare.contract import DataSpec, LatentSpace, Reconstructs
 from gencompare.data.digits import Digits
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.models.autoencoder import Autoencoder
-from gencompare.models.bottlenecks import Bottleneck, KLBottleneck, VQBottleneck
-from gencompare.models.coder import Coder
+from gencompare.generative_model import DataSpec, LatentSpace, SupportsReconstruction
+from gencompare.models.autoencoder import Autoencoder, AutoencoderCore
+from gencompare.models.bottlenecks import Bottleneck, GaussianPosterior, VectorQuantizer
 from gencompare.models.latents import Latents
-from gencompare.networks.autoencoder import LatentDecoder, LatentEncoder
-from gencompare.networks.patch_discriminator import PatchDiscriminator
-from gencompare.networks.perceptual import PerceptualNetwork, perceptual_network
-from gencompare.networks.vgg import VGG
-from gencompare.seeds import Draws
-from gencompare.tasks.build import build_data
+from gencompare.networks.conv_autoencoder import LatentDecoder, LatentEncoder
+from gencompare.networks.gan_networks import PatchDiscriminator
+from gencompare.networks.perceptual import VGG, PerceptualNetwork, perceptual_network
+from gencompare.rng import RandomSource
+from gencompare.tasks.runs.build import build_data
 
 NARROW = {"channels": 8, "multipliers": (1, 2), "attention": False}
 
 
-def whole(n: int, seed: int = 0) -> Draws:
-    return Draws.whole(torch.Generator().manual_seed(seed), n)
+def whole(n: int, seed: int = 0) -> RandomSource:
+    return RandomSource.whole(torch.Generator().manual_seed(seed), n)
 
 
 def autoencoder(spec: DataSpec = Digits.spec, bottleneck: Bottleneck | None = None, **options: Any) -> Autoencoder:
@@ -40,7 +38,7 @@ def autoencoder(spec: DataSpec = Digits.spec, bottleneck: Bottleneck | None = No
     settings: dict[str, Any] = {
         "encoder": partial(LatentEncoder, **NARROW),
         "decoder": partial(LatentDecoder, **NARROW),
-        "bottleneck": bottleneck or KLBottleneck(channels=3),
+        "bottleneck": bottleneck or GaussianPosterior(channels=3),
         "optimizer": partial(torch.optim.Adam, lr=3e-3),
     }
     return Autoencoder(spec, **(settings | options))
@@ -60,7 +58,7 @@ def digits(n: int) -> Tensor:
 
 def test_the_kl_bottleneck_draws_from_its_gaussian_and_charges_the_divergence() -> None:
     h = torch.randn(5, 6, 2, 2)
-    bottleneck = KLBottleneck(channels=3, weight=0.2)
+    bottleneck = GaussianPosterior(channels=3, weight=0.2)
     _, figures = bottleneck(h, whole(5))
     mean, std = h[:, :3], (0.5 * h[:, 3:]).exp()
     q = torch.distributions.Normal(mean, std)
@@ -73,9 +71,9 @@ def test_the_kl_bottleneck_draws_from_its_gaussian_and_charges_the_divergence() 
     assert torch.allclose(many.std(0), std[0], rtol=0.03)
 
 
-def vq(codes: Tensor, **options: Any) -> VQBottleneck:
+def vq(codes: Tensor, **options: Any) -> VectorQuantizer:
     """A quantiser whose codes are set."""
-    made = VQBottleneck(channels=codes.shape[1], codes=len(codes), **options)
+    made = VectorQuantizer(channels=codes.shape[1], codes=len(codes), **options)
     made.codebook.copy_(codes)
     made.counts.fill_(1.0)
     made.sums.copy_(codes)
@@ -127,7 +125,7 @@ def test_a_code_that_nobody_chooses_is_set_on_a_vector_of_the_batch() -> None:
 
 
 def test_the_first_batch_gives_the_first_codes() -> None:
-    bottleneck = VQBottleneck(channels=2, codes=4).train()
+    bottleneck = VectorQuantizer(channels=2, codes=4).train()
     h = 50 + torch.randn(16, 2, 2, 2)
     bottleneck(h, whole(16))
     assert bottleneck.codebook.min() > 40
@@ -137,7 +135,7 @@ def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
     model = autoencoder(bottleneck=vq(torch.tensor([[0.0], [1.0]]), decay=0.5, revive=0.25))
     same, bottleneck = torch.zeros(4, 1, 1, 1), model.coder.bottleneck.train()
     revived = 2  # steps in which a count of 1 falls to 1/4
-    for step in range(VQBottleneck.PATIENCE + revived):
+    for step in range(VectorQuantizer.PATIENCE + revived):
         bottleneck.check()
         bottleneck(same, whole(4, step))
     assert bottleneck.codebook.abs().max() < 1, "the other code was revived"  # type: ignore[union-attr,operator]
@@ -150,9 +148,9 @@ def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
 @pytest.mark.parametrize("codes, places", [(20, 2), (256, 5)])
 def test_a_few_codes_of_many_are_a_collapse_too(codes: int, places: int) -> None:
     """Vectors at few places, with a little noise, for which revived codes are chosen now and then."""
-    model = autoencoder(bottleneck=VQBottleneck(1, codes=codes, decay=0.5, revive=0.25))
+    model = autoencoder(bottleneck=VectorQuantizer(1, codes=codes, decay=0.5, revive=0.25))
     bottleneck = model.coder.bottleneck.train()
-    for step in range(VQBottleneck.PATIENCE + 2):
+    for step in range(VectorQuantizer.PATIENCE + 2):
         bottleneck.check()
         generator = torch.Generator().manual_seed(step)
         at = torch.arange(300.0).remainder(places).view(300, 1, 1, 1)
@@ -165,8 +163,8 @@ def test_a_few_codes_of_many_are_a_collapse_too(codes: int, places: int) -> None
 
 
 def test_more_codes_than_vectors_are_no_collapse() -> None:
-    bottleneck = VQBottleneck(2, codes=2048, decay=0.5).train()
-    for step in range(VQBottleneck.PATIENCE + 20):
+    bottleneck = VectorQuantizer(2, codes=2048, decay=0.5).train()
+    for step in range(VectorQuantizer.PATIENCE + 20):
         bottleneck(torch.randn(32, 2, 1, 1, generator=torch.Generator().manual_seed(step)), whole(32, step))
     bottleneck.check()
     assert not bottleneck.doubtful
@@ -175,8 +173,8 @@ def test_more_codes_than_vectors_are_no_collapse() -> None:
 @pytest.mark.parametrize("codes", [2, 64])
 def test_a_small_codebook_or_a_common_code_is_no_collapse(codes: int) -> None:
     """Both codes of two in use; and a background that nine of ten vectors belong to, with all other codes in use."""
-    bottleneck = VQBottleneck(1, codes=codes, decay=0.5).train()
-    for step in range(VQBottleneck.PATIENCE + 100):
+    bottleneck = VectorQuantizer(1, codes=codes, decay=0.5).train()
+    for step in range(VectorQuantizer.PATIENCE + 100):
         x = torch.zeros(640, 1, 1, 1)
         x[:64] = torch.arange(1.0, 65).view(64, 1, 1, 1)
         bottleneck(x, whole(640, step))
@@ -186,7 +184,7 @@ def test_a_small_codebook_or_a_common_code_is_no_collapse(codes: int) -> None:
 def learn_codes(rank: int, world: int) -> dict[str, Tensor]:
     """Three steps of one of ``world`` processes, each with its part of the batches."""
     torch.manual_seed(0)
-    quantizer = VQBottleneck(channels=2, codes=8, revive=0.2)
+    quantizer = VectorQuantizer(channels=2, codes=8, revive=0.2)
     # Adam would magnify the rounding of gradients that are nought.
     sgd = partial(torch.optim.SGD, lr=1e-2)
     model = by_hand(autoencoder(bottleneck=quantizer, discriminator=PatchDiscriminator, optimizer=sgd))
@@ -194,7 +192,7 @@ def learn_codes(rank: int, world: int) -> dict[str, Tensor]:
     x = digits(24)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for step in range(3):
-        model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
+        model.draws = RandomSource(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((x[8 * step :][rows], {}), step)
     return model.state_dict()
 
@@ -255,7 +253,7 @@ def test_lpips_is_the_published_distance_or_says_where_its_weights_go(monkeypatc
     import torchvision
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-    from gencompare.models.lpips import lpips
+    from gencompare.models.autoencoder import lpips
 
     with pytest.raises(UserError, match="colour images"):
         lpips(1)
@@ -327,7 +325,7 @@ def test_the_discriminator_joins_when_its_share_of_the_budget_is_spent() -> None
     assert figures["d_loss"] > 0 and not all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("bottleneck", [lambda: KLBottleneck(4, 1e-4), lambda: VQBottleneck(4, codes=64)])
+@pytest.mark.parametrize("bottleneck", [lambda: GaussianPosterior(4, 1e-4), lambda: VectorQuantizer(4, codes=64)])
 def test_a_few_images_are_learned_by_heart(bottleneck: Any) -> None:
     model = by_hand(autoencoder(bottleneck=bottleneck(), optimizer=partial(torch.optim.Adam, lr=1e-2)))
     x = digits(6)
@@ -339,7 +337,7 @@ def test_a_few_images_are_learned_by_heart(bottleneck: Any) -> None:
     assert all(value.shape == (6,) for value in figures.values())
 
 
-@pytest.mark.parametrize("bottleneck", [lambda: KLBottleneck(3), lambda: VQBottleneck(3, codes=64)])
+@pytest.mark.parametrize("bottleneck", [lambda: GaussianPosterior(3), lambda: VectorQuantizer(3, codes=64)])
 def test_latents_are_whitened_over_the_training_images_and_decode_to_the_same_each_time(bottleneck: Any) -> None:
     data = Digits()
     trained = autoencoder(bottleneck=bottleneck())
@@ -347,7 +345,7 @@ def test_latents_are_whitened_over_the_training_images_and_decode_to_the_same_ea
         for p in trained.coder.parameters():
             p.add_(0.01)  # not the weights that a fresh one has
     latents = Latents(Digits.spec, autoencoder=partial(autoencoder, bottleneck=bottleneck()))
-    assert isinstance(latents, LatentSpace) and isinstance(latents, Reconstructs)
+    assert isinstance(latents, LatentSpace) and isinstance(latents, SupportsReconstruction)
     latents.take(trained.coder, (x for x, _ in data.batches("train")))
     x = torch.cat([x for x, _ in data.batches("train")])
     w = latents.encode(x).double()
@@ -371,11 +369,11 @@ def test_a_channel_that_says_nothing_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 64, 64), (1, 28, 28)])
 def test_every_size_is_encoded_decoded_and_judged(shape: tuple[int, int, int]) -> None:
     multipliers = (1, 1, 2)
-    coder = Coder(
+    coder = AutoencoderCore(
         DataSpec("images", shape),
         encoder=partial(LatentEncoder, channels=8, multipliers=multipliers, blocks=2),
         decoder=partial(LatentDecoder, channels=8, multipliers=multipliers, blocks=2),
-        bottleneck=KLBottleneck(4),
+        bottleneck=GaussianPosterior(4),
     )
     assert coder.latent_shape == (4, shape[1] // 4, shape[2] // 4)
     x = torch.rand(2, *shape) * 2 - 1
@@ -393,9 +391,9 @@ def test_every_size_is_encoded_decoded_and_judged(shape: tuple[int, int, int]) -
             "halved 4 times",
         ),
         (lambda: autoencoder(encoder=partial(LatentEncoder, channels=9)), "multiple of 8"),
-        (lambda: KLBottleneck(channels=0), "at least 1 channel"),
-        (lambda: KLBottleneck(weight=-1.0), "negative"),
-        (lambda: VQBottleneck(codes=1), "at least 2 codes"),
+        (lambda: GaussianPosterior(channels=0), "at least 1 channel"),
+        (lambda: GaussianPosterior(weight=-1.0), "negative"),
+        (lambda: VectorQuantizer(codes=1), "at least 2 codes"),
         (lambda: autoencoder(adversarial_after=1.5), "adversarial_after"),
         (lambda: Latents(Digits.spec, autoencoder=lambda spec, **_: nn.Identity()), "Identity is no autoencoder"),
     ],

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from gaussian_truth import AXES, MEAN, VARIANCE, error
-from gencompare.contract import DataSpec
-from gencompare.data.base import SPLITS, ImageData, Split
+from gencompare.data.datamodule import SPLITS, ImageData, Split
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.seeds import generator
-from gencompare.tasks import load
+from gencompare.rng import generator
+from gencompare.tasks.runs import loading
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
+from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
-from gencompare.training.looks import looking
+from gencompare.training.evaluation_callback import evaluation_mode
 from parts import part
 
 CLOSE = 0.1
@@ -86,7 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffu
     """The trainer and the model as training left them, and the run's folder."""
     folder = tmp_path_factory.mktemp("run")
     trainer = pl.Trainer(
-        callbacks=[Clock(0, 64, Budget(steps=900)), EMA(0.99), Checkpoints(folder / "checkpoints")],
+        callbacks=[TrainingClock(0, 64, Budget(steps=900)), EMA(0.99), Checkpoints(folder / "checkpoints")],
         plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
@@ -98,13 +98,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffu
 def loaded_error(folder: Path, weights: str = "ema") -> float:
     """Of what a task samples that is given the run's folder."""
     model = untrained()
-    load.load_weights(model, folder, checkpoint="last", weights=weights)
+    loading.load_weights(model, folder, checkpoint="last", weights=weights)
     return samples_error(model)
 
 
 def looked_error(trainer: pl.Trainer, model: Diffusion) -> float:
     """Of what a look sees while the model trains."""
-    with looking(trainer, model):
+    with evaluation_mode(trainer, model):
         return samples_error(model)
 
 
@@ -119,7 +119,7 @@ def test_raw_weights_in_place_of_the_average_break_the_law(
 ) -> None:
     trainer, model, folder = trained
     assert loaded_error(folder, "raw") > CLOSE, "asked for"
-    monkeypatch.setattr(load, "AVERAGED", "average")  # the name of nothing in a checkpoint
+    monkeypatch.setattr(loading, "AVERAGED", "average")  # the name of nothing in a checkpoint
     assert loaded_error(folder) > CLOSE, "a bug in loading"
     monkeypatch.setattr(EMA, "averaged", lambda self, model: nullcontext())
     assert looked_error(trainer, model) > CLOSE, "a bug in looking"

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from composing import compose
-from gencompare.contract import Cond, GenerativeModel
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.evaluation.flops import flops_per_image
+from gencompare.generative_model import Cond, GenerativeModel
 from gencompare.records import RunRecord
-from gencompare.seeds import Draws
-from gencompare.tasks import costs
-from gencompare.tasks.load import load_run
+from gencompare.resources import flops_per_image
+from gencompare.rng import RandomSource
+from gencompare.tasks.runs import dependency_costs
+from gencompare.tasks.runs.loading import load_run
 from gencompare.training import clock as clocks
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
-from gencompare.training.flops import TrainingFlops
+from gencompare.training.clock import TrainingClock, TrainingFlops
 
 Cli = Callable[..., int]
 BATCH = 32
@@ -39,7 +38,7 @@ class Linear(GenerativeModel):
         super().__init__(data.spec, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
         self.layer = nn.Linear(64, 5, bias=False)
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         return {"loss": self.layer(x.flatten(1)).square().sum(1)}
 
 
@@ -50,19 +49,19 @@ class Twice(Linear):
     def step_kind(self) -> str:
         return "twice" if self.progress >= 0.5 else ""
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         once = super().losses(x, cond, draws)["loss"]
         return {"loss": once + super().losses(x, cond, draws)["loss"] if self.step_kind else once}
 
 
 def train(
     folder: Path, budget: Budget, *, until: int | None = None, resume: bool = False, kind: type[Linear] = Linear
-) -> Clock:
+) -> TrainingClock:
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             trainer.should_stop |= clock.step == until
 
-    clock = Clock(0, BATCH, budget)
+    clock = TrainingClock(0, BATCH, budget)
     data = Digits(batch_size=BATCH)
     pl.Trainer(
         callbacks=[clock, TrainingFlops(), StopAt(), Checkpoints(folder)], plugins=[AtomicCheckpointIO()], logger=False,
@@ -84,7 +83,7 @@ def test_training_ends_with_the_step_that_spends_the_flops(flops: float, steps: 
 
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     train(tmp_path, Budget(flops=10 * A_STEP), until=4)
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["Clock"]
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["TrainingClock"]
     assert state["flops"] == 4 * A_STEP and state["step"] == 4
     resumed = train(tmp_path, Budget(flops=10 * A_STEP), resume=True)
     assert resumed.step == 10 and resumed.flops == 10 * A_STEP
@@ -128,7 +127,7 @@ def test_device_minutes_are_wall_time_times_processes(
                 said.append(value)
                 return value
 
-    clock, trainer = Clock(0, BATCH, Budget(device_minutes=0.1)), Trainer()
+    clock, trainer = TrainingClock(0, BATCH, Budget(device_minutes=0.1)), Trainer()
     while not trainer.should_stop:
         clock.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
     assert clock.step == steps and clock.device_seconds == steps * world and clock.seconds == steps
@@ -188,16 +187,16 @@ def record(name: str, flops: float | None, seconds: float, needed: Any = ()) -> 
 
 def test_the_total_is_of_all_that_was_needed_each_once() -> None:
     """A guide and the model that it guides stand on one autoencoder: it is paid for once."""
-    coder = costs.entry(record("coder", 100.0, 1.0), "autoencoder")
+    coder = dependency_costs.cost_entry(record("coder", 100.0, 1.0), "autoencoder")
     guide = record("guide", 20.0, 2.0, [coder])
-    model = record("model", 3.0, 4.0, [coder, costs.entry(guide, "classifier")])
-    costs.tell(model)
+    model = record("model", 3.0, 4.0, [coder, dependency_costs.cost_entry(guide, "classifier")])
+    dependency_costs.print_costs(model)
     assert model.training["total"] == {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0}
     # The other trials of a search are part of the cost, and do not take from what the model may spend.
-    trial = costs.entry(record("other", 1000.0, 1.0), "trial")
-    assert costs.remaining(Budget(flops=130.0), [coder, trial]).flops == 30.0
+    trial = dependency_costs.cost_entry(record("other", 1000.0, 1.0), "trial")
+    assert dependency_costs.remaining(Budget(flops=130.0), [coder, trial]).flops == 30.0
     unknown = record("old", None, 1.0)
-    costs.tell(unknown)
+    dependency_costs.print_costs(unknown)
     assert unknown.training["total"]["flops"] is None and unknown.training["total"]["steps"] == 1
 
 

@@ -23,9 +23,9 @@ import gencompare
 from checkpoints import assert_same_training, checkpoint
 from composing import options
 from forking import Forked
-from gencompare.locks import locked
-from gencompare.tasks import evaluate as evaluate_task
-from gencompare.training.clock import Clock
+from gencompare.files import locked
+from gencompare.tasks import evaluate_run as evaluate_task
+from gencompare.training.clock import TrainingClock
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
@@ -41,14 +41,14 @@ Cli = Callable[..., int]
 
 def in_step_3(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Something happens as the third step begins."""
-    original = Clock.on_train_batch_start
+    original = TrainingClock.on_train_batch_start
 
-    def start(self: Clock, *args: Any) -> None:
+    def start(self: TrainingClock, *args: Any) -> None:
         original(self, *args)
         if self.step == 2:
             act()
 
-    patch.setattr(Clock, "on_train_batch_start", start)
+    patch.setattr(TrainingClock, "on_train_batch_start", start)
 
 
 @pytest.mark.parametrize("family", STOPPED)
@@ -64,7 +64,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         "callbacks.looks.count=0",
     ]
     assert cli(*words, "hydra.run.dir=whole") == 0
-    steps = checkpoint(tmp_path / "whole")["callbacks"]["Clock"]["step"]
+    steps = checkpoint(tmp_path / "whole")["callbacks"]["TrainingClock"]["step"]
     for number in STOPPED[family]:
         name = number.name
         if number == signal.SIGKILL:
@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
             saving = "callbacks.checkpoints.every_minutes=0"
             process = Forked(tmp_path, *words, saving, f"hydra.run.dir={name}", first=kill)
             assert process.wait(timeout=100) == -number
-            assert checkpoint(tmp_path / name)["callbacks"]["Clock"]["step"] == 2
+            assert checkpoint(tmp_path / name)["callbacks"]["TrainingClock"]["step"] == 2
         else:
             with monkeypatch.context() as patch:
                 in_step_3(patch, partial(signal.raise_signal, number))
@@ -82,7 +82,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
             if code:
                 assert "resume=" in capsys.readouterr().out
                 assert json.loads((tmp_path / name / "record.json").read_text())["state"] == "interrupted"
-                assert checkpoint(tmp_path / name)["callbacks"]["Clock"]["step"] == 3
+                assert checkpoint(tmp_path / name)["callbacks"]["TrainingClock"]["step"] == 3
         assert cli(f"resume={name}", "callbacks.checkpoints.every_minutes=2") == 0
         assert_same_training(tmp_path / "whole", tmp_path / name)
         record = json.loads((tmp_path / name / "record.json").read_text())

@@ -10,24 +10,23 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, GenerativeModel
 from gencompare.data.toy2d import Toy2D
-from gencompare.evaluation.collapse import EXPECTED_COVERAGE, missing_modes
-from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.neighbours import neighbourhood
-from gencompare.evaluation.raw import RawValues
-from gencompare.seeds import Draws
+from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
+from gencompare.evaluation.extractors.extractor import IdentityExtractor
+from gencompare.evaluation.metrics.neighbors import neighbor_balls
+from gencompare.evaluation.sanity import EXPECTED_COVERAGE, missing_modes
+from gencompare.generative_model import Cond, GenerativeModel
+from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget
-from gencompare.training.clock import Clock
-from gencompare.training.looks import Looks
-from gencompare.training.preview import Preview
+from gencompare.training.clock import TrainingClock
+from gencompare.training.evaluation_callback import CheapMetrics, EvaluationCallback
 
 RING = Toy2D("gaussians8", n=1000)
 
 
 def said(samples: Tensor, best: float = 0.0) -> str | None:
     real = RING.split("val").images.flatten(1)
-    near = neighbourhood(samples[:1000], real)
+    near = neighbor_balls(samples[:1000], real)
     return missing_modes(near.density, near.coverage, best)
 
 
@@ -52,7 +51,7 @@ def test_coverage_of_real_images_is_what_is_expected_whatever_they_are() -> None
     ring = [RING.split(name).images.flatten(1) for name in ("val", "test")]
     for samples, real in (normal, ring):
         # Coverage of neighbours goes together, so its standard deviation is a few times that of single coins.
-        assert neighbourhood(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
+        assert neighbor_balls(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
 
 
 class Narrowing(GenerativeModel):
@@ -63,7 +62,7 @@ class Narrowing(GenerativeModel):
         self.weight = nn.Parameter(torch.zeros(()))
         self.steps = 0
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         self.steps += self.training
         return {"loss": x.flatten(1).sum(1) * self.weight}
 
@@ -76,13 +75,15 @@ class Narrowing(GenerativeModel):
 def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    protocol = Protocol(extractors=(RawValues,))
-    looks = Looks(count=4, grid=0, held_out=0, preview=Preview(RING, protocol, n=250), folder=tmp_path, seed=0)
+    protocol = EvaluationProtocol(extractors=(IdentityExtractor,))
+    looks = EvaluationCallback(
+        count=4, grid=0, held_out=0, preview=CheapMetrics(RING, protocol, n=250), folder=tmp_path, seed=0
+    )
     logged: list[dict[str, float]] = []
     logger = pl.loggers.CSVLogger(tmp_path)
     logger.log_metrics = lambda metrics, step=None: logged.append(metrics)  # type: ignore[method-assign,assignment]
     trainer = pl.Trainer(
-        callbacks=[Clock(0, 64, Budget(steps=12)), looks], logger=logger, max_epochs=-1, limit_val_batches=0,
+        callbacks=[TrainingClock(0, 64, Budget(steps=12)), looks], logger=logger, max_epochs=-1, limit_val_batches=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     trainer.fit(Narrowing(), datamodule=RING)
@@ -90,7 +91,7 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
     assert min(coverage[:2]) > 0.85 and max(coverage[2:]) < 0.15
     assert list(looks.missing) == [9, 12]
     assert capsys.readouterr().out.count("modes are missing") == 2
-    other = Looks(count=4, grid=0, held_out=0, preview=None, folder=tmp_path, seed=0)
+    other = EvaluationCallback(count=4, grid=0, held_out=0, preview=None, folder=tmp_path, seed=0)
     other.load_state_dict(looks.state_dict())
     assert other.missing == looks.missing and other.best_coverage == max(coverage)
 
@@ -98,5 +99,5 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
 def test_a_result_says_it_too() -> None:
     split = RING.split("test")
     narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
-    flags = evaluate(narrow[:100], RING, Protocol(extractors=(RawValues,), n=100)).details["flags"]
+    flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), n=100)).details["flags"]
     assert any("modes are missing" in flag for flag in flags)

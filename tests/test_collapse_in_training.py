@@ -12,16 +12,16 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import TrainedModel
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
+from gencompare.generative_model import TrainedModel
 from gencompare.models.autoencoder import Autoencoder
-from gencompare.models.bottlenecks import VQBottleneck
+from gencompare.models.bottlenecks import VectorQuantizer
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.networks.mlp import DenoisingMLP
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
+from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
 from parts import part
 
@@ -29,7 +29,8 @@ from parts import part
 def fit(model: TrainedModel, folder: Path, *callbacks: pl.Callback, steps: int = 20) -> None:
     """Trains; every step is saved that may be."""
     trainer = pl.Trainer(
-        callbacks=[Clock(0, 16, Budget(steps=steps)), *callbacks, EMA(0.9), Checkpoints(folder, every_minutes=0)],
+        callbacks=[TrainingClock(0, 16, Budget(steps=steps)), *callbacks, EMA(0.9), Checkpoints(folder,
+        every_minutes=0)],
         plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
@@ -40,7 +41,7 @@ def saved_step(folder: Path, model: TrainedModel) -> int:
     """The step of last.ckpt, whose weights the model takes."""
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     model.load_state_dict(saved["state_dict"])
-    return saved["callbacks"]["Clock"]["step"]
+    return saved["callbacks"]["TrainingClock"]["step"]
 
 
 def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -> int:
@@ -114,7 +115,7 @@ def collapsing(healthy: int = 1) -> Autoencoder:
         Digits.spec,
         encoder=partial(Encoder, healthy=1 + healthy),
         decoder=Decoder,
-        bottleneck=VQBottleneck(channels=1, codes=4, decay=0.5, revive=0.25),
+        bottleneck=VectorQuantizer(channels=1, codes=4, decay=0.5, revive=0.25),
         optimizer=partial(torch.optim.SGD, lr=1e-3),
     )
 
@@ -122,7 +123,7 @@ def collapsing(healthy: int = 1) -> Autoencoder:
 def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(VQBottleneck, "PATIENCE", 3)
+    monkeypatch.setattr(VectorQuantizer, "PATIENCE", 3)
     model = collapsing()
     assert last_good_step(model, tmp_path) == 1
     assert not model.doubtful

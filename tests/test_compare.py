@@ -23,14 +23,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from gencompare.compare import curves, page, words
-from gencompare.compare.gather import Gathered, find, gather, read_curve
-from gencompare.compare.rank import NO_FIGURE, NOT_LEARNED, OVERLAP, UNDECIDED, Group, apart, disagreements, rank
-from gencompare.compare.remedy import commands
-from gencompare.compare.report import report
+from gencompare.compare import charts, formatting, page
+from gencompare.compare.load_runs import LoadedRuns, find_run_folders, load_runs, read_curve
+from gencompare.compare.page import report
+from gencompare.compare.ranking import (
+    NO_VALUE,
+    NOT_LEARNED,
+    OVERLAP,
+    UNDECIDED,
+    TableSection,
+    by_primary_metric,
+    disagreements,
+    rank,
+)
 from gencompare.compare.settings import differences
-from gencompare.compare.styles import styles
-from gencompare.compare.table import columns
+from gencompare.compare.suggestions import suggested_commands
+from gencompare.compare.svg_plots import styles
+from gencompare.compare.tables import columns
 from gencompare.compare.terminal import print_tables, summary
 from gencompare.errors import UserError
 from gencompare.records import Metric, Result, RunRecord
@@ -41,17 +50,17 @@ ODD = '<img src=x onerror="alert(1)"><blink>[bold red]$a_1$|`x`*y*</blink>&amp;'
 """A name that HTML, Markdown, rich and matplotlib would each make something of."""
 
 
-def standings(group: Group) -> list[tuple[int | None, str, str]]:
+def standings(group: TableSection) -> list[tuple[int | None, str, str]]:
     return [(row.rank, row.run.label, row.standing) for row in group.rows]
 
 
-def ranked(folder: Path, figures: dict[str, float | None], **common: Any) -> Group:
+def ranked(folder: Path, figures: dict[str, float | None], **common: Any) -> TableSection:
     """One group of runs of these headline figures; a name up to the first ``-`` is the family."""
     folders = [
         write_run(folder / name, [result(value, **common)], family=name.split("-")[0], picture=False)
         for name, value in figures.items()
     ]
-    (group,) = rank(gather(folders).runs)
+    (group,) = rank(load_runs(folders).runs)
     return group
 
 
@@ -68,7 +77,7 @@ def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, be
         write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, better=better)})], picture=False)
         for name, value in values.items()
     ]
-    (group,) = rank(gather(folders).runs)
+    (group,) = rank(load_runs(folders).runs)
     assert standings(group) == [(k, name, "") for k, name in enumerate(order, 1)]
 
 
@@ -82,7 +91,7 @@ def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
         )
         for name, values in seeds.items() for k, value in enumerate(values)
     ]  # fmt: skip
-    (group,) = rank(gather(folders).runs)
+    (group,) = rank(load_runs(folders).runs)
     assert [row.run.record.family for row in group.rows] == ["near", "far", "off"]
     assert abs(group.rows[1].headline.value - 1) < abs(group.rows[0].headline.value - 1), "though its mean is 1"
     against = next(column for column in columns(group) if column.title == "against the best")
@@ -121,7 +130,7 @@ def test_a_row_within_the_intervals_of_the_baseline_is_undecided(tmp_path: Path)
     folders = [
         write_run(tmp_path / name, [measured(*values)], family=name, picture=False) for name, values in found.items()
     ]
-    (group,) = rank(gather(folders).runs)
+    (group,) = rank(load_runs(folders).runs)
     assert standings(group) == [
         (1, "flow", ""), (2, "gan", UNDECIDED), (3, "gaussian", "baseline"), (4, "ddpm", UNDECIDED),
         (None, "vae", NOT_LEARNED),
@@ -142,21 +151,21 @@ def test_two_metrics_that_disagree_about_two_rows_are_named(tmp_path: Path):
 
     values = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (4.0, 4.0)}
     folders = [write_run(tmp_path / name, measured(*pair), picture=False) for name, pair in values.items()]
-    gathered = gather(folders)
+    gathered = load_runs(folders)
     groups = rank(gathered.runs)
     assert [group.headline for group in groups] == ["mmd_efficientnet_lite0", "fd_digits"]
     (sentence,) = disagreements(groups)
     assert "1 of 3 pairs" in sentence and "a and b" in sentence
     assert "Metrics disagree" in page.render(gathered)
-    agreeing = rank(gather(folders[1:]).runs)
-    assert disagreements(agreeing) == [] and commands(groups) == []
+    agreeing = rank(load_runs(folders[1:]).runs)
+    assert disagreements(agreeing) == [] and suggested_commands(groups) == []
 
 
 def test_the_mean_of_several_baselines_counts_and_one_without_a_figure_does_not(tmp_path: Path):
     group = ranked(tmp_path, {"gaussian-1": 8.0, "gaussian-2": 12.0, "gaussian-3": None, "vae": 10.5, "gan": 9.5})
     assert standings(group) == [
         (1, "gaussian-1", "baseline"), (2, "gan", ""), (3, "gaussian-2", "baseline"),
-        (None, "vae", NOT_LEARNED), (None, "gaussian-3", NO_FIGURE),
+        (None, "vae", NOT_LEARNED), (None, "gaussian-3", NO_VALUE),
     ]  # fmt: skip
 
 
@@ -171,7 +180,7 @@ def test_without_a_baseline_the_command_that_adds_it_is_named(tmp_path: Path):
     sweep = tmp_path / "it's [x]"
     folder = write_run(sweep / "b", [result(1.0)], config=config, overrides=["seed=1", "data.root='a b'"])
     (sweep / "gaussian").mkdir()
-    said = rank(gather([folder]).runs)[0].notes()[0].split("Add it: ")[1]
+    said = rank(load_runs([folder]).runs)[0].notes()[0].split("Add it: ")[1]
     assert shlex.split(said)[2:6] == ["model=gaussian", "data=image_folder", "data.root='a b'", "evaluation=quick"]
     last = OverridesParser.create().parse_override(shlex.split(said)[-1])
     assert (last.key_or_group, last.value()) == ("hydra.run.dir", f"{sweep}/gaussian_2"), "where none is yet"
@@ -181,7 +190,7 @@ def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
     more = replace(DIGITS, n=1000)
     odd = write_run(tmp_path / "lr=1,2 (it's [x]) \\ ${y}", [result(2.0, more)])
     folders = [odd, *(write_run(tmp_path / name, [result(1.0)]) for name in "ab")]
-    (line,) = commands(rank(gather(folders).runs))
+    (line,) = suggested_commands(rank(load_runs(folders).runs))
     words = shlex.split(line)
     assert [*words[:3], *words[4:]] == ["python", "run.py", "task=evaluate", "evaluation.n=500"]
     value = OverridesParser.create().parse_override(words[3]).value()
@@ -191,7 +200,7 @@ def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
 def test_a_model_trained_against_the_measuring_network_is_not_ranked(tmp_path: Path):
     fair = write_run(tmp_path / "fair", [result(2.0)])
     unfair = write_run(tmp_path / "unfair", [result(1.0)], training={"trained_against": ["lpips", "beef" * 16]})
-    (group,) = rank(gather([fair, unfair]).runs)
+    (group,) = rank(load_runs([fair, unfair]).runs)
     assert standings(group) == [(1, "fair", ""), (None, "unfair", OVERLAP)]
 
 
@@ -202,20 +211,20 @@ def test_unlike_protocols_are_never_ranked_together_and_the_fields_are_named(tmp
         write_run(tmp_path / "b", [result(1.0)]),
         write_run(tmp_path / "c", [result(0.1, FASHION)]),
     ]
-    groups = rank(gather(folders).runs)
+    groups = rank(load_runs(folders).runs)
     assert [standings(group) for group in groups] == [
         [(1, "b", ""), (2, "a", "")],
         [(1, "a", "")],
         [(1, "c", "")],
     ]
     assert [len({row.result.measurement.id for row in group.rows}) for group in groups] == [1, 1, 1]
-    told = apart(groups)
+    told = by_primary_metric(groups)
     assert "Table 2 differs from table 1 in n (1000 instead of 500), chunk (100 instead of 250)." in told
     assert "Table 3 is of other data, fashion_mnist (and so differs from table 1 in extractor too)." in told
-    shown = page.render(gather(folders))
+    shown = page.render(load_runs(folders))
     assert "3 protocols, 3 tables." in shown and "n (1000 instead of 500)" in shown
     command = f"python run.py task=evaluate run={tmp_path / 'a'} evaluation.n=500 evaluation.protocol.chunk=250"
-    assert commands(groups) == [command], "other data cannot be brought together"
+    assert suggested_commands(groups) == [command], "other data cannot be brought together"
     assert command in shown
 
 
@@ -229,7 +238,7 @@ def test_the_command_names_the_preset_where_the_network_differs(tmp_path: Path):
         write_run(tmp_path / "d", [result(0.1, labels)]),
         write_run(tmp_path / "e", [result(0.1, inception)], state="samples"),
     ]
-    (line,) = commands(rank(gather(folders).runs))
+    (line,) = suggested_commands(rank(load_runs(folders).runs))
     assert line.startswith(f"python run.py task=evaluate run={tmp_path / 'c'} evaluation=default evaluation.n=500 ")
     assert line.endswith(" checkpoint=best")
 
@@ -241,17 +250,17 @@ def test_a_glob_finds_runs_records_and_sweeps(tmp_path: Path):
     one = write_run(tmp_path / "one", picture=False)
     jobs = [write_run(tmp_path / "sweep" / name, picture=False) for name in ("0_vae", "1_gan")]
     (tmp_path / "empty").mkdir()
-    assert find(f"{tmp_path}/*") == [one, *jobs]
-    assert find(f"{tmp_path}/sweep/1*") == [jobs[1]]
-    assert find(f"{tmp_path}/**/record.json") == [one, *jobs]
-    assert find(str(one)) == [one]
+    assert find_run_folders(f"{tmp_path}/*") == [one, *jobs]
+    assert find_run_folders(f"{tmp_path}/sweep/1*") == [jobs[1]]
+    assert find_run_folders(f"{tmp_path}/**/record.json") == [one, *jobs]
+    assert find_run_folders(str(one)) == [one]
 
 
 @pytest.mark.parametrize("pattern", ["nowhere/*", "", "empty*"])
 def test_a_glob_without_runs_is_refused(tmp_path: Path, pattern: str):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="names no run folder"):
-        find(str(tmp_path / pattern))
+        find_run_folders(str(tmp_path / pattern))
 
 
 def test_damaged_records_are_listed_and_the_rest_is_compared(tmp_path: Path):
@@ -260,7 +269,7 @@ def test_damaged_records_are_listed_and_the_rest_is_compared(tmp_path: Path):
     cut = write_run(tmp_path / "cut", [result(1.0)])
     (cut / "record.json").write_text((cut / "record.json").read_text()[:-40])
     gone = tmp_path / "gone"
-    gathered = gather([good, older, cut, gone])
+    gathered = load_runs([good, older, cut, gone])
     assert [run.label for run in gathered.runs] == ["good"]
     reasons = {skip.folder: skip.reason for skip in gathered.skipped}
     assert "schema 0" in reasons[older] and "damaged" in reasons[cut] and "not a run folder" in reasons[gone]
@@ -272,7 +281,7 @@ def test_the_same_run_twice_counts_once(tmp_path: Path):
     run = write_run(tmp_path / "a", [result(1.0)])
     (tmp_path / "link").symlink_to(run)
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    gathered = gather([run, tmp_path / "link", run / ".." / "a", copy])
+    gathered = load_runs([run, tmp_path / "link", run / ".." / "a", copy])
     assert [r.folder for r in gathered.runs] == [run]
     assert [(skip.folder, skip.reason) for skip in gathered.skipped] == [
         (copy, f"a copy of the run in {run}, which is shown")
@@ -282,7 +291,7 @@ def test_the_same_run_twice_counts_once(tmp_path: Path):
 def test_runs_of_one_name_are_told_apart(tmp_path: Path):
     folders = [write_run(tmp_path / where / "0_vae", picture=False) for where in ("s1", "s2")]
     other = write_run(tmp_path / "gan", picture=False)
-    assert [run.label for run in gather([*folders, other]).runs] == ["s1/0_vae", "s2/0_vae", "gan"]
+    assert [run.label for run in load_runs([*folders, other]).runs] == ["s1/0_vae", "s2/0_vae", "gan"]
 
 
 def test_a_record_that_names_files_elsewhere_does_not_get_them(tmp_path: Path):
@@ -291,10 +300,10 @@ def test_a_record_that_names_files_elsewhere_does_not_get_them(tmp_path: Path):
     folder = write_run(
         tmp_path / "run", [result(1.0, pictures=dict(pictures))], curve={}, pictures={"text": "curve.csv"}
     )
-    (run,) = gather([folder]).runs
+    (run,) = load_runs([folder]).runs
     assert [run.picture(path) for path in pictures.values()] == [None] * 4
     assert run.picture("samples/grid.png") == (folder / "samples" / "grid.png").read_bytes()
-    shown = page.render(Gathered([run]))
+    shown = page.render(LoadedRuns([run]))
     assert base64.b64encode(outside.read_bytes()).decode() not in shown
     assert "gone.png" in shown and "text (curve.csv)" in shown
 
@@ -323,10 +332,10 @@ def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_seve
     for seed in (0, 1):  # one line for both seeds
         results = [measured(n, 90 / n + seed, "Heun") for n in (10, 30)]
         write_run(tmp_path / f"c{seed}", results, seed=seed, family="edm")
-    runs = gather(sorted(tmp_path.iterdir())).runs
+    runs = load_runs(sorted(tmp_path.iterdir())).runs
     groups = rank(runs)
     style = styles(groups, runs)
-    (chart,) = curves.against_calls(groups, style)
+    (chart,) = charts.against_calls(groups, style)
     drawn = {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines}
     assert drawn == {
         "a · DDIM": ([5, 50], [9.0, 2.0]), "c0, mean of 2 seeds · Heun": ([10, 30], [9.5, 3.5]),
@@ -338,9 +347,9 @@ def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_seve
         if title in best
     ], "a line is drawn as its best row is elsewhere"
     assert chart.x_log
-    html = page.render(gather(tmp_path.iterdir()))
+    html = page.render(load_runs(tmp_path.iterdir()))
     assert "Quality against network calls" in html
-    assert "Quality against network calls" not in page.render(gather([tmp_path / "b"]))
+    assert "Quality against network calls" not in page.render(load_runs([tmp_path / "b"]))
 
 
 def test_noise_schedules_share_a_chart(tmp_path: Path):
@@ -348,22 +357,22 @@ def test_noise_schedules_share_a_chart(tmp_path: Path):
     write_run(tmp_path / "a", [result(1.0)], model={"parameters": 1, "noise_schedule": falling})
     write_run(tmp_path / "b", [result(2.0)], model={"noise_schedule": {"t": [0.0], "log_snr": [1.0, 2.0]}})
     write_run(tmp_path / "c", [result(3.0)])
-    runs = gather(tmp_path.iterdir()).runs
-    (chart,) = curves.noise_schedules(runs, styles([], runs))
+    runs = load_runs(tmp_path.iterdir()).runs
+    (chart,) = charts.noise_schedules(runs, styles([], runs))
     assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "what is damaged or absent is not drawn"
-    assert "Noise schedules" in page.render(gather(tmp_path.iterdir()))
-    assert "Noise schedules" not in page.render(gather([tmp_path / "c"]))
+    assert "Noise schedules" in page.render(load_runs(tmp_path.iterdir()))
+    assert "Noise schedules" not in page.render(load_runs([tmp_path / "c"]))
 
 
 def test_a_long_curve_is_thinned_to_means():
     x, y = np.arange(3000.0), np.arange(3000.0) ** 2
-    few_x, few_y = curves.thin(x, y)
+    few_x, few_y = charts.subsample(x, y)
     assert len(few_x) == len(few_y) == 300
     assert few_x[0] == 4.5 and few_y[0] == np.mean(np.arange(10.0) ** 2)
     assert few_y[-1] == pytest.approx(np.mean(y[-10:]))
-    uneven = curves.thin(np.arange(301.0), np.arange(301.0))[0]
+    uneven = charts.subsample(np.arange(301.0), np.arange(301.0))[0]
     assert len(uneven) == 300 and uneven[0] == 0 and uneven[-1] in (299.5, 300)
-    assert np.array_equal(curves.thin(x[:300], y[:300]), [x[:300], y[:300]])
+    assert np.array_equal(charts.subsample(x[:300], y[:300]), [x[:300], y[:300]])
 
 
 def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tmp_path: Path):
@@ -375,12 +384,12 @@ def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tm
         write_run(tmp_path / "f", [result(3.0, FASHION)], family="vae", data=fashion),
         write_run(tmp_path / "none", [result(3.0)], family="gaussian", curve={}),
     ]
-    runs = gather(folders).runs
+    runs = load_runs(folders).runs
     style = styles(rank(runs), runs)
-    drawn = {chart.title: [line.color for line in chart.lines] for chart in curves.distances(runs, style)}
+    drawn = {chart.title: [line.color for line in chart.lines] for chart in charts.distance_curves(runs, style)}
     c = [style[label].color for label in ("d1", "d2", "v", "f")]
     assert drawn == {"FD digits on digits": c[:3], "FD digits on fashion_mnist": c[3:]}
-    losses = {chart.title: [line.color for line in chart.lines] for chart in curves.losses(runs, style)}
+    losses = {chart.title: [line.color for line in chart.lines] for chart in charts.loss_curves(runs, style)}
     # Each run's training loss and its held-out loss.
     assert losses == {
         "ddpm on digits: loss": [c[0], c[0], c[1], c[1]], "vae on digits: loss": [c[2]] * 2,
@@ -392,8 +401,8 @@ def test_a_line_holds_the_figures_that_were_logged(tmp_path: Path):
     curve = {
         "step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), "val/fd_x": np.array([math.nan, 5, 4]),
     }  # fmt: skip
-    runs = gather([write_run(tmp_path / "a", curve=curve)]).runs
-    (chart,) = curves.distances(runs, styles([], runs))
+    runs = load_runs([write_run(tmp_path / "a", curve=curve)]).runs
+    (chart,) = charts.distance_curves(runs, styles([], runs))
     assert chart.lines[0].x.tolist() == [20, 30] and chart.lines[0].y.tolist() == [5, 4]
 
 
@@ -412,7 +421,7 @@ def test_only_settings_that_differ_are_shown_and_model_settings_within_a_family(
         write_run(tmp_path / "d2", family="ddpm", config=config("ddpm", 2e-3, 100, dropout=0.1)),
         write_run(tmp_path / "v", family="vae", config=config("vae", 5e-3, 200, latent=8)),
     ]
-    tables = {t.title: (t.names, {run.label: v for run, v in t.rows}) for t in differences(gather(folders).runs)}
+    tables = {t.title: (t.names, {run.label: v for run, v in t.rows}) for t in differences(load_runs(folders).runs)}
     assert tables == {
         "All runs": (["budget.images"], {"d1": ["100"], "d2": ["100"], "v": ["200"]}),
         "ddpm": (["model.optimizer.lr", "model.dropout"], {"d1": ["0.001", "–"], "d2": ["0.002", "0.1"]}),  # noqa: RUF001
@@ -452,7 +461,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Gathered:
+def odd(tmp_path_factory: pytest.TempPathFactory) -> LoadedRuns:
     """Runs whose every text holds markup, with a broken one, one without figures, and several protocols."""
     folder = tmp_path_factory.mktemp("odd")
     metric = {"fd_digits": Metric(1.0, better="lower", floor=0.5, note=ODD), ODD: Metric(None, note=ODD, unit=ODD)}
@@ -472,10 +481,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Gathered:
     write_run(folder / "c", [], training={"error": ODD}, state="failed", name=f"=1+{ODD}")
     (folder / "broken <blink>").mkdir()
     (folder / "broken <blink>" / "record.json").write_text("{")
-    return gather(sorted(folder.iterdir()))
+    return load_runs(sorted(folder.iterdir()))
 
 
-def test_names_are_text_wherever_they_stand(odd: Gathered):
+def test_names_are_text_wherever_they_stand(odd: LoadedRuns):
     shown = Page(page.render(odd))
     assert not shown.open, "every element is closed"
     assert not shown.all("blink") and not shown.all("bold")
@@ -485,7 +494,7 @@ def test_names_are_text_wherever_they_stand(odd: Gathered):
     assert ODD in "".join(shown.texts[shown.texts.index("Losses") :])
 
 
-def test_the_page_asks_the_network_for_nothing(odd: Gathered):
+def test_the_page_asks_the_network_for_nothing(odd: LoadedRuns):
     html = page.render(odd)
     shown = Page(html)
     for _, attributes in shown.elements:
@@ -498,7 +507,7 @@ def test_the_page_asks_the_network_for_nothing(odd: Gathered):
     assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
 
 
-def test_ids_of_a_page_are_unique_and_references_meet_one(odd: Gathered):
+def test_ids_of_a_page_are_unique_and_references_meet_one(odd: LoadedRuns):
     shown = Page(page.render(odd))
     ids = Counter(attributes["id"] for _, attributes in shown.elements if "id" in attributes)
     assert len(shown.all("svg")) > 4 and max(ids.values()) == 1
@@ -509,7 +518,7 @@ def test_ids_of_a_page_are_unique_and_references_meet_one(odd: Gathered):
 
 def test_a_table_cell_carries_the_value_that_its_column_is_sorted_by(tmp_path: Path):
     folders = [write_run(tmp_path / name, [result(v)]) for name, v in (("a", 1.23456), ("b", 0.1), ("c", None))]
-    shown = Page(page.render(gather(folders)))
+    shown = Page(page.render(load_runs(folders)))
     start = next(k for k, (tag, a) in enumerate(shown.elements) if tag == "table" and a.get("class") == "ranking")
     cells = [a for tag, a in shown.elements[start:] if tag == "td" and "lead-figure" in (a.get("class") or "")]
     assert [cell["data-key"] for cell in cells] == ["0.1", "1.23456", ""]
@@ -519,7 +528,7 @@ def test_pictures_stay_under_their_budget_and_those_left_out_are_counted(tmp_pat
     folders = [write_run(tmp_path / f"r{k}", [result(float(k))]) for k in range(5)]
     sizes = [(folder / "samples" / "grid.png").stat().st_size for folder in folders]
     monkeypatch.setattr(page, "PICTURE_BYTES", sum(sizes[:3]) + min(sizes) - 1)
-    shown = Page(page.render(gather(folders)))
+    shown = Page(page.render(load_runs(folders)))
     # The best-ranked come first.
     best = [base64.b64encode((f / "samples" / "grid.png").read_bytes()).decode() for f in folders[:3]]
     assert [image["src"] for image in shown.all("img")] == [f"data:image/png;base64,{content}" for content in best]
@@ -542,7 +551,7 @@ def test_a_single_run_has_its_own_page(tmp_path: Path):
 def test_what_is_flagged_about_samples_is_said(tmp_path: Path):
     flagged = write_run(tmp_path / "a", [result(1.0, details={"flags": ["many samples are alike"]})])
     plain = write_run(tmp_path / "b", [result(2.0)])
-    assert "a: many samples are alike" in page.render(gather([flagged, plain]))
+    assert "a: many samples are alike" in page.render(load_runs([flagged, plain]))
 
 
 # Files and terminal
@@ -567,10 +576,10 @@ def test_the_csv_holds_every_result_and_every_figure(tmp_path: Path):
     assert first["seed"] == "7" and first["measurement.n"] == "500" and first["generation.checkpoint"] == "last"
     assert first["nfe.unet"] == "50.0" and first["training.images_seen"] == "200064"
     assert rows[2]["fd_digits"] == "" and rows[2]["fd_digits.note"] == "samples hold NaN"
-    assert rows[2]["standing"] == NO_FIGURE
+    assert rows[2]["standing"] == NO_VALUE
 
 
-def test_the_markdown_table_has_one_cell_a_column_whatever_a_name_holds(odd: Gathered, tmp_path: Path):
+def test_the_markdown_table_has_one_cell_a_column_whatever_a_name_holds(odd: LoadedRuns, tmp_path: Path):
     report([run.folder for run in odd.runs], tmp_path)
     text = (tmp_path / "compare.md").read_text()
     tables = [line for line in text.splitlines() if line.startswith("| ")]
@@ -588,7 +597,7 @@ def test_a_report_needs_a_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("width", [60, 100, 240])
-def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: Gathered, width: int):
+def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: LoadedRuns, width: int):
     text = io.StringIO()
     folders = [run.folder for run in odd.runs] + [skip.folder for skip in odd.skipped]
     print_tables(folders, Console(file=text, width=width, force_terminal=False))
@@ -627,14 +636,21 @@ def test_the_summary_of_a_run_has_every_figure_with_its_floor(tmp_path: Path):
 @pytest.mark.parametrize(
     "say, value, text",
     [
-        (words.figure, 3.17, "3.17"), (words.figure, 0.99996, "1.00"), (words.figure, 0.0021, "0.00210"),
-        (words.figure, 1234.5, "1,234"), (words.figure, -2.0, "-2.00"), (words.figure, 0, "0"),
-        (words.figure, 3e-7, "3.00e-07"), (words.figure, None, "–"), (words.figure, math.nan, "–"),  # noqa: RUF001
-        (words.count, 870, "870"), (words.count, 412_345, "412 k"), (words.count, 999_900, "1 M"),
-        (words.count, 35_700_000, "35.7 M"), (words.count, 3.2e13, "32 T"),
-        (words.duration, 4.2, "4.2 s"), (words.duration, 59.7, "1:00 min"), (words.duration, 171.2, "2:51 min"),
-        (words.duration, 7859, "2:10 h"), (words.times, 1.1, "1.10"), (words.times, 2.94, "2.9"),
-        (words.times, 14.4, "14"), (words.rate, 1168.6, "1,169"), (words.rate, 2.5, "2.5"), (words.rate, 50.0, "50"),
+        (formatting.format_metric, 3.17, "3.17"), (formatting.format_metric, 0.99996, "1.00"),
+        (formatting.format_metric, 0.0021, "0.00210"),
+        (formatting.format_metric, 1234.5, "1,234"), (formatting.format_metric, -2.0, "-2.00"),
+        (formatting.format_metric, 0, "0"),
+        (formatting.format_metric, 3e-7, "3.00e-07"), (formatting.format_metric, None, "–"),  # noqa: RUF001
+        (formatting.format_metric, math.nan, "–"),  # noqa: RUF001
+        (formatting.format_count, 870, "870"), (formatting.format_count, 412_345, "412 k"), (formatting.format_count,
+        999_900, "1 M"),
+        (formatting.format_count, 35_700_000, "35.7 M"), (formatting.format_count, 3.2e13, "32 T"),
+        (formatting.format_duration, 4.2, "4.2 s"), (formatting.format_duration, 59.7, "1:00 min"),
+        (formatting.format_duration, 171.2, "2:51 min"),
+        (formatting.format_duration, 7859, "2:10 h"), (formatting.format_factor, 1.1, "1.10"),
+        (formatting.format_factor, 2.94, "2.9"),
+        (formatting.format_factor, 14.4, "14"), (formatting.format_rate, 1168.6, "1,169"), (formatting.format_rate,
+        2.5, "2.5"), (formatting.format_rate, 50.0, "50"),
     ],
 )  # fmt: skip
 def test_numbers_in_words(say: Any, value: float | None, text: str):
@@ -649,7 +665,7 @@ def test_numbers_in_words(say: Any, value: float | None, text: str):
     ],
 )  # fmt: skip
 def test_titles_of_figures(name: str, title: str):
-    assert words.title(name) == title
+    assert formatting.title(name) == title
 
 
 @pytest.mark.parametrize(
@@ -669,7 +685,7 @@ def test_bits_per_dim_is_one_column_that_names_its_kind(tmp_path: Path, scores: 
     folders = [
         write_run(tmp_path / name, [replace(result(1.0), metrics=m)]) for name, m in (("a", metrics), ("b", other))
     ]
-    (group,) = rank(gather(folders).runs)
+    (group,) = rank(load_runs(folders).runs)
     found = {column.title: column.cell(group.rows[0]) for column in columns(group)}
     assert [title for title in found if title.split("\u00a0")[0] in ("FD digits", "precision", "bits/dim", "new")] == [
         "FD digits\u00a0↓", "precision", "bits/dim\u00a0↓", "new",
@@ -687,7 +703,7 @@ def test_any_figure_gets_a_column_the_known_ones_first(tmp_path: Path):
 
 def test_the_protocol_is_told_in_words():
     measured = replace(DIGITS, conditioning="labels", label_distribution="test", resize="bilinear to 299")
-    assert words.describe(measured) == (
+    assert formatting.describe(measured) == (
         "500 generated images (conditional, labels: test, 250 from one seed at a time), held against the 500 images of"
         " the test split of digits, rounded to uint8, resized by bilinear to 299. Features: digits (beefbeefbeef)."
     )
@@ -698,7 +714,7 @@ def test_a_latent_model_is_charged_with_its_autoencoder(tmp_path: Path) -> None:
     first = {"run": "digits_autoencoder_0", "seconds": 300.0, "images_seen": 500}
     write_run(tmp_path / "pixels", [result(1.0)], training=training)
     write_run(tmp_path / "latents", [result(2.0)], training=training, model={"parameters": 7, "autoencoder": first})
-    gathered = gather([tmp_path / "pixels", tmp_path / "latents"])
+    gathered = load_runs([tmp_path / "pixels", tmp_path / "latents"])
     (group,) = rank(gathered.runs)
     (time,) = [column for column in columns(group) if column.title == "device time"]
     pixels, latents = (time.cell(row) for row in group.rows)

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from gencompare.compare.anchors import anchors
-from gencompare.compare.gather import gather
-from gencompare.compare.rank import apart, rank
-from gencompare.compare.report import report
+from gencompare.compare.load_runs import load_runs
+from gencompare.compare.page import report
+from gencompare.compare.ranking import by_primary_metric, published_results, rank
 from gencompare.errors import UserError
 from gencompare.records import SCHEMA
 from synthetic import DIGITS, result, write_run
@@ -27,7 +26,7 @@ from synthetic import DIGITS, result, write_run
 def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path, schema: Any, told: str) -> None:
     good = write_run(tmp_path / "good", [result(1.0)])
     other = write_run(tmp_path / "other", [result(2.0)], schema=schema)
-    gathered = gather([good, other])
+    gathered = load_runs([good, other])
     assert [run.label for run in gathered.runs] == ["good"]
     (skipped,) = gathered.skipped
     assert skipped.folder == other and told in skipped.reason and str(other / "record.json") in skipped.reason
@@ -57,7 +56,7 @@ def test_damage_of_any_kind_is_listed(tmp_path: Path) -> None:
     raw["results"][0]["metrics"]["fd_digits"]["value"] = "low"
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "record.json").write_text(json.dumps(raw))
-    gathered = gather([good, *folders, tmp_path / "text"])
+    gathered = load_runs([good, *folders, tmp_path / "text"])
     assert [run.label for run in gathered.runs] == ["good"] and len(gathered.skipped) == len(folders) + 1
     with pytest.raises(UserError, match="No run can be shown"):
         report(folders, tmp_path / "out")
@@ -67,7 +66,7 @@ def test_damage_of_any_kind_is_listed(tmp_path: Path) -> None:
 def test_a_record_that_may_not_be_read_is_listed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [result(1.0)])
     (folder / "record.json").chmod(0)
-    assert "damaged" in gather([folder]).skipped[0].reason
+    assert "damaged" in load_runs([folder]).skipped[0].reason
 
 
 def test_mixed_data_sets_are_tables_of_their_own(tmp_path: Path) -> None:
@@ -75,9 +74,9 @@ def test_mixed_data_sets_are_tables_of_their_own(tmp_path: Path) -> None:
     for name, measurement in (("a", DIGITS), ("b", DIGITS), ("c", cifar)):
         data = {"name": measurement.data}
         write_run(tmp_path / name, [result(1.0, measurement)], family=name, data=data, picture=False)
-    groups = rank(gather(sorted(tmp_path.iterdir())).runs)
+    groups = rank(load_runs(sorted(tmp_path.iterdir())).runs)
     assert [[row.run.label for row in group.rows] for group in groups] == [["a", "b"], ["c"]]
-    assert "Table 2 is of other data, cifar10" in apart(groups) and anchors("cifar10")
+    assert "Table 2 is of other data, cifar10" in by_primary_metric(groups) and published_results("cifar10")
     report(sorted(tmp_path.iterdir()), tmp_path / "out")
     assert (tmp_path / "out" / "compare.tex").read_text().count(r"\begin{tabular}") == 2
 
@@ -91,7 +90,7 @@ def test_a_config_that_is_no_config_breaks_nothing(tmp_path: Path) -> None:
         model = {"autoencoder": "x", "noise_schedule": [3, {"t": 1, "log_snr": [1]}, {"t": ["a"]}, None][k]}
         write_run(tmp_path / f"r{k}", [result(1.0 + k)], config=config, training=training, model=model, picture=False)
     page = report(sorted(tmp_path.iterdir()), tmp_path / "out")
-    assert page.is_file() and len(gather(sorted(tmp_path.glob("r*"))).runs) == 4
+    assert page.is_file() and len(load_runs(sorted(tmp_path.glob("r*"))).runs) == 4
 
 
 @pytest.mark.parametrize("name", ["runs=runs/s[12]/*", "runs=a=1/*", "task.out=(x)"])

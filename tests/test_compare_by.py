@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from gencompare.compare import page
-from gencompare.compare.gather import View, gather
-from gencompare.compare.rank import NO_FIGURE, Group, Row, rank
-from gencompare.compare.report import report
+from gencompare.compare.load_runs import ResultView, load_runs
+from gencompare.compare.page import report
+from gencompare.compare.ranking import NO_VALUE, TableRow, TableSection, rank
 from gencompare.errors import UserError
 from gencompare.records import Metric
-from gencompare.tasks.compare import keys
+from gencompare.tasks.compare_runs import keys
 from synthetic import result, write_run
 
 
@@ -27,13 +27,13 @@ def run(folder: Path, schedule: str, lr: float, seed: int, value: float, **field
     return write_run(folder / name, [made], seed=seed, config=config, picture=False, **fields)
 
 
-def table(folder: Path, *by: str, metric: str | None = None) -> Group:
-    view = View(by, metric)
-    (group,) = rank(gather(sorted(folder.iterdir()), view).runs, view)
+def table(folder: Path, *by: str, metric: str | None = None) -> TableSection:
+    view = ResultView(by, metric)
+    (group,) = rank(load_runs(sorted(folder.iterdir()), view).runs, view)
     return group
 
 
-def shown(rows: list[Row]) -> list[tuple[str, float | None]]:
+def shown(rows: list[TableRow]) -> list[tuple[str, float | None]]:
     return [(row.run.label.split(",")[0], row.headline.value) for row in rows]
 
 
@@ -105,13 +105,13 @@ def test_another_figure_ranks(tmp_path: Path) -> None:
     write_run(tmp_path / "c", [other], family="c", picture=False)
     group = table(tmp_path, metric="recall")
     assert [(row.rank, row.run.label, row.standing) for row in group.rows] == [
-        (1, "b", ""), (2, "a", ""), (None, "c", NO_FIGURE),
+        (1, "b", ""), (2, "a", ""), (None, "c", NO_VALUE),
     ]  # fmt: skip
-    view = View(metric="recall")
-    html = page.render(gather(sorted(tmp_path.iterdir()), view))
+    view = ResultView(metric="recall")
+    html = page.render(load_runs(sorted(tmp_path.iterdir()), view))
     assert "digits: recall\u00a0↑" in html and "missing or not finite" in html
     with pytest.raises(UserError, match=r"metric=fid: no result has this figure. There are: fd_digits, kd_digits, "):
-        report(sorted(tmp_path.iterdir()), tmp_path / "out", View(metric="fid"))
+        report(sorted(tmp_path.iterdir()), tmp_path / "out", ResultView(metric="fid"))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from gencompare.compare.charts import file_names
-from gencompare.compare.files import latex
-from gencompare.compare.report import report
+from gencompare.compare.page import report
+from gencompare.compare.tables import latex
 from gencompare.records import Metric
 from synthetic import result, write_run
 

@@ -10,16 +10,15 @@ import pytest
 
 from gencompare.compare import page
 from gencompare.compare.charts import Charts, in_order
-from gencompare.compare.gather import Gathered, gather
-from gencompare.compare.plots import legend
-from gencompare.compare.rank import rank
-from gencompare.compare.styles import styles
-from gencompare.compare.table import columns
-from gencompare.compare.ways import but_for_steps
+from gencompare.compare.load_runs import LoadedRuns, load_runs
+from gencompare.compare.ranking import rank
+from gencompare.compare.sampler_description import without_steps
+from gencompare.compare.svg_plots import legend, styles
+from gencompare.compare.tables import columns
 from synthetic import result, write_run
 
 
-def charts_of(gathered: Gathered) -> Charts:
+def charts_of(gathered: LoadedRuns) -> Charts:
     groups = rank(gathered.runs)
     runs = in_order(groups, gathered.runs)
     return Charts.of(groups, runs, styles(groups, runs))
@@ -35,7 +34,7 @@ def test_fifteen_families_of_five_seeds_have_fifteen_styles(tmp_path: Path) -> N
         )
         for family in range(15) for seed in range(5)
     ]  # fmt: skip
-    gathered = gather(folders)
+    gathered = load_runs(folders)
     groups = rank(gathered.runs)
     style = styles(groups, gathered.runs)
     of_rows = {row.title: (style[row.title].color, style[row.title].dash) for row in groups[0].rows}
@@ -64,7 +63,7 @@ def test_scales_of_guidance_are_told_apart_and_joined_by_no_line(tmp_path: Path)
             for scale, n, value in ways
         ]
         write_run(tmp_path / f"r{seed}", results, seed=seed, picture=False)
-    gathered = gather(sorted(tmp_path.iterdir()))
+    gathered = load_runs(sorted(tmp_path.iterdir()))
     (group,) = rank(gathered.runs)
     names = [f"r0, mean of 2 seeds · DDIM, scale {scale:g}" for scale in (2, 1.5, 3, 1, 0)]
     assert [row.title for row in group.rows] == names
@@ -86,7 +85,7 @@ def test_lines_against_calls_have_a_key_of_their_own(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_run(tmp_path / "a", results, picture=False)
     write_run(tmp_path / "b", [result(9.0)], family="vae", picture=False)
-    gathered = gather(sorted(tmp_path.iterdir()))
+    gathered = load_runs(sorted(tmp_path.iterdir()))
     (chart,) = charts_of(gathered).against_calls
     assert [line.name for line in chart.lines] == ["a · DDIM, eta 0", "a · DDIM, eta 1", "a · Heun, eta 0"]
     assert len({(line.color, line.dash) for line in chart.lines}) == 3
@@ -103,7 +102,7 @@ def test_lines_against_calls_have_a_key_of_their_own(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_way_without_its_steps(text: str, left: str) -> None:
-    assert but_for_steps(text) == left
+    assert without_steps(text) == left
 
 
 def test_a_picture_is_captioned_with_the_figure_of_its_own_run(tmp_path: Path) -> None:
@@ -111,5 +110,5 @@ def test_a_picture_is_captioned_with_the_figure_of_its_own_run(tmp_path: Path) -
         made = result(value, generation={"seed": seed, "step": 100 + seed, "checkpoint": "best"})
         write_run(tmp_path / f"a{seed}", [made], seed=seed)
     write_run(tmp_path / "b", [result(9.0)], family="vae")
-    (caption,) = re.findall(r"<b>a0</b><br>([^<]+)", page.render(gather(sorted(tmp_path.iterdir()))))
+    (caption,) = re.findall(r"<b>a0</b><br>([^<]+)", page.render(load_runs(sorted(tmp_path.iterdir()))))
     assert caption == "FD digits 1.00, best, EMA, ddim, 50 steps, step 100, sampling seed 0"

@@ -17,22 +17,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec
-from gencompare.data.base import ImageData
 from gencompare.data.conditions import Conditioned, Embedding, LowRes
+from gencompare.data.datamodule import ImageData, TrainStream
 from gencompare.data.digits import Digits
-from gencompare.data.stream import TrainStream
 from gencompare.errors import UserError
-from gencompare.evaluation.asked import asked_for
-from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.sampling import draw
-from gencompare.evaluation.super_resolution import beside, super_resolution
+from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
+from gencompare.evaluation.model_metrics import super_resolution, with_low_res
+from gencompare.evaluation.sampling import choose_conditions, draw_samples
+from gencompare.generative_model import Cond, DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.models.gaussian import Gaussian
-from gencompare.networks.denoising_mlp import DenoisingMLP
-from gencompare.seeds import Draws, generator
-from gencompare.tasks.evaluate import drawing
-from gencompare.tasks.frozen import load as load_config
+from gencompare.models.gaussian import GaussianBaseline
+from gencompare.networks.mlp import DenoisingMLP
+from gencompare.rng import RandomSource, generator
+from gencompare.tasks.evaluate_run import drawing
+from gencompare.tasks.runs.run_config import load as load_config
 from parts import part
 
 Cli = Callable[..., int]
@@ -123,7 +121,7 @@ def test_bad_conditions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another name"):
         Conditioned(Digits(), {"label": LowRes(2)})
     with pytest.raises(UserError, match=r"Gaussian takes no condition 'low_res'.*use a diffusion model"):
-        Gaussian(small().spec)
+        GaussianBaseline(small().spec)
     with pytest.raises(UserError, match=r"no condition 'depth'.*it takes embedding and low_res"):
         diffusion(replace(small().spec, conditions={"depth": (1, 8, 8)}))
 
@@ -179,7 +177,7 @@ def test_dropout_and_guidance_take_label_and_embedding_away_and_leave_low_res(co
     guidance = part("guidance", "classifier_free", scale=3.0)
     model = diffusion(ALL, Listens, conditional=conditional, label_dropout=0.25, guidance=guidance)
     n = 2000
-    model.train().losses(torch.zeros(n, 1, 4, 4), model.used(everything(n)), Draws.whole(generator("cpu", 0), n))
+    model.train().losses(torch.zeros(n, 1, 4, 4), model.used(everything(n)), RandomSource.whole(generator("cpu", 0), n))
     (told,) = model.network.told  # type: ignore[union-attr]
     gone = (told["embedding"] == 0).all(1)
     assert gone.float().mean() == pytest.approx(0.25, abs=0.04) and (told["embedding"][~gone] == 1).all()
@@ -229,29 +227,29 @@ def by_heart(data: ImageData, split: str) -> dict[bytes, Tensor]:
 
 def test_sample_k_is_asked_for_the_same_image_whatever_n_and_chunk() -> None:
     data, model = small(), Returns(by_heart(small(), "test"))
-    asked = asked_for(model, data, 1200, seed=3, split="test")
+    asked = choose_conditions(model, data, 1200, seed=3, split="test")
     assert asked is not None
-    assert torch.equal(asked.rows[:300], asked_for(model, data, 300, seed=3, split="test").rows)  # type: ignore[union-attr]
-    assert not torch.equal(asked.rows[:300], asked_for(model, data, 300, seed=4, split="test").rows[:300])  # type: ignore[union-attr]
+    assert torch.equal(asked.rows[:300], choose_conditions(model, data, 300, seed=3, split="test").rows)  # type: ignore[union-attr]
+    assert not torch.equal(asked.rows[:300], choose_conditions(model, data, 300, seed=4, split="test").rows[:300])  # type: ignore[union-attr]
     assert sorted(asked.rows[:500].tolist()) == list(range(500)), "each image once before any comes again"
     assert torch.equal(asked.rows[500:1000], asked.rows[:500])
-    images = [draw(model, 1200, chunk=chunk, asked=asked, spec=data.spec).images for chunk in (1200, 7)]
+    images = [draw_samples(model, 1200, chunk=chunk, asked=asked, spec=data.spec).images for chunk in (1200, 7)]
     assert torch.equal(images[0], images[1])
     expected = data.normalize(data.split("test").images[asked.rows])
     assert torch.equal(images[0], ((expected + 1) / 2 * 255).round().to(torch.uint8))
-    assert asked_for(object(), data, 10, seed=0, split="test") is None
+    assert choose_conditions(object(), data, 10, seed=0, split="test") is None
 
 
 def test_the_record_says_what_was_asked_and_how_far_samples_agree() -> None:
     data = small()
-    protocol = Protocol(n=400)
+    protocol = EvaluationProtocol(n=400)
     perfect = evaluate(Returns(by_heart(data, "test")), data, protocol)
     m = perfect.measurement
     assert (m.conditioning, m.label_distribution) == ("low_res 1x4x4 of test", "none")
     assert perfect.metrics["consistency"].value == 0 and perfect.metrics["psnr"].value is None, "no error at all"
     blurred = evaluate(Returns(), data, protocol)
     x, cond = data.batches("test", 500).__next__()
-    asked = asked_for(Returns(), data, 400, seed=0, split="test")
+    asked = choose_conditions(Returns(), data, 400, seed=0, split="test")
     assert asked is not None
     x, low = x[asked.rows], cond["low_res"][asked.rows]
     mine = ((low.repeat_interleave(2, 2).repeat_interleave(2, 3) + 1) * 8).round() / 8 - 1  # 17 levels
@@ -279,7 +277,7 @@ def test_embeddings_are_told_apart_by_their_content(tmp_path: Path) -> None:
         path = tmp_path / f"{scale}.safetensors"
         save_file({k: scale * torch.eye(10)[Digits().split(k).labels] for k in ("train", "val", "test")}, path)
         data = Conditioned(Digits(), {"embedding": Embedding(path)})
-        asked = asked_for(diffusion(data.spec), data, 10, seed=0, split="test")
+        asked = choose_conditions(diffusion(data.spec), data, 10, seed=0, split="test")
         assert asked is not None
         names.append(asked.describe(("label", "embedding")))
     assert names[0] != names[1] and names[0].startswith("labels and embedding 10 (") and names[0].endswith(" of test")
@@ -287,9 +285,9 @@ def test_embeddings_are_told_apart_by_their_content(tmp_path: Path) -> None:
 
 def test_a_picture_shows_low_res_sample_and_original() -> None:
     data = small()
-    asked = asked_for(Returns(), data, 12, seed=0, split="test")
+    asked = choose_conditions(Returns(), data, 12, seed=0, split="test")
     images = torch.zeros(12, 1, 8, 8, dtype=torch.uint8)
-    shown, columns = beside(images, asked)
+    shown, columns = with_low_res(images, asked)
     assert shown.shape == (36, 1, 8, 8) and columns == 6
     x, cond = next(data.batches("test", 500))
     row = int(asked.rows[4])  # type: ignore[union-attr]
@@ -297,7 +295,7 @@ def test_a_picture_shows_low_res_sample_and_original() -> None:
     assert torch.equal(shown[14], ((x[row] + 1) / 2 * 255).round().to(torch.uint8))
     nearest = ((cond["low_res"][row] + 1) * 8).round() / 16 * 255
     assert torch.equal(shown[12, :, ::2, ::2], nearest.round().to(torch.uint8))
-    assert beside(images, None) == (images, None)
+    assert with_low_res(images, None) == (images, None)
 
 
 # From the command line
@@ -324,7 +322,7 @@ def test_super_resolution_of_digits(cli: Cli, tmp_path: Path) -> None:
     assert list((tmp_path / "sr" / "samples").glob("step_*.png"))
     # What a model that does not listen gets: other digits, as they come.
     data = small()
-    asked = asked_for(Returns(), data, 150, seed=0, split="test")
+    asked = choose_conditions(Returns(), data, 150, seed=0, split="test")
     assert asked is not None
     others = (data.split("val").images[torch.arange(150)].float() / 16 * 255).round().to(torch.uint8)
     unaware = super_resolution(others, asked)
@@ -352,7 +350,7 @@ def test_embeddings_steer_the_samples(cli: Cli, tmp_path: Path, capsys: Any) -> 
     turned = {k: data.split(k).kept["embedding"].roll(1, 1).numpy() for k in ("train", "val", "test")}
     np.savez(tmp_path / "turned.npz", **turned)
     other = Conditioned(Digits(), {"embedding": Embedding(tmp_path / "turned.npz")})
-    names = {drawing(cfg, d, Protocol(), tmp_path / "told", "last", "ema", "own") for d in (data, other)}
+    names = {drawing(cfg, d, EvaluationProtocol(), tmp_path / "told", "last", "ema", "own") for d in (data, other)}
     assert len(names) == 2
     assert cli(*RUN, "+data/condition=embedding", f"data.conditions.embedding.path={tmp_path}/no.npz") == 1
     assert "There is no" in capsys.readouterr().err

@@ -13,10 +13,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from composing import carrier_of, compose, options, roots, usual_groups
-from gencompare.contract import GenerativeModel, TrainedModel
-from gencompare.data.base import ImageData
-from gencompare.seeds import Draws
-from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
+from gencompare.data.datamodule import ImageData
+from gencompare.generative_model import GenerativeModel, TrainedModel
+from gencompare.rng import RandomSource
+from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
 
 NOT_OPTIONS = ("hydra",)
 PRESETS = ("model", "experiment")
@@ -137,5 +137,5 @@ def test_every_experiment_takes_a_step_at_reduced_size(name: str, data_root: Pat
         assert conditional.conditional and parameters[0] < parameters[1], "the label has weights of its own"
         if type(conditional).losses is not TrainedModel.losses:
             x, cond = next(iter(data.batches("val", 2)))
-            losses = conditional.losses(x, cond, Draws.whole(torch.Generator().manual_seed(0), 2))
+            losses = conditional.losses(x, cond, RandomSource.whole(torch.Generator().manual_seed(0), 2))
             assert losses["loss"].isfinite().all()

@@ -12,13 +12,13 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from checkpoints import assert_same_training, checkpoint
 from composing import compose, options
-from gencompare.contract import GenerativeModel, Reconstructs, TrainedModel
-from gencompare.data.base import ImageData
-from gencompare.models.gaussian import Gaussian
-from gencompare.seeds import Draws, generator
-from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
-from gencompare.tasks.load import load_run, load_weights
-from gencompare.training.clock import Clock, clock_of
+from gencompare.data.datamodule import ImageData
+from gencompare.generative_model import GenerativeModel, SupportsReconstruction, TrainedModel
+from gencompare.models.gaussian import GaussianBaseline
+from gencompare.rng import RandomSource, generator
+from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
+from gencompare.tasks.runs.loading import load_run, load_weights
+from gencompare.training.clock import TrainingClock, clock_of
 from learning import FourPatterns, UntilLearned, distance, members, shown
 from parts import loaded
 
@@ -62,7 +62,7 @@ CASES = [(family, conditional) for family in FAMILIES for conditional in conditi
 def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
     overrides = ["model.conditional=true"] if conditional else []
     _, model, data = fitted(family, tmp_path, *overrides)
-    clock = next(c for c in model.trainer.callbacks if isinstance(c, Clock))  # type: ignore[attr-defined]
+    clock = next(c for c in model.trainer.callbacks if isinstance(c, TrainingClock))  # type: ignore[attr-defined]
     assert clock.step >= 1
 
     # Saved and loaded into a fresh model, the weights and what they draw are the same.
@@ -111,7 +111,7 @@ def test_training_that_is_resumed_equals_training_that_never_stopped(family: str
         trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True if start else None)
         if model.closed_form:
             return
-    assert checkpoint(whole, "way")["callbacks"]["Clock"]["step"] == 2
+    assert checkpoint(whole, "way")["callbacks"]["TrainingClock"]["step"] == 2
     assert not (resumed / "checkpoints" / "way.ckpt").exists(), "the second step is not taken again"
     assert_same_training(whole, resumed)
 
@@ -125,7 +125,7 @@ def test_losses_and_first_weights_depend_on_the_seed_alone(family: str) -> None:
     x, cond = next(iter(data.batches("val", 16)))
     figures = []
     for model in (one, two):
-        draws = Draws.whole(generator("cpu", 3), len(x))
+        draws = RandomSource.whole(generator("cpu", 3), len(x))
         with torch.no_grad():
             figures.append(model.eval().validation_figures(x, model.used(cond), draws))
     for name, value in figures[0].items():
@@ -152,7 +152,7 @@ def test_a_few_images_are_learned_by_heart(
 ) -> None:
     """By a run like any other, a first stage included. A family that is fitted in closed form has one part a class, and
     each pattern is a class: it can know them too."""
-    if not isinstance(built(family)[1], GenerativeModel | Reconstructs):
+    if not isinstance(built(family)[1], GenerativeModel | SupportsReconstruction):
         return
 
     def with_end(*parts: Any) -> list[Callback]:
@@ -160,7 +160,7 @@ def test_a_few_images_are_learned_by_heart(
         callbacks.insert(-1, UntilLearned(bar=0.8 * BAR, first=150))
         return callbacks
 
-    monkeypatch.setattr("gencompare.tasks.train.build_callbacks", with_end)
+    monkeypatch.setattr("gencompare.tasks.runs.build.build_callbacks", with_end)
     code = cli(
         f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.limit=4",
         "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}",
@@ -175,7 +175,7 @@ def test_a_few_images_are_learned_by_heart(
 
 def test_what_knows_the_mean_or_one_gaussian_or_one_image_or_nothing_is_told_from_what_knows_the_images() -> None:
     few = next(FourPatterns(limit=4).batches("train"))
-    gaussian = Gaussian(FourPatterns.spec, per_class=False).fit_to([few])
+    gaussian = GaussianBaseline(FourPatterns.spec, per_class=False).fit_to([few])
     assert distance(gaussian.sample(500, generator=generator("cpu", 0)))[0] > 0.6
     noise = torch.rand(500, *FourPatterns.spec.shape, generator=generator("cpu", 0)) * 2 - 1
     assert distance(members().mean(0, keepdim=True))[0] == pytest.approx(1)

@@ -11,22 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gencompare.compare import curves, page, plots
-from gencompare.compare.costs import pareto, trades
-from gencompare.compare.files import write_csv
-from gencompare.compare.gather import gather
-from gencompare.compare.plots import Chart, Line
-from gencompare.compare.rank import rank
-from gencompare.compare.styles import styles
-from gencompare.compare.table import columns
+from gencompare.compare import charts, page, svg_plots
+from gencompare.compare.load_runs import load_runs
+from gencompare.compare.ranking import rank
+from gencompare.compare.run_costs import cost_curves, pareto
+from gencompare.compare.svg_plots import Chart, PlotLine, styles
+from gencompare.compare.tables import columns, write_csv
 from gencompare.records import Metric
 from synthetic import result, write_run
 
 
 def drawn(folder: Path) -> Any:
-    runs = gather(sorted(folder.iterdir())).runs
+    runs = load_runs(sorted(folder.iterdir())).runs
     groups = rank(runs)
-    return {t.chart.x_label: t for t in trades(groups, styles(groups, runs))}
+    return {t.chart.x_label: t for t in cost_curves(groups, styles(groups, runs))}
 
 
 def test_the_front_is_what_no_row_beats() -> None:
@@ -51,7 +49,7 @@ def test_rows_are_drawn_against_each_cost_with_the_front_named(tmp_path: Path) -
     assert [row.run.label for row in found["training FLOPs"].front] == ["cheap", "good"]
     points = {line.name: (line.x.tolist(), line.y.tolist()) for line in found["training FLOPs"].chart.lines}
     assert points[""] == ([1e12, 9e12], [9.0, 2.0]) and points["beaten"] == ([5e12], [9.5])
-    html = page.render(gather(sorted(tmp_path.iterdir())))
+    html = page.render(load_runs(sorted(tmp_path.iterdir())))
     assert "On the front, cheapest first:" in html and "FD digits on digits against training FLOPs" in html
 
 
@@ -91,12 +89,12 @@ def test_costs_are_those_that_the_records_add_up(tmp_path: Path) -> None:
     for name, mean, other in (("training FLOPs", 3e12, 0.5e12), ("device seconds of training", 120.0, 10.0)):
         x = {line.name: line.x.tolist() for line in found[name].chart.lines[1:]}
         assert x == {"x0, mean of 2 seeds": [mean], "y": [other]}
-    (group,) = rank(gather(sorted(tmp_path.iterdir())).runs)
+    (group,) = rank(load_runs(sorted(tmp_path.iterdir())).runs)
     (time,) = (column for column in columns(group) if column.title == "device time")
     assert [(time.cell(row).key, time.cell(row).beside) for row in group.rows] == [
         (120.0, "1:40 min of it: 2 trials"), (10.0, ""),
     ]  # fmt: skip
-    write_csv(gather(sorted(tmp_path.iterdir())), tmp_path / "compare.csv")
+    write_csv(load_runs(sorted(tmp_path.iterdir())), tmp_path / "compare.csv")
     with (tmp_path / "compare.csv").open(newline="") as file:
         rows = [
             (row["run"], row["training.flops"], row["total.flops"], row["total.device_seconds"])
@@ -122,18 +120,18 @@ def test_rows_of_several_seeds_have_their_interval_and_mean_cost(tmp_path: Path)
 
 
 def test_of_very_many_rows_the_best_and_the_front_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gencompare.compare.costs.MOST", 3)
-    monkeypatch.setattr("gencompare.compare.curves.MOST", 2)
+    monkeypatch.setattr("gencompare.compare.run_costs.MOST", 3)
+    monkeypatch.setattr("gencompare.compare.charts.MOST", 2)
     for k in range(8):
         training = {"flops": 1e12 * (8 - k)}
         write_run(tmp_path / f"r{k}", [result(1.0 + k)], family=f"f{k}", training=training, picture=False)
     write_run(tmp_path / "z", [result(99.0)], family="z", training={"flops": 9e12}, picture=False)
     chart = drawn(tmp_path)["training FLOPs"].chart
     assert len(chart.lines) == 1 + 8 and chart.left == 1, "all eight are on the front"
-    runs = gather(sorted(tmp_path.iterdir())).runs
-    (distance,) = curves.distances(runs, styles([], runs))
+    runs = load_runs(sorted(tmp_path.iterdir())).runs
+    (distance,) = charts.distance_curves(runs, styles([], runs))
     assert [line.name for line in distance.lines] == ["r0", "r1"] and distance.left == 7
-    assert "(without 7 more: the best are drawn)" in page.render(gather(sorted(tmp_path.iterdir())))
+    assert "(without 7 more: the best are drawn)" in page.render(load_runs(sorted(tmp_path.iterdir())))
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -142,7 +140,7 @@ def test_a_coordinate_of_a_chart_can_be_turned_into_its_value(log: bool) -> None
     import re
 
     x, y = np.array([10.0, 20.0, 50.0]), np.array([3.0, 900.0, 40.0])
-    text = plots.svg(Chart("t", [Line(x, y, "#3b7dd8", name='<"&>')], x_log=log), "k0")
+    text = svg_plots.svg(Chart("t", [PlotLine(x, y, "#3b7dd8", name='<"&>')], x_log=log), "k0")
     assert 'data-name="&lt;&quot;&amp;&gt;"' in text
     kinds = (re.search(r'data-axes="([^"]+)"', text) or [""])[1].split(" ")
     path = (re.search(r'<g id="k0-line0"[^>]*>\s*<path d="([^"]+)"', text) or [""])[1]

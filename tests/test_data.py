@@ -21,13 +21,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from composing import options, roots
-from gencompare.data import locate
-from gencompare.data.base import ImageData, Split
+from gencompare.data import archives
 from gencompare.data.cifar10 import CIFAR10, CLASSES
+from gencompare.data.datamodule import ImageData, Split, hold_out
 from gencompare.data.eurosat64 import EuroSAT64
-from gencompare.data.fashion_mnist import FashionMNIST
-from gencompare.data.mnist import MNIST
-from gencompare.data.partition import hold_out
+from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -399,7 +397,7 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         def fail(name: str, root: Path, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(locate, "_download", fail)
+        monkeypatch.setattr(archives, "_download", fail)
         with pytest.raises(UserError, match=r"could not be downloaded .*put .* there") as caught:
             CIFAR10(tmp_path, download=True).setup()
         assert "\n" not in str(caught.value)
@@ -414,7 +412,7 @@ def test_a_download_is_made_once_and_then_found(
         asked.append(name)
         (root / name).symlink_to(data_root / "fashion_mnist" / name)
 
-    monkeypatch.setattr(locate, "_download", deliver)
+    monkeypatch.setattr(archives, "_download", deliver)
     for _ in range(2):
         assert len(FashionMNIST(tmp_path, download=True).split("test")) == 10_000
     assert asked == ["FashionMNIST"]

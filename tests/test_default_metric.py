@@ -7,19 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gencompare.data.base import ImageData
 from gencompare.data.cifar10 import CIFAR10
+from gencompare.data.datamodule import ImageData
 from gencompare.data.digits import Digits
 from gencompare.data.eurosat64 import EuroSAT64
-from gencompare.data.fashion_mnist import FashionMNIST
-from gencompare.data.mnist import MNIST
+from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.evaluation.degradations import DEGRADATIONS
-from gencompare.evaluation.evaluate import Protocol
-from gencompare.evaluation.kernel import Gaussian as GaussianKernel
-from gencompare.evaluation.kernel import KernelReference
-from gencompare.evaluation.mmd import mmd
-from gencompare.evaluation.quantize import as_stored, stored_split
-from gencompare.evaluation.reference import spaced
+from gencompare.evaluation.evaluate import EvaluationProtocol
+from gencompare.evaluation.metrics.kernel import GaussianKernel as GaussianKernel
+from gencompare.evaluation.metrics.kernel import KernelReference, mmd
+from gencompare.evaluation.reference import as_stored, evenly_spaced_indices, stored_split
 
 FULL = 2000
 SHORT = 500
@@ -64,19 +61,19 @@ def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.
 def distances(data: ImageData, n: int, references: int, pairs: list[tuple[Key, Key]]) -> dict[tuple[str, float], float]:
     """The primary metric of each set of images that ``pairs`` name."""
     spec = data.spec
-    extractor = Protocol().build(spec)[0]
+    extractor = EvaluationProtocol().build(spec)[0]
     train, test = data.split("train"), data.split("test")
-    reference = stored_split(train.images[spaced(len(train), references)], spec)
+    reference = stored_split(train.images[evenly_spaced_indices(len(train), references)], spec)
     assert train.labels is not None
     side = KernelReference.of(extractor(reference).features, GaussianKernel())
-    real = stored_split(test.images[spaced(len(test), n)], spec)
+    real = stored_split(test.images[evenly_spaced_indices(len(test), n)], spec)
     by_name = {degradation.name: degradation for degradation in DEGRADATIONS}
     found = {}
     for name, strength in dict.fromkeys(key for pair in pairs for key in pair):
         if name == "real":
             images = real
         elif name == "gaussian":
-            chosen = spaced(len(train), 5000)
+            chosen = evenly_spaced_indices(len(train), 5000)
             images = pixel_gaussian(stored_split(train.images[chosen], spec), train.labels[chosen], len(real))
         else:
             images = as_stored(by_name[name](real, strength), spec)
@@ -135,5 +132,5 @@ def test_a_patch_shuffle_moves_whole_patches() -> None:
 
 
 def test_the_default_needs_no_download() -> None:
-    extractor = Protocol().build(Digits.spec)[0]
+    extractor = EvaluationProtocol().build(Digits.spec)[0]
     assert extractor.name == "efficientnet_lite0" and extractor.primary == "mmd_efficientnet_lite0"

@@ -15,16 +15,22 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from composing import compose, options
-from gencompare.contract import DataSpec
-from gencompare.diffusion.noise_conditioning import ContinuousTime, LogSigma, LogSNR, NoiseConditioning, Timestep
-from gencompare.diffusion.objectives import VLB, DiscreteVLB, Hybrid
-from gencompare.diffusion.parameterization import Eps
+from gencompare.diffusion.parameterizations import (
+    Eps,
+    LogSigmaConditioning,
+    LogSNRConditioning,
+    NoiseConditioning,
+    TimeConditioning,
+    TimestepConditioning,
+)
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import VariancePreserving
+from gencompare.diffusion.variational_objectives import ContinuousVLB, DiscreteVLB, Hybrid
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.denoising_mlp import DenoisingMLP
-from gencompare.seeds import Draws, generator
+from gencompare.networks.mlp import DenoisingMLP
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=3, num_levels=None)
@@ -61,7 +67,7 @@ def test_who_trains_a_learned_variance() -> None:
             model = diffusion(parameterization=learned, objective=part("objective", name))
         told = [str(warning.message) for warning in said]
         x = torch.rand(8, 2, 1, 1, generator=generator("cpu", 0))
-        model.losses(x, {}, Draws.whole(generator("cpu", 0), 8))["loss"].mean().backward()
+        model.losses(x, {}, RandomSource.whole(generator("cpu", 0), 8))["loss"].mean().backward()
         last = [p for p in model.network.parameters() if len(p) == 4][-1]  # of eps and variance, two channels each
         assert last.grad is not None and last.grad[:2].abs().max() > 0
         trained = bool(last.grad[2:].abs().max() > 0)
@@ -96,7 +102,7 @@ def composed(words: str) -> Diffusion:
 def test_schedules_and_what_the_network_says_can_be_crossed(name: str, says: str) -> None:
     """As the sweep of docs/diffusion.md does; a learned schedule stays as it starts under the simple loss."""
     model = composed(f"model=ddpm model/schedule={name} model/parameterization={says} model.sampler.steps=5")
-    loss = model.losses(torch.rand(4, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 4))["loss"]
+    loss = model.losses(torch.rand(4, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 4))["loss"]
     assert loss.isfinite().all()
     assert model.sample(4, generator=generator("cpu", 0)).isfinite().all()
 
@@ -115,9 +121,9 @@ def test_an_objective_that_does_not_fit_is_refused_before_training(words: str, n
     with pytest.raises(UserError, match=named) as refused:
         composed(words)
     assert way_out in str(refused.value)
-    loss = composed(f"{words} {way_out}").losses(torch.rand(4, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 4))[
-        "loss"
-    ]
+    loss = composed(f"{words} {way_out}").losses(
+        torch.rand(4, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 4)
+    )["loss"]
     assert loss.isfinite().all()
 
 
@@ -162,7 +168,7 @@ def test_another_sampler_must_start_in_noise_too() -> None:
     with pytest.warns(UserWarning, match="trains no"), pytest.raises(UserError, match=r"noise alone.*Learned"):
         diffusion(schedule=part("schedule", "learned", gamma_max=2.0))
     with pytest.warns(UserWarning, match="starts from noise alone"):
-        diffusion(schedule=part("schedule", "learned", gamma_max=2.0), objective=VLB())
+        diffusion(schedule=part("schedule", "learned", gamma_max=2.0), objective=ContinuousVLB())
 
 
 POINT = torch.tensor([0.4, -0.8])
@@ -188,10 +194,10 @@ class KnowsThePoint(nn.Module):
 def test_a_perfect_network_has_no_loss_and_samples_the_data() -> None:
     model = diffusion(KnowsThePoint)
     x = POINT.expand(200, 2)[..., None, None].contiguous()
-    loss = model.losses(x, {}, Draws.whole(generator("cpu", 0), 200))["loss"]
+    loss = model.losses(x, {}, RandomSource.whole(generator("cpu", 0), 200))["loss"]
     assert loss.shape == (200,) and loss.max() < 1e-5
     off_by_one = diffusion(KnowsThePoint, schedule=part("schedule", "linear", last=0.0201))
-    assert off_by_one.losses(x, {}, Draws.whole(generator("cpu", 0), 200))["loss"].max() > 1e-5
+    assert off_by_one.losses(x, {}, RandomSource.whole(generator("cpu", 0), 200))["loss"].max() > 1e-5
     for sampler in (part("sampler", "ddim", steps=20), part("sampler", "ancestral", steps=50)):
         found = diffusion(KnowsThePoint, sampler=sampler).sample(30, generator=generator("cpu", 1))
         torch.testing.assert_close(found[:, :, 0, 0], POINT.expand(30, 2), rtol=0, atol=2e-3)
@@ -211,7 +217,7 @@ def test_training_learns_the_data() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / 400)
         optimizer.zero_grad()
-        model.losses(data(128), {}, Draws.whole(source, 128))["loss"].mean().backward()
+        model.losses(data(128), {}, RandomSource.whole(source, 128))["loss"].mean().backward()
         optimizer.step()
     x = model.sample(2000, generator=generator("cpu", 3))[:, :, 0, 0]
     share = float((x[:, 0] > 0).float().mean())
@@ -255,7 +261,9 @@ def test_an_unconditional_model_does_not_look_at_labels() -> None:
     x, label = torch.rand(4, 2, 1, 1), torch.arange(4) % 3
     assert model.used({"label": label}) == {}
     assert not any("label" in name for name, _ in model.named_parameters())
-    assert model.validation_figures(x, {"label": label}, Draws.whole(generator("cpu", 0), 4))["loss"].shape == (4,)
+    assert model.validation_figures(x, {"label": label}, RandomSource.whole(generator("cpu", 0), 4))["loss"].shape == (
+        4,
+    )
 
 
 def test_samples_stay_in_range_however_wild_the_network() -> None:
@@ -298,10 +306,10 @@ def test_sampling_starts_from_the_noise_at_the_first_time_of_its_grid(first: flo
 
 
 def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
-    bound = {"schedule": part("schedule", "learned"), "objective": VLB()}
+    bound = {"schedule": part("schedule", "learned"), "objective": ContinuousVLB()}
     model = diffusion(**bound)
     assert {"schedule.gamma_min", "schedule.height"} <= set(model.averaged_parameters())
-    loss = model.losses(torch.rand(8, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 8))["loss"]
+    loss = model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 8))["loss"]
     loss.mean().backward()
     assert all(p.grad is not None for p in model.schedule.parameters())
     assert model.sample(2, generator=generator("cpu", 0)).isfinite().all()
@@ -314,11 +322,13 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
 def test_no_other_loss_moves_a_learned_schedule() -> None:
     """It would be lowest where there is nothing but noise."""
     model = diffusion(schedule=part("schedule", "learned"))
-    model.losses(torch.rand(8, 2, 1, 1), {}, Draws.whole(generator("cpu", 0), 8))["loss"].mean().backward()
+    model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 8))["loss"].mean().backward()
     assert all(p.grad is None for p in model.schedule.parameters())
 
 
-@pytest.mark.parametrize("noise", [Timestep(), ContinuousTime(), LogSNR(), LogSigma()], ids=str)
+@pytest.mark.parametrize(
+    "noise", [TimestepConditioning(), TimeConditioning(), LogSNRConditioning(), LogSigmaConditioning()], ids=str
+)
 def test_churn_works_whatever_the_network_is_told_of_the_noise(noise: NoiseConditioning) -> None:
     model = diffusion(parameterization=Eps(noise=noise), sampler=part("sampler", "heun", steps=5, s_churn=2.0))
     assert model.sample(3, generator=generator("cpu", 0)).isfinite().all()

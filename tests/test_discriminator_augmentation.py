@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from composing import options
-from gencompare.contract import DataSpec
-from gencompare.diffusion.resampled import resampled
+from gencompare import distributed
+from gencompare.diffusion.augmentation import resample
 from gencompare.errors import UserError
-from gencompare.models import processes
-from gencompare.models.adversarial import NonSaturating
-from gencompare.models.colours import drawn_colours, recoloured
-from gencompare.models.discriminator_augmentation import ADA, DiscriminatorAugmentation, ScheduledAugmentation
-from gencompare.models.gan import GAN
-from gencompare.models.penalties import R1, squared_gradient
-from gencompare.models.ramp import CosineRamp
-from gencompare.networks.players import MLPDiscriminator, MLPGenerator
-from gencompare.seeds import Draws, generator
+from gencompare.generative_model import DataSpec
+from gencompare.models.discriminator_augmentation import (
+    ADA,
+    DiscriminatorAugmentation,
+    ScheduledAugmentation,
+    color_transform,
+    sample_color_params,
+)
+from gencompare.models.elbo import CosineRamp
+from gencompare.models.gan import GAN, NonSaturating
+from gencompare.models.gan_penalties import R1, squared_gradient
+from gencompare.networks.gan_networks import MLPDiscriminator, MLPGenerator
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 GREY, RGB = DataSpec("grey", (1, 8, 8)), DataSpec("rgb", (3, 8, 8))
@@ -34,8 +38,8 @@ def images(n: int = 4, spec: DataSpec = RGB, dtype: torch.dtype = torch.float32)
     return x * spec.mask().to(dtype) - (1 - spec.mask().to(dtype))
 
 
-def draws(n: int, seed: int = 0) -> Draws:
-    return Draws.whole(generator("cpu", seed), n)
+def draws(n: int, seed: int = 0) -> RandomSource:
+    return RandomSource.whole(generator("cpu", seed), n)
 
 
 def at(strength: float, option: str = "ada", spec: DataSpec = RGB, **changes: Any) -> DiscriminatorAugmentation:
@@ -62,7 +66,7 @@ def test_images_change_but_are_never_broken_and_rows_do_not_touch_each_other(opt
     assert got.shape == x.shape and got.isfinite().all()
     assert (got - x).flatten(1).any(dim=1).float().mean() > 0.98
     assert (got * (1 - spec.mask()) == spec.mask() - 1).all(), "padding stays black"
-    rest = Draws(generator("cpu", 0), 100, 400, 400)
+    rest = RandomSource(generator("cpu", 0), 100, 400, 400)
     assert torch.allclose(augmentation(x[100:], rest), got[100:], atol=1e-5)
 
 
@@ -112,21 +116,21 @@ def by_matrix(x: Tensor, brightness: float, contrast: float, flip: float, hue: f
 def test_colours_change_by_their_matrices(values: tuple[float, ...]) -> None:
     a = torch.tensor(values, dtype=torch.float64).expand(4, 5)
     x = images(4, RGB, torch.float64)
-    assert torch.allclose(recoloured(x, a), by_matrix(x, *values), atol=1e-12)
+    assert torch.allclose(color_transform(x, a), by_matrix(x, *values), atol=1e-12)
     # A grey image is one of three equal colours, and stays one whatever hue and saturation do.
     grey = x[:, :1]
     as_rgb = by_matrix(grey.expand(-1, 3, -1, -1), *values)
-    assert torch.allclose(recoloured(grey, a), as_rgb[:, :1], atol=1e-12)
+    assert torch.allclose(color_transform(grey, a), as_rgb[:, :1], atol=1e-12)
 
 
 def test_a_turn_of_the_hue_by_a_third_takes_red_to_green() -> None:
     red = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).view(1, 3, 1, 1)
-    turned = recoloured(red, torch.tensor([[0, 0, 0, 2 * math.pi / 3, 0]], dtype=torch.float64))
+    turned = color_transform(red, torch.tensor([[0, 0, 0, 2 * math.pi / 3, 0]], dtype=torch.float64))
     assert torch.allclose(turned.flatten(), torch.tensor([0, 1, 0], dtype=torch.float64), atol=1e-12)
 
 
 def test_colours_are_drawn_as_in_the_paper() -> None:
-    a = drawn_colours(draws(40_000), 0.5)
+    a = sample_color_params(draws(40_000), 0.5)
     done = (a != 0).double().mean(0)
     assert torch.allclose(done, torch.tensor([0.5, 0.5, 0.25, 0.5, 0.5], dtype=torch.float64), atol=0.012)
     stds = [float(a[:, k][a[:, k] != 0].std()) for k in range(5)]
@@ -153,7 +157,7 @@ def test_every_derivative_is_that_of_finite_differences() -> None:
 def test_places_are_read_off_as_pytorch_does_and_the_transpose_is_the_transpose() -> None:
     x = images(2, dtype=torch.float64).requires_grad_()
     grid = 3 * torch.rand(2, 6, 7, 2, dtype=torch.float64) - 1.5
-    got = resampled(x, grid)
+    got = resample(x, grid)
     how: dict[str, Any] = {"mode": "bicubic", "padding_mode": "reflection", "align_corners": True}
     assert torch.equal(got, torch.nn.functional.grid_sample(x, grid, **how))
     y = torch.randn_like(got)
@@ -213,7 +217,7 @@ def test_the_statistic_is_that_of_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch, elsewhere: float, strength: float
 ) -> None:
     """Half of this process's ten images are taken for real, and all, or none, of another's: r_t is 1/2, or -1/2."""
-    monkeypatch.setattr(processes, "processes", lambda: 2)
+    monkeypatch.setattr(distributed, "processes", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(elsewhere))
     ada = ADA(RGB, target=0.4, interval=1, horizon=200)
     ada.strength.fill_(0.5)

@@ -17,14 +17,28 @@ from torch import Tensor
 import gaussian_truth
 from gaussian_truth import ALONE, MEAN, SENSIBLE, VARIANCE, scales, schedule_named, times_of
 from gencompare.diffusion.denoiser import Cond
-from gencompare.diffusion.editing import decode, encode, inpaint, slerp, trajectory, unit_size
-from gencompare.diffusion.exploring import BETWEEN, FILLS, MOMENTS, inpainting, interpolation, round_trip, way
-from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.discrete_schedules import LinearBetas
+from gencompare.diffusion.editing import (
+    INTERPOLATION_STEPS,
+    MOMENTS,
+    NUM_INPAINTINGS,
+    decode,
+    encode,
+    inpaint,
+    inpainting,
+    interpolation,
+    round_trip,
+    slerp,
+    trajectory,
+    trajectory_rows,
+    unit_size,
+)
+from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import DDIM
-from gencompare.diffusion.schedules import CLEAN, LinearBetas, NoiseSchedule
+from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
 from gencompare.diffusion.times import LogSNRGrid
 from gencompare.errors import UserError
-from gencompare.seeds import generator
+from gencompare.rng import generator
 from parts import part, samplers
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -144,7 +158,7 @@ def test_between_two_noises_there_is_noise() -> None:
 def test_interpolation_starts_and_ends_at_the_images() -> None:
     schedule, x = LinearBetas(), images(4)
     found = interpolation(Truth(schedule), x, {"label": torch.tensor([0.0, 5.0, 3.0, 3.0])})
-    assert found.shape == (2, BETWEEN, 1, 1, 3)
+    assert found.shape == (2, INTERPOLATION_STEPS, 1, 1, 3)
     torch.testing.assert_close(found[:, 0], x[[0, 2]], rtol=0, atol=0.02)
     torch.testing.assert_close(found[:, -1], x[[1, 3]], rtol=0, atol=0.02)
 
@@ -269,8 +283,8 @@ def test_pictures_lie_as_they_are_described() -> None:
     assert torch.equal(there[0], x) and there.shape == (3, 5, 1, 1, 3)
     torch.testing.assert_close(there[2], x, rtol=0, atol=0.05)
     filled = inpainting(heun, Truth(schedule), x, label, generator("cpu", 0))
-    assert filled.shape == (5, 2 + FILLS, 1, 1, 3) and torch.equal(filled[:, 0], x)
-    shown = way(heun, Truth(schedule), x, label, generator("cpu", 0))
+    assert filled.shape == (5, 2 + NUM_INPAINTINGS, 1, 1, 3) and torch.equal(filled[:, 0], x)
+    shown = trajectory_rows(heun, Truth(schedule), x, label, generator("cpu", 0))
     assert shown.shape == (8, MOMENTS, 1, 1, 3)
     # The last image that was seen is what comes out.
     torch.testing.assert_close(shown[0::2, -1], shown[1::2, -1], rtol=0, atol=1e-12)

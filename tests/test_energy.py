@@ -15,21 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from forking import in_processes, needs_fork
-from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.evaluation.sampling import draw
+from gencompare.evaluation.sampling import draw_samples
+from gencompare.generative_model import DataSpec
 from gencompare.models.energy import EBM
-from gencompare.models.langevin import Langevin, input_gradient, last
-from gencompare.models.replay import ReplayBuffer
-from gencompare.networks.energy import Energy, EnergyConvNet, EnergyMLP, EnergyResNet
-from gencompare.seeds import Draws
+from gencompare.models.langevin import Langevin, ReplayBuffer, input_gradient, last_state
+from gencompare.networks.energy_networks import EnergyConvNet, EnergyMLP, EnergyNetwork, EnergyResNet
+from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
-from gencompare.training.curve import Curve
+from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
-from gencompare.training.lr import LearningRate
+from gencompare.training.learning_rate import LearningRateScheduler
+from gencompare.training.loggers import MetricLogger
 
 POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_levels=None)
 
@@ -78,7 +77,7 @@ def train(
 ) -> dict[str, Tensor]:
     figures: dict[str, Tensor] = {}
     for step in range(first, first + steps):
-        model.draws = Draws.whole(torch.Generator().manual_seed(step), len(x))
+        model.draws = RandomSource.whole(torch.Generator().manual_seed(step), len(x))
         figures = model.training_step((x, cond or {}), step)
     return figures
 
@@ -96,7 +95,7 @@ def covariance_reached(step: float) -> Tensor:
     assert langevin.temperature == pytest.approx(TEMPERATURE)
 
     def one(x: Tensor, z: Tensor) -> Tensor:
-        return last(langevin.walk(lambda x: ((x @ CURVATURE) * x).sum(1) / 2, x, 1, lambda: z))
+        return last_state(langevin.walk(lambda x: ((x @ CURVATURE) * x).sum(1) / 2, x, 1, lambda: z))
 
     eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     a, b = one(eye, zero).T, one(zero, eye).T
@@ -136,7 +135,7 @@ def test_settings_of_the_paper_in_images_from_minus_one_to_one() -> None:
         theirs = theirs - 10 * gradient.clamp(-0.01, 0.01) + 0.005 * z
     assert 0 < clipped < noises.numel(), "some gradients are clipped and some are not"
     rest = iter(noises)
-    ours = last(Langevin(40, 0.01, 0.005).walk(energy, x, 4, lambda: next(rest)))
+    ours = last_state(Langevin(40, 0.01, 0.005).walk(energy, x, 4, lambda: next(rest)))
     assert torch.allclose(ours, 2 * theirs - 1, atol=1e-12)
     assert Langevin(40, 0.01, 0.005).temperature == pytest.approx(0.005**2 / (2 * 10)) == pytest.approx(1.25e-6)
 
@@ -253,7 +252,7 @@ def test_all_modes_of_a_mixture_are_learned() -> None:
 def test_chains_of_a_batch_are_of_its_classes_and_different() -> None:
     model = ebm(conditional=True, buffer_size=30)
     label = torch.tensor([2, 0, 0, 1, 2, 2])
-    draws = Draws.whole(torch.Generator().manual_seed(0), 6)
+    draws = RandomSource.whole(torch.Generator().manual_seed(0), 6)
     places = model.replay.places(label, draws)
     assert torch.equal(places // 10, label) and len(set(places.tolist())) == 6
     train(model, torch.randn(6, 2, 1, 1), 1, {"label": label})
@@ -338,10 +337,10 @@ def test_a_class_that_is_asked_for_is_drawn() -> None:
 
 def test_samples_do_not_depend_on_the_buffer_and_their_network_calls_are_counted() -> None:
     model = ebm(Digits.spec, energy=partial(EnergyResNet, channels=(4,)), sample_steps=7)
-    before = draw(model, 6, seed=1, chunk=4)
+    before = draw_samples(model, 6, seed=1, chunk=4)
     model.replay.images.random_(0, 255)
     model.replay.started.fill_(True)
-    after = draw(model, 6, seed=1, chunk=4)
+    after = draw_samples(model, 6, seed=1, chunk=4)
     assert torch.equal(before.images, after.images)
     assert before.nfe == {"network": 7.0}
     assert not any(name.startswith("replay") for name in model.averaged_parameters())
@@ -374,7 +373,7 @@ def test_each_stage_halves_the_sides_as_long_as_they_are_at_least_four() -> None
 def test_the_plain_network_has_the_layers_of_the_published_one() -> None:
     """``VanillaNet`` of github.com/point0bar1/ebm-anatomy: 3x3 to 32 maps, 4x4 with stride 2 to 64, 128 and 256, and
     4x4 over what is left to one number. Other sizes halve as long as sides are at least four; points have one layer."""
-    published = Energy(EnergyConvNet((3, 32, 32)))
+    published = EnergyNetwork(EnergyConvNet((3, 32, 32)))
     sizes = [3 * 32 * 9 + 32, 32 * 64 * 16 + 64, 64 * 128 * 16 + 128, 128 * 256 * 16 + 256, 256 * 16 + 1]
     assert sum(p.numel() for p in published.parameters()) == sum(sizes)
     assert published.trunk.act.negative_slope == 0.05  # type: ignore[union-attr]
@@ -489,7 +488,7 @@ def run(
     }  # fmt: skip
     model = EBM(data.spec, **(settings | options))
     callbacks: list[pl.Callback] = [
-        Clock(5, 16, Budget(steps=steps)), LearningRate(), EMA(0.9), StopAt(), Curve(1),
+        TrainingClock(5, 16, Budget(steps=steps)), LearningRateScheduler(), EMA(0.9), StopAt(), MetricLogger(1),
         Checkpoints(folder, every_minutes=0),
     ]  # fmt: skip
     trainer = pl.Trainer(
@@ -521,7 +520,7 @@ def test_a_divergence_that_cannot_be_mended_ends_the_run_and_keeps_the_last_good
     ):
         run(tmp_path, steps=40, lr_schedule=Jump(9), max_rollbacks=2)
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert stored["callbacks"]["Clock"]["step"] == 11, (
+    assert stored["callbacks"]["TrainingClock"]["step"] == 11, (
         "two steps that were undone are saved, the third one ends the run"
     )
     weights = [value for name, value in stored["state_dict"].items() if name.startswith("network")]
@@ -551,7 +550,7 @@ def share_of_training(rank: int, world: int, alone: bool = False) -> dict[str, T
     for step in range(6):
         for group in model.optimizers().param_groups:  # type: ignore[union-attr]
             group["lr"] = 1e5 if step == 3 else 0.1
-        model.draws = Draws(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
+        model.draws = RandomSource(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((x[8 * step :][rows], {"label": label[8 * step :][rows]}), step)
     assert model.last_good.total == 1
     return model.state_dict()
@@ -610,6 +609,6 @@ def test_a_batch_of_more_images_than_chains_is_refused() -> None:
 def test_held_out_energies_are_a_figure_an_image() -> None:
     model = ebm()
     x = torch.zeros(5, 2, 1, 1)
-    figures = model.validation_figures(x, {}, Draws.whole(torch.Generator().manual_seed(0), 5))
+    figures = model.validation_figures(x, {}, RandomSource.whole(torch.Generator().manual_seed(0), 5))
     assert all(value.shape == (5,) for value in figures.values())
     assert torch.allclose(figures["energy_held_out"], model.energy(x))

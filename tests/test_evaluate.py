@@ -13,22 +13,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, Likelihood
-from gencompare.data.base import ImageData, Split
+from gencompare.data.datamodule import ImageData, Split
 from gencompare.data.digits import Digits
 from gencompare.data.toy2d import Toy2D
 from gencompare.errors import UserError
-from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.module import module
-from gencompare.evaluation.preview import preview_figures
-from gencompare.evaluation.quantize import stored_split
-from gencompare.evaluation.raw import RawValues
-from gencompare.evaluation.sampling import counted, draw, labels_like
-from gencompare.evaluation.scoring import reconstruction
-from gencompare.models.gaussian import Gaussian
-from gencompare.protocol import Generation
-from gencompare.records import Result, RunRecord
-from gencompare.seeds import derive
+from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
+from gencompare.evaluation.extractors.extractor import IdentityExtractor
+from gencompare.evaluation.extractors.selection import module_extractor
+from gencompare.evaluation.metrics.compute import cheap_metrics
+from gencompare.evaluation.model_metrics import reconstruction
+from gencompare.evaluation.reference import stored_split
+from gencompare.evaluation.sampling import counted, draw_samples, labels_like
+from gencompare.generative_model import Cond, DataSpec, LikelihoodEstimate
+from gencompare.models.gaussian import GaussianBaseline
+from gencompare.records import Result, RunRecord, SampleSettings
+from gencompare.rng import derive_seed
 
 
 class Tiny(ImageData):
@@ -86,7 +85,7 @@ class Failing(Fake):
     bad = 0
 
 
-RAW = Protocol(extractors=(RawValues,), n=300, chunk=40)
+RAW = EvaluationProtocol(extractors=(IdentityExtractor,), n=300, chunk=40)
 
 
 def values(result: Result) -> dict[str, float | None]:
@@ -98,15 +97,17 @@ def values(result: Result) -> dict[str, float | None]:
 
 def test_chunks_come_from_seed_and_place_alone() -> None:
     model = Fake()
-    long, short = draw(model, 100, seed=3, chunk=40).images, draw(model, 40, seed=3, chunk=40).images
+    long, short = draw_samples(model, 100, seed=3, chunk=40).images, draw_samples(model, 40, seed=3, chunk=40).images
     assert torch.equal(long[:40], short)
-    assert not torch.equal(long[:40], long[40:80]) and not torch.equal(long, draw(model, 100, seed=4, chunk=40).images)
-    assert [len(draw(model, n, chunk=40).images) for n in (1, 39, 40, 41)] == [1, 39, 40, 41]
+    assert not torch.equal(long[:40], long[40:80]) and not torch.equal(
+        long, draw_samples(model, 100, seed=4, chunk=40).images
+    )
+    assert [len(draw_samples(model, n, chunk=40).images) for n in (1, 39, 40, 41)] == [1, 39, 40, 41]
 
 
 def test_network_rows_are_counted_and_modes_put_back() -> None:
     model = Fake()
-    samples = draw(model, 100, chunk=40)
+    samples = draw_samples(model, 100, chunk=40)
     assert samples.nfe == {"net": 3.0} and samples.seconds > 0 and samples.peak_memory_bytes > 0
     assert model.training and model.net.training and not model.frozen.training
     assert not model.net._forward_hooks
@@ -168,7 +169,7 @@ def test_a_conditional_model_is_asked_for_the_reference_classes() -> None:
 
 def test_images_and_the_model_that_draws_them_get_the_same_figures() -> None:
     data, kept = Tiny(), []
-    one = evaluate(Fake(), data, RAW, generation=Generation(weights="ema"), on_samples=kept.append)
+    one = evaluate(Fake(), data, RAW, generation=SampleSettings(weights="ema"), on_samples=kept.append)
     two = evaluate(kept[0], data, RAW)
     padded = evaluate(kept[0].float() / 127.5 - 1, data, RAW)
     assert values(one) == values(two) == values(padded)
@@ -201,7 +202,7 @@ def test_continuous_data_are_measured_as_they_are() -> None:
 
 def test_what_cannot_carry_a_figure_is_refused() -> None:
     data = Tiny()
-    cases: list[tuple[Any, Protocol, str]] = [
+    cases: list[tuple[Any, EvaluationProtocol, str]] = [
         (Fake(), dataclasses.replace(RAW, n=4), "evaluation.n=4 .*at least 20"),
         (Fake(), dataclasses.replace(RAW, reference="tset"), "no split 'tset'"),
         (torch.zeros(200, 1, 2, 2), RAW, "asks for 300 images, and 200"),
@@ -229,13 +230,13 @@ def test_odd_samples_are_flagged() -> None:
 
 
 class Scoring(Fake):
-    def likelihoods(self) -> dict[str, Likelihood]:
+    def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         return {
-            "mean": Likelihood(
+            "mean": LikelihoodEstimate(
                 "bound", lambda x, cond, g: {"far": x.mean((1, 2, 3)), "near": torch.full((len(x),), 2)}
             ),
-            "noise": Likelihood("estimate", lambda x, cond, g: {"all": torch.rand(len(x), generator=g)}),
-            "broken": Likelihood("exact", lambda x, cond, g: {"all": torch.full((len(x),), math.nan)}),
+            "noise": LikelihoodEstimate("estimate", lambda x, cond, g: {"all": torch.rand(len(x), generator=g)}),
+            "broken": LikelihoodEstimate("exact", lambda x, cond, g: {"all": torch.full((len(x),), math.nan)}),
         }
 
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
@@ -265,13 +266,13 @@ def one_of(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
         sizes = []
-        drawn = draw(Fake(), 230, seed=5, chunk=40, progress=lambda done, n: sizes.append((done, n)))
+        drawn = draw_samples(Fake(), 230, seed=5, chunk=40, progress=lambda done, n: sizes.append((done, n)))
         result = evaluate(Scoring(), Tiny(), RAW)
         failures = []
         bad = Failing()
-        bad.bad = derive(0, "sample", 2)
+        bad.bad = derive_seed(0, "sample", 2)
         try:
-            draw(bad, 230, chunk=40)
+            draw_samples(bad, 230, chunk=40)
         except UserError as error:
             failures.append(str(error))
         torch.save(
@@ -287,7 +288,7 @@ def one_of(rank: int, world: int, folder: str) -> None:
 def test_processes_draw_the_same_bytes_and_get_the_same_figures(world: int, most_chunks: int, tmp_path: Path) -> None:
     """Of 6 chunks, each process draws its share."""
     mp.start_processes(one_of, (world, str(tmp_path)), nprocs=world, start_method="fork")  # type: ignore[attr-defined]
-    alone = draw(Fake(), 230, seed=5, chunk=40)
+    alone = draw_samples(Fake(), 230, seed=5, chunk=40)
     expected = evaluate(Scoring(), Tiny(), RAW)
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -305,7 +306,9 @@ def test_processes_draw_the_same_bytes_and_get_the_same_figures(world: int, most
 def test_samples_are_measured_once_by_all_extractors() -> None:
     """The first extractor ranks; further ones measure the same images, and a record lists their results beside it."""
     data = Tiny()
-    twice = dataclasses.replace(RAW, extractors=(RawValues, lambda spec: module(spec, Twice(), "twice")))
+    twice = dataclasses.replace(
+        RAW, extractors=(IdentityExtractor, lambda spec: module_extractor(spec, Twice(), "twice"))
+    )
     model = Fake()
     result = evaluate(model, data, twice)
     assert len(model.conds) == 8 + 1, "each of the 8 chunks is drawn once, and one image to count its cost"
@@ -321,7 +324,7 @@ def test_samples_are_measured_once_by_all_extractors() -> None:
     assert [r.measurement.extractor for r in record.results] == ["raw", "twice"]
     assert all(r.also == [] for r in record.results)
     with pytest.raises(UserError, match="twice"):
-        evaluate(Fake(), data, dataclasses.replace(RAW, extractors=(RawValues, RawValues)))
+        evaluate(Fake(), data, dataclasses.replace(RAW, extractors=(IdentityExtractor, IdentityExtractor)))
 
 
 class Twice(nn.Module):
@@ -331,8 +334,8 @@ class Twice(nn.Module):
 
 def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> None:
     data = Digits()
-    baseline = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
-    protocol = Protocol(cache=cache)
+    baseline = GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    protocol = EvaluationProtocol(cache=cache)
     result = evaluate(baseline, data, protocol)
     (second,) = result.also
     assert result.headline == "mmd_efficientnet_lite0" and second.measurement.extractor == "digits"
@@ -350,10 +353,10 @@ def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> No
 
 def test_preview_orders_images_by_quality() -> None:
     data = Digits()
-    (extractor, _) = Protocol().check(data)
+    (extractor, _) = EvaluationProtocol().check(data)
     x, _ = next(data.batches("test", 200))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    figures = [preview_figures((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
+    figures = [cheap_metrics((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
     assert list(figures[0]) == ["mmd_efficientnet_lite0", "density", "coverage"]
     distances, densities, coverages = (list(values) for values in zip(*(f.values() for f in figures), strict=True))
     assert distances == sorted(distances)
@@ -372,7 +375,7 @@ def test_a_distance_of_reconstructions_takes_all_test_images_where_it_must(
     n: int, features: int, used: int | None
 ) -> None:
     data, cpu = Digits(), torch.device("cpu")
-    extractor = RawValues(data.spec)
+    extractor = IdentityExtractor(data.spec)
     extractor.dim = features
     found = reconstruction(Rounds(), data, n, 0, extractor, cpu)
     distance = found["rfd_raw"]

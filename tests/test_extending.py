@@ -20,8 +20,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from gencompare.contract import DataSpec, GenerativeModel
-from gencompare.data.base import ImageData, Split
+from gencompare.generative_model import DataSpec, GenerativeModel
+from gencompare.data.datamodule import ImageData, Split
 from gencompare.diffusion.samplers import Sampler, Step
 from gencompare.diffusion.schedules import VariancePreserving
 

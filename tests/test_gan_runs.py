@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 import torch
 
 from composing import compose
-from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
-from gencompare.tasks.build import build_callbacks, build_data, build_model, build_trainer
+from gencompare.generative_model import TrainedModel
+from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
 
 
 def run(
@@ -48,7 +48,7 @@ def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None
         "model.conditional=true", "model.spectral_norm=true", "model.d_steps=2", "model/penalty=[r1,r2]",
         "model/adversarial=relativistic", "model/discriminator_augmentation=ada", "budget.steps=5",
         "model.discriminator_augmentation.horizon=100", "model.discriminator_augmentation.target=-0.9",
-        "model.penalty.r2.weight={_target_: gencompare.models.ramp.CosineRamp, first: 1.0, last: 0.1, images: 60}",
+        "model.penalty.r2.weight={_target_: gencompare.models.elbo.CosineRamp, first: 1.0, last: 0.1, images: 60}",
     ]  # fmt: skip
     _, whole = run(tmp_path / "whole", *parts)
     trainer, _ = run(tmp_path / "broken", *parts, until=3)
@@ -69,7 +69,7 @@ def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(words
     ):
         run(tmp_path, *words, rate=lambda step, progress: 1.0 if step < 4 else 1e30)
     stored: dict[str, Any] = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert 4 <= stored["callbacks"]["Clock"]["step"] < 10
+    assert 4 <= stored["callbacks"]["TrainingClock"]["step"] < 10
     assert all(value.isfinite().all() for value in stored["state_dict"].values())
 
 

@@ -13,11 +13,11 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import multivariate_normal, norm
 
-from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.models.gaussian import Gaussian
-from gencompare.seeds import generator
+from gencompare.generative_model import DataSpec
+from gencompare.models.gaussian import GaussianBaseline
+from gencompare.rng import generator
 
 PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_levels=None)
 
@@ -37,7 +37,7 @@ def plane(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("conditional", [False, True])
 def test_density_is_that_of_the_maximum_likelihood_mixture(conditional: bool) -> None:
     x, label = plane(400)
-    model = Gaussian(PLANE, conditional=conditional).fit_to(
+    model = GaussianBaseline(PLANE, conditional=conditional).fit_to(
         [(x[:150], {"label": label[:150]}), (x[150:], {"label": label[150:]})]
     )
     points, classes = x[:50].flatten(1).double().numpy(), label[:50].numpy()
@@ -60,7 +60,7 @@ def test_few_directions_are_probabilistic_pca() -> None:
     rest = values[:2].mean()
     lead = vectors[:, 2]
     covariance = rest * np.eye(3) + (values[2] - rest) * np.outer(lead, lead)
-    model = Gaussian(PLANE, per_class=False, max_parameters=3).fit_to([(x, {})])
+    model = GaussianBaseline(PLANE, per_class=False, max_parameters=3).fit_to([(x, {})])
     assert model.rank_kept == 1
     expected = -multivariate_normal(flat.mean(0), covariance).logpdf(flat) / math.log(2) / 3
     np.testing.assert_allclose(model.bits_per_dim(x, {}).numpy(), expected, rtol=1e-5)
@@ -70,7 +70,7 @@ def test_more_pixels_than_images_gives_the_same_covariance() -> None:
     """5 images of 12 numbers: the short way, by products between images, is the long way."""
     spec = DataSpec(name="wide", shape=(3, 2, 2), num_levels=256)
     x = torch.rand(5, 3, 2, 2, generator=generator("cpu", 3)) * 2 - 1
-    model = Gaussian(spec).fit_to([(x, {})])
+    model = GaussianBaseline(spec).fit_to([(x, {})])
     flat = x.flatten(1).double().numpy()
     step = 2 / 255
     covariance = np.cov(flat.T, bias=True) + step**2 / 12 * np.eye(12)
@@ -83,7 +83,7 @@ def test_discrete_bits_are_the_exact_average_over_dequantisation_and_a_bound() -
     spec = DataSpec(name="pixel", shape=(1, 1, 1), num_levels=4)
     levels = torch.tensor([0, 1, 1, 1, 2, 2, 3, 1, 2, 1])
     x = (levels * 2 / 3 - 1).view(-1, 1, 1, 1)
-    model = Gaussian(spec).fit_to([(x, {})])
+    model = GaussianBaseline(spec).fit_to([(x, {})])
     step, values = 2 / 3, x.flatten().double().numpy()
     normal: Any = norm(values.mean(), math.sqrt(values.var() + step**2 / 12))
     assert model.likelihoods()["density"].kind == "bound"
@@ -98,7 +98,7 @@ def test_discrete_bits_are_the_exact_average_over_dequantisation_and_a_bound() -
 def test_samples_have_the_moments_of_the_data() -> None:
     """Within five standard errors; clamping at -1 and 1 is far out here."""
     x, label = plane(400)
-    model = Gaussian(PLANE, conditional=True).fit_to([(x, {"label": label})])
+    model = GaussianBaseline(PLANE, conditional=True).fit_to([(x, {"label": label})])
     n = 40_000
     for k in range(2):
         cond = {"label": torch.full((n,), k)}
@@ -112,7 +112,7 @@ def test_samples_have_the_moments_of_the_data() -> None:
 
 def test_unconditional_samples_have_the_class_weights() -> None:
     x, label = plane(400)
-    model = Gaussian(PLANE).fit_to([(x, {"label": label})])
+    model = GaussianBaseline(PLANE).fit_to([(x, {"label": label})])
     drawn = model.sample(20_000, generator=generator("cpu", 2))
     densities = torch.stack([model._log_density(drawn.flatten(1), k) for k in range(2)], 1)
     share = float((densities[:, 1] > densities[:, 0]).double().mean())
@@ -122,8 +122,8 @@ def test_unconditional_samples_have_the_class_weights() -> None:
 def test_the_ridge_helps_held_out_digits() -> None:
     data = Digits()
     few = list(itertools.islice(data.batches("train", 100), 3))
-    plain = Gaussian(data.spec).fit_to(few)
-    ridged = Gaussian(data.spec).fit_to(few, data.batches("val"))
+    plain = GaussianBaseline(data.spec).fit_to(few)
+    ridged = GaussianBaseline(data.spec).fit_to(few, data.batches("val"))
     x, cond = next(data.batches("test"))
     assert ridged.bits_per_dim(x, cond).mean() < plain.bits_per_dim(x, cond).mean() - 0.1
 
@@ -133,7 +133,7 @@ def test_padding_is_black_and_costs_nothing() -> None:
     padded = DataSpec(name="p", shape=(1, 6, 6), num_levels=256, padding=2)
     x = torch.rand(30, 1, 2, 2, generator=generator("cpu", 4)) * 2 - 1
     wide = torch.nn.functional.pad(x, (2,) * 4, value=-1.0)
-    one, two = Gaussian(small).fit_to([(x, {})]), Gaussian(padded).fit_to([(wide, {})])
+    one, two = GaussianBaseline(small).fit_to([(x, {})]), GaussianBaseline(padded).fit_to([(wide, {})])
     torch.testing.assert_close(one.bits_per_dim(x, {}), two.bits_per_dim(wide, {}))
     drawn = two.sample(3, generator=generator("cpu", 0))
     assert drawn.shape == (3, 1, 6, 6)
@@ -143,14 +143,14 @@ def test_padding_is_black_and_costs_nothing() -> None:
 
 def test_one_training_step_fits_everything(tmp_path) -> None:
     data = Digits(batch_size=16)
-    model = Gaussian(data.spec)
+    model = GaussianBaseline(data.spec)
     trainer = pl.Trainer(
         max_epochs=1, limit_train_batches=1, limit_val_batches=0, accelerator="cpu", logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(model, datamodule=data)
-    expected = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    expected = GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val"))
     for name, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert model.closed_form and not model.averaged_parameters()
@@ -158,4 +158,4 @@ def test_one_training_step_fits_everything(tmp_path) -> None:
 
 def test_one_gaussian_knows_no_classes() -> None:
     with pytest.raises(UserError, match="per_class"):
-        Gaussian(PLANE, conditional=True, per_class=False)
+        GaussianBaseline(PLANE, conditional=True, per_class=False)

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from composing import options
-from gencompare.contract import DataSpec
-from gencompare.diffusion.denoiser import Cond, Denoises
+from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
+from gencompare.diffusion.discrete_schedules import LinearBetas
 from gencompare.diffusion.guidance import AutoGuidance, ClassifierFree, ClassifierGuidance, Guidance, Guided
-from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import Sampler
-from gencompare.diffusion.schedules import LinearBetas, NoiseSchedule
+from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.errors import UserError
-from gencompare.evaluation.sampling import draw
+from gencompare.evaluation.sampling import draw_samples
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.denoising_mlp import DenoisingMLP
-from gencompare.seeds import Draws, generator
+from gencompare.networks.mlp import DenoisingMLP
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -107,7 +108,7 @@ def unlabelled(cond: Cond) -> Cond:
     return {**cond, "label": torch.full_like(cond["label"], NO_LABEL)}
 
 
-def guided(denoiser: Denoises, guidance: Guidance) -> Guided:
+def guided(denoiser: DenoiserProtocol, guidance: Guidance) -> Guided:
     return Guided(denoiser, guidance, unlabelled)
 
 
@@ -263,7 +264,7 @@ def test_outside_of_its_interval_guidance_costs_one_row() -> None:
 N = 1500
 
 
-def drawn(sampler: Sampler, denoiser: Denoises, labels: Tensor) -> Tensor:
+def drawn(sampler: Sampler, denoiser: DenoiserProtocol, labels: Tensor) -> Tensor:
     """N points for each of ``labels``, (labels, N, 2)."""
     x = denoiser.schedule.prior((len(labels) * N, 2, 1, 1), generator("cpu", 1))
     with torch.no_grad():
@@ -356,7 +357,7 @@ class OtherWay(ClassifierFree):
 
 
 class WeakForMain(AutoGuidance):
-    def predict(self, denoiser: Denoises, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Any) -> Prediction:
+    def predict(self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Any) -> Prediction:
         return AutoGuidance(scale=self.scale, weak=denoiser).predict(self.weak, x_t, t, cond, unlabelled)
 
 
@@ -437,7 +438,7 @@ def halfway(scale: float) -> Guidance:
     ],
 )
 def test_calls_are_counted_as_they_are(guidance: Callable[[], Any], nfe: dict[str, float]) -> None:
-    assert draw(model(guidance=guidance()), 6, seed=0).nfe == nfe
+    assert draw_samples(model(guidance=guidance()), 6, seed=0).nfe == nfe
 
 
 def test_a_guided_model_draws_what_the_equation_says() -> None:
@@ -521,7 +522,7 @@ def labels_told(dropout: float, *slices: tuple[int, int], seed: int = 0, trainin
     noting = model(network=Notes, label_dropout=dropout).train(training)
     label = torch.arange(4000) % 3
     for start, stop in slices:
-        draws = Draws(generator("cpu", seed), start, stop, 4000)
+        draws = RandomSource(generator("cpu", seed), start, stop, 4000)
         noting.losses(torch.zeros(stop - start, 2, 1, 1), {"label": label[start:stop]}, draws)
     return torch.cat(noting.network.told)  # type: ignore[arg-type]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from composing import compose
-from gencompare.tasks.build import build_data, build_model
 from gencompare.tasks.main import main
+from gencompare.tasks.runs.build import build_data, build_model
 
 Cli = Callable[..., int]
 QUICK = [

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from forking import in_processes, needs_fork
-from gencompare.contract import DataSpec, Explores, Reconstructs
 from gencompare.data.digits import Digits
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.evaluation.sampling import draw
-from gencompare.models.hvae import HVAE, MOST_SKIPPED
-from gencompare.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
-from gencompare.networks.hierarchical import Bottleneck, DiagonalGaussian, Ladder, LatentLayer
-from gencompare.seeds import Draws
+from gencompare.evaluation.sampling import draw_samples
+from gencompare.generative_model import DataSpec, SupportsReconstruction, SupportsVisualization
+from gencompare.models.hvae import HVAE, MAX_SKIPPED
+from gencompare.models.pixel_likelihoods import BernoulliLikelihood, DiscretizedLogistic, GaussianLikelihood
+from gencompare.networks.hierarchical import BottleneckBlock, DiagonalGaussian, TopDownBlock, TopDownDecoder
+from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
-from gencompare.training.curve import Curve
+from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
+from gencompare.training.loggers import MetricLogger
 
 SMALL: dict[str, Any] = {"channels": 8, "max_channels": 16, "bottleneck": 2.0, "latent_channels": 4}
 
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {"channels": 8, "max_channels": 16, "bottleneck": 2.0, "
 def hvae(spec: DataSpec = Digits.spec, ladder: dict[str, Any] | None = None, **options: Any) -> HVAE:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "ladder": partial(Ladder, **(SMALL | (ladder or {}))),
+        "ladder": partial(TopDownDecoder, **(SMALL | (ladder or {}))),
         "likelihood": DiscretizedLogistic,
         "optimizer": partial(torch.optim.AdamW, lr=5e-3),
         "grad_clip": 200.0,
@@ -56,8 +56,8 @@ def stirred(model: HVAE) -> HVAE:
     return model
 
 
-def whole(n: int, seed: int = 0) -> Draws:
-    return Draws.whole(torch.Generator().manual_seed(seed), n)
+def whole(n: int, seed: int = 0) -> RandomSource:
+    return RandomSource.whole(torch.Generator().manual_seed(seed), n)
 
 
 def digits(n: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def test_the_divergence_is_that_of_two_normal_distributions() -> None:
     assert not DiagonalGaussian(a, b).kl(DiagonalGaussian(a, b)).any()
 
 
-def straight(block: Bottleneck, weight: Tensor, bias: Tensor, offset: float) -> None:
+def straight(block: BottleneckBlock, weight: Tensor, bias: Tensor, offset: float) -> None:
     """Make a block linear: y = weight (x - offset) + bias. Far to the right, GELU is the identity."""
     first, second, third, last = block.convs
     with torch.no_grad():
@@ -120,10 +120,11 @@ def test_the_bound_misses_the_exact_likelihood_by_the_posteriors_divergence(resi
 
     spec = DataSpec("points", (d, 1, 1), num_levels=None)
     ladder = partial(
-        Ladder, channels=8, max_channels=8, bottleneck=1.0, latent_channels=k, encoder_blocks=1, decoder_blocks=2,
+        TopDownDecoder, channels=8, max_channels=8, bottleneck=1.0, latent_channels=k, encoder_blocks=1,
+        decoder_blocks=2,
         residual_posterior=residual,
     )  # fmt: skip
-    model = HVAE(spec, ladder=ladder, likelihood=Gaussian)
+    model = HVAE(spec, ladder=ladder, likelihood=GaussianLikelihood)
     net, tensor = model.ladder, partial(torch.tensor, dtype=torch.float32)
     eye = torch.eye(k)
     with torch.no_grad():
@@ -159,8 +160,8 @@ def test_the_bound_misses_the_exact_likelihood_by_the_posteriors_divergence(resi
         net.out.weight.zero_()
         net.out.weight[:, : 2 * k, 0, 0] = mixing
         net.out.bias.copy_(-far * mixing.sum(1))  # type: ignore[union-attr]
-        assert isinstance(model.likelihood, Gaussian)
-        model.likelihood.weight.fill_(math.log(sigma) / Gaussian.GAIN)
+        assert isinstance(model.likelihood, GaussianLikelihood)
+        model.likelihood.weight.fill_(math.log(sigma) / GaussianLikelihood.GAIN)
 
     # The joint of z = (z1, z2) = M n with standard normal n, and the truth.
     m = np.block([[np.eye(k), np.zeros((k, k))], [a, np.diag(s)]])
@@ -248,23 +249,23 @@ def test_a_residual_posterior_without_a_correction_is_the_prior() -> None:
 def test_latents_are_prior_means_at_temperature_nought_and_spread_with_it() -> None:
     model = stirred(hvae(temperature=0.0))
     seen: list[tuple[Tensor, DiagonalGaussian]] = []
-    original = LatentLayer.forward
+    original = TopDownBlock.forward
 
-    def watch(self: LatentLayer, h: Tensor, z: Tensor) -> Tensor:
+    def watch(self: TopDownBlock, h: Tensor, z: Tensor) -> Tensor:
         seen.append((z, priors[-1]))
         return original(self, h, z)
 
     priors: list[DiagonalGaussian] = []
-    asked = LatentLayer.prior
+    asked = TopDownBlock.prior
 
-    def prior(self: LatentLayer, h: Tensor) -> Any:
+    def prior(self: TopDownBlock, h: Tensor) -> Any:
         found = asked(self, h)
         priors.append(found[0])
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LatentLayer, "forward", watch)
-        patch.setattr(LatentLayer, "prior", prior)
+        patch.setattr(TopDownBlock, "forward", watch)
+        patch.setattr(TopDownBlock, "prior", prior)
         for temperature in (0.0, 0.5, 1.0):
             model.temperature = temperature
             seen.clear()
@@ -279,12 +280,12 @@ def test_latents_are_prior_means_at_temperature_nought_and_spread_with_it() -> N
 
 
 def test_a_sample_takes_one_pass_of_the_ladder() -> None:
-    assert draw(hvae(), 5, seed=0).nfe == {"ladder": 1}
+    assert draw_samples(hvae(), 5, seed=0).nfe == {"ladder": 1}
 
 
 def test_kept_latents_give_the_image_back_and_deviations_decode_to_it() -> None:
     model, (x, _) = stirred(hvae()), digits(4)
-    assert isinstance(model, Reconstructs) and isinstance(model, Explores)
+    assert isinstance(model, SupportsReconstruction) and isinstance(model, SupportsVisualization)
     pictures = model.pictures(x, {}, generator=torch.Generator().manual_seed(0))
     again = model.reconstruct(x, {}, generator=torch.Generator())
     kept = pictures["kept_latents"]
@@ -304,7 +305,7 @@ def test_kept_latents_give_the_image_back_and_deviations_decode_to_it() -> None:
 def test_images_do_not_see_each_other() -> None:
     model, (x, _) = stirred(hvae()).train(), digits(8)
     both = model.losses(x, {}, whole(8))["loss"]
-    half = model.losses(x[4:], {}, Draws(torch.Generator().manual_seed(0), 4, 8, 8))["loss"]
+    half = model.losses(x[4:], {}, RandomSource(torch.Generator().manual_seed(0), 4, 8, 8))["loss"]
     assert torch.allclose(both[4:], half, atol=1e-5)
 
 
@@ -347,7 +348,7 @@ def fit(
     """Train under the trainer; the losses of the steps ``planted`` are a million times too large, or not finite."""
 
     class Planted(HVAE):
-        def losses(self, x: Tensor, cond: Any, draws: Draws) -> dict[str, Tensor]:
+        def losses(self, x: Tensor, cond: Any, draws: RandomSource) -> dict[str, Tensor]:
             found = super().losses(x, cond, draws)
             if self.trainer.callbacks[0].step not in planted:  # type: ignore[attr-defined]
                 return found
@@ -365,10 +366,11 @@ def fit(
     figures: list[dict[str, float]] = []
     torch.manual_seed(0)
     model = Planted(
-        Digits.spec, ladder=partial(Ladder, **SMALL), likelihood=DiscretizedLogistic, grad_skip=400.0, grad_clip=200.0,
+        Digits.spec, ladder=partial(TopDownDecoder, **SMALL), likelihood=DiscretizedLogistic, grad_skip=400.0,
+        grad_clip=200.0,
         optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
     )  # fmt: skip
-    callbacks = [Clock(0, 16, Budget(steps=steps)), EMA(0.9), Watch(), Curve(2), Checkpoints(folder)]
+    callbacks = [TrainingClock(0, 16, Budget(steps=steps)), EMA(0.9), Watch(), MetricLogger(2), Checkpoints(folder)]
     trainer = pl.Trainer(
         callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
@@ -414,7 +416,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_told_as_no_more(tmp_path
 
 @pytest.mark.parametrize("factor", [1e6, math.nan])
 def test_training_ends_where_every_step_is_skipped(factor: float, tmp_path: Path) -> None:
-    steps = range(3, 3 + MOST_SKIPPED)
+    steps = range(3, 3 + MAX_SKIPPED)
     with pytest.raises(TrainingStopped, match=r"50 steps in a row .*grad_skip=400.*lower learning rate"):
         fit(tmp_path / "all", steps=60, factor=factor, planted=steps)
     model, *_ = fit(tmp_path / "but one", steps=60, factor=factor, planted={*steps, 54} - {30})
@@ -423,7 +425,7 @@ def test_training_ends_where_every_step_is_skipped(factor: float, tmp_path: Path
 
 def test_where_pixels_are_taken_for_probabilities_there_are_no_bits_per_dim() -> None:
     x, _ = digits(4)
-    grey = hvae(likelihood=Bernoulli)
+    grey = hvae(likelihood=BernoulliLikelihood)
     assert not grey.likelihoods() and "bits_per_dim" not in grey.losses(x, {}, whole(4))
     assert "bits_per_dim" in hvae().losses(x, {}, whole(4))
 
@@ -455,14 +457,14 @@ def share_of_training(rank: int, world: int) -> dict[str, Tensor]:
             super().__init__()
             self.model = model
 
-        def forward(self, x: Tensor, draws: Draws) -> Tensor:
+        def forward(self, x: Tensor, draws: RandomSource) -> Tensor:
             return self.model.losses(x, {}, draws)["loss"].mean()
 
     step, optimizer = nn.parallel.DistributedDataParallel(Step()), model.configure_optimizers()
     x, _ = digits(32)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for k in range(4):
-        draws = Draws(torch.Generator().manual_seed(k), rows.start, rows.stop, 8)
+        draws = RandomSource(torch.Generator().manual_seed(k), rows.start, rows.stop, 8)
         loss = step(x[8 * k :][rows], draws)
         optimizer.zero_grad()
         (loss * (1e6 if k == 2 and rank == world - 1 else 1)).backward()

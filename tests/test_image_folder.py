@@ -18,10 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gencompare.cache import cached
-from gencompare.data import decode
-from gencompare.data.image_folder import ImageFolder
-from gencompare.data.layout import read_layout
+from gencompare.cache import cached_array
+from gencompare.data import file_formats
+from gencompare.data.image_folder import ImageFolder, read_layout
 from gencompare.errors import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -224,8 +223,8 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
 
 def test_decoded_once_and_again_when_the_content_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    real = decode.decode
-    monkeypatch.setattr(decode, "decode", lambda *a, **k: decoded.append(1) or real(*a, **k))
+    real = file_formats.decode
+    monkeypatch.setattr(file_formats, "decode", lambda *a, **k: decoded.append(1) or real(*a, **k))
     root, cache = as_folder(numbered(9), tmp_path / "flat"), tmp_path / "cache"
 
     def read(**options: object) -> list[int]:
@@ -263,7 +262,7 @@ def test_a_damaged_cache_is_noticed_and_made_anew(damage: str, tmp_path: Path) -
 
     expected = make()
     for _ in range(2):
-        assert torch.equal(cached(tmp_path, "x", make), expected)
+        assert torch.equal(cached_array(tmp_path, "x", make), expected)
     assert len(made) == 2
     file = tmp_path / "x.npy"
     content = file.read_bytes()
@@ -276,7 +275,7 @@ def test_a_damaged_cache_is_noticed_and_made_anew(damage: str, tmp_path: Path) -
             "other": b"not what was written here at all" * 9,
         }[damage]
     )
-    assert torch.equal(cached(tmp_path, "x", make), expected) and len(made) == 3
+    assert torch.equal(cached_array(tmp_path, "x", make), expected) and len(made) == 3
     assert file.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir() if p.suffix not in (".npy", ".lock")] == []
 
@@ -284,10 +283,10 @@ def test_a_damaged_cache_is_noticed_and_made_anew(damage: str, tmp_path: Path) -
 def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("no folder")
     with caplog.at_level(logging.WARNING):
-        got = cached(tmp_path / "file" / "cache", "x", lambda: torch.ones(3))
+        got = cached_array(tmp_path / "file" / "cache", "x", lambda: torch.ones(3))
     assert got.tolist() == [1, 1, 1]
     assert "set paths.cache=DIR" in caplog.text
-    assert cached(None, "x", lambda: torch.ones(3)).tolist() == [1, 1, 1]
+    assert cached_array(None, "x", lambda: torch.ones(3)).tolist() == [1, 1, 1]
 
 
 def test_an_error_of_the_images_passes_the_cache(tmp_path: Path) -> None:
@@ -298,9 +297,9 @@ def test_an_error_of_the_images_passes_the_cache(tmp_path: Path) -> None:
         raise UserError("the images are at fault")
 
     with pytest.raises(UserError, match="at fault"):
-        cached(tmp_path, "x", make)
+        cached_array(tmp_path, "x", make)
     assert len(asked) == 1, "it is not tried again"
-    assert cached(tmp_path, "x", lambda: torch.zeros(2)).tolist() == [0, 0], "and leaves nothing behind"
+    assert cached_array(tmp_path, "x", lambda: torch.zeros(2)).tolist() == [0, 0], "and leaves nothing behind"
 
 
 def _ask(folder: Path, results: multiprocessing.Queue) -> None:
@@ -310,7 +309,7 @@ def _ask(folder: Path, results: multiprocessing.Queue) -> None:
         time.sleep(0.3)
         return torch.arange(5)
 
-    results.put(cached(folder, "x", make).tolist())
+    results.put(cached_array(folder, "x", make).tolist())
 
 
 def test_processes_that_ask_at_once_make_it_once(tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def violations(path: Path) -> set[str]:
             bad |= touches(names, {"gencompare.tasks"})
     own = {name for name in names if name.startswith("gencompare.")}
     if room in ("networks", "diffusion"):
-        shared = {"gencompare.errors", "gencompare.seeds", "gencompare.hyperparameters"}
-        allowed = {f"gencompare.{room}", "gencompare.contract.Cond"} | shared
-        bad |= own - touches(own, allowed) - {"gencompare.contract"}
+        shared = {"gencompare.errors", "gencompare.rng", "gencompare.hyperparameters"}
+        allowed = {f"gencompare.{room}", "gencompare.generative_model.Cond"} | shared
+        bad |= own - touches(own, allowed) - {"gencompare.generative_model"}
         bad |= touches(names, {"pytorch_lightning", "torchmetrics", "torchvision"})
     if room == "models":
         bad |= touches(names, OWN_FAMILY_FREE)
@@ -51,7 +51,7 @@ def violations(path: Path) -> set[str]:
         bad |= touches(names, {"gencompare.models", "gencompare.diffusion", "gencompare.training", "gencompare.data"})
     if room in ("compare", "records.py", "protocol.py", "files.py", "errors.py", "paths.py", "pictures.py"):
         bad |= touches(names, HEAVY)
-        bad |= touches(names, {"gencompare.contract", "gencompare.evaluation", "gencompare.training"})
+        bad |= touches(names, {"gencompare.generative_model", "gencompare.evaluation", "gencompare.training"})
     return bad
 
 
@@ -77,7 +77,7 @@ def test_the_rules_bite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "compare/a.py": "import torch",
         "records.py": "def f():\n    import torch.nn",
         "evaluation/a.py": "from gencompare.models.vae import VAE",
-        "training/a.py": "from gencompare.tasks.build import build_model",
+        "training/a.py": "from gencompare.tasks.runs.build import build_model",
         "networks/a.py": "from omegaconf import OmegaConf",
     }
     monkeypatch.setattr("test_imports.PACKAGE", tmp_path)

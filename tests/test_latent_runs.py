@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 
 from composing import compose
 from gencompare.data.digits import Digits
-from gencompare.pictures import save_png, to_image
-from gencompare.tasks.build import build_data, build_model
-from gencompare.tasks.first_stage import GROUP, stage_folder, stage_of
-from gencompare.tasks.load import load_run
+from gencompare.image_grid import save_png, to_image
 from gencompare.tasks.main import main
-from gencompare.training.clock import Clock
+from gencompare.tasks.runs.autoencoder_stage import AUTOENCODER_GROUP, autoencoder_config, autoencoder_folder
+from gencompare.tasks.runs.build import build_data, build_model
+from gencompare.tasks.runs.loading import load_run
+from gencompare.training.clock import TrainingClock
 
 Cli = Callable[..., int]
 QUICK = [
@@ -135,8 +135,8 @@ def name(*words: str) -> str:
     """That of the folder in which the first stage would be trained."""
     cfg = compose(*LDM, *words)
     OmegaConf.set_struct(cfg, False)
-    cfg.choices = {"data": "digits", "debug": None, GROUP: "autoencoder"}
-    return stage_folder(stage_of(cfg), build_data(cfg)).name
+    cfg.choices = {"data": "digits", "debug": None, AUTOENCODER_GROUP: "autoencoder"}
+    return autoencoder_folder(autoencoder_config(cfg), build_data(cfg)).name
 
 
 def test_less_data_and_another_budget_make_another_first_stage(runs: Path) -> None:
@@ -163,14 +163,14 @@ def test_stopped_in_its_first_stage_the_same_command_goes_on(
     monkeypatch.chdir(tmp_path)
     words = [*LDM, "evaluation.checkpoints=[]", "hydra.run.dir=ldm"]
     with monkeypatch.context() as patch:
-        original = Clock.on_train_batch_start
+        original = TrainingClock.on_train_batch_start
 
-        def start(self: Clock, *args: Any) -> None:
+        def start(self: TrainingClock, *args: Any) -> None:
             original(self, *args)
             if self.step == 1:
                 signal.raise_signal(signal.SIGTERM)
 
-        patch.setattr(Clock, "on_train_batch_start", start)
+        patch.setattr(TrainingClock, "on_train_batch_start", start)
         assert cli(*words) == 128 + signal.SIGTERM
     assert "the same command goes on" in capsys.readouterr().out
     (stage,) = stages(tmp_path)

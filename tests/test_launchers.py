@@ -20,7 +20,7 @@ import pytest
 
 from forking import Forked, living_on
 from gencompare.records import RunRecord
-from gencompare.tasks import parallel
+from gencompare.tasks.runs import processes
 from test_cli import QUICK, Cli
 
 LAUNCHED = ["-m", "hydra/launcher=parallel", "hydra.sweep.dir=sweep"]
@@ -40,18 +40,18 @@ def test_devices_and_cores_are_shared_out(
     at_once: int, devices: str, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    given = [parallel.share(place, at_once, list(devices), cores=7) for place in range(at_once)]
+    given = [processes.share(place, at_once, list(devices), cores=7) for place in range(at_once)]
     assert [one.get("CUDA_VISIBLE_DEVICES") for one in given] == shares
     assert {one["OMP_NUM_THREADS"] for one in given} == {str(7 // at_once)}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert parallel.share(0, at_once, list(devices), cores=7)["OMP_NUM_THREADS"] == "3"
+    assert processes.share(0, at_once, list(devices), cores=7)["OMP_NUM_THREADS"] == "3"
 
 
 def test_devices_that_are_hidden_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f,3")
-    assert parallel.visible_devices() == ["GPU-1f", "3"]
+    assert processes.visible_devices() == ["GPU-1f", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert parallel.visible_devices() == []
+    assert processes.visible_devices() == []
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     jobs: list[Any] = []
 
     def start(command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> Forked:
-        assert command == [sys.executable, "-m", "gencompare.tasks.rank"]
+        assert command == [sys.executable, "-m", "gencompare.tasks.runs.rank"]
         job: Any = Forked(tmp_path, env=env, output=Path(stdout.name))
         job.beside = sum(other.poll() is None for other in jobs)
         jobs.append(job)
         return job
 
-    monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(Popen=start, STDOUT=None))
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=start, STDOUT=None))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     return jobs
 
@@ -127,7 +127,7 @@ def test_a_job_that_a_process_of_an_earlier_sitting_begins_first_is_left_to_that
             living.enter_context(living_on(folder, "finished"))
             yield cfg, 1, "Another process is at work in it."
 
-    monkeypatch.setattr(parallel, "run_all", run_all)
+    monkeypatch.setattr(processes, "run_all", run_all)
     with ExitStack() as living:
         assert cli(*LAUNCHED, "model=gaussian", *QUICK) == 0
     assert json.loads((folder / "record.json").read_text())["state"] == "finished"

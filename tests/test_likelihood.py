@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from composing import compose, options
-from gencompare.contract import DataSpec
-from gencompare.diffusion.denoiser import Cond, Denoises
-from gencompare.diffusion.likelihood import ODE, VLB, ode, vlb
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.pixels import Pixels
-from gencompare.diffusion.schedules import VE, BetaTable, CosineBetas, NoiseSchedule, Rectified, VariancePreserving
+from gencompare.diffusion import likelihoods
+from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
+from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas
+from gencompare.diffusion.likelihoods import ODELikelihood, VLBLikelihood
+from gencompare.diffusion.objectives import Pixels
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.schedules import VE, NoiseSchedule, RectifiedFlow, VariancePreserving
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.denoising_mlp import DenoisingMLP
-from gencompare.seeds import generator
+from gencompare.networks.mlp import DenoisingMLP
+from gencompare.rng import generator
 from parts import part
 
 Q = torch.linalg.qr(torch.randn(3, 3, generator=generator("cpu", 5), dtype=torch.float64))[0]
@@ -51,7 +53,7 @@ class Even(VariancePreserving):
         return self.high + (self.low - self.high) * t
 
 
-class Straight(Rectified):
+class Straight(RectifiedFlow):
     """With as little left of the image at the end, and more noise on it at the start."""
 
     t_min = 1e-3
@@ -128,21 +130,21 @@ def flow_density(schedule: NoiseSchedule, x: Tensor) -> Tensor:
 def test_ode_density_is_that_of_the_flow_under_every_schedule(name: str) -> None:
     schedule = WIDE[name]() if name in WIDE else part("schedule", name)
     x = Truth(schedule).draw(8)
-    found = ODE(exact_trace=True)(Truth(schedule), x, {}, PIXELS, generator("cpu", 0))
+    found = ODELikelihood(exact_trace=True)(Truth(schedule), x, {}, PIXELS, generator("cpu", 0))
     torch.testing.assert_close(found, -bits(flow_density(schedule, x)), rtol=0, atol=2e-4)
 
 
 def test_ode_bits_of_gaussian_data_are_exact(wide: NoiseSchedule) -> None:
     truth = Truth(wide)
     x = truth.draw(60)
-    found = ODE(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    found = ODELikelihood(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
     assert float((found + bits(truth.log_density(x))).abs().mean()) < 1e-3
 
 
 def test_ode_bits_of_a_mixture_are_exact(wide: NoiseSchedule) -> None:
     truth = Truth(wide, *TWO)
     x = truth.draw(60)
-    found = ODE(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
     off = found + bits(truth.log_density(x))
     assert float(off.abs().mean()) < 2e-3 and abs(float(off.mean())) < 1e-3
 
@@ -152,8 +154,8 @@ def test_hutchinsons_estimate_is_unbiased(schedule: NoiseSchedule) -> None:
     """One point, 300 random vectors: their mean is the exact trace's within the Monte Carlo error."""
     truth, n = Truth(schedule, *TWO), 300
     x = truth.draw(1)
-    exact = ODE(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
-    found = ODE(1e-4, 1e-4)(truth, x.expand(n, *SHAPE), {}, PIXELS, generator("cpu", 1))
+    exact = ODELikelihood(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
+    found = ODELikelihood(1e-4, 1e-4)(truth, x.expand(n, *SHAPE), {}, PIXELS, generator("cpu", 1))
     error = float(found.std()) / math.sqrt(n)
     assert 1e-4 < error < 0.03
     assert abs(float(found.mean() - exact)) < 4 * error
@@ -165,19 +167,19 @@ def late(truth: Truth, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
 
 @pytest.mark.parametrize("bug", ["none", "trace twice", "trace with the wrong sign", "no change of scale", "late"])
 def test_a_planted_bug_makes_the_density_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, trace = Truth(Even(), *TWO), ode._exact_trace
+    truth, trace = Truth(Even(), *TWO), likelihoods._exact_trace
     x = truth.draw(50)
     if bug == "trace twice":
-        monkeypatch.setattr(ode, "_exact_trace", lambda *args: 2 * trace(*args))
+        monkeypatch.setattr(likelihoods, "_exact_trace", lambda *args: 2 * trace(*args))
     if bug == "trace with the wrong sign":
-        monkeypatch.setattr(ode, "_exact_trace", lambda *args: -trace(*args))
+        monkeypatch.setattr(likelihoods, "_exact_trace", lambda *args: -trace(*args))
     if bug == "no change of scale":
         truth = Truth(Even(high=4.0), *TWO)
-        monkeypatch.setattr(ode, "logsigmoid", torch.zeros_like)
+        monkeypatch.setattr(likelihoods, "logsigmoid", torch.zeros_like)
     denoiser: Any = truth
     if bug == "late":
         denoiser = type("Late", (), {"schedule": truth.schedule, "__call__": lambda self, *args: late(truth, *args)})()
-    found = ODE(1e-4, 1e-4, exact_trace=True)(denoiser, x, {}, PIXELS, generator("cpu", 0))
+    found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(denoiser, x, {}, PIXELS, generator("cpu", 0))
     assert (abs(float((found + bits(truth.log_density(x))).mean())) < 1e-3) == (bug == "none")
 
 
@@ -185,16 +187,18 @@ def test_dequantised_bits_are_those_of_the_levels() -> None:
     """With 256 levels the density hardly changes over a level: bits are -log2 of the level's mass."""
     truth, levels, n = Truth(Even(15.0, -15.0)), 256, 20
     x = ((truth.draw(1) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-    found = ODE(1e-4, 1e-4, exact_trace=True)(
+    found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
         truth, x.expand(n, *SHAPE), {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
     )
     mass = -bits(truth.log_density(x) + 3 * math.log(2 / 255))
     assert abs(float(found.mean() - mass)) < 4 * float(found.std()) / math.sqrt(n) + 1e-3
     # Two of the three values are padding: the same nats over one real value.
-    padded = ODE(1e-4, 1e-4, exact_trace=True)(
+    padded = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
         truth, x, {}, Pixels(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3)
     )
-    whole = ODE(1e-4, 1e-4, exact_trace=True)(truth, x, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3))
+    whole = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
+        truth, x, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
+    )
     torch.testing.assert_close(padded, 3 * whole)
 
 
@@ -206,13 +210,13 @@ def test_an_ode_that_cannot_be_followed_is_named() -> None:
             return prediction._replace(eps=prediction.eps * torch.nan)
 
     with pytest.raises(UserError, match="could not be followed"):
-        ODE()(Broken(Even()), torch.zeros(2, *SHAPE), {}, PIXELS, generator("cpu", 0))
+        ODELikelihood()(Broken(Even()), torch.zeros(2, *SHAPE), {}, PIXELS, generator("cpu", 0))
 
 
 # The bound
 
 
-def gap(method: VLB, truth: Denoises, x: Tensor, log_density: Tensor) -> tuple[float, float]:
+def gap(method: VLBLikelihood, truth: DenoiserProtocol, x: Tensor, log_density: Tensor) -> tuple[float, float]:
     """Mean and standard error of bound less truth, bits/dim."""
     off = method(truth, x, {}, PIXELS, generator("cpu", 7)) + bits(log_density)
     return float(off.mean()), float(off.std()) / math.sqrt(len(x))
@@ -225,9 +229,9 @@ def test_bound_is_never_better_than_the_truth(name: str) -> None:
     schedule = WIDE[name]() if name in WIDE else part("schedule", name, **small)
     truth = Truth(schedule, *TWO)
     x = truth.draw(4000)
-    mean, error = gap(VLB(), truth, x, truth.log_density(x))
+    mean, error = gap(VLBLikelihood(), truth, x, truth.log_density(x))
     assert mean > -2 * error and (error < 0.07 or mean > 1)
-    mean, error = gap(VLB(steps=5, samples=None), truth, x, truth.log_density(x))
+    mean, error = gap(VLBLikelihood(steps=5, samples=None), truth, x, truth.log_density(x))
     assert mean > 4 * error
 
 
@@ -235,7 +239,7 @@ def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
     truth = Truth(wide, *TWO)
     x = truth.draw(150)
     few, more, many = (
-        gap(VLB(steps=T, samples=None), truth, x, truth.log_density(x))[0] for T in (20, 80, 320)
+        gap(VLBLikelihood(steps=T, samples=None), truth, x, truth.log_density(x))[0] for T in (20, 80, 320)
     )  # fmt: skip
     assert few > 3 * more > 9 * many > 0
 
@@ -243,7 +247,7 @@ def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
 def test_continuous_bound_of_the_perfect_denoiser_is_tight() -> None:
     truth = Truth(Even(), *TWO)
     x = truth.draw(10_000)
-    mean, error = gap(VLB(samples=32), truth, x, truth.log_density(x))
+    mean, error = gap(VLBLikelihood(samples=32), truth, x, truth.log_density(x))
     assert error < 0.02 and abs(mean) < 4 * error
 
 
@@ -254,7 +258,7 @@ def test_each_term_is_the_closed_form() -> None:
     """
     beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
     schedule, n = BetaTable(beta), 40_000
-    found = VLB(samples=None).terms(Truth(schedule), Truth(schedule).draw(n), {}, PIXELS, generator("cpu", 2))
+    found = VLBLikelihood(samples=None).terms(Truth(schedule), Truth(schedule).draw(n), {}, PIXELS, generator("cpu", 2))
     a2 = torch.cumprod(1 - beta, 0)[:, None]
     s2 = 1 - a2
     snr = a2 / s2
@@ -288,7 +292,9 @@ def test_learned_variance_counts_in_the_bound() -> None:
     s2 = 1 - a2
     small = s2[:-1] / s2[1:] * beta[1:, None]
     for share in (0.0, 0.4, 1.0):
-        found = VLB(samples=None).terms(Says(schedule, share=share), x, {}, PIXELS, generator("cpu", 2))["diffusion"]
+        found = VLBLikelihood(samples=None).terms(Says(schedule, share=share), x, {}, PIXELS, generator("cpu", 2))[
+            "diffusion"
+        ]
         var = small ** (1 - share) * beta[1:, None] ** share
         # Mean squared distance of the means: (sqrt(a2_s) beta / s2_t)^2 times the error in x_0.
         off = (a2[:-1] * (beta[1:, None] / s2[1:]) ** 2) * V * s2[1:] / (a2[1:] * V + s2[1:])
@@ -300,22 +306,24 @@ def test_some_steps_at_random_stand_for_all() -> None:
     schedule = part("schedule", "linear", T=60, first=0.01, last=0.3)
     truth = Truth(schedule, *TWO)
     x = truth.draw(3000)
-    every, some = (VLB(samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8))
+    every, some = (
+        VLBLikelihood(samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8)
+    )
     error = float(some.std()) / math.sqrt(3000)
     assert error < 0.1 and abs(float((some - every).mean())) < 4 * error
 
 
 @pytest.mark.parametrize("bug", ["none", "twice", "half", "no prior", "no reconstruction", "sign"])
 def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, kl = Truth(Even(8.0, 0.0), *TWO), vlb.step_kl
+    truth, kl = Truth(Even(8.0, 0.0), *TWO), likelihoods.step_kl
     x = truth.draw(3000)
     factor = {"twice": 2.0, "half": 0.5, "sign": -1.0}.get(bug, 1.0)
-    monkeypatch.setattr(vlb, "step_kl", lambda *args: factor * kl(*args))
+    monkeypatch.setattr(likelihoods, "step_kl", lambda *args: factor * kl(*args))
     if bug == "no prior":
-        monkeypatch.setattr(vlb, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
+        monkeypatch.setattr(likelihoods, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
     if bug == "no reconstruction":
-        monkeypatch.setattr(vlb, "reconstruction", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
-    mean, error = gap(VLB(samples=None, steps=100), truth, x, truth.log_density(x))
+        monkeypatch.setattr(likelihoods, "reconstruction", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
+    mean, error = gap(VLBLikelihood(samples=None, steps=100), truth, x, truth.log_density(x))
     assert error < 0.06
     assert (-4 * error < mean < 0.3) == (bug == "none"), mean
 
@@ -368,7 +376,7 @@ def test_bound_on_discrete_data_is_near_their_entropy_and_not_below() -> None:
     off = torch.linspace(-0.4, 0.4, 5) * step
     fine = torch.cartesian_prod(off, off, off)
     mass = torch.logsumexp(normal.log_prob(inside.view(-1, 1, 3) + fine), 1) - math.log(125) + 3 * math.log(step)
-    found = VLB(steps=400, samples=40)(
+    found = VLBLikelihood(steps=400, samples=40)(
         Narrow(Even(5.5, -10.0)), inside, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 2)
     )
     excess = found + bits(mass - math.log(len(inside) / n))
@@ -438,10 +446,10 @@ def test_a_parameterisation_that_does_not_fit_is_refused_before_training() -> No
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: VLB(samples=0),
-        lambda: VLB(steps=0),
-        lambda: ODE(rtol=0),
-        lambda: VLB(samples=None)(Truth(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)),
+        lambda: VLBLikelihood(samples=0),
+        lambda: VLBLikelihood(steps=0),
+        lambda: ODELikelihood(rtol=0),
+        lambda: VLBLikelihood(samples=None)(Truth(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)),
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from conftest import CHECKOUT
 from gencompare.data.digits import Digits
-from gencompare.evaluation.metric_validation import (
+from gencompare.evaluation.metric_validation import (  # fmt: skip
     BASELINE,
     PAIRS,
     REAL,
@@ -23,8 +23,8 @@ from gencompare.evaluation.metric_validation import (
     score_of,
     table,
     weakest,
-)  # fmt: skip
-from gencompare.models.gaussian import Gaussian
+)
+from gencompare.models.gaussian import GaussianBaseline
 
 
 def test_a_metric_that_is_the_strength_is_perfect_and_its_opposite_is_not() -> None:
@@ -67,7 +67,7 @@ def test_draws_are_disjoint_and_of_the_size_that_is_asked_for() -> None:
 
 def test_the_battery_has_every_set_that_the_pairs_name() -> None:
     data = Digits()
-    baseline = Gaussian(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    baseline = GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val"))
     sets = dict(battery(data, 60, baseline))
     missing = {key for pair in PAIRS for key in pair} - sets.keys()
     assert missing == {("patch shuffle", 14)}, "8 x 8 pixels have no such grid"

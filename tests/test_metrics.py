@@ -12,18 +12,17 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.evaluation.classes import class_shares, classifier_score, confident, label_accuracy
-from gencompare.evaluation.compact import compact
-from gencompare.evaluation.figures import distance_metric
-from gencompare.evaluation.flops import flops_per_image
-from gencompare.evaluation.frechet import Jackknife, Statistics, between, frechet_distance
-from gencompare.evaluation.kernel import Cubic, Gaussian, KernelReference, kernel_distance, kid
-from gencompare.evaluation.memorization import authenticity, memorization_ratio, nearest
-from gencompare.evaluation.neighbours import neighbourhood
-from gencompare.evaluation.quantize import as_stored, stored_split, to_uint8
+from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier
+from gencompare.evaluation.metrics.class_metrics import class_shares, classifier_score, confident, label_accuracy
+from gencompare.evaluation.metrics.compute import distance_metric
+from gencompare.evaluation.metrics.frechet import Jackknife, Statistics, between, frechet_distance
+from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, KernelReference, kernel_distance, kid
+from gencompare.evaluation.metrics.neighbors import authenticity, memorization_ratio, nearest, neighbor_balls
+from gencompare.evaluation.reference import as_stored, stored_split, to_uint8
+from gencompare.generative_model import DataSpec
+from gencompare.resources import flops_per_image
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -33,8 +32,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 DISTANCES: dict[str, Any] = {
     "frechet": frechet_distance,
     "kid": lambda a, b: kid(a, b)[0],
-    "cubic": lambda a, b: kernel_distance(a, b, Cubic()).value,
-    "gaussian": lambda a, b: kernel_distance(a, b, Gaussian(4.0)).value,
+    "cubic": lambda a, b: kernel_distance(a, b, CubicKernel()).value,
+    "gaussian": lambda a, b: kernel_distance(a, b, GaussianKernel(4.0)).value,
 }
 
 
@@ -70,8 +69,8 @@ def test_distances_are_zero_on_equal_sets_and_do_not_see_the_order() -> None:
         assert distance(a[order], b) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(a, b[order]) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-4), f"{name} is symmetric"
-    assert neighbourhood(a[order], b) == neighbourhood(a, b)
-    same = neighbourhood(a, a)
+    assert neighbor_balls(a[order], b) == neighbor_balls(a, b)
+    same = neighbor_balls(a, a)
     assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
 
 
@@ -84,8 +83,8 @@ def test_distances_rise_with_noise(name: str) -> None:
 
 
 KERNELS: dict[str, tuple[Any, Any]] = {
-    "cubic": (Cubic(), lambda p, q: float((p @ q / 5 + 1) ** 3)),
-    "gaussian": (Gaussian(2.0), lambda p, q: math.exp(-float((p - q).square().sum()) / 8)),
+    "cubic": (CubicKernel(), lambda p, q: float((p @ q / 5 + 1) ** 3)),
+    "gaussian": (GaussianKernel(2.0), lambda p, q: math.exp(-float((p - q).square().sum()) / 8)),
 }
 
 
@@ -105,11 +104,11 @@ def test_kernel_distance_is_the_unbiased_mmd(name: str) -> None:
         assert kid(a[:30], b[:30])[0] == pytest.approx(kernel_distance(a, b[:30], kernel).value, rel=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [Cubic(), Gaussian(3.0), Gaussian(10.0, normalize=True)])
+@pytest.mark.parametrize("kernel", [CubicKernel(), GaussianKernel(3.0), GaussianKernel(10.0, normalize=True)])
 def test_kernel_distance_does_not_depend_on_blocks(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(250, 8).double(), 1.2 * normal(330, 8, seed=1).double()
     whole = kernel_distance(a, b, kernel)
-    monkeypatch.setattr("gencompare.evaluation.kernel.BLOCK", 70)
+    monkeypatch.setattr("gencompare.evaluation.metrics.kernel.BLOCK", 70)
     parts = kernel_distance(a, b, kernel)
     assert parts.value == pytest.approx(whole.value, rel=1e-10)
     assert parts.interval == pytest.approx(whole.interval, rel=1e-10)
@@ -128,7 +127,7 @@ def test_gaussian_kernel_distance_has_the_mean_of_the_closed_form() -> None:
     expected -= 2 * gaussian_kernel_mean(1 + 1.69, 0.3, b, d)
     values = np.array(
         [
-            kernel_distance(0.3 + 1.3 * normal(20, d, seed=k), normal(30, d, seed=9000 + k), Gaussian(b)).value
+            kernel_distance(0.3 + 1.3 * normal(20, d, seed=k), normal(30, d, seed=9000 + k), GaussianKernel(b)).value
             for k in range(2000)
         ]
     )
@@ -138,11 +137,11 @@ def test_gaussian_kernel_distance_has_the_mean_of_the_closed_form() -> None:
 
 def test_the_bandwidth_is_the_median_distance_of_the_reference() -> None:
     real = 3 * normal(500, 6) + 100
-    kernel = KernelReference.of(real, Gaussian()).kernel
-    assert isinstance(kernel, Gaussian)
+    kernel = KernelReference.of(real, GaussianKernel()).kernel
+    assert isinstance(kernel, GaussianKernel)
     assert kernel.bandwidth == pytest.approx(float(torch.pdist(real).median()), rel=1e-4)
-    wide = KernelReference.of(real, Gaussian(median_factor=2.0)).kernel
-    assert isinstance(wide, Gaussian) and wide.bandwidth == pytest.approx(2 * kernel.bandwidth)
+    wide = KernelReference.of(real, GaussianKernel(median_factor=2.0)).kernel
+    assert isinstance(wide, GaussianKernel) and wide.bandwidth == pytest.approx(2 * kernel.bandwidth)
     far = kernel_distance(real[:200] + 1e4, real + 1e4).value
     assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "moving both changes nothing"
 
@@ -169,12 +168,12 @@ def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
     centres = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     real = centres[torch.arange(600) % 2] + normal(600, 2)
     one_mode = centres[0] + normal(600, 2, seed=1)
-    found = neighbourhood(one_mode, real)
+    found = neighbor_balls(one_mode, real)
     assert found.precision > 0.97 and found.density > 0.9
     assert found.recall == pytest.approx(0.5, abs=0.02) and found.coverage == pytest.approx(0.5, abs=0.03)
     odd = torch.cat([real[:300] + 0.01, centres[0] + torch.tensor([0.0, 500.0]) + 30 * normal(300, 2, seed=2)])
-    assert neighbourhood(odd, real).precision == pytest.approx(0.5, abs=0.02)
-    assert neighbourhood(odd, real).density < 0.6
+    assert neighbor_balls(odd, real).precision == pytest.approx(0.5, abs=0.02)
+    assert neighbor_balls(odd, real).density < 0.6
 
 
 def test_the_frechet_distance_survives_singular_covariances() -> None:
@@ -246,7 +245,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 def test_intervals_cover_the_expectation(name: str) -> None:
     """At n = 500 in 88 to 100 of 100 repetitions, and no wider than they need to be."""
     draw, real = CASES[name]
-    statistics, kernel = Statistics.of(real()), KernelReference.of(real()[:1000], Gaussian())
+    statistics, kernel = Statistics.of(real()), KernelReference.of(real()[:1000], GaussianKernel())
     means = {
         "frechet": np.array([frechet_distance(draw(500, 1000 + k), statistics) for k in range(300)]),
         "gaussian": np.array([kernel_distance(draw(500, 1000 + k), kernel).value for k in range(150)]),
@@ -293,7 +292,7 @@ NOT_FINITE: dict[str, Any] = {
     "jackknife": Jackknife,
     "kernel": kernel_distance,
     "kid": kid,
-    "neighbours": neighbourhood,
+    "neighbours": neighbor_balls,
 }
 
 
@@ -310,20 +309,20 @@ def test_features_that_are_not_finite_are_refused(name: str, value: float) -> No
 def test_repeated_images_are_seen_as_radii_of_zero() -> None:
     """10 images four times each among 100: balls of 3 neighbours collapse, balls of 5 do not."""
     a, b = 5 + normal(100, 16), 5 + normal(100, 16, seed=1)
-    assert (neighbourhood(a, b).zero_radii, neighbourhood(a, b).zero_radii_reference) == (0, 0)
+    assert (neighbor_balls(a, b).zero_radii, neighbor_balls(a, b).zero_radii_reference) == (0, 0)
     repeated = torch.cat([a[:60], a[:10].repeat(4, 1)])
-    assert neighbourhood(repeated, b).zero_radii == pytest.approx(0.5)
-    assert neighbourhood(b, repeated).zero_radii_reference == 0
+    assert neighbor_balls(repeated, b).zero_radii == pytest.approx(0.5)
+    assert neighbor_balls(b, repeated).zero_radii_reference == 0
     sixfold = torch.cat([a[:50], a[50:60].repeat(5, 1)])
-    assert neighbourhood(b, sixfold).zero_radii_reference == 0
+    assert neighbor_balls(b, sixfold).zero_radii_reference == 0
     sixfold[:10] = a[50:60]
-    assert neighbourhood(b, sixfold).zero_radii_reference == pytest.approx(0.6)
+    assert neighbor_balls(b, sixfold).zero_radii_reference == pytest.approx(0.6)
 
 
 def test_distances_rise_with_blur_and_with_dropped_modes() -> None:
     """On real digits through their own extractor."""
     data = Digits()
-    extractor = compact(data.spec)
+    extractor = shipped_classifier(data.spec)
     train, test = data.split("train"), data.split("test")
     reference = Statistics.of(extractor.features(stored_split(train.images, data.spec)))
     stored = stored_split(test.images, data.spec)

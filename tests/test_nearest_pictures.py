@@ -9,24 +9,24 @@ import torch
 from PIL import Image
 
 from gencompare.compare import page
-from gencompare.compare.gather import gather
+from gencompare.compare.load_runs import load_runs
 from gencompare.data.digits import Digits
 from gencompare.data.toy2d import Toy2D
-from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.memorization import closest
-from gencompare.evaluation.quantize import stored_split
-from gencompare.evaluation.raw import RawValues
-from gencompare.pictures import grid
+from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
+from gencompare.evaluation.extractors.extractor import IdentityExtractor
+from gencompare.evaluation.metrics.neighbors import nearest_distances
+from gencompare.evaluation.reference import stored_split
+from gencompare.image_grid import grid
 from gencompare.records import RunRecord
-from gencompare.tasks.results import put
+from gencompare.tasks.runs.console import store_result
 
 
 def test_the_closest_rows_are_those_of_a_search_by_hand() -> None:
     g = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(n, 5, generator=g, dtype=torch.float64) + 1000 for n in (4, 30))
     distance = np.linalg.norm(queries.numpy()[:, None] - keys.numpy()[None], axis=2)
-    assert closest(queries, keys, 3).tolist() == np.argsort(distance, axis=1)[:, :3].tolist()
-    assert closest(queries, keys[:2], 3).shape == (4, 2)
+    assert nearest_distances(queries, keys, 3).tolist() == np.argsort(distance, axis=1)[:, :3].tolist()
+    assert nearest_distances(queries, keys[:2], 3).shape == (4, 2)
 
 
 def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
     train, test = (stored_split(data.split(name).images, data.spec) for name in ("train", "test"))
     images = torch.cat([train[100:104], test[:300]])
     drawn: list[torch.Tensor] = []
-    result = evaluate(images, data, Protocol(extractors=(RawValues,)), on_samples=drawn.append)
+    result = evaluate(images, data, EvaluationProtocol(extractors=(IdentityExtractor,)), on_samples=drawn.append)
     rows = result.details["nearest_training"]
     assert len(rows) == 8 and all(len(row) == 3 for row in rows)
     pixels = np.square(train.numpy().astype(float) - images[:8, None].numpy().astype(float)).sum((2, 3, 4))
@@ -43,13 +43,13 @@ def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
     assert [row[0] for row in rows[:4]] == [100, 101, 102, 103]
 
     RunRecord("a", "copies", {"name": "digits"}, environment={"run_id": "1"}).save(tmp_path)
-    put(tmp_path, result, drawn[0], data)
+    store_result(tmp_path, result, drawn[0], data)
     (kept,) = RunRecord.load(tmp_path).results
     assert set(kept.pictures) == {"samples", "nearest training images"}
     picture = Image.open(tmp_path / kept.pictures["nearest training images"])
     order = [image for k in range(8) for image in [images[k], *train[rows[k]]]]
     assert np.array_equal(np.asarray(picture), np.asarray(grid(torch.stack(order).numpy(), 4)))
-    html = page.render(gather([tmp_path]))
+    html = page.render(load_runs([tmp_path]))
     assert "nearest training images" in html and "nearest_training" not in html and "nearest training<" not in html
 
 
@@ -57,5 +57,5 @@ def test_points_of_the_plane_have_none(tmp_path: Path) -> None:
     data = Toy2D()
     data.setup()
     points = data.split("test").images[:200]
-    result = evaluate(points, data, Protocol(extractors=(RawValues,), n=200))
+    result = evaluate(points, data, EvaluationProtocol(extractors=(IdentityExtractor,), n=200))
     assert "nearest_training" not in result.details

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from composing import options, roots
 from gencompare.errors import UserError
-from gencompare.networks.denoising_mlp import DenoisingMLP
+from gencompare.networks.conditioning import FourierEmbedding, FourierFeatures
 from gencompare.networks.dit import DiT, DiTBlock, grid_positions, patchify, unpatchify
-from gencompare.networks.embeddings import FourierEmbedding, FourierFeatures
-from gencompare.networks.pyramids import InputSkip, OutputSkip, ResidualInput
+from gencompare.networks.layers import FIRConvDownsample, FIRDownsample, FIRUpsample
+from gencompare.networks.mlp import DenoisingMLP
 from gencompare.networks.refinenet import RefineNet
-from gencompare.networks.resampling import FIRConvDownsample, FIRDownsample, FIRUpsample
 from gencompare.networks.unet import UNet
-from gencompare.networks.unet_blocks import ResidualBlock, SelfAttention
+from gencompare.networks.unet_blocks import InputSkip, OutputSkip, ResidualBlock, ResidualInput, SelfAttention
 from parts import part
 
 SMALL = {"channels": 8, "groups": 4, "head_channels": 4, "blocks": 1, "width": 16, "depth": 2, "heads": 2}

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from composing import options
-from gencompare.contract import DataSpec
 from gencompare.diffusion.guidance import ClassifierGuidance, Guided
-from gencompare.diffusion.parameterization import Prediction
+from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import UniformTimes
 from gencompare.errors import UserError
-from gencompare.models.noisy_classifier import NoisyClassifier
-from gencompare.networks.noisy_classifier import AttentionPool, NoisyClassifierNet
-from gencompare.seeds import Draws, generator
+from gencompare.generative_model import DataSpec
+from gencompare.models.classifier import NoisyClassifier
+from gencompare.networks.residual_classifier import AttentionPool, NoisyClassifierNet
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=2, num_levels=None)
@@ -112,7 +112,7 @@ def test_the_loss_of_a_perfect_network_is_the_entropy_of_the_class() -> None:
     x = (MEANS[label] + STD * torch.randn(n, 2, generator=source))[:, :, None, None]
 
     def loss(network: Callable[..., nn.Module]) -> float:
-        figures = classifier(schedule, network).losses(x, {"label": label}, Draws.whole(generator("cpu", 2), n))
+        figures = classifier(schedule, network).losses(x, {"label": label}, RandomSource.whole(generator("cpu", 2), n))
         assert figures["loss"].shape == figures["accuracy"].shape == (n,)
         return float(figures["loss"].mean())
 

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from composing import options
-from gencompare.diffusion.couplings import Independent, MinibatchOT
+from gencompare.diffusion import variational_objectives
 from gencompare.diffusion.denoiser import Denoiser
-from gencompare.diffusion.objectives import VLB, DiscreteVLB, Hybrid, WeightedMSE, vlb
-from gencompare.diffusion.parameterization import Eps, LearnedVariance
-from gencompare.diffusion.pixels import Pixels
-from gencompare.diffusion.schedules import BetaTable, Learned, LinearBetas, NoiseSchedule, VariancePreserving
+from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
+from gencompare.diffusion.learned_schedule import LearnedSchedule
+from gencompare.diffusion.objectives import IndependentCoupling, MinibatchOT, Pixels, WeightedMSE
+from gencompare.diffusion.parameterizations import Eps, LearnedVariance
+from gencompare.diffusion.schedules import NoiseSchedule, VariancePreserving
+from gencompare.diffusion.variational_objectives import ContinuousVLB, DiscreteVLB, Hybrid
 from gencompare.errors import UserError
-from gencompare.seeds import Draws, generator
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 SHAPE = (1, 2, 2)
@@ -47,8 +49,8 @@ def images(n: int) -> Tensor:
     return torch.rand(n, *SHAPE, generator=generator("cpu", 4)) * 2 - 1
 
 
-def draws(n: int) -> Draws:
-    return Draws.whole(generator("cpu", 9), n)
+def draws(n: int) -> RandomSource:
+    return RandomSource.whole(generator("cpu", 9), n)
 
 
 @pytest.mark.parametrize("name", options("model/objective"))
@@ -149,9 +151,9 @@ class Bent(VariancePreserving):
 def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() -> None:
     """Kingma et al. (2021), section 5.1; with end points moved it does change."""
 
-    def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> Learned:
+    def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> LearnedSchedule:
         """With one of its sigmoids ``height`` the larger, and all of them moved by ``bias``."""
-        schedule = Learned(gamma_min=gamma_min, gamma_max=4.0, features=8).requires_grad_(False)
+        schedule = LearnedSchedule(gamma_min=gamma_min, gamma_max=4.0, features=8).requires_grad_(False)
         schedule.height[2] += height
         schedule.bias += bias
         return schedule
@@ -161,7 +163,7 @@ def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() ->
     for schedule in (learned(), learned(60.0), learned(40.0, -3.0), learned(gamma_min=0.0)):
         halfway.append(float(schedule.log_snr(torch.tensor(0.5))))
         denoiser = Denoiser(Scaled(), schedule, Eps())
-        loss = VLB(pixels=PIXELS)(denoiser, x0.expand(n, *SHAPE), {}, draws(n))["loss"].detach()
+        loss = ContinuousVLB(pixels=PIXELS)(denoiser, x0.expand(n, *SHAPE), {}, draws(n))["loss"].detach()
         means.append(float(loss.mean()))
         scatters.append(float(loss.std()) / math.sqrt(n))
     for k in (1, 2):
@@ -177,10 +179,10 @@ def test_a_learned_schedule_has_its_ends_trained_by_the_bound_and_its_interior_b
     def figures(**moved: float) -> dict[str, Tensor]:
         """Of a schedule that is not trained."""
         denoiser = Denoiser(network, Bent(**({"bend": 2.0} | moved)), Eps())
-        return VLB(pixels=PIXELS)(denoiser, images(n), {}, draws(n))
+        return ContinuousVLB(pixels=PIXELS)(denoiser, images(n), {}, draws(n))
 
     network, schedule = Scaled(), Bent(2.0, trained=True)
-    found = VLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))
+    found = ContinuousVLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))
     torch.testing.assert_close(found["loss"], figures()["loss"], rtol=1e-9, atol=0)
     found["loss"].mean().backward()
     for name, value in (("top", 6.0), ("bottom", -4.0)):
@@ -194,7 +196,7 @@ def test_a_learned_schedule_has_its_ends_trained_by_the_bound_and_its_interior_b
     figures()["loss"].mean().backward()
     expected = float(network.a.grad)  # type: ignore[arg-type]
     network.zero_grad()
-    VLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))["loss"].mean().backward()
+    ContinuousVLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))["loss"].mean().backward()
     assert float(network.a.grad) == pytest.approx(expected, rel=1e-9)  # type: ignore[arg-type]
 
 
@@ -205,7 +207,7 @@ def test_training_the_interior_lowers_the_variance_and_leaves_the_bound() -> Non
     source, seen = generator("cpu", 3), []
     for _ in range(120):
         optimizer.zero_grad()
-        found = VLB(pixels=PIXELS)(denoiser, images(n), {}, Draws.whole(source, n))
+        found = ContinuousVLB(pixels=PIXELS)(denoiser, images(n), {}, RandomSource.whole(source, n))
         found["loss"].mean().backward()
         optimizer.step()
         seen.append((float(found["diffusion"].var()), float(found["diffusion"].mean())))
@@ -229,7 +231,7 @@ def test_only_a_variance_preserving_schedule_can_be_learned() -> None:
             return self.end - 12 * t
 
     with pytest.raises(UserError, match="Loose"):
-        VLB().check(Loose(), Eps())
+        ContinuousVLB().check(Loose(), Eps())
 
 
 @pytest.mark.parametrize("bug", ["none", "factor 2", "sign", "no prior"])
@@ -246,14 +248,14 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
             return (1 - alpha2).sqrt() * x / (alpha2 * variance + 1 - alpha2)
 
     if bug == "factor 2":
-        right = vlb.Noised.eps_error
-        monkeypatch.setattr(vlb.Noised, "eps_error", lambda *args: 2 * right(*args))
+        right = variational_objectives.Noised.eps_error
+        monkeypatch.setattr(variational_objectives.Noised, "eps_error", lambda *args: 2 * right(*args))
     if bug == "sign":
-        slope = vlb.Scales.log_snr_slope.func  # type: ignore[attr-defined]
-        monkeypatch.setattr(vlb.Scales, "log_snr_slope", property(lambda self: -slope(self)))
+        slope = variational_objectives.Scales.log_snr_slope.func  # type: ignore[attr-defined]
+        monkeypatch.setattr(variational_objectives.Scales, "log_snr_slope", property(lambda self: -slope(self)))
     if bug == "no prior":
-        monkeypatch.setattr(vlb, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
-    loss = VLB(pixels=PIXELS)(Denoiser(Perfect(), schedule, Eps()), x0, {}, draws(n))["loss"]
+        monkeypatch.setattr(variational_objectives, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
+    loss = ContinuousVLB(pixels=PIXELS)(Denoiser(Perfect(), schedule, Eps()), x0, {}, draws(n))["loss"]
     exact = x0.square().flatten(1).mean(1) / (2 * variance) + 0.5 * math.log(2 * math.pi * variance)
     gap = loss - exact / math.log(2)
     noise = float(gap.std()) / math.sqrt(n)
@@ -298,7 +300,7 @@ def test_coupling_is_used_in_training_and_leaves_images_and_labels() -> None:
 
     seen: list[tuple[Tensor, Tensor]] = []
     schedule, x0, label = LinearBetas(), images(8), torch.arange(8)
-    for coupling in (Independent(), MinibatchOT()):
+    for coupling in (IndependentCoupling(), MinibatchOT()):
         WeightedMSE(coupling=coupling)(Denoiser(Nothing(), schedule, Eps()), x0, {"label": label}, draws(8))
     source = generator("cpu", 9)
     u = (torch.rand((), generator=source, dtype=torch.float32) + torch.arange(8, dtype=torch.float32) / 8) % 1

@@ -12,22 +12,36 @@ from torch import Tensor, nn
 
 from composing import options
 from gencompare.diffusion.denoiser import ClipX0, Denoiser
-from gencompare.diffusion.noise_conditioning import ContinuousTime, LevelIndex, LogSigma, LogSNR, Timestep
-from gencompare.diffusion.objectives import WeightedMSE
-from gencompare.diffusion.parameterization import (
+from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
+from gencompare.diffusion.objectives import (
+    EDMWeighting,
+    LikelihoodWeighting,
+    MinSNRWeighting,
+    P2Weighting,
+    SimpleWeighting,
+    UniformVelocityWeighting,
+    UniformVWeighting,
+    WeightedMSE,
+    Weighting,
+)
+from gencompare.diffusion.parameterizations import (
+    EDMPreconditioning,
     Eps,
-    Karras,
     LearnedVariance,
+    LevelIndexConditioning,
+    LogSigmaConditioning,
+    LogSNRConditioning,
     Parameterization,
     PosteriorMean,
+    TimeConditioning,
+    TimestepConditioning,
     V,
     Velocity,
 )
-from gencompare.diffusion.schedules import VE, BetaTable, LinearBetas, NoiseSchedule, Rectified
+from gencompare.diffusion.schedules import VE, NoiseSchedule, RectifiedFlow
 from gencompare.diffusion.times import TimeDistribution
-from gencompare.diffusion.weightings import EDM, P2, Likelihood, MinSNR, Simple, UniformV, UniformVelocity, Weighting
 from gencompare.errors import UserError
-from gencompare.seeds import Draws, generator
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 PARAMETERIZATIONS = options("model/parameterization")
@@ -143,8 +157,8 @@ def test_velocity_is_the_slope_of_the_path(schedule: NoiseSchedule) -> None:
 
 
 def test_velocity_of_a_straight_line_is_noise_less_image() -> None:
-    t, x0, eps, x_t = noised(Rectified())
-    torch.testing.assert_close(Velocity().target(x0, eps, Rectified().at(t, x_t)), eps - x0, rtol=0, atol=1e-10)
+    t, x0, eps, x_t = noised(RectifiedFlow())
+    torch.testing.assert_close(Velocity().target(x0, eps, RectifiedFlow().at(t, x_t)), eps - x0, rtol=0, atol=1e-10)
 
 
 def test_karras_preconditioning_is_the_papers() -> None:
@@ -152,7 +166,7 @@ def test_karras_preconditioning_is_the_papers() -> None:
     t, x0, eps, x = noised(VE())
     sigma, d = 0.02 * 5000 ** t[:, None, None, None], 0.7
     c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
-    at, karras = VE().at(t, x), Karras(sigma_data=d)
+    at, karras = VE().at(t, x), EDMPreconditioning(sigma_data=d)
     seen, told = karras.input(x, t, at)
     torch.testing.assert_close(seen, x / (sigma**2 + d**2).sqrt(), rtol=1e-11, atol=0)
     torch.testing.assert_close(told, sigma.flatten().log() / 4, rtol=1e-11, atol=1e-12)
@@ -164,7 +178,7 @@ def test_karras_under_any_schedule_sees_x_over_alpha(schedule: NoiseSchedule) ->
     t, _, eps, x_t = noised(schedule)
     alpha, sigma = scales(schedule, t)
     y, s, d = x_t / alpha, sigma / alpha, 0.5
-    at, karras = schedule.at(t, x_t), Karras()
+    at, karras = schedule.at(t, x_t), EDMPreconditioning()
     torch.testing.assert_close(karras.input(x_t, t, at)[0], y / (s**2 + d**2).sqrt(), rtol=1e-9, atol=1e-12)
     expected = d**2 / (s**2 + d**2) * y + s * d / (s**2 + d**2).sqrt() * eps
     torch.testing.assert_close(karras.invert(eps, x_t, at).x0, expected, rtol=1e-9, atol=1e-12)
@@ -216,13 +230,13 @@ def test_timestep_is_the_index_from_zero() -> None:
     for dtype in (torch.float32, torch.float64):
         for steps in (10, 1000, 4000):
             t = torch.arange(1, steps + 1, dtype=dtype) / steps
-            told = Timestep(steps)(t, LinearBetas().at(t))
+            told = TimestepConditioning(steps)(t, LinearBetas().at(t))
             assert torch.equal(told, torch.arange(steps, dtype=dtype))
 
 
 def test_log_snr_condition_means_the_same_under_every_schedule(schedule: NoiseSchedule) -> None:
     t = torch.linspace(schedule.t_min, schedule.t_max, 300)
-    told = LogSNR(20.0)(t, schedule.at(t, torch.zeros(300, 1, 2, 2)))
+    told = LogSNRConditioning(20.0)(t, schedule.at(t, torch.zeros(300, 1, 2, 2)))
     assert told.shape == (300,)
     assert (told.diff() <= 0).all() and told.min() >= 0 and told.max() <= 1000
     log_snr = schedule.log_snr(t).clamp(-20, 20)
@@ -234,10 +248,10 @@ def test_level_index_counts_from_the_noisiest(dtype: torch.dtype) -> None:
     for schedule in (LinearBetas(T=10, last=0.5), LinearBetas()):
         T = len(schedule.steps())
         t = torch.arange(1, T + 1, dtype=dtype) / T
-        assert torch.equal(LevelIndex()(t, schedule.at(t)), torch.arange(T - 1, -1, -1, dtype=dtype))
-        assert LevelIndex()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "between two levels, the noisier one"
+        assert torch.equal(LevelIndexConditioning()(t, schedule.at(t)), torch.arange(T - 1, -1, -1, dtype=dtype))
+        assert LevelIndexConditioning()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "between two levels, the noisier one"
     with pytest.raises(UserError, match="continuous time"):
-        Eps(noise=LevelIndex()).check(Rectified())
+        Eps(noise=LevelIndexConditioning()).check(RectifiedFlow())
 
 
 def test_other_conditions_are_the_papers() -> None:
@@ -245,9 +259,9 @@ def test_other_conditions_are_the_papers() -> None:
     t = torch.linspace(0, 1, 7)
     sigma = 0.02 * 5000**t
     at = VE().at(t, torch.zeros(7, 1, 2, 2))
-    torch.testing.assert_close(LogSigma()(t, at), sigma.log() / 4, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(LogSigma(factor=1)(t, at), sigma.log(), rtol=1e-12, atol=1e-12)
-    assert torch.equal(ContinuousTime()(t, at), 999 * t)
+    torch.testing.assert_close(LogSigmaConditioning()(t, at), sigma.log() / 4, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(LogSigmaConditioning(factor=1)(t, at), sigma.log(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(TimeConditioning()(t, at), 999 * t)
 
 
 class Recorder(nn.Module):
@@ -264,7 +278,7 @@ class Recorder(nn.Module):
 
 def test_network_sees_x_its_noise_and_the_conditions() -> None:
     network, x = Recorder(), torch.randn(5, 1, 4, 4)
-    denoiser = Denoiser(network, LinearBetas(), Eps(noise=Timestep()))
+    denoiser = Denoiser(network, LinearBetas(), Eps(noise=TimestepConditioning()))
     cond = {"label": torch.arange(5)}
     for t, told in ((0.4, [399.0] * 5), ([0.001, 0.2, 0.4, 0.6, 1], [0.0, 199, 399, 599, 999])):
         denoiser(x, torch.tensor(t), cond)
@@ -308,7 +322,7 @@ class Fixed(TimeDistribution):
 
     n: int = 40
 
-    def __call__(self, schedule: NoiseSchedule, draws: Draws) -> Tensor:
+    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
         return torch.linspace(schedule.t_min, schedule.t_max, self.n)
 
 
@@ -329,15 +343,15 @@ class Guess(nn.Module):
 
 # Weights on the error of x_0, as the papers give them.
 BY_PAPER: list[tuple[Weighting, Callable[[Tensor], Tensor]]] = [
-    (Simple(), lambda snr: snr),
-    (UniformV(), lambda snr: snr + 1),
-    (MinSNR(gamma=5), lambda snr: snr.clamp(max=5)),
-    (MinSNR(gamma=1), lambda snr: snr.clamp(max=1)),
+    (SimpleWeighting(), lambda snr: snr),
+    (UniformVWeighting(), lambda snr: snr + 1),
+    (MinSNRWeighting(gamma=5), lambda snr: snr.clamp(max=5)),
+    (MinSNRWeighting(gamma=1), lambda snr: snr.clamp(max=1)),
     # Karras et al. (2022), table 1, sigma being 1 / sqrt(snr): (sigma^2 + d^2) / (sigma d)^2.
-    (EDM(sigma_data=0.5), lambda snr: (1 / snr + 0.25) / (0.25 / snr)),
+    (EDMWeighting(sigma_data=0.5), lambda snr: (1 / snr + 0.25) / (0.25 / snr)),
     # Choi et al. (2022), eq. 8: L_simple's weight over (k + snr)^gamma.
-    (P2(), lambda snr: snr / (1 + snr)),
-    (P2(gamma=0.5, k=2), lambda snr: snr / (2 + snr).sqrt()),
+    (P2Weighting(), lambda snr: snr / (1 + snr)),
+    (P2Weighting(gamma=0.5, k=2), lambda snr: snr / (2 + snr).sqrt()),
 ]
 
 
@@ -348,7 +362,7 @@ def test_loss_is_the_papers_under_every_parameterization(
     schedule, parameterization = pair
     denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
     t, x0, _, _ = noised(schedule)
-    loss = WeightedMSE(weighting, Fixed())(denoiser, x0, {}, Draws.whole(generator("cpu", 9), 40))["loss"]
+    loss = WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.whole(generator("cpu", 9), 40))["loss"]
 
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
     snr = schedule.log_snr(t).exp()
@@ -359,11 +373,13 @@ def test_loss_is_the_papers_under_every_parameterization(
 
 def test_uniform_velocity_is_the_plain_error_of_the_velocity(schedule: NoiseSchedule) -> None:
     """Whatever the network predicts. On a straight line this is flow matching: w = (1 + sigma / alpha)^2."""
-    weighting, x0 = UniformVelocity(), noised(schedule)[1]
+    weighting, x0 = UniformVelocityWeighting(), noised(schedule)[1]
     losses = []
     for parameterization in (Velocity(), V()):
         denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
-        losses.append(WeightedMSE(weighting, Fixed())(denoiser, x0, {}, Draws.whole(generator("cpu", 9), 40))["loss"])
+        losses.append(
+            WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.whole(generator("cpu", 9), 40))["loss"]
+        )
     t = noised(schedule)[0]
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
     alpha, sigma = scales(schedule, t)
@@ -376,22 +392,24 @@ def test_uniform_velocity_is_the_plain_error_of_the_velocity(schedule: NoiseSche
     for loss in losses:
         torch.testing.assert_close(loss, (guess - path).square().mean((1, 2, 3)), rtol=1e-7, atol=0)
     t = torch.linspace(0.01, 0.99, 30)
-    torch.testing.assert_close(weighting(Rectified().at(t)), (1 + t / (1 - t)) ** 2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(weighting(RectifiedFlow().at(t)), (1 + t / (1 - t)) ** 2, rtol=1e-10, atol=0)
 
 
 def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None:
     """Song et al. (2021), "Maximum Likelihood Training", eq. 7: g^2 on the error of the score."""
     t = torch.linspace(schedule.t_min, schedule.t_max, 50)
     g2, sigma = schedule.sde(t)[1], scales(schedule, t)[1].flatten()
-    torch.testing.assert_close(Likelihood()(schedule.at(t)), g2 / sigma**2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(LikelihoodWeighting()(schedule.at(t)), g2 / sigma**2, rtol=1e-9, atol=0)
     # VE: g^2 = d sigma^2 / dt.
-    torch.testing.assert_close(Likelihood()(VE().at(t)), torch.full((50,), 2 * math.log(5000)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        LikelihoodWeighting()(VE().at(t)), torch.full((50,), 2 * math.log(5000)), rtol=1e-12, atol=0
+    )
 
 
 def test_uniform_v_is_the_plain_error_of_v() -> None:
     schedule, t = LinearBetas(), torch.linspace(0.001, 1, 40)
-    loss = WeightedMSE(UniformV(), Fixed())(
-        Denoiser(Recorder(), schedule, V()), torch.zeros(40, 1, 2, 2), {}, Draws.whole(generator("cpu", 2), 40)
+    loss = WeightedMSE(UniformVWeighting(), Fixed())(
+        Denoiser(Recorder(), schedule, V()), torch.zeros(40, 1, 2, 2), {}, RandomSource.whole(generator("cpu", 2), 40)
     )["loss"]
     eps = torch.randn(40, 1, 2, 2, generator=generator("cpu", 2), dtype=torch.float32).double()
     # The network says 0 and the image is 0, so the error is v = alpha eps.
@@ -403,16 +421,17 @@ def test_simple_loss_of_a_silent_network_is_one() -> None:
     """||eps - 0||^2 per value has mean 1."""
     x0 = torch.zeros(4000, 1, 4, 4)
     denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
-    loss = WeightedMSE()(denoiser, x0, {}, Draws.whole(generator("cpu", 2), 4000))["loss"]
+    loss = WeightedMSE()(denoiser, x0, {}, RandomSource.whole(generator("cpu", 2), 4000))["loss"]
     assert abs(float(loss.mean()) - 1) < 4 * math.sqrt(2 / (4000 * 16))
 
 
 def test_each_process_computes_its_own_rows() -> None:
     x0 = torch.rand(8, 1, 2, 2)
     denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
-    whole = WeightedMSE()(denoiser, x0, {}, Draws(generator("cpu", 2), 0, 8, 8))["loss"]
+    whole = WeightedMSE()(denoiser, x0, {}, RandomSource(generator("cpu", 2), 0, 8, 8))["loss"]
     halves = [
-        WeightedMSE()(denoiser, x0[k : k + 4], {}, Draws(generator("cpu", 2), k, k + 4, 8))["loss"] for k in (0, 4)
+        WeightedMSE()(denoiser, x0[k : k + 4], {}, RandomSource(generator("cpu", 2), k, k + 4, 8))["loss"]
+        for k in (0, 4)
     ]
     torch.testing.assert_close(torch.cat(halves), whole, rtol=0, atol=0)
 
@@ -420,12 +439,12 @@ def test_each_process_computes_its_own_rows() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: MinSNR(gamma=0),
-        lambda: LogSNR(limit=-1),
-        lambda: Karras(sigma_data=0),
-        lambda: EDM(sigma_data=-1),
-        lambda: P2(k=0),
-        lambda: P2(gamma=-1),
+        lambda: MinSNRWeighting(gamma=0),
+        lambda: LogSNRConditioning(limit=-1),
+        lambda: EDMPreconditioning(sigma_data=0),
+        lambda: EDMWeighting(sigma_data=-1),
+        lambda: P2Weighting(k=0),
+        lambda: P2Weighting(gamma=-1),
     ],
 )
 def test_bad_settings_are_refused(make) -> None:

@@ -13,13 +13,13 @@ from PIL import Image
 from pytorch_fid import fid_score
 from torch import Tensor
 
-from gencompare.contract import DataSpec
-from gencompare.evaluation.classes import classifier_score
-from gencompare.evaluation.features import Features
-from gencompare.evaluation.frechet import frechet_distance
-from gencompare.evaluation.inception import Inception
-from gencompare.evaluation.kernel import kid
-from gencompare.evaluation.neighbours import neighbourhood
+from gencompare.evaluation.extractors.extractor import Features
+from gencompare.evaluation.extractors.torch_fidelity_networks import InceptionExtractor
+from gencompare.evaluation.metrics.class_metrics import classifier_score
+from gencompare.evaluation.metrics.frechet import frechet_distance
+from gencompare.evaluation.metrics.kernel import kid
+from gencompare.evaluation.metrics.neighbors import neighbor_balls
+from gencompare.generative_model import DataSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -38,7 +38,7 @@ def correlated(n: int, d: int, seed: int) -> Tensor:
 @pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 450)])
 def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = correlated(n, 24, 1), torch.cat([correlated(m - 100, 24, 2), correlated(100, 24, 1)])
-    own = neighbourhood(a, b)
+    own = neighbor_balls(a, b)
     for k, names in ((5, ("density", "coverage")), (3, ("precision", "recall"))):
         theirs = prdc.compute_prdc(b.numpy(), a.numpy(), k)
         for name in names:
@@ -60,7 +60,7 @@ def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
     their_kid = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
     assert kid(a, b)[0] == pytest.approx(their_kid["kernel_inception_distance_mean"], rel=1e-4)
     prc = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=False, verbose=False)
-    own = neighbourhood(a, b)
+    own = neighbor_balls(a, b)
     assert own.precision == pytest.approx(prc["precision"], rel=1e-4)
     assert own.recall == pytest.approx(prc["recall"], rel=1e-4)
 
@@ -92,7 +92,7 @@ def loaded(folder: Path) -> Tensor:
 
 @pytest.fixture(scope="module")
 def own_features(folders: list[Path], random_weights: Path) -> list[Features]:
-    extractor = Inception(SPEC, random_weights)
+    extractor = InceptionExtractor(SPEC, random_weights)
     return [extractor(loaded(folder)) for folder in folders]
 
 
@@ -113,7 +113,7 @@ def test_figures_are_those_of_the_command_line_of_torch_fidelity(
     assert own_kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert a.logits is not None
     assert classifier_score(a.logits)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    own = neighbourhood(a.features, b.features)
+    own = neighbor_balls(a.features, b.features)
     assert own.precision == pytest.approx(theirs["precision"], abs=1e-4)
     assert own.recall == pytest.approx(theirs["recall"], abs=1e-4)
 

@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import DDIM, Ancestral, DPMSolverPP2M, Euler, Heun, Sampler, UniPC
-from gencompare.diffusion.schedules import CLEAN, BetaTable, CosineBetas, LinearBetas, Rectified
-from gencompare.seeds import generator
+from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, LinearBetas
+from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
+from gencompare.diffusion.schedules import CLEAN, RectifiedFlow
+from gencompare.rng import generator
 
 
 def network(x: Tensor, k: float) -> Tensor:
@@ -113,7 +115,7 @@ def test_the_trajectory_is_that_of_diffusers(
 class Flows:
     """`network` as a velocity: x_t = (1 - t) x_0 + t eps moves by eps - x_0."""
 
-    schedule: Rectified
+    schedule: RectifiedFlow
     seen: list[Tensor] = field(default_factory=list)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -124,7 +126,7 @@ class Flows:
 
 @pytest.mark.parametrize("steps", [10, 28])
 def test_the_trajectory_of_a_flow_is_that_of_diffusers(steps: int) -> None:
-    ours, sampler = Flows(Rectified()), Euler(steps=steps)
+    ours, sampler = Flows(RectifiedFlow()), Euler(steps=steps)
     found = sampler.sample(ours, START, generator=generator("cpu", 1))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=sampler.times(ours.schedule)[:-1].tolist())

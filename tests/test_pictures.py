@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gencompare.pictures import BACKGROUND, GAP, grid, save_png, to_image
+from gencompare.image_grid import BACKGROUND, GAP, grid, save_png, to_image
 
 
 @pytest.mark.parametrize("channels", [1, 3])

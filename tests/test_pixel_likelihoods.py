@@ -14,13 +14,13 @@ from scipy import stats
 from torch import Tensor
 
 from composing import options
-from gencompare.contract import DataSpec
 from gencompare.errors import UserError
-from gencompare.models.likelihoods import (
-    Bernoulli,
+from gencompare.generative_model import DataSpec
+from gencompare.models.pixel_likelihoods import (
+    BernoulliLikelihood,
     DiscretizedLogistic,
     DiscretizedLogisticMixture,
-    Gaussian,
+    GaussianLikelihood,
     PixelLikelihood,
 )
 from parts import part
@@ -49,7 +49,7 @@ def logistic_at(levels: int, location: float, log_scale: float) -> tuple[PixelLi
 
 
 def gaussian_at(levels: int, location: float, log_scale: float) -> tuple[PixelLikelihood, Tensor, Any]:
-    likelihood = Gaussian(DataSpec("pixel", (1, 1, 1), num_levels=levels))
+    likelihood = GaussianLikelihood(DataSpec("pixel", (1, 1, 1), num_levels=levels))
     likelihood.weight.data.fill_(max(log_scale, -9) / likelihood.GAIN)
     return likelihood, torch.full((1, 1, 1, 1), location), stats.norm(location, math.exp(max(log_scale, -9)))
 
@@ -99,7 +99,7 @@ def test_drawn_pixels_have_the_probabilities_and_the_mean_that_are_claimed(make:
 
 
 def test_a_gaussian_on_continuous_data_is_a_density() -> None:
-    likelihood = Gaussian(DataSpec("points", (2, 1, 1), num_levels=None))
+    likelihood = GaussianLikelihood(DataSpec("points", (2, 1, 1), num_levels=None))
     likelihood.weight.data.fill_(-0.07)
     h, x = torch.randn(5, 2, 1, 1), torch.randn(5, 2, 1, 1)
     expected = torch.distributions.Normal(h, math.exp(-0.07 * likelihood.GAIN)).log_prob(x).flatten(1).sum(1)
@@ -202,7 +202,7 @@ def test_components_that_are_told_the_same_learn_different_things() -> None:
 
 
 def test_bernoulli_is_the_probability_of_a_binary_pixel() -> None:
-    likelihood = Bernoulli(DataSpec("binary", (1, 1, 1), num_levels=2))
+    likelihood = BernoulliLikelihood(DataSpec("binary", (1, 1, 1), num_levels=2))
     h = torch.linspace(-30, 30, 13).reshape(-1, 1, 1, 1)
     ones = torch.ones_like(h)
     expected = stats.logistic.cdf(h.double().flatten().numpy())
@@ -217,7 +217,7 @@ def test_bernoulli_is_the_probability_of_a_binary_pixel() -> None:
 
 
 def test_bernoulli_scores_grey_levels_as_binary_images_drawn_from_them_and_gives_no_bits() -> None:
-    likelihood = Bernoulli(DataSpec("grey", (1, 1, 3), num_levels=17))
+    likelihood = BernoulliLikelihood(DataSpec("grey", (1, 1, 3), num_levels=17))
     x, h = torch.tensor([-0.5, 0.25, 1.0]), torch.tensor([0.3, -1.2, 2.0])
     y, p = (x.numpy() + 1) / 2, stats.logistic.cdf(h.numpy())
     expected = 0.0
@@ -226,7 +226,7 @@ def test_bernoulli_scores_grey_levels_as_binary_images_drawn_from_them_and_gives
         expected += drawn * np.log(np.where(bits, p, 1 - p)).sum()
     assert likelihood.log_prob(h.reshape(1, 1, 1, 3), x.reshape(1, 1, 1, 3)).item() == pytest.approx(expected, rel=1e-5)
     assert not likelihood.gives_bits
-    pixel = Bernoulli(DataSpec("grey", (1, 1, 1), num_levels=17))
+    pixel = BernoulliLikelihood(DataSpec("grey", (1, 1, 1), num_levels=17))
     total = pixel.log_prob(torch.zeros(17, 1, 1, 1), levels_of(17).reshape(-1, 1, 1, 1)).exp().sum()
     assert total > 8, "over the levels it is no distribution"
 

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gencompare
 from composing import compose, options
-from gencompare.contract import GenerativeModel, TrainedModel
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.seeds import generator
-from gencompare.tasks.build import build_data, build_model
+from gencompare.generative_model import GenerativeModel, TrainedModel
+from gencompare.rng import generator
+from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.training.ema import EMA
 
 FAMILIES = options("model")

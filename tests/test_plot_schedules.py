@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from composing import options
-from gencompare.compare.schedules import draw
-from gencompare.diffusion.schedules import curve
+from gencompare.compare.charts import draw_schedules
+from gencompare.diffusion.schedules import schedule_curve
 from parts import part
 
 NAMES = options("model/schedule")
@@ -21,7 +21,7 @@ NAMES = options("model/schedule")
 @pytest.mark.parametrize("name", NAMES)
 def test_curve_is_the_schedule_in_numbers(name: str) -> None:
     schedule = part("schedule", name)
-    found = curve(schedule, points=4001)
+    found = schedule_curve(schedule, points=4001)
     assert {value.shape for value in found.values()} == {(4001,)}
     assert found["t"][0] == pytest.approx(schedule.t_min) and found["t"][-1] == pytest.approx(schedule.t_max)
     assert np.isfinite(list(found.values())).all() and (found["density"] > 0).all()
@@ -33,9 +33,9 @@ def test_curve_is_the_schedule_in_numbers(name: str) -> None:
 
 
 def test_every_panel_shows_every_schedule() -> None:
-    numbers = curve(part("schedule", "linear"))
+    numbers = schedule_curve(part("schedule", "linear"))
     names = [*NAMES, *[f"another {k}" for k in range(12)]]
-    for axes in draw(dict.fromkeys(names, numbers)).axes:
+    for axes in draw_schedules(dict.fromkeys(names, numbers)).axes:
         assert [line.get_label() for line in axes.lines] == names
         looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines}  # type: ignore[attr-defined]
         assert len(looks) == len(names), "no two lines look the same"
@@ -47,7 +47,7 @@ def test_task_draws_what_it_is_asked_for(
     from gencompare.tasks import plot_schedules
 
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(plot_schedules, "draw", lambda curves: drawn.update(curves) or draw(curves))
+    monkeypatch.setattr(plot_schedules, "draw", lambda curves: drawn.update(curves) or draw_schedules(curves))
     assert cli("task=plot_schedules", "hydra.run.dir=job") == 0
     assert str(tmp_path / "job" / "schedules.png") in capsys.readouterr().out
     assert Image.open(tmp_path / "job" / "schedules.png").size[0] > 1000

@@ -14,13 +14,13 @@ import torch
 from hydra.utils import instantiate
 
 from composing import compose
-from gencompare.contract import DataSpec
-from gencompare.diffusion.schedules import BetaTable
+from gencompare.diffusion.discrete_schedules import BetaTable
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.denoising_mlp import DenoisingMLP
-from gencompare.tasks.diffusers_scheduler import check_scheduler, written
-from gencompare.tasks.pretrained import located
+from gencompare.networks.mlp import DenoisingMLP
+from gencompare.tasks.runs.diffusers_scheduler import check_scheduler, scheduler_config
+from gencompare.tasks.runs.pretrained import located
 
 USUAL = {"beta_start": 1e-4, "beta_end": 0.02}
 PUBLISHED: list[dict[str, Any]] = [
@@ -64,7 +64,7 @@ def test_the_words_that_are_asked_for_give_the_schedule_of_diffusers(
 
     # Our own export, which gives the betas one by one, asks for the same.
     config = tmp_path / place / "scheduler_config.json"
-    config.write_text(json.dumps(written(model)))
+    config.write_text(json.dumps(scheduler_config(model)))
     check_scheduler(model, weights)
     with pytest.raises(UserError) as again:
         check_scheduler(other, weights)

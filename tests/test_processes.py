@@ -95,14 +95,14 @@ def check_equal(one: Path, two: Path) -> None:
 
 def no_reduction() -> None:
     """Each process goes its own way."""
-    import gencompare.models.alternating as alternating
+    import gencompare.models.manual_optimization as alternating
 
     alternating.average_gradients = lambda parameters: None  # type: ignore[assignment]
 
 
 def same_images() -> None:
     """Each process sees what the first one should."""
-    from gencompare.data.stream import TrainStream
+    from gencompare.data.datamodule import TrainStream
 
     right = TrainStream.__init__
 

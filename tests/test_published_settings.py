@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from composing import compose
-from gencompare.paths import conf_dir
-from gencompare.tasks.build import build_data
+from gencompare.command_line import conf_dir
+from gencompare.tasks.runs.build import build_data
 from published import HERE, PUBLISHED
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from gencompare.errors import UserError
-from gencompare.protocol import Generation, Measurement
-from gencompare.records import FILE, Metric, Result, RunRecord
+from gencompare.records import FILE, Measurement, Metric, Result, RunRecord, SampleSettings
 
 MEASUREMENT = Measurement("digits", 500, "test", 500, "aa", "digits", "bb")
 
@@ -22,7 +21,7 @@ def result(value: float = 1.5, **generation: object) -> Result:
         "fd_digits": Metric(value, better="lower", floor=0.5, interval=(1.0, 2.0), unit="", note=""),
         "precision": Metric(0.75, better="higher"),
     }
-    made = Generation(weights="ema", nfe={"net": 50.0}, **generation)  # type: ignore[arg-type]
+    made = SampleSettings(weights="ema", nfe={"net": 50.0}, **generation)  # type: ignore[arg-type]
     return Result(MEASUREMENT, made, metrics, headline="fd_digits", seconds={"sampling": 2.0}, pictures={"s": "s.png"})
 
 

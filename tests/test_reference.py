@@ -12,19 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec
-from gencompare.data.base import Split
+from gencompare.data.datamodule import Split
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.evaluation import reference as reference_module
-from gencompare.evaluation.compact import CompactExtractor, compact
-from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.frechet import Statistics, frechet_distance
-from gencompare.evaluation.module import Module, module
-from gencompare.evaluation.quantize import stored_split
-from gencompare.evaluation.reference import read_statistics, reference_of, split_features
-from gencompare.evaluation.sampling import draw
-from gencompare.models.gaussian import Gaussian
+from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
+from gencompare.evaluation.extractors.selection import ModuleExtractor, module_extractor
+from gencompare.evaluation.extractors.shipped_classifiers import ClassifierExtractor, shipped_classifier
+from gencompare.evaluation.metrics.frechet import Statistics, frechet_distance
+from gencompare.evaluation.reference import read_statistics, reference_of, split_features, stored_split
+from gencompare.evaluation.sampling import draw_samples
+from gencompare.generative_model import Cond, DataSpec
+from gencompare.models.gaussian import GaussianBaseline
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +35,19 @@ def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of images of every pass of the compact extractor over more than one."""
     seen: list[int] = []
-    original = CompactExtractor.run
+    original = ClassifierExtractor.run
 
-    def run(self: CompactExtractor, images: Tensor) -> Any:
+    def run(self: ClassifierExtractor, images: Tensor) -> Any:
         if len(images) > 1:
             seen.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(CompactExtractor, "run", run)
+    monkeypatch.setattr(ClassifierExtractor, "run", run)
     return seen
 
 
 def test_features_are_computed_once_and_read_back_alike(tmp_path: Path, passes: list[int]) -> None:
-    data, extractor = Digits(), compact(Digits.spec)
+    data, extractor = Digits(), shipped_classifier(Digits.spec)
     first = split_features(data, "train", extractor, cache=tmp_path)
     assert sum(passes) == 1147
     again = split_features(data, "train", extractor, cache=tmp_path)
@@ -60,7 +59,7 @@ def test_features_are_computed_once_and_read_back_alike(tmp_path: Path, passes: 
 def test_a_damaged_file_is_noticed_and_made_anew(
     tmp_path: Path, passes: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    data, extractor = Digits(), compact(Digits.spec)
+    data, extractor = Digits(), shipped_classifier(Digits.spec)
     first = split_features(data, "val", extractor, cache=tmp_path)
     (file,) = tmp_path.glob("*.npy")
     content = bytearray(file.read_bytes())
@@ -73,7 +72,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(
 
 
 def test_other_pixels_have_another_file(tmp_path: Path) -> None:
-    extractor = compact(Digits.spec)
+    extractor = shipped_classifier(Digits.spec)
 
     class Changed(Digits):
         def load(self) -> dict[str, Split]:
@@ -94,7 +93,7 @@ def test_splits_can_be_joined() -> None:
     assert torch.equal(both.images[1147:], data.split("val").images)
     assert data.hash("train+val") not in (data.hash("train"), data.hash("val"))
     images = stored_split(data.split("test").images, data.spec)
-    result = evaluate(images, data, Protocol(extractors=(compact,), reference="train+val", n=500))
+    result = evaluate(images, data, EvaluationProtocol(extractors=(shipped_classifier,), reference="train+val", n=500))
     assert (result.measurement.reference, result.measurement.reference_n) == ("train+val", 1297)
     with pytest.raises(UserError, match="no split 'train\\+tset'"):
         data.split("train+tset")
@@ -111,13 +110,13 @@ def statistics_file(path: Path, features: Tensor, **more: Any) -> Path:
 
 def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> None:
     """The layout of pytorch-fid and EDM (mu, sigma), and of ADM (with mu_s, sigma_s)."""
-    data, extractor = Digits(), compact(Digits.spec)
+    data, extractor = Digits(), shipped_classifier(Digits.spec)
     train = reference_of(data, "train", extractor).features
     assert train is not None and train.spatial is not None
     spatial = Statistics.of(train.spatial)
     path = statistics_file(tmp_path / "adm.npz", train.features, mu_s=spatial.mean.numpy(), sigma_s=spatial.cov.numpy())
     images = stored_split(data.split("test").images, data.spec)
-    classifier = Protocol(extractors=(compact,), n=500)
+    classifier = EvaluationProtocol(extractors=(shipped_classifier,), n=500)
     ours, theirs = (
         evaluate(images, data, dataclasses.replace(classifier, reference=name)) for name in ("train", str(path))
     )
@@ -143,7 +142,7 @@ def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> N
 def test_bad_statistics_files_are_refused(make: Any, named: str, tmp_path: Path) -> None:
     make(tmp_path / "s.npz")
     with pytest.raises(UserError, match=named):
-        read_statistics(tmp_path / "s.npz", compact(Digits.spec))
+        read_statistics(tmp_path / "s.npz", shipped_classifier(Digits.spec))
 
 
 # Any network
@@ -159,19 +158,21 @@ class Moments(nn.Module):
 def test_any_module_can_measure() -> None:
     data = Digits()
     images = stored_split(data.split("test").images, data.spec)
-    result = evaluate(images, data, Protocol(extractors=(lambda spec: module(spec, Moments(), "rows"),)))
+    result = evaluate(
+        images, data, EvaluationProtocol(extractors=(lambda spec: module_extractor(spec, Moments(), "rows"),))
+    )
     expected = [(stored_split(data.split(s).images, data.spec).float() / 255).mean((1, 3)) for s in ("test", "train")]
     assert result.metrics["fd_rows"].value == pytest.approx(frechet_distance(*expected), rel=1e-5)
-    one, two = (Module(data.spec, nn.Sequential(Moments(), nn.Linear(8, 4)), "x") for _ in range(2))
+    one, two = (ModuleExtractor(data.spec, nn.Sequential(Moments(), nn.Linear(8, 4)), "x") for _ in range(2))
     assert one.hash != two.hash, "weights are part of the name"
     with pytest.raises(UserError, match="not \\(images, features\\)"):
-        Module(data.spec, nn.Identity(), "pixels")
+        ModuleExtractor(data.spec, nn.Identity(), "pixels")
 
 
 # A broken-off evaluation
 
 
-class Counting(Gaussian):
+class Counting(GaussianBaseline):
     drawn = 0
 
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
@@ -183,16 +184,16 @@ def test_an_evaluation_goes_on_from_the_chunks_that_were_drawn(tmp_path: Path) -
     data = Digits()
     model = Counting(data.spec).fit_to(data.batches("train"), data.batches("val"))
     assert isinstance(model, Counting)
-    alone = draw(model, 250, chunk=100)
+    alone = draw_samples(model, 250, chunk=100)
     model.drawn = 0
-    draw(model, 200, chunk=100, keep=tmp_path)
-    again = draw(model, 250, chunk=100, keep=tmp_path)
+    draw_samples(model, 200, chunk=100, keep=tmp_path)
+    again = draw_samples(model, 250, chunk=100, keep=tmp_path)
     assert model.drawn == 250, "two chunks came from the folder"
     assert torch.equal(again.images, alone.images) and again.nfe == alone.nfe and again.seconds > 0
     first = sorted(tmp_path.iterdir())[0]
     first.write_bytes(first.read_bytes()[:-7])
     model.drawn = 0
-    assert torch.equal(draw(model, 250, chunk=100, keep=tmp_path).images, alone.images)
+    assert torch.equal(draw_samples(model, 250, chunk=100, keep=tmp_path).images, alone.images)
     assert model.drawn == 100, "the damaged chunk was drawn anew"
 
 
@@ -203,11 +204,13 @@ def test_figures_do_not_depend_on_the_batch_of_the_extractor() -> None:
     for batch in (500, 37):
 
         def small(spec: DataSpec, batch: int = batch) -> Any:
-            extractor = compact(spec)
+            extractor = shipped_classifier(spec)
             extractor.batch = batch
             return extractor
 
         reference_module._kept.clear()
-        found.append(evaluate(images, data, dataclasses.replace(Protocol(), extractors=(small,), n=500)).metrics)
+        found.append(
+            evaluate(images, data, dataclasses.replace(EvaluationProtocol(), extractors=(small,), n=500)).metrics
+        )
     for name, metric in found[0].items():
         assert metric.value == (None if metric.value is None else pytest.approx(found[1][name].value, rel=1e-6)), name

@@ -10,15 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec
-from gencompare.diffusion.noise_conditioning import LevelIndex, LogSNR
-from gencompare.diffusion.parameterization import Score
+from gencompare.diffusion.parameterizations import LevelIndexConditioning, LogSNRConditioning, Score
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.instance_norm import InstanceNormPlus, NoNorm
-from gencompare.networks.refinenet import RefineNet
-from gencompare.networks.refinenet_blocks import ChainedPooling, DilatedBlock, Fusion, RefineBlock, ResidualConvUnits
-from gencompare.seeds import Draws, generator
+from gencompare.networks.layers import InstanceNormPlus, NoNorm
+from gencompare.networks.refinenet import (
+    ChainedPooling,
+    DilatedBlock,
+    Fusion,
+    RefineBlock,
+    RefineNet,
+    ResidualConvUnits,
+)
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 
@@ -194,9 +199,9 @@ def model(levels: int, schedule: str, noise: Any, **changes: Any) -> Diffusion:
 @pytest.mark.parametrize(
     ("levels", "schedule", "noise", "words"),
     [
-        (10, "ve", LogSNR(), "VE runs in continuous time, and the conditioning is LogSNR"),
-        (10, "ncsn", LogSNR(), "NCSNLevels has 10, and the conditioning is LogSNR"),
-        (7, "ncsn", LevelIndex(), "tells 7 noise levels apart.*schedule of 7 levels.*NCSNLevels has 10"),
+        (10, "ve", LogSNRConditioning(), "VE runs in continuous time, and the conditioning is LogSNR"),
+        (10, "ncsn", LogSNRConditioning(), "NCSNLevels has 10, and the conditioning is LogSNR"),
+        (7, "ncsn", LevelIndexConditioning(), "tells 7 noise levels apart.*schedule of 7 levels.*NCSNLevels has 10"),
     ],
 )
 def test_a_network_with_levels_refuses_a_schedule_with_others(
@@ -207,13 +212,15 @@ def test_a_network_with_levels_refuses_a_schedule_with_others(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("levels", "schedule", "noise"), [(10, "ncsn", LevelIndex()), (1, "ve", LogSNR())])
+@pytest.mark.parametrize(
+    ("levels", "schedule", "noise"), [(10, "ncsn", LevelIndexConditioning()), (1, "ve", LogSNRConditioning())]
+)
 @pytest.mark.parametrize("conditional", [False, True])
 def test_losses_and_samples(levels: int, schedule: str, noise: Any, conditional: bool) -> None:
     torch.manual_seed(0)
     diffusion = model(levels, schedule, noise, conditional=conditional)
     cond = {"label": torch.tensor([0, 1, 2, 0])} if conditional else {}
-    loss = diffusion.losses(torch.zeros(4, 1, 8, 8), cond, Draws.whole(generator("cpu", 0), 4))["loss"]
+    loss = diffusion.losses(torch.zeros(4, 1, 8, 8), cond, RandomSource.whole(generator("cpu", 0), 4))["loss"]
     # The network starts at nought, so the error in the noise is the noise: 1 a pixel.
     assert loss.shape == (4,) and float(loss.detach().mean()) == pytest.approx(1, abs=0.4)
     assert diffusion.sample(4, cond, generator=generator("cpu", 0)).isfinite().all()

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from composing import compose
-from gencompare.paths import conf_dir
+from gencompare.command_line import conf_dir
 from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

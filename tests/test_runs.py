@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gencompare.compare.gather import find, gather
-from gencompare.locks import locked
-from gencompare.tasks.runs import WIDE, listed
+from gencompare.compare.load_runs import find_run_folders, load_runs
+from gencompare.files import locked
+from gencompare.tasks.list_runs import WIDE, listed
 from synthetic import result, write_run
 
 
@@ -63,7 +63,7 @@ def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(text.replace(str(tmp_path / "first"), str(folder)))
     start = time.process_time()
-    lines = said(find(str(tmp_path / "many" / "**")))
+    lines = said(find_run_folders(str(tmp_path / "many" / "**")))
     assert time.process_time() - start < 10
     assert "1000 runs" in lines and sum("run_0" in line for line in lines) == 1000
 
@@ -82,7 +82,7 @@ def test_wandbs_offline_folder_is_a_run_and_no_second_one(cli: Callable[..., int
         assert cli("task=runs", f"runs={pattern}") == 0
         out = capsys.readouterr().out
         assert "-run" in out and "/files" in out and "1 runs" in out.splitlines()
-    (run,) = gather([offline / "files"]).runs
+    (run,) = load_runs([offline / "files"]).runs
     assert run.record.state == "finished" and run.curve, "what a comparison shows is there"
     assert run.picture(run.record.results[0].pictures["samples"])
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from gaussian_truth import Mixture, even_levels
-from gencompare.diffusion.schedules import VE, VP, NoiseSchedule, Rectified
-from gencompare.seeds import generator
+from gencompare.diffusion.schedules import VE, VP, NoiseSchedule, RectifiedFlow
+from gencompare.rng import generator
 from parts import part, samplers
 
 N, PIXELS = 1500, 16
 STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
 CHANGES = {"annealed_langevin": {"steps_per_level": 25}, "predictor_corrector": {"corrector_steps": 3}}
-SCHEDULES = [VP, VE, Rectified]
+SCHEDULES = [VP, VE, RectifiedFlow]
 BIAS = {"ancestral": 0.02, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
     "annealed_langevin": 0.1, "predictor_corrector": 0.06
 }  # fmt: skip

@@ -27,24 +27,14 @@ from gaussian_truth import (
     unit_noise,
 )
 from gencompare.diffusion.denoiser import Cond
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import (
-    DDIM,
-    RK45,
-    Ancestral,
-    AnnealedLangevin,
-    DPMSolverPP2M,
-    Euler,
-    EulerMaruyama,
-    Heun,
-    PredictorCorrector,
-    ReverseDiffusion,
-    Sampler,
-    UniPC,
-)
-from gencompare.diffusion.schedules import CLEAN, VE, VP, BetaTable, LinearBetas, NoiseSchedule, Rectified
+from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
+from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
+from gencompare.diffusion.schedules import CLEAN, VE, VP, NoiseSchedule, RectifiedFlow
+from gencompare.diffusion.sde_samplers import AnnealedLangevin, EulerMaruyama, PredictorCorrector, ReverseDiffusion
 from gencompare.errors import UserError
-from gencompare.seeds import generator
+from gencompare.rng import generator
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -340,7 +330,7 @@ def test_euler_is_ddim_under_rectified_flow() -> None:
     """alpha and sigma are straight lines in time, so that their slopes are their differences."""
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     euler, ddim = (
-        sampler.sample(Truth(Rectified()), x, generator=generator("cpu", 0))
+        sampler.sample(Truth(RectifiedFlow()), x, generator=generator("cpu", 0))
         for sampler in (Euler(steps=9), DDIM(steps=9))
     )
     torch.testing.assert_close(euler, ddim, rtol=1e-9, atol=1e-9)

@@ -27,29 +27,17 @@ from gaussian_truth import (
     true_moments,
     unit_noise,
 )
-from gencompare.diffusion.denoiser import ClipX0, Cond, Denoises
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import (
-    DDIM,
-    RK45,
-    Ancestral,
-    AnnealedLangevin,
-    DPMSolverPP2M,
-    Euler,
-    EulerMaruyama,
-    Heun,
-    PredictorCorrector,
-    ReverseDiffusion,
-    Sampler,
-    UniPC,
-    ancestral,
-    base,
-    langevin,
-    sde,
-)
-from gencompare.diffusion.schedules import CLEAN, VP, LinearBetas, NoiseSchedule, Scales
+from gencompare.diffusion import samplers as sampler_module
+from gencompare.diffusion import sde_samplers
+from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
+from gencompare.diffusion.discrete_schedules import LinearBetas
+from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
+from gencompare.diffusion.schedules import CLEAN, VP, NoiseSchedule, ScheduleValues
+from gencompare.diffusion.sde_samplers import AnnealedLangevin, EulerMaruyama, PredictorCorrector, ReverseDiffusion
 from gencompare.errors import UserError
-from gencompare.seeds import generator, normal_like
+from gencompare.rng import generator, normal_like
 from parts import part, samplers
 
 SAMPLERS = samplers()
@@ -224,7 +212,7 @@ def test_what_clipping_would_hide_is_named_all_the_same(name: str, bad: float) -
 # Those without an order
 
 
-def rk45_error(denoiser: Denoises, tolerance: float) -> float:
+def rk45_error(denoiser: DenoiserProtocol, tolerance: float) -> float:
     return error(RK45(steps=2, rtol=tolerance, atol=tolerance), denoiser, inner_times(denoiser.schedule, 1))
 
 
@@ -234,7 +222,7 @@ def test_the_adaptive_solver_errs_as_much_as_is_tolerated(schedule: NoiseSchedul
         assert rk45_error(Truth(schedule), tolerance) < 30 * tolerance
 
 
-def langevin_error(denoiser: Denoises, finer: int) -> float:
+def langevin_error(denoiser: DenoiserProtocol, finer: int) -> float:
     """Of annealed Langevin steps, ``finer`` times as short and ``finer``^2 times as many, at ten even levels."""
     sampler = AnnealedLangevin(steps=10, steps_per_level=10 * finer**2, step_size=0.8 / finer)
     mean, covariance = moments(sampler, denoiser, even_levels(denoiser.schedule, 10))
@@ -328,7 +316,7 @@ RANDOM = [sampler for sampler in SOLVERS if isinstance(sampler, (Ancestral, Eule
 SLOPED = [sampler for sampler in SOLVERS if isinstance(sampler, (Euler, EulerMaruyama))]
 
 
-def keeps_its_order(sampler: Sampler, denoiser: Denoises, coarse: Tensor | None = None) -> bool:
+def keeps_its_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor | None = None) -> bool:
     assert sampler.order is not None
     return abs(measured_order(sampler, denoiser, coarse) - sampler.order) <= 0.2
 
@@ -349,7 +337,7 @@ def test_late_times_and_wrong_signs_break_the_order(sampler: Sampler) -> None:
 @pytest.mark.parametrize("sampler", RANDOM, ids=lambda sampler: sampler.describe())
 def test_one_random_number_for_all_pixels_breaks_the_order(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variance of each pixel is right, and their covariance is not."""
-    for module in (ancestral, sde):
+    for module in (samplers, sde_samplers):
         monkeypatch.setattr(module, "normal_like", lambda x, source: normal_like(x, source)[..., :1].expand_as(x))
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
@@ -359,7 +347,7 @@ def test_one_random_number_for_all_pixels_breaks_the_order(sampler: Sampler, mon
 def test_half_or_twice_the_variance_of_the_noise_breaks_the_order(
     sampler: Sampler, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (ancestral, sde):
+    for module in (samplers, sde_samplers):
         monkeypatch.setattr(module, "normal_like", lambda x, source: factor**0.5 * normal_like(x, source))
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
@@ -369,7 +357,7 @@ def test_half_or_twice_the_variance_of_the_noise_breaks_the_order(
 def test_half_or_twice_g2_breaks_the_order(sampler: Sampler, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """g^2 is -sigma^2 times the slope of the log-SNR."""
     slope = property(lambda self: factor * self._every.log_snr_slope[self._i])
-    monkeypatch.setattr(base._OneTime, "log_snr_slope", slope)
+    monkeypatch.setattr(sampler_module._OneTime, "log_snr_slope", slope)
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
 
@@ -396,9 +384,9 @@ def test_half_or_twice_the_noise_breaks_the_laws_of_langevin_steps(
 ) -> None:
     """The missing factor 2: x + k score + sqrt(k) z."""
 
-    def wrong(x: Tensor, prediction: Prediction, at: Scales, k: Tensor | float, z: Tensor) -> Tensor:
+    def wrong(x: Tensor, prediction: Prediction, at: ScheduleValues, k: Tensor | float, z: Tensor) -> Tensor:
         return x - k * at.sigma * prediction.eps + (2 * factor * k) ** 0.5 * at.sigma * z
 
-    monkeypatch.setattr(langevin, "langevin", wrong)
+    monkeypatch.setattr(sde_samplers, "langevin", wrong)
     assert not falls([langevin_error(Truth(LinearBetas()), finer) for finer in (1, 2, 4)])
     assert corrected_error(0.16, 20, ManyPixels(LinearBetas())) > 0.1

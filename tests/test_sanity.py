@@ -20,30 +20,30 @@ from rich.console import Console
 from torch import Tensor
 
 from gencompare.compare import page
-from gencompare.compare.gather import gather
+from gencompare.compare.load_runs import load_runs
 from gencompare.compare.terminal import print_tables
-from gencompare.contract import Cond, DataSpec
 from gencompare.data.cifar10 import CIFAR10
 from gencompare.data.digits import Digits
 from gencompare.data.eurosat64 import EuroSAT64
-from gencompare.data.fashion_mnist import FashionMNIST
+from gencompare.data.generated_samples import read_samples
 from gencompare.data.image_folder import ImageFolder
-from gencompare.data.mnist import MNIST
-from gencompare.data.samples import read_samples
+from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.errors import UserError
-from gencompare.evaluation.collapse import MIN_IMAGES, missing_modes
-from gencompare.evaluation.compact import compact
-from gencompare.evaluation.evaluate import Protocol, evaluate
-from gencompare.evaluation.quantize import as_stored, stored_split
+from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
+from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier
+from gencompare.evaluation.reference import as_stored, stored_split
 from gencompare.evaluation.sanity import (
+    MIN_IMAGES,
     RealImages,
     check_features,
     check_images,
     check_reference,
+    missing_modes,
     share_of_copies,
     statistics,
     wrap_ratio,
 )
+from gencompare.generative_model import Cond, DataSpec
 
 Change = Callable[[Tensor], Tensor]
 
@@ -239,13 +239,15 @@ def test_the_data_sets_own_levels_are_refused(digits: Images, dtype: torch.dtype
     with pytest.raises(UserError, match=r"data\.normalize\(images\)"):
         warnings(own.to(dtype), digits)
     with pytest.raises(UserError, match=r"data\.normalize\(images\)"):
-        evaluate(own.to(dtype), data, Protocol(extractors=(compact,)))
+        evaluate(own.to(dtype), data, EvaluationProtocol(extractors=(shipped_classifier,)))
     assert warnings(data.normalize(own), digits) == []
 
 
 def test_the_data_sets_own_tensors_give_the_baseline_once_normalized() -> None:
     data = Digits()
-    result = evaluate(data.normalize(data.split("test").images), data, Protocol(extractors=(compact,)))
+    result = evaluate(
+        data.normalize(data.split("test").images), data, EvaluationProtocol(extractors=(shipped_classifier,))
+    )
     metric = result.metrics[result.headline]
     assert metric.value == pytest.approx(metric.floor) and result.details["flags"] == []
 
@@ -386,7 +388,7 @@ def test_copies_in_the_reference_are_flagged(tmp_path: Path, cifar10: Images) ->
     for k in range(400):
         Image.fromarray(cifar10.test[k % 100].permute(1, 2, 0).numpy()).save(tmp_path / f"{k:03d}.png")
     data = ImageFolder(tmp_path)
-    copied = evaluate(cifar10.test[:100].repeat(4, 1, 1, 1), data, Protocol(n=300))
+    copied = evaluate(cifar10.test[:100].repeat(4, 1, 1, 1), data, EvaluationProtocol(n=300))
     flags = " ".join(copied.details["flags"])
     assert "of the reference images (train) have 3 or more exact copies" in flags
     assert "of the samples are exact copies" not in flags, "real images are no different here"
@@ -422,7 +424,7 @@ def test_a_warning_is_seen_in_terminal_record_and_page(
     np.savez(tmp_path / "ok.npz", arr_0=digits.test.permute(0, 2, 3, 1).numpy())
     assert cli(*words, "samples=ok.npz", "hydra.run.dir=ok") == 0
     assert "arning" not in capsys.readouterr().out
-    gathered = gather([tmp_path / "half", tmp_path / "ok"])
+    gathered = load_runs([tmp_path / "half", tmp_path / "ok"])
     assert f"<b>Warning</b> half: {said}" in page.render(gathered)
     console = Console(width=200, record=True, file=io.StringIO())
     print_tables(gathered, console)
@@ -442,7 +444,7 @@ class Halved:
 
 def test_a_models_samples_are_checked_too() -> None:
     data = Digits()
-    result = evaluate(Halved(data), data, Protocol(n=100))
+    result = evaluate(Halved(data), data, EvaluationProtocol(n=100))
     assert any("0 to 12" in flag and "use 0 to 255" in flag for flag in result.details["flags"])
 
 

@@ -7,23 +7,11 @@ import pytest
 import torch
 
 from composing import options
-from gencompare.diffusion.schedules import (
-    CLEAN,
-    VE,
-    VP,
-    BetaTable,
-    CosineBetas,
-    Karras,
-    Learned,
-    LinearBetas,
-    NCSNLevels,
-    NoiseSchedule,
-    SigmoidBetas,
-    SubVP,
-    VariancePreserving,
-)
+from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, GeometricSigmas, LinearBetas, SigmoidBetas
+from gencompare.diffusion.learned_schedule import LearnedSchedule
+from gencompare.diffusion.schedules import CLEAN, VE, VP, EDMSchedule, NoiseSchedule, SubVP, VariancePreserving
 from gencompare.errors import UserError
-from gencompare.seeds import generator
+from gencompare.rng import generator
 from parts import part
 
 SCHEDULES = options("model/schedule")
@@ -308,9 +296,9 @@ def test_rectified_flow_is_straight() -> None:
 # The learned schedule
 
 
-def shaken(seed: int, size: float = 4.0) -> Learned:
+def shaken(seed: int, size: float = 4.0) -> LearnedSchedule:
     """With wild weights, and so few of them that they do not average out."""
-    schedule, source = Learned(features=5), generator("cpu", seed)
+    schedule, source = LearnedSchedule(features=5), generator("cpu", seed)
     with torch.no_grad():
         for parameter in schedule.interior_parameters():
             parameter += size * torch.randn(parameter.shape, generator=source)
@@ -324,7 +312,9 @@ def test_learned_schedule_falls_for_any_weights_and_keeps_its_ends(seed: int) ->
     found = schedule.log_snr(torch.linspace(0, 1, 2001)).detach()
     assert (found.diff() < 0).all()
     assert found[0] == 13.3 and found[-1] == -5
-    assert (found - Learned().log_snr(torch.linspace(0, 1, 2001)).detach()).abs().max() > 0.05, "it has another shape"
+    assert (found - LearnedSchedule().log_snr(torch.linspace(0, 1, 2001)).detach()).abs().max() > 0.05, (
+        "it has another shape"
+    )
 
 
 def test_ends_move_and_the_shape_between_them_stays() -> None:
@@ -345,7 +335,7 @@ def test_learned_schedule_starts_nearly_straight_and_alike() -> None:
 
 
 def test_gradients_reach_ends_and_interior_and_nothing_is_left_out() -> None:
-    schedule = Learned(features=8)
+    schedule = LearnedSchedule(features=8)
     named = {id(p) for p in schedule.parameters()}
     parts_of_it = [id(p) for p in [*schedule.end_parameters(), *schedule.interior_parameters()]]
     assert len(parts_of_it) == len(set(parts_of_it)) and set(parts_of_it) == named
@@ -375,7 +365,7 @@ def test_only_the_ends_move_the_ends() -> None:
 
 def test_learned_schedule_is_not_computed_in_16_bits() -> None:
     torch.set_default_dtype(torch.float32)
-    schedule, t = Learned(), torch.linspace(0, 1, 50)
+    schedule, t = LearnedSchedule(), torch.linspace(0, 1, 50)
     outside = schedule.log_snr(t)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(schedule.log_snr(t), outside, rtol=0, atol=1e-5)
@@ -393,7 +383,7 @@ def test_learned_schedule_is_not_computed_in_16_bits() -> None:
     ],
 )
 def test_a_learned_schedule_that_collapsed_is_refused(parameter: str, value: float, named: str) -> None:
-    schedule = Learned()
+    schedule = LearnedSchedule()
     schedule.check()
     with torch.no_grad():
         getattr(schedule, parameter).fill_(value)
@@ -404,7 +394,7 @@ def test_a_learned_schedule_that_collapsed_is_refused(parameter: str, value: flo
 def test_a_learned_schedule_that_has_become_a_step_is_refused() -> None:
     """All of the fall in one place: no time is left for any noise level between."""
     torch.set_default_dtype(torch.float32)
-    schedule = Learned()
+    schedule = LearnedSchedule()
     with torch.no_grad():
         schedule.straight.fill_(-40.0)
         schedule.steepness.fill_(1e5)
@@ -455,13 +445,13 @@ def test_a_rising_or_infinite_snr_is_refused() -> None:
         lambda: VE(sigma_min=1, sigma_max=1),
         lambda: VE(sigma_min=0),
         lambda: VE(sigma_max=float("nan")),
-        lambda: NCSNLevels(sigma_min=2, sigma_max=0.02),
-        lambda: NCSNLevels(levels=1),
-        lambda: Karras(sigma_min=-1),
-        lambda: Karras(rho=0),
-        lambda: Learned(gamma_min=5, gamma_max=-13),
-        lambda: Learned(gamma_max=float("inf")),
-        lambda: Learned(features=0),
+        lambda: GeometricSigmas(sigma_min=2, sigma_max=0.02),
+        lambda: GeometricSigmas(levels=1),
+        lambda: EDMSchedule(sigma_min=-1),
+        lambda: EDMSchedule(rho=0),
+        lambda: LearnedSchedule(gamma_min=5, gamma_max=-13),
+        lambda: LearnedSchedule(gamma_max=float("inf")),
+        lambda: LearnedSchedule(features=0),
     ],
 )
 def test_bad_settings_are_refused(make) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from gaussian_truth import Mixture
 from gencompare.diffusion.denoiser import Cond, Denoiser
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.samplers import AnnealedLangevin, EulerMaruyama, ReverseDiffusion, Sampler
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
-from gencompare.seeds import generator
+from gencompare.diffusion.sde_samplers import AnnealedLangevin, EulerMaruyama, ReverseDiffusion
+from gencompare.rng import generator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "figures"))
 

@@ -16,8 +16,9 @@ from composing import compose, options
 from forking import living_on
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
-from gencompare.tasks import main, search
-from hydra_plugins.gencompare_sweeps.families import with_experiment
+from gencompare.tasks import main
+from gencompare.tasks.runs import search
+from hydra_plugins.gencompare_sweeps.sweepers import with_experiment
 from test_cli import Cli
 from test_sweep_presets import bases
 

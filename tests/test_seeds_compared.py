@@ -13,16 +13,16 @@ from omegaconf import OmegaConf
 
 from composing import compose
 from gencompare.compare import page
-from gencompare.compare.gather import gather
-from gencompare.compare.rank import Group, rank
-from gencompare.compare.report import report
-from gencompare.compare.seeds import over_seeds
+from gencompare.compare.load_runs import load_runs
+from gencompare.compare.page import report
+from gencompare.compare.ranking import TableSection, rank
+from gencompare.compare.statistics import over_seeds
 from gencompare.records import Metric
 from synthetic import result, write_run
 
 
-def ranked(folders: list[Path]) -> Group:
-    (group,) = rank(gather(folders).runs)
+def ranked(folders: list[Path]) -> TableSection:
+    (group,) = rank(load_runs(folders).runs)
     return group
 
 
@@ -157,7 +157,7 @@ def test_the_csv_keeps_every_run_and_the_page_shows_the_mean(tmp_path: Path) -> 
     assert [(row["run"], row["rank"], row["fd_digits"], row["mean"]) for row in rows] == [
         ("a0", "1", "1.0", "2.0"), ("a1", "1", "2.0", "2.0"), ("a2", "1", "3.0", "2.0"), ("b0", "2", "4.0", ""),
     ]  # fmt: skip
-    html = page.render(gather(folders))
+    html = page.render(load_runs(folders))
     assert "mean of 3 seeds" in html and "the mean and its 95 % interval over seeds" in html
 
 
@@ -169,4 +169,4 @@ def test_a_row_says_what_sets_its_command_apart(tmp_path: Path) -> None:
         )
         for seed, name in enumerate(["linear", "cosine"])
     ]  # fmt: skip
-    assert sorted(run.told for run in gather(folders).runs) == ["schedule=cosine", "schedule=linear"]
+    assert sorted(run.told for run in load_runs(folders).runs) == ["schedule=cosine", "schedule=linear"]

@@ -10,11 +10,11 @@ import pytest
 from scipy import stats
 
 from gencompare.compare import page
-from gencompare.compare.gather import gather
-from gencompare.compare.rank import Group, rank
-from gencompare.compare.report import report
-from gencompare.compare.significance import holm, verdicts, welch
-from gencompare.compare.table import columns
+from gencompare.compare.load_runs import load_runs
+from gencompare.compare.page import report
+from gencompare.compare.ranking import TableSection, rank
+from gencompare.compare.statistics import holm, verdicts, welch
+from gencompare.compare.tables import columns
 from gencompare.records import Metric
 from synthetic import result, write_run
 
@@ -26,8 +26,8 @@ def seeds(folder: Path, name: str, values: list[float], **fields: object) -> lis
     ]
 
 
-def ranked(folders: list[Path]) -> Group:
-    (group,) = rank(gather(folders).runs)
+def ranked(folders: list[Path]) -> TableSection:
+    (group,) = rank(load_runs(folders).runs)
     return group
 
 
@@ -104,7 +104,7 @@ def test_twins_cannot_be_told_apart_and_a_crippled_model_is_worse(tmp_path: Path
     assert [column.cell(row).beside for row in group.rows] == ["", "not told apart from #1", "worse than #1", ""]
     (note,) = [note for note in group.notes() if note.startswith("Tested")]
     assert "every pair of the 3 rows" in note and "Of the other rows, no significance is claimed." in note
-    html = page.render(gather(folders))
+    html = page.render(load_runs(folders))
     assert "not told apart from #1" in html and "Holm" in html
     report(folders, tmp_path / "out")
     with (tmp_path / "out" / "compare.csv").open(newline="") as file:

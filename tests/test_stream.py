@@ -7,10 +7,9 @@ from itertools import islice
 import pytest
 import torch
 
-from gencompare.contract import DataSpec
-from gencompare.data.base import ImageData, Split
-from gencompare.data.stream import TrainStream
+from gencompare.data.datamodule import ImageData, Split, TrainStream
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 
 SIZE = 22
 

@@ -9,21 +9,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from composing import compose
-from gencompare.paths import conf_dir
-from gencompare.tasks.jobs import Identity, identity
-from hydra_plugins.gencompare_sweeps.folders import sweep_folder
+from gencompare.command_line import conf_dir
+from gencompare.tasks.runs.sweep import JobIdentity, job_identity
+from hydra_plugins.gencompare_sweeps.sweepers import sweep_folder
 
 LAST = "evaluation=quick"
 
 
-def ids(cfg: DictConfig, **changed: Any) -> Identity:
+def ids(cfg: DictConfig, **changed: Any) -> JobIdentity:
     """Those of a config with other values at some places, where a key's dots are written as two underscores."""
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for key, value in changed.items():
         assert OmegaConf.select(cfg, key.replace("__", "."), default="none") != value
         OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
-    return identity(cfg)
+    return job_identity(cfg)
 
 
 def test_places_and_loggers_make_no_other_job() -> None:

@@ -13,10 +13,10 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from composing import compose, options
-from gencompare.paths import conf_dir
-from gencompare.tasks.build import build_budget, build_data, build_model
-from gencompare.tasks.evaluate import ways
-from hydra_plugins.gencompare_sweeps.families import with_experiment
+from gencompare.command_line import conf_dir
+from gencompare.tasks.evaluate_run import with_samplers
+from gencompare.tasks.runs.build import build_budget, build_data, build_model
+from hydra_plugins.gencompare_sweeps.sweepers import with_experiment
 
 
 def jobs(preset: str, *words: str) -> list[list[str]]:
@@ -113,7 +113,7 @@ def test_each_way_of_sampling_is_another_and_the_model_gets_its_own_back(preset:
     cfg = composed(preset, jobs(preset)[0], "model.network.channels=8", "model.network.groups=8")
     model: Any = build_model(cfg, build_data(cfg))
     own = model.sampling_description()
-    said = [model.sampling_description() for _ in ways(cfg, model)]
+    said = [model.sampling_description() for _ in with_samplers(cfg, model)]
     count = {"schedules": 3, "samplers_nfe": 11, "guidance": 7, "parameterizations": 1}[preset]
     assert len(said) == len(set(said)) == count and said[0] == own == model.sampling_description()
 
@@ -126,7 +126,7 @@ def test_each_scale_of_guidance_says_something_else_of_the_noise() -> None:
         torch.nn.init.normal_(weight, std=0.1)
     x, t, label = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.95]), {"label": torch.tensor([3, 4])}
     with torch.no_grad():
-        said = [model.sampling_denoiser(x, t, label).eps for _ in ways(cfg, model)]
+        said = [model.sampling_denoiser(x, t, label).eps for _ in with_samplers(cfg, model)]
     assert all(not torch.allclose(one, two) for k, one in enumerate(said) for two in said[:k])
     # Where sigma / alpha is beyond its interval, guidance is off: scale 1, as the model's own. (Here: 1 and 12.7.)
     assert torch.allclose(said[-1][1], said[0][1]) and not torch.allclose(said[-1][0], said[0][0])

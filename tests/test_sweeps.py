@@ -14,8 +14,8 @@ from checkpoints import assert_same_training, checkpoint
 from forking import Forked, living_on
 from gencompare.errors import UserError
 from gencompare.models.vae import VAE
-from gencompare.tasks import evaluate, train
-from gencompare.training.clock import Clock
+from gencompare.tasks import evaluate_run, train
+from gencompare.training.clock import TrainingClock
 from test_cli import QUICK, Cli
 
 WORDS = [
@@ -26,15 +26,15 @@ WORDS = [
 
 def dies() -> None:
     """The process is killed in the third step of the second job."""
-    original, starts = Clock.on_train_batch_start, []
+    original, starts = TrainingClock.on_train_batch_start, []
 
-    def start(self: Clock, *args: Any) -> None:
+    def start(self: TrainingClock, *args: Any) -> None:
         original(self, *args)
         starts.append(1)
         if len(starts) == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Clock.on_train_batch_start = start  # type: ignore[method-assign]
+    TrainingClock.on_train_batch_start = start  # type: ignore[method-assign]
 
 
 def test_a_killed_sweep_goes_on_and_ends_like_one_that_was_not(cli: Cli, tmp_path: Path, capsys) -> None:
@@ -46,7 +46,7 @@ def test_a_killed_sweep_goes_on_and_ends_like_one_that_was_not(cli: Cli, tmp_pat
         path.parent.name: json.loads(path.read_text())["state"] for path in (tmp_path / "killed").glob("*/record.json")
     }
     assert states == {"0_digits_vae": "finished", "1_digits_vae": "running"}
-    assert checkpoint(tmp_path / "killed" / "1_digits_vae")["callbacks"]["Clock"]["step"] < 4
+    assert checkpoint(tmp_path / "killed" / "1_digits_vae")["callbacks"]["TrainingClock"]["step"] < 4
     before = (first / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     capsys.readouterr()
 
@@ -151,7 +151,7 @@ def test_training_that_differs_in_sampling_is_done_once(
         "budget.steps=2", "evaluation.n=66", "model.sampler.steps=2,3", "hydra.sweep.dir=sweep",
     ]  # fmt: skip
     sweep = tmp_path / "sweep"
-    original = evaluate.measure_trained
+    original = evaluate_run.measure_trained
     monkeypatch.setattr(train, "measure_trained", fails)
     assert cli(*words) == 1
     assert "1 of 2 runs did not finish" in (out := capsys.readouterr().out) and "[1_digits_ddpm] failed: broken" in out

@@ -9,19 +9,10 @@ import pytest
 import torch
 
 from composing import options
-from gencompare.diffusion.samplers import DDIM
-from gencompare.diffusion.samplers.base import check_times
-from gencompare.diffusion.schedules import (
-    CLEAN,
-    VE,
-    VP,
-    BetaTable,
-    Karras,
-    Learned,
-    LinearBetas,
-    NoiseSchedule,
-    Rectified,
-)
+from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
+from gencompare.diffusion.learned_schedule import LearnedSchedule
+from gencompare.diffusion.samplers import DDIM, check_times
+from gencompare.diffusion.schedules import CLEAN, VE, VP, EDMSchedule, NoiseSchedule, RectifiedFlow
 from gencompare.diffusion.times import (
     KarrasGrid,
     LogitNormalTimes,
@@ -34,7 +25,7 @@ from gencompare.diffusion.times import (
     UniformTimes,
 )
 from gencompare.errors import UserError
-from gencompare.seeds import Draws, generator
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 GRIDS = options("model/sampler/grid")
@@ -107,7 +98,7 @@ def test_uniform_grid_is_even() -> None:
 
 def test_quadratic_grid_is_ddims() -> None:
     """Song et al. (2021), "DDIM", appendix D.2: tau_i grows as i^2."""
-    times = QuadraticGrid()(Rectified(), 21)[:-1].numpy()
+    times = QuadraticGrid()(RectifiedFlow(), 21)[:-1].numpy()
     ends = math.sqrt(1e-4), math.sqrt(1 - 1e-4)
     np.testing.assert_allclose(times, np.linspace(ends[1], ends[0], 21) ** 2, rtol=1e-12)
     # Of a table: c i^2, rounded, and where that gives one step twice, the next that is free.
@@ -124,16 +115,16 @@ def test_quadratic_grid_is_ddims() -> None:
 def test_karras_grid_is_eq_5(rho: float) -> None:
     """Karras et al. (2022), eq. 5, in sigma / alpha over the schedule's range."""
     n, i = 18, np.arange(18)
-    for schedule in (Karras(), VP(), VE(), Rectified(), LinearBetas()):
+    for schedule in (EDMSchedule(), VP(), VE(), RectifiedFlow(), LinearBetas()):
         at = schedule.at(KarrasGrid(rho=rho)(schedule, n)[:-1])
         found = (at.sigma / at.alpha).numpy()
         high, low = found[0] ** (1 / rho), found[-1] ** (1 / rho)
         np.testing.assert_allclose(found, (high + i / (n - 1) * (low - high)) ** rho, rtol=1e-8)
     # Under the schedule of Karras et al. itself these are their published sigmas, and even times.
-    sigma = Karras().at(KarrasGrid()(Karras(), n)[:-1]).sigma.numpy()
+    sigma = EDMSchedule().at(KarrasGrid()(EDMSchedule(), n)[:-1]).sigma.numpy()
     expected = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     np.testing.assert_allclose(sigma, expected, rtol=1e-10)
-    np.testing.assert_allclose(KarrasGrid()(Karras(), n), UniformGrid()(Karras(), n), atol=1e-12)
+    np.testing.assert_allclose(KarrasGrid()(EDMSchedule(), n), UniformGrid()(EDMSchedule(), n), atol=1e-12)
 
 
 def test_log_snr_grid_is_even_in_log_snr(schedule: NoiseSchedule) -> None:
@@ -182,7 +173,7 @@ def test_a_grid_outside_of_the_schedule_is_refused(grid: TimeGrid, named: str) -
 def test_steps_that_fall_together_are_refused() -> None:
     torch.set_default_dtype(torch.float32)
     with pytest.raises(UserError, match=r"sampler.steps=500: .*fall together"):
-        LogSNRGrid(first=-9.0, last=-8.9999)(Rectified(), 500)
+        LogSNRGrid(first=-9.0, last=-8.9999)(RectifiedFlow(), 500)
 
 
 @pytest.mark.parametrize("make", [lambda: LogSNRGrid(first=2, last=-2), lambda: KarrasGrid(rho=0)])
@@ -213,19 +204,19 @@ def assert_standard_normal(z: torch.Tensor) -> None:
 
 
 def many(times: TimeDistribution, schedule: NoiseSchedule, n: int = N) -> torch.Tensor:
-    return times(schedule, Draws.whole(generator("cpu", 4), n)).double()
+    return times(schedule, RandomSource.whole(generator("cpu", 4), n)).double()
 
 
 def test_stratified_times_visit_each_step_once() -> None:
     schedule = LinearBetas(T=250)
-    t = UniformTimes(stratified=True)(schedule, Draws.whole(generator("cpu", 3), 250))
+    t = UniformTimes(stratified=True)(schedule, RandomSource.whole(generator("cpu", 3), 250))
     assert torch.equal(t.sort().values, schedule.discrete_times)
 
 
 @pytest.mark.parametrize("stratified", [True, False])
 def test_training_times_are_uniform(schedule: NoiseSchedule, stratified: bool) -> None:
     source, n = generator("cpu", 5), 500
-    draws = [UniformTimes(stratified)(schedule, Draws.whole(source, n)) for _ in range(60)]
+    draws = [UniformTimes(stratified)(schedule, RandomSource.whole(source, n)) for _ in range(60)]
     t = torch.cat(draws)
     span = schedule.t_max - schedule.t_min
     assert t.min() >= schedule.t_min - 1e-6 and t.max() <= schedule.t_max + 1e-6
@@ -245,13 +236,13 @@ def test_log_of_the_noise_is_normal(schedule: NoiseSchedule, mean: float, std: f
     """ln(sigma / alpha) ~ N(mean, std^2), as far as a table has a step near by and the schedule reaches."""
     table = schedule.discrete_times
     if table is None or len(table) >= 1000:
-        n = 1000 if isinstance(schedule, Learned) else N  # bisection takes its time
+        n = 1000 if isinstance(schedule, LearnedSchedule) else N  # bisection takes its time
         at = schedule.at(many(LogNormalTimes(mean, std), schedule, n))
         assert_standard_normal((torch.log(at.sigma / at.alpha) - mean) / std)
 
 
 def test_log_normal_times_are_edms() -> None:
-    sigma = Karras().at(many(LogNormalTimes(), Karras())).sigma
+    sigma = EDMSchedule().at(many(LogNormalTimes(), EDMSchedule())).sigma
     assert abs(float(sigma.log().mean()) + 1.2) < 0.03 and abs(float(sigma.log().std()) - 1.2) < 0.03
 
 
@@ -263,7 +254,7 @@ def test_noise_out_of_reach_becomes_an_end(schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7)])
 def test_logit_of_the_time_is_normal(mean: float, std: float) -> None:
-    for schedule in (Rectified(), VP(), LinearBetas(T=4000)):
+    for schedule in (RectifiedFlow(), VP(), LinearBetas(T=4000)):
         u = (many(LogitNormalTimes(mean, std), schedule) - schedule.t_min) / (schedule.t_max - schedule.t_min)
         assert_standard_normal((torch.logit(u) - mean) / std)
 
@@ -272,8 +263,8 @@ def test_logit_of_the_time_is_normal(mean: float, std: float) -> None:
 def test_training_times_do_not_depend_on_the_number_of_processes(
     schedule: NoiseSchedule, times: TimeDistribution
 ) -> None:
-    whole = times(schedule, Draws(generator("cpu", 1), 0, 8, 8))
-    halves = [times(schedule, Draws(generator("cpu", 1), k, k + 4, 8)) for k in (0, 4)]
+    whole = times(schedule, RandomSource(generator("cpu", 1), 0, 8, 8))
+    halves = [times(schedule, RandomSource(generator("cpu", 1), k, k + 4, 8)) for k in (0, 4)]
     assert torch.equal(torch.cat(halves), whole)
     assert whole.shape == (8,) and len(whole.unique()) > 1
     assert whole.min() >= schedule.t_min - 1e-7 and whole.max() <= schedule.t_max + 1e-7
@@ -282,8 +273,8 @@ def test_training_times_do_not_depend_on_the_number_of_processes(
 
 def test_training_times_are_independent_of_each_other() -> None:
     for times in (LogNormalTimes(), LogitNormalTimes()):
-        means = torch.stack([times(VP(), Draws.whole(generator("cpu", k), 400)).mean() for k in range(60)])
-        alone = times(VP(), Draws.whole(generator("cpu", 99), 4000)).std() / 20
+        means = torch.stack([times(VP(), RandomSource.whole(generator("cpu", k), 400)).mean() for k in range(60)])
+        alone = times(VP(), RandomSource.whole(generator("cpu", 99), 4000)).std() / 20
         assert 0.75 < float(means.std() / alone) < 1.3
 
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from gencompare import metrics
 from gencompare.errors import UserError
+from gencompare.evaluation.metrics import modules
 
 TWO_SETS = [
-    metrics.MaximumMeanDiscrepancy, metrics.FrechetDistance, metrics.FrechetDistanceInfinity, metrics.KernelDistance,
-    metrics.Precision, metrics.Recall, metrics.Density, metrics.Coverage, metrics.Authenticity,
+    modules.MaximumMeanDiscrepancy, modules.FrechetDistance, modules.FrechetDistanceInfinity, modules.KernelDistance,
+    modules.Precision, modules.Recall, modules.Density, modules.Coverage, modules.Authenticity,
 ]  # fmt: skip
 
 
@@ -42,14 +42,14 @@ def test_a_metric_tells_like_images_from_others_in_its_direction(kind: type) -> 
             metric.update(part, real=False)
         values.append(float(metric.compute()))
         assert metric.compute().shape == ()
-    if kind is metrics.Authenticity:
+    if kind is modules.Authenticity:
         assert values[1] >= values[0]
     else:
         assert (values[0] > values[1]) == kind.higher_is_better and values[0] != values[1]
 
 
 def test_the_frechet_distance_is_that_of_torchmetrics() -> None:
-    ours, theirs = metrics.FrechetDistance(Pooled()), FrechetInceptionDistance(Pooled(), input_img_size=(3, 8, 8))
+    ours, theirs = modules.FrechetDistance(Pooled()), FrechetInceptionDistance(Pooled(), input_img_size=(3, 8, 8))
     for metric in (ours, theirs):
         metric.update(images(300, 0), real=True)
         metric.update(images(200, 1, 30), real=False)
@@ -58,8 +58,8 @@ def test_the_frechet_distance_is_that_of_torchmetrics() -> None:
 
 def test_metrics_work_in_a_collection_with_floats_and_keep_their_reference() -> None:
     both = MetricCollection(
-        [metrics.MaximumMeanDiscrepancy(Pooled(), normalize=True, reset_real_features=False),
-         metrics.Coverage(Pooled(), normalize=True, reset_real_features=False)]
+        [modules.MaximumMeanDiscrepancy(Pooled(), normalize=True, reset_real_features=False),
+         modules.Coverage(Pooled(), normalize=True, reset_real_features=False)]
     )  # fmt: skip
     both.update(images(100, 0) / 255, real=True)
     both.update(images(100, 1) / 255, real=False)
@@ -70,14 +70,14 @@ def test_metrics_work_in_a_collection_with_floats_and_keep_their_reference() -> 
 
 
 def test_the_default_network_is_that_of_the_evaluation() -> None:
-    metric = metrics.MaximumMeanDiscrepancy()
+    metric = modules.MaximumMeanDiscrepancy()
     metric.update(images(30, 0), real=True)
     metric.update(images(30, 1, 40), real=False)
     assert metric.compute() > 0 and metric.real[0].shape == (30, 1280)
 
 
 def test_copies_are_memorized_and_fresh_images_are_not() -> None:
-    fresh, copies = metrics.MemorizationRatio(Pooled()), metrics.MemorizationRatio(Pooled())
+    fresh, copies = modules.MemorizationRatio(Pooled()), modules.MemorizationRatio(Pooled())
     for metric, generated in ((fresh, images(200, 9)), (copies, images(500, 0)[:200])):
         metric.update(generated, "generated")
         for k, split in enumerate(("train", "val", "test")):
@@ -90,14 +90,14 @@ def test_class_metrics_go_by_the_logits() -> None:
         return 20 * nn.functional.one_hot((x[:, 0, 0, 0] % 4).long(), 4).float()
 
     x = images(400, 0)
-    score, accuracy = metrics.ClassifierScore(classifier), metrics.LabelAccuracy(classifier)
+    score, accuracy = modules.ClassifierScore(classifier), modules.LabelAccuracy(classifier)
     score.update(x)
     accuracy.update(x, (x[:, 0, 0, 0] % 4).long())
     assert float(score.compute()) == pytest.approx(4, rel=0.05) and float(accuracy.compute()) == 1
 
 
 def test_images_that_are_none_and_missing_ones_are_named() -> None:
-    metric = metrics.Coverage(Pooled())
+    metric = modules.Coverage(Pooled())
     with pytest.raises(UserError, match="uint8, or floats in \\[0, 1\\] with normalize=True"):
         metric.update(torch.rand(4, 3, 8, 8), real=True)
     metric.update(images(10, 0), real=True)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gencompare.data.planar import DISTRIBUTIONS
-from gencompare.data.toy2d import Toy2D
+from gencompare.data.toy2d import DISTRIBUTIONS, Toy2D
 from gencompare.errors import UserError
 
 EXACT = {"gaussians8", "two_gaussians", "checkerboard"}

@@ -14,17 +14,17 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, GenerativeModel
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.seeds import Draws, derive
+from gencompare.generative_model import Cond, GenerativeModel
+from gencompare.rng import RandomSource, derive_seed
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
-from gencompare.training.curve import Curve
+from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
-from gencompare.training.looks import Looks
-from gencompare.training.lr import LearningRate, WarmupDecay
+from gencompare.training.evaluation_callback import EvaluationCallback
+from gencompare.training.learning_rate import LearningRateScheduler, WarmupDecay
+from gencompare.training.loggers import MetricLogger
 
 
 class Affine(GenerativeModel):
@@ -37,7 +37,7 @@ class Affine(GenerativeModel):
         self.dropout = nn.Dropout(0.5)
         self.seen: list[Tensor] = []
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         noise = draws.normal(x.shape[1:])
         if self.training:
             self.seen.append(noise)
@@ -62,10 +62,13 @@ def train(
     data = Digits(batch_size=32, seed=3)
     model = Affine(data, **options)
     watched = (
-        [Looks(count=looks, grid=4, held_out=100, preview=None, folder=folder / "samples", seed=0)] if looks else []
+        [EvaluationCallback(count=looks, grid=4, held_out=100, preview=None, folder=folder / "samples", seed=0)]
+        if looks
+        else []
     )
     callbacks = [
-        Clock(5, 32, Budget(steps=steps)), LearningRate(), EMA(0.9), StopAt(), Curve(2), *watched,
+        TrainingClock(5, 32, Budget(steps=steps)), LearningRateScheduler(), EMA(0.9), StopAt(), MetricLogger(2),
+        *watched,
         Checkpoints(folder),
     ]  # fmt: skip
     trainer = pl.Trainer(
@@ -101,13 +104,13 @@ def test_a_raised_budget_has_looks_left(tmp_path: Path) -> None:
 
 def test_training_time_counts_every_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock's time is the wall's, but for looks and checkpoints."""
-    original = Curve.on_train_batch_end
+    original = MetricLogger.on_train_batch_end
 
-    def slow(self: Curve, *args: Any, **kwargs: Any) -> None:
+    def slow(self: MetricLogger, *args: Any, **kwargs: Any) -> None:
         time.sleep(0.05)
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Curve, "on_train_batch_end", slow)
+    monkeypatch.setattr(MetricLogger, "on_train_batch_end", slow)
     _, callbacks = train(tmp_path, steps=10)
     assert callbacks[0].seconds > 9 * 0.05
 
@@ -126,7 +129,7 @@ def test_looks_leave_no_trace_in_training(tmp_path: Path) -> None:
     plain, _ = train(tmp_path / "plain", steps=12)
     watched, callbacks = train(tmp_path / "watched", steps=12, looks=4)
     assert torch.equal(plain.mean, watched.mean)
-    looks = next(c for c in callbacks if isinstance(c, Looks))
+    looks = next(c for c in callbacks if isinstance(c, EvaluationCallback))
     assert looks.done == 4 and len(list((tmp_path / "watched" / "samples").glob("*.png"))) == 4
 
 
@@ -141,7 +144,7 @@ def test_ema_follows_its_equation_and_is_what_a_look_sees(tmp_path: Path) -> Non
     model = Record(data)
     ema = EMA(0.7)
     trainer = pl.Trainer(
-        callbacks=[Clock(0, 32, Budget(steps=9)), ema], logger=False, max_epochs=-1, enable_checkpointing=False,
+        callbacks=[TrainingClock(0, 32, Budget(steps=9)), ema], logger=False, max_epochs=-1, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     trainer.fit(model, datamodule=data)
@@ -158,42 +161,45 @@ def test_ema_follows_its_equation_and_is_what_a_look_sees(tmp_path: Path) -> Non
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     class Explodes(Affine):
-        def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+        def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
             scale = math.nan if self.trainer.callbacks[0].step >= 6 else 1.0  # type: ignore[attr-defined]
             return {"loss": super().losses(x, cond, draws)["loss"] * scale}
 
     data = Digits(batch_size=32)
     trainer = pl.Trainer(
-        callbacks=[Clock(0, 32, Budget(steps=20)), EMA(0.5), Curve(2), Checkpoints(tmp_path, every_minutes=0)],
+        callbacks=[TrainingClock(0, 32, Budget(steps=20)), EMA(0.5), MetricLogger(2), Checkpoints(tmp_path,
+        every_minutes=0)],
         plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     with pytest.raises(UserError, match="is not finite at step 7"):
         trainer.fit(Explodes(data), datamodule=data)
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert stored["callbacks"]["Clock"]["step"] <= 7
+    assert stored["callbacks"]["TrainingClock"]["step"] <= 7
     assert torch.isfinite(stored["state_dict"]["mean"]).all()
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_rows_draw_the_same_numbers_whatever_the_number_of_processes(world: int) -> None:
-    whole = Draws.whole(torch.Generator().manual_seed(1), 8)
+    whole = RandomSource.whole(torch.Generator().manual_seed(1), 8)
     expected = [whole.normal((3,)), whole.uniform(), whole.integers(100, (2,)), whole.stratified()]
     parts = []
     for rank in range(world):
-        part = Draws(torch.Generator().manual_seed(1), rank * 8 // world, (rank + 1) * 8 // world, 8)
+        part = RandomSource(torch.Generator().manual_seed(1), rank * 8 // world, (rank + 1) * 8 // world, 8)
         parts.append([part.normal((3,)), part.uniform(), part.integers(100, (2,)), part.stratified()])
     for k, values in enumerate(expected):
         assert torch.equal(torch.cat([part[k] for part in parts]), values)
 
 
 def test_stratified_draws_put_one_in_each_stratum() -> None:
-    u = Draws.whole(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
+    u = RandomSource.whole(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
 
 
 def test_seeds_tell_their_parts_apart() -> None:
-    assert len({derive(1, 23), derive(12, 3), derive("1", 23), derive(1, "23"), derive(123)}) == 5
+    assert (
+        len({derive_seed(1, 23), derive_seed(12, 3), derive_seed("1", 23), derive_seed(1, "23"), derive_seed(123)}) == 5
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.diffusers_names import from_diffusers
-from gencompare.networks.embeddings import SinusoidalEmbedding
+from gencompare.networks.conditioning import SinusoidalEmbedding
+from gencompare.networks.diffusers_weights import from_diffusers
 from gencompare.networks.unet import UNet
-from gencompare.networks.unet_blocks import Block, Downsample, ResidualBlock, SelfAttention, Upsample
+from gencompare.networks.unet_blocks import Downsample, ResidualBlock, SelfAttention, UNetBlock, Upsample
 
 SMALL: Any = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0, "groups": 4}
 
@@ -66,7 +66,7 @@ def test_at_the_start_every_block_is_the_identity_and_the_output_is_nought() -> 
     x, t = inputs()
     assert torch.equal(net(x, t, {}), torch.zeros(3, 2, 8, 8))
     h, emb = torch.randn(3, 8, 8, 8), torch.randn(3, 32)
-    block = Block(ResidualBlock(8, 8, 32, dropout=0.5, groups=4), SelfAttention(8, groups=4))
+    block = UNetBlock(ResidualBlock(8, 8, 32, dropout=0.5, groups=4), SelfAttention(8, groups=4))
     assert torch.equal(block(h, emb), h)
     assert not torch.equal(shaken(block)(h, emb), h)
 
@@ -315,7 +315,7 @@ def test_sizes_that_cannot_be_are_refused_with_the_way_out(shape: Any, changes: 
 
 def test_attention_at_sizes_that_do_not_occur_is_fine_beside_one_that_does() -> None:
     def attends(net: UNet) -> list[bool]:
-        return [layer.attention is not None for layer in net.encoder if isinstance(layer, Block)]
+        return [layer.attention is not None for layer in net.encoder if isinstance(layer, UNetBlock)]
 
     assert attends(small(attention=(16, 8))) == [True, False]
     assert attends(small(attention=(4,))) == [False, True]

@@ -13,20 +13,20 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, Explores
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.models import latent_pictures
-from gencompare.models.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian
+from gencompare.generative_model import Cond, DataSpec, SupportsVisualization
+from gencompare.models import visualization
+from gencompare.models.elbo import importance_weighted_bound, kl_from_standard_normal
+from gencompare.models.pixel_likelihoods import BernoulliLikelihood, DiscretizedLogistic, GaussianLikelihood
 from gencompare.models.priors import MixtureOfGaussians, StandardNormal
 from gencompare.models.vae import VAE
-from gencompare.models.variational import importance_weighted_bound, kl_from_standard_normal
 from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder
 from gencompare.networks.mlp import MLPDecoder, MLPEncoder
-from gencompare.seeds import Draws
+from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import Clock
+from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
 
 
@@ -139,12 +139,12 @@ class Truth:
             DataSpec("points", (self.d, 1, 1), num_levels=None),
             encoder=lambda *_: encoder,
             decoder=lambda *_: Linear(self.w, torch.zeros(self.d), (self.d, 1, 1)),
-            likelihood=Gaussian,
+            likelihood=GaussianLikelihood,
             latent_dim=self.k,
             **options,
         )
-        assert isinstance(model.likelihood, Gaussian)
-        model.likelihood.weight.data.fill_(math.log(self.sigma) / Gaussian.GAIN)
+        assert isinstance(model.likelihood, GaussianLikelihood)
+        model.likelihood.weight.data.fill_(math.log(self.sigma) / GaussianLikelihood.GAIN)
         q = torch.distributions.Normal(self.x @ weight.T, (0.5 * log_var).exp())
         truth = torch.distributions.Normal(self.x @ self.weight.T, (0.5 * self.log_var).exp())
         return model, torch.distributions.kl_divergence(q, truth).sum(1)
@@ -212,7 +212,7 @@ def test_a_trained_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> N
         spec,
         encoder=partial(MLPEncoder, depth=0),
         decoder=partial(MLPDecoder, depth=0),
-        likelihood=Gaussian,
+        likelihood=GaussianLikelihood,
         latent_dim=k,
         optimizer=partial(torch.optim.Adam, lr=2e-2),
     )
@@ -223,7 +223,7 @@ def test_a_trained_linear_vae_reaches_the_likelihood_of_probabilistic_pca() -> N
     )
     elbo = -bits.mean().item() * d * math.log(2)
     assert elbo == pytest.approx(best, rel=0.01)
-    assert isinstance(model.likelihood, Gaussian)
+    assert isinstance(model.likelihood, GaussianLikelihood)
     assert model.likelihood.log_scale.exp().item() ** 2 == pytest.approx(noise, rel=0.05)
 
 
@@ -239,8 +239,8 @@ def vae(spec: DataSpec, **options: Any) -> VAE:
     return VAE(spec, **(settings | options))
 
 
-def whole(n: int, seed: int = 0) -> Draws:
-    return Draws.whole(torch.Generator().manual_seed(seed), n)
+def whole(n: int, seed: int = 0) -> RandomSource:
+    return RandomSource.whole(torch.Generator().manual_seed(seed), n)
 
 
 def test_beta_and_free_bits_change_the_loss_and_never_the_bound() -> None:
@@ -307,7 +307,7 @@ def test_points_in_the_plane_train_with_perceptrons_and_a_gaussian() -> None:
         spec,
         encoder=partial(MLPEncoder, width=32, depth=1),
         decoder=partial(MLPDecoder, width=32, depth=1),
-        likelihood=Gaussian,
+        likelihood=GaussianLikelihood,
         latent_dim=2,
     )
     points = 0.05 * torch.randn(256, 2, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -339,7 +339,7 @@ def test_images_do_not_see_each_other() -> None:
     model = vae(Digits.spec).train()
     x, _ = next(iter(Digits().batches("val", 8)))
     both = model.losses(x, {}, whole(8))["loss"]
-    half = model.losses(x[4:], {}, Draws(torch.Generator().manual_seed(0), 4, 8, 8))["loss"]
+    half = model.losses(x[4:], {}, RandomSource(torch.Generator().manual_seed(0), 4, 8, 8))["loss"]
     assert torch.allclose(both[4:], half, atol=1e-6)
 
 
@@ -352,9 +352,9 @@ def test_padding_comes_out_black() -> None:
 
 def test_where_pixels_are_taken_for_probabilities_there_are_no_bits_per_dim() -> None:
     x, _ = next(iter(Digits().batches("val", 4)))
-    grey = vae(Digits.spec, likelihood=Bernoulli, importance_samples=5)
+    grey = vae(Digits.spec, likelihood=BernoulliLikelihood, importance_samples=5)
     assert not grey.likelihoods() and "bits_per_dim" not in grey.losses(x, {}, whole(4))
-    binary = vae(DataSpec("binary", (1, 8, 8), num_levels=2), likelihood=Bernoulli, importance_samples=5)
+    binary = vae(DataSpec("binary", (1, 8, 8), num_levels=2), likelihood=BernoulliLikelihood, importance_samples=5)
     assert set(binary.likelihoods()) == {"elbo", "iwae_5"}
     assert "bits_per_dim" in binary.losses(x.sign(), {}, whole(4))
 
@@ -378,7 +378,7 @@ def train(folder: Path, *, until: int, resume: bool = False, **options: Any) -> 
             trainer.should_stop |= trainer.callbacks[0].step == until
 
     model = vae(Digits.spec, **options)
-    callbacks = [Clock(5, 16, Budget(steps=8)), EMA(0.9), StopAt(), Checkpoints(folder)]
+    callbacks = [TrainingClock(5, 16, Budget(steps=8)), EMA(0.9), StopAt(), Checkpoints(folder)]
     trainer = pl.Trainer(
         callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
@@ -403,7 +403,7 @@ def test_pictures_show_reconstructions_ways_between_them_and_single_numbers_turn
     """With a linear decoder of orthonormal columns, what a picture shows can be read off as latents again."""
     truth = Truth(n=5)
     model, _ = truth.vae(0.0)
-    assert isinstance(model, Explores)
+    assert isinstance(model, SupportsVisualization)
     x = truth.x[:, :, None, None] / 10
     pictures = model.pictures(x, {}, generator=torch.Generator())
     shown = {name: images[..., 0, 0] for name, images in pictures.items()}
@@ -459,16 +459,16 @@ def test_pictures_of_a_conditional_model_keep_to_their_classes() -> None:
     def decode(z: Tensor, cond: Cond) -> Tensor:
         return cond["label"][:, None, None, None].expand(-1, 1, 2, 2)
 
-    ways = latent_pictures.interpolation(decode, z, {"label": label})[..., 0, 0, 0]
+    ways = visualization.interpolation(decode, z, {"label": label})[..., 0, 0, 0]
     assert ways.tolist() == [[7] * 4 + [2] * 5, [5] * 4 + [9] * 5]
-    assert (latent_pictures.traversal(decode, z, torch.zeros(4, 3), {"label": label}) == 7).all()
+    assert (visualization.traversal(decode, z, torch.zeros(4, 3), {"label": label}) == 7).all()
 
 
 def test_a_latent_number_that_is_the_same_for_all_images_is_turned_last() -> None:
     """Whatever the prior: far from N(0, I) it has a divergence, and yet tells nothing."""
     told = torch.stack([torch.full((6,), 5.0), torch.tensor([0.5, -0.5] * 3)], 1)
     log_var = torch.tensor([0.5, 0.1]).square().log().expand(6, 2)
-    turned = latent_pictures.traversal(lambda z, cond: z[:, :, None, None], told, log_var, {})[..., 0, 0]
+    turned = visualization.traversal(lambda z, cond: z[:, :, None, None], told, log_var, {})[..., 0, 0]
     std = math.sqrt(0.5**2 + 0.1**2)
     torch.testing.assert_close(turned[0, :, 1], torch.linspace(-3, 3, 9) * std)
     torch.testing.assert_close(turned[1, :, 0], 5 + torch.linspace(-3, 3, 9) * 0.5)

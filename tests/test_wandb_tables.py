@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from gencompare.compare.report import report
+from gencompare.compare.page import report
 from gencompare.records import Metric, RunRecord
-from gencompare.training.loggers import finish, wandb_logger
+from gencompare.training.loggers import finish_loggers, wandb_logger
 from synthetic import result, write_run
 
 
@@ -26,7 +26,7 @@ def test_figures_and_pictures_are_logged(tmp_path: Path) -> None:
     Image.new("L", (5, 7)).save(folder / "other.png")
     page = report([folder], folder)
     logger = wandb_logger(folder=folder, name="run", id="abc123", project="test", mode="offline")
-    finish([logger], RunRecord.load(folder), folder, page)
+    finish_loggers([logger], RunRecord.load(folder), folder, page)
     (files,) = folder.glob("wandb/offline-run-*-abc123/files")
     (table,) = files.glob("media/table/figures_*.table.json")
     content = json.loads(table.read_text())

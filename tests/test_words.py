@@ -9,8 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from gencompare.overrides import pasted, quoted
-from gencompare.tasks import frozen
+from gencompare.command_line import quote, shell_command
+from gencompare.tasks.runs import run_config
 
 ODD = [
     "it's a u? 50%", "a,b=[c]", "a\\b", "a\\", "a\\'b", "a\\\\", "${x}", "a\\${x}", "'q'", '"d"', "null", "True", "1e3",
@@ -20,16 +20,19 @@ ODD = [
 
 @pytest.mark.parametrize("text", [*ODD, "runs/a_b-c.d", "../runs", "/tmp/x"])
 def test_a_quoted_value_means_just_its_text(text: str) -> None:
-    override = OverridesParser.create().parse_override(f"key={quoted(text)}")
+    override = OverridesParser.create().parse_override(f"key={quote(text)}")
     assert not override.is_sweep_override()
     cfg = OmegaConf.create({"x": "no"})
     OmegaConf.update(cfg, "key", override.value())
     assert cfg.key == text and isinstance(cfg.key, str)
-    assert shlex.split(pasted("key", text)) == [f"key={quoted(text)}"]
+    assert shlex.split(shell_command("key", text)) == [f"key={quote(text)}"]
 
 
 def test_plain_text_stays_bare() -> None:
-    assert [pasted("resume", place) for place in ("runs/a_1.2-b", "/x/y")] == ["resume=runs/a_1.2-b", "resume=/x/y"]
+    assert [shell_command("resume", place) for place in ("runs/a_1.2-b", "/x/y")] == [
+        "resume=runs/a_1.2-b",
+        "resume=/x/y",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in ODD if name.strip() and "/" not in name])
@@ -37,5 +40,5 @@ def test_a_run_folder_is_found_by_its_quoted_name(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     (Path(name) / "config.yaml").write_text("choices: {data: digits}\n")
-    words = frozen.base_on_run_folder([f"run={quoted(name)}"])
-    assert "data=digits" in words and f"hydra.run.dir={quoted(name)}" in words
+    words = run_config.base_on_run_folder([f"run={quote(name)}"])
+    assert "data=digits" in words and f"hydra.run.dir={quote(name)}" in words

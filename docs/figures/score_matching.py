@@ -33,9 +33,9 @@ from toy_scores import (
     width,
 )
 
-from gencompare.compare.curves import COLORS
-from gencompare.diffusion.samplers import EulerMaruyama, ReverseDiffusion
-from gencompare.seeds import generator
+from gencompare.compare.charts import COLORS
+from gencompare.diffusion.sde_samplers import EulerMaruyama, ReverseDiffusion
+from gencompare.rng import generator
 
 IMAGE = Path(__file__).parents[1] / "images" / "score_matching.png"
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

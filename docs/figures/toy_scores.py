@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gencompare.data.planar import DISTRIBUTIONS, Mixture
-from gencompare.diffusion.denoiser import Cond, Denoiser, Denoises
-from gencompare.diffusion.objectives import WeightedMSE
-from gencompare.diffusion.parameterization import Karras, Prediction
-from gencompare.diffusion.samplers import AnnealedLangevin, Sampler
+from gencompare.data.toy2d import DISTRIBUTIONS, Mixture
+from gencompare.diffusion.denoiser import Cond, Denoiser, DenoiserProtocol
+from gencompare.diffusion.objectives import EDMWeighting, WeightedMSE
+from gencompare.diffusion.parameterizations import EDMPreconditioning, Prediction
+from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import CLEAN, VE, NoiseSchedule
+from gencompare.diffusion.sde_samplers import AnnealedLangevin
 from gencompare.diffusion.times import TimeDistribution, UniformTimes
-from gencompare.diffusion.weightings import EDM
-from gencompare.networks.denoising_mlp import DenoisingMLP
-from gencompare.seeds import Draws, generator
+from gencompare.networks.mlp import DenoisingMLP
+from gencompare.rng import RandomSource, generator
 
 TWO = DISTRIBUTIONS["two_gaussians"]
 assert isinstance(TWO, Mixture)
@@ -70,7 +70,7 @@ class OneTime(TimeDistribution):
 
     t: float
 
-    def __call__(self, schedule: NoiseSchedule, draws: Draws) -> Tensor:
+    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
         return torch.full((len(draws),), self.t)
 
 
@@ -81,11 +81,11 @@ def trained(
     torch.manual_seed(0)
     source, rows = generator("cpu", "training"), 256
     network = DenoisingMLP((2, 1, 1), 2, width=features, depth=depth)
-    denoiser = Denoiser(network, SCHEDULE, Karras())
-    objective = WeightedMSE(weighting=EDM(), times=times)
+    denoiser = Denoiser(network, SCHEDULE, EDMPreconditioning())
+    objective = WeightedMSE(weighting=EDMWeighting(), times=times)
 
     def loss() -> Tensor:
-        return objective(denoiser, points(rows, source), {}, Draws.whole(source, rows))["loss"].mean()
+        return objective(denoiser, points(rows, source), {}, RandomSource.whole(source, rows))["loss"].mean()
 
     _descend(network, steps, loss)
     return denoiser
@@ -146,12 +146,12 @@ def time_of(sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def score(denoiser: Denoises, x: Tensor, sigma: float) -> Tensor:
+def score(denoiser: DenoiserProtocol, x: Tensor, sigma: float) -> Tensor:
     """The score that a denoiser knows of x at this noise, like x."""
     return -denoiser(x, time_of(sigma).expand(len(x)), {}).eps / sigma
 
 
-def relative_error(denoiser: Denoises, x: Tensor, sigma: float) -> float:
+def relative_error(denoiser: DenoiserProtocol, x: Tensor, sigma: float) -> float:
     """Root of E||s - grad log p_sigma||^2 / E||grad log p_sigma||^2 over points x of `two_gaussians`' plane: 0 is
     perfect, 1 is what s = 0 gets."""
     truth = Exact().score(x, sigma)
@@ -167,13 +167,13 @@ ACROSS = torch.tensor([1.0, -1.0]) / math.sqrt(2)
 """The unit vector across the line."""
 
 
-def pull(denoiser: Denoises, n: int, sigma: float, distance: float, source: torch.Generator) -> float:
+def pull(denoiser: DenoiserProtocol, n: int, sigma: float, distance: float, source: torch.Generator) -> float:
     """Mean length of the score's part towards `line`, at points so far off it: distance / sigma^2 in truth."""
     x = line(n, source) + distance * ACROSS[:, None, None]
     return -float((score(denoiser, x, sigma).flatten(1) @ ACROSS).mean())
 
 
-def pull_at_the_level(denoiser: Denoises, n: int, sigma: float, source: torch.Generator) -> float:
+def pull_at_the_level(denoiser: DenoiserProtocol, n: int, sigma: float, source: torch.Generator) -> float:
     """sigma times the root mean square of that part over p_sigma: 1 in truth, at every level."""
     across = score(denoiser, noisy(line, n, sigma, source), sigma).flatten(1) @ ACROSS
     return sigma * float(across.square().mean().sqrt())
@@ -187,14 +187,14 @@ ANNEALED = AnnealedLangevin(steps=20, steps_per_level=50)
 
 
 @torch.no_grad()
-def sampled(sampler: Sampler, denoiser: Denoises, n: int) -> Tensor:
+def sampled(sampler: Sampler, denoiser: DenoiserProtocol, n: int) -> Tensor:
     """n points of a sampler, from the schedule's own noise."""
     x = SCHEDULE.prior((n, 2, 1, 1), generator("cpu", "prior"))
     return sampler.sample(denoiser, x, generator=generator("cpu", "sampler"))
 
 
 @torch.no_grad()
-def langevin_at(denoiser: Denoises, sigma: float, n: int, *, denoise: bool = True) -> Tensor:
+def langevin_at(denoiser: DenoiserProtocol, sigma: float, n: int, *, denoise: bool = True) -> Tensor:
     """n points by Langevin steps at one noise level alone, as many as `ANNEALED` takes at all of its levels, started
     evenly over the `square`: half of them nearer to either mode."""
     sampler = AnnealedLangevin(steps=1, steps_per_level=ANNEALED.steps * ANNEALED.steps_per_level, denoise=denoise)

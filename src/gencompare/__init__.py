@@ -12,20 +12,20 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "EMA": "gencompare.training.ema",
-    "build": "gencompare.tasks.compose",
-    "compose": "gencompare.tasks.compose",
+    "build": "gencompare.tasks.python_api",
+    "compose": "gencompare.tasks.python_api",
     "evaluate": "gencompare.evaluation.evaluate",
-    "load_from_checkpoint": "gencompare.contract",
-    "load_run": "gencompare.tasks.load",
-    "train": "gencompare.tasks.compose",
+    "load_from_checkpoint": "gencompare.generative_model",
+    "load_run": "gencompare.tasks.runs.loading",
+    "train": "gencompare.tasks.python_api",
 }
 __all__ = ["EMA", "__version__", "build", "compose", "evaluate", "load_from_checkpoint", "load_run", "train"]
 
 if TYPE_CHECKING:
-    from gencompare.contract import load_from_checkpoint
     from gencompare.evaluation.evaluate import evaluate
-    from gencompare.tasks.compose import build, compose, train
-    from gencompare.tasks.load import load_run
+    from gencompare.generative_model import load_from_checkpoint
+    from gencompare.tasks.python_api import build, compose, train
+    from gencompare.tasks.runs.loading import load_run
     from gencompare.training.ema import EMA
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.files import atomic
-from gencompare.locks import locked
+from gencompare.files import atomic, locked
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ CHECKSUM_BYTES = 32
 BLOCK = 1 << 20
 
 
-def cached(folder: Path | None, name: str, make: Callable[[], Tensor]) -> Tensor:
+def cached_array(folder: Path | None, name: str, make: Callable[[], Tensor]) -> Tensor:
     """The tensor called ``name`` in ``folder``; made and stored where it is missing or damaged.
 
     ``name`` must be a function of all that ``make`` depends on. Processes that ask at once make it once. Where the

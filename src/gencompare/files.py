@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and their check sums."""
+"""Files that appear whole or not at all, their check sums, and locks between processes."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -77,3 +78,19 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path`` (made where missing, left behind); others wait. The system frees it if we die.
+
+    Raises OSError where the folder cannot be written or its file system knows no locks, and BlockingIOError where
+    another process holds the file and we shall not ``wait``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,13 +1,9 @@
-"""Constructor arguments as plain data, so that a checkpoint alone can rebuild its model without unpickling objects.
-
-An object becomes Hydra's description of it, ``{"_target_": "package.Class", **arguments}``; a factory (a
-``functools.partial``) the same with ``_partial_: true``; a class or function ``{"_target_": "hydra.utils.get_object",
-"path": "package.name"}``.
-"""
+"""Reading checkpoints without running what is in them."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial, reduce
@@ -15,6 +11,7 @@ from importlib import import_module
 from types import FrameType, FunctionType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
@@ -121,3 +118,17 @@ def object_at(path: str, name: str = "model") -> Any:
 def as_path(thing: Any) -> str:
     """Where a class or function is found: ``package.module.name``."""
     return f"{thing.__module__}.{thing.__qualname__}"
+
+
+AVERAGED = "ema"
+"""The key of a checkpoint under which averaged weights are."""
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint's content; only tensors and plain containers are admitted. Raises `UserError` for a bad file."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no checkpoint {path}.") from error
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no checkpoint of gencompare ({type(error).__name__}).") from error

@@ -1,12 +1,13 @@
-"""The run record: everything that a comparison needs to know of one run, in one JSON file. No torch here."""
+"""The run record: everything that a comparison needs to know about a run, in one JSON file. No torch here."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,75 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.errors import UserError
-from gencompare.files import write_json
-from gencompare.locks import locked
-from gencompare.protocol import Generation, Measurement
+from gencompare.files import locked, write_json
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What must agree for two figures to be ranked."""
+
+    data: str
+    """Name of the data set."""
+    n: int
+    """Number of generated images."""
+    reference: str
+    """The split that the images are held against."""
+    reference_n: int
+    reference_hash: str
+    """Hash of the reference split's pixels."""
+    extractor: str
+    extractor_hash: str
+    """Hash of the extractor's weights."""
+    resize: str = "none"
+    """How images reach the extractor's size."""
+    quantization: str = "uint8"
+    """Rounding of images before features are taken."""
+    conditioning: str = "unconditional"
+    """``unconditional``, ``labels``, or further conditions with their shapes and the split that they come from: a
+    conditional model is told the class, so it plays another game."""
+    label_distribution: str = "none"
+    chunk: int = 0
+    """Images drawn from one seed at a time."""
+
+    @property
+    def id(self) -> str:
+        """A short name of the protocol: equal for two figures exactly when they may be ranked."""
+        return _short_hash(asdict(self))
+
+    def differences(self, other: Measurement) -> dict[str, tuple[Any, Any]]:
+        """The fields in which the two disagree, each with both values."""
+        return {
+            f.name: (getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        }
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How the measured samples came about: shown beside a figure, free to differ between rows."""
+
+    weights: str = "unknown"
+    """``ema``, ``raw`` or ``unknown``."""
+    checkpoint: str = "unknown"
+    """Rule by which the checkpoint was chosen: ``last``, or ``best`` (on validation data only)."""
+    step: int | None = None
+    images_seen: int | None = None
+    sampler: str = "unknown"
+    """The sampler and its settings, in words."""
+    nfe: dict[str, float] | None = None
+    """Network calls a sample, counted at each network by name."""
+    guidance: str = "none"
+    seed: int | None = None
+
+    @property
+    def id(self) -> str:
+        return _short_hash(asdict(self))
+
+
+def _short_hash(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
 
 SCHEMA = 1
 FILE = "record.json"
@@ -51,7 +118,7 @@ class Result:
     """Figures that were measured on one set of samples, with the protocol of both halves."""
 
     measurement: Measurement
-    generation: Generation
+    generation: SampleSettings
     metrics: dict[str, Metric]
     headline: str
     """Name of the metric that ranks."""
@@ -168,7 +235,7 @@ def _result(raw: dict[str, Any]) -> Result:
         **{
             **raw,
             "measurement": Measurement(**raw["measurement"]),
-            "generation": Generation(**raw["generation"]),
+            "generation": SampleSettings(**raw["generation"]),
             "metrics": metrics,
         }
     )

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: styles, pictures and charts are inside, and it asks the network for nothing."""
+"""The comparison page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -6,29 +6,44 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from gencompare import __version__
-from gencompare.compare import terminal, words
-from gencompare.compare.anchors import anchors
-from gencompare.compare.charts import Charts, in_order
-from gencompare.compare.details import all_figures, compact
-from gencompare.compare.gather import Gathered, Run
-from gencompare.compare.plots import MARKS, Chart, legend, svg
-from gencompare.compare.rank import Group, apart, disagreements, ranked, without_figures
-from gencompare.compare.remedy import commands
+from gencompare.compare import formatting, terminal
+from gencompare.compare.charts import Charts, in_order, save_all
+from gencompare.compare.load_runs import LoadedRuns, ResultView, RunFolder, load_runs
+from gencompare.compare.ranking import (
+    TableSection,
+    by_primary_metric,
+    disagreements,
+    published_results,
+    ranked,
+    without_metrics,
+)
+from gencompare.compare.sampler_description import sampler_description
 from gencompare.compare.settings import differences, settings_of
-from gencompare.compare.significance import LEAST_SEEDS
-from gencompare.compare.styles import styles
-from gencompare.compare.table import columns, heading
-from gencompare.compare.ways import made
+from gencompare.compare.statistics import MIN_SEEDS
+from gencompare.compare.suggestions import suggested_commands
+from gencompare.compare.svg_plots import MARKS, Chart, legend, styles, svg
+from gencompare.compare.tables import (
+    all_metrics,
+    columns,
+    compact_config,
+    heading,
+    write_csv,
+    write_latex,
+    write_markdown,
+)
+from gencompare.errors import UserError
 from gencompare.files import write_text
 from gencompare.records import Metric
 
@@ -40,8 +55,8 @@ DETAILED = 12
 
 
 @dataclass(frozen=True)
-class Picture:
-    run: Run
+class PageImage:
+    run: RunFolder
     caption: str
     """What was drawn, and how good it is."""
     source: str
@@ -49,17 +64,17 @@ class Picture:
 
 
 @dataclass
-class Pictures:
+class PageImages:
     """The pictures of a page under its budget, side by side under their titles."""
 
     left: int
-    by_title: dict[str, list[Picture]] = field(default_factory=dict)
+    by_title: dict[str, list[PageImage]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     """Pictures that a record names and that are not there."""
     too_many: int = 0
     _seen: set[tuple[str, str, bytes]] = field(default_factory=set)
 
-    def add(self, run: Run, title: str, path: str, caption: str) -> None:
+    def add(self, run: RunFolder, title: str, path: str, caption: str) -> None:
         content = run.picture(path)
         if content is None:
             self.missing.append(f"{run.label}: {title} ({path})")
@@ -71,15 +86,15 @@ class Pictures:
             self.left -= len(content)
             self._seen.add((run.label, title, content))
             source = "data:image/png;base64," + base64.b64encode(content).decode()
-            self.by_title.setdefault(title, []).append(Picture(run, caption, source))
+            self.by_title.setdefault(title, []).append(PageImage(run, caption, source))
 
 
-def write_page(gathered: Gathered, path: str | os.PathLike[str]) -> None:
+def write_page(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
     """Write the page of one run, or of many."""
     write_text(path, render(gathered))
 
 
-def render(gathered: Gathered) -> str:
+def render(gathered: LoadedRuns) -> str:
     groups = ranked(gathered)
     runs = in_order(groups, gathered.runs)
     style = styles(groups, runs)
@@ -97,10 +112,10 @@ def render(gathered: Gathered) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         groups=[_table(k, group, single) for k, group in enumerate(groups, 1)],
         anchors=_anchors(groups),
-        apart=apart(groups) if len(groups) > 1 else "",
+        apart=by_primary_metric(groups) if len(groups) > 1 else "",
         disagreements=disagreements(groups),
-        commands=commands(groups),
-        pictures=_pictures(groups, runs, single),
+        commands=suggested_commands(groups),
+        pictures=_images(groups, runs, single),
         distances=_drawn(charts.distances, "d"),
         losses=_drawn(charts.losses, "l"),
         against_calls=_drawn(charts.against_calls, "n"),
@@ -114,10 +129,10 @@ def render(gathered: Gathered) -> str:
         marks={dash: path for dash, (_, path) in MARKS.items()},
         legend=lambda drawn: legend(chart for chart, *_ in drawn),
         settings=[] if single else differences(runs),
-        without_figures=without_figures(runs),
+        without_figures=without_metrics(runs),
         skipped=gathered.skipped,
-        dash=words.NONE,
-        least_seeds=LEAST_SEEDS,
+        dash=formatting.NONE,
+        least_seeds=MIN_SEEDS,
     )
 
 
@@ -131,20 +146,20 @@ def _asset(name: str) -> str:
     return resources.files("gencompare.compare").joinpath(name).read_text(encoding="utf-8")
 
 
-def _subtitle(runs: list[Run], groups: list[Group]) -> str:
+def _subtitle(runs: list[RunFolder], groups: list[TableSection]) -> str:
     families = sorted({run.record.family for run in runs})
     data = sorted({str(run.record.data.get("name", "")) for run in runs})
     protocols = f"{len(groups)} protocol{'s' if len(groups) != 1 else ''}"
     return f"{', '.join(families)} on {', '.join(data)}; {protocols}"
 
 
-def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
+def _table(number: int, group: TableSection, single: bool) -> dict[str, Any]:
     shown = columns(group)
     return {
         "number": number,
         "data": group.measurement.data,
         "title": f"{group.measurement.data}: {heading(group, group.headline)}",
-        "protocol": words.describe(group.measurement),
+        "protocol": formatting.describe(group.measurement),
         "id": group.measurement.id,
         "headline": group.headline,
         "notes": group.notes(),
@@ -153,39 +168,41 @@ def _table(number: int, group: Group, single: bool) -> dict[str, Any]:
         "sections": [
             (title, [(row, [column.cell(row) for column in shown]) for row in rows]) for title, rows in group.sections()
         ],
-        "figures": all_figures(group) if single or len(group.rows) <= DETAILED else None,
+        "figures": all_metrics(group) if single or len(group.rows) <= DETAILED else None,
     }
 
 
-def _anchors(groups: list[Group]) -> dict[int, list[tuple[str, ...]]]:
+def _anchors(groups: list[TableSection]) -> dict[int, list[tuple[str, ...]]]:
     """Published figures, as text, by the number of the last table of their data set: there they stand below."""
     last = {group.measurement.data: number for number, group in enumerate(groups, 1)}
     return {
         number: [
             (
-                a.model, words.figure(a.fid), words.figure(a.bpd), words.rate(a.nfe), words.count(a.images),
+                a.model, formatting.format_metric(a.fid), formatting.format_metric(a.bpd),
+                formatting.format_rate(a.nfe),
+                formatting.format_count(a.images),
                 f"{a.source} ({a.note})" if a.note else a.source,
             )
-            for a in anchors(data)
+            for a in published_results(data)
         ]
         for data, number in last.items()
-        if anchors(data)
+        if published_results(data)
     }  # fmt: skip
 
 
-def _pictures(groups: list[Group], runs: list[Run], single: bool) -> Pictures:
-    pictures = Pictures(PICTURE_BYTES)
+def _images(groups: list[TableSection], runs: list[RunFolder], single: bool) -> PageImages:
+    pictures = PageImages(PICTURE_BYTES)
     for group in groups:
         for row in group.rows:
             run, result = row.line.members[0]
             # The figure of the run whose samples these are, not its row's mean.
             own = result.metrics.get(group.headline, Metric(None))
-            quality = f"{words.title(group.headline)} {words.figure(own.value)}"
+            quality = f"{formatting.title(group.headline)} {formatting.format_metric(own.value)}"
             for title, path in result.pictures.items():
                 of_data = (
                     title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
                 )
-                pictures.add(run, of_data, path, f"{quality}, {made(result)}")
+                pictures.add(run, of_data, path, f"{quality}, {sampler_description(result)}")
     for run in runs:
         if single or not any(result.pictures for result in run.record.results):
             for title, path in run.record.pictures.items():
@@ -197,23 +214,23 @@ def _drawn(charts: list[Chart], key: str) -> list[tuple[Chart, Markup]]:
     return [(chart, Markup(svg(chart, f"{key}{k}"))) for k, chart in enumerate(charts)]
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: RunFolder) -> dict[str, Any]:
     """What a reader may want to know of one run, in order; lines without a value are left out."""
     record, taken, made = run.record, run.record.training, run.record.environment
     git, packages = _mapping(made.get("git")), _mapping(made.get("packages"))
     commit = str(git.get("commit", ""))[:12] + (" with uncommitted changes" if git.get("dirty") else "")
-    memory = words.number(taken.get("peak_memory_bytes"))
+    memory = formatting.format_number(taken.get("peak_memory_bytes"))
     facts = {
         "state": record.state,
         "error": str(taken.get("error") or ""),
         "folder": str(run.folder),
         "made": record.created,
         "command": " ".join(["python run.py", *record.overrides]) if record.overrides else "",
-        "data": f"{record.data.get('name', '')} {compact(record.data.get('splits') or {})}",
-        "parameters": _known(words.number(record.model.get("parameters")), words.count),
-        "FLOPs": _known(words.number(taken.get("flops")), words.count),
+        "data": f"{record.data.get('name', '')} {compact_config(record.data.get('splits') or {})}",
+        "parameters": _known(formatting.format_number(record.model.get("parameters")), formatting.format_count),
+        "FLOPs": _known(formatting.format_number(taken.get("flops")), formatting.format_count),
         "peak memory": f"{memory / 2**20:,.0f} MiB" if memory is not None else "",
-        "processes": compact(taken.get("processes", "")),
+        "processes": compact_config(taken.get("processes", "")),
         "device": str(made.get("device", "")),
         "commit": commit,
         "versions": "  ".join(f"{name} {version}" for name, version in packages.items() if version),
@@ -229,3 +246,32 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _known(value: float | None, say: Any) -> str:
     return say(value) if value is not None else ""
+
+
+PAGE, TABLE, MARKDOWN, LATEX = "compare.html", "compare.csv", "compare.md", "compare.tex"
+
+
+def report(
+    folders: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], view: ResultView = ResultView()
+) -> Path:
+    """`write` of what is gathered from ``folders``."""
+    return write(load_runs(folders, view), out)
+
+
+def write(gathered: LoadedRuns, out: str | os.PathLike[str]) -> Path:
+    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` in ``out``. Returns the page.
+
+    One folder makes the page and the tables of a single run. Raises `UserError` when none of them holds a readable
+    record, and when the view asks for what there is not.
+    """
+    if not gathered.runs:
+        reasons = [skip.reason for skip in gathered.skipped]
+        raise UserError(f"No run can be shown: {reasons[0]}" if reasons else "No run folder was given to compare.")
+    out = Path(out)
+    write_csv(gathered, out / TABLE)
+    write_markdown(gathered, out / MARKDOWN)
+    write_latex(gathered, out / LATEX)
+    if len(gathered.runs) > 1:
+        save_all(gathered, out)
+    write_page(gathered, out / PAGE)
+    return out / PAGE

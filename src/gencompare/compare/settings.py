@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gencompare.compare import words
-from gencompare.compare.gather import Run
+from gencompare.compare import formatting
+from gencompare.compare.load_runs import RunFolder
 
 NOT_SETTINGS = (
     "out", "tags", "command", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights",
@@ -23,10 +23,10 @@ class Differences:
 
     title: str
     names: list[str]
-    rows: list[tuple[Run, list[str]]]
+    rows: list[tuple[RunFolder, list[str]]]
 
 
-def differences(runs: Iterable[Run]) -> list[Differences]:
+def differences(runs: Iterable[RunFolder]) -> list[Differences]:
     """Settings outside the model that differ between any runs, and model settings that differ inside a family.
 
     Two families share hardly any model setting, so a table of all of them would be one of gaps.
@@ -64,9 +64,9 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _differing(title: str, runs: list[tuple[Run, dict[str, str]]]) -> Differences:
+def _differing(title: str, runs: list[tuple[RunFolder, dict[str, str]]]) -> Differences:
     names = dict.fromkeys(name for _, settings in runs for name in settings)
     kept = [name for name in names if len({settings.get(name) for _, settings in runs}) > 1]
     return Differences(
-        title, kept, [(run, [settings.get(name, words.NONE) for name in kept]) for run, settings in runs]
+        title, kept, [(run, [settings.get(name, formatting.NONE) for name in kept]) for run, settings in runs]
     )

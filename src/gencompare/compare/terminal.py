@@ -11,13 +11,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gencompare.compare import words
-from gencompare.compare.gather import Gathered, Run, gather
-from gencompare.compare.rank import Group as Ranking
-from gencompare.compare.rank import apart, disagreements, rank, ranked, without_figures
-from gencompare.compare.remedy import commands
-from gencompare.compare.table import Cell, columns, heading
-from gencompare.compare.ways import weights
+from gencompare.compare import formatting
+from gencompare.compare.load_runs import LoadedRuns, RunFolder, load_runs
+from gencompare.compare.ranking import TableSection as Ranking
+from gencompare.compare.ranking import by_primary_metric, disagreements, rank, ranked, without_metrics
+from gencompare.compare.sampler_description import weights
+from gencompare.compare.suggestions import suggested_commands
+from gencompare.compare.tables import Cell, columns, heading
 from gencompare.records import RunRecord
 
 RESULTS = 4
@@ -28,20 +28,22 @@ NAME = 32
 """Longer text goes on in the next line of its cell."""
 
 
-def print_tables(runs: Gathered | Iterable[str | os.PathLike[str]], console: Console | None = None) -> None:
+def print_tables(runs: LoadedRuns | Iterable[str | os.PathLike[str]], console: Console | None = None) -> None:
     """Print the comparison of ``runs`` (folders, or what was gathered): a table a protocol, and what was left out."""
     console = console or Console()
-    gathered = runs if isinstance(runs, Gathered) else gather(runs)
+    gathered = runs if isinstance(runs, LoadedRuns) else load_runs(runs)
     groups = ranked(gathered)
     for group in groups:
         console.print(_ranking(group, console.width))
     if len(groups) > 1:
-        console.print(Text(f"{len(groups)} protocols: figures are ranked within one table only. {apart(groups)}\n"))
+        console.print(
+            Text(f"{len(groups)} protocols: figures are ranked within one table only. {by_primary_metric(groups)}\n")
+        )
         for sentence in disagreements(groups):
             console.print(Text(f"{sentence}\n", style="yellow"))
-        for number, line in enumerate(commands(groups)):
+        for number, line in enumerate(suggested_commands(groups)):
             console.print(Text(("" if number else "To measure them alike:\n") + f"  {line}"), soft_wrap=True)
-    for run in without_figures(gathered.runs):
+    for run in without_metrics(gathered.runs):
         console.print(Text(f"no figures: {run.label} ({run.record.state})", style="dim"))
     for skip in gathered.skipped:
         console.print(Text(f"left out: {skip.folder}: {skip.reason}", style="yellow"))
@@ -69,7 +71,7 @@ def _ranking(group: Ranking, width: int) -> RenderableType:
                 Text("\n").join(Text(line, "dim" if k else "") for k, line in enumerate(_lines(column.cell(row))))
                 for column in shown
             ]
-            table.add_row(str(row.rank or words.NONE), *texts)
+            table.add_row(str(row.rank or formatting.NONE), *texts)
         table.add_section()
     left = len(every) - len(shown)
     notes = [f"{left} more columns are in the page and in the CSV: this terminal is narrow."] if left else []
@@ -87,18 +89,24 @@ def _lines(cell: Cell) -> list[str]:
 
 def _heading(group: Ranking) -> tuple[Text, Text]:
     title = f"{group.measurement.data}: {heading(group, group.headline)}"
-    return Text(title, style="bold"), Text(words.describe(group.measurement), style="dim")
+    return Text(title, style="bold"), Text(formatting.describe(group.measurement), style="dim")
 
 
 def cost(record: RunRecord) -> str:
     """What a run is and what it took, in one line."""
     taken = record.training
-    seen, seconds = words.number(taken.get("images_seen")), words.number(taken.get("seconds"))
-    speed, parameters = words.number(taken.get("images_per_second")), words.number(record.model.get("parameters"))
+    seen, seconds = formatting.format_number(taken.get("images_seen")), formatting.format_number(taken.get("seconds"))
+    speed, parameters = (
+        formatting.format_number(taken.get("images_per_second")),
+        formatting.format_number(record.model.get("parameters")),
+    )
     parts = [f"{record.family} on {record.data.get('name', 'unknown data')}"]
-    parts += [f"{words.count(parameters)} parameters"] if parameters is not None else []
+    parts += [f"{formatting.format_count(parameters)} parameters"] if parameters is not None else []
     if seen is not None:
-        parts.append(f"{words.count(seen)} images seen" + (f" in {words.duration(seconds)}" if seconds else ""))
+        parts.append(
+            f"{formatting.format_count(seen)} images seen"
+            + (f" in {formatting.format_duration(seconds)}" if seconds else "")
+        )
     parts += [f"{speed:,.0f} images/s"] if speed is not None else []
     return ", ".join(parts)
 
@@ -109,7 +117,7 @@ def summary(record: RunRecord) -> RenderableType:
     kept = RunRecord(record.name, record.family, record.data, model=record.model, training=record.training)
     kept.results = results
     parts: list[RenderableType] = [Text(cost(record))]
-    for group in rank([Run(Path(), kept, record.name)]):
+    for group in rank([RunFolder(Path(), kept, record.name)]):
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("")
         for row in group.rows:
@@ -126,20 +134,20 @@ def summary(record: RunRecord) -> RenderableType:
                 beside = []
                 if metric is not None:
                     beside = [
-                        words.interval(metric),
-                        words.over(metric) if name == group.headline else "",
-                        words.label(metric),
-                        words.WARNED if name == group.headline and row.flags else "",
+                        formatting.format_interval(metric),
+                        formatting.format_seeds(metric) if name == group.headline else "",
+                        formatting.label(metric),
+                        formatting.WARNED if name == group.headline and row.flags else "",
                     ]
                 texts.append(
                     Text.assemble(
-                        words.figure(metric.value if metric else None),
+                        formatting.format_metric(metric.value if metric else None),
                         *(("  " + part, "dim") for part in beside if part),
                     )
                 )
                 if metric is not None and metric.note:
-                    noted[f"{words.title(name)}: {metric.note}"] = None
-            table.add_row(Text(heading(group, name)), *texts, Text(words.figure(floor)))
+                    noted[f"{formatting.title(name)}: {metric.note}"] = None
+            table.add_row(Text(heading(group, name)), *texts, Text(formatting.format_metric(floor)))
         parts += [*_heading(group), table, *_warnings(group), *(Text(note, style="dim") for note in noted), ""]
     hidden = len(record.results) - len(results)
     if hidden:

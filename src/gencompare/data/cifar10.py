@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencompare.contract import DataSpec
-from gencompare.data.archive import open_archive
-from gencompare.data.base import ImageData, Split
-from gencompare.data.decode import decoded
-from gencompare.data.locate import obtain, places
-from gencompare.data.partition import hold_out, shuffled
-from gencompare.data.pickled import read_batch
+from gencompare.data.archives import candidate_paths, obtain, open_archive
+from gencompare.data.datamodule import ImageData, Split, hold_out, shuffled
+from gencompare.data.file_formats import decode_cached, read_batch
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PER_CLASS = {"train": 5000, "test": 1000}
@@ -26,7 +23,7 @@ VAL = 5000
 BATCHES = {"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)}
 PICTURE = re.compile(rf"(?:.*/)?(train|test)/({'|'.join(CLASSES)})/([^/]+\.png)")
 
-Part = tuple[Tensor, list[int], list[str]]
+CIFARSplit = tuple[Tensor, list[int], list[str]]
 """Images (n, 3, 32, 32), labels and file names of one official split."""
 
 
@@ -65,18 +62,18 @@ class CIFAR10(ImageData):
         train, val = hold_out(train, VAL, "cifar10", "split")
         return {"train": train, "val": val, "test": shuffled(test, "cifar10", "test")}
 
-    def _find(self) -> partial[dict[str, Part]] | None:
+    def _find(self) -> partial[dict[str, CIFARSplit]] | None:
         """How to read what is there."""
-        for folder in places(self.root, "cifar10", ("cifar-10-batches-py", "")):
+        for folder in candidate_paths(self.root, "cifar10", ("cifar-10-batches-py", "")):
             if all((folder / name).is_file() for names in BATCHES.values() for name in names):
                 return partial(_from_pickles, folder)
-        for place in places(self.root, "cifar10", ("cifar10.zip", "")):
+        for place in candidate_paths(self.root, "cifar10", ("cifar10.zip", "")):
             if (place.suffix == ".zip" and place.is_file()) or (place / "train" / CLASSES[0]).is_dir():
                 return partial(_from_pictures, place, self.cache)
         return None
 
 
-def _from_pickles(folder: Path) -> dict[str, Part]:
+def _from_pickles(folder: Path) -> dict[str, CIFARSplit]:
     parts = {}
     for split, names in BATCHES.items():
         batches = [read_batch(folder / name) for name in names]
@@ -89,10 +86,10 @@ def _from_pickles(folder: Path) -> dict[str, Part]:
     return parts
 
 
-def _from_pictures(place: Path, cache: Path | None) -> dict[str, Part]:
+def _from_pictures(place: Path, cache: Path | None) -> dict[str, CIFARSplit]:
     archive = open_archive(place)
     found = [(name, match) for name in archive.names if (match := PICTURE.fullmatch(name))]
-    images = decoded(archive, [name for name, _ in found], cache=cache, channels=3)
+    images = decode_cached(archive, [name for name, _ in found], cache=cache, channels=3)
     parts = {}
     for split in BATCHES:
         rows = [k for k, (_, match) in enumerate(found) if match[1] == split]
@@ -100,7 +97,7 @@ def _from_pictures(place: Path, cache: Path | None) -> dict[str, Part]:
     return parts
 
 
-def _canonical(part: Part, split: str, root: Path) -> Split:
+def _canonical(part: CIFARSplit, split: str, root: Path) -> Split:
     """The images in the order of class and file name. Raises `UserError` where some are missing."""
     images, labels, names = part
     counts = Counter(labels)

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gencompare.contract import Cond, DataSpec
-from gencompare.data.base import SPLITS, ImageData, Split
+from gencompare.data.datamodule import SPLITS, ImageData, Split
 from gencompare.errors import UserError
+from gencompare.generative_model import Cond, DataSpec
 
 
 class Condition(ABC):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gencompare.contract import DataSpec
-from gencompare.data.base import ImageData, Split
-from gencompare.seeds import generator
+from gencompare.data.datamodule import ImageData, Split
+from gencompare.generative_model import DataSpec
+from gencompare.rng import generator
 
 TEST, VAL = 500, 150
 

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from gencompare.contract import DataSpec
-from gencompare.data.archive import open_archive
-from gencompare.data.base import ImageData, Split
-from gencompare.data.decode import decoded
-from gencompare.data.locate import obtain, places
-from gencompare.data.partition import hold_out, shuffled
+from gencompare.data.archives import candidate_paths, obtain, open_archive
+from gencompare.data.datamodule import ImageData, Split, hold_out, shuffled
+from gencompare.data.file_formats import decode_cached
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 
 CLASSES = (
     "AnnualCrop",
@@ -76,7 +74,7 @@ class EuroSAT64(ImageData):
                 f"Data 'eurosat64' in {place} is incomplete: {len(lacking):,} of {len(wanted):,} images are missing,"
                 f" the first is {CLASSES[label]}_{number}.jpg. Fetch it again."
             )
-        images = decoded(archive, [files[key] for key in wanted], cache=self.cache, channels=3)
+        images = decode_cached(archive, [files[key] for key in wanted], cache=self.cache, channels=3)
         if images.shape[1:] != self.spec.shape:
             raise UserError(f"Data 'eurosat64' in {place} has images of another size than 64x64: fetch it again.")
         whole = Split(images, torch.tensor([label for label, _ in wanted]))
@@ -85,7 +83,7 @@ class EuroSAT64(ImageData):
         return {"train": train, "val": val, "test": shuffled(whole[is_test], "eurosat64", "test")}
 
     def _find(self) -> Path | None:
-        for place in places(self.root, self.spec.name, (*ARCHIVES, *FOLDERS)):
+        for place in candidate_paths(self.root, self.spec.name, (*ARCHIVES, *FOLDERS)):
             if place.suffix == ".zip" and place.is_file():
                 return place
             if any((place / split / CLASSES[0]).is_dir() for split in ("train", "")):

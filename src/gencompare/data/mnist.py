@@ -1,4 +1,4 @@
-"""MNIST: handwritten digits, 60,000 for training and 10,000 for test, 28x28 grey (LeCun, Cortes and Burges 1998)."""
+"""MNIST and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gencompare.contract import DataSpec
-from gencompare.data import idx
-from gencompare.data.base import ImageData, Split
-from gencompare.data.locate import obtain, places
-from gencompare.data.partition import hold_out, shuffled
+from gencompare.data import file_formats
+from gencompare.data.archives import candidate_paths, obtain
+from gencompare.data.datamodule import ImageData, Split, hold_out, shuffled
 from gencompare.errors import UserError
+from gencompare.generative_model import DataSpec
 
 VAL = 5000
 
@@ -61,7 +60,7 @@ class MNIST(ImageData):
 
     def _find(self) -> list[Path] | None:
         """The four files in the order of ``sha256``, or None where no folder holds them all."""
-        for folder in places(self.root, self.spec.name, (f"{self.torchvision}/raw", "raw", "")):
+        for folder in candidate_paths(self.root, self.spec.name, (f"{self.torchvision}/raw", "raw", "")):
             files = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in self.sha256]
             found = [file for file in files if file is not None]
             if len(found) == len(files):
@@ -69,9 +68,26 @@ class MNIST(ImageData):
         return None
 
     def _read(self, path: Path, digest: str) -> Tensor:
-        content = idx.unpacked(path)
+        content = file_formats.decompress(path)
         if hashlib.sha256(content).hexdigest() != digest:
             raise UserError(
                 f"{path} is not the official file of data '{self.spec.name}': fetch it again, or set data.root=DIR."
             )
-        return idx.parse(content, path)
+        return file_formats.parse_idx(content, path)
+
+
+class FashionMNIST(MNIST):
+    """As `MNIST`, whose file format and numbers it shares; torchvision's folder is ``FashionMNIST/raw``.
+
+    Debian's package ``dataset-fashion-mnist`` puts the files in ``/usr/share/datasets/fashion-mnist``. Images are not
+    mirrored by default: all shoes and boots point to the left, and a mirrored one is no image of this set.
+    """
+
+    spec = DataSpec(name="fashion_mnist", shape=(1, 32, 32), num_classes=10, padding=2)
+    torchvision: ClassVar[str] = "FashionMNIST"
+    sha256: ClassVar[dict[str, str]] = {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    }

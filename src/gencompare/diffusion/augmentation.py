@@ -1,23 +1,71 @@
-r"""Augmentation that does not leak into the samples: images are moved, and the network is told how."""
+"""Augmentation that does not leak into the samples: the network is conditioned on its parameters."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gencompare.diffusion.resampled import resampled
 from gencompare.errors import UserError
-from gencompare.seeds import Draws
+from gencompare.rng import RandomSource
+
+
+def resample(x: Tensor, grid: Tensor) -> Tensor:
+    """Values of images (n, C, H, W) at the places ``grid`` (n, h, w, 2), by cubic interpolation, (n, C, h, w).
+
+    Places are (right, down) with the outermost pixels' centres at -1 and 1; beyond these the image is mirrored in
+    them. It is linear in x. Any number of derivatives with respect to x can be taken, but none with respect to the
+    grid. (Of PyTorch's own ``grid_sample`` only the first derivative is there, and a penalty on D's gradient behind an
+    augmentation needs the second.)
+    """
+    return _Resample.apply(x, grid.to(x.dtype))  # type: ignore[no-any-return]
+
+
+def _read(x: Tensor, grid: Tensor) -> Tensor:
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
+
+
+class _Resample(torch.autograd.Function):
+    """y = A x, with A given by the grid: its derivative is the transpose A'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.size = x.shape
+        return _read(x, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (grid,) = ctx.saved_tensors
+        return _Transposed.apply(gradients[0], grid, ctx.size), None
+
+
+class _Transposed(torch.autograd.Function):
+    """x = A' y, whose derivative is A again."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, grid: Tensor, size: torch.Size) -> Tensor:
+        ctx.save_for_backward(grid)
+        with torch.enable_grad():
+            x = y.new_zeros(size).requires_grad_()
+            (found,) = torch.autograd.grad(_read(x, grid), x, y)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (grid,) = ctx.saved_tensors
+        return _Resample.apply(gradients[0], grid), None, None
+
 
 SCALE = ANISOTROPY = 0.2
 """Standard deviation of the logarithm to base 2 of a zoom, and of a stretch."""
 SHIFT = 0.125
 """Standard deviation of a shift, as a share of the image's side."""
-TURNED_AXIS = 0.5
+HUE_AXIS = 0.5
 """How often the axis of a stretch is turned; else it is horizontal."""
 
 
@@ -59,7 +107,7 @@ class Augmentation:
             if not 0 <= share <= 1:
                 raise UserError(f"augmentation.{name}={share}: give a probability from 0 to 1.")
 
-    def __call__(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, draws: RandomSource) -> tuple[Tensor, Tensor]:
         """Images (n, C, H, W) in [-1, 1] without padding -> the same, moved, and what the network is told, (n, 9)."""
         if min(x.shape[2:]) < 2:
             raise UserError(
@@ -67,21 +115,21 @@ class Augmentation:
                 " model/augmentation=null."
             )
         a = self.parameters(draws).to(x.device)
-        return moved(x, a), told(a)
+        return augment(x, a), condition_vector(a)
 
-    def parameters(self, draws: Draws) -> Tensor:
+    def parameters(self, draws: RandomSource) -> Tensor:
         """a_0 to a_7 of each image, (n, 8)."""
-        return drawn(draws, self.p, self.x_flip)
+        return sample_params(draws, self.p, self.x_flip)
 
 
-def drawn(draws: Draws, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
+def sample_params(draws: RandomSource, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
     """a_0 to a_7 of each image, (n, 8), with the probabilities of `Augmentation` (numbers, or tensors of one)."""
     # No number of ours goes to the device by itself, for which the host would wait.
     chance, (zoom, stretch, right, down) = draws.uniform((11,)).T, draws.normal((4,)).T
     zooms, turns, stretches, shifts = chance[:4] < p
     flips = (chance[4:6] < 0.5) & torch.stack([chance[6] < x_flip, chance[7] < p])
     turn, axis = (2 * chance[8:10] - 1) * math.pi
-    axis = axis * (chance[10] < TURNED_AXIS)
+    axis = axis * (chance[10] < HUE_AXIS)
     return torch.stack(
         [*flips.to(zoom), zoom * zooms, turn * turns, axis * stretches, stretch * stretches, right * shifts,
          down * shifts],
@@ -89,7 +137,7 @@ def drawn(draws: Draws, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def told(a: Tensor) -> Tensor:
+def condition_vector(a: Tensor) -> Tensor:
     """What the network is told of a_0 to a_7, (n, 8) -> (n, 9): the last column of the table of `Augmentation`."""
     x_flip, y_flip, zoom, turn, axis, stretch, right, down = a.T
     return torch.stack(
@@ -98,12 +146,12 @@ def told(a: Tensor) -> Tensor:
     )
 
 
-def moved(x: Tensor, a: Tensor) -> Tensor:
-    """`warped` images in [-1, 1]: cubic interpolation overshoots at edges, and that is cut off."""
-    return warped(x, a).clamp(-1, 1)
+def augment(x: Tensor, a: Tensor) -> Tensor:
+    """`warp` images in [-1, 1]: cubic interpolation overshoots at edges, and that is cut off."""
+    return warp(x, a).clamp(-1, 1)
 
 
-def warped(x: Tensor, a: Tensor) -> Tensor:
+def warp(x: Tensor, a: Tensor) -> Tensor:
     """Images (n, C, H, W) after the transforms of ``a``, (n, 8); a row of noughts leaves its image as it is, exactly.
 
     Linear in x. All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes
@@ -123,7 +171,7 @@ def warped(x: Tensor, a: Tensor) -> Tensor:
     to_right, to_bottom = (_shaped(torch.exp2(-SCALE * zoom)) * offset for offset in _clockwise(turn, *place))
     # The outermost centres are at -1 and 1.
     grid = torch.stack([to_right * (2 / (width - 1)), to_bottom * (2 / (height - 1))], dim=3)
-    return torch.where(_rows(a[:, 2:].any(dim=1)), resampled(x, grid), x)
+    return torch.where(_rows(a[:, 2:].any(dim=1)), resample(x, grid), x)
 
 
 def _clockwise(angle: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from gencompare.diffusion.parameterization import Parameterization, Prediction
-from gencompare.diffusion.schedules import NoiseSchedule, Scales
+from gencompare.diffusion.parameterizations import Parameterization, Prediction
+from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
 
 Cond = Mapping[str, Tensor]
 
 
-class Denoises(Protocol):
+class DenoiserProtocol(Protocol):
     """A network with its schedule, or something that wraps one (guidance, clipping): it takes and gives the same."""
 
     @property
@@ -37,7 +37,7 @@ class Denoiser:
     schedule: NoiseSchedule
     parameterization: Parameterization
 
-    def output(self, x_t: Tensor, t: Tensor, at: Scales, cond: Cond) -> Tensor:
+    def output(self, x_t: Tensor, t: Tensor, at: ScheduleValues, cond: Cond) -> Tensor:
         """What the network itself says, in the type of x_t (under autocast it may come in a shorter one)."""
         return self.network(*self.parameterization.input(x_t, t, at), cond).to(x_t.dtype)
 
@@ -54,7 +54,7 @@ class ClipX0:
     own sampler does this, and so does every sampler here, since they see the denoiser alone.)
     """
 
-    denoiser: Denoises
+    denoiser: DenoiserProtocol
     low: float = -1.0
     high: float = 1.0
 

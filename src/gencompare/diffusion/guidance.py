@@ -20,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gencompare.diffusion.denoiser import Cond, Denoises
-from gencompare.diffusion.parameterization import Prediction
-from gencompare.diffusion.schedules import NoiseSchedule, Scales
+from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
+from gencompare.diffusion.parameterizations import Prediction
+from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError, check_number
 
 
@@ -43,7 +43,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def predict(
-        self, denoiser: Denoises, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
     ) -> Prediction:
         """What the guided denoiser says. ``unlabelled`` takes the class out of conditions."""
 
@@ -75,7 +75,7 @@ class Guidance(ABC):
 class Guided:
     """A denoiser under guidance."""
 
-    denoiser: Denoises
+    denoiser: DenoiserProtocol
     guidance: Guidance
     unlabelled: Callable[[Cond], Cond]
 
@@ -124,7 +124,7 @@ class ClassifierFree(Guidance):
         return None
 
     def predict(
-        self, denoiser: Denoises, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
     ) -> Prediction:
         scale = self._scale(denoiser.schedule.at(t, x_t))
         if not isinstance(scale, Tensor) and scale in (0, 1):
@@ -132,7 +132,7 @@ class ClassifierFree(Guidance):
         away, towards = _both(denoiser, x_t, t, unlabelled(cond), cond)
         return _beyond(away, towards, scale)
 
-    def _scale(self, at: Scales) -> float | Tensor:
+    def _scale(self, at: ScheduleValues) -> float | Tensor:
         """The scale at these noise levels: one number, or, where rows differ, one a row, shaped to meet x_t."""
         if self.interval is None:
             return self.scale
@@ -184,7 +184,7 @@ class ClassifierGuidance(Guidance):
         return True
 
     def predict(
-        self, denoiser: Denoises, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
     ) -> Prediction:
         prediction = denoiser(x_t, t, cond)
         if self.scale == 0:
@@ -213,13 +213,13 @@ class AutoGuidance(Guidance):
         weak: the worse denoiser, under the same schedule; it is told the same class.
     """
 
-    weak: Denoises
+    weak: DenoiserProtocol
 
     def guides(self) -> dict[str, nn.Module]:
         return _modules(weak=self.weak)
 
     def predict(
-        self, denoiser: Denoises, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
     ) -> Prediction:
         if self.scale in (0, 1):
             return (denoiser if self.scale == 1 else self.weak)(x_t, t, cond)
@@ -252,7 +252,7 @@ def _beyond(away: Prediction, towards: Prediction, scale: float | Tensor) -> Pre
     )
 
 
-def _both(denoiser: Denoises, x_t: Tensor, t: Tensor, one: Cond, two: Cond) -> tuple[Prediction, Prediction]:
+def _both(denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, one: Cond, two: Cond) -> tuple[Prediction, Prediction]:
     """Predictions under two conditions, in one call of 2n rows."""
     cond = {name: torch.cat([one[name], two[name]]) for name in two}
     joint = denoiser(torch.cat([x_t, x_t]), t.repeat(2) if t.ndim else t, cond)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from gencompare.seeds import generator
+from gencompare.rng import generator
 
 Degrade = Callable[[Tensor, float, torch.Generator], Tensor]
 

@@ -11,30 +11,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencompare.contract import DataSpec
+from gencompare.distributed import run_on_first
 from gencompare.errors import UserError
-from gencompare.evaluation import source
-from gencompare.evaluation.asked import Asked, asked_for
-from gencompare.evaluation.collapse import missing_modes
-from gencompare.evaluation.distributed import once
-from gencompare.evaluation.extractors import Factory, build_extractors
-from gencompare.evaluation.features import Extractor, Features
-from gencompare.evaluation.figures import Further, Held, against_floor, copies, figures, shares_of
-from gencompare.evaluation.memorization import closest
-from gencompare.evaluation.quantize import as_stored
-from gencompare.evaluation.reference import Reference, is_file, reference_of, spaced
-from gencompare.evaluation.sampling import CHUNK, Samples, draw, flops_of_one, labels_like
-from gencompare.evaluation.sanity import check_features, check_images, check_reference
-from gencompare.evaluation.scoring import bits_per_dim, reconstruction
-from gencompare.evaluation.super_resolution import super_resolution
-from gencompare.protocol import Generation, Measurement
-from gencompare.records import Metric, Result, now
+from gencompare.evaluation import reference
+from gencompare.evaluation.extractors.extractor import Extractor, Features
+from gencompare.evaluation.extractors.selection import ExtractorFactory, build_extractors
+from gencompare.evaluation.metrics.compute import (
+    ExtraMetric,
+    RealFeatures,
+    add_baselines,
+    compute_metrics,
+    memorization_metrics,
+    shares_of,
+)
+from gencompare.evaluation.metrics.neighbors import nearest_distances
+from gencompare.evaluation.model_metrics import bits_per_dim, reconstruction, super_resolution
+from gencompare.evaluation.reference import Reference, as_stored, evenly_spaced_indices, is_file, reference_of
+from gencompare.evaluation.sampling import (
+    CHUNK,
+    ConditionSource,
+    Samples,
+    choose_conditions,
+    draw_samples,
+    flops_per_sample,
+    labels_like,
+)
+from gencompare.evaluation.sanity import check_features, check_images, check_reference, missing_modes
+from gencompare.generative_model import DataSpec
+from gencompare.records import Measurement, Metric, Result, SampleSettings, now
 
 DEFAULT_N = 2_000
 """Samples that are drawn at most where the protocol does not say how many: at this n the primary metric tells apart
 what a person can (docs/evaluation.md)."""
 MOST_FRECHET = 10_000
-LEAST_N = 20
+MIN_N = 20
 PER_FEATURE = 4
 """Samples for each feature that a Frechet distance asks for, where it is the primary metric."""
 
@@ -47,7 +57,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How samples are measured. Everything that moves a figure is here, or is hashed into its `Measurement`.
 
     Args:
@@ -68,7 +78,7 @@ class Protocol:
         cache: folder for the features of real images; None keeps them in memory only.
     """
 
-    extractors: Sequence[Factory] | None = None
+    extractors: Sequence[ExtractorFactory] | None = None
     weights: str | Path | None = None
     n: int | None = None
     reference: str = "train"
@@ -76,14 +86,14 @@ class Protocol:
     chunk: int = CHUNK
     likelihood_n: int = 500
     seed: int = 0
-    metrics: Further = field(default_factory=dict)
+    metrics: ExtraMetric = field(default_factory=dict)
     cache: str | Path | None = None
 
     def build(self, spec: DataSpec) -> list[Extractor]:
         """The extractors for data of ``spec``, the one that ranks first."""
         return build_extractors(self.extractors, spec, self.weights)
 
-    def check(self, data: source.Data) -> list[Extractor]:
+    def check(self, data: reference.EvaluationData) -> list[Extractor]:
         """The extractors, when this protocol can measure ``data``.
 
         Raises `UserError` where it cannot: weights that are missing, or too few images for the primary metric. With
@@ -99,8 +109,8 @@ class Protocol:
         extractor, n = extractors[0], self.size(data, extractors[0])
         if self.chunk < 1 or self.likelihood_n < 1:
             raise UserError("evaluation.protocol: chunk and likelihood_n must be at least 1.")
-        if n < LEAST_N:
-            raise UserError(f"evaluation.n={n} samples measure nothing: give at least {LEAST_N}.")
+        if n < MIN_N:
+            raise UserError(f"evaluation.n={n} samples measure nothing: give at least {MIN_N}.")
         frechet, dim = self.ranks_by_frechet(extractor), extractor.dim
         if frechet and n <= dim:
             raise UserError(
@@ -123,7 +133,7 @@ class Protocol:
         """Whether the Frechet distance is the primary metric: with a file of statistics, no other can be computed."""
         return extractor.primary == extractor.frechet_name or is_file(self.reference)
 
-    def size(self, data: source.Data, extractor: Extractor) -> int:
+    def size(self, data: reference.EvaluationData, extractor: Extractor) -> int:
         """How many samples are measured."""
         if self.n is not None:
             return self.n
@@ -137,11 +147,11 @@ class Protocol:
 
 
 def evaluate(
-    sampler_or_images: source.Samples | Tensor,
-    data: source.Data,
-    protocol: Protocol | None = None,
+    sampler_or_images: reference.SupportsSampling | Tensor,
+    data: reference.EvaluationData,
+    protocol: EvaluationProtocol | None = None,
     *,
-    generation: Generation | None = None,
+    generation: SampleSettings | None = None,
     labels: Tensor | None = None,
     progress: Progress | None = None,
     on_samples: Callable[[Tensor], None] | None = None,
@@ -155,8 +165,8 @@ def evaluate(
         sampler_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W): uint8 as on a disk
             (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not. Images of
             a split, which have the data's own levels, are given as ``data.normalize(images)``.
-        data: a datamodule of this package, or anything like it (`source.Data`).
-        protocol: see `Protocol`.
+        data: a datamodule of this package, or anything like it (`reference.EvaluationData`).
+        protocol: see `EvaluationProtocol`.
         generation: what is known of how the samples came about; what is seen here (network calls, sampler, seed) is
             filled in.
         labels: for given images, the class that each was made for, (n,). A model's labels are chosen here.
@@ -165,8 +175,8 @@ def evaluate(
         keep: a folder of this model's own, for chunks that are drawn: an evaluation that was broken off goes on there.
 
     Returns:
-        A `Result` of the first extractor with the figures of `figures.figures` and `figures.copies`, each distance with
-        that of real images; for models that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of
+        A `Result` of the first extractor with the metrics of `compute_metrics` and `memorization_metrics`, each
+        distance with that of real images; for models that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of
         reconstructions; for super-resolution, `super_resolution.super_resolution`. The other extractors' results on the
         same samples are in its ``also``.
 
@@ -174,13 +184,13 @@ def evaluate(
         UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape, and given images
             that cannot be of these data (`sanity.check_images`; all that it only suspects is in ``details["flags"]``).
     """
-    protocol, generation = protocol or Protocol(), generation or Generation()
+    protocol, generation = protocol or EvaluationProtocol(), generation or SampleSettings()
     extractors = protocol.check(data)
     extractor = extractors[0]
     n = protocol.size(data, extractor)
     spec = data.spec
     model: Any = None
-    asked: Asked | None = None
+    asked: ConditionSource | None = None
     seconds: dict[str, float] = {}
     details: dict[str, Any] = {}
     flags: list[str] = []
@@ -197,17 +207,17 @@ def evaluate(
         seconds["sampling"] = drawn.seconds
         details["images_per_second"] = n / drawn.seconds
         details["peak_memory_bytes"] = drawn.peak_memory_bytes
-        details["flops_per_sample"] = flops_of_one(model, drawn, seed=protocol.seed)
+        details["flops_per_sample"] = flops_per_sample(model, drawn, seed=protocol.seed)
         if hasattr(model, "sampling_description"):
             generation = replace(generation, sampler=model.sampling_description())
         generation = replace(generation, nfe=drawn.nfe, seed=protocol.seed)
         flags += sanity_warnings(images, data, protocol, refuse=False)
 
     if on_samples is not None:
-        once(lambda: on_samples(images))
+        run_on_first(lambda: on_samples(images))
     extra: dict[str, Metric] = {}
     if asked is not None:
-        extra |= once(lambda: super_resolution(images, asked))
+        extra |= run_on_first(lambda: super_resolution(images, asked))
     if model is not None:
         start = time.perf_counter()
         extra |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
@@ -232,7 +242,7 @@ def evaluate(
             extractor_hash=each.hash,
             resize=each.resize,
             quantization=quantization(spec),
-            **played(model, labels, asked, reference),
+            **condition_names(model, labels, asked, reference),
             chunk=protocol.chunk,
         )
         first = each is extractor
@@ -251,7 +261,9 @@ def evaluate(
     return replace(results[0], also=results[1:])
 
 
-def played(model: Any, labels: Tensor | None, asked: Asked | None, reference: Reference) -> dict[str, str]:
+def condition_names(
+    model: Any, labels: Tensor | None, asked: ConditionSource | None, reference: Reference
+) -> dict[str, str]:
     """What the model was told of each sample: two fields of a `Measurement`."""
     if asked is not None:
         return {
@@ -269,22 +281,22 @@ def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | 
 
 
 def draw_like(
-    model: source.Samples,
+    model: reference.SupportsSampling,
     n: int,
-    data: source.Data,
-    protocol: Protocol,
+    data: reference.EvaluationData,
+    protocol: EvaluationProtocol,
     progress: Callable[[int, int], None] | None = None,
     keep: Path | None = None,
 ) -> Samples:
     """``n`` samples in the form that extractors take; a conditional model is asked for the reference's classes, and one
     that is told more for what held-out images have."""
-    labels, asked = None, asked_for(model, data, n, seed=protocol.seed, split=protocol.conditions)
+    labels, asked = None, choose_conditions(model, data, n, seed=protocol.seed, split=protocol.conditions)
     if asked is None and getattr(model, "conditional", False):
         known = data.split("train" if is_file(protocol.reference) else protocol.reference).labels
         if known is None:
             raise UserError(f"A conditional model needs labels to draw, and data '{data.spec.name}' has none.")
         labels = labels_like(known, n, protocol.seed)
-    return draw(
+    return draw_samples(
         model, n, seed=protocol.seed, chunk=protocol.chunk, labels=labels, asked=asked, finish=as_stored,
         spec=data.spec, progress=progress, keep=keep,
     )  # fmt: skip
@@ -293,8 +305,8 @@ def draw_like(
 def quality(
     images: Tensor,
     labels: Tensor | None,
-    data: source.Data,
-    protocol: Protocol,
+    data: reference.EvaluationData,
+    protocol: EvaluationProtocol,
     extractor: Extractor,
     device: torch.device,
     progress: Progress | None = None,
@@ -308,19 +320,19 @@ def quality(
         return reference_of(data, name, extractor, device, protocol.folder, stage(progress, f"features of {name}"))
 
     reference = real(protocol.reference)
-    held = Held(**{name: real(name).features for name in ("train", "test", "val")})  # type: ignore[arg-type]
+    held = RealFeatures(**{name: real(name).features for name in ("train", "test", "val")})  # type: ignore[arg-type]
     held_out = real("test" if reference.name != "test" else "val")
     own = extractor(images, device, stage(progress, "features"))
 
     def work() -> tuple[dict[str, Metric], dict[str, Any]]:
         further = dict(protocol.metrics)
-        ground = floor(held_out, reference, len(own), extractor, further)
-        metrics = figures(own, reference, extractor, labels=labels, further=further)
-        metrics = against_floor(metrics, ground.figures, ground.note) | copies(own.features, held)
+        ground = real_data_baseline(held_out, reference, len(own), extractor, further)
+        metrics = compute_metrics(own, reference, extractor, labels=labels, further=further)
+        metrics = add_baselines(metrics, ground.figures, ground.note) | memorization_metrics(own.features, held)
         details: dict[str, Any] = {"flags": check_features(own.features, ground.features.features)}
         if data.spec.dims != 2:
             looked_at = own.features[:LOOKED_AT]
-            details["nearest_training"] = closest(looked_at, held.train.features, NEIGHBOURS).tolist()
+            details["nearest_training"] = nearest_distances(looked_at, held.train.features, NEIGHBOURS).tolist()
         if {"density", "coverage"} <= metrics.keys():
             n = min(len(own), reference.n)
             said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")), n=n)
@@ -329,11 +341,11 @@ def quality(
             details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
         return metrics, details
 
-    return once(work)
+    return run_on_first(work)
 
 
 @dataclass(frozen=True)
-class Floor:
+class RealDataBaseline:
     """Figures of real held-out images: how good samples can get."""
 
     figures: dict[str, Metric]
@@ -342,34 +354,36 @@ class Floor:
     """What sets it apart from the samples' own n; empty when nothing does."""
 
 
-def floor(held_out: Reference, reference: Reference, n: int, extractor: Extractor, further: Further) -> Floor:
+def real_data_baseline(
+    held_out: Reference, reference: Reference, n: int, extractor: Extractor, further: ExtraMetric
+) -> RealDataBaseline:
     """The floor at ``n`` of the ``held_out`` images, or at all of them. Its figures are kept for the next model."""
     assert held_out.features is not None
-    rows = spaced(held_out.n, n)
+    rows = evenly_spaced_indices(held_out.n, n)
     own = held_out.features[rows]
     labels = None if held_out.labels is None else held_out.labels[rows]
     key = (held_out.hash, reference.hash, len(own), extractor.hash, extractor.resize)
-    if key not in _floors:
-        _floors[key] = figures(own, reference, extractor, labels=labels, error=False)
-    found = dict(_floors[key])
+    if key not in _BASELINES:
+        _BASELINES[key] = compute_metrics(own, reference, extractor, labels=labels, error=False)
+    found = dict(_BASELINES[key])
     if reference.features is not None:
         for name, metric in further.items():
             found[name] = Metric(metric(own.features, reference.features.features))
-    return Floor(found, own, "" if len(own) == n else f"floor from {len(own)} {held_out.name} images")
+    return RealDataBaseline(found, own, "" if len(own) == n else f"floor from {len(own)} {held_out.name} images")
 
 
-_floors: dict[tuple[str | int, ...], dict[str, Metric]] = {}
+_BASELINES: dict[tuple[str | int, ...], dict[str, Metric]] = {}
 
 
 def given_images(
-    images: Tensor, labels: Tensor | None, n: int, protocol: Protocol, extractor: Extractor
+    images: Tensor, labels: Tensor | None, n: int, protocol: EvaluationProtocol, extractor: Extractor
 ) -> tuple[Tensor, Tensor | None]:
     """The first ``n`` of given images, or all of fewer where the protocol names no number."""
     if len(images) < n:
         if protocol.n is not None:
             raise UserError(f"The protocol asks for {n} images, and {len(images)} were given.")
-        if len(images) < LEAST_N:
-            raise UserError(f"{len(images)} samples measure nothing: give at least {LEAST_N}.")
+        if len(images) < MIN_N:
+            raise UserError(f"{len(images)} samples measure nothing: give at least {MIN_N}.")
         if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
             raise UserError(
                 f"{len(images)} images cannot carry a Frechet distance on the {extractor.dim} features of "
@@ -380,13 +394,15 @@ def given_images(
     return images[:n], None if labels is None else labels[:n]
 
 
-def sanity_warnings(images: Tensor, data: source.Data, protocol: Protocol, *, refuse: bool) -> list[str]:
+def sanity_warnings(
+    images: Tensor, data: reference.EvaluationData, protocol: EvaluationProtocol, *, refuse: bool
+) -> list[str]:
     """`sanity.check_images` and `sanity.check_reference` against the protocol's reference, or the training split where
     that is a file. The first process computes them."""
     name = "train" if is_file(protocol.reference) else protocol.reference
     real = data.split(name).images
-    compared = real[spaced(len(real), len(images))]  # as for the neighbour metrics
-    return once(lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name))
+    compared = real[evenly_spaced_indices(len(real), len(images))]  # as for the neighbour metrics
+    return run_on_first(lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name))
 
 
 def quantization(spec: DataSpec) -> str:

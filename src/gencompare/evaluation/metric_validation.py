@@ -12,12 +12,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from gencompare.evaluation import source
+from gencompare.evaluation import reference
 from gencompare.evaluation.degradations import DEGRADATIONS, dropped_classes, repeated, unequal_classes
-from gencompare.evaluation.features import Extractor
-from gencompare.evaluation.quantize import as_stored, stored_split
-from gencompare.evaluation.reference import spaced
-from gencompare.seeds import generator
+from gencompare.evaluation.extractors.extractor import Extractor
+from gencompare.evaluation.reference import as_stored, evenly_spaced_indices, stored_split
+from gencompare.rng import generator
 
 REAL, BASELINE = ("real", 0.0), ("gaussian", 0.0)
 Key = tuple[str, float]
@@ -56,12 +55,12 @@ PAIRS: tuple[tuple[Key, Key], ...] = (
 
 
 def battery(
-    data: source.Data, n: int, baseline: source.Samples, seed: int = 0, split: str = "test"
+    data: reference.EvaluationData, n: int, baseline: reference.SupportsSampling, seed: int = 0, split: str = "test"
 ) -> Iterator[tuple[Key, Tensor]]:
     """((kind, strength), images) of the study: up to ``n`` real images of ``split``, their degraded versions, training
     images, and samples of the ``baseline``; uint8 at the data's own grey levels."""
     spec, part, train = data.spec, data.split(split), data.split("train")
-    part = part[spaced(len(part), n)]
+    part = part[evenly_spaced_indices(len(part), n)]
     real = stored_split(part.images, spec)
     n = len(real)
     yield REAL, real

@@ -1,4 +1,4 @@
-"""Drawing samples in chunks: the same images for any number of processes, with network calls counted."""
+"""Drawing samples in chunks: the same images for any number of processes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,63 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec
+from gencompare.distributed import distribute, rank_and_world_size
 from gencompare.errors import UserError
-from gencompare.evaluation import source
-from gencompare.evaluation.asked import Asked
-from gencompare.evaluation.distributed import shared_out, world
-from gencompare.evaluation.flops import flops_per_image
-from gencompare.evaluation.quantize import to_uint8
+from gencompare.evaluation import reference
+from gencompare.evaluation.reference import EvaluationData, batch_of, to_uint8
 from gencompare.files import atomic
-from gencompare.memory import forget_peak, peak_memory_bytes
-from gencompare.seeds import generator
+from gencompare.generative_model import Cond, DataSpec
+from gencompare.resources import flops_per_image, forget_peak, peak_memory_bytes
+from gencompare.rng import generator
+
+
+@dataclass(frozen=True)
+class ConditionSource:
+    """Sample k gets the conditions of image ``rows[k]`` of the split ``split``."""
+
+    data: EvaluationData
+    split: str
+    rows: Tensor
+
+    def batch(self, places: slice, device: torch.device | str = "cpu") -> tuple[Tensor, Cond]:
+        """The images (n, C, H, W) in [-1, 1] behind samples ``places``, and all that the data tell of them."""
+        return batch_of(self.data, self.split, self.rows[places], device)
+
+    @property
+    def labels(self) -> Tensor | None:
+        labels = self.data.split(self.split).labels
+        return None if labels is None else labels[self.rows]
+
+    def describe(self, uses: tuple[str, ...]) -> str:
+        """The conditions of a model that uses ``uses``, in words for a `Measurement`: names, shapes, the split.
+
+        Rows that were kept in a file are told apart by the first digits of their SHA-256.
+        """
+        kept = self.data.split(self.split).kept
+        words = ["labels"] if "label" in uses else []
+        for name, shape in self.data.spec.conditions.items():
+            if name in uses:
+                word = f"{name} {'x'.join(map(str, shape))}"
+                words.append(f"{word} ({digest(kept[name])[:8]})" if name in kept else word)
+        return f"{' and '.join(words)} of {self.split}"
+
+
+def choose_conditions(model: Any, data: EvaluationData, n: int, *, seed: int, split: str) -> ConditionSource | None:
+    """Whose conditions ``n`` samples get; None where nothing but a class steers the model.
+
+    Sample k gets those of place k in an order of all images of ``split``, a function of ``seed``; after the last
+    image comes the first one again. So they depend on neither n, nor processes, nor the size of a batch.
+    """
+    if not set(getattr(model, "uses", ())) - {"label"}:
+        return None
+    images = len(data.split(split))
+    order = torch.randperm(images, generator=generator("cpu", seed, "conditions"))
+    return ConditionSource(data, split, order[torch.arange(n) % images])
+
+
+def digest(rows: Tensor) -> str:
+    return hashlib.sha256(rows.contiguous().cpu().numpy().tobytes()).hexdigest()
+
 
 CHUNK = 250
 
@@ -36,10 +83,10 @@ class Samples:
     """Drawn images and what they cost."""
 
     images: Tensor
-    """(n, C, H, W) on the CPU, padding cropped: uint8 0 to 255 unless `draw` was told otherwise."""
+    """(n, C, H, W) on the CPU, padding cropped: uint8 0 to 255 unless `draw_samples` was told otherwise."""
     labels: Tensor | None
     """(n,) classes that were asked for, or None."""
-    asked: Asked | None
+    asked: ConditionSource | None
     """The held-out images whose conditions were asked for, where more than a class was."""
     nfe: dict[str, float]
     """Rows that went through each counted network, a sample. Guidance with two rows a sample counts two."""
@@ -81,14 +128,14 @@ def _sum(images: Tensor) -> str:
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 
-def draw(
-    model: source.Samples,
+def draw_samples(
+    model: reference.SupportsSampling,
     n: int,
     *,
     seed: int = 0,
     chunk: int = CHUNK,
     labels: Tensor | None = None,
-    asked: Asked | None = None,
+    asked: ConditionSource | None = None,
     finish: Callable[[Tensor, DataSpec], Tensor] = to_uint8,
     spec: DataSpec | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -120,7 +167,7 @@ def draw(
     elif labels is None and getattr(model, "conditional", False):
         labels = torch.arange(n) % spec.num_classes
     networks: Mapping[str, nn.Module] = getattr(model, "counted_networks", dict)()
-    processes = world()[1]
+    processes = rank_and_world_size()[1]
 
     def one(k: int) -> Chunk:
         size = min(chunk, n - k * chunk)
@@ -144,7 +191,7 @@ def draw(
 
     forget_peak(device)
     with evaluating(model):
-        parts = shared_out(-(-n // chunk), one)
+        parts = distribute(-(-n // chunk), one)
     rows = Counter[str]()
     for part in parts:
         rows.update(part.rows)
@@ -158,14 +205,14 @@ def draw(
     )
 
 
-def conditions(places: slice, labels: Tensor | None, asked: Asked | None, device: torch.device) -> Cond:
+def conditions(places: slice, labels: Tensor | None, asked: ConditionSource | None, device: torch.device) -> Cond:
     """What the samples at ``places`` are asked for."""
     if asked is not None:
         return asked.batch(places, device)[1]
     return {} if labels is None else {"label": labels[places].to(device)}
 
 
-def flops_of_one(model: source.Samples, samples: Samples, *, seed: int = 0) -> float:
+def flops_per_sample(model: reference.SupportsSampling, samples: Samples, *, seed: int = 0) -> float:
     """FLOPs of drawing one of ``samples`` once more, by itself: counted apart, since counting takes time."""
     device = torch.device(getattr(model, "device", "cpu"))
     cond = conditions(slice(0, 1), samples.labels, samples.asked, device)

@@ -2,22 +2,114 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from gencompare.contract import Cond, DataSpec, TrainedModel
+from gencompare.distributed import all_reduce_sum, world_size
 from gencompare.errors import UserError
-from gencompare.models.adversarial import Hinge
-from gencompare.models.alternating import frozen, take_step
+from gencompare.generative_model import Cond, DataSpec, TrainedModel
 from gencompare.models.bottlenecks import Bottleneck
-from gencompare.models.coder import Coder
-from gencompare.models.lpips import LPIPS
-from gencompare.models.processes import processes, summed
+from gencompare.models.gan import Hinge
+from gencompare.models.manual_optimization import frozen, manual_step
 from gencompare.networks.perceptual import PerceptualNetwork
-from gencompare.seeds import Draws
+from gencompare.rng import RandomSource
+
+
+class AutoencoderCore(nn.Module):
+    """Images (n, C, H, W) to latents (n, c, h, w) and back.
+
+    Args:
+        encoder: a factory ``(shape, out_channels) -> module(x)``.
+        decoder: a factory ``(in_channels, shape) -> module(z)``, as fine as the encoder is coarse.
+        bottleneck: what the latents are held to.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        encoder: Callable[..., nn.Module],
+        decoder: Callable[..., nn.Module],
+        bottleneck: Bottleneck,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder(shape=spec.shape, out_channels=bottleneck.encoded_channels)
+        self.bottleneck = bottleneck
+        self.decoder = decoder(in_channels=bottleneck.channels, shape=spec.shape)
+        self.register_buffer("mask", spec.mask(), persistent=False)
+        self.mask: Tensor
+        with torch.no_grad():
+            encoded = self.encoder(torch.zeros(1, *spec.shape))
+            decoded = self.decoder(torch.zeros(1, bottleneck.channels, *encoded.shape[2:]))
+        if decoded.shape[1:] != spec.shape:
+            raise UserError(
+                f"The decoder makes images of {tuple(decoded.shape[1:])} from what the encoder makes of {spec.shape}:"
+                " give both the same multipliers."
+            )
+        self.latent_shape: tuple[int, int, int] = (bottleneck.channels, encoded.shape[2], encoded.shape[3])
+
+    def forward(self, x: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images made again, and the bottleneck's figures."""
+        z, figures = self.bottleneck(self.encoder(x), draws)
+        return self._images(z), figures
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The latents (n, c, h, w) that stand for images; no random numbers."""
+        return self.bottleneck.point(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of latents, black outside of the real pixels; values may lie a little beyond [-1, 1]."""
+        return self._images(self.bottleneck.settled(z))
+
+    def _images(self, z: Tensor) -> Tensor:
+        return self.decoder(z).float() * self.mask - (1 - self.mask)
+
+
+FILE = "hub/checkpoints/vgg16-397923af.pth"
+"""Where torch keeps the network's weights, under TORCH_HOME (by default ~/.cache/torch)."""
+
+
+class LPIPS(nn.Module):
+    """The distance of Zhang et al. (2018), "The unreasonable effectiveness of deep features as a perceptual metric",
+    with their learned weights on VGG-16, by torchmetrics. Images (n, 3, H, W) in [-1, 1], twice, to (n,). Frozen."""
+
+    name = "vgg16"
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            self.network = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
+        except OSError as error:
+            raise UserError(
+                f"LPIPS needs the weights of VGG-16, and they could not be downloaded ({error}): fetch"
+                " https://download.pytorch.org/models/vgg16-397923af.pth where there is a network, and put it at"
+                f" TORCH_HOME/{FILE}. The offline default is model/perceptual=trained."
+            ) from error
+        self.network.requires_grad_(False)
+        digest = hashlib.sha256()
+        for value in self.network.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        self.sha256 = digest.hexdigest()
+
+    def train(self, mode: bool = True) -> LPIPS:
+        """Always in eval mode: it is frozen."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.network(x, y).flatten()
+
+
+def lpips(channels: int) -> LPIPS:
+    """`LPIPS` for images of three channels."""
+    if channels != 3:
+        raise UserError(f"LPIPS compares colour images; these have {channels} channel: use model/perceptual=trained.")
+    with torch.random.fork_rng(devices=[]):
+        return LPIPS()
 
 
 class Autoencoder(TrainedModel):
@@ -67,7 +159,7 @@ class Autoencoder(TrainedModel):
                 " budget, 0 to 1."
             )
         self.automatic_optimization = False
-        self.coder = Coder(spec, encoder=encoder, decoder=decoder, bottleneck=bottleneck)
+        self.coder = AutoencoderCore(spec, encoder=encoder, decoder=decoder, bottleneck=bottleneck)
         self.perceptual = None if perceptual is None else perceptual(channels=spec.shape[0])
         self.perceptual_weight = perceptual_weight
         self.discriminator = None if discriminator is None else discriminator(shape=spec.shape)
@@ -78,18 +170,18 @@ class Autoencoder(TrainedModel):
     def step_kind(self) -> str:
         return "adversarial" if self.discriminator is not None and self.progress >= self.adversarial_after else ""
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         again, figures = self.coder(x, draws)
         figures = self._likeness(x, again) | figures
         loss = figures["loss"] = (figures["loss"] + figures["penalty"]).mean()
         if self.discriminator is None or not self.step_kind:
-            take_step(self, 0, loss, list(self.coder.parameters()))
+            manual_step(self, 0, loss, list(self.coder.parameters()))
             return {name: value.detach().mean() for name, value in figures.items()}
         with frozen(self.discriminator):
             fooling = self.adversarial.generator(None, self.discriminator(again)).mean()
             balance = self._balance(loss, fooling)
             figures |= {"balance": balance, "fooling": fooling}
-            take_step(self, 0, loss + self.adversarial_weight * balance * fooling, list(self.coder.parameters()))
+            manual_step(self, 0, loss + self.adversarial_weight * balance * fooling, list(self.coder.parameters()))
         figures |= self._discriminator_step(x, again.detach())
         return {name: value.detach().mean() for name, value in figures.items()}
 
@@ -106,18 +198,18 @@ class Autoencoder(TrainedModel):
         """lambda: how much longer the gradient of ``loss`` is than that of ``fooling``, over the whole batch."""
         last: Tensor = self.coder.decoder.out.weight  # type: ignore[union-attr,assignment]
         gradients = torch.stack([torch.autograd.grad(part, last, retain_graph=True)[0] for part in (loss, fooling)])
-        of_loss, of_fooling = (summed(gradients) / processes()).flatten(1).norm(dim=1)
+        of_loss, of_fooling = (all_reduce_sum(gradients) / world_size()).flatten(1).norm(dim=1)
         return (of_loss / (of_fooling + 1e-6)).clamp(max=self.LARGEST_LAMBDA)
 
     def _discriminator_step(self, x: Tensor, again: Tensor) -> dict[str, Tensor]:
         assert self.discriminator is not None
         real, fake = self.discriminator(torch.cat([x, again])).chunk(2)
         loss = self.adversarial.discriminator(real, fake).mean()
-        take_step(self, 1, loss, list(self.discriminator.parameters()))
+        manual_step(self, 1, loss, list(self.discriminator.parameters()))
         return {"d_loss": loss, "d_real": real, "d_fake": fake}
 
     @torch.no_grad()
-    def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """What is given back without noise on the latents; ``psnr`` in dB, of values in [-1, 1]."""
         self.coder.bottleneck.check()
         again = self.reconstruct(x, cond, generator=draws.generator)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gencompare.distributed import all_reduce_sum
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.models.processes import summed
-from gencompare.seeds import Draws
+from gencompare.rng import RandomSource
 
 
 class Bottleneck(nn.Module, ABC):
@@ -34,7 +34,7 @@ class Bottleneck(nn.Module, ABC):
         return self.channels
 
     @abstractmethod
-    def forward(self, h: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, h: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents for the decoder (n, c, h, w), and figures (n,), of which ``penalty`` is added to the loss. Where the
         module trains, this may also update what it learns without a gradient."""
 
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module, ABC):
         return False
 
 
-class KLBottleneck(Bottleneck):
+class GaussianPosterior(Bottleneck):
     r"""q(z | x) = N(mu, diag sigma^2), held a little towards N(0, I): z = mu + sigma eps.
 
     penalty = ``weight`` KL(q || N(0, I)), in nats per latent number. Rombach et al. (2022), "High-resolution image
@@ -76,7 +76,7 @@ class KLBottleneck(Bottleneck):
     def encoded_channels(self) -> int:
         return 2 * self.channels
 
-    def forward(self, h: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, h: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
         mean, log_var = self._moments(h)
         z = mean + (0.5 * log_var).exp() * draws.normal(tuple(mean.shape[1:])).to(mean)
         kl = 0.5 * (mean.square() + log_var.exp() - log_var - 1).flatten(1).mean(1)
@@ -90,7 +90,7 @@ class KLBottleneck(Bottleneck):
         return mean, log_var.clamp(*self.LIMITS)
 
 
-class VQBottleneck(Bottleneck):
+class VectorQuantizer(Bottleneck):
     r"""Every latent vector is replaced by the nearest of K codes (van den Oord et al. 2017, "Neural discrete
     representation learning", eq. 1 and 2), whose gradient is that of the vector itself (straight through).
 
@@ -141,7 +141,7 @@ class VQBottleneck(Bottleneck):
         self.register_buffer("alone", torch.zeros((), dtype=torch.int64))
         self.few = max(2, codes // 50) if codes >= 10 else 1
 
-    def forward(self, h: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, h: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
         h = h.float()
         vectors = h.movedim(1, -1).flatten(0, -2)
         if self.training:
@@ -152,7 +152,7 @@ class VQBottleneck(Bottleneck):
         commitment = (h - quantized).square().flatten(1).mean(1)
         figures = {"penalty": self.commitment * commitment, "commitment": commitment}
         with torch.no_grad():
-            used = summed(F.one_hot(chosen, self.codes).to(h).sum(0))
+            used = all_reduce_sum(F.one_hot(chosen, self.codes).to(h).sum(0))
             figures["perplexity"] = perplexity(used).expand(len(h))
             if self.training:
                 self._learn(vectors, chosen, used, draws)
@@ -192,7 +192,7 @@ class VQBottleneck(Bottleneck):
         revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
         return revived + self.PATIENCE
 
-    def _start(self, vectors: Tensor, draws: Draws) -> None:
+    def _start(self, vectors: Tensor, draws: RandomSource) -> None:
         """The first batch's vectors are the first codes. (Without an `if`: the step need not wait for the device.)"""
         fresh = self._picked(vectors, draws)
         self.codebook.copy_(torch.where(self.started, self.codebook, fresh))
@@ -200,8 +200,8 @@ class VQBottleneck(Bottleneck):
         self.sums.copy_(torch.where(self.started, self.sums, fresh))
         self.started.fill_(True)
 
-    def _learn(self, vectors: Tensor, chosen: Tensor, used: Tensor, draws: Draws) -> None:
-        total = summed(torch.zeros_like(self.sums).index_add_(0, chosen, vectors))
+    def _learn(self, vectors: Tensor, chosen: Tensor, used: Tensor, draws: RandomSource) -> None:
+        total = all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, chosen, vectors))
         # In units of the mean use, so that `revive` means the same for every batch and number of codes.
         unit = used.sum() / self.codes
         self.counts.lerp_(used / unit, 1 - self.decay)
@@ -215,14 +215,14 @@ class VQBottleneck(Bottleneck):
         collapsed = used.topk(few).values.sum() > self.NEARLY_ALL * used.sum()
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
-    def _picked(self, vectors: Tensor, draws: Draws) -> Tensor:
+    def _picked(self, vectors: Tensor, draws: RandomSource) -> Tensor:
         """Random vectors of the whole batch, one a code, (K, c): the same for any number of processes."""
-        whole = Draws.whole(draws.generator, self.codes)
+        whole = RandomSource.whole(draws.generator, self.codes)
         per_image = len(vectors) // len(draws)
         which = whole.integers(per_image * draws.total).to(vectors.device) - per_image * draws.start
         mine = (which >= 0) & (which < len(vectors))
         found = torch.where(mine[:, None], vectors[which.clamp(0, len(vectors) - 1)], 0.0)
-        return summed(found)
+        return all_reduce_sum(found)
 
 
 def perplexity(used: Tensor) -> Tensor:

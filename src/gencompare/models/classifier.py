@@ -1,4 +1,4 @@
-"""An image classifier: the recipe of the classifier extractors, trained by the same trainer as every model."""
+"""Image classifiers: the feature extractors, and the noisy classifier that guides a diffusion model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, TrainedModel, unpack_batch
+from gencompare.diffusion.parameterizations import LogSNRConditioning, NoiseConditioning
+from gencompare.diffusion.schedules import NoiseSchedule
+from gencompare.diffusion.times import TimeDistribution
 from gencompare.errors import UserError
-from gencompare.seeds import Draws
+from gencompare.generative_model import Cond, DataSpec, TrainedModel, unpack_batch
+from gencompare.rng import RandomSource
 
 WHITENED = 5000
 """Training images that a first layer is fitted to."""
@@ -75,7 +78,7 @@ class Classifier(TrainedModel):
                 break
         return torch.cat(found)
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         label = cond["label"]
         if self.training:
             x = self.augment(x, draws)
@@ -86,7 +89,7 @@ class Classifier(TrainedModel):
             "accuracy": (logits.argmax(1) == label).float(),
         }
 
-    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+    def augment(self, x: Tensor, draws: RandomSource) -> Tensor:
         """Each image changed at random, as the settings say."""
         x = rotated(x, draws) if self.rotate else x
         x = shifted(x, self.shift, draws) if self.shift else x
@@ -104,7 +107,7 @@ class Classifier(TrainedModel):
         return self.net(x)
 
 
-def rotated(x: Tensor, draws: Draws) -> Tensor:
+def rotated(x: Tensor, draws: RandomSource) -> Tensor:
     """Each image (C, H, H) turned by its own multiple of 90 degrees."""
     turns = draws.integers(4).to(x.device)[:, None, None, None]
     for k in range(1, 4):
@@ -112,7 +115,7 @@ def rotated(x: Tensor, draws: Draws) -> Tensor:
     return x
 
 
-def shifted(x: Tensor, most: int, draws: Draws) -> Tensor:
+def shifted(x: Tensor, most: int, draws: RandomSource) -> Tensor:
     """Each image moved by its own whole number of pixels in [-most, most] each way; black (-1) comes in."""
     n, _, height, width = x.shape
     offset = draws.integers(2 * most + 1, (2,)).to(x.device)
@@ -124,7 +127,7 @@ def shifted(x: Tensor, most: int, draws: Draws) -> Tensor:
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def with_cutout(x: Tensor, side: int, draws: Draws) -> Tensor:
+def with_cutout(x: Tensor, side: int, draws: RandomSource) -> Tensor:
     """Each image with a grey (0) square of ``side`` pixels around one of its pixels; part of it may lie outside.
 
     DeVries and Taylor (2017), "Improved regularization of convolutional neural networks with cutout",
@@ -138,3 +141,63 @@ def with_cutout(x: Tensor, side: int, draws: Draws) -> Tensor:
     inside_columns = (column >= left) & (column < left + side)
     covered = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
     return x.masked_fill(covered, 0.0)
+
+
+class NoisyClassifier(TrainedModel):
+    r"""p(y | x_t) for every noise level of a schedule: minimises E -log p(y | alpha x_0 + sigma eps).
+
+    Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", section 4.1. It guides models that were
+    trained under the same schedule. The network sees x_t / sqrt(alpha^2 + sigma^2), which is of about the same size at
+    every noise level.
+
+    Args:
+        spec: of the data; it must have labels.
+        network: a factory ``(shape, num_classes) -> module(x (n, C, H, W), noise_cond (n,)) -> logits``.
+        schedule: how noisy images are at each time; it must be a fixed one.
+        times: distribution of t in training.
+        noise: how the network is told the amount of noise.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        *,
+        network: Callable[..., nn.Module],
+        schedule: NoiseSchedule,
+        times: TimeDistribution,
+        noise: NoiseConditioning | None = None,
+        **training: Any,
+    ) -> None:
+        if not spec.num_classes:
+            raise UserError(f"model=noisy_classifier needs labels, and data '{spec.name}' has none.")
+        super().__init__(spec, **training)
+        schedule.check()
+        if any(True for _ in schedule.parameters()):
+            raise UserError("A noisy classifier cannot learn its schedule: choose model/schedule=cosine or another.")
+        self.schedule, self.times, self.noise = schedule, times, noise or LogSNRConditioning()
+        self.network = network(shape=spec.shape, num_classes=spec.num_classes)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Logits (n, num_classes) of p(y | x_t), for ``x_t`` (n, C, H, W) at ``t``, () or (n,)."""
+        at = self.schedule.at(t, x_t)
+        noise = self.noise(t, at).to(x_t.dtype).expand(len(x_t))
+        return self.network(x_t / (at.alpha**2 + at.sigma**2).sqrt(), noise)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits (n, num_classes) of images without noise."""
+        x, _ = unpack_batch(batch, self.spec)
+        return self(x, x.new_tensor(self.schedule.t_min))
+
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+        t = self.times(self.schedule, draws)
+        at = self.schedule.at(t, x)
+        x_t = at.alpha * x + at.sigma * draws.normal(x.shape[1:]).to(x.dtype)
+        logits = self(x_t, t).to(x.dtype)
+        return {
+            "loss": F.cross_entropy(logits, cond["label"], reduction="none"),
+            "accuracy": (logits.argmax(1) == cond["label"]).float(),
+        }
+
+    def used(self, cond: Cond | None) -> Cond:
+        """Labels are what a classifier learns from, whether or not anything is steered by them."""
+        return cond or {}

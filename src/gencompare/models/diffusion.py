@@ -12,22 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood, Reconstructs
-from gencompare.diffusion import exploring
+from gencompare.diffusion import editing
 from gencompare.diffusion.augmentation import Augmentation
-from gencompare.diffusion.denoiser import ClipX0, Denoiser, Denoises
+from gencompare.diffusion.denoiser import ClipX0, Denoiser, DenoiserProtocol
 from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
-from gencompare.diffusion.likelihood import LikelihoodMethod
-from gencompare.diffusion.objectives import Objective
-from gencompare.diffusion.parameterization import Parameterization, Prediction
-from gencompare.diffusion.pixels import Pixels
+from gencompare.diffusion.likelihoods import LikelihoodMethod
+from gencompare.diffusion.objectives import Objective, Pixels
+from gencompare.diffusion.parameterizations import Parameterization, Prediction
 from gencompare.diffusion.samplers import Sampler
-from gencompare.diffusion.schedules import NoiseSchedule, curve
+from gencompare.diffusion.schedules import NoiseSchedule, schedule_curve
 from gencompare.errors import UserError, check_number
+from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, SupportsReconstruction
 from gencompare.models.latents import Latents, PixelSpace
-from gencompare.seeds import Draws
+from gencompare.rng import RandomSource
 
-SIZES = {"low_res": "low_res", "embedding": "embedding_dim"}
+SCHEDULE_SIZES = {"low_res": "low_res", "embedding": "embedding_dim"}
 """By condition: what a network calls its first size."""
 NEEDS = {"label": "a class", "low_res": "a low-resolution image", "embedding": "an embedding"}
 
@@ -112,7 +111,7 @@ class Diffusion(GenerativeModel):
             shape=self.space.latent_shape,
             out_channels=parameterization.outputs * self.space.latent_shape[0],
             num_classes=spec.num_classes if self.conditional else 0,
-            **{SIZES[name]: shape[0] for name, shape in spec.conditions.items()},
+            **{SCHEDULE_SIZES[name]: shape[0] for name, shape in spec.conditions.items()},
             **({} if augmentation is None else {"augment_dim": augmentation.dim}),
         )
         self._check_noise_levels()
@@ -137,12 +136,12 @@ class Diffusion(GenerativeModel):
         return Denoiser(self.network, self.schedule, self.parameterization)
 
     @property
-    def sampling_denoiser(self) -> Denoises:
+    def sampling_denoiser(self) -> DenoiserProtocol:
         """What samplers see: the denoiser in its wrappings."""
         guided = self.denoiser if self.guidance is None else Guided(self.denoiser, self.guidance, self.unlabelled)
         return self._clipped(guided)
 
-    def _clipped(self, denoiser: Denoises) -> Denoises:
+    def _clipped(self, denoiser: DenoiserProtocol) -> DenoiserProtocol:
         return ClipX0(denoiser) if self.clips else denoiser
 
     @property
@@ -166,7 +165,7 @@ class Diffusion(GenerativeModel):
             return Pixels(self.spec.num_levels, self.space.mask, self.spec.dims)
         return Pixels(None, self.space.mask, math.prod(self.space.latent_shape))
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         if self.training and self.augmentation is not None:
             real, told = self.augmentation(self.spec.crop(x), draws)
             x = F.pad(real, (self.spec.padding,) * 4, value=-1.0)
@@ -196,10 +195,10 @@ class Diffusion(GenerativeModel):
         cond, x = self._ready(cond), self.space.encode(x)
         unguided = self._clipped(self.denoiser)
         found = {
-            "interpolation": exploring.interpolation(unguided, x, cond),
-            "inpainting": exploring.inpainting(self.sampler, self.sampling_denoiser, x, cond, generator),
-            "round_trip": exploring.round_trip(unguided, x, cond),
-            "trajectory": exploring.way(self.sampler, self.sampling_denoiser, x, cond, generator),
+            "interpolation": editing.interpolation(unguided, x, cond),
+            "inpainting": editing.inpainting(self.sampler, self.sampling_denoiser, x, cond, generator),
+            "round_trip": editing.round_trip(unguided, x, cond),
+            "trajectory": editing.trajectory_rows(self.sampler, self.sampling_denoiser, x, cond, generator),
         }
         return {
             name: self.space.decode(each.flatten(0, 1)).unflatten(0, each.shape[:2]) for name, each in found.items()
@@ -238,24 +237,26 @@ class Diffusion(GenerativeModel):
         parts = [self.sampler.describe(learned), *([] if self.guidance is None else [self.guidance.describe()])]
         return ", ".join([*parts, *(["x0 clipped"] if self.clips else [])])
 
-    def likelihoods(self) -> dict[str, Likelihood]:
+    def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         if self.spec.num_levels is None or not isinstance(self.space, PixelSpace):
             return {}
-        return {name: Likelihood(method.kind, partial(self._bits, method)) for name, method in self.bits.items()}
+        return {
+            name: LikelihoodEstimate(method.kind, partial(self._bits, method)) for name, method in self.bits.items()
+        }
 
     def _bits(self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
         self.schedule.check()  # a bound under a log-SNR that rises would be none
         return method.terms(self.denoiser, x, self.used(cond), self.pixels, generator)
 
     def noise_schedule(self) -> dict[str, list[float]]:
-        drawn = curve(self.schedule)
+        drawn = schedule_curve(self.schedule)
         return {name: [round(float(value), 4) for value in drawn[name]] for name in ("t", "log_snr")}
 
     @property
     def trained_against(self) -> list[str]:
         return self.space.trained_against if isinstance(self.space, Latents) else []
 
-    def autoencoder(self) -> Reconstructs | None:
+    def autoencoder(self) -> SupportsReconstruction | None:
         return self.space if isinstance(self.space, Latents) else None
 
     def counted_networks(self) -> dict[str, nn.Module]:

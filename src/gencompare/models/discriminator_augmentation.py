@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec
-from gencompare.diffusion.augmentation import drawn, warped
+from gencompare.diffusion.augmentation import sample_params, warp
+from gencompare.distributed import all_reduce_sum
 from gencompare.errors import UserError
-from gencompare.models.colours import drawn_colours, recoloured
-from gencompare.models.processes import summed
-from gencompare.models.ramp import CosineRamp
-from gencompare.seeds import Draws
+from gencompare.generative_model import DataSpec
+from gencompare.models.elbo import CosineRamp
+from gencompare.rng import RandomSource
+
+BRIGHTNESS = 0.2
+"""Standard deviation of what is added, for pixels in [-1, 1]."""
+CONTRAST, SATURATION = 0.5, 1.0
+"""Standard deviations of the logarithm to base 2 of the factors."""
+
+
+def sample_color_params(draws: RandomSource, p: float | Tensor) -> Tensor:
+    """What `color_transform` does with each image, (n, 5), each with probability ``p`` and else nought.
+
+    Karras et al. (2020), "Training generative adversarial networks with limited data", appendix B: brightness and
+    the logarithms to base 2 of contrast and saturation are normal, the hue is turned by an angle uniform over the
+    circle, and the luma flip is done half of the time.
+    """
+    chance, (brightness, contrast, saturation) = draws.uniform((7,)).T, draws.normal((3,)).T
+    done = (chance[:5] < p).to(brightness)
+    values = [
+        BRIGHTNESS * brightness, CONTRAST * contrast, (chance[5] < 0.5).to(brightness),
+        (2 * chance[6] - 1) * math.pi, SATURATION * saturation,
+    ]  # fmt: skip
+    return done.T * torch.stack(values, dim=1)
+
+
+def color_transform(x: Tensor, a: Tensor) -> Tensor:
+    r"""L (x + b) at each pixel, for images (n, C, H, W) with C = 1 or 3 and ``a`` (n, 5); nought leaves them be.
+
+    b is the brightness, and L = S H F c for RGB: contrast c; luma flip F = I - 2 v v' (v = (1, 1, 1) / sqrt 3), which
+    makes the light dark and keeps the hue; hue H, a turn about v; saturation S = v v' + s (I - v v'). Grey images are
+    multiples of v, so L is c or -c.
+    """
+    brightness, contrast, flip, hue, saturation = (value[:, None, None, None] for value in a.to(x.dtype).T)
+    x = (x + brightness) * torch.exp2(contrast)
+    if x.shape[1] == 1:
+        return x * (1 - 2 * flip)
+    x = x - 2 * flip * _grey(x)
+    x = _turned(x, hue)
+    # The factor of what is not grey: exactly 1 leaves the image exactly as it is.
+    return x + (torch.exp2(saturation) - 1) * (x - _grey(x))
+
+
+def _grey(x: Tensor) -> Tensor:
+    """v v' x: the mean of the three colours, three times."""
+    return x.mean(1, keepdim=True)
+
+
+def _turned(x: Tensor, angle: Tensor) -> Tensor:
+    """x turned about the grey axis v by Rodrigues' formula, written so that an angle of nought changes nothing."""
+    red, green, blue = x.chunk(3, dim=1)
+    cross = torch.cat([blue - green, red - blue, green - red], dim=1) / math.sqrt(3)  # v x colour
+    return x + angle.sin() * cross - (1 - angle.cos()) * (x - _grey(x))
+
 
 CUTOUT = 0.5
 """Side of the square that a cut-out blanks, as a share of the image's."""
@@ -60,17 +111,17 @@ class DiscriminatorAugmentation(nn.Module, ABC):
         self.spec, self.colours, self.cutout = spec, colours, cutout
         self.register_buffer("strength", torch.zeros(()))
 
-    def forward(self, x: Tensor, draws: Draws) -> Tensor:
+    def forward(self, x: Tensor, draws: RandomSource) -> Tensor:
         """Images (n, C, H, W), as a discriminator should see them."""
         real = self.spec.crop(x)
-        real = warped(real, drawn(draws, self.strength, self.strength).to(x.device))
+        real = warp(real, sample_params(draws, self.strength, self.strength).to(x.device))
         if self.colours:
-            real = recoloured(real, drawn_colours(draws, self.colours * self.strength).to(x.device))
+            real = color_transform(real, sample_color_params(draws, self.colours * self.strength).to(x.device))
         if self.cutout:
             real = real * self._kept(real, draws)
         return F.pad(real, (self.spec.padding,) * 4, value=-1.0)
 
-    def _kept(self, x: Tensor, draws: Draws) -> Tensor:
+    def _kept(self, x: Tensor, draws: RandomSource) -> Tensor:
         """(n, 1, H, W): 0 in the square that is cut out of an image, 1 elsewhere."""
         chance = draws.uniform((3,)).to(x.device)
         down, right = (
@@ -120,7 +171,7 @@ class ADA(DiscriminatorAugmentation):
     @torch.no_grad()
     def update(self, margin: Tensor, batch: int, seen: Tensor) -> None:
         # Signs are whole numbers: their sum is exact, in whatever order and number of processes.
-        self.signs += summed(margin.sign().sum())
+        self.signs += all_reduce_sum(margin.sign().sum())
         self.steps += 1
         images = self.interval * batch
         step = (self.signs - self.target * images).sign() * (images / self.horizon)

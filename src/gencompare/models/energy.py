@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel
+from gencompare.distributed import all_gather_rows
 from gencompare.errors import UserError
-from gencompare.models import energy_pictures
-from gencompare.models.alternating import take_step
-from gencompare.models.langevin import Langevin, last
-from gencompare.models.processes import gathered
-from gencompare.models.replay import ReplayBuffer
-from gencompare.models.rollback import LastGood
-from gencompare.networks.energy import Energy
-from gencompare.seeds import Draws
+from gencompare.generative_model import Cond, DataSpec, GenerativeModel
+from gencompare.models import visualization
+from gencompare.models.langevin import Langevin, ReplayBuffer, last_state
+from gencompare.models.manual_optimization import Snapshot, manual_step
+from gencompare.networks.energy_networks import EnergyNetwork
+from gencompare.rng import RandomSource
 
 
 class EBM(GenerativeModel):
@@ -46,7 +44,7 @@ class EBM(GenerativeModel):
     anywhere.
 
     A step whose energies are not finite or lie further than ``max_gap`` apart, before it or after, has diverged: the
-    last good state is put back (`LastGood`), and the step reports nothing but ``rollbacks``, the number of such
+    last good state is put back (`Snapshot`), and the step reports nothing but ``rollbacks``, the number of such
     returns so far. No weights that were refused come into the moving average or a checkpoint.
 
     Args:
@@ -62,7 +60,7 @@ class EBM(GenerativeModel):
         data_noise: standard deviation of the noise on training images.
         spectral_norm: normalise the trunk's weights.
         max_gap: how far the mean energies of images and of chains may lie apart.
-        keep_every, max_rollbacks: of `LastGood`.
+        keep_every, max_rollbacks: of `Snapshot`.
     """
 
     def __init__(
@@ -96,9 +94,9 @@ class EBM(GenerativeModel):
         self.langevin, self.steps, self.sample_steps = langevin, steps, sample_steps
         self.restarts, self.energy_l2, self.data_noise, self.max_gap = restarts, energy_l2, data_noise, max_gap
         classes = spec.num_classes if self.conditional else 0
-        self.network = Energy(energy(spec.shape), classes, spectral_norm=spectral_norm)
+        self.network = EnergyNetwork(energy(spec.shape), classes, spectral_norm=spectral_norm)
         self.replay = ReplayBuffer(spec, buffer_size, max(1, classes))
-        self.last_good = LastGood(keep_every, max_rollbacks)
+        self.last_good = Snapshot(keep_every, max_rollbacks)
         self.register_buffer("mask", spec.mask(), persistent=False)
         self.mask: Tensor
 
@@ -118,7 +116,7 @@ class EBM(GenerativeModel):
 
     # Training
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         label = self.label(cond)
         self.last_good.begin(self)
         real = self._held(x + self.data_noise * draws.normal(x.shape[1:]).to(x))
@@ -129,7 +127,7 @@ class EBM(GenerativeModel):
             return self._go_back(gap)
         squares = ours.square().mean() + theirs.square().mean()
         loss = ours.mean() - theirs.mean() + self.energy_l2 * squares
-        norm = take_step(self, 0, loss, list(self.network.parameters()))
+        norm = manual_step(self, 0, loss, list(self.network.parameters()))
         # Weights are judged before anyone else sees them: the moving average would not forget bad ones.
         with torch.no_grad():
             gap = self._gap(*self._energies(real, chains, label))
@@ -144,7 +142,7 @@ class EBM(GenerativeModel):
             "rollbacks": x.new_tensor(float(self.last_good.total)),
         }
 
-    def _chains(self, label: Tensor | None, draws: Draws) -> Tensor:
+    def _chains(self, label: Tensor | None, draws: RandomSource) -> Tensor:
         """What Langevin steps make of chains of the buffer, which keeps it: (n, C, H, W) without gradient."""
         shape = self.spec.shape
         places = self.replay.places(label, draws)
@@ -155,8 +153,8 @@ class EBM(GenerativeModel):
         x = torch.where(anew[:, None, None, None], noise, x)
         # Weights under spectral normalisation are worked out once for the whole walk.
         with parametrize.cached():
-            x = last(self._walk(x, label, self.steps, lambda: draws.normal(shape)))
-        self.replay.put(places, gathered(x))
+            x = last_state(self._walk(x, label, self.steps, lambda: draws.normal(shape)))
+        self.replay.put(places, all_gather_rows(x))
         return x
 
     def _energies(self, real: Tensor, chains: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,7 +169,7 @@ class EBM(GenerativeModel):
 
         The host waits for it: what follows depends on it, and it is one of hundreds of network calls.
         """
-        return abs(float(gathered(ours).mean() - gathered(theirs).mean()))
+        return abs(float(all_gather_rows(ours).mean() - all_gather_rows(theirs).mean()))
 
     def _go_back(self, gap: float) -> dict[str, Tensor]:
         """The last good state; of a step that was undone, nothing else is told."""
@@ -184,7 +182,7 @@ class EBM(GenerativeModel):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.last_good.load_state_dict(checkpoint["last_good"])
 
-    def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """Energies of held-out images, with the noise that training images have, and of noise alone. Held-out images
         far above training images (``energy_data``) tell of a model that knows its training set by heart."""
         cond = self.used(cond)
@@ -216,16 +214,16 @@ class EBM(GenerativeModel):
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         """Where chains from noise end. The replay buffer has no part in it: it belongs to training."""
         with parametrize.cached():
-            return last(self.from_noise(n, cond, generator)).clamp(-1, 1)
+            return last_state(self.from_noise(n, cond, generator)).clamp(-1, 1)
 
     @torch.no_grad()
     def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """What `Explores` asks for: images and corrupted ones ordered by energy, and chains from noise over time."""
         cond = self.used(cond)
         return {
-            **energy_pictures.by_energy(self.energy, x, cond, self._held, generator),
-            "chains": energy_pictures.over_time(
-                self.from_noise(len(x), cond, generator), self.sample_steps, rows=energy_pictures.CHAINS
+            **visualization.energy_ranking(self.energy, x, cond, self._held, generator),
+            "chains": visualization.chains_over_time(
+                self.from_noise(len(x), cond, generator), self.sample_steps, rows=visualization.CHAINS
             ),
         }
 

@@ -2,21 +2,107 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel
 from gencompare.errors import UserError
-from gencompare.models.adversarial import Adversarial
-from gencompare.models.alternating import frozen, take_step
+from gencompare.generative_model import Cond, DataSpec, GenerativeModel
 from gencompare.models.discriminator_augmentation import DiscriminatorAugmentation
-from gencompare.models.penalties import Duel, Penalty
-from gencompare.networks.projection import normalize_spectrally
-from gencompare.seeds import Draws
+from gencompare.models.gan_penalties import DiscriminatorStep, Penalty
+from gencompare.models.manual_optimization import frozen, manual_step
+from gencompare.networks.gan_networks import normalize_spectrally
+from gencompare.rng import RandomSource
+
+
+class Adversarial(ABC):
+    """A pair of losses. Scores are (n,), or (n, patches) where images are not paired, and losses too; each player
+    minimises the mean of its own.
+
+    ``real`` and ``fake`` are the discriminator's scores D(x_i) of real images and D(G(z_i)) of as many fakes.
+    """
+
+    pairs: ClassVar[bool] = False
+    """Whether the generator's loss looks at the real images' scores too, which are then worked out for it."""
+
+    @abstractmethod
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        """``real`` is None unless ``pairs``."""
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        """By how much the discriminator takes real images for real, (n,): its sign says whether it is right."""
+        return real
+
+
+@dataclass(frozen=True)
+class NonSaturating(Adversarial):
+    """-log S(real) - log(1 - S(fake)), against -log S(fake), S the logistic function (Goodfellow et al. 2014)."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-real) + F.softplus(fake)
+
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return F.softplus(-fake)
+
+
+@dataclass(frozen=True)
+class Hinge(Adversarial):
+    """max(0, 1 - real) + max(0, 1 + fake), against -fake (Lim and Ye 2017; Miyato et al. 2018, eq. 16 and 17)."""
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.relu(1 - real) + F.relu(1 + fake)
+
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return -fake
+
+
+@dataclass(frozen=True)
+class Wasserstein(Adversarial):
+    """fake - real, against -fake (Arjovsky et al. 2017, "Wasserstein GAN", algorithm 1).
+
+    It estimates a distance as long as D is 1-Lipschitz, which a penalty (``wgan_gp``) or spectral norm sees to. A
+    constant added to D changes nothing, so its sign alone says nothing: `margin` is the difference.
+    """
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return fake - real
+
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return -fake
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        return real - fake
+
+
+@dataclass(frozen=True)
+class Relativistic(Adversarial):
+    """-log S(real - fake), against -log S(fake - real): is x_i more real than its partner G(z_i)?
+
+    The relativistic pairing loss of Jolicoeur-Martineau (2019), with f(t) = -log(1 + e^-t) as in Huang et al. (2024),
+    "The GAN is dead; long live the GAN!", eq. 2. No fake can win by being far from all real ones, as each is judged
+    beside its partner, which is what keeps modes from being dropped (their section 2.1).
+    """
+
+    pairs = True
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(fake - real)
+
+    def generator(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        assert real is not None
+        return F.softplus(real - fake)
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        return real - fake
 
 
 class GAN(GenerativeModel):
@@ -74,19 +160,19 @@ class GAN(GenerativeModel):
         """Images (n, C, H, W), black outside of the real pixels, from latents (n, latent_dim)."""
         return self.generator(z, self.label(cond)).float() * self.mask - (1 - self.mask)
 
-    def score(self, x: Tensor, cond: Cond, draws: Draws) -> Tensor:
+    def score(self, x: Tensor, cond: Cond, draws: RandomSource) -> Tensor:
         """The discriminator's logits of augmented images, (n,) in float32."""
         shown = x if self.augmentation is None else self.augmentation(x, draws)
         return self.discriminator(shown, self.label(cond)).float()
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         parts = list(self._parts(x, cond, draws))
         figures: dict[str, Tensor] = {}
         for part in parts:
             figures = self._discriminator_step(*part)
         return figures | self._generator_step(*parts[0])
 
-    def _parts(self, x: Tensor, cond: Cond, draws: Draws) -> Iterator[tuple[Tensor, Cond, Draws]]:
+    def _parts(self, x: Tensor, cond: Cond, draws: RandomSource) -> Iterator[tuple[Tensor, Cond, RandomSource]]:
         """The batch in ``d_steps`` parts: part k is every d_steps-th image of the global batch from image k on."""
         alone = len(draws) == draws.total
         if draws.total < self.d_steps or not (alone or len(draws) % self.d_steps == 0):
@@ -98,26 +184,26 @@ class GAN(GenerativeModel):
             rows = slice((k - draws.start) % self.d_steps, None, self.d_steps)
             yield x[rows], {name: value[rows] for name, value in cond.items()}, draws.every(self.d_steps, k)
 
-    def _discriminator_step(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def _discriminator_step(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         with torch.no_grad():
             made = self.generate(draws.normal((self.latent_dim,)), cond)
         real, fake = (images.detach().requires_grad_(bool(self.penalty)) for images in (x, made))
         score = partial(self.score, cond=cond, draws=draws)
-        duel = Duel(real, fake, score(real), score(fake), score, draws)
+        duel = DiscriminatorStep(real, fake, score(real), score(fake), score, draws)
         loss = self.adversarial.discriminator(duel.real_scores, duel.fake_scores).mean()
         figures = {"d_loss": loss, "d_real": duel.real_scores.mean(), "d_fake": duel.fake_scores.mean()}
         self.seen += draws.total
         for name, penalty in self.penalty.items():
             figures[name] = penalty(duel).mean()
             loss = loss + penalty.factor(self.seen) * figures[name]
-        figures["d_grad"] = take_step(self, 0, loss, list(self.discriminator.parameters()))
+        figures["d_grad"] = manual_step(self, 0, loss, list(self.discriminator.parameters()))
         if self.augmentation is not None:
             margin = self.adversarial.margin(duel.real_scores.detach(), duel.fake_scores.detach())
             self.augmentation.update(margin, draws.total, self.seen)
             figures["augmentation"] = self.augmentation.strength.clone()
         return {name: value.detach() for name, value in figures.items()}
 
-    def _generator_step(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def _generator_step(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         with frozen(self.discriminator):
             fakes = self.generate(draws.normal((self.latent_dim,)), cond)
             real = None
@@ -125,11 +211,11 @@ class GAN(GenerativeModel):
                 with torch.no_grad():
                     real = self.score(x, cond, draws)
             loss = self.adversarial.generator(real, self.score(fakes, cond, draws)).mean()
-            gradient = take_step(self, 1, loss, list(self.generator.parameters()))
+            gradient = manual_step(self, 1, loss, list(self.generator.parameters()))
         return {"g_loss": loss.detach(), "g_grad": gradient}
 
     @torch.no_grad()
-    def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """Scores of held-out images and of fakes. Held-out images that score far below the training images
         (``d_real``) tell of a discriminator that knows its training set by heart."""
         cond = self.used(cond)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood, unpack_batch
 from gencompare.errors import UserError
-from gencompare.seeds import Draws
+from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, unpack_batch
+from gencompare.rng import RandomSource
 
 RIDGES = (0.0, *(10.0 ** (k / 2) for k in range(-12, 1)))
 """Ridges that the validation images choose from: 0 and 1e-6 to 1, half a decade apart, in units of x^2."""
@@ -20,7 +20,7 @@ SMALLEST = 1e-10
 LOG2 = math.log(2)
 
 
-class Gaussian(GenerativeModel):
+class GaussianBaseline(GenerativeModel):
     """p(x) = sum_k pi_k N(x; m_k, S_k) over the real pixels, or p(x | k) = N(x; m_k, S_k) where labels are given.
 
     Fitted by maximum likelihood to the uniformly dequantised images, in closed form. Dequantisation adds
@@ -72,7 +72,7 @@ class Gaussian(GenerativeModel):
 
     # Fitting
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """The first step, which is the only one, fits the whole training split and ends training."""
         self.fit_to(*self._whole_splits())
         self.trainer.should_stop = True
@@ -101,7 +101,7 @@ class Gaussian(GenerativeModel):
     @torch.no_grad()
     def fit_to(
         self, train: Iterable[tuple[Tensor, Cond]], val: Iterable[tuple[Tensor, Cond]] | None = None
-    ) -> Gaussian:
+    ) -> GaussianBaseline:
         """Fit to batches (x, cond), one pass; ``val`` chooses the ridge (without it: none). Returns the model.
 
         Sums are in float64. The images are held in memory as float32 (4 bytes a value); a class with fewer images than
@@ -191,14 +191,14 @@ class Gaussian(GenerativeModel):
         width = math.log(self.step) if self.step else 0.0
         return -(self.log_density(x, cond) / self.spec.dims + width) / LOG2
 
-    def likelihoods(self) -> dict[str, Likelihood]:
+    def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         """The density is exact; of discrete images it gives a bound, through uniform dequantisation (Theis 2016)."""
-        return {"density": Likelihood("bound" if self.step else "exact", self._terms)}
+        return {"density": LikelihoodEstimate("bound" if self.step else "exact", self._terms)}
 
     def _terms(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
         return {"density": self.bits_per_dim(x, cond)}
 
-    def validation_figures(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         return {"bits_per_dim": self.bits_per_dim(x, self.used(cond)).float()}
 
     # Samples

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.models import latent_pictures
-from gencompare.models.likelihoods import PixelLikelihood
-from gencompare.models.variational import warmed_up
-from gencompare.networks.hierarchical import DiagonalGaussian, Ladder, LatentLayer
-from gencompare.seeds import Draws
+from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate
+from gencompare.models import visualization
+from gencompare.models.elbo import kl_warmup
+from gencompare.models.pixel_likelihoods import PixelLikelihood
+from gencompare.networks.hierarchical import DiagonalGaussian, TopDownBlock, TopDownDecoder
+from gencompare.rng import RandomSource
 
 TEMPERATURES = (1.0, 0.85, 0.7, 0.5, 0.0)
 """Those that ``task=explore`` shows."""
-MOST_SKIPPED = 50
+MAX_SKIPPED = 50
 """Steps in a row that may be skipped."""
 
 
@@ -41,7 +41,7 @@ class HVAE(GenerativeModel):
     optimiser's state stay as they are ("gradient skipping" of the same paper, whose thresholds hold for a loss in nats
     per value; its code, too, leaves out what is not finite). The networks have no normalisation, and now
     and then a single image's posterior overflows, at weights that do well before and after it. ``skipped`` is the share
-    of such steps in what is logged, and ``skipped_steps`` counts them all; `MOST_SKIPPED` in a row end the run. The
+    of such steps in what is logged, and ``skipped_steps`` counts them all; `MAX_SKIPPED` in a row end the run. The
     decision costs the host one wait for the device a step.
 
     Samples at temperature T draw z_l from N(mu_l, (T sigma_l)^2) in place of the prior N(mu_l, sigma_l^2): T = 1 is the
@@ -60,7 +60,7 @@ class HVAE(GenerativeModel):
         self,
         spec: DataSpec,
         *,
-        ladder: Callable[..., Ladder],
+        ladder: Callable[..., TopDownDecoder],
         likelihood: Callable[..., PixelLikelihood],
         kl_warmup_steps: int = 0,
         temperature: float = 1.0,
@@ -91,13 +91,13 @@ class HVAE(GenerativeModel):
 
     # The bound
 
-    def terms(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def terms(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """What adds up to minus the bound in nats, each (n,): ``reconstruction``, -log p(x | z), and the KL of each
         resolution that has latents, ``kl_1x1`` to that of the finest."""
         features = self.ladder.encode(x)
         kl: dict[str, Tensor] = {}
 
-        def draw(layer: LatentLayer, state: Tensor, prior: DiagonalGaussian) -> Tensor:
+        def draw(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             posterior = layer.posterior(state, features[layer.level], prior)
             _, h, w = layer.latent_shape
             told, name = posterior.kl(prior).flatten(1).sum(1), f"kl_{h}x{w}"
@@ -107,7 +107,7 @@ class HVAE(GenerativeModel):
         h = self.ladder(self._labels(cond, x), draw)
         return {"reconstruction": -self.likelihood.log_prob(h, x), **kl}
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """``loss`` in nats a value, the terms of the bound in bits a value, and, where the likelihood is one of these
         pixels, the bound in bits/dim that they add up to, ``bits_per_dim``."""
         terms = self.terms(x, cond, draws)
@@ -121,14 +121,14 @@ class HVAE(GenerativeModel):
     @property
     def kl_weight(self) -> float:
         """What the divergences weigh at the step in progress; 1 outside of training."""
-        return warmed_up(self, self.kl_warmup_steps)
+        return kl_warmup(self, self.kl_warmup_steps)
 
-    def likelihoods(self) -> dict[str, Likelihood]:
-        return {"elbo": Likelihood("bound", self._elbo)} if self.likelihood.gives_bits else {}
+    def likelihoods(self) -> dict[str, LikelihoodEstimate]:
+        return {"elbo": LikelihoodEstimate("bound", self._elbo)} if self.likelihood.gives_bits else {}
 
     @torch.no_grad()
     def _elbo(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
-        terms = self.terms(x, self.used(cond), Draws.whole(generator, len(x)))
+        terms = self.terms(x, self.used(cond), RandomSource.whole(generator, len(x)))
         return {name: self._bits(value) for name, value in terms.items()}
 
     def _bits(self, nats: Tensor) -> Tensor:
@@ -159,9 +159,9 @@ class HVAE(GenerativeModel):
             self.skipped_steps += 1
             self._gradient[1] = 1
             self._skipped_in_a_row += 1
-            if self._skipped_in_a_row == MOST_SKIPPED:
+            if self._skipped_in_a_row == MAX_SKIPPED:
                 raise TrainingStopped(
-                    f"{MOST_SKIPPED} steps in a row had a gradient that is longer than model.grad_skip={self.grad_skip}"
+                    f"{MAX_SKIPPED} steps in a row had a gradient that is longer than model.grad_skip={self.grad_skip}"
                     f" or not finite (the last one's norm: {norm:.4g})",
                     "Try a lower learning rate (model.optimizer.lr), or a larger model.grad_skip.",
                 )
@@ -178,7 +178,7 @@ class HVAE(GenerativeModel):
         the prior that the layers before leave: no random numbers."""
         features, found = self.ladder.encode(x), []
 
-        def mean(layer: LatentLayer, state: Tensor, prior: DiagonalGaussian) -> Tensor:
+        def mean(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             posterior = layer.posterior(state, features[layer.level], prior)
             found.append(prior.standardized(posterior.mean).flatten(1))
             return posterior.mean
@@ -190,7 +190,7 @@ class HVAE(GenerativeModel):
         """The parameters of p(x | z), with z given as by ``encode``: standard normal u are draws from the prior."""
         left = iter(u.split([math.prod(layer.latent_shape) for layer in self.ladder.layers], dim=1))
 
-        def given(layer: LatentLayer, state: Tensor, prior: DiagonalGaussian) -> Tensor:
+        def given(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             return prior.at(next(left).unflatten(1, layer.latent_shape))
 
         return self.ladder(self._labels(cond, u), given)
@@ -237,7 +237,7 @@ class HVAE(GenerativeModel):
         return {
             "kept_latents": torch.stack([x, *kept], dim=1),
             "temperatures": torch.stack([self.decoded_mean(t * noise, cond) for t in TEMPERATURES]),
-            "interpolation": latent_pictures.interpolation(self.decoded_mean, code, cond),
+            "interpolation": visualization.interpolation(self.decoded_mean, code, cond),
         }
 
     def counted_networks(self) -> dict[str, nn.Module]:

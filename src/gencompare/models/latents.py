@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import DataSpec
 from gencompare.errors import UserError
-from gencompare.models.coder import Coder
+from gencompare.generative_model import DataSpec
+from gencompare.models.autoencoder import AutoencoderCore
 
 
 class PixelSpace(nn.Module):
@@ -56,7 +56,7 @@ class Latents(nn.Module):
         with torch.random.fork_rng(devices=[]):
             trained = autoencoder(spec=replace(spec, conditions={}), perceptual=None, discriminator=None)
         coder = getattr(trained, "coder", None)
-        if not isinstance(coder, Coder):
+        if not isinstance(coder, AutoencoderCore):
             raise UserError(f"{type(trained).__name__} is no autoencoder: latents need model=autoencoder or vqvae.")
         self.coder = coder
         self.latent_shape = coder.latent_shape
@@ -92,7 +92,7 @@ class Latents(nn.Module):
         return self.decode(self.encode(x))
 
     @torch.no_grad()
-    def take(self, coder: Coder, batches: Iterable[Tensor]) -> None:
+    def take(self, coder: AutoencoderCore, batches: Iterable[Tensor]) -> None:
         """Take over a trained autoencoder, and measure the whitening on ``batches`` of all training images."""
         self.coder.load_state_dict(coder.state_dict())
         count, first, second = 0, torch.zeros(()), torch.zeros(())

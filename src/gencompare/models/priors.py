@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.diffusion.pixels import log_normal
+from gencompare.diffusion.objectives import log_normal
 from gencompare.errors import UserError
-from gencompare.models.variational import kl_from_standard_normal
+from gencompare.models.elbo import kl_from_standard_normal
 
 
 class Prior(nn.Module, ABC):

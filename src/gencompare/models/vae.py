@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.contract import Cond, DataSpec, GenerativeModel, Likelihood
 from gencompare.errors import UserError
-from gencompare.models import latent_pictures
-from gencompare.models.likelihoods import PixelLikelihood
+from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate
+from gencompare.models import visualization
+from gencompare.models.elbo import importance_weighted_bound, kl_warmup
+from gencompare.models.pixel_likelihoods import PixelLikelihood
 from gencompare.models.priors import Prior, StandardNormal
-from gencompare.models.variational import importance_weighted_bound, warmed_up
-from gencompare.seeds import Draws
+from gencompare.rng import RandomSource
 
 
 class VAE(GenerativeModel):
@@ -111,9 +111,9 @@ class VAE(GenerativeModel):
     @property
     def beta_now(self) -> float:
         """beta at the step in progress, warmed up; beta itself outside of training."""
-        return self.beta * warmed_up(self, self.kl_warmup_steps)
+        return self.beta * kl_warmup(self, self.kl_warmup_steps)
 
-    def losses(self, x: Tensor, cond: Cond, draws: Draws) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
         """``loss``, and in bits a real pixel value the two parts of the bound; where these are bits/dim of the data,
         the bound itself: ``bits_per_dim = reconstruction + kl``."""
         reconstruction, kl = self.terms(x, cond, draws.normal((self.latent_dim,)))
@@ -157,16 +157,16 @@ class VAE(GenerativeModel):
         mean, log_var = self.posterior(x, cond)
         return {
             "reconstruction": torch.stack([x, self.decoded_mean(mean, cond)]),
-            "interpolation": latent_pictures.interpolation(self.decoded_mean, mean, cond),
-            "traversal": latent_pictures.traversal(self.decoded_mean, mean, log_var, cond),
+            "interpolation": visualization.interpolation(self.decoded_mean, mean, cond),
+            "traversal": visualization.traversal(self.decoded_mean, mean, log_var, cond),
         }
 
-    def likelihoods(self) -> dict[str, Likelihood]:
+    def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         if not self.likelihood.gives_bits:
             return {}
-        found = {"elbo": Likelihood("bound", self._elbo)}
+        found = {"elbo": LikelihoodEstimate("bound", self._elbo)}
         if self.importance_samples:
-            found[f"iwae_{self.importance_samples}"] = Likelihood("bound", self._iwae)
+            found[f"iwae_{self.importance_samples}"] = LikelihoodEstimate("bound", self._iwae)
         return found
 
     @torch.no_grad()

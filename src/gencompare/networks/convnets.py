@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gencompare.networks.blocks import ResBlock, activation
+from gencompare.networks.layers import ResBlock, activation
 
 SMALLEST = 4
 """Images are halved as long as both sides stay at least this long."""

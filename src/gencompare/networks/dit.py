@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.conditions import Conditions
-from gencompare.networks.embeddings import SinusoidalEmbedding
+from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
 
 NOISE_FEATURES = 256
 """Sines and cosines of the noise level, whatever the width."""
@@ -24,7 +23,7 @@ class DiT(nn.Module):
     and perceptron, steered by noise level and conditions, work on them; and each token becomes a patch of the output.
     At the start every block is the identity and the output is nought ("adaLN-Zero", section 3.2).
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `Conditions` has it -> (n, out_channels, H, W).
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W).
 
     Args:
         shape: (C, H, W) of x; the patch's side divides H and W.
@@ -62,7 +61,7 @@ class DiT(nn.Module):
         self.noise = nn.Sequential(
             SinusoidalEmbedding(NOISE_FEATURES), nn.Linear(NOISE_FEATURES, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.conditions = Conditions(
+        self.conditions = ConditionEmbedding(
             width,
             num_classes,
             low_res=low_res,

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.blocks import he_normal
 from gencompare.networks.convnets import stages
+from gencompare.networks.layers import he_normal
 
-QUIET = 0.3
+OUTPUT_SCALE = 0.3
 """Scale of the first weights on the way of the latents: what they say is heard, and their noise does not drown it."""
 
 
@@ -49,7 +49,7 @@ class DiagonalGaussian:
         return 0.5 * (torch.expm1(2 * log_ratio) + other.standardized(self.mean).square()) - log_ratio
 
 
-class Bottleneck(nn.Module):
+class BottleneckBlock(nn.Module):
     """1x1, k x k, k x k and 1x1 convolutions, a GELU before each and no normalisation (Child 2021).
 
     k is 3 where the image has sides above 2, and else 1. At the start it hands on the size of what comes in, times
@@ -81,7 +81,7 @@ def convolution(channels_in: int, channels_out: int, kernel: int, scale: float =
     return layer
 
 
-class LatentLayer(nn.Module):
+class TopDownBlock(nn.Module):
     r"""One layer of latents z (n, latent_channels, H, W), within the state h (n, channels, H, W) of the way down.
 
     p(z | h) and a term of h come out of one block, q(z | h, a) of another that also sees the image's features a; then
@@ -116,10 +116,10 @@ class LatentLayer(nn.Module):
         self.bound = 5.0 if residual_posterior else None  # as in NVAE's published code
         z, side = latent_shape[0], min(latent_shape[1:])
         small = branches**-0.5
-        self.posterior_block = Bottleneck(2 * channels, hidden, 2 * z, side, scale=QUIET)
-        self.prior_block = Bottleneck(channels, hidden, 2 * z + channels, side, scale=0.0)
-        self.project = convolution(z, channels, 1, QUIET * small)
-        self.block = Bottleneck(channels, hidden, channels, side, scale=small)
+        self.posterior_block = BottleneckBlock(2 * channels, hidden, 2 * z, side, scale=OUTPUT_SCALE)
+        self.prior_block = BottleneckBlock(channels, hidden, 2 * z + channels, side, scale=0.0)
+        self.project = convolution(z, channels, 1, OUTPUT_SCALE * small)
+        self.block = BottleneckBlock(channels, hidden, channels, side, scale=small)
 
     def prior(self, h: Tensor) -> tuple[DiagonalGaussian, Tensor]:
         """p(z | h), and h with the prior's features added."""
@@ -140,11 +140,11 @@ class LatentLayer(nn.Module):
         return h + self.block(h)
 
 
-Latent = Callable[[LatentLayer, Tensor, DiagonalGaussian], Tensor]
+Latent = Callable[[TopDownBlock, Tensor, DiagonalGaussian], Tensor]
 """(layer, state, prior) -> z: how the latents of a layer are found."""
 
 
-class Ladder(nn.Module):
+class TopDownDecoder(nn.Module):
     r"""The network of a very deep VAE (Child 2021, "Very deep VAEs generalize autoregressive models and can outperform
     them on images"): features of the image from the finest resolution to 1x1, latents from 1x1 to the finest.
 
@@ -191,8 +191,8 @@ class Ladder(nn.Module):
                 f" bottleneck={bottleneck} must all be above nought."
             )
         plan = resolutions(shape[1], shape[2], channels, max_channels)
-        up = counted("encoder_blocks", encoder_blocks, plan)
-        down = counted("decoder_blocks", decoder_blocks, plan, least=0)
+        up = expand_counts("encoder_blocks", encoder_blocks, plan)
+        down = expand_counts("decoder_blocks", decoder_blocks, plan, least=0)
         if not down[-1]:
             raise UserError(f"model.ladder.decoder_blocks={decoder_blocks}: the coarsest resolution needs latents.")
         hidden = [max(1, int(c * bottleneck)) for c, _, _ in plan]
@@ -200,7 +200,7 @@ class Ladder(nn.Module):
         self.plan = plan
         self.stem = convolution(shape[0], plan[0][0], 3)
         self.features = nn.ModuleList(
-            nn.ModuleList(Bottleneck(c, inner, c, min(h, w), scale=sum(up) ** -0.5) for _ in range(count))
+            nn.ModuleList(BottleneckBlock(c, inner, c, min(h, w), scale=sum(up) ** -0.5) for _ in range(count))
             for (c, h, w), inner, count in zip(plan, hidden, up, strict=True)
         )
         self.starts = nn.ParameterList(torch.zeros(plane) for plane in plan)
@@ -209,7 +209,7 @@ class Ladder(nn.Module):
             nn.init.normal_(embedding.weight, std=0.2)  # type: ignore[arg-type]
         self.latents = nn.ModuleList(
             nn.ModuleList(
-                LatentLayer(
+                TopDownBlock(
                     level, c, (latent_channels, h, w), inner, branches=branches, residual_posterior=residual_posterior
                 )
                 for _ in range(count)
@@ -218,17 +218,17 @@ class Ladder(nn.Module):
         )
         self.blocks = nn.ModuleDict(
             {
-                str(level): Bottleneck(c, inner, c, min(h, w), scale=branches**-0.5)
+                str(level): BottleneckBlock(c, inner, c, min(h, w), scale=branches**-0.5)
                 for level, ((c, h, w), inner, count) in enumerate(zip(plan, hidden, down, strict=True))
                 if not count
             }
         )
         self.gain = nn.Parameter(torch.ones(plan[0][0], 1, 1))
         self.bias = nn.Parameter(torch.zeros(plan[0][0], 1, 1))
-        self.out = convolution(plan[0][0], maps, 1, QUIET)
+        self.out = convolution(plan[0][0], maps, 1, OUTPUT_SCALE)
 
     @property
-    def layers(self) -> list[LatentLayer]:
+    def layers(self) -> list[TopDownBlock]:
         """All layers of latents in their order, from the coarsest resolution to the finest."""
         return [layer for here in reversed(list(self.latents)) for layer in here]  # type: ignore[union-attr]
 
@@ -241,7 +241,7 @@ class Ladder(nn.Module):
                 h = h + block(h)
             if level + 1 < len(self.plan):
                 found.append(h)
-                h = halved(h + last(h), self.plan[level + 1])
+                h = downsample_stages(h + last(h), self.plan[level + 1])
             else:
                 found.append(h + last(h))
         return found
@@ -269,7 +269,7 @@ class Ladder(nn.Module):
         return h if coarser is None else h + F.interpolate(coarser[:, :c], size=(height, width), mode="nearest")
 
 
-def halved(h: Tensor, plane: tuple[int, int, int]) -> Tensor:
+def downsample_stages(h: Tensor, plane: tuple[int, int, int]) -> Tensor:
     """h as means over the pixels of the next resolution, further channels being noughts."""
     c, height, width = plane
     h = F.avg_pool2d(h, (h.shape[2] // height, h.shape[3] // width))
@@ -283,7 +283,7 @@ def resolutions(side_h: int, side_w: int, channels: int, max_channels: int) -> l
     return found if (h, w) == (1, 1) else [*found, (min(2 * last, max_channels), 1, 1)]
 
 
-def counted(
+def expand_counts(
     name: str, blocks: int | Sequence[int], plan: Sequence[tuple[int, int, int]], *, least: int = 1
 ) -> list[int]:
     """How many blocks there are at each resolution, the finest first."""

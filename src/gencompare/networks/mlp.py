@@ -1,11 +1,16 @@
-"""Perceptrons with the signatures of the convolutional encoder and decoder, for points and very small images."""
+"""Perceptrons for points and very small images."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gencompare.errors import UserError
+from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
 
 
 def mlp(features_in: int, features_out: int, width: int, depth: int) -> nn.Sequential:
@@ -17,7 +22,7 @@ def mlp(features_in: int, features_out: int, width: int, depth: int) -> nn.Seque
     return nn.Sequential(*layers, nn.Linear(features_in, features_out))
 
 
-def beside(x: Tensor, e: Tensor | None) -> Tensor:
+def hstack(x: Tensor, e: Tensor | None) -> Tensor:
     """x (n, d) and, where there is one, the embedding e (n, k), as (n, d + k)."""
     return x if e is None else torch.cat([x, e], dim=1)
 
@@ -32,7 +37,7 @@ class MLPEncoder(nn.Module):
         self.net = mlp(math.prod(shape) + embed_dim, out_features, width, depth)
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
-        return self.net(beside(x.flatten(1), e))
+        return self.net(hstack(x.flatten(1), e))
 
 
 class MLPDecoder(nn.Module):
@@ -46,4 +51,76 @@ class MLPDecoder(nn.Module):
         self.net = mlp(in_features + embed_dim, math.prod(shape), width, depth)
 
     def forward(self, z: Tensor, e: Tensor | None = None) -> Tensor:
-        return self.net(beside(z, e)).unflatten(1, self.shape)
+        return self.net(hstack(z, e)).unflatten(1, self.shape)
+
+
+class DenoisingMLP(nn.Module):
+    """Residual blocks over all values of an image at once, each told the noise level and the conditions.
+
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W). At
+    initialisation the output is zero.
+
+    Args:
+        shape: (C, H, W) of x.
+        num_classes: 0 for a network without labels.
+        width: features of every layer, an even number of at least 4.
+        depth: residual blocks, of two layers each.
+        low_res: channels of the image ``cond["low_res"]``, 0 for none.
+        embedding_dim: length of ``cond["embedding"]``, 0 for none.
+        augment_dim: length of ``cond["augment"]``, 0 for none.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        out_channels: int,
+        num_classes: int = 0,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        low_res: int = 0,
+        embedding_dim: int = 0,
+        augment_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise UserError(f"network.depth={depth}: a denoising MLP needs at least 1 block.")
+        self.out_shape = (out_channels, *shape[1:])
+        self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
+        self.conditions = ConditionEmbedding(
+            width,
+            num_classes,
+            low_res=low_res,
+            embedding_dim=embedding_dim,
+            augment_dim=augment_dim,
+            noise_dim=width,
+        )
+        self.stem = nn.Linear((shape[0] + low_res) * math.prod(shape[1:]), width)
+        self.blocks = nn.ModuleList(ModulatedMLPBlock(width) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        emb = self.conditions.with_noise(self.noise, noise_cond, cond)
+        h = self.stem(self.conditions.beside(x, cond).flatten(1))
+        for block in self.blocks:
+            h = block(h, emb)
+        return self.out(self.norm(h)).unflatten(1, self.out_shape)
+
+
+class ModulatedMLPBlock(nn.Module):
+    """h + linear(silu(linear((1 + a(emb)) norm(h) + b(emb)))), with a and b linear; h and emb are (n, width).
+
+    The modulation is that of Perez et al. (2018), "FiLM", eq. 1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.modulation(emb).chunk(2, dim=1)
+        return h + self.second(F.silu(self.first((1 + scale) * self.norm(h) + shift)))

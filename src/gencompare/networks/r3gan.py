@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 from gencompare.networks.convnets import stages
-from gencompare.networks.mlp import beside
-from gencompare.networks.resampling import FIRDownsample, FIRUpsample
+from gencompare.networks.layers import FIRDownsample, FIRUpsample
+from gencompare.networks.mlp import hstack
 
 FILTER = (1, 3, 3, 1)
 SLOPE = 0.2
@@ -65,7 +65,7 @@ class R3GANGenerator(nn.Module):
         scaled(self.out)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        style = z if self.labels is None else beside(z, self.labels(label))
+        style = z if self.labels is None else hstack(z, self.labels(label))
         h = self.basis * self.weigh(style)[:, :, None, None]
         for k, stage in enumerate(self.stages):
             h = stage(self.up(h) if k else h)
@@ -113,7 +113,7 @@ class R3GANDiscriminator(nn.Module):
         return found.squeeze(1) if self.classes is None else (found * self.classes(label)).sum(1)
 
 
-class Block(nn.Module):
+class R3GANBlock(nn.Module):
     """x + f(x): a convolution 1x1 that widens, a grouped one 3x3, one 1x1 that narrows, leaky ReLUs in between.
 
     f is nought at the start, and the weights within are so small that a step changes all ``depth`` blocks together by
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 def residual_blocks(channels: int, blocks: int, expansion: int, group_width: int, depth: int) -> nn.Sequential:
-    return nn.Sequential(*(Block(channels, expansion, group_width, depth) for _ in range(blocks)))
+    return nn.Sequential(*(R3GANBlock(channels, expansion, group_width, depth) for _ in range(blocks)))
 
 
 def scaled(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:

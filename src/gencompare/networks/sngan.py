@@ -1,7 +1,8 @@
 """The residual networks of SNGAN for small images.
 
 Miyato et al. 2018, "Spectral normalization for GANs", table 4 and figure 8; with classes, Miyato and Koyama 2018,
-"cGANs with projection discriminator". GroupNorm stands where the generator has batch norm (`ClassNorm`).
+"cGANs with projection discriminator". `ClassConditionalGroupNorm` replaces the batch norm
+of the generator.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.class_norm import ClassNorm
 from gencompare.networks.convnets import stages
-from gencompare.networks.projection import ProjectionHead
+from gencompare.networks.gan_networks import ProjectionHead
+from gencompare.networks.layers import ClassConditionalGroupNorm
 
 
 class SNGANGenerator(nn.Module):
@@ -33,7 +34,7 @@ class SNGANGenerator(nn.Module):
         self.start = plan[-1]
         self.root = nn.Linear(latent_dim, math.prod(self.start))
         self.blocks = nn.ModuleList(UpBlock(channels, num_classes) for _ in plan[1:])
-        self.norm = ClassNorm(channels)
+        self.norm = ClassConditionalGroupNorm(channels)
         self.out = nn.Conv2d(channels, shape[0], 3, padding=1)
         glorot(self.root, self.out)
 
@@ -76,7 +77,10 @@ class UpBlock(nn.Module):
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = ClassNorm(channels, num_classes), ClassNorm(channels, num_classes)
+        self.norm1, self.norm2 = (
+            ClassConditionalGroupNorm(channels, num_classes),
+            ClassConditionalGroupNorm(channels, num_classes),
+        )
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.skip = nn.Conv2d(channels, channels, 1)
         glorot(self.conv1, self.conv2, gain=math.sqrt(2))

@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.conditions import Conditions
-from gencompare.networks.embeddings import FourierFeatures, SinusoidalEmbedding
-from gencompare.networks.pyramids import InputPyramid, OutputSkip
-from gencompare.networks.resampling import FIRDownsample, FIRUpsample
-from gencompare.networks.unet_blocks import EPS, Block, Downsample, ResidualBlock, SelfAttention, Upsample, fan_avg
+from gencompare.networks.conditioning import ConditionEmbedding, FourierFeatures, SinusoidalEmbedding
+from gencompare.networks.layers import FIRDownsample, FIRUpsample
+from gencompare.networks.unet_blocks import (
+    EPS,
+    Downsample,
+    InputPyramid,
+    OutputSkip,
+    ResidualBlock,
+    SelfAttention,
+    UNetBlock,
+    Upsample,
+    fan_avg,
+)
 
 
 class UNet(nn.Module):
@@ -32,7 +40,7 @@ class UNet(nn.Module):
     models", table 7, make of these, and the network of VDM (Kingma et al. 2021, "Variational diffusion models",
     appendix B): see conf/model/network.
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `Conditions` has it -> (n, out_channels, H, W).
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W).
 
     Args:
         shape: (C, H, W) of x; H and W must be halved once for each multiplier after the first.
@@ -120,9 +128,9 @@ class UNet(nn.Module):
             count = _heads(width, heads, head_channels)
             return SelfAttention(width, groups=groups, heads=count, skip_rescale=skip_rescale)
 
-        def block(channels_in: int, level: int, attends: bool = True) -> Block:
+        def block(channels_in: int, level: int, attends: bool = True) -> UNetBlock:
             attends = attends and resolutions[level] in attention
-            return Block(residual(channels_in, widths[level]), attend(widths[level]) if attends else None)
+            return UNetBlock(residual(channels_in, widths[level]), attend(widths[level]) if attends else None)
 
         def downsample(width: int) -> nn.Module:
             if resample_filter is None:
@@ -141,7 +149,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             fan_avg(nn.Linear(emb_dim, emb_dim)),
         )
-        self.conditions = Conditions(
+        self.conditions = ConditionEmbedding(
             emb_dim,
             num_classes,
             low_res=low_res,
@@ -167,7 +175,9 @@ class UNet(nn.Module):
                     kept[-1], seen = join.width, join.channels
 
         deepest = widths[-1]
-        self.middle = nn.ModuleList([Block(residual(deepest, deepest), attend(deepest)), residual(deepest, deepest)])
+        self.middle = nn.ModuleList(
+            [UNetBlock(residual(deepest, deepest), attend(deepest)), residual(deepest, deepest)]
+        )
 
         self.decoder, self.outputs = nn.ModuleList(), nn.ModuleList()
         width = deepest
@@ -191,7 +201,7 @@ class UNet(nn.Module):
         inputs: Iterator[Any] = iter(self.inputs)
         for layer in self.encoder:
             h = layer(h, emb)
-            if self.inputs and not isinstance(layer, Block):  # the side was halved
+            if self.inputs and not isinstance(layer, UNetBlock):  # the side was halved
                 h, image = next(inputs)(h, image)
             kept.append(h)
         for layer in self.middle:
@@ -199,7 +209,7 @@ class UNet(nn.Module):
         written: Tensor | None = None
         outputs: Iterator[Any] = iter(self.outputs)
         for layer in self.decoder:
-            if isinstance(layer, Block):
+            if isinstance(layer, UNetBlock):
                 h = torch.cat([h, kept.pop()], dim=1)
             elif self.outputs:  # the side is about to be doubled
                 written = next(outputs)(h, written)

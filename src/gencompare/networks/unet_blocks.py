@@ -1,16 +1,17 @@
-"""The layers of a denoising U-Net. Each takes the features h and the embedding of the noise level, and gives new h.
-
-Shapes: h (n, C, H, W), emb (n, E). As they are by default they are those of Ho et al. (2020), "Denoising diffusion
-probabilistic models", appendix B, and the code published with it; each option names its source.
-"""
+"""The layers of a denoising U-Net, and the image pyramids of NCSN++."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gencompare.errors import UserError
+from gencompare.networks.layers import FIRConvDownsample, FIRDownsample, FIRUpsample
 
 EPS = 1e-6
 """Added to the variance by every normalisation (PyTorch's own default is 1e-5)."""
@@ -114,7 +115,7 @@ class SelfAttention(nn.Module):
         return rescaled(h + self.out(mixed).mT.unflatten(2, h.shape[2:]), self.skip_rescale)
 
 
-class Block(nn.Module):
+class UNetBlock(nn.Module):
     """A residual block, then attention where asked for."""
 
     def __init__(self, residual: ResidualBlock, attention: SelfAttention | None) -> None:
@@ -153,3 +154,80 @@ class Upsample(nn.Module):
         turned = self.conv.weight.transpose(0, 1).flip(2, 3)  # (in, out, 3, 3)
         spread = 4 * F.avg_pool2d(F.pad(turned, (1, 1, 1, 1)), kernel_size=2, stride=1)  # (in, out, 4, 4)
         return F.conv_transpose2d(h, spread, self.conv.bias, stride=2, padding=1)
+
+
+FIR = (1, 3, 3, 1)
+
+
+class InputPyramid(nn.Module):
+    """(h, image of twice the side) -> (h that has seen the image, image of the side of h)."""
+
+    width: int
+    """Channels of the new h."""
+    channels: int
+    """Channels of the new image."""
+
+
+class InputSkip(InputPyramid):
+    """(h + conv(half the image), half the image): the image itself, filtered, at each resolution.
+
+    Args:
+        channels: of the image.
+        width: channels of h.
+        combine: ``sum``, or ``cat`` to lay the two side by side, (n, 2 width, H, W).
+    """
+
+    def __init__(self, channels: int, width: int, *, taps: Sequence[float] = FIR, combine: str = "sum") -> None:
+        super().__init__()
+        if combine not in ("sum", "cat"):
+            raise UserError(f"combine={combine} of an input skip: choose sum or cat.")
+        self.joined = combine == "cat"
+        self.width, self.channels = 2 * width if self.joined else width, channels
+        self.downsample = FIRDownsample(taps)
+        self.conv = fan_avg(nn.Conv2d(channels, width, 1))
+
+    def forward(self, h: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.downsample(image)
+        seen = self.conv(image)
+        return (torch.cat([seen, h], dim=1) if self.joined else h + seen), image
+
+
+class ResidualInput(InputPyramid):
+    """(y, y) with y = h + conv(half the image): what is known so far is the image of the next level.
+
+    Args:
+        channels: of the image.
+        width: channels of h.
+        skip_rescale: divide y by sqrt 2.
+    """
+
+    def __init__(self, channels: int, width: int, *, taps: Sequence[float] = FIR, skip_rescale: bool = True) -> None:
+        super().__init__()
+        self.width = self.channels = width
+        self.skip_rescale = skip_rescale
+        self.downsample = FIRConvDownsample(channels, width, taps)
+        fan_avg(self.downsample.conv)
+
+    def forward(self, h: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        h = rescaled(h + self.downsample(image), self.skip_rescale)
+        return h, h
+
+
+class OutputSkip(nn.Module):
+    """Adds conv(silu(norm(h))) to the image, None at the coarsest level, and doubles the image's side.
+
+    Args:
+        width: channels of h.
+        channels: of the image.
+        groups: of the norm.
+    """
+
+    def __init__(self, width: int, channels: int, groups: int, *, taps: Sequence[float] = FIR) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, EPS)
+        self.conv = fan_avg(nn.Conv2d(width, channels, 3, padding=1), scale=0)
+        self.upsample = FIRUpsample(taps)
+
+    def forward(self, h: Tensor, image: Tensor | None) -> Tensor:
+        own = self.conv(F.silu(self.norm(h)))
+        return self.upsample(own if image is None else image + own)

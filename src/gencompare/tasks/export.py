@@ -9,15 +9,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
-from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
 from gencompare.files import atomic, write_json
-from gencompare.networks.diffusers_names import SAME_NETWORK, to_diffusers
+from gencompare.generative_model import TrainedModel
+from gencompare.networks.diffusers_weights import SAME_NETWORK, to_diffusers
 from gencompare.networks.unet import UNet
-from gencompare.tasks import diffusers_scheduler
-from gencompare.tasks.build import build_data, build_model
-from gencompare.tasks.evaluate import run_folder
-from gencompare.tasks.load import load_weights
+from gencompare.tasks.evaluate_run import run_folder
+from gencompare.tasks.runs import diffusers_scheduler
+from gencompare.tasks.runs.build import build_data, build_model
+from gencompare.tasks.runs.loading import load_weights
 
 FORMATS = ("safetensors", "diffusers")
 
@@ -60,7 +60,7 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
     betas, or a network that is not told the timestep.
     """
     network = getattr(model, "network", None)
-    scheduler = diffusers_scheduler.written(model)
+    scheduler = diffusers_scheduler.scheduler_config(model)
     if not isinstance(network, UNet) or scheduler is None:
         raise UserError(
             "format=diffusers writes DDPMs: a U-Net that is told the timestep, under a table of betas of so many"

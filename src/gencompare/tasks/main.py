@@ -15,14 +15,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
 from gencompare.files import cannot_write
-from gencompare.paths import conf_dir
-from gencompare.tasks.checks import check_keys
-from gencompare.tasks.frozen import base_on_run_folder, thaw
-from gencompare.tasks.misspelt import of_absent_option, of_bare_value
-from gencompare.tasks.processes import CHILD, alone_again
-from gencompare.tasks.sweep import begun, fail
+from gencompare.tasks.runs.processes import CHILD, leave_process_group
+from gencompare.tasks.runs.run_config import (
+    base_on_run_folder,
+    check_keys,
+    group_value_hint,
+    missing_option_hint,
+    restore,
+)
+from gencompare.tasks.runs.sweep import fail, is_begun
 
 USAGE, FAILURE = 2, 1
 HYDRA_FULL, OWN_FULL = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
@@ -41,7 +45,7 @@ def main() -> None:
     failures.clear()
     try:
         if CHILD in os.environ:
-            call_task(thaw(Path(os.environ[CHILD])))
+            call_task(restore(Path(os.environ[CHILD])))
             return
         sys.argv[1:] = base_on_run_folder(_with_extra_conf(_without_groups_of_null(sys.argv[1:])))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
@@ -59,8 +63,8 @@ def _job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     try:
         check_keys(cfg)
-        cfg = thaw(cfg, job)
-        if job.mode is RunMode.MULTIRUN and not begun(cfg, Path(job.sweep.dir)):
+        cfg = restore(cfg, job)
+        if job.mode is RunMode.MULTIRUN and not is_begun(cfg, Path(job.sweep.dir)):
             return
         call_task(cfg)
     except Exception as error:
@@ -68,9 +72,9 @@ def _job(cfg: DictConfig) -> None:
             raise SystemExit(report(error)) from error
         failures.append(report(error, job=Path(job.runtime.output_dir).name))
         if "out" in cfg:
-            fail(cfg, told(error))
+            fail(cfg, print_error(error))
     finally:
-        alone_again()
+        leave_process_group()
 
 
 def call_task(cfg: DictConfig) -> None:
@@ -99,8 +103,8 @@ def report(error: BaseException, job: str = "") -> int:
         return USAGE
     if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(cause, InstantiationException):
         text = (
-            of_bare_value(cause)
-            or of_absent_option(cause, sys.argv[1:])
+            group_value_hint(cause)
+            or missing_option_hint(cause, sys.argv[1:])
             or _plain(cause).split(" Config search path:")[0]
         )
         print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
@@ -114,7 +118,7 @@ def report(error: BaseException, job: str = "") -> int:
     return FAILURE
 
 
-def told(error: BaseException) -> str:
+def print_error(error: BaseException) -> str:
     """What went wrong, in one line for a record."""
     cause = _cause(error)
     return _plain(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_plain(cause)}"

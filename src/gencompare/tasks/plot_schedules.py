@@ -9,8 +9,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from gencompare.compare.schedules import draw
-from gencompare.diffusion.schedules import NoiseSchedule, curve
+from gencompare.compare.charts import draw_schedules
+from gencompare.diffusion.schedules import NoiseSchedule, schedule_curve
 from gencompare.errors import UserError
 from gencompare.files import atomic
 
@@ -28,7 +28,7 @@ def plot_schedules(cfg: DictConfig) -> None:
     if unknown:
         raise UserError(f"task.schedules: there is no schedule {unknown[0]}; there are {', '.join(known)}.")
     path = Path(cfg.task.out or Path(cfg.out) / "schedules.png")
-    figure = draw({name: curve(_schedule(name, cfg), points=1001) for name in names})
+    figure = draw_schedules({name: schedule_curve(_schedule(name, cfg), points=1001) for name in names})
     with atomic(path) as file:
         figure.savefig(file, format="png", dpi=150)
     print(f"The noise schedules: {path}")

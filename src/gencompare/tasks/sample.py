@@ -9,14 +9,13 @@ import numpy as np
 from omegaconf import DictConfig
 
 from gencompare.errors import UserError
-from gencompare.evaluation.asked import asked_for
-from gencompare.evaluation.sampling import draw
-from gencompare.evaluation.super_resolution import beside
+from gencompare.evaluation.model_metrics import with_low_res
+from gencompare.evaluation.sampling import choose_conditions, draw_samples
 from gencompare.files import atomic
-from gencompare.pictures import grid, save_png, to_image
-from gencompare.tasks.build import build_data, build_model, chosen_device
-from gencompare.tasks.evaluate import run_folder
-from gencompare.tasks.load import generative, load_weights
+from gencompare.image_grid import grid, save_png, to_image
+from gencompare.tasks.evaluate_run import run_folder
+from gencompare.tasks.runs.build import build_data, build_model, chosen_device
+from gencompare.tasks.runs.loading import check_generative, load_weights
 
 
 def sample(cfg: DictConfig) -> None:
@@ -28,12 +27,14 @@ def sample(cfg: DictConfig) -> None:
     folder = run_folder(cfg)
     out = Path(cfg.task.out or folder / "drawn")
     data = build_data(cfg)
-    model = generative(build_model(cfg, data), "sample").eval()
+    model = check_generative(build_model(cfg, data), "sample").eval()
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     device = chosen_device(cfg)
-    asked = asked_for(model, data, cfg.n, seed=cfg.seed, split=cfg.evaluation.protocol.get("conditions", "test"))
-    drawn = draw(model.to(device), cfg.n, seed=cfg.seed, asked=asked).images
-    shown, columns = beside(drawn, asked)
+    asked = choose_conditions(
+        model, data, cfg.n, seed=cfg.seed, split=cfg.evaluation.protocol.get("conditions", "test")
+    )
+    drawn = draw_samples(model.to(device), cfg.n, seed=cfg.seed, asked=asked).images
+    shown, columns = with_low_res(drawn, asked)
     save_png(grid(shown.numpy(), columns), out / "grid.png")
     images = drawn.numpy()
     if cfg.task.format == "npz":

@@ -12,17 +12,18 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from gencompare.checkpoint_files import read_checkpoint
-from gencompare.contract import GenerativeModel, TrainedModel
-from gencompare.data.base import ImageData
+from gencompare.command_line import shell_command
+from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
-from gencompare.locks import locked
-from gencompare.memory import peak_memory_bytes
-from gencompare.overrides import pasted
+from gencompare.files import locked
+from gencompare.generative_model import GenerativeModel, TrainedModel
+from gencompare.hyperparameters import read_checkpoint
 from gencompare.records import FILE as RECORD
 from gencompare.records import RunRecord, now
-from gencompare.tasks import costs, first_stage, frozen
-from gencompare.tasks.build import (
+from gencompare.resources import peak_memory_bytes
+from gencompare.tasks.evaluate_run import measure, measure_trained
+from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
+from gencompare.tasks.runs.build import (
     build_budget,
     build_callbacks,
     build_data,
@@ -32,18 +33,23 @@ from gencompare.tasks.build import (
     build_trainer,
     check_trainer_settings,
 )
-from gencompare.tasks.environment import environment
-from gencompare.tasks.evaluate import measure, measure_trained
-from gencompare.tasks.load import check_fits
-from gencompare.tasks.processes import JOB, children_of, several_processes, wait_for_children
-from gencompare.tasks.show import described, print_config, print_end
-from gencompare.tasks.signals import SIGTERM_CODE, sigterm_raises
-from gencompare.tasks.sweep import LOCK
+from gencompare.tasks.runs.console import describe_config, print_config, print_end
+from gencompare.tasks.runs.environment import environment
+from gencompare.tasks.runs.loading import check_fits
+from gencompare.tasks.runs.processes import (
+    JOB,
+    SIGTERM_CODE,
+    children_of,
+    several_processes,
+    sigterm_raises,
+    wait_for_children,
+)
+from gencompare.tasks.runs.sweep import LOCK
 from gencompare.training.checkpoints import Checkpoints
-from gencompare.training.clock import Clock
-from gencompare.training.loggers import abandon, finish
-from gencompare.training.looks import Looks
-from gencompare.training.stop import GracefulStop
+from gencompare.training.clock import TrainingClock
+from gencompare.training.evaluation_callback import EvaluationCallback
+from gencompare.training.graceful_stop import GracefulStop
+from gencompare.training.loggers import abandon_loggers, finish_loggers
 
 
 def train(cfg: DictConfig) -> None:
@@ -65,7 +71,7 @@ def train(cfg: DictConfig) -> None:
         refuse_second_run(folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     stored = read_checkpoint(checkpoint) if resumed and checkpoint.exists() else None
-    cfg = first_stage.adopted(cfg)
+    cfg = autoencoder_stage.use_autoencoder_settings(cfg)
     data = build_data(cfg)
     data.setup()
     model = build_model(cfg, data)
@@ -79,14 +85,18 @@ def train(cfg: DictConfig) -> None:
         check_choice(cfg.evaluation.checkpoints)
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
     if stored is None:
-        cfg = first_stage.trained_first(cfg, data, train)
+        cfg = autoencoder_stage.train_autoencoder(cfg, data, train)
     trainer = build_trainer(cfg, model, callbacks, [], folder)
     if stored is None:
-        costs.remaining(build_budget(cfg), costs.needed(cfg))  # refused before images are encoded
-        cfg = first_stage.put_in(cfg, model, data, trainer.world_size)
-    needed = costs.needed(cfg, known=RunRecord.load(folder).training.get("needed", []) if stored is not None else ())
-    budget = costs.remaining(build_budget(cfg), needed)
-    next(callback for callback in callbacks if isinstance(callback, Clock)).budget = budget
+        dependency_costs.remaining(
+            build_budget(cfg), dependency_costs.dependencies(cfg)
+        )  # refused before images are encoded
+        cfg = autoencoder_stage.load_autoencoder(cfg, model, data, trainer.world_size)
+    needed = dependency_costs.dependencies(
+        cfg, known=RunRecord.load(folder).training.get("needed", []) if stored is not None else ()
+    )
+    budget = dependency_costs.remaining(build_budget(cfg), needed)
+    next(callback for callback in callbacks if isinstance(callback, TrainingClock)).budget = budget
     clock = stored["callbacks"]["Clock"] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
         if rank_zero_only.rank == 0:
@@ -105,9 +115,9 @@ def train(cfg: DictConfig) -> None:
                 measure(cfg, model, data, protocol, folder, checkpoints=cfg.evaluation.checkpoints, weights="ema")
             if rank_zero_only.rank == 0:
                 record = RunRecord.update(folder, lambda r: setattr(r, "state", "finished"))
-                finish(loggers, record, folder, print_end(record, folder))
+                finish_loggers(loggers, record, folder, print_end(record, folder))
         except BaseException:
-            abandon(loggers)
+            abandon_loggers(loggers)
             raise
     wait_for_children(trainer)
 
@@ -130,7 +140,8 @@ def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
 def refuse_second_run(folder: Path) -> None:
     if (folder / RECORD).exists():
         raise UserError(
-            f"{folder} holds a run already: go on with {pasted('resume', folder)}, or choose another hydra.run.dir."
+            f"{folder} holds a run already: go on with {shell_command('resume', folder)}, or choose another"
+            " hydra.run.dir."
         )
 
 
@@ -153,7 +164,8 @@ def recorded(folder: Path) -> Iterator[None]:
             RunRecord.update(folder, change)
             if stopped:
                 print_zero(
-                    f"Stopped. What was trained and drawn is kept. Go on with: python run.py {pasted('resume', folder)}"
+                    "Stopped. What was trained and drawn is kept. Go on with: python run.py"
+                    f" {shell_command('resume', folder)}"
                 )
         raise
 
@@ -177,10 +189,10 @@ def begin(
 ) -> None:
     """Freeze the config and write the first record."""
     if several_processes(cfg):
-        frozen.save(cfg, folder / JOB)
-    autoencoder = first_stage.summary(Path(cfg.autoencoder_run)) if "autoencoder_run" in cfg else None
-    cfg = frozen.without_place(cfg)
-    frozen.save(cfg, folder / frozen.FILE)
+        run_config.save(cfg, folder / JOB)
+    autoencoder = autoencoder_stage.summary(Path(cfg.autoencoder_run)) if "autoencoder_run" in cfg else None
+    cfg = run_config.without_place(cfg)
+    run_config.save(cfg, folder / run_config.FILE)
     print_config(cfg)
     if resumed:
         RunRecord.update(folder, lambda r: go_on(r, cfg, needed))
@@ -188,7 +200,7 @@ def begin(
     RunRecord(
         name=folder.name,
         family=cfg.family,
-        data=described(data),
+        data=describe_config(data),
         seed=cfg.seed,
         created=now(),
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
@@ -225,18 +237,18 @@ def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path,
     if trainer.is_global_zero:
         record_training(trainer, folder, state="interrupted" if stop.received else "running")
     if stop.received:
-        step, saved = _callback(trainer, Clock).step, _callback(trainer, Checkpoints).saved
+        step, saved = _callback(trainer, TrainingClock).step, _callback(trainer, Checkpoints).saved
         said = "and saved" if saved == step else f"in what may be a collapse: saved is step {saved}"
-        print_zero(f"Stopped after step {step}, {said}. Go on with: python run.py {pasted('resume', folder)}")
+        print_zero(f"Stopped after step {step}, {said}. Go on with: python run.py {shell_command('resume', folder)}")
         wait_for_children(trainer)
         raise SystemExit(128 + stop.received)
 
 
 def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str = "") -> None:
     """What training cost so far, in the record."""
-    clock = _callback(trainer, Clock)
+    clock = _callback(trainer, TrainingClock)
     checkpoints = _callback(trainer, Checkpoints)
-    looks = [callback for callback in trainer.callbacks if isinstance(callback, Looks)]  # type: ignore[attr-defined]
+    looks = [callback for callback in trainer.callbacks if isinstance(callback, EvaluationCallback)]  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
     figures: dict[str, Any] = {
         "steps": clock.step,
@@ -264,7 +276,7 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         figures["trained_against"] = figures["trained_against"] or record.training.get("trained_against", [])
         figures["needed"] = record.training.get("needed", [])
         record.training = figures
-        costs.tell(record)
+        dependency_costs.print_costs(record)
         record.checkpoints = {
             path.stem: str(path.relative_to(folder)) for path in (checkpoints.last, checkpoints.best) if path.exists()
         }

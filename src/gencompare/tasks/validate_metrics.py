@@ -13,10 +13,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.evaluation.features import Extractor
-from gencompare.evaluation.frechet import Statistics, frechet_distance
-from gencompare.evaluation.kernel import Cubic, Gaussian, Kernel, KernelReference, kernel_distance
-from gencompare.evaluation.metric_validation import (
+from gencompare.evaluation.extractors.extractor import Extractor
+from gencompare.evaluation.metric_validation import (  # fmt: skip
     UNITS,
     Candidate,
     Score,
@@ -25,15 +23,16 @@ from gencompare.evaluation.metric_validation import (
     extract,
     score,
     table,
-)  # fmt: skip
-from gencompare.evaluation.neighbours import neighbourhood
-from gencompare.evaluation.quantize import stored_split
-from gencompare.evaluation.reference import spaced
+)
+from gencompare.evaluation.metrics.frechet import Statistics, frechet_distance
+from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, Kernel, KernelReference, kernel_distance
+from gencompare.evaluation.metrics.neighbors import neighbor_balls
+from gencompare.evaluation.reference import evenly_spaced_indices, stored_split
 from gencompare.files import atomic, write_json, write_text
-from gencompare.tasks.build import build_data, build_protocol, chosen_device
-from gencompare.tasks.environment import environment
-from gencompare.tasks.others import refuse_second_run
-from gencompare.tasks.progress import stages
+from gencompare.tasks.evaluate_run import refuse_second_run
+from gencompare.tasks.runs.build import build_data, build_protocol, chosen_device
+from gencompare.tasks.runs.console import stage_progress
+from gencompare.tasks.runs.environment import environment
 
 TIMED = 100
 PLACES = ("hydra.", "paths.", "trainer", "logger")
@@ -56,9 +55,9 @@ def validate_metrics(cfg: DictConfig) -> None:
     baseline.fit_to(data.batches("train"), data.batches("val"))
     sets = dict(battery(data, sizes[-1], baseline, cfg.seed))
     train = data.split("train")
-    reference = stored_split(train[spaced(len(train), cfg.task.references)].images, data.spec)
+    reference = stored_split(train[evenly_spaced_indices(len(train), cfg.task.references)].images, data.spec)
     device, scores = chosen_device(cfg), []
-    with stages(cfg.callbacks.progress) as progress:
+    with stage_progress(cfg.callbacks.progress) as progress:
         for extractor in build_protocol(cfg).build(data.spec):
             milliseconds = cost(extractor, reference[:TIMED], device)
             real = extractor(reference, device).features
@@ -93,9 +92,9 @@ def cost(extractor: Extractor, images: Tensor, device: torch.device) -> float:
 def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
     """Every layer of ``extractor`` with every metric of distance, or of shares, from ``reference`` (m, d)."""
     kernels: dict[str, Kernel] = {
-        "cubic kernel": Cubic(),
-        **{f"MMD, b = {factor:g} x median": Gaussian(median_factor=factor) for factor in (0.5, 1.0, 2.0)},
-        "CMMD": Gaussian(10.0, normalize=True),
+        "cubic kernel": CubicKernel(),
+        **{f"MMD, b = {factor:g} x median": GaussianKernel(median_factor=factor) for factor in (0.5, 1.0, 2.0)},
+        "CMMD": GaussianKernel(10.0, normalize=True),
     }
     found = []
     for layer, columns in extractor.columns.items():
@@ -111,7 +110,7 @@ def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
             return {"Frechet": frechet_distance(own, statistics)}
 
         def shares(own: Tensor, real: Tensor = real) -> dict[str, float]:
-            seen = neighbourhood(own, real[spaced(len(real), len(own))])
+            seen = neighbor_balls(own, real[evenly_spaced_indices(len(real), len(own))])
             return {f"1 - {kind}": 1 - getattr(seen, kind) for kind in ("precision", "recall", "density", "coverage")}
 
         found += [

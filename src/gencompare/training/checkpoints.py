@@ -12,12 +12,12 @@ import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from gencompare.contract import TrainedModel
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import atomic
+from gencompare.generative_model import TrainedModel
 from gencompare.training.clock import clock_of
-from gencompare.training.curve import check_weights
-from gencompare.training.looks import Looks
+from gencompare.training.evaluation_callback import EvaluationCallback
+from gencompare.training.loggers import check_weights
 
 
 class Checkpoints(Callback):
@@ -50,14 +50,14 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
-        looks = _looks(trainer)
+        looks = _callback(trainer)
         self._looks_done = looks.done if looks else 0
         self.saved = clock_of(trainer).step or None  # of a run that is resumed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        looks = _looks(trainer)
+        looks = _callback(trainer)
         looked = looks is not None and looks.done > self._looks_done
         due = looked or trainer.should_stop or self._time_is_up(trainer)
         if due and not self._waits(trainer, pl_module):
@@ -102,5 +102,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.write(buffer.getbuffer())
 
 
-def _looks(trainer: pl.Trainer) -> Looks | None:
-    return next((c for c in trainer.callbacks if isinstance(c, Looks)), None)  # type: ignore[attr-defined]
+def _callback(trainer: pl.Trainer) -> EvaluationCallback | None:
+    return next((c for c in trainer.callbacks if isinstance(c, EvaluationCallback)), None)  # type: ignore[attr-defined]

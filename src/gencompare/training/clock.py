@@ -1,4 +1,4 @@
-"""The clock of a run: steps, images and seconds so far, and the random numbers of each step."""
+"""The training clock: steps, images, seconds and FLOPs so far, and the random numbers of each step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
 
-from gencompare.contract import TrainedModel
-from gencompare.seeds import Draws, derive
+from gencompare.errors import UserError
+from gencompare.generative_model import TrainedModel
+from gencompare.resources import Flops
+from gencompare.rng import RandomSource, derive_seed
 from gencompare.training.budget import Budget
 
 
-class Clock(Callback):
+class TrainingClock(Callback):
     """Counts what was trained, ends training with the budget, and makes each step's randomness a function of the seed.
 
     Before step s the model's ``draws`` and torch's global generator (dropout) are seeded with (seed, s). So a resumed
@@ -75,12 +77,12 @@ class Clock(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, i: int) -> None:
         assert isinstance(pl_module, TrainedModel) and self._generator is not None
-        self._generator.manual_seed(derive(self.seed, "step", self.step))
+        self._generator.manual_seed(derive_seed(self.seed, "step", self.step))
         share = self.global_batch_size // trainer.world_size
         start = trainer.global_rank * share
-        pl_module.draws = Draws(self._generator, start, start + share, self.global_batch_size)
+        pl_module.draws = RandomSource(self._generator, start, start + share, self.global_batch_size)
         pl_module.progress = self.progress
-        torch.manual_seed(derive(self.seed, "dropout", self.step, trainer.global_rank))
+        torch.manual_seed(derive_seed(self.seed, "dropout", self.step, trainer.global_rank))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,6 +111,48 @@ class Clock(Callback):
         self._since = time.monotonic()
 
 
-def clock_of(trainer: pl.Trainer) -> Clock:
+def clock_of(trainer: pl.Trainer) -> TrainingClock:
     """The clock among a trainer's callbacks."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, Clock))  # type: ignore[attr-defined]
+    return next(callback for callback in trainer.callbacks if isinstance(callback, TrainingClock))  # type: ignore[attr-defined]
+
+
+class TrainingFlops(Callback):
+    """Counts the first step of each of a model's kinds (`TrainedModel.step_kind`): forward, backward, and whatever else
+    a family does in a step. Every step adds what its kind costs to the clock's FLOPs."""
+
+    def __init__(self) -> None:
+        self.per_image: dict[str, float] = {}
+        """FLOPs of a training image, by the kind of step."""
+        self._counter: Flops | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"per_image": self.per_image}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.per_image = state_dict["per_image"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
+        assert isinstance(pl_module, TrainedModel)
+        self._kind = pl_module.step_kind
+        if self._kind not in self.per_image:
+            self._counter = Flops()
+            self._counter.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        clock = clock_of(trainer)
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            counted = self._counter.get_total_flops() * trainer.world_size / clock.images_a_step
+            self.per_image[self._kind] = counted
+            self._counter = None
+            if not counted and clock.budget.flops is not None:
+                raise UserError("budget.flops: a step of this model has nothing that is counted. Set another limit.")
+        clock.flops += self.per_image[self._kind] * clock.images_a_step
+        clock.end_if_spent(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self._counter = None

@@ -11,9 +11,9 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from gencompare.checkpoint_files import AVERAGED
-from gencompare.contract import TrainedModel
 from gencompare.errors import UserError
+from gencompare.generative_model import TrainedModel
+from gencompare.hyperparameters import AVERAGED
 
 
 class EMA(Callback):

@@ -1,9 +1,10 @@
-"""Where figures go: the run's own CSV, which is the truth, and W&B or TensorBoard, which mirror it."""
+"""Logging: the run's own CSV, W&B and TensorBoard, and the callback that feeds them."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import shutil
 from argparse import Namespace
@@ -13,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+from torchmetrics import MeanMetric
 
+from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import cannot_write, write_text
 from gencompare.records import FILE, RunRecord
+from gencompare.training.clock import clock_of
 
 LEADING = ("step", "images", "seconds")
 
 
-class CurveFile(Logger):
+class CurveCSVLogger(Logger):
     """``curve.csv`` in the run folder: one row a logging call, empty where a figure was not logged.
 
     A resumed run goes on in the same file; rows past the step that it resumes from are dropped.
@@ -165,7 +172,7 @@ def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
 
 
 @rank_zero_only
-def log_picture(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
+def log_image(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
     """Send a PNG to the loggers that take pictures."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
@@ -177,7 +184,7 @@ def log_picture(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
             logger.experiment.add_image(title, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
 
-def abandon(loggers: list[Logger]) -> None:
+def abandon_loggers(loggers: list[Logger]) -> None:
     """After a failure: close the W&B run of this job, so that the next job of a sweep does not write into it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
@@ -185,7 +192,7 @@ def abandon(loggers: list[Logger]) -> None:
                 logger.experiment.finish(exit_code=1)
 
 
-def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
+def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
     """At the end of a job: send the record, its table of figures and its pictures to W&B, and close its run, so that
     the next job of a sweep gets its own."""
     for logger in loggers:
@@ -196,7 +203,7 @@ def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -
                 prefix = f"{result.generation.checkpoint}/"
                 run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
             if record.results:
-                run.log({"figures": figures_table(record), **result_pictures(record, folder)})
+                run.log({"figures": metrics_table(record), **log_result_images(record, folder)})
             # What lies in the run's own folder is uploaded, now or at a later `wandb sync`: enough for a comparison.
             for file in (page, folder / record.curve):
                 if file.is_file():
@@ -210,7 +217,7 @@ def finish(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -
             run.finish()
 
 
-def figures_table(record: RunRecord) -> Any:
+def metrics_table(record: RunRecord) -> Any:
     """A `wandb.Table` with a row for each figure of each result, beside how it was made."""
     import wandb
 
@@ -228,7 +235,7 @@ def figures_table(record: RunRecord) -> Any:
     return table
 
 
-def result_pictures(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
+def log_result_images(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
     """The pictures of a record's results by title, each captioned with how its samples were drawn."""
     import wandb
 
@@ -240,3 +247,83 @@ def result_pictures(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
             if (folder / path).is_file():
                 found.setdefault(title, []).append(wandb.Image(str(folder / path), caption=caption))
     return found
+
+
+class MetricLogger(Callback):
+    """Logs the mean of every figure that ``training_step`` returned over the last ``every`` steps.
+
+    The means stay on the device and are read (and averaged over processes) once in ``every`` steps, so that the
+    training step never waits for the host. A mean that is not finite ends the run: the weights can no longer be right.
+    A model that may leave a step out, which it waits for the device to decide, says so by a figure ``skipped`` of 1:
+    that is all that such a step tells.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise UserError(f"callbacks.curve.every={every}: give at least 1 step.")
+        self.every = every
+        self.latest: dict[str, float] = {}
+        """The last figures logged, for the progress bar."""
+        self._means: dict[str, MeanMetric] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._means = {}
+        clock = clock_of(trainer)
+        self._mark = (clock.seconds, clock.images)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        figures = {name: value.detach() for name, value in (outputs or {}).items() if isinstance(value, Tensor)}
+        if figures.get("skipped", 0) > 0:
+            figures = {"skipped": figures["skipped"]}
+        for name, value in figures.items():
+            if name not in self._means:
+                # A NaN must show, so it is neither skipped nor warned of (a check would wait for the device).
+                self._means[name] = MeanMetric(nan_strategy="disable").to(pl_module.device)
+            self._means[name].update(value)
+        clock = clock_of(trainer)
+        if clock.step % self.every == 0 or trainer.should_stop:
+            self.write(trainer)
+
+    def write(self, trainer: pl.Trainer) -> None:
+        clock = clock_of(trainer)
+        # A step that was undone or left out tells less than others, alike in all processes.
+        told = {name: mean for name, mean in self._means.items() if mean.update_called}
+        figures = {f"train/{name}": float(mean.compute()) for name, mean in told.items()}
+        for mean in self._means.values():
+            mean.reset()
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if bad:
+            raise not_finite(bad[0], clock.step)
+        seconds, images = self._mark
+        if clock.seconds > seconds:
+            figures["train/images_per_second"] = (clock.images - images) / (clock.seconds - seconds)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        if groups:
+            figures["train/lr"] = groups[0]["lr"]
+        self._mark = (clock.seconds, clock.images)
+        self.latest = figures
+        log_metrics(trainer, figures)
+
+
+def not_finite(name: str, step: int) -> TrainingStopped:
+    """The error that ends a run whose figures or weights can no longer be right."""
+    return TrainingStopped(
+        f"{name} is not finite at step {step}", "Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
+    )
+
+
+def check_weights(model: pl.LightningModule, step: int) -> None:
+    """Raises `TrainingStopped` where a weight is no longer finite."""
+    norms = torch._foreach_norm([p.detach() for p in model.parameters()])  # type: ignore[attr-defined]
+    if not torch.isfinite(torch.stack(norms)).all():
+        raise not_finite("a weight", step)
+
+
+def log_metrics(trainer: pl.Trainer, figures: dict[str, float]) -> None:
+    """Send figures to every logger, with the clock's step, images and seconds."""
+    clock = clock_of(trainer)
+    row = {**figures, "images": clock.images, "seconds": round(clock.seconds, 3)}
+    for logger in trainer.loggers:
+        logger.log_metrics(row, step=clock.step)
