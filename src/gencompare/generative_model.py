@@ -222,7 +222,7 @@ class TrainedModel(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.grad_clip = grad_clip
         self.draws: RandomSource | None = None
-        """Random numbers of the current step where a callback (`Clock`) sets them; None: the global generator's."""
+        """Random numbers of the step, if a callback (`TrainingClock`) sets them; None: those of the global generator."""
         self._progress: float | None = None
         given = constructor_arguments(self, inspect.currentframe())
         # Plain data, so that a checkpoint needs no unpickling (`save_hyperparameters` would keep the objects).
@@ -275,7 +275,7 @@ class TrainedModel(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """The share of training that is done, 0 to 1: of the budget where a callback (`Clock`) sets it, else
+        """The share of training that is done, 0 to 1: of the budget where a callback (`TrainingClock`) sets it, else
         ``global_step / max_steps`` of the Trainer; 0 without one and where it has no end."""
         if self._progress is not None:
             return self._progress

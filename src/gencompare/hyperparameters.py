@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
+from gencompare.migrations import migrate_checkpoint
 
 OBJECT = "hydra.utils.get_object"
 TRUSTED = ("gencompare.", "torch.optim.", "torch.nn.")
@@ -127,7 +128,7 @@ AVERAGED = "ema"
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
     """A checkpoint's content; only tensors and plain containers are admitted. Raises `UserError` for a bad file."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return migrate_checkpoint(torch.load(path, map_location=map_location, weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"There is no checkpoint {path}.") from error
     except Exception as error:

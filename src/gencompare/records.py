@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.errors import UserError
 from gencompare.files import locked, write_json
+from gencompare.migrations import migrate
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class RunRecord:
             raise UserError(f"{path} has schema {raw['schema']}; this version of gencompare reads schema {SCHEMA}.")
         try:
             results = [_result(r) for r in raw.pop("results")]
-            record = cls(**raw, results=results)
+            record = cls(**raw | {"config": migrate(raw.get("config", {}))}, results=results)
             _check(record, cls)
             return record
         except (KeyError, TypeError, AttributeError) as error:

@@ -97,7 +97,7 @@ def train(cfg: DictConfig) -> None:
     )
     budget = dependency_costs.remaining(build_budget(cfg), needed)
     next(callback for callback in callbacks if isinstance(callback, TrainingClock)).budget = budget
-    clock = stored["callbacks"]["Clock"] if stored is not None else None
+    clock = stored["callbacks"][TrainingClock.__name__] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
         if rank_zero_only.rank == 0:
             begin(cfg, model, data, folder, resumed, needed)

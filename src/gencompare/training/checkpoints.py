@@ -15,6 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import atomic
 from gencompare.generative_model import TrainedModel
+from gencompare.migrations import migrate_checkpoint
 from gencompare.training.clock import clock_of
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.loggers import check_weights
@@ -100,6 +101,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         with atomic(path) as file:
             file.write(buffer.getbuffer())
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return migrate_checkpoint(super().load_checkpoint(path, *args, **kwargs))
 
 
 def _callback(trainer: pl.Trainer) -> EvaluationCallback | None:

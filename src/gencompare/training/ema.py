@@ -80,7 +80,7 @@ class EMA(Callback):
             raise UserError("The checkpoint's averaged weights do not fit the model: it is of another configuration.")
         self.average = dict(stored)
         # Checkpoints of earlier versions have the steps with the clock alone.
-        self.step = checkpoint["callbacks"].get("Clock", {}).get("step", 0)
+        self.step = checkpoint["callbacks"].get("TrainingClock", {}).get("step", 0)
 
 
 @torch.no_grad()

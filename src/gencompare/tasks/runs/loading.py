@@ -154,7 +154,7 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
         state.update(stored.get(AVERAGED, {}))
     check_fits(model, state, path)
     model.load_state_dict(state)
-    clock = stored["callbacks"]["Clock"]
+    clock = stored["callbacks"]["TrainingClock"]
     return {"step": clock["step"], "images": clock["images"]}
 
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gencompare.command_line import conf_dir, quote
 from gencompare.errors import UserError
 from gencompare.files import write_text
+from gencompare.migrations import migrate
 
 OF_PLACES = (
     "runs", "run", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
@@ -293,7 +294,7 @@ def load(folder: Path) -> DictConfig:
         raise UserError(f"{path} is damaged: {type(error).__name__}.") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} is damaged: it holds no config.")
-    return loaded
+    return DictConfig(migrate(OmegaConf.to_container(loaded)))
 
 
 def save(cfg: DictConfig, path: Path) -> None:

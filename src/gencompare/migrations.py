@@ -1,0 +1,243 @@
+"""Configs, records and checkpoints of earlier versions, brought to the names of this one.
+
+A file of an earlier schema opens as if it were written today: `migrate` replaces the paths of classes that moved, and
+the names of options that changed. No torch here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODULES = {
+    "contract": "generative_model",
+    "seeds": "rng",
+    "data.archive": "data.archives",
+    "data.base": "data.datamodule",
+    "data.fashion_mnist": "data.mnist",
+    "data.layout": "data.image_folder",
+    "data.planar": "data.toy2d",
+    "data.stream": "data.datamodule",
+    "diffusion.couplings": "diffusion.objectives",
+    "diffusion.likelihood": "diffusion.likelihoods",
+    "diffusion.likelihood.base": "diffusion.likelihoods",
+    "diffusion.likelihood.ode": "diffusion.likelihoods",
+    "diffusion.likelihood.vlb": "diffusion.likelihoods",
+    "diffusion.noise_conditioning": "diffusion.parameterizations",
+    "diffusion.objectives": "diffusion.variational_objectives",
+    "diffusion.objectives.base": "diffusion.objectives",
+    "diffusion.objectives.discrete_vlb": "diffusion.variational_objectives",
+    "diffusion.objectives.hybrid": "diffusion.variational_objectives",
+    "diffusion.objectives.vlb": "diffusion.variational_objectives",
+    "diffusion.objectives.weighted_mse": "diffusion.objectives",
+    "diffusion.parameterization": "diffusion.parameterizations",
+    "diffusion.parameterization.base": "diffusion.parameterizations",
+    "diffusion.parameterization.karras": "diffusion.parameterizations",
+    "diffusion.parameterization.plain": "diffusion.parameterizations",
+    "diffusion.parameterization.posterior_mean": "diffusion.parameterizations",
+    "diffusion.parameterization.variance": "diffusion.parameterizations",
+    "diffusion.pixels": "diffusion.objectives",
+    "diffusion.samplers.adaptive": "diffusion.ode_samplers",
+    "diffusion.samplers.ancestral": "diffusion.samplers",
+    "diffusion.samplers.base": "diffusion.samplers",
+    "diffusion.samplers.langevin": "diffusion.sde_samplers",
+    "diffusion.samplers.multistep": "diffusion.ode_samplers",
+    "diffusion.samplers.ode": "diffusion.ode_samplers",
+    "diffusion.samplers.sde": "diffusion.sde_samplers",
+    "diffusion.schedules.base": "diffusion.schedules",
+    "diffusion.schedules.karras": "diffusion.schedules",
+    "diffusion.schedules.learned": "diffusion.learned_schedule",
+    "diffusion.schedules.levels": "diffusion.discrete_schedules",
+    "diffusion.schedules.rectified": "diffusion.schedules",
+    "diffusion.schedules.sde": "diffusion.schedules",
+    "diffusion.schedules.tables": "diffusion.discrete_schedules",
+    "diffusion.times.grids": "diffusion.times",
+    "diffusion.times.training": "diffusion.times",
+    "diffusion.weightings": "diffusion.objectives",
+    "evaluation.compact": "evaluation.extractors.shipped_classifiers",
+    "evaluation.fidelity": "evaluation.extractors.torch_fidelity_networks",
+    "evaluation.imagenet": "evaluation.extractors.efficientnet",
+    "evaluation.inception": "evaluation.extractors.torch_fidelity_networks",
+    "evaluation.mmd": "evaluation.metrics.kernel",
+    "evaluation.raw": "evaluation.extractors.extractor",
+    "models.adversarial": "models.gan",
+    "models.coder": "models.autoencoder",
+    "models.likelihoods": "models.pixel_likelihoods",
+    "models.likelihoods.base": "models.pixel_likelihoods",
+    "models.likelihoods.bernoulli": "models.pixel_likelihoods",
+    "models.likelihoods.gaussian": "models.pixel_likelihoods",
+    "models.likelihoods.logistic": "models.pixel_likelihoods",
+    "models.likelihoods.mixture": "models.pixel_likelihoods",
+    "models.lpips": "models.autoencoder",
+    "models.noisy_classifier": "models.classifier",
+    "models.penalties": "models.gan_penalties",
+    "models.ramp": "models.elbo",
+    "models.replay": "models.langevin",
+    "models.rollback": "models.manual_optimization",
+    "networks.autoencoder": "networks.conv_autoencoder",
+    "networks.blocks": "networks.layers",
+    "networks.class_norm": "networks.layers",
+    "networks.classifier": "networks.residual_classifier",
+    "networks.conditions": "networks.conditioning",
+    "networks.dcgan": "networks.gan_networks",
+    "networks.denoising_mlp": "networks.mlp",
+    "networks.embeddings": "networks.conditioning",
+    "networks.energy": "networks.energy_networks",
+    "networks.instance_norm": "networks.layers",
+    "networks.noisy_classifier": "networks.residual_classifier",
+    "networks.patch_discriminator": "networks.gan_networks",
+    "networks.players": "networks.gan_networks",
+    "networks.projection": "networks.gan_networks",
+    "networks.pyramids": "networks.unet_blocks",
+    "networks.refinenet_blocks": "networks.refinenet",
+    "networks.resampling": "networks.layers",
+    "networks.vgg": "networks.perceptual",
+    "tasks.compare": "tasks.compare_runs",
+    "tasks.evaluate": "tasks.evaluate_run",
+    "tasks.explore": "tasks.visualize",
+    "tasks.extractor": "tasks.export_extractor",
+    "tasks.load": "tasks.runs.loading",
+    "tasks.runs": "tasks.list_runs",
+    "tasks.sweep": "tasks.runs.sweep",
+    "training.lr": "training.learning_rate",
+}
+"""Modules that moved: where their classes are today."""
+
+CLASSES = {
+    "contract.AddsNoise": "generative_model.SupportsNoising",
+    "contract.Classifies": "generative_model.SupportsClassification",
+    "contract.Explores": "generative_model.SupportsVisualization",
+    "contract.Likelihood": "generative_model.LikelihoodEstimate",
+    "contract.Reconstructs": "generative_model.SupportsReconstruction",
+    "seeds.Draws": "rng.RandomSource",
+    "diffusion.couplings.Independent": "diffusion.objectives.IndependentCoupling",
+    "diffusion.denoiser.Denoises": "diffusion.denoiser.DenoiserProtocol",
+    "diffusion.likelihood.ODE": "diffusion.likelihoods.ODELikelihood",
+    "diffusion.likelihood.VLB": "diffusion.likelihoods.VLBLikelihood",
+    "diffusion.likelihood.ode.ODE": "diffusion.likelihoods.ODELikelihood",
+    "diffusion.likelihood.vlb.VLB": "diffusion.likelihoods.VLBLikelihood",
+    "diffusion.noise_conditioning.ContinuousTime": "diffusion.parameterizations.TimeConditioning",
+    "diffusion.noise_conditioning.LevelIndex": "diffusion.parameterizations.LevelIndexConditioning",
+    "diffusion.noise_conditioning.LogSNR": "diffusion.parameterizations.LogSNRConditioning",
+    "diffusion.noise_conditioning.LogSigma": "diffusion.parameterizations.LogSigmaConditioning",
+    "diffusion.noise_conditioning.Timestep": "diffusion.parameterizations.TimestepConditioning",
+    "diffusion.objectives.VLB": "diffusion.variational_objectives.ContinuousVLB",
+    "diffusion.objectives.base.Noised": "diffusion.objectives.NoisyBatch",
+    "diffusion.objectives.vlb.EndsAndCourse": "diffusion.variational_objectives.LearnedScheduleGradients",
+    "diffusion.objectives.vlb.VLB": "diffusion.variational_objectives.ContinuousVLB",
+    "diffusion.parameterization.Karras": "diffusion.parameterizations.EDMPreconditioning",
+    "diffusion.parameterization.karras.Karras": "diffusion.parameterizations.EDMPreconditioning",
+    "diffusion.samplers.AnnealedLangevin": "diffusion.sde_samplers.AnnealedLangevin",
+    "diffusion.samplers.DPMSolverPP2M": "diffusion.ode_samplers.DPMSolverPP2M",
+    "diffusion.samplers.Euler": "diffusion.ode_samplers.Euler",
+    "diffusion.samplers.EulerMaruyama": "diffusion.sde_samplers.EulerMaruyama",
+    "diffusion.samplers.Heun": "diffusion.ode_samplers.Heun",
+    "diffusion.samplers.PredictorCorrector": "diffusion.sde_samplers.PredictorCorrector",
+    "diffusion.samplers.RK45": "diffusion.ode_samplers.RK45",
+    "diffusion.samplers.ReverseDiffusion": "diffusion.sde_samplers.ReverseDiffusion",
+    "diffusion.samplers.UniPC": "diffusion.ode_samplers.UniPC",
+    "diffusion.schedules.BetaTable": "diffusion.discrete_schedules.BetaTable",
+    "diffusion.schedules.CosineBetas": "diffusion.discrete_schedules.CosineBetas",
+    "diffusion.schedules.Karras": "diffusion.schedules.EDMSchedule",
+    "diffusion.schedules.Learned": "diffusion.learned_schedule.LearnedSchedule",
+    "diffusion.schedules.LinearBetas": "diffusion.discrete_schedules.LinearBetas",
+    "diffusion.schedules.NCSNLevels": "diffusion.discrete_schedules.GeometricSigmas",
+    "diffusion.schedules.Rectified": "diffusion.schedules.RectifiedFlow",
+    "diffusion.schedules.Scales": "diffusion.schedules.ScheduleValues",
+    "diffusion.schedules.SigmoidBetas": "diffusion.discrete_schedules.SigmoidBetas",
+    "diffusion.schedules.base.Scales": "diffusion.schedules.ScheduleValues",
+    "diffusion.schedules.karras.Karras": "diffusion.schedules.EDMSchedule",
+    "diffusion.schedules.learned.Learned": "diffusion.learned_schedule.LearnedSchedule",
+    "diffusion.schedules.levels.NCSNLevels": "diffusion.discrete_schedules.GeometricSigmas",
+    "diffusion.schedules.rectified.Rectified": "diffusion.schedules.RectifiedFlow",
+    "diffusion.weightings.EDM": "diffusion.objectives.EDMWeighting",
+    "diffusion.weightings.Likelihood": "diffusion.objectives.LikelihoodWeighting",
+    "diffusion.weightings.MinSNR": "diffusion.objectives.MinSNRWeighting",
+    "diffusion.weightings.P2": "diffusion.objectives.P2Weighting",
+    "diffusion.weightings.Simple": "diffusion.objectives.SimpleWeighting",
+    "diffusion.weightings.UniformV": "diffusion.objectives.UniformVWeighting",
+    "diffusion.weightings.UniformVelocity": "diffusion.objectives.UniformVelocityWeighting",
+    "evaluation.compact.compact": "evaluation.extractors.shipped_classifiers.shipped_classifier",
+    "evaluation.evaluate.Protocol": "evaluation.evaluate.EvaluationProtocol",
+    "evaluation.fidelity.fidelity": "evaluation.extractors.torch_fidelity_networks.torch_fidelity_network",
+    "evaluation.raw.RawValues": "evaluation.extractors.extractor.IdentityExtractor",
+    "models.bottlenecks.KLBottleneck": "models.bottlenecks.GaussianPosterior",
+    "models.bottlenecks.VQBottleneck": "models.bottlenecks.VectorQuantizer",
+    "models.coder.Coder": "models.autoencoder.AutoencoderCore",
+    "models.gaussian.Gaussian": "models.gaussian.GaussianBaseline",
+    "models.likelihoods.Bernoulli": "models.pixel_likelihoods.BernoulliLikelihood",
+    "models.likelihoods.Gaussian": "models.pixel_likelihoods.GaussianLikelihood",
+    "models.likelihoods.bernoulli.Bernoulli": "models.pixel_likelihoods.BernoulliLikelihood",
+    "models.likelihoods.gaussian.Gaussian": "models.pixel_likelihoods.GaussianLikelihood",
+    "models.likelihoods.mixture.Components": "models.pixel_likelihoods.MixtureParams",
+    "models.penalties.Duel": "models.gan_penalties.DiscriminatorStep",
+    "models.rollback.LastGood": "models.manual_optimization.Snapshot",
+    "networks.blocks.ModulatedGroupNorm": "networks.layers.AdaptiveGroupNorm",
+    "networks.blocks.Normalized": "networks.layers.NormActivation",
+    "networks.blocks.Plain": "networks.layers.Activation",
+    "networks.class_norm.ClassNorm": "networks.layers.ClassConditionalGroupNorm",
+    "networks.classifier.ResidualBlock": "networks.residual_classifier.ClassifierBlock",
+    "networks.conditions.Conditions": "networks.conditioning.ConditionEmbedding",
+    "networks.denoising_mlp.ModulatedBlock": "networks.mlp.ModulatedMLPBlock",
+    "networks.energy.Energy": "networks.energy_networks.EnergyNetwork",
+    "networks.hierarchical.Bottleneck": "networks.hierarchical.BottleneckBlock",
+    "networks.hierarchical.Ladder": "networks.hierarchical.TopDownDecoder",
+    "networks.hierarchical.LatentLayer": "networks.hierarchical.TopDownBlock",
+    "networks.r3gan.Block": "networks.r3gan.R3GANBlock",
+    "networks.unet_blocks.Block": "networks.unet_blocks.UNetBlock",
+    "training.loggers.CurveFile": "training.loggers.CurveCSVLogger",
+}
+"""Classes and functions that have another name today, or another module than the rest of theirs."""
+
+OPTIONS: dict[str, str] = {}
+"""Options of the command line and of stored configs: the old dotted key and today's."""
+
+ARGUMENTS: dict[str, dict[str, str]] = {}
+"""Constructor arguments by today's class: the old name and today's."""
+
+CALLBACKS = {
+    "Clock": "TrainingClock",
+    "Curve": "MetricLogger",
+    "LearningRate": "LearningRateScheduler",
+    "Looks": "EvaluationCallback",
+    "ProgressLine": "TrainingProgressBar",
+}
+"""Names under which checkpoints hold the state of callbacks."""
+
+PACKAGE = "gencompare."
+
+
+def migrate_path(path: str) -> str:
+    """The path of a class or function of this package as it is today."""
+    if not path.startswith(PACKAGE):
+        return path
+    name = path.removeprefix(PACKAGE)
+    if name not in CLASSES:
+        module, _, last = name.rpartition(".")
+        return f"{PACKAGE}{MODULES.get(module, module)}.{last}"
+    return PACKAGE + CLASSES[name]
+
+
+def migrate(value: Any) -> Any:
+    """A copy of plain data (a config, or the arguments in a checkpoint) with today's names."""
+    if isinstance(value, list):
+        return [migrate(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    done = {key: migrate(each) for key, each in value.items()}
+    for key in ("_target_", "_missing_"):
+        if isinstance(done.get(key), str):
+            done[key] = migrate_path(done[key])
+    target = done.get("_target_")
+    if target == "hydra.utils.get_object" and isinstance(done.get("path"), str):
+        done["path"] = migrate_path(done["path"])
+    renamed = ARGUMENTS.get(str(target).removeprefix(PACKAGE), {})
+    return {renamed.get(key, key): each for key, each in done.items()}
+
+
+def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of an earlier version with today's names of arguments and callbacks."""
+    if "hyper_parameters" in checkpoint:
+        checkpoint["hyper_parameters"] = migrate(checkpoint["hyper_parameters"])
+    if "callbacks" in checkpoint:
+        checkpoint["callbacks"] = {CALLBACKS.get(key, key): state for key, state in checkpoint["callbacks"].items()}
+    return checkpoint
