@@ -23,7 +23,6 @@ MODULES = {
     "diffusion.likelihood.ode": "diffusion.likelihoods",
     "diffusion.likelihood.vlb": "diffusion.likelihoods",
     "diffusion.noise_conditioning": "diffusion.parameterizations",
-    "diffusion.objectives": "diffusion.variational_objectives",
     "diffusion.objectives.base": "diffusion.objectives",
     "diffusion.objectives.discrete_vlb": "diffusion.variational_objectives",
     "diffusion.objectives.hybrid": "diffusion.variational_objectives",
@@ -96,13 +95,15 @@ MODULES = {
     "tasks.explore": "tasks.visualize",
     "tasks.extractor": "tasks.export_extractor",
     "tasks.load": "tasks.runs.loading",
-    "tasks.runs": "tasks.list_runs",
     "tasks.sweep": "tasks.runs.sweep",
     "training.lr": "training.learning_rate",
 }
 """Modules that moved: where their classes are today."""
 
 CLASSES = {
+    "diffusion.objectives.DiscreteVLB": "diffusion.variational_objectives.DiscreteVLB",
+    "diffusion.objectives.Hybrid": "diffusion.variational_objectives.Hybrid",
+    "tasks.runs.runs": "tasks.list_runs.runs",
     "contract.AddsNoise": "generative_model.SupportsNoising",
     "contract.Classifies": "generative_model.SupportsClassification",
     "contract.Explores": "generative_model.SupportsVisualization",
