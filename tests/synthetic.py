@@ -13,8 +13,8 @@ from gencompare.image_grid import grid, save_png
 from gencompare.records import Measurement, Metric, Result, RunRecord, SampleSettings
 
 DIGITS = Measurement(
-    data="digits", n=500, reference="test", reference_n=500, reference_hash="f00d" * 16, extractor="digits",
-    extractor_hash="beef" * 16, chunk=250,
+    data="digits", num_images=500, reference="test", num_reference_images=500, reference_hash="f00d" * 16,
+    extractor="digits", extractor_hash="beef" * 16, chunk_size=250,
 )  # fmt: skip
 """One protocol, for runs that are meant to be ranked together."""
 
@@ -24,16 +24,19 @@ def result(value: float | None, measurement: Measurement = DIGITS, **changes: An
     generation = {"weights": "ema", "checkpoint": "last", "sampler": "ddim, 50 steps", "nfe": {"unet": 50.0}, "seed": 0}
     generation |= changes.pop("generation", {})
     metrics = {
-        "fd_digits": Metric(value, better="lower", floor=0.5, note="" if value is not None else "samples hold NaN"),
-        "kd_digits": Metric(0.0021, better="lower", floor=0.0003, interval=(0.001, 0.0032)),
-        "precision": Metric(0.81, better="higher", floor=0.83),
-        "recall": Metric(0.64, better="higher", floor=0.82),
-        "bpd_vlb": Metric(2.31, better="lower", unit="bits/dim", note="bound, 500 test images"),
-        "confident": Metric(0.84, better="higher", floor=0.97),
-        "memorization": Metric(0.99, better="one", note="distance to training images over that to held-out ones"),
+        "fd_digits": Metric(
+            value, higher_is_better=False, baseline=0.5, note="" if value is not None else "samples hold NaN"
+        ),
+        "kd_digits": Metric(0.0021, higher_is_better=False, baseline=0.0003, interval=(0.001, 0.0032)),
+        "precision": Metric(0.81, higher_is_better=True, baseline=0.83),
+        "recall": Metric(0.64, higher_is_better=True, baseline=0.82),
+        "bpd_vlb": Metric(2.31, higher_is_better=False, unit="bits/dim", note="bound, 500 test images"),
+        "confident": Metric(0.84, higher_is_better=True, baseline=0.97),
+        "memorization": Metric(0.99, target=1.0, note="distance to training images over that to held-out ones"),
     } | changes.pop("metrics", {})
     fields: dict[str, Any] = {
-        "headline": "fd_digits", "seconds": {"sampling": 4.0, "metrics": 0.6}, "details": {"class_shares": [0.1] * 10},
+        "primary_metric": "fd_digits", "seconds": {"sampling": 4.0, "metrics": 0.6},
+        "details": {"class_shares": [0.1] * 10},
     }  # fmt: skip
     return Result(measurement, SampleSettings(**generation), metrics, **(fields | changes))
 
@@ -56,7 +59,7 @@ def write_run(
         noise = np.random.default_rng(seed).integers(0, 256, (36, *shape), dtype=np.uint8)
         save_png(grid(noise), folder / "samples" / "grid.png")
         for r in results:
-            r.pictures.setdefault("samples", "samples/grid.png")
+            r.images.setdefault("samples", "samples/grid.png")
     config = {
         "seed": fields.get("seed", 0), "family": family, "out": str(folder), "budget": {"images": 200_000},
         "choices": {"data": "digits", "model": family, "evaluation": "default"},
@@ -72,7 +75,7 @@ def write_run(
             "model": {"parameters": 412_345},
             "training": {
                 "steps": 1563, "images_seen": 200_064, "seconds": 171.2, "images_per_second": 1168.6, "flops": 3.2e13,
-                "peak_memory_bytes": 512 * 2**20, "processes": 1, "trained_against": [],
+                "peak_memory_bytes": 512 * 2**20, "processes": 1, "perceptual_networks": [],
             },
             "results": results,
         }

@@ -30,7 +30,7 @@ def test_every_published_figure_has_its_paper_and_year() -> None:
 def test_they_are_shown_once_and_never_ranked(tmp_path: Path) -> None:
     cifar = replace(DIGITS, data="cifar10", extractor="inception_v3_compat")
     folders = [
-        write_run(tmp_path / "a", [result(5.0, cifar), result(6.0, replace(cifar, n=1000)), result(1.0)]),
+        write_run(tmp_path / "a", [result(5.0, cifar), result(6.0, replace(cifar, num_images=1000)), result(1.0)]),
         write_run(tmp_path / "b", [result(7.0, cifar)], family="vae"),
     ]
     report(folders, tmp_path / "out")

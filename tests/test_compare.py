@@ -68,13 +68,13 @@ def ranked(folder: Path, figures: dict[str, float | None], **common: Any) -> Tab
 
 
 @pytest.mark.parametrize(
-    "better, order",
-    [("lower", "abcd"), ("higher", "dcba"), ("one", "bcad")],
+    "direction, order",
+    [({"higher_is_better": False}, "abcd"), ({"higher_is_better": True}, "dcba"), ({"target": 1.0}, "bcad")],
 )
-def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, better: str, order: str):
+def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, direction: dict[str, Any], order: str):
     values = {"a": 0.2, "b": 0.9, "c": 1.2, "d": 3.0}
     folders = [
-        write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, better=better)})], picture=False)
+        write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, **direction)})], picture=False)
         for name, value in values.items()
     ]
     (group,) = rank(load_runs(folders).runs)
@@ -86,14 +86,14 @@ def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
     seeds = {"far": [0.5, 1.5, 0.5, 1.5, 1.0], "near": [1.1, 1.11, 1.1, 1.09, 1.12], "off": [3.0, 3.1, 3.2, 3.3, 2.9]}
     folders = [
         write_run(
-            tmp_path / f"{name}{k}", [result(0, metrics={"fd_digits": Metric(value, better="one")})], family=name,
+            tmp_path / f"{name}{k}", [result(0, metrics={"fd_digits": Metric(value, target=1.0)})], family=name,
             seed=k, picture=False,
         )
         for name, values in seeds.items() for k, value in enumerate(values)
     ]  # fmt: skip
     (group,) = rank(load_runs(folders).runs)
     assert [row.run.record.family for row in group.rows] == ["near", "far", "off"]
-    assert abs(group.rows[1].headline.value - 1) < abs(group.rows[0].headline.value - 1), "though its mean is 1"
+    assert abs(group.rows[1].metric.value - 1) < abs(group.rows[0].metric.value - 1), "though its mean is 1"
     against = next(column for column in columns(group) if column.title == "against the best")
     cells = [against.cell(row) for row in group.rows]
     assert cells[0].text == "best tested" and cells[2].beside == "worse than #1"
@@ -105,7 +105,7 @@ def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
 def test_equal_figures_share_a_rank_and_a_figure_without_order_gives_none(tmp_path: Path):
     group = ranked(tmp_path / "x", {"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0})
     assert standings(group) == [(1, "b", ""), (2, "a", ""), (2, "c", ""), (4, "d", "")]
-    unordered = {"fd_digits": Metric(1.0, better=None)}
+    unordered = {"fd_digits": Metric(1.0, higher_is_better=None)}
     group = ranked(tmp_path / "y", {"a": 2.0, "b": 1.0}, metrics=unordered)
     assert standings(group) == [(None, "a", ""), (None, "b", "")]
 
@@ -123,7 +123,7 @@ def test_a_family_no_better_than_the_baseline_is_listed_as_not_learned(tmp_path:
 
 def test_a_row_within_the_intervals_of_the_baseline_is_undecided(tmp_path: Path):
     def measured(value: float, reach: float) -> Result:
-        return result(0, metrics={"fd_digits": Metric(value, "lower", interval=(value - reach, value + reach))})
+        return result(0, metrics={"fd_digits": Metric(value, False, interval=(value - reach, value + reach))})
 
     # The reach of a difference: hypot(0.3, 0.4) = 0.5.
     found = {"gaussian": (2.0, 0.4), "gan": (1.6, 0.3), "ddpm": (2.4, 0.3), "vae": (2.6, 0.3), "flow": (1.4, 0.3)}
@@ -144,8 +144,8 @@ def test_two_metrics_that_disagree_about_two_rows_are_named(tmp_path: Path):
 
     def measured(first: float, second: float) -> list[Result]:
         primary = replace(
-            result(first, measurement=other, metrics={"mmd_efficientnet_lite0": Metric(first, "lower")}),
-            headline="mmd_efficientnet_lite0",
+            result(first, measurement=other, metrics={"mmd_efficientnet_lite0": Metric(first, False)}),
+            primary_metric="mmd_efficientnet_lite0",
         )
         return [primary, result(second)]
 
@@ -153,7 +153,7 @@ def test_two_metrics_that_disagree_about_two_rows_are_named(tmp_path: Path):
     folders = [write_run(tmp_path / name, measured(*pair), picture=False) for name, pair in values.items()]
     gathered = load_runs(folders)
     groups = rank(gathered.runs)
-    assert [group.headline for group in groups] == ["mmd_efficientnet_lite0", "fd_digits"]
+    assert [group.primary_metric for group in groups] == ["mmd_efficientnet_lite0", "fd_digits"]
     (sentence,) = disagreements(groups)
     assert "1 of 3 pairs" in sentence and "a and b" in sentence
     assert "Metrics disagree" in page.render(gathered)
@@ -187,7 +187,7 @@ def test_without_a_baseline_the_command_that_adds_it_is_named(tmp_path: Path):
 
 
 def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
-    more = replace(DIGITS, n=1000)
+    more = replace(DIGITS, num_images=1000)
     odd = write_run(tmp_path / "lr=1,2 (it's [x]) \\ ${y}", [result(2.0, more)])
     folders = [odd, *(write_run(tmp_path / name, [result(1.0)]) for name in "ab")]
     (line,) = suggested_commands(rank(load_runs(folders).runs))
@@ -199,13 +199,13 @@ def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
 
 def test_a_model_trained_against_the_measuring_network_is_not_ranked(tmp_path: Path):
     fair = write_run(tmp_path / "fair", [result(2.0)])
-    unfair = write_run(tmp_path / "unfair", [result(1.0)], training={"trained_against": ["lpips", "beef" * 16]})
+    unfair = write_run(tmp_path / "unfair", [result(1.0)], training={"perceptual_networks": ["lpips", "beef" * 16]})
     (group,) = rank(load_runs([fair, unfair]).runs)
     assert standings(group) == [(1, "fair", ""), (None, "unfair", OVERLAP)]
 
 
 def test_unlike_protocols_are_never_ranked_together_and_the_fields_are_named(tmp_path: Path):
-    more = replace(DIGITS, n=1000, chunk=100)
+    more = replace(DIGITS, num_images=1000, chunk_size=100)
     folders = [
         write_run(tmp_path / "a", [result(2.0), result(0.5, more)]),
         write_run(tmp_path / "b", [result(1.0)]),
@@ -219,17 +219,17 @@ def test_unlike_protocols_are_never_ranked_together_and_the_fields_are_named(tmp
     ]
     assert [len({row.result.measurement.id for row in group.rows}) for group in groups] == [1, 1, 1]
     told = by_primary_metric(groups)
-    assert "Table 2 differs from table 1 in n (1000 instead of 500), chunk (100 instead of 250)." in told
+    assert "Table 2 differs from table 1 in num images (1000 instead of 500), chunk size (100 instead of 250)." in told
     assert "Table 3 is of other data, fashion_mnist (and so differs from table 1 in extractor too)." in told
     shown = page.render(load_runs(folders))
-    assert "3 protocols, 3 tables." in shown and "n (1000 instead of 500)" in shown
+    assert "3 protocols, 3 tables." in shown and "num images (1000 instead of 500)" in shown
     command = f"python run.py task=evaluate run={tmp_path / 'a'} evaluation.n=500 evaluation.protocol.chunk=250"
     assert suggested_commands(groups) == [command], "other data cannot be brought together"
     assert command in shown
 
 
 def test_the_command_names_the_preset_where_the_network_differs(tmp_path: Path):
-    inception = replace(DIGITS, extractor="inception_v3_compat", extractor_hash="a" * 64, resize="299x299", n=5000)
+    inception = replace(DIGITS, extractor="inception_v3_compat", extractor_hash="a" * 64, resize="299x299", num_images=5000)
     labels = replace(DIGITS, conditioning="labels", label_distribution="train")
     folders = [
         write_run(tmp_path / "a", [result(2.0)]),
@@ -297,9 +297,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 def test_a_record_that_names_files_elsewhere_does_not_get_them(tmp_path: Path):
     outside = write_run(tmp_path / "outside") / "samples" / "grid.png"
     pictures = {"up": "../outside/samples/grid.png", "root": str(outside), "zero": "a\0b", "gone": "gone.png"}
-    folder = write_run(
-        tmp_path / "run", [result(1.0, pictures=dict(pictures))], curve={}, pictures={"text": "curve.csv"}
-    )
+    folder = write_run(tmp_path / "run", [result(1.0, images=dict(pictures))], curve={}, images={"text": "curve.csv"})
     (run,) = load_runs([folder]).runs
     assert [run.picture(path) for path in pictures.values()] == [None] * 4
     assert run.picture("samples/grid.png") == (folder / "samples" / "grid.png").read_bytes()
@@ -464,13 +462,16 @@ class Page(HTMLParser):
 def odd(tmp_path_factory: pytest.TempPathFactory) -> LoadedRuns:
     """Runs whose every text holds markup, with a broken one, one without figures, and several protocols."""
     folder = tmp_path_factory.mktemp("odd")
-    metric = {"fd_digits": Metric(1.0, better="lower", floor=0.5, note=ODD), ODD: Metric(None, note=ODD, unit=ODD)}
+    metric = {
+        "fd_digits": Metric(1.0, higher_is_better=False, baseline=0.5, note=ODD),
+        ODD: Metric(None, note=ODD, unit=ODD),
+    }
     generation = {"sampler": ODD, "guidance": ODD, "nfe": {ODD: 3.0, "b": math.nan}, "checkpoint": ODD}
     measured = replace(DIGITS, extractor=ODD, reference=ODD, label_distribution=ODD)
-    details = {ODD: [ODD, {ODD: ODD}], "flags": [ODD]}
-    odd = result(1.0, measured, metrics=metric, generation=generation, details=details, headline="fd_digits")
+    details = {ODD: [ODD, {ODD: ODD}], "warnings": [ODD]}
+    odd = result(1.0, measured, metrics=metric, generation=generation, details=details, primary_metric="fd_digits")
     write_run(
-        folder / "a", [replace(odd, pictures={ODD: "samples/grid.png", "gone": f"{ODD}.png"})], name=ODD, family=ODD,
+        folder / "a", [replace(odd, images={ODD: "samples/grid.png", "gone": f"{ODD}.png"})], name=ODD, family=ODD,
         state=ODD, config={ODD: ODD, "choices": {"data": ODD}}, overrides=[ODD], data={"name": ODD, "splits": ODD},
         environment={"run_id": ODD, "device": ODD, "git": ODD, "packages": {ODD: ODD}}, training={"error": ODD},
     )  # fmt: skip
@@ -536,7 +537,7 @@ def test_pictures_stay_under_their_budget_and_those_left_out_are_counted(tmp_pat
 
 
 def test_a_single_run_has_its_own_page(tmp_path: Path):
-    folder = write_run(tmp_path / "mine", [result(1.5)], pictures={"while training": "samples/grid.png"})
+    folder = write_run(tmp_path / "mine", [result(1.5)], images={"while training": "samples/grid.png"})
     path = report([folder], folder)
     shown = Page(path.read_text())
     assert path == folder / "compare.html" and "mine" in shown.texts
@@ -549,7 +550,7 @@ def test_a_single_run_has_its_own_page(tmp_path: Path):
 
 
 def test_what_is_flagged_about_samples_is_said(tmp_path: Path):
-    flagged = write_run(tmp_path / "a", [result(1.0, details={"flags": ["many samples are alike"]})])
+    flagged = write_run(tmp_path / "a", [result(1.0, details={"warnings": ["many samples are alike"]})])
     plain = write_run(tmp_path / "b", [result(2.0)])
     assert "a: many samples are alike" in page.render(load_runs([flagged, plain]))
 
@@ -570,10 +571,12 @@ def test_the_csv_holds_every_result_and_every_figure(tmp_path: Path):
         ("a", "1", "finished"), ("a", "2", "finished"), ("'=HYPERLINK(1)", "", "finished"), ("c", "", "failed"),
     ]  # fmt: skip
     first = rows[0]
-    assert [float(first[key]) for key in ("fd_digits", "fd_digits.floor", "kd_digits.low", "kd_digits.high")] == [
+    assert [float(first[key]) for key in ("fd_digits", "fd_digits.baseline", "kd_digits.low", "kd_digits.high")] == [
         1.25, 0.5, 0.001, 0.0032,
     ]  # fmt: skip
-    assert first["seed"] == "7" and first["measurement.n"] == "500" and first["generation.checkpoint"] == "last"
+    assert (
+        first["seed"] == "7" and first["measurement.num_images"] == "500" and first["generation.checkpoint"] == "last"
+    )
     assert first["nfe.unet"] == "50.0" and first["training.images_seen"] == "200064"
     assert rows[2]["fd_digits"] == "" and rows[2]["fd_digits.note"] == "samples hold NaN"
     assert rows[2]["standing"] == NO_VALUE
@@ -679,9 +682,15 @@ def test_titles_of_figures(name: str, title: str):
     ],
 )
 def test_bits_per_dim_is_one_column_that_names_its_kind(tmp_path: Path, scores: dict[str, Any], shown: tuple[str, str]):
-    metrics = {"fd_digits": Metric(1.0, better="lower"), "new": Metric(1.0)}
-    metrics |= {f"bpd_{name}": Metric(value, better="lower", note=note) for name, (value, note) in scores.items()}
-    other = {"fd_digits": Metric(2.0, better="lower"), "precision": Metric(0.5), "bpd_vlb": Metric(9.0, note="bound")}
+    metrics = {"fd_digits": Metric(1.0, higher_is_better=False), "new": Metric(1.0)}
+    metrics |= {
+        f"bpd_{name}": Metric(value, higher_is_better=False, note=note) for name, (value, note) in scores.items()
+    }
+    other = {
+        "fd_digits": Metric(2.0, higher_is_better=False),
+        "precision": Metric(0.5),
+        "bpd_vlb": Metric(9.0, note="bound"),
+    }
     folders = [
         write_run(tmp_path / name, [replace(result(1.0), metrics=m)]) for name, m in (("a", metrics), ("b", other))
     ]

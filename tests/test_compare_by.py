@@ -34,7 +34,7 @@ def table(folder: Path, *by: str, metric: str | None = None) -> TableSection:
 
 
 def shown(rows: list[TableRow]) -> list[tuple[str, float | None]]:
-    return [(row.run.label.split(",")[0], row.headline.value) for row in rows]
+    return [(row.run.label.split(",")[0], row.metric.value) for row in rows]
 
 
 def test_one_row_a_value_of_the_key(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_one_row_a_value_of_the_key(tmp_path: Path) -> None:
     assert shown(by.rows) == [
         ("model.schedule=cosine", pytest.approx(1.55)), ("model.schedule=linear", pytest.approx(3.55)),
     ]  # fmt: skip
-    assert all(row.headline.interval is None and row.verdict is None for row in by.rows)
+    assert all(row.metric.interval is None and row.verdict is None for row in by.rows)
     notes = [note for note in by.notes() if "differ in more than seeds (model.optimizer.lr)" in note]
     assert len(notes) == 2 and "mean of 4 runs" in notes[0]
     assert [shown([row])[0][0] for row in table(tmp_path, "model/schedule").rows] == [
@@ -56,7 +56,7 @@ def test_one_row_a_value_of_the_key(tmp_path: Path) -> None:
     ]  # fmt: skip
     both = table(tmp_path, "model.schedule", "model.optimizer.lr")
     assert both.rows[0].run.label.startswith("model.schedule=cosine, model.optimizer.lr=0.001, mean")
-    assert all(row.headline.interval is not None for row in both.rows), "what differs in seeds alone has its interval"
+    assert all(row.metric.interval is not None for row in both.rows), "what differs in seeds alone has its interval"
     assert len(table(tmp_path, "model.schedule.shift").rows) == 1
 
 
@@ -65,7 +65,7 @@ def test_runs_that_share_the_key_and_differ_in_seeds_alone_are_tested(tmp_path: 
         for seed in range(5):
             run(tmp_path, schedule, 1e-3, seed, base + 0.01 * seed)
     plain, by = table(tmp_path), table(tmp_path, "model.schedule")
-    assert [(row.headline, row.verdict) for row in plain.rows] == [(row.headline, row.verdict) for row in by.rows]
+    assert [(row.metric, row.verdict) for row in plain.rows] == [(row.metric, row.verdict) for row in by.rows]
     assert by.rows[1].verdict is not None and by.rows[1].verdict.apart
     assert by.rows[0].run.label == "model.schedule=cosine, mean of 5 seeds"
 
@@ -86,7 +86,7 @@ def test_trainings_of_any_length_are_one_row(tmp_path: Path) -> None:
         run(tmp_path, "cosine", 1e-3, seed, 1.0 + seed, generation={"step": step}, training={"steps": 500})
     assert len(table(tmp_path).rows) == 2
     (row,) = table(tmp_path, "family").rows
-    assert row.headline.value == 1.5 and row.line.mixed == ("data or length of training",)
+    assert row.metric.value == 1.5 and row.line.mixed == ("data or length of training",)
 
 
 def test_a_key_that_no_run_has_is_refused_with_those_that_differ(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_key_that_no_run_has_is_refused_with_those_that_differ(tmp_path: Path)
 
 def test_another_figure_ranks(tmp_path: Path) -> None:
     for name, recall in (("a", 0.2), ("b", 0.9)):
-        metrics = {"recall": Metric(recall, better="higher", floor=0.95)}
+        metrics = {"recall": Metric(recall, higher_is_better=True, baseline=0.95)}
         write_run(tmp_path / name, [result(1.0 if name == "a" else 2.0, metrics=metrics)], family=name, picture=False)
     other = result(0.1)
     del other.metrics["recall"]

@@ -35,7 +35,7 @@ def test_latex_is_text_whatever_it_holds() -> None:
 
 def test_a_table_has_equal_columns_and_bold_for_the_best(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, [result(v)], name=f"{name} {ODD}") for name, v in (("a", 1.25), ("b", 2.5))]
-    metrics = {"fd_digits": Metric(None, better="lower")}
+    metrics = {"fd_digits": Metric(None, higher_is_better=False)}
     folders.append(write_run(tmp_path / "c", [result(None, metrics=metrics)]))
     report(folders, tmp_path / "out")
     text = (tmp_path / "out" / "compare.tex").read_text()

@@ -98,7 +98,7 @@ def test_lines_against_calls_have_a_key_of_their_own(tmp_path: Path) -> None:
     "text, left",
     [
         ("DDIM, 25 steps, eta 0", "DDIM, eta 0"), ("250 steps from noise, Langevin", "from noise, Langevin"),
-        ("Langevin, 10 steps, steps_per_level 20", "Langevin, steps_per_level 20"), ("5 steps · best", "best"),
+        ("Langevin, 10 steps, num_langevin_steps 20", "Langevin, num_langevin_steps 20"), ("5 steps · best", "best"),
     ],
 )  # fmt: skip
 def test_a_way_without_its_steps(text: str, left: str) -> None:

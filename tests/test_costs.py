@@ -55,7 +55,7 @@ def test_rows_are_drawn_against_each_cost_with_the_front_named(tmp_path: Path) -
 
 def test_a_figure_that_should_be_high_has_its_front_above(tmp_path: Path) -> None:
     for name, value, flops in (("a", 0.2, 1e12), ("b", 0.9, 2e12), ("c", 0.5, 3e12)):
-        metrics = {"fd_digits": Metric(value, better="higher")}
+        metrics = {"fd_digits": Metric(value, higher_is_better=True)}
         write_run(tmp_path / name, [result(0, metrics=metrics)], training={"flops": flops}, picture=False)
     assert [row.run.label for row in drawn(tmp_path)["training FLOPs"].front] == ["a", "b"]
 
@@ -80,7 +80,7 @@ def test_costs_are_those_that_the_records_add_up(tmp_path: Path) -> None:
     for seed, scale in enumerate((1, 3)):
         taken = {"flops": 1e12 * scale, "seconds": 5.0 * scale, "processes": 2, "device_seconds": 10.0 * scale}
         summed = {"flops": 1e12 + 1e12 * scale, "device_seconds": 100 + 10.0 * scale, "steps": None}
-        training = taken | {"needed": [trial, trial], "total": summed}
+        training = taken | {"dependencies": [trial, trial], "total_cost": summed}
         made = result(1.0 + seed, generation={"seed": seed})
         write_run(tmp_path / f"x{seed}", [made], seed=seed, training=training, picture=False)
     plain = {"flops": 0.5e12, "seconds": 5.0, "processes": 2}

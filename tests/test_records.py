@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 
 from gencompare.errors import UserError
-from gencompare.records import FILE, Measurement, Metric, Result, RunRecord, SampleSettings
+from gencompare.records import RECORD_FILE, Measurement, Metric, Result, RunRecord, SampleSettings
 
 MEASUREMENT = Measurement("digits", 500, "test", 500, "aa", "digits", "bb")
 
 
 def result(value: float = 1.5, **generation: object) -> Result:
     metrics = {
-        "fd_digits": Metric(value, better="lower", floor=0.5, interval=(1.0, 2.0), unit="", note=""),
-        "precision": Metric(0.75, better="higher"),
+        "fd_digits": Metric(value, higher_is_better=False, baseline=0.5, interval=(1.0, 2.0), unit="", note=""),
+        "precision": Metric(0.75, higher_is_better=True),
     }
     made = SampleSettings(weights="ema", nfe={"net": 50.0}, **generation)  # type: ignore[arg-type]
-    return Result(MEASUREMENT, made, metrics, headline="fd_digits", seconds={"sampling": 2.0}, pictures={"s": "s.png"})
+    return Result(
+        MEASUREMENT, made, metrics, primary_metric="fd_digits", seconds={"sampling": 2.0}, images={"s": "s.png"}
+    )
 
 
 def record(**changes: object) -> RunRecord:
@@ -35,9 +37,9 @@ def record(**changes: object) -> RunRecord:
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
     run = record()
-    assert run.save(tmp_path) == tmp_path / FILE
+    assert run.save(tmp_path) == tmp_path / RECORD_FILE
     assert RunRecord.load(tmp_path) == run
-    assert RunRecord.load(tmp_path / FILE) == run
+    assert RunRecord.load(tmp_path / RECORD_FILE) == run
 
 
 def test_figures_that_are_not_finite_are_stored_as_none(tmp_path: Path):
@@ -54,18 +56,18 @@ def test_figures_that_are_not_finite_are_stored_as_none(tmp_path: Path):
 
 def test_a_second_evaluation_in_the_same_way_replaces_the_first():
     run = record()
-    run.put(result(1.2))
+    run.add_result(result(1.2))
     assert [r.metrics["fd_digits"].value for r in run.results] == [1.2]
-    run.put(result(1.1, sampler="ddim"))
-    run.put(replace(result(1.0), measurement=replace(MEASUREMENT, n=1000)))
+    run.add_result(result(1.1, sampler="ddim"))
+    run.add_result(replace(result(1.0), measurement=replace(MEASUREMENT, num_images=1000)))
     assert [r.metrics["fd_digits"].value for r in run.results] == [1.2, 1.1, 1.0]
 
 
 def test_a_figure_over_its_floor():
-    assert Metric(1.5, floor=0.5).over_floor == 3.0
-    assert Metric(None, floor=0.5).over_floor is None
-    assert Metric(1.5).over_floor is None
-    assert Metric(1.5, floor=0.0).over_floor is None
+    assert Metric(1.5, baseline=0.5).ratio_to_baseline == 3.0
+    assert Metric(None, baseline=0.5).ratio_to_baseline is None
+    assert Metric(1.5).ratio_to_baseline is None
+    assert Metric(1.5, baseline=0.0).ratio_to_baseline is None
 
 
 @pytest.mark.parametrize(
@@ -76,15 +78,15 @@ def test_a_figure_over_its_floor():
         (lambda raw: "[1, 2]", "no schema"),
         (lambda raw: json.dumps({**raw, "schema": 99}), "schema 99"),
         (lambda raw: json.dumps({**raw, "results": None}), "damaged"),
-        (lambda raw: json.dumps({**raw, "family": ["x"]}), "family is no str"),
-        (lambda raw: json.dumps({**raw, "seed": "0"}), "seed is no number"),
-        (lambda raw: json.dumps({**raw, "pictures": {"a": 3}}), "pictures.a is no str"),
+        (lambda raw: json.dumps({**raw, "family": ["x"]}), "family is not a str"),
+        (lambda raw: json.dumps({**raw, "seed": "0"}), "seed is not a number"),
+        (lambda raw: json.dumps({**raw, "images": {"a": 3}}), "images.a is not a str"),
         (lambda raw: json.dumps({**raw, "unheard_of": 1}), "unheard_of"),
         (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "name"}), "name"),
         (lambda raw: json.dumps(raw).replace('"interval": [1.0, 2.0]', '"interval": [1.0]'), "interval"),
-        (lambda raw: json.dumps(raw).replace('"value": 1.5', '"value": "low"'), "value is no number"),
-        (lambda raw: json.dumps(raw).replace('"nfe": {"net": 50.0}', '"nfe": {"net": {}}'), "nfe.net is no number"),
-        (lambda raw: json.dumps(raw).replace('"n": 500', '"n": null, "m": 1'), "'m'"),
+        (lambda raw: json.dumps(raw).replace('"value": 1.5', '"value": "low"'), "value is not a number"),
+        (lambda raw: json.dumps(raw).replace('"nfe": {"net": 50.0}', '"nfe": {"net": {}}'), "nfe.net is not a number"),
+        (lambda raw: json.dumps(raw).replace('"num_images": 500', '"num_images": null, "m": 1'), "'m'"),
     ],
 )
 def test_a_damaged_or_foreign_record_is_refused_in_one_line(tmp_path: Path, damage, told: str):
@@ -96,13 +98,13 @@ def test_a_damaged_or_foreign_record_is_refused_in_one_line(tmp_path: Path, dama
 
 
 def test_a_folder_without_a_record_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"is not a run folder: it holds no record\.json"):
+    with pytest.raises(UserError, match=r"is not a run folder: it contains no record\.json"):
         RunRecord.load(tmp_path)
 
 
 def _add_results(folder: Path, first: int) -> None:
     for seed in range(first, first + 10):
-        RunRecord.update(folder, lambda run, seed=seed: run.put(result(seed=seed)))
+        RunRecord.update(folder, lambda run, seed=seed: run.add_result(result(seed=seed)))
 
 
 def test_updates_of_several_processes_all_survive(tmp_path: Path):
@@ -125,8 +127,8 @@ def test_a_change_that_fails_leaves_the_record_as_it_was(tmp_path: Path):
 
     with pytest.raises(RuntimeError):
         RunRecord.update(tmp_path, change)
-    assert (tmp_path / FILE).read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {FILE, f".{FILE}.lock"}
+    assert (tmp_path / RECORD_FILE).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {RECORD_FILE, f".{RECORD_FILE}.lock"}
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Measurement)])

@@ -31,7 +31,7 @@ def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
     """What a preset sets apart from its budget, how bits are counted, and a bound that samplers may lack."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(model, dict)
-    model.pop("bits", None)
+    model.pop("likelihoods", None)
     model.get("sampler", {}).pop("s_max", None)
     model.get("latent", {}).pop("budget", None)
     return {"model": model, "batch": cfg.trainer.global_batch_size}
@@ -41,7 +41,7 @@ def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
 def test_a_record_is_finished_and_names_no_folder_of_a_machine(name: str) -> None:
     record = RunRecord.load(RECORDS[name])
     assert record.state == "finished" and "out" not in record.config
-    assert all(result.metrics[result.headline].value is not None for result in record.results)
+    assert all(result.metrics[result.primary_metric].value is not None for result in record.results)
     text = (RECORDS[name] / "record.json").read_text()
     assert not any(place in text for place in ("/home/", "/root/", "/tmp/"))
 
@@ -59,19 +59,21 @@ def test_a_record_is_of_its_preset_as_it_is_today(name: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_page_shows_the_records_beside_it(folder: str) -> None:
     kept = [
-        (record.family, str(record.seed), result.headline, f"{result.metrics[result.headline].value:.9g}")
+        (record.family, str(record.seed), result.primary_metric, f"{result.metrics[result.primary_metric].value:.9g}")
         for record in records(folder)
         for result in record.results
     ]
     with (FOLDERS[folder] / "compare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    shown = [(row["family"], row["seed"], row["headline"], f"{float(row[row['headline']]):.9g}") for row in rows]
+    shown = [
+        (row["family"], row["seed"], row["primary_metric"], f"{float(row[row['primary_metric']]):.9g}") for row in rows
+    ]
     assert kept and sorted(shown) == sorted(kept)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_default_metric_ranks_every_page(folder: str) -> None:
-    assert {record.results[0].headline for record in records(folder)} == {"mmd_efficientnet_lite0"}
+    assert {record.results[0].primary_metric for record in records(folder)} == {"mmd_efficientnet_lite0"}
 
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name in DATA_SETS])

@@ -37,8 +37,8 @@ def test_three_seeds_are_one_row_with_their_mean(tmp_path: Path) -> None:
     (row,) = ranked(seeds(tmp_path, "a", [1.0, 2.0, 3.0])).rows
     assert row.line.seeds == [0, 1, 2]
     # 2 +- t(0.975, 2) * 1 / sqrt(3), with Student's quantile from a table.
-    assert row.headline.value == pytest.approx(2.0)
-    assert row.headline.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    assert row.metric.value == pytest.approx(2.0)
+    assert row.metric.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
     assert "mean of 3 seeds" in row.run.label
 
 
@@ -54,7 +54,7 @@ def test_the_config_of_a_job_tells_seeds_from_settings(tmp_path: Path) -> None:
     (row,) = ranked([run(0), run(1), run(2)]).rows
     assert row.line.seeds == [0, 1, 2]
     assert len(ranked([run(0), run(1, "model.optimizer.lr=1e-4")]).rows) == 2
-    assert len(ranked([run(0), run(1, "data.flip=true")]).rows) == 2
+    assert len(ranked([run(0), run(1, "data.random_flip=true")]).rows) == 2
 
 
 @pytest.mark.parametrize("further", [0, 5], ids=["the same seeds", "other seeds"])
@@ -71,7 +71,7 @@ def test_runs_of_another_decay_are_another_model_and_tested_against_it(tmp_path:
                 write_run(tmp_path / f"{decay}_{seed}", [made], seed=seed, config=own, family="flow", picture=False)
             )
     better, worse = ranked(folders).rows
-    assert (better.headline.value, worse.headline.value) == pytest.approx((1.02, 3.02 + 0.01 * further))
+    assert (better.metric.value, worse.metric.value) == pytest.approx((1.02, 3.02 + 0.01 * further))
     assert len(better.line.seeds) == len(worse.line.seeds) == 5
     assert worse.verdict is not None and worse.verdict.apart, "a crippled average of the weights comes out worse"
 
@@ -79,9 +79,9 @@ def test_runs_of_another_decay_are_another_model_and_tested_against_it(tmp_path:
 @pytest.mark.parametrize(
     "name, value, rows",
     [
-        ("callbacks.looks.patience", 3, 2), ("callbacks.looks.count", 9, 2), ("callbacks.looks.preview", 100, 2),
-        ("callbacks.looks.grid", 4, 1), ("callbacks.looks.held_out", 10, 1), ("callbacks.curve.every", 7, 1),
-        ("callbacks.checkpoints.every_minutes", 9, 1), ("callbacks.progress", False, 1), ("trainer.devices", 2, 1),
+        ("callbacks.evaluation.patience", 3, 2), ("callbacks.evaluation.num_evaluations", 9, 2), ("callbacks.evaluation.num_samples", 100, 2),
+        ("callbacks.evaluation.num_grid_images", 4, 1), ("callbacks.evaluation.num_val_images", 10, 1), ("callbacks.metric_logger.log_every_n_steps", 7, 1),
+        ("callbacks.checkpoints.every_minutes", 9, 1), ("callbacks.progress_bar", False, 1), ("trainer.devices", 2, 1),
     ],
 )  # fmt: skip
 def test_callbacks_that_change_a_figure_make_another_model(tmp_path: Path, name: str, value: Any, rows: int) -> None:
@@ -110,8 +110,8 @@ def test_sampling_seeds_are_nested_in_training_seeds(tmp_path: Path) -> None:
     (row,) = ranked([one, two]).rows
     # Two independent trainings, 1.1 and 3.1: not four figures.
     half = 12.7062047 * (2.0 / 2**0.5) / 2**0.5
-    assert row.headline.value == pytest.approx(2.1)
-    assert row.headline.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)
+    assert row.metric.value == pytest.approx(2.1)
+    assert row.metric.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)
 
 
 def test_what_differs_in_more_than_seeds_stays_apart(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_same_seeds_twice_are_no_second_seed(tmp_path: Path) -> None:
 def test_a_seed_without_a_figure_leaves_the_row_without_one(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"a{k}", [result(v)], seed=k) for k, v in enumerate([1.0, None, 2.0])]
     (row,) = ranked(folders).rows
-    assert row.headline.value is None and row.rank is None
+    assert row.metric.value is None and row.rank is None
 
 
 def test_the_interval_covers_the_mean_of_all_trainings() -> None:

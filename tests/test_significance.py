@@ -132,7 +132,7 @@ def test_sampling_seeds_are_no_training_seeds(tmp_path: Path) -> None:
 def test_where_one_is_ideal_the_distance_from_it_is_tested(tmp_path: Path) -> None:
     for name, mean in (("a", 0.98), ("low", 0.5), ("high", 1.5)):
         for k in range(5):
-            metrics = {"fd_digits": Metric(mean + 0.01 * k, better="one")}
+            metrics = {"fd_digits": Metric(mean + 0.01 * k, target=1.0)}
             write_run(tmp_path / f"{name}{k}", [result(0, metrics=metrics)], family=name, seed=k, picture=False)
     group = ranked(sorted(tmp_path.iterdir()))
     assert [row.run.record.family for row in group.rows] == ["a", "low", "high"]

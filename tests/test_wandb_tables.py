@@ -15,12 +15,12 @@ from synthetic import result, write_run
 
 def test_figures_and_pictures_are_logged(tmp_path: Path) -> None:
     metrics = {
-        "fd_digits": Metric(1.5, better="lower", floor=0.5, interval=(1.0, 2.0)),
+        "fd_digits": Metric(1.5, higher_is_better=False, baseline=0.5, interval=(1.0, 2.0)),
         "bad": Metric(None, note="NaN"),
     }
     made = [
-        result(1.5, metrics=metrics, pictures={"nearest training images": "samples/grid.png", "gone": "gone.png"}),
-        result(2.5, generation={"checkpoint": "best"}, pictures={"samples": "other.png"}),
+        result(1.5, metrics=metrics, images={"nearest training images": "samples/grid.png", "gone": "gone.png"}),
+        result(2.5, generation={"checkpoint": "best"}, images={"samples": "other.png"}),
     ]
     folder = write_run(tmp_path / "run", made)
     Image.new("L", (5, 7)).save(folder / "other.png")

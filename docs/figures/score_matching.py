@@ -84,7 +84,7 @@ def measure() -> Measured:
         return tuple(relative_error(denoiser, x, sigma) for x in points)
 
     single = [langevin_at(exact, sigma, N, denoise=False) for sigma in SINGLE]
-    sde = [EulerMaruyama(steps=200), ReverseDiffusion(steps=200)]
+    sde = [EulerMaruyama(num_steps=200), ReverseDiffusion(num_steps=200)]
     return Measured(
         without_noise,
         with_noise,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from gencompare.data.toy2d import DISTRIBUTIONS, Mixture
+from gencompare.data.toy2d import DISTRIBUTIONS, GaussianMixture
 from gencompare.diffusion.denoiser import Cond, Denoiser, DenoiserProtocol
 from gencompare.diffusion.objectives import EDMWeighting, WeightedMSE
 from gencompare.diffusion.parameterizations import EDMPreconditioning, Prediction
@@ -25,7 +25,7 @@ from gencompare.networks.mlp import DenoisingMLP
 from gencompare.rng import RandomSource, generator
 
 TWO = DISTRIBUTIONS["two_gaussians"]
-assert isinstance(TWO, Mixture)
+assert isinstance(TWO, GaussianMixture)
 SCHEDULE = VE(sigma_min=0.02, sigma_max=10.0)
 LINE_STD = 0.5
 """Of the points on the line x_1 = x_2, along it."""
@@ -183,7 +183,7 @@ def noisy(points: Points, n: int, sigma: float, source: torch.Generator) -> Tens
     return points(n, source) + sigma * torch.randn(n, 2, 1, 1, generator=source)
 
 
-ANNEALED = AnnealedLangevin(steps=20, steps_per_level=50)
+ANNEALED = AnnealedLangevin(num_steps=20, num_langevin_steps=50)
 
 
 @torch.no_grad()
@@ -197,7 +197,9 @@ def sampled(sampler: Sampler, denoiser: DenoiserProtocol, n: int) -> Tensor:
 def langevin_at(denoiser: DenoiserProtocol, sigma: float, n: int, *, denoise: bool = True) -> Tensor:
     """n points by Langevin steps at one noise level alone, as many as `ANNEALED` takes at all of its levels, started
     evenly over the `square`: half of them nearer to either mode."""
-    sampler = AnnealedLangevin(steps=1, steps_per_level=ANNEALED.steps * ANNEALED.steps_per_level, denoise=denoise)
+    sampler = AnnealedLangevin(
+        num_steps=1, num_langevin_steps=ANNEALED.num_steps * ANNEALED.num_langevin_steps, denoise=denoise
+    )
     times = torch.stack([time_of(sigma), torch.tensor(CLEAN)])
     return sampler.sample(denoiser, square(n, generator("cpu", "start")), generator=generator("cpu"), times=times)
 

@@ -26,9 +26,9 @@ def keep(run: Path, name: str) -> None:
     if not record.results:
         raise UserError(f"{run} holds no result: finish or evaluate the run first.")
     record.name = Path(name).name
-    record.pictures, record.checkpoints = {}, {}
+    record.images, record.checkpoints = {}, {}
     for result in record.results:
-        result.pictures.clear()
+        result.images.clear()
     record.config.pop("out", None)
     record.overrides = [word for word in record.overrides if not word.lstrip("+").startswith(OF_THE_MACHINE)]
     record.config["command"] = record.overrides

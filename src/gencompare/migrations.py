@@ -101,6 +101,7 @@ MODULES = {
 """Modules that moved: where their classes are today."""
 
 CLASSES = {
+    "data.conditions.Conditioned": "data.conditions.ConditionedData",
     "diffusion.objectives.DiscreteVLB": "diffusion.variational_objectives.DiscreteVLB",
     "diffusion.objectives.Hybrid": "diffusion.variational_objectives.Hybrid",
     "tasks.runs.runs": "tasks.list_runs.runs",
@@ -189,10 +190,83 @@ CLASSES = {
 }
 """Classes and functions that have another name today, or another module than the rest of theirs."""
 
-OPTIONS: dict[str, str] = {}
+OPTIONS: dict[str, str] = {
+    "data.limit": "data.train_subset_size",
+    "data.flip": "data.random_flip",
+    "data.size": "data.image_size",
+    "data.name": "data.distribution",
+    "data.n": "data.num_points",
+    "model.sampler.steps": "model.sampler.num_steps",
+    "model.sampler.corrector_steps": "model.sampler.num_corrector_steps",
+    "model.sampler.steps_per_level": "model.sampler.num_langevin_steps",
+    "model.sampler.grid.first": "model.sampler.grid.log_snr_start",
+    "model.sampler.grid.last": "model.sampler.grid.log_snr_end",
+    "model.schedule.first": "model.schedule.beta_start",
+    "model.schedule.last": "model.schedule.beta_end",
+    "model.schedule.T": "model.schedule.num_train_timesteps",
+    "model.schedule.levels": "model.schedule.num_levels",
+    "model.schedule.features": "model.schedule.num_features",
+    "model.parameterization.noise": "model.parameterization.noise_conditioning",
+    "model.parameterization.noise.steps": "model.parameterization.noise_conditioning.num_train_timesteps",
+    "model.objective.steps": "model.objective.num_timesteps",
+    "model.objective.vlb": "model.objective.vlb_weight",
+    "model.bits": "model.likelihoods",
+    "model/bits": "model/likelihoods",
+    "model.bits.vlb.samples": "model.likelihoods.vlb.num_samples",
+    "model.bits.vlb.steps": "model.likelihoods.vlb.num_timesteps",
+}
 """Options of the command line and of stored configs: the old dotted key and today's."""
 
-ARGUMENTS: dict[str, dict[str, str]] = {}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "data.cifar10.CIFAR10": {"limit": "train_subset_size", "flip": "random_flip"},
+    "data.digits.Digits": {"limit": "train_subset_size", "flip": "random_flip"},
+    "data.eurosat64.EuroSAT64": {"limit": "train_subset_size", "flip": "random_flip"},
+    "data.image_folder.ImageFolder": {"limit": "train_subset_size", "flip": "random_flip", "size": "image_size"},
+    "data.mnist.FashionMNIST": {"limit": "train_subset_size", "flip": "random_flip"},
+    "data.mnist.MNIST": {"limit": "train_subset_size", "flip": "random_flip"},
+    "data.toy2d.Toy2D": {
+        "limit": "train_subset_size",
+        "flip": "random_flip",
+        "name": "distribution",
+        "n": "num_points",
+    },
+    "diffusion.discrete_schedules.CosineBetas": {"T": "num_train_timesteps"},
+    "diffusion.discrete_schedules.GeometricSigmas": {"levels": "num_levels"},
+    "diffusion.discrete_schedules.LinearBetas": {"first": "beta_start", "last": "beta_end", "T": "num_train_timesteps"},
+    "diffusion.discrete_schedules.SigmoidBetas": {
+        "first": "beta_start",
+        "last": "beta_end",
+        "T": "num_train_timesteps",
+    },
+    "diffusion.learned_schedule.LearnedSchedule": {"features": "num_features"},
+    "diffusion.likelihoods.VLBLikelihood": {"samples": "num_samples", "steps": "num_timesteps"},
+    "diffusion.ode_samplers.DPMSolverPP2M": {"steps": "num_steps"},
+    "diffusion.ode_samplers.Euler": {"steps": "num_steps"},
+    "diffusion.ode_samplers.Heun": {"steps": "num_steps"},
+    "diffusion.ode_samplers.RK45": {"steps": "num_steps"},
+    "diffusion.ode_samplers.UniPC": {"steps": "num_steps"},
+    "diffusion.parameterizations.EDMPreconditioning": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.Eps": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.LearnedVariance": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.PosteriorMean": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.Score": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.TimestepConditioning": {"steps": "num_train_timesteps"},
+    "diffusion.parameterizations.V": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.Velocity": {"noise": "noise_conditioning"},
+    "diffusion.parameterizations.X0": {"noise": "noise_conditioning"},
+    "diffusion.samplers.Ancestral": {"steps": "num_steps"},
+    "diffusion.samplers.DDIM": {"steps": "num_steps"},
+    "diffusion.sde_samplers.AnnealedLangevin": {"steps": "num_steps", "steps_per_level": "num_langevin_steps"},
+    "diffusion.sde_samplers.EulerMaruyama": {"steps": "num_steps"},
+    "diffusion.sde_samplers.PredictorCorrector": {"steps": "num_steps", "corrector_steps": "num_corrector_steps"},
+    "diffusion.sde_samplers.ReverseDiffusion": {"steps": "num_steps"},
+    "diffusion.times.KarrasGrid": {"first": "log_snr_start", "last": "log_snr_end"},
+    "diffusion.times.LogSNRGrid": {"first": "log_snr_start", "last": "log_snr_end"},
+    "diffusion.variational_objectives.ContinuousVLB": {"pixels": "likelihood"},
+    "diffusion.variational_objectives.DiscreteVLB": {"steps": "num_timesteps", "pixels": "likelihood"},
+    "diffusion.variational_objectives.Hybrid": {"vlb": "vlb_weight", "pixels": "likelihood"},
+    "models.diffusion.Diffusion": {"bits": "likelihoods"},
+}
 """Constructor arguments by today's class: the old name and today's."""
 
 CALLBACKS = {
@@ -242,3 +316,51 @@ def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if "callbacks" in checkpoint:
         checkpoint["callbacks"] = {CALLBACKS.get(key, key): state for key, state in checkpoint["callbacks"].items()}
     return checkpoint
+
+
+RECORD_FIELDS = {"pictures": "images"}
+RECORD_DATA = {"num_levels": "num_bins"}
+RECORD_TRAINING = {"needed": "dependencies", "total": "total_cost", "trained_against": "perceptual_networks"}
+RECORD_RESULTS = {"headline": "primary_metric", "pictures": "images", "also": "secondary_results"}
+RECORD_DETAILS = {"flags": "warnings", "class_shares_of_floor": "class_shares_of_real_images"}
+RECORD_MEASUREMENTS = {"n": "num_images", "reference_n": "num_reference_images", "chunk": "chunk_size"}
+RECORD_METRICS = {"floor": "baseline"}
+"""Fields of records: the name in schema 1 and in schema 2."""
+
+METRIC_ORDER: dict[str | None, dict[str, Any]] = {
+    "lower": {"higher_is_better": False}, "higher": {"higher_is_better": True}, "one": {"target": 1.0}, None: {},
+}  # fmt: skip
+"""What schema 1 stored as ``better``, in the fields of schema 2."""
+
+
+def migrate_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a run record (parsed JSON) in the current schema, its config with today's names.
+
+    Raises:
+        KeyError, TypeError, AttributeError: the record is damaged.
+    """
+    if record["schema"] < 2:
+        record = _rename(record, RECORD_FIELDS)
+        record["data"] = _rename(record.get("data", {}), RECORD_DATA)
+        record["training"] = _rename(record.get("training", {}), RECORD_TRAINING)
+        record["results"] = [_migrate_result(result) for result in record["results"]]
+    return record | {"config": migrate(record.get("config", {}))}
+
+
+def _migrate_result(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of schema 1 in schema 2."""
+    result = _rename(result, RECORD_RESULTS)
+    result["measurement"] = _rename(result["measurement"], RECORD_MEASUREMENTS)
+    result["details"] = _rename(result.get("details", {}), RECORD_DETAILS)
+    result["metrics"] = {name: _migrate_metric(metric) for name, metric in result["metrics"].items()}
+    result["secondary_results"] = [_migrate_result(each) for each in result.get("secondary_results", [])]
+    return result
+
+
+def _migrate_metric(metric: dict[str, Any]) -> dict[str, Any]:
+    metric = _rename(metric, RECORD_METRICS)
+    return metric | METRIC_ORDER[metric.pop("better", None)]
+
+
+def _rename(fields: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""The run record: everything that a comparison needs to know about a run, in one JSON file. No torch here."""
+"""The run record: one JSON file with everything that a comparison needs. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.errors import UserError
 from gencompare.files import locked, write_json
-from gencompare.migrations import migrate
+from gencompare.migrations import migrate_record
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What must agree for two figures to be ranked."""
+    """The protocol of an evaluation. Only metrics of equal protocols are ranked against each other."""
 
     data: str
     """Name of the data set."""
-    n: int
+    num_images: int
     """Number of generated images."""
     reference: str
-    """The split that the images are held against."""
-    reference_n: int
+    """Split that the generated images are compared with."""
+    num_reference_images: int
     reference_hash: str
     """Hash of the reference split's pixels."""
     extractor: str
+    """Name of the feature extractor."""
     extractor_hash: str
     """Hash of the extractor's weights."""
     resize: str = "none"
-    """How images reach the extractor's size."""
+    """How images are resized to the extractor's input size."""
     quantization: str = "uint8"
-    """Rounding of images before features are taken."""
+    """Rounding of images before feature extraction."""
     conditioning: str = "unconditional"
-    """``unconditional``, ``labels``, or further conditions with their shapes and the split that they come from: a
-    conditional model is told the class, so it plays another game."""
+    """``unconditional``, ``labels``, or further conditions with their shapes and the split that provides them.
+    Conditional and unconditional models are not comparable."""
     label_distribution: str = "none"
-    chunk: int = 0
-    """Images drawn from one seed at a time."""
+    """Where the labels of generated images come from."""
+    chunk_size: int = 0
+    """Images generated from one random seed."""
 
     @property
     def id(self) -> str:
-        """A short name of the protocol: equal for two figures exactly when they may be ranked."""
+        """A short hash of all fields: equal exactly when the protocols are equal."""
         return _short_hash(asdict(self))
 
     def differences(self, other: Measurement) -> dict[str, tuple[Any, Any]]:
-        """The fields in which the two disagree, each with both values."""
+        """The fields that differ, each with the values of ``self`` and ``other``."""
         return {
             f.name: (getattr(self, f.name), getattr(other, f.name))
             for f in fields(self)
@@ -62,23 +64,26 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How the measured samples came about: shown beside a figure, free to differ between rows."""
+    """How samples were generated. Shown with the metrics; rows of one table may differ in it."""
 
     weights: str = "unknown"
-    """``ema``, ``raw`` or ``unknown``."""
+    """``ema``, ``raw`` (the online weights) or ``unknown``."""
     checkpoint: str = "unknown"
-    """Rule by which the checkpoint was chosen: ``last``, or ``best`` (on validation data only)."""
+    """How the checkpoint was chosen: ``last``, or ``best`` (on validation data only)."""
     step: int | None = None
+    """Training step of the checkpoint."""
     images_seen: int | None = None
+    """Training images up to that step."""
     sampler: str = "unknown"
-    """The sampler and its settings, in words."""
+    """The sampler and its settings, as text."""
     nfe: dict[str, float] | None = None
-    """Network calls a sample, counted at each network by name."""
+    """Network evaluations per sample, by name of the network."""
     guidance: str = "none"
     seed: int | None = None
 
     @property
     def id(self) -> str:
+        """A short hash of all fields."""
         return _short_hash(asdict(self))
 
 
@@ -86,145 +91,177 @@ def _short_hash(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-SCHEMA = 1
-FILE = "record.json"
+SCHEMA = 2
+"""Version of the record format. `migrate_record` reads the earlier ones."""
+RECORD_FILE = "record.json"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a `Result`."""
+    """The value of one metric of a `Result`.
+
+    A metric with neither ``higher_is_better`` nor ``target`` is shown but does not rank.
+    """
 
     value: float | None
-    """None where the figure came out as not finite, or of too few images; ``note`` then says why."""
-    better: str | None = None
-    """``lower``, ``higher``, ``one`` (ideal value 1), or None where no order is meant."""
-    floor: float | None = None
-    """The same figure for real images (test split) in place of samples, at the same n: how good it can get."""
+    """None if the value is not finite or there are too few images; ``note`` gives the reason."""
+    higher_is_better: bool | None = None
+    """As in torchmetrics; None for a metric with a ``target``, or without an order."""
+    target: float | None = None
+    """The ideal value of a metric that may miss it on either side, such as 1 for a ratio."""
+    baseline: float | None = None
+    """The real-data baseline: the same metric of as many real test images."""
     interval: tuple[float, float] | None = None
+    """95 % confidence interval."""
     unit: str = ""
     note: str = ""
     unbiased: bool = False
-    """Whether real images give 0 on average, so that a multiple of theirs means nothing."""
+    """Whether the metric of real images is 0 in expectation, so that a ratio to it is meaningless."""
 
     @property
-    def over_floor(self) -> float | None:
-        """The figure as a multiple of the same figure for real images; None where that means nothing."""
-        if self.value is None or not self.floor or self.unbiased:
+    def unordered(self) -> bool:
+        """Whether no value is better than another."""
+        return self.higher_is_better is None and self.target is None
+
+    @property
+    def ratio_to_baseline(self) -> float | None:
+        """The value divided by the real-data baseline; None where that is meaningless."""
+        if self.value is None or not self.baseline or self.unbiased:
             return None
-        return self.value / self.floor
+        return self.value / self.baseline
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures that were measured on one set of samples, with the protocol of both halves."""
+    """Metrics of one set of samples, with the protocol and the sampling settings."""
 
     measurement: Measurement
     generation: SampleSettings
     metrics: dict[str, Metric]
-    headline: str
+    primary_metric: str
     """Name of the metric that ranks."""
     created: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall seconds of its parts: ``sampling``, ``metrics``, ``likelihood``."""
+    """Wall-clock seconds of each part: ``sampling``, ``metrics``, ``likelihood``."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What is shown and never ranked: images_per_second and flops_per_sample of sampling, class shares, flags."""
-    pictures: dict[str, str] = field(default_factory=dict)
+    """Shown but never ranked: images_per_second and flops_per_sample of sampling, class shares, warnings."""
+    images: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
-    also: list[Result] = field(default_factory=list)
-    """Results of further extractors on the same samples; a record lists them beside this one."""
+    secondary_results: list[Result] = field(default_factory=list)
+    """Results of further extractors on the same samples; `RunRecord.add_result` stores each as a result of its own."""
 
     @property
     def id(self) -> str:
-        """One place in a record: a second evaluation in the same way replaces the first."""
+        """Identifies the result in a record: evaluating again with equal settings replaces it."""
         return f"{self.measurement.id}-{self.generation.id}"
 
 
 @dataclass
 class RunRecord:
-    """One run. ``state`` is ``running``, ``finished``, ``interrupted``, ``failed`` or ``samples`` (others' images)."""
+    """The record of one run."""
 
     name: str
     family: str
     data: dict[str, Any]
-    """name, shape, num_classes, num_levels, hash, and the size of each split."""
+    """name, shape, num_classes, num_bins, hash, and the size of each split."""
     seed: int = 0
     state: str = "running"
+    """``running``, ``finished``, ``interrupted``, ``failed``, or ``samples`` for externally generated images."""
     created: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    """The command line, word by word."""
+    """Overrides of the command line."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """Package versions, git commit and dirtiness, host, device."""
+    """Package versions, git commit and whether the work tree was dirty, host, device."""
     model: dict[str, Any] = field(default_factory=dict)
-    """parameters (all, and by network), conditional, noise_schedule where there is one."""
+    """parameters (in total, and by network), conditional, noise_schedule if the model has one."""
     training: dict[str, Any] = field(default_factory=dict)
     """steps, images_seen, seconds, device_seconds, images_per_second, peak_memory_bytes, flops_per_image, flops,
-    trained_against; ``needed``, what else the model cannot do without (`tasks.costs`), and ``total``, the cost with
-    it."""
+    perceptual_networks (networks that the loss uses); ``dependencies``, the runs that the model depends on
+    (`gencompare.tasks.runs.dependency_costs`); ``total_cost``, the training cost including them."""
     curve: str = "curve.csv"
-    """CSV of everything that was logged while training, relative to the run folder."""
+    """CSV file of everything logged during training, relative to the run folder."""
     checkpoints: dict[str, str] = field(default_factory=dict)
     """``last``, ``best``: paths relative to the run folder."""
-    pictures: dict[str, str] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
+    """PNG files by title, relative to the run folder."""
     results: list[Result] = field(default_factory=list)
     schema: int = SCHEMA
 
-    def put(self, result: Result) -> None:
-        """Add a result and those of its ``also``, each in place of an earlier one that was measured in the same way."""
-        for each in (replace(result, also=[]), *result.also):
+    def add_result(self, result: Result) -> None:
+        """Add a result and its secondary results; each replaces an earlier result with the same `Result.id`."""
+        for each in (replace(result, secondary_results=[]), *result.secondary_results):
             self.results = [r for r in self.results if r.id != each.id] + [each]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``record.json`` in ``folder``, whole or not at all."""
-        path = Path(folder) / FILE
+        """Write ``record.json`` to ``folder`` atomically."""
+        path = Path(folder) / RECORD_FILE
         write_json(path, _finite(asdict(self)))
         return path
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> RunRecord:
-        """Read the record in ``folder`` (or the file itself). Raises `UserError` for a missing or damaged one."""
+        """Read the record of a run folder, or a record file.
+
+        Raises:
+            UserError: the record is missing, damaged, or of a newer version.
+        """
         path = Path(folder)
         if path.is_dir():
-            path = path / FILE
+            path = path / RECORD_FILE
         try:
             raw = json.loads(path.read_text(), parse_constant=lambda _: None)
         except FileNotFoundError as error:
-            raise UserError(f"{path.parent} is not a run folder: it holds no {FILE}.") from error
+            raise UserError(f"{path.parent} is not a run folder: it contains no {RECORD_FILE}.") from error
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({error}): evaluate the run again to write it anew.") from error
+            raise UserError(_damaged(path, error)) from error
         return cls.from_json(raw, path)
 
     @classmethod
-    def from_json(cls, raw: Any, path: str | os.PathLike[str] = FILE) -> RunRecord:
-        if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
-            raise UserError(f"{path} is no run record: it names no schema.")
-        if raw["schema"] != SCHEMA:
-            raise UserError(f"{path} has schema {raw['schema']}; this version of gencompare reads schema {SCHEMA}.")
+    def from_json(cls, raw: Any, path: str | os.PathLike[str] = RECORD_FILE) -> RunRecord:
+        """A record from parsed JSON of this or an earlier schema; ``path`` is for messages.
+
+        Raises:
+            UserError: the record is damaged, or of a newer version.
+        """
+        schema = raw.get("schema") if isinstance(raw, dict) else None
+        if not isinstance(schema, int):
+            raise UserError(f"{path} is not a run record: it has no schema number.")
+        if not 1 <= schema <= SCHEMA:
+            reason = "it was written by a newer version" if schema > SCHEMA else "there is no such schema"
+            raise UserError(
+                f"{path} has schema {schema}, and this version of gencompare reads schemas 1 to {SCHEMA}: {reason}."
+            )
         try:
-            results = [_result(r) for r in raw.pop("results")]
-            record = cls(**raw | {"config": migrate(raw.get("config", {}))}, results=results)
+            raw = migrate_record(raw)
+            results = [_result(each) for each in raw.pop("results")]
+            record = cls(**raw | {"schema": SCHEMA}, results=results)
             _check(record, cls)
             return record
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}): evaluate the run again to write it anew.") from error
+            raise UserError(_damaged(path, error)) from error
 
     @staticmethod
     def update(folder: str | os.PathLike[str], change: Callable[[RunRecord], None]) -> RunRecord:
-        """Read, change and write the record of ``folder``; other processes that update it wait their turn."""
+        """Read, change and write the record of ``folder`` under a lock, so that concurrent updates do not get lost."""
         record = RunRecord.load(folder)
         try:
-            with locked(Path(folder) / f".{FILE}.lock"):
+            with locked(Path(folder) / f".{RECORD_FILE}.lock"):
                 record = RunRecord.load(folder)
                 change(record)
                 record.save(folder)
         except OSError as error:
-            raise UserError(f"Cannot write in {folder}: {error.strerror}.") from error
+            raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
         return record
 
 
 def now() -> str:
-    """The time in UTC, to the second, in ISO 8601."""
+    """The current UTC time in ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> str:
+    return f"{path} is damaged ({error}): evaluate the run again to rewrite it."
 
 
 def _result(raw: dict[str, Any]) -> Result:
@@ -243,30 +280,32 @@ def _result(raw: dict[str, Any]) -> Result:
 
 
 def _check(value: Any, hint: Any, name: str = "record") -> None:
-    """Raises TypeError where ``value``, or something in it, is not of its declared type. None passes for a number:
-    that is how one that was not finite is stored."""
+    """Raises TypeError if ``value``, or anything in it, does not have its declared type.
+
+    None passes as a number, since that is how a number that is not finite is stored.
+    """
     if hint is Any or (hint in _PLAIN and type(value) is hint):
         return
-    kinds, inner = _parts(hint)
-    if kinds is UnionType:
+    origin, args = _origin_and_args(hint)
+    if origin is UnionType:
         if value is not None:
-            _check(value, next(kind for kind in inner if kind is not NoneType), name)
+            _check(value, next(arg for arg in args if arg is not NoneType), name)
     elif is_dataclass(hint):
-        for part, kind in _hints(hint).items():
-            _check(getattr(value, part), kind, part)
-    elif kinds in (int, float):
+        for attribute, of_attribute in _hints(hint).items():
+            _check(getattr(value, attribute), of_attribute, attribute)
+    elif origin in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise TypeError(f"{name} is no number")
-    elif not isinstance(value, kinds):
-        raise TypeError(f"{name} is no {kinds.__name__}")
-    elif kinds is dict and inner and inner[1] is not Any:
-        for key, part in value.items():
-            _check(part, inner[1], f"{name}.{key}")
-    elif kinds in (list, tuple) and inner:
-        if kinds is tuple and len(value) != len(inner):
-            raise TypeError(f"{name} has {len(value)} parts, not {len(inner)}")
-        for part in value:
-            _check(part, inner[0], name)
+            raise TypeError(f"{name} is not a number")
+    elif not isinstance(value, origin):
+        raise TypeError(f"{name} is not a {origin.__name__}")
+    elif origin is dict and args and args[1] is not Any:
+        for key, each in value.items():
+            _check(each, args[1], f"{name}.{key}")
+    elif origin in (list, tuple) and args:
+        if origin is tuple and len(value) != len(args):
+            raise TypeError(f"{name} has {len(value)} elements, not {len(args)}")
+        for each in value:
+            _check(each, args[0], name)
 
 
 _PLAIN = (str, int, float)
@@ -274,12 +313,12 @@ _hints = cache(get_type_hints)
 
 
 @cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def _origin_and_args(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return get_origin(hint) or hint, get_args(hint)
 
 
 def _finite(value: Any) -> Any:
-    """The value with every NaN and infinity as None (JSON has neither)."""
+    """``value`` with None in place of every NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -141,7 +141,7 @@ def against_calls(groups: Iterable[TableSection], style: Mapping[str, Style]) ->
         points: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
         best_of: dict[tuple[str, ...], TableRow] = {}
         for row in group.rows:
-            calls, figure = formatting.format_calls(row.result.generation.nfe), row.headline.value
+            calls, figure = formatting.format_calls(row.result.generation.nfe), row.metric.value
             if calls and figure is not None:
                 made = row.result.generation
                 sampled = (without_steps(made.sampler), made.guidance, made.checkpoint, made.weights)
@@ -157,7 +157,7 @@ def against_calls(groups: Iterable[TableSection], style: Mapping[str, Style]) ->
             if len({x for x, _ in found}) > 1
         ]  # fmt: skip
         if lines:
-            title = f"{formatting.title(group.headline)} on {group.measurement.data}"
+            title = f"{formatting.title(group.primary_metric)} on {group.measurement.data}"
             charts.append(best_so_far(Chart(title, lines, "network calls a sample", x_log=True)))
     return charts
 

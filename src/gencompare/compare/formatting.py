@@ -31,7 +31,12 @@ FIRST = (
 )  # fmt: skip
 """Beginnings of the metrics that come first in a table, in this order; the others follow by name."""
 
-ARROWS = {"lower": "↓", "higher": "↑", "one": "→1"}
+
+def direction_arrow(metric: Metric) -> str:
+    """An arrow towards better values: ↓, ↑, or → and the target; empty for a metric without an order."""
+    if metric.target is not None:
+        return f"→{metric.target:g}"
+    return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"
 
 
 def title(name: str) -> str:
@@ -113,14 +118,14 @@ def format_calls(nfe: dict[str, float] | None) -> float | None:
 
 
 def format_seeds(metric: Metric) -> str:
-    """A headline distance as a multiple of its floor.
+    """A primary_metric distance as a multiple of its floor.
 
-    Only a headline is divided: the floor of an unbiased distance (KID) is 0 up to noise, and that of a share is no
+    Only a primary_metric is divided: the floor of an unbiased distance (KID) is 0 up to noise, and that of a share is no
     unit of anything.
     """
     return (
-        f"{format_factor(metric.over_floor)} {BASELINES}"
-        if metric.better == "lower" and format_finite(metric.over_floor)
+        f"{format_factor(metric.ratio_to_baseline)} {BASELINES}"
+        if metric.higher_is_better is False and format_finite(metric.ratio_to_baseline)
         else ""
     )
 
@@ -141,15 +146,15 @@ def join(*parts: str) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def beside(metric: Metric, *, headline: bool, real: bool = True) -> str:
+def beside(metric: Metric, *, primary_metric: bool, real: bool = True) -> str:
     """What stands beside a figure: its interval, its multiple of the floor or (``real``) the floor, its label."""
     parts = []
     if format_interval(metric):
         parts.append(format_interval(metric))
-    if headline and format_seeds(metric):
+    if primary_metric and format_seeds(metric):
         parts.append(format_seeds(metric))
-    elif real and format_finite(metric.floor):
-        parts.append(f"real {format_metric(metric.floor)}")
+    elif real and format_finite(metric.baseline):
+        parts.append(f"real {format_metric(metric.baseline)}")
     if label(metric):
         parts.append(label(metric))
     return " · ".join(parts)
@@ -163,10 +168,10 @@ def label(metric: Metric) -> str:
 
 def describe(m: Measurement) -> str:
     """A measurement protocol in one sentence or two."""
-    drawn = f"{m.n:,} generated images ({'conditional' if m.conditioning == 'labels' else m.conditioning}"
+    drawn = f"{m.num_images:,} generated images ({'conditional' if m.conditioning == 'labels' else m.conditioning}"
     drawn += f", labels: {m.label_distribution}" if m.label_distribution not in ("", "none") else ""
-    drawn += f", {m.chunk:,} from one seed at a time)" if m.chunk else ")"
-    against = f"held against the {m.reference_n:,} images of the {m.reference} split of {m.data}"
+    drawn += f", {m.chunk_size:,} from one seed at a time)" if m.chunk_size else ")"
+    against = f"held against the {m.num_reference_images:,} images of the {m.reference} split of {m.data}"
     resized = "no resizing" if m.resize in ("", "none") else f"resized by {m.resize}"
     rounded = "not rounded" if m.quantization in ("", "none") else f"rounded to {m.quantization}"
     return f"{drawn}, {against}, {rounded}, {resized}. Features: {m.extractor} ({m.extractor_hash[:12]})."

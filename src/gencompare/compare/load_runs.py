@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gencompare.errors import UserError
-from gencompare.records import FILE, RunRecord
+from gencompare.records import RECORD_FILE, RunRecord
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -77,7 +77,7 @@ class ResultView:
     by: tuple[str, ...] = ()
     """Config keys: one row for each combination of their values (`seeds.lines`); none of them: one row a config."""
     metric: str | None = None
-    """The figure that ranks; None for the headline of each protocol."""
+    """The figure that ranks; None for the primary_metric of each protocol."""
 
 
 @dataclass
@@ -97,14 +97,14 @@ def find_run_folders(pattern: str) -> list[Path]:
     folders: set[Path] = set()
     for name in glob.glob(os.path.expanduser(pattern), recursive=True):
         path = Path(name)
-        if path.name == FILE:
+        if path.name == RECORD_FILE:
             folders.add(path.parent)
-        elif (path / FILE).is_file():
+        elif (path / RECORD_FILE).is_file():
             folders.add(path)
         elif path.is_dir():
-            folders.update(record.parent for record in path.glob(f"*/{FILE}"))
+            folders.update(record.parent for record in path.glob(f"*/{RECORD_FILE}"))
     if not folders:
-        raise UserError(f"runs='{pattern}' names no run folder (one that holds {FILE}): try runs='runs/*'.")
+        raise UserError(f"runs='{pattern}' names no run folder (one that holds {RECORD_FILE}): try runs='runs/*'.")
     return sorted(folders)
 
 
@@ -153,7 +153,7 @@ def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
     return [next((label for label in choice if seen[label] == 1), choice[-1]) for choice in choices]
 
 
-RELABELLED = ("seed=", "model=", "sweep=", "hydra", "logger", "run=", "resume=", "callbacks.progress")
+RELABELLED = ("seed=", "model=", "sweep=", "hydra", "logger", "run=", "resume=", "callbacks.progress_bar")
 """Beginnings of words of a command line that say nothing of the model, or what has a column of its own."""
 
 

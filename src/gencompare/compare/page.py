@@ -158,10 +158,10 @@ def _table(number: int, group: TableSection, single: bool) -> dict[str, Any]:
     return {
         "number": number,
         "data": group.measurement.data,
-        "title": f"{group.measurement.data}: {heading(group, group.headline)}",
+        "title": f"{group.measurement.data}: {heading(group, group.primary_metric)}",
         "protocol": formatting.describe(group.measurement),
         "id": group.measurement.id,
-        "headline": group.headline,
+        "primary_metric": group.primary_metric,
         "notes": group.notes(),
         "warnings": group.flags(),
         "columns": shown,
@@ -196,16 +196,16 @@ def _images(groups: list[TableSection], runs: list[RunFolder], single: bool) -> 
         for row in group.rows:
             run, result = row.line.members[0]
             # The figure of the run whose samples these are, not its row's mean.
-            own = result.metrics.get(group.headline, Metric(None))
-            quality = f"{formatting.title(group.headline)} {formatting.format_metric(own.value)}"
-            for title, path in result.pictures.items():
+            own = result.metrics.get(group.primary_metric, Metric(None))
+            quality = f"{formatting.title(group.primary_metric)} {formatting.format_metric(own.value)}"
+            for title, path in result.images.items():
                 of_data = (
                     title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
                 )
                 pictures.add(run, of_data, path, f"{quality}, {sampler_description(result)}")
     for run in runs:
-        if single or not any(result.pictures for result in run.record.results):
-            for title, path in run.record.pictures.items():
+        if single or not any(result.images for result in run.record.results):
+            for title, path in run.record.images.items():
                 pictures.add(run, title, path, "" if single else run.record.family)
     return pictures
 

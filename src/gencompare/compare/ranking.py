@@ -103,8 +103,8 @@ class TableRow:
         return " · ".join(part for part in (self.run.title, self.way) if part)
 
     @property
-    def headline(self) -> Metric:
-        return self.result.metrics.get(self.result.headline, Metric(None))
+    def metric(self) -> Metric:
+        return self.result.metrics.get(self.result.primary_metric, Metric(None))
 
     @property
     def flags(self) -> list[str]:
@@ -117,7 +117,7 @@ class TableSection:
     """Rows that were measured in the same way: ranked first, then those of `EXCLUDED`."""
 
     measurement: Measurement
-    headline: str
+    primary_metric: str
     rows: list[TableRow]
 
     @property
@@ -131,9 +131,9 @@ class TableSection:
         return [part for part in parts if part[1]]
 
     def metrics(self) -> list[str]:
-        """Names of all figures, the headline first."""
+        """Names of all figures, the primary_metric first."""
         names = {name for row in self.rows for name in row.result.metrics}
-        return [self.headline, *sorted(names - {self.headline}, key=formatting.format_place)]
+        return [self.primary_metric, *sorted(names - {self.primary_metric}, key=formatting.format_place)]
 
     def notes(self) -> list[str]:
         """What a reader must know before believing the ranking."""
@@ -153,7 +153,7 @@ class TableSection:
             "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
             " best of them."
         )
-        if self.rows[0].headline.better == "one":
+        if self.rows[0].metric.target is not None:
             said += " Rows are ordered by how far from 1 the figures of their seeds are, on average."
         if any(len(row.line.seeds) < 2 for row in self.rows):
             said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
@@ -181,7 +181,7 @@ class TableSection:
         return [said]
 
     def _on_the_baseline(self) -> list[str]:
-        title = formatting.title(self.headline)
+        title = formatting.title(self.primary_metric)
         if self.measurement.conditioning not in ("unconditional", "labels"):
             return []  # the baseline takes no other condition
         if not self.baseline:
@@ -218,7 +218,7 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 def rank(runs: Iterable[RunFolder], view: ResultView = ResultView()) -> list[TableSection]:
-    """Results of ``runs`` in groups of equal `Measurement` (and headline): the data set with the most rows first.
+    """Results of ``runs`` in groups of equal `Measurement` (and primary_metric): the data set with the most rows first.
 
     Raises `UserError` when ``view`` names a figure that no result has, or a config key that no run has.
     """
@@ -227,15 +227,15 @@ def rank(runs: Iterable[RunFolder], view: ResultView = ResultView()) -> list[Tab
         known = sorted({name for _, result in pairs for name in result.metrics}, key=formatting.format_place)
         if view.metric not in known:
             raise UserError(f"metric={view.metric}: no result has this figure. There are: {', '.join(known)}.")
-        pairs = [(run, replace(result, headline=view.metric)) for run, result in pairs]
+        pairs = [(run, replace(result, primary_metric=view.metric)) for run, result in pairs]
     for key in view.by:
         if pairs and all(values_of(run, (key,)) is None for run, _ in pairs):
             raise UserError(_no_such_key(key, [run for run, _ in pairs]))
 
     alike: dict[tuple[Measurement, str], list[tuple[RunFolder, Result]]] = defaultdict(list)
     for run, result in pairs:
-        alike[result.measurement, result.headline].append((run, result))
-    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, _place(part[1]), part[0][0].id, part[0][1]))
+        alike[result.measurement, result.primary_metric].append((run, result))
+    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, _place(part[1])))
     groups = [_group(part, view) for _, part in in_order]
     size = Counter(group.measurement.data for group in groups for _ in group.rows)
     return sorted(groups, key=lambda g: (-size[g.measurement.data], g.measurement.data, -len(g.rows)))
@@ -278,7 +278,9 @@ def by_primary_metric(groups: list[TableSection]) -> str:
             continue
         number, other = first[data]
         differences = formatting.unlike(other.measurement.differences(group.measurement))
-        said.append(f"Table {k} differs from table {number} in {differences or f'headline ({group.headline})'}.")
+        said.append(
+            f"Table {k} differs from table {number} in {differences or f'primary_metric ({group.primary_metric})'}."
+        )
     return " ".join(said)
 
 
@@ -301,7 +303,7 @@ def disagreements(groups: list[TableSection]) -> list[str]:
         named = [f"{first[x].title} and {first[y].title}" for x, y in (clear or swapped)[:NAMED_PAIRS]]
         more = len(clear or swapped) - len(named)
         found.append(
-            f"{formatting.title(a.headline)} (table {i}) and {formatting.title(b.headline)} (table {j}) disagree about"
+            f"{formatting.title(a.primary_metric)} (table {i}) and {formatting.title(b.primary_metric)} (table {j}) disagree about"
             f" the order of {len(swapped)} of {len(shared) * (len(shared) - 1) // 2} pairs of rows,"
             f" {len(clear) or 'none'} of them beyond the intervals of both: {'; '.join(named)}"
             + (f"; and {more} more." if more else ".")
@@ -322,7 +324,7 @@ def _places(group: TableSection) -> dict[tuple[str, str], TableRow]:
 
 
 def _clear(a: TableRow, b: TableRow) -> bool:
-    return abs(badness(a) - badness(b)) > math.hypot(half_width(a.headline), half_width(b.headline))
+    return abs(badness(a) - badness(b)) > math.hypot(half_width(a.metric), half_width(b.metric))
 
 
 def without_metrics(runs: Iterable[RunFolder]) -> list[RunFolder]:
@@ -330,28 +332,26 @@ def without_metrics(runs: Iterable[RunFolder]) -> list[RunFolder]:
 
 
 def _group(pairs: list[tuple[RunFolder, Result]], view: ResultView) -> TableSection:
-    headline = pairs[0][1].headline
+    primary_metric = pairs[0][1].primary_metric
     found = seed_groups(pairs, view.by)
     rows = [TableRow(line, None, way=way) for line, way in zip(found, sampler_descriptions(found), strict=True)]
-    baseline = [
-        row for row in rows if row.run.record.family == BASELINE and formatting.format_finite(row.headline.value)
-    ]
+    baseline = [row for row in rows if row.run.record.family == BASELINE and formatting.format_finite(row.metric.value)]
     rows = [replace(row, standing=_standing(row, baseline)) for row in rows]
     rows.sort(key=lambda row: (row.standing in EXCLUDED, badness(row), row.run.label, row.result.id))
     ordered: list[TableRow] = []
     for row in rows:
         place = None
-        if row.standing not in EXCLUDED and row.headline.better is not None:
+        if row.standing not in EXCLUDED and not row.metric.unordered:
             tied = ordered and ordered[-1].rank is not None and badness(ordered[-1]) == badness(row)
             place = ordered[-1].rank if tied else len(ordered) + 1
         ordered.append(replace(row, rank=place))
-    return TableSection(pairs[0][1].measurement, headline, _tested(ordered))
+    return TableSection(pairs[0][1].measurement, primary_metric, _tested(ordered))
 
 
 def _tested(rows: list[TableRow]) -> list[TableRow]:
     """``rows``, best first, with a `Verdict` for each that is ranked and has training seeds enough."""
-    samples = [row.line.by_seed(row.result.headline) if row.rank is not None else None for row in rows]
-    samples = [s and _off(s, row.headline.better) for s, row in zip(samples, rows, strict=True)]
+    samples = [row.line.by_seed(row.result.primary_metric) if row.rank is not None else None for row in rows]
+    samples = [s and _off(s, row.metric) for s, row in zip(samples, rows, strict=True)]
     found = verdicts(samples)
     if not any(p is not None for p in found):
         return rows
@@ -364,18 +364,18 @@ def _tested(rows: list[TableRow]) -> list[TableRow]:
 
 
 def _standing(row: TableRow, baseline: list[TableRow]) -> str:
-    if not formatting.format_finite(row.headline.value):
+    if not formatting.format_finite(row.metric.value):
         return NO_VALUE
-    against = row.run.record.training.get("trained_against")
+    against = row.run.record.training.get("perceptual_networks")
     measuring = (row.result.measurement.extractor, row.result.measurement.extractor_hash)
     if isinstance(against, list) and any(name in against for name in measuring):
         return OVERLAP
     if row.run.record.family == BASELINE:
         return "baseline"
-    if not baseline or row.headline.better is None:
+    if not baseline or row.metric.unordered:
         return ""
     # The interval of a difference between two independent estimates.
-    reach = math.hypot(half_width(row.headline), fmean(half_width(other.headline) for other in baseline))
+    reach = math.hypot(half_width(row.metric), fmean(half_width(other.metric) for other in baseline))
     difference = badness(row) - fmean(map(badness, baseline))
     if difference and abs(difference) < reach:
         return UNDECIDED
@@ -384,12 +384,14 @@ def _standing(row: TableRow, baseline: list[TableRow]) -> str:
 
 def badness(row: TableRow) -> float:
     """A number that is lower for a better row: the mean of what is tested, over its trainings."""
-    values = row.line.by_training(row.result.headline)
-    return fmean(_off(values, row.headline.better)) if values else math.inf
+    values = row.line.by_training(row.result.primary_metric)
+    return fmean(_off(values, row.metric)) if values else math.inf
 
 
-def _off(values: list[float], better: str | None) -> list[float]:
+def _off(values: list[float], metric: Metric) -> list[float]:
     """Figures such that the lower is the better. Where 1 is the ideal value, that is each one's own distance from it:
     the distance of their mean would praise luck."""
-    signs = {"lower": lambda value: value, "higher": lambda value: -value, "one": lambda value: abs(value - 1)}
-    return [signs[better](value) if better in signs else 0.0 for value in values]
+    if metric.target is not None:
+        return [abs(value - metric.target) for value in values]
+    sign = 0.0 if metric.higher_is_better is None else -1.0 if metric.higher_is_better else 1.0
+    return [sign * value for value in values]

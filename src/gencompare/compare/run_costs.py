@@ -30,7 +30,7 @@ def total_cost(record: RunRecord) -> dict[str, float | None]:
 
     None where a part is not known: half of a cost is none.
     """
-    summed = record.training.get("total")
+    summed = record.training.get("total_cost")
     if isinstance(summed, dict):
         return {kind: formatting.format_number(summed.get(kind)) for kind in KINDS}
     taken = own_cost(record)
@@ -47,7 +47,7 @@ def total_cost(record: RunRecord) -> dict[str, float | None]:
 
 def dependency_costs(record: RunRecord) -> str:
     """The roles of the further trainings that are counted: ``autoencoder``, ``autoencoder and 3 trials``."""
-    listed = record.training.get("needed")
+    listed = record.training.get("dependencies")
     roles = [str(part.get("role")) for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
     roles = roles or (["autoencoder"] if autoencoder_cost(record) else [])
     count = {role: roles.count(role) for role in roles}
@@ -70,7 +70,7 @@ MOST = 60
 
 @dataclass(frozen=True)
 class CostPoint:
-    """A chart of one table's headline against one cost, and the rows that are on its Pareto front."""
+    """A chart of one table's primary_metric against one cost, and the rows that are on its Pareto front."""
 
     chart: Chart
     front: list[TableRow]
@@ -108,11 +108,11 @@ def _cost_curve(
     left, front = len(rows) - len(kept), [kept.index(k) for k in front]
     rows = [rows[k] for k in kept]
     x = [cost(row) or 0.0 for row in rows]
-    y = [row.headline.value or 0.0 for row in rows]
+    y = [row.metric.value or 0.0 for row in rows]
     lines = [PlotLine(np.array([x[k] for k in front]), np.array([y[k] for k in front]), PARETO, pale=True)]
     for row, cost_of_row, value in zip(rows, x, y, strict=True):
         own = style[row.title]
-        interval = row.headline.interval
+        interval = row.metric.interval
         bounds = None if interval is None or not all(map(formatting.format_finite, interval)) else interval
         lines.append(
             PlotLine(
@@ -120,7 +120,7 @@ def _cost_curve(
                 bounds=bounds,
             )
         )  # fmt: skip
-    title = f"{formatting.title(group.headline)} on {group.measurement.data} against {name}"
+    title = f"{formatting.title(group.primary_metric)} on {group.measurement.data} against {name}"
     return CostPoint(Chart(title, lines, name, x_log=True, left=left), [rows[k] for k in front])
 
 

@@ -115,8 +115,8 @@ CONFIDENCE = 0.95
 NOT_THE_MODEL = frozenset(NOT_SETTINGS) | {
     "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler",
-    "callbacks.progress", "callbacks.curve", "callbacks.checkpoints", "callbacks.looks.grid",
-    "callbacks.looks.held_out",
+    "callbacks.progress_bar", "callbacks.metric_logger", "callbacks.checkpoints", "callbacks.evaluation.num_grid_images",
+    "callbacks.evaluation.num_val_images",
 }  # fmt: skip
 """Settings that make no other model. How it is measured stands in its `Measurement`; ``data.seed`` orders the training
 images, and is the run's own. Callbacks that change a figure do count: the average of the weights (``ema``), and the
@@ -281,7 +281,7 @@ def _seed_group(members: list[Pair], own: list[str], name: str) -> SeedGroup:
             images_seen=_rounded_mean([r.generation.images_seen for _, r in members]),
         ),
         details=_means([{k: r.details[k] for k in KEPT if k in r.details} for _, r in members])
-        | {"flags": list(dict.fromkeys(flag for _, r in members for flag in flags_of(r)))},
+        | {"warnings": list(dict.fromkeys(flag for _, r in members for flag in flags_of(r)))},
     )  # fmt: skip
     record: RunRecord = replace(first.record, training=_means([run.record.training for run, _ in members]))
     if len(set(own)) > 1:
@@ -314,9 +314,9 @@ def over_seeds(by_seed: list[list[Metric]]) -> Metric:
     values = [fmean(float(m.value) for m in metrics if m.value is not None) for metrics in by_seed]
     repeats = values if len(values) > 1 else [float(m.value) for m in every if m.value is not None]
     half = float(stdtrit(len(repeats) - 1, (1 + CONFIDENCE) / 2)) * stdev(repeats) / sqrt(len(repeats))
-    floors = [metric.floor for metric in every if metric.floor is not None]
+    floors = [metric.baseline for metric in every if metric.baseline is not None]
     mean = fmean(values)
-    return replace(one, value=mean, interval=(mean - half, mean + half), floor=fmean(floors) if floors else None)
+    return replace(one, value=mean, interval=(mean - half, mean + half), baseline=fmean(floors) if floors else None)
 
 
 def _means(costs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -349,5 +349,5 @@ def _rounded_mean(values: list[int | None]) -> int | None:
 
 def flags_of(result: Result) -> list[str]:
     """The warnings of one evaluation."""
-    flags = result.details.get("flags")
+    flags = result.details.get("warnings")
     return [str(flag) for flag in flags] if isinstance(flags, list) else []

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from gencompare.compare.ranking import TableRow, TableSection
 
 BY_OPTION = {
-    "n": "evaluation.n", "reference": "evaluation.protocol.reference", "chunk": "evaluation.protocol.chunk",
+    "num_images": "evaluation.n", "reference": "evaluation.protocol.reference", "chunk_size": "evaluation.protocol.chunk",
 }  # fmt: skip
 """Fields of a `Measurement` that one option of the command line decides."""
 
 BY_PRESET = {"extractor", "extractor_hash", "resize"}
 """Fields that the choice of ``evaluation=`` decides."""
 
-FOLLOWING = {"reference_n", "reference_hash", "label_distribution"}
+FOLLOWING = {"num_reference_images", "reference_hash", "label_distribution"}
 """Fields that follow from others, where the data are the same."""
 
 FIXED = {"data": "other data", "conditioning": "another task (with labels, or without)", "quantization": "other levels"}

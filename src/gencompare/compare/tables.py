@@ -22,26 +22,26 @@ def all_metrics(group: TableSection) -> dict[str, Any]:
     """Every figure with its floor and its notes, a row each, and what else the evaluation kept."""
     lines = []
     for name in group.metrics():
-        primary = name == group.headline
+        primary = name == group.primary_metric
         metrics = [row.result.metrics.get(name) for row in group.rows]
         warned = [formatting.WARNED if primary and row.flags else "" for row in group.rows]
         cells = [
             (
                 formatting.format_metric(m.value),
-                formatting.join(warning, formatting.beside(m, headline=primary, real=False)),
+                formatting.join(warning, formatting.beside(m, primary_metric=primary, real=False)),
             )
             if m is not None
             else (formatting.NONE, warning)
             for m, warning in zip(metrics, warned, strict=True)
         ]
-        floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
+        floor = next((m.baseline for m in metrics if m is not None and m.baseline is not None), None)
         unit = next((m.unit for m in metrics if m is not None and m.unit), "")
         notes = dict.fromkeys(m.note for m in metrics if m is not None and m.note and m.note != formatting.label(m))
         lines.append((heading(group, name), unit, cells, formatting.format_metric(floor), "; ".join(notes)))
     kept = dict.fromkeys(
         name for row in group.rows for name, value in row.result.details.items() if value not in ([], {})
     )
-    for said_elsewhere in ("flags", "images_per_second", "nearest_training"):
+    for said_elsewhere in ("warnings", "images_per_second", "nearest_training"):
         kept.pop(said_elsewhere, None)
     details = [(name, [compact_config(row.result.details.get(name)) for row in group.rows]) for name in kept]
     costs = [column for column in columns(group) if column.title in ("NFE", "samples/s")]
@@ -124,8 +124,9 @@ def columns(group: TableSection) -> list[Column]:
 
 def heading(group: TableSection, name: str) -> str:
     """A figure's title with the arrow of its better direction."""
-    better = next((row.result.metrics[name].better for row in group.rows if name in row.result.metrics), None)
-    return "\u00a0".join(filter(None, [formatting.title(name), formatting.ARROWS.get(better or "")]))
+    metric = next((row.result.metrics[name] for row in group.rows if name in row.result.metrics), None)
+    arrow = formatting.direction_arrow(metric) if metric is not None else ""
+    return "\u00a0".join(filter(None, [formatting.title(name), arrow]))
 
 
 def _remark(row: TableRow) -> str:
@@ -148,8 +149,8 @@ def _metric(name: str) -> Callable[[TableRow], Cell]:
         metric = row.result.metrics.get(name)
         if metric is None:
             return Cell(formatting.NONE)
-        beside = formatting.beside(metric, headline=name == row.result.headline)
-        if name == row.result.headline and row.flags:
+        beside = formatting.beside(metric, primary_metric=name == row.result.primary_metric)
+        if name == row.result.primary_metric and row.flags:
             beside = formatting.join(formatting.WARNED, beside)
         return Cell(formatting.format_metric(metric.value), beside, formatting.format_number(metric.value))
 
@@ -231,7 +232,7 @@ def _nfe(row: TableRow) -> Cell:
 
 def _samples_per_second(row: TableRow) -> float | None:
     seconds = row.result.seconds.get("sampling")
-    return row.result.measurement.n / seconds if formatting.format_finite(seconds) and seconds else None
+    return row.result.measurement.num_images / seconds if formatting.format_finite(seconds) and seconds else None
 
 
 def write_csv(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
@@ -239,24 +240,24 @@ def write_csv(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
 
     Results that make one row of a table share its rank and its ``mean`` with ``mean.low`` and ``mean.high``, and
     ``p_holm``, the adjusted p value against the row of rank ``against``. A figure ``m`` has the columns ``m``,
-    ``m.floor``, ``m.low`` and ``m.high``. A run without results has a row too.
+    ``m.baseline``, ``m.low`` and ``m.high``. A run without results has a row too.
     """
     entries: list[dict[str, Any]] = []
     for group in ranked(gathered):
         members = [(row, *pair) for row in group.rows for pair in row.line.members]
         names_of_figures = group.metrics()
         for row, run, result in members:
-            entry = {"rank": row.rank, "standing": row.standing, **_about(run), "headline": result.headline}
+            entry = {"rank": row.rank, "standing": row.standing, **_about(run), "primary_metric": result.primary_metric}
             if len(row.line.members) > 1:
-                low, high = row.headline.interval or (None, None)
-                entry |= {"mean": row.headline.value, "mean.low": low, "mean.high": high}
+                low, high = row.metric.interval or (None, None)
+                entry |= {"mean": row.metric.value, "mean.low": low, "mean.high": high}
             if row.verdict is not None:
                 entry |= {"against": row.verdict.reference, "p_holm": row.verdict.p}
             for name in names_of_figures:
                 metric = result.metrics.get(name)
                 if metric is not None:
                     low, high = metric.interval or (None, None)
-                    entry |= {name: metric.value, f"{name}.floor": metric.floor}
+                    entry |= {name: metric.value, f"{name}.baseline": metric.baseline}
                     entry |= {f"{name}.low": low, f"{name}.high": high, f"{name}.note": metric.note or None}
             entry |= {"protocol": result.measurement.id}
             entry |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
@@ -303,7 +304,7 @@ def write_markdown(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
     parts = []
     for group in ranked(gathered):
         shown = columns(group)
-        lines = [f"### {_markdown(group.measurement.data)}: {_markdown(heading(group, group.headline))}", ""]
+        lines = [f"### {_markdown(group.measurement.data)}: {_markdown(heading(group, group.primary_metric))}", ""]
         lines += [_markdown(formatting.describe(group.measurement)), ""]
         lines += ["| # | " + " | ".join(_markdown(column.title) for column in shown) + " |"]
         lines += ["| ---: | " + " | ".join("---:" if column.numeric else "---" for column in shown) + " |"]
@@ -353,7 +354,7 @@ def write_latex(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
 
 def _latex_table(group: TableSection) -> str:
     shown = [column for column in columns(group) if column.title != "family"][:LATEX_COLUMNS]
-    name = f"{group.measurement.data}: {heading(group, group.headline)}"
+    name = f"{group.measurement.data}: {heading(group, group.primary_metric)}"
     warnings = [f"Warning: {flag}." for flag in group.flags()]
     said = [formatting.describe(group.measurement), *warnings, *group.notes()]
     lines = [
@@ -373,12 +374,14 @@ def _latex_row(row: TableRow, shown: list[Column], group: TableSection) -> str:
     cells = [str(row.rank) if row.rank is not None else "--"]
     for column in shown:
         cell = column.cell(row)
-        headline = column.metric == group.headline
-        metric = row.result.metrics.get(group.headline) if headline else None  # a page has no room for more intervals
+        primary_metric = column.metric == group.primary_metric
+        metric = (
+            row.result.metrics.get(group.primary_metric) if primary_metric else None
+        )  # a page has no room for more intervals
         beside = (
             formatting.format_interval(metric) if metric is not None else cell.beside if column.title == "run" else ""
         )
-        best = headline and row.rank == 1
+        best = primary_metric and row.rank == 1
         text = rf"\textbf{{{latex(cell.text)}}}" if best else latex(cell.text)
         cells.append(text + (rf" {{\footnotesize {latex(beside)}}}" if beside else ""))
     return " & ".join(cells) + r" \\"

@@ -88,7 +88,7 @@ def _lines(cell: Cell) -> list[str]:
 
 
 def _heading(group: Ranking) -> tuple[Text, Text]:
-    title = f"{group.measurement.data}: {heading(group, group.headline)}"
+    title = f"{group.measurement.data}: {heading(group, group.primary_metric)}"
     return Text(title, style="bold"), Text(formatting.describe(group.measurement), style="dim")
 
 
@@ -128,16 +128,16 @@ def summary(record: RunRecord) -> RenderableType:
         noted: dict[str, None] = {}
         for name in group.metrics():
             metrics = [row.result.metrics.get(name) for row in group.rows]
-            floor = next((m.floor for m in metrics if m is not None and m.floor is not None), None)
+            floor = next((m.baseline for m in metrics if m is not None and m.baseline is not None), None)
             texts = []
             for row, metric in zip(group.rows, metrics, strict=True):
                 beside = []
                 if metric is not None:
                     beside = [
                         formatting.format_interval(metric),
-                        formatting.format_seeds(metric) if name == group.headline else "",
+                        formatting.format_seeds(metric) if name == group.primary_metric else "",
                         formatting.label(metric),
-                        formatting.WARNED if name == group.headline and row.flags else "",
+                        formatting.WARNED if name == group.primary_metric and row.flags else "",
                     ]
                 texts.append(
                     Text.assemble(
