@@ -1,4 +1,4 @@
-"""What every data set promises (each option of conf/data), and the published facts about the real ones."""
+"""Every data set in conf/data satisfies the same contract, and the real ones agree with their published statistics."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Read = Callable[[str, Path | None], ImageData]
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 random pictures of 8x8 in two classes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """60 random 8x8 images in two classes."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for k in range(60):
         path = folder / "ab"[k % 2] / f"{k}.png"
@@ -45,7 +45,7 @@ def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_conf(option: str, root: Path | None, cache: Path, **changes: Any) -> ImageData:
-    """The data set as ``conf/data/option.yaml`` describes it."""
+    """The data set of ``conf/data/option.yaml``, without downloads."""
     path = next(p for base in roots() if (p := base / "data" / f"{option}.yaml").is_file())
     cfg = OmegaConf.create(
         {
@@ -63,13 +63,13 @@ def from_conf(option: str, root: Path | None, cache: Path, **changes: Any) -> Im
 
 @pytest.fixture(scope="session")
 def read(cache: Path) -> Read:
-    """The data set of an option, read once in a session."""
+    """Reads the data set of an option, once per session."""
     return functools.cache(lambda option, root: from_conf(option, root, cache))
 
 
 @pytest.fixture(params=options("data"))
 def place(request: pytest.FixtureRequest, few_images: Path) -> tuple[str, Path | None]:
-    """Each option, with its root; those whose files are nowhere here are skipped."""
+    """Each option with its root; options whose files are missing are skipped."""
     option = request.param
     if option == "image_folder":
         return option, few_images
@@ -87,21 +87,21 @@ def fingerprints(split: Split) -> list[bytes]:
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in images]
 
 
-def test_shape_range_levels_and_padding(data_set: ImageData) -> None:
+def test_batches_have_the_shape_range_and_padding_of_the_spec(data_set: ImageData) -> None:
     spec = data_set.spec
     for name in SPLITS:
         x, cond = next(iter(data_set.batches(name, 300)))
         stored = data_set.split(name)[slice(300)]
         assert x.dtype == torch.float32 and x.shape[1:] == spec.shape
         assert x.min() >= -1 and x.max() <= 1
-        if spec.num_levels is not None:
+        if spec.num_bins is not None:
             assert stored.images.dtype == torch.uint8
-            levels = (spec.crop(x).double() + 1) / 2 * (spec.num_levels - 1)
+            levels = (spec.crop(x).double() + 1) / 2 * (spec.num_bins - 1)
             assert torch.allclose(levels, stored.images.double(), atol=1e-4), "levels 0 to L - 1 span [-1, 1]"
-            assert data_set.split(name).images.max() == spec.num_levels - 1
+            assert data_set.split(name).images.max() == spec.num_bins - 1
         outside = (spec.mask() == 0).expand(spec.shape)
         assert (x[:, outside] == -1).all()
-        assert int((~outside).sum()) == spec.dims == stored.images[0].numel()
+        assert int((~outside).sum()) == spec.num_values == stored.images[0].numel()
         assert (stored.labels is None) == (spec.num_classes == 0) == ("label" not in cond)
         if stored.labels is not None:
             assert stored.labels.dtype == torch.int64
@@ -109,20 +109,19 @@ def test_shape_range_levels_and_padding(data_set: ImageData) -> None:
             assert labels is not None and set(labels.tolist()) == set(range(spec.num_classes))
 
 
-def test_splits_are_apart_and_fixed(data_set: ImageData, place: tuple[str, Path | None], cache: Path) -> None:
+def test_splits_are_disjoint_and_fixed(data_set: ImageData, place: tuple[str, Path | None], cache: Path) -> None:
     found = {name: fingerprints(data_set.split(name)) for name in SPLITS}
     train = set(found["train"])
     for name in ("val", "test"):
-        # Fashion-MNIST and MNIST hold a few pictures twice as they were published: that a picture is twice in the
-        # files is no overlap of rows, which would show in each of them.
+        # Published MNIST and Fashion-MNIST contain a few duplicate images; overlapping splits would share far more.
         assert sum(f in train for f in found[name]) <= 0.005 * len(found[name])
     assert len({data_set.hash(name) for name in SPLITS}) == 3
-    again = from_conf(*place, cache, seed=7, batch_size=8, flip=True)
+    again = from_conf(*place, cache, seed=7, batch_size=8, random_flip=True)
     for name in SPLITS:
-        assert again.hash(name) == data_set.hash(name), "the split depends on no option of training"
+        assert again.hash(name) == data_set.hash(name), "splits do not depend on training options"
 
 
-def test_the_first_images_are_a_fair_sample(data_set: ImageData) -> None:
+def test_the_first_images_of_a_split_have_its_class_balance(data_set: ImageData) -> None:
     for name in SPLITS:
         labels = data_set.split(name).labels
         if labels is None or len(labels) < 300:
@@ -134,16 +133,16 @@ def test_the_first_images_are_a_fair_sample(data_set: ImageData) -> None:
             assert error < 5 * (share * (1 - share) / n) ** 0.5, f"class {label} in the first {n} of {name}"
 
 
-def test_limit_cuts_the_training_images_alone(few_images: Path, cache: Path) -> None:
+def test_train_subset_size_limits_only_the_training_images(few_images: Path, cache: Path) -> None:
     whole = from_conf("image_folder", few_images, cache)
-    part = from_conf("image_folder", few_images, cache, limit=7)
-    assert torch.equal(part.training.images, whole.training.images[:7])
+    part = from_conf("image_folder", few_images, cache, train_subset_size=7)
+    assert torch.equal(part.train_subset.images, whole.train_subset.images[:7])
     assert sum(len(x) for x, _ in part.batches("train")) == 7
-    assert part.hash("train") == whole.hash("train"), "the reference of every distance stays whole"
+    assert part.hash("train") == whole.hash("train"), "reference statistics use all images"
     assert part.hash("val") == whole.hash("val") and part.hash("test") == whole.hash("test")
 
 
-def test_nothing_is_read_before_it_is_needed(tmp_path: Path) -> None:
+def test_constructors_read_no_files(tmp_path: Path) -> None:
     for make in (MNIST, FashionMNIST, CIFAR10, EuroSAT64):
         data_set = make(tmp_path / "nowhere")
         assert data_set.spec.num_classes == 10
@@ -152,29 +151,29 @@ def test_nothing_is_read_before_it_is_needed(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_hold_out_is_a_partition() -> None:
+def test_hold_out_partitions_the_split() -> None:
     whole = Split(torch.arange(101)[:, None, None, None], torch.arange(101) * 2)
     rest, held = hold_out(whole, 17, "a purpose")
     both = torch.cat([rest.images, held.images]).flatten()
     assert (len(rest), len(held)) == (84, 17)
     assert both.sort().values.tolist() == list(range(101))
-    assert rest.labels is not None and torch.equal(rest.labels, rest.images.flatten() * 2), "labels go with images"
+    assert rest.labels is not None and torch.equal(rest.labels, rest.images.flatten() * 2), "labels follow their images"
     other, _ = hold_out(whole, 17, "another purpose")
     assert not torch.equal(rest.images, other.images)
 
 
-# The published facts
+# Published statistics
 
 
 def official(data_set: ImageData) -> Split:
-    """The official training split: what is trained on and what is held out from it."""
+    """The official training split: ``train`` and ``val`` together."""
     train, val = data_set.split("train"), data_set.split("val")
     assert train.labels is not None and val.labels is not None
     return Split(torch.cat([train.images, val.images]), torch.cat([train.labels, val.labels]))
 
 
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """By channel, in [0, 1], from the counts of levels: exact."""
+    """Exact mean and standard deviation of each channel in [0, 1], from the histogram of the levels."""
     means, stds = [], []
     levels = torch.arange(256, dtype=torch.float64) / 255
     for channel in images.unbind(1):
@@ -188,7 +187,7 @@ def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize(
     ("option", "folder", "mean", "std", "per_class"),
     [
-        # Class counts: as given with the data set; mean and deviation: those that its users normalise with.
+        # Published class counts, and the mean and standard deviation commonly used for normalisation.
         (
             "mnist",
             "mnist/MNIST",
@@ -199,7 +198,7 @@ def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
         ("fashion_mnist", "fashion_mnist/FashionMNIST", 0.2860, 0.3530, [6000] * 10),
     ],
 )
-def test_mnist_and_fashion_mnist(
+def test_mnist_and_fashion_mnist_match_the_published_files(
     data_root: Path, read: Read, option: str, folder: str, mean: float, std: float, per_class: list[int]
 ) -> None:
     data_set = read(option, data_root)
@@ -218,10 +217,10 @@ def test_mnist_and_fashion_mnist(
         assert labels is not None
         expected = Counter(zip((row.tobytes() for row in x.reshape(-1, 784)), y.tolist(), strict=True))
         got = Counter(zip((row.tobytes() for row in images.flatten(1).numpy()), labels.tolist(), strict=True))
-        assert got == expected, "each image once, with its label"
+        assert got == expected, "each image occurs once, with its label"
 
 
-def test_mnist_in_torchvisions_layout_and_mixed_up(data_root: Path, tmp_path: Path, read: Read) -> None:
+def test_mnist_reads_torchvision_layout_and_rejects_wrong_files(data_root: Path, tmp_path: Path, read: Read) -> None:
     raw = tmp_path / "tv" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for file in (data_root / "mnist/MNIST/raw").glob("*.gz"):
@@ -236,20 +235,20 @@ def test_mnist_in_torchvisions_layout_and_mixed_up(data_root: Path, tmp_path: Pa
         MNIST(tmp_path / "tv").setup()
 
 
-def test_damaged_gzip_is_named(tmp_path: Path, data_root: Path) -> None:
+def test_error_names_the_damaged_gzip_file(tmp_path: Path, data_root: Path) -> None:
     for file in (data_root / "mnist/MNIST/raw").glob("*.gz"):
         (tmp_path / file.name).symlink_to(file)
     broken = tmp_path / "t10k-labels-idx1-ubyte.gz"
     content = broken.read_bytes()
     broken.unlink()
-    invalid = content[:10] + b"\xff" * 50 + content[60:]  # no block of packed data begins so
+    invalid = content[:10] + b"\xff" * 50 + content[60:]  # not a valid deflate block
     for damage in (content[:1000], b"no gzip at all", content[:2000] + bytes(100) + content[2100:], invalid):
         broken.write_bytes(damage)
         with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is damaged"):
             MNIST(tmp_path).setup()
 
 
-def test_cifar10(data_root: Path, read: Read) -> None:
+def test_cifar10_matches_the_published_statistics(data_root: Path, read: Read) -> None:
     data_set = read("cifar10", data_root)
     assert [len(data_set.split(name)) for name in SPLITS] == [45_000, 5_000, 10_000]
     whole = official(data_set)
@@ -257,12 +256,12 @@ def test_cifar10(data_root: Path, read: Read) -> None:
     means, stds = mean_and_std(whole.images)
     assert means == pytest.approx([0.49139968, 0.48215841, 0.44653091], abs=1e-8)
     assert stds == pytest.approx([0.24703223, 0.24348513, 0.26158784], abs=1e-8)
-    # No two images of CIFAR-10 are the same: so the splits share none.
+    # CIFAR-10 has no duplicate images, so the splits share none.
     assert len({f for name in SPLITS for f in fingerprints(data_set.split(name))}) == 60_000
 
 
 def as_python2_pickle(images: np.ndarray, labels: list[int], names: list[str]) -> bytes:
-    """A batch file as the Python 2 of 2009 wrote it (protocol 2, byte strings), put together by hand."""
+    """A batch file as written by Python 2 in 2009 (protocol 2, byte strings), assembled by hand."""
 
     def text(value: str) -> bytes:
         return b"U" + bytes([len(value)]) + value.encode()
@@ -288,11 +287,11 @@ def as_python2_pickle(images: np.ndarray, labels: list[int], names: list[str]) -
     )  # fmt: skip
 
 
-def test_cifar10_is_the_same_from_the_python_release(data_root: Path, cache: Path, tmp_path: Path, read: Read) -> None:
+def test_cifar10_python_release_gives_the_same_splits(data_root: Path, cache: Path, tmp_path: Path, read: Read) -> None:
     with zipfile.ZipFile(data_root / "cifar10.zip") as file:
         names = [name for name in file.namelist() if name.endswith(".png")]
     order = np.random.default_rng(1).permutation(len(names))
-    # Pixels by file name, from the decoded cache in the order of the names (tested against the published mean above).
+    # Pixels by file name, from the cache of decoded images, which follows the order of the names.
     rows = {name: k for k, name in enumerate(sorted(names))}
     data_set = read("cifar10", data_root)
     data_set.setup()
@@ -318,11 +317,11 @@ def test_cifar10_is_the_same_from_the_python_release(data_root: Path, cache: Pat
 
     batch = folder / "data_batch_3"
     batch.write_bytes(batch.read_bytes()[:1_000_000])
-    with pytest.raises(UserError, match="data_batch_3 is no CIFAR batch file"):
+    with pytest.raises(UserError, match="data_batch_3 is not a CIFAR batch file"):
         CIFAR10(tmp_path).setup()
 
 
-def test_cifar10_runs_no_code_from_a_pickle(tmp_path: Path) -> None:
+def test_cifar10_executes_no_code_from_a_pickle(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -332,40 +331,42 @@ def test_cifar10_runs_no_code_from_a_pickle(tmp_path: Path) -> None:
     for k in range(1, 6):
         (folder / f"data_batch_{k}").write_bytes(pickle.dumps({"data": Evil(), "labels": [], "filenames": []}))
     (folder / "test_batch").write_bytes(b"")
-    with pytest.raises(UserError, match=r"data_batch_1 is no CIFAR batch file .it asks for \w+\.system"):
+    with pytest.raises(UserError, match=r"data_batch_1 is not a CIFAR batch file .it refers to \w+\.system"):
         CIFAR10(tmp_path).setup()
     assert not (tmp_path / "ran").exists()
     for k in range(1, 6):
         (folder / f"data_batch_{k}").write_bytes(pickle.dumps({"labels": [1], "filenames": ["a.png"]}))
     (folder / "test_batch").write_bytes((folder / "data_batch_1").read_bytes())
-    with pytest.raises(UserError, match="holds no CIFAR-10"):
+    with pytest.raises(UserError, match="does not contain CIFAR-10"):
         CIFAR10(tmp_path).setup()
 
 
-def test_incomplete_cifar10_is_refused(data_root: Path, tmp_path: Path) -> None:
+def test_incomplete_cifar10_is_an_error(data_root: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(data_root / "cifar10.zip") as whole, zipfile.ZipFile(tmp_path / "cifar10.zip", "w") as part:
         for name in whole.namelist()[:40]:
             part.writestr(name, whole.read(name))
-    with pytest.raises(UserError, match=r"'cifar10' in .* is incomplete: its train split has 0 images, not 50,000"):
+    with pytest.raises(
+        UserError, match=r"'cifar10' in .* is incomplete: its train split has 0 images instead of 50,000"
+    ):
         CIFAR10(tmp_path).setup()
 
 
-def test_eurosat64(data_root: Path, tmp_path: Path, read: Read) -> None:
+def test_eurosat64_is_the_same_subset_from_every_archive(data_root: Path, tmp_path: Path, read: Read) -> None:
     data_set = read("eurosat64", data_root)
     assert [len(data_set.split(name)) for name in SPLITS] == [4500, 500, 500]
     for split, n in ((official(data_set), 500), (data_set.split("test"), 50)):
         assert split.labels is not None and torch.bincount(split.labels).tolist() == [n] * 10
     means, _ = mean_and_std(official(data_set).images)
-    # The published means are those of all 27,000 images; the classes' shares differ a little from the subset's.
+    # The published means are of all 27,000 images, whose class balance differs slightly from the subset's.
     assert means == pytest.approx([0.3444, 0.3803, 0.4078], abs=0.02)
 
-    # The authors' own release has one folder a class and more files: the same subset is taken from it.
+    # The official release has one folder per class and more files; the same subset is selected from it.
     release = tmp_path / "EuroSAT_RGB.zip"
     with zipfile.ZipFile(data_root / "eurosat64.zip") as whole, zipfile.ZipFile(release, "w") as other:
         for name in whole.namelist():
             if name.endswith(".jpg"):
                 other.writestr("EuroSAT_RGB/" + name.split("/", 1)[1], whole.read(name))
-        other.writestr("EuroSAT_RGB/Forest/Forest_2999.jpg", b"not needed, not read")
+        other.writestr("EuroSAT_RGB/Forest/Forest_2999.jpg", b"not in the subset, never read")
     assert EuroSAT64(tmp_path).hash("test") == data_set.hash("test")
     with zipfile.ZipFile(release) as whole, zipfile.ZipFile(tmp_path / "eurosat64.zip", "w") as other:
         for name in whole.namelist():
@@ -383,15 +384,15 @@ def test_eurosat64(data_root: Path, tmp_path: Path, read: Read) -> None:
         ("cifar10", ["09e912854e9b", "91ec16018cdc", "20e067b48928"]),
     ],
 )
-def test_splits_are_what_they_were(data_root: Path, read: Read, option: str, hashes: list[str]) -> None:
-    """Figures are compared by these hashes: a change here makes old records and new ones unlike."""
+def test_split_hashes_are_unchanged(data_root: Path, read: Read, option: str, hashes: list[str]) -> None:
+    """Results are compared by these hashes: changing them makes old and new records incomparable."""
     assert [read(option, data_root).hash(name)[:12] for name in SPLITS] == hashes
 
 
 # Downloads, without a network
 
 
-def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_error_names_the_files_to_provide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for error in (OSError("urlopen error: no network\nand more"), RuntimeError("File not found or corrupted.")):
 
         def fail(name: str, root: Path, error: Exception = error) -> None:
@@ -403,16 +404,14 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         assert "\n" not in str(caught.value)
 
 
-def test_a_download_is_made_once_and_then_found(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
+def test_download_happens_once(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloaded = []
 
     def deliver(name: str, root: Path) -> None:
-        asked.append(name)
+        downloaded.append(name)
         (root / name).symlink_to(data_root / "fashion_mnist" / name)
 
     monkeypatch.setattr(archives, "_download", deliver)
     for _ in range(2):
         assert len(FashionMNIST(tmp_path, download=True).split("test")) == 10_000
-    assert asked == ["FashionMNIST"]
+    assert downloaded == ["FashionMNIST"]

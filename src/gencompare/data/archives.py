@@ -1,4 +1,4 @@
-"""Data set files: where they lie, how they are downloaded, and reading them from a folder or a zip file."""
+"""Data set files: reading them from a folder or a zip file, locating them and downloading them."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from pathlib import Path
 from typing import TypeVar
 
 from gencompare.errors import UserError
-from gencompare.files import locked
+from gencompare.files import file_lock
 
-LARGEST = 1 << 28
-"""Bytes that one image file may take (256 MiB); a longer one is refused before it is read."""
-JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-"""What file managers leave behind; hidden files are passed over likewise."""
+MAX_FILE_SIZE = 1 << 28
+"""Size limit of one image file in bytes (256 MiB), checked before the file is read."""
+IGNORED_NAMES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+"""Files of operating systems that are ignored, like hidden files."""
 
 
 class Archive(ABC):
-    """Files by their path inside a folder or zip file, with ``/`` between the parts."""
+    """Read access to the files of a folder or a zip file. File names are relative paths with ``/`` as separator."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @cached_property
     def names(self) -> list[str]:
-        """All files in alphabetical order, without hidden ones."""
-        return sorted(name for name in self._names() if not _is_junk(name))
+        """Names of all files in alphabetical order, without hidden files."""
+        return sorted(name for name in self._names() if not _is_ignored(name))
 
     @abstractmethod
     def _names(self) -> Iterable[str]: ...
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The bytes of a file. Raises OSError or `zipfile.BadZipFile` where it is damaged."""
+        """Content of a file. Raises `OSError` or `zipfile.BadZipFile` if it is damaged."""
 
     @abstractmethod
     def fingerprint(self, names: Iterable[str]) -> str:
-        """A hash of these files' names and contents, equal whenever both are equal."""
+        """A hash of the names and contents of these files."""
 
 
-class Folder(Archive):
-    """A folder, with the folders below it (those behind symbolic links too)."""
+class FolderArchive(Archive):
+    """A folder and all its subfolders, following symbolic links."""
 
     def _names(self) -> Iterable[str]:
         seen: set[str] = set()
-        for here, folders, files in os.walk(self.path, followlinks=True, onerror=_cannot_list):
-            real = os.path.realpath(here)
-            if real in seen:  # a link that leads back up
-                folders.clear()
+        for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=_raise_cannot_list):
+            real_path = os.path.realpath(folder)
+            if real_path in seen:  # a symbolic link to a parent folder
+                subfolders.clear()
                 continue
-            seen.add(real)
+            seen.add(real_path)
             for file in files:
-                yield (Path(here) / file).relative_to(self.path).as_posix()
+                yield (Path(folder) / file).relative_to(self.path).as_posix()
 
     def read(self, name: str) -> bytes:
         path = self.path / name
@@ -63,7 +63,7 @@ class Folder(Archive):
         return path.read_bytes()
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        # Times and sizes would be quicker to ask for, but a copy may keep both and differ in content.
+        # Modification times and sizes would be faster, but files can differ while both are equal.
         digest = hashlib.sha256()
         for name in names:
             try:
@@ -74,21 +74,23 @@ class Folder(Archive):
         return digest.hexdigest()
 
 
-class Zip(Archive):
-    """A zip file, read in place."""
+class ZipArchive(Archive):
+    """A zip file, read without unpacking it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise UserError(f"{path} cannot be read as a zip file ({error}): fetch or pack it again.") from error
+            raise UserError(f"{path} cannot be read as a zip file ({error}): download or create it again.") from error
         self._members = {}
         for member in self._zip.infolist():
             if _escapes(member.filename):
-                raise UserError(f"{path} holds the path '{member.filename}', which leads out of it: pack it again.")
+                raise UserError(
+                    f"{path} contains the path '{member.filename}', which points outside the archive: create it again."
+                )
             if member.filename in self._members and not member.is_dir():
-                raise UserError(f"{path} holds '{member.filename}' twice: pack it again.")
+                raise UserError(f"{path} contains '{member.filename}' twice: create it again.")
             self._members[member.filename] = member
 
     def _names(self) -> Iterable[str]:
@@ -100,8 +102,8 @@ class Zip(Archive):
         return self._zip.read(member)
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        # The directory at the end of a zip file gives length and CRC-32 of each file's content, and reading a file
-        # checks them: so it stands for the content, without reading gigabytes at every start.
+        # The central directory lists the length and CRC-32 of each file, and `read` verifies them. Hashing these
+        # instead of the contents avoids reading gigabytes at every start.
         digest = hashlib.sha256()
         for name in names:
             member = self._members[name]
@@ -110,28 +112,28 @@ class Zip(Archive):
 
 
 def open_archive(path: Path) -> Archive:
-    """The folder or zip file at ``path``. Raises `UserError` where there is neither."""
+    """Open a folder or zip file. Raises `UserError` if ``path`` is neither."""
     if path.is_dir():
-        return Folder(path)
+        return FolderArchive(path)
     if path.is_file():
-        return Zip(path)
+        return ZipArchive(path)
     raise UserError(f"There is no folder or zip file '{path}': set data.root=PATH.")
 
 
-def _is_junk(name: str) -> bool:
-    return any(part.startswith(".") or part in JUNK for part in name.split("/"))
+def _is_ignored(name: str) -> bool:
+    return any(part.startswith(".") or part in IGNORED_NAMES for part in name.split("/"))
 
 
 def _escapes(name: str) -> bool:
     return name.startswith("/") or ".." in name.split("/") or "\\" in name or name[1:2] == ":"
 
 
-def _check_size(where: Path, name: str, size: int) -> None:
-    if size > LARGEST:
-        raise UserError(f"{where}: {name} takes {size >> 20} MiB, too much for one image: move it out.")
+def _check_size(archive: Path, name: str, size: int) -> None:
+    if size > MAX_FILE_SIZE:
+        raise UserError(f"{archive}: {name} is too large for an image ({size >> 20} MiB): remove it.")
 
 
-def _cannot_list(error: OSError) -> None:
+def _raise_cannot_list(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
 
 
@@ -139,20 +141,33 @@ DatasetFiles = TypeVar("DatasetFiles")
 
 
 def candidate_paths(root: Path, name: str, layouts: tuple[str, ...]) -> Iterator[Path]:
-    """``root`` and ``root/name``, each with the folders that the data set is known to be kept in."""
+    """Paths where a data set may be: each of ``layouts`` (relative paths) below ``root`` and below ``root/name``."""
     for base in (root, root / name):
         for layout in layouts:
             yield base / layout
 
 
-def obtain(
-    find: Callable[[], DatasetFiles | None], *, name: str, root: Path, wanted: str, torchvision: str | None
+def find_or_download(
+    find: Callable[[], DatasetFiles | None],
+    *,
+    name: str,
+    root: Path,
+    expected_files: str,
+    torchvision_class: str | None,
 ) -> DatasetFiles:
-    """What ``find`` finds; where it finds nothing, it looks again after a download.
+    """Return the result of ``find``; if that is None, download the data set and call ``find`` again.
 
-    ``torchvision`` is the name of the torchvision class that may download into ``root``, or None where nothing may be
-    downloaded. Processes that start together download once: the others wait, then find the files. ``wanted`` completes
-    the error "put ...". Raises `UserError` when there is nothing at the end.
+    Of several processes that start together, one downloads and the others wait.
+
+    Args:
+        find: returns the files, or None if they are missing.
+        name: name of the data set.
+        root: folder to download into.
+        expected_files: the files that the user can provide, for the error message.
+        torchvision_class: class in ``torchvision.datasets`` that downloads the files; None disables downloads.
+
+    Raises:
+        UserError: if the files are missing and cannot be downloaded.
     """
     try:
         found = find()
@@ -161,24 +176,24 @@ def obtain(
     if found is not None:
         return found
     reason = ""
-    if torchvision is not None:
+    if torchvision_class is not None:
         try:
-            with locked(root / f".{name}.lock"):
+            with file_lock(root / f".{name}.lock"):
                 found = find()
                 if found is None:
-                    _download(torchvision, root)
+                    _download(torchvision_class, root)
                     found = find()
-        except (RuntimeError, OSError) as error:  # what torchvision raises without a network, or for a bad check sum
+        except (RuntimeError, OSError) as error:  # raised by torchvision without a network or on a wrong checksum
             reason = f" and could not be downloaded ({_first_line(error)})"
     if found is None:
-        raise UserError(f"Data '{name}' is not in {root}{reason}: put {wanted} there, or set data.root=DIR.")
+        raise UserError(f"Data '{name}' is not in {root}{reason}: put {expected_files} there, or set data.root=DIR.")
     return found
 
 
-def _download(torchvision: str, root: Path) -> None:
+def _download(torchvision_class: str, root: Path) -> None:
     from torchvision import datasets
 
-    getattr(datasets, torchvision)(str(root), train=True, download=True)
+    getattr(datasets, torchvision_class)(str(root), train=True, download=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The base datamodule: each split is one uint8 tensor in memory, from which batches are indexed."""
+"""Base class of all data sets: each split is one tensor in memory, and batches are made by indexing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
@@ -18,152 +17,78 @@ from gencompare.errors import UserError
 from gencompare.generative_model import Cond, DataSpec
 from gencompare.rng import RandomSource, derive_seed, generator
 
-if TYPE_CHECKING:
-    pass
-
-
-def shuffled(split: Split, *purpose: str) -> Split:
-    """The same images in an order that depends on ``purpose`` and their number alone.
-
-    Files often come class by class; after this the first n images of a split are a fair sample of it.
-    """
-    return split[torch.randperm(len(split), generator=generator("cpu", *purpose))]
-
-
-def hold_out(split: Split, n: int, *purpose: str) -> tuple[Split, Split]:
-    """(the rest, ``n`` images held out), both shuffled; each image is in one of the two."""
-    mixed = shuffled(split, *purpose)
-    return mixed[slice(n, None)], mixed[slice(n)]
-
-
-RESIDENT_SHARE = 0.25
-"""A split moves to the device when it takes at most this share of the device's free memory."""
-
-
-MOST_EPOCHS = 16
-"""A batch may go through the training images several times (debug=overfit), but a slip of the finger is refused."""
-
-
-class TrainStream:
-    """An endless stream of training batches, beginning at ``start_step``.
-
-    The images are visited in one random order after another (a permutation an epoch, a function of seed and epoch).
-    Step s takes places s B to (s + 1) B of that sequence, B being the global batch; rank r of W holds the r-th of W
-    equal parts of it. So what is learned at a step depends on neither the number of processes nor on resuming.
-    """
-
-    def __init__(self, data: ImageData, *, start_step: int, rank: int, world: int, device: torch.device) -> None:
-        if data.batch_size % world:
-            raise UserError(
-                f"trainer.global_batch_size={data.batch_size} cannot be shared out over {world} processes:"
-                f" choose a multiple of {world}."
-            )
-        self.data, self.device, self.start_step = data, device, start_step
-        self.rank, self.world = rank, world
-        self.split = to_device_if_small(data.training, device)
-        if not len(self.split):
-            raise UserError(f"Data '{data.spec.name}' has no training images.")
-        if data.batch_size > MOST_EPOCHS * len(self.split):
-            raise UserError(
-                f"trainer.global_batch_size={data.batch_size} is more than {MOST_EPOCHS} times the {len(self.split)}"
-                " training images: give a smaller one."
-            )
-
-    def rows(self, step: int) -> Tensor:
-        """Indices of the global batch of ``step``, (B,)."""
-        size, batch = len(self.split), self.data.batch_size
-        places = torch.arange(step * batch, (step + 1) * batch)
-        rows = torch.empty(batch, dtype=torch.int64)
-        for epoch in range(int(places[0]) // size, int(places[-1]) // size + 1):
-            inside = places // size == epoch
-            rows[inside] = self._order(epoch)[places[inside] % size]
-        return rows
-
-    def _order(self, epoch: int) -> Tensor:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._permutation = torch.randperm(
-                len(self.split), generator=generator("cpu", self.data.seed, "order", epoch)
-            )
-        return self._permutation
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
-        share = self.data.batch_size // self.world
-        start, stop = self.rank * share, (self.rank + 1) * share
-        source = torch.Generator(self.device)
-        step = self.start_step
-        while True:
-            rows = self.rows(step)[start:stop]
-            if self.split.images.is_cuda:
-                # From pinned memory the copy does not wait for the work that the device has in hand.
-                rows = rows.pin_memory().to(self.split.images.device, non_blocking=True)
-            part = self.split[rows].to(self.device)
-            images = self.data.normalize(part.images)
-            if self.data.flip:
-                source.manual_seed(derive_seed(self.data.seed, "flip", step))
-                mirrored = RandomSource(source, start, stop, self.data.batch_size).uniform() < 0.5
-                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            yield images, self.data.cond(images, part)
-            step += 1
-
-
-def to_device_if_small(split: Split, device: torch.device) -> Split:
-    """The split on ``device`` if it fits well, otherwise as it is."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if split.nbytes <= RESIDENT_SHARE * free:
-            return split.to(device)
-    return split
-
-
 SPLITS = ("train", "val", "test")
+
+MAX_RESIDENT_FRACTION = 0.25
+"""A split moves to the GPU if it takes at most this fraction of the free GPU memory."""
+
+MAX_EPOCHS_PER_BATCH = 16
+"""A global batch may repeat the training images (``debug=overfit``), but a larger one is almost surely a typo."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, (n, C, H, W): uint8 levels 0 to num_levels - 1, or float32 in [-1, 1] where continuous.
+    """Images of one split, with their labels and other conditions. Padding is not stored.
 
-    Padding is not stored. ``labels`` is (n,) int64, or None. ``kept`` has further conditions by name, (n, ...).
+    Args:
+        images: (n, C, H, W), uint8 in 0 to ``spec.num_bins - 1``, or float32 in [-1, 1] for continuous data.
+        labels: class indices (n,) int64, or None.
+        extra_conditions: stored conditions other than the label, by name, each (n, ...).
     """
 
     images: Tensor
     labels: Tensor | None = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    extra_conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, rows: Tensor | slice) -> Split:
-        return self._each(lambda tensor: tensor[rows])
+        return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> Split:
-        """The same on ``device``; on a GPU this does not wait for the copy."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """A copy on ``device``. Copies to a GPU are asynchronous."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     @property
     def nbytes(self) -> int:
-        return self.images.nbytes + sum(rows.nbytes for rows in self.kept.values())
+        return self.images.nbytes + sum(values.nbytes for values in self.extra_conditions.values())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Split:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Split:
         return Split(
-            change(self.images),
-            None if self.labels is None else change(self.labels),
-            {name: change(rows) for name, rows in self.kept.items()},
+            function(self.images),
+            None if self.labels is None else function(self.labels),
+            {name: function(values) for name, values in self.extra_conditions.items()},
         )
 
 
-class ImageData(pl.LightningDataModule):
-    """Base of every data set.
+def shuffle(split: Split, *purpose: str) -> Split:
+    """The split in random order, so that its first n images are a fair sample even if the files are sorted by class.
 
-    A subclass sets ``spec`` in ``__init__`` (reading files only when it must know their shape) and writes
-    ``load() -> {"train": Split, "val": Split, "test": Split}``.
+    The permutation depends only on ``purpose`` and the number of images.
+    """
+    return split[torch.randperm(len(split), generator=generator("cpu", *purpose))]
+
+
+def hold_out(split: Split, n: int, *purpose: str) -> tuple[Split, Split]:
+    """Partition a split at random into (the rest, ``n`` held-out images); ``purpose`` seeds the permutation."""
+    shuffled = shuffle(split, *purpose)
+    return shuffled[slice(n, None)], shuffled[slice(n)]
+
+
+class ImageData(pl.LightningDataModule):
+    """Base class of data sets.
+
+    A subclass sets ``spec`` in ``__init__`` and implements
+    ``load() -> {"train": Split, "val": Split, "test": Split}``. ``__init__`` reads files only if ``spec`` depends on
+    their content.
 
     Args:
-        batch_size: the global batch, shared out over the processes.
-        flip: mirror training images left to right, each with probability 1/2.
-        seed: decides the order of the training images and the flips.
-        eval_batch_size: rows of a validation batch.
-        limit: train on the first ``limit`` images alone; None takes them all.
+        batch_size: global batch size, divided among the processes.
+        random_flip: flip each training image horizontally with probability 1/2.
+        seed: determines the order of the training images and the flips.
+        eval_batch_size: batch size for validation and test.
+        train_subset_size: train on this many images only; None trains on all of them.
     """
 
     spec: DataSpec
@@ -172,55 +97,57 @@ class ImageData(pl.LightningDataModule):
         self,
         *,
         batch_size: int = 128,
-        flip: bool = False,
+        random_flip: bool = False,
         seed: int = 0,
         eval_batch_size: int = 500,
-        limit: int | None = None,
+        train_subset_size: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise UserError(f"The global batch must hold at least 1 image, not {batch_size}.")
+            raise UserError(f"The global batch size must be at least 1, not {batch_size}.")
         if eval_batch_size < 1:
-            raise UserError(f"data.eval_batch_size={eval_batch_size} must be at least 1 image.")
-        if limit is not None and limit < 1:
-            raise UserError(f"data.limit={limit} leaves nothing to train on: set it to null or at least 1.")
-        self.batch_size, self.flip, self.seed, self.eval_batch_size = batch_size, flip, seed, eval_batch_size
-        self.limit = limit
+            raise UserError(f"data.eval_batch_size={eval_batch_size} must be at least 1.")
+        if train_subset_size is not None and train_subset_size < 1:
+            raise UserError(f"data.train_subset_size={train_subset_size} must be at least 1, or null for all images.")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.random_flip, self.seed = random_flip, seed
+        self.train_subset_size = train_subset_size
         self.start_step = 0
-        """First step of the training stream; a resumed run sets it."""
+        """First step of the training stream; set when a run is resumed."""
 
     @abstractmethod
     def load(self) -> dict[str, Split]:
-        """Decode the data set. Raises `UserError` with the way out when files are missing or damaged."""
+        """Decode all splits. Raises `UserError`, with the override that helps, for missing or damaged files."""
 
     @cached_property
     def splits(self) -> dict[str, Split]:
         splits = self.load()
-        assert set(splits) == set(SPLITS), f"load() gives {sorted(splits)}, not {SPLITS}"
+        assert set(splits) == set(SPLITS), f"load() returned {sorted(splits)} instead of {SPLITS}"
         return splits
 
     @property
-    def training(self) -> Split:
-        """What is trained on: the split ``train``, or its first ``limit`` images. (The reference stays whole.)"""
-        return self.split("train")[slice(self.limit)]
+    def train_subset(self) -> Split:
+        """The images to train on: the first ``train_subset_size`` of ``train``. Reference statistics use all."""
+        return self.split("train")[slice(self.train_subset_size)]
 
     def split(self, name: str) -> Split:
-        """``train``, ``val``, ``test``, or some of them together (``train+val``), in a fixed order."""
+        """A split by name. Names joined by ``+`` (``train+val``) are concatenated in that order."""
         parts = name.split("+")
         if not set(parts) <= set(SPLITS) or len(set(parts)) < len(parts):
-            raise UserError(f"There is no split '{name}': choose one of {', '.join(SPLITS)}, or join some with +.")
+            raise UserError(f"There is no split '{name}': choose from {', '.join(SPLITS)}, or join several with +.")
         if len(parts) == 1:
             return self.splits[name]
         found = [self.splits[part] for part in parts]
         labels = [split.labels for split in found if split.labels is not None]
+        extra = found[0].extra_conditions
         return Split(
             torch.cat([split.images for split in found]),
             torch.cat(labels) if len(labels) == len(found) else None,
-            {key: torch.cat([split.kept[key] for split in found]) for key in found[0].kept},
+            {key: torch.cat([split.extra_conditions[key] for split in found]) for key in extra},
         )
 
     def hash(self, name: str) -> str:
-        """SHA-256 over shape, pixels and labels of a split."""
+        """SHA-256 of the shape, pixels and labels of a split."""
         if name not in self._hashes:
             split = self.split(name)
             digest = hashlib.sha256(str((tuple(split.images.shape), str(split.images.dtype))).encode())
@@ -234,38 +161,42 @@ class ImageData(pl.LightningDataModule):
     def _hashes(self) -> dict[str, str]:
         return {}
 
-    # Between stored levels and what a model sees
+    # From stored pixels to model inputs
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Stored images to float32 in [-1, 1], padded with -1 to ``spec.shape``."""
-        if self.spec.num_levels is not None:
-            images = images.float().mul_(2 / (self.spec.num_levels - 1)).sub_(1)
+        """Stored images as float32 in [-1, 1], padded with -1 to ``spec.shape``."""
+        if self.spec.num_bins is not None:
+            images = images.float().mul_(2 / (self.spec.num_bins - 1)).sub_(1)
         if self.spec.padding:
             images = torch.nn.functional.pad(images, (self.spec.padding,) * 4, value=-1.0)
         return images
 
-    def cond(self, x: Tensor, part: Split) -> Cond:
-        """The conditions of images ``x`` (n, C, H, W), as `normalize` gives them, that are the rows of ``part``."""
-        return {} if part.labels is None else {"label": part.labels}
+    def cond(self, x: Tensor, rows: Split) -> Cond:
+        """Conditions of a batch: ``x`` (n, C, H, W) are the normalised and possibly flipped images of ``rows``."""
+        return {} if rows.labels is None else {"label": rows.labels}
 
-    def batches(self, name: str, size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
-        """One pass over a split (of ``train``: over `training`) in its fixed order, no flips, nothing left out."""
-        split = self.training if name == "train" else self.split(name)
-        for start in range(0, len(split), size or self.eval_batch_size):
-            part = split[slice(start, start + (size or self.eval_batch_size))]
-            x = self.normalize(part.images)
-            yield x, self.cond(x, part)
+    def batches(self, name: str, batch_size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
+        """One pass over a split in fixed order, without flips, last partial batch included.
 
-    # What Lightning asks for
+        For ``train`` this is a pass over `train_subset`. ``batch_size`` defaults to ``eval_batch_size``.
+        """
+        split = self.train_subset if name == "train" else self.split(name)
+        batch_size = batch_size or self.eval_batch_size
+        for start in range(0, len(split), batch_size):
+            rows = split[slice(start, start + batch_size)]
+            x = self.normalize(rows.images)
+            yield x, self.cond(x, rows)
+
+    # The interface of LightningDataModule
 
     def setup(self, stage: str | None = None) -> None:
         _ = self.splits
 
     def train_dataloader(self) -> TrainStream:
         trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
-        return TrainStream(self, start_step=self.start_step, rank=rank, world=world, device=device)
+        return TrainStream(self, start_step=self.start_step, rank=rank, world_size=world_size, device=device)
 
     def val_dataloader(self) -> SplitLoader:
         return SplitLoader(self, "val")
@@ -277,17 +208,89 @@ class ImageData(pl.LightningDataModule):
         return SplitLoader(self, "test")
 
 
+class TrainStream:
+    """An infinite stream of training batches, starting at ``start_step``.
+
+    Every epoch visits the images in a new permutation, determined by seed and epoch. Step s takes items s B to
+    (s + 1) B of the concatenated permutations, where B is the global batch size; rank r of W takes the r-th of W equal
+    parts of that batch. Training is therefore independent of the number of processes and of where a run was resumed.
+    """
+
+    def __init__(self, data: ImageData, *, start_step: int, rank: int, world_size: int, device: torch.device) -> None:
+        if data.batch_size % world_size:
+            raise UserError(
+                f"trainer.global_batch_size={data.batch_size} is not divisible by {world_size} processes:"
+                f" choose a multiple of {world_size}."
+            )
+        self.data, self.device, self.start_step = data, device, start_step
+        self.rank, self.world_size = rank, world_size
+        self.split = to_device_if_small(data.train_subset, device)
+        if not len(self.split):
+            raise UserError(f"Data '{data.spec.name}' has no training images.")
+        if data.batch_size > MAX_EPOCHS_PER_BATCH * len(self.split):
+            raise UserError(
+                f"trainer.global_batch_size={data.batch_size} is more than {MAX_EPOCHS_PER_BATCH} times the"
+                f" {len(self.split)} training images: choose a smaller one."
+            )
+
+    def batch_indices(self, step: int) -> Tensor:
+        """Indices of the images in the global batch of ``step``, (B,)."""
+        size, batch_size = len(self.split), self.data.batch_size
+        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+        indices = torch.empty(batch_size, dtype=torch.int64)
+        for epoch in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
+            in_epoch = positions // size == epoch
+            indices[in_epoch] = self._permutation_of(epoch)[positions[in_epoch] % size]
+        return indices
+
+    def _permutation_of(self, epoch: int) -> Tensor:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._permutation = torch.randperm(
+                len(self.split), generator=generator("cpu", self.data.seed, "order", epoch)
+            )
+        return self._permutation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
+        local_batch_size = self.data.batch_size // self.world_size
+        start, stop = self.rank * local_batch_size, (self.rank + 1) * local_batch_size
+        flip_generator = torch.Generator(self.device)
+        step = self.start_step
+        while True:
+            indices = self.batch_indices(step)[start:stop]
+            if self.split.images.is_cuda:
+                # A copy from pinned memory does not wait for work already queued on the GPU.
+                indices = indices.pin_memory().to(self.split.images.device, non_blocking=True)
+            rows = self.split[indices].to(self.device)
+            images = self.data.normalize(rows.images)
+            if self.data.random_flip:
+                flip_generator.manual_seed(derive_seed(self.data.seed, "flip", step))
+                flipped = RandomSource(flip_generator, start, stop, self.data.batch_size).uniform() < 0.5
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            yield images, self.data.cond(images, rows)
+            step += 1
+
+
+def to_device_if_small(split: Split, device: torch.device) -> Split:
+    """The split on ``device`` if that is a GPU with enough free memory, otherwise unchanged."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if split.nbytes <= MAX_RESIDENT_FRACTION * free:
+            return split.to(device)
+    return split
+
+
 class SplitLoader:
-    """One pass over a split in its fixed order, in batches of ``eval_batch_size``; each process gets its own."""
+    """One pass over a split in fixed order, in batches of ``eval_batch_size``; rank r of W takes every W-th batch."""
 
     def __init__(self, data: ImageData, name: str) -> None:
         self.data, self.name = data, name
         trainer = data.trainer
-        self.rank, self.world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        self.rank, self.world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def __len__(self) -> int:
-        batches = -(-len(self.data.split(self.name)) // self.data.eval_batch_size)
-        return len(range(self.rank, batches, self.world))
+        num_batches = -(-len(self.data.split(self.name)) // self.data.eval_batch_size)
+        return len(range(self.rank, num_batches, self.world_size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Cond]]:
-        return islice(self.data.batches(self.name), self.rank, None, self.world)
+        return islice(self.data.batches(self.name), self.rank, None, self.world_size)

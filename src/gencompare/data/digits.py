@@ -1,4 +1,4 @@
-"""Handwritten digits that ship with scikit-learn: 1,797 images of 8x8 with 17 grey levels, no download."""
+"""Handwritten digits included in scikit-learn: 1,797 images of 8x8 pixels with 17 grey levels, no download."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from gencompare.data.datamodule import ImageData, Split
 from gencompare.generative_model import DataSpec
 from gencompare.rng import generator
 
-TEST, VAL = 500, 150
+TEST_SIZE, VAL_SIZE = 500, 150
 
 
 class Digits(ImageData):
-    """The digits of the UCI "Optical Recognition of Handwritten Digits" set, as scikit-learn ships its test part.
+    """The test part of the UCI "Optical Recognition of Handwritten Digits" set, as included in scikit-learn.
 
-    1,147 training, 150 validation and 500 test images, parted by one fixed permutation.
+    A fixed permutation splits it into 1,147 training, 150 validation and 500 test images.
     """
 
-    spec = DataSpec(name="digits", shape=(1, 8, 8), num_classes=10, num_levels=17)
+    spec = DataSpec(name="digits", shape=(1, 8, 8), num_classes=10, num_bins=17)
 
     def load(self) -> dict[str, Split]:
         from sklearn.datasets import load_digits
@@ -26,6 +26,9 @@ class Digits(ImageData):
         images = torch.tensor(bunch.images, dtype=torch.uint8)[:, None]  # type: ignore[attr-defined]
         labels = torch.tensor(bunch.target, dtype=torch.int64)  # type: ignore[attr-defined]
         order = torch.randperm(len(images), generator=generator("cpu", "digits", "split"))
-        whole = Split(images[order], labels[order])
-        test, val, train = whole[slice(TEST)], whole[slice(TEST, TEST + VAL)], whole[slice(TEST + VAL, None)]
-        return {"train": train, "val": val, "test": test}
+        shuffled = Split(images[order], labels[order])
+        return {
+            "train": shuffled[slice(TEST_SIZE + VAL_SIZE, None)],
+            "val": shuffled[slice(TEST_SIZE, TEST_SIZE + VAL_SIZE)],
+            "test": shuffled[slice(TEST_SIZE)],
+        }

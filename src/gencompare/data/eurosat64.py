@@ -1,4 +1,4 @@
-"""EuroSAT (RGB): satellite pictures of land in Europe, 64x64, ten kinds of use (Helber et al. 2019), a fixed subset."""
+"""EuroSAT RGB (Helber et al. 2019): 64x64 satellite images in ten classes of land use, a fixed subset of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gencompare.data.archives import candidate_paths, obtain, open_archive
-from gencompare.data.datamodule import ImageData, Split, hold_out, shuffled
+from gencompare.data.archives import candidate_paths, find_or_download, open_archive
+from gencompare.data.datamodule import ImageData, Split, hold_out, shuffle
 from gencompare.data.file_formats import decode_cached
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
@@ -26,25 +26,26 @@ CLASSES = (
     "River",
     "SeaLake",
 )
-TRAIN, TEST = range(1, 501), range(501, 551)
-"""Numbers of a class's files in each split: the authors define no split, so this is the one used here."""
-VAL = 500
-PICTURE = re.compile(rf"(?:.*/)?({'|'.join(CLASSES)})_(\d+)\.jpg")
+TRAIN_NUMBERS, TEST_NUMBERS = range(1, 501), range(501, 551)
+"""File numbers of each class in the training and test splits. The authors define no official split."""
+VAL_SIZE = 500
+IMAGE_PATH = re.compile(rf"(?:.*/)?({'|'.join(CLASSES)})_(\d+)\.jpg")
 ARCHIVES = ("eurosat64.zip", "EuroSAT_RGB.zip", "EuroSAT.zip")
 FOLDERS = ("eurosat/2750", "2750", "EuroSAT_RGB", "")
 
 
 class EuroSAT64(ImageData):
-    """5,000 training images (500 of them held out for validation) and 500 for test, in the size they were released in.
+    """5,000 training images (500 of them held out for validation) and 500 test images, at their original size.
 
-    Of each class the files numbered 1 to 500 are for training and 501 to 550 for test, wherever they lie: in
-    ``eurosat64.zip`` (these files alone), in the authors' own ``EuroSAT_RGB.zip`` or ``EuroSAT.zip``, or in a folder
-    unpacked from one of them, as torchvision's ``eurosat/2750`` is. The full set has 27,000 images; the others are
-    left out. ``root`` may be the zip file itself. Land seen from above has no left and right: images may be mirrored.
+    Of each class, the files numbered 1 to 500 are for training and 501 to 550 for test; the rest of the 27,000 images
+    is not used. The files are looked for in ``eurosat64.zip`` (the subset), in the official ``EuroSAT_RGB.zip`` or
+    ``EuroSAT.zip``, and in folders unpacked from these, such as torchvision's ``eurosat/2750``. ``root`` may also be
+    the zip file itself. Satellite images have no preferred orientation, so they may be flipped.
 
     Args:
-        root: folder in which to look.
+        root: folder with the files.
         cache: folder for the decoded files; None decodes them at every start.
+        common: arguments of `ImageData`.
     """
 
     spec = DataSpec(name="eurosat64", shape=(3, 64, 64), num_classes=10)
@@ -55,37 +56,37 @@ class EuroSAT64(ImageData):
         self.cache = None if cache is None else Path(cache).expanduser()
 
     def load(self) -> dict[str, Split]:
-        place = obtain(
+        path = find_or_download(
             self._find,
             name=self.spec.name,
             root=self.root,
-            wanted="eurosat64.zip or EuroSAT_RGB.zip (github.com/phelber/EuroSAT)",
-            torchvision=None,
+            expected_files="eurosat64.zip or EuroSAT_RGB.zip (github.com/phelber/EuroSAT)",
+            torchvision_class=None,
         )
-        archive = open_archive(place)
+        archive = open_archive(path)
         files = {}
         for name in archive.names:
-            if match := PICTURE.fullmatch(name):
+            if match := IMAGE_PATH.fullmatch(name):
                 files[CLASSES.index(match[1]), int(match[2])] = name
-        wanted = [(label, number) for label in range(10) for number in (*TRAIN, *TEST)]
-        if lacking := [key for key in wanted if key not in files]:
-            label, number = lacking[0]
+        keys = [(label, number) for label in range(10) for number in (*TRAIN_NUMBERS, *TEST_NUMBERS)]
+        if missing := [key for key in keys if key not in files]:
+            label, number = missing[0]
             raise UserError(
-                f"Data 'eurosat64' in {place} is incomplete: {len(lacking):,} of {len(wanted):,} images are missing,"
-                f" the first is {CLASSES[label]}_{number}.jpg. Fetch it again."
+                f"Data 'eurosat64' in {path} is incomplete: {len(missing):,} of {len(keys):,} images are missing,"
+                f" the first is {CLASSES[label]}_{number}.jpg. Download it again."
             )
-        images = decode_cached(archive, [files[key] for key in wanted], cache=self.cache, channels=3)
+        images = decode_cached(archive, [files[key] for key in keys], cache=self.cache, channels=3)
         if images.shape[1:] != self.spec.shape:
-            raise UserError(f"Data 'eurosat64' in {place} has images of another size than 64x64: fetch it again.")
-        whole = Split(images, torch.tensor([label for label, _ in wanted]))
-        is_test = torch.tensor([number in TEST for _, number in wanted])
-        train, val = hold_out(whole[~is_test], VAL, "eurosat64", "split")
-        return {"train": train, "val": val, "test": shuffled(whole[is_test], "eurosat64", "test")}
+            raise UserError(f"Data 'eurosat64' in {path} has images that are not 64x64: download it again.")
+        subset = Split(images, torch.tensor([label for label, _ in keys]))
+        is_test = torch.tensor([number in TEST_NUMBERS for _, number in keys])
+        train, val = hold_out(subset[~is_test], VAL_SIZE, "eurosat64", "split")
+        return {"train": train, "val": val, "test": shuffle(subset[is_test], "eurosat64", "test")}
 
     def _find(self) -> Path | None:
-        for place in candidate_paths(self.root, self.spec.name, (*ARCHIVES, *FOLDERS)):
-            if place.suffix == ".zip" and place.is_file():
-                return place
-            if any((place / split / CLASSES[0]).is_dir() for split in ("train", "")):
-                return place
+        for path in candidate_paths(self.root, self.spec.name, (*ARCHIVES, *FOLDERS)):
+            if path.suffix == ".zip" and path.is_file():
+                return path
+            if any((path / split / CLASSES[0]).is_dir() for split in ("train", "")):
+                return path
         return None

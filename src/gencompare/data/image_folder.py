@@ -1,4 +1,4 @@
-"""Any collection of PNG and JPEG files: a folder tree or a zip file."""
+"""Any collection of PNG and JPEG files in a folder tree or a zip file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gencompare.data.archives import open_archive
-from gencompare.data.datamodule import ImageData, Split, hold_out, shuffled
-from gencompare.data.file_formats import decode_cached
+from gencompare.data.datamodule import SPLITS, ImageData, Split, hold_out, shuffle
+from gencompare.data.file_formats import IMAGE_SUFFIXES, decode_cached
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 
@@ -23,71 +23,73 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 
 @dataclass(frozen=True)
 class Layout:
-    """Split and class of each file, in the order of the names given; None where the folders tell none."""
+    """Split and class index of each file; None if the folders define no splits or no classes."""
 
     splits: list[str] | None
     labels: list[int] | None
     classes: tuple[str, ...] = ()
-    """Class names in alphabetical order: label k is ``classes[k]``."""
+    """Class names in alphabetical order; label k is ``classes[k]``."""
 
 
-def read_layout(names: Sequence[str], where: Path) -> Layout:
-    """Tell ``split/class/name``, ``split/name``, ``class/name`` and ``name`` apart.
+def read_layout(names: Sequence[str], archive: Path) -> Layout:
+    """Infer splits and classes from the paths of all files.
 
-    One folder around everything is passed over. Top folders are splits when all of them have a split's name; the
-    folders below (or the top ones, where there are no splits) are classes when there are at least two. ``where`` is
-    named in errors.
+    Supported are ``split/class/name``, ``split/name``, ``class/name`` and ``name``; a single folder around everything
+    is ignored. The top-level folders are splits if each has the name of a split. The folders below them, or the
+    top-level folders if there are no splits, are classes if there are at least two.
+
+    Args:
+        names: file names, as in `Archive.names`.
+        archive: the folder or zip file, for error messages.
     """
     paths = [PurePosixPath(name).parts for name in names]
-    while len(tops := {path[0] for path in paths}) == 1 and not tops & SPLIT_FOLDERS.keys() and _all_deep(paths):
+    while len(top := {path[0] for path in paths}) == 1 and not top & SPLIT_FOLDERS.keys() and _all_in_folders(paths):
         paths = [path[1:] for path in paths]
     splits = None
-    tops = {path[0] for path in paths if len(path) > 1}
-    if named := tops & SPLIT_FOLDERS.keys():
-        others = sorted(tops - named) or [path[0] for path in paths if len(path) == 1]
+    top = {path[0] for path in paths if len(path) > 1}
+    if split_folders := top & SPLIT_FOLDERS.keys():
+        others = sorted(top - split_folders) or [path[0] for path in paths if len(path) == 1]
         if others:
             raise UserError(
-                f"{where} holds the split folder '{min(named)}' beside '{others[0]}':"
-                " sort all images into train, val and test, or name no folder so."
+                f"{archive} contains the split folder '{min(split_folders)}' next to '{others[0]}':"
+                " move all images into train, val and test, or rename the split folders."
             )
-        if "train" not in named:
-            raise UserError(f"{where} holds the split folder '{min(named)}' and no 'train': add it.")
+        if "train" not in split_folders:
+            raise UserError(f"{archive} contains the split folder '{min(split_folders)}' but no 'train': add it.")
         splits = [SPLIT_FOLDERS[path[0]] for path in paths]
         paths = [path[1:] for path in paths]
     folders = [path[0] if len(path) > 1 else None for path in paths]
     classes = tuple(sorted({folder for folder in folders if folder is not None}))
     if classes and None in folders:
         raise UserError(
-            f"{where} holds {names[folders.index(None)]} beside folders of classes such as '{classes[0]}':"
-            " put every image into a class folder, or none."
+            f"{archive} contains {names[folders.index(None)]} next to class folders such as '{classes[0]}':"
+            " move all images into class folders, or none."
         )
     if len(classes) < 2:
         return Layout(splits, None)
     return Layout(splits, [classes.index(str(folder)) for folder in folders], classes)
 
 
-def _all_deep(paths: Sequence[tuple[str, ...]]) -> bool:
+def _all_in_folders(paths: Sequence[tuple[str, ...]]) -> bool:
     return all(len(path) > 1 for path in paths)
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg"}
-
-
 class ImageFolder(ImageData):
-    """Images as ``split/class/name``, ``split/name``, ``class/name`` or ``name``.
+    """Images stored as ``split/class/name``, ``split/name``, ``class/name`` or ``name``.
 
-    Splits that the folders do not tell are cut from the training images by a fixed permutation of their names in
-    alphabetical order. Labels are given when there are at least two class folders, numbered in alphabetical order.
-    Transparent pixels are laid on white, and photographs turned as the camera was held.
+    Splits without a folder are held out from the training images by a fixed permutation of the sorted file names.
+    Class folders, if there are at least two, are numbered in alphabetical order. Transparent pixels become white, and
+    the EXIF orientation is applied.
 
     Args:
         root: the folder or the zip file.
         cache: folder for the decoded images; None decodes them at every start.
-        size: height and width that the centre of each image is resized to (bicubic, antialiased); None takes the
-            images as they are, all of one size.
-        channels: 1 (grey), 3 (RGB), or None for 1 where all files are grey and 3 otherwise.
-        val_fraction: the share of the training images that becomes the validation split where no folder does.
-        test_fraction: likewise for the test split.
+        image_size: centre-crop and resize each image to this height and width (bicubic, antialiased); None keeps the
+            images as they are, which requires that all have the same size.
+        channels: 1 (grey), 3 (RGB), or None for 1 if all files are grey and 3 otherwise.
+        val_fraction: fraction of the training images held out for validation if there is no folder for that split.
+        test_fraction: the same for the test split.
+        common: arguments of `ImageData`.
     """
 
     def __init__(
@@ -95,61 +97,64 @@ class ImageFolder(ImageData):
         root: str | Path,
         *,
         cache: str | Path | None = None,
-        size: int | None = None,
+        image_size: int | None = None,
         channels: int | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if size is not None and size < 1:
-            raise UserError(f"data.size={size} must be at least 1 pixel, or null.")
+        if image_size is not None and image_size < 1:
+            raise UserError(f"data.image_size={image_size} must be at least 1, or null.")
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels={channels} must be 1 (grey), 3 (RGB) or null.")
         if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must be positive and leave"
-                " some images to train on."
+                " some images for training."
             )
         self.root = Path(root).expanduser()
         self.cache = None if cache is None else Path(cache).expanduser()
-        self.size, self.channels = size, channels
+        self.image_size, self.channels = image_size, channels
         self.fractions = {"test": test_fraction, "val": val_fraction}
 
     @cached_property
-    def spec(self) -> DataSpec:  # type: ignore[override]  # known only once the files were looked at
-        images, layout = self._content
+    def spec(self) -> DataSpec:  # type: ignore[override]  # depends on the files
+        images, layout = self._images_and_layout
         channels, height, width = images.shape[1:]
         stem = re.sub(r"\W+", "_", self.root.resolve().stem).strip("_")
         return DataSpec(f"image_folder_{stem}", (channels, height, width), num_classes=len(layout.classes))
 
     @cached_property
-    def _content(self) -> tuple[Tensor, Layout]:
-        """All images in the order of their names, and what their folders say of them."""
+    def _images_and_layout(self) -> tuple[Tensor, Layout]:
+        """All images in the order of their names, with their splits and labels."""
         archive = open_archive(self.root)
         if not archive.names:
-            raise UserError(f"{self.root} holds no images: set data.root=PATH to a folder or zip of PNG or JPEG files.")
+            raise UserError(
+                f"{self.root} contains no images: set data.root=PATH to a folder or zip file of PNG or JPEG files."
+            )
         for name in archive.names:
-            if PurePosixPath(name).suffix.lower() not in SUFFIXES:
-                raise UserError(f"{self.root} holds {name}, which is neither PNG nor JPEG: convert it or move it out.")
-        layout = read_layout(archive.names, self.root)  # folders are judged before anything is decoded
-        return decode_cached(archive, archive.names, cache=self.cache, size=self.size, channels=self.channels), layout
+            if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                raise UserError(f"{self.root} contains {name}, which is neither PNG nor JPEG: convert or remove it.")
+        layout = read_layout(archive.names, self.root)  # before decoding, so that errors appear early
+        images = decode_cached(archive, archive.names, cache=self.cache, size=self.image_size, channels=self.channels)
+        return images, layout
 
     def load(self) -> dict[str, Split]:
-        images, layout = self._content
-        whole = Split(images, None if layout.labels is None else torch.tensor(layout.labels))
-        of = layout.splits or ["train"] * len(whole)
-        parts = {}
-        for name in ("train", "val", "test"):
-            rows = [k for k, split in enumerate(of) if split == name]
+        images, layout = self._images_and_layout
+        everything = Split(images, None if layout.labels is None else torch.tensor(layout.labels))
+        split_of = layout.splits or ["train"] * len(everything)
+        splits = {}
+        for name in SPLITS:
+            rows = [k for k, split in enumerate(split_of) if split == name]
             if rows:
-                parts[name] = shuffled(whole[torch.tensor(rows)], "image_folder", name)
-        n = len(parts["train"])
-        lacking = {name: max(1, round(f * n)) for name, f in self.fractions.items() if name not in parts}
-        if sum(lacking.values()) >= n:
+                splits[name] = shuffle(everything[torch.tensor(rows)], "image_folder", name)
+        n = len(splits["train"])
+        missing = {name: max(1, round(f * n)) for name, f in self.fractions.items() if name not in splits}
+        if sum(missing.values()) >= n:
             raise UserError(
-                f"{self.root} holds {n} training images, too few to cut {' and '.join(lacking)} from: add some."
+                f"{self.root} contains {n} training images, too few to hold out {' and '.join(missing)}: add some."
             )
-        for name, held in lacking.items():
-            parts["train"], parts[name] = hold_out(parts["train"], held, "image_folder", "split", name)
-        return parts
+        for name, size in missing.items():
+            splits["train"], splits[name] = hold_out(splits["train"], size, "image_folder", "split", name)
+        return splits

@@ -9,28 +9,28 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gencompare.data import file_formats
-from gencompare.data.archives import candidate_paths, obtain
-from gencompare.data.datamodule import ImageData, Split, hold_out, shuffled
+from gencompare.data.archives import candidate_paths, find_or_download
+from gencompare.data.datamodule import ImageData, Split, hold_out, shuffle
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 
-VAL = 5000
+VAL_SIZE = 5000
 
 
 class MNIST(ImageData):
-    """MNIST from its four idx files, padded to 32x32; 5,000 of the training images are held out for validation.
+    """MNIST from its four IDX files, padded to 32x32, with 5,000 of the training images held out for validation.
 
-    The files may be packed by gzip or not, and lie in ``root`` or ``root/mnist``, there or in torchvision's folder
-    ``MNIST/raw``. Other data sets come in files of the same names, so their content (unpacked) is checked against the
-    official SHA-256: a mix-up or damage is an error.
+    The files, gzipped or not, are looked for in ``root`` and ``root/mnist``, directly or in torchvision's folder
+    ``MNIST/raw``. Other data sets use the same file names, so the uncompressed content must have the official SHA-256.
 
     Args:
-        root: folder in which to look.
-        download: fetch missing files into ``root`` (in torchvision's layout).
+        root: folder with the files.
+        download: download missing files into ``root`` (in torchvision's layout).
+        common: arguments of `ImageData`.
     """
 
     spec = DataSpec(name="mnist", shape=(1, 32, 32), num_classes=10, padding=2)
-    torchvision: ClassVar[str] = "MNIST"
+    torchvision_class: ClassVar[str] = "MNIST"
     sha256: ClassVar[dict[str, str]] = {
         "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -43,24 +43,27 @@ class MNIST(ImageData):
         self.root, self.download = Path(root).expanduser(), download
 
     def load(self) -> dict[str, Split]:
-        files = obtain(
+        paths = find_or_download(
             self._find,
             name=self.spec.name,
             root=self.root,
-            wanted=f"{', '.join(self.sha256)} (or .gz)",
-            torchvision=self.torchvision if self.download else None,
+            expected_files=f"{', '.join(self.sha256)} (or .gz)",
+            torchvision_class=self.torchvision_class if self.download else None,
         )
-        read = {name: self._read(path, digest) for (name, digest), path in zip(self.sha256.items(), files, strict=True)}
-        whole, test = (
-            Split(read[f"{part}-images-idx3-ubyte"][:, None], read[f"{part}-labels-idx1-ubyte"].long())
+        arrays = {
+            name: self._read(path, digest) for (name, digest), path in zip(self.sha256.items(), paths, strict=True)
+        }
+        train, test = (
+            Split(arrays[f"{part}-images-idx3-ubyte"][:, None], arrays[f"{part}-labels-idx1-ubyte"].long())
             for part in ("train", "t10k")
         )
-        train, val = hold_out(whole, VAL, self.spec.name, "split")
-        return {"train": train, "val": val, "test": shuffled(test, self.spec.name, "test")}
+        train, val = hold_out(train, VAL_SIZE, self.spec.name, "split")
+        return {"train": train, "val": val, "test": shuffle(test, self.spec.name, "test")}
 
     def _find(self) -> list[Path] | None:
-        """The four files in the order of ``sha256``, or None where no folder holds them all."""
-        for folder in candidate_paths(self.root, self.spec.name, (f"{self.torchvision}/raw", "raw", "")):
+        """The four files in the order of ``sha256``, or None if no folder contains all of them."""
+        layouts = (f"{self.torchvision_class}/raw", "raw", "")
+        for folder in candidate_paths(self.root, self.spec.name, layouts):
             files = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in self.sha256]
             found = [file for file in files if file is not None]
             if len(found) == len(files):
@@ -71,20 +74,20 @@ class MNIST(ImageData):
         content = file_formats.decompress(path)
         if hashlib.sha256(content).hexdigest() != digest:
             raise UserError(
-                f"{path} is not the official file of data '{self.spec.name}': fetch it again, or set data.root=DIR."
+                f"{path} is not the official file of data '{self.spec.name}': download it again, or set data.root=DIR."
             )
         return file_formats.parse_idx(content, path)
 
 
 class FashionMNIST(MNIST):
-    """As `MNIST`, whose file format and numbers it shares; torchvision's folder is ``FashionMNIST/raw``.
+    """Fashion-MNIST, in the same file format and sizes as `MNIST`; torchvision's folder is ``FashionMNIST/raw``.
 
-    Debian's package ``dataset-fashion-mnist`` puts the files in ``/usr/share/datasets/fashion-mnist``. Images are not
-    mirrored by default: all shoes and boots point to the left, and a mirrored one is no image of this set.
+    Debian's package ``dataset-fashion-mnist`` installs the files in ``/usr/share/datasets/fashion-mnist``. Images are
+    not flipped by default: all shoes and boots point to the left, so flipped images are out of distribution.
     """
 
     spec = DataSpec(name="fashion_mnist", shape=(1, 32, 32), num_classes=10, padding=2)
-    torchvision: ClassVar[str] = "FashionMNIST"
+    torchvision_class: ClassVar[str] = "FashionMNIST"
     sha256: ClassVar[dict[str, str]] = {
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",

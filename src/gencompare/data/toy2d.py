@@ -1,4 +1,4 @@
-"""Points in the plane as images of two channels and one pixel: data with a known distribution."""
+"""Points in the plane as two-channel images of one pixel: toy data from known distributions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from gencompare.generative_model import DataSpec
 from gencompare.rng import generator
 
 
-class Planar(Protocol):
+class PlanarDistribution(Protocol):
+    """A distribution of points in the plane, most of them in [-1, 1]^2."""
+
     @property
-    def components(self) -> int: ...
+    def num_components(self) -> int:
+        """Number of mixture components; 0 if samples have no labels."""
+        ...
 
-    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]: ...
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Points (n, 2) float64 and the components that they come from, (n,) int64 or None."""
+        ...
 
-    def log_density(self, x: Tensor) -> Tensor | None: ...
+    def log_density(self, x: Tensor) -> Tensor | None:
+        """Log density (n,) of points (n, 2); None without a closed form."""
+        ...
 
 
 def _uniform(n: int, generator: torch.Generator) -> Tensor:
@@ -33,15 +41,15 @@ def _normal(n: int, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """p(x) = sum_k w_k N(x; m_k, std^2 I)."""
+class GaussianMixture:
+    r"""Isotropic Gaussians: :math:`p(x) = \sum_k w_k \mathcal{N}(x; \mu_k, \sigma^2 I)`."""
 
     weights: tuple[float, ...]
     means: tuple[tuple[float, float], ...]
     std: float
 
     @property
-    def components(self) -> int:
+    def num_components(self) -> int:
         return len(self.weights)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -51,22 +59,23 @@ class Mixture:
 
     def log_density(self, x: Tensor) -> Tensor:
         log_weights = x.new_tensor(self.weights).log()
-        squares = (x[:, None] - x.new_tensor(self.means)).square().sum(-1)
-        return (log_weights - squares / (2 * self.std**2)).logsumexp(-1) - math.log(2 * math.pi * self.std**2)
+        squared_distances = (x[:, None] - x.new_tensor(self.means)).square().sum(-1)
+        exponents = log_weights - squared_distances / (2 * self.std**2)
+        return exponents.logsumexp(-1) - math.log(2 * math.pi * self.std**2)
 
 
 @dataclass(frozen=True)
 class Checkerboard:
-    """Uniform on the 8 dark squares of a 4 x 4 board: p(x) = 1 / 2 there and 0 elsewhere."""
+    """Uniform on the 8 dark squares of a 4x4 checkerboard: density 1/2 on them and 0 elsewhere."""
 
-    components: int = 8
+    num_components: int = 8
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         labels = torch.randint(8, (n,), generator=generator)
         row = labels // 2
         column = 2 * (labels % 2) + row % 2
-        inside = torch.stack([_uniform(n, generator), _uniform(n, generator)], -1)
-        return (torch.stack([column, row], -1) + inside) / 2 - 1, labels
+        within_square = torch.stack([_uniform(n, generator), _uniform(n, generator)], -1)
+        return (torch.stack([column, row], -1) + within_square) / 2 - 1, labels
 
     def log_density(self, x: Tensor) -> Tensor:
         square = ((x + 1) * 2).floor()
@@ -76,13 +85,14 @@ class Checkerboard:
 
 @dataclass(frozen=True)
 class Moons:
-    """Two half circles of radius 1 that reach into each other, at equal weight, with Gaussian noise.
+    r"""Two interleaving half circles of equal weight, with Gaussian noise.
 
-    (cos a, sin a) and (1 - cos a, 1/2 - sin a), a uniform in [0, pi]; then centred and divided by 1.75.
+    :math:`(\cos a, \sin a)` and :math:`(1 - \cos a, 1/2 - \sin a)` for :math:`a` uniform in :math:`[0, \pi]`, centred
+    and divided by 1.75.
     """
 
     std: float = 0.03
-    components: int = 2
+    num_components: int = 2
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         labels = torch.randint(2, (n,), generator=generator)
@@ -97,10 +107,13 @@ class Moons:
 
 @dataclass(frozen=True)
 class SwissRoll:
-    """A spiral, a (cos a, sin a) with a uniform in [1.5 pi, 4.5 pi], brought to radius 0.9, with Gaussian noise."""
+    r"""A spiral with Gaussian noise.
+
+    :math:`a (\cos a, \sin a)` for :math:`a` uniform in :math:`[1.5 \pi, 4.5 \pi]`, scaled to an outer radius of 0.9.
+    """
 
     std: float = 0.02
-    components: int = 0
+    num_components: int = 0
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, None]:
         angle = 1.5 * math.pi * (1 + 2 * _uniform(n, generator))
@@ -115,11 +128,11 @@ def _ring(n: int, radius: float) -> tuple[tuple[float, float], ...]:
     return tuple((radius * math.cos(2 * math.pi * k / n), radius * math.sin(2 * math.pi * k / n)) for k in range(n))
 
 
-DISTRIBUTIONS: dict[str, Planar] = {
-    "gaussians8": Mixture((0.125,) * 8, _ring(8, 0.75), 0.05),
-    # The example of Song and Ermon 2019 ("Generative Modeling by Estimating Gradients of the Data Distribution",
-    # section 3.2.2): 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), divided by 10.
-    "two_gaussians": Mixture((0.2, 0.8), ((-0.5, -0.5), (0.5, 0.5)), 0.1),
+DISTRIBUTIONS: dict[str, PlanarDistribution] = {
+    "gaussians8": GaussianMixture((0.125,) * 8, _ring(8, 0.75), 0.05),
+    # Song and Ermon 2019 ("Generative Modeling by Estimating Gradients of the Data Distribution", section 3.2.2):
+    # 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), here divided by 10.
+    "two_gaussians": GaussianMixture((0.2, 0.8), ((-0.5, -0.5), (0.5, 0.5)), 0.1),
     "checkerboard": Checkerboard(),
     "moons": Moons(),
     "swiss_roll": SwissRoll(),
@@ -127,36 +140,38 @@ DISTRIBUTIONS: dict[str, Planar] = {
 
 
 class Toy2D(ImageData):
-    """``n`` points a split, (n, 2, 1, 1), drawn from fixed seeds; labels are the parts of a mixture.
+    """Points (n, 2, 1, 1) sampled with fixed seeds; the labels are the components of a mixture.
 
     Args:
-        name: one of `planar.DISTRIBUTIONS`.
-        n: points in each of train, val and test.
+        distribution: a key of `DISTRIBUTIONS`.
+        num_points: number of points in each split.
+        common: arguments of `ImageData`.
     """
 
-    def __init__(self, name: str = "gaussians8", *, n: int = 10_000, **common: Any) -> None:
+    def __init__(self, distribution: str = "gaussians8", *, num_points: int = 10_000, **common: Any) -> None:
         super().__init__(**common)
-        if name not in DISTRIBUTIONS:
+        if distribution not in DISTRIBUTIONS:
             raise UserError(
-                f"There is no distribution '{name}' in data 'toy2d': choose data.name={', '.join(DISTRIBUTIONS)}."
+                f"There is no distribution '{distribution}' in data 'toy2d':"
+                f" set data.distribution to one of {', '.join(DISTRIBUTIONS)}."
             )
-        if n < 1:
-            raise UserError(f"data.n={n} must be at least 1 point.")
-        self.truth, self.n = DISTRIBUTIONS[name], n
+        if num_points < 1:
+            raise UserError(f"data.num_points={num_points} must be at least 1.")
+        self.distribution, self.num_points = DISTRIBUTIONS[distribution], num_points
         self.spec = DataSpec(
-            name=f"toy2d_{name}",
+            name=f"toy2d_{distribution}",
             shape=(2, 1, 1),
-            num_classes=self.truth.components,
-            num_levels=None,
+            num_classes=self.distribution.num_components,
+            num_bins=None,
         )
 
     def load(self) -> dict[str, Split]:
         splits = {}
         for split in SPLITS:
-            points, labels = self.truth.sample(self.n, generator("cpu", self.spec.name, split))
+            points, labels = self.distribution.sample(self.num_points, generator("cpu", self.spec.name, split))
             splits[split] = Split(points.float()[:, :, None, None], labels)
         return splits
 
     def log_density(self, x: Tensor) -> Tensor | None:
-        """log p of points (n, 2, 1, 1) or (n, 2) in nats, (n,); None where it has no closed form."""
-        return self.truth.log_density(x.flatten(1))
+        """Log density in nats, (n,), of points (n, 2, 1, 1) or (n, 2); None without a closed form."""
+        return self.distribution.log_density(x.flatten(1))
