@@ -1,7 +1,7 @@
-"""Arrays kept on disk (decoded images, features of real images), under a name that says what they were made from.
+"""Arrays cached on disk (decoded images, features of real images) under a name that identifies their inputs.
 
-A file is a ``.npy`` array followed by the 32 bytes of the SHA-256 of all that stands before them. What is read back is
-mapped into memory, so that several processes share one copy, and it is read only after the check sum was verified.
+A cache file is a ``.npy`` array followed by the 32 bytes of its SHA-256. The checksum is verified before an array is
+used, and arrays are memory-mapped, so that several processes share one copy.
 """
 
 from __future__ import annotations
@@ -18,66 +18,71 @@ import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.files import atomic, locked
+from gencompare.files import atomic_write, file_lock
 
 log = logging.getLogger(__name__)
 
 CHECKSUM_BYTES = 32
-BLOCK = 1 << 20
+BLOCK_SIZE = 1 << 20
 
 
-def cached_array(folder: Path | None, name: str, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor called ``name`` in ``folder``; made and stored where it is missing or damaged.
+def cached_array(folder: Path | None, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Load the tensor ``name`` from ``folder``, or compute and store it if the file is missing or damaged.
 
-    ``name`` must be a function of all that ``make`` depends on. Processes that ask at once make it once. Where the
-    folder cannot be written, or is None, the tensor is made and not stored.
+    Of several processes that start together, one computes the tensor and the others wait. If the folder is None or not
+    writable, the tensor is computed and not stored.
+
+    Args:
+        folder: cache folder; None disables caching.
+        name: file name without suffix; must be determined by everything that ``compute`` depends on.
+        compute: returns the tensor.
     """
     if folder is None:
-        return make()
-    stored = load(folder, name)
+        return compute()
+    stored = load_cached(folder, name)
     if stored is not None:
         return stored
-    made = None
+    computed = None
     try:
-        with locked(folder / f"{name}.lock"):
-            stored = load(folder, name)  # another process may have made it while this one waited
+        with file_lock(folder / f"{name}.lock"):
+            stored = load_cached(folder, name)  # another process may have stored it while this one waited
             if stored is not None:
                 return stored
-            made = make()
-            store(folder, name, made)
+            computed = compute()
+            store_cached(folder, name, computed)
     except OSError as error:
         _warn(folder, name, error)
-    return make() if made is None else made
+    return compute() if computed is None else computed
 
 
-def load(folder: Path, name: str) -> Tensor | None:
-    """The stored tensor, or None where the file is missing or not what was written."""
+def load_cached(folder: Path, name: str) -> Tensor | None:
+    """The stored tensor, or None if the file is missing or damaged."""
     path = folder / f"{name}.npy"
     with suppress(OSError, ValueError, EOFError):
-        if not _intact(path):
-            log.warning("%s is damaged: it is made anew.", path)
+        if not _is_intact(path):
+            log.warning("%s is damaged and will be computed again.", path)
             return None
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     return None
 
 
-def store(folder: Path, name: str, tensor: Tensor) -> None:
-    """Write ``tensor``, whole or not at all; a folder that cannot be written is a warning."""
+def store_cached(folder: Path, name: str, tensor: Tensor) -> None:
+    """Store a tensor atomically; logs a warning if the folder is not writable."""
     try:
-        with atomic(folder / f"{name}.npy") as file:
-            summed = _Summed(file)
-            np.lib.format.write_array(summed, tensor.numpy(), allow_pickle=False)  # type: ignore[arg-type]
-            file.write(summed.digest.digest())
+        with atomic_write(folder / f"{name}.npy") as file:
+            writer = _HashingWriter(file)
+            np.lib.format.write_array(writer, tensor.numpy(), allow_pickle=False)  # type: ignore[arg-type]
+            file.write(writer.digest.digest())
     except (OSError, UserError) as error:
         _warn(folder, name, error)
 
 
 def _warn(folder: Path, name: str, error: Exception) -> None:
-    log.warning("%s cannot be kept in %s (%s): set paths.cache=DIR to save time.", name, folder, error)
+    log.warning("%s cannot be stored in %s (%s): set paths.cache=DIR to save time.", name, folder, error)
 
 
-class _Summed:
-    """A file handle that only writes, and sums up what passes."""
+class _HashingWriter:
+    """Passes writes on to a file and computes their SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -87,14 +92,14 @@ class _Summed:
         return self.file.write(block)
 
 
-def _intact(path: Path) -> bool:
-    left = path.stat().st_size - CHECKSUM_BYTES
+def _is_intact(path: Path) -> bool:
+    remaining = path.stat().st_size - CHECKSUM_BYTES
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while left > 0:
-            block = file.read(min(BLOCK, left))
+        while remaining > 0:
+            block = file.read(min(BLOCK_SIZE, remaining))
             if not block:
                 return False
             digest.update(block)
-            left -= len(block)
-        return left == 0 and file.read() == digest.digest()
+            remaining -= len(block)
+        return remaining == 0 and file.read() == digest.digest()

@@ -1,4 +1,4 @@
-"""Work shared between processes, with results that do not depend on how many there are."""
+"""Helpers for several processes, with results that do not depend on their number."""
 
 from __future__ import annotations
 
@@ -15,92 +15,91 @@ T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(rank, processes): (0, 1) where torch.distributed is not initialised."""
+    """(rank, world size), which is (0, 1) if torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def distribute(count: int, work: Callable[[int], T]) -> list[T]:
-    """[work(0), ..., work(count - 1)], each computed by one process in turn, and known to all of them.
+def world_size() -> int:
+    """Number of processes; 1 if torch.distributed is not initialised."""
+    return rank_and_world_size()[1]
 
-    A failure in one process is raised in all, so that none waits for ever.
+
+def distributed_map(function: Callable[[int], T], count: int) -> list[T]:
+    """Return [function(0), ..., function(count - 1)] on all ranks; rank r of W computes every W-th item.
+
+    An exception on one rank is raised on all of them, so that none waits forever.
     """
-    rank, processes = rank_and_world_size()
-    mine: dict[int, T] = {}
+    rank, num_ranks = rank_and_world_size()
+    local_results: dict[int, T] = {}
     failure: Exception | None = None
     try:
-        for k in range(rank, count, processes):
-            mine[k] = work(k)
+        for k in range(rank, count, num_ranks):
+            local_results[k] = function(k)
     except Exception as error:
         failure = error
-    everyone: list[Any] = [(mine, failure)]
-    if processes > 1:
-        everyone = [None] * processes
-        dist.all_gather_object(everyone, (mine, None if failure is None else UserError(str(failure))))
-    _raise(failure, [error for _, error in everyone])
-    results = {k: value for part, _ in everyone for k, value in part.items()}
+    gathered: list[Any] = [(local_results, failure)]
+    if num_ranks > 1:
+        gathered = [None] * num_ranks
+        dist.all_gather_object(gathered, (local_results, None if failure is None else UserError(str(failure))))
+    _raise_first(failure, [error for _, error in gathered])
+    results = {k: value for part, _ in gathered for k, value in part.items()}
     return [results[k] for k in range(count)]
 
 
-def run_on_first(work: Callable[[], T]) -> T:
-    """work(), computed by the first process and known to all. Its failure is raised in all."""
-    rank, processes = rank_and_world_size()
-    if processes == 1:
-        return work()
-    box: list[Any] = [None, None]
+def run_on_rank_zero(function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 and return the result on all ranks. An exception is raised on all ranks."""
+    rank, num_ranks = rank_and_world_size()
+    if num_ranks == 1:
+        return function()
+    result_and_error: list[Any] = [None, None]
     failure: Exception | None = None
     if rank == 0:
         try:
-            box[0] = work()
+            result_and_error[0] = function()
         except Exception as error:
-            failure, box[1] = error, UserError(str(error))
-    dist.broadcast_object_list(box, src=0)
-    _raise(failure, [box[1]])
-    return box[0]
+            failure, result_and_error[1] = error, UserError(str(error))
+    dist.broadcast_object_list(result_and_error, src=0)
+    _raise_first(failure, [result_and_error[1]])
+    return result_and_error[0]
 
 
-def all_agree(flag: bool) -> bool:
-    """Whether ``flag`` is true in every process: what one of them alone may know must not decide what all do."""
-    processes = rank_and_world_size()[1]
-    if processes == 1:
+def all_ranks_true(flag: bool) -> bool:
+    """Whether ``flag`` is true on all ranks. Use it before a decision that all ranks must take alike."""
+    num_ranks = world_size()
+    if num_ranks == 1:
         return flag
-    everyone: list[Any] = [None] * processes
-    dist.all_gather_object(everyone, flag)
-    return all(everyone)
+    flags: list[Any] = [None] * num_ranks
+    dist.all_gather_object(flags, flag)
+    return all(flags)
 
 
-def _raise(own: Exception | None, others: list[Exception | None]) -> None:
+def _raise_first(own: Exception | None, errors: list[Exception | None]) -> None:
+    """Raise this rank's exception if there is one, otherwise the first of the other ranks."""
     if own is not None:
         raise own
-    for error in others:
+    for error in errors:
         if error is not None:
             raise error
 
 
-def world_size() -> int:
-    """How many processes train together."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if together else 1
-
-
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all processes; with one, the values themselves."""
+    """The sum of ``values`` over all ranks."""
     if world_size() == 1:
         return values
     total = values.clone()
-    torch.distributed.all_reduce(total)
+    dist.all_reduce(total)
     return total
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """The rows of the whole batch, (n W, ...), from the n rows that each of W processes holds; with one, its own.
+    """Concatenate the rows (n, ...) of all W ranks to (n W, ...), in the order of the ranks.
 
-    Process r holds the r-th part, as batches and `Draws` are shared out, so all processes get the same rows in the same
-    order.
+    This is the order of the global batch in `TrainStream` and `RandomSource`.
     """
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, rows.contiguous())
+    dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)

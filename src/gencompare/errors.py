@@ -1,40 +1,40 @@
-"""The exceptions that a user is meant to read."""
+"""Exceptions whose messages are addressed to the user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can put right: one line that names the thing and the way out.
+    """An error that the user can fix. The message is one line that names the cause and the fix.
 
-    The command line prints the message alone and ends with exit code 1; set ``HYDRA_FULL_ERROR=1`` for the traceback.
+    The command line prints only the message and exits with code 1; set ``HYDRA_FULL_ERROR=1`` for the traceback.
     """
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises `UserError` unless the setting ``name`` is a number. (On the command line ``.nan`` is a word.)
+    """Raise `UserError` unless the config value ``name`` is a number.
 
-    Without this, Python says in its own words that what is no number cannot be compared with one.
+    Comparing a string (YAML parses ``.nan`` on the command line as one) with a number raises an unhelpful `TypeError`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{name}={value}: give a number.")
+        raise UserError(f"{name}={value}: must be a number.")
 
 
 class TrainingStopped(UserError):
-    """Training cannot go on, whatever the next batch. Who finds that out need not know what is left of it.
+    """Training cannot continue with any next batch.
 
     Args:
-        why: what went wrong.
-        remedy: what to try, a sentence of its own.
+        reason: what went wrong, without a full stop.
+        suggestion: what to try, a sentence of its own.
     """
 
-    def __init__(self, why: str, remedy: str) -> None:
-        super().__init__(why, remedy)
-        self.kept: bool | None = None
-        """Whether there is a checkpoint, which can only be a good one: the callback that writes them says so."""
+    def __init__(self, reason: str, suggestion: str) -> None:
+        super().__init__(reason, suggestion)
+        self.checkpoint_saved: bool | None = None
+        """Whether a good checkpoint exists; set by the checkpoint callback."""
 
     def __str__(self) -> str:
-        why, remedy = self.args
-        if self.kept is None:
-            return f"{why}. {remedy}"
-        left = "the last good checkpoint is kept" if self.kept else "no checkpoint had been saved yet"
-        return f"{why}. Training was stopped; {left}. {remedy}"
+        reason, suggestion = self.args
+        if self.checkpoint_saved is None:
+            return f"{reason}. {suggestion}"
+        saved = "the last good checkpoint is kept" if self.checkpoint_saved else "no checkpoint had been saved yet"
+        return f"{reason}. Training was stopped; {saved}. {suggestion}"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their check sums, and locks between processes."""
+"""Atomic writes, checksums and locks between processes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from typing import Any, BinaryIO
 
 from gencompare.errors import UserError
 
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+PATH_ERRORS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
+)  # fmt: skip
+
 
 @contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file handle whose content replaces ``path`` when the block ends well, and vanishes when it does not.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces ``path`` when the block ends, or is discarded if the block raises.
 
-    The bytes go to a temporary file in the same folder, are synced to disk and renamed, so that a reader sees the old
-    file or the new one and never a part. Raises `UserError` for a full disk or a folder that cannot be written.
+    The bytes go to a temporary file in the same folder, which is synced to disk and then renamed. Readers see the old
+    file or the new one, never a partial one. Raises `UserError` if the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = None
@@ -35,24 +40,18 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise cannot_write(path, error) or error from error
+        raise write_error(path, error) or error from error
     finally:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-ELSEWHERE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
-)  # fmt: skip
-
-
-def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError | None:
-    """What to tell the user of an error in writing ``path``; None where it is none of theirs."""
-    if error.errno in FULL:
-        return UserError(f"No room left on the disk for {path}: free some space, then start again.")
-    if error.errno in ELSEWHERE:
+def write_error(path: str | os.PathLike[str], error: OSError) -> UserError | None:
+    """The message for a failure to write ``path``, or None if the user cannot fix it."""
+    if error.errno in DISK_FULL_ERRORS:
+        return UserError(f"No space left on the disk for {path}: free some space, then start again.")
+    if error.errno in PATH_ERRORS:
         return UserError(f"Cannot write {path}: {error.strerror}. Choose another folder.")
     return None
 
@@ -64,28 +63,31 @@ def _umask() -> int:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
-    with atomic(path) as file:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all. NaN and infinity are refused: they are not JSON."""
+    """Write ``value`` as indented JSON, atomically. Raises `ValueError` for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock file ``path`` (made where missing, left behind); others wait. The system frees it if we die.
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``path`` during the block.
 
-    Raises OSError where the folder cannot be written or its file system knows no locks, and BlockingIOError where
-    another process holds the file and we shall not ``wait``.
+    The file is created if missing and not removed. The operating system releases the lock if the process dies.
+
+    Raises:
+        OSError: if the folder is not writable or its file system does not support locks.
+        BlockingIOError: if ``wait`` is false and another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)

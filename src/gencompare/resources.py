@@ -1,4 +1,4 @@
-"""Floating-point operations and peak memory of a piece of work."""
+"""FLOPs and peak memory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-class Flops(FlopCounterMode):
-    """Counts matrix products, convolutions and attention, forward and backward, as torch dispatches them; the rest is
-    small beside these.
+class FlopCounter(FlopCounterMode):
+    """Counts the FLOPs of matrix products, convolutions and attention, forward and backward.
 
-    The count is of the whole, not of each module as torch's own: that hooks the inputs of modules, and does not bear
-    a gradient with respect to one of them (classifier guidance, gradient penalties).
+    Unlike its base class it does not count per module. The module hooks of the base class fail when a gradient with
+    respect to a module's input is taken, as in classifier guidance and gradient penalties.
     """
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker: Any = _NoModules()
+        self.mod_tracker: Any = _NoModuleTracker()
 
 
-class _NoModules:
-    """In place of torch's ``ModuleTracker``: all work is that of the whole."""
+class _NoModuleTracker:
+    """Replaces PyTorch's ``ModuleTracker`` and attributes everything to the global scope."""
 
     parents = frozenset({"Global"})
 
@@ -34,21 +33,21 @@ class _NoModules:
     def __exit__(self, *error: object) -> None: ...
 
 
-def flops_per_image(work: Callable[[], object], images: int) -> float:
-    """FLOPs (multiplications and additions) of ``work()``, divided by the ``images`` it handles."""
-    with Flops() as counter:
-        work()
-    return counter.get_total_flops() / images
+def flops_per_image(function: Callable[[], object], num_images: int) -> float:
+    """FLOPs of ``function()`` per image; a multiply-add counts as two."""
+    with FlopCounter() as counter:
+        function()
+    return counter.get_total_flops() / num_images
 
 
-def forget_peak(device: torch.device) -> None:
-    """Count anew from here, where the device can."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak memory statistics of a GPU; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """On a GPU what torch allocated there at most, on a CPU the process's largest resident size."""
+    """Peak memory allocated by PyTorch on a GPU, or the peak resident set size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

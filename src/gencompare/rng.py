@@ -1,4 +1,4 @@
-"""Seeds and random numbers that do not depend on how many processes draw them, or on where a run was resumed."""
+"""Seeds and random numbers that are independent of the number of processes and of where a run was resumed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of all ``parts`` (say, the run's seed, a purpose and a step)."""
+    """A 63-bit seed, determined by all ``parts`` (for example the seed of the run, a purpose and a step)."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A fresh generator on ``device``, seeded with ``derive_seed(*parts)``."""
+    """A new generator on ``device``, seeded with ``derive_seed(*parts)``."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Torch's own generator on ``device``, which ``torch.manual_seed`` and Lightning's ``seed_everything`` seed."""
+    """PyTorch's global generator of ``device``, seeded by ``torch.manual_seed`` and Lightning's ``seed_everything``."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
@@ -31,10 +31,16 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 @dataclass(frozen=True)
 class RandomSource:
-    """Random numbers for the rows of the global batch that this process holds.
+    """Random numbers for this process's rows of the global batch.
 
-    Every call draws for all ``total`` rows and keeps rows ``start`` to ``stop``. So sample i of the global batch meets
-    the same noise whether one process holds it or four share it. (Drawing is a small part of a step's cost.)
+    Each call draws numbers for all ``total`` rows and returns rows ``start`` to ``stop``, so row i of the global batch
+    gets the same numbers for any number of processes. The extra draws cost little compared with a training step.
+
+    Args:
+        generator: generator in the same state on all processes.
+        start: first row of this process.
+        stop: one past the last row of this process.
+        total: size of the global batch.
     """
 
     generator: torch.Generator
@@ -43,9 +49,9 @@ class RandomSource:
     total: int
 
     @classmethod
-    def whole(cls, generator: torch.Generator, total: int) -> RandomSource:
-        """All rows in this process."""
-        return cls(generator, 0, total, total)
+    def for_batch(cls, generator: torch.Generator, batch_size: int) -> RandomSource:
+        """A source for a batch that is not divided among processes."""
+        return cls(generator, 0, batch_size, batch_size)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -54,34 +60,36 @@ class RandomSource:
     def device(self) -> torch.device:
         return self.generator.device
 
-    def every(self, step: int, first: int) -> RandomSource:
-        """Numbers for rows ``first``, ``first + step``, ... of the global batch alone: a batch of its own.
+    def strided(self, stride: int, offset: int) -> RandomSource:
+        """A source for the smaller batch made of rows ``offset``, ``offset + stride``, ... of the global batch.
 
-        The rows are counted in the global batch, so all processes together hold the parts that one would.
+        Rows are counted in the global batch, so the result is independent of the number of processes.
         """
-        start, stop, total = (-((first - rows) // step) for rows in (self.start, self.stop, self.total))
+        start, stop, total = (-((offset - rows) // stride) for rows in (self.start, self.stop, self.total))
         return RandomSource(self.generator, start, stop, total)
 
-    def _mine(self, values: Tensor) -> Tensor:
+    def _local(self, values: Tensor) -> Tensor:
         return values[self.start : self.stop]
 
     def normal(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers, (rows, *shape)."""
-        return self._mine(torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
+        """Standard normal numbers, (rows, \\*shape)."""
+        return self._local(torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform numbers in [0, 1), (rows, *shape)."""
-        return self._mine(torch.rand(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
+        """Uniform numbers in [0, 1), (rows, \\*shape)."""
+        return self._local(torch.rand(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
-        """Whole numbers 0 to high - 1, (rows, *shape)."""
-        return self._mine(torch.randint(high, (self.total, *shape), generator=self.generator, device=self.device))
+        """Uniform integers in 0 to ``high - 1``, (rows, \\*shape)."""
+        return self._local(torch.randint(high, (self.total, *shape), generator=self.generator, device=self.device))
 
     def stratified(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Low-discrepancy uniform numbers in [0, 1): (u + i / total) mod 1 for row i, one u a batch.
+        r"""Low-discrepancy uniform numbers in [0, 1), (rows,).
 
-        Each is uniform; together they cover the interval evenly, which lowers the variance of a loss that is averaged
-        over times (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+        Row :math:`i` gets :math:`(u + i / \mathrm{total}) \bmod 1` with one :math:`u \sim U[0, 1)` per batch. Each
+        number is uniform, and together they cover the interval evenly, which lowers the variance of a loss averaged
+        over times (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1,
+        https://arxiv.org/abs/2107.00630).
         """
         offset = torch.rand((), generator=self.generator, device=self.device, dtype=dtype)
         rows = torch.arange(self.start, self.stop, device=self.device, dtype=dtype)
@@ -89,5 +97,5 @@ class RandomSource:
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape and type of x, drawn where the generator lives."""
+    """Standard normal numbers of the shape and dtype of ``x``, drawn on the generator's device and moved to x's."""
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
