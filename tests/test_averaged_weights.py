@@ -24,10 +24,11 @@ from gencompare.models.diffusion import Diffusion
 from gencompare.rng import generator
 from gencompare.tasks.runs import loading
 from gencompare.training.budget import Budget
-from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
 from gencompare.training.evaluation_callback import evaluation_mode
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from parts import part
 
 CLOSE = 0.1
@@ -39,7 +40,7 @@ class GaussianPixels(ImageData):
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
-        self.spec = DataSpec(name="gaussian_pixels", shape=(1, 1, 3), num_classes=0, num_levels=None)
+        self.spec = DataSpec(name="gaussian_pixels", shape=(1, 1, 3), num_classes=0, num_bins=None)
 
     def load(self) -> dict[str, Split]:
         sources = {split: generator("cpu", self.spec.name, split) for split in SPLITS}
@@ -69,7 +70,7 @@ def untrained() -> Diffusion:
         schedule=part("schedule", "vp"),
         parameterization=part("parameterization", "x0"),
         objective=part("objective", "simple"),
-        sampler=part("sampler", "ddim", steps=200),
+        sampler=part("sampler", "ddim", num_steps=200),
         clip_x0=False,
         optimizer=lambda weights: torch.optim.Adam(weights, lr=0.3),
     )
@@ -104,7 +105,7 @@ def loaded_error(folder: Path, weights: str = "ema") -> float:
 
 def looked_error(trainer: pl.Trainer, model: Diffusion) -> float:
     """Of what a look sees while the model trains."""
-    with evaluation_mode(trainer, model):
+    with evaluation_mode(model):
         return samples_error(model)
 
 
@@ -119,7 +120,7 @@ def test_raw_weights_in_place_of_the_average_break_the_law(
 ) -> None:
     trainer, model, folder = trained
     assert loaded_error(folder, "raw") > CLOSE, "asked for"
-    monkeypatch.setattr(loading, "AVERAGED", "average")  # the name of nothing in a checkpoint
+    monkeypatch.setattr(loading, "EMA_KEY", "average")  # the name of nothing in a checkpoint
     assert loaded_error(folder) > CLOSE, "a bug in loading"
     monkeypatch.setattr(EMA, "averaged", lambda self, model: nullcontext())
     assert looked_error(trainer, model) > CLOSE, "a bug in looking"

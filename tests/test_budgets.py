@@ -24,7 +24,8 @@ from gencompare.tasks.runs import dependency_costs
 from gencompare.tasks.runs.loading import load_run
 from gencompare.training import clock as clocks
 from gencompare.training.budget import Budget
-from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.checkpoints import Checkpoints
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from gencompare.training.clock import TrainingClock, TrainingFlops
 
 Cli = Callable[..., int]
@@ -38,7 +39,7 @@ class Linear(GenerativeModel):
         super().__init__(data.spec, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
         self.layer = nn.Linear(64, 5, bias=False)
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         return {"loss": self.layer(x.flatten(1)).square().sum(1)}
 
 
@@ -49,9 +50,9 @@ class Twice(Linear):
     def step_kind(self) -> str:
         return "twice" if self.progress >= 0.5 else ""
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        once = super().losses(x, cond, draws)["loss"]
-        return {"loss": once + super().losses(x, cond, draws)["loss"] if self.step_kind else once}
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        once = super().losses(x, cond, rng)["loss"]
+        return {"loss": once + super().losses(x, cond, rng)["loss"] if self.step_kind else once}
 
 
 def train(
@@ -180,7 +181,7 @@ def test_an_option_of_the_group_replaces_what_an_experiment_says(words: list[str
 
 def record(name: str, flops: float | None, seconds: float, needed: Any = ()) -> RunRecord:
     training = {
-        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2, "needed": list(needed),
+        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2, "dependencies": list(needed),
     }  # fmt: skip
     return RunRecord(name=name, family=name, data={}, environment={"run_id": name}, training=training)
 
@@ -191,18 +192,18 @@ def test_the_total_is_of_all_that_was_needed_each_once() -> None:
     guide = record("guide", 20.0, 2.0, [coder])
     model = record("model", 3.0, 4.0, [coder, dependency_costs.cost_entry(guide, "classifier")])
     dependency_costs.print_costs(model)
-    assert model.training["total"] == {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0}
+    assert model.training["total_cost"] == {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0}
     # The other trials of a search are part of the cost, and do not take from what the model may spend.
     trial = dependency_costs.cost_entry(record("other", 1000.0, 1.0), "trial")
     assert dependency_costs.remaining(Budget(flops=130.0), [coder, trial]).flops == 30.0
     unknown = record("old", None, 1.0)
     dependency_costs.print_costs(unknown)
-    assert unknown.training["total"]["flops"] is None and unknown.training["total"]["steps"] == 1
+    assert unknown.training["total_cost"]["flops"] is None and unknown.training["total_cost"]["steps"] == 1
 
 
 QUICK = [
-    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "callbacks.looks.count=0",
-    "callbacks.progress=false", "evaluation.checkpoints=[]", "callbacks.checkpoints.every_minutes=100",
+    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "callbacks.evaluation.num_evaluations=0",
+    "callbacks.progress_bar=null", "evaluation.checkpoints=[]", "callbacks.checkpoints.every_minutes=100",
 ]  # fmt: skip
 SMALL = ["model.network.channels=8", "model.network.groups=8"]
 STAGE = [
@@ -221,12 +222,12 @@ def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, 
     words = ["model=ldm", *QUICK, *SMALL, *STAGE]
     assert cli(*words, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
     probe = training(tmp_path / "probe")
-    stage, whitening = probe["needed"]
+    stage, whitening = probe["dependencies"]
     assert stage["role"] == "autoencoder" and stage["steps"] == 3 and stage["images_seen"] == 48
-    assert probe["total"]["images_seen"] == 32 + 48 and probe["total"]["steps"] == 5
+    assert probe["total_cost"]["images_seen"] == 32 + 48 and probe["total_cost"]["steps"] == 5
     # The whitening has the encoder pass over all training images.
     loaded: Any = load_run(tmp_path / "probe")
-    images, encode = len(loaded.data.training), loaded.model.space.coder.encode
+    images, encode = len(loaded.data.train_subset), loaded.model.space.coder.encode
     assert whitening["role"] == "whitening" and whitening["images_seen"] == 0
     assert whitening["flops"] == pytest.approx(images * flops_per_image(lambda: encode(torch.zeros(1, 1, 8, 8)), 1))
     # Of the autoencoder's three steps the discriminator joins the last: it costs more.
@@ -236,22 +237,22 @@ def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, 
     assert per_image["adversarial"] > 1.05 * per_image[""]
     assert coder["flops"] == pytest.approx(16 * (2 * per_image[""] + per_image["adversarial"]))
     before = stage["flops"] + whitening["flops"]
-    assert probe["total"]["flops"] == probe["flops"] + before
-    assert probe["total"]["device_seconds"] == pytest.approx(
+    assert probe["total_cost"]["flops"] == probe["flops"] + before
+    assert probe["total_cost"]["device_seconds"] == pytest.approx(
         probe["seconds"] + stage["device_seconds"] + whitening["device_seconds"]
     )
 
     flops = float(f"{before + 4.5 * 16 * probe['flops_per_image']:.6e}")
     assert cli(*words, "budget=flops", f"budget.flops={flops:.6e}", "hydra.run.dir=run") == 0
     run = training(tmp_path / "run")
-    assert run["needed"][0]["id"] == stage["id"], "the autoencoder of the other run is taken"
+    assert run["dependencies"][0]["id"] == stage["id"], "the autoencoder of the other run is taken"
     assert run["steps"] == math.ceil((flops - before) / (16 * run["flops_per_image"])) == 5
-    assert flops <= run["total"]["flops"] < flops + 16 * run["flops_per_image"]
+    assert flops <= run["total_cost"]["flops"] < flops + 16 * run["flops_per_image"]
 
     assert cli("resume=run", f"budget.flops={flops + 2 * 16 * run['flops_per_image']:.8e}") == 0
     again = training(tmp_path / "run")
-    assert again["steps"] == 7 and again["needed"] == run["needed"]
-    assert again["total"]["flops"] == again["flops"] + before
+    assert again["steps"] == 7 and again["dependencies"] == run["dependencies"]
+    assert again["total_cost"]["flops"] == again["flops"] + before
 
     capsys.readouterr()
     assert cli(*words, "budget=flops", f"budget.flops={before:.6e}", "hydra.run.dir=none") == 1
@@ -267,24 +268,24 @@ def test_a_noisy_classifier_is_part_of_what_a_guided_model_costs(cli: Cli, tmp_p
     guided = ["model/guidance=classifier", "model.guidance.classifier.run=guide"]
     assert cli("model=ddpm", *SMALL, *base, *guided, "hydra.run.dir=guided") == 0
     found = training(tmp_path / "guided")
-    assert [part["role"] for part in found["needed"]] == ["classifier"]
-    assert found["total"]["flops"] == found["flops"] + guide["flops"]
+    assert [part["role"] for part in found["dependencies"]] == ["classifier"]
+    assert found["total_cost"]["flops"] == found["flops"] + guide["flops"]
     # An evaluation may bring a guide that training did not have, so its result tells of guides too.
     measured = [
         "evaluation.n=100",
-        "evaluation.extractors=[classifier]", "model/bits=null", "model/sampler=ddim", "model.sampler.steps=2",
+        "evaluation.extractors=[classifier]", "model/likelihoods=null", "model/sampler=ddim", "model.sampler.num_steps=2",
     ]  # fmt: skip
-    assert cli("task=evaluate", "run=guided", *measured) == 0
+    assert cli("task=evaluate", "run_dir=guided", *measured) == 0
     (result,) = json.loads((tmp_path / "guided" / "record.json").read_text())["results"]
-    assert [part["id"] for part in result["details"]["guides"]] == [found["needed"][0]["id"]]
+    assert [part["id"] for part in result["details"]["guides"]] == [found["dependencies"][0]["id"]]
 
 
 def test_one_training_is_measured_with_several_scales(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     words = [
         "model=ddpm", *SMALL, *QUICK[:-2], "budget=steps", "budget.steps=1", "model.conditional=true",
-        "model.label_dropout=0.1", "model/guidance=classifier_free", "model/sampler=ddim", "model.sampler.steps=2",
+        "model.label_dropout=0.1", "model/guidance=classifier_free", "model/sampler=ddim", "model.sampler.num_steps=2",
         "model.guidance.scale=1", "evaluation.n=100",
-        "evaluation.extractors=[classifier]", "evaluation.checkpoints=[last]", "model/bits=null",
+        "evaluation.extractors=[classifier]", "evaluation.checkpoints=[last]", "model/likelihoods=null",
     ]  # fmt: skip
     further = "+evaluation.guidance={w0: {scale: 0}, w4: {scale: 4, interval: [0.3, 3]}}"
     assert cli(*words, further, "hydra.run.dir=run") == 0

@@ -23,7 +23,7 @@ import gencompare
 from checkpoints import assert_same_training, checkpoint
 from composing import options
 from forking import Forked
-from gencompare.files import locked
+from gencompare.files import file_lock
 from gencompare.tasks import evaluate_run as evaluate_task
 from gencompare.training.clock import TrainingClock
 
@@ -33,8 +33,8 @@ STOPPED = {"gaussian": SIGNALS[:1], "vae": SIGNALS, "gan": SIGNALS, "ddpm": SIGN
 """One for each way of optimising; that every family resumes bit by bit is tested in test_contract.py."""
 QUICK = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
-    "callbacks.looks.grid=4", "callbacks.looks.preview=0", "callbacks.curve.every=1", "callbacks.progress=false",
-    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
+    "callbacks.evaluation.num_grid_images=4", "callbacks.evaluation.num_samples=0", "callbacks.metric_logger.log_every_n_steps=1", "callbacks.progress_bar=null",
+    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
 ]  # fmt: skip
 Cli = Callable[..., int]
 
@@ -61,7 +61,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         *QUICK,
         "budget.steps=6",
         "evaluation.checkpoints=[]",
-        "callbacks.looks.count=0",
+        "callbacks.evaluation.num_evaluations=0",
     ]
     assert cli(*words, "hydra.run.dir=whole") == 0
     steps = checkpoint(tmp_path / "whole")["callbacks"]["TrainingClock"]["step"]
@@ -96,8 +96,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained DDPM in ``run``."""
     folder = tmp_path_factory.mktemp("trained")
     run = Forked(
-        folder, "model=ddpm", *QUICK, "budget.steps=3", "model/sampler=ddim", "model.sampler.steps=4",
-        "callbacks.looks.count=1", "evaluation.checkpoints=[last]", "hydra.run.dir=run",
+        folder, "model=ddpm", *QUICK, "budget.steps=3", "model/sampler=ddim", "model.sampler.num_steps=4",
+        "callbacks.evaluation.num_evaluations=1", "evaluation.checkpoints=[last]", "hydra.run.dir=run",
     )  # fmt: skip
     assert run.wait(timeout=280) == 0, run.output()[-4000:]
     assert "page with the pictures" in run.output() and "FD digits" in run.output()
@@ -112,7 +112,7 @@ def test_the_record_says_all_that_a_comparison_needs(trained: Path) -> None:
     (result,) = record["results"]
     assert result["measurement"]["extractor_hash"] and result["measurement"]["reference_hash"]
     assert result["generation"]["nfe"] == {"network": 4} and result["generation"]["weights"] == "ema"
-    assert result["metrics"]["fd_digits"]["floor"] > 0
+    assert result["metrics"]["fd_digits"]["baseline"] > 0
     assert "Users" not in json.dumps(record["environment"]) and str(Path.home()) not in json.dumps(
         record["environment"]
     )
@@ -123,12 +123,12 @@ def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
 ) -> None:
     monkeypatch.chdir(trained)
     before = checkpoint(trained / "run")["state_dict"]
-    assert cli("task=evaluate", "run=run", "model/sampler=ancestral", "model.sampler.steps=3") == 0
+    assert cli("task=evaluate", "run_dir=run", "model/sampler=ancestral", "model.sampler.num_steps=3") == 0
     record = json.loads((trained / "run" / "record.json").read_text())
     assert [r["generation"]["nfe"]["network"] for r in record["results"]] == [4, 3]
     assert record["results"][0]["measurement"] == record["results"][1]["measurement"]
     # Once more in the same way: the figure is the same, and takes the place of the first.
-    assert cli("task=evaluate", "run=run", "model/sampler=ancestral", "model.sampler.steps=3") == 0
+    assert cli("task=evaluate", "run_dir=run", "model/sampler=ancestral", "model.sampler.num_steps=3") == 0
     again = json.loads((trained / "run" / "record.json").read_text())
     assert len(again["results"]) == 2
     for name, metric in record["results"][1]["metrics"].items():
@@ -140,7 +140,9 @@ def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
 def test_a_value_that_follows_another_follows_it_in_a_run_folder_too(trained: Path, cli: Cli, tmp_path: Path) -> None:
     """evaluation.protocol.n takes the value of evaluation.n; in the frozen config it is a number of its own."""
     shutil.copytree(trained / "run", tmp_path / "copy")
-    assert cli("task=evaluate", "run=copy", "model/sampler=ddim", "model.sampler.steps=2", "evaluation.n=110") == 0
+    assert (
+        cli("task=evaluate", "run_dir=copy", "model/sampler=ddim", "model.sampler.num_steps=2", "evaluation.n=110") == 0
+    )
     record = json.loads((tmp_path / "copy" / "record.json").read_text())
     assert record["results"][-1]["measurement"]["n"] == 110
 
@@ -161,7 +163,7 @@ def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["png", "npz"])
 def test_samples_as_files(form: str, trained: Path, cli: Cli, tmp_path: Path) -> None:
-    assert cli("task=sample", f"run={trained / 'run'}", "n=5", f"task.format={form}", "task.out=out") == 0
+    assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=5", f"task.format={form}", "task.out=out") == 0
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8
     if form == "png":
         assert [np.asarray(Image.open(tmp_path / "out" / f"{k:06d}.png")).shape for k in range(5)] == [(8, 8)] * 5
@@ -172,7 +174,7 @@ def test_samples_as_files(form: str, trained: Path, cli: Cli, tmp_path: Path) ->
 def test_comparing_and_exporting(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
     assert cli("task=compare", f"runs={trained}/*", "task.out=cmp") == 0
     assert "ddpm" in capsys.readouterr().out and (tmp_path / "cmp" / "compare.html").stat().st_size > 1000
-    assert cli("task=export", f"run={trained / 'run'}", "task.out=w.safetensors") == 0
+    assert cli("task=export", f"run_dir={trained / 'run'}", "task.out=w.safetensors") == 0
     from safetensors.torch import load_file
 
     assert load_file(tmp_path / "w.safetensors").keys() == checkpoint(trained / "run")["state_dict"].keys()
@@ -182,7 +184,7 @@ def test_a_sweep_ends_in_a_comparison_and_one_failed_job_does_not_stop_the_other
     cli: Cli, tmp_path: Path, capsys: Any
 ) -> None:
     code = cli(
-        "-m", "model=vae,gan", "model.latent_dim=0,4", *QUICK, "budget.steps=2", "callbacks.looks.count=0",
+        "-m", "model=vae,gan", "model.latent_dim=0,4", *QUICK, "budget.steps=2", "callbacks.evaluation.num_evaluations=0",
         "evaluation.checkpoints=[last]", "hydra.sweep.dir=sweep",
     )  # fmt: skip
     assert code == 1
@@ -210,21 +212,21 @@ def complaint(capsys: Any) -> str:
         (["modle=ddpm"], 2, "Did you mean model?"),
         (["model=dpdm"], 2, "ddpm"),
         (["model.optimiser.lr=1"], 2, "Did you mean model.optimizer?"),
-        (["-m", "model=vdm,flow", "model.sampler.stpes=3"], 2, "model.sampler has steps"),
+        (["-m", "model=vdm,flow", "model.sampler.stpes=3"], 2, "model.sampler has num_steps"),
         (["model.guidance.scale=3"], 2, "add model/guidance=auto|classifier|classifier_free"),
         (["seed.x=3"], 2, "seed is 0"),
         (["budget.images=0"], 1, "budget.images=0"),
         (["data=toy2d", "model=vae", "model.conditional=maybe"], 1, ""),
         (["evaluation.n=10"], 1, "evaluation.n=10"),
-        (["model.sampler.steps=0"], 1, "sampler.steps=0"),
+        (["model.sampler.num_steps=0"], 1, "sampler.num_steps=0"),
         (["model=vae", "model.latent_dim=0"], 1, "latent_dim=0"),
         (["model.network.multipliers=[1,2,2,2,2]"], 1, "multipliers"),
         (["data=eurosat64", "paths.data=nowhere"], 1, "eurosat64.zip"),
         (["data=image_folder", "data.root=nowhere"], 1, "nowhere"),
         (["trainer.global_batch_size=0"], 1, "batch"),
         (["evaluation=inception", "evaluation.weights=nowhere.pth", "evaluation.n=3000"], 1, "nowhere.pth"),
-        (["task=evaluate"], 1, "run=DIR"),
-        (["task=evaluate", "run=nowhere"], 1, "nowhere"),
+        (["task=evaluate"], 1, "run_dir=DIR"),
+        (["task=evaluate", "run_dir=nowhere"], 1, "nowhere"),
         (["resume=nowhere"], 1, "nowhere"),
         (["task=compare"], 1, "runs="),
         (["task=compare", "runs=nowhere/*"], 1, "nowhere"),
@@ -245,9 +247,9 @@ def test_labels_asked_of_data_without(cli: Cli, tmp_path: Path, capsys: Any) -> 
 
 
 def test_a_checkpoint_of_another_family(trained: Path, cli: Cli, capsys: Any) -> None:
-    assert cli("task=evaluate", f"run={trained / 'run'}", "model=vae") == 1
+    assert cli("task=evaluate", f"run_dir={trained / 'run'}", "model=vae") == 1
     assert "ddpm" in complaint(capsys)
-    assert cli("task=evaluate", f"run={trained / 'run'}", "model.network.channels=8") == 1
+    assert cli("task=evaluate", f"run_dir={trained / 'run'}", "model.network.channels=8") == 1
     assert "another model" in complaint(capsys)
 
 
@@ -257,7 +259,7 @@ def test_a_damaged_checkpoint(trained: Path, cli: Cli, tmp_path: Path, capsys: A
     shutil.copytree(trained / "run", tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
-    assert cli("task=evaluate", "run=run") == 1
+    assert cli("task=evaluate", "run_dir=run") == 1
     assert "last.ckpt" in complaint(capsys)
 
 
@@ -270,7 +272,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(trained: Path, cli: Cli, tm
 
     shutil.copytree(trained / "run", tmp_path / "run")
     torch.save({"state_dict": {}, "x": Harm()}, tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert cli("task=evaluate", "run=run") == 1
+    assert cli("task=evaluate", "run_dir=run") == 1
     assert "last.ckpt" in complaint(capsys) and not (tmp_path / "harm").exists()
 
 
@@ -292,7 +294,7 @@ def test_the_installed_command_is_this_program() -> None:
 
 def test_one_folder_takes_one_run_at_a_time(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "busy").mkdir()
-    with locked(tmp_path / "busy" / ".lock"):
+    with file_lock(tmp_path / "busy" / ".lock"):
         assert cli("model=vae", *QUICK, "budget.steps=1", "hydra.run.dir=busy") == 1
     assert "Another process is at work" in complaint(capsys)
     assert not (tmp_path / "busy" / "record.json").exists()
@@ -319,7 +321,7 @@ def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: 
     words = [word for word in QUICK if not word.startswith(("data=digits", "evaluation.n=", "evaluation.extractors"))]
     assert cli("model=gaussian", "data=toy2d", *words, "budget.steps=1", "evaluation.n=300", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["pictures"]["samples"]).exists()
+    assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["images"]["samples"]).exists()
 
 
 def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, capsys: Any) -> None:
@@ -348,8 +350,8 @@ def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
 
 
 def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    assert cli("task=sample", f"run={trained / 'run'}", "n=120", "task.out=theirs") == 0
-    assert cli("task=sample", f"run={trained / 'run'}", "n=120", "task.out=array", "task.format=npz") == 0
+    assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=120", "task.out=theirs") == 0
+    assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=120", "task.out=array", "task.format=npz") == 0
     (tmp_path / "theirs" / "grid.png").unlink()
     shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "theirs")
     for k, place in enumerate(("theirs", "packed.zip", "array/samples.npz")):
@@ -367,9 +369,9 @@ def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_
 
 def test_published_weights_join_the_comparison(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """What task=export wrote is measured like the run that it came from."""
-    sampler = ["model/sampler=ddim", "model.sampler.steps=4"]
+    sampler = ["model/sampler=ddim", "model.sampler.num_steps=4"]
     words = ["task=evaluate", "model=ddpm", *sampler, *QUICK, "name=published"]
-    assert cli("task=export", f"run={trained / 'run'}", "task.out=weights.safetensors") == 0
+    assert cli("task=export", f"run_dir={trained / 'run'}", "task.out=weights.safetensors") == 0
     assert cli(*words, "pretrained=weights.safetensors", "hydra.run.dir=runs/published") == 0
     theirs = json.loads((tmp_path / "runs" / "published" / "record.json").read_text())
     ours = json.loads((trained / "run" / "record.json").read_text())
@@ -392,7 +394,7 @@ def test_a_published_ddpm_of_diffusers_is_measured(
         norm_num_groups=8,
     )  # fmt: skip
     network.save_pretrained(tmp_path / "published" / "unet")
-    words = ["model.network.channels=16", "model.network.attention=[8]", "model.sampler.steps=2"]
+    words = ["model.network.channels=16", "model.network.attention=[8]", "model.sampler.num_steps=2"]
     assert cli("task=evaluate", "model=ddpm", *QUICK, *words, "pretrained=published", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["model"]["parameters"] == sum(p.numel() for p in network.parameters())
@@ -416,10 +418,16 @@ def test_a_published_ddpm_of_diffusers_is_measured(
 
 def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """A model of v under the linear table, which is not what model=ddpm is: back it comes as itself or not at all."""
-    words = ["model=ddpm", *QUICK, "budget.steps=3", "callbacks.looks.count=0", "model.sampler.steps=3"]
+    words = [
+        "model=ddpm",
+        *QUICK,
+        "budget.steps=3",
+        "callbacks.evaluation.num_evaluations=0",
+        "model.sampler.num_steps=3",
+    ]
     own, small = ["model/schedule=linear", "model/parameterization=v"], "model.network.channels=8"
     assert cli(*words, *own, small, "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
-    assert cli("task=export", "run=run", "format=diffusers", "task.out=theirs") == 0
+    assert cli("task=export", "run_dir=run", "format=diffusers", "task.out=theirs") == 0
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "theirs")
     run = gencompare.load_run(tmp_path / "run")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 731])
@@ -430,7 +438,7 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
     bar = run.model.schedule.at(run.model.schedule.discrete_times).alpha ** 2
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, bar, rtol=1e-4, atol=1e-7)
 
-    back = ["task=evaluate", *QUICK, "model.sampler.steps=3", "pretrained=theirs", "hydra.run.dir=back"]
+    back = ["task=evaluate", *QUICK, "model.sampler.num_steps=3", "pretrained=theirs", "hydra.run.dir=back"]
     assert cli(*back) == 1
     assert "give experiment=NAME" in (said := complaint(capsys)) and "model.network" in said
     assert cli(*back, small) == 1
@@ -443,9 +451,9 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     assert cli(*words[:-1], small, "model/sampler=ddim", "model.conditional=true", "hydra.run.dir=labels") == 0
-    assert cli("task=export", "run=labels", "format=diffusers") == 1
+    assert cli("task=export", "run_dir=labels", "format=diffusers") == 1
     assert "nothing like conditions.label" in complaint(capsys)
-    assert cli("task=export", "run=run", "format=onnx") == 1
+    assert cli("task=export", "run_dir=run", "format=onnx") == 1
     assert "choose safetensors or diffusers" in complaint(capsys)
 
 
@@ -488,7 +496,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
         return open("/dev/full", mode)
 
     monkeypatch.setattr(os, "fdopen", full)
-    with pytest.raises(UserError, match="No room left on the disk"):
+    with pytest.raises(UserError, match="No space left on the disk"):
         write_text(target, "new" * 10_000)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
@@ -519,13 +527,19 @@ def _made(folder: Path) -> Path:
 
 
 def test_one_training_is_measured_with_several_samplers(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    ddim = "{_target_: gencompare.diffusion.samplers.DDIM, steps: 4, eta: 0.0}"
-    words = ["model=ddpm", *QUICK, "budget.steps=2", "callbacks.looks.count=0", "evaluation.checkpoints=[last]"]
-    further = f"+evaluation.samplers={{fast: {{steps: 3}}, other: {ddim}}}"
-    assert cli(*words, "model.sampler.steps=5", further, "hydra.run.dir=run") == 0
+    ddim = "{_target_: gencompare.diffusion.samplers.DDIM, num_steps: 4, eta: 0.0}"
+    words = [
+        "model=ddpm",
+        *QUICK,
+        "budget.steps=2",
+        "callbacks.evaluation.num_evaluations=0",
+        "evaluation.checkpoints=[last]",
+    ]
+    further = f"+evaluation.samplers={{fast: {{num_steps: 3}}, other: {ddim}}}"
+    assert cli(*words, "model.sampler.num_steps=5", further, "hydra.run.dir=run") == 0
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     assert [(r["generation"]["sampler"].split(",")[0], r["generation"]["nfe"]["network"]) for r in results] == [
         ("Ancestral", 5), ("Ancestral", 3), ("DDIM", 4),
     ]  # fmt: skip
-    assert cli("model=vae", *words[1:], "+evaluation.samplers={fast: {steps: 3}}", "hydra.run.dir=vae") == 1
+    assert cli("model=vae", *words[1:], "+evaluation.samplers={fast: {num_steps: 3}}", "hydra.run.dir=vae") == 1
     assert "VAE has no sampler" in capsys.readouterr().err

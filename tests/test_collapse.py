@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from gencompare.data.toy2d import Toy2D
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.extractors.extractor import IdentityExtractor
-from gencompare.evaluation.metrics.neighbors import neighbor_balls
+from gencompare.evaluation.metrics.neighbors import compute_prdc
 from gencompare.evaluation.sanity import EXPECTED_COVERAGE, missing_modes
 from gencompare.generative_model import Cond, GenerativeModel
 from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget
 from gencompare.training.clock import TrainingClock
-from gencompare.training.evaluation_callback import CheapMetrics, EvaluationCallback
+from gencompare.training.evaluation_callback import EvaluationCallback
 
-RING = Toy2D("gaussians8", n=1000)
+RING = Toy2D("gaussians8", num_points=1000)
 
 
 def said(samples: Tensor, best: float = 0.0) -> str | None:
     real = RING.split("val").images.flatten(1)
-    near = neighbor_balls(samples[:1000], real)
+    near = compute_prdc(samples[:1000], real)
     return missing_modes(near.density, near.coverage, best)
 
 
@@ -51,7 +51,7 @@ def test_coverage_of_real_images_is_what_is_expected_whatever_they_are() -> None
     ring = [RING.split(name).images.flatten(1) for name in ("val", "test")]
     for samples, real in (normal, ring):
         # Coverage of neighbours goes together, so its standard deviation is a few times that of single coins.
-        assert neighbor_balls(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
+        assert compute_prdc(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
 
 
 class Narrowing(GenerativeModel):
@@ -62,7 +62,7 @@ class Narrowing(GenerativeModel):
         self.weight = nn.Parameter(torch.zeros(()))
         self.steps = 0
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         self.steps += self.training
         return {"loss": x.flatten(1).sum(1) * self.weight}
 
@@ -77,7 +77,14 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
 ) -> None:
     protocol = EvaluationProtocol(extractors=(IdentityExtractor,))
     looks = EvaluationCallback(
-        count=4, grid=0, held_out=0, preview=CheapMetrics(RING, protocol, n=250), folder=tmp_path, seed=0
+        num_evaluations=4,
+        num_grid_images=0,
+        num_val_images=0,
+        num_samples=250,
+        protocol=protocol,
+        data=RING,
+        folder=tmp_path,
+        seed=0,
     )
     logged: list[dict[str, float]] = []
     logger = pl.loggers.CSVLogger(tmp_path)
@@ -91,7 +98,7 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
     assert min(coverage[:2]) > 0.85 and max(coverage[2:]) < 0.15
     assert list(looks.missing) == [9, 12]
     assert capsys.readouterr().out.count("modes are missing") == 2
-    other = EvaluationCallback(count=4, grid=0, held_out=0, preview=None, folder=tmp_path, seed=0)
+    other = EvaluationCallback(protocol=None, data=RING, folder=tmp_path, seed=0)
     other.load_state_dict(looks.state_dict())
     assert other.missing == looks.missing and other.best_coverage == max(coverage)
 
@@ -99,5 +106,5 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
 def test_a_result_says_it_too() -> None:
     split = RING.split("test")
     narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
-    flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), n=100)).details["flags"]
+    flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), n=100)).details["warnings"]
     assert any("modes are missing" in flag for flag in flags)

@@ -26,7 +26,7 @@ from parts import loaded
 def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
     cfg = compose(
         f"model={family}", "data=digits", "trainer=cpu", "trainer.global_batch_size=16", "budget.images=null",
-        "budget.steps=2", "callbacks.looks.count=0", "callbacks.progress=false", "callbacks.curve.every=1", *overrides,
+        "budget.steps=2", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "callbacks.metric_logger.log_every_n_steps=1", *overrides,
     )  # fmt: skip
     for name, value in cfg.model.get("sampler", {}).items():
         if name.endswith("steps") and value > 5:
@@ -84,7 +84,7 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
 
     images, cond = next(iter(data.batches("val", 16)))
     for name, likelihood in model.likelihoods().items():
-        bits = likelihood.bits_per_dim(images, model.used(cond), generator("cpu", 0))
+        bits = likelihood.bits_per_dim(images, model.select_conditions(cond), generator("cpu", 0))
         assert likelihood.kind in ("exact", "bound", "estimate") and bits.shape == (16,), name
         assert torch.isfinite(bits).all(), name
 
@@ -106,7 +106,7 @@ def test_training_that_is_resumed_equals_training_that_never_stopped(family: str
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder, start in ((whole, None), (resumed, whole / "checkpoints" / "way.ckpt")):
         cfg, model, data = built(family, "budget.steps=3")
-        callbacks = [*build_callbacks(cfg, model, data, None, folder), SaveOnTheWay(folder, step=2)]
+        callbacks = build_callbacks(cfg, model, data, None, folder) | {"midway": SaveOnTheWay(folder, step=2)}
         trainer = build_trainer(cfg, model, callbacks, [], folder)
         trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True if start else None)
         if model.closed_form:
@@ -125,9 +125,9 @@ def test_losses_and_first_weights_depend_on_the_seed_alone(family: str) -> None:
     x, cond = next(iter(data.batches("val", 16)))
     figures = []
     for model in (one, two):
-        draws = RandomSource.whole(generator("cpu", 3), len(x))
+        rng = RandomSource.for_batch(generator("cpu", 3), len(x))
         with torch.no_grad():
-            figures.append(model.eval().validation_figures(x, model.used(cond), draws))
+            figures.append(model.eval().validation_metrics(x, model.select_conditions(cond), rng))
     for name, value in figures[0].items():
         assert value.shape == (len(x),), f"{name} is a figure a sample"
         assert torch.equal(value, figures[1][name]), name
@@ -155,16 +155,14 @@ def test_a_few_images_are_learned_by_heart(
     if not isinstance(built(family)[1], GenerativeModel | SupportsReconstruction):
         return
 
-    def with_end(*parts: Any) -> list[Callback]:
-        callbacks = build_callbacks(*parts)
-        callbacks.insert(-1, UntilLearned(bar=0.8 * BAR, first=150))
-        return callbacks
+    def with_end(*parts: Any) -> dict[str, Callback]:
+        return {**build_callbacks(*parts), "end": UntilLearned(bar=0.8 * BAR, first=150)}
 
     monkeypatch.setattr("gencompare.tasks.runs.build.build_callbacks", with_end)
     code = cli(
-        f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.limit=4",
+        f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.train_subset_size=4",
         "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}",
-        "logger=none", "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.checkpoints=[]",
+        "logger=none", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.checkpoints=[]",
         "hydra.run.dir=run",
     )  # fmt: skip
     if code:
@@ -174,7 +172,7 @@ def test_a_few_images_are_learned_by_heart(
 
 
 def test_what_knows_the_mean_or_one_gaussian_or_one_image_or_nothing_is_told_from_what_knows_the_images() -> None:
-    few = next(FourPatterns(limit=4).batches("train"))
+    few = next(FourPatterns(train_subset_size=4).batches("train"))
     gaussian = GaussianBaseline(FourPatterns.spec, per_class=False).fit_to([few])
     assert distance(gaussian.sample(500, generator=generator("cpu", 0)))[0] > 0.6
     noise = torch.rand(500, *FourPatterns.spec.shape, generator=generator("cpu", 0)) * 2 - 1

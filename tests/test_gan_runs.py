@@ -27,7 +27,7 @@ def run(
 
     cfg = compose(
         "model=gan", "data=digits", "trainer=cpu", "trainer.global_batch_size=8", "budget.images=null",
-        "budget.steps=30", "callbacks.looks.count=0", "callbacks.progress=false", "callbacks.curve.every=1",
+        "budget.steps=30", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "callbacks.metric_logger.log_every_n_steps=1",
         "callbacks.checkpoints.every_minutes=0", "model.generator.channels=8", "model.discriminator.channels=8",
         *overrides,
     )  # fmt: skip
@@ -35,7 +35,7 @@ def run(
     model = build_model(cfg, data)
     model.lr_schedule = rate
     callbacks = build_callbacks(cfg, model, data, None, folder)
-    callbacks.insert(-1, StopAt())
+    callbacks = {"clock": callbacks.pop("clock"), "stop": StopAt(), **callbacks}
     trainer = build_trainer(cfg, model, callbacks, [], folder)
     path = folder / "checkpoints" / "last.ckpt" if resume else None
     trainer.fit(model, datamodule=data, ckpt_path=path, weights_only=True if resume else None)
@@ -48,7 +48,7 @@ def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None
         "model.conditional=true", "model.spectral_norm=true", "model.d_steps=2", "model/penalty=[r1,r2]",
         "model/adversarial=relativistic", "model/discriminator_augmentation=ada", "budget.steps=5",
         "model.discriminator_augmentation.horizon=100", "model.discriminator_augmentation.target=-0.9",
-        "model.penalty.r2.weight={_target_: gencompare.models.elbo.CosineRamp, first: 1.0, last: 0.1, images: 60}",
+        "model.penalty.r2.weight={_target_: gencompare.models.gan_penalties.CosineRamp, start: 1.0, end: 0.1, num_images: 60}",
     ]  # fmt: skip
     _, whole = run(tmp_path / "whole", *parts)
     trainer, _ = run(tmp_path / "broken", *parts, until=3)
@@ -61,7 +61,11 @@ def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("words", [[], ["callbacks.curve.every=100", "callbacks.looks.count=30"]], ids=["loss", "look"])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["callbacks.metric_logger.log_every_n_steps=100", "callbacks.evaluation.num_evaluations=30"]],
+    ids=["loss", "look"],
+)
 def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(words: list[str], tmp_path: Path) -> None:
     """Its rate grows out of all bounds after the fourth step: a line names the figure, and what is saved is sound."""
     with pytest.raises(

@@ -13,7 +13,7 @@ from gencompare.records import RunRecord
 
 QUICK = [
     "model=flow", "trainer=cpu", "budget=steps", "budget.steps=3", "trainer.global_batch_size=8",
-    "callbacks.looks.count=0", "callbacks.curve.every=1",
+    "callbacks.evaluation.num_evaluations=0", "callbacks.metric_logger.log_every_n_steps=1",
     "evaluation.checkpoints=[]", "logger=none", "hydra.run.dir=run",
 ]  # fmt: skip
 
@@ -26,13 +26,13 @@ QUICK = [
         ("+trainer.nonsense=1", "There is no setting 'trainer.nonsense'"),
         ("+trainer.max_steps=1", "Use budget=steps budget.steps=N"),
         ("+trainer.max_epochs=2", "Use budget.images=N"),
-        ("+trainer.check_val_every_n_epoch=1", "Use callbacks.looks.count=N"),
+        ("+trainer.check_val_every_n_epoch=1", "Use callbacks.evaluation.num_evaluations=N"),
         ("+trainer.accumulate_grad_batches=4", "Use trainer.global_batch_size=N"),
         ("+callbacks.x._target_=no.such.Callback", "no.such.Callback"),
         ("+callbacks.x._target_=gencompare.errors.UserError", "callbacks.x"),
         ("+callbacks.x=no_such_option", "Choose from device_stats_monitor, learning_rate_monitor"),
         ("+callbacks.x.decay=1", "+callbacks.x._target_=CLASS"),
-        ("+callbacks.looks.number=2", "There is no setting 'callbacks.looks.number'"),
+        ("+callbacks.evaluation.number=2", "There is no setting 'callbacks.evaluation.number'"),
         ("+callbacks.early_stoping.patience=2", "+callbacks.early_stoping._target_=CLASS"),
         ("+evaluation.nonsense=1", "There is no setting 'evaluation.nonsense'"),
         ("+evaluation.protocol.nonsense=1", "nonsense"),
@@ -42,7 +42,7 @@ QUICK = [
         ("+logger.x._target_=gencompare.errors.UserError", "UserError"),
         ("ckpt_path=a", "resume=RUN_FOLDER"),
         ("task_name=a", "hydra.run.dir=DIR"),
-        ("train=false", "task=evaluate run=RUN_FOLDER"),
+        ("train=false", "task=evaluate run_dir=RUN_FOLDER"),
         ("batch_size=3", "trainer.global_batch_size=N"),
     ],
 )

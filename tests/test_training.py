@@ -19,11 +19,12 @@ from gencompare.errors import UserError
 from gencompare.generative_model import Cond, GenerativeModel
 from gencompare.rng import RandomSource, derive_seed
 from gencompare.training.budget import Budget
-from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.learning_rate import LearningRateScheduler, WarmupDecay
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from gencompare.training.loggers import MetricLogger
 
 
@@ -37,8 +38,8 @@ class Affine(GenerativeModel):
         self.dropout = nn.Dropout(0.5)
         self.seen: list[Tensor] = []
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        noise = draws.normal(x.shape[1:])
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        noise = rng.normal(x.shape[1:])
         if self.training:
             self.seen.append(noise)
         error = self.dropout(x + 0.1 * noise - self.mean)
@@ -49,7 +50,7 @@ class Affine(GenerativeModel):
 
 
 def train(
-    folder: Path, *, steps: int, until: int | None = None, resume: bool = False, looks: int = 0, **options: Any
+    folder: Path, *, steps: int, until: int | None = None, resume: bool = False, evaluations: int = 0, **options: Any
 ) -> tuple[Affine, list[Any]]:
     """Train for a budget of ``steps``; stop short after step ``until``; ``resume`` from the folder's checkpoint."""
 
@@ -61,11 +62,11 @@ def train(
     torch.manual_seed(0)
     data = Digits(batch_size=32, seed=3)
     model = Affine(data, **options)
-    watched = (
-        [EvaluationCallback(count=looks, grid=4, held_out=100, preview=None, folder=folder / "samples", seed=0)]
-        if looks
-        else []
-    )
+    evaluation = EvaluationCallback(
+        num_evaluations=evaluations, num_grid_images=4, num_val_images=100, num_samples=0, protocol=None, data=data,
+        folder=folder, seed=0,
+    )  # fmt: skip
+    watched = [evaluation] if evaluations else []
     callbacks = [
         TrainingClock(5, 32, Budget(steps=steps)), LearningRateScheduler(), EMA(0.9), StopAt(), MetricLogger(2),
         *watched,
@@ -95,10 +96,10 @@ def test_a_resumed_run_takes_the_rate_that_it_is_given(tmp_path: Path) -> None:
     assert torch.equal(still.mean, before)
 
 
-def test_a_raised_budget_has_looks_left(tmp_path: Path) -> None:
-    train(tmp_path, steps=10, looks=2)
+def test_a_raised_budget_leaves_evaluations_to_do(tmp_path: Path) -> None:
+    train(tmp_path, steps=10, evaluations=2)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
-    train(tmp_path, steps=20, looks=2, resume=True)
+    train(tmp_path, steps=20, evaluations=2, resume=True)
     assert sorted(p.stem for p in (tmp_path / "samples").glob("*.png")) == [f"step_{k:08d}" for k in (5, 10, 20)]
 
 
@@ -120,14 +121,14 @@ def test_a_full_disk_at_a_checkpoint_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No room left on the disk"):
+    with pytest.raises(UserError, match="No space left on the disk"):
         AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(3)}, tmp_path / "last.ckpt")
     assert not list(tmp_path.iterdir())
 
 
-def test_looks_leave_no_trace_in_training(tmp_path: Path) -> None:
+def test_evaluations_leave_no_trace_in_training(tmp_path: Path) -> None:
     plain, _ = train(tmp_path / "plain", steps=12)
-    watched, callbacks = train(tmp_path / "watched", steps=12, looks=4)
+    watched, callbacks = train(tmp_path / "watched", steps=12, evaluations=4)
     assert torch.equal(plain.mean, watched.mean)
     looks = next(c for c in callbacks if isinstance(c, EvaluationCallback))
     assert looks.done == 4 and len(list((tmp_path / "watched" / "samples").glob("*.png"))) == 4
@@ -161,9 +162,9 @@ def test_ema_follows_its_equation_and_is_what_a_look_sees(tmp_path: Path) -> Non
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     class Explodes(Affine):
-        def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+        def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
             scale = math.nan if self.trainer.callbacks[0].step >= 6 else 1.0  # type: ignore[attr-defined]
-            return {"loss": super().losses(x, cond, draws)["loss"] * scale}
+            return {"loss": super().losses(x, cond, rng)["loss"] * scale}
 
     data = Digits(batch_size=32)
     trainer = pl.Trainer(
@@ -181,7 +182,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_rows_draw_the_same_numbers_whatever_the_number_of_processes(world: int) -> None:
-    whole = RandomSource.whole(torch.Generator().manual_seed(1), 8)
+    whole = RandomSource.for_batch(torch.Generator().manual_seed(1), 8)
     expected = [whole.normal((3,)), whole.uniform(), whole.integers(100, (2,)), whole.stratified()]
     parts = []
     for rank in range(world):
@@ -192,7 +193,7 @@ def test_rows_draw_the_same_numbers_whatever_the_number_of_processes(world: int)
 
 
 def test_stratified_draws_put_one_in_each_stratum() -> None:
-    u = RandomSource.whole(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
+    u = RandomSource.for_batch(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
 
 

@@ -191,6 +191,23 @@ CLASSES = {
 """Classes and functions that have another name today, or another module than the rest of theirs."""
 
 OPTIONS: dict[str, str] = {
+    "run": "run_dir",
+    "by": "group_by",
+    "metric": "rank_by",
+    "n": "num_images",
+    "evaluation.available.raw": "evaluation.available.identity",
+    "evaluation.n": "evaluation.num_images",
+    "evaluation.protocol.chunk": "evaluation.protocol.chunk_size",
+    "evaluation.protocol.conditions": "evaluation.protocol.condition_split",
+    "evaluation.protocol.likelihood_n": "evaluation.protocol.num_likelihood_images",
+    "evaluation.protocol.n": "evaluation.protocol.num_images",
+    "callbacks.looks.count": "callbacks.evaluation.num_evaluations",
+    "callbacks.looks.grid": "callbacks.evaluation.num_grid_images",
+    "callbacks.looks.held_out": "callbacks.evaluation.num_val_images",
+    "callbacks.looks.preview": "callbacks.evaluation.num_samples",
+    "callbacks.looks": "callbacks.evaluation",
+    "callbacks.curve.every": "callbacks.metric_logger.log_every_n_steps",
+    "callbacks.progress": "callbacks.progress_bar",
     "data.limit": "data.train_subset_size",
     "data.flip": "data.random_flip",
     "data.size": "data.image_size",
@@ -216,6 +233,9 @@ OPTIONS: dict[str, str] = {
     "model.bits.vlb.steps": "model.likelihoods.vlb.num_timesteps",
 }
 """Options of the command line and of stored configs: the old dotted key and today's."""
+
+TASKS = {"extractor": "export_extractor", "explore": "visualize", "runs": "list_runs"}
+"""Tasks: the old name and today's."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
     "data.cifar10.CIFAR10": {"limit": "train_subset_size", "flip": "random_flip"},
@@ -265,6 +285,12 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "diffusion.variational_objectives.ContinuousVLB": {"pixels": "likelihood"},
     "diffusion.variational_objectives.DiscreteVLB": {"steps": "num_timesteps", "pixels": "likelihood"},
     "diffusion.variational_objectives.Hybrid": {"vlb": "vlb_weight", "pixels": "likelihood"},
+    "evaluation.evaluate.EvaluationProtocol": {
+        "n": "num_images",
+        "conditions": "condition_split",
+        "chunk": "chunk_size",
+        "likelihood_n": "num_likelihood_images",
+    },
     "models.diffusion.Diffusion": {"bits": "likelihoods"},
 }
 """Constructor arguments by today's class: the old name and today's."""
@@ -309,6 +335,82 @@ def migrate(value: Any) -> Any:
     return {renamed.get(key, key): each for key, each in done.items()}
 
 
+def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run folder or record of an earlier version, with today's names."""
+    done = migrate(config)
+    if "looks" in (done.get("callbacks") or {}):
+        done["callbacks"] = _migrate_callbacks(done["callbacks"])
+    for old, new in OPTIONS.items():
+        if "/" not in old and not old.startswith("callbacks."):
+            _move(done, old.split("."), new.split("."))
+    if isinstance(done.get("choices"), dict):
+        done["choices"] = {OPTIONS.get(group, group): choice for group, choice in done["choices"].items()}
+        task = done["choices"].get("task")
+        done["choices"]["task"] = TASKS.get(task, task)
+    return done
+
+
+def rename_option(word: str) -> tuple[str, str, str] | None:
+    """An override with today's name of its option, and the old and the new name; None where the name is today's."""
+    key, equals, value = word.partition("=")
+    bare = key.lstrip("+~")
+    if key == "task" and value in TASKS:
+        return f"task={TASKS[value]}", word, f"task={TASKS[value]}"
+    parts = bare.replace("/", ".").split(".")
+    for k in range(len(parts), 0, -1):
+        old = bare[: len(".".join(parts[:k]))]
+        if old in OPTIONS:
+            if old == "callbacks.progress" and value == "false":
+                value = "null"
+            name = OPTIONS[old] + bare[len(old) :]
+            return f"{key[: len(key) - len(bare)]}{name}{equals}{value}", bare, name
+    return None
+
+
+def _move(config: dict[str, Any], old: list[str], new: list[str]) -> None:
+    """Move a value to its new key, unless the old one is an argument of a class: `ARGUMENTS` names those."""
+    node: Any = config
+    for name in old[:-1]:
+        node = node.get(name) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or "_target_" in node or old[-1] not in node:
+        return
+    value = node.pop(old[-1])
+    target = config
+    for name in new[:-1]:
+        target = target.setdefault(name, {})
+    target.setdefault(new[-1], value)
+
+
+def _migrate_callbacks(old: dict[str, Any]) -> dict[str, Any]:
+    """Callbacks with their classes, from settings that named none."""
+    looks, training = old["looks"], f"{PACKAGE}training."
+    names = {
+        "count": "num_evaluations",
+        "grid": "num_grid_images",
+        "held_out": "num_val_images",
+        "preview": "num_samples",
+    }
+    known = {
+        "clock": {"_target_": f"{training}clock.TrainingClock"},
+        "learning_rate": {"_target_": f"{training}learning_rate.LearningRateScheduler"},
+        "flops": {"_target_": f"{training}clock.TrainingFlops"},
+        "ema": {"_target_": f"{training}ema.EMA", **old["ema"]},
+        "graceful_stop": {"_target_": f"{training}graceful_stop.GracefulStop"},
+        "metric_logger": {
+            "_target_": f"{training}loggers.MetricLogger",
+            "log_every_n_steps": old["curve"]["every"],
+        },
+        "evaluation": {
+            "_target_": f"{training}evaluation_callback.EvaluationCallback",
+            "patience": None,
+            **{names.get(name, name): value for name, value in looks.items()},
+        },
+        "progress_bar": {"_target_": f"{training}progress_bar.TrainingProgressBar"} if old["progress"] else None,
+        "checkpoints": {"_target_": f"{training}checkpoints.Checkpoints", **old["checkpoints"]},
+    }
+    return known | {name: value for name, value in old.items() if name not in ("looks", "curve", "progress", *known)}
+
+
 def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of an earlier version with today's names of arguments and callbacks."""
     if "hyper_parameters" in checkpoint:
@@ -344,7 +446,7 @@ def migrate_record(record: dict[str, Any]) -> dict[str, Any]:
         record["data"] = _rename(record.get("data", {}), RECORD_DATA)
         record["training"] = _rename(record.get("training", {}), RECORD_TRAINING)
         record["results"] = [_migrate_result(result) for result in record["results"]]
-    return record | {"config": migrate(record.get("config", {}))}
+    return record | {"config": migrate_config(record.get("config", {}))}
 
 
 def _migrate_result(result: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from gencompare.compare.charts import FOLDER
-from gencompare.compare.load_runs import ResultView, load_runs
-from gencompare.compare.page import TABLE, write
+from gencompare.compare.charts import PLOTS_FOLDER
+from gencompare.compare.load_runs import ComparisonOptions, load_runs
+from gencompare.compare.page import CSV_FILE, write_report
 from gencompare.compare.terminal import print_tables
 from gencompare.errors import UserError
 from gencompare.tasks.runs.loading import locate_runs
@@ -38,8 +38,8 @@ def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None
         folder=str(out), name=f"{out.name}, compared", id=run_id, group=group
     )
     run = opened.experiment
-    charts = {f"charts/{path.stem}": wandb.Image(str(path)) for path in sorted((out / FOLDER).glob("*.png"))}
-    run.log({"comparison": table(out / TABLE), "page": wandb.Html(page.read_text(), inject=False), **charts})
+    charts = {f"charts/{path.stem}": wandb.Image(str(path)) for path in sorted((out / PLOTS_FOLDER).glob("*.png"))}
+    run.log({"comparison": table(out / CSV_FILE), "page": wandb.Html(page.read_text(), inject=False), **charts})
     shutil.copy(page, run.dir)
     run.finish()
 
@@ -63,13 +63,13 @@ def value(cell: str) -> str | float | None:
 def compare(cfg: DictConfig) -> None:
     """Compare the runs that ``cfg.runs`` names: a glob of run folders, or ``wandb:ENTITY/PROJECT``.
 
-    ``by=KEY`` (or ``by=[KEY,KEY]``) makes one row of all runs that share the value of a config key; ``metric=NAME``
+    ``group_by=KEY`` (or ``group_by=[KEY,KEY]``) makes one row of all runs that share the value of a config key; ``rank_by=NAME``
     ranks by another figure than the headline. With ``logger=wandb`` the comparison is sent to W&B as well.
     """
     if not cfg.runs:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
-    view = ResultView(keys(cfg.by), None if cfg.metric is None else str(cfg.metric))
-    page = draw(locate_runs(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), view)
+    view = ResultView(keys(cfg.group_by), None if cfg.rank_by is None else str(cfg.rank_by))
+    page = draw(locate_runs(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), options)
     if any(word.startswith("logger=") for word in cfg.command):  # a comparison is looked at more often than kept
         log_to_wandb(page, cfg.logger)
 
@@ -82,10 +82,10 @@ def keys(given: Any) -> tuple[str, ...]:
     return tuple(str(part).strip() for part in parts if str(part).strip())
 
 
-def draw(folders: list[Path], out: Path, view: ResultView = ResultView()) -> Path:
+def draw(folders: list[Path], out: Path, options: ComparisonOptions = ComparisonOptions()) -> Path:
     """Write the comparison of ``folders`` to ``out`` and print its tables. Returns the page."""
-    gathered = load_runs(folders, view)
-    page = write(gathered, out)
-    print_tables(gathered)
+    loaded = load_runs(folders, options)
+    page = write_report(loaded, out)
+    print_tables(loaded)
     print(f"The comparison: {page}")
     return page

@@ -22,11 +22,10 @@ from gencompare.data.generated_samples import read_samples
 from gencompare.errors import UserError
 from gencompare.evaluation import evaluate as evaluation
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
-from gencompare.evaluation.sampling import digest
+from gencompare.evaluation.sampling import tensor_sha256
 from gencompare.files import sha256
 from gencompare.generative_model import GenerativeModel, SupportsNoising
-from gencompare.records import FILE as RECORD
-from gencompare.records import RunRecord, SampleSettings, now
+from gencompare.records import RECORD_FILE, RunRecord, SampleSettings, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
 from gencompare.tasks.runs.build import build_data, build_model, build_protocol, build_trainer, chosen_device
 from gencompare.tasks.runs.console import describe_config, print_end, stage_progress, store_result
@@ -41,7 +40,7 @@ DRAWN = ".drawn"
 
 
 def evaluate_run(cfg: DictConfig) -> None:
-    """Evaluate the checkpoint ``cfg.checkpoint`` of the run in ``cfg.run``; the result joins its record.
+    """Evaluate the checkpoint ``cfg.checkpoint`` of the run in ``cfg.run_dir``; the result joins its record.
 
     With ``samples=PATH`` or ``pretrained=PATH`` the work of others is measured instead, in a run folder of its own.
     """
@@ -81,7 +80,7 @@ def measure_run(
     RunRecord.load(folder)
     if several_processes(cfg):
         run_config.save(cfg, job)
-    trainer = build_trainer(cfg, model, [], [], folder)
+    trainer = build_trainer(cfg, model, {}, [], folder)
     with children_of(job):
         start_processes(trainer)
     device = trainer.strategy.root_device
@@ -92,10 +91,10 @@ def measure_run(
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """The folder that ``run=DIR`` names."""
-    if cfg.run is None:
-        raise UserError(f"task={cfg.task.label} needs run=DIR, the folder of a trained run.")
-    return Path(cfg.run)
+    """The folder that ``run_dir=DIR`` names."""
+    if cfg.run_dir is None:
+        raise UserError(f"task={cfg.task.label} needs run_dir=DIR, the folder of a trained run.")
+    return Path(cfg.run_dir)
 
 
 def start_processes(trainer: pl.Trainer) -> None:
@@ -145,9 +144,15 @@ def measure(
             )
             kept = folder / DRAWN / drawing(cfg, data, protocol, folder, checkpoint, weights, name)
             drawn: list[Tensor] = []
-            with stage_progress(cfg.callbacks.progress) as progress:
+            with stage_progress(cfg.callbacks.progress_bar) as progress:
                 result = evaluate(
-                    model, data, protocol, generation=generation, progress=progress, on_samples=drawn.append, keep=kept
+                    model,
+                    data,
+                    protocol,
+                    generation=generation,
+                    progress=progress,
+                    on_samples=drawn.append,
+                    chunk_dir=kept,
                 )
             if rank_zero_only.rank == 0:
                 if guides:
@@ -217,13 +222,13 @@ def drawing(
     sampler: str,
 ) -> str:
     """A name for the samples of one evaluation: a hash of all that decides what is drawn."""
-    kept = {name: digest(rows) for name, rows in data.split(protocol.conditions).kept.items()}
+    kept = {name: tensor_sha256(rows) for name, rows in data.split(protocol.condition_split).extra_conditions.items()}
     decides = {
         "sampler": [sampler, str(cfg.evaluation.get("samplers")), str(cfg.evaluation.get("guidance"))],
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": [sha256(folder / "checkpoints" / f"{checkpoint}.ckpt"), weights],
-        "chunks": [protocol.seed, protocol.chunk, protocol.n, protocol.reference, data.hash("train")],
-        "conditions": [protocol.conditions, str(cfg.data.get("conditions")), kept],
+        "chunks": [protocol.seed, protocol.chunk_size, protocol.n, protocol.reference, data.hash("train")],
+        "conditions": [protocol.condition_split, str(cfg.data.get("conditions")), kept],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -253,7 +258,7 @@ def evaluate_external(cfg: DictConfig) -> None:
         source = source.to(chosen_device(cfg))
         generation = SampleSettings(weights="as published", checkpoint="as published")
         details = {"parameters": sum(p.numel() for p in source.parameters()), "conditional": source.conditional}
-    with stage_progress(cfg.callbacks.progress) as progress:
+    with stage_progress(cfg.callbacks.progress_bar) as progress:
         result = evaluation.evaluate(
             source, data, protocol, generation=generation, labels=labels, progress=progress, on_samples=drawn.append
         )
@@ -264,7 +269,7 @@ def evaluate_external(cfg: DictConfig) -> None:
 
 def refuse_second_run(folder: Path) -> None:
     """Raises `UserError` where ``folder`` holds a record already: two runs would become one."""
-    if (folder / RECORD).exists():
+    if (folder / RECORD_FILE).exists():
         raise UserError(f"{folder} holds a run already: choose another hydra.run.dir.")
 
 

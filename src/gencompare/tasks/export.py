@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 
 from gencompare.errors import UserError
-from gencompare.files import atomic, write_json
+from gencompare.files import atomic_write, write_json
 from gencompare.generative_model import TrainedModel
 from gencompare.networks.diffusers_weights import SAME_NETWORK, to_diffusers
 from gencompare.networks.unet import UNet
@@ -49,7 +49,7 @@ ONLY = {
 
 
 def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(save({name: value.contiguous() for name, value in state.items()}, metadata))
 
 

@@ -1,4 +1,4 @@
-"""task=extractor: a trained classifier as a feature extractor, one safetensors file."""
+"""task=export_extractor: a trained classifier as a feature extractor, one safetensors file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
-from gencompare.evaluation.extractors.shipped_classifiers import SHIPPED, rounded, save_classifier, write_sums
+from gencompare.evaluation.extractors.shipped_classifiers import SHIPPED, rounded, save_classifier, write_checksums
 from gencompare.generative_model import SupportsClassification, TrainedModel
 from gencompare.networks.residual_classifier import ResidualClassifier
 from gencompare.records import RunRecord
@@ -22,14 +22,16 @@ PRIVATE = ("hydra.", "paths.", "logger", "task")
 """Words of a command that say where it ran, and nothing of what came out."""
 
 
-def extractor(cfg: DictConfig) -> None:
-    """Write the classifier of ``run=DIR``, with its accuracy on the test split, for ``evaluation.weights=FILE``."""
+def export_extractor(cfg: DictConfig) -> None:
+    """Write the classifier of ``run_dir=DIR``, with its accuracy on the test split, for ``evaluation.weights=FILE``."""
     folder = run_folder(cfg)
     data = build_data(cfg)
     model = build_model(cfg, data)
     network = getattr(model, "net", None)
     if not isinstance(model, SupportsClassification) or not isinstance(network, ResidualClassifier):
-        raise UserError(f"task=extractor needs a run of model=classifier; {folder} holds a {type(model).__name__}.")
+        raise UserError(
+            f"task=export_extractor needs a run of model=classifier; {folder} holds a {type(model).__name__}."
+        )
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     # The file holds float16: measure what it holds.
     network.load_state_dict({name: rounded(value) for name, value in network.state_dict().items()})
@@ -43,7 +45,7 @@ def extractor(cfg: DictConfig) -> None:
         network={str(key): value for key, value in settings.items() if not str(key).startswith("_")},
     )  # fmt: skip
     if out.resolve().parent == SHIPPED.resolve():
-        write_sums()
+        write_checksums()
     print(f"{out}: accuracy {score:.4f} on {len(data.split('test'))} test images, SHA-256 {digest}")
 
 

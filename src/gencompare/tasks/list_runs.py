@@ -1,4 +1,4 @@
-"""task=runs: what runs there are."""
+"""task=list_runs: what runs there are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDE = 240
 """Columns of the table where no terminal sets a width: a list that is piped into another program keeps its lines."""
 
 
-def runs(cfg: DictConfig) -> None:
+def list_runs(cfg: DictConfig) -> None:
     """List the runs that ``cfg.runs`` names, the oldest first; and what could not be read, with the reason."""
     folders = locate_runs(cfg.runs or f"{cfg.paths.runs}/**", Path(cfg.paths.cache))
     console = Console()
@@ -47,13 +47,15 @@ def listed(folders: list[Path], console: Console) -> None:
 def line(run: RunFolder) -> tuple[str, ...]:
     """The cells of one run, by `COLUMNS`; the figure is the headline of the latest result."""
     record = run.record
-    figure, n = formatting.NONE, formatting.NONE
+    figure, n = formatting.MISSING, formatting.MISSING
     if record.results:
         result = record.results[-1]
-        metric = result.metrics.get(result.headline)
-        figure = f"{formatting.title(result.headline)} {formatting.format_metric(metric.value if metric else None)}"
-        n = f"{result.measurement.n:,}"
-    data, folder = str(record.data.get("name", formatting.NONE)), str(run.folder)
+        metric = result.metrics.get(result.primary_metric)
+        figure = (
+            f"{formatting.title(result.primary_metric)} {formatting.format_metric(metric.value if metric else None)}"
+        )
+        n = f"{result.measurement.num_images:,}"
+    data, folder = str(record.data.get("name", formatting.MISSING)), str(run.folder)
     return (
         when(record.created), state(run.folder, record), record.family, data, str(record.seed), figure, n, folder,
     )  # fmt: skip
@@ -61,7 +63,7 @@ def line(run: RunFolder) -> tuple[str, ...]:
 
 def when(created: str) -> str:
     """Day and minute of an ISO time."""
-    return created[:16].replace("T", " ") or formatting.NONE
+    return created[:16].replace("T", " ") or formatting.MISSING
 
 
 def state(folder: Path, record: RunRecord) -> str:

@@ -17,13 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
-from gencompare.files import cannot_write
+from gencompare.files import write_error
 from gencompare.tasks.runs.processes import CHILD, leave_process_group
 from gencompare.tasks.runs.run_config import (
     base_on_run_folder,
     check_keys,
     group_value_hint,
     missing_option_hint,
+    rename_options,
     restore,
 )
 from gencompare.tasks.runs.sweep import fail, is_begun
@@ -47,7 +48,7 @@ def main() -> None:
         if CHILD in os.environ:
             call_task(restore(Path(os.environ[CHILD])))
             return
-        sys.argv[1:] = base_on_run_folder(_with_extra_conf(_without_groups_of_null(sys.argv[1:])))
+        sys.argv[1:] = base_on_run_folder(_with_extra_conf(_without_groups_of_null(rename_options(sys.argv[1:]))))
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_job)()
         if failures:
             sys.exit(max(failures))
@@ -79,7 +80,7 @@ def _job(cfg: DictConfig) -> None:
 
 def call_task(cfg: DictConfig) -> None:
     """Import the task that ``cfg.task`` names and call it: heavy imports happen here and not before."""
-    for name in ("seed", "n"):
+    for name in ("seed", "num_images"):
         if not isinstance(cfg[name], int):
             raise UserError(f"{name}={cfg[name]}: give a whole number.")
     hydra.utils.get_method(cfg.task._target_)(cfg)
@@ -109,7 +110,7 @@ def report(error: BaseException, job: str = "") -> int:
         )
         print(f"{where}Error: {text} (python run.py --help lists what there is.)", file=sys.stderr)
         return USAGE
-    if isinstance(cause, OSError) and (told := cannot_write(cause.filename or "a file", cause)):
+    if isinstance(cause, OSError) and (told := write_error(cause.filename or "a file", cause)):
         print(f"{where}Error: {told}", file=sys.stderr)
         return FAILURE
     place = traceback.extract_tb(cause.__traceback__)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from gencompare.compare.charts import draw_schedules
 from gencompare.diffusion.schedules import NoiseSchedule, schedule_curve
 from gencompare.errors import UserError
-from gencompare.files import atomic
+from gencompare.files import atomic_write
 
 GROUP = "model/schedule"
 
@@ -29,7 +29,7 @@ def plot_schedules(cfg: DictConfig) -> None:
         raise UserError(f"task.schedules: there is no schedule {unknown[0]}; there are {', '.join(known)}.")
     path = Path(cfg.task.out or Path(cfg.out) / "schedules.png")
     figure = draw_schedules({name: schedule_curve(_schedule(name, cfg), points=1001) for name in names})
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     print(f"The noise schedules: {path}")
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from gencompare.errors import UserError
 from gencompare.evaluation.model_metrics import with_low_res
 from gencompare.evaluation.sampling import choose_conditions, draw_samples
-from gencompare.files import atomic
+from gencompare.files import atomic_write
 from gencompare.image_grid import grid, save_png, to_image
 from gencompare.tasks.evaluate_run import run_folder
 from gencompare.tasks.runs.build import build_data, build_model, chosen_device
@@ -19,9 +19,9 @@ from gencompare.tasks.runs.loading import check_generative, load_weights
 
 
 def sample(cfg: DictConfig) -> None:
-    """Draw ``cfg.n`` images; write a grid, and single PNGs or one npz (``arr_0``: uint8 (n, H, W, C))."""
-    if cfg.n < 1:
-        raise UserError(f"n={cfg.n}: ask for at least 1 image.")
+    """Draw ``cfg.num_images`` images; write a grid, and single PNGs or one npz (``arr_0``: uint8 (n, H, W, C))."""
+    if cfg.num_images < 1:
+        raise UserError(f"num_images={cfg.num_images}: ask for at least 1 image.")
     if cfg.task.format not in ("png", "npz"):
         raise UserError(f"task.format={cfg.task.format}: choose png or npz.")
     folder = run_folder(cfg)
@@ -31,20 +31,20 @@ def sample(cfg: DictConfig) -> None:
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     device = chosen_device(cfg)
     asked = choose_conditions(
-        model, data, cfg.n, seed=cfg.seed, split=cfg.evaluation.protocol.get("conditions", "test")
+        model, data, cfg.num_images, seed=cfg.seed, split=cfg.evaluation.protocol.get("condition_split", "test")
     )
-    drawn = draw_samples(model.to(device), cfg.n, seed=cfg.seed, asked=asked).images
+    drawn = draw_samples(model.to(device), cfg.num_images, seed=cfg.seed, condition_source=asked).images
     shown, columns = with_low_res(drawn, asked)
     save_png(grid(shown.numpy(), columns), out / "grid.png")
     images = drawn.numpy()
     if cfg.task.format == "npz":
-        with atomic(out / "samples.npz") as file:
+        with atomic_write(out / "samples.npz") as file:
             buffer = io.BytesIO()
             np.savez(buffer, arr_0=images.transpose(0, 2, 3, 1))
             file.write(buffer.getvalue())
-    elif data.spec.dims > 2:
+    elif data.spec.num_values > 2:
         for old in out.glob("[0-9]" * 6 + ".png"):
             old.unlink()  # of an earlier call: whoever reads the folder wants this call's images alone
         for k, image in enumerate(images):
             save_png(to_image(image), out / f"{k:06d}.png")
-    print(f"{cfg.n} images from {folder}: {out}")
+    print(f"{cfg.num_images} images from {folder}: {out}")

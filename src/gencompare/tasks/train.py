@@ -12,14 +12,13 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from gencompare.command_line import shell_command
+from gencompare.command_line import shell_override
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
-from gencompare.files import locked
+from gencompare.files import file_lock
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.hyperparameters import read_checkpoint
-from gencompare.records import FILE as RECORD
-from gencompare.records import RunRecord, now
+from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.resources import peak_memory_bytes
 from gencompare.tasks.evaluate_run import measure, measure_trained
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
@@ -93,10 +92,10 @@ def train(cfg: DictConfig) -> None:
         )  # refused before images are encoded
         cfg = autoencoder_stage.load_autoencoder(cfg, model, data, trainer.world_size)
     needed = dependency_costs.dependencies(
-        cfg, known=RunRecord.load(folder).training.get("needed", []) if stored is not None else ()
+        cfg, known=RunRecord.load(folder).training.get("dependencies", []) if stored is not None else ()
     )
     budget = dependency_costs.remaining(build_budget(cfg), needed)
-    next(callback for callback in callbacks if isinstance(callback, TrainingClock)).budget = budget
+    callbacks["clock"].budget = budget  # type: ignore[attr-defined]
     clock = stored["callbacks"][TrainingClock.__name__] if stored is not None else None
     with claimed(folder, clear=not resumed), recorded(folder):
         if rank_zero_only.rank == 0:
@@ -108,7 +107,7 @@ def train(cfg: DictConfig) -> None:
             if clock and (model.closed_form or budget.progress(**clock) >= 1):
                 print_zero("The budget is spent: nothing is left to train.")
             else:
-                fit(trainer, model, data, folder, checkpoint if clock else None)
+                fit(trainer, model, data, callbacks, folder, checkpoint if clock else None)
             if protocol is not None:
                 assert isinstance(model, GenerativeModel)
                 model.to(trainer.strategy.root_device)
@@ -129,7 +128,7 @@ def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
         yield
         return
     try:
-        with locked(folder / LOCK, wait=False):
+        with file_lock(folder / LOCK, wait=False):
             if clear:
                 refuse_second_run(folder)
             yield
@@ -138,9 +137,9 @@ def claimed(folder: Path, *, clear: bool) -> Iterator[None]:
 
 
 def refuse_second_run(folder: Path) -> None:
-    if (folder / RECORD).exists():
+    if (folder / RECORD_FILE).exists():
         raise UserError(
-            f"{folder} holds a run already: go on with {shell_command('resume', folder)}, or choose another"
+            f"{folder} holds a run already: go on with {shell_override('resume', folder)}, or choose another"
             " hydra.run.dir."
         )
 
@@ -160,12 +159,12 @@ def recorded(folder: Path) -> Iterator[None]:
             record.training["error"] = why
 
         # What ended in training was recorded, and told, by `fit`.
-        if rank_zero_only.rank == 0 and (folder / RECORD).exists() and RunRecord.load(folder).state == "running":
+        if rank_zero_only.rank == 0 and (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "running":
             RunRecord.update(folder, change)
             if stopped:
                 print_zero(
                     "Stopped. What was trained and drawn is kept. Go on with: python run.py"
-                    f" {shell_command('resume', folder)}"
+                    f" {shell_override('resume', folder)}"
                 )
         raise
 
@@ -213,7 +212,7 @@ def begin(
             "averaged_parameters": sum(p.numel() for p in model.averaged_parameters().values()),
             **({"autoencoder": autoencoder} if autoencoder else {}),
         },
-        training={"needed": needed},
+        training={"dependencies": needed},
     ).save(folder)
 
 
@@ -221,34 +220,46 @@ def go_on(record: RunRecord, cfg: DictConfig, needed: list[dict[str, Any]]) -> N
     """The record of a run that is resumed: what was changed on the command line is in force from here on."""
     record.state = "running"
     record.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    record.training["needed"] = needed
+    record.training["dependencies"] = needed
 
 
-def fit(trainer: pl.Trainer, model: TrainedModel, data: ImageData, folder: Path, checkpoint: Path | None) -> None:
+def fit(
+    trainer: pl.Trainer,
+    model: TrainedModel,
+    data: ImageData,
+    callbacks: dict[str, pl.Callback],
+    folder: Path,
+    checkpoint: Path | None,
+) -> None:
     """Train, and keep the record's state true whatever happens."""
     try:
         with children_of(folder / JOB):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except BaseException as error:
         if trainer.is_global_zero:
-            record_training(trainer, folder, state="failed", error=" ".join(str(error).split()))
+            record_training(trainer, callbacks, folder, state="failed", error=" ".join(str(error).split()))
         raise
-    stop = _callback(trainer, GracefulStop)
+    stop = callbacks.get("graceful_stop")
+    received = stop.received if isinstance(stop, GracefulStop) else None
     if trainer.is_global_zero:
-        record_training(trainer, folder, state="interrupted" if stop.received else "running")
-    if stop.received:
-        step, saved = _callback(trainer, TrainingClock).step, _callback(trainer, Checkpoints).saved
-        said = "and saved" if saved == step else f"in what may be a collapse: saved is step {saved}"
-        print_zero(f"Stopped after step {step}, {said}. Go on with: python run.py {shell_command('resume', folder)}")
+        record_training(trainer, callbacks, folder, state="interrupted" if received else "running")
+    if received:
+        step, checkpoints = callbacks["clock"].step, callbacks.get("checkpoints")  # type: ignore[attr-defined]
+        saved = checkpoints.saved if isinstance(checkpoints, Checkpoints) else None
+        said = "and saved" if saved == step else f"which may be a collapse: saved is step {saved}"
+        print_zero(f"Stopped after step {step}, {said}. Go on with: python run.py {shell_override('resume', folder)}")
         wait_for_children(trainer)
-        raise SystemExit(128 + stop.received)
+        raise SystemExit(128 + received)
 
 
-def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str = "") -> None:
+def record_training(
+    trainer: pl.Trainer, callbacks: dict[str, pl.Callback], folder: Path, *, state: str, error: str = ""
+) -> None:
     """What training cost so far, in the record."""
-    clock = _callback(trainer, TrainingClock)
-    checkpoints = _callback(trainer, Checkpoints)
-    looks = [callback for callback in trainer.callbacks if isinstance(callback, EvaluationCallback)]  # type: ignore[attr-defined]
+    clock = callbacks["clock"]
+    assert isinstance(clock, TrainingClock)
+    evaluation = callbacks.get("evaluation")
+    evaluation = evaluation if isinstance(evaluation, EvaluationCallback) else None
     device = trainer.strategy.root_device
     figures: dict[str, Any] = {
         "steps": clock.step,
@@ -258,14 +269,14 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
         "flops_per_image": clock.flops / clock.images if clock.images else None,
         "flops": clock.flops if clock.images else None,
-        "peak_memory_bytes": max(looks[0].peak_memory_bytes if looks else 0, peak_memory_bytes(device)),
+        "peak_memory_bytes": max(evaluation.peak_memory_bytes if evaluation else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
-        "trained_against": trainer.lightning_module.trained_against,
-        "missing_modes": {str(step): said for step, said in looks[0].missing.items()} if looks else {},
+        "perceptual_networks": trainer.lightning_module.perceptual_networks,
+        "missing_modes": {str(step): said for step, said in evaluation.missing.items()} if evaluation else {},
     }
-    if looks and looks[0].last is not None:
-        figures["preview"] = {"last": looks[0].last, "best": looks[0].best}
+    if evaluation and evaluation.last is not None:
+        figures["preview"] = {"last": evaluation.last, "best": evaluation.best}
     if error:
         figures["error"] = error
 
@@ -273,22 +284,22 @@ def record_training(trainer: pl.Trainer, folder: Path, *, state: str, error: str
         record.state = state
         record.environment |= environment(device)
         # A latent model that is resumed has its first stage's weights from its own checkpoint, and knows no more of it.
-        figures["trained_against"] = figures["trained_against"] or record.training.get("trained_against", [])
-        figures["needed"] = record.training.get("needed", [])
+        figures["perceptual_networks"] = figures["perceptual_networks"] or record.training.get(
+            "perceptual_networks", []
+        )
+        figures["dependencies"] = record.training.get("dependencies", [])
         record.training = figures
         dependency_costs.print_costs(record)
         record.checkpoints = {
-            path.stem: str(path.relative_to(folder)) for path in (checkpoints.last, checkpoints.best) if path.exists()
+            name: f"checkpoints/{name}.ckpt"
+            for name in ("last", "best")
+            if (folder / "checkpoints" / f"{name}.ckpt").exists()
         }
         pictures = sorted((folder / "samples").glob("step_*.png"))
         if pictures:
-            record.pictures["samples while training"] = str(pictures[-1].relative_to(folder))
+            record.images["samples while training"] = str(pictures[-1].relative_to(folder))
 
     RunRecord.update(folder, change)
-
-
-def _callback(trainer: pl.Trainer, kind: type) -> Any:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
 
 
 @rank_zero_only

@@ -26,9 +26,9 @@ from gencompare.evaluation.metric_validation import (  # fmt: skip
 )
 from gencompare.evaluation.metrics.frechet import Statistics, frechet_distance
 from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, Kernel, KernelReference, kernel_distance
-from gencompare.evaluation.metrics.neighbors import neighbor_balls
-from gencompare.evaluation.reference import evenly_spaced_indices, stored_split
-from gencompare.files import atomic, write_json, write_text
+from gencompare.evaluation.metrics.neighbors import compute_prdc
+from gencompare.evaluation.reference import evenly_spaced_indices, quantize_split
+from gencompare.files import atomic_write, write_json, write_text
 from gencompare.tasks.evaluate_run import refuse_second_run
 from gencompare.tasks.runs.build import build_data, build_protocol, chosen_device
 from gencompare.tasks.runs.console import stage_progress
@@ -48,17 +48,17 @@ def validate_metrics(cfg: DictConfig) -> None:
     refuse_second_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = build_data(cfg)
-    if data.spec.num_levels is None:
+    if data.spec.num_bins is None:
         raise UserError(f"task=validate_metrics degrades images, and data '{data.spec.name}' has points.")
     sizes = sorted(int(n) for n in cfg.task.n)
     baseline = instantiate(cfg.task.baseline, _partial_=True)(spec=data.spec)
     baseline.fit_to(data.batches("train"), data.batches("val"))
     sets = dict(battery(data, sizes[-1], baseline, cfg.seed))
     train = data.split("train")
-    reference = stored_split(train[evenly_spaced_indices(len(train), cfg.task.references)].images, data.spec)
+    reference = quantize_split(train[evenly_spaced_indices(len(train), cfg.task.references)].images, data.spec)
     device, scores = chosen_device(cfg), []
-    with stage_progress(cfg.callbacks.progress) as progress:
-        for extractor in build_protocol(cfg).build(data.spec):
+    with stage_progress(cfg.callbacks.progress_bar) as progress:
+        for extractor in build_protocol(cfg).build_extractors(data.spec):
             milliseconds = cost(extractor, reference[:TIMED], device)
             real = extractor(reference, device).features
             features = extract(sets, extractor, device, progress)
@@ -76,7 +76,7 @@ def validate_metrics(cfg: DictConfig) -> None:
     })  # fmt: skip
     text = table(scores)
     write_text(folder / "metrics.md", text)
-    with atomic(folder / "metrics.png") as file:
+    with atomic_write(folder / "metrics.png") as file:
         draw(scores, data.spec.name).savefig(file, format="png", dpi=80)
     print(f"{text}\n{folder / 'metrics.png'}")
 
@@ -100,8 +100,8 @@ def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
     for layer, columns in extractor.columns.items():
         real = reference[:, columns]
         name = " ".join(part for part in (extractor.name, short(extractor.resize), layer) if part)
-        statistics, dim = Statistics.of(real), real.shape[1]
-        fitted = {kernel: KernelReference.of(real, chosen) for kernel, chosen in kernels.items()}
+        statistics, dim = Statistics.from_features(real), real.shape[1]
+        fitted = {kernel: KernelReference.from_features(real, chosen) for kernel, chosen in kernels.items()}
 
         def distances(own: Tensor, fitted: dict[str, KernelReference] = fitted) -> dict[str, float]:
             return {kernel: kernel_distance(own, side).value for kernel, side in fitted.items()}
@@ -110,7 +110,7 @@ def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
             return {"Frechet": frechet_distance(own, statistics)}
 
         def shares(own: Tensor, real: Tensor = real) -> dict[str, float]:
-            seen = neighbor_balls(own, real[evenly_spaced_indices(len(real), len(own))])
+            seen = compute_prdc(own, real[evenly_spaced_indices(len(real), len(own))])
             return {f"1 - {kind}": 1 - getattr(seen, kind) for kind in ("precision", "recall", "density", "coverage")}
 
         found += [

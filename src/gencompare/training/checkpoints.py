@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning import Callback
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.files import atomic
 from gencompare.generative_model import TrainedModel
-from gencompare.migrations import migrate_checkpoint
 from gencompare.training.clock import clock_of
-from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.loggers import check_weights
 
 
 class Checkpoints(Callback):
-    """Keeps ``last.ckpt`` (at least every ``every_minutes``, at every look and at the end) and ``best.ckpt``.
+    """Saves ``last.ckpt`` (every ``every_minutes``, at each evaluation and at the end) and ``best.ckpt``.
 
-    ``best`` is the look with the lowest preview distance, which is measured on validation images only.
-    It stands last among the callbacks, so that what it saves is a finished step. A model that is `doubtful` is saved at
-    the end of the budget alone, or where training is stopped before anything else was.
+    ``best`` is the evaluation with the lowest distance to the validation images. A model that is
+    `possibly_collapsed` is saved only at the end of the budget, or when training stops before any checkpoint exists.
     """
 
+    order = 9
+    """Saves a step that all other callbacks have finished."""
+
     CHECK_STEPS = 20
-    """The time is looked at once in so many steps, since the processes must agree on it."""
+    """Steps between checks of the time, on which all ranks must agree."""
 
     def __init__(self, folder: Path, every_minutes: float = 2.0) -> None:
         if every_minutes < 0:
             raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} cannot be negative.")
         self.folder, self.every_minutes = folder, every_minutes
         self._since = time.monotonic()
-        self._looks_done = 0
         self.saved: int | None = None
-        """The step that ``last.ckpt`` is of."""
+        """The step of ``last.ckpt``."""
 
     @property
     def last(self) -> Path:
@@ -51,33 +46,28 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._since = time.monotonic()
-        looks = _callback(trainer)
-        self._looks_done = looks.done if looks else 0
         self.saved = clock_of(trainer).step or None  # of a run that is resumed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        looks = _callback(trainer)
-        looked = looks is not None and looks.done > self._looks_done
-        due = looked or trainer.should_stop or self._time_is_up(trainer)
+        clock = clock_of(trainer)
+        due = clock.evaluated_at == clock.step or trainer.should_stop or self._time_is_up(trainer)
         if due and not self._waits(trainer, pl_module):
-            if looks is not None and looked and looks.improved:
+            if clock.best_at == clock.step:
                 self._save(trainer, pl_module, self.best)
             self._save(trainer, pl_module, self.last)
-            self._since, self.saved = time.monotonic(), clock_of(trainer).step
-            clock_of(trainer).pause()
-        if looks is not None:
-            self._looks_done = looks.done
+            self._since, self.saved = time.monotonic(), clock.step
+            clock.pause()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, TrainingStopped):
-            exception.kept = self.last.exists()
+            exception.checkpoint_saved = self.last.exists()
 
     def _waits(self, trainer: pl.Trainer, model: pl.LightningModule) -> bool:
         assert isinstance(model, TrainedModel)
         only = trainer.should_stop and self.saved is None
-        return model.doubtful and not only and clock_of(trainer).progress < 1
+        return model.possibly_collapsed and not only and clock_of(trainer).progress < 1
 
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
@@ -90,21 +80,3 @@ class Checkpoints(Callback):
             return False
         due = time.monotonic() - self._since >= 60 * self.every_minutes
         return bool(trainer.strategy.broadcast(due, src=0)) if trainer.world_size > 1 else due
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints under a temporary name first, synced and renamed."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # Through memory: torch hides a full disk behind an error of its own.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with atomic(path) as file:
-            file.write(buffer.getbuffer())
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return migrate_checkpoint(super().load_checkpoint(path, *args, **kwargs))
-
-
-def _callback(trainer: pl.Trainer) -> EvaluationCallback | None:
-    return next((c for c in trainer.callbacks if isinstance(c, EvaluationCallback)), None)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback
 
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
-from gencompare.resources import Flops
+from gencompare.resources import FlopCounter
 from gencompare.rng import RandomSource, derive_seed
 from gencompare.training.budget import Budget
 
@@ -23,8 +23,16 @@ class TrainingClock(Callback):
     run meets the numbers that an unbroken one would have met, and 1, 2 or 4 processes draw the same noise for the same
     image of the global batch. (Dropout masks differ between ranks, as they must.)
 
-    It stands first among the callbacks: the others read it.
+    Other callbacks read it as ``pl_module.clock``.
+
+    Args:
+        seed: of all random numbers of training.
+        global_batch_size: images of a step, over all processes.
+        budget: ends training.
     """
+
+    order = 0
+    """Counts a step before any other callback acts on it."""
 
     def __init__(self, seed: int, global_batch_size: int, budget: Budget) -> None:
         self.seed, self.global_batch_size, self.budget = seed, global_batch_size, budget
@@ -40,6 +48,10 @@ class TrainingClock(Callback):
         """The same, times the processes of each sitting."""
         self.flops = 0.0
         """FLOPs of training so far, as `TrainingFlops` adds them up."""
+        self.evaluated_at = 0
+        """The step of the last evaluation."""
+        self.best_at = 0
+        """The step of the best evaluation so far."""
         self._generator: torch.Generator | None = None
         self._since = time.monotonic()
 
@@ -59,6 +71,9 @@ class TrainingClock(Callback):
         self.device_seconds = state_dict.get("device_seconds", self.seconds)
         self.flops = state_dict["flops"]
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.clock = self  # type: ignore[assignment]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning restores the callbacks before this hook and asks for the training stream after it.
         trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
@@ -69,7 +84,7 @@ class TrainingClock(Callback):
             self.budget = trainer.strategy.broadcast(self.budget, src=0)
         if pl_module.closed_form:
             self.budget = Budget(steps=1)
-            self.images_a_step = len(trainer.datamodule.training)  # type: ignore[attr-defined]
+            self.images_a_step = len(trainer.datamodule.train_subset)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._generator = torch.Generator(pl_module.device)
@@ -80,7 +95,7 @@ class TrainingClock(Callback):
         self._generator.manual_seed(derive_seed(self.seed, "step", self.step))
         share = self.global_batch_size // trainer.world_size
         start = trainer.global_rank * share
-        pl_module.draws = RandomSource(self._generator, start, start + share, self.global_batch_size)
+        pl_module.rng = RandomSource(self._generator, start, start + share, self.global_batch_size)
         pl_module.progress = self.progress
         torch.manual_seed(derive_seed(self.seed, "dropout", self.step, trainer.global_rank))
 
@@ -100,7 +115,10 @@ class TrainingClock(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainedModel)
-        pl_module.draws = pl_module.progress = None  # type: ignore[assignment]
+        pl_module.rng = pl_module.progress = self._generator = None  # type: ignore[assignment]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.clock = None  # type: ignore[assignment]
 
     def end_if_spent(self, trainer: pl.Trainer) -> None:
         if self.progress >= 1:
@@ -112,18 +130,23 @@ class TrainingClock(Callback):
 
 
 def clock_of(trainer: pl.Trainer) -> TrainingClock:
-    """The clock among a trainer's callbacks."""
-    return next(callback for callback in trainer.callbacks if isinstance(callback, TrainingClock))  # type: ignore[attr-defined]
+    """The clock of the run that ``trainer`` trains. Raises `UserError` where it has none."""
+    clock = getattr(trainer.lightning_module, "clock", None)
+    if not isinstance(clock, TrainingClock):
+        raise UserError("This callback needs a TrainingClock among the Trainer's callbacks.")
+    return clock
 
 
 class TrainingFlops(Callback):
     """Counts the first step of each of a model's kinds (`TrainedModel.step_kind`): forward, backward, and whatever else
-    a family does in a step. Every step adds what its kind costs to the clock's FLOPs."""
+    a family does in a step. Every step adds the cost of its kind to the clock's FLOPs."""
+
+    order = 2
 
     def __init__(self) -> None:
         self.per_image: dict[str, float] = {}
         """FLOPs of a training image, by the kind of step."""
-        self._counter: Flops | None = None
+        self._counter: FlopCounter | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"per_image": self.per_image}
@@ -135,7 +158,7 @@ class TrainingFlops(Callback):
         assert isinstance(pl_module, TrainedModel)
         self._kind = pl_module.step_kind
         if self._kind not in self.per_image:
-            self._counter = Flops()
+            self._counter = FlopCounter()
             self._counter.__enter__()
 
     def on_train_batch_end(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
-from gencompare.hyperparameters import AVERAGED
+from gencompare.hyperparameters import EMA_KEY
 
 
 class EMA(Callback):
@@ -38,7 +38,10 @@ class EMA(Callback):
         self.step = 0
         """Training steps that the average has seen."""
 
+    order = 3
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pl_module.ema = self  # type: ignore[assignment]
         self.average = {name: p.detach().clone() for name, p in _parameters(pl_module).items()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,10 +75,10 @@ class EMA(Callback):
         self.step = state_dict["step"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint[AVERAGED] = self.average
+        checkpoint[EMA_KEY] = self.average
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        stored = checkpoint.get(AVERAGED, {})
+        stored = checkpoint.get(EMA_KEY, {})
         if set(stored) != set(self.average):
             raise UserError("The checkpoint's averaged weights do not fit the model: it is of another configuration.")
         self.average = dict(stored)

@@ -19,8 +19,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class GracefulStop(Callback):
     """Ctrl-C and SIGTERM end training after the step in progress, so that a finished step is saved; a second one kills.
 
-    It stands before the checkpoints, which save when the trainer should stop.
+    The callback that saves checkpoints acts later in the same step.
     """
+
+    order = 4
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -46,8 +46,10 @@ class LearningRateScheduler(Callback):
     """Sets every optimiser's rate before each step, so that one rule serves automatic and manual optimisation.
 
     A checkpoint brings back an optimiser's settings with its state; those of the config are put in their place, so that
-    ``resume=DIR model.optimizer.lr=...`` does what it says.
+    ``resume=DIR model.optimizer.lr=...`` takes effect.
     """
+
+    order = 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainedModel)

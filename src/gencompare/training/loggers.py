@@ -22,8 +22,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.files import cannot_write, write_text
-from gencompare.records import FILE, RunRecord
+from gencompare.files import write_error, write_text
+from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
 
 LEADING = ("step", "images", "seconds")
@@ -68,7 +68,7 @@ class CurveCSVLogger(Logger):
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:
-            raise cannot_write(self.path, error) or error from error
+            raise write_error(self.path, error) or error from error
 
     def _rewrite(self, rows: list[dict[str, float]]) -> None:
         text = io.StringIO(newline="")
@@ -210,10 +210,10 @@ def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page:
                     shutil.copy(file, run.dir)
             samples = Path(run.dir) / "samples"
             samples.mkdir(exist_ok=True)
-            for picture in {picture for result in record.results for picture in result.pictures.values()}:
+            for picture in {picture for result in record.results for picture in result.images.values()}:
                 if (folder / picture).is_file():
                     shutil.copy(folder / picture, samples)
-            shutil.copy(folder / FILE, run.dir)
+            shutil.copy(folder / RECORD_FILE, run.dir)
             run.finish()
 
 
@@ -229,7 +229,7 @@ def metrics_table(record: RunRecord) -> Any:
         for name, metric in result.metrics.items():
             low, high = metric.interval or (None, None)
             table.add_data(
-                name, metric.value, low, high, metric.floor, made.checkpoint, made.weights, made.sampler,
+                name, metric.value, low, high, metric.baseline, made.checkpoint, made.weights, made.sampler,
                 result.measurement.id, metric.note,
             )  # fmt: skip
     return table
@@ -243,27 +243,26 @@ def log_result_images(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
     for result in record.results:
         made = result.generation
         caption = ", ".join([made.checkpoint, made.weights, made.sampler])
-        for title, path in result.pictures.items():
+        for title, path in result.images.items():
             if (folder / path).is_file():
                 found.setdefault(title, []).append(wandb.Image(str(folder / path), caption=caption))
     return found
 
 
 class MetricLogger(Callback):
-    """Logs the mean of every figure that ``training_step`` returned over the last ``every`` steps.
+    """Logs the mean of every metric that ``training_step`` returned over the last ``log_every_n_steps`` steps.
 
-    The means stay on the device and are read (and averaged over processes) once in ``every`` steps, so that the
-    training step never waits for the host. A mean that is not finite ends the run: the weights can no longer be right.
-    A model that may leave a step out, which it waits for the device to decide, says so by a figure ``skipped`` of 1:
-    that is all that such a step tells.
+    The means stay on the device and are read (and averaged over processes) once in ``log_every_n_steps`` steps, so
+    that the host never waits in between. A mean that is not finite ends the run. A model that may skip a step returns
+    the metric ``skipped`` = 1 for it; the other metrics of such a step are left out.
     """
 
-    def __init__(self, every: int = 50) -> None:
-        if every < 1:
-            raise UserError(f"callbacks.curve.every={every}: give at least 1 step.")
-        self.every = every
-        self.latest: dict[str, float] = {}
-        """The last figures logged, for the progress bar."""
+    order = 5
+
+    def __init__(self, log_every_n_steps: int = 50) -> None:
+        if log_every_n_steps < 1:
+            raise UserError(f"callbacks.metric_logger.log_every_n_steps={log_every_n_steps}: give at least 1 step.")
+        self.log_every_n_steps = log_every_n_steps
         self._means: dict[str, MeanMetric] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -283,14 +282,14 @@ class MetricLogger(Callback):
                 self._means[name] = MeanMetric(nan_strategy="disable").to(pl_module.device)
             self._means[name].update(value)
         clock = clock_of(trainer)
-        if clock.step % self.every == 0 or trainer.should_stop:
+        if clock.step % self.log_every_n_steps == 0 or trainer.should_stop:
             self.write(trainer)
 
     def write(self, trainer: pl.Trainer) -> None:
         clock = clock_of(trainer)
-        # A step that was undone or left out tells less than others, alike in all processes.
-        told = {name: mean for name, mean in self._means.items() if mean.update_called}
-        figures = {f"train/{name}": float(mean.compute()) for name, mean in told.items()}
+        # Skipped or rolled-back steps return fewer metrics; all ranks agree on which.
+        updated = {name: mean for name, mean in self._means.items() if mean.update_called}
+        figures = {f"train/{name}": float(mean.compute()) for name, mean in updated.items()}
         for mean in self._means.values():
             mean.reset()
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
@@ -303,7 +302,6 @@ class MetricLogger(Callback):
         if groups:
             figures["train/lr"] = groups[0]["lr"]
         self._mark = (clock.seconds, clock.images)
-        self.latest = figures
         log_metrics(trainer, figures)
 
 

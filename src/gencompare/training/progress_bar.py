@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from gencompare.training.clock import clock_of
-from gencompare.training.loggers import MetricLogger
 
-LINE_SECONDS = 15
-"""Without a terminal, a plain line is printed once in so many seconds."""
+LINE_SECONDS, BAR_SECONDS = 15, 0.5
+"""Seconds between plain lines where there is no terminal, and between updates of the bar."""
 
 
 class TrainingProgressBar(Callback):
     """A bar on a terminal, plain lines elsewhere; only the first process prints."""
+
+    order = 8
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -27,7 +28,8 @@ class TrainingProgressBar(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._printed = time.monotonic()
-        self._began = (time.monotonic(), clock_of(trainer).progress)
+        clock = clock_of(trainer)
+        self._start = (time.monotonic(), clock.progress, clock.images, clock.seconds)
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
         self._bar = Progress(
@@ -40,21 +42,26 @@ class TrainingProgressBar(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        wait = LINE_SECONDS if self._bar is None else BAR_SECONDS
+        if not trainer.is_global_zero or time.monotonic() - self._printed < wait:
+            return
+        self._printed = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=clock_of(trainer).progress, description=self.text(trainer))
-        elif trainer.is_global_zero and time.monotonic() - self._printed >= LINE_SECONDS:
-            self._printed = time.monotonic()
+        else:
             print(f"training {clock_of(trainer).progress:4.0%}  {self.text(trainer)}", flush=True)
 
     def text(self, trainer: pl.Trainer) -> str:
         clock = clock_of(trainer)
-        curve = next(c for c in trainer.callbacks if isinstance(c, MetricLogger))  # type: ignore[attr-defined]
+        # Reading a metric waits for the device, so the text is made once in a while and not for every step.
         losses = [
-            f"{name.removeprefix('train/')} {value:.4g}" for name, value in curve.latest.items() if "loss" in name
+            f"{name.removeprefix('train/')} {float(value):.4g}"
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("train/") and "loss" in name
         ]
-        speed = curve.latest.get("train/images_per_second")
-        began, share = self._began
-        left = (time.monotonic() - began) / max(clock.progress - share, 1e-9) * (1 - clock.progress)
+        start, share, images, seconds = self._start
+        speed = (clock.images - images) / (clock.seconds - seconds) if clock.seconds > seconds else None
+        left = (time.monotonic() - start) / max(clock.progress - share, 1e-9) * (1 - clock.progress)
         parts = [f"step {clock.step}", *losses, f"{speed:,.0f} images/s" if speed else "", f"{_clock(left)} left"]
         return "  ".join(part for part in parts if part)
 

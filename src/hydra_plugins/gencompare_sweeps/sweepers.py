@@ -161,6 +161,8 @@ class SearchSweeper(Sweeper):
 
         assert self.config is not None and self.hydra_context is not None
         for words in batch:
-            looks = self.hydra_context.config_loader.load_sweep_config(self.config, list(words)).callbacks.looks
-            if not (looks.count and looks.preview):
+            evaluation = self.hydra_context.config_loader.load_sweep_config(
+                self.config, list(words)
+            ).callbacks.evaluation
+            if not (evaluation and evaluation.num_evaluations and evaluation.num_samples):
                 raise UserError(NO_AIM)

@@ -14,16 +14,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from gencompare.command_line import shell_command
-from gencompare.data.conditions import Conditioned
+from gencompare.command_line import shell_override
+from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
-from gencompare.files import locked
+from gencompare.files import file_lock
 from gencompare.generative_model import TrainedModel
 from gencompare.models.latents import Latents
-from gencompare.records import FILE as RECORD
-from gencompare.records import RunRecord
-from gencompare.resources import Flops
+from gencompare.records import RECORD_FILE, RunRecord
+from gencompare.resources import FlopCounter
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_model, chosen_device
 from gencompare.tasks.runs.loading import load_weights
@@ -42,7 +41,7 @@ PLACES = ("root", "cache", "eval_batch_size")
 def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
     """``cfg`` with the settings of the autoencoder that ``model.latent.run`` names, which are what its weights fit."""
     run = OmegaConf.select(cfg, "model.latent.run")
-    if run is None or cfg.resume is not None or cfg.run is not None:
+    if run is None or cfg.resume is not None or cfg.run_dir is not None:
         return cfg
     theirs = run_config.load(Path(run))
     if "bottleneck" not in theirs.model:
@@ -53,7 +52,7 @@ def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
     if not is_finished(Path(run)):
         raise UserError(
             f"The autoencoder in {run} was not trained to its end: finish it by"
-            f" {shell_command('resume', str(run))}, and give it again then."
+            f" {shell_override('resume', str(run))}, and give it again then."
         )
     cfg = cfg.copy()
     with open_dict(cfg):
@@ -77,11 +76,11 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
                 "Several nodes, or processes that were not started by this one, cannot train a first stage: train it"
                 " alone (model=autoencoder), and give model.latent.run=DIR."
             )
-        with locked(folder.with_name(f".{folder.name}.lock")):
+        with file_lock(folder.with_name(f".{folder.name}.lock")):
             if not is_finished(folder):
                 stage = autoencoder_config(cfg)
                 stage.out = str(folder.absolute())
-                stage.resume = stage.out if (folder / RECORD).exists() else None
+                stage.resume = stage.out if (folder / RECORD_FILE).exists() else None
                 print(f"First the autoencoder, in {folder}.", flush=True)
                 try:
                     train(stage)
@@ -107,7 +106,7 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
     stage.data.pop("conditions", None)
     if cfg.choices.get("debug") is None:
         stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
-    stage.callbacks.looks.patience = None  # nothing is drawn that could get better or worse
+    stage.callbacks.evaluation.patience = None  # nothing is drawn that could get better or worse
     stage.choices = autoencoder_choices(cfg)
     stage.family = stage.choices["model"]
     stage.sweep_name = None
@@ -145,7 +144,7 @@ def autoencoder_folder(stage: DictConfig, data: ImageData) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / RECORD).exists() and RunRecord.load(folder).state == "finished"
+    return (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "finished"
 
 
 def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:
@@ -159,18 +158,18 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
         return cfg
     folder = Path(cfg.autoencoder_run)
     record = RunRecord.load(folder)
-    images = data.data if isinstance(data, Conditioned) else data
+    images = data.data if isinstance(data, ConditionedData) else data
     refuse_other_data(folder, record, images)
     # Built for the images at hand, which are its own: those need not lie any more where they lay when it was trained.
     first: Any = build_model(run_config.load(folder), images)
     load_weights(first, folder, checkpoint="last", weights="ema")
     space.to(chosen_device(cfg))
-    with Flops() as counter:
+    with FlopCounter() as counter:
         start = time.monotonic()
         space.take(first.eval().coder, training_images(data))
         seconds = time.monotonic() - start
     space.to("cpu")  # where the trainer expects a model
-    space.trained_against = record.training.get("trained_against", [])
+    space.perceptual_networks = record.training.get("perceptual_networks", [])
     if cfg.get("whitening"):
         return cfg
     cfg = cfg.copy()

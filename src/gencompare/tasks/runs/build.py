@@ -12,13 +12,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import Logger
 
 from gencompare.command_line import conf_dir
-from gencompare.data.conditions import Conditioned
+from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol
@@ -26,15 +27,7 @@ from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.rng import derive_seed
 from gencompare.tasks.runs.run_config import check_trainer
 from gencompare.training.budget import Budget
-from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
-from gencompare.training.clock import TrainingClock, TrainingFlops
-from gencompare.training.ema import EMA
-from gencompare.training.evaluation_callback import CheapMetrics, EvaluationCallback
-from gencompare.training.graceful_stop import GracefulStop
-from gencompare.training.learning_rate import LearningRateScheduler
-from gencompare.training.lightning_plugins import UnwrappedDDPStrategy
-from gencompare.training.loggers import MetricLogger
-from gencompare.training.progress_bar import TrainingProgressBar
+from gencompare.training.lightning_plugins import AtomicCheckpointIO, UnwrappedDDPStrategy
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -42,7 +35,7 @@ def build_data(cfg: DictConfig) -> ImageData:
     alone = OmegaConf.masked_copy(cfg.data, [str(key) for key in cfg.data if key != "conditions"])
     data = instantiate(alone, _convert_="all")
     conditions = instantiate(cfg.data.get("conditions") or {}, _convert_="all")
-    return Conditioned(data, conditions) if conditions else data
+    return ConditionedData(data, conditions) if conditions else data
 
 
 def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
@@ -72,56 +65,65 @@ def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
 
 def build_callbacks(
     cfg: DictConfig, model: TrainedModel, data: ImageData, protocol: EvaluationProtocol | None, folder: Path
-) -> list[pl.Callback]:
-    """In the order in which they act: the clock first, the checkpoints last."""
-    options = cfg.callbacks
-    looks: list[pl.Callback] = []
-    if options.looks.count:
-        preview = None
-        if options.looks.preview and protocol is not None and isinstance(model, GenerativeModel):
-            preview = CheapMetrics(data, protocol, n=options.looks.preview)
-        looks = [
-            EvaluationCallback(
-                count=options.looks.count, grid=options.looks.grid, held_out=options.looks.held_out, preview=preview,
-                folder=folder / "samples", seed=cfg.seed, patience=options.looks.get("patience"),
+) -> dict[str, pl.Callback]:
+    """The callbacks of ``cfg.callbacks`` by name, in the order in which they act on a step.
+
+    Each has a ``_target_``, or is the name of a file of conf/callbacks. Constructor arguments that the config does not
+    set are filled in from the run: ``seed``, ``global_batch_size``, ``budget``, ``data``, ``protocol``, ``folder``.
+
+    Raises:
+        UserError: for a class that is not found, is no callback or refuses its arguments.
+    """
+    run = {
+        "seed": cfg.seed, "global_batch_size": cfg.trainer.global_batch_size, "budget": build_budget(cfg), "data": data,
+        "protocol": protocol if isinstance(model, GenerativeModel) else None, "folder": folder,
+    }  # fmt: skip
+    found = {}
+    for key, chosen in cfg.callbacks.items():
+        if not chosen and chosen != "":
+            continue
+        name = str(key)
+        options = OmegaConf.load(callback_option(name, chosen)) if isinstance(chosen, str) else chosen
+        callback = instantiate_for_run(f"callbacks.{name}", options, run)
+        if not isinstance(callback, pl.Callback):
+            raise UserError(f"callbacks.{name}: {options._target_} is not a Lightning callback.")
+        if isinstance(callback, EarlyStopping):
+            raise UserError(
+                f"callbacks.{name}: EarlyStopping acts after validation epochs; a run has a budget instead."
+                " Use callbacks.evaluation.patience=N."
             )
-        ]  # fmt: skip
-    return [
-        TrainingClock(cfg.seed, cfg.trainer.global_batch_size, build_budget(cfg)),
-        LearningRateScheduler(),
-        TrainingFlops(),
-        EMA(options.ema.decay),
-        GracefulStop(),
-        MetricLogger(options.curve.every),
-        *looks,
-        *extra_callbacks(options),
-        *([TrainingProgressBar()] if options.progress else []),
-        Checkpoints(folder / "checkpoints", options.checkpoints.every_minutes),
-    ]
+        found[name] = callback
+    if "clock" not in found:
+        raise UserError("callbacks.clock=null: nothing would end training. Leave the clock as it is.")
+    return dict(sorted(found.items(), key=lambda item: getattr(item[1], "order", BEFORE_CHECKPOINTS)))
 
 
-def extra_callbacks(options: DictConfig) -> list[pl.Callback]:
-    """Those of the user: ``+callbacks.NAME._target_=CLASS``, or ``+callbacks.NAME=OPTION`` of conf/callbacks."""
-    found = []
-    for name, chosen in options.items():
-        described = OmegaConf.load(callback_option(str(name), chosen)) if isinstance(chosen, str) else chosen
-        if isinstance(described, DictConfig) and "_target_" in described:
-            callback = instantiate_checked(f"callbacks.{name}", described)
-            if not isinstance(callback, pl.Callback):
-                raise UserError(f"callbacks.{name}: {described._target_} is not a Lightning callback.")
-            found.append(callback)
-    return found
+BEFORE_CHECKPOINTS = 7
+"""When callbacks without an ``order`` act: after the evaluation of a step, before the checkpoint that holds it."""
 
 
-def instantiate_checked(place: str, described: DictConfig, **more: Any) -> Any:
-    """What ``described`` describes. Raises `UserError` where its class is not found or refuses its arguments."""
+def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) -> Any:
+    """The object that ``options`` describes, with those arguments in ``run`` that it takes and ``options`` leaves out."""
+    if not str(options._target_).startswith("gencompare."):
+        return instantiate_checked(place, options)
+    factory = instantiate_checked(place, options, _partial_=True)
+    known = inspect.signature(factory.func).parameters
+    missing = {name: value for name, value in run.items() if name in known and name not in options}
     try:
-        return instantiate(described, _convert_="all", **more)
+        return factory(**missing)
+    except TypeError as error:
+        raise UserError(f"{place}={options._target_}: {' '.join(str(error).split())}.") from error
+
+
+def instantiate_checked(place: str, options: DictConfig, **more: Any) -> Any:
+    """The object that ``options`` describes. Raises `UserError` where its class is missing or refuses its arguments."""
+    try:
+        return instantiate(options, _convert_="all", **more)
     except InstantiationException as error:
         cause: BaseException = error
         while following := cause.__cause__ or cause.__context__:
             cause = following
-        raise UserError(f"{place}={described._target_}: {' '.join(str(cause).split())}.") from error
+        raise UserError(f"{place}={options._target_}: {' '.join(str(cause).split())}.") from error
 
 
 def callback_option(name: str, option: str) -> Path:
@@ -138,29 +140,33 @@ def build_budget(cfg: DictConfig) -> Budget:
 
 
 def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int) -> list[Logger]:
-    """The loggers of ``cfg.logger``; W&B gets one run a job, grouped by sweep."""
-    common = {
+    """The loggers of ``cfg.logger``; W&B gets one run per job, grouped by sweep."""
+    run = {
         "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
         "start_step": start_step, "tags": list(cfg.get("tags") or []),
     }  # fmt: skip
-    return [build_logger(str(name), options, common) for name, options in (cfg.logger or {}).items()]
+    return [build_logger(str(name), options, run) for name, options in (cfg.logger or {}).items()]
 
 
-def build_logger(name: str, options: DictConfig, common: dict[str, Any]) -> Logger:
-    """One of this project's loggers, with what it must know of the run, or any other of Lightning, as it is."""
+def build_logger(name: str, options: DictConfig, run: dict[str, Any]) -> Logger:
+    """A logger of this project, with the arguments in ``run``, or any other Lightning logger, with the run folder as
+    its ``save_dir``."""
+    place = f"logger.{name}"
     if str(options._target_).startswith("gencompare."):
-        return instantiate(options, _partial_=True, _convert_="all")(**common)
-    factory = instantiate_checked(f"logger.{name}", options, _partial_=True)
-    place = {"save_dir": common["folder"]} if "save_dir" in inspect.signature(factory).parameters else {}
-    logger = factory(**({} if "save_dir" in options else place))
+        return instantiate(options, _partial_=True, _convert_="all")(**run)
+    factory = instantiate_checked(place, options, _partial_=True)
+    takes_folder = "save_dir" in inspect.signature(factory).parameters and "save_dir" not in options
+    logger = factory(**({"save_dir": run["folder"]} if takes_folder else {}))
     if not isinstance(logger, Logger):
-        raise UserError(f"logger.{name}: {options._target_} is not a Lightning logger.")
+        raise UserError(f"{place}: {options._target_} is not a Lightning logger.")
     return logger
 
 
 def check_trainer_settings(cfg: DictConfig) -> None:
     """Refuse settings of the Trainer that are not there or are made here: `check_trainer`."""
-    check_trainer({str(key): value for key, value in cfg.trainer.items()}, inspect.signature(pl.Trainer).parameters)
+    check_trainer(
+        {str(key): value for key, value in cfg.trainer.items()}, [*inspect.signature(pl.Trainer).parameters, "_target_"]
+    )
 
 
 def chosen_device(cfg: DictConfig) -> torch.device:
@@ -169,12 +175,13 @@ def chosen_device(cfg: DictConfig) -> torch.device:
 
 
 def build_trainer(
-    cfg: DictConfig, model: TrainedModel, callbacks: list[pl.Callback], loggers: list[Logger], folder: Path
+    cfg: DictConfig, model: TrainedModel, callbacks: dict[str, pl.Callback], loggers: list[Logger], folder: Path
 ) -> pl.Trainer:
-    """Lightning's trainer, with what this project does itself switched off."""
+    """The Trainer of ``cfg.trainer``, with what this project does itself switched off."""
     _quiet()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    options.pop("global_batch_size")
+    del options["global_batch_size"]
+    trainer_class = get_class(options.pop("_target_", "pytorch_lightning.Trainer"))
     if str(options.get("precision")) in ("16-true", "bf16-true"):
         raise UserError(
             f"trainer.precision={options['precision']} would round noise schedules and averages to 16 bits: use"
@@ -190,7 +197,7 @@ def build_trainer(
     own: dict[str, Any] = {
         "plugins": [AtomicCheckpointIO()],
         "default_root_dir": str(folder),
-        # The budget ends training; validation is a look; some families need gradients when they sample.
+        # The budget ends training; EvaluationCallback validates; some families need gradients when they sample.
         "max_epochs": -1,
         "limit_val_batches": 0,
         "inference_mode": False,
@@ -198,10 +205,9 @@ def build_trainer(
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
-        "log_every_n_steps": cfg.callbacks.curve.every,
     }
     try:
-        return pl.Trainer(callbacks=callbacks, logger=loggers or False, **(own | options))
+        return trainer_class(callbacks=list(callbacks.values()), logger=loggers or False, **(own | options))
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 

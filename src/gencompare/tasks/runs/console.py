@@ -19,9 +19,9 @@ from rich.syntax import Syntax
 from torch import Tensor
 
 from gencompare.compare.page import report
-from gencompare.compare.terminal import summary
+from gencompare.compare.terminal import run_summary
 from gencompare.data.datamodule import SPLITS, ImageData
-from gencompare.evaluation.reference import stored_split, to_uint8
+from gencompare.evaluation.reference import quantize_split, to_uint8
 from gencompare.generative_model import DataSpec
 from gencompare.image_grid import grid, save_png
 from gencompare.records import Result, RunRecord
@@ -65,7 +65,7 @@ def stage_progress(shown: bool = True) -> Iterator[StageProgress | None]:
 
 
 HIDDEN = (
-    "choices", "command", "out", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights",
+    "choices", "command", "out", "sweep_name", "run_dir", "resume", "runs", "group_by", "rank_by", "num_images", "checkpoint", "weights",
     "task", "trial",
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ def describe_config(data: ImageData) -> dict[str, Any]:
         "name": spec.name,
         "shape": list(spec.shape),
         "num_classes": spec.num_classes,
-        "num_levels": spec.num_levels,
+        "num_bins": spec.num_bins,
         "conditions": {name: list(shape) for name, shape in spec.conditions.items()},
         "splits": {name: len(data.split(name)) for name in SPLITS},
         "hash": data.hash("train"),
@@ -96,7 +96,7 @@ def print_end(record: RunRecord, folder: Path) -> Path:
     page = report([folder], folder)
     console = Console()
     if record.results:
-        console.print(summary(record))
+        console.print(run_summary(record))
     places = {
         "page with the pictures": page,
         "record": folder / "record.json",
@@ -121,11 +121,11 @@ GRID = 100
 
 
 def store_result(folder: Path, result: Result, images: Tensor, data: ImageData) -> None:
-    """The result into the folder's record, with a picture of the samples (``images`` as `quantize.as_stored` gives
+    """The result into the folder's record, with a picture of the samples (``images`` as `quantize_images` gives
     them), and one of the first samples beside their nearest training images."""
-    RunRecord.update(folder, lambda record: record.put(result))
+    RunRecord.update(folder, lambda record: record.add_result(result))
     spec = data.spec
-    drawn = {"samples": grid(show_result(images[: len(images) if spec.dims == 2 else GRID], spec).numpy())}
+    drawn = {"samples": grid(show_result(images[: len(images) if spec.num_values == 2 else GRID], spec).numpy())}
     rows = result.details.get("nearest_training")
     if rows:
         near = show_result(with_nearest_neighbors(images, rows, data), spec)
@@ -134,8 +134,8 @@ def store_result(folder: Path, result: Result, images: Tensor, data: ImageData) 
     for title, picture in drawn.items():
         save_png(picture, paths[title])
     named = {title: str(path.relative_to(folder)) for title, path in paths.items()}
-    pictured = replace(result, pictures={**result.pictures, **named})
-    RunRecord.update(folder, lambda record: record.put(pictured))
+    pictured = replace(result, images={**result.images, **named})
+    RunRecord.update(folder, lambda record: record.add_result(pictured))
 
 
 def _stem(title: str) -> str:
@@ -144,7 +144,7 @@ def _stem(title: str) -> str:
 
 def with_nearest_neighbors(images: Tensor, rows: list[list[int]], data: ImageData) -> Tensor:
     """(r (k + 1), C, H, W): each of the first r samples, followed by the training images that its ``rows`` (k) name."""
-    train = stored_split(data.split("train")[torch.tensor(rows).flatten()].images, data.spec)
+    train = quantize_split(data.split("train")[torch.tensor(rows).flatten()].images, data.spec)
     train = train.reshape(len(rows), -1, *train.shape[1:])
     return torch.cat([images[: len(rows), None], train.to(images.dtype)], dim=1).flatten(0, 1)
 

@@ -44,7 +44,7 @@ def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[
     found = list(known)
     for role, folder in dependency_folders(cfg):
         record = RunRecord.load(folder)
-        found += [*record.training.get("needed", []), cost_entry(record, role)]
+        found += [*record.training.get("dependencies", []), cost_entry(record, role)]
     if cfg.get("whitening"):
         found.append(OmegaConf.to_container(cfg.whitening))  # type: ignore[arg-type]
     return deduplicated(found)
@@ -100,4 +100,6 @@ def remaining(budget: Budget, parts: list[dict[str, Any]]) -> Budget:
 
 def print_costs(record: RunRecord) -> None:
     """Write the total into a record that says its own cost, and what its model needed."""
-    record.training["total"] = total_training_cost([own_training_cost(record), *record.training.get("needed", [])])
+    record.training["total_cost"] = total_training_cost(
+        [own_training_cost(record), *record.training.get("dependencies", [])]
+    )

@@ -27,12 +27,12 @@ TABLES = {
     "linear": ("linear", LinearBetas),
     "scaled_linear": ("scaled_linear", lambda first, last, T: LinearBetas(first, last, T, power=2)),
     "sigmoid": ("sigmoid", SigmoidBetas),
-    "squaredcos_cap_v2": ("cosine", lambda first, last, T: CosineBetas(T=T)),
+    "squaredcos_cap_v2": ("cosine", lambda first, last, T: CosineBetas(num_train_timesteps=T)),
 }
 """By their ``beta_schedule``: the option of conf/model/schedule, and that table from its ends and its length."""
 USUAL = (1e-4, 0.02)
 """The first and the last beta of DDPM."""
-NOISE = "model.parameterization.noise"
+NOISE = "model.parameterization.noise_conditioning"
 TIMESTEP = f"{TimestepConditioning.__module__}.{TimestepConditioning.__qualname__}"
 ALIKE = 1e-3
 """How far log-SNRs of one table may be apart after rounding to float32, on the way into a file and back."""
@@ -47,7 +47,7 @@ def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
     if not isinstance(model, Diffusion) or not isinstance(model.schedule, BetaTable):
         return None
     predicts = PREDICTS.get(type(model.parameterization))
-    if predicts is None or model.parameterization.noise != TimestepConditioning(model.schedule.T):
+    if predicts is None or model.parameterization.noise_conditioning != TimestepConditioning(model.schedule.T):
         return None
     return {
         "_class_name": "DDPMScheduler", "num_train_timesteps": model.schedule.T,
@@ -98,12 +98,12 @@ def check_scheduler(model: Diffusion, weights: Path) -> None:
         words.append(schedule_words(said, table))
     if PREDICTS.get(type(model.parameterization)) != predicts:
         words.append(f"model/parameterization={OPTIONS[predicts]}")
-    if model.parameterization.noise != TimestepConditioning(table.T):
+    if model.parameterization.noise_conditioning != TimestepConditioning(table.T):
         words.append(f"++{NOISE}._target_={TIMESTEP} ++{NOISE}.steps={table.T}")
     if words:
         raise UserError(
             f"{place} is of a network that says {predicts}, told the step of a table of {table.T} betas; this model has"
-            f" {type(model.parameterization).__name__} with {type(model.parameterization.noise).__name__} under"
+            f" {type(model.parameterization).__name__} with {type(model.parameterization.noise_conditioning).__name__} under"
             f" {type(model.schedule).__name__}, and its images would be others. Add {' '.join(words)}"
         )
 
@@ -141,7 +141,9 @@ def schedule_words(said: dict[str, Any], table: BetaTable) -> str:
         for option, make in TABLES.values():
             if same(make(first, last, T), table):
                 words = (
-                    "" if option == "cosine" else f" model.schedule.first={first:.4g} model.schedule.last={last:.4g}"
+                    ""
+                    if option == "cosine"
+                    else f" model.schedule.beta_start={first:.4g} model.schedule.beta_end={last:.4g}"
                 )
-                return f"model/schedule={option} model.schedule.T={T}{words}"
+                return f"model/schedule={option} model.schedule.num_train_timesteps={T}{words}"
     return "model/schedule=betas 'model.schedule.betas=[...]' with its trained_betas"

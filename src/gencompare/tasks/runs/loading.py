@@ -17,13 +17,13 @@ from gencompare.compare.load_runs import find_run_folders
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.generative_model import GenerativeModel, TrainedModel
-from gencompare.hyperparameters import AVERAGED, read_checkpoint
-from gencompare.records import FILE, RunRecord
+from gencompare.hyperparameters import EMA_KEY, read_checkpoint
+from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_data, build_model
 
 REMOTE = "wandb:"
-WANTED = re.compile(rf"{re.escape(FILE)}|curve\.csv|samples/[\w.-]+\.png")
+WANTED = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
 """Files of a W&B run that make a run folder: `training.loggers.finish` puts them there."""
 
 
@@ -64,12 +64,12 @@ def fetch_wandb_runs(project: str, cache: Path) -> list[Path]:
             folder = cache / project.replace("/", "_") / re.sub(r"[^\w-]", "_", run.id)
             if not is_complete(folder):
                 fetch_wandb_run(run, folder)
-            if (folder / FILE).is_file():
+            if (folder / RECORD_FILE).is_file():
                 folders.append(folder)
     except (WandbError, ValueError, OSError) as error:
         raise UserError(f"W&B does not give {project}: {' '.join(str(error).split())}") from error
     if not folders:
-        raise UserError(f"No run of the W&B project {project} holds a {FILE}.")
+        raise UserError(f"No run of the W&B project {project} holds a {RECORD_FILE}.")
     return sorted(folders)
 
 
@@ -83,7 +83,7 @@ def is_complete(folder: Path) -> bool:
 def fetch_wandb_run(run: Any, folder: Path) -> None:
     """The wanted files of one W&B run; the record last, so that a folder with one is whole."""
     files = [file for file in run.files() if WANTED.fullmatch(file.name)]
-    for file in sorted(files, key=lambda file: file.name == FILE):
+    for file in sorted(files, key=lambda file: file.name == RECORD_FILE):
         folder.mkdir(parents=True, exist_ok=True)
         file.download(root=str(folder), replace=True)
 
@@ -151,7 +151,7 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     stored = read_checkpoint(path)
     state: dict[str, Tensor] = dict(stored["state_dict"])
     if weights == "ema":
-        state.update(stored.get(AVERAGED, {}))
+        state.update(stored.get(EMA_KEY, {}))
     check_fits(model, state, path)
     model.load_state_dict(state)
     clock = stored["callbacks"]["TrainingClock"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from gencompare.command_line import conf_dir, quote
 from gencompare.errors import UserError
 from gencompare.files import write_text
-from gencompare.migrations import migrate
+from gencompare.migrations import migrate_config, rename_option
 
 OF_PLACES = (
-    "runs", "run", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
+    "runs", "run_dir", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
     "paths.data", "paths.cache", "data.root",
 )  # fmt: skip
 
@@ -93,27 +94,38 @@ def _composed_without(key: str, words: list[str]) -> DictConfig:
 ADDED_LATER = {"choices", "out", "sweep_name", "command", "trained_in", "autoencoder_run", "whitening", "hydra"}
 """Top-level keys that this program adds to a composed config."""
 INSTEAD = {
-    "max_epochs": "budget.images=N", "min_epochs": "budget.images=N", "max_steps": "budget=steps budget.steps=N",
-    "min_steps": "budget=steps budget.steps=N", "max_time": "budget=device_minutes budget.device_minutes=N",
-    "limit_train_batches": "budget.images=N", "overfit_batches": "debug=overfit", "fast_dev_run": "debug=fast",
-    "accumulate_grad_batches": "trainer.global_batch_size=N", "gradient_clip_val": "model.grad_clip=X",
-    "gradient_clip_algorithm": "model.grad_clip=X", "check_val_every_n_epoch": "callbacks.looks.count=N",
-    "val_check_interval": "callbacks.looks.count=N", "limit_val_batches": "callbacks.looks.held_out=N",
-    "num_sanity_val_steps": "debug=fast", "log_every_n_steps": "callbacks.curve.every=N",
-    "enable_progress_bar": "callbacks.progress=false", "enable_checkpointing": "callbacks.checkpoints.every_minutes=X",
-    "callbacks": "+callbacks.NAME._target_=CLASS", "logger": "logger=wandb, or +logger.NAME._target_=CLASS",
+    "max_epochs": "budget.images=N",
+    "min_epochs": "budget.images=N",
+    "max_steps": "budget=steps budget.steps=N",
+    "min_steps": "budget=steps budget.steps=N",
+    "max_time": "budget=device_minutes budget.device_minutes=N",
+    "limit_train_batches": "budget.images=N",
+    "overfit_batches": "debug=overfit",
+    "fast_dev_run": "debug=fast",
+    "accumulate_grad_batches": "trainer.global_batch_size=N",
+    "gradient_clip_val": "model.grad_clip=X",
+    "gradient_clip_algorithm": "model.grad_clip=X",
+    "check_val_every_n_epoch": "callbacks.evaluation.num_evaluations=N",
+    "val_check_interval": "callbacks.evaluation.num_evaluations=N",
+    "limit_val_batches": "callbacks.evaluation.num_val_images=N",
+    "num_sanity_val_steps": "debug=fast",
+    "log_every_n_steps": "callbacks.metric_logger.log_every_n_steps=N",
+    "enable_progress_bar": "callbacks.progress_bar=null",
+    "enable_checkpointing": "callbacks.checkpoints.every_minutes=X",
+    "callbacks": "+callbacks.NAME._target_=CLASS",
+    "logger": "logger=wandb, or +logger.NAME._target_=CLASS",
     "default_root_dir": "hydra.run.dir=DIR",
-}  # fmt: skip
-"""Settings of Lightning's Trainer that this program makes itself, and what sets the same here."""
+}
+"""Trainer arguments that this program sets itself, and the option that does the same here."""
 TEMPLATE = {
-    "ckpt_path": "resume=RUN_FOLDER goes on with a run, task=evaluate run=RUN_FOLDER checkpoint=last measures it",
-    "task_name": "a run is named by its folder: hydra.run.dir=DIR",
-    "train": "task=train is the default, and task=evaluate run=RUN_FOLDER trains nothing",
+    "ckpt_path": "resume=RUN_FOLDER continues a run, task=evaluate run_dir=RUN_FOLDER checkpoint=last measures it",
+    "task_name": "a run is named after its folder: hydra.run.dir=DIR",
+    "train": "task=train is the default, and task=evaluate run_dir=RUN_FOLDER only evaluates",
     "test": "every run is evaluated at its end, unless evaluation.checkpoints=[]",
     "lr": "model.optimizer.lr=X",
     "batch_size": "trainer.global_batch_size=N",
 }
-"""Keys that users of other templates look for, and where the same is here."""
+"""Keys of lightning-hydra-template, and the equivalent here."""
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -127,10 +139,13 @@ def check_keys(cfg: DictConfig) -> None:
     _check("", cfg, known, "A label of your own goes into tags=[...].")
     default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
     for name, options in (cfg.get("callbacks") or {}).items():
-        if name in default:
-            if isinstance(options, Mapping | DictConfig):
-                _check(f"callbacks.{name}.", options, map(str, default[name]))
-        elif not isinstance(options, str) and "_target_" not in (options or {}):
+        if (not options and options != "") or isinstance(options, str):
+            continue
+        if not isinstance(options, Mapping | DictConfig):
+            raise UserError(f"callbacks.{name}={options}: give null to leave it out, or a mapping with _target_.")
+        if name in default and options.get("_target_") == default[name]._target_:
+            _check(f"callbacks.{name}.", options, map(str, default[name]))
+        elif "_target_" not in options:
             raise UserError(
                 f"callbacks.{name}: give the class, +callbacks.{name}._target_=CLASS, or the name of an option:"
                 f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
@@ -163,7 +178,7 @@ def _check(prefix: str, found: Iterable[str], known: Iterable[str], hint: str = 
 
 FILE = "config.yaml"
 OF_THE_JOB = (
-    "task", "run", "resume", "runs", "by", "metric", "samples", "pretrained", "name", "n", "checkpoint", "weights",
+    "task", "run_dir", "resume", "runs", "group_by", "rank_by", "samples", "pretrained", "name", "num_images", "checkpoint", "weights",
     "format", "paths", "evaluation.protocol.cache",
 )  # fmt: skip
 """What a job has for itself, whatever the run folder says."""
@@ -176,10 +191,18 @@ ADDED = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.p
 """Groups that a run adds with a plus, and where in the config their options come to stand."""
 
 
-def base_on_run_folder(argv: list[str]) -> list[str]:
-    """With ``run=DIR`` or ``resume=DIR``: the same choices of groups as that run made, unless ``argv`` makes its own.
+def rename_options(argv: list[str]) -> list[str]:
+    """The command line with today's names of its options; one line on stderr for each old name."""
+    renamed = {word: rename_option(word) for word in argv if not word.startswith("-")}
+    for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
+        print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
+    return [found[0] if (found := renamed.get(word)) else word for word in argv]
 
-    So ``model.sampler.steps=18`` is known to the config of a run whose sampler has steps, whatever the default model.
+
+def base_on_run_folder(argv: list[str]) -> list[str]:
+    """With ``run_dir=DIR`` or ``resume=DIR``: the same choices of groups as that run made, unless ``argv`` makes its own.
+
+    So ``model.sampler.num_steps=18`` is known to the config of a run whose sampler has steps, whatever the default model.
     """
     folder = _folder_in(argv)
     if folder is None:
@@ -219,7 +242,7 @@ def restore(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
     followers = _followers(OmegaConf.to_container(cfg, resolve=False))
     OmegaConf.resolve(cfg)
     words = list(hydra_config.overrides.task)
-    folder = cfg.run or cfg.resume
+    folder = cfg.run_dir or cfg.resume
     if folder is not None:
         before = load(Path(folder))
         cfg = _rebased(cfg, before, words, followers)
@@ -294,7 +317,7 @@ def load(folder: Path) -> DictConfig:
         raise UserError(f"{path} is damaged: {type(error).__name__}.") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} is damaged: it holds no config.")
-    return DictConfig(migrate(OmegaConf.to_container(loaded)))
+    return DictConfig(migrate_config(OmegaConf.to_container(loaded)))
 
 
 def save(cfg: DictConfig, path: Path) -> None:
@@ -310,7 +333,7 @@ def without_place(cfg: DictConfig) -> DictConfig:
 
 
 def _folder_in(argv: list[str]) -> Path | None:
-    for key in ("run", "resume"):
+    for key in ("run_dir", "resume"):
         value = _value(argv, key)
         if value not in (None, "null", ""):
             return Path(_unquoted(value))

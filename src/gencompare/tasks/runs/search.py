@@ -13,15 +13,15 @@ from hydra.core.override_parser.types import Override
 
 from gencompare.command_line import quote
 from gencompare.errors import UserError
-from gencompare.records import FILE, RunRecord
+from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import dependency_costs
 from gencompare.tasks.runs.dependency_costs import TRIAL
 from gencompare.tasks.runs.sweep import counts, wait_for
 
 STORE = "study.db"
 NO_AIM = (
-    "A search goes by the distance to validation images while training: set callbacks.looks.count and"
-    " callbacks.looks.preview above 0, and a model that draws samples."
+    "A search goes by the distance to validation images while training: set callbacks.evaluation.num_evaluations and"
+    " callbacks.evaluation.num_samples above 0, and a model that draws samples."
 )
 Launch = Callable[[Sequence[Sequence[str]], int], object]
 """(the words of each job, the number of the first) -> when they have ended."""
@@ -144,7 +144,7 @@ class Study:
 
     def folder(self, number: int) -> Path | None:
         """The run folder of a trial."""
-        for path in sorted(self.sweep.glob(f"*/{FILE}")):
+        for path in sorted(self.sweep.glob(f"*/{RECORD_FILE}")):
             try:
                 if RunRecord.load(path).config.get("trial") == {"study": self.id, "number": number}:
                     return path.parent
@@ -163,7 +163,7 @@ class Study:
         spent = [
             part
             for record in others
-            for part in (*record.training.get("needed", []), dependency_costs.cost_entry(record, TRIAL))
+            for part in (*record.training.get("dependencies", []), dependency_costs.cost_entry(record, TRIAL))
         ]
         for number in records:
 
@@ -173,9 +173,9 @@ class Study:
                     "space": {key: str(value) for key, value in self.space.items()},
                 }  # fmt: skip
                 # The best of fewer trials may be another one.
-                needed = [part for part in record.training.get("needed", []) if part["role"] != TRIAL]
+                needed = [part for part in record.training.get("dependencies", []) if part["role"] != TRIAL]
                 tuning = [{**part, "role": TRIAL} for part in spent] if number == best else []
-                record.training["needed"] = dependency_costs.deduplicated([*needed, *tuning])
+                record.training["dependencies"] = dependency_costs.deduplicated([*needed, *tuning])
                 if record.training.get("steps"):
                     dependency_costs.print_costs(record)
 

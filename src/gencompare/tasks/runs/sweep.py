@@ -18,12 +18,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gencompare.errors import UserError
-from gencompare.files import locked
-from gencompare.records import FILE, RunRecord, now
+from gencompare.files import file_lock
+from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.tasks.runs import run_config
 
 NOT_IDENTIFYING = (
-    *run_config.OF_THE_JOB, "out", "tags", "sweep_name", "command", "trained_in", "logger", "callbacks.progress",
+    *run_config.OF_THE_JOB, "out", "tags", "sweep_name", "command", "trained_in", "logger", "callbacks.progress_bar",
     "data.cache",
 )  # fmt: skip
 """What a config holds of places, of the terminal and of other tasks: with another value it is the same job."""
@@ -31,7 +31,7 @@ SAMPLING = ("evaluation", "model.sampler", "model.guidance")
 """What decides how a trained model is sampled and measured."""
 MEASURING = (
     "evaluation.n", "evaluation.checkpoints", "evaluation.samplers", "evaluation.guidance", "evaluation.protocol.n",
-    "evaluation.protocol.likelihood_n", "evaluation.protocol.reference", "evaluation.protocol.metrics",
+    "evaluation.protocol.num_likelihood_images", "evaluation.protocol.reference", "evaluation.protocol.metrics",
 )  # fmt: skip
 """What of it has no part in the previews of `training.looks` either."""
 IMAGE_FOLDER = "gencompare.data.image_folder.ImageFolder"
@@ -92,9 +92,13 @@ def kept(cfg: DictConfig) -> dict[str, Any]:
 
 def previews_decide(cfg: DictConfig) -> bool:
     """Whether samples that are drawn while training choose a checkpoint, or end it: then they are part of it."""
-    looks = OmegaConf.select(cfg, "callbacks.looks") or {}
+    evaluation = OmegaConf.select(cfg, "callbacks.evaluation") or {}
     best = "best" in str(OmegaConf.select(cfg, "evaluation.checkpoints"))
-    return bool(looks.get("count") and looks.get("preview") and (best or looks.get("patience") is not None))
+    return bool(
+        evaluation.get("num_evaluations")
+        and evaluation.get("num_samples")
+        and (best or evaluation.get("patience") is not None)
+    )
 
 
 def drop(parts: dict[str, Any], names: Iterable[str]) -> None:
@@ -158,9 +162,9 @@ def is_settled(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
                 cfg.resume = cfg.out
             return folder, True
         print(f"[{folder.name}] did not get to train before: starts anew.", flush=True)
-        (folder / FILE).unlink()
+        (folder / RECORD_FILE).unlink()
     place, others = Path(cfg.out), 1
-    while (Path(cfg.out) / FILE).exists():
+    while (Path(cfg.out) / RECORD_FILE).exists():
         # Another job of an earlier sitting has this number.
         others += 1
         cfg.out = f"{place}_{others}"
@@ -195,7 +199,7 @@ def prepare_job(folder: Path) -> None:
 
 def runs_of(sweep: Path, wanted: Callable[[JobIdentity], bool]) -> Iterator[tuple[Path, RunRecord]]:
     """The runs in the folder of a sweep that are ``wanted`` by their config; damaged ones are left out."""
-    for path in sorted(sweep.glob(f"*/{FILE}")):
+    for path in sorted(sweep.glob(f"*/{RECORD_FILE}")):
         try:
             if wanted(job_identity_of(path.parent)):
                 yield path.parent, RunRecord.load(path.parent)
@@ -209,8 +213,8 @@ def fail(cfg: DictConfig, why: str) -> None:
     if cfg.task._target_ != TRAIN:
         return
     prepare_job(folder)
-    with suppress(BlockingIOError), locked(folder / LOCK, wait=False):
-        if (folder / FILE).exists():
+    with suppress(BlockingIOError), file_lock(folder / LOCK, wait=False):
+        if (folder / RECORD_FILE).exists():
             RunRecord.update(folder, partial(_failed, why=why))
             return
         cfg = run_config.without_place(cfg)
@@ -260,7 +264,7 @@ def at_work(folder: Path) -> bool:
     if not (folder / LOCK).exists():
         return False
     try:
-        with locked(folder / LOCK, wait=False):
+        with file_lock(folder / LOCK, wait=False):
             return False
     except BlockingIOError:
         return True
@@ -274,7 +278,7 @@ def wait_for(folder: Path) -> bool:
     busy = at_work(folder)
     if busy:
         print(f"[{folder.name}] waiting for the process that is at work in it.", flush=True)
-        with locked(folder / LOCK):
+        with file_lock(folder / LOCK):
             pass
     return busy
 
@@ -296,7 +300,7 @@ class CompareAtEnd(Callback):
         from gencompare.tasks.compare_runs import draw, log_to_wandb
 
         sweep = Path(config.hydra.sweep.dir)
-        folders = sorted(path.parent for path in sweep.glob(f"*/{FILE}"))
+        folders = sorted(path.parent for path in sweep.glob(f"*/{RECORD_FILE}"))
         if not folders:
             return
         own = [folder for folder in folders if self.attended(folder)]
