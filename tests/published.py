@@ -60,7 +60,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 800_000,
         "table": 1000,
         "noise": of_steps(linear, 1000),
-        "sampler": {"is": "Ancestral", "steps": 1000, "variance": 1.0},  # "fixedlarge"
+        "sampler": {"is": "Ancestral", "num_steps": 1000, "variance": 1.0},  # "fixedlarge"
     },
     # Nichol and Dhariwal (2021), table 2; the flags of openai/improved-diffusion, README.md and scripts/image_train.py.
     # By hand 52,546,438 ("50M" in the name of its checkpoint), and so many has its UNetModel.
@@ -75,7 +75,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "flip": False,
         "table": 4000,
         "noise": of_steps(cosine, 4000),
-        "sampler": {"is": "Ancestral", "steps": 4000},
+        "sampler": {"is": "Ancestral", "num_steps": 4000},
         "model.network.heads": 4,
         "model.objective.vlb": 0.001,  # of their eq. 16; in the code T / 1000 of one of the T terms
     },
@@ -94,8 +94,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "noise": (2 * 0.01, 2 * 1.0),
         "sampler": {
             "is": "AnnealedLangevin",
-            "steps": 10,
-            "steps_per_level": 100,
+            "num_steps": 10,
+            "num_langevin_steps": 100,
             "step_size": 2e-5 / 0.01**2,
             "denoise": False,
         },
@@ -114,8 +114,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "noise": (2 * 0.01, 2 * 50.0),
         "sampler": {
             "is": "AnnealedLangevin",
-            "steps": 232,
-            "steps_per_level": 5,
+            "num_steps": 232,
+            "num_langevin_steps": 5,
             "step_size": 2 * 6.2e-6 / 0.01**2,
             "denoise": True,
         },
@@ -128,7 +128,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 1_300_000,
         "table": None,
         "noise": (vp(1e-5), vp(1.0)),
-        "sampler": {"is": "EulerMaruyama", "steps": 1000},
+        "sampler": {"is": "EulerMaruyama", "num_steps": 1000},
     },
     "cifar10_sde_subvp": {
         **HO,
@@ -136,7 +136,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 1_300_000,
         "table": None,
         "noise": (subvp(1e-5), subvp(1.0)),
-        "sampler": {"is": "EulerMaruyama", "steps": 1000},
+        "sampler": {"is": "EulerMaruyama", "num_steps": 1000},
     },
     "cifar10_sde_ve": {
         **HO,
@@ -145,7 +145,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "ema": 0.999,
         "table": None,
         "noise": (2 * 0.01, 2 * 50.0),
-        "sampler": {"is": "PredictorCorrector", "steps": 1000, "corrector_steps": 1, "snr": 0.16},
+        "sampler": {"is": "PredictorCorrector", "num_steps": 1000, "num_corrector_steps": 1, "snr": 0.16},
     },
     # Karras et al. (2022), tables 1 and 7, appendix F; NVlabs/edm, train.py, whose network has as many parameters.
     "cifar10_edm": {
@@ -160,7 +160,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "flip": False,  # the augmentation mirrors
         "table": None,
         "noise": (0.002, 80.0),
-        "sampler": {"is": "Heun", "steps": 18, "s_churn": 0.0},
+        "sampler": {"is": "Heun", "num_steps": 18, "s_churn": 0.0},
         "model.schedule.rho": 7.0,
         "model.objective.times.mean": -1.2,
         "model.objective.times.std": 1.2,
@@ -182,7 +182,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "flip": False,
         "table": None,
         "noise": (math.exp(-13.3 / 2), math.exp(5 / 2)),
-        "sampler": {"is": "Ancestral", "steps": 1000, "variance": 0.0},
+        "sampler": {"is": "Ancestral", "num_steps": 1000, "variance": 0.0},
     },
     # Tong et al. (2024); atong01/conditional-flow-matching, train_cifar10.py and compute_fid.py.
     "cifar10_flow": {
@@ -247,7 +247,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 100_000,
         "model.d_steps": 1,
         "model.latent_dim": 128,
-        "model.adversarial._target_": "gencompare.models.gan.NonSaturating",
+        "model.adversarial._target_": "gencompare.models.adversarial.NonSaturating",
     },
     # Miyato et al. (2018), table 4; pfnet-research/sngan_projection, configs/sn_cifar10_unconditional.yml.
     "cifar10_sngan": {
@@ -259,7 +259,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "steps": 50_000,
         "model.d_steps": 5,
         "model.latent_dim": 128,
-        "model.adversarial._target_": "gencompare.models.gan.Hinge",
+        "model.adversarial._target_": "gencompare.models.adversarial.Hinge",
     },
     # Huang et al. (2024); brownvc/R3GAN, README.md and train.py, preset CIFAR10. It trains until it is stopped.
     "cifar10_r3gan": {
@@ -274,12 +274,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.conditional": True,
         "model.d_steps": 1,
         "model.latent_dim": 64,
-        "model.adversarial._target_": "gencompare.models.gan.Relativistic",
+        "model.adversarial._target_": "gencompare.models.adversarial.Relativistic",
         "model.lr_schedule.last": 5e-5 / 2e-4,
         "model.lr_schedule.decay_steps": math.ceil(20_000_000 / 512),
-        **{f"model.penalty.{r}.weight.first": 0.05 for r in ("r1", "r2")},
-        **{f"model.penalty.{r}.weight.last": 0.005 for r in ("r1", "r2")},
-        **{f"model.penalty.{r}.weight.images": 20_000_000 for r in ("r1", "r2")},
+        **{f"model.penalty.{r}.weight.start": 0.05 for r in ("r1", "r2")},
+        **{f"model.penalty.{r}.weight.end": 0.005 for r in ("r1", "r2")},
+        **{f"model.penalty.{r}.weight.num_images": 20_000_000 for r in ("r1", "r2")},
     },
 }
 

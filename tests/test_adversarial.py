@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.models.elbo import CosineRamp
-from gencompare.models.gan import Adversarial, Hinge, NonSaturating, Relativistic, Wasserstein
-from gencompare.models.gan_penalties import R1, R2, DiscriminatorStep, WassersteinGP
+from gencompare.models.adversarial import Adversarial, Hinge, NonSaturating, Relativistic, Wasserstein
+from gencompare.models.gan_penalties import R1, R2, CosineRamp, DiscriminatorStep, WassersteinGP
 from gencompare.rng import RandomSource
 
 
@@ -56,7 +55,7 @@ def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, DiscriminatorStep]:
         return 0.5 * ((x @ a) * x).sum(1)
 
     return a, DiscriminatorStep(
-        real, fake, score(real), score(fake), score, RandomSource.whole(torch.Generator().manual_seed(3), n)
+        real, fake, score(real), score(fake), score, RandomSource.for_batch(torch.Generator().manual_seed(3), n)
     )
 
 
@@ -96,9 +95,9 @@ def test_a_discriminator_that_is_constant_has_a_penalty_with_a_gradient() -> Non
     def score(x: Tensor) -> Tensor:
         return ((x @ a) * x).sum(1)
 
-    draws = RandomSource.whole(torch.Generator().manual_seed(0), 3)
+    rng = RandomSource.for_batch(torch.Generator().manual_seed(0), 3)
     reshaped = x[:, :, None, None]
-    duel = DiscriminatorStep(reshaped, reshaped, score(x), score(x), lambda images: score(images.flatten(1)), draws)
+    duel = DiscriminatorStep(reshaped, reshaped, score(x), score(x), lambda images: score(images.flatten(1)), rng)
     found = WassersteinGP(1.0)(duel)
     assert torch.allclose(found, torch.ones(3, dtype=torch.float64), atol=1e-5)
     assert torch.autograd.grad(found.sum(), a)[0].isfinite().all()
@@ -106,7 +105,7 @@ def test_a_discriminator_that_is_constant_has_a_penalty_with_a_gradient() -> Non
 
 def test_a_weight_can_change_with_the_images_seen() -> None:
     """Half-way along a cosine lies the mean; beyond its end nothing changes."""
-    penalty = R1(CosineRamp(first=0.05, last=0.005, images=200))
+    penalty = R1(CosineRamp(start=0.05, end=0.005, num_images=200))
     found = [float(penalty.factor(torch.tensor(seen))) for seen in (0, 50, 100, 200, 1000)]
     quarter = 0.05 - 0.045 * (1 - 0.5**0.5) / 2
     assert found == pytest.approx([0.025, quarter / 2, 0.01375, 0.0025, 0.0025])

@@ -17,7 +17,8 @@ from forking import in_processes, needs_fork
 from gencompare.data.digits import Digits
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.generative_model import DataSpec, LatentSpace, SupportsReconstruction
-from gencompare.models.autoencoder import Autoencoder, AutoencoderCore
+from gencompare.models.autoencoder import Autoencoder
+from gencompare.models.autoencoder_core import AutoencoderCore
 from gencompare.models.bottlenecks import Bottleneck, GaussianPosterior, VectorQuantizer
 from gencompare.models.latents import Latents
 from gencompare.networks.conv_autoencoder import LatentDecoder, LatentEncoder
@@ -30,7 +31,7 @@ NARROW = {"channels": 8, "multipliers": (1, 2), "attention": False}
 
 
 def whole(n: int, seed: int = 0) -> RandomSource:
-    return RandomSource.whole(torch.Generator().manual_seed(seed), n)
+    return RandomSource.for_batch(torch.Generator().manual_seed(seed), n)
 
 
 def autoencoder(spec: DataSpec = Digits.spec, bottleneck: Bottleneck | None = None, **options: Any) -> Autoencoder:
@@ -140,7 +141,7 @@ def test_a_codebook_that_collapses_in_spite_of_revival_stops_training() -> None:
         bottleneck(same, whole(4, step))
     assert bottleneck.codebook.abs().max() < 1, "the other code was revived"  # type: ignore[union-attr,operator]
     with pytest.raises(UserError, match=r"collapsed.*model\.optimizer\.lr"):
-        model.validation_figures(torch.zeros(2, 1, 8, 8), {}, whole(2))
+        model.validation_metrics(torch.zeros(2, 1, 8, 8), {}, whole(2))
     with pytest.raises(UserError, match="collapsed"):
         model.on_save_checkpoint({})
 
@@ -157,7 +158,7 @@ def test_a_few_codes_of_many_are_a_collapse_too(codes: int, places: int) -> None
         # One image in 300 is a little elsewhere.
         noise = 1e-3 * torch.randn(300, 1, 1, 1, generator=generator)
         bottleneck(at + noise * (torch.arange(300) == step).view(300, 1, 1, 1), whole(300, step))
-    assert not bottleneck.doubtful, "it is sure"
+    assert not bottleneck.possibly_collapsed, "it is sure"
     with pytest.raises(TrainingStopped, match=rf"nearly all images fell on at most {places} of {codes}"):
         bottleneck.check()
 
@@ -167,7 +168,7 @@ def test_more_codes_than_vectors_are_no_collapse() -> None:
     for step in range(VectorQuantizer.PATIENCE + 20):
         bottleneck(torch.randn(32, 2, 1, 1, generator=torch.Generator().manual_seed(step)), whole(32, step))
     bottleneck.check()
-    assert not bottleneck.doubtful
+    assert not bottleneck.possibly_collapsed
 
 
 @pytest.mark.parametrize("codes", [2, 64])
@@ -192,7 +193,7 @@ def learn_codes(rank: int, world: int) -> dict[str, Tensor]:
     x = digits(24)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for step in range(3):
-        model.draws = RandomSource(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
+        model.rng = RandomSource(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((x[8 * step :][rows], {}), step)
     return model.state_dict()
 
@@ -316,11 +317,11 @@ def test_each_patch_is_judged_by_itself() -> None:
 def test_the_discriminator_joins_when_its_share_of_the_budget_is_spent() -> None:
     model = by_hand(autoencoder(discriminator=PatchDiscriminator, adversarial_after=0.5))
     before = {name: value.clone() for name, value in model.discriminator.state_dict().items()}  # type: ignore[union-attr]
-    model.draws = whole(8)
+    model.rng = whole(8)
     assert "d_loss" not in model.training_step((digits(8), {}), 0)
     after = model.discriminator.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(before[name], after[name]) for name in before)
-    model.progress, model.draws = 0.5, whole(8)
+    model.progress, model.rng = 0.5, whole(8)
     figures = model.training_step((digits(8), {}), 1)
     assert figures["d_loss"] > 0 and not all(torch.equal(before[name], after[name]) for name in before)
 
@@ -330,9 +331,9 @@ def test_a_few_images_are_learned_by_heart(bottleneck: Any) -> None:
     model = by_hand(autoencoder(bottleneck=bottleneck(), optimizer=partial(torch.optim.Adam, lr=1e-2)))
     x = digits(6)
     for step in range(100):
-        model.draws = whole(6, step)
+        model.rng = whole(6, step)
         model.training_step((x, {}), step)
-    figures = model.eval().validation_figures(x, {}, whole(6))
+    figures = model.eval().validation_metrics(x, {}, whole(6))
     assert figures["psnr"].mean() > 18
     assert all(value.shape == (6,) for value in figures.values())
 

@@ -15,6 +15,7 @@ from gencompare import distributed
 from gencompare.diffusion.augmentation import resample
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
+from gencompare.models.adversarial import NonSaturating
 from gencompare.models.discriminator_augmentation import (
     ADA,
     DiscriminatorAugmentation,
@@ -22,9 +23,8 @@ from gencompare.models.discriminator_augmentation import (
     color_transform,
     sample_color_params,
 )
-from gencompare.models.elbo import CosineRamp
-from gencompare.models.gan import GAN, NonSaturating
-from gencompare.models.gan_penalties import R1, squared_gradient
+from gencompare.models.gan import GAN
+from gencompare.models.gan_penalties import R1, CosineRamp, squared_gradient
 from gencompare.networks.gan_networks import MLPDiscriminator, MLPGenerator
 from gencompare.rng import RandomSource, generator
 from parts import part
@@ -38,8 +38,8 @@ def images(n: int = 4, spec: DataSpec = RGB, dtype: torch.dtype = torch.float32)
     return x * spec.mask().to(dtype) - (1 - spec.mask().to(dtype))
 
 
-def draws(n: int, seed: int = 0) -> RandomSource:
-    return RandomSource.whole(generator("cpu", seed), n)
+def rng(n: int, seed: int = 0) -> RandomSource:
+    return RandomSource.for_batch(generator("cpu", seed), n)
 
 
 def at(strength: float, option: str = "ada", spec: DataSpec = RGB, **changes: Any) -> DiscriminatorAugmentation:
@@ -55,14 +55,14 @@ def at(strength: float, option: str = "ada", spec: DataSpec = RGB, **changes: An
 @pytest.mark.parametrize("spec", [GREY, RGB, DataSpec("framed", (1, 8, 8), padding=2)], ids=lambda s: s.name)
 def test_at_strength_nought_every_image_is_left_exactly_as_it_is(option: str, spec: DataSpec) -> None:
     x = images(50, spec)
-    assert torch.equal(at(0.0, option, spec)(x, draws(50)), x)
+    assert torch.equal(at(0.0, option, spec)(x, rng(50)), x)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("spec", [GREY, RGB, DataSpec("framed", (1, 8, 8), padding=2)], ids=lambda s: s.name)
 def test_images_change_but_are_never_broken_and_rows_do_not_touch_each_other(option: str, spec: DataSpec) -> None:
     augmentation, x = at(1.0, option, spec), images(400, spec)
-    got = augmentation(x, draws(400))
+    got = augmentation(x, rng(400))
     assert got.shape == x.shape and got.isfinite().all()
     assert (got - x).flatten(1).any(dim=1).float().mean() > 0.98
     assert (got * (1 - spec.mask()) == spec.mask() - 1).all(), "padding stays black"
@@ -75,12 +75,12 @@ def test_as_many_images_stay_untouched_as_asked(strength: float) -> None:
     """Seven moves and colour changes happen with probability p, two mirrorings and the luma flip with p / 2."""
     n = 20_000
     x = images(1).expand(n, -1, -1, -1)
-    got = at(strength)(x, draws(n))
+    got = at(strength)(x, rng(n))
     same = float((got == x).flatten(1).all(1).double().mean())
     # zoom, turn, stretch, shift, brightness, contrast, hue, saturation; two mirrorings, luma flip.
     expected = (1 - strength) ** 8 * (1 - strength / 2) ** 3
     assert abs(same - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
-    still = at(strength, colours=0.0)(x, draws(n))
+    still = at(strength, colours=0.0)(x, rng(n))
     moved = float((still == x).flatten(1).all(1).double().mean())
     expected = (1 - strength) ** 4 * (1 - strength / 2) ** 2
     assert abs(moved - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
@@ -89,7 +89,7 @@ def test_as_many_images_stay_untouched_as_asked(strength: float) -> None:
 def test_a_cut_out_is_a_grey_square_of_half_the_side_anywhere() -> None:
     spec = DataSpec("large", (1, 32, 32))
     augmentation = at(1.0, spec=spec, colours=0.0, cutout=1.0)
-    kept = augmentation._kept(torch.ones(2000, 1, 32, 32), draws(2000))
+    kept = augmentation._kept(torch.ones(2000, 1, 32, 32), rng(2000))
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     blank = 1 - kept[:, 0]
     rows, columns = blank.amax(2).sum(1), blank.amax(1).sum(1)
@@ -130,7 +130,7 @@ def test_a_turn_of_the_hue_by_a_third_takes_red_to_green() -> None:
 
 
 def test_colours_are_drawn_as_in_the_paper() -> None:
-    a = sample_color_params(draws(40_000), 0.5)
+    a = sample_color_params(rng(40_000), 0.5)
     done = (a != 0).double().mean(0)
     assert torch.allclose(done, torch.tensor([0.5, 0.5, 0.25, 0.5, 0.5], dtype=torch.float64), atol=0.012)
     stds = [float(a[:, k][a[:, k] != 0].std()) for k in range(5)]
@@ -148,7 +148,7 @@ def test_every_derivative_is_that_of_finite_differences() -> None:
     x = images(2, spec, torch.float64).requires_grad_()
 
     def shown(x: Tensor) -> Tensor:
-        return augmentation(x, draws(2))
+        return augmentation(x, rng(2))
 
     assert torch.autograd.gradcheck(shown, x, atol=1e-6)
     assert torch.autograd.gradgradcheck(lambda x: shown(x).square(), x, atol=1e-5)
@@ -170,8 +170,8 @@ def test_a_penalty_behind_the_augmentation_is_the_gradient_by_hand() -> None:
     augmentation = at(1.0, spec=DataSpec("x", (1, 4, 4)), colours=0.0).double()
     x = images(1, DataSpec("x", (1, 4, 4)), torch.float64).requires_grad_()
     basis = torch.eye(16, dtype=torch.float64).view(16, 1, 1, 4, 4)
-    t = torch.stack([augmentation(e, draws(1)).flatten() for e in basis], dim=1)
-    penalty = squared_gradient(0.5 * augmentation(x, draws(1)).square().flatten(1).sum(1), x)
+    t = torch.stack([augmentation(e, rng(1)).flatten() for e in basis], dim=1)
+    penalty = squared_gradient(0.5 * augmentation(x, rng(1)).square().flatten(1).sum(1), x)
     assert torch.allclose(penalty, (t.T @ t @ x.flatten()).square().sum(), atol=1e-10)
     (gradient,) = torch.autograd.grad(penalty.sum(), x)
     assert torch.allclose(gradient.flatten(), 2 * t.T @ t @ t.T @ t @ x.flatten(), atol=1e-9)
@@ -264,7 +264,7 @@ def test_real_images_and_fakes_go_through_the_same_one_and_samples_through_none(
     with torch.no_grad():
         for p in model.generator.parameters():
             p.zero_()  # fakes are grey all over
-    model.draws = draws(300)
+    model.rng = rng(300)
     model.training_step((torch.zeros(300, *RGB.shape), {}), 0)
     real, fake, for_generator = model.discriminator.seen[:3]
     shares = [float((shown != 0).flatten(1).any(1).double().mean()) for shown in (real, fake, for_generator)]
@@ -285,7 +285,7 @@ def test_a_discriminator_that_learns_few_images_by_heart_is_met_with_more_augmen
     lost = gan(generator=lambda *_: Copies(x))
     for model in (sure, lost):
         for step in range(40):
-            model.draws = draws(8, step)
+            model.rng = rng(8, step)
             figures = model.training_step((x, {}), step)
         assert figures["augmentation"] == model.augmentation.strength
     assert sure.augmentation.strength > 0.2 and lost.augmentation.strength < 0.1

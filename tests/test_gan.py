@@ -18,8 +18,9 @@ from forking import in_processes, needs_fork
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
+from gencompare.models.adversarial import Hinge, NonSaturating, Relativistic, Wasserstein
 from gencompare.models.discriminator_augmentation import ADA
-from gencompare.models.gan import GAN, Hinge, NonSaturating, Relativistic, Wasserstein
+from gencompare.models.gan import GAN
 from gencompare.models.gan_penalties import R1, R2, WassersteinGP
 from gencompare.models.manual_optimization import average_gradients, frozen
 from gencompare.networks.gan_networks import (
@@ -33,7 +34,7 @@ from gencompare.networks.gan_networks import (
 from gencompare.rng import RandomSource
 from parts import part
 
-POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_levels=None)
+POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_bins=None)
 
 
 def points_gan(**options: Any) -> GAN:
@@ -59,7 +60,7 @@ def by_hand(model: GAN) -> GAN:
 def train(model: GAN, x: Tensor, cond: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     figures: dict[str, Tensor] = {}
     for step in range(steps):
-        model.draws = RandomSource.whole(torch.Generator().manual_seed(step), len(x))
+        model.rng = RandomSource.for_batch(torch.Generator().manual_seed(step), len(x))
         figures = model.training_step((x, cond), step)
     return figures
 
@@ -197,7 +198,7 @@ def test_a_ring_of_eight_modes_is_recovered() -> None:
     for step in range(steps):
         for optimizer in model.optimizers():  # type: ignore[union-attr]
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-        model.draws = RandomSource.whole(numbers, batch)
+        model.rng = RandomSource.for_batch(numbers, batch)
         rows = torch.randint(len(x), (batch,), generator=numbers)
         model.training_step((x[rows][:, :, None, None], {}), step)
     distance = torch.cdist(model.sample(4000, generator=torch.Generator().manual_seed(1)).flatten(1), modes)
@@ -244,7 +245,7 @@ def share_of_training(rank: int, world: int, reduce: bool = True) -> dict[str, T
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for step in range(3):
         batch, labels = x[8 * step :][rows], cond["label"][8 * step :][rows]
-        model.draws = RandomSource(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
+        model.rng = RandomSource(torch.Generator().manual_seed(step), rows.start, rows.stop, 8)
         model.training_step((batch, {"label": labels}), step)
     return model.state_dict()
 
@@ -311,8 +312,8 @@ def test_a_batch_that_cannot_be_taken_apart_is_refused() -> None:
     model, x = points_gan(d_steps=3), torch.randn(4, 2, 1, 1)
     figures = train(model, x, {}, 1)  # parts of 2, 1 and 1 images
     assert figures["d_loss"].isfinite() and int(model.seen) == 4
-    for draws, held in ((RandomSource(torch.Generator(), 0, 4, 8), 4), (RandomSource.whole(torch.Generator(), 2), 2)):
-        model.draws = draws
+    for rng, held in ((RandomSource(torch.Generator(), 0, 4, 8), 4), (RandomSource.for_batch(torch.Generator(), 2), 2)):
+        model.rng = rng
         with pytest.raises(UserError, match=r"d_steps=3.*multiple of d_steps times"):
             model.training_step((x[:held], {}), 0)
 
@@ -321,9 +322,9 @@ def test_a_batch_that_cannot_be_taken_apart_is_refused() -> None:
 def test_the_parts_of_a_batch_are_those_of_the_global_one(world: int) -> None:
     """Every third row from row k on, whoever holds it, with the numbers that one process would draw for it."""
     for k in range(3):
-        whole = RandomSource.whole(torch.Generator().manual_seed(1), 12).every(3, k).normal((2,))
+        whole = RandomSource.for_batch(torch.Generator().manual_seed(1), 12).strided(3, k).normal((2,))
         assert whole.shape == (4, 2)
-        parts = [RandomSource(torch.Generator().manual_seed(1), r * 12 // world, (r + 1) * 12 // world, 12).every(3, k)
+        parts = [RandomSource(torch.Generator().manual_seed(1), r * 12 // world, (r + 1) * 12 // world, 12).strided(3, k)
                  for r in range(world)]  # fmt: skip
         assert torch.equal(torch.cat([part.normal((2,)) for part in parts]), whole)
 
@@ -331,8 +332,8 @@ def test_the_parts_of_a_batch_are_those_of_the_global_one(world: int) -> None:
 def test_held_out_scores_are_a_figure_an_image() -> None:
     model = points_gan()
     train(model, torch.randn(8, 2, 1, 1), {}, 2)
-    figures = model.validation_figures(
-        torch.zeros(5, 2, 1, 1), {}, RandomSource.whole(torch.Generator().manual_seed(0), 5)
+    figures = model.validation_metrics(
+        torch.zeros(5, 2, 1, 1), {}, RandomSource.for_batch(torch.Generator().manual_seed(0), 5)
     )
     assert all(value.shape == (5,) for value in figures.values())
     assert torch.allclose(figures["d_held_out"], model.discriminator(torch.zeros(5, 2, 1, 1)))

@@ -13,62 +13,12 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from gencompare.distributed import all_reduce_sum, world_size
 from gencompare.errors import UserError
 from gencompare.generative_model import Cond, DataSpec, TrainedModel
+from gencompare.models.adversarial import Hinge
+from gencompare.models.autoencoder_core import AutoencoderCore
 from gencompare.models.bottlenecks import Bottleneck
-from gencompare.models.gan import Hinge
 from gencompare.models.manual_optimization import frozen, manual_step
 from gencompare.networks.perceptual import PerceptualNetwork
 from gencompare.rng import RandomSource
-
-
-class AutoencoderCore(nn.Module):
-    """Images (n, C, H, W) to latents (n, c, h, w) and back.
-
-    Args:
-        encoder: a factory ``(shape, out_channels) -> module(x)``.
-        decoder: a factory ``(in_channels, shape) -> module(z)``, as fine as the encoder is coarse.
-        bottleneck: what the latents are held to.
-    """
-
-    def __init__(
-        self,
-        spec: DataSpec,
-        *,
-        encoder: Callable[..., nn.Module],
-        decoder: Callable[..., nn.Module],
-        bottleneck: Bottleneck,
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder(shape=spec.shape, out_channels=bottleneck.encoded_channels)
-        self.bottleneck = bottleneck
-        self.decoder = decoder(in_channels=bottleneck.channels, shape=spec.shape)
-        self.register_buffer("mask", spec.mask(), persistent=False)
-        self.mask: Tensor
-        with torch.no_grad():
-            encoded = self.encoder(torch.zeros(1, *spec.shape))
-            decoded = self.decoder(torch.zeros(1, bottleneck.channels, *encoded.shape[2:]))
-        if decoded.shape[1:] != spec.shape:
-            raise UserError(
-                f"The decoder makes images of {tuple(decoded.shape[1:])} from what the encoder makes of {spec.shape}:"
-                " give both the same multipliers."
-            )
-        self.latent_shape: tuple[int, int, int] = (bottleneck.channels, encoded.shape[2], encoded.shape[3])
-
-    def forward(self, x: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images made again, and the bottleneck's figures."""
-        z, figures = self.bottleneck(self.encoder(x), draws)
-        return self._images(z), figures
-
-    def encode(self, x: Tensor) -> Tensor:
-        """The latents (n, c, h, w) that stand for images; no random numbers."""
-        return self.bottleneck.point(self.encoder(x))
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Images of latents, black outside of the real pixels; values may lie a little beyond [-1, 1]."""
-        return self._images(self.bottleneck.settled(z))
-
-    def _images(self, z: Tensor) -> Tensor:
-        return self.decoder(z).float() * self.mask - (1 - self.mask)
-
 
 FILE = "hub/checkpoints/vgg16-397923af.pth"
 """Where torch keeps the network's weights, under TORCH_HOME (by default ~/.cache/torch)."""
@@ -170,8 +120,8 @@ class Autoencoder(TrainedModel):
     def step_kind(self) -> str:
         return "adversarial" if self.discriminator is not None and self.progress >= self.adversarial_after else ""
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        again, figures = self.coder(x, draws)
+    def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        again, figures = self.coder(x, rng)
         figures = self._likeness(x, again) | figures
         loss = figures["loss"] = (figures["loss"] + figures["penalty"]).mean()
         if self.discriminator is None or not self.step_kind:
@@ -187,7 +137,7 @@ class Autoencoder(TrainedModel):
 
     def _likeness(self, x: Tensor, again: Tensor) -> dict[str, Tensor]:
         """How far images made again are from their originals, (n,) each; ``loss`` is what is weighed of it."""
-        difference = (x - again).abs().flatten(1).sum(1) / self.spec.dims
+        difference = (x - again).abs().flatten(1).sum(1) / self.spec.num_values
         figures = {"loss": difference, "l1": difference}
         if self.perceptual is not None:
             figures["perceptual"] = self.perceptual(x, again)
@@ -209,12 +159,12 @@ class Autoencoder(TrainedModel):
         return {"d_loss": loss, "d_real": real, "d_fake": fake}
 
     @torch.no_grad()
-    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+    def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """What is given back without noise on the latents; ``psnr`` in dB, of values in [-1, 1]."""
         self.coder.bottleneck.check()
-        again = self.reconstruct(x, cond, generator=draws.generator)
+        again = self.reconstruct(x, cond, generator=rng.generator)
         figures = self._likeness(x, again)
-        error = (x - again).square().flatten(1).sum(1) / self.spec.dims
+        error = (x - again).square().flatten(1).sum(1) / self.spec.num_values
         return figures | {"psnr": 10 * torch.log10(4 / error.clamp(min=1e-10))}
 
     @torch.no_grad()
@@ -223,14 +173,14 @@ class Autoencoder(TrainedModel):
         return self.coder.decode(self.coder.encode(x)).clamp(-1, 1)
 
     @property
-    def doubtful(self) -> bool:
-        return self.coder.bottleneck.doubtful
+    def possibly_collapsed(self) -> bool:
+        return self.coder.bottleneck.possibly_collapsed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.coder.bottleneck.check()  # the last good checkpoint stays
 
     @property
-    def trained_against(self) -> list[str]:
+    def perceptual_networks(self) -> list[str]:
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
-from gencompare.models.autoencoder import AutoencoderCore
+from gencompare.models.autoencoder_core import AutoencoderCore
 
 
 class PixelSpace(nn.Module):
@@ -60,7 +60,7 @@ class Latents(nn.Module):
             raise UserError(f"{type(trained).__name__} is no autoencoder: latents need model=autoencoder or vqvae.")
         self.coder = coder
         self.latent_shape = coder.latent_shape
-        self.trained_against: list[str] = []
+        self.perceptual_networks: list[str] = []
         """What the first stage's loss looked at; set with its weights."""
         self.register_buffer("mask", torch.ones(1, *self.latent_shape[1:]), persistent=False)
         self.mask: Tensor

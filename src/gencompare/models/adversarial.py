@@ -1,0 +1,101 @@
+"""Adversarial losses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AdversarialLoss(ABC):
+    """A discriminator loss and a generator loss; each network minimises the mean of its own.
+
+    Arguments ``real`` and ``fake`` are discriminator scores :math:`D(x_i)` of real images and :math:`D(G(z_i))` of as
+    many fakes, (n,), or (n, patches) for losses without pairs. Losses have the same shape.
+    """
+
+    needs_real_scores: ClassVar[bool] = False
+    """Whether the generator loss depends on the scores of real images."""
+
+    @abstractmethod
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        """``real`` is None unless `needs_real_scores`."""
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        """How confidently the discriminator classifies real images as real, (n,); positive if it is right."""
+        return real
+
+
+@dataclass(frozen=True)
+class NonSaturating(AdversarialLoss):
+    r"""The non-saturating loss of Goodfellow et al. (2014), "Generative adversarial nets".
+
+    :math:`L_D = -\log S(D(x)) - \log(1 - S(D(G(z))))` and :math:`L_G = -\log S(D(G(z)))`, S the logistic function.
+    """
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-real) + F.softplus(fake)
+
+    def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return F.softplus(-fake)
+
+
+@dataclass(frozen=True)
+class Hinge(AdversarialLoss):
+    r"""The hinge loss (Lim and Ye 2017; Miyato et al. 2018, eq. 16 and 17).
+
+    :math:`L_D = \max(0, 1 - D(x)) + \max(0, 1 + D(G(z)))` and :math:`L_G = -D(G(z))`.
+    """
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.relu(1 - real) + F.relu(1 + fake)
+
+    def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return -fake
+
+
+@dataclass(frozen=True)
+class Wasserstein(AdversarialLoss):
+    r"""The critic loss of Arjovsky et al. (2017), "Wasserstein GAN", algorithm 1.
+
+    :math:`L_D = D(G(z)) - D(x)` and :math:`L_G = -D(G(z))`. :math:`-L_D` estimates a distance if D is 1-Lipschitz,
+    which a penalty (``wgan_gp``) or spectral normalisation enforces. Adding a constant to D changes nothing, so the
+    sign of a score means nothing: `margin` is the difference of scores.
+    """
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return fake - real
+
+    def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        return -fake
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        return real - fake
+
+
+@dataclass(frozen=True)
+class Relativistic(AdversarialLoss):
+    r"""The relativistic pairing loss of Jolicoeur-Martineau (2019).
+
+    :math:`L_D = -\log S(D(x_i) - D(G(z_i)))` and :math:`L_G = -\log S(D(G(z_i)) - D(x_i))`: Huang et al. (2024), "The
+    GAN is dead; long live the GAN!", eq. 2 with :math:`f(t) = -\log(1 + e^{-t})`. Each fake is compared with its own
+    real image, so the generator cannot lower its loss by dropping modes (section 2.1).
+    """
+
+    needs_real_scores = True
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(fake - real)
+
+    def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
+        assert real is not None
+        return F.softplus(real - fake)
+
+    def margin(self, real: Tensor, fake: Tensor) -> Tensor:
+        return real - fake
