@@ -1,4 +1,4 @@
-"""What may be ranked is ranked, what may not is kept apart and said; what others wrote is shown as text."""
+"""Ranking, reading of run folders, charts, the page, and the table files; records are untrusted input."""
 
 from __future__ import annotations
 
@@ -27,41 +27,42 @@ from gencompare.compare import charts, formatting, page
 from gencompare.compare.load_runs import LoadedRuns, find_run_folders, load_runs, read_curve
 from gencompare.compare.page import report
 from gencompare.compare.ranking import (
+    BASELINE,
+    NEAR_BASELINE,
     NO_VALUE,
-    NOT_LEARNED,
-    OVERLAP,
-    UNDECIDED,
-    TableSection,
-    by_primary_metric,
-    disagreements,
-    rank,
+    NOT_BETTER,
+    TRAINED_WITH_EXTRACTOR,
+    RankingTable,
+    explain_separate_tables,
+    metric_disagreements,
+    rank_results,
 )
-from gencompare.compare.settings import differences
+from gencompare.compare.settings import differing_settings
 from gencompare.compare.suggestions import suggested_commands
 from gencompare.compare.svg_plots import styles
 from gencompare.compare.tables import columns
-from gencompare.compare.terminal import print_tables, summary
+from gencompare.compare.terminal import print_tables, run_summary
 from gencompare.errors import UserError
 from gencompare.records import Metric, Result, RunRecord
 from synthetic import DIGITS, result, write_curve, write_run
 
 FASHION = replace(DIGITS, data="fashion_mnist", extractor="fashion_mnist")
 ODD = '<img src=x onerror="alert(1)"><blink>[bold red]$a_1$|`x`*y*</blink>&amp;'
-"""A name that HTML, Markdown, rich and matplotlib would each make something of."""
+"""A name with markup for HTML, Markdown, rich and matplotlib."""
 
 
-def standings(group: TableSection) -> list[tuple[int | None, str, str]]:
-    return [(row.rank, row.run.label, row.standing) for row in group.rows]
+def statuses(table: RankingTable) -> list[tuple[int | None, str, str]]:
+    return [(row.rank, row.run.label, row.status) for row in table.rows]
 
 
-def ranked(folder: Path, figures: dict[str, float | None], **common: Any) -> TableSection:
-    """One group of runs of these headline figures; a name up to the first ``-`` is the family."""
+def ranked(folder: Path, values: dict[str, float | None], **common: Any) -> RankingTable:
+    """A table of runs with these primary metrics; the family is the name up to the first ``-``."""
     folders = [
         write_run(folder / name, [result(value, **common)], family=name.split("-")[0], picture=False)
-        for name, value in figures.items()
+        for name, value in values.items()
     ]
-    (group,) = rank(load_runs(folders).runs)
-    return group
+    (table,) = rank_results(load_runs(folders).runs)
+    return table
 
 
 # Ranking
@@ -71,18 +72,18 @@ def ranked(folder: Path, figures: dict[str, float | None], **common: Any) -> Tab
     "direction, order",
     [({"higher_is_better": False}, "abcd"), ({"higher_is_better": True}, "dcba"), ({"target": 1.0}, "bcad")],
 )
-def test_rows_are_ranked_by_the_headline_in_its_own_direction(tmp_path: Path, direction: dict[str, Any], order: str):
+def test_rows_are_ranked_by_the_primary_metric_in_its_direction(tmp_path: Path, direction: dict[str, Any], order: str):
     values = {"a": 0.2, "b": 0.9, "c": 1.2, "d": 3.0}
     folders = [
         write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, **direction)})], picture=False)
         for name, value in values.items()
     ]
-    (group,) = rank(load_runs(folders).runs)
-    assert standings(group) == [(k, name, "") for k, name in enumerate(order, 1)]
+    (table,) = rank_results(load_runs(folders).runs)
+    assert statuses(table) == [(k, name, "") for k, name in enumerate(order, 1)]
 
 
-def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
-    """Errors of either sign cancel in a mean and not in its seeds."""
+def test_with_a_target_rows_are_ordered_by_the_values_that_are_tested(tmp_path: Path):
+    """Errors of either sign cancel in the mean over seeds, but not in the values of the seeds."""
     seeds = {"far": [0.5, 1.5, 0.5, 1.5, 1.0], "near": [1.1, 1.11, 1.1, 1.09, 1.12], "off": [3.0, 3.1, 3.2, 3.3, 2.9]}
     folders = [
         write_run(
@@ -91,55 +92,54 @@ def test_where_1_is_ideal_rows_are_ordered_by_what_is_tested(tmp_path: Path):
         )
         for name, values in seeds.items() for k, value in enumerate(values)
     ]  # fmt: skip
-    (group,) = rank(load_runs(folders).runs)
-    assert [row.run.record.family for row in group.rows] == ["near", "far", "off"]
-    assert abs(group.rows[1].metric.value - 1) < abs(group.rows[0].metric.value - 1), "though its mean is 1"
-    against = next(column for column in columns(group) if column.title == "against the best")
-    cells = [against.cell(row) for row in group.rows]
-    assert cells[0].text == "best tested" and cells[2].beside == "worse than #1"
-    keys = [cell.key for cell in cells]
-    assert keys == sorted(keys) and len(set(keys)) == 3, "sorted, the best stands beside the least told apart"
-    assert any("how far from 1" in note for note in group.notes())
+    (table,) = rank_results(load_runs(folders).runs)
+    assert [row.run.record.family for row in table.rows] == ["near", "far", "off"]
+    assert abs(table.rows[1].metric.value - 1) < abs(table.rows[0].metric.value - 1), "though its mean is 1"
+    against = next(column for column in columns(table) if column.title == "vs. best")
+    cells = [against.cell(row) for row in table.rows]
+    assert cells[0].text == "best tested" and cells[2].annotation == "significantly worse than #1"
+    keys = [cell.sort_key for cell in cells]
+    assert keys == sorted(keys) and len(set(keys)) == 3, "the best row sorts next to the least different one"
+    assert any("mean distance of their seeds from 1" in note for note in table.notes())
 
 
-def test_equal_figures_share_a_rank_and_a_figure_without_order_gives_none(tmp_path: Path):
-    group = ranked(tmp_path / "x", {"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0})
-    assert standings(group) == [(1, "b", ""), (2, "a", ""), (2, "c", ""), (4, "d", "")]
+def test_equal_values_share_a_rank_and_unordered_metrics_do_not_rank(tmp_path: Path):
+    table = ranked(tmp_path / "x", {"a": 2.0, "b": 1.0, "c": 2.0, "d": 3.0})
+    assert statuses(table) == [(1, "b", ""), (2, "a", ""), (2, "c", ""), (4, "d", "")]
     unordered = {"fd_digits": Metric(1.0, higher_is_better=None)}
-    group = ranked(tmp_path / "y", {"a": 2.0, "b": 1.0}, metrics=unordered)
-    assert standings(group) == [(None, "a", ""), (None, "b", "")]
+    table = ranked(tmp_path / "y", {"a": 2.0, "b": 1.0}, metrics=unordered)
+    assert statuses(table) == [(None, "a", ""), (None, "b", "")]
 
 
-def test_a_family_no_better_than_the_baseline_is_listed_as_not_learned(tmp_path: Path):
-    # The floor is 0.5, so the baseline is at 20 times it: a yardstick.
-    group = ranked(tmp_path, {"vae": 11.0, "gaussian": 10.0, "gan": 10.0, "ddpm": 9.9})
-    assert standings(group) == [
-        (1, "ddpm", ""), (2, "gaussian", "baseline"), (None, "gan", NOT_LEARNED), (None, "vae", NOT_LEARNED),
+def test_a_family_not_better_than_the_gaussian_baseline_is_not_ranked(tmp_path: Path):
+    table = ranked(tmp_path, {"vae": 11.0, "gaussian": 10.0, "gan": 10.0, "ddpm": 9.9})
+    assert statuses(table) == [
+        (1, "ddpm", ""), (2, "gaussian", BASELINE), (None, "gan", NOT_BETTER), (None, "vae", NOT_BETTER),
     ]  # fmt: skip
-    assert [heading for heading, _ in group.sections()] == ["", "Not learned: no better than the Gaussian baseline"]
-    (note,) = group.notes()
+    assert [heading for heading, _ in table.sections()] == ["", "Not ranked: not better than the Gaussian baseline"]
+    (note,) = table.notes()
     assert note.startswith("No difference is claimed to be significant")
 
 
-def test_a_row_within_the_intervals_of_the_baseline_is_undecided(tmp_path: Path):
-    def measured(value: float, reach: float) -> Result:
-        return result(0, metrics={"fd_digits": Metric(value, False, interval=(value - reach, value + reach))})
+def test_a_row_within_the_interval_of_the_baseline_is_marked(tmp_path: Path):
+    def measured(value: float, half_width: float) -> Result:
+        return result(0, metrics={"fd_digits": Metric(value, False, interval=(value - half_width, value + half_width))})
 
-    # The reach of a difference: hypot(0.3, 0.4) = 0.5.
+    # The half-width of the interval of a difference: hypot(0.3, 0.4) = 0.5.
     found = {"gaussian": (2.0, 0.4), "gan": (1.6, 0.3), "ddpm": (2.4, 0.3), "vae": (2.6, 0.3), "flow": (1.4, 0.3)}
     folders = [
         write_run(tmp_path / name, [measured(*values)], family=name, picture=False) for name, values in found.items()
     ]
-    (group,) = rank(load_runs(folders).runs)
-    assert standings(group) == [
-        (1, "flow", ""), (2, "gan", UNDECIDED), (3, "gaussian", "baseline"), (4, "ddpm", UNDECIDED),
-        (None, "vae", NOT_LEARNED),
+    (table,) = rank_results(load_runs(folders).runs)
+    assert statuses(table) == [
+        (1, "flow", ""), (2, "gan", NEAR_BASELINE), (3, "gaussian", BASELINE), (4, "ddpm", NEAR_BASELINE),
+        (None, "vae", NOT_BETTER),
     ]  # fmt: skip
-    assert any(f"'{UNDECIDED}'" in note and "evaluation.n" in note for note in group.notes())
+    assert any(f"'{NEAR_BASELINE}'" in note and "evaluation.num_images" in note for note in table.notes())
 
 
-def test_two_metrics_that_disagree_about_two_rows_are_named(tmp_path: Path):
-    """Two extractors measure the same samples; the primary one comes first, and a swapped pair is reported."""
+def test_pairs_of_rows_that_two_metrics_order_differently_are_named(tmp_path: Path):
+    """Two extractors of the same samples: the table of the primary one comes first."""
     other = replace(DIGITS, extractor="efficientnet_lite0", extractor_hash="e" * 64)
 
     def measured(first: float, second: float) -> list[Result]:
@@ -151,85 +151,91 @@ def test_two_metrics_that_disagree_about_two_rows_are_named(tmp_path: Path):
 
     values = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (4.0, 4.0)}
     folders = [write_run(tmp_path / name, measured(*pair), picture=False) for name, pair in values.items()]
-    gathered = load_runs(folders)
-    groups = rank(gathered.runs)
-    assert [group.primary_metric for group in groups] == ["mmd_efficientnet_lite0", "fd_digits"]
-    (sentence,) = disagreements(groups)
+    loaded = load_runs(folders)
+    tables = rank_results(loaded.runs)
+    assert [table.primary_metric for table in tables] == ["mmd_efficientnet_lite0", "fd_digits"]
+    (sentence,) = metric_disagreements(tables)
     assert "1 of 3 pairs" in sentence and "a and b" in sentence
-    assert "Metrics disagree" in page.render(gathered)
-    agreeing = rank(load_runs(folders[1:]).runs)
-    assert disagreements(agreeing) == [] and suggested_commands(groups) == []
+    assert "Metrics disagree" in page.render(loaded)
+    agreeing = rank_results(load_runs(folders[1:]).runs)
+    assert metric_disagreements(agreeing) == [] and suggested_commands(tables) == []
 
 
-def test_the_mean_of_several_baselines_counts_and_one_without_a_figure_does_not(tmp_path: Path):
-    group = ranked(tmp_path, {"gaussian-1": 8.0, "gaussian-2": 12.0, "gaussian-3": None, "vae": 10.5, "gan": 9.5})
-    assert standings(group) == [
-        (1, "gaussian-1", "baseline"), (2, "gan", ""), (3, "gaussian-2", "baseline"),
-        (None, "vae", NOT_LEARNED), (None, "gaussian-3", NO_VALUE),
+def test_several_baselines_are_averaged_without_missing_values(tmp_path: Path):
+    table = ranked(tmp_path, {"gaussian-1": 8.0, "gaussian-2": 12.0, "gaussian-3": None, "vae": 10.5, "gan": 9.5})
+    assert statuses(table) == [
+        (1, "gaussian-1", BASELINE), (2, "gan", ""), (3, "gaussian-2", BASELINE),
+        (None, "vae", NOT_BETTER), (None, "gaussian-3", NO_VALUE),
     ]  # fmt: skip
 
 
-def test_without_a_baseline_the_command_that_adds_it_is_named(tmp_path: Path):
-    group = ranked(tmp_path, {"vae": 11.0}, measurement=replace(DIGITS, conditioning="labels"))
-    (note,) = group.notes()
+def test_without_a_baseline_a_note_has_the_command_that_adds_it(tmp_path: Path):
+    table = ranked(tmp_path, {"vae": 11.0}, measurement=replace(DIGITS, conditioning="labels"))
+    (note,) = table.notes()
     assert note.endswith(
-        "Add it: python run.py model=gaussian data=digits evaluation.n=500 evaluation.protocol.reference=test"
-        f" evaluation.protocol.chunk=250 model.conditional=true hydra.run.dir={tmp_path}/gaussian"
+        "Add it: python run.py model=gaussian data=digits evaluation.num_images=500 evaluation.protocol.reference=test"
+        f" evaluation.protocol.chunk_size=250 model.conditional=true hydra.run.dir={tmp_path}/gaussian"
     )
     config = {"choices": {"data": "image_folder", "evaluation": "quick"}}
     sweep = tmp_path / "it's [x]"
     folder = write_run(sweep / "b", [result(1.0)], config=config, overrides=["seed=1", "data.root='a b'"])
     (sweep / "gaussian").mkdir()
-    said = rank(load_runs([folder]).runs)[0].notes()[0].split("Add it: ")[1]
-    assert shlex.split(said)[2:6] == ["model=gaussian", "data=image_folder", "data.root='a b'", "evaluation=quick"]
-    last = OverridesParser.create().parse_override(shlex.split(said)[-1])
-    assert (last.key_or_group, last.value()) == ("hydra.run.dir", f"{sweep}/gaussian_2"), "where none is yet"
+    command = rank_results(load_runs([folder]).runs)[0].notes()[0].split("Add it: ")[1]
+    assert shlex.split(command)[2:6] == ["model=gaussian", "data=image_folder", "data.root='a b'", "evaluation=quick"]
+    last = OverridesParser.create().parse_override(shlex.split(command)[-1])
+    assert (last.key_or_group, last.value()) == ("hydra.run.dir", f"{sweep}/gaussian_2"), "an unused folder"
 
 
-def test_a_command_names_a_folder_of_any_name(tmp_path: Path):
+def test_a_command_quotes_any_folder_name(tmp_path: Path):
     more = replace(DIGITS, num_images=1000)
     odd = write_run(tmp_path / "lr=1,2 (it's [x]) \\ ${y}", [result(2.0, more)])
     folders = [odd, *(write_run(tmp_path / name, [result(1.0)]) for name in "ab")]
-    (line,) = suggested_commands(rank(load_runs(folders).runs))
+    (line,) = suggested_commands(rank_results(load_runs(folders).runs))
     words = shlex.split(line)
-    assert [*words[:3], *words[4:]] == ["python", "run.py", "task=evaluate", "evaluation.n=500"]
+    assert [*words[:3], *words[4:]] == ["python", "run.py", "task=evaluate", "evaluation.num_images=500"]
     value = OverridesParser.create().parse_override(words[3]).value()
-    assert OmegaConf.create({"run": value}).run == str(odd)
+    assert OmegaConf.create({"run_dir": value}).run_dir == str(odd)
 
 
-def test_a_model_trained_against_the_measuring_network_is_not_ranked(tmp_path: Path):
+def test_a_model_trained_with_the_extractor_is_not_ranked(tmp_path: Path):
     fair = write_run(tmp_path / "fair", [result(2.0)])
     unfair = write_run(tmp_path / "unfair", [result(1.0)], training={"perceptual_networks": ["lpips", "beef" * 16]})
-    (group,) = rank(load_runs([fair, unfair]).runs)
-    assert standings(group) == [(1, "fair", ""), (None, "unfair", OVERLAP)]
+    (table,) = rank_results(load_runs([fair, unfair]).runs)
+    assert statuses(table) == [(1, "fair", ""), (None, "unfair", TRAINED_WITH_EXTRACTOR)]
 
 
-def test_unlike_protocols_are_never_ranked_together_and_the_fields_are_named(tmp_path: Path):
+def test_different_protocols_have_separate_tables_and_named_fields(tmp_path: Path):
     more = replace(DIGITS, num_images=1000, chunk_size=100)
     folders = [
         write_run(tmp_path / "a", [result(2.0), result(0.5, more)]),
         write_run(tmp_path / "b", [result(1.0)]),
         write_run(tmp_path / "c", [result(0.1, FASHION)]),
     ]
-    groups = rank(load_runs(folders).runs)
-    assert [standings(group) for group in groups] == [
+    tables = rank_results(load_runs(folders).runs)
+    assert [statuses(table) for table in tables] == [
         [(1, "b", ""), (2, "a", "")],
         [(1, "a", "")],
         [(1, "c", "")],
     ]
-    assert [len({row.result.measurement.id for row in group.rows}) for group in groups] == [1, 1, 1]
-    told = by_primary_metric(groups)
-    assert "Table 2 differs from table 1 in num images (1000 instead of 500), chunk size (100 instead of 250)." in told
-    assert "Table 3 is of other data, fashion_mnist (and so differs from table 1 in extractor too)." in told
+    assert [len({row.result.measurement.id for row in table.rows}) for table in tables] == [1, 1, 1]
+    explanation = explain_separate_tables(tables)
+    differences = "number of images (1000 instead of 500), chunk size (100 instead of 250)"
+    assert f"Table 2 differs from table 1 in {differences}." in explanation
+    assert "Table 3 is on other data, fashion_mnist (which also changes extractor)." in explanation
     shown = page.render(load_runs(folders))
-    assert "3 protocols, 3 tables." in shown and "num images (1000 instead of 500)" in shown
-    command = f"python run.py task=evaluate run={tmp_path / 'a'} evaluation.n=500 evaluation.protocol.chunk=250"
-    assert suggested_commands(groups) == [command], "other data cannot be brought together"
+    assert "3 protocols, 3 tables." in shown and "number of images (1000 instead of 500)" in shown
+    command = (
+        f"python run.py task=evaluate run_dir={tmp_path / 'a'} evaluation.num_images=500"
+        " evaluation.protocol.chunk_size=250"
+    )
+    assert suggested_commands(tables) == [command], "results on other data cannot share a table"
     assert command in shown
 
 
-def test_the_command_names_the_preset_where_the_network_differs(tmp_path: Path):
-    inception = replace(DIGITS, extractor="inception_v3_compat", extractor_hash="a" * 64, resize="299x299", num_images=5000)
+def test_the_command_sets_the_preset_if_the_extractor_differs(tmp_path: Path):
+    inception = replace(
+        DIGITS, extractor="inception_v3_compat", extractor_hash="a" * 64, resize="299x299", num_images=5000
+    )
     labels = replace(DIGITS, conditioning="labels", label_distribution="train")
     folders = [
         write_run(tmp_path / "a", [result(2.0)]),
@@ -238,8 +244,9 @@ def test_the_command_names_the_preset_where_the_network_differs(tmp_path: Path):
         write_run(tmp_path / "d", [result(0.1, labels)]),
         write_run(tmp_path / "e", [result(0.1, inception)], state="samples"),
     ]
-    (line,) = suggested_commands(rank(load_runs(folders).runs))
-    assert line.startswith(f"python run.py task=evaluate run={tmp_path / 'c'} evaluation=default evaluation.n=500 ")
+    (line,) = suggested_commands(rank_results(load_runs(folders).runs))
+    command = f"python run.py task=evaluate run_dir={tmp_path / 'c'} evaluation=default evaluation.num_images=500 "
+    assert line.startswith(command)
     assert line.endswith(" checkpoint=best")
 
 
@@ -257,9 +264,9 @@ def test_a_glob_finds_runs_records_and_sweeps(tmp_path: Path):
 
 
 @pytest.mark.parametrize("pattern", ["nowhere/*", "", "empty*"])
-def test_a_glob_without_runs_is_refused(tmp_path: Path, pattern: str):
+def test_a_glob_without_runs_raises(tmp_path: Path, pattern: str):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="names no run folder"):
+    with pytest.raises(UserError, match="matches no run folder"):
         find_run_folders(str(tmp_path / pattern))
 
 
@@ -269,44 +276,42 @@ def test_damaged_records_are_listed_and_the_rest_is_compared(tmp_path: Path):
     cut = write_run(tmp_path / "cut", [result(1.0)])
     (cut / "record.json").write_text((cut / "record.json").read_text()[:-40])
     gone = tmp_path / "gone"
-    gathered = load_runs([good, older, cut, gone])
-    assert [run.label for run in gathered.runs] == ["good"]
-    reasons = {skip.folder: skip.reason for skip in gathered.skipped}
+    loaded = load_runs([good, older, cut, gone])
+    assert [run.label for run in loaded.runs] == ["good"]
+    reasons = {skip.folder: skip.reason for skip in loaded.skipped}
     assert "schema 0" in reasons[older] and "damaged" in reasons[cut] and "not a run folder" in reasons[gone]
-    shown = page.render(gathered)
+    shown = page.render(loaded)
     assert all(str(folder) in shown for folder in (older, cut, gone))
 
 
-def test_the_same_run_twice_counts_once(tmp_path: Path):
+def test_copies_of_a_run_are_skipped(tmp_path: Path):
     run = write_run(tmp_path / "a", [result(1.0)])
     (tmp_path / "link").symlink_to(run)
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    gathered = load_runs([run, tmp_path / "link", run / ".." / "a", copy])
-    assert [r.folder for r in gathered.runs] == [run]
-    assert [(skip.folder, skip.reason) for skip in gathered.skipped] == [
-        (copy, f"a copy of the run in {run}, which is shown")
-    ]
+    loaded = load_runs([run, tmp_path / "link", run / ".." / "a", copy])
+    assert [r.folder for r in loaded.runs] == [run]
+    assert [(skip.folder, skip.reason) for skip in loaded.skipped] == [(copy, f"a copy of the run in {run}")]
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+def test_runs_with_the_same_name_have_different_labels(tmp_path: Path):
     folders = [write_run(tmp_path / where / "0_vae", picture=False) for where in ("s1", "s2")]
     other = write_run(tmp_path / "gan", picture=False)
     assert [run.label for run in load_runs([*folders, other]).runs] == ["s1/0_vae", "s2/0_vae", "gan"]
 
 
-def test_a_record_that_names_files_elsewhere_does_not_get_them(tmp_path: Path):
+def test_a_record_cannot_embed_files_outside_its_folder(tmp_path: Path):
     outside = write_run(tmp_path / "outside") / "samples" / "grid.png"
     pictures = {"up": "../outside/samples/grid.png", "root": str(outside), "zero": "a\0b", "gone": "gone.png"}
     folder = write_run(tmp_path / "run", [result(1.0, images=dict(pictures))], curve={}, images={"text": "curve.csv"})
     (run,) = load_runs([folder]).runs
-    assert [run.picture(path) for path in pictures.values()] == [None] * 4
-    assert run.picture("samples/grid.png") == (folder / "samples" / "grid.png").read_bytes()
+    assert [run.read_png(path) for path in pictures.values()] == [None] * 4
+    assert run.read_png("samples/grid.png") == (folder / "samples" / "grid.png").read_bytes()
     shown = page.render(LoadedRuns([run]))
     assert base64.b64encode(outside.read_bytes()).decode() not in shown
     assert "gone.png" in shown and "text (curve.csv)" in shown
 
 
-def test_a_curve_is_read_with_its_gaps(tmp_path: Path):
+def test_gaps_of_a_learning_curve_are_nan(tmp_path: Path):
     path = tmp_path / "curve.csv"
     path.write_text('step,images,"val/<b>",train/loss\n1,128,,0.5\n2,256,3.5,nan\n3,384,inf,x\n4,51')
     columns = read_curve(path)
@@ -321,7 +326,7 @@ def test_a_curve_is_read_with_its_gaps(tmp_path: Path):
 # Charts
 
 
-def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_several(tmp_path: Path):
+def test_nfe_curves_join_rows_that_differ_in_steps_alone(tmp_path: Path):
     def measured(calls: float, value: float, sampler: str) -> Any:
         return result(value, generation={"nfe": {"network": calls}, "sampler": f"{sampler}, {calls:g} steps"})
 
@@ -331,23 +336,23 @@ def test_quality_is_drawn_against_calls_where_one_training_was_sampled_with_seve
         results = [measured(n, 90 / n + seed, "Heun") for n in (10, 30)]
         write_run(tmp_path / f"c{seed}", results, seed=seed, family="edm")
     runs = load_runs(sorted(tmp_path.iterdir())).runs
-    groups = rank(runs)
-    style = styles(groups, runs)
-    (chart,) = charts.against_calls(groups, style)
+    tables = rank_results(runs)
+    style = styles(tables, runs)
+    (chart,) = charts.nfe_curves(tables, style)
     drawn = {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines}
     assert drawn == {
         "a · DDIM": ([5, 50], [9.0, 2.0]), "c0, mean of 2 seeds · Heun": ([10, 30], [9.5, 3.5]),
-    }, "one kind of sampler a line, the mean over seeds, and a single point makes no line"  # fmt: skip
-    best = {row.title: row for row in reversed(groups[0].rows)}
+    }, "a line per sampler, the mean over seeds, and no line of a single point"  # fmt: skip
+    best = {row.title: row for row in reversed(tables[0].rows)}
     assert [(line.color, line.dash) for line in chart.lines] == [
         (style[title].color, style[title].dash)
         for title in ("a · DDIM, 50 steps", "c0, mean of 2 seeds · Heun, 30 steps")
         if title in best
-    ], "a line is drawn as its best row is elsewhere"
+    ], "a line has the style of its best row"
     assert chart.x_log
     html = page.render(load_runs(tmp_path.iterdir()))
-    assert "Quality against network calls" in html
-    assert "Quality against network calls" not in page.render(load_runs([tmp_path / "b"]))
+    assert "Quality against NFE" in html
+    assert "Quality against NFE" not in page.render(load_runs([tmp_path / "b"]))
 
 
 def test_noise_schedules_share_a_chart(tmp_path: Path):
@@ -357,12 +362,12 @@ def test_noise_schedules_share_a_chart(tmp_path: Path):
     write_run(tmp_path / "c", [result(3.0)])
     runs = load_runs(tmp_path.iterdir()).runs
     (chart,) = charts.noise_schedules(runs, styles([], runs))
-    assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "what is damaged or absent is not drawn"
+    assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "damaged schedules are not drawn"
     assert "Noise schedules" in page.render(load_runs(tmp_path.iterdir()))
     assert "Noise schedules" not in page.render(load_runs([tmp_path / "c"]))
 
 
-def test_a_long_curve_is_thinned_to_means():
+def test_a_long_curve_is_averaged_over_segments():
     x, y = np.arange(3000.0), np.arange(3000.0) ** 2
     few_x, few_y = charts.subsample(x, y)
     assert len(few_x) == len(few_y) == 300
@@ -373,7 +378,7 @@ def test_a_long_curve_is_thinned_to_means():
     assert np.array_equal(charts.subsample(x[:300], y[:300]), [x[:300], y[:300]])
 
 
-def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tmp_path: Path):
+def test_distances_share_a_chart_per_data_set_and_losses_per_family(tmp_path: Path):
     fashion = {"name": "fashion_mnist"}
     folders = [
         write_run(tmp_path / "d1", [result(1.0)], family="ddpm"),
@@ -383,19 +388,19 @@ def test_distances_share_a_chart_within_a_data_set_and_losses_within_a_family(tm
         write_run(tmp_path / "none", [result(3.0)], family="gaussian", curve={}),
     ]
     runs = load_runs(folders).runs
-    style = styles(rank(runs), runs)
+    style = styles(rank_results(runs), runs)
     drawn = {chart.title: [line.color for line in chart.lines] for chart in charts.distance_curves(runs, style)}
     c = [style[label].color for label in ("d1", "d2", "v", "f")]
     assert drawn == {"FD digits on digits": c[:3], "FD digits on fashion_mnist": c[3:]}
     losses = {chart.title: [line.color for line in chart.lines] for chart in charts.loss_curves(runs, style)}
-    # Each run's training loss and its held-out loss.
+    # The training loss and the validation loss of each run.
     assert losses == {
         "ddpm on digits: loss": [c[0], c[0], c[1], c[1]], "vae on digits: loss": [c[2]] * 2,
         "vae on fashion_mnist: loss": [c[3]] * 2,
     }  # fmt: skip
 
 
-def test_a_line_holds_the_figures_that_were_logged(tmp_path: Path):
+def test_a_line_contains_the_logged_values(tmp_path: Path):
     curve = {
         "step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), "val/fd_x": np.array([math.nan, 5, 4]),
     }  # fmt: skip
@@ -407,7 +412,7 @@ def test_a_line_holds_the_figures_that_were_logged(tmp_path: Path):
 # Settings
 
 
-def test_only_settings_that_differ_are_shown_and_model_settings_within_a_family(tmp_path: Path):
+def test_settings_that_differ_are_shown_with_model_settings_by_family(tmp_path: Path):
     def config(family: str, lr: float, images: int, **model: Any) -> dict[str, Any]:
         return {
             "family": family, "out": str(tmp_path / f"{lr}"), "budget": {"images": images, "steps": None},
@@ -419,7 +424,8 @@ def test_only_settings_that_differ_are_shown_and_model_settings_within_a_family(
         write_run(tmp_path / "d2", family="ddpm", config=config("ddpm", 2e-3, 100, dropout=0.1)),
         write_run(tmp_path / "v", family="vae", config=config("vae", 5e-3, 200, latent=8)),
     ]
-    tables = {t.title: (t.names, {run.label: v for run, v in t.rows}) for t in differences(load_runs(folders).runs)}
+    found = differing_settings(load_runs(folders).runs)
+    tables = {table.title: (table.names, {run.label: v for run, v in table.rows}) for table in found}
     assert tables == {
         "All runs": (["budget.images"], {"d1": ["100"], "d2": ["100"], "v": ["200"]}),
         "ddpm": (["model.optimizer.lr", "model.dropout"], {"d1": ["0.001", "–"], "d2": ["0.002", "0.1"]}),  # noqa: RUF001
@@ -430,7 +436,7 @@ def test_only_settings_that_differ_are_shown_and_model_settings_within_a_family(
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its elements, their attributes, and all text."""
+    """A parsed page: its elements with their attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -460,7 +466,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> LoadedRuns:
-    """Runs whose every text holds markup, with a broken one, one without figures, and several protocols."""
+    """Runs with markup in every text: a damaged record, a run without results, and several protocols."""
     folder = tmp_path_factory.mktemp("odd")
     metric = {
         "fd_digits": Metric(1.0, higher_is_better=False, baseline=0.5, note=ODD),
@@ -485,7 +491,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> LoadedRuns:
     return load_runs(sorted(folder.iterdir()))
 
 
-def test_names_are_text_wherever_they_stand(odd: LoadedRuns):
+def test_names_are_escaped_everywhere(odd: LoadedRuns):
     shown = Page(page.render(odd))
     assert not shown.open, "every element is closed"
     assert not shown.all("blink") and not shown.all("bold")
@@ -495,7 +501,7 @@ def test_names_are_text_wherever_they_stand(odd: LoadedRuns):
     assert ODD in "".join(shown.texts[shown.texts.index("Losses") :])
 
 
-def test_the_page_asks_the_network_for_nothing(odd: LoadedRuns):
+def test_the_page_makes_no_network_requests(odd: LoadedRuns):
     html = page.render(odd)
     shown = Page(html)
     for _, attributes in shown.elements:
@@ -508,7 +514,7 @@ def test_the_page_asks_the_network_for_nothing(odd: LoadedRuns):
     assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
 
 
-def test_ids_of_a_page_are_unique_and_references_meet_one(odd: LoadedRuns):
+def test_ids_are_unique_and_references_resolve(odd: LoadedRuns):
     shown = Page(page.render(odd))
     ids = Counter(attributes["id"] for _, attributes in shown.elements if "id" in attributes)
     assert len(shown.all("svg")) > 4 and max(ids.values()) == 1
@@ -517,23 +523,23 @@ def test_ids_of_a_page_are_unique_and_references_meet_one(odd: LoadedRuns):
     assert references and clips and {*references, *clips} <= ids.keys()
 
 
-def test_a_table_cell_carries_the_value_that_its_column_is_sorted_by(tmp_path: Path):
+def test_a_table_cell_has_the_sort_key_of_its_column(tmp_path: Path):
     folders = [write_run(tmp_path / name, [result(v)]) for name, v in (("a", 1.23456), ("b", 0.1), ("c", None))]
     shown = Page(page.render(load_runs(folders)))
     start = next(k for k, (tag, a) in enumerate(shown.elements) if tag == "table" and a.get("class") == "ranking")
-    cells = [a for tag, a in shown.elements[start:] if tag == "td" and "lead-figure" in (a.get("class") or "")]
+    cells = [a for tag, a in shown.elements[start:] if tag == "td" and "primary" in (a.get("class") or "")]
     assert [cell["data-key"] for cell in cells] == ["0.1", "1.23456", ""]
 
 
-def test_pictures_stay_under_their_budget_and_those_left_out_are_counted(tmp_path: Path, monkeypatch):
+def test_images_stay_within_their_total_size(tmp_path: Path, monkeypatch):
     folders = [write_run(tmp_path / f"r{k}", [result(float(k))]) for k in range(5)]
     sizes = [(folder / "samples" / "grid.png").stat().st_size for folder in folders]
-    monkeypatch.setattr(page, "PICTURE_BYTES", sum(sizes[:3]) + min(sizes) - 1)
+    monkeypatch.setattr(page, "MAX_IMAGE_BYTES", sum(sizes[:3]) + min(sizes) - 1)
     shown = Page(page.render(load_runs(folders)))
     # The best-ranked come first.
     best = [base64.b64encode((f / "samples" / "grid.png").read_bytes()).decode() for f in folders[:3]]
     assert [image["src"] for image in shown.all("img")] == [f"data:image/png;base64,{content}" for content in best]
-    assert any("2 more pictures" in text for text in shown.texts)
+    assert any("2 more images" in text for text in shown.texts)
 
 
 def test_a_single_run_has_its_own_page(tmp_path: Path):
@@ -549,7 +555,7 @@ def test_a_single_run_has_its_own_page(tmp_path: Path):
     assert record["config"]["out"] not in "".join(re.findall(r"<pre>(.*?)</pre>", path.read_text(), re.DOTALL))
 
 
-def test_what_is_flagged_about_samples_is_said(tmp_path: Path):
+def test_warnings_about_samples_are_shown(tmp_path: Path):
     flagged = write_run(tmp_path / "a", [result(1.0, details={"warnings": ["many samples are alike"]})])
     plain = write_run(tmp_path / "b", [result(2.0)])
     assert "a: many samples are alike" in page.render(load_runs([flagged, plain]))
@@ -558,7 +564,7 @@ def test_what_is_flagged_about_samples_is_said(tmp_path: Path):
 # Files and terminal
 
 
-def test_the_csv_holds_every_result_and_every_figure(tmp_path: Path):
+def test_the_csv_has_all_results_and_metrics(tmp_path: Path):
     folders = [
         write_run(tmp_path / "a", [result(1.25), result(1.5, generation={"checkpoint": "best"})], seed=7),
         write_run(tmp_path / "b", [result(None)], name="=HYPERLINK(1)", family="vae"),
@@ -579,10 +585,10 @@ def test_the_csv_holds_every_result_and_every_figure(tmp_path: Path):
     )
     assert first["nfe.unet"] == "50.0" and first["training.images_seen"] == "200064"
     assert rows[2]["fd_digits"] == "" and rows[2]["fd_digits.note"] == "samples hold NaN"
-    assert rows[2]["standing"] == NO_VALUE
+    assert rows[2]["status"] == NO_VALUE
 
 
-def test_the_markdown_table_has_one_cell_a_column_whatever_a_name_holds(odd: LoadedRuns, tmp_path: Path):
+def test_markdown_rows_have_one_cell_per_column_for_any_name(odd: LoadedRuns, tmp_path: Path):
     report([run.folder for run in odd.runs], tmp_path)
     text = (tmp_path / "compare.md").read_text()
     tables = [line for line in text.splitlines() if line.startswith("| ")]
@@ -600,7 +606,7 @@ def test_a_report_needs_a_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("width", [60, 100, 240])
-def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: LoadedRuns, width: int):
+def test_terminal_tables_escape_names_and_fit_the_width(odd: LoadedRuns, width: int):
     text = io.StringIO()
     folders = [run.folder for run in odd.runs] + [skip.folder for skip in odd.skipped]
     print_tables(folders, Console(file=text, width=width, force_terminal=False))
@@ -608,36 +614,36 @@ def test_the_terminal_shows_names_as_text_and_keeps_to_its_width(odd: LoadedRuns
     # A command stays on one line, to be copied.
     assert max(len(line) for line in lines if not line.startswith("  python run.py")) <= width
     flat = re.sub(r"\s", "", text.getvalue())
-    assert "[boldred]$a_1$" in flat and "leftout:" in flat and "nofigures:" in flat
+    assert "[boldred]$a_1$" in flat and "skipped:" in flat and "noresults:" in flat
     assert "FDdigits↓" in flat and "2protocols:" in flat
 
 
-def test_a_narrow_terminal_gets_fewer_columns_and_not_broken_ones(tmp_path: Path):
+def test_a_narrow_terminal_shows_fewer_columns(tmp_path: Path):
     folders = [write_run(tmp_path / name, [result(value)]) for name, value in (("first", 1.25), ("second", 2.5))]
     text = io.StringIO()
     print_tables(folders, Console(file=text, width=70, force_terminal=False))
     lines = text.getvalue().splitlines()
     assert ["1", "first", "ddpm", "1.25", "0.00210"] in [line.split()[:5] for line in lines]
-    assert any("more columns are in the page and in the CSV" in line for line in lines)
+    assert any("more columns are in the page and the CSV file" in line for line in lines)
     assert "…" not in text.getvalue()
 
 
-def test_the_summary_of_a_run_has_every_figure_with_its_floor(tmp_path: Path):
+def test_the_summary_of_a_run_has_all_metrics_with_baselines(tmp_path: Path):
     folder = write_run(tmp_path / "a", [result(1.25), result(None, generation={"checkpoint": "best"})])
     text = io.StringIO()
-    Console(file=text, width=140).print(summary(RunRecord.load(folder)))
+    Console(file=text, width=140).print(run_summary(RunRecord.load(folder)))
     shown = text.getvalue()
     row = next(line for line in shown.splitlines() if line.strip().startswith("FD"))
-    assert row.split() == ["FD", "digits", "↓", "1.25", "2.5", "×", "floor", "–", "0.500"]  # noqa: RUF001
+    assert row.split() == ["FD", "digits", "↓", "1.25", "2.5", "×", "real", "data", "–", "0.500"]  # noqa: RUF001
     assert "2.31  bound" in shown and "last, EMA, ddim, 50 steps" in shown
     assert "bits/dim vlb: bound, 500 test images" in shown
 
 
-# Words
+# Formatting
 
 
 @pytest.mark.parametrize(
-    "say, value, text",
+    "to_text, value, text",
     [
         (formatting.format_metric, 3.17, "3.17"), (formatting.format_metric, 0.99996, "1.00"),
         (formatting.format_metric, 0.0021, "0.00210"),
@@ -650,14 +656,14 @@ def test_the_summary_of_a_run_has_every_figure_with_its_floor(tmp_path: Path):
         (formatting.format_count, 35_700_000, "35.7 M"), (formatting.format_count, 3.2e13, "32 T"),
         (formatting.format_duration, 4.2, "4.2 s"), (formatting.format_duration, 59.7, "1:00 min"),
         (formatting.format_duration, 171.2, "2:51 min"),
-        (formatting.format_duration, 7859, "2:10 h"), (formatting.format_factor, 1.1, "1.10"),
-        (formatting.format_factor, 2.94, "2.9"),
-        (formatting.format_factor, 14.4, "14"), (formatting.format_rate, 1168.6, "1,169"), (formatting.format_rate,
+        (formatting.format_duration, 7859, "2:10 h"), (formatting.format_ratio, 1.1, "1.10"),
+        (formatting.format_ratio, 2.94, "2.9"),
+        (formatting.format_ratio, 14.4, "14"), (formatting.format_rate, 1168.6, "1,169"), (formatting.format_rate,
         2.5, "2.5"), (formatting.format_rate, 50.0, "50"),
     ],
 )  # fmt: skip
-def test_numbers_in_words(say: Any, value: float | None, text: str):
-    assert say(value) == text
+def test_numbers_as_text(to_text: Any, value: float | None, text: str):
+    assert to_text(value) == text
 
 
 @pytest.mark.parametrize(
@@ -667,7 +673,7 @@ def test_numbers_in_words(say: Any, value: float | None, text: str):
         ("class_share_min", "class share min"), ("fidelity", "fidelity"),
     ],
 )  # fmt: skip
-def test_titles_of_figures(name: str, title: str):
+def test_titles_of_metrics(name: str, title: str):
     assert formatting.title(name) == title
 
 
@@ -681,7 +687,7 @@ def test_titles_of_figures(name: str, title: str):
         ({"elbo": (None, "bound")}, ("–", "")),  # noqa: RUF001
     ],
 )
-def test_bits_per_dim_is_one_column_that_names_its_kind(tmp_path: Path, scores: dict[str, Any], shown: tuple[str, str]):
+def test_bits_per_dim_is_one_column_with_the_estimator(tmp_path: Path, scores: dict[str, Any], shown: tuple[str, str]):
     metrics = {"fd_digits": Metric(1.0, higher_is_better=False), "new": Metric(1.0)}
     metrics |= {
         f"bpd_{name}": Metric(value, higher_is_better=False, note=note) for name, (value, note) in scores.items()
@@ -694,44 +700,44 @@ def test_bits_per_dim_is_one_column_that_names_its_kind(tmp_path: Path, scores: 
     folders = [
         write_run(tmp_path / name, [replace(result(1.0), metrics=m)]) for name, m in (("a", metrics), ("b", other))
     ]
-    (group,) = rank(load_runs(folders).runs)
-    found = {column.title: column.cell(group.rows[0]) for column in columns(group)}
+    (table,) = rank_results(load_runs(folders).runs)
+    found = {column.title: column.cell(table.rows[0]) for column in columns(table)}
     assert [title for title in found if title.split("\u00a0")[0] in ("FD digits", "precision", "bits/dim", "new")] == [
         "FD digits\u00a0↓", "precision", "bits/dim\u00a0↓", "new",
     ]  # fmt: skip
-    assert (found["bits/dim\u00a0↓"].text, found["bits/dim\u00a0↓"].beside) == shown
+    assert (found["bits/dim\u00a0↓"].text, found["bits/dim\u00a0↓"].annotation) == shown
 
 
-def test_any_figure_gets_a_column_the_known_ones_first(tmp_path: Path):
+def test_any_metric_has_a_column_and_known_ones_come_first(tmp_path: Path):
     extra = {"aa_new": Metric(1.0), "fid": Metric(3.0)}
-    group = ranked(tmp_path, {"a": 1.0}, metrics=extra)
-    assert group.metrics() == [
+    table = ranked(tmp_path, {"a": 1.0}, metrics=extra)
+    assert table.metrics() == [
         "fd_digits", "fid", "kd_digits", "precision", "recall", "bpd_vlb", "confident", "memorization", "aa_new",
     ]  # fmt: skip
 
 
-def test_the_protocol_is_told_in_words():
+def test_a_protocol_is_described_in_words():
     measured = replace(DIGITS, conditioning="labels", label_distribution="test", resize="bilinear to 299")
-    assert formatting.describe(measured) == (
-        "500 generated images (conditional, labels: test, 250 from one seed at a time), held against the 500 images of"
-        " the test split of digits, rounded to uint8, resized by bilinear to 299. Features: digits (beefbeefbeef)."
+    assert formatting.describe_protocol(measured) == (
+        "500 generated images (conditional, labels as in test, 250 per seed) against 500 images of the test split of"
+        " digits, rounded to uint8, resized (bilinear to 299). Features: digits (beefbeefbeef)."
     )
 
 
-def test_a_latent_model_is_charged_with_its_autoencoder(tmp_path: Path) -> None:
+def test_a_latent_model_costs_its_autoencoder_too(tmp_path: Path) -> None:
     training = {"seconds": 600.0, "images_seen": 1000}
     first = {"run": "digits_autoencoder_0", "seconds": 300.0, "images_seen": 500}
     write_run(tmp_path / "pixels", [result(1.0)], training=training)
     write_run(tmp_path / "latents", [result(2.0)], training=training, model={"parameters": 7, "autoencoder": first})
-    gathered = load_runs([tmp_path / "pixels", tmp_path / "latents"])
-    (group,) = rank(gathered.runs)
-    (time,) = [column for column in columns(group) if column.title == "device time"]
-    pixels, latents = (time.cell(row) for row in group.rows)
-    assert (pixels.key, pixels.beside) == (600.0, "")
-    assert latents.key == 900.0 and "5:00 min of it: autoencoder" in latents.beside
-    (images,) = [column for column in columns(group) if column.title == "images seen"]
-    assert [(cell.key, cell.beside) for cell in map(images.cell, group.rows)] == [
-        (1000, ""), (1500, "500 of it: autoencoder"),
+    loaded = load_runs([tmp_path / "pixels", tmp_path / "latents"])
+    (table,) = rank_results(loaded.runs)
+    (time,) = [column for column in columns(table) if column.title == "device time"]
+    pixels, latents = (time.cell(row) for row in table.rows)
+    assert (pixels.sort_key, pixels.annotation) == (600.0, "")
+    assert latents.sort_key == 900.0 and "incl. 5:00 min: autoencoder" in latents.annotation
+    (images,) = [column for column in columns(table) if column.title == "images seen"]
+    assert [(cell.sort_key, cell.annotation) for cell in map(images.cell, table.rows)] == [
+        (1000, ""), (1500, "incl. 500: autoencoder"),
     ]  # fmt: skip
     report([tmp_path / "pixels", tmp_path / "latents"], tmp_path / "page")
     rows = list(csv.DictReader((tmp_path / "page" / "compare.csv").open()))

@@ -1,4 +1,4 @@
-"""What cannot be compared is left out by name, or refused in one line; the rest is compared."""
+"""Runs that cannot be compared are skipped with the reason, and the rest is compared."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gencompare.compare.load_runs import load_runs
 from gencompare.compare.page import report
-from gencompare.compare.ranking import by_primary_metric, published_results, rank
+from gencompare.compare.ranking import explain_separate_tables, published_results, rank_results
 from gencompare.errors import UserError
 from gencompare.records import SCHEMA
 from synthetic import DIGITS, result, write_run
 
 
 @pytest.mark.parametrize(
-    "schema, told", [(0, "has schema 0"), (SCHEMA + 1, f"has schema {SCHEMA + 1}"), ("1", "no schema")]
+    "schema, message", [(0, "has schema 0"), (SCHEMA + 1, f"has schema {SCHEMA + 1}"), ("1", "no schema")]
 )
-def test_a_record_of_another_version_is_refused_by_name(tmp_path: Path, schema: Any, told: str) -> None:
+def test_a_record_of_an_unknown_schema_is_skipped_with_the_reason(tmp_path: Path, schema: Any, message: str) -> None:
     good = write_run(tmp_path / "good", [result(1.0)])
     other = write_run(tmp_path / "other", [result(2.0)], schema=schema)
-    gathered = load_runs([good, other])
-    assert [run.label for run in gathered.runs] == ["good"]
-    (skipped,) = gathered.skipped
-    assert skipped.folder == other and told in skipped.reason and str(other / "record.json") in skipped.reason
+    loaded = load_runs([good, other])
+    assert [run.label for run in loaded.runs] == ["good"]
+    (skipped,) = loaded.skipped
+    assert skipped.folder == other and message in skipped.reason and str(other / "record.json") in skipped.reason
     report([good, other], tmp_path / "out")
     for name in ("compare.html", "compare.md"):
-        assert told in (tmp_path / "out" / name).read_text().replace("\\", "")
+        assert message in (tmp_path / "out" / name).read_text().replace("\\", "")
 
 
-def test_damage_of_any_kind_is_listed(tmp_path: Path) -> None:
+def test_damaged_records_are_listed(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", [result(1.0)])
     damaged = {
         "empty": "",
@@ -56,32 +56,32 @@ def test_damage_of_any_kind_is_listed(tmp_path: Path) -> None:
     raw["results"][0]["metrics"]["fd_digits"]["value"] = "low"
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "record.json").write_text(json.dumps(raw))
-    gathered = load_runs([good, *folders, tmp_path / "text"])
-    assert [run.label for run in gathered.runs] == ["good"] and len(gathered.skipped) == len(folders) + 1
-    with pytest.raises(UserError, match="No run can be shown"):
+    loaded = load_runs([good, *folders, tmp_path / "text"])
+    assert [run.label for run in loaded.runs] == ["good"] and len(loaded.skipped) == len(folders) + 1
+    with pytest.raises(UserError, match="No run can be compared"):
         report(folders, tmp_path / "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_record_that_may_not_be_read_is_listed(tmp_path: Path) -> None:
+def test_a_record_without_read_permission_is_listed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [result(1.0)])
     (folder / "record.json").chmod(0)
     assert "damaged" in load_runs([folder]).skipped[0].reason
 
 
-def test_mixed_data_sets_are_tables_of_their_own(tmp_path: Path) -> None:
+def test_each_data_set_has_its_own_table(tmp_path: Path) -> None:
     cifar = replace(DIGITS, data="cifar10", extractor="cifar10")
     for name, measurement in (("a", DIGITS), ("b", DIGITS), ("c", cifar)):
         data = {"name": measurement.data}
         write_run(tmp_path / name, [result(1.0, measurement)], family=name, data=data, picture=False)
-    groups = rank(load_runs(sorted(tmp_path.iterdir())).runs)
-    assert [[row.run.label for row in group.rows] for group in groups] == [["a", "b"], ["c"]]
-    assert "Table 2 is of other data, cifar10" in by_primary_metric(groups) and published_results("cifar10")
+    tables = rank_results(load_runs(sorted(tmp_path.iterdir())).runs)
+    assert [[row.run.label for row in table.rows] for table in tables] == [["a", "b"], ["c"]]
+    assert "Table 2 is on other data, cifar10" in explain_separate_tables(tables) and published_results("cifar10")
     report(sorted(tmp_path.iterdir()), tmp_path / "out")
     assert (tmp_path / "out" / "compare.tex").read_text().count(r"\begin{tabular}") == 2
 
 
-def test_a_config_that_is_no_config_breaks_nothing(tmp_path: Path) -> None:
+def test_a_malformed_config_does_not_stop_the_comparison(tmp_path: Path) -> None:
     odd: list[dict[str, Any]] = [
         {"choices": "none"}, {"model": [1, 2]}, {"data": None, "trainer": 3}, {"budget": {"images": float("inf")}},
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_config_that_is_no_config_breaks_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["runs=runs/s[12]/*", "runs=a=1/*", "task.out=(x)"])
-def test_a_bare_glob_that_hydra_does_not_take_is_named_with_its_quotes(name: str, cli: Any, capsys: Any) -> None:
+def test_an_unquoted_glob_is_refused_with_the_quoted_override(name: str, cli: Any, capsys: Any) -> None:
     assert cli("task=compare", name) == 2
     said = capsys.readouterr().err
     key, _, value = name.partition("=")

@@ -20,12 +20,12 @@ from synthetic import result, write_run
 ODD = r'\input{x} 100% $a_1$ & #1 {b} ~^ "q" <i>|`'
 
 
-def test_latex_is_text_whatever_it_holds() -> None:
+def test_latex_escapes_any_text() -> None:
     assert latex("a_b & 5 % #1 {x} $y$") == r"a\_b \& 5 \% \#1 \{x\} \$y\$"
     assert latex("\\~^") == r"\textbackslash{}\textasciitilde{}\textasciicircum{}"
     assert latex("FID\u00a0↓ 2 × [1, 2] –") == r"FID~$\downarrow$ 2 $\times$ [1, 2] --"  # noqa: RUF001
     assert latex("two\nlines\x00") == "two lines "
-    # Read back as TeX reads it, it is the text that went in.
+    # Undoing the escapes gives the original text.
     back = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textless{}": "<"}
     back |= {r"\textgreater{}": ">", r"\textbar{}": "|", r"\char34{}": '"', r"\textasciigrave{}": "`"}
     back |= {rf"\{sign}": sign for sign in "{}$&#%_"}
@@ -33,7 +33,7 @@ def test_latex_is_text_whatever_it_holds() -> None:
     assert read == ODD
 
 
-def test_a_table_has_equal_columns_and_bold_for_the_best(tmp_path: Path) -> None:
+def test_latex_rows_have_equal_columns_and_the_best_is_bold(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, [result(v)], name=f"{name} {ODD}") for name, v in (("a", 1.25), ("b", 2.5))]
     metrics = {"fd_digits": Metric(None, higher_is_better=False)}
     folders.append(write_run(tmp_path / "c", [result(None, metrics=metrics)]))
@@ -59,11 +59,11 @@ def test_a_table_has_equal_columns_and_bold_for_the_best(tmp_path: Path) -> None
         (["<>", "con" + "x" * 200], ["chart", "con" + "x" * 77]),
     ],
 )
-def test_files_of_charts_are_named_by_their_titles(titles: list[str], names: list[str]) -> None:
+def test_chart_files_are_named_by_their_titles(titles: list[str], names: list[str]) -> None:
     assert file_names(titles) == names
 
 
-def test_every_chart_is_a_png_and_an_svg(tmp_path: Path) -> None:
+def test_each_chart_is_saved_as_png_and_svg(tmp_path: Path) -> None:
     names = ["_hidden", "$a_1$ <b>&"]
     folders = [
         write_run(tmp_path / f"r{k}", [result(1.0 + k)], name=name, training={"flops": 1e12 * (k + 1)})
@@ -80,7 +80,7 @@ def test_every_chart_is_a_png_and_an_svg(tmp_path: Path) -> None:
         assert "hidden" in text and "$a_1$ &lt;b&gt;&amp;" in text and "<script" not in text
 
 
-def test_a_single_run_has_its_charts_in_the_page_alone(tmp_path: Path) -> None:
+def test_a_single_run_has_no_chart_files(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [result(1.0)])
     report([folder], folder)
     assert not (folder / "plots").exists() and (folder / "compare.tex").is_file()

@@ -1,4 +1,4 @@
-"""A record comes back as it was written, or is refused in one line; protocols agree exactly when their fields do."""
+"""Records survive a round trip, damaged ones raise a one-line error, and protocols compare by their fields."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def record(**changes: object) -> RunRecord:
     return run
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path):
+def test_a_record_survives_a_round_trip(tmp_path: Path):
     run = record()
     assert run.save(tmp_path) == tmp_path / RECORD_FILE
     assert RunRecord.load(tmp_path) == run
     assert RunRecord.load(tmp_path / RECORD_FILE) == run
 
 
-def test_figures_that_are_not_finite_are_stored_as_none(tmp_path: Path):
+def test_values_that_are_not_finite_are_stored_as_none(tmp_path: Path):
     run = record(training={"seconds": math.inf, "more": [math.nan, 1.0]})
     run.results = [replace(result(math.nan, seed=1), seconds={"sampling": math.nan})]
     run.results[0].metrics["kid"] = Metric(0.1, interval=(math.nan, 0.2))
@@ -54,7 +54,7 @@ def test_figures_that_are_not_finite_are_stored_as_none(tmp_path: Path):
     assert read.results[0].metrics["kid"].interval == (None, 0.2)
 
 
-def test_a_second_evaluation_in_the_same_way_replaces_the_first():
+def test_a_result_with_equal_settings_replaces_the_earlier_one():
     run = record()
     run.add_result(result(1.2))
     assert [r.metrics["fd_digits"].value for r in run.results] == [1.2]
@@ -63,7 +63,7 @@ def test_a_second_evaluation_in_the_same_way_replaces_the_first():
     assert [r.metrics["fd_digits"].value for r in run.results] == [1.2, 1.1, 1.0]
 
 
-def test_a_figure_over_its_floor():
+def test_the_ratio_to_the_real_data_baseline():
     assert Metric(1.5, baseline=0.5).ratio_to_baseline == 3.0
     assert Metric(None, baseline=0.5).ratio_to_baseline is None
     assert Metric(1.5).ratio_to_baseline is None
@@ -71,7 +71,7 @@ def test_a_figure_over_its_floor():
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    "damage, message",
     [
         (lambda raw: "[1, 2", "damaged"),
         (lambda raw: "\0\0\0", "damaged"),
@@ -81,7 +81,7 @@ def test_a_figure_over_its_floor():
         (lambda raw: json.dumps({**raw, "family": ["x"]}), "family is not a str"),
         (lambda raw: json.dumps({**raw, "seed": "0"}), "seed is not a number"),
         (lambda raw: json.dumps({**raw, "images": {"a": 3}}), "images.a is not a str"),
-        (lambda raw: json.dumps({**raw, "unheard_of": 1}), "unheard_of"),
+        (lambda raw: json.dumps({**raw, "unknown_field": 1}), "unknown_field"),
         (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "name"}), "name"),
         (lambda raw: json.dumps(raw).replace('"interval": [1.0, 2.0]', '"interval": [1.0]'), "interval"),
         (lambda raw: json.dumps(raw).replace('"value": 1.5', '"value": "low"'), "value is not a number"),
@@ -89,15 +89,15 @@ def test_a_figure_over_its_floor():
         (lambda raw: json.dumps(raw).replace('"num_images": 500', '"num_images": null, "m": 1'), "'m'"),
     ],
 )
-def test_a_damaged_or_foreign_record_is_refused_in_one_line(tmp_path: Path, damage, told: str):
+def test_a_damaged_or_unknown_record_raises_a_one_line_error(tmp_path: Path, damage, message: str):
     path = record().save(tmp_path)
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(UserError) as error:
         RunRecord.load(tmp_path)
-    assert told in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_without_a_record_is_named(tmp_path: Path):
+def test_a_folder_without_a_record_raises(tmp_path: Path):
     with pytest.raises(UserError, match=r"is not a run folder: it contains no record\.json"):
         RunRecord.load(tmp_path)
 
@@ -107,7 +107,7 @@ def _add_results(folder: Path, first: int) -> None:
         RunRecord.update(folder, lambda run, seed=seed: run.add_result(result(seed=seed)))
 
 
-def test_updates_of_several_processes_all_survive(tmp_path: Path):
+def test_concurrent_updates_are_not_lost(tmp_path: Path):
     record(results=[]).save(tmp_path)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_add_results, args=(tmp_path, first)) for first in (0, 10, 20)]
@@ -118,7 +118,7 @@ def test_updates_of_several_processes_all_survive(tmp_path: Path):
     assert sorted(r.generation.seed for r in RunRecord.load(tmp_path).results) == list(range(30))  # type: ignore[type-var]
 
 
-def test_a_change_that_fails_leaves_the_record_as_it_was(tmp_path: Path):
+def test_a_failed_update_leaves_the_record_unchanged(tmp_path: Path):
     before = record().save(tmp_path).read_bytes()
 
     def change(run: RunRecord) -> None:
@@ -132,7 +132,7 @@ def test_a_change_that_fails_leaves_the_record_as_it_was(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Measurement)])
-def test_protocols_agree_exactly_when_every_field_does(name: str):
+def test_protocols_are_equal_exactly_if_all_fields_are(name: str):
     value = getattr(MEASUREMENT, name)
     other = replace(MEASUREMENT, **{name: value + 1 if isinstance(value, int) else value + "x"})
     assert MEASUREMENT.id == replace(MEASUREMENT).id and not MEASUREMENT.differences(replace(MEASUREMENT))

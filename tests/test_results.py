@@ -1,4 +1,4 @@
-"""The kept records are whole and of the current presets, and each page shows its records."""
+"""The committed records are complete and match the presets, and each committed page shows its records."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
-"""Each is one comparison: its records, and the page that shows them."""
+"""Comparisons: records, and the page that shows them."""
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
 STUDIES = {"ncsn", "schedules"}
-"""Their models are no presets."""
+"""Comparisons of models that are not presets."""
 DATA_SETS = {"digits", "fashion_mnist"}
-"""Pages of all families on one data set."""
+"""Comparisons of all families on one data set."""
 
 
 def records(folder: str) -> list[RunRecord]:
@@ -38,7 +38,7 @@ def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_is_finished_and_names_no_folder_of_a_machine(name: str) -> None:
+def test_a_record_is_finished_and_contains_no_local_paths(name: str) -> None:
     record = RunRecord.load(RECORDS[name])
     assert record.state == "finished" and "out" not in record.config
     assert all(result.metrics[result.primary_metric].value is not None for result in record.results)
@@ -47,7 +47,7 @@ def test_a_record_is_finished_and_names_no_folder_of_a_machine(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDS if name.split("/")[0] not in STUDIES])
-def test_a_record_is_of_its_preset_as_it_is_today(name: str) -> None:
+def test_a_record_matches_its_current_preset(name: str) -> None:
     record = RunRecord.load(RECORDS[name])
     data = record.data["name"]
     experiment = f"{data}_{record.family}"
@@ -57,7 +57,7 @@ def test_a_record_is_of_its_preset_as_it_is_today(name: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_page_shows_the_records_beside_it(folder: str) -> None:
+def test_a_page_shows_the_records_of_its_folder(folder: str) -> None:
     kept = [
         (record.family, str(record.seed), result.primary_metric, f"{result.metrics[result.primary_metric].value:.9g}")
         for record in records(folder)
@@ -77,7 +77,7 @@ def test_the_default_metric_ranks_every_page(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name in DATA_SETS])
-def test_a_page_of_families_has_all_of_them_with_the_same_seeds(folder: str) -> None:
+def test_a_page_of_families_has_all_families_with_equal_seeds(folder: str) -> None:
     of_sweep = OmegaConf.load(conf_dir() / "sweep" / "families.yaml").hydra.sweeper.params.model.split(",")
     runs = [(each.family, each.seed) for each in records(folder) if "_half_" not in each.name]
     seeds = {seed for _, seed in runs}

@@ -1,4 +1,4 @@
-"""Runs that differ in seeds alone are one row: the mean over training seeds, with an interval that holds the truth."""
+"""Runs that differ in seeds alone are one row: the mean over training seeds with a valid confidence interval."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from composing import compose
 from gencompare.compare import page
 from gencompare.compare.load_runs import load_runs
 from gencompare.compare.page import report
-from gencompare.compare.ranking import TableSection, rank
-from gencompare.compare.statistics import over_seeds
+from gencompare.compare.ranking import RankingTable, rank_results
+from gencompare.compare.statistics import mean_over_seeds
 from gencompare.records import Metric
 from synthetic import result, write_run
 
 
-def ranked(folders: list[Path]) -> TableSection:
-    (group,) = rank(load_runs(folders).runs)
-    return group
+def ranked(folders: list[Path]) -> RankingTable:
+    (table,) = rank_results(load_runs(folders).runs)
+    return table
 
 
 def seeds(tmp_path: Path, name: str, values: list[float], **fields: object) -> list[Path]:
@@ -35,15 +35,15 @@ def seeds(tmp_path: Path, name: str, values: list[float], **fields: object) -> l
 
 def test_three_seeds_are_one_row_with_their_mean(tmp_path: Path) -> None:
     (row,) = ranked(seeds(tmp_path, "a", [1.0, 2.0, 3.0])).rows
-    assert row.line.seeds == [0, 1, 2]
+    assert row.group.seeds == [0, 1, 2]
     # 2 +- t(0.975, 2) * 1 / sqrt(3), with Student's quantile from a table.
     assert row.metric.value == pytest.approx(2.0)
     assert row.metric.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
     assert "mean of 3 seeds" in row.run.label
 
 
-def test_the_config_of_a_job_tells_seeds_from_settings(tmp_path: Path) -> None:
-    """The seed stands in several places of a real config: for the order of images, for the samples."""
+def test_seeds_are_distinguished_from_settings(tmp_path: Path) -> None:
+    """A real config contains the seed several times: for the order of images and for the samples."""
 
     def run(k: int, *words: str) -> Path:
         config = OmegaConf.to_container(compose(f"seed={k}", *words))
@@ -52,13 +52,13 @@ def test_the_config_of_a_job_tells_seeds_from_settings(tmp_path: Path) -> None:
         )
 
     (row,) = ranked([run(0), run(1), run(2)]).rows
-    assert row.line.seeds == [0, 1, 2]
+    assert row.group.seeds == [0, 1, 2]
     assert len(ranked([run(0), run(1, "model.optimizer.lr=1e-4")]).rows) == 2
     assert len(ranked([run(0), run(1, "data.random_flip=true")]).rows) == 2
 
 
 @pytest.mark.parametrize("further", [0, 5], ids=["the same seeds", "other seeds"])
-def test_runs_of_another_decay_are_another_model_and_tested_against_it(tmp_path: Path, further: int) -> None:
+def test_another_ema_decay_is_another_model(tmp_path: Path, further: int) -> None:
     config = OmegaConf.to_container(compose("model=flow"))
     assert isinstance(config, dict)
     folders = []
@@ -72,21 +72,27 @@ def test_runs_of_another_decay_are_another_model_and_tested_against_it(tmp_path:
             )
     better, worse = ranked(folders).rows
     assert (better.metric.value, worse.metric.value) == pytest.approx((1.02, 3.02 + 0.01 * further))
-    assert len(better.line.seeds) == len(worse.line.seeds) == 5
-    assert worse.verdict is not None and worse.verdict.apart, "a crippled average of the weights comes out worse"
+    assert len(better.group.seeds) == len(worse.group.seeds) == 5
+    assert worse.comparison is not None and worse.comparison.significant, "a badly chosen EMA decay is worse"
 
 
 @pytest.mark.parametrize(
     "name, value, rows",
     [
-        ("callbacks.evaluation.patience", 3, 2), ("callbacks.evaluation.num_evaluations", 9, 2), ("callbacks.evaluation.num_samples", 100, 2),
-        ("callbacks.evaluation.num_grid_images", 4, 1), ("callbacks.evaluation.num_val_images", 10, 1), ("callbacks.metric_logger.log_every_n_steps", 7, 1),
-        ("callbacks.checkpoints.every_minutes", 9, 1), ("callbacks.progress_bar", False, 1), ("trainer.devices", 2, 1),
+        ("callbacks.evaluation.patience", 3, 2),
+        ("callbacks.evaluation.num_evaluations", 9, 2),
+        ("callbacks.evaluation.num_samples", 100, 2),
+        ("callbacks.evaluation.num_grid_images", 4, 1),
+        ("callbacks.evaluation.num_val_images", 10, 1),
+        ("callbacks.metric_logger.log_every_n_steps", 7, 1),
+        ("callbacks.checkpoints.every_minutes", 9, 1),
+        ("callbacks.progress_bar", None, 1),
+        ("trainer.devices", 2, 1),
     ],
-)  # fmt: skip
-def test_callbacks_that_change_a_figure_make_another_model(tmp_path: Path, name: str, value: Any, rows: int) -> None:
+)
+def test_callbacks_that_affect_metrics_make_another_model(tmp_path: Path, name: str, value: Any, rows: int) -> None:
     plain, changed = compose(), compose()
-    assert OmegaConf.select(plain, name, default="none") not in ("none", value), "there is such a setting"
+    assert OmegaConf.select(plain, name, default="none") not in ("none", value), "the setting exists"
     OmegaConf.update(changed, name, value)
     folders = [
         write_run(
@@ -98,7 +104,7 @@ def test_callbacks_that_change_a_figure_make_another_model(tmp_path: Path, name:
     assert len(ranked(folders).rows) == rows
 
 
-def test_the_best_seed_ranks_nothing(tmp_path: Path) -> None:
+def test_rows_are_ranked_by_their_mean_and_not_the_best_seed(tmp_path: Path) -> None:
     lucky = seeds(tmp_path, "a", [0.9, 3.0, 3.0])
     steady = seeds(tmp_path, "b", [1.5, 1.5, 1.6], family="vae")
     assert [row.run.record.family for row in ranked(lucky + steady).rows] == ["vae", "ddpm"]
@@ -108,13 +114,13 @@ def test_sampling_seeds_are_nested_in_training_seeds(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", [result(v, generation={"seed": k}) for k, v in enumerate([1.0, 1.2])], seed=0)
     two = write_run(tmp_path / "b", [result(v, generation={"seed": k}) for k, v in enumerate([3.0, 3.2])], seed=1)
     (row,) = ranked([one, two]).rows
-    # Two independent trainings, 1.1 and 3.1: not four figures.
+    # Two independent trainings, 1.1 and 3.1: not four values.
     half = 12.7062047 * (2.0 / 2**0.5) / 2**0.5
     assert row.metric.value == pytest.approx(2.1)
     assert row.metric.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)
 
 
-def test_what_differs_in_more_than_seeds_stays_apart(tmp_path: Path) -> None:
+def test_runs_that_differ_in_more_than_seeds_have_separate_rows(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [result(1.0)], seed=0)
     for k, fields in enumerate(
         [
@@ -130,12 +136,12 @@ def test_what_differs_in_more_than_seeds_stays_apart(tmp_path: Path) -> None:
     assert len(ranked([a, other]).rows) == 2
 
 
-def test_the_same_seeds_twice_are_no_second_seed(tmp_path: Path) -> None:
+def test_a_repeated_seed_is_not_a_replicate(tmp_path: Path) -> None:
     again = [write_run(tmp_path / name, [result(1.0)], seed=0) for name in "ab"]
-    assert [row.line.seeds for row in ranked(again).rows] == [[0], [0]]
+    assert [row.group.seeds for row in ranked(again).rows] == [[0], [0]]
 
 
-def test_a_seed_without_a_figure_leaves_the_row_without_one(tmp_path: Path) -> None:
+def test_a_missing_value_of_one_seed_is_missing_in_the_row(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"a{k}", [result(v)], seed=k) for k, v in enumerate([1.0, None, 2.0])]
     (row,) = ranked(folders).rows
     assert row.metric.value is None and row.rank is None
@@ -144,7 +150,7 @@ def test_a_seed_without_a_figure_leaves_the_row_without_one(tmp_path: Path) -> N
 def test_the_interval_covers_the_mean_of_all_trainings() -> None:
     random = np.random.default_rng(0)
     values = random.normal(2.0, 0.5, (2000, 3))
-    found = [over_seeds([[Metric(float(v))] for v in row]).interval for row in values]
+    found = [mean_over_seeds([[Metric(float(v))] for v in row]).interval for row in values]
     covered = np.mean([low <= 2.0 <= high for low, high in found if low is not None])
     assert 0.935 < covered < 0.965
 
@@ -158,10 +164,10 @@ def test_the_csv_keeps_every_run_and_the_page_shows_the_mean(tmp_path: Path) -> 
         ("a0", "1", "1.0", "2.0"), ("a1", "1", "2.0", "2.0"), ("a2", "1", "3.0", "2.0"), ("b0", "2", "4.0", ""),
     ]  # fmt: skip
     html = page.render(load_runs(folders))
-    assert "mean of 3 seeds" in html and "the mean and its 95 % interval over seeds" in html
+    assert "mean of 3 seeds" in html and "the mean and its 95 % confidence interval over training seeds" in html
 
 
-def test_a_row_says_what_sets_its_command_apart(tmp_path: Path) -> None:
+def test_a_run_shows_the_overrides_that_others_lack(tmp_path: Path) -> None:
     folders = [
         write_run(
             tmp_path / name, [result(1.0)], seed=seed,
@@ -169,4 +175,4 @@ def test_a_row_says_what_sets_its_command_apart(tmp_path: Path) -> None:
         )
         for seed, name in enumerate(["linear", "cosine"])
     ]  # fmt: skip
-    assert sorted(run.told for run in load_runs(folders).runs) == ["schedule=cosine", "schedule=linear"]
+    assert sorted(run.settings for run in load_runs(folders).runs) == ["schedule=cosine", "schedule=linear"]

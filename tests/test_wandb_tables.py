@@ -1,4 +1,4 @@
-"""At its end a run sends its figures and pictures to W&B, offline as well."""
+"""A finished run logs its metrics and images to W&B, also offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gencompare.training.loggers import finish_loggers, wandb_logger
 from synthetic import result, write_run
 
 
-def test_figures_and_pictures_are_logged(tmp_path: Path) -> None:
+def test_metrics_and_images_are_logged(tmp_path: Path) -> None:
     metrics = {
         "fd_digits": Metric(1.5, higher_is_better=False, baseline=0.5, interval=(1.0, 2.0)),
         "bad": Metric(None, note="NaN"),
@@ -42,5 +42,5 @@ def test_figures_and_pictures_are_logged(tmp_path: Path) -> None:
         with Image.open(path) as picture:
             sizes.append(picture.size)
     with Image.open(folder / "samples" / "grid.png") as own:
-        assert sorted(sizes) == sorted([own.size, own.size, (5, 7)]), "what is not there is left out"
+        assert sorted(sizes) == sorted([own.size, own.size, (5, 7)]), "missing images are skipped"
     assert (files / "record.json").is_file() and (files / "compare.html").is_file()

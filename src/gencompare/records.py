@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.errors import UserError
-from gencompare.files import locked, write_json
+from gencompare.files import file_lock, write_json
 from gencompare.migrations import migrate_record
 
 
@@ -246,7 +246,7 @@ class RunRecord:
         """Read, change and write the record of ``folder`` under a lock, so that concurrent updates do not get lost."""
         record = RunRecord.load(folder)
         try:
-            with locked(Path(folder) / f".{RECORD_FILE}.lock"):
+            with file_lock(Path(folder) / f".{RECORD_FILE}.lock"):
                 record = RunRecord.load(folder)
                 change(record)
                 record.save(folder)

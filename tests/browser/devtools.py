@@ -1,4 +1,4 @@
-"""Headless Chromium through its DevTools protocol over a pipe: no driver and no further package is needed."""
+"""Headless Chromium, controlled through the DevTools protocol over a pipe, without a driver."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE = 60.0
-"""Seconds to wait for an answer."""
+TIMEOUT = 60.0
+"""Seconds to wait for a response."""
 
 
-def found() -> str | None:
-    """The browser's program: ``$CHROMIUM``, else the first of `NAMES` on the path."""
-    named = os.environ.get("CHROMIUM")
-    return named or next((place for name in NAMES if (place := shutil.which(name))), None)
+def find_browser() -> str | None:
+    """The path of the browser: ``$CHROMIUM``, else the first of `NAMES` on the path."""
+    return os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Tab:
-    """One page of a browser of its own; everything that happened in it is in ``events``."""
+    """A tab in a browser process of its own. ``events`` records all DevTools events."""
 
-    def __init__(self, program: str, profile: Path, width: int = 1440, height: int = 1000) -> None:
+    def __init__(self, browser: str, profile: Path, width: int = 1440, height: int = 1000) -> None:
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
-        # The browser reads commands from descriptor 3 and answers on 4. A sandbox needs rights that containers lack;
-        # the page is one that this test wrote.
-        words = [
-            program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        # The browser reads commands from descriptor 3 and writes responses to 4. Containers lack the privileges that
+        # the sandbox needs; the page is trusted.
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
         self._process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", *words],
+            ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "bash", *command],
             pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_read)
         os.close(to_write)
-        self._rest = b""
-        self._number = 0
+        self._buffer = b""
+        self._message_id = 0
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -52,17 +51,17 @@ class Tab:
         self.resize(width, height)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer."""
-        self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
+        """Send a command and return its result."""
+        self._message_id += 1
+        message: dict[str, Any] = {"id": self._message_id, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return answer["result"]
+            response = self._next()
+            if response.get("id") == self._message_id:
+                assert "error" not in response, f"{method}: {response['error']}"
+                return response["result"]
 
     def open(self, path: Path) -> None:
         self.call("Page.navigate", url=path.absolute().as_uri())
@@ -71,9 +70,9 @@ class Tab:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+        response = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in response, response["exceptionDetails"]
+        return response["result"].get("value")
 
     def point(self, x: float, y: float, *, click: bool = False) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -95,24 +94,24 @@ class Tab:
         value = "dark" if dark else "light"
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
-    def picture(self, path: Path) -> None:
-        """What is seen, as PNG."""
+    def screenshot(self, path: Path) -> None:
+        """Save a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(timeout=PATIENCE)
+        self._process.wait(timeout=TIMEOUT)
         os.close(self._to)
         os.close(self._from)
 
     def _next(self) -> dict[str, Any]:
-        end = time.monotonic() + PATIENCE
-        while b"\0" not in self._rest:
+        end = time.monotonic() + TIMEOUT
+        while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._from], [], [], max(0.0, end - time.monotonic()))
             part = os.read(self._from, 1 << 20) if ready else b""
-            assert part, "the browser does not answer"
-            self._rest += part
-        text, self._rest = self._rest.split(b"\0", 1)
+            assert part, "the browser does not respond"
+            self._buffer += part
+        text, self._buffer = self._buffer.split(b"\0", 1)
         message = json.loads(text)
         if "method" in message:
             self.events.append(message)

@@ -1,4 +1,4 @@
-"""The page in a real browser: sorting, filtering and hovering work, nothing leaves it, nothing goes wrong in it."""
+"""The page in a real browser: sorting, filtering and tooltips work, without network requests or errors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from devtools import Tab, found  # type: ignore[import-not-found]
+from devtools import Tab, find_browser  # type: ignore[import-not-found]
 
 from gencompare.compare.page import report
 from synthetic import result, write_run
 
 ODD = '<img src=http://127.0.0.1:9/x onerror="alert(1)"><script>window.bad = 1</script>'
-PROGRAM = found()
+BROWSER = find_browser()
 pytestmark = [
-    pytest.mark.skipif(PROGRAM is None, reason="no Chromium here: install one, or name it in CHROMIUM"),
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium: install it, or set CHROMIUM to its path"),
     pytest.mark.timeout(300),
 ]
 
@@ -39,8 +39,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tab(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    assert PROGRAM is not None
-    tab = Tab(PROGRAM, tmp_path_factory.mktemp("profile"))
+    assert BROWSER is not None
+    tab = Tab(BROWSER, tmp_path_factory.mktemp("profile"))
     try:
         tab.open(page)
         yield tab
@@ -48,8 +48,8 @@ def tab(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
         tab.close()
 
 
-def middle(tab: Tab, element: str) -> tuple[float, float]:
-    """Where an element is seen, once it is scrolled into view."""
+def center(tab: Tab, element: str) -> tuple[float, float]:
+    """Where an element is seen, once it is scrolled into options."""
     script = (
         f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
         " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
@@ -58,58 +58,62 @@ def middle(tab: Tab, element: str) -> tuple[float, float]:
     return x, y
 
 
-def test_a_click_on_a_heading_sorts(tab: Tab) -> None:
+def test_clicking_a_heading_sorts(tab: Tab) -> None:
     before = tab.run(NAMES)
     assert [name.split("_")[0] for name in before[:3]] == ["cosine", "linear", "sigmoid"] and before[3] == ODD
     heading = "[...document.querySelectorAll('.ranking thead button')].find(b => b.textContent.startsWith('family'))"
-    tab.point(*middle(tab, heading), click=True)
+    tab.point(*center(tab, heading), click=True)
     families = f"{ROWS}.map(row => row.children[2].innerText.trim())"
     assert tab.run(families) == ["ddpm", "gan", "nf", "vae"]
     assert tab.run(f"{heading}.closest('th').getAttribute('aria-sort')") == "ascending"
     tab.run(f"{heading}.focus()")
     tab.press("Enter", 13, "\r")
     assert tab.run(families) == ["vae", "nf", "gan", "ddpm"], "by the keyboard too"
-    tab.point(*middle(tab, "document.querySelector('.ranking thead button')"), click=True)
+    tab.point(*center(tab, "document.querySelector('.ranking thead button')"), click=True)
     assert tab.run(NAMES) == before
 
 
 def test_typing_filters_rows(tab: Tab) -> None:
-    everything = tab.run(NAMES)
-    tab.point(*middle(tab, "document.querySelector('.filter input')"), click=True)
+    all_names = tab.run(NAMES)
+    tab.point(*center(tab, "document.querySelector('.filter input')"), click=True)
     tab.write("SEEDS vae")
     assert [name.split("_")[0] for name in tab.run(NAMES)] == ["linear"]
     assert tab.run("document.querySelector('.filter output').textContent") == "1 of 4 rows"
     tab.write(" nothing like it")
     assert tab.run(NAMES) == []
     tab.press("Escape", 27)
-    assert tab.run(NAMES) == everything
+    assert tab.run(NAMES) == all_names
     assert tab.run("document.querySelector('.filter output').textContent") == ""
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
-def test_hovering_names_a_point_and_its_value(tab: Tab, k: int) -> None:
-    """The point is where its mark is drawn; the values are those of the record."""
+def test_the_tooltip_shows_the_name_and_value_of_a_point(tab: Tab, k: int) -> None:
+    """At the marker of a point, the tooltip shows the values of the record."""
     lines = "document.querySelector('#costs svg.chart').querySelectorAll('g[data-name]')"
-    mark = f"{lines}[{k + 1}].querySelector('use')"
-    tab.point(*middle(tab, mark))
-    said: Any = tab.run("document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent")
-    name = tab.run(f"{mark}.closest('g[data-name]').dataset.name")
+    marker = f"{lines}[{k + 1}].querySelector('use')"
+    tab.point(*center(tab, marker))
+    text: Any = tab.run(
+        "document.getElementById('tooltip').hidden ? null : document.getElementById('tooltip').textContent"
+    )
+    name = tab.run(f"{marker}.closest('g[data-name]').dataset.name")
     value, flops = [(1.02, 3e12), (2.02, 2e12), (3.02, 1e12), (9.0, 5e12)][k]
-    assert said is not None and said.startswith(f"{name}: ")
-    told_value, told_flops = said.removeprefix(f"{name}: ").replace(",", "").split(" at ")
-    assert float(told_value) == pytest.approx(value, rel=2e-3)
-    assert told_flops.endswith("T") and float(told_flops[:-1]) * 1e12 == pytest.approx(flops, rel=2e-3)
+    assert text is not None and text.startswith(f"{name}: ")
+    shown_value, shown_flops = text.removeprefix(f"{name}: ").replace(",", "").split(" at ")
+    assert float(shown_value) == pytest.approx(value, rel=2e-3)
+    assert shown_flops.endswith("T") and float(shown_flops[:-1]) * 1e12 == pytest.approx(flops, rel=2e-3)
     tab.point(1, 1)
-    assert tab.run("document.getElementById('tip').hidden")
+    assert tab.run("document.getElementById('tooltip').hidden")
 
 
-def test_hovering_over_a_learning_curve_names_its_run(tab: Tab) -> None:
-    x, y = middle(tab, "document.querySelector('#curves svg.chart g[data-name] path')")
+def test_the_tooltip_of_a_learning_curve_shows_its_run(tab: Tab) -> None:
+    x, y = center(tab, "document.querySelector('#curves svg.chart g[data-name] path')")
     found = set()
     for down in range(-100, 101, 8):
         tab.point(x, y + down)
-        found.add(tab.run("document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent"))
-    assert any("_" in said and " at " in said for said in found), found
+        found.add(
+            tab.run("document.getElementById('tooltip').hidden ? '' : document.getElementById('tooltip').textContent")
+        )
+    assert any("_" in text and " at " in text for text in found), found
 
 
 @pytest.mark.parametrize("width", [1440, 700, 360])
@@ -119,10 +123,10 @@ def test_the_page_does_not_scroll_sideways(tab: Tab, width: int) -> None:
     tab.resize(1440, 1000)
 
 
-def test_nothing_left_the_page_and_nothing_went_wrong(tab: Tab) -> None:
-    asked = [e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"]
-    assert len([url for url in asked if url.startswith("file:")]) == 1
-    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+def test_there_were_no_network_requests_and_no_errors(tab: Tab) -> None:
+    requests = [e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"]
+    assert len([url for url in requests if url.startswith("file:")]) == 1
+    assert not [url for url in requests if not url.startswith(("file:", "data:"))]
     logged = [e["params"] for e in tab.events if e["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
     assert not logged
     assert not [e for e in tab.events if e["method"] in ("Runtime.consoleAPICalled", "Page.javascriptDialogOpening")]

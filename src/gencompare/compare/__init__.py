@@ -1,1 +1,1 @@
-"""Run records to tables, plots and one page: gather, rank, show. No torch here."""
+"""Read run records, rank their results, and write tables, charts and a page. This package does not import torch."""

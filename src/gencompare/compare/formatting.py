@@ -1,4 +1,4 @@
-"""Numbers, names and protocols as text: the same in terminal, page and Markdown."""
+"""Numbers, metric names and protocols as text, shared by the terminal, the page and the table files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from gencompare.records import Measurement, Metric
 
-NONE = "–"  # noqa: RUF001
-"""Shown where there is no figure."""
+MISSING = "–"  # noqa: RUF001
+"""Shown in place of a missing value."""
 
-BASELINES = "× floor"  # noqa: RUF001
+WARNING = "warning"
+"""Shown next to the primary metric of samples with warnings."""
 
 TITLES = {
     "fid": "FID",
@@ -24,12 +25,20 @@ TITLES = {
     "ssim": "SSIM",
     "bpd": "bits/dim",
 }
-"""Names that are written otherwise than as words with spaces between."""
+"""Spelling of metric names, or of their prefixes, that are abbreviations."""
 
-FIRST = (
+COLUMN_ORDER = (
     "mmd", "fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "bpd", "confident", "memorization",
 )  # fmt: skip
-"""Beginnings of the metrics that come first in a table, in this order; the others follow by name."""
+"""Prefixes of the metrics that come first in a table, in this order. The other metrics follow by name."""
+
+
+def title(name: str) -> str:
+    """The display name of a metric."""
+    for prefix, spelling in TITLES.items():
+        if name == prefix or name.startswith((prefix + "_", prefix + "/")):
+            return (spelling + name[len(prefix) :].replace("_", " ").replace("/", " ")).strip()
+    return name.replace("_", " ").replace("/", " ")
 
 
 def direction_arrow(metric: Metric) -> str:
@@ -39,32 +48,31 @@ def direction_arrow(metric: Metric) -> str:
     return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"
 
 
-def title(name: str) -> str:
-    """A metric's name for a reader."""
-    for begin, written in TITLES.items():
-        if name == begin or name.startswith((begin + "_", begin + "/")):
-            return (written + name[len(begin) :].replace("_", " ").replace("/", " ")).strip()
-    return name.replace("_", " ").replace("/", " ")
+def column_position(name: str) -> tuple[int, str]:
+    """Sort key of a metric's column."""
+    return next((k for k, prefix in enumerate(COLUMN_ORDER) if name.startswith(prefix)), len(COLUMN_ORDER)), name
 
 
-def format_place(name: str) -> tuple[int, str]:
-    """Sorting key of a metric's column."""
-    return next((k for k, begin in enumerate(FIRST) if name.startswith(begin)), len(FIRST)), name
-
-
-def format_finite(value: float | None) -> bool:
+def is_finite(value: float | None) -> bool:
+    """Whether ``value`` is there and finite."""
     return value is not None and math.isfinite(value)
 
 
-def format_number(value: Any) -> float | None:
-    """``value`` if it is a finite number (a record's free fields may hold anything), else None."""
+def as_number(value: Any) -> float | None:
+    """``value`` if it is a finite number, else None: free fields of a record may contain anything."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
+def total_nfe(nfe: dict[str, float] | None) -> float | None:
+    """Network evaluations per sample, summed over the networks; None if they were not counted."""
+    counted = [n for n in (nfe or {}).values() if is_finite(n)]
+    return sum(counted) if counted else None
+
+
 def format_metric(value: float | None) -> str:
-    """A number to two decimals or three significant digits, whichever says more."""
+    """Two decimals, or three significant digits if these are more precise."""
     if value is None or not math.isfinite(value):
-        return NONE
+        return MISSING
     if value == 0:
         return "0"
     size = abs(value)
@@ -76,33 +84,33 @@ def format_metric(value: float | None) -> str:
 
 
 def format_rate(value: float | None) -> str:
-    """So many a second, or so many network calls: 2.5, 50, 1,169."""
+    """A rate or a number of network evaluations: 2.5, 50, 1,169."""
     if value is None or not math.isfinite(value):
-        return NONE
+        return MISSING
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def format_factor(value: float | None) -> str:
-    """A multiple: 2.9, 14, 1,200."""
+def format_ratio(value: float | None) -> str:
+    """A ratio: 1.10, 2.9, 14, 1,200."""
     if value is None or not math.isfinite(value):
-        return NONE
+        return MISSING
     return f"{value:.2f}" if value < 1.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def format_count(value: float | None) -> str:
-    """A count with a unit of thousand or million: 870, 12.3 k, 1.20 M."""
+    """A count with an SI prefix: 870, 12.3 k, 1.2 M."""
     if value is None or not math.isfinite(value):
-        return NONE
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        return MISSING
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g} {unit}"
+            return f"{value / size:.3g} {prefix}"
     return f"{value:.3g}" if value != int(value) else f"{int(value)}"
 
 
 def format_duration(seconds: float | None) -> str:
     """12 s, 3:05 min, 2:10 h."""
     if seconds is None or not math.isfinite(seconds):
-        return NONE
+        return MISSING
     if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -111,86 +119,75 @@ def format_duration(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d} h"
 
 
-def format_calls(nfe: dict[str, float] | None) -> float | None:
-    """Network calls a sample, over all networks; None where they were not counted."""
-    counted = [n for n in (nfe or {}).values() if format_finite(n)]
-    return sum(counted) if counted else None
-
-
-def format_seeds(metric: Metric) -> str:
-    """A primary_metric distance as a multiple of its floor.
-
-    Only a primary_metric is divided: the floor of an unbiased distance (KID) is 0 up to noise, and that of a share is no
-    unit of anything.
-    """
-    return (
-        f"{format_factor(metric.ratio_to_baseline)} {BASELINES}"
-        if metric.higher_is_better is False and format_finite(metric.ratio_to_baseline)
-        else ""
-    )
-
-
 def format_interval(metric: Metric) -> str:
-    """``[low, high]``, or nothing."""
-    if metric.interval is None or not all(map(format_finite, metric.interval)):
+    """``[low, high]``, or an empty string without an interval."""
+    if metric.interval is None or not all(map(is_finite, metric.interval)):
         return ""
     return f"[{format_metric(metric.interval[0])}, {format_metric(metric.interval[1])}]"
 
 
-WARNED = "warning"
-"""Shown with the primary metric of samples about which the evaluation warns."""
+def format_ratio_to_baseline(metric: Metric) -> str:
+    """A distance as a multiple of its real-data baseline, ``2.5 × real data``; empty if that is meaningless."""
+    if metric.higher_is_better is not False or not is_finite(metric.ratio_to_baseline):
+        return ""
+    return f"{format_ratio(metric.ratio_to_baseline)} × real data"  # noqa: RUF001
 
 
-def join(*parts: str) -> str:
-    """Remarks on a metric as one text."""
-    return " · ".join(part for part in parts if part)
-
-
-def beside(metric: Metric, *, primary_metric: bool, real: bool = True) -> str:
-    """What stands beside a figure: its interval, its multiple of the floor or (``real``) the floor, its label."""
-    parts = []
-    if format_interval(metric):
-        parts.append(format_interval(metric))
-    if primary_metric and format_seeds(metric):
-        parts.append(format_seeds(metric))
-    elif real and format_finite(metric.baseline):
-        parts.append(f"real {format_metric(metric.baseline)}")
-    if label(metric):
-        parts.append(label(metric))
-    return " · ".join(parts)
-
-
-def label(metric: Metric) -> str:
-    """The first word of a figure's note where it is one (``bound``, ``exact``), before a comma or the end."""
+def note_label(metric: Metric) -> str:
+    """The note up to its first comma if that is a single word, such as ``bound`` or ``exact``."""
     first = metric.note.split(",")[0].strip()
     return first if first.isalpha() and len(first) <= 12 else ""
 
 
-def describe(m: Measurement) -> str:
-    """A measurement protocol in one sentence or two."""
-    drawn = f"{m.num_images:,} generated images ({'conditional' if m.conditioning == 'labels' else m.conditioning}"
-    drawn += f", labels: {m.label_distribution}" if m.label_distribution not in ("", "none") else ""
-    drawn += f", {m.chunk_size:,} from one seed at a time)" if m.chunk_size else ")"
-    against = f"held against the {m.num_reference_images:,} images of the {m.reference} split of {m.data}"
-    resized = "no resizing" if m.resize in ("", "none") else f"resized by {m.resize}"
-    rounded = "not rounded" if m.quantization in ("", "none") else f"rounded to {m.quantization}"
-    return f"{drawn}, {against}, {rounded}, {resized}. Features: {m.extractor} ({m.extractor_hash[:12]})."
+def join_notes(*notes: str) -> str:
+    """Notes on a metric as one text."""
+    return " · ".join(note for note in notes if note)
 
 
-def listed(names: list[str]) -> str:
-    """``a, b and c``, with spaces for underscores."""
-    names = [name.replace("_", " ") for name in names]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def annotation(metric: Metric, *, primary: bool, baseline: bool = True) -> str:
+    """The small print of a metric: its interval, how it compares with real data, and the label of its note.
+
+    Args:
+        primary: the metric is the primary one; only that is divided by its real-data baseline. The baseline of an
+            unbiased distance (KID) is 0 up to noise, and a ratio of shares says little.
+        baseline: whether to show the real-data baseline of other metrics.
+    """
+    compared = format_ratio_to_baseline(metric) if primary else ""
+    if not compared and baseline and is_finite(metric.baseline):
+        compared = f"real data {format_metric(metric.baseline)}"
+    return join_notes(format_interval(metric), compared, note_label(metric))
 
 
-def unlike(differences: dict[str, tuple[Any, Any]]) -> str:
-    """The fields in which a second protocol differs from a first, in words."""
+def describe_protocol(m: Measurement) -> str:
+    """An evaluation protocol in two sentences."""
+    settings = ["conditional" if m.conditioning == "labels" else m.conditioning]
+    settings += [f"labels as in {m.label_distribution}"] if m.label_distribution not in ("", "none") else []
+    settings += [f"{m.chunk_size:,} per seed"] if m.chunk_size else []
+    rounding = "not rounded" if m.quantization in ("", "none") else f"rounded to {m.quantization}"
+    resizing = "not resized" if m.resize in ("", "none") else f"resized ({m.resize})"
+    return (
+        f"{m.num_images:,} generated images ({', '.join(settings)}) against {m.num_reference_images:,} images of the"
+        f" {m.reference} split of {m.data}, {rounding}, {resizing}. Features: {m.extractor} ({m.extractor_hash[:12]})."
+    )
+
+
+FIELD_TITLES = {"num_images": "number of images", "num_reference_images": "number of reference images"}
+
+
+def describe_differences(differences: dict[str, tuple[Any, Any]]) -> str:
+    """The fields in which a second protocol differs from a first, with both values."""
     return ", ".join(
-        f"{name.replace('_', ' ')} ({_short(second)} instead of {_short(first)})"
+        f"{FIELD_TITLES.get(name, name.replace('_', ' '))} ({_shorten(second)} instead of {_shorten(first)})"
         for name, (first, second) in differences.items()
     )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:12] + "…"
+
+
+def join_names(names: list[str]) -> str:
+    """``a, b and c``, with spaces in place of underscores."""
+    names = [FIELD_TITLES.get(name, name.replace("_", " ")) for name in names]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

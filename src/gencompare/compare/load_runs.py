@@ -1,4 +1,4 @@
-"""Find run folders, read what can be read, and keep a list of what cannot."""
+"""Find run folders and read their records; folders that cannot be read are listed with the reason."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ import numpy as np
 from gencompare.errors import UserError
 from gencompare.records import RECORD_FILE, RunRecord
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder that could be read."""
+    """A run folder whose record was read."""
 
     folder: Path
     record: RunRecord
     label: str
-    """The run's name; made longer where two runs of a comparison share a name."""
-    told: str = ""
-    """What its command line says that those of the other runs do not; seeds left out."""
+    """The name of the run, with parent folders if several runs of the comparison share a name."""
+    settings: str = ""
+    """Command-line overrides, without seeds, that not all runs of the comparison have."""
 
     @property
     def title(self) -> str:
-        """The label with what is told of the run: what a legend calls it."""
-        return f"{self.label} ({self.told})" if self.told else self.label
+        """The label with the settings, for legends."""
+        return f"{self.label} ({self.settings})" if self.settings else self.label
 
     @cached_property
     def curve(self) -> dict[str, np.ndarray]:
-        """Columns of the curve file, (rows,) float64 each, NaN where a figure was not logged; empty without a file."""
-        path = self.inside(self.record.curve)
+        """Columns of the learning curve, float64 (rows,), NaN where nothing was logged; empty without a file."""
+        path = self.file(self.record.curve)
         return read_curve(path) if path else {}
 
-    def picture(self, relative: str) -> bytes | None:
-        """The PNG at ``relative``, or None where it is missing, is no PNG, or lies outside the run folder."""
-        path = self.inside(relative)
+    def read_png(self, relative: str) -> bytes | None:
+        """The content of a PNG file; None if it is missing, not a PNG, or outside the run folder."""
+        path = self.file(relative)
         try:
             content = path.read_bytes() if path else b""
         except OSError:
             return None
-        return content if content.startswith(PNG) else None
+        return content if content.startswith(PNG_SIGNATURE) else None
 
-    def inside(self, relative: str) -> Path | None:
-        """A file of the run folder. A record may come from anybody: what it names elsewhere is not read."""
+    def file(self, relative: str) -> Path | None:
+        """A file of the run folder. Records are untrusted: None for a path that leads out of the folder."""
         folder = self.folder.resolve()
         try:
             path = (folder / relative).resolve()
@@ -64,35 +64,41 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class SkippedFolder:
-    """A run folder that is left out, and why."""
+    """A run folder that is not compared, and the reason."""
 
     folder: Path
     reason: str
 
 
 @dataclass(frozen=True)
-class ResultView:
-    """What a comparison was asked to show."""
+class ComparisonOptions:
+    """How to group and rank the runs of a comparison."""
 
-    by: tuple[str, ...] = ()
-    """Config keys: one row for each combination of their values (`seeds.lines`); none of them: one row a config."""
-    metric: str | None = None
-    """The figure that ranks; None for the primary_metric of each protocol."""
+    group_by: tuple[str, ...] = ()
+    """Config keys whose values define the rows (see `gencompare.compare.statistics.group_by_seed`). If empty, runs
+    that differ in seeds alone share a row."""
+    rank_by: str | None = None
+    """The metric that ranks; None for the primary metric of each result."""
 
 
 @dataclass
 class LoadedRuns:
+    """The runs of a comparison."""
+
     runs: list[RunFolder] = field(default_factory=list)
     skipped: list[SkippedFolder] = field(default_factory=list)
-    view: ResultView = ResultView()
-    groups: list[Any] | None = field(default=None, repr=False, compare=False)
-    """The tables, once `rank.ranked` has made them."""
+    options: ComparisonOptions = ComparisonOptions()
+    tables: list[Any] | None = field(default=None, repr=False, compare=False)
+    """Cache of `gencompare.compare.ranking.ranking_tables`."""
 
 
 def find_run_folders(pattern: str) -> list[Path]:
-    """Run folders that a glob names, sorted; ``**`` goes any number of folders down.
+    """Run folders that match a glob, sorted; ``**`` matches any number of folders.
 
-    A folder that is no run itself but holds runs (a sweep) stands for these. Raises `UserError` when there is none.
+    A matching folder that is not a run but contains runs (a sweep) stands for those runs.
+
+    Raises:
+        UserError: no run folder matches.
     """
     folders: set[Path] = set()
     for name in glob.glob(os.path.expanduser(pattern), recursive=True):
@@ -104,70 +110,81 @@ def find_run_folders(pattern: str) -> list[Path]:
         elif path.is_dir():
             folders.update(record.parent for record in path.glob(f"*/{RECORD_FILE}"))
     if not folders:
-        raise UserError(f"runs='{pattern}' names no run folder (one that holds {RECORD_FILE}): try runs='runs/*'.")
+        raise UserError(f"runs='{pattern}' matches no run folder (one with a {RECORD_FILE}): try runs='runs/*'.")
     return sorted(folders)
 
 
-def load_runs(folders: Iterable[str | os.PathLike[str]], view: ResultView = ResultView()) -> LoadedRuns:
-    """Read the records of ``folders``. Damaged ones, and a run that comes twice, are listed in ``skipped``."""
-    gathered = LoadedRuns(view=view)
-    places: set[Path] = set()
-    read: list[tuple[Path, RunRecord]] = []
-    for folder in map(_from_here, folders):
-        if folder.resolve() in places:
+def load_runs(
+    folders: Iterable[str | os.PathLike[str]], options: ComparisonOptions = ComparisonOptions()
+) -> LoadedRuns:
+    """Read the records of ``folders``. Unreadable records and copies of a run are listed in ``skipped``."""
+    loaded = LoadedRuns(options=options)
+    resolved: set[Path] = set()
+    records: list[tuple[Path, RunRecord]] = []
+    for folder in map(_relative_to_cwd, folders):
+        if folder.resolve() in resolved:
             continue
-        places.add(folder.resolve())
+        resolved.add(folder.resolve())
         try:
-            read.append((folder, RunRecord.load(folder)))
+            records.append((folder, RunRecord.load(folder)))
         except UserError as error:
-            gathered.skipped.append(SkippedFolder(folder, str(error)))
-    kept: dict[str, Path] = {}
+            loaded.skipped.append(SkippedFolder(folder, str(error)))
+    folder_of_run: dict[str, Path] = {}
     unique = []
-    for folder, record in read:
+    for folder, record in records:
         run_id = record.environment.get("run_id")
-        if isinstance(run_id, str) and run_id in kept:
-            reason = f"a copy of the run in {kept[run_id]}, which is shown"
-            gathered.skipped.append(SkippedFolder(folder, reason))
+        if isinstance(run_id, str) and run_id in folder_of_run:
+            reason = f"a copy of the run in {folder_of_run[run_id]}"
+            loaded.skipped.append(SkippedFolder(folder, reason))
             continue
         if isinstance(run_id, str):
-            kept[run_id] = folder
+            folder_of_run[run_id] = folder
         unique.append((folder, record))
-    told = _told([record for _, record in unique])
-    gathered.runs = [
-        RunFolder(folder, record, label, words)
-        for (folder, record), label, words in zip(unique, _labels(unique), told, strict=True)
+    settings = _distinguishing_overrides([record for _, record in unique])
+    loaded.runs = [
+        RunFolder(folder, record, label, overrides)
+        for (folder, record), label, overrides in zip(unique, _labels(unique), settings, strict=True)
     ]
-    return gathered
+    return loaded
 
 
-def _from_here(folder: str | os.PathLike[str]) -> Path:
-    """Relative to the working directory where it lies below: a comparison that is passed on names no home folder."""
+def _relative_to_cwd(folder: str | os.PathLike[str]) -> Path:
+    """Relative if below the working directory, so that a page that is shared does not show a home folder."""
     path = Path(folder).absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
-    """The shortest of name, parent/name and folder that no other run has."""
+    """The first of name, parent/name and folder that no other run has."""
     choices = [(record.name, f"{folder.parent.name}/{record.name}", str(folder)) for folder, record in runs]
-    seen = Counter(label for choice in choices for label in set(choice))
-    return [next((label for label in choice if seen[label] == 1), choice[-1]) for choice in choices]
+    count = Counter(label for choice in choices for label in set(choice))
+    return [next((label for label in choice if count[label] == 1), choice[-1]) for choice in choices]
 
 
-RELABELLED = ("seed=", "model=", "sweep=", "hydra", "logger", "run=", "resume=", "callbacks.progress_bar")
-"""Beginnings of words of a command line that say nothing of the model, or what has a column of its own."""
+NON_DISTINGUISHING = (
+    "seed=", "model=", "sweep=", "hydra", "logger", "run=", "run_dir=", "resume=", "ckpt_path=",
+    "callbacks.progress",
+)  # fmt: skip
+"""Prefixes of overrides that do not describe the model, or that have a column of their own."""
 
 
-def _told(records: list[RunRecord]) -> list[str]:
-    said = [[word.lstrip("+") for word in r.overrides if not word.lstrip("+").startswith(RELABELLED)] for r in records]
-    common = set(said[0]).intersection(*said[1:]) if len(said) > 1 else {word for words in said for word in words}
+def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
+    """For each run, the overrides that not all runs have."""
+    overrides = [
+        [each.lstrip("+") for each in record.overrides if not each.lstrip("+").startswith(NON_DISTINGUISHING)]
+        for record in records
+    ]
+    common = (
+        set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else {x for own in overrides for x in own}
+    )
     return [
-        " ".join(word.removeprefix("model.").removeprefix("model/") for word in words if word not in common)
-        for words in said
+        " ".join(each.removeprefix("model.").removeprefix("model/") for each in own if each not in common)
+        for own in overrides
     ]
 
 
 def read_curve(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a curve file. Values that are no numbers, and a last line that was cut short, count as not logged."""
+    """Columns of a learning curve. Cells that are not numbers become NaN; a truncated last line is dropped."""
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.reader(file))
@@ -177,20 +194,20 @@ def read_curve(path: Path) -> dict[str, np.ndarray]:
         return {}
     names, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     columns = zip(*body, strict=True) if body else ((),) * len(names)
-    return {name: _numbers(texts) for name, texts in zip(names, columns, strict=True)}
+    return {name: _parse_floats(cells) for name, cells in zip(names, columns, strict=True)}
 
 
-def _numbers(texts: tuple[str, ...]) -> np.ndarray:
+def _parse_floats(cells: tuple[str, ...]) -> np.ndarray:
     try:
-        values = np.array([text or "nan" for text in texts], dtype=float)
+        values = np.array([cell or "nan" for cell in cells], dtype=float)
     except ValueError:
-        values = np.array([_number(text) for text in texts], dtype=float)
+        values = np.array([_parse_float(cell) for cell in cells], dtype=float)
     values[~np.isfinite(values)] = math.nan
     return values
 
 
-def _number(text: str) -> float:
+def _parse_float(cell: str) -> float:
     try:
-        return float(text)
+        return float(cell)
     except ValueError:
         return math.nan

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -17,122 +17,114 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from gencompare import __version__
-from gencompare.compare import formatting, terminal
-from gencompare.compare.charts import Charts, in_order, save_all
-from gencompare.compare.load_runs import LoadedRuns, ResultView, RunFolder, load_runs
+from gencompare.compare import formatting
+from gencompare.compare.charts import Charts, by_rank, save_all
+from gencompare.compare.load_runs import ComparisonOptions, LoadedRuns, RunFolder, load_runs
 from gencompare.compare.ranking import (
-    TableSection,
-    by_primary_metric,
-    disagreements,
+    RankingTable,
+    explain_separate_tables,
+    metric_disagreements,
     published_results,
-    ranked,
-    without_metrics,
+    ranking_tables,
+    runs_without_results,
 )
-from gencompare.compare.sampler_description import sampler_description
-from gencompare.compare.settings import differences, settings_of
+from gencompare.compare.sampler_description import describe_sampling
+from gencompare.compare.settings import config_settings, differing_settings
 from gencompare.compare.statistics import MIN_SEEDS
 from gencompare.compare.suggestions import suggested_commands
-from gencompare.compare.svg_plots import MARKS, Chart, legend, styles, svg
+from gencompare.compare.svg_plots import MARKERS, Chart, legend, styles, svg
 from gencompare.compare.tables import (
-    all_metrics,
     columns,
-    compact_config,
-    heading,
+    format_value,
+    metrics_table,
+    table_title,
     write_csv,
     write_latex,
     write_markdown,
 )
+from gencompare.compare.terminal import describe_run
 from gencompare.errors import UserError
 from gencompare.files import write_text
 from gencompare.records import Metric
+from gencompare.version import __version__
 
-PICTURE_BYTES = 7_000_000
-"""Pictures are put in, best rank first, until they take so much; base64 makes that 4/3 of it."""
+HTML_FILE, CSV_FILE, MARKDOWN_FILE, LATEX_FILE = "compare.html", "compare.csv", "compare.md", "compare.tex"
 
-DETAILED = 12
-"""A table of all figures has a column a row of the ranking: with more rows than this it is left to the CSV."""
+MAX_IMAGE_BYTES = 7_000_000
+"""Total size of the embedded images, best rank first; base64 adds a third."""
 
-
-@dataclass(frozen=True)
-class PageImage:
-    run: RunFolder
-    caption: str
-    """What was drawn, and how good it is."""
-    source: str
-    """A data URI."""
+MAX_DETAILED_ROWS = 12
+"""The table of all metrics has a column per row of the ranking; for longer rankings, the CSV file has them."""
 
 
-@dataclass
-class PageImages:
-    """The pictures of a page under its budget, side by side under their titles."""
-
-    left: int
-    by_title: dict[str, list[PageImage]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    """Pictures that a record names and that are not there."""
-    too_many: int = 0
-    _seen: set[tuple[str, str, bytes]] = field(default_factory=set)
-
-    def add(self, run: RunFolder, title: str, path: str, caption: str) -> None:
-        content = run.picture(path)
-        if content is None:
-            self.missing.append(f"{run.label}: {title} ({path})")
-        elif (run.label, title, content) in self._seen:
-            return
-        elif len(content) > self.left:
-            self.too_many += 1
-        else:
-            self.left -= len(content)
-            self._seen.add((run.label, title, content))
-            source = "data:image/png;base64," + base64.b64encode(content).decode()
-            self.by_title.setdefault(title, []).append(PageImage(run, caption, source))
+def report(
+    folders: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    options: ComparisonOptions = ComparisonOptions(),
+) -> Path:
+    """Compare the runs in ``folders`` (see `write_report`)."""
+    return write_report(load_runs(folders, options), out)
 
 
-def write_page(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """Write the page of one run, or of many."""
-    write_text(path, render(gathered))
+def write_report(loaded: LoadedRuns, out: str | os.PathLike[str]) -> Path:
+    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` to ``out``. Returns the page.
+
+    A single run gets a page of its own and its tables.
+
+    Raises:
+        UserError: there is no readable record, or the options name a metric or a config key that no run has.
+    """
+    if not loaded.runs:
+        reasons = [skip.reason for skip in loaded.skipped]
+        raise UserError(f"No run can be compared: {reasons[0]}" if reasons else "No run folder was given to compare.")
+    out = Path(out)
+    write_csv(loaded, out / CSV_FILE)
+    write_markdown(loaded, out / MARKDOWN_FILE)
+    write_latex(loaded, out / LATEX_FILE)
+    if len(loaded.runs) > 1:
+        save_all(loaded, out)
+    write_text(out / HTML_FILE, render(loaded))
+    return out / HTML_FILE
 
 
-def render(gathered: LoadedRuns) -> str:
-    groups = ranked(gathered)
-    runs = in_order(groups, gathered.runs)
-    style = styles(groups, runs)
+def render(loaded: LoadedRuns) -> str:
+    """The HTML of the page of one or several runs."""
+    tables = ranking_tables(loaded)
+    runs = by_rank(tables, loaded.runs)
+    style = styles(tables, runs)
     single = len(runs) == 1
     script = _asset("page.js")
-    charts = Charts.of(groups, runs, style)
+    charts = Charts.of(tables, runs, style)
+    pareto_svgs = _draw([each.chart for each in charts.pareto], "c")
     return _template().render(
         title=runs[0].label if single else f"Comparison of {len(runs)} runs",
-        subtitle=terminal.cost(runs[0].record) if single else _subtitle(runs, groups),
+        subtitle=describe_run(runs[0].record) if single else _subtitle(runs, tables),
         single=single,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         css=Markup(_asset("page.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        groups=[_table(k, group, single) for k, group in enumerate(groups, 1)],
-        anchors=_anchors(groups),
-        apart=by_primary_metric(groups) if len(groups) > 1 else "",
-        disagreements=disagreements(groups),
-        commands=suggested_commands(groups),
-        pictures=_images(groups, runs, single),
-        distances=_drawn(charts.distances, "d"),
-        losses=_drawn(charts.losses, "l"),
-        against_calls=_drawn(charts.against_calls, "n"),
-        costs=[
-            (*drawn, trade.front)
-            for drawn, trade in zip(_drawn([t.chart for t in charts.trades], "c"), charts.trades, strict=True)
-        ],
-        schedules=_drawn(charts.schedules, "s"),
+        tables=[_table(number, table, single) for number, table in enumerate(tables, 1)],
+        published=_published(tables),
+        separate_tables=explain_separate_tables(tables) if len(tables) > 1 else "",
+        disagreements=metric_disagreements(tables),
+        commands=suggested_commands(tables),
+        images=_images(tables, runs, single),
+        distances=_draw(charts.distances, "d"),
+        losses=_draw(charts.losses, "l"),
+        nfe=_draw(charts.nfe, "n"),
+        costs=[(*drawn, each.front) for drawn, each in zip(pareto_svgs, charts.pareto, strict=True)],
+        schedules=_draw(charts.schedules, "s"),
         runs=[_run(run) for run in runs],
         style=style,
-        marks={dash: path for dash, (_, path) in MARKS.items()},
+        markers={dash: path for dash, (_, path) in MARKERS.items()},
         legend=lambda drawn: legend(chart for chart, *_ in drawn),
-        settings=[] if single else differences(runs),
-        without_figures=without_metrics(runs),
-        skipped=gathered.skipped,
-        dash=formatting.NONE,
-        least_seeds=MIN_SEEDS,
+        settings=[] if single else differing_settings(runs),
+        without_results=runs_without_results(runs),
+        skipped=loaded.skipped,
+        missing=formatting.MISSING,
+        min_seeds=MIN_SEEDS,
     )
 
 
@@ -146,132 +138,143 @@ def _asset(name: str) -> str:
     return resources.files("gencompare.compare").joinpath(name).read_text(encoding="utf-8")
 
 
-def _subtitle(runs: list[RunFolder], groups: list[TableSection]) -> str:
+def _subtitle(runs: list[RunFolder], tables: list[RankingTable]) -> str:
     families = sorted({run.record.family for run in runs})
     data = sorted({str(run.record.data.get("name", "")) for run in runs})
-    protocols = f"{len(groups)} protocol{'s' if len(groups) != 1 else ''}"
+    protocols = f"{len(tables)} protocol{'s' if len(tables) != 1 else ''}"
     return f"{', '.join(families)} on {', '.join(data)}; {protocols}"
 
 
-def _table(number: int, group: TableSection, single: bool) -> dict[str, Any]:
-    shown = columns(group)
+def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
+    shown = columns(table)
     return {
         "number": number,
-        "data": group.measurement.data,
-        "title": f"{group.measurement.data}: {heading(group, group.primary_metric)}",
-        "protocol": formatting.describe(group.measurement),
-        "id": group.measurement.id,
-        "primary_metric": group.primary_metric,
-        "notes": group.notes(),
-        "warnings": group.flags(),
+        "data": table.measurement.data,
+        "title": table_title(table),
+        "protocol": formatting.describe_protocol(table.measurement),
+        "id": table.measurement.id,
+        "primary_metric": table.primary_metric,
+        "notes": table.notes(),
+        "warnings": table.warnings(),
         "columns": shown,
         "sections": [
-            (title, [(row, [column.cell(row) for column in shown]) for row in rows]) for title, rows in group.sections()
+            (heading, [(row, [column.cell(row) for column in shown]) for row in rows])
+            for heading, rows in table.sections()
         ],
-        "figures": all_metrics(group) if single or len(group.rows) <= DETAILED else None,
+        "metrics": metrics_table(table) if single or len(table.rows) <= MAX_DETAILED_ROWS else None,
     }
 
 
-def _anchors(groups: list[TableSection]) -> dict[int, list[tuple[str, ...]]]:
-    """Published figures, as text, by the number of the last table of their data set: there they stand below."""
-    last = {group.measurement.data: number for number, group in enumerate(groups, 1)}
+def _published(tables: list[RankingTable]) -> dict[int, list[tuple[str, ...]]]:
+    """Published results as text, by the number of the last table of their data set."""
+    last = {table.measurement.data: number for number, table in enumerate(tables, 1)}
     return {
         number: [
             (
-                a.model, formatting.format_metric(a.fid), formatting.format_metric(a.bpd),
-                formatting.format_rate(a.nfe),
-                formatting.format_count(a.images),
-                f"{a.source} ({a.note})" if a.note else a.source,
+                result.model, formatting.format_metric(result.fid), formatting.format_metric(result.bpd),
+                formatting.format_rate(result.nfe), formatting.format_count(result.images),
+                f"{result.source} ({result.note})" if result.note else result.source,
             )
-            for a in published_results(data)
+            for result in published_results(data)
         ]
         for data, number in last.items()
         if published_results(data)
     }  # fmt: skip
 
 
-def _images(groups: list[TableSection], runs: list[RunFolder], single: bool) -> PageImages:
-    pictures = PageImages(PICTURE_BYTES)
-    for group in groups:
-        for row in group.rows:
-            run, result = row.line.members[0]
-            # The figure of the run whose samples these are, not its row's mean.
-            own = result.metrics.get(group.primary_metric, Metric(None))
-            quality = f"{formatting.title(group.primary_metric)} {formatting.format_metric(own.value)}"
+# Images
+
+
+@dataclass(frozen=True)
+class PageImage:
+    run: RunFolder
+    caption: str
+    source: str
+    """A data URI."""
+
+
+@dataclass
+class PageImages:
+    """The images of a page by title, up to a total size."""
+
+    bytes_left: int
+    by_title: dict[str, list[PageImage]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    """Images in a record whose files are missing."""
+    num_omitted: int = 0
+    _added: set[tuple[str, str, bytes]] = field(default_factory=set)
+
+    def add(self, run: RunFolder, title: str, path: str, caption: str) -> None:
+        """Add an image unless the same one is there, its file is missing, or it does not fit."""
+        content = run.read_png(path)
+        if content is None:
+            self.missing.append(f"{run.label}: {title} ({path})")
+        elif (run.label, title, content) in self._added:
+            return
+        elif len(content) > self.bytes_left:
+            self.num_omitted += 1
+        else:
+            self.bytes_left -= len(content)
+            self._added.add((run.label, title, content))
+            source = "data:image/png;base64," + base64.b64encode(content).decode()
+            self.by_title.setdefault(title, []).append(PageImage(run, caption, source))
+
+
+def _images(tables: list[RankingTable], runs: list[RunFolder], single: bool) -> PageImages:
+    images = PageImages(MAX_IMAGE_BYTES)
+    several_data_sets = len({table.measurement.data for table in tables}) > 1
+    for table in tables:
+        for row in table.rows:
+            run, result = row.group.members[0]
+            # The metric of the run that drew these samples, not the mean of its row.
+            metric = result.metrics.get(table.primary_metric, Metric(None))
+            value = f"{formatting.title(table.primary_metric)} {formatting.format_metric(metric.value)}"
             for title, path in result.images.items():
-                of_data = (
-                    title if len({g.measurement.data for g in groups}) == 1 else f"{group.measurement.data}: {title}"
-                )
-                pictures.add(run, of_data, path, f"{quality}, {sampler_description(result)}")
+                heading = f"{table.measurement.data}: {title}" if several_data_sets else title
+                images.add(run, heading, path, f"{value}, {describe_sampling(result)}")
     for run in runs:
         if single or not any(result.images for result in run.record.results):
             for title, path in run.record.images.items():
-                pictures.add(run, title, path, "" if single else run.record.family)
-    return pictures
+                images.add(run, title, path, "" if single else run.record.family)
+    return images
 
 
-def _drawn(charts: list[Chart], key: str) -> list[tuple[Chart, Markup]]:
-    return [(chart, Markup(svg(chart, f"{key}{k}"))) for k, chart in enumerate(charts)]
+def _draw(charts: list[Chart], prefix: str) -> list[tuple[Chart, Markup]]:
+    return [(chart, Markup(svg(chart, f"{prefix}{k}"))) for k, chart in enumerate(charts)]
+
+
+# Runs
 
 
 def _run(run: RunFolder) -> dict[str, Any]:
-    """What a reader may want to know of one run, in order; lines without a value are left out."""
-    record, taken, made = run.record, run.record.training, run.record.environment
-    git, packages = _mapping(made.get("git")), _mapping(made.get("packages"))
+    """The facts about a run, without those that are unknown, and its config."""
+    record, training, environment = run.record, run.record.training, run.record.environment
+    git, packages = _as_dict(environment.get("git")), _as_dict(environment.get("packages"))
     commit = str(git.get("commit", ""))[:12] + (" with uncommitted changes" if git.get("dirty") else "")
-    memory = formatting.format_number(taken.get("peak_memory_bytes"))
     facts = {
         "state": record.state,
-        "error": str(taken.get("error") or ""),
+        "error": str(training.get("error") or ""),
         "folder": str(run.folder),
-        "made": record.created,
+        "created": record.created,
         "command": " ".join(["python run.py", *record.overrides]) if record.overrides else "",
-        "data": f"{record.data.get('name', '')} {compact_config(record.data.get('splits') or {})}",
-        "parameters": _known(formatting.format_number(record.model.get("parameters")), formatting.format_count),
-        "FLOPs": _known(formatting.format_number(taken.get("flops")), formatting.format_count),
-        "peak memory": f"{memory / 2**20:,.0f} MiB" if memory is not None else "",
-        "processes": compact_config(taken.get("processes", "")),
-        "device": str(made.get("device", "")),
+        "data": f"{record.data.get('name', '')} {format_value(record.data.get('splits') or {})}",
+        "parameters": _if_number(record.model.get("parameters"), formatting.format_count),
+        "training FLOPs": _if_number(training.get("flops"), formatting.format_count),
+        "peak memory": _if_number(training.get("peak_memory_bytes"), lambda size: f"{size / 2**20:,.0f} MiB"),
+        "processes": format_value(training.get("processes", "")),
+        "device": str(environment.get("device", "")),
         "commit": commit,
         "versions": "  ".join(f"{name} {version}" for name, version in packages.items() if version),
     }
-    config = json.dumps(settings_of(record.config), indent=1, ensure_ascii=False) if record.config else ""
+    config = json.dumps(config_settings(record.config), indent=1, ensure_ascii=False) if record.config else ""
     known = {name: text.strip() for name, text in facts.items() if text.strip()}
-    return {"run": run, "cost": terminal.cost(record), "facts": known, "config": config}
+    return {"run": run, "description": describe_run(record), "facts": known, "config": config}
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _known(value: float | None, say: Any) -> str:
-    return say(value) if value is not None else ""
-
-
-PAGE, TABLE, MARKDOWN, LATEX = "compare.html", "compare.csv", "compare.md", "compare.tex"
-
-
-def report(
-    folders: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], view: ResultView = ResultView()
-) -> Path:
-    """`write` of what is gathered from ``folders``."""
-    return write(load_runs(folders, view), out)
-
-
-def write(gathered: LoadedRuns, out: str | os.PathLike[str]) -> Path:
-    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` in ``out``. Returns the page.
-
-    One folder makes the page and the tables of a single run. Raises `UserError` when none of them holds a readable
-    record, and when the view asks for what there is not.
-    """
-    if not gathered.runs:
-        reasons = [skip.reason for skip in gathered.skipped]
-        raise UserError(f"No run can be shown: {reasons[0]}" if reasons else "No run folder was given to compare.")
-    out = Path(out)
-    write_csv(gathered, out / TABLE)
-    write_markdown(gathered, out / MARKDOWN)
-    write_latex(gathered, out / LATEX)
-    if len(gathered.runs) > 1:
-        save_all(gathered, out)
-    write_page(gathered, out / PAGE)
-    return out / PAGE
+def _if_number(value: Any, to_text: Callable[[float], str]) -> str:
+    number = formatting.as_number(value)
+    return to_text(number) if number is not None else ""

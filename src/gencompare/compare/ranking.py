@@ -1,4 +1,4 @@
-"""Which metrics may be ranked against each other, in what order, and which differences are resolved."""
+"""Ranking tables: which results are comparable, their order, and which differences are significant."""
 
 from __future__ import annotations
 
@@ -13,385 +13,411 @@ from itertools import combinations
 from statistics import fmean
 
 from gencompare.compare import formatting
-from gencompare.compare.load_runs import LoadedRuns, ResultView, RunFolder
-from gencompare.compare.sampler_description import sampler_descriptions
-from gencompare.compare.settings import differences, of_model
+from gencompare.compare.commands import training_command
+from gencompare.compare.load_runs import ComparisonOptions, LoadedRuns, RunFolder
+from gencompare.compare.sampler_description import distinguishing_settings
+from gencompare.compare.settings import differing_settings, is_model_setting
 from gencompare.compare.statistics import (
-    LEVEL,
     MIN_SEEDS,
+    SIGNIFICANCE_LEVEL,
+    ComparisonToBest,
+    RunResult,
     SeedGroup,
-    Verdict,
-    flags_of,
-    seed_groups,
-    values_of,
-    verdicts,
+    adjusted_p_values,
+    config_values,
+    group_by_seed,
+    warnings_of,
 )
-from gencompare.compare.suggestions import trained_alike
 from gencompare.errors import UserError
 from gencompare.records import Measurement, Metric, Result
+
+# Published results
 
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """What a paper reports of one model. None where it says nothing, or where it was not looked up."""
+    """Metrics of one model from a paper; None if the paper does not report one, or if it was not looked up."""
 
     model: str
     source: str
-    """The paper, with the table where it is known."""
+    """The paper, with the table if known."""
     fid: float | None = None
-    """Of 50,000 samples against the training images, on the standard Inception network."""
+    """FID of 50,000 samples against the training images with the standard Inception network."""
     bpd: float | None = None
-    """Bits/dim of test images: exact or a bound, as the paper has it."""
+    """Bits/dim of test images, exact or a bound as in the paper."""
     nfe: float | None = None
-    """Network calls a sample."""
+    """Network evaluations per sample."""
     images: float | None = None
     """Training images seen."""
     note: str = ""
 
 
 def published_results(data: str) -> list[PublishedResult]:
-    """The published figures of the data set called ``data``, by FID and then bits/dim; none for most data sets."""
-    found = [PublishedResult(**entry) for entry in _file().get(data, [])]
-    return sorted(found, key=lambda a: (a.fid is None, a.fid if a.fid is not None else a.bpd))
+    """Published results on the data set ``data``, sorted by FID and then bits/dim; empty for most data sets."""
+    results = [PublishedResult(**entry) for entry in _published().get(data, [])]
+    return sorted(results, key=lambda r: (r.fid is None, r.fid if r.fid is not None else r.bpd))
 
 
 @cache
-def _file() -> dict[str, list[dict]]:
-    return json.loads(resources.files("gencompare.compare").joinpath("anchors.json").read_text(encoding="utf-8"))
+def _published() -> dict[str, list[dict]]:
+    return json.loads(resources.files("gencompare.compare").joinpath("published_results.json").read_text(encoding="utf-8"))
 
 
-BASELINE = "gaussian"
-"""The family that a learned one must beat."""
+# Tables
 
-NOT_LEARNED = "not learned"
-UNDECIDED = "undecided"
-NO_VALUE = "no figure"
-OVERLAP = "trained against the extractor"
-EXCLUDED = {
-    NOT_LEARNED: "Not learned: no better than the Gaussian baseline",
-    OVERLAP: "Not ranked: trained against the network that measures",
-    NO_VALUE: "Not ranked: the figure is missing or not finite",
+BASELINE_FAMILY = "gaussian"
+"""The family that learned models must beat."""
+
+BASELINE = "Gaussian baseline"
+NEAR_BASELINE = "not distinguishable from the baseline"
+NOT_BETTER = "not better than the baseline"
+NO_VALUE = "no value"
+TRAINED_WITH_EXTRACTOR = "trained with the extractor"
+UNRANKED = {
+    NOT_BETTER: "Not ranked: not better than the Gaussian baseline",
+    TRAINED_WITH_EXTRACTOR: "Not ranked: trained with the network that computes the metric",
+    NO_VALUE: "Not ranked: value missing or not finite",
 }
-"""Standings that are listed below the ranking, each with its heading."""
+"""Statuses of rows that are listed below the ranking, each with the heading there."""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of a table in its place: a result of one run, or the mean of runs that differ in seeds alone."""
+    """One row of a table: a result of one run, or the mean of runs that differ in seeds alone."""
 
-    line: SeedGroup
+    group: SeedGroup
     rank: int | None
-    """1 is best; equal figures share a rank. None for a row that is not ranked."""
-    standing: str = ""
-    """``baseline``, `UNDECIDED`, a key of `ASIDE`, or empty."""
-    verdict: Verdict | None = None
-    """How the row stands to the best one that was tested; None for a row of too few training seeds."""
-    way: str = ""
-    """How it was sampled, as far as that sets it apart from other rows of its training (`ways.ways`)."""
+    """1 is best; equal values share a rank. None for a row that is not ranked."""
+    status: str = ""
+    """`BASELINE`, `NEAR_BASELINE`, a key of `UNRANKED`, or empty."""
+    comparison: ComparisonToBest | None = None
+    """Test against the best row that was tested; None for a row with too few training seeds."""
+    sampling: str = ""
+    """The sampling settings in which the row differs from other rows of the same training."""
 
     @property
     def run(self) -> RunFolder:
-        return self.line.run
+        return self.group.run
 
     @property
     def result(self) -> Result:
-        return self.line.result
+        return self.group.result
 
     @property
     def title(self) -> str:
-        """What the row is called outside of its table: in charts and their legends."""
-        return " · ".join(part for part in (self.run.title, self.way) if part)
+        """Name of the row in charts and legends."""
+        return " · ".join(part for part in (self.run.title, self.sampling) if part)
 
     @property
     def metric(self) -> Metric:
+        """The primary metric."""
         return self.result.metrics.get(self.result.primary_metric, Metric(None))
 
     @property
-    def flags(self) -> list[str]:
-        """Warnings of the evaluation about the samples, or about the network that measured them."""
-        return flags_of(self.result)
+    def warnings(self) -> list[str]:
+        """Warnings of the evaluation about the samples or the extractor."""
+        return warnings_of(self.result)
 
 
 @dataclass(frozen=True)
-class TableSection:
-    """Rows that were measured in the same way: ranked first, then those of `EXCLUDED`."""
+class RankingTable:
+    """The rows of one protocol and primary metric: ranked rows first, then those of `UNRANKED`."""
 
     measurement: Measurement
     primary_metric: str
     rows: list[TableRow]
 
-    @property
-    def baseline(self) -> list[TableRow]:
-        return [row for row in self.rows if row.standing == "baseline"]
+    def results(self) -> list[RunResult]:
+        """The results of all rows with their runs, one for each seed."""
+        return [member for row in self.rows for member in row.group.members]
 
     def sections(self) -> list[tuple[str, list[TableRow]]]:
-        """(heading, rows); the ranking itself has no heading."""
-        parts = [("", [row for row in self.rows if row.standing not in EXCLUDED])]
-        parts += [(heading, [row for row in self.rows if row.standing == key]) for key, heading in EXCLUDED.items()]
+        """(heading, rows) of each part; the ranking itself has no heading."""
+        parts = [("", [row for row in self.rows if row.status not in UNRANKED])]
+        parts += [(heading, [row for row in self.rows if row.status == status]) for status, heading in UNRANKED.items()]
         return [part for part in parts if part[1]]
 
     def metrics(self) -> list[str]:
-        """Names of all figures, the primary_metric first."""
+        """Names of all metrics, the primary one first."""
         names = {name for row in self.rows for name in row.result.metrics}
-        return [self.primary_metric, *sorted(names - {self.primary_metric}, key=formatting.format_place)]
+        return [self.primary_metric, *sorted(names - {self.primary_metric}, key=formatting.column_position)]
+
+    def warnings(self) -> list[str]:
+        """The warnings of the rows, each with the labels of its rows."""
+        labels_of: dict[str, list[str]] = {}
+        for row in self.rows:
+            for warning in row.warnings:
+                labels = labels_of.setdefault(warning, [])
+                labels += [row.run.label] if row.run.label not in labels else []
+        return [f"{', '.join(labels)}: {warning}" for warning, labels in labels_of.items()]
 
     def notes(self) -> list[str]:
-        """What a reader must know before believing the ranking."""
-        return [*self._on_the_baseline(), *self._on_seeds(), *self._on_significance()]
+        """How to read the ranking: baseline, intervals and significance."""
+        return [*self._baseline_notes(), *self._seed_notes(), *self._significance_notes()]
 
-    def _on_seeds(self) -> list[str]:
-        mixed = [
-            f"{row.run.label}: its runs differ in more than seeds ({_few(row.line.mixed)}). It is their mean, without"
-            " an interval and untested: such a spread says nothing of another training."
-            for row in self.rows
-            if row.line.mixed
-        ]
-        several = [row for row in self.rows if len(row.line.seeds) > 1 and not row.line.mixed]
-        if not several:
-            return mixed
-        said = (
-            "A row of several training seeds shows the mean and its 95 % interval over seeds (Student's t), never the"
-            " best of them."
-        )
-        if self.rows[0].metric.target is not None:
-            said += " Rows are ordered by how far from 1 the figures of their seeds are, on average."
-        if any(len(row.line.seeds) < 2 for row in self.rows):
-            said += " A row of one seed shows the interval of sampling alone: another training may differ by more."
-        return [*mixed, said]
-
-    def _on_significance(self) -> list[str]:
-        """What was tested, or why nothing was."""
-        ranked = [row for row in self.rows if row.rank is not None]
-        if len(ranked) < 2:
-            return []
-        tested = [row for row in ranked if row.verdict is not None]
-        if not tested:
-            return [
-                f"No difference is claimed to be significant: that takes two rows of at least {MIN_SEEDS} training"
-                " seeds each. The intervals are all there is to go by."
-            ]
-        first = next(row for row in tested if row.verdict is not None and row.verdict.p is None)
-        said = (
-            f"Tested with the training seed as the unit: Welch's t test of every pair of the {len(tested)} rows with at"
-            f" least {MIN_SEEDS} training seeds, Holm's correction over all pairs, level {LEVEL:g}; shown is each row"
-            f" against #{first.rank}. A row that cannot be told apart from it may be as good, or better."
-        )
-        if len(tested) < len(ranked):
-            said += " Of the other rows, no significance is claimed."
-        return [said]
-
-    def _on_the_baseline(self) -> list[str]:
-        title = formatting.title(self.primary_metric)
+    def _baseline_notes(self) -> list[str]:
         if self.measurement.conditioning not in ("unconditional", "labels"):
-            return []  # the baseline takes no other condition
-        if not self.baseline:
+            return []  # the baseline takes no other conditions
+        if not any(row.status == BASELINE for row in self.rows):
+            first_run, _ = self.rows[0].group.members[0]
             return [
-                f"The {BASELINE} baseline is missing under this protocol, so nothing here says whether a family has"
-                f" learned more than class-wise Gaussians. Add it: {trained_alike(BASELINE, self)}"
+                "The Gaussian baseline was not evaluated under this protocol, so the table does not show whether a"
+                " model has learned more than class-wise Gaussians. Add it:"
+                f" {training_command(BASELINE_FAMILY, self.measurement, first_run)}"
             ]
-        if any(row.standing == UNDECIDED for row in self.rows):
+        if any(row.status == NEAR_BASELINE for row in self.rows):
             return [
-                f"A row marked '{UNDECIDED}' cannot be distinguished from the Gaussian baseline by {title} here: they"
-                " differ by less than their 95 % intervals. More samples (evaluation.n) make these narrower."
+                f"Rows marked '{NEAR_BASELINE}' differ from the Gaussian baseline in"
+                f" {formatting.title(self.primary_metric)} by less than the 95 % confidence interval of the difference."
+                " More samples (evaluation.num_images) narrow it."
             ]
         return []
 
-    def flags(self) -> list[str]:
-        """The warnings about its rows, each with the rows that it is about."""
-        found: dict[str, list[str]] = {}
-        for row in self.rows:
-            for flag in row.flags:
-                labels = found.setdefault(flag, [])
-                labels += [row.run.label] if row.run.label not in labels else []
-        return [f"{', '.join(labels)}: {flag}" for flag, labels in found.items()]
+    def _seed_notes(self) -> list[str]:
+        notes = [
+            f"{row.run.label}: its runs differ in more than seeds ({_first_names(row.group.differing_settings)}). The"
+            " row is their mean, without a confidence interval or a test: their spread says nothing about another"
+            " training."
+            for row in self.rows
+            if row.group.differing_settings
+        ]
+        if not any(len(row.group.seeds) > 1 and not row.group.differing_settings for row in self.rows):
+            return notes
+        note = (
+            "Rows with several training seeds show the mean and its 95 % confidence interval over training seeds"
+            " (Student's t)."
+        )
+        target = self.rows[0].metric.target
+        if target is not None:
+            note += f" Rows are ordered by the mean distance of their seeds from {target:g}."
+        if any(len(row.group.seeds) < 2 for row in self.rows):
+            note += (
+                " Rows with one training seed show the interval of sampling alone: another training may differ more."
+            )
+        return [*notes, note]
+
+    def _significance_notes(self) -> list[str]:
+        ranked = [row for row in self.rows if row.rank is not None]
+        if len(ranked) < 2:
+            return []
+        tested = [row for row in ranked if row.comparison is not None]
+        if not tested:
+            return [
+                "No difference is claimed to be significant: a test needs two rows with at least"
+                f" {MIN_SEEDS} training seeds each. Compare the intervals instead."
+            ]
+        best = next(row for row in tested if row.comparison is not None and row.comparison.p_value is None)
+        note = (
+            f"Significance over training seeds: Welch's t test between every pair of the {len(tested)} rows with at"
+            f" least {MIN_SEEDS} training seeds, with Holm's correction over all pairs, at level"
+            f" {SIGNIFICANCE_LEVEL:g}. The table shows each row against #{best.rank}. A row that is not significantly"
+            " different may be as good or better."
+        )
+        if len(tested) < len(ranked):
+            note += " The other rows are not tested."
+        return [note]
 
 
 def half_width(metric: Metric) -> float:
-    """Half of the interval of ``metric``; 0 where it has none."""
-    return (
-        (metric.interval[1] - metric.interval[0]) / 2 if formatting.format_interval(metric) and metric.interval else 0.0
-    )
+    """Half the width of the confidence interval; 0 without one."""
+    if not formatting.format_interval(metric) or metric.interval is None:
+        return 0.0
+    return (metric.interval[1] - metric.interval[0]) / 2
 
 
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _first_names(names: tuple[str, ...], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def rank(runs: Iterable[RunFolder], view: ResultView = ResultView()) -> list[TableSection]:
-    """Results of ``runs`` in groups of equal `Measurement` (and primary_metric): the data set with the most rows first.
+# Building the tables
 
-    Raises `UserError` when ``view`` names a figure that no result has, or a config key that no run has.
+
+def ranking_tables(loaded: LoadedRuns) -> list[RankingTable]:
+    """`rank_results` of the loaded runs, computed once for the page and all files."""
+    if loaded.tables is None:
+        loaded.tables = rank_results(loaded.runs, loaded.options)
+    return loaded.tables
+
+
+def rank_results(runs: Iterable[RunFolder], options: ComparisonOptions = ComparisonOptions()) -> list[RankingTable]:
+    """A table for each protocol and primary metric, those of the data set with the most rows first.
+
+    Raises:
+        UserError: ``options`` names a metric that no result has, or a config key that no run has.
     """
-    pairs = [(run, result) for run in runs for result in run.record.results]
-    if view.metric is not None:
-        known = sorted({name for _, result in pairs for name in result.metrics}, key=formatting.format_place)
-        if view.metric not in known:
-            raise UserError(f"metric={view.metric}: no result has this figure. There are: {', '.join(known)}.")
-        pairs = [(run, replace(result, primary_metric=view.metric)) for run, result in pairs]
-    for key in view.by:
-        if pairs and all(values_of(run, (key,)) is None for run, _ in pairs):
-            raise UserError(_no_such_key(key, [run for run, _ in pairs]))
+    results = [(run, result) for run in runs for result in run.record.results]
+    if options.rank_by is not None:
+        known = sorted({name for _, result in results for name in result.metrics}, key=formatting.column_position)
+        if options.rank_by not in known:
+            raise UserError(f"rank_by={options.rank_by}: no result has this metric. Available: {', '.join(known)}.")
+        results = [(run, replace(result, primary_metric=options.rank_by)) for run, result in results]
+    for key in options.group_by:
+        if results and all(config_values(run, (key,)) is None for run, _ in results):
+            raise UserError(_unknown_key(key, [run for run, _ in results]))
 
-    alike: dict[tuple[Measurement, str], list[tuple[RunFolder, Result]]] = defaultdict(list)
-    for run, result in pairs:
-        alike[result.measurement, result.primary_metric].append((run, result))
-    in_order = sorted(alike.items(), key=lambda part: (part[0][0].data, _place(part[1])))
-    groups = [_group(part, view) for _, part in in_order]
-    size = Counter(group.measurement.data for group in groups for _ in group.rows)
-    return sorted(groups, key=lambda g: (-size[g.measurement.data], g.measurement.data, -len(g.rows)))
+    comparable: dict[tuple[Measurement, str], list[RunResult]] = defaultdict(list)
+    for run, result in results:
+        comparable[result.measurement, result.primary_metric].append((run, result))
+    # Within a data set, the table of the primary extractor comes first.
+    ordered = sorted(comparable.items(), key=lambda item: (item[0][0].data, _position_in_record(item[1])))
+    tables = [_build_table(members, options) for _, members in ordered]
+    num_rows = Counter(table.measurement.data for table in tables for _ in table.rows)
+    return sorted(tables, key=lambda t: (-num_rows[t.measurement.data], t.measurement.data, -len(t.rows)))
 
 
-def _place(pairs: list[tuple[RunFolder, Result]]) -> int:
-    """Where these results come in their records: the primary extractor's are listed first."""
+def _position_in_record(results: list[RunResult]) -> int:
+    """The lowest position of the results in their records, which list those of the primary extractor first."""
     return min(
-        next((k for k, other in enumerate(run.record.results) if other.id == result.id), 0) for run, result in pairs
+        next((k for k, other in enumerate(run.record.results) if other.id == result.id), 0) for run, result in results
     )
 
 
-def ranked(gathered: LoadedRuns) -> list[TableSection]:
-    """`rank` of what was gathered, computed once for the page and all files."""
-    if gathered.groups is None:
-        gathered.groups = rank(gathered.runs, gathered.view)
-    return gathered.groups
+def _unknown_key(key: str, runs: list[RunFolder]) -> str:
+    names = [name for table in differing_settings(runs) for name in table.names]
+    names.sort(key=lambda name: not is_model_setting(name))
+    differing = f" Settings that differ: {', '.join(names[:12])}." if names else " No settings differ."
+    return f"group_by={key}: no run has this setting.{differing}"
 
 
-def _no_such_key(key: str, runs: list[RunFolder]) -> str:
-    differing = sorted(
-        (name for table in differences(runs) for name in table.names), key=lambda name: not of_model(name)
-    )
-    said = f"by={key}: no run has this setting."
-    return said + (f" Settings that differ: {', '.join(differing[:12])}." if differing else " No setting differs.")
-
-
-def by_primary_metric(groups: list[TableSection]) -> str:
-    """Why the tables are not one: in which fields each protocol differs from the first one of the same data."""
-    first: dict[str, tuple[int, TableSection]] = {}
-    said = []
-    for k, group in enumerate(groups, 1):
-        data = group.measurement.data
-        if data not in first:
-            first[data] = (k, group)
-            if k > 1:
-                names = [name for name in groups[0].measurement.differences(group.measurement) if name != "data"]
-                others = f" (and so differs from table 1 in {formatting.listed(names)} too)" if names else ""
-                said.append(f"Table {k} is of other data, {data}{others}.")
-            continue
-        number, other = first[data]
-        differences = formatting.unlike(other.measurement.differences(group.measurement))
-        said.append(
-            f"Table {k} differs from table {number} in {differences or f'primary_metric ({group.primary_metric})'}."
-        )
-    return " ".join(said)
-
-
-def disagreements(groups: list[TableSection]) -> list[str]:
-    """Where two metrics of the same samples disagree about the order of rows, a sentence for each pair of tables."""
-    found = []
-    for (i, a), (j, b) in combinations(enumerate(groups, 1), 2):
-        if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:
-            continue
-        first, second = (_places(group) for group in (a, b))
-        shared = [key for key in first if key in second]
-        swapped = [
-            (x, y)
-            for x, y in combinations(shared, 2)
-            if (badness(first[x]) - badness(first[y])) * (badness(second[x]) - badness(second[y])) < 0
-        ]
-        if not swapped:
-            continue
-        clear = [pair for pair in swapped if all(_clear(rows[pair[0]], rows[pair[1]]) for rows in (first, second))]
-        named = [f"{first[x].title} and {first[y].title}" for x, y in (clear or swapped)[:NAMED_PAIRS]]
-        more = len(clear or swapped) - len(named)
-        found.append(
-            f"{formatting.title(a.primary_metric)} (table {i}) and {formatting.title(b.primary_metric)} (table {j}) disagree about"
-            f" the order of {len(swapped)} of {len(shared) * (len(shared) - 1) // 2} pairs of rows,"
-            f" {len(clear) or 'none'} of them beyond the intervals of both: {'; '.join(named)}"
-            + (f"; and {more} more." if more else ".")
-        )
-    return found
-
-
-NAMED_PAIRS = 5
-
-
-def _places(group: TableSection) -> dict[tuple[str, str], TableRow]:
-    """The ranked rows, by what they are of: their runs, and how these were sampled."""
-    return {
-        (" ".join(sorted(str(run.folder) for run, _ in row.line.members)), row.result.generation.id): row
-        for row in group.rows
-        if row.rank is not None
-    }
-
-
-def _clear(a: TableRow, b: TableRow) -> bool:
-    return abs(badness(a) - badness(b)) > math.hypot(half_width(a.metric), half_width(b.metric))
-
-
-def without_metrics(runs: Iterable[RunFolder]) -> list[RunFolder]:
-    return [run for run in runs if not run.record.results]
-
-
-def _group(pairs: list[tuple[RunFolder, Result]], view: ResultView) -> TableSection:
-    primary_metric = pairs[0][1].primary_metric
-    found = seed_groups(pairs, view.by)
-    rows = [TableRow(line, None, way=way) for line, way in zip(found, sampler_descriptions(found), strict=True)]
-    baseline = [row for row in rows if row.run.record.family == BASELINE and formatting.format_finite(row.metric.value)]
-    rows = [replace(row, standing=_standing(row, baseline)) for row in rows]
-    rows.sort(key=lambda row: (row.standing in EXCLUDED, badness(row), row.run.label, row.result.id))
-    ordered: list[TableRow] = []
+def _build_table(results: list[RunResult], options: ComparisonOptions) -> RankingTable:
+    groups = group_by_seed(results, options.group_by)
+    rows = [
+        TableRow(group, None, sampling=sampling)
+        for group, sampling in zip(groups, distinguishing_settings(groups), strict=True)
+    ]
+    baselines = [
+        row for row in rows if row.run.record.family == BASELINE_FAMILY and formatting.is_finite(row.metric.value)
+    ]
+    rows = [replace(row, status=_status(row, baselines)) for row in rows]
+    rows.sort(key=lambda row: (row.status in UNRANKED, badness(row), row.run.label, row.result.id))
+    ranked: list[TableRow] = []
     for row in rows:
-        place = None
-        if row.standing not in EXCLUDED and not row.metric.unordered:
-            tied = ordered and ordered[-1].rank is not None and badness(ordered[-1]) == badness(row)
-            place = ordered[-1].rank if tied else len(ordered) + 1
-        ordered.append(replace(row, rank=place))
-    return TableSection(pairs[0][1].measurement, primary_metric, _tested(ordered))
+        rank = None
+        if row.status not in UNRANKED and not row.metric.unordered:
+            tied = ranked and ranked[-1].rank is not None and badness(ranked[-1]) == badness(row)
+            rank = ranked[-1].rank if tied else len(ranked) + 1
+        ranked.append(replace(row, rank=rank))
+    _, first = results[0]
+    return RankingTable(first.measurement, first.primary_metric, _with_tests(ranked))
 
 
-def _tested(rows: list[TableRow]) -> list[TableRow]:
-    """``rows``, best first, with a `Verdict` for each that is ranked and has training seeds enough."""
-    samples = [row.line.by_seed(row.result.primary_metric) if row.rank is not None else None for row in rows]
-    samples = [s and _off(s, row.metric) for s, row in zip(samples, rows, strict=True)]
-    found = verdicts(samples)
-    if not any(p is not None for p in found):
+def _status(row: TableRow, baselines: list[TableRow]) -> str:
+    if not formatting.is_finite(row.metric.value):
+        return NO_VALUE
+    networks = row.run.record.training.get("perceptual_networks")
+    extractor = (row.result.measurement.extractor, row.result.measurement.extractor_hash)
+    if isinstance(networks, list) and any(name in networks for name in extractor):
+        return TRAINED_WITH_EXTRACTOR
+    if row.run.record.family == BASELINE_FAMILY:
+        return BASELINE
+    if not baselines or row.metric.unordered:
+        return ""
+    # The interval of a difference between two independent estimates.
+    interval = math.hypot(half_width(row.metric), fmean(half_width(other.metric) for other in baselines))
+    difference = badness(row) - fmean(map(badness, baselines))
+    if difference and abs(difference) < interval:
+        return NEAR_BASELINE
+    return NOT_BETTER if difference >= 0 else ""
+
+
+def _with_tests(rows: list[TableRow]) -> list[TableRow]:
+    """``rows``, best first, with the tests of those that are ranked and have enough training seeds."""
+    samples = [row.group.values_by_seed(row.result.primary_metric) if row.rank is not None else None for row in rows]
+    samples = [sample and _badness(sample, row.metric) for sample, row in zip(samples, rows, strict=True)]
+    p_values = adjusted_p_values(samples)
+    if not any(p_value is not None for p_value in p_values):
         return rows
-    first = next(k for k, sample in enumerate(samples) if sample is not None and len(sample) >= MIN_SEEDS)
-    reference = rows[first].rank or 0
+    best = next(k for k, sample in enumerate(samples) if sample is not None and len(sample) >= MIN_SEEDS)
+    best_rank = rows[best].rank or 0
     return [
-        replace(row, verdict=Verdict(reference, p)) if p is not None or k == first else row
-        for k, (row, p) in enumerate(zip(rows, found, strict=True))
+        replace(row, comparison=ComparisonToBest(best_rank, p_value)) if p_value is not None or k == best else row
+        for k, (row, p_value) in enumerate(zip(rows, p_values, strict=True))
     ]
 
 
-def _standing(row: TableRow, baseline: list[TableRow]) -> str:
-    if not formatting.format_finite(row.metric.value):
-        return NO_VALUE
-    against = row.run.record.training.get("perceptual_networks")
-    measuring = (row.result.measurement.extractor, row.result.measurement.extractor_hash)
-    if isinstance(against, list) and any(name in against for name in measuring):
-        return OVERLAP
-    if row.run.record.family == BASELINE:
-        return "baseline"
-    if not baseline or row.metric.unordered:
-        return ""
-    # The interval of a difference between two independent estimates.
-    reach = math.hypot(half_width(row.metric), fmean(half_width(other.metric) for other in baseline))
-    difference = badness(row) - fmean(map(badness, baseline))
-    if difference and abs(difference) < reach:
-        return UNDECIDED
-    return NOT_LEARNED if difference >= 0 else ""
-
-
 def badness(row: TableRow) -> float:
-    """A number that is lower for a better row: the mean of what is tested, over its trainings."""
-    values = row.line.by_training(row.result.primary_metric)
-    return fmean(_off(values, row.metric)) if values else math.inf
+    """The sort key of rows, lower is better: the mean over trainings of the values that are tested."""
+    values = row.group.values_by_training(row.result.primary_metric)
+    return fmean(_badness(values, row.metric)) if values else math.inf
 
 
-def _off(values: list[float], metric: Metric) -> list[float]:
-    """Figures such that the lower is the better. Where 1 is the ideal value, that is each one's own distance from it:
-    the distance of their mean would praise luck."""
+def _badness(values: list[float], metric: Metric) -> list[float]:
+    """Values of ``metric`` such that lower is better: with a target, the distance of each value from it.
+
+    The distance of the mean from the target would be misleading, since errors of either sign cancel in it.
+    """
     if metric.target is not None:
         return [abs(value - metric.target) for value in values]
     sign = 0.0 if metric.higher_is_better is None else -1.0 if metric.higher_is_better else 1.0
     return [sign * value for value in values]
+
+
+# Comparing tables
+
+
+def explain_separate_tables(tables: list[RankingTable]) -> str:
+    """In which fields the protocol of each table differs from that of the first table on the same data."""
+    first: dict[str, tuple[int, RankingTable]] = {}
+    sentences = []
+    for number, table in enumerate(tables, 1):
+        data = table.measurement.data
+        if data not in first:
+            first[data] = (number, table)
+            if number > 1:
+                names = [name for name in tables[0].measurement.differences(table.measurement) if name != "data"]
+                further = f" (which also changes {formatting.join_names(names)})" if names else ""
+                sentences.append(f"Table {number} is on other data, {data}{further}.")
+            continue
+        number_of_first, other = first[data]
+        differences = formatting.describe_differences(other.measurement.differences(table.measurement))
+        differences = differences or f"the primary metric ({table.primary_metric})"
+        sentences.append(f"Table {number} differs from table {number_of_first} in {differences}.")
+    return " ".join(sentences)
+
+
+MAX_NAMED_PAIRS = 5
+
+
+def metric_disagreements(tables: list[RankingTable]) -> list[str]:
+    """For each two tables of the same samples, the pairs of rows that their metrics order differently."""
+    sentences = []
+    for (i, a), (j, b) in combinations(enumerate(tables, 1), 2):
+        if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:
+            continue
+        rows_a, rows_b = _rows_by_samples(a), _rows_by_samples(b)
+        shared = [key for key in rows_a if key in rows_b]
+        swapped = [
+            (x, y)
+            for x, y in combinations(shared, 2)
+            if (badness(rows_a[x]) - badness(rows_a[y])) * (badness(rows_b[x]) - badness(rows_b[y])) < 0
+        ]
+        if not swapped:
+            continue
+        clear = [(x, y) for x, y in swapped if all(_intervals_apart(rows[x], rows[y]) for rows in (rows_a, rows_b))]
+        named = [f"{rows_a[x].title} and {rows_a[y].title}" for x, y in (clear or swapped)[:MAX_NAMED_PAIRS]]
+        num_unnamed = len(clear or swapped) - len(named)
+        sentences.append(
+            f"{formatting.title(a.primary_metric)} (table {i}) and {formatting.title(b.primary_metric)} (table {j})"
+            f" order {len(swapped)} of {len(shared) * (len(shared) - 1) // 2} pairs of rows differently,"
+            f" {len(clear) or 'none'} of them beyond the confidence intervals of both metrics: {'; '.join(named)}"
+            + (f"; and {num_unnamed} more." if num_unnamed else ".")
+        )
+    return sentences
+
+
+def _rows_by_samples(table: RankingTable) -> dict[tuple[str, str], TableRow]:
+    """The ranked rows by the samples that they measure: folders of the runs, and sampling settings."""
+    return {
+        (" ".join(sorted(str(run.folder) for run, _ in row.group.members)), row.result.generation.id): row
+        for row in table.rows
+        if row.rank is not None
+    }
+
+
+def _intervals_apart(a: TableRow, b: TableRow) -> bool:
+    return abs(badness(a) - badness(b)) > math.hypot(half_width(a.metric), half_width(b.metric))
+
+
+def runs_without_results(runs: Iterable[RunFolder]) -> list[RunFolder]:
+    """The runs whose records contain no results."""
+    return [run for run in runs if not run.record.results]

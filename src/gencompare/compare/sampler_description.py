@@ -1,4 +1,4 @@
-"""How the samples of a row were made, in words, and what of it tells the rows of one training apart."""
+"""How the samples of a row were generated, as text, and what distinguishes the rows of one training."""
 
 from __future__ import annotations
 
@@ -10,59 +10,64 @@ from gencompare.compare.statistics import SeedGroup
 from gencompare.records import Result, SampleSettings
 
 
-def weights(generation: SampleSettings) -> str:
-    """Which weights of which checkpoint: ``last, EMA``."""
-    kind = {"ema": "EMA", "unknown": ""}.get(generation.weights, generation.weights)
+def describe_weights(generation: SampleSettings) -> str:
+    """The checkpoint and its weights: ``last, EMA``."""
+    weights = {"ema": "EMA", "unknown": ""}.get(generation.weights, generation.weights)
     checkpoint = "" if generation.checkpoint == "unknown" else generation.checkpoint
-    return ", ".join(part for part in (checkpoint, kind) if part)
+    return ", ".join(part for part in (checkpoint, weights) if part)
 
 
-def sampler_description(result: Result) -> str:
-    """All that is known of it: weights, sampler, step and seed."""
+def describe_sampling(result: Result) -> str:
+    """Weights, sampler, training step and sampling seed, as far as they are known."""
     g = result.generation
-    parts = [weights(g), "" if g.sampler == "unknown" else g.sampler]
+    parts = [describe_weights(g), "" if g.sampler == "unknown" else g.sampler]
     parts += [f"step {g.step:,}" if g.step is not None else "", f"sampling seed {g.seed}" if g.seed is not None else ""]
     return ", ".join(part for part in parts if part)
 
 
-PARTS: tuple[Callable[[SampleSettings], str], ...] = (
+DISTINGUISHING: tuple[Callable[[SampleSettings], str], ...] = (
     lambda g: g.sampler,
     lambda g: "" if g.guidance in ("none", "unknown") else g.guidance,
-    weights,
+    describe_weights,
     lambda g: "" if g.step is None else f"step {g.step:,}",
 )
-"""What rows of one training may differ in."""
+"""The settings in which rows of one training may differ, each as text."""
 
 
-def sampler_descriptions(lines: Sequence[SeedGroup]) -> list[str]:
-    """For each line what sets it apart from the others of its training; empty for one that stands alone.
+def distinguishing_settings(groups: Sequence[SeedGroup]) -> list[str]:
+    """For each group, the sampling settings in which it differs from other groups of the same training.
 
-    Of a sampler that is its name, and those of its settings that not all of them share.
+    For a sampler, these are its name and the arguments that not all groups share.
     """
-    neighbours: dict[str, list[SeedGroup]] = defaultdict(list)
-    for line in lines:
-        for name in {line.run.label, line.members[0][0].label}:
-            neighbours[name].append(line)
-    found = []
-    for line in lines:
-        near = [other for name in (line.run.label, line.members[0][0].label) for other in neighbours[name]]
-        said = []
-        for part in PARTS:
-            own, every = part(line.result.generation), {part(other.result.generation) for other in near}
-            if len(every) > 1:
-                said.append(_shorter(own, every))
-        found.append(" · ".join(text for text in said if text))
-    return found
+    same_training: dict[str, list[SeedGroup]] = defaultdict(list)
+    for group in groups:
+        for label in _labels(group):
+            same_training[label].append(group)
+    descriptions = []
+    for group in groups:
+        others = [other for label in _labels(group) for other in same_training[label]]
+        parts = []
+        for describe in DISTINGUISHING:
+            own = describe(group.result.generation)
+            values = {describe(other.result.generation) for other in others}
+            if len(values) > 1:
+                parts.append(_without_shared_arguments(own, values))
+        descriptions.append(" · ".join(part for part in parts if part))
+    return descriptions
 
 
-def _shorter(own: str, every: set[str]) -> str:
-    """The first of the words between commas, and those that are not in all of ``every``."""
-    shared = set.intersection(*(set(text.split(", ")) for text in every))
+def _labels(group: SeedGroup) -> set[str]:
+    return {group.run.label, group.members[0][0].label}
+
+
+def _without_shared_arguments(own: str, descriptions: set[str]) -> str:
+    """The first comma-separated part of ``own``, and those that are not in all ``descriptions``."""
+    shared = set.intersection(*(set(text.split(", ")) for text in descriptions))
     first, *rest = own.split(", ")
-    return ", ".join([first, *(word for word in rest if word not in shared)])
+    return ", ".join([first, *(part for part in rest if part not in shared)])
 
 
 def without_steps(text: str) -> str:
-    """A sampler, or a way, without its number of steps."""
+    """A description of sampling without the number of steps."""
     parts = (", ".join(filter(None, re.sub(r"\b\d+ steps\b", "", part).split(", "))) for part in text.split(" · "))
     return " · ".join(part.strip() for part in parts if part.strip())

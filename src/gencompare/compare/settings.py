@@ -1,4 +1,4 @@
-"""In which settings runs differ: only these are worth a reader's time."""
+"""The settings in which runs differ."""
 
 from __future__ import annotations
 
@@ -10,51 +10,57 @@ from typing import Any
 from gencompare.compare import formatting
 from gencompare.compare.load_runs import RunFolder
 
-NOT_SETTINGS = (
-    "out", "tags", "command", "sweep_name", "run", "resume", "runs", "by", "metric", "n", "checkpoint", "weights",
-    "format", "task", "paths", "logger", "family", "choices.model", "data.root", "data.cache", "hydra",
+NON_SETTINGS = (
+    "out", "tags", "command", "sweep_name", "run", "run_dir", "resume", "ckpt_path", "runs", "by", "group_by", "metric",
+    "rank_by", "n", "num_images", "checkpoint", "weights", "format", "task", "paths", "logger", "family",
+    "choices.model", "data.root", "data.cache", "hydra",
 )  # fmt: skip
-"""What a config holds of places and of the task in hand: it differs between runs and changes no figure."""
+"""Config keys that hold paths or options of a task: they differ between runs without changing any metric."""
 
 
 @dataclass(frozen=True)
-class Differences:
-    """A table of settings: one row a run, one column a setting."""
+class SettingsTable:
+    """Settings of several runs: one row per run, one column per setting."""
 
     title: str
     names: list[str]
     rows: list[tuple[RunFolder, list[str]]]
 
 
-def differences(runs: Iterable[RunFolder]) -> list[Differences]:
-    """Settings outside the model that differ between any runs, and model settings that differ inside a family.
+def differing_settings(runs: Iterable[RunFolder]) -> list[SettingsTable]:
+    """A table of the settings outside the model that differ, and one of model settings for each family.
 
-    Two families share hardly any model setting, so a table of all of them would be one of gaps.
+    Two families share few model settings, so a single table would be mostly empty.
     """
-    flat = [(run, flatten(settings_of(run.record.config))) for run in runs if run.record.config]
-    outside = [(run, {k: v for k, v in settings.items() if not of_model(k)}) for run, settings in flat]
-    tables = [_differing("All runs", outside)]
+    flat = [(run, flatten(config_settings(run.record.config))) for run in runs if run.record.config]
+    shared = [(run, {k: v for k, v in settings.items() if not is_model_setting(k)}) for run, settings in flat]
+    tables = [_differing("All runs", shared)]
     for family in sorted({run.record.family for run, _ in flat}):
-        inside = [(run, s) for run, s in flat if run.record.family == family]
-        tables.append(_differing(family, [(run, {k: v for k, v in s.items() if of_model(k)}) for run, s in inside]))
+        own = [
+            (run, {k: v for k, v in settings.items() if is_model_setting(k)})
+            for run, settings in flat
+            if run.record.family == family
+        ]
+        tables.append(_differing(family, own))
     return [table for table in tables if table.names]
 
 
-def of_model(name: str) -> bool:
+def is_model_setting(name: str) -> bool:
+    """Whether a dotted config key belongs to the model."""
     return name.startswith(("model.", "choices.model/"))
 
 
-def settings_of(config: dict[str, Any], without: Container[str] = NOT_SETTINGS, prefix: str = "") -> dict[str, Any]:
-    """The config without the dotted names ``without``: what is no setting."""
-    kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in without}
+def config_settings(config: dict[str, Any], exclude: Container[str] = NON_SETTINGS, prefix: str = "") -> dict[str, Any]:
+    """The config without the dotted keys in ``exclude``."""
+    kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in exclude}
     return {
-        key: settings_of(value, without, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: config_settings(value, exclude, f"{prefix}{key}.") if isinstance(value, dict) else value
         for key, value in kept.items()
     }
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by dotted name, values as text."""
+    """Nested settings by dotted key, with values as text."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:
@@ -64,9 +70,8 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _differing(title: str, runs: list[tuple[RunFolder, dict[str, str]]]) -> Differences:
+def _differing(title: str, runs: list[tuple[RunFolder, dict[str, str]]]) -> SettingsTable:
     names = dict.fromkeys(name for _, settings in runs for name in settings)
-    kept = [name for name in names if len({settings.get(name) for _, settings in runs}) > 1]
-    return Differences(
-        title, kept, [(run, [settings.get(name, formatting.NONE) for name in kept]) for run, settings in runs]
-    )
+    differing = [name for name in names if len({settings.get(name) for _, settings in runs}) > 1]
+    rows = [(run, [settings.get(name, formatting.MISSING) for name in differing]) for run, settings in runs]
+    return SettingsTable(title, differing, rows)

@@ -1,4 +1,4 @@
-"""Charts as SVG text that takes its ink from the page, and as files of their own."""
+"""Charts as inline SVG that follows the colours of the page, and as image files."""
 
 from __future__ import annotations
 
@@ -17,77 +17,70 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from gencompare.compare.load_runs import RunFolder
-from gencompare.compare.ranking import TableSection
-from gencompare.files import atomic, write_text
+from gencompare.compare.ranking import RankingTable
+from gencompare.files import atomic_write, write_text
 
 COLORS = ("#3b7dd8", "#d9792b", "#2f9e6e", "#c94a5e", "#8a63d2", "#1a9aa8", "#a8793f", "#c858a0", "#8a951f", "#7c8591")
 DASHES = ("", "6 3", "2 2", "9 2 2 2", "14 3")
 
+MARKERS = {
+    "": ("o", "M6.2 4a2.8 2.8 0 1 0 5.6 0a2.8 2.8 0 1 0-5.6 0z"), "6 3": ("s", "M6.5 1.5h5v5h-5z"),
+    "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"),
+    "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
+}  # fmt: skip
+"""The marker of each dash pattern, since a single point shows no dashes: for matplotlib, and as an SVG path around
+(9, 4)."""
+
 
 @dataclass(frozen=True)
 class Style:
+    """The line style of a row, and of all runs in it."""
+
     color: str
     dash: str
-    """An SVG dash array; empty for an unbroken line. A mark goes with it (`plots.MARKS`): a point shows no dash."""
+    """An SVG dash array; empty for a solid line. It also selects the marker (`MARKERS`)."""
     name: str
-    """What a legend calls what is drawn so."""
+    """Name in legends."""
 
 
-def styles(groups: Iterable[TableSection], runs: Iterable[RunFolder]) -> dict[str, Style]:
-    """A style for each row by its title, and for each run by its label: a run has that of its best row.
+def styles(tables: Iterable[RankingTable], runs: Iterable[RunFolder]) -> dict[str, Style]:
+    """A style for each row by its title, and for each run by its label.
 
-    So the seeds of a row share a style, under one name. Fifty are told apart; after these they begin again.
+    The runs (seeds) of a row share its style and name; a run in several rows has the style of the first. Styles repeat
+    after fifty.
     """
-    found: dict[str, Style] = {}
+    of_rows: dict[str, Style] = {}
     of_runs: dict[str, Style] = {}
-    for row in (row for group in groups for row in group.rows):
-        own = found.setdefault(row.title, _style(len(found), row.title))
-        for run, _ in row.line.members:
-            of_runs.setdefault(run.label, replace(own, name=row.run.title))
-    further = (run for run in runs if run.label not in of_runs)
-    of_runs |= {run.label: _style(len(found) + k, run.title) for k, run in enumerate(further)}
-    return of_runs | found
+    for row in (row for table in tables for row in table.rows):
+        style = of_rows.setdefault(row.title, _style(len(of_rows), row.title))
+        for run, _ in row.group.members:
+            of_runs.setdefault(run.label, replace(style, name=row.run.title))
+    other_runs = (run for run in runs if run.label not in of_runs)
+    of_runs |= {run.label: _style(len(of_rows) + k, run.title) for k, run in enumerate(other_runs)}
+    return of_runs | of_rows
 
 
 def _style(k: int, name: str) -> Style:
     return Style(COLORS[k % len(COLORS)], DASHES[k // len(COLORS) % len(DASHES)], name)
 
 
-INK, FAINT = "#010203", "#040506"
-"""Stand-ins that the page's own colours replace."""
-
-LOG_RANGE = 20.0
-"""Positive values that span more than this factor are drawn on a logarithmic axis."""
-
-MAX_LABELLED = 24
-"""A chart that stands alone has a legend of so many lines at most."""
-
-
-MARKS = {
-    "": ("o", "M6.2 4a2.8 2.8 0 1 0 5.6 0a2.8 2.8 0 1 0-5.6 0z"), "6 3": ("s", "M6.5 1.5h5v5h-5z"),
-    "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"),
-    "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
-}  # fmt: skip
-"""The mark that goes with a dash, for matplotlib and as an SVG path around (9, 4): a single point shows no dash."""
-
-
 @dataclass(frozen=True)
 class PlotLine:
-    """What one run, or one row, gives: a line, or a single point."""
+    """A line, or a single point, for a run or a row."""
 
     x: np.ndarray
     y: np.ndarray
     color: str
-    """Empty for the page's own ink."""
+    """Empty for the text colour of the page."""
     dash: str = ""
     marker: bool = False
-    pale: bool = False
+    faint: bool = False
     name: str = ""
-    """What it is, for the pointer; empty for a line that only joins points of others."""
-    entry: str = ""
-    """What a legend calls it and all that is drawn alike; empty where that is the name."""
-    bounds: tuple[float, float] | None = None
-    """An interval, drawn as a bar through a single point."""
+    """Name in the tooltip; empty for a line that only joins points."""
+    legend_name: str = ""
+    """Name in the legend, shared by lines of one style; ``name`` if empty."""
+    interval: tuple[float, float] | None = None
+    """A confidence interval, drawn as an error bar at a single point."""
 
 
 @dataclass(frozen=True)
@@ -96,107 +89,117 @@ class Chart:
     lines: list[PlotLine]
     x_label: str = "training images seen"
     x_log: bool = False
-    left: int = 0
-    """Further runs that are not drawn."""
+    num_omitted: int = 0
+    """Number of runs that are not drawn."""
 
 
 def legend(charts: Iterable[Chart]) -> dict[str, PlotLine]:
-    """By name, the first line of each that is drawn in any of ``charts``."""
-    found: dict[str, PlotLine] = {}
+    """The entries of a shared legend: the first line of each name."""
+    entries: dict[str, PlotLine] = {}
     for line in (line for chart in charts for line in chart.lines if line.name):
-        found.setdefault(line.entry or line.name, line)
-    return found
+        entries.setdefault(line.legend_name or line.name, line)
+    return entries
 
 
-def svg(chart: Chart, key: str) -> str:
-    """The chart as one ``<svg>`` element. ``key`` is in all of its ids, so that charts of a page do not share any.
+INK, FAINT = "#010203", "#040506"
+"""Placeholders that CSS variables of the page replace."""
 
-    A line is a group with the attribute ``data-name``. ``data-axes`` of the element says how its coordinates stand for
-    values: for x and then y ``log`` or ``linear``, two coordinates and their values.
+LOG_RANGE = 20.0
+"""Positive values that span more than this factor get a logarithmic axis."""
+
+MAX_LEGEND_ENTRIES = 24
+"""Legend entries of a chart that is saved as a file."""
+
+
+def svg(chart: Chart, prefix: str) -> str:
+    """The chart as one ``<svg>`` element whose ids start with ``prefix``, to be unique within a page.
+
+    Each line is a group with the attribute ``data-name``. The attribute ``data-axes`` of the element maps its
+    coordinates to values: for x and then y, ``log`` or ``linear`` and two pairs of a coordinate and its value.
     """
     options: dict[Any, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
+        "svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
         "axes.labelcolor": INK, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK,
         "ytick.labelcolor": INK, "grid.color": FAINT, "text.parse_math": False,
     }  # fmt: skip
     with mpl.rc_context(options):
         figure = Figure(figsize=(4.6, 2.8))
-        # Fixed margins: laying a chart out takes as long as drawing it.
+        # Fixed margins: an automatic layout takes as long as drawing.
         axes = figure.add_axes((0.115, 0.165, 0.875, 0.81))
         _draw(axes, chart, INK)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        scale = _scale_of(figure, axes)
-    return _inline(text.getvalue(), key, scale, [line.name for line in chart.lines])
+        data_axes = _data_axes(figure, axes)
+    return _inline(text.getvalue(), prefix, data_axes, [line.name for line in chart.lines])
 
 
 def save(chart: Chart, folder: Path, name: str) -> None:
-    """``name.png`` and ``name.svg`` in ``folder``: the chart with its title and a legend, for a paper or a slide."""
+    """Write the chart with its title and a legend to ``name.png`` and ``name.svg`` in ``folder``."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}):
-        named = legend([chart])
+        entries = legend([chart])
         figure = Figure(figsize=(8.6, 3.6))
-        axes = figure.add_axes((0.07, 0.135, 0.54 if len(named) > 1 else 0.9, 0.78))
+        axes = figure.add_axes((0.07, 0.135, 0.54 if len(entries) > 1 else 0.9, 0.78))
         _draw(axes, chart, "#1b1f24")
         axes.set_title(chart.title, loc="left", fontsize=10)
-        if len(named) > 1:
+        if len(entries) > 1:
             artist = {id(line): drawn for line, drawn in zip(chart.lines, axes.lines, strict=False)}
-            labels = [_cut(name) for name in list(named)[:MAX_LABELLED]]
-            if len(named) > MAX_LABELLED:
-                labels[-1] += f" … {len(named) - MAX_LABELLED} more"
-            shown = [artist[id(line)] for line in list(named.values())[:MAX_LABELLED]]
-            figure.legend(shown, labels, loc="upper left", bbox_to_anchor=(0.625, 0.95), frameon=False, fontsize=7)
-        with atomic(folder / f"{name}.png") as file:
+            labels = [_legend_label(name) for name in list(entries)[:MAX_LEGEND_ENTRIES]]
+            if len(entries) > MAX_LEGEND_ENTRIES:
+                labels[-1] += f" … {len(entries) - MAX_LEGEND_ENTRIES} more"
+            artists = [artist[id(line)] for line in list(entries.values())[:MAX_LEGEND_ENTRIES]]
+            figure.legend(artists, labels, loc="upper left", bbox_to_anchor=(0.625, 0.95), frameon=False, fontsize=7)
+        with atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     write_text(folder / f"{name}.svg", text.getvalue())
 
 
-def _cut(label: str) -> str:
-    # What begins with an underscore has no place in a legend of matplotlib.
-    label = label.lstrip("_") or "–"  # noqa: RUF001
-    return label if len(label) <= 50 else label[:49] + "…"
+def _legend_label(name: str) -> str:
+    # Matplotlib omits labels that start with an underscore.
+    name = name.lstrip("_") or "–"  # noqa: RUF001
+    return name if len(name) <= 50 else name[:49] + "…"
 
 
 def _draw(axes: Axes, chart: Chart, ink: str) -> None:
     for k, line in enumerate(chart.lines):
-        color = line.color or ink
         axes.plot(
             line.x,
             line.y,
-            color=color,
+            color=line.color or ink,
             linestyle=(0, tuple(map(float, line.dash.split()))) if line.dash else "-",
             linewidth=1.5,
-            alpha=0.55 if line.pale else 1.0,
-            marker=MARKS.get(line.dash, MARKS[""])[0] if line.marker else "",
+            alpha=0.55 if line.faint else 1.0,
+            marker=MARKERS.get(line.dash, MARKERS[""])[0] if line.marker else "",
             markersize=3 if len(line.x) > 1 else 5,
             gid=f"line{k}",
             zorder=2.5 if line.marker else 2.0,
         )
-    bars = [(line.x[0], *line.bounds, line.color or ink) for line in chart.lines if line.bounds is not None]
+    bars = [(line.x[0], *line.interval, line.color or ink) for line in chart.lines if line.interval is not None]
     if bars:
         x, low, high, colors = zip(*bars, strict=True)
         axes.vlines(x, low, high, color=colors, linewidth=1.2, alpha=0.7)
     axes.set_xlabel(chart.x_label)
     if chart.x_log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=_ticks([line.x for line in chart.lines])))
+        axes.xaxis.set_major_locator(LogLocator(subs=_log_ticks([line.x for line in chart.lines])))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if max(float(line.x.max()) for line in chart.lines) > 1:  # of a time in [0, 1] it would make thousandths
+    # SI prefixes, but no thousandths of a time in [0, 1].
+    if max(float(line.x.max()) for line in chart.lines) > 1:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
-    _scale(axes, np.concatenate([line.y for line in chart.lines]), cut=not chart.x_log)
+    _set_y_scale(axes, np.concatenate([line.y for line in chart.lines]), crop=not chart.x_log)
 
 
-def _ticks(values: list[np.ndarray]) -> tuple[float, ...]:
-    """Which multiples of a power of ten are marked on a logarithmic axis: the fewer the longer it is."""
-    every = np.concatenate(values)
-    return (1.0, 2.0, 5.0) if every.max() / every.min() < 100 else (1.0,)
+def _log_ticks(values: list[np.ndarray]) -> tuple[float, ...]:
+    """The multiples of powers of ten that get a tick on a logarithmic axis: fewer on a longer axis."""
+    flat = np.concatenate(values)
+    return (1.0, 2.0, 5.0) if flat.max() / flat.min() < 100 else (1.0,)
 
 
-def _scale(axes: Axes, values: np.ndarray, *, cut: bool) -> None:
-    """The y axis; ``cut`` says that a few far values of a learning curve may lie outside of it."""
+def _set_y_scale(axes: Axes, values: np.ndarray, *, crop: bool) -> None:
+    """Choose the y axis; ``crop`` lets outliers of a learning curve fall outside."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > LOG_RANGE:
         axes.set_yscale("log")
@@ -204,14 +207,14 @@ def _scale(axes: Axes, values: np.ndarray, *, cut: bool) -> None:
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
-    # A few huge values at the start would press the rest of the curve flat: the axis ends above the other 98 %.
+    # A few huge values at the start would flatten the rest of the curve: the axis ends above the 98th percentile.
     usual = float(np.quantile(values, 0.98))
-    if cut and high - low > 4 * (usual - low) > 0:
+    if crop and high - low > 4 * (usual - low) > 0:
         axes.set_ylim(low - 0.05 * (usual - low), low + 1.25 * (usual - low))
 
 
-def _scale_of(figure: Figure, axes: Axes) -> str:
-    """Of the drawn chart: kind, coordinate and value at either end, for x and for y, in units of the SVG."""
+def _data_axes(figure: Figure, axes: Axes) -> str:
+    """The attribute ``data-axes`` of a drawn chart (see `svg`)."""
     width, height = figure.get_size_inches() * 72
     box = axes.get_position()
     left, right = axes.get_xlim()
@@ -223,19 +226,19 @@ def _scale_of(figure: Figure, axes: Axes) -> str:
     return " ".join(parts)
 
 
-def _inline(text: str, key: str, scale: str, names: list[str]) -> str:
+def _inline(text: str, prefix: str, data_axes: str, names: list[str]) -> str:
+    """Matplotlib's SVG document as an element of a page."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = re.sub(
         r'^<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        rf'<svg class="chart" viewBox="\1" role="img" data-axes="{scale}">',
+        rf'<svg class="chart" viewBox="\1" role="img" data-axes="{data_axes}">',
         text,
     )
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("xlink:href", "href")
-    # Names last: nothing above may change them.
-    begin = f'<g id="{key}-line'
+    # Names last, so that no replacement above changes them.
     return re.sub(
-        rf'{begin}(\d+)">', lambda found: f'{found[0][:-1]} data-name="{escape(names[int(found[1])])}">', text
+        rf'<g id="{prefix}-line(\d+)">', lambda m: f'{m[0][:-1]} data-name="{escape(names[int(m[1])])}">', text
     )

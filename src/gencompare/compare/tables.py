@@ -1,4 +1,4 @@
-"""Ranked rows as tables: their columns and cells, and CSV, Markdown and LaTeX files."""
+"""Columns and cells of the tables, and the tables as CSV, Markdown and LaTeX files."""
 
 from __future__ import annotations
 
@@ -11,73 +11,26 @@ from typing import Any
 
 from gencompare.compare import formatting
 from gencompare.compare.load_runs import LoadedRuns, RunFolder
-from gencompare.compare.ranking import TableRow, TableSection, ranked, without_metrics
-from gencompare.compare.run_costs import autoencoder_cost, dependency_costs, own_cost, total_cost
-from gencompare.compare.sampler_description import sampler_description, weights
-from gencompare.compare.statistics import flags_of
+from gencompare.compare.ranking import RankingTable, TableRow, ranking_tables, runs_without_results
+from gencompare.compare.run_costs import autoencoder_cost, describe_dependencies, own_cost, total_cost
+from gencompare.compare.sampler_description import describe_sampling, describe_weights
+from gencompare.compare.statistics import warnings_of
 from gencompare.files import write_text
 
+BPD_PREFIX = "bpd_"
+"""Prefix of the metrics in bits/dim, one for each estimator."""
 
-def all_metrics(group: TableSection) -> dict[str, Any]:
-    """Every figure with its floor and its notes, a row each, and what else the evaluation kept."""
-    lines = []
-    for name in group.metrics():
-        primary = name == group.primary_metric
-        metrics = [row.result.metrics.get(name) for row in group.rows]
-        warned = [formatting.WARNED if primary and row.flags else "" for row in group.rows]
-        cells = [
-            (
-                formatting.format_metric(m.value),
-                formatting.join(warning, formatting.beside(m, primary_metric=primary, real=False)),
-            )
-            if m is not None
-            else (formatting.NONE, warning)
-            for m, warning in zip(metrics, warned, strict=True)
-        ]
-        floor = next((m.baseline for m in metrics if m is not None and m.baseline is not None), None)
-        unit = next((m.unit for m in metrics if m is not None and m.unit), "")
-        notes = dict.fromkeys(m.note for m in metrics if m is not None and m.note and m.note != formatting.label(m))
-        lines.append((heading(group, name), unit, cells, formatting.format_metric(floor), "; ".join(notes)))
-    kept = dict.fromkeys(
-        name for row in group.rows for name, value in row.result.details.items() if value not in ([], {})
-    )
-    for said_elsewhere in ("warnings", "images_per_second", "nearest_training"):
-        kept.pop(said_elsewhere, None)
-    details = [(name, [compact_config(row.result.details.get(name)) for row in group.rows]) for name in kept]
-    costs = [column for column in columns(group) if column.title in ("NFE", "samples/s")]
-    details = [(c.title, [c.cell(row).text for row in group.rows]) for c in costs] + details
-    heads = [(row.run.label, sampler_description(row.result) or "samples") for row in group.rows]
-    return {"heads": heads, "lines": lines, "details": details, "noted": any(line[-1] for line in lines)}
-
-
-def compact_config(value: Any) -> str:
-    """A free value of a record in a few words."""
-    if value is None:
-        return formatting.NONE
-    if formatting.format_number(value) is not None:
-        return formatting.format_count(value) if abs(value) >= 1e4 else f"{value:.4g}"
-    if isinstance(value, list):
-        text = "  ".join(map(compact_config, value))
-    elif isinstance(value, dict):
-        text = "  ".join(f"{key}: {compact_config(part)}" for key, part in value.items())
-    else:
-        text = str(value)
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-LIKELIHOOD = "bpd_"
-"""Beginning of the names of figures in bits/dim, one a way of scoring."""
-
-KINDS = ("exact", "bound", "estimate")
+BPD_KINDS = ("exact", "bound", "estimate")
+"""Note labels of metrics in bits/dim, the most reliable first."""
 
 
 @dataclass(frozen=True)
 class Cell:
     text: str
-    beside: str = ""
-    """A second, smaller line."""
-    key: float | str | None = None
-    """What the column is sorted by; None comes last."""
+    annotation: str = ""
+    """Small print below the text."""
+    sort_key: float | str | None = None
+    """None sorts last."""
 
 
 @dataclass(frozen=True)
@@ -85,199 +38,264 @@ class Column:
     title: str
     cell: Callable[[TableRow], Cell]
     numeric: bool = True
-    metric: str | None = None
-    """Name of the figure that the column shows."""
+    metric_name: str | None = None
+    """The metric that the column shows."""
 
 
-def columns(group: TableSection) -> list[Column]:
-    """The columns of a group's table, without those that would be empty in every row."""
-    names = group.metrics()
-    figures = [Column(heading(group, n), _metric(n), metric=n) for n in names if not n.startswith(LIKELIHOOD)]
-    if len(figures) < len(names):
-        known = sum(
-            formatting.format_place(column.metric or "") < formatting.format_place(LIKELIHOOD) for column in figures
-        )
-        figures.insert(known, Column("bits/dim\u00a0↓", _likelihood))
-    every = [
-        Column("run", lambda row: _text(row.run.label, _remark(row)), numeric=False),
+def columns(table: RankingTable) -> list[Column]:
+    """The columns of a table that are not empty in every row."""
+    names = table.metrics()
+    metrics = [
+        Column(metric_heading(table, name), _metric(name), metric_name=name)
+        for name in names
+        if not name.startswith(BPD_PREFIX)
+    ]
+    if len(metrics) < len(names):
+        bpd_position = formatting.column_position(BPD_PREFIX)
+        index = sum(formatting.column_position(column.metric_name or "") < bpd_position for column in metrics)
+        metrics.insert(index, Column("bits/dim\u00a0↓", _bits_per_dim))
+    all_columns = [
+        Column("run", lambda row: _text(row.run.label, _run_annotation(row)), numeric=False),
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
-        *figures[:1],
-        Column("against the best", _verdict),
-        *figures[1:],
+        *metrics[:1],
+        Column("vs. best", _comparison),
+        *metrics[1:],
         Column("NFE", _nfe),
-        Column("FLOPs a sample", _count(lambda row: row.result.details.get("flops_per_sample"))),
-        Column("parameters", _count(lambda row: row.run.record.model.get("parameters"))),
+        Column("FLOPs/sample", _number(lambda row: row.result.details.get("flops_per_sample"))),
+        Column("parameters", _number(lambda row: row.run.record.model.get("parameters"))),
         Column("images seen", _images_seen),
         Column("device time", _device_time),
         Column(
             "train images/s",
-            _count(lambda row: row.run.record.training.get("images_per_second"), formatting.format_rate),
+            _number(lambda row: row.run.record.training.get("images_per_second"), formatting.format_rate),
         ),
-        Column("samples/s", _count(_samples_per_second, formatting.format_rate)),
-        Column("weights", lambda row: _text(weights(row.result.generation)), numeric=False),
-        Column("sampler", lambda row: _known(row.result.generation.sampler), numeric=False),
-        Column("guidance", lambda row: _known(row.result.generation.guidance), numeric=False),
-        Column("seed", lambda row: Cell(", ".join(map(str, row.line.seeds)), key=row.line.seeds[0])),
+        Column("samples/s", _number(_samples_per_second, formatting.format_rate)),
+        Column("weights", lambda row: _text(describe_weights(row.result.generation)), numeric=False),
+        Column("sampler", lambda row: _known_text(row.result.generation.sampler), numeric=False),
+        Column("guidance", lambda row: _known_text(row.result.generation.guidance), numeric=False),
+        Column("seed", lambda row: Cell(", ".join(map(str, row.group.seeds)), sort_key=row.group.seeds[0])),
     ]
-    return [column for column in every if any(column.cell(row).key not in (None, "") for row in group.rows)]
+    return [column for column in all_columns if any(column.cell(row).sort_key not in (None, "") for row in table.rows)]
 
 
-def heading(group: TableSection, name: str) -> str:
-    """A figure's title with the arrow of its better direction."""
-    metric = next((row.result.metrics[name] for row in group.rows if name in row.result.metrics), None)
+def metric_heading(table: RankingTable, name: str) -> str:
+    """The title of a metric with an arrow towards better values."""
+    metric = next((row.result.metrics[name] for row in table.rows if name in row.result.metrics), None)
     arrow = formatting.direction_arrow(metric) if metric is not None else ""
     return "\u00a0".join(filter(None, [formatting.title(name), arrow]))
 
 
-def _remark(row: TableRow) -> str:
-    """What tells the row from its neighbours: of a run that was measured in several ways, how it was sampled."""
+def table_title(table: RankingTable) -> str:
+    """Data set and primary metric of a table."""
+    return f"{table.measurement.data}: {metric_heading(table, table.primary_metric)}"
+
+
+def _run_annotation(row: TableRow) -> str:
+    """What distinguishes the row from other rows, its status, and the state of an unfinished run."""
     state = row.run.record.state
-    parts = [row.run.told, row.way, row.standing, state if state not in ("finished", "samples") else ""]
+    parts = [row.run.settings, row.sampling, row.status, state if state not in ("finished", "samples") else ""]
     return " · ".join(part for part in parts if part)
 
 
-def _text(text: str, beside: str = "") -> Cell:
-    return Cell(text or formatting.NONE, beside, text)
+def _text(text: str, annotation: str = "") -> Cell:
+    return Cell(text or formatting.MISSING, annotation, text)
 
 
-def _known(text: str) -> Cell:
+def _known_text(text: str) -> Cell:
     return _text("" if text in ("unknown", "none") else text)
+
+
+def _number(
+    value: Callable[[TableRow], Any], to_text: Callable[[float | None], str] = formatting.format_count
+) -> Callable[[TableRow], Cell]:
+    def cell(row: TableRow) -> Cell:
+        number = formatting.as_number(value(row))
+        return Cell(to_text(number), sort_key=number)
+
+    return cell
 
 
 def _metric(name: str) -> Callable[[TableRow], Cell]:
     def cell(row: TableRow) -> Cell:
         metric = row.result.metrics.get(name)
         if metric is None:
-            return Cell(formatting.NONE)
-        beside = formatting.beside(metric, primary_metric=name == row.result.primary_metric)
-        if name == row.result.primary_metric and row.flags:
-            beside = formatting.join(formatting.WARNED, beside)
-        return Cell(formatting.format_metric(metric.value), beside, formatting.format_number(metric.value))
+            return Cell(formatting.MISSING)
+        primary = name == row.result.primary_metric
+        warning = formatting.WARNING if primary and row.warnings else ""
+        annotation = formatting.join_notes(warning, formatting.annotation(metric, primary=primary))
+        return Cell(formatting.format_metric(metric.value), annotation, formatting.as_number(metric.value))
 
     return cell
 
 
-def _verdict(row: TableRow) -> Cell:
-    """Holm's p value against the best row that was tested, and what it means.
+def _comparison(row: TableRow) -> Cell:
+    """The Holm-adjusted p value against the best tested row, and whether it is significant.
 
-    Sorted from the best row over those least told apart from it to the one most surely worse.
+    Sorts from the best row over those least different from it to those that differ most.
     """
-    verdict = row.verdict
-    if verdict is None:
-        return Cell(formatting.NONE)
-    if verdict.p is None:
-        return Cell("best tested", key=-2.0)
-    text = "p < 0.001" if verdict.p < 0.001 else f"p = {verdict.p:.2g}"
-    return Cell(text, f"{'worse than' if verdict.apart else 'not told apart from'} #{verdict.reference}", -verdict.p)
+    comparison = row.comparison
+    if comparison is None:
+        return Cell(formatting.MISSING)
+    if comparison.p_value is None:
+        return Cell("best tested", sort_key=-2.0)
+    p = comparison.p_value
+    verdict = "significantly worse than" if comparison.significant else "not significantly different from"
+    return Cell("p < 0.001" if p < 0.001 else f"p = {p:.2g}", f"{verdict} #{comparison.best_rank}", -p)
 
 
-def _likelihood(row: TableRow) -> Cell:
-    """One figure in bits/dim, named: the exact one, else the tightest bound, else an estimate.
+def _bits_per_dim(row: TableRow) -> Cell:
+    """One value in bits/dim with its estimator: the exact one, else the lowest bound, else an estimate.
 
-    A model may be scored in several ways, and two models in different ones; all of them are among all figures.
+    A model may have several estimators, and two models different ones; the table of all metrics lists them.
     """
-    scored = [
-        (KINDS.index(kind) if (kind := formatting.label(metric)) in KINDS else len(KINDS), metric.value, name)
+    candidates = [
+        (BPD_KINDS.index(kind) if (kind := formatting.note_label(metric)) in BPD_KINDS else len(BPD_KINDS),
+         metric.value, name)
         for name, metric in row.result.metrics.items()
-        if name.startswith(LIKELIHOOD) and metric.value is not None
-    ]
-    if not scored:
-        return Cell(formatting.NONE)
-    kind, value, name = min(scored)
-    said = [name.removeprefix(LIKELIHOOD), *KINDS[kind : kind + 1]]
-    return Cell(formatting.format_metric(value), " · ".join(said), value)
-
-
-def _count(
-    value: Callable[[TableRow], Any], say: Callable[[float | None], str] = formatting.format_count
-) -> Callable[[TableRow], Cell]:
-    def cell(row: TableRow) -> Cell:
-        number = formatting.format_number(value(row))
-        return Cell(say(number), key=number)
-
-    return cell
+        if name.startswith(BPD_PREFIX) and metric.value is not None
+    ]  # fmt: skip
+    if not candidates:
+        return Cell(formatting.MISSING)
+    kind, value, name = min(candidates)
+    parts = [name.removeprefix(BPD_PREFIX), *BPD_KINDS[kind : kind + 1]]
+    return Cell(formatting.format_metric(value), " · ".join(parts), value)
 
 
 def _images_seen(row: TableRow) -> Cell:
-    """Up to the checkpoint that was measured, and by all that the model needed."""
-    return _whole(row, "images_seen", formatting.format_count, row.result.generation.images_seen)
+    """Training images up to the evaluated checkpoint, including those of all dependencies."""
+    return _total(row, "images_seen", formatting.format_count, row.result.generation.images_seen)
 
 
 def _device_time(row: TableRow) -> Cell:
-    """Of all that the model needed."""
-    return _whole(row, "device_seconds", formatting.format_duration)
+    """Device time of training, including that of all dependencies."""
+    return _total(row, "device_seconds", formatting.format_duration)
 
 
-def _whole(row: TableRow, kind: str, say: Callable[[float | None], str], taken: float | None = None) -> Cell:
-    """A cost with what else the model needed, which stands beside it; ``taken`` is the model's own, or as recorded."""
+def _total(row: TableRow, kind: str, to_text: Callable[[float | None], str], own: float | None = None) -> Cell:
+    """A total training cost, annotated with the share of the dependencies.
+
+    Args:
+        own: the cost of the model itself; None takes it from the record.
+    """
     record = row.run.record
-    alone, whole = own_cost(record)[kind], total_cost(record)[kind]
-    if alone is not None and whole is None:  # half of a cost is none
-        return Cell(formatting.NONE)
-    taken = alone if taken is None else taken
-    further = 0.0 if alone is None or whole is None else whole - alone
-    if taken is None or further <= 0:
-        return Cell(say(taken), key=taken)
-    return Cell(say(taken + further), f"{say(further)} of it: {dependency_costs(record)}", taken + further)
+    recorded, total = own_cost(record)[kind], total_cost(record)[kind]
+    if recorded is not None and total is None:  # an incomplete cost is reported as missing
+        return Cell(formatting.MISSING)
+    own = recorded if own is None else own
+    further = 0.0 if recorded is None or total is None else total - recorded
+    if own is None or further <= 0:
+        return Cell(to_text(own), sort_key=own)
+    annotation = f"incl. {to_text(further)}: {describe_dependencies(record)}"
+    return Cell(to_text(own + further), annotation, own + further)
 
 
 def _nfe(row: TableRow) -> Cell:
-    calls = {name: n for name, n in (row.result.generation.nfe or {}).items() if formatting.format_finite(n)}
-    total = formatting.format_calls(calls)
+    nfe = {name: n for name, n in (row.result.generation.nfe or {}).items() if formatting.is_finite(n)}
+    total = formatting.total_nfe(nfe)
     if total is None:
-        return Cell(formatting.NONE)
-    beside = " + ".join(f"{formatting.format_rate(n)} {name}" for name, n in calls.items()) if len(calls) > 1 else ""
-    return Cell(formatting.format_rate(total), beside, total)
+        return Cell(formatting.MISSING)
+    by_network = " + ".join(f"{formatting.format_rate(n)} {name}" for name, n in nfe.items()) if len(nfe) > 1 else ""
+    return Cell(formatting.format_rate(total), by_network, total)
 
 
 def _samples_per_second(row: TableRow) -> float | None:
     seconds = row.result.seconds.get("sampling")
-    return row.result.measurement.num_images / seconds if formatting.format_finite(seconds) and seconds else None
+    return row.result.measurement.num_images / seconds if formatting.is_finite(seconds) and seconds else None
 
 
-def write_csv(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """Every result with every figure, protocol field and cost: one row each, in the order of the tables.
+def metrics_table(table: RankingTable) -> dict[str, Any]:
+    """All metrics of a table, one row per metric and one column per result, and further details of the evaluation."""
+    metric_rows = []
+    for name in table.metrics():
+        primary = name == table.primary_metric
+        metrics = [row.result.metrics.get(name) for row in table.rows]
+        cells = []
+        for row, metric in zip(table.rows, metrics, strict=True):
+            warning = formatting.WARNING if primary and row.warnings else ""
+            if metric is None:
+                cells.append((formatting.MISSING, warning))
+                continue
+            annotation = formatting.annotation(metric, primary=primary, baseline=False)
+            cells.append((formatting.format_metric(metric.value), formatting.join_notes(warning, annotation)))
+        known = [metric for metric in metrics if metric is not None]
+        baseline = next((m.baseline for m in known if m.baseline is not None), None)
+        unit = next((m.unit for m in known if m.unit), "")
+        notes = "; ".join(dict.fromkeys(m.note for m in known if m.note and m.note != formatting.note_label(m)))
+        metric_rows.append((metric_heading(table, name), unit, cells, formatting.format_metric(baseline), notes))
+    names = dict.fromkeys(
+        name for row in table.rows for name, value in row.result.details.items() if value not in ([], {})
+    )
+    for shown_elsewhere in ("warnings", "images_per_second", "nearest_training"):
+        names.pop(shown_elsewhere, None)
+    speed = [column for column in columns(table) if column.title in ("NFE", "samples/s")]
+    details = [(column.title, [column.cell(row).text for row in table.rows]) for column in speed]
+    details += [(name, [format_value(row.result.details.get(name)) for row in table.rows]) for name in names]
+    headings = [(row.run.label, describe_sampling(row.result) or "samples") for row in table.rows]
+    has_notes = any(notes for *_, notes in metric_rows)
+    return {"headings": headings, "metrics": metric_rows, "details": details, "has_notes": has_notes}
 
-    Results that make one row of a table share its rank and its ``mean`` with ``mean.low`` and ``mean.high``, and
-    ``p_holm``, the adjusted p value against the row of rank ``against``. A figure ``m`` has the columns ``m``,
-    ``m.baseline``, ``m.low`` and ``m.high``. A run without results has a row too.
+
+def format_value(value: Any) -> str:
+    """A free value of a record as compact text."""
+    if value is None:
+        return formatting.MISSING
+    if formatting.as_number(value) is not None:
+        return formatting.format_count(value) if abs(value) >= 1e4 else f"{value:.4g}"
+    if isinstance(value, list):
+        text = "  ".join(map(format_value, value))
+    elif isinstance(value, dict):
+        text = "  ".join(f"{key}: {format_value(part)}" for key, part in value.items())
+    else:
+        text = str(value)
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+# CSV
+
+
+def write_csv(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
+    """All results with all metrics, protocol fields and costs: one line per result, in the order of the tables.
+
+    A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results that
+    share a row of a table share its rank, its ``mean`` with ``mean.low`` and ``mean.high``, and ``p_holm``, the
+    adjusted p value against the row of rank ``best_rank``. A run without results has a line too.
     """
-    entries: list[dict[str, Any]] = []
-    for group in ranked(gathered):
-        members = [(row, *pair) for row in group.rows for pair in row.line.members]
-        names_of_figures = group.metrics()
+    lines: list[dict[str, Any]] = []
+    for table in ranking_tables(loaded):
+        metric_names = table.metrics()
+        members = [(row, run, result) for row in table.rows for run, result in row.group.members]
         for row, run, result in members:
-            entry = {"rank": row.rank, "standing": row.standing, **_about(run), "primary_metric": result.primary_metric}
-            if len(row.line.members) > 1:
+            line = {"rank": row.rank, "status": row.status, **_run_fields(run), "primary_metric": result.primary_metric}
+            if len(row.group.members) > 1:
                 low, high = row.metric.interval or (None, None)
-                entry |= {"mean": row.metric.value, "mean.low": low, "mean.high": high}
-            if row.verdict is not None:
-                entry |= {"against": row.verdict.reference, "p_holm": row.verdict.p}
-            for name in names_of_figures:
+                line |= {"mean": row.metric.value, "mean.low": low, "mean.high": high}
+            if row.comparison is not None:
+                line |= {"best_rank": row.comparison.best_rank, "p_holm": row.comparison.p_value}
+            for name in metric_names:
                 metric = result.metrics.get(name)
                 if metric is not None:
                     low, high = metric.interval or (None, None)
-                    entry |= {name: metric.value, f"{name}.baseline": metric.baseline}
-                    entry |= {f"{name}.low": low, f"{name}.high": high, f"{name}.note": metric.note or None}
-            entry |= {"protocol": result.measurement.id}
-            entry |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
-            entry |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
-            entry |= {"nfe": formatting.format_calls(result.generation.nfe)}
-            entry |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
-            entry |= {"flops_per_sample": formatting.format_number(result.details.get("flops_per_sample"))}
-            entry |= {f"seconds.{name}": value for name, value in result.seconds.items()}
-            entry |= {"warnings": "; ".join(flags_of(result)) or None}
-            entries.append(entry)
-    entries += [_about(run) for run in without_metrics(gathered.runs)]
-    names = list(dict.fromkeys(name for entry in entries for name, value in entry.items() if value is not None))
+                    line |= {name: metric.value, f"{name}.baseline": metric.baseline}
+                    line |= {f"{name}.low": low, f"{name}.high": high, f"{name}.note": metric.note or None}
+            line |= {"protocol": result.measurement.id}
+            line |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
+            line |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
+            line |= {"nfe": formatting.total_nfe(result.generation.nfe)}
+            line |= {f"nfe.{name}": value for name, value in (result.generation.nfe or {}).items()}
+            line |= {"flops_per_sample": formatting.as_number(result.details.get("flops_per_sample"))}
+            line |= {f"seconds.{name}": value for name, value in result.seconds.items()}
+            line |= {"warnings": "; ".join(warnings_of(result)) or None}
+            lines.append(line)
+    lines += [_run_fields(run) for run in runs_without_results(loaded.runs)]
+    names = list(dict.fromkeys(name for line in lines for name, value in line.items() if value is not None))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(map(_plain, names))
-    writer.writerows([_plain(entry.get(name)) for name in names] for entry in entries)
+    writer.writerow(map(_csv_value, names))
+    writer.writerows([_csv_value(line.get(name)) for name in names] for line in lines)
     write_text(path, text.getvalue())
 
 
-def _about(run: RunFolder) -> dict[str, Any]:
+def _run_fields(run: RunFolder) -> dict[str, Any]:
     record = run.record
     costs = (
         "steps", "images_seen", "seconds", "device_seconds", "images_per_second", "flops", "peak_memory_bytes"
@@ -285,54 +303,59 @@ def _about(run: RunFolder) -> dict[str, Any]:
     return {
         "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,
         "state": record.state, "folder": str(run.folder),
-        "parameters": formatting.format_number(record.model.get("parameters")),
-        **{f"training.{name}": formatting.format_number(record.training.get(name)) for name in costs},
-        **{f"total.{kind}": cost for kind, cost in total_cost(record).items()},
-        **{f"autoencoder.{name}": formatting.format_number(autoencoder_cost(record).get(name)) for name in costs},
+        "parameters": formatting.as_number(record.model.get("parameters")),
+        **{f"training.{name}": formatting.as_number(record.training.get(name)) for name in costs},
+        **{f"total_cost.{kind}": cost for kind, cost in total_cost(record).items()},
+        **{f"autoencoder.{name}": formatting.as_number(autoencoder_cost(record).get(name)) for name in costs},
     }  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
-    """A CSV value. Text that a spreadsheet would take for a formula gets an apostrophe in front, as they do it."""
+def _csv_value(value: Any) -> Any:
+    """A CSV value. An apostrophe in front of text such as ``=A1`` keeps spreadsheets from evaluating it."""
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
     return value
 
 
-def write_markdown(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """The tables, one a protocol, ready to paste."""
+# Markdown
+
+
+def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
+    """The ranking tables as Markdown."""
     parts = []
-    for group in ranked(gathered):
-        shown = columns(group)
-        lines = [f"### {_markdown(group.measurement.data)}: {_markdown(heading(group, group.primary_metric))}", ""]
-        lines += [_markdown(formatting.describe(group.measurement)), ""]
+    for table in ranking_tables(loaded):
+        shown = columns(table)
+        lines = [f"### {_markdown(table_title(table))}", ""]
+        lines += [_markdown(formatting.describe_protocol(table.measurement)), ""]
         lines += ["| # | " + " | ".join(_markdown(column.title) for column in shown) + " |"]
         lines += ["| ---: | " + " | ".join("---:" if column.numeric else "---" for column in shown) + " |"]
-        for row in group.rows:
+        for row in table.rows:
             cells = [column.cell(row) for column in shown]
-            texts = [_markdown(f"{cell.text} ({cell.beside})" if cell.beside else cell.text) for cell in cells]
-            lines.append(f"| {row.rank or formatting.NONE} | " + " | ".join(texts) + " |")
-        warnings = [f"Warning: {flag}" for flag in group.flags()]
-        lines += [f"\n{_markdown(note)}" for note in [*warnings, *group.notes()]]
+            texts = [_markdown(f"{cell.text} ({cell.annotation})" if cell.annotation else cell.text) for cell in cells]
+            lines.append(f"| {row.rank or formatting.MISSING} | " + " | ".join(texts) + " |")
+        warnings = [f"Warning: {warning}" for warning in table.warnings()]
+        lines += [f"\n{_markdown(note)}" for note in [*warnings, *table.notes()]]
         parts.append("\n".join(lines))
-    missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in without_metrics(gathered.runs)]
+    missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in runs_without_results(loaded.runs)]
     if missing:
-        parts.append("Runs without figures:\n\n" + "\n".join(missing))
-    skipped = [f"- {_markdown(str(skip.folder))}: {_markdown(skip.reason)}" for skip in gathered.skipped]
+        parts.append("Runs without results:\n\n" + "\n".join(missing))
+    skipped = [f"- {_markdown(str(skip.folder))}: {_markdown(skip.reason)}" for skip in loaded.skipped]
     if skipped:
-        parts.append("Left out:\n\n" + "\n".join(skipped))
+        parts.append("Skipped folders:\n\n" + "\n".join(skipped))
     write_text(path, "\n\n".join(parts) + "\n")
 
 
 def _markdown(text: str) -> str:
-    """Text that Markdown and HTML leave alone."""
-    for sign in "\\`*[]|#":
-        text = text.replace(sign, "\\" + sign)
+    """Text with the special characters of Markdown and HTML escaped."""
+    for character in "\\`*[]|#":
+        text = text.replace(character, "\\" + character)
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
 
 
+# LaTeX
+
 LATEX_COLUMNS = 8
-"""Columns of a LaTeX table beside the rank: more do not fit a page; the others are in the CSV."""
+"""Columns of a LaTeX table besides the rank; more do not fit a page."""
 
 LATEX = str.maketrans(
     {
@@ -345,48 +368,45 @@ LATEX = str.maketrans(
 )  # fmt: skip
 
 
-def write_latex(gathered: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """The tables for a paper, one a protocol, in booktabs' style: ``\\usepackage{booktabs}`` and ``{textcomp}``."""
+def write_latex(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
+    """The ranking tables as LaTeX; needs ``\\usepackage{booktabs}`` and ``\\usepackage{textcomp}``."""
     parts = ["% \\usepackage{booktabs,textcomp}"]
-    parts += [_latex_table(group) for group in ranked(gathered) if group.rows]
+    parts += [_latex_table(table) for table in ranking_tables(loaded) if table.rows]
     write_text(path, "\n\n".join(parts) + "\n")
 
 
-def _latex_table(group: TableSection) -> str:
-    shown = [column for column in columns(group) if column.title != "family"][:LATEX_COLUMNS]
-    name = f"{group.measurement.data}: {heading(group, group.primary_metric)}"
-    warnings = [f"Warning: {flag}." for flag in group.flags()]
-    said = [formatting.describe(group.measurement), *warnings, *group.notes()]
+def _latex_table(table: RankingTable) -> str:
+    shown = [column for column in columns(table) if column.title != "family"][:LATEX_COLUMNS]
+    warnings = [f"Warning: {warning}." for warning in table.warnings()]
+    caption = " ".join([formatting.describe_protocol(table.measurement), *warnings, *table.notes()])
     lines = [
         r"\begin{table}",
         r"\centering\small",
-        rf"\caption{{{latex(name)}. {latex(' '.join(said))}}}",
+        rf"\caption{{{latex(table_title(table))}. {latex(caption)}}}",
         rf"\begin{{tabular}}{{r{''.join('r' if column.numeric else 'l' for column in shown)}}}",
         r"\toprule",
         " & ".join([r"\#", *(latex(column.title) for column in shown)]) + r" \\",
     ]
-    for _, rows in group.sections():
-        lines += [r"\midrule", *(_latex_row(row, shown, group) for row in rows)]
+    for _, rows in table.sections():
+        lines += [r"\midrule", *(_latex_row(row, shown, table.primary_metric) for row in rows)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
 
 
-def _latex_row(row: TableRow, shown: list[Column], group: TableSection) -> str:
+def _latex_row(row: TableRow, shown: list[Column], primary_metric: str) -> str:
+    """A row with the annotations of the run and the interval of the primary metric; more do not fit a page."""
     cells = [str(row.rank) if row.rank is not None else "--"]
     for column in shown:
-        cell = column.cell(row)
-        primary_metric = column.metric == group.primary_metric
-        metric = (
-            row.result.metrics.get(group.primary_metric) if primary_metric else None
-        )  # a page has no room for more intervals
-        beside = (
-            formatting.format_interval(metric) if metric is not None else cell.beside if column.title == "run" else ""
-        )
-        best = primary_metric and row.rank == 1
+        cell, annotation = column.cell(row), ""
+        if column.title == "run":
+            annotation = cell.annotation
+        if column.metric_name == primary_metric and primary_metric in row.result.metrics:
+            annotation = formatting.format_interval(row.metric)
+        best = column.metric_name == primary_metric and row.rank == 1
         text = rf"\textbf{{{latex(cell.text)}}}" if best else latex(cell.text)
-        cells.append(text + (rf" {{\footnotesize {latex(beside)}}}" if beside else ""))
+        cells.append(text + (rf" {{\footnotesize {latex(annotation)}}}" if annotation else ""))
     return " & ".join(cells) + r" \\"
 
 
 def latex(text: str) -> str:
-    """Text that LaTeX sets as it is: every special character by its command, no control characters."""
-    return "".join(sign if sign.isprintable() else " " for sign in text.translate(LATEX))
+    """Text with the special characters of LaTeX escaped and control characters replaced by spaces."""
+    return "".join(character if character.isprintable() else " " for character in text.translate(LATEX))

@@ -1,4 +1,4 @@
-"""Words that the program writes for Hydra and for a shell say what they should, whatever is in a folder's name."""
+"""Overrides are quoted for Hydra and for a shell, whatever they contain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from gencompare.command_line import quote, shell_command
+from gencompare.command_line import quote, shell_override
 from gencompare.tasks.runs import run_config
 
 ODD = [
@@ -19,17 +19,17 @@ ODD = [
 
 
 @pytest.mark.parametrize("text", [*ODD, "runs/a_b-c.d", "../runs", "/tmp/x"])
-def test_a_quoted_value_means_just_its_text(text: str) -> None:
+def test_a_quoted_value_parses_to_its_text(text: str) -> None:
     override = OverridesParser.create().parse_override(f"key={quote(text)}")
     assert not override.is_sweep_override()
     cfg = OmegaConf.create({"x": "no"})
     OmegaConf.update(cfg, "key", override.value())
     assert cfg.key == text and isinstance(cfg.key, str)
-    assert shlex.split(shell_command("key", text)) == [f"key={quote(text)}"]
+    assert shlex.split(shell_override("key", text)) == [f"key={quote(text)}"]
 
 
-def test_plain_text_stays_bare() -> None:
-    assert [shell_command("resume", place) for place in ("runs/a_1.2-b", "/x/y")] == [
+def test_plain_text_is_not_quoted() -> None:
+    assert [shell_override("resume", place) for place in ("runs/a_1.2-b", "/x/y")] == [
         "resume=runs/a_1.2-b",
         "resume=/x/y",
     ]
@@ -40,5 +40,5 @@ def test_a_run_folder_is_found_by_its_quoted_name(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     (Path(name) / "config.yaml").write_text("choices: {data: digits}\n")
-    words = run_config.base_on_run_folder([f"run={quote(name)}"])
+    words = run_config.base_on_run_folder([f"run_dir={quote(name)}"])
     assert "data=digits" in words and f"hydra.run.dir={quote(name)}" in words
