@@ -1,0 +1,83 @@
+"""Commands that train or evaluate a run under a given evaluation protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from gencompare.command_line import override, quote, run_command
+from gencompare.compare.load_runs import RunFolder
+from gencompare.records import Measurement, Result
+
+OPTION_OF_FIELD = {
+    "num_images": "evaluation.num_images",
+    "reference": "evaluation.protocol.reference",
+    "chunk_size": "evaluation.protocol.chunk_size",
+}
+"""Config keys that set a single field of the `Measurement`."""
+
+PRESET_FIELDS = {"extractor", "extractor_hash", "resize"}
+"""Fields of the `Measurement` that the preset ``evaluation=NAME`` sets."""
+
+FIXED_FIELDS = {"data", "conditioning", "quantization"}
+"""Fields of the `Measurement` that no evaluation setting can change."""
+
+
+def protocol_overrides(measurement: Measurement, target: Measurement, preset: str) -> list[str] | None:
+    """Overrides that evaluate under ``target`` what was evaluated under ``measurement``; None if that is impossible.
+
+    Args:
+        preset: the evaluation preset of ``target``.
+    """
+    differing = set(measurement.differences(target))
+    if differing & FIXED_FIELDS or ("reference_hash" in differing and "reference" not in differing):
+        return None
+    needs_preset = bool(differing & PRESET_FIELDS)
+    options = [name for name in OPTION_OF_FIELD if name in differing or needs_preset]
+    return [*([override("evaluation", preset)] if needs_preset else []), *_protocol_options(target, options)]
+
+
+def _protocol_options(target: Measurement, names: Iterable[str]) -> list[str]:
+    fields = {OPTION_OF_FIELD[name]: getattr(target, name) for name in names}
+    return [f"{key}={quote(value) if isinstance(value, str) else value}" for key, value in fields.items()]
+
+
+def evaluation_preset(run: RunFolder) -> str:
+    """The evaluation preset in the config of ``run``."""
+    choices = run.record.config.get("choices", {})
+    return (choices.get("evaluation") if isinstance(choices, dict) else None) or "default"
+
+
+def evaluation_command(run: RunFolder, result: Result, overrides: list[str]) -> str:
+    """The command that evaluates the checkpoint of ``result`` again with ``overrides``."""
+    checkpoint = result.generation.checkpoint
+    # Records are untrusted and users paste this into a shell: every value is quoted.
+    chosen = [f"checkpoint={checkpoint}"] if checkpoint == "best" else []
+    return run_command("task=evaluate", override("run_dir", run.folder), *overrides, *chosen)
+
+
+def training_command(family: str, measurement: Measurement, run: RunFolder) -> str:
+    """The command that trains ``family`` on the data of ``run`` and evaluates it under ``measurement``.
+
+    Its folder is a sibling of that of ``run``, so that repeating the comparison of these runs includes it.
+    """
+    choices = run.record.config.get("choices", {})
+    data = choices.get("data") if isinstance(choices, dict) else None
+    # The data and the extractor's weights may have been set on the command line of the run.
+    repeated = [each for each in run.record.overrides if each.startswith(("data.", "evaluation.weights="))]
+    overrides = [override("model", family), override("data", data or measurement.data), *repeated]
+    if evaluation_preset(run) != "default":
+        overrides.append(override("evaluation", evaluation_preset(run)))
+    overrides += _protocol_options(measurement, OPTION_OF_FIELD)
+    if measurement.conditioning == "labels":
+        overrides.append("model.conditional=true")
+    return run_command(*overrides, override("hydra.run.dir", _unused(run.folder.parent / family)))
+
+
+def _unused(folder: Path) -> Path:
+    """``folder``, with a number appended if it exists."""
+    k, candidate = 1, folder
+    while candidate.exists():
+        k += 1
+        candidate = folder.with_name(f"{folder.name}_{k}")
+    return candidate
