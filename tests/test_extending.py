@@ -1,4 +1,4 @@
-"""A family, a schedule, a sampler, a data set, a metric: each is one Python object and one YAML, and nothing else."""
+"""Extensions outside the repository: a family, schedule, sampler, data set and metric, each one object and one YAML."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Blob(GenerativeModel):
         super().__init__(spec, **training)
         self.mean = nn.Parameter(torch.zeros(spec.shape))
 
-    def losses(self, x, cond, draws):
-        return {"loss": (x - torch.tanh(self.mean + draws.normal(x.shape[1:]))).square().flatten(1).mean(1)}
+    def losses(self, x, cond, rng):
+        return {"loss": (x - torch.tanh(self.mean + rng.normal(x.shape[1:]))).square().flatten(1).mean(1)}
 
     @torch.no_grad()
     def sample(self, n, cond=None, *, generator):
         return torch.tanh(self.mean + torch.randn(n, *self.spec.shape, generator=generator))
 
 
-class Chord(VariancePreserving):
-    """The log-SNR falls in a straight line from 10 to -10."""
+class LinearLogSNR(VariancePreserving):
+    """A log-SNR that falls linearly from 10 to -10."""
 
     t_min = 0.0
 
@@ -51,23 +51,23 @@ class Chord(VariancePreserving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leap(Sampler):
-    """Goes to the predicted image and noise at each step: Euler's method, written anew."""
+class MyEuler(Sampler):
+    """Euler's method: each step takes the predicted image and noise to the next noise level."""
 
     order = 1
 
-    def walk(self, denoiser, x, times, cond, generator):
+    def trajectory(self, denoiser, x, times, cond, generator):
         for t, s in pairwise(times):
             prediction = denoiser(x, t, cond)
-            then = denoiser.schedule.at(s, x)
-            x = then.alpha * prediction.x0 + then.sigma * prediction.eps
+            at_s = denoiser.schedule.at(s, x)
+            x = at_s.alpha * prediction.x0 + at_s.sigma * prediction.eps
             yield Step(s, x, prediction)
 
 
 class Stripes(ImageData):
-    """Images of 8x8 whose rows are of one grey, without labels."""
+    """8x8 images without labels; all pixels of a row have the same grey level."""
 
-    spec = DataSpec(name="stripes", shape=(1, 8, 8), num_levels=256)
+    spec = DataSpec(name="stripes", shape=(1, 8, 8), num_bins=256)
 
     def load(self):
         g = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ class Stripes(ImageData):
         return {"train": Split(rows[:500]), "val": Split(rows[500:600]), "test": Split(rows[600:])}
 
 
-def mean_gap(generated, reference):
+def mean_distance(generated, reference):
     """Distance between the means of two sets of features."""
     return float((generated.mean(0) - reference.mean(0)).norm())
 '''
@@ -87,24 +87,24 @@ lr_schedule: null
 grad_clip: null
 """
 
-METRIC = """# @package evaluation.protocol.metrics.mean_gap
-_target_: mine.mean_gap
+METRIC = """# @package evaluation.protocol.metrics.mean_distance
+_target_: mine.mean_distance
 _partial_: true
 """
 
 YAML = {
     "model/blob.yaml": "_target_: mine.Blob" + TRAINING,
-    "model/schedule/chord.yaml": "_target_: mine.Chord\n",
-    "model/sampler/leap.yaml": "_target_: mine.Leap\nsteps: 5\n",
+    "model/schedule/linear_log_snr.yaml": "_target_: mine.LinearLogSNR\n",
+    "model/sampler/my_euler.yaml": "_target_: mine.MyEuler\nnum_steps: 5\n",
     "data/stripes.yaml": "_target_: mine.Stripes\nbatch_size: ${trainer.global_batch_size}\nseed: ${seed}\n",
-    "evaluation/metric/mean_gap.yaml": METRIC,
+    "evaluation/metric/mean_distance.yaml": METRIC,
 }
 
 
 @pytest.fixture(scope="module")
-def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A folder that is not this repository, with the five objects and their YAML; the environment that names it."""
-    folder = tmp_path_factory.mktemp("outside")
+def extension_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Write the module and the YAML files to a folder outside the repository; return an environment that uses it."""
+    folder = tmp_path_factory.mktemp("extensions")
     (folder / "mine.py").write_text(MODULE)
     for name, text in YAML.items():
         path = folder / "conf" / name
@@ -113,45 +113,45 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "GENCOMPARE_CONF": str(folder / "conf"), "PYTHONPATH": str(folder), "FOLDER": str(folder)}
 
 
-def run(outside: dict[str, str], *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words], env=outside, cwd=outside["FOLDER"], capture_output=True, text=True, timeout=280
+def run(env: dict[str, str], *args: str) -> str:
+    process = subprocess.run(
+        [sys.executable, *args], env=env, cwd=env["FOLDER"], capture_output=True, text=True, timeout=280
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout
 
 
-def test_they_are_listed(outside: dict[str, str]) -> None:
-    shown = run(outside, str(ROOT / "run.py"), "--help").splitlines()
+def test_help_lists_the_new_options(extension_env: dict[str, str]) -> None:
+    lines = run(extension_env, str(ROOT / "run.py"), "--help").splitlines()
     for name in YAML:
         group, option = name.removesuffix(".yaml").rsplit("/", 1)
-        line = next(line for line in shown if line.startswith(f"{group}:"))
+        line = next(line for line in lines if line.startswith(f"{group}:"))
         assert option in line.split(":")[1].replace(",", " ").split()
 
 
-def test_they_run(outside: dict[str, str]) -> None:
-    common = ["debug=fast", "logger=csv", "+evaluation/metric=mean_gap"]
-    parts = ["model=ddpm", "model/schedule=chord", "model/sampler=leap", "data=digits"]
-    folder = Path(outside["FOLDER"])
-    for words, shown in ((["model=blob", "data=stripes"], "mean_gap"), (parts, "Leap")):
-        process = Forked(folder, *words, *common, env=outside, first=lambda: sys.path.insert(0, str(folder)))
+def test_runs_use_the_extensions(extension_env: dict[str, str]) -> None:
+    shared = ["debug=fast", "logger=csv", "+evaluation/metric=mean_distance"]
+    parts = ["model=ddpm", "model/schedule=linear_log_snr", "model/sampler=my_euler", "data=digits"]
+    folder = Path(extension_env["FOLDER"])
+    for overrides, expected in ((["model=blob", "data=stripes"], "mean_distance"), (parts, "MyEuler")):
+        process = Forked(folder, *overrides, *shared, env=extension_env, first=lambda: sys.path.insert(0, str(folder)))
         assert process.wait(timeout=280) == 0, process.output()[-3000:]
-        assert shown in process.output()
+        assert expected in process.output()
 
 
-def test_the_contract_tests_find_them(outside: dict[str, str]) -> None:
-    """The tests that glob conf/ run on the five as they are, and a broken promise of theirs is seen."""
-    words = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-v", "--rootdir", str(ROOT)]
+def test_the_interface_tests_cover_the_extensions(extension_env: dict[str, str]) -> None:
+    """The tests that glob conf/ run on all five extensions unchanged."""
+    args = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-v", "--rootdir", str(ROOT)]
     files = [
         f"tests/test_{part}.py" for part in ("conf", "contract", "data", "further_metrics", "schedules", "samplers")
     ]
-    # The laws of samplers under the new schedule with the new sampler alone, not with all the others as well.
-    chosen = "blob or stripes or mean_gap or (chord and leap) or ((chord or leap) and not test_samplers)"
-    # The blob has one mode, so it cannot know several images by heart, and the law says so.
-    chosen = f"({chosen}) and not by_heart"
-    found = run(outside, *words, "-k", chosen, *(str(ROOT / file) for file in files))
-    assert found.count("[chord-leap] PASSED") >= 4
+    # Sampler tests under the new schedule run with the new sampler only.
+    parts = "(linear_log_snr and my_euler) or ((linear_log_snr or my_euler) and not test_samplers)"
+    # The blob has a single mode, so it cannot memorise several images.
+    selection = f"(blob or stripes or mean_distance or {parts}) and not by_heart"
+    output = run(extension_env, *args, "-k", selection, *(str(ROOT / file) for file in files))
+    assert output.count("[linear_log_snr-my_euler] PASSED") >= 4
     for name in YAML:
         option = Path(name).stem
-        assert any(option in line and "PASSED" in line for line in found.splitlines()), f"no test ran on {option}"
-    assert "FAILED" not in found
+        assert any(option in line and "PASSED" in line for line in output.splitlines()), f"no test covers {option}"
+    assert "FAILED" not in output
