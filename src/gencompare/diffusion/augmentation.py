@@ -1,4 +1,4 @@
-"""Augmentation that does not leak into the samples: the network is conditioned on its parameters."""
+"""Non-leaking augmentation: the network is conditioned on the augmentation parameters."""
 
 from __future__ import annotations
 
@@ -13,176 +13,187 @@ from torch import Tensor
 from gencompare.errors import UserError
 from gencompare.rng import RandomSource
 
+LOG2_SCALE_STD = 0.2
+"""Standard deviation of the base-2 logarithm of the isotropic scale."""
+LOG2_STRETCH_STD = 0.2
+"""Standard deviation of the base-2 logarithm of the anisotropic stretch."""
+SHIFT_STD = 0.125
+"""Standard deviation of a translation, relative to the side of the image."""
+ROTATED_AXIS_PROB = 0.5
+"""Probability that the axis of a stretch is rotated; otherwise it is horizontal."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    r"""EDM's augmentation: six random transforms of training images, and a vector of their parameters for the network.
+
+    Karras et al. (2022), "Elucidating the design space of diffusion-based generative models", appendix F.2 and table 6,
+    https://arxiv.org/abs/2206.00364, with the amplitudes of the published code. In this order, with a_2, a_5, a_6, a_7
+    ~ N(0, 1), a_3 and a_4 uniform over the circle, and all 0 for a transform that is switched off:
+
+    | transform | parameters | conditioning vector |
+    |---|---|---|
+    | horizontal flip | a_0 in {0, 1} | a_0 |
+    | vertical flip | a_1 in {0, 1} | a_1 |
+    | scaling by 2^(0.2 a_2) | a_2 | a_2 |
+    | counterclockwise rotation by a_3 | a_3 | cos a_3 - 1, sin a_3 |
+    | stretch by 2^(0.2 a_5) along an axis at angle a_4, the inverse across it | a_4, a_5 | a_5 cos a_4, a_5 sin a_4 |
+    | translation by a_6 / 8 of the width to the right, a_7 / 8 of the height down | a_6, a_7 | a_6, a_7 |
+
+    The vector is 0 if and only if the image is unchanged. A network that receives 0, as in sampling and evaluation,
+    therefore models unchanged images only.
+
+    Args:
+        p: probability of switching on each transform except the horizontal flip. (A flip that is switched on is applied
+            half of the time.)
+        x_flip: the same for the horizontal flip; the published setting is 1. Set it to 0 if the data are already
+        flipped
+            without conditioning (``data.random_flip``).
+    """
+
+    dim: ClassVar[int] = 9
+    """Length of the conditioning vector."""
+
+    p: float = 0.12
+    x_flip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, probability in (("p", self.p), ("x_flip", self.x_flip)):
+            if not 0 <= probability <= 1:
+                raise UserError(f"augmentation.{name}={probability}: give a probability from 0 to 1.")
+
+    def __call__(self, x: Tensor, rng: RandomSource) -> tuple[Tensor, Tensor]:
+        """Transforms images (n, C, H, W) in [-1, 1] without padding.
+
+        Returns:
+            The transformed images, and the conditioning vectors, (n, 9).
+        """
+        if min(x.shape[2:]) < 2:
+            raise UserError(
+                f"Augmentation needs images of at least 2x2 pixels, and these are {x.shape[2]}x{x.shape[3]}: use"
+                " model/augmentation=null."
+            )
+        params = self.sample_params(rng).to(x.device)
+        return augment(x, params), condition_vector(params)
+
+    def sample_params(self, rng: RandomSource) -> Tensor:
+        """a_0 to a_7 for each image, (n, 8)."""
+        return sample_params(rng, self.p, self.x_flip)
+
+
+def sample_params(rng: RandomSource, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
+    """a_0 to a_7 for each image, (n, 8), with the probabilities of `Augmentation` (numbers, or scalar tensors)."""
+    # Without copies of host values to the device, which would synchronise.
+    uniform, (scale, stretch, right, down) = rng.uniform((11,)).T, rng.normal((4,)).T
+    use_scale, use_rotation, use_stretch, use_shift = uniform[:4] < p
+    flips = (uniform[4:6] < 0.5) & torch.stack([uniform[6] < x_flip, uniform[7] < p])
+    angle, axis = (2 * uniform[8:10] - 1) * math.pi
+    axis = axis * (uniform[10] < ROTATED_AXIS_PROB)
+    return torch.stack(
+        [*flips.to(scale), scale * use_scale, angle * use_rotation, axis * use_stretch, stretch * use_stretch,
+         right * use_shift, down * use_shift],
+        dim=1,
+    )  # fmt: skip
+
+
+def condition_vector(params: Tensor) -> Tensor:
+    """The conditioning vectors of parameters (n, 8), (n, 9): the last column of the table of `Augmentation`."""
+    x_flip, y_flip, scale, angle, axis, stretch, right, down = params.T
+    return torch.stack(
+        [x_flip, y_flip, scale, angle.cos() - 1, angle.sin(), stretch * axis.cos(), stretch * axis.sin(), right, down],
+        dim=1,
+    )
+
+
+def augment(x: Tensor, params: Tensor) -> Tensor:
+    """`warp` of images in [-1, 1], clamped because cubic interpolation overshoots at edges."""
+    return warp(x, params).clamp(-1, 1)
+
+
+def warp(x: Tensor, params: Tensor) -> Tensor:
+    """Images (n, C, H, W) after the transforms of ``params`` (n, 8).
+
+    A row of zeros leaves its image exactly unchanged. The result is linear in x. All transforms except the flips are
+    one affine map about the centre of the image, with cubic interpolation; outside of the image, pixels are reflected
+    in the centres of the outermost pixels.
+    """
+    height, width = x.shape[2:]
+    x_flip, y_flip, scale, angle, axis, stretch, right, down = params.T
+    x = torch.where(_per_image(x_flip > 0), x.flip(3), x)
+    x = torch.where(_per_image(y_flip > 0), x.flip(2), x)
+
+    # Source position of each pixel, right and down of the centre: the inverse of shift(stretch(rotate(scale(.)))).
+    rows, columns = (torch.arange(side, device=x.device) - (side - 1) / 2 for side in (height, width))
+    position = (
+        (columns - SHIFT_STD * width * right[:, None])[:, None, :],
+        (rows - SHIFT_STD * height * down[:, None])[:, :, None],
+    )
+    shrink = _per_pixel(torch.exp2(-LOG2_STRETCH_STD * stretch))
+    along, across = _rotate_clockwise(axis, *position)
+    position = _rotate_clockwise(-axis, shrink * along, across / shrink)
+    zoom = _per_pixel(torch.exp2(-LOG2_SCALE_STD * scale))
+    source_x, source_y = (zoom * offset for offset in _rotate_clockwise(angle, *position))
+    # In the coordinates of `resample`, the centres of the outermost pixels are at -1 and 1.
+    grid = torch.stack([source_x * (2 / (width - 1)), source_y * (2 / (height - 1))], dim=3)
+    return torch.where(_per_image(params[:, 2:].any(dim=1)), resample(x, grid), x)
+
+
+def _rotate_clockwise(angle: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets (n, H, W), rotated clockwise. (Without a matrix product, which autocast would compute in 16 bits.)"""
+    cos, sin = _per_pixel(angle.cos()), _per_pixel(angle.sin())
+    return cos * right - sin * down, sin * right + cos * down
+
+
+def _per_pixel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
 
 def resample(x: Tensor, grid: Tensor) -> Tensor:
-    """Values of images (n, C, H, W) at the places ``grid`` (n, h, w, 2), by cubic interpolation, (n, C, h, w).
+    """Samples images (n, C, H, W) at the positions ``grid`` (n, h, w, 2) by cubic interpolation, (n, C, h, w).
 
-    Places are (right, down) with the outermost pixels' centres at -1 and 1; beyond these the image is mirrored in
-    them. It is linear in x. Any number of derivatives with respect to x can be taken, but none with respect to the
-    grid. (Of PyTorch's own ``grid_sample`` only the first derivative is there, and a penalty on D's gradient behind an
-    augmentation needs the second.)
+    Positions are (right, down), with the centres of the outermost pixels at -1 and 1; beyond them the image is
+    reflected. The result is linear in x. Derivatives of any order with respect to x are supported, but none with
+    respect to the grid. (``F.grid_sample`` supports only first derivatives, and a gradient penalty of a discriminator
+    behind an augmentation needs the second.)
     """
     return _Resample.apply(x, grid.to(x.dtype))  # type: ignore[no-any-return]
 
 
-def _read(x: Tensor, grid: Tensor) -> Tensor:
+def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=True)
 
 
 class _Resample(torch.autograd.Function):
-    """y = A x, with A given by the grid: its derivative is the transpose A'."""
+    """y = A x with a matrix A that depends on the grid; its derivative is the transpose A'."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
         ctx.save_for_backward(grid)
         ctx.size = x.shape
-        return _read(x, grid)
+        return _grid_sample(x, grid)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (grid,) = ctx.saved_tensors
-        return _Transposed.apply(gradients[0], grid, ctx.size), None
+        return _ResampleTransposed.apply(gradients[0], grid, ctx.size), None
 
 
-class _Transposed(torch.autograd.Function):
-    """x = A' y, whose derivative is A again."""
+class _ResampleTransposed(torch.autograd.Function):
+    """x = A' y, whose derivative is A."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, grid: Tensor, size: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
         with torch.enable_grad():
             x = y.new_zeros(size).requires_grad_()
-            (found,) = torch.autograd.grad(_read(x, grid), x, y)
-        return found
+            (product,) = torch.autograd.grad(_grid_sample(x, grid), x, y)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (grid,) = ctx.saved_tensors
         return _Resample.apply(gradients[0], grid), None, None
-
-
-SCALE = ANISOTROPY = 0.2
-"""Standard deviation of the logarithm to base 2 of a zoom, and of a stretch."""
-SHIFT = 0.125
-"""Standard deviation of a shift, as a share of the image's side."""
-HUE_AXIS = 0.5
-"""How often the axis of a stretch is turned; else it is horizontal."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    r"""Six transforms of training images, each done or not by chance, and a vector that says what was done.
-
-    Karras et al. (2022), "Elucidating the design space of diffusion-based generative models", appendix F.2 and table 6,
-    with the amplitudes of the code published with it. In their order, with a_2, a_5, a_6, a_7 ~ N(0, 1) and a_3, a_4
-    uniform over the circle, all nought where a transform is not done:
-
-    | transform | done | the network is told |
-    |---|---|---|
-    | mirrored left to right | a_0 in {0, 1} | a_0 |
-    | mirrored top to bottom | a_1 in {0, 1} | a_1 |
-    | zoom by 2^(0.2 a_2) | | a_2 |
-    | turned left by a_3 | | cos a_3 - 1, sin a_3 |
-    | stretch by 2^(0.2 a_5) along an axis at a_4, by the inverse across it | | a_5 cos a_4, a_5 sin a_4 |
-    | shift to the right by a_6 / 8 of the width and down by a_7 / 8 of the height | | a_6, a_7 |
-
-    The vector is nought for an image that is as it was, and for no other. So a network that is told nought, as in
-    sampling and evaluation, knows of such images alone.
-
-    Args:
-        p: probability with which each transform but the first is switched on. (A mirroring that is switched on is
-            done half of the time.)
-        x_flip: the same of mirroring left to right, which they switch on always. Data that are mirrored beforehand
-            without the network being told (``data.flip``) should not be.
-    """
-
-    dim: ClassVar[int] = 9
-    """Length of the vector."""
-
-    p: float = 0.12
-    x_flip: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, share in (("p", self.p), ("x_flip", self.x_flip)):
-            if not 0 <= share <= 1:
-                raise UserError(f"augmentation.{name}={share}: give a probability from 0 to 1.")
-
-    def __call__(self, x: Tensor, draws: RandomSource) -> tuple[Tensor, Tensor]:
-        """Images (n, C, H, W) in [-1, 1] without padding -> the same, moved, and what the network is told, (n, 9)."""
-        if min(x.shape[2:]) < 2:
-            raise UserError(
-                f"Augmentation moves images of at least 2x2 pixels, and these are {x.shape[2]}x{x.shape[3]}: use"
-                " model/augmentation=null."
-            )
-        a = self.parameters(draws).to(x.device)
-        return augment(x, a), condition_vector(a)
-
-    def parameters(self, draws: RandomSource) -> Tensor:
-        """a_0 to a_7 of each image, (n, 8)."""
-        return sample_params(draws, self.p, self.x_flip)
-
-
-def sample_params(draws: RandomSource, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
-    """a_0 to a_7 of each image, (n, 8), with the probabilities of `Augmentation` (numbers, or tensors of one)."""
-    # No number of ours goes to the device by itself, for which the host would wait.
-    chance, (zoom, stretch, right, down) = draws.uniform((11,)).T, draws.normal((4,)).T
-    zooms, turns, stretches, shifts = chance[:4] < p
-    flips = (chance[4:6] < 0.5) & torch.stack([chance[6] < x_flip, chance[7] < p])
-    turn, axis = (2 * chance[8:10] - 1) * math.pi
-    axis = axis * (chance[10] < HUE_AXIS)
-    return torch.stack(
-        [*flips.to(zoom), zoom * zooms, turn * turns, axis * stretches, stretch * stretches, right * shifts,
-         down * shifts],
-        dim=1,
-    )  # fmt: skip
-
-
-def condition_vector(a: Tensor) -> Tensor:
-    """What the network is told of a_0 to a_7, (n, 8) -> (n, 9): the last column of the table of `Augmentation`."""
-    x_flip, y_flip, zoom, turn, axis, stretch, right, down = a.T
-    return torch.stack(
-        [x_flip, y_flip, zoom, turn.cos() - 1, turn.sin(), stretch * axis.cos(), stretch * axis.sin(), right, down],
-        dim=1,
-    )
-
-
-def augment(x: Tensor, a: Tensor) -> Tensor:
-    """`warp` images in [-1, 1]: cubic interpolation overshoots at edges, and that is cut off."""
-    return warp(x, a).clamp(-1, 1)
-
-
-def warp(x: Tensor, a: Tensor) -> Tensor:
-    """Images (n, C, H, W) after the transforms of ``a``, (n, 8); a row of noughts leaves its image as it is, exactly.
-
-    Linear in x. All but the mirrorings are one map, by cubic interpolation, about the centre of the image. What comes
-    in from outside is the image mirrored in the centres of its outermost pixels.
-    """
-    height, width = x.shape[2:]
-    x_flip, y_flip, zoom, turn, axis, stretch, right, down = a.T
-    x = torch.where(_rows(x_flip > 0), x.flip(3), x)
-    x = torch.where(_rows(y_flip > 0), x.flip(2), x)
-
-    # Where each pixel comes from, to the right and down: the inverse of shift(stretch(turn(zoom(.)))).
-    rows, columns = (torch.arange(side, device=x.device) - (side - 1) / 2 for side in (height, width))
-    place = (columns - SHIFT * width * right[:, None])[:, None, :], (rows - SHIFT * height * down[:, None])[:, :, None]
-    narrow = _shaped(torch.exp2(-ANISOTROPY * stretch))
-    along, across = _clockwise(axis, *place)
-    place = _clockwise(-axis, narrow * along, across / narrow)
-    to_right, to_bottom = (_shaped(torch.exp2(-SCALE * zoom)) * offset for offset in _clockwise(turn, *place))
-    # The outermost centres are at -1 and 1.
-    grid = torch.stack([to_right * (2 / (width - 1)), to_bottom * (2 / (height - 1))], dim=3)
-    return torch.where(_rows(a[:, 2:].any(dim=1)), resample(x, grid), x)
-
-
-def _clockwise(angle: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets (n, H, W), turned clockwise as seen. (Not by a product of matrices, which autocast would round.)"""
-    cos, sin = _shaped(angle.cos()), _shaped(angle.sin())
-    return cos * right - sin * down, sin * right + cos * down
-
-
-def _shaped(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-def _rows(choice: Tensor) -> Tensor:
-    return choice[:, None, None, None]

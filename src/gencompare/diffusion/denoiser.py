@@ -1,4 +1,4 @@
-"""Denoisers: anything that says what image and what noise an x_t is made of. Samplers know nothing else."""
+"""Denoisers: the interface between a network and the samplers. A denoiser predicts x_0 and eps from x_t."""
 
 from __future__ import annotations
 
@@ -15,43 +15,49 @@ Cond = Mapping[str, Tensor]
 
 
 class DenoiserProtocol(Protocol):
-    """A network with its schedule, or something that wraps one (guidance, clipping): it takes and gives the same."""
+    """A network under a schedule, or a wrapper of one (guidance, clipping)."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """``x_t`` (n, C, H, W) at time ``t``, () or (n,), in [t_min, t_max]; ``cond`` as the network knows it."""
+        """Predicts x_0 and eps.
+
+        Args:
+            x_t: (n, C, H, W).
+            t: time in [t_min, t_max], () or (n,).
+            cond: the conditions of the network by name, each (n, ...).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network, told what the parameterisation says, under a schedule.
+    """A network with its schedule and parameterisation.
 
-    It is no module: network and schedule belong to the model that trains them.
+    It is not a module: network and schedule belong to the model that trains them.
     """
 
     network: nn.Module
-    """(x (n, C, H, W), noise_cond (n,), cond) -> (n, outputs C, H, W)."""
+    """(x (n, C, H, W), noise_cond (n,), cond) -> (n, output_multiplier C, H, W)."""
     schedule: NoiseSchedule
     parameterization: Parameterization
 
     def output(self, x_t: Tensor, t: Tensor, at: ScheduleValues, cond: Cond) -> Tensor:
-        """What the network itself says, in the type of x_t (under autocast it may come in a shorter one)."""
-        return self.network(*self.parameterization.input(x_t, t, at), cond).to(x_t.dtype)
+        """The raw output of the network, cast to the type of x_t (autocast may shorten it)."""
+        return self.network(*self.parameterization.network_input(x_t, t, at), cond).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         at = self.schedule.at(t, x_t)
-        return self.parameterization.invert(self.output(x_t, t, at, cond), x_t, at)
+        return self.parameterization.to_prediction(self.output(x_t, t, at, cond), x_t, at)
 
 
 @dataclass(frozen=True)
 class ClipX0:
-    """Holds the predicted image within [low, high], the range of the data, and lets eps follow.
+    """Clips the predicted image to [low, high], the range of the data, and adjusts eps to match.
 
-    Without it a small error in eps at high noise, divided by a small alpha, throws x_0 far out of range. (Ho et al.'s
-    own sampler does this, and so does every sampler here, since they see the denoiser alone.)
+    Without clipping, a small error in eps at high noise, divided by a small alpha, moves x_0 far out of range. Ho et
+    al. (2020) clip in their sampler; wrapping the denoiser gives every sampler the same behaviour.
     """
 
     denoiser: DenoiserProtocol
@@ -66,6 +72,6 @@ class ClipX0:
         prediction = self.denoiser(x_t, t, cond)
         at = self.schedule.at(t, x_t)
         x0 = prediction.x0.clamp(self.low, self.high)
-        # The noise moves by what the image was moved: exact where nothing was clipped, however small sigma is.
+        # Shifted by the change of x_0, which is exact where nothing is clipped, however small sigma is.
         eps = prediction.eps + at.alpha / at.sigma * (prediction.x0 - x0)
         return prediction._replace(x0=x0, eps=eps)

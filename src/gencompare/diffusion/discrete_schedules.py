@@ -1,4 +1,4 @@
-"""Noise schedules given by a table with one entry per time step."""
+"""Noise schedules with discrete time steps, stored as a table."""
 
 from __future__ import annotations
 
@@ -13,43 +13,46 @@ from gencompare.errors import UserError
 
 
 class LogSNRTable(NoiseSchedule):
-    r"""T steps whose log-SNR is given: step i is time t = i / T, so that t_min = 1 / T and t_max = 1.
+    r"""A schedule of T steps with given log-SNR. Step i is time :math:`t = i / T`: t_min is 1 / T and t_max is 1.
 
-    Exact at the steps; between two of them the log-SNR is linear in time.
+    The schedule is exact at the steps; between two steps the log-SNR is linear in time.
 
     Args:
-        log_snr: log-SNR of steps 1 to T, (T,), falling; kept in torch's default type.
+        log_snr: log-SNR of steps 1 to T, (T,), falling; stored in torch's default type.
     """
 
     table: Tensor
 
     def __init__(self, log_snr: Tensor) -> None:
         super().__init__()
-        self.T = len(log_snr)
-        self.t_min = 1 / self.T
+        self.num_train_timesteps = len(log_snr)
+        self.t_min = 1 / self.num_train_timesteps
         self.register_buffer("table", log_snr.to(torch.get_default_dtype()), persistent=False)
 
     @property
     def discrete_times(self) -> Tensor:
-        return torch.arange(1, self.T + 1, device=self.table.device, dtype=self.table.dtype) / self.T
+        T = self.num_train_timesteps
+        return torch.arange(1, T + 1, device=self.table.device, dtype=self.table.dtype) / T
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return _interpolate(self.table, on_step(t * self.T) - 1)
+        return _interpolate(self.table, snap_to_integer(t * self.num_train_timesteps) - 1)
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        T = self.num_train_timesteps
         rising = self.table.flip(0).to(log_snr.dtype)
-        right = torch.searchsorted(rising, log_snr.detach().contiguous()).clamp(1, self.T - 1)
-        share = (log_snr - rising[right - 1]) / (rising[right] - rising[right - 1])
-        return (self.T - (right - 1 + share.clamp(0, 1))) / self.T
+        right = torch.searchsorted(rising, log_snr.detach().contiguous()).clamp(1, T - 1)
+        weight = (log_snr - rising[right - 1]) / (rising[right] - rising[right - 1])
+        return (T - (right - 1 + weight.clamp(0, 1))) / T
 
 
 class BetaTable(LogSNRTable, VariancePreserving):
-    r"""The T steps of a DDPM (Ho et al. 2020): x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z for i = 1, ..., T.
+    r"""The schedule of a DDPM: :math:`x_i = \sqrt{1 - \beta_i}\, x_{i-1} + \sqrt{\beta_i}\, z`, :math:`i = 1, ..., T`.
 
-    At time i / T, alpha^2 is the product of the first i factors (1 - beta), the paper's bar alpha_i, exactly.
+    At time i / T, :math:`\alpha^2` is :math:`\bar\alpha_i = \prod_{j \le i} (1 - \beta_j)`, exactly. Ho et al. (2020),
+    "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239.
 
     Args:
-        betas: beta_1 to beta_T, each in (0, 1). Sums are taken in float64.
+        betas: beta_1 to beta_T, each in (0, 1). Sums are computed in float64.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
@@ -57,91 +60,119 @@ class BetaTable(LogSNRTable, VariancePreserving):
         if beta.ndim != 1 or len(beta) < 2:
             raise UserError(f"A table of betas needs at least 2 steps, not {beta.numel()}.")
         if not ((beta > 0) & (beta < 1)).all():
-            raise UserError("Every beta of a noise schedule must lie between 0 and 1 (neither included).")
+            raise UserError("Every beta of a noise schedule must lie strictly between 0 and 1.")
         log_alpha_bar = torch.log1p(-beta).cumsum(0)
         super().__init__(log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
 
 
 class LinearBetas(BetaTable):
-    r"""beta_i^(1 / power) rises linearly from first^(1 / power) to last^(1 / power).
+    r""":math:`\beta_i^{1/p}` rises linearly from :math:`\beta_{start}^{1/p}` to :math:`\beta_{end}^{1/p}`.
 
-    ``power`` 1 is the linear table of Ho et al. (2020, section 4), 2 the "scaled linear" one of Rombach et al. (2022).
-    The end points suit T = 1000: with another T, scale them by 1000 / T to end at the same noise.
+    Power p = 1 is the linear schedule of Ho et al. (2020, section 4), https://arxiv.org/abs/2006.11239; p = 2 is
+    the "scaled linear" one of Rombach et al. (2022), https://arxiv.org/abs/2112.10752.
+
+    Args:
+        beta_start: beta of the first step.
+        beta_end: beta of the last step. The defaults suit T = 1000; for another T, scale both by 1000 / T to end at
+            the same noise.
+        num_train_timesteps: T, the number of steps.
+        power: p.
     """
 
-    def __init__(self, first: float = 1e-4, last: float = 0.02, T: int = 1000, power: float = 1.0) -> None:
-        _check_ends("Linear", first, last)
+    def __init__(
+        self,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_train_timesteps: int = 1000,
+        power: float = 1.0,
+    ) -> None:
+        _check_betas("Linear", beta_start, beta_end)
         if power <= 0:
             raise UserError(f"schedule.power={power}: give a positive number.")
-        ends = first ** (1 / power), last ** (1 / power)
-        super().__init__(torch.linspace(*ends, T, dtype=torch.float64) ** power)
+        ends = beta_start ** (1 / power), beta_end ** (1 / power)
+        super().__init__(torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** power)
 
 
 class CosineBetas(BetaTable):
-    r"""bar alpha_i = f(i / T) / f(0), f(t) = cos^2(pi / 2 (t + s) / (1 + s)), with every beta at most ``beta_max``.
+    r""":math:`\bar\alpha_i = f(i / T) / f(0)` with :math:`f(t) = \cos^2(\frac{\pi}{2} \frac{t + s}{1 + s})`.
 
-    Nichol and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 17 and the text below it.
+    Nichol and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 17 and the text below it,
+    https://arxiv.org/abs/2102.09672.
+
+    Args:
+        s: offset that keeps beta from being too small near t = 0.
+        num_train_timesteps: T, the number of steps.
+        beta_max: upper bound on every beta.
     """
 
-    def __init__(self, s: float = 0.008, T: int = 1000, beta_max: float = 0.999) -> None:
+    def __init__(self, s: float = 0.008, num_train_timesteps: int = 1000, beta_max: float = 0.999) -> None:
         if s < 0:
             raise UserError(f"schedule.s={s}: give 0 or a positive number.")
-        t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+        t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos(torch.pi / 2 * (t + s) / (1 + s)) ** 2
         super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
 
 
 class SigmoidBetas(BetaTable):
-    r"""beta_i = first + (last - first) sigmoid(u_i), u evenly spaced from -6 to 6.
+    r""":math:`\beta_i = \beta_{start} + (\beta_{end} - \beta_{start})\, sigmoid(u_i)`, u evenly spaced from -6 to 6.
 
-    The table of GeoDiff (Xu et al. 2022, "GeoDiff", released code), known as "sigmoid" in later libraries. (Jabri et
-    al.'s 2022 sigmoid schedule is another one: there alpha^2 follows the sigmoid.) The end points suit T = 1000.
+    The table of GeoDiff (Xu et al. 2022, released code; https://arxiv.org/abs/2203.02923), known as "sigmoid" in later
+    libraries. In the sigmoid schedule of Jabri et al. (2022) it is alpha^2 that follows the sigmoid.
+
+    Args:
+        beta_start: lower asymptote of beta.
+        beta_end: upper asymptote of beta; the defaults suit T = 1000.
+        num_train_timesteps: T, the number of steps.
     """
 
-    def __init__(self, first: float = 1e-4, last: float = 0.02, T: int = 1000) -> None:
-        _check_ends("Sigmoid", first, last)
-        u = torch.linspace(-6, 6, T, dtype=torch.float64)
-        super().__init__(first + (last - first) * torch.sigmoid(u))
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000) -> None:
+        _check_betas("Sigmoid", beta_start, beta_end)
+        u = torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float64)
+        super().__init__(beta_start + (beta_end - beta_start) * torch.sigmoid(u))
 
 
-def _check_ends(name: str, first: float, last: float) -> None:
-    if not 0 < first <= last < 1:
+def _check_betas(name: str, beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
         raise UserError(
-            f"{name} betas from {first} to {last}: they must lie within (0, 1), the first not above the last."
+            f"{name} betas from {beta_start} to {beta_end}: both must lie within (0, 1), and beta_start must not be"
+            " above beta_end."
         )
 
 
-def on_step(position: Tensor) -> Tensor:
-    """The position, moved onto a whole number that it misses by rounding alone (its slope stays 1)."""
+class GeometricSigmas(LogSNRTable, VarianceExploding):
+    r"""The noise levels of NCSN: L sigmas in geometric progression, :math:`x_t = x_0 + \sigma_i \epsilon`.
+
+    Level i, counted from the smallest, is time i / L, like step i of a table of betas; between two levels sigma is
+    interpolated geometrically. Song and Ermon (2019), "Generative Modeling by Estimating Gradients of the Data
+    Distribution", section 4.1, https://arxiv.org/abs/1907.05600.
+
+    Args:
+        sigma_min: smallest sigma, for data in [-1, 1]: twice the published value, which is for data in [0, 1].
+        sigma_max: largest sigma; the published 0.01 and 1 are 0.02 and 2 here.
+        num_levels: L; 10 in the paper, 232 for CIFAR-10 in Song and Ermon (2020), https://arxiv.org/abs/2006.09011.
+    """
+
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 2.0, num_levels: int = 10) -> None:
+        check_sigmas(type(self).__name__, sigma_min, sigma_max)
+        if num_levels < 2:
+            raise UserError(f"GeometricSigmas: num_levels={num_levels}: give at least 2.")
+        log_sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), num_levels, dtype=torch.float64)
+        super().__init__(-2 * log_sigma)
+
+
+def snap_to_integer(position: Tensor) -> Tensor:
+    """Rounds positions that miss an integer by floating-point error alone; the derivative stays 1."""
     miss = (position - position.round()).detach()
     rounding = 2 * torch.finfo(position.dtype).eps * position.detach().abs()
     return position - torch.where(miss.abs() <= rounding, miss, 0.0)
 
 
 def _interpolate(values: Tensor, position: Tensor) -> Tensor:
-    """``values`` (T,) at fractional indices, linear in between, held within [0, T - 1]."""
-    # By a shift and not by clamp, whose slope is 0 at either end itself.
-    at = position.detach()
-    position = position + (at.clamp(0, len(values) - 1) - at)
+    """Linear interpolation of ``values`` (T,) at fractional indices, which are clamped to [0, T - 1]."""
+    # Clamped by a detached shift: the derivative of clamp itself is 0 at the ends.
+    detached = position.detach()
+    position = position + (detached.clamp(0, len(values) - 1) - detached)
     left = position.detach().floor().long().clamp(max=len(values) - 2)
-    share = position - left
-    # Either end exactly: a (1 - s) + b s gives a at s = 0 and b at s = 1.
-    return values[left] * (1 - share) + values[left + 1] * share
-
-
-class GeometricSigmas(LogSNRTable, VarianceExploding):
-    r"""L noise levels in geometric progression, x_t = x_0 + sigma_i eps (Song and Ermon 2019, section 4.1).
-
-    Level i, counted from the smallest, is time i / L, as step i of a table of betas is; in between sigma is geometric.
-
-    Args:
-        sigma_min, sigma_max: smallest and largest noise, for data in [-1, 1]. Published figures are for data in [0, 1]:
-            0.01 and 1 there are 0.02 and 2 here.
-        levels: L; the paper has 10, Song and Ermon (2020) 232 for CIFAR-10.
-    """
-
-    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 2.0, levels: int = 10) -> None:
-        check_sigmas(type(self).__name__, sigma_min, sigma_max)
-        if levels < 2:
-            raise UserError(f"NCSNLevels: levels={levels}: give at least 2.")
-        super().__init__(-2 * torch.linspace(math.log(sigma_min), math.log(sigma_max), levels, dtype=torch.float64))
+    weight = position - left
+    # This form is exact at both ends: a (1 - w) + b w is a at w = 0 and b at w = 1.
+    return values[left] * (1 - weight) + values[left + 1] * weight

@@ -1,4 +1,4 @@
-"""What a trained denoiser can do besides sampling: encode, interpolate, inpaint, and show its trajectories."""
+"""Applications of a trained denoiser besides sampling: encoding, interpolation, inpainting, and trajectories."""
 
 from __future__ import annotations
 
@@ -17,52 +17,61 @@ from gencompare.rng import normal_like
 
 
 def encode(denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
-    r"""The noise that the probability-flow ODE leads to from images ``x``: `Heun`'s method, run from data to noise.
+    r"""Encodes images to noise along the probability-flow ODE :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon`.
 
-    d(x / alpha) / d(sigma / alpha) = eps (Song et al. 2021, "Score-based generative modeling", section 4.3). `decode`
-    leads back. Out of clean data there is no slope, so the first step is the one that `decode` undoes with its last,
-    x_t = alpha x_0 + sigma eps(x_t), found by going there twice.
+    `Heun`'s method, run from data to noise; `decode` inverts it. Song et al. (2021), "Score-based generative modeling",
+    section 4.3, https://arxiv.org/abs/2011.13456. The derivative is undefined at clean data, so the first step is the
+    inverse of the last step of `decode`: it solves :math:`x_t = \alpha x_0 + \sigma \epsilon(x_t)` by two fixed-point
+    iterations.
 
     Args:
-        times: rising, within the schedule; the first may be `CLEAN`. A sampler's own are ``sampler.times(schedule)``
-            flipped.
+        denoiser: the model.
+        x: images, (n, C, H, W).
+        times: rising, within the schedule; the first may be `CLEAN`. For those of a sampler, flip
+            ``sampler.times(schedule)``.
+        cond: conditions passed to the denoiser.
+
+    Returns:
+        The state at ``times[-1]``, (n, C, H, W).
     """
     check_times(times.flip(0), denoiser.schedule)
     cond = cond or {}
-    for s, t, now, then in steps_between(times.to(x.device), denoiser.schedule, x):
+    for s, t, at_s, at_t in steps_between(times.to(x.device), denoiser.schedule, x):
         if s == CLEAN:
-            guess = euler_step(x, denoiser(then.alpha * x, t, cond).eps, now, then)
-            x = euler_step(x, denoiser(guess, t, cond).eps, now, then)
+            guess = euler_step(x, denoiser(at_t.alpha * x, t, cond).eps, at_s, at_t)
+            x = euler_step(x, denoiser(guess, t, cond).eps, at_s, at_t)
             continue
-        slope = denoiser(x, s, cond).eps
-        start, x = x, euler_step(x, slope, now, then)
-        if now.sigma / now.alpha * Heun.FURTHEST >= then.sigma / then.alpha:
-            x = euler_step(start, (slope + denoiser(x, t, cond).eps) / 2, now, then)
-    return finite(x, "Encoding")
+        x_s, eps_s = x, denoiser(x, s, cond).eps
+        x = euler_step(x_s, eps_s, at_s, at_t)
+        if at_s.sigma / at_s.alpha * Heun.MAX_NOISE_RATIO >= at_t.sigma / at_t.alpha:
+            x = euler_step(x_s, (eps_s + denoiser(x, t, cond).eps) / 2, at_s, at_t)
+    return check_finite(x, "Encoding")
 
 
 def decode(denoiser: DenoiserProtocol, noise: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
-    """The images that the probability-flow ODE leads to from noise, at falling ``times``: `Heun`'s method."""
-    return Heun(steps=len(times) - 1).sample(denoiser, noise, cond, generator=torch.Generator(), times=times)
+    """Decodes noise to images along the probability-flow ODE, at falling ``times``, with `Heun`'s method."""
+    return Heun(num_steps=len(times) - 1).sample(denoiser, noise, cond, generator=torch.Generator(), times=times)
 
 
-def finite(x: Tensor, doing: str) -> Tensor:
-    """``x``. Raises `UserError` where it holds NaN or infinite values."""
+def check_finite(x: Tensor, operation: str) -> Tensor:
+    """``x``. Raises `UserError` if it contains NaN or infinite values."""
     if not torch.isfinite(x).all():
-        raise UserError(f"{doing} gave NaN or infinite values: the network's weights or outputs are not finite.")
+        raise UserError(f"{operation} gave NaN or infinite values: the network's weights or outputs are not finite.")
     return x
 
 
-def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    r"""From a to b along the arc between them, so that what lies between two noises is as long as noise is.
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    r"""Spherical interpolation from a to b, which preserves the norm of noise.
 
-    sin((1 - s) w) / sin(w) a + sin(s w) / sin(w) b, with w the angle between a and b (Shoemake 1985; Song et al. 2021,
-    "Denoising diffusion implicit models", eq. 67). ``share`` s is (n,).
+    .. math:: \frac{\sin((1 - s) \theta)}{\sin \theta} a + \frac{\sin(s \theta)}{\sin \theta} b
+
+    :math:`\theta` is the angle between a and b, and s is ``weight`` (n,). Shoemake (1985); Song et al. (2021),
+    "Denoising diffusion implicit models", eq. 67, https://arxiv.org/abs/2010.02502.
     """
     cosine = torch.cosine_similarity(a.flatten(1), b.flatten(1))
-    angle = torch.arccos(cosine.clamp(-1 + 1e-6, 1 - 1e-6))  # where the two are alike, the arc is a straight line
-    angle, share = (value.reshape(-1, *[1] * (a.ndim - 1)) for value in (angle, share))
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    angle = torch.arccos(cosine.clamp(-1 + 1e-6, 1 - 1e-6))  # nearly parallel vectors are interpolated linearly
+    angle, weight = (value.reshape(-1, *[1] * (a.ndim - 1)) for value in (angle, weight))
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
 
 
 def inpaint(
@@ -74,41 +83,46 @@ def inpaint(
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    r"""Samples that agree with ``image`` where ``known`` is true, by replacement.
+    r"""Inpainting by replacement: samples that agree with ``image`` where ``known`` is true.
 
-    After each step, known pixels become the image with the noise of that time, alpha_s x + sigma_s z (Song et al. 2021,
-    "Score-based generative modeling", section 5 and appendix I.2). It works with every sampler and needs no training;
-    as the unknown pixels see the known ones only through their noise, it draws from the conditional distribution
-    approximately and not exactly.
+    After each step, known pixels are replaced by the image with the noise of that time,
+    :math:`\alpha_s x + \sigma_s z`. It works with every sampler and needs no training. The unknown pixels depend on the
+    known ones only through their noisy versions, so the samples follow the conditional distribution only approximately.
+    Song et al. (2021), "Score-based generative modeling", section 5 and appendix I.2, https://arxiv.org/abs/2011.13456.
 
     Args:
+        sampler: the sampling method.
+        denoiser: the model.
+        image: (n, C, H, W).
         known: bool, of a shape that broadcasts to ``image``.
+        cond: conditions passed to the denoiser.
+        generator: source of all random numbers.
     """
     if known.dtype != torch.bool:
-        raise UserError("inpaint: `known` says of each pixel whether it is known: give a tensor of bool.")
+        raise UserError("inpaint: `known` must be a bool tensor that marks the known pixels.")
     schedule = denoiser.schedule
     times = sampler.times(schedule)
 
-    def replaced(x: Tensor, t: Tensor) -> Tensor:
+    def replace_known(x: Tensor, t: Tensor) -> Tensor:
         at = schedule.at(t.to(x.device), x)
         return torch.where(known, at.alpha * image + at.sigma * normal_like(image, generator), x)
 
-    x = replaced(schedule.prior(image.shape, generator, image.device, t=times[0]).to(image.dtype), times[0])
+    x = replace_known(schedule.prior(image.shape, generator, image.device, t=times[0]).to(image.dtype), times[0])
     for step in sampler.iterate(denoiser, x, cond, generator=generator, times=times):
-        # In place: the state that a sampler yields is the one that it goes on from.
-        x = step.x.copy_(replaced(step.x, step.t))
-    return finite(x, "Inpainting")
+        # In place: the sampler continues from the tensor that it yields.
+        x = step.x.copy_(replace_known(step.x, step.t))
+    return check_finite(x, "Inpainting")
 
 
 class Trajectory(NamedTuple):
-    """The way from noise to image, at some of its times."""
+    """Some states of a sampler on the way from noise to image."""
 
     times: Tensor
     """(k,), falling."""
     states: Tensor
     """x_t at those times, (k, n, C, H, W)."""
     x0: Tensor
-    """The image that the denoiser saw in it last on the way there, (k, n, C, H, W)."""
+    """The last predicted images before each state, (k, n, C, H, W)."""
 
 
 def trajectory(
@@ -120,55 +134,62 @@ def trajectory(
     count: int,
     generator: torch.Generator,
 ) -> Trajectory:
-    """``count`` evenly chosen steps of a sampler (all of them where it has fewer), the last among them."""
+    """``count`` evenly spaced steps of a sampler, or all if there are fewer; the last is included."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
-    finite(steps[-1].x, "Sampling")
-    chosen = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]
+    check_finite(steps[-1].x, "Sampling")
+    selected = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]
     return Trajectory(
-        torch.stack([step.t for step in chosen]),
-        torch.stack([step.x for step in chosen]),
-        torch.stack([step.prediction.x0 for step in chosen]),
+        torch.stack([step.t for step in selected]),
+        torch.stack([step.x for step in selected]),
+        torch.stack([step.prediction.x0 for step in selected]),
     )
 
 
-def unit_size(states: Tensor, times: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """x_t / sqrt(alpha^2 + sigma^2), which can be looked at whatever the schedule: (k, n, C, H, W) at times (k,)."""
+def normalize_states(states: Tensor, times: Tensor, schedule: NoiseSchedule) -> Tensor:
+    r""":math:`x_t / \sqrt{\alpha^2 + \sigma^2}`, which can be displayed under any schedule.
+
+    Args:
+        states: (k, n, C, H, W).
+        times: (k,).
+        schedule: the schedule of the states.
+    """
     at = schedule.at(times.to(states.device), states)
     return states / (at.alpha**2 + at.sigma**2).sqrt()
 
 
-INTERPOLATION_STEPS = 9
-"""Images from one end of an interpolation to the other, ends included."""
-ODE_STEPS = 50
-"""From image to noise, and back; of two network calls each."""
+NUM_INTERPOLATION_IMAGES = 9
+"""Images of an interpolation, ends included."""
+NUM_ODE_STEPS = 50
+"""Steps between image and noise, of two network calls each."""
 NUM_INPAINTINGS = 6
-"""Ways in which a hidden half is filled in."""
-MOMENTS = 10
-"""Times that a trajectory is shown at."""
-NOISES = 4
-"""Noises whose trajectories are shown."""
+"""Inpaintings of each image."""
+NUM_TRAJECTORY_TIMES = 10
+"""Times at which a trajectory is shown."""
+NUM_TRAJECTORIES = 4
+"""Trajectories shown."""
 
 
 def ode_times(denoiser: DenoiserProtocol, x: Tensor) -> Tensor:
-    """Falling times for the way between image and noise: `ODE_STEPS` even ones, or all of a table that has fewer."""
-    table = denoiser.schedule.discrete_times
-    steps = ODE_STEPS if table is None else min(ODE_STEPS, len(table))
-    return UniformGrid()(denoiser.schedule, steps).to(x.device)
+    """Falling times between noise and image: `NUM_ODE_STEPS` even steps, or all steps of a shorter table."""
+    discrete_times = denoiser.schedule.discrete_times
+    num_steps = NUM_ODE_STEPS if discrete_times is None else min(NUM_ODE_STEPS, len(discrete_times))
+    return UniformGrid()(denoiser.schedule, num_steps).to(x.device)
 
 
 def interpolation(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
-    """One row per pair of images, (n // 2, `INTERPOLATION_STEPS`, C, H, W); conditions are those of the nearer end."""
+    """One row per pair, with the conditions of the nearer end, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W)."""
     times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
-    first = torch.arange(0, len(x) - 1, 2, device=x.device).repeat_interleave(INTERPOLATION_STEPS)
-    share = torch.linspace(0, 1, INTERPOLATION_STEPS, device=x.device).repeat(len(x) // 2)
-    nearer = torch.where(share < 0.5, first, first + 1)
-    between = slerp(noise[first], noise[first + 1], share.to(x.dtype))
-    return decode(denoiser, between, times, select_rows(cond, nearer)).unflatten(0, (-1, INTERPOLATION_STEPS))
+    first = torch.arange(0, len(x) - 1, 2, device=x.device).repeat_interleave(NUM_INTERPOLATION_IMAGES)
+    weight = torch.linspace(0, 1, NUM_INTERPOLATION_IMAGES, device=x.device).repeat(len(x) // 2)
+    nearer = torch.where(weight < 0.5, first, first + 1)
+    interpolated = slerp(noise[first], noise[first + 1], weight.to(x.dtype))
+    images = decode(denoiser, interpolated, times, select_rows(cond, nearer))
+    return images.unflatten(0, (-1, NUM_INTERPOLATION_IMAGES))
 
 
 def round_trip(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
-    """Three rows: images, the noises that they are encoded to (in units of the prior), and what those decode to."""
+    """Three rows: the images, their noise (in units of the prior), and the images decoded from it."""
     times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
     return torch.stack([x, noise / denoiser.schedule.prior_std, decode(denoiser, noise, times, cond)])
@@ -177,28 +198,28 @@ def round_trip(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
 def inpainting(
     sampler: Sampler, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator
 ) -> Tensor:
-    """A row for each image: itself, its upper half, and `NUM_INPAINTINGS` ways to go on from there."""
+    """One row per image: the image, its upper half, and `NUM_INPAINTINGS` inpaintings of the lower half."""
     known = torch.zeros(x.shape[1:], dtype=torch.bool, device=x.device)
     known[:, : (x.shape[2] + 1) // 2] = True
-    which = torch.arange(len(x), device=x.device).repeat_interleave(NUM_INPAINTINGS)
-    filled = inpaint(sampler, denoiser, x[which], known, select_rows(cond, which), generator=generator)
+    index = torch.arange(len(x), device=x.device).repeat_interleave(NUM_INPAINTINGS)
+    inpainted = inpaint(sampler, denoiser, x[index], known, select_rows(cond, index), generator=generator)
     return torch.cat(
-        [x[:, None], torch.where(known, x, 0.0)[:, None], filled.unflatten(0, (-1, NUM_INPAINTINGS))], dim=1
+        [x[:, None], torch.where(known, x, 0.0)[:, None], inpainted.unflatten(0, (-1, NUM_INPAINTINGS))], dim=1
     )
 
 
 def trajectory_rows(
     sampler: Sampler, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator
 ) -> Tensor:
-    """Two rows for each of `NOISES` noises: the states of the sampler, and the images that the denoiser saw in them."""
-    schedule, n = denoiser.schedule, min(NOISES, len(x))
+    """Two rows for each of `NUM_TRAJECTORIES` samples: the states of the sampler, and the predicted images."""
+    schedule, n = denoiser.schedule, min(NUM_TRAJECTORIES, len(x))
     noise = schedule.prior((n, *x.shape[1:]), generator, x.device, t=sampler.times(schedule)[0])
     cond = {name: value[:n] for name, value in cond.items()}
-    found = trajectory(sampler, denoiser, noise, cond, count=MOMENTS, generator=generator)
-    states = unit_size(found.states, found.times, schedule)
-    return torch.stack([states, found.x0], dim=1).permute(2, 1, 0, 3, 4, 5).flatten(0, 1)
+    path = trajectory(sampler, denoiser, noise, cond, count=NUM_TRAJECTORY_TIMES, generator=generator)
+    states = normalize_states(path.states, path.times, schedule)
+    return torch.stack([states, path.x0], dim=1).permute(2, 1, 0, 3, 4, 5).flatten(0, 1)
 
 
 def select_rows(cond: Cond, index: Tensor) -> Cond:
-    """The conditions of some rows, in their order."""
+    """The rows ``index`` of all conditions."""
     return {name: value[index] for name, value in cond.items()}

@@ -1,12 +1,13 @@
-r"""Guidance: steering a denoiser towards a class, or away from what a worse model would say.
+r"""Guidance: steers a denoiser towards a class, or away from the prediction of a worse model.
 
-Guidance takes a denoiser and gives one, so it works with every sampler. Each kind moves along a difference of scores,
+Guidance wraps a denoiser, so it works with every sampler. Classifier-free guidance and autoguidance extrapolate from a
+negative to a positive prediction,
 
-    score = score_away + scale (score_towards - score_away),
+.. math:: \epsilon = \epsilon_- + w (\epsilon_+ - \epsilon_-),
 
-and scale 1 is the model that it guides towards. As the score is -eps / sigma and x_t = alpha x_0 + sigma eps, both
-halves of a prediction mix in the same way. Costs are as they are: where the scale makes one side count for nothing,
-its network is not called.
+so that scale w = 1 is the positive model alone. As the score is :math:`-\epsilon / \sigma` and
+:math:`x_t = \alpha x_0 + \sigma \epsilon`, x_0 is extrapolated in the same way. A network whose prediction has weight 0
+is not called.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from gencompare.errors import UserError, check_number
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance(ABC):
-    """Base of every kind of guidance; a subclass writes ``predict`` and, where another model takes part, ``guides``.
+    """Base class of guidance. A subclass implements ``predict`` and, if it uses other models, ``guides``.
 
     Args:
-        scale: how far to go; 1 is the model guided towards, more goes beyond it.
+        scale: strength of the guidance; 1 is the model guided towards, larger values extrapolate beyond it.
     """
 
     scale: float
@@ -43,30 +44,38 @@ class Guidance(ABC):
 
     @abstractmethod
     def predict(
-        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, drop_cond: Callable[[Cond], Cond]
     ) -> Prediction:
-        """What the guided denoiser says. ``unlabelled`` takes the class out of conditions."""
-
-    def problem(self, *, takes_labels: bool, knows_no_label: bool) -> str | None:
-        """Why a network cannot be guided so; None where it can.
+        """The prediction of the guided denoiser.
 
         Args:
-            takes_labels: whether the network is told the class.
-            knows_no_label: whether it has also learned to go without.
+            denoiser: the denoiser to guide.
+            x_t: (n, C, H, W).
+            t: time, () or (n,).
+            cond: conditions by name.
+            drop_cond: replaces class and embedding by their null values.
+        """
+
+    def incompatibility(self, *, is_conditional: bool, has_null_cond: bool) -> str | None:
+        """Why a network cannot be guided in this way; None if it can.
+
+        Args:
+            is_conditional: whether the network receives a class or an embedding.
+            has_null_cond: whether it was also trained without them (label dropout).
         """
         return None
 
     def guides(self) -> dict[str, nn.Module]:
-        """Other models that take part, by name: their calls count, and they go to the device of the guided one."""
+        """Other models that take part in sampling, by name: they are moved and counted with the guided model."""
         return {}
 
     @property
     def needs_label(self) -> bool:
-        """Whether the class steers the samples even of a network that is not told it."""
+        """Whether sampling needs labels even if the network is unconditional."""
         return False
 
     def describe(self) -> str:
-        """Name and settings, in words for a table."""
+        """Name and settings for a table."""
         guides = ", ".join(f" with {_name(guide)}" for guide in self.guides().values())
         return f"{type(self).__name__}{guides}, scale {self.scale:g}"
 
@@ -77,26 +86,29 @@ class Guided:
 
     denoiser: DenoiserProtocol
     guidance: Guidance
-    unlabelled: Callable[[Cond], Cond]
+    drop_cond: Callable[[Cond], Cond]
 
     @property
     def schedule(self) -> NoiseSchedule:
         return self.denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return self.guidance.predict(self.denoiser, x_t, t, cond, self.unlabelled)
+        return self.guidance.predict(self.denoiser, x_t, t, cond, self.drop_cond)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree(Guidance):
-    r"""eps = eps_u + scale (eps_c - eps_u), with eps_u what the same network says when it is told no class.
+    r"""Classifier-free guidance: :math:`\epsilon = \epsilon_u + scale\, (\epsilon_c - \epsilon_u)`.
 
-    Ho and Salimans (2022), "Classifier-free diffusion guidance", eq. 6, whose w is scale - 1. Scale 0 is unconditional
-    and scale 1 conditional; both cost one row a sample, and any other two rows, in one call.
+    :math:`\epsilon_c` is the conditional and :math:`\epsilon_u` the unconditional prediction of the same network. Scale
+    0 is unconditional and 1 conditional, at the usual cost; other scales double the batch of the network call. Ho and
+    Salimans (2022), "Classifier-free diffusion guidance", eq. 6 (their w is scale - 1),
+    https://arxiv.org/abs/2207.12598.
 
     Args:
-        interval: lowest and highest sigma / alpha (Karras's sigma) at which to guide; elsewhere the scale is 1.
-            Kynkaanniemi et al. (2024), "Applying guidance in a limited interval", eq. 6. None guides everywhere.
+        interval: lowest and highest sigma / alpha with guidance; elsewhere the scale is 1. None guides everywhere.
+            Kynkäänniemi et al. (2024), "Applying guidance in a limited interval", eq. 6,
+            https://arxiv.org/abs/2404.07724.
     """
 
     interval: Sequence[float] | None = None
@@ -110,13 +122,13 @@ class ClassifierFree(Guidance):
                 f"guidance.interval={list(self.interval)}: give the lowest and the highest sigma / alpha, as [0.3, 3]."
             )
 
-    def problem(self, *, takes_labels: bool, knows_no_label: bool) -> str | None:
-        if not takes_labels:
+    def incompatibility(self, *, is_conditional: bool, has_null_cond: bool) -> str | None:
+        if not is_conditional:
             return (
                 "Classifier-free guidance needs a conditional model: train with model.conditional=true"
                 " model.label_dropout=0.1, or leave model/guidance out."
             )
-        if not knows_no_label and self.scale != 1:
+        if not has_null_cond and self.scale != 1:
             return (
                 "Classifier-free guidance needs a model that was also trained without labels: train with"
                 " model.label_dropout=0.1."
@@ -124,26 +136,26 @@ class ClassifierFree(Guidance):
         return None
 
     def predict(
-        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, drop_cond: Callable[[Cond], Cond]
     ) -> Prediction:
-        scale = self._scale(denoiser.schedule.at(t, x_t))
+        scale = self._scale_at(denoiser.schedule.at(t, x_t))
         if not isinstance(scale, Tensor) and scale in (0, 1):
-            return denoiser(x_t, t, cond if scale == 1 else unlabelled(cond))
-        away, towards = _both(denoiser, x_t, t, unlabelled(cond), cond)
-        return _beyond(away, towards, scale)
+            return denoiser(x_t, t, cond if scale == 1 else drop_cond(cond))
+        unconditional, conditional = _predict_both(denoiser, x_t, t, drop_cond(cond), cond)
+        return _extrapolate(unconditional, conditional, scale)
 
-    def _scale(self, at: ScheduleValues) -> float | Tensor:
-        """The scale at these noise levels: one number, or, where rows differ, one a row, shaped to meet x_t."""
+    def _scale_at(self, at: ScheduleValues) -> float | Tensor:
+        """The scale: one number, or, where it differs between rows, a tensor that broadcasts with x_t."""
         if self.interval is None:
             return self.scale
         low, high = self.interval
-        level = torch.exp(-at.log_snr / 2)
-        inside = (level >= low) & (level <= high)
+        sigma = torch.exp(-at.log_snr / 2)  # over alpha
+        inside = (sigma >= low) & (sigma <= high)
         if inside.all():
             return self.scale
         if not inside.any():
             return 1.0
-        return torch.where(inside, self.scale, 1.0).to(level.dtype)
+        return torch.where(inside, self.scale, 1.0).to(sigma.dtype)
 
     def describe(self) -> str:
         if self.interval is None:
@@ -164,14 +176,14 @@ class NoisyClassifier(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierGuidance(Guidance):
-    r"""eps = eps_theta - scale sigma grad_{x_t} log p(y | x_t), with y = ``cond["label"]``.
+    r"""Classifier guidance: :math:`\epsilon = \epsilon_\theta - scale\, \sigma \nabla_{x_t} \log p(y | x_t)`.
 
-    Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", eq. 14 (algorithm 2); here it is what
-    every sampler sees. On an unconditional network, scale 1 is Bayes's rule: the conditional score. Each step costs one
-    pass of the classifier forward and one back; scale 0 costs none.
+    y is ``cond["label"]``. With an unconditional network, scale 1 gives the conditional score by Bayes' rule. A step
+    costs one forward and one backward pass of the classifier; scale 0 costs none. Dhariwal and Nichol (2021),
+    "Diffusion models beat GANs on image synthesis", eq. 14 and algorithm 2, https://arxiv.org/abs/2105.05233.
 
     Args:
-        classifier: of noisy images, trained under the schedule of the model that it guides.
+        classifier: a classifier of noisy images, trained under the schedule of the guided model.
     """
 
     classifier: NoisyClassifier
@@ -184,7 +196,7 @@ class ClassifierGuidance(Guidance):
         return True
 
     def predict(
-        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, drop_cond: Callable[[Cond], Cond]
     ) -> Prediction:
         prediction = denoiser(x_t, t, cond)
         if self.scale == 0:
@@ -194,7 +206,7 @@ class ClassifierGuidance(Guidance):
         return prediction._replace(x0=prediction.x0 + at.sigma / at.alpha * shift, eps=prediction.eps - shift)
 
     def _gradient(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """grad log p(label | x_t), like x_t. Samplers run without gradients: here they are needed for a moment."""
+        """grad log p(label | x_t), of the shape of x_t. Enables gradients, which are off while sampling."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             log_p = self.classifier(x, t).to(x.dtype).log_softmax(1)
@@ -204,13 +216,14 @@ class ClassifierGuidance(Guidance):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoGuidance(Guidance):
-    r"""D = D_weak + scale (D_main - D_weak), with the weak model a smaller or an earlier one of the same data.
+    r"""Autoguidance: :math:`D = D_{weak} + scale\, (D_{main} - D_{weak})`.
 
-    Karras et al. (2024), "Guiding a diffusion model with a bad version of itself", eq. 3 with D_0 the weak one. Scale 1
-    is the main model alone and 0 the weak one alone. It guides unconditional models too.
+    The weak model is smaller, or trained for less time, on the same data. Scale 1 is the main model alone and 0 the
+    weak one alone. It also guides unconditional models. Karras et al. (2024), "Guiding a diffusion model with a bad
+    version of itself", eq. 3 with D_0 the weak model, https://arxiv.org/abs/2406.02507.
 
     Args:
-        weak: the worse denoiser, under the same schedule; it is told the same class.
+        weak: the weak denoiser, under the same schedule; it receives the same conditions.
     """
 
     weak: DenoiserProtocol
@@ -219,44 +232,47 @@ class AutoGuidance(Guidance):
         return _modules(weak=self.weak)
 
     def predict(
-        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Callable[[Cond], Cond]
+        self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, drop_cond: Callable[[Cond], Cond]
     ) -> Prediction:
         if self.scale in (0, 1):
             return (denoiser if self.scale == 1 else self.weak)(x_t, t, cond)
-        return _beyond(self.weak(x_t, t, cond), denoiser(x_t, t, cond), self.scale)
+        return _extrapolate(self.weak(x_t, t, cond), denoiser(x_t, t, cond), self.scale)
 
 
 @torch.no_grad()
 def check_same_schedule(schedule: NoiseSchedule, guidance: Guidance, points: int = 9) -> None:
-    """Raises `UserError` where a guide was trained under another schedule: it would be told wrong noise levels."""
+    """Raises `UserError` if a guide was trained under another schedule, so that noise levels would not match."""
     for name, guide in guidance.guides().items():
         other = guide.schedule
         assert isinstance(other, NoiseSchedule)
         if not torch.allclose(_curve(schedule, points), _curve(other, points), rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"model.guidance.{name} was trained under another noise schedule ({type(other).__name__}) than the"
-                f" model that it guides ({type(schedule).__name__}), or with other settings of it: train both alike."
+                f" model that it guides ({type(schedule).__name__}), or with other settings of it: train both with the"
+                " same schedule."
             )
 
 
 def _curve(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Times, log-SNR and log alpha at some of them, from end to end."""
+    """Times from t_min to t_max, and the log-SNR and log alpha there."""
     t = torch.linspace(schedule.t_min, schedule.t_max, points, device=schedule.device)
     return torch.stack([t, schedule.log_snr(t), schedule.log_alpha(t)]).float().cpu()
 
 
-def _beyond(away: Prediction, towards: Prediction, scale: float | Tensor) -> Prediction:
-    """away + scale (towards - away). A learned variance stays that of ``towards``."""
-    return towards._replace(
-        x0=away.x0 + scale * (towards.x0 - away.x0), eps=away.eps + scale * (towards.eps - away.eps)
+def _extrapolate(negative: Prediction, positive: Prediction, scale: float | Tensor) -> Prediction:
+    """negative + scale (positive - negative). A learned variance is that of ``positive``."""
+    return positive._replace(
+        x0=negative.x0 + scale * (positive.x0 - negative.x0), eps=negative.eps + scale * (positive.eps - negative.eps)
     )
 
 
-def _both(denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, one: Cond, two: Cond) -> tuple[Prediction, Prediction]:
-    """Predictions under two conditions, in one call of 2n rows."""
-    cond = {name: torch.cat([one[name], two[name]]) for name in two}
-    joint = denoiser(torch.cat([x_t, x_t]), t.repeat(2) if t.ndim else t, cond)
-    halves = [(None, None) if part is None else part.chunk(2) for part in joint]
+def _predict_both(
+    denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond_a: Cond, cond_b: Cond
+) -> tuple[Prediction, Prediction]:
+    """Predictions under two conditions, in one call with 2n rows."""
+    cond = {name: torch.cat([cond_a[name], cond_b[name]]) for name in cond_b}
+    both = denoiser(torch.cat([x_t, x_t]), t.repeat(2) if t.ndim else t, cond)
+    halves = [(None, None) if part is None else part.chunk(2) for part in both]
     first, second = zip(*halves, strict=True)
     return Prediction(*first), Prediction(*second)
 
@@ -266,5 +282,5 @@ def _modules(**guides: object) -> dict[str, nn.Module]:
 
 
 def _name(guide: nn.Module) -> str:
-    """The run that a guide comes from, where whoever loaded it wrote that down."""
+    """The run that a guide was loaded from, if the loader recorded it."""
     return str(getattr(guide, "origin", type(guide).__name__))

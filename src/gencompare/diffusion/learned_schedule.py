@@ -1,4 +1,4 @@
-"""A schedule that is trained with the network."""
+"""A noise schedule that is trained with the network."""
 
 from __future__ import annotations
 
@@ -13,69 +13,74 @@ from gencompare.errors import TrainingStopped, UserError
 
 
 class LearnedSchedule(VariancePreserving):
-    r"""lambda(t) = -gamma(t), gamma(t) = gamma_min + (gamma_max - gamma_min) s(t), s rising from 0 at t = 0 to 1 at 1.
+    r"""The learned schedule of VDM: :math:`\lambda_t = -\gamma(t)` with a monotone network :math:`\gamma`.
 
-    Kingma et al. (2021), "Variational Diffusion Models", section 4 and appendix H. s is a small network whose weights
-    are positive, h(t) = a t + mean_k w_k sigmoid(v_k (2 t - 1) + b_k), brought to its ends: s = (h(t) - h(0)) /
-    (h(1) - h(0)). So what shapes the interior never moves the ends, and the two can be trained for different things:
-    the ends by the bound on the likelihood, which in continuous time depends on nothing else of it, the interior for a
-    small variance of the loss (their section 5.1, appendix I.2). It starts near a straight line, the same one for every
-    seed.
+    .. math::
+        \gamma(t) = \gamma_{min} + (\gamma_{max} - \gamma_{min})\, s(t), \qquad s(t) = \frac{h(t) - h(0)}{h(1) - h(0)},
+
+        h(t) = a t + \frac{1}{K} \sum_k w_k\, sigmoid(v_k (2 t - 1) + b_k), \qquad a, w_k, v_k > 0.
+
+    Normalising h separates the endpoints from the shape, so that they can be trained on different losses: the endpoints
+    on the variational bound, which in continuous time depends on nothing else of the schedule, and the shape on the
+    variance of the loss. Kingma et al. (2021), "Variational Diffusion Models", section 4, section 5.1, and appendices H
+    and I.2, https://arxiv.org/abs/2107.00630. The initial schedule is close to a straight line and does not depend on
+    the seed.
 
     Args:
-        gamma_min, gamma_max: -log-SNR at the ends of time; learned from these values on (the paper's are -13.3 and 5).
-        features: sigmoids in s (the paper's 1024).
+        gamma_min: initial negative log-SNR at time 0 (-13.3 in the paper).
+        gamma_max: initial negative log-SNR at time 1 (5 in the paper).
+        num_features: K, the number of sigmoids (1024 in the paper).
     """
 
     t_min = 0.0
 
-    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, features: int = 1024) -> None:
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, num_features: int = 1024) -> None:
         super().__init__()
         if not -math.inf < gamma_min < gamma_max < math.inf:
-            raise UserError(f"Learned: gamma_min={gamma_min} must be below gamma_max={gamma_max}.")
-        if features < 1:
-            raise UserError(f"Learned: features={features}: give at least 1.")
+            raise UserError(f"LearnedSchedule: gamma_min={gamma_min} must be below gamma_max={gamma_max}.")
+        if num_features < 1:
+            raise UserError(f"LearnedSchedule: num_features={num_features}: give at least 1.")
         self.gamma_min = nn.Parameter(torch.tensor(float(gamma_min)))
         self.gamma_max = nn.Parameter(torch.tensor(float(gamma_max)))
-        # Before the softplus that makes it positive. The steps of the sigmoids are spread evenly over time: together
-        # they rise almost straight, and no two are alike, so nothing random is needed to tell them apart.
+        # Positive weights are stored before their softplus. The sigmoids are centred evenly over time: their sum is
+        # nearly straight, and all differ, so no random initialisation is needed to break the symmetry.
         steepness = 4.0
-        centres = (torch.arange(features) + 0.5) / features * 2 - 1
-        self.straight = nn.Parameter(torch.tensor(_before_softplus(1.0)))
-        self.height = nn.Parameter(torch.full((features,), _before_softplus(1.0)))
-        self.steepness = nn.Parameter(torch.full((features,), _before_softplus(steepness)))
+        centres = (torch.arange(num_features) + 0.5) / num_features * 2 - 1
+        self.straight = nn.Parameter(torch.tensor(_inverse_softplus(1.0)))
+        self.height = nn.Parameter(torch.full((num_features,), _inverse_softplus(1.0)))
+        self.steepness = nn.Parameter(torch.full((num_features,), _inverse_softplus(steepness)))
         self.bias = nn.Parameter(-steepness * centres)
 
-    def end_parameters(self) -> list[nn.Parameter]:
+    def endpoint_parameters(self) -> list[nn.Parameter]:
         """gamma_min and gamma_max."""
         return [self.gamma_min, self.gamma_max]
 
     def interior_parameters(self) -> list[nn.Parameter]:
-        """What shapes the schedule between its ends, and leaves these as they are."""
+        """The parameters of s(t), which do not affect the endpoints."""
         return [self.straight, self.height, self.steepness, self.bias]
 
     def log_snr(self, t: Tensor) -> Tensor:
         ends = torch.arange(2, dtype=t.dtype, device=t.device)
-        height = self._rising(torch.cat([t.flatten(), ends]))
-        share = ((height[:-2] - height[-2]) / (height[-1] - height[-2])).reshape(t.shape)
-        return -(self.gamma_min * (1 - share) + self.gamma_max * share)  # either end exactly
+        h = self._h(torch.cat([t.flatten(), ends]))
+        s = ((h[:-2] - h[-2]) / (h[-1] - h[-2])).reshape(t.shape)
+        return -(self.gamma_min * (1 - s) + self.gamma_max * s)  # exact at both ends
 
-    def _rising(self, t: Tensor) -> Tensor:
-        """h(t). No matrix product: under autocast it would be in 16 bits."""
-        steps = torch.sigmoid(softplus(self.steepness) * (2 * t[..., None] - 1) + self.bias)
-        return softplus(self.straight) * t + (softplus(self.height) * steps).mean(-1)
+    def _h(self, t: Tensor) -> Tensor:
+        """h(t), without a matrix product: autocast would compute it in 16 bits."""
+        sigmoids = torch.sigmoid(softplus(self.steepness) * (2 * t[..., None] - 1) + self.bias)
+        return softplus(self.straight) * t + (softplus(self.height) * sigmoids).mean(-1)
 
     @torch.no_grad()
     def check(self, points: int = 1001) -> None:
-        """As for every schedule; and a log-SNR that spans less than 1 has collapsed."""
+        """As for every schedule. Also raises `TrainingStopped` if the log-SNR spans less than 1: it has collapsed."""
         super().check(points)
         if self.gamma_max - self.gamma_min < 1:
             raise TrainingStopped(
-                f"Schedule Learned has collapsed: its log-SNR runs from {-float(self.gamma_min):.4g} to"
+                f"Schedule LearnedSchedule has collapsed: its log-SNR runs from {-float(self.gamma_min):.4g} to"
                 f" {-float(self.gamma_max):.4g} only",
-                "Train it with a lower learning rate, or with other gamma_min and gamma_max to start from.",
+                "Train with a lower learning rate, or start from another gamma_min and gamma_max.",
             )
 
 
-def _before_softplus(value: float) -> float:
+def _inverse_softplus(value: float) -> float:
     return math.log(math.expm1(value))

@@ -13,52 +13,65 @@ from torch.nn.functional import logsigmoid
 from torchdiffeq import odeint
 
 from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
-from gencompare.diffusion.objectives import Pixels, log_normal
-from gencompare.diffusion.variational_objectives import chain, prior_kl, reconstruction, step_kl
+from gencompare.diffusion.objectives import DataLikelihood, normal_log_prob
+from gencompare.diffusion.variational_objectives import chain_times, prior_kl, reconstruction_nll, step_kl
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
 
 class LikelihoodMethod(ABC):
-    """Bits/dim of images under a denoiser."""
+    """Base class of the methods that compute bits/dim of images under a denoiser."""
 
     kind: ClassVar[str]
-    """``bound`` (never better than the truth, in expectation) or ``estimate``."""
+    """``bound`` (in expectation never better than the exact value) or ``estimate``."""
 
     @abstractmethod
     def terms(
-        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
+        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """By name what adds up to -log2 p(x_0) per real value, (n,) each, for images (n, C, H, W); random numbers from
-        ``generator`` alone."""
+        """Named terms, each (n,), whose sum is bits/dim of the images.
+
+        Args:
+            denoiser: the model.
+            x0: images, (n, C, H, W).
+            cond: conditions passed to the denoiser.
+            likelihood: bins and mask of the data, and p(x_0 | mean, std).
+            generator: the only source of random numbers.
+        """
 
     def __call__(
-        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
+        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> Tensor:
-        """-log2 p(x_0) per real value, (n,)."""
-        return torch.stack(list(self.terms(denoiser, x0, cond, pixels, generator).values())).sum(0)
+        """Bits/dim of the images, -log2 p(x_0) per value, (n,)."""
+        return torch.stack(list(self.terms(denoiser, x0, cond, likelihood, generator).values())).sum(0)
 
 
 @dataclass(frozen=True)
 class ODELikelihood(LikelihoodMethod):
-    r"""-log2 p(x_0) by the change of variables along the probability-flow ODE (Song et al. 2021, appendix D.2).
+    r"""Bits/dim by the change of variables along the probability-flow ODE.
 
-    Under every schedule alike it is integrated over lambda, in z = x_t / sqrt(alpha^2 + sigma^2), whose size changes
-    little: with a^2 = sigmoid(lambda) and s^2 = sigmoid(-lambda),
+    Song et al. (2021), "Score-Based Generative Modeling through SDEs", appendix D.2, https://arxiv.org/abs/2011.13456.
+    Under every schedule the ODE is integrated over the log-SNR :math:`\lambda`, in
+    :math:`z = x_t / \sqrt{\alpha^2 + \sigma^2}`, whose scale changes little. With
+    :math:`a^2 = sigmoid(\lambda)` and :math:`s^2 = sigmoid(-\lambda)`,
 
-        dz / d lambda = (s^2 z - s eps_theta) / 2,    d log p(z) / d lambda = -tr(d (dz / d lambda) / dz),
+    .. math::
+        \frac{dz}{d\lambda} = \frac{s^2 z - s\, \epsilon_\theta}{2}, \qquad
+        \frac{d \log p(z)}{d\lambda} = -\mathrm{tr}\left(\frac{\partial}{\partial z} \frac{dz}{d\lambda}\right),
 
-    from the data, taken for x_t / alpha at t_min, to N(0, prior_std^2) at t_max, by the adaptive method of Dormand and
-    Prince (the step is chosen for the whole batch). The trace is estimated with one random vector of +-1 (Hutchinson;
-    unbiased) or summed value by value.
+    from the data, taken as :math:`x_t / \alpha` at t_min, to N(0, prior_std^2) at t_max, by the adaptive method of
+    Dormand and Prince with one step size for the whole batch. The trace is estimated with one Rademacher vector
+    (Hutchinson; unbiased), or computed exactly.
 
-    Images with levels are given uniform noise of one level's width first, so that in expectation their probability is
-    not overstated (Theis et al. 2016, "A note on the evaluation of generative models", section 3.1). It stays an
-    estimate: noise below t_min is left out, the solver errs by ``rtol``, and what the network makes of padding counts.
+    Discrete data are dequantised with uniform noise of the width of one bin, so that in expectation their probability
+    is not overestimated (Theis et al. 2016, "A note on the evaluation of generative models", section 3.1,
+    https://arxiv.org/abs/1511.01844). The result remains an estimate: it ignores the noise at t_min, has the error of
+    the solver, and includes padding.
 
     Args:
-        rtol, atol: relative and absolute tolerance of the solver.
-        exact_trace: sum the trace value by value: one more backward pass for each value of an image.
+        rtol: relative tolerance of the solver.
+        atol: absolute tolerance of the solver.
+        exact_trace: compute the trace exactly, with one backward pass for each value of an image.
     """
 
     kind: ClassVar[str] = "estimate"
@@ -69,60 +82,61 @@ class ODELikelihood(LikelihoodMethod):
 
     def __post_init__(self) -> None:
         if self.rtol <= 0 or self.atol <= 0:
-            raise UserError(f"bits.ode.rtol={self.rtol}, bits.ode.atol={self.atol}: give positive numbers.")
+            raise UserError(f"likelihoods.ode: rtol={self.rtol}, atol={self.atol}: give positive numbers.")
 
     @torch.no_grad()
     def terms(
-        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
+        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """``density`` alone, in bits/dim, (n,)."""
         nats = x0.new_zeros(len(x0))
-        values = x0[0].numel()
-        if pixels.levels is not None:
-            width = 2 / (pixels.levels - 1)
+        num_values = x0[0].numel()
+        if likelihood.num_bins is not None:
+            width = 2 / (likelihood.num_bins - 1)
             noise = torch.rand(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
-            x0, nats = x0 + width * (noise - 0.5), nats - values * math.log(width)
-        return {"density": pixels.bits(nats - self.log_density(denoiser, x0, cond, generator))}
+            x0, nats = x0 + width * (noise - 0.5), nats - num_values * math.log(width)
+        return {"density": likelihood.bits_per_dim(nats - self.log_density(denoiser, x0, cond, generator))}
 
     @torch.no_grad()
     def log_density(self, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
-        """log p(x) in nats of points (n, C, H, W), (n,)."""
-        schedule, values = denoiser.schedule, x[0].numel()
+        """log p(x) in nats, (n,), of points (n, C, H, W)."""
+        schedule, num_values = denoiser.schedule, x[0].numel()
         probe = torch.randint(2, x.shape, generator=generator, device=generator.device).to(x) * 2 - 1
 
-        def speed(log_snr: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        def derivatives(log_snr: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            """dz / d lambda and the trace of its Jacobian."""
             t = schedule.t_from_log_snr(log_snr.to(x.dtype))
             at = schedule.at(t, x)
-            length = (at.alpha**2 + at.sigma**2).sqrt()
+            scale = (at.alpha**2 + at.sigma**2).sqrt()
             with torch.enable_grad():
-                x_t = (length * state[0]).detach().requires_grad_()
+                x_t = (scale * state[0]).detach().requires_grad_()
                 eps = denoiser(x_t, t, cond).eps
-                trace = _exact_trace(eps, x_t) if self.exact_trace else _dot(_pulled_back(eps, x_t, probe), probe)
+                trace = _exact_trace(eps, x_t) if self.exact_trace else _dot(_vjp(eps, x_t, probe), probe)
             s2 = torch.sigmoid(-log_snr).to(x.dtype)
             s = s2.sqrt()
-            return (s2 * state[0] - s * eps.detach()) / 2, (s2 * values - s * length * trace) / 2
+            return (s2 * state[0] - s * eps.detach()) / 2, (s2 * num_values - s * scale * trace) / 2
 
-        ends = schedule.log_snr(x.new_tensor([schedule.t_min, schedule.t_max]))
-        last = schedule.at(x.new_full((), schedule.t_max), x)
-        start = (torch.sigmoid(ends[0]).sqrt() * x, x.new_zeros(len(x)))
+        log_snr = schedule.log_snr(x.new_tensor([schedule.t_min, schedule.t_max]))
+        at_t_max = schedule.at(x.new_full((), schedule.t_max), x)
+        start = (torch.sigmoid(log_snr[0]).sqrt() * x, x.new_zeros(len(x)))
         try:
-            path, widened = odeint(speed, start, ends.double(), rtol=self.rtol, atol=self.atol, method="dopri5")
+            z, integral = odeint(derivatives, start, log_snr.double(), rtol=self.rtol, atol=self.atol, method="dopri5")
         except AssertionError as error:
             raise UserError(
-                f"The probability-flow ODE could not be followed ({error}): the network's outputs are not finite, or"
-                " change too fast for bits.ode.rtol and bits.ode.atol."
+                f"The solver of the probability-flow ODE failed ({error}): the outputs of the network are not finite,"
+                " or change too fast for the tolerances of model.likelihoods.ode (rtol, atol)."
             ) from error
-        # log p of z at the end, of z at the start, and of x itself, which is z over sqrt(sigmoid(lambda)).
-        length = (last.alpha**2 + last.sigma**2).sqrt()
+        # log p of z at t_max, then of z at t_min, then of x = z / sqrt(sigmoid(lambda)).
+        scale = (at_t_max.alpha**2 + at_t_max.sigma**2).sqrt()
         std = torch.as_tensor(schedule.prior_std, device=x.device, dtype=x.dtype)
-        final = log_normal(length * path[-1], torch.zeros_like(x), std).flatten(1).sum(1) + values * length.log()
-        return final + widened[-1] + values * logsigmoid(ends[0]) / 2
+        prior = normal_log_prob(scale * z[-1], torch.zeros_like(x), std).flatten(1).sum(1) + num_values * scale.log()
+        return prior + integral[-1] + num_values * logsigmoid(log_snr[0]) / 2
 
 
-def _pulled_back(eps: Tensor, x: Tensor, vector: Tensor) -> Tensor:
-    """vector^T d eps / dx, like x."""
-    found = torch.autograd.grad(eps, x, vector, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(x) if found is None else found
+def _vjp(eps: Tensor, x: Tensor, vector: Tensor) -> Tensor:
+    """vector^T d eps / dx, of the shape of x."""
+    product = torch.autograd.grad(eps, x, vector, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(x) if product is None else product
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -135,93 +149,98 @@ def _exact_trace(eps: Tensor, x: Tensor) -> Tensor:
     for i in range(x[0].numel()):
         unit = torch.zeros_like(x).flatten(1)
         unit[:, i] = 1
-        trace += _dot(_pulled_back(eps, x, unit.view_as(x)), unit.view_as(x))
+        trace += _dot(_vjp(eps, x, unit.view_as(x)), unit.view_as(x))
     return trace
 
 
 @dataclass(frozen=True)
 class VLBLikelihood(LikelihoodMethod):
-    r"""The bound -log p(x_0) <= prior + diffusion + reconstruction, in bits/dim (see `bound`).
+    r"""The bound :math:`-\log p(x_0) \le` prior + diffusion + reconstruction, in bits/dim.
 
-    Of a model of T steps (Ho et al. 2020, eq. 5), or in continuous time (Kingma et al. 2021, eq. 17), where the
-    diffusion is the integral over log-SNR of E||eps - eps_theta||^2 / 2. That integral, or the sum over steps, is taken
-    at ``samples`` random places an image, spread evenly over log-SNR, where the integrand varies little: by uniform
-    times, as many draws scatter tens of times more. It costs ``samples`` + 1 network calls.
+    For a model of T steps (Ho et al. 2020, eq. 5, https://arxiv.org/abs/2006.11239), or in continuous time (Kingma et
+    al. 2021, eq. 17, https://arxiv.org/abs/2107.00630), where the diffusion term is the integral of
+    :math:`E\|\epsilon - \epsilon_\theta\|^2 / 2` over the log-SNR. The integral, or the sum over steps, is estimated at
+    ``num_samples`` random noise levels per image, stratified over the log-SNR, where the integrand varies little: with
+    uniform times the standard error would be tens of times larger. It takes ``num_samples`` + 1 network calls.
 
-    Images with levels are known to lie in [-1, 1], and predicted ones are held there.
+    For discrete data, which lie in [-1, 1], predicted images are clipped to that range.
 
     Args:
-        samples: network calls an image for the diffusion; None takes every step once, where there are steps.
-        steps: T. None takes the schedule's own steps, or continuous time where it has none.
+        num_samples: network calls per image for the diffusion term; None takes every discrete step once.
+        num_timesteps: T; None takes the steps of a discrete schedule, or continuous time.
     """
 
     kind: ClassVar[str] = "bound"
 
-    samples: int | None = 16
-    steps: int | None = None
+    num_samples: int | None = 16
+    num_timesteps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("samples", self.samples), ("steps", self.steps)):
+        for name, value in (("num_samples", self.num_samples), ("num_timesteps", self.num_timesteps)):
             if value is not None and value < 1:
-                raise UserError(f"bits.vlb.{name}={value}: give at least 1.")
+                raise UserError(f"likelihoods.vlb.{name}={value}: give at least 1.")
 
     @torch.no_grad()
     def terms(
-        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, pixels: Pixels, generator: torch.Generator
+        self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """``prior``, ``diffusion`` and ``reconstruction``, each in bits/dim, (n,)."""
         schedule = denoiser.schedule
-        if pixels.levels is not None:
+        if likelihood.num_bins is not None:
             denoiser = ClipX0(denoiser)
-        if self.steps is None and schedule.discrete_times is None:
-            first, diffusion = x0.new_full((), schedule.t_min), self._continuous(denoiser, x0, cond, generator)
+        if self.num_timesteps is None and schedule.discrete_times is None:
+            t_first, diffusion = x0.new_full((), schedule.t_min), self._continuous(denoiser, x0, cond, generator)
         else:
-            times = chain(schedule, self.steps).to(x0.device)
-            first, diffusion = times[0], self._discrete(denoiser, times, x0, cond, generator)
-        at = schedule.at(first, x0)
-        prediction = denoiser(at.alpha * x0 + at.sigma * normal_like(x0, generator), first, cond)
-        found = {
+            times = chain_times(schedule, self.num_timesteps).to(x0.device)
+            t_first, diffusion = times[0], self._discrete(denoiser, times, x0, cond, generator)
+        at = schedule.at(t_first, x0)
+        prediction = denoiser(at.alpha * x0 + at.sigma * normal_like(x0, generator), t_first, cond)
+        nats = {
             "prior": prior_kl(schedule, x0),
             "diffusion": diffusion,
-            "reconstruction": reconstruction(prediction, x0, at, pixels),
+            "reconstruction": reconstruction_nll(prediction, x0, at, likelihood),
         }
-        return {name: pixels.bits(nats) for name, nats in found.items()}
+        return {name: likelihood.bits_per_dim(term) for name, term in nats.items()}
 
     def _continuous(self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         schedule = denoiser.schedule
-        if self.samples is None:
-            raise UserError("bits.vlb.samples=null takes every step, and this model has none: give samples or steps.")
+        if self.num_samples is None:
+            raise UserError(
+                "likelihoods.vlb.num_samples=null takes every discrete step, but this model runs in continuous time:"
+                " set num_samples or num_timesteps."
+            )
         high, low = schedule.log_snr(x0.new_tensor([schedule.t_min, schedule.t_max]))
         nats = x0.new_zeros(len(x0))
-        for u in _spread(self.samples, x0, generator):
+        for u in _stratified_uniform(self.num_samples, x0, generator):
             t = schedule.t_from_log_snr(high + (low - high) * u)
             at, eps = schedule.at(t, x0), normal_like(x0, generator)
             prediction = denoiser(at.alpha * x0 + at.sigma * eps, t, cond)
             nats += (eps - prediction.eps).square().flatten(1).sum(1)
-        return nats * (high - low) / (2 * self.samples)
+        return nats * (high - low) / (2 * self.num_samples)
 
     def _discrete(
         self, denoiser: DenoiserProtocol, times: Tensor, x0: Tensor, cond: Cond, generator: torch.Generator
     ) -> Tensor:
         schedule, last = denoiser.schedule, len(times) - 1
         nats = x0.new_zeros(len(x0))
-        if self.samples is None or self.samples >= last:
+        if self.num_samples is None or self.num_samples >= last:
             steps = [(x0.new_full((len(x0),), i + 1).long(), 1.0) for i in range(last)]
         else:
-            # A step is drawn as often as its share of the log-SNR's fall, and counts the less for it.
+            # Importance sampling: a step has the probability of its share of the range of the log-SNR.
             log_snr = schedule.log_snr(times).to(x0.dtype)
-            fallen = (log_snr[0] - log_snr[1:]) / (log_snr[0] - log_snr[-1])
-            share = fallen.diff(prepend=fallen.new_zeros(1))
-            drawn = [torch.searchsorted(fallen, u).clamp(max=last - 1) for u in _spread(self.samples, x0, generator)]
-            steps = [(i + 1, 1 / (self.samples * share[i])) for i in drawn]
+            cdf = (log_snr[0] - log_snr[1:]) / (log_snr[0] - log_snr[-1])
+            probability = cdf.diff(prepend=cdf.new_zeros(1))
+            uniform = _stratified_uniform(self.num_samples, x0, generator)
+            sampled = [torch.searchsorted(cdf, u).clamp(max=last - 1) for u in uniform]
+            steps = [(i + 1, 1 / (self.num_samples * probability[i])) for i in sampled]
         for i, weight in steps:
-            now, then, eps = schedule.at(times[i], x0), schedule.at(times[i - 1], x0), normal_like(x0, generator)
-            prediction = denoiser(now.alpha * x0 + now.sigma * eps, times[i], cond)
-            nats += weight * step_kl(prediction, eps, now, then)
+            at_t, at_s, eps = schedule.at(times[i], x0), schedule.at(times[i - 1], x0), normal_like(x0, generator)
+            prediction = denoiser(at_t.alpha * x0 + at_t.sigma * eps, times[i], cond)
+            nats += weight * step_kl(prediction, eps, at_t, at_s)
         return nats
 
 
-def _spread(samples: int, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """``samples`` uniform numbers an image, one in each of so many equal parts of [0, 1): a list of (n,)."""
-    u = torch.rand(samples, len(x0), generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
-    return list((u + torch.arange(samples, device=x0.device)[:, None]) / samples)
+def _stratified_uniform(num_samples: int, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """A list of ``num_samples`` tensors (n,): for each image, one uniform number in each of as many equal strata."""
+    u = torch.rand(num_samples, len(x0), generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
+    return list((u + torch.arange(num_samples, device=x0.device)[:, None]) / num_samples)

@@ -1,4 +1,8 @@
-"""Training objectives: per-sample losses of a denoiser."""
+r"""Training objectives: per-sample losses of a denoiser.
+
+`WeightedMSE` is the loss of most diffusion models; its docstring states the equation and which part computes each
+factor. The variational bounds are in `variational_objectives`.
+"""
 
 from __future__ import annotations
 
@@ -19,98 +23,50 @@ from gencompare.errors import UserError
 from gencompare.rng import RandomSource
 
 
-@dataclass(frozen=True, eq=False)
-class Pixels:
-    """The pixels of images in [-1, 1]."""
+class Objective(ABC):
+    """Base class of training losses."""
 
-    levels: int | None
-    """How many values, evenly spaced from -1 to 1, a pixel can take; None for continuous data."""
-    mask: Tensor
-    """(1, H, W): 1 on real pixels, 0 on padding."""
-    dims: int
-    """Real values in an image: the divisor of bits/dim."""
+    trains_schedule: ClassVar[bool] = False
+    """Whether a learned schedule may follow the gradient of the loss. Only a bound on the likelihood allows that: other
+    losses are minimised by a degenerate schedule, almost without noise or with nothing else."""
+    trains_variance: ClassVar[bool] = False
+    """Whether the gradient of the loss reaches a learned reverse variance. A squared error does not depend on it."""
 
-    def log_prob(self, x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """log p(x_0) in nats, (n,), summed over real pixels, each N(mean, std^2): the mass of the level that the pixel
-        has, or the density where it is continuous."""
-        found = log_normal(x0, mean, std) if self.levels is None else log_normal_level(x0, mean, std, self.levels)
-        return (found * self.mask.to(x0)).flatten(1).sum(1)
-
-    def bits(self, nats: Tensor) -> Tensor:
-        """Nats an image to bits a real value."""
-        return nats / (self.dims * math.log(2))
-
-
-def log_normal(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std^2), value by value."""
-    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-
-
-def log_normal_level(x: Tensor, mean: Tensor, std: Tensor, levels: int) -> Tensor:
-    r"""log of the mass of N(mean, std^2) in the bin of x, value by value; x takes ``levels`` values from -1 to 1.
-
-    Phi((x + Delta/2 - mean) / std) - Phi((x - Delta/2 - mean) / std), Delta = 2 / (levels - 1); the lowest bin reaches
-    down to -inf and the highest up to +inf (Ho et al. 2020, eq. 13).
-    """
-    half, inverse, distance = 1 / (levels - 1), 1 / std, x - mean
-    # The mass between two edges is that of its mirror image: on the left of the mean no digits are lost.
-    upper = torch.special.log_ndtr(-(distance.abs() - half) * inverse)
-    lower = torch.special.log_ndtr(-(distance.abs() + half) * inverse)
-    inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-7)))
-    lowest, highest = x < -1 + half, x > 1 - half
-    outer = torch.special.log_ndtr((half + torch.where(lowest, distance, -distance)) * inverse)
-    return torch.where(lowest | highest, outer, inner)
-
-
-class Coupling(ABC):
-    """Pairs the images of a batch with its noise."""
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:  # noqa: B027
+        """Raises `UserError` if the objective cannot train ``parameterization`` under ``schedule``."""
 
     @abstractmethod
-    def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """The rows of ``eps`` (n, C, H, W) in the order in which they go with ``x0`` (n, C, H, W)."""
+    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """Per-image metrics, each (n,), of which ``loss`` is minimised.
 
+        Args:
+            denoiser: the model to train.
+            x0: images, (n, C, H, W).
+            cond: conditions passed to the network.
+            rng: source of all random numbers.
+        """
 
-@dataclass(frozen=True)
-class IndependentCoupling(Coupling):
-    """Any noise with any image: q(x_0) N(eps; 0, I)."""
-
-    def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
-        return eps
-
-
-@dataclass(frozen=True)
-class MinibatchOT(Coupling):
-    r"""The pairing of least sum ||x_0 - eps||^2 within the batch, found exactly.
-
-    Tong et al. (2023), "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport",
-    section 3.2. Paths from noise to image then cross less, and few sampling steps go further. The score of such a model
-    is no longer that of p(x_t): sample it with deterministic samplers. Each process pairs its own rows, so what is
-    trained depends on the number of processes. O(n^3) on the CPU: some 10 ms for 256 images.
-    """
-
-    @torch.no_grad()
-    def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
-        # ||x_0||^2 and ||eps||^2 add up to the same whatever the pairing.
-        cost = -(x0.flatten(1).double() @ eps.flatten(1).double().T)
-        _, column = linear_sum_assignment(cost.cpu().numpy())
-        return eps[torch.as_tensor(column, device=eps.device)]
+    def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
+        """This objective for data with the given p(x_0 | mean, std); only bounds on the likelihood depend on it."""
+        return self
 
 
 class Weighting(ABC):
-    """The weight w >= 0 of the squared error *in eps* at a noise level, whatever the network predicts.
+    r"""Base class of weights :math:`w(\lambda) \ge 0` of the squared error *in eps*, whatever the network predicts.
 
-    As SNR ||x_0 error||^2 = ||eps error||^2, a weight on the error of x_0 is w SNR, and, for alpha^2 + sigma^2 = 1,
-    one on the error of v is w SNR / (1 + SNR). So a change of parameterisation alone never changes the loss.
+    As :math:`SNR\, \|x_0 - \hat x_0\|^2 = \|\epsilon - \hat\epsilon\|^2`, a weight of the error in x_0 is w SNR, and
+    for alpha^2 + sigma^2 = 1 a weight of the error in v is w SNR / (1 + SNR). So a change of the parameterisation alone
+    never changes the loss.
     """
 
     @abstractmethod
     def __call__(self, at: ScheduleValues) -> Tensor:
-        """w, shaped as what ``at`` gives."""
+        """w, of the shape of the values of ``at``."""
 
 
 @dataclass(frozen=True)
 class SimpleWeighting(Weighting):
-    """w = 1: L_simple (Ho et al. 2020, eq. 14)."""
+    r""":math:`w = 1`: L_simple (Ho et al. 2020, eq. 14, https://arxiv.org/abs/2006.11239)."""
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return torch.ones_like(at.log_snr)
@@ -118,7 +74,10 @@ class SimpleWeighting(Weighting):
 
 @dataclass(frozen=True)
 class UniformVWeighting(Weighting):
-    """w = 1 + 1 / SNR: the plain squared error in v ("SNR + 1" on x_0; Salimans and Ho 2022, section 4)."""
+    r""":math:`w = 1 + 1 / SNR`: the unweighted squared error in v.
+
+    "SNR + 1" weighting of x_0 (Salimans and Ho 2022, section 4, https://arxiv.org/abs/2202.00512).
+    """
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return 1 + torch.exp(-at.log_snr)
@@ -126,9 +85,10 @@ class UniformVWeighting(Weighting):
 
 @dataclass(frozen=True)
 class MinSNRWeighting(Weighting):
-    """w = min(1, gamma / SNR): the error of x_0 weighed by the SNR, up to gamma.
+    r""":math:`w = \min(1, \gamma / SNR)`: the error in x_0 weighted by :math:`\min(SNR, \gamma)`.
 
-    Hang et al. (2023), "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4.
+    Hang et al. (2023), "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4,
+    https://arxiv.org/abs/2303.09556.
     """
 
     gamma: float = 5.0
@@ -143,10 +103,11 @@ class MinSNRWeighting(Weighting):
 
 @dataclass(frozen=True)
 class EDMWeighting(Weighting):
-    """w = 1 + 1 / (d^2 SNR), d = ``sigma_data``: (sigma^2 + d^2) / (sigma d)^2 on x_0, where alpha = 1.
+    r""":math:`w = 1 + 1 / (d^2 SNR)` with d = ``sigma_data``.
 
-    Karras et al. (2022), "Elucidating the Design Space", table 1: the plain squared error of a network with their
-    preconditioning. With d = 1 it is `UniformVWeighting`.
+    For alpha = 1 the weight of the error in x_0 is :math:`(\sigma^2 + d^2) / (\sigma d)^2`: the unweighted squared
+    error of a network with EDM's preconditioning. With d = 1 it is `UniformVWeighting`. Karras et al. (2022),
+    "Elucidating the Design Space", table 1, https://arxiv.org/abs/2206.00364.
     """
 
     sigma_data: float = 0.5
@@ -161,14 +122,19 @@ class EDMWeighting(Weighting):
 
 @dataclass(frozen=True)
 class P2Weighting(Weighting):
-    """w = 1 / (k + SNR)^gamma (Choi et al. 2022, "Perception Prioritized Training of Diffusion Models", eq. 8)."""
+    r""":math:`w = 1 / (k + SNR)^\gamma`.
+
+    Choi et al. (2022), "Perception Prioritized Training of Diffusion Models", eq. 8, https://arxiv.org/abs/2204.00227.
+    """
 
     gamma: float = 1.0
     k: float = 1.0
 
     def __post_init__(self) -> None:
         if self.gamma < 0 or self.k <= 0:
-            raise UserError(f"weighting.gamma={self.gamma}, weighting.k={self.k}: neither may be negative, nor k be 0.")
+            raise UserError(
+                f"weighting.gamma={self.gamma}, weighting.k={self.k}: gamma must be at least 0, and k positive."
+            )
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return (self.k + torch.exp(at.log_snr)) ** -self.gamma
@@ -176,52 +142,66 @@ class P2Weighting(Weighting):
 
 @dataclass(frozen=True)
 class UniformVelocityWeighting(Weighting):
-    r"""w = (sigma lambda' / 2)^2: the plain squared error in the velocity alpha' x_0 + sigma' eps.
+    r""":math:`w = (\sigma \lambda' / 2)^2`: the unweighted squared error in the velocity.
 
-    Lipman et al. (2023), "Flow Matching", eq. 9; with rectified flow (1 + sigma / alpha)^2.
+    The velocity is :math:`\alpha' x_0 + \sigma' \epsilon`. With rectified flow it is :math:`(1 + \sigma / \alpha)^2`.
+    Lipman et al. (2023), "Flow Matching", eq. 9, https://arxiv.org/abs/2210.02747.
     """
 
     def __call__(self, at: ScheduleValues) -> Tensor:
-        return (0.5 * at.sigma * at.log_snr_slope) ** 2
+        return (0.5 * at.sigma * at.dlog_snr_dt) ** 2
 
 
 @dataclass(frozen=True)
 class LikelihoodWeighting(Weighting):
-    """w = g^2 / sigma^2 = -lambda': with uniform times, a bound on the likelihood.
+    r""":math:`w = g^2 / \sigma^2 = -\lambda'`: with uniform times, a bound on the likelihood.
 
-    Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models", eq. 7 and theorem 1: g^2 on the
-    squared error of the score. Large near t_min, so the loss scatters more than others'.
+    It weights the squared error of the score by g^2. The weight is large near t_min, so the loss has a higher variance
+    than with other weightings. Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models", eq. 7
+    and theorem 1, https://arxiv.org/abs/2101.09258.
     """
 
     def __call__(self, at: ScheduleValues) -> Tensor:
-        return -at.log_snr_slope
+        return -at.dlog_snr_dt
 
 
-class Objective(ABC):
-    """A training loss."""
-
-    trains_schedule: ClassVar[bool] = False
-    """Whether a schedule with weights may follow its gradient. Only a bound on the likelihood may be lowered so: any
-    other loss is lowest where there is nothing but noise, or next to none."""
-    trains_variance: ClassVar[bool] = False
-    """Whether its gradient reaches a reverse variance that the network says. In an error of image or noise there is
-    none."""
-
-    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:  # noqa: B027
-        """Raises `UserError` where the objective cannot train a network of ``parameterization`` under ``schedule``."""
+class Coupling(ABC):
+    """Base class of the pairings of a batch of images with its noise."""
 
     @abstractmethod
-    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """Figures of each image, (n,), of which ``loss`` is minimised."""
+    def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """``eps`` (n, C, H, W) with its rows permuted to match ``x0`` (n, C, H, W)."""
 
-    def bound_to(self, pixels: Pixels) -> Objective:
-        """The same objective for images of such pixels, where that makes a difference."""
-        return self
+
+@dataclass(frozen=True)
+class IndependentCoupling(Coupling):
+    r"""Images and noise are independent: :math:`q(x_0)\, N(\epsilon; 0, I)`."""
+
+    def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return eps
+
+
+@dataclass(frozen=True)
+class MinibatchOT(Coupling):
+    r"""Minibatch optimal transport: the pairing of the batch that minimises :math:`\sum \|x_0 - \epsilon\|^2`, exactly.
+
+    Paths from noise to image cross less, so that fewer sampling steps suffice. The network no longer estimates the
+    score of p(x_t): use deterministic samplers. Each rank pairs its own part of the batch, so training depends on the
+    number of ranks. O(n^3) on the CPU: about 10 ms for 256 images. Tong et al. (2023), "Improving and Generalizing
+    Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2, https://arxiv.org/abs/2302.00482.
+    """
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
+        # ||x_0||^2 and ||eps||^2 have the same sum for every pairing.
+        cost = -(x0.flatten(1).double() @ eps.flatten(1).double().T)
+        _, column = linear_sum_assignment(cost.cpu().numpy())
+        return eps[torch.as_tensor(column, device=eps.device)]
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """x_t = alpha x_0 + sigma eps, and what it was made of."""
+    r""":math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` and the terms it is made of."""
 
     x0: Tensor
     eps: Tensor
@@ -233,36 +213,97 @@ class NoisyBatch:
     def make(cls, x0: Tensor, eps: Tensor, t: Tensor, at: ScheduleValues) -> NoisyBatch:
         return cls(x0, eps, t, at, at.alpha * x0 + at.sigma * eps)
 
-    def eps_error(self, denoiser: Denoiser, out: Tensor) -> Tensor:
-        """(eps - eps_theta)^2 of each value, like x_0, from the network's output.
+    def squared_eps_error(self, denoiser: Denoiser, out: Tensor) -> Tensor:
+        r""":math:`(\epsilon - \epsilon_\theta)^2` elementwise, from the output of the network.
 
-        It is taken where it is well conditioned, in what the network predicts, and carried over to eps.
+        The error of the output is multiplied by :math:`|d\epsilon / d\,out|`, which is better conditioned than a
+        difference of two eps.
         """
         parameterization = denoiser.parameterization
-        error = parameterization.targeted(out) - parameterization.target(self.x0, self.eps, self.at)
-        return (error * parameterization.eps_gain(self.at)).square()
+        error = parameterization.target_channels(out) - parameterization.target(self.x0, self.eps, self.at)
+        return (error * parameterization.eps_jacobian(self.at)).square()
 
 
 @dataclass(frozen=True)
 class WeightedMSE(Objective):
-    r"""E w(lambda) ||eps - eps_theta(x_t)||^2 per value, with x_t = alpha x_0 + sigma eps and eps ~ N(0, I).
+    r"""The weighted denoising loss
 
-    The error is taken where it is well conditioned, in what the network predicts, and w is carried over to there.
+    .. math::
+        L = E_{t, x_0, \epsilon}\, w(\lambda_t)\, \|\epsilon - \epsilon_\theta(x_t, t)\|^2 / D, \qquad
+        x_t = \alpha_t x_0 + \sigma_t \epsilon,
+
+    averaged over the D values of an image. Each factor has its own part:
+
+    - :math:`t \sim` ``times``: the distribution of training times;
+    - :math:`\epsilon \sim N(0, I)`, paired with :math:`x_0` by ``coupling``;
+    - :math:`\alpha_t, \sigma_t`, and the log-SNR :math:`\lambda_t`: the noise schedule of the denoiser;
+    - :math:`\epsilon_\theta`: the network and its parameterisation. The error is taken in the quantity that the network
+      predicts, where it is well conditioned, and converted to eps by :math:`|d\epsilon / d\,out|` (`NoisyBatch`);
+    - :math:`w`: ``weighting``.
 
     Args:
-        weighting: w.
+        weighting: w, the weight of the squared error in eps.
         times: distribution of t.
-        coupling: which noise goes with which image.
+        coupling: joint distribution of images and noise.
     """
 
     weighting: Weighting = field(default_factory=SimpleWeighting)
     times: TimeDistribution = field(default_factory=UniformTimes)
     coupling: Coupling = field(default_factory=IndependentCoupling)
 
-    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        t = self.times(denoiser.schedule, draws)
-        eps = self.coupling(x0, draws.normal(x0.shape[1:]).to(x0.dtype))
-        noised = NoisyBatch.make(x0, eps, t, denoiser.schedule.at(t, x0))
-        out = denoiser.output(noised.x_t, t, noised.at, cond)
-        eps_mse = noised.eps_error(denoiser, out).flatten(1).mean(1)
-        return {"loss": self.weighting(noised.at).flatten() * eps_mse, "eps_mse": eps_mse.detach()}
+    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        t = self.times(denoiser.schedule, rng)
+        eps = self.coupling(x0, rng.normal(x0.shape[1:]).to(x0.dtype))
+        batch = NoisyBatch.make(x0, eps, t, denoiser.schedule.at(t, x0))
+        out = denoiser.output(batch.x_t, t, batch.at, cond)
+        eps_mse = batch.squared_eps_error(denoiser, out).flatten(1).mean(1)
+        return {"loss": self.weighting(batch.at).flatten() * eps_mse, "eps_mse": eps_mse.detach()}
+
+
+@dataclass(frozen=True, eq=False)
+class DataLikelihood:
+    """p(x_0 | mean, std), a Gaussian for each value of the data, discretised for pixels: the last term of a bound."""
+
+    num_bins: int | None
+    """Number of values that a pixel can take, evenly spaced from -1 to 1; None for continuous data."""
+    mask: Tensor
+    """(1, H, W): 1 on real pixels, 0 on padding."""
+    num_values: int
+    """Values per image without padding: the divisor of bits/dim."""
+
+    def log_prob(self, x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """log p(x_0) in nats, summed over real pixels, (n,): the probability of each pixel's bin under N(mean, std^2),
+        or the density for continuous data."""
+        if self.num_bins is None:
+            log_p = normal_log_prob(x0, mean, std)
+        else:
+            log_p = discretized_normal_log_prob(x0, mean, std, self.num_bins)
+        return (log_p * self.mask.to(x0)).flatten(1).sum(1)
+
+    def bits_per_dim(self, nats: Tensor) -> Tensor:
+        """Converts nats per image to bits/dim."""
+        return nats / (self.num_values * math.log(2))
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std^2), elementwise."""
+    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def discretized_normal_log_prob(x: Tensor, mean: Tensor, std: Tensor, num_bins: int) -> Tensor:
+    r"""Log-probability of the bin of x under N(mean, std^2), elementwise.
+
+    .. math:: \log\left[\Phi\left(\frac{x + \Delta / 2 - mean}{std}\right)
+        - \Phi\left(\frac{x - \Delta / 2 - mean}{std}\right)\right], \qquad \Delta = \frac{2}{num\_bins - 1}
+
+    x takes ``num_bins`` values from -1 to 1; the lowest bin extends to -inf and the highest to +inf. Ho et al. (2020),
+    "Denoising Diffusion Probabilistic Models", eq. 13, https://arxiv.org/abs/2006.11239.
+    """
+    half, inverse, distance = 1 / (num_bins - 1), 1 / std, x - mean
+    # By symmetry the bin can be mirrored to the left of the mean, where the difference of the CDFs is accurate.
+    upper = torch.special.log_ndtr(-(distance.abs() - half) * inverse)
+    lower = torch.special.log_ndtr(-(distance.abs() + half) * inverse)
+    inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-7)))
+    lowest, highest = x < -1 + half, x > 1 - half
+    outer = torch.special.log_ndtr((half + torch.where(lowest, distance, -distance)) * inverse)
+    return torch.where(lowest | highest, outer, inner)

@@ -1,4 +1,4 @@
-"""Solvers of the probability-flow ODE: one-step, multistep and adaptive."""
+"""Solvers of the probability-flow ODE: single-step, multistep and adaptive."""
 
 from __future__ import annotations
 
@@ -20,51 +20,53 @@ from gencompare.rng import normal_like
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(Sampler):
-    r"""x_s = x_t + (s - t) dx/dt, with dx/dt = f x - g^2 / 2 score = alpha' x_0 + sigma' eps.
+    r"""Euler's method on the probability-flow ODE in time: :math:`x_s = x_t + (s - t)\, dx/dt`.
 
-    The probability-flow ODE in t (Song et al. 2021, "Score-Based Generative Modeling through SDEs", eq. 13). Under
-    rectified flow, alpha = 1 - t and sigma = t, that is x_t + (s - t) (eps - x_0) (Liu et al. 2022, "Flow Straight and
-    Fast", eq. 1), and nothing but `DDIM`, since alpha and sigma are straight lines. Where the straight line would lead
-    to less than no noise, and into clean data, the step is DDIM's.
+    .. math:: \frac{dx}{dt} = f x - \tfrac{1}{2} g^2 \nabla \log p(x) = \alpha' x_0 + \sigma' \epsilon
+
+    Song et al. (2021), "Score-Based Generative Modeling through SDEs", eq. 13, https://arxiv.org/abs/2011.13456. Under
+    rectified flow this is :math:`x_t + (s - t)(\epsilon - x_0)` (Liu et al. 2022, "Flow Straight and Fast", eq. 1,
+    https://arxiv.org/abs/2209.03003) and equals `DDIM`, because alpha and sigma are linear in time. The step into clean
+    data, and a step that would make sigma negative, are DDIM steps.
     """
 
     order = 1
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
             h = (s - t).to(x.dtype)
-            gain = h * now.alpha * now.log_alpha_slope
-            rise = h * now.sigma * (now.log_alpha_slope - now.log_snr_slope / 2)
-            straight = x + gain * prediction.x0 + rise * prediction.eps
-            ddim = then.alpha * prediction.x0 + then.sigma * prediction.eps
-            x = torch.where((now.sigma + rise < 0) | (then.sigma == 0), ddim, straight)
+            delta_alpha = h * at_t.alpha * at_t.dlog_alpha_dt
+            delta_sigma = h * at_t.sigma * (at_t.dlog_alpha_dt - at_t.dlog_snr_dt / 2)
+            euler = x + delta_alpha * prediction.x0 + delta_sigma * prediction.eps
+            ddim = at_s.alpha * prediction.x0 + at_s.sigma * prediction.eps
+            x = torch.where((at_t.sigma + delta_sigma < 0) | (at_s.sigma == 0), ddim, euler)
             yield Step(s, x, prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(Sampler):
-    r"""Heun's method on the probability-flow ODE d(x / alpha) / d(sigma / alpha) = eps, with churn where asked for.
+    r"""Heun's method on :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon`, with optional churn.
 
-    Karras et al. (2022), "Elucidating the Design Space", algorithms 1 and 2, which have alpha = 1. Two denoiser calls a
-    step. Where sigma / alpha falls more than `FURTHEST`-fold in one step the mean of two slopes says nothing, and the
-    step is Euler's, with one call: the step into clean data, and the first one of schedules that end in almost pure
-    noise.
+    Karras et al. (2022), "Elucidating the Design Space", algorithms 1 and 2 (there alpha = 1),
+    https://arxiv.org/abs/2206.00364. A step takes two denoiser calls. Where sigma / alpha falls by more than a factor
+    of `MAX_NOISE_RATIO` the second-order correction is meaningless, and the step is an Euler step with one call: the
+    step into clean data, and the first step of schedules that end in almost pure noise.
 
-    Churn adds fresh noise before a step, as much as raises sigma / alpha by the factor 1 + gamma, gamma = min(s_churn /
-    steps, sqrt(2) - 1), but not beyond the schedule's end.
+    Churn adds noise before a step, which raises sigma / alpha by the factor :math:`1 + \gamma`,
+    :math:`\gamma = \min(s_{churn} / N, \sqrt 2 - 1)` for :math:`N` steps, but not beyond the end of the schedule.
 
     Args:
-        s_churn: how much, in all; 0 is deterministic.
-        s_min: least sigma / alpha at which it is added.
-        s_max: greatest sigma / alpha at which it is added.
-        s_noise: standard deviation of the noise that is added.
+        s_churn: total amount of churn; 0 is deterministic.
+        s_min: smallest sigma / alpha with churn.
+        s_max: largest sigma / alpha with churn.
+        s_noise: standard deviation of the added noise.
     """
 
     order = 2
-    FURTHEST: ClassVar[float] = 100.0
+    MAX_NOISE_RATIO: ClassVar[float] = 100.0
 
     s_churn: float = 0.0
     s_min: float = 0.0
@@ -82,80 +84,89 @@ class Heun(Sampler):
     def settings(self) -> list[str]:
         return super().settings() if self.s_churn else []
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
         gamma = min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
-            if gamma > 0 and self.s_min <= now.sigma / now.alpha <= self.s_max:
-                x, t, now = self._churned(denoiser.schedule, x, t, now, gamma, generator)
+        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+            if gamma > 0 and self.s_min <= at_t.sigma / at_t.alpha <= self.s_max:
+                x, t, at_t = self._churn(denoiser.schedule, x, t, at_t, gamma, generator)
             prediction = denoiser(x, t, cond)
-            start, slope = x, prediction.eps
-            x = euler_step(start, slope, now, then)
-            if then.sigma / then.alpha * self.FURTHEST >= now.sigma / now.alpha:
+            x_t, eps_t = x, prediction.eps
+            x = euler_step(x_t, eps_t, at_t, at_s)
+            if at_s.sigma / at_s.alpha * self.MAX_NOISE_RATIO >= at_t.sigma / at_t.alpha:
                 prediction = denoiser(x, s, cond)
-                x = euler_step(start, (slope + prediction.eps) / 2, now, then)
+                x = euler_step(x_t, (eps_t + prediction.eps) / 2, at_t, at_s)
             yield Step(s, x, prediction)
 
-    def _churned(
+    def _churn(
         self,
         schedule: NoiseSchedule,
         x: Tensor,
         t: Tensor,
-        now: ScheduleValues,
+        at_t: ScheduleValues,
         gamma: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, ScheduleValues]:
-        """x with fresh noise, the time to which that belongs, and the scales there."""
-        t = schedule.t_from_log_snr((now.log_snr - 2 * math.log1p(gamma)).to(t.dtype)).reshape(())
-        raised = schedule.at(t, x)
-        kept = raised.alpha / now.alpha
-        added = (raised.sigma**2 - (kept * now.sigma) ** 2).clamp(min=0.0).sqrt()  # 0 at the end of the schedule
-        return kept * x + self.s_noise * added * normal_like(x, generator), t, raised
+        """x with added noise, its new time, and the schedule there."""
+        t = schedule.t_from_log_snr((at_t.log_snr - 2 * math.log1p(gamma)).to(t.dtype)).reshape(())
+        churned = schedule.at(t, x)
+        ratio = churned.alpha / at_t.alpha
+        std = (churned.sigma**2 - (ratio * at_t.sigma) ** 2).clamp(min=0.0).sqrt()  # 0 at the end of the schedule
+        return ratio * x + self.s_noise * std * normal_like(x, generator), t, churned
 
 
-def euler_step(x: Tensor, slope: Tensor, now: ScheduleValues, then: ScheduleValues) -> Tensor:
-    """x / alpha moved along ``slope`` by the change of sigma / alpha, times the new alpha."""
-    return then.alpha / now.alpha * x + (then.sigma - then.alpha * now.sigma / now.alpha) * slope
+def euler_step(x: Tensor, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
+    r"""Euler step of :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon` from t to s."""
+    return at_s.alpha / at_t.alpha * x + (at_s.sigma - at_s.alpha * at_t.sigma / at_t.alpha) * eps
 
 
-STRETCH = 2.0
+MAX_STEP_GROWTH = 2.0
+"""Multistep solvers extrapolate linearly from the previous step only up to this ratio of step sizes in log-SNR; beyond
+it they fall back to a first-order step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverPP2M(Sampler):
-    r"""x_s = sigma_s / sigma_t x_t + alpha_s (1 - e^-h) (x_0 + h / (2 h') (x_0 - x_0')), primes for the step before.
+    r"""DPM-Solver++(2M), a second-order multistep solver with one denoiser call per step.
 
-    Lu et al. (2022), "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2. The first step has no slope.
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h}) \left(x_0 + \frac{h}{2 h'} (x_0 - x_0')\right),
+        \qquad h = (\lambda_s - \lambda_t) / 2,
+
+    where primes mark the previous step; the first step is of first order. (In the paper lambda is half the log-SNR.)
+    Lu et al. (2022), "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2, https://arxiv.org/abs/2211.01095.
     """
 
     order = 2
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        past: tuple[Tensor, Tensor] | None = None
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+        previous: tuple[Tensor, Tensor] | None = None  # h and x0 of the previous step
+        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            x0, h = prediction.x0, (then.log_snr - now.log_snr) / 2
-            image = x0
-            if past and h <= STRETCH * past[0]:
-                image = x0 + h / (2 * past[0]) * (x0 - past[1])
-            past = h, x0
-            yield Step(s, x := then.sigma / now.sigma * x - then.alpha * torch.expm1(-h) * image, prediction)
+            x0, h = prediction.x0, (at_s.log_snr - at_t.log_snr) / 2
+            extrapolated = x0
+            if previous and h <= MAX_STEP_GROWTH * previous[0]:
+                extrapolated = x0 + h / (2 * previous[0]) * (x0 - previous[1])
+            previous = h, x0
+            x = at_s.sigma / at_t.sigma * x - at_s.alpha * torch.expm1(-h) * extrapolated
+            yield Step(s, x, prediction)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC(Sampler):
-    r"""A predictor with a line through x_0 at t and before, then a corrector with the parabola through x_0 at s too.
+    r"""UniPC-2 in data prediction: a second-order predictor and a third-order corrector, one denoiser call per step.
 
-    Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models", UniPC-2
-    in data prediction: their order p = 2 is the predictor's, and the corrector raises it by one (theorem 3.1). What the
-    denoiser said of the predicted x_s serves the corrector and the next step, so that a step costs one call. The first
-    step has one point less.
+    The predictor interpolates x_0 linearly through t and the previous time; the corrector uses the parabola that also
+    passes through the prediction at s. That prediction serves the corrector and the next step. The first step has one
+    point less. Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
+    Models", theorem 3.1, https://arxiv.org/abs/2302.04867; their order p = 2 is that of the predictor.
 
     Args:
-        variant: their B(h): "bh1" is h, "bh2" is e^h - 1 (in data prediction, 1 - e^-h).
+        variant: the function B(h): "bh1" is :math:`h`, "bh2" is :math:`e^h - 1` (:math:`1 - e^{-h}` in data
+        prediction).
     """
 
     order = 3
@@ -167,34 +178,34 @@ class UniPC(Sampler):
         if self.variant not in self.VARIANTS:
             raise UserError(f"sampler.variant={self.variant}: give one of {', '.join(self.VARIANTS)}.")
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        past: tuple[Tensor, Tensor] | None = None
+        previous: tuple[Tensor, Tensor] | None = None  # h and x0 of the previous step
         prediction = denoiser(x, times[0], cond)
-        for _, s, now, then in steps_between(times, denoiser.schedule, x):
-            x0, h = prediction.x0, (then.log_snr - now.log_snr) / 2
+        for _, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+            x0, h = prediction.x0, (at_s.log_snr - at_t.log_snr) / 2
             c = -torch.expm1(-h)
-            x = then.sigma / now.sigma * x + then.alpha * c * x0
-            if then.sigma > 0:
+            x = at_s.sigma / at_t.sigma * x + at_s.alpha * c * x0
+            if at_s.sigma > 0:
                 b = c if self.variant == "bh2" else h
-                slope, bend, lift = torch.zeros_like(x0), 0.0, b / 2
-                if past and h <= STRETCH * past[0]:
-                    slope = (x0 - past[1]) / past[0]
-                    # The integrals of u / h and (u / h)^2 against e^(u - h), and from them what the parabola weighs.
-                    first = 1 - c / h
-                    second = 1 - 2 * first / h
-                    bend = (first - second) / (1 + past[0] / h)
-                    lift = first - bend
-                elif past:
-                    lift = 0.0
-                prediction = denoiser(x + then.alpha * b * h / 2 * slope, s, cond)
-                x = x + then.alpha * (bend * h * slope + lift * (prediction.x0 - x0))
-            past = h, x0
+                slope, slope_weight, correction_weight = torch.zeros_like(x0), 0.0, b / 2
+                if previous and h <= MAX_STEP_GROWTH * previous[0]:
+                    slope = (x0 - previous[1]) / previous[0]
+                    # Integrals of (u / h)^k e^(u - h) over [0, h] for k = 1, 2, and the weights of the parabola.
+                    moment1 = 1 - c / h
+                    moment2 = 1 - 2 * moment1 / h
+                    slope_weight = (moment1 - moment2) / (1 + previous[0] / h)
+                    correction_weight = moment1 - slope_weight
+                elif previous:
+                    correction_weight = 0.0
+                prediction = denoiser(x + at_s.alpha * b * h / 2 * slope, s, cond)
+                x = x + at_s.alpha * (slope_weight * h * slope + correction_weight * (prediction.x0 - x0))
+            previous = h, x0
             yield Step(s, x, prediction)
 
 
-# Dormand and Prince (1980), table 2: nodes, stages, and what the fifth order differs from the fourth by.
+# Dormand and Prince (1980), table 2: nodes, stages, and the difference between the fifth and the fourth order.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -209,79 +220,86 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 @dataclass(frozen=True, kw_only=True)
 class RK45(Sampler):
-    r"""Dormand and Prince's Runge-Kutta pair of orders 5 and 4 on dy / d lambda = -e^(-lambda / 2) eps / 2.
+    r"""Adaptive Runge-Kutta method of orders 5 and 4 (Dormand and Prince) on the probability-flow ODE in log-SNR.
 
-    y = x / alpha. Song et al. (2021), "Score-Based Generative Modeling through SDEs", section 4.3, solve in t; in the
-    log-SNR lambda the right-hand side has no kink where a table of betas has one. A step is taken when its error, over
-    atol + rtol |y|, is at most 1 in the mean square over all images drawn together, and the next is chosen by it
-    (Hairer et al. 1993, "Solving Ordinary Differential Equations I", section II.4). Each try is six network calls.
+    .. math:: \frac{dy}{d\lambda} = -\tfrac{1}{2} e^{-\lambda / 2} \epsilon, \qquad y = x / \alpha
 
-    Raises `UserError` where the step size collapses.
+    Song et al. (2021), "Score-Based Generative Modeling through SDEs", section 4.3, https://arxiv.org/abs/2011.13456,
+    solve in t; in lambda the right-hand side has no kinks where the schedule is a table of betas. A step is accepted if
+    the root mean square of its error over atol + rtol \|y\|, taken over all images of the batch, is at most 1; the
+    error determines the next step size (Hairer et al. 1993, "Solving Ordinary Differential Equations I", section II.4).
+    Each attempt takes six denoiser calls.
 
     Args:
-        steps: intervals of the grid. A state is given at the end of each, and no step leads beyond it; the last is one
-            into clean data, the predicted image.
+        num_steps: intervals of the grid. Each interval ends with a yielded state, and no step crosses its end. The last
+            interval is the step into clean data, which returns the predicted image.
         rtol: relative tolerance.
         atol: absolute tolerance, in units of the data.
+
+    Raises:
+        UserError: while sampling, if the step size collapses.
     """
 
     order = None
-    SHORTEST: ClassVar[float] = 0.2
-    LONGEST: ClassVar[float] = 5.0
-    """Bounds on what one step is longer than the one before."""
-    COLLAPSED: ClassVar[float] = 1e-4
-    """A step of the log-SNR that is too short to go on with: it would take a million calls to the image."""
+    MIN_STEP_FACTOR: ClassVar[float] = 0.2
+    MAX_STEP_FACTOR: ClassVar[float] = 5.0
+    """Bounds on the ratio of neighbouring step sizes."""
+    MIN_STEP: ClassVar[float] = 1e-4
+    """Smallest step in log-SNR; with shorter ones an image would take about a million denoiser calls."""
 
     rtol: float = 1e-5
     atol: float = 1e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 2:
-            raise UserError(f"sampler.steps={self.steps}: RK45 needs at least 2, the last of which is into clean data.")
+        if self.num_steps < 2:
+            raise UserError(
+                f"sampler.num_steps={self.num_steps}: RK45 needs at least 2, the last of which is into clean data."
+            )
         for name in ("rtol", "atol"):
             if not getattr(self, name) > 0:
                 raise UserError(f"sampler.{name}={getattr(self, name)}: give a positive number.")
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        step = 1.0  # of the log-SNR: its natural unit
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
-            # Asked anew at each point of the grid, where x may have been changed (inpainting).
-            state = _State.said(denoiser, x / now.alpha, t, float(now.log_snr), cond)
-            if then.sigma == 0:
+        h = 1.0  # step size in log-SNR
+        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+            # Evaluated at every point of the grid, because the caller may have changed x (inpainting).
+            state = _State.evaluate(denoiser, x / at_t.alpha, t, float(at_t.log_snr), cond)
+            if at_s.sigma == 0:
                 x = state.prediction.x0
             else:
-                state, step = self._solve(denoiser, state, float(then.log_snr), step, times, cond)
-                x = then.alpha * state.y
+                state, h = self._solve(denoiser, state, float(at_s.log_snr), h, times, cond)
+                x = at_s.alpha * state.y
             yield Step(s, x, state.prediction)
 
     def _solve(
         self, denoiser: DenoiserProtocol, state: _State, end: float, step: float, times: Tensor, cond: Cond
     ) -> tuple[_State, float]:
-        """The state at log-SNR ``end``, and the length of step with which to go on."""
+        """The state at log-SNR ``end``, and the size of the next step."""
         while state.log_snr < end:
             left = end - state.log_snr
             h = left if 1.01 * step > left else step
-            if h < min(self.COLLAPSED, left):
+            if h < min(self.MIN_STEP, left):
                 raise UserError(
                     f"RK45: the step size collapsed at log-SNR {state.log_snr:.4g}. The network changes too abruptly"
-                    f" for rtol={self.rtol:g} and atol={self.atol:g}: raise them, or take another sampler."
+                    f" for rtol={self.rtol:g} and atol={self.atol:g}: raise them, or use another sampler."
                 )
             slopes, trial = [state.slope], state
             for node, stage in zip(_NODES, _STAGES, strict=True):
                 log_snr = end if h == left and node == 1 else state.log_snr + node * h
                 t = denoiser.schedule.t_from_log_snr(times.new_tensor(log_snr))
-                trial = _State.said(denoiser, state.y + h * _sum(stage, slopes), t, log_snr, cond)
+                trial = _State.evaluate(denoiser, state.y + h * _weighted_sum(stage, slopes), t, log_snr, cond)
                 slopes.append(trial.slope)
-            allowed = self.atol + self.rtol * torch.maximum(state.y.abs(), trial.y.abs())
-            error = float((h * _sum(_ERROR, slopes) / allowed).square().mean().sqrt())
-            if not 1 < error < math.inf:  # what is not finite is let through, for `sample` to name its place
+            tolerance = self.atol + self.rtol * torch.maximum(state.y.abs(), trial.y.abs())
+            error = float((h * _weighted_sum(_ERROR, slopes) / tolerance).square().mean().sqrt())
+            if not 1 < error < math.inf:  # NaN and infinity pass, so that `sample` reports the step
                 state = trial
             if math.isfinite(error):
-                longer = h * min(self.LONGEST, max(self.SHORTEST, 0.9 * max(error, 1e-10) ** -0.2))
-                step = max(step, longer) if h < step and error <= 1 else longer  # a grid point does not cut it for good
+                factor = min(self.MAX_STEP_FACTOR, max(self.MIN_STEP_FACTOR, 0.9 * max(error, 1e-10) ** -0.2))
+                # A step that the end of an interval cut short does not reduce the next one.
+                step = max(step, h * factor) if h < step and error <= 1 else h * factor
         return state, step
 
 
@@ -290,15 +308,15 @@ class _State(NamedTuple):
     y: Tensor
     """x / alpha."""
     slope: Tensor
-    """dy / d lambda there."""
+    """dy / d lambda."""
     prediction: Prediction
 
     @classmethod
-    def said(cls, denoiser: DenoiserProtocol, y: Tensor, t: Tensor, log_snr: float, cond: Cond) -> _State:
-        at = denoiser.schedule.at(t, y)
-        prediction = denoiser(at.alpha * y, t, cond)
-        return cls(log_snr, y, -0.5 * at.sigma / at.alpha * prediction.eps, prediction)
+    def evaluate(cls, denoiser: DenoiserProtocol, y: Tensor, t: Tensor, log_snr: float, cond: Cond) -> _State:
+        at_t = denoiser.schedule.at(t, y)
+        prediction = denoiser(at_t.alpha * y, t, cond)
+        return cls(log_snr, y, -0.5 * at_t.sigma / at_t.alpha * prediction.eps, prediction)
 
 
-def _sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def _weighted_sum(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     return torch.stack([w * slope for w, slope in zip(weights, slopes, strict=True) if w]).sum(0)

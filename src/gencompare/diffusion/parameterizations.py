@@ -1,4 +1,4 @@
-"""Parameterisations: how x_t and the noise level enter the network, and how its output becomes image and noise."""
+r"""Parameterisations: what the network receives for :math:`x_t` and t, and how its output becomes x_0 and eps."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gencompare.diffusion.discrete_schedules import on_step
+from gencompare.diffusion.discrete_schedules import snap_to_integer
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError
 
 
 class NoiseConditioning(ABC):
-    """The number, () or (n,), that tells a network how much noise there is at time t."""
+    """Maps a time to the number, () or (n,), that tells the network the noise level."""
 
     @abstractmethod
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor: ...
 
     def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027
-        """Raises `UserError` where the number has no meaning under ``schedule``."""
+        """Raises `UserError` if the number is undefined under ``schedule``."""
 
-    def levels(self, schedule: NoiseSchedule) -> int | None:
-        """L where the number is the index of one of L noise levels, from 0 to L - 1; None where it is another."""
+    def num_levels(self, schedule: NoiseSchedule) -> int | None:
+        """L if the number is the index of one of L noise levels, from 0 to L - 1; otherwise None."""
         return None
 
 
 @dataclass(frozen=True)
 class LogSNRConditioning(NoiseConditioning):
-    """The log-SNR, clamped to [-limit, limit] and brought to [0, 1000], the range that DDPM's embedding is made for.
+    """The log-SNR, clamped to [-limit, limit] and scaled to [0, 1000], the input range of DDPM's embedding.
 
-    It means the same under every schedule, so a schedule may be changed for another after training.
+    It has the same meaning under every schedule, so the schedule can be changed after training.
     """
 
     limit: float = 20.0
 
     def __post_init__(self) -> None:
         if self.limit <= 0:
-            raise UserError(f"noise.limit={self.limit}: give a positive number.")
+            raise UserError(f"noise_conditioning.limit={self.limit}: give a positive number.")
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
         return (at.log_snr.flatten().clamp(-self.limit, self.limit) + self.limit) * (500 / self.limit)
@@ -47,10 +47,12 @@ class LogSNRConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class LogSigmaConditioning(NoiseConditioning):
-    """factor ln(sigma / alpha): EDM's c_noise with 1/4 (Karras et al. 2022, table 1).
+    r""":math:`factor \cdot \ln(\sigma / \alpha)`.
 
-    With factor 1 it is what the Fourier features of the VE models are given (Song et al. 2021, appendix C). With factor
-    0 the network is told nothing, and has to see in x how much noise there is (Song and Ermon 2020, technique 3).
+    Factor 1/4 is c_noise of EDM (Karras et al. 2022, table 1, https://arxiv.org/abs/2206.00364). Factor 1 is the input
+    of the Fourier features of the VE models (Song et al. 2021, appendix C, https://arxiv.org/abs/2011.13456). With
+    factor 0 the network has to infer the noise level from x (Song and Ermon 2020, technique 3,
+    https://arxiv.org/abs/2006.09011).
     """
 
     factor: float = 0.25
@@ -61,17 +63,21 @@ class LogSigmaConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class TimestepConditioning(NoiseConditioning):
-    """steps t - 1: the index, counted from 0, of a step in a table of so many; what published DDPMs were trained on."""
+    """The index T t - 1 of the step, from 0, as published DDPMs are trained.
 
-    steps: int = 1000
+    Args:
+        num_train_timesteps: T, the number of steps of the schedule.
+    """
+
+    num_train_timesteps: int = 1000
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
-        return on_step(t * self.steps) - 1
+        return snap_to_integer(t * self.num_train_timesteps) - 1
 
 
 @dataclass(frozen=True)
 class TimeConditioning(NoiseConditioning):
-    """factor t: what the published VP and sub-VP models of Song et al. (2021) are given, with 999."""
+    """factor t, with factor 999 in the published VP and sub-VP models of Song et al. (2021)."""
 
     factor: float = 999.0
 
@@ -81,207 +87,216 @@ class TimeConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class LevelIndexConditioning(NoiseConditioning):
-    """The index of the noise level, 0 for the noisiest, as NCSN counts them (Song and Ermon 2019, algorithm 1).
+    """The index of the noise level, 0 for the noisiest, as in NCSN (Song and Ermon 2019, algorithm 1).
 
-    A whole number: of a time between two levels, that of the noisier one.
+    It is an integer: a time between two levels gets the index of the noisier one.
     """
 
     def check(self, schedule: NoiseSchedule) -> None:
-        schedule.steps()
+        schedule.require_discrete_times()
 
-    def levels(self, schedule: NoiseSchedule) -> int:
-        return len(schedule.steps())
+    def num_levels(self, schedule: NoiseSchedule) -> int:
+        return len(schedule.require_discrete_times())
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
         schedule = at.schedule
-        return (len(schedule.steps()) - 1 - schedule.step_index(t)).to(t.dtype)
+        return (len(schedule.require_discrete_times()) - 1 - schedule.discrete_index(t)).to(t.dtype)
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: E[x_0 | x_t] and the noise that goes with it, each like x_t.
+    r"""The prediction of a denoiser: :math:`x_0 = E[x_0 | x_t]` and the matching noise, each of the shape of x_t.
 
-    x_t = alpha x0 + sigma eps always holds. The score of p(x_t) is -eps / sigma.
+    :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` always holds, and the score of p(x_t) is :math:`-\epsilon /
+    \sigma_t`.
     """
 
     x0: Tensor
     eps: Tensor
-    variance_share: Tensor | None = None
-    """Where the variance of the reverse step lies, from 0 (fixed small) to 1 (fixed large), geometric in between: like
-    x_t, in [0, 1], and None where the network does not learn it."""
+    variance_fraction: Tensor | None = None
+    """Interpolates the variance of the reverse step geometrically from 0 (fixed small) to 1 (fixed large), of the shape
+    of x_t; None if the network does not learn the variance."""
 
 
 @dataclass(frozen=True)
 class Parameterization(ABC):
-    """Base of every parameterisation. ``at`` holds alpha, sigma and the log-SNR, shaped to meet the images.
+    """Base class of parameterisations.
 
-    A subclass writes ``target``, ``invert`` and ``eps_gain``; one that scales the network's input, ``input`` too.
+    A subclass implements ``target``, ``to_prediction`` and ``eps_jacobian``; one that scales the input of the network
+    overrides ``network_input`` too. The argument ``at`` contains alpha, sigma and the log-SNR, shaped to broadcast with
+    the images.
 
     Args:
-        noise: how the network is told the amount of noise.
+        noise_conditioning: how the noise level is passed to the network.
     """
 
-    noise: NoiseConditioning = field(default_factory=LogSNRConditioning)
+    noise_conditioning: NoiseConditioning = field(default_factory=LogSNRConditioning)
 
-    outputs = 1
-    """Values that the network gives for each value of the image."""
+    output_multiplier = 1
+    """Output channels of the network per image channel."""
     learns_variance = False
-    """Whether one of them is the variance of the reverse step."""
+    """Whether the network also predicts the variance of the reverse step."""
 
-    def input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
-        """What the network sees of x_t, (n, C, H, W), and its noise condition, (n,)."""
-        noise = self.noise(t, at).to(x_t.dtype)
-        return x_t, noise.expand(len(x_t))
+    def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
+        """The inputs of the network: (scaled) x_t, (n, C, H, W), and the noise condition, (n,)."""
+        noise_cond = self.noise_conditioning(t, at).to(x_t.dtype)
+        return x_t, noise_cond.expand(len(x_t))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Raises `UserError` where the parameterisation has no meaning under ``schedule``."""
-        self.noise.check(schedule)
+        """Raises `UserError` if the parameterisation is undefined under ``schedule``."""
+        self.noise_conditioning.check(schedule)
 
-    def targeted(self, out: Tensor) -> Tensor:
-        """The part of the network's output that ``target`` is compared with, like x_t: all of it, unless the network
-        says more than that."""
+    def target_channels(self, out: Tensor) -> Tensor:
+        """The channels of the network's output that are compared with ``target``, of the shape of x_t."""
         return out
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
-        """What the network should say when these are the image and the noise."""
+        """The regression target of the network for image ``x0`` and noise ``eps``, of the shape of x_t."""
 
     @abstractmethod
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        """Image and noise, from what the network said of x_t."""
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+        """Converts the network's output at x_t to x_0 and eps."""
 
     @abstractmethod
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
-        """|d eps / d out|: the error in eps that an error of 1 in the network's output means."""
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
+        """|d eps / d out|: converts an error of the network's output to an error of eps."""
 
 
 class Eps(Parameterization):
-    """The noise (Ho et al. 2020, section 3.2)."""
+    r"""The network predicts :math:`\epsilon` (Ho et al. 2020, section 3.2, https://arxiv.org/abs/2006.11239)."""
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         return eps
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         return Prediction(x0=(x_t - at.sigma * out) / at.alpha, eps=out)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.alpha.new_ones(at.alpha.shape)
 
 
 class X0(Parameterization):
-    """The image."""
+    r"""The network predicts the image :math:`x_0`."""
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         return x0
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         return Prediction(x0=out, eps=(x_t - at.alpha * out) / at.sigma)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.alpha / at.sigma
 
 
 class V(Parameterization):
-    r"""v = (alpha eps - sigma x_0) / sqrt(alpha^2 + sigma^2), of the same size at every noise level.
+    r"""The network predicts :math:`v = (\alpha \epsilon - \sigma x_0) / \sqrt{\alpha^2 + \sigma^2}`.
 
-    Salimans and Ho (2022), "Progressive Distillation", appendix D, who have alpha^2 + sigma^2 = 1; the root carries v
-    over to schedules that have not.
+    v has the same scale at every noise level. Salimans and Ho (2022), "Progressive Distillation", appendix D,
+    https://arxiv.org/abs/2202.00512, for alpha^2 + sigma^2 = 1; the square root extends v to other schedules.
     """
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
-        return (at.alpha * eps - at.sigma * x0) / _length(at)
+        return (at.alpha * eps - at.sigma * x0) / _scale(at)
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        # (x_t, r v) is (x_0, eps) turned and stretched by r: turn it back.
-        r = _length(at)
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+        # (x_t, r v) is (x_0, eps) rotated and scaled by r: rotate back.
+        r = _scale(at)
         cos, sin = at.alpha / r, at.sigma / r
         return Prediction(x0=cos * x_t / r - sin * out, eps=sin * x_t / r + cos * out)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
-        return at.alpha / _length(at)
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
+        return at.alpha / _scale(at)
 
 
 class Score(Parameterization):
-    r"""The score of p(x_t) itself, grad log p(x_t) = -E[eps | x_t] / sigma (Song and Ermon 2019, section 3.1).
+    r"""The network predicts the score :math:`\nabla \log p(x_t) = -E[\epsilon | x_t] / \sigma`.
 
-    For networks that are the gradient of an energy, and for the first NCSN. Its size goes as 1 / sigma, which the
-    network must follow. The later models of Song et al. divide the network's output by sigma: but for a sign that is
-    `Eps`.
+    For networks that are the gradient of an energy, and for the first NCSN (Song and Ermon 2019, section 3.1,
+    https://arxiv.org/abs/1907.05600). The target scales as 1 / sigma, which the network must match. Later models of
+    Song et al. divide the output of the network by sigma, which is `Eps` up to the sign.
     """
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         return -eps / at.sigma
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         eps = -at.sigma * out
         return Prediction(x0=(x_t - at.sigma * eps) / at.alpha, eps=eps)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.sigma
 
 
 class Velocity(Parameterization):
-    r"""u = alpha' x_0 + sigma' eps, the velocity of x_t (Lipman et al. 2023, "Flow Matching", theorem 3).
+    r"""The network predicts the velocity :math:`u = \alpha' x_0 + \sigma' \epsilon` of x_t.
 
-    With rectified flow it is eps - x_0 (Liu et al. 2023). In general u = f x_t + h eps, f = d log alpha / dt and
-    h = -sigma lambda' / 2: nothing is divided by alpha on the way to eps.
+    With rectified flow :math:`u = \epsilon - x_0` (Liu et al. 2023, https://arxiv.org/abs/2209.03003). In general
+    :math:`u = f x_t + h \epsilon` with :math:`f = d \log \alpha / dt` and :math:`h = -\sigma \lambda' / 2`, which gives
+    eps without a division by alpha. Lipman et al. (2023), "Flow Matching", theorem 3, https://arxiv.org/abs/2210.02747.
     """
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
-        return at.log_alpha_slope * (at.alpha * x0 + at.sigma * eps) + _speed_of_noise(at) * eps
+        return at.dlog_alpha_dt * (at.alpha * x0 + at.sigma * eps) + _eps_velocity(at) * eps
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        eps = (out - at.log_alpha_slope * x_t) / _speed_of_noise(at)
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+        eps = (out - at.dlog_alpha_dt * x_t) / _eps_velocity(at)
         return Prediction(x0=(x_t - at.sigma * eps) / at.alpha, eps=eps)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
-        return 1 / _speed_of_noise(at)
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
+        return 1 / _eps_velocity(at)
 
 
-def _length(at: ScheduleValues) -> Tensor:
+def _scale(at: ScheduleValues) -> Tensor:
     return (at.alpha**2 + at.sigma**2).sqrt()
 
 
-def _speed_of_noise(at: ScheduleValues) -> Tensor:
-    return -0.5 * at.sigma * at.log_snr_slope
+def _eps_velocity(at: ScheduleValues) -> Tensor:
+    """h of `Velocity`."""
+    return -0.5 * at.sigma * at.dlog_snr_dt
 
 
 @dataclass(frozen=True)
 class EDMPreconditioning(Parameterization):
-    r"""x_0 = c_skip y + c_out F(c_in y; c_noise) with y = x_t / alpha: what the network F sees and says has variance 1.
+    r"""EDM's preconditioning: :math:`x_0 = c_{skip}\, y + c_{out}\, F(c_{in}\, y; c_{noise})`.
 
-    Karras et al. (2022), "Elucidating the Design Space", table 1 and appendix B.6, who have alpha = 1. With
-    s = sigma / alpha and d = ``sigma_data``,
+    :math:`y = x_t / \alpha`. Inputs and targets of the network F have unit variance. With :math:`s = \sigma / \alpha`
+    and d = ``sigma_data``,
 
-        c_skip = d^2 / (s^2 + d^2),  c_out = s d / sqrt(s^2 + d^2),  c_in = 1 / sqrt(s^2 + d^2),  c_noise = ln(s) / 4.
+    .. math::
+        c_{skip} = \frac{d^2}{s^2 + d^2}, \quad c_{out} = \frac{s d}{\sqrt{s^2 + d^2}}, \quad
+        c_{in} = \frac{1}{\sqrt{s^2 + d^2}}, \quad c_{noise} = \tfrac{1}{4} \ln s.
 
-    It is written with r = sqrt(sigma^2 + alpha^2 d^2), so that nothing is divided by a small alpha.
+    The code uses :math:`r = \sqrt{\sigma^2 + \alpha^2 d^2}`, which avoids dividing by a small alpha. Karras et al.
+    (2022), "Elucidating the Design Space", table 1 and appendix B.6 (there alpha = 1),
+    https://arxiv.org/abs/2206.00364.
 
     Args:
-        sigma_data: d, the standard deviation of the data's pixels.
+        noise_conditioning: c_noise.
+        sigma_data: d, the standard deviation of the data.
     """
 
-    noise: NoiseConditioning = field(default_factory=LogSigmaConditioning)
+    noise_conditioning: NoiseConditioning = field(default_factory=LogSigmaConditioning)
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
         if self.sigma_data <= 0:
             raise UserError(f"parameterization.sigma_data={self.sigma_data}: give a positive number.")
 
-    def input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
-        x_t, noise = super().input(x_t, t, at)
-        return x_t / self._r(at), noise
+    def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
+        x_t, noise_cond = super().network_input(x_t, t, at)
+        return x_t / self._r(at), noise_cond
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         # (x_0 - c_skip y) / c_out
         return (at.sigma / self.sigma_data * x0 - at.alpha * self.sigma_data * eps) / self._r(at)
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         r, d = self._r(at), self.sigma_data
         x0 = at.alpha * d * d / r * (x_t / r) + at.sigma * d / r * out
         eps = at.sigma / r * (x_t / r) - at.alpha * d / r * out
         return Prediction(x0=x0, eps=eps)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.alpha * self.sigma_data / self._r(at)
 
     def _r(self, at: ScheduleValues) -> Tensor:
@@ -289,74 +304,80 @@ class EDMPreconditioning(Parameterization):
 
 
 class PosteriorMean(Parameterization):
-    r"""mu = k x_t + a x_0, the mean of q(x_s | x_t, x_0) with s the step before t (Ho et al. 2020, eq. 7).
+    r"""The network predicts the mean of :math:`q(x_s | x_t, x_0)`, with s the discrete step before t.
 
-    a = alpha_s c and k = (alpha_t sigma_s^2) / (alpha_s sigma_t^2), c = 1 - SNR_t / SNR_s; before the first step comes
-    the image itself. It needs a schedule with steps. A step moves x_t little, so an error of the network is a large
-    one in eps: train it on the variational bound (Ho et al. 2020, table 2).
+    .. math::
+        \tilde\mu = \frac{\alpha_t \sigma_s^2}{\alpha_s \sigma_t^2} x_t + \alpha_s c\, x_0, \qquad
+        c = 1 - SNR_t / SNR_s
+
+    Before the first step comes clean data. It needs a discrete schedule. A step moves x_t little, so that a small error
+    of the network is a large one of eps: train it on the variational bound. Ho et al. (2020), "Denoising Diffusion
+    Probabilistic Models", eq. 7 and table 2, https://arxiv.org/abs/2006.11239.
     """
 
     def check(self, schedule: NoiseSchedule) -> None:
         super().check(schedule)
-        schedule.steps()
+        schedule.require_discrete_times()
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
-        kept, added = _weights(at)
-        return kept * (at.alpha * x0 + at.sigma * eps) + added * x0
+        coef_x_t, coef_x0 = _posterior_mean_coefficients(at)
+        return coef_x_t * (at.alpha * x0 + at.sigma * eps) + coef_x0 * x0
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        kept, added = _weights(at)
-        x0 = (out - kept * x_t) / added
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+        coef_x_t, coef_x0 = _posterior_mean_coefficients(at)
+        x0 = (out - coef_x_t * x_t) / coef_x0
         return Prediction(x0=x0, eps=(x_t - at.alpha * x0) / at.sigma)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
-        return at.alpha / at.sigma / _weights(at)[1]
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
+        return at.alpha / at.sigma / _posterior_mean_coefficients(at)[1]
 
 
-def _weights(at: ScheduleValues) -> tuple[Tensor, Tensor]:
-    """k and a."""
-    before = at.step_before
-    c = -torch.expm1(at.log_snr - before.log_snr)
-    return torch.exp(at.log_snr - before.log_snr) * before.alpha / at.alpha, before.alpha * c
+def _posterior_mean_coefficients(at_t: ScheduleValues) -> tuple[Tensor, Tensor]:
+    """Coefficients of x_t and x_0."""
+    at_s = at_t.previous_step
+    c = -torch.expm1(at_t.log_snr - at_s.log_snr)
+    return torch.exp(at_t.log_snr - at_s.log_snr) * at_s.alpha / at_t.alpha, at_s.alpha * c
 
 
 @dataclass(frozen=True)
 class LearnedVariance(Parameterization):
-    r"""Any parameterisation, and beside it w in [-1, 1] for every value of the image.
+    r"""Any parameterisation, plus a learned variance of the reverse step for every value of the image.
 
-    The variance of a reverse step is beta^v beta~^(1 - v), v = (w + 1) / 2 being the ``variance_share`` (Nichol and
-    Dhariwal 2021, eq. 15), beta the forward step's variance and beta~ that of q(x_s | x_t, x_0). The network gives 2
-    channels for 1: first what ``inner`` asks for, then w. Train it with an objective that holds the variational bound.
+    The additional output w in [-1, 1] interpolates the variance as :math:`\beta^v \tilde\beta^{1 - v}` with
+    :math:`v = (w + 1) / 2`, the ``variance_fraction``; :math:`\beta` is the variance of the forward step and
+    :math:`\tilde\beta` that of q(x_s | x_t, x_0). The network has two output channels per image channel: those of
+    ``inner``, then w. Train it with an objective that contains the variational bound. Nichol and Dhariwal (2021),
+    "Improved Denoising Diffusion Probabilistic Models", eq. 15, https://arxiv.org/abs/2102.09672.
 
     Args:
-        noise: how the network is told the amount of noise; that of ``inner`` is not used.
-        inner: the parameterisation of image and noise.
+        noise_conditioning: how the noise level is passed to the network; that of ``inner`` is ignored.
+        inner: the parameterisation of x_0 and eps.
     """
 
     inner: Parameterization = field(default_factory=Eps)
 
-    outputs = 2
+    output_multiplier = 2
     learns_variance = True
 
     def check(self, schedule: NoiseSchedule) -> None:
         super().check(schedule)
         self.inner.check(schedule)
 
-    def input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
-        return self.inner.input(x_t, t, at)[0], super().input(x_t, t, at)[1]
+    def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
+        return self.inner.network_input(x_t, t, at)[0], super().network_input(x_t, t, at)[1]
 
-    def targeted(self, out: Tensor) -> Tensor:
+    def target_channels(self, out: Tensor) -> Tensor:
         return out.chunk(2, dim=1)[0]
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         return self.inner.target(x0, eps, at)
 
-    def invert(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+    def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         out, w = out.chunk(2, dim=1)
-        share = (w + 1) / 2
-        # Held in [0, 1] with a gradient that does not die outside, so that training can lead it back.
-        share = share + (share.clamp(0, 1) - share).detach()
-        return self.inner.invert(out, x_t, at)._replace(variance_share=share)
+        v = (w + 1) / 2
+        # Clamped to [0, 1] with a straight-through gradient, so that training can bring it back into range.
+        v = v + (v.clamp(0, 1) - v).detach()
+        return self.inner.to_prediction(out, x_t, at)._replace(variance_fraction=v)
 
-    def eps_gain(self, at: ScheduleValues) -> Tensor:
-        return self.inner.eps_gain(at)
+    def eps_jacobian(self, at: ScheduleValues) -> Tensor:
+        return self.inner.eps_jacobian(at)

@@ -1,4 +1,8 @@
-"""The base class of samplers, and those of DDPM and DDIM."""
+r"""The base class of samplers, and the samplers of DDPM and DDIM.
+
+Notation: a step goes from time :math:`t` to the less noisy time :math:`s < t`, where
+:math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` and :math:`\lambda_t = \log(\alpha_t^2 / \sigma_t^2)` is the log-SNR.
+"""
 
 from __future__ import annotations
 
@@ -21,44 +25,54 @@ from gencompare.rng import normal_like
 
 
 class Step(NamedTuple):
-    """Where a sampler stands after a step."""
+    """The state of a sampler after one step."""
 
     t: Tensor
-    """The time reached, ()."""
+    """Time reached, ()."""
     x: Tensor
-    """The state there, (n, C, H, W)."""
+    """State at that time, (n, C, H, W)."""
     prediction: Prediction
-    """What the denoiser said last on the way."""
+    """The last prediction of the denoiser during the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """Base of every sampler; a subclass declares ``order`` and writes ``walk``.
+    """Base class of samplers. A subclass declares ``order`` and implements ``trajectory``.
 
     Args:
-        steps: steps from noise to image.
-        grid: the times between which they lead.
+        num_steps: number of steps from noise to image.
+        grid: the times between which the steps lead.
     """
 
     order: ClassVar[int | None]
-    """The power of the step size with which the error falls (for a random sampler: of means and covariances)."""
+    """Order of convergence in the step size: strong for a deterministic sampler, weak (means and covariances) for a
+    stochastic one; None where it is undefined."""
 
-    steps: int
+    num_steps: int
     grid: TimeGrid = field(default_factory=UniformGrid)
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise UserError(f"sampler.steps={self.steps}: give a whole number, at least 1.")
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise UserError(f"sampler.num_steps={self.num_steps}: give a whole number, at least 1.")
         for setting in fields(self):
-            if setting.type in ("int", "float"):  # as written, for annotations are not evaluated
+            if setting.type in ("int", "float"):  # annotations are strings here
                 check_number(f"sampler.{setting.name}", getattr(self, setting.name))
 
     @abstractmethod
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        """Yields once a step, from ``times[0]``, where x is, to ``times[-1]``. The state yielded is the one it goes on
-        from. Draws random numbers from ``generator`` alone."""
+        """Yields a `Step` for every pair of neighbouring times.
+
+        The caller may change a yielded state in place (inpainting does): the next step must start from that tensor.
+
+        Args:
+            denoiser: predicts x_0 and eps.
+            x: state at ``times[0]``, (n, C, H, W).
+            times: strictly falling, (num_steps + 1,).
+            cond: conditions passed to the denoiser.
+            generator: the only source of random numbers.
+        """
 
     def iterate(
         self,
@@ -69,11 +83,15 @@ class Sampler(ABC):
         generator: torch.Generator,
         times: Tensor | None = None,
     ) -> Iterator[Step]:
-        """The steps one by one, from noise ``x`` (n, C, H, W) at the first of ``times`` (by default the grid's)."""
+        """The steps of `trajectory`, from noise ``x`` (n, C, H, W) at ``times[0]``, with checked times.
+
+        Args:
+            times: strictly falling; by default those of the grid.
+        """
         if times is None:
             times = self.times(denoiser.schedule)
         check_times(times, denoiser.schedule)
-        return self.walk(denoiser, x, times.to(x.device), cond or {}, generator)
+        return self.trajectory(denoiser, x, times.to(x.device), cond or {}, generator)
 
     def sample(
         self,
@@ -84,101 +102,115 @@ class Sampler(ABC):
         generator: torch.Generator,
         times: Tensor | None = None,
     ) -> Tensor:
-        """Where the steps lead to. Raises `UserError` naming the step at which a NaN or an infinity appeared."""
-        good = torch.zeros((), device=x.device)
-        done = 0
+        """The state after the last step, (n, C, H, W).
+
+        Raises:
+            UserError: if a step gives NaN or infinite values; the message names the first such step.
+        """
+        num_finite = torch.zeros((), device=x.device)
+        num_steps = 0
         for step in self.iterate(denoiser, x, cond, generator=generator, times=times):
-            x, done = step.x, done + 1
-            # Counted on the device, read once at the end. Clipping can hide an infinite prediction from x.
-            good += torch.isfinite(x).all() & torch.isfinite(step.prediction.eps).all()
-        if good < done:
+            x, num_steps = step.x, num_steps + 1
+            # Counted on the device and read once, at the end. Clipping can hide an infinite prediction from x.
+            num_finite += torch.isfinite(x).all() & torch.isfinite(step.prediction.eps).all()
+        if num_finite < num_steps:
             raise UserError(
-                f"Sampling broke off: step {int(good) + 1} of {done} gave NaN or infinite values. The network's weights"
-                " or outputs are not finite, or it was trained too little for these settings."
+                f"Sampling failed: step {int(num_finite) + 1} of {num_steps} gave NaN or infinite values. The weights"
+                " or outputs of the network are not finite, or it is not trained enough for these settings."
             )
         return x
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
-        """The grid's times, (steps + 1,). Raises `UserError` where schedule and number of steps do not fit."""
-        return self.grid(schedule, self.steps)
+        """The times of the grid, (num_steps + 1,).
+
+        Raises:
+            UserError: if the schedule does not have that many distinct times.
+        """
+        return self.grid(schedule, self.num_steps)
 
     def describe(self, learned: Collection[str] = ()) -> str:
-        """Name and settings, in words for a table. Those that are ``learned`` the network says itself, and what was set
-        has no part in sampling."""
-        said = {name: _said(getattr(self, name)) for name in self.settings()}
-        others = [f"learned {name}" if name in learned else f"{name} {value}" for name, value in said.items()]
+        """Name and settings for a table. Settings in ``learned`` are replaced by the network's own values."""
+        settings = {name: _format(getattr(self, name)) for name in self.settings()}
+        described = [f"learned {name}" if name in learned else f"{name} {value}" for name, value in settings.items()]
         grid = self.grid.describe()
-        return ", ".join([type(self).__name__, f"{self.steps} steps", *([grid] if grid else []), *others])
+        return ", ".join([type(self).__name__, f"{self.num_steps} steps", *([grid] if grid else []), *described])
 
     def settings(self) -> list[str]:
-        """The names of the settings that ``describe`` tells, beside the steps."""
-        return [f.name for f in fields(self) if f.name not in ("steps", "grid")]
+        """Names of the settings that ``describe`` lists after the number of steps and the grid."""
+        return [f.name for f in fields(self) if f.name not in ("num_steps", "grid")]
 
 
-def _said(value: object) -> str:
+def _format(value: object) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def steps_between(
     times: Tensor, schedule: NoiseSchedule, x: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, ScheduleValues, ScheduleValues]]:
-    """(t, s, scales at t, scales at s) for each pair of neighbouring times, scales in the type of x."""
-    every = schedule.at(times, x)
-    scales = [_OneTime(every, i) for i in range(len(times))]
-    for (t, s), (now, then) in zip(pairwise(times), pairwise(scales), strict=True):
-        yield t, s, now, then
+    """Yields (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the type of x."""
+    values = schedule.at(times, x)
+    at = [_ValuesAtIndex(values, i) for i in range(len(times))]
+    for (t, s), (at_t, at_s) in zip(pairwise(times), pairwise(at), strict=True):
+        yield t, s, at_t, at_s
 
 
-class _OneTime(ScheduleValues):
-    """The scales of one time out of many that are computed together: a step then takes no work of the schedule."""
+class _ValuesAtIndex(ScheduleValues):
+    """One time of several that are evaluated together, so that the schedule is evaluated once per trajectory."""
 
-    def __init__(self, every: ScheduleValues, i: int) -> None:
-        self._every, self._i = every, i
+    def __init__(self, values: ScheduleValues, index: int) -> None:
+        self._values, self._index = values, index
 
     @cached_property
     def log_snr(self) -> Tensor:
-        return self._every.log_snr[self._i]
+        return self._values.log_snr[self._index]
 
     @cached_property
     def alpha(self) -> Tensor:
-        return self._every.alpha[self._i]
+        return self._values.alpha[self._index]
 
     @cached_property
     def sigma(self) -> Tensor:
-        return self._every.sigma[self._i]
+        return self._values.sigma[self._index]
 
     @cached_property
-    def log_alpha_slope(self) -> Tensor:
-        return self._every.log_alpha_slope[self._i]
+    def dlog_alpha_dt(self) -> Tensor:
+        return self._values.dlog_alpha_dt[self._index]
 
     @cached_property
-    def log_snr_slope(self) -> Tensor:
-        return self._every.log_snr_slope[self._i]
+    def dlog_snr_dt(self) -> Tensor:
+        return self._values.dlog_snr_dt[self._index]
 
 
 def check_times(times: Tensor, schedule: NoiseSchedule) -> None:
-    """Raises `UserError` unless ``times`` fall strictly and lie within the schedule (but for a last ``CLEAN``)."""
+    """Raises `UserError` unless ``times`` fall strictly and lie within the schedule, apart from a final ``CLEAN``."""
     inside = times[:-1] if len(times) > 1 and times[-1] == CLEAN else times
     if len(times) < 2 or not (times.diff() < 0).all():
         raise UserError(f"The times of a sampler must fall, from noise to data; these do not: {times.tolist()}.")
-    slack = 1e-6
-    if inside.min() < schedule.t_min - slack or inside.max() > schedule.t_max + slack:
+    tolerance = 1e-6
+    if inside.min() < schedule.t_min - tolerance or inside.max() > schedule.t_max + tolerance:
         raise UserError(
-            f"A sampler was asked for times {float(inside.min()):.4g} to {float(inside.max()):.4g}, but schedule"
+            f"The times of a sampler run from {float(inside.min()):.4g} to {float(inside.max()):.4g}, but schedule"
             f" {type(schedule).__name__} runs from {schedule.t_min:.4g} to {schedule.t_max:.4g}."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ancestral(Sampler):
-    r"""Draws from p(x_s | x_t) = N(mean of q(x_s | x_t, x_0), std^2), step by step (Ho et al. 2020, algorithm 2).
+    r"""DDPM sampling: draws :math:`x_s \sim N(\mu_q(x_t, x_0), \tilde\sigma^2)` at each step.
 
-    With c = 1 - SNR_t / SNR_s, the mean is (alpha_t sigma_s^2) / (alpha_s sigma_t^2) x_t + alpha_s c x_0 (their eq. 7)
-    and std = sqrt(c) sigma_s^(1 - v) sigma_t^v; into clean data no noise is added.
+    With :math:`c = 1 - SNR_t / SNR_s`,
+
+    .. math::
+        \mu_q = \frac{\alpha_t \sigma_s^2}{\alpha_s \sigma_t^2} x_t + \alpha_s c\, x_0, \qquad
+        \tilde\sigma = \sqrt{c}\, \sigma_s^{1 - v} \sigma_t^v.
+
+    The last step, into clean data, adds no noise. Ho et al. (2020), "Denoising Diffusion Probabilistic Models",
+    algorithm 2 and eq. 7, https://arxiv.org/abs/2006.11239.
 
     Args:
-        variance: v, from 0 ("fixed small", their beta tilde) to 1 ("fixed large", their beta), geometric in between
-            (Nichol and Dhariwal 2021, eq. 15). Where the network learns v, value by value, its own is used.
+        variance: :math:`v`: 0 is "fixed small" (:math:`\tilde\beta`), 1 is "fixed large" (:math:`\beta`), and values
+            in between interpolate geometrically (Nichol and Dhariwal 2021, eq. 15, https://arxiv.org/abs/2102.09672).
+            A network that learns the variance overrides it.
     """
 
     order = 1
@@ -189,23 +221,39 @@ class Ancestral(Sampler):
         if not 0 <= self.variance <= 1:
             raise UserError(f"sampler.variance={self.variance}: give a number from 0 (fixed small) to 1 (fixed large).")
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            v = self.variance if prediction.variance_share is None else prediction.variance_share
-            kept, gain, std = posterior(now, then, v)
-            x = kept * x + gain * prediction.x0 + std * normal_like(x, generator)
+            v = self.variance if prediction.variance_fraction is None else prediction.variance_fraction
+            coef_x_t, coef_x0, std = ancestral_step(at_t, at_s, v)
+            x = coef_x_t * x + coef_x0 * prediction.x0 + std * normal_like(x, generator)
             yield Step(s, x, prediction)
+
+
+def ancestral_step(
+    at_t: ScheduleValues, at_s: ScheduleValues, variance: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of `Ancestral` from t to s: coefficients of x_t, of x_0 and of standard normal noise."""
+    c = -torch.expm1(at_t.log_snr - at_s.log_snr)
+    # alpha_t sigma_s^2 / (alpha_s sigma_t^2), written without 1 - c, which loses precision where c is close to 1.
+    coef_x_t = torch.exp(at_t.log_snr - at_s.log_snr) * at_s.alpha / at_t.alpha
+    std = c.sqrt() * at_s.sigma ** (1 - variance) * at_t.sigma**variance * (at_s.sigma > 0)
+    return coef_x_t, at_s.alpha * c, std
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDIM(Sampler):
-    r"""x_s = alpha_s x_0 + sqrt(sigma_s^2 - tau^2) eps + tau z (Song et al. 2021, "DDIM", eq. 12 and 16).
+    r"""DDIM: :math:`x_s = \alpha_s x_0 + \sqrt{\sigma_s^2 - \tau^2}\, \epsilon + \tau z` with :math:`z \sim N(0, I)`.
 
-    tau = eta sigma_s sqrt(1 - SNR_t / SNR_s). With eta = 0 it is deterministic, and Euler's method on the
-    probability-flow ODE in x / alpha over sigma / alpha; with eta = 1 it is `Ancestral` with small variance.
+    :math:`\tau = \eta\, \sigma_s \sqrt{1 - SNR_t / SNR_s}`. With :math:`\eta = 0` the sampler is deterministic: Euler's
+    method on the probability-flow ODE of :math:`x / \alpha` over :math:`\sigma / \alpha`. With :math:`\eta = 1` it is
+    `Ancestral` with small variance. Song et al. (2021), "Denoising Diffusion Implicit Models", eq. 12 and 16,
+    https://arxiv.org/abs/2010.02502.
+
+    Args:
+        eta: :math:`\eta`, from 0 (deterministic) to 1 (ancestral).
     """
 
     order = 1
@@ -216,24 +264,14 @@ class DDIM(Sampler):
         if not 0 <= self.eta <= 1:
             raise UserError(f"sampler.eta={self.eta}: give a number from 0 (deterministic) to 1 (ancestral).")
 
-    def walk(
+    def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, now, then in steps_between(times, denoiser.schedule, x):
+        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
             prediction = denoiser(x, t, cond)
-            share = self.eta**2 * -torch.expm1(now.log_snr - then.log_snr)  # tau^2 / sigma_s^2
-            x = then.alpha * prediction.x0 + then.sigma * (1 - share).sqrt() * prediction.eps
+            alpha_s, sigma_s = at_s.alpha, at_s.sigma
+            tau2 = self.eta**2 * -torch.expm1(at_t.log_snr - at_s.log_snr)  # in units of sigma_s^2
+            x = alpha_s * prediction.x0 + sigma_s * (1 - tau2).sqrt() * prediction.eps
             if self.eta > 0:
-                x = x + then.sigma * share.sqrt() * normal_like(x, generator)
+                x = x + sigma_s * tau2.sqrt() * normal_like(x, generator)
             yield Step(s, x, prediction)
-
-
-def posterior(
-    now: ScheduleValues, then: ScheduleValues, variance: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of `Ancestral` from ``now`` to ``then``: what it multiplies x_t, x_0 and standard normal noise by."""
-    c = -torch.expm1(now.log_snr - then.log_snr)
-    # = alpha_t sigma_s^2 / (alpha_s sigma_t^2), for (1 - c) loses its last digits where c is nearly 1
-    kept = torch.exp(now.log_snr - then.log_snr) * then.alpha / now.alpha
-    std = c.sqrt() * then.sigma ** (1 - variance) * now.sigma**variance * (then.sigma > 0)
-    return kept, then.alpha * c, std

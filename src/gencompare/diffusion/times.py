@@ -1,4 +1,4 @@
-"""Times: grids to sample along, and distributions to train at."""
+"""Times: the grids that samplers follow, and the distributions that training draws from."""
 
 from __future__ import annotations
 
@@ -17,58 +17,64 @@ from gencompare.rng import RandomSource
 
 @dataclass(frozen=True)
 class TimeGrid(ABC):
-    """Lays out the times that a sampler visits."""
+    """Base class of the time grids of samplers."""
 
     @abstractmethod
-    def __call__(self, schedule: NoiseSchedule, steps: int) -> Tensor:
-        """``steps`` strictly falling times, then ``CLEAN``: (steps + 1,), on the CPU.
+    def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        """``num_steps`` strictly falling times, followed by ``CLEAN``.
 
-        The first is t_max and the last before ``CLEAN`` is t_min, unless the grid says otherwise; of a single step only
-        the first is left. Raises `UserError` where the schedule has no room for them.
+        The first time is t_max and the last before ``CLEAN`` is t_min, unless the grid sets other ends; a single step
+        starts at t_max.
+
+        Returns:
+            (num_steps + 1,), on the CPU.
+
+        Raises:
+            UserError: if the schedule does not have that many distinct times.
         """
 
     def describe(self) -> str:
-        """Name and settings, in words for a table; nothing for the grid that is usual."""
+        """Name and settings for a table; empty for the default grid."""
         settings = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
         return " ".join([type(self).__name__, *[f"{name} {value:g}" for name, value in settings]])
 
 
 @dataclass(frozen=True)
-class _InTime(TimeGrid):
-    """Even steps in t^(1 / power)."""
+class _PowerGrid(TimeGrid):
+    """Even spacing in t^(1 / power)."""
 
     power: ClassVar[float]
 
-    def __call__(self, schedule: NoiseSchedule, steps: int) -> Tensor:
-        table = schedule.discrete_times
-        if table is None:
-            times = self._spread(schedule.t_max, schedule.t_min, steps).to(torch.get_default_dtype())
+    def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        discrete_times = schedule.discrete_times
+        if discrete_times is None:
+            times = self._spaced(schedule.t_max, schedule.t_min, num_steps).to(torch.get_default_dtype())
         else:
-            times = table.cpu()[self._indices(len(table), steps)]
-        return _to_clean(times, schedule)
+            times = discrete_times.cpu()[self._indices(len(discrete_times), num_steps)]
+        return _append_clean(times, schedule)
 
-    def _spread(self, high: float, low: float, steps: int) -> Tensor:
-        roots = torch.linspace(high ** (1 / self.power), low ** (1 / self.power), steps, dtype=torch.float64)
+    def _spaced(self, high: float, low: float, num_steps: int) -> Tensor:
+        roots = torch.linspace(high ** (1 / self.power), low ** (1 / self.power), num_steps, dtype=torch.float64)
         times = roots**self.power
-        times[-1], times[0] = low, high  # not what rounding makes of them
+        times[-1], times[0] = low, high  # exact, without rounding
         return times
 
-    def _indices(self, T: int, steps: int) -> Tensor:
-        """The nearest of steps 1 to T, counted from 0, but none twice: of equal ones the later move up to the next."""
-        if steps > T:
+    def _indices(self, T: int, num_steps: int) -> Tensor:
+        """Indices, from 0, of the nearest of steps 1 to T. Duplicates move up to the next free step."""
+        if num_steps > T:
             raise UserError(
-                f"sampler.steps={steps}: the schedule has no more than {T} steps. Take fewer, or a grid that goes"
-                " between them: model/sampler/grid=log_snr."
+                f"sampler.num_steps={num_steps}: the schedule has no more than {T} steps. Use fewer, or a grid that"
+                " interpolates between them: model/sampler/grid=log_snr."
             )
-        nearest = (self._spread(T, 1, steps) - 1).round().long().flip(0)
-        rank = torch.arange(steps)
+        nearest = (self._spaced(T, 1, num_steps) - 1).round().long().flip(0)
+        rank = torch.arange(num_steps)
         rising = (nearest - rank).cummax(0).values + rank
-        return rising.minimum(rank + T - steps).flip(0)
+        return rising.minimum(rank + T - num_steps).flip(0)
 
 
 @dataclass(frozen=True)
-class UniformGrid(_InTime):
-    """Evenly spaced times; under a schedule with a table, each is the nearest of its steps."""
+class UniformGrid(_PowerGrid):
+    """Evenly spaced times; of a discrete schedule, the nearest steps."""
 
     power = 1.0
 
@@ -77,69 +83,80 @@ class UniformGrid(_InTime):
 
 
 @dataclass(frozen=True)
-class QuadraticGrid(_InTime):
-    r"""Even steps in sqrt(t): short ones near the data (Song et al. 2021, "DDIM", appendix D.2: tau_i = c i^2).
+class QuadraticGrid(_PowerGrid):
+    r"""Times evenly spaced in :math:`\sqrt t`, with short steps near the data: :math:`\tau_i = c i^2`.
 
-    Where rounding makes two steps of a table one, the later moves up to the next that is free. (The published code
-    starts at 0.8 T; here the grid starts at t_max, where the prior is.)
+    Song et al. (2021), "Denoising Diffusion Implicit Models", appendix D.2, https://arxiv.org/abs/2010.02502. Of a
+    discrete schedule, the nearest steps; where two round to the same step, the later one moves up to the next free
+    step. (The published code starts at 0.8 T; this grid starts at t_max, where the prior is.)
     """
 
     power = 2.0
 
 
 @dataclass(frozen=True)
-class _InLogSNR(TimeGrid):
-    first: float | None = None
-    last: float | None = None
+class _LogSNRRangeGrid(TimeGrid):
+    """Base class of grids that are defined on the log-SNR, with optional ends."""
+
+    log_snr_start: float | None = None
+    log_snr_end: float | None = None
 
     def __post_init__(self) -> None:
-        if self.first is not None and self.last is not None and not self.first < self.last:
+        start, end = self.log_snr_start, self.log_snr_end
+        if start is not None and end is not None and not start < end:
             raise UserError(
-                f"sampler.grid: log-SNR from first={self.first} to last={self.last} must rise: sampling goes from noise"
-                " to data."
+                f"sampler.grid: log-SNR from log_snr_start={start} to log_snr_end={end} must rise: sampling goes from"
+                " noise to data."
             )
 
     @abstractmethod
-    def spread(self, u: Tensor, first: float, last: float) -> Tensor:
-        """Log-SNRs, (n,), at shares ``u``, (n,), from 0 at the ``first`` to 1 at the ``last``."""
+    def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
+        """Log-SNRs at fractions ``u`` of the way, (n,): ``start`` at 0 and ``end`` at 1."""
 
     @torch.no_grad()
-    def __call__(self, schedule: NoiseSchedule, steps: int) -> Tensor:
+    def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         ends = torch.tensor([schedule.t_max, schedule.t_min], device=schedule.device)
         low, high = schedule.log_snr(ends).tolist()
-        first, last = _within("first", self.first, low, high), _within("last", self.last, low, high)
-        u = torch.linspace(0, 1, steps, dtype=torch.float64)
-        times = schedule.t_from_log_snr(self.spread(u, first, last).to(ends)).cpu()
-        # The schedule's ends themselves, not what rounding makes of them.
-        if self.first is None:
+        start = low if self.log_snr_start is None else _check_end("log_snr_start", self.log_snr_start, low, high)
+        end = high if self.log_snr_end is None else _check_end("log_snr_end", self.log_snr_end, low, high)
+        u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+        times = schedule.t_from_log_snr(self.interpolate(u, start, end).to(ends)).cpu()
+        # The ends of the schedule exactly, without rounding.
+        if self.log_snr_start is None:
             times[0] = schedule.t_max
-        if self.last is None and steps > 1:
+        if self.log_snr_end is None and num_steps > 1:
             times[-1] = schedule.t_min
-        return _to_clean(times, schedule)
+        return _append_clean(times, schedule)
 
 
 @dataclass(frozen=True)
-class LogSNRGrid(_InLogSNR):
-    r"""Even steps in log-SNR (Lu et al. 2022, "DPM-Solver", section 3.3).
+class LogSNRGrid(_LogSNRRangeGrid):
+    r"""Times evenly spaced in log-SNR.
 
-    With both ends given, runs that were trained under different schedules are sampled through the same noise levels.
+    With both ends given, models trained under different schedules are sampled at the same noise levels. Lu et al.
+    (2022), "DPM-Solver", section 3.3, https://arxiv.org/abs/2206.00927.
 
     Args:
-        first, last: log-SNR to start from and to end at, before the step into clean data; None is the schedule's end.
-            They must lie within the schedule's range.
+        log_snr_start: log-SNR at the start of sampling, within the range of the schedule; None is the schedule's own
+            end.
+        log_snr_end: log-SNR before the step into clean data, within the range of the schedule; None is the schedule's
+            own end.
     """
 
-    def spread(self, u: Tensor, first: float, last: float) -> Tensor:
-        return first + (last - first) * u
+    def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
+        return start + (end - start) * u
 
 
 @dataclass(frozen=True)
-class KarrasGrid(_InLogSNR):
-    r"""Even steps in (sigma / alpha)^(1 / rho) (Karras et al. 2022, eq. 5, whose alpha is 1).
+class KarrasGrid(_LogSNRRangeGrid):
+    r"""Times evenly spaced in :math:`(\sigma / \alpha)^{1 / \rho}`.
+
+    Karras et al. (2022), "Elucidating the Design Space", eq. 5, https://arxiv.org/abs/2206.00364; there alpha = 1.
 
     Args:
-        rho: how much shorter steps are where there is less noise; 7 is theirs, 1 is even steps in sigma / alpha.
-        first, last: as for `LogSNRGrid`.
+        log_snr_start: as for `LogSNRGrid`.
+        log_snr_end: as for `LogSNRGrid`.
+        rho: how much shorter steps are at low noise: 7 in the paper, 1 is even spacing in sigma / alpha.
     """
 
     rho: float = 7.0
@@ -149,70 +166,72 @@ class KarrasGrid(_InLogSNR):
         if self.rho <= 0:
             raise UserError(f"sampler.grid.rho={self.rho}: give a positive number.")
 
-    def spread(self, u: Tensor, first: float, last: float) -> Tensor:
-        start, end = (math.exp(-0.5 * log_snr / self.rho) for log_snr in (first, last))
-        return -2 * self.rho * torch.log(start + (end - start) * u)
+    def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
+        root_start, root_end = (math.exp(-0.5 * log_snr / self.rho) for log_snr in (start, end))
+        return -2 * self.rho * torch.log(root_start + (root_end - root_start) * u)
 
 
-def _within(name: str, value: float | None, low: float, high: float) -> float:
-    """``value``, or the end of the range that it stands for. Raises `UserError` where it lies outside."""
-    if value is None:
-        return low if name == "first" else high
-    slack = 1e-4  # of a figure that was printed, or rounded to float32
-    if not low - slack <= value <= high + slack:
+def _check_end(name: str, log_snr: float, low: float, high: float) -> float:
+    """``log_snr``. Raises `UserError` if it is outside of [low, high]."""
+    tolerance = 1e-4  # for values copied from a printed message or rounded to float32
+    if not low - tolerance <= log_snr <= high + tolerance:
         raise UserError(
-            f"sampler.grid.{name}={value}: the schedule's log-SNR runs from {low:.4g} to {high:.4g}; choose a value in"
-            " there, or null for its end."
+            f"sampler.grid.{name}={log_snr}: the schedule's log-SNR runs from {low:.4g} to {high:.4g}; choose a value"
+            " in this range, or null for the end of the schedule."
         )
-    return value
+    return log_snr
 
 
-def _to_clean(times: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The times, then ``CLEAN``. Raises `UserError` unless they fall strictly."""
+def _append_clean(times: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The times, followed by ``CLEAN``. Raises `UserError` unless the times fall strictly."""
     if not (times.diff() < 0).all():
         raise UserError(
-            f"sampler.steps={len(times)}: so many steps fall together under schedule {type(schedule).__name__}; take"
-            " fewer, or another model/sampler/grid."
+            f"sampler.num_steps={len(times)}: under schedule {type(schedule).__name__}, so many steps fall together;"
+            " use fewer steps, or another model/sampler/grid."
         )
     return torch.cat([times, times.new_tensor([CLEAN])])
 
 
 class TimeDistribution(ABC):
-    """Draws a time for each training image."""
+    """Base class of the distributions of training times."""
 
     @abstractmethod
-    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
-        """Times in [t_min, t_max], (n,); steps of the schedule's table where it has one."""
+    def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
+        """One time in [t_min, t_max] per image, (n,); of a discrete schedule, one of its steps."""
 
 
 @dataclass(frozen=True)
 class UniformTimes(TimeDistribution):
-    """Every time of the schedule equally likely: each step of its table, or all of [t_min, t_max] where it has none.
+    """Uniform over the steps of a discrete schedule, or over [t_min, t_max].
 
     Args:
-        stratified: spread the times of a batch evenly, which lowers the variance of its loss (Kingma et al. 2021,
-            appendix I.1); False draws them independently (Ho et al. 2020, algorithm 1).
+        stratified: spread the times of a batch evenly, which lowers the variance of the loss (Kingma et al. 2021,
+            appendix I.1, https://arxiv.org/abs/2107.00630); False draws them independently (Ho et al. 2020, algorithm
+            1, https://arxiv.org/abs/2006.11239).
     """
 
     stratified: bool = True
 
-    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
-        u = draws.stratified() if self.stratified else draws.uniform()
-        table = schedule.discrete_times
-        if table is None:
+    def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
+        u = rng.stratified() if self.stratified else rng.uniform()
+        discrete_times = schedule.discrete_times
+        if discrete_times is None:
             return schedule.t_min + (schedule.t_max - schedule.t_min) * u
-        return table[(u * len(table)).long().clamp(max=len(table) - 1)]
+        T = len(discrete_times)
+        return discrete_times[(u * T).long().clamp(max=T - 1)]
 
 
 @dataclass(frozen=True)
 class LogNormalTimes(TimeDistribution):
-    r"""ln(sigma / alpha) ~ N(mean, std^2), independently: noise levels rather than times are what is drawn.
+    r""":math:`\ln(\sigma / \alpha) \sim N(mean, std^2)`, independently for each image.
 
-    Karras et al. (2022), "Elucidating the Design Space", table 1, for data in [-1, 1] as here. A level outside of the
-    schedule's range becomes its nearest end. No gradient reaches a learned schedule through these times.
+    It defines noise levels rather than times. A level outside of the schedule's range becomes its nearest end. No
+    gradient reaches a learned schedule through these times. Karras et al. (2022), "Elucidating the Design Space", table
+    1, for data in [-1, 1] as here, https://arxiv.org/abs/2206.00364.
 
     Args:
-        mean, std: of ln(sigma / alpha); their P_mean and P_std.
+        mean: P_mean of the paper.
+        std: P_std of the paper.
     """
 
     mean: float = -1.2
@@ -221,20 +240,22 @@ class LogNormalTimes(TimeDistribution):
     def __post_init__(self) -> None:
         _check_std("LogNormalTimes", self.std)
 
-    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
-        log_level = self.mean + self.std * draws.normal()
+    def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
+        log_sigma = self.mean + self.std * rng.normal()
         with torch.no_grad():
-            return _on_table(schedule, schedule.t_from_log_snr(-2 * log_level))
+            return _nearest_discrete_time(schedule, schedule.t_from_log_snr(-2 * log_sigma))
 
 
 @dataclass(frozen=True)
 class LogitNormalTimes(TimeDistribution):
-    r"""logit(u) ~ N(mean, std^2), independently, t = t_min + (t_max - t_min) u: most times lie in the middle.
+    r""":math:`t = t_{min} + (t_{max} - t_{min})\, u` with :math:`logit(u) \sim N(mean, std^2)`: mostly central times.
 
-    Esser et al. (2024), "Scaling Rectified Flow Transformers", section 3.1, for rectified flow; here for any schedule.
+    Esser et al. (2024), "Scaling Rectified Flow Transformers", section 3.1, for rectified flow,
+    https://arxiv.org/abs/2403.03206; here for any schedule.
 
     Args:
-        mean, std: of logit(u); their m and s.
+        mean: m of the paper.
+        std: s of the paper.
     """
 
     mean: float = 0.0
@@ -243,17 +264,17 @@ class LogitNormalTimes(TimeDistribution):
     def __post_init__(self) -> None:
         _check_std("LogitNormalTimes", self.std)
 
-    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
-        u = torch.sigmoid(self.mean + self.std * draws.normal())
-        return _on_table(schedule, schedule.t_min + (schedule.t_max - schedule.t_min) * u)
+    def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
+        u = torch.sigmoid(self.mean + self.std * rng.normal())
+        return _nearest_discrete_time(schedule, schedule.t_min + (schedule.t_max - schedule.t_min) * u)
 
 
-def _on_table(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """The nearest steps of the schedule's table; ``t`` itself where time is continuous."""
-    table = schedule.discrete_times
-    if table is None:
+def _nearest_discrete_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """The nearest steps of a discrete schedule; ``t`` itself in continuous time."""
+    discrete_times = schedule.discrete_times
+    if discrete_times is None:
         return t
-    return table[torch.bucketize(t, (table[1:] + table[:-1]).to(t.dtype) / 2)]
+    return discrete_times[torch.bucketize(t, (discrete_times[1:] + discrete_times[:-1]).to(t.dtype) / 2)]
 
 
 def _check_std(name: str, std: float) -> None:

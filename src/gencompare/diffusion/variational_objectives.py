@@ -1,4 +1,4 @@
-"""The variational bound of diffusion models: its terms, and training objectives in continuous and discrete time."""
+"""Variational bounds of diffusion models: their terms, and training objectives in continuous and discrete time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from gencompare.diffusion.denoiser import Cond, Denoiser
-from gencompare.diffusion.objectives import NoisyBatch, Objective, Pixels, SimpleWeighting, Weighting
+from gencompare.diffusion.objectives import DataLikelihood, NoisyBatch, Objective, SimpleWeighting, Weighting
 from gencompare.diffusion.parameterizations import Parameterization, Prediction
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues, VariancePreserving
 from gencompare.diffusion.times import UniformGrid
@@ -20,54 +20,69 @@ from gencompare.rng import RandomSource
 
 
 def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    """KL(N(alpha x_0, sigma^2) || N(0, prior_std^2)) at t_max, (n,)."""
+    r""":math:`KL(N(\alpha x_0, \sigma^2) \| N(0, prior\_std^2))` at t_max, in nats, (n,)."""
     at, std = schedule.at(x0.new_full((), schedule.t_max), x0), schedule.prior_std
     ratio = (at.sigma / std) ** 2
     return 0.5 * ((at.alpha * x0 / std).square() + ratio - 1 - ratio.log()).flatten(1).sum(1)
 
 
-def step_kl(prediction: Prediction, eps: Tensor, now: ScheduleValues, then: ScheduleValues) -> Tensor:
-    r"""KL(q(x_s | x_t, x_0) || p(x_s | x_t)), (n,), of a step from t (``now``) to s (``then``), s before t.
+def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
+    r""":math:`KL(q(x_s | x_t, x_0) \| p(x_s | x_t))` in nats, (n,), for s < t.
 
-    Means differ by alpha_s c (x_0 - x_0_theta), c = 1 - SNR_t / SNR_s, and q has variance c sigma_s^2. Where p has the
-    same one, this is (SNR_s / SNR_t - 1) ||eps - eps_theta||^2 / 2. Where it is larger by R^v, R = sigma_t^2 /
-    sigma_s^2 and v the ``variance_share``, it is the sum of
-    (v log R + R^-v (1 + (SNR_s / SNR_t - 1) (eps - eps_theta)^2) - 1) / 2.
+    The means differ by :math:`\alpha_s c\, (x_0 - \hat x_0)` with :math:`c = 1 - SNR_t / SNR_s`, and q has variance
+    :math:`c \sigma_s^2`. If p has the same variance, the divergence is
+
+    .. math:: E / 2, \qquad E = (SNR_s / SNR_t - 1)\, \|\epsilon - \epsilon_\theta\|^2.
+
+    If the variance of p is larger by the factor :math:`R^v`, with :math:`R = \sigma_t^2 / \sigma_s^2` and v the
+    ``variance_fraction``, it is :math:`(v \log R + R^{-v} (1 + E) - 1) / 2`, summed over the values of an image.
     """
-    excess = torch.expm1(then.log_snr - now.log_snr) * (eps - prediction.eps).square()
-    if prediction.variance_share is not None:
-        larger = prediction.variance_share * 2 * torch.log(now.sigma / then.sigma)
-        excess = larger + torch.expm1(-larger) + torch.exp(-larger) * excess
-    return 0.5 * excess.flatten(1).sum(1)
+    kl = torch.expm1(at_s.log_snr - at_t.log_snr) * (eps - prediction.eps).square()
+    if prediction.variance_fraction is not None:
+        log_ratio = prediction.variance_fraction * 2 * torch.log(at_t.sigma / at_s.sigma)  # v log R
+        kl = log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * kl
+    return 0.5 * kl.flatten(1).sum(1)
 
 
-def reconstruction(prediction: Prediction, x0: Tensor, first: ScheduleValues, pixels: Pixels) -> Tensor:
-    """-log p(x_0 | x_t), (n,), at the first time: the last step of a sampler, N(x_0_theta, sigma^2) (Ho et al. 2020,
-    section 3.3)."""
-    return -pixels.log_prob(x0, prediction.x0, first.sigma)
+def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, likelihood: DataLikelihood) -> Tensor:
+    r""":math:`-\log p(x_0 | x_t)` at the first time, in nats, (n,), with :math:`p = N(\hat x_0, \sigma_t^2)`.
+
+    Ho et al. (2020), section 3.3, https://arxiv.org/abs/2006.11239.
+    """
+    return -likelihood.log_prob(x0, prediction.x0, at.sigma)
 
 
-def chain(schedule: NoiseSchedule, steps: int | None) -> Tensor:
-    """The times, rising, of a model of so many steps; None takes the schedule's own, if it has them."""
-    return schedule.steps() if steps is None else UniformGrid()(schedule, steps)[:-1].flip(0)
+def chain_times(schedule: NoiseSchedule, num_timesteps: int | None) -> Tensor:
+    """The rising times of a model of ``num_timesteps`` steps, (T,); None takes all steps of a discrete schedule."""
+    if num_timesteps is None:
+        return schedule.require_discrete_times()
+    return UniformGrid()(schedule, num_timesteps)[:-1].flip(0)
 
 
 @dataclass(frozen=True)
 class ContinuousVLB(Objective):
-    r"""The bound on -log p(x_0) in bits/dim, with infinitely many steps (Kingma et al. 2021, eq. 11 and 17):
+    r"""The variational bound on :math:`-\log p(x_0)` in continuous time, in bits/dim.
 
-        KL(q(x_T | x_0) || p(x_T)) - (t_max - t_min) / 2 E[lambda' ||eps - eps_theta(x_t)||^2] + E[-log p(x_0 | x_1)],
+    .. math::
+        \underbrace{KL(q(x_T | x_0) \| p(x_T))}_{prior}
+        \underbrace{- \tfrac{t_{max} - t_{min}}{2}\, E[\lambda'_t\, \|\epsilon - \epsilon_\theta(x_t)\|^2]}_{diffusion}
+        + \underbrace{E[-\log p(x_0 | x_1)]}_{reconstruction}
 
-    x_T and x_1 being x_t at t_max and t_min, t uniform and low-discrepancy, p(x_0 | x_1) in proportion to q(x_1 | x_0),
-    here with the mass of each pixel's bin. Only the ends of lambda matter to it, not its course (their section 5.1).
+    :math:`x_T` and :math:`x_1` are x_t at t_max and t_min. Times are uniform and stratified. :math:`p(x_0 | x_1)` is
+    proportional to :math:`q(x_1 | x_0)`, integrated over each pixel's bin. Kingma et al. (2021), "Variational Diffusion
+    Models", eq. 11 and 17, https://arxiv.org/abs/2107.00630.
 
-    A schedule with weights is trained along: its ends for the bound, as the network is, its course for a small variance
-    of the diffusion term D, by the gradient of E[D^2] (their appendix I.2).
+    The bound depends only on the endpoints of lambda, not on its shape in between (section 5.1). A learned schedule is
+    trained along: its endpoints minimise the bound, and its shape minimises the variance of the diffusion term D, by
+    the gradient of :math:`E[D^2]` (appendix I.2).
+
+    Args:
+        likelihood: p(x_0 | x_1); set by `with_likelihood`.
     """
 
     trains_schedule: ClassVar[bool] = True
 
-    pixels: Pixels | None = None
+    likelihood: DataLikelihood | None = None
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         if any(True for _ in schedule.parameters()) and not isinstance(schedule, VariancePreserving):
@@ -75,153 +90,167 @@ class ContinuousVLB(Objective):
                 f"Schedule {type(schedule).__name__} cannot be learned by the bound: it must preserve variance."
             )
 
-    def bound_to(self, pixels: Pixels) -> Objective:
-        return replace(self, pixels=pixels)
+    def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
+        return replace(self, likelihood=likelihood)
 
-    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        assert self.pixels is not None, "a bound must know its pixels: bound_to() tells it"
-        schedule, pixels = denoiser.schedule, self.pixels
-        span = schedule.t_max - schedule.t_min
-        t = schedule.t_min + span * draws.stratified(x0.dtype)
+    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        assert self.likelihood is not None, "call with_likelihood() first"
+        schedule, likelihood = denoiser.schedule, self.likelihood
+        time_range = schedule.t_max - schedule.t_min
+        t = schedule.t_min + time_range * rng.stratified(x0.dtype)
         learned = any(p.requires_grad for p in schedule.parameters())
         at = LearnedScheduleGradients(schedule, t, x0) if learned else schedule.at(t, x0)
-        noised = NoisyBatch.make(x0, draws.normal(x0.shape[1:]).to(x0.dtype), t, at)
-        out = denoiser.output(noised.x_t, t, at, cond)
-        error = noised.eps_error(denoiser, out).flatten(1).sum(1)
-        diffusion = pixels.bits(-0.5 * span * at.log_snr_slope.flatten() * error)
+        batch = NoisyBatch.make(x0, rng.normal(x0.shape[1:]).to(x0.dtype), t, at)
+        out = denoiser.output(batch.x_t, t, at, cond)
+        error = batch.squared_eps_error(denoiser, out).flatten(1).sum(1)
+        diffusion = likelihood.bits_per_dim(-0.5 * time_range * at.dlog_snr_dt.flatten() * error)
         if isinstance(at, LearnedScheduleGradients):
-            at.train_course_by_square_of(diffusion)
+            at.train_shape_on_square_of(diffusion)
 
-        first = schedule.at(x0.new_full((), schedule.t_min), x0)
-        # x_1 / alpha = x_0 + (sigma / alpha) eps, of which x_0 is told.
-        std = first.sigma / first.alpha
-        told = x0 + std * draws.normal(x0.shape[1:]).to(x0.dtype)
-        reconstruction = pixels.bits(-pixels.log_prob(x0, told, std))
-        prior = pixels.bits(prior_kl(schedule, x0))
+        at_t_min = schedule.at(x0.new_full((), schedule.t_min), x0)
+        # x_1 / alpha = x_0 + (sigma / alpha) eps, from which x_0 is decoded.
+        std = at_t_min.sigma / at_t_min.alpha
+        mean = x0 + std * rng.normal(x0.shape[1:]).to(x0.dtype)
+        reconstruction = likelihood.bits_per_dim(-likelihood.log_prob(x0, mean, std))
+        prior = likelihood.bits_per_dim(prior_kl(schedule, x0))
         terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
         return {"loss": prior + diffusion + reconstruction, **{name: term.detach() for name, term in terms.items()}}
 
 
 class LearnedScheduleGradients(ScheduleValues):
-    r"""A learned schedule at given times, written lambda = lambda_0 + (lambda_1 - lambda_0) s(t) with lambda_0 and
-    lambda_1 its ends, so that the gradients of the ends and of the course s between them can go different ways.
+    r"""A learned schedule at given times, with separate gradients of its endpoints and its shape.
 
-    s is found from lambda, and does not change with the ends, as the ends do not with s. The schedule must preserve
-    variance.
+    It is written as :math:`\lambda_t = \lambda_0 + (\lambda_1 - \lambda_0)\, s(t)`: s does not depend on the endpoints,
+    nor the endpoints on s. The schedule must preserve variance.
     """
 
     def __init__(self, schedule: NoiseSchedule, t: Tensor, x: Tensor) -> None:
         super().__init__(schedule, t, x)
-        self._first = schedule.log_snr(t.new_full((), schedule.t_min))
-        self._fall = schedule.log_snr(t.new_full((), schedule.t_max)) - self._first
+        self._log_snr_0 = schedule.log_snr(t.new_full((), schedule.t_min))
+        self._log_snr_range = schedule.log_snr(t.new_full((), schedule.t_max)) - self._log_snr_0
         at = schedule.at(t)
-        self._share = (at.log_snr - self._first) / self._fall
-        self._share_slope = at.log_snr_slope / self._fall
+        self._s = (at.log_snr - self._log_snr_0) / self._log_snr_range
+        self._ds_dt = at.dlog_snr_dt / self._log_snr_range
 
-    def train_course_by_square_of(self, loss: Tensor) -> None:
-        """From here on ``loss`` (n,) sends the gradient of its square to the course, and its own to all else."""
-        for course in (self._share, self._share_slope):
-            if course.requires_grad:
-                course.register_hook(lambda gradient: (2 * loss.detach() * gradient).to(gradient))
+    def train_shape_on_square_of(self, loss: Tensor) -> None:
+        """Makes the gradient of ``loss`` (n,) with respect to the shape s that of ``loss``^2; the rest is unchanged."""
+        for shape in (self._s, self._ds_dt):
+            if shape.requires_grad:
+                shape.register_hook(lambda gradient: (2 * loss.detach() * gradient).to(gradient))
 
     @cached_property
     def _logs(self) -> tuple[Tensor, Tensor]:
-        log_snr = self._first + self._fall * self._share
+        log_snr = self._log_snr_0 + self._log_snr_range * self._s
         return logsigmoid(log_snr) / 2, log_snr
 
     @cached_property
-    def log_snr_slope(self) -> Tensor:
-        return self._shaped(self._fall * self._share_slope)
+    def dlog_snr_dt(self) -> Tensor:
+        return self._broadcast(self._log_snr_range * self._ds_dt)
 
     @cached_property
-    def log_alpha_slope(self) -> Tensor:
-        return self.log_snr_slope * torch.sigmoid(-self.log_snr) / 2
+    def dlog_alpha_dt(self) -> Tensor:
+        return self.dlog_snr_dt * torch.sigmoid(-self.log_snr) / 2
 
 
 @dataclass(frozen=True)
 class DiscreteVLB(Objective):
-    r"""The bound on -log p(x_0) in bits/dim of a model of T steps, one of its T terms an image at random, times T.
+    r"""The variational bound on :math:`-\log p(x_0)` of a model of T steps, in bits/dim.
 
-    Ho et al. (2020), eq. 5; with `LearnedVariance`, L_vlb of Nichol and Dhariwal (2021), eq. 4. Else the variance is
-    that of q(x_s | x_t, x_0).
+    .. math::
+        KL(q(x_T | x_0) \| p(x_T)) + T\, E_i[L_i], \qquad
+        L_i = KL(q(x_{i-1} | x_i, x_0) \| p(x_{i-1} | x_i)), \quad L_1 = -\log p(x_0 | x_1),
+
+    with one random step i per image. Ho et al. (2020), eq. 5, https://arxiv.org/abs/2006.11239; with `LearnedVariance`,
+    L_vlb of Nichol and Dhariwal (2021), eq. 4, https://arxiv.org/abs/2102.09672. Otherwise p has the variance of q.
 
     Args:
-        steps: T; None takes every step of a schedule that has steps.
+        num_timesteps: T; None takes all steps of a discrete schedule.
+        likelihood: p(x_0 | x_1); set by `with_likelihood`.
     """
 
     trains_schedule: ClassVar[bool] = True
     trains_variance: ClassVar[bool] = True
 
-    steps: int | None = None
-    pixels: Pixels | None = None
+    num_timesteps: int | None = None
+    likelihood: DataLikelihood | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"objective.steps={self.steps}: give at least 1.")
+        if self.num_timesteps is not None and self.num_timesteps < 1:
+            raise UserError(f"objective.num_timesteps={self.num_timesteps}: give at least 1.")
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
-        table = schedule.discrete_times
-        if self.steps is None and table is None:
+        discrete_times = schedule.discrete_times
+        if self.num_timesteps is None and discrete_times is None:
             raise UserError(
-                f"The objective DiscreteVLB bounds a model of steps, and schedule {type(schedule).__name__} runs in"
-                " continuous time: say how many there are (model.objective.steps=50), or use model/objective=vlb."
+                f"The objective DiscreteVLB needs discrete steps, and schedule {type(schedule).__name__} runs in"
+                " continuous time: set their number (model.objective.num_timesteps=50), or use model/objective=vlb."
             )
-        if self.steps is not None and table is not None and self.steps > len(table):
-            raise UserError(f"model.objective.steps={self.steps}: the schedule has no more than {len(table)} steps.")
+        if self.num_timesteps is not None and discrete_times is not None and self.num_timesteps > len(discrete_times):
+            raise UserError(
+                f"model.objective.num_timesteps={self.num_timesteps}: the schedule has no more than"
+                f" {len(discrete_times)} steps."
+            )
 
-    def bound_to(self, pixels: Pixels) -> Objective:
-        return replace(self, pixels=pixels)
+    def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
+        return replace(self, likelihood=likelihood)
 
-    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        assert self.pixels is not None, "a bound must know its pixels: bound_to() tells it"
-        schedule = denoiser.schedule
-        times = chain(schedule, self.steps).to(x0.device)
-        step, noised = at_random_step(schedule, times, x0, draws)
-        prediction = denoiser(noised.x_t, noised.t, cond)
-        term = self.pixels.bits(len(times) * chain_term(prediction, noised, step, times, schedule, self.pixels))
-        prior = self.pixels.bits(prior_kl(schedule, x0))
-        return {"loss": prior + term, "prior": prior.detach(), "terms": term.detach()}
+    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        assert self.likelihood is not None, "call with_likelihood() first"
+        schedule, likelihood = denoiser.schedule, self.likelihood
+        times = chain_times(schedule, self.num_timesteps).to(x0.device)
+        step, batch = sample_step(schedule, times, x0, rng)
+        prediction = denoiser(batch.x_t, batch.t, cond)
+        terms = likelihood.bits_per_dim(len(times) * vlb_term(prediction, batch, step, times, schedule, likelihood))
+        prior = likelihood.bits_per_dim(prior_kl(schedule, x0))
+        return {"loss": prior + terms, "prior": prior.detach(), "terms": terms.detach()}
 
 
-def at_random_step(
-    schedule: NoiseSchedule, times: Tensor, x0: Tensor, draws: RandomSource
-) -> tuple[Tensor, NoisyBatch]:
-    """A step for each image, (n,) from 0, each equally likely, and the image noised to its time."""
-    step = (draws.stratified() * len(times)).long().clamp(max=len(times) - 1)
+def sample_step(schedule: NoiseSchedule, times: Tensor, x0: Tensor, rng: RandomSource) -> tuple[Tensor, NoisyBatch]:
+    """A uniformly random index into ``times`` for each image, (n,), and the images with the noise of that time."""
+    step = (rng.stratified() * len(times)).long().clamp(max=len(times) - 1)
     t = times[step]
-    return step, NoisyBatch.make(x0, draws.normal(x0.shape[1:]).to(x0.dtype), t, schedule.at(t, x0))
+    return step, NoisyBatch.make(x0, rng.normal(x0.shape[1:]).to(x0.dtype), t, schedule.at(t, x0))
 
 
-def chain_term(
-    prediction: Prediction, noised: NoisyBatch, step: Tensor, times: Tensor, schedule: NoiseSchedule, pixels: Pixels
+def vlb_term(
+    prediction: Prediction,
+    batch: NoisyBatch,
+    step: Tensor,
+    times: Tensor,
+    schedule: NoiseSchedule,
+    likelihood: DataLikelihood,
 ) -> Tensor:
-    """The term of each image's step in nats, (n,): of the first the reconstruction, of the others the divergence."""
-    # Before the first step comes clean data, infinitely sure: a step to itself stands in, and is not used.
-    then = schedule.at(times[(step - 1).clamp(min=0)], noised.x0)
-    kl = step_kl(prediction, noised.eps, noised.at, then)
-    return torch.where(step == 0, reconstruction(prediction, noised.x0, noised.at, pixels), kl)
+    """The term of each image's step, in nats, (n,): the reconstruction for the first step, else the divergence."""
+    # Step 0 has no earlier step, and its divergence is discarded: a step to itself keeps it finite.
+    at_s = schedule.at(times[(step - 1).clamp(min=0)], batch.x0)
+    kl = step_kl(prediction, batch.eps, batch.at, at_s)
+    return torch.where(step == 0, reconstruction_nll(prediction, batch.x0, batch.at, likelihood), kl)
 
 
 @dataclass(frozen=True)
 class Hybrid(Objective):
-    r"""L_simple + ``vlb`` L_vlb, where L_vlb trains the variance alone (Nichol and Dhariwal 2021, eq. 16).
+    r""":math:`L_{simple} + w_{vlb} L_{vlb}`, in which L_vlb trains only the variance of the reverse steps.
 
-    L_vlb is in bits/dim, all T terms of it (its prior has no gradient); the mean in it is held fixed.
+    L_vlb is in bits/dim and sums all T terms (the prior has no gradient); the mean in it is detached. Nichol and
+    Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 16, https://arxiv.org/abs/2102.09672.
 
     Args:
-        vlb: weight of the bound.
-        weighting: how errors of the noise count in L_simple.
+        vlb_weight: weight of the bound.
+        weighting: weight of the squared error in eps in L_simple.
+        likelihood: p(x_0 | x_1); set by `with_likelihood`.
     """
 
     trains_variance: ClassVar[bool] = True
 
-    vlb: float = 0.001
+    vlb_weight: float = 0.001
     weighting: Weighting = field(default_factory=SimpleWeighting)
-    pixels: Pixels | None = None
+    likelihood: DataLikelihood | None = None
 
     def __post_init__(self) -> None:
-        if self.vlb <= 0:
-            raise UserError(f"objective.vlb={self.vlb}: give a positive number, or take model/objective=simple.")
+        if self.vlb_weight <= 0:
+            raise UserError(
+                f"objective.vlb_weight={self.vlb_weight}: give a positive number, or use model/objective=simple."
+            )
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         if not parameterization.learns_variance:
@@ -231,23 +260,24 @@ class Hybrid(Objective):
             )
         if schedule.discrete_times is None:
             raise UserError(
-                f"The objective Hybrid trains a model of steps, and schedule {type(schedule).__name__} runs in"
-                " continuous time: use a table (model/schedule=cosine), or a fixed variance"
-                " (model/parameterization=eps model/objective=simple)."
+                f"The objective Hybrid needs discrete steps, and schedule {type(schedule).__name__} runs in continuous"
+                " time: use a table (model/schedule=cosine), or a fixed variance (model/parameterization=eps"
+                " model/objective=simple)."
             )
 
-    def bound_to(self, pixels: Pixels) -> Objective:
-        return replace(self, pixels=pixels)
+    def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
+        return replace(self, likelihood=likelihood)
 
-    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        assert self.pixels is not None, "a bound must know its pixels: bound_to() tells it"
-        times = denoiser.schedule.steps()
-        step, noised = at_random_step(denoiser.schedule, times, x0, draws)
-        out = denoiser.output(noised.x_t, noised.t, noised.at, cond)
-        eps_mse = noised.eps_error(denoiser, out).flatten(1).mean(1)
-        prediction = denoiser.parameterization.invert(out, noised.x_t, noised.at)
-        fixed = prediction._replace(x0=prediction.x0.detach(), eps=prediction.eps.detach())
-        term = chain_term(fixed, noised, step, times, denoiser.schedule, self.pixels)
-        bound = self.pixels.bits(len(times) * term)
-        simple = self.weighting(noised.at).flatten() * eps_mse
-        return {"loss": simple + self.vlb * bound, "eps_mse": eps_mse.detach(), "terms": bound.detach()}
+    def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        assert self.likelihood is not None, "call with_likelihood() first"
+        times = denoiser.schedule.require_discrete_times()
+        step, batch = sample_step(denoiser.schedule, times, x0, rng)
+        out = denoiser.output(batch.x_t, batch.t, batch.at, cond)
+        eps_mse = batch.squared_eps_error(denoiser, out).flatten(1).mean(1)
+        simple = self.weighting(batch.at).flatten() * eps_mse
+
+        prediction = denoiser.parameterization.to_prediction(out, batch.x_t, batch.at)
+        fixed_mean = prediction._replace(x0=prediction.x0.detach(), eps=prediction.eps.detach())
+        term = vlb_term(fixed_mean, batch, step, times, denoiser.schedule, self.likelihood)
+        vlb = self.likelihood.bits_per_dim(len(times) * term)
+        return {"loss": simple + self.vlb_weight * vlb, "eps_mse": eps_mse.detach(), "terms": vlb.detach()}

@@ -1,4 +1,4 @@
-"""Where a diffusion model works: on the pixels themselves, or on the whitened latents of a frozen autoencoder."""
+"""The space in which a diffusion model works: pixels, or the whitened latents of a frozen autoencoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gencompare.models.autoencoder_core import AutoencoderCore
 
 
 class PixelSpace(nn.Module):
-    """The images themselves: nothing is encoded."""
+    """The images themselves: encoding and decoding are the identity."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
@@ -31,20 +31,21 @@ class PixelSpace(nn.Module):
 
 
 class Latents(nn.Module):
-    r"""The whitened latents of a frozen autoencoder: w = (z - m_c) / s_c, with mean and standard deviation of each
-    channel over the training images.
+    r"""The whitened latents of a frozen autoencoder: :math:`w = (z - m_c) / s_c` for each channel c.
 
-    Rombach et al. (2022), "High-resolution image synthesis with latent diffusion models", appendix G, divide by one
-    standard deviation of the first batch; here every channel has mean 0 and variance 1 over the training split, so that
-    a noise schedule means the same whatever the autoencoder.
+    :math:`m_c` and :math:`s_c` are the mean and the standard deviation over the training split, so that a noise
+    schedule has the same meaning for every autoencoder. (Rombach et al. (2022), "High-resolution image synthesis with
+    latent diffusion models", appendix G, https://arxiv.org/abs/2112.10752, divide by one standard deviation, estimated
+    on the first batch.)
 
-    The autoencoder's weights and the whitening are part of the state dict of the model that holds this module, so that
-    its run folder is enough; nothing trains or averages them.
+    Weights of the autoencoder and whitening are part of the state dict of the diffusion model, whose run folder is
+    therefore self-contained; they are not trained or averaged.
 
     Args:
-        autoencoder: a factory ``spec -> model with a coder``, the first stage as it was trained.
-        run: folder of a trained one, whose weights `take` puts in here (as ``task=train`` does).
-        budget: of the first stage.
+        spec: shape and classes of the images.
+        autoencoder: a factory ``spec -> model with a coder``, with the settings that the autoencoder was trained with.
+        first_stage: ``run``, the folder of a trained autoencoder, and ``budget``, of training one. The training task
+            uses them, and passes the trained weights to `load_autoencoder`.
     """
 
     mean: Tensor
@@ -52,16 +53,16 @@ class Latents(nn.Module):
 
     def __init__(self, spec: DataSpec, *, autoencoder: Callable[..., Any], **first_stage: Any) -> None:
         super().__init__()
-        # Without the networks that its loss looks at, and without moving anyone's random numbers.
+        # Without the networks of its loss, and without advancing the global random state.
         with torch.random.fork_rng(devices=[]):
-            trained = autoencoder(spec=replace(spec, conditions={}), perceptual=None, discriminator=None)
-        coder = getattr(trained, "coder", None)
+            model = autoencoder(spec=replace(spec, conditions={}), perceptual=None, discriminator=None)
+        coder = getattr(model, "coder", None)
         if not isinstance(coder, AutoencoderCore):
-            raise UserError(f"{type(trained).__name__} is no autoencoder: latents need model=autoencoder or vqvae.")
+            raise UserError(f"{type(model).__name__} is not an autoencoder: latents need model=autoencoder or vqvae.")
         self.coder = coder
         self.latent_shape = coder.latent_shape
         self.perceptual_networks: list[str] = []
-        """What the first stage's loss looked at; set with its weights."""
+        """The pretrained networks in the loss of the autoencoder; set with its weights."""
         self.register_buffer("mask", torch.ones(1, *self.latent_shape[1:]), persistent=False)
         self.mask: Tensor
         self.register_buffer("mean", torch.zeros(self.latent_shape[0], 1, 1))
@@ -69,12 +70,12 @@ class Latents(nn.Module):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Latents:
-        """Always in eval mode: it is frozen."""
+        """Stays in eval mode: the autoencoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        # In full precision, as the whitening was measured.
+        # In full precision, like the whitening.
         with torch.autocast(x.device.type, enabled=False):
             return (self.coder.encode(x.float()) - self.mean) / self.std
 
@@ -82,31 +83,39 @@ class Latents(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return self.coder.decode(z.float() * self.std + self.mean)
 
-    def same_as(self, other: Latents) -> bool:
-        """Whether these are the latents of the same autoencoder: whitening by the same numbers tells."""
+    def has_same_whitening(self, other: Latents) -> bool:
+        """Whether mean and standard deviation are equal, which identifies the autoencoder."""
         return torch.equal(self.mean, other.mean) and torch.equal(self.std, other.std)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Any, *, generator: torch.Generator) -> Tensor:
-        """What of an image passes the first stage: no random numbers."""
+        """The reconstruction of the autoencoder; deterministic."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
-    def take(self, coder: AutoencoderCore, batches: Iterable[Tensor]) -> None:
-        """Take over a trained autoencoder, and measure the whitening on ``batches`` of all training images."""
+    def load_autoencoder(self, coder: AutoencoderCore, batches: Iterable[Tensor]) -> None:
+        """Copies the weights of a trained autoencoder and computes the whitening.
+
+        Args:
+            coder: the trained autoencoder.
+            batches: batches (n, C, H, W) of all training images.
+
+        Raises:
+            UserError: if a latent channel is constant.
+        """
         self.coder.load_state_dict(coder.state_dict())
-        count, first, second = 0, torch.zeros(()), torch.zeros(())
+        count, total, total_squares = 0, torch.zeros(()), torch.zeros(())
         for x in batches:
             z = self.coder.encode(x.to(self.mean.device)).double()
             count += z[:, 0].numel()
-            first = first.to(z) + z.sum((0, 2, 3))
-            second = second.to(z) + z.square().sum((0, 2, 3))
-        mean = first / count
-        variance = second / count - mean.square()
+            total = total.to(z) + z.sum((0, 2, 3))
+            total_squares = total_squares.to(z) + z.square().sum((0, 2, 3))
+        mean = total / count
+        variance = total_squares / count - mean.square()
         if not (variance > 1e-12).all():
             raise UserError(
-                "A channel of the autoencoder's latents is the same for all images, so that there is nothing to learn"
-                " in it: train it for longer, or with fewer latent channels."
+                "A channel of the autoencoder's latents is the same for all images and contains no information: train"
+                " the autoencoder for longer, or with fewer latent channels."
             )
         self.mean.copy_(mean[:, None, None])
         self.std.copy_(variance.sqrt()[:, None, None])
