@@ -29,9 +29,9 @@ def test_a_quoted_value_parses_to_its_text(text: str) -> None:
 
 
 def test_plain_text_is_not_quoted() -> None:
-    assert [shell_override("resume", place) for place in ("runs/a_1.2-b", "/x/y")] == [
-        "resume=runs/a_1.2-b",
-        "resume=/x/y",
+    assert [shell_override("ckpt_path", path) for path in ("runs/a_1.2-b", "/x/y")] == [
+        "ckpt_path=runs/a_1.2-b",
+        "ckpt_path=/x/y",
     ]
 
 
@@ -40,5 +40,5 @@ def test_a_run_folder_is_found_by_its_quoted_name(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     (Path(name) / "config.yaml").write_text("choices: {data: digits}\n")
-    words = run_config.base_on_run_folder([f"run_dir={quote(name)}"])
-    assert "data=digits" in words and f"hydra.run.dir={quote(name)}" in words
+    overrides = run_config.inherit_choices([f"run_dir={quote(name)}"])
+    assert "data=digits" in overrides and f"hydra.run.dir={quote(name)}" in overrides

@@ -1,4 +1,4 @@
-"""Keep what a run measured: its record and curve, without the places of the machine that it ran on.
+"""Copy the record and the learning curve of a run into this folder, without paths of the machine it ran on.
 
     python docs/results/keep.py RUN_FOLDER FOLDER/NAME
 
@@ -16,47 +16,51 @@ from gencompare.errors import UserError
 from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parent
-OF_THE_MACHINE = ("paths.", "hydra.", "logger=")
-"""Words of a command line that say where a run lies, and nothing of what it did."""
+MACHINE_SPECIFIC = ("paths.", "hydra.", "logger=")
+"""Prefixes of overrides that depend on the machine and do not affect results."""
 
 
 def keep(run: Path, name: str) -> None:
-    """Copy what is worth keeping of the run folder ``run``. Raises `UserError` where it holds no result."""
+    """Copy the record and the learning curve of the run folder ``run`` to ``docs/results/NAME``.
+
+    Raises:
+        UserError: the run has no results, or its record contains other paths of the machine.
+    """
     record = RunRecord.load(run)
     if not record.results:
-        raise UserError(f"{run} holds no result: finish or evaluate the run first.")
+        raise UserError(f"{run} has no results: finish or evaluate the run first.")
     record.name = Path(name).name
     record.images, record.checkpoints = {}, {}
     for result in record.results:
         result.images.clear()
     record.config.pop("out", None)
-    record.overrides = [word for word in record.overrides if not word.lstrip("+").startswith(OF_THE_MACHINE)]
+    record.overrides = [each for each in record.overrides if not each.lstrip("+").startswith(MACHINE_SPECIFIC)]
     record.config["command"] = record.overrides
-    record.config = _without_places(record.config, record.config["paths"])
+    record.config = _without_local_paths(record.config, record.config["paths"])
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder)
-    if (run / "curve.csv").is_file():  # nothing was trained for others' images
+    if (run / "curve.csv").is_file():  # externally generated images have none
         shutil.copyfile(run / "curve.csv", folder / "curve.csv")
-    print(f"Kept in {folder}.")
+    print(f"Copied to {folder}.")
 
 
-def _without_places(value: Any, places: dict[str, str]) -> Any:
-    """The config with ``paths.data`` and its like in place of folders of this machine."""
+def _without_local_paths(value: Any, paths: dict[str, str]) -> Any:
+    """The config with absolute paths made relative to ``paths.data`` and the other configured paths."""
     if isinstance(value, dict):
-        return {key: _without_places(each, places) for key, each in value.items()}
+        return {key: _without_local_paths(each, paths) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_places(each, places) for each in value]
+        return [_without_local_paths(each, paths) for each in value]
     if isinstance(value, str) and Path(value).is_absolute():
-        for name, place in places.items():
-            if Path(value).is_relative_to(place):
-                return str(Path(f"paths.{name}") / Path(value).relative_to(place))
-        raise UserError(f"The record names {value}, a folder of this machine: run from the repository's root.")
+        for name, path in paths.items():
+            if Path(value).is_relative_to(path):
+                return str(Path(f"paths.{name}") / Path(value).relative_to(path))
+        raise UserError(f"The record contains {value}, a path of this machine: run from the repository's root.")
     return value
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Keep the record and the curve of a run.")
+    parser = argparse.ArgumentParser(description="Copy the record and the learning curve of a run.")
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     options = parser.parse_args()
