@@ -29,17 +29,17 @@ import toy_scores as toy  # type: ignore[import-not-found]
 
 SMALL = 0.02
 TRUTH = Mixture(toy.SCHEDULE, weights=(0.2, 0.8), means=(-0.5, 0.5), std=0.1)
-SAMPLERS = [toy.ANNEALED, EulerMaruyama(steps=100), ReverseDiffusion(steps=100)]
+SAMPLERS = [toy.ANNEALED, EulerMaruyama(num_steps=100), ReverseDiffusion(num_steps=100)]
 
 
 @pytest.fixture(scope="module")
 def one() -> Denoiser:
-    return toy.one_level(toy.two_gaussians, SMALL, steps=300, features=64, depth=2)
+    return toy.train_at_one_level(toy.two_gaussians, SMALL, steps=300, features=64, depth=2)
 
 
 @pytest.fixture(scope="module")
 def many() -> Denoiser:
-    return toy.many_levels(toy.two_gaussians, steps=600, features=64, depth=2)
+    return toy.train_at_many_levels(toy.two_gaussians, steps=600, features=64, depth=2)
 
 
 # A low-dimensional manifold.
@@ -47,8 +47,8 @@ def many() -> Denoiser:
 
 def test_plain_score_matching_has_no_least_value_on_a_line_and_finds_it_with_noise() -> None:
     """With noise n along and across a line of N(0, l^2): -(1 / (l^2 + n^2) + 1 / n^2) / 2, l = 0.5."""
-    _, bare = toy.plain_score_matching(0.0, steps=150)
-    _, noisy = toy.plain_score_matching(0.1, steps=150)
+    _, bare = toy.train_by_score_matching(0.0, steps=150)
+    _, noisy = toy.train_by_score_matching(0.1, steps=150)
     least = -0.5 * (1 / (0.25 + 0.01) + 1 / 0.01)
     assert sum(noisy[-50:]) / 50 == pytest.approx(least, rel=0.1)
     late = [sum(bare[k - 50 : k]) / 50 for k in (50, 100, 150)]
@@ -57,16 +57,16 @@ def test_plain_score_matching_has_no_least_value_on_a_line_and_finds_it_with_noi
 
 def test_score_off_a_line_grows_without_bound_and_not_at_the_points_of_each_level() -> None:
     """N(0, s^2) across the line: the score at distance d is -d / s^2, and s times the score is 1 in the mean square."""
-    learned = toy.many_levels(toy.line, steps=300, features=64, depth=2)
+    learned = toy.train_at_many_levels(toy.line, steps=300, features=64, depth=2)
     source = generator("cpu", 3)
     for sigma in (0.05, 0.1, 0.2, 0.5, 1.0):
-        far = toy.pull(learned, 1000, sigma, 0.1, source)
+        far = toy.mean_normal_score(learned, 1000, sigma, 0.1, source)
         assert far == pytest.approx(0.1 / sigma**2, rel=0.15)
     for sigma in (SMALL, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0):
-        assert toy.pull_at_the_level(learned, 1000, sigma, source) == pytest.approx(1, abs=0.12)
+        assert toy.rms_normal_score(learned, 1000, sigma, source) == pytest.approx(1, abs=0.12)
     # And the samples lie on the line, but for the noise of the last level, as spread along it as the data.
-    x = toy.sampled(dataclasses.replace(toy.ANNEALED, denoise=False), learned, 400).flatten(1)
-    assert float((x @ toy.ACROSS).std()) == pytest.approx(SMALL, rel=0.3)
+    x = toy.draw_samples(dataclasses.replace(toy.ANNEALED, denoise=False), learned, 400).flatten(1)
+    assert float((x @ toy.NORMAL).std()) == pytest.approx(SMALL, rel=0.3)
     assert float(x.sum(1).std()) / math.sqrt(2) == pytest.approx(0.5, rel=0.15)
 
 
@@ -87,9 +87,9 @@ def test_steps_short_enough_to_stay_on_a_line_do_not_find_the_way_along_it() -> 
     start = torch.ones(2000, 2, 1, 1)
     ends = []
     for steps, times in ((1, torch.stack([toy.time_of(SMALL), torch.tensor(CLEAN)])), (20, None)):
-        sampler = AnnealedLangevin(steps=steps, steps_per_level=1000 // steps, denoise=False)
+        sampler = AnnealedLangevin(num_steps=steps, num_langevin_steps=1000 // steps, denoise=False)
         x = sampler.sample(KnowsTheLine(), start, generator=generator("cpu", 0), times=times).flatten(1)
-        assert float((x @ toy.ACROSS).std()) == pytest.approx(SMALL, rel=0.1)
+        assert float((x @ toy.NORMAL).std()) == pytest.approx(SMALL, rel=0.1)
         ends.append(x.sum(1) / math.sqrt(2))
     # A step of k s^2 times the score, k = 0.1, keeps 1 - k s^2 / v of the place, with v = 1/4 + s^2 along the line.
     v = 0.25 + SMALL**2
@@ -121,7 +121,7 @@ def test_the_errors_of_the_figure_are_those_of_the_formula(many: Denoiser) -> No
 
 def test_score_of_one_small_level_is_right_at_its_points_and_wrong_elsewhere(one: Denoiser) -> None:
     source = generator("cpu", 5)
-    assert error(one, toy.noisy(toy.two_gaussians, 2000, SMALL, source), SMALL) < 0.2
+    assert error(one, toy.add_noise(toy.two_gaussians, 2000, SMALL, source), SMALL) < 0.2
     assert error(one, toy.square(2000, source), SMALL) > 0.4
 
 
@@ -130,7 +130,7 @@ def test_several_levels_learn_the_score_everywhere_at_much_noise_and_at_each_lev
     for sigma in (0.5, 1.0, 2.0, 5.0, 10.0):
         assert error(many, toy.square(2000, source), sigma) < 0.15
     for sigma in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0):
-        assert error(many, toy.noisy(toy.two_gaussians, 2000, sigma, source), sigma) < 0.2
+        assert error(many, toy.add_noise(toy.two_gaussians, 2000, sigma, source), sigma) < 0.2
     assert error(many, toy.square(2000, source), SMALL) > 0.4, "nobody looks there at little noise"
 
 
@@ -140,33 +140,33 @@ def test_several_levels_learn_the_score_everywhere_at_much_noise_and_at_each_lev
 def test_langevin_at_one_small_level_cannot_know_the_weights() -> None:
     """With the exact score, and the same random numbers: nearly every point ends where it does with other weights."""
     ends = [
-        toy.langevin_at(dataclasses.replace(TRUTH, weights=weights), SMALL, 1000)
+        toy.langevin_at_one_level(dataclasses.replace(TRUTH, weights=weights), SMALL, 1000)
         for weights in ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
     ]
     for x in ends:
-        assert toy.share(x) == pytest.approx(0.5, abs=0.05)
-        assert toy.width(x) == pytest.approx(0.1, rel=0.1)
+        assert toy.small_mode_weight(x) == pytest.approx(0.5, abs=0.05)
+        assert toy.mode_std(x) == pytest.approx(0.1, rel=0.1)
     same = (ends[0] - ends[2]).flatten(1).norm(dim=1) < 0.05
     assert same.float().mean() > 0.95
     # As many steps at 20 levels, same score, same numbers: as many points go over as the weights differ by.
-    annealed = [toy.share(toy.sampled(toy.ANNEALED, dataclasses.replace(TRUTH, weights=w), 1000))
+    annealed = [toy.small_mode_weight(toy.draw_samples(toy.ANNEALED, dataclasses.replace(TRUTH, weights=w), 1000))
                 for w in ((0.2, 0.8), (0.8, 0.2))]  # fmt: skip
     assert annealed[1] - annealed[0] == pytest.approx(0.6, abs=0.08)
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.05, 0.1, 0.2, 0.3, 0.5])
 def test_no_level_alone_gives_both_weights_and_width(sigma: float) -> None:
-    x = toy.langevin_at(TRUTH, sigma, 1000, denoise=False)
-    assert abs(toy.share(x) - 0.2) > 0.08 or toy.width(x) > 0.25
+    x = toy.langevin_at_one_level(TRUTH, sigma, 1000, denoise=False)
+    assert abs(toy.small_mode_weight(x) - 0.2) > 0.08 or toy.mode_std(x) > 0.25
 
 
 def test_learned_at_one_level_langevin_loses_the_weights(one: Denoiser) -> None:
-    assert toy.share(toy.langevin_at(one, SMALL, 200)) > 0.4
+    assert toy.small_mode_weight(toy.langevin_at_one_level(one, SMALL, 200)) > 0.4
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)
 def test_learned_at_many_levels_samplers_find_the_weights(many: Denoiser, sampler: Sampler) -> None:
     n = 300 if isinstance(sampler, AnnealedLangevin) else 1500
-    x = toy.sampled(sampler, many, n)
-    assert abs(toy.share(x) - 0.2) < 4 * math.sqrt(0.2 * 0.8 / n)
-    assert toy.width(x) == pytest.approx(0.1, rel=0.2)
+    x = toy.draw_samples(sampler, many, n)
+    assert abs(toy.small_mode_weight(x) - 0.2) < 4 * math.sqrt(0.2 * 0.8 / n)
+    assert toy.mode_std(x) == pytest.approx(0.1, rel=0.2)
