@@ -1,6 +1,7 @@
-"""What every family of model promises, and what the trainer and the evaluator may rely on.
+"""Base classes of all models, and the optional capabilities that training and evaluation query.
 
-The trainer and the evaluator ask for these capabilities; they never ask for a family's name.
+Training and evaluation test for capabilities (`SupportsReconstruction`, `GenerativeModel.likelihoods`, ...), never for
+a model class.
 """
 
 from __future__ import annotations
@@ -19,38 +20,38 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 from gencompare.hyperparameters import (
-    AVERAGED,
-    as_config,
-    as_path,
+    EMA_KEY,
     constructor_arguments,
     from_config,
-    object_at,
+    import_object,
+    qualified_name,
     read_checkpoint,
+    to_config,
 )
 from gencompare.rng import RandomSource, default_generator, generator
 
 Cond = Mapping[str, Tensor]
-"""Conditions of a batch by name, each (n, ...): ``label`` (n,) int64, and whatever else a data set gives."""
+"""Conditions of a batch by name, each (n, ...): ``label`` (n,) int64, and others that the data module provides."""
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a model must know of the data it will be trained on."""
+    """Shapes and value ranges of the data that a model is trained on."""
 
     name: str
     shape: tuple[int, int, int]
-    """(C, H, W) of the tensors that the datamodule gives, padding included."""
+    """(C, H, W) of the tensors that the data module returns, padding included."""
     num_classes: int = 0
-    """0 where the images carry no labels."""
-    num_levels: int | None = 256
-    """How many values a pixel can take (bits/dim dequantises at this number); None for continuous data."""
+    """0 if the images have no labels."""
+    num_bins: int | None = 256
+    """Number of values that a pixel can take, 256 for uint8 images; None for continuous data."""
     padding: int = 0
     """Pixels added on each side of the real image, always -1 (black)."""
     conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
-    """Shape of one row of each condition beside the label: ``low_res`` (c, h, w), ``embedding`` (d,)."""
+    """Per-sample shape of each condition other than the label: ``low_res`` (c, h, w), ``embedding`` (d,)."""
 
     def __post_init__(self) -> None:
-        # From a checkpoint they come as lists.
+        # A checkpoint stores tuples as lists.
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "conditions", {name: tuple(shape) for name, shape in self.conditions.items()})
 
@@ -64,87 +65,103 @@ class DataSpec:
         return mask
 
     def crop(self, x: Tensor) -> Tensor:
-        """(n, C, H, W) without the padding: what would be written to disk."""
+        """Images (n, C, H, W) without the padding."""
         p = self.padding
         return x[..., p:-p, p:-p] if p else x
 
     @property
-    def dims(self) -> int:
-        """Number of real values in one image: the divisor of bits/dim."""
+    def num_values(self) -> int:
+        """Number of values in one image without padding: the dimension in bits/dim."""
         c, h, w = self.shape
         return c * (h - 2 * self.padding) * (w - 2 * self.padding)
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimate:
-    """A way in which a model can score images.
-
-    ``terms(x, cond, generator) -> {name: (n,)}``: what adds up to -log2 p per real dimension of the discrete data
-    (``num_levels`` values a pixel). ``kind`` says how far to trust it: ``exact``, ``bound`` (never better than the
-    truth) or ``estimate``.
-    """
+    r"""A method to compute bits/dim, :math:`-\log_2 p(x) / d` with d = ``spec.num_values``, of discrete data."""
 
     kind: str
+    """``exact``, ``bound`` (an upper bound on the true bits/dim) or ``estimate``."""
     terms: Callable[[Tensor, Cond, torch.Generator], dict[str, Tensor]]
+    """``(x, cond, generator) -> {name: (n,)}``: the terms that bits/dim is the sum of."""
 
     def bits_per_dim(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
-        """The sum of the terms, (n,)."""
+        """Sum of the terms, (n,)."""
         return torch.stack(list(self.terms(x, cond, generator).values())).sum(0)
 
 
 @runtime_checkable
 class SupportsReconstruction(Protocol):
-    """A model with an encoder: ``reconstruct`` maps (n, C, H, W) to the same shape."""
+    """A model with an encoder and a decoder."""
 
-    def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor: ...
+    def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
+        """Encode and decode images (n, C, H, W); returns the same shape."""
+        ...
 
 
 @runtime_checkable
 class LatentSpace(Protocol):
-    """A frozen autoencoder whose whitened latents another model may be trained on."""
+    """A frozen autoencoder with whitened latents on which another model can be trained."""
 
     latent_shape: tuple[int, int, int]
+    """(c, h, w)."""
 
-    def encode(self, x: Tensor) -> Tensor: ...
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (n, C, H, W) to latents (n, c, h, w)."""
+        ...
 
-    def decode(self, z: Tensor) -> Tensor: ...
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (n, c, h, w) to images (n, C, H, W)."""
+        ...
 
 
 @runtime_checkable
 class SupportsClassification(Protocol):
-    """A model that gives class logits (n, num_classes) and features (n, d) of images."""
+    """A classifier of images (n, C, H, W)."""
 
-    def logits(self, x: Tensor) -> Tensor: ...
+    def logits(self, x: Tensor) -> Tensor:
+        """Class logits, (n, num_classes)."""
+        ...
 
-    def features(self, x: Tensor) -> Tensor: ...
+    def features(self, x: Tensor) -> Tensor:
+        """Features before the logits, (n, d)."""
+        ...
 
 
 @runtime_checkable
 class SupportsVisualization(Protocol):
-    """A model that can show more than samples: interpolation, reconstruction, what it does on the way."""
+    """A model that can render interpolations, reconstructions or sampling trajectories."""
 
-    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures by name, each (rows, columns, C, H, W); about images ``x`` (n, C, H, W) where it needs some.
+    def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Image grids by name, each (rows, columns, C, H, W); values are clipped to [-1, 1] for display.
 
-        Values beyond [-1, 1] are cut off when they are shown.
+        Args:
+            x: images (n, C, H, W) to reconstruct, interpolate or compare with.
+            cond: conditions of ``x``.
+            generator: source of all random numbers.
         """
         ...
 
 
 @runtime_checkable
 class SupportsNoising(Protocol):
-    """A model that has a noise schedule, which comparisons draw."""
+    """A model with a noise schedule, which comparisons plot."""
 
     def noise_schedule(self) -> dict[str, list[float]]:
-        """``t`` in [0, 1] and ``log_snr`` there, as plain numbers."""
+        """Times ``t`` in [0, 1] and ``log_snr`` at these times."""
         ...
 
 
 def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
-    """Images (n, C, H, W), float in [-1, 1], and their conditions, of a batch in any of the usual forms.
+    """Split a batch into images (n, C, H, W), float in [-1, 1], and conditions.
 
-    ``x`` alone; ``(x, y)`` with class indices y (n,), or with a mapping of conditions in place of y; a mapping with the
-    images as ``image`` and conditions by name, the class as ``label``. Raises `UserError` for any other.
+    Args:
+        batch: one of ``x``; ``(x, y)`` with class indices y (n,); ``(x, cond)`` with a mapping of conditions; or a
+            mapping with the key ``image`` and conditions by name, the class as ``label``.
+        spec: the expected data.
+
+    Raises:
+        UserError: the batch has another form, or images or labels of another shape or dtype.
     """
     cond: Any = {}
     if isinstance(batch, Mapping):
@@ -160,40 +177,41 @@ def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
     if not (isinstance(x, Tensor) and isinstance(cond, Mapping)):
         raise UserError(
             "A batch is images x, (x, class indices), (x, {condition: tensor}) or {'image': x, 'label': class indices};"
-            f" this one is {type(batch).__name__}."
+            f" got {type(batch).__name__}."
         )
     if x.dim() != 4 or tuple(x.shape[1:]) != spec.shape or not x.is_floating_point():
         raise UserError(
-            f"Images of '{spec.name}' are float tensors (n, {', '.join(map(str, spec.shape))}) in [-1, 1]; this batch"
-            f" holds {x.dtype} of shape {tuple(x.shape)}."
+            f"Images of '{spec.name}' are float tensors (n, {', '.join(map(str, spec.shape))}) in [-1, 1]; got"
+            f" {x.dtype} of shape {tuple(x.shape)}."
         )
     if "label" in cond and (cond["label"].shape != (len(x),) or cond["label"].is_floating_point()):
         raise UserError(
-            f"Labels are class indices, int64 of shape ({len(x)},); this batch has {cond['label'].dtype} of shape"
+            f"Labels are class indices, int64 of shape ({len(x)},); got {cond['label'].dtype} of shape"
             f" {tuple(cond['label'].shape)}."
         )
     return x, cond
 
 
 class TrainedModel(pl.LightningModule):
-    """What the trainer needs of a model, generative or not.
+    """Base class of all models, generative or not.
 
-    A model with one optimiser writes ``losses``; the rest has a default. One that optimises by hand (a GAN) or in
-    closed form overrides ``fit_batch``. It works under any Trainer, with batches of any usual form (`unpack_batch`).
+    A model with a single optimizer implements `losses`. A model with manual optimization (a GAN) or a closed-form
+    solution overrides `fit_batch`. Both train under any Lightning Trainer, with any batch that `unpack_batch` accepts.
 
     Args:
-        spec: shape, classes and levels of the data.
-        conditional: whether ``cond["label"]`` steers the model.
+        spec: shape, number of classes and value range of the data.
+        conditional: whether the model is conditioned on ``cond["label"]``.
         optimizer: a factory ``parameters -> Optimizer``.
-        lr_schedule: ``(step, progress in [0, 1]) -> factor`` on the optimiser's own rate; None keeps it constant.
-        grad_clip: the largest global norm of a gradient; None leaves gradients alone.
+        lr_schedule: ``(step, progress in [0, 1]) -> factor`` by which the learning rate of the optimizer is multiplied;
+            None keeps it constant.
+        grad_clip: maximum global gradient norm; None disables clipping.
     """
 
-    takes: ClassVar[frozenset[str]] = frozenset()
-    """The conditions beside the label that can steer this family."""
+    supported_conditions: ClassVar[frozenset[str]] = frozenset()
+    """Conditions other than the label on which this model can be conditioned."""
 
     closed_form = False
-    """Whether the first step fits the whole training split, which ends training whatever the budget."""
+    """Whether the first step fits the whole training split and ends training, regardless of the budget."""
 
     def __init__(
         self,
@@ -211,75 +229,89 @@ class TrainedModel(pl.LightningModule):
             raise UserError(
                 f"model.conditional=true needs labels, and data '{spec.name}' has none: use model.conditional=false."
             )
-        if unfit := sorted(spec.conditions.keys() - self.takes):
+        if unsupported := sorted(spec.conditions.keys() - self.supported_conditions):
             raise UserError(
-                f"{type(self).__name__} takes no condition '{unfit[0]}', which data.conditions gives:"
-                + (f" it takes {' and '.join(sorted(self.takes))}." if self.takes else " use a diffusion model for it.")
+                f"{type(self).__name__} does not support the condition '{unsupported[0]}' of data.conditions: "
+                + (
+                    f"it supports {' and '.join(sorted(self.supported_conditions))}."
+                    if self.supported_conditions
+                    else "use a diffusion model."
+                )
             )
         self.spec = spec
         self.conditional = conditional
         self.optimizer_factory = optimizer
         self.lr_schedule = lr_schedule
         self.grad_clip = grad_clip
-        self.draws: RandomSource | None = None
-        """Random numbers of the step, if a callback (`TrainingClock`) sets them; None: those of the global generator."""
+        self.rng: RandomSource | None = None
+        """Random numbers of the current step, set by `TrainingClock`; None uses PyTorch's default generator."""
         self._progress: float | None = None
-        given = constructor_arguments(self, inspect.currentframe())
-        # Plain data, so that a checkpoint needs no unpickling (`save_hyperparameters` would keep the objects).
-        self.hparams.update({"_target_": as_path(type(self)), **as_config(given)})
+        arguments = constructor_arguments(self, inspect.currentframe())
+        # Plain data, so that a checkpoint can be read without unpickling; `save_hyperparameters` would store objects.
+        self.hparams.update({"_target_": qualified_name(type(self)), **to_config(arguments)})
 
     @property
     def step_kind(self) -> str:
-        """The kind of the step that comes next, where kinds cost unlike FLOPs; told by `progress` and the state."""
+        """Name of the kind of the next step, for models whose steps differ in FLOPs; a function of the state and
+        `progress`. FLOPs are counted once per kind."""
         return ""
 
     @property
-    def doubtful(self) -> bool:
-        """Whether the last step may be the start of a collapse: no good checkpoint is replaced while it is."""
+    def possibly_collapsed(self) -> bool:
+        """Whether the last steps look like the start of a collapse; if so, no earlier checkpoint is overwritten."""
         return False
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """Per-sample figures (n,), of which ``loss`` is minimised; the rest is logged."""
-        raise NotImplementedError(f"{type(self).__name__} writes neither losses() nor fit_batch()")
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """Compute per-sample metrics.
+
+        Args:
+            x: images (n, C, H, W) in [-1, 1].
+            cond: conditions of the images, already restricted to `condition_names`.
+            rng: the only source of random numbers to use.
+
+        Returns:
+            Metrics by name, each (n,). The mean of ``loss`` is minimised; the others are logged.
+        """
+        raise NotImplementedError(f"{type(self).__name__} implements neither losses() nor fit_batch()")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu", **arguments: Any
     ) -> Self:
-        """The model of a checkpoint, in eval mode, with its averaged weights where it holds some.
+        """Load a model in eval mode, with its EMA weights if the checkpoint has them.
 
         Args:
-            checkpoint_path: written by this project, or by any Trainer that ran one of its models.
-            map_location: where the weights go.
-            arguments: constructor arguments to use in place of those in the checkpoint.
+            checkpoint_path: a checkpoint of this project, or of any Trainer that trained one of its models.
+            map_location: device of the weights.
+            arguments: constructor arguments that replace those in the checkpoint.
 
         Raises:
-            UserError: for a missing or damaged file, one of another class, or arguments of foreign classes.
+            UserError: the file is missing or damaged, contains another class, or names code of other packages.
         """
         stored = read_checkpoint(checkpoint_path, map_location)
         config = dict(stored.get("hyper_parameters") or {})
         if "_target_" not in config:
-            raise UserError(f"{checkpoint_path} does not say how to build its model: open its run folder instead.")
-        found = object_at(config.pop("_target_"))
-        if not issubclass(found, cls):
-            raise UserError(f"{checkpoint_path} holds a {found.__name__}, not a {cls.__name__}.")
-        built = {name: from_config(each, name) for name, each in config.items() if name not in arguments}
-        model = found(**built, **arguments)
+            raise UserError(f"{checkpoint_path} does not say how to build its model: load its run folder instead.")
+        model_class = import_object(config.pop("_target_"))
+        if not issubclass(model_class, cls):
+            raise UserError(f"{checkpoint_path} contains a {model_class.__name__}, not a {cls.__name__}.")
+        built = {name: from_config(value, name) for name, value in config.items() if name not in arguments}
+        model = model_class(**built, **arguments)
         model.on_load_checkpoint(stored)
-        model.load_state_dict({**stored["state_dict"], **stored.get(AVERAGED, {})})
+        model.load_state_dict({**stored["state_dict"], **stored.get(EMA_KEY, {})})
         return model.eval()
 
     def on_fit_start(self) -> None:
-        # Lightning trains a model in the mode that it finds it in, and a loaded one is in eval mode.
+        # Lightning does not switch to train mode, and a loaded model is in eval mode.
         self.train()
 
     @property
     def progress(self) -> float:
-        """The share of training that is done, 0 to 1: of the budget where a callback (`TrainingClock`) sets it, else
-        ``global_step / max_steps`` of the Trainer; 0 without one and where it has no end."""
+        """Fraction of training that is done, in [0, 1]: of the budget if `TrainingClock` sets it, else the Trainer's
+        ``global_step`` over its total number of steps; 0 outside training or if that number is infinite."""
         if self._progress is not None:
             return self._progress
-        if not self.attached or not self.trainer.training:
+        if not self.has_trainer or not self.trainer.training:
             return 0.0
         return min(1.0, self.trainer.global_step / self.trainer.estimated_stepping_batches)
 
@@ -288,92 +320,94 @@ class TrainedModel(pl.LightningModule):
         self._progress = value
 
     @property
-    def attached(self) -> bool:
-        """Whether a Trainer runs this model."""
+    def has_trainer(self) -> bool:
+        """Whether the model is attached to a Trainer."""
         return isinstance(self._trainer, pl.Trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """One step on a batch (`unpack_batch` has its forms): logs every metric of `fit_batch` as ``train/<name>``."""
+        """Call `fit_batch` and log each of its metrics as ``train/<name>``."""
         x, cond = unpack_batch(batch, self.spec)
-        draws = self.draws or RandomSource.whole(default_generator(x.device), len(x))
-        metrics = self.fit_batch(x, self.used(cond), draws)
+        rng = self.rng or RandomSource.for_batch(default_generator(x.device), len(x))
+        metrics = self.fit_batch(x, self.select_conditions(cond), rng)
         self._log(metrics, "train", len(x))
         if not self.automatic_optimization:
-            self._step_schedules()
+            self._step_lr_schedulers()
         return metrics
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """What a training step does with images (n, C, H, W) and the conditions that steer this model.
+    def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """Run one training step on images (n, C, H, W) and return scalar metrics by name.
 
-        By default the means over the batch of `losses`, of which Lightning minimises ``loss``. A family with several
-        optimisers takes its steps here and returns detached means.
+        By default the batch means of `losses`; Lightning minimises ``loss``. A model with manual optimization takes its
+        optimizer steps here and returns detached means.
         """
-        return {name: value.mean() for name, value in self.losses(x, cond, draws).items()}
+        return {name: value.mean() for name, value in self.losses(x, cond, rng).items()}
 
-    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """Per-sample figures (n,) on held-out images; empty for a model that has none."""
-        return self.losses(x, self.used(cond), draws)
+    def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """Per-sample metrics (n,) on held-out images, by name; may be empty."""
+        return self.losses(x, self.select_conditions(cond), rng)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the means of `validation_figures` over the split as ``val/<name>``, with the same noise each time."""
+        """Log the means of `validation_metrics` as ``val/<name>``, with the same random numbers in each epoch."""
         self._evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As `validation_step`, as ``test/<name>``."""
+        """Log the means of `validation_metrics` as ``test/<name>``."""
         self._evaluation_step(batch, batch_idx, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Reconstructions of a batch, or logits; samples of a model that draws them."""
+        """Logits of a classifier, else reconstructions of the batch."""
         x, cond = unpack_batch(batch, self.spec)
         if isinstance(self, SupportsClassification):
             return self.logits(x)
         if isinstance(self, SupportsReconstruction):
-            return self.reconstruct(x, self.used(cond), generator=generator(x.device, "predict", batch_idx))
-        raise UserError(f"{type(self).__name__} neither draws, classifies nor reconstructs images: nothing to predict.")
+            return self.reconstruct(
+                x, self.select_conditions(cond), generator=generator(x.device, "predict", batch_idx)
+            )
+        raise UserError(f"{type(self).__name__} cannot sample, classify or reconstruct images: nothing to predict.")
 
     def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
         x, cond = unpack_batch(batch, self.spec)
-        draws = RandomSource.whole(generator(x.device, stage, batch_idx), len(x))
-        metrics = {name: value.mean() for name, value in self.validation_figures(x, cond, draws).items()}
+        rng = RandomSource.for_batch(generator(x.device, stage, batch_idx), len(x))
+        metrics = {name: value.mean() for name, value in self.validation_metrics(x, cond, rng).items()}
         self._log(metrics, stage, len(x))
 
     def _log(self, metrics: Mapping[str, Tensor], stage: str, batch_size: int) -> None:
-        if self.attached:
-            named = {f"{stage}/{name}": value.detach().float() for name, value in metrics.items()}
-            # Where the callbacks of a run set the draws, `Curve` logs means over many steps.
-            logger = stage != "train" or self.draws is None
-            self.log_dict(named, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
+        if self.has_trainer:
+            prefixed = {f"{stage}/{name}": value.detach().float() for name, value in metrics.items()}
+            # If `TrainingClock` sets `rng`, `MetricLogger` logs means over several steps instead.
+            logger = stage != "train" or self.rng is None
+            self.log_dict(prefixed, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimisers in the order in which `fit_batch` uses them; none of a model that is fitted in closed form."""
+        """Create the optimizers, in the order of `fit_batch`; an empty list if the model has no optimizer factory."""
         if self.optimizer_factory is None:
             return []
         return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
 
     def configure_optimizers(self) -> Any:
-        """The optimisers, each with the learning-rate schedule of the model, stepped after every training step."""
+        """Attach the learning-rate schedule to each optimizer; it is updated after every training step."""
         optimizers = self.build_optimizers()
         if not optimizers:
             return None
-        rule = self.lr_schedule
-        if rule is None:
+        lr_schedule = self.lr_schedule
+        if lr_schedule is None:
             return optimizers if len(optimizers) > 1 else optimizers[0]
 
         def factor(step: int) -> float:
-            return rule(step, self.progress)
+            return lr_schedule(step, self.progress)
 
-        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
-        return optimizers, [{"scheduler": schedule, "interval": "step"} for schedule in schedules]
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+        return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
 
-    def _step_schedules(self) -> None:
-        """Lightning steps the schedules of models with automatic optimisation alone."""
-        schedules = self.lr_schedulers() if self.attached else None
+    def _step_lr_schedulers(self) -> None:
+        """Step the schedulers under manual optimization, where Lightning does not."""
+        schedulers = self.lr_schedulers() if self.has_trainer else None
         with warnings.catch_warnings():
-            # A discriminator that joins late has taken no step yet.
+            # The optimizer of a discriminator that starts late has not taken a step yet.
             warnings.filterwarnings("ignore", r".*`lr_scheduler.step\(\)` before.*")
-            for schedule in schedules if isinstance(schedules, list) else [schedules]:
-                if schedule is not None:
-                    schedule.step()  # type: ignore[call-arg]
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                if scheduler is not None:
+                    scheduler.step()  # type: ignore[call-arg]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.grad_clip is not None:
@@ -381,66 +415,75 @@ class TrainedModel(pl.LightningModule):
             nn.utils.clip_grad_norm_(params, self.grad_clip)
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters, by their state-dict name, of which the trainer keeps a moving average for sampling."""
+        """Parameters, by state-dict name, whose exponential moving average is used for sampling."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def autoencoder(self) -> SupportsReconstruction | None:
-        """What encodes images and gives them back: the model itself, or the frozen autoencoder that it works on."""
+        """The model itself if it reconstructs images, or the frozen autoencoder in whose latent space it works."""
         return self if isinstance(self, SupportsReconstruction) else None
 
     @property
-    def trained_against(self) -> list[str]:
-        """Names and SHA-256 of networks from elsewhere that the loss looks at: they may not measure the model."""
+    def perceptual_networks(self) -> list[str]:
+        """Names and SHA-256 of pretrained networks in the loss; metrics on their features do not rank the model."""
         return []
 
     @property
-    def uses(self) -> tuple[str, ...]:
-        """Names of the conditions that steer this model: the label of a conditional one, and what the data give
-        beside it."""
+    def condition_names(self) -> tuple[str, ...]:
+        """Names of the conditions that the model uses: the label if `conditional`, and those of ``spec.conditions``."""
         return (*(["label"] if self.conditional else []), *self.spec.conditions)
 
-    def used(self, cond: Cond | None) -> Cond:
-        """The conditions that steer this model."""
-        return {name: value for name, value in (cond or {}).items() if name in self.uses}
+    def select_conditions(self, cond: Cond | None) -> Cond:
+        """Restrict conditions to those that the model uses."""
+        return {name: value for name, value in (cond or {}).items() if name in self.condition_names}
 
     def label(self, cond: Cond) -> Tensor | None:
-        """The class of each image, (n,), that steers a conditional model; None for any other."""
+        """Class of each image, (n,), or None for an unconditional model.
+
+        Raises:
+            UserError: the model is conditional and ``cond`` has no label.
+        """
         if not self.conditional:
             return None
         if "label" not in cond:
             raise UserError(
-                f"This {type(self).__name__} is conditional: it needs a class for each image, cond['label']."
+                f"This {type(self).__name__} is conditional: it needs cond['label'], the class of each image."
             )
         return cond["label"]
 
 
 class GenerativeModel(TrainedModel):
-    """A family of generative model of images in [-1, 1]: a `TrainedModel` that can also ``sample``."""
+    """Base class of generative models of images in [-1, 1]: a `TrainedModel` that can `sample`."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """As many samples as the batch has images, of the same conditions."""
+        """Draw one sample per image of the batch, under the same conditions."""
         x, cond = unpack_batch(batch, self.spec)
-        # Some families need gradients to sample, and Lightning predicts in inference mode.
+        # Lightning predicts in inference mode, but some models need gradients to sample.
         with torch.inference_mode(False):
-            cond = {name: value.clone() for name, value in self.used(cond).items()}
+            cond = {name: value.clone() for name, value in self.select_conditions(cond).items()}
             return self.sample(len(x), cond, generator=generator(x.device, "predict", batch_idx))
 
     @abstractmethod
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        """``n`` images (n, C, H, W), float32 in [-1, 1], a function of weights, ``cond`` and ``generator`` alone."""
+        """Draw ``n`` images (n, C, H, W), float32 in [-1, 1].
+
+        Args:
+            n: number of images.
+            cond: conditions, each (n, ...).
+            generator: the only source of random numbers to use; equal generators give equal samples.
+        """
 
     def sampling_description(self) -> str:
-        """How ``sample`` works, in words for a table: the sampler and its settings."""
+        """Sampler and settings as text for a table."""
         return "one pass"
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        """Ways to score images in bits/dim, by name; empty when the composition has none."""
+        """Methods to compute bits/dim, by name; empty if the model has none."""
         return {}
 
-    def counted_networks(self) -> dict[str, nn.Module]:
-        """The networks whose calls are counted while sampling (NFE), by name."""
+    def nfe_networks(self) -> dict[str, nn.Module]:
+        """Networks whose calls during sampling are counted (NFE), by name."""
         return {}
 
 
 load_from_checkpoint = TrainedModel.load_from_checkpoint
-"""The model of a checkpoint, of whatever family it is."""
+"""Load a model of any class from a checkpoint."""

@@ -345,9 +345,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "blocks": "num_blocks",
         "attention": "attention_resolutions",
         "groups": "num_groups",
-        "heads": "num_heads",
-        "scale_shift": "scale_shift_norm",
-        "fourier_input": "fourier_exponents",
     },
     "networks.dit.DiT": {
         "patch": "patch_size",

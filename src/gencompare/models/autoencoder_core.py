@@ -14,12 +14,13 @@ from gencompare.rng import RandomSource
 
 
 class AutoencoderCore(nn.Module):
-    """Images (n, C, H, W) to latents (n, c, h, w) and back.
+    """Encoder, bottleneck and decoder: the part of an autoencoder that latent diffusion uses.
 
     Args:
+        spec: shape of the images (C, H, W).
         encoder: a factory ``(shape, out_channels) -> module(x)``.
-        decoder: a factory ``(in_channels, shape) -> module(z)``, as fine as the encoder is coarse.
-        bottleneck: what the latents are held to.
+        decoder: a factory ``(in_channels, shape) -> module(z)``, which upsamples by the factor of the encoder.
+        bottleneck: regularises the latents.
     """
 
     def __init__(
@@ -41,23 +42,23 @@ class AutoencoderCore(nn.Module):
             decoded = self.decoder(torch.zeros(1, bottleneck.channels, *encoded.shape[2:]))
         if decoded.shape[1:] != spec.shape:
             raise UserError(
-                f"The decoder makes images of {tuple(decoded.shape[1:])} from what the encoder makes of {spec.shape}:"
-                " give both the same multipliers."
+                f"The decoder returns images of shape {tuple(decoded.shape[1:])}, and the data have {spec.shape}: give"
+                " encoder and decoder the same channel_mult."
             )
         self.latent_shape: tuple[int, int, int] = (bottleneck.channels, encoded.shape[2], encoded.shape[3])
 
     def forward(self, x: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images made again, and the bottleneck's figures."""
-        z, figures = self.bottleneck(self.encoder(x), rng)
-        return self._images(z), figures
+        """Reconstructed images (n, C, H, W), and the metrics of the bottleneck."""
+        z, metrics = self.bottleneck(self.encoder(x), rng)
+        return self._decode(z), metrics
 
     def encode(self, x: Tensor) -> Tensor:
-        """The latents (n, c, h, w) that stand for images; no random numbers."""
-        return self.bottleneck.point(self.encoder(x))
+        """Latents (n, c, h, w) of images; deterministic."""
+        return self.bottleneck.mode(self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents, black outside of the real pixels; values may lie a little beyond [-1, 1]."""
-        return self._images(self.bottleneck.settled(z))
+        """Images (n, C, H, W) of latents, with black padding; values may slightly exceed [-1, 1]."""
+        return self._decode(self.bottleneck.quantize(z))
 
-    def _images(self, z: Tensor) -> Tensor:
+    def _decode(self, z: Tensor) -> Tensor:
         return self.decoder(z).float() * self.mask - (1 - self.mask)

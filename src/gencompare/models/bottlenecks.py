@@ -1,8 +1,7 @@
-r"""What stands between encoder and decoder of an autoencoder: how its latents are kept simple.
+"""Bottlenecks of autoencoders: regularisation or quantisation of the latents.
 
-Latents are small images (n, c, h, w). A bottleneck turns what the encoder gives into latents for the decoder, and says
-what that costs; without noise, `point` gives the latents that stand for an image, and `settled` what the decoder makes
-of latents from elsewhere.
+Latents are small images (n, c, h, w). A bottleneck maps the encoder output to decoder input and a penalty. `mode` gives
+the deterministic latents of an image; `quantize` maps generated latents to decoder input.
 """
 
 from __future__ import annotations
@@ -20,7 +19,11 @@ from gencompare.rng import RandomSource
 
 
 class Bottleneck(nn.Module, ABC):
-    """Args: channels: c, of the latents."""
+    """Base class of bottlenecks.
+
+    Args:
+        channels: number of latent channels c.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,41 +33,52 @@ class Bottleneck(nn.Module, ABC):
 
     @property
     def encoded_channels(self) -> int:
-        """Channels that the encoder gives."""
+        """Number of channels of the encoder output."""
         return self.channels
 
     @abstractmethod
-    def forward(self, h: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents for the decoder (n, c, h, w), and figures (n,), of which ``penalty`` is added to the loss. Where the
-        module trains, this may also update what it learns without a gradient."""
+    def forward(self, h: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
+        """Map the encoder output to decoder input; in train mode, may update state that has no gradient.
+
+        Args:
+            h: encoder output, (n, encoded_channels, h, w).
+            rng: source of random numbers.
+
+        Returns:
+            Decoder input (n, c, h, w), and metrics (n,) by name; ``penalty`` is added to the loss.
+        """
 
     @abstractmethod
-    def point(self, h: Tensor) -> Tensor:
-        """The latents (n, c, h, w) that stand for an image: a function of what the encoder gives alone."""
+    def mode(self, h: Tensor) -> Tensor:
+        """Deterministic latents (n, c, h, w) of the encoder output."""
 
-    def settled(self, z: Tensor) -> Tensor:
-        """What the decoder is given in place of latents ``z`` from elsewhere."""
+    def quantize(self, z: Tensor) -> Tensor:
+        """Map generated latents (n, c, h, w) to decoder input."""
         return z
 
-    def check(self) -> None:
-        """Raises `UserError` where training cannot go on in any sensible way."""
+    def check_collapse(self) -> None:
+        """Raise `TrainingStopped` if training has collapsed."""
 
     @property
-    def doubtful(self) -> bool:
-        """Whether the last step may have been the start of that."""
+    def possibly_collapsed(self) -> bool:
+        """Whether the last steps look like the start of a collapse."""
         return False
 
 
 class GaussianPosterior(Bottleneck):
-    r"""q(z | x) = N(mu, diag sigma^2), held a little towards N(0, I): z = mu + sigma eps.
+    r"""A diagonal Gaussian posterior with a small KL penalty: :math:`z = \mu + \sigma \epsilon`.
 
-    penalty = ``weight`` KL(q || N(0, I)), in nats per latent number. Rombach et al. (2022), "High-resolution image
-    synthesis with latent diffusion models", appendix G, "KL-reg": a weight so small that the latents keep their
-    information, and no more than their scale is bounded.
+    penalty = ``weight`` :math:`KL(q(z | x) \| N(0, I))`, in nats per latent value: "KL-reg" of Rombach et al. (2022),
+    "High-resolution image synthesis with latent diffusion models", appendix G. The weight is so small that latents keep
+    their information; it only bounds their scale.
+
+    Args:
+        channels: number of latent channels c.
+        weight: weight of the KL penalty.
     """
 
-    LIMITS = (-30.0, 20.0)
-    """Bounds of log sigma^2: a sigma of 0 or infinity has no gradient."""
+    LOG_VAR_RANGE = (-30.0, 20.0)
+    r"""Range to which :math:`\log \sigma^2` is clamped."""
 
     def __init__(self, channels: int = 4, weight: float = 1e-3) -> None:
         super().__init__(channels)
@@ -76,155 +90,172 @@ class GaussianPosterior(Bottleneck):
     def encoded_channels(self) -> int:
         return 2 * self.channels
 
-    def forward(self, h: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, h: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
         mean, log_var = self._moments(h)
-        z = mean + (0.5 * log_var).exp() * draws.normal(tuple(mean.shape[1:])).to(mean)
+        z = mean + (0.5 * log_var).exp() * rng.normal(tuple(mean.shape[1:])).to(mean)
         kl = 0.5 * (mean.square() + log_var.exp() - log_var - 1).flatten(1).mean(1)
         return z, {"penalty": self.weight * kl, "kl": kl}
 
-    def point(self, h: Tensor) -> Tensor:
+    def mode(self, h: Tensor) -> Tensor:
         return self._moments(h)[0]
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_var = h.float().chunk(2, dim=1)
-        return mean, log_var.clamp(*self.LIMITS)
+        return mean, log_var.clamp(*self.LOG_VAR_RANGE)
 
 
 class VectorQuantizer(Bottleneck):
-    r"""Every latent vector is replaced by the nearest of K codes (van den Oord et al. 2017, "Neural discrete
-    representation learning", eq. 1 and 2), whose gradient is that of the vector itself (straight through).
+    r"""Vector quantisation: each latent vector is replaced by the nearest of K codes.
 
-    penalty = ``commitment`` mean (h - sg[e])^2. The codes are no parameters: each is the moving mean of the vectors
-    that chose it (their appendix A.1),
+    van den Oord et al. (2017), "Neural discrete representation learning", eq. 1 and 2; gradients are passed straight
+    through. penalty = ``commitment`` :math:`\mathrm{mean}\,(h - \mathrm{sg}[e])^2`. Codes are moving averages of the
+    vectors assigned to them (appendix A.1):
 
-        N_k <- decay N_k + (1 - decay) n_k,   m_k <- decay m_k + (1 - decay) sum h,   e_k = m_k / N_k.
+    .. math::
+        N_k \leftarrow \gamma N_k + (1 - \gamma) n_k, \quad
+        m_k \leftarrow \gamma m_k + (1 - \gamma) \sum_i h_i, \quad e_k = m_k / N_k.
 
-    A code that is hardly chosen any more, N_k < ``revive`` (a share of the mean use), is set on a random vector of the
-    batch. ``perplexity`` = exp(entropy of the codes' shares in the batch), 1 to K, says how many are in use. All of it
-    is of the whole batch, however many processes share it.
+    A code with :math:`N_k` below ``revival_threshold``, as a fraction of the mean usage, is reset to a random vector of
+    the batch. The metric ``perplexity``, exp of the entropy of code usage in the batch (1 to K), measures how many
+    codes are in use. All statistics are of the global batch.
 
-    `check` raises `UserError` when the codebook has collapsed: a fiftieth of the codes, or of the batch's vectors where
-    these are fewer (at least two; one of fewer than ten codes), had nearly all vectors for so long that the others were
-    revived, and for `PATIENCE` steps more. Until then it is `doubtful`.
+    The codebook has collapsed if nearly all vectors used only a few codes for as long as it takes to revive the others
+    plus `PATIENCE` steps; `check_collapse` then stops training. A few means 1/50 of the codes, or of the vectors of the
+    batch if these are fewer, and at least two; or one code of a codebook of fewer than ten. Before that, the model is
+    `possibly_collapsed`.
+
+    Args:
+        channels: number of latent channels c.
+        num_codes: number of codes K.
+        commitment: weight of the commitment penalty.
+        decay: decay :math:`\gamma` of the moving averages.
+        revival_threshold: usage below which a code is reset, as a fraction of the mean usage.
     """
 
     PATIENCE = 200
     """Training steps."""
-    NEARLY_ALL = 0.98
-    """Share of a batch's vectors; revived codes are set on some of them, and may be chosen by these."""
+    COLLAPSE_FRACTION = 0.98
+    """Fraction of vectors on a few codes that counts as collapse; not 1, since revived codes get some vectors."""
 
     codebook: Tensor
     counts: Tensor
     sums: Tensor
     started: Tensor
     alone: Tensor
+    """Consecutive steps in which a few codes had nearly all vectors."""
 
     def __init__(
         self,
         channels: int = 4,
-        codes: int = 256,
+        num_codes: int = 256,
         commitment: float = 0.25,
         decay: float = 0.99,
-        revive: float = 0.03,
+        revival_threshold: float = 0.03,
     ) -> None:
         super().__init__(channels)
-        if codes < 2 or commitment < 0 or not 0 <= decay < 1 or not 0 <= revive < 1:
+        if num_codes < 2 or commitment < 0 or not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
             raise UserError(
-                f"model.bottleneck with codes={codes}, commitment={commitment}, decay={decay}, revive={revive}: at"
-                " least 2 codes, no negative weight, and decay and revive in [0, 1)."
+                f"model.bottleneck with num_codes={num_codes}, commitment={commitment}, decay={decay},"
+                f" revival_threshold={revival_threshold}: give at least 2 codes, a commitment of at least 0, and decay"
+                " and revival_threshold in [0, 1)."
             )
-        self.codes, self.commitment, self.decay, self.revive = codes, commitment, decay, revive
-        self.register_buffer("codebook", torch.randn(codes, channels))
-        self.register_buffer("counts", torch.zeros(codes))
-        self.register_buffer("sums", torch.zeros(codes, channels))
+        self.num_codes, self.commitment, self.decay = num_codes, commitment, decay
+        self.revival_threshold = revival_threshold
+        self.register_buffer("codebook", torch.randn(num_codes, channels))
+        self.register_buffer("counts", torch.zeros(num_codes))
+        self.register_buffer("sums", torch.zeros(num_codes, channels))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self.register_buffer("alone", torch.zeros((), dtype=torch.int64))
-        self.few = max(2, codes // 50) if codes >= 10 else 1
+        self.few = max(2, num_codes // 50) if num_codes >= 10 else 1
 
-    def forward(self, h: Tensor, draws: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, h: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
         h = h.float()
         vectors = h.movedim(1, -1).flatten(0, -2)
         if self.training:
             with torch.no_grad():
-                self._start(vectors, draws)
-        chosen = self.nearest(vectors)
-        quantized = self.codebook[chosen].view(h.movedim(1, -1).shape).movedim(-1, 1)
+                self._initialize(vectors, rng)
+        indices = self.nearest(vectors)
+        quantized = self._codes(indices, h)
         commitment = (h - quantized).square().flatten(1).mean(1)
-        figures = {"penalty": self.commitment * commitment, "commitment": commitment}
+        metrics = {"penalty": self.commitment * commitment, "commitment": commitment}
         with torch.no_grad():
-            used = all_reduce_sum(F.one_hot(chosen, self.codes).to(h).sum(0))
-            figures["perplexity"] = perplexity(used).expand(len(h))
+            usage = all_reduce_sum(F.one_hot(indices, self.num_codes).to(h).sum(0))
+            metrics["perplexity"] = perplexity(usage).expand(len(h))
             if self.training:
-                self._learn(vectors, chosen, used, draws)
-        return h + (quantized - h).detach(), figures
+                self._update(vectors, indices, usage, rng)
+        return h + (quantized - h).detach(), metrics
 
-    def point(self, h: Tensor) -> Tensor:
-        """The vectors as they are: latents of another model are whitened vectors, and `settled` chooses their codes."""
+    def mode(self, h: Tensor) -> Tensor:
+        """The vectors before quantisation; `quantize` maps generated vectors to codes."""
         return h.float()
 
-    def settled(self, z: Tensor) -> Tensor:
+    def quantize(self, z: Tensor) -> Tensor:
         z = z.float()
-        chosen = self.nearest(z.movedim(1, -1).flatten(0, -2))
-        return self.codebook[chosen].view(z.movedim(1, -1).shape).movedim(-1, 1)
+        return self._codes(self.nearest(z.movedim(1, -1).flatten(0, -2)), z)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """The index of the nearest code, (m,), to vectors (m, c)."""
+        """Index of the nearest code, (m,), of each vector (m, c)."""
         with torch.no_grad():
             return torch.cdist(vectors, self.codebook).argmin(1)
 
-    def check(self) -> None:
-        """Raises `UserError` where a few codes have served nearly all images, in spite of revival."""
-        if self.alone >= self._enough:
+    def _codes(self, indices: Tensor, like: Tensor) -> Tensor:
+        """Codes of all positions, of the shape (n, c, h, w) of ``like``."""
+        return self.codebook[indices].view(like.movedim(1, -1).shape).movedim(-1, 1)
+
+    def check_collapse(self) -> None:
+        if self.alone >= self._max_steps_alone:
             raise TrainingStopped(
-                f"The codebook has collapsed: for {int(self.alone)} steps nearly all images fell on at most"
-                f" {self.few} of {self.codes} codes, in spite of revival",
+                f"The codebook has collapsed: for {int(self.alone)} steps, nearly all vectors used at most"
+                f" {self.few} of {self.num_codes} codes, although unused codes were reset",
                 "Try a lower learning rate (model.optimizer.lr) or a smaller model.bottleneck.commitment.",
             )
 
     @property
-    def doubtful(self) -> bool:
-        return bool(0 < self.alone < self._enough)
+    def possibly_collapsed(self) -> bool:
+        return bool(0 < self.alone < self._max_steps_alone)
 
     @property
-    def _enough(self) -> float:
-        """Steps on few codes that are a collapse."""
-        # From 1, a count falls to `revive` in log(revive) / log(decay) steps.
-        revived = math.log(self.revive) / math.log(self.decay) if self.revive and self.decay else 0.0
-        return revived + self.PATIENCE
+    def _max_steps_alone(self) -> float:
+        """Consecutive steps on a few codes that count as a collapse."""
+        # Steps in which a count falls from 1 to the revival threshold.
+        threshold = self.revival_threshold
+        steps_to_revival = math.log(threshold) / math.log(self.decay) if threshold and self.decay else 0.0
+        return steps_to_revival + self.PATIENCE
 
-    def _start(self, vectors: Tensor, draws: RandomSource) -> None:
-        """The first batch's vectors are the first codes. (Without an `if`: the step need not wait for the device.)"""
-        fresh = self._picked(vectors, draws)
+    def _initialize(self, vectors: Tensor, rng: RandomSource) -> None:
+        """Set the codes to vectors of the first batch; without branches, to avoid a device synchronisation."""
+        fresh = self._random_vectors(vectors, rng)
         self.codebook.copy_(torch.where(self.started, self.codebook, fresh))
         self.counts.copy_(torch.where(self.started, self.counts, 1.0))
         self.sums.copy_(torch.where(self.started, self.sums, fresh))
         self.started.fill_(True)
 
-    def _learn(self, vectors: Tensor, chosen: Tensor, used: Tensor, draws: RandomSource) -> None:
-        total = all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, chosen, vectors))
-        # In units of the mean use, so that `revive` means the same for every batch and number of codes.
-        unit = used.sum() / self.codes
-        self.counts.lerp_(used / unit, 1 - self.decay)
-        self.sums.lerp_(total / unit, 1 - self.decay)
-        dead = self.counts < self.revive
-        fresh = self._picked(vectors, draws)
+    def _update(self, vectors: Tensor, indices: Tensor, usage: Tensor, rng: RandomSource) -> None:
+        """Update the moving averages, reset unused codes, and detect collapse."""
+        sums = all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors))
+        # In units of the mean usage, so that `revival_threshold` does not depend on batch size and number of codes.
+        mean_usage = usage.sum() / self.num_codes
+        self.counts.lerp_(usage / mean_usage, 1 - self.decay)
+        self.sums.lerp_(sums / mean_usage, 1 - self.decay)
+        dead = self.counts < self.revival_threshold
+        fresh = self._random_vectors(vectors, rng)
         self.counts.copy_(torch.where(dead, 1.0, self.counts))
         self.sums.copy_(torch.where(dead[:, None], fresh, self.sums))
         self.codebook.copy_(self.sums / self.counts[:, None])
-        few = min(self.few, max(2, len(vectors) // len(draws) * draws.total // 50))
-        collapsed = used.topk(few).values.sum() > self.NEARLY_ALL * used.sum()
+        few = min(self.few, max(2, len(vectors) // len(rng) * rng.total // 50))
+        collapsed = usage.topk(few).values.sum() > self.COLLAPSE_FRACTION * usage.sum()
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
-    def _picked(self, vectors: Tensor, draws: RandomSource) -> Tensor:
-        """Random vectors of the whole batch, one a code, (K, c): the same for any number of processes."""
-        whole = RandomSource.whole(draws.generator, self.codes)
-        per_image = len(vectors) // len(draws)
-        which = whole.integers(per_image * draws.total).to(vectors.device) - per_image * draws.start
-        mine = (which >= 0) & (which < len(vectors))
-        found = torch.where(mine[:, None], vectors[which.clamp(0, len(vectors) - 1)], 0.0)
+    def _random_vectors(self, vectors: Tensor, rng: RandomSource) -> Tensor:
+        """Random vectors of the global batch, one per code, (K, c); equal on all processes."""
+        per_code = RandomSource.for_batch(rng.generator, self.num_codes)
+        per_image = len(vectors) // len(rng)
+        indices = per_code.integers(per_image * rng.total).to(vectors.device) - per_image * rng.start
+        local = (indices >= 0) & (indices < len(vectors))
+        found = torch.where(local[:, None], vectors[indices.clamp(0, len(vectors) - 1)], 0.0)
         return all_reduce_sum(found)
 
 
-def perplexity(used: Tensor) -> Tensor:
-    """exp(-sum p log p) of counts: how many codes, evenly used, would be as spread as these."""
-    return torch.special.entr(used / used.sum()).sum().exp()
+def perplexity(usage: Tensor) -> Tensor:
+    r"""Perplexity :math:`\exp(-\sum_k p_k \log p_k)` of counts: the effective number of codes in use."""
+    return torch.special.entr(usage / usage.sum()).sum().exp()

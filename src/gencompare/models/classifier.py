@@ -1,4 +1,4 @@
-"""Image classifiers: the feature extractors, and the noisy classifier that guides a diffusion model."""
+"""Image classifiers: feature extractors, and the noisy classifier for classifier guidance."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from gencompare.errors import UserError
 from gencompare.generative_model import Cond, DataSpec, TrainedModel, unpack_batch
 from gencompare.rng import RandomSource
 
-WHITENED = 5000
-"""Training images that a first layer is fitted to."""
+NUM_WHITENING_IMAGES = 5000
+"""Training images from which the whitening of the first layer is computed."""
 
 
 class Classifier(TrainedModel):
-    r"""Predicts the class of an image: minimises the cross-entropy -sum_k q_k log p_k with smoothed labels.
+    r"""An image classifier, trained with label smoothing and augmentation.
 
-    q = (1 - e) one_hot(y) + e / K, with e the label smoothing and K the number of classes (Szegedy et al. 2016,
-    "Rethinking the Inception architecture", section 7). Training images are turned, shifted and partly covered at
-    random; held-out images are left as they are, and their labels are not smoothed.
+    Minimises the cross-entropy :math:`-\sum_k q_k \log p_k` with smoothed labels
+    :math:`q = (1 - \epsilon) \mathrm{onehot}(y) + \epsilon / K` (Szegedy et al. 2016, "Rethinking the Inception
+    architecture", section 7). Training images are randomly rotated, shifted and partly covered. Held-out images are not
+    augmented, and their labels are not smoothed.
 
     Args:
-        spec: of the data; it must have labels.
-        network: ``(channels, num_classes) -> nn.Module`` with ``features`` and ``classify``;
-            ``whiten(x)``, if it has it, fits its first layer to training images before the first step.
-        label_smoothing: e, in [0, 1).
-        rotate: whether images are turned by 0, 90, 180 or 270 degrees (square images alone).
-        shift: largest random shift in pixels, each way; 0 for none.
-        cutout: side of the square that is covered, in pixels; 0 for none.
-        common: see `TrainedModel`.
+        spec: shape and classes of the data, which must have labels.
+        network: a factory ``(channels, num_classes) -> nn.Module`` with ``features`` and ``classify``. Its method
+            ``whiten(x)``, if any, initialises the first layer from training images before the first step.
+        label_smoothing: :math:`\epsilon`, in [0, 1).
+        rotate: whether to rotate images by random multiples of 90 degrees (square images only).
+        shift: maximum random shift in pixels, in each direction; 0 disables it.
+        cutout: side of the square that is covered, in pixels; 0 disables it.
+        kwargs: see `TrainedModel`.
     """
 
     def __init__(
@@ -47,41 +48,41 @@ class Classifier(TrainedModel):
         rotate: bool = False,
         shift: int = 0,
         cutout: int = 0,
-        **common: Any,
+        **kwargs: Any,
     ) -> None:
         if not spec.num_classes:
             raise UserError(f"model=classifier needs labels, and data '{spec.name}' has none.")
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"model.label_smoothing={label_smoothing}: give a number from 0 up to, not including, 1.")
+            raise UserError(f"model.label_smoothing={label_smoothing}: give a number in [0, 1).")
         if shift < 0 or cutout < 0:
-            raise UserError(f"model.shift={shift} and model.cutout={cutout} cannot be negative (0 leaves them out).")
+            raise UserError(f"model.shift={shift} and model.cutout={cutout} cannot be negative (0 disables them).")
         if rotate and spec.shape[1] != spec.shape[2]:
             raise UserError(f"model.rotate=true needs square images, and data '{spec.name}' has {spec.shape[1:]}.")
-        super().__init__(spec, **common)
+        super().__init__(spec, **kwargs)
         self.net: Any = network(channels=spec.shape[0], num_classes=spec.num_classes)
         self.label_smoothing, self.rotate, self.shift, self.cutout = label_smoothing, rotate, shift, cutout
 
     def on_train_start(self) -> None:
-        # A run that is resumed has this layer in its checkpoint.
+        # A resumed run loads this layer from its checkpoint.
         if self.global_step == 0 and hasattr(self.net, "whiten"):
-            self.net.whiten(self._first_images(WHITENED).to(self.device))
+            self.net.whiten(self._first_images(NUM_WHITENING_IMAGES).to(self.device))
 
     def _first_images(self, n: int) -> Tensor:
-        """At least ``n`` training images, (N, C, H, W), or all of them where there are fewer."""
+        """At least ``n`` training images, (N, C, H, W), or all if there are fewer."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "training"):
-            return data.normalize(data.training[slice(n)].images)
-        found: list[Tensor] = []
+            return data.normalize(data.train_subset[slice(n)].images)
+        images: list[Tensor] = []
         for batch in self.trainer.train_dataloader or []:
-            found.append(unpack_batch(batch, self.spec)[0])
-            if sum(map(len, found)) >= n:
+            images.append(unpack_batch(batch, self.spec)[0])
+            if sum(map(len, images)) >= n:
                 break
-        return torch.cat(found)
+        return torch.cat(images)
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         label = cond["label"]
         if self.training:
-            x = self.augment(x, draws)
+            x = self.augment(x, rng)
         logits = self.logits(x).float()
         smoothing = self.label_smoothing if self.training else 0.0
         return {
@@ -89,53 +90,54 @@ class Classifier(TrainedModel):
             "accuracy": (logits.argmax(1) == label).float(),
         }
 
-    def augment(self, x: Tensor, draws: RandomSource) -> Tensor:
-        """Each image changed at random, as the settings say."""
-        x = rotated(x, draws) if self.rotate else x
-        x = shifted(x, self.shift, draws) if self.shift else x
-        return with_cutout(x, self.cutout, draws) if self.cutout else x
+    def augment(self, x: Tensor, rng: RandomSource) -> Tensor:
+        """Apply the random augmentations to each image."""
+        x = random_rotate(x, rng) if self.rotate else x
+        x = random_shift(x, self.shift, rng) if self.shift else x
+        return random_cutout(x, self.cutout, rng) if self.cutout else x
 
-    def used(self, cond: Cond | None) -> Cond:
-        """Labels are what a classifier learns from, whether or not it has other conditions."""
+    def select_conditions(self, cond: Cond | None) -> Cond:
+        """Keep the labels, which are the targets of a classifier."""
         return cond or {}
 
     def features(self, x: Tensor) -> Tensor:
-        """(n, d): the layer before the logits."""
+        """Features before the logits, (n, d)."""
         return self.net.features(x)
 
     def logits(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
-def rotated(x: Tensor, draws: RandomSource) -> Tensor:
-    """Each image (C, H, H) turned by its own multiple of 90 degrees."""
-    turns = draws.integers(4).to(x.device)[:, None, None, None]
+def random_rotate(x: Tensor, rng: RandomSource) -> Tensor:
+    """Rotate each image (C, H, H) by a random multiple of 90 degrees."""
+    turns = rng.integers(4).to(x.device)[:, None, None, None]
     for k in range(1, 4):
         x = torch.where(turns >= k, x.rot90(1, (2, 3)), x)
     return x
 
 
-def shifted(x: Tensor, most: int, draws: RandomSource) -> Tensor:
-    """Each image moved by its own whole number of pixels in [-most, most] each way; black (-1) comes in."""
+def random_shift(x: Tensor, max_shift: int, rng: RandomSource) -> Tensor:
+    """Shift each image by a random number of pixels in [-max_shift, max_shift] along both axes, with black (-1)
+    padding."""
     n, _, height, width = x.shape
-    offset = draws.integers(2 * most + 1, (2,)).to(x.device)
-    padded = F.pad(x, (most,) * 4, value=-1.0)
+    offset = rng.integers(2 * max_shift + 1, (2,)).to(x.device)
+    padded = F.pad(x, (max_shift,) * 4, value=-1.0)
     rows = offset[:, :1] + torch.arange(height, device=x.device)
     columns = offset[:, 1:] + torch.arange(width, device=x.device)
     image = torch.arange(n, device=x.device)[:, None, None]
-    # Indices on both sides of a slice come first: (n, H, W, C).
+    # Index tensors on both sides of a slice give (n, H, W, C).
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def with_cutout(x: Tensor, side: int, draws: RandomSource) -> Tensor:
-    """Each image with a grey (0) square of ``side`` pixels around one of its pixels; part of it may lie outside.
+def random_cutout(x: Tensor, side: int, rng: RandomSource) -> Tensor:
+    """Cover a grey (0) square of ``side`` pixels around a random pixel of each image; part of it may lie outside.
 
     DeVries and Taylor (2017), "Improved regularization of convolutional neural networks with cutout",
     https://arxiv.org/abs/1708.04552.
     """
     height, width = x.shape[2:]
-    top = draws.integers(height).to(x.device)[:, None] - side // 2
-    left = draws.integers(width).to(x.device)[:, None] - side // 2
+    top = rng.integers(height).to(x.device)[:, None] - side // 2
+    left = rng.integers(width).to(x.device)[:, None] - side // 2
     row, column = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
     inside_rows = (row >= top) & (row < top + side)
     inside_columns = (column >= left) & (column < left + side)
@@ -144,18 +146,19 @@ def with_cutout(x: Tensor, side: int, draws: RandomSource) -> Tensor:
 
 
 class NoisyClassifier(TrainedModel):
-    r"""p(y | x_t) for every noise level of a schedule: minimises E -log p(y | alpha x_0 + sigma eps).
+    r"""A classifier :math:`p(y | x_t)` at all noise levels of a schedule, for classifier guidance.
 
-    Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", section 4.1. It guides models that were
-    trained under the same schedule. The network sees x_t / sqrt(alpha^2 + sigma^2), which is of about the same size at
-    every noise level.
+    Minimises :math:`E[-\log p(y | \alpha_t x_0 + \sigma_t \epsilon)]`: Dhariwal and Nichol (2021), "Diffusion models
+    beat GANs on image synthesis", section 4.1. It guides diffusion models with the same schedule. The network input is
+    :math:`x_t / \sqrt{\alpha_t^2 + \sigma_t^2}`, of about unit scale at every noise level.
 
     Args:
-        spec: of the data; it must have labels.
+        spec: shape and classes of the data, which must have labels.
         network: a factory ``(shape, num_classes) -> module(x (n, C, H, W), noise_cond (n,)) -> logits``.
-        schedule: how noisy images are at each time; it must be a fixed one.
+        schedule: a fixed noise schedule.
         times: distribution of t in training.
-        noise: how the network is told the amount of noise.
+        noise_conditioning: maps t to the network input ``noise_cond``; by default the log-SNR.
+        kwargs: see `TrainedModel`.
     """
 
     def __init__(
@@ -165,39 +168,42 @@ class NoisyClassifier(TrainedModel):
         network: Callable[..., nn.Module],
         schedule: NoiseSchedule,
         times: TimeDistribution,
-        noise: NoiseConditioning | None = None,
-        **training: Any,
+        noise_conditioning: NoiseConditioning | None = None,
+        **kwargs: Any,
     ) -> None:
         if not spec.num_classes:
             raise UserError(f"model=noisy_classifier needs labels, and data '{spec.name}' has none.")
-        super().__init__(spec, **training)
+        super().__init__(spec, **kwargs)
         schedule.check()
         if any(True for _ in schedule.parameters()):
-            raise UserError("A noisy classifier cannot learn its schedule: choose model/schedule=cosine or another.")
-        self.schedule, self.times, self.noise = schedule, times, noise or LogSNRConditioning()
+            raise UserError(
+                "A noisy classifier cannot learn its schedule: choose a fixed one, as model/schedule=cosine."
+            )
+        self.schedule, self.times = schedule, times
+        self.noise_conditioning = noise_conditioning or LogSNRConditioning()
         self.network = network(shape=spec.shape, num_classes=spec.num_classes)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits (n, num_classes) of p(y | x_t), for ``x_t`` (n, C, H, W) at ``t``, () or (n,)."""
+        """Logits (n, num_classes) of p(y | x_t), for ``x_t`` (n, C, H, W) at times ``t``, () or (n,)."""
         at = self.schedule.at(t, x_t)
-        noise = self.noise(t, at).to(x_t.dtype).expand(len(x_t))
-        return self.network(x_t / (at.alpha**2 + at.sigma**2).sqrt(), noise)
+        noise_cond = self.noise_conditioning(t, at).to(x_t.dtype).expand(len(x_t))
+        return self.network(x_t / (at.alpha**2 + at.sigma**2).sqrt(), noise_cond)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits (n, num_classes) of images without noise."""
+        """Logits (n, num_classes) of clean images."""
         x, _ = unpack_batch(batch, self.spec)
         return self(x, x.new_tensor(self.schedule.t_min))
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        t = self.times(self.schedule, draws)
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        t = self.times(self.schedule, rng)
         at = self.schedule.at(t, x)
-        x_t = at.alpha * x + at.sigma * draws.normal(x.shape[1:]).to(x.dtype)
+        x_t = at.alpha * x + at.sigma * rng.normal(x.shape[1:]).to(x.dtype)
         logits = self(x_t, t).to(x.dtype)
         return {
             "loss": F.cross_entropy(logits, cond["label"], reduction="none"),
             "accuracy": (logits.argmax(1) == cond["label"]).float(),
         }
 
-    def used(self, cond: Cond | None) -> Cond:
-        """Labels are what a classifier learns from, whether or not anything is steered by them."""
+    def select_conditions(self, cond: Cond | None) -> Cond:
+        """Keep the labels, which are the targets of a classifier."""
         return cond or {}

@@ -1,4 +1,4 @@
-"""The energy-based model."""
+"""Energy-based models."""
 
 from __future__ import annotations
 
@@ -20,47 +20,51 @@ from gencompare.rng import RandomSource
 
 
 class EBM(GenerativeModel):
-    r"""p(x) = exp(-E(x) / T) / Z with a network for E, trained by maximum likelihood on Langevin chains.
+    r"""An energy-based model :math:`p(x) = \exp(-E(x) / T) / Z`, trained by maximum likelihood with Langevin chains.
 
-    The gradient of -T log p(x), averaged over the data, is
+    The gradient of :math:`-T \log p(x)`, averaged over the data, is
 
-        E_data[grad E(x)] - E_p[grad E(x)]
+    .. math:: E_{data}[\nabla E(x)] - E_p[\nabla E(x)]
 
-    (Hinton 2002, "Training products of experts by minimizing contrastive divergence"). The second mean is taken over
-    chains of ``steps`` Langevin steps, which go on where chains of a replay buffer stopped, or, with probability
-    ``restarts``, start from noise that is uniform in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling
-    with energy-based models", algorithm 1; restarts=1 is Nijkamp et al. 2019, "Learning non-convergent non-persistent
-    short-run MCMC toward energy-based model"). The gradient does not go through the chains. What is minimised is
+    (Hinton 2002, "Training products of experts by minimizing contrastive divergence"). The second mean is over chains
+    of ``num_langevin_steps`` Langevin steps. They continue chains of a replay buffer or, with probability
+    ``reinit_prob``, start from uniform noise in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling with
+    energy-based models", algorithm 1; reinit_prob = 1 is Nijkamp et al. 2019, "Learning non-convergent non-persistent
+    short-run MCMC toward energy-based model"). Gradients do not flow through the chains. The loss is
 
-        mean E(x) - mean E(x~) + energy_l2 (mean E(x)^2 + mean E(x~)^2),
+    .. math:: \bar E(x) - \bar E(\tilde x) + \lambda (\overline{E(x)^2} + \overline{E(\tilde x)^2}),
 
-    x with Gaussian noise of ``data_noise`` added, which spreads the density of images with few levels (Nijkamp et al.
-    2019, algorithm 1). The last term (Du and Mordatch 2019, algorithm 1) keeps energies near 0, which the difference
-    alone leaves free.
+    where bars are batch means, :math:`\tilde x` the chains and :math:`\lambda` = ``energy_l2``. Gaussian noise of
+    standard deviation ``data_noise`` is added to x, which smooths the density of discrete images (Nijkamp et al. 2019,
+    algorithm 1). The last term (Du and Mordatch 2019, algorithm 1) keeps energies near 0; the difference leaves their
+    offset free.
 
-    T = noise^2 / (2 step) is that of the `Langevin` steps. Where chains are far from their law (short runs, clipped
-    gradients), the density is a tendency rather than a fact: it tells images from what are none, and its ratios are
-    too large. Images stay within [-1, 1] at each step, and black outside of the real pixels; continuous data go
-    anywhere.
+    T = noise_std^2 / (2 step_size) is the temperature of the `Langevin` steps. If chains are far from converged (short
+    runs, clipped gradients), the density is unreliable: it separates images from other inputs, but its ratios are too
+    large. Images are clamped to [-1, 1] after each step, with black padding; continuous data are not clamped.
 
-    A step whose energies are not finite or lie further than ``max_gap`` apart, before it or after, has diverged: the
-    last good state is put back (`Snapshot`), and the step reports nothing but ``rollbacks``, the number of such
-    returns so far. No weights that were refused come into the moving average or a checkpoint.
+    A step diverges if its energies, before or after the update, are not finite or their means differ by more than
+    ``divergence_threshold``. The last `Snapshot` is then restored, and the step logs only ``rollbacks``, the number of
+    rollbacks so far. Diverged weights never enter the EMA or a checkpoint.
 
     Args:
-        energy: a factory ``shape -> trunk`` of (n, C, H, W) -> (n, trunk.features), under a linear head.
-        langevin: the steps of the chains, in training and in sampling.
-        steps: Langevin steps of a chain for each batch.
-        sample_steps: Langevin steps from noise to a sample. A chain of the buffer is steps / restarts old on average
-            when it ends.
-        buffer_size: chains in the replay buffer. In a whole run each is taken (images seen) / buffer_size times, so a
-            short run wants few.
-        restarts: share of a batch's chains that start anew.
+        spec: shape, number of classes and value range of the data.
+        energy: a factory ``shape -> trunk``, (n, C, H, W) -> (n, trunk.features), followed by a linear head.
+        langevin: the Langevin steps, in training and sampling.
+        num_langevin_steps: Langevin steps per training batch.
+        num_sampling_steps: Langevin steps from noise to a sample. A chain of the buffer has
+            num_langevin_steps / reinit_prob steps on average when it is reinitialised.
+        buffer_size: chains in the replay buffer. In a run, each is used (images seen) / buffer_size times, so short
+        runs
+            need a small buffer.
+        reinit_prob: probability that a chain starts from noise.
         energy_l2: weight of the squared energies.
         data_noise: standard deviation of the noise on training images.
-        spectral_norm: normalise the trunk's weights.
-        max_gap: how far the mean energies of images and of chains may lie apart.
-        keep_every, max_rollbacks: of `Snapshot`.
+        spectral_norm: whether to normalise the trunk weights spectrally.
+        divergence_threshold: maximum difference of the mean energies of images and chains.
+        snapshot_every_n_steps: see `Snapshot`.
+        max_rollbacks: see `Snapshot`.
+        kwargs: see `TrainedModel`.
     """
 
     def __init__(
@@ -69,166 +73,176 @@ class EBM(GenerativeModel):
         *,
         energy: Callable[..., nn.Module],
         langevin: Langevin,
-        steps: int = 60,
-        sample_steps: int = 1200,
+        num_langevin_steps: int = 60,
+        num_sampling_steps: int = 1200,
         buffer_size: int = 10_000,
-        restarts: float = 0.05,
+        reinit_prob: float = 0.05,
         energy_l2: float = 0.1,
         data_noise: float = 0.0,
         spectral_norm: bool = False,
-        max_gap: float = 100.0,
-        keep_every: int = 100,
+        divergence_threshold: float = 100.0,
+        snapshot_every_n_steps: int = 100,
         max_rollbacks: int = 5,
-        **training: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(spec, **training)
-        if steps < 1 or sample_steps < 1:
-            raise UserError(f"model.steps={steps}, model.sample_steps={sample_steps}: both must be at least 1.")
-        if not 0 <= restarts <= 1:
-            raise UserError(f"model.restarts={restarts}: give a share from 0 to 1.")
+        super().__init__(spec, **kwargs)
+        if num_langevin_steps < 1 or num_sampling_steps < 1:
+            raise UserError(
+                f"model.num_langevin_steps={num_langevin_steps}, model.num_sampling_steps={num_sampling_steps}: both"
+                " must be at least 1."
+            )
+        if not 0 <= reinit_prob <= 1:
+            raise UserError(f"model.reinit_prob={reinit_prob}: give a probability from 0 to 1.")
         if not (energy_l2 >= 0 and data_noise >= 0):
             raise UserError(f"model.energy_l2={energy_l2}, model.data_noise={data_noise}: neither may be negative.")
-        if not max_gap > 0:
-            raise UserError(f"model.max_gap={max_gap}: give a positive number.")
+        if not divergence_threshold > 0:
+            raise UserError(f"model.divergence_threshold={divergence_threshold}: give a positive number.")
         self.automatic_optimization = False
-        self.langevin, self.steps, self.sample_steps = langevin, steps, sample_steps
-        self.restarts, self.energy_l2, self.data_noise, self.max_gap = restarts, energy_l2, data_noise, max_gap
-        classes = spec.num_classes if self.conditional else 0
-        self.network = EnergyNetwork(energy(spec.shape), classes, spectral_norm=spectral_norm)
-        self.replay = ReplayBuffer(spec, buffer_size, max(1, classes))
-        self.last_good = Snapshot(keep_every, max_rollbacks)
+        self.langevin = langevin
+        self.num_langevin_steps, self.num_sampling_steps = num_langevin_steps, num_sampling_steps
+        self.reinit_prob, self.energy_l2, self.data_noise = reinit_prob, energy_l2, data_noise
+        self.divergence_threshold = divergence_threshold
+        num_classes = spec.num_classes if self.conditional else 0
+        self.network = EnergyNetwork(energy(spec.shape), num_classes, spectral_norm=spectral_norm)
+        self.replay = ReplayBuffer(spec, buffer_size, max(1, num_classes))
+        self.snapshot = Snapshot(snapshot_every_n_steps, max_rollbacks)
         self.register_buffer("mask", spec.mask(), persistent=False)
         self.mask: Tensor
 
     # Energies and densities
 
     def energy(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """E(x), or E(x, y) of a conditional model, of images (n, C, H, W): (n,) in float32."""
-        return self.network(x, self.label(self.used(cond))).float()
+        """Energy E(x), or E(x, y) of a conditional model, of images (n, C, H, W): (n,) in float32."""
+        return self.network(x, self.label(self.select_conditions(cond))).float()
 
     def unnormalized_log_density(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """log p(x) + log Z = -E(x) / T in nats, (n,); log p(x | y) + log Z_y of a conditional model."""
+        r""":math:`\log p(x) + \log Z = -E(x) / T` in nats, (n,); :math:`\log p(x | y) + \log Z_y` of a conditional
+        model."""
         return -self.energy(x, cond) / self.langevin.temperature
 
     def log_density_ratio(self, x: Tensor, y: Tensor, cond: Cond | None = None) -> Tensor:
-        """log p(x) - log p(y) in nats, (n,), of images x and y (n, C, H, W): Z cancels. ``cond`` is of both."""
+        """Log density ratio log p(x) - log p(y) in nats, (n,), of images (n, C, H, W) under the same conditions."""
         return (self.energy(y, cond) - self.energy(x, cond)) / self.langevin.temperature
 
     # Training
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
+    def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         label = self.label(cond)
-        self.last_good.begin(self)
-        real = self._held(x + self.data_noise * draws.normal(x.shape[1:]).to(x))
-        chains = self._chains(label, draws)
-        ours, theirs = self._energies(real, chains, label)
-        gap = self._gap(ours, theirs)
-        if not gap <= self.max_gap:
-            return self._go_back(gap)
-        squares = ours.square().mean() + theirs.square().mean()
-        loss = ours.mean() - theirs.mean() + self.energy_l2 * squares
-        norm = manual_step(self, 0, loss, list(self.network.parameters()))
-        # Weights are judged before anyone else sees them: the moving average would not forget bad ones.
+        self.snapshot.begin_step(self)
+        real = self._clamp(x + self.data_noise * rng.normal(x.shape[1:]).to(x))
+        chains = self._run_chains(label, rng)
+        real_energy, chain_energy = self._energies(real, chains, label)
+        gap = self._energy_gap(real_energy, chain_energy)
+        if not gap <= self.divergence_threshold:
+            return self._rollback(gap)
+        squares = real_energy.square().mean() + chain_energy.square().mean()
+        loss = real_energy.mean() - chain_energy.mean() + self.energy_l2 * squares
+        grad_norm = manual_step(self, 0, loss, list(self.network.parameters()))
+        # Check the new weights before callbacks see them: the EMA would keep bad ones.
         with torch.no_grad():
-            gap = self._gap(*self._energies(real, chains, label))
-        if not gap <= self.max_gap:
-            return self._go_back(gap)
-        self.last_good.passed(self)
+            gap = self._energy_gap(*self._energies(real, chains, label))
+        if not gap <= self.divergence_threshold:
+            return self._rollback(gap)
+        self.snapshot.step_succeeded(self)
         return {
             "loss": loss.detach(),
-            "energy_data": ours.mean().detach(),
-            "energy_chains": theirs.mean().detach(),
-            "grad": norm,
-            "rollbacks": x.new_tensor(float(self.last_good.total)),
+            "energy_data": real_energy.mean().detach(),
+            "energy_chains": chain_energy.mean().detach(),
+            "grad": grad_norm,
+            "rollbacks": x.new_tensor(float(self.snapshot.num_rollbacks)),
         }
 
-    def _chains(self, label: Tensor | None, draws: RandomSource) -> Tensor:
-        """What Langevin steps make of chains of the buffer, which keeps it: (n, C, H, W) without gradient."""
+    def _run_chains(self, label: Tensor | None, rng: RandomSource) -> Tensor:
+        """Take chains from the buffer, run Langevin steps and put them back; returns (n, C, H, W) without gradient."""
         shape = self.spec.shape
-        places = self.replay.places(label, draws)
-        x, started = self.replay.take(places[draws.start : draws.stop], draws.uniform(shape).to(self.device))
-        x = self._held(x)
-        anew = ~started | (draws.uniform().to(x.device) < self.restarts)
-        noise = self._held(draws.uniform(shape).to(x) * 2 - 1)
-        x = torch.where(anew[:, None, None, None], noise, x)
-        # Weights under spectral normalisation are worked out once for the whole walk.
+        indices = self.replay.sample_indices(label, rng)
+        x, started = self.replay.get(indices[rng.start : rng.stop], rng.uniform(shape).to(self.device))
+        x = self._clamp(x)
+        reinit = ~started | (rng.uniform().to(x.device) < self.reinit_prob)
+        noise = self._clamp(rng.uniform(shape).to(x) * 2 - 1)
+        x = torch.where(reinit[:, None, None, None], noise, x)
+        # Compute spectrally normalised weights once for all steps.
         with parametrize.cached():
-            x = last_state(self._walk(x, label, self.steps, lambda: draws.normal(shape)))
-        self.replay.put(places, all_gather_rows(x))
+            x = last_state(self._trajectory(x, label, self.num_langevin_steps, lambda: rng.normal(shape)))
+        self.replay.put(indices, all_gather_rows(x))
         return x
 
     def _energies(self, real: Tensor, chains: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """E of images and of chains, (n,) each."""
-        both = None if label is None else torch.cat([label, label])
-        ours, theirs = self.network(torch.cat([real, chains]), both).float().chunk(2)
-        return ours, theirs
+        """Energies of images and of chains, (n,) each."""
+        labels = None if label is None else torch.cat([label, label])
+        real_energy, chain_energy = self.network(torch.cat([real, chains]), labels).float().chunk(2)
+        return real_energy, chain_energy
 
     @torch.no_grad()
-    def _gap(self, ours: Tensor, theirs: Tensor) -> float:
-        """|mean E(x) - mean E(x~)| over the whole batch, for all processes alike; NaN where energies are not finite.
+    def _energy_gap(self, real_energy: Tensor, chain_energy: Tensor) -> float:
+        """Absolute difference of mean energies over the global batch, or NaN if an energy is not finite.
 
-        The host waits for it: what follows depends on it, and it is one of hundreds of network calls.
+        This synchronises with the device, which is cheap next to the network calls of the chains.
         """
-        return abs(float(all_gather_rows(ours).mean() - all_gather_rows(theirs).mean()))
+        return abs(float(all_gather_rows(real_energy).mean() - all_gather_rows(chain_energy).mean()))
 
-    def _go_back(self, gap: float) -> dict[str, Tensor]:
-        """The last good state; of a step that was undone, nothing else is told."""
-        self.last_good.go_back(self, f"The energies of images and chains diverged, to {gap:.3g} apart")
-        return {"rollbacks": self.mask.new_tensor(float(self.last_good.total))}
+    def _rollback(self, gap: float) -> dict[str, Tensor]:
+        """Restore the snapshot. Only the rollback count is reported for a rolled-back step."""
+        self.snapshot.rollback(self, f"The energies of images and chains diverged, to {gap:.3g} apart")
+        return {"rollbacks": self.mask.new_tensor(float(self.snapshot.num_rollbacks))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["last_good"] = self.last_good.state_dict()
+        checkpoint["last_good"] = self.snapshot.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.last_good.load_state_dict(checkpoint["last_good"])
+        self.snapshot.load_state_dict(checkpoint["last_good"])
 
-    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """Energies of held-out images, with the noise that training images have, and of noise alone. Held-out images
-        far above training images (``energy_data``) tell of a model that knows its training set by heart."""
-        cond = self.used(cond)
-        real = self._held(x + self.data_noise * draws.normal(x.shape[1:]).to(x))
-        noise = self._held(draws.uniform(x.shape[1:]).to(x) * 2 - 1)
+    def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """Energies of held-out images, with the noise of training images, and of uniform noise. If held-out images have
+        far higher energies than training images (``energy_data``), the model overfits."""
+        cond = self.select_conditions(cond)
+        real = self._clamp(x + self.data_noise * rng.normal(x.shape[1:]).to(x))
+        noise = self._clamp(rng.uniform(x.shape[1:]).to(x) * 2 - 1)
         return {"energy_held_out": self.energy(real, cond), "energy_noise": self.energy(noise, cond)}
 
-    # Samples
+    # Sampling
 
-    def _walk(self, x: Tensor, label: Tensor | None, steps: int, normal: Callable[[], Tensor]) -> Iterator[Tensor]:
-        return self.langevin.walk(lambda x: self.network(x, label).float(), x, steps, normal, self._held)
+    def _trajectory(
+        self, x: Tensor, label: Tensor | None, num_steps: int, normal: Callable[[], Tensor]
+    ) -> Iterator[Tensor]:
+        return self.langevin.trajectory(lambda x: self.network(x, label).float(), x, num_steps, normal, self._clamp)
 
-    def _held(self, x: Tensor) -> Tensor:
-        """Images within [-1, 1], black where there are no real pixels; continuous data as they are."""
-        if self.spec.num_levels is None:
+    def _clamp(self, x: Tensor) -> Tensor:
+        """Clamp images to [-1, 1] and make padding black; returns continuous data unchanged."""
+        if self.spec.num_bins is None:
             return x
         return x.clamp(-1, 1) * self.mask - (1 - self.mask)
 
-    def from_noise(self, n: int, cond: Cond | None, generator: torch.Generator) -> Iterator[Tensor]:
-        """The states of ``n`` chains, (n, C, H, W) each: uniform noise, then one after each of ``sample_steps``."""
-        shape, label = (n, *self.spec.shape), self.label(self.used(cond))
+    def sampling_trajectory(self, n: int, cond: Cond | None, generator: torch.Generator) -> Iterator[Tensor]:
+        """States of ``n`` chains, each (n, C, H, W): uniform noise, then the state after each sampling step."""
+        shape, label = (n, *self.spec.shape), self.label(self.select_conditions(cond))
         noise = torch.rand(shape, generator=generator, device=generator.device).to(self.device)
-        yield (x := self._held(noise * 2 - 1))
-        yield from self._walk(
-            x, label, self.sample_steps, lambda: torch.randn(shape, generator=generator, device=generator.device)
+        yield (x := self._clamp(noise * 2 - 1))
+        yield from self._trajectory(
+            x, label, self.num_sampling_steps, lambda: torch.randn(shape, generator=generator, device=generator.device)
         )
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        """Where chains from noise end. The replay buffer has no part in it: it belongs to training."""
+        """Final states of chains from noise. The replay buffer is used in training only."""
         with parametrize.cached():
-            return last_state(self.from_noise(n, cond, generator)).clamp(-1, 1)
+            return last_state(self.sampling_trajectory(n, cond, generator)).clamp(-1, 1)
 
     @torch.no_grad()
-    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """What `Explores` asks for: images and corrupted ones ordered by energy, and chains from noise over time."""
-        cond = self.used(cond)
+    def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Images and corrupted images ordered by energy, and chains from noise over time."""
+        cond = self.select_conditions(cond)
         return {
-            **visualization.energy_ranking(self.energy, x, cond, self._held, generator),
+            **visualization.energy_ranking(self.energy, x, cond, self._clamp, generator),
             "chains": visualization.chains_over_time(
-                self.from_noise(len(x), cond, generator), self.sample_steps, rows=visualization.CHAINS
+                self.sampling_trajectory(len(x), cond, generator),
+                self.num_sampling_steps,
+                rows=visualization.NUM_CHAINS,
             ),
         }
 
     def sampling_description(self) -> str:
-        return f"{self.sample_steps} steps from noise, {self.langevin.describe()}"
+        return f"{self.num_sampling_steps} steps from noise, {self.langevin.describe()}"
 
-    def counted_networks(self) -> dict[str, nn.Module]:
+    def nfe_networks(self) -> dict[str, nn.Module]:
         return {"network": self.network}

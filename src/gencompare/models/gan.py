@@ -15,7 +15,7 @@ from gencompare.models.adversarial import AdversarialLoss
 from gencompare.models.discriminator_augmentation import DiscriminatorAugmentation
 from gencompare.models.gan_penalties import DiscriminatorStep, Penalty
 from gencompare.models.manual_optimization import frozen, manual_step
-from gencompare.networks.gan_networks import normalize_spectrally
+from gencompare.networks.gan_networks import apply_spectral_norm
 from gencompare.rng import RandomSource
 
 
@@ -67,7 +67,7 @@ class GAN(GenerativeModel):
         self.generator = generator(latent_dim, spec.shape, num_classes)
         self.discriminator = discriminator(spec.shape, num_classes)
         if spectral_norm:
-            normalize_spectrally(self.discriminator)
+            apply_spectral_norm(self.discriminator)
         self.augmentation = None if discriminator_augmentation is None else discriminator_augmentation(spec)
         self.register_buffer("mask", spec.mask(), persistent=False)
         self.mask: Tensor

@@ -1,4 +1,4 @@
-"""Penalties on the discriminator's gradient: what keeps the game steady."""
+"""Penalties on the discriminator gradient, which stabilise GAN training."""
 
 from __future__ import annotations
 
@@ -12,32 +12,60 @@ import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.models.elbo import CosineRamp
 from gencompare.rng import RandomSource
 
 
 @dataclass(frozen=True)
-class DiscriminatorStep:
-    """What a penalty may look at: one batch of real images and as many fakes, and what D says of them.
+class CosineRamp:
+    r"""A value that changes with the number of training images along a cosine.
 
-    Images (n, C, H, W) ask for gradients; scores (n,) hang on them. ``score`` is D as it is trained, augmentation and
-    conditions included, for images that a penalty makes itself.
+    .. math:: start + (end - start) (1 - \cos(\pi \min(1, s / N))) / 2
+
+    after s images, N = ``num_images``.
+
+    Args:
+        start: value at the first image.
+        end: value after ``num_images`` images and later.
+        num_images: training images over which the value changes.
     """
 
+    start: float
+    end: float
+    num_images: int
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UserError(f"CosineRamp: num_images={self.num_images}: give at least 1.")
+
+    def __call__(self, seen: Tensor) -> Tensor:
+        """Value after ``seen`` images, a scalar tensor, so that there is no device synchronisation."""
+        fraction = (seen / self.num_images).clamp(max=1)
+        return self.start + (self.end - self.start) * (1 - (math.pi * fraction).cos()) / 2
+
+
+@dataclass(frozen=True)
+class DiscriminatorStep:
+    """Real images, as many fakes, and their discriminator scores: the input of a `Penalty`."""
+
     real: Tensor
+    """(n, C, H, W), requires grad."""
     fake: Tensor
+    """(n, C, H, W), requires grad."""
     real_scores: Tensor
+    """D(real), (n,), in the graph of ``real``."""
     fake_scores: Tensor
+    """D(fake), (n,), in the graph of ``fake``."""
     score: Callable[[Tensor], Tensor]
-    draws: RandomSource
+    """D with augmentation and conditions, for other images (n, C, H, W)."""
+    rng: RandomSource
 
 
 @dataclass(frozen=True)
 class Penalty(ABC):
-    """``scale * weight`` times the mean of `__call__` is added to the discriminator's loss.
+    """A term ``scale * weight * mean(penalty)`` of the discriminator loss.
 
     Args:
-        weight: a number, or one that changes with the images seen.
+        weight: a constant, or a function of the number of training images.
     """
 
     weight: float | CosineRamp
@@ -45,55 +73,56 @@ class Penalty(ABC):
     scale: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        least = min(self.weight.first, self.weight.last) if isinstance(self.weight, CosineRamp) else self.weight
-        if not 0 <= least < math.inf:
-            raise UserError(f"model.penalty: weight={least}: a penalty's weight must be finite and cannot be negative.")
+        smallest = min(self.weight.start, self.weight.end) if isinstance(self.weight, CosineRamp) else self.weight
+        if not 0 <= smallest < math.inf:
+            raise UserError(f"model.penalty: weight={smallest}: a penalty weight must be finite and not negative.")
 
     def factor(self, seen: Tensor) -> Tensor | float:
-        """``scale * weight`` after ``seen`` images."""
+        """``scale * weight`` after ``seen`` training images."""
         return self.scale * (self.weight(seen) if isinstance(self.weight, CosineRamp) else self.weight)
 
     @abstractmethod
-    def __call__(self, duel: DiscriminatorStep) -> Tensor:
-        """What is penalised, (n,); differentiable in D's parameters."""
+    def __call__(self, step: DiscriminatorStep) -> Tensor:
+        """Per-sample penalty (n,), without ``scale`` and ``weight``; differentiable in the parameters of D."""
 
 
 class R1(Penalty):
-    """weight / 2 |grad_x D(x)|^2 at real images (Mescheder et al. 2018, eq. 9)."""
+    r"""Gradient penalty at real images, :math:`\frac{w}{2} |\nabla_x D(x)|^2` (Mescheder et al. 2018, eq. 9)."""
 
     scale = 0.5
 
-    def __call__(self, duel: DiscriminatorStep) -> Tensor:
-        return squared_gradient(duel.real_scores, duel.real)
+    def __call__(self, step: DiscriminatorStep) -> Tensor:
+        return squared_gradient(step.real_scores, step.real)
 
 
 class R2(Penalty):
-    """weight / 2 |grad_x D(x)|^2 at fakes (Mescheder et al. 2018, eq. 10)."""
+    r"""Gradient penalty at fakes, :math:`\frac{w}{2} |\nabla_x D(G(z))|^2` (Mescheder et al. 2018, eq. 10)."""
 
     scale = 0.5
 
-    def __call__(self, duel: DiscriminatorStep) -> Tensor:
-        return squared_gradient(duel.fake_scores, duel.fake)
+    def __call__(self, step: DiscriminatorStep) -> Tensor:
+        return squared_gradient(step.fake_scores, step.fake)
 
 
 class WassersteinGP(Penalty):
-    """weight (|grad_x D(x)| - 1)^2 at x = u x_real + (1 - u) x_fake, u uniform in [0, 1) for each pair.
+    r"""Gradient penalty of WGAN-GP, :math:`w (|\nabla_x D(\hat x)| - 1)^2`.
 
-    Gulrajani et al. 2017, "Improved training of Wasserstein GANs", eq. 3 and algorithm 1 (where weight = 10).
+    At :math:`\hat x = u x + (1 - u) G(z)` with u uniform in [0, 1) for each pair: Gulrajani et al. (2017), "Improved
+    training of Wasserstein GANs", eq. 3 and algorithm 1 (w = 10).
     """
 
-    def __call__(self, duel: DiscriminatorStep) -> Tensor:
-        u = duel.draws.uniform((1, 1, 1)).to(duel.real)
-        between = (u * duel.real + (1 - u) * duel.fake).detach().requires_grad_()
-        # The root has no derivative at nought, where a discriminator that is constant would be stuck with NaN.
-        norm = (squared_gradient(duel.score(between), between) + 1e-12).sqrt()
+    def __call__(self, step: DiscriminatorStep) -> Tensor:
+        u = step.rng.uniform((1, 1, 1)).to(step.real)
+        interpolated = (u * step.real + (1 - u) * step.fake).detach().requires_grad_()
+        # The derivative of the root is infinite at 0, so a constant discriminator would get NaN.
+        norm = (squared_gradient(step.score(interpolated), interpolated) + 1e-12).sqrt()
         return (norm - 1).square()
 
 
 def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
-    """|d scores_i / d x_i|^2, (n,).
+    r"""Squared gradient norms :math:`|\partial s_i / \partial x_i|^2`, (n,), differentiable.
 
-    Right as long as score i depends on image i alone, so on no statistic of the batch. Differentiable.
+    Score i must depend on image i alone, so D may not use batch statistics.
     """
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1)

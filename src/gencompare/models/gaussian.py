@@ -1,4 +1,4 @@
-"""The baseline: one Gaussian a class, with full covariance, fitted in closed form."""
+"""The Gaussian baseline: one Gaussian per class with full covariance, fitted in closed form."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from gencompare.generative_model import Cond, DataSpec, GenerativeModel, Likelih
 from gencompare.rng import RandomSource
 
 RIDGES = (0.0, *(10.0 ** (k / 2) for k in range(-12, 1)))
-"""Ridges that the validation images choose from: 0 and 1e-6 to 1, half a decade apart, in units of x^2."""
-SMALLEST = 1e-10
-"""Variance of a direction in which the data have none (continuous data alone can have one)."""
+"""Candidate ridges, of which validation images select one: 0, and 1e-6 to 1 in steps of half a decade, in units of
+x^2."""
+MIN_VARIANCE = 1e-10
+"""Minimum variance of a direction; only continuous data can have directions without variance."""
 LOG2 = math.log(2)
 
 
 class GaussianBaseline(GenerativeModel):
-    """p(x) = sum_k pi_k N(x; m_k, S_k) over the real pixels, or p(x | k) = N(x; m_k, S_k) where labels are given.
+    r"""One Gaussian per class, :math:`p(x) = \sum_k \pi_k N(x; m_k, S_k)`, or :math:`p(x | k)` if conditional.
 
-    Fitted by maximum likelihood to the uniformly dequantised images, in closed form. Dequantisation adds
-    delta^2 / 12 to each variance (delta = 2 / (L - 1), the step between levels), so pixels that never change are no
-    trouble. One ridge for all classes is added on top, the one under which validation images are likeliest: with fewer
-    images than twice the pixels the smallest eigenvalues come out far too small.
+    Fitted to the real pixels by maximum likelihood in closed form, after uniform dequantisation. Dequantisation adds
+    :math:`\delta^2 / 12` to each variance (:math:`\delta = 2 / (L - 1)` the distance between values), so constant
+    pixels are not singular. A ridge common to all classes, selected by the likelihood of validation images, is added as
+    well: with fewer images than about twice the pixels, the smallest eigenvalues are far too small.
 
-    A covariance is kept as S = W^T W + s I, whose rows of W are the leading eigenvectors, scaled, and s the mean of
-    what is left: the maximum likelihood of probabilistic PCA (Tipping & Bishop 1999, eqs. 7 and 8). It is the full
-    covariance as long as W has as many rows as there are pixels; ``max_parameters`` bounds that (64 MB by default: full
-    for grey images of 28 x 28 in ten classes; 546 directions of 3,072 a class for CIFAR-10).
+    A covariance is stored as :math:`S = W^T W + s I`. The rows of W are scaled leading eigenvectors, and s is the mean
+    of the other eigenvalues: the maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999, eqs. 7 and
+    8). It is the full covariance if W has as many rows as there are pixels, which ``max_parameters`` limits (64 MB by
+    default: full for ten classes of 28x28 grey images; 546 of 3,072 directions per class for CIFAR-10).
 
     Args:
-        spec: of the data.
-        conditional: draw and score by the given class; otherwise the class is drawn, and summed over.
-        per_class: one Gaussian a class where the data have labels; False fits one to all images.
-        max_parameters: numbers that the matrices W may hold together.
+        spec: shape, classes and value range of the data.
+        conditional: whether to sample and score given the class; otherwise the class is sampled and marginalised.
+        per_class: whether to fit one Gaussian per class, if the data have labels; else one to all images.
+        max_parameters: maximum number of entries of all W together.
+        kwargs: see `TrainedModel`.
     """
 
     closed_form = True
@@ -49,40 +51,40 @@ class GaussianBaseline(GenerativeModel):
         conditional: bool = False,
         per_class: bool = True,
         max_parameters: int = 2**24,
-        **common: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(spec, conditional=conditional, **common)
+        super().__init__(spec, conditional=conditional, **kwargs)
         if conditional and not per_class:
-            raise UserError("model.conditional=true needs model.per_class=true: one Gaussian knows no classes.")
-        # There is nothing to step: the first batch fits everything.
+            raise UserError("model.conditional=true needs model.per_class=true: a single Gaussian has no classes.")
+        # The first training step fits everything in closed form.
         self.automatic_optimization = False
-        self.parts = spec.num_classes if per_class and spec.num_classes else 1
-        self.rank_kept = max(1, min(spec.dims, max_parameters // (self.parts * spec.dims)))
-        self.mean = nn.Parameter(torch.zeros(self.parts, spec.dims))
-        self.factor = nn.Parameter(torch.zeros(self.parts, self.rank_kept, spec.dims))
-        """W: rows are orthogonal, and zero beyond the rank of the data."""
-        self.variance = nn.Parameter(torch.ones(self.parts))
-        """s, the variance in every direction that W does not hold."""
-        self.weight = nn.Parameter(torch.full((self.parts,), 1 / self.parts))
+        self.num_components = spec.num_classes if per_class and spec.num_classes else 1
+        self.rank = max(1, min(spec.num_values, max_parameters // (self.num_components * spec.num_values)))
+        self.mean = nn.Parameter(torch.zeros(self.num_components, spec.num_values))
+        self.factor = nn.Parameter(torch.zeros(self.num_components, self.rank, spec.num_values))
+        """W, with orthogonal rows; zero beyond the rank of the data."""
+        self.variance = nn.Parameter(torch.ones(self.num_components))
+        """s, the variance in directions orthogonal to W."""
+        self.weight = nn.Parameter(torch.full((self.num_components,), 1 / self.num_components))
 
     @property
-    def step(self) -> float:
-        """delta, the distance between two grey levels; 0 for continuous data."""
-        return 0.0 if self.spec.num_levels is None else 2 / (self.spec.num_levels - 1)
+    def bin_width(self) -> float:
+        r""":math:`\delta`, the distance between neighbouring pixel values; 0 for continuous data."""
+        return 0.0 if self.spec.num_bins is None else 2 / (self.spec.num_bins - 1)
 
     # Fitting
 
-    def fit_batch(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """The first step, which is the only one, fits the whole training split and ends training."""
-        self.fit_to(*self._whole_splits())
+    def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """Fit the whole training split in the first step, and end training."""
+        self.fit(*self._train_val_batches())
         self.trainer.should_stop = True
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
         return {"loss": self.bits_per_dim(x, cond).mean().float()}
 
-    def _whole_splits(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
-        """The batches of the training and the validation split, each once: training batches may have no end."""
+    def _train_val_batches(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
+        """Batches of the training and validation splits, each for one pass (training batches may be infinite)."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "batches"):
             return data.batches("train"), data.batches("val")
@@ -91,129 +93,147 @@ class GaussianBaseline(GenerativeModel):
         return (unpack_batch(b, self.spec) for b in train), val and (unpack_batch(b, self.spec) for b in val)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """One that changes nothing: its step tells the Trainer that there was one."""
+        """An optimizer with learning rate 0, whose step increments the step count of the Trainer."""
         return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """None: what was fitted in one step has no past to average."""
+        """Empty: there is only one step."""
         return {}
 
     @torch.no_grad()
-    def fit_to(
+    def fit(
         self, train: Iterable[tuple[Tensor, Cond]], val: Iterable[tuple[Tensor, Cond]] | None = None
     ) -> GaussianBaseline:
-        """Fit to batches (x, cond), one pass; ``val`` chooses the ridge (without it: none). Returns the model.
+        """Fit to batches (x, cond) in one pass.
 
-        Sums are in float64. The images are held in memory as float32 (4 bytes a value); a class with fewer images than
-        pixels goes by the small matrix of products between images.
+        Sums are in float64. All images are kept in memory as float32. A class with fewer images than pixels uses the
+        Gram matrix of its images.
+
+        Args:
+            train: training batches.
+            val: validation batches that select the ridge; None uses no ridge.
+
+        Returns:
+            The model itself.
         """
-        x, label = self._gathered(train)
-        counts = torch.bincount(label, minlength=self.parts)
+        x, label = self._gather(train)
+        counts = torch.bincount(label, minlength=self.num_components)
         if len(x) < 2 or int(counts.min()) < 1:
-            raise UserError(f"Data '{self.spec.name}' has too few training images for a Gaussian a class.")
-        spectra = [principal_axes(x[label == k].double(), self.rank_kept) for k in range(self.parts)]
+            raise UserError(f"Data '{self.spec.name}' has too few training images for one Gaussian per class.")
+        spectra = [principal_axes(x[label == k].double(), self.rank) for k in range(self.num_components)]
         del x
-        floor = self.step**2 / 12
+        dequantization_variance = self.bin_width**2 / 12
         for k, (mean, eigenvalues, axes, rest) in enumerate(spectra):
             self.mean[k] = mean.to(self.mean)
             self.factor[k] = 0
-            above = eigenvalues - rest
-            # What rounding leaves of a zero eigenvalue has an axis that is orthogonal to nothing.
-            above[above <= SMALLEST * eigenvalues.sum()] = 0
-            self.factor[k, : len(axes)] = (axes * above.sqrt()[:, None]).to(self.factor)
-            self.variance[k] = rest + floor
+            excess = eigenvalues - rest
+            # Axes of eigenvalues that are zero up to rounding are not orthogonal to the others.
+            excess[excess <= MIN_VARIANCE * eigenvalues.sum()] = 0
+            self.factor[k, : len(axes)] = (axes * excess.sqrt()[:, None]).to(self.factor)
+            self.variance[k] = rest + dequantization_variance
         self.weight.copy_(counts / counts.sum())
-        ridge = 0.0 if val is None else self._best_ridge(*self._gathered(val))
-        self.variance.add_(ridge).clamp_min_(SMALLEST)
+        ridge = 0.0 if val is None else self._best_ridge(*self._gather(val))
+        self.variance.add_(ridge).clamp_min_(MIN_VARIANCE)
         return self
 
-    def _gathered(self, batches: Iterable[tuple[Tensor, Cond]]) -> tuple[Tensor, Tensor]:
-        """All images (n, d) float32 and the part that each belongs to (n,), on the CPU."""
+    def _gather(self, batches: Iterable[tuple[Tensor, Cond]]) -> tuple[Tensor, Tensor]:
+        """All images (n, d) in float32 and the component of each (n,), on the CPU."""
         images, labels = [], []
         for x, cond in batches:
             images.append(self._flat(x).cpu())
-            labels.append(cond["label"].cpu() if self.parts > 1 else torch.zeros(len(x), dtype=torch.int64))
+            labels.append(cond["label"].cpu() if self.num_components > 1 else torch.zeros(len(x), dtype=torch.int64))
         if not images:
-            return torch.empty(0, self.spec.dims), torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, self.spec.num_values), torch.empty(0, dtype=torch.int64)
         return torch.cat(images), torch.cat(labels)
 
     def _best_ridge(self, x: Tensor, label: Tensor) -> float:
-        """The ridge under which the images are likeliest, given their classes."""
+        """Ridge that maximises the likelihood of images given their classes."""
         if not len(x):
             return 0.0
-        figures = []
+        log_likelihoods = []
         for ridge in RIDGES:
-            scores = [self._log_density(x[label == k], k, ridge).sum() for k in range(self.parts)]
-            figures.append(torch.stack(scores).sum())
-        return RIDGES[int(torch.stack(figures).argmax())]
+            scores = [self._log_density(x[label == k], k, ridge).sum() for k in range(self.num_components)]
+            log_likelihoods.append(torch.stack(scores).sum())
+        return RIDGES[int(torch.stack(log_likelihoods).argmax())]
 
     # Density
 
     def _flat(self, x: Tensor) -> Tensor:
-        """(n, d): the real pixels."""
+        """Real pixels, (n, d)."""
         return self.spec.crop(x).flatten(1)
 
-    def _log_density(self, x: Tensor, part: int, ridge: float = 0.0) -> Tensor:
-        """E_u log N(x + u; m, S) for x (n, d), in nats, float64; u uniform within half a step either way.
+    def _log_density(self, x: Tensor, k: int, ridge: float = 0.0) -> Tensor:
+        r"""Expected log density of dequantised images under component k, in nats, float64, (n,).
 
-        = log N(x; m, S) - tr(S^-1) delta^2 / 24, since u has mean 0 and covariance delta^2 / 12. For continuous data it
-        is log N(x; m, S). With w_i the squared norms of the rows of W and v_i their directions, which are orthogonal,
-        S^-1 = sum_i v_i v_i^T / (s + w_i) + (I - sum_i v_i v_i^T) / s.
+        .. math:: E_u \log N(x + u; m, S) = \log N(x; m, S) - \mathrm{tr}(S^{-1}) \delta^2 / 24,
+
+        since u, uniform in :math:`[-\delta/2, \delta/2]`, has mean 0 and covariance :math:`\delta^2 / 12`. For
+        continuous data :math:`\delta = 0`. With :math:`w_i` the squared norms of the rows of W and :math:`v_i` their
+        orthonormal directions, :math:`S^{-1} = \sum_i v_i v_i^T / (s + w_i) + (I - \sum_i v_i v_i^T) / s`.
+
+        Args:
+            x: real pixels, (n, d).
+            k: component.
+            ridge: added to s.
         """
-        factor, s = self.factor[part].double(), self.variance[part].double().clamp_min(SMALLEST) + ridge
+        factor, s = self.factor[k].double(), self.variance[k].double().clamp_min(MIN_VARIANCE) + ridge
         w = factor.square().sum(1)
         factor, w = factor[w > 0], w[w > 0]
         axes = factor / w.sqrt()[:, None]
-        centred = x.to(factor) - self.mean[part].double()
-        along = centred @ axes.T
-        # The remainder as a vector: from the difference of squared norms, rounding would outweigh a small s.
-        idle = self.spec.dims - len(w)
-        beside = (centred - along @ axes).square().sum(1) if idle else torch.zeros_like(along[:, 0])
-        quadratic = (along.square() / (s + w)).sum(1) + beside / s
-        log_det = (s + w).log().sum() + idle * s.log()
-        trace = (1 / (s + w)).sum() + idle / s
-        return -0.5 * (quadratic + log_det + self.spec.dims * math.log(2 * math.pi) + trace * self.step**2 / 12)
+        centred = x.to(factor) - self.mean[k].double()
+        projection = centred @ axes.T
+        # Compute the residual vector: a difference of squared norms would lose precision if s is small.
+        num_residual = self.spec.num_values - len(w)
+        residual = (centred - projection @ axes).square().sum(1) if num_residual else torch.zeros_like(projection[:, 0])
+        quadratic = (projection.square() / (s + w)).sum(1) + residual / s
+        log_det = (s + w).log().sum() + num_residual * s.log()
+        trace = (1 / (s + w)).sum() + num_residual / s
+        return -0.5 * (
+            quadratic + log_det + self.spec.num_values * math.log(2 * math.pi) + trace * self.bin_width**2 / 12
+        )
 
     def log_density(self, x: Tensor, cond: Cond) -> Tensor:
-        """(n,) nats: by the class in ``cond``, or summed over classes.
+        """Expected log density of dequantised images in nats, (n,), given the class or marginalised over classes.
 
-        The sum over classes is taken of the averages over u, which is a bound again: log-sum-exp is convex.
+        Marginalising the expectations over u gives a lower bound, since log-sum-exp is convex.
         """
         flat = self._flat(x)
-        parts = torch.stack([self._log_density(flat, k) for k in range(self.parts)], 1)
+        components = torch.stack([self._log_density(flat, k) for k in range(self.num_components)], 1)
         if self.conditional:
-            return parts.gather(1, cond["label"][:, None])[:, 0]
-        return (parts + self.weight.double().log()).logsumexp(1)
+            return components.gather(1, cond["label"][:, None])[:, 0]
+        return (components + self.weight.double().log()).logsumexp(1)
 
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, cond: Cond) -> Tensor:
-        """-log2 of (density times the width delta of a level) a dimension, (n,)."""
-        width = math.log(self.step) if self.step else 0.0
-        return -(self.log_density(x, cond) / self.spec.dims + width) / LOG2
+        r"""Bits/dim :math:`-\log_2(p(x) \delta^d) / d`, (n,)."""
+        log_width = math.log(self.bin_width) if self.bin_width else 0.0
+        return -(self.log_density(x, cond) / self.spec.num_values + log_width) / LOG2
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        """The density is exact; of discrete images it gives a bound, through uniform dequantisation (Theis 2016)."""
-        return {"density": LikelihoodEstimate("bound" if self.step else "exact", self._terms)}
+        """The density: exact for continuous data, a bound by uniform dequantisation for discrete data (Theis 2016)."""
+        return {"density": LikelihoodEstimate("bound" if self.bin_width else "exact", self._terms)}
 
     def _terms(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
         return {"density": self.bits_per_dim(x, cond)}
 
-    def validation_figures(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        return {"bits_per_dim": self.bits_per_dim(x, self.used(cond)).float()}
+    def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        return {"bits_per_dim": self.bits_per_dim(x, self.select_conditions(cond)).float()}
 
-    # Samples
+    # Sampling
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        """m + z W + sqrt(s) e, with z and e standard normal; held within [-1, 1]."""
-        part, device = self.label(self.used(cond)), self.mean.device
-        if part is None:
-            part = torch.multinomial(self.weight, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.rank_kept, generator=generator, device=device)
-        x = torch.randn(n, self.spec.dims, generator=generator, device=device) * self.variance[part].sqrt()[:, None]
-        x += self.mean[part]
-        for k in range(self.parts):
-            rows = part == k
+        r"""Samples :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`, clamped to [-1,
+        1]."""
+        component, device = self.label(self.select_conditions(cond)), self.mean.device
+        if component is None:
+            component = torch.multinomial(self.weight, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.rank, generator=generator, device=device)
+        eps = torch.randn(n, self.spec.num_values, generator=generator, device=device)
+        x = eps * self.variance[component].sqrt()[:, None]
+        x += self.mean[component]
+        for k in range(self.num_components):
+            rows = component == k
             x[rows] += z[rows] @ self.factor[k]
         padding = self.spec.padding
         c, h, w = self.spec.shape
@@ -224,24 +244,25 @@ class GaussianBaseline(GenerativeModel):
         return "closed form"
 
 
-def principal_axes(x: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean (d,), eigenvalues (q,), axes (q, d), rest): the leading eigenvectors of the covariance of x (n, d).
+def principal_axes(x: Tensor, max_rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leading eigenvectors of the maximum-likelihood covariance (divided by n) of x, (n, d).
 
-    ``q`` is at most ``most`` and at most n - 1; ``rest`` is the mean of the d - q eigenvalues left out (0 when q = d).
-    Covariance with 1/n, as maximum likelihood has it.
+    Returns:
+        The mean (d,), the q leading eigenvalues (q,), their eigenvectors (q, d), and the mean of the other d - q
+        eigenvalues (0 if q = d); q is at most ``max_rank`` and at most n - 1.
     """
     n, d = x.shape
     mean = x.mean(0)
     centred = x - mean
     if n <= d:
-        # The n x n products between images have the same eigenvalues, and axes by one product more.
+        # The n x n Gram matrix has the same nonzero eigenvalues; one more product gives the eigenvectors.
         values, vectors = torch.linalg.eigh(centred @ centred.T / n)
-        q = min(most, n - 1)
+        q = min(max_rank, n - 1)
         values, vectors = values.flip(0)[:q].clamp_min(0), vectors.flip(1)[:, :q]
         axes = torch.nn.functional.normalize(vectors.T @ centred, dim=1)
     else:
         values, vectors = torch.linalg.eigh(centred.T @ centred / n)
-        q = min(most, d)
+        q = min(max_rank, d)
         values, axes = values.flip(0)[:q].clamp_min(0), vectors.flip(1)[:, :q].T
     total = centred.square().sum() / n
     rest = (total - values.sum()).clamp_min(0) / (d - q) if q < d else total.new_zeros(())

@@ -1,4 +1,4 @@
-"""The hierarchical variational autoencoder."""
+"""Hierarchical variational autoencoders."""
 
 from __future__ import annotations
 
@@ -19,56 +19,60 @@ from gencompare.networks.hierarchical import DiagonalGaussian, TopDownBlock, Top
 from gencompare.rng import RandomSource
 
 TEMPERATURES = (1.0, 0.85, 0.7, 0.5, 0.0)
-"""Those that ``task=explore`` shows."""
-MAX_SKIPPED = 50
-"""Steps in a row that may be skipped."""
+"""Sampling temperatures that ``task=visualize`` shows."""
+MAX_CONSECUTIVE_SKIPS = 50
+"""Consecutive skipped steps after which training stops."""
 
 
 class HVAE(GenerativeModel):
-    r"""A VAE whose latents z_1, ..., z_L stand on a ladder of resolutions, each given those above it.
+    r"""A VAE with latents :math:`z_1, ..., z_L` at several resolutions, from coarse to fine.
 
-    log p(x) >= E_q[log p(x | z)] - sum_l E_q KL(q(z_l | z_<l, x) || p(z_l | z_<l)),
+    Child (2021), "Very deep VAEs generalize autoregressive models and can outperform them on images". The evidence
+    lower bound is
 
-    all of them diagonal Gaussians, with p and q running from coarse to fine in one network (`networks.hierarchical`):
-    Child 2021, "Very deep VAEs generalize autoregressive models and can outperform them on images". What is minimised
-    is minus this bound in nats per real pixel value, one draw of z an image.
+    .. math:: \log p(x) \ge E_q[\log p(x | z)] - \sum_l E_q KL(q(z_l | z_{<l}, x) \| p(z_l | z_{<l})),
 
-    With KL warm-up the weight of the divergences rises in even steps to 1 over the first ``kl_warmup_steps`` steps of
-    training (Sonderby et al. 2016, "Ladder variational autoencoders"; NVAE does so too): while the distribution of the
-    pixels is still wide, latents cost more than they tell, and die. What is reported is always the bound.
+    with diagonal Gaussians p and q computed in one top-down network (`networks.hierarchical`). The loss is the negative
+    bound in nats per value, with one sample of z per image.
 
-    A step whose gradient has a norm above ``grad_skip``, or one that is not finite, is not taken: weights and the
-    optimiser's state stay as they are ("gradient skipping" of the same paper, whose thresholds hold for a loss in nats
-    per value; its code, too, leaves out what is not finite). The networks have no normalisation, and now
-    and then a single image's posterior overflows, at weights that do well before and after it. ``skipped`` is the share
-    of such steps in what is logged, and ``skipped_steps`` counts them all; `MAX_SKIPPED` in a row end the run. The
-    decision costs the host one wait for the device a step.
+    With KL warm-up, the weight of the KL terms rises linearly to 1 over the first ``kl_warmup_steps`` training steps
+    (Sonderby et al. 2016, "Ladder variational autoencoders"; also NVAE). Without it, latents cost more than they
+    explain while p(x | z) is still wide, and collapse to the prior. The reported bound is not affected.
 
-    Samples at temperature T draw z_l from N(mu_l, (T sigma_l)^2) in place of the prior N(mu_l, sigma_l^2): T = 1 is the
-    model, and less of it gives more usual images. Their pixels are the mean of p(x | z), or draws with ``pixel_noise``.
+    Gradient skipping (Child 2021): a step whose gradient norm is above ``grad_skip`` or not
+    finite changes neither weights nor optimizer state. The networks have no normalisation, and occasionally the
+    posterior of a single image overflows. The thresholds of the paper apply, since its loss is in nats per value too.
+    The metric ``skipped`` is the fraction of skipped steps, the buffer ``skipped_steps`` their total number;
+    `MAX_CONSECUTIVE_SKIPS` end the run. The decision costs one device synchronisation per step.
+
+    Samples at temperature T draw :math:`z_l \sim N(\mu_l, (T \sigma_l)^2)` instead of the prior
+    :math:`N(\mu_l, \sigma_l^2)`. T = 1 is the model; lower temperatures give more typical images. Samples are means of
+    p(x | z), or samples of it with ``pixel_noise``.
 
     Args:
-        ladder: a factory ``(shape, maps, num_classes) -> Ladder``.
+        spec: shape, number of classes and value range of the data.
+        decoder: a factory ``(shape, out_channels, num_classes) -> TopDownDecoder``, which includes the encoder.
         likelihood: a factory ``spec -> PixelLikelihood``.
-        kl_warmup_steps: steps until the divergences have their full weight; 0 gives it from the start.
-        temperature: T, at least 0; of samples alone.
-        grad_skip: the largest norm of a gradient, before clipping, with which a step is taken; None takes all.
-        pixel_noise: whether samples are draws from p(x | z).
+        kl_warmup_steps: training steps until the KL terms have full weight; 0 disables warm-up.
+        temperature: T of samples, at least 0.
+        grad_skip: maximum gradient norm, before clipping, of a step that is taken; None takes all steps.
+        pixel_noise: whether to sample p(x | z) instead of taking its mean.
+        kwargs: see `TrainedModel`.
     """
 
     def __init__(
         self,
         spec: DataSpec,
         *,
-        ladder: Callable[..., TopDownDecoder],
+        decoder: Callable[..., TopDownDecoder],
         likelihood: Callable[..., PixelLikelihood],
         kl_warmup_steps: int = 0,
         temperature: float = 1.0,
         grad_skip: float | None = None,
         pixel_noise: bool = False,
-        **training: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(spec, **training)
+        super().__init__(spec, **kwargs)
         if not temperature >= 0:
             raise UserError(
                 f"model.temperature={temperature}: give 0 (the means of the priors) or more; 1 is the model."
@@ -76,80 +80,84 @@ class HVAE(GenerativeModel):
         if grad_skip is not None and not grad_skip > 0:
             raise UserError(f"model.grad_skip={grad_skip}: give a norm above 0, or null to take every step.")
         if not kl_warmup_steps >= 0:
-            raise UserError(f"model.kl_warmup_steps={kl_warmup_steps}: it cannot be negative (0 leaves it out).")
+            raise UserError(f"model.kl_warmup_steps={kl_warmup_steps}: it cannot be negative (0 disables warm-up).")
         self.kl_warmup_steps, self.temperature, self.grad_skip = kl_warmup_steps, temperature, grad_skip
         self.pixel_noise = pixel_noise
         self.likelihood = likelihood(spec)
-        self.ladder = ladder(spec.shape, self.likelihood.maps, spec.num_classes if self.conditional else 0)
+        # Named `ladder` in the state dict of existing checkpoints.
+        self.ladder = decoder(spec.shape, self.likelihood.decoder_channels, spec.num_classes if self.conditional else 0)
         self.latent_dim = sum(math.prod(layer.latent_shape) for layer in self.ladder.layers)
-        """Numbers in all latents together."""
+        """Total dimension of all latents."""
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
         self.skipped_steps: Tensor
-        self._skipped_in_a_row = 0
-        self._gradient = torch.zeros(2)
-        """Norm of the gradient of the step in progress, and whether the step is skipped."""
+        self._consecutive_skips = 0
+        self._grad_status = torch.zeros(2)
+        """Gradient norm of the current step, and 1 if the step is skipped."""
 
-    # The bound
+    # Evidence lower bound
 
-    def terms(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """What adds up to minus the bound in nats, each (n,): ``reconstruction``, -log p(x | z), and the KL of each
-        resolution that has latents, ``kl_1x1`` to that of the finest."""
+    def terms(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        r"""Terms of the negative ELBO in nats, each (n,).
+
+        Returns:
+            ``reconstruction``, :math:`-\log p(x | z)`, and the KL of each resolution with latents: ``kl_1x1``,
+            ``kl_4x4``, and so on.
+        """
         features = self.ladder.encode(x)
         kl: dict[str, Tensor] = {}
 
-        def draw(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
+        def sample_posterior(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             posterior = layer.posterior(state, features[layer.level], prior)
-            _, h, w = layer.latent_shape
-            told, name = posterior.kl(prior).flatten(1).sum(1), f"kl_{h}x{w}"
-            kl[name] = kl[name] + told if name in kl else told
-            return posterior.at(draws.normal(layer.latent_shape).to(x.device))
+            _, height, width = layer.latent_shape
+            name, layer_kl = f"kl_{height}x{width}", posterior.kl(prior).flatten(1).sum(1)
+            kl[name] = kl[name] + layer_kl if name in kl else layer_kl
+            return posterior.reparameterize(rng.normal(layer.latent_shape).to(x.device))
 
-        h = self.ladder(self._labels(cond, x), draw)
+        h = self.ladder(self._labels(cond, x), sample_posterior)
         return {"reconstruction": -self.likelihood.log_prob(h, x), **kl}
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """``loss`` in nats a value, the terms of the bound in bits a value, and, where the likelihood is one of these
-        pixels, the bound in bits/dim that they add up to, ``bits_per_dim``."""
-        terms = self.terms(x, cond, draws)
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """``loss`` in nats per value and the terms of the bound in bits per value; also their sum ``bits_per_dim`` if
+        the likelihood is that of the data."""
+        terms = self.terms(x, cond, rng)
         nats = torch.stack(list(terms.values())).sum(0)
         loss = terms["reconstruction"] + self.kl_weight * (nats - terms["reconstruction"])
-        figures = {"loss": loss / self.spec.dims}
-        if self.likelihood.gives_bits:
-            figures["bits_per_dim"] = self._bits(nats)
-        return figures | {name: self._bits(value) for name, value in terms.items()}
+        metrics = {"loss": loss / self.spec.num_values}
+        if self.likelihood.is_data_likelihood:
+            metrics["bits_per_dim"] = self._bits(nats)
+        return metrics | {name: self._bits(value) for name, value in terms.items()}
 
     @property
     def kl_weight(self) -> float:
-        """What the divergences weigh at the step in progress; 1 outside of training."""
+        """Weight of the KL terms in the current step; 1 outside training."""
         return kl_warmup(self, self.kl_warmup_steps)
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        return {"elbo": LikelihoodEstimate("bound", self._elbo)} if self.likelihood.gives_bits else {}
+        return {"elbo": LikelihoodEstimate("bound", self._elbo)} if self.likelihood.is_data_likelihood else {}
 
     @torch.no_grad()
     def _elbo(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
-        terms = self.terms(x, self.used(cond), RandomSource.whole(generator, len(x)))
+        terms = self.terms(x, self.select_conditions(cond), RandomSource.for_batch(generator, len(x)))
         return {name: self._bits(value) for name, value in terms.items()}
 
     def _bits(self, nats: Tensor) -> Tensor:
-        """Nats an image as bits a real value."""
-        return nats / (self.spec.dims * math.log(2))
+        """Convert nats per image to bits per value."""
+        return nats / (self.spec.num_values * math.log(2))
 
     # Gradient skipping
 
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
-        figures = super().training_step(batch, batch_idx)
-        assert figures is not None
-        # Known after the backward pass alone: `on_before_optimizer_step` writes them in before they are logged.
-        self._gradient = torch.zeros(2, device=self.device)
-        skipped = {} if self.grad_skip is None else {"skipped": self._gradient[1]}
-        return {**figures, "grad_norm": self._gradient[0], **skipped}
+        metrics = super().training_step(batch, batch_idx)
+        assert metrics is not None
+        # `on_before_optimizer_step` fills these in after the backward pass, before they are logged.
+        self._grad_status = torch.zeros(2, device=self.device)
+        skipped = {} if self.grad_skip is None else {"skipped": self._grad_status[1]}
+        return {**metrics, "grad_norm": self._grad_status[0], **skipped}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient, or take it away: an optimiser does nothing to a parameter without one.
+        """Clip the gradient, or remove it to skip the step: optimizers ignore parameters without a gradient.
 
-        Gradients are the mean over the processes and without the scale of 16-mixed by now, so that all processes decide
-        alike.
+        Gradients are already averaged over processes and unscaled (16-mixed), so all processes decide the same.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -157,97 +165,99 @@ class HVAE(GenerativeModel):
             for p in parameters:
                 p.grad = None
             self.skipped_steps += 1
-            self._gradient[1] = 1
-            self._skipped_in_a_row += 1
-            if self._skipped_in_a_row == MAX_SKIPPED:
+            self._grad_status[1] = 1
+            self._consecutive_skips += 1
+            if self._consecutive_skips == MAX_CONSECUTIVE_SKIPS:
                 raise TrainingStopped(
-                    f"{MAX_SKIPPED} steps in a row had a gradient that is longer than model.grad_skip={self.grad_skip}"
-                    f" or not finite (the last one's norm: {norm:.4g})",
+                    f"{MAX_CONSECUTIVE_SKIPS} consecutive steps had a gradient norm above"
+                    f" model.grad_skip={self.grad_skip} or not finite (last norm: {norm:.4g})",
                     "Try a lower learning rate (model.optimizer.lr), or a larger model.grad_skip.",
                 )
         else:
-            self._skipped_in_a_row = 0
+            self._consecutive_skips = 0
             if self.grad_clip is not None:
                 clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        self._gradient[0] = norm
+        self._grad_status[0] = norm
 
-    # Latents as one vector of deviations from the priors; samples and pictures
+    # Latents as one vector of standardised deviations from the priors; samples
 
     def encode(self, x: Tensor, cond: Cond) -> Tensor:
-        """The posteriors' means (n, `latent_dim`), layer after layer, each as u = (z - mu) / sigma with mu and sigma of
-        the prior that the layers before leave: no random numbers."""
-        features, found = self.ladder.encode(x), []
+        r"""Posterior means of all layers as one vector, (n, `latent_dim`); deterministic.
 
-        def mean(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
+        Each is standardised by its prior given the layers before it: :math:`u = (z - \mu) / \sigma`.
+        """
+        features, latents = self.ladder.encode(x), []
+
+        def posterior_mean(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
             posterior = layer.posterior(state, features[layer.level], prior)
-            found.append(prior.standardized(posterior.mean).flatten(1))
+            latents.append(prior.standardize(posterior.mean).flatten(1))
             return posterior.mean
 
-        self.ladder(self._labels(cond, x), mean)
-        return torch.cat(found, dim=1)
+        self.ladder(self._labels(cond, x), posterior_mean)
+        return torch.cat(latents, dim=1)
 
     def decode(self, u: Tensor, cond: Cond) -> Tensor:
-        """The parameters of p(x | z), with z given as by ``encode``: standard normal u are draws from the prior."""
-        left = iter(u.split([math.prod(layer.latent_shape) for layer in self.ladder.layers], dim=1))
+        """Decoder output, the parameters of p(x | z), from latents in the form of `encode`: standard normal ``u``
+        samples the prior."""
+        remaining = iter(u.split([math.prod(layer.latent_shape) for layer in self.ladder.layers], dim=1))
 
-        def given(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
-            return prior.at(next(left).unflatten(1, layer.latent_shape))
+        def given_latent(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
+            return prior.reparameterize(next(remaining).unflatten(1, layer.latent_shape))
 
-        return self.ladder(self._labels(cond, u), given)
+        return self.ladder(self._labels(cond, u), given_latent)
 
     def decoded_mean(self, u: Tensor, cond: Cond) -> Tensor:
-        """The mean of p(x | z), black where there are no real pixels."""
-        return self.likelihood.picture(self.likelihood.mean(self.decode(u, cond)))
+        """Mean of p(x | z), (n, C, H, W), with black padding."""
+        return self.likelihood.mask_padding(self.likelihood.mean(self.decode(u, cond)))
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        u, cond = self.temperature * self._noise(n, generator), self.used(cond)
+        u, cond = self.temperature * self._noise(n, generator), self.select_conditions(cond)
         if self.pixel_noise:
-            return self.likelihood.picture(self.likelihood.sample(self.decode(u, cond), generator))
+            return self.likelihood.mask_padding(self.likelihood.sample(self.decode(u, cond), generator))
         return self.decoded_mean(u, cond)
 
     def sampling_description(self) -> str:
-        pixels = "draw from" if self.pixel_noise else "mean of"
+        pixels = "sample of" if self.pixel_noise else "mean of"
         return f"{pixels} p(x | z), z from the prior at temperature {self.temperature:g}"
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
-        """The mean of p(x | z) at the posteriors' means: no random numbers."""
-        cond = self.used(cond)
+        """Mean of p(x | z) at the posterior means; deterministic."""
+        cond = self.select_conditions(cond)
         return self.decoded_mean(self.encode(x, cond), cond)
 
     @torch.no_grad()
-    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """What `Explores` asks for, as means of p(x | z).
+    def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Image grids of means of p(x | z).
 
-        - ``kept_latents``: a row an image; the image, then what comes of it when its latents are kept down to each
-          resolution that has some, from 1x1 alone to all of them, and the finer ones are sampled at the model's
-          temperature.
-        - ``temperatures``: a row for each of `TEMPERATURES`, of the same random numbers.
-        - ``interpolation``: a row for each pair of images.
+        Returns:
+            ``kept_latents``: one row per image: the image, then decodings that keep its latents up to each resolution,
+            from the coarsest to all, and sample the finer ones at the model's temperature. ``temperatures``: one row
+            per value of `TEMPERATURES`, from the same noise. ``interpolation``: one row per pair of images.
         """
-        cond = self.used(cond)
-        code, noise = self.encode(x, cond), self._noise(len(x), generator)
+        cond = self.select_conditions(cond)
+        u, noise = self.encode(x, cond), self._noise(len(x), generator)
         levels = [layer.level for layer in self.ladder.layers for _ in range(math.prod(layer.latent_shape))]
         level_of = torch.tensor(levels, device=x.device)
         kept = [
-            self.decoded_mean(torch.where(level_of >= level, code, self.temperature * noise), cond)
+            self.decoded_mean(torch.where(level_of >= level, u, self.temperature * noise), cond)
             for level in sorted(set(levels), reverse=True)
         ]
         return {
             "kept_latents": torch.stack([x, *kept], dim=1),
             "temperatures": torch.stack([self.decoded_mean(t * noise, cond) for t in TEMPERATURES]),
-            "interpolation": visualization.interpolation(self.decoded_mean, code, cond),
+            "interpolation": visualization.interpolation(self.decoded_mean, u, cond),
         }
 
-    def counted_networks(self) -> dict[str, nn.Module]:
-        return {"ladder": self.ladder}
+    def nfe_networks(self) -> dict[str, nn.Module]:
+        return {"decoder": self.ladder}
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers (n, `latent_dim`), drawn where the generator lives."""
+        """Standard normal noise (n, `latent_dim`), drawn on the device of the generator."""
         return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
     def _labels(self, cond: Cond, like: Tensor) -> Tensor:
-        """The class of each row of ``like``; noughts for a model without classes."""
+        """Class of each row of ``like``; zeros for an unconditional model."""
         label = self.label(cond)
         return torch.zeros(len(like), dtype=torch.int64, device=like.device) if label is None else label

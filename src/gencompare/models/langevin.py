@@ -1,4 +1,4 @@
-"""Langevin dynamics on an energy, and the replay buffer that holds its chains."""
+"""Langevin dynamics on an energy, and the replay buffer of its chains."""
 
 from __future__ import annotations
 
@@ -17,77 +17,85 @@ from gencompare.rng import RandomSource
 
 @dataclass(frozen=True)
 class Langevin:
-    r"""x' = x - step g(x) + noise z,  g = grad E with each entry held within [-clip, clip],  z ~ N(0, I).
+    r"""Langevin steps on an energy, with optional gradient clipping.
+
+    .. math:: x' = x - \eta \nabla E(x) + \tau z, \quad z \sim N(0, I),
+
+    with :math:`\eta` = ``step_size``, :math:`\tau` = ``noise_std`` and each entry of the gradient clipped to
+    [-grad_clip, grad_clip].
 
     Without clipping this is the unadjusted Langevin algorithm (Roberts and Tweedie 1996, "Exponential convergence of
-    Langevin distributions and their discrete approximations") for p(x) ~ exp(-E(x) / T) at the temperature
+    Langevin distributions and their discrete approximations") for :math:`p(x) \propto \exp(-E(x) / T)` at temperature
 
-        T = noise^2 / (2 step),
+    .. math:: T = \tau^2 / (2 \eta),
 
-    which it leaves unchanged in the limit step -> 0 with T fixed. On E(x) = x' L x / 2 it is affine, and where
-    step < 2 / lambda_max, its covariance along an eigenvector of L goes to (T / lambda) / (1 - step lambda / 2): what a
-    finite step adds to the truth T / lambda is, in the first order, proportional to the step.
+    which is stationary in the limit :math:`\eta \to 0` at fixed T. For :math:`E(x) = x^T L x / 2` the step is affine.
+    If :math:`\eta < 2 / \lambda_{max}`, the variance along an eigenvector of L converges to
+    :math:`(T / \lambda) / (1 - \eta \lambda / 2)`, so the bias is of first order in :math:`\eta`.
 
-    step = e^2 / 2 and noise = e give T = 1. Du and Mordatch (2019) set the two apart from each other, step 10 and
-    noise .005 for images in [0, 1], so T = 1.25e-6: gradient descent with a little noise. Their numbers are for
-    u = (x + 1) / 2. With grad_u E = 2 grad_x E, the same chain in x has step 4 times theirs (40), noise twice theirs
-    (.01) and clip half of theirs (.005), and T is the same.
+    :math:`\eta = \epsilon^2 / 2` and :math:`\tau = \epsilon` give T = 1. Du and Mordatch (2019) choose step 10 and
+    noise 0.005 for images u = (x + 1) / 2 in [0, 1], so T = 1.25e-6: gradient descent with little noise. Since
+    :math:`\nabla_u E = 2 \nabla_x E`, the same chain in x has 4 times their step (40), twice their noise (0.01), half
+    their clipping (0.005), and the same T.
 
     Args:
-        step: factor of the gradient; above 0.
-        noise: standard deviation of what is added at each step; above 0.
-        clip: largest size of an entry of the gradient; None leaves it alone. A clipped step has another law, and is
-            no Langevin step for exp(-E / T) where it clips.
+        step_size: :math:`\eta`, positive.
+        noise_std: :math:`\tau`, positive.
+        grad_clip: maximum absolute value of gradient entries; None disables clipping. Clipped steps do not have
+            :math:`\exp(-E / T)` as their stationary distribution.
     """
 
-    step: float
-    noise: float
-    clip: float | None = None
+    step_size: float
+    noise_std: float
+    grad_clip: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.step > 0:
-            raise UserError(f"model.langevin.step={self.step}: give a positive number.")
-        if not self.noise > 0:
+        if not self.step_size > 0:
+            raise UserError(f"model.langevin.step_size={self.step_size}: give a positive number.")
+        if not self.noise_std > 0:
             raise UserError(
-                f"model.langevin.noise={self.noise}: give a positive number; without noise nothing is drawn."
+                f"model.langevin.noise_std={self.noise_std}: give a positive number; without noise, Langevin steps"
+                " do not sample."
             )
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"model.langevin.clip={self.clip}: give null, or a positive number.")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise UserError(f"model.langevin.grad_clip={self.grad_clip}: give null, or a positive number.")
 
     @property
     def temperature(self) -> float:
-        """T = noise^2 / (2 step): the steps draw from exp(-E / T), as far as their size allows."""
-        return self.noise**2 / (2 * self.step)
+        r"""T = noise_std^2 / (2 step_size): the steps sample :math:`\exp(-E / T)` up to their discretisation error."""
+        return self.noise_std**2 / (2 * self.step_size)
 
-    def walk(
+    def trajectory(
         self,
         energy: Callable[[Tensor], Tensor],
         x: Tensor,
-        steps: int,
+        num_steps: int,
         normal: Callable[[], Tensor],
-        held: Callable[[Tensor], Tensor] | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The states after each of ``steps`` steps from ``x`` (n, ...), which are (n, ...) and carry no gradient.
+        """Yield the state (n, ...) after each of ``num_steps`` steps from ``x``, without gradient.
 
         Args:
-            energy: (n, ...) -> (n,), each a function of its own row.
-            normal: standard normal numbers of the shape of x, fresh at each call.
-            held: applied after each step: where the states may be; None lets them go anywhere.
+            energy: (n, ...) -> (n,); energy i depends on row i alone.
+            x: initial state, (n, ...).
+            num_steps: number of steps.
+            normal: returns new standard normal noise of the shape of x at each call.
+            project: applied to the state after each step; None for no constraint.
         """
-        for _ in range(steps):
-            g = input_gradient(energy, x)
-            if self.clip is not None:
-                g = g.clamp(-self.clip, self.clip)
-            x = x - self.step * g + self.noise * normal().to(x)
-            yield (x := x if held is None else held(x))
+        for _ in range(num_steps):
+            gradient = input_gradient(energy, x)
+            if self.grad_clip is not None:
+                gradient = gradient.clamp(-self.grad_clip, self.grad_clip)
+            x = x - self.step_size * gradient + self.noise_std * normal().to(x)
+            yield (x := x if project is None else project(x))
 
     def describe(self) -> str:
-        clipped = "" if self.clip is None else f", gradients within {self.clip:g}"
-        return f"Langevin, step {self.step:g}, noise {self.noise:g}{clipped}"
+        clipped = "" if self.grad_clip is None else f", gradients within {self.grad_clip:g}"
+        return f"Langevin, step {self.step_size:g}, noise {self.noise_std:g}{clipped}"
 
 
 def input_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """grad_x E(x) row by row, of the shape of x, also where gradients are switched off around it."""
+    r"""Per-row gradient :math:`\nabla_x E(x)`, of the shape of x; also works inside `torch.no_grad`."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
@@ -95,68 +103,78 @@ def input_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def last_state(states: Iterable[Tensor]) -> Tensor:
-    """The state in which a walk of at least one step ends."""
+    """Last state of a trajectory of at least one step."""
     return deque(states, maxlen=1).pop()
 
 
 class ReplayBuffer(nn.Module):
-    """``size`` chains, of which each batch takes as many as it has images, and puts back what became of them.
+    """A buffer of persistent chains; each batch takes one chain per image and writes its new state back.
 
     Du and Mordatch (2019), "Implicit generation and modeling with energy-based models", algorithm 1, and Tieleman
-    (2008), "Training restricted Boltzmann machines using approximations to the likelihood gradient", whose chains
-    persist: what a chain became takes its place. Chains of a batch are drawn without replacement.
+    (2008), "Training restricted Boltzmann machines using approximations to the likelihood gradient". The chains of a
+    batch are drawn without replacement, and the final state of a chain replaces its entry.
 
-    With classes, an equal part of the chains belongs to each, and an image's chain is one of its own class. So the
-    samples of a batch have just the classes of its images, and the gradient compares like with like.
+    With classes, each class has an equal part of the buffer, and an image takes a chain of its own class. So the chains
+    of a batch have the same classes as its images.
 
-    There is one buffer for the whole batch: each process holds all of it, and gets the rows of the others. Images with
-    levels are kept as bytes (a quarter of the room in memory and in checkpoints: 31 MB for 10,000 of 3x32x32), and
-    spread evenly over their byte when they are taken, as in the authors' code: rounded alone, a chain whose batch moves
-    it by less than half a byte would stand still. Continuous data are kept as they are.
+    Every process has the whole buffer and gathers the rows of the other processes. Discrete images are stored as uint8
+    (31 MB for 10,000 images of 3x32x32, a quarter of float32) and dequantised with uniform noise when read, as in the
+    code of the authors: with rounding alone, a chain that moves by less than half a level would never move. Continuous
+    data are stored as float32.
 
     Args:
-        size: chains in all.
-        classes: 1 for a model without labels.
+        spec: shape and value range of the data.
+        size: total number of chains.
+        num_classes: number of classes; 1 for an unconditional model.
     """
 
     images: Tensor
     started: Tensor
 
-    def __init__(self, spec: DataSpec, size: int, classes: int = 1) -> None:
+    def __init__(self, spec: DataSpec, size: int, num_classes: int = 1) -> None:
         super().__init__()
-        self.per_class = size // classes
-        if self.per_class < 1:
-            raise UserError(f"model.buffer_size={size}: give at least one chain a class, so {classes}.")
-        kept = torch.float32 if spec.num_levels is None else torch.uint8
-        self.register_buffer("images", torch.zeros(classes * self.per_class, *spec.shape, dtype=kept))
-        # A chain that was never taken starts from noise when it is.
-        self.register_buffer("started", torch.zeros(classes * self.per_class, dtype=torch.bool))
+        self.size_per_class = size // num_classes
+        if self.size_per_class < 1:
+            raise UserError(f"model.buffer_size={size}: give at least one chain per class, {num_classes}.")
+        dtype = torch.float32 if spec.num_bins is None else torch.uint8
+        self.register_buffer("images", torch.zeros(num_classes * self.size_per_class, *spec.shape, dtype=dtype))
+        # Entries that were never written: their chains start from noise.
+        self.register_buffer("started", torch.zeros(num_classes * self.size_per_class, dtype=torch.bool))
 
-    def places(self, label: Tensor | None, draws: RandomSource) -> Tensor:
-        """Where the chains of the whole batch stand, (total,), no place twice. ``label`` is of this process's rows."""
-        if draws.total > self.per_class:
-            raise UserError(
-                f"A batch of {draws.total} images needs as many chains of a class, and there are {self.per_class}:"
-                " raise model.buffer_size or lower trainer.global_batch_size."
-            )
-        # Not through `draws`, whose calls draw row by row: all processes make the same permutation.
-        order = torch.randperm(self.per_class, generator=draws.generator, device=draws.device)[: draws.total]
-        order = order.to(self.started.device)
-        return order if label is None else all_gather_rows(label) * self.per_class + order
-
-    def take(self, places: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
-        """The chains' states (n, C, H, W) float32, and which of them are under way (n,).
+    def sample_indices(self, label: Tensor | None, rng: RandomSource) -> Tensor:
+        """Draw distinct buffer indices for the global batch, (total,).
 
         Args:
-            within: where in its byte each value lies, uniform in [0, 1), (n, C, H, W).
+            label: class of each image of this process; None without classes.
+            rng: source of random numbers, in the same state on all processes.
         """
-        images = self.images[places]
-        states = images if images.is_floating_point() else (images + (within - 0.5)).mul_(2 / 255).sub_(1)
-        return states, self.started[places]
+        if rng.total > self.size_per_class:
+            raise UserError(
+                f"A batch of {rng.total} images needs as many chains per class, and there are {self.size_per_class}:"
+                " raise model.buffer_size or lower trainer.global_batch_size."
+            )
+        # `rng` draws rows of this process; the permutation must be the same on all processes.
+        order = torch.randperm(self.size_per_class, generator=rng.generator, device=rng.device)[: rng.total]
+        order = order.to(self.started.device)
+        return order if label is None else all_gather_rows(label) * self.size_per_class + order
 
-    def put(self, places: Tensor, states: Tensor) -> None:
-        """Keep what became of the chains of the whole batch."""
+    def get(self, indices: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Read chains.
+
+        Args:
+            indices: (n,).
+            noise: dequantisation noise, uniform in [0, 1), (n, C, H, W).
+
+        Returns:
+            States (n, C, H, W) in float32, and whether each chain was written before, (n,).
+        """
+        images = self.images[indices]
+        states = images if images.is_floating_point() else (images + (noise - 0.5)).mul_(2 / 255).sub_(1)
+        return states, self.started[indices]
+
+    def put(self, indices: Tensor, states: Tensor) -> None:
+        """Write the chains of the global batch."""
         if not self.images.is_floating_point():
             states = states.add(1).mul_(255 / 2).round_()
-        self.images[places] = states.to(self.images.dtype)
-        self.started[places] = True
+        self.images[indices] = states.to(self.images.dtype)
+        self.started[indices] = True

@@ -1,4 +1,4 @@
-"""Manual optimisation: alternating optimisers within a training step, and rollback of diverged steps."""
+"""Manual optimization: several optimizers per training step, and rollback of diverged steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gencompare.errors import TrainingStopped, UserError
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """The network passes gradients on to its input and gathers none itself."""
+    """Context in which the parameters of ``network`` get no gradients, while its input still does."""
     network.requires_grad_(False)
     try:
         yield
@@ -25,19 +25,19 @@ def frozen(network: nn.Module) -> Iterator[None]:
         network.requires_grad_(True)
 
 
-def manual_step(model: pl.LightningModule, which: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """One step of the model's optimiser number ``which``; returns the norm of its gradient before clipping.
+def manual_step(model: pl.LightningModule, optimizer_idx: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Take one step of the optimizer ``optimizer_idx`` of the model; returns the gradient norm before clipping.
 
-    Under ``trainer.precision=16-mixed`` the loss is scaled up, now and then so far that gradients overflow; the scaler
-    then leaves the step out and takes a smaller scale. Such a step has no gradient, and its norm is given as 0.
+    Under ``trainer.precision=16-mixed`` the gradient scaler skips steps whose scaled gradients overflow; their norm is
+    returned as 0.
     """
-    optimizers = model.optimizers()  # an only one comes without a list
-    optimizer = optimizers[which] if isinstance(optimizers, list) else optimizers
+    optimizers = model.optimizers()  # not a list if there is only one
+    optimizer = optimizers[optimizer_idx] if isinstance(optimizers, list) else optimizers
     optimizer.zero_grad()
     model.manual_backward(loss)
     average_gradients(parameters)
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The scale comes off in the step itself. (`trainer` raises without one.)
+    # The step itself unscales the gradients. (The property `trainer` raises without a Trainer.)
     scaler = getattr(getattr(model._trainer, "precision_plugin", None), "scaler", None)
     if scaler is not None:
         norm = (norm / scaler.get_scale()).nan_to_num(0.0, posinf=0.0)
@@ -46,10 +46,10 @@ def manual_step(model: pl.LightningModule, which: int, loss: Tensor, parameters:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients; with one process, nothing.
+    """Average gradients over processes, in place; a no-op with a single process.
 
-    Each process's loss is a mean over an equal part of the batch, so this is the whole batch's gradient. (DDP's own
-    reducer expects one backward pass for each forward pass of the wrapped model; here players take turns in one.)
+    Each process has an equal part of the batch, so the result is the gradient of the whole batch. The reducer of DDP
+    does not apply: it expects one backward pass per forward pass, and a manual step has several.
     """
     if world_size() == 1:
         return
@@ -60,82 +60,96 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class Snapshot:
-    """A copy of what training changes (the model's state and its optimiser's), to go back to.
+    """A copy of the model and optimizer state, for rollback when training diverges.
 
-    The model says after each step whether it went well. A copy is made at the start, and whenever ``every`` steps in a
-    row did. Going back puts the last copy in place; the next step meets other images and other noise, and so may well
-    pass where the one before it did not. Where ``most`` returns brought no new copy, training ends.
+    The model reports the outcome of each step. A copy is made before the first step and after each ``every_n_steps``
+    successful steps without rollback. After a rollback, training continues with other images and noise, so it may pass
+    where it diverged before. After more than ``max_rollbacks`` rollbacks to the same copy, training stops.
 
-    All of this is a part of checkpoints (`state_dict`), so that a resumed run would go back as an unbroken one.
+    The state is part of checkpoints (`state_dict`), so a resumed run rolls back like an uninterrupted one.
 
     Args:
-        every: good steps from one copy to the next.
-        most: returns without a new copy between them that are made before training ends.
+        every_n_steps: successful steps between copies.
+        max_rollbacks: maximum number of rollbacks to the same copy.
     """
 
-    def __init__(self, every: int, most: int) -> None:
-        if every < 1 or most < 0:
-            raise UserError(f"model.keep_every={every}, model.max_rollbacks={most}: at least 1, and at least 0.")
-        self.every, self.most = every, most
-        self.kept: dict[str, Any] | None = None
-        self.since = 0
-        """Good steps since the copy was made or put back."""
-        self.in_a_row = 0
-        """Returns to this copy."""
-        self.total = 0
-        """Returns in the whole run."""
+    def __init__(self, every_n_steps: int, max_rollbacks: int) -> None:
+        if every_n_steps < 1 or max_rollbacks < 0:
+            raise UserError(
+                f"model.snapshot_every_n_steps={every_n_steps} must be at least 1, and"
+                f" model.max_rollbacks={max_rollbacks} at least 0."
+            )
+        self.every_n_steps, self.max_rollbacks = every_n_steps, max_rollbacks
+        self.saved: dict[str, Any] | None = None
+        self.steps_since_saved = 0
+        """Successful steps since the copy was made or restored."""
+        self.consecutive_rollbacks = 0
+        """Rollbacks to the current copy."""
+        self.num_rollbacks = 0
+        """Rollbacks in the whole run."""
 
-    def begin(self, model: pl.LightningModule) -> None:
-        """Before a step: the first one leaves a copy of the first weights."""
-        if self.kept is None:
-            self._keep(model)
+    def begin_step(self, model: pl.LightningModule) -> None:
+        """Call before each step; saves the initial state before the first one."""
+        if self.saved is None:
+            self._save(model)
 
-    def passed(self, model: pl.LightningModule) -> None:
-        """A step went well."""
-        self.since += 1
-        if self.since >= self.every:
-            self._keep(model)
+    def step_succeeded(self, model: pl.LightningModule) -> None:
+        """Call after each successful step."""
+        self.steps_since_saved += 1
+        if self.steps_since_saved >= self.every_n_steps:
+            self._save(model)
 
-    def go_back(self, model: pl.LightningModule, why: str) -> None:
-        """Undo everything since the copy. Raises `TrainingStopped`, with the copy in place, where that is no help."""
-        assert self.kept is not None, "begin() comes before a step"
-        model.load_state_dict(self.kept["model"])
+    def rollback(self, model: pl.LightningModule, reason: str) -> None:
+        """Restore the copy.
+
+        Raises:
+            TrainingStopped: there were more than ``max_rollbacks`` rollbacks to this copy. The copy is restored first.
+        """
+        assert self.saved is not None, "call begin_step first"
+        model.load_state_dict(self.saved["model"])
         optimizer = _optimizer(model)
         optimizer.load_state_dict(
-            # What is put in is trained on, and the copy must stay as it is. Rates are not a part of the state.
-            {"state": _copied(self.kept["optimizer"]), "param_groups": optimizer.state_dict()["param_groups"]}
+            # Training modifies the restored state in place, so restore a copy. Keep the current learning rates.
+            {"state": _copy(self.saved["optimizer"]), "param_groups": optimizer.state_dict()["param_groups"]}
         )
-        self.since = 0
-        self.in_a_row += 1
-        self.total += 1
-        if self.in_a_row > self.most:
+        self.steps_since_saved = 0
+        self.consecutive_rollbacks += 1
+        self.num_rollbacks += 1
+        if self.consecutive_rollbacks > self.max_rollbacks:
             raise TrainingStopped(
-                f"{why}, {self.in_a_row} times in a row from the same state",
+                f"{reason}, {self.consecutive_rollbacks} times in a row from the same state",
                 "Try a lower model.optimizer.lr, a higher model.energy_l2, model.spectral_norm=true, or a lower"
-                " model.langevin.step.",
+                " model.langevin.step_size.",
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kept": self.kept, "since": self.since, "in_a_row": self.in_a_row, "total": self.total}
+        # Keys of existing checkpoints.
+        return {
+            "kept": self.saved,
+            "since": self.steps_since_saved,
+            "in_a_row": self.consecutive_rollbacks,
+            "total": self.num_rollbacks,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kept, self.since = state["kept"], state["since"]
-        self.in_a_row, self.total = state["in_a_row"], state["total"]
+        self.saved, self.steps_since_saved = state["kept"], state["since"]
+        self.consecutive_rollbacks, self.num_rollbacks = state["in_a_row"], state["total"]
 
-    def _keep(self, model: pl.LightningModule) -> None:
-        self.kept = {
-            "model": _copied(model.state_dict()),
-            "optimizer": _copied(_optimizer(model).state_dict()["state"]),
+    def _save(self, model: pl.LightningModule) -> None:
+        self.saved = {
+            "model": _copy(model.state_dict()),
+            "optimizer": _copy(_optimizer(model).state_dict()["state"]),
         }
-        self.since = self.in_a_row = 0
+        self.steps_since_saved = self.consecutive_rollbacks = 0
 
 
 def _optimizer(model: pl.LightningModule) -> Any:
-    """The model's only optimiser, without Lightning's wrapper."""
+    """The only optimizer of the model, without Lightning's wrapper."""
     return model.optimizers(use_pl_optimizer=False)
 
 
-def _copied(tree: Any) -> Any:
+def _copy(tree: Any) -> Any:
+    """Copy nested dictionaries of tensors."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
-    return {key: _copied(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

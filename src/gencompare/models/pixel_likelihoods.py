@@ -1,8 +1,8 @@
-r"""Distributions of pixels given a decoder's output: p(x | h), with the places of an image independent.
+r"""Likelihoods of pixels given a decoder output, p(x | h), independent across positions.
 
-Images are in [-1, 1]. With ``num_levels`` = L they take the values -1 + k Delta, Delta = 2 / (L - 1), and a likelihood
-is the probability of exactly that value: at most 1, so that bits/dim are those of a lossless code. With ``num_levels``
-None the data are continuous and it is a density. (`Bernoulli` on grey levels is the exception, and says so.)
+Images are in [-1, 1]. With L = ``num_bins`` they take the values :math:`-1 + k \Delta`, :math:`\Delta = 2 / (L - 1)`,
+and a likelihood is the probability of exactly that value, so that bits/dim are those of a lossless code. With
+``num_bins`` None, data are continuous and it is a density. (`BernoulliLikelihood` on grey images is an exception.)
 """
 
 from __future__ import annotations
@@ -15,105 +15,108 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.diffusion.objectives import log_normal, log_normal_level
+from gencompare.diffusion.objectives import discretized_normal_log_prob, normal_log_prob
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.rng import normal_like
 
 
 class PixelLikelihood(nn.Module, ABC):
-    """p(x | h) for x (n, C, H, W) and a decoder's output h (n, ``maps``, H, W)."""
+    """Base class of p(x | h), for images x (n, C, H, W) and decoder output h (n, ``decoder_channels``, H, W)."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
         self.channels = spec.shape[0]
-        self.num_levels = spec.num_levels
+        self.num_bins = spec.num_bins
         self.register_buffer("mask", spec.mask(), persistent=False)
         self.mask: Tensor
 
     @property
     @abstractmethod
-    def maps(self) -> int:
-        """Numbers that the decoder gives for each place."""
+    def decoder_channels(self) -> int:
+        """Number of channels of the decoder output."""
 
     @abstractmethod
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        """log p(x | h) in nats, (n,), summed over real pixels."""
+        r""":math:`\log p(x | h)` in nats, summed over real pixels, (n,)."""
 
     @abstractmethod
     def mean(self, h: Tensor) -> Tensor:
-        """E[x | h], (n, C, H, W)."""
+        """Mean E[x | h], (n, C, H, W)."""
 
     @abstractmethod
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw from p(x | h), (n, C, H, W)."""
+        """Sample p(x | h), (n, C, H, W)."""
 
     @property
-    def gives_bits(self) -> bool:
-        """Whether ``log_prob`` is the probability, or the density, of the very values that the data take. Only then are
-        its bits/dim those of the data, and fit to be held against other models'."""
+    def is_data_likelihood(self) -> bool:
+        """Whether `log_prob` is a probability or density of the values that the data take. Only then are its bits/dim
+        comparable with those of other models."""
         return True
 
-    def picture(self, x: Tensor) -> Tensor:
-        """Images, black where there are no real pixels: nothing was learned there."""
+    def mask_padding(self, x: Tensor) -> Tensor:
+        """Make padding black, where the decoder output is not trained."""
         return torch.where(self.mask > 0, x, -1.0)
 
     @property
-    def step(self) -> float:
-        """Delta, the distance between neighbouring levels."""
-        assert self.num_levels is not None
-        return 2 / (self.num_levels - 1)
+    def bin_width(self) -> float:
+        r""":math:`\Delta`, the distance between neighbouring values."""
+        assert self.num_bins is not None
+        return 2 / (self.num_bins - 1)
 
-    def _over_pixels(self, log_prob: Tensor) -> Tensor:
+    def _sum_pixels(self, log_prob: Tensor) -> Tensor:
         return (log_prob * self.mask).flatten(1).sum(1)
 
-    def _to_levels(self, x: Tensor) -> Tensor:
-        """The nearest of the values that a pixel can take."""
-        return ((x.clamp(-1, 1) + 1) / self.step).round() * self.step - 1
+    def _round_to_bins(self, x: Tensor) -> Tensor:
+        """Round to the nearest value that a pixel can take."""
+        return ((x.clamp(-1, 1) + 1) / self.bin_width).round() * self.bin_width - 1
 
 
-def grey_levels(spec: DataSpec, option: str) -> int:
-    """``spec.num_levels``. Raises `UserError` for continuous data, which ``model/likelihood=<option>`` cannot score."""
-    if spec.num_levels is None:
+def require_num_bins(spec: DataSpec, option: str) -> int:
+    """Return ``spec.num_bins``.
+
+    Raises:
+        UserError: the data are continuous, and ``model/likelihood=<option>`` needs discrete data.
+    """
+    if spec.num_bins is None:
         raise UserError(
-            f"model/likelihood={option} needs pixels with levels, and data '{spec.name}' is continuous: use"
+            f"model/likelihood={option} needs discrete pixels, and data '{spec.name}' is continuous: use"
             " model/likelihood=gaussian."
         )
-    return spec.num_levels
+    return spec.num_bins
 
 
 def uniform_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform numbers in [0, 1) of the shape and type of x, drawn where the generator lives."""
+    """Uniform noise in [0, 1) of the shape and dtype of x, drawn on the device of the generator."""
     return torch.rand(x.shape, generator=generator, device=generator.device).to(x)
 
 
 class BernoulliLikelihood(PixelLikelihood):
-    r"""Pixels that are 1 with probability S(h) and -1 otherwise; S is the logistic function.
+    r"""Binary pixels: 1 with probability S(h) and -1 otherwise, S the logistic function.
 
-    With y = (x + 1) / 2, the log probability is y log S(h) + (1 - y) log S(-h).
+    .. math:: \log p(x | h) = y \log S(h) + (1 - y) \log S(-h), \quad y = (x + 1) / 2.
 
-    Of images with two levels this is the probability. Grey ones it takes for probabilities: the same expression is then
-    the mean, over binary images whose pixels are 1 with probability y, of their log probability (Salakhutdinov and
-    Murray 2008, "On the quantitative analysis of deep belief networks", train on such images). It is no probability of
-    the grey image: over the levels of a pixel it does not add up to 1 (Loaiza-Ganem and Cunningham 2019, "The
-    continuous Bernoulli"). So ``gives_bits`` is false for more than two levels. The mean, 2 S(h) - 1, is a grey image;
-    draws are binary ones.
+    This is a probability for images with two values. Grey values are treated as probabilities: the expression is then
+    the expected log probability of binary images whose pixels are 1 with probability y, as in Salakhutdinov and Murray
+    (2008), "On the quantitative analysis of deep belief networks". It is not normalised over grey values (Loaiza-Ganem
+    and Cunningham 2019, "The continuous Bernoulli"), so `is_data_likelihood` is false for more than two values. The
+    mean :math:`2 S(h) - 1` is a grey image; samples are binary.
     """
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__(spec)
-        self.levels = grey_levels(spec, "bernoulli")
+        self.num_bins = require_num_bins(spec, "bernoulli")
 
     @property
-    def maps(self) -> int:
+    def decoder_channels(self) -> int:
         return self.channels
 
     @property
-    def gives_bits(self) -> bool:
-        return self.levels == 2
+    def is_data_likelihood(self) -> bool:
+        return self.num_bins == 2
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        return -self._over_pixels(F.binary_cross_entropy_with_logits(h.float(), (x + 1) / 2, reduction="none"))
+        return -self._sum_pixels(F.binary_cross_entropy_with_logits(h.float(), (x + 1) / 2, reduction="none"))
 
     def mean(self, h: Tensor) -> Tensor:
         return 2 * torch.sigmoid(h.float()) - 1
@@ -124,15 +127,16 @@ class BernoulliLikelihood(PixelLikelihood):
 
 
 class GaussianLikelihood(PixelLikelihood):
-    r"""N(h, sigma^2) with one learned sigma for all pixels (Rybkin et al. 2021, "sigma-VAE").
+    r"""Gaussian pixels :math:`N(h, \sigma^2)` with one learned :math:`\sigma` (Rybkin et al. 2021, "sigma-VAE").
 
-    A density for continuous data. With levels it is the mass of the pixel's bin,
-    Phi((x + Delta/2 - h) / sigma) - Phi((x - Delta/2 - h) / sigma), the outer bins reaching to -inf and +inf; sigma
-    is then held (softly) above 0.015 of a bin.
+    A density for continuous data. For discrete data the probability of the bin,
+    :math:`\Phi((x + \Delta/2 - h) / \sigma) - \Phi((x - \Delta/2 - h) / \sigma)`, where the outer bins extend to
+    infinity; :math:`\sigma` then has a soft lower bound of 0.015 bins.
     """
 
     GAIN = 10.0
-    """log sigma = GAIN w: Adam moves a weight by about its learning rate a step, too slow for a lone log sigma."""
+    r""":math:`\log \sigma` = GAIN w: Adam changes w by about the learning rate per step, too slow for :math:`\log
+    \sigma`."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__(spec)
@@ -140,39 +144,42 @@ class GaussianLikelihood(PixelLikelihood):
 
     @property
     def log_scale(self) -> Tensor:
-        """log sigma, a scalar."""
+        r""":math:`\log \sigma`, a scalar."""
         raw = self.GAIN * self.weight
-        if self.num_levels is None:
+        if self.num_bins is None:
             return raw
-        least = math.log(0.03 / (self.num_levels - 1))
-        return least + F.softplus(raw - least, beta=40.0)
+        minimum = math.log(0.03 / (self.num_bins - 1))
+        return minimum + F.softplus(raw - minimum, beta=40.0)
 
     @property
-    def maps(self) -> int:
+    def decoder_channels(self) -> int:
         return self.channels
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         mean, std = h.float(), self.log_scale.exp()
-        if self.num_levels is None:
-            return self._over_pixels(log_normal(x, mean, std))
-        return self._over_pixels(log_normal_level(x, mean, std, self.num_levels))
+        if self.num_bins is None:
+            return self._sum_pixels(normal_log_prob(x, mean, std))
+        return self._sum_pixels(discretized_normal_log_prob(x, mean, std, self.num_bins))
 
     def mean(self, h: Tensor) -> Tensor:
-        """E[x | h]: with levels, to within Delta / 2, the mean of N(h, sigma^2) clipped to [-1, 1]. Of continuous data
-        it is h, held within [-1, 1], where images lie."""
-        if self.num_levels is None:
+        r"""Mean E[x | h].
+
+        For discrete data the mean of :math:`N(h, \sigma^2)` clipped to [-1, 1], exact to :math:`\Delta / 2`; for
+        continuous data h, clamped to the range [-1, 1] of images.
+        """
+        if self.num_bins is None:
             return h.float().clamp(-1, 1)
         return clipped_normal_mean(h.float(), self.log_scale.exp())
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
         x = h.float() + self.log_scale.exp() * normal_like(h.float(), generator)
-        return x.clamp(-1, 1) if self.num_levels is None else self._to_levels(x)
+        return x.clamp(-1, 1) if self.num_bins is None else self._round_to_bins(x)
 
 
 def clipped_normal_mean(mean: Tensor, std: Tensor) -> Tensor:
-    r"""The mean of N(mean, std^2) clipped to [-1, 1]: -1 + \int_{-1}^{1} Phi((mean - t) / std) dt.
+    r"""Mean of :math:`N(\mu, \sigma^2)` clipped to [-1, 1]: :math:`-1 + \int_{-1}^{1} \Phi((\mu - t) / \sigma) dt`.
 
-    The integral of Phi is a Phi(a) + phi(a), with phi the standard normal density.
+    Uses :math:`\int \Phi = a \Phi(a) + \phi(a)`, :math:`\phi` the standard normal density.
     """
 
     def integral(a: Tensor) -> Tensor:
@@ -182,25 +189,32 @@ def clipped_normal_mean(mean: Tensor, std: Tensor) -> Tensor:
     return (std * (integral((mean + 1) / std) - integral((mean - 1) / std)) - 1).clamp(-1, 1)
 
 
-NARROWEST = -2.15
-"""The least log(s / Delta): PixelCNN++'s -7 at 256 levels. A bin then has up to 0.97 of the mass."""
+MIN_LOG_SCALE_OVER_BIN = -2.15
+r"""Lower bound of :math:`\log(s / \Delta)`, which is -7 of PixelCNN++ at 256 values. One bin then has up to 0.97 of the
+mass."""
 
-WIDEST = 4.0
-"""The largest log s: all but 1 % of the mass then lies beyond the range [-1, 1], half of it on either side."""
+MAX_LOG_SCALE = 4.0
+r"""Upper bound of :math:`\log s`: all but 1 % of the mass is then outside [-1, 1], half of it on either side."""
 
-SHARP = 10.0
-"""Of the bend at `WIDEST`: smaller scales stay as they are, and above it the gradient fades within a few tenths."""
+MAX_LOG_SCALE_SHARPNESS = 10.0
+"""Sharpness of the softplus at `MAX_LOG_SCALE`: the gradient vanishes within a few tenths above it."""
 
 
-def log_logistic_level(x: Tensor, location: Tensor, log_scale: Tensor, levels: int) -> Tensor:
-    r"""log of the mass of a logistic in the bin of x, value by value; x takes ``levels`` values from -1 to 1.
+def discretized_logistic_log_prob(x: Tensor, location: Tensor, log_scale: Tensor, num_bins: int) -> Tensor:
+    r"""Elementwise log probability of the bin of x under a logistic distribution.
 
-    S((x + Delta/2 - m) / s) - S((x - Delta/2 - m) / s) with the logistic function S, location m, scale s and
-    Delta = 2 / (levels - 1); the lowest bin reaches down to -inf and the highest up to +inf (Salimans et al. 2017,
-    "PixelCNN++", section 2.1, one component). Its logarithm is taken in a form without cancellation:
-    S(a) - S(b) = S(a) S(-b) (1 - exp(b - a)).
+    .. math:: \log [S((x + \Delta/2 - m) / s) - S((x - \Delta/2 - m) / s)], \quad \Delta = 2 / (L - 1),
+
+    with the logistic function S; the outer bins extend to infinity. Salimans et al. (2017), "PixelCNN++", section 2.1,
+    with one component. Computed without cancellation as :math:`S(a) - S(b) = S(a) S(-b) (1 - e^{b - a})`.
+
+    Args:
+        x: values -1 to 1 on a grid of ``num_bins`` values.
+        location: m.
+        log_scale: :math:`\log s`.
+        num_bins: L.
     """
-    half, inverse, distance = 1 / (levels - 1), torch.exp(-log_scale), x - location
+    half, inverse, distance = 1 / (num_bins - 1), torch.exp(-log_scale), x - location
     # log S(a), log S(-b) and log(1 - exp(b - a)); the outer bins have no lower or no upper edge.
     lowest, highest = x < -1 + half, x > 1 - half
     zero = x.new_zeros(())
@@ -211,145 +225,161 @@ def log_logistic_level(x: Tensor, location: Tensor, log_scale: Tensor, levels: i
     )
 
 
-def bounded_log_scale(raw: Tensor, levels: int) -> Tensor:
-    """log s, held above log(Delta) + `NARROWEST` (softly, so that the gradient never dies) and below `WIDEST`."""
-    lowest = math.log(2 / (levels - 1)) + NARROWEST
-    return lowest + F.softplus(WIDEST - F.softplus(WIDEST - raw, beta=SHARP) - lowest)
+def bounded_log_scale(raw: Tensor, num_bins: int) -> Tensor:
+    r"""Map decoder output to :math:`\log s` between :math:`\log \Delta` + `MIN_LOG_SCALE_OVER_BIN` and `MAX_LOG_SCALE`.
+
+    The lower bound is soft, so that the gradient never vanishes there.
+    """
+    minimum = math.log(2 / (num_bins - 1)) + MIN_LOG_SCALE_OVER_BIN
+    capped = MAX_LOG_SCALE - F.softplus(MAX_LOG_SCALE - raw, beta=MAX_LOG_SCALE_SHARPNESS)
+    return minimum + F.softplus(capped - minimum)
 
 
 def clipped_logistic_mean(location: Tensor, log_scale: Tensor) -> Tensor:
-    r"""The mean of a logistic clipped to [-1, 1], -1 + \int_{-1}^{1} S((m - t) / s) dt, in closed form.
+    r"""Mean of a logistic clipped to [-1, 1], :math:`-1 + \int_{-1}^{1} S((m - t) / s) dt`, in closed form.
 
-    The bins' own mean is the midpoint rule for this integral, with L - 1 points: the two differ by less than Delta / 2.
+    The mean of the discretised logistic is the midpoint rule for this integral with L - 1 points, so the two differ by
+    less than :math:`\Delta / 2`.
     """
     scale = log_scale.exp()
     integral = scale * (F.softplus((location + 1) / scale) - F.softplus((location - 1) / scale))
     return (integral - 1).clamp(-1, 1)
 
 
-def draw_logistic(location: Tensor, log_scale: Tensor, generator: torch.Generator) -> Tensor:
-    """m + s logit(u): the logistic itself, without levels."""
+def sample_logistic(location: Tensor, log_scale: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample m + s logit(u), the continuous logistic."""
     return location + log_scale.exp() * torch.logit(uniform_like(location, generator), eps=1e-6)
 
 
 class DiscretizedLogistic(PixelLikelihood):
-    """A logistic distribution a channel and pixel, in bins: `log_logistic_level`, with location and log scale from the
-    decoder, the latter by way of `bounded_log_scale`."""
+    """Discretised logistic pixels with location and scale from the decoder, independent across channels.
+
+    See `discretized_logistic_log_prob`; the log scale is bounded by `bounded_log_scale`.
+    """
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__(spec)
-        self.levels = grey_levels(spec, "discretized_logistic")
+        self.num_bins = require_num_bins(spec, "discretized_logistic")
 
     @property
-    def maps(self) -> int:
+    def decoder_channels(self) -> int:
         return 2 * self.channels
 
     def _location_scale(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and log scale, each (n, C, H, W) in float32."""
+        r"""Parameters m and :math:`\log s`, each (n, C, H, W) in float32."""
         location, raw = h.float().chunk(2, dim=1)
-        return location, bounded_log_scale(raw, self.levels)
+        return location, bounded_log_scale(raw, self.num_bins)
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        return self._over_pixels(log_logistic_level(x, *self._location_scale(h), self.levels))
+        return self._sum_pixels(discretized_logistic_log_prob(x, *self._location_scale(h), self.num_bins))
 
     def mean(self, h: Tensor) -> Tensor:
-        """E[x | h] to within Delta / 2: `clipped_logistic_mean`."""
+        r"""Mean E[x | h], exact to :math:`\Delta / 2`: `clipped_logistic_mean`."""
         return clipped_logistic_mean(*self._location_scale(h))
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        return self._to_levels(draw_logistic(*self._location_scale(h), generator))
+        return self._round_to_bins(sample_logistic(*self._location_scale(h), generator))
 
 
 class MixtureParams(NamedTuple):
-    """The parameters of K components at each place; K is 1 once a component is chosen."""
+    """Parameters of K mixture components at each position; K = 1 after `select`."""
 
     locations: Tensor
-    """m, (n, K, C, H, W)."""
+    """Locations m, (n, K, C, H, W)."""
     log_scales: Tensor
-    """log s, (n, K, C, H, W)."""
+    r"""Log scales :math:`\log s`, (n, K, C, H, W)."""
     slopes: Tensor
-    """a, (n, K, C (C - 1) / 2, H, W): one for channel 1, two for channel 2, and so on."""
+    """Coefficients a, (n, K, C (C - 1) / 2, H, W): one for channel 1, two for channel 2, and so on."""
 
     def location(self, channel: int, earlier: Tensor) -> Tensor:
-        """m_c + sum_{d < c} a_cd x_d, (n, K, H, W), from the channels before it, (n, K or 1, c, H, W)."""
+        r"""Location :math:`m_c + \sum_{d < c} a_{cd} x_d` of channel c, (n, K, H, W).
+
+        Args:
+            channel: c.
+            earlier: values of the channels before c, (n, K or 1, c, H, W).
+        """
         start = channel * (channel - 1) // 2
         shift = (self.slopes[:, :, start : start + channel] * earlier).sum(2)
         return self.locations[:, :, channel] + shift
 
-    def chosen(self, k: Tensor) -> MixtureParams:
-        """Component k (n, H, W) of each place."""
+    def select(self, k: Tensor) -> MixtureParams:
+        """Parameters of component ``k`` (n, H, W) at each position."""
         index = k[:, None, None]
-        return MixtureParams(*(each.gather(1, index.expand(-1, 1, each.shape[2], -1, -1)) for each in self))
+        return MixtureParams(*(p.gather(1, index.expand(-1, 1, p.shape[2], -1, -1)) for p in self))
 
 
 class DiscretizedLogisticMixture(PixelLikelihood):
-    r"""K logistics in bins, mixed a pixel: Salimans et al. 2017, "PixelCNN++", sections 2.1 and 2.2; also the output of
-    VDVAE (Child 2021, "Very deep VAEs").
+    r"""A mixture of K discretised logistics per pixel, with linear dependence between channels.
 
-        P(x) = sum_k pi_k prod_c P(x_c; m_kc + sum_{d < c} a_kcd x_d, s_kc),
+    .. math:: P(x) = \sum_k \pi_k \prod_c P(x_c; m_{kc} + \sum_{d < c} a_{kcd} x_d, s_{kc}),
 
-    with the mass of a bin P of `log_logistic_level`. The channels of a pixel share the component, and each has its
-    location shifted in proportion to the channels before it: with red, green and blue, m_g + a r and m_b + b r + c g.
+    with P of `discretized_logistic_log_prob`. All channels of a pixel share the component, and the location of a
+    channel depends on the channels before it: for RGB, :math:`m_g + a r` and :math:`m_b + b r + c g`. Salimans et al.
+    (2017), "PixelCNN++", sections 2.1 and 2.2; also used by Child (2021), "Very deep VAEs".
 
-    The decoder gives for each place K logits of pi, then for each component C locations, C log scales (by way of
-    `bounded_log_scale`) and C (C - 1) / 2 slopes a, held within (-1, 1) by tanh: 100 numbers for 10 components and 3
-    channels. Fixed offsets, even over [-1, 1], are added to the locations of the components, so that they start apart:
-    those that start alike would stay alike under a decoder whose last layer starts at nought.
+    The decoder output has at each position K logits of :math:`\pi`, then for each component C locations, C raw log
+    scales (`bounded_log_scale`) and C (C - 1) / 2 raw coefficients, mapped to (-1, 1) by tanh: 100 channels for K = 10
+    and RGB. Fixed offsets, evenly spaced over [-1, 1], are added to the locations, because identical components would
+    stay identical if the last decoder layer is initialised to zero.
 
     Args:
-        components: K.
+        spec: shape and value range of the data.
+        num_components: number of components K.
     """
 
-    def __init__(self, spec: DataSpec, *, components: int = 10) -> None:
+    def __init__(self, spec: DataSpec, *, num_components: int = 10) -> None:
         super().__init__(spec)
-        self.levels = grey_levels(spec, "discretized_logistic_mixture")
-        if components < 1:
-            raise UserError(f"model.likelihood.components={components}: a mixture needs at least 1 component.")
-        self.components = components
-        self.slopes = self.channels * (self.channels - 1) // 2
-        offsets = (torch.arange(components) + 0.5) * 2 / components - 1
+        self.num_bins = require_num_bins(spec, "discretized_logistic_mixture")
+        if num_components < 1:
+            raise UserError(f"model.likelihood.num_components={num_components}: a mixture needs at least 1 component.")
+        self.num_components = num_components
+        self.num_slopes = self.channels * (self.channels - 1) // 2
+        offsets = (torch.arange(num_components) + 0.5) * 2 / num_components - 1
         self.register_buffer("offsets", offsets[:, None, None, None], persistent=False)
         self.offsets: Tensor
 
     @property
-    def maps(self) -> int:
-        return self.components * (1 + 2 * self.channels + self.slopes)
+    def decoder_channels(self) -> int:
+        return self.num_components * (1 + 2 * self.channels + self.num_slopes)
 
     def _mixture(self, h: Tensor) -> tuple[Tensor, MixtureParams]:
-        """log pi, (n, K, H, W), and the components, in float32."""
-        logits, rest = h.float().split([self.components, h.shape[1] - self.components], dim=1)
-        parts = rest.unflatten(1, (self.components, -1)).split([self.channels, self.channels, self.slopes], dim=2)
-        locations, raw, slopes = parts
-        mixed = MixtureParams(locations + self.offsets, bounded_log_scale(raw, self.levels), torch.tanh(slopes))
-        return F.log_softmax(logits, dim=1), mixed
+        r""":math:`\log \pi`, (n, K, H, W), and the parameters of the components, in float32."""
+        logits, rest = h.float().split([self.num_components, h.shape[1] - self.num_components], dim=1)
+        locations, raw_scales, raw_slopes = rest.unflatten(1, (self.num_components, -1)).split(
+            [self.channels, self.channels, self.num_slopes], dim=2
+        )
+        log_scales = bounded_log_scale(raw_scales, self.num_bins)
+        mixture = MixtureParams(locations + self.offsets, log_scales, torch.tanh(raw_slopes))
+        return F.log_softmax(logits, dim=1), mixture
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        log_weights, mixed = self._mixture(h)
-        locations = torch.stack([mixed.location(c, x[:, None, :c]) for c in range(self.channels)], dim=2)
-        each = log_logistic_level(x[:, None], locations, mixed.log_scales, self.levels).sum(2)
-        return self._over_pixels(torch.logsumexp(log_weights + each, dim=1, keepdim=True))
+        log_weights, mixture = self._mixture(h)
+        locations = torch.stack([mixture.location(c, x[:, None, :c]) for c in range(self.channels)], dim=2)
+        log_components = discretized_logistic_log_prob(x[:, None], locations, mixture.log_scales, self.num_bins).sum(2)
+        return self._sum_pixels(torch.logsumexp(log_weights + log_components, dim=1, keepdim=True))
 
     def mean(self, h: Tensor) -> Tensor:
-        """sum_k pi_k E[x | k], with each channel's location taken at the component's mean of those before it.
+        r"""Mean :math:`\sum_k \pi_k E[x | k]`, with the location of a channel at the component means of earlier
+        channels.
 
-        To within Delta / 2 that is E[x | h] for one channel. For several it is, but for components that reach beyond
-        [-1, 1]: where values are cut off there, the mean of a later channel is no longer linear in an earlier one.
+        Exact to :math:`\Delta / 2` for one channel. With several channels it is approximate for components that reach
+        beyond [-1, 1], where clipping makes the mean of a channel nonlinear in the earlier ones.
         """
-        log_weights, mixed = self._mixture(h)
-        means = mixed.locations[:, :, :0]
+        log_weights, mixture = self._mixture(h)
+        means = mixture.locations[:, :, :0]
         for c in range(self.channels):
-            mean = clipped_logistic_mean(mixed.location(c, means), mixed.log_scales[:, :, c])
+            mean = clipped_logistic_mean(mixture.location(c, means), mixture.log_scales[:, :, c])
             means = torch.cat([means, mean[:, :, None]], dim=2)
         return (log_weights.exp()[:, :, None] * means).sum(1)
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        """A component for each place (the largest of log pi + Gumbel noise), then one channel after the other."""
-        log_weights, mixed = self._mixture(h)
+        """Sample a component per position with the Gumbel-max trick, then one channel after another."""
+        log_weights, mixture = self._mixture(h)
         gumbel = -torch.log(-torch.log(uniform_like(log_weights, generator).clamp_min(1e-20)))
-        mixed = mixed.chosen((log_weights + gumbel).argmax(1))
-        x = mixed.locations[:, 0, :0]
+        mixture = mixture.select((log_weights + gumbel).argmax(1))
+        x = mixture.locations[:, 0, :0]
         for c in range(self.channels):
-            location = mixed.location(c, x[:, None])
-            drawn = self._to_levels(draw_logistic(location, mixed.log_scales[:, :, c], generator))
-            x = torch.cat([x, drawn], dim=1)
+            location = mixture.location(c, x[:, None])
+            value = self._round_to_bins(sample_logistic(location, mixture.log_scales[:, :, c], generator))
+            x = torch.cat([x, value], dim=1)
         return x

@@ -1,4 +1,4 @@
-"""Distributions of a latent vector: p(z) of a variational autoencoder."""
+"""Priors p(z) of the latent vector of a variational autoencoder."""
 
 from __future__ import annotations
 
@@ -9,37 +9,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.diffusion.objectives import log_normal
+from gencompare.diffusion.objectives import normal_log_prob
 from gencompare.errors import UserError
 from gencompare.models.elbo import kl_from_standard_normal
 
 
 class Prior(nn.Module, ABC):
-    """p(z) for z (n, d)."""
+    """Base class of priors p(z) of latents z, (n, d)."""
 
     factorizes: bool
-    """Whether the divergence of a posterior is a sum over latent numbers, which free bits need."""
+    """Whether the KL divergence is a sum over latent dimensions, which free bits require."""
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) in nats, (n,)."""
+        r""":math:`\log p(z)` in nats, (n,)."""
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws (n, d)."""
+        """Draw ``n`` samples, (n, d)."""
 
     @abstractmethod
     def kl(self, mean: Tensor, log_var: Tensor, z: Tensor) -> Tensor:
-        """KL(N(mean, exp(log_var)) || p) in nats: of each latent number (n, d) where it factorises, and else of all,
-        (n, 1), by the one draw ``z`` of the posterior, whose mean is the divergence."""
+        r"""KL divergence of the posterior :math:`N(\mu, \sigma^2)` from the prior, in nats.
+
+        Args:
+            mean: :math:`\mu`, (n, d).
+            log_var: :math:`\log \sigma^2`, (n, d).
+            z: a sample of the posterior, (n, d).
+
+        Returns:
+            The exact divergence of each dimension, (n, d), if the prior `factorizes`; else an unbiased estimate from
+            ``z`` of the total, (n, 1).
+        """
 
     @abstractmethod
     def describe(self) -> str:
-        """In words for a table."""
+        """Short text for a table."""
 
 
 class StandardNormal(Prior):
-    """N(0, I)."""
+    """The standard normal prior N(0, I)."""
 
     factorizes = True
 
@@ -61,49 +70,49 @@ class StandardNormal(Prior):
 
 
 class MixtureOfGaussians(Prior):
-    r"""sum_k pi_k N(mu_k, diag s_k^2), learned with the rest of the model.
+    r"""A learned mixture :math:`p(z) = \sum_k \pi_k N(z; \mu_k, \mathrm{diag}\, s_k^2)`.
 
-    Under a fixed N(0, I) the posteriors of all images together rarely fill the prior, and samples come from where the
-    decoder was never trained. The best prior for the bound is their mixture over the data, (1/N) sum_n q(z | x_n)
-    (Tomczak and Welling 2018, "VAE with a VampPrior", section 2); this is one with fewer components and parameters of
-    its own, the "MoG" of that paper. The bound stays a bound.
+    Under a fixed N(0, I), the posteriors of all images together rarely match the prior, and the decoder is sampled
+    where it was never trained. The optimal prior is the mixture of posteriors :math:`\frac{1}{N} \sum_n q(z | x_n)`
+    (Tomczak and Welling 2018, "VAE with a VampPrior", section 2). This is the "MoG" baseline of that paper, with fewer
+    components and free parameters.
 
     Args:
-        dim: d.
-        components: K.
+        dim: dimension d of z.
+        num_components: number of components K.
     """
 
     factorizes = False
     GAIN = 10.0
-    """Each parameter is GAIN times a weight: Adam moves a weight by about its learning rate a step, too slow for
-    components that have as far to go as posteriors lie apart."""
+    """Each parameter is GAIN times a weight: Adam changes a weight by about the learning rate per step, which is too
+    slow for components as far apart as posteriors are."""
 
-    def __init__(self, dim: int, *, components: int = 100) -> None:
+    def __init__(self, dim: int, *, num_components: int = 100) -> None:
         super().__init__()
-        if components < 1:
-            raise UserError(f"model.prior.components={components}: a mixture needs at least 1 component.")
-        self.weights = nn.Parameter(torch.zeros(components))
-        self.places = nn.Parameter(torch.randn(components, dim) / self.GAIN)
-        self.spreads = nn.Parameter(torch.zeros(components, dim))
+        if num_components < 1:
+            raise UserError(f"model.prior.num_components={num_components}: a mixture needs at least 1 component.")
+        self.weights = nn.Parameter(torch.zeros(num_components))
+        self.places = nn.Parameter(torch.randn(num_components, dim) / self.GAIN)
+        self.spreads = nn.Parameter(torch.zeros(num_components, dim))
 
     @property
     def logits(self) -> Tensor:
-        """pi before the softmax, (K,)."""
+        r"""Logits of :math:`\pi`, (K,)."""
         return self.GAIN * self.weights
 
     @property
     def means(self) -> Tensor:
-        """mu, (K, d)."""
+        r"""Means :math:`\mu`, (K, d)."""
         return self.GAIN * self.places
 
     @property
     def log_stds(self) -> Tensor:
-        """log s, (K, d)."""
+        r"""Log standard deviations :math:`\log s`, (K, d)."""
         return self.GAIN * self.spreads
 
     def log_prob(self, z: Tensor) -> Tensor:
-        each = log_normal(z[:, None], self.means, self.log_stds.exp()).sum(2)
-        return torch.logsumexp(F.log_softmax(self.logits, dim=0) + each, dim=1)
+        log_components = normal_log_prob(z[:, None], self.means, self.log_stds.exp()).sum(2)
+        return torch.logsumexp(F.log_softmax(self.logits, dim=0) + log_components, dim=1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         device = generator.device

@@ -1,4 +1,4 @@
-"""The variational autoencoder."""
+"""Variational autoencoders."""
 
 from __future__ import annotations
 
@@ -19,37 +19,42 @@ from gencompare.rng import RandomSource
 
 
 class VAE(GenerativeModel):
-    r"""A VAE with a Gaussian posterior over one latent vector (Kingma and Welling 2014).
+    r"""A VAE with a diagonal Gaussian posterior over one latent vector (Kingma and Welling 2014).
 
-    log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)),  q(z | x) = N(mu(x), diag sigma^2(x)),
+    The evidence lower bound is
 
-    with p(z) = N(0, I) or another ``prior``. What is minimised, in bits per real pixel value, is
+    .. math:: \log p(x) \ge E_q[\log p(x | z)] - KL(q(z | x) \| p(z)), \quad q(z | x) = N(\mu(x), \sigma^2(x)),
 
-        -log p(x | z) + beta sum_j max(KL_j, free_bits),
+    with p(z) = N(0, I) or another ``prior``. The loss, in bits per value, uses one sample of z per image:
 
-    one draw of z an image. beta = 1 and free_bits = 0 give the bound; beta as in Higgins et al. 2017 ("beta-VAE");
-    free_bits is the information, in bits, that each latent number may hold at no cost (Kingma et al. 2016, "Improved
-    variational inference with inverse autoregressive flow", eq. 15, here image by image, so that the loss is a mean
-    over images). With KL warm-up, beta rises in even steps over the first ``kl_warmup_steps`` steps of training
-    (the warm-up of Sonderby et al. 2016, "Ladder variational autoencoders"). All of these change only what is trained
-    on: the reported bound is always the bound.
+    .. math:: -\log p(x | z) + \beta \sum_j \max(KL_j, \lambda).
 
-    ``likelihoods()`` are the bound, and the importance-weighted one of ``importance_samples`` draws
-    (`importance_weighted_bound`), which is nearer to log p(x).
+    :math:`\beta = 1` and :math:`\lambda = 0` give the bound. Higgins et al. (2017), "beta-VAE", introduce
+    :math:`\beta`. :math:`\lambda` (``free_bits``) is the information that each latent dimension may carry at no cost:
+    Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", eq. 15, here per image, so
+    that the loss is a mean over images. With KL warm-up, :math:`\beta` rises linearly over the first
+    ``kl_warmup_steps`` training steps (Sonderby et al. 2016, "Ladder variational autoencoders"). These options change
+    the training loss only, never the reported bound.
 
-    Samples are the mean of p(x | z) with z ~ p(z), as pictures of VAEs usually are, since the noise of a pixel-wise
-    likelihood has no structure; ``pixel_noise`` draws from p(x | z) instead, so from the very distribution that the
-    bound scores.
+    `likelihoods` returns the ELBO and, if ``importance_samples`` is positive, the tighter `importance_weighted_bound`.
+
+    Samples are means of p(x | z) with z ~ p(z), as is usual for VAEs: the noise of a pixelwise likelihood has no
+    structure. With ``pixel_noise`` they are samples of p(x | z), the distribution that the bounds score.
 
     Args:
+        spec: shape, number of classes and value range of the data.
         encoder: a factory ``(shape, out_features, embed_dim) -> module(x, e)``.
         decoder: a factory ``(in_features, shape, embed_dim) -> module(z, e)``.
         likelihood: a factory ``spec -> PixelLikelihood``.
         prior: a factory ``latent_dim -> Prior``.
-        latent_dim: numbers in z.
-        label_dim: size of the label's embedding, for a conditional model.
-        importance_samples: draws of z an image, for the importance-weighted bound; 0 leaves it out.
-        pixel_noise: whether samples are draws from p(x | z).
+        latent_dim: dimension of z.
+        label_dim: dimension of the label embedding of a conditional model.
+        beta: weight :math:`\beta` of the KL term.
+        kl_warmup_steps: training steps over which :math:`\beta` rises from 0; 0 disables warm-up.
+        free_bits: :math:`\lambda` in bits.
+        importance_samples: samples of z per image for the importance-weighted bound; 0 disables it.
+        pixel_noise: whether to sample p(x | z) instead of taking its mean.
+        kwargs: see `TrainedModel`.
     """
 
     def __init__(
@@ -67,93 +72,103 @@ class VAE(GenerativeModel):
         free_bits: float = 0.0,
         importance_samples: int = 0,
         pixel_noise: bool = False,
-        **training: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(spec, **training)
+        super().__init__(spec, **kwargs)
         if latent_dim < 1 or label_dim < 1:
             raise UserError(f"model.latent_dim={latent_dim}, model.label_dim={label_dim}: both must be at least 1.")
         if not (beta >= 0 and free_bits >= 0):
             raise UserError(f"model.beta={beta}, model.free_bits={free_bits}: neither may be negative.")
         if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
-                f"model.kl_warmup_steps={kl_warmup_steps}, model.importance_samples={importance_samples}: give whole"
-                " numbers, not negative (0 leaves it out)."
+                f"model.kl_warmup_steps={kl_warmup_steps}, model.importance_samples={importance_samples}: give integers"
+                " of at least 0 (0 disables it)."
             )
         self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
         self.importance_samples, self.pixel_noise = importance_samples, pixel_noise
         self.likelihood, self.prior = likelihood(spec), prior(latent_dim)
         if free_bits and not self.prior.factorizes:
             raise UserError(
-                f"model.free_bits={free_bits} is an allowance for each latent number, and under this prior the"
-                " divergence is no sum over them: use model/prior=standard_normal, or model.free_bits=0."
+                f"model.free_bits={free_bits} needs a KL term for each latent dimension, and under this prior the KL"
+                " divergence is not a sum over dimensions: use model/prior=standard_normal, or model.free_bits=0."
             )
         embed_dim = label_dim if self.conditional else 0
         self.labels = nn.Embedding(spec.num_classes, label_dim) if self.conditional else None
         self.encoder = encoder(spec.shape, 2 * latent_dim, embed_dim)
-        self.decoder = decoder(latent_dim, (self.likelihood.maps, *spec.shape[1:]), embed_dim)
+        self.decoder = decoder(latent_dim, (self.likelihood.decoder_channels, *spec.shape[1:]), embed_dim)
 
     def posterior(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """mu and log sigma^2 of q(z | x), each (n, latent_dim) in float32."""
-        mean, log_var = self.encoder(x, self._embedded(cond)).float().chunk(2, dim=1)
+        r"""Parameters :math:`\mu` and :math:`\log \sigma^2` of q(z | x), each (n, latent_dim) in float32."""
+        mean, log_var = self.encoder(x, self._embed_label(cond)).float().chunk(2, dim=1)
         return mean, log_var
 
     def decode(self, z: Tensor, cond: Cond) -> Tensor:
-        """The parameters of p(x | z)."""
-        return self.decoder(z, self._embedded(cond))
+        """Decoder output (n, likelihood.decoder_channels, H, W), the parameters of p(x | z)."""
+        return self.decoder(z, self._embed_label(cond))
 
     def terms(self, x: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """-log p(x | z) in nats (n,), with z = mu + sigma noise, and the KL of each latent number (n, latent_dim), or
-        of all as (n, 1): `Prior.kl`."""
+        r"""Terms of the negative ELBO in nats, with :math:`z = \mu + \sigma \epsilon`.
+
+        Args:
+            x: images (n, C, H, W).
+            cond: conditions of the images.
+            noise: :math:`\epsilon`, (n, latent_dim).
+
+        Returns:
+            :math:`-\log p(x | z)`, (n,), and the KL of each latent dimension (n, latent_dim), or of all (n, 1); see
+            `Prior.kl`.
+        """
         mean, log_var = self.posterior(x, cond)
         z = mean + (0.5 * log_var).exp() * noise
         return -self.likelihood.log_prob(self.decode(z, cond), x), self.prior.kl(mean, log_var, z)
 
     @property
-    def beta_now(self) -> float:
-        """beta at the step in progress, warmed up; beta itself outside of training."""
+    def current_beta(self) -> float:
+        r""":math:`\beta` of the current step, after warm-up; outside training the final value."""
         return self.beta * kl_warmup(self, self.kl_warmup_steps)
 
-    def losses(self, x: Tensor, cond: Cond, draws: RandomSource) -> dict[str, Tensor]:
-        """``loss``, and in bits a real pixel value the two parts of the bound; where these are bits/dim of the data,
-        the bound itself: ``bits_per_dim = reconstruction + kl``."""
-        reconstruction, kl = self.terms(x, cond, draws.normal((self.latent_dim,)))
-        # What is estimated from one draw may be negative, and must not be cut off.
+    def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        """``loss``, and ``reconstruction`` and ``kl`` in bits per value; also their sum ``bits_per_dim`` if the
+        likelihood is that of the data."""
+        reconstruction, kl = self.terms(x, cond, rng.normal((self.latent_dim,)))
+        # A single-sample estimate of the KL may be negative and must not be clamped.
         penalty = (kl.clamp(min=self.free_bits * math.log(2)) if self.free_bits else kl).sum(1)
         kl = kl.sum(1)
-        figures = {"loss": self._bits(reconstruction + self.beta_now * penalty)}
-        if self.likelihood.gives_bits:
-            figures["bits_per_dim"] = self._bits(reconstruction + kl)
-        return figures | {"reconstruction": self._bits(reconstruction), "kl": self._bits(kl)}
+        metrics = {"loss": self._bits(reconstruction + self.current_beta * penalty)}
+        if self.likelihood.is_data_likelihood:
+            metrics["bits_per_dim"] = self._bits(reconstruction + kl)
+        return metrics | {"reconstruction": self._bits(reconstruction), "kl": self._bits(kl)}
 
     def _bits(self, nats: Tensor) -> Tensor:
-        return nats / (self.spec.dims * math.log(2))
+        """Convert nats per image to bits per value."""
+        return nats / (self.spec.num_values * math.log(2))
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         z = self.prior.sample(n, generator).to(self.device)
-        h = self.decode(z, self.used(cond))
-        return self.likelihood.picture(
+        h = self.decode(z, self.select_conditions(cond))
+        return self.likelihood.mask_padding(
             self.likelihood.sample(h, generator) if self.pixel_noise else self.likelihood.mean(h)
         )
 
     def sampling_description(self) -> str:
-        return f"{'draw from' if self.pixel_noise else 'mean of'} p(x | z), z ~ {self.prior.describe()}"
+        return f"{'sample of' if self.pixel_noise else 'mean of'} p(x | z), z ~ {self.prior.describe()}"
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
-        """The mean of p(x | z) at the posterior's mean: no random numbers."""
-        cond = self.used(cond)
+        """Mean of p(x | z) at the posterior mean; deterministic."""
+        cond = self.select_conditions(cond)
         mean, _ = self.posterior(x, cond)
         return self.decoded_mean(mean, cond)
 
     def decoded_mean(self, z: Tensor, cond: Cond) -> Tensor:
-        """The mean of p(x | z), as a picture."""
-        return self.likelihood.picture(self.likelihood.mean(self.decode(z, cond)))
+        """Mean of p(x | z), (n, C, H, W), with black padding."""
+        return self.likelihood.mask_padding(self.likelihood.mean(self.decode(z, cond)))
 
     @torch.no_grad()
-    def pictures(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """What `Explores` asks for, as means of p(x | z): no random numbers."""
-        cond = self.used(cond)
+    def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Reconstructions, interpolations and latent traversals, as means of p(x | z); deterministic."""
+        cond = self.select_conditions(cond)
         mean, log_var = self.posterior(x, cond)
         return {
             "reconstruction": torch.stack([x, self.decoded_mean(mean, cond)]),
@@ -162,21 +177,21 @@ class VAE(GenerativeModel):
         }
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        if not self.likelihood.gives_bits:
+        if not self.likelihood.is_data_likelihood:
             return {}
-        found = {"elbo": LikelihoodEstimate("bound", self._elbo)}
+        estimates = {"elbo": LikelihoodEstimate("bound", self._elbo)}
         if self.importance_samples:
-            found[f"iwae_{self.importance_samples}"] = LikelihoodEstimate("bound", self._iwae)
-        return found
+            estimates[f"iwae_{self.importance_samples}"] = LikelihoodEstimate("bound", self._iwae)
+        return estimates
 
     @torch.no_grad()
     def _elbo(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
-        reconstruction, kl = self.terms(x, self.used(cond), self._noise(len(x), generator))
+        reconstruction, kl = self.terms(x, self.select_conditions(cond), self._noise(len(x), generator))
         return {"reconstruction": self._bits(reconstruction), "kl": self._bits(kl.sum(1))}
 
     @torch.no_grad()
     def _iwae(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
-        cond = self.used(cond)
+        cond = self.select_conditions(cond)
         mean, log_var = self.posterior(x, cond)
 
         def log_weight() -> Tensor:
@@ -187,13 +202,13 @@ class VAE(GenerativeModel):
 
         return {"iwae": -self._bits(importance_weighted_bound(log_weight, self.importance_samples))}
 
-    def counted_networks(self) -> dict[str, nn.Module]:
+    def nfe_networks(self) -> dict[str, nn.Module]:
         return {"decoder": self.decoder}
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers (n, latent_dim), drawn where the generator lives."""
+        """Standard normal noise (n, latent_dim), drawn on the device of the generator."""
         return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
-    def _embedded(self, cond: Cond) -> Tensor | None:
+    def _embed_label(self, cond: Cond) -> Tensor | None:
         label = self.label(cond)
         return None if self.labels is None else self.labels(label)

@@ -1,4 +1,4 @@
-"""Image grids of what a model has learned: latent interpolations and traversals, energies and chains."""
+"""Image grids for visualisation: latent interpolations and traversals, energy rankings, and Langevin chains."""
 
 from __future__ import annotations
 
@@ -7,67 +7,74 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from gencompare.diffusion.editing import INTERPOLATION_STEPS, select_rows
+from gencompare.diffusion.editing import NUM_INTERPOLATION_IMAGES, select_rows
 from gencompare.generative_model import Cond
 from gencompare.rng import normal_like
 
-REACH = 3.0
-"""A traversal goes so many standard deviations of the images' latents to either side of their mean."""
-NUM_TRAVERSED = 10
-"""Latent numbers that a traversal shows, at most."""
+TRAVERSAL_RANGE = 3.0
+"""Range of a traversal on either side of the mean, in standard deviations of the images' latents."""
+MAX_TRAVERSED_DIMS = 10
+"""Maximum number of latent dimensions in a traversal."""
 
 Decode = Callable[[Tensor, Cond], Tensor]
-"""Latents (n, d) and conditions to images (n, C, H, W)."""
+"""Maps latents (n, d) and conditions to images (n, C, H, W)."""
 
 
 def interpolation(decode: Decode, z: Tensor, cond: Cond) -> Tensor:
-    """One row per pair of latents, (n // 2, `INTERPOLATION_STEPS`, C, H, W): the straight line between them, with the
-    conditions of the nearer end."""
-    first = torch.arange(0, len(z) - 1, 2, device=z.device).repeat_interleave(INTERPOLATION_STEPS)
-    share = torch.linspace(0, 1, INTERPOLATION_STEPS, device=z.device).repeat(len(z) // 2)
-    between = torch.lerp(z[first], z[first + 1], share[:, None])
-    nearer = torch.where(share < 0.5, first, first + 1)
-    return decode(between, select_rows(cond, nearer)).unflatten(0, (-1, INTERPOLATION_STEPS))
+    """Linear interpolation between pairs of latents, with the conditions of the nearer end.
+
+    Returns:
+        One row per pair, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W).
+    """
+    first = torch.arange(0, len(z) - 1, 2, device=z.device).repeat_interleave(NUM_INTERPOLATION_IMAGES)
+    weight = torch.linspace(0, 1, NUM_INTERPOLATION_IMAGES, device=z.device).repeat(len(z) // 2)
+    interpolated = torch.lerp(z[first], z[first + 1], weight[:, None])
+    nearer = torch.where(weight < 0.5, first, first + 1)
+    return decode(interpolated, select_rows(cond, nearer)).unflatten(0, (-1, NUM_INTERPOLATION_IMAGES))
 
 
 def traversal(decode: Decode, z: Tensor, log_var: Tensor, cond: Cond) -> Tensor:
-    """One row per latent dimension, for the `NUM_TRAVERSED` most informative, (rows, `INTERPOLATION_STEPS`, C, H, W):
-    it takes the values of the images' latents, and the others stay as in the first latent (Higgins et al. 2017,
-    "beta-VAE", figure 1).
+    r"""Vary one latent dimension at a time over its range; the others stay as in the first latent.
 
-    A number tells images apart as far as its posterior means lie apart beside the width of the posteriors: by
-    log(1 + Var mu / mean sigma^2) / 2, the capacity of such a channel, whatever the prior.
+    Higgins et al. (2017), "beta-VAE", figure 1. Shows the `MAX_TRAVERSED_DIMS` dimensions with the largest
+    :math:`\frac{1}{2} \log(1 + \mathrm{Var} \mu / \overline{\sigma^2})`, the capacity of a Gaussian channel, which does
+    not depend on the prior.
 
     Args:
-        z, log_var: means and log variances of the images' posteriors, (n, d).
+        decode: the decoder.
+        z: posterior means of the images, (n, d).
+        log_var: posterior log variances of the images, (n, d).
+        cond: conditions of the images.
+
+    Returns:
+        One row per dimension, most informative first, (rows, `NUM_INTERPOLATION_IMAGES`, C, H, W).
     """
-    spread, middle = z.var(0, correction=0), z.mean(0)
-    informative = torch.log1p(spread / log_var.exp().mean(0))
-    std = (spread + log_var.exp().mean(0)).sqrt()
-    which = informative.argsort(descending=True)[:NUM_TRAVERSED].repeat_interleave(INTERPOLATION_STEPS)
-    places = torch.linspace(-REACH, REACH, INTERPOLATION_STEPS, device=z.device).repeat(
-        len(which) // INTERPOLATION_STEPS
-    )
-    values = middle[which] + places * std[which]
-    turned = z[:1].repeat(len(which), 1).scatter(1, which[:, None], values[:, None])
-    return decode(turned, select_rows(cond, torch.zeros_like(which))).unflatten(0, (-1, INTERPOLATION_STEPS))
+    variance, mean = z.var(0, correction=0), z.mean(0)
+    posterior_variance = log_var.exp().mean(0)
+    information = torch.log1p(variance / posterior_variance)
+    std = (variance + posterior_variance).sqrt()
+    dims = information.argsort(descending=True)[:MAX_TRAVERSED_DIMS].repeat_interleave(NUM_INTERPOLATION_IMAGES)
+    offsets = torch.linspace(-TRAVERSAL_RANGE, TRAVERSAL_RANGE, NUM_INTERPOLATION_IMAGES, device=z.device)
+    values = mean[dims] + offsets.repeat(len(dims) // NUM_INTERPOLATION_IMAGES) * std[dims]
+    traversed = z[:1].repeat(len(dims), 1).scatter(1, dims[:, None], values[:, None])
+    return decode(traversed, select_rows(cond, torch.zeros_like(dims))).unflatten(0, (-1, NUM_INTERPOLATION_IMAGES))
 
 
-CHAINS = 8
-"""Chains that are shown over time, at most."""
-MOMENTS = 10
-"""Times at which they are shown, the start and the end among them."""
-NOISE = 0.3
+NUM_CHAINS = 8
+"""Maximum number of chains shown over time."""
+NUM_FRAMES = 10
+"""Number of states shown of each chain, including the first and the last."""
+NOISE_STD = 0.3
 """Standard deviation of the noise on noisy images."""
 
 
-def noise_levels(x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Images (n, C, H, W) and what is none: noisy ones, negatives, upside down, pixels in another order, and noise."""
+def corruptions(x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images (n, C, H, W) and corrupted versions: noisy, negative, upside down, shuffled pixels, and uniform noise."""
     pixels = torch.randperm(x.shape[2] * x.shape[3], generator=generator, device=generator.device).to(x.device)
     uniform = torch.rand(x.shape, generator=generator, device=generator.device).to(x)
     return {
         "real": x,
-        "noisy": x + NOISE * normal_like(x, generator),
+        "noisy": x + NOISE_STD * normal_like(x, generator),
         "negative": -x,
         "upside_down": x.flip(2),
         "shuffled": x.flatten(2)[:, :, pixels].view_as(x),
@@ -79,27 +86,45 @@ def energy_ranking(
     energy: Callable[[Tensor, Cond], Tensor],
     x: Tensor,
     cond: Cond,
-    held: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor], Tensor],
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """``kinds``: one row per noise level of `noise_levels`, each from the lowest energy to the highest. ``ordered``:
-    all of them as one sequence from the lowest energy to the highest, n a row, where a good model has the real images
-    first."""
-    kinds = [held(images) for images in noise_levels(x, generator).values()]
+    """Order images and their `corruptions` by energy, lowest first.
+
+    Args:
+        energy: (images, cond) -> energies (n,).
+        x: images (n, C, H, W).
+        cond: conditions of the images.
+        project: applied to all images before their energies are computed.
+        generator: source of random numbers.
+
+    Returns:
+        ``kinds``: one row per kind of image, each in order. ``ordered``: all images in one order, n per row; a good
+        model ranks the real images first.
+    """
+    kinds = [project(images) for images in corruptions(x, generator).values()]
     energies = torch.stack([energy(images, cond) for images in kinds])
     images = torch.stack(kinds)
     rows = torch.arange(len(kinds), device=x.device)[:, None]
-    together = images.flatten(0, 1)[energies.flatten().argsort(stable=True)]
+    ordered = images.flatten(0, 1)[energies.flatten().argsort(stable=True)]
     return {
         "kinds": images[rows, energies.argsort(dim=1, stable=True)],
-        "ordered": together.view_as(images),
+        "ordered": ordered.view_as(images),
     }
 
 
-def chains_over_time(states: Iterable[Tensor], steps: int, *, rows: int) -> Tensor:
-    """(rows, `MOMENTS`, C, H, W) from the states before and after each of ``steps`` steps: `MOMENTS` of them, with even
-    ratios from the first step to the last, since chains move fastest at the start."""
-    ratios = torch.logspace(0, 1, MOMENTS - 1, base=max(steps, 1), dtype=torch.float64)
-    shown = [0, *ratios.round().long().tolist()]
+def chains_over_time(states: Iterable[Tensor], num_steps: int, *, rows: int) -> Tensor:
+    """Select `NUM_FRAMES` states of chains, evenly spaced in log time, since chains change fastest at the start.
+
+    Args:
+        states: the initial state and the state after each step, each (n, C, H, W).
+        num_steps: number of steps.
+        rows: number of chains to show.
+
+    Returns:
+        (rows, `NUM_FRAMES`, C, H, W).
+    """
+    log_spaced = torch.logspace(0, 1, NUM_FRAMES - 1, base=max(num_steps, 1), dtype=torch.float64)
+    shown = [0, *log_spaced.round().long().tolist()]
     found = {k: x[:rows] for k, x in enumerate(states) if k in shown}
     return torch.stack([found[k] for k in shown], dim=1)
