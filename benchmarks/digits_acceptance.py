@@ -15,7 +15,7 @@ from gencompare.data.digits import Digits
 from gencompare.evaluation.acceptance import accepted, criteria
 from gencompare.evaluation.degradations import DEGRADATIONS
 from gencompare.evaluation.evaluate import evaluate
-from gencompare.evaluation.reference import stored_split
+from gencompare.evaluation.reference import quantize_split
 from gencompare.models.gaussian import GaussianBaseline
 from gencompare.records import Result, RunRecord
 
@@ -24,7 +24,7 @@ def main() -> None:
     data = Digits()
     train, test = data.split("train"), data.split("test")
     assert train.labels is not None
-    copies, real = stored_split(train.images, data.spec), stored_split(test.images, data.spec)
+    copies, real = quantize_split(train.images, data.spec), quantize_split(test.images, data.spec)
     degrade = {degradation.name: degradation for degradation in DEGRADATIONS}
     sources = {
         "real test images": real,
@@ -32,11 +32,11 @@ def main() -> None:
         "one class dropped": copies[train.labels != 3][:500],
         "noise of 25 grey levels": degrade["noise"](real, 25),
         "blur of 0.6 pixels": degrade["blur"](real, 0.6),
-        "Gaussian baseline": GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val")),
+        "Gaussian baseline": GaussianBaseline(data.spec).fit(data.batches("train"), data.batches("val")),
     }
     record = RunRecord.load(sys.argv[1])
     own, *also = [r for r in record.results if r.generation == record.results[0].generation]
-    named: dict[str, Result] = {record.family: replace(own, also=also)}
+    named: dict[str, Result] = {record.family: replace(own, secondary_results=also)}
     named |= {name: evaluate(source, data) for name, source in sources.items()}
     first = criteria(named[record.family])
     print("| images | " + " | ".join(f"{c.name} {c.limit}" for c in first) + " | |")

@@ -37,8 +37,8 @@ def test_samples_are_reported_where_modes_are_missing_and_nowhere_else() -> None
     assert said(points) is None, "as good as real"
     assert said(points[labels < 6].repeat(2, 1)) is None, "a quarter of the modes: not yet"
     # Three modes of eight: coverage cannot be above 3 / 8.
-    assert "reach 3" in (said(points[labels < 3].repeat(3, 1)) or "")
-    assert "reach 1" in (said(points[labels < 1].repeat(9, 1)) or "")
+    assert "cover only 3" in (said(points[labels < 3].repeat(3, 1)) or "")
+    assert "cover only 1" in (said(points[labels < 1].repeat(9, 1)) or "")
     noise = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) + 2
     assert said(noise) is None, "bad, but no collapse: nothing lies near real points"
     assert "after 90% earlier on" in (said(noise, best=0.9) or "")

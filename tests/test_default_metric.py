@@ -14,9 +14,10 @@ from gencompare.data.eurosat64 import EuroSAT64
 from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.evaluation.degradations import DEGRADATIONS
 from gencompare.evaluation.evaluate import EvaluationProtocol
+from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.kernel import GaussianKernel as GaussianKernel
 from gencompare.evaluation.metrics.kernel import KernelReference, mmd
-from gencompare.evaluation.reference import as_stored, evenly_spaced_indices, stored_split
+from gencompare.evaluation.reference import quantize_images, quantize_split
 
 FULL = 2000
 SHORT = 500
@@ -61,12 +62,12 @@ def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.
 def distances(data: ImageData, n: int, references: int, pairs: list[tuple[Key, Key]]) -> dict[tuple[str, float], float]:
     """The primary metric of each set of images that ``pairs`` name."""
     spec = data.spec
-    extractor = EvaluationProtocol().build(spec)[0]
+    extractor = EvaluationProtocol().build_extractors(spec)[0]
     train, test = data.split("train"), data.split("test")
-    reference = stored_split(train.images[evenly_spaced_indices(len(train), references)], spec)
+    reference = quantize_split(train.images[evenly_spaced_indices(len(train), references)], spec)
     assert train.labels is not None
-    side = KernelReference.of(extractor(reference).features, GaussianKernel())
-    real = stored_split(test.images[evenly_spaced_indices(len(test), n)], spec)
+    side = KernelReference.from_features(extractor(reference).features, GaussianKernel())
+    real = quantize_split(test.images[evenly_spaced_indices(len(test), n)], spec)
     by_name = {degradation.name: degradation for degradation in DEGRADATIONS}
     found = {}
     for name, strength in dict.fromkeys(key for pair in pairs for key in pair):
@@ -74,9 +75,9 @@ def distances(data: ImageData, n: int, references: int, pairs: list[tuple[Key, K
             images = real
         elif name == "gaussian":
             chosen = evenly_spaced_indices(len(train), 5000)
-            images = pixel_gaussian(stored_split(train.images[chosen], spec), train.labels[chosen], len(real))
+            images = pixel_gaussian(quantize_split(train.images[chosen], spec), train.labels[chosen], len(real))
         else:
-            images = as_stored(by_name[name](real, strength), spec)
+            images = quantize_images(by_name[name](real, strength), spec)
         found[name, strength] = mmd(extractor(images).features, side).value
     return found
 
@@ -132,5 +133,5 @@ def test_a_patch_shuffle_moves_whole_patches() -> None:
 
 
 def test_the_default_needs_no_download() -> None:
-    extractor = EvaluationProtocol().build(Digits.spec)[0]
+    extractor = EvaluationProtocol().build_extractors(Digits.spec)[0]
     assert extractor.name == "efficientnet_lite0" and extractor.primary == "mmd_efficientnet_lite0"

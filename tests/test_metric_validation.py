@@ -1,4 +1,4 @@
-"""The study of metrics: its battery of images, and what it concludes from values that are known."""
+"""The study of metrics: its image_sets of images, and what it concludes from values that are known."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gencompare.evaluation.metric_validation import (  # fmt: skip
     REAL,
     Candidate,
     as_json,
-    battery,
-    correlation,
+    image_sets,
+    rank_correlation,
     score,
-    score_of,
+    score_values,
     table,
-    weakest,
+    weakest_detected,
 )
 from gencompare.models.gaussian import GaussianBaseline
 
@@ -30,10 +30,10 @@ from gencompare.models.gaussian import GaussianBaseline
 def test_a_metric_that_is_the_strength_is_perfect_and_its_opposite_is_not() -> None:
     levels = {("blur", 0.6): 1.0, ("blur", 1.0): 2.0, ("blur", 2.0): 3.0}
     good = {REAL: [0.0], BASELINE: [10.0], **{key: [value] for key, value in levels.items()}}
-    best = score_of("good", good, 100, 1.0)
+    best = score_values("good", good, 100, 1.0)
     assert best.spearman == {"blur": 1.0} and best.right == best.pairs == 5 and best.wrong == []
     assert best.relative["blur"] == {"0.6": 0.1, "1": 0.2, "2": 0.3}
-    worst = score_of("bad", {key: [-of[0]] for key, of in good.items()}, 100, 1.0)
+    worst = score_values("bad", {key: [-of[0]] for key, of in good.items()}, 100, 1.0)
     assert worst.spearman == {"blur": -1.0} and worst.right == 0 and len(worst.wrong) == 5
     assert "blur 1 > gaussian" in worst.wrong
 
@@ -42,11 +42,13 @@ def test_a_strength_is_detected_where_all_draws_lie_above_all_real_ones() -> Non
     values = {
         REAL: [0.0, 0.2, 0.1], ("noise", 5): [0.15, 0.3, 0.3], ("noise", 10): [0.5, 0.6, 0.3], ("noise", 25): [2, 2, 2],
     }  # fmt: skip
-    assert weakest("noise", [5, 10, 25], values) == 10
-    assert weakest("noise", [5], values) is None
+    assert weakest_detected("noise", [5, 10, 25], values) == 10
+    assert weakest_detected("noise", [5], values) is None
     values["noise", 25] = [0.1, 2, 2]
-    assert weakest("noise", [5, 10, 25], values) is None, "a stronger fault that is missed takes the weaker ones along"
-    assert math.isnan(correlation([1, 2, 3], [1.0, math.nan, 2.0]))
+    assert weakest_detected("noise", [5, 10, 25], values) is None, (
+        "a stronger fault that is missed takes the weaker ones along"
+    )
+    assert math.isnan(rank_correlation([1, 2, 3], [1.0, math.nan, 2.0]))
 
 
 def test_draws_are_disjoint_and_of_the_size_that_is_asked_for() -> None:
@@ -67,8 +69,8 @@ def test_draws_are_disjoint_and_of_the_size_that_is_asked_for() -> None:
 
 def test_the_battery_has_every_set_that_the_pairs_name() -> None:
     data = Digits()
-    baseline = GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val"))
-    sets = dict(battery(data, 60, baseline))
+    baseline = GaussianBaseline(data.spec).fit(data.batches("train"), data.batches("val"))
+    sets = dict(image_sets(data, 60, baseline))
     missing = {key for pair in PAIRS for key in pair} - sets.keys()
     assert missing == {("patch shuffle", 14)}, "8 x 8 pixels have no such grid"
     assert all(images.dtype == torch.uint8 and images.shape[1:] == (1, 8, 8) for images in sets.values())
@@ -80,7 +82,7 @@ def test_the_battery_has_every_set_that_the_pairs_name() -> None:
     distinct = {times: len(sets["repeated images", times].flatten(1).unique(dim=0)) for times in (2, 32)}
     assert distinct == {2: 30, 32: 2}
     assert torch.equal(sets["training images", 0.5][30:], sets[REAL][30:])
-    again = dict(battery(data, 60, baseline))
+    again = dict(image_sets(data, 60, baseline))
     assert all(torch.equal(images, again[key]) for key, images in sets.items())
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier
-from gencompare.evaluation.metrics.class_metrics import class_shares, classifier_score, confident, label_accuracy
+from gencompare.evaluation.metrics.class_metrics import class_shares, classifier_score, confident_share, label_accuracy
 from gencompare.evaluation.metrics.compute import distance_metric
-from gencompare.evaluation.metrics.frechet import Jackknife, Statistics, between, frechet_distance
+from gencompare.evaluation.metrics.frechet import Jackknife, Statistics, frechet_distance, gaussian_frechet_distance
 from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, KernelReference, kernel_distance, kid
-from gencompare.evaluation.metrics.neighbors import authenticity, memorization_ratio, nearest, neighbor_balls
-from gencompare.evaluation.reference import as_stored, stored_split, to_uint8
+from gencompare.evaluation.metrics.neighbors import authenticity, compute_prdc, memorization_ratio, nearest_neighbor
+from gencompare.evaluation.reference import quantize_images, quantize_split, to_uint8
 from gencompare.generative_model import DataSpec
 from gencompare.resources import flops_per_image
 
@@ -69,8 +69,8 @@ def test_distances_are_zero_on_equal_sets_and_do_not_see_the_order() -> None:
         assert distance(a[order], b) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(a, b[order]) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-4), f"{name} is symmetric"
-    assert neighbor_balls(a[order], b) == neighbor_balls(a, b)
-    same = neighbor_balls(a, a)
+    assert compute_prdc(a[order], b) == compute_prdc(a, b)
+    same = compute_prdc(a, a)
     assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
 
 
@@ -108,7 +108,7 @@ def test_kernel_distance_is_the_unbiased_mmd(name: str) -> None:
 def test_kernel_distance_does_not_depend_on_blocks(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(250, 8).double(), 1.2 * normal(330, 8, seed=1).double()
     whole = kernel_distance(a, b, kernel)
-    monkeypatch.setattr("gencompare.evaluation.metrics.kernel.BLOCK", 70)
+    monkeypatch.setattr("gencompare.evaluation.metrics.kernel.BLOCK_SIZE", 70)
     parts = kernel_distance(a, b, kernel)
     assert parts.value == pytest.approx(whole.value, rel=1e-10)
     assert parts.interval == pytest.approx(whole.interval, rel=1e-10)
@@ -137,10 +137,10 @@ def test_gaussian_kernel_distance_has_the_mean_of_the_closed_form() -> None:
 
 def test_the_bandwidth_is_the_median_distance_of_the_reference() -> None:
     real = 3 * normal(500, 6) + 100
-    kernel = KernelReference.of(real, GaussianKernel()).kernel
+    kernel = KernelReference.from_features(real, GaussianKernel()).kernel
     assert isinstance(kernel, GaussianKernel)
     assert kernel.bandwidth == pytest.approx(float(torch.pdist(real).median()), rel=1e-4)
-    wide = KernelReference.of(real, GaussianKernel(median_factor=2.0)).kernel
+    wide = KernelReference.from_features(real, GaussianKernel(median_factor=2.0)).kernel
     assert isinstance(wide, GaussianKernel) and wide.bandwidth == pytest.approx(2 * kernel.bandwidth)
     far = kernel_distance(real[:200] + 1e4, real + 1e4).value
     assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "moving both changes nothing"
@@ -168,12 +168,12 @@ def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
     centres = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     real = centres[torch.arange(600) % 2] + normal(600, 2)
     one_mode = centres[0] + normal(600, 2, seed=1)
-    found = neighbor_balls(one_mode, real)
+    found = compute_prdc(one_mode, real)
     assert found.precision > 0.97 and found.density > 0.9
     assert found.recall == pytest.approx(0.5, abs=0.02) and found.coverage == pytest.approx(0.5, abs=0.03)
     odd = torch.cat([real[:300] + 0.01, centres[0] + torch.tensor([0.0, 500.0]) + 30 * normal(300, 2, seed=2)])
-    assert neighbor_balls(odd, real).precision == pytest.approx(0.5, abs=0.02)
-    assert neighbor_balls(odd, real).density < 0.6
+    assert compute_prdc(odd, real).precision == pytest.approx(0.5, abs=0.02)
+    assert compute_prdc(odd, real).density < 0.6
 
 
 def test_the_frechet_distance_survives_singular_covariances() -> None:
@@ -207,7 +207,7 @@ def test_left_out_distances_are_those_of_the_other_images() -> None:
     assert jackknife.value == pytest.approx(frechet_distance(x, reference), rel=1e-9)
     for i in (0, 7, 39):
         others = torch.cat([x[:i], x[i + 1 :]])
-        assert float(jackknife.left_out[i]) == pytest.approx(frechet_distance(others, reference), rel=1e-5)
+        assert float(jackknife.delete_one[i]) == pytest.approx(frechet_distance(others, reference), rel=1e-5)
 
 
 def shifted_gaussians(n: int, seed: int) -> Tensor:
@@ -245,7 +245,10 @@ CASES: dict[str, tuple[Any, Any]] = {
 def test_intervals_cover_the_expectation(name: str) -> None:
     """At n = 500 in 88 to 100 of 100 repetitions, and no wider than they need to be."""
     draw, real = CASES[name]
-    statistics, kernel = Statistics.of(real()), KernelReference.of(real()[:1000], GaussianKernel())
+    statistics, kernel = (
+        Statistics.from_features(real()),
+        KernelReference.from_features(real()[:1000], GaussianKernel()),
+    )
     means = {
         "frechet": np.array([frechet_distance(draw(500, 1000 + k), statistics) for k in range(300)]),
         "gaussian": np.array([kernel_distance(draw(500, 1000 + k), kernel).value for k in range(150)]),
@@ -264,7 +267,7 @@ def test_intervals_cover_the_expectation(name: str) -> None:
 
 
 def test_a_distance_that_one_image_decides_says_so() -> None:
-    statistics, x = Statistics.of(normal(5000, 16, seed=5)), shifted_gaussians(500, 0)[:, :16]
+    statistics, x = Statistics.from_features(normal(5000, 16, seed=5)), shifted_gaussians(500, 0)[:, :16]
     assert distance_metric(Jackknife(x, statistics).distance).note == ""
     x[0] *= 40
     metric = distance_metric(Jackknife(x, statistics).distance, "a note")
@@ -273,7 +276,7 @@ def test_a_distance_that_one_image_decides_says_so() -> None:
 
 def test_what_a_bootstrap_would_say_of_the_frechet_distance() -> None:
     """Images drawn with replacement: an interval above the expectation."""
-    reference = Statistics.of(normal(10_000, 64, seed=5))
+    reference = Statistics.from_features(normal(10_000, 64, seed=5))
     expected = np.mean([frechet_distance(shifted_gaussians(2000, 1000 + k), reference) for k in range(50)])
     g = torch.Generator().manual_seed(0)
     boot = shifted_gaussians(2000, 3000)
@@ -292,7 +295,7 @@ NOT_FINITE: dict[str, Any] = {
     "jackknife": Jackknife,
     "kernel": kernel_distance,
     "kid": kid,
-    "neighbours": neighbor_balls,
+    "neighbours": compute_prdc,
 }
 
 
@@ -309,14 +312,14 @@ def test_features_that_are_not_finite_are_refused(name: str, value: float) -> No
 def test_repeated_images_are_seen_as_radii_of_zero() -> None:
     """10 images four times each among 100: balls of 3 neighbours collapse, balls of 5 do not."""
     a, b = 5 + normal(100, 16), 5 + normal(100, 16, seed=1)
-    assert (neighbor_balls(a, b).zero_radii, neighbor_balls(a, b).zero_radii_reference) == (0, 0)
+    assert (compute_prdc(a, b).zero_radii, compute_prdc(a, b).zero_radii_reference) == (0, 0)
     repeated = torch.cat([a[:60], a[:10].repeat(4, 1)])
-    assert neighbor_balls(repeated, b).zero_radii == pytest.approx(0.5)
-    assert neighbor_balls(b, repeated).zero_radii_reference == 0
+    assert compute_prdc(repeated, b).zero_radii == pytest.approx(0.5)
+    assert compute_prdc(b, repeated).zero_radii_reference == 0
     sixfold = torch.cat([a[:50], a[50:60].repeat(5, 1)])
-    assert neighbor_balls(b, sixfold).zero_radii_reference == 0
+    assert compute_prdc(b, sixfold).zero_radii_reference == 0
     sixfold[:10] = a[50:60]
-    assert neighbor_balls(b, sixfold).zero_radii_reference == pytest.approx(0.6)
+    assert compute_prdc(b, sixfold).zero_radii_reference == pytest.approx(0.6)
 
 
 def test_distances_rise_with_blur_and_with_dropped_modes() -> None:
@@ -324,15 +327,18 @@ def test_distances_rise_with_blur_and_with_dropped_modes() -> None:
     data = Digits()
     extractor = shipped_classifier(data.spec)
     train, test = data.split("train"), data.split("test")
-    reference = Statistics.of(extractor.features(stored_split(train.images, data.spec)))
-    stored = stored_split(test.images, data.spec)
+    reference = Statistics.from_features(extractor.features(quantize_split(train.images, data.spec)))
+    stored = quantize_split(test.images, data.spec)
     blurred = [stored]
     for _ in range(3):
         x = torch.nn.functional.avg_pool2d(blurred[-1].float(), 3, 1, 1)
         blurred.append(x.round().byte())
     dropped = [stored[(test.labels >= c)] for c in range(4)]  # type: ignore[operator]
     for images in (blurred, dropped):
-        figures = [between(Statistics.of(extractor.features(part[:300])), reference) for part in images]
+        figures = [
+            gaussian_frechet_distance(Statistics.from_features(extractor.features(part[:300])), reference)
+            for part in images
+        ]
         assert figures == sorted(figures) and figures[-1] > 2 * figures[0]
 
 
@@ -346,7 +352,7 @@ def test_the_classifier_score_of_known_predictions() -> None:
 def test_class_figures_count() -> None:
     sure, unsure = [10.0, 0.0, 0.0], [0.0, 1.0, 0.0]
     logits = torch.tensor([sure, sure, unsure, [0.0, 0.0, 10.0]])
-    assert confident(logits) == 0.75
+    assert confident_share(logits) == 0.75
     assert class_shares(logits) == [0.5, 0.25, 0.25]
     assert label_accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.5
 
@@ -357,11 +363,11 @@ def test_class_figures_count() -> None:
 def test_nearest_finds_copies_at_zero() -> None:
     keys = 100 + normal(5000, 32)
     rows = torch.arange(0, 5000, 7)
-    distance, index = nearest(keys[rows], keys)
+    distance, index = nearest_neighbor(keys[rows], keys)
     assert torch.equal(index, rows) and (distance == 0).all()
     queries = 100 + normal(50, 32, seed=1)
     exact = (queries.double()[:, None] - keys.double()).norm(dim=2)
-    torch.testing.assert_close(nearest(queries, keys)[0].double(), exact.amin(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(nearest_neighbor(queries, keys)[0].double(), exact.amin(1), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("sizes", [(1000, 1000, 300), (8000, 500, 500)])
@@ -397,35 +403,35 @@ def test_memorization_means_nothing_for_held_out_images_themselves() -> None:
 def test_real_images_survive_the_way_through_the_model_range() -> None:
     """Every level comes out as the same byte whether it is read from the data or drawn by a model."""
     for levels in (2, 17, 256):
-        spec = DataSpec(name="x", shape=(1, 1, levels), num_levels=levels)
+        spec = DataSpec(name="x", shape=(1, 1, levels), num_bins=levels)
         stored = torch.arange(levels, dtype=torch.uint8).view(1, 1, 1, levels)
         x = stored.float() * 2 / (levels - 1) - 1
         expected = (stored.double() * 255 / (levels - 1)).round().to(torch.uint8)
-        assert torch.equal(stored_split(stored, spec), expected)
-        assert torch.equal(as_stored(x, spec), expected)
+        assert torch.equal(quantize_split(stored, spec), expected)
+        assert torch.equal(quantize_images(x, spec), expected)
         # 0.9 of the way to the next rounding, towards the middle: values outside [-1, 1] are another matter.
-        assert torch.equal(as_stored(x - 0.9 / (levels - 1) * x.sign(), spec), expected)
-        assert torch.equal(as_stored(expected, spec), expected), "images as they are on a disk"
+        assert torch.equal(quantize_images(x - 0.9 / (levels - 1) * x.sign(), spec), expected)
+        assert torch.equal(quantize_images(expected, spec), expected), "images as they are on a disk"
 
 
 def test_digits_are_measured_alike_from_both_sides() -> None:
     data = Digits()
     x, _ = next(data.batches("test"))
-    assert torch.equal(to_uint8(x, data.spec), stored_split(data.split("test").images, data.spec))
+    assert torch.equal(to_uint8(x, data.spec), quantize_split(data.split("test").images, data.spec))
 
 
 def test_padding_is_cropped() -> None:
     spec = DataSpec(name="x", shape=(1, 6, 6), padding=2)
     x = -torch.ones(1, 1, 6, 6)
     x[..., 2:4, 2:4] = 1
-    assert torch.equal(as_stored(x, spec), torch.full((1, 1, 2, 2), 255, dtype=torch.uint8))
-    assert torch.equal(as_stored(x[..., 2:4, 2:4], spec), as_stored(x, spec))
+    assert torch.equal(quantize_images(x, spec), torch.full((1, 1, 2, 2), 255, dtype=torch.uint8))
+    assert torch.equal(quantize_images(x[..., 2:4, 2:4], spec), quantize_images(x, spec))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x.fill_(float("nan")), "2 of 2 samples hold NaN"),
+        (lambda x: x.fill_(float("nan")), "2 of 2 samples contain NaN"),
         (lambda x: x.mul_(float("inf")), "NaN or infinite"),
         (lambda x: x.mul_(1.2), "reach 1.2"),
         (lambda x: x.add(1).mul(127.5).long(), "int64"),
@@ -435,11 +441,13 @@ def test_padding_is_cropped() -> None:
 )
 def test_what_is_no_image_is_refused(change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        as_stored(change(torch.ones(2, 1, 8, 8)), Digits.spec)
+        quantize_images(change(torch.ones(2, 1, 8, 8)), Digits.spec)
 
 
 def test_a_small_overshoot_is_clamped() -> None:
-    assert torch.equal(as_stored(torch.full((1, 1, 8, 8), 1.01), Digits.spec), torch.full((1, 1, 8, 8), 255).byte())
+    assert torch.equal(
+        quantize_images(torch.full((1, 1, 8, 8), 1.01), Digits.spec), torch.full((1, 1, 8, 8), 255).byte()
+    )
 
 
 # Cost

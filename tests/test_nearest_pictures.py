@@ -14,8 +14,8 @@ from gencompare.data.digits import Digits
 from gencompare.data.toy2d import Toy2D
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.extractors.extractor import IdentityExtractor
-from gencompare.evaluation.metrics.neighbors import nearest_distances
-from gencompare.evaluation.reference import stored_split
+from gencompare.evaluation.metrics.neighbors import nearest_neighbors
+from gencompare.evaluation.reference import quantize_split
 from gencompare.image_grid import grid
 from gencompare.records import RunRecord
 from gencompare.tasks.runs.console import store_result
@@ -25,14 +25,14 @@ def test_the_closest_rows_are_those_of_a_search_by_hand() -> None:
     g = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(n, 5, generator=g, dtype=torch.float64) + 1000 for n in (4, 30))
     distance = np.linalg.norm(queries.numpy()[:, None] - keys.numpy()[None], axis=2)
-    assert nearest_distances(queries, keys, 3).tolist() == np.argsort(distance, axis=1)[:, :3].tolist()
-    assert nearest_distances(queries, keys[:2], 3).shape == (4, 2)
+    assert nearest_neighbors(queries, keys, 3).tolist() == np.argsort(distance, axis=1)[:, :3].tolist()
+    assert nearest_neighbors(queries, keys[:2], 3).shape == (4, 2)
 
 
 def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
     data = Digits()
     data.setup()
-    train, test = (stored_split(data.split(name).images, data.spec) for name in ("train", "test"))
+    train, test = (quantize_split(data.split(name).images, data.spec) for name in ("train", "test"))
     images = torch.cat([train[100:104], test[:300]])
     drawn: list[torch.Tensor] = []
     result = evaluate(images, data, EvaluationProtocol(extractors=(IdentityExtractor,)), on_samples=drawn.append)
@@ -45,8 +45,8 @@ def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
     RunRecord("a", "copies", {"name": "digits"}, environment={"run_id": "1"}).save(tmp_path)
     store_result(tmp_path, result, drawn[0], data)
     (kept,) = RunRecord.load(tmp_path).results
-    assert set(kept.pictures) == {"samples", "nearest training images"}
-    picture = Image.open(tmp_path / kept.pictures["nearest training images"])
+    assert set(kept.images) == {"samples", "nearest training images"}
+    picture = Image.open(tmp_path / kept.images["nearest training images"])
     order = [image for k in range(8) for image in [images[k], *train[rows[k]]]]
     assert np.array_equal(np.asarray(picture), np.asarray(grid(torch.stack(order).numpy(), 4)))
     html = page.render(load_runs([tmp_path]))

@@ -18,7 +18,7 @@ from gencompare.evaluation.extractors.torch_fidelity_networks import InceptionEx
 from gencompare.evaluation.metrics.class_metrics import classifier_score
 from gencompare.evaluation.metrics.frechet import frechet_distance
 from gencompare.evaluation.metrics.kernel import kid
-from gencompare.evaluation.metrics.neighbors import neighbor_balls
+from gencompare.evaluation.metrics.neighbors import compute_prdc
 from gencompare.generative_model import DataSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -38,7 +38,7 @@ def correlated(n: int, d: int, seed: int) -> Tensor:
 @pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 450)])
 def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = correlated(n, 24, 1), torch.cat([correlated(m - 100, 24, 2), correlated(100, 24, 1)])
-    own = neighbor_balls(a, b)
+    own = compute_prdc(a, b)
     for k, names in ((5, ("density", "coverage")), (3, ("precision", "recall"))):
         theirs = prdc.compute_prdc(b.numpy(), a.numpy(), k)
         for name in names:
@@ -60,7 +60,7 @@ def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
     their_kid = kid_features_to_metric(a, b, kid_subsets=100, kid_subset_size=1000, verbose=False)
     assert kid(a, b)[0] == pytest.approx(their_kid["kernel_inception_distance_mean"], rel=1e-4)
     prc = prc_features_to_metric(a, b, prc_neighborhood=3, prc_batch_size=500, save_cpu_ram=False, verbose=False)
-    own = neighbor_balls(a, b)
+    own = compute_prdc(a, b)
     assert own.precision == pytest.approx(prc["precision"], rel=1e-4)
     assert own.recall == pytest.approx(prc["recall"], rel=1e-4)
 
@@ -113,7 +113,7 @@ def test_figures_are_those_of_the_command_line_of_torch_fidelity(
     assert own_kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     assert a.logits is not None
     assert classifier_score(a.logits)[0] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    own = neighbor_balls(a.features, b.features)
+    own = compute_prdc(a.features, b.features)
     assert own.precision == pytest.approx(theirs["precision"], abs=1e-4)
     assert own.recall == pytest.approx(theirs["recall"], abs=1e-4)
 

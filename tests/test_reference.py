@@ -20,7 +20,7 @@ from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.extractors.selection import ModuleExtractor, module_extractor
 from gencompare.evaluation.extractors.shipped_classifiers import ClassifierExtractor, shipped_classifier
 from gencompare.evaluation.metrics.frechet import Statistics, frechet_distance
-from gencompare.evaluation.reference import read_statistics, reference_of, split_features, stored_split
+from gencompare.evaluation.reference import load_reference, quantize_split, read_statistics, split_features
 from gencompare.evaluation.sampling import draw_samples
 from gencompare.generative_model import Cond, DataSpec
 from gencompare.models.gaussian import GaussianBaseline
@@ -28,21 +28,21 @@ from gencompare.models.gaussian import GaussianBaseline
 
 @pytest.fixture(autouse=True)
 def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_module, "_kept", type(reference_module._kept)())
+    monkeypatch.setattr(reference_module, "_REFERENCES", type(reference_module._REFERENCES)())
 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of images of every pass of the compact extractor over more than one."""
     seen: list[int] = []
-    original = ClassifierExtractor.run
+    original = ClassifierExtractor.extract_batch
 
-    def run(self: ClassifierExtractor, images: Tensor) -> Any:
+    def extract_batch(self: ClassifierExtractor, images: Tensor) -> Any:
         if len(images) > 1:
             seen.append(len(images))
         return original(self, images)
 
-    monkeypatch.setattr(ClassifierExtractor, "run", run)
+    monkeypatch.setattr(ClassifierExtractor, "extract_batch", extract_batch)
     return seen
 
 
@@ -92,9 +92,9 @@ def test_splits_can_be_joined() -> None:
     assert len(both) == 1147 + 150 and both.labels is not None and len(both.labels) == len(both)
     assert torch.equal(both.images[1147:], data.split("val").images)
     assert data.hash("train+val") not in (data.hash("train"), data.hash("val"))
-    images = stored_split(data.split("test").images, data.spec)
+    images = quantize_split(data.split("test").images, data.spec)
     result = evaluate(images, data, EvaluationProtocol(extractors=(shipped_classifier,), reference="train+val", n=500))
-    assert (result.measurement.reference, result.measurement.reference_n) == ("train+val", 1297)
+    assert (result.measurement.reference, result.measurement.num_reference_images) == ("train+val", 1297)
     with pytest.raises(UserError, match="no split 'train\\+tset'"):
         data.split("train+tset")
 
@@ -111,19 +111,19 @@ def statistics_file(path: Path, features: Tensor, **more: Any) -> Path:
 def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> None:
     """The layout of pytorch-fid and EDM (mu, sigma), and of ADM (with mu_s, sigma_s)."""
     data, extractor = Digits(), shipped_classifier(Digits.spec)
-    train = reference_of(data, "train", extractor).features
+    train = load_reference(data, "train", extractor).features
     assert train is not None and train.spatial is not None
-    spatial = Statistics.of(train.spatial)
+    spatial = Statistics.from_features(train.spatial)
     path = statistics_file(tmp_path / "adm.npz", train.features, mu_s=spatial.mean.numpy(), sigma_s=spatial.cov.numpy())
-    images = stored_split(data.split("test").images, data.spec)
+    images = quantize_split(data.split("test").images, data.spec)
     classifier = EvaluationProtocol(extractors=(shipped_classifier,), n=500)
     ours, theirs = (
         evaluate(images, data, dataclasses.replace(classifier, reference=name)) for name in ("train", str(path))
     )
-    assert (ours.headline, theirs.headline) == ("mmd_digits", "fd_digits"), "all that statistics can tell"
+    assert (ours.primary_metric, theirs.primary_metric) == ("mmd_digits", "fd_digits"), "all that statistics can tell"
     for name in ("fd_digits", "fd_digits_infinity", "sfd_digits"):
         assert theirs.metrics[name].value == pytest.approx(ours.metrics[name].value, rel=1e-6), name
-        assert theirs.metrics[name].floor == pytest.approx(ours.metrics[name].floor, rel=1e-6), name
+        assert theirs.metrics[name].baseline == pytest.approx(ours.metrics[name].baseline, rel=1e-6), name
     assert "precision" not in theirs.metrics, "means and covariances have no neighbours"
     assert theirs.measurement.reference == "adm.npz" and theirs.measurement.differences(ours.measurement)
 
@@ -133,7 +133,7 @@ def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> N
     [
         (lambda p: None, "There is no statistics file"),
         (lambda p: p.write_bytes(b"PK\3\4 cut"), "damaged"),
-        (lambda p: np.savez(p, arr_0=np.zeros(3)), "holds no 'mu'"),
+        (lambda p: np.savez(p, arr_0=np.zeros(3)), "has no 'mu'"),
         (lambda p: np.savez(p, mu=np.zeros(2048), sigma=np.eye(2048)), "2048 features"),
         (lambda p: np.savez(p, mu=np.full(64, np.nan), sigma=np.eye(64)), "not finite"),
         (lambda p: np.savez(p, mu=np.array([{}], dtype=object), sigma=np.eye(64)), "damaged"),
@@ -157,15 +157,15 @@ class Moments(nn.Module):
 
 def test_any_module_can_measure() -> None:
     data = Digits()
-    images = stored_split(data.split("test").images, data.spec)
+    images = quantize_split(data.split("test").images, data.spec)
     result = evaluate(
         images, data, EvaluationProtocol(extractors=(lambda spec: module_extractor(spec, Moments(), "rows"),))
     )
-    expected = [(stored_split(data.split(s).images, data.spec).float() / 255).mean((1, 3)) for s in ("test", "train")]
+    expected = [(quantize_split(data.split(s).images, data.spec).float() / 255).mean((1, 3)) for s in ("test", "train")]
     assert result.metrics["fd_rows"].value == pytest.approx(frechet_distance(*expected), rel=1e-5)
     one, two = (ModuleExtractor(data.spec, nn.Sequential(Moments(), nn.Linear(8, 4)), "x") for _ in range(2))
     assert one.hash != two.hash, "weights are part of the name"
-    with pytest.raises(UserError, match="not \\(images, features\\)"):
+    with pytest.raises(UserError, match="must return \\(images, features\\)"):
         ModuleExtractor(data.spec, nn.Identity(), "pixels")
 
 
@@ -182,33 +182,33 @@ class Counting(GaussianBaseline):
 
 def test_an_evaluation_goes_on_from_the_chunks_that_were_drawn(tmp_path: Path) -> None:
     data = Digits()
-    model = Counting(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    model = Counting(data.spec).fit(data.batches("train"), data.batches("val"))
     assert isinstance(model, Counting)
-    alone = draw_samples(model, 250, chunk=100)
+    alone = draw_samples(model, 250, chunk_size=100)
     model.drawn = 0
-    draw_samples(model, 200, chunk=100, keep=tmp_path)
-    again = draw_samples(model, 250, chunk=100, keep=tmp_path)
+    draw_samples(model, 200, chunk_size=100, chunk_dir=tmp_path)
+    again = draw_samples(model, 250, chunk_size=100, chunk_dir=tmp_path)
     assert model.drawn == 250, "two chunks came from the folder"
     assert torch.equal(again.images, alone.images) and again.nfe == alone.nfe and again.seconds > 0
     first = sorted(tmp_path.iterdir())[0]
     first.write_bytes(first.read_bytes()[:-7])
     model.drawn = 0
-    assert torch.equal(draw_samples(model, 250, chunk=100, keep=tmp_path).images, alone.images)
+    assert torch.equal(draw_samples(model, 250, chunk_size=100, chunk_dir=tmp_path).images, alone.images)
     assert model.drawn == 100, "the damaged chunk was drawn anew"
 
 
 def test_figures_do_not_depend_on_the_batch_of_the_extractor() -> None:
     data = Digits()
-    images = stored_split(data.split("test").images, data.spec)
+    images = quantize_split(data.split("test").images, data.spec)
     found = []
     for batch in (500, 37):
 
         def small(spec: DataSpec, batch: int = batch) -> Any:
             extractor = shipped_classifier(spec)
-            extractor.batch = batch
+            extractor.batch_size = batch
             return extractor
 
-        reference_module._kept.clear()
+        reference_module._REFERENCES.clear()
         found.append(
             evaluate(images, data, dataclasses.replace(EvaluationProtocol(), extractors=(small,), n=500)).metrics
         )

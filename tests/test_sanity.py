@@ -31,7 +31,7 @@ from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier
-from gencompare.evaluation.reference import as_stored, stored_split
+from gencompare.evaluation.reference import quantize_images, quantize_split
 from gencompare.evaluation.sanity import (
     MIN_IMAGES,
     RealImages,
@@ -79,7 +79,7 @@ def images_of(name: str, root: Path | None) -> Images:
     if name == "digits":
         train, test = (Digits().split(split) for split in ("train", "test"))
         assert test.labels is not None
-        return Images(Digits.spec, train.images, stored_split(test.images, Digits.spec), test.labels)
+        return Images(Digits.spec, train.images, quantize_split(test.images, Digits.spec), test.labels)
     assert root is not None
     if name in COLOUR:
         spec = CIFAR10.spec if name == "cifar10" else EuroSAT64.spec
@@ -248,8 +248,8 @@ def test_the_data_sets_own_tensors_give_the_baseline_once_normalized() -> None:
     result = evaluate(
         data.normalize(data.split("test").images), data, EvaluationProtocol(extractors=(shipped_classifier,))
     )
-    metric = result.metrics[result.headline]
-    assert metric.value == pytest.approx(metric.floor) and result.details["flags"] == []
+    metric = result.metrics[result.primary_metric]
+    assert metric.value == pytest.approx(metric.baseline) and result.details["warnings"] == []
 
 
 def test_floats_on_another_scale_are_refused(images: Images) -> None:
@@ -389,7 +389,7 @@ def test_copies_in_the_reference_are_flagged(tmp_path: Path, cifar10: Images) ->
         Image.fromarray(cifar10.test[k % 100].permute(1, 2, 0).numpy()).save(tmp_path / f"{k:03d}.png")
     data = ImageFolder(tmp_path)
     copied = evaluate(cifar10.test[:100].repeat(4, 1, 1, 1), data, EvaluationProtocol(n=300))
-    flags = " ".join(copied.details["flags"])
+    flags = " ".join(copied.details["warnings"])
     assert "of the reference images (train) have 3 or more exact copies" in flags
     assert "of the samples are exact copies" not in flags, "real images are no different here"
 
@@ -416,7 +416,7 @@ def test_a_warning_is_seen_in_terminal_record_and_page(
     assert f"Warning: half: {said}" in out
     assert out.index("warning") < out.index("infinity"), "beside the primary metric"
     results = json.loads((tmp_path / "half" / "record.json").read_text())["results"]
-    assert len(results) == 2 and all(any(said in flag for flag in r["details"]["flags"]) for r in results)
+    assert len(results) == 2 and all(any(said in flag for flag in r["details"]["warnings"]) for r in results)
     html = (tmp_path / "half" / "compare.html").read_text()
     assert html.index(f"<b>Warning</b> half: {said}") < html.index("<table")
     assert '<span class="beside">warning</span>' in html
@@ -445,7 +445,7 @@ class Halved:
 def test_a_models_samples_are_checked_too() -> None:
     data = Digits()
     result = evaluate(Halved(data), data, EvaluationProtocol(n=100))
-    assert any("0 to 12" in flag and "use 0 to 255" in flag for flag in result.details["flags"])
+    assert any("0 to 12" in flag and "use 0 to 255" in flag for flag in result.details["warnings"])
 
 
 # Grey images in three channels
@@ -504,7 +504,7 @@ def test_overflow_is_measured_on_the_circle() -> None:
 
 def test_degenerate_features_are_named() -> None:
     x = torch.randn(10, 4, generator=random)
-    assert check_features(x, x) == [] and "draws one image" in check_features(x[:1].expand(5, 4), x)[0]
+    assert check_features(x, x) == [] and "generates a single image" in check_features(x[:1].expand(5, 4), x)[0]
     half = x * torch.tensor([1, 1, 0, 0])
     assert check_features(half, x)[0].startswith("2 of 4 features are the same for all samples")
     assert check_features(half, half) == [], "features that no image of the data has are no fault of the samples"
@@ -514,4 +514,4 @@ def test_the_checks_are_deterministic_and_leave_images_alone(cifar10: Images) ->
     x = byte(cifar10.test[:300] * 0.5)
     before = x.clone()
     assert warnings(x, cifar10) == warnings(x, cifar10) and torch.equal(x, before)
-    assert warnings(as_stored(x, cifar10.spec), cifar10) == warnings(x, cifar10)
+    assert warnings(quantize_images(x, cifar10.spec), cifar10) == warnings(x, cifar10)

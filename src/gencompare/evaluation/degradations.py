@@ -1,4 +1,4 @@
-"""Images with a known fault of a known strength: what a metric of image quality must notice."""
+"""Degradations of known kind and strength, which a metric of image quality must detect."""
 
 from __future__ import annotations
 
@@ -17,78 +17,78 @@ Degrade = Callable[[Tensor, float, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Degradation:
-    """One kind of fault at increasing strengths.
+    """One kind of degradation at increasing strengths.
 
-    ``apply`` maps uint8 images (n, C, H, W), a strength and a random source to uint8 images of the same shape; each
-    image is degraded on its own.
+    ``apply`` maps uint8 images (n, C, H, W), a strength and a random generator to uint8 images of the same shape.
     """
 
     name: str
     unit: str
     strengths: tuple[float, ...]
-    """From the weakest to the strongest, in ``unit``."""
+    """In increasing order, in ``unit``."""
     apply: Degrade
     channels: tuple[int, ...] = (1, 3)
-    """Images of which numbers of channels have this fault."""
+    """Numbers of channels for which it is defined."""
 
     def __call__(self, images: Tensor, strength: float, seed: int = 0) -> Tensor:
-        """``images`` degraded. The random numbers depend on the seed and the kind, so that two strengths move the same
-        pixels in the same way."""
+        """The degraded images. Random numbers depend on seed and kind only, so all strengths use the same ones."""
         return self.apply(images, strength, generator("cpu", seed, "degradation", self.name))
 
 
-def rounded(x: Tensor) -> Tensor:
-    """Grey levels as whole numbers from 0 to 255, uint8."""
+def _to_uint8(x: Tensor) -> Tensor:
+    """Grey levels rounded and clamped to 0 to 255, uint8."""
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
 def blur(images: Tensor, sigma: float, source: torch.Generator) -> Tensor:
+    """Gaussian blur with a standard deviation of ``sigma`` pixels."""
     size = 2 * max(1, round(3 * sigma)) + 1
     x = images.float()
-    # Reflection needs a border narrower than the image; tiny images get what fits.
+    # Reflection padding must be narrower than the image, so tiny images get a smaller kernel.
     size = min(size, 2 * (min(x.shape[2:]) - 1) + 1)
-    return rounded(tv.gaussian_blur(x, [size, size], [sigma, sigma]))
+    return _to_uint8(tv.gaussian_blur(x, [size, size], [sigma, sigma]))
 
 
 def noise(images: Tensor, std: float, source: torch.Generator) -> Tensor:
-    return rounded(images + std * torch.randn(images.shape, generator=source))
+    """Gaussian noise with a standard deviation of ``std`` grey levels."""
+    return _to_uint8(images + std * torch.randn(images.shape, generator=source))
 
 
 def jpeg(images: Tensor, compression: float, source: torch.Generator) -> Tensor:
-    """Strength 100 - quality."""
+    """JPEG compression at quality 100 - ``compression``."""
     return torch.stack([tv.jpeg(image, quality=round(100 - compression)) for image in images])
 
 
 def downscale(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
-    """Reduced with antialiasing and enlarged again, both bicubic."""
+    """Downscaled with antialiasing and upscaled again, both bicubic."""
     height, width = images.shape[2:]
     small = (max(1, round(height / factor)), max(1, round(width / factor)))
     x = F.interpolate(images.float(), small, mode="bicubic", antialias=True)
-    return rounded(F.interpolate(x, (height, width), mode="bicubic"))
+    return _to_uint8(F.interpolate(x, (height, width), mode="bicubic"))
 
 
 def pixelate(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
-    """Means over blocks, enlarged to flat squares."""
+    """Means over blocks, upscaled to flat squares."""
     height, width = images.shape[2:]
     small = (max(1, round(height / factor)), max(1, round(width / factor)))
-    return rounded(F.interpolate(F.adaptive_avg_pool2d(images.float(), small), (height, width), mode="nearest"))
+    return _to_uint8(F.interpolate(F.adaptive_avg_pool2d(images.float(), small), (height, width), mode="nearest"))
 
 
 def colour_cast(images: Tensor, levels: float, source: torch.Generator) -> Tensor:
-    """Each image's channels shifted by ``levels`` in a random direction of colour space."""
+    """Each image shifted by ``levels`` in a random direction of color space."""
     direction = torch.randn(len(images), images.shape[1], 1, 1, generator=source)
     direction = direction / direction.square().mean(1, keepdim=True).sqrt()
-    return rounded(images + levels * direction)
+    return _to_uint8(images + levels * direction)
 
 
 def contrast_loss(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """Each pixel moved towards its image's mean by ``share`` of the way."""
+    """Each pixel interpolated towards the mean of its image by ``share``."""
     x = images.float()
-    return rounded(x.lerp(x.mean((1, 2, 3), keepdim=True).expand_as(x), share))
+    return _to_uint8(x.lerp(x.mean((1, 2, 3), keepdim=True).expand_as(x), share))
 
 
 def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Tensor:
-    """A ``grid`` x ``grid`` of patches in another order in each image. Pixels that do not fill a patch stay."""
+    """A random permutation of ``grid`` x ``grid`` patches in each image. Pixels that do not fill a patch stay."""
     n, channels, height, width = images.shape
     k = round(grid)
     h, w = height // k, width // k
@@ -97,9 +97,9 @@ def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Ten
     part = images[:, :, : h * k, : w * k]
     patches = part.reshape(n, channels, k, h, k, w).permute(0, 2, 4, 1, 3, 5).reshape(n, k * k, channels, h, w)
     order = torch.rand(n, k * k, generator=source).argsort(1)
-    # A random order may be the old one, where patches are few: turn it by one place then.
-    same = (order == torch.arange(k * k)).all(1)
-    order[same] = order[same].roll(1, 1)
+    # With few patches a random permutation may be the identity: roll it by one then.
+    identity = (order == torch.arange(k * k)).all(1)
+    order[identity] = order[identity].roll(1, 1)
     patches = patches[torch.arange(n)[:, None], order]
     out = images.clone()
     out[:, :, : h * k, : w * k] = (
@@ -108,49 +108,50 @@ def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Ten
     return out
 
 
-def displaced(images: Tensor, flow: Tensor) -> Tensor:
-    """Images read at places moved by ``flow`` (n, 2, H, W) in pixels, bilinear; the border is repeated."""
+def warp(images: Tensor, flow: Tensor) -> Tensor:
+    """Images resampled at positions displaced by ``flow`` (n, 2, H, W) in pixels, bilinear, with repeated borders."""
     height, width = images.shape[2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x, y = x + flow[:, 0], y + flow[:, 1]
     grid = torch.stack([2 * (x + 0.5) / width - 1, 2 * (y + 0.5) / height - 1], 3)
-    return rounded(F.grid_sample(images.float(), grid.float(), padding_mode="border", align_corners=False))
+    return _to_uint8(F.grid_sample(images.float(), grid.float(), padding_mode="border", align_corners=False))
 
 
 def smooth_field(n: int, height: int, width: int, cells: int, source: torch.Generator) -> Tensor:
-    """A random displacement (n, 2, H, W) of unit standard deviation, smooth over 1 / ``cells`` of the image."""
+    """Random displacements (n, 2, H, W) of unit standard deviation, smooth at the scale of 1 / ``cells`` of the
+    image."""
     coarse = torch.randn(n, 2, cells + 1, cells + 1, generator=source)
     field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     return field / field.std((1, 2, 3), keepdim=True)
 
 
 def elastic(images: Tensor, std: float, source: torch.Generator) -> Tensor:
-    """Smooth random displacements of standard deviation ``std`` in per cent of the width."""
+    """Smooth random displacements with a standard deviation of ``std`` percent of the width."""
     n, _, height, width = images.shape
-    return displaced(images, std / 100 * width * smooth_field(n, height, width, 4, source))
+    return warp(images, std / 100 * width * smooth_field(n, height, width, 4, source))
 
 
 def jitter(images: Tensor, std: float, source: torch.Generator) -> Tensor:
-    """Local translation: every pixel is read from a place of its own nearby, at distances of ``std`` pixels."""
+    """Local translation: each pixel is displaced independently, with a standard deviation of ``std`` pixels."""
     n, _, height, width = images.shape
-    return displaced(images, std * torch.randn(n, 2, height, width, generator=source))
+    return warp(images, std * torch.randn(n, 2, height, width, generator=source))
 
 
 def mix(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """``share`` of another image of the set over each image."""
+    """Each image blended with another image of the set, which has weight ``share``."""
     other = torch.randperm(len(images), generator=source).roll(1)
-    return rounded(images.float().lerp(images[other].float(), share))
+    return _to_uint8(images.float().lerp(images[other].float(), share))
 
 
 def checkerboard(images: Tensor, amplitude: float, source: torch.Generator) -> Tensor:
-    """Neighbouring pixels raised and lowered in turn: the pattern of transposed convolutions and of dithering."""
+    """Adjacent pixels alternately brightened and darkened: the artifact of transposed convolutions and of dithering."""
     height, width = images.shape[2:]
     sign = 1 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
-    return rounded(images + amplitude * sign)
+    return _to_uint8(images + amplitude * sign)
 
 
 def permute_channels(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """The channels of ``share`` of the images in another order."""
+    """The channels of ``share`` of the images, cyclically permuted."""
     out = images.clone()
     rows = torch.rand(len(images), generator=source) < share
     out[rows] = images[rows].roll(1, 1)
@@ -173,18 +174,18 @@ DEGRADATIONS = (
     Degradation("checkerboard", "amplitude, grey levels", (2, 5, 10, 20, 40), checkerboard),
     Degradation("permuted channels", "share of images", (0.1, 0.25, 0.5, 0.75, 1), permute_channels, channels=(3,)),
 )
-"""Faults of single images. A 2 x 2 patch shuffle is the mildest: its patches keep most of the picture."""
+"""Degradations of single images. The mildest is a 2 x 2 patch shuffle, whose patches keep most of the image."""
 
 
 def dropped_classes(labels: Tensor, count: float, source: torch.Generator) -> Tensor:
-    """Rows of a set without ``count`` of its classes."""
+    """Indices of a subset without ``count`` of the classes."""
     classes = labels.unique()
     kept = classes[torch.randperm(len(classes), generator=source)][round(count) :]
     return torch.isin(labels, kept).nonzero()[:, 0]
 
 
 def unequal_classes(labels: Tensor, ratio: float, source: torch.Generator) -> Tensor:
-    """Rows of a set whose classes are thinned out at random, from 1 down to 1 / ``ratio``, in equal factors."""
+    """Indices of a random subset that keeps 1 to 1 / ``ratio`` of each class, in a geometric sequence."""
     classes = labels.unique()
     order = torch.randperm(len(classes), generator=source)
     share = torch.zeros(int(labels.max()) + 1)
@@ -193,6 +194,6 @@ def unequal_classes(labels: Tensor, ratio: float, source: torch.Generator) -> Te
 
 
 def repeated(n: int, times: float, source: torch.Generator) -> Tensor:
-    """n rows of which each occurs about ``times`` times."""
+    """n indices, each of which occurs about ``times`` times."""
     distinct = torch.randperm(n, generator=source)[: max(1, round(n / times))]
     return distinct[torch.arange(n) % len(distinct)]

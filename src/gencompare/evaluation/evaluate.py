@@ -1,4 +1,4 @@
-"""``evaluate``: figures of one model, or of one set of images, under one protocol."""
+"""`evaluate` measures a model, or a set of images, under one protocol."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencompare.distributed import run_on_first
+from gencompare.distributed import run_on_rank_zero
 from gencompare.errors import UserError
-from gencompare.evaluation import reference
 from gencompare.evaluation.extractors.extractor import Extractor, Features
 from gencompare.evaluation.extractors.selection import ExtractorFactory, build_extractors
+from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.compute import (
-    ExtraMetric,
+    ExtraMetrics,
     RealFeatures,
     add_baselines,
     compute_metrics,
+    data_class_shares,
     memorization_metrics,
-    shares_of,
 )
-from gencompare.evaluation.metrics.neighbors import nearest_distances
+from gencompare.evaluation.metrics.neighbors import nearest_neighbors
 from gencompare.evaluation.model_metrics import bits_per_dim, reconstruction, super_resolution
-from gencompare.evaluation.reference import Reference, as_stored, evenly_spaced_indices, is_file, reference_of
+from gencompare.evaluation.reference import (
+    EvaluationData,
+    Reference,
+    SupportsSampling,
+    is_statistics_file,
+    load_reference,
+    quantize_images,
+)
 from gencompare.evaluation.sampling import (
-    CHUNK,
+    CHUNK_SIZE,
     ConditionSource,
     Samples,
     choose_conditions,
@@ -40,372 +47,450 @@ from gencompare.evaluation.sanity import check_features, check_images, check_ref
 from gencompare.generative_model import DataSpec
 from gencompare.records import Measurement, Metric, Result, SampleSettings, now
 
-DEFAULT_N = 2_000
-"""Samples that are drawn at most where the protocol does not say how many: at this n the primary metric tells apart
-what a person can (docs/evaluation.md)."""
-MOST_FRECHET = 10_000
-MIN_N = 20
-PER_FEATURE = 4
-"""Samples for each feature that a Frechet distance asks for, where it is the primary metric."""
+DEFAULT_MAX_IMAGES = 2_000
+"""Upper limit of the default number of samples. At this size the primary metric resolves the differences that a person
+sees (docs/evaluation.md)."""
+FRECHET_MAX_IMAGES = 10_000
+"""The same limit where a Frechet distance ranks."""
+FRECHET_IMAGES_PER_FEATURE = 4
+"""Samples per feature that a ranking Frechet distance uses by default."""
+MIN_IMAGES = 20
 
-LOOKED_AT, NEIGHBOURS = 8, 3
-"""Of the first so many samples, the rows of so many nearest training images are kept, to be shown beside them. The
-first ones: no choice of samples, and the same noise for every model."""
+NEIGHBOR_QUERIES, NEIGHBORS_PER_QUERY = 8, 3
+"""The result lists the nearest training images of the first samples, for display. The first ones are not cherry-picked,
+and come from the same noise for every model."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with the name of the stage, the number of finished items, and their total."""
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How samples are measured. Everything that moves a figure is here, or is hashed into its `Measurement`.
+    """How samples are measured. All that affects a metric is set here, or hashed into the result's `Measurement`.
 
     Args:
-        extractors: factories ``spec -> Extractor``, all of which measure the same samples; the first one's primary
-            metric ranks. None takes the default of the data (`extractors.default_extractors`).
-        weights: a file of weights for the first extractor; None takes the published or shipped ones.
-        n: samples; None draws as many as there are test images, but at most 2,000 (10,000 where a Frechet distance
-            ranks).
-        reference: what samples are held against: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file with
-            the statistics of others (`reference.read_statistics`).
-        conditions: the split of the images whose conditions samples get, where more than a class steers the model.
-        chunk: samples drawn from one seed at a time.
-        likelihood_n: test images that are scored in bits/dim and reconstructed (some families need a thousand network
-            calls for each).
-        seed: of sampling.
-        metrics: further figures by name, each a function ``(features of samples, features of the reference) -> float``;
-            its attribute ``better`` (``lower``, ``higher``, ``one``) says how to rank it, where it has one.
-        cache: folder for the features of real images; None keeps them in memory only.
+        extractors: factories ``spec -> Extractor``. All of them measure the same samples; the primary metric of the
+            first one ranks. None selects the defaults for the data (`default_extractors`).
+        weights: weights file for the first extractor; None uses the published or shipped weights.
+        n: number of samples. None draws as many as there are test images, at most 2,000 (10,000 where a Frechet
+            distance ranks).
+        reference: what samples are compared with: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file
+            of published statistics (`read_statistics`).
+        condition_split: split whose images provide the conditions of samples, for models with conditions other than
+            the class. Must not contain ``train``.
+        chunk_size: samples drawn from one random seed.
+        num_likelihood_images: test images that are scored in bits/dim and reconstructed. Some families need a thousand
+            network evaluations for each.
+        seed: seed of sampling.
+        metrics: extra metrics by name, functions ``(sample features, reference features) -> float``. An attribute
+            ``higher_is_better``, or ``target`` (the ideal value), says how to rank the metric.
+        cache: folder that caches the features of real images; None caches them in memory only.
     """
 
     extractors: Sequence[ExtractorFactory] | None = None
     weights: str | Path | None = None
     n: int | None = None
     reference: str = "train"
-    conditions: str = "test"
-    chunk: int = CHUNK
-    likelihood_n: int = 500
+    condition_split: str = "test"
+    chunk_size: int = CHUNK_SIZE
+    num_likelihood_images: int = 500
     seed: int = 0
-    metrics: ExtraMetric = field(default_factory=dict)
+    metrics: ExtraMetrics = field(default_factory=dict)
     cache: str | Path | None = None
 
-    def build(self, spec: DataSpec) -> list[Extractor]:
-        """The extractors for data of ``spec``, the one that ranks first."""
+    def build_extractors(self, spec: DataSpec) -> list[Extractor]:
+        """Build the extractors for data of ``spec``; the first one ranks."""
         return build_extractors(self.extractors, spec, self.weights)
 
-    def check(self, data: reference.EvaluationData) -> list[Extractor]:
-        """The extractors, when this protocol can measure ``data``.
+    def check(self, data: EvaluationData) -> list[Extractor]:
+        r"""Build the extractors and check that this protocol can measure ``data``.
 
-        Raises `UserError` where it cannot: weights that are missing, or too few images for the primary metric. With
-        n <= d images the d x d covariance is singular, and a Frechet distance depends more on n than on the model.
+        With :math:`n \le d` images the :math:`d \times d` covariance is singular, and a Frechet distance depends more
+        on :math:`n` than on the model. Such a protocol is refused.
+
+        Raises:
+            UserError: weights are missing, an option is invalid, or there are too few images for the primary metric.
         """
-        if "train" in self.conditions.split("+"):
+        if "train" in self.condition_split.split("+"):
             raise UserError(
-                f"evaluation.protocol.conditions={self.conditions}: a model must not be asked for images that it was"
-                " trained on: choose test or val."
+                f"evaluation.protocol.condition_split={self.condition_split}: conditions must not come from training"
+                " images. Choose test or val."
             )
-        data.split(self.conditions)
-        extractors = self.build(data.spec)
-        extractor, n = extractors[0], self.size(data, extractors[0])
-        if self.chunk < 1 or self.likelihood_n < 1:
-            raise UserError("evaluation.protocol: chunk and likelihood_n must be at least 1.")
-        if n < MIN_N:
-            raise UserError(f"evaluation.n={n} samples measure nothing: give at least {MIN_N}.")
+        data.split(self.condition_split)
+        if self.chunk_size < 1 or self.num_likelihood_images < 1:
+            raise UserError("evaluation.protocol: chunk_size and num_likelihood_images must be at least 1.")
+        extractors = self.build_extractors(data.spec)
+        extractor, n = extractors[0], self.resolve_num_images(data, extractors[0])
+        if n < MIN_IMAGES:
+            raise UserError(f"evaluation.n={n} is too few samples: use at least {MIN_IMAGES}.")
         frechet, dim = self.ranks_by_frechet(extractor), extractor.dim
         if frechet and n <= dim:
             raise UserError(
-                f"evaluation.n={n} samples cannot carry a Frechet distance on the {dim} features of {extractor.name}: "
-                f"ask for more than {dim} (evaluation.n={PER_FEATURE * dim})."
+                f"evaluation.n={n} is too few samples for a Frechet distance on the {dim} features of "
+                f"{extractor.name}: use more than {dim} (evaluation.n={FRECHET_IMAGES_PER_FEATURE * dim})."
             )
-        if is_file(self.reference):
-            # Statistics are of one network's features, so the others have no reference.
-            reference_of(data, self.reference, extractor)
+        if is_statistics_file(self.reference):
+            # The statistics belong to the features of one network, so the other extractors have no reference.
+            load_reference(data, self.reference, extractor)
             return extractors[:1]
         if frechet and (size := len(data.split(self.reference))) <= dim:
             raise UserError(
-                f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' cannot carry a Frechet "
-                f"distance on the {dim} features of {extractor.name}: more than {dim} are needed"
-                + (", or evaluation=default." if dim > 64 else ".")
+                f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' are too few for a "
+                f"Frechet distance on the {dim} features of {extractor.name}: it needs more than {dim}"
+                + (". Use evaluation=default." if dim > 64 else ".")
             )
         return extractors
 
     def ranks_by_frechet(self, extractor: Extractor) -> bool:
-        """Whether the Frechet distance is the primary metric: with a file of statistics, no other can be computed."""
-        return extractor.primary == extractor.frechet_name or is_file(self.reference)
+        """Whether the Frechet distance is the primary metric. From a statistics file, no other can be computed."""
+        return extractor.primary == extractor.frechet_name or is_statistics_file(self.reference)
 
-    def size(self, data: reference.EvaluationData, extractor: Extractor) -> int:
-        """How many samples are measured."""
+    def resolve_num_images(self, data: EvaluationData, extractor: Extractor) -> int:
+        """The number of samples, with the default filled in."""
         if self.n is not None:
             return self.n
         if not self.ranks_by_frechet(extractor):
-            return min(len(data.split("test")), DEFAULT_N)
-        return min(max(len(data.split("test")), PER_FEATURE * extractor.dim), MOST_FRECHET)
+            return min(len(data.split("test")), DEFAULT_MAX_IMAGES)
+        return min(max(len(data.split("test")), FRECHET_IMAGES_PER_FEATURE * extractor.dim), FRECHET_MAX_IMAGES)
 
     @property
-    def folder(self) -> Path | None:
+    def cache_dir(self) -> Path | None:
+        """``cache`` as a path."""
         return None if self.cache is None else Path(self.cache)
 
 
 def evaluate(
-    sampler_or_images: reference.SupportsSampling | Tensor,
-    data: reference.EvaluationData,
+    model_or_images: SupportsSampling | Tensor,
+    data: EvaluationData,
     protocol: EvaluationProtocol | None = None,
     *,
     generation: SampleSettings | None = None,
     labels: Tensor | None = None,
     progress: Progress | None = None,
     on_samples: Callable[[Tensor], None] | None = None,
-    keep: Path | None = None,
+    chunk_dir: Path | None = None,
 ) -> Result:
-    """Measure a model, or images, against ``data``.
+    """Measure a model, or a set of images, against ``data``.
 
-    Where torch.distributed runs, all processes must call this; they share the work, and all get the same result.
+    Under torch.distributed all ranks must call this function. They share the work, and all get the same result.
 
     Args:
-        sampler_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W): uint8 as on a disk
-            (0 to 255, whatever the data's number of levels), or float in [-1, 1]; padded as the data or not. Images of
-            a split, which have the data's own levels, are given as ``data.normalize(images)``.
-        data: a datamodule of this package, or anything like it (`reference.EvaluationData`).
-        protocol: see `EvaluationProtocol`.
-        generation: what is known of how the samples came about; what is seen here (network calls, sampler, seed) is
-            filled in.
-        labels: for given images, the class that each was made for, (n,). A model's labels are chosen here.
-        progress: see `Progress`.
-        on_samples: called with the images as they were measured, on the first process.
-        keep: a folder of this model's own, for chunks that are drawn: an evaluation that was broken off goes on there.
+        model_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W), with or without the
+            data's padding: uint8 in 0 to 255 as in an image file (whatever the data's number of levels), or float in
+            [-1, 1]. For images of a split, which have the data's own levels, pass ``data.normalize(images)``.
+        data: a datamodule of this package, or any object with the same interface (`EvaluationData`).
+        protocol: how to measure; None uses the default `EvaluationProtocol`.
+        generation: known facts about how the samples were generated. Network evaluations, sampler and seed are filled
+            in for a model.
+        labels: (n,), for images: the class that each one was generated for. A model's labels are chosen here.
+        progress: called after each unit of work, see `Progress`.
+        on_samples: called on rank zero with the images as they are measured.
+        chunk_dir: folder of this model's own in which finished chunks of samples are stored. An interrupted evaluation
+            resumes from them.
 
     Returns:
-        A `Result` of the first extractor with the metrics of `compute_metrics` and `memorization_metrics`, each
-        distance with that of real images; for models that can, ``bpd_<name>``, ``psnr``, ``ssim`` and the distance of
-        reconstructions; for super-resolution, `super_resolution.super_resolution`. The other extractors' results on the
-        same samples are in its ``also``.
+        The `Result` of the first extractor: the metrics of `compute_metrics` and `memorization_metrics`, each distance
+        with its real-data baseline; ``bpd_<name>``, ``psnr``, ``ssim`` and the Frechet distance of reconstructions for
+        models that support them; the metrics of `super_resolution` for a super-resolution model. The results of the
+        other extractors on the same samples are its ``secondary_results``.
 
     Raises:
-        UserError: too few samples, samples that are not finite, not in [-1, 1] or of another shape, and given images
-            that cannot be of these data (`sanity.check_images`; all that it only suspects is in ``details["flags"]``).
+        UserError: there are too few samples; samples are not finite, outside [-1, 1] or of the wrong shape; or given
+            images cannot be samples of these data (`check_images`; milder doubts go to ``details["warnings"]``).
     """
-    protocol, generation = protocol or EvaluationProtocol(), generation or SampleSettings()
+    protocol = protocol or EvaluationProtocol()
+    generation = generation or SampleSettings()
     extractors = protocol.check(data)
-    extractor = extractors[0]
-    n = protocol.size(data, extractor)
-    spec = data.spec
-    model: Any = None
-    asked: ConditionSource | None = None
-    seconds: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    flags: list[str] = []
-    if isinstance(sampler_or_images, Tensor):
-        given, labels = given_images(sampler_or_images, labels, n, protocol, extractor)
-        flags += sanity_warnings(given, data, protocol, refuse=True)
-        images = as_stored(given, spec)
-        device = torch.device("cpu")
+
+    if isinstance(model_or_images, Tensor):
+        measured = _from_images(model_or_images, labels, data, protocol, extractors[0], generation)
     else:
-        model = sampler_or_images
-        drawn = draw_like(model, n, data, protocol, stage(progress, "sampling"), keep)
-        images, labels, asked = drawn.images, drawn.labels, drawn.asked
-        device = torch.device(getattr(model, "device", "cpu"))
-        seconds["sampling"] = drawn.seconds
-        details["images_per_second"] = n / drawn.seconds
-        details["peak_memory_bytes"] = drawn.peak_memory_bytes
-        details["flops_per_sample"] = flops_per_sample(model, drawn, seed=protocol.seed)
-        if hasattr(model, "sampling_description"):
-            generation = replace(generation, sampler=model.sampling_description())
-        generation = replace(generation, nfe=drawn.nfe, seed=protocol.seed)
-        flags += sanity_warnings(images, data, protocol, refuse=False)
-
+        measured = _from_model(model_or_images, data, protocol, extractors[0], generation, progress, chunk_dir)
     if on_samples is not None:
-        run_on_first(lambda: on_samples(images))
-    extra: dict[str, Metric] = {}
-    if asked is not None:
-        extra |= run_on_first(lambda: super_resolution(images, asked))
-    if model is not None:
-        start = time.perf_counter()
-        extra |= bits_per_dim(model, data, protocol.likelihood_n, protocol.seed, stage(progress, "likelihood"))
-        # The distance of reconstructions needs more images than features, so the smallest extractor measures them.
-        smallest = min(extractors, key=lambda each: each.dim)
-        extra |= reconstruction(model, data, protocol.likelihood_n, protocol.seed, smallest, device)
-        seconds["likelihood"] = time.perf_counter() - start
+        run_on_rank_zero(lambda: on_samples(measured.images))
 
-    results = []
-    for each in extractors:
-        start = time.perf_counter()
-        metrics, more = quality(images, labels, data, protocol, each, device, progress)
-        taken = {"metrics": time.perf_counter() - start}
-        reference = reference_of(data, protocol.reference, each, device, protocol.folder)
-        measurement = Measurement(
-            data=spec.name,
-            n=len(images),
-            reference=reference.name,
-            reference_n=reference.n,
-            reference_hash=reference.hash,
-            extractor=each.name,
-            extractor_hash=each.hash,
-            resize=each.resize,
-            quantization=quantization(spec),
-            **condition_names(model, labels, asked, reference),
-            chunk=protocol.chunk,
-        )
-        first = each is extractor
-        results.append(
-            Result(
-                measurement=measurement,
-                generation=generation,
-                metrics=metrics | (extra if first else {}),
-                headline=each.frechet_name if protocol.ranks_by_frechet(each) else each.primary,
-                created=now(),
-                seconds=(seconds if first else {}) | taken,
-                details=each.details | details | more
-                | {"flags": [*each.details.get("flags", []), *flags, *more["flags"]]},  # type: ignore[misc]
+    model_metrics, model_seconds = _model_metrics(measured, data, protocol, extractors, progress)
+    first, *others = [_result(measured, data, protocol, extractor, progress) for extractor in extractors]
+    return replace(
+        first,
+        metrics=first.metrics | model_metrics,
+        seconds=measured.seconds | model_seconds | first.seconds,
+        secondary_results=others,
+    )
+
+
+@dataclass(frozen=True)
+class _MeasuredSamples:
+    """The samples of one evaluation, and where they come from."""
+
+    images: Tensor
+    """As `quantize_images` returns them."""
+    labels: Tensor | None
+    condition_source: ConditionSource | None
+    generation: SampleSettings
+    warnings: list[str]
+    """Of the sanity checks."""
+    model: Any = None
+    """None for given images."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seconds: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def conditioning(self, reference: Reference) -> dict[str, str]:
+        """The fields ``conditioning`` and ``label_distribution`` of a `Measurement`."""
+        if self.condition_source is not None:
+            names = self.model.condition_names
+            return {
+                "conditioning": self.condition_source.describe(names),
+                "label_distribution": self.condition_source.split if "label" in names else "none",
+            }
+        if self.labels is None:
+            return {"conditioning": "unconditional", "label_distribution": "none"}
+        distribution = reference.name if self.model is not None else "as given"
+        return {"conditioning": "labels", "label_distribution": distribution}
+
+
+def _from_images(
+    images: Tensor,
+    labels: Tensor | None,
+    data: EvaluationData,
+    protocol: EvaluationProtocol,
+    extractor: Extractor,
+    generation: SampleSettings,
+) -> _MeasuredSamples:
+    """The first ``protocol.n`` of given images; all of them if the protocol leaves the number open."""
+    n = protocol.resolve_num_images(data, extractor)
+    if len(images) < n:
+        if protocol.n is not None:
+            raise UserError(f"The protocol needs {n} images, but only {len(images)} were given.")
+        if len(images) < MIN_IMAGES:
+            raise UserError(f"{len(images)} samples are too few: give at least {MIN_IMAGES}.")
+        if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
+            raise UserError(
+                f"{len(images)} images are too few for a Frechet distance on the {extractor.dim} features of "
+                f"{extractor.name}: give more than {extractor.dim}."
             )
-        )  # fmt: skip
-    return replace(results[0], also=results[1:])
+    if labels is not None and len(labels) != len(images):
+        raise UserError(f"{len(images)} images have {len(labels)} labels: give one for each image.")
+    images, labels = images[:n], None if labels is None else labels[:n]
+    warnings = sanity_warnings(images, data, protocol, refuse=True)
+    return _MeasuredSamples(quantize_images(images, data.spec), labels, None, generation, warnings)
 
 
-def condition_names(
-    model: Any, labels: Tensor | None, asked: ConditionSource | None, reference: Reference
-) -> dict[str, str]:
-    """What the model was told of each sample: two fields of a `Measurement`."""
-    if asked is not None:
-        return {
-            "conditioning": asked.describe(model.uses),
-            "label_distribution": asked.split if "label" in model.uses else "none",
-        }
-    if labels is None:
-        return {"conditioning": "unconditional", "label_distribution": "none"}
-    return {"conditioning": "labels", "label_distribution": reference.name if model is not None else "as given"}
+def _from_model(
+    model: SupportsSampling,
+    data: EvaluationData,
+    protocol: EvaluationProtocol,
+    extractor: Extractor,
+    generation: SampleSettings,
+    progress: Progress | None,
+    chunk_dir: Path | None,
+) -> _MeasuredSamples:
+    """Samples of ``model``, with their cost."""
+    n = protocol.resolve_num_images(data, extractor)
+    samples = sample_for_protocol(model, n, data, protocol, _of_stage(progress, "sampling"), chunk_dir)
+    details = {
+        "images_per_second": n / samples.seconds,
+        "peak_memory_bytes": samples.peak_memory_bytes,
+        "flops_per_sample": flops_per_sample(model, samples, seed=protocol.seed),
+    }
+    if hasattr(model, "sampling_description"):
+        generation = replace(generation, sampler=model.sampling_description())  # type: ignore[attr-defined]
+    return _MeasuredSamples(
+        images=samples.images,
+        labels=samples.labels,
+        condition_source=samples.condition_source,
+        generation=replace(generation, nfe=samples.nfe, seed=protocol.seed),
+        warnings=sanity_warnings(samples.images, data, protocol, refuse=False),
+        model=model,
+        device=torch.device(getattr(model, "device", "cpu")),
+        seconds={"sampling": samples.seconds},
+        details=details,
+    )
 
 
-def stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    """``progress`` for one part of the work."""
-    return None if progress is None else lambda done, total: progress(name, done, total)
-
-
-def draw_like(
-    model: reference.SupportsSampling,
+def sample_for_protocol(
+    model: SupportsSampling,
     n: int,
-    data: reference.EvaluationData,
+    data: EvaluationData,
     protocol: EvaluationProtocol,
     progress: Callable[[int, int], None] | None = None,
-    keep: Path | None = None,
+    chunk_dir: Path | None = None,
 ) -> Samples:
-    """``n`` samples in the form that extractors take; a conditional model is asked for the reference's classes, and one
-    that is told more for what held-out images have."""
-    labels, asked = None, choose_conditions(model, data, n, seed=protocol.seed, split=protocol.conditions)
-    if asked is None and getattr(model, "conditional", False):
-        known = data.split("train" if is_file(protocol.reference) else protocol.reference).labels
-        if known is None:
-            raise UserError(f"A conditional model needs labels to draw, and data '{data.spec.name}' has none.")
-        labels = labels_like(known, n, protocol.seed)
+    """Draw ``n`` samples for measurement.
+
+    A class-conditional model gets labels in the proportions of the reference. A model with further conditions gets
+    those of held-out images.
+    """
+    labels = None
+    source = choose_conditions(model, data, n, seed=protocol.seed, split=protocol.condition_split)
+    if source is None and getattr(model, "conditional", False):
+        split = "train" if is_statistics_file(protocol.reference) else protocol.reference
+        reference_labels = data.split(split).labels
+        if reference_labels is None:
+            raise UserError(f"Sampling from a conditional model needs labels, and data '{data.spec.name}' has none.")
+        labels = labels_like(reference_labels, n, protocol.seed)
     return draw_samples(
-        model, n, seed=protocol.seed, chunk=protocol.chunk, labels=labels, asked=asked, finish=as_stored,
-        spec=data.spec, progress=progress, keep=keep,
+        model, n, seed=protocol.seed, chunk_size=protocol.chunk_size, labels=labels, condition_source=source,
+        postprocess=quantize_images, spec=data.spec, progress=progress, chunk_dir=chunk_dir,
     )  # fmt: skip
 
 
-def quality(
-    images: Tensor,
-    labels: Tensor | None,
-    data: reference.EvaluationData,
+def _model_metrics(
+    measured: _MeasuredSamples,
+    data: EvaluationData,
+    protocol: EvaluationProtocol,
+    extractors: Sequence[Extractor],
+    progress: Progress | None,
+) -> tuple[dict[str, Metric], dict[str, float]]:
+    """(metrics, seconds): super-resolution, likelihoods and reconstructions. Empty for given images."""
+    metrics: dict[str, Metric] = {}
+    source, model = measured.condition_source, measured.model
+    if source is not None:
+        metrics |= run_on_rank_zero(lambda: super_resolution(measured.images, source))
+    if model is None:
+        return metrics, {}
+    start = time.perf_counter()
+    n, seed = protocol.num_likelihood_images, protocol.seed
+    metrics |= bits_per_dim(model, data, n, seed, _of_stage(progress, "likelihood"))
+    # The Frechet distance of reconstructions needs more images than features: use the extractor with the fewest.
+    smallest = min(extractors, key=lambda extractor: extractor.dim)
+    metrics |= reconstruction(model, data, n, seed, smallest, measured.device)
+    return metrics, {"likelihood": time.perf_counter() - start}
+
+
+def _result(
+    measured: _MeasuredSamples,
+    data: EvaluationData,
     protocol: EvaluationProtocol,
     extractor: Extractor,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """(metrics, details) of images as `quantize.as_stored` gives them; real images give each its floor.
+    progress: Progress | None,
+) -> Result:
+    """The result of one extractor on the samples."""
+    start = time.perf_counter()
+    metrics, details = _measure(measured, data, protocol, extractor, progress)
+    seconds = {"metrics": time.perf_counter() - start}
+    reference = load_reference(data, protocol.reference, extractor, measured.device, protocol.cache_dir)
+    measurement = Measurement(
+        data=data.spec.name,
+        num_images=len(measured.images),
+        reference=reference.name,
+        num_reference_images=reference.n,
+        reference_hash=reference.hash,
+        extractor=extractor.name,
+        extractor_hash=extractor.hash,
+        resize=extractor.resize,
+        quantization=_quantization(data.spec),
+        **measured.conditioning(reference),
+        chunk_size=protocol.chunk_size,
+    )
+    warnings = [*extractor.details.get("warnings", []), *measured.warnings, *details["warnings"]]  # type: ignore[misc]
+    return Result(
+        measurement=measurement,
+        generation=measured.generation,
+        metrics=metrics,
+        primary_metric=extractor.frechet_name if protocol.ranks_by_frechet(extractor) else extractor.primary,
+        created=now(),
+        seconds=seconds,
+        details=extractor.details | measured.details | details | {"warnings": warnings},
+    )
 
-    All processes share the extraction of features; the first one computes the figures from them.
-    """
+
+def _measure(
+    measured: _MeasuredSamples,
+    data: EvaluationData,
+    protocol: EvaluationProtocol,
+    extractor: Extractor,
+    progress: Progress | None,
+) -> tuple[dict[str, Metric], dict[str, Any]]:
+    """(metrics, details) of the samples. All ranks share feature extraction; rank zero computes the metrics."""
 
     def real(name: str) -> Reference:
-        return reference_of(data, name, extractor, device, protocol.folder, stage(progress, f"features of {name}"))
+        report = _of_stage(progress, f"features of {name}")
+        return load_reference(data, name, extractor, measured.device, protocol.cache_dir, report)
 
     reference = real(protocol.reference)
-    held = RealFeatures(**{name: real(name).features for name in ("train", "test", "val")})  # type: ignore[arg-type]
-    held_out = real("test" if reference.name != "test" else "val")
-    own = extractor(images, device, stage(progress, "features"))
+    train, val, test = (real(name) for name in ("train", "val", "test"))
+    held_out = test if reference.name != "test" else val
+    features = extractor(measured.images, measured.device, _of_stage(progress, "features"))
 
-    def work() -> tuple[dict[str, Metric], dict[str, Any]]:
-        further = dict(protocol.metrics)
-        ground = real_data_baseline(held_out, reference, len(own), extractor, further)
-        metrics = compute_metrics(own, reference, extractor, labels=labels, further=further)
-        metrics = add_baselines(metrics, ground.figures, ground.note) | memorization_metrics(own.features, held)
-        details: dict[str, Any] = {"flags": check_features(own.features, ground.features.features)}
-        if data.spec.dims != 2:
-            looked_at = own.features[:LOOKED_AT]
-            details["nearest_training"] = nearest_distances(looked_at, held.train.features, NEIGHBOURS).tolist()
+    def compute() -> tuple[dict[str, Metric], dict[str, Any]]:
+        extra = dict(protocol.metrics)
+        real_features = RealFeatures(train=train.features, val=val.features, test=test.features)  # type: ignore[arg-type]
+        baseline = real_data_baseline(held_out, reference, len(features), extractor, extra)
+        metrics = compute_metrics(features, reference, extractor, labels=measured.labels, extra_metrics=extra)
+        metrics = add_baselines(metrics, baseline.metrics, baseline.note)
+        metrics |= memorization_metrics(features.features, real_features)
+
+        warnings = check_features(features.features, baseline.features.features)
+        details: dict[str, Any] = {"warnings": warnings}
+        if data.spec.num_values != 2:  # points in the plane are not shown as images
+            queries = features.features[:NEIGHBOR_QUERIES]
+            nearest = nearest_neighbors(queries, real_features.train.features, NEIGHBORS_PER_QUERY)
+            details["nearest_training"] = nearest.tolist()
         if {"density", "coverage"} <= metrics.keys():
-            n = min(len(own), reference.n)
-            said = missing_modes(*(metrics[name].value or 0.0 for name in ("density", "coverage")), n=n)
-            details["flags"] += [] if said is None else [said]
-        if (shares := shares_of(own, extractor)) is not None:
-            details["class_shares"], details["class_shares_of_floor"] = shares, shares_of(ground.features, extractor)
+            density, coverage = (metrics[name].value or 0.0 for name in ("density", "coverage"))
+            warning = missing_modes(density, coverage, n=min(len(features), reference.n))
+            warnings += [] if warning is None else [warning]
+        if (shares := data_class_shares(features, extractor)) is not None:
+            details["class_shares"] = shares
+            details["class_shares_of_real_images"] = data_class_shares(baseline.features, extractor)
         return metrics, details
 
-    return run_on_first(work)
+    return run_on_rank_zero(compute)
 
 
 @dataclass(frozen=True)
 class RealDataBaseline:
-    """Figures of real held-out images: how good samples can get."""
+    """Metrics of held-out real images: the values that perfect samples would reach."""
 
-    figures: dict[str, Metric]
+    metrics: dict[str, Metric]
     features: Features
     note: str
-    """What sets it apart from the samples' own n; empty when nothing does."""
+    """How the number of images differs from that of the samples; empty if it does not."""
 
 
 def real_data_baseline(
-    held_out: Reference, reference: Reference, n: int, extractor: Extractor, further: ExtraMetric
+    held_out: Reference, reference: Reference, n: int, extractor: Extractor, extra_metrics: ExtraMetrics
 ) -> RealDataBaseline:
-    """The floor at ``n`` of the ``held_out`` images, or at all of them. Its figures are kept for the next model."""
+    """Metrics of ``n`` held-out images, or of all if there are fewer, cached in memory for the next model."""
     assert held_out.features is not None
     rows = evenly_spaced_indices(held_out.n, n)
-    own = held_out.features[rows]
+    features = held_out.features[rows]
     labels = None if held_out.labels is None else held_out.labels[rows]
-    key = (held_out.hash, reference.hash, len(own), extractor.hash, extractor.resize)
+    key = (held_out.hash, reference.hash, len(features), extractor.hash, extractor.resize)
     if key not in _BASELINES:
-        _BASELINES[key] = compute_metrics(own, reference, extractor, labels=labels, error=False)
-    found = dict(_BASELINES[key])
+        _BASELINES[key] = compute_metrics(features, reference, extractor, labels=labels, with_intervals=False)
+    metrics = dict(_BASELINES[key])
     if reference.features is not None:
-        for name, metric in further.items():
-            found[name] = Metric(metric(own.features, reference.features.features))
-    return RealDataBaseline(found, own, "" if len(own) == n else f"floor from {len(own)} {held_out.name} images")
+        for name, metric in extra_metrics.items():
+            metrics[name] = Metric(metric(features.features, reference.features.features))
+    note = "" if len(features) == n else f"real-data baseline from {len(features)} {held_out.name} images"
+    return RealDataBaseline(metrics, features, note)
 
 
 _BASELINES: dict[tuple[str | int, ...], dict[str, Metric]] = {}
 
 
-def given_images(
-    images: Tensor, labels: Tensor | None, n: int, protocol: EvaluationProtocol, extractor: Extractor
-) -> tuple[Tensor, Tensor | None]:
-    """The first ``n`` of given images, or all of fewer where the protocol names no number."""
-    if len(images) < n:
-        if protocol.n is not None:
-            raise UserError(f"The protocol asks for {n} images, and {len(images)} were given.")
-        if len(images) < MIN_N:
-            raise UserError(f"{len(images)} samples measure nothing: give at least {MIN_N}.")
-        if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
-            raise UserError(
-                f"{len(images)} images cannot carry a Frechet distance on the {extractor.dim} features of "
-                f"{extractor.name}: give more than {extractor.dim}."
-            )
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"{len(images)} images have {len(labels)} labels: give one for each.")
-    return images[:n], None if labels is None else labels[:n]
+def sanity_warnings(images: Tensor, data: EvaluationData, protocol: EvaluationProtocol, *, refuse: bool) -> list[str]:
+    """The warnings of `check_images` and `check_reference`, computed on rank zero.
 
-
-def sanity_warnings(
-    images: Tensor, data: reference.EvaluationData, protocol: EvaluationProtocol, *, refuse: bool
-) -> list[str]:
-    """`sanity.check_images` and `sanity.check_reference` against the protocol's reference, or the training split where
-    that is a file. The first process computes them."""
-    name = "train" if is_file(protocol.reference) else protocol.reference
+    Images are compared with the protocol's reference, or with the training split if that is a statistics file.
+    """
+    name = "train" if is_statistics_file(protocol.reference) else protocol.reference
     real = data.split(name).images
-    compared = real[evenly_spaced_indices(len(real), len(images))]  # as for the neighbour metrics
-    return run_on_first(lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name))
+    compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbor metrics use
+    return run_on_rank_zero(
+        lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name)
+    )
 
 
-def quantization(spec: DataSpec) -> str:
-    if spec.num_levels is None:
+def _quantization(spec: DataSpec) -> str:
+    if spec.num_bins is None:
         return "none"
-    return "uint8" if spec.num_levels == 256 else f"uint8, {spec.num_levels} levels"
+    return "uint8" if spec.num_bins == 256 else f"uint8, {spec.num_bins} levels"
+
+
+def _of_stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    """``progress`` for one stage of the evaluation."""
+    return None if progress is None else lambda done, total: progress(stage, done, total)

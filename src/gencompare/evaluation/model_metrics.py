@@ -12,170 +12,172 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from gencompare.distributed import distribute
+from gencompare.distributed import distributed_map
 from gencompare.evaluation.extractors.extractor import Extractor
+from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.frechet import frechet_distance
-from gencompare.evaluation.reference import (
-    EvaluationData,
-    as_stored,
-    batch_of,
-    evenly_spaced_indices,
-    levels_of,
-    to_uint8,
-)
-from gencompare.evaluation.sampling import ConditionSource, evaluating
+from gencompare.evaluation.reference import EvaluationData, quantize_images, split_batch, to_levels, to_uint8
+from gencompare.evaluation.sampling import ConditionSource, eval_mode
 from gencompare.generative_model import Cond, SupportsReconstruction, TrainedModel
 from gencompare.records import Metric
 from gencompare.rng import generator
 
-WINDOW = 11
-"""Pixels on a side of the window in which structural similarity is taken."""
-BATCH = 100
-"""Images scored from one generator: a part of the protocol, so that figures do not depend on processes."""
+SSIM_WINDOW = 11
+"""Side of the window of structural similarity, in pixels."""
+BATCH_SIZE = 100
+"""Images that share one random generator. Part of the protocol, so that values do not depend on the number of ranks."""
+SUPER_RESOLUTION_BATCH_SIZE = 500
 
 
 def bits_per_dim(
     model: Any, data: EvaluationData, n: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Metric]:
-    """``bpd_<name>`` for each entry of ``model.likelihoods()``: mean of ``n`` test images, its terms in the note."""
+    """``bpd_<name>`` for each entry of ``model.likelihoods()``: the mean over ``n`` test images.
+
+    The note contains the kind (exact, bound or estimate) and the mean of each term.
+    """
     likelihoods = getattr(model, "likelihoods", dict)()
-    rows = test_rows(data, n)
+    rows = _test_rows(data, n)
     metrics = {}
     for name, likelihood in likelihoods.items():
 
         def score(k: int, name: str = name, likelihood: Any = likelihood) -> dict[str, Tensor]:
-            x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
-            with evaluating(model), torch.no_grad():
+            x, cond = _test_batch(model, data, rows[k * BATCH_SIZE : (k + 1) * BATCH_SIZE])
+            with eval_mode(model), torch.no_grad():
                 terms = likelihood.terms(x, cond, generator(x.device, seed, "likelihood", name, k))
             if progress is not None:
-                progress(min(len(rows), (k + 1) * BATCH), len(rows))
+                progress(min(len(rows), (k + 1) * BATCH_SIZE), len(rows))
             return {term: bits.cpu() for term, bits in terms.items()}
 
-        parts = distribute(batches(rows), score)
-        terms = {term: torch.cat([part[term] for part in parts]).double() for term in parts[0]}
+        batches = distributed_map(score, _num_batches(rows))
+        terms = {term: torch.cat([batch[term] for batch in batches]).double() for term in batches[0]}
         bits = torch.stack(list(terms.values())).sum(0)
         value = float(bits.mean())
         bad = int((~torch.isfinite(bits)).sum())
-        note = f"{likelihood.kind}, {counted_images(rows, data)}"
+        note = f"{likelihood.kind}, {_describe_rows(rows, data)}"
         if len(terms) > 1:
             note += "; " + " + ".join(f"{term} {float(each.mean()):.3g}" for term, each in terms.items())
-        metrics[f"bpd_{name}"] = Metric(
-            None if bad else value, better="lower", unit="bits/dim",
-            note=note + (f"; {bad} of them came out as not finite" if bad else ""),
-        )  # fmt: skip
+        if bad:
+            note += f"; {bad} of them are not finite"
+        metrics[f"bpd_{name}"] = Metric(None if bad else value, higher_is_better=False, unit="bits/dim", note=note)
     return metrics
 
 
 def reconstruction(
     model: Any, data: EvaluationData, n: int, seed: int, extractor: Extractor, device: torch.device
 ) -> dict[str, Metric]:
-    """How well a model with an encoder gives ``n`` test images back: all of them, where a distance takes so many.
+    """How well a model with an encoder reconstructs test images; empty for any other model.
 
-    ``psnr`` = 10 log10(255^2 / mean squared error) of bytes; ``ssim``, structural similarity (Wang et al. 2004), for
-    images of 11 pixels and more; and ``r<frechet>``, the Frechet distance of reconstructions from the images that they
-    are of. That needs more images than the extractor has features, and is None where the test split has no more.
+    Metrics are ``psnr`` and ``ssim`` (`reconstruction_similarity`) and ``r<frechet>``, the Frechet distance between
+    reconstructions and originals. That needs more images than the extractor has features: if ``n`` are too few, all
+    test images are used, and if these are too few, it is None.
     """
     autoencoder = model.autoencoder() if isinstance(model, TrainedModel) else model
-    if not isinstance(autoencoder, SupportsReconstruction) or data.spec.num_levels is None:
+    if not isinstance(autoencoder, SupportsReconstruction) or data.spec.num_bins is None:
         return {}
     total = len(data.split("test"))
-    rows = test_rows(data, n if n > extractor.dim or total <= extractor.dim else total)
+    rows = _test_rows(data, n if n > extractor.dim or total <= extractor.dim else total)
 
-    def rebuild(k: int) -> tuple[Tensor, Tensor]:
-        x, cond = test_batch(model, data, rows[k * BATCH : (k + 1) * BATCH])
-        with evaluating(model), torch.no_grad():
-            again = autoencoder.reconstruct(x, cond, generator=generator(x.device, seed, "reconstruct", k))
-        return to_uint8(x, data.spec), to_uint8(again.clamp(-1, 1), data.spec)
+    def reconstruct(k: int) -> tuple[Tensor, Tensor]:
+        x, cond = _test_batch(model, data, rows[k * BATCH_SIZE : (k + 1) * BATCH_SIZE])
+        with eval_mode(model), torch.no_grad():
+            y = autoencoder.reconstruct(x, cond, generator=generator(x.device, seed, "reconstruct", k))
+        return to_uint8(x, data.spec), to_uint8(y.clamp(-1, 1), data.spec)
 
-    pairs = distribute(batches(rows), rebuild)
-    real, rebuilt = (torch.cat(images) for images in zip(*pairs, strict=True))
-    note = f"reconstruction, {counted_images(rows, data)}"
+    batches = distributed_map(reconstruct, _num_batches(rows))
+    originals, reconstructions = (torch.cat(images) for images in zip(*batches, strict=True))
+    note = f"reconstruction, {_describe_rows(rows, data)}"
     if len(rows) > extractor.dim:
-        distance = frechet_distance(*(extractor(images, device).features for images in (rebuilt, real)))
-        frechet = Metric(distance, better="lower", note=note)
+        features = [extractor(images, device).features for images in (reconstructions, originals)]
+        frechet = Metric(frechet_distance(*features), higher_is_better=False, note=note)
     else:
-        frechet = Metric(None, better="lower", note=f"{note}: too few for {extractor.dim} features")
-    return {f"r{extractor.frechet_name}": frechet} | reconstruction_similarity(real, rebuilt, note)
+        frechet = Metric(None, higher_is_better=False, note=f"{note}: too few for {extractor.dim} features")
+    return {f"r{extractor.frechet_name}": frechet} | reconstruction_similarity(originals, reconstructions, note)
 
 
-def reconstruction_similarity(real: Tensor, rebuilt: Tensor, note: str) -> dict[str, Metric]:
-    """``psnr`` and, where images are large enough, ``ssim`` of uint8 images (n, C, H, W) in place of ``real`` ones."""
-    real, rebuilt, found = real.float(), rebuilt.float(), {}
-    psnr = float(peak_signal_noise_ratio(rebuilt, real, data_range=255.0))
-    found["psnr"] = Metric(psnr if math.isfinite(psnr) else None, better="higher", unit="dB", note=note)
-    if min(real.shape[2:]) >= WINDOW:
-        pairs = zip(rebuilt.split(BATCH), real.split(BATCH), strict=True)
-        of_each = [structural_similarity_index_measure(*pair, reduction="none", data_range=255.0) for pair in pairs]
-        found["ssim"] = Metric(float(torch.cat(of_each).mean()), better="higher", note=note)  # type: ignore[arg-type]
-    return found
+def reconstruction_similarity(originals: Tensor, reconstructions: Tensor, note: str = "") -> dict[str, Metric]:
+    r"""``psnr`` and, if images have at least 11 pixels on each side, ``ssim`` of uint8 images (n, C, H, W).
+
+    .. math:: \mathrm{PSNR} = 10 \log_{10} \frac{255^2}{\mathrm{MSE}}
+
+    with the mean squared error over all images. SSIM is the structural similarity of Wang et al. (2004), "Image Quality
+    Assessment: From Error Visibility to Structural Similarity", averaged over images.
+    """
+    target, preds, metrics = originals.float(), reconstructions.float(), {}
+    psnr = float(peak_signal_noise_ratio(preds, target, data_range=255.0))
+    metrics["psnr"] = Metric(psnr if math.isfinite(psnr) else None, higher_is_better=True, unit="dB", note=note)
+    if min(target.shape[2:]) >= SSIM_WINDOW:
+        pairs = zip(preds.split(BATCH_SIZE), target.split(BATCH_SIZE), strict=True)
+        ssim = [structural_similarity_index_measure(*pair, reduction="none", data_range=255.0) for pair in pairs]
+        metrics["ssim"] = Metric(float(torch.cat(ssim).mean()), higher_is_better=True, note=note)  # type: ignore[arg-type]
+    return metrics
 
 
-def test_rows(data: EvaluationData, n: int) -> Tensor:
+def super_resolution(images: Tensor, source: ConditionSource) -> dict[str, Metric]:
+    """How well samples agree with their low-resolution images; empty if ``source`` provides none.
+
+    ``consistency`` is the mean squared difference between the low-resolution image and the downscaled sample, for
+    pixels in [0, 1] (Saharia et al. 2021, "Image Super-Resolution via Iterative Refinement", section 4,
+    https://arxiv.org/abs/2104.07636). ``psnr`` and ``ssim`` compare sample and original. Both favor a blurred average
+    of all plausible originals, so the note contains their values for bicubic upscaling.
+
+    Args:
+        images: samples as `quantize_images` returns them.
+        source: the images that provided the conditions.
+    """
+    data, spec = source.data, source.data.spec
+    if "low_res" not in spec.conditions or spec.num_bins is None:
+        return {}
+    errors, originals, upscaled = [], [], []
+    for start in range(0, len(images), SUPER_RESOLUTION_BATCH_SIZE):
+        batch = slice(start, start + SUPER_RESOLUTION_BATCH_SIZE)
+        x, cond = source.batch(batch)
+        part = data.split(source.split)[source.rows[batch]]
+        low_res = data.cond(data.normalize(to_levels(images[batch], spec)), part)["low_res"]
+        errors.append((low_res - cond["low_res"]).div(2).square().flatten(1).mean(1))
+        originals.append(quantize_images(x, spec))
+        bicubic = F.interpolate(cond["low_res"], x.shape[2:], mode="bicubic", align_corners=False)
+        upscaled.append(quantize_images(bicubic.clamp(-1, 1), spec))
+    original = torch.cat(originals)
+    note = f"sample against original, {len(images)} {source.split} images"
+    metrics = reconstruction_similarity(original, images, note)
+    for name, metric in reconstruction_similarity(original, torch.cat(upscaled)).items():
+        if name in metrics and metric.value is not None:
+            metrics[name] = replace(metrics[name], note=f"{note}; resized low_res: {metric.value:.4g}")
+    consistency = Metric(
+        float(torch.cat(errors).double().mean()),
+        higher_is_better=False,
+        note="squared, pixels in [0, 1]; low_res of samples",
+    )
+    return {"consistency": consistency} | metrics
+
+
+def with_low_res(images: Tensor, source: ConditionSource | None) -> tuple[Tensor, int | None]:
+    """(uint8 images, number of columns) for a grid that shows each sample between its low-resolution image and its
+    original. Samples without low-resolution images are returned unchanged, with None columns (a square grid)."""
+    if source is None or "low_res" not in source.data.spec.conditions or source.data.spec.num_bins is None:
+        return images, None
+    x, cond = source.batch(slice(len(images)))
+    spec = source.data.spec
+    low_res = quantize_images(F.interpolate(cond["low_res"], x.shape[2:], mode="nearest"), spec)
+    triples = torch.stack([low_res, images, quantize_images(x, spec)], dim=1).flatten(0, 1)
+    return triples, 3 * max(1, round((len(images) / 3) ** 0.5))
+
+
+def _test_rows(data: EvaluationData, n: int) -> Tensor:
     return evenly_spaced_indices(len(data.split("test")), n)
 
 
-def batches(rows: Tensor) -> int:
-    return -(-len(rows) // BATCH)
+def _num_batches(rows: Tensor) -> int:
+    return -(-len(rows) // BATCH_SIZE)
 
 
-def test_batch(model: Any, data: EvaluationData, rows: Tensor) -> tuple[Tensor, Cond]:
-    """Test images as the model was trained on them, and the conditions that it uses."""
-    x, cond = batch_of(data, "test", rows, torch.device(getattr(model, "device", "cpu")))
-    return x, model.used(cond) if hasattr(model, "used") else cond
+def _test_batch(model: Any, data: EvaluationData, rows: Tensor) -> tuple[Tensor, Cond]:
+    """Test images as the model sees them, and the conditions that it uses."""
+    x, cond = split_batch(data, "test", rows, torch.device(getattr(model, "device", "cpu")))
+    return x, model.select_conditions(cond) if hasattr(model, "select_conditions") else cond
 
 
-def counted_images(rows: Tensor, data: EvaluationData) -> str:
+def _describe_rows(rows: Tensor, data: EvaluationData) -> str:
     total = len(data.split("test"))
     return f"{len(rows)} test images" if len(rows) == total else f"{len(rows)} of {total} test images"
-
-
-ROWS = 500
-"""Images in one step of what is computed about all samples."""
-
-
-def super_resolution(images: Tensor, asked: ConditionSource) -> dict[str, Metric]:
-    """How samples (as `quantize.as_stored` gives them) agree with the low-resolution images that they were asked for.
-
-    ``consistency`` is the mean squared difference between the low-resolution image and what the sample becomes when it
-    is made smaller in the same way, for pixels in [0, 1] (Saharia et al. 2021, "Image super-resolution via iterative
-    refinement", section 4). ``psnr`` and ``ssim`` compare sample and original, so both reward a blurred guess between
-    all originals that are possible: the note says what plain resizing of the low-resolution image gets.
-    """
-    data, spec = asked.data, asked.data.spec
-    if "low_res" not in spec.conditions or spec.num_levels is None:
-        return {}
-    errors, originals, resized = [], [], []
-    for start in range(0, len(images), ROWS):
-        places = slice(start, start + ROWS)
-        x, cond = asked.batch(places)
-        part = data.split(asked.split)[asked.rows[places]]
-        own = data.cond(data.normalize(levels_of(images[places], spec)), part)["low_res"]
-        errors.append((own - cond["low_res"]).div(2).square().flatten(1).mean(1))
-        originals.append(as_stored(x, spec))
-        plain = F.interpolate(cond["low_res"], x.shape[2:], mode="bicubic", align_corners=False)
-        resized.append(as_stored(plain.clamp(-1, 1), spec))
-    original = torch.cat(originals)
-    note = f"sample against original, {len(images)} {asked.split} images"
-    found = reconstruction_similarity(original, images, note)
-    blurred = reconstruction_similarity(original, torch.cat(resized), "")
-    for name, metric in blurred.items():
-        if name in found and metric.value is not None:
-            found[name] = replace(found[name], note=f"{note}; resized low_res: {metric.value:.4g}")
-    consistency = Metric(
-        float(torch.cat(errors).double().mean()), better="lower", note="squared, pixels in [0, 1]; low_res of samples"
-    )
-    return {"consistency": consistency} | found
-
-
-def with_low_res(images: Tensor, asked: ConditionSource | None) -> tuple[Tensor, int | None]:
-    """Samples for a picture, (images uint8, columns): each between its low-resolution image and its original.
-
-    Samples that were asked for none are left as they are, in a square.
-    """
-    if asked is None or "low_res" not in asked.data.spec.conditions or asked.data.spec.num_levels is None:
-        return images, None
-    x, cond = asked.batch(slice(len(images)))
-    spec = asked.data.spec
-    small = as_stored(F.interpolate(cond["low_res"], x.shape[2:], mode="nearest"), spec)
-    rows = torch.stack([small, images, as_stored(x, spec)], dim=1).flatten(0, 1)
-    return rows, 3 * max(1, round((len(images) / 3) ** 0.5))

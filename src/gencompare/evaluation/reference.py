@@ -1,4 +1,4 @@
-"""The reference: real images of one split, stored as samples are, or published statistics."""
+"""The reference: features of real images of one split, or published statistics; and how images are quantized."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gencompare.cache import cached_array, load, store
-from gencompare.distributed import all_agree, rank_and_world_size, run_on_first
+from gencompare.cache import cached_array, load_cached, store_cached
+from gencompare.distributed import all_ranks_true, rank_and_world_size, run_on_rank_zero
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features
 from gencompare.evaluation.metrics.frechet import Statistics
@@ -25,7 +25,7 @@ from gencompare.generative_model import Cond, DataSpec
 
 
 class DataSplit(Protocol):
-    """One split: images at their own levels, unpadded, labels (or None), and further conditions that are kept."""
+    """One split: unpadded images at the data's own levels, labels (or None), and stored conditions."""
 
     @property
     def images(self) -> Tensor: ...
@@ -34,9 +34,11 @@ class DataSplit(Protocol):
     def labels(self) -> Tensor | None: ...
 
     @property
-    def kept(self) -> Mapping[str, Tensor]: ...
+    def extra_conditions(self) -> Mapping[str, Tensor]: ...
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor) -> DataSplit: ...
 
 
 class EvaluationData(Protocol):
@@ -44,113 +46,131 @@ class EvaluationData(Protocol):
 
     spec: DataSpec
 
-    def split(self, name: str) -> Any: ...
+    def split(self, name: str) -> Any:
+        """The `DataSplit` called ``name``: ``train``, ``val``, ``test``, or a union such as ``train+val``."""
+        ...
 
-    def hash(self, name: str) -> str: ...
+    def hash(self, name: str) -> str:
+        """A hash of the pixels of a split."""
+        ...
 
-    def normalize(self, images: Tensor) -> Tensor: ...
+    def normalize(self, images: Tensor, /) -> Tensor:
+        """Images of a split as models see them: float in [-1, 1], padded."""
+        ...
 
-    def cond(self, x: Tensor, part: Any) -> Cond: ...
+    def cond(self, x: Tensor, part: Any, /) -> Cond:
+        """All conditions of the normalized images ``x`` of the `DataSplit` ``part``."""
+        ...
 
 
 @runtime_checkable
 class SupportsSampling(Protocol):
-    """Anything that draws images: a `GenerativeModel`, or an object with this one method.
+    """Anything that draws images: a `GenerativeModel`, or any object with this one method.
 
-    Also used where they are there: ``conditional``, ``uses``, ``device``, ``counted_networks()``, ``likelihoods()``,
+    Used where available: ``conditional``, ``condition_names``, ``device``, ``nfe_networks()``, ``likelihoods()``,
     ``reconstruct()``, ``sampling_description()``.
     """
 
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor: ...
 
 
-def batch_of(data: EvaluationData, split: str, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Cond]:
-    """Images of a split as a model sees them, (n, C, H, W), and all that the data tell of them, on ``device``."""
+def split_batch(
+    data: EvaluationData, split: str, rows: Tensor, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Cond]:
+    """Images of a split as models see them, (n, C, H, W), and all their conditions, on ``device``."""
     part = data.split(split)[rows]
     x = data.normalize(part.images.to(device))
     return x, {name: value.to(device) for name, value in data.cond(x, part).items()}
 
 
+# Quantization
+
 OVERSHOOT = 0.05
-"""Values beyond [-1, 1] by no more than this (rounding of other programs) are clamped; further out is refused."""
+"""Values outside [-1, 1] by at most this much (rounding errors) are clamped; larger ones are refused."""
 
 
 def to_uint8(x: Tensor, spec: DataSpec) -> Tensor:
-    """Images in [-1, 1], (n, C, H, W), as uint8 0 to 255 on the CPU, padding cropped.
+    r"""Images in [-1, 1], (n, C, H, W), as uint8 in 0 to 255 on the CPU, padding cropped.
 
-    Values are rounded to the data's own ``L = num_levels`` levels first (256 for continuous data), then spread over
-    0 to 255: level = round((x + 1) / 2 (L - 1)), byte = round(255 level / (L - 1)). Digits have 17 levels, and an
-    image of that set can hold no others.
+    Values are first rounded to the data's own :math:`L` levels (``spec.num_bins``; 256 for continuous data):
 
-    Raises `UserError` for NaN, infinite values, and values further than `OVERSHOOT` outside [-1, 1].
+    .. math:: l = \mathrm{round}\left(\tfrac{x + 1}{2} (L - 1)\right), \qquad
+        b = \mathrm{round}\left(\tfrac{255\, l}{L - 1}\right)
+
+    Digits, for example, have 17 levels, and no image of that data set contains any others.
+
+    Raises:
+        UserError: values are not finite, or outside [-1, 1] by more than `OVERSHOOT`.
     """
-    x = unpadded(x, spec)
-    check_finite(x)
-    most = float(x.abs().max()) if x.numel() else 0.0
-    if most > 1 + OVERSHOOT:
-        raise UserError(f"Samples must lie in [-1, 1], and these reach {most:.4g}: scale them, or give uint8 images.")
-    steps = (spec.num_levels or 256) - 1
-    level = x.float().clamp(-1, 1).add(1).mul(steps / 2).round()
-    return spread(level, steps)
+    x = crop_padding(x, spec)
+    _check_finite(x)
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    if largest > 1 + OVERSHOOT:
+        raise UserError(f"Samples must lie in [-1, 1], and these reach {largest:.4g}: rescale them, or give uint8.")
+    top = (spec.num_bins or 256) - 1
+    levels = x.float().clamp(-1, 1).add(1).mul(top / 2).round()
+    return _levels_to_uint8(levels, top)
 
 
-def as_stored(x: Tensor, spec: DataSpec) -> Tensor:
-    """What an extractor is given: `to_uint8` for images, float32 as it is for continuous data (``num_levels`` None).
+def quantize_images(x: Tensor, spec: DataSpec) -> Tensor:
+    """Images as extractors take them: `to_uint8`, or float32 without rounding for continuous data.
 
-    uint8 images (0 to 255, as they are on a disk) are brought to the data's own levels too.
+    uint8 images (0 to 255, as in an image file) are rounded to the data's own levels too.
     """
-    if spec.num_levels is None:
-        x = unpadded(x, spec).float()
-        check_finite(x)
+    if spec.num_bins is None:
+        x = crop_padding(x, spec).float()
+        _check_finite(x)
         return x.cpu()
     if x.dtype == torch.uint8:
-        steps = spec.num_levels - 1
-        return spread(unpadded(x, spec).float().mul(steps / 255).round(), steps)
+        top = spec.num_bins - 1
+        return _levels_to_uint8(crop_padding(x, spec).float().mul(top / 255).round(), top)
     if not x.is_floating_point():
         raise UserError(f"Images must be uint8 in 0 to 255 or float in [-1, 1], not {x.dtype}.")
     return to_uint8(x, spec)
 
 
-def stored_split(images: Tensor, spec: DataSpec) -> Tensor:
-    """The images of a split (levels 0 to ``num_levels`` - 1, unpadded) in the same form."""
-    return images if spec.num_levels is None else spread(images.float(), spec.num_levels - 1)
+def quantize_split(images: Tensor, spec: DataSpec) -> Tensor:
+    """The images of a split (levels 0 to ``num_bins`` - 1, unpadded) as `quantize_images` returns them."""
+    return images if spec.num_bins is None else _levels_to_uint8(images.float(), spec.num_bins - 1)
 
 
-def levels_of(images: Tensor, spec: DataSpec) -> Tensor:
-    """The way back from `spread`: uint8 images of 0 to 255 to the levels of a split."""
-    assert spec.num_levels is not None
-    return images.float().mul((spec.num_levels - 1) / 255).round()
+def to_levels(images: Tensor, spec: DataSpec) -> Tensor:
+    """The inverse of `quantize_split`: uint8 images in 0 to 255 as levels 0 to ``num_bins`` - 1."""
+    assert spec.num_bins is not None
+    return images.float().mul((spec.num_bins - 1) / 255).round()
 
 
-def spread(level: Tensor, steps: int) -> Tensor:
-    """Levels 0 to ``steps`` as uint8 0 to 255 on the CPU."""
-    return level.mul(255 / steps).round().to(torch.uint8).cpu()
+def _levels_to_uint8(levels: Tensor, top: int) -> Tensor:
+    """Levels 0 to ``top`` as uint8 in 0 to 255 on the CPU."""
+    return levels.mul(255 / top).round().to(torch.uint8).cpu()
 
 
-def unpadded(x: Tensor, spec: DataSpec) -> Tensor:
-    """Images of ``spec.shape`` without their padding; images that have none already pass as they are."""
+def crop_padding(x: Tensor, spec: DataSpec) -> Tensor:
+    """Images without the padding of ``spec.shape``; images that have none are returned unchanged."""
     channels, height, width = spec.shape
-    real = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
+    unpadded = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
     shape = tuple(x.shape[1:])
-    if x.ndim == 4 and shape == real:
+    if x.ndim == 4 and shape == unpadded:
         return x
     if x.ndim == 4 and shape == tuple(spec.shape):
         return spec.crop(x)
-    raise UserError(f"Data '{spec.name}' has images of shape {real} (channels, height, width), not {shape}.")
+    raise UserError(f"Data '{spec.name}' has images of shape {unpadded} (channels, height, width), not {shape}.")
 
 
-def check_finite(x: Tensor) -> None:
+def _check_finite(x: Tensor) -> None:
     bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
     if bad:
         raise UserError(
-            f"{bad} of {len(x)} samples hold NaN or infinite values: the model has diverged. "
+            f"{bad} of {len(x)} samples contain NaN or infinite values: the model has diverged. "
             "Evaluate an earlier checkpoint (checkpoint=best), or train with a lower learning rate."
         )
 
 
-RECIPE = "1"
-"""Part of the cache's key: raise it when the same images come to have other features."""
-KEPT = 8
+# Features of real images
+
+CACHE_VERSION = "1"
+"""Part of the cache key: increase it when the features of the same images change."""
+MAX_REFERENCES_IN_MEMORY = 8
 
 
 @dataclass(frozen=True)
@@ -158,46 +178,50 @@ class Reference:
     """The real side of every distance."""
 
     name: str
-    """The split (``train``, ``train+val``), or the file's name."""
+    """The split (``train``, ``train+val``), or the file name."""
     hash: str
     n: int
-    """Images; 0 where a file does not say."""
+    """Number of images; 0 for a file, which does not contain it."""
     features: Features | None = None
-    """None for statistics from a file: what needs more than mean and covariance is then left out."""
+    """None for a statistics file: metrics that need more than mean and covariance are left out."""
     labels: Tensor | None = None
-    given: Statistics | None = None
-    given_spatial: Statistics | None = None
+    file_statistics: Statistics | None = None
+    file_spatial_statistics: Statistics | None = None
 
     @cached_property
     def statistics(self) -> Statistics:
-        if self.given is not None:
-            return self.given
+        """Mean and covariance for the Frechet distance."""
+        if self.file_statistics is not None:
+            return self.file_statistics
         assert self.features is not None
-        return Statistics.of(self.features.features)
+        return Statistics.from_features(self.features.features)
 
     @cached_property
-    def kernel(self) -> KernelReference:
-        assert self.features is not None
-        return KernelReference.of(self.features.features, GaussianKernel())
+    def spatial_statistics(self) -> Statistics | None:
+        """The same of spatial features, if there are any."""
+        if self.file_spatial_statistics is not None or self.features is None or self.features.spatial is None:
+            return self.file_spatial_statistics
+        return Statistics.from_features(self.features.spatial)
 
     @cached_property
-    def cubic(self) -> KernelReference:
+    def gaussian_kernel(self) -> KernelReference:
+        """For the MMD with a Gaussian kernel of median bandwidth."""
         assert self.features is not None
-        return KernelReference.of(self.features.features, CubicKernel())
+        return KernelReference.from_features(self.features.features, GaussianKernel())
 
     @cached_property
-    def spatial(self) -> Statistics | None:
-        if self.given_spatial is not None or self.features is None or self.features.spatial is None:
-            return self.given_spatial
-        return Statistics.of(self.features.spatial)
+    def cubic_kernel(self) -> KernelReference:
+        """For the kernel distance of KID."""
+        assert self.features is not None
+        return KernelReference.from_features(self.features.features, CubicKernel())
 
 
-def is_file(reference: str) -> bool:
-    """Whether a protocol's reference is a file of statistics rather than a split."""
+def is_statistics_file(reference: str) -> bool:
+    """Whether a protocol's reference is a statistics file rather than a split."""
     return reference.endswith(".npz")
 
 
-def reference_of(
+def load_reference(
     data: EvaluationData,
     name: str,
     extractor: Extractor,
@@ -205,22 +229,22 @@ def reference_of(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """The reference called ``name``: a split of ``data``, or a statistics file. Kept in memory (the last 8)."""
-    if is_file(name):
+    """The reference ``name``, a split of ``data`` or a statistics file. The last 8 are cached in memory."""
+    if is_statistics_file(name):
         return read_statistics(Path(name), extractor)
     key = (data.hash(name), extractor.hash, extractor.resize)
-    # The first process of a sweep may remember an earlier job, while the others are new.
-    if not all_agree(key in _kept):
+    # In a sweep, rank zero may have it from an earlier job while the other ranks have just started.
+    if not all_ranks_true(key in _REFERENCES):
         split = data.split(name)
         features = split_features(data, name, extractor, device, cache, progress)
-        _kept[key] = Reference(name, data.hash(name), len(split), features, split.labels)
-        while len(_kept) > KEPT:
-            _kept.popitem(last=False)
-    _kept.move_to_end(key)
-    return _kept[key]
+        _REFERENCES[key] = Reference(name, data.hash(name), len(split), features, split.labels)
+        while len(_REFERENCES) > MAX_REFERENCES_IN_MEMORY:
+            _REFERENCES.popitem(last=False)
+    _REFERENCES.move_to_end(key)
+    return _REFERENCES[key]
 
 
-_kept: OrderedDict[tuple[str, str, str], Reference] = OrderedDict()
+_REFERENCES: OrderedDict[tuple[str, str, str], Reference] = OrderedDict()
 
 
 def split_features(
@@ -231,62 +255,63 @@ def split_features(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Features of a split, read from the folder ``cache`` where it holds them, else computed and kept there.
+    """Features of a split, read from the folder ``cache`` if possible; otherwise computed and stored there.
 
-    The file is named by the hashes of pixels and of the extractor's weights and by the way between them, so changed
-    data never get old features. All processes of a job must call this; jobs that ask at once compute once.
+    The file name contains the hashes of the pixels and of the extractor's weights, and how images are resized, so
+    changed data never get stale features. All ranks of a job must call this function. Of several jobs that need the
+    same features at once, one computes them.
     """
     split = data.split(name)
 
     def compute() -> Tensor:
-        images = stored_split(split.images, data.spec)
+        images = quantize_split(split.images, data.spec)
         return torch.cat([part for part in extractor(images, device, progress).parts() if part is not None], dim=1)
 
-    way = "".join(c if c.isalnum() else "_" for c in extractor.resize)[:40]
-    key = f"features-{data.spec.name}-{data.hash(name)[:16]}-{extractor.name}-{extractor.hash[:16]}-{way}-{RECIPE}"
+    resize = "".join(c if c.isalnum() else "_" for c in extractor.resize)[:40]
+    key = (
+        f"features-{data.spec.name}-{data.hash(name)[:16]}-{extractor.name}-{extractor.hash[:16]}-{resize}"
+        f"-{CACHE_VERSION}"
+    )
     if cache is None or rank_and_world_size()[1] == 1:
         packed = cached_array(cache, key, compute)
     else:
-        found = run_on_first(lambda: load(cache, key))
-        packed = compute() if found is None else found
-        if found is None:
-            run_on_first(lambda: store(cache, key, packed))
+        stored = run_on_rank_zero(lambda: load_cached(cache, key))
+        packed = compute() if stored is None else stored
+        if stored is None:
+            run_on_rank_zero(lambda: store_cached(cache, key, packed))
     with torch.inference_mode():
-        like = extractor.run(stored_split(split.images[:1], data.spec))
-    widths = [0 if part is None else part.shape[1] for part in like.parts()]
+        example = extractor.extract_batch(quantize_split(split.images[:1], data.spec))
+    widths = [0 if part is None else part.shape[1] for part in example.parts()]
     columns = [part.contiguous() for part in packed.split(widths, dim=1)]
     return Features(*(column if width else None for column, width in zip(columns, widths, strict=True)))  # type: ignore[arg-type]
 
 
-def evenly_spaced_indices(total: int, n: int) -> Tensor:
-    """``n`` row numbers spread evenly over ``total``: of a set sorted by class, a fair part of each."""
-    n = min(n, total)
-    return torch.arange(n) * total // n
-
-
 def read_statistics(path: Path, extractor: Extractor) -> Reference:
-    """Statistics that pytorch-fid, EDM or ADM wrote: ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) in an npz file.
+    """Read statistics of pytorch-fid, EDM or ADM: ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) in an npz file.
 
-    Nothing in the file is run. What network they are of is not in it: they are taken to be the extractor's, and only
-    their size is checked. Raises `UserError` for a missing, damaged or unfit file.
+    Nothing in the file is executed. It does not name the network of its features: they are assumed to be the
+    extractor's, and only their size is checked.
+
+    Raises:
+        UserError: the file is missing or damaged, or does not fit the extractor.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in file.files
                       if name in ("mu", "sigma", "mu_s", "sigma_s")}  # fmt: skip
     except FileNotFoundError as error:
-        raise UserError(f"There is no statistics file {path}: evaluation.protocol.reference names it.") from error
+        raise UserError(f"There is no statistics file {path}, which evaluation.protocol.reference names.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged, or no npz file of statistics ({type(error).__name__}).") from error
+        raise UserError(f"{path} is damaged, or not an npz file of statistics ({type(error).__name__}).") from error
     if not {"mu", "sigma"} <= set(stored):
-        raise UserError(f"{path} holds no 'mu' and 'sigma': it is no statistics file of pytorch-fid, EDM or ADM.")
-    given = Statistics(stored["mu"], stored["sigma"])
-    if given.mean.shape != (extractor.dim,) or given.cov.shape != (extractor.dim,) * 2:
+        raise UserError(f"{path} has no 'mu' and 'sigma': it is not a statistics file of pytorch-fid, EDM or ADM.")
+    statistics = Statistics(stored["mu"], stored["sigma"])
+    if statistics.mean.shape != (extractor.dim,) or statistics.cov.shape != (extractor.dim,) * 2:
         raise UserError(
-            f"{path} has statistics of {given.mean.numel()} features; {extractor.name} has {extractor.dim}. "
-            "Files of published FIDs go with evaluation=inception."
+            f"{path} has statistics of {statistics.mean.numel()} features; {extractor.name} has {extractor.dim}. "
+            "Files of published FIDs need evaluation=inception."
         )
-    if not (torch.isfinite(given.mean).all() and torch.isfinite(given.cov).all()):
-        raise UserError(f"{path} holds values that are not finite.")
+    if not (torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.cov).all()):
+        raise UserError(f"{path} contains values that are not finite.")
     spatial = Statistics(stored["mu_s"], stored["sigma_s"]) if {"mu_s", "sigma_s"} <= set(stored) else None
-    return Reference(path.name, sha256(path), 0, given=given, given_spatial=spatial)
+    return Reference(path.name, sha256(path), 0, file_statistics=statistics, file_spatial_statistics=spatial)

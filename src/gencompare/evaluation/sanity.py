@@ -1,8 +1,8 @@
-"""Sanity checks of samples: can they be images of the data set at all?
+"""Sanity checks: could these samples be images of the data set at all?
 
-Every metric turns any array into a number. Images on a wrong scale, inverted, or with their channels in another order
-get one that looks like that of a poor model. These checks compare samples with real images and say so in words. They
-look at pixels alone, so they are the same for every extractor.
+Metrics turn any array into a number. Images that are wrongly scaled, inverted, or have their channels reordered get the
+values of a poor model. These checks compare samples with real images and warn of the likely cause. They use pixels
+only, so they do not depend on the extractor.
 """
 
 from __future__ import annotations
@@ -17,115 +17,127 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.evaluation.metrics.neighbors import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
-from gencompare.evaluation.reference import OVERSHOOT, as_stored, evenly_spaced_indices, stored_split, unpadded
+from gencompare.evaluation.indices import evenly_spaced_indices
+from gencompare.evaluation.metrics.neighbors import DENSITY_K, PRECISION_K
+from gencompare.evaluation.reference import OVERSHOOT, crop_padding, quantize_images, quantize_split
 from gencompare.generative_model import DataSpec
 
-EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_NEIGHBOURS
-"""Coverage by as many further real images as there are, whatever the data: the k nearest to a real image are each one
-or the other with equal chance, and it is covered unless all k are its own kind (Naeem et al. 2020 derive it for finite
-sets)."""
+EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_K
+"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbors of an image comes
+from either set with equal probability, and the image is covered unless all k come from its own (Naeem et al. 2020,
+https://arxiv.org/abs/2002.09797, derive the value for finite sets)."""
 MIN_IMAGES = 100
-"""Samples and real images from which on density and coverage can show a collapse. With fewer, the ball to the fifth
-neighbour spans much of the real images, and what lies off them falls into a few balls. Of noise of four kinds (uniform,
-normal, faint, smooth), measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10 (640 sets, compact
-networks), 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to 400."""
-HALF = 0.5
-"""How far below what real images reach a figure must be to be called low."""
+"""Fewest samples and real images with which density and coverage can show a mode collapse. With fewer, the ball to the
+fifth neighbor spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
+noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10
+(640 sets, shipped classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
+400."""
+LOW_FACTOR = 0.5
+"""A metric is low if it is below this fraction of what real images reach."""
 
 
 def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *, n: int = MIN_IMAGES) -> str | None:
-    """A line that says so where samples leave much of the data out, else None.
+    """A warning if samples cover few of the real images (mode collapse), else None.
 
-    It is so if samples lie where real images do (density at least half of the 1 that real images have), and still fewer
-    than half as many real images as should have a sample near do: the samples crowd in few places. Bad samples lie
-    nowhere near real images and are another matter. It is also so if coverage fell below half of ``best_coverage``,
-    that of an earlier look at the same model, once that was as high.
+    Modes are missing if samples lie among the real images (density is at least half of 1, the value of real images),
+    but coverage is below half of `EXPECTED_COVERAGE`: the samples crowd in few places. Bad samples, in contrast, are
+    far from all real images. Modes were also lost if coverage fell below half of ``best_coverage``, once that was high
+    enough.
 
     Args:
-        density: as in `neighbours.Neighbourhood`, of as many samples as real images, and so are the others.
-        n: how many these are; fewer than `MIN_IMAGES` give no warning.
+        density: of n samples against n real images, see `PRDC`.
+        coverage: of the same images.
+        best_coverage: the highest coverage at earlier evaluations of the same model.
+        n: number of samples; fewer than `MIN_IMAGES` give no warning.
     """
     if n < MIN_IMAGES:
         return None
-    low = HALF * EXPECTED_COVERAGE
-    if density >= HALF and coverage < low:
+    low = LOW_FACTOR * EXPECTED_COVERAGE
+    if density >= LOW_FACTOR and coverage < low:
         return (
-            f"modes are missing: samples lie among the real images and reach {coverage:.0%} of them, where real ones"
-            f" would reach {EXPECTED_COVERAGE:.0%}"
+            f"modes are missing: samples lie among the real images but cover only {coverage:.0%} of them (real images"
+            f" would cover {EXPECTED_COVERAGE:.0%})"
         )
-    if best_coverage >= low and coverage < HALF * best_coverage:
-        return f"modes were lost: samples reach {coverage:.0%} of the real images, after {best_coverage:.0%} earlier on"
+    if best_coverage >= low and coverage < LOW_FACTOR * best_coverage:
+        return f"modes were lost: samples cover {coverage:.0%} of the real images, after {best_coverage:.0%} earlier"
     return None
 
 
 MAX_IMAGES = 1_000
-"""Images on each side, evenly spaced, that are compared; duplicates are counted among all."""
+"""Evenly spaced images of each side that are compared. Duplicates are counted among all images."""
 MAX_CONVERTED = 250
-"""Images, evenly spaced, on which conversions are tried."""
+"""Evenly spaced images on which conversions are tried."""
 RARE = 0.05
-"""A range is too narrow if at most this share of single real images stay within it ..."""
+"""A range is too narrow if at most this share of individual real images stay within it ..."""
 NARROW = 0.6
-"""... and if it covers at most this share of the range of the real images."""
+"""... and it covers at most this share of the range of all real images."""
 FEW_LEVELS = 0.55
-"""Samples may have no more than this share of the levels that as many real images have within the same range."""
+"""Samples have too few levels if they use at most this share of those that as many real images use in the same
+range."""
 EXTREME_EXCESS = 0.25
 """The share of values that are 0 or 255 may exceed that of real images by this much."""
 BACKGROUND = 0.2
-"""A level that at least this share of all real values have is a background."""
+"""A level is a background if at least this share of all real values have it."""
 WRAPPED = 0.05
-"""The excess of `wrap_ratio` over 1 may be twice that of real images and this much more."""
-RELATED = 60.0
-"""Mean absolute difference of neighbouring values, in grey levels, from which on they are unrelated: independent
-uniform values differ by 85, by 64 on the circle."""
+"""The excess of `wrap_ratio` over 1 may be twice that of real images plus this much."""
+UNRELATED = 60.0
+"""Mean absolute difference of adjacent values, in grey levels, above which they are unrelated: independent uniform
+values differ by 85, and by 64 on the circle."""
 REPEATED = 0.05
 """The share of blank images, and of exact copies, may exceed that among real images by this much."""
 CLOSE, MUCH_CLOSER = 0.25, 0.1
-"""A conversion explains the samples if `RealImages.distance` is above the first as they are, and at most the first, and
-at most the second times what it was, once the conversion is undone (see `RealImages.explains` for few samples)."""
+"""A conversion explains the samples if `RealImages.distance` is above the first value as they are and, once it is
+undone, at most the first value and at most the second one times the distance before (`RealImages.explains` treats few
+samples)."""
 TOLERANCE = 4.0
-"""Standard deviation, in grey levels, added to that of every statistic: a few levels are no fault."""
+"""Standard deviation, in grey levels, added to that of every statistic, to tolerate differences of a few levels."""
 GRID = 4
 """Cells along each side of an image whose means are compared."""
-CHUNK = 50
-"""Images in one pass: large temporary tensors cost more time than the arithmetic."""
+CONSTANT = 0.25
+"""Share of features that may be constant over samples and not over real images."""
+BATCH_SIZE = 50
+"""Images in one pass. Larger temporary tensors are slower."""
 
 
 def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: bool = True) -> list[str]:
     """Warnings about ``images`` as samples of a data set, one sentence each; empty if nothing is wrong.
 
-    Only what cannot come from a model of these data, however poor, is refused: the data set's own levels in place of
-    0 to 255 (digits: 0 to 16), images whose only levels are 0 and 1 (and 255, after a cast of [-1, 1]), floats outside
-    of [-1, 1], and floats in [0, 1] that have the statistics of real images once they are brought to [-1, 1].
-    Everything else is a warning.
+    Refused is only what no model of these data can generate, however poor: the data set's own levels instead of 0 to
+    255 (digits: 0 to 16), images whose only levels are 0 and 1 (and 255, after a cast from [-1, 1]), floats outside
+    [-1, 1], and floats in [0, 1] that have the statistics of real images once they are rescaled to [-1, 1]. Everything
+    else is a warning.
 
     Args:
-        images: (n, C, H, W) as `evaluate` takes them, or a model's samples as `quantize.as_stored` gives them.
-        reference: (m, C, H, W) images of a split: levels 0 to ``spec.num_levels`` - 1, unpadded.
-        refuse: raise an error for the cases above. A model's own samples need none: their scale is known.
+        images: (n, C, H, W) as `evaluate` takes them, or a model's samples as `quantize_images` returns them.
+        reference: (m, C, H, W) images of a split: levels 0 to ``spec.num_bins`` - 1, unpadded.
+        spec: of the data.
+        refuse: raise an error in the cases above. Not needed for a model's own samples, whose scale is known.
+
+    Returns:
+        The warnings.
 
     Raises:
-        UserError: for the cases above; it says how to convert the images.
+        UserError: in the cases above; the message says how to convert the images.
     """
-    if spec.num_levels is None:
-        return [_same(len(images))] if len(images) > 1 and bool((images == images[0]).all()) else []
-    pixels = unpadded(images, spec)
+    if spec.num_bins is None:
+        return [_identical(len(images))] if len(images) > 1 and bool((images == images[0]).all()) else []
+    pixels = crop_padding(images, spec)
     if len(pixels) < 2 or (pixels.is_floating_point() and not bool(torch.isfinite(pixels).all())):
-        return []  # `as_stored` refuses values that are not finite
-    some = reference[evenly_spaced_indices(len(reference), MAX_IMAGES)].split(CHUNK)
-    real = RealImages(torch.cat([stored_split(part, spec) for part in some]), spec)
+        return []  # refused by `quantize_images`
+    subset = reference[evenly_spaced_indices(len(reference), MAX_IMAGES)].split(BATCH_SIZE)
+    real = RealImages(torch.cat([quantize_split(batch, spec) for batch in subset]), spec)
     rows = evenly_spaced_indices(len(pixels), MAX_IMAGES)
     if refuse:
         _check_integers(pixels, real)
         _check_floats(pixels, real)
-    stored = torch.cat([as_stored(part, spec) for part in pixels.split(CHUNK)])
+    quantized = torch.cat([quantize_images(batch, spec) for batch in pixels.split(BATCH_SIZE)])
     warnings = _check_padding(images, spec)
-    if bool((stored == stored[0]).all()):
-        return [*warnings, _same(len(stored))]
-    compared = pixels[rows].cpu() if pixels.dtype == torch.uint8 else stored[rows]
-    explained = _converted(compared, real)
-    if explained is not None:
-        warnings.append(explained)
+    if bool((quantized == quantized[0]).all()):
+        return [*warnings, _identical(len(quantized))]
+    compared = pixels[rows].cpu() if pixels.dtype == torch.uint8 else quantized[rows]
+    conversion = _find_conversion(compared, real)
+    if conversion is not None:
+        warnings.append(conversion)
     elif pixels.is_floating_point() and in_unit_interval(pixels):
         low, high = float(pixels.min()), float(pixels.max())
         warnings.append(
@@ -135,34 +147,31 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
     else:
         warnings += _check_range(compared, real) or _check_levels(compared, real)
         warnings += _check_structure(compared, real)
-    return warnings + _check_duplicates(stored, real)
+    return warnings + _check_duplicates(quantized, real)
 
 
 def check_features(features: Tensor, real: Tensor) -> list[str]:
-    """Warnings about features (n, d) that are the same for all samples, and not for as many ``real`` images (m, d).
+    """Warnings about degenerate features: those (n, d) that are constant over samples but vary over ``real`` (m, d).
 
-    A network's ReLU leaves some features at 0 for all images of one data set, which says nothing about the samples.
-    Fewer than `CONSTANT` of the others are rare features that these samples happen not to have.
+    Features that are constant over real images too do not count, since a ReLU leaves some at 0 for a whole data set.
+    A share of up to `CONSTANT` may be rare features that these samples happen not to have.
     """
     varies = (real != real[0]).any(0)
     constant = int((features[:, varies] == features[0, varies]).all(0).sum())
     if constant and constant == int(varies.sum()):
-        return ["all samples have the same features: the model draws one image"]
+        return ["all samples have the same features: the model generates a single image"]
     if constant <= CONSTANT * int(varies.sum()):
         return []
-    return [f"{constant} of {int(varies.sum())} features are the same for all samples, and differ between real images"]
-
-
-CONSTANT = 0.25
+    return [f"{constant} of {int(varies.sum())} features are the same for all samples but differ between real images"]
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
-    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
-    share = share_of_copies(reference, PRECISION_NEIGHBOURS)
+    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbor metrics."""
+    share = share_of_copies(reference, PRECISION_K)
     if share <= REPEATED:
         return []
     return [
-        f"{share:.0%} of the reference images ({name}) have {PRECISION_NEIGHBOURS} or more exact copies there, so their"
+        f"{share:.0%} of the reference images ({name}) have {PRECISION_K} or more exact copies, so their"
         " nearest-neighbour radius is 0: do not rely on precision, recall, density and coverage, or remove the copies"
         " from the data"
     ]
@@ -170,7 +179,7 @@ def check_reference(reference: Tensor, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class RealImages:
-    """The real images (m, C, H, W), uint8 0 to 255, that samples are compared with."""
+    """The real images (m, C, H, W), uint8 in 0 to 255, that samples are compared with."""
 
     images: Tensor
     spec: DataSpec
@@ -180,14 +189,14 @@ class RealImages:
         return int(self.images.min()), int(self.images.max())
 
     @property
-    def described(self) -> str:
-        """The data set and its range, for a sentence."""
+    def describe_range(self) -> str:
+        """The data set and its range, as part of a sentence."""
         low, high = self.range
         return f"images of {self.spec.name} use {low} to {high}"
 
     @cached_property
     def histogram(self) -> Tensor:
-        """(256,) share of values at each level."""
+        """Share of values at each level, (256,)."""
         return histogram(self.images)
 
     @cached_property
@@ -197,35 +206,36 @@ class RealImages:
         return values.mean(0), torch.linalg.cholesky(covariance)
 
     def distance(self, images: Tensor) -> float:
-        r"""How far the mean statistics of ``images`` (n, C, H, W) lie from the real ones.
+        r"""Distance of the mean statistics of ``images`` (n, C, H, W) from those of real images:
 
-        .. math:: (\bar s - \mu)^T \Sigma^{-1} (\bar s - \mu) - k / n
+        .. math:: (\bar s - \mu)^\top \Sigma^{-1} (\bar s - \mu) - k / n
 
-        with mean mu and covariance Sigma of the k `statistics` of single real images: Hotelling's T^2 of one sample,
-        over n, less its expected value. About 0 for real images at any n; 1 means that the average sample is one
-        standard deviation of single real images away.
+        with the mean :math:`\mu` and covariance :math:`\Sigma` of the k `statistics` of individual real images. This is
+        Hotelling's one-sample :math:`T^2`, divided by n, minus its expected value. It is about 0 for real images at any
+        n; 1 means that the average sample is one standard deviation of individual real images away.
         """
         mean, factor = self._whitened
         values = statistics(images)
-        away = torch.linalg.solve_triangular(factor, (values.mean(0) - mean)[:, None], upper=False)
-        return float(away.square().sum()) - len(mean) / len(values)
+        whitened = torch.linalg.solve_triangular(factor, (values.mean(0) - mean)[:, None], upper=False)
+        return float(whitened.square().sum()) - len(mean) / len(values)
 
     def explains(self, before: float, after: float, n: int) -> bool:
-        """Whether a conversion explains ``n`` samples, by their `distance` before and after it is undone.
+        r"""Whether a conversion explains ``n`` samples, given their `distance` before and after it is undone.
 
-        The distance of n real images has standard deviation sqrt(2 k) / n about 0, which widens both limits.
+        The distance of n real images has standard deviation :math:`\sqrt{2 k} / n`, which widens both limits.
         """
         noise = (2 * len(self._whitened[0])) ** 0.5 / n
         return before > CLOSE + 4 * noise and after <= min(CLOSE + 2 * noise, MUCH_CLOSER * before + noise)
 
 
 def statistics(images: Tensor) -> Tensor:
-    """Coarse statistics of each image (n, C, H, W) of 0 to 255, (n, k) float64, in grey levels.
+    """Coarse statistics of each image (n, C, H, W) in 0 to 255: (n, k) float64, in grey levels.
 
-    Means of up to 4 x 4 cells of the mean over channels and of the differences of the channels from the first one,
-    standard deviation of each channel, mean absolute differences of vertical and of horizontal neighbours.
+    They are: means over up to 4 x 4 cells, of the mean over channels and of the differences between each channel and
+    the first; the standard deviation of each channel; mean absolute differences of vertical and of horizontal
+    neighbors.
     """
-    return torch.cat([_statistics(part.float()) for part in images.split(CHUNK)])
+    return torch.cat([_statistics(batch.float()) for batch in images.split(BATCH_SIZE)])
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -238,52 +248,52 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 def histogram(images: Tensor) -> Tensor:
-    """(256,) share of the values of uint8 images at each level."""
+    """Share of the values of uint8 images at each level, (256,)."""
     return torch.bincount(images.flatten(), minlength=256).double() / images.numel()
 
 
 def wrap_ratio(images: Tensor) -> tuple[float, float]:
-    """(ratio, circular): how much larger the mean absolute difference of neighbours is than its circular counterpart
-    min(d, 256 - d), and that one, over pairs of horizontal neighbours strictly between 0 and 255.
+    """(ratio, circular): mean absolute difference d of horizontal neighbors divided by the mean circular difference
+    min(d, 256 - d), and that mean, over pairs of values strictly between 0 and 255.
 
-    A value that overflows leaves at one end of the range and returns at the other: a jump of almost 256 where the image
-    is smooth, and no jump on the circle. Real images have ratios near 1. Saturated values are left out, since edges
-    from 0 to 255 are common.
+    An overflowing value leaves the range at one end and returns at the other: a jump of almost 256 in a smooth region,
+    but no jump on the circle. Real images have ratios near 1. Saturated values are left out, because edges from 0 to
+    255 are common.
     """
     linear = circular = pairs = 0.0
-    for part in images.split(CHUNK):
-        between = (part > 0) & (part < 255)
-        between = between[..., :-1] & between[..., 1:]
-        difference = part.float().diff(dim=3).abs() * between
+    for batch in images.split(BATCH_SIZE):
+        unsaturated = (batch > 0) & (batch < 255)
+        counted = unsaturated[..., :-1] & unsaturated[..., 1:]
+        difference = batch.float().diff(dim=3).abs() * counted
         linear += float(difference.sum())
         circular += float(torch.minimum(difference, 256 - difference).sum())
-        pairs += float(between.sum())
+        pairs += float(counted.sum())
     return (linear / circular, circular / pairs) if circular else (1.0, 0.0)
 
 
 def share_of_copies(images: Tensor, at_least: int = 1) -> float:
-    """The share of images that have at least that number of exact copies among the others."""
+    """Share of images with at least that many exact copies among the other images."""
     keys = [hash(row.tobytes()) for row in images.cpu().contiguous().numpy()]
     counts = Counter(keys)
     return sum(counts[key] > at_least for key in keys) / len(keys)
 
 
-# What is refused
+# Errors
 
 
 def _check_integers(pixels: Tensor, real: RealImages) -> None:
-    """Refuse integers that are no levels of 0 to 255."""
+    """Refuse integers that cannot be levels of 0 to 255."""
     if pixels.is_floating_point():
         return
     spec, high = real.spec, int(pixels.max())
-    own = (spec.num_levels or 256) - 1
+    own = (spec.num_bins or 256) - 1
     if own < 255 and high == own and int(pixels.min()) >= 0:
         steps = torch.round(torch.arange(own + 1) * (255 / own)).long()
         of_real, of_samples = real.histogram[steps], histogram(pixels.to(torch.uint8))[: own + 1]
-        if float((of_real - of_samples).abs().sum()) / 2 < 0.5:
+        if float((of_real - of_samples).abs().sum()) / 2 < 0.5:  # total variation distance
             raise UserError(
-                f"Samples reach {own} of 255 grey levels, which are the data set's own levels; {real.described}: give"
-                f" data.normalize(images), or multiply by 255 / {own} before saving."
+                f"Samples reach {own} of 255 grey levels, which are the data set's own levels; {real.describe_range}:"
+                f" give data.normalize(images), or multiply by 255 / {own} before saving."
             )
     if pixels.dtype != torch.uint8:
         raise UserError(
@@ -297,7 +307,7 @@ def _check_integers(pixels: Tensor, real: RealImages) -> None:
             if high == 1
             else "images in [-1, 1] were cast to integers: save (x + 1) * 127.5, rounded and clipped to 0 to 255"
         )
-        raise UserError(f"Samples have only the levels {_listed(used)} of 0 to 255; {real.described}: {cause}.")
+        raise UserError(f"Samples have only the levels {_listed(used)} of 0 to 255; {real.describe_range}: {cause}.")
 
 
 def _check_floats(pixels: Tensor, real: RealImages) -> None:
@@ -305,7 +315,7 @@ def _check_floats(pixels: Tensor, real: RealImages) -> None:
     if not pixels.is_floating_point():
         return
     low, high = float(pixels.min()), float(pixels.max())
-    levels = (real.spec.num_levels or 256) - 1
+    levels = (real.spec.num_bins or 256) - 1
     if low >= 0 and high > 1 + OVERSHOOT:
         cause = (
             f"the data set's own levels are 0 to {levels}: give data.normalize(images)"
@@ -315,7 +325,7 @@ def _check_floats(pixels: Tensor, real: RealImages) -> None:
         raise UserError(f"Samples must lie in [-1, 1], and these reach {high:.4g}: {cause}.")
     if in_unit_interval(pixels):
         some = pixels[evenly_spaced_indices(len(pixels), MAX_CONVERTED)].float()
-        read, rescaled = (as_stored(x, real.spec) for x in (some.clamp(-1, 1), (2 * some - 1).clamp(-1, 1)))
+        read, rescaled = (quantize_images(x, real.spec) for x in (some.clamp(-1, 1), (2 * some - 1).clamp(-1, 1)))
         if real.explains(real.distance(read), real.distance(rescaled), len(some)):
             raise UserError(
                 f"Samples lie in [0, 1] ({low:.3g} to {high:.3g}), and floats are read as [-1, 1]: give 2 * images - 1."
@@ -323,15 +333,15 @@ def _check_floats(pixels: Tensor, real: RealImages) -> None:
 
 
 def in_unit_interval(pixels: Tensor) -> bool:
-    """Whether floats lie in [0, 1], give or take rounding, and are not all the same."""
+    """Whether floats lie in [0, 1] up to rounding, and are not all equal."""
     return -OVERSHOOT / 2 <= float(pixels.min()) < float(pixels.max()) <= 1 + OVERSHOOT
 
 
-# What is warned of
+# Warnings
 
 
-def _same(n: int) -> str:
-    return f"all {n:,} samples are the same image: the model draws one image"
+def _identical(n: int) -> str:
+    return f"all {n:,} samples are the same image: the model generates a single image"
 
 
 def _listed(levels: list[int]) -> str:
@@ -339,13 +349,13 @@ def _listed(levels: list[int]) -> str:
 
 
 def _check_padding(images: Tensor, spec: DataSpec) -> list[str]:
-    """Images of the padded size whose padding holds something."""
+    """Images of the padded size whose padding is not black."""
     if not spec.padding or images.shape[2:] != spec.shape[1:]:
         return []
     black = 0 if images.dtype == torch.uint8 else -1
     scale = 1 if images.dtype == torch.uint8 else 127.5
-    away = float((images[:MAX_IMAGES].float() - black).mul(1 - spec.mask(images.device)).sum())
-    mean = scale * away / (float((1 - spec.mask()).sum()) * len(images[:MAX_IMAGES]) * spec.shape[0])
+    difference = float((images[:MAX_IMAGES].float() - black).mul(1 - spec.mask(images.device)).sum())
+    mean = scale * difference / (float((1 - spec.mask()).sum()) * len(images[:MAX_IMAGES]) * spec.shape[0])
     if mean <= TOLERANCE:
         return []
     height, width = (side - 2 * spec.padding for side in spec.shape[1:])
@@ -356,7 +366,7 @@ def _check_padding(images: Tensor, spec: DataSpec) -> list[str]:
 
 
 def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]]:
-    """(what was done to the images and the way out, the images with it undone), for uint8 (n, C, H, W)."""
+    """Pairs of (a likely mistake and its fix, the images with it undone), for uint8 images (n, C, H, W)."""
     n, channels, height, width = images.shape
     low, high = int(images.min()), int(images.max())
     name = real.spec.name
@@ -370,9 +380,9 @@ def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]
             if low in (127, 128)
             else f"stretch them to {bottom} to {top} before saving"
         )
-        yield f"samples use {low} to {high} of 255 grey levels; {real.described}: {scale}", stretched
+        yield f"samples use {low} to {high} of 255 grey levels; {real.describe_range}: {scale}", stretched
     yield f"samples look inverted: they match images of {name} as 255 - x", 255 - images
-    # uint8 arithmetic overflows, and a signed byte has its zero where an unsigned one has 128.
+    # uint8 arithmetic overflows, and the zero of a signed byte is 128 in an unsigned one.
     yield (
         f"samples overflowed: they match images of {name} as -x modulo 256; convert to float before scaling",
         (256 - images.int()) % 256,
@@ -388,12 +398,12 @@ def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]
         shape = f"({channels}, {height}, {width})"
         yield (
             f"samples look scrambled: they match images of {name} if their memory is read as {shape}; transpose images"
-            " in place of reshaping them",
+            " instead of reshaping them",
             images.permute(0, 2, 3, 1).reshape(n, channels, height, width),
         )
         yield (
             f"samples look scrambled: they match images of {name} if their memory is read as ({height}, {width},"
-            f" {channels}); transpose images in place of reshaping them",
+            f" {channels}); transpose images instead of reshaping them",
             images.reshape(n, height, width, channels).permute(0, 3, 1, 2),
         )
     if height == width:
@@ -409,22 +419,22 @@ def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]
     )
 
 
-def _converted(images: Tensor, real: RealImages) -> str | None:
-    """The conversion that makes samples match the real images, where there is one and they do not match as they are."""
-    some = images[evenly_spaced_indices(len(images), MAX_CONVERTED)]
-    distance = real.distance(some)
-    if not real.explains(distance, 0.0, len(some)):
+def _find_conversion(images: Tensor, real: RealImages) -> str | None:
+    """The conversion after which samples match real images, if they do not match as they are."""
+    subset = images[evenly_spaced_indices(len(images), MAX_CONVERTED)]
+    distance = real.distance(subset)
+    if not real.explains(distance, 0.0, len(subset)):
         return None
-    candidates = {cause: real.distance(undone) for cause, undone in conversions(some, real)}
-    least = min(candidates.values())
-    if not real.explains(distance, least, len(some)):
+    candidates = {cause: real.distance(undone) for cause, undone in conversions(subset, real)}
+    smallest = min(candidates.values())
+    if not real.explains(distance, smallest, len(subset)):
         return None
-    # Of several that do equally well (images without left and right can be turned or reversed), the first is simplest.
-    return next(cause for cause, reached in candidates.items() if reached <= least + MUCH_CLOSER * CLOSE)
+    # Of several equally good ones (symmetric images can be rotated or mirrored), the first is the simplest.
+    return next(cause for cause, reached in candidates.items() if reached <= smallest + MUCH_CLOSER * CLOSE)
 
 
 def _check_range(images: Tensor, real: RealImages) -> list[str]:
-    """Samples that together cover a range which single real images exceed."""
+    """Samples that together cover a smaller range than individual real images."""
     low, high = int(images.min()), int(images.max())
     bottom, top = real.range
     flat = real.images.flatten(1)
@@ -434,17 +444,17 @@ def _check_range(images: Tensor, real: RealImages) -> list[str]:
     if not (dark or bright):
         return []
     cause = (
-        "images in [0, 1] were read as [-1, 1] (give 2 x - 1), or the model draws bright images"
+        "images in [0, 1] were read as [-1, 1] (give 2 x - 1), or the model generates bright images"
         if bright and low >= 127
-        else f"check the scale (times {255 / max(high, 1):.2g}?), or the model draws dark images"
+        else f"check the scale (times {255 / max(high, 1):.2g}?), or the model generates dark images"
         if dark and low <= bottom + TOLERANCE
-        else "check the scale, or the model draws images of low contrast"
+        else "check the scale, or the model generates images of low contrast"
     )
-    return [f"samples use {low} to {high} of 255 grey levels; {real.described}: {cause}"]
+    return [f"samples use {low} to {high} of 255 grey levels; {real.describe_range}: {cause}"]
 
 
 def _check_levels(images: Tensor, real: RealImages) -> list[str]:
-    """How often levels occur."""
+    """The background level, the number of distinct levels, and clipping."""
     found, expected, name = histogram(images), real.histogram, real.spec.name
     warnings = []
     background, other = int(expected.argmax()), int(found.argmax())
@@ -472,7 +482,7 @@ def _check_levels(images: Tensor, real: RealImages) -> list[str]:
 
 
 def _check_structure(images: Tensor, real: RealImages) -> list[str]:
-    """How neighbouring values and channels differ."""
+    """Blank images, noise, overflow, and missing color."""
     name = real.spec.name
     some, as_many = (x[evenly_spaced_indices(len(x), MAX_CONVERTED)] for x in (images, real.images))
     warnings = []
@@ -480,23 +490,23 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
         float((x.flatten(2).amax(2) == x.flatten(2).amin(2)).all(1).double().mean()) for x in (images, real.images)
     )
     if blank - usual > REPEATED:
-        warnings.append(f"{blank:.0%} of the samples are blank: each has one colour only")
+        warnings.append(f"{blank:.0%} of the samples are blank: each has a single color")
     rough, usual = (float(x.float().diff(dim=3).abs().mean()) for x in (some, as_many))
     (ratio, circular), (of_real, _) = wrap_ratio(some), wrap_ratio(as_many)
-    if rough > max(RELATED, 2 * usual) and images.shape[3] > GRID:
+    if rough > max(UNRELATED, 2 * usual) and images.shape[3] > GRID:
         warnings.append(
-            f"neighbouring values differ by {rough:.0f} on average, and by {usual:.0f} in images of {name}: samples are"
-            " noise, or their pixels are in a wrong order"
+            f"adjacent values differ by {rough:.0f} on average, and by {usual:.0f} in images of {name}: samples are"
+            " noise, or their pixels are in the wrong order"
         )
-    elif ratio - 1 > 2 * (of_real - 1) + WRAPPED and circular < RELATED:
+    elif ratio - 1 > 2 * (of_real - 1) + WRAPPED and circular < UNRELATED:
         warnings.append(
-            "neighbouring values jump from one end of the range to the other: values overflowed 0 to 255; clip them"
+            "adjacent values jump from one end of the range to the other: values overflowed 0 to 255; clip them"
             " before converting to uint8"
         )
     if images.shape[1] > 1:
         grey, usual = (bool((x == x[:, :1]).all()) for x in (images, real.images))
         if grey and not usual:
-            warnings.append(f"all samples are grey, and images of {name} have colour: save all channels")
+            warnings.append(f"all samples are grey, and images of {name} have color: save all channels")
     return warnings
 
 
@@ -505,6 +515,6 @@ def _check_duplicates(images: Tensor, real: RealImages) -> list[str]:
     if share - share_of_copies(real.images) <= REPEATED:
         return []
     return [
-        f"{share:.0%} of the samples are exact copies of others: neighbour radii may be 0, so do not rely on precision,"
-        " recall, density and coverage; remove repeated images, or the model has collapsed to few images"
+        f"{share:.0%} of the samples are exact copies of others, so neighbor radii may be 0: do not rely on precision,"
+        " recall, density and coverage. Repeated images were given, or the model has collapsed to few images"
     ]

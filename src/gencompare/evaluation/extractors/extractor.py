@@ -1,4 +1,4 @@
-"""The values themselves as features, for data of few dimensions."""
+"""The interface of feature extractors, and the identity extractor for data of few dimensions."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gencompare.distributed import distribute
+from gencompare.distributed import distributed_map
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 
 
 def check_finite(features: Tensor) -> None:
-    """Raise `UserError` for features that hold NaN or infinite values."""
+    """Raise `UserError` for features that contain NaN or infinite values."""
     if not torch.isfinite(features).all():
-        raise UserError("Features hold NaN or infinite values: the extractor's weights or the images are not finite.")
+        raise UserError(
+            "Features contain NaN or infinite values: the extractor's weights or the images are not finite."
+        )
 
 
 @dataclass(frozen=True)
 class Features:
-    """One pass of an extractor over n images, float32 on the CPU."""
+    """The outputs of an extractor for n images, float32 on the CPU."""
 
     features: Tensor
     """(n, d)."""
     logits: Tensor | None = None
-    """(n, classes), where the network is a classifier."""
+    """(n, classes), if the network is a classifier."""
     spatial: Tensor | None = None
-    """(n, s): an early layer's activations with their places, where the network gives them."""
+    """(n, s): flattened activations of an early layer, if the network provides them."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -39,72 +41,80 @@ class Features:
         return Features(*(None if part is None else part[rows] for part in self.parts()))  # type: ignore[arg-type]
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(features, logits, spatial)."""
         return self.features, self.logits, self.spatial
 
     @staticmethod
-    def joined(sets: Iterable[Features]) -> Features:
-        columns = zip(*(part.parts() for part in sets), strict=True)
+    def concatenate(batches: Iterable[Features]) -> Features:
+        """The batches joined along n."""
+        columns = zip(*(batch.parts() for batch in batches), strict=True)
         return Features(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
-    def stored(self) -> Features:
-        """In memory of its own, float32 on the CPU, fit for gradients' mode or not."""
+    def to_cpu(self) -> Features:
+        """A copy as float32 on the CPU, usable outside of inference mode."""
         return Features(*(None if part is None else part.float().cpu().clone() for part in self.parts()))  # type: ignore[arg-type]
 
 
 class Extractor(ABC):
-    """A frozen network that turns images into features.
+    """A frozen network that maps images to features.
+
+    A subclass sets the attributes without a default and implements `extract_batch`.
 
     Attributes:
-        name: what its distance is called by: ``fd_<name>``.
+        name: names its metrics: ``mmd_<name>``, ``fd_<name>``.
         hash: SHA-256 of its weights.
-        dim: features of an image.
-        knows_classes: whether its logits are over the data's own classes.
-        resize: how images reach its size, in words.
-        details: what a reader of a result should know of it (accuracy, a fallback): shown, never ranked.
-        batch: images in one pass on a GPU.
-        cpu_batch: on a processor, whose caches hold fewer.
+        dim: number of features.
+        module: the network. It is moved to the device of each call, and back to the CPU afterwards.
+        predicts_data_classes: whether its logits are over the data's own classes.
+        resize: how images are resized to its input size, as text.
+        details: facts to show with a result, such as accuracy or a warning; they never rank.
+        batch_size: images in one forward pass on a GPU.
+        cpu_batch_size: the same on a CPU, whose caches are smaller.
+        layer_slices: which features come from which layer; ``{"": slice(None)}`` for a single layer.
     """
 
     name: str
     hash: str
     dim: int
-    knows_classes: bool = False
-    resize: str = "none"
-    batch: int = 500
-    cpu_batch: int = 500
     module: nn.Module
-    columns: Mapping[str, slice]
-    """Which features come from which layer; ``{"": all}`` where there is one."""
+    predicts_data_classes: bool = False
+    resize: str = "none"
+    batch_size: int = 500
+    cpu_batch_size: int = 500
+    layer_slices: Mapping[str, slice]
 
     def __init__(self) -> None:
         self.details: dict[str, object] = {}
-        self.columns = {"": slice(None)}
+        self.layer_slices = {"": slice(None)}
 
     @property
     def primary(self) -> str:
-        """The metric that ranks: the maximum mean discrepancy, which has no bias in the number of samples."""
+        """The metric that ranks: the maximum mean discrepancy, which is unbiased in the number of samples."""
         return self.mmd_name
 
     @property
     def mmd_name(self) -> str:
+        """Name of the maximum mean discrepancy."""
         return f"mmd_{self.name}"
 
     @property
     def frechet_name(self) -> str:
+        """Name of the Frechet distance."""
         return f"fd_{self.name}"
 
     @property
     def kernel_name(self) -> str:
+        """Name of the distance with the cubic kernel."""
         return f"kd_{self.name}"
 
     @property
     def score_name(self) -> str:
-        """Of `classes.classifier_score`."""
+        """Name of `classifier_score`."""
         return "classifier_score"
 
     @abstractmethod
-    def run(self, images: Tensor) -> Features:
-        """One batch of images as `quantize.as_stored` gives them, on the network's device."""
+    def extract_batch(self, images: Tensor) -> Features:
+        """Features of one batch of images on the network's device, as `quantize_images` returns them."""
 
     def __call__(
         self,
@@ -112,51 +122,55 @@ class Extractor(ABC):
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Features of images (n, C, H, W): uint8, or float32 for continuous data. No gradients.
+        """Features of images (n, C, H, W), uint8, or float32 for continuous data, without gradients.
 
-        Where torch.distributed runs, all processes must call this: they share the batches, and all get all features.
+        Under torch.distributed all ranks must call this. They share the batches, and all get all features.
         ``progress`` is called with (images done, n).
         """
 
-        batch = self.cpu_batch if torch.device(device).type == "cpu" else self.batch
+        batch_size = self.cpu_batch_size if torch.device(device).type == "cpu" else self.batch_size
 
-        def one(k: int) -> Features:
+        def extract(k: int) -> Features:
             with torch.inference_mode():
-                found = self.run(images[k * batch : (k + 1) * batch].to(device))
+                features = self.extract_batch(images[k * batch_size : (k + 1) * batch_size].to(device))
             if progress is not None:
-                progress(min(len(images), (k + 1) * batch), len(images))
-            return found.stored()
+                progress(min(len(images), (k + 1) * batch_size), len(images))
+            return features.to_cpu()
 
         self.module.to(device)
-        parts = distribute(-(-len(images) // batch), one)
+        batches = distributed_map(extract, -(-len(images) // batch_size))
         self.module.to("cpu")
-        return Features.joined(parts)
+        return Features.concatenate(batches)
 
     def features(self, images: Tensor) -> Tensor:
-        """(n, d) float32 on the CPU."""
+        """Features (n, d), float32 on the CPU."""
         return self(images).features
 
     def logits(self, images: Tensor) -> Tensor | None:
-        """(n, classes), or None where the network is no classifier."""
+        """Logits (n, classes); None if the network is not a classifier."""
         return self(images).logits
 
 
-MOST = 64
-"""Values an image may have: a distance between thousands of pixels needs tens of thousands of images."""
+MAX_IDENTITY_VALUES = 64
+"""Values of an image for `IdentityExtractor`: distances between thousands of pixels need tens of thousands of
+images."""
 
 
 class IdentityExtractor(Extractor):
-    """Identity: an image's values in a row."""
+    """The flattened values of the image itself, for data of few dimensions."""
 
-    name = "raw"
+    name = "raw"  # results that were recorded under this name remain comparable
     hash = hashlib.sha256(b"identity").hexdigest()
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
-        self.dim = spec.dims
+        self.dim = spec.num_values
         self.module = nn.Identity()
-        if self.dim > MOST:
-            raise UserError(f"Raw values serve data of at most {MOST} numbers; '{spec.name}' has {self.dim}.")
+        if self.dim > MAX_IDENTITY_VALUES:
+            raise UserError(
+                f"The identity extractor takes data of at most {MAX_IDENTITY_VALUES} values; '{spec.name}' has"
+                f" {self.dim}."
+            )
 
-    def run(self, images: Tensor) -> Features:
+    def extract_batch(self, images: Tensor) -> Features:
         return Features(images.flatten(1).float())

@@ -18,58 +18,59 @@ from gencompare.generative_model import DataSpec
 
 
 def torch_fidelity_network(spec: DataSpec, name: str, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """The network that torch-fidelity calls ``name``; ``weights``: a file, or None to download the published ones."""
+    """The network called ``name`` in torch-fidelity; see `TorchFidelityExtractor`."""
     return TorchFidelityExtractor(spec, name, weights)
 
 
 class TorchFidelityExtractor(Extractor):
-    """A network of torch-fidelity's registry, with the features that it uses for its own Frechet distance.
+    """A network of torch-fidelity's registry, with the features of torch-fidelity's Frechet distance.
 
-    Images are resized inside, in the way of TensorFlow 1; grey ones are given three equal channels.
+    The network resizes images itself, as TensorFlow 1 does; grey ones are repeated to three channels.
 
     Args:
-        spec: of the data to be measured.
+        spec: of the data to measure.
         registered: the network's name in torch-fidelity's registry.
-        weights: a file of weights on this machine; None downloads the published one where that is allowed.
+        weights: a weights file; None downloads the published one.
 
     Raises:
-        UserError: weights that are missing, damaged, of another network, or that hold more than weights.
+        UserError: the weights are missing, damaged or of another network, or the file contains more than weights.
     """
 
-    batch = 50
-    cpu_batch = 10  # the Inception network takes 0.8 of the time that it takes in batches of 50
+    batch_size = 50
+    cpu_batch_size = 10  # the Inception network takes 20 % less time than with 50
 
     def __init__(self, spec: DataSpec, registered: str, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self.registered = registered
         self.name = registered.replace("-", "_")
-        if spec.num_levels is None or spec.shape[0] not in (1, 3):
-            raise UserError(f"{registered} measures grey or RGB images; data '{spec.name}' has none.")
+        if spec.num_bins is None or spec.shape[0] not in (1, 3):
+            raise UserError(f"{registered} takes grey or RGB images; data '{spec.name}' has none.")
         path = None if weights is None else Path(weights)
         if path is not None:
-            check_file(path, registered)
-        self.module = self.build(path)
-        self.dim = self.run(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).features.shape[1]
+            _check_file(path, registered)
+        self.module = self.build_network(path)
+        self.dim = self.extract_batch(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).features.shape[1]
         side = getattr(self.module, "resolution", None) or self.module.INPUT_IMAGE_SIZE
         self.resize = f"bilinear to {side}x{side} (TensorFlow 1)"
-        file = path or downloaded(self.url())
+        file = path or _downloaded_file(self.weights_url())
         self.hash = sha256(file) if file is not None else state_hash(self.module)
-        published = published_hash(registered, self.url())
+        published = _published_hash(registered, self.weights_url())
         if path is not None and published and not self.hash.startswith(published):
-            self.details["flags"] = [
-                f"the weights of {registered} are not the published ones: not comparable with others"
+            self.details["warnings"] = [
+                f"the weights of {registered} are not the published ones: its values are not comparable with others"
             ]
 
     def layers(self) -> list[str]:
-        return [registered_class(self.registered).get_default_feature_layer_for_metric("fid")]
+        """The outputs that the network returns."""
+        return [_registered_class(self.registered).get_default_feature_layer_for_metric("fid")]
 
-    def run(self, images: Tensor) -> Features:
+    def extract_batch(self, images: Tensor) -> Features:
         with torch.inference_mode():
             (features,) = self.module(images.expand(-1, 3, -1, -1))
         return Features(features)
 
-    def url(self) -> str | None:
-        """Where the published weights are, where torch-fidelity says so."""
+    def weights_url(self) -> str | None:
+        """URL of the published weights; None if torch-fidelity does not contain it."""
         from torch_fidelity import feature_extractor_clip, feature_extractor_inceptionv3
         from torchvision.models import VGG16_Weights
 
@@ -79,7 +80,8 @@ class TorchFidelityExtractor(Extractor):
         }
         return (urls | feature_extractor_clip.MODEL_URLS).get(self.registered)
 
-    def build(self, path: Path | None) -> Any:
+    def build_network(self, path: Path | None) -> Any:
+        """The network with the weights in ``path``, or the published ones."""
         from torch_fidelity.utils import create_feature_extractor
 
         given = None if path is None else str(path)
@@ -89,25 +91,25 @@ class TorchFidelityExtractor(Extractor):
             )
         except NotImplementedError as error:
             raise UserError(
-                f"torch-fidelity reads {self.registered} from torch.hub alone, from no file: put the folder and the "
-                f"checkpoint that torch.hub keeps into {torch.hub.get_dir()}, and leave evaluation.weights out."
+                f"torch-fidelity reads {self.registered} from torch.hub only, not from a file: copy the folder and the "
+                f"checkpoint of torch.hub to {torch.hub.get_dir()}, and omit evaluation.weights."
             ) from error
         except OSError as error:  # URLError is one
-            where = self.url() or "the repository that torch.hub names"
+            source = self.weights_url() or "the repository that torch.hub names"
             raise UserError(
-                f"The weights of {self.registered} cannot be downloaded here ({error}). Fetch {where} on another "
-                f"machine and name the file with evaluation.weights=PATH (or put it in {checkpoints()}); "
+                f"The weights of {self.registered} cannot be downloaded here ({error}). Download {source} on another "
+                f"machine and set evaluation.weights=PATH (or copy it to {_checkpoint_dir()}); "
                 "evaluation=default needs no download."
             ) from error
         except (RuntimeError, KeyError, AttributeError, TypeError) as error:
             text = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{path or self.registered} does not hold the weights of {self.registered} ({text})."
+                f"{path or self.registered} does not contain the weights of {self.registered} ({text})."
             ) from error
 
 
-def registered_class(name: str) -> Any:
-    """torch-fidelity's class of a registered network. Raises `UserError` for a name that it does not know."""
+def _registered_class(name: str) -> Any:
+    """torch-fidelity's class of a registered network. Raises `UserError` for an unknown name."""
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
@@ -117,26 +119,27 @@ def registered_class(name: str) -> Any:
     return FEATURE_EXTRACTORS_REGISTRY[name]
 
 
-def check_file(path: Path, name: str) -> None:
-    """torch-fidelity runs what is in the file, so admit only tensors, and of CLIP's programs only the published one."""
+def _check_file(path: Path, name: str) -> None:
+    """Refuse files with anything but tensors, because torch-fidelity executes code in them. CLIP's file is a program:
+    only the published one is accepted."""
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA
 
     if not path.is_file():
         raise UserError(
-            f"There is no file {path}: fetch the weights of {name}, or use evaluation=default without them."
+            f"There is no file {path}: download the weights of {name}, or use evaluation=default, which needs none."
         )
     if name in MODEL_METADATA:
         if sha256(path) != MODEL_METADATA[name]["hash"]:
-            raise UserError(f"{path} is not the published file of {name}: its SHA-256 is another. Fetch it again.")
+            raise UserError(f"{path} is not the published file of {name}: its SHA-256 differs. Download it again.")
         return
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is damaged, or holds more than weights ({type(error).__name__}).") from error
+        raise UserError(f"{path} is damaged, or contains more than weights ({type(error).__name__}).") from error
 
 
-def published_hash(name: str, url: str | None) -> str:
-    """First digits of the published file's SHA-256: they stand in its name, or in its address; empty if unknown."""
+def _published_hash(name: str, url: str | None) -> str:
+    """First digits of the published file's SHA-256, from torch-fidelity or the URL; empty if unknown."""
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA
 
     if name in MODEL_METADATA:
@@ -146,19 +149,19 @@ def published_hash(name: str, url: str | None) -> str:
     return last if len(last) == 8 and all(c in "0123456789abcdef" for c in last) else ""
 
 
-def checkpoints() -> Path:
-    """Where torch keeps downloaded files."""
+def _checkpoint_dir() -> Path:
+    """The folder of torch for downloaded files."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def downloaded(url: str | None) -> Path | None:
-    """The file that was downloaded from ``url``, if it lies there."""
-    path = checkpoints() / url.rsplit("/", 1)[1] if url else None
+def _downloaded_file(url: str | None) -> Path | None:
+    """The file that torch downloaded from ``url``, if there is one."""
+    path = _checkpoint_dir() / url.rsplit("/", 1)[1] if url else None
     return path if path is not None and path.is_file() else None
 
 
 def state_hash(module: nn.Module) -> str:
-    """SHA-256 over names and values of a module's parameters and buffers."""
+    """SHA-256 of the names and values of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -166,29 +169,35 @@ def state_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-NAME = "inception-v3-compat"
+INCEPTION_NAME = "inception-v3-compat"
 SPATIAL_CHANNELS = 7
 
 
 def inception(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """The FID network. ``weights``: a file on this machine; None downloads the published one where that is allowed."""
+    """The FID network; see `InceptionExtractor`."""
     return InceptionExtractor(spec, weights)
 
 
 class InceptionExtractor(TorchFidelityExtractor):
-    """2048 features of the Inception network of 2015-12-05 (Heusel et al. 2017).
+    """2048 features of the Inception network of 2015-12-05, the network of FID (Heusel et al. 2017,
+    https://arxiv.org/abs/1706.08500).
 
-    The same function as torch-fidelity's, to rounding: each batch norm is folded into the convolution before it, and
-    images lie channels last. Logits are over 1008 classes of ImageNet, without the bias, as the Inception score takes
-    them. Spatial features are 7 channels of 17 x 17 activations in the middle (Nash et al. 2021: sFID).
+    Up to rounding it computes the same as torch-fidelity's, with each batch norm fused into the preceding convolution
+    and in channels-last memory format. Logits are over 1008 ImageNet classes, without the bias, as for the Inception
+    score. Spatial features are 7 channels of the 17 x 17 activations in the middle (sFID; Nash et al. 2021,
+    https://arxiv.org/abs/2103.03841).
+
+    Args:
+        spec: of the data to measure.
+        weights: a weights file; None downloads the published one.
     """
 
     def __init__(self, spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> None:
-        super().__init__(spec, NAME, weights)
+        super().__init__(spec, INCEPTION_NAME, weights)
 
     @property
     def primary(self) -> str:
-        """FID, which papers quote."""
+        """FID, which papers report."""
         return self.frechet_name
 
     @property
@@ -206,24 +215,25 @@ class InceptionExtractor(TorchFidelityExtractor):
     def layers(self) -> list[str]:
         return ["2048", "logits_unbiased"]
 
-    def build(self, path: Path | None) -> Any:
-        module = folded(super().build(path))
-        module.Mixed_6d.branch1x1.register_forward_hook(self._remember)
+    def build_network(self, path: Path | None) -> Any:
+        module = _fuse_batch_norms(super().build_network(path))
+        module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
         return module
 
-    def run(self, images: Tensor) -> Features:
+    def extract_batch(self, images: Tensor) -> Features:
         with torch.inference_mode():
             features, logits = self.module(images.expand(-1, 3, -1, -1))
-        return Features(features, logits, self._seen[:, :SPATIAL_CHANNELS].flatten(1))
+        return Features(features, logits, self._spatial[:, :SPATIAL_CHANNELS].flatten(1))
 
-    def _remember(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._seen = output
+    def _keep_spatial(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._spatial = output
 
 
-def folded(network: Any) -> Any:
-    """``network`` with every (convolution, batch norm) pair as one convolution, channels last. Changes it in place.
+def _fuse_batch_norms(network: Any) -> Any:
+    r"""``network``, changed in place, with each (convolution, batch norm) pair as one convolution, channels last.
 
-    W' = W g / sqrt(v + e), b' = (b - m) g / sqrt(v + e) + shift: the same map in inference, with less to move.
+    :math:`W' = W \gamma / \sqrt{v + \epsilon}` and :math:`b' = (b - m) \gamma / \sqrt{v + \epsilon} + \beta`: the same
+    map in inference, with less memory traffic.
     """
     for block in network.modules():
         if isinstance(getattr(block, "conv", None), nn.Conv2d) and isinstance(

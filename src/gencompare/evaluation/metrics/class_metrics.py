@@ -1,4 +1,4 @@
-"""What a classifier sees in samples: pure functions of logits (n, classes)."""
+"""Metrics of a classifier's predictions on samples: pure functions of logits (n, classes)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
 CONFIDENCE = 0.7
-"""Below 0.82, the probability that the shipped classifiers were trained to give (label smoothing 0.2, ten classes)."""
-SPLITS = 10
+"""Threshold of `confident_share`. Below 0.82, the probability that the shipped classifiers were trained to predict (ten
+classes, label smoothing 0.2)."""
+NUM_SPLITS = 10
 
 
 def classifier_score(logits: Tensor) -> tuple[float, float]:
-    """(mean, standard deviation) over 10 parts of exp of the mean KL(p(y | x) || p(y)) (Salimans et al. 2016, "Improved
-    Techniques for Training GANs", section 4).
+    r"""The Inception score of any classifier: mean and standard deviation over 10 splits of
 
-    From 1, where all images look alike to the classifier, to the number of classes. On the Inception network this is
-    the Inception score; the split into parts, and so the figure, is that of torch-fidelity.
+    .. math:: \exp \mathbb{E}_x\, \mathrm{KL}\big(p(y \mid x) \,\|\, p(y)\big)
+
+    (Salimans et al. 2016, "Improved Techniques for Training GANs", section 4, https://arxiv.org/abs/1606.03498). The
+    score is 1 if all images have the same prediction, and at most the number of classes. The splits, and so the value,
+    are those of torch-fidelity.
     """
-    figures = isc_features_to_metric(logits, splits=SPLITS)
-    return figures[KEY_METRIC_ISC_MEAN], figures[KEY_METRIC_ISC_STD]
+    scores = isc_features_to_metric(logits, splits=NUM_SPLITS)
+    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
 
 
-def confident(logits: Tensor) -> float:
-    """Share of images to which the classifier gives one class with probability `CONFIDENCE` or more."""
+def confident_share(logits: Tensor) -> float:
+    """Share of images for which one class has a probability of at least `CONFIDENCE`."""
     return float((logits.softmax(1).amax(1) >= CONFIDENCE).double().mean())
 
 
@@ -34,5 +37,5 @@ def class_shares(logits: Tensor) -> list[float]:
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier assigns to the class that was asked for."""
+    """Share of images that the classifier assigns to the class that the model was given, ``labels`` (n,)."""
     return float((logits.argmax(1) == labels.to(logits.device)).double().mean())

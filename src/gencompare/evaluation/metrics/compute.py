@@ -1,4 +1,4 @@
-"""Cheap figures while a model trains: for curves and for the choice of ``best``, never for a result."""
+"""All metrics of a set of samples, as named `Metric` values of a result."""
 
 from __future__ import annotations
 
@@ -8,222 +8,250 @@ from statistics import fmean
 
 from torch import Tensor
 
-from gencompare.evaluation import reference
 from gencompare.evaluation.extractors.extractor import Extractor, Features
+from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.class_metrics import (
     CONFIDENCE,
     class_shares,
     classifier_score,
-    confident,
+    confident_share,
     label_accuracy,
 )
-from gencompare.evaluation.metrics.frechet import Jackknife, Statistics, between, frechet_distance
+from gencompare.evaluation.metrics.frechet import (
+    Jackknife,
+    Statistics,
+    frechet_distance,
+    gaussian_frechet_distance,
+)
 from gencompare.evaluation.metrics.intervals import Estimate
 from gencompare.evaluation.metrics.kernel import kernel_distance, kid, mmd
-from gencompare.evaluation.metrics.neighbors import DENSITY_NEIGHBOURS, authenticity, memorization_ratio, neighbor_balls
-from gencompare.evaluation.reference import Reference, as_stored, evenly_spaced_indices, reference_of
+from gencompare.evaluation.metrics.neighbors import DENSITY_K, authenticity, compute_prdc, memorization_ratio
+from gencompare.evaluation.reference import EvaluationData, Reference, load_reference, quantize_images
 from gencompare.records import Metric
 
-ExtraMetric = Mapping[str, Callable[[Tensor, Tensor], float]]
-"""Metrics that a protocol adds, by name. One with a method ``estimate`` has an interval too."""
+ExtraMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
+"""Metrics that a protocol adds, by name. A metric with a method ``estimate`` has an interval too (see
+`GaussianMMD`)."""
 
-HEAVY = 0.25
-"""Share of the variance of a distance that one image makes up, above which a note says so."""
-FEW_FOR_INFINITY = 3
-"""Samples a feature below which the distance at infinity is too low by more than its interval."""
+HEAVY_TAIL_SHARE = 0.25
+"""A note is added if one image contributes more than this share of the variance of a distance."""
+INFINITY_IMAGES_PER_FEATURE = 3
+"""With fewer samples per feature, the distance at n = infinity is too low by more than its interval."""
 
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Real images beside the reference, for the figures that look for copies."""
+    """Features of the real splits, for the memorization metrics."""
 
     train: Features
-    test: Features
     val: Features
+    test: Features
 
 
 def compute_metrics(
-    own: Features,
+    features: Features,
     reference: Reference,
     extractor: Extractor,
     *,
     labels: Tensor | None = None,
-    further: ExtraMetric | None = None,
-    error: bool = True,
+    extra_metrics: ExtraMetrics | None = None,
+    with_intervals: bool = True,
 ) -> dict[str, Metric]:
-    """Distances, neighbourhood figures and class figures of ``own``, by name.
+    """Distances, neighbor metrics and class metrics of samples, by name.
 
     Args:
-        labels: (n,) the class that each image was made for.
-        further: figures that the protocol adds.
-        error: give the Frechet distance its interval.
+        features: of the samples.
+        reference: the real images or statistics to compare with.
+        extractor: names the metrics.
+        labels: (n,) the class that each sample was generated for.
+        extra_metrics: metrics that the protocol adds.
+        with_intervals: compute the interval of the Frechet distance.
     """
-    found = distances(own, reference, extractor, error=error)
-    found |= spatial_distance(own, reference, extractor)
+    metrics = distance_metrics(features, reference, extractor, with_intervals=with_intervals)
+    metrics |= spatial_frechet_metric(features, reference, extractor)
     if reference.features is not None:
-        found |= neighbor_metrics(own.features, reference.features.features)
-        for name, metric in (further or {}).items():
-            found[name] = extra_metric(metric, own.features, reference.features.features)
-    if own.logits is not None:
-        found |= class_metrics(own.logits, labels if extractor.knows_classes else None, extractor)
+        metrics |= neighbor_metrics(features.features, reference.features.features)
+        for name, metric in (extra_metrics or {}).items():
+            metrics[name] = extra_metric(metric, features.features, reference.features.features)
+    if features.logits is not None:
+        metrics |= class_metrics(features.logits, labels if extractor.predicts_data_classes else None, extractor)
     if labels is not None:
-        found |= by_class(own.features, labels, reference, extractor)
-    return found
+        metrics |= class_frechet_metric(features.features, labels, reference, extractor)
+    return metrics
 
 
-def add_baselines(own: dict[str, Metric], real: dict[str, Metric], note: str) -> dict[str, Metric]:
-    """``own`` with the same figures of real images as floors; ``note`` says what sets these apart, if anything does."""
-    paired = {}
-    for name, metric in own.items():
-        floor = real[name].value if name in real else None
-        notes = [part for part in (metric.note, note if floor is not None else "") if part]
-        paired[name] = replace(metric, floor=floor, note="; ".join(notes))
-    return paired
-
-
-def distances(own: Features, reference: Reference, extractor: Extractor, *, error: bool) -> dict[str, Metric]:
-    """Maximum mean discrepancy, Frechet distance (at n and at n = infinity) and kernel distance."""
-    frechet, kernel = extractor.frechet_name, extractor.kernel_name
-    found: dict[str, Metric] = {}
-    if reference.features is not None and len(own) > 2:
-        found[extractor.mmd_name] = distance_metric(mmd(own.features, reference.kernel), unbiased=True)
-        found[kernel] = cubic_distance(own.features, reference, kernel)
+def distance_metrics(
+    features: Features, reference: Reference, extractor: Extractor, *, with_intervals: bool
+) -> dict[str, Metric]:
+    """Maximum mean discrepancy, kernel distance, and Frechet distance at n and at n = infinity."""
+    frechet, n = extractor.frechet_name, len(features)
+    metrics: dict[str, Metric] = {}
+    if reference.features is not None and n > 2:
+        metrics[extractor.mmd_name] = distance_metric(mmd(features.features, reference.gaussian_kernel), unbiased=True)
+        metrics[extractor.kernel_name] = cubic_kernel_metric(features.features, reference, extractor.kernel_name)
     statistics = reference.statistics
     if float(statistics.cov.diagonal().sum()) == 0:
-        return found | {frechet: Metric(None, "lower", note="all reference images are alike")}
-    few = f"{len(own)} images, {extractor.dim} features: mostly bias" if len(own) <= extractor.dim else ""
-    jackknife = Jackknife(own.features, statistics)
-    found[frechet] = distance_metric(jackknife.distance if error and not few else Estimate(jackknife.value, None), few)
-    if not few:
-        enough = len(own) >= FEW_FOR_INFINITY * extractor.dim
-        low = "" if enough else f"too low, from under {FEW_FOR_INFINITY} images a feature"
-        infinity = jackknife.infinity if error else Estimate(jackknife.value_at_infinity, None)
-        found[f"{frechet}_infinity"] = distance_metric(infinity, "extrapolated", low)
-    return found
+        return metrics | {frechet: Metric(None, higher_is_better=False, note="all reference images are identical")}
+    jackknife = Jackknife(features.features, statistics)
+    if n <= extractor.dim:
+        note = f"{n} images, {extractor.dim} features: mostly bias"
+        return metrics | {frechet: distance_metric(Estimate(jackknife.value, None), note)}
+    if with_intervals:
+        distance, at_infinity = jackknife.distance, jackknife.infinity
+    else:
+        distance, at_infinity = Estimate(jackknife.value, None), Estimate(jackknife.value_at_infinity, None)
+    enough = n >= INFINITY_IMAGES_PER_FEATURE * extractor.dim
+    note = "" if enough else f"too low, from under {INFINITY_IMAGES_PER_FEATURE} images a feature"
+    return metrics | {
+        frechet: distance_metric(distance),
+        f"{frechet}_infinity": distance_metric(at_infinity, "extrapolated", note),
+    }
 
 
 def distance_metric(estimate: Estimate, *notes: str, unbiased: bool = False) -> Metric:
-    """The metric of a distance and its interval; a note says so where one image decides both."""
+    """A distance as a `Metric`, with a note if a single image dominates value and interval."""
     share = estimate.largest_share
-    heavy = f"heavy tails: one image makes up {share:.0%} of the variance" if share > HEAVY else ""
+    heavy = f"heavy tails: one image makes up {share:.0%} of the variance" if share > HEAVY_TAIL_SHARE else ""
     note = "; ".join(filter(None, [*notes, heavy]))
-    return Metric(estimate.value, "lower", interval=estimate.interval, note=note, unbiased=unbiased)
+    return Metric(estimate.value, higher_is_better=False, interval=estimate.interval, note=note, unbiased=unbiased)
 
 
-def cubic_distance(own: Tensor, reference: Reference, name: str) -> Metric:
-    """Kernel distance with the cubic kernel; the one called ``kid`` is the mean over subsets, as it is published."""
+def cubic_kernel_metric(features: Tensor, reference: Reference, name: str) -> Metric:
+    """Kernel distance with the cubic kernel. ``kid`` is the mean over subsets, as published."""
     assert reference.features is not None
-    estimate = kernel_distance(own, reference.cubic)
+    estimate = kernel_distance(features, reference.cubic_kernel)
     if name != "kid":
         return distance_metric(estimate, unbiased=True)
-    mean, spread = kid(own, reference.features.features)
-    return distance_metric(replace(estimate, value=mean), f"subsets +- {spread:.2g}", unbiased=True)
+    mean, std = kid(features, reference.features.features)
+    return distance_metric(replace(estimate, value=mean), f"subsets +- {std:.2g}", unbiased=True)
 
 
-def extra_metric(metric: Callable[[Tensor, Tensor], float], own: Tensor, reference: Tensor) -> Metric:
-    better = getattr(metric, "better", None)
-    if not hasattr(metric, "estimate"):
-        return Metric(metric(own, reference), better)
-    estimate: Estimate = metric.estimate(own, reference)  # type: ignore[attr-defined]
-    return Metric(estimate.value, better, interval=estimate.interval)
-
-
-def spatial_distance(own: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
-    """Frechet distance of activations that still know their places (Nash et al. 2021, "Generating images with sparse
-    representations", section 5: sFID)."""
-    if own.spatial is None or reference.spatial is None:
+def spatial_frechet_metric(features: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
+    """Frechet distance of spatial features (sFID; Nash et al. 2021, "Generating images with sparse representations",
+    section 5, https://arxiv.org/abs/2103.03841)."""
+    statistics = reference.spatial_statistics
+    if features.spatial is None or statistics is None:
         return {}
-    name = f"s{extractor.frechet_name}"
-    if len(own) <= own.spatial.shape[1]:
-        return {name: Metric(None, "lower", note=f"{len(own)} images, {own.spatial.shape[1]} features")}
-    return {name: Metric(between(Statistics.of(own.spatial), reference.spatial), "lower")}
+    name, (n, dim) = f"s{extractor.frechet_name}", features.spatial.shape
+    if n <= dim:
+        return {name: Metric(None, higher_is_better=False, note=f"{n} images, {dim} features")}
+    distance = gaussian_frechet_distance(Statistics.from_features(features.spatial), statistics)
+    return {name: Metric(distance, higher_is_better=False)}
 
 
-def neighbor_metrics(own: Tensor, reference: Tensor) -> dict[str, Metric]:
-    """Precision, recall, density, coverage against as many reference images as there are samples: balls shrink as a set
-    grows."""
-    names = ("precision", "recall", "density", "coverage")
-    if min(len(own), len(reference)) <= DENSITY_NEIGHBOURS:
+def class_frechet_metric(
+    features: Tensor, labels: Tensor, reference: Reference, extractor: Extractor
+) -> dict[str, Metric]:
+    """Mean over classes of the Frechet distance between samples and real images of one class (intra-FID; Miyato and
+    Koyama 2018, "cGANs with Projection Discriminator", section 5, https://arxiv.org/abs/1802.05637)."""
+    if reference.features is None or reference.labels is None:
         return {}
-    n = min(len(own), len(reference))
-    found = neighbor_balls(own[evenly_spaced_indices(len(own), n)], reference[evenly_spaced_indices(len(reference), n)])
-    repeated = max(found.zero_radii, found.zero_radii_reference)
+    name, real = f"class_{extractor.frechet_name}", reference.features.features
+    pairs = [(features[labels == c], real[reference.labels == c]) for c in reference.labels.unique()]
+    fewest = min(len(side) for pair in pairs for side in pair)
+    if fewest <= extractor.dim:
+        note = f"{fewest} images of a class, {extractor.dim} features"
+        return {name: Metric(None, higher_is_better=False, note=note)}
+    return {name: Metric(fmean(frechet_distance(a, b) for a, b in pairs), higher_is_better=False)}
+
+
+def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
+    """Precision, recall, density and coverage against as many reference images as there are samples.
+
+    The sizes are equal because neighborhoods shrink as a set grows.
+    """
+    n = min(len(features), len(reference))
+    if n <= DENSITY_K:
+        return {}
+    prdc = compute_prdc(
+        features[evenly_spaced_indices(len(features), n)], reference[evenly_spaced_indices(len(reference), n)]
+    )
+    repeated = max(prdc.zero_radii, prdc.zero_radii_reference)
     note = f"{repeated:.0%} of the k-NN radii are 0: repeated images" if repeated >= 0.01 else ""
-    return {name: Metric(getattr(found, name), "higher", note=note) for name in names}
+    names = ("precision", "recall", "density", "coverage")
+    return {name: Metric(getattr(prdc, name), higher_is_better=True, note=note) for name in names}
 
 
 def class_metrics(logits: Tensor, labels: Tensor | None, extractor: Extractor) -> dict[str, Metric]:
-    """What the extractor's classifier sees."""
-    score, spread = classifier_score(logits)
-    found = {extractor.score_name: Metric(score, "higher", note=f"parts +- {spread:.2g}")}
-    if extractor.knows_classes:
+    """Metrics of the extractor's predictions."""
+    score, std = classifier_score(logits)
+    metrics = {extractor.score_name: Metric(score, higher_is_better=True, note=f"parts +- {std:.2g}")}
+    if extractor.predicts_data_classes:
         shares = class_shares(logits)
-        found["confident"] = Metric(confident(logits), "higher", note=f"classifier at least {CONFIDENCE} sure")
-        found["class_share_min"] = Metric(min(shares), "higher")
-        found["class_share_max"] = Metric(max(shares), "lower")
+        note = f"share with a class probability of at least {CONFIDENCE}"
+        metrics["confident"] = Metric(confident_share(logits), higher_is_better=True, note=note)
+        metrics["class_share_min"] = Metric(min(shares), higher_is_better=True)
+        metrics["class_share_max"] = Metric(max(shares), higher_is_better=False)
     if labels is not None:
-        found["label_accuracy"] = Metric(
-            label_accuracy(logits, labels), "higher", note="the classifier sees the class asked for"
-        )
-    return found
+        note = "the classifier predicts the class that the model was given"
+        metrics["label_accuracy"] = Metric(label_accuracy(logits, labels), higher_is_better=True, note=note)
+    return metrics
 
 
-def by_class(own: Tensor, labels: Tensor, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
-    """Mean over classes of the Frechet distance between samples and real images of one class (intra-FID; Miyato and
-    Koyama 2018, "cGANs with Projection Discriminator", section 5)."""
-    if reference.features is None or reference.labels is None:
-        return {}
-    name = f"class_{extractor.frechet_name}"
-    pairs = [(own[labels == c], reference.features.features[reference.labels == c]) for c in reference.labels.unique()]
-    least = min(len(side) for pair in pairs for side in pair)
-    if least <= extractor.dim:
-        return {name: Metric(None, "lower", note=f"{least} images of a class, {extractor.dim} features")}
-    return {name: Metric(fmean(frechet_distance(a, b) for a, b in pairs), "lower")}
+def extra_metric(metric: Callable[[Tensor, Tensor], float], features: Tensor, reference: Tensor) -> Metric:
+    """The value of a metric that the protocol adds, with its order and, if it has one, its interval."""
+    if hasattr(metric, "estimate"):
+        estimate: Estimate = metric.estimate(features, reference)  # type: ignore[attr-defined]
+    else:
+        estimate = Estimate(metric(features, reference), None)
+    return Metric(
+        estimate.value,
+        higher_is_better=getattr(metric, "higher_is_better", None),
+        target=getattr(metric, "target", None),
+        interval=estimate.interval,
+    )
 
 
-def memorization_metrics(own: Tensor, held: RealFeatures) -> dict[str, Metric]:
-    """Figures that copies of training images fail."""
-    train, test, val = held.train.features, held.test.features, held.val.features
-    ratio = memorization_ratio(own, train, test, val)
+def memorization_metrics(features: Tensor, real: RealFeatures) -> dict[str, Metric]:
+    """Metrics that detect copies of training images."""
+    train, test, val = real.train.features, real.test.features, real.val.features
+    ratio = memorization_ratio(features, train, test, val)
     note = "nearest training against nearest held-out image; copies give 0"
+    if ratio is None:
+        note = "a mean distance to held-out images is 0"
     return {
-        "memorization": Metric(
-            ratio, "one", note=note if ratio is not None else "a mean distance to held-out images is 0"
-        ),
+        "memorization": Metric(ratio, target=1.0, note=note),
         "authenticity": Metric(
-            authenticity(own, train), "higher", floor=authenticity(test, train), note="copies give 0"
+            authenticity(features, train),
+            higher_is_better=True,
+            baseline=authenticity(test, train),
+            note="copies give 0",
         ),
     }
 
 
-def shares_of(own: Features, extractor: Extractor) -> list[float] | None:
-    """Share of images in each of the data's classes, where the extractor knows them."""
-    return class_shares(own.logits) if own.logits is not None and extractor.knows_classes else None
+def add_baselines(metrics: dict[str, Metric], real: dict[str, Metric], note: str) -> dict[str, Metric]:
+    """``metrics`` with the same metrics of ``real`` images as baselines; ``note`` is added to those that have one."""
+    with_baselines = {}
+    for name, metric in metrics.items():
+        baseline = real[name].value if name in real else None
+        notes = [part for part in (metric.note, note if baseline is not None else "") if part]
+        with_baselines[name] = replace(metric, baseline=baseline, note="; ".join(notes))
+    return with_baselines
 
 
-def cheap_metrics(
-    images: Tensor, data: reference.EvaluationData, extractor: Extractor, split: str = "val"
-) -> dict[str, float]:
-    """The primary metric (the first), density and coverage of ``images`` against a split that no result is measured on.
+def data_class_shares(features: Features, extractor: Extractor) -> list[float] | None:
+    """Share of images in each of the data's classes; None if the extractor does not predict them."""
+    return class_shares(features.logits) if features.logits is not None and extractor.predicts_data_classes else None
 
-    A Frechet distance is biased upwards by the small n of both sides, and still falls as samples get better, so it
-    orders the evaluations of one run, at one n, and nothing else. Density and coverage are of as many real images as
-    samples, and left out where these are fewer than 6.
+
+def cheap_metrics(images: Tensor, data: EvaluationData, extractor: Extractor, split: str = "val") -> dict[str, float]:
+    """The primary metric (first), density and coverage of a few images, for evaluation during training.
+
+    ``split`` is not one that results use. A Frechet distance is biased upwards for small n, but still falls as samples
+    improve: it orders the evaluations of one run at one n, and nothing else. Density and coverage use as many real
+    images as samples, and need at least 6 of each.
 
     Args:
         images: (n, C, H, W), n at least 3, uint8 or float as `evaluate` takes them.
     """
-    device = images.device
-    own = extractor(as_stored(images, data.spec), device).features
-    reference = reference_of(data, split, extractor, device)
+    features = extractor(quantize_images(images, data.spec), images.device).features
+    reference = load_reference(data, split, extractor, images.device)
     assert reference.features is not None
     if extractor.primary == extractor.frechet_name:
-        distance = frechet_distance(own, reference.statistics)
+        distance = frechet_distance(features, reference.statistics)
     else:
-        distance = mmd(own, reference.kernel).value
-    near = neighbor_metrics(own, reference.features.features)
-    return {extractor.primary: distance} | {
-        name: near[name].value
-        for name in ("density", "coverage")
-        if name in near  # type: ignore[misc]
-    }
+        distance = mmd(features, reference.gaussian_kernel).value
+    neighbors = neighbor_metrics(features, reference.features.features)
+    values = {name: neighbors[name].value for name in ("density", "coverage") if name in neighbors}
+    return {extractor.primary: distance} | values  # type: ignore[return-value]

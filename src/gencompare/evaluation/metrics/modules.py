@@ -1,14 +1,17 @@
-"""Every metric of an evaluation as a `torchmetrics.Metric`, for a user's own loop.
+"""The metrics of an evaluation as `torchmetrics.Metric`, for use in any loop.
 
     metric = MaximumMeanDiscrepancy()
-    metric.update(real_images, real=True)          # uint8 (n, C, H, W), as often as needed
+    metric.update(real_images, real=True)          # uint8 (n, C, H, W), any number of times
     metric.update(generated_images, real=False)
     metric.compute()
 
-The interface is that of torchmetrics' ``FrechetInceptionDistance``: images are uint8, or floats in [0, 1] with
-``normalize=True``; ``feature`` is a module or function from uint8 images to features (n, d), by default that of
-EfficientNet-Lite0. torchmetrics gathers states over processes. `gencompare.evaluate` adds the protocol, the same metric
-for held-out real images, and intervals.
+The interface is that of torchmetrics' ``FrechetInceptionDistance``. Images are uint8, or floats in [0, 1] with
+``normalize=True``. ``feature`` is a module or function from uint8 images to features (n, d); the default is
+EfficientNet-Lite0, the network of `evaluate`. torchmetrics gathers the states of all processes. Use `evaluate` for a
+whole protocol, real-data baselines and intervals.
+
+Reconstructions are compared by torchmetrics' own ``PeakSignalNoiseRatio`` and ``StructuralSimilarityIndexMeasure``,
+which this module exports too. With ``data_range=255.0`` and images converted to float they give `evaluate`'s values.
 """
 
 from __future__ import annotations
@@ -20,20 +23,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.image import PeakSignalNoiseRatio as PeakSignalNoiseRatio
+from torchmetrics.image import StructuralSimilarityIndexMeasure as StructuralSimilarityIndexMeasure
 
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.efficientnet import efficientnet_lite0
-from gencompare.evaluation.metrics.class_metrics import classifier_score, label_accuracy
+from gencompare.evaluation.extractors.extractor import Extractor
+from gencompare.evaluation.metrics.class_metrics import class_shares, classifier_score, label_accuracy
 from gencompare.evaluation.metrics.frechet import Jackknife, frechet_distance
 from gencompare.evaluation.metrics.kernel import CubicKernel, kernel_distance, mmd
-from gencompare.evaluation.metrics.neighbors import authenticity, memorization_ratio, neighbor_balls
+from gencompare.evaluation.metrics.neighbors import authenticity, compute_prdc, memorization_ratio
 from gencompare.generative_model import DataSpec
 
 Feature = Callable[[Tensor], Tensor]
 
 
-class _Collects(Metric):
-    """Keeps features of every set of images that a metric compares."""
+class _FeatureMetric(Metric):
+    """Stores the features of each set of images that a metric compares.
+
+    Args:
+        feature: maps uint8 images (n, C, H, W) to features (n, d); None uses EfficientNet-Lite0.
+        normalize: images are floats in [0, 1] instead of uint8.
+        reset_real_features: whether `reset` also discards the real images.
+        kwargs: passed to `torchmetrics.Metric`.
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -52,135 +65,150 @@ class _Collects(Metric):
         for name in self.sets:
             self.add_state(name, [], dist_reduce_fx="cat")
 
+    def reset(self) -> None:
+        """Discard all images; real ones only with ``reset_real_features``."""
+        kept_names = [name for name in self.sets if name != "generated" and not self.reset_real_features]
+        kept = {name: list(getattr(self, name)) for name in kept_names}
+        super().reset()
+        for name, parts in kept.items():
+            setattr(self, name, parts)
+
     def _add(self, name: str, images: Tensor) -> None:
         getattr(self, name).append(self._features(images).float().cpu())
 
     def _features(self, images: Tensor) -> Tensor:
         if images.dim() != 4:
-            raise UserError(f"Images are (n, C, H, W), not {tuple(images.shape)}.")
+            raise UserError(f"Images must be (n, C, H, W), not {tuple(images.shape)}.")
         if self.normalize:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         if images.dtype != torch.uint8:
-            raise UserError(f"Images are uint8, or floats in [0, 1] with normalize=True; these are {images.dtype}.")
+            raise UserError(f"Images must be uint8, or floats in [0, 1] with normalize=True; these are {images.dtype}.")
         if self.feature is None:
-            self.feature = efficientnet_lite0(DataSpec(name="images", shape=tuple(images.shape[1:]))).features  # type: ignore[arg-type]
+            spec = DataSpec(name="images", shape=tuple(images.shape[1:]))  # type: ignore[arg-type]
+            self.feature = self._default_feature(efficientnet_lite0(spec))
         with torch.no_grad():
             return self.feature(images)
+
+    def _default_feature(self, extractor: Extractor) -> Feature:
+        return extractor.features
 
     def _set(self, name: str) -> Tensor:
         parts = getattr(self, name)
         if isinstance(parts, list):
             if not parts:
-                raise UserError(f"{type(self).__name__} has no {name} images yet: update it with some.")
+                raise UserError(f"{type(self).__name__} has no {name} images yet: call update first.")
             parts = torch.cat(parts)
         return parts
 
-    def reset(self) -> None:
-        """Forget all images; the real ones only with ``reset_real_features``."""
-        real = [name for name in self.sets if name != "generated" and not self.reset_real_features]
-        kept = {name: list(getattr(self, name)) for name in real}
-        super().reset()
-        for name, parts in kept.items():
-            setattr(self, name, parts)
 
+class _RealComparison(_FeatureMetric):
+    """A metric of generated images against real ones."""
 
-class _ComparesWithReal(_Collects):
     def update(self, images: Tensor, real: bool) -> None:
         """Add images (n, C, H, W) to the real or to the generated ones."""
         self._add("real" if real else "generated", images)
 
     def compute(self) -> Tensor:
         """The metric of all images so far, a scalar."""
-        return torch.tensor(self.value(self._set("generated"), self._set("real")))
+        return torch.tensor(self.compute_from_features(self._set("generated"), self._set("real")))
 
     @abstractmethod
-    def value(self, generated: Tensor, real: Tensor) -> float:
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
         """The metric of features (n, d) of generated images against (m, d) of real ones."""
 
 
-class MaximumMeanDiscrepancy(_ComparesWithReal):
-    """1000 times the unbiased squared MMD with a Gaussian kernel of median bandwidth: `evaluation.mmd.mmd`."""
+class MaximumMeanDiscrepancy(_RealComparison):
+    """1000 times the unbiased squared MMD with a Gaussian kernel of median bandwidth, see `mmd`."""
 
     higher_is_better = False
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
         return mmd(generated, real).value
 
 
-class FrechetDistance(_ComparesWithReal):
-    """|m_g - m_r|^2 + tr(S_g + S_r - 2 (S_g S_r)^(1/2)) (Heusel et al. 2017): FID on the Inception network alone."""
+class FrechetDistance(_RealComparison):
+    """The Frechet distance, see `frechet_distance`; on the Inception network, FID (Heusel et al. 2017)."""
 
     higher_is_better = False
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
         return frechet_distance(generated, real)
 
 
-class FrechetDistanceInfinity(_ComparesWithReal):
-    """The Frechet distance at an infinite number of generated images: `evaluation.frechet.Jackknife`."""
+class FrechetDistanceInfinity(_RealComparison):
+    """The Frechet distance extrapolated to infinitely many generated images, see `Jackknife.infinity`."""
 
     higher_is_better = False
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
         return Jackknife(generated, real).value_at_infinity
 
 
-class KernelDistance(_ComparesWithReal):
-    """The unbiased squared MMD with the cubic kernel of KID over all images (Binkowski et al. 2018)."""
+class SpatialFrechetDistance(FrechetDistance):
+    """The Frechet distance of spatial features (sFID; Nash et al. 2021): ``feature`` flattens an early layer's
+    activations instead of averaging them. It takes more images than there are features."""
+
+    def _default_feature(self, extractor: Extractor) -> Feature:
+        return lambda images: extractor(images).spatial  # type: ignore[return-value]
+
+
+class KernelDistance(_RealComparison):
+    """The unbiased squared MMD with the cubic kernel of KID, over all images (Binkowski et al. 2018)."""
 
     higher_is_better = False
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
         return kernel_distance(generated, real, CubicKernel()).value
 
 
-class Precision(_ComparesWithReal):
-    """Share of generated images in the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
+class Precision(_RealComparison):
+    """Share of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
 
     higher_is_better = True
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
-        return neighbor_balls(generated, real).precision
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
+        return compute_prdc(generated, real).precision
 
 
-class Recall(_ComparesWithReal):
-    """Share of real images in the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
-
-    higher_is_better = True
-
-    def value(self, generated: Tensor, real: Tensor) -> float:
-        return neighbor_balls(generated, real).recall
-
-
-class Density(_ComparesWithReal):
-    """Real images' balls that a generated image lies in, over k = 5 (Naeem et al. 2020)."""
+class Recall(_RealComparison):
+    """Share of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
 
     higher_is_better = True
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
-        return neighbor_balls(generated, real).density
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
+        return compute_prdc(generated, real).recall
 
 
-class Coverage(_ComparesWithReal):
-    """Share of real images whose ball, k = 5, holds a generated one (Naeem et al. 2020)."""
-
-    higher_is_better = True
-
-    def value(self, generated: Tensor, real: Tensor) -> float:
-        return neighbor_balls(generated, real).coverage
-
-
-class Authenticity(_ComparesWithReal):
-    """Share of generated images that are no near copies of the real ones, the training images (Alaa et al. 2022)."""
+class Density(_RealComparison):
+    """Number of real images' balls that contain a generated image, divided by k = 5 (Naeem et al. 2020)."""
 
     higher_is_better = True
 
-    def value(self, generated: Tensor, real: Tensor) -> float:
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
+        return compute_prdc(generated, real).density
+
+
+class Coverage(_RealComparison):
+    """Share of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
+
+    higher_is_better = True
+
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
+        return compute_prdc(generated, real).coverage
+
+
+class Authenticity(_RealComparison):
+    """Share of generated images that are not near copies of the real ones, the training images (Alaa et al. 2022)."""
+
+    higher_is_better = True
+
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
         return authenticity(generated, real)
 
 
-class MemorizationRatio(_Collects):
-    """How much closer samples are to training than to held-out images; about 1 without memorization, 0 for copies."""
+class MemorizationRatio(_FeatureMetric):
+    """How much closer samples are to training than to held-out images, see `memorization_ratio`: about 1 without
+    memorization, 0 for copies."""
 
     higher_is_better = None
     sets = ("generated", "train", "val", "test")
@@ -192,21 +220,23 @@ class MemorizationRatio(_Collects):
         self._add(split, images)
 
     def compute(self) -> Tensor:
-        """The ratio, a scalar; NaN where a mean distance to held-out images is 0."""
+        """The ratio, a scalar; NaN if a mean distance to held-out images is 0."""
         ratio = memorization_ratio(*(self._set(name) for name in ("generated", "train", "test", "val")))
         return torch.tensor(float("nan") if ratio is None else ratio)
 
 
-class _OfLogits(_Collects):
+class _ClassifierMetric(_FeatureMetric):
+    """A metric of a classifier's logits (n, classes) on generated images."""
+
     sets = ("generated",)
 
     def __init__(self, classifier: Feature, **kwargs: Any) -> None:
         super().__init__(classifier, **kwargs)
 
 
-class ClassifierScore(_OfLogits):
-    """exp of the mean KL(p(y | x) || p(y)), the mean over ten parts (Salimans et al. 2016); the Inception score on the
-    Inception network alone."""
+class ClassifierScore(_ClassifierMetric):
+    """exp of the mean KL(p(y | x) || p(y)), the mean over ten splits, see `classifier_score`; on the Inception network,
+    the Inception score (Salimans et al. 2016)."""
 
     higher_is_better = True
 
@@ -219,7 +249,21 @@ class ClassifierScore(_OfLogits):
         return torch.tensor(classifier_score(self._set("generated"))[0])
 
 
-class LabelAccuracy(_OfLogits):
+class ClassShares(_ClassifierMetric):
+    """Share of generated images that the classifier assigns to each class: missing classes have share 0."""
+
+    higher_is_better = None
+
+    def update(self, images: Tensor) -> None:
+        """Add generated images (n, C, H, W)."""
+        self._add("generated", images)
+
+    def compute(self) -> Tensor:
+        """The shares, (classes,)."""
+        return torch.tensor(class_shares(self._set("generated")))
+
+
+class LabelAccuracy(_ClassifierMetric):
     """Share of generated images that the classifier assigns to the class that the model was given."""
 
     higher_is_better = True

@@ -1,4 +1,4 @@
-"""Nearest-neighbour metrics: precision, recall, density, coverage, authenticity and memorisation."""
+"""Nearest-neighbor metrics: precision, recall, density, coverage, authenticity and memorization."""
 
 from __future__ import annotations
 
@@ -10,155 +10,162 @@ from torch import Tensor
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import check_finite
 
-BLOCK = 1000
-"""Rows of a distance matrix that are held at a time: 10,000 x 10,000 distances never lie in memory whole."""
-PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-COPY = 1e-3
-"""Distance of copies at most, over a point's distance from the mean."""
+BLOCK_SIZE = 1000
+"""Rows of a distance matrix that are in memory at a time; 10,000 x 10,000 distances never are."""
+QUERY_BLOCK_SIZE = 2000
+"""The same for searches of a single nearest neighbor."""
+PRECISION_K, DENSITY_K = 3, 5
+"""Neighbors that define a ball, as in the papers."""
+COPY_TOLERANCE = 1e-3
+"""Largest distance between copies, relative to a point's distance from the mean."""
 
 
 @dataclass(frozen=True)
-class NeighborBalls:
-    """The four figures, each about 1 for samples that are as good and as varied as real images."""
+class PRDC:
+    """Precision, recall, density and coverage; each is about 1 for samples as good and as diverse as real images.
+
+    The ball of an image extends to its k-th nearest neighbor among the images of its own set.
+    """
 
     precision: float
-    """Share of samples in some real image's ball, k = 3 (Kynkaanniemi et al. 2019, "Improved Precision and Recall
-    Metric", eqs. 1 and 2)."""
+    """Share of samples inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019, "Improved Precision and Recall
+    Metric", eqs. 1 and 2, https://arxiv.org/abs/1904.06991)."""
     recall: float
-    """Share of real images in some sample's ball, k = 3 (the same)."""
+    """Share of real images inside the ball of a sample, k = 3 (the same paper)."""
     density: float
-    """How many real images' balls a sample lies in, over k = 5 (Naeem et al. 2020, "Reliable Fidelity and Diversity
-    Metrics", eq. 3). It may exceed 1."""
+    """Number of real images' balls that contain a sample, divided by k = 5 (Naeem et al. 2020, "Reliable Fidelity and
+    Diversity Metrics", eq. 3, https://arxiv.org/abs/2002.09797). It may exceed 1."""
     coverage: float
-    """Share of real images whose ball, k = 5, holds a sample (the same, eq. 4)."""
+    """Share of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
     zero_radii: float = 0.0
-    """Share of samples whose ball, k = 3, has radius 0, because they are repeated: recall is then too low."""
+    """Share of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
     zero_radii_reference: float = 0.0
-    """Share of real images whose ball, k = 5, has radius 0: density and coverage are then too low, or noise."""
+    """Share of real images whose ball, k = 5, has radius 0. Density and coverage are then too low, or noise."""
 
 
-def neighbor_balls(features: Tensor, reference: Tensor) -> NeighborBalls:
-    """The figures of features (n, d) against (m, d), n and m above 5.
+def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
+    """Precision, recall, density and coverage of features (n, d) against (m, d), n and m at least 6.
 
-    The two sets should be of one size: balls shrink as a set grows. Distances are Euclidean, in float32, by the product
-    form on features centred about the reference's mean (the product form alone loses small distances far from zero).
+    The two sets should have equal sizes, because balls shrink as a set grows. Distances are Euclidean, in float32, and
+    computed from scalar products of features centered about the reference mean (far from zero, small distances would
+    lose precision).
 
     Raises:
-        UserError: features that are not finite, whose distances would still give plausible numbers, or too few.
+        UserError: there are too few features, or they are not finite (their distances would still look plausible).
     """
     for side in (features, reference):
         check_finite(side)
-        if len(side) <= DENSITY_NEIGHBOURS:
-            raise UserError(f"Neighbour metrics need at least {DENSITY_NEIGHBOURS + 1} images of each side.")
-    centre = reference.mean(0)
-    samples, real = (features - centre).float(), (reference - centre).float()
-    ks = (PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
-    real_near, real_far = radii(real, ks)
-    (sample_near,) = radii(samples, (PRECISION_NEIGHBOURS,))
-    inside, held = 0, 0
+        if len(side) <= DENSITY_K:
+            raise UserError(f"Neighbor metrics need at least {DENSITY_K + 1} images on each side.")
+    center = reference.mean(0)
+    samples, real = (features - center).float(), (reference - center).float()
+    real_precision_radii, real_density_radii = _radii(real, (PRECISION_K, DENSITY_K))
+    (sample_radii,) = _radii(samples, (PRECISION_K,))
+    num_precise, num_balls = 0, 0
     recalled = torch.zeros(len(real), dtype=torch.bool)
-    nearest = torch.full((len(real),), torch.inf)
-    for start in range(0, len(samples), BLOCK):
-        distance = pairwise_distances(samples[start : start + BLOCK], real)
-        inside += int((distance <= real_near).any(1).sum())
-        held += int((distance < real_far).sum())
-        recalled |= (distance <= sample_near[start : start + BLOCK, None]).any(0)
-        nearest = torch.minimum(nearest, distance.amin(0))
-    return NeighborBalls(
-        precision=inside / len(samples),
+    nearest_sample = torch.full((len(real),), torch.inf)
+    for start in range(0, len(samples), BLOCK_SIZE):
+        block = slice(start, start + BLOCK_SIZE)
+        distance = _pairwise_distances(samples[block], real)
+        num_precise += int((distance <= real_precision_radii).any(1).sum())
+        num_balls += int((distance < real_density_radii).sum())
+        recalled |= (distance <= sample_radii[block, None]).any(0)
+        nearest_sample = torch.minimum(nearest_sample, distance.amin(0))
+    return PRDC(
+        precision=num_precise / len(samples),
         recall=float(recalled.double().mean()),
-        density=held / (DENSITY_NEIGHBOURS * len(samples)),
-        coverage=float((nearest < real_far).double().mean()),
-        zero_radii=share_of_zeros(sample_near, samples),
-        zero_radii_reference=share_of_zeros(real_far, real),
+        density=num_balls / (DENSITY_K * len(samples)),
+        coverage=float((nearest_sample < real_density_radii).double().mean()),
+        zero_radii=_share_of_zeros(sample_radii, samples),
+        zero_radii_reference=_share_of_zeros(real_density_radii, real),
     )
 
 
-def share_of_zeros(radius: Tensor, points: Tensor) -> float:
-    """Share of radii (n,) of centred points (n, d) that are zero but for rounding, which the product form makes about
-    5e-4 of a point's norm."""
-    return float((radius <= COPY * points.norm(dim=1)).double().mean())
-
-
-def radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """For each k, the distance of every point to its k-th nearest neighbour among the others, (n,)."""
-    # The nearest of all is the point itself. Distances are the same both ways, so half of the blocks do.
-    near = torch.full((len(points), max(ks) + 1), torch.inf)
-    for i in range(0, len(points), BLOCK):
-        for j in range(i, len(points), BLOCK):
-            rows, columns = slice(i, i + BLOCK), slice(j, j + BLOCK)
-            distance = pairwise_distances(points[rows], points[columns])
-            near[rows] = smallest_distances(near[rows], distance)
+def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
+    """For each k, the distance of every point to its k-th nearest neighbor among the other points, (n,)."""
+    # The smallest distance is that to the point itself. The matrix is symmetric, so half of the blocks suffice.
+    smallest = torch.full((len(points), max(ks) + 1), torch.inf)
+    for i in range(0, len(points), BLOCK_SIZE):
+        for j in range(i, len(points), BLOCK_SIZE):
+            rows, columns = slice(i, i + BLOCK_SIZE), slice(j, j + BLOCK_SIZE)
+            distance = _pairwise_distances(points[rows], points[columns])
+            smallest[rows] = _merge_smallest(smallest[rows], distance)
             if j > i:
-                near[columns] = smallest_distances(near[columns], distance.T)
-    return [near.sort(1).values[:, k] for k in ks]
+                smallest[columns] = _merge_smallest(smallest[columns], distance.T)
+    return [smallest.sort(1).values[:, k] for k in ks]
 
 
-def smallest_distances(known: Tensor, further: Tensor) -> Tensor:
-    """The least values of ``known`` (r, k) and ``further`` (r, c), (r, k), in no order."""
-    k = known.shape[1]
-    return torch.cat([known, further], 1).topk(k, largest=False, sorted=False).values
+def _merge_smallest(smallest: Tensor, distance: Tensor) -> Tensor:
+    """The k smallest values of ``smallest`` (r, k) and ``distance`` (r, c) in each row, (r, k), unordered."""
+    k = smallest.shape[1]
+    return torch.cat([smallest, distance], 1).topk(k, largest=False, sorted=False).values
 
 
-def pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
-    """Euclidean distances (r, n), by the product form."""
+def _pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
+    """Euclidean distances (r, n), from scalar products."""
     return torch.cdist(rows, points, compute_mode="use_mm_for_euclid_dist")
 
 
-MEMORY_BLOCK = 2000
+def _share_of_zeros(radius: Tensor, points: Tensor) -> float:
+    """Share of radii (n,) of centered points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
+    return float((radius <= COPY_TOLERANCE * points.norm(dim=1)).double().mean())
 
 
-def nearest(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_neighbor(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """(distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
 
-    Neighbours are found by the fast product form, on centred features, and their distances are then computed from the
-    rows themselves: the product form loses small ones to rounding, and a copy must be at 0.
+    Neighbors are found with fast scalar products of centered features. Their distances are then computed from
+    differences, which are exact for small distances: a copy must be at distance 0.
     """
-    centre = keys.mean(0)
-    queries, keys = queries - centre, keys - centre
-    index = torch.cat(
-        [
-            torch.cdist(block, keys, compute_mode="use_mm_for_euclid_dist").argmin(1)
-            for block in queries.split(MEMORY_BLOCK)
-        ]
-    )
+    center = keys.mean(0)
+    queries, keys = queries - center, keys - center
+    index = torch.cat([_pairwise_distances(block, keys).argmin(1) for block in queries.split(QUERY_BLOCK_SIZE)])
     return (queries - keys[index]).norm(dim=1), index
 
 
-def nearest_distances(queries: Tensor, keys: Tensor, k: int) -> Tensor:
-    """Rows (n, k) of the ``k`` nearest ``keys`` of each query, nearest first, Euclidean; for few queries."""
-    centre = keys.mean(0)
-    distance = torch.cdist(queries - centre, keys - centre, compute_mode="donot_use_mm_for_euclid_dist")
+def nearest_neighbors(queries: Tensor, keys: Tensor, k: int) -> Tensor:
+    """Indices (n, k) of the ``k`` nearest ``keys`` of each query, nearest first, Euclidean; for few queries."""
+    center = keys.mean(0)
+    distance = torch.cdist(queries - center, keys - center, compute_mode="donot_use_mm_for_euclid_dist")
     return distance.topk(min(k, len(keys)), largest=False).indices
 
 
-def nearest_other(rows: Tensor, keys: Tensor) -> Tensor:
-    """Distance (r,) from ``keys[rows]`` to the nearest key that is another row."""
+def _distance_to_nearest_other(rows: Tensor, keys: Tensor) -> Tensor:
+    """Distance (r,) from each of ``keys[rows]`` to the nearest other key."""
     keys = keys - keys.mean(0)
-    found = []
-    for part in rows.split(MEMORY_BLOCK):
-        distance = torch.cdist(keys[part], keys, compute_mode="use_mm_for_euclid_dist")
-        distance[torch.arange(len(part)), part] = torch.inf
-        found.append((keys[part] - keys[distance.argmin(1)]).norm(dim=1))
-    return torch.cat(found)
+    distances = []
+    for block in rows.split(QUERY_BLOCK_SIZE):
+        distance = _pairwise_distances(keys[block], keys)
+        distance[torch.arange(len(block)), block] = torch.inf
+        distances.append((keys[block] - keys[distance.argmin(1)]).norm(dim=1))
+    return torch.cat(distances)
 
 
 def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor) -> float | None:
-    """How much closer samples are to training than to held-out images, in units of what real images show.
+    r"""How much closer samples are to training than to held-out images, relative to real images:
 
-        r = [d(samples, train) / d(samples, test)] / [d(val, train) / d(val, test)],   d(a, b) = mean nearest distance
+    .. math:: r = \frac{d(\text{samples}, \text{train}) / d(\text{samples}, \text{test})}
+        {d(\text{val}, \text{train}) / d(\text{val}, \text{test})}
 
-    A training set is larger than a test set, so anything is closer to it. The second factor takes that out: validation
-    images are real, and neither in ``train`` nor in ``test``. So r is about 1 for samples that know no training image
-    from a fresh one, 1 - s when a share s of them are copies, and 0 for copies alone. (Equal sets by taking parts of
-    the training set in turn would miss most copies: a copy is found in one part only.)
+    with :math:`d(a, b)` the mean distance from images of a to their nearest neighbor in b. The denominator corrects for
+    the size of the training set: anything is closer to a larger set, and validation images are real images in neither
+    ``train`` nor ``test``. So r is about 1 without memorization, 1 - s if a share s of the samples are copies of
+    training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test set would
+    miss most copies, since a copy is found in one part only.)
 
-    Features are those of the distance: pixels would call a dull image near to everything.
+    Distances are between features, because in pixel space a low-contrast image is close to everything.
 
-    Args: features, each (n, d). Returns None where a mean distance is 0 and the ratio means nothing.
+    Args:
+        samples: features (n, d), as are the others.
+        train: of training images.
+        test: of test images.
+        val: of validation images.
+
+    Returns:
+        The ratio; None if a mean distance is 0, which makes it meaningless.
     """
     d = {
-        (i, j): float(nearest(a, b)[0].double().mean())
+        (i, j): float(nearest_neighbor(a, b)[0].double().mean())
         for i, a in enumerate((samples, val))
         for j, b in enumerate((train, test))
     }
@@ -168,11 +175,12 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
 
 
 def authenticity(samples: Tensor, train: Tensor) -> float:
-    """Share of samples that lie further from their nearest training image than that image lies from any other one.
+    """Share of samples that are farther from their nearest training image than that image is from any other one.
 
-    Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3. Copies give 0. Fresh images of the same
-    distribution give one half to three quarters, not 1: read it beside the floor, the same share of test images.
+    Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3, https://arxiv.org/abs/2102.08921. Copies
+    give 0. Fresh images of the same distribution give one half to three quarters, not 1: compare it with the real-data
+    baseline, the value of test images.
     """
-    distance, index = nearest(samples, train)
+    distance, index = nearest_neighbor(samples, train)
     rows, place = index.unique(return_inverse=True)
-    return float((distance > nearest_other(rows, train)[place]).double().mean())
+    return float((distance > _distance_to_nearest_other(rows, train)[place]).double().mean())
