@@ -70,7 +70,7 @@ class Measurements:
     one_level: tuple[float, float]
     """The same at `SMALL`, for a score learned at that level alone."""
     single_level: list[tuple[float, float]]
-    """Small-mode weight and mode standard deviation of Langevin dynamics with the exact score, at each of ``SINGLE``."""
+    """Small-mode weight and mode standard deviation of Langevin dynamics with the exact score, for ``SINGLE``."""
     samplers: list[SamplerResult]
 
 
