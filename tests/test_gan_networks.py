@@ -1,4 +1,4 @@
-"""Generators and discriminators: an image by itself, the class where it belongs; the presets."""
+"""Generators and discriminators: independence of the images in a batch, formulas of the blocks, presets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from composing import compose, options
 from gencompare.data.cifar10 import CIFAR10
 from gencompare.errors import UserError
-from gencompare.networks.gan_networks import normalize_spectrally
+from gencompare.networks.gan_networks import apply_spectral_norm
 from gencompare.networks.layers import ClassConditionalGroupNorm
 from gencompare.networks.r3gan import R3GANDiscriminator, R3GANGenerator
 from gencompare.networks.sngan import DownBlock, FirstBlock, UpBlock
@@ -23,8 +23,8 @@ PRESETS = ("cifar10_dcgan", "cifar10_gan", "cifar10_r3gan", "cifar10_sngan", "di
 
 
 def small(group: str, option: str) -> Any:
-    """The option at a size for tests, its way of getting there found by looking."""
-    sizes = {"channels": 16, "max_channels": 32, "width": 16, "depth": 1, "features": 16}
+    """The option at a small size, set through the arguments that it has."""
+    sizes = {"channels": 16, "max_channels": 32, "width": 16, "depth": 1, "num_features": 16}
     return part(group, option, **{name: size for name, size in sizes.items() if name in loaded(group, option)})
 
 
@@ -33,10 +33,10 @@ def small(group: str, option: str) -> Any:
 
 @pytest.mark.parametrize("option", GENERATORS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 8), (3, 32, 32)], ids=str)
-def test_generators_make_each_image_by_itself_of_its_latent_and_class(option: str, shape: tuple[int, ...]) -> None:
+def test_generated_image_depends_only_on_its_own_latent_and_class(option: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     net = small("generator", option)(5, shape, 3)
-    for p in net.parameters():  # nothing nought by initialisation
+    for p in net.parameters():  # so that nothing is zero as at initialisation
         p.data += 0.05 * torch.randn_like(p)
     z, label = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
@@ -46,14 +46,14 @@ def test_generators_make_each_image_by_itself_of_its_latent_and_class(option: st
         other_class, other_latent = net(z, (label + 1) % 3), net(z.flip(0), label)
     for other in (other_class, other_latent):
         assert ((other - x).flatten(1).abs().amax(1) > 1e-4).all()
-    plain = small("generator", option)(5, shape, 0)
-    assert plain(z, None).shape == (4, *shape)
+    unconditional = small("generator", option)(5, shape, 0)
+    assert unconditional(z, None).shape == (4, *shape)
 
 
 @pytest.mark.parametrize("option", DISCRIMINATORS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 8), (3, 32, 32)], ids=str)
-def test_discriminators_score_each_image_by_itself_for_its_class(option: str, shape: tuple[int, ...]) -> None:
-    """Penalties on D's gradient rest on this: score i depends on image i alone, and on all of it."""
+def test_discriminator_score_depends_only_on_its_own_image_and_class(option: str, shape: tuple[int, ...]) -> None:
+    """Gradient penalties rely on this: score i depends on every pixel of image i and on no other image."""
     torch.manual_seed(0)
     net = small("discriminator", option)(shape, 3)
     for p in net.parameters():
@@ -69,10 +69,10 @@ def test_discriminators_score_each_image_by_itself_for_its_class(option: str, sh
 
 
 @pytest.mark.parametrize("option", DISCRIMINATORS)
-def test_discriminators_of_spectral_norm_score_and_learn(option: str) -> None:
-    """Weights that are noughts at the start have no direction that could be normalised."""
+def test_discriminators_with_spectral_norm_are_trainable(option: str) -> None:
+    """Weights that are zero at initialisation cannot be normalised, and are replaced."""
     net = small("discriminator", option)((1, 8, 8), 3)
-    normalize_spectrally(net)
+    apply_spectral_norm(net)
     x, label = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
     for _ in range(2):
         scores = net(x, label)
@@ -81,25 +81,25 @@ def test_discriminators_of_spectral_norm_score_and_learn(option: str) -> None:
         assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("player", ["generator", "discriminator"])
+@pytest.mark.parametrize("role", ["generator", "discriminator"])
 @pytest.mark.parametrize("classes", [0, 3])
-def test_a_gradient_reaches_every_parameter(player: str, classes: int) -> None:
+def test_every_parameter_has_a_gradient(role: str, classes: int) -> None:
     label = torch.tensor([0, 1, 2, 0]) if classes else None
-    for option in options(f"model/{player}"):
+    for option in options(f"model/{role}"):
         torch.manual_seed(0)
-        made = small(player, option)
-        net = made(5, (3, 8, 8), classes) if player == "generator" else made((3, 8, 8), classes)
+        factory = small(role, option)
+        net = factory(5, (3, 8, 8), classes) if role == "generator" else factory((3, 8, 8), classes)
         for p in net.parameters():
             p.data += 0.05 * torch.randn_like(p)
-        net(torch.randn(4, 5) if player == "generator" else torch.randn(4, 3, 8, 8), label).square().sum().backward()
+        net(torch.randn(4, 5) if role == "generator" else torch.randn(4, 3, 8, 8), label).square().sum().backward()
         assert all(p.grad is not None and p.grad.any() for p in net.parameters()), option
 
 
 # Blocks
 
 
-def test_class_norm_has_a_scale_and_a_shift_for_each_class() -> None:
-    """Per image and group: mean b, standard deviation |a|, at the start 0 and 1 as without classes."""
+def test_class_conditional_norm_has_a_scale_and_shift_per_class() -> None:
+    """Each channel has mean b and standard deviation |a|; at initialisation 0 and 1, as without classes."""
     torch.manual_seed(0)
     norm, plain, x = ClassConditionalGroupNorm(8, 3), ClassConditionalGroupNorm(8), 5 + 3 * torch.randn(3, 8, 6, 6)
     label = torch.tensor([0, 1, 2])
@@ -112,31 +112,33 @@ def test_class_norm_has_a_scale_and_a_shift_for_each_class() -> None:
     assert torch.allclose(y.std(2, unbiased=False), expected[:, :8], rtol=1e-3)
 
 
-def test_r3gan_starts_as_a_basis_of_images_and_its_blocks_as_the_identity() -> None:
-    """f(x) = 0 in every block at first, so the generator is linear in its latent."""
+def test_r3gan_networks_are_linear_at_initialisation() -> None:
+    """Every block is the identity at initialisation, so the generator is linear in its latent."""
     torch.manual_seed(0)
     net = R3GANGenerator(5, (3, 16, 16), channels=16).double()
     z, w = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     assert torch.allclose(net(2 * z - 3 * w), 2 * net(z) - 3 * net(w), atol=1e-10)
-    judge = R3GANDiscriminator((3, 16, 16), channels=16).double()
+    discriminator = R3GANDiscriminator((3, 16, 16), channels=16).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    assert torch.allclose(judge(2 * x - 3), 2 * judge(x) - 3 * judge(torch.ones_like(x)), atol=1e-10)
+    assert torch.allclose(
+        discriminator(2 * x - 3), 2 * discriminator(x) - 3 * discriminator(torch.ones_like(x)), atol=1e-10
+    )
 
 
-def test_r3gan_keeps_the_size_of_its_signal_however_deep_it_is() -> None:
-    """With last layers of a block as large as any, variances still grow by a bounded factor (Zhang et al. 2019)."""
-    for blocks in (1, 4, 16):
+def test_r3gan_signal_variance_is_bounded_at_any_depth() -> None:
+    """Even with full-size last layers, the variance grows by a bounded factor (Zhang et al. 2019)."""
+    for num_blocks in (1, 4, 16):
         torch.manual_seed(0)
-        judge = R3GANDiscriminator((3, 4, 4), channels=64, blocks=blocks)
-        for block in judge.stages[0]:  # type: ignore[union-attr]
+        discriminator = R3GANDiscriminator((3, 4, 4), channels=64, num_blocks=num_blocks)
+        for block in discriminator.stages[0]:  # type: ignore[union-attr]
             nn.init.normal_(block.narrow.weight, std=128**-0.5)
         h = torch.randn(16, 64, 4, 4)
-        grown = judge.stages[0](h).var() / h.var()
-        assert 1.2 < float(grown.detach()) < 4
+        growth = discriminator.stages[0](h).var() / h.var()
+        assert 1.2 < float(growth.detach()) < 4
 
 
-def test_blocks_of_sngan_are_those_of_its_figure() -> None:
-    """Written out with functions alone, in double precision."""
+def test_sngan_block_formulas() -> None:
+    """Figure 8 of the paper, written with functions only, in double precision."""
     torch.manual_seed(0)
     f = nn.functional
 
@@ -148,22 +150,24 @@ def test_blocks_of_sngan_are_those_of_its_figure() -> None:
 
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
     up = UpBlock(8, 0).double()
-    twice = f.interpolate(f.relu(n(up.norm1, x)), scale_factor=2)
-    expected = c(up.conv2, f.relu(n(up.norm2, c(up.conv1, twice)))) + c(up.skip, f.interpolate(x, scale_factor=2))
+    upsampled = f.interpolate(f.relu(n(up.norm1, x)), scale_factor=2)
+    expected = c(up.conv2, f.relu(n(up.norm2, c(up.conv1, upsampled)))) + c(up.skip, f.interpolate(x, scale_factor=2))
     assert torch.allclose(up(x, None), expected)
-    down = DownBlock(8, down=True).double()
+    down = DownBlock(8, downsample=True).double()
     inner = c(down.conv2, f.relu(c(down.conv1, f.relu(x))))
     assert isinstance(down.skip, nn.Conv2d)
     assert torch.allclose(down(x), f.avg_pool2d(inner + c(down.skip, x), 2))
-    same = DownBlock(8, down=False).double()
+    same = DownBlock(8, downsample=False).double()
     assert torch.allclose(same(x), x + c(same.conv2, f.relu(c(same.conv1, f.relu(x)))))
     first = FirstBlock(8, 8).double()
     inner = c(first.conv2, f.relu(c(first.conv1, x)))
     assert torch.allclose(first(x), f.avg_pool2d(inner + c(first.skip, x), 2))
 
 
-def test_sizes_without_sense_are_refused() -> None:
-    with pytest.raises(UserError, match=r"halves the sides twice, and 6x6 cannot be: use\s+model/discriminator"):
+def test_invalid_sizes_are_errors() -> None:
+    with pytest.raises(
+        UserError, match=r"halves its images twice, which is impossible for 6x6: use\s+model/discriminator"
+    ):
         part("discriminator", "sngan", channels=8)((1, 6, 6))
     with pytest.raises(UserError, match="group_width=16"):
         part("generator", "r3gan", channels=4)(5, (1, 8, 8))
@@ -174,11 +178,11 @@ def test_sizes_without_sense_are_refused() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("conditional", [False, True])
-def test_every_preset_can_be_conditional_or_not(preset: str, conditional: bool) -> None:
+def test_presets_work_with_and_without_classes(preset: str, conditional: bool) -> None:
     cfg = compose(f"experiment={preset}", f"model.conditional={str(conditional).lower()}")
-    for player in (cfg.model.generator, cfg.model.discriminator):
-        player.channels = 16
-    data = CIFAR10.__new__(CIFAR10)  # its specification alone
+    for network in (cfg.model.generator, cfg.model.discriminator):
+        network.channels = 16
+    data = CIFAR10.__new__(CIFAR10)  # only its spec is needed
     model = build_model(cfg, data)
     with torch.no_grad():
         cond = {"label": torch.tensor([3, 1])} if conditional else {}

@@ -1,4 +1,4 @@
-"""The network of NCSN: its normalisation and its parts are their formulas, and noise levels are told apart or not."""
+"""The RefineNet of NCSN: formulas of its normalisation and blocks, and how it uses the noise level."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from gencompare.rng import RandomSource, generator
 from parts import part
 
 
-def shaken(net: nn.Module) -> Any:
-    """The same network with every weight drawn anew, so that nothing is nought by initialisation."""
+def randomized(net: nn.Module) -> Any:
+    """The same network with random weights, so that nothing is zero as at initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -43,8 +43,8 @@ def features(*shape: int) -> Tensor:
 # Normalisation
 
 
-def test_the_normalisation_is_its_formula_with_parameters_for_each_level() -> None:
-    norm = shaken(InstanceNormPlus(5, levels=3))
+def test_normalisation_formula_with_parameters_per_level() -> None:
+    norm = randomized(InstanceNormPlus(5, num_levels=3))
     h = features(4, 5, 4, 6) + 3 * features(4, 5, 1, 1)
     level = [2, 0, 0, 1]
     got = norm(h, torch.eye(3, dtype=torch.float64)[level])
@@ -57,7 +57,7 @@ def test_the_normalisation_is_its_formula_with_parameters_for_each_level() -> No
         assert np.allclose(got[i].detach().numpy(), expected, atol=1e-10)
 
 
-def test_the_shift_between_maps_is_kept_and_that_of_the_whole_is_not() -> None:
+def test_normalisation_keeps_differences_between_channel_means() -> None:
     norm, one = InstanceNormPlus(4).double(), torch.ones(2, 1, dtype=torch.float64)
     h = features(2, 4, 5, 5)
     assert torch.allclose(norm(h + 7, one), norm(h, one), atol=1e-8)
@@ -66,21 +66,24 @@ def test_the_shift_between_maps_is_kept_and_that_of_the_whole_is_not() -> None:
     assert (norm(shifted, one) - norm(h, one)).abs().amax((0, 2, 3))[0] > 0.1
 
 
-def test_it_starts_near_instance_norm_with_the_shift_beside_it() -> None:
-    weight = InstanceNormPlus(500, levels=20).level.weight.detach()
+def test_normalisation_parameters_at_initialisation() -> None:
+    weight = InstanceNormPlus(500, num_levels=20).level.weight.detach()
     gamma, alpha, beta = weight.view(3, 500, 20)
     for values in (gamma, alpha):
         assert float((values - 1).std()) == pytest.approx(0.02, rel=0.05) and abs(float(values.mean()) - 1) < 1e-3
     assert not beta.any()
 
 
-# Parts
+# Blocks
 
 
-@pytest.mark.parametrize(("opens", "halve", "dilation"), [(False, False, 1), (True, True, 1), (True, False, 2)])
-def test_a_dilated_block_is_its_formula(opens: bool, halve: bool, dilation: int) -> None:
-    width = 6 if halve else 4
-    block = shaken(DilatedBlock(4, width, InstanceNormPlus, dilation=dilation, opens=opens, halve=halve))
+@pytest.mark.parametrize(
+    ("first_of_stage", "downsample", "dilation"), [(False, False, 1), (True, True, 1), (True, False, 2)]
+)
+def test_dilated_block_formula(first_of_stage: bool, downsample: bool, dilation: int) -> None:
+    width = 6 if downsample else 4
+    options: Any = {"dilation": dilation, "first_of_stage": first_of_stage, "downsample": downsample}
+    block = randomized(DilatedBlock(4, width, InstanceNormPlus, **options))
     h, one = features(2, 4, 8, 8), torch.ones(2, 1, dtype=torch.float64)
 
     def conv(x: Tensor, layer: nn.Conv2d, d: int) -> Tensor:
@@ -88,15 +91,15 @@ def test_a_dilated_block_is_its_formula(opens: bool, halve: bool, dilation: int)
 
     r = conv(F.elu(block.norm1(h, one)), block.conv1, dilation)
     r = conv(F.elu(block.norm2(r, one)), block.conv2, dilation)
-    expected = r + (conv(h, block.shortcut, 1 if halve else dilation) if opens else h)
-    if halve:
+    expected = r + (conv(h, block.shortcut, 1 if downsample else dilation) if first_of_stage else h)
+    if downsample:
         expected = expected.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
     assert torch.allclose(block(h, one), expected, atol=1e-10)
 
 
-def test_refining_is_its_formula() -> None:
-    block = shaken(RefineBlock([6, 4], 4, lambda _: NoNorm(), F.max_pool2d, last_units=3))
-    fine, coarse, told = features(2, 6, 8, 8), features(2, 4, 4, 4), torch.ones(2, 1, dtype=torch.float64)
+def test_refine_block_formula() -> None:
+    block = randomized(RefineBlock([6, 4], 4, lambda _: NoNorm(), F.max_pool2d, num_output_units=3))
+    fine, coarse, c = features(2, 6, 8, 8), features(2, 4, 4, 4), torch.ones(2, 1, dtype=torch.float64)
 
     def conv(x: Tensor, layer: Any) -> Tensor:
         return F.conv2d(x, layer.weight, layer.bias, padding=1)
@@ -112,44 +115,44 @@ def test_refining_is_its_formula() -> None:
     g = F.elu(conv(a, block.fuse.convs[0]) + b)
     one = conv(F.max_pool2d(g, 5, 1, 2), block.pool.convs[0])
     two = conv(F.max_pool2d(one, 5, 1, 2), block.pool.convs[1])
-    assert torch.allclose(block([fine, coarse], told), units(g + one + two, block.last), atol=1e-10)
+    assert torch.allclose(block([fine, coarse], c), units(g + one + two, block.last), atol=1e-10)
 
 
 @pytest.mark.parametrize(
     "layer",
     [
-        ResidualConvUnits(4, 2, lambda c: InstanceNormPlus(c, levels=3)),
-        ChainedPooling(4, lambda c: InstanceNormPlus(c, levels=3), F.avg_pool2d),
+        ResidualConvUnits(4, 2, lambda channels: InstanceNormPlus(channels, num_levels=3)),
+        ChainedPooling(4, lambda channels: InstanceNormPlus(channels, num_levels=3), F.avg_pool2d),
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_parts_with_normalisation_have_it_before_every_convolution(layer: Any) -> None:
+def test_every_convolution_is_preceded_by_a_normalisation(layer: Any) -> None:
     assert len(layer.norms) == len(layer.convs)
-    told, h = torch.eye(3, dtype=torch.float64)[[0, 2]], features(2, 4, 6, 6)
-    before = shaken(layer)(h, told)
+    c, h = torch.eye(3, dtype=torch.float64)[[0, 2]], features(2, 4, 6, 6)
+    before = randomized(layer)(h, c)
     for norm in layer.norms:
         with torch.no_grad():
             norm.level.weight[:, 2] += 0.5
-        after = layer(h, told)
+        after = layer(h, c)
         assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1], atol=1e-3)
         before = after
 
 
-def test_fusion_of_equal_sizes_is_a_sum() -> None:
-    fusion = shaken(Fusion([3, 5], 4, lambda _: NoNorm()))
-    a, b, told = features(1, 3, 4, 4), features(1, 5, 4, 4), torch.ones(1, 1, dtype=torch.float64)
-    assert torch.allclose(fusion([a, b], told), fusion.convs[0](a) + fusion.convs[1](b), atol=1e-10)
+def test_fusion_at_equal_resolutions_is_a_sum() -> None:
+    fusion = randomized(Fusion([3, 5], 4, lambda _: NoNorm()))
+    a, b, c = features(1, 3, 4, 4), features(1, 5, 4, 4), torch.ones(1, 1, dtype=torch.float64)
+    assert torch.allclose(fusion([a, b], c), fusion.convs[0](a) + fusion.convs[1](b), atol=1e-10)
 
 
-# The network
+# The whole network
 
 
 def net(**changes: Any) -> Any:
-    return shaken(RefineNet((1, 8, 8), 1, channels=8, **changes))
+    return randomized(RefineNet((1, 8, 8), 1, channels=8, **changes))
 
 
-def test_one_level_knows_no_noise_level_and_no_normalisation_in_the_refining_blocks() -> None:
-    several, one = net(levels=5), net()
+def test_one_level_ignores_the_noise_level_and_has_unnormalised_refine_blocks() -> None:
+    several, one = net(num_levels=5), net()
     assert any(isinstance(m, InstanceNormPlus) for m in several.refine.modules())
     assert not any(isinstance(m, InstanceNormPlus) for m in one.refine.modules())
     x = features(2, 1, 8, 8)
@@ -157,70 +160,76 @@ def test_one_level_knows_no_noise_level_and_no_normalisation_in_the_refining_blo
     assert not torch.allclose(several(x, torch.zeros(2).double(), {}), several(x, torch.ones(2).double(), {}))
 
 
-def test_each_level_has_parameters_of_its_own() -> None:
-    """Training on level 2 leaves what the network says of the others' normalisation alone."""
-    several = net(levels=5)
+def test_each_level_has_its_own_parameters() -> None:
+    """Training on level 2 leaves the normalisation parameters of other levels unchanged."""
+    several = net(num_levels=5)
     several(features(3, 1, 8, 8), torch.full((3,), 2.0).double(), {}).square().sum().backward()
     for norm in (m for m in several.modules() if isinstance(m, InstanceNormPlus)):
-        moved = norm.level.weight.grad.any(dim=0)  # type: ignore[union-attr]
-        assert moved.tolist() == [False, False, True, False, False]
+        changed = norm.level.weight.grad.any(dim=0)  # type: ignore[union-attr]
+        assert changed.tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize(
-    ("shape", "changes", "words"),
+    ("shape", "changes", "message"),
     [
-        ((1, 7, 8), {}, "7x8 does not allow"),
-        ((1, 2, 2), {}, "2x2 does not allow"),
-        ((1, 8, 8), {"levels": 0}, "levels=0"),
+        ((1, 7, 8), {}, "impossible for 7x8"),
+        ((1, 2, 2), {}, "impossible for 2x2"),
+        ((1, 8, 8), {"num_levels": 0}, "num_levels=0"),
         ((1, 8, 8), {"channels": 1}, "channels=1"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(shape: Any, changes: dict[str, int], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_invalid_sizes_are_errors(shape: Any, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         RefineNet(shape, 1, **changes)
 
 
-# In the model
+# In a diffusion model
 
 
-def model(levels: int, schedule: str, noise: Any, **changes: Any) -> Diffusion:
+def model(num_levels: int, schedule: str, noise_conditioning: Any, **changes: Any) -> Diffusion:
     return Diffusion(
         DataSpec(name="x", shape=(1, 8, 8), num_classes=3),
-        network=lambda **k: RefineNet(**k, channels=4, levels=levels),
+        network=lambda **k: RefineNet(**k, channels=4, num_levels=num_levels),
         schedule=part("schedule", schedule),
-        parameterization=Score(noise=noise),
+        parameterization=Score(noise_conditioning=noise_conditioning),
         objective=part("objective", "simple"),
-        sampler=part("sampler", "euler", steps=3),
+        sampler=part("sampler", "euler", num_steps=3),
         clip_x0=False,
         **changes,
     )
 
 
 @pytest.mark.parametrize(
-    ("levels", "schedule", "noise", "words"),
+    ("num_levels", "schedule", "noise_conditioning", "message"),
     [
-        (10, "ve", LogSNRConditioning(), "VE runs in continuous time, and the conditioning is LogSNR"),
-        (10, "ncsn", LogSNRConditioning(), "NCSNLevels has 10, and the conditioning is LogSNR"),
-        (7, "ncsn", LevelIndexConditioning(), "tells 7 noise levels apart.*schedule of 7 levels.*NCSNLevels has 10"),
+        (10, "ve", LogSNRConditioning(), "VE runs in continuous time, and the noise conditioning is LogSNR"),
+        (10, "ncsn", LogSNRConditioning(), "GeometricSigmas has 10, and the noise conditioning is LogSNR"),
+        (
+            7,
+            "ncsn",
+            LevelIndexConditioning(),
+            "parameters for 7 noise levels.*schedule of 7 levels.*GeometricSigmas has 10",
+        ),
     ],
 )
-def test_a_network_with_levels_refuses_a_schedule_with_others(
-    levels: int, schedule: str, noise: Any, words: str
+def test_network_and_schedule_must_have_equal_numbers_of_levels(
+    num_levels: int, schedule: str, noise_conditioning: Any, message: str
 ) -> None:
-    with pytest.raises(UserError, match=words) as refused:
-        model(levels, schedule, noise)
-    assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match=message) as error:
+        model(num_levels, schedule, noise_conditioning)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("levels", "schedule", "noise"), [(10, "ncsn", LevelIndexConditioning()), (1, "ve", LogSNRConditioning())]
+    ("num_levels", "schedule", "noise_conditioning"),
+    [(10, "ncsn", LevelIndexConditioning()), (1, "ve", LogSNRConditioning())],
 )
 @pytest.mark.parametrize("conditional", [False, True])
-def test_losses_and_samples(levels: int, schedule: str, noise: Any, conditional: bool) -> None:
+def test_losses_and_samples(num_levels: int, schedule: str, noise_conditioning: Any, conditional: bool) -> None:
     torch.manual_seed(0)
-    diffusion = model(levels, schedule, noise, conditional=conditional)
+    diffusion = model(num_levels, schedule, noise_conditioning, conditional=conditional)
     cond = {"label": torch.tensor([0, 1, 2, 0])} if conditional else {}
-    loss = diffusion.losses(torch.zeros(4, 1, 8, 8), cond, RandomSource.whole(generator("cpu", 0), 4))["loss"]
-    # The network starts at nought, so the error in the noise is the noise: 1 a pixel.
+    loss = diffusion.losses(torch.zeros(4, 1, 8, 8), cond, RandomSource.for_batch(generator("cpu", 0), 4))["loss"]
+    # The network outputs zero at initialisation, so the error is the noise itself: 1 per pixel.
     assert loss.shape == (4,) and float(loss.detach().mean()) == pytest.approx(1, abs=0.4)
     assert diffusion.sample(4, cond, generator=generator("cpu", 0)).isfinite().all()

@@ -1,4 +1,4 @@
-"""The U-Net: exact start, known sums, and the same output as a reference with the same weights."""
+"""The U-Net: initialisation, formulas of its layers, and agreement with diffusers for the same weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from gencompare.networks.diffusers_weights import from_diffusers
 from gencompare.networks.unet import UNet
 from gencompare.networks.unet_blocks import Downsample, ResidualBlock, SelfAttention, UNetBlock, Upsample
 
-SMALL: Any = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0, "groups": 4}
+SMALL: Any = {
+    "channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,), "dropout": 0.0,
+    "num_groups": 4,
+}  # fmt: skip
 
 
 def small(**changes: Any) -> UNet:
@@ -25,8 +28,8 @@ def small(**changes: Any) -> UNet:
     return UNet((2, 8, 8), 2, **{**SMALL, **changes})
 
 
-def shaken(net: nn.Module) -> Any:
-    """The same network with every weight drawn anew, so that nothing is nought by initialisation."""
+def randomized(net: nn.Module) -> Any:
+    """The same network with random weights, so that nothing is zero as at initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -39,10 +42,10 @@ def inputs(n: int = 3, shape: tuple[int, ...] = (2, 8, 8)) -> tuple[Tensor, Tens
     return torch.randn(n, *shape, generator=g), 1000 * torch.rand(n, generator=g)
 
 
-# Size and start
+# Size and initialisation
 
 
-def test_the_parameters_of_a_small_one_counted_by_hand() -> None:
+def test_parameter_count_agrees_with_a_count_by_hand() -> None:
     def conv(i: int, o: int, k: int = 3) -> int:
         return i * o * k * k + o
 
@@ -54,26 +57,26 @@ def test_the_parameters_of_a_small_one_counted_by_hand() -> None:
 
     encoder = residual(8, 8) + conv(8, 8) + residual(8, 16) + attention(16)
     middle = residual(16, 16) + attention(16) + residual(16, 16)
-    # Kept: stem 8, block 8, half 8, block 16; used last first.
+    # Skip connections, in encoder order: stem 8, block 8, downsampling 8, block 16.
     decoder = residual(16 + 16, 16) + residual(16 + 8, 16) + 2 * attention(16) + conv(16, 16)
     decoder += residual(16 + 8, 8) + residual(8 + 8, 8)
     ends = conv(8, 32, 1) + conv(32, 32, 1) + conv(2, 8) + 2 * 8 + conv(8, 2)
     assert sum(p.numel() for p in small().parameters()) == encoder + middle + decoder + ends
 
 
-def test_at_the_start_every_block_is_the_identity_and_the_output_is_nought() -> None:
+def test_blocks_are_the_identity_and_the_output_is_zero_at_initialisation() -> None:
     net = small()
     x, t = inputs()
     assert torch.equal(net(x, t, {}), torch.zeros(3, 2, 8, 8))
     h, emb = torch.randn(3, 8, 8, 8), torch.randn(3, 32)
-    block = UNetBlock(ResidualBlock(8, 8, 32, dropout=0.5, groups=4), SelfAttention(8, groups=4))
+    block = UNetBlock(ResidualBlock(8, 8, 32, dropout=0.5, num_groups=4), SelfAttention(8, num_groups=4))
     assert torch.equal(block(h, emb), h)
-    assert not torch.equal(shaken(block)(h, emb), h)
+    assert not torch.equal(randomized(block)(h, emb), h)
 
 
-def test_weights_have_the_variance_that_the_paper_s_code_gives_them() -> None:
+def test_initial_weights_have_the_variance_of_the_published_code() -> None:
     torch.manual_seed(0)
-    net = UNet((3, 8, 8), 3, channels=64, multipliers=(1, 2), blocks=1, attention=(8,))
+    net = UNet((3, 8, 8), 3, channels=64, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(8,))
     block: Any = net.encoder[0]
     for weight, fan_in, fan_out in (
         (block.residual.conv1.weight, 64 * 9, 64 * 9),
@@ -84,10 +87,10 @@ def test_weights_have_the_variance_that_the_paper_s_code_gives_them() -> None:
         assert weight.abs().max() <= math.sqrt(3 * 2 / (fan_in + fan_out))  # uniform
 
 
-# The layers against their formulas
+# Formulas of the layers
 
 
-def test_the_embedding_is_its_formula() -> None:
+def test_sinusoidal_embedding_formula() -> None:
     t = torch.tensor([0.0, 1.0, 37.5, 999.0])
     got = SinusoidalEmbedding(8)(t)
     for row, time in zip(got.tolist(), t.tolist(), strict=True):
@@ -96,9 +99,9 @@ def test_the_embedding_is_its_formula() -> None:
         assert row == pytest.approx(expected, abs=1e-4)
 
 
-def test_attention_is_its_formula_and_so_is_its_gradient() -> None:
+def test_attention_formula_and_gradient() -> None:
     c, n, h, w = 4, 2, 3, 2
-    layer = shaken(SelfAttention(c, groups=2)).double()
+    layer = randomized(SelfAttention(c, num_groups=2)).double()
     x = torch.randn(n, c, h, w, dtype=torch.float64, requires_grad=True)
 
     grouped = x.reshape(n, 2, 2 * h * w)
@@ -127,19 +130,19 @@ def test_attention_is_its_formula_and_so_is_its_gradient() -> None:
     assert torch.autograd.gradcheck(layer, (x,))
 
 
-def test_attention_knows_no_places() -> None:
-    layer = shaken(SelfAttention(8, groups=4))
+def test_attention_is_permutation_equivariant() -> None:
+    layer = randomized(SelfAttention(8, num_groups=4))
     x = torch.randn(2, 8, 4, 4)
     order = torch.randperm(16)
 
-    def moved(h: Tensor) -> Tensor:
+    def permuted(h: Tensor) -> Tensor:
         return h.flatten(2)[:, :, order].unflatten(2, (4, 4))
 
-    assert torch.allclose(layer(moved(x)), moved(layer(x)), atol=1e-5)
+    assert torch.allclose(layer(permuted(x)), permuted(layer(x)), atol=1e-5)
 
 
-def test_upsampling_is_doubling_then_convolution() -> None:
-    layer = shaken(Upsample(6)).double()
+def test_upsampling_is_nearest_neighbour_then_convolution() -> None:
+    layer = randomized(Upsample(6)).double()
     h = torch.randn(2, 6, 5, 3, dtype=torch.float64, requires_grad=True)
     doubled = h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     expected = F.conv2d(doubled, layer.conv.weight, layer.conv.bias, padding=1)
@@ -151,8 +154,8 @@ def test_upsampling_is_doubling_then_convolution() -> None:
         assert torch.allclose(ours, theirs, atol=1e-10)
 
 
-def test_downsampling_sees_the_pixels_that_it_says() -> None:
-    layer = shaken(Downsample(1))
+def test_downsampling_sees_the_documented_pixels() -> None:
+    layer = randomized(Downsample(1))
     h = torch.randn(1, 1, 6, 6, requires_grad=True)
     (seen,) = torch.autograd.grad(layer(h, torch.empty(0))[0, 0, 1, 2], h)
     expected = torch.zeros(6, 6)
@@ -160,11 +163,11 @@ def test_downsampling_sees_the_pixels_that_it_says() -> None:
     assert torch.allclose(seen[0, 0], expected)
 
 
-# The whole
+# The whole network
 
 
 @pytest.mark.parametrize(
-    ("shape", "multipliers", "attention"),
+    ("shape", "channel_mult", "attention_resolutions"),
     [
         ((1, 8, 8), (1, 1, 2), (8, 2)),
         ((1, 32, 32), (1, 1, 1, 2), (8, 4)),
@@ -175,9 +178,10 @@ def test_downsampling_sees_the_pixels_that_it_says() -> None:
     ],
 )
 def test_every_output_pixel_sees_every_input_pixel(
-    shape: tuple[int, int, int], multipliers: tuple[int, ...], attention: tuple[int, ...]
+    shape: tuple[int, int, int], channel_mult: tuple[int, ...], attention_resolutions: tuple[int, ...]
 ) -> None:
-    net = shaken(UNet(shape, 5, **{**SMALL, "multipliers": multipliers, "attention": attention}))
+    sizes = {**SMALL, "channel_mult": channel_mult, "attention_resolutions": attention_resolutions}
+    net = randomized(UNet(shape, 5, **sizes))
     x, t = inputs(2, shape)
     out = net(x.requires_grad_(), t, {})
     assert out.shape == (2, 5, *shape[1:])
@@ -185,8 +189,8 @@ def test_every_output_pixel_sees_every_input_pixel(
     assert seen[0].count_nonzero() == x[0].numel() and not seen[1].any()
 
 
-def test_an_image_comes_out_the_same_whatever_stands_beside_it() -> None:
-    net = shaken(small(num_classes=3))
+def test_the_output_of_an_image_is_independent_of_the_batch() -> None:
+    net = randomized(small(num_classes=3))
     x, t = inputs(4)
     label = torch.tensor([0, 2, 3, 1])
     whole = net(x, t, {"label": label})
@@ -194,8 +198,8 @@ def test_an_image_comes_out_the_same_whatever_stands_beside_it() -> None:
         assert torch.allclose(net(x[i : i + 1], t[i : i + 1], {"label": label[i : i + 1]})[0], whole[i], atol=1e-5)
 
 
-def test_noise_level_and_label_change_the_output_of_their_own_row_only() -> None:
-    net = shaken(small(num_classes=3))
+def test_noise_level_and_label_affect_only_their_own_image() -> None:
+    net = randomized(small(num_classes=3))
     x, t = inputs(3)
     label = torch.tensor([0, 1, 2])
     before = net(x, t, {"label": label})
@@ -208,8 +212,8 @@ def test_noise_level_and_label_change_the_output_of_their_own_row_only() -> None
         assert torch.allclose(after[[0, 2]], before[[0, 2]], atol=1e-6)
 
 
-def test_a_few_steps_teach_it_labels_and_noise_levels_from_a_start_of_nought() -> None:
-    # The target depends on nothing but the label and the noise level: it is learnt through their embeddings alone.
+def test_training_learns_labels_and_noise_levels() -> None:
+    # The target depends only on label and noise level, so it must be learnt through their embeddings.
     net = small(num_classes=2)
     x, _ = inputs(16)
     t = torch.tensor([100.0, 900.0]).repeat(8)
@@ -225,34 +229,34 @@ def test_a_few_steps_teach_it_labels_and_noise_levels_from_a_start_of_nought() -
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx((1 + 0.3**2) / 2)
-    # Told the labels alone it would come to the variance of (1, 0.3) at best, and no lower than the start without them.
+    # With the labels alone, the loss could not go below the variance of (1, 0.3); without them, not below its start.
     assert losses[-1] < 0.1 * (0.7 / 2) ** 2
 
 
-def test_the_gradient_reaches_every_parameter() -> None:
-    net = shaken(small(num_classes=3)).train()
+def test_every_parameter_has_a_gradient() -> None:
+    net = randomized(small(num_classes=3)).train()
     x, t = inputs()
     net(x, t, {"label": torch.tensor([0, 1, 2])}).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
     label: Any = net.conditions.label
-    assert torch.equal(label.weight.grad[3], torch.zeros(32)), "the row for no label costs nothing until it is used"
+    assert torch.equal(label.weight.grad[3], torch.zeros(32)), "the unused row for 'no label' has no gradient"
 
 
-def test_dropout_is_for_training_only() -> None:
-    net = shaken(small(dropout=0.5))
+def test_dropout_is_inactive_in_eval_mode() -> None:
+    net = randomized(small(dropout=0.5))
     x, t = inputs()
     assert torch.equal(net(x, t, {}), net(x, t, {}))
     net.train()
     assert not torch.allclose(net(x, t, {}), net(x, t, {}))
 
 
-# Against diffusers
+# Comparison with diffusers
 
 
-@pytest.mark.parametrize("names", ["today", "published"])
-def test_with_the_weights_of_diffusers_it_gives_the_same_output(names: str) -> None:
-    theirs = shaken(
-        # The settings of google/ddpm-cifar10-32, at a quarter of its width.
+@pytest.mark.parametrize("names", ["current", "published"])
+def test_output_agrees_with_diffusers_for_the_same_weights(names: str) -> None:
+    theirs = randomized(
+        # The config of google/ddpm-cifar10-32, at a quarter of its width.
         diffusers.UNet2DModel(
             sample_size=32,
             block_out_channels=(32, 64, 64, 64),
@@ -266,7 +270,7 @@ def test_with_the_weights_of_diffusers_it_gives_the_same_output(names: str) -> N
             norm_eps=1e-6,
         )
     )
-    with torch.no_grad():  # a scale at which attention and embedding matter
+    with torch.no_grad():  # a scale at which attention and embedding have an effect
         for p in theirs.parameters():
             p.mul_(0.5 if p.ndim > 1 else 1)
     state = theirs.state_dict()
@@ -274,7 +278,7 @@ def test_with_the_weights_of_diffusers_it_gives_the_same_output(names: str) -> N
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
             state = {name.replace(new, old): weight for name, weight in state.items()}
     ours = UNet((3, 32, 32), 3, channels=32).eval()
-    ours.load_state_dict(from_diffusers(state, levels=4, blocks=2))
+    ours.load_state_dict(from_diffusers(state, num_levels=4, num_blocks=2))
     x, _ = inputs(2, (3, 32, 32))
     for t in (torch.tensor([0, 999]), torch.tensor([17, 500])):
         with torch.no_grad():
@@ -283,46 +287,46 @@ def test_with_the_weights_of_diffusers_it_gives_the_same_output(names: str) -> N
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_weights_of_another_network_are_refused_by_name() -> None:
+def test_error_names_the_weights_of_another_network() -> None:
     with pytest.raises(UserError, match=r"2 levels of 1 blocks.*encoder\.layers\.0"):
-        from_diffusers({"encoder.layers.0.weight": torch.zeros(1)}, levels=2, blocks=1)
+        from_diffusers({"encoder.layers.0.weight": torch.zeros(1)}, num_levels=2, num_blocks=1)
 
 
-# Bad input
+# Invalid arguments
 
 
 @pytest.mark.parametrize(
-    ("shape", "changes", "words"),
+    ("shape", "changes", "message"),
     [
         (
             (1, 28, 28),
-            {"multipliers": (1, 2, 2, 2)},
-            r"halves its images 3 time.*28x28.*multipliers=\[1, 2, 2\]",
+            {"channel_mult": (1, 2, 2, 2)},
+            r"halves its images 3 time.*28x28.*channel_mult=\[1, 2, 2\]",
         ),
-        ((1, 8, 8), {"multipliers": (1,) * 5}, r"multipliers=\[1, 1, 1, 1\], or"),
-        ((2, 1, 1), {}, r"multipliers=\[1\], or"),
-        ((1, 8, 8), {"channels": 12, "groups": 8}, r"channels=12.*groups=8.*groups=4"),
-        ((1, 8, 8), {"multipliers": ()}, r"multipliers=\[\]"),
-        ((1, 8, 8), {"blocks": 0}, r"blocks=0"),
+        ((1, 8, 8), {"channel_mult": (1,) * 5}, r"channel_mult=\[1, 1, 1, 1\], or"),
+        ((2, 1, 1), {}, r"channel_mult=\[1\], or"),
+        ((1, 8, 8), {"channels": 12, "num_groups": 8}, r"channels=12.*num_groups=8.*num_groups=4"),
+        ((1, 8, 8), {"channel_mult": ()}, r"channel_mult=\[\]"),
+        ((1, 8, 8), {"num_blocks": 0}, r"num_blocks=0"),
         ((1, 8, 8), {"dropout": 1.0}, r"dropout=1.0"),
-        ((1, 8, 8), {"channels": 3, "groups": 3}, r"even"),
+        ((1, 8, 8), {"channels": 3, "num_groups": 3}, r"even"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_with_the_way_out(shape: Any, changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_invalid_sizes_are_errors_with_a_suggestion(shape: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         UNet(shape, 1, **{**SMALL, **changes})
 
 
-def test_attention_at_sizes_that_do_not_occur_is_fine_beside_one_that_does() -> None:
-    def attends(net: UNet) -> list[bool]:
+def test_attention_resolutions_that_do_not_occur_are_ignored() -> None:
+    def has_attention(net: UNet) -> list[bool]:
         return [layer.attention is not None for layer in net.encoder if isinstance(layer, UNetBlock)]
 
-    assert attends(small(attention=(16, 8))) == [True, False]
-    assert attends(small(attention=(4,))) == [False, True]
-    assert attends(small(attention=())) == [False, False]
+    assert has_attention(small(attention_resolutions=(16, 8))) == [True, False]
+    assert has_attention(small(attention_resolutions=(4,))) == [False, True]
+    assert has_attention(small(attention_resolutions=())) == [False, False]
 
 
-def test_a_label_that_is_missing_is_asked_for() -> None:
+def test_error_asks_for_a_missing_label() -> None:
     x, t = inputs()
     with pytest.raises(UserError, match=r"3 classes.*cond\['label'\].*3 means no label"):
         small(num_classes=3)(x, t, {})

@@ -1,4 +1,4 @@
-"""How a network is conditioned: embeddings of noise level, class and other conditions."""
+"""Embeddings of the noise level, the class label and other conditions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from gencompare.errors import UserError
 
 
 class SinusoidalEmbedding(nn.Module):
-    r"""Sines and cosines of one number at wavelengths from 2 pi to 2 pi 10^4, (n,) -> (n, dim).
+    r"""Sines and cosines at fixed frequencies, (n,) -> (n, dim).
 
-    e(t) = [sin(w_0 t), ..., sin(w_{h-1} t), cos(w_0 t), ..., cos(w_{h-1} t)], w_i = 10^{-4 i / (h - 1)}, h = dim / 2:
-    Vaswani et al. (2017), "Attention is all you need", section 3.5, in the variant of Ho et al. (2020), whose last
-    frequency is 10^{-4} itself. It tells numbers apart that differ by about 1, over a range of thousands.
+    .. math::
+        e(t) = [\sin(\omega_0 t), ..., \sin(\omega_{h-1} t), \cos(\omega_0 t), ..., \cos(\omega_{h-1} t)], \quad
+        \omega_i = 10^{-4 i / (h - 1)}, \quad h = \mathrm{dim} / 2
+
+    Vaswani et al. (2017), "Attention is all you need", section 3.5 (https://arxiv.org/abs/1706.03762), in the variant
+    of Ho et al. (2020), whose last frequency is exactly :math:`10^{-4}`. It resolves differences of about 1 over a
+    range of thousands.
+
+    Args:
+        dim: even, at least 4.
     """
 
     frequencies: Tensor
@@ -25,7 +32,7 @@ class SinusoidalEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
-            raise UserError(f"A sinusoidal embedding has an even number of channels, at least 4, not {dim}.")
+            raise UserError(f"A sinusoidal embedding needs an even number of channels, at least 4, not {dim}.")
         powers = torch.linspace(0, 1, dim // 2, dtype=torch.float64)
         frequencies = torch.exp(-math.log(10_000) * powers).float()
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -37,12 +44,19 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    r"""Sines and cosines of one number at random frequencies that stay as they were drawn, (n,) -> (n, 2 channels).
+    r"""Sines and cosines at random, fixed frequencies, (n,) -> (n, 2 channels).
 
-    e(t) = [sin(2 pi w t), cos(2 pi w t)], w ~ N(0, scale^2), one for each channel: Tancik et al. (2020), "Fourier
-    features let networks learn high frequency functions", section 6, as Song et al. (2021), "Score-based generative
-    modeling through stochastic differential equations", appendix H.1, use it with scale 16 for t = log sigma. It tells
-    numbers apart that differ by about 1 / (2 pi scale), so it wants log sigma, or that over 4, and no timestep.
+    .. math:: e(t) = [\sin(2 \pi \omega t), \cos(2 \pi \omega t)], \quad \omega \sim N(0, \mathrm{scale}^2)
+
+    with one frequency per channel. Tancik et al. (2020), "Fourier features let networks learn high frequency
+    functions", section 6 (https://arxiv.org/abs/2006.10739); Song et al. (2021), "Score-based generative modeling
+    through stochastic differential equations", appendix H.1 (https://arxiv.org/abs/2011.13456), use a scale of 16 for
+    :math:`t = \log \sigma`. It resolves differences of about 1 / (2 pi scale), so it suits log sigma or a quarter of
+    it, but not timesteps.
+
+    Args:
+        channels: number of frequencies.
+        scale: standard deviation of the frequencies.
     """
 
     frequencies: Tensor
@@ -60,10 +74,12 @@ class FourierEmbedding(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    r"""Each pixel with sin(2^n pi x) and cos(2^n pi x) for each exponent n beside it, (n, C, H, W) -> (n, C', H, W).
+    r"""Append :math:`\sin(2^n \pi x)` and :math:`\cos(2^n \pi x)` to an image as channels, for several exponents n.
 
-    C' = C (1 + 2 len(exponents)). Kingma et al. (2021), "Variational diffusion models", appendix C, with n = 7 and 8:
-    neighbouring values of 8-bit pixels, 2/255 apart, then look quite different, which likelihoods need.
+    Kingma et al. (2021), "Variational diffusion models", appendix C (https://arxiv.org/abs/2107.00630), use n = 7 and
+    8. Neighbouring values of 8-bit pixels, 2/255 apart, then differ strongly, which helps likelihoods.
+
+    Shapes: (n, C, H, W) -> (n, C (1 + 2 len(exponents)), H, W).
     """
 
     def __init__(self, exponents: Sequence[int]) -> None:
@@ -76,10 +92,10 @@ class FourierFeatures(nn.Module):
 
 
 class LabelEmbedding(nn.Embedding):
-    """A learned vector a class, (n,) int64 -> (n, dim), and one more, index ``num_classes``, for "no label".
+    """A learned vector per class, (n,) int64 -> (n, dim), and one for "no label", index ``num_classes``.
 
-    The last one serves classifier-free guidance (Ho and Salimans 2022, "Classifier-free diffusion guidance",
-    section 3.2), where labels are dropped in training.
+    Classifier-free guidance needs the latter, because it drops labels in training (Ho and Salimans 2022,
+    "Classifier-free diffusion guidance", section 3.2, https://arxiv.org/abs/2207.12598).
     """
 
     def __init__(self, num_classes: int, dim: int) -> None:
@@ -87,34 +103,34 @@ class LabelEmbedding(nn.Embedding):
         self.no_label = num_classes
 
     def reset_parameters(self) -> None:
-        # As loud at the start as the noise level beside it, which varies by about 0.2 over all times.
+        # Initialised to the scale of the noise-level embedding, whose standard deviation over time is about 0.2.
         nn.init.normal_(self.weight, std=0.2)
 
 
 class ConditionEmbedding(nn.Module):
-    r"""Class, precomputed embedding and low-resolution image of each row, as far as a network is made for them.
+    r"""The conditions of a network: class label, precomputed embedding, low-resolution image, augmentation.
 
-    - ``cond["label"]`` (n,) int64: a learned vector a class is added to the embedding e of the noise level. Index
+    - ``cond["label"]`` (n,) int64: a learned vector per class is added to the noise-level embedding e. Index
       ``num_classes`` means no label.
-    - ``cond["embedding"]`` (n, embedding_dim) float: W c is added to e. W c has no constant, so c = 0 means no
-      embedding, as it does where guidance drops it.
-    - ``cond["low_res"]`` (n, low_res, h, w) float in [-1, 1]: resized to the image by bilinear interpolation and laid
-      beside it as further channels (Nichol and Dhariwal 2021, "Improved denoising diffusion probabilistic models";
-      Saharia et al. 2021, "Image super-resolution via iterative refinement", section 2.4). h x w may be any size; a row
-      of noughts means no image.
-    - ``cond["augment"]`` (n, augment_dim) float: W a is added to the features from which e is made, where it says how a
-      training image was moved (Karras et al. 2022, "Elucidating the design space of diffusion-based generative models",
-      appendix F.2). Without it nothing was moved, a = 0.
+    - ``cond["embedding"]`` (n, embedding_dim) float: W c is added to e. The projection has no bias, so c = 0 means no
+      embedding, as when guidance drops it.
+    - ``cond["low_res"]`` (n, low_res_channels, h, w) float in [-1, 1]: resized bilinearly to the size of the noisy
+      image and concatenated to it along the channels (Nichol and Dhariwal 2021, "Improved denoising diffusion
+      probabilistic models", https://arxiv.org/abs/2102.09672; Saharia et al. 2021, "Image super-resolution via
+      iterative refinement", section 2.4, https://arxiv.org/abs/2104.07636). h and w are arbitrary; zeros mean no image.
+    - ``cond["augment"]`` (n, augment_dim) float: augmentation parameters a of a training image. W a is added to the
+      features from which e is computed (Karras et al. 2022, "Elucidating the design space of diffusion-based
+      generative models", appendix F.2, https://arxiv.org/abs/2206.00364). A missing entry means a = 0, no augmentation.
 
-    Entries of ``cond`` that the network was not made for are not looked at; any other that is missing is a `UserError`.
+    Other entries of ``cond`` are ignored. A missing entry, other than ``augment``, is a `UserError`.
 
     Args:
-        emb_dim: length of the network's embedding e.
-        num_classes: 0 for none.
-        low_res: channels of the low-resolution image, 0 for none.
-        embedding_dim: length of the precomputed embedding, 0 for none.
-        augment_dim: length of what is said of an augmented image, 0 for none.
-        noise_dim: length of the features of the noise level from which e is made.
+        emb_dim: dimension of e.
+        num_classes: number of classes, 0 for none.
+        low_res_channels: channels of the low-resolution image, 0 for none.
+        embedding_dim: dimension of the precomputed embedding, 0 for none.
+        augment_dim: number of augmentation parameters, 0 for none.
+        noise_dim: dimension of the features of the noise level from which e is computed.
     """
 
     def __init__(
@@ -122,69 +138,72 @@ class ConditionEmbedding(nn.Module):
         emb_dim: int,
         num_classes: int = 0,
         *,
-        low_res: int = 0,
+        low_res_channels: int = 0,
         embedding_dim: int = 0,
         augment_dim: int = 0,
         noise_dim: int = 0,
     ) -> None:
         super().__init__()
-        if min(num_classes, low_res, embedding_dim, augment_dim) < 0:
+        if min(num_classes, low_res_channels, embedding_dim, augment_dim) < 0:
             raise UserError(
-                f"low_res={low_res}, embedding_dim={embedding_dim} and augment_dim={augment_dim} of the network count"
-                " channels and features: give 0 for none, or a positive number."
+                f"The network's low_res_channels={low_res_channels}, embedding_dim={embedding_dim} and"
+                f" augment_dim={augment_dim} must be 0 for none, or positive."
             )
-        self.low_res, self.embedding_dim = low_res, embedding_dim
+        self.low_res_channels, self.embedding_dim = low_res_channels, embedding_dim
         self.label = LabelEmbedding(num_classes, emb_dim) if num_classes else None
         self.embedding = nn.Linear(embedding_dim, emb_dim, bias=False) if embedding_dim else None
         if self.embedding is not None:
-            # As loud as a label, where the given features have unit variance.
+            # The scale of a label's vector, for embeddings of unit variance.
             nn.init.normal_(self.embedding.weight, std=0.2 * embedding_dim**-0.5)
         self.augment = nn.Linear(augment_dim, noise_dim, bias=False) if augment_dim else None
         if self.augment is not None:
             nn.init.xavier_uniform_(self.augment.weight)
 
-    def augmented(self, features: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Features of the noise level, (n, noise_dim), with what is said of an augmented image added to them."""
+    def embed(self, noise_mlp: nn.Sequential, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """The embedding e (n, emb_dim) of noise level and conditions.
+
+        The first layer of ``noise_mlp`` maps ``noise_cond`` (n,) to features (n, noise_dim), the others map these to e.
+        """
+        features = self.add_augmentation(noise_mlp[0](noise_cond), cond)
+        return self.add_label_and_embedding(noise_mlp[1:](features), cond)
+
+    def add_augmentation(self, features: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Add the augmentation parameters, if any, to the features (n, noise_dim) of the noise level."""
         if self.augment is None or "augment" not in cond:
             return features
         return features + self.augment(cond["augment"].to(features.dtype))
 
-    def with_noise(self, noise: nn.Sequential, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """e (n, emb_dim) of noise level and conditions; the first layer of ``noise`` makes the level's features."""
-        features = self.augmented(noise[0](noise_cond), cond)
-        return self.embed(noise[1:](features), cond)
-
-    def embed(self, emb: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The embedding (n, emb_dim) of the noise level, with label and embedding added to it."""
+    def add_label_and_embedding(self, emb: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Add the label and the precomputed embedding to the noise-level embedding (n, emb_dim)."""
         if self.label is not None:
             no_label = self.label.no_label
-            label = _given(cond, "label", f"{no_label} classes", f", where {no_label} means no label")
+            label = _required(cond, "label", f"{no_label} classes", f", where {no_label} means no label")
             emb = emb + self.label(label)
         if self.embedding is not None:
-            given = _given(cond, "embedding", "precomputed embeddings")
-            if given.shape[-1] != self.embedding_dim:
+            precomputed = _required(cond, "embedding", "precomputed embeddings")
+            if precomputed.shape[-1] != self.embedding_dim:
                 raise UserError(
-                    f"cond['embedding'] has {given.shape[-1]} features, and the network was made for"
-                    f" {self.embedding_dim}: use model.network.embedding_dim={given.shape[-1]}."
+                    f"cond['embedding'] has {precomputed.shape[-1]} features, but the network was built for"
+                    f" {self.embedding_dim}: use model.network.embedding_dim={precomputed.shape[-1]}."
                 )
-            emb = emb + self.embedding(given.to(emb.dtype))
+            emb = emb + self.embedding(precomputed.to(emb.dtype))
         return emb
 
-    def beside(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """(n, C + low_res, H, W): the noisy image, and the low-resolution one where there is one."""
-        if not self.low_res:
+    def concat_low_res(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate the low-resolution image, if any, to the noisy image: (n, C + low_res_channels, H, W)."""
+        if not self.low_res_channels:
             return x
-        image = _given(cond, "low_res", "a low-resolution image")
-        if image.shape[1] != self.low_res:
+        low_res = _required(cond, "low_res", "a low-resolution image")
+        if low_res.shape[1] != self.low_res_channels:
             raise UserError(
-                f"cond['low_res'] has {image.shape[1]} channels, and the network was made for {self.low_res}: use"
-                f" model.network.low_res={image.shape[1]}."
+                f"cond['low_res'] has {low_res.shape[1]} channels, but the network was built for"
+                f" {self.low_res_channels}: use model.network.low_res_channels={low_res.shape[1]}."
             )
-        resized = F.interpolate(image.to(x.dtype), size=x.shape[2:], mode="bilinear", align_corners=False)
+        resized = F.interpolate(low_res.to(x.dtype), size=x.shape[2:], mode="bilinear", align_corners=False)
         return torch.cat([x, resized], dim=1)
 
 
-def _given(cond: Mapping[str, Tensor], name: str, what: str, hint: str = "") -> Tensor:
+def _required(cond: Mapping[str, Tensor], name: str, description: str, hint: str = "") -> Tensor:
     if name not in cond:
-        raise UserError(f"This network was made for {what}: give cond['{name}']{hint}.")
+        raise UserError(f"This network was built for {description}: pass cond['{name}']{hint}.")
     return cond[name]

@@ -1,4 +1,4 @@
-"""Convolutional encoder and decoder between images and small images of latents."""
+"""Convolutional encoder and decoder between images and spatial latents."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from gencompare.errors import UserError
 from gencompare.networks.layers import ResBlock
 from gencompare.networks.unet_blocks import SelfAttention
 
-GROUPS = 8
-"""Groups of the last normalisation and of the attention's; widths are multiples of it."""
+NUM_GROUPS = 8
+"""Groups of the attention's and the last GroupNorm; all widths are multiples of it."""
 
 
 class LatentEncoder(nn.Module):
-    """Images (n, C, H, W) to (n, out_channels, H / f, W / f), f = 2^(len(multipliers) - 1).
+    """Encoder from images (n, C, H, W) to latents (n, out_channels, H / f, W / f), f = 2^(len(channel_mult) - 1).
 
-    Residual blocks at each resolution, the last but the coarsest halving the side; in the middle a block, attention and
-    a block: the encoder of Esser et al. (2021), "Taming transformers for high-resolution image synthesis", table 7,
-    with the halving inside of a block.
+    Residual blocks at each resolution, the last of which downsamples; then a block, attention and a block at the
+    coarsest resolution: the encoder of Esser et al. (2021), "Taming transformers for high-resolution image synthesis",
+    table 7 (https://arxiv.org/abs/2012.09841), with downsampling inside residual blocks.
 
     Args:
         shape: (C, H, W) of the images.
-        channels: at the finest resolution, a multiple of 8.
-        multipliers: channels of each resolution as a multiple of that.
-        blocks: residual blocks a resolution.
-        attention: whether there is attention in the middle.
+        out_channels: channels of the latents.
+        channels: channels at full resolution, a multiple of 8.
+        channel_mult: channels at each resolution as a multiple of ``channels``.
+        num_blocks: residual blocks per resolution.
+        mid_attention: use attention at the coarsest resolution.
     """
 
     def __init__(
@@ -36,22 +37,22 @@ class LatentEncoder(nn.Module):
         out_channels: int,
         *,
         channels: int = 32,
-        multipliers: Sequence[int] = (1, 2, 4),
-        blocks: int = 1,
-        attention: bool = True,
+        channel_mult: Sequence[int] = (1, 2, 4),
+        num_blocks: int = 1,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
-        widths = checked_widths(shape, channels, multipliers, blocks)
+        widths = checked_widths(shape, channels, channel_mult, num_blocks)
         self.stem = nn.Conv2d(shape[0], widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for here, after in zip(widths, [*widths[1:], None], strict=True):
-            self.blocks.extend(ResBlock(here, here) for _ in range(blocks - 1))
-            if after is None:
-                self.blocks.append(ResBlock(here, here))
+        for width, next_width in zip(widths, [*widths[1:], None], strict=True):
+            self.blocks.extend(ResBlock(width, width) for _ in range(num_blocks - 1))
+            if next_width is None:
+                self.blocks.append(ResBlock(width, width))
             else:
-                self.blocks.append(ResBlock(here, after, resample="down"))
-        self.blocks.extend(middle(widths[-1], attention))
-        self.norm = nn.GroupNorm(GROUPS, widths[-1])
+                self.blocks.append(ResBlock(width, next_width, resample="down"))
+        self.blocks.extend(middle_blocks(widths[-1], mid_attention))
+        self.norm = nn.GroupNorm(NUM_GROUPS, widths[-1])
         self.out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,9 +63,9 @@ class LatentEncoder(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """Latents (n, in_channels, H / f, W / f) to images (n, C, H, W): the encoder's mirror image.
+    """Decoder from latents (n, in_channels, H / f, W / f) to images (n, C, H, W), the mirror image of `LatentEncoder`.
 
-    The values are not held within [-1, 1]. Arguments as for `LatentEncoder`.
+    The output is not bounded to [-1, 1]. The arguments are those of `LatentEncoder`.
     """
 
     def __init__(
@@ -73,21 +74,21 @@ class LatentDecoder(nn.Module):
         shape: tuple[int, int, int],
         *,
         channels: int = 32,
-        multipliers: Sequence[int] = (1, 2, 4),
-        blocks: int = 1,
-        attention: bool = True,
+        channel_mult: Sequence[int] = (1, 2, 4),
+        num_blocks: int = 1,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
-        widths = checked_widths(shape, channels, multipliers, blocks)[::-1]
+        widths = checked_widths(shape, channels, channel_mult, num_blocks)[::-1]
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(middle(widths[0], attention))
-        for before, here in zip([None, *widths[:-1]], widths, strict=True):
-            if before is None:
-                self.blocks.append(ResBlock(here, here))
+        self.blocks = nn.ModuleList(middle_blocks(widths[0], mid_attention))
+        for previous_width, width in zip([None, *widths[:-1]], widths, strict=True):
+            if previous_width is None:
+                self.blocks.append(ResBlock(width, width))
             else:
-                self.blocks.append(ResBlock(before, here, resample="up"))
-            self.blocks.extend(ResBlock(here, here) for _ in range(blocks - 1))
-        self.norm = nn.GroupNorm(GROUPS, widths[-1])
+                self.blocks.append(ResBlock(previous_width, width, resample="up"))
+            self.blocks.extend(ResBlock(width, width) for _ in range(num_blocks - 1))
+        self.norm = nn.GroupNorm(NUM_GROUPS, widths[-1])
         self.out = nn.Conv2d(widths[-1], shape[0], 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -97,24 +98,26 @@ class LatentDecoder(nn.Module):
         return self.out(F.silu(self.norm(h)))
 
 
-def middle(width: int, attention: bool) -> list[nn.Module]:
-    """What stands at the coarsest resolution."""
+def middle_blocks(width: int, attention: bool) -> list[nn.Module]:
+    """The blocks at the coarsest resolution."""
     if not attention:
         return [ResBlock(width, width)]
-    return [ResBlock(width, width), SelfAttention(width, groups=GROUPS), ResBlock(width, width)]
+    return [ResBlock(width, width), SelfAttention(width, num_groups=NUM_GROUPS), ResBlock(width, width)]
 
 
-def checked_widths(shape: tuple[int, int, int], channels: int, multipliers: Sequence[int], blocks: int) -> list[int]:
-    """Channels of each resolution, finest first. Raises `UserError` where the images cannot be halved so often."""
-    if channels < 1 or channels % GROUPS or blocks < 1 or not multipliers or min(multipliers) < 1:
+def checked_widths(
+    shape: tuple[int, int, int], channels: int, channel_mult: Sequence[int], num_blocks: int
+) -> list[int]:
+    """Channels at each resolution, finest first. Raises `UserError` for invalid sizes."""
+    if channels < 1 or channels % NUM_GROUPS or num_blocks < 1 or not channel_mult or min(channel_mult) < 1:
         raise UserError(
-            f"An autoencoder with channels={channels}, multipliers={list(multipliers)}, blocks={blocks}: channels must"
-            f" be a multiple of {GROUPS}, and the rest at least 1."
+            f"An autoencoder with channels={channels}, channel_mult={list(channel_mult)}, num_blocks={num_blocks}:"
+            f" channels must be a multiple of {NUM_GROUPS}, and the others at least 1."
         )
-    factor = 2 ** (len(multipliers) - 1)
+    factor = 2 ** (len(channel_mult) - 1)
     if shape[1] % factor or shape[2] % factor:
         raise UserError(
-            f"Images of {shape[1]}x{shape[2]} cannot be halved {len(multipliers) - 1} times: give fewer multipliers"
-            " (model.encoder.multipliers, model.decoder.multipliers)."
+            f"Images of {shape[1]}x{shape[2]} cannot be halved {len(channel_mult) - 1} times: use a shorter list"
+            " (model.encoder.channel_mult, model.decoder.channel_mult)."
         )
-    return [channels * m for m in multipliers]
+    return [channels * multiplier for multiplier in channel_mult]

@@ -1,36 +1,41 @@
-"""ResNets from image to vector and back: encoder and decoder of a VAE, discriminator and generator of a GAN."""
+"""ResNets between images and vectors: the encoder and decoder of a VAE, the discriminator and generator of a GAN."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gencompare.networks.layers import ResBlock, activation
+from gencompare.networks.layers import ResBlock, make_activation
 
-SMALLEST = 4
+MIN_SIDE = 4
 """Images are halved as long as both sides stay at least this long."""
 
 
-def stages(side_h: int, side_w: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:
-    """(channels, H, W) of every resolution, finest first: sides halve, channels double up to ``max_channels``.
+def pyramid_shapes(height: int, width: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:
+    """(channels, H, W) of each resolution, finest first: sides halve, channels double up to ``max_channels``.
 
-    8x8 has 2 stages, 32x32 has 4, 64x64 has 5, so one config serves images of every size.
+    8x8 has 2 resolutions, 32x32 has 4 and 64x64 has 5, so one config serves all image sizes.
     """
-    found = [(min(channels, max_channels), side_h, side_w)]
-    while side_h % 2 == side_w % 2 == 0 and min(side_h, side_w) >= 2 * SMALLEST:
-        side_h, side_w, channels = side_h // 2, side_w // 2, 2 * channels
-        found.append((min(channels, max_channels), side_h, side_w))
-    return found
+    shapes = [(min(channels, max_channels), height, width)]
+    while height % 2 == width % 2 == 0 and min(height, width) >= 2 * MIN_SIDE:
+        height, width, channels = height // 2, width // 2, 2 * channels
+        shapes.append((min(channels, max_channels), height, width))
+    return shapes
 
 
 class ResNetEncoder(nn.Module):
-    """(n, *shape), and an embedding (n, embed_dim), to (n, out_features).
+    """A ResNet from images (n, *shape), and an embedding (n, embed_dim), to (n, out_features).
 
-    ``blocks`` residual blocks a resolution, the last of each but the coarsest halving the side; then one linear layer
-    over all that is left.
+    ``num_blocks`` residual blocks per resolution, the last of which downsamples, except at the coarsest resolution;
+    then a linear layer on all remaining features.
 
     Args:
-        channels: at the finest resolution; doubled at each halving, up to ``max_channels``.
-        normalize: False (leaky ReLU alone) makes the trunk of a discriminator.
+        shape: (C, H, W) of the images.
+        out_features: dimension of the output.
+        embed_dim: dimension of the embedding that modulates the normalisation; 0 for none.
+        channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
+        max_channels: upper limit of the channels.
+        num_blocks: residual blocks per resolution.
+        normalize: use GroupNorm and SiLU; False uses leaky ReLUs alone, for discriminators.
     """
 
     def __init__(
@@ -41,20 +46,20 @@ class ResNetEncoder(nn.Module):
         *,
         channels: int = 32,
         max_channels: int = 256,
-        blocks: int = 2,
+        num_blocks: int = 2,
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        plan = stages(shape[1], shape[2], channels, max_channels)
-        self.stem = nn.Conv2d(shape[0], plan[0][0], 3, padding=1)
+        shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)
+        self.stem = nn.Conv2d(shape[0], shapes[0][0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for (here, _, _), (after, _, _) in zip(plan, [*plan[1:], plan[-1]], strict=True):
-            self.blocks.extend(ResBlock(here, here, embed_dim, normalize=normalize) for _ in range(blocks - 1))
-            resample = "none" if len(self.blocks) == len(plan) * blocks - 1 else "down"
-            self.blocks.append(ResBlock(here, after, embed_dim, resample=resample, normalize=normalize))
-        last, h, w = plan[-1]
-        self.act = activation(last, embed_dim, normalize)
-        self.out = nn.Linear(last * h * w, out_features)
+        for (width, _, _), (next_width, _, _) in zip(shapes, [*shapes[1:], shapes[-1]], strict=True):
+            self.blocks.extend(ResBlock(width, width, embed_dim, normalize=normalize) for _ in range(num_blocks - 1))
+            resample = "none" if len(self.blocks) == len(shapes) * num_blocks - 1 else "down"
+            self.blocks.append(ResBlock(width, next_width, embed_dim, resample=resample, normalize=normalize))
+        c, h, w = shapes[-1]
+        self.act = make_activation(c, embed_dim, normalize)
+        self.out = nn.Linear(c * h * w, out_features)
 
     def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
         h = self.stem(x)
@@ -64,9 +69,10 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """(n, in_features), and an embedding (n, embed_dim), to (n, *shape): the encoder's mirror image.
+    """A ResNet from latents (n, in_features), and an embedding (n, embed_dim), to images (n, *shape).
 
-    The first of each resolution's ``blocks``, but for the coarsest, doubles the side.
+    The mirror image of `ResNetEncoder`: the first of the ``num_blocks`` of each resolution upsamples, except at the
+    coarsest. The arguments are those of `ResNetEncoder`.
     """
 
     def __init__(
@@ -77,23 +83,23 @@ class ResNetDecoder(nn.Module):
         *,
         channels: int = 32,
         max_channels: int = 256,
-        blocks: int = 2,
+        num_blocks: int = 2,
     ) -> None:
         super().__init__()
-        plan = stages(shape[1], shape[2], channels, max_channels)[::-1]
-        self.start = plan[0]
-        last, h, w = plan[0]
-        self.stem = nn.Linear(in_features, last * h * w)
+        shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)[::-1]
+        self.start_shape = shapes[0]
+        c, h, w = shapes[0]
+        self.stem = nn.Linear(in_features, c * h * w)
         self.blocks = nn.ModuleList()
-        for (before, _, _), (here, _, _) in zip([plan[0], *plan[:-1]], plan, strict=True):
+        for (previous_width, _, _), (width, _, _) in zip([shapes[0], *shapes[:-1]], shapes, strict=True):
             resample = "up" if self.blocks else "none"
-            self.blocks.append(ResBlock(before, here, embed_dim, resample=resample))
-            self.blocks.extend(ResBlock(here, here, embed_dim) for _ in range(blocks - 1))
-        self.act = activation(plan[-1][0], embed_dim, normalize=True)
-        self.out = nn.Conv2d(plan[-1][0], shape[0], 3, padding=1)
+            self.blocks.append(ResBlock(previous_width, width, embed_dim, resample=resample))
+            self.blocks.extend(ResBlock(width, width, embed_dim) for _ in range(num_blocks - 1))
+        self.act = make_activation(shapes[-1][0], embed_dim, normalize=True)
+        self.out = nn.Conv2d(shapes[-1][0], shape[0], 3, padding=1)
 
     def forward(self, z: Tensor, e: Tensor | None = None) -> Tensor:
-        h = self.stem(z).unflatten(1, self.start)
+        h = self.stem(z).unflatten(1, self.start_shape)
         for block in self.blocks:
             h = block(h, e)
         return self.out(self.act(h, e))

@@ -1,7 +1,7 @@
-"""Weights of diffusers' ``UNet2DModel`` under the names of `gencompare.networks.unet.UNet`.
+"""Conversion of weights between diffusers' ``UNet2DModel`` and `gencompare.networks.unet.UNet`.
 
-The two are the same network where the config of the former holds `SAME_NETWORK`, as of published DDPMs, and it is given
-whole timesteps.
+The two are the same network if the config of the former agrees with `REQUIRED_CONFIG`, as that of published DDPMs does,
+and timesteps are integers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from gencompare.errors import UserError
 
-SAME_NETWORK = {
+REQUIRED_CONFIG = {
     "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6, "attention_head_dim": None,
     "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional", "center_input_sample": False,
     "resnet_time_scale_shift": "default", "add_attention": True, "downsample_type": "conv", "upsample_type": "conv",
 }  # fmt: skip
-"""What ``UNet2DModel`` must say of itself to be the same network. What it leaves out is taken to be so."""
+"""Config values of a ``UNet2DModel`` that is the same network. Missing keys are assumed to have these values."""
 
 RESIDUAL = {
     "norm1": "norm1",
@@ -30,11 +30,11 @@ RESIDUAL = {
 }
 ATTENTION = {"norm": "group_norm", "qkv": "to_q to_k to_v", "out": "to_out.0"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Published checkpoints call the layers of attention so."""
+"""Names of attention layers in older published checkpoints, and today's."""
 
 
-def name_pairs(levels: int, blocks: int) -> Iterator[tuple[str, str]]:
-    """Modules that hold weights: ours, theirs. Several of theirs, parted by blanks, are stacked in one of ours.
+def name_pairs(num_levels: int, num_blocks: int) -> Iterator[tuple[str, str]]:
+    """Pairs of module names (ours, theirs). Names separated by spaces are several modules, stacked in one of ours.
 
     Every block is listed with a shortcut and with attention, whether or not it has them.
     """
@@ -48,64 +48,76 @@ def name_pairs(levels: int, blocks: int) -> Iterator[tuple[str, str]]:
     yield "noise.1", "time_embedding.linear_1"
     yield "noise.3", "time_embedding.linear_2"
     yield "stem", "conv_in"
-    for level in range(levels):
-        start = level * (blocks + 1)
-        for j in range(blocks):
+    for level in range(num_levels):
+        start = level * (num_blocks + 1)
+        for j in range(num_blocks):
             yield from block(f"encoder.{start + j}", f"down_blocks.{level}", j)
-        yield f"encoder.{start + blocks}.conv", f"down_blocks.{level}.downsamplers.0.conv"
+        yield f"encoder.{start + num_blocks}.conv", f"down_blocks.{level}.downsamplers.0.conv"
     yield from block("middle.0", "mid_block", 0)
     for a, b in RESIDUAL.items():
         yield f"middle.1.{a}", f"mid_block.resnets.1.{b}"
-    for level in range(levels):
-        start = level * (blocks + 2)
-        for j in range(blocks + 1):
+    for level in range(num_levels):
+        start = level * (num_blocks + 2)
+        for j in range(num_blocks + 1):
             yield from block(f"decoder.{start + j}", f"up_blocks.{level}", j)
-        yield f"decoder.{start + blocks + 1}.conv", f"up_blocks.{level}.upsamplers.0.conv"
+        yield f"decoder.{start + num_blocks + 1}.conv", f"up_blocks.{level}.upsamplers.0.conv"
     yield "norm", "conv_norm_out"
     yield "out", "conv_out"
 
 
-def from_diffusers(state: Mapping[str, Tensor], *, levels: int, blocks: int) -> dict[str, Tensor]:
-    """The state dict of a `UNet` of so many levels and blocks, from that of a ``UNet2DModel`` of the same sizes.
+def from_diffusers(state_dict: Mapping[str, Tensor], *, num_levels: int, num_blocks: int) -> dict[str, Tensor]:
+    """Convert the state dict of a ``UNet2DModel`` to that of a `UNet` of the same size.
 
-    Raises `UserError` where the given weights are not all known by name.
+    Args:
+        state_dict: weights of the ``UNet2DModel``.
+        num_levels: number of resolutions.
+        num_blocks: residual blocks per encoder level.
+
+    Raises:
+        UserError: if a name is unknown.
     """
-    left = {}
-    for name, weight in state.items():
+    remaining = {}
+    for name, weight in state_dict.items():
         for old, new in OLD_NAMES.items():
             name = name.replace(old, new)
-        left[name] = weight
-    found = {}
-    for ours, theirs in name_pairs(levels, blocks):
+        remaining[name] = weight
+    converted = {}
+    for ours, theirs in name_pairs(num_levels, num_blocks):
         for kind in ("weight", "bias"):
             names = [f"{name}.{kind}" for name in theirs.split()]
-            if all(name in left for name in names):
-                found[f"{ours}.{kind}"] = torch.cat([left.pop(name) for name in names])
-    if left:
+            if all(name in remaining for name in names):
+                converted[f"{ours}.{kind}"] = torch.cat([remaining.pop(name) for name in names])
+    if remaining:
         raise UserError(
-            f"These weights are not of a UNet2DModel with {levels} levels of {blocks} blocks: nothing here is called"
-            f" {', '.join(sorted(left)[:3])}."
+            f"These weights are not those of a UNet2DModel with {num_levels} levels of {num_blocks} blocks: unknown"
+            f" names {', '.join(sorted(remaining)[:3])}."
         )
-    return found
+    return converted
 
 
-def to_diffusers(state: Mapping[str, Tensor], *, levels: int, blocks: int) -> dict[str, Tensor]:
-    """The state dict of a ``UNet2DModel``, from that of a `UNet` of so many levels and blocks.
+def to_diffusers(state_dict: Mapping[str, Tensor], *, num_levels: int, num_blocks: int) -> dict[str, Tensor]:
+    """Convert the state dict of a `UNet` to that of a ``UNet2DModel`` of the same size.
 
-    Raises `UserError` where the network has weights that a ``UNet2DModel`` has not.
+    Args:
+        state_dict: weights of the `UNet`.
+        num_levels: number of resolutions.
+        num_blocks: residual blocks per encoder level.
+
+    Raises:
+        UserError: if ``UNet2DModel`` has no counterpart for a weight.
     """
-    left = dict(state)
-    found = {}
-    for ours, theirs in name_pairs(levels, blocks):
+    remaining = dict(state_dict)
+    converted = {}
+    for ours, theirs in name_pairs(num_levels, num_blocks):
         for kind in ("weight", "bias"):
-            weight = left.pop(f"{ours}.{kind}", None)
+            weight = remaining.pop(f"{ours}.{kind}", None)
             if weight is not None:
                 names = theirs.split()
                 parts = weight.chunk(len(names))
-                found |= {f"{name}.{kind}": part.contiguous() for name, part in zip(names, parts, strict=True)}
-    if left:
+                converted |= {f"{name}.{kind}": part.contiguous() for name, part in zip(names, parts, strict=True)}
+    if remaining:
         raise UserError(
-            f"diffusers' UNet2DModel has nothing like {', '.join(sorted(left)[:3])}: only an unconditional U-Net as of"
-            " the DDPM paper (model/network=unet or unet_ddpm_cifar10) can be written for diffusers."
+            f"diffusers' UNet2DModel has no counterpart for {', '.join(sorted(remaining)[:3])}: only an unconditional"
+            " U-Net of the DDPM paper (model/network=unet or unet_ddpm_cifar10) can be exported to diffusers."
         )
-    return found
+    return converted

@@ -1,4 +1,4 @@
-"""The diffusion transformer."""
+"""The diffusion transformer (DiT)."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from gencompare.errors import UserError
 from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
 
 NOISE_FEATURES = 256
-"""Sines and cosines of the noise level, whatever the width."""
+"""Dimension of the sinusoidal embedding of the noise level."""
 
 
 class DiT(nn.Module):
-    """The DiT of Peebles and Xie (2023), "Scalable diffusion models with transformers", section 3.
+    """The diffusion transformer of Peebles and Xie (2023), "Scalable diffusion models with transformers", section 3
+    (https://arxiv.org/abs/2212.09748).
 
-    The image is cut into patches; each is a token that knows its place by fixed sines and cosines; blocks of attention
-    and perceptron, steered by noise level and conditions, work on them; and each token becomes a patch of the output.
-    At the start every block is the identity and the output is nought ("adaLN-Zero", section 3.2).
+    The image is split into patches, and each patch becomes a token with a fixed sinusoidal position embedding.
+    Transformer blocks, modulated by noise level and conditions, process the tokens, and each token becomes a patch of
+    the output. At initialisation every block is the identity and the output is zero (adaLN-Zero, section 3.2).
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W).
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as for `ConditionEmbedding` -> (n, out_channels, H, W).
 
     Args:
-        shape: (C, H, W) of x; the patch's side divides H and W.
-        num_classes: 0 for a network without labels; num_classes itself means "no label".
-        patch: side of a patch.
-        width: features of a token, a multiple of 4 and of ``heads``.
-        depth: blocks.
-        heads: of each attention.
-        mlp_ratio: width of the perceptron's hidden layer, as a multiple of ``width``.
-        low_res: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: length of ``cond["embedding"]``, 0 for none.
-        augment_dim: length of ``cond["augment"]``, 0 for none.
+        shape: (C, H, W) of x; H and W must be multiples of ``patch_size``.
+        out_channels: channels of the output.
+        num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
+        patch_size: height and width of a patch.
+        hidden_size: features of a token, a multiple of 4 and of ``num_heads``.
+        depth: number of blocks.
+        num_heads: number of attention heads.
+        mlp_ratio: width of the hidden layer of each MLP as a multiple of ``hidden_size``.
+        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
+        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
+        augment_dim: dimension of ``cond["augment"]``, 0 for none.
     """
 
     positions: Tensor
@@ -46,35 +48,40 @@ class DiT(nn.Module):
         out_channels: int,
         num_classes: int = 0,
         *,
-        patch: int = 2,
-        width: int = 384,
+        patch_size: int = 2,
+        hidden_size: int = 384,
         depth: int = 12,
-        heads: int = 6,
+        num_heads: int = 6,
         mlp_ratio: float = 4.0,
-        low_res: int = 0,
+        low_res_channels: int = 0,
         embedding_dim: int = 0,
         augment_dim: int = 0,
     ) -> None:
         super().__init__()
-        _check(shape, patch, width, depth, heads, mlp_ratio)
-        self.patch, self.grid = patch, (shape[1] // patch, shape[2] // patch)
+        _check(shape, patch_size, hidden_size, depth, num_heads, mlp_ratio)
+        self.patch_size, self.grid = patch_size, (shape[1] // patch_size, shape[2] // patch_size)
         self.noise = nn.Sequential(
-            SinusoidalEmbedding(NOISE_FEATURES), nn.Linear(NOISE_FEATURES, width), nn.SiLU(), nn.Linear(width, width)
+            SinusoidalEmbedding(NOISE_FEATURES),
+            nn.Linear(NOISE_FEATURES, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
         )
         self.conditions = ConditionEmbedding(
-            width,
+            hidden_size,
             num_classes,
-            low_res=low_res,
+            low_res_channels=low_res_channels,
             embedding_dim=embedding_dim,
             augment_dim=augment_dim,
             noise_dim=NOISE_FEATURES,
         )
-        self.stem = nn.Linear((shape[0] + low_res) * patch**2, width)
-        self.register_buffer("positions", grid_positions(*self.grid, width), persistent=False)
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, int(mlp_ratio * width)) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, out_channels * patch**2)
+        self.stem = nn.Linear((shape[0] + low_res_channels) * patch_size**2, hidden_size)
+        self.register_buffer("positions", grid_positions(*self.grid, hidden_size), persistent=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_heads, int(mlp_ratio * hidden_size)) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.out = nn.Linear(hidden_size, out_channels * patch_size**2)
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
@@ -84,28 +91,36 @@ class DiT(nn.Module):
             nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        emb = F.silu(self.conditions.with_noise(self.noise, noise_cond, cond))  # every modulation begins with it
-        h = self.stem(patchify(self.conditions.beside(x, cond), self.patch)) + self.positions
+        emb = F.silu(self.conditions.embed(self.noise, noise_cond, cond))  # once, instead of in every block
+        h = self.stem(patchify(self.conditions.concat_low_res(x, cond), self.patch_size)) + self.positions
         for block in self.blocks:
             h = block(h, emb)
         scale, shift = self.modulation(emb)[:, None].chunk(2, dim=2)
-        return unpatchify(self.out((1 + scale) * self.norm(h) + shift), self.patch, self.grid)
+        return unpatchify(self.out((1 + scale) * self.norm(h) + shift), self.patch_size, self.grid)
 
 
 class DiTBlock(nn.Module):
-    """h + g attention(m(norm(h))), then h + g perceptron(m(norm(h))), with m(u) = (1 + a) u + b.
+    r"""Self-attention and an MLP, each modulated by adaLN-Zero.
 
-    a, b and g of each half are linear in silu(emb), which is given, and nought at the start: Peebles and Xie (2023),
-    section 3.2 and figure 3. h is (n, tokens, width), emb (n, width).
+    .. math::
+        h &\leftarrow h + g_1 \, \mathrm{attention}((1 + a_1) \, \mathrm{norm}(h) + b_1) \\
+        h &\leftarrow h + g_2 \, \mathrm{mlp}((1 + a_2) \, \mathrm{norm}(h) + b_2)
+
+    :math:`a_i`, :math:`b_i` and :math:`g_i` are linear in ``emb``, to which SiLU has been applied, and zero at
+    initialisation: Peebles and Xie (2023), section 3.2 and figure 3.
+
+    Shapes: h (n, tokens, hidden_size), emb (n, hidden_size) -> (n, tokens, hidden_size).
     """
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 6 * width)
-        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.qkv, self.mix = nn.Linear(hidden_size, 3 * hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, mlp_width), nn.GELU(approximate="tanh"), nn.Linear(mlp_width, hidden_size)
+        )
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(emb)[:, None].chunk(6, dim=2)
@@ -113,32 +128,33 @@ class DiTBlock(nn.Module):
         return h + gate2 * self.mlp((1 + scale2) * self.norm(h) + shift2)
 
     def attention(self, h: Tensor) -> Tensor:
-        """Vaswani et al. (2017), "Attention is all you need", section 3.2.2: (n, tokens, width) -> the same."""
-        q, k, v = self.qkv(h).unflatten(2, (3 * self.heads, -1)).transpose(1, 2).chunk(3, dim=1)
+        """Multi-head self-attention: Vaswani et al. (2017), "Attention is all you need", section 3.2.2."""
+        q, k, v = self.qkv(h).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2).chunk(3, dim=1)
         return self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """The patches of an image row by row, (n, C, H, W) -> (n, H W / patch^2, C patch^2)."""
-    return F.unfold(x, patch, stride=patch).mT
+def patchify(x: Tensor, patch_size: int) -> Tensor:
+    """Split an image into patches, row by row: (n, C, H, W) -> (n, H W / patch_size^2, C patch_size^2)."""
+    return F.unfold(x, patch_size, stride=patch_size).mT
 
 
-def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
-    """The image of so many rows and columns of patches: the inverse of `patchify`."""
-    return F.fold(tokens.mT, (grid[0] * patch, grid[1] * patch), patch, stride=patch)
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`, for ``grid`` = (rows, columns) of patches."""
+    return F.fold(patches.mT, (grid[0] * patch_size, grid[1] * patch_size), patch_size, stride=patch_size)
 
 
 def grid_positions(rows: int, columns: int, dim: int) -> Tensor:
-    r"""(rows columns, dim): sines and cosines of the column, then of the row, each in half of the features.
+    r"""Two-dimensional sinusoidal position embeddings, (rows columns, dim).
 
-    [sin(w_i p), cos(w_i p)] with w_i = 10^{-4 i / (dim / 4)}: Vaswani et al. (2017), section 3.5, in two dimensions
-    (Dosovitskiy et al. 2021, "An image is worth 16x16 words", appendix D.4, name the choice).
+    Half of the features encode the column and half the row, each as :math:`[\sin(\omega_i p), \cos(\omega_i p)]` with
+    :math:`\omega_i = 10^{-4 i / (\mathrm{dim} / 4)}`: Vaswani et al. (2017), section 3.5, in two dimensions (discussed
+    in Dosovitskiy et al. 2021, "An image is worth 16x16 words", appendix D.4, https://arxiv.org/abs/2010.11929).
     """
     quarter = dim // 4
-    w = torch.exp(-math.log(10_000) / quarter * torch.arange(quarter, dtype=torch.float64))
+    omega = torch.exp(-math.log(10_000) / quarter * torch.arange(quarter, dtype=torch.float64))
 
     def embed(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * w
+        angles = torch.arange(count, dtype=torch.float64)[:, None] * omega
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
     row = embed(rows)[:, None].expand(-1, columns, -1)
@@ -146,17 +162,23 @@ def grid_positions(rows: int, columns: int, dim: int) -> Tensor:
     return torch.cat([column, row], dim=2).flatten(0, 1).float()
 
 
-def _check(shape: Sequence[int], patch: int, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
-    """Raises `UserError` on sizes that cannot be."""
-    if min(patch, depth, heads) < 1 or width < 4 or int(mlp_ratio * width) < 1:
+def _check(
+    shape: Sequence[int], patch_size: int, hidden_size: int, depth: int, num_heads: int, mlp_ratio: float
+) -> None:
+    """Raise `UserError` for invalid sizes."""
+    if min(patch_size, depth, num_heads) < 1 or hidden_size < 4 or int(mlp_ratio * hidden_size) < 1:
         raise UserError(
-            f"A DiT needs patch, depth and heads of at least 1, a width of at least 4 and a positive mlp_ratio, not"
-            f" patch={patch}, width={width}, depth={depth}, heads={heads}, mlp_ratio={mlp_ratio}."
+            "A DiT needs patch_size, depth and num_heads of at least 1, a hidden_size of at least 4 and a positive"
+            f" mlp_ratio, not patch_size={patch_size}, hidden_size={hidden_size}, depth={depth},"
+            f" num_heads={num_heads}, mlp_ratio={mlp_ratio}."
         )
-    if shape[1] % patch or shape[2] % patch:
+    if shape[1] % patch_size or shape[2] % patch_size:
         raise UserError(
-            f"A DiT with patch={patch} cannot cut images of {shape[1]}x{shape[2]}: use"
-            f" model.network.patch={math.gcd(patch, shape[1], shape[2])}."
+            f"A DiT with patch_size={patch_size} cannot divide images of {shape[1]}x{shape[2]} into patches: use"
+            f" model.network.patch_size={math.gcd(patch_size, shape[1], shape[2])}."
         )
-    if width % 4 or width % heads:
-        raise UserError(f"The DiT's width={width} must be a multiple of 4 and of heads={heads}: change one of the two.")
+    if hidden_size % 4 or hidden_size % num_heads:
+        raise UserError(
+            f"The DiT's hidden_size={hidden_size} must be a multiple of 4 and of num_heads={num_heads}: change one of"
+            " the two."
+        )

@@ -1,4 +1,4 @@
-"""Networks of energy-based models: from an image to one number that is smooth in the image."""
+"""Networks of energy-based models, from an image to a scalar that is smooth in the image."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.convnets import SMALLEST, stages
-from gencompare.networks.gan_networks import normalize_spectrally
-from gencompare.networks.layers import he_normal
+from gencompare.networks.convnets import MIN_SIDE, pyramid_shapes
+from gencompare.networks.gan_networks import apply_spectral_norm
+from gencompare.networks.layers import he_normal_
 from gencompare.networks.mlp import mlp
 
 
 class EnergyNetwork(nn.Module):
-    """E(x, y) = w . phi(x) + b + v_y . phi(x), (n, C, H, W) and labels (n,) to (n,).
+    r"""A scalar energy per image, with a projection head for classes.
 
-    The head of Miyato and Koyama (2018), "cGANs with projection discriminator", eq. 3; without classes the last term is
-    left out. v starts at nought, so that all classes start with the same energy.
+    .. math:: E(x, y) = w^T \phi(x) + b + v_y^T \phi(x)
+
+    The head is that of Miyato and Koyama (2018), "cGANs with projection discriminator", eq. 3
+    (https://arxiv.org/abs/1802.05637); without classes the last term is absent. :math:`v` is initialised to zero, so
+    all classes start with the same energy.
+
+    Shapes: x (n, C, H, W), label (n,) -> (n,).
 
     Args:
-        trunk: phi, (n, C, H, W) -> (n, trunk.features).
+        trunk: the network phi, (n, C, H, W) -> (n, trunk.num_features).
+        num_classes: number of classes, 0 for none.
         spectral_norm: divide every weight of the trunk by its largest singular value, estimated by power iteration
-            (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8). The head stays free, as in Du and Mordatch
-            (2019): it decides how far energies lie apart.
+            (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8, https://arxiv.org/abs/1802.05957). The head
+            is not normalised, as in Du and Mordatch (2019): it sets the scale of the energy.
     """
 
     def __init__(self, trunk: nn.Module, num_classes: int = 0, *, spectral_norm: bool = False) -> None:
         super().__init__()
-        features = trunk.features
-        assert isinstance(features, int)
+        num_features = trunk.num_features
+        assert isinstance(num_features, int)
         if spectral_norm:
-            normalize_spectrally(trunk)
+            apply_spectral_norm(trunk)
         self.trunk = trunk
-        self.head = nn.Linear(features, 1)
-        self.classes = nn.Embedding(num_classes, features) if num_classes else None
+        self.head = nn.Linear(num_features, 1)
+        self.classes = nn.Embedding(num_classes, num_features) if num_classes else None
         if self.classes is not None:
             nn.init.zeros_(self.classes.weight)
 
@@ -48,13 +54,13 @@ class EnergyNetwork(nn.Module):
 
 
 class EnergyMLP(nn.Module):
-    """``depth`` layers of ``width`` SiLU units over all pixels, (n, *shape) -> (n, width): for points, tiny images."""
+    """An MLP of ``depth`` layers of ``width`` SiLU units, (n, *shape) -> (n, width), for points and tiny images."""
 
     def __init__(self, shape: tuple[int, int, int], *, width: int = 256, depth: int = 3) -> None:
         super().__init__()
         if width < 1 or depth < 1:
             raise UserError(f"model.energy.width={width}, model.energy.depth={depth}: both must be at least 1.")
-        self.features = width
+        self.num_features = width
         self.net = mlp(math.prod(shape), width, width, depth - 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,18 +68,20 @@ class EnergyMLP(nn.Module):
 
 
 class EnergyResNet(nn.Module):
-    """The ResNet of Du and Mordatch (2019), (n, C, H, W) -> (n, channels[-1]).
+    """The ResNet of Du and Mordatch (2019), "Implicit generation and modeling with energy-based models"
+    (https://arxiv.org/abs/1903.08689), (n, C, H, W) -> (n, channels[-1]).
 
-    A 3x3 convolution, then ``blocks`` residual blocks with each number of ``channels``, of which the first halves the
-    sides, as long as both are even and stay at least 4 long; then the sum over all places. No layer normalises over an
-    image or a batch. With channels (128, 256, 512) and 3 blocks it has the layers of the authors' network for CIFAR-10
-    (without labels): ``ResNet32Large`` in github.com/openai/ebm_code_release, ``models.py``.
+    A 3x3 convolution, then stages of ``num_blocks`` residual blocks, then sum pooling. The first block of each stage
+    halves the resolution, as long as both sides are even and stay at least 4. There is no normalisation. With channels
+    (128, 256, 512) and 3 blocks these are the layers of the authors' unconditional network for CIFAR-10,
+    ``ResNet32Large`` in github.com/openai/ebm_code_release, ``models.py``.
 
     Args:
-        channels: one number a stage.
-        blocks: a stage.
-        leaky: the slope below nought of leaky ReLUs; None has SiLU ("swish") in their place, whose gradient in x, which
-            Langevin steps follow, has no jumps.
+        shape: (C, H, W) of the images.
+        channels: channels of each stage.
+        num_blocks: residual blocks per stage.
+        negative_slope: slope of the leaky ReLUs for negative inputs; None uses SiLU instead, whose gradient, which
+            Langevin dynamics follows, is continuous.
     """
 
     def __init__(
@@ -81,27 +89,27 @@ class EnergyResNet(nn.Module):
         shape: tuple[int, int, int],
         *,
         channels: Sequence[int] = (32, 64),
-        blocks: int = 1,
-        leaky: float | None = None,
+        num_blocks: int = 1,
+        negative_slope: float | None = None,
     ) -> None:
         super().__init__()
-        if not channels or min(channels) < 1 or blocks < 1:
+        if not channels or min(channels) < 1 or num_blocks < 1:
             raise UserError(
-                f"model.energy.channels={list(channels)}, model.energy.blocks={blocks}: give at least one number, all"
-                " at least 1."
+                f"model.energy.channels={list(channels)}, model.energy.num_blocks={num_blocks}: the list must not be"
+                " empty, and all numbers must be at least 1."
             )
-        self.features = channels[-1]
-        self.act = smooth_or_leaky(leaky)
+        self.num_features = channels[-1]
+        self.act = silu_or_leaky_relu(negative_slope)
         self.stem = nn.Conv2d(shape[0], channels[0], 3, padding=1)
-        he_normal(self.stem)
+        he_normal_(self.stem)
         self.blocks = nn.ModuleList()
-        before, (h, w) = channels[0], shape[1:]
-        for here in channels:
-            for k in range(blocks):
-                halve = k == 0 and h % 2 == w % 2 == 0 and min(h, w) >= 2 * SMALLEST
-                h, w = (h // 2, w // 2) if halve else (h, w)
-                self.blocks.append(EnergyBlock(before, here, halve, self.act))
-                before = here
+        previous_width, (h, w) = channels[0], shape[1:]
+        for width in channels:
+            for k in range(num_blocks):
+                downsample = k == 0 and h % 2 == w % 2 == 0 and min(h, w) >= 2 * MIN_SIDE
+                h, w = (h // 2, w // 2) if downsample else (h, w)
+                self.blocks.append(EnergyBlock(previous_width, width, downsample, self.act))
+                previous_width = width
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.stem(x))
@@ -111,16 +119,18 @@ class EnergyResNet(nn.Module):
 
 
 class EnergyConvNet(nn.Module):
-    """A plain convolutional network, (n, C, H, W) -> (n, numbers of the last resolution).
+    """A plain convolutional network, (n, C, H, W) -> (n, num_features).
 
-    A 3x3 convolution, then one 4x4 with stride 2 for each resolution of `convnets.stages` after the first. The head
-    weighs each place by itself. Nijkamp et al. (2020), "On the anatomy of MCMC-based maximum likelihood learning of
-    energy-based models": with its defaults it has the layers of ``VanillaNet`` in github.com/point0bar1/ebm-anatomy,
-    ``nets.py``, for 32x32 images.
+    A 3x3 convolution, then a 4x4 convolution with stride 2 for each further resolution of `pyramid_shapes`. The output
+    is flattened. Nijkamp et al. (2020), "On the anatomy of MCMC-based maximum likelihood learning of energy-based
+    models" (https://arxiv.org/abs/1903.12370): the defaults are the layers of ``VanillaNet`` in
+    github.com/point0bar1/ebm-anatomy, ``nets.py``, for 32x32 images.
 
     Args:
-        channels: at the finest resolution; doubled at each halving, up to ``max_channels``.
-        leaky: as in `EnergyResNet`.
+        shape: (C, H, W) of the images.
+        channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
+        max_channels: upper limit of the channels.
+        negative_slope: as in `EnergyResNet`.
     """
 
     def __init__(
@@ -129,20 +139,20 @@ class EnergyConvNet(nn.Module):
         *,
         channels: int = 32,
         max_channels: int = 256,
-        leaky: float | None = 0.05,
+        negative_slope: float | None = 0.05,
     ) -> None:
         super().__init__()
         if channels < 1 or max_channels < 1:
             raise UserError(
                 f"model.energy.channels={channels}, model.energy.max_channels={max_channels}: both must be at least 1."
             )
-        plan = stages(shape[1], shape[2], channels, max_channels)
-        widths, self.features = [width for width, _, _ in plan], math.prod(plan[-1])
-        self.act = smooth_or_leaky(leaky)
+        shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)
+        widths, self.num_features = [width for width, _, _ in shapes], math.prod(shapes[-1])
+        self.act = silu_or_leaky_relu(negative_slope)
         convs = [nn.Conv2d(shape[0], widths[0], 3, padding=1)]
-        convs += [nn.Conv2d(before, here, 4, stride=2, padding=1) for before, here in pairwise(widths)]
+        convs += [nn.Conv2d(before, after, 4, stride=2, padding=1) for before, after in pairwise(widths)]
         for conv in convs:
-            he_normal(conv)
+            he_normal_(conv)
         self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,21 +161,24 @@ class EnergyConvNet(nn.Module):
         return x.flatten(1)
 
 
-def smooth_or_leaky(leaky: float | None) -> nn.Module:
-    """Leaky ReLU of the slope below nought; SiLU for None."""
-    return nn.SiLU() if leaky is None else nn.LeakyReLU(leaky)
+def silu_or_leaky_relu(negative_slope: float | None) -> nn.Module:
+    """A leaky ReLU with this negative slope, or SiLU for None."""
+    return nn.SiLU() if negative_slope is None else nn.LeakyReLU(negative_slope)
 
 
 class EnergyBlock(nn.Module):
-    """act([2x2 mean](skip(x) + conv(act(conv(x))))): all convolutions 3x3, a skip only where the width changes."""
+    """act([2x2 average pooling](skip(x) + conv(act(conv(x))))), with 3x3 convolutions.
 
-    def __init__(self, channels_in: int, channels_out: int, halve: bool, act: nn.Module) -> None:
+    The skip is the identity, or a convolution if the number of channels changes.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, downsample: bool, act: nn.Module) -> None:
         super().__init__()
-        self.halve, self.act = halve, act
+        self.downsample, self.act = downsample, act
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        he_normal(self.conv1)
-        he_normal(self.conv2, scale=0.1)
+        he_normal_(self.conv1)
+        he_normal_(self.conv2, scale=0.1)
         self.skip: nn.Module = nn.Identity()
         if channels_in != channels_out:
             self.skip = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
@@ -173,4 +186,4 @@ class EnergyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.skip(x) + self.conv2(self.act(self.conv1(x)))
-        return self.act(F.avg_pool2d(h, 2) if self.halve else h)
+        return self.act(F.avg_pool2d(h, 2) if self.downsample else h)

@@ -1,8 +1,7 @@
-"""Generators and discriminators: DCGAN, PatchGAN, and those made of a VAE's decoder and encoder."""
+"""Generators and discriminators of GANs: ResNet, MLP, DCGAN and PatchGAN."""
 
 from __future__ import annotations
 
-import itertools
 from itertools import pairwise
 
 import torch
@@ -11,21 +10,26 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gencompare.errors import UserError
-from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder, stages
-from gencompare.networks.layers import ClassConditionalGroupNorm, he_normal
+from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder, pyramid_shapes
+from gencompare.networks.layers import ClassConditionalGroupNorm, he_normal_
 from gencompare.networks.mlp import MLPDecoder, MLPEncoder, hstack
 
 
 class ProjectionHead(nn.Module):
-    r"""D(x, y) = w . phi(x) + b + v_y . phi(x), features (n, features) and labels (n,) to scores (n,).
+    r"""The output layer of a projection discriminator, from features and labels to scores.
 
-    Miyato and Koyama 2018, "cGANs with projection discriminator", eq. 3. Without classes the last term is left out.
+    .. math:: D(x, y) = w^T \phi(x) + b + v_y^T \phi(x)
+
+    Miyato and Koyama 2018, "cGANs with projection discriminator", eq. 3 (https://arxiv.org/abs/1802.05637). Without
+    classes the last term is absent.
+
+    Shapes: phi (n, num_features), label (n,) -> (n,).
     """
 
-    def __init__(self, features: int, num_classes: int = 0) -> None:
+    def __init__(self, num_features: int, num_classes: int = 0) -> None:
         super().__init__()
-        self.score = nn.Linear(features, 1)
-        self.classes = nn.Embedding(num_classes, features) if num_classes else None
+        self.score = nn.Linear(num_features, 1)
+        self.classes = nn.Embedding(num_classes, num_features) if num_classes else None
         if self.classes is not None:
             nn.init.zeros_(self.classes.weight)
 
@@ -36,27 +40,34 @@ class ProjectionHead(nn.Module):
         return score + (self.classes(label) * phi).sum(1)
 
 
-def normalize_spectrally(network: nn.Module) -> None:
-    """Give every convolution, linear layer and embedding of ``network`` a weight of spectral norm 1.
+def apply_spectral_norm(network: nn.Module) -> None:
+    """Apply spectral normalisation to every convolution, linear layer and embedding of ``network``, in place.
 
-    Weights are divided by their largest singular value, which one power iteration each time that the network runs in
-    training keeps up to date (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8 and algorithm 1).
+    Weights are divided by an estimate of their largest singular value, updated by one power iteration per forward pass
+    in training (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8 and algorithm 1,
+    https://arxiv.org/abs/1802.05957).
     """
     for module in list(network.modules()):
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
             if not module.weight.is_meta and not module.weight.any():
-                nn.init.orthogonal_(module.weight)  # noughts have no direction that could be normalised
+                nn.init.orthogonal_(module.weight)  # a zero weight cannot be normalised
             spectral_norm(module)
 
 
-class DecodingGenerator(nn.Module):
-    """tanh of a decoder: latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+# Generators and discriminators from the decoder and encoder of a VAE
 
-    The latent enters at the root, and with the label's embedding wherever the decoder takes an embedding: in a ResNet
-    it modulates the normalisations (Chen et al. 2019, "On self modulation for GANs").
+
+class DecodingGenerator(nn.Module):
+    """A decoder followed by tanh: latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+
+    The latent is the decoder's input. Together with the label's embedding it is also the decoder's embedding, which
+    modulates the normalisation of a ResNet (Chen et al. 2019, "On self modulation for GANs",
+    https://arxiv.org/abs/1810.01365).
 
     Args:
-        decoder: ``module(z, e)`` for e of ``latent_dim`` numbers, and ``label_dim`` more where there are classes.
+        decoder: ``module(z, e)``, where e has ``latent_dim`` features, plus ``label_dim`` if there are classes.
+        num_classes: number of classes, 0 for none.
+        label_dim: dimension of the label's embedding.
     """
 
     def __init__(self, decoder: nn.Module, num_classes: int, label_dim: int) -> None:
@@ -70,7 +81,17 @@ class DecodingGenerator(nn.Module):
 
 
 class ResNetGenerator(DecodingGenerator):
-    """A `ResNetDecoder` whose normalisations the latent modulates."""
+    """A `ResNetDecoder` whose normalisation is modulated by the latent.
+
+    Args:
+        latent_dim: dimension of the latent.
+        shape: (C, H, W) of the images.
+        num_classes: number of classes, 0 for none.
+        channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
+        max_channels: upper limit of the channels.
+        num_blocks: residual blocks per resolution.
+        label_dim: dimension of the label's embedding.
+    """
 
     def __init__(
         self,
@@ -80,16 +101,18 @@ class ResNetGenerator(DecodingGenerator):
         *,
         channels: int = 32,
         max_channels: int = 256,
-        blocks: int = 1,
+        num_blocks: int = 1,
         label_dim: int = 32,
     ) -> None:
         embed_dim = latent_dim + (label_dim if num_classes else 0)
-        sizes = {"channels": channels, "max_channels": max_channels, "blocks": blocks}
-        super().__init__(ResNetDecoder(latent_dim, shape, embed_dim, **sizes), num_classes, label_dim)
+        decoder = ResNetDecoder(
+            latent_dim, shape, embed_dim, channels=channels, max_channels=max_channels, num_blocks=num_blocks
+        )
+        super().__init__(decoder, num_classes, label_dim)
 
 
 class MLPGenerator(DecodingGenerator):
-    """A perceptron, for points and very small images."""
+    """An MLP, for points and very small images."""
 
     def __init__(
         self,
@@ -106,23 +129,34 @@ class MLPGenerator(DecodingGenerator):
 
 
 class EncodingDiscriminator(nn.Module):
-    """A projection head on the leaky ReLU of an encoder: images (n, *shape) and labels (n,) to scores (n,).
+    """An encoder, a leaky ReLU and a `ProjectionHead`: images (n, *shape) and labels (n,) to scores (n,).
 
     Args:
-        trunk: (n, *shape) -> (n, features).
+        trunk: the encoder, (n, *shape) -> (n, num_features).
+        num_features: dimension of the features.
+        num_classes: number of classes, 0 for none.
     """
 
-    def __init__(self, trunk: nn.Module, features: int, num_classes: int) -> None:
+    def __init__(self, trunk: nn.Module, num_features: int, num_classes: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = ProjectionHead(features, num_classes)
+        self.head = ProjectionHead(num_features, num_classes)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         return self.head(F.leaky_relu(self.trunk(x), 0.2), label)
 
 
 class ResNetDiscriminator(EncodingDiscriminator):
-    """A `ResNetEncoder` without normalisation, which would tie the pixels of an image together."""
+    """A `ResNetEncoder` without normalisation, which would couple the pixels of an image.
+
+    Args:
+        shape: (C, H, W) of the images.
+        num_classes: number of classes, 0 for none.
+        channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
+        max_channels: upper limit of the channels.
+        num_blocks: residual blocks per resolution.
+        num_features: dimension of the features before the head.
+    """
 
     def __init__(
         self,
@@ -131,15 +165,22 @@ class ResNetDiscriminator(EncodingDiscriminator):
         *,
         channels: int = 32,
         max_channels: int = 256,
-        blocks: int = 1,
-        features: int = 128,
+        num_blocks: int = 1,
+        num_features: int = 128,
     ) -> None:
-        sizes = {"channels": channels, "max_channels": max_channels, "blocks": blocks}
-        super().__init__(ResNetEncoder(shape, features, normalize=False, **sizes), features, num_classes)
+        encoder = ResNetEncoder(
+            shape,
+            num_features,
+            channels=channels,
+            max_channels=max_channels,
+            num_blocks=num_blocks,
+            normalize=False,
+        )
+        super().__init__(encoder, num_features, num_classes)
 
 
 class MLPDiscriminator(EncodingDiscriminator):
-    """A perceptron, for points and very small images."""
+    """An MLP, for points and very small images."""
 
     def __init__(
         self,
@@ -148,21 +189,28 @@ class MLPDiscriminator(EncodingDiscriminator):
         *,
         width: int = 256,
         depth: int = 3,
-        features: int = 128,
+        num_features: int = 128,
     ) -> None:
-        super().__init__(MLPEncoder(shape, features, width=width, depth=depth), features, num_classes)
+        super().__init__(MLPEncoder(shape, num_features, width=width, depth=depth), num_features, num_classes)
+
+
+# DCGAN
 
 
 class DCGANGenerator(nn.Module):
-    """Latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1), by transposed convolutions.
+    """Transposed convolutions from latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
 
-    Miyato et al. 2018, "Spectral normalization for GANs", table 3 (a): for 32x32 images a linear layer to 512 x 4 x 4,
-    three transposed convolutions 4x4 with stride 2, to 256, 128 and 64 channels, each with normalisation
-    (`ClassConditionalGroupNorm` replaces batch norm) and ReLU, and a convolution
-    3x3 to the image. Other sizes have more or fewer stages.
+    Miyato et al. 2018, "Spectral normalization for GANs", table 3 (a) (https://arxiv.org/abs/1802.05957). For 32x32
+    images: a linear layer to 512 x 4 x 4; three 4x4 transposed convolutions with stride 2, to 256, 128 and 64 channels,
+    each with normalisation and ReLU; a 3x3 convolution to the image. `ClassConditionalGroupNorm` replaces batch norm.
+    Other image sizes have more or fewer resolutions.
 
     Args:
-        channels: at the finest resolution; doubled at each halving, up to ``max_channels``.
+        latent_dim: dimension of the latent.
+        shape: (C, H, W) of the images.
+        num_classes: number of classes, 0 for none.
+        channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
+        max_channels: upper limit of the channels.
     """
 
     def __init__(
@@ -175,30 +223,36 @@ class DCGANGenerator(nn.Module):
         max_channels: int = 512,
     ) -> None:
         super().__init__()
-        plan = stages(shape[1], shape[2], channels, max_channels)[::-1]
-        self.start = plan[0]
-        widths = [width for width, _, _ in plan]
-        self.root = nn.Linear(latent_dim, plan[0][0] * plan[0][1] * plan[0][2])
+        shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)[::-1]
+        self.start_shape = shapes[0]
+        widths = [width for width, _, _ in shapes]
+        self.root = nn.Linear(latent_dim, shapes[0][0] * shapes[0][1] * shapes[0][2])
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(before, here, 4, stride=2, padding=1) for before, here in pairwise(widths)
+            nn.ConvTranspose2d(before, after, 4, stride=2, padding=1) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(ClassConditionalGroupNorm(width, num_classes) for width in widths[1:])
         self.out = nn.Conv2d(widths[-1], shape[0], 3, padding=1)
-        small_normal(self)
+        dcgan_init_(self)
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        h = self.root(z).unflatten(1, self.start)
+        h = self.root(z).unflatten(1, self.start_shape)
         for up, norm in zip(self.ups, self.norms, strict=True):
             h = F.relu(norm(up(h), label))
         return torch.tanh(self.out(h).float())
 
 
 class DCGANDiscriminator(nn.Module):
-    """Images (n, *shape) and labels (n,) to scores (n,), by convolutions with stride.
+    """Strided convolutions from images (n, *shape) and labels (n,) to scores (n,).
 
-    The same paper, table 3 (b): at each resolution a convolution 3x3 (64, 128, 256 and 512 channels for 32x32 images)
-    and, but for the last, one 4x4 with stride 2 that keeps the channels, each with a leaky ReLU of slope 0.1; then one
-    linear layer. It has no normalisation but that of its weights, if any.
+    Miyato et al. 2018, table 3 (b): at each resolution a 3x3 convolution (64, 128, 256 and 512 channels for 32x32
+    images) and, except at the last, a 4x4 convolution with stride 2 that keeps the number of channels, each followed by
+    a leaky ReLU of slope 0.1; then a linear layer. There is no normalisation except spectral norm, if enabled.
+
+    Args:
+        shape: (C, H, W) of the images.
+        num_classes: number of classes, 0 for none.
+        channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
+        max_channels: upper limit of the channels.
     """
 
     def __init__(
@@ -206,16 +260,16 @@ class DCGANDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList()
-        before = shape[0]
-        plan = stages(shape[1], shape[2], channels, max_channels)
-        for width, *_ in plan:
-            self.convs.append(nn.Conv2d(before, width, 3, padding=1))
+        previous_width = shape[0]
+        shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)
+        for width, *_ in shapes:
+            self.convs.append(nn.Conv2d(previous_width, width, 3, padding=1))
             self.convs.append(nn.Conv2d(width, width, 4, stride=2, padding=1))
-            before = width
+            previous_width = width
         del self.convs[-1]
-        width, height, across = plan[-1]
-        self.head = ProjectionHead(width * height * across, num_classes)
-        small_normal(self)
+        c, h, w = shapes[-1]
+        self.head = ProjectionHead(c * h * w, num_classes)
+        dcgan_init_(self)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         for conv in self.convs:
@@ -223,8 +277,9 @@ class DCGANDiscriminator(nn.Module):
         return self.head(x.flatten(1), label)
 
 
-def small_normal(network: nn.Module) -> None:
-    """Weights from N(0, 0.02^2) (Radford et al. 2016, section 4), biases nought."""
+def dcgan_init_(network: nn.Module) -> None:
+    """Initialise weights from N(0, 0.02^2) and biases to zero (Radford et al. 2016, section 4,
+    https://arxiv.org/abs/1511.06434)."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(module.weight, std=0.02)
@@ -232,37 +287,43 @@ def small_normal(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-class PatchDiscriminator(nn.Module):
-    """(n, C, H, W) to (n, patches): a score for each of the overlapping patches of an image.
+# PatchGAN
 
-    Convolutions of 4x4 with stride 2, and two of stride 1 that end in a map of scores: Isola et al. (2017),
-    "Image-to-image translation with conditional adversarial networks", appendix 6.1.2, with group norm in place of
-    batch norm, so that no image's score depends on another's. Their 70x70 patches are ``layers=3``; small images want
-    fewer, and get no more than leave a side of 4.
+
+class PatchDiscriminator(nn.Module):
+    """A score for each of the overlapping patches of an image: (n, C, H, W) to (n, patches).
+
+    4x4 convolutions with stride 2, and two with stride 1 that end in a map of scores: Isola et al. (2017),
+    "Image-to-image translation with conditional adversarial networks", appendix 6.1.2
+    (https://arxiv.org/abs/1611.07004). Group norm replaces batch norm, so that the score of an image does not depend on
+    the rest of the batch. ``num_layers=3`` gives the 70x70 patches of the paper.
 
     Args:
         shape: (C, H, W) of the images.
-        width: channels of the first convolution, a multiple of 8; doubled by each further one, up to 8 times.
-        layers: convolutions of stride 2, at most.
+        channels: channels of the first convolution, a multiple of 8; doubled by each further one, up to 8 times.
+        num_layers: convolutions with stride 2. Reduced for small images, so that a side of at least 4 is left.
     """
 
-    def __init__(self, shape: tuple[int, int, int], *, width: int = 32, layers: int = 2) -> None:
+    def __init__(self, shape: tuple[int, int, int], *, channels: int = 32, num_layers: int = 2) -> None:
         super().__init__()
-        if width < 8 or width % 8 or layers < 1:
-            raise UserError(f"A discriminator of patches with width={width}, layers={layers}: a multiple of 8, and 1.")
+        if channels < 8 or channels % 8 or num_layers < 1:
+            raise UserError(
+                f"A patch discriminator with channels={channels}, num_layers={num_layers}: channels must be a multiple"
+                " of 8, and num_layers at least 1."
+            )
         if min(shape[1:]) < 8:
-            raise UserError(f"Images of {shape[1]}x{shape[2]} have no patches: use model.discriminator=null.")
-        while layers > 1 and min(shape[1:]) < 4 * 2**layers:
-            layers -= 1
-        widths = [width * min(2**k, 8) for k in range(layers + 1)]
+            raise UserError(f"Images of {shape[1]}x{shape[2]} are too small for patches: use model.discriminator=null.")
+        while num_layers > 1 and min(shape[1:]) < 4 * 2**num_layers:
+            num_layers -= 1
+        widths = [channels * min(2**k, 8) for k in range(num_layers + 1)]
         self.stem = nn.Conv2d(shape[0], widths[0], 4, stride=2, padding=1)
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 4, stride=2 if k < layers - 1 else 1, padding=1, bias=False)
-            for k, (before, after) in enumerate(itertools.pairwise(widths))
+            nn.Conv2d(before, after, 4, stride=2 if k < num_layers - 1 else 1, padding=1, bias=False)
+            for k, (before, after) in enumerate(pairwise(widths))
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, after) for after in widths[1:])
         self.out = nn.Conv2d(widths[-1], 1, 4, padding=1)
-        he_normal(self.stem)
+        he_normal_(self.stem)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.leaky_relu(self.stem(x), 0.2)

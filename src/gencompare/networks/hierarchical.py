@@ -1,4 +1,4 @@
-"""The network of a hierarchical VAE: features from fine to coarse, latents from coarse to fine."""
+"""The network of a hierarchical VAE: a bottom-up encoder of features and a top-down decoder of latents."""
 
 from __future__ import annotations
 
@@ -11,60 +11,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.convnets import stages
-from gencompare.networks.layers import he_normal
+from gencompare.networks.convnets import pyramid_shapes
+from gencompare.networks.layers import he_normal_
 
 OUTPUT_SCALE = 0.3
-"""Scale of the first weights on the way of the latents: what they say is heard, and their noise does not drown it."""
+"""Initial scale of the layers on the path of the latents: small enough that latents are used without dominating."""
 
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """N(mean, exp(log_std)^2), number by number. log_std is what was ``said``, or b tanh(said / b) with a ``bound`` b.
+    r"""A diagonal Gaussian :math:`N(\mu, \sigma^2)`, elementwise.
 
-    Residual posteriors have a bound, and so have their priors: without it, where few images are learned by heart,
-    variances fell until a divergence overflowed.
+    Args:
+        mean: the mean :math:`\mu`.
+        raw_log_std: :math:`\log \sigma` before bounding.
+        bound: if given, :math:`\log \sigma = b \tanh(\mathrm{raw} / b)`. Residual posteriors and their priors are
+            bounded: otherwise, if few images are overfitted, variances shrink until a KL divergence overflows.
     """
 
     mean: Tensor
-    said: Tensor
+    raw_log_std: Tensor
     bound: float | None = None
 
     @cached_property
     def log_std(self) -> Tensor:
-        return self.said if self.bound is None else self.bound * torch.tanh(self.said / self.bound)
+        return self.raw_log_std if self.bound is None else self.bound * torch.tanh(self.raw_log_std / self.bound)
 
-    def at(self, u: Tensor) -> Tensor:
-        """mean + std u: a draw where u is standard normal, the mean where it is nought."""
+    def reparameterize(self, u: Tensor) -> Tensor:
+        r""":math:`\mu + \sigma u`: a sample if u is standard normal, the mean if u is zero."""
         return self.mean + self.log_std.exp() * u
 
-    def standardized(self, z: Tensor) -> Tensor:
-        """(z - mean) / std, the u whose ``at`` is z."""
+    def standardize(self, z: Tensor) -> Tensor:
+        r""":math:`(z - \mu) / \sigma`, the inverse of `reparameterize`."""
         return (z - self.mean) * (-self.log_std).exp()
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
-        r"""KL(self || other) in nats, number by number: (r^2 - 1) / 2 - log r + ((mu - mu') / sigma')^2 / 2 with
-        r = sigma / sigma'. With a residual posterior it is eq. 2 of Vahdat and Kautz 2020."""
+        r"""KL(self || other) in nats, elementwise.
+
+        .. math:: (r^2 - 1) / 2 - \log r + ((\mu - \mu') / \sigma')^2 / 2, \quad r = \sigma / \sigma'
+
+        With a residual posterior this is eq. 2 of Vahdat and Kautz 2020.
+        """
         log_ratio = self.log_std - other.log_std
-        return 0.5 * (torch.expm1(2 * log_ratio) + other.standardized(self.mean).square()) - log_ratio
+        return 0.5 * (torch.expm1(2 * log_ratio) + other.standardize(self.mean).square()) - log_ratio
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, k x k, k x k and 1x1 convolutions, a GELU before each and no normalisation (Child 2021).
+    """1x1, k x k, k x k and 1x1 convolutions, each preceded by a GELU, without normalisation (Child 2021).
 
-    k is 3 where the image has sides above 2, and else 1. At the start it hands on the size of what comes in, times
+    k is 3, or 1 for images with a side of at most 2. At initialisation the output has the magnitude of the input times
     ``scale``.
     """
 
-    def __init__(self, channels_in: int, hidden: int, channels_out: int, side: int, *, scale: float = 1.0) -> None:
+    def __init__(
+        self, channels_in: int, hidden_channels: int, channels_out: int, side: int, *, scale: float = 1.0
+    ) -> None:
         super().__init__()
         k = 3 if side > 2 else 1
         self.convs = nn.ModuleList(
             [
-                convolution(channels_in, hidden, 1),
-                convolution(hidden, hidden, k),
-                convolution(hidden, hidden, k),
-                convolution(hidden, channels_out, 1, scale),
+                convolution(channels_in, hidden_channels, 1),
+                convolution(hidden_channels, hidden_channels, k),
+                convolution(hidden_channels, hidden_channels, k),
+                convolution(hidden_channels, channels_out, 1, scale),
             ]
         )
 
@@ -74,31 +83,38 @@ class BottleneckBlock(nn.Module):
         return x
 
 
-def convolution(channels_in: int, channels_out: int, kernel: int, scale: float = 1.0) -> nn.Conv2d:
-    """A convolution that keeps the side, its first weights times ``scale`` and its bias nought."""
-    layer = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
-    he_normal(layer, scale)
+def convolution(channels_in: int, channels_out: int, kernel_size: int, scale: float = 1.0) -> nn.Conv2d:
+    """A convolution that keeps the resolution, initialised by `he_normal_` with ``scale``."""
+    layer = nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2)
+    he_normal_(layer, scale)
     return layer
 
 
 class TopDownBlock(nn.Module):
-    r"""One layer of latents z (n, latent_channels, H, W), within the state h (n, channels, H, W) of the way down.
+    r"""One latent layer z (n, latent_channels, H, W) of the top-down path with state h (n, channels, H, W).
 
-    p(z | h) and a term of h come out of one block, q(z | h, a) of another that also sees the image's features a; then
+    One block computes the prior p(z | h) and features that are added to h; another computes the posterior q(z | h, a)
+    from h and the encoder's features a. Then
 
-        h <- h + prior features,  h <- h + W z,  h <- h + block(h).
+    .. math:: h \leftarrow h + \text{prior features}, \quad h \leftarrow h + W z, \quad
+        h \leftarrow h + \mathrm{block}(h)
 
-    A residual posterior is parameterised relative to the prior, q = N(mu + dmu, (sigma dsigma)^2) (Vahdat and Kautz
-    2020, "NVAE", section 3.2): where the prior moves, the posterior moves with it. Otherwise q has its own mean and
-    variance (Child 2021). The prior starts as N(0, 1), and the posterior near it. NVAE's logarithms of standard
-    deviations are bounded, VDVAE's are not.
+    A residual posterior is relative to the prior, :math:`q = N(\mu + \Delta\mu, (\sigma \Delta\sigma)^2)` (Vahdat and
+    Kautz 2020, "NVAE", section 3.2, https://arxiv.org/abs/2007.03898), so it moves with the prior. Otherwise q has its
+    own mean and variance (Child 2021, https://arxiv.org/abs/2011.10650). At initialisation the prior is N(0, 1) and the
+    posterior close to it. Log standard deviations are bounded as in NVAE if the posterior is residual.
 
-    Weights start as `blocks.he_normal` has them, so that narrow and shallow networks pass signals on too; the authors'
-    own start with less (PyTorch's default).
+    Weights are initialised by `he_normal_`, so that narrow and shallow networks propagate signals too; the authors'
+    code uses PyTorch's smaller default.
 
     Args:
-        level: index of the resolution, 0 the finest.
-        branches: residual branches on the way down; what each adds at the start is scaled by branches^-1/2.
+        level: index of the resolution, 0 is the finest.
+        channels: channels of h.
+        latent_shape: (C, H, W) of z.
+        hidden_channels: channels inside the bottleneck blocks.
+        num_branches: number of residual branches of the top-down path; each is scaled by num_branches^-1/2 at
+            initialisation.
+        residual_posterior: whether the posterior is relative to the prior.
     """
 
     def __init__(
@@ -106,20 +122,20 @@ class TopDownBlock(nn.Module):
         level: int,
         channels: int,
         latent_shape: tuple[int, int, int],
-        hidden: int,
+        hidden_channels: int,
         *,
-        branches: int,
+        num_branches: int,
         residual_posterior: bool,
     ) -> None:
         super().__init__()
         self.level, self.latent_shape, self.residual_posterior = level, latent_shape, residual_posterior
-        self.bound = 5.0 if residual_posterior else None  # as in NVAE's published code
+        self.bound = 5.0 if residual_posterior else None  # as in the published code of NVAE
         z, side = latent_shape[0], min(latent_shape[1:])
-        small = branches**-0.5
-        self.posterior_block = BottleneckBlock(2 * channels, hidden, 2 * z, side, scale=OUTPUT_SCALE)
-        self.prior_block = BottleneckBlock(channels, hidden, 2 * z + channels, side, scale=0.0)
-        self.project = convolution(z, channels, 1, OUTPUT_SCALE * small)
-        self.block = BottleneckBlock(channels, hidden, channels, side, scale=small)
+        branch_scale = num_branches**-0.5
+        self.posterior_block = BottleneckBlock(2 * channels, hidden_channels, 2 * z, side, scale=OUTPUT_SCALE)
+        self.prior_block = BottleneckBlock(channels, hidden_channels, 2 * z + channels, side, scale=0.0)
+        self.project = convolution(z, channels, 1, OUTPUT_SCALE * branch_scale)
+        self.block = BottleneckBlock(channels, hidden_channels, channels, side, scale=branch_scale)
 
     def prior(self, h: Tensor) -> tuple[DiagonalGaussian, Tensor]:
         """p(z | h), and h with the prior's features added."""
@@ -128,170 +144,193 @@ class TopDownBlock(nn.Module):
         return DiagonalGaussian(mean.float(), log_std.float(), self.bound), h + features
 
     def posterior(self, h: Tensor, features: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
-        """q(z | h, features of the image)."""
+        """q(z | h, features), with the encoder's features of the image."""
         mean, log_std = self.posterior_block(torch.cat([h, features], dim=1)).float().chunk(2, dim=1)
         if self.residual_posterior:
-            mean, log_std = prior.mean + mean, prior.said + log_std
+            mean, log_std = prior.mean + mean, prior.raw_log_std + log_std
         return DiagonalGaussian(mean, log_std, self.bound)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        """The state once z is known."""
+        """The state after the latents z are added."""
         h = h + self.project(z)
         return h + self.block(h)
 
 
-Latent = Callable[[TopDownBlock, Tensor, DiagonalGaussian], Tensor]
-"""(layer, state, prior) -> z: how the latents of a layer are found."""
+ChooseLatents = Callable[[TopDownBlock, Tensor, DiagonalGaussian], Tensor]
+"""(layer, state, prior) -> z: determines the latents of a layer, for example by sampling from the prior."""
 
 
 class TopDownDecoder(nn.Module):
     r"""The network of a very deep VAE (Child 2021, "Very deep VAEs generalize autoregressive models and can outperform
-    them on images"): features of the image from the finest resolution to 1x1, latents from 1x1 to the finest.
+    them on images", https://arxiv.org/abs/2011.10650).
 
-    p(z) = prod_l p(z_l | z_<l), and q(z | x) = prod_l q(z_l | z_<l, x) from the same side: both ways share the state
-    that z_<l leaves. At each resolution it starts from learned numbers, those of the class among them, plus the state
-    of the coarser resolution, each of whose pixels is repeated.
+    The encoder computes features from full resolution to 1x1; latents are sampled from 1x1 to full resolution, with
 
-    The resolutions are those of `convnets.stages`, sides halved to 4 at least, and then 1x1: 8x8 has 3 and 32x32 has 5.
-    Where channels double, features get further channels of noughts, and the state gives its first ones on. A resolution
-    without latents has one block on the way down (in NVAE the finest resolutions are such).
+    .. math:: p(z) = \prod_l p(z_l | z_{<l}), \quad q(z | x) = \prod_l q(z_l | z_{<l}, x)
+
+    which share the top-down state. At each resolution the state starts as a learned tensor, plus an embedding of the
+    class, plus the upsampled state of the coarser resolution.
+
+    The resolutions are those of `pyramid_shapes`, and 1x1: 8x8 images have 3 and 32x32 images have 5. Where the number
+    of channels doubles, features are padded with zero channels, and the state passes on its first channels. A
+    resolution without latents has one block in the top-down path (as in NVAE at the finest resolutions).
 
     Args:
-        shape: (C, H, W) of the image.
-        maps: numbers that come out for each pixel.
-        num_classes: 0 for a model without labels.
-        channels: at the finest resolution; doubled at each coarser one, up to ``max_channels``.
-        bottleneck: channels inside a block, as a share of those outside.
-        latent_channels: numbers of a latent layer at each place.
-        encoder_blocks: blocks a resolution; a list says how many at each, the finest first. At all resolutions but the
-            coarsest the last one leads to the next, and latents do not see it.
-        decoder_blocks: layers of latents a resolution, likewise; a 0 in the list leaves a resolution without,
-            but for the coarsest.
-        residual_posterior: posteriors are relative to their priors.
+        shape: (C, H, W) of the images.
+        out_channels: channels of the output, the parameters of the likelihood of a pixel.
+        num_classes: number of classes, 0 for none.
+        channels: channels at full resolution; doubled at each coarser one, up to ``max_channels``.
+        max_channels: upper limit of the channels.
+        bottleneck_ratio: channels inside a block as a fraction of those outside.
+        latent_channels: channels of each latent layer.
+        num_encoder_blocks: encoder blocks per resolution, one number or a list, finest first. The last block of each
+            resolution but the coarsest leads to the next one; its output is not seen by the latents.
+        num_decoder_blocks: latent layers per resolution, one number or a list, finest first. A 0 in the list leaves a
+            resolution other than the coarsest without latents.
+        residual_posterior: make posteriors relative to their priors, see `TopDownBlock`.
     """
 
     def __init__(
         self,
         shape: tuple[int, int, int],
-        maps: int,
+        out_channels: int,
         num_classes: int = 0,
         *,
         channels: int = 32,
         max_channels: int = 128,
-        bottleneck: float = 1.0,
+        bottleneck_ratio: float = 1.0,
         latent_channels: int = 16,
-        encoder_blocks: int | Sequence[int] = 1,
-        decoder_blocks: int | Sequence[int] = 2,
+        num_encoder_blocks: int | Sequence[int] = 1,
+        num_decoder_blocks: int | Sequence[int] = 2,
         residual_posterior: bool = False,
     ) -> None:
         super().__init__()
-        if min(channels, max_channels, latent_channels) < 1 or not bottleneck > 0:
+        if min(channels, max_channels, latent_channels) < 1 or not bottleneck_ratio > 0:
             raise UserError(
-                f"model.ladder: channels={channels}, max_channels={max_channels}, latent_channels={latent_channels} and"
-                f" bottleneck={bottleneck} must all be above nought."
+                f"model.decoder: channels={channels}, max_channels={max_channels}, latent_channels={latent_channels} and"
+                f" bottleneck_ratio={bottleneck_ratio} must all be positive."
             )
-        plan = resolutions(shape[1], shape[2], channels, max_channels)
-        up = expand_counts("encoder_blocks", encoder_blocks, plan)
-        down = expand_counts("decoder_blocks", decoder_blocks, plan, least=0)
-        if not down[-1]:
-            raise UserError(f"model.ladder.decoder_blocks={decoder_blocks}: the coarsest resolution needs latents.")
-        hidden = [max(1, int(c * bottleneck)) for c, _, _ in plan]
-        branches = sum(max(1, count) for count in down)
-        self.plan = plan
-        self.stem = convolution(shape[0], plan[0][0], 3)
+        shapes = pyramid_shapes_to_1x1(shape[1], shape[2], channels, max_channels)
+        encoder_counts = expand_counts("num_encoder_blocks", num_encoder_blocks, shapes)
+        decoder_counts = expand_counts("num_decoder_blocks", num_decoder_blocks, shapes, minimum=0)
+        if not decoder_counts[-1]:
+            raise UserError(
+                f"model.decoder.num_decoder_blocks={num_decoder_blocks}: the coarsest resolution needs latents."
+            )
+        hidden_channels = [max(1, int(c * bottleneck_ratio)) for c, _, _ in shapes]
+        num_branches = sum(max(1, count) for count in decoder_counts)
+        self.shapes = shapes
+        self.stem = convolution(shape[0], shapes[0][0], 3)
         self.features = nn.ModuleList(
-            nn.ModuleList(BottleneckBlock(c, inner, c, min(h, w), scale=sum(up) ** -0.5) for _ in range(count))
-            for (c, h, w), inner, count in zip(plan, hidden, up, strict=True)
+            nn.ModuleList(
+                BottleneckBlock(c, hidden, c, min(h, w), scale=sum(encoder_counts) ** -0.5) for _ in range(count)
+            )
+            for (c, h, w), hidden, count in zip(shapes, hidden_channels, encoder_counts, strict=True)
         )
-        self.starts = nn.ParameterList(torch.zeros(plane) for plane in plan)
-        self.labels = nn.ModuleList(nn.Embedding(num_classes, c) for c, _, _ in plan) if num_classes else None
+        self.starts = nn.ParameterList(torch.zeros(each) for each in shapes)
+        self.labels = nn.ModuleList(nn.Embedding(num_classes, c) for c, _, _ in shapes) if num_classes else None
         for embedding in self.labels or []:
             nn.init.normal_(embedding.weight, std=0.2)  # type: ignore[arg-type]
         self.latents = nn.ModuleList(
             nn.ModuleList(
                 TopDownBlock(
-                    level, c, (latent_channels, h, w), inner, branches=branches, residual_posterior=residual_posterior
+                    level,
+                    c,
+                    (latent_channels, h, w),
+                    hidden,
+                    num_branches=num_branches,
+                    residual_posterior=residual_posterior,
                 )
                 for _ in range(count)
             )
-            for level, ((c, h, w), inner, count) in enumerate(zip(plan, hidden, down, strict=True))
+            for level, ((c, h, w), hidden, count) in enumerate(
+                zip(shapes, hidden_channels, decoder_counts, strict=True)
+            )
         )
         self.blocks = nn.ModuleDict(
             {
-                str(level): BottleneckBlock(c, inner, c, min(h, w), scale=branches**-0.5)
-                for level, ((c, h, w), inner, count) in enumerate(zip(plan, hidden, down, strict=True))
+                str(level): BottleneckBlock(c, hidden, c, min(h, w), scale=num_branches**-0.5)
+                for level, ((c, h, w), hidden, count) in enumerate(
+                    zip(shapes, hidden_channels, decoder_counts, strict=True)
+                )
                 if not count
             }
         )
-        self.gain = nn.Parameter(torch.ones(plan[0][0], 1, 1))
-        self.bias = nn.Parameter(torch.zeros(plan[0][0], 1, 1))
-        self.out = convolution(plan[0][0], maps, 1, OUTPUT_SCALE)
+        self.gain = nn.Parameter(torch.ones(shapes[0][0], 1, 1))
+        self.bias = nn.Parameter(torch.zeros(shapes[0][0], 1, 1))
+        self.out = convolution(shapes[0][0], out_channels, 1, OUTPUT_SCALE)
 
     @property
     def layers(self) -> list[TopDownBlock]:
-        """All layers of latents in their order, from the coarsest resolution to the finest."""
-        return [layer for here in reversed(list(self.latents)) for layer in here]  # type: ignore[union-attr]
+        """All latent layers in order, from the coarsest resolution to the finest."""
+        return [layer for layers in reversed(list(self.latents)) for layer in layers]  # type: ignore[union-attr]
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Features (n, channels, H, W) of each resolution, the finest first."""
-        h, found = self.stem(x), []
-        for level, blocks in enumerate(self.features):
-            *here, last = blocks  # type: ignore[misc]
-            for block in here:
+        """Encoder features (n, channels, H, W) at each resolution, finest first."""
+        h, features = self.stem(x), []
+        for level, level_blocks in enumerate(self.features):
+            *blocks, last = level_blocks  # type: ignore[misc]
+            for block in blocks:
                 h = h + block(h)
-            if level + 1 < len(self.plan):
-                found.append(h)
-                h = downsample_stages(h + last(h), self.plan[level + 1])
+            if level + 1 < len(self.shapes):
+                features.append(h)
+                h = pool_and_pad(h + last(h), self.shapes[level + 1])
             else:
-                found.append(h + last(h))
-        return found
+                features.append(h + last(h))
+        return features
 
-    def forward(self, label: Tensor, latent: Latent) -> Tensor:
-        """(n, maps, H, W), with the latents that ``latent`` finds, layer after layer, and the classes (n,) int64, which
-        a ladder without classes does not look at."""
+    def forward(self, label: Tensor, choose_latents: ChooseLatents) -> Tensor:
+        """Decode: the parameters of the likelihood, (n, out_channels, H, W).
+
+        Args:
+            label: classes (n,) int64; only its length is used if the network has no classes.
+            choose_latents: called for each latent layer in turn.
+        """
         h = None
-        for level in reversed(range(len(self.plan))):
-            h = self._entered(level, label, h)
+        for level in reversed(range(len(self.shapes))):
+            h = self._initial_state(level, label, h)
             for layer in self.latents[level]:  # type: ignore[union-attr]
-                prior, with_features = layer.prior(h)
-                h = layer(with_features, latent(layer, h, prior))
+                prior, with_prior_features = layer.prior(h)
+                h = layer(with_prior_features, choose_latents(layer, h, prior))
             if str(level) in self.blocks:
                 h = h + self.blocks[str(level)](h)
         assert h is not None
         return self.out(h * self.gain + self.bias)
 
-    def _entered(self, level: int, label: Tensor, coarser: Tensor | None) -> Tensor:
+    def _initial_state(self, level: int, label: Tensor, coarser: Tensor | None) -> Tensor:
         """The state (n, channels, H, W) before the first latents of a resolution."""
-        c, height, width = self.plan[level]
+        c, height, width = self.shapes[level]
         h = self.starts[level].expand(len(label), -1, -1, -1)
         if self.labels is not None:
             h = h + self.labels[level](label)[:, :, None, None]
         return h if coarser is None else h + F.interpolate(coarser[:, :c], size=(height, width), mode="nearest")
 
 
-def downsample_stages(h: Tensor, plane: tuple[int, int, int]) -> Tensor:
-    """h as means over the pixels of the next resolution, further channels being noughts."""
-    c, height, width = plane
+def pool_and_pad(h: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Average-pool h to the resolution of ``shape`` and pad it with zero channels."""
+    c, height, width = shape
     h = F.avg_pool2d(h, (h.shape[2] // height, h.shape[3] // width))
     return F.pad(h, (0, 0, 0, 0, 0, c - h.shape[1]))
 
 
-def resolutions(side_h: int, side_w: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:
-    """(channels, H, W) of every resolution, the finest first and 1x1 the last."""
-    found = stages(side_h, side_w, channels, max_channels)
-    last, h, w = found[-1]
-    return found if (h, w) == (1, 1) else [*found, (min(2 * last, max_channels), 1, 1)]
+def pyramid_shapes_to_1x1(height: int, width: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:
+    """(channels, H, W) of each resolution, finest first: those of `pyramid_shapes`, and 1x1."""
+    shapes = pyramid_shapes(height, width, channels, max_channels)
+    c, h, w = shapes[-1]
+    return shapes if (h, w) == (1, 1) else [*shapes, (min(2 * c, max_channels), 1, 1)]
 
 
 def expand_counts(
-    name: str, blocks: int | Sequence[int], plan: Sequence[tuple[int, int, int]], *, least: int = 1
+    name: str, counts: int | Sequence[int], shapes: Sequence[tuple[int, int, int]], *, minimum: int = 1
 ) -> list[int]:
-    """How many blocks there are at each resolution, the finest first."""
-    counts = list(blocks) if isinstance(blocks, Sequence) else [blocks] * len(plan)
-    if len(counts) != len(plan) or any(not isinstance(k, int) or isinstance(k, bool) or k < least for k in counts):
-        sides = ", ".join(f"{h}x{w}" for _, h, w in plan)
+    """One count for each resolution, finest first. Raises `UserError` for invalid counts of the argument ``name``."""
+    expanded = list(counts) if isinstance(counts, Sequence) else [counts] * len(shapes)
+    if len(expanded) != len(shapes) or any(
+        not isinstance(k, int) or isinstance(k, bool) or k < minimum for k in expanded
+    ):
+        sides = ", ".join(f"{h}x{w}" for _, h, w in shapes)
         raise UserError(
-            f"model.ladder.{name}={blocks}: give one whole number, at least 1, or one for each of {sides}, at least"
-            f" {least}."
+            f"model.decoder.{name}={counts}: must be one integer of at least 1, or a list with one of at least"
+            f" {minimum} for each of {sides}."
         )
-    return counts
+    return expanded

@@ -1,4 +1,4 @@
-"""Layers shared by networks: residual blocks, norms, and resampling with a low-pass filter."""
+"""Layers shared by several networks: residual blocks, normalisation, and resampling with a low-pass filter."""
 
 from __future__ import annotations
 
@@ -11,15 +11,27 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 
+INSTANCE_NORM_EPS = 1e-5
+"""Added to the variances of `InstanceNormPlus`."""
+
+# Normalisation
+
 
 class AdaptiveGroupNorm(nn.Module):
     r"""GroupNorm whose scale and shift may depend on an embedding.
 
-    y = (1 + a(e)) \hat x + b(e), with a and b linear in e and nought at the start (Perez et al. 2018, "FiLM", eq. 1;
-    with e the latent of a generator it is Chen et al. 2019, "On Self Modulation for GANs", eq. 2, on GroupNorm). It
-    uses no statistic of the batch, so an image comes out the same whatever images stand beside it.
+    .. math:: y = (1 + a(e)) \hat x + b(e)
 
-    Shapes: x (n, channels, H, W), e (n, embed_dim) -> (n, channels, H, W). With ``embed_dim=0`` e is not looked at.
+    with :math:`a` and :math:`b` linear in :math:`e` and initialised to zero (Perez et al. 2018, "FiLM", eq. 1,
+    https://arxiv.org/abs/1709.07871). If :math:`e` is the latent of a generator, this is Chen et al. 2019, "On Self
+    Modulation for GANs" (https://arxiv.org/abs/1810.01365), eq. 2, with GroupNorm. No batch statistics are used, so
+    the output of an image does not depend on the rest of the batch.
+
+    Shapes: x (n, channels, H, W), e (n, embed_dim) -> (n, channels, H, W).
+
+    Args:
+        channels: number of channels.
+        embed_dim: dimension of e; 0 gives a plain GroupNorm that ignores e.
     """
 
     def __init__(self, channels: int, embed_dim: int = 0) -> None:
@@ -38,149 +50,16 @@ class AdaptiveGroupNorm(nn.Module):
         return x * (1 + scale) + shift
 
 
-class NormActivation(nn.Module):
-    """Modulated GroupNorm, then SiLU."""
-
-    def __init__(self, channels: int, embed_dim: int = 0) -> None:
-        super().__init__()
-        self.norm = AdaptiveGroupNorm(channels, embed_dim)
-
-    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
-        return F.silu(self.norm(x, e))
-
-
-class Activation(nn.Module):
-    """Leaky ReLU and no normalisation, for discriminators: gradients pass at full strength, pixels stay untied."""
-
-    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
-        return F.leaky_relu(x, 0.2)
-
-
-def activation(channels: int, embed_dim: int, normalize: bool) -> nn.Module:
-    """What a network puts before its convolutions."""
-    return NormActivation(channels, embed_dim) if normalize else Activation()
-
-
-def he_normal(layer: nn.Conv2d, scale: float = 1.0) -> None:
-    """Weights with variance scale^2 2 / ((1 + 0.2^2) fan in), which keeps the size of what a leaky ReLU hands on.
-
-    He et al. (2015), "Delving deep into rectifiers", eq. 15. ``scale`` well below 1 for the last layer of a residual
-    branch makes a block start near its shortcut (Zhang et al. 2019, "Fixup initialization").
-    """
-    nn.init.kaiming_normal_(layer.weight, a=0.2)
-    layer.weight.data.mul_(scale)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-
-
-class ResBlock(nn.Module):
-    r"""Pre-activation residual block, skip(x) + f(x), that may halve or double the side.
-
-    f is activation, [nearest-neighbour up], 3x3 convolution, activation, [2x2 mean], 3x3 convolution: the block of
-    Miyato et al. 2018, "Spectral normalization for GANs", figure 8, with the mean taken before the last convolution,
-    which then costs a quarter.
-
-    Args:
-        resample: ``up``, ``down`` or ``none``.
-        normalize: whether an activation is GroupNorm and SiLU, or a leaky ReLU alone.
-    """
-
-    def __init__(
-        self, channels_in: int, channels_out: int, embed_dim: int = 0, *, resample: str = "none", normalize: bool = True
-    ) -> None:
-        super().__init__()
-        self.resample = resample
-        self.act1 = activation(channels_in, embed_dim, normalize)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.act2 = activation(channels_out, embed_dim, normalize)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        changes = channels_in != channels_out
-        self.skip = nn.Conv2d(channels_in, channels_out, 1, bias=False) if changes else nn.Identity()
-        if not normalize:
-            # PyTorch's default lets the signal fade from layer to layer, and no normalisation brings it back.
-            he_normal(self.conv1)
-            he_normal(self.conv2, scale=0.1)
-            if changes:
-                nn.init.kaiming_normal_(self.skip.weight, nonlinearity="linear")  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
-        h = self.act1(x, e)
-        if self.resample == "up":
-            h, x = _double(h), _double(x)
-        h = self.act2(self.conv1(h), e)
-        if self.resample == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        return self.skip(x) + self.conv2(h)
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-class Filter(nn.Module):
-    """The filter k k^T of sum 1, from its taps k."""
-
-    kernel: Tensor
-
-    def __init__(self, taps: Sequence[float]) -> None:
-        super().__init__()
-        if len(taps) < 2 or len(taps) % 2 or list(taps) != list(taps)[::-1] or not sum(taps) > 0:
-            raise UserError(
-                f"A resampling filter is an even number of symmetric taps, as [1, 1] or [1, 3, 3, 1], not {list(taps)}."
-            )
-        k = torch.tensor([float(tap) for tap in taps])
-        self.register_buffer("kernel", (torch.outer(k, k) / k.sum() ** 2)[None, None], persistent=False)
-        self.padding = len(taps) // 2 - 1
-
-    def depthwise(self, channels: int) -> Tensor:
-        """(channels, 1, k, k): the same filter for each channel by itself."""
-        return self.kernel.expand(channels, -1, -1, -1)
-
-
-class FIRDownsample(Filter):
-    """Every second pixel of the filtered image, (n, C, H, W) -> (n, C, H/2, W/2); beyond the edge lie noughts.
-
-    A constant image keeps its value away from the edge.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        c = x.shape[1]
-        return F.conv2d(x, self.depthwise(c), stride=2, padding=self.padding, groups=c)
-
-
-class FIRUpsample(Filter):
-    """The image with noughts between its pixels, filtered, times 4: (n, C, H, W) -> (n, C, 2 H, 2 W).
-
-    It is the transpose of `FIRDownsample`, times 4, and keeps the value of a constant image away from the edge.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        c = x.shape[1]
-        return F.conv_transpose2d(x, 4 * self.depthwise(c), stride=2, padding=self.padding, groups=c)
-
-
-class FIRConvDownsample(Filter):
-    """A 3x3 convolution with stride 2 of the filtered image, (n, C, H, W) -> (n, channels_out, H/2, W/2).
-
-    The image is padded once, before the filter (Karras et al. 2020, StyleGAN2's ``conv_downsample_2d``).
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, taps: Sequence[float]) -> None:
-        super().__init__(taps)
-        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        c = x.shape[1]
-        return self.conv(F.conv2d(x, self.depthwise(c), padding=self.padding + 1, groups=c))
-
-
 class ClassConditionalGroupNorm(nn.Module):
-    r"""y = a_y \hat x + b_y, where papers on GANs have (class-conditional) batch norm.
+    r"""GroupNorm with a scale and a shift per class, which replaces (class-conditional) batch norm in GANs.
 
-    \hat x is the image after GroupNorm, so it comes out the same whatever images stand beside it. There are as many
-    parameters as batch norm has: 2 ``channels``, and as many for each class where there are classes (Dumoulin et al.
-    2017, "A learned representation for artistic style", eq. 5).
+    .. math:: y = a_c \hat x + b_c
 
-    Shapes: x (n, channels, H, W), labels (n,) -> (n, channels, H, W).
+    for class :math:`c` (Dumoulin et al. 2017, "A learned representation for artistic style", eq. 5,
+    https://arxiv.org/abs/1610.07629). Unlike with batch norm, the output of an image does not depend on the rest of
+    the batch. The number of parameters is that of batch norm: 2 ``channels``, per class if there are classes.
+
+    Shapes: x (n, channels, H, W), label (n,) -> (n, channels, H, W).
     """
 
     def __init__(self, channels: int, num_classes: int = 0) -> None:
@@ -199,54 +78,205 @@ class ClassConditionalGroupNorm(nn.Module):
         return scale * x + shift
 
 
-EPS = 1e-5
-"""Added to every variance."""
-
-
 class InstanceNormPlus(nn.Module):
-    r"""InstanceNorm++: each feature map normalised by itself, and the shift between maps that this takes away put back.
+    r"""InstanceNorm++: instance normalisation that keeps the differences between the means of the channels.
 
-    Map k of an image, with mean mu_k and standard deviation sigma_k over its pixels, becomes
+    Channel :math:`k` of an image, with mean :math:`\mu_k` and standard deviation :math:`\sigma_k` over its pixels,
+    becomes
 
-        gamma_k (h_k - mu_k) / sigma_k + alpha_k (mu_k - m) / v + beta_k,
+    .. math:: \gamma_k \frac{h_k - \mu_k}{\sigma_k} + \alpha_k \frac{\mu_k - m}{v} + \beta_k
 
-    where m and v are mean and standard deviation of the mu_k over the maps. gamma, alpha and beta are linear in what
-    the network is told. With the noise level as one of ``levels`` unit vectors, each level has its own: this is
-    CondInstanceNorm++ (Song and Ermon 2019, "Generative modeling by estimating gradients of the data distribution",
-    appendix A.1). With one level there is one set of them (Song and Ermon 2020, "Improved techniques for training
-    score-based generative models", section 3.3).
+    where :math:`m` and :math:`v` are the mean and standard deviation of the :math:`\mu_k` over the channels.
+    :math:`\gamma`, :math:`\alpha` and :math:`\beta` are linear in the condition vector :math:`c`. If :math:`c` is the
+    one-hot noise level, each level has its own parameters: CondInstanceNorm++ (Song and Ermon 2019, "Generative
+    modeling by estimating gradients of the data distribution", appendix A.1, https://arxiv.org/abs/1907.05600). With
+    one level there is one set of parameters (Song and Ermon 2020, "Improved techniques for training score-based
+    generative models", section 3.3, https://arxiv.org/abs/2006.09011).
 
-    Shapes: h (n, channels, H, W), told (n, levels + emb_dim) -> (n, channels, H, W).
+    Shapes: h (n, channels, H, W), c (n, num_levels + emb_dim) -> (n, channels, H, W).
 
     Args:
         channels: at least 2.
-        levels: unit vectors in the first places of ``told``; gamma and alpha of each start at N(1, 0.02^2), beta at 0.
-        emb_dim: further numbers of ``told``: conditions, which add to the three.
+        num_levels: length of the one-hot noise level, the first entries of c. Its weights for gamma and alpha are
+            initialised from N(1, 0.02^2), for beta to 0.
+        emb_dim: length of the embedding of other conditions, the remaining entries of c.
     """
 
-    def __init__(self, channels: int, levels: int = 1, emb_dim: int = 0) -> None:
+    def __init__(self, channels: int, num_levels: int = 1, emb_dim: int = 0) -> None:
         super().__init__()
-        self.channels, self.levels = channels, levels
-        self.level = nn.Linear(levels, 3 * channels, bias=False)
+        self.channels, self.num_levels = channels, num_levels
+        self.level = nn.Linear(num_levels, 3 * channels, bias=False)
         nn.init.normal_(self.level.weight[: 2 * channels], 1, 0.02)
         nn.init.zeros_(self.level.weight[2 * channels :])
         self.conditions = nn.Linear(emb_dim, 3 * channels, bias=False) if emb_dim else None
         if self.conditions is not None:
             nn.init.normal_(self.conditions.weight, std=emb_dim**-0.5)
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        modulation = self.level(told[:, : self.levels])
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        modulation = self.level(c[:, : self.num_levels])
         if self.conditions is not None:
-            modulation = modulation + self.conditions(told[:, self.levels :])
+            modulation = modulation + self.conditions(c[:, self.num_levels :])
         gamma, alpha, beta = modulation[:, :, None, None].chunk(3, dim=1)
-        means = h.mean(dim=(2, 3), keepdim=True)
-        v2, m = torch.var_mean(means, dim=1, keepdim=True)
-        normal = F.group_norm(h, self.channels, eps=EPS)  # as many groups as maps: each by itself
-        return gamma * normal + alpha * (means - m) * torch.rsqrt(v2 + EPS) + beta
+        mu = h.mean(dim=(2, 3), keepdim=True)
+        v2, m = torch.var_mean(mu, dim=1, keepdim=True)
+        normalized = F.group_norm(h, self.channels, eps=INSTANCE_NORM_EPS)  # one group per channel
+        return gamma * normalized + alpha * (mu - m) * torch.rsqrt(v2 + INSTANCE_NORM_EPS) + beta
 
 
 class NoNorm(nn.Module):
-    """The identity, in the place of a normalisation."""
+    """The identity, with the signature of `InstanceNormPlus`."""
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
         return h
+
+
+# Activations and residual blocks
+
+
+class NormActivation(nn.Module):
+    """`AdaptiveGroupNorm` followed by SiLU."""
+
+    def __init__(self, channels: int, embed_dim: int = 0) -> None:
+        super().__init__()
+        self.norm = AdaptiveGroupNorm(channels, embed_dim)
+
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
+        return F.silu(self.norm(x, e))
+
+
+class Activation(nn.Module):
+    """Leaky ReLU without normalisation, for discriminators. It ignores the embedding e."""
+
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
+        return F.leaky_relu(x, 0.2)
+
+
+def make_activation(channels: int, embed_dim: int, normalize: bool) -> nn.Module:
+    """`NormActivation` if ``normalize``, otherwise `Activation`."""
+    return NormActivation(channels, embed_dim) if normalize else Activation()
+
+
+def he_normal_(layer: nn.Conv2d, scale: float = 1.0) -> None:
+    r"""Initialise weights from :math:`N(0, \mathrm{scale}^2 \cdot 2 / ((1 + 0.2^2) \cdot \mathrm{fan\_in}))`, biases to
+    zero.
+
+    This preserves the variance of activations through leaky ReLUs of slope 0.2 (He et al. 2015, "Delving deep into
+    rectifiers", eq. 15, https://arxiv.org/abs/1502.01852). A ``scale`` well below 1 for the last layer of a residual
+    branch makes a block start close to its shortcut (Zhang et al. 2019, "Fixup initialization",
+    https://arxiv.org/abs/1901.09321).
+    """
+    nn.init.kaiming_normal_(layer.weight, a=0.2)
+    layer.weight.data.mul_(scale)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+class ResBlock(nn.Module):
+    r"""Pre-activation residual block, skip(x) + f(x), with optional resampling.
+
+    f is activation, [nearest-neighbour upsampling], 3x3 convolution, activation, [2x2 average pooling], 3x3
+    convolution: the block of Miyato et al. 2018, "Spectral normalization for GANs", figure 8
+    (https://arxiv.org/abs/1802.05957), except that pooling comes before the last convolution, which makes that four
+    times cheaper.
+
+    Shapes: x (n, channels_in, H, W), e (n, embed_dim) -> (n, channels_out, H', W').
+
+    Args:
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        embed_dim: dimension of the embedding e that modulates the normalisation; 0 for none.
+        resample: ``up`` doubles the resolution, ``down`` halves it, ``none`` keeps it.
+        normalize: use GroupNorm and SiLU instead of a leaky ReLU alone.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, embed_dim: int = 0, *, resample: str = "none", normalize: bool = True
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.act1 = make_activation(channels_in, embed_dim, normalize)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.act2 = make_activation(channels_out, embed_dim, normalize)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        has_projection = channels_in != channels_out
+        self.skip = nn.Conv2d(channels_in, channels_out, 1, bias=False) if has_projection else nn.Identity()
+        if not normalize:
+            # With PyTorch's default initialisation the signal shrinks in every layer, and nothing would rescale it.
+            he_normal_(self.conv1)
+            he_normal_(self.conv2, scale=0.1)
+            if has_projection:
+                nn.init.kaiming_normal_(self.skip.weight, nonlinearity="linear")  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, e: Tensor | None = None) -> Tensor:
+        h = self.act1(x, e)
+        if self.resample == "up":
+            h, x = upsample_nearest(h), upsample_nearest(x)
+        h = self.act2(self.conv1(h), e)
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        return self.skip(x) + self.conv2(h)
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """Double the resolution by repeating pixels."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+# Resampling with a FIR filter
+
+
+class FIRFilter(nn.Module):
+    """Base class of resampling with the separable filter k k^T / sum(k)^2, given its taps k."""
+
+    kernel: Tensor
+
+    def __init__(self, taps: Sequence[float]) -> None:
+        super().__init__()
+        if len(taps) < 2 or len(taps) % 2 or list(taps) != list(taps)[::-1] or not sum(taps) > 0:
+            raise UserError(
+                f"A resampling filter must be an even number of symmetric taps, such as [1, 1] or [1, 3, 3, 1], not"
+                f" {list(taps)}."
+            )
+        k = torch.tensor([float(tap) for tap in taps])
+        self.register_buffer("kernel", (torch.outer(k, k) / k.sum() ** 2)[None, None], persistent=False)
+        self.padding = len(taps) // 2 - 1
+
+    def depthwise(self, channels: int) -> Tensor:
+        """The kernel of a depthwise convolution, (channels, 1, k, k)."""
+        return self.kernel.expand(channels, -1, -1, -1)
+
+
+class FIRDownsample(FIRFilter):
+    """Filter, then keep every second pixel: (n, C, H, W) -> (n, C, H/2, W/2), with zero padding.
+
+    Constant images keep their value away from the border.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        return F.conv2d(x, self.depthwise(c), stride=2, padding=self.padding, groups=c)
+
+
+class FIRUpsample(FIRFilter):
+    """Insert zeros between the pixels, filter, and multiply by 4: (n, C, H, W) -> (n, C, 2 H, 2 W).
+
+    This is 4 times the transpose of `FIRDownsample`. Constant images keep their value away from the border.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        return F.conv_transpose2d(x, 4 * self.depthwise(c), stride=2, padding=self.padding, groups=c)
+
+
+class FIRConvDownsample(FIRFilter):
+    """Filter, then apply a 3x3 convolution with stride 2: (n, C, H, W) -> (n, channels_out, H/2, W/2).
+
+    The image is padded once, before the filter, as in StyleGAN2's ``conv_downsample_2d`` (Karras et al. 2020).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, taps: Sequence[float]) -> None:
+        super().__init__(taps)
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        return self.conv(F.conv2d(x, self.depthwise(c), padding=self.padding + 1, groups=c))

@@ -1,4 +1,4 @@
-"""Perceptrons for points and very small images."""
+"""Multilayer perceptrons for points and very small images."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gencompare.errors import UserError
 from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
 
 
-def mlp(features_in: int, features_out: int, width: int, depth: int) -> nn.Sequential:
-    """``depth`` hidden layers of ``width`` SiLU units, then a linear layer: (n, features_in) -> (n, features_out)."""
+def mlp(in_features: int, out_features: int, width: int, depth: int) -> nn.Sequential:
+    """``depth`` hidden layers of ``width`` SiLU units, then a linear layer: (n, in_features) -> (n, out_features)."""
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(features_in, width), nn.SiLU()]
-        features_in = width
-    return nn.Sequential(*layers, nn.Linear(features_in, features_out))
+        layers += [nn.Linear(in_features, width), nn.SiLU()]
+        in_features = width
+    return nn.Sequential(*layers, nn.Linear(in_features, out_features))
 
 
 def hstack(x: Tensor, e: Tensor | None) -> Tensor:
-    """x (n, d) and, where there is one, the embedding e (n, k), as (n, d + k)."""
+    """Concatenate x (n, d) and the embedding e (n, k), if any, to (n, d + k)."""
     return x if e is None else torch.cat([x, e], dim=1)
 
 
 class MLPEncoder(nn.Module):
-    """(n, *shape), and an embedding (n, embed_dim), to (n, out_features)."""
+    """An MLP from images (n, *shape), and an embedding (n, embed_dim), to (n, out_features)."""
 
     def __init__(
         self, shape: tuple[int, int, int], out_features: int, embed_dim: int = 0, *, width: int = 256, depth: int = 3
@@ -41,7 +41,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """(n, in_features), and an embedding (n, embed_dim), to (n, *shape)."""
+    """An MLP from latents (n, in_features), and an embedding (n, embed_dim), to images (n, *shape)."""
 
     def __init__(
         self, in_features: int, shape: tuple[int, int, int], embed_dim: int = 0, *, width: int = 256, depth: int = 3
@@ -55,19 +55,21 @@ class MLPDecoder(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """Residual blocks over all values of an image at once, each told the noise level and the conditions.
+    """A residual MLP on the flattened image, whose blocks are modulated by noise level and conditions.
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W). At
-    initialisation the output is zero.
+    The output is zero at initialisation.
+
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as for `ConditionEmbedding` -> (n, out_channels, H, W).
 
     Args:
         shape: (C, H, W) of x.
-        num_classes: 0 for a network without labels.
-        width: features of every layer, an even number of at least 4.
-        depth: residual blocks, of two layers each.
-        low_res: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: length of ``cond["embedding"]``, 0 for none.
-        augment_dim: length of ``cond["augment"]``, 0 for none.
+        out_channels: channels of the output.
+        num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
+        width: features of every layer; even, at least 4.
+        depth: number of residual blocks, each with two layers.
+        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
+        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
+        augment_dim: dimension of ``cond["augment"]``, 0 for none.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class DenoisingMLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 3,
-        low_res: int = 0,
+        low_res_channels: int = 0,
         embedding_dim: int = 0,
         augment_dim: int = 0,
     ) -> None:
@@ -90,20 +92,20 @@ class DenoisingMLP(nn.Module):
         self.conditions = ConditionEmbedding(
             width,
             num_classes,
-            low_res=low_res,
+            low_res_channels=low_res_channels,
             embedding_dim=embedding_dim,
             augment_dim=augment_dim,
             noise_dim=width,
         )
-        self.stem = nn.Linear((shape[0] + low_res) * math.prod(shape[1:]), width)
+        self.stem = nn.Linear((shape[0] + low_res_channels) * math.prod(shape[1:]), width)
         self.blocks = nn.ModuleList(ModulatedMLPBlock(width) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        emb = self.conditions.with_noise(self.noise, noise_cond, cond)
-        h = self.stem(self.conditions.beside(x, cond).flatten(1))
+        emb = self.conditions.embed(self.noise, noise_cond, cond)
+        h = self.stem(self.conditions.concat_low_res(x, cond).flatten(1))
         for block in self.blocks:
             h = block(h, emb)
         return self.out(self.norm(h)).unflatten(1, self.out_shape)
@@ -112,7 +114,7 @@ class DenoisingMLP(nn.Module):
 class ModulatedMLPBlock(nn.Module):
     """h + linear(silu(linear((1 + a(emb)) norm(h) + b(emb)))), with a and b linear; h and emb are (n, width).
 
-    The modulation is that of Perez et al. (2018), "FiLM", eq. 1.
+    The modulation is that of Perez et al. (2018), "FiLM", eq. 1 (https://arxiv.org/abs/1709.07871).
     """
 
     def __init__(self, width: int) -> None:

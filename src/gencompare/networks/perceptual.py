@@ -1,4 +1,4 @@
-"""Perceptual distances between images, for losses and never for measuring."""
+"""Perceptual distances between images, used in losses and never in evaluation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 
+WEIGHTS_DIR = Path(__file__).parent / "weights"
+TRAINING_DATA = {1: "fashion_mnist", 3: "cifar10"}
+"""The training data of the shipped perceptual network, by number of image channels."""
+
 
 class VGG(nn.Module):
-    """Stages of two 3x3 convolutions, each at half of the side of the one before; average pool; logits.
+    """A VGG classifier: stages of two 3x3 convolutions, with max pooling in between; average pooling; logits.
 
-    Simonyan and Zisserman (2015), "Very deep convolutional networks for large-scale image recognition", with two
-    convolutions a stage and group norm, which needs no statistic of the batch.
+    Simonyan and Zisserman (2015), "Very deep convolutional networks for large-scale image recognition"
+    (https://arxiv.org/abs/1409.1556), with two convolutions per stage and group norm.
 
     Args:
-        channels: of the image.
-        num_classes: logits.
+        channels: channels of the image.
+        num_classes: number of logits.
         widths: channels of each stage, multiples of 8.
     """
 
@@ -33,21 +37,21 @@ class VGG(nn.Module):
         if not widths or any(width % 8 for width in widths):
             raise UserError(f"The widths of a classifier must be multiples of 8, not {list(widths)}.")
         self.stages = nn.ModuleList(
-            nn.Sequential(*convolution(before, width), *convolution(width, width))
+            nn.Sequential(*conv_norm_relu(before, width), *conv_norm_relu(width, width))
             for before, width in zip([channels, *widths[:-1]], widths, strict=True)
         )
         self.head = nn.Linear(widths[-1], num_classes)
 
     def activations(self, x: Tensor) -> list[Tensor]:
         """The activations after each stage, finest first, of images (n, C, H, W) in [-1, 1]."""
-        found: list[Tensor] = []
+        activations: list[Tensor] = []
         for stage in self.stages:
-            x = stage(nn.functional.max_pool2d(found[-1], 2) if found else x)
-            found.append(x)
-        return found
+            x = stage(F.max_pool2d(activations[-1], 2) if activations else x)
+            activations.append(x)
+        return activations
 
     def features(self, x: Tensor) -> Tensor:
-        """(n, widths[-1]): the mean over all places of the last stage."""
+        """The last stage, averaged over all pixels, (n, widths[-1])."""
         return self.activations(x)[-1].mean((2, 3))
 
     def classify(self, features: Tensor) -> Tensor:
@@ -58,25 +62,25 @@ class VGG(nn.Module):
         return self.classify(self.features(x))
 
 
-def convolution(before: int, after: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
-
-
-SHIPPED = Path(__file__).parent / "weights"
-TRAINED_ON = {1: "fashion_mnist", 3: "cifar10"}
-"""By channels of the images: the data set whose network is taken."""
+def conv_norm_relu(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.GroupNorm(8, channels_out), nn.ReLU()]
 
 
 class PerceptualNetwork(nn.Module):
-    r"""d(x, y) = sum over stages l of the mean over places of |u_l(x) - u_l(y)|^2, with u_l the activations after stage
-    l scaled to length 1 at each place.
+    r"""A perceptual distance between images in the feature space of a frozen classifier.
 
-    Zhang et al. (2018), "The unreasonable effectiveness of deep features as a perceptual metric", eq. 1, with equal
-    weights. Images (n, C, H, W) in [-1, 1], twice, to (n,). The network is frozen: gradients pass to the images.
+    .. math:: d(x, y) = \sum_l \mathrm{mean}_{h, w} \| u_l(x) - u_l(y) \|^2
+
+    where :math:`u_l` are the activations after stage :math:`l`, normalised to unit length at each pixel: Zhang et al.
+    (2018), "The unreasonable effectiveness of deep features as a perceptual metric", eq. 1
+    (https://arxiv.org/abs/1801.03924), with equal weights. Gradients flow to the images, not to the network.
+
+    Shapes: x, y (n, C, H, W) in [-1, 1] -> (n,).
 
     Args:
-        network: what gives the activations.
-        name, sha256: of its weights; a record lists them among what a model was trained against.
+        network: computes the activations.
+        name: name of the weights; a record lists it among the networks that a model was trained with.
+        sha256: hash of the weights, recorded likewise.
     """
 
     def __init__(self, network: VGG, name: str, sha256: str) -> None:
@@ -85,52 +89,55 @@ class PerceptualNetwork(nn.Module):
         self.name, self.sha256 = name, sha256
 
     def train(self, mode: bool = True) -> PerceptualNetwork:
-        """Always in eval mode: it is frozen."""
+        """Stays in eval mode, because the network is frozen."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         pairs = zip(self.network.activations(x), self.network.activations(y), strict=True)
-        return sum((unit(a) - unit(b)).square().sum(1).mean((1, 2)) for a, b in pairs)  # type: ignore[return-value]
+        distances = ((unit_length(a) - unit_length(b)).square().sum(1).mean((1, 2)) for a, b in pairs)
+        return sum(distances)  # type: ignore[return-value]
 
 
-def unit(activations: Tensor) -> Tensor:
-    """(n, C, H, W) with length 1 over C at each place; nought stays nought."""
+def unit_length(activations: Tensor) -> Tensor:
+    """Activations (n, C, H, W), normalised to length 1 over C at each pixel; zero stays zero."""
     return F.normalize(activations, dim=1, eps=1e-6)
 
 
 def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = None) -> PerceptualNetwork:
-    """A `VGG` that was trained to classify, from a file of ``task=export`` of its run.
+    """Load a perceptual network from a file written by ``task=export`` for a run with the `VGG` classifier.
 
-    Of another architecture than the residual networks that measure, and from another seed.
+    It has another architecture and seed than the residual classifiers used in evaluation.
 
     Args:
-        channels: of the images.
-        weights: the file; None is the one shipped for images of so many channels.
+        channels: channels of the images.
+        weights: path of the file; None loads the shipped one for this number of channels.
+
+    Raises:
+        UserError: for a missing or damaged file, or one for another number of channels.
     """
-    if weights is None and channels not in TRAINED_ON:
+    if weights is None and channels not in TRAINING_DATA:
         raise UserError(
-            f"No perceptual network is shipped for images of {channels} channels: train one"
-            " (experiment=cifar10_perceptual shows how) and give model.perceptual.weights=FILE, or take"
-            " model/perceptual=null."
+            f"No perceptual network is shipped for images of {channels} channels: train one (see"
+            " experiment=cifar10_perceptual) and set model.perceptual.weights=FILE, or use model/perceptual=null."
         )
-    path = SHIPPED / f"perceptual_{TRAINED_ON[channels]}.safetensors" if weights is None else Path(weights)
+    path = WEIGHTS_DIR / f"perceptual_{TRAINING_DATA[channels]}.safetensors" if weights is None else Path(weights)
     try:
         payload = path.read_bytes()
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["model"])["network"]
-        state = {name.removeprefix("net."): value for name, value in load(payload).items()}
-        # The shipped networks were trained with a second head, which a distance does not use.
-        state = {name: value for name, value in state.items() if not name.startswith("grades.")}
-        taken, classes = state["stages.0.0.weight"].shape[1], len(state["head.weight"])
-        network = VGG(taken, classes, widths=options["widths"])
-        network.load_state_dict(state)
+        state_dict = {name.removeprefix("net."): value for name, value in load(payload).items()}
+        # The shipped networks were trained with a second head, which the distance does not use.
+        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("grades.")}
+        channels_in, num_classes = state_dict["stages.0.0.weight"].shape[1], len(state_dict["head.weight"])
+        network = VGG(channels_in, num_classes, widths=options["widths"])
+        network.load_state_dict(state_dict)
     except FileNotFoundError as error:
         raise UserError(f"There is no perceptual network {path}.") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is damaged, or no perceptual network ({type(error).__name__}): task=export of a run of"
-            " experiment=cifar10_perceptual or the like writes one."
+            f"{path} is damaged or not a perceptual network ({type(error).__name__}): create one by task=export of a"
+            " run such as experiment=cifar10_perceptual."
         ) from error
-    if taken != channels:
-        raise UserError(f"{path} takes images of {taken} channels; these have {channels}.")
+    if channels_in != channels:
+        raise UserError(f"{path} is for images of {channels_in} channels; these have {channels}.")
     return PerceptualNetwork(network, path.stem, hashlib.sha256(payload).hexdigest())

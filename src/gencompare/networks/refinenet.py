@@ -15,66 +15,80 @@ from gencompare.networks.conditioning import ConditionEmbedding
 from gencompare.networks.layers import InstanceNormPlus, NoNorm
 
 Norm = Callable[[int], nn.Module]
+"""Factory ``channels -> module(h, c)``, with c the condition vector of `InstanceNormPlus`."""
 Pool = Callable[..., Tensor]
 
 
 class DilatedBlock(nn.Module):
-    """shortcut(h) + conv(elu(norm(conv(elu(norm(h)))))), then its mean over 2x2 pixels where asked for.
+    """shortcut(h) + conv(elu(norm(conv(elu(norm(h)))))), then optionally 2x2 average pooling.
 
-    Yu and Koltun (2016), "Multi-scale context aggregation by dilated convolutions", eq. 2: taps ``dilation`` pixels
-    apart see further, and no pixel is lost.
+    Dilated convolutions enlarge the receptive field without losing resolution: Yu and Koltun (2016), "Multi-scale
+    context aggregation by dilated convolutions", eq. 2 (https://arxiv.org/abs/1511.07122).
 
     Args:
-        opens: whether the block is the first of a stage that sees further than the one before, and so has a convolution
-            on its shortcut: 1x1 where it halves the side, else as the others.
-        halve: take the mean at the end.
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        norm: factory of the normalisation.
+        dilation: dilation of the convolutions.
+        first_of_stage: whether this block starts a stage with a larger receptive field. Its shortcut is then a
+            convolution: 1x1 if it downsamples, otherwise 3x3 and dilated.
+        downsample: apply average pooling at the end.
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, norm: Norm, *, dilation: int, opens: bool, halve: bool
+        self,
+        channels_in: int,
+        channels_out: int,
+        norm: Norm,
+        *,
+        dilation: int,
+        first_of_stage: bool,
+        downsample: bool,
     ) -> None:
         super().__init__()
-        self.halve = halve
+        self.downsample = downsample
         self.norm1, self.norm2 = norm(channels_in), norm(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_in, 3, padding=dilation, dilation=dilation)
         self.conv2 = nn.Conv2d(channels_in, channels_out, 3, padding=dilation, dilation=dilation)
         self.shortcut: nn.Module = nn.Identity()
-        if opens and halve:
+        if first_of_stage and downsample:
             self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
-        elif opens:
+        elif first_of_stage:
             self.shortcut = nn.Conv2d(channels_in, channels_out, 3, padding=dilation, dilation=dilation)
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
-        r = self.conv1(F.elu(self.norm1(h, told)))
-        r = self.shortcut(h) + self.conv2(F.elu(self.norm2(r, told)))
-        return F.avg_pool2d(r, 2) if self.halve else r
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        r = self.conv1(F.elu(self.norm1(h, c)))
+        r = self.shortcut(h) + self.conv2(F.elu(self.norm2(r, c)))
+        return F.avg_pool2d(r, 2) if self.downsample else r
 
 
 class ResidualConvUnits(nn.Module):
-    """``units`` times h + conv(elu(norm(conv(elu(norm(h)))))), the convolutions without bias."""
+    """``num_units`` times h + conv(elu(norm(conv(elu(norm(h)))))), with convolutions without bias."""
 
-    def __init__(self, channels: int, units: int, norm: Norm) -> None:
+    def __init__(self, channels: int, num_units: int, norm: Norm) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(norm(channels) for _ in range(2 * units))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2 * units))
+        self.norms = nn.ModuleList(norm(channels) for _ in range(2 * num_units))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2 * num_units)
+        )
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
         for i in range(0, len(self.convs), 2):
-            r = self.convs[i](F.elu(self.norms[i](h, told)))
-            h = h + self.convs[i + 1](F.elu(self.norms[i + 1](r, told)))
+            r = self.convs[i](F.elu(self.norms[i](h, c)))
+            h = h + self.convs[i + 1](F.elu(self.norms[i + 1](r, c)))
         return h
 
 
 class Fusion(nn.Module):
-    """The sum of conv(norm(h)) over several h, each brought to the size of the first by bilinear interpolation."""
+    """The sum of conv(norm(h)) over several inputs h, each resized bilinearly to the resolution of the first."""
 
     def __init__(self, channels_in: Sequence[int], channels_out: int, norm: Norm) -> None:
         super().__init__()
         self.norms = nn.ModuleList(norm(channels) for channels in channels_in)
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels_out, 3, padding=1) for channels in channels_in)
 
-    def forward(self, hs: Sequence[Tensor], told: Tensor) -> Tensor:
-        parts = [conv(norm(h, told)) for h, norm, conv in zip(hs, self.norms, self.convs, strict=True)]
+    def forward(self, hs: Sequence[Tensor], c: Tensor) -> Tensor:
+        parts = [conv(norm(h, c)) for h, norm, conv in zip(hs, self.norms, self.convs, strict=True)]
         total, size = parts[0], parts[0].shape[2:]
         for part in parts[1:]:
             total = total + F.interpolate(part, size=size, mode="bilinear", align_corners=True)
@@ -82,7 +96,10 @@ class Fusion(nn.Module):
 
 
 class ChainedPooling(nn.Module):
-    """g + p_1 + p_2 with g = elu(h), p_1 = conv(pool(norm(g))) and p_2 the same of p_1; pools are 5x5, of stride 1."""
+    """Chained residual pooling: g + p_1 + p_2 with g = elu(h), p_1 = conv(pool(norm(g))), p_2 = conv(pool(norm(p_1))).
+
+    The pools are 5x5 with stride 1.
+    """
 
     def __init__(self, channels: int, norm: Norm, pool: Pool) -> None:
         super().__init__()
@@ -90,67 +107,74 @@ class ChainedPooling(nn.Module):
         self.norms = nn.ModuleList(norm(channels) for _ in range(2))
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
 
-    def forward(self, h: Tensor, told: Tensor) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
         total = path = F.elu(h)
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            path = conv(self.pool(norm(path, told), 5, stride=1, padding=2))
+            path = conv(self.pool(norm(path, c), 5, stride=1, padding=2))
             total = total + path
         return total
 
 
 class RefineBlock(nn.Module):
-    """Features of a stage and, where given, what was made of the coarser ones -> both in one, at the size of the first.
+    """Merges the features of a stage with the output of the previous, coarser refine block, if any.
 
-    Two residual units on each, fusion, chained pooling, and ``last_units`` residual units.
+    Two residual units on each input, fusion at the resolution of the first input, chained pooling, and
+    ``num_output_units`` residual units.
 
     Args:
-        channels_in: of each input.
+        channels_in: channels of each input.
+        channels_out: channels of the output.
+        norm: factory of the normalisation.
+        pool: pooling function of `ChainedPooling`.
+        num_output_units: number of residual units at the end.
     """
 
     def __init__(
-        self, channels_in: Sequence[int], channels_out: int, norm: Norm, pool: Pool, *, last_units: int
+        self, channels_in: Sequence[int], channels_out: int, norm: Norm, pool: Pool, *, num_output_units: int
     ) -> None:
         super().__init__()
         self.adapt = nn.ModuleList(ResidualConvUnits(channels, 2, norm) for channels in channels_in)
         self.fuse = Fusion(channels_in, channels_out, norm) if len(channels_in) > 1 else None
         self.pool = ChainedPooling(channels_out, norm, pool)
-        self.last = ResidualConvUnits(channels_out, last_units, norm)
+        self.last = ResidualConvUnits(channels_out, num_output_units, norm)
 
-    def forward(self, hs: Sequence[Tensor], told: Tensor) -> Tensor:
-        adapted = [adapt(h, told) for h, adapt in zip(hs, self.adapt, strict=True)]
-        h = adapted[0] if self.fuse is None else self.fuse(adapted, told)
-        return self.last(self.pool(h, told), told)
+    def forward(self, hs: Sequence[Tensor], c: Tensor) -> Tensor:
+        adapted = [adapt(h, c) for h, adapt in zip(hs, self.adapt, strict=True)]
+        h = adapted[0] if self.fuse is None else self.fuse(adapted, c)
+        return self.last(self.pool(h, c), c)
 
 
 class RefineNet(nn.Module):
     """The 4-cascaded RefineNet of NCSN (Song and Ermon 2019, "Generative modeling by estimating gradients of the data
-    distribution", appendix A), and that of NCSNv2 (Song and Ermon 2020, "Improved techniques for training score-based
-    generative models"), as the code published with each has them.
+    distribution", appendix A, https://arxiv.org/abs/1907.05600) and of NCSNv2 (Song and Ermon 2020, "Improved
+    techniques for training score-based generative models", https://arxiv.org/abs/2006.09011), as in the published code.
 
-    Four stages of two residual blocks each: the second halves the image, the third and fourth see further by dilated
-    convolutions (2 and 4). Four refining blocks go back from the last stage to the first, each fed with its stage and
-    with what the one before has made.
+    There are four stages of two residual blocks. The second stage halves the resolution; the third and fourth enlarge
+    the receptive field with dilations 2 and 4. Four refine blocks go back from the last stage to the first; each
+    receives the features of its stage and the output of the previous refine block.
 
-    With several ``levels`` it is NCSN's: every normalisation, also in the refining blocks, has parameters for each
-    level of noise, and pooling is by mean. noise_cond is then the level's index, from 0 to levels - 1 (the noise
-    conditioning `LevelIndex`), so the schedule must have that many: a model reads ``noise_levels``, and refuses others.
-    With one level it is NCSNv2's: no normalisation in the refining blocks, pooling by maximum, and noise_cond is not
-    looked at, so every schedule will do. Its output over the noise is then the score (section 3.3 there), which is
-    ``model/parameterization=eps`` but for the sign.
+    With ``num_levels > 1`` this is NCSN: every normalisation has parameters for each noise level, also in the refine
+    blocks, and pooling is average pooling. ``noise_cond`` is then the index of the level, 0 to num_levels - 1 (the
+    conditioning `LevelIndexConditioning`), and the schedule must have ``num_noise_levels`` levels.
 
-    Two things are ours: the output is nought at the start, as that of every network here; and conditions, which the
-    papers do not have, add to the parameters of every normalisation.
+    With ``num_levels = 1`` this is NCSNv2: the refine blocks have no normalisation, pooling is max pooling, and
+    ``noise_cond`` is ignored, so any schedule works. The score is the output divided by sigma (section 3.3 of the
+    paper), which is ``model/parameterization=eps`` up to the sign.
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W).
+    Unlike in the papers, the output is zero at initialisation, and conditions add to the parameters of every
+    normalisation.
+
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as for `ConditionEmbedding` -> (n, out_channels, H, W).
 
     Args:
-        shape: (C, H, W) of x; H and W even, at least 4.
-        num_classes: 0 for a network without labels; num_classes itself means "no label".
-        channels: width of the first stage, half of that of the others.
-        levels: noise levels that are told apart.
-        low_res: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: length of ``cond["embedding"]``, 0 for none.
-        augment_dim: length of ``cond["augment"]``, 0 for none.
+        shape: (C, H, W) of x; H and W must be even and at least 4.
+        out_channels: channels of the output.
+        num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
+        channels: width of the first stage; the other stages are twice as wide.
+        num_levels: number of noise levels with separate normalisation parameters.
+        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
+        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
+        augment_dim: dimension of ``cond["augment"]``, 0 for none.
     """
 
     def __init__(
@@ -160,57 +184,60 @@ class RefineNet(nn.Module):
         num_classes: int = 0,
         *,
         channels: int = 128,
-        levels: int = 1,
-        low_res: int = 0,
+        num_levels: int = 1,
+        low_res_channels: int = 0,
         embedding_dim: int = 0,
         augment_dim: int = 0,
     ) -> None:
         super().__init__()
-        if channels < 2 or levels < 1:
+        if channels < 2 or num_levels < 1:
             raise UserError(
-                f"A RefineNet needs at least 2 channels and 1 noise level, not channels={channels} and levels={levels}."
+                f"A RefineNet needs at least 2 channels and 1 noise level, not channels={channels} and"
+                f" num_levels={num_levels}."
             )
         if shape[1] % 2 or shape[2] % 2 or min(shape[1:]) < 4:
             raise UserError(
-                f"A RefineNet halves its images, which {shape[1]}x{shape[2]} does not allow: give images of even sides"
-                " of at least 4, or use model/network=dit or mlp."
+                f"A RefineNet halves its images, which is impossible for {shape[1]}x{shape[2]}: use images of even"
+                " sides of at least 4, or model/network=dit or mlp."
             )
-        self.noise_levels = levels
+        self.num_noise_levels = num_levels
         self.emb_dim = 4 * channels if num_classes or embedding_dim or augment_dim else 0
         self.conditions = ConditionEmbedding(
             self.emb_dim,
             num_classes,
-            low_res=low_res,
+            low_res_channels=low_res_channels,
             embedding_dim=embedding_dim,
             augment_dim=augment_dim,
             noise_dim=self.emb_dim,
         )
-        norm = partial(InstanceNormPlus, levels=levels, emb_dim=self.emb_dim)
+        norm = partial(InstanceNormPlus, num_levels=num_levels, emb_dim=self.emb_dim)
         refine: Any = (
             partial(RefineBlock, norm=norm, pool=F.avg_pool2d)
-            if levels > 1
+            if num_levels > 1
             else partial(RefineBlock, norm=lambda _: NoNorm(), pool=F.max_pool2d)
         )
 
-        self.stem = nn.Conv2d(shape[0] + low_res, channels, 3, padding=1)
+        self.stem = nn.Conv2d(shape[0] + low_res_channels, channels, 3, padding=1)
         wide = 2 * channels
         self.stages = nn.ModuleList()
-        for before, width, dilation, halve in (
+        for channels_in, width, dilation, downsample in (
             (channels, channels, 1, False),
             (channels, wide, 1, True),
             (wide, wide, 2, False),
             (wide, wide, 4, False),
         ):
-            opens = halve or dilation > 1
-            first = DilatedBlock(before, width, norm, dilation=dilation, opens=opens, halve=halve)
-            second = DilatedBlock(width, width, norm, dilation=dilation, opens=False, halve=False)
+            has_shortcut = downsample or dilation > 1
+            first = DilatedBlock(
+                channels_in, width, norm, dilation=dilation, first_of_stage=has_shortcut, downsample=downsample
+            )
+            second = DilatedBlock(width, width, norm, dilation=dilation, first_of_stage=False, downsample=False)
             self.stages.append(nn.ModuleList([first, second]))
         self.refine = nn.ModuleList(
             [
-                refine([wide], wide, last_units=1),
-                refine([wide, wide], wide, last_units=1),
-                refine([wide, wide], channels, last_units=1),
-                refine([channels, channels], channels, last_units=3),
+                refine([wide], wide, num_output_units=1),
+                refine([wide, wide], wide, num_output_units=1),
+                refine([wide, wide], channels, num_output_units=1),
+                refine([channels, channels], channels, num_output_units=3),
             ]
         )
         self.norm = norm(channels)
@@ -219,23 +246,24 @@ class RefineNet(nn.Module):
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        told = self.told(noise_cond, cond)
-        h = self.stem(self.conditions.beside(x, cond))
-        made: list[Tensor] = []  # by each stage
+        c = self.condition_vector(noise_cond, cond)
+        h = self.stem(self.conditions.concat_low_res(x, cond))
+        stage_outputs: list[Tensor] = []
         for blocks in self.stages:
             for block in blocks:  # type: ignore[attr-defined]
-                h = block(h, told)
-            made.append(h)
-        h = self.refine[0]([made[3]], told)
-        for refine, stage in zip(list(self.refine)[1:], reversed(made[:3]), strict=True):
-            h = refine([stage, h], told)
-        return self.out(F.elu(self.norm(h, told)))
+                h = block(h, c)
+            stage_outputs.append(h)
+        h = self.refine[0]([stage_outputs[3]], c)
+        for refine, features in zip(list(self.refine)[1:], reversed(stage_outputs[:3]), strict=True):
+            h = refine([features, h], c)
+        return self.out(F.elu(self.norm(h, c)))
 
-    def told(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """(n, levels + emb_dim): the noise level as a unit vector, and the embedding of the conditions."""
-        level = noise_cond.round().long().clamp(0, self.noise_levels - 1)
-        unit = F.one_hot(level, self.noise_levels).to(noise_cond.dtype)
+    def condition_vector(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """The one-hot noise level and the embedding of the conditions, (n, num_levels + emb_dim)."""
+        level = noise_cond.round().long().clamp(0, self.num_noise_levels - 1)
+        one_hot = F.one_hot(level, self.num_noise_levels).to(noise_cond.dtype)
         if not self.emb_dim:
-            return unit
-        nothing = unit.new_zeros(len(unit), self.emb_dim)
-        return torch.cat([unit, self.conditions.embed(self.conditions.augmented(nothing, cond), cond)], dim=1)
+            return one_hot
+        zeros = one_hot.new_zeros(len(one_hot), self.emb_dim)
+        emb = self.conditions.add_label_and_embedding(self.conditions.add_augmentation(zeros, cond), cond)
+        return torch.cat([one_hot, emb], dim=1)

@@ -15,7 +15,7 @@ from gencompare.errors import UserError
 from gencompare.networks.conditioning import ConditionEmbedding, FourierFeatures, SinusoidalEmbedding
 from gencompare.networks.layers import FIRDownsample, FIRUpsample
 from gencompare.networks.unet_blocks import (
-    EPS,
+    GROUP_NORM_EPS,
     Downsample,
     InputPyramid,
     OutputSkip,
@@ -28,50 +28,52 @@ from gencompare.networks.unet_blocks import (
 
 
 class UNet(nn.Module):
-    """The network of Ho et al. (2020), "Denoising diffusion probabilistic models", appendix B, and its descendants.
+    """The U-Net of DDPM and its descendants.
 
-    An encoder of residual blocks halves the image level by level and keeps the output of every layer; a decoder
-    mirrors it, each of its blocks seeing one of the kept outputs beside its own input, last kept first used. The
-    defaults are that paper's CIFAR-10 network, of 35.7 M parameters. At the start the output is nought.
+    The encoder applies residual blocks at each level and halves the resolution between levels. The decoder mirrors it;
+    each of its blocks receives the output of one encoder layer, concatenated to its input, in reverse order. The
+    output is zero at initialisation. The defaults are the CIFAR-10 network of Ho et al. (2020), "Denoising diffusion
+    probabilistic models", appendix B (https://arxiv.org/abs/2006.11239), with 35.7 M parameters.
 
-    The options past ``groups`` make of it DDPM++ and NCSN++ (Song et al. 2021, "Score-based generative modeling
-    through stochastic differential equations", appendix H), ADM (Dhariwal and Nichol 2021, "Diffusion models beat GANs
-    on image synthesis"), what Karras et al. (2022), "Elucidating the design space of diffusion-based generative
-    models", table 7, make of these, and the network of VDM (Kingma et al. 2021, "Variational diffusion models",
-    appendix B): see conf/model/network.
+    The options after ``num_groups`` also give DDPM++ and NCSN++ (Song et al. 2021, "Score-based generative modeling
+    through stochastic differential equations", appendix H, https://arxiv.org/abs/2011.13456), ADM (Dhariwal and Nichol
+    2021, "Diffusion models beat GANs on image synthesis", https://arxiv.org/abs/2105.05233), the variants of these in
+    EDM (Karras et al. 2022, "Elucidating the design space of diffusion-based generative models", table 7,
+    https://arxiv.org/abs/2206.00364) and the network of VDM (Kingma et al. 2021, "Variational diffusion models",
+    appendix B, https://arxiv.org/abs/2107.00630). The configs are in conf/model/network.
 
-    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as `ConditionEmbedding` has it -> (n, out_channels, H, W).
+    Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as for `ConditionEmbedding` -> (n, out_channels, H, W).
 
     Args:
-        shape: (C, H, W) of x; H and W must be halved once for each multiplier after the first.
-        num_classes: 0 for a network without labels. Otherwise labels are 0 to num_classes - 1, and num_classes itself
-            means "no label".
-        channels: base width; a multiple of ``groups``, as all widths then are.
-        multipliers: width of each level, from the image's own resolution down, as a multiple of ``channels``.
-        blocks: residual blocks a level in the encoder; the decoder has one more.
-        attention: resolutions (image heights) with self-attention after each block. The list may name some that this
-            shape does not come to, so that one list serves several sizes of image. The middle has attention always.
-        dropout: probability with which a feature inside a residual block is dropped in training.
-        groups: groups of every GroupNorm.
-        heads: of each attention.
-        head_channels: features of a head; where given, it decides the number of heads (one at widths below it).
-        decoder_attention_once: attention follows the last block of a level in the decoder alone, not every one.
-        noise_embedding: a factory ``channels -> module`` from noise_cond (n,) to (n, module.dim).
-        resample_filter: None halves by a convolution of stride 2 and doubles by one after nearest neighbours. Taps put
-            resampling with that filter into residual blocks (BigGAN): [1, 1] is mean and nearest neighbour, and NCSN++
-            has [1, 3, 3, 1].
-        resample_proj: whether such a block has a convolution on its shortcut always.
-        scale_shift: whether the noise level scales and shifts the features of a block, in place of being added.
-        skip_rescale: divide the sum of a branch and its shortcut by sqrt 2.
-        progressive_input: a factory ``(channels of the image, width) -> InputPyramid``, with which the image enters
-            again at each level.
-        progressive_output: a factory ``(width, out_channels, groups) -> OutputSkip``, which makes the output a sum over
-            the levels of the decoder.
-        fourier_input: exponents n of the features sin(2^n pi x) and cos(2^n pi x) that the network sees beside x.
-        add_input: whether x is added to the output, which at the start then is x (VDM, which predicts eps).
-        low_res: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: length of ``cond["embedding"]``, 0 for none.
-        augment_dim: length of ``cond["augment"]``, 0 for none.
+        shape: (C, H, W) of x. H and W must be divisible by 2 for each multiplier after the first.
+        out_channels: channels of the output.
+        num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
+        channels: base width, a multiple of ``num_groups``.
+        channel_mult: width of each level as a multiple of ``channels``, from the full resolution down.
+        num_blocks: residual blocks per encoder level; the decoder has one more.
+        attention_resolutions: image heights at which each block is followed by self-attention. Heights that do not
+            occur are ignored, so one list serves several image sizes. The middle always has attention.
+        dropout: dropout probability inside residual blocks.
+        num_groups: groups of each GroupNorm.
+        num_heads: number of attention heads.
+        head_channels: features per attention head, which overrides ``num_heads``; narrower layers have one head.
+        decoder_attention_once: put attention only after the last block of each decoder level.
+        noise_embedding: factory ``channels -> module`` from noise_cond (n,) to (n, module.dim).
+        resample_filter: None downsamples by a strided convolution, and upsamples by nearest neighbour and a
+            convolution. Filter taps move resampling into residual blocks (BigGAN): [1, 1] is average pooling and
+            nearest neighbour; NCSN++ uses [1, 3, 3, 1].
+        resample_proj: always put a convolution on the shortcut of a resampling block.
+        scale_shift_norm: let the embedding scale and shift the features of a block instead of adding it to them.
+        skip_rescale: divide each residual sum by sqrt(2).
+        progressive_input: factory ``(image channels, width) -> InputPyramid`` that feeds the image into each encoder
+            level; None for none.
+        progressive_output: factory ``(width, out_channels, num_groups) -> OutputSkip`` that makes the output a sum over
+            the decoder levels; None for none.
+        fourier_exponents: exponents n of the input features sin(2^n pi x) and cos(2^n pi x).
+        add_input: add x to the output, which then equals x at initialisation (VDM, which predicts eps).
+        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
+        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
+        augment_dim: dimension of ``cond["augment"]``, 0 for none.
     """
 
     def __init__(
@@ -81,63 +83,63 @@ class UNet(nn.Module):
         num_classes: int = 0,
         *,
         channels: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
         dropout: float = 0.1,
-        groups: int = 32,
-        heads: int = 1,
+        num_groups: int = 32,
+        num_heads: int = 1,
         head_channels: int | None = None,
         decoder_attention_once: bool = False,
         noise_embedding: Callable[[int], nn.Module] = SinusoidalEmbedding,
         resample_filter: Sequence[float] | None = None,
         resample_proj: bool = True,
-        scale_shift: bool = False,
+        scale_shift_norm: bool = False,
         skip_rescale: bool = False,
         progressive_input: Callable[[int, int], InputPyramid] | None = None,
         progressive_output: Callable[[int, int, int], OutputSkip] | None = None,
-        fourier_input: Sequence[int] = (),
+        fourier_exponents: Sequence[int] = (),
         add_input: bool = False,
-        low_res: int = 0,
+        low_res_channels: int = 0,
         embedding_dim: int = 0,
         augment_dim: int = 0,
     ) -> None:
         super().__init__()
-        _check(shape, channels, multipliers, blocks, dropout, groups)
+        _check(shape, channels, channel_mult, num_blocks, dropout, num_groups)
         if add_input and out_channels != shape[0]:
             raise UserError(
                 f"add_input=true adds the image of {shape[0]} channels to the U-Net's output, which has {out_channels}:"
-                " use a parameterisation with one output a pixel, or add_input=false."
+                " use a parameterisation with one output per pixel, or add_input=false."
             )
-        self.levels, self.blocks, self.add_input = len(multipliers), blocks, add_input
-        resolutions = [shape[1] >> level for level in range(len(multipliers))]
-        widths = [channels * multiplier for multiplier in multipliers]
+        self.num_levels, self.num_blocks, self.add_input = len(channel_mult), num_blocks, add_input
+        resolutions = [shape[1] >> level for level in range(len(channel_mult))]
+        widths = [channels * multiplier for multiplier in channel_mult]
         emb_dim = 4 * channels
 
         residual = partial(
             ResidualBlock,
             emb_dim=emb_dim,
             dropout=dropout,
-            groups=groups,
+            num_groups=num_groups,
             resample_proj=resample_proj,
-            scale_shift=scale_shift,
+            scale_shift_norm=scale_shift_norm,
             skip_rescale=skip_rescale,
         )
 
-        def attend(width: int) -> SelfAttention:
-            count = _heads(width, heads, head_channels)
-            return SelfAttention(width, groups=groups, heads=count, skip_rescale=skip_rescale)
+        def make_attention(width: int) -> SelfAttention:
+            heads = _head_count(width, num_heads, head_channels)
+            return SelfAttention(width, num_groups=num_groups, num_heads=heads, skip_rescale=skip_rescale)
 
-        def block(channels_in: int, level: int, attends: bool = True) -> UNetBlock:
-            attends = attends and resolutions[level] in attention
-            return UNetBlock(residual(channels_in, widths[level]), attend(widths[level]) if attends else None)
+        def make_block(channels_in: int, level: int, allow_attention: bool = True) -> UNetBlock:
+            width, has_attention = widths[level], allow_attention and resolutions[level] in attention_resolutions
+            return UNetBlock(residual(channels_in, width), make_attention(width) if has_attention else None)
 
-        def downsample(width: int) -> nn.Module:
+        def make_downsample(width: int) -> nn.Module:
             if resample_filter is None:
                 return Downsample(width)
             return residual(width, width, resample=FIRDownsample(resample_filter))
 
-        def upsample(width: int) -> nn.Module:
+        def make_upsample(width: int) -> nn.Module:
             if resample_filter is None:
                 return Upsample(width)
             return residual(width, width, resample=FIRUpsample(resample_filter))
@@ -152,121 +154,119 @@ class UNet(nn.Module):
         self.conditions = ConditionEmbedding(
             emb_dim,
             num_classes,
-            low_res=low_res,
+            low_res_channels=low_res_channels,
             embedding_dim=embedding_dim,
             augment_dim=augment_dim,
             noise_dim=embedding.dim,
         )
-        self.features = FourierFeatures(fourier_input) if fourier_input else nn.Identity()
-        seen = shape[0] + low_res
+        self.features = FourierFeatures(fourier_exponents) if fourier_exponents else nn.Identity()
+        image_channels = shape[0] + low_res_channels
 
-        self.stem = fan_avg(nn.Conv2d(seen * (1 + 2 * len(fourier_input)), channels, 3, padding=1))
-        kept = [channels]  # widths of the outputs that the encoder keeps
+        self.stem = fan_avg(nn.Conv2d(image_channels * (1 + 2 * len(fourier_exponents)), channels, 3, padding=1))
+        skip_widths = [channels]  # of the encoder outputs that the decoder receives
         self.encoder, self.inputs = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
-            for _ in range(blocks):
-                self.encoder.append(block(kept[-1], level))
-                kept.append(width)
+            for _ in range(num_blocks):
+                self.encoder.append(make_block(skip_widths[-1], level))
+                skip_widths.append(width)
             if level < len(widths) - 1:
-                self.encoder.append(downsample(width))
-                kept.append(width)
+                self.encoder.append(make_downsample(width))
+                skip_widths.append(width)
                 if progressive_input is not None:
-                    self.inputs.append(join := progressive_input(seen, width))
-                    kept[-1], seen = join.width, join.channels
+                    self.inputs.append(pyramid := progressive_input(image_channels, width))
+                    skip_widths[-1], image_channels = pyramid.width, pyramid.channels
 
         deepest = widths[-1]
         self.middle = nn.ModuleList(
-            [UNetBlock(residual(deepest, deepest), attend(deepest)), residual(deepest, deepest)]
+            [UNetBlock(residual(deepest, deepest), make_attention(deepest)), residual(deepest, deepest)]
         )
 
         self.decoder, self.outputs = nn.ModuleList(), nn.ModuleList()
         width = deepest
         for level in reversed(range(len(widths))):
-            for i in range(blocks + 1):
-                attends = not decoder_attention_once or i == blocks
-                self.decoder.append(block(width + kept.pop(), level, attends))
+            for i in range(num_blocks + 1):
+                allow_attention = not decoder_attention_once or i == num_blocks
+                self.decoder.append(make_block(width + skip_widths.pop(), level, allow_attention))
                 width = widths[level]
             if level > 0:
-                self.decoder.append(upsample(width))
+                self.decoder.append(make_upsample(width))
                 if progressive_output is not None:
-                    self.outputs.append(progressive_output(width, out_channels, groups))
-        self.norm = nn.GroupNorm(groups, channels * multipliers[0], EPS)
-        self.out = fan_avg(nn.Conv2d(channels * multipliers[0], out_channels, 3, padding=1), scale=0)
+                    self.outputs.append(progressive_output(width, out_channels, num_groups))
+        self.norm = nn.GroupNorm(num_groups, widths[0], GROUP_NORM_EPS)
+        self.out = fan_avg(nn.Conv2d(widths[0], out_channels, 3, padding=1), scale=0)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        emb = F.silu(self.embedding(noise_cond, cond))  # every block begins with it
-        image = self.conditions.beside(x, cond)
+        emb = F.silu(self.embedding(noise_cond, cond))  # SiLU once here, since every block would start with it
+        image = self.conditions.concat_low_res(x, cond)
         h = self.stem(self.features(image))
-        kept = [h]
+        skips = [h]
         inputs: Iterator[Any] = iter(self.inputs)
         for layer in self.encoder:
             h = layer(h, emb)
-            if self.inputs and not isinstance(layer, UNetBlock):  # the side was halved
+            if self.inputs and not isinstance(layer, UNetBlock):  # after downsampling
                 h, image = next(inputs)(h, image)
-            kept.append(h)
+            skips.append(h)
         for layer in self.middle:
             h = layer(h, emb)
-        written: Tensor | None = None
+        coarse_output: Tensor | None = None
         outputs: Iterator[Any] = iter(self.outputs)
         for layer in self.decoder:
             if isinstance(layer, UNetBlock):
-                h = torch.cat([h, kept.pop()], dim=1)
-            elif self.outputs:  # the side is about to be doubled
-                written = next(outputs)(h, written)
+                h = torch.cat([h, skips.pop()], dim=1)
+            elif self.outputs:  # before upsampling
+                coarse_output = next(outputs)(h, coarse_output)
             h = layer(h, emb)
         out = self.out(F.silu(self.norm(h)))
-        if written is not None:
-            out = out + written
+        if coarse_output is not None:
+            out = out + coarse_output
         return x + out if self.add_input else out
 
     def embedding(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """(n, 4 channels): the noise level, and what is told beside it."""
-        return self.conditions.with_noise(self.noise, noise_cond, cond)
+        """The embedding of noise level and conditions, (n, 4 channels)."""
+        return self.conditions.embed(self.noise, noise_cond, cond)
 
 
-def _heads(width: int, heads: int, head_channels: int | None) -> int:
-    """Heads of an attention over ``width`` features."""
+def _head_count(width: int, num_heads: int, head_channels: int | None) -> int:
+    """Number of attention heads for ``width`` features."""
     if head_channels is None:
-        share = 0 if heads < 1 or width % heads else width // heads
+        features_per_head = 0 if num_heads < 1 or width % num_heads else width // num_heads
     else:
-        share = min(head_channels, width)
-    if share < 1 or width % share:
+        features_per_head = min(head_channels, width)
+    if features_per_head < 1 or width % features_per_head:
         raise UserError(
-            f"{width} features of the U-Net cannot be dealt out to the heads of attention, with heads={heads} and"
-            f" head_channels={head_channels}: use model.network.heads or head_channels that divide the widths."
+            f"{width} features of the U-Net cannot be divided among the attention heads with num_heads={num_heads} and"
+            f" head_channels={head_channels}: use model.network.num_heads or head_channels that divide the widths."
         )
-    return width // share
+    return width // features_per_head
 
 
 def _check(
     shape: Sequence[int],
     channels: int,
-    multipliers: Sequence[int],
-    blocks: int,
+    channel_mult: Sequence[int],
+    num_blocks: int,
     dropout: float,
-    groups: int,
+    num_groups: int,
 ) -> None:
-    """Raises `UserError` on sizes that cannot be."""
+    """Raise `UserError` for invalid sizes."""
     height, width = shape[1:]
-    if not multipliers or min(multipliers) < 1 or channels < 1 or blocks < 1 or groups < 1:
+    if not channel_mult or min(channel_mult) < 1 or channels < 1 or num_blocks < 1 or num_groups < 1:
         raise UserError(
-            f"A U-Net needs channels, multipliers, blocks and groups of at least 1, not channels={channels},"
-            f" multipliers={list(multipliers)}, blocks={blocks}, groups={groups}."
+            f"A U-Net needs channels, channel_mult, num_blocks and num_groups of at least 1, not channels={channels},"
+            f" channel_mult={list(channel_mult)}, num_blocks={num_blocks}, num_groups={num_groups}."
         )
     if not 0 <= dropout < 1:
+        raise UserError(f"The U-Net's dropout={dropout} is a probability: it must be at least 0 and below 1.")
+    if channels % num_groups:
         raise UserError(
-            f"dropout={dropout} of the U-Net is a probability: give a number from 0 up to, not including, 1."
+            f"The U-Net's channels={channels} cannot be divided into num_groups={num_groups}: make channels a multiple"
+            f" of num_groups, or use num_groups={math.gcd(channels, num_groups)}."
         )
-    if channels % groups:
-        raise UserError(
-            f"The U-Net's channels={channels} cannot be normalised in groups={groups}: make channels a multiple of"
-            f" groups, or use groups={math.gcd(channels, groups)}."
-        )
-    levels = len(multipliers)
+    levels = len(channel_mult)
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         possible = next(n for n in range(levels - 1, 0, -1) if not (height % 2 ** (n - 1) or width % 2 ** (n - 1)))
         raise UserError(
-            f"A U-Net with multipliers={list(multipliers)} halves its images {levels - 1} time(s), which"
-            f" {height}x{width} does not allow: use model.network.multipliers={list(multipliers[:possible])}, or images"
-            " of another size."
+            f"A U-Net with channel_mult={list(channel_mult)} halves its images {levels - 1} time(s), which is"
+            f" impossible for {height}x{width}: use model.network.channel_mult={list(channel_mult[:possible])}, or"
+            " images of another size."
         )
