@@ -27,6 +27,7 @@ def test_a_record_of_schema_1_opens_with_the_current_fields() -> None:
     record = RunRecord.load(SCHEMA_1)
     assert record.schema == SCHEMA and record.images == {"samples while training": "samples/step_00001250.png"}
     assert record.data["num_bins"] == 256
+    assert "model.parameterization.noise_conditioning.factor=0.25" in record.overrides
     assert [each["role"] for each in record.training["dependencies"]] == ["autoencoder"]
     assert record.training["total_cost"]["images_seen"] == 40_100
     assert record.training["perceptual_networks"] == ["lpips"]
@@ -96,9 +97,9 @@ def nodes(value: Any) -> Iterator[dict[str, Any]]:
         yield from nodes(each)
 
 
-@pytest.mark.parametrize("stored", ["config.yaml", "record.json"])
+@pytest.mark.parametrize("stored", ["config.yml", "record.json"])
 def test_classes_and_arguments_of_a_stored_config_exist(stored: str) -> None:
-    if stored == "config.yaml":
+    if stored == "config.yml":
         config = migrate_config(OmegaConf.to_container(OmegaConf.load(SCHEMA_1 / stored)))  # type: ignore[arg-type]
     else:
         config = RunRecord.load(SCHEMA_1).config

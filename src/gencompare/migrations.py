@@ -586,8 +586,14 @@ def migrate_record(record: dict[str, Any]) -> dict[str, Any]:
         record = _rename(record, RECORD_FIELDS)
         record["data"] = _rename(record.get("data", {}), RECORD_DATA)
         record["training"] = _rename(record.get("training", {}), RECORD_TRAINING)
+        record["overrides"] = [_migrate_override(override) for override in record.get("overrides", [])]
         record["results"] = [_migrate_result(result) for result in record["results"]]
     return record | {"config": migrate_config(record.get("config", {}))}
+
+
+def _migrate_override(override: str) -> str:
+    renamed = rename_option(override)
+    return override if renamed is None else renamed[0]
 
 
 def _migrate_result(result: dict[str, Any]) -> dict[str, Any]:

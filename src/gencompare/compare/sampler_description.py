@@ -11,8 +11,8 @@ from gencompare.records import Result, SampleSettings
 
 
 def describe_weights(generation: SampleSettings) -> str:
-    """The checkpoint and its weights: ``last, EMA``."""
-    weights = {"ema": "EMA", "unknown": ""}.get(generation.weights, generation.weights)
+    """The checkpoint and its weights: ``last, EMA`` or ``last, no EMA``."""
+    weights = {"ema": "EMA", "raw": "no EMA", "online": "no EMA", "unknown": ""}.get(generation.weights, generation.weights)
     checkpoint = "" if generation.checkpoint == "unknown" else generation.checkpoint
     return ", ".join(part for part in (checkpoint, weights) if part)
 
