@@ -48,8 +48,8 @@ def schedule_named(name: str) -> NoiseSchedule:
 def times_of(sampler: Sampler, schedule: NoiseSchedule) -> Tensor:
     """The sampler's own times; even ones in log-SNR where the schedule is a table of fewer steps."""
     table = schedule.discrete_times
-    fits = table is None or len(table) >= sampler.steps
-    return sampler.times(schedule).double() if fits else even_levels(schedule, sampler.steps)
+    fits = table is None or len(table) >= sampler.num_steps
+    return sampler.times(schedule).double() if fits else even_levels(schedule, sampler.num_steps)
 
 
 def even_levels(schedule: NoiseSchedule, steps: int) -> Tensor:

@@ -32,7 +32,7 @@ def a(n: int = 4, dtype: torch.dtype = torch.float64, **values: float) -> Tensor
 
 
 def drawn(augmentation: Augmentation, n: int, seed: int = 0) -> Tensor:
-    return augmentation.parameters(RandomSource.whole(generator("cpu", seed), n))
+    return augmentation.sample_params(RandomSource.for_batch(generator("cpu", seed), n))
 
 
 # What is done
@@ -40,13 +40,13 @@ def drawn(augmentation: Augmentation, n: int, seed: int = 0) -> Tensor:
 
 def test_nothing_is_done_and_nothing_told_at_probability_nought() -> None:
     x = images(100)
-    got, vector = Augmentation(p=0.0, x_flip=0.0)(x, RandomSource.whole(generator("cpu", 0), 100))
+    got, vector = Augmentation(p=0.0, x_flip=0.0)(x, RandomSource.for_batch(generator("cpu", 0), 100))
     assert torch.equal(got, x) and torch.equal(vector, torch.zeros(100, 9))
 
 
 def test_a_vector_of_noughts_means_an_untouched_image_and_nothing_else_does() -> None:
     x = images(2000)
-    got, vector = Augmentation(p=0.12, x_flip=0.5)(x, RandomSource.whole(generator("cpu", 0), 2000))
+    got, vector = Augmentation(p=0.12, x_flip=0.5)(x, RandomSource.for_batch(generator("cpu", 0), 2000))
     untold = ~vector.any(dim=1)
     assert 400 < int(untold.sum()) < 1600
     assert torch.equal(got[untold], x[untold])
@@ -163,7 +163,7 @@ def test_the_vector_is_that_of_the_paper() -> None:
 
 def test_two_processes_move_the_images_that_one_would() -> None:
     x, augmentation = images(10), Augmentation(p=0.5)
-    whole = augmentation(x, RandomSource.whole(generator("cpu", 5), 10))
+    whole = augmentation(x, RandomSource.for_batch(generator("cpu", 5), 10))
     parts = [augmentation(x[i : i + 5], RandomSource(generator("cpu", 5), i, i + 5, 10)) for i in (0, 5)]
     for one, two in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(one, torch.cat(two))
@@ -197,14 +197,14 @@ def model(network: Any = Watches, spec: DataSpec | None = None, **changes: Any) 
         "schedule": part("schedule", "karras"),
         "parameterization": part("parameterization", "karras"),
         "objective": part("objective", "edm"),
-        "sampler": part("sampler", "heun", steps=2),
+        "sampler": part("sampler", "heun", num_steps=2),
         "augmentation": part("augmentation", "edm", p=0.5),
     }
     spec = spec or DataSpec(name="x", shape=(1, 8, 8), num_classes=3)
     return Diffusion(spec, network=network, clip_x0=False, **(parts | changes))
 
 
-def draws(n: int, start: int = 0, stop: int | None = None) -> RandomSource:
+def rng(n: int, start: int = 0, stop: int | None = None) -> RandomSource:
     return RandomSource(generator("cpu", 1), start, n if stop is None else stop, n)
 
 
@@ -212,12 +212,12 @@ def test_only_training_moves_images_and_tells_of_it() -> None:
     diffusion = model()
     net: Any = diffusion.network
     assert net.made_for["augment_dim"] == 9
-    diffusion.losses(images(6, (1, 8, 8)), {}, draws(6))
+    diffusion.losses(images(6, (1, 8, 8)), {}, rng(6))
     vector = net.seen[-1][1]["augment"]
     assert vector.shape == (6, 9) and vector.any()
     diffusion.eval()
     seen = len(net.seen)
-    diffusion.losses(images(6, (1, 8, 8)), {}, draws(6))
+    diffusion.losses(images(6, (1, 8, 8)), {}, rng(6))
     diffusion.sample(2, generator=generator("cpu", 0))
     assert len(net.seen) > seen + 2
     assert not any("augment" in cond for _, cond in net.seen[seen:])
@@ -228,9 +228,9 @@ def test_without_augmentation_the_network_is_made_for_none_and_the_draws_stay() 
     net: Any = diffusion.network
     assert "augment_dim" not in net.made_for
     x = images(6, (1, 8, 8))
-    plain = diffusion.losses(x, {}, draws(6))["loss"]
+    plain = diffusion.losses(x, {}, rng(6))["loss"]
     diffusion.eval()
-    assert torch.equal(plain, diffusion.losses(x, {}, draws(6))["loss"])
+    assert torch.equal(plain, diffusion.losses(x, {}, rng(6))["loss"])
 
 
 def test_padding_stays_black_and_the_image_is_moved_within_its_frame() -> None:
@@ -245,17 +245,17 @@ def test_padding_stays_black_and_the_image_is_moved_within_its_frame() -> None:
     )
     real = images(50, (1, 4, 4))
     x = torch.nn.functional.pad(real, (2,) * 4, value=-1.0)
-    diffusion.losses(x, {}, draws(50))
+    diffusion.losses(x, {}, rng(50))
     net: Any = diffusion.network
     shown, cond = net.seen[-1]
-    expected, vector = Augmentation(p=1.0)(real, draws(50))
+    expected, vector = Augmentation(p=1.0)(real, rng(50))
     assert torch.equal(cond["augment"], vector)
     assert torch.allclose(shown[:, :, 2:-2, 2:-2], expected, atol=1e-4)
     border = spec.mask() == 0
     assert (shown[:, :, border[0]] + 1).abs().max() < 1e-4
 
 
-UNET = partial(UNet, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, groups=4)
+UNET = partial(UNet, channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), dropout=0.0, num_groups=4)
 
 
 def shaken(diffusion: Diffusion) -> Diffusion:
@@ -268,8 +268,8 @@ def shaken(diffusion: Diffusion) -> Diffusion:
 
 def test_two_processes_have_the_losses_of_one() -> None:
     diffusion, x = shaken(model(UNET, augmentation=Augmentation(p=0.5))), images(8, (1, 8, 8))
-    whole = diffusion.losses(x, {}, draws(8))["loss"]
-    halves = [diffusion.losses(x[i : i + 4], {}, draws(8, i, i + 4))["loss"] for i in (0, 4)]
+    whole = diffusion.losses(x, {}, rng(8))["loss"]
+    halves = [diffusion.losses(x[i : i + 4], {}, rng(8, i, i + 4))["loss"] for i in (0, 4)]
     assert torch.allclose(whole, torch.cat(halves), rtol=1e-4)
 
 
@@ -281,12 +281,12 @@ def test_samples_are_those_of_the_network_that_is_told_nought() -> None:
     assert len(state) == len(two.network.state_dict()) + 1
     assert torch.equal(one.sample(3, generator=generator("cpu", 2)), two.sample(3, generator=generator("cpu", 2)))
     x = images(3, (1, 8, 8))
-    assert torch.equal(one.losses(x, {}, draws(3))["loss"], two.losses(x, {}, draws(3))["loss"])
+    assert torch.equal(one.losses(x, {}, rng(3))["loss"], two.losses(x, {}, rng(3))["loss"])
 
 
 def test_labels_that_are_dropped_leave_the_vector_alone() -> None:
     diffusion = model(conditional=True, label_dropout=1.0)
-    diffusion.losses(images(6, (1, 8, 8)), {"label": torch.zeros(6, dtype=torch.int64)}, draws(6))
+    diffusion.losses(images(6, (1, 8, 8)), {"label": torch.zeros(6, dtype=torch.int64)}, rng(6))
     net: Any = diffusion.network
     cond = net.seen[-1][1]
     assert (cond["label"] == 3).all() and cond["augment"].any()
@@ -294,14 +294,14 @@ def test_labels_that_are_dropped_leave_the_vector_alone() -> None:
 
 def test_a_gradient_reaches_the_map_of_the_vector() -> None:
     diffusion = shaken(model(UNET))
-    diffusion.losses(images(40, (1, 8, 8)), {}, draws(40))["loss"].mean().backward()
+    diffusion.losses(images(40, (1, 8, 8)), {}, rng(40))["loss"].mean().backward()
     net: Any = diffusion.network
     assert net.conditions.augment.weight.grad.abs().sum(0).gt(0).all()
 
 
 def test_what_cannot_be_moved_is_refused() -> None:
     spec = DataSpec(name="x", shape=(1, 8, 8), conditions={"low_res": (1, 4, 4)})
-    with pytest.raises(UserError, match=r"low-resolution images would stay.*model/augmentation=null"):
+    with pytest.raises(UserError, match=r"not their low-resolution images.*model/augmentation=null"):
         model(spec=spec)
     with pytest.raises(UserError, match=r"at least 2x2 pixels, and these are 1x1"):
-        Augmentation()(torch.zeros(2, 2, 1, 1), draws(2))
+        Augmentation()(torch.zeros(2, 2, 1, 1), rng(2))

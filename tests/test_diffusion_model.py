@@ -33,7 +33,7 @@ from gencompare.networks.mlp import DenoisingMLP
 from gencompare.rng import RandomSource, generator
 from parts import part
 
-SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=3, num_levels=None)
+SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=3, num_bins=None)
 
 
 def diffusion(network: Any = partial(DenoisingMLP, width=32, depth=2), **changes: Any) -> Diffusion:
@@ -42,14 +42,14 @@ def diffusion(network: Any = partial(DenoisingMLP, width=32, depth=2), **changes
         "schedule": part("schedule", "linear"),
         "parameterization": part("parameterization", "eps"),
         "objective": part("objective", "simple"),
-        "sampler": part("sampler", "ddim", steps=8),
+        "sampler": part("sampler", "ddim", num_steps=8),
     }
     return Diffusion(SPEC, network=network, **(parts | changes))
 
 
 def test_who_trains_a_learned_schedule() -> None:
     learned, bound = part("schedule", "learned"), part("objective", "vlb")
-    with pytest.warns(UserWarning, match="trains no schedule.*stays as it starts"):
+    with pytest.warns(UserWarning, match="trains no schedule.*keeps its initial values"):
         model = diffusion(schedule=learned)
     assert not any(p.requires_grad for p in model.schedule.parameters())
     with warnings.catch_warnings():
@@ -67,7 +67,7 @@ def test_who_trains_a_learned_variance() -> None:
             model = diffusion(parameterization=learned, objective=part("objective", name))
         told = [str(warning.message) for warning in said]
         x = torch.rand(8, 2, 1, 1, generator=generator("cpu", 0))
-        model.losses(x, {}, RandomSource.whole(generator("cpu", 0), 8))["loss"].mean().backward()
+        model.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
         last = [p for p in model.network.parameters() if len(p) == 4][-1]  # of eps and variance, two channels each
         assert last.grad is not None and last.grad[:2].abs().max() > 0
         trained = bool(last.grad[2:].abs().max() > 0)
@@ -79,7 +79,7 @@ def test_a_learned_variance_is_what_samplers_take() -> None:
     """What is set has no part in sampling, and none in what is said of it."""
     found, said = [], []
     for variance in (0.0, 1.0):
-        changes = {"sampler": part("sampler", "ancestral", steps=8, variance=variance), "objective": Hybrid()}
+        changes = {"sampler": part("sampler", "ancestral", num_steps=8, variance=variance), "objective": Hybrid()}
         model = diffusion(parameterization=part("parameterization", "eps_learned_variance"), **changes)
         found.append(model.sample(3, generator=generator("cpu", 0)))
         said.append(model.sampling_description())
@@ -101,8 +101,8 @@ def composed(words: str) -> Diffusion:
 @pytest.mark.parametrize("name", options("model/schedule"))
 def test_schedules_and_what_the_network_says_can_be_crossed(name: str, says: str) -> None:
     """As the sweep of docs/diffusion.md does; a learned schedule stays as it starts under the simple loss."""
-    model = composed(f"model=ddpm model/schedule={name} model/parameterization={says} model.sampler.steps=5")
-    loss = model.losses(torch.rand(4, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 4))["loss"]
+    model = composed(f"model=ddpm model/schedule={name} model/parameterization={says} model.sampler.num_steps=5")
+    loss = model.losses(torch.rand(4, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 4))["loss"]
     assert loss.isfinite().all()
     assert model.sample(4, generator=generator("cpu", 0)).isfinite().all()
 
@@ -110,7 +110,7 @@ def test_schedules_and_what_the_network_says_can_be_crossed(name: str, says: str
 @pytest.mark.parametrize(
     ("words", "named", "way_out"),
     [
-        ("model=vdm model/objective=vlb_discrete", "DiscreteVLB.*Learned", "model.objective.steps=50"),
+        ("model=vdm model/objective=vlb_discrete", "DiscreteVLB.*Learned", "model.objective.num_timesteps=50"),
         ("model=ddpm model/objective=hybrid", "Hybrid", "model/parameterization=eps_learned_variance"),
         ("model=iddpm model/schedule=vp", "Hybrid.*VP", "model/schedule=cosine"),
         ("model=iddpm model/schedule=vp", "Hybrid.*VP", "model/parameterization=eps model/objective=simple"),
@@ -122,26 +122,30 @@ def test_an_objective_that_does_not_fit_is_refused_before_training(words: str, n
         composed(words)
     assert way_out in str(refused.value)
     loss = composed(f"{words} {way_out}").losses(
-        torch.rand(4, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 4)
+        torch.rand(4, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 4)
     )["loss"]
     assert loss.isfinite().all()
 
 
 def test_no_more_steps_than_the_table_has() -> None:
-    with pytest.raises(UserError, match=r"objective\.steps=1001.*1000"):
-        diffusion(objective=DiscreteVLB(steps=1001))
-    diffusion(objective=DiscreteVLB(steps=1000))
+    with pytest.raises(UserError, match=r"objective\.num_timesteps=1001.*1000"):
+        diffusion(objective=DiscreteVLB(num_timesteps=1001))
+    diffusion(objective=DiscreteVLB(num_timesteps=1000))
 
 
 def along(grid: str, first: float) -> Sampler:
-    return replace(part("sampler", "ddim", steps=3), grid=part("sampler/grid", grid, first=first))
+    return replace(part("sampler", "ddim", num_steps=3), grid=part("sampler/grid", grid, log_snr_start=first))
 
 
 @pytest.mark.parametrize(
     ("change", "left", "instead"),
     [
         # The root of the product of 1 - beta over 100 betas from 1e-4 to 0.02, a tenth of DDPM's 1000 steps.
-        ({"schedule": ("linear", {"T": 100})}, 0.6, {"schedule": ("linear", {"T": 100, "last": 0.2})}),
+        (
+            {"schedule": ("linear", {"num_train_timesteps": 100})},
+            0.6,
+            {"schedule": ("linear", {"num_train_timesteps": 100, "beta_end": 0.2})},
+        ),
         ({"schedule": ("vp", {}), "sampler": ("log_snr", 0.0)}, 0.71, {"sampler": ("log_snr", -4.5)}),
         ({"schedule": ("rectified", {}), "sampler": ("karras", 0.0)}, 0.5, {"sampler": ("karras", -9.0)}),
     ],
@@ -163,11 +167,11 @@ def test_another_sampler_must_start_in_noise_too() -> None:
     """As evaluation.samplers exchanges it; and of an end that is learned there is a warning, for it is trained."""
     model = diffusion()
     model.sampler = along("log_snr", -2.0)
-    with pytest.raises(UserError, match="starts from noise alone"):
+    with pytest.raises(UserError, match="starts from pure noise"):
         model.sample(2, generator=generator("cpu", 0))
-    with pytest.warns(UserWarning, match="trains no"), pytest.raises(UserError, match=r"noise alone.*Learned"):
+    with pytest.warns(UserWarning, match="trains no"), pytest.raises(UserError, match=r"pure noise.*Learned"):
         diffusion(schedule=part("schedule", "learned", gamma_max=2.0))
-    with pytest.warns(UserWarning, match="starts from noise alone"):
+    with pytest.warns(UserWarning, match="starts from pure noise"):
         diffusion(schedule=part("schedule", "learned", gamma_max=2.0), objective=ContinuousVLB())
 
 
@@ -194,18 +198,18 @@ class KnowsThePoint(nn.Module):
 def test_a_perfect_network_has_no_loss_and_samples_the_data() -> None:
     model = diffusion(KnowsThePoint)
     x = POINT.expand(200, 2)[..., None, None].contiguous()
-    loss = model.losses(x, {}, RandomSource.whole(generator("cpu", 0), 200))["loss"]
+    loss = model.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 200))["loss"]
     assert loss.shape == (200,) and loss.max() < 1e-5
-    off_by_one = diffusion(KnowsThePoint, schedule=part("schedule", "linear", last=0.0201))
-    assert off_by_one.losses(x, {}, RandomSource.whole(generator("cpu", 0), 200))["loss"].max() > 1e-5
-    for sampler in (part("sampler", "ddim", steps=20), part("sampler", "ancestral", steps=50)):
+    off_by_one = diffusion(KnowsThePoint, schedule=part("schedule", "linear", beta_end=0.0201))
+    assert off_by_one.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 200))["loss"].max() > 1e-5
+    for sampler in (part("sampler", "ddim", num_steps=20), part("sampler", "ancestral", num_steps=50)):
         found = diffusion(KnowsThePoint, sampler=sampler).sample(30, generator=generator("cpu", 1))
         torch.testing.assert_close(found[:, :, 0, 0], POINT.expand(30, 2), rtol=0, atol=2e-3)
 
 
 def test_training_learns_the_data() -> None:
     """Two points on the diagonal with a little spread: means, variances and their correlation come out."""
-    model = diffusion(partial(DenoisingMLP, width=48, depth=2), sampler=part("sampler", "ddim", steps=25))
+    model = diffusion(partial(DenoisingMLP, width=48, depth=2), sampler=part("sampler", "ddim", num_steps=25))
     source = generator("cpu", 7)
 
     def data(n: int) -> Tensor:
@@ -217,7 +221,7 @@ def test_training_learns_the_data() -> None:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / 400)
         optimizer.zero_grad()
-        model.losses(data(128), {}, RandomSource.whole(source, 128))["loss"].mean().backward()
+        model.losses(data(128), {}, RandomSource.for_batch(source, 128))["loss"].mean().backward()
         optimizer.step()
     x = model.sample(2000, generator=generator("cpu", 3))[:, :, 0, 0]
     share = float((x[:, 0] > 0).float().mean())
@@ -259,11 +263,11 @@ def _parts() -> dict[str, Any]:
 def test_an_unconditional_model_does_not_look_at_labels() -> None:
     model = diffusion()
     x, label = torch.rand(4, 2, 1, 1), torch.arange(4) % 3
-    assert model.used({"label": label}) == {}
+    assert model.select_conditions({"label": label}) == {}
     assert not any("label" in name for name, _ in model.named_parameters())
-    assert model.validation_figures(x, {"label": label}, RandomSource.whole(generator("cpu", 0), 4))["loss"].shape == (
-        4,
-    )
+    assert model.validation_metrics(x, {"label": label}, RandomSource.for_batch(generator("cpu", 0), 4))[
+        "loss"
+    ].shape == (4,)
 
 
 def test_samples_stay_in_range_however_wild_the_network() -> None:
@@ -278,7 +282,10 @@ def test_samples_stay_in_range_however_wild_the_network() -> None:
 
 def test_parts_that_do_not_fit_are_refused_before_training() -> None:
     with pytest.raises(UserError, match="no more than 10 steps"):
-        diffusion(schedule=part("schedule", "linear", T=10, last=0.5), sampler=part("sampler", "ddim", steps=11))
+        diffusion(
+            schedule=part("schedule", "linear", num_train_timesteps=10, beta_end=0.5),
+            sampler=part("sampler", "ddim", num_steps=11),
+        )
 
     class Rises(VariancePreserving):
         t_min = 0.0
@@ -293,7 +300,7 @@ def test_parts_that_do_not_fit_are_refused_before_training() -> None:
 @pytest.mark.parametrize(("first", "std"), [(None, 100.0), (-2.0, math.e)])
 def test_sampling_starts_from_the_noise_at_the_first_time_of_its_grid(first: float | None, std: float) -> None:
     """VE at log-SNR -2 has sigma = exp(1); at its end, 100."""
-    sampler = part("sampler", "ddim", steps=3) if first is None else along("log_snr", first)
+    sampler = part("sampler", "ddim", num_steps=3) if first is None else along("log_snr", first)
     seen: list[Tensor] = []
 
     class Watches(KnowsThePoint):
@@ -309,20 +316,20 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
     bound = {"schedule": part("schedule", "learned"), "objective": ContinuousVLB()}
     model = diffusion(**bound)
     assert {"schedule.gamma_min", "schedule.height"} <= set(model.averaged_parameters())
-    loss = model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 8))["loss"]
+    loss = model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"]
     loss.mean().backward()
     assert all(p.grad is not None for p in model.schedule.parameters())
     assert model.sample(2, generator=generator("cpu", 0)).isfinite().all()
     with torch.no_grad():
         model.schedule.gamma_max.fill_(-13.2)
-    with pytest.raises(UserError, match="Learned has collapsed"):
+    with pytest.raises(UserError, match="LearnedSchedule has collapsed"):
         model.sample(2, generator=generator("cpu", 0))
 
 
 def test_no_other_loss_moves_a_learned_schedule() -> None:
     """It would be lowest where there is nothing but noise."""
     model = diffusion(schedule=part("schedule", "learned"))
-    model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.whole(generator("cpu", 0), 8))["loss"].mean().backward()
+    model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
     assert all(p.grad is None for p in model.schedule.parameters())
 
 
@@ -330,7 +337,9 @@ def test_no_other_loss_moves_a_learned_schedule() -> None:
     "noise", [TimestepConditioning(), TimeConditioning(), LogSNRConditioning(), LogSigmaConditioning()], ids=str
 )
 def test_churn_works_whatever_the_network_is_told_of_the_noise(noise: NoiseConditioning) -> None:
-    model = diffusion(parameterization=Eps(noise=noise), sampler=part("sampler", "heun", steps=5, s_churn=2.0))
+    model = diffusion(
+        parameterization=Eps(noise_conditioning=noise), sampler=part("sampler", "heun", num_steps=5, s_churn=2.0)
+    )
     assert model.sample(3, generator=generator("cpu", 0)).isfinite().all()
 
 
@@ -341,7 +350,7 @@ def test_checkpoints_hold_no_tables() -> None:
 def test_what_is_counted_and_said() -> None:
     model = diffusion()
     calls: list[int] = []
-    model.counted_networks()["network"].register_forward_hook(lambda *_: calls.append(1))
+    model.nfe_networks()["network"].register_forward_hook(lambda *_: calls.append(1))
     model.sample(3, generator=generator("cpu", 0))
     assert len(calls) == 8
     assert model.sampling_description() == "DDIM, 8 steps, eta 0, x0 clipped"

@@ -19,19 +19,19 @@ from gaussian_truth import ALONE, MEAN, SENSIBLE, VARIANCE, scales, schedule_nam
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.discrete_schedules import LinearBetas
 from gencompare.diffusion.editing import (
-    INTERPOLATION_STEPS,
-    MOMENTS,
     NUM_INPAINTINGS,
+    NUM_INTERPOLATION_IMAGES,
+    NUM_TRAJECTORY_TIMES,
     decode,
     encode,
     inpaint,
     inpainting,
     interpolation,
+    normalize_states,
     round_trip,
     slerp,
     trajectory,
     trajectory_rows,
-    unit_size,
 )
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import DDIM
@@ -98,7 +98,7 @@ def test_decoding_undoes_encoding_the_better_the_more_steps(schedule: NoiseSched
     x = images(6)
 
     def error(steps: int) -> float:
-        times = times_of(part("sampler", "heun", steps=steps), schedule)
+        times = times_of(part("sampler", "heun", num_steps=steps), schedule)
         noise = encode(Truth(schedule), x, times.flip(0))
         return float((decode(Truth(schedule), noise, times) - x).abs().max())
 
@@ -111,7 +111,7 @@ def test_decoding_undoes_encoding_the_better_the_more_steps(schedule: NoiseSched
 def test_images_are_encoded_to_noise(schedule: NoiseSchedule) -> None:
     """All the way from clean data, what comes out is of the law that sampling starts from."""
     x = images(4000)
-    times = times_of(part("sampler", "heun", steps=100), schedule)
+    times = times_of(part("sampler", "heun", num_steps=100), schedule)
     found = encode(Truth(schedule), x, times.flip(0)).flatten(1)
     alpha, sigma = scales(schedule, times[0])
     std = (alpha**2 * VARIANCE + sigma**2).sqrt()
@@ -121,7 +121,7 @@ def test_images_are_encoded_to_noise(schedule: NoiseSchedule) -> None:
 
 def test_conditions_are_heeded_both_ways() -> None:
     schedule, x = LinearBetas(), images(4)
-    times = part("sampler", "heun", steps=60).times(schedule)
+    times = part("sampler", "heun", num_steps=60).times(schedule)
     one, two = {"label": torch.zeros(4)}, {"label": torch.full((4,), 5.0)}
     noise = encode(Truth(schedule), x, times.flip(0), one)
     torch.testing.assert_close(decode(Truth(schedule), noise, times, one), x, rtol=0, atol=0.02)
@@ -158,7 +158,7 @@ def test_between_two_noises_there_is_noise() -> None:
 def test_interpolation_starts_and_ends_at_the_images() -> None:
     schedule, x = LinearBetas(), images(4)
     found = interpolation(Truth(schedule), x, {"label": torch.tensor([0.0, 5.0, 3.0, 3.0])})
-    assert found.shape == (2, INTERPOLATION_STEPS, 1, 1, 3)
+    assert found.shape == (2, NUM_INTERPOLATION_IMAGES, 1, 1, 3)
     torch.testing.assert_close(found[:, 0], x[[0, 2]], rtol=0, atol=0.02)
     torch.testing.assert_close(found[:, -1], x[[1, 3]], rtol=0, atol=0.02)
 
@@ -172,7 +172,7 @@ KNOWN = torch.tensor([True, False, True])
 def test_known_pixels_are_kept_and_unknown_ones_drawn(name: str) -> None:
     """With independent pixels, what is known says nothing of the rest, which must come out as the data are."""
     schedule, n = LinearBetas(), 2000
-    sampler = part("sampler", name, steps=100)
+    sampler = part("sampler", name, num_steps=100)
     image = images(1).expand(n, 1, 1, 3)
     found = inpaint(sampler, Truth(schedule), image, KNOWN, generator=generator("cpu", 2))
     assert torch.equal(found[..., KNOWN], image[..., KNOWN])
@@ -186,7 +186,7 @@ def test_known_pixels_are_kept_and_unknown_ones_drawn(name: str) -> None:
 @pytest.mark.parametrize("name", samplers())
 def test_a_sampler_goes_on_from_the_state_that_it_yields(name: str) -> None:
     """Inpainting changes that state in place, whatever the sampler keeps besides."""
-    truth, sampler = Truth(LinearBetas()), part("sampler", name, steps=5)
+    truth, sampler = Truth(LinearBetas()), part("sampler", name, num_steps=5)
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))
     walk = sampler.iterate(truth, x, generator=generator("cpu", 1))
     next(walk).x.add_(100)
@@ -198,7 +198,7 @@ def test_a_sampler_goes_on_from_the_state_that_it_yields(name: str) -> None:
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "heun"])
 def test_the_denoiser_sees_known_pixels_with_the_noise_of_their_time(name: str) -> None:
     schedule, n = LinearBetas(), 2000
-    sampler, truth = part("sampler", name, steps=5), Truth(schedule)
+    sampler, truth = part("sampler", name, num_steps=5), Truth(schedule)
     image = images(1).expand(n, 1, 1, 3)
     inpaint(sampler, truth, image, KNOWN, generator=generator("cpu", 2))
     for t in sampler.times(schedule)[:-1]:
@@ -213,7 +213,7 @@ def test_the_denoiser_sees_known_pixels_with_the_noise_of_their_time(name: str) 
 def test_filling_in_starts_where_the_grid_does() -> None:
     """On a grid that begins below the top of the schedule, from the noise of that time."""
     truth = Truth(schedule_named("ve"))
-    sampler = DDIM(steps=5, grid=LogSNRGrid(first=-2.0))
+    sampler = DDIM(num_steps=5, grid=LogSNRGrid(log_snr_start=-2.0))
     inpaint(sampler, truth, images(1).expand(2000, 1, 1, 3), KNOWN, generator=generator("cpu", 2))
     assert float(truth.seen[0][..., ~KNOWN].std()) == pytest.approx(math.exp(1), rel=0.25)
 
@@ -223,7 +223,7 @@ def test_what_is_not_finite_is_named() -> None:
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             return Prediction(x_t * torch.nan, x_t * torch.nan)
 
-    broken, x, ddim = Breaks(LinearBetas()), images(2), part("sampler", "ddim", steps=4)
+    broken, x, ddim = Breaks(LinearBetas()), images(2), part("sampler", "ddim", num_steps=4)
     for doing in (
         lambda: inpaint(ddim, broken, x, KNOWN, generator=generator("cpu", 0)),
         lambda: trajectory(ddim, broken, x, count=2, generator=generator("cpu", 0)),
@@ -244,7 +244,7 @@ def test_known_must_be_true_or_false() -> None:
 @pytest.mark.parametrize("name", samplers())
 def test_a_trajectory_is_the_samplers_own(name: str) -> None:
     schedule = LinearBetas()
-    sampler, noise = part("sampler", name, steps=9), torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))
+    sampler, noise = part("sampler", name, num_steps=9), torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))
     steps = list(sampler.iterate(Truth(schedule), noise, generator=generator("cpu", 1)))
     found = trajectory(sampler, Truth(schedule), noise, count=4, generator=generator("cpu", 1))
     places = [round(k * (len(steps) - 1) / 3) for k in range(4)]
@@ -268,7 +268,7 @@ def test_states_are_shown_at_unit_size() -> None:
 
     times = torch.tensor([1.0, 0.2, CLEAN])
     states = torch.ones(3, 2, 1, 1, 3)
-    found = unit_size(states, times, Exploding())[:, 0, 0, 0, 0]
+    found = normalize_states(states, times, Exploding())[:, 0, 0, 0, 0]
     expected = [(1 + math.exp(8)) ** -0.5, 0.5**0.5, 1.0]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -278,14 +278,14 @@ def test_states_are_shown_at_unit_size() -> None:
 
 def test_pictures_lie_as_they_are_described() -> None:
     schedule, x = LinearBetas(), images(5)
-    heun, label = part("sampler", "heun", steps=40), {"label": torch.arange(5.0)}
+    heun, label = part("sampler", "heun", num_steps=40), {"label": torch.arange(5.0)}
     there = round_trip(Truth(schedule), x, label)
     assert torch.equal(there[0], x) and there.shape == (3, 5, 1, 1, 3)
     torch.testing.assert_close(there[2], x, rtol=0, atol=0.05)
     filled = inpainting(heun, Truth(schedule), x, label, generator("cpu", 0))
     assert filled.shape == (5, 2 + NUM_INPAINTINGS, 1, 1, 3) and torch.equal(filled[:, 0], x)
     shown = trajectory_rows(heun, Truth(schedule), x, label, generator("cpu", 0))
-    assert shown.shape == (8, MOMENTS, 1, 1, 3)
+    assert shown.shape == (8, NUM_TRAJECTORY_TIMES, 1, 1, 3)
     # The last image that was seen is what comes out.
     torch.testing.assert_close(shown[0::2, -1], shown[1::2, -1], rtol=0, atol=1e-12)
 
@@ -294,19 +294,19 @@ def test_the_task_writes_pictures_of_a_run(cli: Callable[..., int], tmp_path: Pa
     torch.set_default_dtype(torch.float32)
     quick = [
         "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null",
-        "budget.steps=1", "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.checkpoints=[]",
+        "budget.steps=1", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.checkpoints=[]",
     ]  # fmt: skip
     small = ["model/network=mlp", "model.network.width=16", "model.conditional=true", "model/sampler=ddim"]
-    assert cli(*quick, *small, "model.sampler.steps=3", "hydra.run.dir=run") == 0
+    assert cli(*quick, *small, "model.sampler.num_steps=3", "hydra.run.dir=run") == 0
     capsys.readouterr()
-    assert cli("task=explore", "run=run", "task.images=4") == 0
+    assert cli("task=visualize", "run_dir=run", "task.images=4") == 0
     told = capsys.readouterr().out
     for name in ("interpolation", "inpainting", "round_trip", "trajectory"):
-        path = Path("run", "explore", f"{name}.png")
+        path = Path("run", "visualize", f"{name}.png")
         assert str(path) in told
         assert np.asarray(Image.open(path)).std() > 10
-    assert cli("task=explore", "run=run", "task.images=1") == 1
+    assert cli("task=visualize", "run_dir=run", "task.images=1") == 1
     assert "at least 2" in capsys.readouterr().err
     assert cli("model=gaussian", *quick, "hydra.run.dir=other") == 0
-    assert cli("task=explore", "run=other") == 1
+    assert cli("task=visualize", "run_dir=other") == 1
     assert "has nothing to show besides samples" in capsys.readouterr().err

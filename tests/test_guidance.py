@@ -101,15 +101,15 @@ class Unconditional:
         return self.truth.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return self.truth(x_t, t, unlabelled(cond))
+        return self.truth(x_t, t, drop_cond(cond))
 
 
-def unlabelled(cond: Cond) -> Cond:
+def drop_cond(cond: Cond) -> Cond:
     return {**cond, "label": torch.full_like(cond["label"], NO_LABEL)}
 
 
 def guided(denoiser: DenoiserProtocol, guidance: Guidance) -> Guided:
-    return Guided(denoiser, guidance, unlabelled)
+    return Guided(denoiser, guidance, drop_cond)
 
 
 def cases(schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Cond]:
@@ -190,7 +190,7 @@ def test_scales_zero_and_one_are_the_models_themselves_at_one_row(scale: float, 
     truth = Truth(schedule)
     found = guided(truth, ClassifierFree(scale=scale))(x, t, cond)
     assert truth.rows == [30]
-    expected = Truth(schedule)(x, t, cond if scale else unlabelled(cond))
+    expected = Truth(schedule)(x, t, cond if scale else drop_cond(cond))
     assert torch.equal(found.x0, expected.x0) and torch.equal(found.eps, expected.eps)
 
 
@@ -275,7 +275,7 @@ def drawn(sampler: Sampler, denoiser: DenoiserProtocol, labels: Tensor) -> Tenso
 @pytest.fixture(params=["ddim", "heun", "ancestral"])
 def sampler(request: pytest.FixtureRequest) -> Sampler:
     steps = {"ddim": 60, "heun": 30, "ancestral": 120}[request.param]
-    return part("sampler", request.param, steps=steps)
+    return part("sampler", request.param, num_steps=steps)
 
 
 BIAS = 0.015
@@ -346,19 +346,19 @@ class MeanOverTheBatch(ClassifierGuidance):
 class OneOff(ClassifierFree):
     """Bug: the w of Ho and Salimans, with 0 for the conditional model."""
 
-    def _scale(self, at: Any) -> float | Tensor:
+    def _scale_at(self, at: Any) -> float | Tensor:
         return self.scale + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherWay(ClassifierFree):
-    def _scale(self, at: Any) -> float | Tensor:
+    def _scale_at(self, at: Any) -> float | Tensor:
         return 1 - self.scale
 
 
 class WeakForMain(AutoGuidance):
-    def predict(self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, unlabelled: Any) -> Prediction:
-        return AutoGuidance(scale=self.scale, weak=denoiser).predict(self.weak, x_t, t, cond, unlabelled)
+    def predict(self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, drop_cond: Any) -> Prediction:
+        return AutoGuidance(scale=self.scale, weak=denoiser).predict(self.weak, x_t, t, cond, drop_cond)
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_a_planted_bug_breaks_its_law(law: Callable[..., bool], bug: Callable[..
 
 # The model
 
-SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=3, num_levels=None)
+SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=3, num_bins=None)
 
 
 def model(steps: int = 8, **changes: Any) -> Diffusion:
@@ -388,7 +388,7 @@ def model(steps: int = 8, **changes: Any) -> Diffusion:
         "schedule": part("schedule", "linear"),
         "parameterization": part("parameterization", "eps"),
         "objective": part("objective", "simple"),
-        "sampler": part("sampler", "ddim", steps=steps),
+        "sampler": part("sampler", "ddim", num_steps=steps),
         "conditional": True,
         "label_dropout": 0.1,
     }
@@ -522,8 +522,8 @@ def labels_told(dropout: float, *slices: tuple[int, int], seed: int = 0, trainin
     noting = model(network=Notes, label_dropout=dropout).train(training)
     label = torch.arange(4000) % 3
     for start, stop in slices:
-        draws = RandomSource(generator("cpu", seed), start, stop, 4000)
-        noting.losses(torch.zeros(stop - start, 2, 1, 1), {"label": label[start:stop]}, draws)
+        rng = RandomSource(generator("cpu", seed), start, stop, 4000)
+        noting.losses(torch.zeros(stop - start, 2, 1, 1), {"label": label[start:stop]}, rng)
     return torch.cat(noting.network.told)  # type: ignore[arg-type]
 
 
@@ -564,7 +564,9 @@ def test_the_same_labels_are_dropped_for_any_number_of_processes() -> None:
             r"guidance.weak was trained under another noise schedule \(CosineBetas\)",
         ),
         (
-            lambda: model(guidance=ClassifierGuidance(scale=1.0, classifier=LinearClassifier(LinearBetas(last=0.021)))),
+            lambda: model(
+                guidance=ClassifierGuidance(scale=1.0, classifier=LinearClassifier(LinearBetas(beta_end=0.021)))
+            ),
             "guidance.classifier was trained under another noise schedule",
         ),
     ],

@@ -19,11 +19,11 @@ from gencompare.tasks.runs.build import build_data, build_model
 Cli = Callable[..., int]
 QUICK = [
     "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
-    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100",
-    "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
+    "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.n=100",
+    "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
     "evaluation.checkpoints=[]",
 ]  # fmt: skip
-SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "model.sampler.steps=4"]
+SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "model.sampler.num_steps=4"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_every_guidance_is_a_choice_at_evaluation(runs: Path, cli: Cli, monkeypa
             "AutoGuidance with untold (last, raw), scale 2",
         ),
     ):
-        assert cli("task=evaluate", "run=told", *words) == 0
+        assert cli("task=evaluate", "run_dir=told", *words) == 0
         generation = json.loads((runs / "told" / "record.json").read_text())["results"][-1]["generation"]
         assert generation["nfe"] == nfe and said in generation["sampler"]
     after = weights(runs / "told")
@@ -76,7 +76,7 @@ def test_a_classifier_makes_an_unconditional_run_conditional(
     runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    words = ["task=evaluate", "run=untold", "model/guidance=classifier", "model.guidance.classifier.run=classifier"]
+    words = ["task=evaluate", "run_dir=untold", "model/guidance=classifier", "model.guidance.classifier.run=classifier"]
     assert cli(*words) == 0
     (result,) = json.loads((runs / "untold" / "record.json").read_text())["results"]
     assert result["measurement"]["conditioning"] == "labels"
@@ -94,14 +94,14 @@ def test_a_model_trained_with_guidance_keeps_its_guide_out(
         assert plain[part].keys() == own[part].keys()
         # Nor does a guide move the first weights or the noise of training.
         assert all(torch.equal(value, own[part][name]) for name, value in plain[part].items())
-    assert cli("task=sample", "run=guided", "n=2") == 0
+    assert cli("task=sample", "run_dir=guided", "num_images=2") == 0
     # The guide is named in the frozen config; where it is gone, that is said.
     shutil.move(runs / "untold", runs / "elsewhere")
     try:
-        assert cli("task=sample", "run=guided", "n=2") == 1
+        assert cli("task=sample", "run_dir=guided", "num_images=2") == 1
         assert "The run that guides this model is not at" in capsys.readouterr().err
-        assert cli("task=sample", "run=guided", "n=2", "model.guidance.weak.run=elsewhere") == 0
-        assert cli("task=sample", "run=guided", "n=2", "~model/guidance") == 0
+        assert cli("task=sample", "run_dir=guided", "num_images=2", "model.guidance.weak.run=elsewhere") == 0
+        assert cli("task=sample", "run_dir=guided", "num_images=2", "~model/guidance") == 0
     finally:
         shutil.move(runs / "elsewhere", runs / "untold")
 

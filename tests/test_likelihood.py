@@ -21,7 +21,7 @@ from gencompare.diffusion import likelihoods
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas
 from gencompare.diffusion.likelihoods import ODELikelihood, VLBLikelihood
-from gencompare.diffusion.objectives import Pixels
+from gencompare.diffusion.objectives import DataLikelihood
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.schedules import VE, NoiseSchedule, RectifiedFlow, VariancePreserving
 from gencompare.errors import UserError
@@ -34,7 +34,7 @@ from parts import part
 Q = torch.linalg.qr(torch.randn(3, 3, generator=generator("cpu", 5), dtype=torch.float64))[0]
 V = torch.tensor([0.6, 1.7, 0.25], dtype=torch.float64)
 SHAPE = (1, 1, 3)
-PIXELS = Pixels(None, torch.ones(1, 1, 3), 3)
+PIXELS = DataLikelihood(None, torch.ones(1, 1, 3), 3)
 
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -188,16 +188,16 @@ def test_dequantised_bits_are_those_of_the_levels() -> None:
     truth, levels, n = Truth(Even(15.0, -15.0)), 256, 20
     x = ((truth.draw(1) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
     found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
-        truth, x.expand(n, *SHAPE), {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
+        truth, x.expand(n, *SHAPE), {}, DataLikelihood(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
     )
     mass = -bits(truth.log_density(x) + 3 * math.log(2 / 255))
     assert abs(float(found.mean() - mass)) < 4 * float(found.std()) / math.sqrt(n) + 1e-3
     # Two of the three values are padding: the same nats over one real value.
     padded = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
-        truth, x, {}, Pixels(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3)
+        truth, x, {}, DataLikelihood(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3)
     )
     whole = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
-        truth, x, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
+        truth, x, {}, DataLikelihood(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
     )
     torch.testing.assert_close(padded, 3 * whole)
 
@@ -209,7 +209,7 @@ def test_an_ode_that_cannot_be_followed_is_named() -> None:
             prediction = super().__call__(x_t, t, cond)
             return prediction._replace(eps=prediction.eps * torch.nan)
 
-    with pytest.raises(UserError, match="could not be followed"):
+    with pytest.raises(UserError, match="solver of the probability-flow ODE failed"):
         ODELikelihood()(Broken(Even()), torch.zeros(2, *SHAPE), {}, PIXELS, generator("cpu", 0))
 
 
@@ -225,13 +225,13 @@ def gap(method: VLBLikelihood, truth: DenoiserProtocol, x: Tensor, log_density: 
 @pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
 def test_bound_is_never_better_than_the_truth(name: str) -> None:
     """On average over data, within two standard errors, which are small where the bound is tight."""
-    small = {"features": 8} if name == "learned" else {}  # its inverse is searched for
+    small = {"num_features": 8} if name == "learned" else {}  # its inverse is searched for
     schedule = WIDE[name]() if name in WIDE else part("schedule", name, **small)
     truth = Truth(schedule, *TWO)
     x = truth.draw(4000)
     mean, error = gap(VLBLikelihood(), truth, x, truth.log_density(x))
     assert mean > -2 * error and (error < 0.07 or mean > 1)
-    mean, error = gap(VLBLikelihood(steps=5, samples=None), truth, x, truth.log_density(x))
+    mean, error = gap(VLBLikelihood(num_timesteps=5, num_samples=None), truth, x, truth.log_density(x))
     assert mean > 4 * error
 
 
@@ -239,7 +239,7 @@ def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
     truth = Truth(wide, *TWO)
     x = truth.draw(150)
     few, more, many = (
-        gap(VLBLikelihood(steps=T, samples=None), truth, x, truth.log_density(x))[0] for T in (20, 80, 320)
+        gap(VLBLikelihood(num_timesteps=T, num_samples=None), truth, x, truth.log_density(x))[0] for T in (20, 80, 320)
     )  # fmt: skip
     assert few > 3 * more > 9 * many > 0
 
@@ -247,7 +247,7 @@ def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
 def test_continuous_bound_of_the_perfect_denoiser_is_tight() -> None:
     truth = Truth(Even(), *TWO)
     x = truth.draw(10_000)
-    mean, error = gap(VLBLikelihood(samples=32), truth, x, truth.log_density(x))
+    mean, error = gap(VLBLikelihood(num_samples=32), truth, x, truth.log_density(x))
     assert error < 0.02 and abs(mean) < 4 * error
 
 
@@ -258,7 +258,9 @@ def test_each_term_is_the_closed_form() -> None:
     """
     beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
     schedule, n = BetaTable(beta), 40_000
-    found = VLBLikelihood(samples=None).terms(Truth(schedule), Truth(schedule).draw(n), {}, PIXELS, generator("cpu", 2))
+    found = VLBLikelihood(num_samples=None).terms(
+        Truth(schedule), Truth(schedule).draw(n), {}, PIXELS, generator("cpu", 2)
+    )
     a2 = torch.cumprod(1 - beta, 0)[:, None]
     s2 = 1 - a2
     snr = a2 / s2
@@ -283,7 +285,7 @@ def test_learned_variance_counts_in_the_bound() -> None:
 
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             prediction = super().__call__(x_t, t, cond)
-            return prediction._replace(variance_share=torch.full_like(x_t, self.share))
+            return prediction._replace(variance_fraction=torch.full_like(x_t, self.share))
 
     beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
     schedule, n = BetaTable(beta), 40_000
@@ -292,7 +294,7 @@ def test_learned_variance_counts_in_the_bound() -> None:
     s2 = 1 - a2
     small = s2[:-1] / s2[1:] * beta[1:, None]
     for share in (0.0, 0.4, 1.0):
-        found = VLBLikelihood(samples=None).terms(Says(schedule, share=share), x, {}, PIXELS, generator("cpu", 2))[
+        found = VLBLikelihood(num_samples=None).terms(Says(schedule, share=share), x, {}, PIXELS, generator("cpu", 2))[
             "diffusion"
         ]
         var = small ** (1 - share) * beta[1:, None] ** share
@@ -303,11 +305,11 @@ def test_learned_variance_counts_in_the_bound() -> None:
 
 
 def test_some_steps_at_random_stand_for_all() -> None:
-    schedule = part("schedule", "linear", T=60, first=0.01, last=0.3)
+    schedule = part("schedule", "linear", num_train_timesteps=60, beta_start=0.01, beta_end=0.3)
     truth = Truth(schedule, *TWO)
     x = truth.draw(3000)
     every, some = (
-        VLBLikelihood(samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8)
+        VLBLikelihood(num_samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8)
     )
     error = float(some.std()) / math.sqrt(3000)
     assert error < 0.1 and abs(float((some - every).mean())) < 4 * error
@@ -322,8 +324,8 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
     if bug == "no prior":
         monkeypatch.setattr(likelihoods, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
     if bug == "no reconstruction":
-        monkeypatch.setattr(likelihoods, "reconstruction", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
-    mean, error = gap(VLBLikelihood(samples=None, steps=100), truth, x, truth.log_density(x))
+        monkeypatch.setattr(likelihoods, "reconstruction_nll", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
+    mean, error = gap(VLBLikelihood(num_samples=None, num_timesteps=100), truth, x, truth.log_density(x))
     assert error < 0.06
     assert (-4 * error < mean < 0.3) == (bug == "none"), mean
 
@@ -335,7 +337,7 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_levels_have_a_mass_of_one_together(levels: int, dtype: torch.dtype) -> None:
     x = torch.linspace(-1, 1, levels, dtype=dtype).view(-1, 1, 1, 1)
-    pixels = Pixels(levels, torch.ones(1, 1, 1), 1)
+    pixels = DataLikelihood(levels, torch.ones(1, 1, 1), 1)
     for mean in (-1.4, -1.0, 0.031, 0.9):
         for std in (0.003, 0.05, 1.0, 7.0):
             mass = pixels.log_prob(x, torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)).exp()
@@ -345,7 +347,7 @@ def test_levels_have_a_mass_of_one_together(levels: int, dtype: torch.dtype) -> 
 def test_padding_is_not_reconstructed() -> None:
     mask = torch.tensor([[[1.0, 0.0, 1.0]]])
     x, mean, std = torch.tensor([[[[0.0, -1.0, 1.0]]]]), torch.full((1, 1, 1, 3), 0.2), torch.tensor(0.3)
-    found = Pixels(None, mask, 2).log_prob(x, mean, std)
+    found = DataLikelihood(None, mask, 2).log_prob(x, mean, std)
     normal = torch.distributions.Normal(0.2, 0.3)
     expected = normal.log_prob(torch.tensor(0.0)) + normal.log_prob(torch.tensor(1.0))
     torch.testing.assert_close(found, expected[None], rtol=1e-12, atol=0)
@@ -376,8 +378,8 @@ def test_bound_on_discrete_data_is_near_their_entropy_and_not_below() -> None:
     off = torch.linspace(-0.4, 0.4, 5) * step
     fine = torch.cartesian_prod(off, off, off)
     mass = torch.logsumexp(normal.log_prob(inside.view(-1, 1, 3) + fine), 1) - math.log(125) + 3 * math.log(step)
-    found = VLBLikelihood(steps=400, samples=40)(
-        Narrow(Even(5.5, -10.0)), inside, {}, Pixels(levels, torch.ones(1, 1, 3), 3), generator("cpu", 2)
+    found = VLBLikelihood(num_timesteps=400, num_samples=40)(
+        Narrow(Even(5.5, -10.0)), inside, {}, DataLikelihood(levels, torch.ones(1, 1, 3), 3), generator("cpu", 2)
     )
     excess = found + bits(mass - math.log(len(inside) / n))
     error = float(excess.std()) / math.sqrt(len(inside))
@@ -392,14 +394,14 @@ def model(**changes: Any) -> Diffusion:
     torch.manual_seed(0)
     parts = {"schedule": "cosine", "parameterization": "eps", "objective": "simple", "sampler": "ddim"}
     built = {group: part(group, changes.pop(group, name)) for group, name in parts.items()}
-    spec = changes.pop("spec", DataSpec(name="tiny", shape=(1, 4, 4), num_classes=0, num_levels=17, padding=1))
+    spec = changes.pop("spec", DataSpec(name="tiny", shape=(1, 4, 4), num_classes=0, num_bins=17, padding=1))
     return Diffusion(spec, network=partial(DenoisingMLP, width=16, depth=1), **built, **changes)
 
 
-@pytest.mark.parametrize("name", options("model/bits"))
+@pytest.mark.parametrize("name", options("model/likelihoods"))
 def test_every_option_scores_images_from_the_generator_alone(name: str) -> None:
-    bits = part("bits", name)
-    diffusion = model(bits=bits)
+    methods = part("likelihoods", name)
+    diffusion = model(likelihoods=methods)
     x = torch.full((3, 1, 4, 4), -1.0)
     x[:, :, 1:3, 1:3] = torch.randint(17, (3, 1, 2, 2)) / 8 - 1
     for method, likelihood in diffusion.likelihoods().items():
@@ -407,31 +409,31 @@ def test_every_option_scores_images_from_the_generator_alone(name: str) -> None:
         with torch.no_grad():
             one, two = (likelihood.bits_per_dim(x, {}, generator("cpu", 3)) for _ in range(2))
         assert one.shape == (3,) and torch.isfinite(one).all() and torch.equal(one, two)
-    continuous = DataSpec(name="points", shape=(2, 1, 1), num_levels=None)
-    assert model(bits=bits, spec=continuous).likelihoods() == {}
+    continuous = DataSpec(name="points", shape=(2, 1, 1), num_bins=None)
+    assert model(likelihoods=methods, spec=continuous).likelihoods() == {}
 
 
 def test_the_default_costs_few_network_calls() -> None:
     cfg = compose("model=ddpm")
-    assert list(cfg.model.bits) == ["vlb"]
-    diffusion, calls = model(bits=part("bits", "vlb")), []
+    assert list(cfg.model.likelihoods) == ["vlb"]
+    diffusion, calls = model(likelihoods=part("likelihoods", "vlb")), []
     diffusion.network.register_forward_hook(lambda *_: calls.append(1))
     diffusion.likelihoods()["vlb"].bits_per_dim(torch.zeros(2, 1, 4, 4), {}, generator("cpu", 0))
     assert len(calls) <= 20
 
 
 def test_the_model_tells_its_objective_of_the_pixels() -> None:
-    seen: list[Pixels] = []
+    seen: list[DataLikelihood] = []
 
     class Asks(nn.Module):
-        def bound_to(self, pixels: Pixels) -> Any:
-            seen.append(pixels)
-            return lambda denoiser, x, cond, draws: {"loss": x.flatten(1).sum(1)}
+        def with_likelihood(self, likelihood: DataLikelihood) -> Any:
+            seen.append(likelihood)
+            return lambda denoiser, x, cond, rng: {"loss": x.flatten(1).sum(1)}
 
     diffusion = model()
     diffusion.objective = Asks()  # type: ignore[assignment]
     diffusion.losses(torch.zeros(2, 1, 4, 4), {}, None)  # type: ignore[arg-type]
-    assert (seen[0].levels, seen[0].dims, float(seen[0].mask.sum())) == (17, 4, 4)
+    assert (seen[0].num_bins, seen[0].num_values, float(seen[0].mask.sum())) == (17, 4, 4)
 
 
 def test_a_parameterisation_that_does_not_fit_is_refused_before_training() -> None:
@@ -446,10 +448,10 @@ def test_a_parameterisation_that_does_not_fit_is_refused_before_training() -> No
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: VLBLikelihood(samples=0),
-        lambda: VLBLikelihood(steps=0),
+        lambda: VLBLikelihood(num_samples=0),
+        lambda: VLBLikelihood(num_timesteps=0),
         lambda: ODELikelihood(rtol=0),
-        lambda: VLBLikelihood(samples=None)(Truth(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)),
+        lambda: VLBLikelihood(num_samples=None)(Truth(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)),
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from gencompare.diffusion import variational_objectives
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
 from gencompare.diffusion.learned_schedule import LearnedSchedule
-from gencompare.diffusion.objectives import IndependentCoupling, MinibatchOT, Pixels, WeightedMSE
+from gencompare.diffusion.objectives import DataLikelihood, IndependentCoupling, MinibatchOT, WeightedMSE
 from gencompare.diffusion.parameterizations import Eps, LearnedVariance
 from gencompare.diffusion.schedules import NoiseSchedule, VariancePreserving
 from gencompare.diffusion.variational_objectives import ContinuousVLB, DiscreteVLB, Hybrid
@@ -26,7 +26,7 @@ from gencompare.rng import RandomSource, generator
 from parts import part
 
 SHAPE = (1, 2, 2)
-PIXELS = Pixels(None, torch.ones(1, 2, 2), 4)
+PIXELS = DataLikelihood(None, torch.ones(1, 2, 2), 4)
 
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -49,16 +49,16 @@ def images(n: int) -> Tensor:
     return torch.rand(n, *SHAPE, generator=generator("cpu", 4)) * 2 - 1
 
 
-def draws(n: int) -> RandomSource:
-    return RandomSource.whole(generator("cpu", 9), n)
+def rng(n: int) -> RandomSource:
+    return RandomSource.for_batch(generator("cpu", 9), n)
 
 
 @pytest.mark.parametrize("name", options("model/objective"))
 def test_every_objective_of_the_conf_tree_trains(name: str) -> None:
     network, x0 = Scaled(2), images(6)
     denoiser = Denoiser(network, LinearBetas(), LearnedVariance())
-    objective = part("objective", name).bound_to(PIXELS)
-    loss = objective(denoiser, x0, {}, draws(6))["loss"]
+    objective = part("objective", name).with_likelihood(PIXELS)
+    loss = objective(denoiser, x0, {}, rng(6))["loss"]
     assert loss.shape == (6,) and torch.isfinite(loss).all()
     loss.mean().backward()
     assert network.a.grad is not None and torch.isfinite(network.a.grad) and network.a.grad != 0
@@ -70,14 +70,14 @@ def test_every_objective_of_the_conf_tree_trains(name: str) -> None:
 def gradients(objective: Any, network: Scaled, schedule: NoiseSchedule, n: int = 40) -> tuple[float, float]:
     network.zero_grad()
     denoiser = Denoiser(network, schedule, LearnedVariance())
-    objective.bound_to(PIXELS)(denoiser, images(n), {}, draws(n))["loss"].mean().backward()
+    objective.with_likelihood(PIXELS)(denoiser, images(n), {}, rng(n))["loss"].mean().backward()
     return tuple(0.0 if p.grad is None else float(p.grad) for p in (network.a, network.b))  # type: ignore[return-value]
 
 
 def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound() -> None:
-    schedule, network = LinearBetas(T=40, last=0.5), Scaled(2)
+    schedule, network = LinearBetas(num_train_timesteps=40, beta_end=0.5), Scaled(2)
     simple, bound = (gradients(o, network, schedule) for o in (WeightedMSE(), DiscreteVLB()))
-    hybrid = gradients(Hybrid(vlb=0.25), network, schedule)
+    hybrid = gradients(Hybrid(vlb_weight=0.25), network, schedule)
     assert simple[1] == 0 and abs(bound[0]) > 0.1 and abs(bound[1]) > 0.1
     assert hybrid[0] == pytest.approx(simple[0], rel=1e-12), "the mean does not see the bound"
     assert hybrid[1] == pytest.approx(0.25 * bound[1], rel=1e-12)
@@ -87,9 +87,9 @@ def test_hybrid_needs_a_variance_to_train() -> None:
     with pytest.raises(UserError, match="eps_learned_variance"):
         Hybrid().check(LinearBetas(), Eps())
     with pytest.raises(UserError, match=r"objective\.vlb"):
-        Hybrid(vlb=0)
-    with pytest.raises(UserError, match=r"objective\.steps"):
-        DiscreteVLB(steps=0)
+        Hybrid(vlb_weight=0)
+    with pytest.raises(UserError, match=r"objective\.num_timesteps"):
+        DiscreteVLB(num_timesteps=0)
 
 
 # The bound as an objective: by hand, for one Gaussian pixel
@@ -110,7 +110,7 @@ def test_discrete_terms_are_divergences_of_gaussians(share: float | None) -> Non
         network.b.data.fill_(2 * share - 1)
     x0 = images(n)
     denoiser = Denoiser(network, schedule, Eps() if share is None else LearnedVariance())
-    found = DiscreteVLB(pixels=PIXELS)(denoiser, x0, {}, draws(n))
+    found = DiscreteVLB(likelihood=PIXELS)(denoiser, x0, {}, rng(n))
 
     source = generator("cpu", 9)
     u = (torch.rand((), generator=source, dtype=torch.float32) + torch.arange(n, dtype=torch.float32) / n) % 1
@@ -153,7 +153,7 @@ def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() ->
 
     def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> LearnedSchedule:
         """With one of its sigmoids ``height`` the larger, and all of them moved by ``bias``."""
-        schedule = LearnedSchedule(gamma_min=gamma_min, gamma_max=4.0, features=8).requires_grad_(False)
+        schedule = LearnedSchedule(gamma_min=gamma_min, gamma_max=4.0, num_features=8).requires_grad_(False)
         schedule.height[2] += height
         schedule.bias += bias
         return schedule
@@ -163,7 +163,7 @@ def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() ->
     for schedule in (learned(), learned(60.0), learned(40.0, -3.0), learned(gamma_min=0.0)):
         halfway.append(float(schedule.log_snr(torch.tensor(0.5))))
         denoiser = Denoiser(Scaled(), schedule, Eps())
-        loss = ContinuousVLB(pixels=PIXELS)(denoiser, x0.expand(n, *SHAPE), {}, draws(n))["loss"].detach()
+        loss = ContinuousVLB(likelihood=PIXELS)(denoiser, x0.expand(n, *SHAPE), {}, rng(n))["loss"].detach()
         means.append(float(loss.mean()))
         scatters.append(float(loss.std()) / math.sqrt(n))
     for k in (1, 2):
@@ -179,10 +179,10 @@ def test_a_learned_schedule_has_its_ends_trained_by_the_bound_and_its_interior_b
     def figures(**moved: float) -> dict[str, Tensor]:
         """Of a schedule that is not trained."""
         denoiser = Denoiser(network, Bent(**({"bend": 2.0} | moved)), Eps())
-        return ContinuousVLB(pixels=PIXELS)(denoiser, images(n), {}, draws(n))
+        return ContinuousVLB(likelihood=PIXELS)(denoiser, images(n), {}, rng(n))
 
     network, schedule = Scaled(), Bent(2.0, trained=True)
-    found = ContinuousVLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))
+    found = ContinuousVLB(likelihood=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, rng(n))
     torch.testing.assert_close(found["loss"], figures()["loss"], rtol=1e-9, atol=0)
     found["loss"].mean().backward()
     for name, value in (("top", 6.0), ("bottom", -4.0)):
@@ -196,7 +196,7 @@ def test_a_learned_schedule_has_its_ends_trained_by_the_bound_and_its_interior_b
     figures()["loss"].mean().backward()
     expected = float(network.a.grad)  # type: ignore[arg-type]
     network.zero_grad()
-    ContinuousVLB(pixels=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, draws(n))["loss"].mean().backward()
+    ContinuousVLB(likelihood=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, rng(n))["loss"].mean().backward()
     assert float(network.a.grad) == pytest.approx(expected, rel=1e-9)  # type: ignore[arg-type]
 
 
@@ -207,7 +207,7 @@ def test_training_the_interior_lowers_the_variance_and_leaves_the_bound() -> Non
     source, seen = generator("cpu", 3), []
     for _ in range(120):
         optimizer.zero_grad()
-        found = ContinuousVLB(pixels=PIXELS)(denoiser, images(n), {}, RandomSource.whole(source, n))
+        found = ContinuousVLB(likelihood=PIXELS)(denoiser, images(n), {}, RandomSource.for_batch(source, n))
         found["loss"].mean().backward()
         optimizer.step()
         seen.append((float(found["diffusion"].var()), float(found["diffusion"].mean())))
@@ -248,14 +248,14 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
             return (1 - alpha2).sqrt() * x / (alpha2 * variance + 1 - alpha2)
 
     if bug == "factor 2":
-        right = variational_objectives.Noised.eps_error
-        monkeypatch.setattr(variational_objectives.Noised, "eps_error", lambda *args: 2 * right(*args))
+        right = variational_objectives.NoisyBatch.squared_eps_error
+        monkeypatch.setattr(variational_objectives.NoisyBatch, "squared_eps_error", lambda *args: 2 * right(*args))
     if bug == "sign":
-        slope = variational_objectives.Scales.log_snr_slope.func  # type: ignore[attr-defined]
-        monkeypatch.setattr(variational_objectives.Scales, "log_snr_slope", property(lambda self: -slope(self)))
+        slope = variational_objectives.ScheduleValues.dlog_snr_dt.func  # type: ignore[attr-defined]
+        monkeypatch.setattr(variational_objectives.ScheduleValues, "dlog_snr_dt", property(lambda self: -slope(self)))
     if bug == "no prior":
         monkeypatch.setattr(variational_objectives, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
-    loss = ContinuousVLB(pixels=PIXELS)(Denoiser(Perfect(), schedule, Eps()), x0, {}, draws(n))["loss"]
+    loss = ContinuousVLB(likelihood=PIXELS)(Denoiser(Perfect(), schedule, Eps()), x0, {}, rng(n))["loss"]
     exact = x0.square().flatten(1).mean(1) / (2 * variance) + 0.5 * math.log(2 * math.pi * variance)
     gap = loss - exact / math.log(2)
     noise = float(gap.std()) / math.sqrt(n)
@@ -301,7 +301,7 @@ def test_coupling_is_used_in_training_and_leaves_images_and_labels() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     schedule, x0, label = LinearBetas(), images(8), torch.arange(8)
     for coupling in (IndependentCoupling(), MinibatchOT()):
-        WeightedMSE(coupling=coupling)(Denoiser(Nothing(), schedule, Eps()), x0, {"label": label}, draws(8))
+        WeightedMSE(coupling=coupling)(Denoiser(Nothing(), schedule, Eps()), x0, {"label": label}, rng(8))
     source = generator("cpu", 9)
     u = (torch.rand((), generator=source, dtype=torch.float32) + torch.arange(8, dtype=torch.float32) / 8) % 1
     at = schedule.at(((u * 1000).long() + 1) / 1000, x0)

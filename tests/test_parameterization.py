@@ -68,7 +68,7 @@ def pair(schedule: NoiseSchedule, parameterization: Parameterization) -> tuple[N
 
 def saying(parameterization: Parameterization, out: Tensor) -> Tensor:
     """What a network that says ``out`` gives, silent on whatever else it is asked for."""
-    return torch.cat([out, *[torch.zeros_like(out)] * (parameterization.outputs - 1)], 1)
+    return torch.cat([out, *[torch.zeros_like(out)] * (parameterization.output_multiplier - 1)], 1)
 
 
 def noised(schedule: NoiseSchedule, n: int = 40) -> tuple[Tensor, ...]:
@@ -97,8 +97,8 @@ def test_round_trip(pair: Pair) -> None:
     t, x0, eps, x_t = noised(schedule)
     at = schedule.at(t, x_t)
     out = saying(parameterization, parameterization.target(x0, eps, at))
-    assert torch.equal(parameterization.targeted(out), parameterization.target(x0, eps, at))
-    found = parameterization.invert(out, x_t, at)
+    assert torch.equal(parameterization.target_channels(out), parameterization.target(x0, eps, at))
+    found = parameterization.to_prediction(out, x_t, at)
     told = at.log_snr.flatten() > -15  # beyond, float64 holds too little of x0 in x_t
     torch.testing.assert_close(found.x0[told], x0[told], rtol=0, atol=1e-10)
     torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-10)
@@ -108,7 +108,7 @@ def test_image_and_noise_always_make_x_t(pair: Pair) -> None:
     schedule, parameterization = pair
     t, _, eps, x_t = noised(schedule)
     at = schedule.at(t, x_t)
-    found = parameterization.invert(saying(parameterization, eps.flip(0)), x_t, at)
+    found = parameterization.to_prediction(saying(parameterization, eps.flip(0)), x_t, at)
     torch.testing.assert_close(at.alpha * found.x0 + at.sigma * found.eps, x_t, rtol=0, atol=1e-11)
 
 
@@ -116,9 +116,9 @@ def test_eps_gain_is_the_slope_of_eps(pair: Pair) -> None:
     schedule, parameterization = pair
     t, _, eps, x_t = noised(schedule)
     at = schedule.at(t, x_t)
-    more, less = (parameterization.invert(saying(parameterization, out), x_t, at).eps for out in (eps + 1, eps))
+    more, less = (parameterization.to_prediction(saying(parameterization, out), x_t, at).eps for out in (eps + 1, eps))
     rise = more - less
-    torch.testing.assert_close(rise.abs(), parameterization.eps_gain(at).expand_as(rise), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(rise.abs(), parameterization.eps_jacobian(at).expand_as(rise), rtol=1e-9, atol=1e-12)
 
 
 def test_targets_by_name() -> None:
@@ -167,11 +167,11 @@ def test_karras_preconditioning_is_the_papers() -> None:
     sigma, d = 0.02 * 5000 ** t[:, None, None, None], 0.7
     c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
     at, karras = VE().at(t, x), EDMPreconditioning(sigma_data=d)
-    seen, told = karras.input(x, t, at)
+    seen, told = karras.network_input(x, t, at)
     torch.testing.assert_close(seen, x / (sigma**2 + d**2).sqrt(), rtol=1e-11, atol=0)
     torch.testing.assert_close(told, sigma.flatten().log() / 4, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(karras.target(x0, eps, at), (x0 - c_skip * x) / c_out, rtol=0, atol=1e-8)
-    torch.testing.assert_close(karras.invert(eps, x, at).x0, c_skip * x + c_out * eps, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(karras.to_prediction(eps, x, at).x0, c_skip * x + c_out * eps, rtol=1e-11, atol=1e-12)
 
 
 def test_karras_under_any_schedule_sees_x_over_alpha(schedule: NoiseSchedule) -> None:
@@ -179,9 +179,9 @@ def test_karras_under_any_schedule_sees_x_over_alpha(schedule: NoiseSchedule) ->
     alpha, sigma = scales(schedule, t)
     y, s, d = x_t / alpha, sigma / alpha, 0.5
     at, karras = schedule.at(t, x_t), EDMPreconditioning()
-    torch.testing.assert_close(karras.input(x_t, t, at)[0], y / (s**2 + d**2).sqrt(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(karras.network_input(x_t, t, at)[0], y / (s**2 + d**2).sqrt(), rtol=1e-9, atol=1e-12)
     expected = d**2 / (s**2 + d**2) * y + s * d / (s**2 + d**2).sqrt() * eps
-    torch.testing.assert_close(karras.invert(eps, x_t, at).x0, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(karras.to_prediction(eps, x_t, at).x0, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -215,11 +215,11 @@ def test_learned_variance_is_a_share_beside_the_inner_parameterisation(schedule:
     at = schedule.at(t, x_t)
     w = torch.linspace(-1.5, 1.5, 40)[:, None, None, None].expand_as(x_t).clone().requires_grad_()
     inner = V()
-    found = LearnedVariance(inner=inner).invert(torch.cat([inner.target(x0, eps, at), w], 1), x_t, at)
+    found = LearnedVariance(inner=inner).to_prediction(torch.cat([inner.target(x0, eps, at), w], 1), x_t, at)
     torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-10)
-    assert found.variance_share is not None
-    torch.testing.assert_close(found.variance_share, ((w + 1) / 2).clamp(0, 1), rtol=0, atol=1e-15)
-    found.variance_share.sum().backward()
+    assert found.variance_fraction is not None
+    torch.testing.assert_close(found.variance_fraction, ((w + 1) / 2).clamp(0, 1), rtol=0, atol=1e-15)
+    found.variance_fraction.sum().backward()
     assert w.grad is not None and (w.grad == 0.5).all(), "the gradient does not die outside of [0, 1]"
 
 
@@ -245,13 +245,13 @@ def test_log_snr_condition_means_the_same_under_every_schedule(schedule: NoiseSc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_level_index_counts_from_the_noisiest(dtype: torch.dtype) -> None:
-    for schedule in (LinearBetas(T=10, last=0.5), LinearBetas()):
-        T = len(schedule.steps())
+    for schedule in (LinearBetas(num_train_timesteps=10, beta_end=0.5), LinearBetas()):
+        T = len(schedule.require_discrete_times())
         t = torch.arange(1, T + 1, dtype=dtype) / T
         assert torch.equal(LevelIndexConditioning()(t, schedule.at(t)), torch.arange(T - 1, -1, -1, dtype=dtype))
         assert LevelIndexConditioning()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "between two levels, the noisier one"
     with pytest.raises(UserError, match="continuous time"):
-        Eps(noise=LevelIndexConditioning()).check(RectifiedFlow())
+        Eps(noise_conditioning=LevelIndexConditioning()).check(RectifiedFlow())
 
 
 def test_other_conditions_are_the_papers() -> None:
@@ -278,7 +278,7 @@ class Recorder(nn.Module):
 
 def test_network_sees_x_its_noise_and_the_conditions() -> None:
     network, x = Recorder(), torch.randn(5, 1, 4, 4)
-    denoiser = Denoiser(network, LinearBetas(), Eps(noise=TimestepConditioning()))
+    denoiser = Denoiser(network, LinearBetas(), Eps(noise_conditioning=TimestepConditioning()))
     cond = {"label": torch.arange(5)}
     for t, told in ((0.4, [399.0] * 5), ([0.001, 0.2, 0.4, 0.6, 1], [0.0, 199, 399, 599, 999])):
         denoiser(x, torch.tensor(t), cond)
@@ -297,7 +297,7 @@ class Half(Recorder):
 def test_arithmetic_stays_in_the_type_of_x(parameterization: Parameterization) -> None:
     torch.set_default_dtype(torch.float32)
     x = torch.randn(3, 1, 2, 2)
-    for found in Denoiser(Half(parameterization.outputs), LinearBetas(), parameterization)(x, torch.tensor(0.5), {}):
+    for found in Denoiser(Half(parameterization.output_multiplier), LinearBetas(), parameterization)(x, torch.tensor(0.5), {}):
         assert found is None or found.dtype == torch.float32
 
 
@@ -322,7 +322,7 @@ class Fixed(TimeDistribution):
 
     n: int = 40
 
-    def __call__(self, schedule: NoiseSchedule, draws: RandomSource) -> Tensor:
+    def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
         return torch.linspace(schedule.t_min, schedule.t_max, self.n)
 
 
@@ -336,7 +336,7 @@ class Guess(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         t = torch.linspace(self.schedule.t_min, self.schedule.t_max, len(x))
         at = self.schedule.at(t, x)
-        x = x / self.parameterization.input(torch.ones_like(x), t, at)[0]  # as it was before it was scaled
+        x = x / self.parameterization.network_input(torch.ones_like(x), t, at)[0]  # as it was before it was scaled
         x0 = 0.4 * x
         return saying(self.parameterization, self.parameterization.target(x0, (x - at.alpha * x0) / at.sigma, at))
 
@@ -362,7 +362,7 @@ def test_loss_is_the_papers_under_every_parameterization(
     schedule, parameterization = pair
     denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
     t, x0, _, _ = noised(schedule)
-    loss = WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.whole(generator("cpu", 9), 40))["loss"]
+    loss = WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.for_batch(generator("cpu", 9), 40))["loss"]
 
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
     snr = schedule.log_snr(t).exp()
@@ -378,14 +378,14 @@ def test_uniform_velocity_is_the_plain_error_of_the_velocity(schedule: NoiseSche
     for parameterization in (Velocity(), V()):
         denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
         losses.append(
-            WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.whole(generator("cpu", 9), 40))["loss"]
+            WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.for_batch(generator("cpu", 9), 40))["loss"]
         )
     t = noised(schedule)[0]
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
     alpha, sigma = scales(schedule, t)
     x_t = alpha * x0 + sigma * eps
     at = schedule.at(t, x_t)
-    f, slope = at.log_alpha_slope, at.log_snr_slope
+    f, slope = at.dlog_alpha_dt, at.dlog_snr_dt
     # The path through (x_0, eps) has slope alpha' x_0 + sigma' eps, with alpha' and sigma' from the logarithms' slopes.
     guess = f * alpha * 0.4 * x_t + (f - slope / 2) * (x_t - alpha * 0.4 * x_t)
     path = f * alpha * x0 + (f - slope / 2) * sigma * eps
@@ -409,7 +409,10 @@ def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None
 def test_uniform_v_is_the_plain_error_of_v() -> None:
     schedule, t = LinearBetas(), torch.linspace(0.001, 1, 40)
     loss = WeightedMSE(UniformVWeighting(), Fixed())(
-        Denoiser(Recorder(), schedule, V()), torch.zeros(40, 1, 2, 2), {}, RandomSource.whole(generator("cpu", 2), 40)
+        Denoiser(Recorder(), schedule, V()),
+        torch.zeros(40, 1, 2, 2),
+        {},
+        RandomSource.for_batch(generator("cpu", 2), 40),
     )["loss"]
     eps = torch.randn(40, 1, 2, 2, generator=generator("cpu", 2), dtype=torch.float32).double()
     # The network says 0 and the image is 0, so the error is v = alpha eps.
@@ -421,7 +424,7 @@ def test_simple_loss_of_a_silent_network_is_one() -> None:
     """||eps - 0||^2 per value has mean 1."""
     x0 = torch.zeros(4000, 1, 4, 4)
     denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
-    loss = WeightedMSE()(denoiser, x0, {}, RandomSource.whole(generator("cpu", 2), 4000))["loss"]
+    loss = WeightedMSE()(denoiser, x0, {}, RandomSource.for_batch(generator("cpu", 2), 4000))["loss"]
     assert abs(float(loss.mean()) - 1) < 4 * math.sqrt(2 / (4000 * 16))
 
 

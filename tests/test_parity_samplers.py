@@ -78,14 +78,14 @@ def theirs(scheduler: Any, steps: int) -> tuple[list[Tensor], Tensor]:
 
 
 CASES: list[tuple[str, dict[str, Any], Sampler]] = [
-    ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}, Ancestral(steps=1)),
-    ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}, Ancestral(steps=1, variance=1.0)),
-    ("DDIMScheduler", {"clip_sample": False}, DDIM(steps=1)),
-    ("EulerDiscreteScheduler", {}, DDIM(steps=1)),
-    ("HeunDiscreteScheduler", {}, Heun(steps=1)),
-    ("DPMSolverMultistepScheduler", {"solver_order": 2}, DPMSolverPP2M(steps=1)),
-    ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, UniPC(steps=1)),
-    ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh1"}, UniPC(steps=1, variant="bh1")),
+    ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}, Ancestral(num_steps=1)),
+    ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}, Ancestral(num_steps=1, variance=1.0)),
+    ("DDIMScheduler", {"clip_sample": False}, DDIM(num_steps=1)),
+    ("EulerDiscreteScheduler", {}, DDIM(num_steps=1)),
+    ("HeunDiscreteScheduler", {}, Heun(num_steps=1)),
+    ("DPMSolverMultistepScheduler", {"solver_order": 2}, DPMSolverPP2M(num_steps=1)),
+    ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, UniPC(num_steps=1)),
+    ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh1"}, UniPC(num_steps=1, variant="bh1")),
 ]
 
 
@@ -126,7 +126,7 @@ class Flows:
 
 @pytest.mark.parametrize("steps", [10, 28])
 def test_the_trajectory_of_a_flow_is_that_of_diffusers(steps: int) -> None:
-    ours, sampler = Flows(RectifiedFlow()), Euler(steps=steps)
+    ours, sampler = Flows(RectifiedFlow()), Euler(num_steps=steps)
     found = sampler.sample(ours, START, generator=generator("cpu", 1))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=sampler.times(ours.schedule)[:-1].tolist())

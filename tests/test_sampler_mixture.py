@@ -18,7 +18,7 @@ from parts import part, samplers
 
 N, PIXELS = 1500, 16
 STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
-CHANGES = {"annealed_langevin": {"steps_per_level": 25}, "predictor_corrector": {"corrector_steps": 3}}
+CHANGES = {"annealed_langevin": {"num_langevin_steps": 25}, "predictor_corrector": {"num_corrector_steps": 3}}
 SCHEDULES = [VP, VE, RectifiedFlow]
 BIAS = {"ancestral": 0.02, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
     "annealed_langevin": 0.1, "predictor_corrector": 0.06
@@ -45,8 +45,8 @@ def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
 @pytest.mark.parametrize("name", samplers())
 def test_weights_means_and_widths_of_a_mixture_come_out(name: str, make: type[NoiseSchedule]) -> None:
     schedule = make()
-    sampler = part("sampler", name, steps=STEPS.get(name, 250), **CHANGES.get(name, {}))
-    times = even_levels(schedule, sampler.steps) if sampler.steps > 2 else None
+    sampler = part("sampler", name, num_steps=STEPS.get(name, 250), **CHANGES.get(name, {}))
+    times = even_levels(schedule, sampler.num_steps) if sampler.num_steps > 2 else None
     x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()
     out = sampler.sample(Mixture(schedule), x, generator=generator("cpu", 1), times=times)
     share, low, high, std = share_mean_std(out)
@@ -61,5 +61,5 @@ def test_a_bug_in_the_weights_is_seen() -> None:
     schedule = VP()
     x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()
     wrong = dataclasses.replace(Mixture(schedule), weights=(0.5, 0.5))
-    out = part("sampler", "ddim", steps=100).sample(wrong, x, generator=generator("cpu", 1))
+    out = part("sampler", "ddim", num_steps=100).sample(wrong, x, generator=generator("cpu", 1))
     assert abs(share_mean_std(out)[0] - 0.2) > 4 * (0.2 * 0.8 / N) ** 0.5

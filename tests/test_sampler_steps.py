@@ -93,11 +93,11 @@ def test_ancestral_step_is_ddpms(i: int, variance: float) -> None:
     beta, bar, before = BETA[i - 1], BAR[i - 1], BAR[i - 2]
     mean = before**0.5 * beta / (1 - bar) * image(i / 1000) + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * 0.7
     small = (1 - before) / (1 - bar) * beta
-    found = one_step(Ancestral(steps=1, variance=variance), [i / 1000, (i - 1) / 1000])
+    found = one_step(Ancestral(num_steps=1, variance=variance), [i / 1000, (i - 1) / 1000])
     assert found[0] == pytest.approx(mean, rel=1e-9)
     assert found[1] ** 2 == pytest.approx(beta**variance * small ** (1 - variance), rel=1e-7)
     # The same where the network says so, whatever is set.
-    assert one_step(Ancestral(steps=1, variance=0.9), [i / 1000, (i - 1) / 1000], share=variance) == pytest.approx(
+    assert one_step(Ancestral(num_steps=1, variance=0.9), [i / 1000, (i - 1) / 1000], share=variance) == pytest.approx(
         found, rel=1e-9
     )
 
@@ -106,16 +106,19 @@ def test_the_variance_may_be_learned_value_by_value() -> None:
     class Uneven(Says):
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             share = torch.tensor([0.0, 1.0]).expand_as(x_t)
-            return super().__call__(x_t, t, cond)._replace(variance_share=share)
+            return super().__call__(x_t, t, cond)._replace(variance_fraction=share)
 
     with unit_noise():
-        out = Ancestral(steps=1).sample(
+        out = Ancestral(num_steps=1).sample(
             Uneven(LinearBetas()),
             torch.full((5, 1, 1, 2), 0.7),
             generator=generator("cpu", 0),
             times=torch.tensor([0.5, 0.499]),
         )[:, 0, 0]
-    small, large = one_step(Ancestral(steps=1), [0.5, 0.499]), one_step(Ancestral(steps=1, variance=1), [0.5, 0.499])
+    small, large = (
+        one_step(Ancestral(num_steps=1), [0.5, 0.499]),
+        one_step(Ancestral(num_steps=1, variance=1), [0.5, 0.499]),
+    )
     assert (out[3:] - out[0]).diagonal().tolist() == pytest.approx([small[1], large[1]], rel=1e-9)
 
 
@@ -127,7 +130,7 @@ def test_ddim_step_is_song_et_als(i: int, j: int, eta: float) -> None:
     eps = (0.7 - bar**0.5 * image(i / 1000)) / (1 - bar) ** 0.5
     std = eta * ((1 - before) / (1 - bar)) ** 0.5 * (1 - bar / before) ** 0.5
     mean = before**0.5 * image(i / 1000) + (1 - before - std**2) ** 0.5 * eps
-    found = one_step(DDIM(steps=1, eta=eta), [i / 1000, j / 1000])
+    found = one_step(DDIM(num_steps=1, eta=eta), [i / 1000, j / 1000])
     assert found == (pytest.approx(mean, rel=1e-9), pytest.approx(std, rel=1e-7))
 
 
@@ -142,9 +145,9 @@ def test_euler_and_euler_maruyama_steps_are_those_of_the_vp_sde(t: float, s: flo
     """f = -beta x / 2, g^2 = beta (Song et al. 2021, "Score-Based Generative Modeling", eq. 11, 6 and 13)."""
     alpha, sigma, beta = vp_numbers(t)
     score, h = -(0.7 - image(t) * alpha) / sigma**2, t - s
-    euler = one_step(Euler(steps=1), [t, s], schedule=VP())
+    euler = one_step(Euler(num_steps=1), [t, s], schedule=VP())
     assert euler == (pytest.approx(0.7 + h * (beta / 2 * 0.7 + beta / 2 * score), rel=1e-9), 0)
-    maruyama = one_step(EulerMaruyama(steps=1), [t, s], schedule=VP())
+    maruyama = one_step(EulerMaruyama(num_steps=1), [t, s], schedule=VP())
     assert maruyama[0] == pytest.approx(0.7 + h * (beta / 2 * 0.7 + beta * score), rel=1e-9)
     assert maruyama[1] == pytest.approx((beta * h) ** 0.5, rel=1e-9)
 
@@ -154,7 +157,7 @@ def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
     """Song et al. (2021), appendix E and F: x_i = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z."""
     beta, bar = BETA[i - 1], BAR[i - 1]
     score = -(0.7 - image(i / 1000) * bar**0.5) / (1 - bar)
-    found = one_step(ReverseDiffusion(steps=1), [i / 1000, (i - 1) / 1000])
+    found = one_step(ReverseDiffusion(num_steps=1), [i / 1000, (i - 1) / 1000])
     assert found[0] == pytest.approx((2 - (1 - beta) ** 0.5) * 0.7 + beta * score, rel=1e-9)
     assert found[1] == pytest.approx(beta**0.5, rel=1e-7)
 
@@ -162,14 +165,14 @@ def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
 def test_the_first_step_under_a_table_has_a_slope() -> None:
     """At t = 1 too, where the table ends: per unit of time, g^2 is about 1000 beta."""
     rise = 1 - BAR[-1] / BAR[-2]
-    found = one_step(EulerMaruyama(steps=1), [1.0, 0.9999])
+    found = one_step(EulerMaruyama(num_steps=1), [1.0, 0.9999])
     assert found[1] ** 2 == pytest.approx(0.1 * rise, rel=0.02)
 
 
 def test_reverse_diffusion_step_is_that_of_ve() -> None:
     """Song et al. (2021), algorithm 2: x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z."""
     high, low = 0.02 * 5000**0.5, 0.02 * 5000**0.45
-    found = one_step(ReverseDiffusion(steps=1), [0.5, 0.45], schedule=VE())
+    found = one_step(ReverseDiffusion(num_steps=1), [0.5, 0.45], schedule=VE())
     assert found[0] == pytest.approx(0.7 - (high**2 - low**2) * (0.7 - image(0.5)) / high**2, rel=1e-9)
     assert found[1] == pytest.approx((high**2 - low**2) ** 0.5, rel=1e-9)
 
@@ -178,7 +181,7 @@ def test_reverse_diffusion_step_is_that_of_ve() -> None:
 def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> None:
     """Two Langevin steps of the size that the noise and the score ask for, image by image, then the predictor."""
     x = torch.randn(3, 1, 2, 8, generator=generator("cpu", 1))
-    sampler = PredictorCorrector(steps=1, corrector_steps=2, snr=0.1)
+    sampler = PredictorCorrector(num_steps=1, num_corrector_steps=2, snr=0.1)
     found = sampler.sample(Says(LinearBetas()), x, generator=generator("cpu", 2), times=torch.tensor(times))
     source, bar = generator("cpu", 2), BAR[round(times[0] * 1000) - 1]
 
@@ -201,7 +204,7 @@ def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
     sigmas, eps = [0.02 * 5000**t for t in (0.5, 0.25, 0.0)], 1e-4
     step_size = eps / sigmas[-1] ** 2
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1))
-    sampler = AnnealedLangevin(steps=3, steps_per_level=4, step_size=step_size, denoise=denoise)
+    sampler = AnnealedLangevin(num_steps=3, num_langevin_steps=4, step_size=step_size, denoise=denoise)
     times = torch.tensor([0.5, 0.25, 0.0, CLEAN])
     found = sampler.sample(Truth(VE()), x, generator=generator("cpu", 2), times=times)
     source = generator("cpu", 2)
@@ -225,22 +228,24 @@ class Point:
 
 
 @pytest.mark.parametrize(
-    ("levels", "steps_per_level", "step_size", "lag"),
+    ("levels", "num_langevin_steps", "step_size", "lag"),
     [(126, 5, 0.124, 1.062), (68, 5, 0.124, 1.111), (68, 5, 0.3, 1.059), (68, 10, 0.2, 1.037)],
 )
 def test_annealed_langevin_lags_behind_its_levels(
-    levels: int, steps_per_level: int, step_size: float, lag: float
+    levels: int, num_langevin_steps: int, step_size: float, lag: float
 ) -> None:
     """The figures of docs/diffusion.md, on levels from 2 to 0.02: noise over the last level's, at its end.
 
     With k = step_size / 2, T steps at a level and levels a factor g apart, the variance over sigma^2 settles where
     r = (1 - k)^(2 T) (g^2 r - b) + b, of which b = 1 / (1 - k / 2) is what steps of that length make of any start.
     """
-    k, kept = step_size / 2, (1 - step_size / 2) ** (2 * steps_per_level)
+    k, kept = step_size / 2, (1 - step_size / 2) ** (2 * num_langevin_steps)
     g = 100 ** (1 / (levels - 1))
     assert ((1 - kept) / (1 - k / 2) / (1 - kept * g**2)) ** 0.5 == pytest.approx(lag, abs=1e-3)
 
-    sampler = AnnealedLangevin(steps=levels, steps_per_level=steps_per_level, step_size=step_size, denoise=False)
+    sampler = AnnealedLangevin(
+        num_steps=levels, num_langevin_steps=num_langevin_steps, step_size=step_size, denoise=False
+    )
     schedule = VE(sigma_min=0.02, sigma_max=2.0)
     times = torch.cat([torch.linspace(schedule.t_max, schedule.t_min, levels), torch.tensor([CLEAN])])
     x = 2 * torch.randn(1, 1, 1, 20_000, generator=generator("cpu", 1))
@@ -252,7 +257,7 @@ def test_heun_with_churn_is_algorithm_2() -> None:
     """Karras et al. (2022): noise between s_min and s_max alone, of standard deviation s_noise."""
     sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)) * sigmas[0]
-    sampler = Heun(steps=3, s_churn=0.6, s_min=0.3, s_max=2.0, s_noise=1.1)
+    sampler = Heun(num_steps=3, s_churn=0.6, s_min=0.3, s_max=2.0, s_noise=1.1)
     times = torch.tensor([0.6, 0.5, 0.4, 0.3])
     found = sampler.sample(Truth(VE()), x, generator=generator("cpu", 2), times=times)
     source = generator("cpu", 2)
@@ -276,7 +281,7 @@ def test_heun_with_churn_is_algorithm_2() -> None:
 
 def test_churn_keeps_the_moments(schedule: NoiseSchedule) -> None:
     """And does not raise the noise beyond the schedule's end, where there is no denoiser."""
-    sampler = Heun(steps=100, s_churn=20.0)
+    sampler = Heun(num_steps=100, s_churn=20.0)
     mean, covariance = moments(sampler, Truth(schedule), times_of(sampler, schedule))
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.02)
     torch.testing.assert_close(root(covariance), root(COVARIANCE), rtol=0.03, atol=0.02)
@@ -286,17 +291,17 @@ def test_churn_keeps_the_moments(schedule: NoiseSchedule) -> None:
 
 
 LAST = [
-    Ancestral(steps=1),
-    Ancestral(steps=1, variance=1.0),
-    DDIM(steps=1, eta=1.0),
-    Euler(steps=1),
-    EulerMaruyama(steps=1),
-    ReverseDiffusion(steps=1),
-    Heun(steps=1),
-    DPMSolverPP2M(steps=1),
-    UniPC(steps=1),
-    UniPC(steps=1, variant="bh1"),
-    RK45(steps=2),
+    Ancestral(num_steps=1),
+    Ancestral(num_steps=1, variance=1.0),
+    DDIM(num_steps=1, eta=1.0),
+    Euler(num_steps=1),
+    EulerMaruyama(num_steps=1),
+    ReverseDiffusion(num_steps=1),
+    Heun(num_steps=1),
+    DPMSolverPP2M(num_steps=1),
+    UniPC(num_steps=1),
+    UniPC(num_steps=1, variant="bh1"),
+    RK45(num_steps=2),
 ]
 
 
@@ -309,7 +314,7 @@ def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSched
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     one, two = (
         sampler.sample(Truth(schedule), x, generator=generator("cpu", 2), times=times_of(sampler, schedule))
-        for sampler in (DDIM(steps=30, eta=1.0), Ancestral(steps=30, variance=0.0))
+        for sampler in (DDIM(num_steps=30, eta=1.0), Ancestral(num_steps=30, variance=0.0))
     )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
 
@@ -318,7 +323,7 @@ def test_ddim_is_eulers_method_in_x_over_alpha(schedule: NoiseSchedule) -> None:
     """d(x / alpha) / d(sigma / alpha) = eps."""
     times = inner_times(schedule, 7)
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
-    found = DDIM(steps=1).sample(Truth(schedule), x, generator=generator("cpu", 0), times=times)
+    found = DDIM(num_steps=1).sample(Truth(schedule), x, generator=generator("cpu", 0), times=times)
     for t, s in pairwise(times):
         (alpha, sigma), (alpha_s, sigma_s) = scales(schedule, t), scales(schedule, s)
         eps = -sigma * score(x, alpha, sigma)
@@ -331,7 +336,7 @@ def test_euler_is_ddim_under_rectified_flow() -> None:
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     euler, ddim = (
         sampler.sample(Truth(RectifiedFlow()), x, generator=generator("cpu", 0))
-        for sampler in (Euler(steps=9), DDIM(steps=9))
+        for sampler in (Euler(num_steps=9), DDIM(num_steps=9))
     )
     torch.testing.assert_close(euler, ddim, rtol=1e-9, atol=1e-9)
 
@@ -343,8 +348,17 @@ def test_deterministic_samplers_find_the_exact_path(schedule: NoiseSchedule) -> 
     (mean, covariance), (end_mean, end_covariance) = (true_moments(schedule, t) for t in (times[0], times[-1]))
     exact = end_mean + x @ root(end_covariance)
     x = mean + x @ root(covariance)
-    solvers = {DDIM(steps=1): 8e-2, Euler(steps=1): 8e-2, Heun(steps=1): 1e-3, DPMSolverPP2M(steps=1): 1e-3}
-    for sampler, tolerance in {**solvers, UniPC(steps=1): 5e-5, RK45(steps=2, rtol=1e-7, atol=1e-7): 1e-6}.items():
+    solvers = {
+        DDIM(num_steps=1): 8e-2,
+        Euler(num_steps=1): 8e-2,
+        Heun(num_steps=1): 1e-3,
+        DPMSolverPP2M(num_steps=1): 1e-3,
+    }
+    for sampler, tolerance in {
+        **solvers,
+        UniPC(num_steps=1): 5e-5,
+        RK45(num_steps=2, rtol=1e-7, atol=1e-7): 1e-6,
+    }.items():
         path = times if not isinstance(sampler, RK45) else times[[0, -1]]
         found = sampler.sample(Truth(schedule), x, generator=generator("cpu", 0), times=path)
         assert (found - exact).abs().max() < tolerance
@@ -375,11 +389,11 @@ def test_unipc_is_exact_where_the_image_is_a_parabola(variant: str, schedule: No
 
     source = generator("cpu", 0)
     # One step by hand, as the first, which knows no step before, is of a lower order.
-    steps = list(UniPC(steps=1, variant=variant).iterate(Parabola(schedule), x, generator=source, times=levels))
+    steps = list(UniPC(num_steps=1, variant=variant).iterate(Parabola(schedule), x, generator=source, times=levels))
     start = steps[0].x / scales(schedule, levels[1])[1]
     exact = start + integral(last) - integral(levels[1])
     torch.testing.assert_close(steps[-1].x / scales(schedule, last)[1], exact, rtol=1e-9, atol=1e-9)
-    two = DPMSolverPP2M(steps=1).sample(Parabola(schedule), x, generator=source, times=levels)
+    two = DPMSolverPP2M(num_steps=1).sample(Parabola(schedule), x, generator=source, times=levels)
     assert (two - steps[-1].x).abs().max() > 1e-5, "nothing that any solver does"
     assert first > last
 
@@ -387,9 +401,9 @@ def test_unipc_is_exact_where_the_image_is_a_parabola(variant: str, schedule: No
 def test_multistep_solvers_do_not_extrapolate_far() -> None:
     """In a step three times as long as the one before they take the image as it is."""
     denoiser, times, source = Parabola(VE()), torch.tensor([0.5, 0.48, 0.42]), generator("cpu", 0)
-    for sampler in (DPMSolverPP2M(steps=1), UniPC(steps=1)):
+    for sampler in (DPMSolverPP2M(num_steps=1), UniPC(num_steps=1)):
         one, two = sampler.iterate(denoiser, torch.ones(1, 1, 1, 3), generator=source, times=times)
-        ddim = DDIM(steps=1).sample(denoiser, one.x, generator=source, times=times[1:])
+        ddim = DDIM(num_steps=1).sample(denoiser, one.x, generator=source, times=times[1:])
         torch.testing.assert_close(two.x, ddim, rtol=1e-12, atol=1e-12)
 
 
@@ -399,27 +413,30 @@ def test_multistep_solvers_do_not_extrapolate_far() -> None:
 @pytest.mark.parametrize(
     ("make", "names"),
     [
-        (lambda: DDIM(steps=0), "steps=0"),
-        (lambda: DDIM(steps=-3), "steps=-3"),
-        (lambda: DDIM(steps=5, eta=1.5), "eta=1.5"),
-        (lambda: DDIM(steps=5, eta=cast(float, ".nan")), "eta=.nan: give a number"),
-        (lambda: Heun(steps=5, s_churn=cast(float, "much")), "s_churn=much: give a number"),
-        (lambda: PredictorCorrector(steps=5, corrector_steps=cast(int, True)), "corrector_steps=True: give a number"),
-        (lambda: Ancestral(steps=5, variance=-0.1), "variance=-0.1"),
-        (lambda: DDIM(steps=11).times(BetaTable(torch.full((10,), 0.1))), "no more than 10 steps"),
-        (lambda: Heun(steps=5, s_churn=-1), "s_churn=-1"),
-        (lambda: Heun(steps=5, s_noise=math.nan), "s_noise=nan"),
-        (lambda: Heun(steps=5, s_min=2, s_max=1), "s_min=2 is above"),
-        (lambda: PredictorCorrector(steps=5, corrector_steps=0), "corrector_steps=0"),
-        (lambda: PredictorCorrector(steps=5, snr=0), "snr=0"),
-        (lambda: AnnealedLangevin(steps=5, steps_per_level=0), "steps_per_level=0"),
-        (lambda: AnnealedLangevin(steps=5, step_size=4.0), "step_size=4.0"),
-        (lambda: AnnealedLangevin(steps=5, step_size=-1), "step_size=-1"),
-        (lambda: UniPC(steps=5, variant="bh3"), "variant=bh3"),
-        (lambda: RK45(steps=1), "at least 2"),
-        (lambda: RK45(steps=0), "steps=0"),
-        (lambda: RK45(steps=5, rtol=0), "rtol=0"),
-        (lambda: RK45(steps=5, atol=-1e-5), "atol=-1e-05"),
+        (lambda: DDIM(num_steps=0), "steps=0"),
+        (lambda: DDIM(num_steps=-3), "steps=-3"),
+        (lambda: DDIM(num_steps=5, eta=1.5), "eta=1.5"),
+        (lambda: DDIM(num_steps=5, eta=cast(float, ".nan")), "eta=.nan: must be a number"),
+        (lambda: Heun(num_steps=5, s_churn=cast(float, "much")), "s_churn=much: must be a number"),
+        (
+            lambda: PredictorCorrector(num_steps=5, num_corrector_steps=cast(int, True)),
+            "num_corrector_steps=True: must be a number",
+        ),
+        (lambda: Ancestral(num_steps=5, variance=-0.1), "variance=-0.1"),
+        (lambda: DDIM(num_steps=11).times(BetaTable(torch.full((10,), 0.1))), "no more than 10 steps"),
+        (lambda: Heun(num_steps=5, s_churn=-1), "s_churn=-1"),
+        (lambda: Heun(num_steps=5, s_noise=math.nan), "s_noise=nan"),
+        (lambda: Heun(num_steps=5, s_min=2, s_max=1), "s_min=2 is above"),
+        (lambda: PredictorCorrector(num_steps=5, num_corrector_steps=0), "num_corrector_steps=0"),
+        (lambda: PredictorCorrector(num_steps=5, snr=0), "snr=0"),
+        (lambda: AnnealedLangevin(num_steps=5, num_langevin_steps=0), "num_langevin_steps=0"),
+        (lambda: AnnealedLangevin(num_steps=5, step_size=4.0), "step_size=4.0"),
+        (lambda: AnnealedLangevin(num_steps=5, step_size=-1), "step_size=-1"),
+        (lambda: UniPC(num_steps=5, variant="bh3"), "variant=bh3"),
+        (lambda: RK45(num_steps=1), "at least 2"),
+        (lambda: RK45(num_steps=0), "steps=0"),
+        (lambda: RK45(num_steps=5, rtol=0), "rtol=0"),
+        (lambda: RK45(num_steps=5, atol=-1e-5), "atol=-1e-05"),
     ],
 )
 def test_bad_settings_are_refused(make: Callable[[], object], names: str) -> None:
@@ -431,7 +448,7 @@ def test_bad_settings_are_refused(make: Callable[[], object], names: str) -> Non
 def test_times_that_do_not_lead_from_noise_to_data_are_refused(times: list[float]) -> None:
     schedule = LinearBetas()
     with pytest.raises(UserError):
-        DDIM(steps=1).iterate(
+        DDIM(num_steps=1).iterate(
             Truth(schedule), torch.zeros(1, 1, 1, 3), generator=generator("cpu", 0), times=torch.tensor(times)
         )
 
@@ -445,17 +462,17 @@ def test_an_adaptive_solver_that_gets_nowhere_says_so() -> None:
             return prediction._replace(eps=prediction.eps + 50 * torch.sin(1e9 * x_t))
 
     with pytest.raises(UserError, match="step size collapsed at log-SNR"):
-        RK45(steps=2).sample(Jumps(LinearBetas()), torch.ones(4, 1, 1, 3), generator=generator("cpu", 0))
+        RK45(num_steps=2).sample(Jumps(LinearBetas()), torch.ones(4, 1, 1, 3), generator=generator("cpu", 0))
 
 
 DESCRIBED: list[tuple[Sampler, Any]] = [
-    (DDIM(steps=50), "DDIM, 50 steps, eta 0"),
-    (Ancestral(steps=1000, variance=1.0), "Ancestral, 1000 steps, variance 1"),
-    (Heun(steps=18), "Heun, 18 steps"),
-    (Heun(steps=18, s_churn=40), "Heun, 18 steps, s_churn 40, s_min 0, s_max inf, s_noise 1"),
-    (UniPC(steps=10), "UniPC, 10 steps, variant bh2"),
-    (RK45(steps=2), "RK45, 2 steps, rtol 1e-05, atol 1e-05"),
-    (AnnealedLangevin(steps=10), "AnnealedLangevin, 10 steps, steps_per_level 100, step_size 0.2, denoise True"),
+    (DDIM(num_steps=50), "DDIM, 50 steps, eta 0"),
+    (Ancestral(num_steps=1000, variance=1.0), "Ancestral, 1000 steps, variance 1"),
+    (Heun(num_steps=18), "Heun, 18 steps"),
+    (Heun(num_steps=18, s_churn=40), "Heun, 18 steps, s_churn 40, s_min 0, s_max inf, s_noise 1"),
+    (UniPC(num_steps=10), "UniPC, 10 steps, variant bh2"),
+    (RK45(num_steps=2), "RK45, 2 steps, rtol 1e-05, atol 1e-05"),
+    (AnnealedLangevin(num_steps=10), "AnnealedLangevin, 10 steps, num_langevin_steps 100, step_size 0.2, denoise True"),
 ]
 
 

@@ -61,7 +61,7 @@ def calls_a_step(name: str) -> int:
     counts = []
     for steps in (4, 5):
         seen.clear()
-        part("sampler", name, steps=steps).sample(
+        part("sampler", name, num_steps=steps).sample(
             Counts(LinearBetas()), torch.zeros(1, 1, 1, 3), generator=generator("cpu", 0)
         )
         counts.append(len(seen))
@@ -84,7 +84,7 @@ def test_moments_are_right_in_many_steps(name: str, schedule: NoiseSchedule) -> 
     """From end to end: the error is small, or still falling as it should at first order."""
 
     def after(steps: int) -> float:
-        sampler = part("sampler", name, steps=steps)
+        sampler = part("sampler", name, num_steps=steps)
         return error(sampler, Truth(schedule), times_of(sampler, schedule))
 
     fine = after(240)
@@ -96,10 +96,10 @@ def test_moments_are_right_in_many_steps(name: str, schedule: NoiseSchedule) -> 
 def test_moments_are_near_in_as_many_steps_as_are_usual(name: str, schedule: NoiseSchedule) -> None:
     """From pure noise, with 50 network calls: no step may be so long that the solver leaves the path."""
     sampler = part("sampler", name)
-    sampler = part("sampler", name, steps=max(sampler.steps, 50 // calls_a_step(name)))
+    sampler = part("sampler", name, num_steps=max(sampler.num_steps, 50 // calls_a_step(name)))
     # The levels of Langevin steps are not steps in time, and are meant to fall evenly.
     langevin = name == "annealed_langevin"
-    times = even_levels(schedule, sampler.steps) if langevin else times_of(sampler, schedule)
+    times = even_levels(schedule, sampler.num_steps) if langevin else times_of(sampler, schedule)
     mean, covariance = moments(sampler, Truth(schedule), times)
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.1)
     found, true = (AXES.T @ root(each) @ AXES for each in (covariance, COVARIANCE))
@@ -108,7 +108,7 @@ def test_moments_are_near_in_as_many_steps_as_are_usual(name: str, schedule: Noi
 
 def test_the_schedule_that_is_bad_on_purpose_is_bad() -> None:
     """In 50 ancestral steps the standard deviations are further off than under the table it is made from."""
-    sampler = part("sampler", "ancestral", steps=50)
+    sampler = part("sampler", "ancestral", num_steps=50)
     steep, linear = (
         error(sampler, Truth(schedule), times_of(sampler, schedule))
         for schedule in (schedule_named("steep"), schedule_named("linear"))
@@ -120,7 +120,7 @@ def test_the_schedule_that_is_bad_on_purpose_is_bad() -> None:
 def test_no_step_blows_up(name: str, schedule: NoiseSchedule) -> None:
     """In float32, from the schedule's own prior, in ten steps."""
     torch.set_default_dtype(torch.float32)
-    schedule, sampler = schedule.float(), part("sampler", name, steps=10)
+    schedule, sampler = schedule.float(), part("sampler", name, num_steps=10)
     x = schedule.prior((400, 1, 1, 3), generator("cpu", 1))
     for step in sampler.iterate(
         Truth(schedule), x, generator=generator("cpu", 2), times=times_of(sampler, schedule).float()
@@ -133,7 +133,7 @@ def test_no_step_blows_up(name: str, schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_steps_come_one_by_one(name: str, schedule: NoiseSchedule) -> None:
-    sampler = part("sampler", name, steps=5)
+    sampler = part("sampler", name, num_steps=5)
     x, source = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)), generator("cpu", 2)
     steps = list(sampler.iterate(Truth(schedule), x, generator=source))
     assert torch.equal(torch.stack([step.t for step in steps]), sampler.times(schedule)[1:])
@@ -145,7 +145,7 @@ def test_steps_come_one_by_one(name: str, schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_are_a_function_of_the_generator(name: str) -> None:
-    sampler, denoiser = part("sampler", name, steps=4), Truth(LinearBetas())
+    sampler, denoiser = part("sampler", name, num_steps=4), Truth(LinearBetas())
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1))
     before = torch.get_rng_state()
     one = sampler.sample(denoiser, x, generator=generator("cpu", 2))
@@ -164,9 +164,9 @@ def test_an_image_does_not_depend_on_those_drawn_with_it(name: str) -> None:
     """(The adaptive solver's steps suit the whole chunk, whose size is fixed.)"""
     x = torch.randn(3, 1, 1, 3, generator=generator("cpu", 1))
     with unit_noise():  # the same for each row, however many there are
-        three = part("sampler", name, steps=4).sample(Truth(LinearBetas()), x, generator=generator("cpu", 2))
+        three = part("sampler", name, num_steps=4).sample(Truth(LinearBetas()), x, generator=generator("cpu", 2))
     with unit_noise():
-        two = part("sampler", name, steps=4).sample(Truth(LinearBetas()), x[:2], generator=generator("cpu", 2))
+        two = part("sampler", name, num_steps=4).sample(Truth(LinearBetas()), x[:2], generator=generator("cpu", 2))
     torch.testing.assert_close(three[:2], two, rtol=1e-12, atol=1e-12)
 
 
@@ -213,7 +213,7 @@ def test_what_clipping_would_hide_is_named_all_the_same(name: str, bad: float) -
 
 
 def rk45_error(denoiser: DenoiserProtocol, tolerance: float) -> float:
-    return error(RK45(steps=2, rtol=tolerance, atol=tolerance), denoiser, inner_times(denoiser.schedule, 1))
+    return error(RK45(num_steps=2, rtol=tolerance, atol=tolerance), denoiser, inner_times(denoiser.schedule, 1))
 
 
 def test_the_adaptive_solver_errs_as_much_as_is_tolerated(schedule: NoiseSchedule) -> None:
@@ -224,7 +224,7 @@ def test_the_adaptive_solver_errs_as_much_as_is_tolerated(schedule: NoiseSchedul
 
 def langevin_error(denoiser: DenoiserProtocol, finer: int) -> float:
     """Of annealed Langevin steps, ``finer`` times as short and ``finer``^2 times as many, at ten even levels."""
-    sampler = AnnealedLangevin(steps=10, steps_per_level=10 * finer**2, step_size=0.8 / finer)
+    sampler = AnnealedLangevin(num_steps=10, num_langevin_steps=10 * finer**2, step_size=0.8 / finer)
     mean, covariance = moments(sampler, denoiser, even_levels(denoiser.schedule, 10))
     along = AXES.T @ (root(covariance) - root(COVARIANCE)) @ AXES
     return float((mean - MEAN).abs().max() + along.abs().max())
@@ -256,14 +256,14 @@ class ManyPixels(Truth):
         return Prediction(x0=(x_t - sigma * eps) / alpha, eps=eps)
 
 
-def corrected_error(snr: float, corrector_steps: int, denoiser: ManyPixels) -> float:
+def corrected_error(snr: float, num_corrector_steps: int, denoiser: ManyPixels) -> float:
     """Relative error of the variance of 64 pixels of 500 images (Monte Carlo error 0.008), in 25 steps; snr 0 is no
     corrector."""
     schedule, steps = denoiser.schedule, 25
     sampler = (
-        PredictorCorrector(steps=steps, snr=snr, corrector_steps=corrector_steps)
+        PredictorCorrector(num_steps=steps, snr=snr, num_corrector_steps=num_corrector_steps)
         if snr
-        else ReverseDiffusion(steps=steps)
+        else ReverseDiffusion(num_steps=steps)
     )
     x = schedule.prior((500, 1, 1, 64), generator("cpu", 0)).double()
     out = sampler.sample(denoiser, x, generator=generator("cpu", 1), times=even_levels(schedule, steps))
@@ -303,14 +303,14 @@ class WrongSign(Truth):
 
 
 SOLVERS: list[Sampler] = [
-    Ancestral(steps=1),
-    DDIM(steps=1),
-    Euler(steps=1),
-    Heun(steps=1),
-    EulerMaruyama(steps=1),
-    ReverseDiffusion(steps=1),
-    DPMSolverPP2M(steps=1),
-    UniPC(steps=1),
+    Ancestral(num_steps=1),
+    DDIM(num_steps=1),
+    Euler(num_steps=1),
+    Heun(num_steps=1),
+    EulerMaruyama(num_steps=1),
+    ReverseDiffusion(num_steps=1),
+    DPMSolverPP2M(num_steps=1),
+    UniPC(num_steps=1),
 ]
 RANDOM = [sampler for sampler in SOLVERS if isinstance(sampler, (Ancestral, EulerMaruyama, ReverseDiffusion))]
 SLOPED = [sampler for sampler in SOLVERS if isinstance(sampler, (Euler, EulerMaruyama))]
@@ -337,7 +337,7 @@ def test_late_times_and_wrong_signs_break_the_order(sampler: Sampler) -> None:
 @pytest.mark.parametrize("sampler", RANDOM, ids=lambda sampler: sampler.describe())
 def test_one_random_number_for_all_pixels_breaks_the_order(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variance of each pixel is right, and their covariance is not."""
-    for module in (samplers, sde_samplers):
+    for module in (sampler_module, sde_samplers):
         monkeypatch.setattr(module, "normal_like", lambda x, source: normal_like(x, source)[..., :1].expand_as(x))
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
@@ -347,7 +347,7 @@ def test_one_random_number_for_all_pixels_breaks_the_order(sampler: Sampler, mon
 def test_half_or_twice_the_variance_of_the_noise_breaks_the_order(
     sampler: Sampler, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (samplers, sde_samplers):
+    for module in (sampler_module, sde_samplers):
         monkeypatch.setattr(module, "normal_like", lambda x, source: factor**0.5 * normal_like(x, source))
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
@@ -356,8 +356,8 @@ def test_half_or_twice_the_variance_of_the_noise_breaks_the_order(
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_half_or_twice_g2_breaks_the_order(sampler: Sampler, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """g^2 is -sigma^2 times the slope of the log-SNR."""
-    slope = property(lambda self: factor * self._every.log_snr_slope[self._i])
-    monkeypatch.setattr(sampler_module._OneTime, "log_snr_slope", slope)
+    slope = property(lambda self: factor * self._values.dlog_snr_dt[self._index])
+    monkeypatch.setattr(sampler_module._ValuesAtIndex, "dlog_snr_dt", slope)
     assert not keeps_its_order(sampler, Truth(LinearBetas()))
 
 
@@ -387,6 +387,6 @@ def test_half_or_twice_the_noise_breaks_the_laws_of_langevin_steps(
     def wrong(x: Tensor, prediction: Prediction, at: ScheduleValues, k: Tensor | float, z: Tensor) -> Tensor:
         return x - k * at.sigma * prediction.eps + (2 * factor * k) ** 0.5 * at.sigma * z
 
-    monkeypatch.setattr(sde_samplers, "langevin", wrong)
+    monkeypatch.setattr(sde_samplers, "langevin_step", wrong)
     assert not falls([langevin_error(Truth(LinearBetas()), finer) for finer in (1, 2, 4)])
     assert corrected_error(0.16, 20, ManyPixels(LinearBetas())) > 0.1

@@ -72,11 +72,11 @@ def test_slopes_hold_at_the_ends_too(schedule: NoiseSchedule) -> None:
     ends = torch.tensor([schedule.t_min, schedule.t_max])
     h = 1e-3 * min(schedule.t_min or 1e-3, 1 - schedule.t_max or 1e-3) * torch.tensor([1.0, -1.0])
     for slope, function in (
-        (schedule.at(ends).log_snr_slope, schedule.log_snr),
-        (schedule.at(ends).log_alpha_slope, schedule.log_alpha),
+        (schedule.at(ends).dlog_snr_dt, schedule.log_snr),
+        (schedule.at(ends).dlog_alpha_dt, schedule.log_alpha),
     ):
         torch.testing.assert_close(slope, (function(ends + h) - function(ends)) / h, rtol=2e-3, atol=1e-6)
-    assert (schedule.at(ends).log_snr_slope < 0).all() and (schedule.sde(ends)[1] > 0).all()
+    assert (schedule.at(ends).dlog_snr_dt < 0).all() and (schedule.sde(ends)[1] > 0).all()
 
 
 def test_alpha_sigma_and_log_snr_agree(schedule: NoiseSchedule) -> None:
@@ -143,7 +143,7 @@ def test_prior_is_the_noise_at_the_end(schedule: NoiseSchedule) -> None:
 
 
 def alpha_bar(schedule: BetaTable) -> np.ndarray:
-    at = schedule.at(torch.arange(1, schedule.T + 1) / schedule.T)
+    at = schedule.at(torch.arange(1, schedule.num_train_timesteps + 1) / schedule.num_train_timesteps)
     return (at.alpha**2).numpy()
 
 
@@ -190,7 +190,7 @@ def test_first_step_adds_the_first_beta() -> None:
 def test_tables_are_exact_at_their_steps_in_float32() -> None:
     torch.set_default_dtype(torch.float32)
     for T in (10, 1000, 4000):
-        schedule = LinearBetas(T=T)
+        schedule = LinearBetas(num_train_timesteps=T)
         times = schedule.discrete_times
         assert times.dtype == torch.float32
         assert torch.equal(schedule.log_snr(times), schedule.table)
@@ -236,7 +236,7 @@ def test_vp_is_the_limit_of_the_linear_table() -> None:
     table, limit = LinearBetas(), VP()
     t = torch.linspace(0.1, 1, 10)
     torch.testing.assert_close(table.at(t).alpha, limit.at(t).alpha, rtol=0.06, atol=0)
-    finer = LinearBetas(first=1e-5, last=2e-3, T=10_000)
+    finer = LinearBetas(beta_start=1e-5, beta_end=2e-3, num_train_timesteps=10_000)
     torch.testing.assert_close(finer.at(t).alpha, limit.at(t).alpha, rtol=0.006, atol=0)
 
 
@@ -267,7 +267,7 @@ def test_noise_in_pixel_units_is_the_published(name: str, times: np.ndarray, pub
 
 
 def test_level_of_ncsn_is_its_place() -> None:
-    schedule = part("schedule", "ncsn", levels=4, sigma_min=0.1, sigma_max=0.8)
+    schedule = part("schedule", "ncsn", num_levels=4, sigma_min=0.1, sigma_max=0.8)
     exactly(schedule.at(torch.tensor([0.25, 0.5, 0.625, 0.75, 1])).sigma, np.array([1, 2, 8**0.5, 4, 8]) / 10)
     assert schedule.discrete_times is not None
     assert torch.equal(schedule.discrete_times, torch.tensor([0.25, 0.5, 0.75, 1.0]))
@@ -298,7 +298,7 @@ def test_rectified_flow_is_straight() -> None:
 
 def shaken(seed: int, size: float = 4.0) -> LearnedSchedule:
     """With wild weights, and so few of them that they do not average out."""
-    schedule, source = LearnedSchedule(features=5), generator("cpu", seed)
+    schedule, source = LearnedSchedule(num_features=5), generator("cpu", seed)
     with torch.no_grad():
         for parameter in schedule.interior_parameters():
             parameter += size * torch.randn(parameter.shape, generator=source)
@@ -335,13 +335,13 @@ def test_learned_schedule_starts_nearly_straight_and_alike() -> None:
 
 
 def test_gradients_reach_ends_and_interior_and_nothing_is_left_out() -> None:
-    schedule = LearnedSchedule(features=8)
+    schedule = LearnedSchedule(num_features=8)
     named = {id(p) for p in schedule.parameters()}
-    parts_of_it = [id(p) for p in [*schedule.end_parameters(), *schedule.interior_parameters()]]
+    parts_of_it = [id(p) for p in [*schedule.endpoint_parameters(), *schedule.interior_parameters()]]
     assert len(parts_of_it) == len(set(parts_of_it)) and set(parts_of_it) == named
     t = torch.tensor([0.2, 0.7])
     # A function of lambda and of its slope, as in the loss of the VDM, against finite differences.
-    value = lambda: (schedule.at(t).log_snr_slope * schedule.at(t).log_snr.sigmoid()).sum()  # noqa: E731
+    value = lambda: (schedule.at(t).dlog_snr_dt * schedule.at(t).log_snr.sigmoid()).sum()  # noqa: E731
     value().backward()
     for parameter in schedule.parameters():
         assert parameter.grad is not None
@@ -359,7 +359,7 @@ def test_gradients_reach_ends_and_interior_and_nothing_is_left_out() -> None:
 def test_only_the_ends_move_the_ends() -> None:
     schedule = shaken(2)
     schedule.log_snr(torch.tensor([0.0, 1.0])).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs() > 1 for p in schedule.end_parameters())
+    assert all(p.grad is not None and p.grad.abs() > 1 for p in schedule.endpoint_parameters())
     assert all(p.grad is not None and (p.grad.abs() < 1e-12).all() for p in schedule.interior_parameters())
 
 
@@ -433,11 +433,11 @@ def test_a_rising_or_infinite_snr_is_refused() -> None:
         lambda: BetaTable([0.1, 1.0]),
         lambda: BetaTable([0.1, -0.1]),
         lambda: BetaTable([0.1]),
-        lambda: LinearBetas(first=0.02, last=1e-4),
+        lambda: LinearBetas(beta_start=0.02, beta_end=1e-4),
         lambda: LinearBetas(power=0),
         lambda: CosineBetas(s=-1),
-        lambda: SigmoidBetas(first=0.02, last=1e-4),
-        lambda: SigmoidBetas(last=1.0),
+        lambda: SigmoidBetas(beta_start=0.02, beta_end=1e-4),
+        lambda: SigmoidBetas(beta_end=1.0),
         lambda: VP(beta_min=20, beta_max=0.1),
         lambda: VP(beta_min=0),
         lambda: VP(t_min=0),
@@ -446,12 +446,12 @@ def test_a_rising_or_infinite_snr_is_refused() -> None:
         lambda: VE(sigma_min=0),
         lambda: VE(sigma_max=float("nan")),
         lambda: GeometricSigmas(sigma_min=2, sigma_max=0.02),
-        lambda: GeometricSigmas(levels=1),
+        lambda: GeometricSigmas(num_levels=1),
         lambda: EDMSchedule(sigma_min=-1),
         lambda: EDMSchedule(rho=0),
         lambda: LearnedSchedule(gamma_min=5, gamma_max=-13),
         lambda: LearnedSchedule(gamma_max=float("inf")),
-        lambda: LearnedSchedule(features=0),
+        lambda: LearnedSchedule(num_features=0),
     ],
 )
 def test_bad_settings_are_refused(make) -> None:

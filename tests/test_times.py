@@ -58,7 +58,9 @@ def test_there_are_grids() -> None:
 def test_grid_leads_from_noise_to_clean_data(name: str, schedule: NoiseSchedule, steps: int) -> None:
     grid, table = part("sampler/grid", name), schedule.discrete_times
     if name in IN_TIME and table is not None and steps > len(table):
-        with pytest.raises(UserError, match=rf"sampler.steps={steps}: .*no more than {len(table)} steps.*grid=log_snr"):
+        with pytest.raises(
+            UserError, match=rf"sampler.num_steps={steps}: .*no more than {len(table)} steps.*grid=log_snr"
+        ):
             grid(schedule, steps)
         return
     times = grid(schedule, steps)
@@ -132,7 +134,9 @@ def test_log_snr_grid_is_even_in_log_snr(schedule: NoiseSchedule) -> None:
     np.testing.assert_allclose(log_snr, np.linspace(log_snr[0], log_snr[-1], 30), atol=1e-7)
 
 
-@pytest.mark.parametrize("grid", [LogSNRGrid(first=-4.5, last=5.5), KarrasGrid(first=-4.5, last=5.5)])
+@pytest.mark.parametrize(
+    "grid", [LogSNRGrid(log_snr_start=-4.5, log_snr_end=5.5), KarrasGrid(log_snr_start=-4.5, log_snr_end=5.5)]
+)
 def test_one_grid_of_log_snr_under_every_schedule(grid: TimeGrid) -> None:
     found = []
     for name in options("model/schedule"):
@@ -148,10 +152,10 @@ def test_one_grid_of_log_snr_under_every_schedule(grid: TimeGrid) -> None:
 
 
 def test_one_end_may_be_the_schedules_own() -> None:
-    times = LogSNRGrid(last=3.0)(VE(), 5)
+    times = LogSNRGrid(log_snr_end=3.0)(VE(), 5)
     assert times[0] == 1
     np.testing.assert_allclose(VE().log_snr(times[-2]), 3, atol=1e-9)
-    times = KarrasGrid(first=-3.0)(VE(), 5)
+    times = KarrasGrid(log_snr_start=-3.0)(VE(), 5)
     assert times[-2] == 0
     np.testing.assert_allclose(VE().log_snr(times[0]), -3, atol=1e-9)
 
@@ -159,34 +163,37 @@ def test_one_end_may_be_the_schedules_own() -> None:
 @pytest.mark.parametrize(
     ("grid", "named"),
     [
-        (LogSNRGrid(first=-12.0), r"grid.first=-12.0: .* from -9.21 to 7.824"),
-        (LogSNRGrid(last=8.0), r"grid.last=8.0: .* from -9.21 to 7.824"),
-        (KarrasGrid(first=9.0), "grid.first=9.0"),
-        (LogSNRGrid(first=float("nan")), "grid.first=nan"),
+        (LogSNRGrid(log_snr_start=-12.0), r"grid.log_snr_start=-12.0: .* from -9.21 to 7.824"),
+        (LogSNRGrid(log_snr_end=8.0), r"grid.log_snr_end=8.0: .* from -9.21 to 7.824"),
+        (KarrasGrid(log_snr_start=9.0), "grid.log_snr_start=9.0"),
+        (LogSNRGrid(log_snr_start=float("nan")), "grid.log_snr_start=nan"),
     ],
 )
 def test_a_grid_outside_of_the_schedule_is_refused(grid: TimeGrid, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        DDIM(steps=5, grid=grid).times(VE())
+        DDIM(num_steps=5, grid=grid).times(VE())
 
 
 def test_steps_that_fall_together_are_refused() -> None:
     torch.set_default_dtype(torch.float32)
-    with pytest.raises(UserError, match=r"sampler.steps=500: .*fall together"):
-        LogSNRGrid(first=-9.0, last=-8.9999)(RectifiedFlow(), 500)
+    with pytest.raises(UserError, match=r"sampler.num_steps=500: .*fall together"):
+        LogSNRGrid(log_snr_start=-9.0, log_snr_end=-8.9999)(RectifiedFlow(), 500)
 
 
-@pytest.mark.parametrize("make", [lambda: LogSNRGrid(first=2, last=-2), lambda: KarrasGrid(rho=0)])
+@pytest.mark.parametrize("make", [lambda: LogSNRGrid(log_snr_start=2, log_snr_end=-2), lambda: KarrasGrid(rho=0)])
 def test_bad_grids_are_refused(make) -> None:
     with pytest.raises(UserError):
         make()
 
 
 def test_samplers_say_which_grid_they_walk() -> None:
-    described = [DDIM(steps=5, grid=part("sampler/grid", name)).describe() for name in GRIDS]
+    described = [DDIM(num_steps=5, grid=part("sampler/grid", name)).describe() for name in GRIDS]
     assert len(set(described)) == len(GRIDS), "two rows of a comparison must not look the same"
-    assert DDIM(steps=5, grid=UniformGrid()).describe() == "DDIM, 5 steps, eta 0"
-    assert DDIM(steps=5, grid=KarrasGrid(last=6.5)).describe() == "DDIM, 5 steps, KarrasGrid last 6.5 rho 7, eta 0"
+    assert DDIM(num_steps=5, grid=UniformGrid()).describe() == "DDIM, 5 steps, eta 0"
+    assert (
+        DDIM(num_steps=5, grid=KarrasGrid(log_snr_end=6.5)).describe()
+        == "DDIM, 5 steps, KarrasGrid log_snr_end 6.5 rho 7, eta 0"
+    )
 
 
 # Times to train at
@@ -204,19 +211,19 @@ def assert_standard_normal(z: torch.Tensor) -> None:
 
 
 def many(times: TimeDistribution, schedule: NoiseSchedule, n: int = N) -> torch.Tensor:
-    return times(schedule, RandomSource.whole(generator("cpu", 4), n)).double()
+    return times(schedule, RandomSource.for_batch(generator("cpu", 4), n)).double()
 
 
 def test_stratified_times_visit_each_step_once() -> None:
-    schedule = LinearBetas(T=250)
-    t = UniformTimes(stratified=True)(schedule, RandomSource.whole(generator("cpu", 3), 250))
+    schedule = LinearBetas(num_train_timesteps=250)
+    t = UniformTimes(stratified=True)(schedule, RandomSource.for_batch(generator("cpu", 3), 250))
     assert torch.equal(t.sort().values, schedule.discrete_times)
 
 
 @pytest.mark.parametrize("stratified", [True, False])
 def test_training_times_are_uniform(schedule: NoiseSchedule, stratified: bool) -> None:
     source, n = generator("cpu", 5), 500
-    draws = [UniformTimes(stratified)(schedule, RandomSource.whole(source, n)) for _ in range(60)]
+    draws = [UniformTimes(stratified)(schedule, RandomSource.for_batch(source, n)) for _ in range(60)]
     t = torch.cat(draws)
     span = schedule.t_max - schedule.t_min
     assert t.min() >= schedule.t_min - 1e-6 and t.max() <= schedule.t_max + 1e-6
@@ -254,7 +261,7 @@ def test_noise_out_of_reach_becomes_an_end(schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7)])
 def test_logit_of_the_time_is_normal(mean: float, std: float) -> None:
-    for schedule in (RectifiedFlow(), VP(), LinearBetas(T=4000)):
+    for schedule in (RectifiedFlow(), VP(), LinearBetas(num_train_timesteps=4000)):
         u = (many(LogitNormalTimes(mean, std), schedule) - schedule.t_min) / (schedule.t_max - schedule.t_min)
         assert_standard_normal((torch.logit(u) - mean) / std)
 
@@ -273,8 +280,8 @@ def test_training_times_do_not_depend_on_the_number_of_processes(
 
 def test_training_times_are_independent_of_each_other() -> None:
     for times in (LogNormalTimes(), LogitNormalTimes()):
-        means = torch.stack([times(VP(), RandomSource.whole(generator("cpu", k), 400)).mean() for k in range(60)])
-        alone = times(VP(), RandomSource.whole(generator("cpu", 99), 4000)).std() / 20
+        means = torch.stack([times(VP(), RandomSource.for_batch(generator("cpu", k), 400)).mean() for k in range(60)])
+        alone = times(VP(), RandomSource.for_batch(generator("cpu", 99), 4000)).std() / 20
         assert 0.75 < float(means.std() / alone) < 1.3
 
 

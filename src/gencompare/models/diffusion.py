@@ -319,8 +319,8 @@ def _check_latents(model: Diffusion) -> None:
 
 
 def _check_noise_levels(network: nn.Module, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
-    """A network with separate parameters for each of its ``noise_levels`` needs the index of the level."""
-    num_levels = getattr(network, "noise_levels", 1)
+    """A network with separate parameters for each of its ``num_noise_levels`` needs the index of the level."""
+    num_levels = getattr(network, "num_noise_levels", 1)
     if num_levels > 1 and parameterization.noise_conditioning.num_levels(schedule) != num_levels:
         times = schedule.discrete_times
         schedule_levels = "runs in continuous time" if times is None else f"has {len(times)}"
@@ -394,5 +394,5 @@ def check_same_latents(space: Latents | PixelSpace, guidance: Guidance) -> None:
         ):
             raise UserError(
                 f"model.guidance.{name} works on the latents of another autoencoder: train both on one"
-                " (model.latent.run=DIR)."
+                " (model.latent.autoencoder_run=DIR)."
             )
