@@ -1,9 +1,9 @@
-"""The acceptance criteria of the digits demonstration: which of them a run meets, and which known faults do not.
+"""Acceptance criteria of the digits demonstration, for a run and for images with known faults.
 
     python benchmarks/digits_acceptance.py RUN_FOLDER
 
-Prints a Markdown table: the run's result, then copies of training images, images with one class dropped, blurred and
-noisy test images, and the Gaussian baseline, all under the default protocol.
+Prints a Markdown table: the run, real test images, copies of training images, images without one class, noisy and
+blurred test images, and the Gaussian baseline, all under the default protocol.
 """
 
 from __future__ import annotations

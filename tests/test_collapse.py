@@ -1,4 +1,4 @@
-"""Missing modes are seen while a model trains, of whatever family it is, and said of results."""
+"""Missing modes are detected during training, for models of any family, and in results."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from gencompare.training.evaluation_callback import EvaluationCallback
 RING = Toy2D("gaussians8", num_points=1000)
 
 
-def said(samples: Tensor, best: float = 0.0) -> str | None:
+def warning(samples: Tensor, best: float = 0.0) -> str | None:
     real = RING.split("val").images.flatten(1)
     near = compute_prdc(samples[:1000], real)
     return missing_modes(near.density, near.coverage, best)
 
 
-def test_samples_are_reported_where_modes_are_missing_and_nowhere_else() -> None:
+def test_samples_that_miss_modes_and_only_those_are_reported() -> None:
     test = RING.split("test")
     points, labels = test.images.flatten(1), test.labels
     assert labels is not None
-    assert said(points) is None, "as good as real"
-    assert said(points[labels < 6].repeat(2, 1)) is None, "a quarter of the modes: not yet"
+    assert warning(points) is None, "as good as real"
+    assert warning(points[labels < 6].repeat(2, 1)) is None, "missing a quarter of the modes is not enough"
     # Three modes of eight: coverage cannot be above 3 / 8.
-    assert "cover only 3" in (said(points[labels < 3].repeat(3, 1)) or "")
-    assert "cover only 1" in (said(points[labels < 1].repeat(9, 1)) or "")
+    assert "cover only 3" in (warning(points[labels < 3].repeat(3, 1)) or "")
+    assert "cover only 1" in (warning(points[labels < 1].repeat(9, 1)) or "")
     noise = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) + 2
-    assert said(noise) is None, "bad, but no collapse: nothing lies near real points"
-    assert "after 90% earlier on" in (said(noise, best=0.9) or "")
-    assert said(noise, best=0.3) is None, "it never was good"
+    assert warning(noise) is None, "bad, but not collapsed: no sample is near a real point"
+    assert "after 90% earlier" in (warning(noise, best=0.9) or "")
+    assert warning(noise, best=0.3) is None, "it never was good"
 
 
-def test_coverage_of_real_images_is_what_is_expected_whatever_they_are() -> None:
-    """A law of ranks: it holds for any density, here a ring of modes and a plain normal in ten dimensions."""
+def test_coverage_of_real_images_has_the_expected_value() -> None:
+    """It depends on ranks only, so it holds for any density: here a ring of modes and a normal in ten dimensions."""
     normal = torch.randn(2, 2000, 10, generator=torch.Generator().manual_seed(0))
     ring = [RING.split(name).images.flatten(1) for name in ("val", "test")]
     for samples, real in (normal, ring):
-        # Coverage of neighbours goes together, so its standard deviation is a few times that of single coins.
+        # Neighbors are covered together, so the standard deviation is a few times that of independent coins.
         assert compute_prdc(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
 
 
 class Narrowing(GenerativeModel):
-    """Draws real-looking points, of all modes at first, of one after half of the budget."""
+    """Draws real points, from all modes at first, and from one after half of the budget."""
 
     def __init__(self) -> None:
         super().__init__(RING.spec, optimizer=partial(torch.optim.SGD, lr=0.0))
@@ -72,11 +72,11 @@ class Narrowing(GenerativeModel):
         return images[torch.randint(len(images), (n,), generator=generator)]
 
 
-def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
+def test_training_reports_lost_modes_of_models_other_than_gans(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     protocol = EvaluationProtocol(extractors=(IdentityExtractor,))
-    looks = EvaluationCallback(
+    evaluation = EvaluationCallback(
         num_evaluations=4,
         num_grid_images=0,
         num_val_images=0,
@@ -90,20 +90,21 @@ def test_looks_report_modes_that_are_lost_in_a_model_that_is_no_gan(
     logger = pl.loggers.CSVLogger(tmp_path)
     logger.log_metrics = lambda metrics, step=None: logged.append(metrics)  # type: ignore[method-assign,assignment]
     trainer = pl.Trainer(
-        callbacks=[TrainingClock(0, 64, Budget(steps=12)), looks], logger=logger, max_epochs=-1, limit_val_batches=0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        callbacks=[TrainingClock(0, 64, Budget(steps=12)), evaluation], logger=logger, max_epochs=-1,
+        limit_val_batches=0, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
     )  # fmt: skip
     trainer.fit(Narrowing(), datamodule=RING)
     coverage = [row["val/coverage"] for row in logged]
     assert min(coverage[:2]) > 0.85 and max(coverage[2:]) < 0.15
-    assert list(looks.missing) == [9, 12]
+    assert list(evaluation.missing) == [9, 12]
     assert capsys.readouterr().out.count("modes are missing") == 2
     other = EvaluationCallback(protocol=None, data=RING, folder=tmp_path, seed=0)
-    other.load_state_dict(looks.state_dict())
-    assert other.missing == looks.missing and other.best_coverage == max(coverage)
+    other.load_state_dict(evaluation.state_dict())
+    assert other.missing == evaluation.missing and other.best_coverage == max(coverage)
 
 
-def test_a_result_says_it_too() -> None:
+def test_a_result_contains_the_warning() -> None:
     split = RING.split("test")
     narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
     flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), n=100)).details["warnings"]

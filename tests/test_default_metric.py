@@ -1,4 +1,4 @@
-"""The default metric agrees with what a person sees, on every data set with real images at hand."""
+"""The default metric agrees with people, on every data set of real images that is available."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from gencompare.evaluation.reference import quantize_images, quantize_split
 
 FULL = 2000
 SHORT = 500
-"""Samples of each set in ``make test``, so that the suite stays short; ``make test-slow`` takes 2,000."""
+"""Images per set in ``make test``; ``make test-slow`` uses `FULL`."""
 PHOTOGRAPHS = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10, "eurosat64": EuroSAT64}
-WORSE_THAN = [
+ORDERED_PAIRS = [
     (("real", 0), ("jpeg", 50)), (("jpeg", 50), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)),
     (("noise", 10), ("noise", 25)), (("patch shuffle", 2), ("patch shuffle", 4)),
     (("jpeg", 50), ("gaussian", 0)), (("blur", 1.0), ("gaussian", 0)), (("noise", 10), ("gaussian", 0)),
     (("patch shuffle", 2), ("gaussian", 0)), (("mixing", 0.5), ("gaussian", 0)),
 ]  # fmt: skip
-"""(better, worse) for photographs and drawings of 28 pixels and more."""
+"""(better, worse) for images of 28 pixels and more."""
 VISIBLE_AT_8X8 = [
     (("real", 0), ("noise", 25)), (("noise", 10), ("noise", 25)), (("noise", 25), ("noise", 60)),
     (("real", 0), ("patch shuffle", 2)), (("patch shuffle", 2), ("patch shuffle", 4)),
     (("real", 0), ("blur", 1.0)), (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)),
     (("real", 0), ("gaussian", 0)),
 ]  # fmt: skip
-"""What a person sees on digits of 8 x 8 pixels. Left out (docs/evaluation.md): JPEG, which codes blocks of 8 x 8 and so
-changes such an image in no way of its own, and every comparison with the Gaussian, whose samples look like digits."""
+"""What a person can see on digits of 8 x 8 pixels. Left out (docs/evaluation.md): JPEG, for which the whole image is
+one block, and every comparison of a degraded digit with the Gaussian, whose samples look like digits."""
 
 
 Key = tuple[str, float]
 
 
 def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.Tensor:
-    """n uint8 draws from one Gaussian a class, with the means and full covariances of its images (N, C, H, W).
+    """n uint8 samples of one Gaussian per class, with the mean and full covariance of its images (N, C, H, W).
 
-    With the centred images X (m, d) of a class and z from N(0, I_m), mean + X^T z / sqrt(m - 1) has their covariance.
+    With the centered images X (m, d) of a class and z from N(0, I_m), mean + X^T z / sqrt(m - 1) has their covariance.
     """
     random = torch.Generator().manual_seed(0)
     drawn = labels[torch.randint(len(labels), (n,), generator=random)]
@@ -60,7 +60,7 @@ def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.
 
 
 def distances(data: ImageData, n: int, references: int, pairs: list[tuple[Key, Key]]) -> dict[tuple[str, float], float]:
-    """The primary metric of each set of images that ``pairs`` name."""
+    """The primary metric of each set of images in ``pairs``."""
     spec = data.spec
     extractor = EvaluationProtocol().build_extractors(spec)[0]
     train, test = data.split("train"), data.split("test")
@@ -88,27 +88,29 @@ def test_the_default_metric_orders_degraded_images_as_a_person_does(
     name: str, n: int, data_root: Path, cache: Path
 ) -> None:
     decoded = {"cache": cache} if name in ("cifar10", "eurosat64") else {}
-    found = distances(PHOTOGRAPHS[name](data_root, **decoded), n, max(1000, 2 * n), WORSE_THAN)
-    wrong = [f"{a} {found[a]:.2f} >= {b} {found[b]:.2f}" for a, b in WORSE_THAN if not found[a] < found[b]]
+    found = distances(PHOTOGRAPHS[name](data_root, **decoded), n, max(1000, 2 * n), ORDERED_PAIRS)
+    wrong = [f"{a} {found[a]:.2f} >= {b} {found[b]:.2f}" for a, b in ORDERED_PAIRS if not found[a] < found[b]]
     assert not wrong, found
 
 
-def test_the_default_metric_orders_digits_as_far_as_a_person_can() -> None:
+def test_the_default_metric_orders_digits_as_a_person_does() -> None:
     found = distances(Digits(), 500, 800, VISIBLE_AT_8X8)
     wrong = [f"{a} {found[a]:.2f} >= {b} {found[b]:.2f}" for a, b in VISIBLE_AT_8X8 if not found[a] < found[b]]
     assert not wrong, found
 
 
-def test_every_degradation_grows_with_its_strength_and_keeps_its_input() -> None:
-    """In pixels: a stronger fault moves images further. Shape and type stay, and the input is not written to."""
+def test_degradations_grow_with_strength_and_keep_their_input() -> None:
+    """A stronger degradation has a larger pixel error. Shape and type stay, and the input is not modified."""
     images = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
-    images = torch.nn.functional.avg_pool2d(images, 3, 1, 1).to(torch.uint8)  # neighbours are alike, as in photographs
+    images = torch.nn.functional.avg_pool2d(images, 3, 1, 1).to(
+        torch.uint8
+    )  # adjacent pixels are similar, as in photographs
     before = images.clone()
     for degradation in DEGRADATIONS:
         if 3 not in degradation.channels:
             continue
         moved = []
-        # Pixelation by a fraction leaves blocks of two sizes, whose places decide as much as their size.
+        # Pixelation by a fraction has blocks of two sizes, and their positions matter as much as their size.
         whole = degradation.name == "pixelate"
         for strength in (s for s in degradation.strengths if not whole or s == int(s)):
             out = degradation(images, strength)
@@ -116,7 +118,7 @@ def test_every_degradation_grows_with_its_strength_and_keeps_its_input() -> None
             assert torch.equal(out, degradation(images, strength)), degradation.name
             moved.append(float((out.float() - images.float()).square().mean()))
         assert torch.equal(images, before), degradation.name
-        if degradation.name != "patch shuffle":  # all grids move most pixels to a random place
+        if degradation.name != "patch shuffle":  # all grids move most pixels to a random position
             assert moved == sorted(moved) and moved[0] < moved[-1], (degradation.name, moved)
 
 

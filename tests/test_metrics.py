@@ -1,4 +1,4 @@
-"""Metrics against closed forms, and the laws that they obey."""
+"""Metrics against closed forms, and their invariants."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_frechet_distance_tends_to_the_closed_form() -> None:
     assert errors[1] < 0.01
 
 
-def test_the_bias_of_the_frechet_distance_falls_as_one_over_n() -> None:
-    """Two sets of n from one distribution: about c / n, so 16 times the images give about a sixteenth."""
+def test_frechet_bias_is_proportional_to_one_over_n() -> None:
+    """For two sets of n from one distribution it is about c / n: 16 times the images give about a sixteenth."""
     few, many = (
         np.mean([frechet_distance(normal(n, 8, seed=10 + i), normal(n, 8, seed=50 + i)) for i in range(10)])
         for n in (200, 3_200)
@@ -61,14 +61,14 @@ def test_the_bias_of_the_frechet_distance_falls_as_one_over_n() -> None:
     assert 12 < few / many < 21
 
 
-def test_distances_are_zero_on_equal_sets_and_do_not_see_the_order() -> None:
+def test_distances_are_zero_on_equal_sets_and_ignore_the_order() -> None:
     a, b = normal(200, 16), normal(200, 16, seed=1) * 1.2 + 0.3
     order = torch.randperm(200, generator=torch.Generator().manual_seed(2))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     for name, distance in DISTANCES.items():
         assert distance(a[order], b) == pytest.approx(distance(a, b), rel=1e-4), name
         assert distance(a, b[order]) == pytest.approx(distance(a, b), rel=1e-4), name
-        assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-4), f"{name} is symmetric"
+        assert distance(b, a) == pytest.approx(distance(a, b), rel=1e-4), f"{name} must be symmetric"
     assert compute_prdc(a[order], b) == compute_prdc(a, b)
     same = compute_prdc(a, a)
     assert (same.precision, same.recall, same.coverage) == (1.0, 1.0, 1.0)
@@ -78,8 +78,8 @@ def test_distances_are_zero_on_equal_sets_and_do_not_see_the_order() -> None:
 def test_distances_rise_with_noise(name: str) -> None:
     real, base = normal(2000, 16), normal(300, 16, seed=1)
     noise = normal(300, 16, seed=2)
-    figures = [DISTANCES[name](base + s * noise, real) for s in (0.3, 0.6, 1.0, 2.0)]
-    assert figures == sorted(figures) and figures[0] > DISTANCES[name](base, real)
+    values = [DISTANCES[name](base + s * noise, real) for s in (0.3, 0.6, 1.0, 2.0)]
+    assert values == sorted(values) and values[0] > DISTANCES[name](base, real)
 
 
 KERNELS: dict[str, tuple[Any, Any]] = {
@@ -143,7 +143,7 @@ def test_the_bandwidth_is_the_median_distance_of_the_reference() -> None:
     wide = KernelReference.from_features(real, GaussianKernel(median_factor=2.0)).kernel
     assert isinstance(wide, GaussianKernel) and wide.bandwidth == pytest.approx(2 * kernel.bandwidth)
     far = kernel_distance(real[:200] + 1e4, real + 1e4).value
-    assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "moving both changes nothing"
+    assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "translation invariant"
 
 
 def test_kid_agrees_with_torch_fidelity() -> None:
@@ -164,7 +164,7 @@ def test_kid_of_few_samples_has_the_spread_of_fresh_samples() -> None:
     assert 0.75 * spread < np.mean([error for _, error in found]) < 1.25 * spread
 
 
-def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
+def test_precision_detects_outliers_and_recall_lost_modes() -> None:
     centres = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
     real = centres[torch.arange(600) % 2] + normal(600, 2)
     one_mode = centres[0] + normal(600, 2, seed=1)
@@ -176,7 +176,7 @@ def test_precision_sees_odd_samples_and_recall_sees_lost_modes() -> None:
     assert compute_prdc(odd, real).density < 0.6
 
 
-def test_the_frechet_distance_survives_singular_covariances() -> None:
+def test_frechet_distance_of_singular_covariances() -> None:
     """A constant feature, and fewer images than features: against scipy's matrix root."""
     for n in (200, 6):
         a, b = normal(n, 8), normal(n, 8, seed=1) * 1.5 + 0.2
@@ -188,8 +188,8 @@ def test_the_frechet_distance_survives_singular_covariances() -> None:
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-3)
 
 
-def test_distance_at_infinity_has_lost_the_bias_of_n() -> None:
-    """Samples of the reference's own distribution are at 0, with an error below the bias that is gone."""
+def test_distance_at_infinity_is_unbiased_in_n() -> None:
+    """For samples of the reference distribution it is 0, with an error below the removed bias."""
     statistics = Statistics(torch.zeros(8).double(), torch.eye(8).double())
     jackknives = [Jackknife(normal(400, 8, seed=k), statistics) for k in range(40)]
     plain, limits = (np.array([getattr(j, name) for j in jackknives]) for name in ("value", "value_at_infinity"))
@@ -198,8 +198,8 @@ def test_distance_at_infinity_has_lost_the_bias_of_n() -> None:
     assert limits.std() < 0.03
 
 
-def test_left_out_distances_are_those_of_the_other_images() -> None:
-    """A falling spectrum, a constant feature and an image far from all others."""
+def test_delete_one_distances_are_those_of_the_remaining_images() -> None:
+    """With a decaying spectrum, a constant feature and an outlier."""
     x = normal(40, 6) * torch.logspace(0, -2, 6)
     x[:, 2], x[7] = 0.5, x[7] * 30
     reference = normal(300, 6, seed=1)
@@ -219,7 +219,7 @@ def narrowed_gaussians(n: int, seed: int) -> Tensor:
 
 
 def skewed_mixture(n: int, seed: int, modes: int = 9) -> Tensor:
-    """Nine of ten modes, heavy tails along a falling spectrum, cut at zero as activations are."""
+    """Nine of ten modes, with heavy tails along a decaying spectrum, and a ReLU."""
     g = torch.Generator().manual_seed(seed)
     centres = 2 * normal(10, 64, seed=99)[torch.randint(modes, (n,), generator=g)]
     tails = torch.empty(n, 1).exponential_(generator=g)
@@ -266,7 +266,7 @@ def test_intervals_cover_the_expectation(name: str) -> None:
         assert (intervals[:, 1] - intervals[:, 0]).mean() < 1.6 * 3.92 * deviation, metric
 
 
-def test_a_distance_that_one_image_decides_says_so() -> None:
+def test_a_note_names_an_image_that_dominates_a_distance() -> None:
     statistics, x = Statistics.from_features(normal(5000, 16, seed=5)), shifted_gaussians(500, 0)[:, :16]
     assert distance_metric(Jackknife(x, statistics).distance).note == ""
     x[0] *= 40
@@ -274,8 +274,8 @@ def test_a_distance_that_one_image_decides_says_so() -> None:
     assert re.fullmatch(r"a note; heavy tails: one image makes up (100|9\d)% of the variance", metric.note), metric
 
 
-def test_what_a_bootstrap_would_say_of_the_frechet_distance() -> None:
-    """Images drawn with replacement: an interval above the expectation."""
+def test_a_bootstrap_overestimates_the_frechet_distance() -> None:
+    """With images drawn with replacement, the whole interval lies above the expectation."""
     reference = Statistics.from_features(normal(10_000, 64, seed=5))
     expected = np.mean([frechet_distance(shifted_gaussians(2000, 1000 + k), reference) for k in range(50)])
     g = torch.Generator().manual_seed(0)
@@ -284,7 +284,7 @@ def test_what_a_bootstrap_would_say_of_the_frechet_distance() -> None:
     assert np.quantile(again, 0.025) > expected
 
 
-def test_few_images_have_no_interval_and_equal_ones_a_narrow_one() -> None:
+def test_few_images_have_no_interval_and_equal_ones_a_point() -> None:
     assert kernel_distance(normal(9, 3), normal(50, 3, seed=1)).interval is None
     same = kernel_distance(torch.ones(50, 3), normal(50, 3, seed=1))
     assert same.interval == (same.value, same.value)
@@ -309,7 +309,7 @@ def test_features_that_are_not_finite_are_refused(name: str, value: float) -> No
             NOT_FINITE[name](*pair)
 
 
-def test_repeated_images_are_seen_as_radii_of_zero() -> None:
+def test_repeated_images_have_balls_of_radius_zero() -> None:
     """10 images four times each among 100: balls of 3 neighbours collapse, balls of 5 do not."""
     a, b = 5 + normal(100, 16), 5 + normal(100, 16, seed=1)
     assert (compute_prdc(a, b).zero_radii, compute_prdc(a, b).zero_radii_reference) == (0, 0)
@@ -322,8 +322,8 @@ def test_repeated_images_are_seen_as_radii_of_zero() -> None:
     assert compute_prdc(b, sixfold).zero_radii_reference == pytest.approx(0.6)
 
 
-def test_distances_rise_with_blur_and_with_dropped_modes() -> None:
-    """On real digits through their own extractor."""
+def test_frechet_distance_rises_with_blur_and_dropped_classes() -> None:
+    """On real digits with their own classifier."""
     data = Digits()
     extractor = shipped_classifier(data.spec)
     train, test = data.split("train"), data.split("test")
@@ -335,21 +335,21 @@ def test_distances_rise_with_blur_and_with_dropped_modes() -> None:
         blurred.append(x.round().byte())
     dropped = [stored[(test.labels >= c)] for c in range(4)]  # type: ignore[operator]
     for images in (blurred, dropped):
-        figures = [
+        values = [
             gaussian_frechet_distance(Statistics.from_features(extractor.features(part[:300])), reference)
             for part in images
         ]
-        assert figures == sorted(figures) and figures[-1] > 2 * figures[0]
+        assert values == sorted(values) and values[-1] > 2 * values[0]
 
 
 def test_the_classifier_score_of_known_predictions() -> None:
-    """Sure of one class of four each: exp(KL) = 4. The same prediction for all images: 1."""
+    """Certain predictions of four classes: exp(KL) = 4. The same prediction for all images: 1."""
     sure = 100.0 * torch.eye(4).repeat(100, 1)
     assert classifier_score(sure)[0] == pytest.approx(4, rel=0.05)
     assert classifier_score(torch.zeros(400, 4))[0] == pytest.approx(1)
 
 
-def test_class_figures_count() -> None:
+def test_class_metrics_count_predictions() -> None:
     sure, unsure = [10.0, 0.0, 0.0], [0.0, 1.0, 0.0]
     logits = torch.tensor([sure, sure, unsure, [0.0, 0.0, 10.0]])
     assert confident_share(logits) == 0.75
@@ -357,7 +357,7 @@ def test_class_figures_count() -> None:
     assert label_accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.5
 
 
-# Memorisation
+# Memorization
 
 
 def test_nearest_finds_copies_at_zero() -> None:
@@ -371,8 +371,8 @@ def test_nearest_finds_copies_at_zero() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1000, 1000, 300), (8000, 500, 500)])
-def test_memorization_is_one_for_fresh_samples_and_falls_with_the_share_of_copies(sizes: tuple[int, ...]) -> None:
-    """One, whatever the sizes of the sets; 1 - s when a share s of the samples are copies."""
+def test_memorization_is_one_minus_the_share_of_copies(sizes: tuple[int, ...]) -> None:
+    """For any sizes of the sets; so 1 for fresh samples."""
     train, test, val = (normal(n, 12, seed=k) for k, n in enumerate(sizes))
     fresh = normal(500, 12, seed=9)
     assert memorization_ratio(fresh, train, test, val) == pytest.approx(1, abs=0.03)
@@ -383,7 +383,7 @@ def test_memorization_is_one_for_fresh_samples_and_falls_with_the_share_of_copie
         assert memorization_ratio(mixed, train, test, val) == pytest.approx(1 - share, abs=0.04)
 
 
-def test_copies_are_not_authentic_and_fresh_samples_are_as_authentic_as_test_images() -> None:
+def test_copies_are_not_authentic_and_fresh_samples_match_test_images() -> None:
     train, fresh, other = (normal(n, 12, seed=k) for k, n in enumerate((4000, 2000, 2000)))
     assert authenticity(train[:500], train) == 0
     assert authenticity(fresh, train) == pytest.approx(authenticity(other, train), abs=0.05)
@@ -392,16 +392,16 @@ def test_copies_are_not_authentic_and_fresh_samples_are_as_authentic_as_test_ima
     assert authenticity(half, train) == pytest.approx(authenticity(fresh[:1000], train) / 2, abs=1e-9)
 
 
-def test_memorization_means_nothing_for_held_out_images_themselves() -> None:
+def test_memorization_of_held_out_images_is_undefined() -> None:
     train, test, val = normal(50, 3), normal(50, 3, seed=1), normal(50, 3, seed=2)
     assert memorization_ratio(test, train, test, val) is None
 
 
-# Rounding to what lies on a disk
+# Quantization
 
 
-def test_real_images_survive_the_way_through_the_model_range() -> None:
-    """Every level comes out as the same byte whether it is read from the data or drawn by a model."""
+def test_real_images_are_unchanged_by_the_model_range() -> None:
+    """Each level becomes the same byte, whether it comes from the data or from a model."""
     for levels in (2, 17, 256):
         spec = DataSpec(name="x", shape=(1, 1, levels), num_bins=levels)
         stored = torch.arange(levels, dtype=torch.uint8).view(1, 1, 1, levels)
@@ -409,12 +409,12 @@ def test_real_images_survive_the_way_through_the_model_range() -> None:
         expected = (stored.double() * 255 / (levels - 1)).round().to(torch.uint8)
         assert torch.equal(quantize_split(stored, spec), expected)
         assert torch.equal(quantize_images(x, spec), expected)
-        # 0.9 of the way to the next rounding, towards the middle: values outside [-1, 1] are another matter.
+        # 0.9 of the way to the next level, towards 0.
         assert torch.equal(quantize_images(x - 0.9 / (levels - 1) * x.sign(), spec), expected)
-        assert torch.equal(quantize_images(expected, spec), expected), "images as they are on a disk"
+        assert torch.equal(quantize_images(expected, spec), expected), "uint8 images"
 
 
-def test_digits_are_measured_alike_from_both_sides() -> None:
+def test_normalized_digits_are_quantized_as_their_split() -> None:
     data = Digits()
     x, _ = next(data.batches("test"))
     assert torch.equal(to_uint8(x, data.spec), quantize_split(data.split("test").images, data.spec))
@@ -439,7 +439,7 @@ def test_padding_is_cropped() -> None:
         (lambda x: x.expand(-1, 3, -1, -1), r"not \(3, 8, 8\)"),
     ],
 )
-def test_what_is_no_image_is_refused(change: Any, message: str) -> None:
+def test_invalid_images_are_refused(change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         quantize_images(change(torch.ones(2, 1, 8, 8)), Digits.spec)
 
@@ -462,6 +462,6 @@ def test_flops_of_a_matrix_product() -> None:
 
 
 def test_flops_of_a_gradient_with_respect_to_an_input() -> None:
-    """As classifier guidance takes it: forward, and one of the two gradients of the layer."""
+    """As in classifier guidance: forward, and one of the two gradients of the layer."""
     layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
     assert flops_per_image(lambda: torch.autograd.grad(layer(x).sum(), x), 10) == 2 * 2 * 30 * 7

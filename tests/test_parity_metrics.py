@@ -1,4 +1,4 @@
-"""Figures against other programs, on the same images and the same weights."""
+"""Metrics against other implementations, on the same images and weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from random_inception import save_random_inception  # type: ignore[import-not-fo
 
 SPEC = DataSpec(name="photos", shape=(3, 32, 32))
 IMAGES = 24
-"""In each folder: few, since each is 11 GFLOP for Inception, which every figure goes through."""
+"""In each folder. Few, since each costs Inception 11 GFLOP, for every metric."""
 
 
 def correlated(n: int, d: int, seed: int) -> Tensor:
@@ -36,7 +36,7 @@ def correlated(n: int, d: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "m"), [(400, 400), (300, 450)])
-def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_density_and_coverage_equal_those_of_prdc(n: int, m: int, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = correlated(n, 24, 1), torch.cat([correlated(m - 100, 24, 2), correlated(100, 24, 1)])
     own = compute_prdc(a, b)
     for k, names in ((5, ("density", "coverage")), (3, ("precision", "recall"))):
@@ -45,7 +45,7 @@ def test_density_and_coverage_are_those_of_prdc(n: int, m: int, capsys: pytest.C
             assert getattr(own, name) == pytest.approx(float(theirs[name]), rel=1e-4), name
 
 
-def test_features_give_the_figures_of_torch_fidelity_and_pytorch_fid() -> None:
+def test_metrics_of_features_equal_torch_fidelity_and_pytorch_fid() -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -72,7 +72,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two folders of PNG files: smooth random pictures, finer and of more contrast in the second."""
+    """Two folders of PNG files: smooth random images, with finer structure and more contrast in the second."""
     places = []
     for k, (scale, side) in enumerate(((30, 4), (90, 16))):
         folder = tmp_path_factory.mktemp(f"images{k}")
@@ -96,7 +96,7 @@ def own_features(folders: list[Path], random_weights: Path) -> list[Features]:
     return [extractor(loaded(folder)) for folder in folders]
 
 
-def test_figures_are_those_of_the_command_line_of_torch_fidelity(
+def test_metrics_of_folders_equal_torch_fidelity(
     folders: list[Path], random_weights: Path, own_features: list[Features]
 ) -> None:
     """FID, IS, KID, precision and recall of two folders of images, through the same network."""
@@ -118,7 +118,7 @@ def test_figures_are_those_of_the_command_line_of_torch_fidelity(
     assert own.recall == pytest.approx(theirs["recall"], abs=1e-4)
 
 
-def test_fid_is_that_of_torchmetrics_on_its_network(
+def test_fid_equals_that_of_torchmetrics_on_its_network(
     folders: list[Path], random_weights: Path, own_features: list[Features]
 ) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance

@@ -1,4 +1,4 @@
-"""References: features kept on disk, statistics files of other programs, joined splits, chunks that survive a kill."""
+"""References: cached features, statistics files of other programs, joined splits, resumed sampling."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ from gencompare.models.gaussian import GaussianBaseline
 
 
 @pytest.fixture(autouse=True)
-def nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_module, "_REFERENCES", type(reference_module._REFERENCES)())
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of images of every pass of the compact extractor over more than one."""
-    seen: list[int] = []
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of images of each batch with more than one, of the shipped classifier."""
+    sizes: list[int] = []
     original = ClassifierExtractor.extract_batch
 
     def extract_batch(self: ClassifierExtractor, images: Tensor) -> Any:
         if len(images) > 1:
-            seen.append(len(images))
+            sizes.append(len(images))
         return original(self, images)
 
     monkeypatch.setattr(ClassifierExtractor, "extract_batch", extract_batch)
-    return seen
+    return sizes
 
 
-def test_features_are_computed_once_and_read_back_alike(tmp_path: Path, passes: list[int]) -> None:
+def test_features_are_computed_once_and_then_read_from_the_cache(tmp_path: Path, batch_sizes: list[int]) -> None:
     data, extractor = Digits(), shipped_classifier(Digits.spec)
     first = split_features(data, "train", extractor, cache=tmp_path)
-    assert sum(passes) == 1147
+    assert sum(batch_sizes) == 1147
     again = split_features(data, "train", extractor, cache=tmp_path)
-    assert sum(passes) == 1147, "from the file"
+    assert sum(batch_sizes) == 1147, "from the file"
     for one, two in zip(first.parts(), again.parts(), strict=True):
         assert one is not None and two is not None and torch.equal(one, two)
 
 
-def test_a_damaged_file_is_noticed_and_made_anew(
-    tmp_path: Path, passes: list[int], caplog: pytest.LogCaptureFixture
+def test_a_damaged_cache_file_is_recomputed(
+    tmp_path: Path, batch_sizes: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     data, extractor = Digits(), shipped_classifier(Digits.spec)
     first = split_features(data, "val", extractor, cache=tmp_path)
@@ -67,11 +67,11 @@ def test_a_damaged_file_is_noticed_and_made_anew(
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         again = split_features(data, "val", extractor, cache=tmp_path)
-    assert "damaged" in caplog.text and sum(passes) == 300
+    assert "damaged" in caplog.text and sum(batch_sizes) == 300
     assert torch.equal(first.features, again.features)
 
 
-def test_other_pixels_have_another_file(tmp_path: Path) -> None:
+def test_changed_pixels_have_their_own_cache_file(tmp_path: Path) -> None:
     extractor = shipped_classifier(Digits.spec)
 
     class Changed(Digits):
@@ -99,7 +99,7 @@ def test_splits_can_be_joined() -> None:
         data.split("train+tset")
 
 
-# Statistics of others
+# Statistics files
 
 
 def statistics_file(path: Path, features: Tensor, **more: Any) -> Path:
@@ -120,11 +120,13 @@ def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> N
     ours, theirs = (
         evaluate(images, data, dataclasses.replace(classifier, reference=name)) for name in ("train", str(path))
     )
-    assert (ours.primary_metric, theirs.primary_metric) == ("mmd_digits", "fd_digits"), "all that statistics can tell"
+    assert (ours.primary_metric, theirs.primary_metric) == ("mmd_digits", "fd_digits"), (
+        "nothing else follows from statistics"
+    )
     for name in ("fd_digits", "fd_digits_infinity", "sfd_digits"):
         assert theirs.metrics[name].value == pytest.approx(ours.metrics[name].value, rel=1e-6), name
         assert theirs.metrics[name].baseline == pytest.approx(ours.metrics[name].baseline, rel=1e-6), name
-    assert "precision" not in theirs.metrics, "means and covariances have no neighbours"
+    assert "precision" not in theirs.metrics, "it needs features"
     assert theirs.measurement.reference == "adm.npz" and theirs.measurement.differences(ours.measurement)
 
 
@@ -155,7 +157,7 @@ class Moments(nn.Module):
         return x.mean((1, 3))
 
 
-def test_any_module_can_measure() -> None:
+def test_any_module_can_be_an_extractor() -> None:
     data = Digits()
     images = quantize_split(data.split("test").images, data.spec)
     result = evaluate(
@@ -164,12 +166,12 @@ def test_any_module_can_measure() -> None:
     expected = [(quantize_split(data.split(s).images, data.spec).float() / 255).mean((1, 3)) for s in ("test", "train")]
     assert result.metrics["fd_rows"].value == pytest.approx(frechet_distance(*expected), rel=1e-5)
     one, two = (ModuleExtractor(data.spec, nn.Sequential(Moments(), nn.Linear(8, 4)), "x") for _ in range(2))
-    assert one.hash != two.hash, "weights are part of the name"
+    assert one.hash != two.hash, "the hash depends on the weights"
     with pytest.raises(UserError, match="must return \\(images, features\\)"):
         ModuleExtractor(data.spec, nn.Identity(), "pixels")
 
 
-# A broken-off evaluation
+# Interrupted evaluations
 
 
 class Counting(GaussianBaseline):
@@ -180,7 +182,7 @@ class Counting(GaussianBaseline):
         return super().sample(n, cond, generator=generator)
 
 
-def test_an_evaluation_goes_on_from_the_chunks_that_were_drawn(tmp_path: Path) -> None:
+def test_sampling_resumes_from_stored_chunks(tmp_path: Path) -> None:
     data = Digits()
     model = Counting(data.spec).fit(data.batches("train"), data.batches("val"))
     assert isinstance(model, Counting)
@@ -194,10 +196,10 @@ def test_an_evaluation_goes_on_from_the_chunks_that_were_drawn(tmp_path: Path) -
     first.write_bytes(first.read_bytes()[:-7])
     model.drawn = 0
     assert torch.equal(draw_samples(model, 250, chunk_size=100, chunk_dir=tmp_path).images, alone.images)
-    assert model.drawn == 100, "the damaged chunk was drawn anew"
+    assert model.drawn == 100, "the damaged chunk was drawn again"
 
 
-def test_figures_do_not_depend_on_the_batch_of_the_extractor() -> None:
+def test_metrics_do_not_depend_on_the_batch_size_of_the_extractor() -> None:
     data = Digits()
     images = quantize_split(data.split("test").images, data.spec)
     found = []

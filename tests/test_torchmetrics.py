@@ -1,4 +1,4 @@
-"""Metrics as torchmetrics: alone in a loop, in a collection, and equal to an independent implementation."""
+"""Metrics as `torchmetrics.Metric`: alone, in a collection, and equal to other implementations."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from torchmetrics import MetricCollection
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from gencompare.errors import UserError
+from gencompare.evaluation.extractors.efficientnet import efficientnet_lite0
 from gencompare.evaluation.metrics import modules
+from gencompare.evaluation.metrics.frechet import frechet_distance
+from gencompare.evaluation.model_metrics import reconstruction_similarity
+from gencompare.generative_model import DataSpec
 
-TWO_SETS = [
-    modules.MaximumMeanDiscrepancy, modules.FrechetDistance, modules.FrechetDistanceInfinity, modules.KernelDistance,
+REAL_COMPARISONS = [
+    modules.MaximumMeanDiscrepancy, modules.FrechetDistance, modules.FrechetDistanceInfinity,
+    modules.SpatialFrechetDistance, modules.KernelDistance,
     modules.Precision, modules.Recall, modules.Density, modules.Coverage, modules.Authenticity,
 ]  # fmt: skip
 
 
 class Pooled(nn.Module):
-    """Twelve features of an image: enough to compare."""
+    """Twelve features of an image."""
 
     num_features = 12
 
@@ -31,8 +36,8 @@ def images(n: int, seed: int, shift: int = 0) -> Tensor:
     return (torch.randint(0, 200, (n, 3, 8, 8), generator=random) + shift).clamp(max=255).to(torch.uint8)
 
 
-@pytest.mark.parametrize("kind", TWO_SETS)
-def test_a_metric_tells_like_images_from_others_in_its_direction(kind: type) -> None:
+@pytest.mark.parametrize("kind", REAL_COMPARISONS)
+def test_a_metric_separates_shifted_images_in_its_direction(kind: type) -> None:
     values = []
     for shift in (0, 40):
         metric = kind(Pooled())
@@ -48,7 +53,7 @@ def test_a_metric_tells_like_images_from_others_in_its_direction(kind: type) -> 
         assert (values[0] > values[1]) == kind.higher_is_better and values[0] != values[1]
 
 
-def test_the_frechet_distance_is_that_of_torchmetrics() -> None:
+def test_the_frechet_distance_equals_that_of_torchmetrics() -> None:
     ours, theirs = modules.FrechetDistance(Pooled()), FrechetInceptionDistance(Pooled(), input_img_size=(3, 8, 8))
     for metric in (ours, theirs):
         metric.update(images(300, 0), real=True)
@@ -56,7 +61,7 @@ def test_the_frechet_distance_is_that_of_torchmetrics() -> None:
     assert float(ours.compute()) == pytest.approx(float(theirs.compute()), rel=1e-3)
 
 
-def test_metrics_work_in_a_collection_with_floats_and_keep_their_reference() -> None:
+def test_metrics_in_a_collection_take_floats_and_keep_real_features() -> None:
     both = MetricCollection(
         [modules.MaximumMeanDiscrepancy(Pooled(), normalize=True, reset_real_features=False),
          modules.Coverage(Pooled(), normalize=True, reset_real_features=False)]
@@ -69,14 +74,14 @@ def test_metrics_work_in_a_collection_with_floats_and_keep_their_reference() -> 
     assert both.compute() == before
 
 
-def test_the_default_network_is_that_of_the_evaluation() -> None:
+def test_the_default_network_is_that_of_evaluate() -> None:
     metric = modules.MaximumMeanDiscrepancy()
     metric.update(images(30, 0), real=True)
     metric.update(images(30, 1, 40), real=False)
     assert metric.compute() > 0 and metric.real[0].shape == (30, 1280)
 
 
-def test_copies_are_memorized_and_fresh_images_are_not() -> None:
+def test_memorization_is_zero_for_copies_and_one_for_fresh_images() -> None:
     fresh, copies = modules.MemorizationRatio(Pooled()), modules.MemorizationRatio(Pooled())
     for metric, generated in ((fresh, images(200, 9)), (copies, images(500, 0)[:200])):
         metric.update(generated, "generated")
@@ -85,7 +90,7 @@ def test_copies_are_memorized_and_fresh_images_are_not() -> None:
     assert float(fresh.compute()) == pytest.approx(1, abs=0.1) and float(copies.compute()) == 0
 
 
-def test_class_metrics_go_by_the_logits() -> None:
+def test_class_metrics_follow_the_logits() -> None:
     def classifier(x: Tensor) -> Tensor:
         return 20 * nn.functional.one_hot((x[:, 0, 0, 0] % 4).long(), 4).float()
 
@@ -94,9 +99,35 @@ def test_class_metrics_go_by_the_logits() -> None:
     score.update(x)
     accuracy.update(x, (x[:, 0, 0, 0] % 4).long())
     assert float(score.compute()) == pytest.approx(4, rel=0.05) and float(accuracy.compute()) == 1
+    shares = modules.ClassShares(classifier)
+    for part in x.split(150):
+        shares.update(part)
+    expected = torch.bincount((x[:, 0, 0, 0] % 4).long(), minlength=4).double() / len(x)
+    torch.testing.assert_close(shares.compute().double(), expected)
 
 
-def test_images_that_are_none_and_missing_ones_are_named() -> None:
+def test_the_default_spatial_features_are_those_of_evaluate() -> None:
+    metric = modules.SpatialFrechetDistance()
+    real, generated = images(30, 0), images(30, 1, 40)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    extractor = efficientnet_lite0(DataSpec(name="images", shape=(3, 8, 8)))
+    expected = frechet_distance(extractor(generated).spatial, extractor(real).spatial)  # type: ignore[arg-type]
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_psnr_and_ssim_of_torchmetrics_equal_those_of_evaluate() -> None:
+    originals = torch.nn.functional.interpolate(images(150, 0).float(), (16, 16), mode="bilinear").round().byte()
+    reconstructions = (originals.float() * 0.9 + 10).round().byte()
+    expected = reconstruction_similarity(originals, reconstructions)
+    for name, kind in (("psnr", modules.PeakSignalNoiseRatio), ("ssim", modules.StructuralSimilarityIndexMeasure)):
+        metric = kind(data_range=255.0)
+        for real, other in zip(originals.split(40), reconstructions.split(40), strict=True):
+            metric.update(other.float(), real.float())
+        assert float(metric.compute()) == pytest.approx(expected[name].value, rel=1e-5), name
+
+
+def test_invalid_and_missing_images_are_refused() -> None:
     metric = modules.Coverage(Pooled())
     with pytest.raises(UserError, match="uint8, or floats in \\[0, 1\\] with normalize=True"):
         metric.update(torch.rand(4, 3, 8, 8), real=True)

@@ -1,7 +1,7 @@
-"""The summary of the studies in this folder that docs/evaluation.md shows: python docs/metrics/summary.py
+"""Summary of the studies in this folder, for docs/evaluation.md: python docs/metrics/summary.py
 
-Each study is written by `task=validate_metrics evaluation=study data=DATA`; its metrics.json, .md and .png
-are kept here as DATA.json, DATA.md and DATA.png.
+`task=validate_metrics evaluation=study data=DATA` writes a study; its metrics.json, .md and .png are stored here as
+DATA.json, DATA.md and DATA.png.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS = {
     "former default (classifier): Frechet": CLASSIFIER + ": Frechet",
     "former default (classifier): MMD": CLASSIFIER + ": MMD, b = 1 x median",
 }
-FAULTS = (("blur", "0.6"), ("blur", "1"), ("blur", "2"), ("noise", "10"), ("noise", "25"), ("jpeg", "50"),
+DEGRADATIONS = (("blur", "0.6"), ("blur", "1"), ("blur", "2"), ("noise", "10"), ("noise", "25"), ("jpeg", "50"),
           ("patch shuffle", "2"), ("patch shuffle", "4"), ("mixing", "0.5"), ("dropped classes", "4"))  # fmt: skip
 
 
@@ -37,8 +37,8 @@ def studies() -> dict[str, list[dict]]:
         path = HERE / f"{data}.json"
         if path.exists():
             scores = json.loads(path.read_text())["scores"]
-            most = max(score["n"] for score in scores)
-            found[data] = [score for score in scores if score["n"] == most]
+            largest = max(score["n"] for score in scores)
+            found[data] = [score for score in scores if score["n"] == largest]
     return found
 
 
@@ -47,7 +47,7 @@ def scored(scores: list[dict], data: str, metric: str) -> dict | None:
 
 
 def pairs_right(kept: dict[str, list[dict]]) -> str:
-    """How many of the obvious pairs each metric orders as a person does."""
+    """Number of obvious pairs that each metric orders as a person does."""
     heads = [f"{data}, n = {scores[0]['n']:,}" for data, scores in kept.items()]
     lines = [["metric", *heads], ["---"] * (len(heads) + 1)]
     for title, metric in ROWS.items():
@@ -56,17 +56,20 @@ def pairs_right(kept: dict[str, list[dict]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def faults(kept: dict[str, list[dict]]) -> str:
-    """The distance of degraded images as a share of the Gaussian's, both less that of real images."""
-    lines = [["data", "metric", *(f"{kind} {strength}" for kind, strength in FAULTS)], ["---"] * (len(FAULTS) + 2)]
+def relative_distances(kept: dict[str, list[dict]]) -> str:
+    """Distance of degraded images relative to that of the Gaussian baseline, after subtracting that of real images."""
+    lines = [
+        ["data", "metric", *(f"{kind} {strength}" for kind, strength in DEGRADATIONS)],
+        ["---"] * (len(DEGRADATIONS) + 2),
+    ]
     for data, scores in kept.items():
         for title, metric in (("default", ROWS[next(iter(ROWS))]), ("former default", CLASSIFIER + ": Frechet")):
             score = scored(scores, data, metric)
             if score:
-                values = [score["relative"].get(kind, {}).get(strength) for kind, strength in FAULTS]
+                values = [score["relative"].get(kind, {}).get(strength) for kind, strength in DEGRADATIONS]
                 lines.append([data, title, *("" if value is None else f"{value:.2f}" for value in values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    print(f"{pairs_right(studies())}\n\n{faults(studies())}")
+    print(f"{pairs_right(studies())}\n\n{relative_distances(studies())}")

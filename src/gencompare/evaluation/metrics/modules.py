@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +150,13 @@ class SpatialFrechetDistance(FrechetDistance):
     activations instead of averaging them. It takes more images than there are features."""
 
     def _default_feature(self, extractor: Extractor) -> Feature:
-        return lambda images: extractor(images).spatial  # type: ignore[return-value]
+        return partial(_spatial_features, extractor)
+
+
+def _spatial_features(extractor: Extractor, images: Tensor) -> Tensor:
+    spatial = extractor(images).spatial
+    assert spatial is not None
+    return spatial
 
 
 class KernelDistance(_RealComparison):

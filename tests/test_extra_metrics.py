@@ -1,4 +1,4 @@
-"""Every option of conf/evaluation/metric, found by globbing, and exact answers of those that ship."""
+"""Invariants of every option of conf/evaluation/metric, and exact values of `GaussianMMD`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gencompare.evaluation.metrics.kernel import GaussianKernel, GaussianMMD, ke
 
 
 @pytest.mark.parametrize("name", options("evaluation/metric"))
-def test_laws_of_a_metric(name: str) -> None:
+def test_an_extra_metric_ignores_order_and_separates_sets(name: str) -> None:
     cfg = compose(f"+evaluation/metric={name}")
     metric = instantiate(cfg.evaluation.protocol.metrics[name])
     g = torch.Generator().manual_seed(0)
@@ -22,17 +22,17 @@ def test_laws_of_a_metric(name: str) -> None:
     assert math.isfinite(value)
     shuffled = metric(a[torch.randperm(300, generator=g)], b[torch.randperm(400, generator=g)])
     assert shuffled == pytest.approx(value, rel=1e-5), "the order of the images must not matter"
-    assert metric(b, b) != pytest.approx(metric(b + 5, b)), "sets that lie apart must not look equal"
+    assert metric(b, b) != pytest.approx(metric(b + 5, b)), "distant sets must not look equal"
 
 
 def test_mmd_of_points_at_two_places() -> None:
-    """All pairs of a side coincide, and all pairs between sides are r = 5 apart: 1000 (1 + 1 - 2 exp(-r^2 / 2b^2))."""
+    """All points of a set coincide, and the two sets are r = 5 apart: 1000 (1 + 1 - 2 exp(-r^2 / 2b^2))."""
     a, b = torch.zeros(3, 2), torch.tensor([[3.0, 4.0]]).repeat(4, 1)
     assert GaussianMMD(bandwidth=5)(a, b) == pytest.approx(2000 * (1 - math.exp(-0.5)))
     assert GaussianMMD(bandwidth=10, normalize=True)(2 * b, b) == pytest.approx(0, abs=1e-9)
 
 
-def test_mmd_is_scaled_with_its_interval() -> None:
+def test_the_interval_of_mmd_is_scaled_too() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(60, 4, generator=g), torch.randn(80, 4, generator=g)
     plain, scaled = kernel_distance(a, b, GaussianKernel(2.0)), GaussianMMD(bandwidth=2).estimate(a, b)

@@ -1,4 +1,4 @@
-"""The first samples of a result stand beside their nearest training images."""
+"""The first samples of a result are shown with their nearest training images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gencompare.records import RunRecord
 from gencompare.tasks.runs.console import store_result
 
 
-def test_the_closest_rows_are_those_of_a_search_by_hand() -> None:
+def test_nearest_neighbors_equal_a_brute_force_search() -> None:
     g = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(n, 5, generator=g, dtype=torch.float64) + 1000 for n in (4, 30))
     distance = np.linalg.norm(queries.numpy()[:, None] - keys.numpy()[None], axis=2)
@@ -29,7 +29,7 @@ def test_the_closest_rows_are_those_of_a_search_by_hand() -> None:
     assert nearest_neighbors(queries, keys[:2], 3).shape == (4, 2)
 
 
-def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
+def test_a_copy_is_shown_with_its_original(tmp_path: Path) -> None:
     data = Digits()
     data.setup()
     train, test = (quantize_split(data.split(name).images, data.spec) for name in ("train", "test"))
@@ -46,14 +46,14 @@ def test_a_copy_stands_beside_its_original(tmp_path: Path) -> None:
     store_result(tmp_path, result, drawn[0], data)
     (kept,) = RunRecord.load(tmp_path).results
     assert set(kept.images) == {"samples", "nearest training images"}
-    picture = Image.open(tmp_path / kept.images["nearest training images"])
+    shown = Image.open(tmp_path / kept.images["nearest training images"])
     order = [image for k in range(8) for image in [images[k], *train[rows[k]]]]
-    assert np.array_equal(np.asarray(picture), np.asarray(grid(torch.stack(order).numpy(), 4)))
+    assert np.array_equal(np.asarray(shown), np.asarray(grid(torch.stack(order).numpy(), 4)))
     html = page.render(load_runs([tmp_path]))
     assert "nearest training images" in html and "nearest_training" not in html and "nearest training<" not in html
 
 
-def test_points_of_the_plane_have_none(tmp_path: Path) -> None:
+def test_points_have_no_nearest_images(tmp_path: Path) -> None:
     data = Toy2D()
     data.setup()
     points = data.split("test").images[:200]
