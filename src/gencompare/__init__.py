@@ -1,6 +1,6 @@
 """gencompare: train any family of image generative model, measure all of them under one protocol, compare.
 
-The heavy names are imported when they are first used, so that ``import gencompare`` and ``run.py --help`` stay quick.
+Names that need torch are imported on first use, so that ``import gencompare`` and ``run.py --help`` are fast.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from gencompare.version import __version__
 
 _LAZY = {
     "EMA": "gencompare.training.ema",

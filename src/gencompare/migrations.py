@@ -191,6 +191,13 @@ CLASSES = {
 """Classes and functions that have another name today, or another module than the rest of theirs."""
 
 OPTIONS: dict[str, str] = {
+    "task.n": "task.num_images",
+    "task.images": "task.num_images",
+    "task.references": "task.num_reference_images",
+    "hydra.launcher.jobs": "hydra.launcher.n_jobs",
+    "hydra.sweeper.trials": "hydra.sweeper.n_trials",
+    "hydra.sweeper.at_once": "hydra.sweeper.n_jobs",
+    "hydra.sweeper.each": "hydra.sweeper.study_per",
     "model/ladder": "model/decoder",
     "model/chains": "model/langevin",
     "model.ladder": "model.decoder",

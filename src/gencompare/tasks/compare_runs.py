@@ -1,4 +1,4 @@
-"""task=compare: many runs in one table and one page."""
+"""task=compare: compare runs in tables and on a page."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gencompare.tasks.runs.loading import locate_runs
 
 
 def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None) -> None:
-    """Send the comparison in the folder of ``page`` to W&B, if ``logger`` (``cfg.logger``) has it.
+    """Log a comparison to W&B if the loggers include it. The same folder always updates the same W&B run.
 
     Args:
-        group: of the W&B run; a sweep's, so that it stands beside the sweep's jobs.
-
-    Drawn again in the same folder, it goes into the same W&B run.
+        page: the page; its folder contains the rest of the comparison.
+        logger: ``cfg.logger``.
+        group: of the W&B run, such as the name of a sweep.
     """
     if not logger or "wandb" not in logger:
         return
@@ -34,26 +34,28 @@ def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None
 
     out = page.parent.absolute()
     run_id = hashlib.sha256(f"{platform.node()}:{out}".encode()).hexdigest()[:12]
-    opened = instantiate(logger.wandb, _partial_=True)(
+    wandb_logger = instantiate(logger.wandb, _partial_=True)(
         folder=str(out), name=f"{out.name}, compared", id=run_id, group=group
     )
-    run = opened.experiment
+    run = wandb_logger.experiment
     charts = {f"charts/{path.stem}": wandb.Image(str(path)) for path in sorted((out / PLOTS_FOLDER).glob("*.png"))}
-    run.log({"comparison": table(out / CSV_FILE), "page": wandb.Html(page.read_text(), inject=False), **charts})
+    run.log({"comparison": read_table(out / CSV_FILE), "page": wandb.Html(page.read_text(), inject=False), **charts})
     shutil.copy(page, run.dir)
     run.finish()
 
 
-def table(path: Path) -> Any:
+def read_table(path: Path) -> Any:
     """A CSV file as a `wandb.Table`."""
     import wandb
 
     with path.open(newline="") as file:
-        head, *rows = csv.reader(file)
-    return wandb.Table(columns=[*head], data=[[value(cell) for cell in row] for row in rows], allow_mixed_types=True)
+        header, *rows = csv.reader(file)
+    data = [[parse_cell(cell) for cell in row] for row in rows]
+    return wandb.Table(columns=[*header], data=data, allow_mixed_types=True)
 
 
-def value(cell: str) -> str | float | None:
+def parse_cell(cell: str) -> str | float | None:
+    """A number if the cell is one; None if it is empty."""
     try:
         return float(cell)
     except ValueError:
@@ -61,31 +63,31 @@ def value(cell: str) -> str | float | None:
 
 
 def compare(cfg: DictConfig) -> None:
-    """Compare the runs that ``cfg.runs`` names: a glob of run folders, or ``wandb:ENTITY/PROJECT``.
+    """Compare the runs that match ``cfg.runs``, a glob of run folders or ``wandb:ENTITY/PROJECT``.
 
-    ``group_by=KEY`` (or ``group_by=[KEY,KEY]``) makes one row of all runs that share the value of a config key; ``rank_by=NAME``
-    ranks by another figure than the headline. With ``logger=wandb`` the comparison is sent to W&B as well.
+    With ``group_by=KEY`` or ``group_by=[KEY,KEY]``, runs with the same values of these config keys share a row.
+    ``rank_by=NAME`` ranks by that metric. ``logger=wandb`` also logs the comparison to W&B.
     """
     if not cfg.runs:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
-    view = ResultView(keys(cfg.group_by), None if cfg.rank_by is None else str(cfg.rank_by))
-    page = draw(locate_runs(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), options)
-    if any(word.startswith("logger=") for word in cfg.command):  # a comparison is looked at more often than kept
+    options = ComparisonOptions(parse_keys(cfg.group_by), None if cfg.rank_by is None else str(cfg.rank_by))
+    page = compare_folders(locate_runs(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), options)
+    if any(word.startswith("logger=") for word in cfg.command):  # only on request: most comparisons are temporary
         log_to_wandb(page, cfg.logger)
 
 
-def keys(given: Any) -> tuple[str, ...]:
-    """Config keys from a list, or from text with commas between them."""
-    if given is None:
+def parse_keys(keys: Any) -> tuple[str, ...]:
+    """Config keys from a list, or from text separated by commas."""
+    if keys is None:
         return ()
-    parts = list(given) if OmegaConf.is_list(given) else str(given).split(",")
+    parts = list(keys) if OmegaConf.is_list(keys) else str(keys).split(",")
     return tuple(str(part).strip() for part in parts if str(part).strip())
 
 
-def draw(folders: list[Path], out: Path, options: ComparisonOptions = ComparisonOptions()) -> Path:
-    """Write the comparison of ``folders`` to ``out`` and print its tables. Returns the page."""
+def compare_folders(folders: list[Path], out: Path, options: ComparisonOptions = ComparisonOptions()) -> Path:
+    """Write the comparison of run folders to ``out`` and print its tables. Returns the path of the page."""
     loaded = load_runs(folders, options)
     page = write_report(loaded, out)
     print_tables(loaded)
-    print(f"The comparison: {page}")
+    print(f"Comparison: {page}")
     return page

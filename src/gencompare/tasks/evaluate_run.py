@@ -1,4 +1,4 @@
-"""task=evaluate samples=PATH or pretrained=PATH: the work of others under the same protocol, in the same comparison."""
+"""task=evaluate: evaluate a trained run again, or external samples and published weights under the same protocol."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from torch import Tensor
 from gencompare.data.datamodule import ImageData
 from gencompare.data.generated_samples import read_samples
 from gencompare.errors import UserError
-from gencompare.evaluation import evaluate as evaluation
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.sampling import tensor_sha256
 from gencompare.files import sha256
 from gencompare.generative_model import GenerativeModel, SupportsNoising
-from gencompare.records import RECORD_FILE, RunRecord, SampleSettings, now
+from gencompare.records import RunRecord, SampleSettings, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
-from gencompare.tasks.runs.build import build_data, build_model, build_protocol, build_trainer, chosen_device
-from gencompare.tasks.runs.console import describe_config, print_end, stage_progress, store_result
+from gencompare.tasks.runs.build import build_data, build_model, build_protocol, build_trainer, choose_device
+from gencompare.tasks.runs.console import describe_data, print_results, stage_progress, store_result
 from gencompare.tasks.runs.environment import environment
 from gencompare.tasks.runs.loading import check_generative, load_weights
-from gencompare.tasks.runs.pretrained import load_pretrained, located
-from gencompare.tasks.runs.processes import JOB, children_of, several_processes, wait_for_children
-from gencompare.tasks.runs.sweep import job_identity, measured
+from gencompare.tasks.runs.pretrained import find_pretrained, load_pretrained
+from gencompare.tasks.runs.processes import JOB_FILE, is_multiprocess, ranks_run, wait_for_ranks
+from gencompare.tasks.runs.run_folder import refuse_existing_run, run_folder
+from gencompare.tasks.runs.sweep import evaluated_config_path, job_identity
 
-DRAWN = ".drawn"
-"""Folder for the samples of an evaluation that is under way."""
+SAMPLES_FOLDER = ".drawn"
+"""Folder in a run folder for the samples of an unfinished evaluation."""
 
 
 def evaluate_run(cfg: DictConfig) -> None:
-    """Evaluate the checkpoint ``cfg.checkpoint`` of the run in ``cfg.run_dir``; the result joins its record.
+    """Evaluate the checkpoint ``cfg.checkpoint`` of the run ``cfg.run_dir`` and add the result to its record.
 
-    With ``samples=PATH`` or ``pretrained=PATH`` the work of others is measured instead, in a run folder of its own.
+    With ``samples=PATH`` or ``pretrained=PATH``, evaluate those instead, in a run folder of their own.
     """
     if cfg.samples is not None or cfg.pretrained is not None:
         evaluate_external(cfg)
@@ -50,61 +50,62 @@ def evaluate_run(cfg: DictConfig) -> None:
     folder = run_folder(cfg)
     data = build_data(cfg)
     model = check_generative(build_model(cfg, data), "evaluate")
-    measure_run(cfg, model, data, folder, job=folder / JOB, checkpoints=[cfg.checkpoint], weights=cfg.weights)
+    evaluate_on_all_ranks(
+        cfg, model, data, folder, job=folder / JOB_FILE, checkpoints=[cfg.checkpoint], weights=cfg.weights
+    )
 
 
-def measure_trained(cfg: DictConfig) -> None:
-    """Measure the run in ``cfg.trained_in``, which has the weights that ``cfg`` would train, as ``cfg`` says.
+def evaluate_trained_run(cfg: DictConfig) -> None:
+    """Evaluate the run ``cfg.trained_run``, whose weights are those that ``cfg`` would train, as ``cfg`` says.
 
-    The results join that run's record. The config is then kept beside it, so that the job is known to be done.
+    The results are added to that run's record, and ``cfg`` is stored in its folder, so that the job counts as done.
     """
-    folder = Path(cfg.trained_in)
-    config = measured(folder, job_identity(cfg).job)
+    folder = Path(cfg.trained_run)
+    config_path = evaluated_config_path(folder, job_identity(cfg).job)
     cfg = autoencoder_stage.use_autoencoder_settings(cfg)
     data = build_data(cfg)
     model = build_model(cfg, data)
     if isinstance(model, GenerativeModel):
-        job = folder / f".{Path(cfg.out).name}.yaml"  # others may measure the same run at once
-        measure_run(cfg, model, data, folder, job=job, checkpoints=cfg.evaluation.checkpoints, weights="ema")
+        job = folder / f".{Path(cfg.out).name}.yaml"  # not JOB_FILE: other jobs may evaluate the run at the same time
+        evaluate_on_all_ranks(cfg, model, data, folder, job=job, checkpoints=cfg.evaluation.checkpoints, weights="ema")
     if rank_zero_only.rank == 0:
-        run_config.save(run_config.without_place(cfg), config)
+        run_config.save(run_config.without_locations(cfg), config_path)
 
 
-def measure_run(
-    cfg: DictConfig, model: GenerativeModel, data: ImageData, folder: Path, *, job: Path, checkpoints: list[str],
+def evaluate_on_all_ranks(
+    cfg: DictConfig,
+    model: GenerativeModel,
+    data: ImageData,
+    folder: Path,
+    *,
+    job: Path,
+    checkpoints: list[str],
     weights: str,
-) -> None:  # fmt: skip
-    """`measure` in as many processes as ``cfg.trainer`` says, which read ``cfg`` from the file ``job``."""
+) -> None:
+    """`evaluate_checkpoints` on all processes of ``cfg.trainer``; the other ranks read ``cfg`` from ``job``."""
     protocol = build_protocol(cfg)
     protocol.check(data)
     RunRecord.load(folder)
-    if several_processes(cfg):
+    if is_multiprocess(cfg):
         run_config.save(cfg, job)
     trainer = build_trainer(cfg, model, {}, [], folder)
-    with children_of(job):
-        start_processes(trainer)
-    device = trainer.strategy.root_device
-    measure(cfg, model.to(device), data, protocol, folder, checkpoints=checkpoints, weights=weights)
+    with ranks_run(job):
+        launch_ranks(trainer)
+    model = model.to(trainer.strategy.root_device)
+    evaluate_checkpoints(cfg, model, data, protocol, folder, checkpoints=checkpoints, weights=weights)
     if rank_zero_only.rank == 0:
-        print_end(RunRecord.load(folder), folder)
-    wait_for_children(trainer)
+        print_results(RunRecord.load(folder), folder)
+    wait_for_ranks(trainer)
 
 
-def run_folder(cfg: DictConfig) -> Path:
-    """The folder that ``run_dir=DIR`` names."""
-    if cfg.run_dir is None:
-        raise UserError(f"task={cfg.task.label} needs run_dir=DIR, the folder of a trained run.")
-    return Path(cfg.run_dir)
-
-
-def start_processes(trainer: pl.Trainer) -> None:
-    """Start the further processes of a job that evaluates without training, and connect them."""
+def launch_ranks(trainer: pl.Trainer) -> None:
+    """Start and connect the other ranks of a job that does not train."""
     strategy = trainer.strategy
     if strategy.launcher is not None:
         strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
 
 
-def measure(
+def evaluate_checkpoints(
     cfg: DictConfig,
     model: GenerativeModel,
     data: ImageData,
@@ -114,36 +115,36 @@ def measure(
     checkpoints: list[str],
     weights: str,
 ) -> None:
-    """Measure each of ``checkpoints`` and put the results, with a picture each, into the folder's record.
+    """Evaluate each of ``checkpoints`` with each sampler of ``cfg``, and add the results to the record of ``folder``.
 
-    All processes take part; the first one writes. Left out are a checkpoint of the same step as one before it, and
-    ``best`` of a run that never looked for it. What is drawn is kept until its result is in the record, so an
-    evaluation that is broken off goes on where it was.
+    All ranks take part; rank 0 writes. Skipped are checkpoints of the same step as an earlier one, and a missing
+    ``best``. Samples are stored until their result is recorded, so that an interrupted evaluation resumes.
     """
-    guides = dependency_costs.guides(cfg)
+    guides = dependency_costs.guide_dependencies(cfg)
     steps: set[int] = set()
     for checkpoint in checkpoints:
         if checkpoint == "best" and len(checkpoints) > 1 and not (folder / "checkpoints" / "best.ckpt").exists():
             continue
-        seen = load_weights(model, folder, checkpoint=checkpoint, weights=weights)
-        step = seen["step"]
+        clock = load_weights(model, folder, checkpoint=checkpoint, weights=weights)
+        step = clock["step"]
         if step in steps:
             continue
         steps.add(step)
         if isinstance(model, SupportsNoising) and rank_zero_only.rank == 0:
             schedule = model.noise_schedule()
             RunRecord.update(folder, lambda r, schedule=schedule: r.model.update(noise_schedule=schedule))
-        for name in with_samplers(cfg, model):
+        for variant in sampling_variants(cfg, model):
             generation = SampleSettings(
                 weights=weights if model.averaged_parameters() else "raw",
                 checkpoint=checkpoint,
                 step=step,
-                images_seen=seen["images"],
+                images_seen=clock["images"],
                 sampler=model.sampling_description(),
                 seed=protocol.seed,
             )
-            kept = folder / DRAWN / drawing(cfg, data, protocol, folder, checkpoint, weights, name)
-            drawn: list[Tensor] = []
+            key = samples_key(cfg, data, protocol, folder, checkpoint, weights, variant)
+            chunk_dir = folder / SAMPLES_FOLDER / key
+            samples: list[Tensor] = []
             with stage_progress(cfg.callbacks.progress_bar) as progress:
                 result = evaluate(
                     model,
@@ -151,134 +152,128 @@ def measure(
                     protocol,
                     generation=generation,
                     progress=progress,
-                    on_samples=drawn.append,
-                    chunk_dir=kept,
+                    on_samples=samples.append,
+                    chunk_dir=chunk_dir,
                 )
             if rank_zero_only.rank == 0:
                 if guides:
                     result = replace(result, details={**result.details, "guides": guides})
-                store_result(folder, result, drawn[0], data)
-                shutil.rmtree(kept, ignore_errors=True)
+                store_result(folder, result, samples[0], data)
+                shutil.rmtree(chunk_dir, ignore_errors=True)
 
 
-def with_samplers(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
-    """Gives ``model`` one way of sampling after another: its own, then those of ``evaluation.samplers`` and
-    ``evaluation.guidance``; yields their names.
+def sampling_variants(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
+    """Set the sampler and guidance of ``model`` to each variant in turn, and yield the variant's name.
 
-    A further sampler is a whole one (with ``_target_``), or what is to be changed in the model's own; of its guidance,
-    the scale and the like are changed.
+    The first variant is the model's own, then follow those of ``evaluation.samplers`` and ``evaluation.guidance``. A
+    sampler is complete if it has a ``_target_``, else a change of the model's own; guidance is always a change.
     """
-    further = cfg.evaluation.get("samplers") or {}
+    samplers = cfg.evaluation.get("samplers") or {}
     guidances = cfg.evaluation.get("guidance") or {}
     own: dict[str, Any] = {"sampler": getattr(model, "sampler", None), "guidance": getattr(model, "guidance", None)}
-    for option, part, wanted in (("samplers", "sampler", further), ("guidance", "guidance", guidances)):
-        if wanted and own[part] is None:
-            raise UserError(f"evaluation.{option}: {type(model).__name__} has no {part} here that could be changed.")
+    for option, attribute, variants in (("samplers", "sampler", samplers), ("guidance", "guidance", guidances)):
+        if variants and own[attribute] is None:
+            raise UserError(f"evaluation.{option}: {type(model).__name__} has no {attribute} to change.")
     yield "own"
     try:
-        for name, change in further.items():
-            model.sampler = instantiate(changed(cfg.model.sampler, change), _convert_="all")
+        for name, change in samplers.items():
+            model.sampler = instantiate(merge_options(cfg.model.sampler, change), _convert_="all")
             yield str(name)
             model.sampler = own["sampler"]
         for name, change in guidances.items():
-            model.guidance = with_guidance(own["guidance"], change)
+            model.guidance = change_guidance(own["guidance"], change)
             yield f"guidance {name}"
     finally:
-        for part, value in own.items():
+        for attribute, value in own.items():
             if value is not None:
-                setattr(model, part, value)
+                setattr(model, attribute, value)
 
 
-def with_guidance(own: Any, change: DictConfig) -> Any:
-    """The guidance ``own`` with another scale or interval; the models that take part are the same."""
-    known = [field.name for field in fields(own) if field.name not in own.guides()]
+def change_guidance(guidance: Any, change: DictConfig) -> Any:
+    """A copy of ``guidance`` with another scale or interval, and the same guiding models."""
+    known = [field.name for field in fields(guidance) if field.name not in guidance.guides()]
     unknown = [str(key) for key in change if key not in known]
     if unknown:
         raise UserError(
-            f"evaluation.guidance: {type(own).__name__} has no {unknown[0]} that could be changed, but"
-            f" {', '.join(known)}."
+            f"evaluation.guidance: {type(guidance).__name__} has no {unknown[0]} to change, only {', '.join(known)}."
         )
-    return replace(own, **{str(key): value for key, value in change.items()})
+    return replace(guidance, **{str(key): value for key, value in change.items()})
 
 
-def changed(own: DictConfig, change: DictConfig) -> DictConfig:
-    """``own`` with the values of ``change``; a part that names its own ``_target_`` takes the place of the other."""
+def merge_options(options: DictConfig, change: DictConfig) -> DictConfig:
+    """``options`` updated recursively with ``change``; a node with a ``_target_`` replaces the old node."""
     if "_target_" in change:
         return change
-    parts = {key: value for key, value in own.items() if key not in change}
+    merged = {key: value for key, value in options.items() if key not in change}
     for key, value in change.items():
-        nested = OmegaConf.is_dict(value) and OmegaConf.is_dict(own.get(key))
-        parts[key] = changed(own[key], value) if nested else value
-    return OmegaConf.create(parts)
+        nested = OmegaConf.is_dict(value) and OmegaConf.is_dict(options.get(key))
+        merged[key] = merge_options(options[key], value) if nested else value
+    return OmegaConf.create(merged)
 
 
-def drawing(
+def samples_key(
     cfg: DictConfig,
     data: ImageData,
     protocol: EvaluationProtocol,
     folder: Path,
     checkpoint: str,
     weights: str,
-    sampler: str,
+    variant: str,
 ) -> str:
-    """A name for the samples of one evaluation: a hash of all that decides what is drawn."""
-    kept = {name: tensor_sha256(rows) for name, rows in data.split(protocol.condition_split).extra_conditions.items()}
-    decides = {
-        "sampler": [sampler, str(cfg.evaluation.get("samplers")), str(cfg.evaluation.get("guidance"))],
+    """A hash of everything that the samples of an evaluation depend on."""
+    conditions = data.split(protocol.condition_split).extra_conditions
+    settings = {
+        "sampler": [variant, str(cfg.evaluation.get("samplers")), str(cfg.evaluation.get("guidance"))],
         "model": OmegaConf.to_container(cfg.model, resolve=True),
         "weights": [sha256(folder / "checkpoints" / f"{checkpoint}.ckpt"), weights],
-        "chunks": [protocol.seed, protocol.chunk_size, protocol.n, protocol.reference, data.hash("train")],
-        "conditions": [protocol.condition_split, str(cfg.data.get("conditions")), kept],
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        "chunks": [protocol.seed, protocol.chunk_size, protocol.num_images, protocol.reference, data.hash("train")],
+        "conditions": [
+            protocol.condition_split, str(cfg.data.get("conditions")),
+            {name: tensor_sha256(rows) for name, rows in conditions.items()},
+        ],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def evaluate_external(cfg: DictConfig) -> None:
-    """Measure images (``cfg.samples``), or the model of ``cfg.model`` with published weights (``cfg.pretrained``).
+    """Evaluate the images ``cfg.samples``, or the model of ``cfg.model`` with the published weights ``cfg.pretrained``.
 
-    They get a record in ``cfg.out``, so that ``task=compare`` finds them beside one's own runs.
+    The result gets a record in ``cfg.out``, so that ``task=compare`` finds it.
     """
-    given = [place for place in (cfg.samples, cfg.pretrained) if place is not None]
-    if len(given) > 1:
-        raise UserError("samples= and pretrained= are two evaluations: give one of them.")
+    sources = [source for source in (cfg.samples, cfg.pretrained) if source is not None]
+    if len(sources) > 1:
+        raise UserError("samples= and pretrained= are two evaluations: use only one of them.")
     folder = Path(cfg.out)
-    refuse_second_run(folder)
+    refuse_existing_run(folder)
     data = build_data(cfg)
     protocol = build_protocol(cfg)
     protocol.check(data)
     labels = None
-    drawn: list[Tensor] = []
-    path = Path(given[0]) if cfg.samples is not None else located(given[0])
     if cfg.samples is not None:
-        source, labels = read_samples(path, data.spec, cache=Path(cfg.paths.cache))
+        source, labels = read_samples(Path(cfg.samples), data.spec, cache=Path(cfg.paths.cache))
         generation, details = SampleSettings(), {}
     else:
+        path = find_pretrained(cfg.pretrained)
         source = check_generative(build_model(cfg, data), "evaluate").eval()
         load_pretrained(source, path)
-        source = source.to(chosen_device(cfg))
+        source = source.to(choose_device(cfg))
         generation = SampleSettings(weights="as published", checkpoint="as published")
         details = {"parameters": sum(p.numel() for p in source.parameters()), "conditional": source.conditional}
+    samples: list[Tensor] = []
     with stage_progress(cfg.callbacks.progress_bar) as progress:
-        result = evaluation.evaluate(
-            source, data, protocol, generation=generation, labels=labels, progress=progress, on_samples=drawn.append
+        result = evaluate(
+            source, data, protocol, generation=generation, labels=labels, progress=progress, on_samples=samples.append
         )
-    begin_external_run(cfg, data, Path(given[0]), details).save(folder)
-    store_result(folder, result, drawn[0], data)
-    print_end(RunRecord.load(folder), folder)
+    external_record(cfg, data, Path(sources[0]), details).save(folder)
+    store_result(folder, result, samples[0], data)
+    print_results(RunRecord.load(folder), folder)
 
 
-def refuse_second_run(folder: Path) -> None:
-    """Raises `UserError` where ``folder`` holds a record already: two runs would become one."""
-    if (folder / RECORD_FILE).exists():
-        raise UserError(f"{folder} holds a run already: choose another hydra.run.dir.")
-
-
-def begin_external_run(cfg: DictConfig, data: ImageData, path: Path, model: dict[str, object]) -> RunRecord:
-    """The record of work that was not trained here."""
+def external_record(cfg: DictConfig, data: ImageData, path: Path, model: dict[str, object]) -> RunRecord:
+    """The record of samples or weights that were not made by this program."""
     name = cfg.name or path.stem
     return RunRecord(
-        name=name, family=name if cfg.samples else cfg.family, data=describe_config(data), seed=cfg.seed,
-        state="samples",
-        created=now(), config={"choices": {k: cfg.choices[k] for k in ("data", "evaluation")}}, model=model,
-        overrides=list(cfg.command), environment=environment(torch.device("cpu")),
+        name=name, family=name if cfg.samples else cfg.family, data=describe_data(data), seed=cfg.seed,
+        state="samples", created=now(), config={"choices": {k: cfg.choices[k] for k in ("data", "evaluation")}},
+        model=model, overrides=list(cfg.command), environment=environment(torch.device("cpu")),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""task=export_extractor: a trained classifier as a feature extractor, one safetensors file."""
+"""task=export_extractor: write a trained classifier as a feature extractor, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
-from gencompare.evaluation.extractors.shipped_classifiers import SHIPPED, rounded, save_classifier, write_checksums
+from gencompare.evaluation.extractors.shipped_classifiers import (
+    WEIGHTS_DIR,
+    save_classifier,
+    to_float16,
+    write_checksums,
+)
 from gencompare.generative_model import SupportsClassification, TrainedModel
 from gencompare.networks.residual_classifier import ResidualClassifier
 from gencompare.records import RunRecord
-from gencompare.tasks.evaluate_run import run_folder
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.loading import load_weights
+from gencompare.tasks.runs.run_folder import run_folder
 
-PRIVATE = ("hydra.", "paths.", "logger", "task")
-"""Words of a command that say where it ran, and nothing of what came out."""
+LOCATION_PREFIXES = ("hydra.", "paths.", "logger", "task")
+"""Prefixes of overrides that do not affect the weights."""
 
 
 def export_extractor(cfg: DictConfig) -> None:
@@ -30,29 +35,29 @@ def export_extractor(cfg: DictConfig) -> None:
     network = getattr(model, "net", None)
     if not isinstance(model, SupportsClassification) or not isinstance(network, ResidualClassifier):
         raise UserError(
-            f"task=export_extractor needs a run of model=classifier; {folder} holds a {type(model).__name__}."
+            f"task=export_extractor needs a run of model=classifier; {folder} is a run of {type(model).__name__}."
         )
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
-    # The file holds float16: measure what it holds.
-    network.load_state_dict({name: rounded(value) for name, value in network.state_dict().items()})
+    # The accuracy is that of the stored weights, which are float16.
+    network.load_state_dict({name: to_float16(value) for name, value in network.state_dict().items()})
     settings = OmegaConf.to_container(cfg.model.network, resolve=True)
     assert isinstance(settings, dict)
-    words = [word for word in RunRecord.load(folder).overrides if not word.startswith(PRIVATE)]
+    overrides = [word for word in RunRecord.load(folder).overrides if not word.startswith(LOCATION_PREFIXES)]
     out = Path(cfg.task.out or folder / "extractor.safetensors")
     score = accuracy(model, data)
     digest = save_classifier(
-        out, network.state_dict(), data.spec, accuracy=score, recipe=shlex.join(["python", "run.py", *words]),
+        out, network.state_dict(), data.spec, accuracy=score, recipe=shlex.join(["python", "run.py", *overrides]),
         network={str(key): value for key, value in settings.items() if not str(key).startswith("_")},
     )  # fmt: skip
-    if out.resolve().parent == SHIPPED.resolve():
+    if out.resolve().parent == WEIGHTS_DIR.resolve():
         write_checksums()
     print(f"{out}: accuracy {score:.4f} on {len(data.split('test'))} test images, SHA-256 {digest}")
 
 
 @torch.inference_mode()
 def accuracy(model: TrainedModel, data: ImageData) -> float:
-    """Share of test images whose class the model names."""
+    """The share of test images that the model classifies correctly."""
     assert isinstance(model, SupportsClassification)
     model.eval()
-    right = sum(int((model.logits(x).argmax(1) == cond["label"]).sum()) for x, cond in data.batches("test"))
-    return right / len(data.split("test"))
+    correct = sum(int((model.logits(x).argmax(1) == cond["label"]).sum()) for x, cond in data.batches("test"))
+    return correct / len(data.split("test"))

@@ -1,4 +1,4 @@
-"""task=plot_schedules: a picture of the noise schedules."""
+"""task=plot_schedules: plot the noise schedules."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ GROUP = "model/schedule"
 
 
 def plot_schedules(cfg: DictConfig) -> None:
-    """Draw every option of ``model/schedule``, or those of ``cfg.task.schedules``, into one PNG.
+    """Plot every option of ``model/schedule``, or those of ``cfg.task.schedules``, in one PNG file.
 
-    The one that ``model/schedule=`` chooses is drawn with the values that the command line gives it.
+    The schedule that ``model/schedule=`` chooses has the values of the command line.
     """
-    known = GlobalHydra.instance().config_loader().get_group_options(GROUP)
-    names = list(cfg.task.schedules or known)
-    unknown = [name for name in names if name not in known]
+    options = GlobalHydra.instance().config_loader().get_group_options(GROUP)
+    names = list(cfg.task.schedules or options)
+    unknown = [name for name in names if name not in options]
     if unknown:
-        raise UserError(f"task.schedules: there is no schedule {unknown[0]}; there are {', '.join(known)}.")
+        raise UserError(f"task.schedules: unknown schedule {unknown[0]}; choose from {', '.join(options)}.")
     path = Path(cfg.task.out or Path(cfg.out) / "schedules.png")
     figure = draw_schedules({name: schedule_curve(_schedule(name, cfg), points=1001) for name in names})
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
-    print(f"The noise schedules: {path}")
+    print(f"Noise schedules: {path}")
 
 
 def _schedule(name: str, cfg: DictConfig) -> NoiseSchedule:

@@ -1,4 +1,4 @@
-"""Configs, data and models from Python, as the command line makes them."""
+"""The Python API: compose configs, build data and models, and train, as the command line does."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from gencompare.tasks import train as tasks_train
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.loading import LoadedRun, load_run
 from gencompare.tasks.runs.processes import leave_process_group
-from gencompare.tasks.runs.run_config import restore
+from gencompare.tasks.runs.run_config import complete_config
 
 
 def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> DictConfig:
-    """The config of a run: that of ``python run.py`` followed by ``overrides``, resolved.
+    """The resolved config of ``python run.py`` with ``overrides``.
 
     Args:
-        overrides: words of the command line, such as ``"model=ddpm"`` and ``"model.optimizer.lr=1e-3"``.
-        folder: the run folder; None makes one under ``paths.runs`` from date and time.
+        overrides: Hydra overrides, such as ``"model=ddpm"`` and ``"model.optimizer.lr=1e-3"``.
+        folder: the run folder; None names one under ``paths.runs`` after date and time.
 
     Raises:
-        hydra.errors.HydraException: for words that no config has.
+        hydra.errors.HydraException: an override is invalid.
     """
     GlobalHydra.instance().clear()
     extra = os.environ.get("GENCOMPARE_CONF")
-    words = [*overrides, *([f"hydra.searchpath=[file://{Path(extra).absolute()}]"] if extra else [])]
+    arguments = [*overrides, *([f"hydra.searchpath=[file://{Path(extra).absolute()}]"] if extra else [])]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        whole = hydra_compose("config", overrides=[*words, "hydra.job.num=0"], return_hydra_config=True)
+        whole = hydra_compose("config", overrides=[*arguments, "hydra.job.num=0"], return_hydra_config=True)
         HydraConfig.instance().set_config(copy.deepcopy(whole))
         OmegaConf.set_readonly(whole.hydra, False)
         with open_dict(whole):
@@ -44,17 +44,17 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
             whole.hydra.overrides.task = list(overrides)
             hydra = whole.pop("hydra")
         OmegaConf.set_struct(whole, True)
-        return restore(whole, hydra)
+        return complete_config(whole, hydra)
 
 
 def build(cfg: DictConfig) -> tuple[ImageData, TrainedModel]:
-    """The datamodule and the untrained model of a config; the model's first weights are a function of ``cfg.seed``."""
+    """The datamodule and the untrained model of a config. The initial weights are a function of ``cfg.seed``."""
     data = build_data(cfg)
     return data, build_model(cfg, data)
 
 
 def train(cfg: DictConfig) -> LoadedRun:
-    """Train and evaluate the model of a config of `compose`, as ``python run.py`` does; returns the finished run."""
+    """Train and evaluate the model of a config from `compose`, as ``python run.py`` does. Returns the finished run."""
     try:
         tasks_train.train(cfg)
     finally:

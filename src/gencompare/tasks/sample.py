@@ -1,4 +1,4 @@
-"""task=sample: images from a trained run, as files."""
+"""task=sample: draw images from a trained run and write them to files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gencompare.evaluation.model_metrics import with_low_res
 from gencompare.evaluation.sampling import choose_conditions, draw_samples
 from gencompare.files import atomic_write
 from gencompare.image_grid import grid, save_png, to_image
-from gencompare.tasks.evaluate_run import run_folder
-from gencompare.tasks.runs.build import build_data, build_model, chosen_device
+from gencompare.tasks.runs.build import build_data, build_model, choose_device
 from gencompare.tasks.runs.loading import check_generative, load_weights
+from gencompare.tasks.runs.run_folder import run_folder
 
 
 def sample(cfg: DictConfig) -> None:
-    """Draw ``cfg.num_images`` images; write a grid, and single PNGs or one npz (``arr_0``: uint8 (n, H, W, C))."""
+    """Draw ``cfg.num_images`` images and write a grid, and PNG files or an npz file (``arr_0``: uint8 (n, H, W, C))."""
     if cfg.num_images < 1:
-        raise UserError(f"num_images={cfg.num_images}: ask for at least 1 image.")
+        raise UserError(f"num_images={cfg.num_images}: must be at least 1.")
     if cfg.task.format not in ("png", "npz"):
         raise UserError(f"task.format={cfg.task.format}: choose png or npz.")
     folder = run_folder(cfg)
@@ -29,14 +29,14 @@ def sample(cfg: DictConfig) -> None:
     data = build_data(cfg)
     model = check_generative(build_model(cfg, data), "sample").eval()
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
-    device = chosen_device(cfg)
-    asked = choose_conditions(
+    device = choose_device(cfg)
+    conditions = choose_conditions(
         model, data, cfg.num_images, seed=cfg.seed, split=cfg.evaluation.protocol.get("condition_split", "test")
     )
-    drawn = draw_samples(model.to(device), cfg.num_images, seed=cfg.seed, condition_source=asked).images
-    shown, columns = with_low_res(drawn, asked)
+    samples = draw_samples(model.to(device), cfg.num_images, seed=cfg.seed, condition_source=conditions).images
+    shown, columns = with_low_res(samples, conditions)
     save_png(grid(shown.numpy(), columns), out / "grid.png")
-    images = drawn.numpy()
+    images = samples.numpy()
     if cfg.task.format == "npz":
         with atomic_write(out / "samples.npz") as file:
             buffer = io.BytesIO()
@@ -44,7 +44,7 @@ def sample(cfg: DictConfig) -> None:
             file.write(buffer.getvalue())
     elif data.spec.num_values > 2:
         for old in out.glob("[0-9]" * 6 + ".png"):
-            old.unlink()  # of an earlier call: whoever reads the folder wants this call's images alone
+            old.unlink()  # of an earlier command
         for k, image in enumerate(images):
             save_png(to_image(image), out / f"{k:06d}.png")
     print(f"{cfg.num_images} images from {folder}: {out}")

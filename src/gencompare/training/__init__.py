@@ -1,1 +1,1 @@
-"""The one trainer that every family shares: small Lightning callbacks, one concept each."""
+"""Training of all families with the Lightning Trainer: callbacks, budget and loggers."""

@@ -1,4 +1,4 @@
-"""The training clock: steps, images, seconds and FLOPs so far, and the random numbers of each step."""
+"""Callbacks that count steps, images, time and FLOPs, seed each step, and end training."""
 
 from __future__ import annotations
 
@@ -17,47 +17,48 @@ from gencompare.training.budget import Budget
 
 
 class TrainingClock(Callback):
-    """Counts what was trained, ends training with the budget, and makes each step's randomness a function of the seed.
+    """Counts steps, images and time, seeds each step, and ends training when the budget is spent.
 
-    Before step s the model's ``draws`` and torch's global generator (dropout) are seeded with (seed, s). So a resumed
-    run meets the numbers that an unbroken one would have met, and 1, 2 or 4 processes draw the same noise for the same
-    image of the global batch. (Dropout masks differ between ranks, as they must.)
+    Before step s, the model's ``rng`` and torch's global generator (dropout) are seeded with (seed, s). So a resumed
+    run is identical to an uninterrupted one, and the noise of an image of the global batch does not depend on the
+    number of processes. Dropout masks differ between ranks.
 
-    Other callbacks read it as ``pl_module.clock``.
+    Lightning has no budget in images, FLOPs or device time, and its `seed_everything` seeds a run once, not each step.
+    Other callbacks read the clock as ``pl_module.clock``.
 
     Args:
         seed: of all random numbers of training.
-        global_batch_size: images of a step, over all processes.
-        budget: ends training.
+        global_batch_size: images per step, over all processes.
+        budget: when to end training.
     """
 
     order = 0
-    """Counts a step before any other callback acts on it."""
+    """Callbacks act on a step in ascending order."""
 
     def __init__(self, seed: int, global_batch_size: int, budget: Budget) -> None:
         self.seed, self.global_batch_size, self.budget = seed, global_batch_size, budget
         self.step = 0
         """Finished training steps."""
-        self.images_a_step = global_batch_size
-        """Training images that a step sees; all of them, where a model is fitted in closed form."""
+        self.images_per_step = global_batch_size
+        """Training images per step; all training images if the model is fitted in closed form."""
         self.images = 0
-        """Training images seen, repeats counted."""
+        """Training images seen, including repetitions."""
         self.seconds = 0.0
-        """Wall seconds spent in training, over all sittings."""
+        """Wall time of training, over all resumptions."""
         self.device_seconds = 0.0
-        """The same, times the processes of each sitting."""
+        """Wall time multiplied by the number of processes at that time."""
         self.flops = 0.0
-        """FLOPs of training so far, as `TrainingFlops` adds them up."""
+        """FLOPs of training, counted by `TrainingFlops`."""
         self.evaluated_at = 0
         """The step of the last evaluation."""
         self.best_at = 0
         """The step of the best evaluation so far."""
         self._generator: torch.Generator | None = None
-        self._since = time.monotonic()
+        self._last_time = time.monotonic()
 
     @property
     def progress(self) -> float:
-        """The share of the budget that is spent, 0 to 1."""
+        """The fraction of the budget that is spent, in [0, 1]."""
         return self.budget.progress(**self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,27 +76,27 @@ class TrainingClock(Callback):
         pl_module.clock = self  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning restores the callbacks before this hook and asks for the training stream after it.
+        # Lightning restores callbacks before this hook, and requests the training dataloader after it.
         trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
         assert isinstance(pl_module, TrainedModel)
-        self.images_a_step = self.global_batch_size
+        self.images_per_step = self.global_batch_size
         if self.budget.by_time and trainer.world_size > 1:
-            # What is left of it after a first stage was measured by each process for itself.
+            # Each rank measured the time of the autoencoder stage itself.
             self.budget = trainer.strategy.broadcast(self.budget, src=0)
         if pl_module.closed_form:
             self.budget = Budget(steps=1)
-            self.images_a_step = len(trainer.datamodule.train_subset)  # type: ignore[attr-defined]
+            self.images_per_step = len(trainer.datamodule.train_subset)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._generator = torch.Generator(pl_module.device)
-        self._since = time.monotonic()
+        self._last_time = time.monotonic()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, i: int) -> None:
         assert isinstance(pl_module, TrainedModel) and self._generator is not None
         self._generator.manual_seed(derive_seed(self.seed, "step", self.step))
-        share = self.global_batch_size // trainer.world_size
-        start = trainer.global_rank * share
-        pl_module.rng = RandomSource(self._generator, start, start + share, self.global_batch_size)
+        local_batch_size = self.global_batch_size // trainer.world_size
+        start = trainer.global_rank * local_batch_size
+        pl_module.rng = RandomSource(self._generator, start, start + local_batch_size, self.global_batch_size)
         pl_module.progress = self.progress
         torch.manual_seed(derive_seed(self.seed, "dropout", self.step, trainer.global_rank))
 
@@ -103,14 +104,14 @@ class TrainingClock(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.step += 1
-        self.images += self.images_a_step
+        self.images += self.images_per_step
         now = time.monotonic()
-        taken, self._since = now - self._since, now
+        elapsed, self._last_time = now - self._last_time, now
         if self.budget.by_time and trainer.world_size > 1:
-            # Ranks must agree on when a budget of time is spent.
-            taken = float(trainer.strategy.broadcast(taken, src=0))
-        self.seconds += taken
-        self.device_seconds += taken * trainer.world_size
+            # All ranks must agree on when a limit on time is reached.
+            elapsed = float(trainer.strategy.broadcast(elapsed, src=0))
+        self.seconds += elapsed
+        self.device_seconds += elapsed * trainer.world_size
         self.end_if_spent(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,16 +122,17 @@ class TrainingClock(Callback):
         pl_module.clock = None  # type: ignore[assignment]
 
     def end_if_spent(self, trainer: pl.Trainer) -> None:
+        """End training if the budget is spent."""
         if self.progress >= 1:
             trainer.should_stop = True
 
-    def pause(self) -> None:
-        """Leave the time since the last step out of ``seconds`` (looks at the model are not training)."""
-        self._since = time.monotonic()
+    def exclude_elapsed_time(self) -> None:
+        """Do not count the time since the last step, such as that of an evaluation, as training."""
+        self._last_time = time.monotonic()
 
 
 def clock_of(trainer: pl.Trainer) -> TrainingClock:
-    """The clock of the run that ``trainer`` trains. Raises `UserError` where it has none."""
+    """The clock of a run. Raises `UserError` if the Trainer has none."""
     clock = getattr(trainer.lightning_module, "clock", None)
     if not isinstance(clock, TrainingClock):
         raise UserError("This callback needs a TrainingClock among the Trainer's callbacks.")
@@ -138,14 +140,17 @@ def clock_of(trainer: pl.Trainer) -> TrainingClock:
 
 
 class TrainingFlops(Callback):
-    """Counts the first step of each of a model's kinds (`TrainedModel.step_kind`): forward, backward, and whatever else
-    a family does in a step. Every step adds the cost of its kind to the clock's FLOPs."""
+    """Adds the FLOPs of every training step, forward and backward, to the clock.
+
+    FLOPs are measured once for each `TrainedModel.step_kind` and assumed equal for all steps of that kind. Lightning's
+    `ThroughputMonitor` needs the FLOPs of a batch as an input.
+    """
 
     order = 2
 
     def __init__(self) -> None:
         self.per_image: dict[str, float] = {}
-        """FLOPs of a training image, by the kind of step."""
+        """FLOPs per training image, by kind of step."""
         self._counter: FlopCounter | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,12 +172,14 @@ class TrainingFlops(Callback):
         clock = clock_of(trainer)
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            counted = self._counter.get_total_flops() * trainer.world_size / clock.images_a_step
-            self.per_image[self._kind] = counted
+            flops = self._counter.get_total_flops() * trainer.world_size / clock.images_per_step
+            self.per_image[self._kind] = flops
             self._counter = None
-            if not counted and clock.budget.flops is not None:
-                raise UserError("budget.flops: a step of this model has nothing that is counted. Set another limit.")
-        clock.flops += self.per_image[self._kind] * clock.images_a_step
+            if not flops and clock.budget.flops is not None:
+                raise UserError(
+                    "budget.flops: the training steps of this model have no countable FLOPs. Set another limit."
+                )
+        clock.flops += self.per_image[self._kind] * clock.images_per_step
         clock.end_if_spent(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

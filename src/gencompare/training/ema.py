@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from gencompare.hyperparameters import EMA_KEY
 
 
 class EMA(Callback):
-    r"""Keeps \bar w <- d \bar w + (1 - d) w after each step, on the device, for ``model.averaged_parameters()``.
+    r"""Maintains an exponential moving average of ``model.averaged_parameters()``.
 
-    The rate warms up, d = min(decay, (1 + s) / (10 + s)) at step s, so that the first weights are soon forgotten
-    (as in TensorFlow's ExponentialMovingAverage with ``num_updates``). The average is what is sampled, evaluated and
-    exported; checkpoints hold it under ``ema`` beside the raw weights, and resuming restores both.
+    After step s, :math:`\bar w \leftarrow d \bar w + (1 - d) w` with
+    :math:`d = \min(\text{decay}, (1 + s) / (10 + s))`: the warm-up of TensorFlow's ExponentialMovingAverage with
+    ``num_updates``, which soon discards the initial weights. The average is used for sampling, evaluation and export.
+    Checkpoints contain it under ``ema``, besides the online weights.
 
-    Lightning's own averaging is not used: it counts a GAN's two optimisers wrongly, has no warm-up, and swaps the raw
-    weights back before the hook in which one would sample.
+    Lightning's `EMAWeightAveraging` is not used because it has no warm-up, counts a GAN's two optimizers as two steps,
+    and swaps the online weights back before the hooks in which callbacks sample.
 
     Args:
-        decay: d, in [0, 1).
+        decay: the maximum of d, in [0, 1).
     """
 
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"callbacks.ema.decay={decay}: give a number from 0 up to, not including, 1.")
+            raise UserError(f"callbacks.ema.decay={decay}: must be at least 0 and less than 1.")
         self.decay = decay
         self.average: dict[str, Tensor] = {}
         self.step = 0
-        """Training steps that the average has seen."""
+        """Updates of the average so far."""
 
     order = 3
 
@@ -45,7 +46,7 @@ class EMA(Callback):
         self.average = {name: p.detach().clone() for name, p in _parameters(pl_module).items()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning has moved the model to its device by now.
+        # Lightning has moved the model to its device.
         self.average = {name: self.average[name].to(p.device) for name, p in _parameters(pl_module).items()}
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ class EMA(Callback):
 
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """The model with the average in place of its weights, which come back when the block ends."""
+        """Use the average as the weights of the model during the block."""
         swap(pl_module, self.average)
         try:
             yield
@@ -80,20 +81,20 @@ class EMA(Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         stored = checkpoint.get(EMA_KEY, {})
         if set(stored) != set(self.average):
-            raise UserError("The checkpoint's averaged weights do not fit the model: it is of another configuration.")
+            raise UserError("The EMA weights of the checkpoint belong to a model with another config.")
         self.average = dict(stored)
-        # Checkpoints of earlier versions have the steps with the clock alone.
+        # Earlier versions stored the number of steps only with the clock.
         self.step = checkpoint["callbacks"].get("TrainingClock", {}).get("step", 0)
 
 
 @torch.no_grad()
 def swap(model: pl.LightningModule, weights: dict[str, Tensor]) -> None:
-    """Exchange, in place, the values of ``weights`` and of the model's parameters of the same names."""
+    """Swap, in place, the values of ``weights`` and of the parameters with the same names."""
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
-        kept = parameters[name].detach().clone()
+        online = parameters[name].detach().clone()
         parameters[name].copy_(value)
-        value.copy_(kept)
+        value.copy_(online)
 
 
 def _parameters(model: pl.LightningModule) -> dict[str, torch.nn.Parameter]:

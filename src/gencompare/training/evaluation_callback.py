@@ -1,4 +1,4 @@
-"""Evaluation during training: held-out metrics, a sample grid, a cheap distance."""
+"""Evaluation during training: validation metrics, a grid of samples, and cheap sample metrics."""
 
 from __future__ import annotations
 
@@ -30,15 +30,20 @@ from gencompare.training.loggers import check_weights, log_image, log_metrics
 
 
 class CheapMetrics:
-    """Frechet distance, density and coverage of ``n`` samples against the validation split.
+    """Frechet distance, density and coverage of a few samples, compared with the validation split.
 
-    Biased upwards, since n is small, and measured on another reference than a result: fit to compare the evaluations
-    of one run with each other, and nothing else. All processes share the sampling.
+    The distance is biased upwards, because the number of samples is small, and its reference is not that of a result:
+    use it only to compare the evaluations of one run. All ranks share the sampling.
+
+    Args:
+        data: the data set.
+        protocol: whose first extractor measures.
+        n: number of samples.
     """
 
     def __init__(self, data: ImageData, protocol: EvaluationProtocol, *, n: int) -> None:
         self.data, self.n = data, n
-        # A seed of its own: the samples that a result is measured on must not choose the checkpoint.
+        # Another seed, so that the samples of a result do not choose the checkpoint.
         self.protocol = replace(
             protocol, seed=protocol.seed + 1_000_003, chunk_size=min(protocol.chunk_size, n), condition_split="val"
         )
@@ -46,7 +51,7 @@ class CheapMetrics:
 
     @property
     def images(self) -> int:
-        """Images on each side of density and coverage."""
+        """Samples, and validation images, of density and coverage."""
         return min(self.n, len(self.data.split("val")))
 
     def __call__(self, model: GenerativeModel) -> dict[str, float]:
@@ -58,22 +63,23 @@ class CheapMetrics:
 class EvaluationCallback(Callback):
     """Evaluates the averaged weights ``num_evaluations`` times, evenly over the budget.
 
-    An evaluation logs the means of the validation metrics over the validation split (with the same noise each time),
-    writes a grid of samples from one fixed seed, and logs `CheapMetrics`. Their distance draws the curve and chooses
-    ``best.ckpt``; it is never a result. Density and coverage of the same samples warn of missing modes.
+    Each evaluation logs the means of the model's validation metrics (with the same noise each time) and `CheapMetrics`,
+    and writes a grid of samples with a fixed seed. The cheap distance chooses ``best.ckpt`` and drives early stopping,
+    but is not a result; cheap density and coverage warn of missing modes.
 
-    Lightning's validation loop is tied to epochs; here the unit of training is the budget.
+    Lightning's validation loop runs at epochs or batches. Here the unit of training is the budget, and an evaluation
+    uses the averaged weights and does not count as training time.
 
     Args:
-        num_evaluations: in a run, the last at its end; 0 for none.
+        num_evaluations: evaluations per run, the last at its end; 0 for none.
         num_grid_images: samples in the grid; 0 for no grid.
-        num_val_images: the first images of the validation split, over which metrics are averaged.
-        num_samples: samples of `CheapMetrics`; 0 leaves them out.
-        patience: training ends after this many evaluations in a row without a lower distance; None never ends it.
-        protocol: of the evaluation after training, whose extractor measures; None leaves `CheapMetrics` out.
-        data: the datamodule.
+        num_val_images: validation images that metrics are averaged over.
+        num_samples: samples of `CheapMetrics`; 0 disables them.
+        patience: early stopping after this many evaluations without a lower distance; None disables it.
+        protocol: the evaluation protocol, whose first extractor measures; None disables `CheapMetrics`.
+        data: the data set.
         folder: the run folder; grids go into ``samples/``.
-        seed: of the grid's samples and of validation noise.
+        seed: of the samples in the grid and of the noise in validation metrics.
     """
 
     order = 6
@@ -91,21 +97,16 @@ class EvaluationCallback(Callback):
         folder: Path,
         seed: int,
     ) -> None:
-        place = "callbacks.evaluation"
+        key = "callbacks.evaluation"
         if min(num_evaluations, num_grid_images, num_val_images, num_samples) < 0:
-            raise UserError(
-                f"{place}: numbers of evaluations, images and samples cannot be negative (0 leaves them out)."
-            )
+            raise UserError(f"{key}: numbers of evaluations, images and samples cannot be negative (0 disables them).")
         if patience is not None and (patience < 1 or not num_samples):
-            raise UserError(f"{place}.patience={patience}: give null, or at least 1 with {place}.num_samples above 0.")
-        self.num_evaluations, self.num_grid_images, self.num_val_images = (
-            num_evaluations,
-            num_grid_images,
-            num_val_images,
-        )
-        self.cheap_metrics = (
-            CheapMetrics(data, protocol, n=num_samples) if protocol is not None and num_samples else None
-        )
+            raise UserError(f"{key}.patience={patience}: must be null, or at least 1 with {key}.num_samples above 0.")
+        self.num_evaluations, self.num_val_images = num_evaluations, num_val_images
+        self.num_grid_images = num_grid_images
+        self.cheap_metrics = None
+        if protocol is not None and num_samples:
+            self.cheap_metrics = CheapMetrics(data, protocol, n=num_samples)
         self.folder, self.seed, self.patience = folder / "samples", seed, patience
         self.done = 0
         """Evaluations so far."""
@@ -116,25 +117,29 @@ class EvaluationCallback(Callback):
         self.since_best = 0
         """Evaluations since the best one."""
         self.best_coverage = 0.0
-        self.missing: dict[int, str] = {}
+        """The highest coverage so far."""
+        self.missing_modes: dict[int, str] = {}
         """Warnings of missing modes, by training step."""
         self.peak_memory_bytes = 0
-        """Peak memory of training; each evaluation resets the device's own count."""
+        """Peak memory of training, without the evaluations."""
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("done", "best", "last", "since_best", "best_coverage", "missing")
-        return {name: getattr(self, name) for name in names}
+        names = ("done", "best", "last", "since_best", "best_coverage")
+        return {name: getattr(self, name) for name in names} | {"missing": self.missing_modes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done, self.best = state_dict["done"], state_dict["best"]
         self.last = state_dict.get("last")
         self.since_best = state_dict.get("since_best", 0)
-        self.best_coverage, self.missing = state_dict.get("best_coverage", 0.0), dict(state_dict.get("missing", {}))
+        self.best_coverage = state_dict.get("best_coverage", 0.0)
+        self.missing_modes = dict(state_dict.get("missing", {}))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if 0 < self.num_val_images < trainer.world_size:
-            raise UserError(f"callbacks.evaluation.num_val_images={self.num_val_images} is less than one per process.")
-        # A budget that was raised on resuming leaves evaluations to do.
+            raise UserError(
+                f"callbacks.evaluation.num_val_images={self.num_val_images} must be at least the number of processes."
+            )
+        # If the budget was raised on resuming, there are evaluations left.
         self.done = min(self.done, int(clock_of(trainer).progress * self.num_evaluations))
 
     def on_train_batch_end(
@@ -145,7 +150,7 @@ class EvaluationCallback(Callback):
         if due <= self.done:
             return
         self.done = due
-        check_weights(pl_module, clock.step)  # samples would not be finite either
+        check_weights(pl_module, clock.step)  # else the samples are not finite either
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
         with evaluation_mode(pl_module):
             self.evaluate(trainer, pl_module)
@@ -153,57 +158,61 @@ class EvaluationCallback(Callback):
         reset_peak_memory(pl_module.device)
         if self.patience is not None and trainer.strategy.broadcast(self.since_best >= self.patience, src=0):
             trainer.should_stop = True
-        clock.pause()
+        clock.exclude_elapsed_time()
 
     def evaluate(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Evaluate the current weights of ``model``."""
         metrics = validation_metrics(trainer, model, self.num_val_images, self.seed)
         if not isinstance(model, GenerativeModel):
-            self.reconstructions(trainer, model)
+            self.save_reconstructions(trainer, model)
         else:
-            self.sample_grid(trainer, model)
+            self.save_samples(trainer, model)
             if self.cheap_metrics is not None:
-                measured = self.cheap_metrics(model)
-                metrics |= {f"val/{name}": value for name, value in measured.items()}
-                self.warn_of_missing_modes(trainer, measured, self.cheap_metrics.images)
-                self.last = next(iter(measured.values()))
+                cheap = self.cheap_metrics(model)
+                metrics |= {f"val/{name}": value for name, value in cheap.items()}
+                self.warn_of_missing_modes(trainer, cheap, self.cheap_metrics.images)
+                self.last = next(iter(cheap.values()))
                 self.since_best += 1
                 if self.best is None or self.last < self.best:
                     self.best, self.since_best = self.last, 0
                     clock_of(trainer).best_at = clock_of(trainer).step
         log_metrics(trainer, metrics)
 
-    def warn_of_missing_modes(self, trainer: pl.Trainer, measured: dict[str, float], n: int) -> None:
-        if "coverage" not in measured:
+    def warn_of_missing_modes(self, trainer: pl.Trainer, metrics: dict[str, float], n: int) -> None:
+        """Print and store a warning if density and coverage suggest missing modes."""
+        if "coverage" not in metrics:
             return
-        warning = missing_modes(measured["density"], measured["coverage"], self.best_coverage, n=n)
-        self.best_coverage = max(self.best_coverage, measured["coverage"])
+        warning = missing_modes(metrics["density"], metrics["coverage"], self.best_coverage, n=n)
+        self.best_coverage = max(self.best_coverage, metrics["coverage"])
         if warning is not None:
             step = clock_of(trainer).step
-            self.missing[step] = warning
+            self.missing_modes[step] = warning
             if trainer.is_global_zero:
                 print(f"Step {step}: {warning}.", flush=True)
 
-    def sample_grid(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
+    def save_samples(self, trainer: pl.Trainer, model: GenerativeModel) -> None:
+        """Save a grid of samples."""
         if not self.num_grid_images:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         conditions = choose_conditions(model, data, self.num_grid_images, seed=self.seed, split="val")
         images = draw_samples(model, self.num_grid_images, seed=self.seed, condition_source=conditions).images
         shown, columns = with_low_res(images, conditions)
-        self.save(trainer, "samples", shown, columns)
+        self.save_grid(trainer, "samples", shown, columns)
 
-    def reconstructions(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        """Pairs of a held-out image and its reconstruction."""
+    def save_reconstructions(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Save a grid of validation images, each followed by its reconstruction."""
         assert isinstance(model, TrainedModel)
         autoencoder = model.autoencoder()
         if not self.num_grid_images or autoencoder is None:
             return
         x, cond = next(iter(trainer.datamodule.batches("val", max(1, self.num_grid_images // 2))))  # type: ignore[attr-defined]
-        again = autoencoder.reconstruct(x.to(model.device), cond, generator=generator(model.device, self.seed))
-        pairs = torch.stack([x, again.cpu()], dim=1).flatten(0, 1).clamp(-1, 1)
-        self.save(trainer, "reconstructions", to_uint8(pairs, model.spec), 8)
+        reconstructed = autoencoder.reconstruct(x.to(model.device), cond, generator=generator(model.device, self.seed))
+        pairs = torch.stack([x, reconstructed.cpu()], dim=1).flatten(0, 1).clamp(-1, 1)
+        self.save_grid(trainer, "reconstructions", to_uint8(pairs, model.spec), 8)
 
-    def save(self, trainer: pl.Trainer, title: str, images: torch.Tensor, columns: int | None) -> None:
+    def save_grid(self, trainer: pl.Trainer, title: str, images: torch.Tensor, columns: int | None) -> None:
+        """Write and log a grid of uint8 images, on rank 0."""
         if trainer.is_global_zero:
             path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
             save_png(grid(images.numpy(), columns), path)
@@ -211,9 +220,9 @@ class EvaluationCallback(Callback):
 
 
 def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, seed: int) -> dict[str, float]:
-    """Means of the validation metrics over the first ``n`` validation images, with the same noise each time.
+    """Means of the model's validation metrics over the first ``n`` validation images, with the same noise each time.
 
-    Each process takes its share of the rows of every batch, so the means do not depend on the number of processes.
+    Each rank takes a slice of every batch, so the means do not depend on the number of ranks.
     """
     assert isinstance(model, TrainedModel)
     means: dict[str, MeanMetric] = {}
@@ -229,8 +238,9 @@ def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, s
             if start == stop:
                 continue
             rng = RandomSource(generator(model.device, seed, "validation", k), start, stop, len(x))
-            mine = {name: value[start:stop].to(model.device) for name, value in cond.items()}
-            for name, value in model.validation_metrics(x[start:stop].to(model.device), mine, rng).items():
+            local_x = x[start:stop].to(model.device)
+            local_cond = {name: value[start:stop].to(model.device) for name, value in cond.items()}
+            for name, value in model.validation_metrics(local_x, local_cond, rng).items():
                 if name not in means:
                     means[name] = MeanMetric(nan_strategy="disable").to(model.device)
                 means[name].update(value.float())
@@ -239,7 +249,7 @@ def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, s
 
 @contextlib.contextmanager
 def evaluation_mode(model: pl.LightningModule) -> Iterator[None]:
-    """The model in eval mode with its averaged weights; both are restored when the block ends."""
+    """Put the model in eval mode with its averaged weights during the block."""
     ema = getattr(model, "ema", None)
     with eval_mode(model), ema.averaged(model) if ema is not None else contextlib.nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Stopping on a signal without losing the step in hand."""
+"""A callback that stops training on a signal, after the current step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pytorch_lightning import Callback
 from gencompare.training.clock import clock_of
 
 CHECK_STEPS = 10
-"""Several processes ask each other once in so many steps whether one of them was told to stop."""
+"""Steps between checks whether another rank received a signal."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop(Callback):
-    """Ctrl-C and SIGTERM end training after the step in progress, so that a finished step is saved; a second one kills.
+    """Ends training after the current step on Ctrl-C or SIGTERM, so that `Checkpoints` saves it. A second signal kills.
 
-    The callback that saves checkpoints acts later in the same step.
+    Lightning's own handlers raise an exception in the middle of a step.
     """
 
     order = 4
@@ -30,7 +30,7 @@ class GracefulStop(Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not sooner: Lightning sets a handler of its own before this hook, which ends training in the middle of a step.
+        # Lightning sets its own handlers before this hook.
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
 
@@ -48,7 +48,7 @@ class GracefulStop(Callback):
         elif clock_of(trainer).step % CHECK_STEPS:
             return
         else:
-            # One process was told, so all stop after the same step. Asking makes the host wait for the device.
+            # All ranks stop after the same step. The reduction synchronises host and device, hence not every step.
             stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
         if stop:
             self.received = self.received or signal.SIGTERM

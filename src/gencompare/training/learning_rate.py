@@ -1,4 +1,4 @@
-"""Learning-rate schedules: factors on the optimiser's own rate."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from gencompare.training.clock import clock_of
 
 @dataclass(frozen=True)
 class WarmupDecay:
-    """Linear warm-up over ``warmup_steps`` steps, then constant, or decay to ``last`` at the end of the budget.
+    r"""Linear warm-up, then a constant learning rate or a decay to a fraction of it.
 
-    factor(s, p) = min(1, (s + 1) / warmup_steps) * (last + (1 - last) d(p)), with p the share of the budget that is
-    spent and d(p) = 1, (1 + cos(pi p)) / 2 or 1 - p for ``constant``, ``cosine`` and ``linear``. With ``decay_steps``,
-    p = min(1, s / decay_steps) whatever the budget.
+    At step s, the learning rate of the optimizer is multiplied by
+
+    .. math:: \min(1, (s + 1) / \text{warmup\_steps}) \, (\text{last} + (1 - \text{last}) \, d(p)),
+
+    with :math:`d(p) = 1`, :math:`(1 + \cos \pi p) / 2` or :math:`1 - p` for constant, cosine and linear decay.
+
+    Args:
+        warmup_steps: 0 for no warm-up.
+        decay: ``constant``, ``cosine`` or ``linear``.
+        last: the factor at the end of the decay.
+        decay_steps: length of the decay, :math:`p = \min(1, s / \text{decay\_steps})`; None uses the fraction p of the
+            budget that is spent.
     """
 
     warmup_steps: int = 0
@@ -32,7 +41,7 @@ class WarmupDecay:
             raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine or linear.")
         if not 0 <= self.last <= 1 or (self.decay_steps is not None and self.decay_steps < 1):
             raise UserError(
-                f"lr_schedule: last={self.last} must be from 0 to 1, decay_steps={self.decay_steps} null or at least 1."
+                f"lr_schedule: last={self.last} must be in [0, 1], decay_steps={self.decay_steps} null or at least 1."
             )
 
     def __call__(self, step: int, progress: float) -> float:
@@ -43,18 +52,19 @@ class WarmupDecay:
 
 
 class LearningRateScheduler(Callback):
-    """Sets every optimiser's rate before each step, so that one rule serves automatic and manual optimisation.
+    """Sets the learning rate of all optimizers before each step, by ``model.lr_schedule``.
 
-    A checkpoint brings back an optimiser's settings with its state; those of the config are put in their place, so that
-    ``resume=DIR model.optimizer.lr=...`` takes effect.
+    Lightning steps schedulers only under automatic optimisation. This callback also serves manual optimisation, and
+    decays over a budget in any unit. On resuming, the optimizer settings of the config replace those of the
+    checkpoint, so that ``resume=DIR model.optimizer.lr=...`` takes effect.
     """
 
     order = 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainedModel)
-        for optimizer, like in zip(trainer.optimizers, pl_module.build_optimizers(), strict=True):
-            for group, settings in zip(optimizer.param_groups, like.param_groups, strict=True):
+        for optimizer, fresh in zip(trainer.optimizers, pl_module.build_optimizers(), strict=True):
+            for group, settings in zip(optimizer.param_groups, fresh.param_groups, strict=True):
                 group.update({name: value for name, value in settings.items() if name != "params"})
                 group["initial_lr"] = settings["lr"]
 

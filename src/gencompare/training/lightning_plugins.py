@@ -1,4 +1,4 @@
-"""Plugins for Lightning: checkpoints that are written whole, and DDP for manual optimisation."""
+"""Lightning plugins: atomic checkpoint files, and DDP for manual optimisation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gencompare.migrations import migrate_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints under a temporary name first, synced and renamed."""
+    """Writes checkpoints atomically, and migrates checkpoints of earlier versions on loading."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # Through memory: torch hides a full disk behind an error of its own.
+        # Serialised in memory first: torch hides the error of a full disk.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with atomic_write(path) as file:
@@ -28,10 +28,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class UnwrappedDDPStrategy(DDPStrategy):
-    """DDP's processes without DDP's wrapper.
+    """DDP processes without the DDP module wrapper, for manual optimisation.
 
-    The wrapper's reducer expects one backward pass for each forward pass of the whole model. A model that optimises by
-    hand, two players in turn, has several; it averages the gradients of the parameters that it steps itself.
+    The reducer of the wrapper expects one backward pass per forward pass of the whole model. Models with several
+    optimizers have more, and average the gradients of the stepped parameters themselves (`manual_step`).
     """
 
     def configure_ddp(self) -> None:

@@ -1,4 +1,4 @@
-"""Logging: the run's own CSV, W&B and TensorBoard, and the callback that feeds them."""
+"""Loggers for CSV, W&B and TensorBoard, and the callback that logs training metrics."""
 
 from __future__ import annotations
 
@@ -26,21 +26,26 @@ from gencompare.files import write_error, write_text
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
 
-LEADING = ("step", "images", "seconds")
+FIRST_COLUMNS = ("step", "images", "seconds")
 
 
 class CurveCSVLogger(Logger):
-    """``curve.csv`` in the run folder: one row a logging call, empty where a figure was not logged.
+    """Writes ``curve.csv`` in the run folder: a row per logging call, with empty cells for missing metrics.
 
-    A resumed run goes on in the same file; rows past the step that it resumes from are dropped.
+    A resumed run appends to the file, without the rows after the step that it resumes from. Lightning's `CSVLogger`
+    cannot resume a file, and does not write it atomically.
+
+    Args:
+        folder: the run folder.
+        start_step: the step that training resumes from.
     """
 
     def __init__(self, folder: str | Path, start_step: int = 0, **_: Any) -> None:
         super().__init__()
         self.path = Path(folder) / "curve.csv"
-        self.columns: list[str] = list(LEADING)
+        self.columns: list[str] = list(FIRST_COLUMNS)
         if rank_zero_only.rank == 0:
-            rows = [row for row in read_curve(self.path) if row["step"] <= start_step]
+            rows = [row for row in _read_rows(self.path) if row["step"] <= start_step]
             for row in rows:
                 self.columns += [name for name in row if name not in self.columns]
             if rows:
@@ -62,7 +67,7 @@ class CurveCSVLogger(Logger):
         new = [name for name in row if name not in self.columns]
         if new or not self.path.exists():
             self.columns += new
-            self._rewrite([*read_curve(self.path), row])
+            self._rewrite([*_read_rows(self.path), row])
             return
         try:
             with self.path.open("a", newline="") as file:
@@ -78,24 +83,24 @@ class CurveCSVLogger(Logger):
         write_text(self.path, text.getvalue())
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The frozen config in the run folder has them."""
+        """Not needed: the run folder contains the config."""
 
 
-def read_curve(path: Path) -> list[dict[str, float]]:
-    """The rows of a curve file, figures that were logged only; a last line that was cut short is left out."""
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a curve file, without empty cells and without a truncated last line."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         rows = []
         for raw in csv.DictReader(file):
             try:
-                rows.append({name: _number(value) for name, value in raw.items() if name and value})
-            except (TypeError, ValueError):
+                rows.append({name: _parse_number(value) for name, value in raw.items() if name and value})
+            except (TypeError, ValueError):  # a truncated line
                 continue
         return [row for row in rows if "step" in row]
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
@@ -109,52 +114,57 @@ def wandb_logger(
     mode: str | None = None,
     tags: Sequence[str] = (),
     start_step: int = 0,
-    **further: Any,
+    **init_options: Any,
 ) -> Logger:
-    """A W&B logger that never stops a run: without a key, or without a network, it writes offline and says so.
+    """A W&B logger that falls back to offline logging, with a message, if there is no API key or no network.
 
     Args:
-        mode: ``online``, ``offline`` or ``disabled``; None is online where there is an API key, else offline.
+        folder: the run folder.
+        name: the name of the run.
+        id: the id of the run; a resumed run has the same id.
+        project: the W&B project.
+        group: the name of the sweep.
+        mode: ``online``, ``offline`` or ``disabled``; None is online if there is an API key, else offline.
         tags: labels of the run.
-        start_step: not used; other loggers need it.
-        further: any other argument of ``wandb.init``, such as ``entity`` and ``notes``.
+        start_step: unused; other loggers need it.
+        init_options: other arguments of ``wandb.init``, such as ``entity`` and ``notes``.
     """
     import wandb
     from wandb.errors import Error as WandbError
 
-    chosen = mode or os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-    # The run says itself where everything lies; W&B's own banner would only repeat it.
+    mode_used = mode or os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
+    # Silent, because the run itself prints all paths.
     settings = wandb.Settings(init_timeout=30, silent=True)
     options: dict[str, Any] = {
         "name": name, "id": id, "project": project, "group": group, "save_dir": str(folder), "resume": "allow",
-        "settings": settings, "tags": list(tags), **further,
+        "settings": settings, "tags": list(tags), **init_options,
     }  # fmt: skip
     if rank_zero_only.rank != 0:
-        return _open(mode="disabled", **options)
-    later = f"wandb sync {folder}/wandb/offline-*"
-    logger = _open(mode=chosen, **options)
+        return _open_wandb(mode="disabled", **options)
+    sync = f"wandb sync {folder}/wandb/offline-*"
+    logger = _open_wandb(mode=mode_used, **options)
     try:
         _ = logger.experiment
     except (WandbError, OSError) as error:
-        print(f"W&B cannot be reached ({type(error).__name__}): logging offline. Send it later: {later}")
-        logger = _open(mode="offline", **options)
+        print(f"W&B cannot be reached ({type(error).__name__}): logging offline. To upload the run later: {sync}")
+        logger = _open_wandb(mode="offline", **options)
         _ = logger.experiment
     else:
-        if chosen == "offline":
-            why = "is set to offline" if mode or os.environ.get("WANDB_MODE") else "has no API key here"
-            print(f"W&B {why}, so it logs offline. Send it later: {later}")
+        if mode_used == "offline":
+            reason = "is set to offline" if mode or os.environ.get("WANDB_MODE") else "has no API key here"
+            print(f"W&B {reason}: logging offline. To upload the run later: {sync}")
     return logger
 
 
-def _open(**options: Any) -> WandbLogger:
+def _open_wandb(**options: Any) -> WandbLogger:
     logger = WandbLogger(**options)
-    # Lightning passes a setting that today's wandb warns of.
+    # Lightning passes a setting that is deprecated in wandb.
     logger._wandb_init.pop("anonymous", None)
     return logger
 
 
-def has_key() -> bool:
-    """Whether there is an API key of W&B here."""
+def has_api_key() -> bool:
+    """Whether there is a W&B API key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc
@@ -173,7 +183,7 @@ def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
 
 @rank_zero_only
 def log_image(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
-    """Send a PNG to the loggers that take pictures."""
+    """Log a PNG file to the loggers that support images."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(title, [str(path)], step=step)
@@ -185,7 +195,7 @@ def log_image(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
 
 
 def abandon_loggers(loggers: list[Logger]) -> None:
-    """After a failure: close the W&B run of this job, so that the next job of a sweep does not write into it."""
+    """After a failure, close the W&B run of this job, so that the next job of a sweep starts its own."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
             with suppress(Exception):
@@ -193,8 +203,14 @@ def abandon_loggers(loggers: list[Logger]) -> None:
 
 
 def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
-    """At the end of a job: send the record, its table of figures and its pictures to W&B, and close its run, so that
-    the next job of a sweep gets its own."""
+    """Log the record of a finished run with its metrics and images to W&B, and close the W&B run.
+
+    Args:
+        loggers: the loggers of the run.
+        record: the record of the run.
+        folder: the run folder.
+        page: the HTML page of the run.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment
@@ -203,125 +219,130 @@ def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page:
                 prefix = f"{result.generation.checkpoint}/"
                 run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
             if record.results:
-                run.log({"figures": metrics_table(record), **log_result_images(record, folder)})
-            # What lies in the run's own folder is uploaded, now or at a later `wandb sync`: enough for a comparison.
+                run.log({"metrics": metrics_table(record), **log_result_images(record, folder)})
+            # Files in the W&B folder are uploaded, now or by `wandb sync`. These files are enough for a comparison.
             for file in (page, folder / record.curve):
                 if file.is_file():
                     shutil.copy(file, run.dir)
             samples = Path(run.dir) / "samples"
             samples.mkdir(exist_ok=True)
-            for picture in {picture for result in record.results for picture in result.images.values()}:
-                if (folder / picture).is_file():
-                    shutil.copy(folder / picture, samples)
+            for image in {image for result in record.results for image in result.images.values()}:
+                if (folder / image).is_file():
+                    shutil.copy(folder / image, samples)
             shutil.copy(folder / RECORD_FILE, run.dir)
             run.finish()
 
 
 def metrics_table(record: RunRecord) -> Any:
-    """A `wandb.Table` with a row for each figure of each result, beside how it was made."""
+    """A `wandb.Table` with a row per metric of each result, with the sampling settings."""
     import wandb
 
     table = wandb.Table(
-        columns=["figure", "value", "low", "high", "real data", "checkpoint", "weights", "sampler", "protocol", "note"]
+        columns=["metric", "value", "low", "high", "real data", "checkpoint", "weights", "sampler", "protocol", "note"]
     )
     for result in record.results:
-        made = result.generation
+        generation = result.generation
         for name, metric in result.metrics.items():
             low, high = metric.interval or (None, None)
             table.add_data(
-                name, metric.value, low, high, metric.baseline, made.checkpoint, made.weights, made.sampler,
-                result.measurement.id, metric.note,
+                name, metric.value, low, high, metric.baseline, generation.checkpoint, generation.weights,
+                generation.sampler, result.measurement.id, metric.note,
             )  # fmt: skip
     return table
 
 
 def log_result_images(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
-    """The pictures of a record's results by title, each captioned with how its samples were drawn."""
+    """The images of a record's results by title, captioned with the sampling settings."""
     import wandb
 
-    found: dict[str, list[Any]] = {}
+    images: dict[str, list[Any]] = {}
     for result in record.results:
-        made = result.generation
-        caption = ", ".join([made.checkpoint, made.weights, made.sampler])
+        generation = result.generation
+        caption = ", ".join([generation.checkpoint, generation.weights, generation.sampler])
         for title, path in result.images.items():
             if (folder / path).is_file():
-                found.setdefault(title, []).append(wandb.Image(str(folder / path), caption=caption))
-    return found
+                images.setdefault(title, []).append(wandb.Image(str(folder / path), caption=caption))
+    return images
 
 
 class MetricLogger(Callback):
-    """Logs the mean of every metric that ``training_step`` returned over the last ``log_every_n_steps`` steps.
+    """Logs the means of all metrics that ``training_step`` returned in the last ``log_every_n_steps`` steps.
 
-    The means stay on the device and are read (and averaged over processes) once in ``log_every_n_steps`` steps, so
-    that the host never waits in between. A mean that is not finite ends the run. A model that may skip a step returns
-    the metric ``skipped`` = 1 for it; the other metrics of such a step are left out.
+    Lightning's ``self.log`` logs the value of a single step, or means over an epoch. The means here stay on the device
+    and are read, and averaged over ranks, only when they are logged, so that the host does not wait for the device. A
+    mean that is not finite raises `TrainingStopped`. A skipped step returns the metric ``skipped`` = 1; its other
+    metrics are ignored.
+
+    Args:
+        log_every_n_steps: steps between rows of the curve.
     """
 
     order = 5
 
     def __init__(self, log_every_n_steps: int = 50) -> None:
         if log_every_n_steps < 1:
-            raise UserError(f"callbacks.metric_logger.log_every_n_steps={log_every_n_steps}: give at least 1 step.")
+            raise UserError(f"callbacks.metric_logger.log_every_n_steps={log_every_n_steps}: must be at least 1.")
         self.log_every_n_steps = log_every_n_steps
         self._means: dict[str, MeanMetric] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._means = {}
         clock = clock_of(trainer)
-        self._mark = (clock.seconds, clock.images)
+        self._last_log = (clock.seconds, clock.images)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        figures = {name: value.detach() for name, value in (outputs or {}).items() if isinstance(value, Tensor)}
-        if figures.get("skipped", 0) > 0:
-            figures = {"skipped": figures["skipped"]}
-        for name, value in figures.items():
+        metrics = {name: value.detach() for name, value in (outputs or {}).items() if isinstance(value, Tensor)}
+        if metrics.get("skipped", 0) > 0:
+            metrics = {"skipped": metrics["skipped"]}
+        for name, value in metrics.items():
             if name not in self._means:
-                # A NaN must show, so it is neither skipped nor warned of (a check would wait for the device).
+                # NaN must propagate to the mean, and a check of each value would wait for the device.
                 self._means[name] = MeanMetric(nan_strategy="disable").to(pl_module.device)
             self._means[name].update(value)
         clock = clock_of(trainer)
         if clock.step % self.log_every_n_steps == 0 or trainer.should_stop:
-            self.write(trainer)
+            self.log_means(trainer)
 
-    def write(self, trainer: pl.Trainer) -> None:
+    def log_means(self, trainer: pl.Trainer) -> None:
+        """Log the means and reset them."""
         clock = clock_of(trainer)
         # Skipped or rolled-back steps return fewer metrics; all ranks agree on which.
         updated = {name: mean for name, mean in self._means.items() if mean.update_called}
-        figures = {f"train/{name}": float(mean.compute()) for name, mean in updated.items()}
+        metrics = {f"train/{name}": float(mean.compute()) for name, mean in updated.items()}
         for mean in self._means.values():
             mean.reset()
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
-            raise not_finite(bad[0], clock.step)
-        seconds, images = self._mark
+            raise not_finite_error(bad[0], clock.step)
+        seconds, images = self._last_log
         if clock.seconds > seconds:
-            figures["train/images_per_second"] = (clock.images - images) / (clock.seconds - seconds)
+            metrics["train/images_per_second"] = (clock.images - images) / (clock.seconds - seconds)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if groups:
-            figures["train/lr"] = groups[0]["lr"]
-        self._mark = (clock.seconds, clock.images)
-        log_metrics(trainer, figures)
+            metrics["train/lr"] = groups[0]["lr"]
+        self._last_log = (clock.seconds, clock.images)
+        log_metrics(trainer, metrics)
 
 
-def not_finite(name: str, step: int) -> TrainingStopped:
-    """The error that ends a run whose figures or weights can no longer be right."""
+def not_finite_error(name: str, step: int) -> TrainingStopped:
+    """The error that stops training when a metric or a weight is not finite."""
     return TrainingStopped(
         f"{name} is not finite at step {step}", "Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
     )
 
 
 def check_weights(model: pl.LightningModule, step: int) -> None:
-    """Raises `TrainingStopped` where a weight is no longer finite."""
+    """Raise `TrainingStopped` if a weight is not finite."""
     norms = torch._foreach_norm([p.detach() for p in model.parameters()])  # type: ignore[attr-defined]
     if not torch.isfinite(torch.stack(norms)).all():
-        raise not_finite("a weight", step)
+        raise not_finite_error("a weight", step)
 
 
-def log_metrics(trainer: pl.Trainer, figures: dict[str, float]) -> None:
-    """Send figures to every logger, with the clock's step, images and seconds."""
+def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Log metrics to all loggers, with the step, images and seconds of the clock."""
     clock = clock_of(trainer)
-    row = {**figures, "images": clock.images, "seconds": round(clock.seconds, 3)}
+    row = {**metrics, "images": clock.images, "seconds": round(clock.seconds, 3)}
     for logger in trainer.loggers:
         logger.log_metrics(row, step=clock.step)

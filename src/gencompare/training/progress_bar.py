@@ -1,4 +1,4 @@
-"""The progress bar: loss, images a second, time left."""
+"""A progress bar with loss, throughput and remaining time."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from gencompare.training.clock import clock_of
 
 LINE_SECONDS, BAR_SECONDS = 15, 0.5
-"""Seconds between plain lines where there is no terminal, and between updates of the bar."""
+"""Seconds between printed lines without a terminal, and between updates of the bar."""
 
 
 class TrainingProgressBar(Callback):
-    """A bar on a terminal, plain lines elsewhere; only the first process prints."""
+    """Shows the progress of training in a terminal, or prints a line every `LINE_SECONDS`; on rank 0 only.
+
+    Lightning's progress bars count batches of an epoch, and here the budget is the unit of progress.
+    """
 
     order = 8
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._printed = 0.0
+        self._last_update = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._printed = time.monotonic()
+        self._last_update = time.monotonic()
         clock = clock_of(trainer)
         self._start = (time.monotonic(), clock.progress, clock.images, clock.seconds)
         if not trainer.is_global_zero or not sys.stdout.isatty():
@@ -43,26 +46,32 @@ class TrainingProgressBar(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         wait = LINE_SECONDS if self._bar is None else BAR_SECONDS
-        if not trainer.is_global_zero or time.monotonic() - self._printed < wait:
+        if not trainer.is_global_zero or time.monotonic() - self._last_update < wait:
             return
-        self._printed = time.monotonic()
+        self._last_update = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=clock_of(trainer).progress, description=self.text(trainer))
+            self._bar.update(self._task, completed=clock_of(trainer).progress, description=self.describe(trainer))
         else:
-            print(f"training {clock_of(trainer).progress:4.0%}  {self.text(trainer)}", flush=True)
+            print(f"training {clock_of(trainer).progress:4.0%}  {self.describe(trainer)}", flush=True)
 
-    def text(self, trainer: pl.Trainer) -> str:
+    def describe(self, trainer: pl.Trainer) -> str:
+        """Step, losses, throughput and remaining time."""
         clock = clock_of(trainer)
-        # Reading a metric waits for the device, so the text is made once in a while and not for every step.
+        # Reading a metric synchronises host and device, so this is not called at every step.
         losses = [
             f"{name.removeprefix('train/')} {float(value):.4g}"
             for name, value in trainer.callback_metrics.items()
             if name.startswith("train/") and "loss" in name
         ]
-        start, share, images, seconds = self._start
+        start, progress, images, seconds = self._start
         speed = (clock.images - images) / (clock.seconds - seconds) if clock.seconds > seconds else None
-        left = (time.monotonic() - start) / max(clock.progress - share, 1e-9) * (1 - clock.progress)
-        parts = [f"step {clock.step}", *losses, f"{speed:,.0f} images/s" if speed else "", f"{_clock(left)} left"]
+        remaining = (time.monotonic() - start) / max(clock.progress - progress, 1e-9) * (1 - clock.progress)
+        parts = [
+            f"step {clock.step}",
+            *losses,
+            f"{speed:,.0f} images/s" if speed else "",
+            f"{_format_time(remaining)} left",
+        ]
         return "  ".join(part for part in parts if part)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,7 +86,7 @@ class TrainingProgressBar(Callback):
             self._bar = None
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

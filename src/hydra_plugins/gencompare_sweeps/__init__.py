@@ -1,1 +1,1 @@
-"""What Hydra finds of this project: its sweepers and launchers must lie in this namespace, and load without torch."""
+"""Sweepers and launchers in the namespace where Hydra searches for plugins. They load without torch."""

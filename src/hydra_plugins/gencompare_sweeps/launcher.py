@@ -1,4 +1,4 @@
-"""hydra/launcher=parallel: several jobs at once on this machine."""
+"""hydra/launcher=parallel: several jobs of a sweep at once on this machine."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 Job = tuple[int, Sequence[str]]
-"""Its number and its words."""
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of jobs that were told to stop: their own records say so."""
+"""The number of a job and its overrides."""
+SIGNAL_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of jobs that a signal stopped, as their records say."""
 
 
 class ParallelLauncher(Launcher):
-    """Each job is a process of its own, with its share of GPUs and processor cores.
+    """Runs each job in a process of its own, with its share of GPUs and processor cores.
 
     Args:
-        jobs: how many run at once.
+        n_jobs: number of jobs that run at the same time.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, n_jobs: int) -> None:
         super().__init__()
-        self.jobs = jobs
+        self.n_jobs = n_jobs
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -36,63 +36,63 @@ class ParallelLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from gencompare.errors import UserError
-        from gencompare.tasks import main
-        from gencompare.tasks.runs import sweep
-        from gencompare.tasks.runs.processes import run_all
+        from gencompare.tasks.runs.error_reports import failed_job_codes
+        from gencompare.tasks.runs.processes import run_jobs
+        from gencompare.tasks.runs.run_folder import is_active
+        from gencompare.tasks.runs.sweep import record_failure
 
         assert self.config is not None
-        if not isinstance(self.jobs, int) or self.jobs < 1:
-            raise UserError(f"hydra.launcher.jobs={self.jobs}: give a whole number of jobs at once, at least 1.")
+        if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
+            raise UserError(f"hydra.launcher.n_jobs={self.n_jobs}: must be a whole number of at least 1.")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         waiting = list(enumerate(job_overrides, start=initial_job_idx))
         while waiting:
-            later: list[Job] = []
-            for cfg, code, why in run_all(self.composed(waiting, later), folder, self.jobs):
-                if code and sweep.at_work(Path(cfg.out)):
-                    continue  # a process that outlived an earlier sitting was about to begin it
+            deferred: list[Job] = []
+            for cfg, code, reason in run_jobs(self.compose_jobs(waiting, deferred), folder, self.n_jobs):
+                if code and is_active(Path(cfg.out)):
+                    continue  # a process that outlived an earlier command has started this job
                 if code:
-                    main.failures.append(code)
-                if code not in (0, *STOPPED):
-                    sweep.fail(cfg, why)
-            waiting = later
-        # What failed is in the records; to Hydra, a job that failed would end the sweep.
-        return [JobReturn(overrides=list(words), status=JobStatus.COMPLETED) for words in job_overrides]
+                    failed_job_codes.append(code)
+                if code not in (0, *SIGNAL_CODES):
+                    record_failure(cfg, reason)
+            waiting = deferred
+        # Records say which jobs failed. If Hydra knew, it would end the sweep.
+        return [JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
 
-    def composed(self, jobs: Sequence[Job], later: list[Job]) -> Iterator[DictConfig]:
-        """The configs of the jobs that have anything left to do, each as its turn comes.
+    def compose_jobs(self, jobs: Sequence[Job], deferred: list[Job]) -> Iterator[DictConfig]:
+        """Compose the config of each job that has work left, when a slot is free for it.
 
-        Put into ``later`` are those that train what one of them is training: they can measure that, once it is done.
+        Jobs with the same training as a running job are appended to ``deferred``: later, they can evaluate its weights.
         """
-        from gencompare.tasks import main
-        from gencompare.tasks.runs import sweep
-        from gencompare.tasks.runs.run_config import restore
-        from gencompare.tasks.runs.sweep import job_identity
+        from gencompare.tasks.runs.error_reports import failed_job_codes, print_error
+        from gencompare.tasks.runs.run_config import complete_config
+        from gencompare.tasks.runs.sweep import TRAIN_TASK, job_identity, prepare_job
 
         assert self.config is not None and self.hydra_context is not None
-        training: set[str] = set()
-        for number, words in jobs:
-            whole = self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
+        in_training: set[str] = set()
+        for number, overrides in jobs:
+            whole = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(whole):
                 whole.hydra.job.id = whole.hydra.job.num = number
-            HydraConfig.instance().set_config(whole)  # from which the name of the folder is made
-            place = Path(whole.hydra.sweep.dir) / whole.hydra.sweep.subdir
+            HydraConfig.instance().set_config(whole)  # hydra.sweep.subdir is interpolated from it
+            folder = Path(whole.hydra.sweep.dir) / whole.hydra.sweep.subdir
             with read_write(whole.hydra.runtime), open_dict(whole.hydra.runtime):
-                whole.hydra.runtime.output_dir = str(place.absolute())
+                whole.hydra.runtime.output_dir = str(folder.absolute())
             HydraConfig.instance().set_config(whole)
             own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
             OmegaConf.set_struct(own, True)
             try:
-                cfg = restore(own, HydraConfig.get())
-                trained = job_identity(cfg).training if cfg.task._target_ == sweep.TRAIN else None
-                if trained in training:
-                    later.append((number, words))
+                cfg = complete_config(own, HydraConfig.get())
+                training = job_identity(cfg).training if cfg.task._target_ == TRAIN_TASK else None
+                if training in in_training:
+                    deferred.append((number, overrides))
                     continue
-                if not sweep.is_begun(cfg, Path(whole.hydra.sweep.dir)):
+                if not prepare_job(cfg, Path(whole.hydra.sweep.dir)):
                     continue
             except Exception as error:
-                main.failures.append(main.report(error, job=place.name))
+                failed_job_codes.append(print_error(error, job=folder.name))
                 continue
-            if trained is not None and "trained_in" not in cfg:
-                training.add(trained)
+            if training is not None and "trained_run" not in cfg:
+                in_training.add(training)
             yield cfg

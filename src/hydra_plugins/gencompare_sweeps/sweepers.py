@@ -1,4 +1,4 @@
-"""Hydra sweepers: families with their presets, and a search; resolvers that name sweep folders."""
+"""Hydra sweepers for families and for searches, and the resolvers that name the folders of sweeps."""
 
 from __future__ import annotations
 
@@ -20,45 +20,46 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gencompare.errors import UserError
 
-UNFIT = re.compile(r"[^\w.+-]+")
-"""Characters that the name of a folder does without."""
+UNSAFE = re.compile(r"[^\w.+-]+")
+"""Characters that are replaced in the names of folders."""
 
 
-def sweep_folder(words: ListConfig, moment: str) -> str:
-    """Named by what is swept and what is not, so that more values, and more seeds, join the same folder.
+def sweep_folder(overrides: ListConfig, timestamp: str) -> str:
+    """The name of a sweep's folder, such that the same sweep with more values or more seeds uses the same folder.
 
-    What is fixed counts with its value, what is swept by its key; seeds, places and loggers do not count.
+    The name contains a hash of fixed overrides with their values and of swept overrides without. Seeds, locations and
+    loggers do not count.
 
     Args:
-        words: of the command line, without Hydra's own.
-        moment: names the folder of a task that does not train, which is begun anew each time.
+        overrides: the command line, without Hydra's own keys.
+        timestamp: names the folder of other tasks than training, which starts a new folder each time.
     """
-    from gencompare.tasks.runs.sweep import counts
+    from gencompare.tasks.runs.sweep import is_identifying
 
-    given: Any = OmegaConf.to_container(words, resolve=False)
-    if any(word.startswith("task=") and word != "task=train" for word in given):
-        return f"{moment}_sweep"
-    said, read = [], []
-    parsed = OverridesParser.create().parse_overrides([word for word in given if counts(word)])
-    for key, word in sorted(((word.get_key_element().lstrip("+"), word) for word in parsed), key=itemgetter(0)):
+    words: Any = OmegaConf.to_container(overrides, resolve=False)
+    if any(word.startswith("task=") and word != "task=train" for word in words):
+        return f"{timestamp}_sweep"
+    hashed, readable = [], []
+    parsed = OverridesParser.create().parse_overrides([word for word in words if is_identifying(word)])
+    for key, override in sorted(((each.get_key_element().lstrip("+"), each) for each in parsed), key=itemgetter(0)):
         if key == "seed":
             continue
-        swept = word.is_sweep_override()
-        said.append(key if swept else str(word.input_line))
+        swept = override.is_sweep_override()
+        hashed.append(key if swept else str(override.input_line))
         if swept or key in ("data", "model", "experiment"):
-            read.append(re.split(r"[./]", key)[-1] if swept else word.get_value_element_as_str())
-    name = hashlib.sha256("\n".join(sorted(said)).encode()).hexdigest()[:8]
-    return "_".join(["sweep", *(UNFIT.sub("-", part) for part in read), name])
+            readable.append(re.split(r"[./]", key)[-1] if swept else override.get_value_element_as_str())
+    digest = hashlib.sha256("\n".join(sorted(hashed)).encode()).hexdigest()[:8]
+    return "_".join(["sweep", *(UNSAFE.sub("-", part) for part in readable), digest])
 
 
 def limits(budget: Any) -> str:
-    """What a budget allows, such as ``10000_images``: studies at other costs are other studies."""
+    """The limits of a budget, such as ``10000_images``, for folder names: each budget is a study of its own."""
     options: Any = OmegaConf.to_container(budget, resolve=True)
-    allowed = {key: value for key, value in options.items() if value is not None and not key.startswith("_")}
-    return UNFIT.sub("-", "_".join(f"{shown(value)}_{key}" for key, value in allowed.items()) or "no_limit")
+    values = {key: value for key, value in options.items() if value is not None and not key.startswith("_")}
+    return UNSAFE.sub("-", "_".join(f"{_format(value)}_{key}" for key, value in values.items()) or "no_limit")
 
 
-def shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -67,7 +68,7 @@ for resolver in (sweep_folder, limits):
 
 
 class FamiliesSweeper(BasicSweeper):
-    """Hydra's own sweeper, but that a job of ``model=FAMILY`` gets ``experiment=DATA_FAMILY`` where there is one."""
+    """Hydra's basic sweeper. Adds ``experiment=DATA_FAMILY``, where it exists, to each job of ``model=FAMILY``."""
 
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
@@ -81,34 +82,37 @@ class FamiliesSweeper(BasicSweeper):
         ]
 
 
-def with_experiment(job: Sequence[str], experiments: Collection[str], data: str) -> list[str]:
-    """The words of a job, led by those of the experiment for its family and data, unless it names one itself.
+def with_experiment(overrides: Sequence[str], experiments: Collection[str], data: str) -> list[str]:
+    """The overrides of a job, preceded by the experiment of its data and family, unless they name an experiment.
 
     Args:
-        experiments: all there are, by name.
-        data: the data set of jobs that name none.
+        experiments: the names of all experiments.
+        data: the data set of jobs without ``data=``.
     """
-    said = dict(word.split("=", 1) for word in job if "=" in word)
-    experiment = f"{said.get('data', data)}_{said.get('model')}"
-    if "experiment" in said or experiment not in experiments:
-        return list(job)
-    return [f"experiment={experiment}", *job]
+    values = dict(word.split("=", 1) for word in overrides if "=" in word)
+    experiment = f"{values.get('data', data)}_{values.get('model')}"
+    if "experiment" in values or experiment not in experiments:
+        return list(overrides)
+    return [f"experiment={experiment}", *overrides]
 
 
 class SearchSweeper(Sweeper):
-    """A study, or one for each value of a key; see `gencompare.tasks.runs.search`.
+    """Runs a hyperparameter search, or one per value of a key: see `gencompare.tasks.runs.search`.
 
     Args:
-        trials: of each study.
-        at_once: proposed together, for launchers of several jobs at once.
-        each: a key of the config, each of whose values gets a study of its own; None makes one study.
+        n_trials: trials per study.
+        n_jobs: trials that are proposed together, for launchers that run several jobs at once.
+        study_per: a config key, each of whose values gets a study of its own; None makes one study.
         seed: of the proposals.
-        params: by key of the config, the values to search among, in Hydra's words; or one value, for all trials.
+        params: the search space, as Hydra override values by config key; a single value is fixed for all trials.
     """
 
-    def __init__(self, trials: int, at_once: int, each: str | None, seed: int, params: dict[str, Any] | None) -> None:
+    def __init__(
+        self, n_trials: int, n_jobs: int, study_per: str | None, seed: int, params: dict[str, Any] | None
+    ) -> None:
         super().__init__()
-        self.trials, self.at_once, self.each, self.seed, self.params = trials, at_once, each, seed, dict(params or {})
+        self.n_trials, self.n_jobs, self.study_per, self.seed = n_trials, n_jobs, study_per, seed
+        self.params = dict(params or {})
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
         self.launcher: Launcher | None = None
@@ -124,45 +128,49 @@ class SearchSweeper(Sweeper):
 
         assert self.config is not None and self.hydra_context is not None and self.launcher is not None
         import_optuna()
-        for name, count in (("trials", self.trials), ("at_once", self.at_once)):
+        for name, count in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
             if not isinstance(count, int) or count < 1:
-                raise UserError(f"hydra.sweeper.{name}={count}: give a whole number, at least 1.")
+                raise UserError(f"hydra.sweeper.{name}={count}: must be a whole number of at least 1.")
         loader = self.hydra_context.config_loader
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = {o.get_key_element(): o for o in OverridesParser.create(config_loader=loader).parse_overrides(words)}
-        apart = parsed.pop(self.each, None) if self.each is not None else None
-        values = [None] if apart is None else list(apart.sweep_string_iterator()) if apart.is_sweep_override() else [
-            apart.get_value_element_as_str()
-        ]  # fmt: skip
+        per = parsed.pop(self.study_per, None) if self.study_per is not None else None
+        if per is None:
+            values: list[str | None] = [None]
+        elif per.is_sweep_override():
+            values = list(per.sweep_string_iterator())
+        else:
+            values = [per.get_value_element_as_str()]
         space = {key: distribution(o) for key, o in parsed.items() if o.is_sweep_override()}
         if not space:
             example = "'model.optimizer.lr=tag(log, interval(1e-4, 1e-2))'"
-            raise UserError(f"A search needs something to search: for instance {example}.")
+            raise UserError(f"A search needs a search space: for instance {example}.")
         fixed = [f"{key}={o.get_value_element_as_str()}" for key, o in parsed.items() if not o.is_sweep_override()]
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         experiments, data = loader.get_group_options("experiment"), self.config.hydra.runtime.choices.data
-        for number, value in enumerate(values):
-            own = fixed if value is None else with_experiment([f"{self.each}={value}", *fixed], experiments, data)
+        for index, value in enumerate(values):
+            overrides = fixed
+            if value is not None:
+                overrides = with_experiment([f"{self.study_per}={value}", *fixed], experiments, data)
             Study(
-                name=value or "search", space=space, fixed=own, trials=self.trials, at_once=self.at_once,
-                first=number * self.trials, seed=self.seed, sweep=folder,
+                name=value or "search", space=space, fixed=overrides, n_trials=self.n_trials, n_jobs=self.n_jobs,
+                first_job=index * self.n_trials, seed=self.seed, sweep=folder,
             ).run(self.launch)  # fmt: skip
 
-    def launch(self, jobs: Sequence[Sequence[str]], first: int) -> object:
+    def launch(self, jobs: Sequence[Sequence[str]], first_job: int) -> object:
         assert self.launcher is not None
         self.validate_batch_is_legal(jobs)
-        return self.launcher.launch(jobs, initial_job_idx=first)
+        return self.launcher.launch(jobs, initial_job_idx=first_job)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose each job's config, so that what cannot be composed, or gives nothing to go by, ends the search and is
-        no failed trial."""
-        from gencompare.tasks.runs.search import NO_AIM
+        """Compose each job's config: an invalid config, or one without an objective, ends the search as an error, and
+        does not count as a failed trial."""
+        from gencompare.tasks.runs.search import NO_OBJECTIVE
 
         assert self.config is not None and self.hydra_context is not None
-        for words in batch:
-            evaluation = self.hydra_context.config_loader.load_sweep_config(
-                self.config, list(words)
-            ).callbacks.evaluation
+        loader = self.hydra_context.config_loader
+        for overrides in batch:
+            evaluation = loader.load_sweep_config(self.config, list(overrides)).callbacks.evaluation
             if not (evaluation and evaluation.num_evaluations and evaluation.num_samples):
-                raise UserError(NO_AIM)
+                raise UserError(NO_OBJECTIVE)

@@ -1,4 +1,4 @@
-"""The autoencoder under a latent model: found, or trained before it, and put into it."""
+"""The autoencoder stage of latent diffusion: find or train the autoencoder, then load it into the latent model."""
 
 from __future__ import annotations
 
@@ -18,79 +18,84 @@ from gencompare.command_line import shell_override
 from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
-from gencompare.files import file_lock
+from gencompare.files import file_lock, sha256
 from gencompare.generative_model import TrainedModel
 from gencompare.models.latents import Latents
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.resources import FlopCounter
 from gencompare.tasks.runs import run_config
-from gencompare.tasks.runs.build import build_model, chosen_device
+from gencompare.tasks.runs.build import build_model, choose_device
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.processes import leave_process_group
 
 AUTOENCODER_GROUP = "model@model.latent.autoencoder"
-"""The group in which the autoencoder of a latent model is chosen."""
-
-
-DECIDES = ("model", "budget", "seed", "data", "trainer.global_batch_size", "trainer.precision", "callbacks.ema")
-"""Parts of a config that decide what is trained on given images."""
-PLACES = ("root", "cache", "eval_batch_size")
-"""What the part for the data holds beside that."""
+"""The config group that chooses the autoencoder of a latent model."""
+IDENTIFYING_KEYS = (
+    "model", "budget", "seed", "data", "trainer.global_batch_size", "trainer.precision", "callbacks.ema",
+)  # fmt: skip
+"""Config keys that affect the weights of the autoencoder."""
+IGNORED_DATA_KEYS = ("root", "cache", "eval_batch_size")
+"""Keys below ``data`` that do not affect them."""
 
 
 def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
-    """``cfg`` with the settings of the autoencoder that ``model.latent.run`` names, which are what its weights fit."""
-    run = OmegaConf.select(cfg, "model.latent.run")
+    """``cfg`` with the settings of the run ``model.latent.autoencoder_run``, which its weights require."""
+    run = OmegaConf.select(cfg, "model.latent.autoencoder_run")
     if run is None or cfg.resume is not None or cfg.run_dir is not None:
         return cfg
-    theirs = run_config.load(Path(run))
-    if "bottleneck" not in theirs.model:
+    stored = run_config.load(Path(run))
+    if "bottleneck" not in stored.model:
         raise UserError(
-            f"{run} holds a run of model={theirs.family}, and no autoencoder: model.latent.run wants one of"
+            f"{run} is a run of model={stored.family}, not an autoencoder: model.latent.autoencoder_run needs a run of"
             " model=autoencoder or vqvae."
         )
     if not is_finished(Path(run)):
         raise UserError(
-            f"The autoencoder in {run} was not trained to its end: finish it by"
-            f" {shell_override('resume', str(run))}, and give it again then."
+            f"The training of the autoencoder in {run} did not finish: first continue it with"
+            f" {shell_override('resume', str(run))}."
         )
     cfg = cfg.copy()
     with open_dict(cfg):
-        cfg.model.latent.autoencoder = OmegaConf.merge(theirs.model, {"_partial_": True})
+        cfg.model.latent.autoencoder = OmegaConf.merge(stored.model, {"_partial_": True})
     return cfg
 
 
 def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictConfig], None]) -> DictConfig:
-    """``cfg`` with the folder of the autoencoder's run as ``autoencoder_run``, where its model works on latents.
+    """``cfg`` with the run folder of the autoencoder as ``autoencoder_run``, if its model works on latents.
 
-    The run is ``model.latent.run``, or one of the same config and data from before, or it is trained here and now. Jobs
-    that want the same one at once wait for the first of them.
+    The run is ``model.latent.autoencoder_run``, else an earlier run with the same settings and data, else a new run
+    that is trained first. Jobs that need the same autoencoder at the same time wait for the first of them.
+
+    Args:
+        train: trains the run of a config.
     """
     latent = cfg.model.get("latent")
     if latent is None or cfg.get("autoencoder_run"):
         return cfg
-    folder = Path(latent.run) if latent.run is not None else autoencoder_folder(autoencoder_config(cfg), data)
-    if latent.run is None:
+    if latent.autoencoder_run is not None:
+        folder = Path(latent.autoencoder_run)
+    else:
+        folder = autoencoder_folder(autoencoder_config(cfg), data)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or cfg.trainer.num_nodes > 1:
             raise UserError(
-                "Several nodes, or processes that were not started by this one, cannot train a first stage: train it"
-                " alone (model=autoencoder), and give model.latent.run=DIR."
+                "An autoencoder cannot be trained first on several nodes, or by processes that another launcher"
+                " started: train it separately (model=autoencoder), then use model.latent.autoencoder_run=DIR."
             )
         with file_lock(folder.with_name(f".{folder.name}.lock")):
             if not is_finished(folder):
                 stage = autoencoder_config(cfg)
                 stage.out = str(folder.absolute())
                 stage.resume = stage.out if (folder / RECORD_FILE).exists() else None
-                print(f"First the autoencoder, in {folder}.", flush=True)
+                print(f"Stage 1 of 2: training the autoencoder in {folder}.", flush=True)
                 try:
                     train(stage)
                 except (SystemExit, KeyboardInterrupt):
-                    print("It was stopped in its first stage: the same command goes on from there.", flush=True)
+                    print("Stopped while training the autoencoder: the same command resumes it.", flush=True)
                     raise
                 leave_process_group()
-                print("Now the model on its latents.", flush=True)
+                print("Stage 2 of 2: training the latent model.", flush=True)
             else:
-                print(f"The autoencoder was trained before: {folder}", flush=True)
+                print(f"The autoencoder is already trained: {folder}", flush=True)
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.autoencoder_run = str(folder.absolute())
@@ -98,7 +103,7 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
 
 
 def autoencoder_config(cfg: DictConfig) -> DictConfig:
-    """The config of the autoencoder's own training: that of its latent model, but for model and budget."""
+    """The config of the autoencoder run: that of the latent model with another model and budget."""
     latent = cfg.model.latent
     stage = cfg.copy()
     OmegaConf.set_struct(stage, False)
@@ -106,7 +111,7 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
     stage.data.pop("conditions", None)
     if cfg.choices.get("debug") is None:
         stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
-    stage.callbacks.evaluation.patience = None  # nothing is drawn that could get better or worse
+    stage.callbacks.evaluation.patience = None  # autoencoders have no distance of samples to validation images
     stage.choices = autoencoder_choices(cfg)
     stage.family = stage.choices["model"]
     stage.sweep_name = None
@@ -115,43 +120,44 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
 
 
 def autoencoder_choices(cfg: DictConfig) -> dict[str, Any]:
-    """The choices of groups as a run of the autoencoder alone would have made them."""
-    at = AUTOENCODER_GROUP.partition("@")[2]
+    """The group choices that a separate run of the autoencoder would have."""
+    key = AUTOENCODER_GROUP.partition("@")[2]
     own, others = {}, {}
     for group, choice in cfg.choices.items():
-        name, _, place = str(group).partition("@")
-        if place == at or place.startswith(f"{at}."):
-            usual = name.replace("/", ".") == "model" + place.removeprefix(at)
-            own[name if usual else f"{name}@model{place.removeprefix(at)}"] = choice
+        name, _, package = str(group).partition("@")
+        if package == key or package.startswith(f"{key}."):
+            default_package = name.replace("/", ".") == "model" + package.removeprefix(key)
+            own[name if default_package else f"{name}@model{package.removeprefix(key)}"] = choice
         elif not name.startswith("model") and name not in ("experiment", "sweep", "debug"):
             others[str(group)] = choice
     return {"model": "autoencoder", **others, **own}
 
 
 def autoencoder_folder(stage: DictConfig, data: ImageData) -> Path:
-    """Named by a hash of all that decides what the autoencoder becomes, its data included."""
-    decides = OmegaConf.masked_copy(stage, list({name.split(".")[0] for name in DECIDES}))
-    parts: dict[str, Any] = {name: OmegaConf.select(decides, name) for name in DECIDES}
-    parts["data"] = {str(key): value for key, value in stage.data.items() if key not in PLACES}
-    parts = OmegaConf.to_container(OmegaConf.create(parts), resolve=True)  # type: ignore[assignment]
-    perceptual = parts["model"].get("perceptual") or {}
+    """The run folder of the autoencoder, named by a hash of its settings and its training images."""
+    masked = OmegaConf.masked_copy(stage, list({key.split(".")[0] for key in IDENTIFYING_KEYS}))
+    settings: dict[str, Any] = {key: OmegaConf.select(masked, key) for key in IDENTIFYING_KEYS}
+    settings["data"] = {str(key): value for key, value in stage.data.items() if key not in IGNORED_DATA_KEYS}
+    settings = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)  # type: ignore[assignment]
+    perceptual = settings["model"].get("perceptual") or {}
     if perceptual.get("weights") and Path(perceptual["weights"]).is_file():
-        # What the file holds decides, wherever it lies.
-        perceptual["weights"] = hashlib.sha256(Path(perceptual["weights"]).read_bytes()).hexdigest()
-    text = json.dumps([parts, data.hash("train")], sort_keys=True)
+        # The content of the file matters, not its path.
+        perceptual["weights"] = sha256(perceptual["weights"])
+    text = json.dumps([settings, data.hash("train")], sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:10]
     return Path(stage.paths.runs) / f"{data.spec.name}_{stage.family}_{key}"
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether ``folder`` contains a finished run."""
     return (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "finished"
 
 
 def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:
-    """Give a model on latents its trained autoencoder, and whiten by the training images.
+    """Load the trained autoencoder into a latent model, and compute the whitening on the training images.
 
-    Returns ``cfg`` with the cost of that as ``whitening``, an entry of what a model needed (as `costs.entry` makes).
-    Each of the ``processes`` encodes all images; the time is that of the first, times their number.
+    Returns ``cfg`` with the cost of the whitening as ``whitening``, an entry as `dependency_costs.cost_entry` makes it.
+    Each of the ``processes`` encodes all images; the device time is that of one process, times their number.
     """
     space = getattr(model, "space", None)
     if not isinstance(space, Latents):
@@ -159,16 +165,16 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     folder = Path(cfg.autoencoder_run)
     record = RunRecord.load(folder)
     images = data.data if isinstance(data, ConditionedData) else data
-    refuse_other_data(folder, record, images)
-    # Built for the images at hand, which are its own: those need not lie any more where they lay when it was trained.
-    first: Any = build_model(run_config.load(folder), images)
-    load_weights(first, folder, checkpoint="last", weights="ema")
-    space.to(chosen_device(cfg))
+    check_same_images(folder, record, images)
+    # Built on the data of this run: the same images may have been moved since the autoencoder was trained.
+    autoencoder: Any = build_model(run_config.load(folder), images)
+    load_weights(autoencoder, folder, checkpoint="last", weights="ema")
+    space.to(choose_device(cfg))
     with FlopCounter() as counter:
         start = time.monotonic()
-        space.take(first.eval().coder, training_images(data))
+        space.load_autoencoder(autoencoder.eval().coder, training_images(data))
         seconds = time.monotonic() - start
-    space.to("cpu")  # where the trainer expects a model
+    space.to("cpu")  # where the Trainer expects the model
     space.perceptual_networks = record.training.get("perceptual_networks", [])
     if cfg.get("whitening"):
         return cfg
@@ -182,31 +188,32 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     return cfg
 
 
-def refuse_other_data(folder: Path, record: RunRecord, data: ImageData) -> None:
-    """Raises `UserError` unless the run was trained on these very images, whatever they are called and lie in."""
-    own, theirs = data.spec, record.data
-    if (theirs["hash"], tuple(theirs["shape"])) == (data.hash("train"), own.shape):
+def check_same_images(folder: Path, record: RunRecord, data: ImageData) -> None:
+    """Raise `UserError` unless a run was trained on the images of ``data``, regardless of file name or location."""
+    own, stored = data.spec, record.data
+    if (stored["hash"], tuple(stored["shape"])) == (data.hash("train"), own.shape):
         return
-    known = f"'{theirs['name']}' of {image_sides(theirs['shape'])}"
-    at_hand = f"'{own.name}' of {image_sides(own.shape)}"
+    trained_on = f"'{stored['name']}' of {format_shape(stored['shape'])}"
+    given = f"'{own.name}' of {format_shape(own.shape)}"
     raise UserError(
-        f"The autoencoder in {folder} was trained on data {known}, not on"
-        f" {at_hand if at_hand != known else 'these images of the same name and size'}: give model.latent.run=DIR of"
-        " the same data, or leave it out to train one."
+        f"The autoencoder in {folder} was trained on data {trained_on}, not on"
+        f" {given if given != trained_on else 'these images of the same name and size'}: use"
+        " model.latent.autoencoder_run=DIR of the same data, or leave it out to train one."
     )
 
 
-def image_sides(shape: Sequence[int]) -> str:
-    return "x".join(str(side) for side in shape)
+def format_shape(shape: Sequence[int]) -> str:
+    """A shape as ``1x8x8``."""
+    return "x".join(str(size) for size in shape)
 
 
 def training_images(data: ImageData) -> Iterator[Tensor]:
-    """All training images, as a model sees them, in order."""
+    """Batches of all training images, in order."""
     return (x for x, _ in data.batches("train"))
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """What a record says of the autoencoder that its model works on: where it is from, and what it cost."""
+def autoencoder_summary(folder: Path) -> dict[str, Any]:
+    """What the record of a latent model stores about its autoencoder: the run, its size and its cost."""
     record = RunRecord.load(folder)
     cost = {name: record.training.get(name) for name in ("images_seen", "seconds", "flops")}
     return {"run": folder.name, "family": record.family, "parameters": record.model.get("averaged_parameters"), **cost}

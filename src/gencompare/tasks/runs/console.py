@@ -1,4 +1,4 @@
-"""What a user sees of a run: config, progress, metrics and where they are."""
+"""Terminal output of a run: config, progress, results and paths."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ from gencompare.training.progress_bar import LINE_SECONDS
 
 
 class StageProgress:
-    """Shows the progress of each stage of an evaluation; called as `evaluation.evaluate.Progress`."""
+    """Shows the progress of each stage of an evaluation: implements `evaluation.evaluate.Progress`.
+
+    Args:
+        bar: the progress bar; None prints a line every `LINE_SECONDS` instead.
+    """
 
     def __init__(self, bar: Progress | None) -> None:
         self._bar = bar
         self._tasks: dict[str, TaskID] = {}
-        self._began: dict[str, float] = {}
+        self._starts: dict[str, float] = {}
         self._printed = time.monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -44,17 +48,17 @@ class StageProgress:
             self._bar.update(self._tasks[stage], completed=done)
             return
         now = time.monotonic()
-        began = self._began.setdefault(stage, now)
+        start = self._starts.setdefault(stage, now)
         if now - self._printed >= LINE_SECONDS:
             self._printed = now
-            speed = f"  {done / (now - began):,.1f} images/s" if now > began else ""
+            speed = f"  {done / (now - start):,.1f} images/s" if now > start else ""
             print(f"{stage} {done / total:4.0%}  {done:,} of {total:,}{speed}", flush=True)
 
 
 @contextmanager
-def stage_progress(shown: bool = True) -> Iterator[StageProgress | None]:
-    """A `StageProgress` while the block runs; None on all processes but the first, and where nothing is to be shown."""
-    if not shown or rank_zero_only.rank != 0:
+def stage_progress(enabled: bool = True) -> Iterator[StageProgress | None]:
+    """A `StageProgress` during the block; None if ``enabled`` is false and on all ranks but 0."""
+    if not enabled or rank_zero_only.rank != 0:
         yield None
     elif not sys.stdout.isatty():
         yield StageProgress(None)
@@ -64,21 +68,22 @@ def stage_progress(shown: bool = True) -> Iterator[StageProgress | None]:
             yield StageProgress(bar)
 
 
-HIDDEN = (
-    "choices", "command", "out", "sweep_name", "run_dir", "resume", "runs", "group_by", "rank_by", "num_images", "checkpoint", "weights",
-    "task", "trial",
+HIDDEN_KEYS = (
+    "choices", "command", "out", "sweep_name", "run_dir", "resume", "runs", "group_by", "rank_by", "num_images",
+    "checkpoint", "weights", "task", "trial",
 )  # fmt: skip
+"""Config keys that `print_config` leaves out."""
 
 
 def print_config(cfg: DictConfig) -> None:
-    """The composed config, once."""
-    shown = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in HIDDEN}  # type: ignore[union-attr]
+    """Print the config."""
+    shown = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in HIDDEN_KEYS}  # type: ignore[union-attr]
     text = OmegaConf.to_yaml(OmegaConf.create(shown))
     Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
 
 
-def describe_config(data: ImageData) -> dict[str, Any]:
-    """The data set, for a record."""
+def describe_data(data: ImageData) -> dict[str, Any]:
+    """The description of a data set in a record."""
     spec = data.spec
     return {
         "name": spec.name,
@@ -91,64 +96,72 @@ def describe_config(data: ImageData) -> dict[str, Any]:
     }
 
 
-def print_end(record: RunRecord, folder: Path) -> Path:
-    """The result table, and where everything lies. Returns the page."""
+def print_results(record: RunRecord, folder: Path) -> Path:
+    """Print the results and the paths of the output. Returns the path of the page."""
     page = report([folder], folder)
     console = Console()
     if record.results:
         console.print(run_summary(record))
-    places = {
-        "page with the pictures": page,
+    paths = {
+        "page with images": page,
         "record": folder / "record.json",
         "checkpoints": folder / "checkpoints",
         "learning curve": folder / record.curve,
     }
-    for title, place in places.items():
-        if place.exists():
-            console.print(f"{title:>24}  {_short(place)}", highlight=False, soft_wrap=True)
+    for title, path in paths.items():
+        if path.exists():
+            console.print(f"{title:>24}  {_relative(path)}", highlight=False, soft_wrap=True)
     return page
 
 
-def _short(path: Path) -> str:
+def _relative(path: Path) -> str:
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
 
 
-GRID = 100
-"""Samples in the picture of a result."""
+NUM_GRID_IMAGES = 100
+"""Samples in the grid of a result."""
 
 
 def store_result(folder: Path, result: Result, images: Tensor, data: ImageData) -> None:
-    """The result into the folder's record, with a picture of the samples (``images`` as `quantize_images` gives
-    them), and one of the first samples beside their nearest training images."""
+    """Add a result to the record of a run, with a grid of samples and one of their nearest training images.
+
+    Args:
+        images: the samples, as `quantize_images` returns them.
+    """
     RunRecord.update(folder, lambda record: record.add_result(result))
     spec = data.spec
-    drawn = {"samples": grid(show_result(images[: len(images) if spec.num_values == 2 else GRID], spec).numpy())}
-    rows = result.details.get("nearest_training")
-    if rows:
-        near = show_result(with_nearest_neighbors(images, rows, data), spec)
-        drawn["nearest training images"] = grid(near.numpy(), len(rows[0]) + 1)
-    paths = {title: folder / "samples" / f"{_stem(title)}_{result.id}.png" for title in drawn}
-    for title, picture in drawn.items():
-        save_png(picture, paths[title])
-    named = {title: str(path.relative_to(folder)) for title, path in paths.items()}
-    pictured = replace(result, images={**result.images, **named})
-    RunRecord.update(folder, lambda record: record.add_result(pictured))
+    shown = images if spec.num_values == 2 else images[:NUM_GRID_IMAGES]
+    grids = {"samples": grid(displayable(shown, spec).numpy())}
+    indices = result.details.get("nearest_training")
+    if indices:
+        pairs = displayable(with_nearest_neighbors(images, indices, data), spec)
+        grids["nearest training images"] = grid(pairs.numpy(), len(indices[0]) + 1)
+    paths = {title: folder / "samples" / f"{_stem(title)}_{result.id}.png" for title in grids}
+    for title, image in grids.items():
+        save_png(image, paths[title])
+    relative = {title: str(path.relative_to(folder)) for title, path in paths.items()}
+    with_images = replace(result, images={**result.images, **relative})
+    RunRecord.update(folder, lambda record: record.add_result(with_images))
 
 
 def _stem(title: str) -> str:
     return "result" if title == "samples" else title.split()[0]
 
 
-def with_nearest_neighbors(images: Tensor, rows: list[list[int]], data: ImageData) -> Tensor:
-    """(r (k + 1), C, H, W): each of the first r samples, followed by the training images that its ``rows`` (k) name."""
-    train = quantize_split(data.split("train")[torch.tensor(rows).flatten()].images, data.spec)
-    train = train.reshape(len(rows), -1, *train.shape[1:])
-    return torch.cat([images[: len(rows), None], train.to(images.dtype)], dim=1).flatten(0, 1)
+def with_nearest_neighbors(images: Tensor, indices: list[list[int]], data: ImageData) -> Tensor:
+    """Each of the first r samples followed by its k nearest training images, (r (k + 1), C, H, W).
+
+    Args:
+        indices: of the training images, r lists of k.
+    """
+    train = quantize_split(data.split("train")[torch.tensor(indices).flatten()].images, data.spec)
+    train = train.reshape(len(indices), -1, *train.shape[1:])
+    return torch.cat([images[: len(indices), None], train.to(images.dtype)], dim=1).flatten(0, 1)
 
 
-def show_result(images: Tensor, spec: DataSpec) -> Tensor:
-    """Stored images as uint8."""
+def displayable(images: Tensor, spec: DataSpec) -> Tensor:
+    """Quantized samples as uint8."""
     return images if images.dtype == torch.uint8 else to_uint8(images.clamp(-1, 1), spec)

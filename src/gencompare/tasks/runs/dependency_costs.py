@@ -1,4 +1,4 @@
-"""What a model cost, with all that it needed: an autoencoder and the whitening of its latents, guides, its tuning."""
+"""The training cost of a model including its dependencies: autoencoder, whitening, guides, tuning."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gencompare.errors import UserError
 from gencompare.records import RunRecord
 from gencompare.training.budget import Budget
 
-KINDS = ("images_seen", "steps", "flops", "device_seconds")
-"""What is counted, whatever the budget's limit was."""
-TRIAL = "trial"
-"""The role of the other trials of a search, and of what these needed, for the best of them."""
+COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
+"""The units of cost, all counted whatever the budget's limit."""
+TRIAL_ROLE = "trial"
+"""The role of the other trials of a search, and of their dependencies, for the best trial."""
 
 
 def own_training_cost(record: RunRecord) -> dict[str, float | None]:
-    """What the training of one run took, by kind; None where its record does not say."""
-    taken = record.training
-    found = {kind: taken.get(kind) for kind in KINDS}
-    if found["device_seconds"] is None and taken.get("seconds") is not None:
-        found["device_seconds"] = taken["seconds"] * (taken.get("processes") or 1)
-    return found
+    """The training cost of one run, by kind; None where its record does not contain it."""
+    training = record.training
+    cost = {kind: training.get(kind) for kind in COST_KINDS}
+    if cost["device_seconds"] is None and training.get("seconds") is not None:
+        cost["device_seconds"] = training["seconds"] * (training.get("processes") or 1)
+    return cost
 
 
 def cost_entry(record: RunRecord, role: str) -> dict[str, Any]:
-    """A run that another one needed, as that one's record lists it under ``training.needed``."""
+    """The entry of a run in the ``training.dependencies`` of another run's record."""
     return {
         "role": role, "run": record.name, "id": record.environment.get("run_id"), "family": record.family,
         **own_training_cost(record)
@@ -36,30 +36,35 @@ def cost_entry(record: RunRecord, role: str) -> dict[str, Any]:
 
 
 def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """The trained models without which the model of ``cfg`` is nothing, and those that they needed, each once.
+    """The models that this run depends on, directly or indirectly, as deduplicated cost entries.
 
     Args:
-        known: what its record has listed before; a run that is resumed may be all that is left of them.
+        known: entries of the run's own record; the folders of dependencies may be gone when it is resumed.
     """
-    found = list(known)
-    for role, folder in dependency_folders(cfg):
+    entries = list(known)
+    for role, folder in _dependency_folders(cfg):
         record = RunRecord.load(folder)
-        found += [*record.training.get("dependencies", []), cost_entry(record, role)]
+        entries += [*record.training.get("dependencies", []), cost_entry(record, role)]
     if cfg.get("whitening"):
-        found.append(OmegaConf.to_container(cfg.whitening))  # type: ignore[arg-type]
-    return deduplicated(found)
+        entries.append(OmegaConf.to_container(cfg.whitening))  # type: ignore[arg-type]
+    return deduplicate(entries)
 
 
-def deduplicated(parts: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of ``parts`` in order, without those that stand there again."""
-    found: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        found.setdefault(part["id"] or part["run"], part)
-    return list(found.values())
+def guide_dependencies(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The dependencies of guidance alone, which an evaluation may have without the training."""
+    return dependencies(OmegaConf.masked_copy(cfg, ["model"]))
 
 
-def dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
-    """Role and folder of the runs that a config names: the autoencoder's, and those of guides."""
+def deduplicate(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first entry of each run, in order."""
+    unique: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        unique.setdefault(entry["id"] or entry["run"], entry)
+    return list(unique.values())
+
+
+def _dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
+    """Role and folder of the runs that a config names: its autoencoder and its guides."""
     if cfg.get("autoencoder_run"):
         yield "autoencoder", Path(cfg.autoencoder_run)
     guidance = OmegaConf.select(cfg, "model.guidance") or {}
@@ -68,38 +73,34 @@ def dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
             yield str(role), Path(part.run)
 
 
-def guides(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Of these, what is needed for the guidance alone: an evaluation may bring a guide that training did not have."""
-    return dependencies(OmegaConf.masked_copy(cfg, ["model"]))
-
-
-def total_training_cost(parts: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """The sum by kind; None where a part is not known."""
-    parts = list(parts)
+def sum_costs(entries: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+    """The sum by kind; None where an entry is unknown."""
+    entries = list(entries)
     return {
-        kind: None if any(part.get(kind) is None for part in parts) else sum(part[kind] for part in parts)
-        for kind in KINDS
+        kind: None if any(entry.get(kind) is None for entry in entries) else sum(entry[kind] for entry in entries)
+        for kind in COST_KINDS
     }
 
 
-def remaining(budget: Budget, parts: list[dict[str, Any]]) -> Budget:
-    """What is left of ``budget`` for a model that needed ``parts``. Raises `UserError` where nothing is.
+def remaining_budget(budget: Budget, entries: list[dict[str, Any]]) -> Budget:
+    """The part of a budget that the dependencies of a model leave for its training.
 
-    The other trials of a search are part of what a model cost, and not of what one of its trials may spend.
+    The other trials of a search count as cost of the best one, but not against the budget of any trial.
+
+    Raises:
+        UserError: the dependencies used up the budget, or their cost is unknown.
     """
-    parts = [part for part in parts if part["role"] != TRIAL]
-    if not parts:
+    entries = [entry for entry in entries if entry["role"] != TRIAL_ROLE]
+    if not entries:
         return budget
-    spent = total_training_cost(parts)
-    spender = " and ".join(f"the {part['role']} ({part['run']})" for part in parts)
+    spent = sum_costs(entries)
+    spender = " and ".join(f"the {entry['role']} ({entry['run']})" for entry in entries)
     for kind, limit in (("flops", budget.flops), ("device_seconds", budget.device_minutes)):
         if limit is not None and spent[kind] is None:
-            raise UserError(f"What {spender} took in {kind} is not known: its record does not say. Train it again.")
+            raise UserError(f"The {kind} of {spender} are missing from its record. Train it again.")
     return budget.after(flops=spent["flops"] or 0.0, device_seconds=spent["device_seconds"] or 0.0, spender=spender)
 
 
-def print_costs(record: RunRecord) -> None:
-    """Write the total into a record that says its own cost, and what its model needed."""
-    record.training["total_cost"] = total_training_cost(
-        [own_training_cost(record), *record.training.get("dependencies", [])]
-    )
+def update_total_cost(record: RunRecord) -> None:
+    """Set ``training.total_cost`` of a record to the cost of its training and its dependencies."""
+    record.training["total_cost"] = sum_costs([own_training_cost(record), *record.training.get("dependencies", [])])

@@ -1,4 +1,4 @@
-"""scheduler_config.json, the noise schedule of a diffusers pipeline: ours written there, theirs held against ours."""
+"""The ``scheduler_config.json`` of a diffusers pipeline: write it for a model, or check a model against it."""
 
 from __future__ import annotations
 
@@ -19,131 +19,136 @@ from gencompare.generative_model import TrainedModel
 from gencompare.models.diffusion import Diffusion
 
 FILE = "scheduler_config.json"
-PREDICTS = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
-"""What diffusers calls what our parameterisations ask for."""
-OPTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-"""... and what they are called in conf/model/parameterization."""
-TABLES = {
+PREDICTION_TYPES = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
+"""The diffusers ``prediction_type`` of our parameterizations."""
+PARAMETERIZATIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+"""The option of model/parameterization for a ``prediction_type``."""
+SCHEDULES = {
     "linear": ("linear", LinearBetas),
-    "scaled_linear": ("scaled_linear", lambda first, last, T: LinearBetas(first, last, T, power=2)),
+    "scaled_linear": ("scaled_linear", lambda start, end, T: LinearBetas(start, end, T, power=2)),
     "sigmoid": ("sigmoid", SigmoidBetas),
-    "squaredcos_cap_v2": ("cosine", lambda first, last, T: CosineBetas(num_train_timesteps=T)),
+    "squaredcos_cap_v2": ("cosine", lambda start, end, T: CosineBetas(num_train_timesteps=T)),
 }
-"""By their ``beta_schedule``: the option of conf/model/schedule, and that table from its ends and its length."""
-USUAL = (1e-4, 0.02)
-"""The first and the last beta of DDPM."""
-NOISE = "model.parameterization.noise_conditioning"
+"""For each ``beta_schedule``, the option of model/schedule and a factory ``(beta_start, beta_end, T) -> schedule``."""
+DDPM_BETAS = (1e-4, 0.02)
+"""The first and last beta of DDPM."""
+NOISE_KEY = "model.parameterization.noise_conditioning"
 TIMESTEP = f"{TimestepConditioning.__module__}.{TimestepConditioning.__qualname__}"
-ALIKE = 1e-3
-"""How far log-SNRs of one table may be apart after rounding to float32, on the way into a file and back."""
+LOG_SNR_TOLERANCE = 1e-3
+"""Rounding error of log-SNRs whose betas are stored in float32."""
 
 
 def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
-    """The ``DDPMScheduler`` that samples as ``model`` does, for JSON.
+    """The config of the ``DDPMScheduler`` that samples as ``model`` does.
 
-    None where there is none: of a schedule that is no table of betas, a network that is not told the timestep in it,
-    or that says something else than eps, x_0 or v.
+    None if diffusers cannot represent the model: its schedule has no table of betas, its network is not conditioned on
+    the timestep, or its parameterization is not eps, x_0 or v.
     """
     if not isinstance(model, Diffusion) or not isinstance(model.schedule, BetaTable):
         return None
-    predicts = PREDICTS.get(type(model.parameterization))
-    if predicts is None or model.parameterization.noise_conditioning != TimestepConditioning(model.schedule.T):
+    T = model.schedule.num_train_timesteps
+    prediction_type = PREDICTION_TYPES.get(type(model.parameterization))
+    if prediction_type is None or model.parameterization.noise_conditioning != TimestepConditioning(T):
         return None
     return {
-        "_class_name": "DDPMScheduler", "num_train_timesteps": model.schedule.T,
-        "trained_betas": betas_of(model.schedule).tolist(), "prediction_type": predicts,
-        "clip_sample": model.clip_x0, "variance_type": variance_type(model.sampler),
+        "_class_name": "DDPMScheduler", "num_train_timesteps": T, "trained_betas": betas(model.schedule).tolist(),
+        "prediction_type": prediction_type, "clip_sample": model.clip_x0,
+        "variance_type": variance_type(model.sampler),
     }  # fmt: skip
 
 
-def betas_of(schedule: BetaTable) -> Tensor:
-    """beta_1 to beta_T, (T,) float64: bar alpha is a running product of 1 - beta, and sigmoid of the log-SNR."""
+def betas(schedule: BetaTable) -> Tensor:
+    r""":math:`\beta_1, \dots, \beta_T`, (T,) float64.
+
+    From :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`, which is the logistic function of the log-SNR.
+    """
     log_alpha_bar = logsigmoid(schedule.table.double())
     return -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1)))
 
 
 def variance_type(sampler: Sampler) -> str:
-    """diffusers' word for the variance that is sampled with; of other samplers than `Ancestral`, DDPM's."""
+    """The ``variance_type`` of diffusers for the variance of a sampler; for others than `Ancestral`, that of DDPM."""
     variance = getattr(sampler, "variance", 0.0)
-    words = {0.0: "fixed_small", 1.0: "fixed_large"}
-    if variance not in words:
+    names = {0.0: "fixed_small", 1.0: "fixed_large"}
+    if variance not in names:
         raise UserError(
-            f"format=diffusers: DDPMScheduler has no variance between its bounds (here {variance}): export with"
-            " model.sampler.variance=0 or 1."
+            f"format=diffusers: DDPMScheduler does not support model.sampler.variance={variance}: export with 0 or 1."
         )
-    return words[variance]
+    return names[variance]
 
 
 def check_scheduler(model: Diffusion, weights: Path) -> None:
-    """Raises `UserError` where the scheduler published with the file ``weights``, if there is one, is of another
-    schedule than ``model``, or asks its network for something else.
+    """Check a model against the scheduler published with the file ``weights``, if there is one.
 
-    Read are the betas and ``prediction_type``. How samples are drawn, with which variance and whether clipped, is for
-    ``model`` to say.
+    Compares betas and ``prediction_type``. Sampling options, such as the variance and clipping, may differ.
+
+    Raises:
+        UserError: the scheduler is damaged or not supported, or has another schedule or prediction type.
     """
     folder = weights.parent
-    places = (folder / FILE, folder / "scheduler" / FILE, folder.parent / "scheduler" / FILE)
-    place = next((path for path in places if path.is_file()), None)
-    if place is None:
+    candidates = (folder / FILE, folder / "scheduler" / FILE, folder.parent / "scheduler" / FILE)
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
         return
     try:
-        said = json.loads(place.read_text())
+        config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{place} is damaged ({error}).") from error
-    table, predicts = table_of(said, place), said.get("prediction_type", "epsilon")
-    if predicts not in OPTIONS:
-        raise UserError(f"{place}: no parameterization here is its prediction_type={predicts}.")
-    words = []
-    if not same(model.schedule, table):
-        words.append(schedule_words(said, table))
-    if PREDICTS.get(type(model.parameterization)) != predicts:
-        words.append(f"model/parameterization={OPTIONS[predicts]}")
-    if model.parameterization.noise_conditioning != TimestepConditioning(table.T):
-        words.append(f"++{NOISE}._target_={TIMESTEP} ++{NOISE}.steps={table.T}")
-    if words:
+        raise UserError(f"{path} is damaged ({error}).") from error
+    published, prediction_type = read_schedule(config, path), config.get("prediction_type", "epsilon")
+    if prediction_type not in PARAMETERIZATIONS:
+        raise UserError(f"{path}: prediction_type={prediction_type} is not supported.")
+    parameterization, T = model.parameterization, published.num_train_timesteps
+    overrides = []
+    if not is_same_schedule(model.schedule, published):
+        overrides.append(schedule_overrides(config, published))
+    if PREDICTION_TYPES.get(type(parameterization)) != prediction_type:
+        overrides.append(f"model/parameterization={PARAMETERIZATIONS[prediction_type]}")
+    if parameterization.noise_conditioning != TimestepConditioning(T):
+        overrides.append(f"++{NOISE_KEY}._target_={TIMESTEP} ++{NOISE_KEY}.num_train_timesteps={T}")
+    if overrides:
         raise UserError(
-            f"{place} is of a network that says {predicts}, told the step of a table of {table.T} betas; this model has"
-            f" {type(model.parameterization).__name__} with {type(model.parameterization.noise_conditioning).__name__} under"
-            f" {type(model.schedule).__name__}, and its images would be others. Add {' '.join(words)}"
+            f"{path} is for a network that predicts {prediction_type} from one of {T} timesteps; this model has"
+            f" {type(parameterization).__name__}, {type(parameterization.noise_conditioning).__name__} and"
+            f" {type(model.schedule).__name__}, so its samples would be wrong. Add {' '.join(overrides)}"
         )
 
 
-def same(schedule: NoiseSchedule, table: BetaTable) -> bool:
-    if not isinstance(schedule, BetaTable) or schedule.T != table.T:
+def is_same_schedule(schedule: NoiseSchedule, published: BetaTable) -> bool:
+    """Whether two schedules have the same log-SNRs, up to rounding."""
+    if not isinstance(schedule, BetaTable) or schedule.num_train_timesteps != published.num_train_timesteps:
         return False
-    return torch.allclose(schedule.table, table.table, rtol=0, atol=ALIKE)
+    return torch.allclose(schedule.table, published.table, rtol=0, atol=LOG_SNR_TOLERANCE)
 
 
-def table_of(said: dict[str, Any], place: Path) -> BetaTable:
-    """The table that a scheduler's config says; what it leaves out is as in ``DDPMScheduler``."""
-    if not said.keys() & {"beta_schedule", "trained_betas"} or said.get("rescale_betas_zero_snr"):
-        raise UserError(f"{place} ({said.get('_class_name')}) is not of a table of betas with noise and image in each.")
-    if said.get("trained_betas") is not None:
-        return BetaTable(said["trained_betas"])
-    kind = said["beta_schedule"]
-    if kind not in TABLES:
-        raise UserError(f"{place}: no schedule here is its beta_schedule={kind}.")
-    return TABLES[kind][1](*sizes(said))
+def read_schedule(config: dict[str, Any], path: Path) -> BetaTable:
+    """The schedule of a scheduler config, with the defaults of ``DDPMScheduler``."""
+    if not config.keys() & {"beta_schedule", "trained_betas"} or config.get("rescale_betas_zero_snr"):
+        raise UserError(f"{path} ({config.get('_class_name')}) has no betas, or a timestep without signal.")
+    if config.get("trained_betas") is not None:
+        return BetaTable(config["trained_betas"])
+    name = config["beta_schedule"]
+    if name not in SCHEDULES:
+        raise UserError(f"{path}: beta_schedule={name} is not supported.")
+    return SCHEDULES[name][1](*beta_range(config))
 
 
-def sizes(said: dict[str, Any]) -> tuple[float, float, int]:
-    """First and last beta, and how many there are."""
-    betas = said.get("trained_betas")
-    if betas is not None:
-        return betas[0], betas[-1], len(betas)
-    return said.get("beta_start", USUAL[0]), said.get("beta_end", USUAL[1]), said.get("num_train_timesteps", 1000)
+def beta_range(config: dict[str, Any]) -> tuple[float, float, int]:
+    """The first beta, the last beta and their number."""
+    trained = config.get("trained_betas")
+    if trained is not None:
+        return trained[0], trained[-1], len(trained)
+    start, end = config.get("beta_start", DDPM_BETAS[0]), config.get("beta_end", DDPM_BETAS[1])
+    return start, end, config.get("num_train_timesteps", 1000)
 
 
-def schedule_words(said: dict[str, Any], table: BetaTable) -> str:
-    """What to add to the command line for ``table``."""
-    *ends, T = sizes(said)
-    for first, last in (ends, USUAL):  # betas given one by one do not tell the ends of a sigmoid
-        for option, make in TABLES.values():
-            if same(make(first, last, T), table):
-                words = (
-                    ""
-                    if option == "cosine"
-                    else f" model.schedule.beta_start={first:.4g} model.schedule.beta_end={last:.4g}"
-                )
-                return f"model/schedule={option} model.schedule.num_train_timesteps={T}{words}"
+def schedule_overrides(config: dict[str, Any], published: BetaTable) -> str:
+    """The overrides that choose the published schedule."""
+    *ends, T = beta_range(config)
+    for start, end in (ends, DDPM_BETAS):  # trained betas do not tell the ends of a sigmoid
+        for option, make in SCHEDULES.values():
+            if is_same_schedule(make(start, end, T), published):
+                chosen = f"model/schedule={option} model.schedule.num_train_timesteps={T}"
+                if option == "cosine":
+                    return chosen
+                return f"{chosen} model.schedule.beta_start={start:.4g} model.schedule.beta_end={end:.4g}"
     return "model/schedule=betas 'model.schedule.betas=[...]' with its trained_betas"

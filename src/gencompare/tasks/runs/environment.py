@@ -1,4 +1,4 @@
-"""Where a run was made: versions, commit, machine."""
+"""The environment of a run: package versions, commit, machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gencompare.version import __version__
+
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "hydra-core", "torchmetrics", "torch-fidelity", "wandb", "numpy",
     "scipy",
@@ -17,14 +19,12 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a record says of the machine and the code. No user names, no paths."""
-    import gencompare
-
+    """The description of the machine and the code in a record, without user names and paths."""
     return {
-        "gencompare": gencompare.__version__,
+        "gencompare": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git": _git(Path(gencompare.__file__).resolve().parent),
+        "git": _git_commit(Path(__file__).resolve().parent),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -38,15 +38,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git(folder: Path) -> dict[str, Any] | None:
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+def _git_commit(folder: Path) -> dict[str, Any] | None:
+    """The commit of this package's checkout, and whether it has uncommitted changes; None without a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     try:
-        # An installed package may lie inside somebody else's checkout: only our own commit is meant.
-        if not (Path(ask("rev-parse", "--show-toplevel").strip()) / "src" / "gencompare").is_dir():
+        # An installed package may be inside the checkout of another project.
+        if not (Path(git("rev-parse", "--show-toplevel").strip()) / "src" / "gencompare").is_dir():
             return None
-        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain").strip())}
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
     except (OSError, subprocess.CalledProcessError):
         return None
 

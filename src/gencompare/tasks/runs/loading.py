@@ -1,4 +1,4 @@
-"""Run folders: found on this machine or in W&B, and loaded into a model."""
+"""Find run folders on this machine or in W&B, and load their models."""
 
 from __future__ import annotations
 
@@ -22,42 +22,44 @@ from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_data, build_model
 
-REMOTE = "wandb:"
-WANTED = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
-"""Files of a W&B run that make a run folder: `training.loggers.finish` puts them there."""
+WANDB_PREFIX = "wandb:"
+WANDB_FILES = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
+"""Files of a W&B run that make up a run folder: `training.loggers.finish_loggers` uploads them."""
 
 
 def locate_runs(pattern: str, cache: Path) -> list[Path]:
-    """The run folders that ``runs=`` names: a glob (of W&B's offline folders too), or ``wandb:ENTITY/PROJECT``.
+    """The run folders that match ``runs=``.
 
     Args:
-        cache: folder in which the files of a W&B project are kept.
+        pattern: a glob, which may match W&B's offline folders too, or ``wandb:ENTITY/PROJECT``.
+        cache: folder for the files of a W&B project.
     """
-    if pattern.startswith(REMOTE):
-        return fetch_wandb_runs(pattern.removeprefix(REMOTE), cache / "wandb")
+    if pattern.startswith(WANDB_PREFIX):
+        return fetch_wandb_runs(pattern.removeprefix(WANDB_PREFIX), cache / "wandb")
     return drop_nested(find_run_folders(pattern))
 
 
 def drop_nested(folders: list[Path]) -> list[Path]:
-    """``folders`` without those inside another: a run folder holds W&B's copy of its record."""
-    known = set(folders)
-    return [folder for folder in folders if not known.intersection(folder.parents)]
+    """``folders`` without those inside another one: a run folder contains W&B's copy of its record."""
+    unique = set(folders)
+    return [folder for folder in folders if not unique.intersection(folder.parents)]
 
 
 def fetch_wandb_runs(project: str, cache: Path) -> list[Path]:
-    """Bring the records, curves and sample grids of a W&B project here; what was finished is fetched once.
+    """Download the records, curves and sample grids of a W&B project. Finished runs are downloaded only once.
 
-    Raises `UserError` without a key, without a network, and where no run of the project holds a record.
+    Raises:
+        UserError: there is no API key or no network, or no run of the project has a record.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", project):
-        raise UserError(f"runs={REMOTE}{project}: give {REMOTE}ENTITY/PROJECT.")
+        raise UserError(f"runs={WANDB_PREFIX}{project}: use {WANDB_PREFIX}ENTITY/PROJECT.")
     import wandb
     from wandb.errors import Error as WandbError
 
-    from gencompare.training.loggers import has_key
+    from gencompare.training.loggers import has_api_key
 
-    if not has_key():
-        raise UserError(f"runs={REMOTE}{project} needs an API key of W&B: wandb login, or set WANDB_API_KEY.")
+    if not has_api_key():
+        raise UserError(f"runs={WANDB_PREFIX}{project} needs a W&B API key: run wandb login, or set WANDB_API_KEY.")
     folders = []
     try:
         for run in wandb.Api(timeout=30).runs(project):
@@ -67,13 +69,14 @@ def fetch_wandb_runs(project: str, cache: Path) -> list[Path]:
             if (folder / RECORD_FILE).is_file():
                 folders.append(folder)
     except (WandbError, ValueError, OSError) as error:
-        raise UserError(f"W&B does not give {project}: {' '.join(str(error).split())}") from error
+        raise UserError(f"W&B project {project} could not be read: {' '.join(str(error).split())}") from error
     if not folders:
-        raise UserError(f"No run of the W&B project {project} holds a {RECORD_FILE}.")
+        raise UserError(f"No run of the W&B project {project} has a {RECORD_FILE}.")
     return sorted(folders)
 
 
 def is_complete(folder: Path) -> bool:
+    """Whether ``folder`` contains the record of a finished run."""
     try:
         return RunRecord.load(folder).state == "finished"
     except UserError:
@@ -81,8 +84,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def fetch_wandb_run(run: Any, folder: Path) -> None:
-    """The wanted files of one W&B run; the record last, so that a folder with one is whole."""
-    files = [file for file in run.files() if WANTED.fullmatch(file.name)]
+    """Download the files of one W&B run, the record last: a folder with a record is complete."""
+    files = [file for file in run.files() if WANDB_FILES.fullmatch(file.name)]
     for file in sorted(files, key=lambda file: file.name == RECORD_FILE):
         folder.mkdir(parents=True, exist_ok=True)
         file.download(root=str(folder), replace=True)
@@ -90,7 +93,7 @@ def fetch_wandb_run(run: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model with the data and the config that it was trained with."""
+    """A trained model with its data and its config."""
 
     folder: Path
     model: TrainedModel
@@ -103,11 +106,12 @@ class LoadedRun:
 
 
 def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weights: str = "ema") -> LoadedRun:
-    """The model of a run folder, with weights loaded and in eval mode; needs nothing but the folder and its data set.
+    """Load the model of a run folder, in eval mode. Needs only the folder and the data set.
 
     Args:
+        folder: the run folder.
         checkpoint: ``last`` or ``best``.
-        weights: ``ema`` or ``raw``.
+        weights: ``ema`` for the averaged weights or ``raw`` for the online weights.
     """
     folder = Path(folder)
     config = run_config.load(folder)
@@ -118,18 +122,18 @@ def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weight
 
 
 def guide(run: str | None, checkpoint: str = "last", weights: str = "ema") -> TrainedModel:
-    """The frozen model of a run, as a guide of another (``_target_: gencompare.tasks.runs.loading.guide``).
+    """The frozen model of a run, to guide another model (``_target_: gencompare.tasks.runs.loading.guide``).
 
-    Random numbers are left as they were: the guided model's first weights do not depend on its guide.
+    The random state is restored, so that the initial weights of the guided model do not depend on its guide.
     """
     if run is None:
         raise UserError(
-            "Guidance needs another trained run: name its folder (model.guidance.classifier.run=DIR or"
-            " model.guidance.weak.run=DIR)."
+            "Guidance needs the folder of another trained run: model.guidance.classifier.run=DIR or"
+            " model.guidance.weak.run=DIR."
         )
     if not Path(run).is_dir():
         raise UserError(
-            f"The run that guides this model is not at {run}: say where it is now (model.guidance...run=DIR)."
+            f"The run that guides this model is not at {run}: set its new folder (model.guidance...run=DIR)."
         )
     with torch.random.fork_rng(devices=[]):
         model = load_run(run, checkpoint=checkpoint, weights=weights).model
@@ -139,39 +143,40 @@ def guide(run: str | None, checkpoint: str = "last", weights: str = "ema") -> Tr
 
 
 def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights: str) -> dict[str, int]:
-    """Put the weights of ``folder``'s checkpoint into ``model``; returns its ``step`` and the ``images`` seen.
+    """Load the weights of a checkpoint of ``folder`` into ``model``. Returns its ``step`` and the ``images`` seen.
 
-    Raises `UserError` when the checkpoint is missing, damaged, or of a model of another family or size.
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of a model of another family or size.
     """
     if checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint={checkpoint}: choose last or best.")
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights}: choose ema or raw.")
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    stored = read_checkpoint(path)
-    state: dict[str, Tensor] = dict(stored["state_dict"])
+    loaded = read_checkpoint(path)
+    state: dict[str, Tensor] = dict(loaded["state_dict"])
     if weights == "ema":
-        state.update(stored.get(EMA_KEY, {}))
-    check_fits(model, state, path)
+        state.update(loaded.get(EMA_KEY, {}))
+    check_state_dict(model, state, path)
     model.load_state_dict(state)
-    clock = stored["callbacks"]["TrainingClock"]
+    clock = loaded["callbacks"]["TrainingClock"]
     return {"step": clock["step"], "images": clock["images"]}
 
 
-def check_fits(model: TrainedModel, state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises `UserError` where ``state``, of the file ``path``, is not of this model."""
+def check_state_dict(model: TrainedModel, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UserError` unless ``state``, from the file ``path``, has the names and shapes of the model's."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if expected != found:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise UserError(
-            f"{path} is of another model than the config describes: '{odd[0]}' is {found.get(odd[0], 'missing')} there"
-            f" and {expected.get(odd[0], 'missing')} here. Name the run's own family and sizes."
+            f"{path} is not a checkpoint of the model in the config: '{name}' is {found.get(name, 'missing')} in the"
+            f" file and {expected.get(name, 'missing')} in the model. Use the family and sizes of that run."
         )
 
 
 def check_generative(model: TrainedModel, task: str) -> GenerativeModel:
-    """``model``, if it can sample; `UserError` otherwise."""
+    """Return ``model`` if it is generative, else raise `UserError`."""
     if not isinstance(model, GenerativeModel):
         raise UserError(f"task={task} needs a model that generates images; {type(model).__name__} does not.")
     return model

@@ -1,4 +1,4 @@
-"""Processes of a run: those of torch.distributed under Hydra, and jobs of a sweep at once."""
+"""Processes: the ranks of torch.distributed under Hydra, and the parallel jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -19,11 +19,24 @@ from omegaconf import DictConfig
 from gencompare.tasks.runs import run_config
 
 SIGTERM_CODE = 128 + signal.SIGTERM
+"""Exit code of a process that SIGTERM ended."""
+CONFIG_VARIABLE = "GENCOMPARE_JOB"
+"""Environment variable with the path of the config that a rank or a parallel job runs."""
+JOB_FILE = ".job.yaml"
+"""File in a run folder with the config that the other ranks of the job read."""
+JOBS_FOLDER = ".jobs"
+"""Folder in a sweep's folder with the configs and the output of its parallel jobs."""
+POLL_SECONDS = 0.2
+RANK_COMMAND = [sys.executable, "-m", "gencompare.tasks.runs.rank"]
+_RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", CONFIG_VARIABLE)
 
 
 @contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM unwinds the block as Ctrl-C does. (While a model trains, `GracefulStop` has the signal.)"""
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises `SystemExit` in the block, as Ctrl-C raises `KeyboardInterrupt`.
+
+    During training, `GracefulStop` handles the signal instead.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(SIGTERM_CODE)
@@ -38,43 +51,33 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-CHILD = "GENCOMPARE_JOB"
-"""Names the composed config of a job to its further processes."""
-
-JOB = ".job.yaml"
-"""The file in a run folder that holds it."""
-
-_RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", CHILD)
-
-
 @contextmanager
-def children_of(job: Path) -> Iterator[None]:
-    """Lightning's further processes run ``gencompare`` on the config file ``job``.
+def ranks_run(job: Path) -> Iterator[None]:
+    """Lightning starts the other ranks of this job on the config file ``job``.
 
-    As shipped, Lightning starts them with Hydra's whole command line, so that under ``-m`` every rank would run the
-    whole sweep and compose a config of its own.
+    By default, Lightning starts them with Hydra's command line. In a sweep, each rank would then run the whole sweep.
     """
     from pytorch_lightning.strategies.launchers import subprocess_script
 
     def command(local_rank: int) -> tuple[list[str], str]:
-        return [sys.executable, "-m", "gencompare.tasks.runs.rank"], os.getcwd()
+        return RANK_COMMAND, os.getcwd()
 
     original = subprocess_script._hydra_subprocess_cmd  # type: ignore[attr-defined]
     subprocess_script._hydra_subprocess_cmd = command  # type: ignore[attr-defined]
-    os.environ[CHILD] = str(job)
+    os.environ[CONFIG_VARIABLE] = str(job)
     try:
         yield
     finally:
         subprocess_script._hydra_subprocess_cmd = original  # type: ignore[attr-defined]
 
 
-def several_processes(cfg: Any) -> bool:
-    """Whether a job may start further processes, which read its config from the file `JOB`."""
+def is_multiprocess(cfg: Any) -> bool:
+    """Whether a job may start other ranks, which read its config from `JOB_FILE`."""
     return cfg.trainer.devices != 1 or cfg.trainer.num_nodes != 1
 
 
 def leave_process_group() -> None:
-    """After a job: end its process group and drop its rank variables, so that the next job of a sweep starts fresh."""
+    """Destroy the process group of a job and its rank variables, so that the next job of a sweep can make its own."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -82,104 +85,99 @@ def leave_process_group() -> None:
         os.environ.pop(name, None)
 
 
-def wait_for_children(trainer: Any) -> None:
-    """Wait until the further processes that ``trainer`` launched have ended."""
+def wait_for_ranks(trainer: Any) -> None:
+    """Wait until the processes that ``trainer`` launched have ended."""
     for process in getattr(trainer.strategy.launcher, "procs", None) or []:
         process.wait()
 
 
-JOBS = ".jobs"
-"""Folder in that of the sweep, for the configs of its jobs and for what they print."""
-POLL_SECONDS = 0.2
-
-
 @dataclass
 class ParallelJob:
-    """A process at work, its place among those that run at once, and where it prints."""
+    """A job of a sweep that runs in a process of its own."""
 
     name: str
     process: subprocess.Popen[bytes]
-    place: int
+    slot: int
+    """Its index among the jobs that run at the same time."""
     log: Path
-    since: float
+    """The file that receives its output."""
+    start: float
 
 
-def run_all(jobs: Iterator[DictConfig], sweep: Path, at_once: int) -> Iterator[tuple[DictConfig, int, str]]:
-    """Run configs of jobs, ``at_once`` at a time; yields each, as it ends, with its exit code and the reason it gave.
+def run_jobs(configs: Iterator[DictConfig], sweep: Path, n_jobs: int) -> Iterator[tuple[DictConfig, int, str]]:
+    """Run a job per config, ``n_jobs`` at a time. Yields config, exit code and error message as each job ends.
 
-    When the block is left early (Ctrl-C, SIGTERM), jobs at work are told to stop, and save first.
+    If the caller stops early (Ctrl-C, SIGTERM), running jobs receive SIGTERM, on which they save a checkpoint and end.
     """
     devices, running = visible_devices(), {}
-    places = list(range(at_once))
-    left = iter(jobs)
-    with sigterm_raises(), stopped_at_the_end(running):
+    free_slots = list(range(n_jobs))
+    remaining = iter(configs)
+    with sigterm_exits(), terminate_on_exit(running):
         while True:
-            while places and (cfg := next(left, None)) is not None:
-                job = started(cfg, sweep, places.pop(0), at_once, devices)
+            while free_slots and (cfg := next(remaining, None)) is not None:
+                job = start_job(cfg, sweep, free_slots.pop(0), n_jobs, devices)
                 running[job.process.pid] = (cfg, job)
-                print(f"[{job.name}] started; it prints to {job.log}", flush=True)
+                print(f"[{job.name}] started, with its output in {job.log}", flush=True)
             if not running:
                 return
             ended = [pid for pid, (_, job) in running.items() if job.process.poll() is not None]
             for pid in ended:
                 cfg, job = running.pop(pid)
-                places.append(job.place)
-                code, minutes = job.process.returncode, (time.monotonic() - job.since) / 60
-                why = "" if code == 0 else reason(job.log, code)
-                print(f"[{job.name}] {why or 'ended well'} after {minutes:.1f} min", flush=True)
-                yield cfg, code, why
+                free_slots.append(job.slot)
+                code, minutes = job.process.returncode, (time.monotonic() - job.start) / 60
+                reason = "" if code == 0 else failure_reason(job.log, code)
+                print(f"[{job.name}] {reason or 'finished'} after {minutes:.1f} min", flush=True)
+                yield cfg, code, reason
             if not ended:
                 time.sleep(POLL_SECONDS)
 
 
-def started(cfg: DictConfig, sweep: Path, place: int, at_once: int, devices: Sequence[str]) -> ParallelJob:
-    """A job as a process of its own, which reads its composed config as the further processes of a job do."""
+def start_job(cfg: DictConfig, sweep: Path, slot: int, n_jobs: int, devices: Sequence[str]) -> ParallelJob:
+    """Start a process that reads the complete config ``cfg`` from a file, as a rank does."""
     name = Path(cfg.out).name
-    config, log = sweep / JOBS / f"{name}.yaml", sweep / JOBS / f"{name}.log"
+    config, log = sweep / JOBS_FOLDER / f"{name}.yaml", sweep / JOBS_FOLDER / f"{name}.log"
     run_config.save(cfg, config)
-    environment = {**os.environ, **share(place, at_once, devices), CHILD: str(config.absolute())}
+    environment = {**os.environ, **job_environment(slot, n_jobs, devices), CONFIG_VARIABLE: str(config.absolute())}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gencompare.tasks.runs.rank"],
-            env=environment, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    return ParallelJob(name, process, place, log, time.monotonic())
+            RANK_COMMAND, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return ParallelJob(name, process, slot, log, time.monotonic())
 
 
-def share(place: int, at_once: int, devices: Sequence[str], cores: int | None = None) -> dict[str, str]:
-    """Environment variables that give one of ``at_once`` jobs its part of the machine.
+def job_environment(slot: int, n_jobs: int, devices: Sequence[str], cores: int | None = None) -> dict[str, str]:
+    """Environment variables that assign a job its share of the machine.
 
-    CUDA devices go round; where there are fewer than jobs, several jobs share one. Of processor cores, each job gets an
-    equal number, unless OMP_NUM_THREADS is set.
+    CUDA devices are assigned round-robin; with fewer devices than jobs, several jobs share one. Processor cores are
+    divided equally, unless OMP_NUM_THREADS is set.
     """
-    mine = list(devices[place::at_once]) or [devices[place % len(devices)]] if devices else []
+    own = list(devices[slot::n_jobs]) or [devices[slot % len(devices)]] if devices else []
     cores = len(os.sched_getaffinity(0)) if cores is None else cores
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // at_once))
-    return {"OMP_NUM_THREADS": threads, **({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})}
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // n_jobs))
+    return {"OMP_NUM_THREADS": threads, **({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})}
 
 
 def visible_devices() -> list[str]:
-    """CUDA devices that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [device for device in named.split(",") if device]
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        return [device for device in names.split(",") if device]
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def reason(log: Path, code: int) -> str:
-    """What a job that failed said last of it, in one line."""
+def failure_reason(log: Path, code: int) -> str:
+    """The last error message of a failed job, in one line."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("Error: ")]
-    return said[-1].removeprefix("Error: ") if said else f"exit code {code}, see {log}"
+    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("Error: ")]
+    return errors[-1].removeprefix("Error: ") if errors else f"exit code {code}, see {log}"
 
 
 @contextmanager
-def stopped_at_the_end(running: dict[int, tuple[DictConfig, ParallelJob]]) -> Iterator[None]:
-    """When the block ends, processes that still run are told to stop and waited for."""
+def terminate_on_exit(running: dict[int, tuple[DictConfig, ParallelJob]]) -> Iterator[None]:
+    """When the block ends, terminate the jobs that still run and wait for them."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Entry of the further processes of a job (`python -m gencompare.tasks.runs.rank`)."""
+"""Entry point of the other ranks of a job, and of parallel jobs: ``python -m gencompare.tasks.runs.rank``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's config: checked for unknown keys, stored in its folder, and read from there."""
+"""The config of a run: checked for unknown keys, stored in the run folder, and restored from it."""
 
 from __future__ import annotations
 
@@ -23,77 +23,32 @@ from gencompare.errors import UserError
 from gencompare.files import write_text
 from gencompare.migrations import migrate_config, rename_option
 
-OF_PLACES = (
+FILE = "config.yaml"
+"""The config in a run folder, every interpolation resolved."""
+
+JOB_KEYS = (
+    "task", "run_dir", "resume", "runs", "group_by", "rank_by", "samples", "pretrained", "name", "num_images",
+    "checkpoint", "weights", "format", "paths", "evaluation.protocol.cache",
+)  # fmt: skip
+"""Keys that each job sets for itself, never taken from the config of a run folder."""
+INTERNAL_KEYS = {"choices", "out", "sweep_name", "command", "trained_run", "autoencoder_run", "whitening", "hydra"}
+"""Top-level keys that this program adds to a composed config."""
+LOCATION_KEYS = ("out", "resume", "autoencoder_run", "whitening", "trained_run")
+"""Keys that are not stored, since a run folder may be moved."""
+PATH_KEYS = (
     "runs", "run_dir", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
     "paths.data", "paths.cache", "data.root",
 )  # fmt: skip
+"""Keys whose values are paths or globs, in which brackets and braces are rarely meant as lists."""
 
+GROUPS_NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep")
+"""Groups whose choices are not repeated for a run folder: its config contains their values."""
+APPENDED_GROUPS = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
+"""Groups that are appended with ``+``, and the config key that receives their options."""
+FIXED_KEY = "model.latent"
+"""A setting that trained weights depend on and that cannot change afterwards."""
 
-def missing_option_hint(error: BaseException, words: list[str]) -> str | None:
-    """One line about the option that Hydra ``could not override``; None where that is not what went wrong.
-
-    Args:
-        words: the command line.
-    """
-    found = re.match(r"Could not override '([^']+)'", str(error))
-    if found is None or found[1].startswith("hydra."):
-        return None
-    key = found[1]
-    if key in TEMPLATE:
-        return f"There is no option '{key}': {TEMPLATE[key]}."
-    try:
-        cfg = _composed_without(key, words)
-    except (HydraException, OmegaConfBaseException):
-        return None
-    inside: Any = cfg
-    place: list[str] = []
-    *parents, last = key.split(".")
-    for name in parents:
-        if not isinstance(inside, DictConfig) or inside.get(name) is None:
-            last = name
-            break
-        place, inside = [*place, name], inside[name]
-    if not isinstance(inside, DictConfig):
-        return f"There is no option '{key}': {'.'.join(place)} is {inside}."
-    group = "/".join([*place, last])
-    if group in cfg.hydra.runtime.choices:
-        options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-        return f"There is no option '{key}', since no {last} is chosen: add {group}={'|'.join(options)}."
-    names = [str(name) for name in inside if not str(name).startswith(("_", "hydra"))]
-    near = get_close_matches(last, names, 1)
-    told = f" Did you mean {'.'.join([*place, *near])}?" if near else ""
-    return f"There is no option '{key}': {'.'.join(place) or 'the config'} has {', '.join(names) or 'none'}.{told}"
-
-
-def group_value_hint(error: BaseException) -> str | None:
-    """One line about a value that Hydra's grammar does not take without quotes, with them; None for another error.
-
-    Only of what is a place or a glob: elsewhere brackets and braces are mostly meant as lists.
-    """
-    key, equals, value = str(getattr(error, "override", None) or "").partition("=")
-    if not isinstance(error, OverrideParseException) or not equals or key not in OF_PLACES or value[:1] in "'\"":
-        return None
-    word = f"{key}={quote(value)}"
-    return f"{key}={value} has signs that Hydra reads otherwise. Quote it: {shlex.quote(word)}"
-
-
-def _composed_without(key: str, words: list[str]) -> DictConfig:
-    """The config of the command line less what it says of ``key``; the first of the values that it sweeps over."""
-    assigned = [word for word in words if "=" in word and not word.startswith(("-", "hydra"))]
-    overrides = []
-    for override in OverridesParser.create().parse_overrides(assigned):
-        if override.key_or_group == key:
-            continue
-        value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        overrides.append(f"{override.get_key_element()}={value}" if value is not None else str(override.input_line))
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=True)
-
-
-ADDED_LATER = {"choices", "out", "sweep_name", "command", "trained_in", "autoencoder_run", "whitening", "hydra"}
-"""Top-level keys that this program adds to a composed config."""
-INSTEAD = {
+TRAINER_EQUIVALENTS = {
     "max_epochs": "budget.images=N",
     "min_epochs": "budget.images=N",
     "max_steps": "budget=steps budget.steps=N",
@@ -116,141 +71,200 @@ INSTEAD = {
     "logger": "logger=wandb, or +logger.NAME._target_=CLASS",
     "default_root_dir": "hydra.run.dir=DIR",
 }
-"""Trainer arguments that this program sets itself, and the option that does the same here."""
-TEMPLATE = {
-    "ckpt_path": "resume=RUN_FOLDER continues a run, task=evaluate run_dir=RUN_FOLDER checkpoint=last measures it",
+"""Trainer arguments that this program sets itself, and the equivalent override."""
+TEMPLATE_EQUIVALENTS = {
+    "ckpt_path": "resume=RUN_FOLDER continues a run, task=evaluate run_dir=RUN_FOLDER checkpoint=last evaluates it",
     "task_name": "a run is named after its folder: hydra.run.dir=DIR",
     "train": "task=train is the default, and task=evaluate run_dir=RUN_FOLDER only evaluates",
     "test": "every run is evaluated at its end, unless evaluation.checkpoints=[]",
     "lr": "model.optimizer.lr=X",
     "batch_size": "trainer.global_batch_size=N",
 }
-"""Keys of lightning-hydra-template, and the equivalent here."""
-
-
-def check_keys(cfg: DictConfig) -> None:
-    """Refuse, as `UserError`, keys of a freshly composed config that nothing reads."""
-    top = OmegaConf.load(conf_dir() / "config.yaml")
-    groups = {
-        str(key).removeprefix("optional ").removeprefix("override ").split("@")[0]
-        for entry in top.defaults if not isinstance(entry, str) for key in entry
-    }  # fmt: skip
-    known = ({str(key) for key in top} | groups | ADDED_LATER) - {"defaults"}
-    _check("", cfg, known, "A label of your own goes into tags=[...].")
-    default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
-    for name, options in (cfg.get("callbacks") or {}).items():
-        if (not options and options != "") or isinstance(options, str):
-            continue
-        if not isinstance(options, Mapping | DictConfig):
-            raise UserError(f"callbacks.{name}={options}: give null to leave it out, or a mapping with _target_.")
-        if name in default and options.get("_target_") == default[name]._target_:
-            _check(f"callbacks.{name}.", options, map(str, default[name]))
-        elif "_target_" not in options:
-            raise UserError(
-                f"callbacks.{name}: give the class, +callbacks.{name}._target_=CLASS, or the name of an option:"
-                f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
-            )
-    evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
-    _check("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"})
-
-
-def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
-    """Refuse settings of the Trainer that this program makes itself, and those that no Trainer has.
-
-    Args:
-        options: of ``trainer``.
-        known: what Lightning's Trainer takes.
-    """
-    _check("trainer.", options, {*known, "global_batch_size"})
-    for name in options:
-        if name in INSTEAD:
-            raise UserError(f"trainer.{name} is set by this program. Use {INSTEAD[name]}.")
-
-
-def _check(prefix: str, found: Iterable[str], known: Iterable[str], hint: str = "") -> None:
-    known = set(known)
-    for key in map(str, found):
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            meant = f" Did you mean {prefix}{near[0]}?" if near else ""
-            raise UserError(f"There is no setting '{prefix}{key}'.{meant}{' ' + hint if hint and not near else ''}")
-
-
-FILE = "config.yaml"
-OF_THE_JOB = (
-    "task", "run_dir", "resume", "runs", "group_by", "rank_by", "samples", "pretrained", "name", "num_images", "checkpoint", "weights",
-    "format", "paths", "evaluation.protocol.cache",
-)  # fmt: skip
-"""What a job has for itself, whatever the run folder says."""
-
-NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep")
-"""Groups whose choice in the run folder is not chosen again: what they set is in the frozen config."""
-
-
-ADDED = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
-"""Groups that a run adds with a plus, and where in the config their options come to stand."""
+"""Keys of lightning-hydra-template, and the equivalent overrides."""
 
 
 def rename_options(argv: list[str]) -> list[str]:
-    """The command line with today's names of its options; one line on stderr for each old name."""
+    """The command line with today's option names. Prints one line on stderr for each old name."""
     renamed = {word: rename_option(word) for word in argv if not word.startswith("-")}
     for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
         print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
     return [found[0] if (found := renamed.get(word)) else word for word in argv]
 
 
-def base_on_run_folder(argv: list[str]) -> list[str]:
-    """With ``run_dir=DIR`` or ``resume=DIR``: the same choices of groups as that run made, unless ``argv`` makes its own.
+def inherit_choices(argv: list[str]) -> list[str]:
+    """With ``run_dir=DIR`` or ``resume=DIR``, add the group choices of that run that ``argv`` does not override.
 
-    So ``model.sampler.num_steps=18`` is known to the config of a run whose sampler has steps, whatever the default model.
+    Then ``model.sampler.num_steps=18`` is a valid override if the run's sampler has steps, whatever the default model.
     """
-    folder = _folder_in(argv)
+    folder = _run_folder_in(argv)
     if folder is None:
         return argv
     choices = load(folder).get("choices", {})
-    named = {word.lstrip("+~").split("=")[0] for word in argv}
+    overridden = {word.lstrip("+~").split("=")[0] for word in argv}
     inherited = [
-        f"{'+' if group in ADDED else ''}{group}={choice}"
+        f"{'+' if group in APPENDED_GROUPS else ''}{group}={choice}"
         for group, choice in choices.items()
-        if choice is not None and group not in named and group.split("/")[0] not in NOT_INHERITED
+        if choice is not None and group not in overridden and group.split("/")[0] not in GROUPS_NOT_INHERITED
     ]
-    clash = [group for group in ("model",) if group in named and _value(argv, group) != choices.get(group)]
-    if clash:
+    if "model" in overridden and _value_of("model", argv) != choices.get("model"):
         raise UserError(
-            f"{folder} holds a run of model={choices.get('model')}, not model={_value(argv, 'model')}:"
+            f"{folder} is a run of model={choices.get('model')}, not model={_value_of('model', argv)}:"
             " leave model= out, or name another run."
         )
-    place = quote(str(folder))
-    inherited += [f"hydra.run.dir={place}", f"hydra.sweep.dir={place}", "hydra.sweep.subdir=."]
-    return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in named]]
+    path = quote(str(folder))
+    inherited += [f"hydra.run.dir={path}", f"hydra.sweep.dir={path}", "hydra.sweep.subdir=."]
+    return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in overridden]]
 
 
-SETTLED = "model.latent"
-"""What a trained model's weights stand on: another one would want another training."""
+def _run_folder_in(argv: list[str]) -> Path | None:
+    for key in ("run_dir", "resume"):
+        value = _value_of(key, argv)
+        if value not in (None, "null", ""):
+            return Path(_unquote(value))
+    return None
 
 
-def restore(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
-    """The config of this job, plain and complete.
+def _value_of(key: str, argv: list[str]) -> str | None:
+    """The last value that ``argv`` gives a key."""
+    for word in reversed(argv):
+        name, equals, value = word.partition("=")
+        if equals and name.lstrip("+") == key:
+            return value
+    return None
 
-    From a file (for the further processes of a job): as it is. From Hydra's composition: with the output folder,
-    the group choices and the sweep in it, and on the base of the frozen config where ``run`` or ``resume`` names one.
+
+def _unquote(value: str) -> str:
+    if value[0] not in "'\"":
+        return value
+    parsed = OverridesParser.create().parse_override(f"key={value}").value()
+    return str(OmegaConf.create({"value": str(parsed)}).value)
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raise `UserError` if a composed config contains a key that nothing reads."""
+    top = OmegaConf.load(conf_dir() / "config.yaml")
+    groups = {
+        str(key).removeprefix("optional ").removeprefix("override ").split("@")[0]
+        for entry in top.defaults if not isinstance(entry, str) for key in entry
+    }  # fmt: skip
+    known = ({str(key) for key in top} | groups | INTERNAL_KEYS) - {"defaults"}
+    _refuse_unknown("", cfg, known, "Use tags=[...] to label a run.")
+    default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
+    for name, options in (cfg.get("callbacks") or {}).items():
+        if (not options and options != "") or isinstance(options, str):
+            continue
+        if not isinstance(options, Mapping | DictConfig):
+            raise UserError(f"callbacks.{name}={options}: must be null, or a mapping with _target_.")
+        if name in default and options.get("_target_") == default[name]._target_:
+            _refuse_unknown(f"callbacks.{name}.", options, map(str, default[name]))
+        elif "_target_" not in options:
+            raise UserError(
+                f"callbacks.{name}: give the class, +callbacks.{name}._target_=CLASS, or the name of an option:"
+                f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
+            )
+    evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
+    _refuse_unknown("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"})
+
+
+def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
+    """Raise `UserError` for Trainer arguments that do not exist or that this program sets itself.
+
+    Args:
+        options: the ``trainer`` part of a config.
+        known: the arguments of Lightning's Trainer.
     """
-    if isinstance(cfg, Path):
-        loaded = OmegaConf.load(cfg)
-        assert isinstance(loaded, DictConfig)
-        return loaded
-    followers = _followers(OmegaConf.to_container(cfg, resolve=False))
+    _refuse_unknown("trainer.", options, {*known, "global_batch_size"})
+    for name in options:
+        if name in TRAINER_EQUIVALENTS:
+            raise UserError(f"trainer.{name} is set by this program. Use {TRAINER_EQUIVALENTS[name]}.")
+
+
+def _refuse_unknown(prefix: str, keys: Iterable[str], known: Iterable[str], hint: str = "") -> None:
+    known = set(known)
+    for key in map(str, keys):
+        if key not in known:
+            close = get_close_matches(key, known, 1)
+            advice = f" Did you mean {prefix}{close[0]}?" if close else f" {hint}" if hint else ""
+            raise UserError(f"There is no setting '{prefix}{key}'.{advice}")
+
+
+def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
+    """One line about the option that Hydra ``could not override``; None for any other error.
+
+    Args:
+        argv: the command line.
+    """
+    match = re.match(r"Could not override '([^']+)'", str(error))
+    if match is None or match[1].startswith("hydra."):
+        return None
+    key = match[1]
+    if key in TEMPLATE_EQUIVALENTS:
+        return f"There is no option '{key}': {TEMPLATE_EQUIVALENTS[key]}."
+    try:
+        cfg = _compose_without(key, argv)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    node: Any = cfg
+    path: list[str] = []
+    *parents, last = key.split(".")
+    for name in parents:
+        if not isinstance(node, DictConfig) or node.get(name) is None:
+            last = name
+            break
+        path, node = [*path, name], node[name]
+    if not isinstance(node, DictConfig):
+        return f"There is no option '{key}': {'.'.join(path)} is {node}."
+    group = "/".join([*path, last])
+    if group in cfg.hydra.runtime.choices:
+        options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+        return f"There is no option '{key}', since no {last} is chosen: add {group}={'|'.join(options)}."
+    names = [str(name) for name in node if not str(name).startswith(("_", "hydra"))]
+    close = get_close_matches(last, names, 1)
+    advice = f" Did you mean {'.'.join([*path, *close])}?" if close else ""
+    return f"There is no option '{key}': {'.'.join(path) or 'the config'} has {', '.join(names) or 'none'}.{advice}"
+
+
+def _compose_without(key: str, argv: list[str]) -> DictConfig:
+    """The config of the command line without its override of ``key``; of a sweep, the first value."""
+    assignments = [word for word in argv if "=" in word and not word.startswith(("-", "hydra"))]
+    overrides = []
+    for override in OverridesParser.create().parse_overrides(assignments):
+        if override.key_or_group == key:
+            continue
+        value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        overrides.append(f"{override.get_key_element()}={value}" if value is not None else str(override.input_line))
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", overrides, return_hydra_config=True)
+
+
+def quoting_hint(error: BaseException) -> str | None:
+    """One line with the quoted override, if a path or glob has characters that Hydra parses; None for other errors."""
+    key, equals, value = str(getattr(error, "override", None) or "").partition("=")
+    if not isinstance(error, OverrideParseException) or not equals or key not in PATH_KEYS or value[:1] in "'\"":
+        return None
+    word = f"{key}={quote(value)}"
+    return f"{key}={value} contains characters that Hydra parses specially. Quote it: {shlex.quote(word)}"
+
+
+def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
+    """The complete config of a job, from the config that Hydra composed.
+
+    Adds the output folder, the group choices, the name of the sweep and the command. With ``run_dir`` or ``resume``,
+    the result is the config of that run with the overrides of the command line.
+    """
+    references = _references(OmegaConf.to_container(cfg, resolve=False))
     OmegaConf.resolve(cfg)
-    words = list(hydra_config.overrides.task)
+    overrides = list(hydra_config.overrides.task)
     folder = cfg.run_dir or cfg.resume
     if folder is not None:
-        before = load(Path(folder))
-        cfg = _rebased(cfg, before, words, followers)
+        stored = load(Path(folder))
+        cfg = _override_stored(stored, cfg, overrides, references)
         trained = (Path(folder) / "checkpoints" / "last.ckpt").exists()
-        if trained and OmegaConf.select(cfg, SETTLED) != OmegaConf.select(before, SETTLED):
+        if trained and OmegaConf.select(cfg, FIXED_KEY) != OmegaConf.select(stored, FIXED_KEY):
             raise UserError(
-                f"{folder} was trained with another {SETTLED}, which its weights stand on: leave {SETTLED} as it is, or"
-                " train another model."
+                f"{folder} was trained with another {FIXED_KEY}, which its weights depend on: leave {FIXED_KEY} as it"
+                " is, or train another model."
             )
     with open_dict(cfg):
         if "choices" not in cfg:
@@ -259,97 +273,90 @@ def restore(cfg: DictConfig | Path, hydra_config: Any = None) -> DictConfig:
         cfg.out = str(Path(hydra_config.runtime.output_dir).absolute())
         cfg.sweep_name = Path(hydra_config.sweep.dir).name if hydra_config.mode is RunMode.MULTIRUN else None
         if cfg.get("command") is None:
-            cfg.command = words
+            cfg.command = overrides
     return cfg
 
 
-def _rebased(cfg: DictConfig, frozen: DictConfig, words: list[str], followers: dict[str, str]) -> DictConfig:
-    merged = frozen.copy()
+def _override_stored(
+    stored: DictConfig, composed: DictConfig, overrides: list[str], references: dict[str, str]
+) -> DictConfig:
+    """The stored config, with the values of ``composed`` for everything that ``overrides`` change.
+
+    Args:
+        references: see `_references`.
+    """
+    merged = stored.copy()
     OmegaConf.set_struct(merged, False)
-    named = {_place(_key(o)) for o in OverridesParser.create().parse_overrides(words)}
-    groups = {_place(str(group)): str(group) for group in frozen.get("choices", {})}
-    typed = {key for key in named if key not in groups or _value(words, groups[key]) != frozen.choices[groups[key]]}
-    # What takes its value from a key that was typed: in the frozen config it is a value of its own.
-    typed |= {path for path, source in followers.items() if source in typed}
-    for group, place in ADDED.items():
-        if group.replace("/", ".") in typed:
-            typed.remove(group.replace("/", "."))
-            both = OmegaConf.merge(OmegaConf.select(cfg, place), OmegaConf.select(frozen, place) or {})
-            OmegaConf.update(merged, place, both, merge=False, force_add=True)
-    for key in [*OF_THE_JOB, *sorted(typed)]:
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False, force_add=True)
+    overridden = {_config_path(_key(o)) for o in OverridesParser.create().parse_overrides(overrides)}
+    groups = {_config_path(str(group)): str(group) for group in stored.get("choices", {})}
+    changed = {
+        key
+        for key in overridden
+        if key not in groups or _value_of(groups[key], overrides) != stored.choices[groups[key]]
+    }
+    # In the stored config, interpolations are resolved, so values that refer to a changed key change with it.
+    changed |= {path for path, source in references.items() if source in changed}
+    for group, key in APPENDED_GROUPS.items():
+        if group.replace("/", ".") in changed:
+            changed.remove(group.replace("/", "."))
+            both = OmegaConf.merge(OmegaConf.select(composed, key), OmegaConf.select(stored, key) or {})
+            OmegaConf.update(merged, key, both, merge=False, force_add=True)
+    for key in [*JOB_KEYS, *sorted(changed)]:
+        OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     for key in ("data.root", "data.cache"):
-        # On another machine the files lie elsewhere; where the old place is still there, it is the right one.
-        old = OmegaConf.select(merged, key)
-        if old is not None and key not in named and not Path(old).exists():
-            OmegaConf.update(merged, key, OmegaConf.select(cfg, key))
+        # On another machine, the stored path may not exist.
+        path = OmegaConf.select(merged, key)
+        if path is not None and key not in overridden and not Path(path).exists():
+            OmegaConf.update(merged, key, OmegaConf.select(composed, key))
     return merged
 
 
-def _followers(node: Any, way: tuple[str, ...] = ()) -> dict[str, str]:
-    """By path: the path that a value is taken from, as ``${a.b}`` or from the place above as ``${..b}``."""
+def _references(node: Any, path: tuple[str, ...] = ()) -> dict[str, str]:
+    """The keys whose value is an interpolation, ``${a.b}`` or relative ``${..b}``, and the keys that these refer to."""
     if isinstance(node, dict):
-        return {path: s for key, value in node.items() for path, s in _followers(value, (*way, str(key))).items()}
+        return {key: ref for name, value in node.items() for key, ref in _references(value, (*path, str(name))).items()}
     match = re.fullmatch(r"\$\{(\.*)([\w.]+)\}", node) if isinstance(node, str) else None
     if match is None:
         return {}
     dots, rest = len(match[1]), match[2]
-    return {".".join(way): ".".join([*(way[:-dots] if dots else ()), rest])}
+    return {".".join(path): ".".join([*(path[:-dots] if dots else ()), rest])}
 
 
 def _key(override: Any) -> str:
     return f"{override.key_or_group}@{override.package}" if override.package else override.key_or_group
 
 
-def _place(group: str) -> str:
-    """Where in the config the option of a group stands: ``a/b`` at a.b, ``a/b@c.d`` at c.d."""
+def _config_path(group: str) -> str:
+    """The config key that receives an option of a group: a.b for ``a/b``, c.d for ``a/b@c.d``."""
     return group.partition("@")[2] or group.replace("/", ".")
 
 
 def load(folder: Path) -> DictConfig:
-    """The frozen config of a run folder."""
+    """The config of a run folder, with today's names."""
     path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it holds no {FILE}.")
+        raise UserError(f"{folder} is not a run folder: it contains no {FILE}.")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}.") from error
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} is damaged: it holds no config.")
-    return DictConfig(migrate_config(OmegaConf.to_container(loaded)))
+        raise UserError(f"{path} is damaged: it contains no config.")
+    return DictConfig(migrate_config(OmegaConf.to_container(loaded)))  # type: ignore[arg-type]
+
+
+def read_config(path: Path) -> DictConfig:
+    """A complete config that `save` wrote for another process of the same job."""
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return loaded
 
 
 def save(cfg: DictConfig, path: Path) -> None:
-    """Write the config of a job, with its place, every interpolation resolved, whole or not at all."""
+    """Write a config atomically, with every interpolation resolved."""
     write_text(path, OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def without_place(cfg: DictConfig) -> DictConfig:
-    """The config less the folders that it ran in and took its weights or its autoencoder from (run folders may move),
-    and what it took to put that in."""
-    places = ("out", "resume", "autoencoder_run", "whitening", "trained_in")
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in places])
-
-
-def _folder_in(argv: list[str]) -> Path | None:
-    for key in ("run_dir", "resume"):
-        value = _value(argv, key)
-        if value not in (None, "null", ""):
-            return Path(_unquoted(value))
-    return None
-
-
-def _unquoted(value: str) -> str:
-    if value[0] not in "'\"":
-        return value
-    parsed = OverridesParser.create().parse_override(f"key={value}").value()
-    return str(OmegaConf.create({"value": str(parsed)}).value)
-
-
-def _value(argv: list[str], key: str) -> str | None:
-    for word in reversed(argv):
-        name, equals, value = word.partition("=")
-        if equals and name.lstrip("+") == key:
-            return value
-    return None
+def without_locations(cfg: DictConfig) -> DictConfig:
+    """The config without `LOCATION_KEYS`."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in LOCATION_KEYS])

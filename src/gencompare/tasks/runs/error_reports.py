@@ -1,0 +1,87 @@
+"""Errors as one line for the terminal or a record, and the exit code of the command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+from gencompare.errors import UserError
+from gencompare.files import write_error
+from gencompare.tasks.runs.run_config import missing_option_hint, quoting_hint
+
+FAILURE_CODE, USAGE_CODE, INTERRUPT_CODE = 1, 2, 130
+HYDRA_VARIABLE, USER_VARIABLE = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
+
+failed_job_codes: list[int] = []
+"""Exit codes of the failed jobs of a sweep; the other jobs still run."""
+
+
+def enable_hydra_tracebacks() -> None:
+    """Make Hydra raise errors instead of printing them, and remember whether the user wants tracebacks."""
+    os.environ[USER_VARIABLE] = str(int(wants_tracebacks()))
+    os.environ[HYDRA_VARIABLE] = "1"
+
+
+def wants_tracebacks() -> bool:
+    """Whether the user set HYDRA_FULL_ERROR=1."""
+    return os.environ.get(USER_VARIABLE, os.environ.get(HYDRA_VARIABLE)) == "1"
+
+
+def print_error(error: BaseException, job: str = "") -> int:
+    """Print one line about ``error`` on stderr, after the traceback if the user wants it. Returns the exit code.
+
+    Args:
+        job: the name of the job in a sweep.
+    """
+    if wants_tracebacks():
+        traceback.print_exception(error)
+    cause = _root_cause(error)
+    code, message = _describe(cause)
+    print(f"[{job}] {message}" if job else message, file=sys.stderr)
+    return code
+
+
+def _describe(cause: BaseException) -> tuple[int, str]:
+    """Exit code and message of an error."""
+    if isinstance(cause, KeyboardInterrupt):
+        return INTERRUPT_CODE, "Interrupted."
+    if isinstance(cause, UserError):
+        return FAILURE_CODE, f"Error: {cause}"
+    if "submitit_slurm" in str(cause):
+        return USAGE_CODE, "Error: hydra/launcher=slurm needs submitit: pip install 'gencompare[slurm]'."
+    if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(cause, InstantiationException):
+        hint = quoting_hint(cause) or missing_option_hint(cause, sys.argv[1:])
+        message = hint or _one_line(cause).split(" Config search path:")[0]
+        return USAGE_CODE, f"Error: {message} (python run.py --help lists all options.)"
+    if isinstance(cause, OSError) and (explained := write_error(cause.filename or "a file", cause)):
+        return FAILURE_CODE, f"Error: {explained}"
+    frames = traceback.extract_tb(cause.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    name, hint = type(cause).__name__, "(HYDRA_FULL_ERROR=1 shows the traceback.)"
+    return FAILURE_CODE, f"Error: {name}{place}: {_one_line(cause)} {hint}"
+
+
+def error_text(error: BaseException) -> str:
+    """What went wrong, in one line, for a record."""
+    cause = _root_cause(error)
+    return _one_line(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_one_line(cause)}"
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The `UserError` or interrupt that ``error`` was raised from, else ``error``; of Hydra's wrapper, its cause."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for link in chain:
+        if isinstance(link, UserError | KeyboardInterrupt):
+            return link
+    return chain[-1] if isinstance(error, InstantiationException) else error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

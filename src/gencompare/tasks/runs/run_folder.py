@@ -1,0 +1,94 @@
+"""Run folders: claim one for this process, check whether another process uses it, and wait for that process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from gencompare.command_line import shell_override
+from gencompare.errors import UserError
+from gencompare.files import file_lock
+from gencompare.records import RECORD_FILE
+
+LOCK_FILE = ".lock"
+"""The process that works in a run folder holds a lock on this file."""
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """The folder that ``run_dir=DIR`` names."""
+    if cfg.run_dir is None:
+        raise UserError(f"task={cfg.task.label} needs run_dir=DIR, the folder of a trained run.")
+    return Path(cfg.run_dir)
+
+
+def refuse_existing_run(folder: Path) -> None:
+    """Raise `UserError` if ``folder`` already contains a run."""
+    if (folder / RECORD_FILE).exists():
+        raise UserError(
+            f"{folder} already contains a run: continue it with {shell_override('resume', folder)}, or choose another"
+            " hydra.run.dir."
+        )
+
+
+@contextmanager
+def claim_run_folder(folder: Path, *, must_be_new: bool) -> Iterator[None]:
+    """Hold the lock of a run folder during the block. Rank 0 holds it for all ranks.
+
+    Raises:
+        UserError: another process holds the lock, or ``must_be_new`` is set and the folder contains a run.
+    """
+    from pytorch_lightning.utilities import rank_zero_only  # slow to import, and sweeps start without it
+
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    try:
+        with file_lock(folder / LOCK_FILE, wait=False):
+            if must_be_new:
+                refuse_existing_run(folder)
+            yield
+    except BlockingIOError as error:
+        raise UserError(f"Another process is using {folder}: wait for it, or choose another folder.") from error
+
+
+def is_active(folder: Path) -> bool:
+    """Whether a process on this machine holds the lock of a run folder."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    try:
+        with file_lock(folder / LOCK_FILE, wait=False):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a folder of another user
+
+
+def wait_until_inactive(folder: Path) -> bool:
+    """Wait until no other process uses a run folder. Returns whether one did."""
+    active = is_active(folder)
+    if active:
+        print(f"[{folder.name}] waiting for the process that is using it.", flush=True)
+        with file_lock(folder / LOCK_FILE):
+            pass
+    return active
+
+
+def touch_lock(folder: Path) -> None:
+    """Set the modification time of the lock file to now, creating folder and file if necessary."""
+    lock = folder / LOCK_FILE
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    now = time.time_ns()
+    os.utime(lock, ns=(now, now))
+
+
+def touched_since(folder: Path, time_ns: int) -> bool:
+    """Whether `touch_lock` was called for ``folder`` at ``time_ns`` or later."""
+    lock = folder / LOCK_FILE
+    return lock.exists() and lock.stat().st_mtime_ns >= time_ns
