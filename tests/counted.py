@@ -1,6 +1,6 @@
-"""Parameters of published networks for CIFAR-10, counted by hand: from a paper's tables or the structure of its code.
+"""Parameter counts of published networks for CIFAR-10, derived by hand from a paper's tables or published code.
 
-Nothing here comes from the package, whose networks are held against these counts.
+They are independent of the package, whose networks are compared with them.
 """
 
 from __future__ import annotations
@@ -14,65 +14,70 @@ def linear(i: int, o: int, *, bias: bool = True) -> int:
     return i * o + (o if bias else 0)
 
 
-def unet(*, blocks: int, attention: tuple[int, ...], told: int, out: int) -> int:
+def unet(*, num_blocks: int, attention_resolutions: tuple[int, ...], emb_outputs: int, out_channels: int) -> int:
     """Ho et al. (2020), appendix B, with 128 channels times 1, 2, 2, 2, and Nichol and Dhariwal's (2021) variant of it
     (openai/improved-diffusion, unet.py).
 
-    ``attention``: sides that have it beside the middle. ``told``: numbers a channel that a block is told of the step: 1
-    is added, 2 scale and shift. ``out``: maps at the end.
+    Args:
+        num_blocks: residual blocks per encoder level.
+        attention_resolutions: sides with attention; the middle always has it.
+        emb_outputs: outputs per channel of a block's projection of the embedding: 1 is added, 2 scale and shift.
+        out_channels: channels of the output.
     """
 
     def residual(i: int, o: int) -> int:
-        return 2 * i + conv(i, o) + linear(512, told * o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
+        return 2 * i + conv(i, o) + linear(512, emb_outputs * o) + 2 * o + conv(o, o) + (conv(i, o, 1) if i != o else 0)
 
     def attend(c: int) -> int:
         return 2 * c + 4 * linear(c, c)
 
     def block(i: int, o: int, side: int) -> int:
-        return residual(i, o) + (attend(o) if side in attention else 0)
+        return residual(i, o) + (attend(o) if side in attention_resolutions else 0)
 
     levels = ((32, 128), (16, 256), (8, 256), (4, 256))
     count = linear(128, 512) + linear(512, 512) + conv(3, 128)
-    kept = [128]  # the width of each output that the decoder sees again, last first
+    skips = [128]  # widths of the encoder outputs that the decoder receives in reverse order
     for side, width in levels:
-        for _ in range(blocks):
-            count += block(kept[-1], width, side)
-            kept.append(width)
+        for _ in range(num_blocks):
+            count += block(skips[-1], width, side)
+            skips.append(width)
         if side > 4:
             count += conv(width, width)
-            kept.append(width)
+            skips.append(width)
     count += 2 * residual(256, 256) + attend(256)
-    below = 256
+    current = 256
     for side, width in reversed(levels):
-        for _ in range(blocks + 1):
-            count += block(below + kept.pop(), width, side)
-            below = width
+        for _ in range(num_blocks + 1):
+            count += block(current + skips.pop(), width, side)
+            current = width
         if side < 32:
             count += conv(width, width)
-    return count + 2 * 128 + conv(128, out)
+    return count + 2 * 128 + conv(128, out_channels)
 
 
-def vdm(*, step_bias: bool = False, told: int = 129) -> int:
-    """Kingma et al. (2021): google-research/vdm, model_vdm.py and configs/cifar10.py. 32 blocks down, 33 up, one side.
+def vdm(*, emb_bias: bool = False, noise_dim: int = 129) -> int:
+    """Kingma et al. (2021): google-research/vdm, model_vdm.py and configs/cifar10.py. 32 encoder blocks, 33 decoder
+    blocks, one resolution.
 
-    ``step_bias``: whether a block's map of the noise level has a bias. ``told``: numbers by which the noise level is
-    told; in their code 128, and a column of zeros.
+    Args:
+        emb_bias: whether a block's projection of the embedding has a bias.
+        noise_dim: features of the noise level; in the published code 128 and a column of zeros.
     """
-    step = linear(512, 128, bias=step_bias)
+    projection = linear(512, 128, bias=emb_bias)
 
     def block(i: int) -> int:
-        return 2 * i + conv(i, 128) + step + 2 * 128 + conv(128, 128) + (conv(i, 128, 1) if i > 128 else 0)
+        return 2 * i + conv(i, 128) + projection + 2 * 128 + conv(128, 128) + (conv(i, 128, 1) if i > 128 else 0)
 
-    pixel = 3 * (1 + 2 * 2)  # itself, and sine and cosine of two frequencies
-    ends = conv(pixel, 128) + linear(told, 512) + linear(512, 512) + 2 * 128 + conv(128, 3)
+    in_channels = 3 * (1 + 2 * 2)  # the image, and sine and cosine at two frequencies
+    ends = conv(in_channels, 128) + linear(noise_dim, 512) + linear(512, 512) + 2 * 128 + conv(128, 3)
     middle = 2 * block(128) + 2 * 128 + 4 * linear(128, 128)
     return ends + 32 * block(128) + middle + 33 * block(256)
 
 
 def vdvae() -> int:
-    """Child (2021), by the authors' configuration (openai/vdvae, hps.py): width 384, a quarter of it inside a block, z
-    16; encoder "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3", decoder "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"; 1x1
-    convolutions where the side is 1."""
+    """Child (2021), the published config (openai/vdvae, hps.py): width 384, a quarter of it inside a block, z of 16
+    channels; encoder "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3", decoder "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21";
+    1x1 convolutions at resolution 1x1."""
     width, inner, z, maps = 384, 96, 16, 100
     up, down = 11 + 1 + 6 + 1 + 6 + 1 + 3 + 1, 1 + 2 + 1 + 5 + 1 + 10 + 1 + 21
 
@@ -91,8 +96,9 @@ def vdvae() -> int:
 def igebm(*, bias: bool = False) -> int:
     """ResNet32Large of Du and Mordatch (2019): openai/ebm_code_release, models.py.
 
-    A convolution of 3 to 128 maps; blocks of two convolutions, three each of 128, 256 and 512 maps, with a 3x3 shortcut
-    where the number changes; one linear layer. ``bias``: whether these have one, but for shortcuts.
+    A convolution from 3 to 128 channels; three blocks each of 128, 256 and 512 channels, with two convolutions per
+    block and a 3x3 shortcut where the number of channels changes; a linear layer. ``bias``: whether layers other than
+    shortcuts have a bias.
     """
     stages = (128, 128), (128, 256), (256, 512)
     count = conv(3, 128, bias=bias) + linear(512, 1, bias=bias)
@@ -103,7 +109,7 @@ def igebm(*, bias: bool = False) -> int:
 
 
 def dcgan() -> dict[str, int]:
-    """Miyato et al. (2018), table 3 with M_g = 4. It gives no count; each batch norm has two numbers a channel."""
+    """Miyato et al. (2018), table 3 with M_g = 4. It gives no count; batch norm has two parameters per channel."""
     ups = sum(conv(i, o, 4) + 2 * o for i, o in ((512, 256), (256, 128), (128, 64)))
     down = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
     return {
@@ -113,8 +119,8 @@ def dcgan() -> dict[str, int]:
 
 
 def sngan(*, last_bias: bool = False) -> dict[str, int]:
-    """Miyato et al. (2018), table 4 and figure 8. It gives no count; shortcuts of blocks that change the side have a
-    convolution 1x1, and the last layer of the discriminator no bias, as in the code published with it
+    """Miyato et al. (2018), table 4 and figure 8. It gives no count; shortcuts of resampling blocks have a 1x1
+    convolution, and the last layer of the discriminator has no bias, as in the published code
     (pfnet-research/sngan_projection, gen_models and dis_models)."""
     up = 2 * conv(256, 256) + conv(256, 256, 1) + 2 * 2 * 256
     first, down = conv(3, 128) + conv(128, 128) + conv(3, 128, 1), 2 * conv(128, 128) + conv(128, 128, 1)
@@ -125,8 +131,8 @@ def sngan(*, last_bias: bool = False) -> dict[str, int]:
 
 
 def r3gan() -> dict[str, int]:
-    """The code published with Huang et al. (2024), preset CIFAR10 with 10 classes: 4 stages of 768 channels, 2 blocks
-    each, expansion 2, 96 groups, latents of 64, label vectors of 64 and 768."""
+    """The published code of Huang et al. (2024), preset CIFAR10 with 10 classes: 4 stages of 768 channels, 2 blocks
+    each, expansion 2, 96 groups, latents of 64, label embeddings of 64 and 768."""
     wide = 2 * 768
     block = conv(768, wide, 1) + wide * (wide // 96) * 9 + wide + conv(wide, 768, 1, bias=False)
     return {

@@ -1,4 +1,4 @@
-"""What papers and the code published with them state of the models that conf/experiment/cifar10_*.yaml follow."""
+"""Settings published in papers and their code for the models that conf/experiment/cifar10_*.yaml reproduce."""
 
 from __future__ import annotations
 
@@ -8,112 +8,140 @@ from typing import Any
 
 import counted
 
-# Noise levels: sigma / alpha where there is least and most noise, for data in [-1, 1].
+# The least and the most noise of a schedule, as sigma / alpha for data in [-1, 1].
 
-Levels = tuple[float, float]
-
-
-def of_steps(kept: Callable[[int], float], steps: int) -> Levels:
-    """x_i = sqrt(kept_i) x_{i-1} + sqrt(1 - kept_i) z for i = 1, ..., steps."""
-    last = math.prod(kept(i) for i in range(1, steps + 1))
-    return math.sqrt(1 / kept(1) - 1), math.sqrt(1 / last - 1)
+NoiseRange = tuple[float, float]
 
 
-def linear(i: int) -> float:
-    """Ho et al. (2020), section 4: 1 - beta_i, beta from 1e-4 to 0.02 in 1000 steps."""
+def discrete_noise_range(alpha: Callable[[int], float], num_steps: int) -> NoiseRange:
+    """Noise range of x_i = sqrt(alpha_i) x_{i-1} + sqrt(1 - alpha_i) z for i = 1, ..., num_steps."""
+    alpha_bar = math.prod(alpha(i) for i in range(1, num_steps + 1))
+    return math.sqrt(1 / alpha(1) - 1), math.sqrt(1 / alpha_bar - 1)
+
+
+def linear_alpha(i: int) -> float:
+    """1 - beta_i of Ho et al. (2020), section 4: beta from 1e-4 to 0.02 in 1000 steps."""
     return 1 - (1e-4 + (0.02 - 1e-4) * (i - 1) / 999)
 
 
-def cosine(i: int, steps: int = 4000) -> float:
-    """Nichol and Dhariwal (2021), eq. 17: no beta over 0.999."""
-    squared = [math.cos(math.pi / 2 * (j / steps + 0.008) / 1.008) ** 2 for j in (i - 1, i)]
-    return max(squared[1] / squared[0], 0.001)
+def cosine_alpha(i: int, num_steps: int = 4000) -> float:
+    """1 - beta_i of Nichol and Dhariwal (2021), eq. 17, with beta of at most 0.999."""
+    alpha_bar = [math.cos(math.pi / 2 * (j / num_steps + 0.008) / 1.008) ** 2 for j in (i - 1, i)]
+    return max(alpha_bar[1] / alpha_bar[0], 0.001)
 
 
-def integral(t: float) -> float:
-    """Song et al. (2021), appendix C: of beta over time, beta from 0.1 to 20."""
+def beta_integral(t: float) -> float:
+    """Integral of beta from 0 to t in Song et al. (2021), appendix C: beta from 0.1 to 20."""
     return 0.1 * t + 19.9 * t**2 / 2
 
 
-def vp(t: float) -> float:
-    return math.sqrt(math.expm1(integral(t)))
+def vp_noise(t: float) -> float:
+    return math.sqrt(math.expm1(beta_integral(t)))
 
 
-def subvp(t: float) -> float:
-    return -math.expm1(-integral(t)) / math.exp(-integral(t) / 2)
+def subvp_noise(t: float) -> float:
+    return -math.expm1(-beta_integral(t)) / math.exp(-beta_integral(t) / 2)
 
 
-# What is published. Three dots: the source says nothing.
+# Published settings. An ellipsis means that the source does not say.
 
-PLAIN = {"betas": (0.9, 0.999), "weight_decay": 0.0, "rate_falls": "constant", "warmup": 0, "clip": None}
-"""Adam as it is."""
-HO = {**PLAIN, "rate": 2e-4, "batch": 128, "warmup": 5000, "clip": 1.0, "ema": 0.9999, "dropout": 0.1, "flip": True}
-"""Ho et al. (2020), appendix B, whose settings many took over."""
-GAN = {**PLAIN, "rate": 2e-4, "ema": 0.0, "dropout": 0.0, "flip": False, "table": None, "noise": None, "sampler": None}
+ADAM_DEFAULTS = {
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.0,
+    "lr_decay": "constant",
+    "warmup_steps": 0,
+    "grad_clip": None,
+}
+"""Adam with its default betas, a constant learning rate and no gradient clipping."""
+DDPM = {
+    **ADAM_DEFAULTS,
+    "lr": 2e-4,
+    "batch_size": 128,
+    "warmup_steps": 5000,
+    "grad_clip": 1.0,
+    "ema": 0.9999,
+    "dropout": 0.1,
+    "random_flip": True,
+}
+"""Ho et al. (2020), appendix B; many later papers use the same settings."""
+GAN = {
+    **ADAM_DEFAULTS,
+    "lr": 2e-4,
+    "ema": 0.0,
+    "dropout": 0.0,
+    "random_flip": False,
+    "num_discrete_times": None,
+    "noise_range": None,
+    "sampler": None,
+}
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    # Ho et al. (2020), appendix B, "35.7 million parameters"; hojonathanho/diffusion, scripts/run_cifar.py. By hand
-    # 35,746,307, and so many has google/ddpm-cifar10-32, counted in diffusers' UNet2DModel.
+    # Ho et al. (2020), appendix B, "35.7 million parameters"; hojonathanho/diffusion, scripts/run_cifar.py. Count by
+    # hand: 35,746,307, as in diffusers' UNet2DModel for google/ddpm-cifar10-32.
     "cifar10_ddpm": {
-        **HO,
-        "parameters": {"network": counted.unet(blocks=2, attention=(16,), told=1, out=3)},
+        **DDPM,
+        "parameters": {
+            "network": counted.unet(num_blocks=2, attention_resolutions=(16,), emb_outputs=1, out_channels=3)
+        },
         "steps": 800_000,
-        "table": 1000,
-        "noise": of_steps(linear, 1000),
-        "sampler": {"is": "Ancestral", "num_steps": 1000, "variance": 1.0},  # "fixedlarge"
+        "num_discrete_times": 1000,
+        "noise_range": discrete_noise_range(linear_alpha, 1000),
+        "sampler": {"class": "Ancestral", "num_steps": 1000, "variance": 1.0},  # "fixedlarge"
     },
     # Nichol and Dhariwal (2021), table 2; the flags of openai/improved-diffusion, README.md and scripts/image_train.py.
-    # By hand 52,546,438 ("50M" in the name of its checkpoint), and so many has its UNetModel.
+    # Count by hand: 52,546,438, as in its UNetModel ("50M" in the name of its checkpoint).
     "cifar10_iddpm": {
-        **PLAIN,
-        "parameters": {"network": counted.unet(blocks=3, attention=(16, 8), told=2, out=6)},
-        "rate": 1e-4,
-        "batch": 128,
+        **ADAM_DEFAULTS,
+        "parameters": {
+            "network": counted.unet(num_blocks=3, attention_resolutions=(16, 8), emb_outputs=2, out_channels=6)
+        },
+        "lr": 1e-4,
+        "batch_size": 128,
         "steps": 500_000,
         "ema": 0.9999,
         "dropout": 0.3,
-        "flip": False,
-        "table": 4000,
-        "noise": of_steps(cosine, 4000),
-        "sampler": {"is": "Ancestral", "num_steps": 4000},
-        "model.network.heads": 4,
-        "model.objective.vlb": 0.001,  # of their eq. 16; in the code T / 1000 of one of the T terms
+        "random_flip": False,
+        "num_discrete_times": 4000,
+        "noise_range": discrete_noise_range(cosine_alpha, 4000),
+        "sampler": {"class": "Ancestral", "num_steps": 4000},
+        "model.network.num_heads": 4,
+        "model.objective.vlb_weight": 0.001,  # lambda in their eq. 16; the code scales one of the T terms by T / 1000
     },
-    # Song and Ermon (2019), section 5; ermongroup/ncsn, configs/anneal.yml, whose CondRefineNetDilated has as many
-    # parameters. Twice the sigmas, which are for data in [0, 1]; Langevin steps in units of the last one's square.
+    # Song and Ermon (2019), section 5; ermongroup/ncsn, configs/anneal.yml, parameter count of CondRefineNetDilated.
+    # The sigmas are doubled, because theirs are for data in [0, 1]; step sizes are relative to the last sigma squared.
     "cifar10_ncsn": {
-        **PLAIN,
+        **ADAM_DEFAULTS,
         "parameters": {"network": 30_117_635},
-        "rate": 1e-3,
-        "batch": 128,
+        "lr": 1e-3,
+        "batch_size": 128,
         "steps": 200_000,
         "ema": 0.0,
         "dropout": 0.0,
-        "flip": True,
-        "table": 10,
-        "noise": (2 * 0.01, 2 * 1.0),
+        "random_flip": True,
+        "num_discrete_times": 10,
+        "noise_range": (2 * 0.01, 2 * 1.0),
         "sampler": {
-            "is": "AnnealedLangevin",
+            "class": "AnnealedLangevin",
             "num_steps": 10,
             "num_langevin_steps": 100,
             "step_size": 2e-5 / 0.01**2,
             "denoise": False,
         },
     },
-    # Song and Ermon (2020), section 5; ermongroup/ncsnv2, configs/cifar10.yml, whose NCSNv2 has as many parameters.
+    # Song and Ermon (2020), section 5; ermongroup/ncsnv2, configs/cifar10.yml, parameter count of its NCSNv2.
     "cifar10_ncsnv2": {
-        **PLAIN,
+        **ADAM_DEFAULTS,
         "parameters": {"network": 29_694_083},
-        "rate": 1e-4,
-        "batch": 128,
+        "lr": 1e-4,
+        "batch_size": 128,
         "steps": 300_000,
         "ema": 0.999,
         "dropout": 0.0,
-        "flip": True,
-        "table": 232,
-        "noise": (2 * 0.01, 2 * 50.0),
+        "random_flip": True,
+        "num_discrete_times": 232,
+        "noise_range": (2 * 0.01, 2 * 50.0),
         "sampler": {
-            "is": "AnnealedLangevin",
+            "class": "AnnealedLangevin",
             "num_steps": 232,
             "num_langevin_steps": 5,
             "step_size": 2 * 6.2e-6 / 0.01**2,
@@ -121,121 +149,123 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         },
     },
     # Song et al. (2021), appendices C, G and H; yang-song/score_sde_pytorch, configs/default_cifar10_configs.py and
-    # configs/{vp,subvp,ve}/cifar10_*_continuous.py. Counted in NVlabs/edm's SongUNet, which is made to be equal.
+    # configs/{vp,subvp,ve}/cifar10_*_continuous.py. Counted in NVlabs/edm's SongUNet, which reproduces theirs.
     "cifar10_sde_vp": {
-        **HO,
+        **DDPM,
         "parameters": {"network": 61_804_419},
         "steps": 1_300_000,
-        "table": None,
-        "noise": (vp(1e-5), vp(1.0)),
-        "sampler": {"is": "EulerMaruyama", "num_steps": 1000},
+        "num_discrete_times": None,
+        "noise_range": (vp_noise(1e-5), vp_noise(1.0)),
+        "sampler": {"class": "EulerMaruyama", "num_steps": 1000},
     },
     "cifar10_sde_subvp": {
-        **HO,
+        **DDPM,
         "parameters": {"network": 61_804_419},
         "steps": 1_300_000,
-        "table": None,
-        "noise": (subvp(1e-5), subvp(1.0)),
-        "sampler": {"is": "EulerMaruyama", "num_steps": 1000},
+        "num_discrete_times": None,
+        "noise_range": (subvp_noise(1e-5), subvp_noise(1.0)),
+        "sampler": {"class": "EulerMaruyama", "num_steps": 1000},
     },
     "cifar10_sde_ve": {
-        **HO,
+        **DDPM,
         "parameters": {"network": 62_758_787},
         "steps": 1_300_000,
         "ema": 0.999,
-        "table": None,
-        "noise": (2 * 0.01, 2 * 50.0),
-        "sampler": {"is": "PredictorCorrector", "num_steps": 1000, "num_corrector_steps": 1, "snr": 0.16},
+        "num_discrete_times": None,
+        "noise_range": (2 * 0.01, 2 * 50.0),
+        "sampler": {"class": "PredictorCorrector", "num_steps": 1000, "num_corrector_steps": 1, "snr": 0.16},
     },
-    # Karras et al. (2022), tables 1 and 7, appendix F; NVlabs/edm, train.py, whose network has as many parameters.
+    # Karras et al. (2022), tables 1 and 7, appendix F; NVlabs/edm, train.py, parameter count of its network.
     "cifar10_edm": {
-        **PLAIN,
+        **ADAM_DEFAULTS,
         "parameters": {"network": 55_733_891},
-        "rate": 1e-3,
-        "batch": 512,
+        "lr": 1e-3,
+        "batch_size": 512,
         "steps": 200_000_000 // 512,
-        "warmup": 10_000_000 // 512,
+        "warmup_steps": 10_000_000 // 512,
         "ema": 0.5 ** (512 / 500_000),
         "dropout": 0.13,
-        "flip": False,  # the augmentation mirrors
-        "table": None,
-        "noise": (0.002, 80.0),
-        "sampler": {"is": "Heun", "num_steps": 18, "s_churn": 0.0},
+        "random_flip": False,  # the augmentation flips images
+        "num_discrete_times": None,
+        "noise_range": (0.002, 80.0),
+        "sampler": {"class": "Heun", "num_steps": 18, "s_churn": 0.0},
         "model.schedule.rho": 7.0,
         "model.objective.times.mean": -1.2,
         "model.objective.times.std": 1.2,
         "model.parameterization.sigma_data": 0.5,
         "model.augmentation.p": 0.12,
     },
-    # Kingma et al. (2021), appendix B; google-research/vdm, configs/cifar10.py ("learnable_scalar": two numbers).
+    # Kingma et al. (2021), appendix B; google-research/vdm, configs/cifar10.py ("learnable_scalar": 2 parameters).
     "cifar10_vdm": {
-        **PLAIN,
+        **ADAM_DEFAULTS,
         "parameters": {"network": counted.vdm(), "schedule": 2},
-        "rate": 2e-4,
+        "lr": 2e-4,
         "betas": (0.9, 0.99),
         "weight_decay": 0.01,
-        "batch": 128,
+        "batch_size": 128,
         "steps": 10_000_000,
-        "warmup": 100,
+        "warmup_steps": 100,
         "ema": 0.9999,
         "dropout": 0.1,
-        "flip": False,
-        "table": None,
-        "noise": (math.exp(-13.3 / 2), math.exp(5 / 2)),
-        "sampler": {"is": "Ancestral", "num_steps": 1000, "variance": 0.0},
+        "random_flip": False,
+        "num_discrete_times": None,
+        "noise_range": (math.exp(-13.3 / 2), math.exp(5 / 2)),
+        "sampler": {"class": "Ancestral", "num_steps": 1000, "variance": 0.0},
     },
     # Tong et al. (2024); atong01/conditional-flow-matching, train_cifar10.py and compute_fid.py.
     "cifar10_flow": {
-        **HO,
-        "parameters": {"network": counted.unet(blocks=2, attention=(16,), told=1, out=3)},
+        **DDPM,
+        "parameters": {
+            "network": counted.unet(num_blocks=2, attention_resolutions=(16,), emb_outputs=1, out_channels=3)
+        },
         "steps": 400_000,
-        "table": None,
-        "noise": (0.0, math.inf),
-        "sampler": {"is": "RK45", "rtol": 1e-5, "atol": 1e-5},
+        "num_discrete_times": None,
+        "noise_range": (0.0, math.inf),
+        "sampler": {"class": "RK45", "rtol": 1e-5, "atol": 1e-5},
         "model.network.head_channels": 64,
     },
-    # Child (2021), "39M"; openai/vdvae, hps.py and README.md (2 processes of 16 images). Its VAE has as many.
+    # Child (2021), "39M"; openai/vdvae, hps.py and README.md (2 processes of 16 images), parameter count of its VAE.
     "cifar10_hvae": {
-        **PLAIN,
+        **ADAM_DEFAULTS,
         "parameters": {"ladder": counted.vdvae()},
-        "rate": 2e-4,
+        "lr": 2e-4,
         "betas": (0.9, 0.9),
         "weight_decay": 0.01,
-        "batch": 32,
-        "steps": ...,  # the code names 10,000 epochs as the longest
-        "warmup": 100,
-        "clip": 200.0,
+        "batch_size": 32,
+        "steps": ...,  # the code has a maximum of 10,000 epochs
+        "warmup_steps": 100,
+        "grad_clip": 200.0,
         "ema": 0.9999,
         "dropout": 0.0,
-        "flip": False,
-        "table": None,
-        "noise": None,
+        "random_flip": False,
+        "num_discrete_times": None,
+        "noise_range": None,
         "sampler": None,
         "model.grad_skip": 400.0,
-        "model.likelihood.components": 10,
+        "model.likelihood.num_components": 10,
         "model.temperature": 1.0,
     },
-    # Du and Mordatch (2019); openai/ebm_code_release, README.md and train.py. Lengths are twice those for images
-    # in [0, 1], steps four times, as gradients are half as long.
+    # Du and Mordatch (2019); openai/ebm_code_release, README.md and train.py. Noise is doubled and step sizes are
+    # quadrupled relative to theirs for images in [0, 1], because gradients are half as large.
     "cifar10_ebm": {
-        **PLAIN,
+        **ADAM_DEFAULTS,
         "parameters": {"network": counted.igebm()},
-        "rate": 3e-4,
+        "lr": 3e-4,
         "betas": (0.0, 0.999),
-        "batch": 128,
+        "batch_size": 128,
         "steps": 121_200,  # of the published weights
         "ema": 0.0,
         "dropout": ...,
-        "flip": False,
-        "table": None,
-        "noise": None,
+        "random_flip": False,
+        "num_discrete_times": None,
+        "noise_range": None,
         "sampler": None,
-        "model.langevin.step": 4 * 10.0,
-        "model.langevin.noise": 2 * 0.005,
-        "model.langevin.clip": 0.01 / 2,
-        "model.steps": 60,
+        "model.langevin.step_size": 4 * 10.0,
+        "model.langevin.noise_std": 2 * 0.005,
+        "model.langevin.grad_clip": 0.01 / 2,
+        "model.num_langevin_steps": 60,
         "model.buffer_size": 10_000,
-        "model.restarts": 0.05,
+        "model.reinit_prob": 0.05,
         "model.energy_l2": 1.0,
     },
     # Miyato et al. (2018), tables 1 (settings C) and 3.
@@ -243,7 +273,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **GAN,
         "parameters": counted.dcgan(),
         "betas": (0.5, 0.999),
-        "batch": 64,
+        "batch_size": 64,
         "steps": 100_000,
         "model.d_steps": 1,
         "model.latent_dim": 128,
@@ -254,23 +284,23 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **GAN,
         "parameters": counted.sngan(),
         "betas": (0.0, 0.9),
-        "rate_falls": "linear",
-        "batch": 64,
+        "lr_decay": "linear",
+        "batch_size": 64,
         "steps": 50_000,
         "model.d_steps": 5,
         "model.latent_dim": 128,
         "model.adversarial._target_": "gencompare.models.adversarial.Hinge",
     },
-    # Huang et al. (2024); brownvc/R3GAN, README.md and train.py, preset CIFAR10. It trains until it is stopped.
+    # Huang et al. (2024); brownvc/R3GAN, README.md and train.py, preset CIFAR10, which has no number of steps.
     "cifar10_r3gan": {
         **GAN,
         "parameters": counted.r3gan(),
         "betas": (0.0, 0.99),
-        "rate_falls": "cosine",
-        "batch": 512,
+        "lr_decay": "cosine",
+        "batch_size": 512,
         "steps": ...,
         "ema": 0.5 ** (512 / 5_000_000),
-        "flip": True,
+        "random_flip": True,
         "model.conditional": True,
         "model.d_steps": 1,
         "model.latent_dim": 64,
@@ -283,19 +313,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
-HERE: dict[str, dict[str, tuple[Any, str]]] = {
-    "cifar10_sde_subvp": {"noise": ((subvp(1e-3), subvp(1.0)), "Time starts at 1e-3 here, at 1e-5 there")},
+DIFFERENCES: dict[str, dict[str, tuple[Any, str]]] = {
+    "cifar10_sde_subvp": {
+        "noise_range": ((subvp_noise(1e-3), subvp_noise(1.0)), "Time starts at 1e-3 here, at 1e-5 there")
+    },
     "cifar10_vdm": {
         "parameters": (
-            {"network": counted.vdm(step_bias=True, told=128), "schedule": 3 + 3 * 1024},
+            {"network": counted.vdm(emb_bias=True, noise_dim=128), "schedule": 3 + 3 * 1024},
             "the schedule is the monotone network of their appendix H, where the code has a line; maps of the noise"
             " level have a bias, and see no column of zeros beside it",
         )
     },
-    "cifar10_flow": {"noise": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "Time keeps 1e-4 off its ends")},
+    "cifar10_flow": {"noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "Time keeps 1e-4 off its ends")},
     "cifar10_ebm": {"parameters": ({"network": counted.igebm(bias=True)}, "Biases of convolutions are added")},
     "cifar10_sngan": {
         "parameters": (counted.sngan(last_bias=True), "a last layer of the discriminator without bias"),
     },
 }
-"""Where a preset differs: what it has, and the words of its file that say so."""
+"""Settings in which a preset differs: the value here, and the text in the preset's file that says so."""

@@ -1,4 +1,4 @@
-"""The experiments on CIFAR-10, composed and built, against what is published: `published.py`, with the sources."""
+"""The CIFAR-10 experiments agree with the published settings in `published.py`, or document the difference."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from composing import compose
 from gencompare.command_line import conf_dir
 from gencompare.tasks.runs.build import build_data
-from published import HERE, PUBLISHED
+from published import DIFFERENCES, PUBLISHED
 
 
-def built(cfg: Any) -> Any:
-    """The experiment's model, its networks without memory: factories of networks make them on the meta device."""
+def build_on_meta(cfg: Any) -> Any:
+    """The model of an experiment, with its networks on the meta device."""
 
     def on_meta(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -30,73 +30,74 @@ def built(cfg: Any) -> Any:
 
         return make
 
-    made = instantiate(cfg.model, _partial_=True, _convert_="all")
-    factories = {name: on_meta(part) for name, part in made.keywords.items() if isinstance(part, partial)}
-    return made(spec=build_data(cfg).spec, **factories)
+    factory = instantiate(cfg.model, _partial_=True, _convert_="all")
+    factories = {name: on_meta(part) for name, part in factory.keywords.items() if isinstance(part, partial)}
+    return factory(spec=build_data(cfg).spec, **factories)
 
 
-def facts(cfg: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of the experiment as is ``said`` of its source."""
-    model = built(cfg)
+def settings_of(cfg: Any, published: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an experiment, for the keys of ``published``."""
+    model = build_on_meta(cfg)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    optimizer = model.build_optimizers()[0].param_groups[0]  # of a GAN two alike
+    optimizer = model.build_optimizers()[0].param_groups[0]  # a GAN has two with equal settings
     schedule, sampler = getattr(model, "schedule", None), getattr(model, "sampler", None)
-    ends = None
+    noise_range = None
     if schedule is not None:
         span = torch.tensor([schedule.t_min, schedule.t_max])
-        ends = tuple(torch.exp(-schedule.log_snr(span).double() / 2).tolist())
+        noise_range = tuple(torch.exp(-schedule.log_snr(span).double() / 2).tolist())
     table = None if schedule is None else schedule.discrete_times
     lr = cfg.model.lr_schedule
     found = {
         "parameters": {name: size for name, size in sizes.items() if size},
-        "rate": optimizer["lr"],
+        "lr": optimizer["lr"],
         "betas": tuple(optimizer["betas"]),
         "weight_decay": optimizer["weight_decay"],
-        "batch": cfg.trainer.global_batch_size // cfg.model.get("d_steps", 1),  # each discriminator step has its own
+        "batch_size": cfg.trainer.global_batch_size
+        // cfg.model.get("d_steps", 1),  # each discriminator step has its own batch
         "steps": cfg.budget.images // cfg.trainer.global_batch_size,
-        "warmup": lr.warmup_steps,
-        "rate_falls": lr.decay,
-        "clip": cfg.model.grad_clip,
+        "warmup_steps": lr.warmup_steps,
+        "lr_decay": lr.decay,
+        "grad_clip": cfg.model.grad_clip,
         "ema": cfg.callbacks.ema.decay,
         "dropout": max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0),
-        "flip": cfg.data.flip,
-        "table": None if table is None else len(table),
-        "noise": ends,
+        "random_flip": cfg.data.random_flip,
+        "num_discrete_times": None if table is None else len(table),
+        "noise_range": noise_range,
         "sampler": None
         if sampler is None
-        else {key: type(sampler).__name__ if key == "is" else getattr(sampler, key) for key in said["sampler"]},
+        else {key: type(sampler).__name__ if key == "class" else getattr(sampler, key) for key in published["sampler"]},
     }
-    return found | {key: OmegaConf.select(cfg, key, throw_on_missing=True) for key in said if key not in found}
+    return found | {key: OmegaConf.select(cfg, key, throw_on_missing=True) for key in published if key not in found}
 
 
-def agree(found: Any, said: Any, *, rel: float) -> bool:
-    """Counts and names exactly, other numbers nearly."""
-    if said is ...:
+def agree(found: Any, published: Any, *, rel: float) -> bool:
+    """Compare floats up to a relative tolerance, and everything else exactly."""
+    if published is ...:
         return True
-    if isinstance(said, Mapping):
-        return found.keys() == said.keys() and all(agree(found[key], said[key], rel=rel) for key in said)
-    if isinstance(said, Sequence) and not isinstance(said, str):
-        return len(found) == len(said) and all(agree(f, s, rel=rel) for f, s in zip(found, said, strict=True))
-    return math.isclose(found, said, rel_tol=rel) if isinstance(said, float) else found == said
+    if isinstance(published, Mapping):
+        return found.keys() == published.keys() and all(agree(found[k], published[k], rel=rel) for k in published)
+    if isinstance(published, Sequence) and not isinstance(published, str):
+        return len(found) == len(published) and all(map(partial(agree, rel=rel), found, published))
+    return math.isclose(found, published, rel_tol=rel) if isinstance(published, float) else found == published
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
-def test_experiments_have_what_is_published_or_say_what_differs(
+def test_experiments_agree_with_published_settings_or_document_differences(
     experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Thirty power iterations a layer, which take seconds even of weights that are not there.
+    # Thirty power iterations per layer take seconds even on the meta device.
     monkeypatch.setattr(_SpectralNorm, "_power_method", lambda *_: None)
-    said, here = PUBLISHED[experiment], HERE.get(experiment, {})
-    found = facts(compose(f"experiment={experiment}"), said)
+    published, differences = PUBLISHED[experiment], DIFFERENCES.get(experiment, {})
+    found = settings_of(compose(f"experiment={experiment}"), published)
     file = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text()
     comment = " ".join(line.lstrip("# ") for line in file.splitlines() if line.startswith("#"))
-    assert found.keys() == said.keys(), "each row answers the same questions"
+    assert found.keys() == published.keys(), "every entry lists all settings"
     for key, value in found.items():
-        rel = 1e-3 if key == "noise" else 1e-6
-        if key in here:
-            expected, words = here[key]
-            assert not agree(value, said[key], rel=rel), f"{key} is as published after all"
-            assert words in comment
+        rel = 1e-3 if key == "noise_range" else 1e-6
+        if key in differences:
+            expected, explanation = differences[key]
+            assert not agree(value, published[key], rel=rel), f"{key} does not differ from the published value"
+            assert explanation in comment
         else:
-            expected = said[key]
-        assert agree(value, expected, rel=rel), f"{key} is {value}, not {expected}"
+            expected = published[key]
+        assert agree(value, expected, rel=rel), f"{key} is {value} instead of {expected}"
