@@ -1,8 +1,8 @@
-"""What a trained run samples with is the average of its weights: a law that the raw ones break.
+"""A trained run samples with its EMA weights: samples match the data, and with online weights they do not.
 
-A diffusion model whose only weights are mean and variances of Gaussian data (`gaussian_truth`), trained at a
-constant rate so high that the weights keep shaking about the truth. Mean and covariance of its samples follow from the
-weights without Monte Carlo error, and are those of the data where the weights are averaged.
+The weights of the diffusion model are the mean and variances of Gaussian data (`gaussian_truth`). It is trained with a
+constant learning rate so high that the weights keep fluctuating around the truth. Mean and covariance of its samples
+follow from the weights without Monte Carlo error, and match the data if the weights are averaged.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from gencompare.training.evaluation_callback import evaluation_mode
 from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from parts import part
 
-CLOSE = 0.1
-"""How far mean and standard deviation of the samples may be off, over all pixels; of the training images 0.02."""
+TOLERANCE = 0.1
+"""Tolerance of mean and standard deviation of samples, over all pixels; training images have 0.02."""
 
 
 class GaussianPixels(ImageData):
     """Gaussian images of three pixels."""
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.spec = DataSpec(name="gaussian_pixels", shape=(1, 1, 3), num_classes=0, num_bins=None)
 
     def load(self) -> dict[str, Split]:
@@ -56,7 +56,7 @@ class GaussianNetwork(nn.Module):
         self.mean, self.log_variance = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        # It is told 500 + 25 log-SNR, and alpha^2 + sigma^2 = 1.
+        # noise_cond is 500 + 25 log-SNR, and alpha^2 + sigma^2 = 1.
         axes = AXES.to(x)
         alpha2 = torch.sigmoid((noise_cond - 500) / 25)[:, None, None, None]
         noise = (x - alpha2.sqrt() * self.mean) @ axes / (alpha2 * self.log_variance.exp() + 1 - alpha2)
@@ -77,14 +77,14 @@ def untrained() -> Diffusion:
 
 
 def samples_error(model: Diffusion) -> float:
-    """How far mean and standard deviation of the samples are off."""
+    """Error of mean and standard deviation of samples."""
     with torch.no_grad():
         return error(model.sampler, model.sampling_denoiser, model.sampler.times(model.schedule))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffusion, Path]:
-    """The trainer and the model as training left them, and the run's folder."""
+    """The trainer and model after training, and the run folder."""
     folder = tmp_path_factory.mktemp("run")
     trainer = pl.Trainer(
         callbacks=[TrainingClock(0, 64, Budget(steps=900)), EMA(0.99), Checkpoints(folder / "checkpoints")],
@@ -97,30 +97,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffu
 
 
 def loaded_error(folder: Path, weights: str = "ema") -> float:
-    """Of what a task samples that is given the run's folder."""
+    """Error of the model loaded from the run folder."""
     model = untrained()
     loading.load_weights(model, folder, checkpoint="last", weights=weights)
     return samples_error(model)
 
 
-def looked_error(trainer: pl.Trainer, model: Diffusion) -> float:
-    """Of what a look sees while the model trains."""
+def evaluation_error(trainer: pl.Trainer, model: Diffusion) -> float:
+    """Error of the model during an evaluation while training."""
     with evaluation_mode(model):
         return samples_error(model)
 
 
-def test_samples_of_a_run_and_of_a_look_are_those_of_the_data(trained: tuple[pl.Trainer, Diffusion, Path]) -> None:
+def test_ema_samples_match_the_data_after_and_during_training(trained: tuple[pl.Trainer, Diffusion, Path]) -> None:
     trainer, model, folder = trained
-    assert loaded_error(folder) < CLOSE
-    assert looked_error(trainer, model) < CLOSE
+    assert loaded_error(folder) < TOLERANCE
+    assert evaluation_error(trainer, model) < TOLERANCE
 
 
-def test_raw_weights_in_place_of_the_average_break_the_law(
+def test_online_weights_do_not_match_the_data(
     trained: tuple[pl.Trainer, Diffusion, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, model, folder = trained
-    assert loaded_error(folder, "raw") > CLOSE, "asked for"
-    monkeypatch.setattr(loading, "EMA_KEY", "average")  # the name of nothing in a checkpoint
-    assert loaded_error(folder) > CLOSE, "a bug in loading"
+    assert loaded_error(folder, "raw") > TOLERANCE, "requested"
+    monkeypatch.setattr(loading, "EMA_KEY", "average")  # not a key of the checkpoint
+    assert loaded_error(folder) > TOLERANCE, "if loading ignores the EMA"
     monkeypatch.setattr(EMA, "averaged", lambda self, model: nullcontext())
-    assert looked_error(trainer, model) > CLOSE, "a bug in looking"
+    assert evaluation_error(trainer, model) > TOLERANCE, "if the evaluation ignores the EMA"

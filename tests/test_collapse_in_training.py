@@ -1,4 +1,4 @@
-"""What collapses while a model trains, finite all the same: training ends, and the last good checkpoint stays."""
+"""A collapse with finite losses ends training, and the last good checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from gencompare.models.bottlenecks import VectorQuantizer
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.mlp import DenoisingMLP
 from gencompare.training.budget import Budget
-from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from parts import part
 
 
 def fit(model: TrainedModel, folder: Path, *callbacks: pl.Callback, steps: int = 20) -> None:
-    """Trains; every step is saved that may be."""
+    """Train, saving a checkpoint after each step if possible."""
     trainer = pl.Trainer(
         callbacks=[TrainingClock(0, 16, Budget(steps=steps)), *callbacks, EMA(0.9), Checkpoints(folder,
         every_minutes=0)],
@@ -38,22 +39,22 @@ def fit(model: TrainedModel, folder: Path, *callbacks: pl.Callback, steps: int =
 
 
 def saved_step(folder: Path, model: TrainedModel) -> int:
-    """The step of last.ckpt, whose weights the model takes."""
+    """Load last.ckpt into the model; returns its step."""
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     model.load_state_dict(saved["state_dict"])
     return saved["callbacks"]["TrainingClock"]["step"]
 
 
 def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -> int:
-    """Trains until the model is found to have collapsed. Gives the step of last.ckpt."""
-    with pytest.raises(UserError, match=r"collapsed.*Training was stopped; the last good checkpoint is kept") as told:
+    """Train until a collapse is detected; returns the step of last.ckpt."""
+    with pytest.raises(UserError, match=r"collapsed.*Training was stopped; the last good checkpoint is kept") as error:
         fit(model, folder, *callbacks)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     return saved_step(folder, model)
 
 
 class After(pl.Callback):
-    """Does something after a step."""
+    """Call ``act`` after a step."""
 
     def __init__(self, step: int, act: Callable[[pl.Trainer, Any], None]) -> None:
         self.step, self.act = step, act
@@ -64,24 +65,24 @@ class After(pl.Callback):
 
 
 def narrow(trainer: pl.Trainer, model: Any) -> None:
-    """The learned log-SNR spans a tenth of what is least."""
+    """Shrink the learned log-SNR range to a tenth of the minimum."""
     with torch.no_grad():
         model.schedule.gamma_max.copy_(model.schedule.gamma_min + 0.1)
 
 
 def stop(trainer: pl.Trainer, model: Any) -> None:
-    """As Ctrl-C does."""
+    """Stop training, like Ctrl-C."""
     trainer.should_stop = True
 
 
-def test_a_learned_schedule_that_collapses_ends_training_and_is_not_saved(tmp_path: Path) -> None:
+def test_a_collapsed_learned_schedule_ends_training_and_is_not_saved(tmp_path: Path) -> None:
     model = Diffusion(
         Digits.spec,
         network=partial(DenoisingMLP, width=16, depth=1),
-        schedule=part("schedule", "learned", features=8),
+        schedule=part("schedule", "learned", num_features=8),
         parameterization=part("parameterization", "eps"),
         objective=part("objective", "vlb"),
-        sampler=part("sampler", "ddim", steps=2),
+        sampler=part("sampler", "ddim", num_steps=2),
         optimizer=partial(torch.optim.Adam, lr=1e-3),
     )
     assert last_good_step(model, tmp_path, After(4, narrow)) == 3
@@ -89,7 +90,7 @@ def test_a_learned_schedule_that_collapses_ends_training_and_is_not_saved(tmp_pa
 
 
 class Encoder(nn.Module):
-    """One latent an image: its brightness, and after ``healthy`` calls the same for all."""
+    """One latent per image: its brightness, and after ``healthy`` calls a constant."""
 
     def __init__(self, shape: tuple[int, ...], out_channels: int, healthy: int) -> None:
         super().__init__()
@@ -110,28 +111,27 @@ class Decoder(nn.Module):
 
 
 def collapsing(healthy: int = 1) -> Autoencoder:
-    """After some healthy steps all images have one code. The encoder's first call is of the model being built."""
+    """An autoencoder whose images all have the same code after ``healthy`` steps. Building it calls the encoder
+    once."""
     return Autoencoder(
         Digits.spec,
         encoder=partial(Encoder, healthy=1 + healthy),
         decoder=Decoder,
-        bottleneck=VectorQuantizer(channels=1, codes=4, decay=0.5, revive=0.25),
+        bottleneck=VectorQuantizer(channels=1, num_codes=4, decay=0.5, revival_threshold=0.25),
         optimizer=partial(torch.optim.SGD, lr=1e-3),
     )
 
 
-def test_a_codebook_that_collapses_ends_training_and_is_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_collapsed_codebook_ends_training_and_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VectorQuantizer, "PATIENCE", 3)
     model = collapsing()
     assert last_good_step(model, tmp_path) == 1
-    assert not model.doubtful
-    assert model.coder.encoder.healthy == -5, "two steps until a code is revived, and three of patience"
+    assert not model.possibly_collapsed
+    assert model.coder.encoder.healthy == -5, "two steps until a code is reset, and three of patience"
 
 
 @pytest.mark.parametrize("stops, steps, kept", [(4, 20, 1), (1, 20, 1), (4, 4, 4)])
-def test_what_may_be_a_collapse_is_saved_at_the_end_of_the_budget_alone(
+def test_a_possible_collapse_is_saved_only_at_the_end_of_the_budget(
     tmp_path: Path, stops: int, steps: int, kept: int
 ) -> None:
     model = collapsing()
@@ -139,7 +139,7 @@ def test_what_may_be_a_collapse_is_saved_at_the_end_of_the_budget_alone(
     assert saved_step(tmp_path, model) == kept
 
 
-def test_training_that_is_stopped_before_anything_was_saved_is_saved(tmp_path: Path) -> None:
+def test_stopping_before_the_first_checkpoint_saves_one(tmp_path: Path) -> None:
     model = collapsing(healthy=0)
     fit(model, tmp_path, After(2, stop))
     assert saved_step(tmp_path, model) == 2

@@ -1,4 +1,4 @@
-"""What a discriminator is shown: moved and recoloured, differentiably, by as much as it overfits."""
+"""Discriminator augmentation: geometric and colour transforms, their derivatives, and their strength."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def at(strength: float, option: str = "ada", spec: DataSpec = RGB, **changes: An
     return augmentation
 
 
-# What is done
+# Transforms
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("spec", [GREY, RGB, DataSpec("framed", (1, 8, 8), padding=2)], ids=lambda s: s.name)
-def test_at_strength_nought_every_image_is_left_exactly_as_it_is(option: str, spec: DataSpec) -> None:
+def test_strength_zero_leaves_images_exactly_unchanged(option: str, spec: DataSpec) -> None:
     x = images(50, spec)
     assert torch.equal(at(0.0, option, spec)(x, rng(50)), x)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("spec", [GREY, RGB, DataSpec("framed", (1, 8, 8), padding=2)], ids=lambda s: s.name)
-def test_images_change_but_are_never_broken_and_rows_do_not_touch_each_other(option: str, spec: DataSpec) -> None:
+def test_images_change_stay_valid_and_are_independent(option: str, spec: DataSpec) -> None:
     augmentation, x = at(1.0, option, spec), images(400, spec)
     got = augmentation(x, rng(400))
     assert got.shape == x.shape and got.isfinite().all()
@@ -71,39 +71,39 @@ def test_images_change_but_are_never_broken_and_rows_do_not_touch_each_other(opt
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5])
-def test_as_many_images_stay_untouched_as_asked(strength: float) -> None:
-    """Seven moves and colour changes happen with probability p, two mirrorings and the luma flip with p / 2."""
+def test_the_fraction_of_unchanged_images_follows_the_strength(strength: float) -> None:
+    """Eight transforms have probability p; two flips and the luma flip p / 2."""
     n = 20_000
     x = images(1).expand(n, -1, -1, -1)
     got = at(strength)(x, rng(n))
     same = float((got == x).flatten(1).all(1).double().mean())
-    # zoom, turn, stretch, shift, brightness, contrast, hue, saturation; two mirrorings, luma flip.
+    # Scaling, rotation, anisotropic scaling, translation, brightness, contrast, hue, saturation; two flips, luma flip.
     expected = (1 - strength) ** 8 * (1 - strength / 2) ** 3
     assert abs(same - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
-    still = at(strength, colours=0.0)(x, rng(n))
+    still = at(strength, color_multiplier=0.0)(x, rng(n))
     moved = float((still == x).flatten(1).all(1).double().mean())
     expected = (1 - strength) ** 4 * (1 - strength / 2) ** 2
     assert abs(moved - expected) < 4 * math.sqrt(expected * (1 - expected) / n)
 
 
-def test_a_cut_out_is_a_grey_square_of_half_the_side_anywhere() -> None:
+def test_cutout_is_a_grey_square_of_half_the_side() -> None:
     spec = DataSpec("large", (1, 32, 32))
-    augmentation = at(1.0, spec=spec, colours=0.0, cutout=1.0)
-    kept = augmentation._kept(torch.ones(2000, 1, 32, 32), rng(2000))
+    augmentation = at(1.0, spec=spec, color_multiplier=0.0, cutout_multiplier=1.0)
+    kept = augmentation._cutout_mask(torch.ones(2000, 1, 32, 32), rng(2000))
     assert set(kept.unique().tolist()) == {0.0, 1.0}
     blank = 1 - kept[:, 0]
     rows, columns = blank.amax(2).sum(1), blank.amax(1).sum(1)
     assert torch.equal(blank.sum((1, 2)), rows * columns), "a rectangle"
-    assert rows.max() == columns.max() == 16 and rows.min() >= 8, "half the side, less what lies outside"
-    # A place near the middle is hit with probability 1 / 4: its centre lies within a quarter of it each way.
+    assert rows.max() == columns.max() == 16 and rows.min() >= 8, "half the side, minus the part outside"
+    # A central pixel is covered if the centre of the square is within a quarter of the side: probability 1 / 4.
     assert abs(float(blank[:, 15, 15].mean()) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
 
 
-# Colours, against matrices
+# Colour transforms against matrices
 
 
 def by_matrix(x: Tensor, brightness: float, contrast: float, flip: float, hue: float, saturation: float) -> Tensor:
-    """The transforms as 3x3 matrices, the turn as the exponential of the cross product with its axis."""
+    """The transforms as 3x3 matrices; the hue rotation is the exponential of the cross product with its axis."""
     v = torch.full((3, 1), 3**-0.5, dtype=torch.float64)
     i, vv = torch.eye(3, dtype=torch.float64), v @ v.T
     k = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)
@@ -113,23 +113,23 @@ def by_matrix(x: Tensor, brightness: float, contrast: float, flip: float, hue: f
 
 @pytest.mark.parametrize("values", [(0.3, 0, 0, 0, 0), (0, -0.7, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 2.1, 0),
                                     (0, 0, 0, 0, 1.3), (0.2, 0.4, 1, -0.8, -1.1)])  # fmt: skip
-def test_colours_change_by_their_matrices(values: tuple[float, ...]) -> None:
+def test_colour_transforms_match_their_matrices(values: tuple[float, ...]) -> None:
     a = torch.tensor(values, dtype=torch.float64).expand(4, 5)
     x = images(4, RGB, torch.float64)
     assert torch.allclose(color_transform(x, a), by_matrix(x, *values), atol=1e-12)
-    # A grey image is one of three equal colours, and stays one whatever hue and saturation do.
+    # A grey image has three equal channels, and hue and saturation do not change it.
     grey = x[:, :1]
     as_rgb = by_matrix(grey.expand(-1, 3, -1, -1), *values)
     assert torch.allclose(color_transform(grey, a), as_rgb[:, :1], atol=1e-12)
 
 
-def test_a_turn_of_the_hue_by_a_third_takes_red_to_green() -> None:
+def test_a_hue_rotation_by_a_third_maps_red_to_green() -> None:
     red = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).view(1, 3, 1, 1)
     turned = color_transform(red, torch.tensor([[0, 0, 0, 2 * math.pi / 3, 0]], dtype=torch.float64))
     assert torch.allclose(turned.flatten(), torch.tensor([0, 1, 0], dtype=torch.float64), atol=1e-12)
 
 
-def test_colours_are_drawn_as_in_the_paper() -> None:
+def test_colour_parameters_have_the_published_distributions() -> None:
     a = sample_color_params(rng(40_000), 0.5)
     done = (a != 0).double().mean(0)
     assert torch.allclose(done, torch.tensor([0.5, 0.5, 0.25, 0.5, 0.5], dtype=torch.float64), atol=0.012)
@@ -141,10 +141,10 @@ def test_colours_are_drawn_as_in_the_paper() -> None:
 # Derivatives
 
 
-def test_every_derivative_is_that_of_finite_differences() -> None:
-    """Of the whole pipeline at strength 1 with respect to the image, the first one and the second."""
+def test_derivatives_match_finite_differences() -> None:
+    """First and second derivatives of the whole pipeline in the image, at strength 1."""
     spec = DataSpec("x", (3, 4, 3))
-    augmentation = at(1.0, spec=spec, cutout=1.0).double()
+    augmentation = at(1.0, spec=spec, cutout_multiplier=1.0).double()
     x = images(2, spec, torch.float64).requires_grad_()
 
     def shown(x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_every_derivative_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(lambda x: shown(x).square(), x, atol=1e-5)
 
 
-def test_places_are_read_off_as_pytorch_does_and_the_transpose_is_the_transpose() -> None:
+def test_resampling_matches_pytorch_and_its_transpose() -> None:
     x = images(2, dtype=torch.float64).requires_grad_()
     grid = 3 * torch.rand(2, 6, 7, 2, dtype=torch.float64) - 1.5
     got = resample(x, grid)
@@ -165,9 +165,10 @@ def test_places_are_read_off_as_pytorch_does_and_the_transpose_is_the_transpose(
     assert torch.allclose((got * y).sum(), (x * back).sum()), "<A x, y> = <x, A' y>"
 
 
-def test_a_penalty_behind_the_augmentation_is_the_gradient_by_hand() -> None:
-    """D(T x) = |T x|^2 / 2 with T linear (moves alone): the gradient is T' T x, found here column by column."""
-    augmentation = at(1.0, spec=DataSpec("x", (1, 4, 4)), colours=0.0).double()
+def test_a_penalty_through_the_augmentation_has_the_right_gradient() -> None:
+    """D(T x) = |T x|^2 / 2 with T linear (geometric transforms only): the gradient is T' T x, with T built by
+    columns."""
+    augmentation = at(1.0, spec=DataSpec("x", (1, 4, 4)), color_multiplier=0.0).double()
     x = images(1, DataSpec("x", (1, 4, 4)), torch.float64).requires_grad_()
     basis = torch.eye(16, dtype=torch.float64).view(16, 1, 1, 4, 4)
     t = torch.stack([augmentation(e, rng(1)).flatten() for e in basis], dim=1)
@@ -181,11 +182,10 @@ def test_a_penalty_behind_the_augmentation_is_the_gradient_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("share_right", "moves"), [(0.95, 1), (0.6, -1), (0.8, 0)])
-def test_the_strength_rises_when_the_discriminator_overfits_and_falls_when_it_does_not(
-    share_right: float, moves: int
-) -> None:
-    """r_t = 2 share - 1 against the target 0.6; every fourth step, by four batches' share of the horizon."""
-    ada = ADA(RGB, target=0.6, interval=4, horizon=1000)
+def test_the_strength_follows_the_overfitting_heuristic(share_right: float, moves: int) -> None:
+    """r_t = 2 share - 1 is compared with the target 0.6 every fourth step; each adjustment is four batches over
+    1000."""
+    ada = ADA(RGB, target=0.6, interval=4, adjustment_images=1000)
     ada.strength.fill_(0.5)
     margin = torch.where(torch.arange(20) < 20 * share_right, 3.0, -0.1)
     found = []
@@ -196,12 +196,12 @@ def test_the_strength_rises_when_the_discriminator_overfits_and_falls_when_it_do
     assert found == pytest.approx([0.5] * 3 + [0.5 + step] * 4 + [0.5 + 2 * step])
 
 
-def test_the_strength_stays_between_nought_and_one_and_is_saved_with_what_led_to_it() -> None:
-    ada = ADA(RGB, interval=2, horizon=40)
+def test_the_strength_stays_in_range_and_its_state_is_saved() -> None:
+    ada = ADA(RGB, interval=2, adjustment_images=40)
     for k in range(7):
         ada.update(torch.ones(10), 10, torch.tensor(0))
         if k == 0:  # in the middle of an interval
-            other = ADA(RGB, interval=2, horizon=40)
+            other = ADA(RGB, interval=2, adjustment_images=40)
             other.load_state_dict(ada.state_dict())
         else:
             other.update(torch.ones(10), 10, torch.tensor(0))
@@ -213,19 +213,19 @@ def test_the_strength_stays_between_nought_and_one_and_is_saved_with_what_led_to
 
 
 @pytest.mark.parametrize(("elsewhere", "strength"), [(10.0, 0.6), (-10.0, 0.4)])
-def test_the_statistic_is_that_of_the_whole_batch(
+def test_the_heuristic_is_computed_on_the_global_batch(
     monkeypatch: pytest.MonkeyPatch, elsewhere: float, strength: float
 ) -> None:
-    """Half of this process's ten images are taken for real, and all, or none, of another's: r_t is 1/2, or -1/2."""
-    monkeypatch.setattr(distributed, "processes", lambda: 2)
+    """Half of ten images are classified as real here, and all or none of ten on another process: r_t is 1/2 or -1/2."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(elsewhere))
-    ada = ADA(RGB, target=0.4, interval=1, horizon=200)
+    ada = ADA(RGB, target=0.4, interval=1, adjustment_images=200)
     ada.strength.fill_(0.5)
     ada.update(torch.tensor([1.0, -1.0]).repeat(5), 20, torch.tensor(0))
     assert float(ada.strength) == pytest.approx(strength)
 
 
-def test_a_scheduled_strength_is_the_ramp_of_the_images_seen() -> None:
+def test_a_scheduled_strength_follows_its_ramp() -> None:
     augmentation = ScheduledAugmentation(RGB, ramp=CosineRamp(0.0, 0.6, 100))
     for seen, expected in ((0, 0.0), (50, 0.3), (100, 0.6), (500, 0.6)):
         augmentation.update(torch.ones(3), 3, torch.tensor(seen))
@@ -247,7 +247,7 @@ def gan(spec: DataSpec = RGB, **changes: Any) -> Any:
         "generator": partial(MLPGenerator, width=8, depth=1),
         "discriminator": partial(Watched, width=64, depth=2),
         "adversarial": NonSaturating(),
-        "discriminator_augmentation": partial(ADA, target=0.3, interval=1, horizon=400),
+        "discriminator_augmentation": partial(ADA, target=0.3, interval=1, adjustment_images=400),
         "optimizer": partial(torch.optim.Adam, lr=1e-3),
     }
     model = GAN(spec, **(settings | changes))
@@ -257,42 +257,42 @@ def gan(spec: DataSpec = RGB, **changes: Any) -> Any:
     return model
 
 
-def test_real_images_and_fakes_go_through_the_same_one_and_samples_through_none() -> None:
-    """With every image of one constant colour, and so all fakes, what is shown differs by the draws alone."""
+def test_real_images_and_fakes_are_augmented_and_samples_are_not() -> None:
+    """All images and fakes are constant, so discriminator inputs differ only by their random augmentation."""
     steady = partial(ScheduledAugmentation, ramp=CosineRamp(0.9, 0.9, 1))
     model = gan(penalty={"r1": R1(1.0)}, discriminator_augmentation=steady)
     with torch.no_grad():
         for p in model.generator.parameters():
-            p.zero_()  # fakes are grey all over
+            p.zero_()  # fakes are constant grey
     model.rng = rng(300)
     model.training_step((torch.zeros(300, *RGB.shape), {}), 0)
     real, fake, for_generator = model.discriminator.seen[:3]
     shares = [float((shown != 0).flatten(1).any(1).double().mean()) for shown in (real, fake, for_generator)]
-    # Of a grey constant only its brightness changes, with probability 0.9 (and contrast with it).
+    # A constant grey image changes in brightness only, with probability 0.9 (and in contrast with it).
     assert all(abs(share - 0.9) < 0.08 for share in shares), shares
-    assert not torch.equal(real, fake), "each image has draws of its own"
+    assert not torch.equal(real, fake), "each image has its own random parameters"
     with torch.no_grad():
         for p in model.generator.parameters():
             p.zero_()
     assert torch.equal(model.eval().sample(5, generator=generator("cpu", 0)), torch.zeros(5, *RGB.shape))
 
 
-def test_a_discriminator_that_learns_few_images_by_heart_is_met_with_more_augmentation() -> None:
-    """Eight images and a generator that is behind: D is soon sure of itself, and the strength goes up. Where fakes are
-    those very images it cannot be, and the strength stays where it is, at nought."""
+def test_overfitting_of_the_discriminator_raises_the_strength() -> None:
+    """With eight images and a weak generator, D overfits and the strength rises. If fakes equal the real images, D
+    cannot overfit, and the strength stays near zero."""
     x = images(8)
     sure = gan(optimizer=partial(torch.optim.Adam, lr=3e-3))
     lost = gan(generator=lambda *_: Copies(x))
     for model in (sure, lost):
         for step in range(40):
             model.rng = rng(8, step)
-            figures = model.training_step((x, {}), step)
-        assert figures["augmentation"] == model.augmentation.strength
+            metrics = model.training_step((x, {}), step)
+        assert metrics["augmentation"] == model.augmentation.strength
     assert sure.augmentation.strength > 0.2 and lost.augmentation.strength < 0.1
 
 
 class Copies(torch.nn.Module):
-    """Makes the images that it was given (times a number that is trained, and does not matter)."""
+    """A generator that returns the given images; its parameter has no effect."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -303,16 +303,16 @@ class Copies(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
-        (lambda: ADA(RGB, target=1.0), r"target=1\.0 must lie between"),
+        (lambda: ADA(RGB, target=1.0), r"target=1\.0 must be between"),
         (lambda: ADA(RGB, interval=0), "interval=0"),
-        (lambda: ADA(RGB, colours=1.5), r"colours=1\.5.*from 0 to 1"),
+        (lambda: ADA(RGB, color_multiplier=1.5), r"color_multiplier=1\.5.*from 0 to 1"),
         (lambda: ADA(DataSpec("points", (2, 1, 1))), "at least 2x2 pixels"),
         (lambda: ADA(DataSpec("two", (2, 8, 8))), "2 channels are neither grey nor RGB"),
         (lambda: ScheduledAugmentation(RGB, ramp=CosineRamp(0.0, 1.2, 10)), r"1\.2 must be probabilities"),
     ],
 )
-def test_settings_without_sense_are_refused(make: Any, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_invalid_settings_raise_an_error(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make()

@@ -37,7 +37,7 @@ POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_bins=None)
 class Quadratic(nn.Module):
     """phi(x) = (|x|^2 / 2, x_1, x_2): with a linear head, any isotropic Gaussian energy."""
 
-    features = 3
+    num_features = 3
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -108,7 +108,9 @@ def stationary_covariance(step: float) -> Tensor:
 def test_langevin_steps_leave_a_gaussian_invariant_as_the_step_vanishes() -> None:
     """At fixed temperature the covariance converges to T L^-1, with a bias proportional to the step."""
     truth = TEMPERATURE * torch.linalg.inv(CURVATURE)
-    biases = [float(torch.linalg.matrix_norm(covariance_reached(step) - truth)) for step in (0.04, 0.02, 0.01, 0.005)]
+    biases = [
+        float(torch.linalg.matrix_norm(stationary_covariance(step) - truth)) for step in (0.04, 0.02, 0.01, 0.005)
+    ]
     ratios = np.array(biases[:-1]) / np.array(biases[1:])
     assert biases[-1] < 0.01 * float(torch.linalg.matrix_norm(truth))
     assert np.allclose(ratios, 2, atol=0.1), ratios
@@ -116,7 +118,7 @@ def test_langevin_steps_leave_a_gaussian_invariant_as_the_step_vanishes() -> Non
     step = 0.04
     values = torch.linalg.eigvalsh(CURVATURE)
     expected = (TEMPERATURE / values / (1 - step * values / 2)).sort().values
-    assert torch.allclose(torch.linalg.eigvalsh(covariance_reached(step)), expected, rtol=1e-9)
+    assert torch.allclose(torch.linalg.eigvalsh(stationary_covariance(step)), expected, rtol=1e-9)
 
 
 def test_published_settings_are_equivalent_for_images_in_minus_one_to_one() -> None:
@@ -160,8 +162,8 @@ def test_input_gradients_are_per_row_and_work_without_grad_mode() -> None:
 
 
 def test_the_gradient_is_that_of_maximum_likelihood() -> None:
-    """For E = a |x|^2 / 2 + b . x, d/da is half the difference of mean squares, d/db that of means. The chains are those
-    in the buffer after the step, since the batch uses all of them."""
+    """For E = a |x|^2 / 2 + b . x, d/da is half the difference of mean squares, d/db that of means. The chains are
+    those in the buffer after the step, since the batch uses all of them."""
     model = ebm(energy=Quadratic, buffer_size=32, optimizer=partial(torch.optim.SGD, lr=1.0), energy_l2=0.25)
     gaussian_energy(model, 4.0, (0.5, -0.2))
     before = model.network.head.weight.detach().double().clone().squeeze(0)
@@ -306,7 +308,7 @@ def test_a_chain_that_moves_less_than_one_level_per_batch_still_moves() -> None:
         states, _ = replay.get(everywhere, torch.rand(4, 1, 16, 16, generator=source))
         replay.put(everywhere, states + 0.2 * 2 / 255)
     moved = (replay.get(everywhere, middle)[0].mean() - before) * 255 / 2
-    # A byte is rounded 1,024 x 100 times, with a variance of 1/6 each at most.
+    # Each of 1,024 values is rounded 100 times, with a variance of at most 1/6 each.
     assert float(moved) == pytest.approx(20, abs=4 * math.sqrt(100 / 6 / 1024))
 
 
@@ -318,7 +320,9 @@ def test_a_class_adds_one_product_with_the_features() -> None:
     network = model.network
     assert network.classes is not None
     x, y, other = torch.randn(4, 2, 1, 1), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
-    assert torch.equal(model.energy(x, {"label": y}), model.energy(x, {"label": other})), "all classes start alike"
+    assert torch.equal(model.energy(x, {"label": y}), model.energy(x, {"label": other})), (
+        "all classes have the same initial energy"
+    )
     nn.init.normal_(network.classes.weight)
     difference = model.energy(x, {"label": y}) - model.energy(x, {"label": other})
     v = network.classes.weight
@@ -330,7 +334,8 @@ def test_conditional_samples_have_the_requested_class() -> None:
     label = torch.arange(96) % 3
     x = places[label][:, :, None, None] + 0.05 * torch.randn(96, 2, 1, 1, generator=torch.Generator().manual_seed(9))
     model = ebm(
-        conditional=True, buffer_size=600, num_langevin_steps=10, num_sampling_steps=100, langevin=Langevin(0.001, math.sqrt(0.002)),
+        conditional=True, buffer_size=600, num_langevin_steps=10, num_sampling_steps=100,
+        langevin=Langevin(0.001, math.sqrt(0.002)),
         energy=partial(EnergyMLP, width=32, depth=2), optimizer=partial(torch.optim.Adam, lr=1e-2, betas=(0.0, 0.999)),
     )  # fmt: skip
     train(model, x, 100, {"label": label})
@@ -376,15 +381,15 @@ def test_each_stage_halves_the_side_down_to_four() -> None:
 
 
 def test_the_plain_network_has_the_layers_of_the_published_one() -> None:
-    """``VanillaNet`` of github.com/point0bar1/ebm-anatomy: 3x3 to 32 channels, 4x4 with stride 2 to 64, 128 and 256, and
-    4x4 over the rest to one number. Other sizes are halved while sides are at least four; points have one layer."""
+    """``VanillaNet`` of github.com/point0bar1/ebm-anatomy: 3x3 to 32 channels, 4x4 with stride 2 to 64, 128 and 256,
+    and 4x4 over the rest to one number. Other sizes are halved while sides are at least four; points have one layer."""
     published = EnergyNetwork(EnergyConvNet((3, 32, 32)))
     sizes = [3 * 32 * 9 + 32, 32 * 64 * 16 + 64, 64 * 128 * 16 + 128, 128 * 256 * 16 + 256, 256 * 16 + 1]
     assert sum(p.numel() for p in published.parameters()) == sum(sizes)
     assert published.trunk.act.negative_slope == 0.05  # type: ignore[union-attr]
     for shape, features in (((1, 8, 8), 8 * 4 * 4), ((1, 64, 64), 16 * 4 * 4), ((2, 1, 1), 4)):
         trunk = EnergyConvNet(shape, channels=4, max_channels=16)
-        assert trunk(torch.zeros(3, *shape)).shape == (3, features) and trunk.features == features
+        assert trunk(torch.zeros(3, *shape)).shape == (3, features) and trunk.num_features == features
     assert isinstance(EnergyConvNet((1, 8, 8), negative_slope=None).act, nn.SiLU)
 
 
@@ -407,7 +412,7 @@ def test_visualisations_order_images_by_energy() -> None:
 class Quadratic4(nn.Module):
     """phi(x) = |x|^2 / 2."""
 
-    features = 1
+    num_features = 1
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()

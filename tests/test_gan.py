@@ -1,4 +1,4 @@
-"""Laws of the GAN: a step against one by hand, known mixtures that it learns, one process against two."""
+"""GANs: training steps against manual ones, learning of known mixtures, and training with two processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gencompare.networks.gan_networks import (
     ProjectionHead,
     ResNetDiscriminator,
     ResNetGenerator,
-    normalize_spectrally,
+    apply_spectral_norm,
 )
 from gencompare.rng import RandomSource
 from parts import part
@@ -41,16 +41,16 @@ def points_gan(**options: Any) -> GAN:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "generator": partial(MLPGenerator, width=32, depth=2),
-        "discriminator": partial(MLPDiscriminator, width=32, depth=2, features=16),
+        "discriminator": partial(MLPDiscriminator, width=32, depth=2, num_features=16),
         "adversarial": NonSaturating(),
         "latent_dim": 2,
         "optimizer": partial(torch.optim.SGD, lr=0.1),
     }
-    return by_hand(GAN(POINTS, **(settings | options)))
+    return without_trainer(GAN(POINTS, **(settings | options)))
 
 
-def by_hand(model: GAN) -> GAN:
-    """The model with its optimisers and backward pass outside of a trainer."""
+def without_trainer(model: GAN) -> GAN:
+    """The model, able to take training steps without a Trainer."""
     optimizers = model.configure_optimizers()
     model.optimizers = lambda: optimizers  # type: ignore[method-assign,assignment]
     model.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
@@ -58,14 +58,14 @@ def by_hand(model: GAN) -> GAN:
 
 
 def train(model: GAN, x: Tensor, cond: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-    figures: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     for step in range(steps):
         model.rng = RandomSource.for_batch(torch.Generator().manual_seed(step), len(x))
-        figures = model.training_step((x, cond), step)
-    return figures
+        metrics = model.training_step((x, cond), step)
+    return metrics
 
 
-def test_the_projection_adds_one_product_of_class_and_features() -> None:
+def test_the_projection_adds_an_inner_product_of_class_and_features() -> None:
     """D(x, y) - D(x, y') = (v_y - v_y') . phi(x) (Miyato and Koyama 2018, eq. 3)."""
     torch.manual_seed(0)
     head = ProjectionHead(6, 3)
@@ -78,10 +78,10 @@ def test_the_projection_adds_one_product_of_class_and_features() -> None:
     assert torch.allclose(head(phi, label), plain + (v[label] * phi).sum(1), atol=1e-5)
 
 
-def test_spectral_norm_brings_every_weight_to_norm_one() -> None:
+def test_spectral_norm_gives_every_weight_norm_one() -> None:
     torch.manual_seed(0)
-    network = ResNetDiscriminator((1, 8, 8), 10, channels=8, features=16).train()
-    normalize_spectrally(network)
+    network = ResNetDiscriminator((1, 8, 8), 10, channels=8, num_features=16).train()
+    apply_spectral_norm(network)
     for _ in range(200):
         network(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
     network.eval()
@@ -92,13 +92,13 @@ def test_spectral_norm_brings_every_weight_to_norm_one() -> None:
 
 
 @pytest.mark.parametrize(("r1", "conditional", "d_steps"), [(0.0, False, 1), (3.0, False, 2), (0.7, True, 1)])
-def test_a_step_is_the_one_worked_out_by_hand(r1: float, conditional: bool, d_steps: int) -> None:
-    """Gradient descent by autograd on copies: D's steps with G fixed, each on its part of the images and fresh noise,
-    then G's with D fixed."""
+def test_a_training_step_matches_a_manual_one(r1: float, conditional: bool, d_steps: int) -> None:
+    """Gradient descent with autograd on copies: D steps with G fixed, each on its part of the images with new noise,
+    then a G step with D fixed."""
     model = points_gan(penalty={"r1": R1(r1)} if r1 else None, conditional=conditional, d_steps=d_steps)
     x, label = torch.randn(6, 2, 1, 1), torch.tensor([0, 1, 2, 2, 1, 0])
     twin = copy.deepcopy(model)
-    figures = train(model, x, {"label": label}, 1)
+    metrics = train(model, x, {"label": label}, 1)
 
     noise = torch.Generator().manual_seed(0)
     d, g = twin.discriminator, twin.generator
@@ -121,12 +121,12 @@ def test_a_step_is_the_one_worked_out_by_hand(r1: float, conditional: bool, d_st
     descend(g_loss, list(g.parameters()))
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5), name
-    assert figures["g_loss"].item() == pytest.approx(g_loss.item(), abs=1e-5)
-    assert figures["d_loss"].item() == pytest.approx(loss.item(), abs=1e-5)
-    assert all(not value.requires_grad for value in figures.values())
+    assert metrics["g_loss"].item() == pytest.approx(g_loss.item(), abs=1e-5)
+    assert metrics["d_loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+    assert all(not value.requires_grad for value in metrics.values())
 
 
-def test_what_is_averaged_is_the_generator_alone() -> None:
+def test_only_the_generator_is_averaged() -> None:
     names = set(points_gan(conditional=True).averaged_parameters())
     assert names == {name for name in points_gan(conditional=True).state_dict() if name.startswith("generator.")}
     assert "generator.labels.weight" in names
@@ -135,17 +135,17 @@ def test_what_is_averaged_is_the_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("group", "option"), [(g, o) for g in ("penalty", "adversarial") for o in options(f"model/{g}")]
 )
-def test_every_option_can_be_trained_with(group: str, option: str) -> None:
+def test_every_option_trains(group: str, option: str) -> None:
     model = points_gan(**{group: part(group, option)})
     before = copy.deepcopy(model.state_dict())
-    figures = train(model, torch.randn(6, 2, 1, 1), {}, 2)
-    assert all(value.isfinite() for value in figures.values())
-    assert set(model.penalty) <= set(figures)
+    metrics = train(model, torch.randn(6, 2, 1, 1), {}, 2)
+    assert all(value.isfinite() for value in metrics.values())
+    assert set(model.penalty) <= set(metrics)
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"generator", "discriminator"} <= changed
 
 
-def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
+def test_a_frozen_network_passes_gradients_to_its_input() -> None:
     network = nn.Linear(2, 1)
     x = torch.randn(3, 2, requires_grad=True)
     with frozen(network):
@@ -155,7 +155,7 @@ def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
 
 
 @pytest.mark.parametrize(
-    ("game", "options"),
+    ("adversarial", "options"),
     [
         (NonSaturating(), {"penalty": {"r1": R1(0.1)}}),
         (Hinge(), {"spectral_norm": True}),
@@ -163,13 +163,16 @@ def test_a_frozen_network_passes_gradients_on_and_thaws() -> None:
     ],
     ids=["r1", "sn", "wgan_gp"],
 )
-def test_a_mixture_of_classes_is_learned(game: Any, options: dict[str, Any]) -> None:
-    """Three points of the plane, one a class: fakes of a class go to its point."""
+def test_a_mixture_of_classes_is_learned(adversarial: Any, options: dict[str, Any]) -> None:
+    """Three points in the plane, one per class: samples of a class are near its point."""
     places = torch.tensor([[0.6, 0.0], [-0.5, 0.5], [-0.3, -0.7]])
     label = torch.arange(48) % 3
     x = places[label][:, :, None, None] + 0.02 * torch.randn(48, 2, 1, 1, generator=torch.Generator().manual_seed(9))
     model = points_gan(
-        adversarial=game, conditional=True, optimizer=partial(torch.optim.Adam, lr=3e-3, betas=(0.0, 0.9)), **options
+        adversarial=adversarial,
+        conditional=True,
+        optimizer=partial(torch.optim.Adam, lr=3e-3, betas=(0.0, 0.9)),
+        **options,
     )
     train(model, x, {"label": label}, 200)
     drawn = model.sample(48, {"label": label}, generator=torch.Generator().manual_seed(1)).flatten(1)
@@ -180,8 +183,8 @@ def test_a_mixture_of_classes_is_learned(game: Any, options: dict[str, Any]) -> 
 
 
 def test_a_ring_of_eight_modes_is_recovered() -> None:
-    """Eight normals of standard deviation 0.09 on a circle of radius 0.6: 96 % of points lie within 2.5 standard
-    deviations of their mode. Of the fakes most do, and each mode has its share of them."""
+    """Eight Gaussians of standard deviation 0.09 on a circle of radius 0.6, with 96 % of points within 2.5 standard
+    deviations of their mode: most samples are too, evenly divided among the modes."""
     steps, batch, lr = 450, 256, 5e-3
     angle = torch.arange(8) * math.pi / 4
     modes = 0.6 * torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -189,7 +192,7 @@ def test_a_ring_of_eight_modes_is_recovered() -> None:
     x = modes.repeat(1024, 1) + 0.09 * torch.randn(8192, 2, generator=numbers)
     model = points_gan(
         generator=partial(MLPGenerator, width=64, depth=2),
-        discriminator=partial(MLPDiscriminator, width=64, depth=2, features=64),
+        discriminator=partial(MLPDiscriminator, width=64, depth=2, num_features=64),
         adversarial=Relativistic(),
         penalty={"r1": R1(0.02), "r2": R2(0.02)},
         latent_dim=4,
@@ -209,7 +212,7 @@ def test_a_ring_of_eight_modes_is_recovered() -> None:
     assert (weights - 1 / 8).abs().max() < 0.25 / 8, weights
 
 
-def test_fakes_are_black_outside_of_the_real_pixels() -> None:
+def test_padding_of_samples_is_black() -> None:
     spec = DataSpec("padded", (1, 8, 8), padding=2)
     model = digits_gan(spec)
     x = model.sample(3, generator=torch.Generator().manual_seed(0))
@@ -221,10 +224,10 @@ def digits_gan(spec: DataSpec = Digits.spec, **options: Any) -> GAN:
     return GAN(
         spec,
         generator=partial(ResNetGenerator, channels=8),
-        discriminator=partial(ResNetDiscriminator, channels=8, features=8),
+        discriminator=partial(ResNetDiscriminator, channels=8, num_features=8),
         adversarial=Relativistic(),
         penalty={"r1": R1(1.0), "r2": R2(1.0), "wgan_gp": WassersteinGP(1.0)},
-        discriminator_augmentation=partial(ADA, interval=2, horizon=100, target=0.0, cutout=1.0),
+        discriminator_augmentation=partial(ADA, interval=2, adjustment_images=100, target=0.0, cutout_multiplier=1.0),
         latent_dim=4,
         grad_clip=0.5,
         optimizer=partial(torch.optim.SGD, lr=0.05),
@@ -232,9 +235,9 @@ def digits_gan(spec: DataSpec = Digits.spec, **options: Any) -> GAN:
     )
 
 
-def share_of_training(rank: int, world: int, reduce: bool = True) -> dict[str, Tensor]:
-    """Three steps of one of ``world`` processes, each with its part of the batches, in two parts each."""
-    model = by_hand(digits_gan(conditional=True, d_steps=2))
+def train_on_part(rank: int, world: int, reduce: bool = True) -> dict[str, Tensor]:
+    """Three steps of one of ``world`` processes on its part of each batch, with two discriminator steps each."""
+    model = without_trainer(digits_gan(conditional=True, d_steps=2))
     for optimizer in model.optimizers():  # type: ignore[union-attr]
         optimizer.register_step_pre_hook(lambda o, *_: model.on_before_optimizer_step(o))
     if not reduce:
@@ -251,28 +254,28 @@ def share_of_training(rank: int, world: int, reduce: bool = True) -> dict[str, T
 
 
 @needs_fork
-def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
-    (alone,) = in_processes(1, tmp_path, share_of_training)
-    # Three times the strength was set, by 4 images' signs in two steps each.
+def test_two_processes_learn_the_same_as_one(tmp_path: Path) -> None:
+    (alone,) = in_processes(1, tmp_path, train_on_part)
+    # The strength was adjusted three times, from two discriminator steps of 4 images each.
     assert alone["augmentation.strength"] > 0 and int(alone["seen"]) == 24
-    first, second = in_processes(2, tmp_path, share_of_training)
+    first, second = in_processes(2, tmp_path, train_on_part)
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(value, first[name], atol=2e-6), name
-    # Without the reduction they would part: the law can fail.
-    first, second = in_processes(2, tmp_path, share_of_training, False)
+    # Without gradient averaging, the processes differ: the test can fail.
+    first, second = in_processes(2, tmp_path, train_on_part, False)
     assert any(not torch.allclose(first[name], second[name], atol=1e-4) for name in alone)
 
 
-def test_gradients_are_left_alone_by_a_single_process() -> None:
+def test_averaging_gradients_is_a_no_op_with_one_process() -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([1.0, 2.0, 3.0])
     average_gradients([p])
     assert p.grad.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_a_step_that_the_loss_scaler_leaves_out_has_no_norm() -> None:
-    """Half precision: at first the scale is far too large, gradients overflow, and training goes on all the same."""
+def test_a_step_skipped_by_the_gradient_scaler_has_norm_zero() -> None:
+    """In half precision with a far too large scale, gradients overflow, and training continues."""
     model = points_gan()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
@@ -280,16 +283,16 @@ def test_a_step_that_the_loss_scaler_leaves_out_has_no_norm() -> None:
     model.manual_backward = lambda loss: (1e6 * scaler.scale(loss)).backward()  # type: ignore[method-assign,assignment]
     x, before = torch.randn(16, 2, 1, 1), [p.clone() for p in model.discriminator.parameters()]
     for optimizer in model.optimizers():  # type: ignore[union-attr]
-        optimizer.step = partial(stepped, scaler, optimizer, optimizer.step)
-    figures = train(model, x, {}, 1)
-    assert figures["d_grad"] == 0 and all(map(torch.equal, before, model.discriminator.parameters()))
+        optimizer.step = partial(scaled_step, scaler, optimizer, optimizer.step)
+    metrics = train(model, x, {}, 1)
+    assert metrics["d_grad"] == 0 and all(map(torch.equal, before, model.discriminator.parameters()))
     scaler.update(1e-6)
-    figures = train(model, x, {}, 1)
-    assert 0 < figures["d_grad"] < 1e8 and not all(map(torch.equal, before, model.discriminator.parameters()))
+    metrics = train(model, x, {}, 1)
+    assert 0 < metrics["d_grad"] < 1e8 and not all(map(torch.equal, before, model.discriminator.parameters()))
 
 
-def stepped(scaler: Any, optimizer: torch.optim.Optimizer, own: Any) -> None:
-    """What Lightning's precision plugin does: the scale off, and the step if all gradients are finite."""
+def scaled_step(scaler: Any, optimizer: torch.optim.Optimizer, own: Any) -> None:
+    """Unscale the gradients, and step if all are finite, like the precision plugin of Lightning."""
     scaler.unscale_(optimizer)
     if all(torch.isfinite(p.grad).all() for group in optimizer.param_groups for p in group["params"]):
         own()
@@ -303,37 +306,43 @@ def stepped(scaler: Any, optimizer: torch.optim.Optimizer, own: Any) -> None:
         ({"discriminator_augmentation": ADA}, r"at least 2x2 pixels.*model/discriminator_augmentation=null"),
     ],
 )
-def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         points_gan(**options)
 
 
-def test_a_batch_that_cannot_be_taken_apart_is_refused() -> None:
+def test_a_batch_that_cannot_be_split_raises_an_error() -> None:
     model, x = points_gan(d_steps=3), torch.randn(4, 2, 1, 1)
-    figures = train(model, x, {}, 1)  # parts of 2, 1 and 1 images
-    assert figures["d_loss"].isfinite() and int(model.seen) == 4
-    for rng, held in ((RandomSource(torch.Generator(), 0, 4, 8), 4), (RandomSource.for_batch(torch.Generator(), 2), 2)):
+    metrics = train(model, x, {}, 1)  # parts of 2, 1 and 1 images
+    assert metrics["d_loss"].isfinite() and int(model.seen) == 4
+    for rng, num_local in (
+        (RandomSource(torch.Generator(), 0, 4, 8), 4),
+        (RandomSource.for_batch(torch.Generator(), 2), 2),
+    ):
         model.rng = rng
         with pytest.raises(UserError, match=r"d_steps=3.*multiple of d_steps times"):
-            model.training_step((x[:held], {}), 0)
+            model.training_step((x[:num_local], {}), 0)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_parts_of_a_batch_are_those_of_the_global_one(world: int) -> None:
-    """Every third row from row k on, whoever holds it, with the numbers that one process would draw for it."""
+def test_batch_parts_do_not_depend_on_the_number_of_processes(world: int) -> None:
+    """Every third row from row k, on any process, with the random numbers that a single process would draw."""
     for k in range(3):
         whole = RandomSource.for_batch(torch.Generator().manual_seed(1), 12).strided(3, k).normal((2,))
         assert whole.shape == (4, 2)
-        parts = [RandomSource(torch.Generator().manual_seed(1), r * 12 // world, (r + 1) * 12 // world, 12).strided(3, k)
-                 for r in range(world)]  # fmt: skip
+        local = [
+            RandomSource(torch.Generator().manual_seed(1), r * 12 // world, (r + 1) * 12 // world, 12)
+            for r in range(world)
+        ]
+        parts = [source.strided(3, k) for source in local]
         assert torch.equal(torch.cat([part.normal((2,)) for part in parts]), whole)
 
 
-def test_held_out_scores_are_a_figure_an_image() -> None:
+def test_validation_metrics_are_per_image() -> None:
     model = points_gan()
     train(model, torch.randn(8, 2, 1, 1), {}, 2)
-    figures = model.validation_metrics(
+    metrics = model.validation_metrics(
         torch.zeros(5, 2, 1, 1), {}, RandomSource.for_batch(torch.Generator().manual_seed(0), 5)
     )
-    assert all(value.shape == (5,) for value in figures.values())
-    assert torch.allclose(figures["d_held_out"], model.discriminator(torch.zeros(5, 2, 1, 1)))
+    assert all(value.shape == (5,) for value in metrics.values())
+    assert torch.allclose(metrics["d_held_out"], model.discriminator(torch.zeros(5, 2, 1, 1)))

@@ -1,4 +1,4 @@
-"""A GAN under the trainer: one that is resumed equals an unbroken one, and one that diverges is stopped."""
+"""GAN runs: a resumed run equals an uninterrupted one, and a diverging run is stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gencompare.tasks.runs.build import build_callbacks, build_data, build_model
 def run(
     folder: Path, *overrides: str, until: int = 30, resume: bool = False, rate: Callable[..., float] | None = None
 ) -> tuple[pl.Trainer, TrainedModel]:
-    """Train a small GAN of digits until its budget is spent, or just past step ``until``; ``resume`` it there."""
+    """Train a small GAN of digits to the end of its budget or to step ``until``; or ``resume`` it there."""
 
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -27,7 +27,8 @@ def run(
 
     cfg = compose(
         "model=gan", "data=digits", "trainer=cpu", "trainer.global_batch_size=8", "budget.images=null",
-        "budget.steps=30", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "callbacks.metric_logger.log_every_n_steps=1",
+        "budget.steps=30", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null",
+        "callbacks.metric_logger.log_every_n_steps=1",
         "callbacks.checkpoints.every_minutes=0", "model.generator.channels=8", "model.discriminator.channels=8",
         *overrides,
     )  # fmt: skip
@@ -42,18 +43,19 @@ def run(
     return trainer, model
 
 
-def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None:
-    """Stopped between two changes of the augmentation's strength, with a penalty's weight that changes."""
-    parts = [
+def test_a_resumed_gan_equals_an_uninterrupted_one_exactly(tmp_path: Path) -> None:
+    """Stopped between two adjustments of the augmentation strength, with a penalty weight on a ramp."""
+    overrides = [
         "model.conditional=true", "model.spectral_norm=true", "model.d_steps=2", "model/penalty=[r1,r2]",
         "model/adversarial=relativistic", "model/discriminator_augmentation=ada", "budget.steps=5",
-        "model.discriminator_augmentation.horizon=100", "model.discriminator_augmentation.target=-0.9",
-        "model.penalty.r2.weight={_target_: gencompare.models.gan_penalties.CosineRamp, start: 1.0, end: 0.1, num_images: 60}",
+        "model.discriminator_augmentation.adjustment_images=100", "model.discriminator_augmentation.target=-0.9",
+        "model.penalty.r2.weight={_target_: gencompare.models.gan_penalties.CosineRamp, start: 1.0, end: 0.1,"
+        " num_images: 60}",
     ]  # fmt: skip
-    _, whole = run(tmp_path / "whole", *parts)
-    trainer, _ = run(tmp_path / "broken", *parts, until=3)
+    _, whole = run(tmp_path / "whole", *overrides)
+    trainer, _ = run(tmp_path / "broken", *overrides, until=3)
     assert trainer.callbacks[0].step == 3  # type: ignore[attr-defined]
-    trainer, resumed = run(tmp_path / "broken", *parts, resume=True)
+    trainer, resumed = run(tmp_path / "broken", *overrides, resume=True)
     assert trainer.callbacks[0].step == 5  # type: ignore[attr-defined]
     state = whole.state_dict()
     assert int(state["seen"]) == 40 and state["augmentation.strength"] > 0 and state["augmentation.steps"] == 2
@@ -62,22 +64,22 @@ def test_a_resumed_gan_equals_an_unbroken_one_bit_by_bit(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [[], ["callbacks.metric_logger.log_every_n_steps=100", "callbacks.evaluation.num_evaluations=30"]],
-    ids=["loss", "look"],
+    ids=["loss", "evaluation"],
 )
-def test_a_gan_that_diverges_is_stopped_with_its_last_good_checkpoint_kept(words: list[str], tmp_path: Path) -> None:
-    """Its rate grows out of all bounds after the fourth step: a line names the figure, and what is saved is sound."""
+def test_a_diverging_gan_is_stopped_and_keeps_its_checkpoint(overrides: list[str], tmp_path: Path) -> None:
+    """The learning rate explodes after the fourth step: the error names the metric, and the checkpoint is finite."""
     with pytest.raises(
         UserError, match=r"is not finite at step \d+\. Training was stopped; the last good checkpoint is kept"
     ):
-        run(tmp_path, *words, rate=lambda step, progress: 1.0 if step < 4 else 1e30)
+        run(tmp_path, *overrides, rate=lambda step, progress: 1.0 if step < 4 else 1e30)
     stored: dict[str, Any] = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert 4 <= stored["callbacks"]["TrainingClock"]["step"] < 10
     assert all(value.isfinite().all() for value in stored["state_dict"].values())
 
 
-def test_a_gan_that_diverges_before_its_first_checkpoint_says_that_there_is_none(tmp_path: Path) -> None:
+def test_divergence_before_the_first_checkpoint_is_reported(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"is not finite at step \d+\. Training was stopped; no checkpoint had been saved"
     ):

@@ -1,4 +1,4 @@
-"""The Gaussian baseline against closed forms that scipy gives."""
+"""The Gaussian baseline against closed forms from scipy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gencompare.generative_model import DataSpec
 from gencompare.models.gaussian import GaussianBaseline
 from gencompare.rng import generator
 
-PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_levels=None)
+PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_bins=None)
 
 
 def plane(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,9 +35,9 @@ def plane(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-def test_density_is_that_of_the_maximum_likelihood_mixture(conditional: bool) -> None:
+def test_density_is_the_maximum_likelihood_mixture(conditional: bool) -> None:
     x, label = plane(400)
-    model = GaussianBaseline(PLANE, conditional=conditional).fit_to(
+    model = GaussianBaseline(PLANE, conditional=conditional).fit(
         [(x[:150], {"label": label[:150]}), (x[150:], {"label": label[150:]})]
     )
     points, classes = x[:50].flatten(1).double().numpy(), label[:50].numpy()
@@ -47,30 +47,30 @@ def test_density_is_that_of_the_maximum_likelihood_mixture(conditional: bool) ->
         covariance: Any = np.cov(own.T, bias=True)
         densities.append(multivariate_normal(own.mean(0), covariance).pdf(points))
     expected = np.where(classes == 0, *densities) if conditional else 0.75 * densities[0] + 0.25 * densities[1]
-    found = model.bits_per_dim(x[:50], model.used({"label": label[:50]}))
+    found = model.bits_per_dim(x[:50], model.select_conditions({"label": label[:50]}))
     np.testing.assert_allclose(found.numpy(), -np.log2(expected) / 3, rtol=1e-5)
     assert model.likelihoods()["density"].kind == "exact"
 
 
-def test_few_directions_are_probabilistic_pca() -> None:
-    """Kept: the leading eigenvector; every other direction has the mean of the other eigenvalues as its variance."""
+def test_low_rank_covariances_are_probabilistic_pca() -> None:
+    """With rank 1, all other directions have the mean of the other eigenvalues as their variance."""
     x, _ = plane(300)
     flat = x.flatten(1).double().numpy()
     values, vectors = np.linalg.eigh(np.cov(flat.T, bias=True))
     rest = values[:2].mean()
     lead = vectors[:, 2]
     covariance = rest * np.eye(3) + (values[2] - rest) * np.outer(lead, lead)
-    model = GaussianBaseline(PLANE, per_class=False, max_parameters=3).fit_to([(x, {})])
-    assert model.rank_kept == 1
+    model = GaussianBaseline(PLANE, per_class=False, max_parameters=3).fit([(x, {})])
+    assert model.rank == 1
     expected = -multivariate_normal(flat.mean(0), covariance).logpdf(flat) / math.log(2) / 3
     np.testing.assert_allclose(model.bits_per_dim(x, {}).numpy(), expected, rtol=1e-5)
 
 
-def test_more_pixels_than_images_gives_the_same_covariance() -> None:
-    """5 images of 12 numbers: the short way, by products between images, is the long way."""
-    spec = DataSpec(name="wide", shape=(3, 2, 2), num_levels=256)
+def test_the_gram_matrix_gives_the_same_covariance() -> None:
+    """5 images of 12 values use the Gram matrix of the images."""
+    spec = DataSpec(name="wide", shape=(3, 2, 2), num_bins=256)
     x = torch.rand(5, 3, 2, 2, generator=generator("cpu", 3)) * 2 - 1
-    model = GaussianBaseline(spec).fit_to([(x, {})])
+    model = GaussianBaseline(spec).fit([(x, {})])
     flat = x.flatten(1).double().numpy()
     step = 2 / 255
     covariance = np.cov(flat.T, bias=True) + step**2 / 12 * np.eye(12)
@@ -78,12 +78,12 @@ def test_more_pixels_than_images_gives_the_same_covariance() -> None:
     np.testing.assert_allclose((w.T @ w + s * torch.eye(12)).numpy(), covariance, atol=1e-6)
 
 
-def test_discrete_bits_are_the_exact_average_over_dequantisation_and_a_bound() -> None:
-    """One pixel of four levels: against the integral over the bin, and never better than the bin's log probability."""
-    spec = DataSpec(name="pixel", shape=(1, 1, 1), num_levels=4)
+def test_discrete_bits_average_over_dequantisation_and_are_a_bound() -> None:
+    """One pixel of four values: equal to the integral over the bin, and never below -log2 of its probability."""
+    spec = DataSpec(name="pixel", shape=(1, 1, 1), num_bins=4)
     levels = torch.tensor([0, 1, 1, 1, 2, 2, 3, 1, 2, 1])
     x = (levels * 2 / 3 - 1).view(-1, 1, 1, 1)
-    model = GaussianBaseline(spec).fit_to([(x, {})])
+    model = GaussianBaseline(spec).fit([(x, {})])
     step, values = 2 / 3, x.flatten().double().numpy()
     normal: Any = norm(values.mean(), math.sqrt(values.var() + step**2 / 12))
     assert model.likelihoods()["density"].kind == "bound"
@@ -96,9 +96,9 @@ def test_discrete_bits_are_the_exact_average_over_dequantisation_and_a_bound() -
 
 
 def test_samples_have_the_moments_of_the_data() -> None:
-    """Within five standard errors; clamping at -1 and 1 is far out here."""
+    """Within five standard errors; clamping to [-1, 1] has no effect here."""
     x, label = plane(400)
-    model = GaussianBaseline(PLANE, conditional=True).fit_to([(x, {"label": label})])
+    model = GaussianBaseline(PLANE, conditional=True).fit([(x, {"label": label})])
     n = 40_000
     for k in range(2):
         cond = {"label": torch.full((n,), k)}
@@ -112,28 +112,28 @@ def test_samples_have_the_moments_of_the_data() -> None:
 
 def test_unconditional_samples_have_the_class_weights() -> None:
     x, label = plane(400)
-    model = GaussianBaseline(PLANE).fit_to([(x, {"label": label})])
+    model = GaussianBaseline(PLANE).fit([(x, {"label": label})])
     drawn = model.sample(20_000, generator=generator("cpu", 2))
     densities = torch.stack([model._log_density(drawn.flatten(1), k) for k in range(2)], 1)
     share = float((densities[:, 1] > densities[:, 0]).double().mean())
     assert share == pytest.approx(0.25, abs=0.02)
 
 
-def test_the_ridge_helps_held_out_digits() -> None:
+def test_the_ridge_improves_held_out_likelihood() -> None:
     data = Digits()
     few = list(itertools.islice(data.batches("train", 100), 3))
-    plain = GaussianBaseline(data.spec).fit_to(few)
-    ridged = GaussianBaseline(data.spec).fit_to(few, data.batches("val"))
+    plain = GaussianBaseline(data.spec).fit(few)
+    ridged = GaussianBaseline(data.spec).fit(few, data.batches("val"))
     x, cond = next(data.batches("test"))
     assert ridged.bits_per_dim(x, cond).mean() < plain.bits_per_dim(x, cond).mean() - 0.1
 
 
-def test_padding_is_black_and_costs_nothing() -> None:
-    small = DataSpec(name="s", shape=(1, 2, 2), num_levels=256)
-    padded = DataSpec(name="p", shape=(1, 6, 6), num_levels=256, padding=2)
+def test_padding_is_black_and_adds_no_bits() -> None:
+    small = DataSpec(name="s", shape=(1, 2, 2), num_bins=256)
+    padded = DataSpec(name="p", shape=(1, 6, 6), num_bins=256, padding=2)
     x = torch.rand(30, 1, 2, 2, generator=generator("cpu", 4)) * 2 - 1
     wide = torch.nn.functional.pad(x, (2,) * 4, value=-1.0)
-    one, two = GaussianBaseline(small).fit_to([(x, {})]), GaussianBaseline(padded).fit_to([(wide, {})])
+    one, two = GaussianBaseline(small).fit([(x, {})]), GaussianBaseline(padded).fit([(wide, {})])
     torch.testing.assert_close(one.bits_per_dim(x, {}), two.bits_per_dim(wide, {}))
     drawn = two.sample(3, generator=generator("cpu", 0))
     assert drawn.shape == (3, 1, 6, 6)
@@ -150,12 +150,12 @@ def test_one_training_step_fits_everything(tmp_path) -> None:
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(model, datamodule=data)
-    expected = GaussianBaseline(data.spec).fit_to(data.batches("train"), data.batches("val"))
+    expected = GaussianBaseline(data.spec).fit(data.batches("train"), data.batches("val"))
     for name, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
     assert model.closed_form and not model.averaged_parameters()
 
 
-def test_one_gaussian_knows_no_classes() -> None:
+def test_a_single_gaussian_cannot_be_conditional() -> None:
     with pytest.raises(UserError, match="per_class"):
         GaussianBaseline(PLANE, conditional=True, per_class=False)

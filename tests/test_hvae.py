@@ -1,4 +1,4 @@
-"""Laws of the hierarchical VAE: a bound that is one, to the exact gap; posteriors beside priors; steps not taken."""
+"""Hierarchical VAEs: the bound and its exact gap, posteriors and priors, and skipped steps."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from gencompare.data.digits import Digits
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.evaluation.sampling import draw_samples
 from gencompare.generative_model import DataSpec, SupportsReconstruction, SupportsVisualization
-from gencompare.models.hvae import HVAE, MAX_SKIPPED
+from gencompare.models.hvae import HVAE, MAX_CONSECUTIVE_SKIPS
 from gencompare.models.pixel_likelihoods import BernoulliLikelihood, DiscretizedLogistic, GaussianLikelihood
 from gencompare.networks.hierarchical import BottleneckBlock, DiagonalGaussian, TopDownBlock, TopDownDecoder
 from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget
-from gencompare.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from gencompare.training.loggers import MetricLogger
 
-SMALL: dict[str, Any] = {"channels": 8, "max_channels": 16, "bottleneck": 2.0, "latent_channels": 4}
+SMALL: dict[str, Any] = {"channels": 8, "max_channels": 16, "bottleneck_ratio": 2.0, "latent_channels": 4}
 
 
-def hvae(spec: DataSpec = Digits.spec, ladder: dict[str, Any] | None = None, **options: Any) -> HVAE:
+def hvae(spec: DataSpec = Digits.spec, decoder: dict[str, Any] | None = None, **options: Any) -> HVAE:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "ladder": partial(TopDownDecoder, **(SMALL | (ladder or {}))),
+        "decoder": partial(TopDownDecoder, **(SMALL | (decoder or {}))),
         "likelihood": DiscretizedLogistic,
         "optimizer": partial(torch.optim.AdamW, lr=5e-3),
         "grad_clip": 200.0,
@@ -47,8 +48,8 @@ def hvae(spec: DataSpec = Digits.spec, ladder: dict[str, Any] | None = None, **o
     return HVAE(spec, **(settings | options))
 
 
-def stirred(model: HVAE) -> HVAE:
-    """The model with all weights moved, so that nothing is nought as at the start."""
+def perturbed(model: HVAE) -> HVAE:
+    """The model with perturbed weights, so that none is zero as at initialisation."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -56,8 +57,8 @@ def stirred(model: HVAE) -> HVAE:
     return model
 
 
-def whole(n: int, seed: int = 0) -> RandomSource:
-    return RandomSource.whole(torch.Generator().manual_seed(seed), n)
+def source(n: int, seed: int = 0) -> RandomSource:
+    return RandomSource.for_batch(torch.Generator().manual_seed(seed), n)
 
 
 def digits(n: int) -> tuple[Tensor, Tensor]:
@@ -67,35 +68,35 @@ def digits(n: int) -> tuple[Tensor, Tensor]:
 
 def learn(model: HVAE, optimizer: torch.optim.Optimizer, x: Tensor, cond: dict[str, Tensor], steps: range) -> None:
     for step in steps:
-        loss = model.losses(x, cond, whole(len(x), step))["loss"].mean()
+        loss = model.losses(x, cond, source(len(x), step))["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
         model.on_before_optimizer_step(optimizer)
         optimizer.step()
 
 
-# The bound
+# Evidence lower bound
 
 
-def test_deviations_of_residual_posteriors_have_bounds() -> None:
-    said = torch.tensor([-1000.0, -0.1, 0.1, 1000.0])
-    assert torch.allclose(DiagonalGaussian(said, said, bound=5.0).log_std, torch.tensor([-5, -0.1, 0.1, 5]), atol=1e-4)
-    assert torch.equal(DiagonalGaussian(said, said).log_std, said)
+def test_log_stds_of_residual_posteriors_are_bounded() -> None:
+    raw = torch.tensor([-1000.0, -0.1, 0.1, 1000.0])
+    assert torch.allclose(DiagonalGaussian(raw, raw, bound=5.0).log_std, torch.tensor([-5, -0.1, 0.1, 5]), atol=1e-4)
+    assert torch.equal(DiagonalGaussian(raw, raw).log_std, raw)
     for residual, bound in ((True, 5.0), (False, None)):
-        layer = hvae(ladder={"residual_posterior": residual}).ladder.layers[0]
+        layer = hvae(decoder={"residual_posterior": residual}).ladder.layers[0]
         prior, h = layer.prior(torch.zeros(1, 16, 1, 1))
         assert prior.bound == layer.posterior(h, torch.zeros_like(h), prior).bound == bound
 
 
-def test_the_divergence_is_that_of_two_normal_distributions() -> None:
+def test_kl_matches_two_normal_distributions() -> None:
     a, b, c, d = torch.randn(4, 200, dtype=torch.float64)
     found = DiagonalGaussian(a, b).kl(DiagonalGaussian(c, d))
     assert torch.allclose(found, kl_divergence(Normal(a, b.exp()), Normal(c, d.exp())))
     assert not DiagonalGaussian(a, b).kl(DiagonalGaussian(a, b)).any()
 
 
-def straight(block: BottleneckBlock, weight: Tensor, bias: Tensor, offset: float) -> None:
-    """Make a block linear: y = weight (x - offset) + bias. Far to the right, GELU is the identity."""
+def make_linear(block: BottleneckBlock, weight: Tensor, bias: Tensor, offset: float) -> None:
+    """Make a block linear, y = weight (x - offset) + bias, with inputs so large that GELU is the identity."""
     first, second, third, last = block.convs
     with torch.no_grad():
         for conv in (first, second, third):
@@ -108,27 +109,27 @@ def straight(block: BottleneckBlock, weight: Tensor, bias: Tensor, offset: float
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_the_bound_misses_the_exact_likelihood_by_the_posteriors_divergence(residual: bool) -> None:
+def test_the_gap_of_the_bound_is_the_kl_of_the_posterior(residual: bool) -> None:
     r"""Two layers, z1 ~ N(0, 1), z2 ~ N(A z1, s^2), x ~ N(U z1 + V z2, sigma^2), under the posterior
     q(z1|x) = N(B x, t1^2), q(z2|z1, x) = N(C x + D z1, t2^2): ELBO = log p(x) - KL(q(z1, z2|x) || p(z1, z2|x)),
-    all three from the means and covariances of joint Gaussians."""
+    with all three terms from the moments of joint Gaussians."""
     rng = np.random.default_rng(0)
     d, k, sigma, far = 4, 2, 1.0, 20.0
     a, u, v = rng.normal(size=(k, k)), 0.5 * rng.normal(size=(d, k)), 0.5 * rng.normal(size=(d, k))
     b, c, e = 0.2 * rng.normal(size=(k, d)), 0.2 * rng.normal(size=(k, d)), 0.3 * rng.normal(size=(k, k))
     s, t1, t2 = np.array([0.6, 0.9]), np.array([0.7, 0.5]), np.array([0.4, 0.6])
 
-    spec = DataSpec("points", (d, 1, 1), num_levels=None)
-    ladder = partial(
-        TopDownDecoder, channels=8, max_channels=8, bottleneck=1.0, latent_channels=k, encoder_blocks=1,
-        decoder_blocks=2,
+    spec = DataSpec("points", (d, 1, 1), num_bins=None)
+    decoder = partial(
+        TopDownDecoder, channels=8, max_channels=8, bottleneck_ratio=1.0, latent_channels=k, num_encoder_blocks=1,
+        num_decoder_blocks=2,
         residual_posterior=residual,
     )  # fmt: skip
-    model = HVAE(spec, ladder=ladder, likelihood=GaussianLikelihood)
+    model = HVAE(spec, decoder=decoder, likelihood=GaussianLikelihood)
     net, tensor = model.ladder, partial(torch.tensor, dtype=torch.float32)
     eye = torch.eye(k)
     with torch.no_grad():
-        # Features are x, and the state is (z1, z2), both moved far to the right.
+        # Features are x and the state is (z1, z2), both with a large offset.
         for p in net.stem.parameters(), net.features.parameters(), net.starts.parameters():
             for weight in p:
                 weight.zero_()
@@ -140,19 +141,19 @@ def test_the_bound_misses_the_exact_likelihood_by_the_posteriors_divergence(resi
             layer.project.weight.zero_()
             layer.project.weight[place * k : (place + 1) * k, :, 0, 0] = eye
         first, second = net.layers
-        nought = torch.zeros(2 * k + 8, 8)
-        straight(first.prior_block, nought, torch.zeros(2 * k + 8), far)
-        prior, bias = nought.clone(), torch.zeros(2 * k + 8)
+        zeros = torch.zeros(2 * k + 8, 8)
+        make_linear(first.prior_block, zeros, torch.zeros(2 * k + 8), far)
+        prior, bias = zeros.clone(), torch.zeros(2 * k + 8)
         prior[:k, :k], bias[k : 2 * k] = tensor(a), tensor(np.log(s))
-        straight(second.prior_block, prior, bias, far)
-        # The hidden channels of a posterior's block: z1 in two of the state's, x in four of the features'.
+        make_linear(second.prior_block, prior, bias, far)
+        # Hidden channels of a posterior block: z1 in two state channels, x in four feature channels.
         for layer, mean_z, mean_x, log_std in (
             (first, np.zeros((k, k)), b, np.log(t1)),
             (second, e - residual * a, c, np.log(t2) - residual * np.log(s)),
         ):
             out = torch.zeros(2 * k, 8)
             out[:k, :k], out[:k, k : k + d] = tensor(mean_z), tensor(mean_x)
-            straight(layer.posterior_block, out, torch.cat([torch.zeros(k), tensor(log_std)]), far)
+            make_linear(layer.posterior_block, out, torch.cat([torch.zeros(k), tensor(log_std)]), far)
             narrow = torch.zeros(8, 16)
             narrow[:k, :k], narrow[k : k + d, 8 : 8 + d] = eye, torch.eye(d)
             layer.posterior_block.convs[0].weight[:, :, 0, 0] = narrow  # type: ignore[index]
@@ -163,7 +164,7 @@ def test_the_bound_misses_the_exact_likelihood_by_the_posteriors_divergence(resi
         assert isinstance(model.likelihood, GaussianLikelihood)
         model.likelihood.weight.fill_(math.log(sigma) / GaussianLikelihood.GAIN)
 
-    # The joint of z = (z1, z2) = M n with standard normal n, and the truth.
+    # The joint distribution of z = (z1, z2) = M n with standard normal n, and the true posterior.
     m = np.block([[np.eye(k), np.zeros((k, k))], [a, np.diag(s)]])
     w, cov_z = np.concatenate([u, v], axis=1), m @ m.T
     marginal = stats.multivariate_normal(np.zeros(d), w @ cov_z @ w.T + sigma**2 * np.eye(d))
@@ -186,14 +187,14 @@ def test_the_bound_misses_the_exact_likelihood_by_the_posteriors_divergence(resi
     assert (np.abs(elbo.mean(1).numpy() - (exact - divergence)) < error).all()
 
 
-def test_a_trained_bound_uses_its_latents_and_is_never_below_the_entropy() -> None:
-    """Four patterns of 4x4 pixels, equally frequent: the entropy is 2 bits in 16 pixels. Without latents the pixels
-    would be independent, and their own entropies the best there is."""
+def test_training_uses_latents_and_the_bound_is_above_the_entropy() -> None:
+    """Four equally frequent patterns of 4x4 pixels have an entropy of 2 bits. Without latents, pixels would be
+    independent, with at least the sum of their entropies."""
     patterns = torch.randint(2, (4, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     x, entropy, bits = patterns, 2 / 16, math.inf
     share = (x.mean(0).numpy() + 1) / 2
     independent = stats.bernoulli(share).entropy().mean() / math.log(2)
-    model = hvae(DataSpec("patterns", (1, 4, 4), num_levels=2), ladder={"decoder_blocks": 1})
+    model = hvae(DataSpec("patterns", (1, 4, 4), num_bins=2), decoder={"num_decoder_blocks": 1})
     optimizer = model.configure_optimizers()
     for step in range(0, 120, 20):
         learn(model, optimizer, x.repeat(8, 1, 1, 1), {}, range(step, step + 20))
@@ -204,26 +205,26 @@ def test_a_trained_bound_uses_its_latents_and_is_never_below_the_entropy() -> No
     assert bits < 0.7 * independent
 
 
-def test_terms_are_the_bound_and_name_each_resolution() -> None:
-    model, (x, _) = stirred(hvae()), digits(6)
+def test_terms_add_up_to_the_bound_and_name_each_resolution() -> None:
+    model, (x, _) = perturbed(hvae()), digits(6)
     terms = model.likelihoods()["elbo"].terms(x, {}, torch.Generator().manual_seed(0))
     assert list(terms) == ["reconstruction", "kl_1x1", "kl_4x4", "kl_8x8"]
     assert all((value > 0).all() for value in terms.values())
-    losses = model.losses(x, {}, whole(6))
+    losses = model.losses(x, {}, source(6))
     for name, value in terms.items():
         assert torch.allclose(losses[name], value, atol=1e-6), name
     assert torch.allclose(losses["bits_per_dim"], torch.stack(list(terms.values())).sum(0), atol=1e-5)
     assert torch.allclose(losses["loss"], losses["bits_per_dim"] * math.log(2), atol=1e-5)
 
 
-def test_divergences_weigh_in_by_even_steps_and_the_bound_does_not_move() -> None:
-    (x, _), model = digits(4), stirred(hvae(kl_warmup_steps=4)).train()
-    plain = model.eval().losses(x, {}, whole(4))
+def test_kl_warmup_is_linear_and_does_not_change_the_bound() -> None:
+    (x, _), model = digits(4), perturbed(hvae(kl_warmup_steps=4)).train()
+    plain = model.eval().losses(x, {}, source(4))
     reconstruction = plain["reconstruction"] * math.log(2)
     for step in range(6):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(HVAE, "global_step", step)
-            warm = model.train().losses(x, {}, whole(4))
+            warm = model.train().losses(x, {}, source(4))
         expected = reconstruction + min(1, (step + 1) / 4) * (plain["loss"] - reconstruction)
         assert torch.allclose(warm["loss"], expected, atol=1e-5), step
         assert torch.equal(warm["bits_per_dim"], plain["bits_per_dim"])
@@ -232,22 +233,22 @@ def test_divergences_weigh_in_by_even_steps_and_the_bound_does_not_move() -> Non
 # Priors and posteriors
 
 
-def test_a_residual_posterior_without_a_correction_is_the_prior() -> None:
-    model, (x, _) = stirred(hvae(ladder={"residual_posterior": True})), digits(4)
+def test_a_residual_posterior_without_residual_is_the_prior() -> None:
+    model, (x, _) = perturbed(hvae(decoder={"residual_posterior": True})), digits(4)
     for layer in model.ladder.layers:
         for p in layer.posterior_block.convs[-1].parameters():
             nn.init.zeros_(p)
     terms = model.likelihoods()["elbo"].terms(x, {}, torch.Generator().manual_seed(0))
     assert all(not value.any() for name, value in terms.items() if name != "reconstruction")
-    # The state without the prior beside it: an absolute posterior with nothing said is N(0, 1), and the prior is not.
+    # Without the prior as reference: a zero output is an absolute posterior N(0, 1), which is not the prior.
     for layer in model.ladder.layers:
         layer.residual_posterior = False
     terms = model.likelihoods()["elbo"].terms(x, {}, torch.Generator().manual_seed(0))
     assert all((value > 0).all() for name, value in terms.items() if name != "reconstruction")
 
 
-def test_latents_are_prior_means_at_temperature_nought_and_spread_with_it() -> None:
-    model = stirred(hvae(temperature=0.0))
+def test_the_spread_of_latents_is_proportional_to_the_temperature() -> None:
+    model = perturbed(hvae(temperature=0.0))
     seen: list[tuple[Tensor, DiagonalGaussian]] = []
     original = TopDownBlock.forward
 
@@ -256,10 +257,10 @@ def test_latents_are_prior_means_at_temperature_nought_and_spread_with_it() -> N
         return original(self, h, z)
 
     priors: list[DiagonalGaussian] = []
-    asked = TopDownBlock.prior
+    original_prior = TopDownBlock.prior
 
     def prior(self: TopDownBlock, h: Tensor) -> Any:
-        found = asked(self, h)
+        found = original_prior(self, h)
         priors.append(found[0])
         return found
 
@@ -279,41 +280,41 @@ def test_latents_are_prior_means_at_temperature_nought_and_spread_with_it() -> N
     assert "temperature 0.7" in model.sampling_description()
 
 
-def test_a_sample_takes_one_pass_of_the_ladder() -> None:
-    assert draw_samples(hvae(), 5, seed=0).nfe == {"ladder": 1}
+def test_a_sample_takes_one_pass_of_the_decoder() -> None:
+    assert draw_samples(hvae(), 5, seed=0).nfe == {"decoder": 1}
 
 
-def test_kept_latents_give_the_image_back_and_deviations_decode_to_it() -> None:
-    model, (x, _) = stirred(hvae()), digits(4)
+def test_keeping_all_latents_reconstructs_the_image() -> None:
+    model, (x, _) = perturbed(hvae()), digits(4)
     assert isinstance(model, SupportsReconstruction) and isinstance(model, SupportsVisualization)
-    pictures = model.pictures(x, {}, generator=torch.Generator().manual_seed(0))
-    again = model.reconstruct(x, {}, generator=torch.Generator())
-    kept = pictures["kept_latents"]
+    grids = model.visualize(x, {}, generator=torch.Generator().manual_seed(0))
+    reconstruction = model.reconstruct(x, {}, generator=torch.Generator())
+    kept = grids["kept_latents"]
     assert kept.shape == (4, 1 + 3, 1, 8, 8) and torch.equal(kept[:, 0], x)
-    assert torch.allclose(kept[:, -1], again, atol=1e-5)
-    assert not torch.allclose(kept[:, 1], again, atol=1e-2)
-    between = pictures["interpolation"]
+    assert torch.allclose(kept[:, -1], reconstruction, atol=1e-5)
+    assert not torch.allclose(kept[:, 1], reconstruction, atol=1e-2)
+    between = grids["interpolation"]
     assert between.shape == (2, 9, 1, 8, 8)
-    assert torch.allclose(between[:, [0, -1]].flatten(0, 1), again, atol=1e-5)
-    cold = pictures["temperatures"]
+    assert torch.allclose(between[:, [0, -1]].flatten(0, 1), reconstruction, atol=1e-5)
+    cold = grids["temperatures"]
     assert cold.shape == (5, 4, 1, 8, 8)
-    # At temperature 0 all images are one, and none at 1.
+    # At temperature 0 all images are equal, at 1 they differ.
     assert torch.allclose(cold[-1], cold[-1, :1].expand(4, -1, -1, -1), atol=1e-6)
     assert not torch.allclose(cold[0, 0], cold[0, 1], atol=1e-2)
 
 
-def test_images_do_not_see_each_other() -> None:
-    model, (x, _) = stirred(hvae()).train(), digits(8)
-    both = model.losses(x, {}, whole(8))["loss"]
+def test_images_of_a_batch_are_independent() -> None:
+    model, (x, _) = perturbed(hvae()).train(), digits(8)
+    both = model.losses(x, {}, source(8))["loss"]
     half = model.losses(x[4:], {}, RandomSource(torch.Generator().manual_seed(0), 4, 8, 8))["loss"]
     assert torch.allclose(both[4:], half, atol=1e-5)
 
 
-def test_padding_is_not_scored_and_comes_out_black() -> None:
-    spec = DataSpec("padded", (1, 12, 12), num_levels=17, padding=2)
-    model = stirred(hvae(spec))
+def test_padding_is_not_scored_and_is_black_in_samples() -> None:
+    spec = DataSpec("padded", (1, 12, 12), num_bins=17, padding=2)
+    model = perturbed(hvae(spec))
     x = torch.zeros(2, 1, 12, 12)
-    h = torch.randn(2, model.likelihood.maps, 12, 12)
+    h = torch.randn(2, model.likelihood.decoder_channels, 12, 12)
     moved = h.clone()
     moved[..., :2, :] += 1
     assert torch.equal(model.likelihood.log_prob(h, x), model.likelihood.log_prob(moved, x))
@@ -325,12 +326,12 @@ def test_padding_is_not_scored_and_comes_out_black() -> None:
         assert (images[..., 2:-2, 2:-2] != -1).any()
 
 
-def test_a_conditional_one_draws_the_class_it_is_asked_for() -> None:
-    spec = DataSpec("marks", (1, 4, 4), num_classes=2, num_levels=17)
+def test_conditional_samples_have_the_requested_class() -> None:
+    spec = DataSpec("marks", (1, 4, 4), num_classes=2, num_bins=17)
     x = torch.full((2, 1, 4, 4), -0.5)
     x[0, :, :2], x[1, :, 2:] = 0.5, 0.5
     x, cond = x.repeat(8, 1, 1, 1), {"label": torch.arange(2).repeat(8)}
-    model = hvae(spec, conditional=True, ladder={"decoder_blocks": 1})
+    model = hvae(spec, conditional=True, decoder={"num_decoder_blocks": 1})
     learn(model, model.configure_optimizers(), x, cond, range(60))
     drawn = model.sample(16, cond, generator=torch.Generator().manual_seed(0))
     assert (drawn - x).square().mean() < 0.25 * (drawn + x).square().mean()  # -x is the other class
@@ -345,11 +346,11 @@ def fit(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, factor: float = 1e6,
     planted: Container[int] = (3,),
 ) -> Any:  # fmt: skip
-    """Train under the trainer; the losses of the steps ``planted`` are a million times too large, or not finite."""
+    """Train with a Trainer; the losses of the steps ``planted`` are multiplied by ``factor``, huge or NaN."""
 
     class Planted(HVAE):
-        def losses(self, x: Tensor, cond: Any, draws: RandomSource) -> dict[str, Tensor]:
-            found = super().losses(x, cond, draws)
+        def losses(self, x: Tensor, cond: Any, rng: RandomSource) -> dict[str, Tensor]:
+            found = super().losses(x, cond, rng)
             if self.trainer.callbacks[0].step not in planted:  # type: ignore[attr-defined]
                 return found
             return {**found, "loss": found["loss"] * factor}
@@ -358,15 +359,15 @@ def fit(
         def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, *_: Any) -> None:
             step = trainer.callbacks[0].step
             weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-            figures.append({name: float(value.detach()) for name, value in outputs.items()})
+            metrics.append({name: float(value.detach()) for name, value in outputs.items()})
             if step == until:
                 trainer.should_stop = True
 
     weights: list[dict[str, Tensor]] = []
-    figures: list[dict[str, float]] = []
+    metrics: list[dict[str, float]] = []
     torch.manual_seed(0)
     model = Planted(
-        Digits.spec, ladder=partial(TopDownDecoder, **SMALL), likelihood=DiscretizedLogistic, grad_skip=400.0,
+        Digits.spec, decoder=partial(TopDownDecoder, **SMALL), likelihood=DiscretizedLogistic, grad_skip=400.0,
         grad_clip=200.0,
         optimizer=partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
     )  # fmt: skip
@@ -377,19 +378,19 @@ def fit(
     )  # fmt: skip
     checkpoint = folder / "last.ckpt" if resume else None
     trainer.fit(model, datamodule=Digits(batch_size=16), ckpt_path=checkpoint, weights_only=resume or None)
-    return model, callbacks, weights, figures
+    return model, callbacks, weights, metrics
 
 
-def test_a_step_of_a_huge_gradient_is_skipped_and_a_resumed_run_skips_alike(tmp_path: Path) -> None:
-    model, callbacks, weights, figures = fit(tmp_path / "whole", steps=7)
-    assert figures[3]["grad_norm"] > 400 > figures[2]["grad_norm"] > 0
+def test_a_step_with_a_huge_gradient_is_skipped_also_when_resumed(tmp_path: Path) -> None:
+    model, callbacks, weights, metrics = fit(tmp_path / "whole", steps=7)
+    assert metrics[3]["grad_norm"] > 400 > metrics[2]["grad_norm"] > 0
     for name, value in weights[3].items():
         assert torch.equal(value, weights[2][name]), name
     changed = [any(not torch.equal(b[name], a[name]) for name in a) for a, b in pairwise(weights)]
     assert changed == [True, True, False, True, True, True]
-    assert [row["skipped"] for row in figures] == [0, 0, 0, 1, 0, 0, 0]
+    assert [row["skipped"] for row in metrics] == [0, 0, 0, 1, 0, 0, 0]
     assert model.skipped_steps == 1
-    # The optimiser too has seen six steps, not seven.
+    # The optimizer has taken six steps, not seven.
     steps = {int(state["step"]) for state in model.trainer.optimizers[0].state.values()}
     assert steps == {6}
 
@@ -401,40 +402,40 @@ def test_a_step_of_a_huge_gradient_is_skipped_and_a_resumed_run_skips_alike(tmp_
         assert torch.equal(value, again[1].average[name]), name
 
 
-def test_a_step_whose_loss_is_not_finite_is_skipped_and_told_as_no_more(tmp_path: Path) -> None:
-    model, callbacks, weights, figures = fit(tmp_path, steps=6, factor=math.nan, planted=(3, 4, 5))
+def test_a_step_with_a_nonfinite_loss_is_skipped_and_logged_as_skipped(tmp_path: Path) -> None:
+    model, callbacks, weights, metrics = fit(tmp_path, steps=6, factor=math.nan, planted=(3, 4, 5))
     assert model.skipped_steps == 3
     for name, value in weights[5].items():
         assert torch.equal(value, weights[2][name]), name
-    # The curve of steps 5 and 6, which were both skipped, and of 3 and 4, where one was.
+    # Logged for steps 5 and 6, both skipped, and for 3 and 4, of which one was skipped.
     assert callbacks[3].latest["train/skipped"] == 1 and "train/loss" not in callbacks[3].latest
-    _, callbacks, _, figures = fit(tmp_path / "half", steps=4, factor=math.nan)
+    _, callbacks, _, metrics = fit(tmp_path / "half", steps=4, factor=math.nan)
     assert callbacks[3].latest["train/skipped"] == 0.5
-    assert callbacks[3].latest["train/loss"] == pytest.approx(figures[2]["loss"])
-    assert callbacks[3].latest["train/grad_norm"] == pytest.approx(figures[2]["grad_norm"])
+    assert callbacks[3].latest["train/loss"] == pytest.approx(metrics[2]["loss"])
+    assert callbacks[3].latest["train/grad_norm"] == pytest.approx(metrics[2]["grad_norm"])
 
 
 @pytest.mark.parametrize("factor", [1e6, math.nan])
-def test_training_ends_where_every_step_is_skipped(factor: float, tmp_path: Path) -> None:
-    steps = range(3, 3 + MAX_SKIPPED)
-    with pytest.raises(TrainingStopped, match=r"50 steps in a row .*grad_skip=400.*lower learning rate"):
+def test_training_ends_after_too_many_consecutive_skips(factor: float, tmp_path: Path) -> None:
+    steps = range(3, 3 + MAX_CONSECUTIVE_SKIPS)
+    with pytest.raises(TrainingStopped, match=r"50 consecutive steps .*grad_skip=400.*lower learning rate"):
         fit(tmp_path / "all", steps=60, factor=factor, planted=steps)
     model, *_ = fit(tmp_path / "but one", steps=60, factor=factor, planted={*steps, 54} - {30})
     assert model.skipped_steps == 50
 
 
-def test_where_pixels_are_taken_for_probabilities_there_are_no_bits_per_dim() -> None:
+def test_bernoulli_likelihoods_of_grey_images_give_no_bits_per_dim() -> None:
     x, _ = digits(4)
     grey = hvae(likelihood=BernoulliLikelihood)
-    assert not grey.likelihoods() and "bits_per_dim" not in grey.losses(x, {}, whole(4))
-    assert "bits_per_dim" in hvae().losses(x, {}, whole(4))
+    assert not grey.likelihoods() and "bits_per_dim" not in grey.losses(x, {}, source(4))
+    assert "bits_per_dim" in hvae().losses(x, {}, source(4))
 
 
 @pytest.mark.parametrize(("norm", "skip", "clip", "expected"), [
     (3.0, None, None, 3.0), (3.0, 2.0, 1.0, None), (3.0, 4.0, 1.0, 1.0), (math.nan, 4.0, 1.0, None),
     (math.inf, 4.0, 1.0, None), (3.0, 4.0, None, 3.0),
 ])  # fmt: skip
-def test_a_gradient_is_taken_clipped_or_away(
+def test_gradients_are_kept_clipped_or_removed(
     norm: float, skip: float | None, clip: float | None, expected: float | None
 ) -> None:
     model = hvae(grad_skip=skip, grad_clip=clip)
@@ -448,8 +449,8 @@ def test_a_gradient_is_taken_clipped_or_away(
     assert model.skipped_steps == (expected is None)
 
 
-def share_of_training(rank: int, world: int) -> dict[str, Tensor]:
-    """Four steps of one of ``world`` processes under DDP; the third has a huge gradient on the last process alone."""
+def train_on_part(rank: int, world: int) -> dict[str, Tensor]:
+    """Four steps of one of ``world`` processes under DDP; the third has a huge gradient on the last process only."""
     model = hvae(grad_skip=1e4, grad_clip=1.0, optimizer=partial(torch.optim.AdamW, lr=1e-3, eps=1e-2))
 
     class Step(nn.Module):
@@ -457,15 +458,15 @@ def share_of_training(rank: int, world: int) -> dict[str, Tensor]:
             super().__init__()
             self.model = model
 
-        def forward(self, x: Tensor, draws: RandomSource) -> Tensor:
-            return self.model.losses(x, {}, draws)["loss"].mean()
+        def forward(self, x: Tensor, rng: RandomSource) -> Tensor:
+            return self.model.losses(x, {}, rng)["loss"].mean()
 
     step, optimizer = nn.parallel.DistributedDataParallel(Step()), model.configure_optimizers()
     x, _ = digits(32)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     for k in range(4):
-        draws = RandomSource(torch.Generator().manual_seed(k), rows.start, rows.stop, 8)
-        loss = step(x[8 * k :][rows], draws)
+        rng = RandomSource(torch.Generator().manual_seed(k), rows.start, rows.stop, 8)
+        loss = step(x[8 * k :][rows], rng)
         optimizer.zero_grad()
         (loss * (1e6 if k == 2 and rank == world - 1 else 1)).backward()
         model.on_before_optimizer_step(optimizer)
@@ -474,9 +475,9 @@ def share_of_training(rank: int, world: int) -> dict[str, Tensor]:
 
 
 @needs_fork
-def test_two_processes_skip_together_and_learn_what_one_learns(tmp_path: Path) -> None:
-    (alone,) = in_processes(1, tmp_path, share_of_training)
-    first, second = in_processes(2, tmp_path, share_of_training)
+def test_two_processes_skip_and_learn_the_same_as_one(tmp_path: Path) -> None:
+    (alone,) = in_processes(1, tmp_path, train_on_part)
+    first, second = in_processes(2, tmp_path, train_on_part)
     assert alone["skipped_steps"] == first["skipped_steps"] == 1
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
@@ -487,26 +488,26 @@ def test_two_processes_skip_together_and_learn_what_one_learns(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 64, 64), (1, 28, 28), (2, 12, 20), (1, 2, 2), (2, 1, 1)])
-def test_every_size_has_a_ladder_whose_every_weight_learns(shape: tuple[int, int, int]) -> None:
-    spec = DataSpec("any", shape, num_classes=3, num_levels=9)
-    model = stirred(hvae(spec, ladder={"decoder_blocks": 1}, conditional=True))
+def test_every_weight_gets_a_gradient_at_every_image_size(shape: tuple[int, int, int]) -> None:
+    spec = DataSpec("any", shape, num_classes=3, num_bins=9)
+    model = perturbed(hvae(spec, decoder={"num_decoder_blocks": 1}, conditional=True))
     x = torch.rand(3, *shape) * 2 - 1
-    model.losses(x, {"label": torch.arange(3)}, whole(3))["loss"].mean().backward()
+    model.losses(x, {"label": torch.arange(3)}, source(3))["loss"].mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert model.ladder.plan[-1][1:] == (1, 1)
+    assert model.ladder.shapes[-1][1:] == (1, 1)
 
 
-def test_resolutions_without_latents_have_a_block_and_no_divergence() -> None:
-    """8x8, 4x4 and 1x1, with 4 numbers a place in two layers of 1x1 and one of 4x4."""
-    model, (x, _) = stirred(hvae(ladder={"decoder_blocks": [0, 1, 2]})), digits(3)
-    assert set(model.terms(x, {}, whole(3))) == {"reconstruction", "kl_1x1", "kl_4x4"}
+def test_resolutions_without_latents_have_a_block_and_no_kl() -> None:
+    """8x8, 4x4 and 1x1, with 4 latent channels in two layers of 1x1 and one of 4x4."""
+    model, (x, _) = perturbed(hvae(decoder={"num_decoder_blocks": [0, 1, 2]})), digits(3)
+    assert set(model.terms(x, {}, source(3))) == {"reconstruction", "kl_1x1", "kl_4x4"}
     assert model.latent_dim == 2 * 4 + 4 * 16
-    assert model.pictures(x, {}, generator=torch.Generator())["kept_latents"].shape == (3, 1 + 2, 1, 8, 8)
-    model.losses(x, {}, whole(3))["loss"].mean().backward()
+    assert model.visualize(x, {}, generator=torch.Generator())["kept_latents"].shape == (3, 1 + 2, 1, 8, 8)
+    model.losses(x, {}, source(3))["loss"].mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_the_prior_starts_as_a_standard_normal() -> None:
+def test_the_prior_is_initialised_to_a_standard_normal() -> None:
     model = hvae()
     found: list[DiagonalGaussian] = []
     model.ladder(
@@ -522,15 +523,15 @@ def test_the_prior_starts_as_a_standard_normal() -> None:
         ({"temperature": math.nan}, "temperature"),
         ({"grad_skip": 0.0}, "grad_skip"),
         ({"kl_warmup_steps": -1}, "kl_warmup_steps"),
-        ({"ladder": {"channels": 0}}, "channels"),
-        ({"ladder": {"bottleneck": 0.0}}, "bottleneck"),
-        ({"ladder": {"encoder_blocks": [1, 2]}}, "encoder_blocks.*8x8, 4x4, 1x1"),
-        ({"ladder": {"decoder_blocks": [2, -1, 1]}}, "decoder_blocks"),
-        ({"ladder": {"decoder_blocks": [2, 1, 0]}}, "decoder_blocks.*coarsest"),
-        ({"ladder": {"decoder_blocks": 0}}, "decoder_blocks.*coarsest"),
-        ({"ladder": {"decoder_blocks": 1.5}}, "decoder_blocks"),
+        ({"decoder": {"channels": 0}}, "channels"),
+        ({"decoder": {"bottleneck_ratio": 0.0}}, "bottleneck_ratio"),
+        ({"decoder": {"num_encoder_blocks": [1, 2]}}, "num_encoder_blocks.*8x8, 4x4, 1x1"),
+        ({"decoder": {"num_decoder_blocks": [2, -1, 1]}}, "num_decoder_blocks"),
+        ({"decoder": {"num_decoder_blocks": [2, 1, 0]}}, "num_decoder_blocks.*coarsest"),
+        ({"decoder": {"num_decoder_blocks": 0}}, "num_decoder_blocks.*coarsest"),
+        ({"decoder": {"num_decoder_blocks": 1.5}}, "num_decoder_blocks"),
     ],
 )
-def test_settings_without_sense_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         hvae(**options)

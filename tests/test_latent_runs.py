@@ -1,4 +1,4 @@
-"""Latent diffusion from the command line: two stages in one command, the first of them once."""
+"""Latent diffusion from the command line: the autoencoder is trained first, once, by the same command."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from gencompare.training.clock import TrainingClock
 Cli = Callable[..., int]
 QUICK = [
     "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
-    "callbacks.looks.count=0", "callbacks.progress=false", "evaluation.n=100",
-    "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
+    "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.num_images=100",
+    "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
 ]  # fmt: skip
-SMALL = ["model.network.channels=8", "model.network.groups=8", "model/sampler=ddim", "model.sampler.steps=3"]
+SMALL = ["model.network.channels=8", "model.network.num_groups=8", "model/sampler=ddim", "model.sampler.num_steps=3"]
 STAGE = [
     "model.latent.autoencoder.encoder.channels=8",
     "model.latent.budget.images=null",
@@ -66,14 +66,14 @@ def stages(runs: Path) -> list[Path]:
     return sorted(path.parent for path in (runs / "runs").glob("*/record.json"))
 
 
-def test_both_stages_run_and_the_record_tells_what_the_first_cost_and_loses(runs: Path) -> None:
+def test_both_stages_run_and_the_record_has_cost_and_reconstruction(runs: Path) -> None:
     (stage,) = stages(runs)
     assert stage.name.startswith("digits_autoencoder_") and record(stage)["state"] == "finished"
     assert record(stage)["training"]["steps"] == 3
     own = record(runs / "ldm")
     assert own["training"]["steps"] == 2 and own["model"]["autoencoder"]["run"] == stage.name
     assert own["model"]["autoencoder"]["images_seen"] == 48 and own["model"]["autoencoder"]["flops"] > 0
-    name, digest = own["training"]["trained_against"]
+    name, digest = own["training"]["perceptual_networks"]
     assert name == "perceptual_fashion_mnist" and len(digest) == 64
     (result,) = own["results"]
     assert result["metrics"]["psnr"]["note"].startswith("reconstruction")
@@ -81,7 +81,7 @@ def test_both_stages_run_and_the_record_tells_what_the_first_cost_and_loses(runs
     assert "clipped" not in result["generation"]["sampler"]
 
 
-def test_the_first_stage_is_frozen_whitened_and_part_of_the_run(runs: Path) -> None:
+def test_the_autoencoder_is_frozen_whitened_and_part_of_the_run(runs: Path) -> None:
     (stage,) = stages(runs)
     ldm, first = load_run(runs / "ldm"), load_run(stage)
     space = ldm.model.space
@@ -93,7 +93,7 @@ def test_the_first_stage_is_frozen_whitened_and_part_of_the_run(runs: Path) -> N
     assert not any(name.startswith("space.") for name in averaged)
 
 
-def test_another_run_of_the_same_stage_finds_it_and_other_settings_train_their_own(
+def test_runs_with_equal_settings_share_an_autoencoder(
     runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (stage,) = stages(runs)
@@ -106,58 +106,61 @@ def test_another_run_of_the_same_stage_finds_it_and_other_settings_train_their_o
     assert cli("model=flow", "model/latent=autoencoder", vq, *LDM[1:], none, "hydra.run.dir=vq") == 0
     (second,) = set(stages(runs)) - {stage}
     assert "vqvae" in second.name and record(second)["family"] == "vqvae"
-    # A run of the user's own is taken as it is, with the settings that its weights fit.
+    # A given autoencoder run is used as it is, with its own settings.
     own = [word for word in LDM if not word.startswith("model.latent.autoencoder")]
-    assert cli(*own, none, f"model.latent.run={second}", "hydra.run.dir=given") == 0
+    assert cli(*own, none, f"model.latent.autoencoder_run={second}", "hydra.run.dir=given") == 0
     assert record(runs / "given")["model"]["autoencoder"]["run"] == second.name
     shutil.rmtree(second)
 
 
-def test_a_run_is_enough_without_its_first_stage(runs: Path, cli: Cli) -> None:
+def test_a_run_folder_is_self_contained(runs: Path, cli: Cli) -> None:
     (stage,) = stages(runs)
     shutil.move(stage, runs / "elsewhere")
     try:
-        assert cli("task=evaluate", "run=ldm", "model.sampler.steps=2") == 0
-        assert cli("task=explore", "run=ldm") == 0
+        assert cli("task=evaluate", "run_dir=ldm", "model.sampler.num_steps=2") == 0
+        assert cli("task=visualize", "run_dir=ldm") == 0
         assert cli("resume=ldm", "budget.steps=3") == 0
         assert record(runs / "ldm")["training"]["steps"] == 3
     finally:
         shutil.move(runs / "elsewhere", stage)
 
 
-def test_a_first_stage_is_a_run_like_any_other(runs: Path, cli: Cli) -> None:
+def test_an_autoencoder_is_a_run_like_any_other(runs: Path, cli: Cli) -> None:
     (stage,) = stages(runs)
-    assert cli("task=export", f"run={stage}") == 0
+    assert cli("task=export", f"run_dir={stage}") == 0
     assert cli(f"resume={stage}", "budget.steps=3") == 0
 
 
 def name(*words: str) -> str:
-    """That of the folder in which the first stage would be trained."""
+    """Name of the folder in which the autoencoder would be trained."""
     cfg = compose(*LDM, *words)
     OmegaConf.set_struct(cfg, False)
     cfg.choices = {"data": "digits", "debug": None, AUTOENCODER_GROUP: "autoencoder"}
     return autoencoder_folder(autoencoder_config(cfg), build_data(cfg)).name
 
 
-def test_less_data_and_another_budget_make_another_first_stage(runs: Path) -> None:
+def test_other_data_or_budget_train_another_autoencoder(runs: Path) -> None:
     first = name()
-    assert name("model/schedule=linear", "budget.steps=7", "evaluation.n=200", "trainer.accelerator=cpu") == first
-    names = {name(w) for w in ("data.limit=16", "seed=3", "model.latent.budget.steps=4", "trainer.global_batch_size=8")}
+    assert name("model/schedule=linear", "budget.steps=7", "evaluation.num_images=200", "trainer.accelerator=cpu") == first
+    names = {
+        name(w)
+        for w in ("data.train_subset_size=16", "seed=3", "model.latent.budget.steps=4", "trainer.global_batch_size=8")
+    }
     assert len(names | {first}) == 5
 
 
-def test_a_guide_on_other_latents_is_refused(runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guide_on_other_latents_raises_an_error(runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     (stage,) = stages(runs)
     assert cli(*LDM, "model.latent.budget.steps=2", "evaluation.checkpoints=[]", "hydra.run.dir=stranger") == 0
     capsys.readouterr()
-    guided = ["task=sample", "run=ldm", "n=2", "model/guidance=auto"]
+    guided = ["task=sample", "run_dir=ldm", "num_images=2", "model/guidance=auto"]
     assert cli(*guided, "model.guidance.weak.run=stranger") == 1
     assert "the latents of another autoencoder" in capsys.readouterr().err
     assert cli(*guided, "model.guidance.weak.run=ldm") == 0
     shutil.rmtree(next(iter(set(stages(runs)) - {stage})))
 
 
-def test_stopped_in_its_first_stage_the_same_command_goes_on(
+def test_the_same_command_resumes_an_interrupted_autoencoder(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -181,25 +184,25 @@ def test_stopped_in_its_first_stage_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("overrides", "message"),
     [
-        (["model.latent.run=nowhere"], "nowhere is not a run folder"),
-        (["model.latent.run=ldm"], "no autoencoder"),
-        (["model.latent.autoencoder.encoder.multipliers=[1,1,1,1,1]"], "halved 4 times"),
+        (["model.latent.autoencoder_run=nowhere"], "nowhere is not a run folder"),
+        (["model.latent.autoencoder_run=ldm"], "no autoencoder"),
+        (["model.latent.autoencoder.encoder.channel_mult=[1,1,1,1,1]"], "halved 4 times"),
         (["+data/condition=low_res"], "model/latent=null"),
         (["budget.steps=0"], "leaves nothing to train"),
         (["data=toy2d", "model.latent.autoencoder.perceptual=null"], "cannot be halved"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    words: list[str], says: str, runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+def test_incompatible_settings_raise_an_error(
+    overrides: list[str], message: str, runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
-    assert says in capsys.readouterr().err
+    assert cli(*LDM, *overrides, "hydra.run.dir=refused") == 1
+    assert message in capsys.readouterr().err
     assert not (runs / "refused" / "record.json").exists()
 
 
-def test_a_deviation_that_is_not_that_of_whitened_latents_is_told() -> None:
+def test_a_sigma_data_that_does_not_fit_whitened_latents_is_reported() -> None:
     words = ["model=edm", "model/latent=autoencoder", "data=digits", "model.latent.autoencoder.perceptual=null"]
     with pytest.warns(UserWarning, match=r"sigma_data=0.5.*use model\.parameterization\.sigma_data=1"):
         build_model(compose(*words), Digits())
@@ -209,9 +212,9 @@ def test_a_deviation_that_is_not_that_of_whitened_latents_is_told() -> None:
         build_model(compose("model=ldm", *words[2:]), Digits())
 
 
-@pytest.mark.parametrize("how", ["resume=ldm", "task=evaluate run=ldm", "task=sample run=ldm"])
-@pytest.mark.parametrize("word", ["model.latent.run=elsewhere", "model.latent.budget.steps=4"])
-def test_a_trained_model_keeps_its_first_stage(
+@pytest.mark.parametrize("how", ["resume=ldm", "task=evaluate run_dir=ldm", "task=sample run_dir=ldm"])
+@pytest.mark.parametrize("word", ["model.latent.autoencoder_run=elsewhere", "model.latent.budget.steps=4"])
+def test_a_trained_model_keeps_its_autoencoder(
     how: str, word: str, runs: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (runs / "ldm" / "record.json").read_text()
@@ -220,16 +223,16 @@ def test_a_trained_model_keeps_its_first_stage(
     assert (runs / "ldm" / "record.json").read_text() == before
 
 
-def test_an_autoencoder_of_other_data_is_refused(
+def test_an_autoencoder_of_other_data_raises_an_error(
     runs: Path, cli: Cli, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (stage,) = stages(runs)
-    words = [f"model.latent.run={stage}", "data=mnist", f"paths.data={data_root}"]
+    words = [f"model.latent.autoencoder_run={stage}", "data=mnist", f"paths.data={data_root}"]
     assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
     assert "was trained on data 'digits' of 1x8x8, not on 'mnist' of 1x32x32" in capsys.readouterr().err
 
 
-def test_a_first_stage_is_named_by_what_its_perceptual_network_holds_and_not_by_where_it_lies(tmp_path: Path) -> None:
+def test_the_autoencoder_name_depends_on_the_content_of_perceptual_weights(tmp_path: Path) -> None:
     def key(file: str, content: str) -> str:
         (tmp_path / file).write_text(content)
         return name(f"model.latent.autoencoder.perceptual.weights={tmp_path / file}")
@@ -239,37 +242,45 @@ def test_a_first_stage_is_named_by_what_its_perceptual_network_holds_and_not_by_
 
 
 @pytest.mark.parametrize("state", ["interrupted", "failed", "running"])
-def test_an_autoencoder_that_was_not_trained_to_its_end_is_refused(
+def test_an_unfinished_autoencoder_raises_an_error(
     runs: Path, cli: Cli, tmp_path: Path, state: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (stage, *_) = stages(runs)
     shutil.copytree(stage, tmp_path / "stage")
     (tmp_path / "stage" / "record.json").write_text(json.dumps(record(stage) | {"state": state}))
-    assert cli("model=ldm", *QUICK, *SMALL, f"model.latent.run={tmp_path / 'stage'}", "hydra.run.dir=early") == 1
-    said = capsys.readouterr().err
-    assert "was not trained to its end" in said and f"resume={tmp_path / 'stage'}" in said
+    assert (
+        cli("model=ldm", *QUICK, *SMALL, f"model.latent.autoencoder_run={tmp_path / 'stage'}", "hydra.run.dir=early")
+        == 1
+    )
+    error = capsys.readouterr().err
+    assert "was not trained to its end" in error and f"resume={tmp_path / 'stage'}" in error
     assert not (Path("early") / "record.json").exists()
 
 
 def write_digits(folder: Path, *, mirrored: bool) -> None:
-    """Some 300 digits as PNG files, enlarged to the 16 pixels a side at which a structural similarity has a meaning."""
+    """Write 300 digits as PNG files, enlarged to 16x16, the minimum for SSIM."""
     images = next(Digits().batches("train", 300))[0]
     for k, image in enumerate(images.flip(3) if mirrored else images):
         levels = ((image.numpy() + 1) * 127.5).round().astype(np.uint8)
         save_png(to_image(levels.repeat(2, axis=1).repeat(2, axis=2)), folder / f"{k:03d}.png")
 
 
-def test_an_autoencoder_goes_with_its_own_images_wherever_they_lie_and_what_it_loses_of_them_is_measured(
+def test_an_autoencoder_is_used_with_its_images_at_any_location(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_digits(Path("here/scans"), mirrored=False)
     write_digits(Path("others/scans"), mirrored=True)
-    words = [*QUICK[1:-1], "evaluation.protocol.likelihood_n=90", "data=image_folder", "data.test_fraction=0.3"]
+    words = [
+        *QUICK[1:-1],
+        "evaluation.protocol.num_likelihood_images=90",
+        "data=image_folder",
+        "data.test_fraction=0.3",
+    ]
     first = ["model=autoencoder", "model/perceptual=null", "model.encoder.channels=8", "hydra.run.dir=first"]
     assert cli(*first, *words, "data.root=here/scans") == 0
     Path("here").rename("there")
-    second = ["model=ldm", *SMALL, *words, "evaluation.checkpoints=[last]", "model.latent.run=first"]
+    second = ["model=ldm", *SMALL, *words, "evaluation.checkpoints=[last]", "model.latent.autoencoder_run=first"]
     assert cli(*second, "data.root=there/scans", "hydra.run.dir=moved") == 0
 
     metrics = record(Path("moved"))["results"][0]["metrics"]
@@ -284,6 +295,6 @@ def test_an_autoencoder_goes_with_its_own_images_wherever_they_lie_and_what_it_l
 
     capsys.readouterr()
     assert cli(*second, "data.root=others/scans", "hydra.run.dir=refused") == 1
-    said = capsys.readouterr().err
-    assert "trained on data 'image_folder_scans' of 1x16x16, not on these images of the same name" in said
+    error = capsys.readouterr().err
+    assert "trained on data 'image_folder_scans' of 1x16x16, not on these images of the same name" in error
     assert not Path("refused/record.json").exists()

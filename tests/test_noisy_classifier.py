@@ -1,4 +1,5 @@
-"""The classifier of noisy images: what it is asked, what it is told, and what its loss is when it knows the answer."""
+"""The classifier of noisy images: what it is asked, what it is logits, and what its loss is when it knows the
+answer."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from gencompare.networks.residual_classifier import AttentionPool, NoisyClassifi
 from gencompare.rng import RandomSource, generator
 from parts import part
 
-SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=2, num_levels=None)
+SPEC = DataSpec(name="points", shape=(2, 1, 1), num_classes=2, num_bins=None)
 MEANS = torch.tensor([[0.6, -0.2], [-0.4, 0.3]], dtype=torch.float64)
 STD = 0.3
 FIXED = [name for name in options("model/schedule") if not list(part("schedule", name).parameters())]
@@ -49,8 +50,8 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 class Posterior(nn.Module):
-    """log p(x_t, y) of two equal Gaussians, from what the network is given: x_t / sqrt(alpha^2 + sigma^2), of which the
-    share of the image is SNR / (1 + SNR), and the log-SNR in DDPM's range, 500 + 25 log-SNR."""
+    """log p(x_t, y) of two equal Gaussians, from the network inputs: x_t / sqrt(alpha^2 + sigma^2), with a signal
+    fraction of SNR / (1 + SNR), and the log-SNR in DDPM's range, 500 + 25 log-SNR."""
 
     def __init__(self, shape: Any, num_classes: int, off: float = 0.0) -> None:
         super().__init__()
@@ -67,11 +68,11 @@ def classifier(schedule: NoiseSchedule, network: Callable[..., nn.Module] = Post
 
 
 def in_range(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Times at which the log-SNR is within the +-20 that networks are told apart."""
+    """Times with a log-SNR within +-20, the range of the network input."""
     return t[schedule.log_snr(t).abs() < 20]
 
 
-def test_the_classifier_of_a_perfect_network_is_bayes(schedule: NoiseSchedule) -> None:
+def test_a_perfect_network_gives_the_bayes_posterior(schedule: NoiseSchedule) -> None:
     t = in_range(schedule, torch.linspace(schedule.t_min, schedule.t_max, 40))
     log_alpha = schedule.log_alpha(t)
     alpha, sigma = log_alpha.exp()[:, None], (log_alpha - schedule.log_snr(t) / 2).exp()[:, None]
@@ -84,10 +85,10 @@ def test_the_classifier_of_a_perfect_network_is_bayes(schedule: NoiseSchedule) -
     found = classifier(schedule)(x_t[:, :, None, None], t).softmax(1)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
-    # And its gradient, through the scaling of the input, is the difference of the scores.
+    # Its gradient, through the input scaling, is the difference of the scores.
     def unconditional(label: Tensor) -> Prediction:
-        told = alpha**2 * STD**2 + sigma**2
-        x0_of = MEANS + alpha[:, None] * STD**2 * off / told[:, None]
+        variance = alpha**2 * STD**2 + sigma**2
+        x0_of = MEANS + alpha[:, None] * STD**2 * off / variance[:, None]
         p = torch.where((label == 2)[:, None], expected, nn.functional.one_hot(label.clamp(max=1), 2))
         x0 = (p[:, :, None] * x0_of).sum(1)
         return Prediction(x0[:, :, None, None], ((x_t - alpha * x0) / sigma)[:, :, None, None])
@@ -104,33 +105,35 @@ def test_the_classifier_of_a_perfect_network_is_bayes(schedule: NoiseSchedule) -
     torch.testing.assert_close(guided.eps, unconditional(label).eps, rtol=1e-5, atol=1e-6)
 
 
-def test_the_loss_of_a_perfect_network_is_the_entropy_of_the_class() -> None:
-    """E -log p(y | x_t) over data, times and noise; any other network has more."""
+def test_the_loss_of_a_perfect_network_is_the_class_entropy() -> None:
+    """E[-log p(y | x_t)] over data, times and noise; any other network has a higher loss."""
     schedule, n = part("schedule", "cosine"), 40_000
     source = generator("cpu", 1)
     label = torch.arange(n) % 2
     x = (MEANS[label] + STD * torch.randn(n, 2, generator=source))[:, :, None, None]
 
     def loss(network: Callable[..., nn.Module]) -> float:
-        figures = classifier(schedule, network).losses(x, {"label": label}, RandomSource.whole(generator("cpu", 2), n))
-        assert figures["loss"].shape == figures["accuracy"].shape == (n,)
-        return float(figures["loss"].mean())
+        metrics = classifier(schedule, network).losses(
+            x, {"label": label}, RandomSource.for_batch(generator("cpu", 2), n)
+        )
+        assert metrics["loss"].shape == metrics["accuracy"].shape == (n,)
+        return float(metrics["loss"].mean())
 
-    # By itself: along the line between the means, x_t is N(+-d / 2, 1) with d the distance in standard deviations.
+    # Along the line between the means, x_t is N(+-d / 2, 1) with d the distance in standard deviations.
     t = torch.arange(1, 1001) / 1000
     log_alpha = schedule.log_alpha(t)
     alpha, sigma2 = log_alpha.exp(), (2 * log_alpha - schedule.log_snr(t)).exp()
     d = alpha * (MEANS[0] - MEANS[1]).norm() / (alpha**2 * STD**2 + sigma2).sqrt()
     z = torch.linspace(-6, 6, 2001)
     density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
-    # Where x_t is z from the mean of its own class, the log odds of that class are d^2 / 2 + d z.
+    # At distance z from the mean of its own class, the log odds of that class are d^2 / 2 + d z.
     entropy = (density * nn.functional.softplus(-(d[:, None] ** 2 / 2 + d[:, None] * z))).sum(1).mean()
     assert loss(Posterior) == pytest.approx(float(entropy), abs=0.01)
     for off in (-3.0, 3.0):
         assert loss(lambda shape, num_classes, off=off: Posterior(shape, num_classes, off)) > float(entropy) + 0.01
 
 
-def test_it_refuses_what_it_cannot_do() -> None:
+def test_invalid_settings_raise_an_error() -> None:
     with pytest.raises(UserError, match="needs labels"):
         NoisyClassifier(
             DataSpec(name="x", shape=(2, 1, 1)), network=Posterior, schedule=part("schedule", "cosine"),
@@ -144,7 +147,7 @@ def test_it_refuses_what_it_cannot_do() -> None:
 
     with pytest.raises(UserError, match="cannot learn its schedule"):
         classifier(Learned())
-    for bad in ({"multipliers": (1, 2, 2, 2, 2)}, {"channels": 20}, {"blocks": 0}):
+    for bad in ({"channel_mult": (1, 2, 2, 2, 2)}, {"channels": 20}, {"num_blocks": 0}):
         with pytest.raises(UserError):
             NoisyClassifierNet((1, 8, 8), 10, **bad)
 
@@ -152,7 +155,7 @@ def test_it_refuses_what_it_cannot_do() -> None:
 # The network
 
 
-def test_attention_pooling_is_its_equation() -> None:
+def test_attention_pooling_matches_its_equation() -> None:
     torch.manual_seed(0)
     pool = AttentionPool(6)
     h = torch.randn(3, 6, 2, 4)
@@ -163,15 +166,15 @@ def test_attention_pooling_is_its_equation() -> None:
         torch.testing.assert_close(found, pool.out.weight @ (v @ pixels @ weights))
 
 
-def test_the_network_sees_the_image_and_the_noise_level() -> None:
+def test_the_network_depends_on_image_and_noise_level() -> None:
     torch.manual_seed(0)
-    net = NoisyClassifierNet((1, 8, 8), 10, channels=8, multipliers=(1, 2), blocks=1, attention=(4,))
+    net = NoisyClassifierNet((1, 8, 8), 10, channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,))
     x, noise = torch.randn(4, 1, 8, 8), torch.tensor([10.0, 400.0, 600.0, 990.0])
-    assert torch.equal(net(x, noise), torch.zeros(4, 10)), "nought at the start"
+    assert torch.equal(net(x, noise), torch.zeros(4, 10)), "zero at initialisation"
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
-    told = net(x, noise)
-    assert told.shape == (4, 10)
-    torch.testing.assert_close(told[1:2], net(x[1:2], noise[1:2]))
-    assert not torch.allclose(told, net(x, noise.flip(0)))
-    assert not torch.allclose(told, net(x.flip(0), noise))
+    logits = net(x, noise)
+    assert logits.shape == (4, 10)
+    torch.testing.assert_close(logits[1:2], net(x[1:2], noise[1:2]))
+    assert not torch.allclose(logits, net(x, noise.flip(0)))
+    assert not torch.allclose(logits, net(x.flip(0), noise))

@@ -1,4 +1,4 @@
-"""Laws of pixel likelihoods: they are probabilities, draws have them, and their means are means."""
+"""Pixel likelihoods: normalisation, samples and means."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ def levels_of(levels: int) -> Tensor:
 
 
 def logistic_at(levels: int, location: float, log_scale: float) -> tuple[PixelLikelihood, Tensor, Any]:
-    """The likelihood of one pixel, the decoder's output that asks for these parameters, and the distribution."""
+    """The likelihood of one pixel, the decoder output with these parameters, and the continuous distribution."""
     lowest = math.log(2 / (levels - 1)) - 2.15
     kept = max(log_scale, lowest + 0.01)
     raw = lowest + math.log(math.expm1(kept - lowest))
     h = torch.tensor([location, raw]).reshape(1, 2, 1, 1)
     return (
-        DiscretizedLogistic(DataSpec("pixel", (1, 1, 1), num_levels=levels)),
+        DiscretizedLogistic(DataSpec("pixel", (1, 1, 1), num_bins=levels)),
         h,
         stats.logistic(location, math.exp(kept)),
     )
 
 
 def gaussian_at(levels: int, location: float, log_scale: float) -> tuple[PixelLikelihood, Tensor, Any]:
-    likelihood = GaussianLikelihood(DataSpec("pixel", (1, 1, 1), num_levels=levels))
+    likelihood = GaussianLikelihood(DataSpec("pixel", (1, 1, 1), num_bins=levels))
     likelihood.weight.data.fill_(max(log_scale, -9) / likelihood.GAIN)
     return likelihood, torch.full((1, 1, 1, 1), location), stats.norm(location, math.exp(max(log_scale, -9)))
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("make", [logistic_at, gaussian_at])
-def test_pixel_probabilities_sum_to_one_and_are_the_mass_of_bins(make: Callable[..., Any], levels: int) -> None:
+def test_pixel_probabilities_are_bin_masses_and_sum_to_one(make: Callable[..., Any], levels: int) -> None:
     x, delta = levels_of(levels), 2 / (levels - 1)
     for location in LOCATIONS:
         for log_scale in LOG_SCALES:
             likelihood, h, distribution = make(levels, location, log_scale)
             log_p = likelihood.log_prob(h.expand(levels, -1, -1, -1), x.reshape(-1, 1, 1, 1)).detach().double()
-            # Single precision places an edge to about 1e-7, which a narrow distribution magnifies.
+            # Bin edges have a rounding error of about 1e-7, which narrow distributions amplify.
             rounding = 2e-6 + 1e-7 / distribution.std()
             assert log_p.exp().sum() == pytest.approx(1, abs=2 * rounding), (location, log_scale)
             edges = torch.cat([torch.tensor([-math.inf]), x[:-1] + delta / 2, torch.tensor([math.inf])]).double()
@@ -71,7 +71,7 @@ def test_pixel_probabilities_sum_to_one_and_are_the_mass_of_bins(make: Callable[
 
 
 @pytest.mark.parametrize("make", [logistic_at, gaussian_at])
-def test_improbable_pixels_keep_a_finite_logarithm_and_a_gradient(make: Callable[..., Any]) -> None:
+def test_improbable_pixels_have_finite_log_probability_and_gradient(make: Callable[..., Any]) -> None:
     for location in LOCATIONS:
         for log_scale in LOG_SCALES[1:]:
             likelihood, h, _ = make(17, location, log_scale)
@@ -79,14 +79,14 @@ def test_improbable_pixels_keep_a_finite_logarithm_and_a_gradient(make: Callable
             log_p = likelihood.log_prob(h, levels_of(17).reshape(-1, 1, 1, 1))
             log_p.sum().backward()
             assert torch.isfinite(log_p).all() and torch.isfinite(h.grad).all()
-    # Far below the location the logarithm falls with slope 1 / scale: 3 units at scale 0.05 are 60 nats.
+    # Far below the location the log probability has slope 1 / scale: 20 nats per unit at scale 0.05.
     likelihood, h, _ = logistic_at(17, 3.0, math.log(0.05))
     two = likelihood.log_prob(h.expand(2, -1, -1, -1), torch.tensor([-0.5, 0.5]).reshape(2, 1, 1, 1))
     assert (two[1] - two[0]).item() == pytest.approx(20, abs=1e-3)
 
 
 @pytest.mark.parametrize("make", [logistic_at, gaussian_at])
-def test_drawn_pixels_have_the_probabilities_and_the_mean_that_are_claimed(make: Callable[..., Any]) -> None:
+def test_sampled_pixels_have_the_stated_probabilities_and_mean(make: Callable[..., Any]) -> None:
     n, x = 20_000, levels_of(17)
     for location, log_scale in [(0.3, -2.0), (-0.9, -1.5), (1.2, -1.0)]:
         likelihood, h, _ = make(17, location, log_scale)
@@ -99,7 +99,7 @@ def test_drawn_pixels_have_the_probabilities_and_the_mean_that_are_claimed(make:
 
 
 def test_a_gaussian_on_continuous_data_is_a_density() -> None:
-    likelihood = GaussianLikelihood(DataSpec("points", (2, 1, 1), num_levels=None))
+    likelihood = GaussianLikelihood(DataSpec("points", (2, 1, 1), num_bins=None))
     likelihood.weight.data.fill_(-0.07)
     h, x = torch.randn(5, 2, 1, 1), torch.randn(5, 2, 1, 1)
     expected = torch.distributions.Normal(h, math.exp(-0.07 * likelihood.GAIN)).log_prob(x).flatten(1).sum(1)
@@ -107,7 +107,7 @@ def test_a_gaussian_on_continuous_data_is_a_density() -> None:
 
 
 class Mixture:
-    """K components for one place, with parameters drawn at random, and what they mean, by scipy."""
+    """K components for one pixel with random parameters, and their probabilities from scipy."""
 
     def __init__(self, levels: int, channels: int, components: int, seed: int, *, spread: float = 0.6) -> None:
         rng = np.random.default_rng(seed)
@@ -118,11 +118,11 @@ class Mixture:
         self.slopes = rng.uniform(-0.9, 0.9, size=(components, channels * (channels - 1) // 2))
 
     def likelihood(self) -> DiscretizedLogisticMixture:
-        spec = DataSpec("pixel", (self.channels, 1, 1), num_levels=self.levels)
-        return DiscretizedLogisticMixture(spec, components=len(self.logits))
+        spec = DataSpec("pixel", (self.channels, 1, 1), num_bins=self.levels)
+        return DiscretizedLogisticMixture(spec, num_components=len(self.logits))
 
     def h(self) -> Tensor:
-        """The decoder's output that asks for these parameters, (1, maps, 1, 1)."""
+        """The decoder output with these parameters, (1, channels, 1, 1)."""
         k = len(self.logits)
         lowest = math.log(2 / (self.levels - 1)) - 2.15
         raw = lowest + np.log(np.expm1(np.log(self.scales) - lowest))
@@ -131,7 +131,7 @@ class Mixture:
         return torch.tensor(np.concatenate([self.logits, each.ravel()])).float().reshape(1, -1, 1, 1)
 
     def colours(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every colour (levels^channels, channels), and its probability."""
+        """All colours (levels^channels, channels) and their probabilities."""
         values = np.linspace(-1, 1, self.levels)
         found = np.array(list(itertools.product(values, repeat=self.channels)))
         weights, total = np.exp(self.logits) / np.exp(self.logits).sum(), np.zeros(len(found))
@@ -151,7 +151,7 @@ class Mixture:
 
 
 @pytest.mark.parametrize(("levels", "channels", "components"), [(256, 1, 10), (256, 1, 1), (17, 2, 3), (5, 3, 10)])
-def test_a_mixture_is_the_chain_of_its_channels_and_sums_to_one(levels: int, channels: int, components: int) -> None:
+def test_a_mixture_factorises_over_channels_and_sums_to_one(levels: int, channels: int, components: int) -> None:
     for seed in range(5):
         mixture = Mixture(levels, channels, components, seed)
         colours, expected = mixture.colours()
@@ -161,8 +161,8 @@ def test_a_mixture_is_the_chain_of_its_channels_and_sums_to_one(levels: int, cha
         np.testing.assert_allclose(p, expected, atol=2e-6)
 
 
-def test_colours_drawn_from_a_mixture_have_their_probabilities() -> None:
-    """Chi-squared over the 125 colours of five levels; one place of an image knows nothing of its neighbour."""
+def test_colours_sampled_from_a_mixture_have_their_probabilities() -> None:
+    """Chi-squared test over the 125 colours of five levels; neighbouring pixels are independent."""
     mixture, n = Mixture(5, 3, 4, seed=1), 20_000
     _, p = mixture.colours()
     h = mixture.h().expand(n, -1, 1, 2)
@@ -181,34 +181,34 @@ def test_colours_drawn_from_a_mixture_have_their_probabilities() -> None:
     )
 
 
-def test_the_mean_of_a_mixture_is_that_of_its_colours() -> None:
+def test_the_mean_of_a_mixture_is_the_mean_colour() -> None:
     for seed in range(5):
         one = Mixture(256, 1, 10, seed, spread=1.5)
         colours, p = one.colours()
         assert one.likelihood().mean(one.h()).item() == pytest.approx(p @ colours[:, 0], abs=1 / 255)
-        # Several channels, well within [-1, 1]: nothing is cut off.
+        # Several channels, well within [-1, 1], so that nothing is clipped.
         three = Mixture(17, 3, 4, seed)
         three.locations, three.scales = np.clip(three.locations / 5, -0.3, 0.3), np.full_like(three.scales, 0.05)
         colours, p = three.colours()
         np.testing.assert_allclose(three.likelihood().mean(three.h()).flatten(), p @ colours, atol=2e-3)
 
 
-def test_components_that_are_told_the_same_learn_different_things() -> None:
-    likelihood = DiscretizedLogisticMixture(DataSpec("pixel", (3, 1, 1)), components=4)
-    h = torch.zeros(1, likelihood.maps, 1, 1, requires_grad=True)
+def test_components_with_equal_inputs_have_different_gradients() -> None:
+    likelihood = DiscretizedLogisticMixture(DataSpec("pixel", (3, 1, 1)), num_components=4)
+    h = torch.zeros(1, likelihood.decoder_channels, 1, 1, requires_grad=True)
     likelihood.log_prob(h, torch.tensor([0.7, -0.2, 0.1]).reshape(1, 3, 1, 1)).sum().backward()
     locations = h.grad.flatten()[4:].unflatten(0, (4, -1))[:, :3]  # type: ignore[union-attr]
     assert (locations[1:] - locations[:-1]).abs().min() > 1e-3
 
 
 def test_bernoulli_is_the_probability_of_a_binary_pixel() -> None:
-    likelihood = BernoulliLikelihood(DataSpec("binary", (1, 1, 1), num_levels=2))
+    likelihood = BernoulliLikelihood(DataSpec("binary", (1, 1, 1), num_bins=2))
     h = torch.linspace(-30, 30, 13).reshape(-1, 1, 1, 1)
     ones = torch.ones_like(h)
     expected = stats.logistic.cdf(h.double().flatten().numpy())
     np.testing.assert_allclose(likelihood.log_prob(h, ones).exp(), expected, rtol=1e-5)
     np.testing.assert_allclose(likelihood.log_prob(h, -ones).exp(), 1 - expected, rtol=1e-4, atol=1e-7)
-    assert likelihood.gives_bits
+    assert likelihood.is_data_likelihood
     h = torch.full((10_000, 1, 1, 1), 0.8)
     drawn = likelihood.sample(h, torch.Generator().manual_seed(0))
     assert set(drawn.flatten().tolist()) == {-1.0, 1.0}
@@ -216,8 +216,8 @@ def test_bernoulli_is_the_probability_of_a_binary_pixel() -> None:
     assert likelihood.mean(h[:1]).item() == pytest.approx(2 * stats.logistic.cdf(0.8) - 1, abs=1e-6)
 
 
-def test_bernoulli_scores_grey_levels_as_binary_images_drawn_from_them_and_gives_no_bits() -> None:
-    likelihood = BernoulliLikelihood(DataSpec("grey", (1, 1, 3), num_levels=17))
+def test_bernoulli_scores_grey_images_as_expected_binary_images() -> None:
+    likelihood = BernoulliLikelihood(DataSpec("grey", (1, 1, 3), num_bins=17))
     x, h = torch.tensor([-0.5, 0.25, 1.0]), torch.tensor([0.3, -1.2, 2.0])
     y, p = (x.numpy() + 1) / 2, stats.logistic.cdf(h.numpy())
     expected = 0.0
@@ -225,28 +225,28 @@ def test_bernoulli_scores_grey_levels_as_binary_images_drawn_from_them_and_gives
         drawn = np.prod(np.where(bits, y, 1 - y))
         expected += drawn * np.log(np.where(bits, p, 1 - p)).sum()
     assert likelihood.log_prob(h.reshape(1, 1, 1, 3), x.reshape(1, 1, 1, 3)).item() == pytest.approx(expected, rel=1e-5)
-    assert not likelihood.gives_bits
-    pixel = BernoulliLikelihood(DataSpec("grey", (1, 1, 1), num_levels=17))
+    assert not likelihood.is_data_likelihood
+    pixel = BernoulliLikelihood(DataSpec("grey", (1, 1, 1), num_bins=17))
     total = pixel.log_prob(torch.zeros(17, 1, 1, 1), levels_of(17).reshape(-1, 1, 1, 1)).exp().sum()
-    assert total > 8, "over the levels it is no distribution"
+    assert total > 8, "not normalised over the values"
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_padding_is_not_scored(option: str) -> None:
-    padded = part("likelihood", option)(DataSpec("padded", (3, 8, 8), num_levels=17, padding=2))
-    bare = part("likelihood", option)(DataSpec("bare", (3, 4, 4), num_levels=17))
+    padded = part("likelihood", option)(DataSpec("padded", (3, 8, 8), num_bins=17, padding=2))
+    bare = part("likelihood", option)(DataSpec("bare", (3, 4, 4), num_bins=17))
     torch.manual_seed(0)
-    h, x = torch.randn(2, padded.maps, 8, 8), torch.randint(17, (2, 3, 8, 8)) / 8 - 1
+    h, x = torch.randn(2, padded.decoder_channels, 8, 8), torch.randint(17, (2, 3, 8, 8)) / 8 - 1
     inner = bare.log_prob(h[..., 2:-2, 2:-2], x[..., 2:-2, 2:-2])
     assert torch.allclose(padded.log_prob(h, x), inner, atol=1e-3) and inner.shape == (2,)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_draws_are_levels_and_means_are_pictures_and_every_number_matters(option: str) -> None:
-    spec = DataSpec("colours", (3, 4, 4), num_levels=17)
+def test_samples_are_valid_match_the_mean_and_all_inputs_matter(option: str) -> None:
+    spec = DataSpec("colours", (3, 4, 4), num_bins=17)
     likelihood = part("likelihood", option)(spec)
     torch.manual_seed(0)
-    h = torch.randn(5, likelihood.maps, 4, 4, requires_grad=True)
+    h = torch.randn(5, likelihood.decoder_channels, 4, 4, requires_grad=True)
     drawn = likelihood.sample(h.detach(), torch.Generator().manual_seed(0))
     assert drawn.shape == (5, 3, 4, 4) and drawn.abs().max() <= 1
     assert torch.allclose(drawn * 8, (drawn * 8).round(), atol=1e-5)
@@ -259,20 +259,20 @@ def test_draws_are_levels_and_means_are_pictures_and_every_number_matters(option
 
 
 @pytest.mark.parametrize("option", ["bernoulli", "discretized_logistic", "discretized_logistic_mixture"])
-def test_a_distribution_of_levels_refuses_continuous_data(option: str) -> None:
+def test_discrete_likelihoods_reject_continuous_data(option: str) -> None:
     with pytest.raises(UserError, match=f"model/likelihood={option} .*use model/likelihood=gaussian"):
-        part("likelihood", option)(DataSpec("points", (2, 1, 1), num_levels=None))
+        part("likelihood", option)(DataSpec("points", (2, 1, 1), num_bins=None))
 
 
 @pytest.mark.parametrize("option", ["discretized_logistic", "discretized_logistic_mixture", "gaussian"])
-def test_parameters_of_any_size_leave_all_finite(option: str) -> None:
+def test_extreme_parameters_give_finite_results(option: str) -> None:
     likelihood = part("likelihood", option)(DataSpec("images", (1, 4, 4)))
     x = torch.rand(8, 1, 4, 4).mul(255).round() * 2 / 255 - 1
     for size in (1.0, 30.0, 1000.0):
         for parameter in likelihood.parameters():
             torch.nn.init.constant_(parameter, -size)
-        reach = 1.0 if option == "gaussian" else size  # of a Gaussian it is the mean, and no scale
-        h = (reach * torch.randn(8, likelihood.maps, 4, 4)).requires_grad_()
+        reach = 1.0 if option == "gaussian" else size  # the decoder output of a Gaussian is its mean
+        h = (reach * torch.randn(8, likelihood.decoder_channels, 4, 4)).requires_grad_()
         found = likelihood.log_prob(h, x)
         (gradient,) = torch.autograd.grad(found.sum(), h)
         assert torch.isfinite(found).all() and torch.isfinite(gradient).all(), size
@@ -280,6 +280,6 @@ def test_parameters_of_any_size_leave_all_finite(option: str) -> None:
             assert torch.isfinite(images).all(), size
 
 
-def test_a_mixture_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="components=0"):
-        DiscretizedLogisticMixture(DataSpec("pixel", (1, 1, 1)), components=0)
+def test_a_mixture_without_components_raises_an_error() -> None:
+    with pytest.raises(UserError, match="num_components=0"):
+        DiscretizedLogisticMixture(DataSpec("pixel", (1, 1, 1)), num_components=0)

@@ -49,7 +49,7 @@ class EBM(GenerativeModel):
 
     Args:
         spec: shape, number of classes and value range of the data.
-        energy: a factory ``shape -> trunk``, (n, C, H, W) -> (n, trunk.features), followed by a linear head.
+        energy: a factory ``shape -> trunk``, (n, C, H, W) -> (n, trunk.num_features), followed by a linear head.
         langevin: the Langevin steps, in training and sampling.
         num_langevin_steps: Langevin steps per training batch.
         num_sampling_steps: Langevin steps from noise to a sample. A chain of the buffer has
