@@ -110,7 +110,8 @@ def extension_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         path = folder / "conf" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return {**os.environ, "GENCOMPARE_CONF": str(folder / "conf"), "PYTHONPATH": str(folder), "FOLDER": str(folder)}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "GENCOMPARE_CONF": str(folder / "conf"), "PYTHONPATH": path, "FOLDER": str(folder)}
 
 
 def run(env: dict[str, str], *args: str) -> str:
@@ -142,9 +143,7 @@ def test_runs_use_the_extensions(extension_env: dict[str, str]) -> None:
 def test_the_interface_tests_cover_the_extensions(extension_env: dict[str, str]) -> None:
     """The tests that glob conf/ run on all five extensions unchanged."""
     args = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-v", "--rootdir", str(ROOT)]
-    files = [
-        f"tests/test_{part}.py" for part in ("conf", "contract", "data", "further_metrics", "schedules", "samplers")
-    ]
+    files = [f"tests/test_{part}.py" for part in ("conf", "contract", "data", "extra_metrics", "schedules", "samplers")]
     # Sampler tests under the new schedule run with the new sampler only.
     parts = "(linear_log_snr and my_euler) or ((linear_log_snr or my_euler) and not test_samplers)"
     # The blob has a single mode, so it cannot memorise several images.
