@@ -315,19 +315,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 DIFFERENCES: dict[str, dict[str, tuple[Any, str]]] = {
     "cifar10_sde_subvp": {
-        "noise_range": ((subvp_noise(1e-3), subvp_noise(1.0)), "Time starts at 1e-3 here, at 1e-5 there")
+        "noise_range": ((subvp_noise(1e-3), subvp_noise(1.0)), "Time starts at 1e-3 instead of 1e-5")
     },
     "cifar10_vdm": {
         "parameters": (
             {"network": counted.vdm(emb_bias=True, noise_dim=128), "schedule": 3 + 3 * 1024},
-            "the schedule is the monotone network of their appendix H, where the code has a line; maps of the noise"
-            " level have a bias, and see no column of zeros beside it",
+            "the schedule is the monotone network of appendix H instead of a linear one; projections of the noise level"
+            " have a bias and no extra column of zeros",
         )
     },
-    "cifar10_flow": {"noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "Time keeps 1e-4 off its ends")},
+    "cifar10_flow": {"noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "excludes 1e-4 at both ends")},
     "cifar10_ebm": {"parameters": ({"network": counted.igebm(bias=True)}, "Biases of convolutions are added")},
     "cifar10_sngan": {
-        "parameters": (counted.sngan(last_bias=True), "a last layer of the discriminator without bias"),
+        "parameters": (counted.sngan(last_bias=True), "the last layer of the discriminator has a bias"),
     },
 }
 """Settings in which a preset differs: the value here, and the text in the preset's file that says so."""

@@ -88,7 +88,7 @@ def test_small_differences_of_the_schedule_are_detected(tmp_path: Path) -> None:
         ({"trained_betas": [0.1, 0.2, 0.5, 0.9]}, "model.schedule.betas="),
         ({"beta_schedule": "laplace"}, "beta_schedule=laplace is not supported"),
         ({"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction is not supported"),
-        ({"rescale_betas_zero_snr": True}, "signal-to-noise ratio 0"),
+        ({"rescale_betas_zero_snr": True}, "a timestep without signal"),
     ):
         config.write_text(json.dumps(matching | change))
         if suggestion is None:
