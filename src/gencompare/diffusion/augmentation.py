@@ -47,8 +47,7 @@ class Augmentation:
         p: probability of switching on each transform except the horizontal flip. (A flip that is switched on is applied
             half of the time.)
         x_flip: the same for the horizontal flip; the published setting is 1. Set it to 0 if the data are already
-        flipped
-            without conditioning (``data.random_flip``).
+            flipped without conditioning (``data.random_flip``).
     """
 
     dim: ClassVar[int] = 9

@@ -166,7 +166,7 @@ class UniPC(Sampler):
 
     Args:
         variant: the function B(h): "bh1" is :math:`h`, "bh2" is :math:`e^h - 1` (:math:`1 - e^{-h}` in data
-        prediction).
+            prediction).
     """
 
     order = 3

@@ -45,8 +45,7 @@ class Latents(nn.Module):
         spec: shape and classes of the images.
         autoencoder: a factory ``spec -> model with a coder``, with the settings that the autoencoder was trained with.
         first_stage: ``autoencoder_run``, the folder of a trained autoencoder, and ``budget``, of training one. The
-        training task
-            uses them, and passes the trained weights to `load_autoencoder`.
+            training task uses them, and passes the trained weights to `load_autoencoder`.
     """
 
     mean: Tensor
