@@ -13,7 +13,7 @@ from gencompare.compare.page import report
 from gencompare.compare.ranking import NO_VALUE, RankingTable, TableRow, rank_results
 from gencompare.errors import UserError
 from gencompare.records import Metric
-from gencompare.tasks.compare_runs import keys
+from gencompare.tasks.compare_runs import parse_keys
 from synthetic import result, write_run
 
 
@@ -122,4 +122,4 @@ def test_rank_by_another_metric(tmp_path: Path) -> None:
 def test_keys_from_text_and_lists(given: Any, expected: tuple[str, ...]) -> None:
     from omegaconf import OmegaConf
 
-    assert keys(OmegaConf.create(given) if isinstance(given, list) else given) == expected
+    assert parse_keys(OmegaConf.create(given) if isinstance(given, list) else given) == expected
