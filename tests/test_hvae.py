@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -342,6 +343,13 @@ def test_conditional_samples_have_the_requested_class() -> None:
 # Gradient skipping
 
 
+class LatestMetrics(DummyLogger):
+    """Keeps the metrics of the last row."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.latest = metrics
+
+
 def fit(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, factor: float = 1e6,
     planted: Container[int] = (3,),
@@ -373,7 +381,7 @@ def fit(
     )  # fmt: skip
     callbacks = [TrainingClock(0, 16, Budget(steps=steps)), EMA(0.9), Watch(), MetricLogger(2), Checkpoints(folder)]
     trainer = pl.Trainer(
-        callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=False, max_epochs=-1, limit_val_batches=0,
+        callbacks=callbacks, plugins=[AtomicCheckpointIO()], logger=LatestMetrics(), max_epochs=-1, limit_val_batches=0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
     checkpoint = folder / "last.ckpt" if resume else None
@@ -403,16 +411,18 @@ def test_a_step_with_a_huge_gradient_is_skipped_also_when_resumed(tmp_path: Path
 
 
 def test_a_step_with_a_nonfinite_loss_is_skipped_and_logged_as_skipped(tmp_path: Path) -> None:
-    model, callbacks, weights, metrics = fit(tmp_path, steps=6, factor=math.nan, planted=(3, 4, 5))
+    model, _, weights, _ = fit(tmp_path, steps=6, factor=math.nan, planted=(3, 4, 5))
     assert model.skipped_steps == 3
     for name, value in weights[5].items():
         assert torch.equal(value, weights[2][name]), name
     # Logged for steps 5 and 6, both skipped, and for 3 and 4, of which one was skipped.
-    assert callbacks[3].latest["train/skipped"] == 1 and "train/loss" not in callbacks[3].latest
-    _, callbacks, _, metrics = fit(tmp_path / "half", steps=4, factor=math.nan)
-    assert callbacks[3].latest["train/skipped"] == 0.5
-    assert callbacks[3].latest["train/loss"] == pytest.approx(metrics[2]["loss"])
-    assert callbacks[3].latest["train/grad_norm"] == pytest.approx(metrics[2]["grad_norm"])
+    logged = model.trainer.logger.latest
+    assert logged["train/skipped"] == 1 and "train/loss" not in logged
+    model, _, _, metrics = fit(tmp_path / "half", steps=4, factor=math.nan)
+    logged = model.trainer.logger.latest
+    assert logged["train/skipped"] == 0.5
+    assert logged["train/loss"] == pytest.approx(metrics[2]["loss"])
+    assert logged["train/grad_norm"] == pytest.approx(metrics[2]["grad_norm"])
 
 
 @pytest.mark.parametrize("factor", [1e6, math.nan])
