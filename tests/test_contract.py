@@ -1,4 +1,4 @@
-"""What every family promises, asked of each option of conf/model: nothing here names a family."""
+"""The contract of every model, tested for each option of conf/model without naming one."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from parts import loaded
 def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
     cfg = compose(
         f"model={family}", "data=digits", "trainer=cpu", "trainer.global_batch_size=16", "budget.images=null",
-        "budget.steps=2", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "callbacks.metric_logger.log_every_n_steps=1", *overrides,
+        "budget.steps=2", "callbacks.evaluation.num_evaluations=0",
+        "callbacks.progress_bar=null", "callbacks.metric_logger.log_every_n_steps=1", *overrides,
     )  # fmt: skip
     for name, value in cfg.model.get("sampler", {}).items():
         if name.endswith("steps") and value > 5:
-            cfg.model.sampler[name] = 5  # nothing here asks for good images
+            cfg.model.sampler[name] = 5  # image quality does not matter here
     data = build_data(cfg)
     return cfg, build_model(cfg, data), data
 
@@ -50,7 +51,7 @@ def draw(model: TrainedModel, n: int, seed: int) -> torch.Tensor:
 
 
 def conditional_options(family: str) -> list[bool]:
-    """Whether the family's config knows of class labels."""
+    """Values of ``conditional`` that the config of the family supports."""
     return [False, True] if "conditional" in loaded("", family) else [False]
 
 
@@ -65,7 +66,7 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
     clock = next(c for c in model.trainer.callbacks if isinstance(c, TrainingClock))  # type: ignore[attr-defined]
     assert clock.step >= 1
 
-    # Saved and loaded into a fresh model, the weights and what they draw are the same.
+    # A new model with the saved weights has the same weights and samples.
     _, fresh, _ = built(family, *overrides)
     load_weights(fresh, tmp_path, checkpoint="last", weights="raw")
     for name, value in model.state_dict().items():
@@ -77,10 +78,10 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
     assert x.shape == (6, *data.spec.shape) and x.dtype == torch.float32
     assert x.min() >= -1 and x.max() <= 1
     assert torch.equal(x, draw(model, 6, seed=1)), "sampling is a function of the generator"
-    assert not torch.equal(x, draw(model, 6, seed=2)), "another seed draws other images"
+    assert not torch.equal(x, draw(model, 6, seed=2)), "another seed gives other images"
     assert isinstance(fresh, GenerativeModel)
-    assert torch.equal(x, draw(fresh, 6, seed=1)), "the loaded model draws the same images"
-    assert len({tuple(row) for row in x.flatten(1).tolist()}) == 6, "images of one call differ from each other"
+    assert torch.equal(x, draw(fresh, 6, seed=1)), "the loaded model gives the same images"
+    assert len({tuple(row) for row in x.flatten(1).tolist()}) == 6, "samples of one call differ"
 
     images, cond = next(iter(data.batches("val", 16)))
     for name, likelihood in model.likelihoods().items():
@@ -89,11 +90,11 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
         assert torch.isfinite(bits).all(), name
 
 
-class SaveOnTheWay(Callback):
-    """Keeps the state after ``step`` steps in ``way.ckpt``."""
+class SaveMidway(Callback):
+    """Save a checkpoint ``midway.ckpt`` after ``step`` steps."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.path, self.step = folder / "checkpoints" / "way.ckpt", step
+        self.path, self.step = folder / "checkpoints" / "midway.ckpt", step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if clock_of(trainer).step == self.step:
@@ -101,57 +102,57 @@ class SaveOnTheWay(Callback):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_that_is_resumed_equals_training_that_never_stopped(family: str, tmp_path: Path) -> None:
-    """To the last bit: weights, averaged weights, and all that decides the next step."""
+def test_resumed_training_equals_uninterrupted_training(family: str, tmp_path: Path) -> None:
+    """Exactly: online weights, EMA weights, and all state that affects the next step."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    for folder, start in ((whole, None), (resumed, whole / "checkpoints" / "way.ckpt")):
+    for folder, start in ((whole, None), (resumed, whole / "checkpoints" / "midway.ckpt")):
         cfg, model, data = built(family, "budget.steps=3")
-        callbacks = build_callbacks(cfg, model, data, None, folder) | {"midway": SaveOnTheWay(folder, step=2)}
+        callbacks = build_callbacks(cfg, model, data, None, folder) | {"midway": SaveMidway(folder, step=2)}
         trainer = build_trainer(cfg, model, callbacks, [], folder)
         trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True if start else None)
         if model.closed_form:
             return
-    assert checkpoint(whole, "way")["callbacks"]["TrainingClock"]["step"] == 2
-    assert not (resumed / "checkpoints" / "way.ckpt").exists(), "the second step is not taken again"
+    assert checkpoint(whole, "midway")["callbacks"]["TrainingClock"]["step"] == 2
+    assert not (resumed / "checkpoints" / "midway.ckpt").exists(), "the second step is not repeated"
     assert_same_training(whole, resumed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_first_weights_depend_on_the_seed_alone(family: str) -> None:
+def test_losses_and_initial_weights_depend_on_the_seed_only(family: str) -> None:
     _, one, data = built(family)
     _, two, _ = built(family)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), name
     x, cond = next(iter(data.batches("val", 16)))
-    figures = []
+    metrics = []
     for model in (one, two):
         rng = RandomSource.for_batch(generator("cpu", 3), len(x))
         with torch.no_grad():
-            figures.append(model.eval().validation_metrics(x, model.select_conditions(cond), rng))
-    for name, value in figures[0].items():
-        assert value.shape == (len(x),), f"{name} is a figure a sample"
-        assert torch.equal(value, figures[1][name]), name
+            metrics.append(model.eval().validation_metrics(x, model.select_conditions(cond), rng))
+    for name, value in metrics[0].items():
+        assert value.shape == (len(x),), f"{name} is per sample"
+        assert torch.equal(value, metrics[1][name]), name
 
 
 BAR = 0.5
-"""Of the patterns' own distance from their mean. Their mean is at 1, and a Gaussian fitted to all of them at 0.64."""
+"""Maximum distance, relative to that of the patterns from their mean: 1 for their mean, 0.64 for a fitted Gaussian."""
 
 
 STEPS = {"vae": 2000}
-"""Families that may need more than 1,200 steps: rounding differs between processors, and so does the way to the end."""
+"""Families that may need more than 1,200 steps, since rounding differs between processors."""
 
 SLOW = {"vdm", "iddpm", "sde_subvp", "sde_ve"}
-"""Families that take up to a minute and a half, of the same class as others that stay in ``make test``."""
+"""Families that take up to 90 seconds; others of the same class are in ``make test``."""
 
 
 @pytest.mark.parametrize(
     "family", [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in FAMILIES]
 )
-def test_a_few_images_are_learned_by_heart(
+def test_a_few_images_are_memorised(
     family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a run like any other, a first stage included. A family that is fitted in closed form has one part a class, and
-    each pattern is a class: it can know them too."""
+    """In a complete run, including the autoencoder of latent models. A closed-form model has one component per class,
+    and each pattern is a class, so it can memorise them too."""
     if not isinstance(built(family)[1], GenerativeModel | SupportsReconstruction):
         return
 
@@ -160,20 +161,20 @@ def test_a_few_images_are_learned_by_heart(
 
     monkeypatch.setattr("gencompare.tasks.runs.build.build_callbacks", with_end)
     code = cli(
-        f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns", "data.train_subset_size=4",
-        "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}",
-        "logger=none", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.checkpoints=[]",
-        "hydra.run.dir=run",
+        f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns",
+        "data.train_subset_size=4", "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}",
+        "logger=none", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null",
+        "evaluation.checkpoints=[]", "hydra.run.dir=run",
     )  # fmt: skip
     if code:
         pytest.fail(f"training ended with exit code {code}")
-    away, reached = distance(shown(load_run(tmp_path / "run").model, seed=1))
-    assert away < BAR and reached > 1, (away, reached)
+    error, num_modes = distance(shown(load_run(tmp_path / "run").model, seed=1))
+    assert error < BAR and num_modes > 1, (error, num_modes)
 
 
-def test_what_knows_the_mean_or_one_gaussian_or_one_image_or_nothing_is_told_from_what_knows_the_images() -> None:
+def test_the_distance_detects_models_that_did_not_memorise() -> None:
     few = next(FourPatterns(train_subset_size=4).batches("train"))
-    gaussian = GaussianBaseline(FourPatterns.spec, per_class=False).fit_to([few])
+    gaussian = GaussianBaseline(FourPatterns.spec, per_class=False).fit([few])
     assert distance(gaussian.sample(500, generator=generator("cpu", 0)))[0] > 0.6
     noise = torch.rand(500, *FourPatterns.spec.shape, generator=generator("cpu", 0)) * 2 - 1
     assert distance(members().mean(0, keepdim=True))[0] == pytest.approx(1)

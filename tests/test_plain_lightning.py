@@ -1,4 +1,4 @@
-"""Every family under a plain Trainer, with this project's data or anybody's: what a Lightning user expects works."""
+"""Every model under a plain Lightning Trainer, with data modules of this project or any data loaders."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def model_of(family: str) -> TrainedModel:
     for name, value in cfg.model.get("sampler", {}).items():
         if name.endswith("steps") and value > 3:
             cfg.model.sampler[name] = 3
-    if "sample_steps" in cfg.model:
-        cfg.model.steps = cfg.model.sample_steps = 2
+    if "num_sampling_steps" in cfg.model:
+        cfg.model.num_langevin_steps = cfg.model.num_sampling_steps = 2
     return build_model(cfg, build_data(cfg))
 
 
 def pairs(n: int) -> DataLoader[Any]:
-    """Batches (x, y) as any image data set gives them: floats in [-1, 1] and class indices."""
+    """Batches (x, y) of floats in [-1, 1] and class indices, as from any image data set."""
     split = Digits().split("train")
     assert split.labels is not None
     return DataLoader(TensorDataset(Digits().normalize(split.images[:n]), split.labels[:n]), batch_size=16)
@@ -64,9 +64,9 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
     logged = run.callback_metrics
     assert any(name.startswith("train/") and "loss" in name for name in logged), logged
     assert all(torch.isfinite(value) for value in logged.values())
-    again: dict[str, Any] = {"datamodule": Digits()} if own else {"dataloaders": pairs(32)}
-    assert run.validate(model, verbose=False, **again)[0], "metrics"
-    predicted = run.predict(model, **again)
+    held_out: dict[str, Any] = {"datamodule": Digits()} if own else {"dataloaders": pairs(32)}
+    assert run.validate(model, verbose=False, **held_out)[0], "metrics"
+    predicted = run.predict(model, **held_out)
     assert predicted and torch.isfinite(predicted[0]).all()
     assert predicted[0].shape[1:] == ((10,) if "classifier" in family else model.spec.shape)
     loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt")
@@ -80,23 +80,23 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
 
 @pytest.mark.parametrize("family", ["ddpm", "gan"])
 def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> None:
-    """Warm-up by steps and decay by the share of ``max_steps``, with automatic and manual optimisation alike."""
-    model, used = model_of(family), []
+    """Warm-up by steps and decay by the fraction of ``max_steps``, with automatic and manual optimization."""
+    model, rates = model_of(family), []
 
     class Watch(pl.Callback):
         def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
-            used.append(optimizer.param_groups[0]["lr"])
+            rates.append(optimizer.param_groups[0]["lr"])
 
-    players = len(model.build_optimizers())
+    num_optimizers = len(model.build_optimizers())
     base = model.build_optimizers()[0].param_groups[0]["lr"]
     steps = 10
-    trainer(tmp_path, Watch(), max_steps=steps * players, limit_val_batches=0).fit(model, Digits(batch_size=16))
+    trainer(tmp_path, Watch(), max_steps=steps * num_optimizers, limit_val_batches=0).fit(model, Digits(batch_size=16))
     assert model.lr_schedule is not None
-    expected = [base * model.lr_schedule(s, s / steps) for s in range(len(used) // players)]
-    assert used[::players] == pytest.approx(expected)
+    expected = [base * model.lr_schedule(s, s / steps) for s in range(len(rates) // num_optimizers)]
+    assert rates[::num_optimizers] == pytest.approx(expected)
 
 
-def test_early_stopping_and_the_best_checkpoint_act_on_a_logged_metric(tmp_path: Path) -> None:
+def test_early_stopping_and_best_checkpoint_use_a_logged_metric(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/loss", filename="best")
     stop = EarlyStopping("val/loss", patience=1, min_delta=1e9)
     run = trainer(tmp_path, best, stop, max_steps=50, val_check_interval=2, limit_val_batches=1)
@@ -105,7 +105,7 @@ def test_early_stopping_and_the_best_checkpoint_act_on_a_logged_metric(tmp_path:
     assert best.best_model_score == pytest.approx(float(stop.best_score), rel=0.5)
 
 
-def test_averaged_weights_are_what_a_checkpoint_gives_back(tmp_path: Path) -> None:
+def test_loading_a_checkpoint_gives_the_ema_weights(tmp_path: Path) -> None:
     average, model = EMA(0.9), model_of("ddpm")
     saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
     trainer(tmp_path, average, saved, max_steps=4, limit_val_batches=0).fit(model, Digits(batch_size=16))
@@ -117,14 +117,14 @@ def test_averaged_weights_are_what_a_checkpoint_gives_back(tmp_path: Path) -> No
     assert average.step == 4
 
 
-def test_a_closed_form_family_ends_training_by_itself(tmp_path: Path) -> None:
+def test_a_closed_form_model_ends_training(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=-1, limit_val_batches=0)
     run.fit(model_of("gaussian"), Digits(batch_size=16))
     assert run.global_step == 1
 
 
 @pytest.mark.parametrize("form", ["x", "pair", "conditions", "mapping"])
-def test_batches_of_every_usual_form_are_taken(form: str) -> None:
+def test_batches_of_every_supported_form_train(form: str) -> None:
     model = model_of("ddpm")
     x, y = next(iter(pairs(16)))
     batch = {"x": x, "pair": (x, y), "conditions": (x, {"label": y}), "mapping": {"image": x, "label": y}}[form]
@@ -141,13 +141,13 @@ def test_batches_of_every_usual_form_are_taken(form: str) -> None:
         ({"pixels": torch.zeros(4, 1, 8, 8)}, r"\{'image': x, 'label': class indices\}"),
     ],
 )
-def test_a_batch_of_another_form_is_refused(batch: Any, message: str) -> None:
+def test_a_batch_of_another_form_raises_an_error(batch: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_of("ddpm").training_step(batch, 0)
 
 
 def test_the_script_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there, but for fewer steps."""
+    """Unchanged except for fewer steps."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     script = readme.partition("### From your own code")[2].partition("```python\n")[2].partition("```")[0]
     assert script and len(script.splitlines()) <= 15
@@ -167,12 +167,12 @@ def test_the_script_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_config_composed_in_python_trains(tmp_path: Path) -> None:
     cfg = gencompare.compose(
-        "model=flow", "trainer=cpu", "budget=steps", "budget.steps=2", "logger=none", "callbacks.looks.count=0",
-        "evaluation.checkpoints=[]", folder=tmp_path / "run",
+        "model=flow", "trainer=cpu", "budget=steps", "budget.steps=2", "logger=none",
+        "callbacks.evaluation.num_evaluations=0", "evaluation.checkpoints=[]", folder=tmp_path / "run",
     )  # fmt: skip
     run = gencompare.train(cfg)
     assert run.record.state == "finished" and run.record.overrides[0] == "model=flow"
-    again = gencompare.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert isinstance(run.model, GenerativeModel) and isinstance(again, GenerativeModel)
-    one, other = (model.sample(2, generator=generator("cpu", 0)) for model in (run.model, again))
+    loaded = gencompare.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert isinstance(run.model, GenerativeModel) and isinstance(loaded, GenerativeModel)
+    one, other = (model.sample(2, generator=generator("cpu", 0)) for model in (run.model, loaded))
     assert torch.equal(one, other)
