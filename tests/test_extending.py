@@ -147,7 +147,7 @@ def test_the_interface_tests_cover_the_extensions(extension_env: dict[str, str])
     # Sampler tests under the new schedule run with the new sampler only.
     parts = "(linear_log_snr and my_euler) or ((linear_log_snr or my_euler) and not test_samplers)"
     # The blob has a single mode, so it cannot memorise several images.
-    selection = f"(blob or stripes or mean_distance or {parts}) and not by_heart"
+    selection = f"(blob or stripes or mean_distance or {parts}) and not memorised"
     output = run(extension_env, *args, "-k", selection, *(str(ROOT / file) for file in files))
     assert output.count("[linear_log_snr-my_euler] PASSED") >= 4
     for name in YAML:
