@@ -97,15 +97,17 @@ def test_training_reports_lost_modes_of_models_other_than_gans(
     trainer.fit(Narrowing(), datamodule=RING)
     coverage = [row["val/coverage"] for row in logged]
     assert min(coverage[:2]) > 0.85 and max(coverage[2:]) < 0.15
-    assert list(evaluation.missing) == [9, 12]
+    assert list(evaluation.missing_modes) == [9, 12]
     assert capsys.readouterr().out.count("modes are missing") == 2
     other = EvaluationCallback(protocol=None, data=RING, folder=tmp_path, seed=0)
     other.load_state_dict(evaluation.state_dict())
-    assert other.missing == evaluation.missing and other.best_coverage == max(coverage)
+    assert other.missing_modes == evaluation.missing_modes and other.best_coverage == max(coverage)
 
 
 def test_a_result_contains_the_warning() -> None:
     split = RING.split("test")
     narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
-    flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), n=100)).details["warnings"]
+    flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), num_images=100)).details[
+        "warnings"
+    ]
     assert any("modes are missing" in flag for flag in flags)

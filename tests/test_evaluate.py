@@ -85,7 +85,7 @@ class Failing(UniformModel):
     bad = 0
 
 
-IDENTITY = EvaluationProtocol(extractors=(IdentityExtractor,), n=300, chunk_size=40)
+IDENTITY = EvaluationProtocol(extractors=(IdentityExtractor,), num_images=300, chunk_size=40)
 
 
 def values(result: Result) -> dict[str, float | None]:
@@ -193,7 +193,7 @@ def test_the_baseline_is_the_metric_of_test_images() -> None:
     for name in ("mmd_raw", "fd_raw", "kd_raw", "precision", "recall"):
         assert real.metrics[name].value == pytest.approx(real.metrics[name].baseline, rel=1e-9), name
     assert real.metrics["memorization"].value is None
-    more = evaluate(UniformModel(), data, dataclasses.replace(IDENTITY, n=500))
+    more = evaluate(UniformModel(), data, dataclasses.replace(IDENTITY, num_images=500))
     assert more.metrics["fd_raw"].baseline == real.metrics["fd_raw"].baseline
     assert "300 test images" in more.metrics["fd_raw"].note
     assert evaluate(UniformModel(), data, IDENTITY).metrics["fd_raw"].ratio_to_baseline > 100  # type: ignore[operator]
@@ -214,10 +214,10 @@ def test_continuous_data_are_measured_without_quantization() -> None:
 def test_too_few_or_invalid_samples_are_refused() -> None:
     data = Tiny()
     cases: list[tuple[Any, EvaluationProtocol, str]] = [
-        (UniformModel(), dataclasses.replace(IDENTITY, n=4), "evaluation.n=4 .*at least 20"),
+        (UniformModel(), dataclasses.replace(IDENTITY, num_images=4), "evaluation.num_images=4 .*at least 20"),
         (UniformModel(), dataclasses.replace(IDENTITY, reference="tset"), "no split 'tset'"),
         (torch.zeros(200, 1, 2, 2), IDENTITY, "needs 300 images, but only 200"),
-        (torch.zeros(3, 1, 2, 2), dataclasses.replace(IDENTITY, n=None), "3 samples are too few"),
+        (torch.zeros(3, 1, 2, 2), dataclasses.replace(IDENTITY, num_images=None), "3 samples are too few"),
         (torch.full((300, 1, 2, 2), math.nan), IDENTITY, "300 of 300 samples contain NaN"),
         (torch.zeros(300, 3, 2, 2), IDENTITY, "has images of shape"),
         (Digits.spec, IDENTITY, ""),

@@ -1,4 +1,4 @@
-"""Guidance of trained runs from the command line: it changes sampling and nothing else."""
+"""Guidance of trained runs from the command line, which changes only sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gencompare.tasks.runs.build import build_data, build_model
 Cli = Callable[..., int]
 QUICK = [
     "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=2",
-    "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.n=100",
+    "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.num_images=100",
     "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
     "evaluation.checkpoints=[]",
 ]  # fmt: skip
@@ -28,10 +28,10 @@ SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "m
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs ``told`` (conditional), ``untold`` (unconditional) and ``classifier``."""
+    """A folder with the runs ``conditional`` (conditional), ``unconditional`` (unconditional) and ``classifier``."""
     folder = tmp_path_factory.mktemp("runs")
-    told = ["model.conditional=true", "model.label_dropout=0.1"]
-    commands = {"told": [*SMALL, *told], "untold": SMALL, "classifier": ["model=noisy_classifier"]}
+    conditional = ["model.conditional=true", "model.label_dropout=0.1"]
+    commands = {"conditional": [*SMALL, *conditional], "unconditional": SMALL, "classifier": ["model=noisy_classifier"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in ("HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"):
@@ -46,9 +46,9 @@ def weights(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def test_every_guidance_is_a_choice_at_evaluation(runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_guidance_can_be_chosen_at_evaluation(runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
-    before, config = weights(runs / "told"), (runs / "told" / "config.yaml").read_text()
+    before, config = weights(runs / "conditional"), (runs / "conditional" / "config.yaml").read_text()
     for words, nfe, said in (
         (["model/guidance=classifier_free", "model.guidance.scale=3"], {"network": 8}, "ClassifierFree, scale 3"),
         (
@@ -57,57 +57,62 @@ def test_every_guidance_is_a_choice_at_evaluation(runs: Path, cli: Cli, monkeypa
             "ClassifierGuidance with classifier (last, ema), scale 1",
         ),
         (
-            ["model/guidance=auto", "model.guidance.weak.run=untold", "model.guidance.weak.weights=raw"],
+            ["model/guidance=auto", "model.guidance.weak.run=unconditional", "model.guidance.weak.weights=raw"],
             {"network": 4, "weak": 4},
-            "AutoGuidance with untold (last, raw), scale 2",
+            "AutoGuidance with unconditional (last, raw), scale 2",
         ),
     ):
-        assert cli("task=evaluate", "run_dir=told", *words) == 0
-        generation = json.loads((runs / "told" / "record.json").read_text())["results"][-1]["generation"]
+        assert cli("task=evaluate", "run_dir=conditional", *words) == 0
+        generation = json.loads((runs / "conditional" / "record.json").read_text())["results"][-1]["generation"]
         assert generation["nfe"] == nfe and said in generation["sampler"]
-    after = weights(runs / "told")
+    after = weights(runs / "conditional")
     assert before["state_dict"].keys() == after["state_dict"].keys()
     assert all(torch.equal(value, after["state_dict"][name]) for name, value in before["state_dict"].items())
-    assert (runs / "told" / "config.yaml").read_text() == config
-    assert len(json.loads((runs / "told" / "record.json").read_text())["results"]) == 3
+    assert (runs / "conditional" / "config.yaml").read_text() == config
+    assert len(json.loads((runs / "conditional" / "record.json").read_text())["results"]) == 3
 
 
-def test_a_classifier_makes_an_unconditional_run_conditional(
+def test_classifier_makes_an_unconditional_run_conditional(
     runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    words = ["task=evaluate", "run_dir=untold", "model/guidance=classifier", "model.guidance.classifier.run=classifier"]
+    words = [
+        "task=evaluate",
+        "run_dir=unconditional",
+        "model/guidance=classifier",
+        "model.guidance.classifier.run=classifier",
+    ]
     assert cli(*words) == 0
-    (result,) = json.loads((runs / "untold" / "record.json").read_text())["results"]
+    (result,) = json.loads((runs / "unconditional" / "record.json").read_text())["results"]
     assert result["measurement"]["conditioning"] == "labels"
     assert result["generation"]["nfe"] == {"network": 4, "classifier": 4}
 
 
-def test_a_model_trained_with_guidance_keeps_its_guide_out(
+def test_guide_is_not_part_of_the_trained_model(
     runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(runs)
-    guided = ["model/guidance=auto", f"model.guidance.weak.run={runs / 'untold'}"]
+    guided = ["model/guidance=auto", f"model.guidance.weak.run={runs / 'unconditional'}"]
     assert cli(*SMALL, *QUICK, *guided, "hydra.run.dir=guided") == 0
-    plain, own = weights(runs / "untold"), weights(runs / "guided")
+    plain, own = weights(runs / "unconditional"), weights(runs / "guided")
     for part in ("state_dict", "ema"):
         assert plain[part].keys() == own[part].keys()
-        # Nor does a guide move the first weights or the noise of training.
+        # A guide does not change the initial weights or the training noise either.
         assert all(torch.equal(value, own[part][name]) for name, value in plain[part].items())
     assert cli("task=sample", "run_dir=guided", "num_images=2") == 0
-    # The guide is named in the frozen config; where it is gone, that is said.
-    shutil.move(runs / "untold", runs / "elsewhere")
+    # The stored config names the guide; a missing one is reported.
+    shutil.move(runs / "unconditional", runs / "elsewhere")
     try:
         assert cli("task=sample", "run_dir=guided", "num_images=2") == 1
         assert "The run that guides this model is not at" in capsys.readouterr().err
         assert cli("task=sample", "run_dir=guided", "num_images=2", "model.guidance.weak.run=elsewhere") == 0
         assert cli("task=sample", "run_dir=guided", "num_images=2", "~model/guidance") == 0
     finally:
-        shutil.move(runs / "elsewhere", runs / "untold")
+        shutil.move(runs / "elsewhere", runs / "unconditional")
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["model/guidance=classifier_free"], "Classifier-free guidance needs a conditional model"),
         (["model/guidance=classifier_free", "model.conditional=true"], "label_dropout=0.1"),
@@ -119,14 +124,14 @@ def test_a_model_trained_with_guidance_keeps_its_guide_out(
         (["model/guidance=classifier_free", "model.guidance.interval=[low,3]"], "guidance.interval=low: give a number"),
     ],
 )
-def test_bad_guidance_is_one_line_before_training(words: list[str], says: str, cli: Cli, capsys: Any) -> None:
+def test_invalid_guidance_is_reported_before_training(words: list[str], message: str, cli: Cli, capsys: Any) -> None:
     assert cli(*SMALL, *QUICK, *words, "hydra.run.dir=bad") == 1
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
     assert not Path("bad", "record.json").exists()
 
 
-def test_guides_of_another_schedule_or_data_are_refused(
+def test_guides_of_another_schedule_or_data_are_rejected(
     runs: Path, cli: Cli, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
@@ -135,17 +140,17 @@ def test_guides_of_another_schedule_or_data_are_refused(
     assert "under another noise schedule (CosineBetas)" in capsys.readouterr().err
     assert cli(*guided, "data=toy2d", "hydra.run.dir=bad") == 1
     assert "other images or classes" in capsys.readouterr().err
-    towards = [*SMALL, *QUICK, "model/guidance=auto", "model.guidance.weak.run=told"]
+    towards = [*SMALL, *QUICK, "model/guidance=auto", "model.guidance.weak.run=conditional"]
     assert cli(*towards, "hydra.run.dir=bad") == 1
     assert "weak needs a class for each image" in capsys.readouterr().err
 
 
-def test_first_weights_do_not_depend_on_the_guide(runs: Path) -> None:
+def test_initial_weights_do_not_depend_on_the_guide(runs: Path) -> None:
     plain, guided = (
         build_model(cfg, build_data(cfg))
         for cfg in (
             compose(*SMALL, *QUICK),
-            compose(*SMALL, *QUICK, "model/guidance=auto", f"model.guidance.weak.run={runs / 'untold'}"),
+            compose(*SMALL, *QUICK, "model/guidance=auto", f"model.guidance.weak.run={runs / 'unconditional'}"),
         )
     )
     for name, value in plain.state_dict().items():

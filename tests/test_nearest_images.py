@@ -57,5 +57,5 @@ def test_points_have_no_nearest_images(tmp_path: Path) -> None:
     data = Toy2D()
     data.setup()
     points = data.split("test").images[:200]
-    result = evaluate(points, data, EvaluationProtocol(extractors=(IdentityExtractor,), n=200))
+    result = evaluate(points, data, EvaluationProtocol(extractors=(IdentityExtractor,), num_images=200))
     assert "nearest_training" not in result.details

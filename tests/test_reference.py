@@ -93,7 +93,9 @@ def test_splits_can_be_joined() -> None:
     assert torch.equal(both.images[1147:], data.split("val").images)
     assert data.hash("train+val") not in (data.hash("train"), data.hash("val"))
     images = quantize_split(data.split("test").images, data.spec)
-    result = evaluate(images, data, EvaluationProtocol(extractors=(shipped_classifier,), reference="train+val", n=500))
+    result = evaluate(
+        images, data, EvaluationProtocol(extractors=(shipped_classifier,), reference="train+val", num_images=500)
+    )
     assert (result.measurement.reference, result.measurement.num_reference_images) == ("train+val", 1297)
     with pytest.raises(UserError, match="no split 'train\\+tset'"):
         data.split("train+tset")
@@ -116,7 +118,7 @@ def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> N
     spatial = Statistics.from_features(train.spatial)
     path = statistics_file(tmp_path / "adm.npz", train.features, mu_s=spatial.mean.numpy(), sigma_s=spatial.cov.numpy())
     images = quantize_split(data.split("test").images, data.spec)
-    classifier = EvaluationProtocol(extractors=(shipped_classifier,), n=500)
+    classifier = EvaluationProtocol(extractors=(shipped_classifier,), num_images=500)
     ours, theirs = (
         evaluate(images, data, dataclasses.replace(classifier, reference=name)) for name in ("train", str(path))
     )
@@ -212,7 +214,9 @@ def test_metrics_do_not_depend_on_the_batch_size_of_the_extractor() -> None:
 
         reference_module._REFERENCES.clear()
         found.append(
-            evaluate(images, data, dataclasses.replace(EvaluationProtocol(), extractors=(small,), n=500)).metrics
+            evaluate(
+                images, data, dataclasses.replace(EvaluationProtocol(), extractors=(small,), num_images=500)
+            ).metrics
         )
     for name, metric in found[0].items():
         assert metric.value == (None if metric.value is None else pytest.approx(found[1][name].value, rel=1e-6)), name

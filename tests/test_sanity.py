@@ -392,7 +392,7 @@ def test_copies_in_the_reference_are_warned_about(tmp_path: Path, cifar10: Image
     for k in range(400):
         Image.fromarray(cifar10.test[k % 100].permute(1, 2, 0).numpy()).save(tmp_path / f"{k:03d}.png")
     data = ImageFolder(tmp_path)
-    copied = evaluate(cifar10.test[:100].repeat(4, 1, 1, 1), data, EvaluationProtocol(n=300))
+    copied = evaluate(cifar10.test[:100].repeat(4, 1, 1, 1), data, EvaluationProtocol(num_images=300))
     flags = " ".join(copied.details["warnings"])
     assert "of the reference images (train) have 3 or more exact copies" in flags
     assert "of the samples are exact copies" not in flags, "real images have as many copies"
@@ -448,7 +448,7 @@ class Halved:
 
 def test_a_models_samples_are_checked_too() -> None:
     data = Digits()
-    result = evaluate(Halved(data), data, EvaluationProtocol(n=100))
+    result = evaluate(Halved(data), data, EvaluationProtocol(num_images=100))
     assert any("0 to 12" in warning and "use 0 to 255" in warning for warning in result.details["warnings"])
 
 

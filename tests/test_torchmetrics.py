@@ -124,7 +124,7 @@ def test_psnr_and_ssim_of_torchmetrics_equal_those_of_evaluate() -> None:
         metric = kind(data_range=255.0)
         for real, other in zip(originals.split(40), reconstructions.split(40), strict=True):
             metric.update(other.float(), real.float())
-        assert float(metric.compute()) == pytest.approx(expected[name].value, rel=1e-5), name
+        assert float(metric.compute()) == pytest.approx(expected[name].value, rel=1e-5), name  # type: ignore[arg-type]
 
 
 def test_invalid_and_missing_images_are_refused() -> None:

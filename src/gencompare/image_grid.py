@@ -36,15 +36,15 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
         raise ValueError(f"a grid needs uint8 images (n, 1 or 3, H, W), not {images.dtype} {images.shape}")
     n, channels, height, width = images.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    scale = scale or math.ceil(MIN_TILE / max(height, width))
-    row_height, column_width = height * scale + GAP, width * scale + GAP
-    canvas = np.full((rows * row_height + GAP, columns * column_width + GAP, channels), BACKGROUND, dtype=np.uint8)
+    per_row = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / per_row)
+    factor = scale or math.ceil(MIN_TILE / max(height, width))
+    row_height, column_width = height * factor + GAP, width * factor + GAP
+    canvas = np.full((rows * row_height + GAP, per_row * column_width + GAP, channels), BACKGROUND, dtype=np.uint8)
     for k, image in enumerate(images.transpose(0, 2, 3, 1)):
-        top, left = GAP + (k // columns) * row_height, GAP + (k % columns) * column_width
-        tile = image.repeat(scale, axis=0).repeat(scale, axis=1)
-        canvas[top : top + height * scale, left : left + width * scale] = tile
+        top, left = GAP + (k // per_row) * row_height, GAP + (k % per_row) * column_width
+        tile = image.repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas[top : top + height * factor, left : left + width * factor] = tile
     return to_image(canvas.transpose(2, 0, 1))
 
 

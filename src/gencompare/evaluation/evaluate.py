@@ -72,7 +72,7 @@ class EvaluationProtocol:
         extractors: factories ``spec -> Extractor``. All of them measure the same samples; the primary metric of the
             first one ranks. None selects the defaults for the data (`default_extractors`).
         weights: weights file for the first extractor; None uses the published or shipped weights.
-        n: number of samples. None draws as many as there are test images, at most 2,000 (10,000 where a Frechet
+        num_images: number of samples. None draws as many as there are test images, at most 2,000 (10,000 if a Frechet
             distance ranks).
         reference: what samples are compared with: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file
             of published statistics (`read_statistics`).
@@ -89,7 +89,7 @@ class EvaluationProtocol:
 
     extractors: Sequence[ExtractorFactory] | None = None
     weights: str | Path | None = None
-    n: int | None = None
+    num_images: int | None = None
     reference: str = "train"
     condition_split: str = "test"
     chunk_size: int = CHUNK_SIZE
@@ -122,12 +122,12 @@ class EvaluationProtocol:
         extractors = self.build_extractors(data.spec)
         extractor, n = extractors[0], self.resolve_num_images(data, extractors[0])
         if n < MIN_IMAGES:
-            raise UserError(f"evaluation.n={n} is too few samples: use at least {MIN_IMAGES}.")
+            raise UserError(f"evaluation.num_images={n} is too few samples: use at least {MIN_IMAGES}.")
         frechet, dim = self.ranks_by_frechet(extractor), extractor.dim
         if frechet and n <= dim:
             raise UserError(
-                f"evaluation.n={n} is too few samples for a Frechet distance on the {dim} features of "
-                f"{extractor.name}: use more than {dim} (evaluation.n={FRECHET_IMAGES_PER_FEATURE * dim})."
+                f"evaluation.num_images={n} is too few samples for a Frechet distance on the {dim} features of "
+                f"{extractor.name}: use more than {dim} (evaluation.num_images={FRECHET_IMAGES_PER_FEATURE * dim})."
             )
         if is_statistics_file(self.reference):
             # The statistics belong to the features of one network, so the other extractors have no reference.
@@ -147,8 +147,8 @@ class EvaluationProtocol:
 
     def resolve_num_images(self, data: EvaluationData, extractor: Extractor) -> int:
         """The number of samples, with the default filled in."""
-        if self.n is not None:
-            return self.n
+        if self.num_images is not None:
+            return self.num_images
         if not self.ranks_by_frechet(extractor):
             return min(len(data.split("test")), DEFAULT_MAX_IMAGES)
         return min(max(len(data.split("test")), FRECHET_IMAGES_PER_FEATURE * extractor.dim), FRECHET_MAX_IMAGES)
@@ -258,10 +258,10 @@ def _from_images(
     extractor: Extractor,
     generation: SampleSettings,
 ) -> _MeasuredSamples:
-    """The first ``protocol.n`` of given images; all of them if the protocol leaves the number open."""
+    """The first ``protocol.num_images`` of given images; all of them if the protocol leaves the number open."""
     n = protocol.resolve_num_images(data, extractor)
     if len(images) < n:
-        if protocol.n is not None:
+        if protocol.num_images is not None:
             raise UserError(f"The protocol needs {n} images, but only {len(images)} were given.")
         if len(images) < MIN_IMAGES:
             raise UserError(f"{len(images)} samples are too few: give at least {MIN_IMAGES}.")
@@ -416,7 +416,7 @@ def _measure(
 
     def compute() -> tuple[dict[str, Metric], dict[str, Any]]:
         extra = dict(protocol.metrics)
-        real_features = RealFeatures(train=train.features, val=val.features, test=test.features)  # type: ignore[arg-type]
+        real_features = RealFeatures(*(split.features for split in (train, val, test)))  # type: ignore[arg-type]
         baseline = real_data_baseline(held_out, reference, len(features), extractor, extra)
         metrics = compute_metrics(features, reference, extractor, labels=measured.labels, extra_metrics=extra)
         metrics = add_baselines(metrics, baseline.metrics, baseline.note)

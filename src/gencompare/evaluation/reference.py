@@ -44,7 +44,8 @@ class DataSplit(Protocol):
 class EvaluationData(Protocol):
     """The part of a datamodule that evaluation uses."""
 
-    spec: DataSpec
+    @property
+    def spec(self) -> DataSpec: ...
 
     def split(self, name: str) -> Any:
         """The `DataSplit` called ``name``: ``train``, ``val``, ``test``, or a union such as ``train+val``."""
