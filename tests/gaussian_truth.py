@@ -1,8 +1,8 @@
-"""Data whose denoiser is known exactly, and samplers' results on them without Monte Carlo error.
+"""Data with an exact denoiser, and the moments of samples without Monte Carlo error.
 
-On Gaussian data every step of a sampler is affine. One run carries a row with no noise at all, a row for each pixel
-that starts one unit higher in it, and a row for each random number, in which that number alone is 1. What comes out is
-the affine map from the noise to the sample, and with it the mean and the covariance of what the sampler gives.
+On Gaussian data every sampler step is affine. One batch contains a row without noise, a row for each pixel that starts
+one unit higher in that pixel, and a row for each random number, in which only that number is 1. The results determine
+the affine map from noise to samples, and with it the mean and the covariance of the samples.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ VARIANCE = torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
 AXES = torch.tensor([[2, -1, 2], [2, 2, -1], [-1, 2, 2]], dtype=torch.float64) / 3
 COVARIANCE = AXES * VARIANCE @ AXES.T
 """Data: three Gaussian pixels, correlated by -0.5, -0.8 and 0.8. Along AXES, the columns of a rotation, they are
-independent, with VARIANCE, of which none is 1."""
+independent, with VARIANCE, none of which is 1."""
 ALONE = torch.eye(3, dtype=torch.float64)
-"""In place of AXES: pixels that are independent."""
+"""Replaces AXES: independent pixels."""
 
 
 SCHEDULES = options("model/schedule")
 SENSIBLE = [name for name in SCHEDULES if name != "steep"]
-"""Without the one that is bad on purpose: its noise falls in the last few steps."""
+"""Without the deliberately bad one, whose noise falls in the last few steps."""
 
 
 def schedule_named(name: str) -> NoiseSchedule:
@@ -46,21 +46,21 @@ def schedule_named(name: str) -> NoiseSchedule:
 
 
 def times_of(sampler: Sampler, schedule: NoiseSchedule) -> Tensor:
-    """The sampler's own times; even ones in log-SNR where the schedule is a table of fewer steps."""
+    """The times of the sampler, or times evenly spaced in log-SNR for a table with fewer steps."""
     table = schedule.discrete_times
     fits = table is None or len(table) >= sampler.num_steps
     return sampler.times(schedule).double() if fits else even_levels(schedule, sampler.num_steps)
 
 
 def even_levels(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Times from end to end of the schedule, evenly spaced in log-SNR, then clean data."""
+    """Times over the whole schedule, evenly spaced in log-SNR, then clean data."""
     noisy, clean = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min])).tolist()
     times = schedule.t_from_log_snr(torch.linspace(noisy, clean, steps))
     return torch.cat([times, torch.tensor([CLEAN])])
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, from the two logarithms that a schedule is."""
+    """alpha and sigma, from log alpha and log-SNR."""
     if t == CLEAN:
         return torch.tensor(1.0), torch.tensor(0.0)
     log_alpha = schedule.log_alpha(t)
@@ -68,8 +68,8 @@ def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The perfect denoiser of Gaussian data: E[x_0 | x_t] = m + alpha C (alpha^2 C + sigma^2)^-1 (x_t - alpha m)."""
+class ExactDenoiser:
+    """The exact denoiser of Gaussian data: E[x_0 | x_t] = m + alpha C (alpha^2 C + sigma^2)^-1 (x_t - alpha m)."""
 
     schedule: NoiseSchedule
     axes: Tensor = field(default_factory=lambda: AXES, repr=False, compare=False)
@@ -86,7 +86,7 @@ class Truth:
 
 
 class UnitNoise:
-    """In place of random numbers: of all that an image of d values is given, the k-th is 1 in row 1 + d + k, else 0."""
+    """Replaces random numbers: for images of d values, the k-th number is 1 in row 1 + d + k, and 0 in other rows."""
 
     draws = 0
 
@@ -107,7 +107,7 @@ def unit_noise() -> Iterator[UnitNoise]:
 
 
 def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mean, (3,), and covariance, (3, 3), of what comes out when the exact marginal at ``times[0]`` goes in."""
+    """Exact mean, (3,), and covariance, (3, 3), of the samples, starting from the exact marginal at ``times[0]``."""
     rows = 4
     while True:
         x = torch.zeros(rows, 1, 1, 3)
@@ -116,7 +116,7 @@ def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tupl
             out = sampler.sample(denoiser, x, generator=generator("cpu", 0), times=times)[:, 0, 0].double()
         if 4 + 3 * noise.draws == rows:
             break
-        rows = 4 + 3 * noise.draws  # a sampler that is random: once more, with room for all
+        rows = 4 + 3 * noise.draws  # a stochastic sampler: repeat, with rows for all random numbers
     gains = out[1:] - out[0]
     mean, covariance = true_moments(denoiser.schedule, times[0])
     return out[0] + mean @ gains[:3], gains[:3].T @ covariance @ gains[:3] + gains[3:].T @ gains[3:]
@@ -128,13 +128,13 @@ def true_moments(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a covariance: standard deviations, along whatever axes they are."""
+    """The symmetric square root of a covariance."""
     values, axes = torch.linalg.eigh(covariance)
     return axes * values.clamp(min=0).sqrt() @ axes.T
 
 
 def error(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> float:
-    """How far the mean and the root of the covariance are off, over all pixels."""
+    """Error of the mean and of the square root of the covariance, over all pixels."""
     mean, covariance = moments(sampler, denoiser, times)
     true_mean, true_covariance = true_moments(denoiser.schedule, times[-1])
     off = (mean - true_mean).square().sum() + (root(covariance) - root(true_covariance)).square().sum()
@@ -142,10 +142,10 @@ def error(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> float:
 
 
 def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False) -> Tensor:
-    """About ``steps`` equal steps in time that keep off both ends by a tenth of the time.
+    """About ``steps`` equal steps in time, at a distance of a tenth of the range from both ends.
 
-    A table of fewer steps has a kink at each of them: there the times run from one of its steps to another, with as
-    many in between each pair, so that no step leads across a kink. With ``noise_left`` they end at log-SNR 2.
+    A table with fewer steps has a kink at each of them: the times then include these steps, with equally many between
+    each pair, so that no step crosses a kink. With ``noise_left`` the times end at log-SNR 2.
     """
     margin = 0.1 * (schedule.t_max - schedule.t_min)
     first, last = schedule.t_max - margin, schedule.t_min + margin
@@ -160,12 +160,12 @@ def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False
 
 
 def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor | None = None) -> float:
-    """log2 of what the error is divided by when the steps, those between the times ``coarse``, are halved.
+    """log2 of the ratio of errors when the steps between the times ``coarse`` are halved.
 
-    Euler-Maruyama under a VE schedule ends where there is still noise, for it is better than its order where it ends
-    without. With s = sigma^2 and P = V + s, V the variance of the data along one axis, a step of h errs in the variance
-    by h^2 (s'^2 / P - s'' / 2), of which (V / P)^2 is left at the end. So all of them make h times the integral of
-    s'^2 / P^3 - s'' / (2 P^2), which is -[s' / (2 P^2)]: nothing where s' is, and nothing where P is large.
+    Euler-Maruyama under a VE schedule stops at a higher noise level, because without noise at the end it exceeds its
+    order. With s = sigma^2 and P = V + s, where V is the variance of the data along one axis, a step h has an error of
+    h^2 (s'^2 / P - s'' / 2) in the variance, of which (V / P)^2 remains at the end. The sum is h times the integral of
+    s'^2 / P^3 - s'' / (2 P^2), which is -[s' / (2 P^2)]: it vanishes where s' is small and where P is large.
     """
     if coarse is None:
         better = isinstance(sampler, EulerMaruyama) and isinstance(denoiser.schedule, VarianceExploding)
@@ -176,9 +176,9 @@ def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The perfect denoiser of a mixture of Gaussians, each with equal variance in all pixels.
+    """The exact denoiser of a mixture of Gaussians, each with equal variance in all pixels.
 
-    p(k | x_t) is by Bayes, and E[x_0 | x_t] the mean of the components' own, weighed by it.
+    E[x_0 | x_t] is the mean over the components, weighted by p(k | x_t).
     """
 
     schedule: NoiseSchedule
@@ -191,7 +191,7 @@ class Mixture:
         alpha, sigma = scales(self.schedule, t)
         total = alpha**2 * self.std**2 + sigma**2
         means, weights = torch.tensor(self.means, dtype=x_t.dtype), torch.tensor(self.weights, dtype=x_t.dtype)
-        # -||x - alpha m||^2 / 2 for each component, but for what all have in common
+        # -||x - alpha m||^2 / 2 for each component, up to a common term
         pixels, summed = x_t[0].numel(), x_t.flatten(1).sum(1, keepdim=True)
         closeness = alpha * means * summed - (alpha * means) ** 2 * pixels / 2
         centre = (weights.log() + closeness / total).softmax(1) @ means

@@ -1,4 +1,4 @@
-"""Augmentation: what is told is what was done; untouched images and samples are told nought."""
+"""Augmentation: the conditioning vector describes the transform, and is 0 for unchanged images and for samples."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def drawn(augmentation: Augmentation, n: int, seed: int = 0) -> Tensor:
     return augmentation.sample_params(RandomSource.for_batch(generator("cpu", seed), n))
 
 
-# What is done
+# The transforms
 
 
-def test_nothing_is_done_and_nothing_told_at_probability_nought() -> None:
+def test_probability_zero_changes_nothing() -> None:
     x = images(100)
     got, vector = Augmentation(p=0.0, x_flip=0.0)(x, RandomSource.for_batch(generator("cpu", 0), 100))
     assert torch.equal(got, x) and torch.equal(vector, torch.zeros(100, 9))
 
 
-def test_a_vector_of_noughts_means_an_untouched_image_and_nothing_else_does() -> None:
+def test_condition_vector_is_zero_only_for_unchanged_images() -> None:
     x = images(2000)
     got, vector = Augmentation(p=0.12, x_flip=0.5)(x, RandomSource.for_batch(generator("cpu", 0), 2000))
     untold = ~vector.any(dim=1)
@@ -53,7 +53,7 @@ def test_a_vector_of_noughts_means_an_untouched_image_and_nothing_else_does() ->
     assert (got - x)[~untold].flatten(1).any(dim=1).all()
 
 
-def test_mirroring_is_mirroring() -> None:
+def test_flips() -> None:
     x = images()
     assert torch.equal(augment(x, a(x_flip=1.0)), x.flip(3))
     assert torch.equal(augment(x, a(y_flip=1.0)), x.flip(2))
@@ -61,19 +61,19 @@ def test_mirroring_is_mirroring() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 9)], ids=str)
-def test_half_a_turn_is_both_mirrorings(shape: tuple[int, ...]) -> None:
+def test_half_a_turn_equals_both_flips(shape: tuple[int, ...]) -> None:
     x = images(shape=shape, dtype=torch.float64)
     assert torch.allclose(augment(x, a(turn=math.pi)), x.flip(2, 3), atol=1e-9)
     assert torch.allclose(augment(x, a(turn=-math.pi)), x.flip(2, 3), atol=1e-9)
 
 
-def test_a_quarter_turn_is_to_the_left() -> None:
+def test_rotation_is_counterclockwise() -> None:
     x = images(dtype=torch.float64)
     assert torch.allclose(augment(x, a(turn=math.pi / 2)), x.rot90(1, (2, 3)), atol=1e-9)
 
 
 @pytest.mark.parametrize(("right", "down"), [(1, 0), (0, 1), (-3, 2), (5, -7), (8, 0)])
-def test_a_shift_by_whole_pixels_moves_them_and_mirrors_the_rest_in(right: int, down: int) -> None:
+def test_shift_by_whole_pixels_reflects_at_the_border(right: int, down: int) -> None:
     x = images(shape=(2, 8, 16), dtype=torch.float64)
     got = augment(x, a(right=right / 2, down=down))  # an eighth of 16 pixels, and of 8
     around = torch.nn.functional.pad(x, (15, 15, 7, 7), mode="reflect")
@@ -91,12 +91,12 @@ def test_a_shift_by_whole_pixels_moves_them_and_mirrors_the_rest_in(right: int, 
         # Along an axis that rises to the right (rows count downwards): (r, -r) grows to (2 r, -2 r).
         ({"stretch": 5.0, "axis": math.pi / 4}, [[1.25, -0.75], [-0.75, 1.25]]),
         ({"turn": math.pi / 6}, [[0.75**0.5, 0.5], [-0.5, 0.75**0.5]]),
-        # In this order: mirrored, zoomed, turned, stretched, shifted.
+        # In this order: flip, scale, rotate, stretch, shift.
         ({"zoom": 5.0, "turn": math.pi / 2, "stretch": 5.0, "x_flip": 1.0}, [[0, 4], [1, 0]]),
     ],
 )
-def test_each_map_is_its_matrix(values: dict[str, float], matrix: list[list[float]]) -> None:
-    """A plane wave of low frequency, f(x) = cos(k . x + c), becomes f of where each pixel comes from."""
+def test_each_transform_is_its_matrix(values: dict[str, float], matrix: list[list[float]]) -> None:
+    """A plane wave of low frequency, f(x) = cos(k . x + c), becomes f at the source position of each pixel."""
     back = torch.tensor(matrix, dtype=torch.float64).inverse()
     place = torch.arange(64, dtype=torch.float64) - 31.5
 
@@ -106,18 +106,18 @@ def test_each_map_is_its_matrix(values: dict[str, float], matrix: list[list[floa
         return 0.9 * torch.cos(0.05 * x + 0.03 * y + 0.4)[None, None]
 
     got, expected = augment(wave(torch.eye(2, dtype=torch.float64)), a(1, **values)), wave(back)
-    inner = slice(28, 36)  # all of it comes from within the image
+    inner = slice(28, 36)  # all source positions are inside the image
     assert torch.allclose(got[..., inner, inner], expected[..., inner, inner], atol=5e-3)
 
 
-def test_shifts_come_last_and_are_those_of_the_image_as_seen() -> None:
+def test_shifts_are_applied_last() -> None:
     x = images(dtype=torch.float64)
     turned = augment(x, a(turn=math.pi / 2, x_flip=1.0))
     both = augment(x, a(turn=math.pi / 2, x_flip=1.0, right=2.0))
     assert torch.allclose(both[..., 2:], turned[..., :-2], atol=1e-9)
 
 
-def test_moved_images_stay_in_range_and_rows_do_not_touch_each_other() -> None:
+def test_augmented_images_stay_in_range_and_rows_are_independent() -> None:
     x = images(200).sign()
     parameters = drawn(Augmentation(p=0.9), 200)
     got = augment(x, parameters)
@@ -126,7 +126,7 @@ def test_moved_images_stay_in_range_and_rows_do_not_touch_each_other() -> None:
     assert torch.allclose(got[:5], alone, atol=1e-6)
 
 
-def test_mixed_precision_does_not_round_places() -> None:
+def test_mixed_precision_does_not_round_positions() -> None:
     x, parameters = images(20), drawn(Augmentation(p=0.9), 20)
     expected = augment(x, parameters)
     with torch.autocast("cpu", torch.bfloat16):
@@ -134,10 +134,10 @@ def test_mixed_precision_does_not_round_places() -> None:
     assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
-# What is drawn and told
+# Parameters and conditioning vector
 
 
-def test_each_transform_is_done_as_often_as_asked() -> None:
+def test_each_transform_has_its_probability() -> None:
     n, p, x_flip = 40_000, 0.12, 0.6
     parameters = drawn(Augmentation(p=p, x_flip=x_flip), n)
     shares = (parameters != 0).double().mean(0)
@@ -146,8 +146,8 @@ def test_each_transform_is_done_as_often_as_asked() -> None:
     assert ((shares - expected).abs() < 4 * error).all(), shares
     done = (parameters[:, [0, 1, 2, 3, 5, 6]] != 0).double()
     together = torch.corrcoef(done.T) - torch.eye(6, dtype=torch.float64)
-    assert together.abs().max() < 5 / math.sqrt(n), "one is done whether another is or not"
-    assert torch.equal(parameters[:, 6] != 0, parameters[:, 7] != 0), "a shift goes both ways at once"
+    assert together.abs().max() < 5 / math.sqrt(n), "transforms are independent"
+    assert torch.equal(parameters[:, 6] != 0, parameters[:, 7] != 0), "a shift has both components"
     for column in (2, 5, 6, 7):
         values = parameters[parameters[:, column] != 0, column]
         assert abs(float(values.mean())) < 4 / math.sqrt(n * p) and abs(float(values.std()) - 1) < 0.05
@@ -155,13 +155,13 @@ def test_each_transform_is_done_as_often_as_asked() -> None:
     assert abs(float(turns.square().mean()) / (math.pi**2 / 3) - 1) < 0.06 and turns.abs().max() <= math.pi
 
 
-def test_the_vector_is_that_of_the_paper() -> None:
+def test_condition_vector_is_that_of_the_paper() -> None:
     vector = condition_vector(a(1, x_flip=1.0, zoom=0.3, turn=2.0, axis=0.7, stretch=-1.5, right=0.2, down=-0.4))[0]
     expected = [1, 0, 0.3, math.cos(2) - 1, math.sin(2), -1.5 * math.cos(0.7), -1.5 * math.sin(0.7), 0.2, -0.4]
     assert vector.tolist() == pytest.approx(expected) and len(vector) == Augmentation.dim
 
 
-def test_two_processes_move_the_images_that_one_would() -> None:
+def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
     x, augmentation = images(10), Augmentation(p=0.5)
     whole = augmentation(x, RandomSource.for_batch(generator("cpu", 5), 10))
     parts = [augmentation(x[i : i + 5], RandomSource(generator("cpu", 5), i, i + 5, 10)) for i in (0, 5)]
@@ -170,7 +170,7 @@ def test_two_processes_move_the_images_that_one_would() -> None:
 
 
 @pytest.mark.parametrize(("changes", "words"), [({"p": 1.2}, r"p=1\.2"), ({"x_flip": -0.1}, r"x_flip=-0\.1")])
-def test_probabilities_that_are_none_are_refused(changes: dict[str, float], words: str) -> None:
+def test_invalid_probabilities_are_rejected(changes: dict[str, float], words: str) -> None:
     with pytest.raises(UserError, match=rf"augmentation\.{words}.*0 to 1"):
         Augmentation(**changes)
 
@@ -179,7 +179,7 @@ def test_probabilities_that_are_none_are_refused(changes: dict[str, float], word
 
 
 class Watches(nn.Module):
-    """Keeps what it is shown and told."""
+    """Records its inputs."""
 
     def __init__(self, **made_for: Any) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def rng(n: int, start: int = 0, stop: int | None = None) -> RandomSource:
     return RandomSource(generator("cpu", 1), start, n if stop is None else stop, n)
 
 
-def test_only_training_moves_images_and_tells_of_it() -> None:
+def test_only_training_augments_and_conditions() -> None:
     diffusion = model()
     net: Any = diffusion.network
     assert net.made_for["augment_dim"] == 9
@@ -223,7 +223,7 @@ def test_only_training_moves_images_and_tells_of_it() -> None:
     assert not any("augment" in cond for _, cond in net.seen[seen:])
 
 
-def test_without_augmentation_the_network_is_made_for_none_and_the_draws_stay() -> None:
+def test_no_augmentation_leaves_network_and_noise_unchanged() -> None:
     diffusion = model(augmentation=None)
     net: Any = diffusion.network
     assert "augment_dim" not in net.made_for
@@ -233,7 +233,7 @@ def test_without_augmentation_the_network_is_made_for_none_and_the_draws_stay() 
     assert torch.equal(plain, diffusion.losses(x, {}, rng(6))["loss"])
 
 
-def test_padding_stays_black_and_the_image_is_moved_within_its_frame() -> None:
+def test_padding_is_not_augmented() -> None:
     spec = DataSpec(name="x", shape=(1, 8, 8), padding=2)
     schedule = part("schedule", "karras", sigma_min=1e-6, sigma_max=2e-6)
     diffusion = model(
@@ -255,7 +255,9 @@ def test_padding_stays_black_and_the_image_is_moved_within_its_frame() -> None:
     assert (shown[:, :, border[0]] + 1).abs().max() < 1e-4
 
 
-UNET = partial(UNet, channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), dropout=0.0, num_groups=4)
+UNET = partial(
+    UNet, channels=8, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), dropout=0.0, num_groups=4
+)
 
 
 def shaken(diffusion: Diffusion) -> Diffusion:
@@ -266,15 +268,15 @@ def shaken(diffusion: Diffusion) -> Diffusion:
     return diffusion
 
 
-def test_two_processes_have_the_losses_of_one() -> None:
+def test_losses_do_not_depend_on_the_number_of_processes() -> None:
     diffusion, x = shaken(model(UNET, augmentation=Augmentation(p=0.5))), images(8, (1, 8, 8))
     whole = diffusion.losses(x, {}, rng(8))["loss"]
     halves = [diffusion.losses(x[i : i + 4], {}, rng(8, i, i + 4))["loss"] for i in (0, 4)]
     assert torch.allclose(whole, torch.cat(halves), rtol=1e-4)
 
 
-def test_samples_are_those_of_the_network_that_is_told_nought() -> None:
-    """The same weights without the map of the vector draw the same images and score images alike."""
+def test_samples_use_a_condition_vector_of_zero() -> None:
+    """The same weights without the embedding of the vector give the same samples and losses."""
     one, two = shaken(model(UNET)).eval(), model(UNET, augmentation=None).eval()
     state = one.network.state_dict()
     two.network.load_state_dict({name: value for name, value in state.items() if "augment" not in name})
@@ -284,7 +286,7 @@ def test_samples_are_those_of_the_network_that_is_told_nought() -> None:
     assert torch.equal(one.losses(x, {}, rng(3))["loss"], two.losses(x, {}, rng(3))["loss"])
 
 
-def test_labels_that_are_dropped_leave_the_vector_alone() -> None:
+def test_label_dropout_keeps_the_condition_vector() -> None:
     diffusion = model(conditional=True, label_dropout=1.0)
     diffusion.losses(images(6, (1, 8, 8)), {"label": torch.zeros(6, dtype=torch.int64)}, rng(6))
     net: Any = diffusion.network
@@ -292,14 +294,14 @@ def test_labels_that_are_dropped_leave_the_vector_alone() -> None:
     assert (cond["label"] == 3).all() and cond["augment"].any()
 
 
-def test_a_gradient_reaches_the_map_of_the_vector() -> None:
+def test_gradient_reaches_the_embedding_of_the_vector() -> None:
     diffusion = shaken(model(UNET))
     diffusion.losses(images(40, (1, 8, 8)), {}, rng(40))["loss"].mean().backward()
     net: Any = diffusion.network
     assert net.conditions.augment.weight.grad.abs().sum(0).gt(0).all()
 
 
-def test_what_cannot_be_moved_is_refused() -> None:
+def test_images_that_cannot_be_augmented_are_rejected() -> None:
     spec = DataSpec(name="x", shape=(1, 8, 8), conditions={"low_res": (1, 4, 4)})
     with pytest.raises(UserError, match=r"not their low-resolution images.*model/augmentation=null"):
         model(spec=spec)

@@ -1,4 +1,4 @@
-"""The diffusion model as a whole: parts put together, trained and sampled."""
+"""The diffusion model as a whole: composed, trained and sampled."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def diffusion(network: Any = partial(DenoisingMLP, width=32, depth=2), **changes
     return Diffusion(SPEC, network=network, **(parts | changes))
 
 
-def test_who_trains_a_learned_schedule() -> None:
+def test_only_bounds_train_a_learned_schedule() -> None:
     learned, bound = part("schedule", "learned"), part("objective", "vlb")
     with pytest.warns(UserWarning, match="trains no schedule.*keeps its initial values"):
         model = diffusion(schedule=learned)
@@ -58,57 +58,59 @@ def test_who_trains_a_learned_schedule() -> None:
     assert all(p.requires_grad for p in model.schedule.parameters())
 
 
-def test_who_trains_a_learned_variance() -> None:
-    """Under the losses that do, its weights have a gradient; the others say that they do not, and there is none."""
+def test_only_hybrid_and_discrete_bound_train_a_learned_variance() -> None:
+    """With these losses its weights have a gradient; other losses warn that they have none."""
     for name in options("model/objective"):
         learned = part("parameterization", "eps_learned_variance")
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = diffusion(parameterization=learned, objective=part("objective", name))
-        told = [str(warning.message) for warning in said]
+        messages = [str(warning.message) for warning in caught]
         x = torch.rand(8, 2, 1, 1, generator=generator("cpu", 0))
         model.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
         last = [p for p in model.network.parameters() if len(p) == 4][-1]  # of eps and variance, two channels each
         assert last.grad is not None and last.grad[:2].abs().max() > 0
         trained = bool(last.grad[2:].abs().max() > 0)
         assert trained == (name in ("hybrid", "vlb_discrete")), name
-        assert ["trains no variance" in line for line in told] == ([] if trained else [True]), name
+        assert ["trains no variance" in line for line in messages] == ([] if trained else [True]), name
 
 
-def test_a_learned_variance_is_what_samplers_take() -> None:
-    """What is set has no part in sampling, and none in what is said of it."""
-    found, said = [], []
+def test_learned_variance_overrides_the_setting_of_the_sampler() -> None:
+    """The setting affects neither samples nor their description."""
+    samples, descriptions = [], []
     for variance in (0.0, 1.0):
         changes = {"sampler": part("sampler", "ancestral", num_steps=8, variance=variance), "objective": Hybrid()}
         model = diffusion(parameterization=part("parameterization", "eps_learned_variance"), **changes)
-        found.append(model.sample(3, generator=generator("cpu", 0)))
-        said.append(model.sampling_description())
-    assert torch.equal(*found)
-    assert said == ["Ancestral, 8 steps, learned variance, x0 clipped"] * 2
+        samples.append(model.sample(3, generator=generator("cpu", 0)))
+        descriptions.append(model.sampling_description())
+    assert torch.equal(*samples)
+    assert descriptions == ["Ancestral, 8 steps, learned variance, x0 clipped"] * 2
     assert diffusion(sampler=changes["sampler"]).sampling_description() == "Ancestral, 8 steps, variance 1, x0 clipped"
 
 
-def composed(words: str) -> Diffusion:
-    """The model that such words build; of those that name the same thing the last one counts."""
-    given = dict(word.split("=", 1) for word in words.split())
-    cfg = compose("data=toy2d", *(f"{name}={value}" for name, value in given.items()))
+def composed(overrides: str) -> Diffusion:
+    """The model of space-separated overrides; later ones replace earlier ones."""
+    values = dict(override.split("=", 1) for override in overrides.split())
+    cfg = compose("data=toy2d", *(f"{name}={value}" for name, value in values.items()))
     network = partial(DenoisingMLP, width=8, depth=1)
     return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=SPEC, network=network)
 
 
 @pytest.mark.filterwarnings("ignore:.*trains no schedule")
-@pytest.mark.parametrize("says", ["eps", "v", "x0"])
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", options("model/schedule"))
-def test_schedules_and_what_the_network_says_can_be_crossed(name: str, says: str) -> None:
-    """As the sweep of docs/diffusion.md does; a learned schedule stays as it starts under the simple loss."""
-    model = composed(f"model=ddpm model/schedule={name} model/parameterization={says} model.sampler.num_steps=5")
+def test_schedules_and_parameterizations_can_be_combined(name: str, parameterization: str) -> None:
+    """As in the sweep of docs/diffusion.md; with the simple loss, a learned schedule keeps its initial values."""
+    model = composed(
+        f"model=ddpm model/schedule={name} model/parameterization={parameterization} model.sampler.num_steps=5"
+    )
     loss = model.losses(torch.rand(4, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 4))["loss"]
     assert loss.isfinite().all()
     assert model.sample(4, generator=generator("cpu", 0)).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("words", "named", "way_out"),
+    ("overrides", "named", "alternative"),
     [
         ("model=vdm model/objective=vlb_discrete", "DiscreteVLB.*Learned", "model.objective.num_timesteps=50"),
         ("model=ddpm model/objective=hybrid", "Hybrid", "model/parameterization=eps_learned_variance"),
@@ -116,18 +118,18 @@ def test_schedules_and_what_the_network_says_can_be_crossed(name: str, says: str
         ("model=iddpm model/schedule=vp", "Hybrid.*VP", "model/parameterization=eps model/objective=simple"),
     ],
 )
-def test_an_objective_that_does_not_fit_is_refused_before_training(words: str, named: str, way_out: str) -> None:
-    """... and the way out that is named leads to a model that trains."""
-    with pytest.raises(UserError, match=named) as refused:
-        composed(words)
-    assert way_out in str(refused.value)
-    loss = composed(f"{words} {way_out}").losses(
+def test_incompatible_objective_is_rejected_before_training(overrides: str, named: str, alternative: str) -> None:
+    """The alternative in the message gives a model that trains."""
+    with pytest.raises(UserError, match=named) as error:
+        composed(overrides)
+    assert alternative in str(error.value)
+    loss = composed(f"{overrides} {alternative}").losses(
         torch.rand(4, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 4)
     )["loss"]
     assert loss.isfinite().all()
 
 
-def test_no_more_steps_than_the_table_has() -> None:
+def test_no_more_steps_than_those_of_the_schedule() -> None:
     with pytest.raises(UserError, match=r"objective\.num_timesteps=1001.*1000"):
         diffusion(objective=DiscreteVLB(num_timesteps=1001))
     diffusion(objective=DiscreteVLB(num_timesteps=1000))
@@ -150,7 +152,7 @@ def along(grid: str, first: float) -> Sampler:
         ({"schedule": ("rectified", {}), "sampler": ("karras", 0.0)}, 0.5, {"sampler": ("karras", -9.0)}),
     ],
 )
-def test_sampling_that_would_not_start_in_noise_is_refused(
+def test_sampling_must_start_from_pure_noise(
     change: dict[str, tuple[str, Any]], left: float, instead: dict[str, tuple[str, Any]]
 ) -> None:
     def build(parts: dict[str, tuple[str, Any]]) -> Diffusion:
@@ -163,8 +165,8 @@ def test_sampling_that_would_not_start_in_noise_is_refused(
     build(change | instead)
 
 
-def test_another_sampler_must_start_in_noise_too() -> None:
-    """As evaluation.samplers exchanges it; and of an end that is learned there is a warning, for it is trained."""
+def test_replaced_sampler_must_start_from_pure_noise_too() -> None:
+    """evaluation.samplers replaces the sampler; an end that is trained gives only a warning."""
     model = diffusion()
     model.sampler = along("log_snr", -2.0)
     with pytest.raises(UserError, match="starts from pure noise"):
@@ -178,8 +180,8 @@ def test_another_sampler_must_start_in_noise_too() -> None:
 POINT = torch.tensor([0.4, -0.8])
 
 
-class KnowsThePoint(nn.Module):
-    """The perfect eps-network when all data are one point: (x_t - alpha x_0) / sigma, with DDPM's own numbers."""
+class ExactPointNetwork(nn.Module):
+    """The exact eps network for data at one point: (x_t - alpha x_0) / sigma, with the numbers of DDPM."""
 
     def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -188,27 +190,27 @@ class KnowsThePoint(nn.Module):
         self.register_buffer("sigma", (1 - bar).sqrt().float())
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        # Told 500 + 25 log-SNR: which step is that?
+        # The step whose noise condition 500 + 25 log-SNR is closest.
         log_snr = 2 * torch.log(self.alpha / self.sigma)  # type: ignore[operator]
         k = (500 + 25 * log_snr[None] - noise_cond[:, None]).abs().argmin(1)
         alpha, sigma = self.alpha[k, None, None, None], self.sigma[k, None, None, None]  # type: ignore[index]
         return (x - alpha * POINT[:, None, None]) / sigma
 
 
-def test_a_perfect_network_has_no_loss_and_samples_the_data() -> None:
-    model = diffusion(KnowsThePoint)
+def test_exact_network_has_zero_loss_and_samples_the_data() -> None:
+    model = diffusion(ExactPointNetwork)
     x = POINT.expand(200, 2)[..., None, None].contiguous()
     loss = model.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 200))["loss"]
     assert loss.shape == (200,) and loss.max() < 1e-5
-    off_by_one = diffusion(KnowsThePoint, schedule=part("schedule", "linear", beta_end=0.0201))
+    off_by_one = diffusion(ExactPointNetwork, schedule=part("schedule", "linear", beta_end=0.0201))
     assert off_by_one.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 200))["loss"].max() > 1e-5
     for sampler in (part("sampler", "ddim", num_steps=20), part("sampler", "ancestral", num_steps=50)):
-        found = diffusion(KnowsThePoint, sampler=sampler).sample(30, generator=generator("cpu", 1))
+        found = diffusion(ExactPointNetwork, sampler=sampler).sample(30, generator=generator("cpu", 1))
         torch.testing.assert_close(found[:, :, 0, 0], POINT.expand(30, 2), rtol=0, atol=2e-3)
 
 
 def test_training_learns_the_data() -> None:
-    """Two points on the diagonal with a little spread: means, variances and their correlation come out."""
+    """Two narrow modes on the diagonal: means, variances and weights are correct."""
     model = diffusion(partial(DenoisingMLP, width=48, depth=2), sampler=part("sampler", "ddim", num_steps=25))
     source = generator("cpu", 7)
 
@@ -232,8 +234,8 @@ def test_training_learns_the_data() -> None:
     torch.testing.assert_close(right.std(0), torch.tensor([0.1, 0.1]), rtol=0, atol=0.04)
 
 
-class KnowsTheLabel(nn.Module):
-    """Thinks that class k is the point (k / 4, k / 4)."""
+class LabelNetwork(nn.Module):
+    """Predicts the point (k / 4, k / 4) for class k."""
 
     def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -243,8 +245,8 @@ class KnowsTheLabel(nn.Module):
         return (cond["label"] / 4)[:, None, None, None].expand_as(x)
 
 
-def test_labels_steer_a_conditional_model() -> None:
-    model = diffusion(KnowsTheLabel, conditional=True, parameterization=part("parameterization", "x0"))
+def test_labels_condition_the_samples() -> None:
+    model = diffusion(LabelNetwork, conditional=True, parameterization=part("parameterization", "x0"))
     label = torch.tensor([0, 1, 2, 0])
     one = model.sample(4, {"label": label}, generator=generator("cpu", 1))
     assert torch.equal(one, model.sample(4, {"label": label}, generator=generator("cpu", 1)))
@@ -260,7 +262,7 @@ def _parts() -> dict[str, Any]:
     return {name: getattr(model, name) for name in ("schedule", "parameterization", "objective", "sampler")}
 
 
-def test_an_unconditional_model_does_not_look_at_labels() -> None:
+def test_unconditional_model_ignores_labels() -> None:
     model = diffusion()
     x, label = torch.rand(4, 2, 1, 1), torch.arange(4) % 3
     assert model.select_conditions({"label": label}) == {}
@@ -270,8 +272,8 @@ def test_an_unconditional_model_does_not_look_at_labels() -> None:
     ].shape == (4,)
 
 
-def test_samples_stay_in_range_however_wild_the_network() -> None:
-    class Wild(KnowsThePoint):
+def test_samples_stay_in_range_for_any_network() -> None:
+    class Wild(ExactPointNetwork):
         def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
             return 30 * torch.sin(7 * x)
 
@@ -280,7 +282,7 @@ def test_samples_stay_in_range_however_wild_the_network() -> None:
     assert x.dtype == torch.float32
 
 
-def test_parts_that_do_not_fit_are_refused_before_training() -> None:
+def test_incompatible_parts_are_rejected_before_training() -> None:
     with pytest.raises(UserError, match="no more than 10 steps"):
         diffusion(
             schedule=part("schedule", "linear", num_train_timesteps=10, beta_end=0.5),
@@ -298,12 +300,12 @@ def test_parts_that_do_not_fit_are_refused_before_training() -> None:
 
 
 @pytest.mark.parametrize(("first", "std"), [(None, 100.0), (-2.0, math.e)])
-def test_sampling_starts_from_the_noise_at_the_first_time_of_its_grid(first: float | None, std: float) -> None:
+def test_sampling_starts_from_the_noise_of_its_first_time(first: float | None, std: float) -> None:
     """VE at log-SNR -2 has sigma = exp(1); at its end, 100."""
     sampler = part("sampler", "ddim", num_steps=3) if first is None else along("log_snr", first)
     seen: list[Tensor] = []
 
-    class Watches(KnowsThePoint):
+    class Watches(ExactPointNetwork):
         def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
             seen.append(x)
             return x
@@ -326,8 +328,8 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
         model.sample(2, generator=generator("cpu", 0))
 
 
-def test_no_other_loss_moves_a_learned_schedule() -> None:
-    """It would be lowest where there is nothing but noise."""
+def test_other_losses_do_not_train_a_learned_schedule() -> None:
+    """They are minimal for pure noise."""
     model = diffusion(schedule=part("schedule", "learned"))
     model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
     assert all(p.grad is None for p in model.schedule.parameters())
@@ -336,14 +338,14 @@ def test_no_other_loss_moves_a_learned_schedule() -> None:
 @pytest.mark.parametrize(
     "noise", [TimestepConditioning(), TimeConditioning(), LogSNRConditioning(), LogSigmaConditioning()], ids=str
 )
-def test_churn_works_whatever_the_network_is_told_of_the_noise(noise: NoiseConditioning) -> None:
+def test_churn_works_with_every_noise_conditioning(noise: NoiseConditioning) -> None:
     model = diffusion(
         parameterization=Eps(noise_conditioning=noise), sampler=part("sampler", "heun", num_steps=5, s_churn=2.0)
     )
     assert model.sample(3, generator=generator("cpu", 0)).isfinite().all()
 
 
-def test_checkpoints_hold_no_tables() -> None:
+def test_checkpoints_contain_no_tables() -> None:
     assert all(name.startswith("network.") for name in diffusion().state_dict())
 
 

@@ -1,5 +1,7 @@
-"""Guidance, held against exact truth: on a labelled mixture of Gaussians the scores of each class, of all of them, and
-the classifier of noisy points are known, and Bayes's rule ties them together."""
+"""Guidance, compared with exact results on a labelled mixture of Gaussians.
+
+The conditional and unconditional scores and the classifier of noisy points are known, and satisfy Bayes' rule.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from parts import part
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 MEANS = torch.tensor([[0.6, 0.2], [-0.5, 0.5], [0.0, -0.7]], dtype=torch.float64)
 VARIANCES = torch.tensor([[0.09, 0.04], [0.04, 0.16], [0.16, 0.09]], dtype=torch.float64)
-"""Three classes in the plane, which overlap."""
+"""Three overlapping classes in the plane."""
 NO_LABEL = 3
 
 
@@ -44,14 +46,14 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, to meet (n, classes, 2)."""
+    """alpha and sigma, broadcasting with (n, classes, 2)."""
     log_alpha = schedule.log_alpha(t)
     alpha, sigma = log_alpha.exp(), (log_alpha - schedule.log_snr(t) / 2).exp()
     return alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
 
 
 def log_joint(schedule: NoiseSchedule, x_t: Tensor, t: Tensor) -> Tensor:
-    """log p(x_t, y) but for a constant, (n, 3)."""
+    """log p(x_t, y) up to a constant, (n, 3)."""
     alpha, sigma = scales(schedule, t)
     total = alpha**2 * VARIANCES + sigma**2
     off = x_t.flatten(1)[:, None] - alpha * MEANS
@@ -59,8 +61,8 @@ def log_joint(schedule: NoiseSchedule, x_t: Tensor, t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The perfect denoiser: of the class in ``label``, or of all where that is 3. It notes the rows it was asked for.
+class ExactDenoiser:
+    """The exact denoiser of the class in ``label``, or of all classes if that is 3. Records the rows of each call.
 
     E[x_0 | x_t, y] = m_y + alpha v_y (x_t - alpha m_y) / (alpha^2 v_y + sigma^2), and E[x_0 | x_t] is its mean under
     p(y | x_t).
@@ -75,8 +77,8 @@ class Truth:
         alpha, sigma = scales(self.schedule, t)
         total = alpha**2 * VARIANCES + sigma**2
         x0_of = MEANS + alpha * VARIANCES * (x_t.flatten(1)[:, None] - alpha * MEANS) / total
-        told = torch.nn.functional.one_hot(label.clamp(max=2), 3).double()
-        p = torch.where((label == NO_LABEL)[:, None], log_joint(self.schedule, x_t, t).softmax(1), told)
+        one_hot = torch.nn.functional.one_hot(label.clamp(max=2), 3).double()
+        p = torch.where((label == NO_LABEL)[:, None], log_joint(self.schedule, x_t, t).softmax(1), one_hot)
         x0 = (p[:, :, None] * x0_of).sum(1)
         eps = (x_t.flatten(1) - alpha[:, 0] * x0) / sigma[:, 0]
         return Prediction(x0.reshape(x_t.shape), eps.reshape(x_t.shape))
@@ -92,9 +94,9 @@ class TrueClassifier:
 
 @dataclass(frozen=True)
 class Unconditional:
-    """The truth, told no class."""
+    """The exact unconditional denoiser."""
 
-    truth: Truth
+    truth: ExactDenoiser
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -113,7 +115,7 @@ def guided(denoiser: DenoiserProtocol, guidance: Guidance) -> Guided:
 
 
 def cases(schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Cond]:
-    """Noisy points of each class, a time each, from end to end of the schedule."""
+    """Noisy points of each class, at times over the whole schedule."""
     t = torch.linspace(schedule.t_min, schedule.t_max, 30)
     label = torch.arange(30) % 3
     alpha, sigma = scales(schedule, t)
@@ -124,73 +126,76 @@ def cases(schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Cond]:
 
 
 def same(one: Prediction, two: Prediction, schedule: NoiseSchedule, t: Tensor) -> bool:
-    """Both halves agree, in units of the noise."""
+    """x_0 and eps agree, in units of the noise."""
     _, sigma = scales(schedule, t)
     return torch.allclose(one.eps, two.eps, rtol=1e-8, atol=1e-8) and torch.allclose(
         one.x0, two.x0, rtol=1e-8, atol=1e-8 * max(1.0, float(sigma.max()))
     )
 
 
-# Identities, at every noise level of every schedule
+# Identities at all noise levels of all schedules
 
 
-def is_bayes(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
-    """The exact classifier at scale 1 makes of the unconditional model the conditional one."""
+def satisfies_bayes_rule(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
+    """The exact classifier at scale 1 turns the unconditional model into the conditional one."""
     x, t, cond = cases(schedule)
-    found = guided(Unconditional(Truth(schedule)), guidance(scale=1.0, classifier=TrueClassifier(schedule)))(x, t, cond)
-    return same(found, Truth(schedule)(x, t, cond), schedule, t)
+    found = guided(Unconditional(ExactDenoiser(schedule)), guidance(scale=1.0, classifier=TrueClassifier(schedule)))(
+        x, t, cond
+    )
+    return same(found, ExactDenoiser(schedule)(x, t, cond), schedule, t)
 
 
 def is_classifier_guidance(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
-    """With exact scores, classifier-free guidance is guidance by the exact classifier, at every scale (Ho and Salimans
-    2022, section 3.2)."""
+    """With exact scores, classifier-free and classifier guidance are equal (Ho and Salimans 2022, section 3.2)."""
     x, t, cond = cases(schedule)
     for scale in (0.0, 0.5, 1.0, 3.0):
-        free = guided(Truth(schedule), guidance(scale=scale))(x, t, cond)
+        free = guided(ExactDenoiser(schedule), guidance(scale=scale))(x, t, cond)
         by_classifier = ClassifierGuidance(scale=scale, classifier=TrueClassifier(schedule))
-        if not same(free, guided(Unconditional(Truth(schedule)), by_classifier)(x, t, cond), schedule, t):
+        if not same(free, guided(Unconditional(ExactDenoiser(schedule)), by_classifier)(x, t, cond), schedule, t):
             return False
     return True
 
 
-def goes_beyond(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
-    """D_weak + scale (D_main - D_weak), for images and for scores."""
+def extrapolates(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
+    """D_weak + scale (D_main - D_weak), for x_0 and eps."""
     x, t, cond = cases(schedule)
-    main, weak = Truth(schedule)(x, t, cond), Unconditional(Truth(schedule))(x, t, cond)
+    main, weak = ExactDenoiser(schedule)(x, t, cond), Unconditional(ExactDenoiser(schedule))(x, t, cond)
     for scale in (0.0, 1.0, 2.5):
-        found = guided(Truth(schedule), guidance(scale=scale, weak=Unconditional(Truth(schedule))))(x, t, cond)
+        found = guided(ExactDenoiser(schedule), guidance(scale=scale, weak=Unconditional(ExactDenoiser(schedule))))(
+            x, t, cond
+        )
         expected = Prediction(scale * main.x0 + (1 - scale) * weak.x0, scale * main.eps + (1 - scale) * weak.eps)
         if not same(found, expected, schedule, t):
             return False
     return True
 
 
-def test_classifier_guidance_at_scale_one_is_bayess_rule(schedule: NoiseSchedule) -> None:
-    assert is_bayes(ClassifierGuidance, schedule)
+def test_classifier_guidance_at_scale_one_satisfies_bayes_rule(schedule: NoiseSchedule) -> None:
+    assert satisfies_bayes_rule(ClassifierGuidance, schedule)
 
 
-def test_classifier_free_guidance_is_classifier_guidance(schedule: NoiseSchedule) -> None:
+def test_classifier_free_guidance_equals_classifier_guidance(schedule: NoiseSchedule) -> None:
     assert is_classifier_guidance(ClassifierFree, schedule)
 
 
-def test_autoguidance_goes_beyond_the_main_model(schedule: NoiseSchedule) -> None:
-    assert goes_beyond(AutoGuidance, schedule)
+def test_autoguidance_extrapolates_from_the_weak_model(schedule: NoiseSchedule) -> None:
+    assert extrapolates(AutoGuidance, schedule)
 
 
-def test_autoguidance_by_the_main_model_itself_is_the_main_model(schedule: NoiseSchedule) -> None:
+def test_autoguidance_with_equal_models_is_that_model(schedule: NoiseSchedule) -> None:
     x, t, cond = cases(schedule)
-    main = Truth(schedule)
+    main = ExactDenoiser(schedule)
     found = guided(main, AutoGuidance(scale=7.0, weak=main))(x, t, cond)
     assert same(found, main(x, t, cond), schedule, t)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
-def test_scales_zero_and_one_are_the_models_themselves_at_one_row(scale: float, schedule: NoiseSchedule) -> None:
+def test_scales_zero_and_one_call_one_model_once(scale: float, schedule: NoiseSchedule) -> None:
     x, t, cond = cases(schedule)
-    truth = Truth(schedule)
+    truth = ExactDenoiser(schedule)
     found = guided(truth, ClassifierFree(scale=scale))(x, t, cond)
     assert truth.rows == [30]
-    expected = Truth(schedule)(x, t, cond if scale else drop_cond(cond))
+    expected = ExactDenoiser(schedule)(x, t, cond if scale else drop_cond(cond))
     assert torch.equal(found.x0, expected.x0) and torch.equal(found.eps, expected.eps)
 
 
@@ -199,23 +204,23 @@ def guidances(schedule: NoiseSchedule) -> list[Guidance]:
         ClassifierFree(scale=2.0),
         ClassifierFree(scale=2.0, interval=(0.3, 3.0)),
         ClassifierGuidance(scale=2.0, classifier=TrueClassifier(schedule)),
-        AutoGuidance(scale=2.0, weak=Unconditional(Truth(schedule))),
+        AutoGuidance(scale=2.0, weak=Unconditional(ExactDenoiser(schedule))),
     ]
 
 
-def test_image_and_noise_still_make_up_x_t(schedule: NoiseSchedule) -> None:
+def test_guided_x0_and_eps_still_compose_x_t(schedule: NoiseSchedule) -> None:
     x, t, cond = cases(schedule)
     alpha, sigma = (scale.reshape(-1, 1, 1, 1) for scale in scales(schedule, t))
     with torch.no_grad():
         for guidance in guidances(schedule):
-            found = guided(Truth(schedule), guidance)(x, t, cond)
+            found = guided(ExactDenoiser(schedule), guidance)(x, t, cond)
             torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x, rtol=1e-8, atol=1e-8)
             assert not found.eps.requires_grad
 
 
-def test_a_learned_variance_passes_through() -> None:
+def test_guidance_keeps_a_learned_variance() -> None:
     @dataclass(frozen=True)
-    class Learns(Truth):
+    class Learns(ExactDenoiser):
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             variance = cond["label"].double()[:, None, None, None].expand_as(x_t)
             return Prediction(*super().__call__(x_t, t, cond)[:2], variance)
@@ -226,31 +231,31 @@ def test_a_learned_variance_passes_through() -> None:
     assert own is not None
     for guidance in guidances(schedule):
         found = guided(Learns(schedule), guidance)(x, t, cond)[2]
-        assert found is not None and torch.equal(found, own), "of the model that is told the class"
+        assert found is not None and torch.equal(found, own), "of the conditional model"
 
 
 # The interval
 
 
-def test_outside_of_its_interval_guidance_is_the_conditional_model(schedule: NoiseSchedule) -> None:
+def test_outside_its_interval_guidance_is_the_conditional_model(schedule: NoiseSchedule) -> None:
     x, t, cond = cases(schedule)
     level = torch.exp(-schedule.log_snr(t) / 2)
     low, high = float(level[9] + level[10]) / 2, float(level[19] + level[20]) / 2
     inside = torch.zeros(30, dtype=torch.bool)
     inside[10:20] = True
-    limited = guided(Truth(schedule), ClassifierFree(scale=3.0, interval=(low, high)))(x, t, cond)
-    everywhere = guided(Truth(schedule), ClassifierFree(scale=3.0))(x, t, cond)
-    plain = Truth(schedule)(x, t, cond)
+    limited = guided(ExactDenoiser(schedule), ClassifierFree(scale=3.0, interval=(low, high)))(x, t, cond)
+    everywhere = guided(ExactDenoiser(schedule), ClassifierFree(scale=3.0))(x, t, cond)
+    plain = ExactDenoiser(schedule)(x, t, cond)
     shape = inside[:, None, None, None]
     expected = Prediction(torch.where(shape, everywhere.x0, plain.x0), torch.where(shape, everywhere.eps, plain.eps))
     assert same(limited, expected, schedule, t)
     assert not same(limited, everywhere, schedule, t) and not same(limited, plain, schedule, t)
 
 
-def test_outside_of_its_interval_guidance_costs_one_row() -> None:
+def test_outside_its_interval_guidance_costs_one_row() -> None:
     schedule = LinearBetas()
     x, t, cond = cases(schedule)
-    truth = Truth(schedule)
+    truth = ExactDenoiser(schedule)
     limited = guided(truth, ClassifierFree(scale=3.0, interval=(0.3, 3.0)))
     for time in t:
         limited(x, time, cond)
@@ -259,7 +264,7 @@ def test_outside_of_its_interval_guidance_costs_one_row() -> None:
     assert truth.rows == expected and len(set(expected)) == 2
 
 
-# What is drawn
+# Samples
 
 N = 1500
 
@@ -279,7 +284,7 @@ def sampler(request: pytest.FixtureRequest) -> Sampler:
 
 
 BIAS = 0.015
-"""Of so many steps, in means and standard deviations."""
+"""Discretisation error of the means and standard deviations."""
 
 
 def close(found: Tensor, mean: Tensor, variance: Tensor) -> bool:
@@ -291,20 +296,20 @@ def close(found: Tensor, mean: Tensor, variance: Tensor) -> bool:
     )
 
 
-def test_scale_one_draws_the_class(sampler: Sampler) -> None:
-    truth = Truth(LinearBetas())
+def test_scale_one_samples_the_class(sampler: Sampler) -> None:
+    truth = ExactDenoiser(LinearBetas())
     by_classifier = ClassifierGuidance(scale=1.0, classifier=TrueClassifier(LinearBetas()))
     for denoiser in (guided(truth, ClassifierFree(scale=1.0)), guided(Unconditional(truth), by_classifier)):
         found = drawn(sampler, denoiser, torch.arange(3))
         assert close(found, MEANS, VARIANCES)
-        assert not close(found.roll(1, dims=0), MEANS, VARIANCES), "another class would be noticed"
+        assert not close(found.roll(1, dims=0), MEANS, VARIANCES), "another class would be detected"
         assert not close(found, MEANS, VARIANCES * 1.3), "and another variance"
 
 
-def test_scale_zero_draws_everything(sampler: Sampler) -> None:
+def test_scale_zero_samples_all_classes(sampler: Sampler) -> None:
     mean = WEIGHTS @ MEANS
     variance = WEIGHTS @ (VARIANCES + MEANS**2) - mean**2
-    (found,) = drawn(sampler, guided(Truth(LinearBetas()), ClassifierFree(scale=0.0)), torch.tensor([2]))
+    (found,) = drawn(sampler, guided(ExactDenoiser(LinearBetas()), ClassifierFree(scale=0.0)), torch.tensor([2]))
     assert close(found, mean, variance)
     share = log_joint(LinearBetas(), found, torch.tensor(1e-3)).softmax(1).mean(0)
     assert (share - WEIGHTS).abs().max() < 0.06
@@ -314,14 +319,14 @@ def test_larger_scales_trade_diversity_for_fidelity(sampler: Sampler) -> None:
     schedule = LinearBetas()
     spread, fidelity = [], []
     for scale in (0.0, 0.5, 1.0, 2.0, 4.0):
-        (found,) = drawn(sampler, guided(Truth(schedule), ClassifierFree(scale=scale)), torch.tensor([2]))
+        (found,) = drawn(sampler, guided(ExactDenoiser(schedule), ClassifierFree(scale=scale)), torch.tensor([2]))
         spread.append(float(found.var(0).sum()))
         fidelity.append(float(log_joint(schedule, found, torch.tensor(1e-3)).softmax(1)[:, 2].mean()))
     assert spread == sorted(spread, reverse=True) and spread[-1] < 0.85 * spread[2]
     assert fidelity == sorted(fidelity) and fidelity[-1] > 0.99
 
 
-# The laws bite
+# Deliberate bugs
 
 
 class WrongSign(ClassifierGuidance):
@@ -330,7 +335,7 @@ class WrongSign(ClassifierGuidance):
 
 
 class NoSigma(ClassifierGuidance):
-    """Bug: the gradient is added to eps as it is."""
+    """Bug: the gradient is added to eps without the factor sigma."""
 
     def _gradient(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
         _, sigma = scales(self.classifier.schedule, t)
@@ -364,15 +369,15 @@ class WeakForMain(AutoGuidance):
 @pytest.mark.parametrize(
     ("law", "bug"),
     [
-        (is_bayes, WrongSign),
-        (is_bayes, NoSigma),
-        (is_bayes, MeanOverTheBatch),
+        (satisfies_bayes_rule, WrongSign),
+        (satisfies_bayes_rule, NoSigma),
+        (satisfies_bayes_rule, MeanOverTheBatch),
         (is_classifier_guidance, OneOff),
         (is_classifier_guidance, OtherWay),
-        (goes_beyond, WeakForMain),
+        (extrapolates, WeakForMain),
     ],
 )
-def test_a_planted_bug_breaks_its_law(law: Callable[..., bool], bug: Callable[..., Guidance]) -> None:
+def test_deliberate_bugs_violate_the_identities(law: Callable[..., bool], bug: Callable[..., Guidance]) -> None:
     assert not law(bug, LinearBetas())
 
 
@@ -393,7 +398,7 @@ def model(steps: int = 8, **changes: Any) -> Diffusion:
         "label_dropout": 0.1,
     }
     built = Diffusion(SPEC, **(parts | changes))
-    # At the start the output is nought whatever the label: make it say something.
+    # The output is initialised to zero for every label: change that.
     nn.init.normal_(built.network.out.weight, std=0.1)  # type: ignore[union-attr]
     return built
 
@@ -416,7 +421,7 @@ def by_weak(scale: float) -> Guidance:
 
 
 def halfway(scale: float) -> Guidance:
-    """Guides at the lower four of the eight noise levels."""
+    """Guides at the lowest four of the eight noise levels."""
     plain = model()
     levels = torch.exp(-plain.schedule.log_snr(plain.sampler.times(plain.schedule)[3:5]) / 2)
     return ClassifierFree(scale=scale, interval=(0.0, float(levels.mean())))
@@ -437,12 +442,12 @@ def halfway(scale: float) -> Guidance:
         (lambda: by_weak(0.0), {"network": 0, "weak": 8}),
     ],
 )
-def test_calls_are_counted_as_they_are(guidance: Callable[[], Any], nfe: dict[str, float]) -> None:
+def test_nfe_counts_the_calls_of_all_networks(guidance: Callable[[], Any], nfe: dict[str, float]) -> None:
     assert draw_samples(model(guidance=guidance()), 6, seed=0).nfe == nfe
 
 
-def test_a_guided_model_draws_what_the_equation_says() -> None:
-    """One step from the noise to the image, by hand."""
+def test_one_step_of_a_guided_model_satisfies_the_equation() -> None:
+    """One step from noise to image, computed by hand."""
     plain = model(steps=1, clip_x0=False)
     label = torch.tensor([0, 1, 2, 0])
     x = plain.schedule.prior((4, 2, 1, 1), generator("cpu", 3))
@@ -450,12 +455,12 @@ def test_a_guided_model_draws_what_the_equation_says() -> None:
     weak = model(steps=1)
     nn.init.normal_(weak.network.out.weight, std=0.2)  # type: ignore[union-attr]
     with torch.no_grad():
-        told = plain.denoiser(x, one, {"label": label}).x0
-        untold = plain.denoiser(x, one, {"label": torch.full((4,), 3)}).x0
+        conditional = plain.denoiser(x, one, {"label": label}).x0
+        unconditional = plain.denoiser(x, one, {"label": torch.full((4,), 3)}).x0
         worse = weak.denoiser(x, one, {"label": label}).x0
     for guidance, expected in (
-        (ClassifierFree(scale=3.0), 3 * told - 2 * untold),
-        (AutoGuidance(scale=3.0, weak=weak), 3 * told - 2 * worse),
+        (ClassifierFree(scale=3.0), 3 * conditional - 2 * unconditional),
+        (AutoGuidance(scale=3.0, weak=weak), 3 * conditional - 2 * worse),
     ):
         for clip in (False, True):
             guided = model(steps=1, clip_x0=clip, guidance=guidance)
@@ -463,7 +468,7 @@ def test_a_guided_model_draws_what_the_equation_says() -> None:
             torch.testing.assert_close(found, expected.clamp(-1, 1))
 
 
-def test_guides_are_no_part_of_the_model_but_follow_it() -> None:
+def test_guides_are_not_submodules_but_move_with_the_model() -> None:
     plain = model()
     for guidance in (
         AutoGuidance(scale=2.0, weak=model()),
@@ -479,18 +484,18 @@ def test_guides_are_no_part_of_the_model_but_follow_it() -> None:
         assert [p.grad for p in guide.parameters()] == [None] * len(list(guide.parameters()))
 
 
-def test_a_classifier_steers_an_unconditional_model() -> None:
+def test_classifier_guides_an_unconditional_model() -> None:
     guidance = ClassifierGuidance(scale=4.0, classifier=LinearClassifier(LinearBetas()))
     guided = model(conditional=False, label_dropout=0.0, guidance=guidance)
-    assert guided.conditional, "labels steer what it draws"
-    assert not any("label" in name for name, _ in guided.named_parameters()), "and not its network"
+    assert guided.conditional, "labels change the samples"
+    assert not any("label" in name for name, _ in guided.named_parameters()), "and not the output of the network"
     one, two = (guided.sample(3, {"label": torch.full((3,), k)}, generator=generator("cpu", 0)) for k in (0, 1))
     assert not torch.equal(one, two)
     with pytest.raises(UserError, match="needs a class for each image"):
         guided.sample(3, generator=generator("cpu", 0))
 
 
-def test_samplers_are_described_with_their_guidance() -> None:
+def test_sampling_description_includes_the_guidance() -> None:
     free = ClassifierFree(scale=3.0, interval=(0.3, 3))
     assert model(guidance=free).sampling_description() == (
         "DDIM, 8 steps, eta 0, ClassifierFree, scale 3 where sigma / alpha is 0.3 to 3, x0 clipped"
@@ -502,55 +507,55 @@ def test_samplers_are_described_with_their_guidance() -> None:
     )
 
 
-# Labels dropped in training
+# Label dropout
 
 
 class Notes(nn.Module):
-    """Writes down the labels that it is told."""
+    """Records the labels that it receives."""
 
     def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
         super().__init__()
         self.out = nn.Linear(1, 1)
-        self.told: list[Tensor] = []
+        self.received: list[Tensor] = []
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Cond) -> Tensor:
-        self.told.append(cond["label"])
+        self.received.append(cond["label"])
         return torch.zeros_like(x)
 
 
-def labels_told(dropout: float, *slices: tuple[int, int], seed: int = 0, training: bool = True) -> Tensor:
+def received_labels(dropout: float, *slices: tuple[int, int], seed: int = 0, training: bool = True) -> Tensor:
     noting = model(network=Notes, label_dropout=dropout).train(training)
     label = torch.arange(4000) % 3
     for start, stop in slices:
         rng = RandomSource(generator("cpu", seed), start, stop, 4000)
         noting.losses(torch.zeros(stop - start, 2, 1, 1), {"label": label[start:stop]}, rng)
-    return torch.cat(noting.network.told)  # type: ignore[arg-type]
+    return torch.cat(noting.network.received)  # type: ignore[arg-type]
 
 
-def test_labels_are_dropped_in_their_share() -> None:
-    label, told = torch.arange(4000) % 3, labels_told(0.1, (0, 4000))
-    dropped = told == NO_LABEL
+def test_labels_are_dropped_with_their_probability() -> None:
+    label, received = torch.arange(4000) % 3, received_labels(0.1, (0, 4000))
+    dropped = received == NO_LABEL
     error = math.sqrt(0.1 * 0.9 / 4000)
     assert abs(float(dropped.double().mean()) - 0.1) < 4 * error
-    assert torch.equal(told[~dropped], label[~dropped])
+    assert torch.equal(received[~dropped], label[~dropped])
     for k in range(3):
         assert abs(float(dropped[label == k].double().mean()) - 0.1) < 4 * error * math.sqrt(3), "of every class"
-    assert torch.equal(labels_told(0.0, (0, 4000)), label)
-    assert torch.equal(labels_told(0.1, (0, 4000), training=False), label), "held-out images keep their labels"
+    assert torch.equal(received_labels(0.0, (0, 4000)), label)
+    assert torch.equal(received_labels(0.1, (0, 4000), training=False), label), "held-out images keep their labels"
 
 
-def test_the_same_labels_are_dropped_for_any_number_of_processes() -> None:
-    one = labels_told(0.1, (0, 4000))
-    assert torch.equal(one, labels_told(0.1, (0, 4000)))
-    assert torch.equal(one, labels_told(0.1, (0, 1000), (1000, 2000), (2000, 3000), (3000, 4000)))
-    assert not torch.equal(one, labels_told(0.1, (0, 4000), seed=1))
+def test_dropped_labels_do_not_depend_on_the_number_of_processes() -> None:
+    one = received_labels(0.1, (0, 4000))
+    assert torch.equal(one, received_labels(0.1, (0, 4000)))
+    assert torch.equal(one, received_labels(0.1, (0, 1000), (1000, 2000), (2000, 3000), (3000, 4000)))
+    assert not torch.equal(one, received_labels(0.1, (0, 4000), seed=1))
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: ClassifierFree(scale=-1.0), "0 or a positive number"),
         (lambda: ClassifierFree(scale=math.nan), "0 or a positive number"),
@@ -571,6 +576,6 @@ def test_the_same_labels_are_dropped_for_any_number_of_processes() -> None:
         ),
     ],
 )
-def test_bad_settings_are_refused_before_training(make: Callable[[], object], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_settings_are_rejected_before_training(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make()

@@ -1,7 +1,7 @@
-"""Bits/dim of diffusion models, held against densities that are known exactly.
+"""Bits/dim of diffusion models, compared with exact densities.
 
 Data: three correlated Gaussian values, x = m + Q sqrt(V) z with Q a rotation, or a mixture of two such; the denoiser is
-the perfect one. Everything in float64, in nats a value where not said otherwise.
+exact. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Even(VariancePreserving):
-    """alpha^2 + sigma^2 = 1, the log-SNR even in time."""
+    """alpha^2 + sigma^2 = 1, with a log-SNR that is linear in time."""
 
     t_min = 0.0
 
@@ -54,7 +54,7 @@ class Even(VariancePreserving):
 
 
 class Straight(RectifiedFlow):
-    """With as little left of the image at the end, and more noise on it at the start."""
+    """The same end, and more noise at the start."""
 
     t_min = 1e-3
 
@@ -62,7 +62,7 @@ class Straight(RectifiedFlow):
 WIDE: dict[str, Callable[[], NoiseSchedule]] = {
     "even": Even, "straight": Straight, "exploding": partial(VE, 0.002, 200.0), "cosine table": CosineBetas,
 }  # fmt: skip
-"""Schedules that begin with next to no noise and end with next to nothing else."""
+"""Schedules from almost no noise to almost pure noise."""
 
 
 @pytest.fixture(params=list(WIDE))
@@ -71,15 +71,15 @@ def wide(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, shaped to meet (n, 3)."""
+    """alpha and sigma, broadcasting with (n, 3)."""
     log_alpha = schedule.log_alpha(t)
     alpha, sigma = log_alpha.exp(), (log_alpha - schedule.log_snr(t) / 2).exp()
     return (alpha[:, None], sigma[:, None]) if t.ndim else (alpha, sigma)
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The perfect denoiser of a mixture of Gaussians m_k + Q sqrt(V) z with weights w_k."""
+class ExactDenoiser:
+    """The exact denoiser of a mixture of Gaussians m_k + Q sqrt(V) z with weights w_k."""
 
     schedule: NoiseSchedule
     means: Tensor = field(default_factory=lambda: torch.zeros(1, 3))
@@ -118,7 +118,7 @@ def bits(nats: Tensor) -> Tensor:
 
 
 def flow_density(schedule: NoiseSchedule, x: Tensor) -> Tensor:
-    """What the exact flow makes of N(0, prior_std^2): on Gaussian data it stretches each axis by a number."""
+    """The density that the exact flow maps N(0, prior_std^2) to: on Gaussian data it scales each axis."""
     (a, s), (a_end, s_end) = (scales(schedule, torch.tensor(t)) for t in (schedule.t_min, schedule.t_max))
     stretch = ((a_end**2 * V + s_end**2) / (a**2 * V + s**2)).sqrt()  # of x_t
     std = torch.as_tensor(schedule.prior_std)
@@ -129,20 +129,20 @@ def flow_density(schedule: NoiseSchedule, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
 def test_ode_density_is_that_of_the_flow_under_every_schedule(name: str) -> None:
     schedule = WIDE[name]() if name in WIDE else part("schedule", name)
-    x = Truth(schedule).draw(8)
-    found = ODELikelihood(exact_trace=True)(Truth(schedule), x, {}, PIXELS, generator("cpu", 0))
+    x = ExactDenoiser(schedule).draw(8)
+    found = ODELikelihood(exact_trace=True)(ExactDenoiser(schedule), x, {}, PIXELS, generator("cpu", 0))
     torch.testing.assert_close(found, -bits(flow_density(schedule, x)), rtol=0, atol=2e-4)
 
 
 def test_ode_bits_of_gaussian_data_are_exact(wide: NoiseSchedule) -> None:
-    truth = Truth(wide)
+    truth = ExactDenoiser(wide)
     x = truth.draw(60)
     found = ODELikelihood(exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
     assert float((found + bits(truth.log_density(x))).abs().mean()) < 1e-3
 
 
 def test_ode_bits_of_a_mixture_are_exact(wide: NoiseSchedule) -> None:
-    truth = Truth(wide, *TWO)
+    truth = ExactDenoiser(wide, *TWO)
     x = truth.draw(60)
     found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
     off = found + bits(truth.log_density(x))
@@ -151,8 +151,8 @@ def test_ode_bits_of_a_mixture_are_exact(wide: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("schedule", [Even(), Straight()], ids=str)
 def test_hutchinsons_estimate_is_unbiased(schedule: NoiseSchedule) -> None:
-    """One point, 300 random vectors: their mean is the exact trace's within the Monte Carlo error."""
-    truth, n = Truth(schedule, *TWO), 300
+    """One point, 300 random vectors: the mean equals the exact result within the Monte Carlo error."""
+    truth, n = ExactDenoiser(schedule, *TWO), 300
     x = truth.draw(1)
     exact = ODELikelihood(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
     found = ODELikelihood(1e-4, 1e-4)(truth, x.expand(n, *SHAPE), {}, PIXELS, generator("cpu", 1))
@@ -161,20 +161,20 @@ def test_hutchinsons_estimate_is_unbiased(schedule: NoiseSchedule) -> None:
     assert abs(float(found.mean() - exact)) < 4 * error
 
 
-def late(truth: Truth, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-    return Truth.__call__(truth, x_t, (t + 0.02).clamp(max=truth.schedule.t_max), cond)
+def late(truth: ExactDenoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    return ExactDenoiser.__call__(truth, x_t, (t + 0.02).clamp(max=truth.schedule.t_max), cond)
 
 
 @pytest.mark.parametrize("bug", ["none", "trace twice", "trace with the wrong sign", "no change of scale", "late"])
-def test_a_planted_bug_makes_the_density_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, trace = Truth(Even(), *TWO), likelihoods._exact_trace
+def test_deliberate_bugs_make_the_density_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, trace = ExactDenoiser(Even(), *TWO), likelihoods._exact_trace
     x = truth.draw(50)
     if bug == "trace twice":
         monkeypatch.setattr(likelihoods, "_exact_trace", lambda *args: 2 * trace(*args))
     if bug == "trace with the wrong sign":
         monkeypatch.setattr(likelihoods, "_exact_trace", lambda *args: -trace(*args))
     if bug == "no change of scale":
-        truth = Truth(Even(high=4.0), *TWO)
+        truth = ExactDenoiser(Even(high=4.0), *TWO)
         monkeypatch.setattr(likelihoods, "logsigmoid", torch.zeros_like)
     denoiser: Any = truth
     if bug == "late":
@@ -183,16 +183,16 @@ def test_a_planted_bug_makes_the_density_wrong(bug: str, monkeypatch: pytest.Mon
     assert (abs(float((found + bits(truth.log_density(x))).mean())) < 1e-3) == (bug == "none")
 
 
-def test_dequantised_bits_are_those_of_the_levels() -> None:
-    """With 256 levels the density hardly changes over a level: bits are -log2 of the level's mass."""
-    truth, levels, n = Truth(Even(15.0, -15.0)), 256, 20
+def test_dequantised_bits_are_those_of_the_bins() -> None:
+    """With 256 bins the density is nearly constant over a bin: bits are -log2 of the bin's probability."""
+    truth, levels, n = ExactDenoiser(Even(15.0, -15.0)), 256, 20
     x = ((truth.draw(1) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
     found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
         truth, x.expand(n, *SHAPE), {}, DataLikelihood(levels, torch.ones(1, 1, 3), 3), generator("cpu", 3)
     )
     mass = -bits(truth.log_density(x) + 3 * math.log(2 / 255))
     assert abs(float(found.mean() - mass)) < 4 * float(found.std()) / math.sqrt(n) + 1e-3
-    # Two of the three values are padding: the same nats over one real value.
+    # Two of the three values are padding: the same nats, divided by one value.
     padded = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
         truth, x, {}, DataLikelihood(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3)
     )
@@ -202,9 +202,9 @@ def test_dequantised_bits_are_those_of_the_levels() -> None:
     torch.testing.assert_close(padded, 3 * whole)
 
 
-def test_an_ode_that_cannot_be_followed_is_named() -> None:
+def test_failure_of_the_ode_solver_is_reported() -> None:
     @dataclass(frozen=True)
-    class Broken(Truth):
+    class Broken(ExactDenoiser):
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             prediction = super().__call__(x_t, t, cond)
             return prediction._replace(eps=prediction.eps * torch.nan)
@@ -217,17 +217,17 @@ def test_an_ode_that_cannot_be_followed_is_named() -> None:
 
 
 def gap(method: VLBLikelihood, truth: DenoiserProtocol, x: Tensor, log_density: Tensor) -> tuple[float, float]:
-    """Mean and standard error of bound less truth, bits/dim."""
+    """Mean and standard error of bound minus exact value, bits/dim."""
     off = method(truth, x, {}, PIXELS, generator("cpu", 7)) + bits(log_density)
     return float(off.mean()), float(off.std()) / math.sqrt(len(x))
 
 
 @pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
-def test_bound_is_never_better_than_the_truth(name: str) -> None:
-    """On average over data, within two standard errors, which are small where the bound is tight."""
-    small = {"num_features": 8} if name == "learned" else {}  # its inverse is searched for
+def test_bound_is_never_better_than_the_exact_value(name: str) -> None:
+    """On average over the data, within two standard errors, which are small if the bound is tight."""
+    small = {"num_features": 8} if name == "learned" else {}  # inverted by bisection
     schedule = WIDE[name]() if name in WIDE else part("schedule", name, **small)
-    truth = Truth(schedule, *TWO)
+    truth = ExactDenoiser(schedule, *TWO)
     x = truth.draw(4000)
     mean, error = gap(VLBLikelihood(), truth, x, truth.log_density(x))
     assert mean > -2 * error and (error < 0.07 or mean > 1)
@@ -235,8 +235,8 @@ def test_bound_is_never_better_than_the_truth(name: str) -> None:
     assert mean > 4 * error
 
 
-def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
-    truth = Truth(wide, *TWO)
+def test_bound_converges_with_many_steps(wide: NoiseSchedule) -> None:
+    truth = ExactDenoiser(wide, *TWO)
     x = truth.draw(150)
     few, more, many = (
         gap(VLBLikelihood(num_timesteps=T, num_samples=None), truth, x, truth.log_density(x))[0] for T in (20, 80, 320)
@@ -244,22 +244,22 @@ def test_bound_tends_to_the_truth_with_many_steps(wide: NoiseSchedule) -> None:
     assert few > 3 * more > 9 * many > 0
 
 
-def test_continuous_bound_of_the_perfect_denoiser_is_tight() -> None:
-    truth = Truth(Even(), *TWO)
+def test_continuous_bound_of_the_exact_denoiser_is_tight() -> None:
+    truth = ExactDenoiser(Even(), *TWO)
     x = truth.draw(10_000)
     mean, error = gap(VLBLikelihood(num_samples=32), truth, x, truth.log_density(x))
     assert error < 0.02 and abs(mean) < 4 * error
 
 
-def test_each_term_is_the_closed_form() -> None:
-    """Data of variance V, T = 4 steps: each term's mean over the data, by hand.
+def test_each_term_has_its_closed_form() -> None:
+    """Data of variance V and T = 4 steps: the mean of each term, computed by hand.
 
-    The perfect denoiser errs in eps by a^2 V / (a^2 V + s^2), and in x_0 by V s^2 / (a^2 V + s^2), squared.
+    The exact denoiser has a mean squared error of a^2 V / (a^2 V + s^2) in eps and V s^2 / (a^2 V + s^2) in x_0.
     """
     beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
     schedule, n = BetaTable(beta), 40_000
     found = VLBLikelihood(num_samples=None).terms(
-        Truth(schedule), Truth(schedule).draw(n), {}, PIXELS, generator("cpu", 2)
+        ExactDenoiser(schedule), ExactDenoiser(schedule).draw(n), {}, PIXELS, generator("cpu", 2)
     )
     a2 = torch.cumprod(1 - beta, 0)[:, None]
     s2 = 1 - a2
@@ -277,10 +277,10 @@ def test_each_term_is_the_closed_form() -> None:
 
 
 def test_learned_variance_counts_in_the_bound() -> None:
-    """Divergences of Gaussians with the variance that the network says (Nichol and Dhariwal 2021, eq. 15)."""
+    """KL divergences of Gaussians with the learned variance (Nichol and Dhariwal 2021, eq. 15)."""
 
     @dataclass(frozen=True)
-    class Says(Truth):
+    class WithVariance(ExactDenoiser):
         share: float = 0.0
 
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -289,24 +289,24 @@ def test_learned_variance_counts_in_the_bound() -> None:
 
     beta = torch.tensor([0.02, 0.1, 0.3, 0.6])
     schedule, n = BetaTable(beta), 40_000
-    x = Truth(schedule).draw(n)
+    x = ExactDenoiser(schedule).draw(n)
     a2 = torch.cumprod(1 - beta, 0)[:, None]
     s2 = 1 - a2
     small = s2[:-1] / s2[1:] * beta[1:, None]
     for share in (0.0, 0.4, 1.0):
-        found = VLBLikelihood(num_samples=None).terms(Says(schedule, share=share), x, {}, PIXELS, generator("cpu", 2))[
-            "diffusion"
-        ]
+        found = VLBLikelihood(num_samples=None).terms(
+            WithVariance(schedule, share=share), x, {}, PIXELS, generator("cpu", 2)
+        )["diffusion"]
         var = small ** (1 - share) * beta[1:, None] ** share
-        # Mean squared distance of the means: (sqrt(a2_s) beta / s2_t)^2 times the error in x_0.
+        # Mean squared distance of the means: (sqrt(a2_s) beta / s2_t)^2 times the squared error in x_0.
         off = (a2[:-1] * (beta[1:, None] / s2[1:]) ** 2) * V * s2[1:] / (a2[1:] * V + s2[1:])
         expected = 0.5 * (torch.log(var / small) + (small + off) / var - 1).sum()
         assert abs(float(found.mean() - bits(expected))) < 4 * float(found.std()) / math.sqrt(n)
 
 
-def test_some_steps_at_random_stand_for_all() -> None:
+def test_random_steps_estimate_the_sum_over_all_steps() -> None:
     schedule = part("schedule", "linear", num_train_timesteps=60, beta_start=0.01, beta_end=0.3)
-    truth = Truth(schedule, *TWO)
+    truth = ExactDenoiser(schedule, *TWO)
     x = truth.draw(3000)
     every, some = (
         VLBLikelihood(num_samples=k).terms(truth, x, {}, PIXELS, generator("cpu", 2))["diffusion"] for k in (None, 8)
@@ -316,8 +316,8 @@ def test_some_steps_at_random_stand_for_all() -> None:
 
 
 @pytest.mark.parametrize("bug", ["none", "twice", "half", "no prior", "no reconstruction", "sign"])
-def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, kl = Truth(Even(8.0, 0.0), *TWO), likelihoods.step_kl
+def test_deliberate_bugs_make_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, kl = ExactDenoiser(Even(8.0, 0.0), *TWO), likelihoods.step_kl
     x = truth.draw(3000)
     factor = {"twice": 2.0, "half": 0.5, "sign": -1.0}.get(bug, 1.0)
     monkeypatch.setattr(likelihoods, "step_kl", lambda *args: factor * kl(*args))
@@ -330,12 +330,12 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
     assert (-4 * error < mean < 0.3) == (bug == "none"), mean
 
 
-# Pixels with levels
+# Discrete pixels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_levels_have_a_mass_of_one_together(levels: int, dtype: torch.dtype) -> None:
+def test_bin_probabilities_sum_to_one(levels: int, dtype: torch.dtype) -> None:
     x = torch.linspace(-1, 1, levels, dtype=dtype).view(-1, 1, 1, 1)
     pixels = DataLikelihood(levels, torch.ones(1, 1, 1), 1)
     for mean in (-1.4, -1.0, 0.031, 0.9):
@@ -353,10 +353,10 @@ def test_padding_is_not_reconstructed() -> None:
     torch.testing.assert_close(found, expected[None], rtol=1e-12, atol=0)
 
 
-def test_bound_on_discrete_data_is_near_their_entropy_and_not_below() -> None:
-    """A Gaussian rounded to 17 levels; its denoiser is not quite theirs, so the bound lies a little above."""
+def test_bound_on_discrete_data_is_close_to_their_entropy() -> None:
+    """A Gaussian rounded to 17 values, with an approximate denoiser, so that the bound is slightly above."""
     levels, n = 17, 4000
-    x = (Truth(Even()).draw(n, seed=8) * 0.35).clamp(-1, 1)
+    x = (ExactDenoiser(Even()).draw(n, seed=8) * 0.35).clamp(-1, 1)
     step = 2 / (levels - 1)
     x = ((x + 1) / step).round() * step - 1
 
@@ -371,7 +371,7 @@ def test_bound_on_discrete_data_is_near_their_entropy_and_not_below() -> None:
             eps = sigma * torch.linalg.solve(inner.expand(len(x_t), 1, 3, 3), x_t.transpose(2, 3)).transpose(2, 3)
             return Prediction((x_t - sigma * eps) / alpha, eps)
 
-    # The true mass of each image by a grid within its bin; given that no value lies in one of the outer bins.
+    # The exact probability of each image by a grid within its bin, given that no value is in an outer bin.
     cov = Q @ torch.diag(V * 0.35**2) @ Q.T
     normal = torch.distributions.MultivariateNormal(torch.zeros(3), cov)
     inside = x[(x.abs() < 1 - step / 4).flatten(1).all(1)]
@@ -399,7 +399,7 @@ def model(**changes: Any) -> Diffusion:
 
 
 @pytest.mark.parametrize("name", options("model/likelihoods"))
-def test_every_option_scores_images_from_the_generator_alone(name: str) -> None:
+def test_every_method_uses_only_the_generator(name: str) -> None:
     methods = part("likelihoods", name)
     diffusion = model(likelihoods=methods)
     x = torch.full((3, 1, 4, 4), -1.0)
@@ -413,7 +413,7 @@ def test_every_option_scores_images_from_the_generator_alone(name: str) -> None:
     assert model(likelihoods=methods, spec=continuous).likelihoods() == {}
 
 
-def test_the_default_costs_few_network_calls() -> None:
+def test_default_method_needs_few_network_calls() -> None:
     cfg = compose("model=ddpm")
     assert list(cfg.model.likelihoods) == ["vlb"]
     diffusion, calls = model(likelihoods=part("likelihoods", "vlb")), []
@@ -422,7 +422,7 @@ def test_the_default_costs_few_network_calls() -> None:
     assert len(calls) <= 20
 
 
-def test_the_model_tells_its_objective_of_the_pixels() -> None:
+def test_model_passes_the_data_likelihood_to_its_objective() -> None:
     seen: list[DataLikelihood] = []
 
     class Asks(nn.Module):
@@ -436,7 +436,7 @@ def test_the_model_tells_its_objective_of_the_pixels() -> None:
     assert (seen[0].num_bins, seen[0].num_values, float(seen[0].mask.sum())) == (17, 4, 4)
 
 
-def test_a_parameterisation_that_does_not_fit_is_refused_before_training() -> None:
+def test_incompatible_parameterisation_is_rejected_before_training() -> None:
     with pytest.raises(UserError, match="continuous time"):
         Diffusion(
             DataSpec(name="points", shape=(2, 1, 1)), network=partial(DenoisingMLP, width=8, depth=1),
@@ -451,9 +451,11 @@ def test_a_parameterisation_that_does_not_fit_is_refused_before_training() -> No
         lambda: VLBLikelihood(num_samples=0),
         lambda: VLBLikelihood(num_timesteps=0),
         lambda: ODELikelihood(rtol=0),
-        lambda: VLBLikelihood(num_samples=None)(Truth(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)),
+        lambda: VLBLikelihood(num_samples=None)(
+            ExactDenoiser(Even()), torch.zeros(1, *SHAPE), {}, PIXELS, generator("cpu", 0)
+        ),
     ],
 )
-def test_bad_settings_are_refused(make: Callable[[], object]) -> None:
+def test_invalid_settings_are_rejected(make: Callable[[], object]) -> None:
     with pytest.raises(UserError):
         make()

@@ -1,4 +1,4 @@
-"""Objectives beyond the plain weighted error: which part of a model each of them trains, and couplings."""
+"""Objectives beyond the weighted squared error: which part of a model each one trains, and couplings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Scaled(nn.Module):
-    """Says a x_t, and whatever else it is asked for, b."""
+    """Outputs a x_t, and b in all further channels."""
 
     def __init__(self, outputs: int = 1) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def rng(n: int) -> RandomSource:
 
 
 @pytest.mark.parametrize("name", options("model/objective"))
-def test_every_objective_of_the_conf_tree_trains(name: str) -> None:
+def test_every_objective_in_conf_trains(name: str) -> None:
     network, x0 = Scaled(2), images(6)
     denoiser = Denoiser(network, LinearBetas(), LearnedVariance())
     objective = part("objective", name).with_likelihood(PIXELS)
@@ -74,16 +74,16 @@ def gradients(objective: Any, network: Scaled, schedule: NoiseSchedule, n: int =
     return tuple(0.0 if p.grad is None else float(p.grad) for p in (network.a, network.b))  # type: ignore[return-value]
 
 
-def test_hybrid_trains_the_mean_by_l_simple_and_the_variance_by_the_bound() -> None:
+def test_hybrid_trains_the_mean_on_l_simple_and_the_variance_on_the_bound() -> None:
     schedule, network = LinearBetas(num_train_timesteps=40, beta_end=0.5), Scaled(2)
     simple, bound = (gradients(o, network, schedule) for o in (WeightedMSE(), DiscreteVLB()))
     hybrid = gradients(Hybrid(vlb_weight=0.25), network, schedule)
     assert simple[1] == 0 and abs(bound[0]) > 0.1 and abs(bound[1]) > 0.1
-    assert hybrid[0] == pytest.approx(simple[0], rel=1e-12), "the mean does not see the bound"
+    assert hybrid[0] == pytest.approx(simple[0], rel=1e-12), "the bound does not train the mean"
     assert hybrid[1] == pytest.approx(0.25 * bound[1], rel=1e-12)
 
 
-def test_hybrid_needs_a_variance_to_train() -> None:
+def test_hybrid_needs_a_learned_variance() -> None:
     with pytest.raises(UserError, match="eps_learned_variance"):
         Hybrid().check(LinearBetas(), Eps())
     with pytest.raises(UserError, match=r"objective\.vlb"):
@@ -92,7 +92,7 @@ def test_hybrid_needs_a_variance_to_train() -> None:
         DiscreteVLB(num_timesteps=0)
 
 
-# The bound as an objective: by hand, for one Gaussian pixel
+# The bound as an objective, computed by hand for one Gaussian pixel
 
 BETA = np.array([0.05, 0.1, 0.2, 0.4])
 BAR = np.cumprod(1 - BETA)
@@ -102,14 +102,14 @@ def normal_kl(mean: np.ndarray, var: np.ndarray, other_mean: np.ndarray, other_v
     return 0.5 * (np.log(other_var / var) + (var + (mean - other_mean) ** 2) / other_var - 1)
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 0.6, 1.0])
-def test_discrete_terms_are_divergences_of_gaussians(share: float | None) -> None:
+@pytest.mark.parametrize("variance_fraction", [None, 0.0, 0.6, 1.0])
+def test_discrete_terms_are_kl_divergences_of_gaussians(variance_fraction: float | None) -> None:
     """Ho et al. (2020), eq. 5 to 7, written out for each step; variances as in Nichol and Dhariwal (2021), eq. 15."""
-    n, schedule, network = 40, BetaTable(BETA.tolist()), Scaled(1 if share is None else 2)
-    if share is not None:
-        network.b.data.fill_(2 * share - 1)
+    n, schedule, network = 40, BetaTable(BETA.tolist()), Scaled(1 if variance_fraction is None else 2)
+    if variance_fraction is not None:
+        network.b.data.fill_(2 * variance_fraction - 1)
     x0 = images(n)
-    denoiser = Denoiser(network, schedule, Eps() if share is None else LearnedVariance())
+    denoiser = Denoiser(network, schedule, Eps() if variance_fraction is None else LearnedVariance())
     found = DiscreteVLB(likelihood=PIXELS)(denoiser, x0, {}, rng(n))
 
     source = generator("cpu", 9)
@@ -124,7 +124,7 @@ def test_discrete_terms_are_divergences_of_gaussians(share: float | None) -> Non
     small = np.where(before < 1, (1 - before) / (1 - bar) * beta, beta)
     kl = normal_kl(
         before**0.5 * beta / (1 - bar) * x, small, before**0.5 * beta / (1 - bar) * guess,
-        beta ** (share or 0) * small ** (1 - (share or 0)),
+        beta ** (variance_fraction or 0) * small ** (1 - (variance_fraction or 0)),
     )  # fmt: skip
     nll = 0.5 * (x - guess) ** 2 / (1 - bar) + 0.5 * np.log(2 * np.pi * (1 - bar))
     term = 4 * np.where(before < 1, kl, nll).sum((1, 2, 3))
@@ -135,7 +135,7 @@ def test_discrete_terms_are_divergences_of_gaussians(share: float | None) -> Non
 
 
 class Bent(VariancePreserving):
-    """lambda falls from ``top`` to ``bottom`` along t^bend; the ends and the bend can be trained."""
+    """lambda falls from ``top`` to ``bottom`` like t^bend; endpoints and bend can be trained."""
 
     t_min = 0.0
 
@@ -148,11 +148,11 @@ class Bent(VariancePreserving):
         return self.top + (self.bottom - self.top) * (0.3 * t + 0.7 * (t + 1e-9) ** self.bend)
 
 
-def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() -> None:
-    """Kingma et al. (2021), section 5.1; with end points moved it does change."""
+def test_continuous_bound_does_not_depend_on_the_interior_of_the_schedule() -> None:
+    """Kingma et al. (2021), section 5.1; it does depend on the endpoints."""
 
     def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> LearnedSchedule:
-        """With one of its sigmoids ``height`` the larger, and all of them moved by ``bias``."""
+        """With one sigmoid larger by ``height``, and all of them shifted by ``bias``."""
         schedule = LearnedSchedule(gamma_min=gamma_min, gamma_max=4.0, num_features=8).requires_grad_(False)
         schedule.height[2] += height
         schedule.bias += bias
@@ -167,40 +167,41 @@ def test_continuous_bound_does_not_change_with_the_interior_of_the_schedule() ->
         means.append(float(loss.mean()))
         scatters.append(float(loss.std()) / math.sqrt(n))
     for k in (1, 2):
-        assert abs(halfway[k] - halfway[0]) > 2, "the interior is another one"
+        assert abs(halfway[k] - halfway[0]) > 2, "the interior has changed"
         assert abs(means[k] - means[0]) < 4 * math.hypot(scatters[k], scatters[0])
     assert abs(means[3] - means[0]) > 10 * math.hypot(scatters[3], scatters[0])
 
 
-def test_a_learned_schedule_has_its_ends_trained_by_the_bound_and_its_interior_by_the_variance() -> None:
-    """The ends' gradient is that of E[L], the interior's that of E[D^2] (Kingma et al. 2021, appendix I.2)."""
+def test_bound_trains_the_endpoints_and_variance_trains_the_interior() -> None:
+    """The endpoints have the gradient of E[L], the interior that of E[D^2] (Kingma et al. 2021, appendix I.2)."""
     n, h = 64, 1e-5
 
-    def figures(**moved: float) -> dict[str, Tensor]:
-        """Of a schedule that is not trained."""
+    def metrics(**moved: float) -> dict[str, Tensor]:
+        """Metrics under a fixed schedule."""
         denoiser = Denoiser(network, Bent(**({"bend": 2.0} | moved)), Eps())
         return ContinuousVLB(likelihood=PIXELS)(denoiser, images(n), {}, rng(n))
 
     network, schedule = Scaled(), Bent(2.0, trained=True)
     found = ContinuousVLB(likelihood=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, rng(n))
-    torch.testing.assert_close(found["loss"], figures()["loss"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found["loss"], metrics()["loss"], rtol=1e-9, atol=0)
     found["loss"].mean().backward()
     for name, value in (("top", 6.0), ("bottom", -4.0)):
-        more, less = (float(figures(**{name: value + d})["loss"].detach().mean()) for d in (h, -h))
+        more, less = (float(metrics(**{name: value + d})["loss"].detach().mean()) for d in (h, -h))
         assert float(getattr(schedule, name).grad) == pytest.approx((more - less) / (2 * h), rel=1e-5)
-    more, less = (float(figures(bend=2.0 + d)["diffusion"].square().mean()) for d in (h, -h))
+    more, less = (float(metrics(bend=2.0 + d)["diffusion"].square().mean()) for d in (h, -h))
     assert float(schedule.bend.grad) == pytest.approx((more - less) / (2 * h), rel=1e-5)
-    plain = [float(figures(bend=2.0 + d)["diffusion"].mean()) for d in (h, -h)]
+    plain = [float(metrics(bend=2.0 + d)["diffusion"].mean()) for d in (h, -h)]
     assert abs(float(schedule.bend.grad)) > 3 * abs(plain[0] - plain[1]) / (2 * h), "not the gradient of the bound"
     network.zero_grad()
-    figures()["loss"].mean().backward()
+    metrics()["loss"].mean().backward()
     expected = float(network.a.grad)  # type: ignore[arg-type]
     network.zero_grad()
-    ContinuousVLB(likelihood=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, rng(n))["loss"].mean().backward()
+    again = ContinuousVLB(likelihood=PIXELS)(Denoiser(network, schedule, Eps()), images(n), {}, rng(n))
+    again["loss"].mean().backward()
     assert float(network.a.grad) == pytest.approx(expected, rel=1e-9)  # type: ignore[arg-type]
 
 
-def test_training_the_interior_lowers_the_variance_and_leaves_the_bound() -> None:
+def test_training_the_interior_lowers_the_variance_and_keeps_the_bound() -> None:
     schedule, n = Bent(0.6, trained=True), 512
     denoiser = Denoiser(Scaled(), schedule, Eps())
     optimizer = torch.optim.Adam([schedule.bend], lr=0.05)
@@ -235,8 +236,8 @@ def test_only_a_variance_preserving_schedule_can_be_learned() -> None:
 
 
 @pytest.mark.parametrize("bug", ["none", "factor 2", "sign", "no prior"])
-def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Gaussian data with the perfect network, bound and truth agree to 0.03 bits/dim; with a bug they do not."""
+def test_deliberate_bugs_make_the_bound_wrong(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Gaussian data with the exact network, the bound is exact to 0.03 bits/dim; with a bug it is not."""
     n, variance = 200_000, 0.6
     x0 = variance**0.5 * torch.randn(n, *SHAPE, generator=generator("cpu", 1))
     schedule = Bent(1.0, top=6.0, bottom=-1.0)
@@ -269,7 +270,7 @@ def test_a_planted_bug_makes_the_bound_wrong(bug: str, monkeypatch: pytest.Monke
 def pairing(x0: Tensor, eps: Tensor) -> list[int]:
     found = MinibatchOT()(x0, eps)
     rows = [int((eps == row).flatten(1).all(1).nonzero()) for row in found]
-    assert sorted(rows) == list(range(len(x0))), "each noise once"
+    assert sorted(rows) == list(range(len(x0))), "a permutation"
     return rows
 
 
@@ -277,7 +278,7 @@ def cost(x0: Tensor, eps: Tensor) -> float:
     return float((x0 - eps).square().sum())
 
 
-def test_optimal_transport_is_the_cheapest_of_all_pairings() -> None:
+def test_optimal_transport_is_the_pairing_of_least_cost() -> None:
     for seed in range(5):
         source = generator("cpu", seed)
         x0, eps = (torch.randn(5, *SHAPE, generator=source) for _ in range(2))
@@ -285,14 +286,14 @@ def test_optimal_transport_is_the_cheapest_of_all_pairings() -> None:
         assert pairing(x0, eps) == list(best)
 
 
-def test_optimal_transport_on_a_line_is_the_order() -> None:
+def test_optimal_transport_on_a_line_sorts() -> None:
     x0, eps = torch.randn(30, 1, 1, 1), torch.randn(30, 1, 1, 1)
     found = MinibatchOT()(x0, eps).flatten()
     assert torch.equal(found[x0.flatten().argsort()], eps.flatten().sort().values)
     assert cost(x0, found.view_as(eps)) <= cost(x0, eps)
 
 
-def test_coupling_is_used_in_training_and_leaves_images_and_labels() -> None:
+def test_coupling_permutes_only_the_noise() -> None:
     class Nothing(nn.Module):
         def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
             seen.append((x, cond["label"]))

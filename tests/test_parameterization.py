@@ -1,4 +1,4 @@
-"""Parameterisations, the denoiser and the objectives: crossing them changes what is learned easily, never the model."""
+"""Parameterisations, the denoiser and the objectives: a change of parameterisation never changes the model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parameterization(request: pytest.FixtureRequest) -> Parameterization:
 
 @pytest.fixture
 def pair(schedule: NoiseSchedule, parameterization: Parameterization) -> tuple[NoiseSchedule, Parameterization]:
-    """A schedule and a parameterisation that fit. Those that do not are exchanged: a table in place of the schedule."""
+    """A schedule and a parameterisation; one that needs discrete steps gets a table instead of the schedule."""
     try:
         parameterization.check(schedule)
     except UserError:
@@ -66,12 +66,12 @@ def pair(schedule: NoiseSchedule, parameterization: Parameterization) -> tuple[N
     return schedule, parameterization
 
 
-def saying(parameterization: Parameterization, out: Tensor) -> Tensor:
-    """What a network that says ``out`` gives, silent on whatever else it is asked for."""
+def as_output(parameterization: Parameterization, out: Tensor) -> Tensor:
+    """``out`` as network output, with zeros in all further channels."""
     return torch.cat([out, *[torch.zeros_like(out)] * (parameterization.output_multiplier - 1)], 1)
 
 
-def noised(schedule: NoiseSchedule, n: int = 40) -> tuple[Tensor, ...]:
+def noisy_batch(schedule: NoiseSchedule, n: int = 40) -> tuple[Tensor, ...]:
     """Times over the whole range, with x0, eps and x_t in float64."""
     t = torch.linspace(schedule.t_min, schedule.t_max, n)
     source = generator("cpu", 1)
@@ -94,38 +94,39 @@ Pair = tuple[NoiseSchedule, Parameterization]
 
 def test_round_trip(pair: Pair) -> None:
     schedule, parameterization = pair
-    t, x0, eps, x_t = noised(schedule)
+    t, x0, eps, x_t = noisy_batch(schedule)
     at = schedule.at(t, x_t)
-    out = saying(parameterization, parameterization.target(x0, eps, at))
+    out = as_output(parameterization, parameterization.target(x0, eps, at))
     assert torch.equal(parameterization.target_channels(out), parameterization.target(x0, eps, at))
     found = parameterization.to_prediction(out, x_t, at)
-    told = at.log_snr.flatten() > -15  # beyond, float64 holds too little of x0 in x_t
-    torch.testing.assert_close(found.x0[told], x0[told], rtol=0, atol=1e-10)
+    recoverable = at.log_snr.flatten() > -15  # beyond, x_t contains too little of x0 for float64
+    torch.testing.assert_close(found.x0[recoverable], x0[recoverable], rtol=0, atol=1e-10)
     torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-10)
 
 
-def test_image_and_noise_always_make_x_t(pair: Pair) -> None:
+def test_x0_and_eps_always_compose_x_t(pair: Pair) -> None:
     schedule, parameterization = pair
-    t, _, eps, x_t = noised(schedule)
+    t, _, eps, x_t = noisy_batch(schedule)
     at = schedule.at(t, x_t)
-    found = parameterization.to_prediction(saying(parameterization, eps.flip(0)), x_t, at)
+    found = parameterization.to_prediction(as_output(parameterization, eps.flip(0)), x_t, at)
     torch.testing.assert_close(at.alpha * found.x0 + at.sigma * found.eps, x_t, rtol=0, atol=1e-11)
 
 
-def test_eps_gain_is_the_slope_of_eps(pair: Pair) -> None:
+def test_eps_jacobian_is_the_derivative_of_eps(pair: Pair) -> None:
     schedule, parameterization = pair
-    t, _, eps, x_t = noised(schedule)
+    t, _, eps, x_t = noisy_batch(schedule)
     at = schedule.at(t, x_t)
-    more, less = (parameterization.to_prediction(saying(parameterization, out), x_t, at).eps for out in (eps + 1, eps))
+    outputs = (as_output(parameterization, out) for out in (eps + 1, eps))
+    more, less = (parameterization.to_prediction(out, x_t, at).eps for out in outputs)
     rise = more - less
     torch.testing.assert_close(rise.abs(), parameterization.eps_jacobian(at).expand_as(rise), rtol=1e-9, atol=1e-12)
 
 
-def test_targets_by_name() -> None:
+def test_targets_of_eps_x0_and_v() -> None:
     """eps is the noise, x0 the image, v = alpha eps - sigma x_0 (Salimans and Ho 2022, appendix D)."""
     k = torch.arange(0, 1000, 25)
     alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[k].sqrt()[:, None, None, None]
-    _, x0, eps, x_t = noised(LinearBetas())
+    _, x0, eps, x_t = noisy_batch(LinearBetas())
     at = LinearBetas().at((k + 1) / 1000, x_t)
     assert torch.equal(part("parameterization", "eps").target(x0, eps, at), eps)
     assert torch.equal(part("parameterization", "x0").target(x0, eps, at), x0)
@@ -141,41 +142,41 @@ def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_score_is_the_gradient_of_the_log_density(schedule: NoiseSchedule) -> None:
     """Given x_0, p(x_t) = N(alpha x_0, sigma^2): its score is (alpha x_0 - x_t) / sigma^2."""
-    t, x0, eps, x_t = noised(schedule)
+    t, x0, eps, x_t = noisy_batch(schedule)
     alpha, sigma = scales(schedule, t)
     said = part("parameterization", "score").target(x0, eps, schedule.at(t, x_t))
     torch.testing.assert_close(said, (alpha * x0 - x_t) / sigma**2, rtol=1e-8, atol=1e-8)
 
 
-def test_velocity_is_the_slope_of_the_path(schedule: NoiseSchedule) -> None:
+def test_velocity_is_the_derivative_of_the_path(schedule: NoiseSchedule) -> None:
     margin, h = 0.05 * (schedule.t_max - schedule.t_min), 1e-6
     t = ((torch.linspace(schedule.t_min + margin, schedule.t_max - margin, 40) * 1000).floor() + 0.37) / 1000
-    _, x0, eps, x_t = noised(schedule)
+    _, x0, eps, x_t = noisy_batch(schedule)
     (alpha, sigma), (later_alpha, later_sigma) = scales(schedule, t - h), scales(schedule, t + h)
     path = (later_alpha * x0 + later_sigma * eps - alpha * x0 - sigma * eps) / (2 * h)
     torch.testing.assert_close(Velocity().target(x0, eps, schedule.at(t, x_t)), path, rtol=1e-5, atol=1e-5)
 
 
-def test_velocity_of_a_straight_line_is_noise_less_image() -> None:
-    t, x0, eps, x_t = noised(RectifiedFlow())
+def test_velocity_of_rectified_flow_is_eps_minus_x0() -> None:
+    t, x0, eps, x_t = noisy_batch(RectifiedFlow())
     torch.testing.assert_close(Velocity().target(x0, eps, RectifiedFlow().at(t, x_t)), eps - x0, rtol=0, atol=1e-10)
 
 
-def test_karras_preconditioning_is_the_papers() -> None:
+def test_edm_preconditioning_is_that_of_the_paper() -> None:
     """Karras et al. (2022), table 1: D = c_skip x + c_out F, where alpha = 1."""
-    t, x0, eps, x = noised(VE())
+    t, x0, eps, x = noisy_batch(VE())
     sigma, d = 0.02 * 5000 ** t[:, None, None, None], 0.7
     c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
     at, karras = VE().at(t, x), EDMPreconditioning(sigma_data=d)
-    seen, told = karras.network_input(x, t, at)
+    seen, noise_cond = karras.network_input(x, t, at)
     torch.testing.assert_close(seen, x / (sigma**2 + d**2).sqrt(), rtol=1e-11, atol=0)
-    torch.testing.assert_close(told, sigma.flatten().log() / 4, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(noise_cond, sigma.flatten().log() / 4, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(karras.target(x0, eps, at), (x0 - c_skip * x) / c_out, rtol=0, atol=1e-8)
     torch.testing.assert_close(karras.to_prediction(eps, x, at).x0, c_skip * x + c_out * eps, rtol=1e-11, atol=1e-12)
 
 
-def test_karras_under_any_schedule_sees_x_over_alpha(schedule: NoiseSchedule) -> None:
-    t, _, eps, x_t = noised(schedule)
+def test_edm_preconditioning_works_on_x_over_alpha(schedule: NoiseSchedule) -> None:
+    t, _, eps, x_t = noisy_batch(schedule)
     alpha, sigma = scales(schedule, t)
     y, s, d = x_t / alpha, sigma / alpha, 0.5
     at, karras = schedule.at(t, x_t), EDMPreconditioning()
@@ -185,13 +186,13 @@ def test_karras_under_any_schedule_sees_x_over_alpha(schedule: NoiseSchedule) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_posterior_mean_is_ddpms(dtype: torch.dtype) -> None:
+def test_posterior_mean_is_that_of_ddpm(dtype: torch.dtype) -> None:
     """Ho et al. (2020), eq. 7; at their t = 1 it is the image."""
     beta = torch.linspace(1e-4, 0.02, 1000)
     bar = torch.cumprod(1 - beta, 0)
     before = torch.cat([torch.ones(1), bar[:-1]])
     i = torch.tensor([0, 1, 2, 500, 998, 999])
-    _, x0, eps, _ = noised(LinearBetas(), 6)
+    _, x0, eps, _ = noisy_batch(LinearBetas(), 6)
     bar_t, bar_s, beta = (v[i][:, None, None, None] for v in (bar, before, beta))
     x_t = bar_t.sqrt() * x0 + (1 - bar_t).sqrt() * eps
     mean = bar_s.sqrt() * beta / (1 - bar_t) * x0 + (1 - beta).sqrt() * (1 - bar_s) / (1 - bar_t) * x_t
@@ -201,7 +202,7 @@ def test_posterior_mean_is_ddpms(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), mean, rtol=0, atol=tolerance)
 
 
-def test_posterior_mean_needs_a_schedule_with_steps() -> None:
+def test_posterior_mean_needs_a_discrete_schedule() -> None:
     with pytest.raises(UserError, match="VE runs in continuous time"):
         PosteriorMean().check(VE())
     with pytest.raises(UserError, match="VE runs in continuous time"):
@@ -209,9 +210,9 @@ def test_posterior_mean_needs_a_schedule_with_steps() -> None:
     PosteriorMean().check(LinearBetas())
 
 
-def test_learned_variance_is_a_share_beside_the_inner_parameterisation(schedule: NoiseSchedule) -> None:
-    """Nichol and Dhariwal (2021), eq. 15: v from -1 to 1 is a share from 0 to 1."""
-    t, x0, eps, x_t = noised(schedule)
+def test_learned_variance_adds_a_fraction_to_the_inner_prediction(schedule: NoiseSchedule) -> None:
+    """Nichol and Dhariwal (2021), eq. 15: an output from -1 to 1 is a fraction from 0 to 1."""
+    t, x0, eps, x_t = noisy_batch(schedule)
     at = schedule.at(t, x_t)
     w = torch.linspace(-1.5, 1.5, 40)[:, None, None, None].expand_as(x_t).clone().requires_grad_()
     inner = V()
@@ -220,27 +221,27 @@ def test_learned_variance_is_a_share_beside_the_inner_parameterisation(schedule:
     assert found.variance_fraction is not None
     torch.testing.assert_close(found.variance_fraction, ((w + 1) / 2).clamp(0, 1), rtol=0, atol=1e-15)
     found.variance_fraction.sum().backward()
-    assert w.grad is not None and (w.grad == 0.5).all(), "the gradient does not die outside of [0, 1]"
+    assert w.grad is not None and (w.grad == 0.5).all(), "the gradient does not vanish outside of [0, 1]"
 
 
-# What the network is told of the noise
+# Noise conditioning
 
 
 def test_timestep_is_the_index_from_zero() -> None:
     for dtype in (torch.float32, torch.float64):
         for steps in (10, 1000, 4000):
             t = torch.arange(1, steps + 1, dtype=dtype) / steps
-            told = TimestepConditioning(steps)(t, LinearBetas().at(t))
-            assert torch.equal(told, torch.arange(steps, dtype=dtype))
+            noise_cond = TimestepConditioning(steps)(t, LinearBetas().at(t))
+            assert torch.equal(noise_cond, torch.arange(steps, dtype=dtype))
 
 
-def test_log_snr_condition_means_the_same_under_every_schedule(schedule: NoiseSchedule) -> None:
+def test_log_snr_conditioning_does_not_depend_on_the_schedule(schedule: NoiseSchedule) -> None:
     t = torch.linspace(schedule.t_min, schedule.t_max, 300)
-    told = LogSNRConditioning(20.0)(t, schedule.at(t, torch.zeros(300, 1, 2, 2)))
-    assert told.shape == (300,)
-    assert (told.diff() <= 0).all() and told.min() >= 0 and told.max() <= 1000
+    noise_cond = LogSNRConditioning(20.0)(t, schedule.at(t, torch.zeros(300, 1, 2, 2)))
+    assert noise_cond.shape == (300,)
+    assert (noise_cond.diff() <= 0).all() and noise_cond.min() >= 0 and noise_cond.max() <= 1000
     log_snr = schedule.log_snr(t).clamp(-20, 20)
-    torch.testing.assert_close(told, 500 + 25 * log_snr, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(noise_cond, 500 + 25 * log_snr, rtol=1e-12, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -254,8 +255,8 @@ def test_level_index_counts_from_the_noisiest(dtype: torch.dtype) -> None:
         Eps(noise_conditioning=LevelIndexConditioning()).check(RectifiedFlow())
 
 
-def test_other_conditions_are_the_papers() -> None:
-    """EDM's c_noise is ln(sigma) / 4; VE models are told ln sigma, VP ones 999 t (Song et al. 2021)."""
+def test_noise_conditionings_are_those_of_the_papers() -> None:
+    """EDM's c_noise is ln(sigma) / 4; VE models receive ln sigma, VP models 999 t (Song et al. 2021)."""
     t = torch.linspace(0, 1, 7)
     sigma = 0.02 * 5000**t
     at = VE().at(t, torch.zeros(7, 1, 2, 2))
@@ -265,7 +266,7 @@ def test_other_conditions_are_the_papers() -> None:
 
 
 class Recorder(nn.Module):
-    """Keeps what it was called with, and says nothing but zeros."""
+    """Records its inputs and outputs zeros."""
 
     def __init__(self, outputs: int = 1) -> None:
         super().__init__()
@@ -276,41 +277,42 @@ class Recorder(nn.Module):
         return torch.zeros_like(x).repeat(1, self.outputs, 1, 1)
 
 
-def test_network_sees_x_its_noise_and_the_conditions() -> None:
+def test_network_receives_x_noise_condition_and_conditions() -> None:
     network, x = Recorder(), torch.randn(5, 1, 4, 4)
     denoiser = Denoiser(network, LinearBetas(), Eps(noise_conditioning=TimestepConditioning()))
     cond = {"label": torch.arange(5)}
-    for t, told in ((0.4, [399.0] * 5), ([0.001, 0.2, 0.4, 0.6, 1], [0.0, 199, 399, 599, 999])):
+    for t, noise_cond in ((0.4, [399.0] * 5), ([0.001, 0.2, 0.4, 0.6, 1], [0.0, 199, 399, 599, 999])):
         denoiser(x, torch.tensor(t), cond)
         seen_x, noise, seen_cond = network.seen
         assert torch.equal(seen_x, x) and seen_cond is cond
-        assert torch.equal(noise, torch.tensor(told))
+        assert torch.equal(noise, torch.tensor(noise_cond))
 
 
 class Half(Recorder):
-    """Speaks bfloat16, as a network under autocast does."""
+    """Outputs bfloat16, as a network under autocast does."""
 
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return x.bfloat16().repeat(1, self.outputs, 1, 1) * 0.3
 
 
-def test_arithmetic_stays_in_the_type_of_x(parameterization: Parameterization) -> None:
+def test_predictions_have_the_type_of_x(parameterization: Parameterization) -> None:
     torch.set_default_dtype(torch.float32)
     x = torch.randn(3, 1, 2, 2)
-    for found in Denoiser(Half(parameterization.output_multiplier), LinearBetas(), parameterization)(x, torch.tensor(0.5), {}):
+    denoiser = Denoiser(Half(parameterization.output_multiplier), LinearBetas(), parameterization)
+    for found in denoiser(x, torch.tensor(0.5), {}):
         assert found is None or found.dtype == torch.float32
 
 
-def test_clipping_holds_the_image_in_range_and_the_noise_follows(schedule: NoiseSchedule) -> None:
-    t, _, _, x_t = noised(schedule)
+def test_clipping_bounds_x0_and_adjusts_eps(schedule: NoiseSchedule) -> None:
+    t, _, _, x_t = noisy_batch(schedule)
     free = Denoiser(Recorder(), schedule, Eps())
     clipped = ClipX0(free)(x_t, t, {})
     at = schedule.at(t, x_t)
-    assert free(x_t, t, {}).x0.abs().max() > 1, "there is something to clip"
+    assert free(x_t, t, {}).x0.abs().max() > 1, "something is clipped"
     assert clipped.x0.abs().max() <= 1
     torch.testing.assert_close(at.alpha * clipped.x0 + at.sigma * clipped.eps, x_t, rtol=0, atol=1e-11)
     inside = free(x_t, t, {}).x0.abs() <= 1
-    assert torch.equal(clipped.eps[inside], free(x_t, t, {}).eps[inside]), "what is in range is left alone"
+    assert torch.equal(clipped.eps[inside], free(x_t, t, {}).eps[inside]), "values in range are unchanged"
 
 
 # Objectives
@@ -318,7 +320,7 @@ def test_clipping_holds_the_image_in_range_and_the_noise_follows(schedule: Noise
 
 @dataclass(frozen=True)
 class Fixed(TimeDistribution):
-    """Times from one end of the schedule to the other, no two runs different."""
+    """Fixed times over the whole schedule."""
 
     n: int = 40
 
@@ -327,7 +329,7 @@ class Fixed(TimeDistribution):
 
 
 class Guess(nn.Module):
-    """A wrong guess of the image, x0 = 0.4 x_t, put into the words of a parameterisation."""
+    """A wrong prediction x0 = 0.4 x_t, expressed in a parameterisation."""
 
     def __init__(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         super().__init__()
@@ -336,12 +338,12 @@ class Guess(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         t = torch.linspace(self.schedule.t_min, self.schedule.t_max, len(x))
         at = self.schedule.at(t, x)
-        x = x / self.parameterization.network_input(torch.ones_like(x), t, at)[0]  # as it was before it was scaled
+        x = x / self.parameterization.network_input(torch.ones_like(x), t, at)[0]  # undo the input scaling
         x0 = 0.4 * x
-        return saying(self.parameterization, self.parameterization.target(x0, (x - at.alpha * x0) / at.sigma, at))
+        return as_output(self.parameterization, self.parameterization.target(x0, (x - at.alpha * x0) / at.sigma, at))
 
 
-# Weights on the error of x_0, as the papers give them.
+# Weights of the error of x_0, as in the papers.
 BY_PAPER: list[tuple[Weighting, Callable[[Tensor], Tensor]]] = [
     (SimpleWeighting(), lambda snr: snr),
     (UniformVWeighting(), lambda snr: snr + 1),
@@ -356,12 +358,12 @@ BY_PAPER: list[tuple[Weighting, Callable[[Tensor], Tensor]]] = [
 
 
 @pytest.mark.parametrize(("weighting", "paper"), BY_PAPER)
-def test_loss_is_the_papers_under_every_parameterization(
+def test_loss_is_that_of_the_paper_for_every_parameterization(
     pair: Pair, weighting: Weighting, paper: Callable[[Tensor], Tensor]
 ) -> None:
     schedule, parameterization = pair
     denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
-    t, x0, _, _ = noised(schedule)
+    t, x0, _, _ = noisy_batch(schedule)
     loss = WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.for_batch(generator("cpu", 9), 40))["loss"]
 
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
@@ -371,22 +373,22 @@ def test_loss_is_the_papers_under_every_parameterization(
     torch.testing.assert_close(loss, paper(snr) * error, rtol=1e-8, atol=0)
 
 
-def test_uniform_velocity_is_the_plain_error_of_the_velocity(schedule: NoiseSchedule) -> None:
+def test_uniform_velocity_weighting_is_the_mse_of_the_velocity(schedule: NoiseSchedule) -> None:
     """Whatever the network predicts. On a straight line this is flow matching: w = (1 + sigma / alpha)^2."""
-    weighting, x0 = UniformVelocityWeighting(), noised(schedule)[1]
+    weighting, x0 = UniformVelocityWeighting(), noisy_batch(schedule)[1]
     losses = []
     for parameterization in (Velocity(), V()):
         denoiser = Denoiser(Guess(schedule, parameterization), schedule, parameterization)
         losses.append(
             WeightedMSE(weighting, Fixed())(denoiser, x0, {}, RandomSource.for_batch(generator("cpu", 9), 40))["loss"]
         )
-    t = noised(schedule)[0]
+    t = noisy_batch(schedule)[0]
     eps = torch.randn(x0.shape, generator=generator("cpu", 9), dtype=torch.float32).double()
     alpha, sigma = scales(schedule, t)
     x_t = alpha * x0 + sigma * eps
     at = schedule.at(t, x_t)
     f, slope = at.dlog_alpha_dt, at.dlog_snr_dt
-    # The path through (x_0, eps) has slope alpha' x_0 + sigma' eps, with alpha' and sigma' from the logarithms' slopes.
+    # The path through (x_0, eps) has the derivative alpha' x_0 + sigma' eps.
     guess = f * alpha * 0.4 * x_t + (f - slope / 2) * (x_t - alpha * 0.4 * x_t)
     path = f * alpha * x0 + (f - slope / 2) * sigma * eps
     for loss in losses:
@@ -406,7 +408,7 @@ def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None
     )
 
 
-def test_uniform_v_is_the_plain_error_of_v() -> None:
+def test_uniform_v_weighting_is_the_mse_of_v() -> None:
     schedule, t = LinearBetas(), torch.linspace(0.001, 1, 40)
     loss = WeightedMSE(UniformVWeighting(), Fixed())(
         Denoiser(Recorder(), schedule, V()),
@@ -415,12 +417,12 @@ def test_uniform_v_is_the_plain_error_of_v() -> None:
         RandomSource.for_batch(generator("cpu", 2), 40),
     )["loss"]
     eps = torch.randn(40, 1, 2, 2, generator=generator("cpu", 2), dtype=torch.float32).double()
-    # The network says 0 and the image is 0, so the error is v = alpha eps.
+    # Output and image are 0, so the error is v = alpha eps.
     expected = schedule.at(t).alpha ** 2 * eps.square().mean((1, 2, 3))
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
 
 
-def test_simple_loss_of_a_silent_network_is_one() -> None:
+def test_simple_loss_of_a_zero_network_is_one() -> None:
     """||eps - 0||^2 per value has mean 1."""
     x0 = torch.zeros(4000, 1, 4, 4)
     denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
@@ -428,7 +430,7 @@ def test_simple_loss_of_a_silent_network_is_one() -> None:
     assert abs(float(loss.mean()) - 1) < 4 * math.sqrt(2 / (4000 * 16))
 
 
-def test_each_process_computes_its_own_rows() -> None:
+def test_each_process_computes_its_rows() -> None:
     x0 = torch.rand(8, 1, 2, 2)
     denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
     whole = WeightedMSE()(denoiser, x0, {}, RandomSource(generator("cpu", 2), 0, 8, 8))["loss"]
@@ -450,6 +452,6 @@ def test_each_process_computes_its_own_rows() -> None:
         lambda: P2Weighting(gamma=-1),
     ],
 )
-def test_bad_settings_are_refused(make) -> None:
+def test_invalid_settings_are_rejected(make) -> None:
     with pytest.raises(UserError):
         make()

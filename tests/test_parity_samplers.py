@@ -1,19 +1,19 @@
-"""Samplers against those of diffusers: same network, noise and times, same trajectory to 1e-4.
+"""Samplers compared with diffusers: same network, noise and times, same trajectory to 1e-4.
 
-Where conventions differ:
+Differences of convention:
 
-- Time. Their timestep k = 0, ..., 999 is the index of a beta; here it is t = (k + 1) / 1000, and clean data are a time
-  of their own, `CLEAN`, where they have a sigma of 0 or an alpha bar of 1 after the last timestep.
-- State. Their Euler and Heun hold x / alpha, whose noise is sigma / alpha, and scale it for the network; here the state
-  is x_t, as the network sees it. Compared is therefore what the network is shown at every call, and the image.
-- Names. Their Euler of diffusion models steps in sigma / alpha: that is `DDIM` with eta 0 here, as theirs is. `Euler`
-  here steps in t, as their Euler of flow matching does, whose sigma is the time of `Rectified`; there the network says
-  the velocity, and time ends at 1 - 1e-4 here: they are given our times.
-- UniPC. Theirs corrects x_s at the start of the next step, here it is done before x_s is shown: the same calls.
-  Their bh1 gives NaN in the step to sigma 0, so there the image is not compared.
-- Heun. Here a step in which sigma / alpha falls more than 100-fold is Euler's; the cosine table begins with one, so
-  Heun is compared on other tables. No step of these grids is so long that the multistep solvers drop their slope.
-- Clipping: theirs is switched off; here it is a wrapping of the denoiser.
+- Time. A timestep k = 0, ..., 999 of diffusers is the index of a beta; here it is t = (k + 1) / 1000, and clean data
+  have their own time, `CLEAN`, where diffusers has sigma 0 or alpha bar 1 after the last timestep.
+- State. Euler and Heun of diffusers store x / alpha, with noise sigma / alpha, and scale it for the network; here the
+  state is x_t, the input of the network. The tests therefore compare the inputs of the network, and the image.
+- Names. Euler for diffusion models in diffusers steps in sigma / alpha, which is `DDIM` with eta 0. `Euler` here steps
+  in t, like Euler for flow matching in diffusers, whose sigma is the time of `RectifiedFlow`. There the network
+  predicts the velocity, and the tests pass our times, because time ends at 1 - 1e-4 here.
+- UniPC. diffusers corrects x_s at the start of the next step, here before x_s is yielded: the calls are the same. Its
+  bh1 gives NaN in the step to sigma 0, where the image is not compared.
+- Heun. Here a step in which sigma / alpha falls more than 100-fold is an Euler step; the cosine table starts with one,
+  so Heun is compared on other tables. No step of these grids is long enough for the multistep solvers to fall back.
+- Clipping is switched off in diffusers; here it is a wrapper of the denoiser.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gencompare.rng import generator
 
 
 def network(x: Tensor, k: float) -> Tensor:
-    """Some eps network, neither linear nor the same at any two timesteps."""
+    """A nonlinear eps network that depends on the timestep."""
     return 0.8 * x + 0.3 * torch.sin(2 * x + x.roll(1, -1) + k / 100)
 
 
@@ -62,10 +62,10 @@ TABLES = {
 }
 
 
-def theirs(scheduler: Any, steps: int) -> tuple[list[Tensor], Tensor]:
-    """What their sampler shows the network, and the times at which; and what comes out."""
+def run_scheduler(scheduler: Any, steps: int) -> tuple[list[Tensor], Tensor]:
+    """The network inputs of a diffusers scheduler with their times, and the final image."""
     scheduler.set_timesteps(steps)
-    # From N(0, 1) noise: some hold x / alpha.
+    # From N(0, 1) noise: some schedulers store x / alpha.
     x = START * scheduler.init_noise_sigma
     if type(scheduler).__name__ in ("EulerDiscreteScheduler", "HeunDiscreteScheduler"):
         x = START * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
@@ -94,14 +94,14 @@ CASES: list[tuple[str, dict[str, Any], Sampler]] = [
     [(*case, table) for case in CASES for table in TABLES if (case[0], table) != ("HeunDiscreteScheduler", "cosine")],
     ids=str,
 )
-@pytest.mark.parametrize("steps", [10, 28])  # 999 divides by 9 and by 27: their grids meet whole timesteps
-def test_the_trajectory_is_that_of_diffusers(
+@pytest.mark.parametrize("steps", [10, 28])  # 9 and 27 divide 999, so the grids of diffusers consist of whole timesteps
+def test_trajectory_equals_diffusers(
     name: str, settings: dict[str, Any], sampler: Sampler, table: str, steps: int
 ) -> None:
     make, betas = TABLES[table]
     scheduler = getattr(diffusers, name)(**betas, **settings)
-    seen, image = theirs(scheduler, steps)
-    k = scheduler.timesteps.unique().flip(0).double()  # (their Heun names most of them twice)
+    seen, image = run_scheduler(scheduler, steps)
+    k = scheduler.timesteps.unique().flip(0).double()  # (Heun of diffusers lists most of them twice)
     times = torch.cat([(k + 1) / 1000, torch.tensor([CLEAN])]).float()
     ours = Ours(make())
     found = sampler.sample(ours, START, generator=generator("cpu", 1), times=times)
@@ -125,7 +125,7 @@ class Flows:
 
 
 @pytest.mark.parametrize("steps", [10, 28])
-def test_the_trajectory_of_a_flow_is_that_of_diffusers(steps: int) -> None:
+def test_flow_trajectory_equals_diffusers(steps: int) -> None:
     ours, sampler = Flows(RectifiedFlow()), Euler(num_steps=steps)
     found = sampler.sample(ours, START, generator=generator("cpu", 1))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()

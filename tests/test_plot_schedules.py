@@ -1,4 +1,4 @@
-"""The picture of the noise schedules, and the numbers in it."""
+"""The plot of the noise schedules and its data."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMES = options("model/schedule")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_curve_is_the_schedule_in_numbers(name: str) -> None:
+def test_curve_contains_the_values_of_the_schedule(name: str) -> None:
     schedule = part("schedule", name)
     found = schedule_curve(schedule, points=4001)
     assert {value.shape for value in found.values()} == {(4001,)}
     assert found["t"][0] == pytest.approx(schedule.t_min) and found["t"][-1] == pytest.approx(schedule.t_max)
     assert np.isfinite(list(found.values())).all() and (found["density"] > 0).all()
     np.testing.assert_allclose(found["log_snr"], 2 * np.log(found["alpha"] / found["sigma"]), atol=2e-5)
-    # The share of uniform times in the middle fifth to four fifths, by the density of the noise levels there.
+    # The probability of the middle three fifths of uniform times, by the density of their noise levels.
     density, log_snr = found["density"][800:3201], found["log_snr"][800:3201]
     mass = np.sum((density[1:] + density[:-1]) / 2 * -np.diff(log_snr))
     assert mass == pytest.approx(0.6, abs=0.01)
@@ -38,16 +38,16 @@ def test_every_panel_shows_every_schedule() -> None:
     for axes in draw_schedules(dict.fromkeys(names, numbers)).axes:
         assert [line.get_label() for line in axes.lines] == names
         looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines}  # type: ignore[attr-defined]
-        assert len(looks) == len(names), "no two lines look the same"
+        assert len(looks) == len(names), "all lines look different"
 
 
-def test_task_draws_what_it_is_asked_for(
+def test_task_plots_the_requested_schedules(
     cli: Callable[..., int], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gencompare.tasks import plot_schedules
 
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(plot_schedules, "draw", lambda curves: drawn.update(curves) or draw_schedules(curves))
+    monkeypatch.setattr(plot_schedules, "draw_schedules", lambda curves: drawn.update(curves) or draw_schedules(curves))
     assert cli("task=plot_schedules", "hydra.run.dir=job") == 0
     assert str(tmp_path / "job" / "schedules.png") in capsys.readouterr().out
     assert Image.open(tmp_path / "job" / "schedules.png").size[0] > 1000
@@ -56,6 +56,6 @@ def test_task_draws_what_it_is_asked_for(
     words = ["task.schedules=[cosine,ve]", "task.out=two.png", "model/schedule=ve", "model.schedule.sigma_max=7"]
     assert cli("task=plot_schedules", *words) == 0
     assert list(drawn) == ["cosine", "ve"] and (tmp_path / "two.png").is_file()
-    assert drawn["ve"]["sigma"].max() == pytest.approx(7, rel=1e-5), "the values of the command line"
+    assert drawn["ve"]["sigma"].max() == pytest.approx(7, rel=1e-5), "the settings of the command line"
     assert cli("task=plot_schedules", "task.schedules=[cosin]") == 1
     assert "no schedule cosin; there are betas, cosine," in capsys.readouterr().err

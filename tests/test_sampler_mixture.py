@@ -1,7 +1,7 @@
-"""Samplers on a mixture of two Gaussians whose denoiser is known: weights, means and widths of the modes come out.
+"""Samplers on a mixture of two Gaussians with a known denoiser: weights, means and widths of the modes are correct.
 
-n = 1500 images of 16 pixels, which are enough for the Langevin corrector, whose steps go by the length of the score, in
-so many steps that the sampler has converged. The share of a mode then has a standard error of sqrt(0.2 0.8 / n) = 0.01.
+n = 1500 images of 16 pixels, enough for the Langevin corrector, whose step size depends on the norm of the score, and
+enough steps for convergence. The weight of a mode then has a standard error of sqrt(0.2 0.8 / n) = 0.01.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ SCHEDULES = [VP, VE, RectifiedFlow]
 BIAS = {"ancestral": 0.02, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
     "annealed_langevin": 0.1, "predictor_corrector": 0.06
 }  # fmt: skip
-"""How far the width may be off besides the Monte Carlo error, relatively; the others are held to that alone.
+"""Relative tolerance of the width in addition to the Monte Carlo error; 0 for the other samplers.
 
-The first four are of first order, in 250 steps of a log-SNR of about 0.1: each errs by some share of that. (Euler goes
-by time, and its 0.1 is under VE.) Langevin steps leave more noise than belongs to their level: a variance larger by
-1 / (1 - k / 2), and what is left of the level before."""
+The first four are of first order, with 250 steps of about 0.1 in log-SNR. (Euler steps in time; its 0.1 is for VE.)
+Langevin steps leave more noise than that of their level: a variance larger by 1 / (1 - k / 2), and a rest of the
+previous level."""
 
 
 pytestmark = pytest.mark.usefixtures("double")
 
 
 def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
-    """The share of the images nearer to the first mode; mean of each mode's pixels; their standard deviation."""
+    """The fraction of images nearer to the first mode, the mean pixel of each mode, and the standard deviation."""
     first = x.flatten(1).mean(1) < 0
     low, high = x[first].mean(), x[~first].mean()
     spread = torch.cat([(x[first] - low).flatten(), (x[~first] - high).flatten()]).std()
@@ -43,7 +43,7 @@ def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
 
 @pytest.mark.parametrize("make", SCHEDULES)
 @pytest.mark.parametrize("name", samplers())
-def test_weights_means_and_widths_of_a_mixture_come_out(name: str, make: type[NoiseSchedule]) -> None:
+def test_weights_means_and_widths_of_a_mixture_are_correct(name: str, make: type[NoiseSchedule]) -> None:
     schedule = make()
     sampler = part("sampler", name, num_steps=STEPS.get(name, 250), **CHANGES.get(name, {}))
     times = even_levels(schedule, sampler.num_steps) if sampler.num_steps > 2 else None
@@ -56,7 +56,7 @@ def test_weights_means_and_widths_of_a_mixture_come_out(name: str, make: type[No
     assert std == pytest.approx(0.2, rel=BIAS.get(name, 0.0) + 4 / (2 * PIXELS * N) ** 0.5)
 
 
-def test_a_bug_in_the_weights_is_seen() -> None:
+def test_wrong_weights_are_detected() -> None:
     """The score of a mixture of equal weights."""
     schedule = VP()
     x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()

@@ -1,4 +1,4 @@
-"""Samplers step by step: numbers as the papers give them, cases that can be solved exactly, bad input."""
+"""Samplers step by step: the numbers of the papers, exactly solvable cases, and invalid input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from gaussian_truth import (
     COVARIANCE,
     MEAN,
-    Truth,
+    ExactDenoiser,
     even_levels,
     inner_times,
     moments,
@@ -40,33 +40,33 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def score(x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """Of the Gaussian data in noise: -(alpha^2 C + sigma^2)^-1 (x - alpha m)."""
+    """Score of the noisy Gaussian data: -(alpha^2 C + sigma^2)^-1 (x - alpha m)."""
     return -(x - alpha * MEAN) @ torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(3))
 
 
-# Single steps, number by number: alpha bar and beta as in the papers, index 0 is their t = 1
+# Single steps: alpha bar and beta as in the papers, index 0 is their t = 1
 
 BETA = np.linspace(1e-4, 0.02, 1000)
 BAR = np.cumprod(1 - BETA)
 
 
 def image(t: float) -> float:
-    """Another one at each time, so that a step with what the denoiser says at its end is not the step."""
+    """Depends on t, so that a step with the prediction at its end gives another result."""
     return 0.5 - 0.4 * t
 
 
 @dataclass(frozen=True)
-class Says:
-    """A denoiser that says the same of every x_t: x_0 = `image` (t), and the noise that goes with it."""
+class ConstantDenoiser:
+    """A denoiser that predicts x_0 = `image` (t) for every x_t, with matching noise."""
 
     schedule: NoiseSchedule
-    share: float | None = None
+    variance_fraction: float | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         alpha, sigma = scales(self.schedule, t)
-        share = None if self.share is None else torch.full_like(x_t, self.share)
+        variance_fraction = None if self.variance_fraction is None else torch.full_like(x_t, self.variance_fraction)
         x0 = image(float(t))
-        return Prediction(torch.full_like(x_t, x0), (x_t - alpha * x0) / sigma, share)
+        return Prediction(torch.full_like(x_t, x0), (x_t - alpha * x0) / sigma, variance_fraction)
 
 
 def one_step(
@@ -74,13 +74,16 @@ def one_step(
     times: list[float],
     x: float = 0.7,
     schedule: NoiseSchedule | None = None,
-    share: float | None = None,
+    variance_fraction: float | None = None,
 ) -> tuple[float, float]:
-    """Mean and standard deviation of one step from ``x``, of one draw at most."""
+    """Mean and standard deviation of one step from ``x`` with at most one random draw."""
     start = torch.full((3, 1, 1, 1), x)
     with unit_noise() as noise:
         out = sampler.sample(
-            Says(schedule or LinearBetas(), share), start, generator=generator("cpu", 0), times=torch.tensor(times)
+            ConstantDenoiser(schedule or LinearBetas(), variance_fraction),
+            start,
+            generator=generator("cpu", 0),
+            times=torch.tensor(times),
         ).flatten()
     assert noise.draws <= 1
     return float(out[0]), float(out[2] - out[0])
@@ -88,7 +91,7 @@ def one_step(
 
 @pytest.mark.parametrize("i", [2, 10, 500, 1000])
 @pytest.mark.parametrize("variance", [0.0, 0.3, 1.0])
-def test_ancestral_step_is_ddpms(i: int, variance: float) -> None:
+def test_ancestral_step_is_that_of_ddpm(i: int, variance: float) -> None:
     """Ho et al. (2020), eq. 7, section 3.2; Nichol and Dhariwal (2021), eq. 15."""
     beta, bar, before = BETA[i - 1], BAR[i - 1], BAR[i - 2]
     mean = before**0.5 * beta / (1 - bar) * image(i / 1000) + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * 0.7
@@ -96,17 +99,17 @@ def test_ancestral_step_is_ddpms(i: int, variance: float) -> None:
     found = one_step(Ancestral(num_steps=1, variance=variance), [i / 1000, (i - 1) / 1000])
     assert found[0] == pytest.approx(mean, rel=1e-9)
     assert found[1] ** 2 == pytest.approx(beta**variance * small ** (1 - variance), rel=1e-7)
-    # The same where the network says so, whatever is set.
-    assert one_step(Ancestral(num_steps=1, variance=0.9), [i / 1000, (i - 1) / 1000], share=variance) == pytest.approx(
-        found, rel=1e-9
-    )
+    # A learned variance overrides the setting.
+    assert one_step(
+        Ancestral(num_steps=1, variance=0.9), [i / 1000, (i - 1) / 1000], variance_fraction=variance
+    ) == pytest.approx(found, rel=1e-9)
 
 
-def test_the_variance_may_be_learned_value_by_value() -> None:
-    class Uneven(Says):
+def test_variance_can_be_learned_elementwise() -> None:
+    class Uneven(ConstantDenoiser):
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-            share = torch.tensor([0.0, 1.0]).expand_as(x_t)
-            return super().__call__(x_t, t, cond)._replace(variance_fraction=share)
+            variance_fraction = torch.tensor([0.0, 1.0]).expand_as(x_t)
+            return super().__call__(x_t, t, cond)._replace(variance_fraction=variance_fraction)
 
     with unit_noise():
         out = Ancestral(num_steps=1).sample(
@@ -124,7 +127,7 @@ def test_the_variance_may_be_learned_value_by_value() -> None:
 
 @pytest.mark.parametrize(("i", "j"), [(1000, 950), (500, 1), (20, 19)])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_step_is_song_et_als(i: int, j: int, eta: float) -> None:
+def test_ddim_step_is_that_of_the_paper(i: int, j: int, eta: float) -> None:
     """Song et al. (2021), "Denoising Diffusion Implicit Models", eq. 12 and 16."""
     bar, before = BAR[i - 1], BAR[j - 1]
     eps = (0.7 - bar**0.5 * image(i / 1000)) / (1 - bar) ** 0.5
@@ -162,8 +165,8 @@ def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
     assert found[1] == pytest.approx(beta**0.5, rel=1e-7)
 
 
-def test_the_first_step_under_a_table_has_a_slope() -> None:
-    """At t = 1 too, where the table ends: per unit of time, g^2 is about 1000 beta."""
+def test_first_step_of_a_table_has_a_derivative() -> None:
+    """Also at t = 1, the end of the table, g^2 per unit of time is about 1000 beta."""
     rise = 1 - BAR[-1] / BAR[-2]
     found = one_step(EulerMaruyama(num_steps=1), [1.0, 0.9999])
     assert found[1] ** 2 == pytest.approx(0.1 * rise, rel=0.02)
@@ -179,10 +182,10 @@ def test_reverse_diffusion_step_is_that_of_ve() -> None:
 
 @pytest.mark.parametrize(("times", "a"), [([0.5, 0.499], 1 - BETA[499]), ([0.05, 0.049], 1 - BETA[49])])
 def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> None:
-    """Two Langevin steps of the size that the noise and the score ask for, image by image, then the predictor."""
+    """Two Langevin steps, with a size that depends on the noise and the score of each image, then the predictor."""
     x = torch.randn(3, 1, 2, 8, generator=generator("cpu", 1))
     sampler = PredictorCorrector(num_steps=1, num_corrector_steps=2, snr=0.1)
-    found = sampler.sample(Says(LinearBetas()), x, generator=generator("cpu", 2), times=torch.tensor(times))
+    found = sampler.sample(ConstantDenoiser(LinearBetas()), x, generator=generator("cpu", 2), times=torch.tensor(times))
     source, bar = generator("cpu", 2), BAR[round(times[0] * 1000) - 1]
 
     def score(x: Tensor) -> Tensor:
@@ -200,13 +203,13 @@ def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> Non
 
 @pytest.mark.parametrize("denoise", [True, False])
 def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
-    """Song and Ermon (2019), with their eps and sigma_L, on three levels; the last score gives the denoised image."""
+    """Song and Ermon (2019), with their eps and sigma_L, on three levels; the last score denoises the image."""
     sigmas, eps = [0.02 * 5000**t for t in (0.5, 0.25, 0.0)], 1e-4
     step_size = eps / sigmas[-1] ** 2
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1))
     sampler = AnnealedLangevin(num_steps=3, num_langevin_steps=4, step_size=step_size, denoise=denoise)
     times = torch.tensor([0.5, 0.25, 0.0, CLEAN])
-    found = sampler.sample(Truth(VE()), x, generator=generator("cpu", 2), times=times)
+    found = sampler.sample(ExactDenoiser(VE()), x, generator=generator("cpu", 2), times=times)
     source = generator("cpu", 2)
     for sigma in sigmas:
         for _ in range(4):
@@ -219,7 +222,7 @@ def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """The perfect denoiser of data that are always 0: nothing but the noise is left in x."""
+    """The exact denoiser of data that are always 0: x is pure noise."""
 
     schedule: NoiseSchedule
 
@@ -234,10 +237,10 @@ class Point:
 def test_annealed_langevin_lags_behind_its_levels(
     levels: int, num_langevin_steps: int, step_size: float, lag: float
 ) -> None:
-    """The figures of docs/diffusion.md, on levels from 2 to 0.02: noise over the last level's, at its end.
+    """Ratio of the noise after the last level to that level, on levels from 2 to 0.02 (see docs/diffusion.md).
 
-    With k = step_size / 2, T steps at a level and levels a factor g apart, the variance over sigma^2 settles where
-    r = (1 - k)^(2 T) (g^2 r - b) + b, of which b = 1 / (1 - k / 2) is what steps of that length make of any start.
+    With k = step_size / 2, T steps per level and levels a factor g apart, the variance over sigma^2 converges to r =
+    (1 - k)^(2 T) (g^2 r - b) + b, where b = 1 / (1 - k / 2) is the stationary variance of steps of that size.
     """
     k, kept = step_size / 2, (1 - step_size / 2) ** (2 * num_langevin_steps)
     g = 100 ** (1 / (levels - 1))
@@ -254,40 +257,40 @@ def test_annealed_langevin_lags_behind_its_levels(
 
 
 def test_heun_with_churn_is_algorithm_2() -> None:
-    """Karras et al. (2022): noise between s_min and s_max alone, of standard deviation s_noise."""
+    """Karras et al. (2022): noise of standard deviation s_noise, only between s_min and s_max."""
     sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)) * sigmas[0]
     sampler = Heun(num_steps=3, s_churn=0.6, s_min=0.3, s_max=2.0, s_noise=1.1)
     times = torch.tensor([0.6, 0.5, 0.4, 0.3])
-    found = sampler.sample(Truth(VE()), x, generator=generator("cpu", 2), times=times)
+    found = sampler.sample(ExactDenoiser(VE()), x, generator=generator("cpu", 2), times=times)
     source = generator("cpu", 2)
 
     def slope(x: Tensor, sigma: float) -> Tensor:
         return -sigma * score(x, 1.0, sigma)
 
     churned = 0
-    for now, then in pairwise(sigmas):
-        gamma = min(0.6 / 3, 2**0.5 - 1) if 0.3 <= now <= 2.0 else 0.0
-        hat = now * (1 + gamma)
+    for sigma, next_sigma in pairwise(sigmas):
+        gamma = min(0.6 / 3, 2**0.5 - 1) if 0.3 <= sigma <= 2.0 else 0.0
+        hat = sigma * (1 + gamma)
         if gamma:
-            x = x + (hat**2 - now**2) ** 0.5 * 1.1 * torch.randn(x.shape, generator=source)
+            x = x + (hat**2 - sigma**2) ** 0.5 * 1.1 * torch.randn(x.shape, generator=source)
             churned += 1
         d = slope(x, hat)
-        euler = x + (then - hat) * d
-        x = x + (then - hat) * (d + slope(euler, then)) / 2
+        euler = x + (next_sigma - hat) * d
+        x = x + (next_sigma - hat) * (d + slope(euler, next_sigma)) / 2
     assert churned == 2
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
-def test_churn_keeps_the_moments(schedule: NoiseSchedule) -> None:
-    """And does not raise the noise beyond the schedule's end, where there is no denoiser."""
+def test_churn_preserves_the_moments(schedule: NoiseSchedule) -> None:
+    """It does not raise the noise beyond the end of the schedule."""
     sampler = Heun(num_steps=100, s_churn=20.0)
-    mean, covariance = moments(sampler, Truth(schedule), times_of(sampler, schedule))
+    mean, covariance = moments(sampler, ExactDenoiser(schedule), times_of(sampler, schedule))
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.02)
     torch.testing.assert_close(root(covariance), root(COVARIANCE), rtol=0.03, atol=0.02)
 
 
-# Cases that can be solved exactly
+# Exactly solvable cases
 
 
 LAST = [
@@ -306,24 +309,24 @@ LAST = [
 
 
 @pytest.mark.parametrize("sampler", LAST, ids=lambda sampler: sampler.describe())
-def test_last_step_gives_the_image_without_noise(sampler: Sampler) -> None:
+def test_last_step_returns_the_predicted_image(sampler: Sampler) -> None:
     assert one_step(sampler, [0.001, CLEAN]) == (pytest.approx(image(0.001), abs=1e-12), 0)
 
 
 def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSchedule) -> None:
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     one, two = (
-        sampler.sample(Truth(schedule), x, generator=generator("cpu", 2), times=times_of(sampler, schedule))
+        sampler.sample(ExactDenoiser(schedule), x, generator=generator("cpu", 2), times=times_of(sampler, schedule))
         for sampler in (DDIM(num_steps=30, eta=1.0), Ancestral(num_steps=30, variance=0.0))
     )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
 
 
-def test_ddim_is_eulers_method_in_x_over_alpha(schedule: NoiseSchedule) -> None:
+def test_ddim_is_euler_in_x_over_alpha(schedule: NoiseSchedule) -> None:
     """d(x / alpha) / d(sigma / alpha) = eps."""
     times = inner_times(schedule, 7)
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
-    found = DDIM(num_steps=1).sample(Truth(schedule), x, generator=generator("cpu", 0), times=times)
+    found = DDIM(num_steps=1).sample(ExactDenoiser(schedule), x, generator=generator("cpu", 0), times=times)
     for t, s in pairwise(times):
         (alpha, sigma), (alpha_s, sigma_s) = scales(schedule, t), scales(schedule, s)
         eps = -sigma * score(x, alpha, sigma)
@@ -332,17 +335,17 @@ def test_ddim_is_eulers_method_in_x_over_alpha(schedule: NoiseSchedule) -> None:
 
 
 def test_euler_is_ddim_under_rectified_flow() -> None:
-    """alpha and sigma are straight lines in time, so that their slopes are their differences."""
+    """alpha and sigma are linear in time."""
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     euler, ddim = (
-        sampler.sample(Truth(RectifiedFlow()), x, generator=generator("cpu", 0))
+        sampler.sample(ExactDenoiser(RectifiedFlow()), x, generator=generator("cpu", 0))
         for sampler in (Euler(num_steps=9), DDIM(num_steps=9))
     )
     torch.testing.assert_close(euler, ddim, rtol=1e-9, atol=1e-9)
 
 
-def test_deterministic_samplers_find_the_exact_path(schedule: NoiseSchedule) -> None:
-    """On Gaussian data the ODE keeps every point as many standard deviations from the mean, along each axis."""
+def test_deterministic_samplers_follow_the_exact_path(schedule: NoiseSchedule) -> None:
+    """On Gaussian data the ODE preserves the distance to the mean in standard deviations, along each axis."""
     times = inner_times(schedule, 200)
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     (mean, covariance), (end_mean, end_covariance) = (true_moments(schedule, t) for t in (times[0], times[-1]))
@@ -360,13 +363,13 @@ def test_deterministic_samplers_find_the_exact_path(schedule: NoiseSchedule) -> 
         RK45(num_steps=2, rtol=1e-7, atol=1e-7): 1e-6,
     }.items():
         path = times if not isinstance(sampler, RK45) else times[[0, -1]]
-        found = sampler.sample(Truth(schedule), x, generator=generator("cpu", 0), times=path)
+        found = sampler.sample(ExactDenoiser(schedule), x, generator=generator("cpu", 0), times=path)
         assert (found - exact).abs().max() < tolerance
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """Predicts an image that is a parabola in u, half the log-SNR, whatever x is: 0.3 + 0.5 u - 0.2 u^2."""
+    """Predicts x_0 = 0.3 + 0.5 u - 0.2 u^2, a parabola in u, half the log-SNR, for every x."""
 
     schedule: NoiseSchedule
 
@@ -378,7 +381,7 @@ class Parabola:
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
-def test_unipc_is_exact_where_the_image_is_a_parabola(variant: str, schedule: NoiseSchedule) -> None:
+def test_unipc_is_exact_for_a_parabola(variant: str, schedule: NoiseSchedule) -> None:
     """d(x / sigma) = e^u x_0(u) du, and e^u (a + b u + c u^2) integrates to e^u (a - b + 2 c + (b - 2 c) u + c u^2)."""
     levels = even_levels(schedule, 40)[10:20]
     (first, *_, last), x = levels, torch.zeros(1, 1, 1, 1)
@@ -388,18 +391,18 @@ def test_unipc_is_exact_where_the_image_is_a_parabola(variant: str, schedule: No
         return u.exp() * (0.3 - 0.5 - 0.4 + (0.5 + 0.4) * u - 0.2 * u**2)
 
     source = generator("cpu", 0)
-    # One step by hand, as the first, which knows no step before, is of a lower order.
+    # Starts after the first step, which is of lower order.
     steps = list(UniPC(num_steps=1, variant=variant).iterate(Parabola(schedule), x, generator=source, times=levels))
     start = steps[0].x / scales(schedule, levels[1])[1]
     exact = start + integral(last) - integral(levels[1])
     torch.testing.assert_close(steps[-1].x / scales(schedule, last)[1], exact, rtol=1e-9, atol=1e-9)
     two = DPMSolverPP2M(num_steps=1).sample(Parabola(schedule), x, generator=source, times=levels)
-    assert (two - steps[-1].x).abs().max() > 1e-5, "nothing that any solver does"
+    assert (two - steps[-1].x).abs().max() > 1e-5, "not every solver is exact"
     assert first > last
 
 
-def test_multistep_solvers_do_not_extrapolate_far() -> None:
-    """In a step three times as long as the one before they take the image as it is."""
+def test_multistep_solvers_do_not_extrapolate_over_long_steps() -> None:
+    """A step three times as long as the previous one is a first-order step."""
     denoiser, times, source = Parabola(VE()), torch.tensor([0.5, 0.48, 0.42]), generator("cpu", 0)
     for sampler in (DPMSolverPP2M(num_steps=1), UniPC(num_steps=1)):
         one, two = sampler.iterate(denoiser, torch.ones(1, 1, 1, 3), generator=source, times=times)
@@ -407,11 +410,11 @@ def test_multistep_solvers_do_not_extrapolate_far() -> None:
         torch.testing.assert_close(two.x, ddim, rtol=1e-12, atol=1e-12)
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
-    ("make", "names"),
+    ("make", "message"),
     [
         (lambda: DDIM(num_steps=0), "steps=0"),
         (lambda: DDIM(num_steps=-3), "steps=-3"),
@@ -439,23 +442,23 @@ def test_multistep_solvers_do_not_extrapolate_far() -> None:
         (lambda: RK45(num_steps=5, atol=-1e-5), "atol=-1e-05"),
     ],
 )
-def test_bad_settings_are_refused(make: Callable[[], object], names: str) -> None:
-    with pytest.raises(UserError, match=names):
+def test_invalid_settings_are_rejected(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make()
 
 
 @pytest.mark.parametrize("times", [[0.1, 0.5], [0.5, 0.5], [0.5], [1.2, 0.5], [0.5, 0.0], [0.5, CLEAN, CLEAN]])
-def test_times_that_do_not_lead_from_noise_to_data_are_refused(times: list[float]) -> None:
+def test_times_that_do_not_run_from_noise_to_data_are_rejected(times: list[float]) -> None:
     schedule = LinearBetas()
     with pytest.raises(UserError):
         DDIM(num_steps=1).iterate(
-            Truth(schedule), torch.zeros(1, 1, 1, 3), generator=generator("cpu", 0), times=torch.tensor(times)
+            ExactDenoiser(schedule), torch.zeros(1, 1, 1, 3), generator=generator("cpu", 0), times=torch.tensor(times)
         )
 
 
-def test_an_adaptive_solver_that_gets_nowhere_says_so() -> None:
-    class Jumps(Truth):
-        """Nothing that a solver could follow, however short its steps."""
+def test_adaptive_solver_reports_a_collapsed_step_size() -> None:
+    class Jumps(ExactDenoiser):
+        """Too irregular for any step size."""
 
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             prediction = super().__call__(x_t, t, cond)

@@ -1,4 +1,4 @@
-"""Noise schedules, held against what their papers say of them."""
+"""Noise schedules, compared with their papers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def inner_times(schedule: NoiseSchedule, n: int = 400) -> torch.Tensor:
-    """Times inside the range that keep off the nodes of any table of 10, 1000 or 4000 steps."""
+    """Times inside the range that avoid the nodes of tables with 10, 1000 or 4000 steps."""
     k = torch.linspace(schedule.t_min, schedule.t_max, n + 2)[1:-1]
     return ((k * 1000).floor() + 0.37) / 1000
 
@@ -31,7 +31,7 @@ def test_there_are_schedules() -> None:
     assert tables | {"vp", "subvp", "ve", "karras", "rectified", "learned"} <= set(SCHEDULES)
 
 
-# Laws of every schedule
+# Properties of all schedules
 
 
 def test_snr_falls_strictly_and_is_finite(schedule: NoiseSchedule) -> None:
@@ -43,14 +43,14 @@ def test_snr_falls_strictly_and_is_finite(schedule: NoiseSchedule) -> None:
             assert (log_snr.diff() < 0).all()
 
 
-def test_time_follows_from_log_snr(schedule: NoiseSchedule) -> None:
+def test_t_from_log_snr_inverts_log_snr(schedule: NoiseSchedule) -> None:
     t = torch.linspace(schedule.t_min, schedule.t_max, 777)
     torch.testing.assert_close(schedule.t_from_log_snr(schedule.log_snr(t)), t, atol=1e-10, rtol=0)
-    # The bisection that a schedule without a closed form inherits.
+    # The bisection, which schedules without a closed form inherit.
     torch.testing.assert_close(NoiseSchedule.t_from_log_snr(schedule, schedule.log_snr(t)), t, atol=1e-10, rtol=0)
 
 
-def test_time_of_an_snr_out_of_reach_is_an_end(schedule: NoiseSchedule) -> None:
+def test_unreachable_snr_maps_to_an_end(schedule: NoiseSchedule) -> None:
     ends = schedule.t_from_log_snr(torch.tensor([1e3, -1e3]))
     torch.testing.assert_close(ends, torch.tensor([schedule.t_min, schedule.t_max]), atol=1e-10, rtol=0)
 
@@ -67,8 +67,8 @@ def test_sde_keeps_the_marginals(schedule: NoiseSchedule) -> None:
     assert (g2 > 0).all()
 
 
-def test_slopes_hold_at_the_ends_too(schedule: NoiseSchedule) -> None:
-    """Sampling starts at t_max and ends at t_min: drift and diffusion there are those of the path inside."""
+def test_derivatives_are_correct_at_the_ends(schedule: NoiseSchedule) -> None:
+    """Sampling starts at t_max and ends at t_min: drift and diffusion are continuous there."""
     ends = torch.tensor([schedule.t_min, schedule.t_max])
     h = 1e-3 * min(schedule.t_min or 1e-3, 1 - schedule.t_max or 1e-3) * torch.tensor([1.0, -1.0])
     for slope, function in (
@@ -79,7 +79,7 @@ def test_slopes_hold_at_the_ends_too(schedule: NoiseSchedule) -> None:
     assert (schedule.at(ends).dlog_snr_dt < 0).all() and (schedule.sde(ends)[1] > 0).all()
 
 
-def test_alpha_sigma_and_log_snr_agree(schedule: NoiseSchedule) -> None:
+def test_alpha_sigma_and_log_snr_are_consistent(schedule: NoiseSchedule) -> None:
     at = schedule.at(inner_times(schedule))
     torch.testing.assert_close(at.log_snr, 2 * torch.log(at.alpha / at.sigma), rtol=1e-10, atol=1e-10)
     if isinstance(schedule, VariancePreserving):
@@ -100,7 +100,7 @@ def test_clean_data_have_no_noise(schedule: NoiseSchedule) -> None:
     assert at.sigma[1] > 0
 
 
-def test_float32_keeps_what_float64_knows(schedule: NoiseSchedule, request: pytest.FixtureRequest) -> None:
+def test_float32_agrees_with_float64(schedule: NoiseSchedule, request: pytest.FixtureRequest) -> None:
     torch.set_default_dtype(torch.float32)
     single = part("schedule", request.node.callspec.params["schedule"])
     t = torch.cat([inner_times(schedule), torch.tensor([schedule.t_min, schedule.t_max])]).float()
@@ -110,10 +110,10 @@ def test_float32_keeps_what_float64_knows(schedule: NoiseSchedule, request: pyte
         torch.testing.assert_close(getattr(rounded, name).double(), getattr(exact, name), rtol=2e-4, atol=0)
 
 
-def test_float32_holds_the_noise_at_both_ends(schedule: NoiseSchedule) -> None:
-    """Rounding of x_t in float32 leaves of the noise at t_min, and of the image at t_max, 1 % or better.
+def test_float32_represents_the_noise_at_both_ends(schedule: NoiseSchedule) -> None:
+    """Rounding x_t to float32 preserves the noise at t_min, and the image at t_max, to 1 % or better.
 
-    (An image that is gone, below a thousandth of the noise, need not be found again.)
+    (An image below a thousandth of the noise does not need to be preserved.)
     """
     source = generator("cpu", 0)
     x0, eps = torch.rand(1000, generator=source) * 2 - 1, torch.randn(1000, generator=source)
@@ -133,13 +133,13 @@ def test_prior_is_the_noise_at_the_end(schedule: NoiseSchedule) -> None:
     assert abs(float(x.std()) / expected - 1) < 0.02
     assert abs(float(x.mean())) / expected < 0.03
     torch.testing.assert_close(x, schedule.prior((4000, 1, 2, 2), generator("cpu", 0)), rtol=0, atol=0)
-    # Where a grid starts in the middle, so does the noise.
+    # A grid that starts later starts from the noise of its first time.
     middle = torch.tensor((schedule.t_min + schedule.t_max) / 2)
     expected = 1.0 if isinstance(schedule, VariancePreserving) else float(schedule.at(middle).sigma)
     assert abs(float(schedule.prior((9000,), generator("cpu", 0), t=middle).std()) / expected - 1) < 0.03
 
 
-# The tables, number by number
+# Tables compared with published values
 
 
 def alpha_bar(schedule: BetaTable) -> np.ndarray:
@@ -147,41 +147,41 @@ def alpha_bar(schedule: BetaTable) -> np.ndarray:
     return (at.alpha**2).numpy()
 
 
-def test_linear_table_is_ddpms() -> None:
+def test_linear_betas_are_those_of_ddpm() -> None:
     expected = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     np.testing.assert_allclose(alpha_bar(part("schedule", "linear")), expected, rtol=1e-11)
-    # Ho et al. (2020), section 4: the chain ends at KL(q(x_T | x_0) || N(0, I)) of about 1e-5 bits a dimension.
+    # Ho et al. (2020), section 4: the chain ends at KL(q(x_T | x_0) || N(0, I)) of about 1e-5 bits per dimension.
     remains = expected[-1]
     kl = 0.5 * (remains * 0.25 + (1 - remains) - 1 - np.log1p(-remains)) / np.log(2)
     assert 3e-6 < kl < 3e-5
 
 
-def test_scaled_linear_table_is_latent_diffusions() -> None:
+def test_scaled_linear_betas_are_those_of_latent_diffusion() -> None:
     expected = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
     np.testing.assert_allclose(alpha_bar(part("schedule", "scaled_linear")), expected, rtol=1e-11)
 
 
-def test_cosine_table_is_improved_ddpms() -> None:
+def test_cosine_betas_are_those_of_improved_ddpm() -> None:
     t = np.arange(1001) / 1000
     f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     found = alpha_bar(part("schedule", "cosine"))
     np.testing.assert_allclose(found[:-1], (f / f[0])[1:-1], rtol=1e-9)
-    # f is 0 at T: there alone a beta is cut down to 0.999.
+    # f is 0 at T, the only step at which beta is clipped to 0.999.
     np.testing.assert_allclose(found[-1] / found[-2], 1 - 0.999, rtol=1e-9)
 
 
-def test_sigmoid_table_is_geodiffs() -> None:
+def test_sigmoid_betas_are_those_of_geodiff() -> None:
     betas = 1e-4 + (0.02 - 1e-4) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
     np.testing.assert_allclose(alpha_bar(part("schedule", "sigmoid")), np.cumprod(1 - betas), rtol=1e-11)
 
 
-def test_any_list_of_betas_is_a_table() -> None:
+def test_any_list_of_betas_is_a_schedule() -> None:
     betas = [0.3, 0.1, 0.02]
     np.testing.assert_allclose(alpha_bar(part("schedule", "betas", betas=betas)), [0.7, 0.63, 0.6174], rtol=1e-12)
 
 
 def test_first_step_adds_the_first_beta() -> None:
-    """Time 1 / T is the first step, not the clean image and not the second step."""
+    """Time 1 / T is the first step, not clean data or the second step."""
     schedule = BetaTable([0.1, 0.2, 0.3, 0.4])
     at = schedule.at(torch.tensor([0.25, 0.5, 0.75, 1.0]))
     np.testing.assert_allclose(at.sigma.numpy() ** 2, 1 - np.cumprod([0.9, 0.8, 0.7, 0.6]), rtol=1e-12)
@@ -231,8 +231,8 @@ def test_vp_and_sub_vp_in_closed_form(ends: tuple[float, float]) -> None:
             exactly(g2, beta * (1 - np.exp(-2 * exponent)))
 
 
-def test_vp_is_the_limit_of_the_linear_table() -> None:
-    """beta_i = beta(i / T) / T (Song et al. 2021, appendix B), so ten times the steps come ten times as near."""
+def test_vp_is_the_limit_of_linear_betas() -> None:
+    """beta_i = beta(i / T) / T (Song et al. 2021, appendix B), so ten times the steps reduce the error tenfold."""
     table, limit = LinearBetas(), VP()
     t = torch.linspace(0.1, 1, 10)
     torch.testing.assert_close(table.at(t).alpha, limit.at(t).alpha, rtol=0.06, atol=0)
@@ -256,8 +256,8 @@ def test_ve_in_closed_form() -> None:
         ("ncsn", np.arange(1, 11) / 10, np.geomspace(0.01, 1, 10)),
     ],
 )
-def test_noise_in_pixel_units_is_the_published(name: str, times: np.ndarray, published: np.ndarray) -> None:
-    """Pixels p in [0, 1] are x = 2 p - 1 here: noised there or here, the same picture comes out."""
+def test_noise_in_pixel_units_is_as_published(name: str, times: np.ndarray, published: np.ndarray) -> None:
+    """Pixels p in [0, 1] are x = 2 p - 1 here; adding noise in either range gives the same image."""
     at = part("schedule", name).at(torch.tensor(times))
     p, eps = 0.3, -1.7
     x_t = at.alpha * (2 * p - 1) + at.sigma * eps
@@ -266,7 +266,7 @@ def test_noise_in_pixel_units_is_the_published(name: str, times: np.ndarray, pub
     np.testing.assert_allclose(at.log_snr.numpy() + 2 * np.log(2), -2 * np.log(published), rtol=0, atol=1e-12)
 
 
-def test_level_of_ncsn_is_its_place() -> None:
+def test_ncsn_level_i_is_time_i_over_l() -> None:
     schedule = part("schedule", "ncsn", num_levels=4, sigma_min=0.1, sigma_max=0.8)
     exactly(schedule.at(torch.tensor([0.25, 0.5, 0.625, 0.75, 1])).sigma, np.array([1, 2, 8**0.5, 4, 8]) / 10)
     assert schedule.discrete_times is not None
@@ -274,7 +274,7 @@ def test_level_of_ncsn_is_its_place() -> None:
 
 
 @pytest.mark.parametrize("rho", [7.0, 3.0, 1.0])
-def test_even_times_of_karras_are_the_grid_of_eq_5(rho: float) -> None:
+def test_even_times_of_edm_schedule_are_its_grid(rho: float) -> None:
     n, i = 18, np.arange(18)
     low, high = 0.002 ** (1 / rho), 80 ** (1 / rho)
     grid = (high + i / (n - 1) * (low - high)) ** rho
@@ -297,7 +297,7 @@ def test_rectified_flow_is_straight() -> None:
 
 
 def shaken(seed: int, size: float = 4.0) -> LearnedSchedule:
-    """With wild weights, and so few of them that they do not average out."""
+    """With large random weights, few enough that they do not average out."""
     schedule, source = LearnedSchedule(num_features=5), generator("cpu", seed)
     with torch.no_grad():
         for parameter in schedule.interior_parameters():
@@ -306,7 +306,7 @@ def shaken(seed: int, size: float = 4.0) -> LearnedSchedule:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_learned_schedule_falls_for_any_weights_and_keeps_its_ends(seed: int) -> None:
+def test_learned_schedule_falls_for_any_weights_between_its_endpoints(seed: int) -> None:
     schedule = shaken(seed)
     schedule.check()
     found = schedule.log_snr(torch.linspace(0, 1, 2001)).detach()
@@ -317,7 +317,7 @@ def test_learned_schedule_falls_for_any_weights_and_keeps_its_ends(seed: int) ->
     )
 
 
-def test_ends_move_and_the_shape_between_them_stays() -> None:
+def test_endpoints_do_not_change_the_shape() -> None:
     t, schedule = torch.linspace(0, 1, 101), shaken(1)
     before = schedule.log_snr(t).detach()
     with torch.no_grad():
@@ -327,14 +327,14 @@ def test_ends_move_and_the_shape_between_them_stays() -> None:
     torch.testing.assert_close((9 - after) / 11, (13.3 - before) / 18.3, rtol=0, atol=1e-12)
 
 
-def test_learned_schedule_starts_nearly_straight_and_alike() -> None:
+def test_learned_schedule_starts_nearly_straight_for_every_seed() -> None:
     t = torch.linspace(0, 1, 101)
     first, second = part("schedule", "learned").log_snr(t), part("schedule", "learned").log_snr(t)
     assert torch.equal(first, second)
     assert (first - (13.3 - 18.3 * t)).abs().max() < 1
 
 
-def test_gradients_reach_ends_and_interior_and_nothing_is_left_out() -> None:
+def test_gradients_reach_endpoints_and_interior() -> None:
     schedule = LearnedSchedule(num_features=8)
     named = {id(p) for p in schedule.parameters()}
     parts_of_it = [id(p) for p in [*schedule.endpoint_parameters(), *schedule.interior_parameters()]]
@@ -356,7 +356,7 @@ def test_gradients_reach_ends_and_interior_and_nothing_is_left_out() -> None:
         assert float(found) == pytest.approx((above - below) / 2e-5, rel=1e-5)
 
 
-def test_only_the_ends_move_the_ends() -> None:
+def test_interior_does_not_move_the_endpoints() -> None:
     schedule = shaken(2)
     schedule.log_snr(torch.tensor([0.0, 1.0])).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs() > 1 for p in schedule.endpoint_parameters())
@@ -382,7 +382,7 @@ def test_learned_schedule_is_not_computed_in_16_bits() -> None:
         ("height", torch.nan, "not finite"),
     ],
 )
-def test_a_learned_schedule_that_collapsed_is_refused(parameter: str, value: float, named: str) -> None:
+def test_collapsed_learned_schedule_is_rejected(parameter: str, value: float, named: str) -> None:
     schedule = LearnedSchedule()
     schedule.check()
     with torch.no_grad():
@@ -391,8 +391,8 @@ def test_a_learned_schedule_that_collapsed_is_refused(parameter: str, value: flo
         schedule.check()
 
 
-def test_a_learned_schedule_that_has_become_a_step_is_refused() -> None:
-    """All of the fall in one place: no time is left for any noise level between."""
+def test_learned_schedule_that_is_a_step_is_rejected() -> None:
+    """The log-SNR falls at a single time, and no time is left for intermediate noise levels."""
     torch.set_default_dtype(torch.float32)
     schedule = LearnedSchedule()
     with torch.no_grad():
@@ -403,7 +403,7 @@ def test_a_learned_schedule_that_has_become_a_step_is_refused() -> None:
         schedule.check()
 
 
-# Bad schedules are refused
+# Invalid schedules are rejected
 
 
 class Rising(VariancePreserving):
@@ -420,7 +420,7 @@ class Infinite(VariancePreserving):
         return -torch.log(t)
 
 
-def test_a_rising_or_infinite_snr_is_refused() -> None:
+def test_rising_or_infinite_snr_is_rejected() -> None:
     with pytest.raises(UserError, match="Rising: the signal-to-noise ratio does not fall"):
         Rising().check()
     with pytest.raises(UserError, match="Infinite: log-SNR is not finite at t=0"):
@@ -454,6 +454,6 @@ def test_a_rising_or_infinite_snr_is_refused() -> None:
         lambda: LearnedSchedule(num_features=0),
     ],
 )
-def test_bad_settings_are_refused(make) -> None:
+def test_invalid_settings_are_rejected(make) -> None:
     with pytest.raises(UserError):
         make()

@@ -1,4 +1,4 @@
-"""Times to train at and to sample through, under every schedule."""
+"""Sampling grids and training times under every schedule."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_there_are_grids() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
 @pytest.mark.parametrize("name", GRIDS)
-def test_grid_leads_from_noise_to_clean_data(name: str, schedule: NoiseSchedule, steps: int) -> None:
+def test_grid_runs_from_noise_to_clean_data(name: str, schedule: NoiseSchedule, steps: int) -> None:
     grid, table = part("sampler/grid", name), schedule.discrete_times
     if name in IN_TIME and table is not None and steps > len(table):
         with pytest.raises(
@@ -76,7 +76,7 @@ def test_grid_leads_from_noise_to_clean_data(name: str, schedule: NoiseSchedule,
 
 @pytest.mark.parametrize("steps", [10, 250])
 @pytest.mark.parametrize("name", GRIDS)
-def test_grids_in_float32_serve_a_sampler(name: str, schedule: NoiseSchedule, steps: int) -> None:
+def test_float32_grids_are_valid_for_samplers(name: str, schedule: NoiseSchedule, steps: int) -> None:
     torch.set_default_dtype(torch.float32)
     single, table = schedule.float(), schedule.discrete_times
     if name not in IN_TIME or table is None or steps <= len(table):
@@ -85,7 +85,7 @@ def test_grids_in_float32_serve_a_sampler(name: str, schedule: NoiseSchedule, st
         check_times(times, single)
 
 
-def test_uniform_grid_with_all_steps_is_the_table() -> None:
+def test_uniform_grid_with_all_steps_is_the_discrete_times() -> None:
     schedule = LinearBetas()
     for grid in (UniformGrid(), QuadraticGrid()):
         assert torch.equal(grid(schedule, 1000)[:-1].flip(0), schedule.discrete_times)
@@ -93,28 +93,28 @@ def test_uniform_grid_with_all_steps_is_the_table() -> None:
 
 def test_uniform_grid_is_even() -> None:
     np.testing.assert_allclose(UniformGrid()(VE(), 5)[:-1], [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
-    # Of a table, the nearest steps to even ones: 999 k / 4 is 0, 249.75, 499.5, 749.25, 999, counted from 0.
+    # Of a discrete schedule, the nearest steps: 999 k / 4 is 0, 249.75, 499.5, 749.25, 999, counted from 0.
     index = UniformGrid()(LinearBetas(), 5)[:-1] * 1000 - 1
     np.testing.assert_allclose(index, [999, 749, 500, 250, 0], atol=1e-9)
 
 
-def test_quadratic_grid_is_ddims() -> None:
+def test_quadratic_grid_is_that_of_ddim() -> None:
     """Song et al. (2021), "DDIM", appendix D.2: tau_i grows as i^2."""
     times = QuadraticGrid()(RectifiedFlow(), 21)[:-1].numpy()
     ends = math.sqrt(1e-4), math.sqrt(1 - 1e-4)
     np.testing.assert_allclose(times, np.linspace(ends[1], ends[0], 21) ** 2, rtol=1e-12)
-    # Of a table: c i^2, rounded, and where that gives one step twice, the next that is free.
+    # Of a discrete schedule: c i^2, rounded; duplicates move to the next free step.
     steps = QuadraticGrid()(LinearBetas(), 50)[:-1].flip(0).numpy() * 1000
     rounded = np.round(np.linspace(1, math.sqrt(1000), 50) ** 2 - 1) + 1
     np.testing.assert_allclose(steps[3:], rounded[3:], atol=1e-9)
     np.testing.assert_allclose(steps[:4], [1, 3, 5, 8], atol=1e-9)
-    # 1, 1.62, 2.38, 3.29, 4.35, 5.55, 6.90, 8.39, 10: where two round to one step, the later moves up.
+    # 1, 1.62, 2.38, 3.29, 4.35, 5.55, 6.90, 8.39, 10: where two round to the same step, the later one moves up.
     crowded = QuadraticGrid()(BetaTable([0.1] * 10), 9)[:-1].flip(0).numpy() * 10
     np.testing.assert_allclose(crowded, [1, 2, 3, 4, 5, 6, 7, 8, 10], atol=1e-9)
 
 
 @pytest.mark.parametrize("rho", [7.0, 2.0])
-def test_karras_grid_is_eq_5(rho: float) -> None:
+def test_karras_grid_is_that_of_edm(rho: float) -> None:
     """Karras et al. (2022), eq. 5, in sigma / alpha over the schedule's range."""
     n, i = 18, np.arange(18)
     for schedule in (EDMSchedule(), VP(), VE(), RectifiedFlow(), LinearBetas()):
@@ -137,7 +137,7 @@ def test_log_snr_grid_is_even_in_log_snr(schedule: NoiseSchedule) -> None:
 @pytest.mark.parametrize(
     "grid", [LogSNRGrid(log_snr_start=-4.5, log_snr_end=5.5), KarrasGrid(log_snr_start=-4.5, log_snr_end=5.5)]
 )
-def test_one_grid_of_log_snr_under_every_schedule(grid: TimeGrid) -> None:
+def test_log_snr_ends_give_the_same_levels_under_every_schedule(grid: TimeGrid) -> None:
     found = []
     for name in options("model/schedule"):
         if name != "ncsn":  # its noise ends at log-SNR -1.4
@@ -151,7 +151,7 @@ def test_one_grid_of_log_snr_under_every_schedule(grid: TimeGrid) -> None:
     np.testing.assert_allclose(found[0][[0, -1]], [-4.5, 5.5], atol=1e-7)
 
 
-def test_one_end_may_be_the_schedules_own() -> None:
+def test_one_end_can_be_that_of_the_schedule() -> None:
     times = LogSNRGrid(log_snr_end=3.0)(VE(), 5)
     assert times[0] == 1
     np.testing.assert_allclose(VE().log_snr(times[-2]), 3, atol=1e-9)
@@ -169,26 +169,26 @@ def test_one_end_may_be_the_schedules_own() -> None:
         (LogSNRGrid(log_snr_start=float("nan")), "grid.log_snr_start=nan"),
     ],
 )
-def test_a_grid_outside_of_the_schedule_is_refused(grid: TimeGrid, named: str) -> None:
+def test_grids_outside_of_the_schedule_are_rejected(grid: TimeGrid, named: str) -> None:
     with pytest.raises(UserError, match=named):
         DDIM(num_steps=5, grid=grid).times(VE())
 
 
-def test_steps_that_fall_together_are_refused() -> None:
+def test_coinciding_steps_are_rejected() -> None:
     torch.set_default_dtype(torch.float32)
     with pytest.raises(UserError, match=r"sampler.num_steps=500: .*fall together"):
         LogSNRGrid(log_snr_start=-9.0, log_snr_end=-8.9999)(RectifiedFlow(), 500)
 
 
 @pytest.mark.parametrize("make", [lambda: LogSNRGrid(log_snr_start=2, log_snr_end=-2), lambda: KarrasGrid(rho=0)])
-def test_bad_grids_are_refused(make) -> None:
+def test_invalid_grids_are_rejected(make) -> None:
     with pytest.raises(UserError):
         make()
 
 
-def test_samplers_say_which_grid_they_walk() -> None:
+def test_sampler_description_includes_the_grid() -> None:
     described = [DDIM(num_steps=5, grid=part("sampler/grid", name)).describe() for name in GRIDS]
-    assert len(set(described)) == len(GRIDS), "two rows of a comparison must not look the same"
+    assert len(set(described)) == len(GRIDS), "rows of a comparison must differ"
     assert DDIM(num_steps=5, grid=UniformGrid()).describe() == "DDIM, 5 steps, eta 0"
     assert (
         DDIM(num_steps=5, grid=KarrasGrid(log_snr_end=6.5)).describe()
@@ -196,17 +196,17 @@ def test_samplers_say_which_grid_they_walk() -> None:
     )
 
 
-# Times to train at
+# Training times
 
 
 N = 20_000
 MOMENTS = ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5))
-"""Of a standard normal number: which, what it is, and the standard deviation of its estimate from one number."""
+"""Moments of the standard normal: order, value, and standard deviation of the estimate from one sample."""
 
 
 def assert_standard_normal(z: torch.Tensor) -> None:
     for moment, expected, spread in MOMENTS:
-        # Four standard errors, and what a table of 1000 steps rounds.
+        # Four standard errors, plus the rounding of a table of 1000 steps.
         assert abs(float((z**moment).mean()) - expected) < 4 * spread / len(z) ** 0.5 + 0.005
 
 
@@ -233,27 +233,27 @@ def test_training_times_are_uniform(schedule: NoiseSchedule, stratified: bool) -
     table = schedule.discrete_times
     variance = span**2 / 12 * (1 if table is None else (len(table) + 1) / (len(table) - 1))
     assert abs(float(t.double().var()) - variance) < 0.005 * span**2
-    # The mean of a batch scatters by sqrt(1 / 12 n) = 0.013 when times are independent, and far less when they are not.
+    # The mean of a batch has std sqrt(1 / 12 n) = 0.013 for independent times, and much less for stratified ones.
     scatter = float(torch.stack([d.double().mean() for d in draws]).std()) / span
     assert (scatter < 0.002) if stratified else (0.009 < scatter < 0.018)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 0.7), (0.0, 0.5)])
-def test_log_of_the_noise_is_normal(schedule: NoiseSchedule, mean: float, std: float) -> None:
-    """ln(sigma / alpha) ~ N(mean, std^2), as far as a table has a step near by and the schedule reaches."""
+def test_log_sigma_is_normal(schedule: NoiseSchedule, mean: float, std: float) -> None:
+    """ln(sigma / alpha) ~ N(mean, std^2), up to the range and the steps of the schedule."""
     table = schedule.discrete_times
     if table is None or len(table) >= 1000:
-        n = 1000 if isinstance(schedule, LearnedSchedule) else N  # bisection takes its time
+        n = 1000 if isinstance(schedule, LearnedSchedule) else N  # bisection is slow
         at = schedule.at(many(LogNormalTimes(mean, std), schedule, n))
         assert_standard_normal((torch.log(at.sigma / at.alpha) - mean) / std)
 
 
-def test_log_normal_times_are_edms() -> None:
+def test_log_normal_times_are_those_of_edm() -> None:
     sigma = EDMSchedule().at(many(LogNormalTimes(), EDMSchedule())).sigma
     assert abs(float(sigma.log().mean()) + 1.2) < 0.03 and abs(float(sigma.log().std()) - 1.2) < 0.03
 
 
-def test_noise_out_of_reach_becomes_an_end(schedule: NoiseSchedule) -> None:
+def test_unreachable_noise_levels_become_an_end(schedule: NoiseSchedule) -> None:
     for mean, end in ((-40.0, schedule.t_min), (40.0, schedule.t_max)):
         t = many(LogNormalTimes(mean=mean), schedule, n=10)
         torch.testing.assert_close(t, torch.full((10,), end), rtol=0, atol=1e-6)
@@ -278,7 +278,7 @@ def test_training_times_do_not_depend_on_the_number_of_processes(
     assert of_the_table(schedule, whole)
 
 
-def test_training_times_are_independent_of_each_other() -> None:
+def test_training_times_of_a_batch_are_independent() -> None:
     for times in (LogNormalTimes(), LogitNormalTimes()):
         means = torch.stack([times(VP(), RandomSource.for_batch(generator("cpu", k), 400)).mean() for k in range(60)])
         alone = times(VP(), RandomSource.for_batch(generator("cpu", 99), 4000)).std() / 20
@@ -287,6 +287,6 @@ def test_training_times_are_independent_of_each_other() -> None:
 
 @pytest.mark.parametrize("kind", [LogNormalTimes, LogitNormalTimes])
 @pytest.mark.parametrize("std", [0.0, -1.0])
-def test_bad_spreads_are_refused(kind, std: float) -> None:
+def test_invalid_stds_are_rejected(kind, std: float) -> None:
     with pytest.raises(UserError, match="std"):
         kind(std=std)
