@@ -162,9 +162,9 @@ def test_a_few_images_are_memorised(
     monkeypatch.setattr("gencompare.tasks.runs.build.build_callbacks", with_end)
     code = cli(
         f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns",
-        "data.train_subset_size=4", "trainer=cpu", "trainer.global_batch_size=8", f"budget.steps={STEPS.get(family, 1200)}",
-        "logger=none", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null",
-        "evaluation.checkpoints=[]", "hydra.run.dir=run",
+        "data.train_subset_size=4", "trainer=cpu", "trainer.global_batch_size=8",
+        f"budget.steps={STEPS.get(family, 1200)}", "logger=none", "callbacks.evaluation.num_evaluations=0",
+        "callbacks.progress_bar=null", "evaluation.checkpoints=[]", "hydra.run.dir=run",
     )  # fmt: skip
     if code:
         pytest.fail(f"training ended with exit code {code}")
