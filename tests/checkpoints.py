@@ -1,4 +1,4 @@
-"""Checkpoints of runs, as tests compare them."""
+"""Load and compare the checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
 
 
 def assert_same_training(one: Path, two: Path) -> None:
-    """Weights, averaged weights and steps of two runs are the same to the last bit."""
+    """Assert that weights, EMA weights and steps of two runs are bitwise equal."""
     a, b = checkpoint(one), checkpoint(two)
     for part in ("state_dict", "ema"):
         assert a[part].keys() == b[part].keys()

@@ -1,4 +1,4 @@
-"""Configs for the tests: what options there are, and how they compose. Options of ``GENCOMPARE_CONF`` count too."""
+"""Options and composed configs for tests, including options of ``GENCOMPARE_CONF``."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def roots() -> list[Path]:
 
 
 def options(group: str) -> list[str]:
-    """The options of a group, from the shipped tree and from ``GENCOMPARE_CONF``."""
+    """The options of a group."""
     return sorted({path.stem for root in roots() for path in (root / group).glob("*.yaml")})
 
 
 def usual_groups() -> set[str]:
-    """Those of which every run has an option, if only null; others are added with a plus."""
+    """The groups in the defaults list of config.yaml; other groups are appended with ``+``."""
     defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
     return {str(key).removeprefix("optional ") for entry in defaults if not isinstance(entry, str) for key in entry}
 
 
 def carrier_of(group: str) -> str | None:
-    """An option in whose defaults list ``group`` stands, chosen by looking and not by name; none for an addition."""
+    """An option with ``group`` in its defaults list; None if no option has one."""
     first, *rest = group.split("/")
     for carrier in options(first) if rest else []:
         for path in (root / first / f"{carrier}.yaml" for root in roots()):
@@ -44,21 +44,21 @@ def carrier_of(group: str) -> str | None:
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The config of a job, resolved, with plain output places; a copy of one's own."""
-    places = tuple(value for name, value in sorted(os.environ.items()) if name.startswith("GENCOMPARE"))
-    cfg, hydra = composed(overrides, places)
+    """The resolved config of a job, as a new copy."""
+    environment = tuple(value for name, value in sorted(os.environ.items()) if name.startswith("GENCOMPARE"))
+    cfg, hydra = cached_compose(overrides, environment)
     HydraConfig.instance().set_config(hydra)
     return copy.deepcopy(cfg)
 
 
 @cache
-def composed(overrides: tuple[str, ...], places: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
-    """A config and the same with Hydra's own part. It takes a third of a second, and many tests begin with the same."""
+def cached_compose(overrides: tuple[str, ...], environment: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+    """A config without and with the node ``hydra``. Cached, because composing takes a third of a second."""
     GlobalHydra.instance().clear()
     searchpath = ",".join(f"file://{root}" for root in roots()[1:])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        words = [*overrides, f"hydra.searchpath=[{searchpath}]", "hydra.job.num=0"]
-        whole = hydra_compose("config", overrides=words, return_hydra_config=True)
+        arguments = [*overrides, f"hydra.searchpath=[{searchpath}]", "hydra.job.num=0"]
+        whole = hydra_compose("config", overrides=arguments, return_hydra_config=True)
         HydraConfig.instance().set_config(whole)
         cfg = copy.deepcopy(whole)
         with open_dict(cfg):

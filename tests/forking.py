@@ -1,7 +1,6 @@
-"""New processes without the seconds that imports take: forks of the one that runs the tests.
+"""New processes as forks of the process that runs the tests, which saves the time of imports.
 
-They are processes all the same: they can be killed, and several of them train together. That a new interpreter finds
-its way is for the tests that start ``run.py`` itself.
+They can be killed, and several of them can train together. Other tests start ``run.py`` in a new interpreter.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from gencompare.files import locked
+from gencompare.files import file_lock
 from gencompare.records import RunRecord
-from gencompare.tasks.runs import sweep
+from gencompare.tasks.runs import run_folder
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def in_processes(
     world: int, folder: Path, share: Callable[..., Mapping[str, Tensor]], *args: Any
 ) -> list[dict[str, Tensor]]:
-    """What ``share(rank, world, *args)`` gives in each of ``world`` processes of one gloo group, by rank."""
+    """The return values of ``share(rank, world, *args)`` in the processes of one gloo group, by rank."""
     name = uuid4().hex
 
     def run(rank: int) -> None:
         torch.set_num_threads(1)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        meeting = f"file://{folder}/{name}"
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+        init_method = f"file://{folder}/{name}"
+        torch.distributed.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world)
         torch.save(dict(share(rank, world, *args)), folder / f"{name}_{rank}.pt")
         torch.distributed.destroy_process_group()
 
@@ -52,12 +51,12 @@ def in_processes(
 
 
 class Forked:
-    """``python run.py WORDS`` in ``folder``; answers to what Lightning and the tests ask of a `subprocess.Popen`.
+    """``python run.py WORDS`` in ``folder``, with the interface of `subprocess.Popen` that Lightning and tests use.
 
     Args:
-        env: the environment; None keeps this process's.
-        first: called in the new process before anything else; what it changes is changed in further processes too.
-        output: where it prints to.
+        env: the environment; None is that of this process.
+        first: called first in the new process, and so in effect in the processes that it starts.
+        output: the file for its output.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Forked:
     def _run(
         self, folder: Path, words: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
     ) -> None:
-        """What the new process does. Nothing is put back: the process ends."""
+        """Run in the new process, which ends afterwards."""
         sys.stdout = sys.stderr = output = self._output.open("a", buffering=1)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -92,12 +91,12 @@ class Forked:
 
         from gencompare.tasks.main import main
 
-        def further(command: list[str], *, env: Mapping[str, str], cwd: str | None) -> Forked:
+        def start_rank(command: list[str], *, env: Mapping[str, str], cwd: str | None) -> Forked:
             assert command[1:] == ["-m", "gencompare.tasks.runs.rank"]
             return Forked(folder, env=env)
 
         rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # else read once, at import
-        subprocess_script.subprocess = SimpleNamespace(Popen=further)  # type: ignore[assignment]
+        subprocess_script.subprocess = SimpleNamespace(Popen=start_rank)  # type: ignore[assignment]
         main()
 
     @property
@@ -105,7 +104,7 @@ class Forked:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs; minus the signal's number where one ended it."""
+        """The exit code, or None while it runs; the negative number of the signal that ended it."""
         return self._process.exitcode
 
     @property
@@ -124,32 +123,32 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
     def output(self) -> str:
-        """All that it and its further processes printed."""
+        """The output of the process and of those that it started."""
         return self._output.read_text()
 
 
 @contextmanager
-def living_on(folder: Path, ends: str, **training: Any) -> Iterator[None]:
-    """A process is at work in a run folder until it is waited for, and then leaves the state ``ends`` in its record."""
-    begun, awaited = (get_context("fork").Event() for _ in range(2))
-    original = sweep.locked
+def active_process(folder: Path, final_state: str, **training: Any) -> Iterator[None]:
+    """A process uses a run folder until another process waits for it, then sets the state of the record and ends."""
+    started, awaited = (get_context("fork").Event() for _ in range(2))
+    original = run_folder.file_lock
 
     def work() -> None:
-        with locked(folder / sweep.LOCK):
+        with file_lock(folder / run_folder.LOCK_FILE):
             RunRecord.update(folder, lambda record: setattr(record, "state", "running"))
-            begun.set()
+            started.set()
             awaited.wait(timeout=100)
-            RunRecord.update(folder, lambda r: (setattr(r, "state", ends), r.training.update(training))[0])
+            RunRecord.update(folder, lambda r: (setattr(r, "state", final_state), r.training.update(training))[0])
 
-    def telling(path: Path, *, wait: bool = True) -> Any:
+    def notifying_lock(path: Path, *, wait: bool = True) -> Any:
         if wait:
             awaited.set()
         return original(path, wait=wait)
 
     process = get_context("fork").Process(target=work)
     process.start()
-    assert begun.wait(timeout=20)
+    assert started.wait(timeout=20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "locked", telling)
+        patch.setattr(run_folder, "file_lock", notifying_lock)
         yield
     process.join(timeout=20)

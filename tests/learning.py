@@ -1,4 +1,4 @@
-"""Four patterns to be learned by heart, and how near to them a model has come."""
+"""A data set of four patterns that a model must memorise, and the distance of samples from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from gencompare.data.datamodule import ImageData, Split
-from gencompare.evaluation.sampling import evaluating
+from gencompare.evaluation.sampling import eval_mode
 from gencompare.generative_model import DataSpec, GenerativeModel, TrainedModel
 from gencompare.rng import generator
 from gencompare.training.clock import clock_of
@@ -20,10 +20,13 @@ DRAWN = 40
 
 
 class FourPatterns(ImageData):
-    """Halves, quarters and stripes, each pattern a class of its own. The rest of the split, for the protocol to measure
-    by, is noise, and is trained on by none: ``data.limit=4``. The patterns are the validation images too."""
+    """Four patterns, halves, quarters and stripes, each with a label of its own.
 
-    spec = DataSpec("patterns", (1, SIDE, SIDE), num_classes=MEMBERS, num_levels=LEVELS)
+    The rest of the training split is noise for the protocol, and excluded from training by
+    ``data.train_subset_size=4``. The patterns are also the validation images.
+    """
+
+    spec = DataSpec("patterns", (1, SIDE, SIDE), num_classes=MEMBERS, num_bins=LEVELS)
 
     def load(self) -> dict[str, Split]:
         y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
@@ -43,8 +46,10 @@ def members() -> Tensor:
 
 
 def distance(images: Tensor) -> tuple[float, int]:
-    """How far images (n, C, H, W) are from the nearest pattern, on average, in units of the patterns' own distance from
-    their mean; and to how many patterns some image comes within half that unit."""
+    """The mean distance of images (n, C, H, W) from the nearest pattern, and the number of patterns with a near image.
+
+    Distances are in units of the mean distance of the patterns from their mean; near is within half a unit.
+    """
     known = members().flatten(1)
     unit = (known - known.mean(0)).norm(dim=1).mean()
     nearest = torch.cdist(images.flatten(1), known).min(1)
@@ -52,8 +57,8 @@ def distance(images: Tensor) -> tuple[float, int]:
 
 
 def shown(model: TrainedModel, seed: int) -> Tensor:
-    """Samples; or, of a model that has none, what it makes of the patterns."""
-    with torch.no_grad(), evaluating(model):
+    """Samples; reconstructions of the patterns if the model is not generative."""
+    with torch.no_grad(), eval_mode(model):
         if isinstance(model, GenerativeModel):
             cond = {"label": torch.arange(DRAWN) % MEMBERS} if model.conditional else {}
             return model.sample(DRAWN, cond, generator=generator("cpu", seed))
@@ -61,7 +66,12 @@ def shown(model: TrainedModel, seed: int) -> Tensor:
 
 
 class UntilLearned(Callback):
-    """Ends training when the patterns are known; looks after ``first`` steps, and whenever there are twice as many."""
+    """Ends training when the patterns are learned. Checks after ``first`` steps and at each doubling.
+
+    Args:
+        bar: the maximum distance of samples from the patterns.
+        first: the step of the first check.
+    """
 
     def __init__(self, bar: float, first: int) -> None:
         self.bar, self.next = bar, first

@@ -1,4 +1,4 @@
-"""The parts of models, as conf/model lists them: a part that is added there is tested with no test edited."""
+"""The parts of models in conf/model, so that tests cover new options without edits."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from composing import options, roots
 
 
 def part(group: str, option: str, **changes: Any) -> Any:
-    """What the YAML of ``model/group`` builds by itself, with some of its values changed."""
+    """Instantiate an option of the group ``model/GROUP`` with some values changed."""
     return instantiate(OmegaConf.merge(loaded(group, option), changes), _convert_="all")
 
 
 def loaded(group: str, option: str) -> Any:
-    """The YAML of ``model/group``, with the option that it is a change of, if any, below it."""
+    """The config of an option of ``model/GROUP``, merged with the options in its defaults list."""
     path = next(p for root in roots() if (p := root / "model" / group / f"{option}.yaml").is_file())
     own = OmegaConf.load(path)
-    below = [name for name in own.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
-    return OmegaConf.merge(*(loaded(group, name) for name in below), own)
+    defaults = [name for name in own.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
+    return OmegaConf.merge(*(loaded(group, name) for name in defaults), own)
 
 
 def samplers() -> list[str]:
-    """One option of each class of samplers, the first by name: further ones are other settings of the same."""
+    """One option per class of samplers, the first by name."""
     by_class: dict[type, str] = {}
     for name in options("model/sampler"):
         by_class.setdefault(type(part("sampler", name)), name)

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that a lap of the trainer is one step of it."""
+"""The statistics of the benchmarks, and that a lap of the Trainer is one training step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_too_few_rounds_have_no_interval() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    drift = [1.0, 2.0, 5.0, 3.0, 1.5, 7.0]  # the machine slows down and recovers: a ratio of 1.2 stays one
+    drift = [1.0, 2.0, 5.0, 3.0, 1.5, 7.0]  # the machine slows down and recovers, and the ratio stays 1.2
     laps = {"a": paired.Laps(drift, drift), "b": paired.Laps([1.2 * d for d in drift], [0.5 * d for d in drift])}
     rows = paired.compare(laps, base="a")
     assert rows["b"]["wall"]["ratio"] == [1.2, 1.2, 1.2] and rows["b"]["cpu"]["ratio"] == [0.5, 0.5, 0.5]
@@ -39,13 +39,13 @@ def test_variants_take_turns() -> None:
     laps = paired.take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=20, warm_up=3)
     assert [len(lap.wall) for lap in laps.values()] == [20, 20]
     assert all({*calls[k : k + 2]} == {"a", "b"} for k in range(0, 46, 2))
-    assert len({tuple(calls[k : k + 2]) for k in range(0, 46, 2)}) == 2, "in either order"
+    assert len({tuple(calls[k : k + 2]) for k in range(0, 46, 2)}) == 2, "in both orders"
 
 
 def test_each_lap_of_the_trainer_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Any] = []
 
-    def told(owner: Any, name: str, event: Any) -> None:
+    def record(owner: Any, name: str, event: Any) -> None:
         original = getattr(owner, name)
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,13 +56,13 @@ def test_each_lap_of_the_trainer_is_one_step(monkeypatch: pytest.MonkeyPatch) ->
 
     data = train_step.Turns((1, 8, 8), 4)
     trainer = data.laps["gencompare trainer"]
-    told(paired.Laps, "start", lambda self: "(" if self is trainer else "[")
-    told(paired.Laps, "stop", lambda self: ")" if self is trainer else "]")
-    told(train_step.PlainLoop, "step", lambda self: "p")
-    told(train_step.Diffusion, "training_step", lambda self: "t")
-    tiny = ["model.network.channels=8", "model.network.multipliers=[1]", "model.network.attention=[]"]
-    rows = train_step.compare_trainer(data, [*tiny, "callbacks.progress=false"], rounds=6, logger="csv")
-    # The first batch is fetched ahead, so the first lap is empty; the last ends outside the stream and is not counted.
+    record(paired.Laps, "start", lambda self: "(" if self is trainer else "[")
+    record(paired.Laps, "stop", lambda self: ")" if self is trainer else "]")
+    record(train_step.PlainLoop, "step", lambda self: "p")
+    record(train_step.Diffusion, "training_step", lambda self: "t")
+    tiny = ["model.network.channels=8", "model.network.channel_mult=[1]", "model.network.attention_resolutions=[]"]
+    rows = train_step.compare_trainer(data, [*tiny, "callbacks.progress_bar=null"], rounds=6, logger="csv")
+    # The first batch is prefetched, so the first lap is empty; the last lap ends after the stream and is not counted.
     assert "".join(events).startswith("[p]()[p](t)[p](t)[p](t)")
     assert [row["rounds"] for row in rows.values()] == [6, 6]
     assert "".join(events).count("(t)") >= 6

@@ -1,4 +1,4 @@
-"""Budgets: training ends at the limit, all that a model needed is counted, and nothing is forgotten on the way."""
+"""Budgets: training ends at the limit, dependencies count, and resumed runs continue to count."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from gencompare.tasks.runs.loading import load_run
 from gencompare.training import clock as clocks
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import Checkpoints
-from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from gencompare.training.clock import TrainingClock, TrainingFlops
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 
 Cli = Callable[..., int]
 BATCH = 32
-A_STEP = 3 * 2 * 64 * 5 * BATCH - 2 * 64 * 5 * BATCH
-"""FLOPs of a linear layer of 64 to 5: 2 n m forward, 2 n m backward to its weights; images need no gradient."""
+STEP_FLOPS = 3 * 2 * 64 * 5 * BATCH - 2 * 64 * 5 * BATCH
+"""FLOPs of a linear layer from 64 to 5: 2 n m forward, 2 n m for the gradient of its weights; none of its input."""
 
 
 class Linear(GenerativeModel):
@@ -44,7 +44,7 @@ class Linear(GenerativeModel):
 
 
 class Twice(Linear):
-    """From half of the budget on, a step passes the layer twice."""
+    """In the second half of the budget, a step applies the layer twice."""
 
     @property
     def step_kind(self) -> str:
@@ -75,33 +75,33 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("flops", "steps"), [(A_STEP * 7, 7), (A_STEP * 7 + 1, 8), (A_STEP * 6.5, 7), (1.0, 1), (A_STEP, 1)]
+    ("flops", "steps"), [(STEP_FLOPS * 7, 7), (STEP_FLOPS * 7 + 1, 8), (STEP_FLOPS * 6.5, 7), (1.0, 1), (STEP_FLOPS, 1)]
 )
 def test_training_ends_with_the_step_that_spends_the_flops(flops: float, steps: int, tmp_path: Path) -> None:
     clock = train(tmp_path, Budget(flops=flops))
-    assert clock.step == steps and clock.flops == steps * A_STEP
+    assert clock.step == steps and clock.flops == steps * STEP_FLOPS
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
-    train(tmp_path, Budget(flops=10 * A_STEP), until=4)
+def test_a_resumed_run_continues_to_count(tmp_path: Path) -> None:
+    train(tmp_path, Budget(flops=10 * STEP_FLOPS), until=4)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["TrainingClock"]
-    assert state["flops"] == 4 * A_STEP and state["step"] == 4
-    resumed = train(tmp_path, Budget(flops=10 * A_STEP), resume=True)
-    assert resumed.step == 10 and resumed.flops == 10 * A_STEP
+    assert state["flops"] == 4 * STEP_FLOPS and state["step"] == 4
+    resumed = train(tmp_path, Budget(flops=10 * STEP_FLOPS), resume=True)
+    assert resumed.step == 10 and resumed.flops == 10 * STEP_FLOPS
     assert resumed.seconds > state["seconds"] and resumed.device_seconds > state["device_seconds"]
 
 
-def test_steps_that_cost_more_count_for_more(tmp_path: Path) -> None:
-    """Five single steps are half of the budget; two and a half double ones are the rest, and the last overspends."""
-    clock = train(tmp_path / "whole", Budget(flops=10 * A_STEP), kind=Twice)
-    assert clock.step == 5 + 3 and clock.flops == 11 * A_STEP
-    train(tmp_path / "broken", Budget(flops=10 * A_STEP), kind=Twice, until=6)
-    resumed = train(tmp_path / "broken", Budget(flops=10 * A_STEP), kind=Twice, resume=True)
-    assert resumed.step == 8 and resumed.flops == 11 * A_STEP
+def test_the_flops_of_a_step_depend_on_its_kind(tmp_path: Path) -> None:
+    """Five single steps are half of the budget; the other half is 2.5 double steps, rounded up."""
+    clock = train(tmp_path / "whole", Budget(flops=10 * STEP_FLOPS), kind=Twice)
+    assert clock.step == 5 + 3 and clock.flops == 11 * STEP_FLOPS
+    train(tmp_path / "broken", Budget(flops=10 * STEP_FLOPS), kind=Twice, until=6)
+    resumed = train(tmp_path / "broken", Budget(flops=10 * STEP_FLOPS), kind=Twice, resume=True)
+    assert resumed.step == 8 and resumed.flops == 11 * STEP_FLOPS
 
 
 class Ticking:
-    """A clock of which each look takes a second."""
+    """A clock that advances by a second per reading."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -115,9 +115,9 @@ class Ticking:
 def test_device_minutes_are_wall_time_times_processes(
     world: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of a second each: 6 device seconds are 6 steps of one process, 3 of two, and 2 (8 seconds) of four."""
+    """Each step takes a second: 6 device seconds are 6 steps of one process, 3 of two, and 2 (8 seconds) of four."""
     monkeypatch.setattr(clocks, "time", Ticking())
-    said: list[float] = []
+    broadcasts: list[float] = []
 
     class Trainer:
         world_size, should_stop = world, False
@@ -125,41 +125,41 @@ def test_device_minutes_are_wall_time_times_processes(
         class strategy:
             @staticmethod
             def broadcast(value: float, src: int) -> float:
-                said.append(value)
+                broadcasts.append(value)
                 return value
 
     clock, trainer = TrainingClock(0, BATCH, Budget(device_minutes=0.1)), Trainer()
     while not trainer.should_stop:
         clock.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
     assert clock.step == steps and clock.device_seconds == steps * world and clock.seconds == steps
-    assert len(said) == (steps if world > 1 else 0), "the first process decides for all"
+    assert len(broadcasts) == (steps if world > 1 else 0), "the first process decides for all"
 
 
-def test_a_model_that_counts_nothing_is_not_trained_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_countable_flops_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Linear, "losses", lambda self, x, *_: {"loss": (x.flatten(1) * self.layer.weight[0]).sum(1)})
     with pytest.raises(UserError, match=r"budget\.flops"):
         train(tmp_path, Budget(flops=1e9))
 
 
 @pytest.mark.parametrize("name", ["flops", "device_minutes"])
-def test_what_others_spent_is_taken_off(name: str) -> None:
+def test_the_cost_of_dependencies_reduces_the_budget(name: str) -> None:
     budget = Budget(**{"images": 50, name: 10.0})
     left = budget.after(flops=4.0, device_seconds=240.0, spender="the autoencoder")
     assert vars(left) == {**vars(budget), name: 6.0}
-    with pytest.raises(UserError, match=rf"budget\.{name}=10.*the autoencoder took 10"):
+    with pytest.raises(UserError, match=rf"budget\.{name}=10.*the autoencoder used 10"):
         budget.after(flops=10.0, device_seconds=600.0, spender="the autoencoder")
 
 
-def test_limits_on_images_are_a_models_own() -> None:
+def test_dependencies_do_not_reduce_limits_on_images() -> None:
     assert Budget(images=50).after(flops=1e30, device_seconds=1e30, spender="x") == Budget(images=50)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [({"flops": 0.0}, "positive"), ({"flops": "1e12"}, "1.0e"), ({"device_minutes": -1}, "positive")],
 )
-def test_limits_that_are_none_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_limits_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Budget(**options)
 
 
@@ -173,39 +173,41 @@ def test_limits_that_are_none_are_refused(options: dict[str, Any], says: str) ->
         (["budget=device_minutes", "budget.device_minutes=3"], {"device_minutes": 3}),
     ],
 )
-def test_an_option_of_the_group_replaces_what_an_experiment_says(words: list[str], limits: dict[str, float]) -> None:
+def test_a_budget_option_replaces_the_limits_of_an_experiment(words: list[str], limits: dict[str, float]) -> None:
     cfg = compose("experiment=digits_vae", *words)
     assert {key: value for key, value in cfg.budget.items() if key != "_target_" and value is not None} == limits
     assert cfg.model.importance_samples == 50
 
 
-def record(name: str, flops: float | None, seconds: float, needed: Any = ()) -> RunRecord:
+def record(name: str, flops: float | None, seconds: float, dependencies: Any = ()) -> RunRecord:
     training = {
-        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2, "dependencies": list(needed),
+        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2,
+        "dependencies": list(dependencies),
     }  # fmt: skip
     return RunRecord(name=name, family=name, data={}, environment={"run_id": name}, training=training)
 
 
-def test_the_total_is_of_all_that_was_needed_each_once() -> None:
-    """A guide and the model that it guides stand on one autoencoder: it is paid for once."""
+def test_the_total_cost_includes_each_dependency_once() -> None:
+    """A guide and the guided model depend on the same autoencoder."""
     coder = dependency_costs.cost_entry(record("coder", 100.0, 1.0), "autoencoder")
     guide = record("guide", 20.0, 2.0, [coder])
     model = record("model", 3.0, 4.0, [coder, dependency_costs.cost_entry(guide, "classifier")])
-    dependency_costs.print_costs(model)
+    dependency_costs.update_total_cost(model)
     assert model.training["total_cost"] == {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0}
-    # The other trials of a search are part of the cost, and do not take from what the model may spend.
+    # The other trials of a search are part of the cost, but do not reduce the budget.
     trial = dependency_costs.cost_entry(record("other", 1000.0, 1.0), "trial")
-    assert dependency_costs.remaining(Budget(flops=130.0), [coder, trial]).flops == 30.0
+    assert dependency_costs.remaining_budget(Budget(flops=130.0), [coder, trial]).flops == 30.0
     unknown = record("old", None, 1.0)
-    dependency_costs.print_costs(unknown)
+    dependency_costs.update_total_cost(unknown)
     assert unknown.training["total_cost"]["flops"] is None and unknown.training["total_cost"]["steps"] == 1
 
 
 QUICK = [
-    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16", "callbacks.evaluation.num_evaluations=0",
-    "callbacks.progress_bar=null", "evaluation.checkpoints=[]", "callbacks.checkpoints.every_minutes=100",
+    "data=digits", "trainer=cpu", "logger=none", "trainer.global_batch_size=16",
+    "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", "evaluation.checkpoints=[]",
+    "callbacks.checkpoints.every_minutes=100",
 ]  # fmt: skip
-SMALL = ["model.network.channels=8", "model.network.groups=8"]
+SMALL = ["model.network.channels=8", "model.network.num_groups=8"]
 STAGE = [
     "model.latent.autoencoder.encoder.channels=8", "model.latent.budget.images=null", "model.latent.budget.steps=3",
     "model.latent.autoencoder.perceptual=null",
@@ -216,21 +218,21 @@ def training(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())["training"]
 
 
-def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """One run by steps says what a step costs; a budget in FLOPs then buys as many as arithmetic says, autoencoder
-    first, also where it is broken off and resumed."""
+def test_a_budget_in_flops_includes_the_autoencoder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    """A run with a budget in steps measures the FLOPs of a step. A budget in FLOPs then pays for the autoencoder and as
+    many steps as that predicts, also if the run is resumed."""
     words = ["model=ldm", *QUICK, *SMALL, *STAGE]
     assert cli(*words, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
     probe = training(tmp_path / "probe")
     stage, whitening = probe["dependencies"]
     assert stage["role"] == "autoencoder" and stage["steps"] == 3 and stage["images_seen"] == 48
     assert probe["total_cost"]["images_seen"] == 32 + 48 and probe["total_cost"]["steps"] == 5
-    # The whitening has the encoder pass over all training images.
+    # The whitening encodes all training images.
     loaded: Any = load_run(tmp_path / "probe")
     images, encode = len(loaded.data.train_subset), loaded.model.space.coder.encode
     assert whitening["role"] == "whitening" and whitening["images_seen"] == 0
     assert whitening["flops"] == pytest.approx(images * flops_per_image(lambda: encode(torch.zeros(1, 1, 8, 8)), 1))
-    # Of the autoencoder's three steps the discriminator joins the last: it costs more.
+    # The last of the autoencoder's three steps also trains the discriminator, and costs more.
     coder = training(next((tmp_path / "runs").glob("digits_autoencoder_*")))
     first = torch.load(next((tmp_path / "runs").glob("*/checkpoints/last.ckpt")), weights_only=True)["callbacks"]
     per_image = first["TrainingFlops"]["per_image"]
@@ -245,7 +247,7 @@ def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, 
     flops = float(f"{before + 4.5 * 16 * probe['flops_per_image']:.6e}")
     assert cli(*words, "budget=flops", f"budget.flops={flops:.6e}", "hydra.run.dir=run") == 0
     run = training(tmp_path / "run")
-    assert run["dependencies"][0]["id"] == stage["id"], "the autoencoder of the other run is taken"
+    assert run["dependencies"][0]["id"] == stage["id"], "the autoencoder of the other run is reused"
     assert run["steps"] == math.ceil((flops - before) / (16 * run["flops_per_image"])) == 5
     assert flops <= run["total_cost"]["flops"] < flops + 16 * run["flops_per_image"]
 
@@ -256,12 +258,12 @@ def test_an_autoencoder_is_paid_out_of_the_same_flops(cli: Cli, tmp_path: Path, 
 
     capsys.readouterr()
     assert cli(*words, "budget=flops", f"budget.flops={before:.6e}", "hydra.run.dir=none") == 1
-    said = capsys.readouterr().err
-    assert "the autoencoder (digits_autoencoder_" in said and "nothing is left to train" in said
+    error = capsys.readouterr().err
+    assert "the autoencoder (digits_autoencoder_" in error and "nothing is left" in error
     assert not (tmp_path / "none" / "record.json").exists()
 
 
-def test_a_noisy_classifier_is_part_of_what_a_guided_model_costs(cli: Cli, tmp_path: Path) -> None:
+def test_a_noisy_classifier_is_a_dependency_of_a_guided_model(cli: Cli, tmp_path: Path) -> None:
     base = [*QUICK, "budget=steps", "budget.steps=1"]
     assert cli("model=noisy_classifier", *base, "hydra.run.dir=guide") == 0
     guide = training(tmp_path / "guide")
@@ -270,28 +272,29 @@ def test_a_noisy_classifier_is_part_of_what_a_guided_model_costs(cli: Cli, tmp_p
     found = training(tmp_path / "guided")
     assert [part["role"] for part in found["dependencies"]] == ["classifier"]
     assert found["total_cost"]["flops"] == found["flops"] + guide["flops"]
-    # An evaluation may bring a guide that training did not have, so its result tells of guides too.
-    measured = [
-        "evaluation.n=100",
-        "evaluation.extractors=[classifier]", "model/likelihoods=null", "model/sampler=ddim", "model.sampler.num_steps=2",
+    # An evaluation may use another guide than training, so its result lists guides too.
+    words = [
+        "evaluation.num_images=100", "evaluation.extractors=[classifier]", "model/likelihoods=null",
+        "model/sampler=ddim", "model.sampler.num_steps=2",
     ]  # fmt: skip
-    assert cli("task=evaluate", "run_dir=guided", *measured) == 0
+    assert cli("task=evaluate", "run_dir=guided", *words) == 0
     (result,) = json.loads((tmp_path / "guided" / "record.json").read_text())["results"]
     assert [part["id"] for part in result["details"]["guides"]] == [found["dependencies"][0]["id"]]
 
 
-def test_one_training_is_measured_with_several_scales(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_one_training_is_evaluated_with_several_guidance_scales(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     words = [
         "model=ddpm", *SMALL, *QUICK[:-2], "budget=steps", "budget.steps=1", "model.conditional=true",
         "model.label_dropout=0.1", "model/guidance=classifier_free", "model/sampler=ddim", "model.sampler.num_steps=2",
-        "model.guidance.scale=1", "evaluation.n=100",
+        "model.guidance.scale=1", "evaluation.num_images=100",
         "evaluation.extractors=[classifier]", "evaluation.checkpoints=[last]", "model/likelihoods=null",
     ]  # fmt: skip
-    further = "+evaluation.guidance={w0: {scale: 0}, w4: {scale: 4, interval: [0.3, 3]}}"
-    assert cli(*words, further, "hydra.run.dir=run") == 0
+    variants = "+evaluation.guidance={w0: {scale: 0}, w4: {scale: 4, interval: [0.3, 3]}}"
+    assert cli(*words, variants, "hydra.run.dir=run") == 0
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
-    ways = [result["generation"]["sampler"] for result in results]
-    assert ["scale 1" in ways[0], "scale 0" in ways[1], "scale 4" in ways[2] and "0.3" in ways[2]] == [True] * 3
+    samplers = [result["generation"]["sampler"] for result in results]
+    assert "scale 1" in samplers[0] and "scale 0" in samplers[1]
+    assert "scale 4" in samplers[2] and "0.3" in samplers[2]
     capsys.readouterr()
     assert cli(*words, "+evaluation.guidance={w: {scael: 0}}", "hydra.run.dir=wrong") == 1
     assert "no scael" in capsys.readouterr().err

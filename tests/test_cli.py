@@ -1,4 +1,4 @@
-"""The command line as a user meets it: runs, resumes, other tasks, and bad input."""
+"""The command line: training, resuming, other tasks, and invalid input."""
 
 from __future__ import annotations
 
@@ -29,18 +29,19 @@ from gencompare.training.clock import TrainingClock
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-STOPPED = {"gaussian": SIGNALS[:1], "vae": SIGNALS, "gan": SIGNALS, "ddpm": SIGNALS}
-"""One for each way of optimising; that every family resumes bit by bit is tested in test_contract.py."""
+SIGNALS_BY_FAMILY = {"gaussian": SIGNALS[:1], "vae": SIGNALS, "gan": SIGNALS, "ddpm": SIGNALS}
+"""One family per way of optimisation; test_contract.py tests that every family resumes exactly."""
 QUICK = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
-    "callbacks.evaluation.num_grid_images=4", "callbacks.evaluation.num_samples=0", "callbacks.metric_logger.log_every_n_steps=1", "callbacks.progress_bar=null",
-    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
+    "callbacks.evaluation.num_grid_images=4", "callbacks.evaluation.num_samples=0",
+    "callbacks.metric_logger.log_every_n_steps=1", "callbacks.progress_bar=null",
+    "evaluation.num_images=100", "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
 ]  # fmt: skip
 Cli = Callable[..., int]
 
 
 def in_step_3(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    """Something happens as the third step begins."""
+    """Call ``act`` when the third step begins."""
     original = TrainingClock.on_train_batch_start
 
     def start(self: TrainingClock, *args: Any) -> None:
@@ -51,8 +52,8 @@ def in_step_3(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     patch.setattr(TrainingClock, "on_train_batch_start", start)
 
 
-@pytest.mark.parametrize("family", STOPPED)
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+@pytest.mark.parametrize("family", SIGNALS_BY_FAMILY)
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
     family: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     words = [
@@ -65,7 +66,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     ]
     assert cli(*words, "hydra.run.dir=whole") == 0
     steps = checkpoint(tmp_path / "whole")["callbacks"]["TrainingClock"]["step"]
-    for number in STOPPED[family]:
+    for number in SIGNALS_BY_FAMILY[family]:
         name = number.name
         if number == signal.SIGKILL:
             kill = partial(in_step_3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -77,7 +78,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
             with monkeypatch.context() as patch:
                 in_step_3(patch, partial(signal.raise_signal, number))
                 code = cli(*words, f"hydra.run.dir={name}")
-            # A model that is fitted in closed form has ended before it could be stopped.
+            # A model that is fitted in closed form finishes before the third step.
             assert code == (128 + number if steps > 2 else 0)
             if code:
                 assert "resume=" in capsys.readouterr().out
@@ -86,7 +87,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         assert cli(f"resume={name}", "callbacks.checkpoints.every_minutes=2") == 0
         assert_same_training(tmp_path / "whole", tmp_path / name)
         record = json.loads((tmp_path / name / "record.json").read_text())
-        assert record["state"] == "finished" and "resume" not in record["config"], "a folder is no part of what was run"
+        assert record["state"] == "finished" and "resume" not in record["config"], (
+            "the folder is not part of the config"
+        )
         rows = (tmp_path / name / "curve.csv").read_text().splitlines()[1:]
         assert [row.split(",")[0] for row in rows] == [str(k) for k in range(1, steps + 1)], "each step once"
 
@@ -100,11 +103,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "callbacks.evaluation.num_evaluations=1", "evaluation.checkpoints=[last]", "hydra.run.dir=run",
     )  # fmt: skip
     assert run.wait(timeout=280) == 0, run.output()[-4000:]
-    assert "page with the pictures" in run.output() and "FD digits" in run.output()
+    assert "page with images" in run.output() and "FD digits" in run.output()
     return folder
 
 
-def test_the_record_says_all_that_a_comparison_needs(trained: Path) -> None:
+def test_the_record_contains_all_that_a_comparison_needs(trained: Path) -> None:
     record = json.loads((trained / "run" / "record.json").read_text())
     assert record["state"] == "finished" and record["family"] == "ddpm"
     assert record["training"]["images_seen"] == 48 and record["training"]["flops_per_image"] > 1e6
@@ -118,7 +121,7 @@ def test_the_record_says_all_that_a_comparison_needs(trained: Path) -> None:
     )
 
 
-def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
+def test_evaluation_with_another_sampler_adds_a_result_without_training(
     trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
@@ -127,7 +130,7 @@ def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
     record = json.loads((trained / "run" / "record.json").read_text())
     assert [r["generation"]["nfe"]["network"] for r in record["results"]] == [4, 3]
     assert record["results"][0]["measurement"] == record["results"][1]["measurement"]
-    # Once more in the same way: the figure is the same, and takes the place of the first.
+    # Repeating the evaluation gives the same metrics, and replaces the result.
     assert cli("task=evaluate", "run_dir=run", "model/sampler=ancestral", "model.sampler.num_steps=3") == 0
     again = json.loads((trained / "run" / "record.json").read_text())
     assert len(again["results"]) == 2
@@ -137,22 +140,21 @@ def test_evaluating_again_with_another_sampler_adds_a_row_and_trains_nothing(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_value_that_follows_another_follows_it_in_a_run_folder_too(trained: Path, cli: Cli, tmp_path: Path) -> None:
-    """evaluation.protocol.n takes the value of evaluation.n; in the frozen config it is a number of its own."""
+def test_interpolated_values_follow_overrides_in_a_run_folder_too(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    """evaluation.protocol.num_images refers to evaluation.num_images, and is resolved in the stored config."""
     shutil.copytree(trained / "run", tmp_path / "copy")
-    assert (
-        cli("task=evaluate", "run_dir=copy", "model/sampler=ddim", "model.sampler.num_steps=2", "evaluation.n=110") == 0
-    )
+    words = ["task=evaluate", "run_dir=copy", "model/sampler=ddim", "model.sampler.num_steps=2"]
+    assert cli(*words, "evaluation.num_images=110") == 0
     record = json.loads((tmp_path / "copy" / "record.json").read_text())
-    assert record["results"][-1]["measurement"]["n"] == 110
+    assert record["results"][-1]["measurement"]["num_images"] == 110
 
 
-def test_a_group_is_set_to_null_as_in_a_yaml_file(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_group_can_be_set_to_null_on_the_command_line(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("model=ldm", "model/latent=null", "model/guidance=null", "--cfg", "job") == 0
     assert "autoencoder" not in capsys.readouterr().out
 
 
-def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:
+def test_a_run_folder_can_be_moved(trained: Path, tmp_path: Path) -> None:
     import gencompare
 
     shutil.copytree(trained / "run", tmp_path / "moved")
@@ -162,7 +164,7 @@ def test_a_run_folder_works_elsewhere(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["png", "npz"])
-def test_samples_as_files(form: str, trained: Path, cli: Cli, tmp_path: Path) -> None:
+def test_samples_are_written_to_files(form: str, trained: Path, cli: Cli, tmp_path: Path) -> None:
     assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=5", f"task.format={form}", "task.out=out") == 0
     assert Image.open(tmp_path / "out" / "grid.png").size[0] > 8
     if form == "png":
@@ -171,7 +173,7 @@ def test_samples_as_files(form: str, trained: Path, cli: Cli, tmp_path: Path) ->
         assert np.load(tmp_path / "out" / "samples.npz", allow_pickle=False)["arr_0"].shape == (5, 8, 8, 1)
 
 
-def test_comparing_and_exporting(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_runs_are_compared_and_exported(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
     assert cli("task=compare", f"runs={trained}/*", "task.out=cmp") == 0
     assert "ddpm" in capsys.readouterr().out and (tmp_path / "cmp" / "compare.html").stat().st_size > 1000
     assert cli("task=export", f"run_dir={trained / 'run'}", "task.out=w.safetensors") == 0
@@ -180,12 +182,10 @@ def test_comparing_and_exporting(trained: Path, cli: Cli, tmp_path: Path, capsys
     assert load_file(tmp_path / "w.safetensors").keys() == checkpoint(trained / "run")["state_dict"].keys()
 
 
-def test_a_sweep_ends_in_a_comparison_and_one_failed_job_does_not_stop_the_others(
-    cli: Cli, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_sweep_ends_with_a_comparison_despite_failed_jobs(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     code = cli(
-        "-m", "model=vae,gan", "model.latent_dim=0,4", *QUICK, "budget.steps=2", "callbacks.evaluation.num_evaluations=0",
-        "evaluation.checkpoints=[last]", "hydra.sweep.dir=sweep",
+        "-m", "model=vae,gan", "model.latent_dim=0,4", *QUICK, "budget.steps=2",
+        "callbacks.evaluation.num_evaluations=0", "evaluation.checkpoints=[last]", "hydra.sweep.dir=sweep",
     )  # fmt: skip
     assert code == 1
     printed = capsys.readouterr()
@@ -195,10 +195,10 @@ def test_a_sweep_ends_in_a_comparison_and_one_failed_job_does_not_stop_the_other
     assert (tmp_path / "sweep" / "compare.html").is_file()
 
 
-# Bad input: one line that names the thing and the way out, and nothing lost.
+# Invalid input: one line that names the cause and the fix, before any training.
 
 
-def complaint(capsys: Any) -> str:
+def error_line(capsys: Any) -> str:
     text = capsys.readouterr().err
     assert "Traceback" not in text
     lines = [line for line in text.splitlines() if line.startswith("Error: ")]
@@ -207,7 +207,7 @@ def complaint(capsys: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "named"),
+    ("words", "code", "message"),
     [
         (["modle=ddpm"], 2, "Did you mean model?"),
         (["model=dpdm"], 2, "ddpm"),
@@ -217,14 +217,14 @@ def complaint(capsys: Any) -> str:
         (["seed.x=3"], 2, "seed is 0"),
         (["budget.images=0"], 1, "budget.images=0"),
         (["data=toy2d", "model=vae", "model.conditional=maybe"], 1, ""),
-        (["evaluation.n=10"], 1, "evaluation.n=10"),
+        (["evaluation.num_images=10"], 1, "evaluation.num_images=10"),
         (["model.sampler.num_steps=0"], 1, "sampler.num_steps=0"),
         (["model=vae", "model.latent_dim=0"], 1, "latent_dim=0"),
-        (["model.network.multipliers=[1,2,2,2,2]"], 1, "multipliers"),
+        (["model.network.channel_mult=[1,2,2,2,2]"], 1, "channel_mult"),
         (["data=eurosat64", "paths.data=nowhere"], 1, "eurosat64.zip"),
         (["data=image_folder", "data.root=nowhere"], 1, "nowhere"),
         (["trainer.global_batch_size=0"], 1, "batch"),
-        (["evaluation=inception", "evaluation.weights=nowhere.pth", "evaluation.n=3000"], 1, "nowhere.pth"),
+        (["evaluation=inception", "evaluation.weights=nowhere.pth", "evaluation.num_images=3000"], 1, "nowhere.pth"),
         (["task=evaluate"], 1, "run_dir=DIR"),
         (["task=evaluate", "run_dir=nowhere"], 1, "nowhere"),
         (["resume=nowhere"], 1, "nowhere"),
@@ -233,57 +233,53 @@ def complaint(capsys: Any) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_bad_input(words: list[str], code: int, named: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_invalid_input(words: list[str], code: int, message: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
     assert cli(*words, "logger=csv") == code
-    assert named in complaint(capsys)
-    assert not list(tmp_path.rglob("*.ckpt")), "no time is spent on training"
+    assert message in error_line(capsys)
+    assert not list(tmp_path.rglob("*.ckpt")), "nothing is trained"
 
 
-def test_labels_asked_of_data_without(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_a_conditional_model_of_data_without_labels_is_refused(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     for k in range(300):
-        Image.fromarray(np.full((8, 8), k % 256, np.uint8)).save(_made(tmp_path / "pictures") / f"{k}.png")
-    assert cli("data=image_folder", "data.root=pictures", "model.conditional=true", "logger=csv") == 1
-    assert "labels" in complaint(capsys)
+        Image.fromarray(np.full((8, 8), k % 256, np.uint8)).save(_make_folder(tmp_path / "images") / f"{k}.png")
+    assert cli("data=image_folder", "data.root=images", "model.conditional=true", "logger=csv") == 1
+    assert "labels" in error_line(capsys)
 
 
-def test_a_checkpoint_of_another_family(trained: Path, cli: Cli, capsys: Any) -> None:
+def test_a_checkpoint_of_another_model_is_refused(trained: Path, cli: Cli, capsys: Any) -> None:
     assert cli("task=evaluate", f"run_dir={trained / 'run'}", "model=vae") == 1
-    assert "ddpm" in complaint(capsys)
+    assert "ddpm" in error_line(capsys)
     assert cli("task=evaluate", f"run_dir={trained / 'run'}", "model.network.channels=8") == 1
-    assert "another model" in complaint(capsys)
+    assert "not a checkpoint of the model" in error_line(capsys)
 
 
-def test_a_damaged_checkpoint(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    import shutil
-
+def test_a_damaged_checkpoint_is_refused(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
     assert cli("task=evaluate", "run_dir=run") == 1
-    assert "last.ckpt" in complaint(capsys)
+    assert "last.ckpt" in error_line(capsys)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    import shutil
-
-    class Harm:
+def test_a_checkpoint_with_code_is_refused(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    class Malicious:
         def __reduce__(self) -> tuple[Any, ...]:
-            return (os.mkdir, (str(tmp_path / "harm"),))
+            return (os.mkdir, (str(tmp_path / "created"),))
 
     shutil.copytree(trained / "run", tmp_path / "run")
-    torch.save({"state_dict": {}, "x": Harm()}, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    torch.save({"state_dict": {}, "x": Malicious()}, tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert cli("task=evaluate", "run_dir=run") == 1
-    assert "last.ckpt" in complaint(capsys) and not (tmp_path / "harm").exists()
+    assert "last.ckpt" in error_line(capsys) and not (tmp_path / "created").exists()
 
 
 def test_a_run_is_not_overwritten(trained: Path, cli: Cli, capsys: Any) -> None:
     before = (trained / "run" / "record.json").read_bytes()
     assert cli("model=vae", *QUICK, f"hydra.run.dir={trained / 'run'}") == 1
-    assert "resume=" in complaint(capsys)
+    assert "resume=" in error_line(capsys)
     assert (trained / "run" / "record.json").read_bytes() == before
 
 
-def test_the_installed_command_is_this_program() -> None:
+def test_the_installed_command_is_main() -> None:
     from importlib.metadata import entry_points
 
     from gencompare.tasks.main import main
@@ -292,15 +288,15 @@ def test_the_installed_command_is_this_program() -> None:
     assert command.load() is main
 
 
-def test_one_folder_takes_one_run_at_a_time(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_that_another_process_uses_is_refused(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "busy").mkdir()
     with file_lock(tmp_path / "busy" / ".lock"):
         assert cli("model=vae", *QUICK, "budget.steps=1", "hydra.run.dir=busy") == 1
-    assert "Another process is at work" in complaint(capsys)
+    assert "Another process is using" in error_line(capsys)
     assert not (tmp_path / "busy" / "record.json").exists()
 
 
-def test_a_failure_outside_of_training_is_in_the_record(
+def test_a_failure_outside_of_training_is_recorded(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     words = ["model=gaussian", *QUICK, "budget.steps=1", "hydra.run.dir=run"]
@@ -317,16 +313,17 @@ def test_a_failure_outside_of_training_is_in_the_record(
     assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "finished"
 
 
-def test_points_of_the_plane_are_trained_measured_and_drawn(cli: Cli, tmp_path: Path) -> None:
-    words = [word for word in QUICK if not word.startswith(("data=digits", "evaluation.n=", "evaluation.extractors"))]
-    assert cli("model=gaussian", "data=toy2d", *words, "budget.steps=1", "evaluation.n=300", "hydra.run.dir=run") == 0
+def test_points_in_the_plane_are_trained_and_evaluated(cli: Cli, tmp_path: Path) -> None:
+    other = ("data=digits", "evaluation.num_images=", "evaluation.extractors")
+    words = [*(word for word in QUICK if not word.startswith(other)), "budget.steps=1", "evaluation.num_images=300"]
+    assert cli("model=gaussian", "data=toy2d", *words, "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["images"]["samples"]).exists()
 
 
 def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    words = ["task=validate_metrics", "data=digits", "task.n=[60]", "task.references=200", "hydra.run.dir=run"]
-    assert cli(*words, "evaluation.extractors=[classifier]") == 0
+    words = ["task=validate_metrics", "data=digits", "task.num_images=[60]", "task.num_reference_images=200"]
+    assert cli(*words, "evaluation.extractors=[classifier]", "hydra.run.dir=run") == 0
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]
     names = {score["metric"] for score in scores}
     assert {"digits: cubic kernel", "digits: MMD, b = 1 x median", "digits: 1 - coverage"} <= names
@@ -335,56 +332,58 @@ def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, caps
     assert (tmp_path / "run" / "metrics.png").stat().st_size > 10_000
     capsys.readouterr()
     assert cli("task=validate_metrics", "data=toy2d", "hydra.run.dir=points") == 1
-    assert "has points" in complaint(capsys)
+    assert "has points" in error_line(capsys)
 
 
 @pytest.mark.parametrize("preset", options("debug"))
 def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
     words = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]
-    assert cli(*words, "evaluation.n=100", "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
+    assert cli(*words, "evaluation.num_images=100", "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
     assert json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     assert preset != "profile" or list((tmp_path / "run").glob("*profile*"))
 
 
-# Images from elsewhere
+# Images and weights of other programs
 
 
-def test_images_from_elsewhere_join_the_comparison(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=120", "task.out=theirs") == 0
+def test_external_images_are_evaluated_and_compared(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=120", "task.out=images") == 0
     assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=120", "task.out=array", "task.format=npz") == 0
-    (tmp_path / "theirs" / "grid.png").unlink()
-    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "theirs")
-    for k, place in enumerate(("theirs", "packed.zip", "array/samples.npz")):
-        words = ["task=evaluate", "evaluation.n=100", "evaluation.extractors=[classifier]", f"samples={place}"]
-        assert cli(*words, "name=theirs", f"hydra.run.dir=runs/{k}") == 0
+    (tmp_path / "images" / "grid.png").unlink()
+    shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "images")
+    for k, place in enumerate(("images", "packed.zip", "array/samples.npz")):
+        words = ["task=evaluate", "evaluation.num_images=100", "evaluation.extractors=[classifier]", f"samples={place}"]
+        assert cli(*words, "name=external", f"hydra.run.dir=runs/{k}") == 0
     records = [json.loads((tmp_path / "runs" / str(k) / "record.json").read_text()) for k in range(3)]
-    assert all(record["state"] == "samples" and record["name"] == "theirs" for record in records)
-    figures = [record["results"][0]["metrics"]["fd_digits"]["value"] for record in records]
-    assert figures[0] == figures[1] == figures[2]
+    assert all(record["state"] == "samples" and record["name"] == "external" for record in records)
+    distances = [record["results"][0]["metrics"]["fd_digits"]["value"] for record in records]
+    assert distances[0] == distances[1] == distances[2]
     shutil.copytree(trained / "run", tmp_path / "runs" / "ours")
     capsys.readouterr()
     assert cli("task=compare", "runs='runs/*'", "task.out=page") == 0
-    assert "theirs" in capsys.readouterr().out
+    assert "external" in capsys.readouterr().out
 
 
-def test_published_weights_join_the_comparison(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """What task=export wrote is measured like the run that it came from."""
+def test_exported_weights_are_evaluated_like_their_run(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    """The weights that task=export writes give the metrics of the run."""
     sampler = ["model/sampler=ddim", "model.sampler.num_steps=4"]
     words = ["task=evaluate", "model=ddpm", *sampler, *QUICK, "name=published"]
     assert cli("task=export", f"run_dir={trained / 'run'}", "task.out=weights.safetensors") == 0
     assert cli(*words, "pretrained=weights.safetensors", "hydra.run.dir=runs/published") == 0
-    theirs = json.loads((tmp_path / "runs" / "published" / "record.json").read_text())
-    ours = json.loads((trained / "run" / "record.json").read_text())
-    found, expected = (next(r for r in x["results"] if r["measurement"]["n"] == 100) for x in (theirs, ours))
+    published = json.loads((tmp_path / "runs" / "published" / "record.json").read_text())
+    original = json.loads((trained / "run" / "record.json").read_text())
+    found, expected = (
+        next(r for r in x["results"] if r["measurement"]["num_images"] == 100) for x in (published, original)
+    )
     assert found["metrics"]["fd_digits"]["value"] == pytest.approx(expected["metrics"]["fd_digits"]["value"], rel=1e-6)
-    assert found["generation"]["weights"] == "as published" and theirs["family"] == "ddpm"
-    for place, named in (("nowhere", "no weights at"), ("weights.safetensors", "another model")):
-        family = "model=ddpm" if place == "nowhere" else "model=gan"
-        assert cli("task=evaluate", family, *QUICK, f"pretrained={place}", "hydra.run.dir=runs/x") == 1
-        assert named in complaint(capsys)
+    assert found["generation"]["weights"] == "as published" and published["family"] == "ddpm"
+    for path, message in (("nowhere", "no weights at"), ("weights.safetensors", "not a checkpoint of the model")):
+        family = "model=ddpm" if path == "nowhere" else "model=gan"
+        assert cli("task=evaluate", family, *QUICK, f"pretrained={path}", "hydra.run.dir=runs/x") == 1
+        assert message in error_line(capsys)
 
 
-def test_a_published_ddpm_of_diffusers_is_measured(
+def test_a_published_ddpm_of_diffusers_is_evaluated(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     network = diffusers.UNet2DModel(
@@ -394,15 +393,15 @@ def test_a_published_ddpm_of_diffusers_is_measured(
         norm_num_groups=8,
     )  # fmt: skip
     network.save_pretrained(tmp_path / "published" / "unet")
-    words = ["model.network.channels=16", "model.network.attention=[8]", "model.sampler.num_steps=2"]
+    words = ["model.network.channels=16", "model.network.attention_resolutions=[8]", "model.sampler.num_steps=2"]
     assert cli("task=evaluate", "model=ddpm", *QUICK, *words, "pretrained=published", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["model"]["parameters"] == sum(p.numel() for p in network.parameters())
 
-    asked = []
+    requested = []
 
     def download(name: str, **_: Any) -> str:
-        asked.append(name)
+        requested.append(name)
         if name == "someone/ddpm":
             return str(tmp_path / "published")
         raise OSError("no network")
@@ -412,12 +411,13 @@ def test_a_published_ddpm_of_diffusers_is_measured(
     assert cli(*hub, "pretrained=someone/ddpm", "hydra.run.dir=hub") == 0
     assert json.loads((tmp_path / "hub" / "record.json").read_text())["name"] == "ddpm"
     assert cli(*hub, "pretrained=someone/else", "hydra.run.dir=other") == 1
-    assert "no file someone/else" in (said := complaint(capsys)) and "no network" in said and "pretrained=DIR" in said
-    assert asked == ["someone/ddpm", "someone/else"]
+    error = error_line(capsys)
+    assert "no file someone/else" in error and "no network" in error and "pretrained=DIR" in error
+    assert requested == ["someone/ddpm", "someone/else"]
 
 
-def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """A model of v under the linear table, which is not what model=ddpm is: back it comes as itself or not at all."""
+def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    """With parameterization v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
     words = [
         "model=ddpm",
         *QUICK,
@@ -427,8 +427,8 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
     ]
     own, small = ["model/schedule=linear", "model/parameterization=v"], "model.network.channels=8"
     assert cli(*words, *own, small, "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
-    assert cli("task=export", "run_dir=run", "format=diffusers", "task.out=theirs") == 0
-    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "theirs")
+    assert cli("task=export", "run_dir=run", "format=diffusers", "task.out=exported") == 0
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "exported")
     run = gencompare.load_run(tmp_path / "run")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 731])
     with torch.no_grad():
@@ -438,13 +438,13 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
     bar = run.model.schedule.at(run.model.schedule.discrete_times).alpha ** 2
     torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, bar, rtol=1e-4, atol=1e-7)
 
-    back = ["task=evaluate", *QUICK, "model.sampler.num_steps=3", "pretrained=theirs", "hydra.run.dir=back"]
+    back = ["task=evaluate", *QUICK, "model.sampler.num_steps=3", "pretrained=exported", "hydra.run.dir=back"]
     assert cli(*back) == 1
-    assert "give experiment=NAME" in (said := complaint(capsys)) and "model.network" in said
+    assert "use experiment=NAME" in (error := error_line(capsys)) and "model.network" in error
     assert cli(*back, small) == 1
-    asked = complaint(capsys).split(" Add ")[1].split()
-    assert set(own) <= set(asked)
-    assert cli(*back, small, *asked) == 0
+    advised = error_line(capsys).split(" Add ")[1].split()
+    assert set(own) <= set(advised)
+    assert cli(*back, small, *advised) == 0
     values = [
         json.loads((tmp_path / name / "record.json").read_text())["results"][0]["metrics"]["fd_digits"]["value"]
         for name in ("run", "back")
@@ -452,13 +452,13 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     assert cli(*words[:-1], small, "model/sampler=ddim", "model.conditional=true", "hydra.run.dir=labels") == 0
     assert cli("task=export", "run_dir=labels", "format=diffusers") == 1
-    assert "nothing like conditions.label" in complaint(capsys)
+    assert "nothing like conditions.label" in error_line(capsys)
     assert cli("task=export", "run_dir=run", "format=onnx") == 1
-    assert "choose safetensors or diffusers" in complaint(capsys)
+    assert "choose safetensors or diffusers" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
-    ("make", "named"),
+    ("make", "message"),
     [
         (lambda p: p.mkdir(), "no PNG"),
         (lambda p: None, "There is no"),
@@ -474,17 +474,17 @@ def test_a_ddpm_goes_to_diffusers_and_back(cli: Cli, tmp_path: Path, capsys: Any
         (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.array([{}], dtype=object)), "damaged"),
     ],
 )
-def test_bad_images_from_elsewhere(make: Any, named: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    place = tmp_path / "theirs"
-    make(place)
-    found = next((p for p in (place.with_suffix(".npz"), place.with_suffix(".zip")) if p.exists()), place)
-    assert cli("task=evaluate", "evaluation.n=100", f"samples={found}", "name=theirs", "hydra.run.dir=run") == 1
-    assert named in complaint(capsys)
+def test_invalid_external_images_are_refused(make: Any, message: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "images"
+    make(path)
+    path = next((p for p in (path.with_suffix(".npz"), path.with_suffix(".zip")) if p.exists()), path)
+    assert cli("task=evaluate", "evaluation.num_images=100", f"samples={path}", "name=x", "hydra.run.dir=run") == 1
+    assert message in error_line(capsys)
     assert not (tmp_path / "run" / "record.json").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gencompare.errors import UserError
     from gencompare.files import write_text
 
@@ -501,13 +501,13 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_a_folder_that_cannot_be_written(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_that_cannot_be_written_is_named(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("")
     assert cli("model=vae", *QUICK, "hydra.run.dir=file/run") == 1
-    assert "file" in complaint(capsys)
+    assert "file" in error_line(capsys)
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_no_slow_modules() -> None:
     code = (
         "import sys; sys.argv = ['run.py', '--help']\n"
         "from gencompare.tasks.main import main\n"
@@ -521,12 +521,12 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert word in shown
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
 
 
-def test_one_training_is_measured_with_several_samplers(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_one_training_is_evaluated_with_several_samplers(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     ddim = "{_target_: gencompare.diffusion.samplers.DDIM, num_steps: 4, eta: 0.0}"
     words = [
         "model=ddpm",
@@ -535,8 +535,8 @@ def test_one_training_is_measured_with_several_samplers(cli: Cli, tmp_path: Path
         "callbacks.evaluation.num_evaluations=0",
         "evaluation.checkpoints=[last]",
     ]
-    further = f"+evaluation.samplers={{fast: {{num_steps: 3}}, other: {ddim}}}"
-    assert cli(*words, "model.sampler.num_steps=5", further, "hydra.run.dir=run") == 0
+    samplers = f"+evaluation.samplers={{fast: {{num_steps: 3}}, other: {ddim}}}"
+    assert cli(*words, "model.sampler.num_steps=5", samplers, "hydra.run.dir=run") == 0
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     assert [(r["generation"]["sampler"].split(",")[0], r["generation"]["nfe"]["network"]) for r in results] == [
         ("Ancestral", 5), ("Ancestral", 3), ("DDIM", 4),

@@ -1,6 +1,6 @@
-"""Several jobs of a sweep at once: each has its share of the machine and its run folder.
+"""Parallel jobs of a sweep: each has its share of the machine and a run folder.
 
-That each has one W&B run is tested in test_processes.py: W&B's threads do not live through a fork.
+test_processes.py tests that each job has one W&B run, since the threads of W&B do not survive a fork.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from forking import Forked, living_on
+from forking import Forked, active_process
 from gencompare.records import RunRecord
 from gencompare.tasks.runs import processes
 from test_cli import QUICK, Cli
@@ -27,7 +27,7 @@ LAUNCHED = ["-m", "hydra/launcher=parallel", "hydra.sweep.dir=sweep"]
 
 
 @pytest.mark.parametrize(
-    ("at_once", "devices", "shares"),
+    ("n_jobs", "devices", "expected"),
     [
         (2, "0123", ["0,2", "1,3"]),
         (2, "012", ["0,2", "1"]),
@@ -36,18 +36,18 @@ LAUNCHED = ["-m", "hydra/launcher=parallel", "hydra.sweep.dir=sweep"]
         (1, "01", ["0,1"]),
     ],
 )
-def test_devices_and_cores_are_shared_out(
-    at_once: int, devices: str, shares: list[str | None], monkeypatch: pytest.MonkeyPatch
+def test_jobs_share_devices_and_cores(
+    n_jobs: int, devices: str, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    given = [processes.share(place, at_once, list(devices), cores=7) for place in range(at_once)]
-    assert [one.get("CUDA_VISIBLE_DEVICES") for one in given] == shares
-    assert {one["OMP_NUM_THREADS"] for one in given} == {str(7 // at_once)}
+    environments = [processes.job_environment(slot, n_jobs, list(devices), cores=7) for slot in range(n_jobs)]
+    assert [variables.get("CUDA_VISIBLE_DEVICES") for variables in environments] == expected
+    assert {variables["OMP_NUM_THREADS"] for variables in environments} == {str(7 // n_jobs)}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert processes.share(0, at_once, list(devices), cores=7)["OMP_NUM_THREADS"] == "3"
+    assert processes.job_environment(0, n_jobs, list(devices), cores=7)["OMP_NUM_THREADS"] == "3"
 
 
-def test_devices_that_are_hidden_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_devices_stay_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f,3")
     assert processes.visible_devices() == ["GPU-1f", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -56,13 +56,13 @@ def test_devices_that_are_hidden_stay_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Jobs are forks of this process, without the seconds of imports; the most that were at work at once is counted."""
+    """Jobs are forks of this process; each stores the number of other jobs that ran when it started."""
     jobs: list[Any] = []
 
     def start(command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> Forked:
         assert command == [sys.executable, "-m", "gencompare.tasks.runs.rank"]
         job: Any = Forked(tmp_path, env=env, output=Path(stdout.name))
-        job.beside = sum(other.poll() is None for other in jobs)
+        job.others_running = sum(other.poll() is None for other in jobs)
         jobs.append(job)
         return job
 
@@ -72,17 +72,17 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.timeout(280)
-def test_jobs_at_once_of_two_processes_each(cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any) -> None:
-    """Two jobs at a time on two processes each; one fails; started again, only that one is tried."""
+def test_parallel_jobs_of_two_processes_each(cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any) -> None:
+    """Two jobs at a time, with two processes each. One fails; the same command runs only that one again."""
     words = [
         *LAUNCHED, "model=vae", "model.beta=-1,1,2", *QUICK, "budget.steps=2",
-        "callbacks.looks.count=0", "evaluation.checkpoints=[]", "trainer=ddp", "trainer.accelerator=cpu",
+        "callbacks.evaluation.num_evaluations=0", "evaluation.checkpoints=[]", "trainer=ddp", "trainer.accelerator=cpu",
         "trainer.devices=2",
     ]  # fmt: skip
     assert cli(*words) == 1
     out = capsys.readouterr().out
     assert "1 of 3 runs did not finish" in out and "[0_digits_vae] failed: model.beta=-1" in out
-    assert len(forked) == 3 and max(job.beside for job in forked) == 1, "two at a time"
+    assert len(forked) == 3 and max(job.others_running for job in forked) == 1, "two jobs at a time"
     sweep = tmp_path / "sweep"
     for name in ("1_digits_vae", "2_digits_vae"):
         record = json.loads((sweep / name / "record.json").read_text())
@@ -92,10 +92,10 @@ def test_jobs_at_once_of_two_processes_each(cli: Cli, tmp_path: Path, forked: li
     assert (sweep / "compare.html").is_file()
     forked.clear()
     assert cli(*words) == 1
-    assert len(forked) == 1 and "[2_digits_vae] finished before" in capsys.readouterr().out
+    assert len(forked) == 1 and "[2_digits_vae] already finished" in capsys.readouterr().out
 
 
-def test_a_job_that_trains_what_another_is_training_measures_that_afterwards(
+def test_a_job_with_the_same_training_as_a_running_job_evaluates_it_later(
     cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any
 ) -> None:
     words = [
@@ -103,41 +103,48 @@ def test_a_job_that_trains_what_another_is_training_measures_that_afterwards(
         "model=gaussian",
         *QUICK,
         "evaluation.checkpoints=[last]",
-        "evaluation.n=66,80",
+        "evaluation.num_images=66,80",
         "budget.steps=1",
     ]
     assert cli(*words) == 0
-    assert [job.beside for job in forked] == [
+    assert [job.others_running for job in forked] == [
         0,
         0,
-    ] and "trained before, in 0_digits_gaussian" in capsys.readouterr().out
+    ] and "already trained, in 0_digits_gaussian" in capsys.readouterr().out
     (path,) = (tmp_path / "sweep").glob("*/record.json")
-    assert [result["measurement"]["n"] for result in json.loads(path.read_text())["results"]] == [66, 80]
+    assert [result["measurement"]["num_images"] for result in json.loads(path.read_text())["results"]] == [66, 80]
 
 
-def test_a_job_that_a_process_of_an_earlier_sitting_begins_first_is_left_to_that(
+def test_a_job_that_a_process_of_an_earlier_command_started_is_skipped(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After SIGKILL of the sweep while its job was still starting: the one that comes second finds it taken."""
+    """As if the sweep was killed while its job was starting: the job of the next command fails to lock the folder."""
     folder = tmp_path / "sweep" / "0_digits_gaussian"
 
-    def run_all(jobs: Any, *_: Any) -> Any:
-        for cfg in jobs:
+    def run_jobs(configs: Any, *_: Any) -> Any:
+        for cfg in configs:
             RunRecord(folder.name, "gaussian", {"name": "digits"}).save(folder)
-            living.enter_context(living_on(folder, "finished"))
-            yield cfg, 1, "Another process is at work in it."
+            stack.enter_context(active_process(folder, "finished"))
+            yield cfg, 1, "Another process is using it."
 
-    monkeypatch.setattr(processes, "run_all", run_all)
-    with ExitStack() as living:
+    monkeypatch.setattr(processes, "run_jobs", run_jobs)
+    with ExitStack() as stack:
         assert cli(*LAUNCHED, "model=gaussian", *QUICK) == 0
     assert json.loads((folder / "record.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.timeout(120)
-def test_jobs_are_told_to_stop_with_the_sweep_and_go_on_later(
+def test_jobs_stop_with_the_sweep_and_save_a_checkpoint(
     cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any
 ) -> None:
-    words = [*LAUNCHED, "model=vae", "seed=0,1", *QUICK, "callbacks.looks.count=0", "evaluation.checkpoints=[]"]
+    words = [
+        *LAUNCHED,
+        "model=vae",
+        "seed=0,1",
+        *QUICK,
+        "callbacks.evaluation.num_evaluations=0",
+        "evaluation.checkpoints=[]",
+    ]
 
     def stop() -> None:
         curves = [tmp_path / "sweep" / f"{k}_digits_vae" / "curve.csv" for k in (0, 1)]
@@ -152,6 +159,6 @@ def test_jobs_are_told_to_stop_with_the_sweep_and_go_on_later(
     assert all(record["training"]["steps"] > 0 for record in records)
 
 
-def test_a_number_of_jobs_that_is_none_is_refused(cli: Cli, capsys: Any) -> None:
-    assert cli(*LAUNCHED, "hydra.launcher.jobs=0", "seed=0,1") == 1
-    assert "hydra.launcher.jobs=0" in capsys.readouterr().err
+def test_an_invalid_number_of_jobs_is_refused(cli: Cli, capsys: Any) -> None:
+    assert cli(*LAUNCHED, "hydra.launcher.n_jobs=0", "seed=0,1") == 1
+    assert "hydra.launcher.n_jobs=0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several processes train the model that one would, draw the same samples, and leave one run behind."""
+"""Several processes train the same model as one process, draw the same samples, and write one run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from gencompare.tasks import train
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
-    "data=digits", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=4", "callbacks.looks.count=1",
-    "callbacks.looks.grid=4", "callbacks.looks.preview=70", "callbacks.curve.every=2", "callbacks.progress=false",
-    "evaluation.n=100", "evaluation.extractors=[classifier]", "evaluation.protocol.chunk=30",
-    "evaluation.protocol.likelihood_n=20",
+    "data=digits", "trainer.global_batch_size=16", "budget.images=null", "budget.steps=4",
+    "callbacks.evaluation.num_evaluations=1", "callbacks.evaluation.num_grid_images=4",
+    "callbacks.evaluation.num_samples=70", "callbacks.metric_logger.log_every_n_steps=2",
+    "callbacks.progress_bar=null",
+    "evaluation.num_images=100", "evaluation.extractors=[classifier]", "evaluation.protocol.chunk_size=30",
+    "evaluation.protocol.num_likelihood_images=20",
 ]  # fmt: skip
 ONCE = "evaluation.checkpoints=[last]"
 
 ROUNDING = 2e-5
-"""Sums of gradients are taken in another order, so the last bits of float32 differ, and Adam makes the most of them."""
+"""Gradients are summed in another order, which changes the last bits of float32; Adam amplifies that."""
 
-SWEPT = ["vae", "gan"]
+FAMILIES = ["vae", "gan"]
 
 
 def words_of(*words: str, count: int = 2) -> list[str]:
@@ -38,9 +40,9 @@ def words_of(*words: str, count: int = 2) -> list[str]:
 
 
 def processes(folder: Path, *words: str, count: int = 2, first: Callable[[], None] | None = None) -> None:
-    """Run ``words`` on ``count`` processes; ``first`` is called in the first of them, and so done to all."""
-    whole = Forked(folder, *words_of(*words, count=count), first=first)
-    assert whole.wait(timeout=280) == 0, whole.output()[-4000:]
+    """Run ``words`` on ``count`` processes; ``first`` is called in the first one before it starts the others."""
+    process = Forked(folder, *words_of(*words, count=count), first=first)
+    assert process.wait(timeout=280) == 0, process.output()[-4000:]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,34 +54,34 @@ def largest_difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor
     return max(float((one[name].double() - two[name].double()).abs().max()) for name in one)
 
 
-def figures(folder: Path) -> dict[str, float | None]:
+def metrics(folder: Path) -> dict[str, float | None]:
     (result,) = json.loads((folder / "record.json").read_text())["results"]
     return {name: metric["value"] for name, metric in result["metrics"].items()}
 
 
 @pytest.mark.timeout(280)
 def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[..., int], tmp_path: Path) -> None:
-    """A sweep over the families, each job on two processes, as a user starts it."""
-    words = words_of("-m", ONCE, f"model={','.join(SWEPT)}", "logger=default", "hydra.sweep.dir=sweep")
+    """A sweep over families on two processes, started as a user does."""
+    words = words_of("-m", ONCE, f"model={','.join(FAMILIES)}", "logger=default", "hydra.sweep.dir=sweep")
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     sweep = tmp_path / "sweep"
-    assert (sweep / "compare.html").is_file() and len(list(sweep.glob("*/record.json"))) == len(SWEPT)
-    assert len(list((sweep / "wandb").glob("offline-run-*"))) == 1, "and one of the comparison"
-    for k, family in enumerate(SWEPT):
+    assert (sweep / "compare.html").is_file() and len(list(sweep.glob("*/record.json"))) == len(FAMILIES)
+    assert len(list((sweep / "wandb").glob("offline-run-*"))) == 1, "one W&B run of the comparison"
+    for k, family in enumerate(FAMILIES):
         one, two = tmp_path / family, sweep / f"{k}_digits_{family}"
         assert cli(f"model={family}", ONCE, *SETTINGS, "trainer=cpu", "logger=csv", f"hydra.run.dir={family}") == 0
         check_equal(one, two)
-        assert len(list((two / "wandb").glob("offline-run-*"))) == 1, "one W&B run a job"
+        assert len(list((two / "wandb").glob("offline-run-*"))) == 1, "one W&B run per job"
         record = json.loads((two / "record.json").read_text())
         assert record["state"] == "finished" and record["training"]["processes"] == 2
 
 
 @pytest.mark.timeout(280)
-def test_a_sampler_of_many_steps_on_two_processes_equals_one(cli: Callable[..., int], tmp_path: Path) -> None:
-    words = ["model=ddpm", "model.sampler.steps=3", ONCE, "logger=csv"]
+def test_a_sampler_with_several_steps_is_the_same_on_two_processes(cli: Callable[..., int], tmp_path: Path) -> None:
+    words = ["model=ddpm", "model.sampler.num_steps=3", ONCE, "logger=csv"]
     processes(tmp_path, *words, "hydra.run.dir=two")
     assert cli(*words, *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
     check_equal(tmp_path / "one", tmp_path / "two")
@@ -87,84 +89,84 @@ def test_a_sampler_of_many_steps_on_two_processes_equals_one(cli: Callable[..., 
 
 def check_equal(one: Path, two: Path) -> None:
     assert largest_difference(weights(one), weights(two)) < ROUNDING
-    a, b = figures(one), figures(two)
+    a, b = metrics(one), metrics(two)
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert b[name] == (value if value is None else pytest.approx(value, rel=0.02, abs=0.02)), name
 
 
 def no_reduction() -> None:
-    """Each process goes its own way."""
-    import gencompare.models.manual_optimization as alternating
+    """Gradients are not averaged over processes."""
+    from gencompare.models import manual_optimization
 
-    alternating.average_gradients = lambda parameters: None  # type: ignore[assignment]
+    manual_optimization.average_gradients = lambda parameters: None  # type: ignore[assignment]
 
 
 def same_images() -> None:
-    """Each process sees what the first one should."""
+    """All processes train on the images of the first one."""
     from gencompare.data.datamodule import TrainStream
 
-    right = TrainStream.__init__
+    original = TrainStream.__init__
 
-    def wrong(self: TrainStream, data: Any, *, rank: int, **rest: Any) -> None:
-        right(self, data, rank=0, **rest)
+    def broken(self: TrainStream, data: Any, *, rank: int, **rest: Any) -> None:
+        original(self, data, rank=0, **rest)
 
-    TrainStream.__init__ = wrong  # type: ignore[method-assign]
+    TrainStream.__init__ = broken  # type: ignore[method-assign]
 
 
-LONE = ["model=gan", "model.lr_schedule.warmup_steps=1", "logger=csv", "evaluation.checkpoints=[]"]
+GAN_ONLY = ["model=gan", "model.lr_schedule.warmup_steps=1", "logger=csv", "evaluation.checkpoints=[]"]
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights that one process trains, which two come to as well."""
-    folder = tmp_path_factory.mktemp("right")
-    one = Forked(folder, *LONE, *SETTINGS, "trainer=cpu", "hydra.run.dir=one")
+def expected_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights that one process trains, and two processes too."""
+    folder = tmp_path_factory.mktemp("expected")
+    one = Forked(folder, *GAN_ONLY, *SETTINGS, "trainer=cpu", "hydra.run.dir=one")
     assert one.wait(timeout=280) == 0, one.output()[-4000:]
-    processes(folder, *LONE, "hydra.run.dir=two")
+    processes(folder, *GAN_ONLY, "hydra.run.dir=two")
     assert largest_difference(weights(folder / "one"), weights(folder / "two")) < ROUNDING
     return weights(folder / "one")
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("plant", [no_reduction, same_images])
-def test_the_comparison_with_one_process_bites(
-    plant: Callable[[], None], right: dict[str, torch.Tensor], tmp_path: Path
+@pytest.mark.parametrize("fault", [no_reduction, same_images])
+def test_the_comparison_with_one_process_finds_planted_faults(
+    fault: Callable[[], None], expected_weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Without the reduction of gradients, or with the same images on both ranks, the weights come out different."""
-    processes(tmp_path, *LONE, "hydra.run.dir=wrong", first=plant)
-    assert largest_difference(right, weights(tmp_path / "wrong")) > 5 * ROUNDING
+    """Without the reduction of gradients, or with the same images on both ranks, the weights differ."""
+    processes(tmp_path, *GAN_ONLY, "hydra.run.dir=wrong", first=fault)
+    assert largest_difference(expected_weights, weights(tmp_path / "wrong")) > 5 * ROUNDING
 
 
 def second_fails() -> None:
-    """The second process cannot read the data, before it meets the first."""
-    right = train.build_data
+    """The second process fails to read the data before it connects to the first."""
+    original = train.build_data
 
-    def wrong(cfg: Any) -> Any:
+    def broken(cfg: Any) -> Any:
         if os.environ.get("LOCAL_RANK") == "1":
             raise UserError("no such disk")
-        return right(cfg)
+        return original(cfg)
 
-    train.build_data = wrong
+    train.build_data = broken
 
 
 @pytest.mark.timeout(120)
-def test_one_that_fails_ends_all(tmp_path: Path) -> None:
+def test_one_failing_process_ends_all(tmp_path: Path) -> None:
     process = Forked(tmp_path, *words_of("model=gan", "logger=csv", "hydra.run.dir=two"), first=second_fails)
     assert process.wait(timeout=100) == -signal.SIGKILL
     assert "no such disk" in process.output()
 
 
 @pytest.mark.timeout(280)
-def test_four_processes_measure_what_one_measures(cli: Callable[..., int], tmp_path: Path) -> None:
-    """The same weights: the same images, so figures that agree to the rounding of features."""
+def test_four_processes_evaluate_like_one(cli: Callable[..., int], tmp_path: Path) -> None:
+    """The same weights give the same images, and metrics that agree up to the rounding of features."""
     assert cli("model=gaussian", ONCE, *SETTINGS, "trainer=cpu", "logger=none", "hydra.run.dir=run") == 0
-    one = figures(tmp_path / "run")
-    pictures = [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
-    processes(tmp_path, "task=evaluate", "run=run", count=4)
-    four = figures(tmp_path / "run")
+    one = metrics(tmp_path / "run")
+    grids = [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
+    processes(tmp_path, "task=evaluate", "run_dir=run", count=4)
+    four = metrics(tmp_path / "run")
     assert one.keys() == four.keys()
     for name, value in one.items():
         assert four[name] == (value if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), name
-    assert pictures == [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
-    assert pictures
+    assert grids == [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
+    assert grids

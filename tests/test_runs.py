@@ -1,4 +1,4 @@
-"""task=runs: a line a run, whatever state it is in."""
+"""task=list_runs: one row per run, whatever its state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 from gencompare.compare.load_runs import find_run_folders, load_runs
-from gencompare.files import locked
-from gencompare.tasks.list_runs import WIDE, listed
+from gencompare.files import file_lock
+from gencompare.tasks.list_runs import PIPE_WIDTH, print_runs
 from synthetic import result, write_run
 
 
-def said(folders: list[Path]) -> list[str]:
+def printed_lines(folders: list[Path]) -> list[str]:
     text = StringIO()
-    listed(folders, Console(file=text, width=WIDE))
+    print_runs(folders, Console(file=text, width=PIPE_WIDTH))
     return text.getvalue().splitlines()
 
 
@@ -30,7 +30,7 @@ def line_of(lines: list[str], name: str) -> str:
     return " ".join(line.split())
 
 
-def test_each_run_has_its_line_the_oldest_first(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+def test_runs_are_listed_oldest_first(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
     odd = "[red]c[/red]<b>"
     runs = tmp_path / "runs"
     write_run(runs / "late", [result(1.5), result(0.25)], created="2026-03-04T05:06:07+00:00", family="vae", seed=3)
@@ -40,19 +40,19 @@ def test_each_run_has_its_line_the_oldest_first(cli: Callable[..., int], tmp_pat
     (runs / "damaged").mkdir()
     (runs / "damaged" / "record.json").write_text("{")
     (runs / "stranger.txt").write_text("")
-    with locked(runs / "live" / ".lock"):
-        assert cli("task=runs") == 0
+    with file_lock(runs / "live" / ".lock"):
+        assert cli("task=list_runs") == 0
     lines = capsys.readouterr().out.splitlines()
     assert line_of(lines, "runs/late") == "2026-03-04 05:06 finished vae digits 3 FD digits 0.250 500 runs/late"
     assert line_of(lines, "early").split()[2] == "failed"
-    assert line_of(lines, odd).split()[2:4] == ["broke", "off"], "no process is at work there"
+    assert line_of(lines, odd).split()[2] == "died", "no process is using it"
     assert line_of(lines, "runs/live").split()[2] == "running"
     order = [next(k for k, line in enumerate(lines) if name in line) for name in ("early", odd, "live", "runs/late")]
     assert order == sorted(order)
-    assert "4 runs, 1 left out" in lines
-    assert "damaged" in line_of(lines, "left out: runs")
-    assert cli("task=runs", "runs=nowhere/*") == 1
-    assert "names no run folder" in capsys.readouterr().err
+    assert "4 runs, 1 skipped" in lines
+    assert "damaged" in line_of(lines, "skipped: runs")
+    assert cli("task=list_runs", "runs=nowhere/*") == 1
+    assert "matches no run folder" in capsys.readouterr().err
 
 
 def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
@@ -63,36 +63,44 @@ def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "record.json").write_text(text.replace(str(tmp_path / "first"), str(folder)))
     start = time.process_time()
-    lines = said(find_run_folders(str(tmp_path / "many" / "**")))
+    lines = printed_lines(find_run_folders(str(tmp_path / "many" / "**")))
     assert time.process_time() - start < 10
     assert "1000 runs" in lines and sum("run_0" in line for line in lines) == 1000
 
 
-def test_wandbs_offline_folder_is_a_run_and_no_second_one(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
+def test_the_offline_folder_of_wandb_is_not_listed_twice(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
     words = [
-        "model=gaussian", "trainer=cpu", "evaluation.n=100",
-        "evaluation.extractors=[classifier]", "evaluation.protocol.likelihood_n=20",
+        "model=gaussian", "trainer=cpu", "evaluation.num_images=100",
+        "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
     ]  # fmt: skip
-    assert cli(*words, "callbacks.looks.count=1", "callbacks.looks.preview=0", "hydra.run.dir=runs/run") == 0
+    assert (
+        cli(
+            *words,
+            "callbacks.evaluation.num_evaluations=1",
+            "callbacks.evaluation.num_samples=0",
+            "hydra.run.dir=runs/run",
+        )
+        == 0
+    )
     capsys.readouterr()
-    assert cli("task=runs") == 0
-    assert "1 runs" in capsys.readouterr().out.splitlines(), "the copy in wandb/ is no run beside it"
+    assert cli("task=list_runs") == 0
+    assert "1 runs" in capsys.readouterr().out.splitlines(), "the copy in wandb/ does not count"
     (offline,) = (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*")
-    for pattern in ("runs/run/wandb/offline-run-*", "runs/*/wandb/*"):  # the latter by its other name, latest-run, too
-        assert cli("task=runs", f"runs={pattern}") == 0
+    for pattern in ("runs/run/wandb/offline-run-*", "runs/*/wandb/*"):  # the latter also matches latest-run
+        assert cli("task=list_runs", f"runs={pattern}") == 0
         out = capsys.readouterr().out
         assert "-run" in out and "/files" in out and "1 runs" in out.splitlines()
     (run,) = load_runs([offline / "files"]).runs
-    assert run.record.state == "finished" and run.curve, "what a comparison shows is there"
-    assert run.picture(run.record.results[0].pictures["samples"])
+    assert run.record.state == "finished" and run.curve, "it can be compared"
+    assert run.read_png(run.record.results[0].images["samples"])
 
 
-def test_a_comparison_goes_to_wandb_with_its_table_charts_and_page(cli: Callable[..., int], tmp_path: Path) -> None:
+def test_a_comparison_is_logged_to_wandb_with_table_charts_and_page(cli: Callable[..., int], tmp_path: Path) -> None:
     for k, name in enumerate(("a <b>", "b")):
         write_run(tmp_path / "runs" / name, [result(0.25 + k)], training={"flops": 1e9 * (2 - k)})
     words = ["task=compare", "runs=runs/*", "task.out=page"]
     assert cli(*words) == 0
-    assert not (tmp_path / "page" / "wandb").exists(), "only where it is asked for"
+    assert not (tmp_path / "page" / "wandb").exists(), "only on request"
     assert cli(*words, "logger=wandb") == 0
     (files,) = (tmp_path / "page" / "wandb").glob("offline-run-*/files")
     assert (files / "compare.html").read_text() == (tmp_path / "page" / "compare.html").read_text()
@@ -103,31 +111,34 @@ def test_a_comparison_goes_to_wandb_with_its_table_charts_and_page(cli: Callable
     assert cli(*words, "logger=none") == 0
 
 
-class File:
-    def __init__(self, source: Path, name: str, asked: list[str]) -> None:
-        self.source, self.name, self.asked = source, name, asked
+class RemoteFile:
+    """A file of a W&B run."""
+
+    def __init__(self, source: Path, name: str, downloaded: list[str]) -> None:
+        self.source, self.name, self.downloaded = source, name, downloaded
 
     def download(self, root: str, replace: bool) -> None:
-        self.asked.append(self.name)
+        self.downloaded.append(self.name)
         target = Path(root) / self.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((self.source / self.name).read_bytes())
 
 
-def test_a_wandb_project_is_fetched_once(
+def test_finished_runs_of_a_wandb_project_are_downloaded_once(
     cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """What W&B's API gives is played here: there is no network and no account."""
+    """W&B's API is simulated: there is no network and no account."""
     import wandb
 
-    there = tmp_path / "there"
-    write_run(there / "done", [result(0.25)])
-    write_run(there / "going", [], state="running")
-    asked: list[str] = []
+    remote = tmp_path / "remote"
+    write_run(remote / "done", [result(0.25)])
+    write_run(remote / "going", [], state="running")
+    downloaded: list[str] = []
     files = {
-        name: [File(there / name, f, asked) for f in ("samples/grid.png", "record.json")] for name in ("done", "going")
+        name: [RemoteFile(remote / name, f, downloaded) for f in ("samples/grid.png", "record.json")]
+        for name in ("done", "going")
     }
-    files["done"].append(File(there / "done", "../evil.json", asked))
+    files["done"].append(RemoteFile(remote / "done", "../evil.json", downloaded))
     files["stranger"] = []
     runs = [SimpleNamespace(id=name, files=lambda name=name: files[name]) for name in files]
     monkeypatch.setattr(
@@ -135,15 +146,15 @@ def test_a_wandb_project_is_fetched_once(
     )
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli("task=runs", "runs=wandb:me/it") == 1
+    assert cli("task=list_runs", "runs=wandb:me/it") == 1
     assert "wandb login" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert cli("task=runs", "runs=wandb:me/it") == 0
+    assert cli("task=list_runs", "runs=wandb:me/it") == 0
     assert "2 runs" in capsys.readouterr().out.splitlines()
-    assert sorted(asked) == ["record.json"] * 2 + ["samples/grid.png"] * 2, "nothing outside of the folder"
-    asked.clear()
-    assert cli("task=runs", "runs=wandb:me/it") == 0
-    assert len(asked) == 2, "the finished one is here"
-    for words, says in (("wandb:me/other", "No run"), ("wandb:me", "ENTITY/PROJECT")):
-        assert cli("task=runs", f"runs={words}") == 1
-        assert says in capsys.readouterr().err
+    assert sorted(downloaded) == ["record.json"] * 2 + ["samples/grid.png"] * 2, "nothing outside the folder"
+    downloaded.clear()
+    assert cli("task=list_runs", "runs=wandb:me/it") == 0
+    assert len(downloaded) == 2, "only the unfinished run again"
+    for pattern, message in (("wandb:me/other", "No run"), ("wandb:me", "ENTITY/PROJECT")):
+        assert cli("task=list_runs", f"runs={pattern}") == 1
+        assert message in capsys.readouterr().err

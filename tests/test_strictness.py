@@ -1,4 +1,4 @@
-"""A setting that nothing reads is refused in one line before training; what a user adds to a run is built and used."""
+"""Unknown settings are refused in one line before training, old names still work, and added callbacks are used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from composing import compose
+from gencompare.command_line import conf_dir
 from gencompare.records import RunRecord
+from gencompare.tasks.runs import run_config
 
 QUICK = [
     "model=flow", "trainer=cpu", "budget=steps", "budget.steps=3", "trainer.global_batch_size=8",
@@ -21,7 +25,7 @@ QUICK = [
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("+nonsense=1", "There is no setting 'nonsense'. A label of your own goes into tags"),
+        ("+nonsense=1", "There is no setting 'nonsense'. Use tags=[...] to label a run."),
         ("+seeds=1", "Did you mean seed?"),
         ("+trainer.nonsense=1", "There is no setting 'trainer.nonsense'"),
         ("+trainer.max_steps=1", "Use budget=steps budget.steps=N"),
@@ -34,6 +38,11 @@ QUICK = [
         ("+callbacks.x.decay=1", "+callbacks.x._target_=CLASS"),
         ("+callbacks.evaluation.number=2", "There is no setting 'callbacks.evaluation.number'"),
         ("+callbacks.early_stoping.patience=2", "+callbacks.early_stoping._target_=CLASS"),
+        ("callbacks.clock=null", "callbacks.clock=null: training would never end."),
+        (
+            "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/loss}",
+            "Use callbacks.evaluation.patience=N.",
+        ),
         ("+evaluation.nonsense=1", "There is no setting 'evaluation.nonsense'"),
         ("+evaluation.protocol.nonsense=1", "nonsense"),
         ("+model.nonsense=1", "nonsense"),
@@ -46,7 +55,7 @@ QUICK = [
         ("batch_size=3", "trainer.global_batch_size=N"),
     ],
 )
-def test_a_setting_that_nothing_reads_is_refused_before_training(
+def test_an_invalid_setting_is_refused_before_training(
     word: str, message: str, cli: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(*QUICK, word) in (1, 2)
@@ -57,7 +66,7 @@ def test_a_setting_that_nothing_reads_is_refused_before_training(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-class Counts(Callback):
+class StepCounter(Callback):
     """Counts training steps in a file."""
 
     def __init__(self, path: str) -> None:
@@ -68,9 +77,9 @@ class Counts(Callback):
         self.path.write_text(str(steps + 1))
 
 
-def test_callbacks_and_loggers_of_the_user_are_used(cli: Callable[..., int], tmp_path: Path) -> None:
+def test_added_callbacks_and_loggers_are_used(cli: Callable[..., int], tmp_path: Path) -> None:
     words = [
-        "+callbacks.count._target_=test_strictness.Counts", "+callbacks.count.path=steps.txt",
+        "+callbacks.count._target_=test_strictness.StepCounter", "+callbacks.count.path=steps.txt",
         "+callbacks.lr=learning_rate_monitor", "+logger.x._target_=pytorch_lightning.loggers.CSVLogger",
         "+trainer.enable_model_summary=false", "tags=[first,try]",
     ]  # fmt: skip
@@ -79,3 +88,99 @@ def test_callbacks_and_loggers_of_the_user_are_used(cli: Callable[..., int], tmp
     (file,) = (tmp_path / "run").rglob("metrics.csv")
     assert "lr-" in file.read_text().splitlines()[0]
     assert RunRecord.load(tmp_path / "run").config["tags"] == ["first", "try"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("n=5", "num_images"),
+        ("callbacks.looks.count=0", "callbacks.evaluation.num_evaluations"),
+        ("callbacks.progress=false", "callbacks.progress_bar"),
+        ("model.sampler.steps=3", "model.sampler.num_steps"),
+    ],
+)
+def test_an_old_option_name_works_and_prints_one_line(
+    old: str, new: str, cli: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(*QUICK, "callbacks.evaluation.num_grid_images=0", old) == 0
+    key, _, value = old.partition("=")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "is now called" in line] == [
+        f"{key} is now called {new}; the old name still works."
+    ]
+    expected = None if value == "false" else int(value)
+    assert OmegaConf.select(run_config.load(tmp_path / "run"), new) == expected
+
+
+def test_the_old_name_of_a_task_works_and_prints_one_line(
+    cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("task=explore") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "task=explore is now called task=visualize; the old name still works."
+    assert len(lines) == 2 and lines[1].startswith("Error: task=visualize needs run_dir=DIR")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_can_be_removed(
+    shown: bool, cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gencompare.training.progress_bar.LINE_SECONDS", 0)
+    assert cli(*QUICK, *([] if shown else ["callbacks.progress_bar=null"])) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training ")]
+    assert len(lines) == (3 if shown else 0), lines
+
+
+OLD_CALLBACKS = """
+ema: {decay: 0.9}
+looks: {count: 4, grid: 16, held_out: 100, patience: 3, preview: 50}
+checkpoints: {every_minutes: 7}
+curve: {every: 20}
+progress: true
+"""
+
+
+def test_a_config_with_old_names_loads_with_current_names(tmp_path: Path) -> None:
+    old = OmegaConf.create(
+        {
+            "choices": {"model": "ddpm", "model/bits": "vlb", "task": "train"},
+            "run": None,
+            "n": 64,
+            "model": {
+                "_target_": "gencompare.models.diffusion.Diffusion",
+                "schedule": {
+                    "_target_": "gencompare.diffusion.schedules.LinearBetas",
+                    "first": 1e-4,
+                    "last": 0.02,
+                    "T": 9,
+                },
+                "sampler": {"_target_": "gencompare.diffusion.samplers.Heun", "steps": 5},
+                "bits": None,
+            },
+            "callbacks": OmegaConf.create(OLD_CALLBACKS),
+        }
+    )
+    OmegaConf.save(old, tmp_path / run_config.FILE)
+    cfg = run_config.load(tmp_path)
+    assert cfg.num_images == 64 and "n" not in cfg and "run" not in cfg and "run_dir" in cfg
+    assert cfg.choices["model/likelihoods"] == "vlb"
+    assert cfg.model.schedule == {
+        "_target_": "gencompare.diffusion.discrete_schedules.LinearBetas",
+        "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 9,
+    }  # fmt: skip
+    assert cfg.model.sampler == {"_target_": "gencompare.diffusion.ode_samplers.Heun", "num_steps": 5}
+    assert "likelihoods" in cfg.model and "bits" not in cfg.model
+    current = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
+    assert {name: sorted(options) for name, options in cfg.callbacks.items()} == {
+        name: sorted(options) for name, options in current.items()
+    }
+    assert {name: options._target_ for name, options in cfg.callbacks.items()} == {
+        name: options._target_ for name, options in current.items()
+    }
+    assert cfg.callbacks.ema.decay == 0.9 and cfg.callbacks.checkpoints.every_minutes == 7
+    assert cfg.callbacks.metric_logger.log_every_n_steps == 20
+    evaluation = {key: value for key, value in cfg.callbacks.evaluation.items() if key != "_target_"}
+    assert evaluation == {
+        "num_evaluations": 4, "num_grid_images": 16, "num_val_images": 100, "num_samples": 50, "patience": 3,
+    }  # fmt: skip
+    run_config.check_keys(OmegaConf.merge(compose(), {"callbacks": cfg.callbacks}))

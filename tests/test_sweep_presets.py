@@ -1,4 +1,4 @@
-"""What the presets of sweeps stand for: which jobs they make, and that these differ in what the question is about."""
+"""The presets of sweeps: which jobs they contain, and that these differ only in the setting under study."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from composing import compose, options
 from gencompare.command_line import conf_dir
-from gencompare.tasks.evaluate_run import with_samplers
+from gencompare.tasks.evaluate_run import sampling_variants
 from gencompare.tasks.runs.build import build_budget, build_data, build_model
 from hydra_plugins.gencompare_sweeps.sweepers import with_experiment
 
 
 def jobs(preset: str, *words: str) -> list[list[str]]:
-    """The words of each job that Hydra makes of a preset."""
+    """The overrides of each job of a preset."""
     compose(f"+sweep={preset}", *words)
     hydra = HydraConfig.get()
     params = [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
@@ -28,35 +28,39 @@ def jobs(preset: str, *words: str) -> list[list[str]]:
         [f"{o.key_or_group}={value}" for value in (o.sweep_string_iterator() if o.is_sweep_override() else [o.value()])]
         for o in OverridesParser.create().parse_overrides(params)
     ]
-    made = [list(job) for job in product(*choices)]
+    overrides = [list(job) for job in product(*choices)]
     if preset == "families":
-        assert hydra.sweeper._target_.endswith(".Families") and hydra.runtime.choices["hydra/sweeper"] == "families"
-        return [with_experiment(job, options("experiment"), hydra.runtime.choices.data) for job in made]
-    return made
+        assert (
+            hydra.sweeper._target_.endswith(".FamiliesSweeper") and hydra.runtime.choices["hydra/sweeper"] == "families"
+        )
+        return [with_experiment(job, options("experiment"), hydra.runtime.choices.data) for job in overrides]
+    return overrides
 
 
-def differing(one: Any, two: Any, way: str = "") -> set[str]:
-    """Paths at which two configs hold different values."""
+def differing_keys(one: Any, two: Any, prefix: str = "") -> set[str]:
+    """The dotted keys with different values in two configs."""
     if isinstance(one, dict) and isinstance(two, dict):
         keys = one.keys() | two.keys()
-        return {path for key in keys for path in differing(one.get(key), two.get(key), f"{way}.{key}".lstrip("."))}
-    return set() if one == two else {way}
+        return {k for key in keys for k in differing_keys(one.get(key), two.get(key), f"{prefix}.{key}".lstrip("."))}
+    return set() if one == two else {prefix}
 
 
 def composed(preset: str, job: list[str], *words: str) -> DictConfig:
     return compose(f"+sweep={preset}", *words, *job)
 
 
-@pytest.mark.parametrize(("data", "some"), [("digits", ["gaussian", "vae", "ldm"]), ("fashion_mnist", ["gan", "ebm"])])
-def test_families_get_their_own_settings_one_budget_and_one_protocol(data: str, some: list[str]) -> None:
-    made = {next(w for w in job if w.startswith("model="))[6:]: job for job in jobs("families", f"data={data}")}
-    assert {*made} == {name for name in options("model") if "GenerativeModel" in bases(name)}, "all there are"
+@pytest.mark.parametrize(
+    ("data", "families"), [("digits", ["gaussian", "vae", "ldm"]), ("fashion_mnist", ["gan", "ebm"])]
+)
+def test_families_have_own_settings_but_one_budget_and_protocol(data: str, families: list[str]) -> None:
+    job_of = {next(w for w in job if w.startswith("model="))[6:]: job for job in jobs("families", f"data={data}")}
+    assert {*job_of} == {name for name in options("model") if "GenerativeModel" in bases(name)}
     shared = set()
-    for family in some:
-        cfg = composed("families", made[family], f"data={data}")
+    for family in families:
+        cfg = composed("families", job_of[family], f"data={data}")
         assert cfg.family == family and cfg.data._target_.lower().endswith(data.replace("_", ""))
         shared.add(OmegaConf.to_yaml(OmegaConf.create({"budget": cfg.budget, "evaluation": cfg.evaluation})))
-        assert build_budget(cfg).images == 10_000 and cfg.evaluation.n == 500
+        assert build_budget(cfg).images == 10_000 and cfg.evaluation.num_images == 500
         if f"{data}_{family}" in options("experiment"):
             own = compose(f"experiment={data}_{family}")
             assert cfg.model == own.model and cfg.trainer == own.trainer
@@ -64,7 +68,7 @@ def test_families_get_their_own_settings_one_budget_and_one_protocol(data: str, 
 
 
 def bases(model: str) -> set[str]:
-    """Names of the classes that a family derives from."""
+    """The names of the base classes of a family."""
     node: Any = OmegaConf.load(conf_dir() / "model" / f"{model}.yaml")
     while "_target_" not in node:
         node = OmegaConf.load(conf_dir() / "model" / f"{next(d for d in node.defaults if isinstance(d, str))}.yaml")
@@ -74,14 +78,14 @@ def bases(model: str) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "limit"), [("budget=flops budget.flops=1e9", "flops"), ("budget.images=9", "images")]
 )
-def test_families_take_another_budget_from_the_command_line(words: str, limit: str) -> None:
+def test_families_take_their_budget_from_the_command_line(words: str, limit: str) -> None:
     for job in jobs("families")[1:3]:
         budget = build_budget(composed("families", job, *words.split()))
         assert [name for name, value in vars(budget).items() if value is not None] == [limit]
         assert getattr(budget, limit) in (9, 1e9)
 
 
-def test_an_experiment_that_is_named_is_not_replaced() -> None:
+def test_an_explicit_experiment_is_not_replaced() -> None:
     experiments = ["digits_vae", "mnist_vae"]
     assert with_experiment(["model=vae"], experiments, "digits") == ["experiment=digits_vae", "model=vae"]
     assert with_experiment(["data=mnist", "model=vae"], experiments, "digits")[0] == "experiment=mnist_vae"
@@ -90,7 +94,7 @@ def test_an_experiment_that_is_named_is_not_replaced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "count", "about"),
+    ("preset", "count", "key"),
     [
         ("schedules", 12, "model.schedule"),
         ("parameterizations", 15, "model.parameterization"),
@@ -99,34 +103,37 @@ def test_an_experiment_that_is_named_is_not_replaced() -> None:
         ("seeds", 5, "seed"),
     ],
 )
-def test_jobs_differ_in_what_the_question_is_about_and_in_seeds(preset: str, count: int, about: str) -> None:
-    made = jobs(preset)
-    assert len(made) == count
-    first: Any = OmegaConf.to_container(composed(preset, made[0]))
-    for job in (made[1], made[-1]):
-        paths = differing(first, OmegaConf.to_container(composed(preset, job)))
-        assert paths and all(path.startswith(about) or path.split(".")[-1] == "seed" for path in paths), (job, paths)
+def test_jobs_differ_only_in_the_setting_under_study_and_seeds(preset: str, count: int, key: str) -> None:
+    all_jobs = jobs(preset)
+    assert len(all_jobs) == count
+    first: Any = OmegaConf.to_container(composed(preset, all_jobs[0]))
+    for job in (all_jobs[1], all_jobs[-1]):
+        keys = differing_keys(first, OmegaConf.to_container(composed(preset, job)))
+        assert keys and all(k.startswith(key) or k.split(".")[-1] == "seed" for k in keys), (job, keys)
 
 
 @pytest.mark.parametrize("preset", ["schedules", "samplers_nfe", "guidance", "parameterizations"])
-def test_each_way_of_sampling_is_another_and_the_model_gets_its_own_back(preset: str) -> None:
-    cfg = composed(preset, jobs(preset)[0], "model.network.channels=8", "model.network.groups=8")
+def test_sampling_variants_differ_and_the_own_sampler_is_restored(preset: str) -> None:
+    cfg = composed(preset, jobs(preset)[0], "model.network.channels=8", "model.network.num_groups=8")
     model: Any = build_model(cfg, build_data(cfg))
     own = model.sampling_description()
-    said = [model.sampling_description() for _ in with_samplers(cfg, model)]
+    descriptions = [model.sampling_description() for _ in sampling_variants(cfg, model)]
     count = {"schedules": 3, "samplers_nfe": 11, "guidance": 7, "parameterizations": 1}[preset]
-    assert len(said) == len(set(said)) == count and said[0] == own == model.sampling_description()
+    assert len(descriptions) == len(set(descriptions)) == count
+    assert descriptions[0] == own == model.sampling_description()
 
 
-def test_each_scale_of_guidance_says_something_else_of_the_noise() -> None:
-    cfg = composed("guidance", ["seed=0"], "model.network.channels=8", "model.network.groups=8", "model.clip_x0=false")
+def test_each_guidance_scale_predicts_other_noise() -> None:
+    cfg = composed(
+        "guidance", ["seed=0"], "model.network.channels=8", "model.network.num_groups=8", "model.clip_x0=false"
+    )
     model: Any = build_model(cfg, build_data(cfg)).eval()
     torch.manual_seed(0)
     for weight in model.network.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     x, t, label = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.95]), {"label": torch.tensor([3, 4])}
     with torch.no_grad():
-        said = [model.sampling_denoiser(x, t, label).eps for _ in with_samplers(cfg, model)]
-    assert all(not torch.allclose(one, two) for k, one in enumerate(said) for two in said[:k])
-    # Where sigma / alpha is beyond its interval, guidance is off: scale 1, as the model's own. (Here: 1 and 12.7.)
-    assert torch.allclose(said[-1][1], said[0][1]) and not torch.allclose(said[-1][0], said[0][0])
+        eps = [model.sampling_denoiser(x, t, label).eps for _ in sampling_variants(cfg, model)]
+    assert all(not torch.allclose(one, two) for k, one in enumerate(eps) for two in eps[:k])
+    # Guidance is off (scale 1, as in the model itself) outside its interval of sigma / alpha, here 1 and 12.7.
+    assert torch.allclose(eps[-1][1], eps[0][1]) and not torch.allclose(eps[-1][0], eps[0][0])

@@ -1,4 +1,4 @@
-"""Laws of the trainer: what a step learns depends on the seed and the step, not on processes, sittings or looks."""
+"""Laws of training: a step depends on the seed and its number, not on processes, interruptions or evaluations."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from gencompare.training.loggers import MetricLogger
 
 
 class Affine(GenerativeModel):
-    """A model small enough to follow by hand: x ~ mean + noise, with dropout to exercise the global generator."""
+    """A small model, x ~ mean + noise, with dropout, which uses the global generator."""
 
     def __init__(self, data: Digits, **options: Any) -> None:
         options.setdefault("optimizer", lambda p: torch.optim.SGD(p, lr=0.1))
         super().__init__(data.spec, **options)
         self.mean = nn.Parameter(torch.zeros(data.spec.shape))
         self.dropout = nn.Dropout(0.5)
-        self.seen: list[Tensor] = []
+        self.noises: list[Tensor] = []
 
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         noise = rng.normal(x.shape[1:])
         if self.training:
-            self.seen.append(noise)
+            self.noises.append(noise)
         error = self.dropout(x + 0.1 * noise - self.mean)
         return {"loss": error.square().flatten(1).mean(1)}
 
@@ -52,7 +52,7 @@ class Affine(GenerativeModel):
 def train(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, evaluations: int = 0, **options: Any
 ) -> tuple[Affine, list[Any]]:
-    """Train for a budget of ``steps``; stop short after step ``until``; ``resume`` from the folder's checkpoint."""
+    """Train for a budget of ``steps``, but stop after step ``until``; ``resume`` from the checkpoint in ``folder``."""
 
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -66,10 +66,10 @@ def train(
         num_evaluations=evaluations, num_grid_images=4, num_val_images=100, num_samples=0, protocol=None, data=data,
         folder=folder, seed=0,
     )  # fmt: skip
-    watched = [evaluation] if evaluations else []
+    optional = [evaluation] if evaluations else []
     callbacks = [
         TrainingClock(5, 32, Budget(steps=steps)), LearningRateScheduler(), EMA(0.9), StopAt(), MetricLogger(2),
-        *watched,
+        *optional,
         Checkpoints(folder),
     ]  # fmt: skip
     trainer = pl.Trainer(
@@ -80,23 +80,23 @@ def train(
     return model, callbacks
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, whole_callbacks = train(tmp_path / "whole", steps=40)
-    train(tmp_path / "broken", steps=40, until=17)
-    resumed, callbacks = train(tmp_path / "broken", steps=40, resume=True)
-    assert callbacks[0].step == 40 and len(resumed.seen) == 23
+    train(tmp_path / "resumed", steps=40, until=17)
+    resumed, callbacks = train(tmp_path / "resumed", steps=40, resume=True)
+    assert callbacks[0].step == 40 and len(resumed.noises) == 23
     assert torch.equal(whole.mean, resumed.mean)
     assert torch.equal(whole_callbacks[2].average["mean"], callbacks[2].average["mean"])
 
 
-def test_a_resumed_run_takes_the_rate_that_it_is_given(tmp_path: Path) -> None:
+def test_a_resumed_run_uses_a_new_learning_rate(tmp_path: Path) -> None:
     train(tmp_path, steps=10, until=5)
     before = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["mean"]
-    still, _ = train(tmp_path, steps=10, resume=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
-    assert torch.equal(still.mean, before)
+    resumed, _ = train(tmp_path, steps=10, resume=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    assert torch.equal(resumed.mean, before)
 
 
-def test_a_raised_budget_leaves_evaluations_to_do(tmp_path: Path) -> None:
+def test_a_raised_budget_adds_evaluations(tmp_path: Path) -> None:
     train(tmp_path, steps=10, evaluations=2)
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
     train(tmp_path, steps=20, evaluations=2, resume=True)
@@ -104,7 +104,7 @@ def test_a_raised_budget_leaves_evaluations_to_do(tmp_path: Path) -> None:
 
 
 def test_training_time_counts_every_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock's time is the wall's, but for looks and checkpoints."""
+    """The time of the clock excludes only evaluations and checkpoints."""
     original = MetricLogger.on_train_batch_end
 
     def slow(self: MetricLogger, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +116,7 @@ def test_training_time_counts_every_callback(tmp_path: Path, monkeypatch: pytest
     assert callbacks[0].seconds > 9 * 0.05
 
 
-def test_a_full_disk_at_a_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_when_a_checkpoint_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -126,15 +126,15 @@ def test_a_full_disk_at_a_checkpoint_is_named(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluations_leave_no_trace_in_training(tmp_path: Path) -> None:
+def test_evaluations_do_not_change_training(tmp_path: Path) -> None:
     plain, _ = train(tmp_path / "plain", steps=12)
-    watched, callbacks = train(tmp_path / "watched", steps=12, evaluations=4)
-    assert torch.equal(plain.mean, watched.mean)
-    looks = next(c for c in callbacks if isinstance(c, EvaluationCallback))
-    assert looks.done == 4 and len(list((tmp_path / "watched" / "samples").glob("*.png"))) == 4
+    evaluated, callbacks = train(tmp_path / "evaluated", steps=12, evaluations=4)
+    assert torch.equal(plain.mean, evaluated.mean)
+    callback = next(c for c in callbacks if isinstance(c, EvaluationCallback))
+    assert callback.done == 4 and len(list((tmp_path / "evaluated" / "samples").glob("*.png"))) == 4
 
 
-def test_ema_follows_its_equation_and_is_what_a_look_sees(tmp_path: Path) -> None:
+def test_ema_follows_its_equation_and_replaces_the_weights_temporarily(tmp_path: Path) -> None:
     weights: list[Tensor] = []
 
     class Record(Affine):
@@ -160,7 +160,7 @@ def test_ema_follows_its_equation_and_is_what_a_look_sees(tmp_path: Path) -> Non
     assert torch.equal(model.mean, raw)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_non_finite_loss_ends_training_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     class Explodes(Affine):
         def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
             scale = math.nan if self.trainer.callbacks[0].step >= 6 else 1.0  # type: ignore[attr-defined]
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(tm
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_rows_draw_the_same_numbers_whatever_the_number_of_processes(world: int) -> None:
+def test_noise_does_not_depend_on_the_number_of_processes(world: int) -> None:
     whole = RandomSource.for_batch(torch.Generator().manual_seed(1), 8)
     expected = [whole.normal((3,)), whole.uniform(), whole.integers(100, (2,)), whole.stratified()]
     parts = []
@@ -192,15 +192,14 @@ def test_rows_draw_the_same_numbers_whatever_the_number_of_processes(world: int)
         assert torch.equal(torch.cat([part[k] for part in parts]), values)
 
 
-def test_stratified_draws_put_one_in_each_stratum() -> None:
+def test_stratified_numbers_have_one_in_each_stratum() -> None:
     u = RandomSource.for_batch(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
 
 
-def test_seeds_tell_their_parts_apart() -> None:
-    assert (
-        len({derive_seed(1, 23), derive_seed(12, 3), derive_seed("1", 23), derive_seed(1, "23"), derive_seed(123)}) == 5
-    )
+def test_derived_seeds_separate_their_parts() -> None:
+    parts = [(1, 23), (12, 3), ("1", 23), (1, "23"), (123,)]
+    assert len({derive_seed(*each) for each in parts}) == 5
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_seeds_tell_their_parts_apart() -> None:
         (Budget(images=60, steps=20), 50 / 60),
     ],
 )
-def test_the_first_limit_reached_ends_training(budget: Budget, progress: float) -> None:
+def test_progress_is_that_of_the_first_limit(budget: Budget, progress: float) -> None:
     assert budget.progress(images=50, step=5, seconds=60) == pytest.approx(progress)
     assert budget.progress(images=10**9, step=10**9, seconds=10**9) == 1
 
@@ -227,7 +226,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     rate = WarmupDecay(warmup_steps=10, decay="cosine")
     assert rate(0, 0.0) == pytest.approx(0.1) and rate(9, 0.0) == pytest.approx(1.0)
     assert rate(500, 0.5) == pytest.approx(0.5) and rate(1000, 1.0) == pytest.approx(0.0)
-    # To a quarter over 40 steps, whatever the budget: (1 + 1/4) / 2 half-way.
+    # A decay to 1/4 over 40 steps, whatever the budget: (1 + 1/4) / 2 after 20.
     rate = WarmupDecay(decay="cosine", last=0.25, decay_steps=40)
     assert [rate(step, 0.9) for step in (0, 20, 40, 900)] == pytest.approx([1.0, 0.625, 0.25, 0.25])
     assert WarmupDecay(decay="linear", last=0.2)(7, 0.5) == pytest.approx(0.6)

@@ -51,7 +51,7 @@ class CompareSweep(Callback):
             _print_reasons(unfinished)
         earlier = unfinished_runs([folder for folder in folders if folder not in own])
         if earlier:
-            print(f"Of other commands in this folder, {len(earlier)} runs did not finish:")
+            print(f"Of other commands in this folder, {len(earlier)} did not finish:")
             _print_reasons(earlier)
 
 

@@ -28,6 +28,7 @@ from gencompare.rng import derive_seed
 from gencompare.tasks.runs.run_config import check_trainer
 from gencompare.training.budget import Budget
 from gencompare.training.lightning_plugins import AtomicCheckpointIO, UnwrappedDDPStrategy
+from gencompare.training.loggers import MetricLogger
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -114,7 +115,10 @@ def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) ->
     if not str(options._target_).startswith("gencompare."):
         return instantiate_checked(place, options)
     factory = instantiate_checked(place, options, _partial_=True)
-    parameters = inspect.signature(factory.func).parameters
+    try:
+        parameters = inspect.signature(factory.func).parameters
+    except ValueError:  # a class without a Python signature
+        parameters = {}
     arguments = {name: value for name, value in run.items() if name in parameters and name not in options}
     try:
         return factory(**arguments)
@@ -216,6 +220,9 @@ def build_trainer(
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+    logger = next((callback for callback in callbacks.values() if isinstance(callback, MetricLogger)), None)
+    if logger is not None:
+        fixed["log_every_n_steps"] = logger.log_every_n_steps  # for callbacks of Lightning, such as LearningRateMonitor
     try:
         return trainer_class(callbacks=list(callbacks.values()), logger=loggers or False, **(fixed | options))
     except (MisconfigurationException, ValueError, TypeError) as error:
