@@ -1,7 +1,7 @@
-# make demo    install, train on the embedded digits, evaluate, show where the page is
-# make test    install the development extra, run all tests
-# make test-slow    the tests that take minutes each
-# make test-browser    the comparison page in headless Chromium, where there is one
+# make demo          install, train on the digits data set, evaluate, and print the path of the page
+# make test          install the development extra and run all tests but the slow ones
+# make test-slow     run the tests that take minutes each
+# make test-browser  test the comparison page in headless Chromium, if installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,9 +1,9 @@
-"""What a comparison of many runs costs: seconds on one core, and bytes of its page.
+"""Benchmark a comparison of many runs: seconds on one core, and the size of the page.
 
     python benchmarks/compare.py
 
-Synthetic records: 200 configs of four families, five training seeds each, a learning curve of 100 points and a picture
-of 20 kB. Processor time is what counts on a machine that others use too; wall time and the load stand beside it.
+Synthetic records: 200 configs of four families with five training seeds each, a learning curve of 100 points and an
+image of 20 kB. The processor time is reported, and the wall time and the load of the machine are stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULT = Path(__file__).parent / "results" / "compare.json"
 FAMILIES = ("ddpm", "vae", "gan", "flow")
 SEEDS = 5
 SETTINGS = 60
-"""Settings of a model in its config, as many as the U-Net of a diffusion model has here."""
+"""Settings in the config of a model, as many as the U-Net of a diffusion model has."""
 
 
 def write_records(folder: Path, runs: int) -> list[Path]:
@@ -41,10 +41,10 @@ def write_records(folder: Path, runs: int) -> list[Path]:
         config, seed = divmod(k, SEEDS)
         family = FAMILIES[config % len(FAMILIES)]
         model: dict[str, Any] = {"network": {f"setting_{j}": j for j in range(SETTINGS)}, "optimizer": {"lr": config}}
-        made = result(1.0 + config / 50 + 0.05 * random.standard_normal(), generation={"seed": seed})
+        evaluation = result(1.0 + config / 50 + 0.05 * random.standard_normal(), generation={"seed": seed})
         folders.append(
             write_run(
-                folder / f"{k:04d}_{family}", [made], family=family, seed=seed, curve=a_curve(k, rows=100),
+                folder / f"{k:04d}_{family}", [evaluation], family=family, seed=seed, curve=a_curve(k, rows=100),
                 config={"seed": seed, "family": family, "model": model}, shape=(1, 22, 22),
                 training={"flops": 1e12 * (1 + config), "seconds": 60.0 + config, "steps": 100, "images_seen": 100_000},
             )
@@ -53,15 +53,16 @@ def write_records(folder: Path, runs: int) -> list[Path]:
 
 
 def measure(runs: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as place:
-        folders = write_records(Path(place), runs)
-        picture = np.mean([(folder / "samples" / "grid.png").stat().st_size for folder in folders])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folders = write_records(folder, runs)
+        image_bytes = np.mean([(run / "samples" / "grid.png").stat().st_size for run in folders])
         wall, cpu = time.perf_counter(), time.process_time()
-        page = report(folders, Path(place) / "out")
+        page = report(folders, folder / "out")
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        sizes = {path.name: path.stat().st_size for path in sorted((Path(place) / "out").glob("compare.*"))}
+        sizes = {path.name: path.stat().st_size for path in sorted((folder / "out").glob("compare.*"))}
         assert page.is_file()
-    return {"runs": runs, "bytes_of_a_picture": picture, "cpu_seconds": cpu, "wall_seconds": wall, "bytes": sizes}
+    return {"runs": runs, "bytes_of_an_image": image_bytes, "cpu_seconds": cpu, "wall_seconds": wall, "bytes": sizes}
 
 
 def main() -> None:
@@ -69,14 +70,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="+", default=[13, 100, 1000])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    measure(2)  # imports, and fonts that matplotlib looks for once
-    before = os.getloadavg()
+    measure(2)  # warm-up: imports, and the search for fonts
+    load_before = os.getloadavg()
     rows = [measure(runs) for runs in args.runs]
     for row in rows:
         print(f"{row['runs']:>5} runs: {row['cpu_seconds']:.1f} s, page of {row['bytes']['compare.html'] / 1e6:.1f} MB")
-    loaded = {"before": before, "after": os.getloadavg()}
+    load = {"before": load_before, "after": os.getloadavg()}
     write_json(
-        args.out, {"created": now(), "load": loaded, "rows": rows, "environment": environment(torch.device("cpu"))}
+        args.out, {"created": now(), "load": load, "rows": rows, "environment": environment(torch.device("cpu"))}
     )
 
 

@@ -1,12 +1,12 @@
-"""What an evaluation costs, beside torch-fidelity and the scipy way, on the CPU.
+"""Benchmark an evaluation against torch-fidelity and scipy, on the CPU.
 
     python benchmarks/evaluation.py
 
-- distance: the Frechet distance between two sets of statistics of 2048 features, full rank;
-- neighbours: precision, recall, density and coverage of 10,000 x 2048 features beside torch-fidelity's precision and
-  recall; the most memory that each adds is measured in a process of its own;
-- end to end: two folders of pictures to FID, KID, IS, precision and recall, with the same network and weights (random:
-  the published ones are not needed to see what they cost), and the largest relative difference of the figures.
+- distance: the Frechet distance between two sets of statistics of 2048 features, with covariances of full rank;
+- neighbours: precision, recall, density and coverage of 10,000 x 2048 features against torch-fidelity's precision and
+  recall, and the peak memory that each adds, measured in a separate process;
+- end to end: FID, KID, IS, precision and recall of two folders of images, with the same network and random weights, and
+  the largest relative difference of the metrics.
 
 The variants take turns in one process (see paired.py).
 """
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from gencompare.evaluation.extractors.torch_fidelity_networks import InceptionExtractor
 from gencompare.evaluation.metrics.class_metrics import classifier_score
-from gencompare.evaluation.metrics.frechet import Statistics, between, frechet_distance
+from gencompare.evaluation.metrics.frechet import Statistics, frechet_distance, gaussian_frechet_distance
 from gencompare.evaluation.metrics.kernel import kid
-from gencompare.evaluation.metrics.neighbors import neighbor_balls
+from gencompare.evaluation.metrics.neighbors import compute_prdc
 from gencompare.files import write_json
 from gencompare.generative_model import DataSpec
 from gencompare.records import now
@@ -53,22 +53,22 @@ def compare_distances(rounds: int) -> dict[str, Any]:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     sets = [correlated(3000, seed) for seed in (1, 2)]
-    ours = [Statistics.of(x) for x in sets]
+    ours = [Statistics.from_features(x) for x in sets]
     theirs = [fid_features_to_statistics(x.double()) for x in sets]
     covariances = [s.cov.numpy() for s in ours]
 
     def plain() -> None:
         np.trace(np.real(np.asarray(sqrtm(covariances[0] @ covariances[1]))))
 
-    def own() -> None:
-        between(ours[0], Statistics(ours[1].mean, ours[1].cov))  # a new object: no root is kept from before
+    def ours_uncached() -> None:
+        gaussian_frechet_distance(ours[0], Statistics(ours[1].mean, ours[1].cov))  # a new object without a cached root
 
     return compare(
         take_turns(
             {
                 "torch-fidelity": lambda: fid_statistics_to_metric(*theirs, verbose=False),
                 "scipy sqrtm": plain,
-                "gencompare": own,
+                "gencompare": ours_uncached,
             },
             rounds,
             warm_up=1,
@@ -78,7 +78,7 @@ def compare_distances(rounds: int) -> dict[str, Any]:
 
 
 def own_neighbours(a: Tensor, b: Tensor) -> None:
-    neighbor_balls(a, b)
+    compute_prdc(a, b)
 
 
 def their_neighbours(a: Tensor, b: Tensor) -> None:
@@ -101,10 +101,10 @@ def compare_neighbours(rounds: int) -> dict[str, Any]:
 
 
 def added_memory(name: str) -> int:
-    """MB by which the largest resident size grows over the two sets of features."""
+    """The growth of the peak resident size beyond the two sets of features, in MB."""
     a, b = correlated(ROWS, 1), correlated(ROWS, 2)
     NEIGHBOURS[name](a[:100], b[:100])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here (Linux)
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (Linux)
     before = peak_mb()
     NEIGHBOURS[name](a, b)
     return peak_mb() - before
@@ -116,13 +116,13 @@ def peak_mb() -> int:
 
 
 def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
-    """Both read the same PNG files; ours in one thread, torch-fidelity's with its own loader."""
+    """Both read the same PNG files, ours in one thread, torch-fidelity with its own loader."""
     from torch_fidelity import calculate_metrics
 
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         weights = save_random_inception(root / "inception.pth")
-        folders = [write_pictures(root / str(k), images, seed=k) for k in range(2)]
+        folders = [write_images(root / str(k), images, seed=k) for k in range(2)]
         last: dict[str, list[float]] = {}
 
         def theirs() -> None:
@@ -136,9 +136,9 @@ def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
 
         def ours() -> None:
             extractor = InceptionExtractor(DataSpec(name="photos", shape=(3, 32, 32)), weights)
-            a, b = (extractor(read_pictures(folder)) for folder in folders)
+            a, b = (extractor(read_images(folder)) for folder in folders)
             assert a.logits is not None
-            near = neighbor_balls(a.features, b.features)
+            near = compute_prdc(a.features, b.features)
             last["ours"] = [
                 frechet_distance(a.features, b.features), kid(a.features, b.features)[0],
                 classifier_score(a.logits)[0], near.precision, near.recall,
@@ -151,8 +151,8 @@ def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
     return found
 
 
-def write_pictures(folder: Path, n: int, seed: int) -> Path:
-    """Smooth random pictures, finer and of more contrast for a larger seed."""
+def write_images(folder: Path, n: int, seed: int) -> Path:
+    """Write smooth random images, with more detail and contrast for a larger seed."""
     folder.mkdir()
     side, contrast = 4 * 4**seed, 30 + 60 * seed
     coarse = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
@@ -162,15 +162,15 @@ def write_pictures(folder: Path, n: int, seed: int) -> Path:
     return folder
 
 
-def read_pictures(folder: Path) -> Tensor:
+def read_images(folder: Path) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(folder.iterdir())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the parts of an evaluation.")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--images", type=int, default=100, help="pictures in each folder of the end-to-end part")
-    parser.add_argument("--only", choices=PARTS, help="leave the other parts as they are")
+    parser.add_argument("--images", type=int, default=100, help="images in each folder of the end-to-end part")
+    parser.add_argument("--only", choices=PARTS, help="run this part and keep the stored results of the others")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "processors": os.cpu_count()}
@@ -180,15 +180,15 @@ def main() -> None:
     def report(part: str, setting: str, variants: dict[str, Any]) -> None:
         result[part] = {"setting": setting, "created": now(), "load": os.getloadavg()[0], "variants": variants}
         print(table(f"{part}, {setting}", variants), flush=True)
-        write_json(options.out, result)  # part by part: the whole takes a quarter of an hour
+        write_json(options.out, result)  # after each part: all take a quarter of an hour
 
-    wanted = [options.only] if options.only else PARTS
-    pictures = f"2 x {options.images} pictures of 32x32, FID, KID, IS, precision, recall"
-    if "end_to_end" in wanted:
-        report("end_to_end", pictures, compare_end_to_end(options.rounds, options.images))
-    if "neighbours" in wanted:
+    parts = [options.only] if options.only else PARTS
+    setting = f"2 x {options.images} images of 32x32, FID, KID, IS, precision, recall"
+    if "end_to_end" in parts:
+        report("end_to_end", setting, compare_end_to_end(options.rounds, options.images))
+    if "neighbours" in parts:
         report("neighbours", f"{ROWS:,} x {DIM}", compare_neighbours(options.rounds))
-    if "distance" in wanted:
+    if "distance" in parts:
         report("distance", f"{DIM} features, full rank", compare_distances(options.rounds))
     for part in ("neighbours", "end_to_end"):
         for name, row in result[part]["variants"].items():

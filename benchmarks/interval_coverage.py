@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of distances cover, and how wide they are.
+"""Measure the coverage and the width of 95 % confidence intervals of distances.
 
     python benchmarks/interval_coverage.py
 
@@ -6,12 +6,12 @@ Each case draws features from a model with known parameters and measures them ag
 at n = 500 and 1,000. The target is the expected value of the statistic at this n, the mean over further draws; for the
 Frechet distance at n = infinity it is the distance of 400,000 draws. Reported are
 
-- coverage, and the share of intervals that lie below and above the target;
-- width: mean width over 3.92 standard deviations of the statistic, which is the width that a normal interval would have
-  if the deviation were known.
+- coverage, and the fractions of intervals below and above the target;
+- width: the mean width, divided by 3.92 standard deviations of the statistic, which is the width of a normal interval
+  with known standard deviation.
 
 Frechet distances use 64 features. Kernel distances (cubic, and Gaussian with the median bandwidth) also use 320 and
-1,280 features with a falling spectrum, as networks have. Takes about a quarter of an hour on one core.
+1,280 features with a decaying spectrum, like those of networks. Takes about a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def gaussian(scale: float = 1.0, shift: float = 0.0, dim: int = 64, decay: float
 
 
 def student(scale: float = 1.0, shift: float = 0.0, dim: int = 64, decay: float = 0.0) -> Draw:
-    """Multivariate t, 5 degrees of freedom: all features of an image share one random scale."""
+    """Multivariate t distribution with 5 degrees of freedom: the features of an image share a random scale."""
     spectrum = torch.arange(1, dim + 1).float() ** -decay
 
     def draw(n: int, g: torch.Generator) -> Tensor:
@@ -59,7 +59,7 @@ def student(scale: float = 1.0, shift: float = 0.0, dim: int = 64, decay: float 
 
 
 def mixture(modes: int, shift: float = 0.0) -> Draw:
-    """The first of ten modes, exponential tails along a falling spectrum, cut at zero as activations are."""
+    """The first of ten modes, with exponential tails, a decaying spectrum, and a ReLU as for activations."""
     centres = 2 * torch.randn(10, 64, generator=torch.Generator().manual_seed(99))
 
     def draw(n: int, g: torch.Generator) -> Tensor:
@@ -106,33 +106,35 @@ def generator(*key: object) -> torch.Generator:
 def study(name: str, n: int, repetitions: int, draws: int) -> dict[str, Any]:
     case = CASES[name]
     features = case.reference(10_000, generator(name, "reference"))
-    statistics = Statistics.of(features)
-    kernels = {key: KernelReference.of(features[:KERNEL_REFERENCE], kernel) for key, kernel in KERNELS.items()}
-    found: dict[str, list[Estimate]] = {}
-    drawn: dict[str, list[float]] = {}
+    statistics = Statistics.from_features(features)
+    kernels = {
+        key: KernelReference.from_features(features[:KERNEL_REFERENCE], kernel) for key, kernel in KERNELS.items()
+    }
+    all_estimates: dict[str, list[Estimate]] = {}
+    values_at_n: dict[str, list[float]] = {}
     for k in range(draws):
         x = case.model(n, generator(name, n, "target", k))
         for key, reference in kernels.items():
-            drawn.setdefault(key, []).append(kernel_distance(x, reference).value)
+            values_at_n.setdefault(key, []).append(kernel_distance(x, reference).value)
         if case.frechet:
-            drawn.setdefault("frechet", []).append(frechet_distance(x, statistics))
+            values_at_n.setdefault("frechet", []).append(frechet_distance(x, statistics))
     for k in range(repetitions):
         x = case.model(n, generator(name, n, "interval", k))
         for key, reference in kernels.items():
-            found.setdefault(key, []).append(kernel_distance(x, reference))
+            all_estimates.setdefault(key, []).append(kernel_distance(x, reference))
         if case.frechet:
             jackknife = Jackknife(x, statistics)
-            found.setdefault("frechet", []).append(jackknife.distance)
-            found.setdefault("frechet_infinity", []).append(jackknife.infinity)
+            all_estimates.setdefault("frechet", []).append(jackknife.distance)
+            all_estimates.setdefault("frechet_infinity", []).append(jackknife.infinity)
     rows = {}
-    for key, estimates in found.items():
+    for key, estimates in all_estimates.items():
         values = np.array([e.value for e in estimates])
         intervals = np.array([e.interval for e in estimates])
         if key == "frechet_infinity":
             target = frechet_distance(case.model(400_000, generator(name, "population")), statistics)
             deviation = float(values.std(ddof=1))
         else:
-            target, deviation = float(np.mean(drawn[key])), float(np.std(drawn[key], ddof=1))
+            target, deviation = float(np.mean(values_at_n[key])), float(np.std(values_at_n[key], ddof=1))
         below, above = float((intervals[:, 1] < target).mean()), float((intervals[:, 0] > target).mean())
         rows[key] = {
             "coverage": round(1 - below - above, 4),
@@ -149,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the coverage of intervals.")
     parser.add_argument("--repetitions", type=int, default=100)
     parser.add_argument("--draws", type=int, default=400, help="draws that estimate the target")
-    parser.add_argument("--only", help="cases whose names hold this")
+    parser.add_argument("--only", help="only cases whose names contain this")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     result: dict[str, Any] = {
@@ -169,8 +171,8 @@ def main() -> None:
             line = " | ".join(f"{key} {row['coverage']:.2f}, width {row['width']:.2f}" for key, row in rows.items())
             print(f"{name}, n = {n}: {line}", flush=True)
     metrics = ("frechet", "frechet_infinity", *KERNELS)
-    everything = [rows for sizes in result["cases"].values() for rows in sizes.values()]
-    covers = {key: [rows[key]["coverage"] for rows in everything if key in rows] for key in metrics}
+    all_rows = [rows for sizes in result["cases"].values() for rows in sizes.values()]
+    covers = {key: [rows[key]["coverage"] for rows in all_rows if key in rows] for key in metrics}
     result["overall"] = {
         key: {"coverage": round(float(np.mean(values)), 4), "least": min(values)}
         for key, values in covers.items()

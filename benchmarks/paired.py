@@ -1,7 +1,7 @@
-"""Times of variants that take turns in one process.
+"""Paired timing of variants that take turns in one process.
 
-A machine's speed drifts by 20 % and more within minutes, so figures from two runs say little about two programs. Here
-round k of one variant stands beside round k of the other, and what is reported is the median of their ratios.
+The speed of a machine drifts by 20 % and more within minutes, so times from separate runs are not comparable. Here,
+round k of one variant is compared with round k of the other, and the median of their ratios is reported.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from typing import Any
 
 @dataclass
 class Laps:
-    """Seconds of one variant, a round each: by the clock, and as the processor time of this process alone.
-
-    The latter leaves out what other programs took of the machine in the meantime.
-    """
+    """Seconds per round of one variant: wall time, and the processor time of this process, without other programs."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -38,7 +35,7 @@ class Laps:
 
 
 def take_turns(variants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 2) -> dict[str, Laps]:
-    """Run each variant once a round, in an order drawn anew each time; the first ``warm_up`` rounds are not counted."""
+    """Run each variant once per round, in random order. The first ``warm_up`` rounds are not counted."""
     laps = {name: Laps() for name in variants}
     order, names = random.Random(0), list(variants)
     for k in range(-warm_up, rounds):
@@ -52,10 +49,10 @@ def take_turns(variants: Mapping[str, Callable[[], None]], rounds: int, warm_up:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median and its 95 % interval from order statistics, which supposes nothing of the distribution.
+    r"""The median and its distribution-free 95 % confidence interval from order statistics.
 
-    The interval from the j-th smallest to the j-th largest of n misses the median with probability
-    2 P(B < j), B ~ Binomial(n, 1/2).
+    The interval from the j-th smallest to the j-th largest of n values does not contain the median with probability
+    :math:`2 P(B < j)`, :math:`B \sim \text{Binomial}(n, 1/2)`.
     """
     x, n = sorted(values), len(values)
     if n < 6:
@@ -68,9 +65,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compare(laps: Mapping[str, Laps], base: str) -> dict[str, dict[str, Any]]:
-    """For each variant, its median milliseconds, and as (median, low, high) its ratio to ``base`` and what it adds."""
+    """The median time of each variant in ms, and (median, low, high) of its ratio to ``base`` and its difference."""
 
-    def against(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    def relative_to(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
         pairs = list(zip(a, b, strict=True))
         return {
             "ms": round(1e3 * statistics.median(a), 2),
@@ -81,15 +78,15 @@ def compare(laps: Mapping[str, Laps], base: str) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "rounds": len(lap.wall),
-            "wall": against(lap.wall, laps[base].wall),
-            "cpu": against(lap.cpu, laps[base].cpu),
+            "wall": relative_to(lap.wall, laps[base].wall),
+            "cpu": relative_to(lap.cpu, laps[base].cpu),
         }
         for name, lap in laps.items()
     }
 
 
 def table(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
-    """The figures of `compare` for a terminal."""
+    """The result of `compare` as text."""
     lines = [f"{title}:", f"  {'':24}{'ms':>9}  {'ratio (95 %)':24}{'processor ms':>12}  ratio (95 %)"]
     for name, row in rows.items():
         wall, cpu = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[key]["ratio"]) for key in ("wall", "cpu"))

@@ -1,4 +1,4 @@
-"""The FID network with random weights: for parity and speed where the published ones cannot be had."""
+"""The FID network with random weights, for parity and speed tests without a download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def save_random_inception(path: Path) -> Path:
-    """Write weights of ``inception-v3-compat`` that neither let activations die nor explode."""
+    """Write weights of ``inception-v3-compat`` with which activations neither vanish nor explode."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.save({}, path)
