@@ -29,7 +29,7 @@ from gencompare.models.diffusion import Diffusion
 from gencompare.models.gaussian import GaussianBaseline
 from gencompare.networks.mlp import DenoisingMLP
 from gencompare.rng import RandomSource, generator
-from gencompare.tasks.evaluate_run import drawing
+from gencompare.tasks.evaluate_run import samples_key
 from gencompare.tasks.runs.run_config import load as load_config
 from parts import part
 
@@ -127,7 +127,7 @@ def test_invalid_conditions_are_errors(tmp_path: Path) -> None:
         ConditionedData(Digits(), {"label": LowRes(2)})
     with pytest.raises(UserError, match=r"Gaussian.* does not support the condition 'low_res'.*use a diffusion model"):
         GaussianBaseline(small().spec)
-    with pytest.raises(UserError, match=r"no condition 'depth'.*it takes embedding and low_res"):
+    with pytest.raises(UserError, match=r"not support the condition 'depth'.*it supports embedding and low_res"):
         diffusion(replace(small().spec, conditions={"depth": (1, 8, 8)}))
 
 
@@ -280,12 +280,12 @@ def test_record_states_the_conditions_and_the_agreement_of_samples() -> None:
     expected = float(((low_again - low) / 2).double().square().mean())
     assert blurred.metrics["consistency"].value == pytest.approx(expected, rel=1e-4) and expected > 1e-4
     assert "resized low_res" in blurred.metrics["psnr"].note and "400 test images" in blurred.metrics["psnr"].note
-    val = evaluate(Oracle(originals(data, "val")), data, replace(protocol, conditions="val"))
+    val = evaluate(Oracle(originals(data, "val")), data, replace(protocol, condition_split="val"))
     assert val.measurement.conditioning == "low_res 1x4x4 of val"
     assert set(m.differences(val.measurement)) == {"conditioning"}
     for split in ("train", "train+val"):
         with pytest.raises(UserError, match="conditions must not come from training images"):
-            evaluate(Oracle(), data, replace(protocol, conditions=split))
+            evaluate(Oracle(), data, replace(protocol, condition_split=split))
     wrong = torch.roll(((x + 1) / 2 * 255).round().to(torch.uint8), 1, dims=0)
     assert super_resolution(wrong, source)["consistency"].value > 0.05, "samples for other conditions are inconsistent"  # type: ignore[operator]
 
@@ -378,9 +378,9 @@ def test_embeddings_condition_the_samples(cli: Cli, tmp_path: Path, capsys: Any)
     shuffled = {k: data.split(k).extra_conditions["embedding"].roll(1, 1).numpy() for k in ("train", "val", "test")}
     np.savez(tmp_path / "shuffled.npz", **shuffled)
     other = ConditionedData(Digits(), {"embedding": Embedding(tmp_path / "shuffled.npz")})
-    names = {
-        drawing(cfg, d, EvaluationProtocol(), tmp_path / "conditional", "last", "ema", "own") for d in (data, other)
+    keys = {
+        samples_key(cfg, d, EvaluationProtocol(), tmp_path / "conditional", "last", "ema", "own") for d in (data, other)
     }
-    assert len(names) == 2
+    assert len(keys) == 2
     assert cli(*RUN, "+data/condition=embedding", f"data.conditions.embedding.path={tmp_path}/no.npz") == 1
     assert "There is no" in capsys.readouterr().err
