@@ -1,4 +1,4 @@
-"""Run folders with made-up figures, for the tests of what only reads them."""
+"""Synthetic run folders, for tests of code that only reads them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DIGITS = Measurement(
     data="digits", num_images=500, reference="test", num_reference_images=500, reference_hash="f00d" * 16,
     extractor="digits", extractor_hash="beef" * 16, chunk_size=250,
 )  # fmt: skip
-"""One protocol, for runs that are meant to be ranked together."""
+"""A protocol shared by runs that are ranked together."""
 
 
 def result(value: float | None, measurement: Measurement = DIGITS, **changes: Any) -> Result:
-    """A result with headline ``fd_digits`` = ``value`` over a floor of 0.5."""
+    """A result whose primary metric ``fd_digits`` is ``value``, with a real-data baseline of 0.5."""
     generation = {"weights": "ema", "checkpoint": "last", "sampler": "ddim, 50 steps", "nfe": {"unet": 50.0}, "seed": 0}
     generation |= changes.pop("generation", {})
     metrics = {
@@ -47,15 +47,15 @@ def write_run(
     *,
     family: str = "ddpm",
     curve: dict[str, np.ndarray] | None = None,
-    picture: bool = True,
+    with_grid: bool = True,
     shape: tuple[int, int, int] = (1, 8, 8),
     **fields: Any,
 ) -> Path:
-    """A finished run with a sample grid and a learning curve; ``fields`` are those of the record."""
+    """Write a finished run with a sample grid and a learning curve; ``fields`` are fields of the record."""
     folder.mkdir(parents=True, exist_ok=True)
     seed = sum(folder.name.encode())
     results = list(results)
-    if picture:
+    if with_grid:
         noise = np.random.default_rng(seed).integers(0, 256, (36, *shape), dtype=np.uint8)
         save_png(grid(noise), folder / "samples" / "grid.png")
         for r in results:
@@ -82,20 +82,20 @@ def write_run(
         | fields
     )  # fmt: skip
     record.save(folder)
-    write_curve(folder / "curve.csv", curve if curve is not None else a_curve(seed))
+    write_curve(folder / "curve.csv", curve if curve is not None else synthetic_curve(seed))
     return folder
 
 
-def a_curve(seed: int, rows: int = 60) -> dict[str, np.ndarray]:
-    """Losses at every row, a distance and a held-out loss at every tenth."""
+def synthetic_curve(seed: int, rows: int = 60) -> dict[str, np.ndarray]:
+    """A learning curve: training losses in every row, a distance and a validation loss in every tenth."""
     random = np.random.default_rng(seed)
     images = np.linspace(0, 200_000, rows + 1)[1:]
     loss = 0.2 + np.exp(-images / 20_000) + 0.01 * random.standard_normal(rows)
-    looks = np.arange(1, rows + 1) % 10 == 0
+    is_evaluated = np.arange(1, rows + 1) % 10 == 0
     return {
         "step": images / 128, "images": images, "seconds": images / 1168, "train/loss": loss,
-        "val/loss": np.where(looks, loss + 0.05, math.nan),
-        "val/fd_digits": np.where(looks, 3 + 40 * np.exp(-images / 40_000), math.nan),
+        "val/loss": np.where(is_evaluated, loss + 0.05, math.nan),
+        "val/fd_digits": np.where(is_evaluated, 3 + 40 * np.exp(-images / 40_000), math.nan),
     }  # fmt: skip
 
 

@@ -322,8 +322,8 @@ def test_grid_shows_low_res_image_sample_and_original() -> None:
 RUN = [
     "data=digits", "model=ddpm", "model/network=mlp", "model.network.width=192", "model/sampler=ddim",
     "model.sampler.num_steps=10", "trainer=cpu", "logger=none", "callbacks.progress_bar=null",
-    "callbacks.evaluation.num_samples=50",
-    "callbacks.evaluation.num_grid_images=9", "evaluation.num_images=150", "evaluation.protocol.num_likelihood_images=20",
+    "callbacks.evaluation.num_samples=50", "callbacks.evaluation.num_grid_images=9", "evaluation.num_images=150",
+    "evaluation.protocol.num_likelihood_images=20",
     "evaluation.checkpoints=[last]", "budget.images=null", "trainer.global_batch_size=64", "model.likelihoods=null",
     "evaluation.extractors=[classifier]",
 ]  # fmt: skip

@@ -331,7 +331,7 @@ def test_concurrent_processes_compute_an_array_once(tmp_path: Path) -> None:
 # Invalid input
 
 
-def refused(root: Path, **options: object) -> str:
+def error_message(root: Path, **options: object) -> str:
     """The error message, which must be a single line."""
     with pytest.raises(UserError) as error:
         ImageFolder(root, **options).setup()  # type: ignore[arg-type]
@@ -366,30 +366,30 @@ def decompression_bomb() -> bytes:
 def test_error_names_the_invalid_file(tmp_path: Path, packed: bool, name: str, content: bytes, message: str) -> None:
     files = {f"{k}.png": png(noise(k)) for k in range(10)} | {name: content}
     root = as_zip(files, tmp_path / "x.zip") if packed else as_folder(files, tmp_path / "x")
-    text = refused(root, cache=tmp_path / "cache")
+    text = error_message(root, cache=tmp_path / "cache")
     assert message in text and str(root) in text
     assert not list((tmp_path / "cache").glob("*.npy")), "nothing is stored after an error"
 
 
 def test_invalid_archives_are_errors(tmp_path: Path) -> None:
     files = numbered(9)
-    assert "no folder or zip file" in refused(tmp_path / "nowhere")
+    assert "no folder or zip file" in error_message(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "contains no images" in refused(tmp_path / "empty")
-    assert "contains no images" in refused(as_zip({}, tmp_path / "empty.zip"))
+    assert "contains no images" in error_message(tmp_path / "empty")
+    assert "contains no images" in error_message(as_zip({}, tmp_path / "empty.zip"))
     for name in ("../out.png", "/abs.png", "a/../../b.png", "C:/x.png", "..\\x.png"):
-        text = refused(as_zip({**files, name: files["0.png"]}, tmp_path / "escapes.zip"))
+        text = error_message(as_zip({**files, name: files["0.png"]}, tmp_path / "escapes.zip"))
         assert "points outside the archive" in text and name in text
     whole = as_zip(files, tmp_path / "whole.zip").read_bytes()
     (tmp_path / "cut.zip").write_bytes(whole[:-200])
-    assert "cannot be read as a zip file" in refused(tmp_path / "cut.zip")
+    assert "cannot be read as a zip file" in error_message(tmp_path / "cut.zip")
     (tmp_path / "flipped.zip").write_bytes(whole[:60] + bytes([whole[60] ^ 1]) + whole[61:])
-    assert "0.png cannot be read" in refused(tmp_path / "flipped.zip")
+    assert "0.png cannot be read" in error_message(tmp_path / "flipped.zip")
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as file:
         for _ in range(2):
             file.writestr("0.png", files["0.png"])
-    assert "'0.png' twice" in refused(tmp_path / "twice.zip")
-    assert "too few" in refused(as_folder(numbered(2), tmp_path / "two"))
+    assert "'0.png' twice" in error_message(tmp_path / "twice.zip")
+    assert "too few" in error_message(as_folder(numbered(2), tmp_path / "two"))
 
 
 def test_invalid_options_are_errors() -> None:

@@ -33,8 +33,8 @@ def default_generator(device: torch.device) -> torch.Generator:
 class RandomSource:
     """Random numbers for this process's rows of the global batch.
 
-    Each call draws numbers for all ``total`` rows and returns rows ``start`` to ``stop``, so row i of the global batch
-    gets the same numbers for any number of processes. The extra draws cost little compared with a training step.
+    Each call generates numbers for all ``total`` rows and returns rows ``start`` to ``stop``, so row i of the global
+    batch gets the same numbers for any number of processes. The extra numbers cost little compared with a step.
 
     Args:
         generator: generator in the same state on all processes.
@@ -97,5 +97,5 @@ class RandomSource:
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape and dtype of ``x``, drawn on the generator's device and moved to x's."""
+    """Standard normal numbers of the shape, dtype and device of ``x``, generated on the generator's device."""
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
