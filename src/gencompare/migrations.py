@@ -491,6 +491,9 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
     for old, new in OPTIONS.items():
         if "/" not in old and not old.startswith("callbacks."):
             _move(done, old.split("."), new.split("."))
+    evaluation = done.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("extractors"), list):
+        evaluation["extractors"] = ["identity" if name == "raw" else name for name in evaluation["extractors"]]
     if isinstance(done.get("choices"), dict):
         done["choices"] = {OPTIONS.get(group, group): choice for group, choice in done["choices"].items()}
         task = done["choices"].get("task")
