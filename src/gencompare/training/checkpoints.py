@@ -35,21 +35,21 @@ class Checkpoints(Callback):
     CHECK_STEPS = 20
     """Steps between checks of the time, each of which synchronises the ranks."""
 
-    def __init__(self, folder: Path, every_minutes: float = 2.0) -> None:
+    def __init__(self, dirpath: Path, every_minutes: float = 2.0) -> None:
         if every_minutes < 0:
             raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} cannot be negative.")
-        self.folder, self.every_minutes = folder, every_minutes
+        self.dirpath, self.every_minutes = dirpath, every_minutes
         self._last_time = time.monotonic()
         self.saved: int | None = None
         """The step of ``last.ckpt``."""
 
     @property
     def last(self) -> Path:
-        return self.folder / "last.ckpt"
+        return self.dirpath / "last.ckpt"
 
     @property
     def best(self) -> Path:
-        return self.folder / "best.ckpt"
+        return self.dirpath / "best.ckpt"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_time = time.monotonic()

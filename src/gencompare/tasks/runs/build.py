@@ -77,7 +77,7 @@ def build_callbacks(
     """
     run = {
         "seed": cfg.seed, "global_batch_size": cfg.trainer.global_batch_size, "budget": build_budget(cfg), "data": data,
-        "protocol": protocol if isinstance(model, GenerativeModel) else None, "folder": folder,
+        "protocol": protocol if isinstance(model, GenerativeModel) else None, "folder": folder, "dirpath": folder / "checkpoints",
     }  # fmt: skip
     callbacks: dict[str, pl.Callback] = {}
     for key, value in cfg.callbacks.items():
