@@ -25,7 +25,7 @@ class Checkpoints(Callback):
     weights never replace a good checkpoint, and the time of saving does not count as training time.
 
     Args:
-        folder: where the checkpoints are saved.
+        dirpath: where the checkpoints are saved.
         every_minutes: time between checkpoints, besides those at evaluations; 0 saves after every step.
     """
 

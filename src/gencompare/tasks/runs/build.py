@@ -70,14 +70,16 @@ def build_callbacks(
     """The callbacks of ``cfg.callbacks`` by name, sorted by their attribute ``order``.
 
     Each is a mapping with ``_target_``, or the name of a file of conf/callbacks. Constructor arguments that the config
-    does not set come from the run: ``seed``, ``global_batch_size``, ``budget``, ``data``, ``protocol``, ``folder``.
+    does not set come from the run: ``seed``, ``global_batch_size``, ``budget``, ``data``, ``protocol``, ``folder``,
+    ``dirpath`` (of the checkpoints).
 
     Raises:
         UserError: a class does not exist, is not a callback or refuses its arguments.
     """
     run = {
         "seed": cfg.seed, "global_batch_size": cfg.trainer.global_batch_size, "budget": build_budget(cfg), "data": data,
-        "protocol": protocol if isinstance(model, GenerativeModel) else None, "folder": folder, "dirpath": folder / "checkpoints",
+        "protocol": protocol if isinstance(model, GenerativeModel) else None, "folder": folder,
+        "dirpath": folder / "checkpoints",
     }  # fmt: skip
     callbacks: dict[str, pl.Callback] = {}
     for key, value in cfg.callbacks.items():
