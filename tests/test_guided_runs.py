@@ -28,7 +28,7 @@ SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "m
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs ``conditional`` (conditional), ``unconditional`` (unconditional) and ``classifier``."""
+    """A folder with the runs ``conditional``, ``unconditional`` and ``classifier``."""
     folder = tmp_path_factory.mktemp("runs")
     conditional = ["model.conditional=true", "model.label_dropout=0.1"]
     commands = {"conditional": [*SMALL, *conditional], "unconditional": SMALL, "classifier": ["model=noisy_classifier"]}
@@ -116,12 +116,15 @@ def test_guide_is_not_part_of_the_trained_model(
     [
         (["model/guidance=classifier_free"], "Classifier-free guidance needs a conditional model"),
         (["model/guidance=classifier_free", "model.conditional=true"], "label_dropout=0.1"),
-        (["model/guidance=classifier"], "name its folder"),
+        (["model/guidance=classifier"], "needs the folder of another trained run"),
         (["model/guidance=auto", "model.guidance.weak.run=nowhere"], "is not at nowhere"),
         (["model.label_dropout=0.1"], "needs labels"),
         (["model/guidance=classifier_free", "model.guidance.scale=-1"], "0 or a positive number"),
-        (["model/guidance=classifier_free", "model.guidance.scale=.nan"], "guidance.scale=.nan: give a number"),
-        (["model/guidance=classifier_free", "model.guidance.interval=[low,3]"], "guidance.interval=low: give a number"),
+        (["model/guidance=classifier_free", "model.guidance.scale=.nan"], "guidance.scale=.nan: must be a number"),
+        (
+            ["model/guidance=classifier_free", "model.guidance.interval=[low,3]"],
+            "guidance.interval=low: must be a number",
+        ),
     ],
 )
 def test_invalid_guidance_is_reported_before_training(words: list[str], message: str, cli: Cli, capsys: Any) -> None:

@@ -58,4 +58,4 @@ def test_task_plots_the_requested_schedules(
     assert list(drawn) == ["cosine", "ve"] and (tmp_path / "two.png").is_file()
     assert drawn["ve"]["sigma"].max() == pytest.approx(7, rel=1e-5), "the settings of the command line"
     assert cli("task=plot_schedules", "task.schedules=[cosin]") == 1
-    assert "no schedule cosin; there are betas, cosine," in capsys.readouterr().err
+    assert "unknown schedule cosin; choose from betas, cosine," in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion models, one concept a module. Torch only: no Lightning, no Hydra, no networks."""
+"""The mathematics of diffusion models, one concept per module. Imports torch, but not Lightning, Hydra or networks."""
