@@ -469,7 +469,7 @@ def test_input_pyramid_formulas() -> None:
 
 
 @pytest.mark.parametrize("combine", ["sum", "cat"])
-def test_network_with_input_and_output_skips_uses_them_and_outputs_zero_at_init(combine: str) -> None:
+def test_input_and_output_skips_are_used_and_keep_the_output_zero_at_init(combine: str) -> None:
     net = UNet(
         (1, 8, 8), 2, channels=8, channel_mult=(1, 1, 2), num_groups=4, num_blocks=1, resample_filter=(1, 3, 3, 1),
         progressive_input=lambda c, w: InputSkip(c, w, combine=combine), progressive_output=OutputSkip,

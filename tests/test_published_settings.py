@@ -82,7 +82,7 @@ def agree(found: Any, published: Any, *, rel: float) -> bool:
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED)
-def test_experiments_agree_with_published_settings_or_document_differences(
+def test_experiments_have_published_settings_or_document_differences(
     experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Thirty power iterations per layer take seconds even on the meta device.

@@ -151,7 +151,7 @@ def net(**changes: Any) -> Any:
     return randomized(RefineNet((1, 8, 8), 1, channels=8, **changes))
 
 
-def test_one_level_ignores_the_noise_level_and_has_unnormalised_refine_blocks() -> None:
+def test_one_level_ignores_noise_and_has_unnormalised_refine_blocks() -> None:
     several, one = net(num_levels=5), net()
     assert any(isinstance(m, InstanceNormPlus) for m in several.refine.modules())
     assert not any(isinstance(m, InstanceNormPlus) for m in one.refine.modules())

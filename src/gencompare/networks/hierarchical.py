@@ -207,8 +207,8 @@ class TopDownDecoder(nn.Module):
         super().__init__()
         if min(channels, max_channels, latent_channels) < 1 or not bottleneck_ratio > 0:
             raise UserError(
-                f"model.decoder: channels={channels}, max_channels={max_channels}, latent_channels={latent_channels} and"
-                f" bottleneck_ratio={bottleneck_ratio} must all be positive."
+                f"model.decoder: channels={channels}, max_channels={max_channels}, latent_channels={latent_channels}"
+                f" and bottleneck_ratio={bottleneck_ratio} must all be positive."
             )
         shapes = pyramid_shapes_to_1x1(shape[1], shape[2], channels, max_channels)
         encoder_counts = expand_counts("num_encoder_blocks", num_encoder_blocks, shapes)
