@@ -58,7 +58,7 @@ def statuses(table: RankingTable) -> list[tuple[int | None, str, str]]:
 def ranked(folder: Path, values: dict[str, float | None], **common: Any) -> RankingTable:
     """A table of runs with these primary metrics; the family is the name up to the first ``-``."""
     folders = [
-        write_run(folder / name, [result(value, **common)], family=name.split("-")[0], picture=False)
+        write_run(folder / name, [result(value, **common)], family=name.split("-")[0], with_grid=False)
         for name, value in values.items()
     ]
     (table,) = rank_results(load_runs(folders).runs)
@@ -75,7 +75,7 @@ def ranked(folder: Path, values: dict[str, float | None], **common: Any) -> Rank
 def test_rows_are_ranked_by_the_primary_metric_in_its_direction(tmp_path: Path, direction: dict[str, Any], order: str):
     values = {"a": 0.2, "b": 0.9, "c": 1.2, "d": 3.0}
     folders = [
-        write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, **direction)})], picture=False)
+        write_run(tmp_path / name, [result(0, metrics={"fd_digits": Metric(value, **direction)})], with_grid=False)
         for name, value in values.items()
     ]
     (table,) = rank_results(load_runs(folders).runs)
@@ -88,7 +88,7 @@ def test_with_a_target_rows_are_ordered_by_the_values_that_are_tested(tmp_path: 
     folders = [
         write_run(
             tmp_path / f"{name}{k}", [result(0, metrics={"fd_digits": Metric(value, target=1.0)})], family=name,
-            seed=k, picture=False,
+            seed=k, with_grid=False,
         )
         for name, values in seeds.items() for k, value in enumerate(values)
     ]  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_row_within_the_interval_of_the_baseline_is_marked(tmp_path: Path):
     # The half-width of the interval of a difference: hypot(0.3, 0.4) = 0.5.
     found = {"gaussian": (2.0, 0.4), "gan": (1.6, 0.3), "ddpm": (2.4, 0.3), "vae": (2.6, 0.3), "flow": (1.4, 0.3)}
     folders = [
-        write_run(tmp_path / name, [measured(*values)], family=name, picture=False) for name, values in found.items()
+        write_run(tmp_path / name, [measured(*values)], family=name, with_grid=False) for name, values in found.items()
     ]
     (table,) = rank_results(load_runs(folders).runs)
     assert statuses(table) == [
@@ -150,7 +150,7 @@ def test_pairs_of_rows_that_two_metrics_order_differently_are_named(tmp_path: Pa
         return [primary, result(second)]
 
     values = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (4.0, 4.0)}
-    folders = [write_run(tmp_path / name, measured(*pair), picture=False) for name, pair in values.items()]
+    folders = [write_run(tmp_path / name, measured(*pair), with_grid=False) for name, pair in values.items()]
     loaded = load_runs(folders)
     tables = rank_results(loaded.runs)
     assert [table.primary_metric for table in tables] == ["mmd_efficientnet_lite0", "fd_digits"]
@@ -254,8 +254,8 @@ def test_the_command_sets_the_preset_if_the_extractor_differs(tmp_path: Path):
 
 
 def test_a_glob_finds_runs_records_and_sweeps(tmp_path: Path):
-    one = write_run(tmp_path / "one", picture=False)
-    jobs = [write_run(tmp_path / "sweep" / name, picture=False) for name in ("0_vae", "1_gan")]
+    one = write_run(tmp_path / "one", with_grid=False)
+    jobs = [write_run(tmp_path / "sweep" / name, with_grid=False) for name in ("0_vae", "1_gan")]
     (tmp_path / "empty").mkdir()
     assert find_run_folders(f"{tmp_path}/*") == [one, *jobs]
     assert find_run_folders(f"{tmp_path}/sweep/1*") == [jobs[1]]
@@ -294,8 +294,8 @@ def test_copies_of_a_run_are_skipped(tmp_path: Path):
 
 
 def test_runs_with_the_same_name_have_different_labels(tmp_path: Path):
-    folders = [write_run(tmp_path / where / "0_vae", picture=False) for where in ("s1", "s2")]
-    other = write_run(tmp_path / "gan", picture=False)
+    folders = [write_run(tmp_path / where / "0_vae", with_grid=False) for where in ("s1", "s2")]
+    other = write_run(tmp_path / "gan", with_grid=False)
     assert [run.label for run in load_runs([*folders, other]).runs] == ["s1/0_vae", "s2/0_vae", "gan"]
 
 

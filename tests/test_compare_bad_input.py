@@ -73,7 +73,7 @@ def test_each_data_set_has_its_own_table(tmp_path: Path) -> None:
     cifar = replace(DIGITS, data="cifar10", extractor="cifar10")
     for name, measurement in (("a", DIGITS), ("b", DIGITS), ("c", cifar)):
         data = {"name": measurement.data}
-        write_run(tmp_path / name, [result(1.0, measurement)], family=name, data=data, picture=False)
+        write_run(tmp_path / name, [result(1.0, measurement)], family=name, data=data, with_grid=False)
     tables = rank_results(load_runs(sorted(tmp_path.iterdir())).runs)
     assert [[row.run.label for row in table.rows] for table in tables] == [["a", "b"], ["c"]]
     assert "Table 2 is on other data, cifar10" in explain_separate_tables(tables) and published_results("cifar10")
@@ -88,7 +88,7 @@ def test_a_malformed_config_does_not_stop_the_comparison(tmp_path: Path) -> None
     for k, config in enumerate(odd):
         training = {"flops": "many", "seconds": None, "steps": [1]}
         model = {"autoencoder": "x", "noise_schedule": [3, {"t": 1, "log_snr": [1]}, {"t": ["a"]}, None][k]}
-        write_run(tmp_path / f"r{k}", [result(1.0 + k)], config=config, training=training, model=model, picture=False)
+        write_run(tmp_path / f"r{k}", [result(1.0 + k)], config=config, training=training, model=model, with_grid=False)
     page = report(sorted(tmp_path.iterdir()), tmp_path / "out")
     assert page.is_file() and len(load_runs(sorted(tmp_path.glob("r*"))).runs) == 4
 

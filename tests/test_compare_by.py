@@ -24,7 +24,7 @@ def run(folder: Path, schedule: str, lr: float, seed: int, value: float, **field
     }  # fmt: skip
     made = result(value, generation={"seed": seed} | fields.pop("generation", {}))
     name = f"{schedule}_{lr:g}_{seed}"
-    return write_run(folder / name, [made], seed=seed, config=config, picture=False, **fields)
+    return write_run(folder / name, [made], seed=seed, config=config, with_grid=False, **fields)
 
 
 def table_of(folder: Path, *group_by: str, rank_by: str | None = None) -> RankingTable:
@@ -74,7 +74,7 @@ def test_samplers_and_runs_without_the_key_have_separate_rows(tmp_path: Path) ->
     run(tmp_path, "cosine", 1e-3, 0, 1.0)
     run(tmp_path, "cosine", 2e-3, 1, 2.0)
     run(tmp_path, "cosine", 3e-3, 2, 9.0, generation={"sampler": "ddim, 5 steps"})
-    write_run(tmp_path / "vae", [result(5.0)], family="vae", picture=False)
+    write_run(tmp_path / "vae", [result(5.0)], family="vae", with_grid=False)
     rows = table_of(tmp_path, "model.schedule").rows
     assert shown(rows) == [
         ("model.schedule=cosine", 1.5), ("vae", 5.0), ("model.schedule=cosine (cosine_0.003_2)", 9.0),
@@ -99,10 +99,10 @@ def test_an_unknown_key_raises_with_the_settings_that_differ(tmp_path: Path) -> 
 def test_rank_by_another_metric(tmp_path: Path) -> None:
     for name, recall in (("a", 0.2), ("b", 0.9)):
         metrics = {"recall": Metric(recall, higher_is_better=True, baseline=0.95)}
-        write_run(tmp_path / name, [result(1.0 if name == "a" else 2.0, metrics=metrics)], family=name, picture=False)
+        write_run(tmp_path / name, [result(1.0 if name == "a" else 2.0, metrics=metrics)], family=name, with_grid=False)
     other = result(0.1)
     del other.metrics["recall"]
-    write_run(tmp_path / "c", [other], family="c", picture=False)
+    write_run(tmp_path / "c", [other], family="c", with_grid=False)
     table = table_of(tmp_path, rank_by="recall")
     assert [(row.rank, row.run.label, row.status) for row in table.rows] == [
         (1, "b", ""), (2, "a", ""), (None, "c", NO_VALUE),

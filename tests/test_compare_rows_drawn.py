@@ -29,7 +29,7 @@ def test_fifteen_families_of_five_seeds_have_fifteen_styles(tmp_path: Path) -> N
     folders = [
         write_run(
             tmp_path / f"{family}_{seed}", [result(1.0 + family + 0.01 * seed, generation={"seed": seed})], seed=seed,
-            family=f"f{family:02d}", training={"flops": 1e12 * (20 - family), "seconds": 60.0}, picture=False,
+            family=f"f{family:02d}", training={"flops": 1e12 * (20 - family), "seconds": 60.0}, with_grid=False,
             curve=curve,
         )
         for family in range(15) for seed in range(5)
@@ -62,7 +62,7 @@ def test_guidance_scales_are_separate_rows_without_a_line(tmp_path: Path) -> Non
             result(value + 0.01 * seed, generation={"seed": seed, "sampler": sampler.format(scale), "nfe": {"net": n}})
             for scale, n, value in settings
         ]
-        write_run(tmp_path / f"r{seed}", results, seed=seed, picture=False)
+        write_run(tmp_path / f"r{seed}", results, seed=seed, with_grid=False)
     loaded = load_runs(sorted(tmp_path.iterdir()))
     (table,) = rank_results(loaded.runs)
     names = [f"r0, mean of 2 seeds · DDIM, scale {scale:g}" for scale in (2, 1.5, 3, 1, 0)]
@@ -83,8 +83,8 @@ def test_the_legend_of_nfe_curves_lists_their_lines(tmp_path: Path) -> None:
         result(20 / n + k, generation={"sampler": f"{kind}, {n} steps, eta {eta}", "nfe": {"net": float(n)}})
         for k, (kind, eta) in enumerate([("DDIM", 0), ("DDIM", 1), ("Heun", 0)]) for n in (5, 10)
     ]  # fmt: skip
-    write_run(tmp_path / "a", results, picture=False)
-    write_run(tmp_path / "b", [result(9.0)], family="vae", picture=False)
+    write_run(tmp_path / "a", results, with_grid=False)
+    write_run(tmp_path / "b", [result(9.0)], family="vae", with_grid=False)
     loaded = load_runs(sorted(tmp_path.iterdir()))
     (chart,) = charts_of(loaded).nfe
     assert [line.name for line in chart.lines] == ["a · DDIM, eta 0", "a · DDIM, eta 1", "a · Heun, eta 0"]

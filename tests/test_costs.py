@@ -43,7 +43,7 @@ def test_the_pareto_front_is_what_no_row_dominates() -> None:
 def test_rows_are_drawn_against_each_cost_with_the_pareto_front(tmp_path: Path) -> None:
     for name, value, flops, calls in (("cheap", 9.0, 1e12, 5), ("good", 2.0, 9e12, 50), ("dominated", 9.5, 5e12, 50)):
         r = result(value, generation={"nfe": {"net": float(calls)}})
-        write_run(tmp_path / name, [r], training={"flops": flops, "seconds": 60.0}, picture=False)
+        write_run(tmp_path / name, [r], training={"flops": flops, "seconds": 60.0}, with_grid=False)
     found = drawn(tmp_path)
     assert set(found) == {"training FLOPs", "NFE per sample"}, "no chart for equal seconds"
     assert [row.run.label for row in found["training FLOPs"].front] == ["cheap", "good"]
@@ -56,17 +56,17 @@ def test_rows_are_drawn_against_each_cost_with_the_pareto_front(tmp_path: Path) 
 def test_the_front_follows_the_direction_of_the_metric(tmp_path: Path) -> None:
     for name, value, flops in (("a", 0.2, 1e12), ("b", 0.9, 2e12), ("c", 0.5, 3e12)):
         metrics = {"fd_digits": Metric(value, higher_is_better=True)}
-        write_run(tmp_path / name, [result(0, metrics=metrics)], training={"flops": flops}, picture=False)
+        write_run(tmp_path / name, [result(0, metrics=metrics)], training={"flops": flops}, with_grid=False)
     assert [row.run.label for row in drawn(tmp_path)["training FLOPs"].front] == ["a", "b"]
 
 
 def test_the_cost_includes_the_autoencoder(tmp_path: Path) -> None:
     training = {"flops": 1e12, "seconds": 60.0}
     first = {"run": "autoencoder", "flops": 5e12, "seconds": 30.0}
-    write_run(tmp_path / "pixels", [result(1.0)], training=training, picture=False)
-    write_run(tmp_path / "latent", [result(2.0)], training=training, model={"autoencoder": first}, picture=False)
+    write_run(tmp_path / "pixels", [result(1.0)], training=training, with_grid=False)
+    write_run(tmp_path / "latent", [result(2.0)], training=training, model={"autoencoder": first}, with_grid=False)
     unknown = {"autoencoder": {"run": "x", "seconds": 30.0}}
-    write_run(tmp_path / "unknown", [result(3.0)], training=training, model=unknown, picture=False)
+    write_run(tmp_path / "unknown", [result(3.0)], training=training, model=unknown, with_grid=False)
     found = drawn(tmp_path)
     x = {line.name: line.x.tolist() for line in found["training FLOPs"].chart.lines[1:]}
     assert x == {"pixels": [1e12], "latent": [6e12]}, "an incomplete cost is missing"
@@ -82,9 +82,9 @@ def test_total_costs_are_those_of_the_records(tmp_path: Path) -> None:
         summed = {"flops": 1e12 + 1e12 * scale, "device_seconds": 100 + 10.0 * scale, "steps": None}
         training = taken | {"dependencies": [trial, trial], "total_cost": summed}
         made = result(1.0 + seed, generation={"seed": seed})
-        write_run(tmp_path / f"x{seed}", [made], seed=seed, training=training, picture=False)
+        write_run(tmp_path / f"x{seed}", [made], seed=seed, training=training, with_grid=False)
     plain = {"flops": 0.5e12, "seconds": 5.0, "processes": 2}
-    write_run(tmp_path / "y", [result(9.0)], family="vae", training=plain, picture=False)
+    write_run(tmp_path / "y", [result(9.0)], family="vae", training=plain, with_grid=False)
     found = drawn(tmp_path)
     for name, mean, other in (("training FLOPs", 3e12, 0.5e12), ("training device seconds", 120.0, 10.0)):
         x = {line.name: line.x.tolist() for line in found[name].chart.lines[1:]}
@@ -109,9 +109,9 @@ def test_total_costs_are_those_of_the_records(tmp_path: Path) -> None:
 def test_rows_with_several_seeds_have_an_interval_and_mean_cost(tmp_path: Path) -> None:
     for k, value in enumerate([1.0, 2.0, 3.0]):
         r = result(value, generation={"seed": k}, details={"flops_per_sample": 1e9 + k})
-        write_run(tmp_path / f"a{k}", [r], seed=k, training={"flops": 1e12 * (k + 1)}, picture=False)
+        write_run(tmp_path / f"a{k}", [r], seed=k, training={"flops": 1e12 * (k + 1)}, with_grid=False)
     other = result(4.0, details={"flops_per_sample": 7e9})
-    write_run(tmp_path / "b", [other], family="vae", training={"flops": 9e12}, picture=False)
+    write_run(tmp_path / "b", [other], family="vae", training={"flops": 9e12}, with_grid=False)
     found = drawn(tmp_path)
     mean = found["training FLOPs"].chart.lines[1]
     half = 4.302653 / 3**0.5
@@ -124,8 +124,8 @@ def test_charts_of_many_rows_show_the_best_and_the_front(tmp_path: Path, monkeyp
     monkeypatch.setattr("gencompare.compare.charts.MAX_LINES", 2)
     for k in range(8):
         training = {"flops": 1e12 * (8 - k)}
-        write_run(tmp_path / f"r{k}", [result(1.0 + k)], family=f"f{k}", training=training, picture=False)
-    write_run(tmp_path / "z", [result(99.0)], family="z", training={"flops": 9e12}, picture=False)
+        write_run(tmp_path / f"r{k}", [result(1.0 + k)], family=f"f{k}", training=training, with_grid=False)
+    write_run(tmp_path / "z", [result(99.0)], family="z", training={"flops": 9e12}, with_grid=False)
     chart = drawn(tmp_path)["training FLOPs"].chart
     assert len(chart.lines) == 1 + 8 and chart.num_omitted == 1, "all eight are on the front"
     runs = load_runs(sorted(tmp_path.iterdir())).runs

@@ -68,7 +68,7 @@ def test_another_ema_decay_is_another_model(tmp_path: Path, further: int) -> Non
             made = result(base + 0.01 * seed, generation={"seed": seed})
             own = json.loads(json.dumps(config | {"seed": seed}))
             folders.append(
-                write_run(tmp_path / f"{decay}_{seed}", [made], seed=seed, config=own, family="flow", picture=False)
+                write_run(tmp_path / f"{decay}_{seed}", [made], seed=seed, config=own, family="flow", with_grid=False)
             )
     better, worse = ranked(folders).rows
     assert (better.metric.value, worse.metric.value) == pytest.approx((1.02, 3.02 + 0.01 * further))
@@ -96,7 +96,7 @@ def test_callbacks_that_affect_metrics_make_another_model(tmp_path: Path, name: 
     OmegaConf.update(changed, name, value)
     folders = [
         write_run(
-            tmp_path / f"{seed}", [result(1.0, generation={"seed": seed})], seed=seed, picture=False,
+            tmp_path / f"{seed}", [result(1.0, generation={"seed": seed})], seed=seed, with_grid=False,
             config=OmegaConf.to_container(config),
         )
         for seed, config in enumerate([plain, changed])

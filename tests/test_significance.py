@@ -21,7 +21,7 @@ from synthetic import result, write_run
 
 def seeds(folder: Path, name: str, values: list[float], **fields: object) -> list[Path]:
     return [
-        write_run(folder / f"{name}{k}", [result(value, generation={"seed": k})], seed=k, picture=False, **fields)
+        write_run(folder / f"{name}{k}", [result(value, generation={"seed": k})], seed=k, with_grid=False, **fields)
         for k, value in enumerate(values)
     ]
 
@@ -131,7 +131,7 @@ def test_with_few_seeds_nothing_is_claimed(tmp_path: Path) -> None:
 def test_sampling_seeds_are_not_training_seeds(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 9.0)):
         results = [result(value + 0.01 * k, generation={"seed": k}) for k in range(8)]
-        write_run(tmp_path / name, results, family=name, picture=False)
+        write_run(tmp_path / name, results, family=name, with_grid=False)
     assert all(row.comparison is None for row in ranked([tmp_path / "a", tmp_path / "b"]).rows)
 
 
@@ -139,7 +139,7 @@ def test_with_a_target_the_distance_from_it_is_tested(tmp_path: Path) -> None:
     for name, mean in (("a", 0.98), ("low", 0.5), ("high", 1.5)):
         for k in range(5):
             metrics = {"fd_digits": Metric(mean + 0.01 * k, target=1.0)}
-            write_run(tmp_path / f"{name}{k}", [result(0, metrics=metrics)], family=name, seed=k, picture=False)
+            write_run(tmp_path / f"{name}{k}", [result(0, metrics=metrics)], family=name, seed=k, with_grid=False)
     table = ranked(sorted(tmp_path.iterdir()))
     assert [row.run.record.family for row in table.rows] == ["a", "low", "high"]
     assert all(row.comparison is not None and row.comparison.significant for row in table.rows[1:])
@@ -153,11 +153,11 @@ def test_seeds_that_stopped_at_different_steps_are_one_row(tmp_path: Path) -> No
             result(1.0 + k, generation={"seed": k, "checkpoint": name, "step": step, "images_seen": 10 * step})
             for name, step in steps.items()
         ]
-        write_run(tmp_path / f"a{k}", results, seed=k, picture=False, training={"steps": last})
+        write_run(tmp_path / f"a{k}", results, seed=k, with_grid=False, training={"steps": last})
     rows = ranked(sorted(tmp_path.iterdir())).rows
     assert sorted((row.result.generation.checkpoint, row.result.generation.images_seen) for row in rows) == [
         ("best", 1500), ("last", 9250),
     ]  # fmt: skip
     early = result(9.0, generation={"seed": 2, "step": 300})
-    write_run(tmp_path / "a2", [early], seed=2, picture=False, training={"steps": 900})
+    write_run(tmp_path / "a2", [early], seed=2, with_grid=False, training={"steps": 900})
     assert len(ranked(sorted(tmp_path.iterdir())).rows) == 3, "a result from during training has its own row"
