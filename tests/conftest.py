@@ -54,17 +54,17 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``cli(*words) -> exit code``: the command line in this process, in a temporary folder."""
+    """``cli(*overrides) -> exit code``: the command line in this process, in a temporary folder."""
     from gencompare.tasks.main import main
 
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str) -> int:
+    def run(*overrides: str) -> int:
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["run.py", *words])
+            patch.setattr(sys, "argv", ["run.py", *overrides])
             patch.setenv("HYDRA_FULL_ERROR", "0")
             patch.setenv("GENCOMPARE_FULL_ERROR", "0")
-            if not any(word.startswith(("+sweep", "+search")) for word in words):
+            if not any(override.startswith(("+sweep", "+search")) for override in overrides):
                 # Hydra composes each config twice, once only to read hydra.mode, which only sweep presets set.
                 patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *args, **kwargs: None)
             try:

@@ -51,7 +51,7 @@ def in_processes(
 
 
 class Forked:
-    """``python run.py WORDS`` in ``folder``, with the interface of `subprocess.Popen` that Lightning and tests use.
+    """``python run.py OVERRIDES`` in ``folder``, with the interface of `subprocess.Popen` that Lightning and tests use.
 
     Args:
         env: the environment; None is that of this process.
@@ -62,17 +62,17 @@ class Forked:
     def __init__(
         self,
         folder: Path,
-        *words: str,
+        *overrides: str,
         env: Mapping[str, str] | None = None,
         first: Callable[[], Any] | None = None,
         output: Path | None = None,
     ) -> None:
         self._output = output or folder / "output.txt"
-        self._process = get_context("fork").Process(target=self._run, args=(folder, words, env, first))
+        self._process = get_context("fork").Process(target=self._run, args=(folder, overrides, env, first))
         self._process.start()
 
     def _run(
-        self, folder: Path, words: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
+        self, folder: Path, overrides: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
     ) -> None:
         """Run in the new process, which ends afterwards."""
         sys.stdout = sys.stderr = output = self._output.open("a", buffering=1)
@@ -84,7 +84,7 @@ class Forked:
             os.environ.update(env)
         if first is not None:
             first()
-        sys.argv = ["run.py", *words]
+        sys.argv = ["run.py", *overrides]
 
         from lightning_utilities.core.rank_zero import rank_zero_only
         from pytorch_lightning.strategies.launchers import subprocess_script

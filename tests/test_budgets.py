@@ -164,7 +164,7 @@ def test_invalid_limits_are_refused(options: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "limits"),
+    ("overrides", "limits"),
     [
         ([], {"images": 60_000}),
         (["budget=images", "budget.images=7"], {"images": 7}),
@@ -173,8 +173,8 @@ def test_invalid_limits_are_refused(options: dict[str, Any], message: str) -> No
         (["budget=device_minutes", "budget.device_minutes=3"], {"device_minutes": 3}),
     ],
 )
-def test_a_budget_option_replaces_the_limits_of_an_experiment(words: list[str], limits: dict[str, float]) -> None:
-    cfg = compose("experiment=digits_vae", *words)
+def test_a_budget_option_replaces_the_limits_of_an_experiment(overrides: list[str], limits: dict[str, float]) -> None:
+    cfg = compose("experiment=digits_vae", *overrides)
     assert {key: value for key, value in cfg.budget.items() if key != "_target_" and value is not None} == limits
     assert cfg.model.importance_samples == 50
 
@@ -221,8 +221,8 @@ def training(folder: Path) -> dict[str, Any]:
 def test_a_budget_in_flops_includes_the_autoencoder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """A run with a budget in steps measures the FLOPs of a step. A budget in FLOPs then pays for the autoencoder and as
     many steps as that predicts, also if the run is resumed."""
-    words = ["model=ldm", *QUICK, *SMALL, *STAGE]
-    assert cli(*words, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
+    overrides = ["model=ldm", *QUICK, *SMALL, *STAGE]
+    assert cli(*overrides, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
     probe = training(tmp_path / "probe")
     stage, whitening = probe["dependencies"]
     assert stage["role"] == "autoencoder" and stage["steps"] == 3 and stage["images_seen"] == 48
@@ -245,7 +245,7 @@ def test_a_budget_in_flops_includes_the_autoencoder(cli: Cli, tmp_path: Path, ca
     )
 
     flops = float(f"{before + 4.5 * 16 * probe['flops_per_image']:.6e}")
-    assert cli(*words, "budget=flops", f"budget.flops={flops:.6e}", "hydra.run.dir=run") == 0
+    assert cli(*overrides, "budget=flops", f"budget.flops={flops:.6e}", "hydra.run.dir=run") == 0
     run = training(tmp_path / "run")
     assert run["dependencies"][0]["id"] == stage["id"], "the autoencoder of the other run is reused"
     assert run["steps"] == math.ceil((flops - before) / (16 * run["flops_per_image"])) == 5
@@ -257,7 +257,7 @@ def test_a_budget_in_flops_includes_the_autoencoder(cli: Cli, tmp_path: Path, ca
     assert again["total_cost"]["flops"] == again["flops"] + before
 
     capsys.readouterr()
-    assert cli(*words, "budget=flops", f"budget.flops={before:.6e}", "hydra.run.dir=none") == 1
+    assert cli(*overrides, "budget=flops", f"budget.flops={before:.6e}", "hydra.run.dir=none") == 1
     error = capsys.readouterr().err
     assert "the autoencoder (digits_autoencoder_" in error and "nothing is left" in error
     assert not (tmp_path / "none" / "record.json").exists()
@@ -273,28 +273,28 @@ def test_a_noisy_classifier_is_a_dependency_of_a_guided_model(cli: Cli, tmp_path
     assert [part["role"] for part in found["dependencies"]] == ["classifier"]
     assert found["total_cost"]["flops"] == found["flops"] + guide["flops"]
     # An evaluation may use another guide than training, so its result lists guides too.
-    words = [
+    overrides = [
         "evaluation.num_images=100", "evaluation.extractors=[classifier]", "model/likelihoods=null",
         "model/sampler=ddim", "model.sampler.num_steps=2",
     ]  # fmt: skip
-    assert cli("task=evaluate", "run_dir=guided", *words) == 0
+    assert cli("task=evaluate", "run_dir=guided", *overrides) == 0
     (result,) = json.loads((tmp_path / "guided" / "record.json").read_text())["results"]
     assert [part["id"] for part in result["details"]["guides"]] == [found["dependencies"][0]["id"]]
 
 
 def test_one_training_is_evaluated_with_several_guidance_scales(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    words = [
+    overrides = [
         "model=ddpm", *SMALL, *QUICK[:-2], "budget=steps", "budget.steps=1", "model.conditional=true",
         "model.label_dropout=0.1", "model/guidance=classifier_free", "model/sampler=ddim", "model.sampler.num_steps=2",
         "model.guidance.scale=1", "evaluation.num_images=100",
         "evaluation.extractors=[classifier]", "evaluation.checkpoints=[last]", "model/likelihoods=null",
     ]  # fmt: skip
     variants = "+evaluation.guidance={w0: {scale: 0}, w4: {scale: 4, interval: [0.3, 3]}}"
-    assert cli(*words, variants, "hydra.run.dir=run") == 0
+    assert cli(*overrides, variants, "hydra.run.dir=run") == 0
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     samplers = [result["generation"]["sampler"] for result in results]
     assert "scale 1" in samplers[0] and "scale 0" in samplers[1]
     assert "scale 4" in samplers[2] and "0.3" in samplers[2]
     capsys.readouterr()
-    assert cli(*words, "+evaluation.guidance={w: {scael: 0}}", "hydra.run.dir=wrong") == 1
+    assert cli(*overrides, "+evaluation.guidance={w: {scael: 0}}", "hydra.run.dir=wrong") == 1
     assert "no scael" in capsys.readouterr().err

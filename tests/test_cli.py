@@ -56,7 +56,7 @@ def in_step_3(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
     family: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    words = [
+    overrides = [
         f"model={family}",
         "debug=fast",
         *QUICK,
@@ -64,20 +64,20 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
         "evaluation.checkpoints=[]",
         "callbacks.evaluation.num_evaluations=0",
     ]
-    assert cli(*words, "hydra.run.dir=whole") == 0
+    assert cli(*overrides, "hydra.run.dir=whole") == 0
     steps = checkpoint(tmp_path / "whole")["callbacks"]["TrainingClock"]["step"]
     for number in SIGNALS_BY_FAMILY[family]:
         name = number.name
         if number == signal.SIGKILL:
             kill = partial(in_step_3, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
             saving = "callbacks.checkpoints.every_minutes=0"
-            process = Forked(tmp_path, *words, saving, f"hydra.run.dir={name}", first=kill)
+            process = Forked(tmp_path, *overrides, saving, f"hydra.run.dir={name}", first=kill)
             assert process.wait(timeout=100) == -number
             assert checkpoint(tmp_path / name)["callbacks"]["TrainingClock"]["step"] == 2
         else:
             with monkeypatch.context() as patch:
                 in_step_3(patch, partial(signal.raise_signal, number))
-                code = cli(*words, f"hydra.run.dir={name}")
+                code = cli(*overrides, f"hydra.run.dir={name}")
             # A model that is fitted in closed form finishes before the third step.
             assert code == (128 + number if steps > 2 else 0)
             if code:
@@ -143,8 +143,8 @@ def test_evaluation_with_another_sampler_adds_a_result_without_training(
 def test_interpolated_values_follow_overrides_in_a_run_folder_too(trained: Path, cli: Cli, tmp_path: Path) -> None:
     """evaluation.protocol.num_images refers to evaluation.num_images, and is resolved in the stored config."""
     shutil.copytree(trained / "run", tmp_path / "copy")
-    words = ["task=evaluate", "run_dir=copy", "model/sampler=ddim", "model.sampler.num_steps=2"]
-    assert cli(*words, "evaluation.num_images=110") == 0
+    overrides = ["task=evaluate", "run_dir=copy", "model/sampler=ddim", "model.sampler.num_steps=2"]
+    assert cli(*overrides, "evaluation.num_images=110") == 0
     record = json.loads((tmp_path / "copy" / "record.json").read_text())
     assert record["results"][-1]["measurement"]["num_images"] == 110
 
@@ -207,7 +207,7 @@ def error_line(capsys: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("overrides", "code", "message"),
     [
         (["modle=ddpm"], 2, "Did you mean model?"),
         (["model=dpdm"], 2, "ddpm"),
@@ -233,8 +233,8 @@ def error_line(capsys: Any) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_invalid_input(words: list[str], code: int, message: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    assert cli(*words, "logger=csv") == code
+def test_invalid_input(overrides: list[str], code: int, message: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    assert cli(*overrides, "logger=csv") == code
     assert message in error_line(capsys)
     assert not list(tmp_path.rglob("*.ckpt")), "nothing is trained"
 
@@ -299,10 +299,10 @@ def test_a_folder_that_another_process_uses_is_refused(cli: Cli, tmp_path: Path,
 def test_a_failure_outside_of_training_is_recorded(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    words = ["model=gaussian", *QUICK, "budget.steps=1", "hydra.run.dir=run"]
+    overrides = ["model=gaussian", *QUICK, "budget.steps=1", "hydra.run.dir=run"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_task, "evaluate", lambda *args, **kwargs: 1 / 0)
-        assert cli(*words) == 1
+        assert cli(*overrides) == 1
     assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "failed"
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_task, "evaluate", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
@@ -315,15 +315,19 @@ def test_a_failure_outside_of_training_is_recorded(
 
 def test_points_in_the_plane_are_trained_and_evaluated(cli: Cli, tmp_path: Path) -> None:
     other = ("data=digits", "evaluation.num_images=", "evaluation.extractors")
-    words = [*(word for word in QUICK if not word.startswith(other)), "budget.steps=1", "evaluation.num_images=300"]
-    assert cli("model=gaussian", "data=toy2d", *words, "hydra.run.dir=run") == 0
+    overrides = [
+        *(override for override in QUICK if not override.startswith(other)),
+        "budget.steps=1",
+        "evaluation.num_images=300",
+    ]
+    assert cli("model=gaussian", "data=toy2d", *overrides, "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["state"] == "finished" and (tmp_path / "run" / record["results"][0]["images"]["samples"]).exists()
 
 
 def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    words = ["task=validate_metrics", "data=digits", "task.num_images=[60]", "task.num_reference_images=200"]
-    assert cli(*words, "evaluation.extractors=[classifier]", "hydra.run.dir=run") == 0
+    overrides = ["task=validate_metrics", "data=digits", "task.num_images=[60]", "task.num_reference_images=200"]
+    assert cli(*overrides, "evaluation.extractors=[classifier]", "hydra.run.dir=run") == 0
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["scores"]
     names = {score["metric"] for score in scores}
     assert {"digits: cubic kernel", "digits: MMD, b = 1 x median", "digits: 1 - coverage"} <= names
@@ -337,8 +341,8 @@ def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, caps
 
 @pytest.mark.parametrize("preset", options("debug"))
 def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
-    words = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]
-    assert cli(*words, "evaluation.num_images=100", "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
+    overrides = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]
+    assert cli(*overrides, "evaluation.num_images=100", "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
     assert json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     assert preset != "profile" or list((tmp_path / "run").glob("*profile*"))
 
@@ -352,8 +356,13 @@ def test_external_images_are_evaluated_and_compared(trained: Path, cli: Cli, tmp
     (tmp_path / "images" / "grid.png").unlink()
     shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "images")
     for k, place in enumerate(("images", "packed.zip", "array/samples.npz")):
-        words = ["task=evaluate", "evaluation.num_images=100", "evaluation.extractors=[classifier]", f"samples={place}"]
-        assert cli(*words, "name=external", f"hydra.run.dir=runs/{k}") == 0
+        overrides = [
+            "task=evaluate",
+            "evaluation.num_images=100",
+            "evaluation.extractors=[classifier]",
+            f"samples={place}",
+        ]
+        assert cli(*overrides, "name=external", f"hydra.run.dir=runs/{k}") == 0
     records = [json.loads((tmp_path / "runs" / str(k) / "record.json").read_text()) for k in range(3)]
     assert all(record["state"] == "samples" and record["name"] == "external" for record in records)
     distances = [record["results"][0]["metrics"]["fd_digits"]["value"] for record in records]
@@ -367,9 +376,9 @@ def test_external_images_are_evaluated_and_compared(trained: Path, cli: Cli, tmp
 def test_exported_weights_are_evaluated_like_their_run(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """The weights that task=export writes give the metrics of the run."""
     sampler = ["model/sampler=ddim", "model.sampler.num_steps=4"]
-    words = ["task=evaluate", "model=ddpm", *sampler, *QUICK, "name=published"]
+    overrides = ["task=evaluate", "model=ddpm", *sampler, *QUICK, "name=published"]
     assert cli("task=export", f"run_dir={trained / 'run'}", "task.out=weights.safetensors") == 0
-    assert cli(*words, "pretrained=weights.safetensors", "hydra.run.dir=runs/published") == 0
+    assert cli(*overrides, "pretrained=weights.safetensors", "hydra.run.dir=runs/published") == 0
     published = json.loads((tmp_path / "runs" / "published" / "record.json").read_text())
     original = json.loads((trained / "run" / "record.json").read_text())
     found, expected = (
@@ -393,8 +402,8 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
         norm_num_groups=8,
     )  # fmt: skip
     network.save_pretrained(tmp_path / "published" / "unet")
-    words = ["model.network.channels=16", "model.network.attention_resolutions=[8]", "model.sampler.num_steps=2"]
-    assert cli("task=evaluate", "model=ddpm", *QUICK, *words, "pretrained=published", "hydra.run.dir=run") == 0
+    overrides = ["model.network.channels=16", "model.network.attention_resolutions=[8]", "model.sampler.num_steps=2"]
+    assert cli("task=evaluate", "model=ddpm", *QUICK, *overrides, "pretrained=published", "hydra.run.dir=run") == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["model"]["parameters"] == sum(p.numel() for p in network.parameters())
 
@@ -407,7 +416,7 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    hub = ["task=evaluate", "model=ddpm", *QUICK, *words]
+    hub = ["task=evaluate", "model=ddpm", *QUICK, *overrides]
     assert cli(*hub, "pretrained=someone/ddpm", "hydra.run.dir=hub") == 0
     assert json.loads((tmp_path / "hub" / "record.json").read_text())["name"] == "ddpm"
     assert cli(*hub, "pretrained=someone/else", "hydra.run.dir=other") == 1
@@ -418,7 +427,7 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
 
 def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """With parameterization v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
-    words = [
+    overrides = [
         "model=ddpm",
         *QUICK,
         "budget.steps=3",
@@ -426,7 +435,7 @@ def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: 
         "model.sampler.num_steps=3",
     ]
     own, small = ["model/schedule=linear", "model/parameterization=v"], "model.network.channels=8"
-    assert cli(*words, *own, small, "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
+    assert cli(*overrides, *own, small, "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0
     assert cli("task=export", "run_dir=run", "format=diffusers", "task.out=exported") == 0
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "exported")
     run = gencompare.load_run(tmp_path / "run")
@@ -450,7 +459,7 @@ def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: 
         for name in ("run", "back")
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
-    assert cli(*words[:-1], small, "model/sampler=ddim", "model.conditional=true", "hydra.run.dir=labels") == 0
+    assert cli(*overrides[:-1], small, "model/sampler=ddim", "model.conditional=true", "hydra.run.dir=labels") == 0
     assert cli("task=export", "run_dir=labels", "format=diffusers") == 1
     assert "nothing like conditions.label" in error_line(capsys)
     assert cli("task=export", "run_dir=run", "format=onnx") == 1
@@ -517,8 +526,8 @@ def test_help_imports_no_slow_modules() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
     assert "HEAVY []" in shown
-    for word in ("task=evaluate", "model: ", "data: ", "ddpm", "Examples"):
-        assert word in shown
+    for text in ("task=evaluate", "model: ", "data: ", "ddpm", "Examples"):
+        assert text in shown
 
 
 def _make_folder(folder: Path) -> Path:
@@ -528,7 +537,7 @@ def _make_folder(folder: Path) -> Path:
 
 def test_one_training_is_evaluated_with_several_samplers(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     ddim = "{_target_: gencompare.diffusion.samplers.DDIM, num_steps: 4, eta: 0.0}"
-    words = [
+    overrides = [
         "model=ddpm",
         *QUICK,
         "budget.steps=2",
@@ -536,10 +545,10 @@ def test_one_training_is_evaluated_with_several_samplers(cli: Cli, tmp_path: Pat
         "evaluation.checkpoints=[last]",
     ]
     samplers = f"+evaluation.samplers={{fast: {{num_steps: 3}}, other: {ddim}}}"
-    assert cli(*words, "model.sampler.num_steps=5", samplers, "hydra.run.dir=run") == 0
+    assert cli(*overrides, "model.sampler.num_steps=5", samplers, "hydra.run.dir=run") == 0
     results = json.loads((tmp_path / "run" / "record.json").read_text())["results"]
     assert [(r["generation"]["sampler"].split(",")[0], r["generation"]["nfe"]["network"]) for r in results] == [
         ("Ancestral", 5), ("Ancestral", 3), ("DDIM", 4),
     ]  # fmt: skip
-    assert cli("model=vae", *words[1:], "+evaluation.samplers={fast: {num_steps: 3}}", "hydra.run.dir=vae") == 1
+    assert cli("model=vae", *overrides[1:], "+evaluation.samplers={fast: {num_steps: 3}}", "hydra.run.dir=vae") == 1
     assert "VAE has no sampler" in capsys.readouterr().err

@@ -47,9 +47,9 @@ def bundles() -> list[list[str]]:
     return single + list(rows)
 
 
-@pytest.mark.parametrize("words", bundles(), ids=",".join)
-def test_every_option_composes(words: list[str]) -> None:
-    assert OmegaConf.missing_keys(compose(*words)) <= {"data.root"}, f"{words} leave values missing"
+@pytest.mark.parametrize("overrides", bundles(), ids=",".join)
+def test_every_option_composes(overrides: list[str]) -> None:
+    assert OmegaConf.missing_keys(compose(*overrides)) <= {"data.root"}, f"{overrides} leave values missing"
 
 
 @pytest.mark.parametrize("base", [f"{group}={name}" for group in PRESETS for name in options(group)])
@@ -83,12 +83,12 @@ def test_the_wheel_contains_conf() -> None:
 
 def test_the_weighting_of_edm_uses_the_sigma_data_of_its_preconditioning() -> None:
     """An objective without this preconditioning uses the published value, 0.5."""
-    for words, expected in (
+    for overrides, expected in (
         (["model=edm", "model.parameterization.sigma_data=0.8"], 0.8),
         (["model=edm", "model.parameterization.sigma_data=0.8", "model.objective.weighting.sigma_data=0.6"], 0.6),
         (["model=flow", "model/objective=edm"], 0.5),
     ):
-        assert compose(*words).model.objective.weighting.sigma_data == expected
+        assert compose(*overrides).model.objective.weighting.sigma_data == expected
 
 
 DATA: dict[str, ImageData] = {}
@@ -99,11 +99,11 @@ def cached_data(cfg: DictConfig) -> ImageData:
     return DATA.setdefault(OmegaConf.to_yaml(cfg.data), build_data(cfg))
 
 
-def reduced_config(name: str, *words: str) -> DictConfig:
+def reduced_config(name: str, *overrides: str) -> DictConfig:
     """The config of an experiment with narrow networks."""
     cfg = compose(
         f"experiment={name}", "trainer.accelerator=cpu", "trainer.global_batch_size=5", "budget.images=null",
-        "budget.steps=1", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", *words,
+        "budget.steps=1", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", *overrides,
     )  # fmt: skip
     for network in ("network", "generator", "discriminator"):
         if cfg.model.get(network, {}).get("channels"):

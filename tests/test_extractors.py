@@ -318,7 +318,7 @@ def test_invalid_classifier_settings_are_refused() -> None:
             small_classifier(**options)
     with pytest.raises(UserError, match="square"):
         Classifier(DataSpec(name="x", shape=(1, 8, 6), num_classes=3), ResidualClassifier, rotate=True)
-    with pytest.raises(UserError, match="at least 1 channel"):
+    with pytest.raises(UserError, match="widths of a classifier must be at least 1"):
         ResidualClassifier(1, 3, widths=[8, 0])
 
 
@@ -406,7 +406,7 @@ def test_missing_and_damaged_imagenet_weights_raise_a_helpful_error(
 
 
 def test_an_unknown_extractor_raises_an_error_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no extractor clop; choose from efficientnet_lite0, .*clip.*available.clop"):
+    with pytest.raises(UserError, match=r"unknown extractor clop; choose from efficientnet_lite0, .*clip.*available.clop"):
         build_protocol(compose("evaluation.extractors=[clop]"))
     names = [
         e.name

@@ -74,12 +74,12 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.timeout(280)
 def test_parallel_jobs_of_two_processes_each(cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any) -> None:
     """Two jobs at a time, with two processes each. One fails; the same command runs only that one again."""
-    words = [
+    overrides = [
         *LAUNCHED, "model=vae", "model.beta=-1,1,2", *QUICK, "budget.steps=2",
         "callbacks.evaluation.num_evaluations=0", "evaluation.checkpoints=[]", "trainer=ddp", "trainer.accelerator=cpu",
         "trainer.devices=2",
     ]  # fmt: skip
-    assert cli(*words) == 1
+    assert cli(*overrides) == 1
     out = capsys.readouterr().out
     assert "1 of 3 runs did not finish" in out and "[0_digits_vae] failed: model.beta=-1" in out
     assert len(forked) == 3 and max(job.others_running for job in forked) == 1, "two jobs at a time"
@@ -91,14 +91,14 @@ def test_parallel_jobs_of_two_processes_each(cli: Cli, tmp_path: Path, forked: l
         assert record["environment"]["sweep"] == "sweep"
     assert (sweep / "compare.html").is_file()
     forked.clear()
-    assert cli(*words) == 1
+    assert cli(*overrides) == 1
     assert len(forked) == 1 and "[2_digits_vae] already finished" in capsys.readouterr().out
 
 
 def test_a_job_with_the_same_training_as_a_running_job_evaluates_it_later(
     cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any
 ) -> None:
-    words = [
+    overrides = [
         *LAUNCHED,
         "model=gaussian",
         *QUICK,
@@ -106,7 +106,7 @@ def test_a_job_with_the_same_training_as_a_running_job_evaluates_it_later(
         "evaluation.num_images=66,80",
         "budget.steps=1",
     ]
-    assert cli(*words) == 0
+    assert cli(*overrides) == 0
     assert [job.others_running for job in forked] == [
         0,
         0,
@@ -137,7 +137,7 @@ def test_a_job_that_a_process_of_an_earlier_command_started_is_skipped(
 def test_jobs_stop_with_the_sweep_and_save_a_checkpoint(
     cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any
 ) -> None:
-    words = [
+    overrides = [
         *LAUNCHED,
         "model=vae",
         "seed=0,1",
@@ -153,7 +153,7 @@ def test_jobs_stop_with_the_sweep_and_save_a_checkpoint(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    assert cli(*words, "budget.steps=100000") == 128 + signal.SIGTERM
+    assert cli(*overrides, "budget.steps=100000") == 128 + signal.SIGTERM
     records = [json.loads((tmp_path / "sweep" / f"{k}_digits_vae" / "record.json").read_text()) for k in (0, 1)]
     assert [record["state"] for record in records] == ["interrupted"] * 2
     assert all(record["training"]["steps"] > 0 for record in records)

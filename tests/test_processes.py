@@ -35,13 +35,13 @@ ROUNDING = 2e-5
 FAMILIES = ["vae", "gan"]
 
 
-def words_of(*words: str, count: int = 2) -> list[str]:
-    return [*words, *SETTINGS, "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}"]
+def overrides_for(*overrides: str, count: int = 2) -> list[str]:
+    return [*overrides, *SETTINGS, "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}"]
 
 
-def processes(folder: Path, *words: str, count: int = 2, first: Callable[[], None] | None = None) -> None:
-    """Run ``words`` on ``count`` processes; ``first`` is called in the first one before it starts the others."""
-    process = Forked(folder, *words_of(*words, count=count), first=first)
+def processes(folder: Path, *overrides: str, count: int = 2, first: Callable[[], None] | None = None) -> None:
+    """Run ``overrides`` on ``count`` processes; ``first`` is called in the first one before it starts the others."""
+    process = Forked(folder, *overrides_for(*overrides, count=count), first=first)
     assert process.wait(timeout=280) == 0, process.output()[-4000:]
 
 
@@ -62,9 +62,9 @@ def metrics(folder: Path) -> dict[str, float | None]:
 @pytest.mark.timeout(280)
 def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[..., int], tmp_path: Path) -> None:
     """A sweep over families on two processes, started as a user does."""
-    words = words_of("-m", ONCE, f"model={','.join(FAMILIES)}", "logger=default", "hydra.sweep.dir=sweep")
+    overrides = overrides_for("-m", ONCE, f"model={','.join(FAMILIES)}", "logger=default", "hydra.sweep.dir=sweep")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *words], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [sys.executable, str(ROOT / "run.py"), *overrides], cwd=tmp_path, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     sweep = tmp_path / "sweep"
@@ -81,9 +81,9 @@ def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[.
 
 @pytest.mark.timeout(280)
 def test_a_sampler_with_several_steps_is_the_same_on_two_processes(cli: Callable[..., int], tmp_path: Path) -> None:
-    words = ["model=ddpm", "model.sampler.num_steps=3", ONCE, "logger=csv"]
-    processes(tmp_path, *words, "hydra.run.dir=two")
-    assert cli(*words, *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
+    overrides = ["model=ddpm", "model.sampler.num_steps=3", ONCE, "logger=csv"]
+    processes(tmp_path, *overrides, "hydra.run.dir=two")
+    assert cli(*overrides, *SETTINGS, "trainer=cpu", "hydra.run.dir=one") == 0
     check_equal(tmp_path / "one", tmp_path / "two")
 
 
@@ -152,7 +152,7 @@ def second_fails() -> None:
 
 @pytest.mark.timeout(120)
 def test_one_failing_process_ends_all(tmp_path: Path) -> None:
-    process = Forked(tmp_path, *words_of("model=gan", "logger=csv", "hydra.run.dir=two"), first=second_fails)
+    process = Forked(tmp_path, *overrides_for("model=gan", "logger=csv", "hydra.run.dir=two"), first=second_fails)
     assert process.wait(timeout=100) == -signal.SIGKILL
     assert "no such disk" in process.output()
 

@@ -69,13 +69,13 @@ def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
 
 
 def test_the_offline_folder_of_wandb_is_not_listed_twice(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
-    words = [
+    overrides = [
         "model=gaussian", "trainer=cpu", "evaluation.num_images=100",
         "evaluation.extractors=[classifier]", "evaluation.protocol.num_likelihood_images=20",
     ]  # fmt: skip
     assert (
         cli(
-            *words,
+            *overrides,
             "callbacks.evaluation.num_evaluations=1",
             "callbacks.evaluation.num_samples=0",
             "hydra.run.dir=runs/run",
@@ -98,17 +98,17 @@ def test_the_offline_folder_of_wandb_is_not_listed_twice(cli: Callable[..., int]
 def test_a_comparison_is_logged_to_wandb_with_table_charts_and_page(cli: Callable[..., int], tmp_path: Path) -> None:
     for k, name in enumerate(("a <b>", "b")):
         write_run(tmp_path / "runs" / name, [result(0.25 + k)], training={"flops": 1e9 * (2 - k)})
-    words = ["task=compare", "runs=runs/*", "task.out=page"]
-    assert cli(*words) == 0
+    overrides = ["task=compare", "runs=runs/*", "task.out=page"]
+    assert cli(*overrides) == 0
     assert not (tmp_path / "page" / "wandb").exists(), "only on request"
-    assert cli(*words, "logger=wandb") == 0
+    assert cli(*overrides, "logger=wandb") == 0
     (files,) = (tmp_path / "page" / "wandb").glob("offline-run-*/files")
     assert (files / "compare.html").read_text() == (tmp_path / "page" / "compare.html").read_text()
     (table,) = (json.loads(path.read_text()) for path in (files / "media" / "table").glob("*.json"))
     assert [row[table["columns"].index("fd_digits")] for row in table["data"]] == [0.25, 1.25]
     sent = len(list((files / "media" / "images").rglob("*.png")))
     assert sent == len(list((tmp_path / "page" / "plots").glob("*.png"))) > 0
-    assert cli(*words, "logger=none") == 0
+    assert cli(*overrides, "logger=none") == 0
 
 
 class RemoteFile:

@@ -422,14 +422,14 @@ def test_a_warning_appears_in_terminal_record_and_page(
     results = json.loads((tmp_path / "half" / "record.json").read_text())["results"]
     assert len(results) == 2 and all(any(said in flag for flag in r["details"]["warnings"]) for r in results)
     html = (tmp_path / "half" / "compare.html").read_text()
-    assert html.index(f"<b>Warning</b> half: {said}") < html.index("<table")
-    assert '<span class="beside">warning</span>' in html
+    assert html.index(f"<b>Warning:</b> half: {said}") < html.index("<table")
+    assert '<span class="annotation">warning</span>' in html
 
     np.savez(tmp_path / "ok.npz", arr_0=digits.test.permute(0, 2, 3, 1).numpy())
     assert cli(*words, "samples=ok.npz", "hydra.run.dir=ok") == 0
     assert "arning" not in capsys.readouterr().out
     gathered = load_runs([tmp_path / "half", tmp_path / "ok"])
-    assert f"<b>Warning</b> half: {said}" in page.render(gathered)
+    assert f"<b>Warning:</b> half: {said}" in page.render(gathered)
     console = Console(width=200, record=True, file=io.StringIO())
     print_tables(gathered, console)
     assert f"Warning: half: {said}" in console.export_text()

@@ -101,8 +101,8 @@ def test_a_search_waits_for_an_active_trial_in_a_folder_of_any_name(tmp_path: Pa
     launched: list[dict[str, Any]] = []
 
     def launch(jobs: Any, first_job: int) -> None:
-        (words,) = jobs
-        launched.append({o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(words)})
+        (overrides,) = jobs
+        launched.append({o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)})
         if len(launched) == 1:
             trial = launched[0]["trial"]
             RunRecord("0", "vae", {}, config={"trial": {str(k): v for k, v in trial.items()}}).save(folder)
@@ -119,8 +119,8 @@ def test_a_search_waits_for_an_active_trial_in_a_folder_of_any_name(tmp_path: Pa
 def test_each_value_of_study_per_has_a_study_with_failed_trials(cli: Cli, tmp_path: Path) -> None:
     """Two values of beta stand for two families, one of which cannot be trained."""
     studies = ["hydra.sweeper.study_per=model.beta", "model.beta=-1,1"]
-    words = [*SEARCH[:-1], "hydra.sweeper.n_trials=1", *studies, "hydra.sweep.dir=two"]
-    assert cli(*words) == 1
+    overrides = [*SEARCH[:-1], "hydra.sweeper.n_trials=1", *studies, "hydra.sweep.dir=two"]
+    assert cli(*overrides) == 1
     found = [json.loads(path.read_text()) for path in sorted((tmp_path / "two").glob("*/record.json"))]
     assert [record["state"] for record in found] == ["failed", "finished"]
     assert [record["config"]["model"]["beta"] for record in found] == [-1, 1]
@@ -129,7 +129,7 @@ def test_each_value_of_study_per_has_a_study_with_failed_trials(cli: Cli, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("word", "expected"),
+    ("text", "expected"),
     [
         ("a=interval(0.5,2.0)", "FloatDistribution(high=2.0, log=False, low=0.5, step=None)"),
         ("a=tag(log,interval(1e-4,1e-2))", "FloatDistribution(high=0.01, log=True, low=0.0001, step=None)"),
@@ -139,8 +139,8 @@ def test_each_value_of_study_per_has_a_study_with_failed_trials(cli: Cli, tmp_pa
         ("a=range(0,6,2)", "CategoricalDistribution(choices=('0', '2', '4'))"),
     ],
 )
-def test_hydra_overrides_define_distributions(word: str, expected: str) -> None:
-    (override,) = OverridesParser.create().parse_overrides([word])
+def test_hydra_overrides_define_distributions(text: str, expected: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([text])
     assert str(search.distribution(override)) == expected
 
 
@@ -151,15 +151,17 @@ def test_an_invalid_interval_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["model=vae", "model.optimizer.lr=1e-3"], "needs a search space"),
         (["model=vae", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0"),
         (["model=vae", *TINY, "callbacks.evaluation.num_evaluations=0"], "distance to validation images"),
     ],
 )
-def test_a_search_without_space_or_objective_is_refused(words: list[str], message: str, cli: Cli, capsys: Any) -> None:
-    assert cli("-m", "+search=optuna", *words) == 1
+def test_a_search_without_space_or_objective_is_refused(
+    overrides: list[str], message: str, cli: Cli, capsys: Any
+) -> None:
+    assert cli("-m", "+search=optuna", *overrides) == 1
     assert message in capsys.readouterr().err
 
 

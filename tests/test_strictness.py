@@ -23,7 +23,7 @@ QUICK = [
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("+nonsense=1", "There is no setting 'nonsense'. Use tags=[...] to label a run."),
         ("+seeds=1", "Did you mean seed?"),
@@ -56,9 +56,9 @@ QUICK = [
     ],
 )
 def test_an_invalid_setting_is_refused_before_training(
-    word: str, message: str, cli: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    override: str, message: str, cli: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli(*QUICK, word) in (1, 2)
+    assert cli(*QUICK, override) in (1, 2)
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1, error
     record = tmp_path / "run" / "record.json"
@@ -78,12 +78,12 @@ class StepCounter(Callback):
 
 
 def test_added_callbacks_and_loggers_are_used(cli: Callable[..., int], tmp_path: Path) -> None:
-    words = [
+    overrides = [
         "+callbacks.count._target_=test_strictness.StepCounter", "+callbacks.count.path=steps.txt",
         "+callbacks.lr=learning_rate_monitor", "+logger.x._target_=pytorch_lightning.loggers.CSVLogger",
         "+trainer.enable_model_summary=false", "tags=[first,try]",
     ]  # fmt: skip
-    assert cli(*QUICK, *words) == 0
+    assert cli(*QUICK, *overrides) == 0
     assert (tmp_path / "steps.txt").read_text() == "3"
     (file,) = (tmp_path / "run").rglob("metrics.csv")
     assert "lr-" in file.read_text().splitlines()[0]

@@ -83,14 +83,14 @@ def test_guides_and_trials_are_part_of_the_training() -> None:
     assert len({identity(cfg, trial={"study": "a", "number": number}).training for number in range(2)}) == 2
 
 
-def folder(*words: str) -> str:
-    return sweep_folder(OmegaConf.create([*words]), "now")
+def folder(*overrides: str) -> str:
+    return sweep_folder(OmegaConf.create([*overrides]), "now")
 
 
 def test_the_same_sweep_uses_the_same_folder() -> None:
     own = folder("model=flow", "model.optimizer.lr=1e-3,2e-3", "seed=0,1")
     assert own.startswith("sweep_flow_lr_")
-    for words in (
+    for overrides in (
         ["model=flow", "seed=0", "model.optimizer.lr=1e-3,2e-3"],
         [
             "model.optimizer.lr=choice(1e-3,5)",
@@ -100,7 +100,7 @@ def test_the_same_sweep_uses_the_same_folder() -> None:
             "+logger.wandb.project=x",
         ],
     ):
-        assert folder(*words) == own, words
+        assert folder(*overrides) == own, overrides
     others = [
         own, folder("model=vae", "model.optimizer.lr=1,2"), folder("model=flow", "model.optimizer.lr=1"),
         folder("model=flow", "model.optimizer.lr=1,2", "budget.images=9"), folder("model=flow", "model/sampler=a,b"),
@@ -112,8 +112,8 @@ def test_the_same_sweep_uses_the_same_folder() -> None:
 
 @pytest.mark.parametrize("preset", ["+sweep=families", "+search=optuna"])
 def test_another_budget_of_a_preset_uses_another_folder(preset: str) -> None:
-    def sweep_dir(*words: str) -> str:
-        compose(preset, *words)
+    def sweep_dir(*overrides: str) -> str:
+        compose(preset, *overrides)
         return str(HydraConfig.get().sweep.dir)
 
     own = sweep_dir("logger=none")

@@ -19,22 +19,22 @@ from gencompare.tasks.runs.build import build_budget, build_data, build_model
 from hydra_plugins.gencompare_sweeps.sweepers import with_experiment
 
 
-def jobs(preset: str, *words: str) -> list[list[str]]:
+def jobs(preset: str, *overrides: str) -> list[list[str]]:
     """The overrides of each job of a preset."""
-    compose(f"+sweep={preset}", *words)
+    compose(f"+sweep={preset}", *overrides)
     hydra = HydraConfig.get()
     params = [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
     choices = [
         [f"{o.key_or_group}={value}" for value in (o.sweep_string_iterator() if o.is_sweep_override() else [o.value()])]
         for o in OverridesParser.create().parse_overrides(params)
     ]
-    overrides = [list(job) for job in product(*choices)]
+    all_jobs = [list(job) for job in product(*choices)]
     if preset == "families":
         assert (
             hydra.sweeper._target_.endswith(".FamiliesSweeper") and hydra.runtime.choices["hydra/sweeper"] == "families"
         )
-        return [with_experiment(job, options("experiment"), hydra.runtime.choices.data) for job in overrides]
-    return overrides
+        return [with_experiment(job, options("experiment"), hydra.runtime.choices.data) for job in all_jobs]
+    return all_jobs
 
 
 def differing_keys(one: Any, two: Any, prefix: str = "") -> set[str]:
@@ -45,8 +45,8 @@ def differing_keys(one: Any, two: Any, prefix: str = "") -> set[str]:
     return set() if one == two else {prefix}
 
 
-def composed(preset: str, job: list[str], *words: str) -> DictConfig:
-    return compose(f"+sweep={preset}", *words, *job)
+def composed(preset: str, job: list[str], *overrides: str) -> DictConfig:
+    return compose(f"+sweep={preset}", *overrides, *job)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def bases(model: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "limit"), [("budget=flops budget.flops=1e9", "flops"), ("budget.images=9", "images")]
+    ("overrides", "limit"), [("budget=flops budget.flops=1e9", "flops"), ("budget.images=9", "images")]
 )
-def test_families_take_their_budget_from_the_command_line(words: str, limit: str) -> None:
+def test_families_take_their_budget_from_the_command_line(overrides: str, limit: str) -> None:
     for job in jobs("families")[1:3]:
-        budget = build_budget(composed("families", job, *words.split()))
+        budget = build_budget(composed("families", job, *overrides.split()))
         assert [name for name, value in vars(budget).items() if value is not None] == [limit]
         assert getattr(budget, limit) in (9, 1e9)
 

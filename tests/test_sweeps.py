@@ -18,7 +18,7 @@ from gencompare.tasks import evaluate_run, train
 from gencompare.training.clock import TrainingClock
 from test_cli import QUICK, Cli
 
-WORDS = [
+OVERRIDES = [
     "-m", "model=vae", "seed=0,1,2", *QUICK, "budget.steps=4", "callbacks.evaluation.num_evaluations=0",
     "callbacks.checkpoints.every_minutes=0", "evaluation.checkpoints=[last]", "evaluation.num_images=80",
 ]  # fmt: skip
@@ -38,9 +38,9 @@ def kill_in_second_job() -> None:
 
 
 def test_a_killed_sweep_resumes_and_ends_like_an_uninterrupted_one(cli: Cli, tmp_path: Path, capsys) -> None:
-    assert cli(*WORDS, "hydra.sweep.dir=whole") == 0
-    words = [*WORDS, "hydra.sweep.dir=killed"]
-    assert Forked(tmp_path, *words, first=kill_in_second_job).wait(timeout=120) == -signal.SIGKILL
+    assert cli(*OVERRIDES, "hydra.sweep.dir=whole") == 0
+    overrides = [*OVERRIDES, "hydra.sweep.dir=killed"]
+    assert Forked(tmp_path, *overrides, first=kill_in_second_job).wait(timeout=120) == -signal.SIGKILL
     first = tmp_path / "killed" / "0_digits_vae"
     states = {
         path.parent.name: json.loads(path.read_text())["state"] for path in (tmp_path / "killed").glob("*/record.json")
@@ -50,7 +50,7 @@ def test_a_killed_sweep_resumes_and_ends_like_an_uninterrupted_one(cli: Cli, tmp
     before = (first / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     capsys.readouterr()
 
-    assert cli(*words) == 0
+    assert cli(*overrides) == 0
     out = capsys.readouterr().out
     assert "[0_digits_vae] already finished" in out and "[1_digits_vae] was interrupted: resumes" in out
     assert (first / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before, "finished jobs do not run again"
@@ -65,9 +65,9 @@ def test_a_killed_sweep_resumes_and_ends_like_an_uninterrupted_one(cli: Cli, tmp
 
 def test_a_job_is_recognised_in_any_folder_of_the_sweep(cli: Cli, tmp_path: Path, capsys) -> None:
     sweep = "hydra.sweep.dir=sweep"
-    words = [word for word in WORDS if not word.startswith("seed=")]
-    assert cli(*words, "seed=1", sweep) == 0
-    assert cli(*words, "seed=0,1", sweep) == 0
+    overrides = [override for override in OVERRIDES if not override.startswith("seed=")]
+    assert cli(*overrides, "seed=1", sweep) == 0
+    assert cli(*overrides, "seed=0,1", sweep) == 0
     out = capsys.readouterr().out
     # Folder 0 contains the finished job of seed 1; the job of seed 0 gets another folder.
     assert "[0_digits_vae] already finished" in out
@@ -77,9 +77,9 @@ def test_a_job_is_recognised_in_any_folder_of_the_sweep(cli: Cli, tmp_path: Path
 
 
 def test_other_settings_make_another_job(cli: Cli, tmp_path: Path) -> None:
-    words = [word for word in WORDS if not word.startswith("seed=")]
-    assert cli(*words, "seed=0", "hydra.sweep.dir=sweep") == 0
-    assert cli(*words, "seed=0,1", "model.beta=0.5", "hydra.sweep.dir=other") == 0
+    overrides = [override for override in OVERRIDES if not override.startswith("seed=")]
+    assert cli(*overrides, "seed=0", "hydra.sweep.dir=sweep") == 0
+    assert cli(*overrides, "seed=0,1", "model.beta=0.5", "hydra.sweep.dir=other") == 0
     one, two = (checkpoint(tmp_path / place / "0_digits_vae")["state_dict"] for place in ("sweep", "other"))
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
@@ -87,8 +87,8 @@ def test_other_settings_make_another_job(cli: Cli, tmp_path: Path) -> None:
 def test_a_failed_job_does_not_stop_the_others_and_is_tried_again(
     cli: Cli, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    words = ["-m", "model=vae", *WORDS[3:], "hydra.sweep.dir=sweep", "model.beta=-1,2"]
-    assert cli(*words) == 1
+    overrides = ["-m", "model=vae", *OVERRIDES[3:], "hydra.sweep.dir=sweep", "model.beta=-1,2"]
+    assert cli(*overrides) == 1
     out = capsys.readouterr().out
     assert "1 of 2 runs did not finish" in out and "[0_digits_vae] failed: " in out
     records = {
@@ -100,7 +100,7 @@ def test_a_failed_job_does_not_stop_the_others_and_is_tried_again(
     times = {name: (tmp_path / "sweep" / name / "record.json").stat().st_mtime_ns for name in records}
     # Once the cause is fixed (here: in the model), the same command runs the remaining job.
     monkeypatch.setattr(VAE, "__init__", with_positive_beta(VAE.__init__))
-    assert cli(*words) == 0
+    assert cli(*overrides) == 0
     out = capsys.readouterr().out
     assert "[0_digits_vae] has no checkpoint yet: restarts." in out and "did not finish" not in out
     again = json.loads((tmp_path / "sweep" / "0_digits_vae" / "record.json").read_text())
@@ -117,17 +117,17 @@ def with_positive_beta(original: Any) -> Any:
 
 
 def test_a_damaged_run_is_repeated_in_another_folder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    words = ["-m", "model=gaussian", *WORDS[3:], "seed=0", "hydra.sweep.dir=sweep"]
-    assert cli(*words) == 0
+    overrides = ["-m", "model=gaussian", *OVERRIDES[3:], "seed=0", "hydra.sweep.dir=sweep"]
+    assert cli(*overrides) == 0
     (tmp_path / "sweep" / "0_digits_gaussian" / "record.json").write_text("{")
     capsys.readouterr()
-    assert cli(*words) == 0
+    assert cli(*overrides) == 0
     assert json.loads((tmp_path / "sweep" / "0_digits_gaussian_2" / "record.json").read_text())["state"] == "finished"
     printed = capsys.readouterr().out
     assert "left out: sweep/0_digits_gaussian:" in printed and "did not finish" not in printed
 
 
-GAUSSIAN = ["-m", "model=gaussian", *WORDS[3:]]
+GAUSSIAN = ["-m", "model=gaussian", *OVERRIDES[3:]]
 
 
 def records(folder: Path) -> dict[str, Any]:
@@ -146,31 +146,38 @@ def test_loggers_and_paths_do_not_change_the_folder_of_a_sweep(cli: Cli, tmp_pat
 def test_jobs_that_differ_in_sampling_share_their_training(
     cli: Cli, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    words = [
-        "-m", "model=ddpm", "model/sampler=ddim", "model.network.channels=8", "model.network.num_groups=8", *WORDS[3:],
-        "budget.steps=2", "evaluation.num_images=66", "model.sampler.num_steps=2,3", "hydra.sweep.dir=sweep",
+    overrides = [
+        "-m", "model=ddpm", "model/sampler=ddim", "model.network.channels=8", "model.network.num_groups=8",
+        *OVERRIDES[3:], "budget.steps=2", "evaluation.num_images=66", "model.sampler.num_steps=2,3", "hydra.sweep.dir=sweep",
     ]  # fmt: skip
     sweep = tmp_path / "sweep"
     original = evaluate_run.evaluate_trained_run
     monkeypatch.setattr(train, "evaluate_trained_run", fail)
-    assert cli(*words) == 1
+    assert cli(*overrides) == 1
     assert "1 of 2 runs did not finish" in (out := capsys.readouterr().out) and "[1_digits_ddpm] failed: broken" in out
     monkeypatch.setattr(train, "evaluate_trained_run", original)
-    assert cli(*words) == 0
+    assert cli(*overrides) == 0
     out = capsys.readouterr().out
     assert "[0_digits_ddpm] already finished" in out and "already trained, in 0_digits_ddpm" in out
     (record,) = records(sweep).values()
     assert [r["generation"]["nfe"] for r in record["results"]] == [{"network": 2}, {"network": 3}]
     assert record["state"] == "finished" and record["config"]["model"]["sampler"]["num_steps"] == 2
-    assert cli(*words) == 0
+    assert cli(*overrides) == 0
     assert records(sweep) == {"0_digits_ddpm": record}
     assert "[1_digits_ddpm] already evaluated, in 0_digits_ddpm" in capsys.readouterr().out
 
 
 def test_a_sweep_of_evaluations_adds_results_to_the_record(cli: Cli, tmp_path: Path) -> None:
-    words = ["model=ddpm", "model/sampler=ddim", "model.network.channels=8", "model.network.num_groups=8", *WORDS[3:]]
+    overrides = [
+        "model=ddpm",
+        "model/sampler=ddim",
+        "model.network.channels=8",
+        "model.network.num_groups=8",
+        *OVERRIDES[3:],
+    ]
     assert (
-        cli(*words, "budget.steps=2", "evaluation.num_images=66", "model.sampler.num_steps=4", "hydra.run.dir=run") == 0
+        cli(*overrides, "budget.steps=2", "evaluation.num_images=66", "model.sampler.num_steps=4", "hydra.run.dir=run")
+        == 0
     )
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     trained = last.stat().st_mtime_ns
@@ -186,13 +193,13 @@ def fail(cfg: Any) -> None:
 
 def test_a_sweep_waits_for_active_jobs_before_it_compares(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     """As after SIGKILL of ``hydra/launcher=parallel``, whose jobs are separate processes."""
-    words = [*GAUSSIAN, "seed=0", "hydra.sweep.dir=sweep"]
-    assert cli(*words) == 0
+    overrides = [*GAUSSIAN, "seed=0", "hydra.sweep.dir=sweep"]
+    assert cli(*overrides) == 0
     for final_state, code in (("finished", 0), ("running", 1)):
         (tmp_path / "sweep" / "compare.html").unlink()
         capsys.readouterr()
         with active_process(tmp_path / "sweep" / "0_digits_gaussian", final_state):
-            assert cli(*words) == code
+            assert cli(*overrides) == code
         out = capsys.readouterr().out
         assert "another process is working on it" in out and "[0_digits_gaussian] waiting for the process" in out
         assert (tmp_path / "sweep" / "compare.html").is_file()
@@ -200,12 +207,12 @@ def test_a_sweep_waits_for_active_jobs_before_it_compares(cli: Cli, tmp_path: Pa
 
 
 def test_failures_of_other_commands_are_listed_separately(cli: Cli, capsys: Any) -> None:
-    words = [*WORDS[3:], "hydra.sweep.dir=sweep"]
-    assert cli("-m", "model=vae", "model.beta=-1", *words) == 1
+    overrides = [*OVERRIDES[3:], "hydra.sweep.dir=sweep"]
+    assert cli("-m", "model=vae", "model.beta=-1", *overrides) == 1
     capsys.readouterr()
     assert cli(*GAUSSIAN, "hydra.sweep.dir=sweep") == 0
     out = capsys.readouterr().out
     assert "runs did not finish" not in out
     assert "Of other commands in this folder, 1 did not finish:\n  [0_digits_vae] failed: model.beta=-1" in out
-    assert cli("-m", "model=vae", "model.beta=-1", *words) == 1, "the same command tries it again"
+    assert cli("-m", "model=vae", "model.beta=-1", *overrides) == 1, "the same command tries it again"
     assert "1 of 1 runs did not finish" in capsys.readouterr().out

@@ -28,15 +28,15 @@ def test_metrics_and_images_are_logged(tmp_path: Path) -> None:
     logger = wandb_logger(folder=folder, name="run", id="abc123", project="test", mode="offline")
     finish_loggers([logger], RunRecord.load(folder), folder, page)
     (files,) = folder.glob("wandb/offline-run-*-abc123/files")
-    (table,) = files.glob("media/table/figures_*.table.json")
+    (table,) = files.glob("media/table/metrics_*.table.json")
     content = json.loads(table.read_text())
     rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
     assert len(rows) == len(made[0].metrics) + len(made[1].metrics)
-    first = next(row for row in rows if row["figure"] == "fd_digits" and row["checkpoint"] == "last")
+    first = next(row for row in rows if row["metric"] == "fd_digits" and row["checkpoint"] == "last")
     assert [first[name] for name in ("value", "low", "high", "real data", "sampler")] == [
         1.5, 1.0, 2.0, 0.5, "ddim, 50 steps",
     ]  # fmt: skip
-    assert next(row for row in rows if row["figure"] == "bad")["value"] is None
+    assert next(row for row in rows if row["metric"] == "bad")["value"] is None
     sizes = []
     for path in (files / "media" / "images").rglob("*.png"):
         with Image.open(path) as picture:

@@ -72,7 +72,9 @@ def compare(cfg: DictConfig) -> None:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
     options = ComparisonOptions(parse_keys(cfg.group_by), None if cfg.rank_by is None else str(cfg.rank_by))
     page = compare_folders(locate_runs(cfg.runs, Path(cfg.paths.cache)), Path(cfg.task.out or cfg.out), options)
-    if any(word.startswith("logger=") for word in cfg.command):  # only on request: most comparisons are temporary
+    if any(
+        override.startswith("logger=") for override in cfg.command
+    ):  # only on request: most comparisons are temporary
         log_to_wandb(page, cfg.logger)
 
 

@@ -42,7 +42,7 @@ def export_extractor(cfg: DictConfig) -> None:
     network.load_state_dict({name: to_float16(value) for name, value in network.state_dict().items()})
     settings = OmegaConf.to_container(cfg.model.network, resolve=True)
     assert isinstance(settings, dict)
-    overrides = [word for word in RunRecord.load(folder).overrides if not word.startswith(LOCATION_PREFIXES)]
+    overrides = [o for o in RunRecord.load(folder).overrides if not o.startswith(LOCATION_PREFIXES)]
     out = Path(cfg.task.out or folder / "extractor.safetensors")
     score = accuracy(model, data)
     digest = save_classifier(

@@ -70,12 +70,12 @@ def call_task(cfg: DictConfig) -> None:
 
 def _delete_null_groups(argv: list[str]) -> list[str]:
     """``~model/guidance`` for ``model/guidance=null``, which Hydra accepts only in YAML files."""
-    return [f"~{word.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", word) else word for word in argv]
+    return [f"~{arg.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", arg) else arg for arg in argv]
 
 
 def _with_extra_conf(argv: list[str]) -> list[str]:
     """Add ``GENCOMPARE_CONF``, a folder with the layout of conf/, to the config search path."""
     extra = os.environ.get("GENCOMPARE_CONF")
-    if not extra or any(word.startswith(("--config-dir", "-cd")) for word in argv):
+    if not extra or any(arg.startswith(("--config-dir", "-cd")) for arg in argv):
         return argv
     return ["--config-dir", extra, *argv]

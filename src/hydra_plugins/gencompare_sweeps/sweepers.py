@@ -36,11 +36,11 @@ def sweep_folder(overrides: ListConfig, timestamp: str) -> str:
     """
     from gencompare.tasks.runs.sweep import is_identifying
 
-    words: Any = OmegaConf.to_container(overrides, resolve=False)
-    if any(word.startswith("task=") and word != "task=train" for word in words):
+    args: Any = OmegaConf.to_container(overrides, resolve=False)
+    if any(arg.startswith("task=") and arg != "task=train" for arg in args):
         return f"{timestamp}_sweep"
     hashed, readable = [], []
-    parsed = OverridesParser.create().parse_overrides([word for word in words if is_identifying(word)])
+    parsed = OverridesParser.create().parse_overrides([arg for arg in args if is_identifying(arg)])
     for key, override in sorted(((each.get_key_element().lstrip("+"), each) for each in parsed), key=itemgetter(0)):
         if key == "seed":
             continue
@@ -89,7 +89,7 @@ def with_experiment(overrides: Sequence[str], experiments: Collection[str], data
         experiments: the names of all experiments.
         data: the data set of jobs without ``data=``.
     """
-    values = dict(word.split("=", 1) for word in overrides if "=" in word)
+    values = dict(arg.split("=", 1) for arg in overrides if "=" in arg)
     experiment = f"{values.get('data', data)}_{values.get('model')}"
     if "experiment" in values or experiment not in experiments:
         return list(overrides)
@@ -132,8 +132,8 @@ class SearchSweeper(Sweeper):
             if not isinstance(count, int) or count < 1:
                 raise UserError(f"hydra.sweeper.{name}={count}: must be a whole number of at least 1.")
         loader = self.hydra_context.config_loader
-        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        parsed = {o.get_key_element(): o for o in OverridesParser.create(config_loader=loader).parse_overrides(words)}
+        args = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        parsed = {o.get_key_element(): o for o in OverridesParser.create(config_loader=loader).parse_overrides(args)}
         per = parsed.pop(self.study_per, None) if self.study_per is not None else None
         if per is None:
             values: list[str | None] = [None]

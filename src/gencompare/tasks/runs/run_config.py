@@ -85,10 +85,10 @@ TEMPLATE_EQUIVALENTS = {
 
 def rename_options(argv: list[str]) -> list[str]:
     """The command line with today's option names. Prints one line on stderr for each old name."""
-    renamed = {word: rename_option(word) for word in argv if not word.startswith("-")}
+    renamed = {arg: rename_option(arg) for arg in argv if not arg.startswith("-")}
     for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
         print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
-    return [found[0] if (found := renamed.get(word)) else word for word in argv]
+    return [found[0] if (found := renamed.get(arg)) else arg for arg in argv]
 
 
 def inherit_choices(argv: list[str]) -> list[str]:
@@ -100,7 +100,7 @@ def inherit_choices(argv: list[str]) -> list[str]:
     if folder is None:
         return argv
     choices = load(folder).get("choices", {})
-    overridden = {word.lstrip("+~").split("=")[0] for word in argv}
+    overridden = {arg.lstrip("+~").split("=")[0] for arg in argv}
     inherited = [
         f"{'+' if group in APPENDED_GROUPS else ''}{group}={choice}"
         for group, choice in choices.items()
@@ -113,7 +113,7 @@ def inherit_choices(argv: list[str]) -> list[str]:
         )
     path = quote(str(folder))
     inherited += [f"hydra.run.dir={path}", f"hydra.sweep.dir={path}", "hydra.sweep.subdir=."]
-    return [*argv, *[word for word in inherited if word.lstrip("+").split("=")[0] not in overridden]]
+    return [*argv, *[arg for arg in inherited if arg.lstrip("+").split("=")[0] not in overridden]]
 
 
 def _run_folder_in(argv: list[str]) -> Path | None:
@@ -126,8 +126,8 @@ def _run_folder_in(argv: list[str]) -> Path | None:
 
 def _value_of(key: str, argv: list[str]) -> str | None:
     """The last value that ``argv`` gives a key."""
-    for word in reversed(argv):
-        name, equals, value = word.partition("=")
+    for arg in reversed(argv):
+        name, equals, value = arg.partition("=")
         if equals and name.lstrip("+") == key:
             return value
     return None
@@ -226,7 +226,7 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
 
 def _compose_without(key: str, argv: list[str]) -> DictConfig:
     """The config of the command line without its override of ``key``; of a sweep, the first value."""
-    assignments = [word for word in argv if "=" in word and not word.startswith(("-", "hydra"))]
+    assignments = [arg for arg in argv if "=" in arg and not arg.startswith(("-", "hydra"))]
     overrides = []
     for override in OverridesParser.create().parse_overrides(assignments):
         if override.key_or_group == key:
@@ -243,8 +243,8 @@ def quoting_hint(error: BaseException) -> str | None:
     key, equals, value = str(getattr(error, "override", None) or "").partition("=")
     if not isinstance(error, OverrideParseException) or not equals or key not in PATH_KEYS or value[:1] in "'\"":
         return None
-    word = f"{key}={quote(value)}"
-    return f"{key}={value} contains characters that Hydra parses specially. Quote it: {shlex.quote(word)}"
+    quoted = f"{key}={quote(value)}"
+    return f"{key}={value} contains characters that Hydra parses specially. Quote it: {shlex.quote(quoted)}"
 
 
 def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
