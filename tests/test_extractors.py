@@ -29,7 +29,7 @@ from gencompare.networks.efficientnet_lite import EfficientNetLite0
 from gencompare.seeds import Draws, generator
 from gencompare.tasks.build import build_data, build_protocol
 
-TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.92, "eurosat64": 0.92}
+TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.93, "eurosat64": 0.92}
 """The least accuracy on test images that a shipped classifier has. CIFAR-10's aim is .93: docs/evaluation.md."""
 FEATURES = {"digits": 64, "mnist": 128, "fashion_mnist": 128, "cifar10": 256, "eurosat64": 120}
 
