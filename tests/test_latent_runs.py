@@ -141,7 +141,8 @@ def name(*words: str) -> str:
 
 def test_other_data_or_budget_train_another_autoencoder(runs: Path) -> None:
     first = name()
-    assert name("model/schedule=linear", "budget.steps=7", "evaluation.num_images=200", "trainer.accelerator=cpu") == first
+    same = ["model/schedule=linear", "budget.steps=7", "evaluation.num_images=200", "trainer.accelerator=cpu"]
+    assert name(*same) == first
     names = {
         name(w)
         for w in ("data.train_subset_size=16", "seed=3", "model.latent.budget.steps=4", "trainer.global_batch_size=8")

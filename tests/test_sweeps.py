@@ -148,7 +148,8 @@ def test_jobs_that_differ_in_sampling_share_their_training(
 ) -> None:
     overrides = [
         "-m", "model=ddpm", "model/sampler=ddim", "model.network.channels=8", "model.network.num_groups=8",
-        *OVERRIDES[3:], "budget.steps=2", "evaluation.num_images=66", "model.sampler.num_steps=2,3", "hydra.sweep.dir=sweep",
+        *OVERRIDES[3:], "budget.steps=2", "evaluation.num_images=66", "model.sampler.num_steps=2,3",
+        "hydra.sweep.dir=sweep",
     ]  # fmt: skip
     sweep = tmp_path / "sweep"
     original = evaluate_run.evaluate_trained_run

@@ -12,7 +12,8 @@ from gencompare.records import Result, SampleSettings
 
 def describe_weights(generation: SampleSettings) -> str:
     """The checkpoint and its weights: ``last, EMA`` or ``last, no EMA``."""
-    weights = {"ema": "EMA", "raw": "no EMA", "online": "no EMA", "unknown": ""}.get(generation.weights, generation.weights)
+    names = {"ema": "EMA", "raw": "no EMA", "online": "no EMA", "unknown": ""}
+    weights = names.get(generation.weights, generation.weights)
     checkpoint = "" if generation.checkpoint == "unknown" else generation.checkpoint
     return ", ".join(part for part in (checkpoint, weights) if part)
 
