@@ -461,7 +461,7 @@ def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: 
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     assert cli(*overrides[:-1], small, "model/sampler=ddim", "model.conditional=true", "hydra.run.dir=labels") == 0
     assert cli("task=export", "run_dir=labels", "format=diffusers") == 1
-    assert "nothing like conditions.label" in error_line(capsys)
+    assert "no counterpart for conditions.label" in error_line(capsys)
     assert cli("task=export", "run_dir=run", "format=onnx") == 1
     assert "choose safetensors or diffusers" in error_line(capsys)
 

@@ -100,7 +100,7 @@ def test_runs_with_equal_settings_share_an_autoencoder(
     before = (stage / "checkpoints" / "last.ckpt").stat().st_mtime
     none = "evaluation.checkpoints=[]"
     assert cli(*LDM, "model/schedule=linear", none, "hydra.run.dir=other") == 0
-    assert "was trained before" in capsys.readouterr().out
+    assert "is already trained" in capsys.readouterr().out
     assert stages(runs) == [stage] and (stage / "checkpoints" / "last.ckpt").stat().st_mtime == before
     vq = "model@model.latent.autoencoder=vqvae"
     assert cli("model=flow", "model/latent=autoencoder", vq, *LDM[1:], none, "hydra.run.dir=vq") == 0
@@ -176,7 +176,7 @@ def test_the_same_command_resumes_an_interrupted_autoencoder(
 
         patch.setattr(TrainingClock, "on_train_batch_start", start)
         assert cli(*words) == 128 + signal.SIGTERM
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes it" in capsys.readouterr().out
     (stage,) = stages(tmp_path)
     assert record(stage)["state"] == "interrupted" and not (tmp_path / "ldm" / "record.json").exists()
     assert cli(*words) == 0
@@ -188,10 +188,10 @@ def test_the_same_command_resumes_an_interrupted_autoencoder(
     ("overrides", "message"),
     [
         (["model.latent.autoencoder_run=nowhere"], "nowhere is not a run folder"),
-        (["model.latent.autoencoder_run=ldm"], "no autoencoder"),
+        (["model.latent.autoencoder_run=ldm"], "not an autoencoder"),
         (["model.latent.autoencoder.encoder.channel_mult=[1,1,1,1,1]"], "halved 4 times"),
         (["+data/condition=low_res"], "model/latent=null"),
-        (["budget.steps=0"], "leaves nothing to train"),
+        (["budget.steps=0"], "must be positive"),
         (["data=toy2d", "model.latent.autoencoder.perceptual=null"], "cannot be halved"),
     ],
 )
@@ -254,7 +254,7 @@ def test_an_unfinished_autoencoder_raises_an_error(
         == 1
     )
     error = capsys.readouterr().err
-    assert "was not trained to its end" in error and f"resume={tmp_path / 'stage'}" in error
+    assert "did not finish" in error and f"resume={tmp_path / 'stage'}" in error
     assert not (Path("early") / "record.json").exists()
 
 

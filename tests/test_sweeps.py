@@ -124,7 +124,7 @@ def test_a_damaged_run_is_repeated_in_another_folder(cli: Cli, tmp_path: Path, c
     assert cli(*overrides) == 0
     assert json.loads((tmp_path / "sweep" / "0_digits_gaussian_2" / "record.json").read_text())["state"] == "finished"
     printed = capsys.readouterr().out
-    assert "left out: sweep/0_digits_gaussian:" in printed and "did not finish" not in printed
+    assert "skipped: sweep/0_digits_gaussian:" in printed and "did not finish" not in printed
 
 
 GAUSSIAN = ["-m", "model=gaussian", *OVERRIDES[3:]]
