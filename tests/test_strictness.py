@@ -183,4 +183,6 @@ def test_a_config_with_old_names_loads_with_current_names(tmp_path: Path) -> Non
     assert evaluation == {
         "num_evaluations": 4, "num_grid_images": 16, "num_val_images": 100, "num_samples": 50, "patience": 3,
     }  # fmt: skip
-    run_config.check_keys(OmegaConf.merge(compose(), {"callbacks": cfg.callbacks}))
+    composed = compose()
+    composed.callbacks = cfg.callbacks
+    run_config.check_keys(composed)

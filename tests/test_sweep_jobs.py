@@ -21,8 +21,8 @@ def identity(cfg: DictConfig, **changed: Any) -> JobIdentity:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for key, value in changed.items():
-        assert OmegaConf.select(cfg, key.resweep_dir("__", "."), default="none") != value
-        OmegaConf.update(cfg, key.resweep_dir("__", "."), value, merge=False, force_add=True)
+        assert OmegaConf.select(cfg, key.replace("__", "."), default="none") != value
+        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False, force_add=True)
     return job_identity(cfg)
 
 

@@ -70,7 +70,7 @@ class Classifier(TrainedModel):
     def _first_images(self, n: int) -> Tensor:
         """At least ``n`` training images, (N, C, H, W), or all if there are fewer."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "training"):
+        if hasattr(data, "train_subset"):
             return data.normalize(data.train_subset[slice(n)].images)
         images: list[Tensor] = []
         for batch in self.trainer.train_dataloader or []:
