@@ -307,14 +307,14 @@ def test_visualize_task_writes_images_of_a_run(cli: Callable[..., int], tmp_path
     small = ["model/network=mlp", "model.network.width=16", "model.conditional=true", "model/sampler=ddim"]
     assert cli(*quick, *small, "model.sampler.num_steps=3", "hydra.run.dir=run") == 0
     capsys.readouterr()
-    assert cli("task=visualize", "run_dir=run", "task.images=4") == 0
+    assert cli("task=visualize", "run_dir=run", "task.num_images=4") == 0
     output = capsys.readouterr().out
     for name in ("interpolation", "inpainting", "round_trip", "trajectory"):
         path = Path("run", "visualize", f"{name}.png")
         assert str(path) in output
         assert np.asarray(Image.open(path)).std() > 10
-    assert cli("task=visualize", "run_dir=run", "task.images=1") == 1
+    assert cli("task=visualize", "run_dir=run", "task.num_images=1") == 1
     assert "at least 2" in capsys.readouterr().err
     assert cli("model=gaussian", *quick, "hydra.run.dir=other") == 0
     assert cli("task=visualize", "run_dir=other") == 1
-    assert "has nothing to show besides samples" in capsys.readouterr().err
+    assert "has no visualizations" in capsys.readouterr().err
