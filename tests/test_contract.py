@@ -157,9 +157,12 @@ def test_a_few_images_are_memorised(
         return
 
     def with_end(*parts: Any) -> dict[str, Callback]:
-        return {**build_callbacks(*parts), "end": UntilLearned(bar=0.8 * BAR, first=150)}
+        """Ends training before the callback that saves checkpoints acts on the step."""
+        callbacks = build_callbacks(*parts)
+        checkpoints = callbacks.pop("checkpoints")
+        return {**callbacks, "end": UntilLearned(bar=0.8 * BAR, first=150), "checkpoints": checkpoints}
 
-    monkeypatch.setattr("gencompare.tasks.runs.build.build_callbacks", with_end)
+    monkeypatch.setattr("gencompare.tasks.train.build_callbacks", with_end)
     code = cli(
         f"model={family}", "debug=overfit", "data=digits", "data._target_=learning.FourPatterns",
         "data.train_subset_size=4", "trainer=cpu", "trainer.global_batch_size=8",
