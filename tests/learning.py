@@ -66,7 +66,7 @@ def shown(model: TrainedModel, seed: int) -> Tensor:
 
 
 class UntilLearned(Callback):
-    """Ends training when the patterns are learned. Checks after ``first`` steps and at each doubling.
+    """Ends training when the patterns are learned. Checks after ``first`` steps, and again after half as many more.
 
     Args:
         bar: the maximum distance of samples from the patterns.
@@ -79,7 +79,7 @@ class UntilLearned(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if clock_of(trainer).step < self.next:
             return
-        self.next *= 2
+        self.next += self.next // 2
         assert isinstance(pl_module, TrainedModel)
         ema = next(c for c in trainer.callbacks if isinstance(c, EMA))  # type: ignore[attr-defined]
         with ema.averaged(pl_module):

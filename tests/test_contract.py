@@ -141,7 +141,7 @@ BAR = 0.5
 STEPS = {"vae": 2000}
 """Families that may need more than 1,200 steps, since rounding differs between processors."""
 
-SLOW = {"vdm", "iddpm", "sde_subvp", "sde_ve"}
+SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve"}
 """Families that take up to 90 seconds; others of the same class are in ``make test``."""
 
 

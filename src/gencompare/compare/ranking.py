@@ -60,7 +60,8 @@ def published_results(data: str) -> list[PublishedResult]:
 
 @cache
 def _published() -> dict[str, list[dict]]:
-    return json.loads(resources.files("gencompare.compare").joinpath("published_results.json").read_text(encoding="utf-8"))
+    file = resources.files("gencompare.compare") / "published_results.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # Tables
