@@ -104,6 +104,30 @@ def test_class_metrics_follow_the_logits() -> None:
         shares.update(part)
     expected = torch.bincount((x[:, 0, 0, 0] % 4).long(), minlength=4).double() / len(x)
     torch.testing.assert_close(shares.compute().double(), expected)
+    for scale, share in ((20, 1), (1e-3, 0)):
+        confident = modules.ConfidentShare(lambda x, scale=scale: scale * classifier(x))
+        confident.update(x)
+        assert float(confident.compute()) == share
+
+
+def test_the_class_frechet_distance_is_the_mean_over_classes() -> None:
+    real, generated = images(300, 0), images(200, 1, 30)
+    metric = modules.ClassFrechetDistance(Pooled(), reset_real_features=False)
+    with pytest.raises(UserError, match="no generated images yet"):
+        metric.compute()
+    expected = []
+    for label in range(2):
+        metric.update(real[label::2], torch.full((150,), label), real=True)
+        metric.update(generated[label::2], torch.full((100,), label), real=False)
+        expected.append(frechet_distance(Pooled()(generated[label::2]).float(), Pooled()(real[label::2]).float()))
+    assert float(metric.compute()) == pytest.approx(sum(expected) / 2, rel=1e-6)
+    metric.reset()
+    metric.update(generated, torch.arange(200) % 2, real=False)
+    assert float(metric.compute()) == pytest.approx(sum(expected) / 2, rel=1e-6)
+    metric.reset()
+    metric.update(generated, torch.zeros(200, dtype=torch.long), real=False)
+    with pytest.raises(UserError, match="at least two samples"):
+        metric.compute()
 
 
 def test_the_default_spatial_features_are_those_of_evaluate() -> None:

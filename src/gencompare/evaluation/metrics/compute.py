@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from gencompare.evaluation.metrics.class_metrics import (
 from gencompare.evaluation.metrics.frechet import (
     Jackknife,
     Statistics,
+    class_frechet_distance,
     frechet_distance,
     gaussian_frechet_distance,
 )
@@ -142,17 +142,16 @@ def spatial_frechet_metric(features: Features, reference: Reference, extractor: 
 def class_frechet_metric(
     features: Tensor, labels: Tensor, reference: Reference, extractor: Extractor
 ) -> dict[str, Metric]:
-    """Mean over classes of the Frechet distance between samples and real images of one class (intra-FID; Miyato and
-    Koyama 2018, "cGANs with Projection Discriminator", section 5, https://arxiv.org/abs/1802.05637)."""
+    """`class_frechet_distance`, if every class has more images than there are features."""
     if reference.features is None or reference.labels is None:
         return {}
     name, real = f"class_{extractor.frechet_name}", reference.features.features
-    pairs = [(features[labels == c], real[reference.labels == c]) for c in reference.labels.unique()]
-    fewest = min(len(side) for pair in pairs for side in pair)
+    fewest = min(int((side == c).sum()) for c in reference.labels.unique() for side in (labels, reference.labels))
     if fewest <= extractor.dim:
         note = f"{fewest} images of a class, {extractor.dim} features"
         return {name: Metric(None, higher_is_better=False, note=note)}
-    return {name: Metric(fmean(frechet_distance(a, b) for a, b in pairs), higher_is_better=False)}
+    distance = class_frechet_distance(features, labels, real, reference.labels)
+    return {name: Metric(distance, higher_is_better=False)}
 
 
 def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:

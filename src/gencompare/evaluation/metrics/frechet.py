@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -70,6 +71,26 @@ def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
         UserError: features are not finite, or the dimensions differ.
     """
     return gaussian_frechet_distance(Statistics.from_features(features), _statistics_of(reference))
+
+
+def class_frechet_distance(features: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor) -> float:
+    """Mean over the classes of the reference of the `frechet_distance` between samples and real images of one class
+    (intra-FID; Miyato and Koyama 2018, "cGANs with Projection Discriminator", section 5,
+    https://arxiv.org/abs/1802.05637).
+
+    Args:
+        features: (n, d) of samples.
+        labels: (n,) the class that each sample was generated for.
+        reference: (m, d) of real images.
+        reference_labels: (m,) their classes.
+
+    Raises:
+        UserError: a class has fewer than two samples or real images, or features are not finite.
+    """
+    pairs = [(features[labels == c], reference[reference_labels == c]) for c in reference_labels.unique()]
+    if min(len(side) for pair in pairs for side in pair) < 2:
+        raise UserError("Every class of the real images needs at least two samples and two real images.")
+    return fmean(frechet_distance(*pair) for pair in pairs)
 
 
 def gaussian_frechet_distance(a: Statistics, b: Statistics) -> float:

@@ -12,6 +12,7 @@ whole protocol, real-data baselines and intervals.
 
 Reconstructions are compared by torchmetrics' own ``PeakSignalNoiseRatio`` and ``StructuralSimilarityIndexMeasure``,
 which this module exports too. With ``data_range=255.0`` and images converted to float they give `evaluate`'s values.
+Bits/dim are a mean over images: use torchmetrics' ``MeanMetric`` with a model's `likelihoods`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,13 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure as StructuralSim
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.efficientnet import efficientnet_lite0
 from gencompare.evaluation.extractors.extractor import Extractor
-from gencompare.evaluation.metrics.class_metrics import class_shares, classifier_score, label_accuracy
-from gencompare.evaluation.metrics.frechet import Jackknife, frechet_distance
+from gencompare.evaluation.metrics.class_metrics import (
+    class_shares,
+    classifier_score,
+    confident_share,
+    label_accuracy,
+)
+from gencompare.evaluation.metrics.frechet import Jackknife, class_frechet_distance, frechet_distance
 from gencompare.evaluation.metrics.kernel import CubicKernel, kernel_distance, mmd
 from gencompare.evaluation.metrics.neighbors import authenticity, compute_prdc, memorization_ratio
 from gencompare.generative_model import DataSpec
@@ -68,7 +74,7 @@ class _FeatureMetric(Metric):
 
     def reset(self) -> None:
         """Discard all images; real ones only with ``reset_real_features``."""
-        kept_names = [name for name in self.sets if name != "generated" and not self.reset_real_features]
+        kept_names = [name for name in self.sets if not name.startswith("generated") and not self.reset_real_features]
         kept = {name: list(getattr(self, name)) for name in kept_names}
         super().reset()
         for name, parts in kept.items():
@@ -159,6 +165,25 @@ def _spatial_features(extractor: Extractor, images: Tensor) -> Tensor:
     return spatial
 
 
+class ClassFrechetDistance(_FeatureMetric):
+    """Mean over classes of the Frechet distance, see `class_frechet_distance`; on the Inception network, intra-FID
+    (Miyato and Koyama 2018)."""
+
+    higher_is_better = False
+    sets = ("real", "generated", "real_labels", "generated_labels")
+
+    def update(self, images: Tensor, labels: Tensor, real: bool) -> None:
+        """Add images (n, C, H, W) of the classes ``labels`` (n,) to the real or to the generated ones."""
+        name = "real" if real else "generated"
+        self._add(name, images)
+        getattr(self, f"{name}_labels").append(labels.cpu())
+
+    def compute(self) -> Tensor:
+        """The mean distance of all images so far, a scalar."""
+        names = ("generated", "generated_labels", "real", "real_labels")
+        return torch.tensor(class_frechet_distance(*(self._set(name) for name in names)))
+
+
 class KernelDistance(_RealComparison):
     """The unbiased squared MMD with the cubic kernel of KID, over all images (Binkowski et al. 2018)."""
 
@@ -240,6 +265,10 @@ class _ClassifierMetric(_FeatureMetric):
     def __init__(self, classifier: Feature, **kwargs: Any) -> None:
         super().__init__(classifier, **kwargs)
 
+    def update(self, images: Tensor) -> None:
+        """Add generated images (n, C, H, W)."""
+        self._add("generated", images)
+
 
 class ClassifierScore(_ClassifierMetric):
     """exp of the mean KL(p(y | x) || p(y)), the mean over ten splits, see `classifier_score`; on the Inception network,
@@ -247,23 +276,25 @@ class ClassifierScore(_ClassifierMetric):
 
     higher_is_better = True
 
-    def update(self, images: Tensor) -> None:
-        """Add generated images (n, C, H, W)."""
-        self._add("generated", images)
-
     def compute(self) -> Tensor:
         """The score of all images so far, a scalar."""
         return torch.tensor(classifier_score(self._set("generated"))[0])
+
+
+class ConfidentShare(_ClassifierMetric):
+    """Share of generated images for which one class has a probability of at least 0.7, see `confident_share`."""
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        """The share, a scalar."""
+        return torch.tensor(confident_share(self._set("generated")))
 
 
 class ClassShares(_ClassifierMetric):
     """Share of generated images that the classifier assigns to each class: missing classes have share 0."""
 
     higher_is_better = None
-
-    def update(self, images: Tensor) -> None:
-        """Add generated images (n, C, H, W)."""
-        self._add("generated", images)
 
     def compute(self) -> Tensor:
         """The shares, (classes,)."""
@@ -274,15 +305,12 @@ class LabelAccuracy(_ClassifierMetric):
     """Share of generated images that the classifier assigns to the class that the model was given."""
 
     higher_is_better = True
-
-    def __init__(self, classifier: Feature, **kwargs: Any) -> None:
-        super().__init__(classifier, **kwargs)
-        self.add_state("labels", [], dist_reduce_fx="cat")
+    sets = ("generated", "labels")
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Add generated images (n, C, H, W) and the classes (n,) that the model was given."""
         self._add("generated", images)
-        self.labels.append(labels.cpu())  # type: ignore[union-attr,operator]
+        self.labels.append(labels.cpu())
 
     def compute(self) -> Tensor:
         """The share, a scalar."""
