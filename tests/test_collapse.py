@@ -113,7 +113,7 @@ def test_training_reports_lost_modes_of_models_other_than_gans(
 def test_a_result_contains_the_warning() -> None:
     split = RING.split("test")
     narrow = split.images[split.labels == 0].repeat(3, 1, 1, 1)  # type: ignore[operator]
-    flags = evaluate(narrow[:100], RING, EvaluationProtocol(extractors=(IdentityExtractor,), num_images=100)).details[
+    flags = evaluate(narrow[:300], RING, EvaluationProtocol(extractors=(IdentityExtractor,), num_images=300)).details[
         "warnings"
     ]
     assert any(flag.startswith("low coverage") for flag in flags)
