@@ -111,3 +111,11 @@ def test_classes_and_arguments_of_a_stored_config_exist(stored: str) -> None:
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         unknown = {name for name in node if not name.startswith("_")} - known.keys()
         assert takes_any or not unknown, (node["_target_"], unknown)
+
+
+def test_arguments_of_further_samplers_are_migrated() -> None:
+    samplers = {"fast": {"steps": 3, "eta": 0.5}, "ode": {"_target_": "diffusion.Heun", "steps": 9}, "own": None}
+    migrated = migrate_config({"evaluation": {"samplers": samplers}})["evaluation"]["samplers"]
+    assert migrated == {
+        "fast": {"num_steps": 3, "eta": 0.5}, "ode": {"_target_": "diffusion.Heun", "num_steps": 9}, "own": None
+    }  # fmt: skip

@@ -443,6 +443,11 @@ ARGUMENTS: dict[str, dict[str, str]] = {
 }
 """Constructor arguments by today's class: the old name and today's."""
 
+SAMPLER_ARGUMENTS = {
+    old: new for name, renamed in ARGUMENTS.items() if "samplers." in name for old, new in renamed.items()
+}
+"""Arguments of all samplers, for ``evaluation.samplers``, which changes arguments of the model's sampler."""
+
 CALLBACKS = {
     "Clock": "TrainingClock",
     "Curve": "MetricLogger",
@@ -494,6 +499,11 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
     evaluation = done.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("extractors"), list):
         evaluation["extractors"] = ["identity" if name == "raw" else name for name in evaluation["extractors"]]
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("samplers"), dict):
+        evaluation["samplers"] = {
+            name: _rename(changes, SAMPLER_ARGUMENTS) if isinstance(changes, dict) else changes
+            for name, changes in evaluation["samplers"].items()
+        }
     if isinstance(done.get("choices"), dict):
         done["choices"] = {OPTIONS.get(group, group): choice for group, choice in done["choices"].items()}
         task = done["choices"].get("task")
