@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -545,3 +545,14 @@ def test_the_prior_is_initialised_to_a_standard_normal() -> None:
 def test_invalid_settings_raise_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         hvae(**options)
+
+
+@pytest.mark.parametrize(
+    ("family", "decoder", "message"),
+    [("hvae", "resnet", "model/decoder=vdvae"), ("hvae", "mlp", "model/decoder=vdvae"), ("vae", "vdvae", "model=hvae")],
+)
+def test_a_decoder_of_another_model_is_refused(
+    family: str, decoder: str, message: str, cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(f"model={family}", f"model/decoder={decoder}", "trainer=cpu") == 1
+    assert message in capsys.readouterr().err

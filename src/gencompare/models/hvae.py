@@ -81,6 +81,11 @@ class HVAE(GenerativeModel):
             raise UserError(f"model.grad_skip={grad_skip}: give a norm above 0, or null to take every step.")
         if not kl_warmup_steps >= 0:
             raise UserError(f"model.kl_warmup_steps={kl_warmup_steps}: it cannot be negative (0 disables warm-up).")
+        network = getattr(decoder, "func", decoder)
+        if isinstance(network, type) and not issubclass(network, TopDownDecoder):
+            raise UserError(
+                f"A hierarchical VAE needs a top-down decoder (model/decoder=vdvae), not {network.__name__}."
+            )
         self.kl_warmup_steps, self.temperature, self.grad_skip = kl_warmup_steps, temperature, grad_skip
         self.pixel_noise = pixel_noise
         self.likelihood = likelihood(spec)

@@ -205,6 +205,8 @@ class TopDownDecoder(nn.Module):
         residual_posterior: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(shape, int):  # called like the decoder of a VAE
+            raise UserError("TopDownDecoder is for model=hvae. Other VAEs use model/decoder=resnet or mlp.")
         if min(channels, max_channels, latent_channels) < 1 or not bottleneck_ratio > 0:
             raise UserError(
                 f"model.decoder: channels={channels}, max_channels={max_channels}, latent_channels={latent_channels}"
