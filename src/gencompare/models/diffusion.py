@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from gencompare.diffusion.schedules import NoiseSchedule, schedule_curve
 from gencompare.errors import UserError, check_number
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, SupportsReconstruction
 from gencompare.models.latents import Latents, PixelSpace
+from gencompare.private_apis import MovesOtherModules
 from gencompare.rng import RandomSource
 
 CONDITION_SIZE_ARGS = {"low_res": "low_res_channels", "embedding": "embedding_dim"}
@@ -31,7 +32,7 @@ CONDITION_SIZE_ARGS = {"low_res": "low_res_channels", "embedding": "embedding_di
 CONDITION_NAMES = {"label": "a class", "low_res": "a low-resolution image", "embedding": "an embedding"}
 
 
-class Diffusion(GenerativeModel):
+class Diffusion(MovesOtherModules, GenerativeModel):
     r"""A diffusion model: a network trained to denoise :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`, and a sampler.
 
     All diffusion models are this class with different parts.
@@ -239,11 +240,9 @@ class Diffusion(GenerativeModel):
         """Other models that take part in sampling. They are not submodules: they are not trained, averaged or saved."""
         return {} if self.guidance is None else self.guidance.guides()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Moving this model to a device moves its guides too.
-        for guide in self._guides().values():
-            guide._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    def other_modules(self) -> Iterable[nn.Module]:
+        """Guides move to this model's device."""
+        return self._guides().values()
 
 
 def check_composition(model: Diffusion) -> None:

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
@@ -58,7 +59,7 @@ class EMA(Callback):
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         weights = [p.detach() for p in _parameters(pl_module).values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)  # type: ignore[attr-defined]
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), weights, self.step)
 
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torchmetrics import MeanMetric
 
 from gencompare.errors import TrainingStopped, UserError
@@ -335,8 +335,7 @@ def not_finite_error(name: str, step: int) -> TrainingStopped:
 
 def check_weights(model: pl.LightningModule, step: int) -> None:
     """Raise `TrainingStopped` if a weight is not finite."""
-    norms = torch._foreach_norm([p.detach() for p in model.parameters()])  # type: ignore[attr-defined]
-    if not torch.isfinite(torch.stack(norms)).all():
+    if not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
         raise not_finite_error("a weight", step)
 
 

@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -19,6 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gencompare.errors import UserError
+from gencompare.private_apis import basic_sweeper
 
 UNSAFE = re.compile(r"[^\w.+-]+")
 """Characters that are replaced in the names of folders."""
@@ -67,7 +67,7 @@ for resolver in (sweep_folder, limits):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, use_cache=True, replace=True)
 
 
-class FamiliesSweeper(BasicSweeper):
+class FamiliesSweeper(basic_sweeper()):
     """Hydra's basic sweeper. Adds ``experiment=DATA_FAMILY``, where it exists, to each job of ``model=FAMILY``."""
 
     def split_arguments(  # type: ignore[override]
@@ -78,7 +78,7 @@ class FamiliesSweeper(BasicSweeper):
         data = self.config.hydra.runtime.choices.data
         return [
             [with_experiment(job, experiments, data) for job in batch]
-            for batch in BasicSweeper.split_arguments(overrides, max_batch_size)
+            for batch in super().split_arguments(overrides, max_batch_size)
         ]
 
 

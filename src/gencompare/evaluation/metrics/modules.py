@@ -81,7 +81,10 @@ class _FeatureMetric(Metric):
             setattr(self, name, parts)
 
     def _add(self, name: str, images: Tensor) -> None:
-        getattr(self, name).append(self._features(images).float().cpu())
+        self._append(name, self._features(images).float())
+
+    def _append(self, name: str, values: Tensor) -> None:
+        getattr(self, name).append(values.cpu())
 
     def _features(self, images: Tensor) -> Tensor:
         if images.dim() != 4:
@@ -176,7 +179,7 @@ class ClassFrechetDistance(_FeatureMetric):
         """Add images (n, C, H, W) of the classes ``labels`` (n,) to the real or to the generated ones."""
         name = "real" if real else "generated"
         self._add(name, images)
-        getattr(self, f"{name}_labels").append(labels.cpu())
+        self._append(f"{name}_labels", labels)
 
     def compute(self) -> Tensor:
         """The mean distance of all images so far, a scalar."""
@@ -310,7 +313,7 @@ class LabelAccuracy(_ClassifierMetric):
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Add generated images (n, C, H, W) and the classes (n,) that the model was given."""
         self._add("generated", images)
-        self.labels.append(labels.cpu())
+        self._append("labels", labels)
 
     def compute(self) -> Tensor:
         """The share, a scalar."""

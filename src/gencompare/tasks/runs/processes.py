@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from gencompare.private_apis import rank_command
 from gencompare.tasks.runs import run_config
 
 SIGTERM_CODE = 128 + signal.SIGTERM
@@ -53,22 +54,10 @@ def sigterm_exits() -> Iterator[None]:
 
 @contextmanager
 def ranks_run(job: Path) -> Iterator[None]:
-    """Lightning starts the other ranks of this job on the config file ``job``.
-
-    By default, Lightning starts them with Hydra's command line. In a sweep, each rank would then run the whole sweep.
-    """
-    from pytorch_lightning.strategies.launchers import subprocess_script
-
-    def command(local_rank: int) -> tuple[list[str], str]:
-        return RANK_COMMAND, os.getcwd()
-
-    original = subprocess_script._hydra_subprocess_cmd  # type: ignore[attr-defined]
-    subprocess_script._hydra_subprocess_cmd = command  # type: ignore[attr-defined]
+    """Lightning starts the other ranks of this job on the config file ``job``."""
     os.environ[CONFIG_VARIABLE] = str(job)
-    try:
+    with rank_command(RANK_COMMAND, os.getcwd()):
         yield
-    finally:
-        subprocess_script._hydra_subprocess_cmd = original  # type: ignore[attr-defined]
 
 
 def is_multiprocess(cfg: Any) -> bool:

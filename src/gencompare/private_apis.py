@@ -1,0 +1,47 @@
+"""Every use of a private API of Lightning, Hydra or torch, with its reason. tests/test_private_apis.py fails if one
+changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def basic_sweeper() -> type[Any]:
+    """Hydra's basic sweeper. The public `Sweeper` cannot expand overrides such as ``model=vae,ddpm``."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    return BasicSweeper
+
+
+class MovesOtherModules:
+    """A mixin for modules: `other_modules` move with the module (``.to()``, ``.cuda()``, ``.double()``, ...).
+
+    torch has no public hook for this, except submodules, which would be trained, averaged and saved too.
+    """
+
+    def other_modules(self) -> Iterable[Any]:
+        """The modules that move with this one."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        for module in self.other_modules():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+@contextmanager
+def rank_command(command: list[str], folder: str) -> Iterator[None]:
+    """Lightning starts other ranks with ``command`` in ``folder``.
+
+    By default it repeats Hydra's command line, with which each rank of a sweep would run the whole sweep.
+    """
+    from pytorch_lightning.strategies.launchers import subprocess_script
+
+    original = subprocess_script._hydra_subprocess_cmd  # type: ignore[attr-defined]
+    subprocess_script._hydra_subprocess_cmd = lambda local_rank: (command, folder)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        subprocess_script._hydra_subprocess_cmd = original  # type: ignore[attr-defined]

@@ -1,0 +1,66 @@
+"""The private APIs of Lightning, Hydra and torch that `gencompare.private_apis` uses still work as it expects."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies.launchers import subprocess_script
+from torch import nn
+
+from gencompare.private_apis import MovesOtherModules, basic_sweeper, rank_command
+
+PRIVATE = re.compile(
+    r"from (pytorch_lightning|hydra|omegaconf|torch|torchmetrics|wandb)\S*\._|torch\._|\b(pl|nn|hydra)\._"
+)
+
+
+class Follower(MovesOtherModules, nn.Module):
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.others = nn.Linear(2, 2), (other,)
+
+    def other_modules(self) -> tuple[nn.Module, ...]:
+        return self.others
+
+
+@pytest.mark.parametrize("move", ["double", "half", "to"])
+def test_other_modules_move_with_a_module(move: str) -> None:
+    other = nn.Linear(3, 3)
+    module = Follower(other)
+    getattr(module, move)(*([torch.bfloat16] if move == "to" else []))
+    assert other.weight.dtype == module.layer.weight.dtype != torch.float32
+    assert len(list(module.parameters())) == 2, "they are not submodules"
+
+
+def test_lightning_starts_other_ranks_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As under Hydra, whose own command the wrapper replaces."""
+    popen = Mock()
+    monkeypatch.setattr(subprocess_script.subprocess, "Popen", popen)
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    launcher = subprocess_script._SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    with rank_command(["python", "job"], str(tmp_path)):
+        launcher._call_children_scripts()
+    (call,) = popen.call_args_list
+    assert call.args == (["python", "job"],) and call.kwargs["cwd"] == str(tmp_path)
+
+
+def test_the_basic_sweeper_expands_overrides() -> None:
+    overrides = OverridesParser.create().parse_overrides(["model=vae,gan", "seed=0"])
+    assert basic_sweeper().split_arguments(overrides, None) == [[["model=vae", "seed=0"], ["model=gan", "seed=0"]]]
+
+
+def test_no_other_file_uses_a_private_api() -> None:
+    """Code only: strings and comments may name them."""
+    for path in sorted((Path(__file__).parents[1] / "src").rglob("*.py")):
+        code = ast.unparse(ast.parse(path.read_text()))
+        if path.name != "private_apis.py":
+            assert not PRIVATE.search(code), path
