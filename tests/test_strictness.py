@@ -27,6 +27,8 @@ QUICK = [
     [
         ("+nonsense=1", "There is no setting 'nonsense'. Use tags=[...] to label a run."),
         ("+seeds=1", "Did you mean seed?"),
+        ("+train=false", "task=evaluate run_dir=RUN_FOLDER only evaluates"),
+        ("+ckpt_path=last.ckpt", "resume=RUN_FOLDER continues a run"),
         ("+trainer.nonsense=1", "There is no setting 'trainer.nonsense'"),
         ("+trainer.max_steps=1", "Use budget=steps budget.steps=N"),
         ("+trainer.max_epochs=2", "Use budget.images=N"),

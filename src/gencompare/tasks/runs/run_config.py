@@ -148,6 +148,9 @@ def check_keys(cfg: DictConfig) -> None:
         for entry in top.defaults if not isinstance(entry, str) for key in entry
     }  # fmt: skip
     known = ({str(key) for key in top} | groups | INTERNAL_KEYS) - {"defaults"}
+    for key in cfg:
+        if key in TEMPLATE_EQUIVALENTS and key not in known:
+            raise UserError(f"There is no option '{key}': {TEMPLATE_EQUIVALENTS[str(key)]}.")
     _refuse_unknown("", cfg, known, "Use tags=[...] to label a run.")
     default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
     for name, options in (cfg.get("callbacks") or {}).items():
