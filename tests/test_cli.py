@@ -426,7 +426,7 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
 
 
 def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """With parameterization v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
+    """With parameterisation v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
     overrides = [
         "model=ddpm",
         *QUICK,

@@ -243,7 +243,7 @@ def test_cutout_covers_a_square_around_any_pixel() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_first_layer_whitens_patches(stride: int) -> None:
-    """Its outputs for smooth color images are uncorrelated, with mean 0 and variance 1."""
+    """Its outputs for smooth colour images are uncorrelated, with mean 0 and variance 1."""
     x = torch.randn(300, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.avg_pool2d(x, 2, stride=1) + 0.5 * x[:, :1, 1:, 1:] + 0.3
     net = ResidualClassifier(3, 4, widths=[8], stem_stride=stride)
@@ -253,7 +253,7 @@ def test_the_first_layer_whitens_patches(stride: int) -> None:
     torch.testing.assert_close(outputs.mean(1), torch.zeros(24), atol=1e-4, rtol=0)
     covariance = outputs[:12].cov(correction=0)
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.02, rtol=0)
-    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before whitening, colors are correlated"
+    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before whitening, colours are correlated"
 
 
 def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:

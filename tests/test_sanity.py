@@ -365,7 +365,7 @@ def test_levels_blank_images_and_noise_are_warned_about(images: Images) -> None:
 
 
 def test_clipped_values_are_warned_about(cifar10: Images) -> None:
-    """Images normalized by mean and standard deviation, saved as if they were in [-1, 1]."""
+    """Images normalised by mean and standard deviation, saved as if they were in [-1, 1]."""
     x = (cifar10.test[:200] / 255 - 0.45) / 0.225
     assert "were clipped" in " ".join(warnings(x.clamp(-1, 1), cifar10))
 
@@ -495,7 +495,7 @@ def test_the_distance_has_its_exact_value() -> None:
     assert real.distance(x) == pytest.approx(-k / 400)
     blank = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None, None].repeat(100, 1, 1, 1)
     real = RealImages(blank, DataSpec("blank", (1, 1, 1)))
-    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast, and no neighbor
+    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast, and no neighbour
     assert real.distance(blank + 40) == pytest.approx(float(1600 / variance) - 2 / 300)
 
 

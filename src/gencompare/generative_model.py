@@ -195,14 +195,14 @@ def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
 class TrainedModel(pl.LightningModule):
     """Base class of all models, generative or not.
 
-    A model with a single optimizer implements `losses`. A model with manual optimization (a GAN) or a closed-form
+    A model with a single optimiser implements `losses`. A model with manual optimisation (a GAN) or a closed-form
     solution overrides `fit_batch`. Both train under any Lightning Trainer, with any batch that `unpack_batch` accepts.
 
     Args:
         spec: shape, number of classes and value range of the data.
         conditional: whether the model is conditioned on ``cond["label"]``.
         optimizer: a factory ``parameters -> Optimizer``.
-        lr_schedule: ``(step, progress in [0, 1]) -> factor`` by which the learning rate of the optimizer is multiplied;
+        lr_schedule: ``(step, progress in [0, 1]) -> factor`` by which the learning rate of the optimiser is multiplied;
             None keeps it constant.
         grad_clip: maximum global gradient norm; None disables clipping.
     """
@@ -337,8 +337,8 @@ class TrainedModel(pl.LightningModule):
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Run one training step on images (n, C, H, W) and return scalar metrics by name.
 
-        By default the batch means of `losses`; Lightning minimises ``loss``. A model with manual optimization takes its
-        optimizer steps here and returns detached means.
+        By default the batch means of `losses`; Lightning minimises ``loss``. A model with manual optimisation takes its
+        optimiser steps here and returns detached means.
         """
         return {name: value.mean() for name, value in self.losses(x, cond, rng).items()}
 
@@ -379,13 +379,13 @@ class TrainedModel(pl.LightningModule):
             self.log_dict(prefixed, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimizers, in the order of `fit_batch`; an empty list if the model has no optimizer factory."""
+        """Create the optimisers, in the order of `fit_batch`; an empty list if the model has no optimiser factory."""
         if self.optimizer_factory is None:
             return []
         return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
 
     def configure_optimizers(self) -> Any:
-        """Attach the learning-rate schedule to each optimizer; it is updated after every training step."""
+        """Attach the learning-rate schedule to each optimiser; it is updated after every training step."""
         optimizers = self.build_optimizers()
         if not optimizers:
             return None
@@ -400,10 +400,10 @@ class TrainedModel(pl.LightningModule):
         return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
 
     def _step_lr_schedulers(self) -> None:
-        """Step the schedulers under manual optimization, where Lightning does not."""
+        """Step the schedulers under manual optimisation, where Lightning does not."""
         schedulers = self.lr_schedulers() if self.has_trainer else None
         with warnings.catch_warnings():
-            # The optimizer of a discriminator that starts late has not taken a step yet.
+            # The optimiser of a discriminator that starts late has not taken a step yet.
             warnings.filterwarnings("ignore", r".*`lr_scheduler.step\(\)` before.*")
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 if scheduler is not None:

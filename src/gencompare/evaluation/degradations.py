@@ -75,7 +75,7 @@ def pixelate(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
 
 
 def colour_cast(images: Tensor, levels: float, source: torch.Generator) -> Tensor:
-    """Each image shifted by ``levels`` in a random direction of color space."""
+    """Each image shifted by ``levels`` in a random direction of colour space."""
     direction = torch.randn(len(images), images.shape[1], 1, 1, generator=source)
     direction = direction / direction.square().mean(1, keepdim=True).sqrt()
     return _to_uint8(images + levels * direction)
@@ -144,7 +144,7 @@ def mix(images: Tensor, share: float, source: torch.Generator) -> Tensor:
 
 
 def checkerboard(images: Tensor, amplitude: float, source: torch.Generator) -> Tensor:
-    """Adjacent pixels alternately brightened and darkened: the artifact of transposed convolutions and of dithering."""
+    """Adjacent pixels alternately brightened and darkened: the artefact of transposed convolutions and of dithering."""
     height, width = images.shape[2:]
     sign = 1 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
     return _to_uint8(images + amplitude * sign)

@@ -479,7 +479,7 @@ def sanity_warnings(images: Tensor, data: EvaluationData, protocol: EvaluationPr
     """
     name = "train" if is_statistics_file(protocol.reference) else protocol.reference
     real = data.split(name).images
-    compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbor metrics use
+    compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbour metrics use
     return run_on_rank_zero(
         lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name)
     )

@@ -41,12 +41,12 @@ PAIRS: tuple[tuple[Key, Key], ...] = (
     (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)), (("noise", 10), ("noise", 25)),
     (("jpeg", 50), ("jpeg", 85)), (("patch shuffle", 2), ("patch shuffle", 4)), (("mixing", 0.1), ("mixing", 0.5)),
     (("pixelate", 2), ("pixelate", 4)), (("contrast", 0.25), ("contrast", 0.8)), (("elastic", 3), ("elastic", 12)),
-    # Two kinds: hardly visible against hardly recognizable.
+    # Two kinds: hardly visible against hardly recognisable.
     (("jpeg", 50), ("blur", 1.0)), (("blur", 0.6), ("noise", 40)), (("blur", 0.6), ("patch shuffle", 4)),
     (("noise", 5), ("blur", 2.0)), (("noise", 10), ("blur", 3.0)), (("jpeg", 10), ("patch shuffle", 4)),
     (("checkerboard", 2), ("blur", 1.5)), (("checkerboard", 2), ("noise", 25)), (("contrast", 0.1), ("noise", 25)),
     (("blur", 0.6), ("patch shuffle", 14)), (("mixing", 0.1), ("blur", 2.0)), (("elastic", 1.5), ("patch shuffle", 7)),
-    # Degraded photographs against shapeless colors.
+    # Degraded photographs against shapeless colours.
     (("jpeg", 50), BASELINE), (("blur", 0.6), BASELINE), (("blur", 1.0), BASELINE), (("noise", 10), BASELINE),
     (("patch shuffle", 2), BASELINE), (("mixing", 0.5), BASELINE), (("contrast", 0.4), BASELINE),
     (("dropped classes", 4), BASELINE), (("checkerboard", 2), BASELINE), (("elastic", 3), BASELINE),

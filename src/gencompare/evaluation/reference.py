@@ -1,4 +1,4 @@
-"""The reference: features of real images of one split, or published statistics; and how images are quantized."""
+"""The reference: features of real images of one split, or published statistics; and how images are quantised."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class EvaluationData(Protocol):
         ...
 
     def cond(self, x: Tensor, part: Any, /) -> Cond:
-        """All conditions of the normalized images ``x`` of the `DataSplit` ``part``."""
+        """All conditions of the normalised images ``x`` of the `DataSplit` ``part``."""
         ...
 
 
@@ -84,7 +84,7 @@ def split_batch(
     return x, {name: value.to(device) for name, value in data.cond(x, part).items()}
 
 
-# Quantization
+# Quantisation
 
 OVERSHOOT = 0.05
 """Values outside [-1, 1] by at most this much (rounding errors) are clamped; larger ones are refused."""

@@ -23,12 +23,12 @@ from gencompare.evaluation.reference import OVERSHOOT, crop_padding, quantize_im
 from gencompare.generative_model import DataSpec
 
 EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_K
-"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbors of an image comes
+"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbours of an image comes
 from either set with equal probability, and the image is covered unless all k come from its own (Naeem et al. 2020,
 https://arxiv.org/abs/2002.09797, derive the value for finite sets)."""
 MIN_IMAGES = 100
 """Fewest samples and real images with which density and coverage can show a mode collapse. With fewer, the ball to the
-fifth neighbor spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
+fifth neighbour spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
 noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10
 (640 sets, shipped classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
 400."""
@@ -166,7 +166,7 @@ def check_features(features: Tensor, real: Tensor) -> list[str]:
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
-    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbor metrics."""
+    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
     share = share_of_copies(reference, PRECISION_K)
     if share <= REPEATED:
         return []
@@ -233,7 +233,7 @@ def statistics(images: Tensor) -> Tensor:
 
     They are: means over up to 4 x 4 cells, of the mean over channels and of the differences between each channel and
     the first; the standard deviation of each channel; mean absolute differences of vertical and of horizontal
-    neighbors.
+    neighbours.
     """
     return torch.cat([_statistics(batch.float()) for batch in images.split(BATCH_SIZE)])
 
@@ -253,7 +253,7 @@ def histogram(images: Tensor) -> Tensor:
 
 
 def wrap_ratio(images: Tensor) -> tuple[float, float]:
-    """(ratio, circular): mean absolute difference d of horizontal neighbors divided by the mean circular difference
+    """(ratio, circular): mean absolute difference d of horizontal neighbours divided by the mean circular difference
     min(d, 256 - d), and that mean, over pairs of values strictly between 0 and 255.
 
     An overflowing value leaves the range at one end and returns at the other: a jump of almost 256 in a smooth region,
@@ -482,7 +482,7 @@ def _check_levels(images: Tensor, real: RealImages) -> list[str]:
 
 
 def _check_structure(images: Tensor, real: RealImages) -> list[str]:
-    """Blank images, noise, overflow, and missing color."""
+    """Blank images, noise, overflow, and missing colour."""
     name = real.spec.name
     some, as_many = (x[evenly_spaced_indices(len(x), MAX_CONVERTED)] for x in (images, real.images))
     warnings = []
@@ -490,7 +490,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
         float((x.flatten(2).amax(2) == x.flatten(2).amin(2)).all(1).double().mean()) for x in (images, real.images)
     )
     if blank - usual > REPEATED:
-        warnings.append(f"{blank:.0%} of the samples are blank: each has a single color")
+        warnings.append(f"{blank:.0%} of the samples are blank: each has a single colour")
     rough, usual = (float(x.float().diff(dim=3).abs().mean()) for x in (some, as_many))
     (ratio, circular), (of_real, _) = wrap_ratio(some), wrap_ratio(as_many)
     if rough > max(UNRELATED, 2 * usual) and images.shape[3] > GRID:
@@ -506,7 +506,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
     if images.shape[1] > 1:
         grey, usual = (bool((x == x[:, :1]).all()) for x in (images, real.images))
         if grey and not usual:
-            warnings.append(f"all samples are grey, and images of {name} have color: save all channels")
+            warnings.append(f"all samples are grey, and images of {name} have colour: save all channels")
     return warnings
 
 
@@ -515,6 +515,6 @@ def _check_duplicates(images: Tensor, real: RealImages) -> list[str]:
     if share - share_of_copies(real.images) <= REPEATED:
         return []
     return [
-        f"{share:.0%} of the samples are exact copies of others, so neighbor radii may be 0: do not rely on precision,"
+        f"{share:.0%} of the samples are exact copies of others, so neighbour radii may be 0: do not rely on precision,"
         " recall, density and coverage. Repeated images were given, or the model has collapsed to few images"
     ]

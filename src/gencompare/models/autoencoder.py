@@ -201,7 +201,7 @@ class Autoencoder(TrainedModel):
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimizers of the autoencoder core and of the discriminator, if any."""
+        """Create the optimisers of the autoencoder core and of the discriminator, if any."""
         assert self.optimizer_factory is not None
         networks = [self.coder, *([] if self.discriminator is None else [self.discriminator])]
         return [self.optimizer_factory(network.parameters()) for network in networks]

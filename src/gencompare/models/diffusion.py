@@ -282,7 +282,7 @@ def _check_training(schedule: NoiseSchedule, parameterization: Parameterization,
     if not objective.trains_variance and parameterization.learns_variance:
         warnings.warn(
             f"{type(objective).__name__} trains no variance: the variance of the reverse steps keeps its initial"
-            " values. Use model/objective=hybrid or vlb_discrete, or a parameterization without a learned variance"
+            " values. Use model/objective=hybrid or vlb_discrete, or a parameterisation without a learned variance"
             " (eps, v, ...).",
             stacklevel=4,
         )

@@ -22,7 +22,7 @@ def kl_warmup(model: pl.LightningModule, num_steps: int) -> float:
     """
     if not model.training or not num_steps:
         return 1.0
-    # With a single optimizer, `global_step` counts training steps, and a resumed run continues the count.
+    # With a single optimiser, `global_step` counts training steps, and a resumed run continues the count.
     return min(1.0, (model.global_step + 1) / num_steps)
 
 

@@ -142,7 +142,7 @@ class GAN(GenerativeModel):
         return {"d_held_out": self.score(x, cond, rng), "d_fake": self.score(fake, cond, rng)}
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimizers of the discriminator and of the generator."""
+        """Create the optimisers of the discriminator and of the generator."""
         assert self.optimizer_factory is not None
         return [self.optimizer_factory(network.parameters()) for network in (self.discriminator, self.generator)]
 

@@ -93,7 +93,7 @@ class GaussianBaseline(GenerativeModel):
         return (unpack_batch(b, self.spec) for b in train), val and (unpack_batch(b, self.spec) for b in val)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """An optimizer with learning rate 0, whose step increments the step count of the Trainer."""
+        """An optimiser with learning rate 0, whose step increments the step count of the Trainer."""
         return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:

@@ -40,7 +40,7 @@ class HVAE(GenerativeModel):
     explain while p(x | z) is still wide, and collapse to the prior. The reported bound is not affected.
 
     Gradient skipping (Child 2021): a step whose gradient norm is above ``grad_skip`` or not
-    finite changes neither weights nor optimizer state. The networks have no normalisation, and occasionally the
+    finite changes neither weights nor optimiser state. The networks have no normalisation, and occasionally the
     posterior of a single image overflows. The thresholds of the paper apply, since its loss is in nats per value too.
     The metric ``skipped`` is the fraction of skipped steps, the buffer ``skipped_steps`` their total number;
     `MAX_CONSECUTIVE_SKIPS` end the run. The decision costs one device synchronisation per step.
@@ -155,7 +155,7 @@ class HVAE(GenerativeModel):
         return {**metrics, "grad_norm": self._grad_status[0], **skipped}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient, or remove it to skip the step: optimizers ignore parameters without a gradient.
+        """Clip the gradient, or remove it to skip the step: optimisers ignore parameters without a gradient.
 
         Gradients are already averaged over processes and unscaled (16-mixed), so all processes decide the same.
         """

@@ -64,7 +64,7 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
     if not isinstance(network, UNet) or scheduler is None:
         raise UserError(
             "format=diffusers needs a DDPM: a U-Net conditioned on the timestep, a schedule of as many betas, and"
-            " parameterization eps, x0 or v. Leave format out to write one file of weights."
+            " parameterisation eps, x0 or v. Leave format out to write one file of weights."
         )
     if model.autoencoder() is not None:
         raise UserError("format=diffusers does not support latent diffusion: leave format out.")

@@ -150,7 +150,7 @@ def record_failures(folder: Path) -> Iterator[None]:
 
 
 def check_optimizer(model: TrainedModel) -> None:
-    """Raise `UserError` if the optimizer refuses its settings."""
+    """Raise `UserError` if the optimiser refuses its settings."""
     try:
         model.build_optimizers()
     except (TypeError, ValueError) as error:

@@ -24,7 +24,7 @@ class EMA(Callback):
     ``num_updates``, which soon discards the initial weights. The average is used for sampling, evaluation and export.
     Checkpoints contain it under ``ema``, besides the online weights.
 
-    Lightning's `EMAWeightAveraging` is not used because it has no warm-up, counts a GAN's two optimizers as two steps,
+    Lightning's `EMAWeightAveraging` is not used because it has no warm-up, counts a GAN's two optimisers as two steps,
     and swaps the online weights back before the hooks in which callbacks sample.
 
     Args:

@@ -33,7 +33,7 @@ class ModuleExtractor(Extractor):
 
     Args:
         spec: of the data to measure.
-        network: any module; it does its own normalization beyond [0, 1].
+        network: any module; it does its own normalisation beyond [0, 1].
         name: names its metrics, such as ``fd_<name>``.
         size: height and width to which images are resized (bilinear, antialiased); None keeps their size.
         channels: 3 repeats grey images to three channels; None keeps the channels.

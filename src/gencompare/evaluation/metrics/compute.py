@@ -41,7 +41,7 @@ INFINITY_IMAGES_PER_FEATURE = 3
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Features of the real splits, for the memorization metrics."""
+    """Features of the real splits, for the memorisation metrics."""
 
     train: Features
     val: Features
@@ -57,7 +57,7 @@ def compute_metrics(
     extra_metrics: ExtraMetrics | None = None,
     with_intervals: bool = True,
 ) -> dict[str, Metric]:
-    """Distances, neighbor metrics and class metrics of samples, by name.
+    """Distances, neighbour metrics and class metrics of samples, by name.
 
     Args:
         features: of the samples.
@@ -158,7 +158,7 @@ def class_frechet_metric(
 def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
     """Precision, recall, density and coverage against as many reference images as there are samples.
 
-    The sizes are equal because neighborhoods shrink as a set grows.
+    The sizes are equal because neighbourhoods shrink as a set grows.
     """
     n = min(len(features), len(reference))
     if n <= DENSITY_K:

@@ -32,7 +32,7 @@ class Statistics:
         x = features.double() - mean
         statistics = cls(mean, x.T @ x / (n - 1), n)
         if n <= d:
-            # The centered features themselves are a root, and a narrow one. Decomposing the singular covariance would
+            # The centred features themselves are a root, and a narrow one. Decomposing the singular covariance would
             # take seconds.
             statistics.__dict__["root"] = (x / math.sqrt(n - 1)).T
         return statistics

@@ -215,7 +215,7 @@ class Authenticity(_RealComparison):
 
 class MemorizationRatio(_FeatureMetric):
     """How much closer samples are to training than to held-out images, see `memorization_ratio`: about 1 without
-    memorization, 0 for copies."""
+    memorisation, 0 for copies."""
 
     higher_is_better = None
     sets = ("generated", "train", "val", "test")

@@ -1,4 +1,4 @@
-"""Nearest-neighbor metrics: precision, recall, density, coverage, authenticity and memorization."""
+"""Nearest-neighbour metrics: precision, recall, density, coverage, authenticity and memorisation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gencompare.evaluation.extractors.extractor import check_finite
 BLOCK_SIZE = 1000
 """Rows of a distance matrix that are in memory at a time; 10,000 x 10,000 distances never are."""
 QUERY_BLOCK_SIZE = 2000
-"""The same for searches of a single nearest neighbor."""
+"""The same for searches of a single nearest neighbour."""
 PRECISION_K, DENSITY_K = 3, 5
-"""Neighbors that define a ball, as in the papers."""
+"""Neighbours that define a ball, as in the papers."""
 COPY_TOLERANCE = 1e-3
 """Largest distance between copies, relative to a point's distance from the mean."""
 
@@ -24,7 +24,7 @@ COPY_TOLERANCE = 1e-3
 class PRDC:
     """Precision, recall, density and coverage; each is about 1 for samples as good and as diverse as real images.
 
-    The ball of an image extends to its k-th nearest neighbor among the images of its own set.
+    The ball of an image extends to its k-th nearest neighbour among the images of its own set.
     """
 
     precision: float
@@ -47,7 +47,7 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
     """Precision, recall, density and coverage of features (n, d) against (m, d), n and m at least 6.
 
     The two sets should have equal sizes, because balls shrink as a set grows. Distances are Euclidean, in float32, and
-    computed from scalar products of features centered about the reference mean (far from zero, small distances would
+    computed from scalar products of features centred about the reference mean (far from zero, small distances would
     lose precision).
 
     Raises:
@@ -56,7 +56,7 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
     for side in (features, reference):
         check_finite(side)
         if len(side) <= DENSITY_K:
-            raise UserError(f"Neighbor metrics need at least {DENSITY_K + 1} images on each side.")
+            raise UserError(f"Neighbour metrics need at least {DENSITY_K + 1} images on each side.")
     center = reference.mean(0)
     samples, real = (features - center).float(), (reference - center).float()
     real_precision_radii, real_density_radii = _radii(real, (PRECISION_K, DENSITY_K))
@@ -82,7 +82,7 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
 
 
 def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """For each k, the distance of every point to its k-th nearest neighbor among the other points, (n,)."""
+    """For each k, the distance of every point to its k-th nearest neighbour among the other points, (n,)."""
     # The smallest distance is that to the point itself. The matrix is symmetric, so half of the blocks suffice.
     smallest = torch.full((len(points), max(ks) + 1), torch.inf)
     for i in range(0, len(points), BLOCK_SIZE):
@@ -107,14 +107,14 @@ def _pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
 
 
 def _share_of_zeros(radius: Tensor, points: Tensor) -> float:
-    """Share of radii (n,) of centered points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
+    """Share of radii (n,) of centred points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
     return float((radius <= COPY_TOLERANCE * points.norm(dim=1)).double().mean())
 
 
 def nearest_neighbor(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """(distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
 
-    Neighbors are found with fast scalar products of centered features. Their distances are then computed from
+    Neighbours are found with fast scalar products of centred features. Their distances are then computed from
     differences, which are exact for small distances: a copy must be at distance 0.
     """
     center = keys.mean(0)
@@ -147,9 +147,9 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
     .. math:: r = \frac{d(\text{samples}, \text{train}) / d(\text{samples}, \text{test})}
         {d(\text{val}, \text{train}) / d(\text{val}, \text{test})}
 
-    with :math:`d(a, b)` the mean distance from images of a to their nearest neighbor in b. The denominator corrects for
-    the size of the training set: anything is closer to a larger set, and validation images are real images in neither
-    ``train`` nor ``test``. So r is about 1 without memorization, 1 - s if a share s of the samples are copies of
+    with :math:`d(a, b)` the mean distance from images of a to their nearest neighbour in b. The denominator corrects
+    for the size of the training set: anything is closer to a larger set, and validation images are real images in
+    neither ``train`` nor ``test``. So r is about 1 without memorisation, 1 - s if a share s of the samples are copies of
     training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test set would
     miss most copies, since a copy is found in one part only.)
 

@@ -163,5 +163,5 @@ def with_nearest_neighbors(images: Tensor, indices: list[list[int]], data: Image
 
 
 def displayable(images: Tensor, spec: DataSpec) -> Tensor:
-    """Quantized samples as uint8."""
+    """Quantised samples as uint8."""
     return images if images.dtype == torch.uint8 else to_uint8(images.clamp(-1, 1), spec)

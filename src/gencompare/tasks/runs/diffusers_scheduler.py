@@ -20,7 +20,7 @@ from gencompare.models.diffusion import Diffusion
 
 FILE = "scheduler_config.json"
 PREDICTION_TYPES = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
-"""The diffusers ``prediction_type`` of our parameterizations."""
+"""The diffusers ``prediction_type`` of our parameterisations."""
 PARAMETERIZATIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 """The option of model/parameterization for a ``prediction_type``."""
 SCHEDULES = {
@@ -42,7 +42,7 @@ def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
     """The config of the ``DDPMScheduler`` that samples as ``model`` does.
 
     None if diffusers cannot represent the model: its schedule has no table of betas, its network is not conditioned on
-    the timestep, or its parameterization is not eps, x_0 or v.
+    the timestep, or its parameterisation is not eps, x_0 or v.
     """
     if not isinstance(model, Diffusion) or not isinstance(model.schedule, BetaTable):
         return None

@@ -38,7 +38,7 @@ def load_pretrained(model: TrainedModel, path: Path) -> None:
 
     Raises:
         UserError: the weights are missing, damaged or of another model, or the published scheduler has another
-            schedule or parameterization than the model.
+            schedule or parameterisation than the model.
     """
     file = find_weights(path)
     state = read_weights(file)
