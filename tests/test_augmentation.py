@@ -305,5 +305,5 @@ def test_images_that_cannot_be_augmented_are_rejected() -> None:
     spec = DataSpec(name="x", shape=(1, 8, 8), conditions={"low_res": (1, 4, 4)})
     with pytest.raises(UserError, match=r"not their low-resolution images.*model/augmentation=null"):
         model(spec=spec)
-    with pytest.raises(UserError, match=r"at least 2x2 pixels, and these are 1x1"):
+    with pytest.raises(UserError, match=r"at least 2x2 pixels, but these are 1x1"):
         Augmentation()(torch.zeros(2, 2, 1, 1), rng(2))

@@ -160,7 +160,7 @@ def test_sampling_must_start_from_pure_noise(
         own = {"sampler": along(*parts["sampler"])} if "sampler" in parts else {}
         return diffusion(schedule=part("schedule", name, **settings), **own)
 
-    with pytest.raises(UserError, match=f"a share {left} of the image is left"):
+    with pytest.raises(UserError, match=f"a fraction {left} of the image remains"):
         build(change)
     build(change | instead)
 
@@ -295,7 +295,7 @@ def test_incompatible_parts_are_rejected_before_training() -> None:
         def log_snr(self, t: Tensor) -> Tensor:
             return t
 
-    with pytest.raises(UserError, match="does not fall"):
+    with pytest.raises(UserError, match="not strictly decreasing"):
         diffusion(schedule=Rises())
 
 

@@ -160,7 +160,7 @@ def check_optimizer(model: TrainedModel) -> None:
 def check_checkpoint_choice(checkpoints: Any) -> None:
     """Raise `UserError` unless ``evaluation.checkpoints`` is a list of last, best, both or neither."""
     if not OmegaConf.is_list(checkpoints) or not {*checkpoints} <= {"last", "best"}:
-        raise UserError(f"evaluation.checkpoints={checkpoints}: must be a list of last, best or both.")
+        raise UserError(f"evaluation.checkpoints={checkpoints} must be a list of last, best or both.")
 
 
 def write_initial_record(

@@ -101,7 +101,7 @@ class EvaluationCallback(Callback):
         if min(num_evaluations, num_grid_images, num_val_images, num_samples) < 0:
             raise UserError(f"{key}: numbers of evaluations, images and samples cannot be negative (0 disables them).")
         if patience is not None and (patience < 1 or not num_samples):
-            raise UserError(f"{key}.patience={patience}: must be null, or at least 1 with {key}.num_samples above 0.")
+            raise UserError(f"{key}.patience={patience} must be null, or at least 1 with {key}.num_samples above 0.")
         self.num_evaluations, self.num_val_images = num_evaluations, num_val_images
         self.num_grid_images = num_grid_images
         self.cheap_metrics = None

@@ -43,7 +43,7 @@ class ParallelLauncher(Launcher):
 
         assert self.config is not None
         if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
-            raise UserError(f"hydra.launcher.n_jobs={self.n_jobs}: must be a whole number of at least 1.")
+            raise UserError(f"hydra.launcher.n_jobs={self.n_jobs} must be a whole number of at least 1.")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         waiting = list(enumerate(job_overrides, start=initial_job_idx))

@@ -130,7 +130,7 @@ class SearchSweeper(Sweeper):
         import_optuna()
         for name, count in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
             if not isinstance(count, int) or count < 1:
-                raise UserError(f"hydra.sweeper.{name}={count}: must be a whole number of at least 1.")
+                raise UserError(f"hydra.sweeper.{name}={count} must be a whole number of at least 1.")
         loader = self.hydra_context.config_loader
         args = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = {o.get_key_element(): o for o in OverridesParser.create(config_loader=loader).parse_overrides(args)}

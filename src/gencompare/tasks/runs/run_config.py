@@ -154,7 +154,7 @@ def check_keys(cfg: DictConfig) -> None:
         if (not options and options != "") or isinstance(options, str):
             continue
         if not isinstance(options, Mapping | DictConfig):
-            raise UserError(f"callbacks.{name}={options}: must be null, or a mapping with _target_.")
+            raise UserError(f"callbacks.{name}={options} must be null, or a mapping with _target_.")
         if name in default and options.get("_target_") == default[name]._target_:
             _refuse_unknown(f"callbacks.{name}.", options, map(str, default[name]))
         elif "_target_" not in options:
