@@ -70,7 +70,7 @@ def lpips(channels: int) -> LPIPS:
 
 
 class Autoencoder(TrainedModel):
-    r"""An autoencoder whose latents are small images: the first stage of latent diffusion.
+    r"""An autoencoder whose latents are small images, for latent diffusion.
 
     Esser et al. (2021), "Taming transformers for high-resolution image synthesis"; Rombach et al. (2022),
     "High-resolution image synthesis with latent diffusion models". The loss of encoder and decoder per image is

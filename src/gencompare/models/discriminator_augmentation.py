@@ -90,9 +90,8 @@ class DiscriminatorAugmentation(nn.Module, ABC):
     Args:
         spec: shape of the data.
         color_multiplier: probability multiplier of colour transforms; 0 disables them.
-        cutout_multiplier: probability multiplier of a grey square of half the image side, which the paper did not use
-        in
-            its final set.
+        cutout_multiplier: probability multiplier of a grey square of half the image side, which is not in the final
+            set of transforms of the paper.
     """
 
     strength: Tensor

@@ -55,8 +55,7 @@ class EBM(GenerativeModel):
         num_sampling_steps: Langevin steps from noise to a sample. A chain of the buffer has
             num_langevin_steps / reinit_prob steps on average when it is reinitialised.
         buffer_size: chains in the replay buffer. In a run, each is used (images seen) / buffer_size times, so short
-        runs
-            need a small buffer.
+            runs need a small buffer.
         reinit_prob: probability that a chain starts from noise.
         energy_l2: weight of the squared energies.
         data_noise: standard deviation of the noise on training images.
