@@ -40,13 +40,13 @@ class DataSpec:
 
     name: str
     shape: tuple[int, int, int]
-    """(C, H, W) of the tensors that the data module returns, padding included."""
+    """(C, H, W) of the tensors that the data module returns, including padding."""
     num_classes: int = 0
     """0 if the images have no labels."""
     num_bins: int | None = 256
     """Number of values that a pixel can take, 256 for uint8 images; None for continuous data."""
     padding: int = 0
-    """Pixels added on each side of the real image, always -1 (black)."""
+    """Pixels added on each side of the image, always -1 (black)."""
     conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """Per-sample shape of each condition other than the label: ``low_res`` (c, h, w), ``embedding`` (d,)."""
 
@@ -56,7 +56,7 @@ class DataSpec:
         object.__setattr__(self, "conditions", {name: tuple(shape) for name, shape in self.conditions.items()})
 
     def mask(self, device: torch.device | str | None = None) -> Tensor:
-        """(1, H, W) float: 1 on real pixels, 0 on padding."""
+        """(1, H, W) float: 1 inside the image, 0 on padding."""
         mask = torch.ones(1, *self.shape[1:], device=device)
         if self.padding:
             p = self.padding
@@ -224,10 +224,10 @@ class TrainedModel(pl.LightningModule):
     ) -> None:
         super().__init__()
         if not isinstance(conditional, bool):
-            raise UserError(f"model.conditional={conditional}: choose true or false.")
+            raise UserError(f"model.conditional={conditional} must be true or false.")
         if conditional and not spec.num_classes:
             raise UserError(
-                f"model.conditional=true needs labels, and data '{spec.name}' has none: use model.conditional=false."
+                f"model.conditional=true needs labels, but data '{spec.name}' has none: use model.conditional=false."
             )
         if unsupported := sorted(spec.conditions.keys() - self.supported_conditions):
             raise UserError(
@@ -470,6 +470,9 @@ class GenerativeModel(TrainedModel):
             n: number of images.
             cond: conditions, each (n, ...).
             generator: the only source of random numbers to use; equal generators give equal samples.
+
+        Returns:
+            The images, on the device of the model.
         """
 
     def sampling_description(self) -> str:

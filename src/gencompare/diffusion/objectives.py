@@ -295,7 +295,7 @@ class DataLikelihood:
     num_bins: int | None
     """Number of values that a pixel can take, evenly spaced from -1 to 1; None for continuous data."""
     mask: Tensor
-    """(1, H, W): 1 on the image, 0 on padding."""
+    """(1, H, W): 1 inside the image, 0 on padding."""
     num_values: int
     """Values per image without padding: the divisor of bits/dim."""
 

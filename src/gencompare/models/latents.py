@@ -15,7 +15,7 @@ from gencompare.models.autoencoder_core import AutoencoderCore
 
 
 class PixelSpace(nn.Module):
-    """The images themselves: encoding and decoding are the identity."""
+    """The space of images, in which encoding and decoding are the identity."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Latents(nn.Module):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Latents:
-        """Stays in eval mode: the autoencoder is frozen."""
+        """Stays in eval mode, because the autoencoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()

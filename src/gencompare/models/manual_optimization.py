@@ -17,7 +17,7 @@ from gencompare.errors import TrainingStopped, UserError
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Context in which the parameters of ``network`` get no gradients, while its input still does."""
+    """Context manager: parameters of ``network`` get no gradients, but gradients still flow to its input."""
     network.requires_grad_(False)
     try:
         yield
