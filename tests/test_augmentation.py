@@ -171,7 +171,7 @@ def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [({"p": 1.2}, r"p=1\.2"), ({"x_flip": -0.1}, r"x_flip=-0\.1")])
 def test_invalid_probabilities_are_rejected(changes: dict[str, float], words: str) -> None:
-    with pytest.raises(UserError, match=rf"augmentation\.{words}.*0 to 1"):
+    with pytest.raises(UserError, match=rf"augmentation\.{words}.*must be in \[0, 1\]"):
         Augmentation(**changes)
 
 

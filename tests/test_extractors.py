@@ -123,7 +123,7 @@ def test_a_saved_classifier_is_loaded_as_the_same_network(tmp_path: Path) -> Non
     with torch.no_grad():
         torch.testing.assert_close(extractor.logits(images), net(x), rtol=0.02, atol=0.02)
         torch.testing.assert_close(extractor.features(images), net.features(x), rtol=0.02, atol=0.02)
-    with pytest.raises(UserError, match="takes images of 1 channels"):
+    with pytest.raises(UserError, match="needs images with 1 channels"):
         shipped_classifier(DataSpec(name="rgb", shape=(3, 12, 12)), weights=tmp_path / "own.safetensors")
 
 
@@ -133,7 +133,7 @@ def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         shipped_classifier(spec, weights=tmp_path / "none.safetensors")
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not an extractor")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupted"):
         shipped_classifier(spec, weights=path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not an extractor of gencompare"):
@@ -389,7 +389,7 @@ def test_missing_and_damaged_imagenet_weights_raise_a_helpful_error(
     copy.write_bytes(payload)
     assert efficientnet.efficientnet_lite0(spec, weights=copy).hash == efficientnet.SHA256, "a copy works as well"
     copy.write_bytes(payload[: len(payload) // 2])
-    with pytest.raises(UserError, match=f"damaged.*{hint}"):
+    with pytest.raises(UserError, match=f"corrupted.*{hint}"):
         efficientnet.efficientnet_lite0(spec, weights=copy)
     with pytest.raises(UserError, match=f"cannot be read.*{hint}"):
         efficientnet.efficientnet_lite0(spec, weights=tmp_path / "absent.pth")

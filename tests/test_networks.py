@@ -222,7 +222,7 @@ def test_condition_of_wrong_size_is_an_error(sizes: Any, cond: Any, message: str
 
 @pytest.mark.parametrize("sizes", [{"low_res_channels": -1}, {"embedding_dim": -2}])
 def test_negative_condition_sizes_are_errors(sizes: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"low_res_channels=.*embedding_dim=.*0 for none"):
+    with pytest.raises(UserError, match=r"low_res_channels=.*embedding_dim=.*at least 0"):
         NETS["mlp"](**sizes)
 
 

@@ -330,7 +330,7 @@ LAYOUTS: dict[str, tuple[Change, str]] = {
         lambda x: x.reshape(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2), r"scrambled.*\(3, \d+, \d+\)",
     ),
     "(H, W, C) reshaped to (C, H, W)": (lambda x: x.permute(0, 2, 3, 1).reshape(x.shape), r"scrambled.*, 3\)"),
-    "grey": (lambda x: byte(x.float().mean(1, keepdim=True)).repeat(1, 3, 1, 1), "all samples are grey"),
+    "grey": (lambda x: byte(x.float().mean(1, keepdim=True)).repeat(1, 3, 1, 1), "all samples are greyscale"),
 }  # fmt: skip
 
 
@@ -475,7 +475,7 @@ def test_color_images_are_refused_on_grey_data(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     Image.fromarray(color[0]).save(tmp_path / "folder" / "0.png")
     for name in ("color.npz", "folder"):
-        with pytest.raises(UserError, match=r"3 channels that are not grey.*convert them to grey"):
+        with pytest.raises(UserError, match=r"3 channels that are not greyscale.*convert them to greyscale"):
             read_samples(tmp_path / name, Digits.spec)
 
 

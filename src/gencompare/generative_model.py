@@ -286,12 +286,12 @@ class TrainedModel(pl.LightningModule):
             arguments: constructor arguments that replace those in the checkpoint.
 
         Raises:
-            UserError: the file is missing or damaged, contains another class, or names code of other packages.
+            UserError: the file is missing or corrupted, contains another class, or names code of other packages.
         """
         stored = read_checkpoint(checkpoint_path, map_location)
         config = dict(stored.get("hyper_parameters") or {})
         if "_target_" not in config:
-            raise UserError(f"{checkpoint_path} does not say how to build its model: load its run folder instead.")
+            raise UserError(f"{checkpoint_path} does not contain the config of its model: load its run folder instead.")
         model_class = import_object(config.pop("_target_"))
         if not issubclass(model_class, cls):
             raise UserError(f"{checkpoint_path} contains a {model_class.__name__}, not a {cls.__name__}.")

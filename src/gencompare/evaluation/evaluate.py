@@ -71,7 +71,7 @@ class EvaluationProtocol:
     Args:
         extractors: factories ``spec -> Extractor``. All of them measure the same samples; the primary metric of the
             first one ranks. None selects the defaults for the data (`default_extractors`).
-        weights: weights file for the first extractor; None uses the published or shipped weights.
+        weights: weights file for the first extractor; None uses the published or bundled weights.
         num_images: number of samples. None draws as many as there are test images, at most 2,000 (10,000 if a Frechet
             distance ranks).
         reference: what samples are compared with: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file

@@ -294,7 +294,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     extractor's, and only their size is checked.
 
     Raises:
-        UserError: the file is missing or damaged, or does not fit the extractor.
+        UserError: the file is missing or corrupted, or does not fit the extractor.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -303,7 +303,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     except FileNotFoundError as error:
         raise UserError(f"There is no statistics file {path}, which evaluation.protocol.reference names.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged, or not an npz file of statistics ({type(error).__name__}).") from error
+        raise UserError(f"{path} is corrupted, or not an npz file of statistics ({type(error).__name__}).") from error
     if not {"mu", "sigma"} <= set(stored):
         raise UserError(f"{path} has no 'mu' and 'sigma': it is not a statistics file of pytorch-fid, EDM or ADM.")
     statistics = Statistics(stored["mu"], stored["sigma"])

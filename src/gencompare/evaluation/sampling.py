@@ -213,7 +213,7 @@ def _write_chunk(path: Path, chunk: _Chunk) -> None:
 
 
 def _read_chunk(path: Path) -> _Chunk | None:
-    """A stored chunk; None if it is missing or damaged."""
+    """A stored chunk; None if it is missing or corrupted."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["chunk"])

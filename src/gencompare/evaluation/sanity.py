@@ -30,7 +30,7 @@ MIN_IMAGES = 100
 """Fewest samples and real images with which density and coverage can show a mode collapse. With fewer, the ball to the
 fifth neighbour spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
 noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10
-(640 sets, shipped classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
+(640 sets, bundled classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
 400."""
 LOW_FACTOR = 0.5
 """A metric is low if it is below this fraction of what real images reach."""
@@ -506,7 +506,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
     if images.shape[1] > 1:
         grey, usual = (bool((x == x[:, :1]).all()) for x in (images, real.images))
         if grey and not usual:
-            warnings.append(f"all samples are grey, and images of {name} have colour: save all channels")
+            warnings.append(f"all samples are greyscale, but images of {name} have colour: save all channels")
     return warnings
 
 

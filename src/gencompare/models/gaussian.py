@@ -226,8 +226,8 @@ class GaussianBaseline(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        r"""Samples :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`, clamped to the range
-        [-1, 1]."""
+        r"""Samples :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`, clamped to
+        :math:`[-1, 1]`."""
         component, device = self.label(self.select_conditions(cond)), self.mean.device
         if component is None:
             component = torch.multinomial(self.weight, n, replacement=True, generator=generator)

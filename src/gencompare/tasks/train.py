@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> None:
     settings are reported before anything is written or trained.
     """
     if "out" not in cfg:
-        raise UserError('This config has no run folder: make it with gencompare.compose("model=ddpm", ...).')
+        raise UserError('This config has no run folder: create it with gencompare.compose("model=ddpm", ...).')
     if cfg.get("trained_run"):
         check_checkpoint_choice(cfg.evaluation.checkpoints)
         evaluate_trained_run(cfg)
@@ -104,7 +104,7 @@ def train(cfg: DictConfig) -> None:
         try:
             trainer.loggers = loggers
             if clock and (model.closed_form or budget.progress(**clock) >= 1):
-                print_on_rank_zero("The budget is already spent: no training is left.")
+                print_on_rank_zero("The budget is already spent, so no training is left.")
             else:
                 fit(trainer, model, data, callbacks, folder, checkpoint_path if clock else None)
             if protocol is not None:

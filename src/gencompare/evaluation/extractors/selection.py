@@ -36,7 +36,7 @@ class ModuleExtractor(Extractor):
         network: any module; it does its own normalisation beyond [0, 1].
         name: names its metrics, such as ``fd_<name>``.
         size: height and width to which images are resized (bilinear, antialiased); None keeps their size.
-        channels: 3 repeats grey images to three channels; None keeps the channels.
+        channels: 3 repeats greyscale images to three channels; None keeps the channels.
 
     Raises:
         UserError: the data are not images, or the network's output is not (n, d).
@@ -82,7 +82,7 @@ ExtractorFactory = Callable[..., Extractor]
 def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:
     """The extractors that a protocol uses by default; the first one ranks.
 
-    For images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and the classifier shipped for the data
+    For images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and the classifier bundled for the data
     set, if there is one, for class metrics and as a second opinion. For points: the identity.
     """
     if spec.num_bins is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
 CONFIDENCE = 0.7
-"""Threshold of `confident_share`. Below 0.82, the probability that the shipped classifiers were trained to predict (ten
+"""Threshold of `confident_share`. Below 0.82, the probability that the bundled classifiers were trained to predict (ten
 classes, label smoothing 0.2)."""
 NUM_SPLITS = 10
 

@@ -1,4 +1,4 @@
-"""The training cost of a model including its dependencies: autoencoder, whitening, guides, tuning."""
+"""The training cost of a model, including its dependencies: autoencoder, whitening, guides, tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gencompare.records import RunRecord
 from gencompare.training.budget import Budget
 
 COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
-"""The units of cost, all counted whatever the budget's limit."""
+"""The units of cost; all are counted, whichever of them the budget limits."""
 TRIAL_ROLE = "trial"
 """The role of the other trials of a search, and of their dependencies, for the best trial."""
 
@@ -97,7 +97,7 @@ def remaining_budget(budget: Budget, entries: list[dict[str, Any]]) -> Budget:
     spender = " and ".join(f"the {entry['role']} ({entry['run']})" for entry in entries)
     for kind, limit in (("flops", budget.flops), ("device_seconds", budget.device_minutes)):
         if limit is not None and spent[kind] is None:
-            raise UserError(f"The {kind} of {spender} are missing from its record. Train it again.")
+            raise UserError(f"The {kind} of {spender} are missing from the record. Train it again.")
     return budget.after(flops=spent["flops"] or 0.0, device_seconds=spent["device_seconds"] or 0.0, spender=spender)
 
 

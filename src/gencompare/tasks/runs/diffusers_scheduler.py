@@ -67,7 +67,7 @@ def betas(schedule: BetaTable) -> Tensor:
 
 
 def variance_type(sampler: Sampler) -> str:
-    """The ``variance_type`` of diffusers for the variance of a sampler; for others than `Ancestral`, that of DDPM."""
+    """The ``variance_type`` of diffusers for the variance of an `Ancestral` sampler; that of DDPM for any other."""
     variance = getattr(sampler, "variance", 0.0)
     names = {0.0: "fixed_small", 1.0: "fixed_large"}
     if variance not in names:
@@ -78,12 +78,12 @@ def variance_type(sampler: Sampler) -> str:
 
 
 def check_scheduler(model: Diffusion, weights: Path) -> None:
-    """Check a model against the scheduler published with the file ``weights``, if there is one.
+    """Check a model against the scheduler that was published with the file ``weights``, if there is one.
 
     Compares betas and ``prediction_type``. Sampling options, such as the variance and clipping, may differ.
 
     Raises:
-        UserError: the scheduler is damaged or not supported, or has another schedule or prediction type.
+        UserError: the scheduler is corrupted or not supported, or has another schedule or prediction type.
     """
     folder = weights.parent
     candidates = (folder / FILE, folder / "scheduler" / FILE, folder.parent / "scheduler" / FILE)
@@ -93,7 +93,7 @@ def check_scheduler(model: Diffusion, weights: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}).") from error
+        raise UserError(f"{path} is corrupted ({error}).") from error
     published, prediction_type = read_schedule(config, path), config.get("prediction_type", "epsilon")
     if prediction_type not in PARAMETERIZATIONS:
         raise UserError(f"{path}: prediction_type={prediction_type} is not supported.")

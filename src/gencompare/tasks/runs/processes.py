@@ -55,7 +55,7 @@ def sigterm_exits() -> Iterator[None]:
 def ranks_run(job: Path) -> Iterator[None]:
     """Lightning starts the other ranks of this job on the config file ``job``.
 
-    By default, Lightning starts them with Hydra's command line. In a sweep, each rank would then run the whole sweep.
+    By default, Lightning starts them with Hydra's command line, so in a sweep each rank would run the whole sweep.
     """
     from pytorch_lightning.strategies.launchers import subprocess_script
 
@@ -146,7 +146,7 @@ def start_job(cfg: DictConfig, sweep: Path, slot: int, n_jobs: int, devices: Seq
 
 
 def job_environment(slot: int, n_jobs: int, devices: Sequence[str], cores: int | None = None) -> dict[str, str]:
-    """Environment variables that assign a job its share of the machine.
+    """Environment variables that assign a job its part of the machine.
 
     CUDA devices are assigned round-robin; with fewer devices than jobs, several jobs share one. Processor cores are
     divided equally, unless OMP_NUM_THREADS is set.
