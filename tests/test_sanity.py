@@ -258,7 +258,7 @@ def test_normalized_images_of_a_split_give_the_baseline() -> None:
 
 def test_floats_on_another_scale_are_refused(images: Images) -> None:
     x = images.test[:200].float()
-    with pytest.raises(UserError, match=r"lie in \[0, 1\] .*give 2 \* images - 1"):
+    with pytest.raises(UserError, match=r"lie in \[0, 1\] .*pass 2 \* images - 1"):
         warnings(x / 255, images)
     with pytest.raises(UserError, match=r"these reach 255: .*uint8"):
         warnings(x, images)

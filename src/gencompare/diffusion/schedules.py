@@ -442,7 +442,7 @@ class RectifiedFlow(NoiseSchedule):
 
     The log-SNR :math:`2 \log((1 - t) / t)` is infinite at both ends, so time runs from 1e-4 to 1 - 1e-4 and the log-SNR
     from 18.4 to -18.4. At these ends float32 still represents eps in x_t, and alpha as 1 - t, to three digits. The
-    share of the image that is left at the end, 1e-4, is negligible, so the prior is N(0, 1) in practice.
+    fraction of the image that remains at the end, 1e-4, is negligible, so the prior is N(0, 1) in practice.
     """
 
     t_min = 1e-4

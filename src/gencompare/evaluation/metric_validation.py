@@ -24,12 +24,12 @@ Key = tuple[str, float]
 
 CLASS_FAULTS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor, float, torch.Generator], Tensor]], ...] = (
     ("dropped classes", "classes", (1, 2, 4, 6, 8), dropped_classes),
-    ("unequal classes", "largest over smallest share", (1.5, 2, 4, 8, 16), unequal_classes),
+    ("unequal classes", "largest over smallest fraction", (1.5, 2, 4, 8, 16), unequal_classes),
 )
 REPEATS = (2, 4, 8, 16, 32)
 COPIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 UNITS = {d.name: d.unit for d in DEGRADATIONS} | {name: unit for name, unit, *_ in CLASS_FAULTS} | {
-    "repeated images": "times each", "training images": "share of copies",
+    "repeated images": "times each", "training images": "fraction of copies",
 }  # fmt: skip
 
 PAIRS: tuple[tuple[Key, Key], ...] = (

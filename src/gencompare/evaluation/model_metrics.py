@@ -25,7 +25,7 @@ from gencompare.rng import generator
 SSIM_WINDOW = 11
 """Side of the window of structural similarity, in pixels."""
 BATCH_SIZE = 100
-"""Images that share one random generator. Part of the protocol, so that values do not depend on the number of ranks."""
+"""Images that use one random generator. Part of the protocol, so that values do not depend on the number of ranks."""
 SUPER_RESOLUTION_BATCH_SIZE = 500
 
 

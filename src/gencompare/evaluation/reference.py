@@ -107,7 +107,7 @@ def to_uint8(x: Tensor, spec: DataSpec) -> Tensor:
     _check_finite(x)
     largest = float(x.abs().max()) if x.numel() else 0.0
     if largest > 1 + OVERSHOOT:
-        raise UserError(f"Samples must lie in [-1, 1], and these reach {largest:.4g}: rescale them, or give uint8.")
+        raise UserError(f"Samples must lie in [-1, 1], but these reach {largest:.4g}: rescale them, or pass uint8.")
     top = (spec.num_bins or 256) - 1
     levels = x.float().clamp(-1, 1).add(1).mul(top / 2).round()
     return _levels_to_uint8(levels, top)

@@ -49,7 +49,7 @@ class ModuleExtractor(Extractor):
     ) -> None:
         super().__init__()
         if spec.num_bins is None:
-            raise UserError(f"Extractor '{name}' takes images; data '{spec.name}' are continuous.")
+            raise UserError(f"Extractor '{name}' needs images, but data '{spec.name}' are continuous.")
         self.name, self.size, self.channels = name, size, channels
         self.module = network.eval().requires_grad_(False)
         self.hash = state_hash(network)

@@ -91,7 +91,7 @@ class TorchFidelityExtractor(Extractor):
             )
         except NotImplementedError as error:
             raise UserError(
-                f"torch-fidelity reads {self.registered} from torch.hub only, not from a file: copy the folder and the "
+                f"torch-fidelity reads {self.registered} only from torch.hub, not from a file: copy the folder and the "
                 f"checkpoint of torch.hub to {torch.hub.get_dir()}, and omit evaluation.weights."
             ) from error
         except OSError as error:  # URLError is one
@@ -114,7 +114,7 @@ def _registered_class(name: str) -> Any:
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         raise UserError(
-            f"torch-fidelity has no network '{name}': choose one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}."
+            f"torch-fidelity has no network '{name}': choose from {', '.join(FEATURE_EXTRACTORS_REGISTRY)}."
         )
     return FEATURE_EXTRACTORS_REGISTRY[name]
 

@@ -26,16 +26,16 @@ def classifier_score(logits: Tensor) -> tuple[float, float]:
 
 
 def confident_share(logits: Tensor) -> float:
-    """Share of images for which one class has a probability of at least `CONFIDENCE`."""
+    """Fraction of images for which one class has a probability of at least `CONFIDENCE`."""
     return float((logits.softmax(1).amax(1) >= CONFIDENCE).double().mean())
 
 
 def class_shares(logits: Tensor) -> list[float]:
-    """Share of images that the classifier assigns to each class."""
+    """Fraction of images that the classifier assigns to each class."""
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return (counts.double() / len(logits)).tolist()
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier assigns to the class that the model was given, ``labels`` (n,)."""
+    """Fraction of images that the classifier assigns to the class that the model was given, ``labels`` (n,)."""
     return float((logits.argmax(1) == labels.to(logits.device)).double().mean())

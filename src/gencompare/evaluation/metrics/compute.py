@@ -34,9 +34,9 @@ ExtraMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
 `GaussianMMD`)."""
 
 HEAVY_TAIL_SHARE = 0.25
-"""A note is added if one image contributes more than this share of the variance of a distance."""
+"""A note is added if one image contributes more than this fraction of the variance of a distance."""
 INFINITY_IMAGES_PER_FEATURE = 3
-"""With fewer samples per feature, the distance at n = infinity is too low by more than its interval."""
+"""With fewer samples per feature, the distance at n = infinity is too low by more than the margin of its interval."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ def class_frechet_metric(
     pairs = [(features[labels == c], real[reference.labels == c]) for c in reference.labels.unique()]
     fewest = min(len(side) for pair in pairs for side in pair)
     if fewest <= extractor.dim:
-        note = f"{fewest} images of a class, {extractor.dim} features"
+        note = f"only {fewest} images of a class, {extractor.dim} features"
         return {name: Metric(None, higher_is_better=False, note=note)}
     return {name: Metric(fmean(frechet_distance(a, b) for a, b in pairs), higher_is_better=False)}
 
 
 def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
-    """Precision, recall, density and coverage against as many reference images as there are samples.
+    """Precision, recall, density and coverage against the same number of reference images as samples.
 
     The sizes are equal because neighbourhoods shrink as a set grows.
     """
@@ -178,7 +178,7 @@ def class_metrics(logits: Tensor, labels: Tensor | None, extractor: Extractor) -
     metrics = {extractor.score_name: Metric(score, higher_is_better=True, note=f"parts +- {std:.2g}")}
     if extractor.predicts_data_classes:
         shares = class_shares(logits)
-        note = f"share with a class probability of at least {CONFIDENCE}"
+        note = f"fraction with a class probability of at least {CONFIDENCE}"
         metrics["confident"] = Metric(confident_share(logits), higher_is_better=True, note=note)
         metrics["class_share_min"] = Metric(min(shares), higher_is_better=True)
         metrics["class_share_max"] = Metric(max(shares), higher_is_better=False)
@@ -231,16 +231,16 @@ def add_baselines(metrics: dict[str, Metric], real: dict[str, Metric], note: str
 
 
 def data_class_shares(features: Features, extractor: Extractor) -> list[float] | None:
-    """Share of images in each of the data's classes; None if the extractor does not predict them."""
+    """Fraction of images in each of the data's classes; None if the extractor does not predict them."""
     return class_shares(features.logits) if features.logits is not None and extractor.predicts_data_classes else None
 
 
 def cheap_metrics(images: Tensor, data: EvaluationData, extractor: Extractor, split: str = "val") -> dict[str, float]:
     """The primary metric (first), density and coverage of a few images, for evaluation during training.
 
-    ``split`` is not one that results use. A Frechet distance is biased upwards for small n, but still falls as samples
-    improve: it orders the evaluations of one run at one n, and nothing else. Density and coverage use as many real
-    images as samples, and need at least 6 of each.
+    ``split`` is not one that results use. A Frechet distance is biased upwards for small n, but still decreases as
+    samples improve: use it only to compare evaluations of one run at one n. Density and coverage use the same number of
+    real images as samples, at least 6 of each.
 
     Args:
         images: (n, C, H, W), n at least 3, uint8 or float as `evaluate` takes them.

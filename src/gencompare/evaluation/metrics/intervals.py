@@ -18,9 +18,9 @@ MIN_IMAGES = 10
 PAIR_IMAGES = 500
 """Number of images whose pairs estimate the second-order terms."""
 TRIMMED = 0.05
-"""Share of these images that is left out, those with the largest second-order terms."""
+"""Fraction of these images that is left out, those with the largest second-order terms."""
 TAIL = 0.05
-"""Share of the images that the tail estimate uses, on each side."""
+"""Fraction of the images that the tail estimate uses, on each side."""
 LIGHT_TAIL, WIDENING = 0.3, 3.0
 
 
@@ -33,7 +33,7 @@ class Estimate:
     """None for fewer than 10 images."""
     standard_error: float = math.nan
     largest_share: float = 0.0
-    """Largest share of the variance that one image contributes. Above about a quarter, the tails are so heavy that
+    """Largest fraction of the variance that one image contributes. Above about a quarter, the tails are so heavy that
     value and interval depend on few images."""
 
 

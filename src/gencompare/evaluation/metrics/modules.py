@@ -169,7 +169,7 @@ class KernelDistance(_RealComparison):
 
 
 class Precision(_RealComparison):
-    """Share of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
 
     higher_is_better = True
 
@@ -178,7 +178,7 @@ class Precision(_RealComparison):
 
 
 class Recall(_RealComparison):
-    """Share of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
 
     higher_is_better = True
 
@@ -196,7 +196,7 @@ class Density(_RealComparison):
 
 
 class Coverage(_RealComparison):
-    """Share of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
+    """Fraction of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
 
     higher_is_better = True
 
@@ -205,7 +205,7 @@ class Coverage(_RealComparison):
 
 
 class Authenticity(_RealComparison):
-    """Share of generated images that are not near copies of the real ones, the training images (Alaa et al. 2022)."""
+    """Fraction of generated images that are not near copies of the real (training) images (Alaa et al. 2022)."""
 
     higher_is_better = True
 
@@ -257,7 +257,7 @@ class ClassifierScore(_ClassifierMetric):
 
 
 class ClassShares(_ClassifierMetric):
-    """Share of generated images that the classifier assigns to each class: missing classes have share 0."""
+    """Fraction of generated images that the classifier assigns to each class: 0 for missing classes."""
 
     higher_is_better = None
 
@@ -266,12 +266,12 @@ class ClassShares(_ClassifierMetric):
         self._add("generated", images)
 
     def compute(self) -> Tensor:
-        """The shares, (classes,)."""
+        """The fractions, (classes,)."""
         return torch.tensor(class_shares(self._set("generated")))
 
 
 class LabelAccuracy(_ClassifierMetric):
-    """Share of generated images that the classifier assigns to the class that the model was given."""
+    """Fraction of generated images that the classifier assigns to the class that the model was given."""
 
     higher_is_better = True
 
@@ -285,5 +285,5 @@ class LabelAccuracy(_ClassifierMetric):
         self.labels.append(labels.cpu())  # type: ignore[union-attr,operator]
 
     def compute(self) -> Tensor:
-        """The share, a scalar."""
+        """The fraction, a scalar."""
         return torch.tensor(label_accuracy(self._set("generated"), self._set("labels")))

@@ -13,7 +13,7 @@ from gencompare.evaluation.extractors.extractor import check_finite
 BLOCK_SIZE = 1000
 """Rows of a distance matrix that are in memory at a time; 10,000 x 10,000 distances never are."""
 QUERY_BLOCK_SIZE = 2000
-"""The same for searches of a single nearest neighbour."""
+"""The same limit for searches of a single nearest neighbour."""
 PRECISION_K, DENSITY_K = 3, 5
 """Neighbours that define a ball, as in the papers."""
 COPY_TOLERANCE = 1e-3
@@ -28,19 +28,19 @@ class PRDC:
     """
 
     precision: float
-    """Share of samples inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019, "Improved Precision and Recall
-    Metric", eqs. 1 and 2, https://arxiv.org/abs/1904.06991)."""
+    """Fraction of samples inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019, "Improved Precision and
+    Recall Metric", eqs. 1 and 2, https://arxiv.org/abs/1904.06991)."""
     recall: float
-    """Share of real images inside the ball of a sample, k = 3 (the same paper)."""
+    """Fraction of real images inside the ball of a sample, k = 3 (the same paper)."""
     density: float
     """Number of real images' balls that contain a sample, divided by k = 5 (Naeem et al. 2020, "Reliable Fidelity and
     Diversity Metrics", eq. 3, https://arxiv.org/abs/2002.09797). It may exceed 1."""
     coverage: float
-    """Share of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
+    """Fraction of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
     zero_radii: float = 0.0
-    """Share of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
+    """Fraction of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
     zero_radii_reference: float = 0.0
-    """Share of real images whose ball, k = 5, has radius 0. Density and coverage are then too low, or noise."""
+    """Fraction of real images whose ball, k = 5, has radius 0. Density and coverage are then too low, or noise."""
 
 
 def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
@@ -107,7 +107,7 @@ def _pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
 
 
 def _share_of_zeros(radius: Tensor, points: Tensor) -> float:
-    """Share of radii (n,) of centred points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
+    """Fraction of radii (n,) of centred points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
     return float((radius <= COPY_TOLERANCE * points.norm(dim=1)).double().mean())
 
 
@@ -149,8 +149,8 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
 
     with :math:`d(a, b)` the mean distance from images of a to their nearest neighbour in b. The denominator corrects
     for the size of the training set: anything is closer to a larger set, and validation images are real images in
-    neither ``train`` nor ``test``. So r is about 1 without memorisation, 1 - s if a share s of the samples are copies
-    of training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test set
+    neither ``train`` nor ``test``. So r is about 1 without memorisation, 1 - s if a fraction s of the samples are
+    copies of training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test set
     would miss most copies, since a copy is found in one part only.)
 
     Distances are between features, because in pixel space a low-contrast image is close to everything.
@@ -175,7 +175,7 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
 
 
 def authenticity(samples: Tensor, train: Tensor) -> float:
-    """Share of samples that are farther from their nearest training image than that image is from any other one.
+    """Fraction of samples that are farther from their nearest training image than that image is from any other one.
 
     Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3, https://arxiv.org/abs/2102.08921. Copies
     give 0. Fresh images of the same distribution give one half to three quarters, not 1: compare it with the real-data
