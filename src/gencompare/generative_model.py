@@ -355,7 +355,7 @@ class TrainedModel(pl.LightningModule):
         self._evaluation_step(batch, batch_idx, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits of a classifier, else reconstructions of the batch."""
+        """Logits of a classifier, or otherwise reconstructions of the batch."""
         x, cond = unpack_batch(batch, self.spec)
         if isinstance(self, SupportsClassification):
             return self.logits(x)
@@ -363,7 +363,7 @@ class TrainedModel(pl.LightningModule):
             return self.reconstruct(
                 x, self.select_conditions(cond), generator=generator(x.device, "predict", batch_idx)
             )
-        raise UserError(f"{type(self).__name__} cannot sample, classify or reconstruct images: nothing to predict.")
+        raise UserError(f"{type(self).__name__} cannot predict: it does not sample, classify or reconstruct images.")
 
     def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
         x, cond = unpack_batch(batch, self.spec)

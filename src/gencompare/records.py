@@ -106,7 +106,7 @@ class Metric:
     value: float | None
     """None if the value is not finite or there are too few images; ``note`` gives the reason."""
     higher_is_better: bool | None = None
-    """As in torchmetrics; None for a metric with a ``target``, or without an order."""
+    """Whether higher values are better, as in torchmetrics; None for a metric with a ``target`` or without an order."""
     target: float | None = None
     """The ideal value of a metric that may be too high or too low, such as 1 for a ratio."""
     baseline: float | None = None

@@ -84,7 +84,7 @@ UNRANKED = {
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a table: a result of one run, or the mean of runs that differ in seeds alone."""
+    """One row of a table: a result of one run, or the mean of runs that differ only in seeds."""
 
     group: SeedGroup
     rank: int | None

@@ -136,7 +136,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-# Runs that differ in seeds alone
+# Runs that differ only in seeds
 
 NON_MODEL_SETTINGS = frozenset(NON_SETTINGS) | {
     "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
@@ -191,13 +191,12 @@ class SeedGroup:
 
 
 def group_by_seed(results: Iterable[RunResult], group_by: tuple[str, ...] = ()) -> list[SeedGroup]:
-    """Group results of one protocol that differ in seeds alone.
+    """Group results of one protocol that differ only in seeds.
 
     A second result with the same seeds is not a replicate and gets a row of its own.
 
-    With ``group_by``, all runs with equal values of these config keys share a row, whatever else differs between them
-    except how they were sampled (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it
-    has without ``group_by``. If the runs of a row differ in seeds alone, nothing changes. If they differ in more, the
+    With ``group_by``, all runs with equal values of these config keys share a row if they were sampled in the same way
+    (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it has without ``group_by``. If the runs of a row differ only in seeds, nothing changes. If they differ in more, the
     row is the plain mean over training runs without an interval or a test: the settings were chosen rather than
     sampled, so their spread says nothing about another training run.
     """
@@ -250,14 +249,14 @@ def config_values(run: RunFolder, keys: tuple[str, ...]) -> dict[str, str] | Non
 
 
 def _model_key(run: RunFolder) -> str:
-    """Equal for runs that differ in seeds and sampling alone; empty if the config is unknown."""
+    """Equal for runs that differ only in seeds and sampling; empty if the config is unknown."""
     config = _model_settings(run)
     key = [run.record.family, run.record.data.get("hash"), config]
     return json.dumps(key, sort_keys=True, default=str) if config else ""
 
 
 def _replicate_key(run: RunFolder, result: Result, model_key: str) -> str:
-    """Equal for results that differ in seeds alone."""
+    """Equal for results that differ only in seeds."""
     if not model_key:
         # Nothing is known about the training behind externally generated images.
         return f"{run.folder} {result.id}"
@@ -379,7 +378,7 @@ def _mean_values(dicts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _common_value(values: set[int | None]) -> int | None:
-    """The element of a set of one, else None."""
+    """The element of a set with one element, otherwise None."""
     return values.pop() if len(values) == 1 else None
 
 

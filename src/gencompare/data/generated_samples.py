@@ -19,7 +19,7 @@ def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tu
     """Read generated images and, from an npz file, their class labels.
 
     Images are never resized, because another size means that they were generated for other data. Greyscale images may
-    have one channel or three equal channels, whatever the data; colour images are an error if the data are greyscale.
+    have one channel or three equal channels for any data; colour images are an error if the data are greyscale.
 
     Args:
         path: a folder or zip file of PNG or JPEG files, read in the order of their names; or an npz file with images

@@ -161,7 +161,7 @@ class GeometricSigmas(LogSNRTable, VarianceExploding):
 
 
 def snap_to_integer(position: Tensor) -> Tensor:
-    """Rounds positions that miss an integer by floating-point error alone; the derivative stays 1."""
+    """Rounds positions that differ from an integer only by floating-point error; the derivative stays 1."""
     miss = (position - position.round()).detach()
     rounding = 2 * torch.finfo(position.dtype).eps * position.detach().abs()
     return position - torch.where(miss.abs() <= rounding, miss, 0.0)

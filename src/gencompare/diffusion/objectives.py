@@ -55,7 +55,7 @@ class Objective(ABC):
 
 
 class Weighting(ABC):
-    r"""Base class of weights :math:`w(\lambda) \ge 0` of the squared error *in eps*, whatever the network predicts.
+    r"""Base class of weights :math:`w(\lambda) \ge 0` of the squared error *in eps*, for any network output.
 
     As :math:`SNR\, \|x_0 - \hat x_0\|^2 = \|\epsilon - \hat\epsilon\|^2`, a weight of the error in x_0 is w SNR, and
     for alpha^2 + sigma^2 = 1 a weight of the error in v is w SNR / (1 + SNR). So a change of the parameterisation alone

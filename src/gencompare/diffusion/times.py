@@ -72,8 +72,8 @@ class _PowerGrid(TimeGrid):
             )
         nearest = (self._spaced(T, 1, num_steps) - 1).round().long().flip(0)
         rank = torch.arange(num_steps)
-        rising = (nearest - rank).cummax(0).values + rank
-        return rising.minimum(rank + T - num_steps).flip(0)
+        increasing = (nearest - rank).cummax(0).values + rank
+        return increasing.minimum(rank + T - num_steps).flip(0)
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class KarrasGrid(_LogSNRRangeGrid):
     Karras et al. (2022), "Elucidating the Design Space", eq. 5, https://arxiv.org/abs/2206.00364; there alpha = 1.
 
     Args:
-        log_snr_start: as for `LogSNRGrid`.
-        log_snr_end: as for `LogSNRGrid`.
+        log_snr_start: see `LogSNRGrid`.
+        log_snr_end: see `LogSNRGrid`.
         rho: how much shorter steps are at low noise: 7 in the paper, 1 is even spacing in sigma / alpha.
     """
 

@@ -25,7 +25,7 @@ class Degradation:
     name: str
     unit: str
     strengths: tuple[float, ...]
-    """In increasing order, in ``unit``."""
+    """The strengths in increasing order, in ``unit``."""
     apply: Degrade
     channels: tuple[int, ...] = (1, 3)
     """Numbers of channels for which it is defined."""

@@ -176,7 +176,7 @@ def evaluate(
 
     Args:
         model_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W), with or without the
-            data's padding: uint8 in 0 to 255 as in an image file (whatever the data's number of levels), or float in
+            data's padding: uint8 in 0 to 255 as in an image file (for any number of levels of the data), or float in
             [-1, 1]. For images of a split, which have the data's own levels, pass ``data.normalize(images)``.
         data: a datamodule of this package, or any object with the same interface (`EvaluationData`).
         protocol: how to measure; None uses the default `EvaluationProtocol`.

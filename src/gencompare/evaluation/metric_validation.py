@@ -134,7 +134,7 @@ def score(candidate: Candidate, features: Mapping[Key, Tensor], n: int, millisec
     values: dict[Key, list[dict[str, float]]] = {}
     for key, rows in features.items():
         rows = rows[:, candidate.columns]
-        # A subset is every k-th image: of a set sorted by class, a proportional part of each.
+        # A subset is every k-th image, which keeps the proportions of a set sorted by class.
         subsets = [rows[k::num_subsets][:n] for k in range(num_subsets)]
         values[key] = [candidate.metrics(subset) for subset in subsets if len(subset) >= candidate.min_images]
     scores = []

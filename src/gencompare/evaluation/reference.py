@@ -170,7 +170,7 @@ def _check_finite(x: Tensor) -> None:
 # Features of real images
 
 CACHE_VERSION = "1"
-"""Part of the cache key: increase it when the features of the same images change."""
+"""Part of the cache key: increase it if the same images get other features."""
 MAX_REFERENCES_IN_MEMORY = 8
 
 
@@ -199,20 +199,20 @@ class Reference:
 
     @cached_property
     def spatial_statistics(self) -> Statistics | None:
-        """The same of spatial features, if there are any."""
+        """Mean and covariance of spatial features, if there are any."""
         if self.file_spatial_statistics is not None or self.features is None or self.features.spatial is None:
             return self.file_spatial_statistics
         return Statistics.from_features(self.features.spatial)
 
     @cached_property
     def gaussian_kernel(self) -> KernelReference:
-        """For the MMD with a Gaussian kernel of median bandwidth."""
+        """The reference for the MMD with a Gaussian kernel of median bandwidth."""
         assert self.features is not None
         return KernelReference.from_features(self.features.features, GaussianKernel())
 
     @cached_property
     def cubic_kernel(self) -> KernelReference:
-        """For the kernel distance of KID."""
+        """The reference for the kernel distance of KID."""
         assert self.features is not None
         return KernelReference.from_features(self.features.features, CubicKernel())
 
@@ -259,8 +259,8 @@ def split_features(
     """Features of a split, read from the folder ``cache`` if possible; otherwise computed and stored there.
 
     The file name contains the hashes of the pixels and of the extractor's weights, and how images are resized, so
-    changed data never get stale features. All ranks of a job must call this function. Of several jobs that need the
-    same features at once, one computes them.
+    changed data never get stale features. All ranks of a job must call this function. If several jobs need the same
+    features at once, one of them computes these.
     """
     split = data.split(name)
 

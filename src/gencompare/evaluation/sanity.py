@@ -45,8 +45,8 @@ def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *
     enough.
 
     Args:
-        density: of n samples against n real images, see `PRDC`.
-        coverage: of the same images.
+        density: density of n samples against n real images, see `PRDC`.
+        coverage: coverage of the same images.
         best_coverage: the highest coverage at earlier evaluations of the same model.
         n: number of samples; fewer than `MIN_IMAGES` give no warning.
     """
@@ -429,7 +429,7 @@ def _find_conversion(images: Tensor, real: RealImages) -> str | None:
     smallest = min(candidates.values())
     if not real.explains(distance, smallest, len(subset)):
         return None
-    # Of several equally good ones (symmetric images can be rotated or mirrored), the first is the simplest.
+    # If several are equally good (symmetric images can be rotated or mirrored), the first is the simplest.
     return next(cause for cause, reached in candidates.items() if reached <= smallest + MUCH_CLOSER * CLOSE)
 
 

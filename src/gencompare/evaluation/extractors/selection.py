@@ -32,7 +32,7 @@ class ModuleExtractor(Extractor):
         evaluation.extractors=[mine]
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         network: any module; it does its own normalisation beyond [0, 1].
         name: names its metrics, such as ``fd_<name>``.
         size: height and width to which images are resized (bilinear, antialiased); None keeps their size.
@@ -97,7 +97,7 @@ def build_extractors(
 
     Args:
         factories: None uses `default_extractors`.
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: weights file for the first extractor.
 
     Raises:

@@ -28,7 +28,7 @@ MAX_SPATIAL_FEATURES = 128
 FILE_VERSION = 2
 """Version 1 had pre-activation blocks with group norm, and a second head."""
 FALLBACK = {1: "fashion_mnist", 3: "cifar10"}
-"""By number of channels: the data set whose classifier measures data without one of their own."""
+"""The data set whose classifier measures data without a classifier of their own, by number of channels."""
 
 
 def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
@@ -38,7 +38,7 @@ def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = 
     CIFAR-10 (RGB) on images resized to that classifier's size, without class metrics. Continuous data use the identity.
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: a safetensors file written by `save_classifier`, in place of the bundled one.
     """
     if weights is not None:
@@ -62,7 +62,8 @@ class ClassifierExtractor(Extractor):
 
     Args:
         path: the file.
-        spec: of the data to measure. Images of data other than its own are resized, and there are no logits.
+        spec: shape and value range of the data to measure. If these are not the data that the classifier was trained
+            on, images are resized, and there are no logits.
         expected: the SHA-256 that the file must have; None accepts any.
     """
 
@@ -122,10 +123,10 @@ def save_classifier(
     """Write a trained `ResidualClassifier` to a file for `ClassifierExtractor`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         state: its state dict. Floating-point values are stored as float16, which changes the logits by less than
             training noise.
-        spec: of its training data.
+        spec: shape and classes of its training data.
         network: its constructor arguments other than channels and classes.
         accuracy: on the test split, after rounding to float16.
         recipe: the command that trained it.

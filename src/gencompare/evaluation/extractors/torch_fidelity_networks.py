@@ -28,7 +28,7 @@ class TorchFidelityExtractor(Extractor):
     The network resizes images itself, as TensorFlow 1 does; greyscale ones are repeated to three channels.
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         registered: the network's name in torch-fidelity's registry.
         weights: a weights file; None downloads the published one.
 
@@ -188,7 +188,7 @@ class InceptionExtractor(TorchFidelityExtractor):
     https://arxiv.org/abs/2103.03841).
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: a weights file; None downloads the published one.
     """
 

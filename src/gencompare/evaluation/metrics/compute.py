@@ -60,7 +60,7 @@ def compute_metrics(
     """Distances, neighbour metrics and class metrics of samples, by name.
 
     Args:
-        features: of the samples.
+        features: features of the samples.
         reference: the real images or statistics to compare with.
         extractor: names the metrics.
         labels: (n,) the class that each sample was generated for.
@@ -101,7 +101,7 @@ def distance_metrics(
     else:
         distance, at_infinity = Estimate(jackknife.value, None), Estimate(jackknife.value_at_infinity, None)
     enough = n >= INFINITY_IMAGES_PER_FEATURE * extractor.dim
-    note = "" if enough else f"too low, from under {INFINITY_IMAGES_PER_FEATURE} images a feature"
+    note = "" if enough else f"too low with fewer than {INFINITY_IMAGES_PER_FEATURE} images per feature"
     return metrics | {
         frechet: distance_metric(distance),
         f"{frechet}_infinity": distance_metric(at_infinity, "extrapolated", note),

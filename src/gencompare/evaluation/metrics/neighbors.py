@@ -150,16 +150,16 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
     with :math:`d(a, b)` the mean distance from images of a to their nearest neighbour in b. The denominator corrects
     for the size of the training set: anything is closer to a larger set, and validation images are real images in
     neither ``train`` nor ``test``. So r is about 1 without memorisation, 1 - s if a fraction s of the samples are
-    copies of training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test set
-    would miss most copies, since a copy is found in one part only.)
+    copies of training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test
+    set would miss most copies, since a copy is found in one part only.)
 
     Distances are between features, because in pixel space a low-contrast image is close to everything.
 
     Args:
-        samples: features (n, d), as are the others.
-        train: of training images.
-        test: of test images.
-        val: of validation images.
+        samples: features of samples, (n, d).
+        train: features of training images.
+        test: features of test images.
+        val: features of validation images.
 
     Returns:
         The ratio; None if a mean distance is 0, which makes it meaningless.

@@ -51,7 +51,7 @@ def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[
 
 
 def guide_dependencies(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The dependencies of guidance alone, which an evaluation may have without the training."""
+    """The dependencies of guidance only: an evaluation may use guidance that the training run did not."""
     return dependencies(OmegaConf.masked_copy(cfg, ["model"]))
 
 

@@ -94,7 +94,7 @@ def rename_options(argv: list[str]) -> list[str]:
 def inherit_choices(argv: list[str]) -> list[str]:
     """With ``run_dir=DIR`` or ``resume=DIR``, add the group choices of that run that ``argv`` does not override.
 
-    Then ``model.sampler.num_steps=18`` is a valid override if the run's sampler has steps, whatever the default model.
+    Then ``model.sampler.num_steps=18`` is a valid override if the run's sampler has steps, for any default model.
     """
     folder = _run_folder_in(argv)
     if folder is None:
@@ -141,7 +141,7 @@ def _unquote(value: str) -> str:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Raise `UserError` if a composed config contains a key that nothing reads."""
+    """Raise `UserError` if a composed config contains an unknown key."""
     top = OmegaConf.load(conf_dir() / "config.yaml")
     groups = {
         str(key).removeprefix("optional ").removeprefix("override ").split("@")[0]
