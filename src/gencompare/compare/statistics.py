@@ -196,9 +196,10 @@ def group_by_seed(results: Iterable[RunResult], group_by: tuple[str, ...] = ()) 
     A second result with the same seeds is not a replicate and gets a row of its own.
 
     With ``group_by``, all runs with equal values of these config keys share a row if they were sampled in the same way
-    (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it has without ``group_by``. If the runs of a row differ only in seeds, nothing changes. If they differ in more, the
-    row is the plain mean over training runs without an interval or a test: the settings were chosen rather than
-    sampled, so their spread says nothing about another training run.
+    (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it has without ``group_by``. If
+    the runs of a row differ only in seeds, nothing changes. If they differ in more, the row is the plain mean over
+    training runs without an interval or a test: the settings were chosen rather than sampled, so their spread says
+    nothing about another training run.
     """
     groups: dict[str, dict[tuple[str, int, int | None], RunResult]] = {}
     names: dict[str, str] = {}
