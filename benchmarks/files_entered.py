@@ -32,7 +32,7 @@ def files_entered() -> Iterator[set[str]]:
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        # The bodies of modules and classes, which run on import, are not optimized code.
+        # The bodies of modules and classes, which run on import, are not optimised code.
         if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(str(PACKAGE)):
             found.add(str(Path(code.co_filename).relative_to(PACKAGE)))
 

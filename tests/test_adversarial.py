@@ -113,7 +113,7 @@ def test_penalty_weights_can_follow_a_cosine_ramp() -> None:
 
 @pytest.mark.parametrize("weight", [-1.0, CosineRamp(0.1, -0.1, 10)])
 def test_a_negative_penalty_weight_raises_an_error(weight: Any) -> None:
-    with pytest.raises(UserError, match=r"weight=-.*not negative"):
+    with pytest.raises(UserError, match=r"weight=-.*at least 0"):
         R1(weight)
     with pytest.raises(UserError, match="images=0"):
         CosineRamp(0.0, 1.0, 0)

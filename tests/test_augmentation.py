@@ -171,7 +171,7 @@ def test_augmentation_does_not_depend_on_the_number_of_processes() -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [({"p": 1.2}, r"p=1\.2"), ({"x_flip": -0.1}, r"x_flip=-0\.1")])
 def test_invalid_probabilities_are_rejected(changes: dict[str, float], words: str) -> None:
-    with pytest.raises(UserError, match=rf"augmentation\.{words}.*0 to 1"):
+    with pytest.raises(UserError, match=rf"augmentation\.{words}.*must be in \[0, 1\]"):
         Augmentation(**changes)
 
 
@@ -305,5 +305,5 @@ def test_images_that_cannot_be_augmented_are_rejected() -> None:
     spec = DataSpec(name="x", shape=(1, 8, 8), conditions={"low_res": (1, 4, 4)})
     with pytest.raises(UserError, match=r"not their low-resolution images.*model/augmentation=null"):
         model(spec=spec)
-    with pytest.raises(UserError, match=r"at least 2x2 pixels, and these are 1x1"):
+    with pytest.raises(UserError, match=r"at least 2x2 pixels, but these are 1x1"):
         Augmentation()(torch.zeros(2, 2, 1, 1), rng(2))

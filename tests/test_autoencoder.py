@@ -246,7 +246,7 @@ def test_missing_or_damaged_weights_raise_an_error(tmp_path: Path) -> None:
         perceptual_network(1, tmp_path / "none.safetensors")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupted"):
         perceptual_network(1, damaged)
 
 

@@ -426,7 +426,7 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
 
 
 def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """With parameterization v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
+    """With parameterisation v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
     overrides = [
         "model=ddpm",
         *QUICK,
@@ -478,9 +478,9 @@ def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: 
         ),
         (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((9, 8, 8, 1), np.float32)), "float32"),
         (lambda p: np.savez(p.with_suffix(".npz"), x=np.zeros(3)), "arr_0"),
-        (lambda p: p.with_suffix(".npz").write_bytes(b"PK\3\4 cut short"), "damaged"),
+        (lambda p: p.with_suffix(".npz").write_bytes(b"PK\3\4 cut short"), "corrupted"),
         (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.zeros((99, 8, 8, 1), np.uint8)), "99"),
-        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.array([{}], dtype=object)), "damaged"),
+        (lambda p: np.savez(p.with_suffix(".npz"), arr_0=np.array([{}], dtype=object)), "corrupted"),
     ],
 )
 def test_invalid_external_images_are_refused(make: Any, message: str, cli: Cli, tmp_path: Path, capsys: Any) -> None:

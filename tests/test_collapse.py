@@ -56,7 +56,7 @@ def test_coverage_of_real_images_has_the_expected_value() -> None:
     normal = torch.randn(2, 2000, 10, generator=torch.Generator().manual_seed(0))
     ring = [RING.split(name).images.flatten(1) for name in ("val", "test")]
     for samples, real in (normal, ring):
-        # Neighbors are covered together, so the standard deviation is a few times that of independent coins.
+        # Neighbours are covered together, so the standard deviation is a few times that of independent coins.
         assert compute_prdc(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
 
 

@@ -279,7 +279,7 @@ def test_damaged_records_are_listed_and_the_rest_is_compared(tmp_path: Path):
     loaded = load_runs([good, older, cut, gone])
     assert [run.label for run in loaded.runs] == ["good"]
     reasons = {skip.folder: skip.reason for skip in loaded.skipped}
-    assert "schema 0" in reasons[older] and "damaged" in reasons[cut] and "not a run folder" in reasons[gone]
+    assert "schema 0" in reasons[older] and "corrupted" in reasons[cut] and "not a run folder" in reasons[gone]
     shown = page.render(loaded)
     assert all(str(folder) in shown for folder in (older, cut, gone))
 

@@ -66,7 +66,7 @@ def test_damaged_records_are_listed(tmp_path: Path) -> None:
 def test_a_record_without_read_permission_is_listed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [result(1.0)])
     (folder / "record.json").chmod(0)
-    assert "damaged" in load_runs([folder]).skipped[0].reason
+    assert "corrupted" in load_runs([folder]).skipped[0].reason
 
 
 def test_each_data_set_has_its_own_table(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_invalid_conditions_are_errors(tmp_path: Path) -> None:
     for name, message in {
         "nowhere.npz": "There is no .*nowhere.npz", "nowhere.safetensors": "There is no", "a.npy": r"\{split\}",
         "a.pt": "npz or .safetensors", "flat.npz": "shape", "less.npz": "no array 'test'", "odd.npz": "unequal",
-        "nan.npz": "finite", "pickle.npz": "damaged", "torn.npz": "damaged", "torn.safetensors": "damaged",
+        "nan.npz": "finite", "pickle.npz": "corrupted", "torn.npz": "corrupted", "torn.safetensors": "corrupted",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             ConditionedData(Digits(), {"embedding": Embedding(tmp_path / name)})

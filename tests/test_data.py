@@ -244,7 +244,7 @@ def test_error_names_the_damaged_gzip_file(tmp_path: Path, data_root: Path) -> N
     invalid = content[:10] + b"\xff" * 50 + content[60:]  # not a valid deflate block
     for damage in (content[:1000], b"no gzip at all", content[:2000] + bytes(100) + content[2100:], invalid):
         broken.write_bytes(damage)
-        with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is damaged"):
+        with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte\.gz is corrupted"):
             MNIST(tmp_path).setup()
 
 
@@ -372,7 +372,7 @@ def test_eurosat64_is_the_same_subset_from_every_archive(data_root: Path, tmp_pa
         for name in whole.namelist():
             if not name.endswith("River_17.jpg"):
                 other.writestr(name, b"")
-    with pytest.raises(UserError, match=r"1 of 5,500 images are missing, the first is River_17\.jpg"):
+    with pytest.raises(UserError, match=r"1 of 5,500 images are missing, such as River_17\.jpg"):
         EuroSAT64(tmp_path / "eurosat64.zip").setup()
 
 

@@ -46,7 +46,7 @@ Key = tuple[str, float]
 def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.Tensor:
     """n uint8 samples of one Gaussian per class, with the mean and full covariance of its images (N, C, H, W).
 
-    With the centered images X (m, d) of a class and z from N(0, I_m), mean + X^T z / sqrt(m - 1) has their covariance.
+    With the centred images X (m, d) of a class and z from N(0, I_m), mean + X^T z / sqrt(m - 1) has their covariance.
     """
     random = torch.Generator().manual_seed(0)
     drawn = labels[torch.randint(len(labels), (n,), generator=random)]

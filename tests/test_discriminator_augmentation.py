@@ -307,10 +307,10 @@ class Copies(torch.nn.Module):
     [
         (lambda: ADA(RGB, target=1.0), r"target=1\.0 must be between"),
         (lambda: ADA(RGB, interval=0), "interval=0"),
-        (lambda: ADA(RGB, color_multiplier=1.5), r"color_multiplier=1\.5.*from 0 to 1"),
+        (lambda: ADA(RGB, color_multiplier=1.5), r"color_multiplier=1\.5 must be in \[0, 1\]"),
         (lambda: ADA(DataSpec("points", (2, 1, 1))), "at least 2x2 pixels"),
-        (lambda: ADA(DataSpec("two", (2, 8, 8))), "2 channels are neither grey nor RGB"),
-        (lambda: ScheduledAugmentation(RGB, ramp=CosineRamp(0.0, 1.2, 10)), r"1\.2 must be probabilities"),
+        (lambda: ADA(DataSpec("two", (2, 8, 8))), "2 channels are neither greyscale nor RGB"),
+        (lambda: ScheduledAugmentation(RGB, ramp=CosineRamp(0.0, 1.2, 10)), r"end=1\.2 must be in \[0, 1\]"),
     ],
 )
 def test_invalid_settings_raise_an_error(make: Any, message: str) -> None:

@@ -317,4 +317,4 @@ def test_visualize_task_writes_images_of_a_run(cli: Callable[..., int], tmp_path
     assert "at least 2" in capsys.readouterr().err
     assert cli("model=gaussian", *quick, "hydra.run.dir=other") == 0
     assert cli("task=visualize", "run_dir=other") == 1
-    assert "has no visualizations" in capsys.readouterr().err
+    assert "has no visualisations" in capsys.readouterr().err

@@ -366,7 +366,7 @@ def test_spectral_norm_gives_every_trunk_weight_norm_one() -> None:
     for weight in weights:
         assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
     model.train()
-    train(model, torch.rand(8, 1, 8, 8), 2)  # chains with cached weights, then an optimizer step
+    train(model, torch.rand(8, 1, 8, 8), 2)  # chains with cached weights, then an optimiser step
 
 
 def test_each_stage_halves_the_side_down_to_four() -> None:

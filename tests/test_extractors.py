@@ -123,7 +123,7 @@ def test_a_saved_classifier_is_loaded_as_the_same_network(tmp_path: Path) -> Non
     with torch.no_grad():
         torch.testing.assert_close(extractor.logits(images), net(x), rtol=0.02, atol=0.02)
         torch.testing.assert_close(extractor.features(images), net.features(x), rtol=0.02, atol=0.02)
-    with pytest.raises(UserError, match="takes images of 1 channels"):
+    with pytest.raises(UserError, match="needs images with 1 channels"):
         shipped_classifier(DataSpec(name="rgb", shape=(3, 12, 12)), weights=tmp_path / "own.safetensors")
 
 
@@ -133,7 +133,7 @@ def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         shipped_classifier(spec, weights=tmp_path / "none.safetensors")
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not an extractor")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupted"):
         shipped_classifier(spec, weights=path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not an extractor of gencompare"):
@@ -243,7 +243,7 @@ def test_cutout_covers_a_square_around_any_pixel() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_first_layer_whitens_patches(stride: int) -> None:
-    """Its outputs for smooth color images are uncorrelated, with mean 0 and variance 1."""
+    """Its outputs for smooth colour images are uncorrelated, with mean 0 and variance 1."""
     x = torch.randn(300, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.avg_pool2d(x, 2, stride=1) + 0.5 * x[:, :1, 1:, 1:] + 0.3
     net = ResidualClassifier(3, 4, widths=[8], stem_stride=stride)
@@ -253,7 +253,7 @@ def test_the_first_layer_whitens_patches(stride: int) -> None:
     torch.testing.assert_close(outputs.mean(1), torch.zeros(24), atol=1e-4, rtol=0)
     covariance = outputs[:12].cov(correction=0)
     torch.testing.assert_close(covariance, torch.eye(12), atol=0.02, rtol=0)
-    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before whitening, colors are correlated"
+    assert float(x.transpose(0, 1).flatten(1).corrcoef()[0, 1]) > 0.3, "before whitening, colours are correlated"
 
 
 def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_missing_and_damaged_imagenet_weights_raise_a_helpful_error(
     copy.write_bytes(payload)
     assert efficientnet.efficientnet_lite0(spec, weights=copy).hash == efficientnet.SHA256, "a copy works as well"
     copy.write_bytes(payload[: len(payload) // 2])
-    with pytest.raises(UserError, match=f"damaged.*{hint}"):
+    with pytest.raises(UserError, match=f"corrupted.*{hint}"):
         efficientnet.efficientnet_lite0(spec, weights=copy)
     with pytest.raises(UserError, match=f"cannot be read.*{hint}"):
         efficientnet.efficientnet_lite0(spec, weights=tmp_path / "absent.pth")

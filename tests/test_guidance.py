@@ -557,13 +557,13 @@ def test_dropped_labels_do_not_depend_on_the_number_of_processes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClassifierFree(scale=-1.0), "0 or a positive number"),
-        (lambda: ClassifierFree(scale=math.nan), "0 or a positive number"),
-        (lambda: ClassifierFree(scale=2.0, interval=(3.0, 0.3)), "lowest and the highest"),
+        (lambda: ClassifierFree(scale=-1.0), "must be finite and at least 0"),
+        (lambda: ClassifierFree(scale=math.nan), "must be finite and at least 0"),
+        (lambda: ClassifierFree(scale=2.0, interval=(3.0, 0.3)), r"must be \[lowest, highest\]"),
         (lambda: model(guidance=ClassifierFree(scale=2.0), conditional=False, label_dropout=0.0), "conditional model"),
         (lambda: model(guidance=ClassifierFree(scale=2.0), label_dropout=0.0), "label_dropout=0.1"),
         (lambda: model(conditional=False), "needs labels"),
-        (lambda: model(label_dropout=1.5), "from 0 to 1"),
+        (lambda: model(label_dropout=1.5), r"must be in \[0, 1\]"),
         (
             lambda: model(guidance=AutoGuidance(scale=2.0, weak=model(schedule=part("schedule", "cosine")))),
             r"guidance.weak was trained under another noise schedule \(CosineBetas\)",

@@ -119,11 +119,11 @@ def test_guide_is_not_part_of_the_trained_model(
         (["model/guidance=classifier"], "needs the folder of another trained run"),
         (["model/guidance=auto", "model.guidance.weak.run=nowhere"], "is not at nowhere"),
         (["model.label_dropout=0.1"], "needs labels"),
-        (["model/guidance=classifier_free", "model.guidance.scale=-1"], "0 or a positive number"),
-        (["model/guidance=classifier_free", "model.guidance.scale=.nan"], "guidance.scale=.nan: must be a number"),
+        (["model/guidance=classifier_free", "model.guidance.scale=-1"], "must be finite and at least 0"),
+        (["model/guidance=classifier_free", "model.guidance.scale=.nan"], "guidance.scale=.nan must be a number"),
         (
             ["model/guidance=classifier_free", "model.guidance.interval=[low,3]"],
-            "guidance.interval=low: must be a number",
+            "guidance.interval=low must be a number",
         ),
     ],
 )

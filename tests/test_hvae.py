@@ -398,7 +398,7 @@ def test_a_step_with_a_huge_gradient_is_skipped_also_when_resumed(tmp_path: Path
     assert changed == [True, True, False, True, True, True]
     assert [row["skipped"] for row in metrics] == [0, 0, 0, 1, 0, 0, 0]
     assert model.skipped_steps == 1
-    # The optimizer has taken six steps, not seven.
+    # The optimiser has taken six steps, not seven.
     steps = {int(state["step"]) for state in model.trainer.optimizers[0].state.values()}
     assert steps == {6}
 

@@ -176,7 +176,7 @@ def test_the_same_command_resumes_an_interrupted_autoencoder(
 
         patch.setattr(TrainingClock, "on_train_batch_start", start)
         assert cli(*words) == 128 + signal.SIGTERM
-    assert "the same command resumes it" in capsys.readouterr().out
+    assert "Repeat the command to resume" in capsys.readouterr().out
     (stage,) = stages(tmp_path)
     assert record(stage)["state"] == "interrupted" and not (tmp_path / "ldm" / "record.json").exists()
     assert cli(*words) == 0

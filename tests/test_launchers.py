@@ -110,7 +110,7 @@ def test_a_job_with_the_same_training_as_a_running_job_evaluates_it_later(
     assert [job.others_running for job in forked] == [
         0,
         0,
-    ] and "already trained, in 0_digits_gaussian" in capsys.readouterr().out
+    ] and "already trained in 0_digits_gaussian" in capsys.readouterr().out
     (path,) = (tmp_path / "sweep").glob("*/record.json")
     assert [result["measurement"]["num_images"] for result in json.loads(path.read_text())["results"]] == [66, 80]
 

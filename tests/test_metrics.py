@@ -357,7 +357,7 @@ def test_class_metrics_count_predictions() -> None:
     assert label_accuracy(logits, torch.tensor([0, 1, 1, 0])) == 0.5
 
 
-# Memorization
+# Memorisation
 
 
 def test_nearest_finds_copies_at_zero() -> None:
@@ -397,7 +397,7 @@ def test_memorization_of_held_out_images_is_undefined() -> None:
     assert memorization_ratio(test, train, test, val) is None
 
 
-# Quantization
+# Quantisation
 
 
 def test_real_images_are_unchanged_by_the_model_range() -> None:

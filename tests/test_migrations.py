@@ -85,7 +85,7 @@ def test_a_damaged_record_of_schema_1_raises(tmp_path: Path) -> None:
     raw = json.loads((SCHEMA_1 / "record.json").read_text())
     raw["results"][0]["metrics"]["precision"]["better"] = "up"
     (tmp_path / "record.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupted"):
         RunRecord.load(tmp_path)
 
 

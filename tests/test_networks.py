@@ -158,7 +158,7 @@ def test_adm_has_the_published_parameter_count() -> None:
 @pytest.mark.parametrize(
     ("option", "millions", "exactly"),
     [
-        # Peebles and Xie (2023), table 1 and appendix: patch 2, latents of 4x32x32, 1000 classes, learnt variances.
+        # Peebles and Xie (2023), table 1 and appendix: patch 2, latents of 4x32x32, 1000 classes, learned variances.
         # Exact counts: the trained parameters of facebookresearch/DiT's models, where known.
         ("dit_s", 33, 32_865_056),
         ("dit_b", 130, 130_315_808),
@@ -222,7 +222,7 @@ def test_condition_of_wrong_size_is_an_error(sizes: Any, cond: Any, message: str
 
 @pytest.mark.parametrize("sizes", [{"low_res_channels": -1}, {"embedding_dim": -2}])
 def test_negative_condition_sizes_are_errors(sizes: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"low_res_channels=.*embedding_dim=.*0 for none"):
+    with pytest.raises(UserError, match=r"low_res_channels=.*embedding_dim=.*at least 0"):
         NETS["mlp"](**sizes)
 
 

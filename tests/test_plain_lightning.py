@@ -80,7 +80,7 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
 
 @pytest.mark.parametrize("family", ["ddpm", "gan"])
 def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> None:
-    """Warm-up by steps and decay by the fraction of ``max_steps``, with automatic and manual optimization."""
+    """Warm-up by steps and decay by the fraction of ``max_steps``, with automatic and manual optimisation."""
     model, rates = model_of(family), []
 
     class Watch(pl.Callback):

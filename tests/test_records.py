@@ -73,11 +73,11 @@ def test_the_ratio_to_the_real_data_baseline():
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda raw: "[1, 2", "damaged"),
-        (lambda raw: "\0\0\0", "damaged"),
+        (lambda raw: "[1, 2", "corrupted"),
+        (lambda raw: "\0\0\0", "corrupted"),
         (lambda raw: "[1, 2]", "no schema"),
         (lambda raw: json.dumps({**raw, "schema": 99}), "schema 99"),
-        (lambda raw: json.dumps({**raw, "results": None}), "damaged"),
+        (lambda raw: json.dumps({**raw, "results": None}), "corrupted"),
         (lambda raw: json.dumps({**raw, "family": ["x"]}), "family is not a str"),
         (lambda raw: json.dumps({**raw, "seed": "0"}), "seed is not a number"),
         (lambda raw: json.dumps({**raw, "images": {"a": 3}}), "images.a is not a str"),

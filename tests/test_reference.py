@@ -67,7 +67,7 @@ def test_a_damaged_cache_file_is_recomputed(
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         again = split_features(data, "val", extractor, cache=tmp_path)
-    assert "damaged" in caplog.text and sum(batch_sizes) == 300
+    assert "corrupted" in caplog.text and sum(batch_sizes) == 300
     assert torch.equal(first.features, again.features)
 
 
@@ -136,11 +136,11 @@ def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> N
     ("make", "named"),
     [
         (lambda p: None, "There is no statistics file"),
-        (lambda p: p.write_bytes(b"PK\3\4 cut"), "damaged"),
+        (lambda p: p.write_bytes(b"PK\3\4 cut"), "corrupted"),
         (lambda p: np.savez(p, arr_0=np.zeros(3)), "has no 'mu'"),
         (lambda p: np.savez(p, mu=np.zeros(2048), sigma=np.eye(2048)), "2048 features"),
         (lambda p: np.savez(p, mu=np.full(64, np.nan), sigma=np.eye(64)), "not finite"),
-        (lambda p: np.savez(p, mu=np.array([{}], dtype=object), sigma=np.eye(64)), "damaged"),
+        (lambda p: np.savez(p, mu=np.array([{}], dtype=object), sigma=np.eye(64)), "corrupted"),
     ],
 )
 def test_bad_statistics_files_are_refused(make: Any, named: str, tmp_path: Path) -> None:

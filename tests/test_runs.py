@@ -50,7 +50,7 @@ def test_runs_are_listed_oldest_first(cli: Callable[..., int], tmp_path: Path, c
     order = [next(k for k, line in enumerate(lines) if name in line) for name in ("early", odd, "live", "runs/late")]
     assert order == sorted(order)
     assert "4 runs, 1 skipped" in lines
-    assert "damaged" in line_of(lines, "skipped: runs")
+    assert "corrupted" in line_of(lines, "skipped: runs")
     assert cli("task=list_runs", "runs=nowhere/*") == 1
     assert "matches no run folder" in capsys.readouterr().err
 

@@ -258,7 +258,7 @@ def test_normalized_images_of_a_split_give_the_baseline() -> None:
 
 def test_floats_on_another_scale_are_refused(images: Images) -> None:
     x = images.test[:200].float()
-    with pytest.raises(UserError, match=r"lie in \[0, 1\] .*give 2 \* images - 1"):
+    with pytest.raises(UserError, match=r"lie in \[0, 1\] .*pass 2 \* images - 1"):
         warnings(x / 255, images)
     with pytest.raises(UserError, match=r"these reach 255: .*uint8"):
         warnings(x, images)
@@ -330,7 +330,7 @@ LAYOUTS: dict[str, tuple[Change, str]] = {
         lambda x: x.reshape(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2), r"scrambled.*\(3, \d+, \d+\)",
     ),
     "(H, W, C) reshaped to (C, H, W)": (lambda x: x.permute(0, 2, 3, 1).reshape(x.shape), r"scrambled.*, 3\)"),
-    "grey": (lambda x: byte(x.float().mean(1, keepdim=True)).repeat(1, 3, 1, 1), "all samples are grey"),
+    "grey": (lambda x: byte(x.float().mean(1, keepdim=True)).repeat(1, 3, 1, 1), "all samples are greyscale"),
 }  # fmt: skip
 
 
@@ -365,7 +365,7 @@ def test_levels_blank_images_and_noise_are_warned_about(images: Images) -> None:
 
 
 def test_clipped_values_are_warned_about(cifar10: Images) -> None:
-    """Images normalized by mean and standard deviation, saved as if they were in [-1, 1]."""
+    """Images normalised by mean and standard deviation, saved as if they were in [-1, 1]."""
     x = (cifar10.test[:200] / 255 - 0.45) / 0.225
     assert "were clipped" in " ".join(warnings(x.clamp(-1, 1), cifar10))
 
@@ -475,7 +475,7 @@ def test_color_images_are_refused_on_grey_data(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     Image.fromarray(color[0]).save(tmp_path / "folder" / "0.png")
     for name in ("color.npz", "folder"):
-        with pytest.raises(UserError, match=r"3 channels that are not grey.*convert them to grey"):
+        with pytest.raises(UserError, match=r"3 channels that are not greyscale.*convert them to greyscale"):
             read_samples(tmp_path / name, Digits.spec)
 
 
@@ -495,7 +495,7 @@ def test_the_distance_has_its_exact_value() -> None:
     assert real.distance(x) == pytest.approx(-k / 400)
     blank = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None, None].repeat(100, 1, 1, 1)
     real = RealImages(blank, DataSpec("blank", (1, 1, 1)))
-    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast, and no neighbor
+    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast, and no neighbour
     assert real.distance(blank + 40) == pytest.approx(float(1600 / variance) - 2 / 300)
 
 

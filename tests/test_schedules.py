@@ -374,8 +374,8 @@ def test_learned_schedule_is_not_computed_in_16_bits() -> None:
 @pytest.mark.parametrize(
     ("parameter", "value", "named"),
     [
-        ("gamma_max", -13.3, "does not fall"),
-        ("gamma_max", -14.0, "does not fall"),
+        ("gamma_max", -13.3, "not strictly decreasing"),
+        ("gamma_max", -14.0, "not strictly decreasing"),
         ("gamma_max", -13.0, "has collapsed"),
         ("gamma_min", torch.nan, "not finite"),
         ("gamma_max", torch.inf, "not finite"),
@@ -399,7 +399,7 @@ def test_learned_schedule_that_is_a_step_is_rejected() -> None:
         schedule.straight.fill_(-40.0)
         schedule.steepness.fill_(1e5)
         schedule.bias.zero_()
-    with pytest.raises(UserError, match="does not fall"):
+    with pytest.raises(UserError, match="not strictly decreasing"):
         schedule.check()
 
 
@@ -421,7 +421,7 @@ class Infinite(VariancePreserving):
 
 
 def test_rising_or_infinite_snr_is_rejected() -> None:
-    with pytest.raises(UserError, match="Rising: the signal-to-noise ratio does not fall"):
+    with pytest.raises(UserError, match="Rising: the signal-to-noise ratio is not strictly decreasing"):
         Rising().check()
     with pytest.raises(UserError, match="Infinite: log-SNR is not finite at t=0"):
         Infinite().check()

@@ -40,7 +40,7 @@ QUICK = [
         ("+callbacks.x.decay=1", "+callbacks.x._target_=CLASS"),
         ("+callbacks.evaluation.number=2", "There is no setting 'callbacks.evaluation.number'"),
         ("+callbacks.early_stoping.patience=2", "+callbacks.early_stoping._target_=CLASS"),
-        ("callbacks.clock=null", "callbacks.clock=null: training would never end."),
+        ("callbacks.clock=null", "callbacks.clock=null is not allowed: without the clock, training would never end."),
         (
             "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/loss}",
             "Use callbacks.evaluation.patience=N.",

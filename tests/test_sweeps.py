@@ -52,7 +52,7 @@ def test_a_killed_sweep_resumes_and_ends_like_an_uninterrupted_one(cli: Cli, tmp
 
     assert cli(*overrides) == 0
     out = capsys.readouterr().out
-    assert "[0_digits_vae] already finished" in out and "[1_digits_vae] was interrupted: resumes" in out
+    assert "[0_digits_vae] already finished" in out and "[1_digits_vae] was interrupted: resuming" in out
     assert (first / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before, "finished jobs do not run again"
     for job in ("0_digits_vae", "1_digits_vae", "2_digits_vae"):
         one, two = tmp_path / "whole" / job, tmp_path / "killed" / job
@@ -102,7 +102,7 @@ def test_a_failed_job_does_not_stop_the_others_and_is_tried_again(
     monkeypatch.setattr(VAE, "__init__", with_positive_beta(VAE.__init__))
     assert cli(*overrides) == 0
     out = capsys.readouterr().out
-    assert "[0_digits_vae] has no checkpoint yet: restarts." in out and "did not finish" not in out
+    assert "[0_digits_vae] has no checkpoint yet: restarting." in out and "did not finish" not in out
     again = json.loads((tmp_path / "sweep" / "0_digits_vae" / "record.json").read_text())
     assert again["state"] == "finished" and "error" not in again["training"] and again["results"]
     assert len(list((tmp_path / "sweep").glob("*/record.json"))) == 2
@@ -159,13 +159,13 @@ def test_jobs_that_differ_in_sampling_share_their_training(
     monkeypatch.setattr(train, "evaluate_trained_run", original)
     assert cli(*overrides) == 0
     out = capsys.readouterr().out
-    assert "[0_digits_ddpm] already finished" in out and "already trained, in 0_digits_ddpm" in out
+    assert "[0_digits_ddpm] already finished" in out and "already trained in 0_digits_ddpm" in out
     (record,) = records(sweep).values()
     assert [r["generation"]["nfe"] for r in record["results"]] == [{"network": 2}, {"network": 3}]
     assert record["state"] == "finished" and record["config"]["model"]["sampler"]["num_steps"] == 2
     assert cli(*overrides) == 0
     assert records(sweep) == {"0_digits_ddpm": record}
-    assert "[1_digits_ddpm] already evaluated, in 0_digits_ddpm" in capsys.readouterr().out
+    assert "[1_digits_ddpm] already evaluated in 0_digits_ddpm" in capsys.readouterr().out
 
 
 def test_a_sweep_of_evaluations_adds_results_to_the_record(cli: Cli, tmp_path: Path) -> None:
@@ -214,6 +214,6 @@ def test_failures_of_other_commands_are_listed_separately(cli: Cli, capsys: Any)
     assert cli(*GAUSSIAN, "hydra.sweep.dir=sweep") == 0
     out = capsys.readouterr().out
     assert "runs did not finish" not in out
-    assert "Of other commands in this folder, 1 did not finish:\n  [0_digits_vae] failed: model.beta=-1" in out
+    assert "1 run(s) of other commands in this folder did not finish:\n  [0_digits_vae] failed: model.beta=-1" in out
     assert cli("-m", "model=vae", "model.beta=-1", *overrides) == 1, "the same command tries it again"
     assert "1 of 1 runs did not finish" in capsys.readouterr().out

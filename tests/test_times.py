@@ -176,7 +176,7 @@ def test_grids_outside_of_the_schedule_are_rejected(grid: TimeGrid, named: str) 
 
 def test_coinciding_steps_are_rejected() -> None:
     torch.set_default_dtype(torch.float32)
-    with pytest.raises(UserError, match=r"sampler.num_steps=500: .*fall together"):
+    with pytest.raises(UserError, match=r"sampler.num_steps=500: .*duplicate times"):
         LogSNRGrid(log_snr_start=-9.0, log_snr_end=-8.9999)(RectifiedFlow(), 500)
 
 

@@ -213,7 +213,7 @@ def test_noise_level_and_label_affect_only_their_own_image() -> None:
 
 
 def test_training_learns_labels_and_noise_levels() -> None:
-    # The target depends only on label and noise level, so it must be learnt through their embeddings.
+    # The target depends only on label and noise level, so it must be learned through their embeddings.
     net = small(num_classes=2)
     x, _ = inputs(16)
     t = torch.tensor([100.0, 900.0]).repeat(8)

@@ -27,9 +27,9 @@ BLOCK_SIZE = 1 << 20
 
 
 def cached_array(folder: Path | None, name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Load the tensor ``name`` from ``folder``, or compute and store it if the file is missing or damaged.
+    """Load the tensor ``name`` from ``folder``, or compute and store it if the file is missing or corrupted.
 
-    Of several processes that start together, one computes the tensor and the others wait. If the folder is None or not
+    If several processes start together, one computes the tensor and the others wait. If the folder is None or not
     writable, the tensor is computed and not stored.
 
     Args:
@@ -56,11 +56,11 @@ def cached_array(folder: Path | None, name: str, compute: Callable[[], Tensor]) 
 
 
 def load_cached(folder: Path, name: str) -> Tensor | None:
-    """The stored tensor, or None if the file is missing or damaged."""
+    """The stored tensor, or None if the file is missing or corrupted."""
     path = folder / f"{name}.npy"
     with suppress(OSError, ValueError, EOFError):
         if not _is_intact(path):
-            log.warning("%s is damaged and will be computed again.", path)
+            log.warning("%s is corrupted and will be computed again.", path)
             return None
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
     return None

@@ -16,7 +16,7 @@ def check_number(name: str, value: object) -> None:
     Comparing a string (YAML parses ``.nan`` on the command line as one) with a number raises an unhelpful `TypeError`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{name}={value}: must be a number.")
+        raise UserError(f"{name}={value} must be a number.")
 
 
 class TrainingStopped(UserError):

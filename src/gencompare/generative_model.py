@@ -40,13 +40,13 @@ class DataSpec:
 
     name: str
     shape: tuple[int, int, int]
-    """(C, H, W) of the tensors that the data module returns, padding included."""
+    """(C, H, W) of the tensors that the data module returns, including padding."""
     num_classes: int = 0
     """0 if the images have no labels."""
     num_bins: int | None = 256
     """Number of values that a pixel can take, 256 for uint8 images; None for continuous data."""
     padding: int = 0
-    """Pixels added on each side of the real image, always -1 (black)."""
+    """Pixels added on each side of the image, always -1 (black)."""
     conditions: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """Per-sample shape of each condition other than the label: ``low_res`` (c, h, w), ``embedding`` (d,)."""
 
@@ -56,7 +56,7 @@ class DataSpec:
         object.__setattr__(self, "conditions", {name: tuple(shape) for name, shape in self.conditions.items()})
 
     def mask(self, device: torch.device | str | None = None) -> Tensor:
-        """(1, H, W) float: 1 on real pixels, 0 on padding."""
+        """(1, H, W) float: 1 inside the image, 0 on padding."""
         mask = torch.ones(1, *self.shape[1:], device=device)
         if self.padding:
             p = self.padding
@@ -195,14 +195,14 @@ def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
 class TrainedModel(pl.LightningModule):
     """Base class of all models, generative or not.
 
-    A model with a single optimizer implements `losses`. A model with manual optimization (a GAN) or a closed-form
+    A model with a single optimiser implements `losses`. A model with manual optimisation (a GAN) or a closed-form
     solution overrides `fit_batch`. Both train under any Lightning Trainer, with any batch that `unpack_batch` accepts.
 
     Args:
         spec: shape, number of classes and value range of the data.
         conditional: whether the model is conditioned on ``cond["label"]``.
         optimizer: a factory ``parameters -> Optimizer``.
-        lr_schedule: ``(step, progress in [0, 1]) -> factor`` by which the learning rate of the optimizer is multiplied;
+        lr_schedule: ``(step, progress in [0, 1]) -> factor`` by which the learning rate of the optimiser is multiplied;
             None keeps it constant.
         grad_clip: maximum global gradient norm; None disables clipping.
     """
@@ -224,10 +224,10 @@ class TrainedModel(pl.LightningModule):
     ) -> None:
         super().__init__()
         if not isinstance(conditional, bool):
-            raise UserError(f"model.conditional={conditional}: choose true or false.")
+            raise UserError(f"model.conditional={conditional} must be true or false.")
         if conditional and not spec.num_classes:
             raise UserError(
-                f"model.conditional=true needs labels, and data '{spec.name}' has none: use model.conditional=false."
+                f"model.conditional=true needs labels, but data '{spec.name}' has none: use model.conditional=false."
             )
         if unsupported := sorted(spec.conditions.keys() - self.supported_conditions):
             raise UserError(
@@ -286,12 +286,12 @@ class TrainedModel(pl.LightningModule):
             arguments: constructor arguments that replace those in the checkpoint.
 
         Raises:
-            UserError: the file is missing or damaged, contains another class, or names code of other packages.
+            UserError: the file is missing or corrupted, contains another class, or names code of other packages.
         """
         stored = read_checkpoint(checkpoint_path, map_location)
         config = dict(stored.get("hyper_parameters") or {})
         if "_target_" not in config:
-            raise UserError(f"{checkpoint_path} does not say how to build its model: load its run folder instead.")
+            raise UserError(f"{checkpoint_path} does not contain the config of its model: load its run folder instead.")
         model_class = import_object(config.pop("_target_"))
         if not issubclass(model_class, cls):
             raise UserError(f"{checkpoint_path} contains a {model_class.__name__}, not a {cls.__name__}.")
@@ -337,8 +337,8 @@ class TrainedModel(pl.LightningModule):
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Run one training step on images (n, C, H, W) and return scalar metrics by name.
 
-        By default the batch means of `losses`; Lightning minimises ``loss``. A model with manual optimization takes its
-        optimizer steps here and returns detached means.
+        By default the batch means of `losses`; Lightning minimises ``loss``. A model with manual optimisation takes its
+        optimiser steps here and returns detached means.
         """
         return {name: value.mean() for name, value in self.losses(x, cond, rng).items()}
 
@@ -355,7 +355,7 @@ class TrainedModel(pl.LightningModule):
         self._evaluation_step(batch, batch_idx, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits of a classifier, else reconstructions of the batch."""
+        """Logits of a classifier, or otherwise reconstructions of the batch."""
         x, cond = unpack_batch(batch, self.spec)
         if isinstance(self, SupportsClassification):
             return self.logits(x)
@@ -363,7 +363,7 @@ class TrainedModel(pl.LightningModule):
             return self.reconstruct(
                 x, self.select_conditions(cond), generator=generator(x.device, "predict", batch_idx)
             )
-        raise UserError(f"{type(self).__name__} cannot sample, classify or reconstruct images: nothing to predict.")
+        raise UserError(f"{type(self).__name__} cannot predict: it does not sample, classify or reconstruct images.")
 
     def _evaluation_step(self, batch: Any, batch_idx: int, stage: str) -> None:
         x, cond = unpack_batch(batch, self.spec)
@@ -379,13 +379,13 @@ class TrainedModel(pl.LightningModule):
             self.log_dict(prefixed, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimizers, in the order of `fit_batch`; an empty list if the model has no optimizer factory."""
+        """Create the optimisers, in the order of `fit_batch`; an empty list if the model has no optimiser factory."""
         if self.optimizer_factory is None:
             return []
         return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
 
     def configure_optimizers(self) -> Any:
-        """Attach the learning-rate schedule to each optimizer; it is updated after every training step."""
+        """Attach the learning-rate schedule to each optimiser; it is updated after every training step."""
         optimizers = self.build_optimizers()
         if not optimizers:
             return None
@@ -400,10 +400,10 @@ class TrainedModel(pl.LightningModule):
         return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
 
     def _step_lr_schedulers(self) -> None:
-        """Step the schedulers under manual optimization, where Lightning does not."""
+        """Step the schedulers under manual optimisation, where Lightning does not."""
         schedulers = self.lr_schedulers() if self.has_trainer else None
         with warnings.catch_warnings():
-            # The optimizer of a discriminator that starts late has not taken a step yet.
+            # The optimiser of a discriminator that starts late has not taken a step yet.
             warnings.filterwarnings("ignore", r".*`lr_scheduler.step\(\)` before.*")
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 if scheduler is not None:
@@ -470,6 +470,9 @@ class GenerativeModel(TrainedModel):
             n: number of images.
             cond: conditions, each (n, ...).
             generator: the only source of random numbers to use; equal generators give equal samples.
+
+        Returns:
+            The images, on the device of the model.
         """
 
     def sampling_description(self) -> str:

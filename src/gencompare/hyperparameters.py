@@ -23,7 +23,7 @@ TRUSTED_PACKAGES = ("gencompare.", "torch.optim.", "torch.nn.")
 
 
 class StoresArguments:
-    """Mixin that records the constructor arguments of objects without attributes of the same names."""
+    """Mixin that records the constructor arguments of objects that have no attributes of the same names."""
 
     _arguments: dict[str, Any]
 
@@ -140,11 +140,11 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     """Load the content of a checkpoint: tensors and plain containers only.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: the file is missing or corrupted.
     """
     try:
         return migrate_checkpoint(torch.load(path, map_location=map_location, weights_only=True))
     except FileNotFoundError as error:
         raise UserError(f"There is no checkpoint {path}.") from error
     except Exception as error:
-        raise UserError(f"{path} is damaged or not a gencompare checkpoint ({type(error).__name__}).") from error
+        raise UserError(f"{path} is corrupted or not a gencompare checkpoint ({type(error).__name__}).") from error

@@ -24,12 +24,13 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
     plane, images of two channels and one pixel, are drawn by `scatter`.
 
     Args:
-        images: (n, C, H, W) uint8 with C = 1 (grey) or 3 (RGB), n at least 1.
+        images: (n, C, H, W) uint8 with C = 1 (greyscale) or 3 (RGB), n at least 1.
         columns: images per row; None makes the grid approximately square.
         scale: integer factor of enlargement; None chooses it by `MIN_TILE`.
 
     Returns:
-        An image of mode ``L`` or ``RGB``, ``rows (H scale + GAP) + GAP`` high, and with the same spacing wide.
+        An image of mode ``L`` or ``RGB``, ``rows (H scale + GAP) + GAP`` high and ``columns (W scale + GAP) + GAP``
+        wide.
     """
     if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1:] == (2, 1, 1):
         return scatter(images[:, :, 0, 0])

@@ -1,7 +1,7 @@
-"""Configs, records and checkpoints of earlier versions, brought to the names of this one.
+"""Convert configs, records and checkpoints of earlier versions to the current names.
 
-A file of an earlier schema opens as if it were written today: `migrate` replaces the paths of classes that moved, and
-the names of options that changed. No torch here.
+A file of an earlier schema opens as if it were written by this version: `migrate` replaces the paths of classes that
+moved, and the names of options that changed. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ MODULES = {
     "tasks.sweep": "tasks.runs.sweep",
     "training.lr": "training.learning_rate",
 }
-"""Modules that moved: where their classes are today."""
+"""Modules that moved: the old path and the current one."""
 
 CLASSES = {
     "models.ramp.CosineRamp": "models.gan_penalties.CosineRamp",
@@ -188,7 +188,7 @@ CLASSES = {
     "networks.unet_blocks.Block": "networks.unet_blocks.UNetBlock",
     "training.loggers.CurveFile": "training.loggers.CurveCSVLogger",
 }
-"""Classes and functions that have another name today, or another module than the rest of theirs."""
+"""Classes and functions that were renamed, or that moved to another module than the rest of their old module."""
 
 OPTIONS: dict[str, str] = {
     "task.n": "task.num_images",
@@ -305,10 +305,10 @@ OPTIONS: dict[str, str] = {
     "model.bits.vlb.samples": "model.likelihoods.vlb.num_samples",
     "model.bits.vlb.steps": "model.likelihoods.vlb.num_timesteps",
 }
-"""Options of the command line and of stored configs: the old dotted key and today's."""
+"""Options of the command line and of stored configs: the old dotted key and the current one."""
 
 TASKS = {"extractor": "export_extractor", "explore": "visualize", "runs": "list_runs"}
-"""Tasks: the old name and today's."""
+"""Tasks: the old name and the current one."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
     "generative_model.DataSpec": {"num_levels": "num_bins"},
@@ -441,7 +441,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "models.diffusion.Diffusion": {"bits": "likelihoods"},
 }
-"""Constructor arguments by today's class: the old name and today's."""
+"""Constructor arguments by current class: the old name and the current one."""
 
 SAMPLER_ARGUMENTS = {
     old: new for name, renamed in ARGUMENTS.items() if "samplers." in name for old, new in renamed.items()
@@ -461,7 +461,7 @@ PACKAGE = "gencompare."
 
 
 def migrate_path(path: str) -> str:
-    """The path of a class or function of this package as it is today."""
+    """The current path of a class or function of this package."""
     if not path.startswith(PACKAGE):
         return path
     name = path.removeprefix(PACKAGE)
@@ -472,7 +472,7 @@ def migrate_path(path: str) -> str:
 
 
 def migrate(value: Any) -> Any:
-    """A copy of plain data (a config, or the arguments in a checkpoint) with today's names."""
+    """A copy of plain data (a config, or the arguments in a checkpoint) with the current names."""
     if isinstance(value, list):
         return [migrate(each) for each in value]
     if not isinstance(value, dict):
@@ -489,7 +489,7 @@ def migrate(value: Any) -> Any:
 
 
 def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run folder or record of an earlier version, with today's names."""
+    """The config of a run folder or record from an earlier version, with the current names."""
     done = migrate(config)
     if "looks" in (done.get("callbacks") or {}):
         done["callbacks"] = _migrate_callbacks(done["callbacks"])
@@ -512,7 +512,7 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def rename_option(word: str) -> tuple[str, str, str] | None:
-    """An override with today's name of its option, and the old and the new name; None where the name is today's."""
+    """An override with the current name of its option, and the old and new names; None if the name is current."""
     key, equals, value = word.partition("=")
     bare = key.lstrip("+~")
     if key == "task" and value in TASKS:
@@ -543,7 +543,7 @@ def _move(config: dict[str, Any], old: list[str], new: list[str]) -> None:
 
 
 def _migrate_callbacks(old: dict[str, Any]) -> dict[str, Any]:
-    """Callbacks with their classes, from settings that named none."""
+    """Callbacks with their classes, from settings that did not name the classes."""
     looks, training = old["looks"], f"{PACKAGE}training."
     names = {
         "count": "num_evaluations",
@@ -573,7 +573,7 @@ def _migrate_callbacks(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an earlier version with today's names of arguments and callbacks."""
+    """A checkpoint of an earlier version, with the current names of arguments and callbacks."""
     if "hyper_parameters" in checkpoint:
         checkpoint["hyper_parameters"] = migrate(checkpoint["hyper_parameters"])
     if "callbacks" in checkpoint:
@@ -593,14 +593,14 @@ RECORD_METRICS = {"floor": "baseline"}
 METRIC_ORDER: dict[str | None, dict[str, Any]] = {
     "lower": {"higher_is_better": False}, "higher": {"higher_is_better": True}, "one": {"target": 1.0}, None: {},
 }  # fmt: skip
-"""What schema 1 stored as ``better``, in the fields of schema 2."""
+"""The values of ``better`` in schema 1, and the corresponding fields of schema 2."""
 
 
 def migrate_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a run record (parsed JSON) in the current schema, its config with today's names.
+    """A copy of a run record (parsed JSON) in the current schema, with the current names in its config.
 
     Raises:
-        KeyError, TypeError, AttributeError: the record is damaged.
+        KeyError, TypeError, AttributeError: the record is corrupted.
     """
     if record["schema"] < 2:
         record = _rename(record, RECORD_FIELDS)
@@ -617,7 +617,7 @@ def _migrate_override(override: str) -> str:
 
 
 def _migrate_result(result: dict[str, Any]) -> dict[str, Any]:
-    """A result of schema 1 in schema 2."""
+    """A result of schema 1, converted to schema 2."""
     result = _rename(result, RECORD_RESULTS)
     result["measurement"] = _rename(result["measurement"], RECORD_MEASUREMENTS)
     result["details"] = _rename(result.get("details", {}), RECORD_DETAILS)

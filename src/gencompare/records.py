@@ -106,11 +106,11 @@ class Metric:
     value: float | None
     """None if the value is not finite or there are too few images; ``note`` gives the reason."""
     higher_is_better: bool | None = None
-    """As in torchmetrics; None for a metric with a ``target``, or without an order."""
+    """Whether higher values are better, as in torchmetrics; None for a metric with a ``target`` or without an order."""
     target: float | None = None
-    """The ideal value of a metric that may miss it on either side, such as 1 for a ratio."""
+    """The ideal value of a metric that may be too high or too low, such as 1 for a ratio."""
     baseline: float | None = None
-    """The real-data baseline: the same metric of as many real test images."""
+    """The real-data baseline: the same metric of the same number of real test images."""
     interval: tuple[float, float] | None = None
     """95 % confidence interval."""
     unit: str = ""
@@ -204,7 +204,7 @@ class RunRecord:
         """Read the record of a run folder, or a record file.
 
         Raises:
-            UserError: the record is missing, damaged, or of a newer version.
+            UserError: the record is missing, corrupted, or of a newer version.
         """
         path = Path(folder)
         if path.is_dir():
@@ -222,7 +222,7 @@ class RunRecord:
         """A record from parsed JSON of this or an earlier schema; ``path`` is for messages.
 
         Raises:
-            UserError: the record is damaged, or of a newer version.
+            UserError: the record is corrupted, or of a newer version.
         """
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if not isinstance(schema, int):
@@ -230,7 +230,7 @@ class RunRecord:
         if not 1 <= schema <= SCHEMA:
             reason = "it was written by a newer version" if schema > SCHEMA else "there is no such schema"
             raise UserError(
-                f"{path} has schema {schema}, and this version of gencompare reads schemas 1 to {SCHEMA}: {reason}."
+                f"{path} has schema {schema}, but this version of gencompare reads schemas 1 to {SCHEMA}: {reason}."
             )
         try:
             raw = migrate_record(raw)
@@ -261,7 +261,7 @@ def now() -> str:
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> str:
-    return f"{path} is damaged ({error}): evaluate the run again to rewrite it."
+    return f"{path} is corrupted ({error}): evaluate the run again to rewrite it."
 
 
 def _result(raw: dict[str, Any]) -> Result:

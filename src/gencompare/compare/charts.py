@@ -160,10 +160,10 @@ def limit_lines(chart: Chart) -> Chart:
 
 
 def nfe_curves(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> list[Chart]:
-    """A chart for each table with several numbers of network evaluations (NFE) of one training.
+    """A chart for each table in which one trained model is sampled with several NFE (network evaluations).
 
-    A line joins the rows of one training, or of one set of training seeds, that differ in the number of sampling steps
-    alone. It has the style of the best of these rows.
+    A line joins the rows of one trained model, or of one set of training seeds, that differ in the number of sampling
+    steps alone. It has the style of the best of these rows.
     """
     charts = []
     for table in tables:
@@ -211,7 +211,7 @@ def noise_schedules(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> li
 
 
 def _floats(schedule: object, name: str) -> np.ndarray:
-    """The list ``name`` of a record's free field as an array; empty if it is missing or damaged."""
+    """The list ``name`` of a record's free field as an array; empty if it is missing or corrupted."""
     values = schedule.get(name) if isinstance(schedule, dict) else None
     try:
         return np.asarray(values if isinstance(values, list) else [], dtype=float).ravel()

@@ -149,7 +149,7 @@ def annotation(metric: Metric, *, primary: bool, baseline: bool = True) -> str:
 
     Args:
         primary: the metric is the primary one; only that is divided by its real-data baseline. The baseline of an
-            unbiased distance (KID) is 0 up to noise, and a ratio of shares says little.
+            unbiased distance (KID) is 0 up to noise, and a ratio of fractions says little.
         baseline: whether to show the real-data baseline of other metrics.
     """
     compared = format_ratio_to_baseline(metric) if primary else ""

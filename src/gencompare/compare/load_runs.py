@@ -76,7 +76,7 @@ class ComparisonOptions:
 
     group_by: tuple[str, ...] = ()
     """Config keys whose values define the rows (see `gencompare.compare.statistics.group_by_seed`). If empty, runs
-    that differ in seeds alone share a row."""
+    that differ only in seeds are in one row."""
     rank_by: str | None = None
     """The metric that ranks; None for the primary metric of each result."""
 

@@ -84,7 +84,7 @@ UNRANKED = {
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a table: a result of one run, or the mean of runs that differ in seeds alone."""
+    """One row of a table: a result of one run, or the mean of runs that differ only in seeds."""
 
     group: SeedGroup
     rank: int | None
@@ -94,7 +94,7 @@ class TableRow:
     comparison: ComparisonToBest | None = None
     """Test against the best row that was tested; None for a row with too few training seeds."""
     sampling: str = ""
-    """The sampling settings in which the row differs from other rows of the same training."""
+    """The sampling settings in which the row differs from other rows of the same trained model."""
 
     @property
     def run(self) -> RunFolder:
@@ -178,7 +178,7 @@ class RankingTable:
         notes = [
             f"{row.run.label}: its runs differ in more than seeds ({_first_names(row.group.differing_settings)}). The"
             " row is their mean, without a confidence interval or a test: their spread says nothing about another"
-            " training."
+            " training run."
             for row in self.rows
             if row.group.differing_settings
         ]
@@ -193,7 +193,7 @@ class RankingTable:
             note += f" Rows are ordered by the mean distance of their seeds from {target:g}."
         if any(len(row.group.seeds) < 2 for row in self.rows):
             note += (
-                " Rows with one training seed show the interval of sampling alone: another training may differ more."
+                " Rows with one training seed show the interval of sampling alone: other training runs may differ more."
             )
         return [*notes, note]
 
@@ -337,7 +337,7 @@ def _with_tests(rows: list[TableRow]) -> list[TableRow]:
 
 
 def badness(row: TableRow) -> float:
-    """The sort key of rows, lower is better: the mean over trainings of the values that are tested."""
+    """The sort key of rows, lower is better: the mean over training runs of the values that are tested."""
     values = row.group.values_by_training(row.result.primary_metric)
     return fmean(_badness(values, row.metric)) if values else math.inf
 
@@ -380,7 +380,7 @@ MAX_NAMED_PAIRS = 5
 
 
 def metric_disagreements(tables: list[RankingTable]) -> list[str]:
-    """For each two tables of the same samples, the pairs of rows that their metrics order differently."""
+    """For each pair of tables of the same samples, the pairs of rows that their metrics order differently."""
     sentences = []
     for (i, a), (j, b) in combinations(enumerate(tables, 1), 2):
         if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:

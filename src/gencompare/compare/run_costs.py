@@ -18,7 +18,7 @@ KINDS = ("images_seen", "steps", "flops", "device_seconds")
 
 
 def own_cost(record: RunRecord) -> dict[str, float | None]:
-    """The cost of this training alone, by kind. Device seconds are seconds times the number of devices."""
+    """The cost of this training run alone, by kind. Device seconds are seconds times the number of devices."""
     cost = {kind: formatting.as_number(record.training.get(kind)) for kind in KINDS}
     seconds = formatting.as_number(record.training.get("seconds"))
     if cost["device_seconds"] is None and seconds is not None:
@@ -27,10 +27,10 @@ def own_cost(record: RunRecord) -> dict[str, float | None]:
 
 
 def total_cost(record: RunRecord) -> dict[str, float | None]:
-    """The cost of this training and of everything that the model depends on, by kind.
+    """The cost of this training run and of everything that the model depends on, by kind.
 
-    A record without ``total_cost`` counts this training and that of the autoencoder. If a part is unknown, so is the
-    total: an incomplete cost is reported as None.
+    For a record without ``total_cost``, it is the cost of this run and of the autoencoder. If a part is unknown, so is
+    the total: an incomplete cost is reported as None.
     """
     recorded = record.training.get("total_cost")
     if isinstance(recorded, dict):
@@ -48,7 +48,7 @@ def total_cost(record: RunRecord) -> dict[str, float | None]:
 
 
 def describe_dependencies(record: RunRecord) -> str:
-    """The roles of the other trainings in the total cost: ``autoencoder``, ``autoencoder and 3 trials``."""
+    """The roles of the other training runs in the total cost: ``autoencoder``, ``autoencoder and 3 trials``."""
     listed = record.training.get("dependencies")
     roles = [str(part.get("role")) for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
     roles = roles or (["autoencoder"] if autoencoder_cost(record) else [])

@@ -1,4 +1,4 @@
-"""How the samples of a row were generated, as text, and what distinguishes the rows of one training."""
+"""How the samples of a row were generated, as text, and what distinguishes the rows of one trained model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_weights(generation: SampleSettings) -> str:
 
 
 def describe_sampling(result: Result) -> str:
-    """Weights, sampler, training step and sampling seed, as far as they are known."""
+    """Weights, sampler, training step and sampling seed, if known."""
     g = result.generation
     parts = [describe_weights(g), "" if g.sampler == "unknown" else g.sampler]
     parts += [f"step {g.step:,}" if g.step is not None else "", f"sampling seed {g.seed}" if g.seed is not None else ""]
@@ -32,11 +32,11 @@ DISTINGUISHING: tuple[Callable[[SampleSettings], str], ...] = (
     describe_weights,
     lambda g: "" if g.step is None else f"step {g.step:,}",
 )
-"""The settings in which rows of one training may differ, each as text."""
+"""The settings in which rows of one trained model may differ, each as text."""
 
 
 def distinguishing_settings(groups: Sequence[SeedGroup]) -> list[str]:
-    """For each group, the sampling settings in which it differs from other groups of the same training.
+    """For each group, the sampling settings in which it differs from other groups of the same trained model.
 
     For a sampler, these are its name and the arguments that not all groups share.
     """

@@ -53,7 +53,7 @@ def adjusted_p_values(samples: Sequence[Sequence[float] | None]) -> list[float |
     by Welch's t test, Holm's correction covers all pairs, and the pairs with the best row are returned. This bounds the
     family-wise error rate by `SIGNIFICANCE_LEVEL` no matter which pairs are picked, before or after seeing the data.
 
-    Rows are treated as independent. Rows that share trainings (two samplers of one checkpoint) or noise seeds are
+    Rows are treated as independent. Rows that share training runs (two samplers of one checkpoint) or noise seeds are
     positively correlated, which makes their test conservative.
 
     Args:
@@ -136,7 +136,7 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-# Runs that differ in seeds alone
+# Runs that differ only in seeds
 
 NON_MODEL_SETTINGS = frozenset(NON_SETTINGS) | {
     "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
@@ -179,7 +179,7 @@ class SeedGroup:
         return None if self.differing_settings else self.values_by_training(name)
 
     def values_by_training(self, name: str) -> list[float] | None:
-        """Like `values_by_seed`, also for runs that differ in more than seeds."""
+        """Like `values_by_seed`, but also for runs that differ in more than seeds."""
         values: dict[tuple[int, str], list[float]] = {}
         for run, result in self.members:
             value = result.metrics.get(name, Metric(None)).value
@@ -191,15 +191,15 @@ class SeedGroup:
 
 
 def group_by_seed(results: Iterable[RunResult], group_by: tuple[str, ...] = ()) -> list[SeedGroup]:
-    """Group results of one protocol that differ in seeds alone.
+    """Group results of one protocol that differ only in seeds.
 
     A second result with the same seeds is not a replicate and gets a row of its own.
 
-    With ``group_by``, all runs with equal values of these config keys share a row, whatever else differs between them
-    except how they were sampled (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it
-    has without ``group_by``. If the runs of a row differ in seeds alone, nothing changes. If they differ in more, the
-    row is the plain mean over trainings without an interval or a test: the settings were chosen rather than sampled,
-    so their spread says nothing about another training.
+    With ``group_by``, all runs with equal values of these config keys share a row if they were sampled in the same way
+    (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it has without ``group_by``. If
+    the runs of a row differ only in seeds, nothing changes. If they differ in more, the row is the plain mean over
+    training runs without an interval or a test: the settings were chosen rather than sampled, so their spread says
+    nothing about another training run.
     """
     groups: dict[str, dict[tuple[str, int, int | None], RunResult]] = {}
     names: dict[str, str] = {}
@@ -250,14 +250,14 @@ def config_values(run: RunFolder, keys: tuple[str, ...]) -> dict[str, str] | Non
 
 
 def _model_key(run: RunFolder) -> str:
-    """Equal for runs that differ in seeds and sampling alone; empty if the config is unknown."""
+    """Equal for runs that differ only in seeds and sampling; empty if the config is unknown."""
     config = _model_settings(run)
     key = [run.record.family, run.record.data.get("hash"), config]
     return json.dumps(key, sort_keys=True, default=str) if config else ""
 
 
 def _replicate_key(run: RunFolder, result: Result, model_key: str) -> str:
-    """Equal for results that differ in seeds alone."""
+    """Equal for results that differ only in seeds."""
     if not model_key:
         # Nothing is known about the training behind externally generated images.
         return f"{run.folder} {result.id}"
@@ -340,8 +340,8 @@ def mean_over_seeds(metrics: list[list[Metric]]) -> Metric:
 
     .. math:: \bar x \pm t_{0.975,\,k-1}\, s / \sqrt{k}
 
-    with the standard deviation s over seeds: it covers the mean over all trainings. With one training seed the interval
-    covers the mean over sampling seeds alone. If the metric is missing for one seed, it is missing.
+    with the standard deviation s over seeds: it covers the expected value over training runs. With one training seed
+    the interval covers the mean over sampling seeds alone. If the metric is missing for one seed, it is missing.
 
     Args:
         metrics: the metric for each training seed and each of its sampling seeds.
@@ -379,7 +379,7 @@ def _mean_values(dicts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _common_value(values: set[int | None]) -> int | None:
-    """The element of a set of one, else None."""
+    """The element of a set with one element, otherwise None."""
     return values.pop() if len(values) == 1 else None
 
 

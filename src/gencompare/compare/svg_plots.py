@@ -199,7 +199,7 @@ def _log_ticks(values: list[np.ndarray]) -> tuple[float, ...]:
 
 
 def _set_y_scale(axes: Axes, values: np.ndarray, *, crop: bool) -> None:
-    """Choose the y axis; ``crop`` lets outliers of a learning curve fall outside."""
+    """Choose the y axis; ``crop`` leaves outliers of a learning curve outside."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > LOG_RANGE:
         axes.set_yscale("log")

@@ -172,7 +172,7 @@ def _device_time(row: TableRow) -> Cell:
 
 
 def _total(row: TableRow, kind: str, to_text: Callable[[float | None], str], own: float | None = None) -> Cell:
-    """A total training cost, annotated with the share of the dependencies.
+    """A total training cost, annotated with the part that the dependencies cost.
 
     Args:
         own: the cost of the model itself; None takes it from the record.
@@ -236,7 +236,7 @@ def metrics_table(table: RankingTable) -> dict[str, Any]:
 
 
 def format_value(value: Any) -> str:
-    """A free value of a record as compact text."""
+    """An arbitrary value of a record as compact text."""
     if value is None:
         return formatting.MISSING
     if formatting.as_number(value) is not None:
@@ -256,8 +256,8 @@ def format_value(value: Any) -> str:
 def write_csv(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
     """All results with all metrics, protocol fields and costs: one line per result, in the order of the tables.
 
-    A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results that
-    share a row of a table share its rank, its ``mean`` with ``mean.low`` and ``mean.high``, and ``p_holm``, the
+    A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results in
+    the same row of a table have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the
     adjusted p value against the row of rank ``best_rank``. A run without results has a line too.
     """
     lines: list[dict[str, Any]] = []
@@ -355,7 +355,7 @@ def _markdown(text: str) -> str:
 # LaTeX
 
 LATEX_COLUMNS = 8
-"""Columns of a LaTeX table besides the rank; more do not fit a page."""
+"""Columns of a LaTeX table in addition to the rank; more do not fit on a page."""
 
 LATEX = str.maketrans(
     {
@@ -393,7 +393,7 @@ def _latex_table(table: RankingTable) -> str:
 
 
 def _latex_row(row: TableRow, shown: list[Column], primary_metric: str) -> str:
-    """A row with the annotations of the run and the interval of the primary metric; more do not fit a page."""
+    """A row with the annotations of the run and the interval of the primary metric; more do not fit on a page."""
     cells = [str(row.rank) if row.rank is not None else "--"]
     for column in shown:
         cell, annotation = column.cell(row), ""

@@ -36,7 +36,7 @@ class Archive(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Content of a file. Raises `OSError` or `zipfile.BadZipFile` if it is damaged."""
+        """Content of a file. Raises `OSError` or `zipfile.BadZipFile` if it is corrupted."""
 
     @abstractmethod
     def fingerprint(self, names: Iterable[str]) -> str:
@@ -157,7 +157,7 @@ def find_or_download(
 ) -> DatasetFiles:
     """Return the result of ``find``; if that is None, download the data set and call ``find`` again.
 
-    Of several processes that start together, one downloads and the others wait.
+    If several processes start together, one downloads and the others wait.
 
     Args:
         find: returns the files, or None if they are missing.

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): 32x32 RGB photographs in ten classes, 50,000 for training and 10,000 for test."""
+"""CIFAR-10 (Krizhevsky 2009): 32x32 RGB photographs in ten classes, 50,000 for training and 10,000 for testing."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Embedding(Condition):
         rows = self._embeddings[split]
         if len(rows) != num_images:
             raise UserError(
-                f"{self.path} has {len(rows)} embeddings for '{split}', which has {num_images} images:"
+                f"{self.path} has {len(rows)} embeddings for '{split}', but this split has {num_images} images:"
                 " provide one for each image."
             )
         return rows
@@ -137,7 +137,7 @@ def _read_arrays(path: str) -> dict[str, Tensor]:
         raise UserError(f"There is no file {current}: check data.conditions.embedding.path.") from error
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(
-            f"{current} is damaged or not a valid {suffix} file of numbers ({type(error).__name__})."
+            f"{current} is corrupted or not a valid {suffix} file of numbers ({type(error).__name__})."
         ) from error
 
 

@@ -23,7 +23,7 @@ MAX_RESIDENT_FRACTION = 0.25
 """A split moves to the GPU if it takes at most this fraction of the free GPU memory."""
 
 MAX_EPOCHS_PER_BATCH = 16
-"""A global batch may repeat the training images (``debug=overfit``), but a larger one is almost surely a typo."""
+"""A global batch may repeat the training images this often (``debug=overfit``); a larger one is probably a typo."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ImageData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise UserError(f"The global batch size must be at least 1, not {batch_size}.")
+            raise UserError(f"trainer.global_batch_size={batch_size} must be at least 1.")
         if eval_batch_size < 1:
             raise UserError(f"data.eval_batch_size={eval_batch_size} must be at least 1.")
         if train_subset_size is not None and train_subset_size < 1:
@@ -117,7 +117,7 @@ class ImageData(pl.LightningDataModule):
 
     @abstractmethod
     def load(self) -> dict[str, Split]:
-        """Decode all splits. Raises `UserError`, with the override that helps, for missing or damaged files."""
+        """Decode all splits. Raises `UserError`, with the override that helps, for missing or corrupted files."""
 
     @cached_property
     def splits(self) -> dict[str, Split]:
@@ -176,7 +176,7 @@ class ImageData(pl.LightningDataModule):
         return {} if rows.labels is None else {"label": rows.labels}
 
     def batches(self, name: str, batch_size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
-        """One pass over a split in fixed order, without flips, last partial batch included.
+        """One pass over a split in fixed order, without flips, including the last partial batch.
 
         For ``train`` this is a pass over `train_subset`. ``batch_size`` defaults to ``eval_batch_size``.
         """

@@ -1,4 +1,4 @@
-"""Handwritten digits included in scikit-learn: 1,797 images of 8x8 pixels with 17 grey levels, no download."""
+"""The handwritten digits of scikit-learn: 1,797 images of 8x8 pixels with 17 grey levels; no download is needed."""
 
 from __future__ import annotations
 

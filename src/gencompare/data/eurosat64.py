@@ -1,4 +1,4 @@
-"""EuroSAT RGB (Helber et al. 2019): 64x64 satellite images in ten classes of land use, a fixed subset of them."""
+"""A fixed subset of EuroSAT RGB (Helber et al. 2019): 64x64 satellite images in ten classes of land use."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ FOLDERS = ("eurosat/2750", "2750", "EuroSAT_RGB", "")
 class EuroSAT64(ImageData):
     """5,000 training images (500 of them held out for validation) and 500 test images, at their original size.
 
-    Of each class, the files numbered 1 to 500 are for training and 501 to 550 for test; the rest of the 27,000 images
-    is not used. The files are looked for in ``eurosat64.zip`` (the subset), in the official ``EuroSAT_RGB.zip`` or
-    ``EuroSAT.zip``, and in folders unpacked from these, such as torchvision's ``eurosat/2750``. ``root`` may also be
-    the zip file itself. Satellite images have no preferred orientation, so they may be flipped.
+    In each class, the files numbered 1 to 500 are for training and 501 to 550 for testing; the rest of the 27,000
+    images are not used. The files are looked for in ``eurosat64.zip`` (the subset), in the official
+    ``EuroSAT_RGB.zip`` or ``EuroSAT.zip``, and in folders unpacked from these, such as torchvision's ``eurosat/2750``.
+    ``root`` may also be the zip file itself. Satellite images have no preferred orientation, so they may be flipped.
 
     Args:
         root: folder with the files.
@@ -73,7 +73,7 @@ class EuroSAT64(ImageData):
             label, number = missing[0]
             raise UserError(
                 f"Data 'eurosat64' in {path} is incomplete: {len(missing):,} of {len(keys):,} images are missing,"
-                f" the first is {CLASSES[label]}_{number}.jpg. Download it again."
+                f" such as {CLASSES[label]}_{number}.jpg. Download it again."
             )
         images = decode_cached(archive, [files[key] for key in keys], cache=self.cache, channels=3)
         if images.shape[1:] != self.spec.shape:

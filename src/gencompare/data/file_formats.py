@@ -52,7 +52,7 @@ def decode_cached(
         cache: folder for the decoded images; None disables caching.
         size: resize the largest centred square of each image to this height and width. None keeps the images as they
             are; they must then all have the same size.
-        channels: 1 (grey) or 3 (RGB); None gives 1 if all files are grey, otherwise 3.
+        channels: 1 (greyscale) or 3 (RGB); None gives 1 if all files are greyscale, otherwise 3.
     """
     stem = re.sub(r"\W+", "_", archive.path.stem)[:40]
     fingerprint = archive.fingerprint(names)[:32]
@@ -73,9 +73,9 @@ def decode(archive: Archive, names: Sequence[str], *, size: int | None = None, c
                 f"{archive.path}: {name} has {_resolution(pixels)} pixels, but {names[0]} has {_resolution(images[0])}:"
                 " set data.image_size=N to resize all images."
             )
-        if len(pixels) > images.shape[1]:  # the first colour image after grey ones
+        if len(pixels) > images.shape[1]:  # the first colour image after greyscale ones
             images = np.repeat(images, 3, axis=1)
-        images[k] = pixels  # broadcasts a grey image to three channels
+        images[k] = pixels  # broadcasts a greyscale image to three channels
     if images is None:
         raise UserError(f"{archive.path} contains no images.")
     return torch.from_numpy(images)
@@ -93,7 +93,7 @@ def _decode_file(archive: Archive, name: str, size: int | None, channels: int | 
             pixels = np.asarray(_convert(image, size, channels or (1 if mode in GREY_MODES else 3)))
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # decoders raise almost any exception on damaged files
+    except Exception as error:  # decoders raise almost any exception on corrupted files
         raise UserError(
             f"{archive.path}: {name} cannot be read as PNG or JPEG ({error}): replace or remove it."
         ) from error
@@ -101,7 +101,7 @@ def _decode_file(archive: Archive, name: str, size: int | None, channels: int | 
 
 
 def _convert(image: Image.Image, size: int | None, channels: int) -> Image.Image:
-    """Apply the EXIF orientation, flatten transparency onto white, convert to grey or RGB, centre crop and resize."""
+    """Apply the EXIF orientation, flatten transparency onto white, convert to greyscale or RGB, crop and resize."""
     upright = ImageOps.exif_transpose(image)
     if "A" in upright.mode or "transparency" in upright.info:  # colours of transparent pixels are arbitrary
         rgba = upright.convert("RGBA")
@@ -130,7 +130,7 @@ def decompress(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it and download it again.") from error
+        raise UserError(f"{path} is corrupted ({error}): remove it and download it again.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
@@ -144,7 +144,7 @@ def parse_idx(content: bytes, path: Path) -> Tensor:
     shape = [int.from_bytes(content[k : k + 4], "big") for k in range(4, start, 4)]
     if len(content) - start != math.prod(shape):
         raise UserError(
-            f"{path} is damaged: its header says {'x'.join(map(str, shape))} values, but it contains"
+            f"{path} is corrupted: its header says {'x'.join(map(str, shape))} values, but it contains"
             f" {len(content) - start}. Remove it and download it again."
         )
     if not math.prod(shape):
@@ -215,5 +215,5 @@ def read_cifar_batch(path: Path) -> dict[str, Any]:
         if not isinstance(batch, dict):
             raise ValueError("it does not contain a dictionary")
         return {str(key): value.tensor() if isinstance(value, _ArrayStub) else value for key, value in batch.items()}
-    except Exception as error:  # damaged pickles raise almost any exception
+    except Exception as error:  # corrupted pickles raise almost any exception
         raise UserError(f"{path} is not a CIFAR batch file ({error}): download it again.") from error

@@ -18,8 +18,8 @@ from gencompare.generative_model import DataSpec
 def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tuple[Tensor, Tensor | None]:
     """Read generated images and, from an npz file, their class labels.
 
-    Images are never resized, because another size means that they were generated for other data. Grey images may have
-    one channel or three equal channels, whatever the data; colour images are an error if the data are grey.
+    Images are never resized, because another size means that they were generated for other data. Greyscale images may
+    have one channel or three equal channels for any data; colour images are an error if the data are greyscale.
 
     Args:
         path: a folder or zip file of PNG or JPEG files, read in the order of their names; or an npz file with images
@@ -31,7 +31,7 @@ def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tu
         (images, labels): uint8 (n, C, H, W) at the size of ``spec``, with or without its padding; (n,) int64 or None.
 
     Raises:
-        UserError: for empty, damaged or truncated archives, paths outside an archive, mixed sizes or a wrong shape.
+        UserError: for empty, corrupted or truncated archives, paths outside an archive, mixed sizes or a wrong shape.
     """
     images, labels = _read_npz(path) if path.suffix == ".npz" else (_read_image_files(path, cache), None)
     channels, height, width = spec.shape
@@ -54,15 +54,15 @@ def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tu
 
 
 def _match_channels(images: Tensor, channels: int, path: Path, spec: DataSpec) -> Tensor:
-    """Convert grey images (n, 1 or 3, H, W) to the channels of the data; return other images unchanged."""
+    """Convert greyscale images (n, 1 or 3, H, W) to the channels of the data; return other images unchanged."""
     if (images.shape[1], channels) == (1, 3):
         return images.repeat(1, 3, 1, 1)
     if (images.shape[1], channels) == (3, 1):
         if bool((images == images[:, :1]).all()):
             return images[:, :1].contiguous()
         raise UserError(
-            f"{path} contains images of {_describe(images.shape[1:])} that are not grey, but data '{spec.name}' has 1"
-            " channel: convert them to grey before saving."
+            f"{path} contains images of {_describe(images.shape[1:])} that are not greyscale, but data '{spec.name}'"
+            " has 1 channel: convert them to greyscale before saving."
         )
     return images
 
@@ -88,7 +88,7 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     except FileNotFoundError as error:
         raise UserError(f"There is no {path}: set samples= to a folder, zip or npz file of images.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not an npz file of images ({type(error).__name__}).") from error
+        raise UserError(f"{path} is corrupted or not an npz file of images ({type(error).__name__}).") from error
     if array.ndim == 3:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array):

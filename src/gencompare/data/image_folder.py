@@ -86,7 +86,7 @@ class ImageFolder(ImageData):
         cache: folder for the decoded images; None decodes them at every start.
         image_size: centre-crop and resize each image to this height and width (bicubic, antialiased); None keeps the
             images as they are, which requires that all have the same size.
-        channels: 1 (grey), 3 (RGB), or None for 1 if all files are grey and 3 otherwise.
+        channels: 1 (greyscale), 3 (RGB), or None for 1 if all files are greyscale and 3 otherwise.
         val_fraction: fraction of the training images held out for validation if there is no folder for that split.
         test_fraction: the same for the test split.
         common: arguments of `ImageData`.
@@ -107,7 +107,7 @@ class ImageFolder(ImageData):
         if image_size is not None and image_size < 1:
             raise UserError(f"data.image_size={image_size} must be at least 1, or null.")
         if channels not in (None, 1, 3):
-            raise UserError(f"data.channels={channels} must be 1 (grey), 3 (RGB) or null.")
+            raise UserError(f"data.channels={channels} must be 1 (greyscale), 3 (RGB) or null.")
         if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
             raise UserError(
                 f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} must be positive and leave"

@@ -59,7 +59,7 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name, probability in (("p", self.p), ("x_flip", self.x_flip)):
             if not 0 <= probability <= 1:
-                raise UserError(f"augmentation.{name}={probability}: give a probability from 0 to 1.")
+                raise UserError(f"augmentation.{name}={probability} must be in [0, 1].")
 
     def __call__(self, x: Tensor, rng: RandomSource) -> tuple[Tensor, Tensor]:
         """Transforms images (n, C, H, W) in [-1, 1] without padding.
@@ -69,7 +69,7 @@ class Augmentation:
         """
         if min(x.shape[2:]) < 2:
             raise UserError(
-                f"Augmentation needs images of at least 2x2 pixels, and these are {x.shape[2]}x{x.shape[3]}: use"
+                f"Augmentation needs images of at least 2x2 pixels, but these are {x.shape[2]}x{x.shape[3]}: use"
                 " model/augmentation=null."
             )
         params = self.sample_params(rng).to(x.device)

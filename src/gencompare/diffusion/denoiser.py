@@ -27,6 +27,9 @@ class DenoiserProtocol(Protocol):
             x_t: (n, C, H, W).
             t: time in [t_min, t_max], () or (n,).
             cond: the conditions of the network by name, each (n, ...).
+
+        Returns:
+            The prediction, with tensors of the shape of x_t.
         """
         ...
 
@@ -44,7 +47,7 @@ class Denoiser:
     parameterization: Parameterization
 
     def output(self, x_t: Tensor, t: Tensor, at: ScheduleValues, cond: Cond) -> Tensor:
-        """The raw output of the network, cast to the type of x_t (autocast may shorten it)."""
+        """The raw output of the network, cast to the type of x_t (autocast may lower its precision)."""
         return self.network(*self.parameterization.network_input(x_t, t, at), cond).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:

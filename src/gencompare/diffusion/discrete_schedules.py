@@ -18,7 +18,7 @@ class LogSNRTable(NoiseSchedule):
     The schedule is exact at the steps; between two steps the log-SNR is linear in time.
 
     Args:
-        log_snr: log-SNR of steps 1 to T, (T,), falling; stored in torch's default type.
+        log_snr: log-SNR of steps 1 to T, (T,), strictly decreasing; stored in torch's default type.
     """
 
     table: Tensor
@@ -39,9 +39,9 @@ class LogSNRTable(NoiseSchedule):
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         T = self.num_train_timesteps
-        rising = self.table.flip(0).to(log_snr.dtype)
-        right = torch.searchsorted(rising, log_snr.detach().contiguous()).clamp(1, T - 1)
-        weight = (log_snr - rising[right - 1]) / (rising[right] - rising[right - 1])
+        increasing = self.table.flip(0).to(log_snr.dtype)
+        right = torch.searchsorted(increasing, log_snr.detach().contiguous()).clamp(1, T - 1)
+        weight = (log_snr - increasing[right - 1]) / (increasing[right] - increasing[right - 1])
         return (T - (right - 1 + weight.clamp(0, 1))) / T
 
 
@@ -66,7 +66,7 @@ class BetaTable(LogSNRTable, VariancePreserving):
 
 
 class LinearBetas(BetaTable):
-    r""":math:`\beta_i^{1/p}` rises linearly from :math:`\beta_{start}^{1/p}` to :math:`\beta_{end}^{1/p}`.
+    r""":math:`\beta_i^{1/p}` increases linearly from :math:`\beta_{start}^{1/p}` to :math:`\beta_{end}^{1/p}`.
 
     Power p = 1 is the linear schedule of Ho et al. (2020, section 4), https://arxiv.org/abs/2006.11239; p = 2 is
     the "scaled linear" one of Rombach et al. (2022), https://arxiv.org/abs/2112.10752.
@@ -88,7 +88,7 @@ class LinearBetas(BetaTable):
     ) -> None:
         _check_betas("Linear", beta_start, beta_end)
         if power <= 0:
-            raise UserError(f"schedule.power={power}: give a positive number.")
+            raise UserError(f"schedule.power={power} must be positive.")
         ends = beta_start ** (1 / power), beta_end ** (1 / power)
         super().__init__(torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** power)
 
@@ -107,7 +107,7 @@ class CosineBetas(BetaTable):
 
     def __init__(self, s: float = 0.008, num_train_timesteps: int = 1000, beta_max: float = 0.999) -> None:
         if s < 0:
-            raise UserError(f"schedule.s={s}: give 0 or a positive number.")
+            raise UserError(f"schedule.s={s} must be at least 0.")
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos(torch.pi / 2 * (t + s) / (1 + s)) ** 2
         super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
@@ -155,13 +155,13 @@ class GeometricSigmas(LogSNRTable, VarianceExploding):
     def __init__(self, sigma_min: float = 0.02, sigma_max: float = 2.0, num_levels: int = 10) -> None:
         check_sigmas(type(self).__name__, sigma_min, sigma_max)
         if num_levels < 2:
-            raise UserError(f"GeometricSigmas: num_levels={num_levels}: give at least 2.")
+            raise UserError(f"GeometricSigmas: num_levels={num_levels} must be at least 2.")
         log_sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), num_levels, dtype=torch.float64)
         super().__init__(-2 * log_sigma)
 
 
 def snap_to_integer(position: Tensor) -> Tensor:
-    """Rounds positions that miss an integer by floating-point error alone; the derivative stays 1."""
+    """Rounds positions that differ from an integer only by floating-point error; the derivative stays 1."""
     miss = (position - position.round()).detach()
     rounding = 2 * torch.finfo(position.dtype).eps * position.detach().abs()
     return position - torch.where(miss.abs() <= rounding, miss, 0.0)

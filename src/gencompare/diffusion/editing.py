@@ -1,4 +1,4 @@
-"""Applications of a trained denoiser besides sampling: encoding, interpolation, inpainting, and trajectories."""
+"""Applications of a trained denoiser other than sampling: encoding, interpolation, inpainting, and trajectories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def encode(denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond | No
     Args:
         denoiser: the model.
         x: images, (n, C, H, W).
-        times: rising, within the schedule; the first may be `CLEAN`. For those of a sampler, flip
+        times: strictly increasing, within the schedule; the first may be `CLEAN`. For those of a sampler, flip
             ``sampler.times(schedule)``.
         cond: conditions passed to the denoiser.
 
@@ -49,7 +49,7 @@ def encode(denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond | No
 
 
 def decode(denoiser: DenoiserProtocol, noise: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
-    """Decodes noise to images along the probability-flow ODE, at falling ``times``, with `Heun`'s method."""
+    """Decodes noise to images along the probability-flow ODE, at decreasing ``times``, with `Heun`'s method."""
     return Heun(num_steps=len(times) - 1).sample(denoiser, noise, cond, generator=torch.Generator(), times=times)
 
 
@@ -115,10 +115,10 @@ def inpaint(
 
 
 class Trajectory(NamedTuple):
-    """Some states of a sampler on the way from noise to image."""
+    """Some states of a sampler between noise and image."""
 
     times: Tensor
-    """(k,), falling."""
+    """(k,), decreasing."""
     states: Tensor
     """x_t at those times, (k, n, C, H, W)."""
     x0: Tensor
@@ -134,7 +134,7 @@ def trajectory(
     count: int,
     generator: torch.Generator,
 ) -> Trajectory:
-    """``count`` evenly spaced steps of a sampler, or all if there are fewer; the last is included."""
+    """``count`` evenly spaced steps of a sampler, including the last, or all steps if there are fewer."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
     check_finite(steps[-1].x, "Sampling")
     selected = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]
@@ -158,9 +158,9 @@ def normalize_states(states: Tensor, times: Tensor, schedule: NoiseSchedule) -> 
 
 
 NUM_INTERPOLATION_IMAGES = 9
-"""Images of an interpolation, ends included."""
+"""Images of an interpolation, including both ends."""
 NUM_ODE_STEPS = 50
-"""Steps between image and noise, of two network calls each."""
+"""Steps between image and noise; each takes two network calls."""
 NUM_INPAINTINGS = 6
 """Inpaintings of each image."""
 NUM_TRAJECTORY_TIMES = 10
@@ -170,14 +170,15 @@ NUM_TRAJECTORIES = 4
 
 
 def ode_times(denoiser: DenoiserProtocol, x: Tensor) -> Tensor:
-    """Falling times between noise and image: `NUM_ODE_STEPS` even steps, or all steps of a shorter table."""
+    """Decreasing times from noise to image: `NUM_ODE_STEPS` even steps, or all steps of a shorter table."""
     discrete_times = denoiser.schedule.discrete_times
     num_steps = NUM_ODE_STEPS if discrete_times is None else min(NUM_ODE_STEPS, len(discrete_times))
     return UniformGrid()(denoiser.schedule, num_steps).to(x.device)
 
 
 def interpolation(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
-    """One row per pair, with the conditions of the nearer end, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W)."""
+    """One row per pair of images, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W), with the conditions of the nearer
+    end."""
     times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
     first = torch.arange(0, len(x) - 1, 2, device=x.device).repeat_interleave(NUM_INTERPOLATION_IMAGES)

@@ -40,7 +40,7 @@ class Guidance(ABC):
     def __post_init__(self) -> None:
         check_number("guidance.scale", self.scale)
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise UserError(f"guidance.scale={self.scale}: give 0 or a positive number.")
+            raise UserError(f"guidance.scale={self.scale} must be finite and at least 0.")
 
     @abstractmethod
     def predict(
@@ -54,6 +54,9 @@ class Guidance(ABC):
             t: time, () or (n,).
             cond: conditions by name.
             drop_cond: replaces class and embedding by their null values.
+
+        Returns:
+            The prediction, with tensors of the shape of x_t.
         """
 
     def incompatibility(self, *, is_conditional: bool, has_null_cond: bool) -> str | None:
@@ -119,7 +122,7 @@ class ClassifierFree(Guidance):
             check_number("guidance.interval", end)
         if self.interval is not None and not (len(self.interval) == 2 and 0 <= self.interval[0] < self.interval[1]):
             raise UserError(
-                f"guidance.interval={list(self.interval)}: give the lowest and the highest sigma / alpha, as [0.3, 3]."
+                f"guidance.interval={list(self.interval)} must be [lowest, highest] sigma / alpha, such as [0.3, 3]."
             )
 
     def incompatibility(self, *, is_conditional: bool, has_null_cond: bool) -> str | None:
@@ -145,7 +148,7 @@ class ClassifierFree(Guidance):
         return _extrapolate(unconditional, conditional, scale)
 
     def _scale_at(self, at: ScheduleValues) -> float | Tensor:
-        """The scale: one number, or, where it differs between rows, a tensor that broadcasts with x_t."""
+        """The scale: one number or, if it differs between rows, a tensor that broadcasts with x_t."""
         if self.interval is None:
             return self.scale
         low, high = self.interval

@@ -21,7 +21,7 @@ class LearnedSchedule(VariancePreserving):
         h(t) = a t + \frac{1}{K} \sum_k w_k\, sigmoid(v_k (2 t - 1) + b_k), \qquad a, w_k, v_k > 0.
 
     Normalising h separates the endpoints from the shape, so that they can be trained on different losses: the endpoints
-    on the variational bound, which in continuous time depends on nothing else of the schedule, and the shape on the
+    on the variational bound, which in continuous time depends on the schedule only through them, and the shape on the
     variance of the loss. Kingma et al. (2021), "Variational Diffusion Models", section 4, section 5.1, and appendices H
     and I.2, https://arxiv.org/abs/2107.00630. The initial schedule is close to a straight line and does not depend on
     the seed.
@@ -39,7 +39,7 @@ class LearnedSchedule(VariancePreserving):
         if not -math.inf < gamma_min < gamma_max < math.inf:
             raise UserError(f"LearnedSchedule: gamma_min={gamma_min} must be below gamma_max={gamma_max}.")
         if num_features < 1:
-            raise UserError(f"LearnedSchedule: num_features={num_features}: give at least 1.")
+            raise UserError(f"LearnedSchedule: num_features={num_features} must be at least 1.")
         self.gamma_min = nn.Parameter(torch.tensor(float(gamma_min)))
         self.gamma_max = nn.Parameter(torch.tensor(float(gamma_max)))
         # Positive weights are stored before their softplus. The sigmoids are centred evenly over time: their sum is
@@ -72,12 +72,12 @@ class LearnedSchedule(VariancePreserving):
 
     @torch.no_grad()
     def check(self, points: int = 1001) -> None:
-        """As for every schedule. Also raises `TrainingStopped` if the log-SNR spans less than 1: it has collapsed."""
+        """`NoiseSchedule.check`; also raises `TrainingStopped` if the log-SNR spans less than 1 (it has collapsed)."""
         super().check(points)
         if self.gamma_max - self.gamma_min < 1:
             raise TrainingStopped(
-                f"Schedule LearnedSchedule has collapsed: its log-SNR runs from {-float(self.gamma_min):.4g} to"
-                f" {-float(self.gamma_max):.4g} only",
+                f"Schedule LearnedSchedule has collapsed: its log-SNR only runs from {-float(self.gamma_min):.4g} to"
+                f" {-float(self.gamma_max):.4g}",
                 "Train with a lower learning rate, or start from another gamma_min and gamma_max.",
             )
 

@@ -23,13 +23,13 @@ class LikelihoodMethod(ABC):
     """Base class of the methods that compute bits/dim of images under a denoiser."""
 
     kind: ClassVar[str]
-    """``bound`` (in expectation never better than the exact value) or ``estimate``."""
+    """``bound`` (in expectation an upper bound on the exact value) or ``estimate``."""
 
     @abstractmethod
     def terms(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Named terms, each (n,), whose sum is bits/dim of the images.
+        """Computes the terms whose sum is bits/dim of the images.
 
         Args:
             denoiser: the model.
@@ -37,6 +37,9 @@ class LikelihoodMethod(ABC):
             cond: conditions passed to the denoiser.
             likelihood: bins and mask of the data, and p(x_0 | mean, std).
             generator: the only source of random numbers.
+
+        Returns:
+            Terms by name, each (n,).
         """
 
     def __call__(
@@ -82,13 +85,13 @@ class ODELikelihood(LikelihoodMethod):
 
     def __post_init__(self) -> None:
         if self.rtol <= 0 or self.atol <= 0:
-            raise UserError(f"likelihoods.ode: rtol={self.rtol}, atol={self.atol}: give positive numbers.")
+            raise UserError(f"likelihoods.ode: rtol={self.rtol} and atol={self.atol} must be positive.")
 
     @torch.no_grad()
     def terms(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """``density`` alone, in bits/dim, (n,)."""
+        """The single term ``density`` in bits/dim, (n,)."""
         nats = x0.new_zeros(len(x0))
         num_values = x0[0].numel()
         if likelihood.num_bins is not None:
@@ -178,7 +181,7 @@ class VLBLikelihood(LikelihoodMethod):
     def __post_init__(self) -> None:
         for name, value in (("num_samples", self.num_samples), ("num_timesteps", self.num_timesteps)):
             if value is not None and value < 1:
-                raise UserError(f"likelihoods.vlb.{name}={value}: give at least 1.")
+                raise UserError(f"likelihoods.vlb.{name}={value} must be at least 1.")
 
     @torch.no_grad()
     def terms(
@@ -226,7 +229,7 @@ class VLBLikelihood(LikelihoodMethod):
         if self.num_samples is None or self.num_samples >= last:
             steps = [(x0.new_full((len(x0),), i + 1).long(), 1.0) for i in range(last)]
         else:
-            # Importance sampling: a step has the probability of its share of the range of the log-SNR.
+            # Importance sampling: the probability of a step is the fraction of the log-SNR range that it spans.
             log_snr = schedule.log_snr(times).to(x0.dtype)
             cdf = (log_snr[0] - log_snr[1:]) / (log_snr[0] - log_snr[-1])
             probability = cdf.diff(prepend=cdf.new_zeros(1))

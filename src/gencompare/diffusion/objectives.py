@@ -28,7 +28,7 @@ class Objective(ABC):
 
     trains_schedule: ClassVar[bool] = False
     """Whether a learned schedule may follow the gradient of the loss. Only a bound on the likelihood allows that: other
-    losses are minimised by a degenerate schedule, almost without noise or with nothing else."""
+    losses are minimised by a degenerate schedule, with almost no noise or almost only noise."""
     trains_variance: ClassVar[bool] = False
     """Whether the gradient of the loss reaches a learned reverse variance. A squared error does not depend on it."""
 
@@ -37,13 +37,16 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Per-image metrics, each (n,), of which ``loss`` is minimised.
+        """Computes per-image metrics, of which ``loss`` is minimised.
 
         Args:
             denoiser: the model to train.
             x0: images, (n, C, H, W).
             cond: conditions passed to the network.
             rng: source of all random numbers.
+
+        Returns:
+            Metrics by name, among them ``loss``, each (n,).
         """
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
@@ -52,7 +55,7 @@ class Objective(ABC):
 
 
 class Weighting(ABC):
-    r"""Base class of weights :math:`w(\lambda) \ge 0` of the squared error *in eps*, whatever the network predicts.
+    r"""Base class of weights :math:`w(\lambda) \ge 0` of the squared error *in eps*, for any network output.
 
     As :math:`SNR\, \|x_0 - \hat x_0\|^2 = \|\epsilon - \hat\epsilon\|^2`, a weight of the error in x_0 is w SNR, and
     for alpha^2 + sigma^2 = 1 a weight of the error in v is w SNR / (1 + SNR). So a change of the parameterisation alone
@@ -61,7 +64,14 @@ class Weighting(ABC):
 
     @abstractmethod
     def __call__(self, at: ScheduleValues) -> Tensor:
-        """w, of the shape of the values of ``at``."""
+        r"""The weight :math:`w(\lambda)`.
+
+        Args:
+            at: the schedule at the times of the batch.
+
+        Returns:
+            The weight, of the shape of ``at.log_snr``.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,16 @@ class MinSNRWeighting(Weighting):
 
     Hang et al. (2023), "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4,
     https://arxiv.org/abs/2303.09556.
+
+    Args:
+        gamma: SNR above which the weight decreases (5 in the paper).
     """
 
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
         if self.gamma <= 0:
-            raise UserError(f"weighting.gamma={self.gamma}: give a positive number.")
+            raise UserError(f"weighting.gamma={self.gamma} must be positive.")
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return (self.gamma * torch.exp(-at.log_snr)).clamp(max=1.0)
@@ -108,13 +121,16 @@ class EDMWeighting(Weighting):
     For alpha = 1 the weight of the error in x_0 is :math:`(\sigma^2 + d^2) / (\sigma d)^2`: the unweighted squared
     error of a network with EDM's preconditioning. With d = 1 it is `UniformVWeighting`. Karras et al. (2022),
     "Elucidating the Design Space", table 1, https://arxiv.org/abs/2206.00364.
+
+    Args:
+        sigma_data: d, the standard deviation of the data.
     """
 
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
         if self.sigma_data <= 0:
-            raise UserError(f"weighting.sigma_data={self.sigma_data}: give a positive number.")
+            raise UserError(f"weighting.sigma_data={self.sigma_data} must be positive.")
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return 1 + torch.exp(-at.log_snr) / self.sigma_data**2
@@ -125,6 +141,10 @@ class P2Weighting(Weighting):
     r""":math:`w = 1 / (k + SNR)^\gamma`.
 
     Choi et al. (2022), "Perception Prioritized Training of Diffusion Models", eq. 8, https://arxiv.org/abs/2204.00227.
+
+    Args:
+        gamma: how strongly high SNRs are down-weighted; 0 is `SimpleWeighting`.
+        k: bounds the weight at low SNR by :math:`k^{-\gamma}`.
     """
 
     gamma: float = 1.0
@@ -170,7 +190,15 @@ class Coupling(ABC):
 
     @abstractmethod
     def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """``eps`` (n, C, H, W) with its rows permuted to match ``x0`` (n, C, H, W)."""
+        """Permutes the rows of ``eps`` to match those of ``x0``.
+
+        Args:
+            x0: images, (n, C, H, W).
+            eps: noise, (n, C, H, W).
+
+        Returns:
+            The permuted noise, (n, C, H, W).
+        """
 
 
 @dataclass(frozen=True)
@@ -267,13 +295,13 @@ class DataLikelihood:
     num_bins: int | None
     """Number of values that a pixel can take, evenly spaced from -1 to 1; None for continuous data."""
     mask: Tensor
-    """(1, H, W): 1 on real pixels, 0 on padding."""
+    """(1, H, W): 1 inside the image, 0 on padding."""
     num_values: int
     """Values per image without padding: the divisor of bits/dim."""
 
     def log_prob(self, x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """log p(x_0) in nats, summed over real pixels, (n,): the probability of each pixel's bin under N(mean, std^2),
-        or the density for continuous data."""
+        """log p(x_0) in nats, summed over all pixels except padding, (n,): the probability of each pixel's bin under
+        N(mean, std^2), or the density for continuous data."""
         if self.num_bins is None:
             log_p = normal_log_prob(x0, mean, std)
         else:

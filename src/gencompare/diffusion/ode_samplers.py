@@ -51,9 +51,9 @@ class Heun(Sampler):
     r"""Heun's method on :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon`, with optional churn.
 
     Karras et al. (2022), "Elucidating the Design Space", algorithms 1 and 2 (there alpha = 1),
-    https://arxiv.org/abs/2206.00364. A step takes two denoiser calls. Where sigma / alpha falls by more than a factor
-    of `MAX_NOISE_RATIO` the second-order correction is meaningless, and the step is an Euler step with one call: the
-    step into clean data, and the first step of schedules that end in almost pure noise.
+    https://arxiv.org/abs/2206.00364. A step takes two denoiser calls. If sigma / alpha decreases by more than a factor
+    of `MAX_NOISE_RATIO`, the second-order correction is meaningless, and the step is an Euler step with one call: the
+    step to clean data, and the first step of schedules that end in almost pure noise.
 
     Churn adds noise before a step, which raises sigma / alpha by the factor :math:`1 + \gamma`,
     :math:`\gamma = \min(s_{churn} / N, \sqrt 2 - 1)` for :math:`N` steps, but not beyond the end of the schedule.
@@ -77,7 +77,7 @@ class Heun(Sampler):
         super().__post_init__()
         for name in ("s_churn", "s_min", "s_max", "s_noise"):
             if not getattr(self, name) >= 0:
-                raise UserError(f"sampler.{name}={getattr(self, name)}: give 0 or a positive number.")
+                raise UserError(f"sampler.{name}={getattr(self, name)} must be at least 0.")
         if self.s_min > self.s_max:
             raise UserError(f"sampler.s_min={self.s_min} is above sampler.s_max={self.s_max}.")
 
@@ -161,7 +161,7 @@ class UniPC(Sampler):
 
     The predictor interpolates x_0 linearly through t and the previous time; the corrector uses the parabola that also
     passes through the prediction at s. That prediction serves the corrector and the next step. The first step has one
-    point less. Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
+    point fewer. Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
     Models", theorem 3.1, https://arxiv.org/abs/2302.04867; their order p = 2 is that of the predictor.
 
     Args:
@@ -176,7 +176,7 @@ class UniPC(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in self.VARIANTS:
-            raise UserError(f"sampler.variant={self.variant}: give one of {', '.join(self.VARIANTS)}.")
+            raise UserError(f"sampler.variant={self.variant}: choose from {', '.join(self.VARIANTS)}.")
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
@@ -232,7 +232,7 @@ class RK45(Sampler):
 
     Args:
         num_steps: intervals of the grid. Each interval ends with a yielded state, and no step crosses its end. The last
-            interval is the step into clean data, which returns the predicted image.
+            interval is the step to clean data, which returns the predicted image.
         rtol: relative tolerance.
         atol: absolute tolerance, in units of the data.
 
@@ -254,11 +254,11 @@ class RK45(Sampler):
         super().__post_init__()
         if self.num_steps < 2:
             raise UserError(
-                f"sampler.num_steps={self.num_steps}: RK45 needs at least 2, the last of which is into clean data."
+                f"sampler.num_steps={self.num_steps}: RK45 needs at least 2; the last is the step to clean data."
             )
         for name in ("rtol", "atol"):
             if not getattr(self, name) > 0:
-                raise UserError(f"sampler.{name}={getattr(self, name)}: give a positive number.")
+                raise UserError(f"sampler.{name}={getattr(self, name)} must be positive.")
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
@@ -298,7 +298,7 @@ class RK45(Sampler):
                 state = trial
             if math.isfinite(error):
                 factor = min(self.MAX_STEP_FACTOR, max(self.MIN_STEP_FACTOR, 0.9 * max(error, 1e-10) ** -0.2))
-                # A step that the end of an interval cut short does not reduce the next one.
+                # A step cut short by the end of an interval does not reduce the next one.
                 step = max(step, h * factor) if h < step and error <= 1 else h * factor
         return state, step
 

@@ -15,16 +15,25 @@ from gencompare.errors import UserError
 
 
 class NoiseConditioning(ABC):
-    """Maps a time to the number, () or (n,), that tells the network the noise level."""
+    """Base class of the maps from a time to the number that tells the network the noise level."""
 
     @abstractmethod
-    def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor: ...
+    def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
+        """The noise condition at times ``t``.
+
+        Args:
+            t: times, () or (n,).
+            at: the schedule at these times.
+
+        Returns:
+            One number per time, () or (n,).
+        """
 
     def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027
-        """Raises `UserError` if the number is undefined under ``schedule``."""
+        """Raises `UserError` if the noise condition is undefined under ``schedule``."""
 
     def num_levels(self, schedule: NoiseSchedule) -> int | None:
-        """L if the number is the index of one of L noise levels, from 0 to L - 1; otherwise None."""
+        """L if the noise condition is the index of one of L noise levels, from 0 to L - 1; otherwise None."""
         return None
 
 
@@ -33,13 +42,16 @@ class LogSNRConditioning(NoiseConditioning):
     """The log-SNR, clamped to [-limit, limit] and scaled to [0, 1000], the input range of DDPM's embedding.
 
     It has the same meaning under every schedule, so the schedule can be changed after training.
+
+    Args:
+        limit: bound on the absolute value of the log-SNR.
     """
 
     limit: float = 20.0
 
     def __post_init__(self) -> None:
         if self.limit <= 0:
-            raise UserError(f"noise_conditioning.limit={self.limit}: give a positive number.")
+            raise UserError(f"noise_conditioning.limit={self.limit} must be positive.")
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
         return (at.log_snr.flatten().clamp(-self.limit, self.limit) + self.limit) * (500 / self.limit)
@@ -53,6 +65,9 @@ class LogSigmaConditioning(NoiseConditioning):
     of the Fourier features of the VE models (Song et al. 2021, appendix C, https://arxiv.org/abs/2011.13456). With
     factor 0 the network has to infer the noise level from x (Song and Ermon 2020, technique 3,
     https://arxiv.org/abs/2006.09011).
+
+    Args:
+        factor: multiplies the logarithm.
     """
 
     factor: float = 0.25
@@ -77,7 +92,11 @@ class TimestepConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class TimeConditioning(NoiseConditioning):
-    """factor t, with factor 999 in the published VP and sub-VP models of Song et al. (2021)."""
+    r""":math:`factor \cdot t`, as in the VP and sub-VP models of Song et al. (2021), https://arxiv.org/abs/2011.13456.
+
+    Args:
+        factor: multiplies the time; 999 in the published models.
+    """
 
     factor: float = 999.0
 
@@ -87,9 +106,10 @@ class TimeConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class LevelIndexConditioning(NoiseConditioning):
-    """The index of the noise level, 0 for the noisiest, as in NCSN (Song and Ermon 2019, algorithm 1).
+    """The index of the noise level, 0 for the noisiest, as in NCSN.
 
-    It is an integer: a time between two levels gets the index of the noisier one.
+    It is an integer: a time between two levels gets the index of the noisier one. Song and Ermon (2019), algorithm 1,
+    https://arxiv.org/abs/1907.05600.
     """
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -137,7 +157,16 @@ class Parameterization(ABC):
     """Whether the network also predicts the variance of the reverse step."""
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
-        """The inputs of the network: (scaled) x_t, (n, C, H, W), and the noise condition, (n,)."""
+        """The inputs of the network.
+
+        Args:
+            x_t: noisy images, (n, C, H, W).
+            t: times, () or (n,).
+            at: the schedule at these times.
+
+        Returns:
+            x_t, scaled if the parameterisation does so, (n, C, H, W), and the noise condition, (n,).
+        """
         noise_cond = self.noise_conditioning(t, at).to(x_t.dtype)
         return x_t, noise_cond.expand(len(x_t))
 
@@ -151,15 +180,40 @@ class Parameterization(ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
-        """The regression target of the network for image ``x0`` and noise ``eps``, of the shape of x_t."""
+        """The regression target of the network.
+
+        Args:
+            x0: images, (n, C, H, W).
+            eps: noise, (n, C, H, W).
+            at: the schedule at the times of the images.
+
+        Returns:
+            The target, (n, C, H, W).
+        """
 
     @abstractmethod
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        """Converts the network's output at x_t to x_0 and eps."""
+        """Converts the output of the network to x_0 and eps.
+
+        Args:
+            out: output of the network, (n, output_multiplier C, H, W).
+            x_t: noisy images, (n, C, H, W).
+            at: the schedule at the times of the images.
+
+        Returns:
+            The prediction, with tensors of the shape of ``x_t``.
+        """
 
     @abstractmethod
     def eps_jacobian(self, at: ScheduleValues) -> Tensor:
-        """|d eps / d out|: converts an error of the network's output to an error of eps."""
+        r""":math:`|d\epsilon / d\,out|`, which converts an error of the network's output to an error of eps.
+
+        Args:
+            at: the schedule at the times of the images.
+
+        Returns:
+            The derivative, of a shape that broadcasts with x_t.
+        """
 
 
 class Eps(Parameterization):
@@ -280,7 +334,7 @@ class EDMPreconditioning(Parameterization):
 
     def __post_init__(self) -> None:
         if self.sigma_data <= 0:
-            raise UserError(f"parameterization.sigma_data={self.sigma_data}: give a positive number.")
+            raise UserError(f"parameterization.sigma_data={self.sigma_data} must be positive.")
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
         x_t, noise_cond = super().network_input(x_t, t, at)
@@ -310,8 +364,8 @@ class PosteriorMean(Parameterization):
         \tilde\mu = \frac{\alpha_t \sigma_s^2}{\alpha_s \sigma_t^2} x_t + \alpha_s c\, x_0, \qquad
         c = 1 - SNR_t / SNR_s
 
-    Before the first step comes clean data. It needs a discrete schedule. A step moves x_t little, so that a small error
-    of the network is a large one of eps: train it on the variational bound. Ho et al. (2020), "Denoising Diffusion
+    Before the first step, x_s is clean data. It needs a discrete schedule. A step changes x_t little, so a small error
+    of the network is a large error of eps: train it on the variational bound. Ho et al. (2020), "Denoising Diffusion
     Probabilistic Models", eq. 7 and table 2, https://arxiv.org/abs/2006.11239.
     """
 

@@ -37,11 +37,19 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """Base class of samplers. A subclass declares ``order`` and implements ``trajectory``.
+    r"""Base class of samplers, which map :math:`x_t` to :math:`x_s` for each pair of neighbouring times t > s.
+
+    First-order samplers have the form
+
+    .. math:: x_s = a\, x_t + b\, x_0(x_t, t) + c\, z, \qquad z \sim N(0, I),
+
+    with the denoiser's prediction :math:`x_0` and coefficients a, b, c that depend on the schedule. Others call the
+    denoiser several times per step or use its earlier predictions. A subclass declares ``order`` and implements
+    ``trajectory``.
 
     Args:
         num_steps: number of steps from noise to image.
-        grid: the times between which the steps lead.
+        grid: the times at which steps start and end.
     """
 
     order: ClassVar[int | None]
@@ -53,7 +61,7 @@ class Sampler(ABC):
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise UserError(f"sampler.num_steps={self.num_steps}: give a whole number, at least 1.")
+            raise UserError(f"sampler.num_steps={self.num_steps} must be a whole number of at least 1.")
         for setting in fields(self):
             if setting.type in ("int", "float"):  # annotations are strings here
                 check_number(f"sampler.{setting.name}", getattr(self, setting.name))
@@ -69,7 +77,7 @@ class Sampler(ABC):
         Args:
             denoiser: predicts x_0 and eps.
             x: state at ``times[0]``, (n, C, H, W).
-            times: strictly falling, (num_steps + 1,).
+            times: strictly decreasing, (num_steps + 1,).
             cond: conditions passed to the denoiser.
             generator: the only source of random numbers.
         """
@@ -86,7 +94,7 @@ class Sampler(ABC):
         """The steps of `trajectory`, from noise ``x`` (n, C, H, W) at ``times[0]``, with checked times.
 
         Args:
-            times: strictly falling; by default those of the grid.
+            times: strictly decreasing; by default those of the grid.
         """
         if times is None:
             times = self.times(denoiser.schedule)
@@ -182,10 +190,10 @@ class _ValuesAtIndex(ScheduleValues):
 
 
 def check_times(times: Tensor, schedule: NoiseSchedule) -> None:
-    """Raises `UserError` unless ``times`` fall strictly and lie within the schedule, apart from a final ``CLEAN``."""
+    """Raises `UserError` unless ``times`` strictly decrease and lie within the schedule, except a final ``CLEAN``."""
     inside = times[:-1] if len(times) > 1 and times[-1] == CLEAN else times
     if len(times) < 2 or not (times.diff() < 0).all():
-        raise UserError(f"The times of a sampler must fall, from noise to data; these do not: {times.tolist()}.")
+        raise UserError(f"The times of a sampler must be strictly decreasing (noise to data), not {times.tolist()}.")
     tolerance = 1e-6
     if inside.min() < schedule.t_min - tolerance or inside.max() > schedule.t_max + tolerance:
         raise UserError(
@@ -219,7 +227,7 @@ class Ancestral(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.variance <= 1:
-            raise UserError(f"sampler.variance={self.variance}: give a number from 0 (fixed small) to 1 (fixed large).")
+            raise UserError(f"sampler.variance={self.variance} must be in [0, 1] (0: fixed small, 1: fixed large).")
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
@@ -262,7 +270,7 @@ class DDIM(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.eta <= 1:
-            raise UserError(f"sampler.eta={self.eta}: give a number from 0 (deterministic) to 1 (ancestral).")
+            raise UserError(f"sampler.eta={self.eta} must be in [0, 1] (0: deterministic, 1: ancestral).")
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator

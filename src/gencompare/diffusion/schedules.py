@@ -17,8 +17,8 @@ from gencompare.errors import UserError
 from gencompare.hyperparameters import StoresArguments
 
 MAX_START_LOG_SNR = -4.0
-"""Highest log-SNR at which sampling may start from pure noise: the remaining share alpha = 0.13 of the image counts as
-nothing. Published schedules end lower, between -5 (VDM) and -20."""
+"""Highest log-SNR at which sampling may start from pure noise: the remaining fraction alpha = 0.13 of the image is
+considered negligible. Published schedules end lower, between -5 (VDM) and -20."""
 CLEAN = -1.0
 """The time that stands for clean data. It is not 0, because a schedule may still have noise at time 0."""
 
@@ -38,28 +38,59 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
-        r""":math:`\log \alpha_t` for t in [t_min, t_max]."""
+        r""":math:`\log \alpha_t`.
+
+        Args:
+            t: times in [t_min, t_max], of any shape.
+
+        Returns:
+            A tensor of the shape of ``t``.
+        """
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        r""":math:`\lambda_t = \log(\alpha_t^2 / \sigma_t^2)`, strictly falling in t."""
+        r"""The log-SNR :math:`\lambda_t = \log(\alpha_t^2 / \sigma_t^2)`, strictly decreasing in t.
+
+        Args:
+            t: times in [t_min, t_max], of any shape.
+
+        Returns:
+            A tensor of the shape of ``t``.
+        """
 
     @property
     def discrete_times(self) -> Tensor | None:
-        """The times of a discrete schedule, rising from t_min to t_max, (T,); None for continuous time."""
+        """The times of a discrete schedule, increasing from t_min to t_max, (T,); None for continuous time."""
         return None
 
     def require_discrete_times(self) -> Tensor:
-        """``discrete_times``. Raises `UserError` for a schedule in continuous time."""
+        """`discrete_times` of a schedule that must have them.
+
+        Returns:
+            The times, (T,).
+
+        Raises:
+            UserError: if the schedule runs in continuous time.
+        """
         if self.discrete_times is None:
             raise UserError(
-                f"Schedule {type(self).__name__} runs in continuous time, and a part of this model needs a schedule"
+                f"Schedule {type(self).__name__} runs in continuous time, but a part of this model needs a schedule"
                 " with discrete steps (linear, cosine, ...)."
             )
         return self.discrete_times
 
     def discrete_index(self, t: Tensor) -> Tensor:
-        """Index, from 0, of the first discrete time that is not before ``t``."""
+        """Index of the first discrete time that is not before ``t``.
+
+        Args:
+            t: times, of any shape.
+
+        Returns:
+            Indices from 0 to T - 1, of the shape of ``t``.
+
+        Raises:
+            UserError: if the schedule runs in continuous time.
+        """
         times, rounding = self.require_discrete_times().to(t), 8 * torch.finfo(t.dtype).eps
         return torch.searchsorted(times, (t * (1 - rounding)).contiguous()).clamp(max=len(times) - 1)
 
@@ -69,22 +100,33 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return self.prior_std_at(torch.tensor(self.t_max, device=self.device))
 
     def prior_std_at(self, t: Tensor) -> Tensor | float:
-        """Standard deviation of the noise from which sampling starts at time ``t``, (): sigma(t), as if x_0 were 0."""
+        """Standard deviation of the noise from which sampling starts at time ``t``: sigma(t), as if x_0 were 0.
+
+        Args:
+            t: the time, ().
+
+        Returns:
+            The standard deviation, ().
+        """
         return self.at(t).sigma
 
     @torch.no_grad()
     def prior_mismatch(self, t: Tensor) -> str | None:
-        """Why sampling cannot start from pure noise at time ``t``, (): x_t still contains too much of the image.
+        """Why sampling cannot start from pure noise at time ``t``: x_t still contains too much of the image.
 
-        None if it can.
+        Args:
+            t: the time, ().
+
+        Returns:
+            A message for the user; None if sampling can start there.
         """
         if (log_snr := float(self.log_snr(t.to(self.device)))) <= MAX_START_LOG_SNR:
             return None
         return (
             f"Sampling starts from pure noise, but under schedule {type(self).__name__} it would start at log-SNR"
-            f" {log_snr:.3g}, where a share {float(self.log_alpha(t.to(self.device)).exp()):.2g} of the image is left,"
-            f" which samples would lack. Let the log-SNR fall to {MAX_START_LOG_SNR:g} or lower: by the schedule (for T"
-            " steps, betas are 1000 / T times as large as for 1000) or by model.sampler.grid.log_snr_start."
+            f" {log_snr:.3g}, where a fraction {float(self.log_alpha(t.to(self.device)).exp()):.2g} of the image"
+            f" remains, which samples would lack. Lower the log-SNR to {MAX_START_LOG_SNR:g} or below: by the schedule"
+            " (for T steps, betas are 1000 / T times as large as for 1000) or by model.sampler.grid.log_snr_start."
         )
 
     @property
@@ -93,8 +135,15 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
-        """alpha, sigma, log-SNR and derivatives at times ``t``, () or (n,), shaped and cast to broadcast with ``x``
-        (n, ...)."""
+        """alpha, sigma, log-SNR and derivatives at times ``t``.
+
+        Args:
+            t: times, () or (n,).
+            x: tensor (n, ...); the values are shaped and cast to broadcast with it. None keeps the shape of ``t``.
+
+        Returns:
+            The values, each computed on first access.
+        """
         return ScheduleValues(self, t, x)
 
     def sde(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,13 +153,26 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
         Kingma et al. (2021), "Variational Diffusion Models", eq. 10 and the text around it,
         https://arxiv.org/abs/2107.00630. The derivatives are taken by forward-mode differentiation.
+
+        Args:
+            t: times in [t_min, t_max], of any shape.
+
+        Returns:
+            f and g^2, each of the shape of ``t``.
         """
         sigma2 = torch.exp(2 * self.log_alpha(t) - self.log_snr(t))
         return _time_derivative(self.log_alpha, t), -sigma2 * _time_derivative(self.log_snr, t)
 
     @torch.no_grad()
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The time in [t_min, t_max] whose log-SNR is closest to the given one; by bisection unless overridden."""
+        """The time whose log-SNR is closest to the given one; by bisection unless overridden.
+
+        Args:
+            log_snr: log-SNRs, of any shape.
+
+        Returns:
+            Times in [t_min, t_max], of the shape of ``log_snr``.
+        """
         low = torch.full_like(log_snr, self.t_min)
         high = torch.full_like(log_snr, self.t_max)
         for _ in range(-math.floor(math.log2(torch.finfo(log_snr.dtype).eps)) + 8):
@@ -126,17 +188,30 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         device: torch.device | str = "cpu",
         t: Tensor | None = None,
     ) -> Tensor:
-        """Noise from which sampling starts, float32: N(0, prior_std^2), or N(0, prior_std_at(t)^2).
+        """Noise from which sampling starts: N(0, prior_std^2), or N(0, prior_std_at(t)^2).
 
         Args:
+            shape: shape of the noise.
+            generator: source of the random numbers.
+            device: device of the noise.
             t: first time of the sampling grid, (), if that is not t_max.
+
+        Returns:
+            The noise, float32.
         """
         noise = torch.randn(*shape, generator=generator, device=generator.device).to(device)
         return noise * (self.prior_std if t is None else self.prior_std_at(t.to(device)))
 
     @torch.no_grad()
     def check(self, points: int = 1001) -> None:
-        """Raises `UserError` if the schedule is not finite or its SNR does not fall strictly."""
+        """Checks the schedule at evenly spaced times.
+
+        Args:
+            points: number of times.
+
+        Raises:
+            UserError: if the schedule is not finite, or its SNR is not strictly decreasing.
+        """
         name = type(self).__name__
         if not 0 <= self.t_min < self.t_max <= 1:
             raise UserError(f"Schedule {name} runs from t={self.t_min} to {self.t_max}, which is not within [0, 1].")
@@ -146,10 +221,10 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
             if not torch.isfinite(values).all():
                 first = float(t[~torch.isfinite(values)][0])
                 raise UserError(f"Schedule {name}: {quantity} is not finite at t={first:.4g}; change its settings.")
-        rises = log_snr.diff() >= 0
-        if rises.any():
-            first = float(t[1:][rises][0])
-            raise UserError(f"Schedule {name}: the signal-to-noise ratio does not fall at t={first:.4g}.")
+        not_decreasing = log_snr.diff() >= 0
+        if not_decreasing.any():
+            first = float(t[1:][not_decreasing][0])
+            raise UserError(f"Schedule {name}: the signal-to-noise ratio is not strictly decreasing at t={first:.4g}.")
 
 
 class ScheduleValues:
@@ -215,7 +290,7 @@ class VariancePreserving(NoiseSchedule):
         return logsigmoid(self.log_snr(t)) / 2
 
     def prior_std_at(self, t: Tensor) -> float:
-        """1: data of unit variance have unit variance at all times."""
+        """1, since data of unit variance have unit variance at all times."""
         return 1.0
 
 
@@ -240,7 +315,7 @@ def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 @cache
 def _suppress_jvp_warning() -> None:
-    """Makes the first call of torch.func.jvp, in which torch warns about its own use of torch.jit.script."""
+    """Makes the first call to torch.func.jvp with warnings suppressed, since torch then warns about its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
@@ -258,7 +333,7 @@ class _LinearBeta(NoiseSchedule):
         super().__init__()
         name = type(self).__name__
         if not 0 < beta_min <= beta_max:
-            raise UserError(f"{name}: beta from {beta_min} to {beta_max} must be positive and must not fall.")
+            raise UserError(f"{name}: beta_min={beta_min} must be positive and not above beta_max={beta_max}.")
         if not 0 < t_min < 1:
             raise UserError(f"{name}: t_min={t_min} must lie between 0, where the log-SNR is infinite, and 1.")
         self.beta_min, self.beta_max, self.t_min = beta_min, beta_max, t_min
@@ -309,8 +384,8 @@ class SubVP(_LinearBeta):
     Args:
         beta_min: beta at time 0.
         beta_max: beta at time 1.
-        t_min: start of time. Published models are trained and evaluated with 1e-5, where sigma is 1e-6, about ten
-            roundings of x_t in float32. The default 1e-3, where published samplers end, keeps sigma at 1e-4.
+        t_min: start of time. Published models are trained and evaluated with 1e-5, where sigma is 1e-6, about ten times
+            the float32 rounding error of x_t. The default 1e-3, where published samplers end, keeps sigma at 1e-4.
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 1e-3) -> None:
@@ -367,7 +442,7 @@ class RectifiedFlow(NoiseSchedule):
 
     The log-SNR :math:`2 \log((1 - t) / t)` is infinite at both ends, so time runs from 1e-4 to 1 - 1e-4 and the log-SNR
     from 18.4 to -18.4. At these ends float32 still represents eps in x_t, and alpha as 1 - t, to three digits. The
-    share of the image that is left at the end, 1e-4, is negligible, so the prior is N(0, 1) in practice.
+    fraction of the image that remains at the end, 1e-4, is negligible, so the prior is N(0, 1) in practice.
     """
 
     t_min = 1e-4
@@ -393,7 +468,7 @@ class EDMSchedule(VarianceExploding):
     Args:
         sigma_min: sigma at time 0.
         sigma_max: sigma at time 1.
-        rho: how much time is spent at low noise: sigma rises linearly for 1, geometrically as rho grows.
+        rho: how much time is spent at low noise: sigma increases linearly for 1, geometrically as rho grows.
     """
 
     t_min = 0.0
@@ -402,7 +477,7 @@ class EDMSchedule(VarianceExploding):
         super().__init__()
         check_sigmas(type(self).__name__, sigma_min, sigma_max)
         if rho <= 0:
-            raise UserError(f"EDMSchedule: rho={rho}: give a positive number.")
+            raise UserError(f"EDMSchedule: rho={rho} must be positive.")
         self.rho = rho
         self.root_min = sigma_min ** (1 / rho)
         self.root_range = sigma_max ** (1 / rho) - self.root_min

@@ -16,8 +16,8 @@ from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
 MAX_LOG_SNR_STEP = 1.0
-"""Largest increase of the log-SNR in one step of an SDE solver. Longer steps are `Ancestral` steps, which are exact in
-their noise."""
+"""Largest increase of the log-SNR in one step of an SDE solver. Longer steps are `Ancestral` steps, whose noise has the
+exact variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +119,11 @@ class PredictorCorrector(Sampler):
         super().__post_init__()
         if self.num_corrector_steps < 1:
             raise UserError(
-                f"sampler.num_corrector_steps={self.num_corrector_steps}: give at least 1 (ReverseDiffusion has none)."
+                f"sampler.num_corrector_steps={self.num_corrector_steps} must be at least 1; for no corrector, use"
+                " ReverseDiffusion."
             )
         if not self.snr > 0:
-            raise UserError(f"sampler.snr={self.snr}: give a positive number.")
+            raise UserError(f"sampler.snr={self.snr} must be positive.")
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
@@ -147,7 +148,8 @@ class AnnealedLangevin(Sampler):
     :math:`\delta` = ``step_size``; the paper's :math:`\alpha_i = \epsilon \sigma_i^2 / \sigma_L^2` is
     :math:`\delta \sigma_i^2`. Song and Ermon (2019), "Generative Modeling by Estimating Gradients of the Data
     Distribution", algorithm 1, https://arxiv.org/abs/1907.05600. Where alpha < 1 the levels are those of p(x_t): from
-    one level to the next the predicted image grows by :math:`\alpha_s - \alpha_t`, and the noise stays as it is.
+    one level to the next, the weight of the predicted image increases by :math:`\alpha_s - \alpha_t`, and the noise is
+    unchanged.
 
     The noise in x lags behind the levels: with :math:`k = \delta / 2`, M Langevin steps per level and levels a factor g
     apart, its variance over :math:`\sigma^2` converges to
@@ -175,9 +177,9 @@ class AnnealedLangevin(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_langevin_steps < 1:
-            raise UserError(f"sampler.num_langevin_steps={self.num_langevin_steps}: give at least 1.")
+            raise UserError(f"sampler.num_langevin_steps={self.num_langevin_steps} must be at least 1.")
         if not 0 < self.step_size < 4:
-            raise UserError(f"sampler.step_size={self.step_size}: give a number between 0 and 4; larger steps diverge.")
+            raise UserError(f"sampler.step_size={self.step_size} must be between 0 and 4; larger steps diverge.")
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator

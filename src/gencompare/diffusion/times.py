@@ -21,10 +21,14 @@ class TimeGrid(ABC):
 
     @abstractmethod
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
-        """``num_steps`` strictly falling times, followed by ``CLEAN``.
+        """``num_steps`` strictly decreasing times, followed by ``CLEAN``.
 
         The first time is t_max and the last before ``CLEAN`` is t_min, unless the grid sets other ends; a single step
         starts at t_max.
+
+        Args:
+            schedule: the noise schedule.
+            num_steps: number of sampling steps.
 
         Returns:
             (num_steps + 1,), on the CPU.
@@ -68,13 +72,13 @@ class _PowerGrid(TimeGrid):
             )
         nearest = (self._spaced(T, 1, num_steps) - 1).round().long().flip(0)
         rank = torch.arange(num_steps)
-        rising = (nearest - rank).cummax(0).values + rank
-        return rising.minimum(rank + T - num_steps).flip(0)
+        increasing = (nearest - rank).cummax(0).values + rank
+        return increasing.minimum(rank + T - num_steps).flip(0)
 
 
 @dataclass(frozen=True)
 class UniformGrid(_PowerGrid):
-    """Evenly spaced times; of a discrete schedule, the nearest steps."""
+    """Evenly spaced times; for a discrete schedule, the nearest steps."""
 
     power = 1.0
 
@@ -86,7 +90,7 @@ class UniformGrid(_PowerGrid):
 class QuadraticGrid(_PowerGrid):
     r"""Times evenly spaced in :math:`\sqrt t`, with short steps near the data: :math:`\tau_i = c i^2`.
 
-    Song et al. (2021), "Denoising Diffusion Implicit Models", appendix D.2, https://arxiv.org/abs/2010.02502. Of a
+    Song et al. (2021), "Denoising Diffusion Implicit Models", appendix D.2, https://arxiv.org/abs/2010.02502. For a
     discrete schedule, the nearest steps; where two round to the same step, the later one moves up to the next free
     step. (The published code starts at 0.8 T; this grid starts at t_max, where the prior is.)
     """
@@ -105,8 +109,7 @@ class _LogSNRRangeGrid(TimeGrid):
         start, end = self.log_snr_start, self.log_snr_end
         if start is not None and end is not None and not start < end:
             raise UserError(
-                f"sampler.grid: log-SNR from log_snr_start={start} to log_snr_end={end} must rise: sampling goes from"
-                " noise to data."
+                f"sampler.grid.log_snr_start={start} must be below log_snr_end={end}: sampling goes from noise to data."
             )
 
     @abstractmethod
@@ -154,8 +157,8 @@ class KarrasGrid(_LogSNRRangeGrid):
     Karras et al. (2022), "Elucidating the Design Space", eq. 5, https://arxiv.org/abs/2206.00364; there alpha = 1.
 
     Args:
-        log_snr_start: as for `LogSNRGrid`.
-        log_snr_end: as for `LogSNRGrid`.
+        log_snr_start: see `LogSNRGrid`.
+        log_snr_end: see `LogSNRGrid`.
         rho: how much shorter steps are at low noise: 7 in the paper, 1 is even spacing in sigma / alpha.
     """
 
@@ -164,7 +167,7 @@ class KarrasGrid(_LogSNRRangeGrid):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rho <= 0:
-            raise UserError(f"sampler.grid.rho={self.rho}: give a positive number.")
+            raise UserError(f"sampler.grid.rho={self.rho} must be positive.")
 
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
         root_start, root_end = (math.exp(-0.5 * log_snr / self.rho) for log_snr in (start, end))
@@ -183,11 +186,11 @@ def _check_end(name: str, log_snr: float, low: float, high: float) -> float:
 
 
 def _append_clean(times: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The times, followed by ``CLEAN``. Raises `UserError` unless the times fall strictly."""
+    """The times, followed by ``CLEAN``. Raises `UserError` unless the times are strictly decreasing."""
     if not (times.diff() < 0).all():
         raise UserError(
-            f"sampler.num_steps={len(times)}: under schedule {type(schedule).__name__}, so many steps fall together;"
-            " use fewer steps, or another model/sampler/grid."
+            f"sampler.num_steps={len(times)}: under schedule {type(schedule).__name__}, this many steps give duplicate"
+            " times; use fewer steps, or another model/sampler/grid."
         )
     return torch.cat([times, times.new_tensor([CLEAN])])
 
@@ -197,7 +200,15 @@ class TimeDistribution(ABC):
 
     @abstractmethod
     def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
-        """One time in [t_min, t_max] per image, (n,); of a discrete schedule, one of its steps."""
+        """Draws one time per image; for a discrete schedule, one of its steps.
+
+        Args:
+            schedule: the noise schedule.
+            rng: source of the random numbers; its length n is the number of images.
+
+        Returns:
+            Times in [t_min, t_max], (n,).
+        """
 
 
 @dataclass(frozen=True)
@@ -279,4 +290,4 @@ def _nearest_discrete_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 def _check_std(name: str, std: float) -> None:
     if std <= 0:
-        raise UserError(f"{name}: std={std}: give a positive number.")
+        raise UserError(f"{name}: std={std} must be positive.")

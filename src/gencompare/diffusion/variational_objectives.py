@@ -53,7 +53,7 @@ def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, l
 
 
 def chain_times(schedule: NoiseSchedule, num_timesteps: int | None) -> Tensor:
-    """The rising times of a model of ``num_timesteps`` steps, (T,); None takes all steps of a discrete schedule."""
+    """The increasing times of a model of ``num_timesteps`` steps, (T,); None is all steps of a discrete schedule."""
     if num_timesteps is None:
         return schedule.require_discrete_times()
     return UniformGrid()(schedule, num_timesteps)[:-1].flip(0)
@@ -73,7 +73,7 @@ class ContinuousVLB(Objective):
     Models", eq. 11 and 17, https://arxiv.org/abs/2107.00630.
 
     The bound depends only on the endpoints of lambda, not on its shape in between (section 5.1). A learned schedule is
-    trained along: its endpoints minimise the bound, and its shape minimises the variance of the diffusion term D, by
+    trained jointly: its endpoints minimise the bound, and its shape minimises the variance of the diffusion term D, by
     the gradient of :math:`E[D^2]` (appendix I.2).
 
     Args:
@@ -176,13 +176,13 @@ class DiscreteVLB(Objective):
 
     def __post_init__(self) -> None:
         if self.num_timesteps is not None and self.num_timesteps < 1:
-            raise UserError(f"objective.num_timesteps={self.num_timesteps}: give at least 1.")
+            raise UserError(f"objective.num_timesteps={self.num_timesteps} must be at least 1.")
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         discrete_times = schedule.discrete_times
         if self.num_timesteps is None and discrete_times is None:
             raise UserError(
-                f"The objective DiscreteVLB needs discrete steps, and schedule {type(schedule).__name__} runs in"
+                f"The objective DiscreteVLB needs discrete steps, but schedule {type(schedule).__name__} runs in"
                 " continuous time: set their number (model.objective.num_timesteps=50), or use model/objective=vlb."
             )
         if self.num_timesteps is not None and discrete_times is not None and self.num_timesteps > len(discrete_times):
@@ -221,7 +221,7 @@ def vlb_term(
     likelihood: DataLikelihood,
 ) -> Tensor:
     """The term of each image's step, in nats, (n,): the reconstruction for the first step, else the divergence."""
-    # Step 0 has no earlier step, and its divergence is discarded: a step to itself keeps it finite.
+    # Step 0 has no earlier step, and its divergence is discarded: a step from 0 to 0 keeps it finite.
     at_s = schedule.at(times[(step - 1).clamp(min=0)], batch.x0)
     kl = step_kl(prediction, batch.eps, batch.at, at_s)
     return torch.where(step == 0, reconstruction_nll(prediction, batch.x0, batch.at, likelihood), kl)
@@ -249,7 +249,7 @@ class Hybrid(Objective):
     def __post_init__(self) -> None:
         if self.vlb_weight <= 0:
             raise UserError(
-                f"objective.vlb_weight={self.vlb_weight}: give a positive number, or use model/objective=simple."
+                f"objective.vlb_weight={self.vlb_weight} must be positive; for no bound, use model/objective=simple."
             )
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
@@ -260,9 +260,9 @@ class Hybrid(Objective):
             )
         if schedule.discrete_times is None:
             raise UserError(
-                f"The objective Hybrid needs discrete steps, and schedule {type(schedule).__name__} runs in continuous"
-                " time: use a table (model/schedule=cosine), or a fixed variance (model/parameterization=eps"
-                " model/objective=simple)."
+                f"The objective Hybrid needs discrete steps, but schedule {type(schedule).__name__} runs in continuous"
+                " time: use a discrete schedule (model/schedule=cosine), or a fixed variance"
+                " (model/parameterization=eps model/objective=simple)."
             )
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:

@@ -28,7 +28,7 @@ def criteria(result: Result) -> list[Criterion]:
 
     The primary distance is at most `MAX_DISTANCE`. The data's classifier (in ``result.secondary_results``) predicts a
     class with probability .7 or more for at least 80 % of the samples, and each class for 5 to 15 % of them. The
-    memorization ratio is at least .9. A missing metric meets no criterion.
+    memorisation ratio is at least .9. A missing metric meets no criterion.
     """
     metrics = {name: metric for each in (*result.secondary_results, result) for name, metric in each.metrics.items()}
     low, high = CLASS_SHARES

@@ -25,7 +25,7 @@ class Degradation:
     name: str
     unit: str
     strengths: tuple[float, ...]
-    """In increasing order, in ``unit``."""
+    """The strengths in increasing order, in ``unit``."""
     apply: Degrade
     channels: tuple[int, ...] = (1, 3)
     """Numbers of channels for which it is defined."""
@@ -75,14 +75,14 @@ def pixelate(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
 
 
 def colour_cast(images: Tensor, levels: float, source: torch.Generator) -> Tensor:
-    """Each image shifted by ``levels`` in a random direction of color space."""
+    """Each image shifted by ``levels`` in a random direction of colour space."""
     direction = torch.randn(len(images), images.shape[1], 1, 1, generator=source)
     direction = direction / direction.square().mean(1, keepdim=True).sqrt()
     return _to_uint8(images + levels * direction)
 
 
 def contrast_loss(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """Each pixel interpolated towards the mean of its image by ``share``."""
+    """Each pixel interpolated towards the mean of its image by a fraction ``share``."""
     x = images.float()
     return _to_uint8(x.lerp(x.mean((1, 2, 3), keepdim=True).expand_as(x), share))
 
@@ -144,14 +144,14 @@ def mix(images: Tensor, share: float, source: torch.Generator) -> Tensor:
 
 
 def checkerboard(images: Tensor, amplitude: float, source: torch.Generator) -> Tensor:
-    """Adjacent pixels alternately brightened and darkened: the artifact of transposed convolutions and of dithering."""
+    """Adjacent pixels alternately brightened and darkened: the artefact of transposed convolutions and of dithering."""
     height, width = images.shape[2:]
     sign = 1 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
     return _to_uint8(images + amplitude * sign)
 
 
 def permute_channels(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """The channels of ``share`` of the images, cyclically permuted."""
+    """The channels of a fraction ``share`` of the images, cyclically permuted."""
     out = images.clone()
     rows = torch.rand(len(images), generator=source) < share
     out[rows] = images[rows].roll(1, 1)
@@ -166,13 +166,13 @@ DEGRADATIONS = (
     Degradation("pixelate", "factor", (1.25, 1.5, 2, 3, 4), pixelate),
     Degradation("colour cast", "grey levels", (5, 10, 20, 40, 60), colour_cast, channels=(3,)),
     Degradation("brightness", "grey levels", (5, 10, 20, 40, 60), colour_cast, channels=(1,)),
-    Degradation("contrast", "share lost", (0.1, 0.25, 0.4, 0.6, 0.8), contrast_loss),
+    Degradation("contrast", "fraction lost", (0.1, 0.25, 0.4, 0.6, 0.8), contrast_loss),
     Degradation("patch shuffle", "grid", (2, 4, 7, 14, 28), shuffle_patches),
     Degradation("elastic", "std, % of width", (1.5, 3, 5, 8, 12), elastic),
     Degradation("local translation", "std, pixels", (0.3, 0.6, 1, 1.5, 2.5), jitter),
-    Degradation("mixing", "share of another image", (0.1, 0.2, 0.3, 0.4, 0.5), mix),
+    Degradation("mixing", "fraction of another image", (0.1, 0.2, 0.3, 0.4, 0.5), mix),
     Degradation("checkerboard", "amplitude, grey levels", (2, 5, 10, 20, 40), checkerboard),
-    Degradation("permuted channels", "share of images", (0.1, 0.25, 0.5, 0.75, 1), permute_channels, channels=(3,)),
+    Degradation("permuted channels", "fraction of images", (0.1, 0.25, 0.5, 0.75, 1), permute_channels, channels=(3,)),
 )
 """Degradations of single images. The mildest is a 2 x 2 patch shuffle, whose patches keep most of the image."""
 

@@ -51,9 +51,9 @@ DEFAULT_MAX_IMAGES = 2_000
 """Upper limit of the default number of samples. At this size the primary metric resolves the differences that a person
 sees (docs/evaluation.md)."""
 FRECHET_MAX_IMAGES = 10_000
-"""The same limit where a Frechet distance ranks."""
+"""The same limit if the primary metric is a Frechet distance."""
 FRECHET_IMAGES_PER_FEATURE = 4
-"""Samples per feature that a ranking Frechet distance uses by default."""
+"""Default number of samples per feature if the primary metric is a Frechet distance."""
 MIN_IMAGES = 20
 
 NEIGHBOR_QUERIES, NEIGHBORS_PER_QUERY = 8, 3
@@ -71,9 +71,9 @@ class EvaluationProtocol:
     Args:
         extractors: factories ``spec -> Extractor``. All of them measure the same samples; the primary metric of the
             first one ranks. None selects the defaults for the data (`default_extractors`).
-        weights: weights file for the first extractor; None uses the published or shipped weights.
-        num_images: number of samples. None draws as many as there are test images, at most 2,000 (10,000 if a Frechet
-            distance ranks).
+        weights: weights file for the first extractor; None uses the published or bundled weights.
+        num_images: number of samples. None draws as many as there are test images, at most 2,000 (10,000 if the primary
+            metric is a Frechet distance).
         reference: what samples are compared with: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file
             of published statistics (`read_statistics`).
         condition_split: split whose images provide the conditions of samples, for models with conditions other than
@@ -142,7 +142,7 @@ class EvaluationProtocol:
         return extractors
 
     def ranks_by_frechet(self, extractor: Extractor) -> bool:
-        """Whether the Frechet distance is the primary metric. From a statistics file, no other can be computed."""
+        """Whether the Frechet distance is the primary metric: with a statistics file, no other can be computed."""
         return extractor.primary == extractor.frechet_name or is_statistics_file(self.reference)
 
     def resolve_num_images(self, data: EvaluationData, extractor: Extractor) -> int:
@@ -176,7 +176,7 @@ def evaluate(
 
     Args:
         model_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W), with or without the
-            data's padding: uint8 in 0 to 255 as in an image file (whatever the data's number of levels), or float in
+            data's padding: uint8 in 0 to 255 as in an image file (for any number of levels of the data), or float in
             [-1, 1]. For images of a split, which have the data's own levels, pass ``data.normalize(images)``.
         data: a datamodule of this package, or any object with the same interface (`EvaluationData`).
         protocol: how to measure; None uses the default `EvaluationProtocol`.
@@ -224,12 +224,12 @@ class _MeasuredSamples:
     """The samples of one evaluation, and where they come from."""
 
     images: Tensor
-    """As `quantize_images` returns them."""
+    """The samples as `quantize_images` returns them."""
     labels: Tensor | None
     condition_source: ConditionSource | None
     generation: SampleSettings
     warnings: list[str]
-    """Of the sanity checks."""
+    """Warnings of the sanity checks."""
     model: Any = None
     """None for given images."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -264,14 +264,14 @@ def _from_images(
         if protocol.num_images is not None:
             raise UserError(f"The protocol needs {n} images, but only {len(images)} were given.")
         if len(images) < MIN_IMAGES:
-            raise UserError(f"{len(images)} samples are too few: give at least {MIN_IMAGES}.")
+            raise UserError(f"{len(images)} samples are too few: at least {MIN_IMAGES} are needed.")
         if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
             raise UserError(
                 f"{len(images)} images are too few for a Frechet distance on the {extractor.dim} features of "
-                f"{extractor.name}: give more than {extractor.dim}."
+                f"{extractor.name}: more than {extractor.dim} are needed."
             )
     if labels is not None and len(labels) != len(images):
-        raise UserError(f"{len(images)} images have {len(labels)} labels: give one for each image.")
+        raise UserError(f"{len(images)} images have {len(labels)} labels: there must be one for each image.")
     images, labels = images[:n], None if labels is None else labels[:n]
     warnings = sanity_warnings(images, data, protocol, refuse=True)
     return _MeasuredSamples(quantize_images(images, data.spec), labels, None, generation, warnings)
@@ -328,7 +328,7 @@ def sample_for_protocol(
         split = "train" if is_statistics_file(protocol.reference) else protocol.reference
         reference_labels = data.split(split).labels
         if reference_labels is None:
-            raise UserError(f"Sampling from a conditional model needs labels, and data '{data.spec.name}' has none.")
+            raise UserError(f"Sampling from a conditional model needs labels, but data '{data.spec.name}' has none.")
         labels = labels_like(reference_labels, n, protocol.seed)
     return draw_samples(
         model, n, seed=protocol.seed, chunk_size=protocol.chunk_size, labels=labels, condition_source=source,
@@ -479,7 +479,7 @@ def sanity_warnings(images: Tensor, data: EvaluationData, protocol: EvaluationPr
     """
     name = "train" if is_statistics_file(protocol.reference) else protocol.reference
     real = data.split(name).images
-    compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbor metrics use
+    compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbour metrics use
     return run_on_rank_zero(
         lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name)
     )

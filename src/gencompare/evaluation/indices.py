@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def evenly_spaced_indices(total: int, n: int) -> Tensor:
-    """At most ``n`` indices, evenly spaced over ``total``: of a set sorted by class, a proportional part of each."""
+    """At most ``n`` indices, evenly spaced over ``total``: they keep the proportions of a set sorted by class."""
     n = min(n, total)
     return torch.arange(n) * total // n

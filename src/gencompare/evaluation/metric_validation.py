@@ -24,12 +24,12 @@ Key = tuple[str, float]
 
 CLASS_FAULTS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor, float, torch.Generator], Tensor]], ...] = (
     ("dropped classes", "classes", (1, 2, 4, 6, 8), dropped_classes),
-    ("unequal classes", "largest over smallest share", (1.5, 2, 4, 8, 16), unequal_classes),
+    ("unequal classes", "largest over smallest fraction", (1.5, 2, 4, 8, 16), unequal_classes),
 )
 REPEATS = (2, 4, 8, 16, 32)
 COPIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 UNITS = {d.name: d.unit for d in DEGRADATIONS} | {name: unit for name, unit, *_ in CLASS_FAULTS} | {
-    "repeated images": "times each", "training images": "share of copies",
+    "repeated images": "times each", "training images": "fraction of copies",
 }  # fmt: skip
 
 PAIRS: tuple[tuple[Key, Key], ...] = (
@@ -41,12 +41,12 @@ PAIRS: tuple[tuple[Key, Key], ...] = (
     (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)), (("noise", 10), ("noise", 25)),
     (("jpeg", 50), ("jpeg", 85)), (("patch shuffle", 2), ("patch shuffle", 4)), (("mixing", 0.1), ("mixing", 0.5)),
     (("pixelate", 2), ("pixelate", 4)), (("contrast", 0.25), ("contrast", 0.8)), (("elastic", 3), ("elastic", 12)),
-    # Two kinds: hardly visible against hardly recognizable.
+    # Two kinds: hardly visible against hardly recognisable.
     (("jpeg", 50), ("blur", 1.0)), (("blur", 0.6), ("noise", 40)), (("blur", 0.6), ("patch shuffle", 4)),
     (("noise", 5), ("blur", 2.0)), (("noise", 10), ("blur", 3.0)), (("jpeg", 10), ("patch shuffle", 4)),
     (("checkerboard", 2), ("blur", 1.5)), (("checkerboard", 2), ("noise", 25)), (("contrast", 0.1), ("noise", 25)),
     (("blur", 0.6), ("patch shuffle", 14)), (("mixing", 0.1), ("blur", 2.0)), (("elastic", 1.5), ("patch shuffle", 7)),
-    # Degraded photographs against shapeless colors.
+    # Degraded photographs against shapeless colours.
     (("jpeg", 50), BASELINE), (("blur", 0.6), BASELINE), (("blur", 1.0), BASELINE), (("noise", 10), BASELINE),
     (("patch shuffle", 2), BASELINE), (("mixing", 0.5), BASELINE), (("contrast", 0.4), BASELINE),
     (("dropped classes", 4), BASELINE), (("checkerboard", 2), BASELINE), (("elastic", 3), BASELINE),
@@ -134,7 +134,7 @@ def score(candidate: Candidate, features: Mapping[Key, Tensor], n: int, millisec
     values: dict[Key, list[dict[str, float]]] = {}
     for key, rows in features.items():
         rows = rows[:, candidate.columns]
-        # A subset is every k-th image: of a set sorted by class, a proportional part of each.
+        # A subset is every k-th image, which keeps the proportions of a set sorted by class.
         subsets = [rows[k::num_subsets][:n] for k in range(num_subsets)]
         values[key] = [candidate.metrics(subset) for subset in subsets if len(subset) >= candidate.min_images]
     scores = []

@@ -25,7 +25,7 @@ from gencompare.rng import generator
 SSIM_WINDOW = 11
 """Side of the window of structural similarity, in pixels."""
 BATCH_SIZE = 100
-"""Images that share one random generator. Part of the protocol, so that values do not depend on the number of ranks."""
+"""Images that use one random generator. Part of the protocol, so that values do not depend on the number of ranks."""
 SUPER_RESOLUTION_BATCH_SIZE = 500
 
 
@@ -118,7 +118,7 @@ def super_resolution(images: Tensor, source: ConditionSource) -> dict[str, Metri
 
     ``consistency`` is the mean squared difference between the low-resolution image and the downscaled sample, for
     pixels in [0, 1] (Saharia et al. 2021, "Image Super-Resolution via Iterative Refinement", section 4,
-    https://arxiv.org/abs/2104.07636). ``psnr`` and ``ssim`` compare sample and original. Both favor a blurred average
+    https://arxiv.org/abs/2104.07636). ``psnr`` and ``ssim`` compare sample and original. Both favour a blurred average
     of all plausible originals, so the note contains their values for bicubic upscaling.
 
     Args:

@@ -1,4 +1,4 @@
-"""The reference: features of real images of one split, or published statistics; and how images are quantized."""
+"""The reference: features of real images of one split, or published statistics; and how images are quantised."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class EvaluationData(Protocol):
         ...
 
     def cond(self, x: Tensor, part: Any, /) -> Cond:
-        """All conditions of the normalized images ``x`` of the `DataSplit` ``part``."""
+        """All conditions of the normalised images ``x`` of the `DataSplit` ``part``."""
         ...
 
 
@@ -84,7 +84,7 @@ def split_batch(
     return x, {name: value.to(device) for name, value in data.cond(x, part).items()}
 
 
-# Quantization
+# Quantisation
 
 OVERSHOOT = 0.05
 """Values outside [-1, 1] by at most this much (rounding errors) are clamped; larger ones are refused."""
@@ -107,7 +107,7 @@ def to_uint8(x: Tensor, spec: DataSpec) -> Tensor:
     _check_finite(x)
     largest = float(x.abs().max()) if x.numel() else 0.0
     if largest > 1 + OVERSHOOT:
-        raise UserError(f"Samples must lie in [-1, 1], and these reach {largest:.4g}: rescale them, or give uint8.")
+        raise UserError(f"Samples must lie in [-1, 1], but these reach {largest:.4g}: rescale them, or pass uint8.")
     top = (spec.num_bins or 256) - 1
     levels = x.float().clamp(-1, 1).add(1).mul(top / 2).round()
     return _levels_to_uint8(levels, top)
@@ -170,7 +170,7 @@ def _check_finite(x: Tensor) -> None:
 # Features of real images
 
 CACHE_VERSION = "1"
-"""Part of the cache key: increase it when the features of the same images change."""
+"""Part of the cache key: increase it if the same images get other features."""
 MAX_REFERENCES_IN_MEMORY = 8
 
 
@@ -199,20 +199,20 @@ class Reference:
 
     @cached_property
     def spatial_statistics(self) -> Statistics | None:
-        """The same of spatial features, if there are any."""
+        """Mean and covariance of spatial features, if there are any."""
         if self.file_spatial_statistics is not None or self.features is None or self.features.spatial is None:
             return self.file_spatial_statistics
         return Statistics.from_features(self.features.spatial)
 
     @cached_property
     def gaussian_kernel(self) -> KernelReference:
-        """For the MMD with a Gaussian kernel of median bandwidth."""
+        """The reference for the MMD with a Gaussian kernel of median bandwidth."""
         assert self.features is not None
         return KernelReference.from_features(self.features.features, GaussianKernel())
 
     @cached_property
     def cubic_kernel(self) -> KernelReference:
-        """For the kernel distance of KID."""
+        """The reference for the kernel distance of KID."""
         assert self.features is not None
         return KernelReference.from_features(self.features.features, CubicKernel())
 
@@ -259,8 +259,8 @@ def split_features(
     """Features of a split, read from the folder ``cache`` if possible; otherwise computed and stored there.
 
     The file name contains the hashes of the pixels and of the extractor's weights, and how images are resized, so
-    changed data never get stale features. All ranks of a job must call this function. Of several jobs that need the
-    same features at once, one computes them.
+    changed data never get stale features. All ranks of a job must call this function. If several jobs need the same
+    features at once, one of them computes these.
     """
     split = data.split(name)
 
@@ -294,7 +294,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     extractor's, and only their size is checked.
 
     Raises:
-        UserError: the file is missing or damaged, or does not fit the extractor.
+        UserError: the file is missing or corrupted, or does not fit the extractor.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -303,7 +303,7 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
     except FileNotFoundError as error:
         raise UserError(f"There is no statistics file {path}, which evaluation.protocol.reference names.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged, or not an npz file of statistics ({type(error).__name__}).") from error
+        raise UserError(f"{path} is corrupted, or not an npz file of statistics ({type(error).__name__}).") from error
     if not {"mu", "sigma"} <= set(stored):
         raise UserError(f"{path} has no 'mu' and 'sigma': it is not a statistics file of pytorch-fid, EDM or ADM.")
     statistics = Statistics(stored["mu"], stored["sigma"])

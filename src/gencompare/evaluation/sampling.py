@@ -60,7 +60,9 @@ class ConditionSource:
 
 
 def choose_conditions(model: Any, data: EvaluationData, n: int, *, seed: int, split: str) -> ConditionSource | None:
-    """Choose the images whose conditions ``n`` samples get; None for a model that uses at most the class.
+    """Choose the images whose conditions ``n`` samples get.
+
+    None for a model that is unconditional or uses only the class.
 
     Sample k gets the conditions of image k of a random permutation of ``split``, which depends on ``seed`` only and
     repeats after the last image. So they depend on neither n, the number of processes nor the chunk size.
@@ -114,13 +116,13 @@ def draw_samples(
 
     Chunk k contains the images from k ``chunk_size`` to (k + 1) ``chunk_size`` and uses the random generator of
     (seed, "sample", k), so the images depend on seed and chunk size only. Under torch.distributed the ranks share the
-    chunks, and all of them get all images. The model samples in eval mode; its mode is restored afterwards.
+    chunks, and all of them get all images. The model is in eval mode while sampling; its mode is restored afterwards.
 
     Args:
         labels: (n,) the class of each image. None cycles through the classes for a conditional model.
         condition_source: images that provide the conditions, and the labels in place of ``labels``.
         postprocess: applied to each chunk, returns images on the CPU.
-        spec: of the images; None takes the model's.
+        spec: shape and value range of the images; None uses those of the model.
         progress: called with (images done, n) after each chunk.
         chunk_dir: folder in which chunks are stored, and from which stored ones are read. It must belong to this model
             and these settings alone.
@@ -213,7 +215,7 @@ def _write_chunk(path: Path, chunk: _Chunk) -> None:
 
 
 def _read_chunk(path: Path) -> _Chunk | None:
-    """A stored chunk; None if it is missing or damaged."""
+    """A stored chunk; None if it is missing or corrupted."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["chunk"])
@@ -250,7 +252,7 @@ def count_rows(networks: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
 
     def hook(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # A network whose input has no rows (such as a number of images) may return some.
+            # A network whose input has no rows (but, for example, a number of images) may return rows.
             tensors = [v for v in (*args, *kwargs.values(), output) if isinstance(v, Tensor) and v.ndim]
             if not tensors:
                 raise UserError(

@@ -23,14 +23,14 @@ from gencompare.evaluation.reference import OVERSHOOT, crop_padding, quantize_im
 from gencompare.generative_model import DataSpec
 
 EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_K
-"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbors of an image comes
+"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbours of an image comes
 from either set with equal probability, and the image is covered unless all k come from its own (Naeem et al. 2020,
 https://arxiv.org/abs/2002.09797, derive the value for finite sets)."""
 MIN_IMAGES = 100
 """Fewest samples and real images with which density and coverage can show a mode collapse. With fewer, the ball to the
-fifth neighbor spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
+fifth neighbour spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
 noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10
-(640 sets, shipped classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
+(640 sets, bundled classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
 400."""
 LOW_FACTOR = 0.5
 """Coverage is low if it is below this fraction of what real images reach ..."""
@@ -52,8 +52,8 @@ def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *
     enough.
 
     Args:
-        density: of n samples against n real images, see `PRDC`.
-        coverage: of the same images.
+        density: density of n samples against n real images, see `PRDC`.
+        coverage: coverage of the same images.
         best_coverage: the highest coverage at earlier evaluations of the same model.
         n: number of samples; fewer than `MIN_IMAGES` give no warning.
     """
@@ -72,27 +72,27 @@ def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *
 
 
 MAX_IMAGES = 1_000
-"""Evenly spaced images of each side that are compared. Duplicates are counted among all images."""
+"""Number of evenly spaced samples, and of real images, that are compared. Duplicates are counted among all images."""
 MAX_CONVERTED = 250
-"""Evenly spaced images on which conversions are tried."""
+"""Number of evenly spaced images on which conversions are tried."""
 RARE = 0.05
-"""A range is too narrow if at most this share of individual real images stay within it ..."""
+"""A range is too narrow if at most this fraction of individual real images stay within it ..."""
 NARROW = 0.6
-"""... and it covers at most this share of the range of all real images."""
+"""... and it covers at most this fraction of the range of all real images."""
 FEW_LEVELS = 0.55
-"""Samples have too few levels if they use at most this share of those that as many real images use in the same
-range."""
+"""Samples have too few levels if they use at most this fraction of the levels that the same number of real images use
+in the same range."""
 EXTREME_EXCESS = 0.25
-"""The share of values that are 0 or 255 may exceed that of real images by this much."""
+"""The fraction of values that are 0 or 255 may exceed that of real images by this much."""
 BACKGROUND = 0.2
-"""A level is a background if at least this share of all real values have it."""
+"""A level is a background if at least this fraction of all real values have it."""
 WRAPPED = 0.05
 """The excess of `wrap_ratio` over 1 may be twice that of real images plus this much."""
 UNRELATED = 60.0
 """Mean absolute difference of adjacent values, in grey levels, above which they are unrelated: independent uniform
 values differ by 85, and by 64 on the circle."""
 REPEATED = 0.05
-"""The share of blank images, and of exact copies, may exceed that among real images by this much."""
+"""The fraction of blank images, and of exact copies, may exceed that among real images by this much."""
 CLOSE, MUCH_CLOSER = 0.25, 0.1
 """A conversion explains the samples if `RealImages.distance` is above the first value as they are and, once it is
 undone, at most the first value and at most the second one times the distance before (`RealImages.explains` treats few
@@ -102,7 +102,7 @@ TOLERANCE = 4.0
 GRID = 4
 """Cells along each side of an image whose means are compared."""
 CONSTANT = 0.25
-"""Share of features that may be constant over samples and not over real images."""
+"""Fraction of features that may be constant over samples but not over real images."""
 BATCH_SIZE = 50
 """Images in one pass. Larger temporary tensors are slower."""
 
@@ -110,15 +110,15 @@ BATCH_SIZE = 50
 def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: bool = True) -> list[str]:
     """Warnings about ``images`` as samples of a data set, one sentence each; empty if nothing is wrong.
 
-    Refused is only what no model of these data can generate, however poor: the data set's own levels instead of 0 to
-    255 (digits: 0 to 16), images whose only levels are 0 and 1 (and 255, after a cast from [-1, 1]), floats outside
-    [-1, 1], and floats in [0, 1] that have the statistics of real images once they are rescaled to [-1, 1]. Everything
-    else is a warning.
+    Images are refused only if no model of these data, however poor, can generate them: the data set's own levels
+    instead of 0 to 255 (digits: 0 to 16), images whose only levels are 0 and 1 (and 255, after a cast from [-1, 1]),
+    floats outside [-1, 1], and floats in [0, 1] that have the statistics of real images once they are rescaled to
+    [-1, 1]. Everything else is a warning.
 
     Args:
         images: (n, C, H, W) as `evaluate` takes them, or a model's samples as `quantize_images` returns them.
         reference: (m, C, H, W) images of a split: levels 0 to ``spec.num_bins`` - 1, unpadded.
-        spec: of the data.
+        spec: shape and value range of the data.
         refuse: raise an error in the cases above. Not needed for a model's own samples, whose scale is known.
 
     Returns:
@@ -149,7 +149,7 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
     elif pixels.is_floating_point() and in_unit_interval(pixels):
         low, high = float(pixels.min()), float(pixels.max())
         warnings.append(
-            f"samples use {low:.2g} to {high:.2g}, and images of {spec.name} use [-1, 1]: if they are in [0, 1], give"
+            f"samples use {low:.2g} to {high:.2g}, but images of {spec.name} use [-1, 1]: if they are in [0, 1], pass"
             " 2 * images - 1"
         )
     else:
@@ -162,7 +162,7 @@ def check_features(features: Tensor, real: Tensor) -> list[str]:
     """Warnings about degenerate features: those (n, d) that are constant over samples but vary over ``real`` (m, d).
 
     Features that are constant over real images too do not count, since a ReLU leaves some at 0 for a whole data set.
-    A share of up to `CONSTANT` may be rare features that these samples happen not to have.
+    A fraction of up to `CONSTANT` may be rare features that these samples happen not to have.
     """
     varies = (real != real[0]).any(0)
     constant = int((features[:, varies] == features[0, varies]).all(0).sum())
@@ -174,7 +174,7 @@ def check_features(features: Tensor, real: Tensor) -> list[str]:
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
-    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbor metrics."""
+    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
     share = share_of_copies(reference, PRECISION_K)
     if share <= REPEATED:
         return []
@@ -204,7 +204,7 @@ class RealImages:
 
     @cached_property
     def histogram(self) -> Tensor:
-        """Share of values at each level, (256,)."""
+        """Fraction of values at each level, (256,)."""
         return histogram(self.images)
 
     @cached_property
@@ -241,7 +241,7 @@ def statistics(images: Tensor) -> Tensor:
 
     They are: means over up to 4 x 4 cells, of the mean over channels and of the differences between each channel and
     the first; the standard deviation of each channel; mean absolute differences of vertical and of horizontal
-    neighbors.
+    neighbours.
     """
     return torch.cat([_statistics(batch.float()) for batch in images.split(BATCH_SIZE)])
 
@@ -256,12 +256,12 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 def histogram(images: Tensor) -> Tensor:
-    """Share of the values of uint8 images at each level, (256,)."""
+    """Fraction of the values of uint8 images at each level, (256,)."""
     return torch.bincount(images.flatten(), minlength=256).double() / images.numel()
 
 
 def wrap_ratio(images: Tensor) -> tuple[float, float]:
-    """(ratio, circular): mean absolute difference d of horizontal neighbors divided by the mean circular difference
+    """(ratio, circular): mean absolute difference d of horizontal neighbours divided by the mean circular difference
     min(d, 256 - d), and that mean, over pairs of values strictly between 0 and 255.
 
     An overflowing value leaves the range at one end and returns at the other: a jump of almost 256 in a smooth region,
@@ -280,7 +280,7 @@ def wrap_ratio(images: Tensor) -> tuple[float, float]:
 
 
 def share_of_copies(images: Tensor, at_least: int = 1) -> float:
-    """Share of images with at least that many exact copies among the other images."""
+    """Fraction of images with at least that many exact copies among the other images."""
     keys = [hash(row.tobytes()) for row in images.cpu().contiguous().numpy()]
     counts = Counter(keys)
     return sum(counts[key] > at_least for key in keys) / len(keys)
@@ -301,11 +301,11 @@ def _check_integers(pixels: Tensor, real: RealImages) -> None:
         if float((of_real - of_samples).abs().sum()) / 2 < 0.5:  # total variation distance
             raise UserError(
                 f"Samples reach {own} of 255 grey levels, which are the data set's own levels; {real.describe_range}:"
-                f" give data.normalize(images), or multiply by 255 / {own} before saving."
+                f" pass data.normalize(images), or multiply by 255 / {own} before saving."
             )
     if pixels.dtype != torch.uint8:
         raise UserError(
-            f"Images must be uint8 in 0 to 255 or float in [-1, 1], not {pixels.dtype}: give data.normalize(images) for"
+            f"Images must be uint8 in 0 to 255 or float in [-1, 1], not {pixels.dtype}: pass data.normalize(images) for"
             f" the images of a split of {spec.name}, or images.to(torch.uint8) where they use 0 to 255."
         )
     used = histogram(pixels).nonzero().flatten().tolist() if high in (1, 255) else []
@@ -326,17 +326,17 @@ def _check_floats(pixels: Tensor, real: RealImages) -> None:
     levels = (real.spec.num_bins or 256) - 1
     if low >= 0 and high > 1 + OVERSHOOT:
         cause = (
-            f"the data set's own levels are 0 to {levels}: give data.normalize(images)"
+            f"the data set's own levels are 0 to {levels}: pass data.normalize(images)"
             if high <= levels < 255
-            else "if they use 0 to 255, give images.round().to(torch.uint8)"
+            else "if they use 0 to 255, pass images.round().to(torch.uint8)"
         )
-        raise UserError(f"Samples must lie in [-1, 1], and these reach {high:.4g}: {cause}.")
+        raise UserError(f"Samples must lie in [-1, 1], but these reach {high:.4g}: {cause}.")
     if in_unit_interval(pixels):
         some = pixels[evenly_spaced_indices(len(pixels), MAX_CONVERTED)].float()
         read, rescaled = (quantize_images(x, real.spec) for x in (some.clamp(-1, 1), (2 * some - 1).clamp(-1, 1)))
         if real.explains(real.distance(read), real.distance(rescaled), len(some)):
             raise UserError(
-                f"Samples lie in [0, 1] ({low:.3g} to {high:.3g}), and floats are read as [-1, 1]: give 2 * images - 1."
+                f"Samples lie in [0, 1] ({low:.3g} to {high:.3g}), but floats are read as [-1, 1]: pass 2 * images - 1."
             )
 
 
@@ -357,7 +357,7 @@ def _listed(levels: list[int]) -> str:
 
 
 def _check_padding(images: Tensor, spec: DataSpec) -> list[str]:
-    """Images of the padded size whose padding is not black."""
+    """A warning for images of the padded size whose padding is not black."""
     if not spec.padding or images.shape[2:] != spec.shape[1:]:
         return []
     black = 0 if images.dtype == torch.uint8 else -1
@@ -384,7 +384,7 @@ def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]
         scale = (
             f"multiply by {255 / high:.2g} before saving"
             if low <= bottom + TOLERANCE
-            else "images in [0, 1] were read as [-1, 1]: give 2 x - 1"
+            else "images in [0, 1] were read as [-1, 1]: pass 2 x - 1"
             if low in (127, 128)
             else f"stretch them to {bottom} to {top} before saving"
         )
@@ -428,7 +428,7 @@ def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]
 
 
 def _find_conversion(images: Tensor, real: RealImages) -> str | None:
-    """The conversion after which samples match real images, if they do not match as they are."""
+    """The conversion after which samples match real images; None if they already match, or if there is none."""
     subset = images[evenly_spaced_indices(len(images), MAX_CONVERTED)]
     distance = real.distance(subset)
     if not real.explains(distance, 0.0, len(subset)):
@@ -437,12 +437,12 @@ def _find_conversion(images: Tensor, real: RealImages) -> str | None:
     smallest = min(candidates.values())
     if not real.explains(distance, smallest, len(subset)):
         return None
-    # Of several equally good ones (symmetric images can be rotated or mirrored), the first is the simplest.
+    # If several are equally good (symmetric images can be rotated or mirrored), the first is the simplest.
     return next(cause for cause, reached in candidates.items() if reached <= smallest + MUCH_CLOSER * CLOSE)
 
 
 def _check_range(images: Tensor, real: RealImages) -> list[str]:
-    """Samples that together cover a smaller range than individual real images."""
+    """A warning for samples that together cover a smaller range than individual real images."""
     low, high = int(images.min()), int(images.max())
     bottom, top = real.range
     flat = real.images.flatten(1)
@@ -452,7 +452,7 @@ def _check_range(images: Tensor, real: RealImages) -> list[str]:
     if not (dark or bright):
         return []
     cause = (
-        "images in [0, 1] were read as [-1, 1] (give 2 x - 1), or the model generates bright images"
+        "images in [0, 1] were read as [-1, 1] (pass 2 x - 1), or the model generates bright images"
         if bright and low >= 127
         else f"check the scale (times {255 / max(high, 1):.2g}?), or the model generates dark images"
         if dark and low <= bottom + TOLERANCE
@@ -462,35 +462,35 @@ def _check_range(images: Tensor, real: RealImages) -> list[str]:
 
 
 def _check_levels(images: Tensor, real: RealImages) -> list[str]:
-    """The background level, the number of distinct levels, and clipping."""
+    """Warnings about the background level, the number of distinct levels, and clipping."""
     found, expected, name = histogram(images), real.histogram, real.spec.name
     warnings = []
     background, other = int(expected.argmax()), int(found.argmax())
     share = float(expected[background])
     if share >= BACKGROUND and float(found[background]) < share / 10 and float(found[other]) >= share / 2:
         warnings.append(
-            f"the background of the samples has level {other}, and that of images of {name} level {background}: check"
-            " the scale, and whether the images are inverted"
+            f"the background of the samples has level {other}, but that of images of {name} has level {background}:"
+            " check the scale, and whether the images are inverted"
         )
     as_many = histogram(real.images[evenly_spaced_indices(len(real.images), len(images))])
     within = slice(int(images.min()), int(images.max()) + 1)
     used, usual = (int((levels[within] > 0).sum()) for levels in (found, as_many))
     if used <= FEW_LEVELS * usual:
         warnings.append(
-            f"samples use {used} distinct grey levels where images of {name} use {usual}: values were thresholded, or"
+            f"samples use {used} distinct grey levels, but images of {name} use {usual}: values were thresholded, or"
             " rounded before they were scaled"
         )
     extreme, usual = (float(shares[0] + shares[255]) for shares in (found, expected))
     if extreme - usual > EXTREME_EXCESS:
         warnings.append(
-            f"{extreme:.0%} of all values are 0 or 255, and {usual:.0%} in images of {name}: values were clipped; check"
-            " the scale before that"
+            f"{extreme:.0%} of all values are 0 or 255, but only {usual:.0%} in images of {name}: values were clipped;"
+            " check the scale before clipping"
         )
     return warnings
 
 
 def _check_structure(images: Tensor, real: RealImages) -> list[str]:
-    """Blank images, noise, overflow, and missing color."""
+    """Warnings about blank images, noise, overflow, and missing colour."""
     name = real.spec.name
     some, as_many = (x[evenly_spaced_indices(len(x), MAX_CONVERTED)] for x in (images, real.images))
     warnings = []
@@ -498,12 +498,12 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
         float((x.flatten(2).amax(2) == x.flatten(2).amin(2)).all(1).double().mean()) for x in (images, real.images)
     )
     if blank - usual > REPEATED:
-        warnings.append(f"{blank:.0%} of the samples are blank: each has a single color")
+        warnings.append(f"{blank:.0%} of the samples are blank: each has a single colour")
     rough, usual = (float(x.float().diff(dim=3).abs().mean()) for x in (some, as_many))
     (ratio, circular), (of_real, _) = wrap_ratio(some), wrap_ratio(as_many)
     if rough > max(UNRELATED, 2 * usual) and images.shape[3] > GRID:
         warnings.append(
-            f"adjacent values differ by {rough:.0f} on average, and by {usual:.0f} in images of {name}: samples are"
+            f"adjacent values differ by {rough:.0f} on average, but by {usual:.0f} in images of {name}: samples are"
             " noise, or their pixels are in the wrong order"
         )
     elif ratio - 1 > 2 * (of_real - 1) + WRAPPED and circular < UNRELATED:
@@ -514,7 +514,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
     if images.shape[1] > 1:
         grey, usual = (bool((x == x[:, :1]).all()) for x in (images, real.images))
         if grey and not usual:
-            warnings.append(f"all samples are grey, and images of {name} have color: save all channels")
+            warnings.append(f"all samples are greyscale, but images of {name} have colour: save all channels")
     return warnings
 
 
@@ -523,6 +523,6 @@ def _check_duplicates(images: Tensor, real: RealImages) -> list[str]:
     if share - share_of_copies(real.images) <= REPEATED:
         return []
     return [
-        f"{share:.0%} of the samples are exact copies of others, so neighbor radii may be 0: do not rely on precision,"
-        " recall, density and coverage. Repeated images were given, or the model has collapsed to few images"
+        f"{share:.0%} of the samples are exact copies of others, so neighbour radii may be 0: do not rely on precision,"
+        " recall, density and coverage. The images were repeated, or the model has collapsed to few images"
     ]

@@ -11,21 +11,38 @@ from torch import Tensor
 
 
 class AdversarialLoss(ABC):
-    """A discriminator loss and a generator loss; each network minimises the mean of its own.
+    """Base class of pairs of a discriminator loss and a generator loss; each network minimises the mean of its own.
 
-    Arguments ``real`` and ``fake`` are discriminator scores :math:`D(x_i)` of real images and :math:`D(G(z_i))` of as
-    many fakes, (n,), or (n, patches) for losses without pairs. Losses have the same shape.
+    Arguments ``real`` and ``fake`` are discriminator scores :math:`D(x_i)` of real images and :math:`D(G(z_i))` of the
+    same number of fakes, (n,), or (n, patches) for losses without pairs. Losses have the same shape.
     """
 
     needs_real_scores: ClassVar[bool] = False
     """Whether the generator loss depends on the scores of real images."""
 
     @abstractmethod
-    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor: ...
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The loss :math:`L_D` of each pair of scores.
+
+        Args:
+            real: scores of real images.
+            fake: scores of fakes, of the same shape.
+
+        Returns:
+            The loss, of the shape of the scores.
+        """
 
     @abstractmethod
     def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
-        """``real`` is None unless `needs_real_scores`."""
+        """The loss :math:`L_G` of each fake.
+
+        Args:
+            real: scores of real images; None unless `needs_real_scores`.
+            fake: scores of fakes.
+
+        Returns:
+            The loss, of the shape of the scores.
+        """
 
     def margin(self, real: Tensor, fake: Tensor) -> Tensor:
         """How confidently the discriminator classifies real images as real, (n,); positive if it is right."""
@@ -36,7 +53,8 @@ class AdversarialLoss(ABC):
 class NonSaturating(AdversarialLoss):
     r"""The non-saturating loss of Goodfellow et al. (2014), "Generative adversarial nets".
 
-    :math:`L_D = -\log S(D(x)) - \log(1 - S(D(G(z))))` and :math:`L_G = -\log S(D(G(z)))`, S the logistic function.
+    :math:`L_D = -\log S(D(x)) - \log(1 - S(D(G(z))))` and :math:`L_G = -\log S(D(G(z)))`, S the logistic function
+    (https://arxiv.org/abs/1406.2661).
     """
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -48,9 +66,10 @@ class NonSaturating(AdversarialLoss):
 
 @dataclass(frozen=True)
 class Hinge(AdversarialLoss):
-    r"""The hinge loss (Lim and Ye 2017; Miyato et al. 2018, eq. 16 and 17).
+    r"""The hinge loss :math:`L_D = \max(0, 1 - D(x)) + \max(0, 1 + D(G(z)))`, :math:`L_G = -D(G(z))`.
 
-    :math:`L_D = \max(0, 1 - D(x)) + \max(0, 1 + D(G(z)))` and :math:`L_G = -D(G(z))`.
+    Lim and Ye (2017), "Geometric GAN", https://arxiv.org/abs/1705.02894; Miyato et al. (2018), "Spectral normalization
+    for GANs", eq. 16 and 17, https://arxiv.org/abs/1802.05957.
     """
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -62,7 +81,7 @@ class Hinge(AdversarialLoss):
 
 @dataclass(frozen=True)
 class Wasserstein(AdversarialLoss):
-    r"""The critic loss of Arjovsky et al. (2017), "Wasserstein GAN", algorithm 1.
+    r"""The critic loss of Arjovsky et al. (2017), "Wasserstein GAN", algorithm 1, https://arxiv.org/abs/1701.07875.
 
     :math:`L_D = D(G(z)) - D(x)` and :math:`L_G = -D(G(z))`. :math:`-L_D` estimates a distance if D is 1-Lipschitz,
     which a penalty (``wgan_gp``) or spectral normalisation enforces. Adding a constant to D changes nothing, so the
@@ -81,11 +100,12 @@ class Wasserstein(AdversarialLoss):
 
 @dataclass(frozen=True)
 class Relativistic(AdversarialLoss):
-    r"""The relativistic pairing loss of Jolicoeur-Martineau (2019).
+    r"""The relativistic pairing loss of Jolicoeur-Martineau (2019), https://arxiv.org/abs/1807.00734.
 
     :math:`L_D = -\log S(D(x_i) - D(G(z_i)))` and :math:`L_G = -\log S(D(G(z_i)) - D(x_i))`: Huang et al. (2024), "The
-    GAN is dead; long live the GAN!", eq. 2 with :math:`f(t) = -\log(1 + e^{-t})`. Each fake is compared with its own
-    real image, so the generator cannot lower its loss by dropping modes (section 2.1).
+    GAN is dead; long live the GAN!", eq. 2 with :math:`f(t) = -\log(1 + e^{-t})`, https://arxiv.org/abs/2501.05441.
+    Each fake is compared with its own real image, so the generator cannot lower its loss by dropping modes (section
+    2.1).
     """
 
     needs_real_scores = True

@@ -27,8 +27,8 @@ VGG16_FILE = "hub/checkpoints/vgg16-397923af.pth"
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity on VGG-16, by torchmetrics; frozen.
 
-    Zhang et al. (2018), "The unreasonable effectiveness of deep features as a perceptual metric". Maps two batches of
-    images (n, 3, H, W) in [-1, 1] to distances (n,).
+    Zhang et al. (2018), "The unreasonable effectiveness of deep features as a perceptual metric",
+    https://arxiv.org/abs/1801.03924. Maps two batches of images (n, 3, H, W) in [-1, 1] to distances (n,).
     """
 
     name = "vgg16"
@@ -40,8 +40,8 @@ class LPIPS(nn.Module):
         except OSError as error:
             raise UserError(
                 f"LPIPS needs the weights of VGG-16, which could not be downloaded ({error}): fetch"
-                " https://download.pytorch.org/models/vgg16-397923af.pth on a machine with a network, and put it at"
-                f" TORCH_HOME/{VGG16_FILE}. The offline default is model/perceptual=trained."
+                " https://download.pytorch.org/models/vgg16-397923af.pth on a machine with internet access, and put it"
+                f" at TORCH_HOME/{VGG16_FILE}. The offline default is model/perceptual=trained."
             ) from error
         self.network.requires_grad_(False)
         digest = hashlib.sha256()
@@ -50,7 +50,7 @@ class LPIPS(nn.Module):
         self.sha256 = digest.hexdigest()
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Keeps eval mode: the network is frozen."""
+        """Keeps eval mode, because the network is frozen."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -64,22 +64,24 @@ def lpips(channels: int) -> LPIPS:
         UserError: the images do not have three channels.
     """
     if channels != 3:
-        raise UserError(f"LPIPS needs images of 3 channels; these have {channels}: use model/perceptual=trained.")
+        raise UserError(f"LPIPS needs images with 3 channels, but these have {channels}: use model/perceptual=trained.")
     with torch.random.fork_rng(devices=[]):
         return LPIPS()
 
 
 class Autoencoder(TrainedModel):
-    r"""An autoencoder whose latents are small images: the first stage of latent diffusion.
+    r"""An autoencoder whose latents are small images, for latent diffusion.
 
-    Esser et al. (2021), "Taming transformers for high-resolution image synthesis"; Rombach et al. (2022),
-    "High-resolution image synthesis with latent diffusion models". The loss of encoder and decoder per image is
+    Esser et al. (2021), "Taming transformers for high-resolution image synthesis", https://arxiv.org/abs/2012.09841;
+    Rombach et al. (2022), "High-resolution image synthesis with latent diffusion models",
+    https://arxiv.org/abs/2112.10752. The loss of encoder and decoder per image is
 
     .. math:: |x - y|_1 + w_{perc} d(x, y) + L_{reg} - w_{adv} \lambda D(y),
 
-    with reconstruction y, the norm a mean over real pixels, d a perceptual distance (`networks.perceptual`), and
-    :math:`L_{reg}` the penalty of the bottleneck (KL or commitment). A patch discriminator with hinge loss is trained
-    once a fraction ``adversarial_start`` of the budget is spent; before, the last term is absent. The adaptive weight
+    with reconstruction y, the norm a mean over all pixels except padding, d a perceptual distance
+    (`networks.perceptual`), and :math:`L_{reg}` the penalty of the bottleneck (KL or commitment). A patch discriminator
+    with hinge loss is trained once a fraction ``adversarial_start`` of the budget is spent; before that, the last term
+    is absent. The adaptive weight
 
     .. math:: \lambda = |\nabla L_{rec}| / |\nabla D|,
 
@@ -120,8 +122,8 @@ class Autoencoder(TrainedModel):
         if perceptual_weight < 0 or adversarial_weight < 0 or not 0 <= adversarial_start <= 1:
             raise UserError(
                 f"model.perceptual_weight={perceptual_weight}, model.adversarial_weight={adversarial_weight},"
-                f" model.adversarial_start={adversarial_start}: weights cannot be negative, and the last is a fraction"
-                " of the budget, 0 to 1."
+                f" model.adversarial_start={adversarial_start}: the weights must be at least 0, and the start, a"
+                " fraction of the budget, in [0, 1]."
             )
         self.automatic_optimization = False
         self.coder = AutoencoderCore(spec, encoder=encoder, decoder=decoder, bottleneck=bottleneck)
@@ -201,7 +203,7 @@ class Autoencoder(TrainedModel):
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimizers of the autoencoder core and of the discriminator, if any."""
+        """Create the optimisers of the autoencoder core and of the discriminator, if any."""
         assert self.optimizer_factory is not None
         networks = [self.coder, *([] if self.discriminator is None else [self.discriminator])]
         return [self.optimizer_factory(network.parameters()) for network in networks]

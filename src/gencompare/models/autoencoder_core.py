@@ -42,8 +42,8 @@ class AutoencoderCore(nn.Module):
             decoded = self.decoder(torch.zeros(1, bottleneck.channels, *encoded.shape[2:]))
         if decoded.shape[1:] != spec.shape:
             raise UserError(
-                f"The decoder returns images of shape {tuple(decoded.shape[1:])}, and the data have {spec.shape}: give"
-                " encoder and decoder the same channel_mult."
+                f"The decoder returns images of shape {tuple(decoded.shape[1:])}, but the data have {spec.shape}: use"
+                " the same channel_mult for encoder and decoder."
             )
         self.latent_shape: tuple[int, int, int] = (bottleneck.channels, encoded.shape[2], encoded.shape[3])
 

@@ -28,7 +28,7 @@ class Bottleneck(nn.Module, ABC):
     def __init__(self, channels: int) -> None:
         super().__init__()
         if channels < 1:
-            raise UserError(f"model.bottleneck.channels={channels}: latents need at least 1 channel.")
+            raise UserError(f"model.bottleneck.channels={channels} must be at least 1.")
         self.channels = channels
 
     @property
@@ -68,9 +68,10 @@ class Bottleneck(nn.Module, ABC):
 class GaussianPosterior(Bottleneck):
     r"""A diagonal Gaussian posterior with a small KL penalty: :math:`z = \mu + \sigma \epsilon`.
 
-    penalty = ``weight`` :math:`KL(q(z | x) \| N(0, I))`, in nats per latent value: "KL-reg" of Rombach et al. (2022),
-    "High-resolution image synthesis with latent diffusion models", appendix G. The weight is so small that latents keep
-    their information; it only bounds their scale.
+    The penalty is ``weight`` :math:`KL(q(z | x) \| N(0, I))`, in nats per latent value: "KL-reg" of Rombach et al.
+    (2022), "High-resolution image synthesis with latent diffusion models", appendix G,
+    https://arxiv.org/abs/2112.10752. The weight is so small that latents keep their information; it only bounds their
+    scale.
 
     Args:
         channels: number of latent channels c.
@@ -83,7 +84,7 @@ class GaussianPosterior(Bottleneck):
     def __init__(self, channels: int = 4, weight: float = 1e-3) -> None:
         super().__init__(channels)
         if weight < 0:
-            raise UserError(f"model.bottleneck.weight={weight}: it cannot be negative.")
+            raise UserError(f"model.bottleneck.weight={weight} must be at least 0.")
         self.weight = weight
 
     @property
@@ -107,9 +108,10 @@ class GaussianPosterior(Bottleneck):
 class VectorQuantizer(Bottleneck):
     r"""Vector quantisation: each latent vector is replaced by the nearest of K codes.
 
-    van den Oord et al. (2017), "Neural discrete representation learning", eq. 1 and 2; gradients are passed straight
-    through. penalty = ``commitment`` :math:`\mathrm{mean}\,(h - \mathrm{sg}[e])^2`. Codes are moving averages of the
-    vectors assigned to them (appendix A.1):
+    van den Oord et al. (2017), "Neural discrete representation learning", eq. 1 and 2,
+    https://arxiv.org/abs/1711.00937; gradients are passed straight through. The penalty is ``commitment``
+    :math:`\mathrm{mean}\,(h - \mathrm{sg}[e])^2`. Codes are moving averages of the vectors assigned to them (appendix
+    A.1):
 
     .. math::
         N_k \leftarrow \gamma N_k + (1 - \gamma) n_k, \quad
@@ -120,9 +122,9 @@ class VectorQuantizer(Bottleneck):
     codes are in use. All statistics are of the global batch.
 
     The codebook has collapsed if nearly all vectors used only a few codes for as long as it takes to revive the others
-    plus `PATIENCE` steps; `check_collapse` then stops training. A few means 1/50 of the codes, or of the vectors of the
-    batch if these are fewer, and at least two; or one code of a codebook of fewer than ten. Before that, the model is
-    `possibly_collapsed`.
+    plus `PATIENCE` steps; `check_collapse` then stops training. "A few" means 1/50 of the codes (or of the vectors of
+    the batch, if these are fewer), but at least two, or one if the codebook has fewer than ten. Before that, the model
+    is `possibly_collapsed`.
 
     Args:
         channels: number of latent channels c.
@@ -156,7 +158,7 @@ class VectorQuantizer(Bottleneck):
         if num_codes < 2 or commitment < 0 or not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
             raise UserError(
                 f"model.bottleneck with num_codes={num_codes}, commitment={commitment}, decay={decay},"
-                f" revival_threshold={revival_threshold}: give at least 2 codes, a commitment of at least 0, and decay"
+                f" revival_threshold={revival_threshold} needs at least 2 codes, a commitment of at least 0, and decay"
                 " and revival_threshold in [0, 1)."
             )
         self.num_codes, self.commitment, self.decay = num_codes, commitment, decay
@@ -217,7 +219,7 @@ class VectorQuantizer(Bottleneck):
     @property
     def _max_steps_alone(self) -> float:
         """Consecutive steps on a few codes that count as a collapse."""
-        # Steps in which a count falls from 1 to the revival threshold.
+        # Steps in which a count decreases from 1 to the revival threshold.
         threshold = self.revival_threshold
         steps_to_revival = math.log(threshold) / math.log(self.decay) if threshold and self.decay else 0.0
         return steps_to_revival + self.PATIENCE

@@ -25,8 +25,8 @@ class Classifier(TrainedModel):
 
     Minimises the cross-entropy :math:`-\sum_k q_k \log p_k` with smoothed labels
     :math:`q = (1 - \epsilon) \mathrm{onehot}(y) + \epsilon / K` (Szegedy et al. 2016, "Rethinking the Inception
-    architecture", section 7). Training images are randomly rotated, shifted and partly covered. Held-out images are not
-    augmented, and their labels are not smoothed.
+    architecture", section 7, https://arxiv.org/abs/1512.00567). Training images are randomly rotated, shifted and
+    partly covered. Held-out images are not augmented, and their labels are not smoothed.
 
     Args:
         spec: shape and classes of the data, which must have labels.
@@ -51,13 +51,13 @@ class Classifier(TrainedModel):
         **kwargs: Any,
     ) -> None:
         if not spec.num_classes:
-            raise UserError(f"model=classifier needs labels, and data '{spec.name}' has none.")
+            raise UserError(f"model=classifier needs labels, but data '{spec.name}' has none.")
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"model.label_smoothing={label_smoothing}: give a number in [0, 1).")
+            raise UserError(f"model.label_smoothing={label_smoothing} must be in [0, 1).")
         if shift < 0 or cutout < 0:
-            raise UserError(f"model.shift={shift} and model.cutout={cutout} cannot be negative (0 disables them).")
+            raise UserError(f"model.shift={shift} and model.cutout={cutout} must be at least 0 (0 disables them).")
         if rotate and spec.shape[1] != spec.shape[2]:
-            raise UserError(f"model.rotate=true needs square images, and data '{spec.name}' has {spec.shape[1:]}.")
+            raise UserError(f"model.rotate=true needs square images, but data '{spec.name}' has {spec.shape[1:]}.")
         super().__init__(spec, **kwargs)
         self.net: Any = network(channels=spec.shape[0], num_classes=spec.num_classes)
         self.label_smoothing, self.rotate, self.shift, self.cutout = label_smoothing, rotate, shift, cutout
@@ -149,8 +149,9 @@ class NoisyClassifier(TrainedModel):
     r"""A classifier :math:`p(y | x_t)` at all noise levels of a schedule, for classifier guidance.
 
     Minimises :math:`E[-\log p(y | \alpha_t x_0 + \sigma_t \epsilon)]`: Dhariwal and Nichol (2021), "Diffusion models
-    beat GANs on image synthesis", section 4.1. It guides diffusion models with the same schedule. The network input is
-    :math:`x_t / \sqrt{\alpha_t^2 + \sigma_t^2}`, of about unit scale at every noise level.
+    beat GANs on image synthesis", section 4.1, https://arxiv.org/abs/2105.05233. It guides diffusion models with the
+    same schedule. The network input is :math:`x_t / \sqrt{\alpha_t^2 + \sigma_t^2}`, which has about unit scale at
+    every noise level.
 
     Args:
         spec: shape and classes of the data, which must have labels.
@@ -172,12 +173,12 @@ class NoisyClassifier(TrainedModel):
         **kwargs: Any,
     ) -> None:
         if not spec.num_classes:
-            raise UserError(f"model=noisy_classifier needs labels, and data '{spec.name}' has none.")
+            raise UserError(f"model=noisy_classifier needs labels, but data '{spec.name}' has none.")
         super().__init__(spec, **kwargs)
         schedule.check()
         if any(True for _ in schedule.parameters()):
             raise UserError(
-                "A noisy classifier cannot learn its schedule: choose a fixed one, as model/schedule=cosine."
+                "A noisy classifier cannot learn its schedule: choose a fixed one, such as model/schedule=cosine."
             )
         self.schedule, self.times = schedule, times
         self.noise_conditioning = noise_conditioning or LogSNRConditioning()

@@ -49,10 +49,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         latent: a factory ``spec -> Latents``. The model then works on the whitened latents of a frozen autoencoder, and
             every other part works on latents instead of images, except the augmentation. None works on pixels.
         clip_x0: clip predicted images to [-1, 1] while sampling; has no effect on latents, which are unbounded.
-        guidance: guidance of the denoiser while sampling; None samples without.
+        guidance: guidance of the denoiser while sampling; None samples without guidance.
         label_dropout: probability of dropping label and embedding (both together) of a training image, for
             classifier-free guidance. A low-resolution image is never dropped.
-        augmentation: transforms training images and conditions the network on the transform; None does not.
+        augmentation: transforms training images and conditions the network on the transform; None disables it.
         likelihoods: methods that compute bits/dim, by name; used for discrete data.
     """
 
@@ -97,12 +97,12 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @property
     def denoiser(self) -> Denoiser:
-        """The network with its schedule and parameterisation, which is trained."""
+        """The network with its schedule and parameterisation: the denoiser that is trained."""
         return Denoiser(self.network, self.schedule, self.parameterization)
 
     @property
     def sampling_denoiser(self) -> DenoiserProtocol:
-        """The denoiser with guidance and clipping, which is sampled."""
+        """The denoiser with guidance and clipping, which the sampler calls."""
         guided = self.denoiser if self.guidance is None else Guided(self.denoiser, self.guidance, self.drop_cond)
         return self._clip(guided)
 
@@ -115,7 +115,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @property
     def data_likelihood(self) -> DataLikelihood:
-        """p(x_0 | mean, std) of the pixels, or of latents, which are continuous."""
+        """p(x_0 | mean, std) for the pixels, or for latents, which are continuous."""
         if isinstance(self.space, PixelSpace):
             return DataLikelihood(self.spec.num_bins, self.space.mask, self.spec.num_values)
         return DataLikelihood(None, self.space.mask, math.prod(self.space.latent_shape))
@@ -159,7 +159,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Interpolations, inpaintings, round trips through the noise, and sampling trajectories.
 
-        Encoding and decoding leave guidance out, which would amplify their differences. Inpaintings and trajectories
+        Encoding and decoding do not use guidance, which would amplify their differences. Inpaintings and trajectories
         use the sampler and the guidance of the model.
         """
         cond, x = self._sampling_conditions(cond), self.space.encode(x)
@@ -185,7 +185,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return cond
 
     def _recheck(self) -> None:
-        """Repeats the checks whose result may have changed: of a learned schedule, a replaced sampler, and guides."""
+        """Repeats the checks of parts that may have changed: a learned schedule, a replaced sampler, and guides."""
         if self._has_learned_schedule or self._checked != (self.schedule, self.sampler):
             self.schedule.check()
             check_sampling_start(self.schedule, self.sampler)
@@ -218,7 +218,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         self, method: LikelihoodMethod, x: Tensor, cond: Cond, generator: torch.Generator
     ) -> dict[str, Tensor]:
         if self._has_learned_schedule:
-            self.schedule.check()  # the bound does not hold if the log-SNR rises
+            self.schedule.check()  # the bound does not hold if the log-SNR increases
         return method.terms(self.denoiser, x, self.select_conditions(cond), self.data_likelihood, generator)
 
     def noise_schedule(self) -> dict[str, list[float]]:
@@ -273,15 +273,16 @@ def _check_training(schedule: NoiseSchedule, parameterization: Parameterization,
     objective.check(schedule, parameterization)
     if not objective.trains_schedule and any(True for _ in schedule.parameters()):
         warnings.warn(
-            f"{type(objective).__name__} trains no schedule: {type(schedule).__name__} keeps its initial values."
-            " Bounds train it (model/objective=vlb, or vlb_discrete with model.objective.num_timesteps=50).",
+            f"{type(objective).__name__} does not train the schedule: {type(schedule).__name__} keeps its initial"
+            " values. Use a variational bound (model/objective=vlb, or vlb_discrete with"
+            " model.objective.num_timesteps=50).",
             stacklevel=4,
         )
         schedule.requires_grad_(False)
     if not objective.trains_variance and parameterization.learns_variance:
         warnings.warn(
-            f"{type(objective).__name__} trains no variance: the variance of the reverse steps keeps its initial"
-            " values. Use model/objective=hybrid or vlb_discrete, or a parameterization without a learned variance"
+            f"{type(objective).__name__} does not train the variance of the reverse steps, which keeps its initial"
+            " values. Use model/objective=hybrid or vlb_discrete, or a parameterisation without a learned variance"
             " (eps, v, ...).",
             stacklevel=4,
         )
@@ -313,7 +314,7 @@ def _check_latents(model: Diffusion) -> None:
         )
     if "low_res" in model.spec.conditions:
         raise UserError(
-            "A low-resolution image is a condition of pixels, and this model works on latents: use model/latent=null."
+            "A low-resolution image is a condition for pixels, but this model works on latents: use model/latent=null."
         )
 
 
@@ -334,7 +335,7 @@ def _check_noise_levels(network: nn.Module, schedule: NoiseSchedule, parameteriz
 def _check_label_dropout(model: Diffusion) -> None:
     check_number("model.label_dropout", model.label_dropout)
     if not 0 <= model.label_dropout <= 1:
-        raise UserError(f"model.label_dropout={model.label_dropout}: give a probability from 0 to 1.")
+        raise UserError(f"model.label_dropout={model.label_dropout} must be in [0, 1].")
     if model.label_dropout and not model.has_droppable_cond:
         raise UserError(
             f"model.label_dropout={model.label_dropout} needs labels or embeddings: add model.conditional=true."
@@ -348,8 +349,8 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
         shape = spec.shape if guide_space is None else guide_space.latent_shape
         if shape != space.latent_shape or isinstance(guide_space, Latents) != isinstance(space, Latents):
             raise UserError(
-                f"model.guidance.{name} works on images of {shape} and this model on {space.latent_shape}: a guide of"
-                " a model on latents needs the same latents."
+                f"model.guidance.{name} and this model must both work on pixels, or both on latents, of one shape; they"
+                f" have {shape} and {space.latent_shape}."
             )
     incompatibility = guidance.incompatibility(
         is_conditional=model.has_droppable_cond, has_null_cond=model.label_dropout > 0
@@ -357,7 +358,7 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
     if incompatibility is not None:
         raise UserError(incompatibility)
     if guidance.needs_label and not spec.num_classes:
-        raise UserError(f"{type(guidance).__name__} needs labels, and data '{spec.name}' has none.")
+        raise UserError(f"{type(guidance).__name__} needs labels, but data '{spec.name}' has none.")
     for name, guide in guidance.guides().items():
         guide_spec = getattr(guide, "spec", spec)
         if (guide_spec.shape, guide_spec.num_classes) != (spec.shape, spec.num_classes):
@@ -367,8 +368,8 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
             )
         if getattr(guide, "conditional", False) and not (model.conditional or guidance.needs_label):
             raise UserError(
-                f"model.guidance.{name} needs a class for each image, and this model has none to pass on: train both"
-                " with model.conditional=true, or both without."
+                f"model.guidance.{name} needs a class for each image, but this model is unconditional: train both with"
+                " model.conditional=true, or both without."
             )
         if missing := sorted(getattr(guide_spec, "conditions", {}).keys() - spec.conditions.keys()):
             raise UserError(
@@ -382,7 +383,7 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
 def check_same_latents(space: Latents | PixelSpace, guidance: Guidance) -> None:
     """Raises `UserError` if a guide works on the latents of another autoencoder.
 
-    Known once weights are loaded: two autoencoders with the same latent shape have different latents.
+    This is known only once weights are loaded: two autoencoders with the same latent shape have different latents.
     """
     for name, guide in guidance.guides().items():
         guide_space = getattr(guide, "space", None)
@@ -392,6 +393,6 @@ def check_same_latents(space: Latents | PixelSpace, guidance: Guidance) -> None:
             and not guide_space.has_same_whitening(space)
         ):
             raise UserError(
-                f"model.guidance.{name} works on the latents of another autoencoder: train both on one"
-                " (model.latent.autoencoder_run=DIR)."
+                f"model.guidance.{name} works on the latents of another autoencoder: train both models on the same"
+                " one (model.latent.autoencoder_run=DIR)."
             )

@@ -25,9 +25,10 @@ LOG2_CONTRAST_STD, LOG2_SATURATION_STD = 0.5, 1.0
 def sample_color_params(rng: RandomSource, p: float | Tensor) -> Tensor:
     """Sample the parameters of `color_transform`, (n, 5); each transform is applied with probability ``p``.
 
-    Karras et al. (2020), "Training generative adversarial networks with limited data", appendix B: brightness and the
-    base-2 logarithms of contrast and saturation are normal, the hue angle is uniform, and the luma is flipped with
-    probability 1/2. Parameters of transforms that are not applied are 0.
+    Karras et al. (2020), "Training generative adversarial networks with limited data", appendix B,
+    https://arxiv.org/abs/2006.06676: brightness and the base-2 logarithms of contrast and saturation are normal, the
+    hue angle is uniform, and the luma is flipped with probability 1/2. Parameters of transforms that are not applied
+    are 0.
     """
     u, (brightness, contrast, saturation) = rng.uniform((7,)).T, rng.normal((3,)).T
     applied = (u[:5] < p).to(brightness)
@@ -43,7 +44,7 @@ def color_transform(x: Tensor, params: Tensor) -> Tensor:
 
     b is the brightness and, for RGB, :math:`L = c S H F`: contrast c; luma flip :math:`F = I - 2 v v^T` with
     :math:`v = (1, 1, 1) / \sqrt 3`, which inverts the luma and keeps the hue; hue H, a rotation about v; saturation
-    :math:`S = v v^T + s (I - v v^T)`. Grey images are multiples of v, so L is c or -c.
+    :math:`S = v v^T + s (I - v v^T)`. Greyscale images are multiples of v, so L is c or -c.
 
     Args:
         x: images (n, C, H, W), C = 1 or 3.
@@ -78,9 +79,10 @@ CUTOUT_SIZE = 0.5
 class DiscriminatorAugmentation(nn.Module, ABC):
     """Base class: random transforms of real images and fakes before the discriminator.
 
-    Karras et al. (2020), "Training generative adversarial networks with limited data", section 2 and appendix B. Each
-    transform is applied with probability ``strength``. As long as this probability is well below 1, the augmentation
-    does not leak into generated images (section 2.2; up to about 0.8 with all transforms of the paper).
+    Karras et al. (2020), "Training generative adversarial networks with limited data", section 2 and appendix B,
+    https://arxiv.org/abs/2006.06676. Each transform is applied with probability ``strength``. As long as this
+    probability is well below 1, the augmentation does not leak into generated images (section 2.2; up to about 0.8 with
+    all transforms of the paper).
 
     The geometric transforms are those of `diffusion.augmentation`: flip, scaling, rotation, anisotropic scaling and
     translation. Unlike the paper, there are no separate rotations by 90 degrees and integer translations, and less
@@ -90,9 +92,8 @@ class DiscriminatorAugmentation(nn.Module, ABC):
     Args:
         spec: shape of the data.
         color_multiplier: probability multiplier of colour transforms; 0 disables them.
-        cutout_multiplier: probability multiplier of a grey square of half the image side, which the paper did not use
-        in
-            its final set.
+        cutout_multiplier: probability multiplier of a grey square of half the image side, which is not in the final
+            set of transforms of the paper.
     """
 
     strength: Tensor
@@ -101,15 +102,15 @@ class DiscriminatorAugmentation(nn.Module, ABC):
         super().__init__()
         for name, value in (("color_multiplier", color_multiplier), ("cutout_multiplier", cutout_multiplier)):
             if not 0 <= value <= 1:
-                raise UserError(f"model.discriminator_augmentation.{name}={value}: give a number from 0 to 1.")
+                raise UserError(f"model.discriminator_augmentation.{name}={value} must be in [0, 1].")
         if min(spec.shape[1:]) - 2 * spec.padding < 2:
             raise UserError(
-                f"Augmentation needs images of at least 2x2 pixels, and those of data '{spec.name}' are smaller: use"
+                f"Augmentation needs images of at least 2x2 pixels, but those of data '{spec.name}' are smaller: use"
                 " model/discriminator_augmentation=null."
             )
         if color_multiplier and spec.shape[0] not in (1, 3):
             raise UserError(
-                f"Images of {spec.shape[0]} channels are neither grey nor RGB: use"
+                f"Images with {spec.shape[0]} channels are neither greyscale nor RGB: use"
                 " model.discriminator_augmentation.color_multiplier=0."
             )
         self.spec, self.color_multiplier, self.cutout_multiplier = spec, color_multiplier, cutout_multiplier
@@ -147,7 +148,7 @@ class DiscriminatorAugmentation(nn.Module, ABC):
 
 
 class ADA(DiscriminatorAugmentation):
-    r"""Adaptive discriminator augmentation (Karras et al. 2020, section 3).
+    r"""Adaptive discriminator augmentation (Karras et al. 2020, section 3, https://arxiv.org/abs/2006.06676).
 
     The overfitting heuristic :math:`r_t = E[\mathrm{sign}\, D(x)]` over real training images (eq. 1) is 0 for an
     uninformed discriminator and 1 for one that is always right. Every ``interval`` steps, the strength is raised if
@@ -199,7 +200,9 @@ class ADA(DiscriminatorAugmentation):
 
 
 class ScheduledAugmentation(DiscriminatorAugmentation):
-    """Augmentation with a scheduled strength (Huang et al. 2024, "The GAN is dead; long live the GAN!").
+    """Augmentation with a scheduled strength.
+
+    Huang et al. (2024), "The GAN is dead; long live the GAN!", https://arxiv.org/abs/2501.05441.
 
     Args:
         spec: shape of the data.
@@ -211,7 +214,7 @@ class ScheduledAugmentation(DiscriminatorAugmentation):
         super().__init__(spec, **kwargs)
         if not (0 <= ramp.start <= 1 and 0 <= ramp.end <= 1):
             raise UserError(
-                f"model.discriminator_augmentation.ramp: {ramp.start} and {ramp.end} must be probabilities."
+                f"model.discriminator_augmentation.ramp: start={ramp.start} and end={ramp.end} must be in [0, 1]."
             )
         self.ramp = ramp
         self.strength.fill_(ramp.start)

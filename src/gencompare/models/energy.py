@@ -29,8 +29,9 @@ class EBM(GenerativeModel):
     (Hinton 2002, "Training products of experts by minimizing contrastive divergence"). The second mean is over chains
     of ``num_langevin_steps`` Langevin steps. They continue chains of a replay buffer or, with probability
     ``reinit_prob``, start from uniform noise in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling with
-    energy-based models", algorithm 1; reinit_prob = 1 is Nijkamp et al. 2019, "Learning non-convergent non-persistent
-    short-run MCMC toward energy-based model"). Gradients do not flow through the chains. The loss is
+    energy-based models", algorithm 1, https://arxiv.org/abs/1903.08689; reinit_prob = 1 is Nijkamp et al. 2019,
+    "Learning non-convergent non-persistent short-run MCMC toward energy-based model",
+    https://arxiv.org/abs/1904.09770). Gradients do not flow through the chains. The loss is
 
     .. math:: \bar E(x) - \bar E(\tilde x) + \lambda (\overline{E(x)^2} + \overline{E(\tilde x)^2}),
 
@@ -55,8 +56,7 @@ class EBM(GenerativeModel):
         num_sampling_steps: Langevin steps from noise to a sample. A chain of the buffer has
             num_langevin_steps / reinit_prob steps on average when it is reinitialised.
         buffer_size: chains in the replay buffer. In a run, each is used (images seen) / buffer_size times, so short
-        runs
-            need a small buffer.
+            runs need a small buffer.
         reinit_prob: probability that a chain starts from noise.
         energy_l2: weight of the squared energies.
         data_noise: standard deviation of the noise on training images.
@@ -88,15 +88,15 @@ class EBM(GenerativeModel):
         super().__init__(spec, **kwargs)
         if num_langevin_steps < 1 or num_sampling_steps < 1:
             raise UserError(
-                f"model.num_langevin_steps={num_langevin_steps}, model.num_sampling_steps={num_sampling_steps}: both"
-                " must be at least 1."
+                f"model.num_langevin_steps={num_langevin_steps} and model.num_sampling_steps={num_sampling_steps} must"
+                " be at least 1."
             )
         if not 0 <= reinit_prob <= 1:
-            raise UserError(f"model.reinit_prob={reinit_prob}: give a probability from 0 to 1.")
+            raise UserError(f"model.reinit_prob={reinit_prob} must be in [0, 1].")
         if not (energy_l2 >= 0 and data_noise >= 0):
-            raise UserError(f"model.energy_l2={energy_l2}, model.data_noise={data_noise}: neither may be negative.")
+            raise UserError(f"model.energy_l2={energy_l2} and model.data_noise={data_noise} must be at least 0.")
         if not divergence_threshold > 0:
-            raise UserError(f"model.divergence_threshold={divergence_threshold}: give a positive number.")
+            raise UserError(f"model.divergence_threshold={divergence_threshold} must be positive.")
         self.automatic_optimization = False
         self.langevin = langevin
         self.num_langevin_steps, self.num_sampling_steps = num_langevin_steps, num_sampling_steps
@@ -193,7 +193,7 @@ class EBM(GenerativeModel):
         self.snapshot.load_state_dict(checkpoint["last_good"])
 
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Energies of held-out images, with the noise of training images, and of uniform noise. If held-out images have
+        """Energies of held-out images (with noise, like training images) and of uniform noise. If held-out images have
         far higher energies than training images (``energy_data``), the model overfits."""
         cond = self.select_conditions(cond)
         real = self._clamp(x + self.data_noise * rng.normal(x.shape[1:]).to(x))

@@ -20,7 +20,9 @@ from gencompare.rng import RandomSource
 
 
 class GAN(GenerativeModel):
-    r"""A generator and a discriminator, optimised alternately (Goodfellow et al. 2014).
+    r"""A generator and a discriminator, optimised alternately.
+
+    Goodfellow et al. (2014), "Generative adversarial nets", https://arxiv.org/abs/1406.2661.
 
     Each training step splits the batch into ``d_steps`` parts. On each part the discriminator takes one step on
 
@@ -59,7 +61,7 @@ class GAN(GenerativeModel):
     ) -> None:
         super().__init__(spec, **kwargs)
         if latent_dim < 1 or d_steps < 1:
-            raise UserError(f"model.latent_dim={latent_dim}, model.d_steps={d_steps}: both must be at least 1.")
+            raise UserError(f"model.latent_dim={latent_dim} and model.d_steps={d_steps} must be at least 1.")
         self.automatic_optimization = False
         self.adversarial, self.penalty = adversarial, dict(penalty or {})
         self.latent_dim, self.d_steps = latent_dim, d_steps
@@ -96,7 +98,7 @@ class GAN(GenerativeModel):
         single_process = len(rng) == rng.total
         if rng.total < self.d_steps or not (single_process or len(rng) % self.d_steps == 0):
             raise UserError(
-                f"model.d_steps={self.d_steps} splits the batch of each process, which has {len(rng)} images: make"
+                f"model.d_steps={self.d_steps} must divide the batch of each process, which has {len(rng)} images: make"
                 " trainer.global_batch_size a multiple of d_steps times the number of processes."
             )
         for k in range(self.d_steps):
@@ -142,7 +144,7 @@ class GAN(GenerativeModel):
         return {"d_held_out": self.score(x, cond, rng), "d_fake": self.score(fake, cond, rng)}
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimizers of the discriminator and of the generator."""
+        """Create the optimisers of the discriminator and of the generator."""
         assert self.optimizer_factory is not None
         return [self.optimizer_factory(network.parameters()) for network in (self.discriminator, self.generator)]
 

@@ -35,7 +35,7 @@ class CosineRamp:
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
-            raise UserError(f"CosineRamp: num_images={self.num_images}: give at least 1.")
+            raise UserError(f"CosineRamp: num_images={self.num_images} must be at least 1.")
 
     def __call__(self, seen: Tensor) -> Tensor:
         """Value after ``seen`` images, a scalar tensor, so that there is no device synchronisation."""
@@ -45,7 +45,7 @@ class CosineRamp:
 
 @dataclass(frozen=True)
 class DiscriminatorStep:
-    """Real images, as many fakes, and their discriminator scores: the input of a `Penalty`."""
+    """The input of a `Penalty`: real images, the same number of fakes, and their discriminator scores."""
 
     real: Tensor
     """(n, C, H, W), requires grad."""
@@ -75,7 +75,7 @@ class Penalty(ABC):
     def __post_init__(self) -> None:
         smallest = min(self.weight.start, self.weight.end) if isinstance(self.weight, CosineRamp) else self.weight
         if not 0 <= smallest < math.inf:
-            raise UserError(f"model.penalty: weight={smallest}: a penalty weight must be finite and not negative.")
+            raise UserError(f"model.penalty: weight={smallest} must be finite and at least 0.")
 
     def factor(self, seen: Tensor) -> Tensor | float:
         """``scale * weight`` after ``seen`` training images."""
@@ -87,7 +87,11 @@ class Penalty(ABC):
 
 
 class R1(Penalty):
-    r"""Gradient penalty at real images, :math:`\frac{w}{2} |\nabla_x D(x)|^2` (Mescheder et al. 2018, eq. 9)."""
+    r"""Gradient penalty at real images, :math:`\frac{w}{2} |\nabla_x D(x)|^2`.
+
+    Mescheder et al. (2018), "Which training methods for GANs do actually converge?", eq. 9,
+    https://arxiv.org/abs/1801.04406.
+    """
 
     scale = 0.5
 
@@ -96,7 +100,11 @@ class R1(Penalty):
 
 
 class R2(Penalty):
-    r"""Gradient penalty at fakes, :math:`\frac{w}{2} |\nabla_x D(G(z))|^2` (Mescheder et al. 2018, eq. 10)."""
+    r"""Gradient penalty at fakes, :math:`\frac{w}{2} |\nabla_x D(G(z))|^2`.
+
+    Mescheder et al. (2018), "Which training methods for GANs do actually converge?", eq. 10,
+    https://arxiv.org/abs/1801.04406.
+    """
 
     scale = 0.5
 
@@ -108,7 +116,7 @@ class WassersteinGP(Penalty):
     r"""Gradient penalty of WGAN-GP, :math:`w (|\nabla_x D(\hat x)| - 1)^2`.
 
     At :math:`\hat x = u x + (1 - u) G(z)` with u uniform in [0, 1) for each pair: Gulrajani et al. (2017), "Improved
-    training of Wasserstein GANs", eq. 3 and algorithm 1 (w = 10).
+    training of Wasserstein GANs", eq. 3 and algorithm 1 (w = 10), https://arxiv.org/abs/1704.00028.
     """
 
     def __call__(self, step: DiscriminatorStep) -> Tensor:

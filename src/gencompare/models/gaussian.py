@@ -24,15 +24,15 @@ LOG2 = math.log(2)
 class GaussianBaseline(GenerativeModel):
     r"""One Gaussian per class, :math:`p(x) = \sum_k \pi_k N(x; m_k, S_k)`, or :math:`p(x | k)` if conditional.
 
-    Fitted to the real pixels by maximum likelihood in closed form, after uniform dequantisation. Dequantisation adds
+    Fitted to the pixels without padding by maximum likelihood in closed form, after uniform dequantisation, which adds
     :math:`\delta^2 / 12` to each variance (:math:`\delta = 2 / (L - 1)` the distance between values), so constant
-    pixels are not singular. A ridge common to all classes, selected by the likelihood of validation images, is added as
-    well: with fewer images than about twice the pixels, the smallest eigenvalues are far too small.
+    pixels do not make the covariance singular. A ridge common to all classes, selected by the likelihood of validation
+    images, is added as well: with fewer images than about twice the pixels, the smallest eigenvalues are far too small.
 
     A covariance is stored as :math:`S = W^T W + s I`. The rows of W are scaled leading eigenvectors, and s is the mean
     of the other eigenvalues: the maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999, eqs. 7 and
     8). It is the full covariance if W has as many rows as there are pixels, which ``max_parameters`` limits (64 MB by
-    default: full for ten classes of 28x28 grey images; 546 of 3,072 directions per class for CIFAR-10).
+    default: full for ten classes of 28x28 greyscale images; 546 of 3,072 directions per class for CIFAR-10).
 
     Args:
         spec: shape, classes and value range of the data.
@@ -93,11 +93,11 @@ class GaussianBaseline(GenerativeModel):
         return (unpack_batch(b, self.spec) for b in train), val and (unpack_batch(b, self.spec) for b in val)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """An optimizer with learning rate 0, whose step increments the step count of the Trainer."""
+        """An optimiser with learning rate 0, whose step increments the step count of the Trainer."""
         return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """Empty: there is only one step."""
+        """An empty dictionary, since there is only one step."""
         return {}
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class GaussianBaseline(GenerativeModel):
     # Density
 
     def _flat(self, x: Tensor) -> Tensor:
-        """Real pixels, (n, d)."""
+        """Pixels without padding, (n, d)."""
         return self.spec.crop(x).flatten(1)
 
     def _log_density(self, x: Tensor, k: int, ridge: float = 0.0) -> Tensor:
@@ -172,7 +172,7 @@ class GaussianBaseline(GenerativeModel):
         orthonormal directions, :math:`S^{-1} = \sum_i v_i v_i^T / (s + w_i) + (I - \sum_i v_i v_i^T) / s`.
 
         Args:
-            x: real pixels, (n, d).
+            x: pixels without padding, (n, d).
             k: component.
             ridge: added to s.
         """
@@ -210,7 +210,10 @@ class GaussianBaseline(GenerativeModel):
         return -(self.log_density(x, cond) / self.spec.num_values + log_width) / LOG2
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        """The density: exact for continuous data, a bound by uniform dequantisation for discrete data (Theis 2016)."""
+        """The density: exact for continuous data, and a bound by uniform dequantisation for discrete data.
+
+        Theis et al. (2016), "A note on the evaluation of generative models", https://arxiv.org/abs/1511.01844.
+        """
         return {"density": LikelihoodEstimate("bound" if self.bin_width else "exact", self._terms)}
 
     def _terms(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
@@ -223,8 +226,8 @@ class GaussianBaseline(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        r"""Samples :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`, clamped to [-1,
-        1]."""
+        r"""Samples :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`, clamped to
+        :math:`[-1, 1]`."""
         component, device = self.label(self.select_conditions(cond)), self.mean.device
         if component is None:
             component = torch.multinomial(self.weight, n, replacement=True, generator=generator)

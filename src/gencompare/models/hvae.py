@@ -27,23 +27,24 @@ MAX_CONSECUTIVE_SKIPS = 50
 class HVAE(GenerativeModel):
     r"""A VAE with latents :math:`z_1, ..., z_L` at several resolutions, from coarse to fine.
 
-    Child (2021), "Very deep VAEs generalize autoregressive models and can outperform them on images". The evidence
-    lower bound is
+    Child (2021), "Very deep VAEs generalize autoregressive models and can outperform them on images",
+    https://arxiv.org/abs/2011.10650. The evidence lower bound is
 
     .. math:: \log p(x) \ge E_q[\log p(x | z)] - \sum_l E_q KL(q(z_l | z_{<l}, x) \| p(z_l | z_{<l})),
 
     with diagonal Gaussians p and q computed in one top-down network (`networks.hierarchical`). The loss is the negative
     bound in nats per value, with one sample of z per image.
 
-    With KL warm-up, the weight of the KL terms rises linearly to 1 over the first ``kl_warmup_steps`` training steps
-    (Sonderby et al. 2016, "Ladder variational autoencoders"; also NVAE). Without it, latents cost more than they
-    explain while p(x | z) is still wide, and collapse to the prior. The reported bound is not affected.
+    With KL warm-up, the weight of the KL terms increases linearly to 1 over the first ``kl_warmup_steps`` training
+    steps (Sonderby et al. 2016, "Ladder variational autoencoders", https://arxiv.org/abs/1602.02282; also NVAE).
+    Without it, latents cost more than they explain while p(x | z) is still wide, and collapse to the prior. The
+    reported bound is not affected.
 
     Gradient skipping (Child 2021): a step whose gradient norm is above ``grad_skip`` or not
-    finite changes neither weights nor optimizer state. The networks have no normalisation, and occasionally the
+    finite changes neither weights nor optimiser state. The networks have no normalisation, and occasionally the
     posterior of a single image overflows. The thresholds of the paper apply, since its loss is in nats per value too.
     The metric ``skipped`` is the fraction of skipped steps, the buffer ``skipped_steps`` their total number;
-    `MAX_CONSECUTIVE_SKIPS` end the run. The decision costs one device synchronisation per step.
+    `MAX_CONSECUTIVE_SKIPS` skips in a row end the run. The decision costs one device synchronisation per step.
 
     Samples at temperature T draw :math:`z_l \sim N(\mu_l, (T \sigma_l)^2)` instead of the prior
     :math:`N(\mu_l, \sigma_l^2)`. T = 1 is the model; lower temperatures give more typical images. Samples are means of
@@ -75,12 +76,12 @@ class HVAE(GenerativeModel):
         super().__init__(spec, **kwargs)
         if not temperature >= 0:
             raise UserError(
-                f"model.temperature={temperature}: give 0 (the means of the priors) or more; 1 is the model."
+                f"model.temperature={temperature} must be at least 0 (0: the means of the priors, 1: the model itself)."
             )
         if grad_skip is not None and not grad_skip > 0:
-            raise UserError(f"model.grad_skip={grad_skip}: give a norm above 0, or null to take every step.")
+            raise UserError(f"model.grad_skip={grad_skip} must be positive, or null to take every step.")
         if not kl_warmup_steps >= 0:
-            raise UserError(f"model.kl_warmup_steps={kl_warmup_steps}: it cannot be negative (0 disables warm-up).")
+            raise UserError(f"model.kl_warmup_steps={kl_warmup_steps} must be at least 0 (0 disables warm-up).")
         network = getattr(decoder, "func", decoder)
         if isinstance(network, type) and not issubclass(network, TopDownDecoder):
             raise UserError(
@@ -160,7 +161,7 @@ class HVAE(GenerativeModel):
         return {**metrics, "grad_norm": self._grad_status[0], **skipped}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient, or remove it to skip the step: optimizers ignore parameters without a gradient.
+        """Clip the gradient, or remove it to skip the step: optimisers ignore parameters without a gradient.
 
         Gradients are already averaged over processes and unscaled (16-mixed), so all processes decide the same.
         """

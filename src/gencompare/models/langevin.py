@@ -33,8 +33,9 @@ class Langevin:
     If :math:`\eta < 2 / \lambda_{max}`, the variance along an eigenvector of L converges to
     :math:`(T / \lambda) / (1 - \eta \lambda / 2)`, so the bias is of first order in :math:`\eta`.
 
-    :math:`\eta = \epsilon^2 / 2` and :math:`\tau = \epsilon` give T = 1. Du and Mordatch (2019) choose step 10 and
-    noise 0.005 for images u = (x + 1) / 2 in [0, 1], so T = 1.25e-6: gradient descent with little noise. Since
+    :math:`\eta = \epsilon^2 / 2` and :math:`\tau = \epsilon` give T = 1. Du and Mordatch (2019), "Implicit generation
+    and modeling with energy-based models", https://arxiv.org/abs/1903.08689, choose step 10 and noise 0.005 for images
+    u = (x + 1) / 2 in [0, 1], so T = 1.25e-6: gradient descent with little noise. Since
     :math:`\nabla_u E = 2 \nabla_x E`, the same chain in x has 4 times their step (40), twice their noise (0.01), half
     their clipping (0.005), and the same T.
 
@@ -51,14 +52,14 @@ class Langevin:
 
     def __post_init__(self) -> None:
         if not self.step_size > 0:
-            raise UserError(f"model.langevin.step_size={self.step_size}: give a positive number.")
+            raise UserError(f"model.langevin.step_size={self.step_size} must be positive.")
         if not self.noise_std > 0:
             raise UserError(
-                f"model.langevin.noise_std={self.noise_std}: give a positive number; without noise, Langevin steps"
-                " do not sample."
+                f"model.langevin.noise_std={self.noise_std} must be positive; without noise, Langevin steps do not"
+                " sample."
             )
         if self.grad_clip is not None and not self.grad_clip > 0:
-            raise UserError(f"model.langevin.grad_clip={self.grad_clip}: give null, or a positive number.")
+            raise UserError(f"model.langevin.grad_clip={self.grad_clip} must be positive, or null.")
 
     @property
     def temperature(self) -> float:
@@ -110,11 +111,12 @@ def last_state(states: Iterable[Tensor]) -> Tensor:
 class ReplayBuffer(nn.Module):
     """A buffer of persistent chains; each batch takes one chain per image and writes its new state back.
 
-    Du and Mordatch (2019), "Implicit generation and modeling with energy-based models", algorithm 1, and Tieleman
-    (2008), "Training restricted Boltzmann machines using approximations to the likelihood gradient". The chains of a
-    batch are drawn without replacement, and the final state of a chain replaces its entry.
+    Du and Mordatch (2019), "Implicit generation and modeling with energy-based models", algorithm 1,
+    https://arxiv.org/abs/1903.08689, and Tieleman (2008), "Training restricted Boltzmann machines using approximations
+    to the likelihood gradient". The chains of a batch are drawn without replacement, and the final state of a chain
+    replaces its entry.
 
-    With classes, each class has an equal part of the buffer, and an image takes a chain of its own class. So the chains
+    With classes, each class has an equal part of the buffer, and an image takes a chain of its own class, so the chains
     of a batch have the same classes as its images.
 
     Every process has the whole buffer and gathers the rows of the other processes. Discrete images are stored as uint8
@@ -135,7 +137,7 @@ class ReplayBuffer(nn.Module):
         super().__init__()
         self.size_per_class = size // num_classes
         if self.size_per_class < 1:
-            raise UserError(f"model.buffer_size={size}: give at least one chain per class, {num_classes}.")
+            raise UserError(f"model.buffer_size={size} must be at least one chain per class ({num_classes}).")
         dtype = torch.float32 if spec.num_bins is None else torch.uint8
         self.register_buffer("images", torch.zeros(num_classes * self.size_per_class, *spec.shape, dtype=dtype))
         # Entries that were never written: their chains start from noise.
@@ -150,8 +152,8 @@ class ReplayBuffer(nn.Module):
         """
         if rng.total > self.size_per_class:
             raise UserError(
-                f"A batch of {rng.total} images needs as many chains per class, and there are {self.size_per_class}:"
-                " raise model.buffer_size or lower trainer.global_batch_size."
+                f"A batch of {rng.total} images needs at least that many chains per class, but there are only"
+                f" {self.size_per_class}: raise model.buffer_size or lower trainer.global_batch_size."
             )
         # `rng` draws rows of this process; the permutation must be the same on all processes.
         order = torch.randperm(self.size_per_class, generator=rng.generator, device=rng.device)[: rng.total]

@@ -15,7 +15,7 @@ from gencompare.models.autoencoder_core import AutoencoderCore
 
 
 class PixelSpace(nn.Module):
-    """The images themselves: encoding and decoding are the identity."""
+    """The space of images, in which encoding and decoding are the identity."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Latents(nn.Module):
     Args:
         spec: shape and classes of the images.
         autoencoder: a factory ``spec -> model with a coder``, with the settings that the autoencoder was trained with.
-        first_stage: ``autoencoder_run``, the folder of a trained autoencoder, and ``budget``, of training one. The
-            training task uses them, and passes the trained weights to `load_autoencoder`.
+        autoencoder_stage: ``autoencoder_run``, the folder of a trained autoencoder, and ``budget``, the training budget
+            of a new one. Only the training task uses them; it passes the trained weights to `load_autoencoder`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: DataSpec, *, autoencoder: Callable[..., Any], **first_stage: Any) -> None:
+    def __init__(self, spec: DataSpec, *, autoencoder: Callable[..., Any], **autoencoder_stage: Any) -> None:
         super().__init__()
         # Without the networks of its loss, and without advancing the global random state.
         with torch.random.fork_rng(devices=[]):
@@ -70,7 +70,7 @@ class Latents(nn.Module):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Latents:
-        """Stays in eval mode: the autoencoder is frozen."""
+        """Stays in eval mode, because the autoencoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()

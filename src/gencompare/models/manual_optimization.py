@@ -1,4 +1,4 @@
-"""Manual optimization: several optimizers per training step, and rollback of diverged steps."""
+"""Manual optimisation: several optimisers per training step, and rollback of diverged steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gencompare.errors import TrainingStopped, UserError
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Context in which the parameters of ``network`` get no gradients, while its input still does."""
+    """Context manager: parameters of ``network`` get no gradients, but gradients still flow to its input."""
     network.requires_grad_(False)
     try:
         yield
@@ -26,7 +26,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def manual_step(model: pl.LightningModule, optimizer_idx: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Take one step of the optimizer ``optimizer_idx`` of the model; returns the gradient norm before clipping.
+    """Take one step of the optimiser ``optimizer_idx`` of the model; returns the gradient norm before clipping.
 
     Under ``trainer.precision=16-mixed`` the gradient scaler skips steps whose scaled gradients overflow; their norm is
     returned as 0.
@@ -60,7 +60,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class Snapshot:
-    """A copy of the model and optimizer state, for rollback when training diverges.
+    """A copy of the model and optimiser state, for rollback when training diverges.
 
     The model reports the outcome of each step. A copy is made before the first step and after each ``every_n_steps``
     successful steps without rollback. After a rollback, training continues with other images and noise, so it may pass
@@ -144,7 +144,7 @@ class Snapshot:
 
 
 def _optimizer(model: pl.LightningModule) -> Any:
-    """The only optimizer of the model, without Lightning's wrapper."""
+    """The only optimiser of the model, without Lightning's wrapper."""
     return model.optimizers(use_pl_optimizer=False)
 
 

@@ -2,7 +2,7 @@ r"""Likelihoods of pixels given a decoder output, p(x | h), independent across p
 
 Images are in [-1, 1]. With L = ``num_bins`` they take the values :math:`-1 + k \Delta`, :math:`\Delta = 2 / (L - 1)`,
 and a likelihood is the probability of exactly that value, so that bits/dim are those of a lossless code. With
-``num_bins`` None, data are continuous and it is a density. (`BernoulliLikelihood` on grey images is an exception.)
+``num_bins`` None, data are continuous and it is a density. (`BernoulliLikelihood` on greyscale images is an exception.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PixelLikelihood(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        r""":math:`\log p(x | h)` in nats, summed over real pixels, (n,)."""
+        r""":math:`\log p(x | h)` in nats, summed over all pixels except padding, (n,)."""
 
     @abstractmethod
     def mean(self, h: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def require_num_bins(spec: DataSpec, option: str) -> int:
     """
     if spec.num_bins is None:
         raise UserError(
-            f"model/likelihood={option} needs discrete pixels, and data '{spec.name}' is continuous: use"
+            f"model/likelihood={option} needs discrete pixels, but data '{spec.name}' is continuous: use"
             " model/likelihood=gaussian."
         )
     return spec.num_bins
@@ -99,8 +99,8 @@ class BernoulliLikelihood(PixelLikelihood):
     This is a probability for images with two values. Grey values are treated as probabilities: the expression is then
     the expected log probability of binary images whose pixels are 1 with probability y, as in Salakhutdinov and Murray
     (2008), "On the quantitative analysis of deep belief networks". It is not normalised over grey values (Loaiza-Ganem
-    and Cunningham 2019, "The continuous Bernoulli"), so `is_data_likelihood` is false for more than two values. The
-    mean :math:`2 S(h) - 1` is a grey image; samples are binary.
+    and Cunningham 2019, "The continuous Bernoulli", https://arxiv.org/abs/1907.06845), so `is_data_likelihood` is false
+    for more than two values. The mean :math:`2 S(h) - 1` is a greyscale image; samples are binary.
     """
 
     def __init__(self, spec: DataSpec) -> None:
@@ -127,9 +127,10 @@ class BernoulliLikelihood(PixelLikelihood):
 
 
 class GaussianLikelihood(PixelLikelihood):
-    r"""Gaussian pixels :math:`N(h, \sigma^2)` with one learned :math:`\sigma` (Rybkin et al. 2021, "sigma-VAE").
+    r"""Gaussian pixels :math:`N(h, \sigma^2)` with one learned :math:`\sigma`.
 
-    A density for continuous data. For discrete data the probability of the bin,
+    Rybkin et al. (2021), "sigma-VAE", https://arxiv.org/abs/2006.13202. For continuous data, `log_prob` is the density;
+    for discrete data it is the probability of the bin,
     :math:`\Phi((x + \Delta/2 - h) / \sigma) - \Phi((x - \Delta/2 - h) / \sigma)`, where the outer bins extend to
     infinity; :math:`\sigma` then has a soft lower bound of 0.015 bins.
     """
@@ -206,7 +207,8 @@ def discretized_logistic_log_prob(x: Tensor, location: Tensor, log_scale: Tensor
     .. math:: \log [S((x + \Delta/2 - m) / s) - S((x - \Delta/2 - m) / s)], \quad \Delta = 2 / (L - 1),
 
     with the logistic function S; the outer bins extend to infinity. Salimans et al. (2017), "PixelCNN++", section 2.1,
-    with one component. Computed without cancellation as :math:`S(a) - S(b) = S(a) S(-b) (1 - e^{b - a})`.
+    with one component, https://arxiv.org/abs/1701.05517. Computed without cancellation as
+    :math:`S(a) - S(b) = S(a) S(-b) (1 - e^{b - a})`.
 
     Args:
         x: values -1 to 1 on a grid of ``num_bins`` values.
@@ -315,7 +317,8 @@ class DiscretizedLogisticMixture(PixelLikelihood):
 
     with P of `discretized_logistic_log_prob`. All channels of a pixel share the component, and the location of a
     channel depends on the channels before it: for RGB, :math:`m_g + a r` and :math:`m_b + b r + c g`. Salimans et al.
-    (2017), "PixelCNN++", sections 2.1 and 2.2; also used by Child (2021), "Very deep VAEs".
+    (2017), "PixelCNN++", sections 2.1 and 2.2, https://arxiv.org/abs/1701.05517; also used by Child (2021), "Very deep
+    VAEs", https://arxiv.org/abs/2011.10650.
 
     The decoder output has at each position K logits of :math:`\pi`, then for each component C locations, C raw log
     scales (`bounded_log_scale`) and C (C - 1) / 2 raw coefficients, mapped to (-1, 1) by tanh: 100 channels for K = 10
@@ -331,7 +334,7 @@ class DiscretizedLogisticMixture(PixelLikelihood):
         super().__init__(spec)
         self.num_bins = require_num_bins(spec, "discretized_logistic_mixture")
         if num_components < 1:
-            raise UserError(f"model.likelihood.num_components={num_components}: a mixture needs at least 1 component.")
+            raise UserError(f"model.likelihood.num_components={num_components} must be at least 1.")
         self.num_components = num_components
         self.num_slopes = self.channels * (self.channels - 1) // 2
         offsets = (torch.arange(num_components) + 0.5) * 2 / num_components - 1

@@ -74,8 +74,8 @@ class MixtureOfGaussians(Prior):
 
     Under a fixed N(0, I), the posteriors of all images together rarely match the prior, and the decoder is sampled
     where it was never trained. The optimal prior is the mixture of posteriors :math:`\frac{1}{N} \sum_n q(z | x_n)`
-    (Tomczak and Welling 2018, "VAE with a VampPrior", section 2). This is the "MoG" baseline of that paper, with fewer
-    components and free parameters.
+    (Tomczak and Welling 2018, "VAE with a VampPrior", section 2, https://arxiv.org/abs/1705.07120). This is the "MoG"
+    baseline of that paper, with fewer components and free parameters.
 
     Args:
         dim: dimension d of z.
@@ -90,7 +90,7 @@ class MixtureOfGaussians(Prior):
     def __init__(self, dim: int, *, num_components: int = 100) -> None:
         super().__init__()
         if num_components < 1:
-            raise UserError(f"model.prior.num_components={num_components}: a mixture needs at least 1 component.")
+            raise UserError(f"model.prior.num_components={num_components} must be at least 1.")
         self.weights = nn.Parameter(torch.zeros(num_components))
         self.places = nn.Parameter(torch.randn(num_components, dim) / self.GAIN)
         self.spreads = nn.Parameter(torch.zeros(num_components, dim))

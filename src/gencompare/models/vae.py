@@ -19,9 +19,10 @@ from gencompare.rng import RandomSource
 
 
 class VAE(GenerativeModel):
-    r"""A VAE with a diagonal Gaussian posterior over one latent vector (Kingma and Welling 2014).
+    r"""A VAE with a diagonal Gaussian posterior over one latent vector.
 
-    The evidence lower bound is
+    Kingma and Welling (2014), "Auto-encoding variational Bayes", https://arxiv.org/abs/1312.6114. The evidence lower
+    bound is
 
     .. math:: \log p(x) \ge E_q[\log p(x | z)] - KL(q(z | x) \| p(z)), \quad q(z | x) = N(\mu(x), \sigma^2(x)),
 
@@ -31,10 +32,11 @@ class VAE(GenerativeModel):
 
     :math:`\beta = 1` and :math:`\lambda = 0` give the bound. Higgins et al. (2017), "beta-VAE", introduce
     :math:`\beta`. :math:`\lambda` (``free_bits``) is the information that each latent dimension may carry at no cost:
-    Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", eq. 15, here per image, so
-    that the loss is a mean over images. With KL warm-up, :math:`\beta` rises linearly over the first
-    ``kl_warmup_steps`` training steps (Sonderby et al. 2016, "Ladder variational autoencoders"). These options change
-    the training loss only, never the reported bound.
+    Kingma et al. (2016), "Improved variational inference with inverse autoregressive flow", eq. 15,
+    https://arxiv.org/abs/1606.04934, here per image, so that the loss is a mean over images. With KL warm-up,
+    :math:`\beta` increases linearly over the first ``kl_warmup_steps`` training steps (Sonderby et al. 2016, "Ladder
+    variational autoencoders", https://arxiv.org/abs/1602.02282). These options change the training loss only, never the
+    reported bound.
 
     `likelihoods` returns the ELBO and, if ``importance_samples`` is positive, the tighter `importance_weighted_bound`.
 
@@ -50,7 +52,7 @@ class VAE(GenerativeModel):
         latent_dim: dimension of z.
         label_dim: dimension of the label embedding of a conditional model.
         beta: weight :math:`\beta` of the KL term.
-        kl_warmup_steps: training steps over which :math:`\beta` rises from 0; 0 disables warm-up.
+        kl_warmup_steps: training steps over which :math:`\beta` increases from 0; 0 disables warm-up.
         free_bits: :math:`\lambda` in bits.
         importance_samples: samples of z per image for the importance-weighted bound; 0 disables it.
         pixel_noise: whether to sample p(x | z) instead of taking its mean.
@@ -76,20 +78,20 @@ class VAE(GenerativeModel):
     ) -> None:
         super().__init__(spec, **kwargs)
         if latent_dim < 1 or label_dim < 1:
-            raise UserError(f"model.latent_dim={latent_dim}, model.label_dim={label_dim}: both must be at least 1.")
+            raise UserError(f"model.latent_dim={latent_dim} and model.label_dim={label_dim} must be at least 1.")
         if not (beta >= 0 and free_bits >= 0):
-            raise UserError(f"model.beta={beta}, model.free_bits={free_bits}: neither may be negative.")
+            raise UserError(f"model.beta={beta} and model.free_bits={free_bits} must be at least 0.")
         if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
-                f"model.kl_warmup_steps={kl_warmup_steps}, model.importance_samples={importance_samples}: give integers"
-                " of at least 0 (0 disables it)."
+                f"model.kl_warmup_steps={kl_warmup_steps} and model.importance_samples={importance_samples} must be"
+                " integers of at least 0 (0 disables it)."
             )
         self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
         self.importance_samples, self.pixel_noise = importance_samples, pixel_noise
         self.likelihood, self.prior = likelihood(spec), prior(latent_dim)
         if free_bits and not self.prior.factorizes:
             raise UserError(
-                f"model.free_bits={free_bits} needs a KL term for each latent dimension, and under this prior the KL"
+                f"model.free_bits={free_bits} needs a KL term for each latent dimension, but under this prior the KL"
                 " divergence is not a sum over dimensions: use model/prior=standard_normal, or model.free_bits=0."
             )
         embed_dim = label_dim if self.conditional else 0

@@ -24,7 +24,7 @@ class SinusoidalEmbedding(nn.Module):
     range of thousands.
 
     Args:
-        dim: even, at least 4.
+        dim: dimension of the embedding; even, at least 4.
     """
 
     frequencies: Tensor
@@ -32,7 +32,7 @@ class SinusoidalEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
-            raise UserError(f"A sinusoidal embedding needs an even number of channels, at least 4, not {dim}.")
+            raise UserError(f"A sinusoidal embedding needs an even number of at least 4 channels, not {dim}.")
         powers = torch.linspace(0, 1, dim // 2, dtype=torch.float64)
         frequencies = torch.exp(-math.log(10_000) * powers).float()
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -147,7 +147,7 @@ class ConditionEmbedding(nn.Module):
         if min(num_classes, low_res_channels, embedding_dim, augment_dim) < 0:
             raise UserError(
                 f"The network's low_res_channels={low_res_channels}, embedding_dim={embedding_dim} and"
-                f" augment_dim={augment_dim} must be 0 for none, or positive."
+                f" augment_dim={augment_dim} must be at least 0 (0: not used)."
             )
         self.low_res_channels, self.embedding_dim = low_res_channels, embedding_dim
         self.label = LabelEmbedding(num_classes, emb_dim) if num_classes else None

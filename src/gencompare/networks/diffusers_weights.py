@@ -30,7 +30,7 @@ RESIDUAL = {
 }
 ATTENTION = {"norm": "group_norm", "qkv": "to_q to_k to_v", "out": "to_out.0"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names of attention layers in older published checkpoints, and today's."""
+"""Names of attention layers in older published checkpoints, and the current ones."""
 
 
 def name_pairs(num_levels: int, num_blocks: int) -> Iterator[tuple[str, str]]:
@@ -74,7 +74,7 @@ def from_diffusers(state_dict: Mapping[str, Tensor], *, num_levels: int, num_blo
         num_blocks: residual blocks per encoder level.
 
     Raises:
-        UserError: if a name is unknown.
+        UserError: if a key is unexpected.
     """
     remaining = {}
     for name, weight in state_dict.items():
@@ -89,8 +89,8 @@ def from_diffusers(state_dict: Mapping[str, Tensor], *, num_levels: int, num_blo
                 converted[f"{ours}.{kind}"] = torch.cat([remaining.pop(name) for name in names])
     if remaining:
         raise UserError(
-            f"These weights are not those of a UNet2DModel with {num_levels} levels of {num_blocks} blocks: unknown"
-            f" names {', '.join(sorted(remaining)[:3])}."
+            f"These weights are not those of a UNet2DModel with {num_levels} levels of {num_blocks} blocks: unexpected"
+            f" keys {', '.join(sorted(remaining)[:3])}."
         )
     return converted
 

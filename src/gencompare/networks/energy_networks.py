@@ -59,7 +59,7 @@ class EnergyMLP(nn.Module):
     def __init__(self, shape: tuple[int, int, int], *, width: int = 256, depth: int = 3) -> None:
         super().__init__()
         if width < 1 or depth < 1:
-            raise UserError(f"model.energy.width={width}, model.energy.depth={depth}: both must be at least 1.")
+            raise UserError(f"model.energy.width={width} and model.energy.depth={depth} must be at least 1.")
         self.num_features = width
         self.net = mlp(math.prod(shape), width, width, depth - 1)
 
@@ -95,8 +95,8 @@ class EnergyResNet(nn.Module):
         super().__init__()
         if not channels or min(channels) < 1 or num_blocks < 1:
             raise UserError(
-                f"model.energy.channels={list(channels)}, model.energy.num_blocks={num_blocks}: the list must not be"
-                " empty, and all numbers must be at least 1."
+                f"model.energy.channels={list(channels)} must not be empty, and its numbers and"
+                f" model.energy.num_blocks={num_blocks} must be at least 1."
             )
         self.num_features = channels[-1]
         self.act = silu_or_leaky_relu(negative_slope)
@@ -144,7 +144,7 @@ class EnergyConvNet(nn.Module):
         super().__init__()
         if channels < 1 or max_channels < 1:
             raise UserError(
-                f"model.energy.channels={channels}, model.energy.max_channels={max_channels}: both must be at least 1."
+                f"model.energy.channels={channels} and model.energy.max_channels={max_channels} must be at least 1."
             )
         shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)
         widths, self.num_features = [width for width, _, _ in shapes], math.prod(shapes[-1])

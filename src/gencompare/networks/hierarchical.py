@@ -332,7 +332,7 @@ def expand_counts(
     ):
         sides = ", ".join(f"{h}x{w}" for _, h, w in shapes)
         raise UserError(
-            f"model.decoder.{name}={counts}: must be one integer of at least 1, or a list with one of at least"
+            f"model.decoder.{name}={counts} must be one integer of at least 1, or a list with one of at least"
             f" {minimum} for each of {sides}."
         )
     return expanded

@@ -96,7 +96,7 @@ class InstanceNormPlus(nn.Module):
     Shapes: h (n, channels, H, W), c (n, num_levels + emb_dim) -> (n, channels, H, W).
 
     Args:
-        channels: at least 2.
+        channels: number of channels, at least 2.
         num_levels: length of the one-hot noise level, the first entries of c. Its weights for gamma and alpha are
             initialised from N(1, 0.02^2), for beta to 0.
         emb_dim: length of the embedding of other conditions, the remaining entries of c.

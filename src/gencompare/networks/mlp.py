@@ -86,7 +86,7 @@ class DenoisingMLP(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise UserError(f"network.depth={depth}: a denoising MLP needs at least 1 block.")
+            raise UserError(f"network.depth={depth} must be at least 1.")
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
         self.conditions = ConditionEmbedding(

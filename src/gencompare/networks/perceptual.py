@@ -17,7 +17,7 @@ from gencompare.errors import UserError
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 TRAINING_DATA = {1: "fashion_mnist", 3: "cifar10"}
-"""The training data of the shipped perceptual network, by number of image channels."""
+"""The training data of the bundled perceptual network, by number of image channels."""
 
 
 class VGG(nn.Module):
@@ -106,18 +106,18 @@ def unit_length(activations: Tensor) -> Tensor:
 def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = None) -> PerceptualNetwork:
     """Load a perceptual network from a file written by ``task=export`` for a run with the `VGG` classifier.
 
-    It has another architecture and seed than the residual classifiers used in evaluation.
+    Its architecture and seed differ from those of the residual classifiers used in evaluation.
 
     Args:
         channels: channels of the images.
-        weights: path of the file; None loads the shipped one for this number of channels.
+        weights: path of the file; None loads the bundled one for this number of channels.
 
     Raises:
-        UserError: for a missing or damaged file, or one for another number of channels.
+        UserError: for a missing or corrupted file, or one for another number of channels.
     """
     if weights is None and channels not in TRAINING_DATA:
         raise UserError(
-            f"No perceptual network is shipped for images of {channels} channels: train one (see"
+            f"No perceptual network is bundled for images with {channels} channels: train one (see"
             " experiment=cifar10_perceptual) and set model.perceptual.weights=FILE, or use model/perceptual=null."
         )
     path = WEIGHTS_DIR / f"perceptual_{TRAINING_DATA[channels]}.safetensors" if weights is None else Path(weights)
@@ -126,7 +126,7 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["model"])["network"]
         state_dict = {name.removeprefix("net."): value for name, value in load(payload).items()}
-        # The shipped networks were trained with a second head, which the distance does not use.
+        # The bundled networks were trained with a second head, which the distance does not use.
         state_dict = {name: value for name, value in state_dict.items() if not name.startswith("grades.")}
         channels_in, num_classes = state_dict["stages.0.0.weight"].shape[1], len(state_dict["head.weight"])
         network = VGG(channels_in, num_classes, widths=options["widths"])
@@ -135,9 +135,9 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
         raise UserError(f"There is no perceptual network {path}.") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is damaged or not a perceptual network ({type(error).__name__}): create one by task=export of a"
+            f"{path} is corrupted or not a perceptual network ({type(error).__name__}): create one by task=export of a"
             " run such as experiment=cifar10_perceptual."
         ) from error
     if channels_in != channels:
-        raise UserError(f"{path} is for images of {channels_in} channels; these have {channels}.")
+        raise UserError(f"{path} needs images with {channels_in} channels, but these have {channels}.")
     return PerceptualNetwork(network, path.stem, hashlib.sha256(payload).hexdigest())

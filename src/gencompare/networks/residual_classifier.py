@@ -21,7 +21,7 @@ from gencompare.networks.unet_blocks import (
 
 
 class ClassifierBlock(nn.Module):
-    """x + f(x), where f is ``depth`` times a 3x3 convolution, batch norm and GELU."""
+    """x + f(x), where f repeats a 3x3 convolution, batch norm and GELU ``depth`` times."""
 
     def __init__(self, width: int, depth: int = 1) -> None:
         super().__init__()

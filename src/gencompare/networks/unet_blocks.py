@@ -108,7 +108,7 @@ class SelfAttention(nn.Module):
 
     .. math:: h + W_o \, \mathrm{softmax}(q k^T / \sqrt d) v
 
-    where q, k and v are linear in norm(h), pixel by pixel, and each head has d features (Vaswani et al. 2017,
+    where q, k and v are linear projections of norm(h) at each pixel, and each head has d features (Vaswani et al. 2017,
     "Attention is all you need", eq. 1 and section 3.2.2, https://arxiv.org/abs/1706.03762).
 
     Shapes: (n, channels, H, W) -> (n, channels, H, W).

@@ -1,1 +1,1 @@
-"""Where configuration becomes objects: the only rooms that know Hydra. Nothing imports this package."""
+"""Tasks, which build objects from the configuration: the only modules that use Hydra. No other package imports them."""

@@ -26,7 +26,7 @@ def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None
     Args:
         page: the page; its folder contains the rest of the comparison.
         logger: ``cfg.logger``.
-        group: of the W&B run, such as the name of a sweep.
+        group: group of the W&B run, such as the name of a sweep.
     """
     if not logger or "wandb" not in logger:
         return
@@ -55,7 +55,7 @@ def read_table(path: Path) -> Any:
 
 
 def parse_cell(cell: str) -> str | float | None:
-    """A number if the cell is one; None if it is empty."""
+    """The number in a cell, its text if it is not a number, or None if it is empty."""
     try:
         return float(cell)
     except ValueError:

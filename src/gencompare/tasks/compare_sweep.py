@@ -47,11 +47,11 @@ class CompareSweep(Callback):
         if unfinished:
             if not failed_job_codes:  # the jobs ran in other processes
                 failed_job_codes.append(FAILURE_CODE)
-            print(f"{len(unfinished)} of {len(own)} runs did not finish. The same command tries them again.")
+            print(f"{len(unfinished)} of {len(own)} runs did not finish. Repeat the command to retry them.")
             _print_reasons(unfinished)
         earlier = unfinished_runs([folder for folder in folders if folder not in own])
         if earlier:
-            print(f"Of other commands in this folder, {len(earlier)} did not finish:")
+            print(f"{len(earlier)} run(s) of other commands in this folder did not finish:")
             _print_reasons(earlier)
 
 

@@ -56,7 +56,7 @@ def evaluate_run(cfg: DictConfig) -> None:
 
 
 def evaluate_trained_run(cfg: DictConfig) -> None:
-    """Evaluate the run ``cfg.trained_run``, whose weights are those that ``cfg`` would train, as ``cfg`` says.
+    """Evaluate the run ``cfg.trained_run``, whose weights are those that ``cfg`` would train, as ``cfg`` specifies.
 
     The results are added to that run's record, and ``cfg`` is stored in its folder, so that the job counts as done.
     """
@@ -117,8 +117,8 @@ def evaluate_checkpoints(
 ) -> None:
     """Evaluate each of ``checkpoints`` with each sampler of ``cfg``, and add the results to the record of ``folder``.
 
-    All ranks take part; rank 0 writes. Skipped are checkpoints of the same step as an earlier one, and a missing
-    ``best``. Samples are stored until their result is recorded, so that an interrupted evaluation resumes.
+    All ranks take part; rank 0 writes. Checkpoints of the same step as an earlier one, and a missing ``best``, are
+    skipped. Samples are stored until their result is recorded, so that an interrupted evaluation can resume.
     """
     guides = dependency_costs.guide_dependencies(cfg)
     steps: set[int] = set()
@@ -165,15 +165,15 @@ def evaluate_checkpoints(
 def sampling_variants(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
     """Set the sampler and guidance of ``model`` to each variant in turn, and yield the variant's name.
 
-    The first variant is the model's own, then follow those of ``evaluation.samplers`` and ``evaluation.guidance``. A
-    sampler is complete if it has a ``_target_``, else a change of the model's own; guidance is always a change.
+    The first variant is the model's own, followed by those of ``evaluation.samplers`` and ``evaluation.guidance``. A
+    sampler with a ``_target_`` replaces the model's own; one without it, and guidance, changes the model's own.
     """
     samplers = cfg.evaluation.get("samplers") or {}
     guidances = cfg.evaluation.get("guidance") or {}
     own: dict[str, Any] = {"sampler": getattr(model, "sampler", None), "guidance": getattr(model, "guidance", None)}
     for option, attribute, variants in (("samplers", "sampler", samplers), ("guidance", "guidance", guidances)):
         if variants and own[attribute] is None:
-            raise UserError(f"evaluation.{option}: {type(model).__name__} has no {attribute} to change.")
+            raise UserError(f"evaluation.{option}: this {type(model).__name__} has no {attribute} to change.")
     yield "own"
     try:
         for name, change in samplers.items():
@@ -195,7 +195,8 @@ def change_guidance(guidance: Any, change: DictConfig) -> Any:
     unknown = [str(key) for key in change if key not in known]
     if unknown:
         raise UserError(
-            f"evaluation.guidance: {type(guidance).__name__} has no {unknown[0]} to change, only {', '.join(known)}."
+            f"evaluation.guidance cannot change {unknown[0]} of {type(guidance).__name__}: choose from"
+            f" {', '.join(known)}."
         )
     return replace(guidance, **{str(key): value for key, value in change.items()})
 
@@ -242,7 +243,7 @@ def evaluate_external(cfg: DictConfig) -> None:
     """
     sources = [source for source in (cfg.samples, cfg.pretrained) if source is not None]
     if len(sources) > 1:
-        raise UserError("samples= and pretrained= are two evaluations: use only one of them.")
+        raise UserError("samples= and pretrained= cannot be combined: use only one of them.")
     folder = Path(cfg.out)
     refuse_existing_run(folder)
     data = build_data(cfg)

@@ -1,4 +1,4 @@
-"""task=export: write the weights of a run as safetensors, which cannot contain code, also as a diffusers pipeline."""
+"""task=export: write a run's weights as safetensors, which cannot contain code, or as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ UNET2D_OPTIONS = {
     "scale_shift_norm": False, "skip_rescale": False, "progressive_input": None, "progressive_output": None,
     "fourier_exponents": (), "add_input": False,
 }  # fmt: skip
-"""Options of `UNet`, and the values with which it is the ``UNet2DModel`` of diffusers."""
+"""Options of `UNet`, and the values for which it equals the ``UNet2DModel`` of diffusers."""
 
 
 def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
@@ -63,8 +63,8 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
     scheduler = diffusers_scheduler.scheduler_config(model)
     if not isinstance(network, UNet) or scheduler is None:
         raise UserError(
-            "format=diffusers needs a DDPM: a U-Net conditioned on the timestep, a schedule of as many betas, and"
-            " parameterization eps, x0 or v. Leave format out to write one file of weights."
+            "format=diffusers needs a DDPM: a U-Net conditioned on the timestep, a schedule with as many betas, and"
+            " parameterisation eps, x0 or v. Leave format out to write one file of weights."
         )
     if model.autoencoder() is not None:
         raise UserError("format=diffusers does not support latent diffusion: leave format out.")

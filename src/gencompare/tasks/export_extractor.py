@@ -56,7 +56,7 @@ def export_extractor(cfg: DictConfig) -> None:
 
 @torch.inference_mode()
 def accuracy(model: TrainedModel, data: ImageData) -> float:
-    """The share of test images that the model classifies correctly."""
+    """The fraction of test images that the model classifies correctly."""
     assert isinstance(model, SupportsClassification)
     model.eval()
     correct = sum(int((model.logits(x).argmax(1) == cond["label"]).sum()) for x, cond in data.batches("test"))

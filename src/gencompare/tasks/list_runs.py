@@ -19,7 +19,7 @@ from gencompare.tasks.runs.run_folder import is_active
 COLUMNS = ("created", "state", "family", "data", "seed", "metric", "n", "folder")
 RIGHT_ALIGNED = ("seed", "metric", "n")
 PIPE_WIDTH = 240
-"""Width of the table without a terminal, so that lines are not wrapped in a pipe."""
+"""Width of the table if the output is not a terminal, so that lines are not wrapped."""
 
 
 def list_runs(cfg: DictConfig) -> None:

@@ -64,7 +64,7 @@ def call_task(cfg: DictConfig) -> None:
     """Import and call the function ``cfg.task._target_``. Slow imports, such as torch, happen here."""
     for name in ("seed", "num_images"):
         if not isinstance(cfg[name], int):
-            raise UserError(f"{name}={cfg[name]}: must be a whole number.")
+            raise UserError(f"{name}={cfg[name]} must be a whole number.")
     hydra.utils.get_method(cfg.task._target_)(cfg)
 
 

@@ -27,7 +27,7 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
 
     Args:
         overrides: Hydra overrides, such as ``"model=ddpm"`` and ``"model.optimizer.lr=1e-3"``.
-        folder: the run folder; None names one under ``paths.runs`` after date and time.
+        folder: the run folder; None uses one under ``paths.runs`` that is named by date and time.
 
     Raises:
         hydra.errors.HydraException: an override is invalid.

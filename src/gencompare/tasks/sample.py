@@ -21,7 +21,7 @@ from gencompare.tasks.runs.run_folder import run_folder
 def sample(cfg: DictConfig) -> None:
     """Draw ``cfg.num_images`` images and write a grid, and PNG files or an npz file (``arr_0``: uint8 (n, H, W, C))."""
     if cfg.num_images < 1:
-        raise UserError(f"num_images={cfg.num_images}: must be at least 1.")
+        raise UserError(f"num_images={cfg.num_images} must be at least 1.")
     if cfg.task.format not in ("png", "npz"):
         raise UserError(f"task.format={cfg.task.format}: choose png or npz.")
     folder = run_folder(cfg)

@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> None:
     settings are reported before anything is written or trained.
     """
     if "out" not in cfg:
-        raise UserError('This config has no run folder: make it with gencompare.compose("model=ddpm", ...).')
+        raise UserError('This config has no run folder: create it with gencompare.compose("model=ddpm", ...).')
     if cfg.get("trained_run"):
         check_checkpoint_choice(cfg.evaluation.checkpoints)
         evaluate_trained_run(cfg)
@@ -104,7 +104,7 @@ def train(cfg: DictConfig) -> None:
         try:
             trainer.loggers = loggers
             if clock and (model.closed_form or budget.progress(**clock) >= 1):
-                print_on_rank_zero("The budget is already spent: no training is left.")
+                print_on_rank_zero("The budget is already spent, so no training is left.")
             else:
                 fit(trainer, model, data, callbacks, folder, checkpoint_path if clock else None)
             if protocol is not None:
@@ -150,7 +150,7 @@ def record_failures(folder: Path) -> Iterator[None]:
 
 
 def check_optimizer(model: TrainedModel) -> None:
-    """Raise `UserError` if the optimizer refuses its settings."""
+    """Raise `UserError` if the optimiser refuses its settings."""
     try:
         model.build_optimizers()
     except (TypeError, ValueError) as error:
@@ -160,7 +160,7 @@ def check_optimizer(model: TrainedModel) -> None:
 def check_checkpoint_choice(checkpoints: Any) -> None:
     """Raise `UserError` unless ``evaluation.checkpoints`` is a list of last, best, both or neither."""
     if not OmegaConf.is_list(checkpoints) or not {*checkpoints} <= {"last", "best"}:
-        raise UserError(f"evaluation.checkpoints={checkpoints}: must be a list of last, best or both.")
+        raise UserError(f"evaluation.checkpoints={checkpoints} must be a list of last, best or both.")
 
 
 def write_initial_record(

@@ -50,7 +50,7 @@ def validate_metrics(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = build_data(cfg)
     if data.spec.num_bins is None:
-        raise UserError(f"task=validate_metrics needs images, and data '{data.spec.name}' has points.")
+        raise UserError(f"task=validate_metrics needs images, but data '{data.spec.name}' has points.")
     sizes = sorted(int(n) for n in cfg.task.num_images)
     baseline = instantiate(cfg.task.baseline, _partial_=True)(spec=data.spec)
     baseline.fit(data.batches("train"), data.batches("val"))

@@ -1,4 +1,4 @@
-"""task=visualize: interpolations, reconstructions and other images that a trained model can make."""
+"""task=visualize: interpolations, reconstructions and sampling trajectories of a trained model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gencompare.tasks.runs.run_folder import run_folder
 
 
 def visualize(cfg: DictConfig) -> None:
-    """Write the visualizations of some test images by a run's model to ``visualize/`` in the run folder."""
+    """Write visualisations of some test images by a run's model to ``visualize/`` in the run folder."""
     if not isinstance(cfg.task.num_images, int) or cfg.task.num_images < 2:
-        raise UserError(f"task.num_images={cfg.task.num_images}: must be a whole number of at least 2.")
+        raise UserError(f"task.num_images={cfg.task.num_images} must be a whole number of at least 2.")
     folder = run_folder(cfg)
     data = build_data(cfg)
     model = build_model(cfg, data).eval()
     if not isinstance(model, SupportsVisualization):
-        raise UserError(f"task=visualize: {type(model).__name__} has no visualizations: use task=sample.")
+        raise UserError(f"task=visualize: {type(model).__name__} has no visualisations: use task=sample.")
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     device = choose_device(cfg)
     model = model.to(device)

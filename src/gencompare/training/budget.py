@@ -35,12 +35,12 @@ class Budget:
             )
         for name in ("images", "steps"):
             if vars(self)[name] is not None and not isinstance(vars(self)[name], int):
-                raise UserError(f"budget.{name}={vars(self)[name]}: must be a whole number or null.")
+                raise UserError(f"budget.{name}={vars(self)[name]} must be a whole number or null.")
         for name, limit in vars(self).items():
             if isinstance(limit, str):
                 raise UserError(f"budget.{name}={limit} is not a number in YAML: write 1.0e+12 for 1e12.")
             if limit is not None and limit <= 0:
-                raise UserError(f"budget.{name}={limit}: must be positive.")
+                raise UserError(f"budget.{name}={limit} must be positive.")
 
     @property
     def by_time(self) -> bool:
@@ -68,7 +68,7 @@ class Budget:
             spender: their description in the error message.
 
         Raises:
-            UserError: nothing is left.
+            UserError: no budget is left.
         """
         left: dict[str, float] = {}
         for name, spent in (("flops", flops), ("device_minutes", device_seconds / 60)):

@@ -21,12 +21,12 @@ class Checkpoints(Callback):
     The best evaluation has the lowest distance to the validation images. A `possibly_collapsed` model is saved only at
     the end of the budget, or when training stops before any checkpoint exists.
 
-    Lightning's `ModelCheckpoint` is not used because it saves whatever the state of the weights: here, non-finite
-    weights never replace a good checkpoint, and the time of saving does not count as training time.
+    Lightning's `ModelCheckpoint` is not used because it saves the weights in any state: here, non-finite weights never
+    replace a good checkpoint, and the time of saving does not count as training time.
 
     Args:
         dirpath: where the checkpoints are saved.
-        every_minutes: time between checkpoints, besides those at evaluations; 0 saves after every step.
+        every_minutes: time between checkpoints, in addition to those at evaluations; 0 saves after every step.
     """
 
     order = 9
@@ -37,7 +37,7 @@ class Checkpoints(Callback):
 
     def __init__(self, dirpath: Path, every_minutes: float = 2.0) -> None:
         if every_minutes < 0:
-            raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} cannot be negative.")
+            raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} must be at least 0.")
         self.dirpath, self.every_minutes = dirpath, every_minutes
         self._last_time = time.monotonic()
         self.saved: int | None = None

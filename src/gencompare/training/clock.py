@@ -19,15 +19,15 @@ from gencompare.training.budget import Budget
 class TrainingClock(Callback):
     """Counts steps, images and time, seeds each step, and ends training when the budget is spent.
 
-    Before step s, the model's ``rng`` and torch's global generator (dropout) are seeded with (seed, s). So a resumed
-    run is identical to an uninterrupted one, and the noise of an image of the global batch does not depend on the
+    Before step s, the model's ``rng`` and torch's global generator (dropout) are seeded with (seed, s). A resumed run
+    is therefore identical to an uninterrupted one, and the noise of an image of the global batch does not depend on the
     number of processes. Dropout masks differ between ranks.
 
     Lightning has no budget in images, FLOPs or device time, and its `seed_everything` seeds a run once, not each step.
     Other callbacks read the clock as ``pl_module.clock``.
 
     Args:
-        seed: of all random numbers of training.
+        seed: seed of all random numbers of training.
         global_batch_size: images per step, over all processes.
         budget: when to end training.
     """

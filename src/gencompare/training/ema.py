@@ -23,9 +23,9 @@ class EMA(Callback):
     After step s, :math:`\bar w \leftarrow d \bar w + (1 - d) w` with
     :math:`d = \min(\text{decay}, (1 + s) / (10 + s))`: the warm-up of TensorFlow's ExponentialMovingAverage with
     ``num_updates``, which soon discards the initial weights. The average is used for sampling, evaluation and export.
-    Checkpoints contain it under ``ema``, besides the online weights.
+    Checkpoints contain it under ``ema``, in addition to the online weights.
 
-    Lightning's `EMAWeightAveraging` is not used because it has no warm-up, counts a GAN's two optimizers as two steps,
+    Lightning's `EMAWeightAveraging` is not used because it has no warm-up, counts a GAN's two optimisers as two steps,
     and swaps the online weights back before the hooks in which callbacks sample.
 
     Args:
@@ -34,7 +34,7 @@ class EMA(Callback):
 
     def __init__(self, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
-            raise UserError(f"callbacks.ema.decay={decay}: must be at least 0 and less than 1.")
+            raise UserError(f"callbacks.ema.decay={decay} must be in [0, 1).")
         self.decay = decay
         self.average: dict[str, Tensor] = {}
         self.step = 0

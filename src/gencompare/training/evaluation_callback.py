@@ -37,7 +37,7 @@ class CheapMetrics:
 
     Args:
         data: the data set.
-        protocol: whose first extractor measures.
+        protocol: the evaluation protocol, whose first extractor computes the metrics.
         n: number of samples.
     """
 
@@ -76,10 +76,10 @@ class EvaluationCallback(Callback):
         num_val_images: validation images that metrics are averaged over.
         num_samples: samples of `CheapMetrics`; 0 disables them.
         patience: early stopping after this many evaluations without a lower distance; None disables it.
-        protocol: the evaluation protocol, whose first extractor measures; None disables `CheapMetrics`.
+        protocol: the evaluation protocol, whose first extractor computes the metrics; None disables `CheapMetrics`.
         data: the data set.
         folder: the run folder; grids go into ``samples/``.
-        seed: of the samples in the grid and of the noise in validation metrics.
+        seed: seed of the samples in the grid and of the noise in validation metrics.
     """
 
     order = 6
@@ -99,9 +99,9 @@ class EvaluationCallback(Callback):
     ) -> None:
         key = "callbacks.evaluation"
         if min(num_evaluations, num_grid_images, num_val_images, num_samples) < 0:
-            raise UserError(f"{key}: numbers of evaluations, images and samples cannot be negative (0 disables them).")
+            raise UserError(f"{key}: numbers of evaluations, images and samples must be at least 0 (0 disables them).")
         if patience is not None and (patience < 1 or not num_samples):
-            raise UserError(f"{key}.patience={patience}: must be null, or at least 1 with {key}.num_samples above 0.")
+            raise UserError(f"{key}.patience={patience} must be null, or at least 1 with {key}.num_samples above 0.")
         self.num_evaluations, self.num_val_images = num_evaluations, num_val_images
         self.num_grid_images = num_grid_images
         self.cheap_metrics = None

@@ -17,7 +17,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop(Callback):
-    """Ends training after the current step on Ctrl-C or SIGTERM, so that `Checkpoints` saves it. A second signal kills.
+    """Ends training after the current step on Ctrl-C or SIGTERM, so that `Checkpoints` saves it.
+
+    A second signal ends the process at once.
 
     Lightning's own handlers raise an exception in the middle of a step.
     """

@@ -17,7 +17,7 @@ from gencompare.training.clock import clock_of
 class WarmupDecay:
     r"""Linear warm-up, then a constant learning rate or a decay to a fraction of it.
 
-    At step s, the learning rate of the optimizer is multiplied by
+    At step s, the learning rate of the optimiser is multiplied by
 
     .. math:: \min(1, (s + 1) / \text{warmup\_steps}) \, (\text{last} + (1 - \text{last}) \, d(p)),
 
@@ -52,10 +52,10 @@ class WarmupDecay:
 
 
 class LearningRateScheduler(Callback):
-    """Sets the learning rate of all optimizers before each step, by ``model.lr_schedule``.
+    """Sets the learning rate of all optimisers before each step, by ``model.lr_schedule``.
 
     Lightning steps schedulers only under automatic optimisation. This callback also serves manual optimisation, and
-    decays over a budget in any unit. On resuming, the optimizer settings of the config replace those of the
+    decays over a budget in any unit. On resuming, the optimiser settings of the config replace those of the
     checkpoint, so that ``resume=DIR model.optimizer.lr=...`` takes effect.
     """
 

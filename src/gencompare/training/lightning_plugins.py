@@ -31,7 +31,7 @@ class UnwrappedDDPStrategy(DDPStrategy):
     """DDP processes without the DDP module wrapper, for manual optimisation.
 
     The reducer of the wrapper expects one backward pass per forward pass of the whole model. Models with several
-    optimizers have more, and average the gradients of the stepped parameters themselves (`manual_step`).
+    optimisers have more, and average the gradients of the stepped parameters themselves (`manual_step`).
     """
 
     def configure_ddp(self) -> None:

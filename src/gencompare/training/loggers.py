@@ -281,7 +281,7 @@ class MetricLogger(Callback):
 
     def __init__(self, log_every_n_steps: int = 50) -> None:
         if log_every_n_steps < 1:
-            raise UserError(f"callbacks.metric_logger.log_every_n_steps={log_every_n_steps}: must be at least 1.")
+            raise UserError(f"callbacks.metric_logger.log_every_n_steps={log_every_n_steps} must be at least 1.")
         self.log_every_n_steps = log_every_n_steps
         self._means: dict[str, MeanMetric] = {}
 

@@ -20,7 +20,7 @@ LINE_SECONDS, BAR_SECONDS = 15, 0.5
 class TrainingProgressBar(Callback):
     """Shows the progress of training in a terminal, or prints a line every `LINE_SECONDS`; on rank 0 only.
 
-    Lightning's progress bars count batches of an epoch, and here the budget is the unit of progress.
+    Lightning's progress bars count batches of an epoch, whereas here progress is measured by the budget.
     """
 
     order = 8

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 Job = tuple[int, Sequence[str]]
 """The number of a job and its overrides."""
 SIGNAL_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of jobs that a signal stopped, as their records say."""
+"""Exit codes of jobs that a signal stopped, by the state in their records."""
 
 
 class ParallelLauncher(Launcher):
-    """Runs each job in a process of its own, with its share of GPUs and processor cores.
+    """Runs each job in a process of its own, with an equal part of the GPUs and processor cores.
 
     Args:
         n_jobs: number of jobs that run at the same time.
@@ -43,7 +43,7 @@ class ParallelLauncher(Launcher):
 
         assert self.config is not None
         if not isinstance(self.n_jobs, int) or self.n_jobs < 1:
-            raise UserError(f"hydra.launcher.n_jobs={self.n_jobs}: must be a whole number of at least 1.")
+            raise UserError(f"hydra.launcher.n_jobs={self.n_jobs} must be a whole number of at least 1.")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         waiting = list(enumerate(job_overrides, start=initial_job_idx))

@@ -25,14 +25,14 @@ UNSAFE = re.compile(r"[^\w.+-]+")
 
 
 def sweep_folder(overrides: ListConfig, timestamp: str) -> str:
-    """The name of a sweep's folder, such that the same sweep with more values or more seeds uses the same folder.
+    """The name of a sweep's folder. The same sweep with more values or more seeds uses the same folder.
 
     The name contains a hash of fixed overrides with their values and of swept overrides without. Seeds, locations and
     loggers do not count.
 
     Args:
         overrides: the command line, without Hydra's own keys.
-        timestamp: names the folder of other tasks than training, which starts a new folder each time.
+        timestamp: names the folder of tasks other than training, which start a new folder each time.
     """
     from gencompare.tasks.runs.sweep import is_identifying
 
@@ -103,7 +103,7 @@ class SearchSweeper(Sweeper):
         n_trials: trials per study.
         n_jobs: trials that are proposed together, for launchers that run several jobs at once.
         study_per: a config key, each of whose values gets a study of its own; None makes one study.
-        seed: of the proposals.
+        seed: seed of the proposals.
         params: the search space, as Hydra override values by config key; a single value is fixed for all trials.
     """
 
@@ -130,7 +130,7 @@ class SearchSweeper(Sweeper):
         import_optuna()
         for name, count in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
             if not isinstance(count, int) or count < 1:
-                raise UserError(f"hydra.sweeper.{name}={count}: must be a whole number of at least 1.")
+                raise UserError(f"hydra.sweeper.{name}={count} must be a whole number of at least 1.")
         loader = self.hydra_context.config_loader
         args = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = {o.get_key_element(): o for o in OverridesParser.create(config_loader=loader).parse_overrides(args)}

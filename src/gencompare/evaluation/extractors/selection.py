@@ -32,11 +32,11 @@ class ModuleExtractor(Extractor):
         evaluation.extractors=[mine]
 
     Args:
-        spec: of the data to measure.
-        network: any module; it does its own normalization beyond [0, 1].
+        spec: shape and value range of the data to measure.
+        network: any module; it does its own normalisation beyond [0, 1].
         name: names its metrics, such as ``fd_<name>``.
         size: height and width to which images are resized (bilinear, antialiased); None keeps their size.
-        channels: 3 repeats grey images to three channels; None keeps the channels.
+        channels: 3 repeats greyscale images to three channels; None keeps the channels.
 
     Raises:
         UserError: the data are not images, or the network's output is not (n, d).
@@ -49,7 +49,7 @@ class ModuleExtractor(Extractor):
     ) -> None:
         super().__init__()
         if spec.num_bins is None:
-            raise UserError(f"Extractor '{name}' takes images; data '{spec.name}' are continuous.")
+            raise UserError(f"Extractor '{name}' needs images, but data '{spec.name}' are continuous.")
         self.name, self.size, self.channels = name, size, channels
         self.module = network.eval().requires_grad_(False)
         self.hash = state_hash(network)
@@ -82,7 +82,7 @@ ExtractorFactory = Callable[..., Extractor]
 def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:
     """The extractors that a protocol uses by default; the first one ranks.
 
-    For images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and the classifier shipped for the data
+    For images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and the classifier bundled for the data
     set, if there is one, for class metrics and as a second opinion. For points: the identity.
     """
     if spec.num_bins is None:
@@ -97,7 +97,7 @@ def build_extractors(
 
     Args:
         factories: None uses `default_extractors`.
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: weights file for the first extractor.
 
     Raises:

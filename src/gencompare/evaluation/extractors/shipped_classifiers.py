@@ -1,4 +1,4 @@
-"""Small classifiers as extractors, trained by this project and shipped with it."""
+"""Small classifiers as extractors, trained by this project and bundled with it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ MAX_SPATIAL_FEATURES = 128
 FILE_VERSION = 2
 """Version 1 had pre-activation blocks with group norm, and a second head."""
 FALLBACK = {1: "fashion_mnist", 3: "cifar10"}
-"""By number of channels: the data set whose classifier measures data without one of their own."""
+"""The data set whose classifier measures data without a classifier of their own, by number of channels."""
 
 
 def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
     """The classifier extractor for data of ``spec``.
 
-    A data set uses the shipped classifier of its name. Without one, it uses that of Fashion-MNIST (grey) or CIFAR-10
-    (RGB) on images resized to that classifier's size, without class metrics. Continuous data use the identity.
+    A data set uses the bundled classifier of its name. Without one, it uses that of Fashion-MNIST (greyscale) or
+    CIFAR-10 (RGB) on images resized to that classifier's size, without class metrics. Continuous data use the identity.
 
     Args:
-        spec: of the data to measure.
-        weights: a safetensors file written by `save_classifier`, in place of the shipped one.
+        spec: shape and value range of the data to measure.
+        weights: a safetensors file written by `save_classifier`, in place of the bundled one.
     """
     if weights is not None:
         return ClassifierExtractor(Path(weights), spec)
@@ -50,7 +50,7 @@ def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = 
         return ClassifierExtractor(own, spec, expected=shipped_sha256(own))
     if spec.shape[0] not in FALLBACK:
         raise UserError(
-            f"No shipped classifier takes images of {spec.shape[0]} channels: "
+            f"No bundled classifier takes images with {spec.shape[0]} channels: "
             "train one (model=classifier), and set evaluation.weights=FILE."
         )
     other = WEIGHTS_DIR / f"{FALLBACK[spec.shape[0]]}.safetensors"
@@ -62,7 +62,8 @@ class ClassifierExtractor(Extractor):
 
     Args:
         path: the file.
-        spec: of the data to measure. Images of data other than its own are resized, and there are no logits.
+        spec: shape and value range of the data to measure. If these are not the data that the classifier was trained
+            on, images are resized, and there are no logits.
         expected: the SHA-256 that the file must have; None accepts any.
     """
 
@@ -70,13 +71,15 @@ class ClassifierExtractor(Extractor):
         super().__init__()
         state, facts, self.hash = read_classifier(path)
         if expected is not None and self.hash != expected:
-            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {CHECKSUMS.name}. Reinstall gencompare.")
+            raise UserError(f"{path} is corrupted: its SHA-256 is not in {CHECKSUMS.name}. Reinstall gencompare.")
         self.name: str = facts["data"]
         channels, height, width = facts["shape"]
         self.padding: int = facts["padding"]
         self.size = (height - 2 * self.padding, width - 2 * self.padding)
         if spec.shape[0] != channels:
-            raise UserError(f"{path} takes images of {channels} channels, and data '{spec.name}' has {spec.shape[0]}.")
+            raise UserError(
+                f"{path} needs images with {channels} channels, but data '{spec.name}' has {spec.shape[0]}."
+            )
         self.predicts_data_classes = spec.name == facts["data"] and spec.num_classes == facts["num_classes"]
         real = (spec.shape[1] - 2 * spec.padding, spec.shape[2] - 2 * spec.padding)
         if real != self.size:
@@ -120,10 +123,10 @@ def save_classifier(
     """Write a trained `ResidualClassifier` to a file for `ClassifierExtractor`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         state: its state dict. Floating-point values are stored as float16, which changes the logits by less than
             training noise.
-        spec: of its training data.
+        spec: shape and classes of its training data.
         network: its constructor arguments other than channels and classes.
         accuracy: on the test split, after rounding to float16.
         recipe: the command that trained it.
@@ -161,12 +164,12 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]
     except FileNotFoundError as error:
         raise UserError(f"There is no extractor file {path}.") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or not an extractor of gencompare ({type(error).__name__}).") from error
+        raise UserError(f"{path} is corrupted, or not an extractor of gencompare ({type(error).__name__}).") from error
     return state, facts, hashlib.sha256(payload).hexdigest()
 
 
 def shipped_sha256(path: Path) -> str:
-    """The SHA-256 of a shipped file according to ``SHA256SUMS``."""
+    """The SHA-256 of a bundled file according to ``SHA256SUMS``."""
     for line in CHECKSUMS.read_text().splitlines():
         digest, name = line.split()
         if name == path.name:
@@ -175,7 +178,7 @@ def shipped_sha256(path: Path) -> str:
 
 
 def write_checksums() -> None:
-    """Rewrite ``SHA256SUMS`` after a shipped file has changed."""
+    """Rewrite ``SHA256SUMS`` after a bundled file has changed."""
     lines = [
         f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(WEIGHTS_DIR.glob("*.safetensors"))
     ]

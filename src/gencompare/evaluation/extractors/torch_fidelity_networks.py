@@ -25,15 +25,15 @@ def torch_fidelity_network(spec: DataSpec, name: str, weights: str | os.PathLike
 class TorchFidelityExtractor(Extractor):
     """A network of torch-fidelity's registry, with the features of torch-fidelity's Frechet distance.
 
-    The network resizes images itself, as TensorFlow 1 does; grey ones are repeated to three channels.
+    The network resizes images itself, as TensorFlow 1 does; greyscale ones are repeated to three channels.
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         registered: the network's name in torch-fidelity's registry.
         weights: a weights file; None downloads the published one.
 
     Raises:
-        UserError: the weights are missing, damaged or of another network, or the file contains more than weights.
+        UserError: the weights are missing, corrupted or of another network, or the file contains more than weights.
     """
 
     batch_size = 50
@@ -44,7 +44,7 @@ class TorchFidelityExtractor(Extractor):
         self.registered = registered
         self.name = registered.replace("-", "_")
         if spec.num_bins is None or spec.shape[0] not in (1, 3):
-            raise UserError(f"{registered} takes grey or RGB images; data '{spec.name}' has none.")
+            raise UserError(f"{registered} needs greyscale or RGB images, but data '{spec.name}' has none.")
         path = None if weights is None else Path(weights)
         if path is not None:
             _check_file(path, registered)
@@ -91,7 +91,7 @@ class TorchFidelityExtractor(Extractor):
             )
         except NotImplementedError as error:
             raise UserError(
-                f"torch-fidelity reads {self.registered} from torch.hub only, not from a file: copy the folder and the "
+                f"torch-fidelity reads {self.registered} only from torch.hub, not from a file: copy the folder and the "
                 f"checkpoint of torch.hub to {torch.hub.get_dir()}, and omit evaluation.weights."
             ) from error
         except OSError as error:  # URLError is one
@@ -114,7 +114,7 @@ def _registered_class(name: str) -> Any:
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         raise UserError(
-            f"torch-fidelity has no network '{name}': choose one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}."
+            f"torch-fidelity has no network '{name}': choose from {', '.join(FEATURE_EXTRACTORS_REGISTRY)}."
         )
     return FEATURE_EXTRACTORS_REGISTRY[name]
 
@@ -135,7 +135,7 @@ def _check_file(path: Path, name: str) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is damaged, or contains more than weights ({type(error).__name__}).") from error
+        raise UserError(f"{path} is corrupted, or contains more than weights ({type(error).__name__}).") from error
 
 
 def _published_hash(name: str, url: str | None) -> str:
@@ -188,7 +188,7 @@ class InceptionExtractor(TorchFidelityExtractor):
     https://arxiv.org/abs/2103.03841).
 
     Args:
-        spec: of the data to measure.
+        spec: shape and value range of the data to measure.
         weights: a weights file; None downloads the published one.
     """
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
 CONFIDENCE = 0.7
-"""Threshold of `confident_share`. Below 0.82, the probability that the shipped classifiers were trained to predict (ten
+"""Threshold of `confident_share`. Below 0.82, the probability that the bundled classifiers were trained to predict (ten
 classes, label smoothing 0.2)."""
 NUM_SPLITS = 10
 
@@ -26,16 +26,16 @@ def classifier_score(logits: Tensor) -> tuple[float, float]:
 
 
 def confident_share(logits: Tensor) -> float:
-    """Share of images for which one class has a probability of at least `CONFIDENCE`."""
+    """Fraction of images for which one class has a probability of at least `CONFIDENCE`."""
     return float((logits.softmax(1).amax(1) >= CONFIDENCE).double().mean())
 
 
 def class_shares(logits: Tensor) -> list[float]:
-    """Share of images that the classifier assigns to each class."""
+    """Fraction of images that the classifier assigns to each class."""
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return (counts.double() / len(logits)).tolist()
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier assigns to the class that the model was given, ``labels`` (n,)."""
+    """Fraction of images that the classifier assigns to the class that the model was given, ``labels`` (n,)."""
     return float((logits.argmax(1) == labels.to(logits.device)).double().mean())

@@ -34,14 +34,14 @@ ExtraMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
 `GaussianMMD`)."""
 
 HEAVY_TAIL_SHARE = 0.25
-"""A note is added if one image contributes more than this share of the variance of a distance."""
+"""A note is added if one image contributes more than this fraction of the variance of a distance."""
 INFINITY_IMAGES_PER_FEATURE = 3
-"""With fewer samples per feature, the distance at n = infinity is too low by more than its interval."""
+"""With fewer samples per feature, the distance at n = infinity is too low by more than the margin of its interval."""
 
 
 @dataclass(frozen=True)
 class RealFeatures:
-    """Features of the real splits, for the memorization metrics."""
+    """Features of the real splits, for the memorisation metrics."""
 
     train: Features
     val: Features
@@ -57,10 +57,10 @@ def compute_metrics(
     extra_metrics: ExtraMetrics | None = None,
     with_intervals: bool = True,
 ) -> dict[str, Metric]:
-    """Distances, neighbor metrics and class metrics of samples, by name.
+    """Distances, neighbour metrics and class metrics of samples, by name.
 
     Args:
-        features: of the samples.
+        features: features of the samples.
         reference: the real images or statistics to compare with.
         extractor: names the metrics.
         labels: (n,) the class that each sample was generated for.
@@ -101,7 +101,7 @@ def distance_metrics(
     else:
         distance, at_infinity = Estimate(jackknife.value, None), Estimate(jackknife.value_at_infinity, None)
     enough = n >= INFINITY_IMAGES_PER_FEATURE * extractor.dim
-    note = "" if enough else f"too low, from under {INFINITY_IMAGES_PER_FEATURE} images a feature"
+    note = "" if enough else f"too low with fewer than {INFINITY_IMAGES_PER_FEATURE} images per feature"
     return metrics | {
         frechet: distance_metric(distance),
         f"{frechet}_infinity": distance_metric(at_infinity, "extrapolated", note),
@@ -148,16 +148,16 @@ def class_frechet_metric(
     name, real = f"class_{extractor.frechet_name}", reference.features.features
     fewest = min(int((side == c).sum()) for c in reference.labels.unique() for side in (labels, reference.labels))
     if fewest <= extractor.dim:
-        note = f"{fewest} images of a class, {extractor.dim} features"
+        note = f"only {fewest} images of a class, {extractor.dim} features"
         return {name: Metric(None, higher_is_better=False, note=note)}
     distance = class_frechet_distance(features, labels, real, reference.labels)
     return {name: Metric(distance, higher_is_better=False)}
 
 
 def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
-    """Precision, recall, density and coverage against as many reference images as there are samples.
+    """Precision, recall, density and coverage against the same number of reference images as samples.
 
-    The sizes are equal because neighborhoods shrink as a set grows.
+    The sizes are equal because neighbourhoods shrink as a set grows.
     """
     n = min(len(features), len(reference))
     if n <= DENSITY_K:
@@ -177,7 +177,7 @@ def class_metrics(logits: Tensor, labels: Tensor | None, extractor: Extractor) -
     metrics = {extractor.score_name: Metric(score, higher_is_better=True, note=f"parts +- {std:.2g}")}
     if extractor.predicts_data_classes:
         shares = class_shares(logits)
-        note = f"share with a class probability of at least {CONFIDENCE}"
+        note = f"fraction with a class probability of at least {CONFIDENCE}"
         metrics["confident"] = Metric(confident_share(logits), higher_is_better=True, note=note)
         metrics["class_share_min"] = Metric(min(shares), higher_is_better=True)
         metrics["class_share_max"] = Metric(max(shares), higher_is_better=False)
@@ -230,16 +230,16 @@ def add_baselines(metrics: dict[str, Metric], real: dict[str, Metric], note: str
 
 
 def data_class_shares(features: Features, extractor: Extractor) -> list[float] | None:
-    """Share of images in each of the data's classes; None if the extractor does not predict them."""
+    """Fraction of images in each of the data's classes; None if the extractor does not predict them."""
     return class_shares(features.logits) if features.logits is not None and extractor.predicts_data_classes else None
 
 
 def cheap_metrics(images: Tensor, data: EvaluationData, extractor: Extractor, split: str = "val") -> dict[str, float]:
     """The primary metric (first), density and coverage of a few images, for evaluation during training.
 
-    ``split`` is not one that results use. A Frechet distance is biased upwards for small n, but still falls as samples
-    improve: it orders the evaluations of one run at one n, and nothing else. Density and coverage use as many real
-    images as samples, and need at least 6 of each.
+    ``split`` is not one that results use. A Frechet distance is biased upwards for small n, but still decreases as
+    samples improve: use it only to compare evaluations of one run at one n. Density and coverage use the same number of
+    real images as samples, at least 6 of each.
 
     Args:
         images: (n, C, H, W), n at least 3, uint8 or float as `evaluate` takes them.

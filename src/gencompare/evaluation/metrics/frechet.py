@@ -33,7 +33,7 @@ class Statistics:
         x = features.double() - mean
         statistics = cls(mean, x.T @ x / (n - 1), n)
         if n <= d:
-            # The centered features themselves are a root, and a narrow one. Decomposing the singular covariance would
+            # The centred features themselves are a root, and a narrow one. Decomposing the singular covariance would
             # take seconds.
             statistics.__dict__["root"] = (x / math.sqrt(n - 1)).T
         return statistics
@@ -123,7 +123,7 @@ class Jackknife:
     matrix determinant lemma. The integral is evaluated by a trapezoidal rule in :math:`\log t`, so all n distances cost
     one eigendecomposition and a few matrix products.
 
-    A bootstrap that draws images with replacement is wrong here, because repeated images by themselves raise a Frechet
+    A bootstrap that draws images with replacement would be wrong, because repeated images alone increase a Frechet
     distance.
 
     Args:
@@ -161,7 +161,7 @@ class Jackknife:
             return torch.zeros(len(squares), dtype=torch.float64)
         t = _log_grid(self.roots, below=7, above=7, step=0.5)
         share = (b * (squares @ (1 / (self.roots[:, None] ** 2 + t**2)))).clamp_max(1 - 1e-12)
-        # The first-order part of the logarithm has an integral in closed form, and the remainder falls off as t^-4.
+        # The first-order part of the logarithm has an integral in closed form, and the remainder decays as t^-4.
         # Below the first node the integrand is constant.
         weights = 0.5 * t
         weights[0] *= 0.5 + 1 / 0.5

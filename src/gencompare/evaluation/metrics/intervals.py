@@ -18,9 +18,9 @@ MIN_IMAGES = 10
 PAIR_IMAGES = 500
 """Number of images whose pairs estimate the second-order terms."""
 TRIMMED = 0.05
-"""Share of these images that is left out, those with the largest second-order terms."""
+"""Fraction of these images that is left out, those with the largest second-order terms."""
 TAIL = 0.05
-"""Share of the images that the tail estimate uses, on each side."""
+"""Fraction of the images that the tail estimate uses, on each side."""
 LIGHT_TAIL, WIDENING = 0.3, 3.0
 
 
@@ -33,7 +33,7 @@ class Estimate:
     """None for fewer than 10 images."""
     standard_error: float = math.nan
     largest_share: float = 0.0
-    """Largest share of the variance that one image contributes. Above about a quarter, the tails are so heavy that
+    """Largest fraction of the variance that one image contributes. Above about a quarter, the tails are so heavy that
     value and interval depend on few images."""
 
 
@@ -108,7 +108,7 @@ def estimate(value: float, delete_one: Tensor, second_order: Tensor, rows: Tenso
 
 
 def _second_order_moments(q: Tensor, u: Tensor) -> tuple[float, float]:
-    """E q^2 and E[u u' q] over pairs of different images, for q (p, p) after centering its rows and columns.
+    """E q^2 and E[u u' q] over pairs of different images, for q (p, p) after centring its rows and columns.
 
     The images with the largest E q^2 are left out: with heavy tails q^2 has no mean, and the subtracted term must not
     be overestimated.
@@ -122,7 +122,7 @@ def _second_order_moments(q: Tensor, u: Tensor) -> tuple[float, float]:
 
 
 def _u_centered(q: Tensor) -> Tensor:
-    """q minus its row and column means over pairs of different images (U-centering), with a zero diagonal."""
+    """q minus its row and column means over pairs of different images (U-centring), with a zero diagonal."""
     p = len(q)
     q = q - torch.diag(q.diagonal())
     row, total = q.sum(1) / (p - 2), q.sum() / ((p - 1) * (p - 2))

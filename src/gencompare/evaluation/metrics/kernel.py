@@ -24,7 +24,7 @@ BANDWIDTH_IMAGES = 2000
 MIN_EXPONENT = -80.0
 """Smallest exponent. Below it exp() returns denormal numbers, which are a hundred times slower on a CPU."""
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
-"""As in torch-fidelity."""
+"""Number, size and seed of the subsets, as in torch-fidelity."""
 MMD_SCALE = 1000
 
 
@@ -145,7 +145,7 @@ def kernel_distance(features: Tensor, reference: Tensor | KernelReference, kerne
     Args:
         features: (n, d), n at least 3, float32 or float64. Sums are computed in float64.
         reference: (m, d), or its `KernelReference`.
-        kernel: for reference features; the default is a Gaussian kernel of median bandwidth.
+        kernel: the kernel, if ``reference`` is features; by default a Gaussian kernel of median bandwidth.
 
     Raises:
         UserError: features are not finite or too few, or the dimensions differ.

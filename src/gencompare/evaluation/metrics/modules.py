@@ -197,7 +197,7 @@ class KernelDistance(_RealComparison):
 
 
 class Precision(_RealComparison):
-    """Share of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
 
     higher_is_better = True
 
@@ -206,7 +206,7 @@ class Precision(_RealComparison):
 
 
 class Recall(_RealComparison):
-    """Share of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
 
     higher_is_better = True
 
@@ -224,7 +224,7 @@ class Density(_RealComparison):
 
 
 class Coverage(_RealComparison):
-    """Share of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
+    """Fraction of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
 
     higher_is_better = True
 
@@ -233,7 +233,7 @@ class Coverage(_RealComparison):
 
 
 class Authenticity(_RealComparison):
-    """Share of generated images that are not near copies of the real ones, the training images (Alaa et al. 2022)."""
+    """Fraction of generated images that are not near copies of the real (training) images (Alaa et al. 2022)."""
 
     higher_is_better = True
 
@@ -243,7 +243,7 @@ class Authenticity(_RealComparison):
 
 class MemorizationRatio(_FeatureMetric):
     """How much closer samples are to training than to held-out images, see `memorization_ratio`: about 1 without
-    memorization, 0 for copies."""
+    memorisation, 0 for copies."""
 
     higher_is_better = None
     sets = ("generated", "train", "val", "test")
@@ -295,17 +295,17 @@ class ConfidentShare(_ClassifierMetric):
 
 
 class ClassShares(_ClassifierMetric):
-    """Share of generated images that the classifier assigns to each class: missing classes have share 0."""
+    """Fraction of generated images that the classifier assigns to each class: 0 for missing classes."""
 
     higher_is_better = None
 
     def compute(self) -> Tensor:
-        """The shares, (classes,)."""
+        """The fractions, (classes,)."""
         return torch.tensor(class_shares(self._set("generated")))
 
 
 class LabelAccuracy(_ClassifierMetric):
-    """Share of generated images that the classifier assigns to the class that the model was given."""
+    """Fraction of generated images that the classifier assigns to the class that the model was given."""
 
     higher_is_better = True
     sets = ("generated", "labels")
@@ -316,5 +316,5 @@ class LabelAccuracy(_ClassifierMetric):
         self._append("labels", labels)
 
     def compute(self) -> Tensor:
-        """The share, a scalar."""
+        """The fraction, a scalar."""
         return torch.tensor(label_accuracy(self._set("generated"), self._set("labels")))

@@ -1,4 +1,4 @@
-"""Nearest-neighbor metrics: precision, recall, density, coverage, authenticity and memorization."""
+"""Nearest-neighbour metrics: precision, recall, density, coverage, authenticity and memorisation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gencompare.evaluation.extractors.extractor import check_finite
 BLOCK_SIZE = 1000
 """Rows of a distance matrix that are in memory at a time; 10,000 x 10,000 distances never are."""
 QUERY_BLOCK_SIZE = 2000
-"""The same for searches of a single nearest neighbor."""
+"""The same limit for searches of a single nearest neighbour."""
 PRECISION_K, DENSITY_K = 3, 5
-"""Neighbors that define a ball, as in the papers."""
+"""Neighbours that define a ball, as in the papers."""
 COPY_TOLERANCE = 1e-3
 """Largest distance between copies, relative to a point's distance from the mean."""
 
@@ -24,30 +24,30 @@ COPY_TOLERANCE = 1e-3
 class PRDC:
     """Precision, recall, density and coverage; each is about 1 for samples as good and as diverse as real images.
 
-    The ball of an image extends to its k-th nearest neighbor among the images of its own set.
+    The ball of an image extends to its k-th nearest neighbour among the images of its own set.
     """
 
     precision: float
-    """Share of samples inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019, "Improved Precision and Recall
-    Metric", eqs. 1 and 2, https://arxiv.org/abs/1904.06991)."""
+    """Fraction of samples inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019, "Improved Precision and
+    Recall Metric", eqs. 1 and 2, https://arxiv.org/abs/1904.06991)."""
     recall: float
-    """Share of real images inside the ball of a sample, k = 3 (the same paper)."""
+    """Fraction of real images inside the ball of a sample, k = 3 (the same paper)."""
     density: float
     """Number of real images' balls that contain a sample, divided by k = 5 (Naeem et al. 2020, "Reliable Fidelity and
     Diversity Metrics", eq. 3, https://arxiv.org/abs/2002.09797). It may exceed 1."""
     coverage: float
-    """Share of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
+    """Fraction of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
     zero_radii: float = 0.0
-    """Share of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
+    """Fraction of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
     zero_radii_reference: float = 0.0
-    """Share of real images whose ball, k = 5, has radius 0. Density and coverage are then too low, or noise."""
+    """Fraction of real images whose ball, k = 5, has radius 0. Density and coverage are then too low, or noise."""
 
 
 def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
     """Precision, recall, density and coverage of features (n, d) against (m, d), n and m at least 6.
 
     The two sets should have equal sizes, because balls shrink as a set grows. Distances are Euclidean, in float32, and
-    computed from scalar products of features centered about the reference mean (far from zero, small distances would
+    computed from scalar products of features centred about the reference mean (far from zero, small distances would
     lose precision).
 
     Raises:
@@ -56,7 +56,7 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
     for side in (features, reference):
         check_finite(side)
         if len(side) <= DENSITY_K:
-            raise UserError(f"Neighbor metrics need at least {DENSITY_K + 1} images on each side.")
+            raise UserError(f"Neighbour metrics need at least {DENSITY_K + 1} images on each side.")
     center = reference.mean(0)
     samples, real = (features - center).float(), (reference - center).float()
     real_precision_radii, real_density_radii = _radii(real, (PRECISION_K, DENSITY_K))
@@ -82,7 +82,7 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
 
 
 def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """For each k, the distance of every point to its k-th nearest neighbor among the other points, (n,)."""
+    """For each k, the distance of every point to its k-th nearest neighbour among the other points, (n,)."""
     # The smallest distance is that to the point itself. The matrix is symmetric, so half of the blocks suffice.
     smallest = torch.full((len(points), max(ks) + 1), torch.inf)
     for i in range(0, len(points), BLOCK_SIZE):
@@ -107,14 +107,14 @@ def _pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
 
 
 def _share_of_zeros(radius: Tensor, points: Tensor) -> float:
-    """Share of radii (n,) of centered points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
+    """Fraction of radii (n,) of centred points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
     return float((radius <= COPY_TOLERANCE * points.norm(dim=1)).double().mean())
 
 
 def nearest_neighbor(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """(distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
 
-    Neighbors are found with fast scalar products of centered features. Their distances are then computed from
+    Neighbours are found with fast scalar products of centred features. Their distances are then computed from
     differences, which are exact for small distances: a copy must be at distance 0.
     """
     center = keys.mean(0)
@@ -147,19 +147,19 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
     .. math:: r = \frac{d(\text{samples}, \text{train}) / d(\text{samples}, \text{test})}
         {d(\text{val}, \text{train}) / d(\text{val}, \text{test})}
 
-    with :math:`d(a, b)` the mean distance from images of a to their nearest neighbor in b. The denominator corrects for
-    the size of the training set: anything is closer to a larger set, and validation images are real images in neither
-    ``train`` nor ``test``. So r is about 1 without memorization, 1 - s if a share s of the samples are copies of
-    training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test set would
-    miss most copies, since a copy is found in one part only.)
+    with :math:`d(a, b)` the mean distance from images of a to their nearest neighbour in b. The denominator corrects
+    for the size of the training set: anything is closer to a larger set, and validation images are real images in
+    neither ``train`` nor ``test``. So r is about 1 without memorisation, 1 - s if a fraction s of the samples are
+    copies of training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test
+    set would miss most copies, since a copy is found in one part only.)
 
     Distances are between features, because in pixel space a low-contrast image is close to everything.
 
     Args:
-        samples: features (n, d), as are the others.
-        train: of training images.
-        test: of test images.
-        val: of validation images.
+        samples: features of samples, (n, d).
+        train: features of training images.
+        test: features of test images.
+        val: features of validation images.
 
     Returns:
         The ratio; None if a mean distance is 0, which makes it meaningless.
@@ -175,7 +175,7 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
 
 
 def authenticity(samples: Tensor, train: Tensor) -> float:
-    """Share of samples that are farther from their nearest training image than that image is from any other one.
+    """Fraction of samples that are farther from their nearest training image than that image is from any other one.
 
     Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3, https://arxiv.org/abs/2102.08921. Copies
     give 0. Fresh images of the same distribution give one half to three quarters, not 1: compare it with the real-data

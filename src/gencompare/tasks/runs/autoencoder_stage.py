@@ -35,7 +35,7 @@ IDENTIFYING_KEYS = (
 )  # fmt: skip
 """Config keys that affect the weights of the autoencoder."""
 IGNORED_DATA_KEYS = ("root", "cache", "eval_batch_size")
-"""Keys below ``data`` that do not affect them."""
+"""Keys below ``data`` that do not affect the weights of the autoencoder."""
 
 
 def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
@@ -51,7 +51,7 @@ def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
         )
     if not is_finished(Path(run)):
         raise UserError(
-            f"The training of the autoencoder in {run} did not finish: first continue it with"
+            f"The training of the autoencoder in {run} did not finish: continue it first with"
             f" {shell_override('resume', str(run))}."
         )
     cfg = cfg.copy()
@@ -78,8 +78,8 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
         folder = autoencoder_folder(autoencoder_config(cfg), data)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or cfg.trainer.num_nodes > 1:
             raise UserError(
-                "An autoencoder cannot be trained first on several nodes, or by processes that another launcher"
-                " started: train it separately (model=autoencoder), then use model.latent.autoencoder_run=DIR."
+                "The autoencoder stage cannot run on several nodes or under an external launcher (WORLD_SIZE > 1):"
+                " train the autoencoder separately (model=autoencoder), then use model.latent.autoencoder_run=DIR."
             )
         with file_lock(folder.with_name(f".{folder.name}.lock")):
             if not is_finished(folder):
@@ -90,7 +90,7 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
                 try:
                     train(stage)
                 except (SystemExit, KeyboardInterrupt):
-                    print("Stopped while training the autoencoder: the same command resumes it.", flush=True)
+                    print("Stopped while training the autoencoder. Repeat the command to resume.", flush=True)
                     raise
                 leave_process_group()
                 print("Stage 2 of 2: training the latent model.", flush=True)

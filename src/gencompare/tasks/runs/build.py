@@ -98,7 +98,7 @@ def build_callbacks(
             )
         callbacks[name] = callback
     if "clock" not in callbacks:
-        raise UserError("callbacks.clock=null: training would never end. The clock cannot be removed.")
+        raise UserError("callbacks.clock=null is not allowed: without the clock, training would never end.")
     return dict(sorted(callbacks.items(), key=lambda item: getattr(item[1], "order", DEFAULT_ORDER)))
 
 

@@ -152,10 +152,10 @@ def _stem(title: str) -> str:
 
 
 def with_nearest_neighbors(images: Tensor, indices: list[list[int]], data: ImageData) -> Tensor:
-    """Each of the first r samples followed by its k nearest training images, (r (k + 1), C, H, W).
+    """Each of the first r samples, followed by its k nearest training images, (r (k + 1), C, H, W).
 
     Args:
-        indices: of the training images, r lists of k.
+        indices: indices of the training images, r lists of k.
     """
     train = quantize_split(data.split("train")[torch.tensor(indices).flatten()].images, data.spec)
     train = train.reshape(len(indices), -1, *train.shape[1:])
@@ -163,5 +163,5 @@ def with_nearest_neighbors(images: Tensor, indices: list[list[int]], data: Image
 
 
 def displayable(images: Tensor, spec: DataSpec) -> Tensor:
-    """Quantized samples as uint8."""
+    """Quantised samples as uint8."""
     return images if images.dtype == torch.uint8 else to_uint8(images.clamp(-1, 1), spec)

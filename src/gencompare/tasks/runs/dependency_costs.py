@@ -1,4 +1,4 @@
-"""The training cost of a model including its dependencies: autoencoder, whitening, guides, tuning."""
+"""The training cost of a model, including its dependencies: autoencoder, whitening, guides, tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gencompare.records import RunRecord
 from gencompare.training.budget import Budget
 
 COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
-"""The units of cost, all counted whatever the budget's limit."""
+"""The units of cost; all are counted, whichever of them the budget limits."""
 TRIAL_ROLE = "trial"
 """The role of the other trials of a search, and of their dependencies, for the best trial."""
 
@@ -51,7 +51,7 @@ def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[
 
 
 def guide_dependencies(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The dependencies of guidance alone, which an evaluation may have without the training."""
+    """The dependencies of guidance only: an evaluation may use guidance that the training run did not."""
     return dependencies(OmegaConf.masked_copy(cfg, ["model"]))
 
 
@@ -97,7 +97,7 @@ def remaining_budget(budget: Budget, entries: list[dict[str, Any]]) -> Budget:
     spender = " and ".join(f"the {entry['role']} ({entry['run']})" for entry in entries)
     for kind, limit in (("flops", budget.flops), ("device_seconds", budget.device_minutes)):
         if limit is not None and spent[kind] is None:
-            raise UserError(f"The {kind} of {spender} are missing from its record. Train it again.")
+            raise UserError(f"The {kind} of {spender} are missing from the record. Train it again.")
     return budget.after(flops=spent["flops"] or 0.0, device_seconds=spent["device_seconds"] or 0.0, spender=spender)
 
 

@@ -20,7 +20,7 @@ from gencompare.models.diffusion import Diffusion
 
 FILE = "scheduler_config.json"
 PREDICTION_TYPES = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
-"""The diffusers ``prediction_type`` of our parameterizations."""
+"""The diffusers ``prediction_type`` of our parameterisations."""
 PARAMETERIZATIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 """The option of model/parameterization for a ``prediction_type``."""
 SCHEDULES = {
@@ -42,7 +42,7 @@ def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
     """The config of the ``DDPMScheduler`` that samples as ``model`` does.
 
     None if diffusers cannot represent the model: its schedule has no table of betas, its network is not conditioned on
-    the timestep, or its parameterization is not eps, x_0 or v.
+    the timestep, or its parameterisation is not eps, x_0 or v.
     """
     if not isinstance(model, Diffusion) or not isinstance(model.schedule, BetaTable):
         return None
@@ -67,7 +67,7 @@ def betas(schedule: BetaTable) -> Tensor:
 
 
 def variance_type(sampler: Sampler) -> str:
-    """The ``variance_type`` of diffusers for the variance of a sampler; for others than `Ancestral`, that of DDPM."""
+    """The ``variance_type`` of diffusers for the variance of an `Ancestral` sampler; that of DDPM for any other."""
     variance = getattr(sampler, "variance", 0.0)
     names = {0.0: "fixed_small", 1.0: "fixed_large"}
     if variance not in names:
@@ -78,12 +78,12 @@ def variance_type(sampler: Sampler) -> str:
 
 
 def check_scheduler(model: Diffusion, weights: Path) -> None:
-    """Check a model against the scheduler published with the file ``weights``, if there is one.
+    """Check a model against the scheduler that was published with the file ``weights``, if there is one.
 
     Compares betas and ``prediction_type``. Sampling options, such as the variance and clipping, may differ.
 
     Raises:
-        UserError: the scheduler is damaged or not supported, or has another schedule or prediction type.
+        UserError: the scheduler is corrupted or not supported, or has another schedule or prediction type.
     """
     folder = weights.parent
     candidates = (folder / FILE, folder / "scheduler" / FILE, folder.parent / "scheduler" / FILE)
@@ -93,7 +93,7 @@ def check_scheduler(model: Diffusion, weights: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}).") from error
+        raise UserError(f"{path} is corrupted ({error}).") from error
     published, prediction_type = read_schedule(config, path), config.get("prediction_type", "epsilon")
     if prediction_type not in PARAMETERIZATIONS:
         raise UserError(f"{path}: prediction_type={prediction_type} is not supported.")

@@ -73,7 +73,7 @@ def error_text(error: BaseException) -> str:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The `UserError` or interrupt that ``error`` was raised from, else ``error``; of Hydra's wrapper, its cause."""
+    """The `UserError` or interrupt that caused ``error``, or else ``error`` itself; for Hydra's wrapper, its cause."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -146,7 +146,7 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     """Load the weights of a checkpoint of ``folder`` into ``model``. Returns its ``step`` and the ``images`` seen.
 
     Raises:
-        UserError: the checkpoint is missing, damaged, or of a model of another family or size.
+        UserError: the checkpoint is missing, corrupted, or of a model of another family or size.
     """
     if checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint={checkpoint}: choose last or best.")

@@ -37,8 +37,8 @@ def load_pretrained(model: TrainedModel, path: Path) -> None:
     folder. No code in a file is executed.
 
     Raises:
-        UserError: the weights are missing, damaged or of another model, or the published scheduler has another
-            schedule or parameterization than the model.
+        UserError: the weights are missing, corrupted or of another model, or the published scheduler has another
+            schedule or parameterisation than the model.
     """
     file = find_weights(path)
     state = read_weights(file)
@@ -62,7 +62,7 @@ def find_pretrained(source: str) -> Path:
     path = Path(source)
     if path.exists() or not HUB_NAME.fullmatch(source):
         return path
-    advice = f"download {WEIGHT_FILES[0]} by other means and use its folder: pretrained=DIR"
+    advice = f"download {WEIGHT_FILES[0]} manually and pass its folder: pretrained=DIR"
     try:
         import huggingface_hub
     except ImportError as error:
@@ -98,9 +98,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged, or not a file of weights ({type(error).__name__}).") from error
+        raise UserError(f"{file} is corrupted, or not a file of weights ({type(error).__name__}).") from error
     except Exception as error:
-        raise UserError(f"{file} is damaged, or contains more than weights ({type(error).__name__}).") from error
+        raise UserError(f"{file} is corrupted, or contains more than weights ({type(error).__name__}).") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{file} does not contain named weights.")
     return loaded
@@ -111,7 +111,7 @@ def convert_from_diffusers(model: TrainedModel, state: dict[str, Tensor], file: 
     check_published_config(file.with_name("config.json"))
     network = getattr(model, "network", None)
     if not isinstance(network, UNet):
-        raise UserError(f"{file} contains a U-Net of diffusers, and this model has no U-Net.")
+        raise UserError(f"{file} contains a U-Net of diffusers, but this model has no U-Net.")
     converted = from_diffusers(state, num_levels=network.num_levels, num_blocks=network.num_blocks)
     return {
         **{name: value for name, value in model.state_dict().items() if not name.startswith("network.")},
@@ -126,7 +126,7 @@ def check_published_config(path: Path) -> None:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}).") from error
+        raise UserError(f"{path} is corrupted ({error}).") from error
     for name, required in REQUIRED_CONFIG.items():
         if config.get(name, required) != required:
             raise UserError(

@@ -135,7 +135,7 @@ def start_job(cfg: DictConfig, sweep: Path, slot: int, n_jobs: int, devices: Seq
 
 
 def job_environment(slot: int, n_jobs: int, devices: Sequence[str], cores: int | None = None) -> dict[str, str]:
-    """Environment variables that assign a job its share of the machine.
+    """Environment variables that assign a job its part of the machine.
 
     CUDA devices are assigned round-robin; with fewer devices than jobs, several jobs share one. Processor cores are
     divided equally, unless OMP_NUM_THREADS is set.

@@ -24,7 +24,7 @@ from gencompare.files import write_text
 from gencompare.migrations import migrate_config, rename_option
 
 FILE = "config.yaml"
-"""The config in a run folder, every interpolation resolved."""
+"""The config in a run folder, with every interpolation resolved."""
 
 JOB_KEYS = (
     "task", "run_dir", "resume", "runs", "group_by", "rank_by", "samples", "pretrained", "name", "num_images",
@@ -84,7 +84,7 @@ TEMPLATE_EQUIVALENTS = {
 
 
 def rename_options(argv: list[str]) -> list[str]:
-    """The command line with today's option names. Prints one line on stderr for each old name."""
+    """The command line with the current option names. Prints one line on stderr for each old name."""
     renamed = {arg: rename_option(arg) for arg in argv if not arg.startswith("-")}
     for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
         print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
@@ -94,7 +94,7 @@ def rename_options(argv: list[str]) -> list[str]:
 def inherit_choices(argv: list[str]) -> list[str]:
     """With ``run_dir=DIR`` or ``resume=DIR``, add the group choices of that run that ``argv`` does not override.
 
-    Then ``model.sampler.num_steps=18`` is a valid override if the run's sampler has steps, whatever the default model.
+    Then ``model.sampler.num_steps=18`` is a valid override if the run's sampler has steps, for any default model.
     """
     folder = _run_folder_in(argv)
     if folder is None:
@@ -141,7 +141,7 @@ def _unquote(value: str) -> str:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Raise `UserError` if a composed config contains a key that nothing reads."""
+    """Raise `UserError` if a composed config contains an unknown key."""
     top = OmegaConf.load(conf_dir() / "config.yaml")
     groups = {
         str(key).removeprefix("optional ").removeprefix("override ").split("@")[0]
@@ -157,12 +157,12 @@ def check_keys(cfg: DictConfig) -> None:
         if (not options and options != "") or isinstance(options, str):
             continue
         if not isinstance(options, Mapping | DictConfig):
-            raise UserError(f"callbacks.{name}={options}: must be null, or a mapping with _target_.")
+            raise UserError(f"callbacks.{name}={options} must be null, or a mapping with _target_.")
         if name in default and options.get("_target_") == default[name]._target_:
             _refuse_unknown(f"callbacks.{name}.", options, map(str, default[name]))
         elif "_target_" not in options:
             raise UserError(
-                f"callbacks.{name}: give the class, +callbacks.{name}._target_=CLASS, or the name of an option:"
+                f"callbacks.{name} needs a class, +callbacks.{name}._target_=CLASS, or the name of an option:"
                 f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
             )
     evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
@@ -220,7 +220,7 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
     group = "/".join([*path, last])
     if group in cfg.hydra.runtime.choices:
         options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-        return f"There is no option '{key}', since no {last} is chosen: add {group}={'|'.join(options)}."
+        return f"There is no option '{key}', because no {last} is chosen: add {group}={'|'.join(options)}."
     names = [str(name) for name in node if not str(name).startswith(("_", "hydra"))]
     close = get_close_matches(last, names, 1)
     advice = f" Did you mean {'.'.join([*path, *close])}?" if close else ""
@@ -228,7 +228,7 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
 
 
 def _compose_without(key: str, argv: list[str]) -> DictConfig:
-    """The config of the command line without its override of ``key``; of a sweep, the first value."""
+    """The config of the command line without its override of ``key``; in a sweep, with the first value of each key."""
     assignments = [arg for arg in argv if "=" in arg and not arg.startswith(("-", "hydra"))]
     overrides = []
     for override in OverridesParser.create().parse_overrides(assignments):
@@ -335,16 +335,16 @@ def _config_path(group: str) -> str:
 
 
 def load(folder: Path) -> DictConfig:
-    """The config of a run folder, with today's names."""
+    """The config of a run folder, with the current names."""
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it contains no {FILE}.")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}.") from error
+        raise UserError(f"{path} is corrupted: {type(error).__name__}.") from error
     if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} is damaged: it contains no config.")
+        raise UserError(f"{path} is corrupted: it contains no config.")
     return DictConfig(migrate_config(OmegaConf.to_container(loaded)))  # type: ignore[arg-type]
 
 

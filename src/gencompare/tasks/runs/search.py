@@ -1,4 +1,4 @@
-"""Hyperparameter search with Optuna, by the distance of samples to validation images; the study is stored on disk."""
+"""Hyperparameter search with Optuna that minimises the distance of samples to validation images."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def distribution(override: Override) -> Any:
 class Study:
     """An Optuna study whose trials are run folders in ``sweep``.
 
-    A study that was interrupted resumes: unfinished trials come first, with the same values. Each proposal depends on
+    An interrupted study can be resumed: unfinished trials come first, with the same values. Each proposal depends on
     the seed and on earlier trials, not on interruptions.
 
     Args:
@@ -70,7 +70,7 @@ class Study:
         n_trials: number of trials, including failed ones.
         n_jobs: number of trials that are proposed and launched together.
         first_job: number of the first job.
-        seed: of the proposals.
+        seed: seed of the proposals.
         sweep: folder of the trials and of the database.
     """
 
@@ -195,7 +195,7 @@ def objective(folder: Path | None) -> float | None:
         return None
     record = RunRecord.load(folder)
     if record.state not in ("finished", "failed"):
-        raise UserError(f"The trial in {folder} did not finish ({record.state}): the same command resumes it.")
+        raise UserError(f"The trial in {folder} did not finish ({record.state}). Repeat the command to resume it.")
     value = record.training.get("preview", {}).get("last")
     if record.state == "finished" and value is None:
         raise UserError(NO_OBJECTIVE)

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: recognise jobs that are finished, interrupted, or share their training with another job."""
+"""Jobs of a sweep: recognise jobs that are finished, were interrupted, or share their training with another job."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class JobIdentity:
     """Hashes of the settings of a training job."""
 
     job: str
-    """Of all settings that affect the results."""
+    """Hash of all settings that affect the results."""
     training: str
-    """Of the settings that affect the trained weights."""
+    """Hash of the settings that affect the trained weights."""
 
 
 def job_identity(cfg: DictConfig) -> JobIdentity:
@@ -75,11 +75,11 @@ def identifying_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings of a config that affect the results of its job."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     data = settings.get("data") or {}
-    # The folder of all data sets does not matter, but a folder of images is identified by nothing else.
+    # The folder of all data sets does not matter, but a folder of images is identified only by its path.
     if data.get("root") == (settings.get("paths") or {}).get("data") and data.get("_target_") != IMAGE_FOLDER:
         data.pop("root", None)
     _remove_keys(settings, NON_IDENTIFYING_KEYS)
-    # Choices only name what the config contains, except debug, which also decides an autoencoder's budget.
+    # Choices only name what the config contains, except debug, which also determines the budget of an autoencoder.
     settings["choices"] = (settings.get("choices") or {}).get("debug")
     latent = (settings.get("model") or {}).get("latent") or {}
     if latent.get("autoencoder_run"):
@@ -119,12 +119,12 @@ def is_identifying(override: str) -> bool:
 
 
 def evaluated_config_path(folder: Path, job: str) -> Path:
-    """Where the config of another job is stored that was evaluated on the weights of the run in ``folder``."""
+    """Path of the config of another job that was evaluated with the weights of the run in ``folder``."""
     return folder / "measured" / f"{job[:16]}.yaml"
 
 
 def prepare_job(cfg: DictConfig, sweep: Path) -> bool:
-    """Set in ``cfg`` where a job of a sweep works and what it resumes. Returns whether anything is left to do.
+    """Set the run folder of a sweep's job, and what it resumes, in ``cfg``. Returns whether anything is left to do.
 
     A job is recognised by the hash of its settings, in any run folder of the sweep. A finished job is skipped, an
     interrupted one resumed, and one that failed before its first checkpoint restarted. A job whose training another
@@ -154,11 +154,11 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
         with open_dict(cfg):
             cfg.out = str(folder.absolute())
         if (folder / "checkpoints" / "last.ckpt").exists():
-            print(f"[{folder.name}] was interrupted: resumes.", flush=True)
+            print(f"[{folder.name}] was interrupted: resuming.", flush=True)
             with open_dict(cfg):
                 cfg.resume = cfg.out
             return folder, True
-        print(f"[{folder.name}] has no checkpoint yet: restarts.", flush=True)
+        print(f"[{folder.name}] has no checkpoint yet: restarting.", flush=True)
         (folder / RECORD_FILE).unlink()
     default, number = Path(cfg.out), 1
     while (Path(cfg.out) / RECORD_FILE).exists():
@@ -169,16 +169,16 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
     if trained is None:
         return Path(cfg.out), True
     if evaluated_config_path(trained, identity.job).exists():
-        print(f"[{default.name}] already evaluated, in {trained.name}: skipped.", flush=True)
+        print(f"[{default.name}] already evaluated in {trained.name}: skipped.", flush=True)
         return trained, False
-    print(f"[{default.name}] already trained, in {trained.name}: evaluates those weights.", flush=True)
+    print(f"[{default.name}] already trained in {trained.name}: evaluating those weights.", flush=True)
     with open_dict(cfg):
         cfg.trained_run = str(trained.absolute())
     return trained, True
 
 
 def _find_trained_run(sweep: Path, identity: JobIdentity) -> Path | None:
-    """A finished run with the same training. If one is in progress, waits until it ends."""
+    """A finished run with the same training; if one is in progress, wait until it ends."""
     for folder, record in _find_runs(sweep, lambda other: other.training == identity.training):
         finished = record.state == "finished" or (
             wait_until_inactive(folder) and RunRecord.load(folder).state == "finished"
@@ -189,7 +189,7 @@ def _find_trained_run(sweep: Path, identity: JobIdentity) -> Path | None:
 
 
 def _find_runs(sweep: Path, matches: Callable[[JobIdentity], bool]) -> Iterator[tuple[Path, RunRecord]]:
-    """The runs in the folder of a sweep whose identity ``matches``, without damaged ones."""
+    """Yield the runs in a sweep folder for whose identity ``matches`` returns true; corrupted runs are skipped."""
     for path in sorted(sweep.glob(f"*/{RECORD_FILE}")):
         try:
             if matches(identity_of_run(path.parent)):
@@ -224,7 +224,7 @@ def _set_failed(record: RunRecord, *, reason: str) -> None:
 
 
 def unfinished_runs(folders: list[Path]) -> dict[str, str]:
-    """The names of runs that did not finish, with the reasons. Damaged runs that were repeated are left out."""
+    """The names of runs that did not finish, with the reasons. Corrupted runs that were repeated are left out."""
     reasons = {}
     for folder in folders:
         try:
