@@ -1,8 +1,8 @@
 """Copy the record and the learning curve of a run into this folder, without paths of the machine it ran on.
 
-    python docs/results/keep.py RUN_FOLDER FOLDER/NAME
+    python docs/results/keep.py RUN_FOLDER FOLDER/NAME [--samples]
 
-writes ``docs/results/FOLDER/NAME/record.json`` and ``curve.csv``.
+writes ``docs/results/FOLDER/NAME/record.json`` and ``curve.csv``, and with ``--samples`` the grids of generated images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MACHINE_SPECIFIC = ("paths.", "hydra.", "logger=")
 """Prefixes of overrides that depend on the machine and do not affect results."""
 
 
-def keep(run: Path, name: str) -> None:
+def keep(run: Path, name: str, *, samples: bool = False) -> None:
     """Copy the record and the learning curve of the run folder ``run`` to ``docs/results/NAME``.
 
     Raises:
@@ -31,13 +31,18 @@ def keep(run: Path, name: str) -> None:
         raise UserError(f"{run} has no results: finish or evaluate the run first.")
     record.name = Path(name).name
     record.images, record.checkpoints = {}, {}
+    folder = RESULTS / name
     for result in record.results:
+        grid = result.images.get("samples") if samples else None
         result.images.clear()
+        if grid is not None:
+            result.images["samples"] = grid
+            (folder / grid).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run / grid, folder / grid)
     record.config.pop("out", None)
     record.overrides = [each for each in record.overrides if not each.lstrip("+").startswith(MACHINE_SPECIFIC)]
     record.config["command"] = record.overrides
     record.config = _without_local_paths(record.config, record.config["paths"])
-    folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder)
     if (run / "curve.csv").is_file():  # externally generated images have none
@@ -63,5 +68,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Copy the record and the learning curve of a run.")
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--samples", action="store_true", help="also copy the grids of generated images")
     options = parser.parse_args()
-    keep(options.run, options.name)
+    keep(options.run, options.name, samples=options.samples)
