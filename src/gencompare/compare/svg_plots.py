@@ -125,7 +125,7 @@ def svg(chart: Chart, prefix: str) -> str:
     with mpl.rc_context(options):
         figure = Figure(figsize=(4.6, 2.8))
         # Fixed margins: an automatic layout takes as long as drawing.
-        axes = figure.add_axes((0.115, 0.165, 0.875, 0.81))
+        axes = figure.add_axes((0.115, 0.165, 0.845, 0.81))
         _draw(axes, chart, INK)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
