@@ -325,7 +325,7 @@ DIFFERENCES: dict[str, dict[str, tuple[Any, str]]] = {
         )
     },
     "cifar10_flow": {"noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "excludes 1e-4 at both ends")},
-    "cifar10_ebm": {"parameters": ({"network": counted.igebm(bias=True)}, "Biases of convolutions are added")},
+    "cifar10_ebm": {"parameters": ({"network": counted.igebm(bias=True)}, "the last layer have biases")},
     "cifar10_sngan": {
         "parameters": (counted.sngan(last_bias=True), "the last layer of the discriminator has a bias"),
     },

@@ -297,4 +297,4 @@ def test_one_training_is_evaluated_with_several_guidance_scales(cli: Cli, tmp_pa
     assert "scale 4" in samplers[2] and "0.3" in samplers[2]
     capsys.readouterr()
     assert cli(*overrides, "+evaluation.guidance={w: {scael: 0}}", "hydra.run.dir=wrong") == 1
-    assert "no scael" in capsys.readouterr().err
+    assert "cannot change scael" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_embeddings_are_read_from_every_file_format(name: str, tmp_path: Path) -
     conditioned = ConditionedData(Digits(), {"embedding": Embedding(one_hot(tmp_path / name, data))})
     for split in ("train", "val", "test"):
         assert torch.equal(conditioned.split(split).extra_conditions["embedding"].argmax(1), data.split(split).labels)
-    with pytest.raises(UserError, match=r"has 145 embeddings for 'val', which has 150 images") as error:
+    with pytest.raises(UserError, match=r"has 145 embeddings for 'val', but this split has 150 images") as error:
         ConditionedData(Digits(), {"embedding": Embedding(one_hot(tmp_path / name, data, val=5))}).setup()
     assert "\n" not in str(error.value)
 
