@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from gencompare.data.toy2d import Toy2D
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.extractors.extractor import IdentityExtractor
-from gencompare.evaluation.metrics.neighbors import compute_prdc
-from gencompare.evaluation.sanity import EXPECTED_COVERAGE, missing_modes
+from gencompare.evaluation.metrics.neighbors import EXPECTED_COVERAGE, compute_prdc, missing_modes
 from gencompare.generative_model import Cond, GenerativeModel
 from gencompare.rng import RandomSource
 from gencompare.training.budget import Budget

@@ -31,14 +31,13 @@ from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier
+from gencompare.evaluation.metrics.neighbors import MIN_COVERAGE_IMAGES, missing_modes
 from gencompare.evaluation.reference import quantize_images, quantize_split
 from gencompare.evaluation.sanity import (
-    MIN_IMAGES,
     RealImages,
     check_features,
     check_images,
     check_reference,
-    missing_modes,
     share_of_copies,
     statistics,
     wrap_ratio,
@@ -483,8 +482,11 @@ def test_color_images_are_refused_on_grey_data(tmp_path: Path) -> None:
 
 
 def test_few_samples_give_no_warning_of_missing_modes() -> None:
-    assert missing_modes(1.0, 0.1, n=MIN_IMAGES - 1) is None and missing_modes(0.0, 0.1, 0.9, n=MIN_IMAGES - 1) is None
-    assert missing_modes(1.0, 0.1, n=MIN_IMAGES) and missing_modes(0.0, 0.1, 0.9, n=MIN_IMAGES)
+    assert (
+        missing_modes(1.0, 0.1, n=MIN_COVERAGE_IMAGES - 1) is None
+        and missing_modes(0.0, 0.1, 0.9, n=MIN_COVERAGE_IMAGES - 1) is None
+    )
+    assert missing_modes(1.0, 0.1, n=MIN_COVERAGE_IMAGES) and missing_modes(0.0, 0.1, 0.9, n=MIN_COVERAGE_IMAGES)
 
 
 def test_the_distance_has_its_exact_value() -> None:

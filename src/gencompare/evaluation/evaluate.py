@@ -24,7 +24,7 @@ from gencompare.evaluation.metrics.compute import (
     data_class_shares,
     memorization_metrics,
 )
-from gencompare.evaluation.metrics.neighbors import nearest_neighbors
+from gencompare.evaluation.metrics.neighbors import missing_modes, nearest_neighbors
 from gencompare.evaluation.model_metrics import bits_per_dim, reconstruction, super_resolution
 from gencompare.evaluation.reference import (
     EvaluationData,
@@ -43,7 +43,7 @@ from gencompare.evaluation.sampling import (
     flops_per_sample,
     labels_like,
 )
-from gencompare.evaluation.sanity import check_features, check_images, check_reference, missing_modes
+from gencompare.evaluation.sanity import check_features, check_images, check_reference
 from gencompare.generative_model import DataSpec
 from gencompare.records import Measurement, Metric, Result, SampleSettings, now
 

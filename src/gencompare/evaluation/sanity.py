@@ -18,58 +18,9 @@ from torch import Tensor
 
 from gencompare.errors import UserError
 from gencompare.evaluation.indices import evenly_spaced_indices
-from gencompare.evaluation.metrics.neighbors import DENSITY_K, PRECISION_K
+from gencompare.evaluation.metrics.neighbors import PRECISION_K
 from gencompare.evaluation.reference import OVERSHOOT, crop_padding, quantize_images, quantize_split
 from gencompare.generative_model import DataSpec
-
-EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_K
-"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbours of an image comes
-from either set with equal probability, and the image is covered unless all k come from its own (Naeem et al. 2020,
-https://arxiv.org/abs/2002.09797, derive the value for finite sets)."""
-MIN_IMAGES = 100
-"""Fewest samples and real images with which density and coverage can show a mode collapse. With fewer, the ball to the
-fifth neighbour spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
-noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10
-(640 sets, bundled classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
-400."""
-LOW_FACTOR = 0.5
-"""Coverage is low if it is below this fraction of what real images reach ..."""
-NEAR_DENSITY = 0.8
-"""... and density is at least this much: samples are as near to real images as other real images are ..."""
-VERY_LOW_FACTOR, HALF_DENSITY = 0.1, 0.5
-"""... or if it is below this smaller fraction, for samples of lower quality. The models of docs/results have densities
-of 0.5 to 0.73 and coverages of 0.16 to 0.48 without a visible collapse, since imperfect samples crowd in the balls of
-isolated real images."""
-
-
-def missing_modes(density: float, coverage: float, best_coverage: float = 0.0, *, n: int = MIN_IMAGES) -> str | None:
-    """A warning if samples cover few of the real images, else None.
-
-    Samples that lie near real images (density is about 1, the value of real images) but cover fewer than half of what
-    real images cover are concentrated in few places; imperfect samples, if they cover less than a tenth. The cause is a
-    mode collapse, or smooth samples: blurred images crowd around the mean of their class. Bad samples, in contrast, are
-    far from all real images. Modes were lost if coverage fell below half of ``best_coverage``, once that was high
-    enough.
-
-    Args:
-        density: density of n samples against n real images, see `PRDC`.
-        coverage: coverage of the same images.
-        best_coverage: the highest coverage at earlier evaluations of the same model.
-        n: number of samples; fewer than `MIN_IMAGES` give no warning.
-    """
-    if n < MIN_IMAGES:
-        return None
-    low = LOW_FACTOR * EXPECTED_COVERAGE
-    very_low = VERY_LOW_FACTOR * EXPECTED_COVERAGE
-    if (density >= NEAR_DENSITY and coverage < low) or (density >= HALF_DENSITY and coverage < very_low):
-        return (
-            f"low coverage: samples lie near real images but cover only {coverage:.0%} of them (real images cover"
-            f" {EXPECTED_COVERAGE:.0%}); modes are missing, or samples are too smooth"
-        )
-    if best_coverage >= low and coverage < LOW_FACTOR * best_coverage:
-        return f"modes were lost: samples cover {coverage:.0%} of the real images, after {best_coverage:.0%} earlier"
-    return None
-
 
 MAX_IMAGES = 1_000
 """Number of evenly spaced samples, and of real images, that are compared. Duplicates are counted among all images."""

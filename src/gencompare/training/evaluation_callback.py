@@ -17,10 +17,10 @@ from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol, sample_for_protocol
 from gencompare.evaluation.metrics.compute import cheap_metrics
+from gencompare.evaluation.metrics.neighbors import missing_modes
 from gencompare.evaluation.model_metrics import with_low_res
 from gencompare.evaluation.reference import to_uint8
 from gencompare.evaluation.sampling import choose_conditions, draw_samples, eval_mode
-from gencompare.evaluation.sanity import missing_modes
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.image_grid import grid, save_png
 from gencompare.resources import peak_memory_bytes, reset_peak_memory

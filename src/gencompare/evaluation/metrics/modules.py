@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -196,40 +196,38 @@ class KernelDistance(_RealComparison):
         return kernel_distance(generated, real, CubicKernel()).value
 
 
-class Precision(_RealComparison):
+class _NeighborMetric(_RealComparison):
+    """A field of `PRDC`."""
+
+    higher_is_better = True
+    field: ClassVar[str]
+
+    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
+        return getattr(compute_prdc(generated, real), self.field)
+
+
+class Precision(_NeighborMetric):
     """Fraction of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
 
-    higher_is_better = True
-
-    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
-        return compute_prdc(generated, real).precision
+    field = "precision"
 
 
-class Recall(_RealComparison):
+class Recall(_NeighborMetric):
     """Fraction of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
 
-    higher_is_better = True
-
-    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
-        return compute_prdc(generated, real).recall
+    field = "recall"
 
 
-class Density(_RealComparison):
+class Density(_NeighborMetric):
     """Number of real images' balls that contain a generated image, divided by k = 5 (Naeem et al. 2020)."""
 
-    higher_is_better = True
-
-    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
-        return compute_prdc(generated, real).density
+    field = "density"
 
 
-class Coverage(_RealComparison):
+class Coverage(_NeighborMetric):
     """Fraction of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
 
-    higher_is_better = True
-
-    def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
-        return compute_prdc(generated, real).coverage
+    field = "coverage"
 
 
 class Authenticity(_RealComparison):

@@ -150,7 +150,7 @@ def check_keys(cfg: DictConfig) -> None:
     known = ({str(key) for key in top} | groups | INTERNAL_KEYS) - {"defaults"}
     for key in cfg:
         if key in TEMPLATE_EQUIVALENTS and key not in known:
-            raise UserError(f"There is no option '{key}': {TEMPLATE_EQUIVALENTS[str(key)]}.")
+            raise UserError(_template_equivalent(str(key)))
     _refuse_unknown("", cfg, known, "Use tags=[...] to label a run.")
     default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
     for name, options in (cfg.get("callbacks") or {}).items():
@@ -182,6 +182,10 @@ def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
             raise UserError(f"trainer.{name} is set by this program. Use {TRAINER_EQUIVALENTS[name]}.")
 
 
+def _template_equivalent(key: str) -> str:
+    return f"There is no option '{key}': {TEMPLATE_EQUIVALENTS[key]}."
+
+
 def _refuse_unknown(prefix: str, keys: Iterable[str], known: Iterable[str], hint: str = "") -> None:
     known = set(known)
     for key in map(str, keys):
@@ -202,7 +206,7 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
         return None
     key = match[1]
     if key in TEMPLATE_EQUIVALENTS:
-        return f"There is no option '{key}': {TEMPLATE_EQUIVALENTS[key]}."
+        return _template_equivalent(key)
     try:
         cfg = _compose_without(key, argv)
     except (HydraException, OmegaConfBaseException):
