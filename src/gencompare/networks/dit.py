@@ -35,9 +35,7 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: number of attention heads.
         mlp_ratio: width of the hidden layer of each MLP as a multiple of ``hidden_size``.
-        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
-        augment_dim: dimension of ``cond["augment"]``, 0 for none.
+        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
     """
 
     positions: Tensor
@@ -53,9 +51,7 @@ class DiT(nn.Module):
         depth: int = 12,
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
-        low_res_channels: int = 0,
-        embedding_dim: int = 0,
-        augment_dim: int = 0,
+        **condition_sizes: int,
     ) -> None:
         super().__init__()
         _check(shape, patch_size, hidden_size, depth, num_heads, mlp_ratio)
@@ -66,15 +62,8 @@ class DiT(nn.Module):
             nn.SiLU(),
             nn.Linear(hidden_size, hidden_size),
         )
-        self.conditions = ConditionEmbedding(
-            hidden_size,
-            num_classes,
-            low_res_channels=low_res_channels,
-            embedding_dim=embedding_dim,
-            augment_dim=augment_dim,
-            noise_dim=NOISE_FEATURES,
-        )
-        self.stem = nn.Linear((shape[0] + low_res_channels) * patch_size**2, hidden_size)
+        self.conditions = ConditionEmbedding(hidden_size, num_classes, noise_dim=NOISE_FEATURES, **condition_sizes)
+        self.stem = nn.Linear((shape[0] + self.conditions.low_res_channels) * patch_size**2, hidden_size)
         self.register_buffer("positions", grid_positions(*self.grid, hidden_size), persistent=False)
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, int(mlp_ratio * hidden_size)) for _ in range(depth)

@@ -67,9 +67,7 @@ class DenoisingMLP(nn.Module):
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
         width: features of every layer; even, at least 4.
         depth: number of residual blocks, each with two layers.
-        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
-        augment_dim: dimension of ``cond["augment"]``, 0 for none.
+        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
     """
 
     def __init__(
@@ -80,24 +78,15 @@ class DenoisingMLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 3,
-        low_res_channels: int = 0,
-        embedding_dim: int = 0,
-        augment_dim: int = 0,
+        **condition_sizes: int,
     ) -> None:
         super().__init__()
         if depth < 1:
             raise UserError(f"network.depth={depth} must be at least 1.")
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
-        self.conditions = ConditionEmbedding(
-            width,
-            num_classes,
-            low_res_channels=low_res_channels,
-            embedding_dim=embedding_dim,
-            augment_dim=augment_dim,
-            noise_dim=width,
-        )
-        self.stem = nn.Linear((shape[0] + low_res_channels) * math.prod(shape[1:]), width)
+        self.conditions = ConditionEmbedding(width, num_classes, noise_dim=width, **condition_sizes)
+        self.stem = nn.Linear((shape[0] + self.conditions.low_res_channels) * math.prod(shape[1:]), width)
         self.blocks = nn.ModuleList(ModulatedMLPBlock(width) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.out.weight)

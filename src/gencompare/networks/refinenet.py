@@ -172,9 +172,7 @@ class RefineNet(nn.Module):
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
         channels: width of the first stage; the other stages are twice as wide.
         num_levels: number of noise levels with separate normalisation parameters.
-        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
-        augment_dim: dimension of ``cond["augment"]``, 0 for none.
+        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
     """
 
     def __init__(
@@ -185,9 +183,7 @@ class RefineNet(nn.Module):
         *,
         channels: int = 128,
         num_levels: int = 1,
-        low_res_channels: int = 0,
-        embedding_dim: int = 0,
-        augment_dim: int = 0,
+        **condition_sizes: int,
     ) -> None:
         super().__init__()
         if channels < 2 or num_levels < 1:
@@ -201,15 +197,9 @@ class RefineNet(nn.Module):
                 " sides of at least 4, or model/network=dit or mlp."
             )
         self.num_noise_levels = num_levels
-        self.emb_dim = 4 * channels if num_classes or embedding_dim or augment_dim else 0
-        self.conditions = ConditionEmbedding(
-            self.emb_dim,
-            num_classes,
-            low_res_channels=low_res_channels,
-            embedding_dim=embedding_dim,
-            augment_dim=augment_dim,
-            noise_dim=self.emb_dim,
-        )
+        needs_embedding = num_classes or any(condition_sizes.get(name) for name in ("embedding_dim", "augment_dim"))
+        self.emb_dim = 4 * channels if needs_embedding else 0
+        self.conditions = ConditionEmbedding(self.emb_dim, num_classes, noise_dim=self.emb_dim, **condition_sizes)
         norm = partial(InstanceNormPlus, num_levels=num_levels, emb_dim=self.emb_dim)
         refine: Any = (
             partial(RefineBlock, norm=norm, pool=F.avg_pool2d)
@@ -217,7 +207,7 @@ class RefineNet(nn.Module):
             else partial(RefineBlock, norm=lambda _: NoNorm(), pool=F.max_pool2d)
         )
 
-        self.stem = nn.Conv2d(shape[0] + low_res_channels, channels, 3, padding=1)
+        self.stem = nn.Conv2d(shape[0] + self.conditions.low_res_channels, channels, 3, padding=1)
         wide = 2 * channels
         self.stages = nn.ModuleList()
         for channels_in, width, dilation, downsample in (

@@ -71,9 +71,7 @@ class UNet(nn.Module):
             the decoder levels; None for none.
         fourier_exponents: exponents n of the input features sin(2^n pi x) and cos(2^n pi x).
         add_input: add x to the output, which then equals x at initialisation (VDM, which predicts eps).
-        low_res_channels: channels of the image ``cond["low_res"]``, 0 for none.
-        embedding_dim: dimension of ``cond["embedding"]``, 0 for none.
-        augment_dim: dimension of ``cond["augment"]``, 0 for none.
+        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
     """
 
     def __init__(
@@ -100,9 +98,7 @@ class UNet(nn.Module):
         progressive_output: Callable[[int, int, int], OutputSkip] | None = None,
         fourier_exponents: Sequence[int] = (),
         add_input: bool = False,
-        low_res_channels: int = 0,
-        embedding_dim: int = 0,
-        augment_dim: int = 0,
+        **condition_sizes: int,
     ) -> None:
         super().__init__()
         _check(shape, channels, channel_mult, num_blocks, dropout, num_groups)
@@ -151,16 +147,9 @@ class UNet(nn.Module):
             nn.SiLU(),
             fan_avg(nn.Linear(emb_dim, emb_dim)),
         )
-        self.conditions = ConditionEmbedding(
-            emb_dim,
-            num_classes,
-            low_res_channels=low_res_channels,
-            embedding_dim=embedding_dim,
-            augment_dim=augment_dim,
-            noise_dim=embedding.dim,
-        )
+        self.conditions = ConditionEmbedding(emb_dim, num_classes, noise_dim=embedding.dim, **condition_sizes)
         self.features = FourierFeatures(fourier_exponents) if fourier_exponents else nn.Identity()
-        image_channels = shape[0] + low_res_channels
+        image_channels = shape[0] + self.conditions.low_res_channels
 
         self.stem = fan_avg(nn.Conv2d(image_channels * (1 + 2 * len(fourier_exponents)), channels, 3, padding=1))
         skip_widths = [channels]  # of the encoder outputs that the decoder receives
