@@ -16,7 +16,7 @@ from gencompare.errors import UserError
 from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parent
-MACHINE_SPECIFIC = ("paths.", "hydra.", "logger=")
+MACHINE_SPECIFIC = ("paths.", "hydra.", "logger=", "trainer=")
 """Prefixes of overrides that depend on the machine and do not affect results."""
 
 
