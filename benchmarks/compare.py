@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from gencompare.compare.page import report
+from gencompare.comparison.page import report
 from gencompare.files import write_json
 from gencompare.records import now
 from gencompare.tasks.runs.environment import environment

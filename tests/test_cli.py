@@ -212,6 +212,7 @@ def error_line(capsys: Any) -> str:
         (["modle=ddpm"], 2, "Did you mean model?"),
         (["model=dpdm"], 2, "ddpm"),
         (["model.optimiser.lr=1"], 2, "Did you mean model.optimizer?"),
+        (["evaluation.samplers={fast: {num_steps: 5}}"], 2, "'++evaluation.samplers={...}'"),
         (["-m", "model=vdm,flow", "model.sampler.stpes=3"], 2, "model.sampler has num_steps"),
         (["model.guidance.scale=3"], 2, "add model/guidance=auto|classifier|classifier_free"),
         (["seed.x=3"], 2, "seed is 0"),

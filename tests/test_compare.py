@@ -23,10 +23,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from gencompare.compare import charts, formatting, page
-from gencompare.compare.load_runs import LoadedRuns, find_run_folders, load_runs, read_curve
-from gencompare.compare.page import report
-from gencompare.compare.ranking import (
+from gencompare.comparison import charts, formatting, page
+from gencompare.comparison.load_runs import LoadedRuns, find_run_folders, load_runs, read_curve
+from gencompare.comparison.page import report
+from gencompare.comparison.ranking import (
     BASELINE,
     NEAR_BASELINE,
     NO_VALUE,
@@ -37,11 +37,11 @@ from gencompare.compare.ranking import (
     metric_disagreements,
     rank_results,
 )
-from gencompare.compare.settings import differing_settings
-from gencompare.compare.suggestions import suggested_commands
-from gencompare.compare.svg_plots import styles
-from gencompare.compare.tables import columns
-from gencompare.compare.terminal import print_tables, run_summary
+from gencompare.comparison.settings import differing_settings
+from gencompare.comparison.suggestions import suggested_commands
+from gencompare.comparison.svg_plots import styles
+from gencompare.comparison.tables import columns
+from gencompare.comparison.terminal import print_tables, run_summary
 from gencompare.errors import UserError
 from gencompare.records import Metric, Result, RunRecord
 from synthetic import DIGITS, result, write_curve, write_run

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.page import report
-from gencompare.compare.ranking import explain_separate_tables, published_results, rank_results
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.page import report
+from gencompare.comparison.ranking import explain_separate_tables, published_results, rank_results
 from gencompare.errors import UserError
 from gencompare.records import SCHEMA
 from synthetic import DIGITS, result, write_run

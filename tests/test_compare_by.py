@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gencompare.compare import page
-from gencompare.compare.load_runs import ComparisonOptions, load_runs
-from gencompare.compare.page import report
-from gencompare.compare.ranking import NO_VALUE, RankingTable, TableRow, rank_results
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import ComparisonOptions, load_runs
+from gencompare.comparison.page import report
+from gencompare.comparison.ranking import NO_VALUE, RankingTable, TableRow, rank_results
 from gencompare.errors import UserError
 from gencompare.records import Metric
 from gencompare.tasks.compare_runs import parse_keys

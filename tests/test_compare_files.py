@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gencompare.compare.charts import file_names
-from gencompare.compare.page import report
-from gencompare.compare.tables import latex
+from gencompare.comparison.charts import file_names
+from gencompare.comparison.page import report
+from gencompare.comparison.tables import latex
 from gencompare.records import Metric
 from synthetic import result, write_run
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gencompare.compare import page
-from gencompare.compare.charts import Charts, by_rank
-from gencompare.compare.load_runs import LoadedRuns, load_runs
-from gencompare.compare.ranking import rank_results
-from gencompare.compare.sampler_description import without_steps
-from gencompare.compare.svg_plots import legend, styles
-from gencompare.compare.tables import columns
+from gencompare.comparison import page
+from gencompare.comparison.charts import Charts, by_rank
+from gencompare.comparison.load_runs import LoadedRuns, load_runs
+from gencompare.comparison.ranking import rank_results
+from gencompare.comparison.sampler_description import without_steps
+from gencompare.comparison.svg_plots import legend, styles
+from gencompare.comparison.tables import columns
 from synthetic import result, write_run
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gencompare.compare import charts, page, svg_plots
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.ranking import rank_results
-from gencompare.compare.run_costs import pareto_charts, pareto_front
-from gencompare.compare.svg_plots import Chart, PlotLine, styles
-from gencompare.compare.tables import columns, write_csv
+from gencompare.comparison import charts, page, svg_plots
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.ranking import rank_results
+from gencompare.comparison.run_costs import pareto_charts, pareto_front
+from gencompare.comparison.svg_plots import Chart, PlotLine, styles
+from gencompare.comparison.tables import columns, write_csv
 from gencompare.records import Metric
 from synthetic import result, write_run
 
@@ -120,8 +120,8 @@ def test_rows_with_several_seeds_have_an_interval_and_mean_cost(tmp_path: Path) 
 
 
 def test_charts_of_many_rows_show_the_best_and_the_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gencompare.compare.run_costs.MAX_POINTS", 3)
-    monkeypatch.setattr("gencompare.compare.charts.MAX_LINES", 2)
+    monkeypatch.setattr("gencompare.comparison.run_costs.MAX_POINTS", 3)
+    monkeypatch.setattr("gencompare.comparison.charts.MAX_LINES", 2)
     for k in range(8):
         training = {"flops": 1e12 * (8 - k)}
         write_run(tmp_path / f"r{k}", [result(1.0 + k)], family=f"f{k}", training=training, with_grid=False)

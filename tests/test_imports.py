@@ -14,7 +14,7 @@ HYDRA = {"hydra", "omegaconf"}
 NOT_FOR_MODELS = {"gencompare.data", "gencompare.evaluation", "gencompare.training", "gencompare.tasks"}
 NOT_FOR_EVALUATION = {"gencompare.models", "gencompare.diffusion", "gencompare.training", "gencompare.data"}
 WITHOUT_TORCH = (
-    "compare", "command_line.py", "errors.py", "files.py", "migrations.py", "records.py", "version.py",
+    "comparison", "command_line.py", "errors.py", "files.py", "migrations.py", "records.py", "version.py",
 )  # fmt: skip
 """Rooms that load without torch, so that a comparison starts quickly on any machine."""
 
@@ -135,7 +135,7 @@ def test_planted_violations_are_found(tmp_path: Path, monkeypatch: pytest.Monkey
     planted = {
         "diffusion/a.py": "from gencompare.networks.unet import UNet",
         "models/a.py": "import gencompare.evaluation.metrics",
-        "compare/a.py": "import torch",
+        "comparison/a.py": "import torch",
         "records.py": "def f():\n    import torch.nn",
         "migrations.py": "import torch",
         "evaluation/metrics/a.py": "from gencompare.models.vae import VAE",

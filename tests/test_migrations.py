@@ -13,8 +13,8 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.page import report
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.page import report
 from gencompare.errors import UserError
 from gencompare.migrations import migrate_config
 from gencompare.records import SCHEMA, RunRecord

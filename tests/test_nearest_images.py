@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gencompare.compare import page
-from gencompare.compare.load_runs import load_runs
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import load_runs
 from gencompare.data.digits import Digits
 from gencompare.data.toy2d import Toy2D
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate

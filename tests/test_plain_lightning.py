@@ -17,6 +17,7 @@ import gencompare
 from composing import compose, options
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
+from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.rng import generator
 from gencompare.tasks.runs.build import build_data, build_model
@@ -173,3 +174,32 @@ def test_a_config_composed_in_python_trains(tmp_path: Path) -> None:
     assert isinstance(run.model, GenerativeModel) and isinstance(loaded, GenerativeModel)
     one, other = (model.sample(2, generator=generator("cpu", 0)) for model in (run.model, loaded))
     assert torch.equal(one, other)
+
+
+def test_results_samples_and_comparisons_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, model = gencompare.build(gencompare.compose("model=gaussian", "data=digits"))
+    trainer(tmp_path).fit(model, datamodule=data)
+    samples = gencompare.sample(model, 300, seed=1)
+    assert torch.equal(gencompare.sample(model, 250, seed=1).images, samples.images[:250])
+    assert samples._repr_png_().startswith(b"\x89PNG")
+    results = {
+        name: gencompare.evaluate(images, data, EvaluationProtocol(num_images=300))
+        for name, images in {"<a>": samples.images, "dark": samples.images // 2}.items()
+    }
+    result = results["<a>"]
+    value = f"{result.metrics[result.primary_metric].value:.4g}"
+    assert value in str(result).splitlines()[1] and value in result._repr_html_()
+    assert "Warning: samples" in str(results["dark"]) and "Warning: samples" in results["dark"]._repr_html_()
+    compared = gencompare.compare(results, rank_by="coverage")
+    assert [(row["rank"], row["run"]) for row in compared.rows[:2]] == [(1, "<a>"), (2, "dark")]
+    page = compared.save(tmp_path / "page")
+    assert page.is_file() and "&lt;a&gt;" in compared._repr_html_() and "<a>" in str(compared)
+
+
+def test_functions_of_the_python_api_name_what_is_missing() -> None:
+    model = gencompare.build(gencompare.compose("experiment=cifar10_super_resolution", "data=digits"))[1]
+    with pytest.raises(UserError, match=r"needs the condition 'low_res': call sample\(model, data=...\)"):
+        gencompare.sample(model, 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="matches no run folder"):
+        gencompare.compare("no/such/*")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from composing import options
-from gencompare.compare.charts import draw_schedules
+from gencompare.comparison.charts import draw_schedules
 from gencompare.diffusion.schedules import schedule_curve
 from parts import part
 

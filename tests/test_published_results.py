@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from gencompare.compare import page
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.page import report
-from gencompare.compare.ranking import published_results
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.page import report
+from gencompare.comparison.ranking import published_results
 from synthetic import DIGITS, result, write_run
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gencompare.compare.load_runs import find_run_folders, load_runs
+from gencompare.comparison.load_runs import find_run_folders, load_runs
 from gencompare.files import file_lock
 from gencompare.tasks.list_runs import PIPE_WIDTH, print_runs
 from synthetic import result, write_run

@@ -19,9 +19,9 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from torch import Tensor
 
-from gencompare.compare import page
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.terminal import print_tables
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.terminal import print_tables
 from gencompare.data.cifar10 import CIFAR10
 from gencompare.data.digits import Digits
 from gencompare.data.eurosat64 import EuroSAT64

@@ -12,11 +12,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from composing import compose
-from gencompare.compare import page
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.page import report
-from gencompare.compare.ranking import RankingTable, rank_results
-from gencompare.compare.statistics import mean_over_seeds
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.page import report
+from gencompare.comparison.ranking import RankingTable, rank_results
+from gencompare.comparison.statistics import mean_over_seeds
 from gencompare.records import Metric
 from synthetic import result, write_run
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gencompare.compare import page
-from gencompare.compare.load_runs import load_runs
-from gencompare.compare.page import report
-from gencompare.compare.ranking import RankingTable, rank_results
-from gencompare.compare.statistics import adjusted_p_values, holm, welch
-from gencompare.compare.tables import columns
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import load_runs
+from gencompare.comparison.page import report
+from gencompare.comparison.ranking import RankingTable, rank_results
+from gencompare.comparison.statistics import adjusted_p_values, holm, welch
+from gencompare.comparison.tables import columns
 from gencompare.records import Metric
 from synthetic import result, write_run
 

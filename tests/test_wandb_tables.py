@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gencompare.compare.page import report
+from gencompare.comparison.page import report
 from gencompare.records import Metric, RunRecord
 from gencompare.training.loggers import finish_loggers, wandb_logger
 from synthetic import result, write_run

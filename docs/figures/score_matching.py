@@ -34,7 +34,7 @@ from toy_scores import (
     two_gaussians,
 )
 
-from gencompare.compare.charts import COLORS
+from gencompare.comparison.charts import COLORS
 from gencompare.diffusion.sde_samplers import EulerMaruyama, ReverseDiffusion
 from gencompare.rng import generator
 

@@ -13,18 +13,31 @@ from gencompare.version import __version__
 _LAZY = {
     "EMA": "gencompare.training.ema",
     "build": "gencompare.tasks.python_api",
+    "compare": "gencompare.tasks.python_api",
     "compose": "gencompare.tasks.python_api",
     "evaluate": "gencompare.evaluation.evaluate",
     "load_from_checkpoint": "gencompare.generative_model",
     "load_run": "gencompare.tasks.runs.loading",
+    "sample": "gencompare.tasks.python_api",
     "train": "gencompare.tasks.python_api",
 }
-__all__ = ["EMA", "__version__", "build", "compose", "evaluate", "load_from_checkpoint", "load_run", "train"]
+__all__ = [
+    "EMA",
+    "__version__",
+    "build",
+    "compare",
+    "compose",
+    "evaluate",
+    "load_from_checkpoint",
+    "load_run",
+    "sample",
+    "train",
+]
 
 if TYPE_CHECKING:
     from gencompare.evaluation.evaluate import evaluate
     from gencompare.generative_model import load_from_checkpoint
-    from gencompare.tasks.python_api import build, compose, train
+    from gencompare.tasks.python_api import build, compare, compose, sample, train
     from gencompare.tasks.runs.loading import load_run
     from gencompare.training.ema import EMA
 

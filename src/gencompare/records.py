@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import math
 import os
@@ -154,6 +155,33 @@ class Result:
     def id(self) -> str:
         """Identifies the result in a record: evaluating again with equal settings replaces it."""
         return f"{self.measurement.id}-{self.generation.id}"
+
+    def _cells(self) -> list[tuple[str, str, str, str]]:
+        """Name, value, interval and real-data baseline of each metric, the primary metric first."""
+
+        def text(value: float | None) -> str:
+            return "" if value is None else f"{value:.4g}"
+
+        names = sorted(self.metrics, key=lambda name: name != self.primary_metric)
+        return [
+            (name, text(metric.value), "[{}, {}]".format(*map(text, metric.interval)) if metric.interval else "",
+             text(metric.baseline))
+            for name, metric in ((name, self.metrics[name]) for name in names)
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        rows = [("metric", "value", "95 % interval", "real data"), *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"Warning: {each}" for each in self.details.get("warnings", []))])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("metric", "value", "95 % interval", "real data"))
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._cells()
+        )
+        warnings = "".join(f"<p>Warning: {html.escape(str(each))}</p>" for each in self.details.get("warnings", []))
+        return f"<table><tr>{head}</tr>{rows}</table>{warnings}"
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from devtools import Tab, find_browser  # type: ignore[import-not-found]
 
-from gencompare.compare.page import report
+from gencompare.comparison.page import report
 from synthetic import result, write_run
 
 ODD = '<img src=http://127.0.0.1:9/x onerror="alert(1)"><script>window.bad = 1</script>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.reference import EvaluationData, SupportsSampling, split_batch, to_uint8
 from gencompare.files import atomic_write
 from gencompare.generative_model import Cond, DataSpec
+from gencompare.image_grid import grid
 from gencompare.resources import flops_per_image, peak_memory_bytes, reset_peak_memory
 from gencompare.rng import generator
 
@@ -97,6 +100,15 @@ class Samples:
     """Sampling time summed over all chunks, divided by the number of processes."""
     peak_memory_bytes: int
     """Peak memory of torch during sampling on a GPU; peak memory of the process on a CPU."""
+
+    def grid(self, columns: int | None = None) -> Image:
+        """Return the images as one picture, with ``columns`` images per row. None makes it approximately square."""
+        return grid(self.images.numpy(), columns)
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.grid().save(png, "PNG")
+        return png.getvalue()
 
 
 def draw_samples(

@@ -12,10 +12,10 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from gencompare.compare.charts import PLOTS_FOLDER
-from gencompare.compare.load_runs import ComparisonOptions, load_runs
-from gencompare.compare.page import CSV_FILE, write_report
-from gencompare.compare.terminal import print_tables
+from gencompare.comparison.charts import PLOTS_FOLDER
+from gencompare.comparison.load_runs import ComparisonOptions, load_runs
+from gencompare.comparison.page import CSV_FILE, write_report
+from gencompare.comparison.terminal import print_tables
 from gencompare.errors import UserError
 from gencompare.tasks.runs.loading import locate_runs
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gencompare.compare import formatting
-from gencompare.compare.load_runs import RunFolder, load_runs
+from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import RunFolder, load_runs
 from gencompare.records import RunRecord
 from gencompare.tasks.runs.loading import locate_runs
 from gencompare.tasks.runs.run_folder import is_active

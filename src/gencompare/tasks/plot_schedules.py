@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from gencompare.compare.charts import draw_schedules
+from gencompare.comparison.charts import draw_schedules
 from gencompare.diffusion.schedules import NoiseSchedule, schedule_curve
 from gencompare.errors import UserError
 from gencompare.files import atomic_write

@@ -1,9 +1,10 @@
-"""The Python API: compose configs, build data and models, and train, as the command line does."""
+"""The Python API: compose configs, build data and models, train, sample and compare, as the command line does."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hydra import compose as hydra_compose
@@ -11,10 +12,17 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
 
 from gencompare.command_line import conf_dir
+from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder, find_run_folders, load_runs
+from gencompare.comparison.notebook import Comparison
 from gencompare.data.datamodule import ImageData
+from gencompare.errors import UserError
+from gencompare.evaluation.reference import SupportsSampling
+from gencompare.evaluation.sampling import Samples, choose_conditions, draw_samples
 from gencompare.generative_model import TrainedModel
+from gencompare.records import Result, RunRecord
 from gencompare.tasks import train as tasks_train
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.loading import LoadedRun, load_run
@@ -60,3 +68,63 @@ def train(cfg: DictConfig) -> LoadedRun:
     finally:
         leave_process_group()
     return load_run(cfg.out)
+
+
+def sample(
+    model: SupportsSampling,
+    num_images: int = 64,
+    *,
+    labels: Tensor | None = None,
+    data: ImageData | None = None,
+    seed: int = 0,
+) -> Samples:
+    """Draw images from a model. A notebook displays them as a grid.
+
+    Args:
+        model: a model of this package, or any object with ``sample(n, cond, *, generator)``.
+        num_images: number of images.
+        labels: (num_images,) the class of each image; None cycles through the classes for a conditional model.
+        data: provides the conditions from its test split, for a model with conditions other than the class.
+        seed: seed of the samples.
+
+    Raises:
+        UserError: an argument is invalid, or the model needs ``data``.
+    """
+    names = set(getattr(model, "condition_names", ())) - {"label"}
+    if names and data is None:
+        raise UserError(f"This model needs the condition '{min(names)}': call sample(model, data=...).")
+    source = choose_conditions(model, data, num_images, seed=seed, split="test") if data is not None else None
+    return draw_samples(
+        model, num_images, seed=seed, labels=labels, condition_source=source, spec=None if data is None else data.spec
+    )
+
+
+def compare(
+    runs: str | Iterable[str | os.PathLike[str] | LoadedRun] | Mapping[str, Result],
+    *,
+    group_by: Iterable[str] = (),
+    rank_by: str | None = None,
+) -> Comparison:
+    """Compare runs, or results of `gencompare.evaluate`, as ``task=compare`` does.
+
+    Args:
+        runs: a glob of run folders, several folders or loaded runs, or results by name. Results have no
+            training cost.
+        group_by: config keys, such as ``model.schedule``; runs with the same values share a row. By default, runs that
+            differ only in their seed do.
+        rank_by: name of the metric that ranks; None uses the primary metric of each result.
+
+    Raises:
+        UserError: no run folder matches, or a key or metric is unknown.
+    """
+    options = ComparisonOptions(tuple(group_by), rank_by)
+    if isinstance(runs, Mapping):
+        records = [
+            RunRecord(name, family="", data={"name": result.measurement.data}, state="samples")
+            for name, result in runs.items()
+        ]
+        for record, result in zip(records, runs.values(), strict=True):
+            record.add_result(result)
+        return Comparison(LoadedRuns([RunFolder(Path(), each, each.name) for each in records], options=options))
+    folders = find_run_folders(runs) if isinstance(runs, str) else runs
+    return Comparison(load_runs([run.folder if isinstance(run, LoadedRun) else run for run in folders], options))

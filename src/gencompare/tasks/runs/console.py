@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.syntax import Syntax
 from torch import Tensor
 
-from gencompare.compare.page import report
-from gencompare.compare.terminal import run_summary
+from gencompare.comparison.page import report
+from gencompare.comparison.terminal import run_summary
 from gencompare.data.datamodule import SPLITS, ImageData
 from gencompare.evaluation.reference import quantize_split, to_uint8
 from gencompare.generative_model import DataSpec

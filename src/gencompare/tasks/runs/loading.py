@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from gencompare.compare.load_runs import find_run_folders
+from gencompare.comparison.load_runs import find_run_folders
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.generative_model import GenerativeModel, TrainedModel

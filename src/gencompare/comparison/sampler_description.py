@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from gencompare.compare.statistics import SeedGroup
+from gencompare.comparison.statistics import SeedGroup
 from gencompare.records import Result, SampleSettings
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gencompare.compare import formatting
-from gencompare.compare.ranking import RankingTable, TableRow, badness
-from gencompare.compare.svg_plots import Chart, PlotLine, Style
+from gencompare.comparison import formatting
+from gencompare.comparison.ranking import RankingTable, TableRow, badness
+from gencompare.comparison.svg_plots import Chart, PlotLine, Style
 from gencompare.records import RunRecord
 
 KINDS = ("images_seen", "steps", "flops", "device_seconds")

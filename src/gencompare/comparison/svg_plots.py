@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-from gencompare.compare.load_runs import RunFolder
-from gencompare.compare.ranking import RankingTable
+from gencompare.comparison.load_runs import RunFolder
+from gencompare.comparison.ranking import RankingTable
 from gencompare.files import atomic_write, write_text
 
 COLORS = ("#3b7dd8", "#d9792b", "#2f9e6e", "#c94a5e", "#8a63d2", "#1a9aa8", "#a8793f", "#c858a0", "#8a951f", "#7c8591")

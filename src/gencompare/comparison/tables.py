@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gencompare.compare import formatting
-from gencompare.compare.load_runs import LoadedRuns, RunFolder
-from gencompare.compare.ranking import RankingTable, TableRow, ranking_tables, runs_without_results
-from gencompare.compare.run_costs import autoencoder_cost, describe_dependencies, own_cost, total_cost
-from gencompare.compare.sampler_description import describe_sampling, describe_weights
-from gencompare.compare.statistics import warnings_of
+from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import LoadedRuns, RunFolder
+from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables, runs_without_results
+from gencompare.comparison.run_costs import autoencoder_cost, describe_dependencies, own_cost, total_cost
+from gencompare.comparison.sampler_description import describe_sampling, describe_weights
+from gencompare.comparison.statistics import warnings_of
 from gencompare.files import write_text
 
 BPD_PREFIX = "bpd_"
@@ -253,12 +253,12 @@ def format_value(value: Any) -> str:
 # CSV
 
 
-def write_csv(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """All results with all metrics, protocol fields and costs: one line per result, in the order of the tables.
+def csv_rows(loaded: LoadedRuns) -> list[dict[str, Any]]:
+    """All results with all metrics, protocol fields and costs: one row per result, in the order of the tables.
 
     A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results in
     the same row of a table have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the
-    adjusted p value against the row of rank ``best_rank``. A run without results has a line too.
+    adjusted p-value against the row of rank ``best_rank``. A run without results has a row too.
     """
     lines: list[dict[str, Any]] = []
     for table in ranking_tables(loaded):
@@ -286,7 +286,12 @@ def write_csv(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
             line |= {f"seconds.{name}": value for name, value in result.seconds.items()}
             line |= {"warnings": "; ".join(warnings_of(result)) or None}
             lines.append(line)
-    lines += [_run_fields(run) for run in runs_without_results(loaded.runs)]
+    return lines + [_run_fields(run) for run in runs_without_results(loaded.runs)]
+
+
+def write_csv(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
+    """Write `csv_rows` to a CSV file."""
+    lines = csv_rows(loaded)
     names = list(dict.fromkeys(name for line in lines for name, value in line.items() if value is not None))
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -12,12 +12,12 @@ from importlib import resources
 from itertools import combinations
 from statistics import fmean
 
-from gencompare.compare import formatting
-from gencompare.compare.commands import training_command
-from gencompare.compare.load_runs import ComparisonOptions, LoadedRuns, RunFolder
-from gencompare.compare.sampler_description import distinguishing_settings
-from gencompare.compare.settings import differing_settings, is_model_setting
-from gencompare.compare.statistics import (
+from gencompare.comparison import formatting
+from gencompare.comparison.commands import training_command
+from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder
+from gencompare.comparison.sampler_description import distinguishing_settings
+from gencompare.comparison.settings import differing_settings, is_model_setting
+from gencompare.comparison.statistics import (
     MIN_SEEDS,
     SIGNIFICANCE_LEVEL,
     ComparisonToBest,
@@ -60,7 +60,7 @@ def published_results(data: str) -> list[PublishedResult]:
 
 @cache
 def _published() -> dict[str, list[dict]]:
-    file = resources.files("gencompare.compare") / "published_results.json"
+    file = resources.files("gencompare.comparison") / "published_results.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 

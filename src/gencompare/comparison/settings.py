@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from gencompare.compare import formatting
-from gencompare.compare.load_runs import RunFolder
+from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import RunFolder
 
 NON_SETTINGS = (
     "out", "tags", "command", "sweep_name", "run", "run_dir", "resume", "ckpt_path", "runs", "by", "group_by", "metric",

@@ -75,7 +75,7 @@ class ComparisonOptions:
     """How to group and rank the runs of a comparison."""
 
     group_by: tuple[str, ...] = ()
-    """Config keys whose values define the rows (see `gencompare.compare.statistics.group_by_seed`). If empty, runs
+    """Config keys whose values define the rows (see `gencompare.comparison.statistics.group_by_seed`). If empty, runs
     that differ only in seeds are in one row."""
     rank_by: str | None = None
     """The metric that ranks; None for the primary metric of each result."""
@@ -89,7 +89,7 @@ class LoadedRuns:
     skipped: list[SkippedFolder] = field(default_factory=list)
     options: ComparisonOptions = ComparisonOptions()
     tables: list[Any] | None = field(default=None, repr=False, compare=False)
-    """Cache of `gencompare.compare.ranking.ranking_tables`."""
+    """Cache of `gencompare.comparison.ranking.ranking_tables`."""
 
 
 def find_run_folders(pattern: str) -> list[Path]:

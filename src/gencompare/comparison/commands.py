@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gencompare.command_line import override, quote, run_command
-from gencompare.compare.load_runs import RunFolder
+from gencompare.comparison.load_runs import RunFolder
 from gencompare.records import Measurement, Result
 
 OPTION_OF_FIELD = {

@@ -11,9 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gencompare.compare import formatting
-from gencompare.compare.load_runs import LoadedRuns, RunFolder, load_runs
-from gencompare.compare.ranking import (
+from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import LoadedRuns, RunFolder, load_runs
+from gencompare.comparison.ranking import (
     RankingTable,
     explain_separate_tables,
     metric_disagreements,
@@ -21,9 +21,9 @@ from gencompare.compare.ranking import (
     ranking_tables,
     runs_without_results,
 )
-from gencompare.compare.sampler_description import describe_weights
-from gencompare.compare.suggestions import suggested_commands
-from gencompare.compare.tables import Cell, columns, metric_heading, table_title
+from gencompare.comparison.sampler_description import describe_weights
+from gencompare.comparison.suggestions import suggested_commands
+from gencompare.comparison.tables import Cell, columns, metric_heading, table_title
 from gencompare.records import RunRecord
 
 MAX_RESULTS = 4

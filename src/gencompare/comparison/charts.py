@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gencompare.compare import formatting
-from gencompare.compare.load_runs import LoadedRuns, RunFolder
-from gencompare.compare.ranking import RankingTable, TableRow, ranking_tables
-from gencompare.compare.run_costs import ParetoChart, pareto_charts
-from gencompare.compare.sampler_description import without_steps
-from gencompare.compare.svg_plots import COLORS, DASHES, Chart, PlotLine, Style, save, styles
+from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import LoadedRuns, RunFolder
+from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables
+from gencompare.comparison.run_costs import ParetoChart, pareto_charts
+from gencompare.comparison.sampler_description import without_steps
+from gencompare.comparison.svg_plots import COLORS, DASHES, Chart, PlotLine, Style, save, styles
 
 MAX_LINES = 75
 """Lines of a chart, those of the best-ranked runs: fifteen families with five seeds each."""

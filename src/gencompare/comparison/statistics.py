@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from gencompare.compare import formatting
-from gencompare.compare.load_runs import RunFolder
-from gencompare.compare.settings import NON_SETTINGS, config_settings, flatten
+from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import RunFolder
+from gencompare.comparison.settings import NON_SETTINGS, config_settings, flatten
 from gencompare.records import Metric, Result, RunRecord
 
 SIGNIFICANCE_LEVEL = 0.05

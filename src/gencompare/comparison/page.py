@@ -17,10 +17,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from gencompare.compare import formatting
-from gencompare.compare.charts import Charts, by_rank, save_all
-from gencompare.compare.load_runs import ComparisonOptions, LoadedRuns, RunFolder, load_runs
-from gencompare.compare.ranking import (
+from gencompare.comparison import formatting
+from gencompare.comparison.charts import Charts, by_rank, save_all
+from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder, load_runs
+from gencompare.comparison.ranking import (
     RankingTable,
     explain_separate_tables,
     metric_disagreements,
@@ -28,12 +28,12 @@ from gencompare.compare.ranking import (
     ranking_tables,
     runs_without_results,
 )
-from gencompare.compare.sampler_description import describe_sampling
-from gencompare.compare.settings import config_settings, differing_settings
-from gencompare.compare.statistics import MIN_SEEDS
-from gencompare.compare.suggestions import suggested_commands
-from gencompare.compare.svg_plots import MARKERS, Chart, legend, styles, svg
-from gencompare.compare.tables import (
+from gencompare.comparison.sampler_description import describe_sampling
+from gencompare.comparison.settings import config_settings, differing_settings
+from gencompare.comparison.statistics import MIN_SEEDS
+from gencompare.comparison.suggestions import suggested_commands
+from gencompare.comparison.svg_plots import MARKERS, Chart, legend, styles, svg
+from gencompare.comparison.tables import (
     columns,
     format_value,
     metrics_table,
@@ -42,7 +42,7 @@ from gencompare.compare.tables import (
     write_latex,
     write_markdown,
 )
-from gencompare.compare.terminal import describe_run
+from gencompare.comparison.terminal import describe_run
 from gencompare.errors import UserError
 from gencompare.files import write_text
 from gencompare.records import Metric
@@ -135,7 +135,7 @@ def _template() -> Any:
 
 
 def _asset(name: str) -> str:
-    return resources.files("gencompare.compare").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("gencompare.comparison").joinpath(name).read_text(encoding="utf-8")
 
 
 def _subtitle(runs: list[RunFolder], tables: list[RankingTable]) -> str:

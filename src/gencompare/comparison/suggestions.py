@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gencompare.compare.commands import PRESET_FIELDS, evaluation_command, evaluation_preset, protocol_overrides
-from gencompare.compare.ranking import RankingTable
+from gencompare.comparison.commands import PRESET_FIELDS, evaluation_command, evaluation_preset, protocol_overrides
+from gencompare.comparison.ranking import RankingTable
 
 
 def suggested_commands(tables: list[RankingTable]) -> list[str]:
