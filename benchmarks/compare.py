@@ -25,7 +25,7 @@ from gencompare.comparison.page import report
 from gencompare.files import write_json
 from gencompare.records import now
 from gencompare.tasks.runs.environment import environment
-from synthetic import a_curve, result, write_run  # type: ignore[import-not-found]
+from synthetic import synthetic_curve, result, write_run  # type: ignore[import-not-found]
 
 RESULT = Path(__file__).parent / "results" / "compare.json"
 FAMILIES = ("ddpm", "vae", "gan", "flow")
@@ -44,7 +44,7 @@ def write_records(folder: Path, runs: int) -> list[Path]:
         evaluation = result(1.0 + config / 50 + 0.05 * random.standard_normal(), generation={"seed": seed})
         folders.append(
             write_run(
-                folder / f"{k:04d}_{family}", [evaluation], family=family, seed=seed, curve=a_curve(k, rows=100),
+                folder / f"{k:04d}_{family}", [evaluation], family=family, seed=seed, curve=synthetic_curve(k, rows=100),
                 config={"seed": seed, "family": family, "model": model}, shape=(1, 22, 22),
                 training={"flops": 1e12 * (1 + config), "seconds": 60.0 + config, "steps": 100, "images_seen": 100_000},
             )
