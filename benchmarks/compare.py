@@ -1,9 +1,9 @@
-"""Benchmark a comparison of many runs: seconds on one core, and the size of the page.
+"""Benchmark the comparison of many runs: processor time, and size of the page.
 
     python benchmarks/compare.py
 
 Synthetic records: 200 configs of four families with five training seeds each, a learning curve of 100 points and an
-image of 20 kB. The processor time is reported, and the wall time and the load of the machine are stored.
+image of 20 kB. The processor time is printed; the wall time and the load of the machine are stored with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULT = Path(__file__).parent / "results" / "compare.json"
 FAMILIES = ("ddpm", "vae", "gan", "flow")
 SEEDS = 5
 SETTINGS = 60
-"""Settings in the config of a model, as many as the U-Net of a diffusion model has."""
+"""Number of settings in a model's config, as many as for the U-Net of a diffusion model."""
 
 
 def write_records(folder: Path, runs: int) -> list[Path]:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="+", default=[13, 100, 1000])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    measure(2)  # warm-up: imports, and the search for fonts
+    measure(2)  # warm up: imports and the font search
     load_before = os.getloadavg()
     rows = [measure(runs) for runs in args.runs]
     for row in rows:

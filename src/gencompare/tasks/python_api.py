@@ -1,4 +1,4 @@
-"""The Python API: compose configs, build data and models, and train, as the command line does."""
+"""The Python API: compose configs, build data and models, and train, like the command line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from gencompare.tasks.runs.run_config import complete_config
 
 
 def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> DictConfig:
-    """The resolved config of ``python run.py`` with ``overrides``.
+    """Compose the resolved config of ``python run.py`` with ``overrides``.
 
     Args:
         overrides: Hydra overrides, such as ``"model=ddpm"`` and ``"model.optimizer.lr=1e-3"``.
-        folder: the run folder; None uses one under ``paths.runs`` that is named by date and time.
+        folder: the run folder; None uses a folder in ``paths.runs`` named by date and time.
 
     Raises:
         hydra.errors.HydraException: an override is invalid.
@@ -48,13 +48,13 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
 
 
 def build(cfg: DictConfig) -> tuple[ImageData, TrainedModel]:
-    """The datamodule and the untrained model of a config. The initial weights are a function of ``cfg.seed``."""
+    """Build the datamodule and the untrained model of a config. The initial weights depend only on ``cfg.seed``."""
     data = build_data(cfg)
     return data, build_model(cfg, data)
 
 
 def train(cfg: DictConfig) -> LoadedRun:
-    """Train and evaluate the model of a config from `compose`, as ``python run.py`` does. Returns the finished run."""
+    """Train and evaluate the model of a config from `compose`, like ``python run.py``, and return the finished run."""
     try:
         tasks_train.train(cfg)
     finally:
