@@ -1,9 +1,9 @@
-"""Benchmark a comparison of many runs: seconds on one core, and the size of the page.
+"""Benchmark the comparison of many runs: processor time, and size of the page.
 
     python benchmarks/compare.py
 
 Synthetic records: 200 configs of four families with five training seeds each, a learning curve of 100 points and an
-image of 20 kB. The processor time is reported, and the wall time and the load of the machine are stored.
+image of 20 kB. The processor time is printed; the wall time and the load of the machine are stored with it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from gencompare.comparison.page import report
 from gencompare.files import write_json
 from gencompare.records import now
 from gencompare.tasks.runs.environment import environment
-from synthetic import synthetic_curve, result, write_run  # type: ignore[import-not-found]
+from synthetic import result, synthetic_curve, write_run  # type: ignore[import-not-found]
 
 RESULT = Path(__file__).parent / "results" / "compare.json"
 FAMILIES = ("ddpm", "vae", "gan", "flow")
 SEEDS = 5
 SETTINGS = 60
-"""Settings in the config of a model, as many as the U-Net of a diffusion model has."""
+"""Number of settings in a model's config, as many as for the U-Net of a diffusion model."""
 
 
 def write_records(folder: Path, runs: int) -> list[Path]:
@@ -44,7 +44,8 @@ def write_records(folder: Path, runs: int) -> list[Path]:
         evaluation = result(1.0 + config / 50 + 0.05 * random.standard_normal(), generation={"seed": seed})
         folders.append(
             write_run(
-                folder / f"{k:04d}_{family}", [evaluation], family=family, seed=seed, curve=synthetic_curve(k, rows=100),
+                folder / f"{k:04d}_{family}", [evaluation], family=family, seed=seed,
+                curve=synthetic_curve(k, rows=100),
                 config={"seed": seed, "family": family, "model": model}, shape=(1, 22, 22),
                 training={"flops": 1e12 * (1 + config), "seconds": 60.0 + config, "steps": 100, "images_seen": 100_000},
             )
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, nargs="+", default=[13, 100, 1000])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    measure(2)  # warm-up: imports, and the search for fonts
+    measure(2)  # warm up: imports and the font search
     load_before = os.getloadavg()
     rows = [measure(runs) for runs in args.runs]
     for row in rows:

@@ -1,4 +1,4 @@
-"""Acceptance criteria of the digits demonstration, for a run and for images with known faults.
+"""Check the acceptance criteria of the digits demonstration on a run and on images with known faults.
 
     python benchmarks/digits_acceptance.py RUN_FOLDER
 

@@ -2,10 +2,10 @@
 
     python benchmarks/evaluation.py
 
-- distance: the Frechet distance between two sets of statistics of 2048 features, with covariances of full rank;
+- distance: the Frechet distance between two sets of statistics of 2048 features, with full-rank covariances;
 - neighbours: precision, recall, density and coverage of 10,000 x 2048 features against torch-fidelity's precision and
   recall, and the peak memory that each adds, measured in a separate process;
-- end to end: FID, KID, IS, precision and recall of two folders of images, with the same network and random weights, and
+- end to end: FID, KID, IS, precision and recall of two image folders, with the same network and random weights, and
   the largest relative difference of the metrics.
 
 The variants take turns in one process (see paired.py).
@@ -101,7 +101,7 @@ def compare_neighbours(rounds: int) -> dict[str, Any]:
 
 
 def added_memory(name: str) -> int:
-    """The growth of the peak resident size beyond the two sets of features, in MB."""
+    """Return how far the peak resident size grows beyond the two sets of features, in MB."""
     a, b = correlated(ROWS, 1), correlated(ROWS, 2)
     NEIGHBOURS[name](a[:100], b[:100])
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak (Linux)
@@ -116,7 +116,7 @@ def peak_mb() -> int:
 
 
 def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
-    """Both read the same PNG files, ours in one thread, torch-fidelity with its own loader."""
+    """Time both on the same PNG files: this package in one thread, torch-fidelity with its own data loader."""
     from torch_fidelity import calculate_metrics
 
     with tempfile.TemporaryDirectory() as name:
@@ -152,7 +152,7 @@ def compare_end_to_end(rounds: int, images: int) -> dict[str, Any]:
 
 
 def write_images(folder: Path, n: int, seed: int) -> Path:
-    """Write smooth random images, with more detail and contrast for a larger seed."""
+    """Write smooth random images; a larger seed gives more detail and contrast."""
     folder.mkdir()
     side, contrast = 4 * 4**seed, 30 + 60 * seed
     coarse = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
@@ -180,7 +180,7 @@ def main() -> None:
     def report(part: str, setting: str, variants: dict[str, Any]) -> None:
         result[part] = {"setting": setting, "created": now(), "load": os.getloadavg()[0], "variants": variants}
         print(table(f"{part}, {setting}", variants), flush=True)
-        write_json(options.out, result)  # after each part: all take a quarter of an hour
+        write_json(options.out, result)  # after each part, because all parts take a quarter of an hour
 
     parts = [options.only] if options.only else PARTS
     setting = f"2 x {options.images} images of 32x32, FID, KID, IS, precision, recall"

@@ -27,12 +27,12 @@ SETTINGS = ["model=ddpm", "data=digits", "logger=none", "trainer=cpu", "budget=s
 
 @contextmanager
 def files_entered() -> Iterator[set[str]]:
-    """Collect the files under the package that have a function called inside the block, relative to the package."""
+    """Collect the package files, as relative paths, that contain a function called inside the block."""
     found: set[str] = set()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        # The bodies of modules and classes, which run on import, are not optimised code.
+        # Module and class bodies, which run on import, lack the flag for optimised code.
         if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and code.co_filename.startswith(str(PACKAGE)):
             found.add(str(Path(code.co_filename).relative_to(PACKAGE)))
 
@@ -44,7 +44,7 @@ def files_entered() -> Iterator[set[str]]:
 
 
 def fit(folder: Path) -> Callable[[], None]:
-    """Build a run of two steps in ``folder``; the returned function trains it."""
+    """Build a two-step run in ``folder`` and return the function that trains it."""
     from gencompare.tasks.runs import build
 
     small = [

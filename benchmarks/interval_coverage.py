@@ -3,8 +3,8 @@
     python benchmarks/interval_coverage.py
 
 Each case draws features from a model with known parameters and measures them against a fixed reference: 100 repetitions
-at n = 500 and 1,000. The target is the expected value of the statistic at this n, the mean over further draws; for the
-Frechet distance at n = infinity it is the distance of 400,000 draws. Reported are
+at n = 500 and 1,000. The target is the expected value of the statistic at the same n, estimated from further draws; for
+the Frechet distance at n = infinity it is the distance of 400,000 draws. The report contains
 
 - coverage, and the fractions of intervals below and above the target;
 - width: the mean width, divided by 3.92 standard deviations of the statistic, which is the width of a normal interval
@@ -48,7 +48,8 @@ def gaussian(scale: float = 1.0, shift: float = 0.0, dim: int = 64, decay: float
 
 
 def student(scale: float = 1.0, shift: float = 0.0, dim: int = 64, decay: float = 0.0) -> Draw:
-    """Multivariate t distribution with 5 degrees of freedom: the features of an image share a random scale."""
+    """Draw from a multivariate t distribution with 5 degrees of freedom, where the features of an image share a random
+    scale."""
     spectrum = torch.arange(1, dim + 1).float() ** -decay
 
     def draw(n: int, g: torch.Generator) -> Tensor:
@@ -59,7 +60,7 @@ def student(scale: float = 1.0, shift: float = 0.0, dim: int = 64, decay: float 
 
 
 def mixture(modes: int, shift: float = 0.0) -> Draw:
-    """The first of ten modes, with exponential tails, a decaying spectrum, and a ReLU as for activations."""
+    """Draw the first of ten modes, with exponential tails, a decaying spectrum, and a ReLU as for activations."""
     centres = 2 * torch.randn(10, 64, generator=torch.Generator().manual_seed(99))
 
     def draw(n: int, g: torch.Generator) -> Tensor:

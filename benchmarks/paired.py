@@ -17,7 +17,8 @@ from typing import Any
 
 @dataclass
 class Laps:
-    """Seconds per round of one variant: wall time, and the processor time of this process, without other programs."""
+    """Seconds per round of one variant: wall time, and the processor time of this process, which excludes other
+    programs."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -49,7 +50,7 @@ def take_turns(variants: Mapping[str, Callable[[], None]], rounds: int, warm_up:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    r"""The median and its distribution-free 95 % confidence interval from order statistics.
+    r"""Return the median and its distribution-free 95 % confidence interval from order statistics.
 
     The interval from the j-th smallest to the j-th largest of n values does not contain the median with probability
     :math:`2 P(B < j)`, :math:`B \sim \text{Binomial}(n, 1/2)`.
@@ -65,7 +66,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compare(laps: Mapping[str, Laps], base: str) -> dict[str, dict[str, Any]]:
-    """The median time of each variant in ms, and (median, low, high) of its ratio to ``base`` and its difference."""
+    """Return each variant's median time in ms, and (median, low, high) of its ratio to and difference from ``base``."""
 
     def relative_to(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
         pairs = list(zip(a, b, strict=True))
@@ -86,7 +87,7 @@ def compare(laps: Mapping[str, Laps], base: str) -> dict[str, dict[str, Any]]:
 
 
 def table(title: str, rows: Mapping[str, dict[str, Any]]) -> str:
-    """The result of `compare` as text."""
+    """Format the result of `compare` as a table."""
     lines = [f"{title}:", f"  {'':24}{'ms':>9}  {'ratio (95 %)':24}{'processor ms':>12}  ratio (95 %)"]
     for name, row in rows.items():
         wall, cpu = ("{:.3f} [{:.3f}, {:.3f}]".format(*row[key]["ratio"]) for key in ("wall", "cpu"))

@@ -11,7 +11,7 @@ from torch import nn
 
 
 def save_random_inception(path: Path) -> Path:
-    """Write weights of ``inception-v3-compat`` with which activations neither vanish nor explode."""
+    """Write random weights of ``inception-v3-compat`` that let activations neither vanish nor explode."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.save({}, path)

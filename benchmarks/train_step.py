@@ -8,9 +8,9 @@ Two comparisons, in float32 on the CPU:
   both in the same plain loop of forward, backward, AdamW and EMA;
 - trainer: the DDPM with the default callbacks of this project, and the same model in the plain loop. Metrics are logged
   at *every* step, fifty times as often as by default. There are no evaluations during training. Steps on the digits are
-  short, and so show the overhead of the Trainer.
+  short, so they show the overhead of the Trainer.
 
-The variants take turns in one process (see paired.py), which cancels drifts of the machine's speed.
+The variants take turns in one process (see paired.py), which cancels drift in the machine's speed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def compare_trainer(data: Turns, overrides: list[str], rounds: int, logger: str)
         loggers = build_loggers(cfg, folder, run_id="benchmark", start_step=0)
         trainer = build_trainer(cfg, model, build_callbacks(cfg, model, data, None, folder), loggers, folder)
         trainer.fit(model, datamodule=data)
-    # The first laps are dropped: Lightning prefetches a batch, so the first lap of the Trainer contains no step.
+    # The first laps are dropped: since Lightning prefetches a batch, the Trainer's first lap contains no step.
     return compare({name: laps.last(rounds) for name, laps in data.laps.items()}, base="plain loop")
 
 

@@ -1,4 +1,4 @@
-"""Load and compare the checkpoints of runs."""
+"""Load and compare run checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
 
 
 def assert_same_training(one: Path, two: Path) -> None:
-    """Assert that weights, EMA weights and steps of two runs are bitwise equal."""
+    """Assert that the weights, EMA weights and steps of two runs are exactly equal."""
     a, b = checkpoint(one), checkpoint(two)
     for part in ("state_dict", "ema"):
         assert a[part].keys() == b[part].keys()

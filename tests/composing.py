@@ -1,4 +1,4 @@
-"""Options and composed configs for tests, including options of ``GENCOMPARE_CONF``."""
+"""Options and composed configs for tests, including those in ``GENCOMPARE_CONF``."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def roots() -> list[Path]:
 
 
 def options(group: str) -> list[str]:
-    """The options of a group."""
+    """Return the options of a group."""
     return sorted({path.stem for root in roots() for path in (root / group).glob("*.yaml")})
 
 
 def usual_groups() -> set[str]:
-    """The groups in the defaults list of config.yaml; other groups are appended with ``+``."""
+    """Return the groups in the defaults list of config.yaml; other groups are appended with ``+``."""
     defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
     return {str(key).removeprefix("optional ") for entry in defaults if not isinstance(entry, str) for key in entry}
 
 
 def carrier_of(group: str) -> str | None:
-    """An option with ``group`` in its defaults list; None if no option has one."""
+    """Return an option with ``group`` in its defaults list, or None if there is none."""
     first, *rest = group.split("/")
     for carrier in options(first) if rest else []:
         for path in (root / first / f"{carrier}.yaml" for root in roots()):
@@ -44,7 +44,7 @@ def carrier_of(group: str) -> str | None:
 
 
 def compose(*overrides: str) -> DictConfig:
-    """The resolved config of a job, as a new copy."""
+    """Return the resolved config of a job, as a new copy."""
     environment = tuple(value for name, value in sorted(os.environ.items()) if name.startswith("GENCOMPARE"))
     cfg, hydra = cached_compose(overrides, environment)
     HydraConfig.instance().set_config(hydra)
@@ -53,7 +53,7 @@ def compose(*overrides: str) -> DictConfig:
 
 @cache
 def cached_compose(overrides: tuple[str, ...], environment: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
-    """A config without and with the node ``hydra``. Cached, because composing takes a third of a second."""
+    """Return a config without and with the ``hydra`` node, cached because composing takes a third of a second."""
     GlobalHydra.instance().clear()
     searchpath = ",".join(f"file://{root}" for root in roots()[1:])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -1,4 +1,4 @@
-"""Fixtures: the real data sets, the cache, and the command line in this process."""
+"""Fixtures for the real data sets, the cache, and running the command line in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
-# One thread per test process: tests run in parallel, and results do not depend on the number of cores.
+# One thread per test process, because tests run in parallel and results must not depend on the number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
@@ -22,7 +22,7 @@ from gencompare.diffusion.schedules import NoiseSchedule  # noqa: E402
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder of the real data sets: GENCOMPARE_DATA, else ``shared/data`` beside the checkout."""
+    """Return the folder of the real data sets: GENCOMPARE_DATA, else ``shared/data`` beside the checkout."""
     for folder in (os.environ.get("GENCOMPARE_DATA"), CHECKOUT.parent / "shared" / "data"):
         if folder and Path(folder).is_dir():
             return Path(folder).resolve()
@@ -31,7 +31,7 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which decoded images and features of real images are cached for all tests."""
+    """Return the folder where decoded images and real features are cached for all tests."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     os.environ["GENCOMPARE_CACHE"] = str(folder / "cache")
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """Make float64 the default dtype: pytestmark = pytest.mark.usefixtures("double")."""
+    """Make float64 the default dtype, with ``pytestmark = pytest.mark.usefixtures("double")``."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -48,13 +48,13 @@ def double() -> Iterator[None]:
 
 @pytest.fixture(params=SCHEDULES)
 def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
-    """Each option of conf/model/schedule, in the default dtype."""
+    """Return each option of conf/model/schedule in turn, in the default dtype."""
     return schedule_named(request.param)
 
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """``cli(*overrides) -> exit code``: the command line in this process, in a temporary folder."""
+    """Return ``cli(*overrides) -> exit code``, which runs the command line in this process, in a temporary folder."""
     from gencompare.tasks.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             patch.setenv("HYDRA_FULL_ERROR", "0")
             patch.setenv("GENCOMPARE_FULL_ERROR", "0")
             if not any(override.startswith(("+sweep", "+search")) for override in overrides):
-                # Hydra composes each config twice, once only to read hydra.mode, which only sweep presets set.
+                # Hydra composes each config twice, once just to read hydra.mode, which only sweep presets set.
                 patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *args, **kwargs: None)
             try:
                 main()

@@ -1,6 +1,6 @@
-"""Parameter counts of published networks for CIFAR-10, derived by hand from a paper's tables or published code.
+"""Parameter counts of published CIFAR-10 networks, derived by hand from a paper's tables or published code.
 
-They are independent of the package, whose networks are compared with them.
+They do not use the package, whose networks are compared with them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ def linear(i: int, o: int, *, bias: bool = True) -> int:
 
 
 def unet(*, num_blocks: int, attention_resolutions: tuple[int, ...], emb_outputs: int, out_channels: int) -> int:
-    """Ho et al. (2020), appendix B, with 128 channels times 1, 2, 2, 2, and Nichol and Dhariwal's (2021) variant of it
-    (openai/improved-diffusion, unet.py).
+    """Count the parameters of Ho et al. (2020), appendix B, with 128 channels times 1, 2, 2, 2, or of Nichol and
+    Dhariwal's (2021) variant (openai/improved-diffusion, unet.py).
 
     Args:
         num_blocks: residual blocks per encoder level.
-        attention_resolutions: sides with attention; the middle always has it.
-        emb_outputs: outputs per channel of a block's projection of the embedding: 1 is added, 2 scale and shift.
-        out_channels: channels of the output.
+        attention_resolutions: resolutions with attention; the middle block always has it.
+        emb_outputs: outputs per channel of a block's projection of the embedding: 1 (added), or 2 (scale and shift).
+        out_channels: output channels.
     """
 
     def residual(i: int, o: int) -> int:
@@ -36,7 +36,7 @@ def unet(*, num_blocks: int, attention_resolutions: tuple[int, ...], emb_outputs
 
     levels = ((32, 128), (16, 256), (8, 256), (4, 256))
     count = linear(128, 512) + linear(512, 512) + conv(3, 128)
-    skips = [128]  # widths of the encoder outputs that the decoder receives in reverse order
+    skips = [128]  # channels of the encoder outputs, which the decoder receives in reverse order
     for side, width in levels:
         for _ in range(num_blocks):
             count += block(skips[-1], width, side)
@@ -56,12 +56,12 @@ def unet(*, num_blocks: int, attention_resolutions: tuple[int, ...], emb_outputs
 
 
 def vdm(*, emb_bias: bool = False, noise_dim: int = 129) -> int:
-    """Kingma et al. (2021): google-research/vdm, model_vdm.py and configs/cifar10.py. 32 encoder blocks, 33 decoder
-    blocks, one resolution.
+    """Count the parameters of Kingma et al. (2021): google-research/vdm, model_vdm.py and configs/cifar10.py, with 32
+    encoder blocks and 33 decoder blocks at one resolution.
 
     Args:
         emb_bias: whether a block's projection of the embedding has a bias.
-        noise_dim: features of the noise level; in the published code 128 and a column of zeros.
+        noise_dim: number of noise-level features; in the published code 128 and a column of zeros.
     """
     projection = linear(512, 128, bias=emb_bias)
 
@@ -75,9 +75,9 @@ def vdm(*, emb_bias: bool = False, noise_dim: int = 129) -> int:
 
 
 def vdvae() -> int:
-    """Child (2021), the published config (openai/vdvae, hps.py): width 384, a quarter of it inside a block, z of 16
-    channels; encoder "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3", decoder "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21";
-    1x1 convolutions at resolution 1x1."""
+    """Count the parameters of Child (2021) with the published config (openai/vdvae, hps.py): width 384, a quarter of it
+    inside a block, z of 16 channels; encoder "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3", decoder
+    "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"; 1x1 convolutions at resolution 1x1."""
     width, inner, z, maps = 384, 96, 16, 100
     up, down = 11 + 1 + 6 + 1 + 6 + 1 + 3 + 1, 1 + 2 + 1 + 5 + 1 + 10 + 1 + 21
 
@@ -94,7 +94,7 @@ def vdvae() -> int:
 
 
 def igebm(*, bias: bool = False) -> int:
-    """ResNet32Large of Du and Mordatch (2019): openai/ebm_code_release, models.py.
+    """Count the parameters of ResNet32Large of Du and Mordatch (2019): openai/ebm_code_release, models.py.
 
     A convolution from 3 to 128 channels; three blocks each of 128, 256 and 512 channels, with two convolutions per
     block and a 3x3 shortcut where the number of channels changes; a linear layer. ``bias``: whether layers other than
@@ -109,7 +109,8 @@ def igebm(*, bias: bool = False) -> int:
 
 
 def dcgan() -> dict[str, int]:
-    """Miyato et al. (2018), table 3 with M_g = 4. It gives no count; batch norm has two parameters per channel."""
+    """Count the parameters of Miyato et al. (2018), table 3 with M_g = 4. No count is published. Batch norm has two per
+    channel."""
     ups = sum(conv(i, o, 4) + 2 * o for i, o in ((512, 256), (256, 128), (128, 64)))
     down = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
     return {
@@ -119,9 +120,9 @@ def dcgan() -> dict[str, int]:
 
 
 def sngan(*, last_bias: bool = False) -> dict[str, int]:
-    """Miyato et al. (2018), table 4 and figure 8. It gives no count; shortcuts of resampling blocks have a 1x1
-    convolution, and the last layer of the discriminator has no bias, as in the published code
-    (pfnet-research/sngan_projection, gen_models and dis_models)."""
+    """Count the parameters of Miyato et al. (2018), table 4 and figure 8. No count is published. Shortcuts of
+    resampling blocks have a 1x1 convolution, and the last layer of the discriminator has no bias, as in the published
+    code (pfnet-research/sngan_projection, gen_models and dis_models)."""
     up = 2 * conv(256, 256) + conv(256, 256, 1) + 2 * 2 * 256
     first, down = conv(3, 128) + conv(128, 128) + conv(3, 128, 1), 2 * conv(128, 128) + conv(128, 128, 1)
     return {
@@ -131,8 +132,8 @@ def sngan(*, last_bias: bool = False) -> dict[str, int]:
 
 
 def r3gan() -> dict[str, int]:
-    """The published code of Huang et al. (2024), preset CIFAR10 with 10 classes: 4 stages of 768 channels, 2 blocks
-    each, expansion 2, 96 groups, latents of 64, label embeddings of 64 and 768."""
+    """Count the parameters of the published code of Huang et al. (2024), preset CIFAR10 with 10 classes: 4 stages of
+    768 channels, 2 blocks each, expansion 2, 96 groups, latents of 64, label embeddings of 64 and 768."""
     wide = 2 * 768
     block = conv(768, wide, 1) + wide * (wide // 96) * 9 + wide + conv(wide, 768, 1, bias=False)
     return {

@@ -1,4 +1,4 @@
-"""New processes as forks of the process that runs the tests, which saves the time of imports.
+"""New processes as forks of the process that runs the tests, which saves import time.
 
 They can be killed, and several of them can train together. Other tests start ``run.py`` in a new interpreter.
 """
@@ -30,7 +30,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def in_processes(
     world: int, folder: Path, share: Callable[..., Mapping[str, Tensor]], *args: Any
 ) -> list[dict[str, Tensor]]:
-    """The return values of ``share(rank, world, *args)`` in the processes of one gloo group, by rank."""
+    """Return the results of ``share(rank, world, *args)`` by rank, from ``world`` processes in one gloo group."""
     name = uuid4().hex
 
     def run(rank: int) -> None:
@@ -51,11 +51,12 @@ def in_processes(
 
 
 class Forked:
-    """``python run.py OVERRIDES`` in ``folder``, with the interface of `subprocess.Popen` that Lightning and tests use.
+    """``python run.py OVERRIDES`` in ``folder``, with the part of `subprocess.Popen`'s interface that Lightning and
+    tests use.
 
     Args:
-        env: the environment; None is that of this process.
-        first: called first in the new process, and so in effect in the processes that it starts.
+        env: the environment; if None, that of this process.
+        first: called first in the new process, so it also affects the processes that this one starts.
         output: the file for its output.
     """
 
@@ -74,7 +75,7 @@ class Forked:
     def _run(
         self, folder: Path, overrides: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
     ) -> None:
-        """Run in the new process, which ends afterwards."""
+        """Run ``main`` in the new process, which ends afterwards."""
         sys.stdout = sys.stderr = output = self._output.open("a", buffering=1)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -95,7 +96,7 @@ class Forked:
             assert command[1:] == ["-m", "gencompare.tasks.runs.rank"]
             return Forked(folder, env=env)
 
-        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # else read once, at import
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # otherwise read only once, on import
         subprocess_script.subprocess = SimpleNamespace(Popen=start_rank)  # type: ignore[assignment]
         main()
 
@@ -104,7 +105,7 @@ class Forked:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs; the negative number of the signal that ended it."""
+        """Return the exit code: None while running, and the negated signal number after a signal."""
         return self._process.exitcode
 
     @property
@@ -123,13 +124,14 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
     def output(self) -> str:
-        """The output of the process and of those that it started."""
+        """Return the output of the process and of its child processes."""
         return self._output.read_text()
 
 
 @contextmanager
 def active_process(folder: Path, final_state: str, **training: Any) -> Iterator[None]:
-    """A process uses a run folder until another process waits for it, then sets the state of the record and ends."""
+    """Start a process that uses a run folder until another process waits for it, then sets the record's state and
+    ends."""
     started, awaited = (get_context("fork").Event() for _ in range(2))
     original = run_folder.file_lock
 

@@ -1,8 +1,8 @@
 """Data with an exact denoiser, and the moments of samples without Monte Carlo error.
 
-On Gaussian data every sampler step is affine. One batch contains a row without noise, a row for each pixel that starts
-one unit higher in that pixel, and a row for each random number, in which only that number is 1. The results determine
-the affine map from noise to samples, and with it the mean and the covariance of the samples.
+On Gaussian data every sampler step is affine. One batch contains an image without noise, one image per pixel that
+starts one unit higher in that pixel, and one image per random number, where only that number is 1. The results
+determine the affine map from noise to samples, and hence the mean and covariance of the samples.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ MEAN = torch.tensor([0.6, -0.3, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
 AXES = torch.tensor([[2, -1, 2], [2, 2, -1], [-1, 2, 2]], dtype=torch.float64) / 3
 COVARIANCE = AXES * VARIANCE @ AXES.T
-"""Data: three Gaussian pixels, correlated by -0.5, -0.8 and 0.8. Along AXES, the columns of a rotation, they are
-independent, with VARIANCE, none of which is 1."""
+"""Three Gaussian pixels, correlated by -0.5, -0.8 and 0.8. Along AXES, the columns of a rotation, they are independent
+with variances VARIANCE, none of which is 1."""
 ALONE = torch.eye(3, dtype=torch.float64)
-"""Replaces AXES: independent pixels."""
+"""Replaces AXES to make the pixels independent."""
 
 
 SCHEDULES = options("model/schedule")
 SENSIBLE = [name for name in SCHEDULES if name != "steep"]
-"""Without the deliberately bad one, whose noise falls in the last few steps."""
+"""All schedules but the deliberately bad one, whose noise falls in the last few steps."""
 
 
 def schedule_named(name: str) -> NoiseSchedule:
@@ -46,21 +46,21 @@ def schedule_named(name: str) -> NoiseSchedule:
 
 
 def times_of(sampler: Sampler, schedule: NoiseSchedule) -> Tensor:
-    """The times of the sampler, or times evenly spaced in log-SNR for a table with fewer steps."""
+    """Return the sampler's times, or times evenly spaced in log-SNR for a table with fewer steps."""
     table = schedule.discrete_times
     fits = table is None or len(table) >= sampler.num_steps
     return sampler.times(schedule).double() if fits else even_levels(schedule, sampler.num_steps)
 
 
 def even_levels(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Times over the whole schedule, evenly spaced in log-SNR, then clean data."""
+    """Return times over the whole schedule, evenly spaced in log-SNR, and finally the time of clean data."""
     noisy, clean = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min])).tolist()
     times = schedule.t_from_log_snr(torch.linspace(noisy, clean, steps))
     return torch.cat([times, torch.tensor([CLEAN])])
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, from log alpha and log-SNR."""
+    """Return alpha and sigma, computed from log alpha and log-SNR."""
     if t == CLEAN:
         return torch.tensor(1.0), torch.tensor(0.0)
     log_alpha = schedule.log_alpha(t)
@@ -81,12 +81,12 @@ class ExactDenoiser:
             inverse = self.axes / (alpha**2 * VARIANCE + sigma**2) @ self.axes.T
             self._seen[key] = alpha * MEAN, sigma * inverse, alpha * (self.axes * VARIANCE) @ self.axes.T @ inverse
         mean, to_eps, to_x0 = (each.to(x_t) for each in self._seen[key])
-        off = x_t - mean  # images are rows, and both matrices symmetric
+        off = x_t - mean  # images are row vectors, and both matrices are symmetric
         return Prediction(x0=MEAN.to(x_t) + off @ to_x0, eps=off @ to_eps)
 
 
 class UnitNoise:
-    """Replaces random numbers: for images of d values, the k-th number is 1 in row 1 + d + k, and 0 in other rows."""
+    """Replaces random numbers: for images of d values, the k-th number is 1 in image 1 + d + k and 0 in all others."""
 
     draws = 0
 
@@ -107,7 +107,8 @@ def unit_noise() -> Iterator[UnitNoise]:
 
 
 def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mean, (3,), and covariance, (3, 3), of the samples, starting from the exact marginal at ``times[0]``."""
+    """Return the exact mean, (3,), and covariance, (3, 3), of samples that start from the exact marginal at
+    ``times[0]``."""
     rows = 4
     while True:
         x = torch.zeros(rows, 1, 1, 3)
@@ -116,7 +117,7 @@ def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tupl
             out = sampler.sample(denoiser, x, generator=generator("cpu", 0), times=times)[:, 0, 0].double()
         if 4 + 3 * noise.draws == rows:
             break
-        rows = 4 + 3 * noise.draws  # a stochastic sampler: repeat, with rows for all random numbers
+        rows = 4 + 3 * noise.draws  # a stochastic sampler: repeat with one image per random number
     gains = out[1:] - out[0]
     mean, covariance = true_moments(denoiser.schedule, times[0])
     return out[0] + mean @ gains[:3], gains[:3].T @ covariance @ gains[:3] + gains[3:].T @ gains[3:]
@@ -128,13 +129,13 @@ def true_moments(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a covariance."""
+    """Return the symmetric square root of a covariance."""
     values, axes = torch.linalg.eigh(covariance)
     return axes * values.clamp(min=0).sqrt() @ axes.T
 
 
 def error(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> float:
-    """Error of the mean and of the square root of the covariance, over all pixels."""
+    """Compute the error of the mean and of the square root of the covariance, over all pixels."""
     mean, covariance = moments(sampler, denoiser, times)
     true_mean, true_covariance = true_moments(denoiser.schedule, times[-1])
     off = (mean - true_mean).square().sum() + (root(covariance) - root(true_covariance)).square().sum()
@@ -142,10 +143,10 @@ def error(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> float:
 
 
 def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False) -> Tensor:
-    """About ``steps`` equal steps in time, at a distance of a tenth of the range from both ends.
+    """Return about ``steps`` equal steps in time that leave out a tenth of the range at both ends.
 
-    A table with fewer steps has a kink at each of them: the times then include these steps, with equally many between
-    each pair, so that no step crosses a kink. With ``noise_left`` the times end at log-SNR 2.
+    A table with fewer steps has a kink at each of its steps. The times then include these steps, with equally many
+    times between each pair, so that no step crosses a kink. With ``noise_left`` the times end at log-SNR 2.
     """
     margin = 0.1 * (schedule.t_max - schedule.t_min)
     first, last = schedule.t_max - margin, schedule.t_min + margin
@@ -160,7 +161,7 @@ def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False
 
 
 def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor | None = None) -> float:
-    """log2 of the ratio of errors when the steps between the times ``coarse`` are halved.
+    """Return log2 of the factor by which the error falls when the steps between the times ``coarse`` are halved.
 
     Euler-Maruyama under a VE schedule stops at a higher noise level, because without noise at the end it exceeds its
     order. With s = sigma^2 and P = V + s, where V is the variance of the data along one axis, a step h has an error of
@@ -184,7 +185,7 @@ class Mixture:
     schedule: NoiseSchedule
     weights: tuple[float, ...] = (0.2, 0.8)
     means: tuple[float, ...] = (-0.5, 0.5)
-    """Of every pixel."""
+    """Mean of every pixel, for each component."""
     std: float = 0.2
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -199,7 +200,7 @@ class Mixture:
         return Prediction(x0=(x_t - sigma**2 * noise) / alpha, eps=sigma * noise)
 
     def draw(self, n: int, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
-        """Images, (n, *shape)."""
+        """Draw images, (n, *shape)."""
         which = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=source)
         centre = torch.tensor(self.means)[which].reshape(-1, *[1] * len(shape))
         return centre + self.std * torch.randn(n, *shape, generator=source)

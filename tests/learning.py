@@ -20,9 +20,9 @@ DRAWN = 40
 
 
 class FourPatterns(ImageData):
-    """Four patterns, halves, quarters and stripes, each with a label of its own.
+    """Four patterns of halves, quarters and stripes, each with its own label.
 
-    The rest of the training split is noise for the protocol, and excluded from training by
+    The rest of the training split is noise, used by the protocol and excluded from training by
     ``data.train_subset_size=4``. The patterns are also the validation images.
     """
 
@@ -40,15 +40,16 @@ class FourPatterns(ImageData):
 
 
 def members() -> Tensor:
-    """(4, 1, 8, 8) in [-1, 1]."""
+    """Return the patterns, (4, 1, 8, 8) in [-1, 1]."""
     data = FourPatterns()
     return data.normalize(data.split("val").images)
 
 
 def distance(images: Tensor) -> tuple[float, int]:
-    """The mean distance of images (n, C, H, W) from the nearest pattern, and the number of patterns with a near image.
+    """Return the mean distance of images (n, C, H, W) from the nearest pattern, and the number of patterns with an
+    image nearby.
 
-    Distances are in units of the mean distance of the patterns from their mean; near is within half a unit.
+    Distances are in units of the patterns' mean distance from their mean; nearby means within half a unit.
     """
     known = members().flatten(1)
     unit = (known - known.mean(0)).norm(dim=1).mean()
@@ -57,7 +58,7 @@ def distance(images: Tensor) -> tuple[float, int]:
 
 
 def shown(model: TrainedModel, seed: int) -> Tensor:
-    """Samples; reconstructions of the patterns if the model is not generative."""
+    """Return samples, or reconstructions of the patterns if the model is not generative."""
     with torch.no_grad(), eval_mode(model):
         if isinstance(model, GenerativeModel):
             cond = {"label": torch.arange(DRAWN) % MEMBERS} if model.conditional else {}
@@ -66,7 +67,8 @@ def shown(model: TrainedModel, seed: int) -> Tensor:
 
 
 class UntilLearned(Callback):
-    """Ends training when the patterns are learned. Checks after ``first`` steps, and again after half as many more.
+    """Ends training when the patterns are learned. Checks after ``first`` steps, then each time after half as many
+    more.
 
     Args:
         bar: the maximum distance of samples from the patterns.

@@ -1,4 +1,4 @@
-"""The parts of models in conf/model, so that tests cover new options without edits."""
+"""The model parts in conf/model, so that tests cover new options without edits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from composing import options, roots
 
 
 def part(group: str, option: str, **changes: Any) -> Any:
-    """Instantiate an option of the group ``model/GROUP`` with some values changed."""
+    """Instantiate an option of the ``model/GROUP`` group with some values changed."""
     return instantiate(OmegaConf.merge(loaded(group, option), changes), _convert_="all")
 
 
 def loaded(group: str, option: str) -> Any:
-    """The config of an option of ``model/GROUP``, merged with the options in its defaults list."""
+    """Return the config of an option of ``model/GROUP``, merged with the options in its defaults list."""
     path = next(p for root in roots() if (p := root / "model" / group / f"{option}.yaml").is_file())
     own = OmegaConf.load(path)
     defaults = [name for name in own.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
@@ -24,7 +24,7 @@ def loaded(group: str, option: str) -> Any:
 
 
 def samplers() -> list[str]:
-    """One option per class of samplers, the first by name."""
+    """Return one option per sampler class, the first by name."""
     by_class: dict[type, str] = {}
     for name in options("model/sampler"):
         by_class.setdefault(type(part("sampler", name)), name)

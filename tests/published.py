@@ -1,4 +1,4 @@
-"""Settings published in papers and their code for the models that conf/experiment/cifar10_*.yaml reproduce."""
+"""Settings from the papers and published code that conf/experiment/cifar10_*.yaml reproduce."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 import counted
 
-# The least and the most noise of a schedule, as sigma / alpha for data in [-1, 1].
+# The lowest and highest noise of a schedule, as sigma / alpha for data in [-1, 1].
 
 NoiseRange = tuple[float, float]
 
 
 def discrete_noise_range(alpha: Callable[[int], float], num_steps: int) -> NoiseRange:
-    """Noise range of x_i = sqrt(alpha_i) x_{i-1} + sqrt(1 - alpha_i) z for i = 1, ..., num_steps."""
+    """Return the noise range of x_i = sqrt(alpha_i) x_{i-1} + sqrt(1 - alpha_i) z for i = 1, ..., num_steps."""
     alpha_bar = math.prod(alpha(i) for i in range(1, num_steps + 1))
     return math.sqrt(1 / alpha(1) - 1), math.sqrt(1 / alpha_bar - 1)
 
 
 def linear_alpha(i: int) -> float:
-    """1 - beta_i of Ho et al. (2020), section 4: beta from 1e-4 to 0.02 in 1000 steps."""
+    """Return 1 - beta_i of Ho et al. (2020), section 4: beta from 1e-4 to 0.02 in 1000 steps."""
     return 1 - (1e-4 + (0.02 - 1e-4) * (i - 1) / 999)
 
 
 def cosine_alpha(i: int, num_steps: int = 4000) -> float:
-    """1 - beta_i of Nichol and Dhariwal (2021), eq. 17, with beta of at most 0.999."""
+    """Return 1 - beta_i of Nichol and Dhariwal (2021), eq. 17, with beta of at most 0.999."""
     alpha_bar = [math.cos(math.pi / 2 * (j / num_steps + 0.008) / 1.008) ** 2 for j in (i - 1, i)]
     return max(alpha_bar[1] / alpha_bar[0], 0.001)
 
 
 def beta_integral(t: float) -> float:
-    """Integral of beta from 0 to t in Song et al. (2021), appendix C: beta from 0.1 to 20."""
+    """Return the integral of beta from 0 to t in Song et al. (2021), appendix C: beta from 0.1 to 20."""
     return 0.1 * t + 19.9 * t**2 / 2
 
 
@@ -330,4 +330,4 @@ DIFFERENCES: dict[str, dict[str, tuple[Any, str]]] = {
         "parameters": (counted.sngan(last_bias=True), "the last layer of the discriminator has a bias"),
     },
 }
-"""Settings in which a preset differs: the value here, and the text in the preset's file that says so."""
+"""Settings where a preset differs: the value used here, and the text in the preset's file that says so."""

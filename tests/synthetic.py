@@ -16,11 +16,11 @@ DIGITS = Measurement(
     data="digits", num_images=500, reference="test", num_reference_images=500, reference_hash="f00d" * 16,
     extractor="digits", extractor_hash="beef" * 16, chunk_size=250,
 )  # fmt: skip
-"""A protocol shared by runs that are ranked together."""
+"""The protocol of runs that are ranked together."""
 
 
 def result(value: float | None, measurement: Measurement = DIGITS, **changes: Any) -> Result:
-    """A result whose primary metric ``fd_digits`` is ``value``, with a real-data baseline of 0.5."""
+    """Return a result whose primary metric ``fd_digits`` is ``value``, with a real-data baseline of 0.5."""
     generation = {"weights": "ema", "checkpoint": "last", "sampler": "ddim, 50 steps", "nfe": {"unet": 50.0}, "seed": 0}
     generation |= changes.pop("generation", {})
     metrics = {
@@ -51,7 +51,7 @@ def write_run(
     shape: tuple[int, int, int] = (1, 8, 8),
     **fields: Any,
 ) -> Path:
-    """Write a finished run with a sample grid and a learning curve; ``fields`` are fields of the record."""
+    """Write a finished run with a sample grid and a learning curve; ``fields`` set fields of the record."""
     folder.mkdir(parents=True, exist_ok=True)
     seed = sum(folder.name.encode())
     results = list(results)
@@ -87,7 +87,8 @@ def write_run(
 
 
 def synthetic_curve(seed: int, rows: int = 60) -> dict[str, np.ndarray]:
-    """A learning curve: training losses in every row, a distance and a validation loss in every tenth."""
+    """Return a learning curve with training losses in every row, and a distance and a validation loss in every
+    tenth."""
     random = np.random.default_rng(seed)
     images = np.linspace(0, 200_000, rows + 1)[1:]
     loss = 0.2 + np.exp(-images / 20_000) + 0.01 * random.standard_normal(rows)

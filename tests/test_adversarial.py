@@ -36,7 +36,8 @@ def test_losses_match_the_papers() -> None:
 
 @pytest.mark.parametrize("loss", [Relativistic(), Wasserstein()])
 def test_pairwise_losses_depend_on_score_differences_only(loss: AdversarialLoss) -> None:
-    """Adding a constant to both scores of a pair, different for each pair, changes neither losses nor margin."""
+    """Adding a constant to both scores of a pair, different for each pair, changes neither the losses nor the
+    margin."""
     real, fake = torch.randn(20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
     shift = 100 * torch.randn(20, dtype=torch.float64)
     for function in (loss.discriminator_loss, loss.margin, *([loss.generator_loss] if loss.needs_real_scores else [])):
@@ -45,7 +46,7 @@ def test_pairwise_losses_depend_on_score_differences_only(loss: AdversarialLoss)
 
 
 def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, DiscriminatorStep]:
-    """D(x) = x'Ax / 2 with A symmetric, and a step between points; gradients at x are Ax."""
+    """Return D(x) = x'Ax / 2 with symmetric A, and a step between points. The gradient at x is Ax."""
     a = torch.randn(dim, dim, dtype=torch.float64)
     a = (a + a.T).requires_grad_()
     real, fake = (torch.randn(n, dim, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -61,12 +62,12 @@ def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, DiscriminatorStep]:
 
 @pytest.mark.parametrize(("penalty", "where"), [(R1(2.0), "real"), (R2(2.0), "fake")])
 def test_r1_and_r2_are_differentiable_squared_gradients(penalty: Any, where: str) -> None:
-    """|grad_x D|^2 = |Ax|^2, and its gradient in A is 2 A x x'; the factor is half the weight."""
+    """|grad_x D|^2 = |Ax|^2, whose gradient in A is 2 A x x'; the penalty multiplies both by half the weight."""
     a, step = quadratic()
     x = getattr(step, where).flatten(1)
     found = penalty(step)
     assert torch.allclose(found, (x @ a).square().sum(1))
-    # D depends on the symmetric part of A only, and so does the gradient of the penalty.
+    # D depends only on the symmetric part of A, and so does the gradient of the penalty.
     (gradient,) = torch.autograd.grad(found.sum(), a)
     expected = 2 * a @ x.T @ x
     assert torch.allclose(gradient, (expected + expected.T) / 2)
@@ -88,7 +89,7 @@ def test_the_wasserstein_penalty_is_taken_between_pairs() -> None:
 
 
 def test_the_penalty_of_a_constant_discriminator_has_a_finite_gradient() -> None:
-    """The root in the Wasserstein penalty has no derivative at zero, and must not give NaN."""
+    """The square root in the Wasserstein penalty has no derivative at zero, but the gradient must not be NaN."""
     a = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
 
@@ -104,7 +105,7 @@ def test_the_penalty_of_a_constant_discriminator_has_a_finite_gradient() -> None
 
 
 def test_penalty_weights_can_follow_a_cosine_ramp() -> None:
-    """The mean halfway along the ramp, and constant after its end."""
+    """The weight is the mean of both ends halfway along the ramp, and constant after its end."""
     penalty = R1(CosineRamp(start=0.05, end=0.005, num_images=200))
     found = [float(penalty.factor(torch.tensor(seen))) for seen in (0, 50, 100, 200, 1000)]
     quarter = 0.05 - 0.045 * (1 - 0.5**0.5) / 2

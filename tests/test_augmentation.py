@@ -27,7 +27,7 @@ def images(n: int = 4, shape: tuple[int, ...] = (3, 8, 8), dtype: torch.dtype = 
 
 
 def a(n: int = 4, dtype: torch.dtype = torch.float64, **values: float) -> Tensor:
-    """The same a_0 to a_7 for each image."""
+    """Return parameters with the same a_0 to a_7 for each image."""
     return torch.tensor([values.get(name, 0.0) for name in NAMES], dtype=dtype).expand(n, -1)
 
 
@@ -75,7 +75,7 @@ def test_rotation_is_counterclockwise() -> None:
 @pytest.mark.parametrize(("right", "down"), [(1, 0), (0, 1), (-3, 2), (5, -7), (8, 0)])
 def test_shift_by_whole_pixels_reflects_at_the_border(right: int, down: int) -> None:
     x = images(shape=(2, 8, 16), dtype=torch.float64)
-    got = augment(x, a(right=right / 2, down=down))  # an eighth of 16 pixels, and of 8
+    got = augment(x, a(right=right / 2, down=down))  # an eighth of 16 pixels and of 8
     around = torch.nn.functional.pad(x, (15, 15, 7, 7), mode="reflect")
     far = torch.nn.functional.pad(around, (15, 15, 7, 7), mode="reflect")
     top, left = 14 - down, 30 - right
@@ -147,7 +147,7 @@ def test_each_transform_has_its_probability() -> None:
     done = (parameters[:, [0, 1, 2, 3, 5, 6]] != 0).double()
     together = torch.corrcoef(done.T) - torch.eye(6, dtype=torch.float64)
     assert together.abs().max() < 5 / math.sqrt(n), "transforms are independent"
-    assert torch.equal(parameters[:, 6] != 0, parameters[:, 7] != 0), "a shift has both components"
+    assert torch.equal(parameters[:, 6] != 0, parameters[:, 7] != 0), "shifts have both components"
     for column in (2, 5, 6, 7):
         values = parameters[parameters[:, column] != 0, column]
         assert abs(float(values.mean())) < 4 / math.sqrt(n * p) and abs(float(values.std()) - 1) < 0.05
@@ -276,7 +276,7 @@ def test_losses_do_not_depend_on_the_number_of_processes() -> None:
 
 
 def test_samples_use_a_condition_vector_of_zero() -> None:
-    """The same weights without the embedding of the vector give the same samples and losses."""
+    """Without the embedding of the vector, the same weights give the same samples and losses."""
     one, two = shaken(model(UNET)).eval(), model(UNET, augmentation=None).eval()
     state = one.network.state_dict()
     two.network.load_state_dict({name: value for name, value in state.items() if "augment" not in name})

@@ -1,4 +1,4 @@
-"""Autoencoders: bottlenecks, perceptual distance, adaptive weight of the adversarial loss, and whitened latents."""
+"""Autoencoders: bottlenecks, perceptual distance, the adaptive weight of the adversarial loss, and whitened latents."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def autoencoder(spec: DataSpec = Digits.spec, bottleneck: Bottleneck | None = No
 
 
 def without_trainer(model: Autoencoder) -> Autoencoder:
-    """The model, able to take training steps without a Trainer."""
+    """Make the model able to take training steps without a Trainer."""
     optimizers = model.configure_optimizers()
     model.optimizers = lambda: optimizers  # type: ignore[method-assign,assignment]
     model.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
@@ -73,7 +73,7 @@ def test_the_kl_bottleneck_samples_its_posterior_and_penalises_its_kl() -> None:
 
 
 def vq(codes: Tensor, **options: Any) -> VectorQuantizer:
-    """A quantiser with given codes."""
+    """Return a quantiser with the given codes."""
     quantizer = VectorQuantizer(channels=codes.shape[1], num_codes=len(codes), **options)
     quantizer.codebook.copy_(codes)
     quantizer.counts.fill_(1.0)
@@ -135,7 +135,7 @@ def test_codes_are_initialised_from_the_first_batch() -> None:
 def test_a_codebook_that_collapses_despite_resets_stops_training() -> None:
     model = autoencoder(bottleneck=vq(torch.tensor([[0.0], [1.0]]), decay=0.5, revival_threshold=0.25))
     same, bottleneck = torch.zeros(4, 1, 1, 1), model.coder.bottleneck.train()
-    steps_to_revival = 2  # steps in which a count of 1 falls to 1/4
+    steps_to_revival = 2  # steps for a count of 1 to fall to 1/4
     for step in range(VectorQuantizer.PATIENCE + steps_to_revival):
         bottleneck.check_collapse()
         bottleneck(same, source(4, step))
@@ -148,7 +148,7 @@ def test_a_codebook_that_collapses_despite_resets_stops_training() -> None:
 
 @pytest.mark.parametrize("num_codes, places", [(20, 2), (256, 5)])
 def test_using_few_of_many_codes_is_a_collapse(num_codes: int, places: int) -> None:
-    """Vectors at few positions, with a little noise, for which reset codes are occasionally used."""
+    """Vectors at a few positions with a little noise, where reset codes are used occasionally."""
     model = autoencoder(bottleneck=VectorQuantizer(1, num_codes=num_codes, decay=0.5, revival_threshold=0.25))
     bottleneck = model.coder.bottleneck.train()
     for step in range(VectorQuantizer.PATIENCE + 2):
@@ -173,7 +173,8 @@ def test_more_codes_than_vectors_is_not_a_collapse() -> None:
 
 @pytest.mark.parametrize("num_codes", [2, 64])
 def test_a_small_codebook_or_a_common_code_is_not_a_collapse(num_codes: int) -> None:
-    """Two codes that are both in use; and nine of ten vectors on one code, with all other codes in use."""
+    """Neither two codes that are both in use, nor nine of ten vectors on one code while all others are in use, is a
+    collapse."""
     bottleneck = VectorQuantizer(1, num_codes=num_codes, decay=0.5).train()
     for step in range(VectorQuantizer.PATIENCE + 100):
         x = torch.zeros(640, 1, 1, 1)
@@ -183,7 +184,7 @@ def test_a_small_codebook_or_a_common_code_is_not_a_collapse(num_codes: int) -> 
 
 
 def learn_codes(rank: int, world: int) -> dict[str, Tensor]:
-    """Three steps of one of ``world`` processes on its part of each batch."""
+    """Train one of ``world`` processes for three steps on its part of each batch."""
     torch.manual_seed(0)
     quantizer = VectorQuantizer(channels=2, num_codes=8, revival_threshold=0.2)
     # Adam would amplify rounding errors of zero gradients.
@@ -273,7 +274,7 @@ def test_lpips_matches_torchmetrics_or_says_where_its_weights_go(monkeypatch: py
     own = lpips(3)
     x, y = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 3, 32, 32) * 2 - 1
     assert own(x, y).shape == (2,) and not own.train().training
-    assert own.name == compose("evaluation=vgg16").evaluation.available.vgg16.name, "for the ranking"
+    assert own.name == compose("evaluation=vgg16").evaluation.available.vgg16.name, "the name under which VGG16 ranks"
     assert own(x, y).sum().item() == pytest.approx(peer(x, y).sum().item(), rel=1e-4)
     y.requires_grad_()
     own(x, y).sum().backward()
@@ -281,7 +282,7 @@ def test_lpips_matches_torchmetrics_or_says_where_its_weights_go(monkeypatch: py
 
 
 def test_the_adaptive_weight_balances_gradient_norms() -> None:
-    """With lambda, both gradients have equal norm at the last decoder weight (Esser et al. 2021, eq. 7)."""
+    """With the weight lambda, both gradients have equal norm at the last decoder weight (Esser et al. 2021, eq. 7)."""
     model = autoencoder(discriminator=PatchDiscriminator)
     x = digits(8)
     reconstruction, _ = model.coder(x, source(8))
@@ -294,7 +295,7 @@ def test_the_adaptive_weight_balances_gradient_norms() -> None:
 
 
 def test_each_patch_has_its_own_hinge_loss() -> None:
-    """A patch within the margin has a loss however far beyond it the other patches of its image are."""
+    """A patch within the margin has a loss, no matter how far beyond it the other patches of the image are."""
 
     class Patches(nn.Module):
         def __init__(self, shape: tuple[int, ...]) -> None:
@@ -344,7 +345,7 @@ def test_latents_are_whitened_and_decode_deterministically(bottleneck: Any) -> N
     trained = autoencoder(bottleneck=bottleneck())
     with torch.no_grad():
         for p in trained.coder.parameters():
-            p.add_(0.01)  # other weights than at initialisation
+            p.add_(0.01)  # weights other than the initial ones
     latents = Latents(Digits.spec, autoencoder=partial(autoencoder, bottleneck=bottleneck()))
     assert isinstance(latents, LatentSpace) and isinstance(latents, SupportsReconstruction)
     latents.load_autoencoder(trained.coder, (x for x, _ in data.batches("train")))

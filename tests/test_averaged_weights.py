@@ -1,8 +1,8 @@
-"""A trained run samples with its EMA weights: samples match the data, and with online weights they do not.
+"""A trained run samples with its EMA weights: samples match the data, unlike those of the online weights.
 
 The weights of the diffusion model are the mean and variances of Gaussian data (`gaussian_truth`). It is trained with a
-constant learning rate so high that the weights keep fluctuating around the truth. Mean and covariance of its samples
-follow from the weights without Monte Carlo error, and match the data if the weights are averaged.
+constant learning rate so high that the weights keep fluctuating around the truth. The mean and covariance of its
+samples follow from the weights without Monte Carlo error, and match the data if the weights are averaged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from parts import part
 
 TOLERANCE = 0.1
-"""Tolerance of mean and standard deviation of samples, over all pixels; training images have 0.02."""
+"""Tolerance for the mean and standard deviation of samples, over all pixels; training images have 0.02."""
 
 
 class GaussianPixels(ImageData):
@@ -77,14 +77,14 @@ def untrained() -> Diffusion:
 
 
 def samples_error(model: Diffusion) -> float:
-    """Error of mean and standard deviation of samples."""
+    """Compute the error of the samples' mean and standard deviation."""
     with torch.no_grad():
         return error(model.sampler, model.sampling_denoiser, model.sampler.times(model.schedule))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffusion, Path]:
-    """The trainer and model after training, and the run folder."""
+    """Return the trainer and model after training, and the run folder."""
     folder = tmp_path_factory.mktemp("run")
     trainer = pl.Trainer(
         callbacks=[TrainingClock(0, 64, Budget(steps=900)), EMA(0.99), Checkpoints(folder / "checkpoints")],
@@ -97,14 +97,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[pl.Trainer, Diffu
 
 
 def loaded_error(folder: Path, weights: str = "ema") -> float:
-    """Error of the model loaded from the run folder."""
+    """Compute the error of the model loaded from the run folder."""
     model = untrained()
     loading.load_weights(model, folder, checkpoint="last", weights=weights)
     return samples_error(model)
 
 
 def evaluation_error(trainer: pl.Trainer, model: Diffusion) -> float:
-    """Error of the model during an evaluation while training."""
+    """Compute the error of the model during an evaluation while training."""
     with evaluation_mode(model):
         return samples_error(model)
 

@@ -1,4 +1,4 @@
-"""The statistics of the benchmarks, and that a lap of the Trainer is one training step."""
+"""The statistics of the benchmarks; a lap of the Trainer is one training step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_too_few_rounds_have_no_interval() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    drift = [1.0, 2.0, 5.0, 3.0, 1.5, 7.0]  # the machine slows down and recovers, and the ratio stays 1.2
+    drift = [1.0, 2.0, 5.0, 3.0, 1.5, 7.0]  # the ratio stays 1.2 while the machine slows down and recovers
     laps = {"a": paired.Laps(drift, drift), "b": paired.Laps([1.2 * d for d in drift], [0.5 * d for d in drift])}
     rows = paired.compare(laps, base="a")
     assert rows["b"]["wall"]["ratio"] == [1.2, 1.2, 1.2] and rows["b"]["cpu"]["ratio"] == [0.5, 0.5, 0.5]
@@ -39,7 +39,7 @@ def test_variants_take_turns() -> None:
     laps = paired.take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=20, warm_up=3)
     assert [len(lap.wall) for lap in laps.values()] == [20, 20]
     assert all({*calls[k : k + 2]} == {"a", "b"} for k in range(0, 46, 2))
-    assert len({tuple(calls[k : k + 2]) for k in range(0, 46, 2)}) == 2, "in both orders"
+    assert len({tuple(calls[k : k + 2]) for k in range(0, 46, 2)}) == 2, "both orders occur"
 
 
 def test_each_lap_of_the_trainer_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,8 @@ from gencompare.training.lightning_plugins import AtomicCheckpointIO
 Cli = Callable[..., int]
 BATCH = 32
 STEP_FLOPS = 3 * 2 * 64 * 5 * BATCH - 2 * 64 * 5 * BATCH
-"""FLOPs of a linear layer from 64 to 5: 2 n m forward, 2 n m for the gradient of its weights; none of its input."""
+"""FLOPs of a linear layer from 64 to 5 features: 2 n m forward and 2 n m for its weight gradient; its input needs no
+gradient."""
 
 
 class Linear(GenerativeModel):
@@ -44,7 +45,7 @@ class Linear(GenerativeModel):
 
 
 class Twice(Linear):
-    """In the second half of the budget, a step applies the layer twice."""
+    """Applies its layer twice per step in the second half of the budget."""
 
     @property
     def step_kind(self) -> str:
@@ -132,7 +133,7 @@ def test_device_minutes_are_wall_time_times_processes(
     while not trainer.should_stop:
         clock.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
     assert clock.step == steps and clock.device_seconds == steps * world and clock.seconds == steps
-    assert len(broadcasts) == (steps if world > 1 else 0), "the first process decides for all"
+    assert len(broadcasts) == (steps if world > 1 else 0), "the first process decides for all processes"
 
 
 def test_a_model_without_countable_flops_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +220,8 @@ def training(folder: Path) -> dict[str, Any]:
 
 
 def test_a_budget_in_flops_includes_the_autoencoder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """A run with a budget in steps measures the FLOPs of a step. A budget in FLOPs then pays for the autoencoder and as
-    many steps as that predicts, also if the run is resumed."""
+    """A run with a budget in steps measures the FLOPs of a step. A budget in FLOPs then pays for the autoencoder and
+    for as many steps as this predicts, also if the run is resumed."""
     overrides = ["model=ldm", *QUICK, *SMALL, *STAGE]
     assert cli(*overrides, "budget=steps", "budget.steps=2", "hydra.run.dir=probe") == 0
     probe = training(tmp_path / "probe")
@@ -272,7 +273,7 @@ def test_a_noisy_classifier_is_a_dependency_of_a_guided_model(cli: Cli, tmp_path
     found = training(tmp_path / "guided")
     assert [part["role"] for part in found["dependencies"]] == ["classifier"]
     assert found["total_cost"]["flops"] == found["flops"] + guide["flops"]
-    # An evaluation may use another guide than training, so its result lists guides too.
+    # An evaluation may use a different guide than training, so its result lists guides too.
     overrides = [
         "evaluation.num_images=100", "evaluation.extractors=[classifier]", "model/likelihoods=null",
         "model/sampler=ddim", "model.sampler.num_steps=2",

@@ -30,7 +30,7 @@ from gencompare.training.clock import TrainingClock
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 SIGNALS_BY_FAMILY = {"gaussian": SIGNALS[:1], "vae": SIGNALS, "gan": SIGNALS, "ddpm": SIGNALS}
-"""One family per way of optimisation; test_contract.py tests that every family resumes exactly."""
+"""One family for each kind of optimisation; test_contract.py tests that every family resumes exactly."""
 QUICK = [
     "data=digits", "trainer=cpu", "logger=csv", "trainer.global_batch_size=16", "budget.images=null",
     "callbacks.evaluation.num_grid_images=4", "callbacks.evaluation.num_samples=0",
@@ -91,12 +91,12 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
             "the folder is not part of the config"
         )
         rows = (tmp_path / name / "curve.csv").read_text().splitlines()[1:]
-        assert [row.split(",")[0] for row in rows] == [str(k) for k in range(1, steps + 1)], "each step once"
+        assert [row.split(",")[0] for row in rows] == [str(k) for k in range(1, steps + 1)], "each step runs once"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained DDPM in ``run``."""
+    """Return a folder with a trained DDPM in ``run``."""
     folder = tmp_path_factory.mktemp("trained")
     run = Forked(
         folder, "model=ddpm", *QUICK, "budget.steps=3", "model/sampler=ddim", "model.sampler.num_steps=4",
@@ -348,7 +348,7 @@ def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
     assert preset != "profile" or list((tmp_path / "run").glob("*profile*"))
 
 
-# Images and weights of other programs
+# Images and weights from other programs
 
 
 def test_external_images_are_evaluated_and_compared(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
@@ -375,7 +375,7 @@ def test_external_images_are_evaluated_and_compared(trained: Path, cli: Cli, tmp
 
 
 def test_exported_weights_are_evaluated_like_their_run(trained: Path, cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """The weights that task=export writes give the metrics of the run."""
+    """The weights that task=export writes give the same metrics as the run."""
     sampler = ["model/sampler=ddim", "model.sampler.num_steps=4"]
     overrides = ["task=evaluate", "model=ddpm", *sampler, *QUICK, "name=published"]
     assert cli("task=export", f"run_dir={trained / 'run'}", "task.out=weights.safetensors") == 0
@@ -427,7 +427,7 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
 
 
 def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """With parameterisation v and the linear schedule, unlike model=ddpm: the import must not ignore the difference."""
+    """With v prediction and the linear schedule, unlike model=ddpm, the import must not ignore the difference."""
     overrides = [
         "model=ddpm",
         *QUICK,

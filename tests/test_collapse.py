@@ -1,4 +1,4 @@
-"""Missing modes are detected during training, for models of any family, and in results."""
+"""Missing modes are detected during training, for any family, and in results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_samples_that_miss_modes_and_only_those_are_reported() -> None:
     test = RING.split("test")
     points, labels = test.images.flatten(1), test.labels
     assert labels is not None
-    assert warning(points) is None, "as good as real"
+    assert warning(points) is None, "as good as real images"
     assert warning(points[labels < 6].repeat(2, 1)) is None, "missing a quarter of the modes is not enough"
     # Three modes of eight: coverage cannot be above 3 / 8.
     assert "cover only 3" in (warning(points[labels < 3].repeat(3, 1)) or "")
@@ -41,7 +41,7 @@ def test_samples_that_miss_modes_and_only_those_are_reported() -> None:
     noise = torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)) + 2
     assert warning(noise) is None, "bad, but not collapsed: no sample is near a real point"
     assert "after 90% earlier" in (warning(noise, best=0.9) or "")
-    assert warning(noise, best=0.3) is None, "it never was good"
+    assert warning(noise, best=0.3) is None, "it was never good"
 
 
 def test_imperfect_samples_are_reported_only_if_they_cover_almost_nothing() -> None:
@@ -51,16 +51,17 @@ def test_imperfect_samples_are_reported_only_if_they_cover_almost_nothing() -> N
 
 
 def test_coverage_of_real_images_has_the_expected_value() -> None:
-    """It depends on ranks only, so it holds for any density: here a ring of modes and a normal in ten dimensions."""
+    """Coverage depends on ranks only, so the value holds for any density: here a ring of modes and a ten-dimensional
+    normal."""
     normal = torch.randn(2, 2000, 10, generator=torch.Generator().manual_seed(0))
     ring = [RING.split(name).images.flatten(1) for name in ("val", "test")]
     for samples, real in (normal, ring):
-        # Neighbours are covered together, so the standard deviation is a few times that of independent coins.
+        # Neighbours are covered together, so the standard deviation is a few times that of independent coin flips.
         assert compute_prdc(samples, real).coverage == pytest.approx(EXPECTED_COVERAGE, abs=0.02)
 
 
 class Narrowing(GenerativeModel):
-    """Draws real points, from all modes at first, and from one after half of the budget."""
+    """Draws real points from all modes, and after half of the budget from a single mode."""
 
     def __init__(self) -> None:
         super().__init__(RING.spec, optimizer=partial(torch.optim.SGD, lr=0.0))

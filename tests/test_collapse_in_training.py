@@ -39,14 +39,14 @@ def fit(model: TrainedModel, folder: Path, *callbacks: pl.Callback, steps: int =
 
 
 def saved_step(folder: Path, model: TrainedModel) -> int:
-    """Load last.ckpt into the model; returns its step."""
+    """Load last.ckpt into the model and return its step."""
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     model.load_state_dict(saved["state_dict"])
     return saved["callbacks"]["TrainingClock"]["step"]
 
 
 def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -> int:
-    """Train until a collapse is detected; returns the step of last.ckpt."""
+    """Train until a collapse is detected and return the step of last.ckpt."""
     with pytest.raises(UserError, match=r"collapsed.*Training was stopped; the last good checkpoint is kept") as error:
         fit(model, folder, *callbacks)
     assert "\n" not in str(error.value)
@@ -54,7 +54,7 @@ def last_good_step(model: TrainedModel, folder: Path, *callbacks: pl.Callback) -
 
 
 class After(pl.Callback):
-    """Call ``act`` after a step."""
+    """Calls ``act`` after a given step."""
 
     def __init__(self, step: int, act: Callable[[pl.Trainer, Any], None]) -> None:
         self.step, self.act = step, act
@@ -90,7 +90,7 @@ def test_a_collapsed_learned_schedule_ends_training_and_is_not_saved(tmp_path: P
 
 
 class Encoder(nn.Module):
-    """One latent per image: its brightness, and after ``healthy`` calls a constant."""
+    """Encodes each image as one latent: its brightness, and after ``healthy`` calls a constant."""
 
     def __init__(self, shape: tuple[int, ...], out_channels: int, healthy: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
 
 
 def collapsing(healthy: int = 1) -> Autoencoder:
-    """An autoencoder whose images all have the same code after ``healthy`` steps. Building it calls the encoder
+    """Return an autoencoder that gives all images the same code after ``healthy`` steps. Building it calls the encoder
     once."""
     return Autoencoder(
         Digits.spec,
@@ -127,7 +127,7 @@ def test_a_collapsed_codebook_ends_training_and_is_not_saved(tmp_path: Path, mon
     model = collapsing()
     assert last_good_step(model, tmp_path) == 1
     assert not model.possibly_collapsed
-    assert model.coder.encoder.healthy == -5, "two steps until a code is reset, and three of patience"
+    assert model.coder.encoder.healthy == -5, "a code is reset after two steps, and patience is three steps"
 
 
 @pytest.mark.parametrize("stops, steps, kept", [(4, 20, 1), (1, 20, 1), (4, 4, 4)])

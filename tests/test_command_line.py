@@ -1,4 +1,4 @@
-"""Overrides are quoted for Hydra and for a shell, whatever they contain."""
+"""Overrides are quoted for Hydra and for a shell, whatever characters they contain."""
 
 from __future__ import annotations
 

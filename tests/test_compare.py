@@ -1,4 +1,4 @@
-"""Ranking, reading of run folders, charts, the page, and the table files; records are untrusted input."""
+"""Ranking, reading run folders, charts, the page and the table files; records are untrusted input."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from synthetic import DIGITS, result, write_curve, write_run
 
 FASHION = replace(DIGITS, data="fashion_mnist", extractor="fashion_mnist")
 ODD = '<img src=x onerror="alert(1)"><blink>[bold red]$a_1$|`x`*y*</blink>&amp;'
-"""A name with markup for HTML, Markdown, rich and matplotlib."""
+"""A name that contains markup for HTML, Markdown, rich and matplotlib."""
 
 
 def statuses(table: RankingTable) -> list[tuple[int | None, str, str]]:
@@ -56,7 +56,7 @@ def statuses(table: RankingTable) -> list[tuple[int | None, str, str]]:
 
 
 def ranked(folder: Path, values: dict[str, float | None], **common: Any) -> RankingTable:
-    """A table of runs with these primary metrics; the family is the name up to the first ``-``."""
+    """Return a table of runs with these primary metrics; the family is the name up to the first ``-``."""
     folders = [
         write_run(folder / name, [result(value, **common)], family=name.split("-")[0], with_grid=False)
         for name, value in values.items()
@@ -83,7 +83,7 @@ def test_rows_are_ranked_by_the_primary_metric_in_its_direction(tmp_path: Path, 
 
 
 def test_with_a_target_rows_are_ordered_by_the_values_that_are_tested(tmp_path: Path):
-    """Errors of either sign cancel in the mean over seeds, but not in the values of the seeds."""
+    """Errors of both signs cancel in the mean over seeds, but not in the values of the individual seeds."""
     seeds = {"far": [0.5, 1.5, 0.5, 1.5, 1.0], "near": [1.1, 1.11, 1.1, 1.09, 1.12], "off": [3.0, 3.1, 3.2, 3.3, 2.9]}
     folders = [
         write_run(
@@ -94,12 +94,12 @@ def test_with_a_target_rows_are_ordered_by_the_values_that_are_tested(tmp_path: 
     ]  # fmt: skip
     (table,) = rank_results(load_runs(folders).runs)
     assert [row.run.record.family for row in table.rows] == ["near", "far", "off"]
-    assert abs(table.rows[1].metric.value - 1) < abs(table.rows[0].metric.value - 1), "though its mean is 1"
+    assert abs(table.rows[1].metric.value - 1) < abs(table.rows[0].metric.value - 1), "the best row has a worse mean"
     against = next(column for column in columns(table) if column.title == "vs. best")
     cells = [against.cell(row) for row in table.rows]
     assert cells[0].text == "best tested" and cells[2].annotation == "significantly worse than #1"
     keys = [cell.sort_key for cell in cells]
-    assert keys == sorted(keys) and len(set(keys)) == 3, "the best row sorts next to the least different one"
+    assert keys == sorted(keys) and len(set(keys)) == 3, "the best row sorts next to the row that differs least from it"
     assert any("mean distance of their seeds from 1" in note for note in table.notes())
 
 
@@ -139,7 +139,7 @@ def test_a_row_within_the_interval_of_the_baseline_is_marked(tmp_path: Path):
 
 
 def test_pairs_of_rows_that_two_metrics_order_differently_are_named(tmp_path: Path):
-    """Two extractors of the same samples: the table of the primary one comes first."""
+    """With two extractors for the same samples, the table of the primary extractor comes first."""
     other = replace(DIGITS, extractor="efficientnet_lite0", extractor_hash="e" * 64)
 
     def measured(first: float, second: float) -> list[Result]:
@@ -221,7 +221,7 @@ def test_different_protocols_have_separate_tables_and_named_fields(tmp_path: Pat
     explanation = explain_separate_tables(tables)
     differences = "number of images (1000 instead of 500), chunk size (100 instead of 250)"
     assert f"Table 2 differs from table 1 in {differences}." in explanation
-    assert "Table 3 is on other data, fashion_mnist (which also changes extractor)." in explanation
+    assert "Table 3 uses a different data set, fashion_mnist, and also differs in extractor." in explanation
     shown = page.render(load_runs(folders))
     assert "3 protocols, 3 tables." in shown and "number of images (1000 instead of 500)" in shown
     command = (
@@ -342,13 +342,13 @@ def test_nfe_curves_join_rows_that_differ_in_steps_alone(tmp_path: Path):
     drawn = {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines}
     assert drawn == {
         "a · DDIM": ([5, 50], [9.0, 2.0]), "c0, mean of 2 seeds · Heun": ([10, 30], [9.5, 3.5]),
-    }, "a line per sampler, the mean over seeds, and no line of a single point"  # fmt: skip
+    }, "one line per sampler, the mean over seeds, and no line for a single point"  # fmt: skip
     best = {row.title: row for row in reversed(tables[0].rows)}
     assert [(line.color, line.dash) for line in chart.lines] == [
         (style[title].color, style[title].dash)
         for title in ("a · DDIM, 50 steps", "c0, mean of 2 seeds · Heun, 30 steps")
         if title in best
-    ], "a line has the style of its best row"
+    ], "a line has the style of its best-ranked row"
     assert chart.x_log
     html = page.render(load_runs(tmp_path.iterdir()))
     assert "Quality against NFE" in html
@@ -362,7 +362,7 @@ def test_noise_schedules_share_a_chart(tmp_path: Path):
     write_run(tmp_path / "c", [result(3.0)])
     runs = load_runs(tmp_path.iterdir()).runs
     (chart,) = charts.noise_schedules(runs, styles([], runs))
-    assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "damaged schedules are not drawn"
+    assert [line.y.tolist() for line in chart.lines] == [[9.0, 0.0, -9.0]], "invalid schedules are not drawn"
     assert "Noise schedules" in page.render(load_runs(tmp_path.iterdir()))
     assert "Noise schedules" not in page.render(load_runs([tmp_path / "c"]))
 
@@ -393,17 +393,17 @@ def test_distances_share_a_chart_per_data_set_and_losses_per_family(tmp_path: Pa
     c = [style[label].color for label in ("d1", "d2", "v", "f")]
     assert drawn == {"FD digits on digits": c[:3], "FD digits on fashion_mnist": c[3:]}
     losses = {chart.title: [line.color for line in chart.lines] for chart in charts.loss_curves(runs, style)}
-    # The training loss and the validation loss of each run.
+    # Training loss and validation loss of each run.
     assert losses == {
         "ddpm on digits: loss": [c[0], c[0], c[1], c[1]], "vae on digits: loss": [c[2]] * 2,
         "vae on fashion_mnist: loss": [c[3]] * 2,
     }  # fmt: skip
 
 
-def test_a_line_contains_the_logged_values(tmp_path: Path):
-    curve = {
-        "step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), "val/fd_x": np.array([math.nan, 5, 4]),
-    }  # fmt: skip
+@pytest.mark.parametrize("metric", ["val/mmd_x", "val/fd_x", "val/coverage"])
+def test_a_line_contains_the_logged_values(metric: str, tmp_path: Path):
+    values = np.array([math.nan, 5, 4])
+    curve = {"step": np.array([1.0, 2, 3]), "images": np.array([10.0, 20, 30]), metric: values}
     runs = load_runs([write_run(tmp_path / "a", curve=curve)]).runs
     (chart,) = charts.distance_curves(runs, styles([], runs))
     assert chart.lines[0].x.tolist() == [20, 30] and chart.lines[0].y.tolist() == [5, 4]
@@ -436,7 +436,7 @@ def test_settings_that_differ_are_shown_with_model_settings_by_family(tmp_path: 
 
 
 class Page(HTMLParser):
-    """A parsed page: its elements with their attributes, and its text."""
+    """A parsed page: its elements with their attributes, and its text content."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -466,7 +466,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> LoadedRuns:
-    """Runs with markup in every text: a damaged record, a run without results, and several protocols."""
+    """Write runs with markup in every text field, including an invalid record, a run without results and several
+    protocols."""
     folder = tmp_path_factory.mktemp("odd")
     metric = {
         "fd_digits": Metric(1.0, higher_is_better=False, baseline=0.5, note=ODD),
@@ -611,7 +612,7 @@ def test_terminal_tables_escape_names_and_fit_the_width(odd: LoadedRuns, width: 
     folders = [run.folder for run in odd.runs] + [skip.folder for skip in odd.skipped]
     print_tables(folders, Console(file=text, width=width, force_terminal=False))
     lines = text.getvalue().splitlines()
-    # A command stays on one line, to be copied.
+    # A command stays on one line so that it can be copied.
     assert max(len(line) for line in lines if not line.startswith("  python run.py")) <= width
     flat = re.sub(r"\s", "", text.getvalue())
     assert "[boldred]$a_1$" in flat and "skipped:" in flat and "noresults:" in flat

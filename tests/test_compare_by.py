@@ -42,9 +42,9 @@ def test_one_row_per_value_of_the_key(tmp_path: Path) -> None:
         for k, lr in enumerate((1e-3, 2e-3)):
             for seed in (0, 1):
                 run(tmp_path, schedule, lr, seed, base + k + 0.1 * seed)
-    assert len(table_of(tmp_path).rows) == 4, "without group_by, a row per config"
+    assert len(table_of(tmp_path).rows) == 4, "without group_by, there is one row per config"
     by = table_of(tmp_path, "model.schedule")
-    # Of cosine: 1, 1.1, 2 and 2.1.
+    # The values of the cosine row are 1, 1.1, 2 and 2.1.
     assert shown(by.rows) == [
         ("model.schedule=cosine", pytest.approx(1.55)), ("model.schedule=linear", pytest.approx(3.55)),
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def test_one_row_per_value_of_the_key(tmp_path: Path) -> None:
     ]  # fmt: skip
     both = table_of(tmp_path, "model.schedule", "model.optimizer.lr")
     assert both.rows[0].run.label.startswith("model.schedule=cosine, model.optimizer.lr=0.001, mean")
-    assert all(row.metric.interval is not None for row in both.rows), "rows that differ in seeds alone have an interval"
+    assert all(row.metric.interval is not None for row in both.rows), "seeds alone give an interval"
     assert len(table_of(tmp_path, "model.schedule.shift").rows) == 1
 
 

@@ -1,4 +1,4 @@
-"""Each row has one style and one name everywhere, which all of its seeds share."""
+"""Each row has one style and one name everywhere, shared by all of its seeds."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_guidance_scales_are_separate_rows_without_a_line(tmp_path: Path) -> Non
     names = [f"r0, mean of 2 seeds · DDIM, scale {scale:g}" for scale in (2, 1.5, 3, 1, 0)]
     assert [row.title for row in table.rows] == names
     charts = charts_of(loaded)
-    assert charts.nfe == [], "no two rows differ in the number of steps alone"
+    assert charts.nfe == [], "no two rows differ only in the number of steps"
     (nfe,) = (each for each in charts.pareto if each.chart.x_label == "NFE per sample")
     assert [line.name for line in nfe.chart.lines if line.name] == names
     assert [row.title for row in nfe.front] == [names[3], names[0]]

@@ -41,7 +41,7 @@ def small(flip: bool = False) -> ConditionedData:
 
 
 def one_hot(path: Path, data: ImageData, **changes: int) -> str:
-    """Store one-hot labels as embeddings in ``path``; ``changes`` is the number of missing rows of a split."""
+    """Store one-hot labels as embeddings in ``path``; ``changes`` gives the number of missing embeddings per split."""
     rows = {}
     for name in ("train", "val", "test"):
         labels = data.split(name).labels
@@ -67,7 +67,7 @@ def test_low_res_is_antialiased_and_preserves_smooth_images() -> None:
     assert low_res.shape == (1, 3, 4, 4) and low_res.abs().max() < 0.02
     for shift in range(4):
         stripes = ((torch.arange(32) + shift) // 2 % 2 * 2.0 - 1).expand(1, 1, 32, 32)
-        assert LowRes(4).compute(stripes)[..., 1:-1].abs().max() < 0.1, "above the Nyquist frequency too, at any phase"
+        assert LowRes(4).compute(stripes)[..., 1:-1].abs().max() < 0.1, "also above the Nyquist frequency, at any phase"
     torch.testing.assert_close(LowRes(4).compute(flat), torch.full((1, 3, 4, 4), 0.3))
     ramp = torch.linspace(-0.9, 0.9, 64).expand(1, 1, 64, 64)
     torch.testing.assert_close(
@@ -76,7 +76,7 @@ def test_low_res_is_antialiased_and_preserves_smooth_images() -> None:
 
 
 def test_conditions_match_their_images(tmp_path: Path) -> None:
-    """In the training stream, where images are shuffled and flipped, and in every split or union of splits."""
+    """Conditions match in the shuffled and flipped training stream, and in every split or union of splits."""
     path = one_hot(tmp_path / "e.npz", Digits())
     digits = Digits(batch_size=64, random_flip=True)
     data = ConditionedData(digits, {"low_res": LowRes(2), "embedding": Embedding(path)})
@@ -121,7 +121,7 @@ def test_invalid_conditions_are_errors(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             ConditionedData(Digits(), {"embedding": Embedding(tmp_path / name)})
     for factor in (1, 0, 3, 16):
-        with pytest.raises(UserError, match=rf"factor={factor} does not divide images of 8x8"):
+        with pytest.raises(UserError, match=rf"factor={factor} must be an integer above 1 that divides 8x8"):
             ConditionedData(Digits(), {"low_res": LowRes(factor)})
     with pytest.raises(UserError, match="another name"):
         ConditionedData(Digits(), {"label": LowRes(2)})
@@ -199,7 +199,7 @@ def test_dropout_and_guidance_drop_label_and_embedding_but_not_low_res(condition
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.04) and (cond["embedding"][~dropped] == 1).all()
     assert (cond["low_res"] == 1).all()
     if conditional:
-        assert torch.equal(cond["label"] == 3, dropped), "both are dropped, or neither"
+        assert torch.equal(cond["label"] == 3, dropped), "both conditions are dropped, or neither"
     model.network.received.clear()  # type: ignore[union-attr]
     model.eval().sample(4, all_conditions(4), generator=generator("cpu", 0))
     for cond in model.network.received:  # type: ignore[union-attr]
@@ -220,7 +220,7 @@ def test_classifier_free_guidance_needs_a_label_or_embedding() -> None:
 
 
 class Oracle:
-    """Returns the original image of each low-resolution one if it is in ``known``, otherwise upsamples the latter."""
+    """Returns the original of each low-resolution image if it is in ``known``, and otherwise upsamples the image."""
 
     condition_names = ("low_res",)
 
@@ -344,7 +344,7 @@ def test_super_resolution_from_the_command_line(cli: Cli, tmp_path: Path) -> Non
     found, measurement = metrics(tmp_path / "sr")
     assert measurement["conditioning"] == "low_res 1x4x4 of test"
     assert list((tmp_path / "sr" / "samples").glob("step_*.png"))
-    # What a model that ignores the condition would get: arbitrary digits.
+    # A model that ignores the condition would return arbitrary digits.
     data = small()
     source = choose_conditions(Oracle(), data, 150, seed=0, split="test")
     assert source is not None
@@ -370,7 +370,7 @@ def test_embeddings_condition_the_samples(cli: Cli, tmp_path: Path, capsys: Any)
     assert cli(*RUN, *overrides, "budget.steps=450", "model.label_dropout=0.1", "hydra.run.dir=conditional") == 0
     found, measurement = metrics(tmp_path / "conditional")
     assert measurement["conditioning"].startswith("embedding 10 (")
-    assert found["label_accuracy"]["value"] > 0.6, "0.1 by chance"
+    assert found["label_accuracy"]["value"] > 0.6, "chance level is 0.1"
     assert cli("task=evaluate", "run_dir=conditional", "model/guidance=classifier_free", "model.guidance.scale=3") == 0
     assert metrics(tmp_path / "conditional")[0]["label_accuracy"]["value"] > found["label_accuracy"]["value"]
     # Cached samples are identified by the content of the conditions, not by their names.

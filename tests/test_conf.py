@@ -20,7 +20,7 @@ from gencompare.tasks.runs.build import build_callbacks, build_data, build_model
 
 IGNORED_GROUPS = ("hydra",)
 PRESETS = ("model", "experiment")
-"""Groups whose options another test composes."""
+"""Groups whose options are composed by another test."""
 
 
 def every_option() -> list[tuple[str, str]]:
@@ -34,7 +34,8 @@ def every_option() -> list[tuple[str, str]]:
 
 
 def bundles() -> list[list[str]]:
-    """Overrides that contain every option once. The k-th options of all parts of a model are combined, to save time."""
+    """Return overrides that contain every option once. The k-th options of all model parts are combined to save
+    time."""
     single, combined = [], defaultdict(lambda: defaultdict(list))
     for group, option in every_option():
         if group in PRESETS:
@@ -54,7 +55,7 @@ def test_every_option_composes(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("base", [f"{group}={name}" for group in PRESETS for name in options(group)])
 def test_every_preset_composes_with_another_sampler(base: str) -> None:
-    """Presets must not set arguments of their sampler that another sampler does not have."""
+    """Presets must not set sampler arguments that another sampler does not have."""
     try:
         cfg = compose(base, "model/sampler=rk45")
         instantiate(cfg.model.sampler, _convert_="all")
@@ -82,7 +83,7 @@ def test_the_wheel_contains_conf() -> None:
 
 
 def test_the_weighting_of_edm_uses_the_sigma_data_of_its_preconditioning() -> None:
-    """An objective without this preconditioning uses the published value, 0.5."""
+    """Without this preconditioning, the objective uses the published value, 0.5."""
     for overrides, expected in (
         (["model=edm", "model.parameterization.sigma_data=0.8"], 0.8),
         (["model=edm", "model.parameterization.sigma_data=0.8", "model.objective.weighting.sigma_data=0.6"], 0.6),
@@ -95,12 +96,12 @@ DATA: dict[str, ImageData] = {}
 
 
 def cached_data(cfg: DictConfig) -> ImageData:
-    """The data of ``cfg``, decoded once for all experiments."""
+    """Return the data of ``cfg``, decoded once for all experiments."""
     return DATA.setdefault(OmegaConf.to_yaml(cfg.data), build_data(cfg))
 
 
 def reduced_config(name: str, *overrides: str) -> DictConfig:
-    """The config of an experiment with narrow networks."""
+    """Return the config of an experiment, with narrow networks."""
     cfg = compose(
         f"experiment={name}", "trainer.accelerator=cpu", "trainer.global_batch_size=5", "budget.images=null",
         "budget.steps=1", "callbacks.evaluation.num_evaluations=0", "callbacks.progress_bar=null", *overrides,
@@ -134,7 +135,7 @@ def test_every_experiment_takes_a_step_at_reduced_size(name: str, data_root: Pat
     if isinstance(model, GenerativeModel) and not model.conditional:
         conditional = build_model(reduced_config(name, *paths, "model.conditional=true"), data)
         parameters = [sum(p.numel() for p in each.parameters()) for each in (model, conditional)]
-        assert conditional.conditional and parameters[0] < parameters[1], "the label has weights"
+        assert conditional.conditional and parameters[0] < parameters[1], "the network has weights for the label"
         if type(conditional).losses is not TrainedModel.losses:
             x, cond = next(iter(data.batches("val", 2)))
             losses = conditional.losses(x, cond, RandomSource.for_batch(torch.Generator().manual_seed(0), 2))

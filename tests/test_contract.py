@@ -1,4 +1,4 @@
-"""The contract of every model, tested for each option of conf/model without naming one."""
+"""The contract of every model, tested for each option of conf/model without naming any."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def draw(model: TrainedModel, n: int, seed: int) -> torch.Tensor:
 
 
 def conditional_options(family: str) -> list[bool]:
-    """Values of ``conditional`` that the config of the family supports."""
+    """Return the values of ``conditional`` that the family's config supports."""
     return [False, True] if "conditional" in loaded("", family) else [False]
 
 
@@ -77,7 +77,7 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
     x = draw(model, 6, seed=1)
     assert x.shape == (6, *data.spec.shape) and x.dtype == torch.float32
     assert x.min() >= -1 and x.max() <= 1
-    assert torch.equal(x, draw(model, 6, seed=1)), "sampling is a function of the generator"
+    assert torch.equal(x, draw(model, 6, seed=1)), "samples depend only on the generator"
     assert not torch.equal(x, draw(model, 6, seed=2)), "another seed gives other images"
     assert isinstance(fresh, GenerativeModel)
     assert torch.equal(x, draw(fresh, 6, seed=1)), "the loaded model gives the same images"
@@ -103,7 +103,7 @@ class SaveMidway(Callback):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resumed_training_equals_uninterrupted_training(family: str, tmp_path: Path) -> None:
-    """Exactly: online weights, EMA weights, and all state that affects the next step."""
+    """Online weights, EMA weights and all state that affects the next step are exactly equal."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     for folder, start in ((whole, None), (resumed, whole / "checkpoints" / "midway.ckpt")):
         cfg, model, data = built(family, "budget.steps=3")
@@ -135,14 +135,14 @@ def test_losses_and_initial_weights_depend_on_the_seed_only(family: str) -> None
 
 
 BAR = 0.5
-"""Maximum distance, relative to that of the patterns from their mean: 1 for their mean, 0.64 for a fitted Gaussian."""
+"""Maximum distance, in units of the patterns' distance from their mean: their mean has 1, a fitted Gaussian 0.64."""
 
 
 STEPS = {"vae": 2000}
-"""Families that may need more than 1,200 steps, since rounding differs between processors."""
+"""Steps of families that may need more than 1,200, since rounding differs between processors."""
 
 SMALLER = {"vae": ("model.encoder.channels=16", "model.decoder.channels=16")}
-"""Overrides of families that learn as well, and faster, with a smaller network."""
+"""Overrides for families that learn equally well, and faster, with a smaller network."""
 
 SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve"}
 """Families that take up to 90 seconds; others of the same class are in ``make test``."""
@@ -154,13 +154,13 @@ SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve"}
 def test_a_few_images_are_memorised(
     family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a complete run, including the autoencoder of latent models. A closed-form model has one component per class,
-    and each pattern is a class, so it can memorise them too."""
+    """A complete run memorises them, including the autoencoder of latent models. A closed-form model has one component
+    per class, and each pattern is a class, so it can memorise them too."""
     if not isinstance(built(family)[1], GenerativeModel | SupportsReconstruction):
         return
 
     def with_end(*parts: Any) -> dict[str, Callback]:
-        """Ends training before the callback that saves checkpoints acts on the step."""
+        """Build the callbacks, with one that ends training before checkpoints are saved for the step."""
         callbacks = build_callbacks(*parts)
         checkpoints = callbacks.pop("checkpoints")
         return {**callbacks, "end": UntilLearned(bar=0.8 * BAR, first=150), "checkpoints": checkpoints}

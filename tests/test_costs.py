@@ -45,7 +45,7 @@ def test_rows_are_drawn_against_each_cost_with_the_pareto_front(tmp_path: Path) 
         r = result(value, generation={"nfe": {"net": float(calls)}})
         write_run(tmp_path / name, [r], training={"flops": flops, "seconds": 60.0}, with_grid=False)
     found = drawn(tmp_path)
-    assert set(found) == {"training FLOPs", "NFE per sample"}, "no chart for equal seconds"
+    assert set(found) == {"training FLOPs", "NFE per sample"}, "there is no chart if all runs take equally long"
     assert [row.run.label for row in found["training FLOPs"].front] == ["cheap", "good"]
     points = {line.name: (line.x.tolist(), line.y.tolist()) for line in found["training FLOPs"].chart.lines}
     assert points[""] == ([1e12, 9e12], [9.0, 2.0]) and points["dominated"] == ([5e12], [9.5])
@@ -75,7 +75,7 @@ def test_the_cost_includes_the_autoencoder(tmp_path: Path) -> None:
 
 
 def test_total_costs_are_those_of_the_records(tmp_path: Path) -> None:
-    """Two seeds with two other trials each, and a model of 0.5e12 FLOPs and 10 s without dependencies."""
+    """Two seeds have two other trials each, and a model without dependencies takes 0.5e12 FLOPs and 10 s."""
     trial = {"role": "trial", "flops": 0.5e12, "device_seconds": 50.0}
     for seed, scale in enumerate((1, 3)):
         taken = {"flops": 1e12 * scale, "seconds": 5.0 * scale, "processes": 2, "device_seconds": 10.0 * scale}
@@ -136,7 +136,7 @@ def test_charts_of_many_rows_show_the_best_and_the_front(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("log", [False, True])
 def test_data_axes_map_coordinates_to_values(log: bool) -> None:
-    """As in the script of the page: from ``data-axes`` and the vertices of a path."""
+    """The mapping uses ``data-axes`` and the vertices of a path, like the script on the page."""
     import re
 
     x, y = np.array([10.0, 20.0, 50.0]), np.array([3.0, 900.0, 40.0])

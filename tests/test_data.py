@@ -1,4 +1,4 @@
-"""Every data set in conf/data satisfies the same contract, and the real ones agree with their published statistics."""
+"""Every data set in conf/data satisfies the same contract, and the real data agree with published statistics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Read = Callable[[str, Path | None], ImageData]
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 random 8x8 images in two classes."""
+    """Return 60 random 8x8 images in two classes."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for k in range(60):
@@ -45,7 +45,7 @@ def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_conf(option: str, root: Path | None, cache: Path, **changes: Any) -> ImageData:
-    """The data set of ``conf/data/option.yaml``, without downloads."""
+    """Return the data set of ``conf/data/option.yaml``, without downloads."""
     path = next(p for base in roots() if (p := base / "data" / f"{option}.yaml").is_file())
     cfg = OmegaConf.create(
         {
@@ -63,13 +63,13 @@ def from_conf(option: str, root: Path | None, cache: Path, **changes: Any) -> Im
 
 @pytest.fixture(scope="session")
 def read(cache: Path) -> Read:
-    """Reads the data set of an option, once per session."""
+    """Return a function that reads the data set of an option, once per session."""
     return functools.cache(lambda option, root: from_conf(option, root, cache))
 
 
 @pytest.fixture(params=options("data"))
 def place(request: pytest.FixtureRequest, few_images: Path) -> tuple[str, Path | None]:
-    """Each option with its root; options whose files are missing are skipped."""
+    """Return each option with its root, skipping options whose files are missing."""
     option = request.param
     if option == "image_folder":
         return option, few_images
@@ -166,14 +166,14 @@ def test_hold_out_partitions_the_split() -> None:
 
 
 def official(data_set: ImageData) -> Split:
-    """The official training split: ``train`` and ``val`` together."""
+    """Return the official training split, which is ``train`` and ``val`` together."""
     train, val = data_set.split("train"), data_set.split("val")
     assert train.labels is not None and val.labels is not None
     return Split(torch.cat([train.images, val.images]), torch.cat([train.labels, val.labels]))
 
 
 def mean_and_std(images: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Exact mean and standard deviation of each channel in [0, 1], from the histogram of the levels."""
+    """Compute the exact mean and standard deviation of each channel in [0, 1], from the histogram of the levels."""
     means, stds = [], []
     levels = torch.arange(256, dtype=torch.float64) / 255
     for channel in images.unbind(1):
@@ -227,7 +227,7 @@ def test_mnist_reads_torchvision_layout_and_rejects_wrong_files(data_root: Path,
         (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
     assert MNIST(tmp_path / "tv").hash("test") == read("mnist", data_root).hash("test")
 
-    with pytest.raises(UserError, match="not the official file of data 'fashion_mnist'"):
+    with pytest.raises(UserError, match="not the official file of data set 'fashion_mnist'"):
         FashionMNIST(raw).setup()
     labels = raw / "train-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes()[:-1])
@@ -261,7 +261,7 @@ def test_cifar10_matches_the_published_statistics(data_root: Path, read: Read) -
 
 
 def as_python2_pickle(images: np.ndarray, labels: list[int], names: list[str]) -> bytes:
-    """A batch file as written by Python 2 in 2009 (protocol 2, byte strings), assembled by hand."""
+    """Return a batch file as written by Python 2 in 2009 (protocol 2, byte strings), assembled by hand."""
 
     def text(value: str) -> bytes:
         return b"U" + bytes([len(value)]) + value.encode()
@@ -291,7 +291,7 @@ def test_cifar10_python_release_gives_the_same_splits(data_root: Path, cache: Pa
     with zipfile.ZipFile(data_root / "cifar10.zip") as file:
         names = [name for name in file.namelist() if name.endswith(".png")]
     order = np.random.default_rng(1).permutation(len(names))
-    # Pixels by file name, from the cache of decoded images, which follows the order of the names.
+    # Pixels by file name, from the cache of decoded images, which is in the order of the names.
     rows = {name: k for k, name in enumerate(sorted(names))}
     data_set = read("cifar10", data_root)
     data_set.setup()

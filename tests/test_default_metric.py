@@ -29,22 +29,22 @@ ORDERED_PAIRS = [
     (("jpeg", 50), ("gaussian", 0)), (("blur", 1.0), ("gaussian", 0)), (("noise", 10), ("gaussian", 0)),
     (("patch shuffle", 2), ("gaussian", 0)), (("mixing", 0.5), ("gaussian", 0)),
 ]  # fmt: skip
-"""(better, worse) for images of 28 pixels and more."""
+"""(better, worse) pairs for images of 28 pixels and more."""
 VISIBLE_AT_8X8 = [
     (("real", 0), ("noise", 25)), (("noise", 10), ("noise", 25)), (("noise", 25), ("noise", 60)),
     (("real", 0), ("patch shuffle", 2)), (("patch shuffle", 2), ("patch shuffle", 4)),
     (("real", 0), ("blur", 1.0)), (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)),
     (("real", 0), ("gaussian", 0)),
 ]  # fmt: skip
-"""What a person can see on digits of 8 x 8 pixels. Left out (docs/evaluation.md): JPEG, for which the whole image is
-one block, and every comparison of a degraded digit with the Gaussian, whose samples look like digits."""
+"""What a person can see on digits of 8 x 8 pixels. This excludes (docs/evaluation.md) JPEG, for which the whole image
+is one block, and every comparison of a degraded digit with the Gaussian, whose samples look like digits."""
 
 
 Key = tuple[str, float]
 
 
 def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.Tensor:
-    """n uint8 samples of one Gaussian per class, with the mean and full covariance of its images (N, C, H, W).
+    """Draw n uint8 samples of one Gaussian per class, with the mean and full covariance of its images (N, C, H, W).
 
     With the centred images X (m, d) of a class and z from N(0, I_m), mean + X^T z / sqrt(m - 1) has their covariance.
     """
@@ -60,7 +60,7 @@ def pixel_gaussian(images: torch.Tensor, labels: torch.Tensor, n: int) -> torch.
 
 
 def distances(data: ImageData, n: int, references: int, pairs: list[tuple[Key, Key]]) -> dict[tuple[str, float], float]:
-    """The primary metric of each set of images in ``pairs``."""
+    """Return the primary metric of each image set in ``pairs``."""
     spec = data.spec
     extractor = EvaluationProtocol().build_extractors(spec)[0]
     train, test = data.split("train"), data.split("test")
@@ -100,7 +100,7 @@ def test_the_default_metric_orders_digits_as_a_person_does() -> None:
 
 
 def test_degradations_grow_with_strength_and_keep_their_input() -> None:
-    """A stronger degradation has a larger pixel error. Shape and type stay, and the input is not modified."""
+    """A stronger degradation has a larger pixel error. The shape and type are kept, and the input is not modified."""
     images = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
     images = torch.nn.functional.avg_pool2d(images, 3, 1, 1).to(
         torch.uint8
@@ -118,7 +118,7 @@ def test_degradations_grow_with_strength_and_keep_their_input() -> None:
             assert torch.equal(out, degradation(images, strength)), degradation.name
             moved.append(float((out.float() - images.float()).square().mean()))
         assert torch.equal(images, before), degradation.name
-        if degradation.name != "patch shuffle":  # all grids move most pixels to a random position
+        if degradation.name != "patch shuffle":  # each grid moves most pixels to a random position
             assert moved == sorted(moved) and moved[0] < moved[-1], (degradation.name, moved)
 
 

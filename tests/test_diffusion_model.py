@@ -59,7 +59,7 @@ def test_only_bounds_train_a_learned_schedule() -> None:
 
 
 def test_only_hybrid_and_discrete_bound_train_a_learned_variance() -> None:
-    """With these losses its weights have a gradient; other losses warn that they have none."""
+    """With these two losses its weights have a gradient; with other losses, a warning says that they have none."""
     for name in options("model/objective"):
         learned = part("parameterization", "eps_learned_variance")
         with warnings.catch_warnings(record=True) as caught:
@@ -68,7 +68,7 @@ def test_only_hybrid_and_discrete_bound_train_a_learned_variance() -> None:
         messages = [str(warning.message) for warning in caught]
         x = torch.rand(8, 2, 1, 1, generator=generator("cpu", 0))
         model.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
-        last = [p for p in model.network.parameters() if len(p) == 4][-1]  # of eps and variance, two channels each
+        last = [p for p in model.network.parameters() if len(p) == 4][-1]  # eps and variance, two channels each
         assert last.grad is not None and last.grad[:2].abs().max() > 0
         trained = bool(last.grad[2:].abs().max() > 0)
         assert trained == (name in ("hybrid", "vlb_discrete")), name
@@ -76,7 +76,7 @@ def test_only_hybrid_and_discrete_bound_train_a_learned_variance() -> None:
 
 
 def test_learned_variance_overrides_the_setting_of_the_sampler() -> None:
-    """The setting affects neither samples nor their description."""
+    """The setting affects neither the samples nor their description."""
     samples, descriptions = [], []
     for variance in (0.0, 1.0):
         changes = {"sampler": part("sampler", "ancestral", num_steps=8, variance=variance), "objective": Hybrid()}
@@ -89,7 +89,7 @@ def test_learned_variance_overrides_the_setting_of_the_sampler() -> None:
 
 
 def composed(overrides: str) -> Diffusion:
-    """The model of space-separated overrides; later ones replace earlier ones."""
+    """Build the model of space-separated overrides; later ones replace earlier ones."""
     values = dict(override.split("=", 1) for override in overrides.split())
     cfg = compose("data=toy2d", *(f"{name}={value}" for name, value in values.items()))
     network = partial(DenoisingMLP, width=8, depth=1)
@@ -100,7 +100,8 @@ def composed(overrides: str) -> Diffusion:
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", options("model/schedule"))
 def test_schedules_and_parameterizations_can_be_combined(name: str, parameterization: str) -> None:
-    """As in the sweep of docs/diffusion.md; with the simple loss, a learned schedule keeps its initial values."""
+    """The combinations are those of the sweep in docs/diffusion.md; with the simple loss, a learned schedule keeps its
+    initial values."""
     model = composed(
         f"model=ddpm model/schedule={name} model/parameterization={parameterization} model.sampler.num_steps=5"
     )
@@ -119,7 +120,7 @@ def test_schedules_and_parameterizations_can_be_combined(name: str, parameteriza
     ],
 )
 def test_incompatible_objective_is_rejected_before_training(overrides: str, named: str, alternative: str) -> None:
-    """The alternative in the message gives a model that trains."""
+    """The alternative suggested by the message gives a model that trains."""
     with pytest.raises(UserError, match=named) as error:
         composed(overrides)
     assert alternative in str(error.value)
@@ -166,7 +167,8 @@ def test_sampling_must_start_from_pure_noise(
 
 
 def test_replaced_sampler_must_start_from_pure_noise_too() -> None:
-    """evaluation.samplers replaces the sampler; an end that is trained gives only a warning."""
+    """``evaluation.samplers`` replaces the sampler like this. If the end of the schedule is trained, there is only a
+    warning."""
     model = diffusion()
     model.sampler = along("log_snr", -2.0)
     with pytest.raises(UserError, match="starts from pure noise"):
@@ -184,7 +186,7 @@ POINT = torch.tensor([0.4, -0.8])
 
 
 class ExactPointNetwork(nn.Module):
-    """The exact eps network for data at one point: (x_t - alpha x_0) / sigma, with the numbers of DDPM."""
+    """The exact eps network for data at one point: (x_t - alpha x_0) / sigma, with DDPM's alpha and sigma."""
 
     def __init__(self, shape: Any, out_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -304,7 +306,7 @@ def test_incompatible_parts_are_rejected_before_training() -> None:
 
 @pytest.mark.parametrize(("first", "std"), [(None, 100.0), (-2.0, math.e)])
 def test_sampling_starts_from_the_noise_of_its_first_time(first: float | None, std: float) -> None:
-    """VE at log-SNR -2 has sigma = exp(1); at its end, 100."""
+    """VE has sigma = exp(1) at log-SNR -2, and sigma = 100 at its end."""
     sampler = part("sampler", "ddim", num_steps=3) if first is None else along("log_snr", first)
     seen: list[Tensor] = []
 
@@ -332,7 +334,7 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
 
 
 def test_other_losses_do_not_train_a_learned_schedule() -> None:
-    """They are minimal for pure noise."""
+    """Other losses would be minimal for pure noise."""
     model = diffusion(schedule=part("schedule", "learned"))
     model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
     assert all(p.grad is None for p in model.schedule.parameters())

@@ -94,8 +94,8 @@ def test_cutout_is_a_grey_square_of_half_the_side() -> None:
     blank = 1 - kept[:, 0]
     rows, columns = blank.amax(2).sum(1), blank.amax(1).sum(1)
     assert torch.equal(blank.sum((1, 2)), rows * columns), "a rectangle"
-    assert rows.max() == columns.max() == 16 and rows.min() >= 8, "half the side, minus the part outside"
-    # A central pixel is covered if the centre of the square is within a quarter of the side: probability 1 / 4.
+    assert rows.max() == columns.max() == 16 and rows.min() >= 8, "half the image size, minus the part outside"
+    # A central pixel is covered if the square's centre is within a quarter of the image size: probability 1 / 4.
     assert abs(float(blank[:, 15, 15].mean()) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
 
 
@@ -103,7 +103,7 @@ def test_cutout_is_a_grey_square_of_half_the_side() -> None:
 
 
 def by_matrix(x: Tensor, brightness: float, contrast: float, flip: float, hue: float, saturation: float) -> Tensor:
-    """The transforms as 3x3 matrices; the hue rotation is the exponential of the cross product with its axis."""
+    """Apply the transforms as 3x3 matrices; the hue rotation is the exponential of the cross product with its axis."""
     v = torch.full((3, 1), 3**-0.5, dtype=torch.float64)
     i, vv = torch.eye(3, dtype=torch.float64), v @ v.T
     k = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], dtype=torch.float64) / math.sqrt(3)
@@ -142,7 +142,7 @@ def test_colour_parameters_have_the_published_distributions() -> None:
 
 
 def test_derivatives_match_finite_differences() -> None:
-    """First and second derivatives of the whole pipeline in the image, at strength 1."""
+    """First and second derivatives of the whole pipeline with respect to the image, at strength 1."""
     spec = DataSpec("x", (3, 4, 3))
     augmentation = at(1.0, spec=spec, cutout_multiplier=1.0).double()
     x = images(2, spec, torch.float64).requires_grad_()
@@ -166,7 +166,7 @@ def test_resampling_matches_pytorch_and_its_transpose() -> None:
 
 
 def test_a_penalty_through_the_augmentation_has_the_right_gradient() -> None:
-    """D(T x) = |T x|^2 / 2 with T linear (geometric transforms only): the gradient is T' T x, with T built by
+    """D(T x) = |T x|^2 / 2 with T linear (geometric transforms only) has the gradient T' T x, where T is built by
     columns."""
     augmentation = at(1.0, spec=DataSpec("x", (1, 4, 4)), color_multiplier=0.0).double()
     x = images(1, DataSpec("x", (1, 4, 4)), torch.float64).requires_grad_()
@@ -183,8 +183,8 @@ def test_a_penalty_through_the_augmentation_has_the_right_gradient() -> None:
 
 @pytest.mark.parametrize(("share_right", "moves"), [(0.95, 1), (0.6, -1), (0.8, 0)])
 def test_the_strength_follows_the_overfitting_heuristic(share_right: float, moves: int) -> None:
-    """r_t = 2 share - 1 is compared with the target 0.6 every fourth step; each adjustment is four batches over
-    1000."""
+    """r_t is 2 times the fraction classified as real, minus 1. It is compared with the target 0.6 every fourth step,
+    and each adjustment is four batches over 1000."""
     ada = ADA(RGB, target=0.6, interval=4, adjustment_images=1000)
     ada.strength.fill_(0.5)
     margin = torch.where(torch.arange(20) < 20 * share_right, 3.0, -0.1)
@@ -216,7 +216,8 @@ def test_the_strength_stays_in_range_and_its_state_is_saved() -> None:
 def test_the_heuristic_is_computed_on_the_global_batch(
     monkeypatch: pytest.MonkeyPatch, elsewhere: float, strength: float
 ) -> None:
-    """Half of ten images are classified as real here, and all or none of ten on another process: r_t is 1/2 or -1/2."""
+    """Half of ten images are classified as real here, and either all or none of ten on another process, so r_t is 1/2
+    or -1/2."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(elsewhere))
     ada = ADA(RGB, target=0.4, interval=1, adjustment_images=200)
@@ -258,7 +259,7 @@ def gan(spec: DataSpec = RGB, **changes: Any) -> Any:
 
 
 def test_real_images_and_fakes_are_augmented_and_samples_are_not() -> None:
-    """All images and fakes are constant, so discriminator inputs differ only by their random augmentation."""
+    """All images and fakes are constant, so discriminator inputs differ only in their random augmentation."""
     steady = partial(ScheduledAugmentation, ramp=CosineRamp(0.9, 0.9, 1))
     model = gan(penalty={"r1": R1(1.0)}, discriminator_augmentation=steady)
     with torch.no_grad():
@@ -268,7 +269,7 @@ def test_real_images_and_fakes_are_augmented_and_samples_are_not() -> None:
     model.training_step((torch.zeros(300, *RGB.shape), {}), 0)
     real, fake, for_generator = model.discriminator.seen[:3]
     shares = [float((shown != 0).flatten(1).any(1).double().mean()) for shown in (real, fake, for_generator)]
-    # A constant grey image changes in brightness only, with probability 0.9 (and in contrast with it).
+    # A constant grey image changes if and only if its brightness does, which has probability 0.9.
     assert all(abs(share - 0.9) < 0.08 for share in shares), shares
     assert not torch.equal(real, fake), "each image has its own random parameters"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Encoding, interpolation, inpainting and trajectories on Gaussian data, where all have exact results."""
+"""Encoding, interpolation, inpainting and trajectories on Gaussian data, where exact results are known."""
 
 from __future__ import annotations
 
@@ -63,14 +63,15 @@ def images(n: int) -> Tensor:
 
 
 def carried(schedule: NoiseSchedule, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """The exact end point of the probability-flow ODE: it preserves the distance to the mean in standard deviations."""
+    """Return the exact end point of the probability-flow ODE, which preserves the distance to the mean in standard
+    deviations."""
     (alpha, sigma), (alpha_end, sigma_end) = scales(schedule, start), scales(schedule, end)
     stretch = ((alpha_end**2 * VARIANCE + sigma_end**2) / (alpha**2 * VARIANCE + sigma**2)).sqrt()
     return alpha_end * MEAN + stretch * (x - alpha * MEAN)
 
 
 def inner_times(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Rising times inside of the schedule's range."""
+    """Return increasing times inside the schedule's range."""
     margin = 0.1 * (schedule.t_max - schedule.t_min)
     return torch.linspace(schedule.t_min + margin, schedule.t_max - margin, steps + 1)
 
@@ -110,7 +111,7 @@ def test_decoding_inverts_encoding_better_with_more_steps(schedule: NoiseSchedul
 
 @pytest.mark.parametrize("schedule", SENSIBLE, indirect=True)
 def test_images_are_encoded_to_noise(schedule: NoiseSchedule) -> None:
-    """Encoded from clean data, the result has the distribution of the prior."""
+    """Encoding clean data gives noise with the distribution of the prior."""
     x = images(4000)
     times = times_of(part("sampler", "heun", num_steps=100), schedule)
     found = encode(ExactDenoiser(schedule), x, times.flip(0)).flatten(1)
@@ -186,7 +187,7 @@ def test_inpainting_keeps_known_pixels_and_samples_the_others(name: str) -> None
 
 @pytest.mark.parametrize("name", samplers())
 def test_samplers_continue_from_the_state_that_they_yield(name: str) -> None:
-    """Inpainting changes that state in place."""
+    """Inpainting changes the yielded state in place."""
     truth, sampler = ExactDenoiser(LinearBetas()), part("sampler", name, num_steps=5)
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 0))
     steps = sampler.iterate(truth, x, generator=generator("cpu", 1))
@@ -212,7 +213,7 @@ def test_known_pixels_have_the_noise_of_their_time(name: str) -> None:
 
 
 def test_inpainting_starts_at_the_first_time_of_the_grid() -> None:
-    """A grid that starts after the noisiest time starts from the noise of its first time."""
+    """If the grid starts after the noisiest time, inpainting starts from the noise of the grid's first time."""
     truth = ExactDenoiser(schedule_named("ve"))
     sampler = DDIM(num_steps=5, grid=LogSNRGrid(log_snr_start=-2.0))
     inpaint(sampler, truth, images(1).expand(2000, 1, 1, 3), KNOWN, generator=generator("cpu", 2))

@@ -1,4 +1,4 @@
-"""Energy-based models: Langevin steps, gradient, densities, and recovery from divergence."""
+"""Energy-based models: Langevin steps, the gradient, densities, and recovery from divergence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_bins=None)
 
 
 class Quadratic(nn.Module):
-    """phi(x) = (|x|^2 / 2, x_1, x_2): with a linear head, any isotropic Gaussian energy."""
+    """phi(x) = (|x|^2 / 2, x_1, x_2), which gives any isotropic Gaussian energy with a linear head."""
 
     num_features = 3
 
@@ -48,7 +48,7 @@ class Quadratic(nn.Module):
 
 
 def ebm(spec: DataSpec = POINTS, **options: Any) -> EBM:
-    """An EBM that can take training steps without a Trainer."""
+    """Build an EBM that can take training steps without a Trainer."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "energy": partial(EnergyMLP, width=16, depth=2),
@@ -67,7 +67,7 @@ def ebm(spec: DataSpec = POINTS, **options: Any) -> EBM:
 
 
 def gaussian_energy(model: EBM, precision: float, mean: tuple[float, float]) -> None:
-    """E(x) = precision |x - mean|^2 / 2 + constant."""
+    """Set E(x) = precision |x - mean|^2 / 2 + constant."""
     with torch.no_grad():
         model.network.head.weight.copy_(torch.tensor([[precision, *(-precision * m for m in mean)]]))
         model.network.head.bias.fill_(7.0)
@@ -90,8 +90,8 @@ TEMPERATURE = 0.7
 
 
 def stationary_covariance(step: float) -> Tensor:
-    """Stationary covariance of chains on x' L x / 2: a step is affine, x -> A x + B z, so S = A S A' + B B', which is
-    solved as a linear system. A and B come from the step applied to basis vectors and noise."""
+    """Return the stationary covariance S of chains on x' L x / 2. A step is affine, x -> A x + B z, so S = A S A' + B
+    B', which is solved as a linear system. A and B come from applying the step to basis vectors and noise."""
     langevin = Langevin(step, math.sqrt(2 * step * TEMPERATURE))
     assert langevin.temperature == pytest.approx(TEMPERATURE)
 
@@ -100,7 +100,7 @@ def stationary_covariance(step: float) -> Tensor:
 
     eye, zero = torch.eye(2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     a, b = one(eye, zero).T, one(zero, eye).T
-    assert torch.equal(one(zero, zero), zero), "the mean does not change"
+    assert torch.equal(one(zero, zero), zero), "the mean stays zero"
     solution = torch.linalg.solve(torch.eye(4, dtype=torch.float64) - torch.kron(a, a), (b @ b.T).flatten())
     return solution.view(2, 2)
 
@@ -122,7 +122,8 @@ def test_langevin_steps_leave_a_gaussian_invariant_as_the_step_vanishes() -> Non
 
 
 def test_published_settings_are_equivalent_for_images_in_minus_one_to_one() -> None:
-    """A chain of u in [0, 1] with step 10, noise 0.005 and clip 0.01 is one of 2 u - 1 with 40, 0.01 and 0.005."""
+    """A chain of u in [0, 1] with step 10, noise 0.005 and clip 0.01 equals a chain of 2 u - 1 with 40, 0.01 and
+    0.005."""
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(6, 5, generator=generator, dtype=torch.float64)
     x, noises = 2 * u - 1, torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
@@ -162,8 +163,8 @@ def test_input_gradients_are_per_row_and_work_without_grad_mode() -> None:
 
 
 def test_the_gradient_is_that_of_maximum_likelihood() -> None:
-    """For E = a |x|^2 / 2 + b . x, d/da is half the difference of mean squares, d/db that of means. The chains are
-    those in the buffer after the step, since the batch uses all of them."""
+    """For E = a |x|^2 / 2 + b . x, d/da is half the difference of mean squares and d/db the difference of means. The
+    chains are those in the buffer after the step, since the batch uses all of them."""
     model = ebm(energy=Quadratic, buffer_size=32, optimizer=partial(torch.optim.SGD, lr=1.0), energy_l2=0.25)
     gaussian_energy(model, 4.0, (0.5, -0.2))
     before = model.network.head.weight.detach().double().clone().squeeze(0)
@@ -189,8 +190,8 @@ def test_the_gradient_is_that_of_maximum_likelihood() -> None:
 
 
 def test_a_gaussian_is_learned() -> None:
-    """For data of mean m and variance v, the fixed point is E = a |x - m|^2 / 2 whose chains, of variance
-    (T / a) / (1 - step a / 2), have variance v: a = (1 - sqrt(1 - 2 step T / v)) / step, about T / v."""
+    """For data with mean m and variance v, the fixed point is E = a |x - m|^2 / 2 whose chains, with variance (T / a) /
+    (1 - step a / 2), have variance v: a = (1 - sqrt(1 - 2 step T / v)) / step, about T / v."""
     generator = torch.Generator().manual_seed(3)
     points = torch.tensor([0.4, -0.6]) + 0.5 * torch.randn(500, 2, generator=generator)
     model = ebm(
@@ -208,7 +209,7 @@ def test_a_gaussian_is_learned() -> None:
 
 
 def test_density_ratios_of_a_gaussian_are_exact() -> None:
-    """log N(x; m, T / a) - log N(y; m, T / a), computed from normalised densities."""
+    """The ratio is log N(x; m, T / a) - log N(y; m, T / a), computed from normalised densities."""
     model = ebm(energy=Quadratic, langevin=Langevin(step_size=0.02, noise_std=0.1))
     gaussian_energy(model, 3.0, (0.3, 0.1))
     x, y = torch.randn(5, 2, 1, 1), torch.randn(5, 2, 1, 1)
@@ -225,8 +226,8 @@ def test_density_ratios_of_a_gaussian_are_exact() -> None:
 
 
 def test_all_modes_of_a_mixture_are_learned() -> None:
-    """Eight Gaussians in the plane, 5.7 standard deviations apart: chains from noise under averaged weights find all of
-    them, each with an eighth of the mass to within a quarter."""
+    """For eight Gaussians in the plane, 5.7 standard deviations apart, chains from noise under averaged weights find
+    all of them, each with an eighth of the mass to within a quarter."""
     angle = torch.arange(8) * math.pi / 4
     centres = 0.75 * torch.stack([angle.cos(), angle.sin()], 1)
     source = torch.Generator().manual_seed(1)
@@ -267,7 +268,7 @@ def test_chains_of_a_batch_are_distinct_and_have_its_classes() -> None:
 
 
 def test_chains_continue_from_the_buffer_unless_reinitialised() -> None:
-    """With a negligible gradient and little noise, a chain stays where it starts."""
+    """With a negligible gradient and little noise, a chain stays close to where it starts."""
     kept: dict[float, Tensor] = {}
     for reinit_prob in (0.0, 1.0):
         model = ebm(energy=Quadratic, buffer_size=8, reinit_prob=reinit_prob, langevin=Langevin(1e-12, 1e-9))
@@ -370,7 +371,7 @@ def test_spectral_norm_gives_every_trunk_weight_norm_one() -> None:
 
 
 def test_each_stage_halves_the_side_down_to_four() -> None:
-    """32 to 4 in the three stages of the published network; 8x8 is halved once, and 1x1 never."""
+    """Sizes fall from 32 to 4 in the three stages of the published network; 8x8 is halved once, and 1x1 never."""
     for side, sides in ((32, [16, 8, 4]), (8, [4, 4, 4]), (1, [1, 1, 1])):
         network = EnergyResNet((3, side, side), channels=(4, 6, 8), num_blocks=3)
         seen: list[tuple[int, ...]] = []
@@ -381,8 +382,9 @@ def test_each_stage_halves_the_side_down_to_four() -> None:
 
 
 def test_the_plain_network_has_the_layers_of_the_published_one() -> None:
-    """``VanillaNet`` of github.com/point0bar1/ebm-anatomy: 3x3 to 32 channels, 4x4 with stride 2 to 64, 128 and 256,
-    and 4x4 over the rest to one number. Other sizes are halved while sides are at least four; points have one layer."""
+    """The layers are those of ``VanillaNet`` in github.com/point0bar1/ebm-anatomy: 3x3 to 32 channels, 4x4 with stride
+    2 to 64, 128 and 256, and 4x4 to one number. Other sizes are halved while they are at least four; points have one
+    layer."""
     published = EnergyNetwork(EnergyConvNet((3, 32, 32)))
     sizes = [3 * 32 * 9 + 32, 32 * 64 * 16 + 64, 64 * 128 * 16 + 128, 128 * 256 * 16 + 256, 256 * 16 + 1]
     assert sum(p.numel() for p in published.parameters()) == sum(sizes)
@@ -422,7 +424,7 @@ class Quadratic4(nn.Module):
 
 
 def generator_after_corruptions() -> torch.Generator:
-    """A generator in its state after the corrupted images: a permutation, uniform and normal numbers."""
+    """Return a generator in its state after the corruptions, which draw a permutation, uniform and normal numbers."""
     generator = torch.Generator().manual_seed(0)
     torch.randperm(16, generator=generator)
     torch.rand(3, 1, 4, 4, generator=generator)
@@ -434,8 +436,8 @@ def generator_after_corruptions() -> torch.Generator:
 
 
 def test_a_diverged_step_is_rolled_back_and_counted() -> None:
-    """After a step with a far too high learning rate, weights, moments and chains equal the last copy exactly; also the
-    second time, after training from the copy."""
+    """After a step with a far too high learning rate, weights, moments and chains equal the last snapshot exactly. A
+    second divergence, after training from the snapshot, gives the same."""
     model = ebm(optimizer=partial(torch.optim.Adam, lr=1e-3), snapshot_every_n_steps=5, divergence_threshold=10.0)
     optimizer: Any = model.optimizers()
     x = torch.randn(16, 2, 1, 1)
@@ -455,7 +457,7 @@ def test_a_diverged_step_is_rolled_back_and_counted() -> None:
             assert all(torch.equal(value, moments[k][name]) for name, value in state.items())
     metrics = train(model, x, 5, first=18)
     assert metrics["rollbacks"] == 2 and set(metrics) > {"loss", "grad"}
-    assert model.snapshot.consecutive_rollbacks == 0, "five successful steps make a new copy"
+    assert model.snapshot.consecutive_rollbacks == 0, "five successful steps make a new snapshot"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -482,7 +484,8 @@ class Jump:
 def run(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, **options: Any
 ) -> tuple[EBM, list[pl.Callback]]:
-    """Train on digits with the project's trainer; stop short after step ``until``; ``resume`` from the checkpoint."""
+    """Train on digits with the project's trainer, stopping early after step ``until``; ``resume`` from the
+    checkpoint."""
 
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -511,7 +514,7 @@ def run(
 
 
 def test_a_resumed_run_rolls_back_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Interrupted after step 10, with a divergence at step 11 and a copy from step 8."""
+    """The run is interrupted after step 10, and diverges at step 11 with a snapshot from step 8."""
     options: dict[str, Any] = {"steps": 15, "lr_schedule": Jump(11, 11)}
     whole, whole_callbacks = run(tmp_path / "whole", **options)
     run(tmp_path / "broken", until=10, **options)
@@ -532,7 +535,7 @@ def test_repeated_divergence_ends_the_run_and_keeps_the_checkpoint(tmp_path: Pat
         run(tmp_path, steps=40, lr_schedule=Jump(9), max_rollbacks=2)
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert stored["callbacks"]["TrainingClock"]["step"] == 11, (
-        "saved after two rolled-back steps; the third ends the run"
+        "the checkpoint is saved after two rolled-back steps, and the third ends the run"
     )
     weights = [value for name, value in stored["state_dict"].items() if name.startswith("network")]
     assert all(torch.isfinite(w).all() and w.abs().max() < 10 for w in weights)
@@ -550,7 +553,7 @@ def test_divergence_before_the_first_checkpoint_is_reported(tmp_path: Path) -> N
 
 
 def train_on_part(rank: int, world: int, alone: bool = False) -> dict[str, Tensor]:
-    """Six steps of one of ``world`` processes on its part of each batch; the fourth diverges."""
+    """Train one of ``world`` processes for six steps on its part of each batch; the fourth step diverges."""
     model = ebm(conditional=True, snapshot_every_n_steps=2, divergence_threshold=10.0, data_noise=0.1)
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     if alone:
@@ -574,7 +577,7 @@ def test_two_processes_learn_the_same_as_one(tmp_path: Path) -> None:
     for name, value in whole.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(value.float(), first[name].float(), atol=2e-6), name
-    # Without gathering the chains, the buffers differ: the test can fail.
+    # Without gathering the chains, the buffers differ, so the test can fail.
     first, second = in_processes(2, tmp_path, train_on_part, True)
     assert not torch.equal(first["replay.images"], second["replay.images"])
 

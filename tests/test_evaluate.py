@@ -1,4 +1,4 @@
-"""evaluate(): one protocol for models and images, the same metrics for any number of processes."""
+"""evaluate(): one protocol for models and images, and the same metrics for any number of processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gencompare.rng import derive_seed
 
 
 class Tiny(ImageData):
-    """2x2 images of 256 levels around one of two means, 3 to 1; cheap to measure by their own values."""
+    """2x2 images of 256 levels around one of two means, in a ratio of 3 to 1. Their pixels are cheap features."""
 
     spec = DataSpec(name="tiny", shape=(1, 2, 2), num_classes=2)
 
@@ -46,7 +46,7 @@ class Tiny(ImageData):
 
 
 class UniformModel(nn.Module):
-    """Draws uniform images; each chunk evaluates its network on n rows and on 2 n rows."""
+    """Draws uniform images; its network receives 2 n and then n inputs for a chunk of n."""
 
     conditional = False
     spec = Tiny.spec
@@ -75,7 +75,7 @@ class UniformModel(nn.Module):
 
 
 class Failing(UniformModel):
-    """The third chunk fails."""
+    """Returns NaN for one chunk."""
 
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         if generator.initial_seed() == self.bad:
@@ -136,7 +136,7 @@ def test_networks_without_batched_inputs_are_counted_by_their_outputs() -> None:
 
 
 def test_flops_per_sample_are_those_of_its_network_evaluations() -> None:
-    """Three products of a 4x4 matrix with a vector: 3 * 2 * 4 * 4, whatever the size of a chunk."""
+    """A sample takes three products of a 4x4 matrix with a vector, 3 * 2 * 4 * 4 FLOPs, whatever the chunk size."""
     model = UniformModel()
     model.net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Unflatten(1, (1, 2, 2)))
     result = evaluate(model, Tiny(), IDENTITY)
@@ -299,14 +299,14 @@ def one_of(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize(("world", "most_chunks"), [(2, 3), (4, 2)])
 def test_ranks_draw_the_same_images_and_get_the_same_metrics(world: int, most_chunks: int, tmp_path: Path) -> None:
-    """The ranks share 6 chunks."""
+    """The 6 chunks are divided among the ranks."""
     mp.start_processes(one_of, (world, str(tmp_path)), nprocs=world, start_method="fork")  # type: ignore[attr-defined]
     alone = draw_samples(UniformModel(), 230, seed=5, chunk_size=40)
     expected = evaluate(Scoring(), Tiny(), IDENTITY)
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(found["images"], alone.images) and found["nfe"] == alone.nfe
-        assert len(found["sizes"]) <= most_chunks, "the ranks share the chunks"
+        assert len(found["sizes"]) <= most_chunks, "the chunks are divided among the ranks"
         assert found["values"].keys() == values(expected).keys() and found["id"] == expected.id
         for name, value in values(expected).items():
             assert found["values"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
@@ -317,7 +317,8 @@ def test_ranks_draw_the_same_images_and_get_the_same_metrics(world: int, most_ch
 
 
 def test_all_extractors_measure_the_same_samples() -> None:
-    """The first extractor ranks. The others measure the same images, and a record lists their results too."""
+    """The first extractor is used for ranking. The others measure the same images, and a record lists their results
+    too."""
     data = Tiny()
     twice = dataclasses.replace(
         IDENTITY, extractors=(IdentityExtractor, lambda spec: module_extractor(spec, Twice(), "twice"))

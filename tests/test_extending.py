@@ -103,7 +103,8 @@ YAML = {
 
 @pytest.fixture(scope="module")
 def extension_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Write the module and the YAML files to a folder outside the repository; return an environment that uses it."""
+    """Write the module and the YAML files to a folder outside the repository, and return an environment that uses
+    it."""
     folder = tmp_path_factory.mktemp("extensions")
     (folder / "mine.py").write_text(MODULE)
     for name, text in YAML.items():
@@ -141,7 +142,7 @@ def test_runs_use_the_extensions(extension_env: dict[str, str]) -> None:
 
 
 def test_the_interface_tests_cover_the_extensions(extension_env: dict[str, str]) -> None:
-    """The tests that glob conf/ run on all five extensions unchanged."""
+    """The tests that glob conf/ run unchanged on all five extensions."""
     args = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-v", "--rootdir", str(ROOT)]
     files = [f"tests/test_{part}.py" for part in ("conf", "contract", "data", "extra_metrics", "schedules", "samplers")]
     # Sampler tests under the new schedule run with the new sampler only.

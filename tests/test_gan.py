@@ -50,7 +50,7 @@ def points_gan(**options: Any) -> GAN:
 
 
 def without_trainer(model: GAN) -> GAN:
-    """The model, able to take training steps without a Trainer."""
+    """Make the model able to take training steps without a Trainer."""
     optimizers = model.configure_optimizers()
     model.optimizers = lambda: optimizers  # type: ignore[method-assign,assignment]
     model.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
@@ -86,15 +86,15 @@ def test_spectral_norm_gives_every_weight_norm_one() -> None:
         network(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
     network.eval()
     weights = [m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
-    assert len(weights) == 2 * 2 + 1 + 2 + 2  # two blocks, one with a skip, stem and linear, score and classes
+    assert len(weights) == 2 * 2 + 1 + 2 + 2  # two blocks (one with a skip), stem and linear layer, score and classes
     for weight in weights:
         assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(("r1", "conditional", "d_steps"), [(0.0, False, 1), (3.0, False, 2), (0.7, True, 1)])
 def test_a_training_step_matches_a_manual_one(r1: float, conditional: bool, d_steps: int) -> None:
-    """Gradient descent with autograd on copies: D steps with G fixed, each on its part of the images with new noise,
-    then a G step with D fixed."""
+    """The manual step is gradient descent with autograd on copies: D steps with G fixed, each on its part of the images
+    with new noise, then a G step with D fixed."""
     model = points_gan(penalty={"r1": R1(r1)} if r1 else None, conditional=conditional, d_steps=d_steps)
     x, label = torch.randn(6, 2, 1, 1), torch.tensor([0, 1, 2, 2, 1, 0])
     twin = copy.deepcopy(model)
@@ -164,7 +164,7 @@ def test_a_frozen_network_passes_gradients_to_its_input() -> None:
     ids=["r1", "sn", "wgan_gp"],
 )
 def test_a_mixture_of_classes_is_learned(adversarial: Any, options: dict[str, Any]) -> None:
-    """Three points in the plane, one per class: samples of a class are near its point."""
+    """For three points in the plane, one per class, the samples of a class are near its point."""
     places = torch.tensor([[0.6, 0.0], [-0.5, 0.5], [-0.3, -0.7]])
     label = torch.arange(48) % 3
     x = places[label][:, :, None, None] + 0.02 * torch.randn(48, 2, 1, 1, generator=torch.Generator().manual_seed(9))
@@ -183,8 +183,8 @@ def test_a_mixture_of_classes_is_learned(adversarial: Any, options: dict[str, An
 
 
 def test_a_ring_of_eight_modes_is_recovered() -> None:
-    """Eight Gaussians of standard deviation 0.09 on a circle of radius 0.6, with 96 % of points within 2.5 standard
-    deviations of their mode: most samples are too, evenly divided among the modes."""
+    """Eight Gaussians of standard deviation 0.09 on a circle of radius 0.6 have 96 % of points within 2.5 standard
+    deviations of their mode. So do most samples, evenly divided among the modes."""
     steps, batch, lr = 450, 256, 5e-3
     angle = torch.arange(8) * math.pi / 4
     modes = 0.6 * torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -236,7 +236,7 @@ def digits_gan(spec: DataSpec = Digits.spec, **options: Any) -> GAN:
 
 
 def train_on_part(rank: int, world: int, reduce: bool = True) -> dict[str, Tensor]:
-    """Three steps of one of ``world`` processes on its part of each batch, with two discriminator steps each."""
+    """Train one of ``world`` processes for three steps on its part of each batch, with two discriminator steps each."""
     model = without_trainer(digits_gan(conditional=True, d_steps=2))
     for optimizer in model.optimizers():  # type: ignore[union-attr]
         optimizer.register_step_pre_hook(lambda o, *_: model.on_before_optimizer_step(o))
@@ -262,7 +262,7 @@ def test_two_processes_learn_the_same_as_one(tmp_path: Path) -> None:
     for name, value in alone.items():
         assert torch.equal(first[name], second[name]), name
         assert torch.allclose(value, first[name], atol=2e-6), name
-    # Without gradient averaging, the processes differ: the test can fail.
+    # Without gradient averaging, the processes differ, so the test can fail.
     first, second = in_processes(2, tmp_path, train_on_part, False)
     assert any(not torch.allclose(first[name], second[name], atol=1e-4) for name in alone)
 
@@ -275,7 +275,7 @@ def test_averaging_gradients_is_a_no_op_with_one_process() -> None:
 
 
 def test_a_step_skipped_by_the_gradient_scaler_has_norm_zero() -> None:
-    """In half precision with a far too large scale, gradients overflow, and training continues."""
+    """In half precision with a far too large scale, gradients overflow and training continues."""
     model = points_gan()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
@@ -326,7 +326,7 @@ def test_a_batch_that_cannot_be_split_raises_an_error() -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_batch_parts_do_not_depend_on_the_number_of_processes(world: int) -> None:
-    """Every third row from row k, on any process, with the random numbers that a single process would draw."""
+    """Part k is every third image from image k, with the random numbers that a single process would draw."""
     for k in range(3):
         whole = RandomSource.for_batch(torch.Generator().manual_seed(1), 12).strided(3, k).normal((2,))
         assert whole.shape == (4, 2)

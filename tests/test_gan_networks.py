@@ -23,7 +23,7 @@ PRESETS = ("cifar10_dcgan", "cifar10_gan", "cifar10_r3gan", "cifar10_sngan", "di
 
 
 def small(group: str, option: str) -> Any:
-    """The option at a small size, set through the arguments that it has."""
+    """Build the option at a small size, through the size arguments that it has."""
     sizes = {"channels": 16, "max_channels": 32, "width": 16, "depth": 1, "num_features": 16}
     return part(group, option, **{name: size for name, size in sizes.items() if name in loaded(group, option)})
 
@@ -36,7 +36,7 @@ def small(group: str, option: str) -> Any:
 def test_generated_image_depends_only_on_its_own_latent_and_class(option: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     net = small("generator", option)(5, shape, 3)
-    for p in net.parameters():  # so that nothing is zero as at initialisation
+    for p in net.parameters():  # some weights are zero at initialisation
         p.data += 0.05 * torch.randn_like(p)
     z, label = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_generated_image_depends_only_on_its_own_latent_and_class(option: str, s
 @pytest.mark.parametrize("option", DISCRIMINATORS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 8), (3, 32, 32)], ids=str)
 def test_discriminator_score_depends_only_on_its_own_image_and_class(option: str, shape: tuple[int, ...]) -> None:
-    """Gradient penalties rely on this: score i depends on every pixel of image i and on no other image."""
+    """Score i depends on every pixel of image i and on no other image, which gradient penalties rely on."""
     torch.manual_seed(0)
     net = small("discriminator", option)(shape, 3)
     for p in net.parameters():
@@ -70,7 +70,7 @@ def test_discriminator_score_depends_only_on_its_own_image_and_class(option: str
 
 @pytest.mark.parametrize("option", DISCRIMINATORS)
 def test_discriminators_with_spectral_norm_are_trainable(option: str) -> None:
-    """Weights that are zero at initialisation cannot be normalised, and are replaced."""
+    """Weights that are zero at initialisation cannot be normalised, so they are replaced."""
     net = small("discriminator", option)((1, 8, 8), 3)
     apply_spectral_norm(net)
     x, label = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
@@ -99,7 +99,7 @@ def test_every_parameter_has_a_gradient(role: str, classes: int) -> None:
 
 
 def test_class_conditional_norm_has_a_scale_and_shift_per_class() -> None:
-    """Each channel has mean b and standard deviation |a|; at initialisation 0 and 1, as without classes."""
+    """Each channel has mean b and standard deviation |a|, which are initially 0 and 1, as without classes."""
     torch.manual_seed(0)
     norm, plain, x = ClassConditionalGroupNorm(8, 3), ClassConditionalGroupNorm(8), 5 + 3 * torch.randn(3, 8, 6, 6)
     label = torch.tensor([0, 1, 2])
@@ -138,7 +138,7 @@ def test_r3gan_signal_variance_is_bounded_at_any_depth() -> None:
 
 
 def test_sngan_block_formulas() -> None:
-    """Figure 8 of the paper, written with functions only, in double precision."""
+    """The blocks match figure 8 of the paper, written with functions only, in double precision."""
     torch.manual_seed(0)
     f = nn.functional
 

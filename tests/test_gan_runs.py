@@ -19,7 +19,7 @@ from gencompare.tasks.runs.build import build_callbacks, build_data, build_model
 def run(
     folder: Path, *overrides: str, until: int = 30, resume: bool = False, rate: Callable[..., float] | None = None
 ) -> tuple[pl.Trainer, TrainedModel]:
-    """Train a small GAN of digits to the end of its budget or to step ``until``; or ``resume`` it there."""
+    """Train a small GAN on digits to the end of its budget or to step ``until``, or ``resume`` it from there."""
 
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -44,7 +44,7 @@ def run(
 
 
 def test_a_resumed_gan_equals_an_uninterrupted_one_exactly(tmp_path: Path) -> None:
-    """Stopped between two adjustments of the augmentation strength, with a penalty weight on a ramp."""
+    """The run is stopped between two adjustments of the augmentation strength, with a penalty weight on a ramp."""
     overrides = [
         "model.conditional=true", "model.spectral_norm=true", "model.d_steps=2", "model/penalty=[r1,r2]",
         "model/adversarial=relativistic", "model/discriminator_augmentation=ada", "budget.steps=5",
@@ -69,7 +69,7 @@ def test_a_resumed_gan_equals_an_uninterrupted_one_exactly(tmp_path: Path) -> No
     ids=["loss", "evaluation"],
 )
 def test_a_diverging_gan_is_stopped_and_keeps_its_checkpoint(overrides: list[str], tmp_path: Path) -> None:
-    """The learning rate explodes after the fourth step: the error names the metric, and the checkpoint is finite."""
+    """The learning rate explodes after the fourth step. The error names the metric, and the checkpoint is finite."""
     with pytest.raises(
         UserError, match=r"is not finite at step \d+\. Training was stopped; the last good checkpoint is kept"
     ):

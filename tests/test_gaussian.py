@@ -23,7 +23,7 @@ PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_bins=None)
 
 
 def plane(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two classes of 3-d points, 3 to 1, with covariances that are not diagonal."""
+    """Return points in 3-d of two classes, 3 to 1, with covariances that are not diagonal."""
     source = generator("cpu", "plane")
     label = (torch.arange(n) % 4 == 0).long()
     mix = torch.tensor(
@@ -53,7 +53,7 @@ def test_density_is_the_maximum_likelihood_mixture(conditional: bool) -> None:
 
 
 def test_low_rank_covariances_are_probabilistic_pca() -> None:
-    """With rank 1, all other directions have the mean of the other eigenvalues as their variance."""
+    """With rank 1, the variance in all other directions is the mean of the other eigenvalues."""
     x, _ = plane(300)
     flat = x.flatten(1).double().numpy()
     values, vectors = np.linalg.eigh(np.cov(flat.T, bias=True))
@@ -67,7 +67,7 @@ def test_low_rank_covariances_are_probabilistic_pca() -> None:
 
 
 def test_the_gram_matrix_gives_the_same_covariance() -> None:
-    """5 images of 12 values use the Gram matrix of the images."""
+    """With 5 images of 12 values, the Gram matrix of the images is used."""
     spec = DataSpec(name="wide", shape=(3, 2, 2), num_bins=256)
     x = torch.rand(5, 3, 2, 2, generator=generator("cpu", 3)) * 2 - 1
     model = GaussianBaseline(spec).fit([(x, {})])
@@ -79,7 +79,8 @@ def test_the_gram_matrix_gives_the_same_covariance() -> None:
 
 
 def test_discrete_bits_average_over_dequantisation_and_are_a_bound() -> None:
-    """One pixel of four values: equal to the integral over the bin, and never below -log2 of its probability."""
+    """For one pixel of four values, the average equals the integral over the bin and is never below -log2 of its
+    probability."""
     spec = DataSpec(name="pixel", shape=(1, 1, 1), num_bins=4)
     levels = torch.tensor([0, 1, 1, 1, 2, 2, 3, 1, 2, 1])
     x = (levels * 2 / 3 - 1).view(-1, 1, 1, 1)
@@ -96,7 +97,7 @@ def test_discrete_bits_average_over_dequantisation_and_are_a_bound() -> None:
 
 
 def test_samples_have_the_moments_of_the_data() -> None:
-    """Within five standard errors; clamping to [-1, 1] has no effect here."""
+    """The moments agree within five standard errors; clamping to [-1, 1] has no effect here."""
     x, label = plane(400)
     model = GaussianBaseline(PLANE, conditional=True).fit([(x, {"label": label})])
     n = 40_000

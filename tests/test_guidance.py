@@ -46,14 +46,14 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, broadcasting with (n, classes, 2)."""
+    """Return alpha and sigma, broadcasting with (n, classes, 2)."""
     log_alpha = schedule.log_alpha(t)
     alpha, sigma = log_alpha.exp(), (log_alpha - schedule.log_snr(t) / 2).exp()
     return alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
 
 
 def log_joint(schedule: NoiseSchedule, x_t: Tensor, t: Tensor) -> Tensor:
-    """log p(x_t, y) up to a constant, (n, 3)."""
+    """Return log p(x_t, y) up to a constant, (n, 3)."""
     alpha, sigma = scales(schedule, t)
     total = alpha**2 * VARIANCES + sigma**2
     off = x_t.flatten(1)[:, None] - alpha * MEANS
@@ -62,7 +62,8 @@ def log_joint(schedule: NoiseSchedule, x_t: Tensor, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExactDenoiser:
-    """The exact denoiser of the class in ``label``, or of all classes if that is 3. Records the rows of each call.
+    """The exact denoiser of the class in ``label``, or of all classes if ``label`` is 3. Records the size of each
+    call's batch.
 
     E[x_0 | x_t, y] = m_y + alpha v_y (x_t - alpha m_y) / (alpha^2 v_y + sigma^2), and E[x_0 | x_t] is its mean under
     p(y | x_t).
@@ -115,7 +116,7 @@ def guided(denoiser: DenoiserProtocol, guidance: Guidance) -> Guided:
 
 
 def cases(schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Cond]:
-    """Noisy points of each class, at times over the whole schedule."""
+    """Return noisy points of each class, at times over the whole schedule."""
     t = torch.linspace(schedule.t_min, schedule.t_max, 30)
     label = torch.arange(30) % 3
     alpha, sigma = scales(schedule, t)
@@ -126,7 +127,7 @@ def cases(schedule: NoiseSchedule) -> tuple[Tensor, Tensor, Cond]:
 
 
 def same(one: Prediction, two: Prediction, schedule: NoiseSchedule, t: Tensor) -> bool:
-    """x_0 and eps agree, in units of the noise."""
+    """Check that x_0 and eps agree, in units of the noise."""
     _, sigma = scales(schedule, t)
     return torch.allclose(one.eps, two.eps, rtol=1e-8, atol=1e-8) and torch.allclose(
         one.x0, two.x0, rtol=1e-8, atol=1e-8 * max(1.0, float(sigma.max()))
@@ -137,7 +138,7 @@ def same(one: Prediction, two: Prediction, schedule: NoiseSchedule, t: Tensor) -
 
 
 def satisfies_bayes_rule(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
-    """The exact classifier at scale 1 turns the unconditional model into the conditional one."""
+    """Check that the exact classifier at scale 1 turns the unconditional model into the conditional one."""
     x, t, cond = cases(schedule)
     found = guided(Unconditional(ExactDenoiser(schedule)), guidance(scale=1.0, classifier=TrueClassifier(schedule)))(
         x, t, cond
@@ -146,7 +147,7 @@ def satisfies_bayes_rule(guidance: Callable[..., Guidance], schedule: NoiseSched
 
 
 def is_classifier_guidance(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
-    """With exact scores, classifier-free and classifier guidance are equal (Ho and Salimans 2022, section 3.2)."""
+    """Check that classifier-free and classifier guidance agree for exact scores (Ho and Salimans 2022, section 3.2)."""
     x, t, cond = cases(schedule)
     for scale in (0.0, 0.5, 1.0, 3.0):
         free = guided(ExactDenoiser(schedule), guidance(scale=scale))(x, t, cond)
@@ -157,7 +158,7 @@ def is_classifier_guidance(guidance: Callable[..., Guidance], schedule: NoiseSch
 
 
 def extrapolates(guidance: Callable[..., Guidance], schedule: NoiseSchedule) -> bool:
-    """D_weak + scale (D_main - D_weak), for x_0 and eps."""
+    """Check that x_0 and eps are D_weak + scale (D_main - D_weak)."""
     x, t, cond = cases(schedule)
     main, weak = ExactDenoiser(schedule)(x, t, cond), Unconditional(ExactDenoiser(schedule))(x, t, cond)
     for scale in (0.0, 1.0, 2.5):
@@ -270,7 +271,7 @@ N = 1500
 
 
 def drawn(sampler: Sampler, denoiser: DenoiserProtocol, labels: Tensor) -> Tensor:
-    """N points for each of ``labels``, (labels, N, 2)."""
+    """Draw N points for each of ``labels``, (labels, N, 2)."""
     x = denoiser.schedule.prior((len(labels) * N, 2, 1, 1), generator("cpu", 1))
     with torch.no_grad():
         found = sampler.sample(denoiser, x, {"label": labels.repeat_interleave(N)}, generator=generator("cpu", 2))
@@ -288,7 +289,7 @@ BIAS = 0.015
 
 
 def close(found: Tensor, mean: Tensor, variance: Tensor) -> bool:
-    """Means and standard deviations are right within 4 standard errors and `BIAS`."""
+    """Check that means and standard deviations are right within 4 standard errors and `BIAS`."""
     mean_error = 4 * (variance / N).sqrt() + BIAS
     std_error = 4 * (variance / (2 * N)).sqrt() + BIAS
     return bool(((found.mean(-2) - mean).abs() < mean_error).all()) and bool(
@@ -303,7 +304,7 @@ def test_scale_one_samples_the_class(sampler: Sampler) -> None:
         found = drawn(sampler, denoiser, torch.arange(3))
         assert close(found, MEANS, VARIANCES)
         assert not close(found.roll(1, dims=0), MEANS, VARIANCES), "another class would be detected"
-        assert not close(found, MEANS, VARIANCES * 1.3), "and another variance"
+        assert not close(found, MEANS, VARIANCES * 1.3), "another variance would be detected"
 
 
 def test_scale_zero_samples_all_classes(sampler: Sampler) -> None:
@@ -349,7 +350,7 @@ class MeanOverTheBatch(ClassifierGuidance):
 
 @dataclass(frozen=True, kw_only=True)
 class OneOff(ClassifierFree):
-    """Bug: the w of Ho and Salimans, with 0 for the conditional model."""
+    """Bug: the scale is the w of Ho and Salimans, which is 0 for the conditional model."""
 
     def _scale_at(self, at: Any) -> float | Tensor:
         return self.scale + 1
@@ -398,7 +399,7 @@ def model(steps: int = 8, **changes: Any) -> Diffusion:
         "label_dropout": 0.1,
     }
     built = Diffusion(SPEC, **(parts | changes))
-    # The output is initialised to zero for every label: change that.
+    # The output is initialised to zero for every label, which is changed here.
     nn.init.normal_(built.network.out.weight, std=0.1)  # type: ignore[union-attr]
     return built
 
@@ -421,7 +422,7 @@ def by_weak(scale: float) -> Guidance:
 
 
 def halfway(scale: float) -> Guidance:
-    """Guides at the lowest four of the eight noise levels."""
+    """Return guidance that acts at the lowest four of the eight noise levels."""
     plain = model()
     levels = torch.exp(-plain.schedule.log_snr(plain.sampler.times(plain.schedule)[3:5]) / 2)
     return ClassifierFree(scale=scale, interval=(0.0, float(levels.mean())))
@@ -447,7 +448,7 @@ def test_nfe_counts_the_calls_of_all_networks(guidance: Callable[[], Any], nfe: 
 
 
 def test_one_step_of_a_guided_model_satisfies_the_equation() -> None:
-    """One step from noise to image, computed by hand."""
+    """A single step from noise to image is computed by hand."""
     plain = model(steps=1, clip_x0=False)
     label = torch.tensor([0, 1, 2, 0])
     x = plain.schedule.prior((4, 2, 1, 1), generator("cpu", 3))
@@ -488,7 +489,7 @@ def test_classifier_guides_an_unconditional_model() -> None:
     guidance = ClassifierGuidance(scale=4.0, classifier=LinearClassifier(LinearBetas()))
     guided = model(conditional=False, label_dropout=0.0, guidance=guidance)
     assert guided.conditional, "labels change the samples"
-    assert not any("label" in name for name, _ in guided.named_parameters()), "and not the output of the network"
+    assert not any("label" in name for name, _ in guided.named_parameters()), "the network does not use them"
     one, two = (guided.sample(3, {"label": torch.full((3,), k)}, generator=generator("cpu", 0)) for k in (0, 1))
     assert not torch.equal(one, two)
     with pytest.raises(UserError, match="needs a class for each image"):
@@ -539,7 +540,7 @@ def test_labels_are_dropped_with_their_probability() -> None:
     assert abs(float(dropped.double().mean()) - 0.1) < 4 * error
     assert torch.equal(received[~dropped], label[~dropped])
     for k in range(3):
-        assert abs(float(dropped[label == k].double().mean()) - 0.1) < 4 * error * math.sqrt(3), "of every class"
+        assert abs(float(dropped[label == k].double().mean()) - 0.1) < 4 * error * math.sqrt(3), "of each class"
     assert torch.equal(received_labels(0.0, (0, 4000)), label)
     assert torch.equal(received_labels(0.1, (0, 4000), training=False), label), "held-out images keep their labels"
 
@@ -566,13 +567,13 @@ def test_dropped_labels_do_not_depend_on_the_number_of_processes() -> None:
         (lambda: model(label_dropout=1.5), r"must be in \[0, 1\]"),
         (
             lambda: model(guidance=AutoGuidance(scale=2.0, weak=model(schedule=part("schedule", "cosine")))),
-            r"guidance.weak was trained under another noise schedule \(CosineBetas\)",
+            r"guidance.weak was trained under a different noise schedule \(CosineBetas\)",
         ),
         (
             lambda: model(
                 guidance=ClassifierGuidance(scale=1.0, classifier=LinearClassifier(LinearBetas(beta_end=0.021)))
             ),
-            "guidance.classifier was trained under another noise schedule",
+            "guidance.classifier was trained under a different noise schedule",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Guidance of trained runs from the command line, which changes only sampling."""
+"""Guidance of trained runs from the command line, which affects only sampling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = ["model/network=mlp", "model.network.width=16", "model/sampler=ddim", "m
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the runs ``conditional``, ``unconditional`` and ``classifier``."""
+    """Return a folder with the runs ``conditional``, ``unconditional`` and ``classifier``."""
     folder = tmp_path_factory.mktemp("runs")
     conditional = ["model.conditional=true", "model.label_dropout=0.1"]
     commands = {"conditional": [*SMALL, *conditional], "unconditional": SMALL, "classifier": ["model=noisy_classifier"]}
@@ -140,9 +140,9 @@ def test_guides_of_another_schedule_or_data_are_rejected(
     monkeypatch.chdir(runs)
     guided = [*SMALL, *QUICK, "model/guidance=classifier", "model.guidance.classifier.run=classifier"]
     assert cli(*guided, "model/schedule=linear", "hydra.run.dir=bad") == 1
-    assert "under another noise schedule (CosineBetas)" in capsys.readouterr().err
+    assert "under a different noise schedule (CosineBetas)" in capsys.readouterr().err
     assert cli(*guided, "data=toy2d", "hydra.run.dir=bad") == 1
-    assert "other images or classes" in capsys.readouterr().err
+    assert "image shape or number of classes differs" in capsys.readouterr().err
     towards = [*SMALL, *QUICK, "model/guidance=auto", "model.guidance.weak.run=conditional"]
     assert cli(*towards, "hydra.run.dir=bad") == 1
     assert "weak needs a class for each image" in capsys.readouterr().err

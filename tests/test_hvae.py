@@ -50,7 +50,7 @@ def hvae(spec: DataSpec = Digits.spec, decoder: dict[str, Any] | None = None, **
 
 
 def perturbed(model: HVAE) -> HVAE:
-    """The model with perturbed weights, so that none is zero as at initialisation."""
+    """Perturb the weights of the model, some of which are zero at initialisation."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -97,7 +97,7 @@ def test_kl_matches_two_normal_distributions() -> None:
 
 
 def make_linear(block: BottleneckBlock, weight: Tensor, bias: Tensor, offset: float) -> None:
-    """Make a block linear, y = weight (x - offset) + bias, with inputs so large that GELU is the identity."""
+    """Make a block linear, y = weight (x - offset) + bias, with inputs so large that GELU acts as the identity."""
     first, second, third, last = block.convs
     with torch.no_grad():
         for conv in (first, second, third):
@@ -111,9 +111,9 @@ def make_linear(block: BottleneckBlock, weight: Tensor, bias: Tensor, offset: fl
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_the_gap_of_the_bound_is_the_kl_of_the_posterior(residual: bool) -> None:
-    r"""Two layers, z1 ~ N(0, 1), z2 ~ N(A z1, s^2), x ~ N(U z1 + V z2, sigma^2), under the posterior
-    q(z1|x) = N(B x, t1^2), q(z2|z1, x) = N(C x + D z1, t2^2): ELBO = log p(x) - KL(q(z1, z2|x) || p(z1, z2|x)),
-    with all three terms from the moments of joint Gaussians."""
+    r"""Two layers, z1 ~ N(0, 1), z2 ~ N(A z1, s^2), x ~ N(U z1 + V z2, sigma^2), under the posterior q(z1|x) = N(B x,
+    t1^2), q(z2|z1, x) = N(C x + D z1, t2^2), have ELBO = log p(x) - KL(q(z1, z2|x) || p(z1, z2|x)), where all three
+    terms follow from the moments of joint Gaussians."""
     rng = np.random.default_rng(0)
     d, k, sigma, far = 4, 2, 1.0, 20.0
     a, u, v = rng.normal(size=(k, k)), 0.5 * rng.normal(size=(d, k)), 0.5 * rng.normal(size=(d, k))
@@ -190,7 +190,7 @@ def test_the_gap_of_the_bound_is_the_kl_of_the_posterior(residual: bool) -> None
 
 def test_training_uses_latents_and_the_bound_is_above_the_entropy() -> None:
     """Four equally frequent patterns of 4x4 pixels have an entropy of 2 bits. Without latents, pixels would be
-    independent, with at least the sum of their entropies."""
+    independent, with at least the sum of their individual entropies."""
     patterns = torch.randint(2, (4, 1, 4, 4), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     x, entropy, bits = patterns, 2 / 16, math.inf
     share = (x.mean(0).numpy() + 1) / 2
@@ -241,7 +241,7 @@ def test_a_residual_posterior_without_residual_is_the_prior() -> None:
             nn.init.zeros_(p)
     terms = model.likelihoods()["elbo"].terms(x, {}, torch.Generator().manual_seed(0))
     assert all(not value.any() for name, value in terms.items() if name != "reconstruction")
-    # Without the prior as reference: a zero output is an absolute posterior N(0, 1), which is not the prior.
+    # Without the prior as reference, a zero output is the posterior N(0, 1), which is not the prior.
     for layer in model.ladder.layers:
         layer.residual_posterior = False
     terms = model.likelihoods()["elbo"].terms(x, {}, torch.Generator().manual_seed(0))
@@ -335,7 +335,7 @@ def test_conditional_samples_have_the_requested_class() -> None:
     model = hvae(spec, conditional=True, decoder={"num_decoder_blocks": 1})
     learn(model, model.configure_optimizers(), x, cond, range(60))
     drawn = model.sample(16, cond, generator=torch.Generator().manual_seed(0))
-    assert (drawn - x).square().mean() < 0.25 * (drawn + x).square().mean()  # -x is the other class
+    assert (drawn - x).square().mean() < 0.25 * (drawn + x).square().mean()  # -x belongs to the other class
     with pytest.raises(UserError, match="label"):
         model.sample(2, generator=torch.Generator())
 
@@ -344,7 +344,7 @@ def test_conditional_samples_have_the_requested_class() -> None:
 
 
 class LatestMetrics(DummyLogger):
-    """Keeps the metrics of the last row."""
+    """Keeps the metrics that were logged last."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.latest = metrics
@@ -354,7 +354,8 @@ def fit(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, factor: float = 1e6,
     planted: Container[int] = (3,),
 ) -> Any:  # fmt: skip
-    """Train with a Trainer; the losses of the steps ``planted`` are multiplied by ``factor``, huge or NaN."""
+    """Train with a Trainer; the losses of the steps in ``planted`` are multiplied by ``factor``, which is huge or
+    NaN."""
 
     class Planted(HVAE):
         def losses(self, x: Tensor, cond: Any, rng: RandomSource) -> dict[str, Tensor]:
@@ -460,7 +461,8 @@ def test_gradients_are_kept_clipped_or_removed(
 
 
 def train_on_part(rank: int, world: int) -> dict[str, Tensor]:
-    """Four steps of one of ``world`` processes under DDP; the third has a huge gradient on the last process only."""
+    """Train one of ``world`` processes for four steps under DDP; in the third, only the last process has a huge
+    gradient."""
     model = hvae(grad_skip=1e4, grad_clip=1.0, optimizer=partial(torch.optim.AdamW, lr=1e-3, eps=1e-2))
 
     class Step(nn.Module):
@@ -508,7 +510,7 @@ def test_every_weight_gets_a_gradient_at_every_image_size(shape: tuple[int, int,
 
 
 def test_resolutions_without_latents_have_a_block_and_no_kl() -> None:
-    """8x8, 4x4 and 1x1, with 4 latent channels in two layers of 1x1 and one of 4x4."""
+    """The resolutions are 8x8, 4x4 and 1x1, with 4 latent channels in two layers of 1x1 and one of 4x4."""
     model, (x, _) = perturbed(hvae(decoder={"num_decoder_blocks": [0, 1, 2]})), digits(3)
     assert set(model.terms(x, {}, source(3))) == {"reconstruction", "kl_1x1", "kl_4x4"}
     assert model.latent_dim == 2 * 4 + 4 * 16

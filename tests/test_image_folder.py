@@ -53,7 +53,7 @@ def as_zip(files: Mapping[str, bytes], path: Path) -> Path:
 
 
 def one(content: bytes, root: Path, **options: object) -> torch.Tensor:
-    """The pixels (C, H, W) that the data set gives for one image file."""
+    """Return the pixels (C, H, W) that the data set gives for one image file."""
     data = ImageFolder(as_folder({f"{k}.png": content for k in range(3)}, root), **options)  # type: ignore[arg-type]
     return data.split("train").images[0]
 
@@ -105,7 +105,7 @@ def test_ambiguous_layouts_are_errors(names: list[str], message: str) -> None:
 
 
 def numbered(n: int, name: str = "{k}.png") -> dict[str, bytes]:
-    """n images; all pixels of image k have the value k."""
+    """Return n images, where all pixels of image k have the value k."""
     return {name.format(k=k): png(np.full((4, 4), k, np.uint8)) for k in range(n)}
 
 
@@ -164,7 +164,7 @@ def test_images_are_centre_cropped(tmp_path: Path) -> None:
 
 
 def test_downsampling_is_antialiased(tmp_path: Path) -> None:
-    # Stripes above the Nyquist frequency of the small image alias without a filter; with one, only their mean is left.
+    # Without a filter, stripes above the Nyquist frequency of the small image alias; with one, only their mean remains.
     x, y = np.meshgrid(np.arange(96), np.arange(96))
     stripes = (255 * ((x + y) % 2)).astype(np.uint8)
     got = one(png(stripes), tmp_path / "stripes", image_size=7).double()
@@ -238,7 +238,7 @@ def test_images_are_decoded_again_only_if_files_or_options_change(
     (root / "3.png").write_bytes(png(np.full((4, 4), 77, np.uint8)))
     os.utime(root / "3.png", ns=(old.st_atime_ns, old.st_mtime_ns))
     assert old.st_size == (root / "3.png").stat().st_size, (
-        "size and modification time are equal, only the content differs"
+        "size and modification time are equal, and only the content differs"
     )
     assert read() == [0, 1, 2, 4, 5, 6, 7, 8, 77] and len(decoded) == 2
     (root / "3.png").rename(root / "zzz.png")
@@ -302,8 +302,8 @@ def test_errors_of_the_computation_pass_through_the_cache(tmp_path: Path) -> Non
 
     with pytest.raises(UserError, match="are invalid"):
         cached_array(tmp_path, "x", compute)
-    assert len(attempts) == 1, "no second attempt"
-    assert cached_array(tmp_path, "x", lambda: torch.zeros(2)).tolist() == [0, 0], "and nothing was stored"
+    assert len(attempts) == 1, "there is no second attempt"
+    assert cached_array(tmp_path, "x", lambda: torch.zeros(2)).tolist() == [0, 0], "nothing was stored"
 
 
 def _load_or_compute(folder: Path, results: multiprocessing.Queue) -> None:
@@ -332,7 +332,7 @@ def test_concurrent_processes_compute_an_array_once(tmp_path: Path) -> None:
 
 
 def error_message(root: Path, **options: object) -> str:
-    """The error message, which must be a single line."""
+    """Return the error message, which must be a single line."""
     with pytest.raises(UserError) as error:
         ImageFolder(root, **options).setup()  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
@@ -344,7 +344,7 @@ def sixteen_bit_png() -> bytes:
 
 
 def decompression_bomb() -> bytes:
-    """A PNG whose header says 100,000 x 100,000 pixels."""
+    """Return a PNG whose header states 100,000 x 100,000 pixels."""
     header = struct.pack(">II5B", 100_000, 100_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
     return b"\x89PNG\r\n\x1a\n" + chunk

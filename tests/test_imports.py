@@ -16,11 +16,11 @@ NOT_FOR_EVALUATION = {"gencompare.models", "gencompare.diffusion", "gencompare.t
 WITHOUT_TORCH = (
     "comparison", "command_line.py", "errors.py", "files.py", "migrations.py", "records.py", "version.py",
 )  # fmt: skip
-"""Rooms that load without torch, so that a comparison starts quickly on any machine."""
+"""Packages and modules that load without torch, so that a comparison starts quickly on any machine."""
 
 
 def imports(path: Path) -> set[str]:
-    """The dotted names of all modules that a file imports anywhere, and of names imported from modules."""
+    """Return the dotted names of all modules that a file imports anywhere, and of names imported from modules."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -32,12 +32,12 @@ def imports(path: Path) -> set[str]:
 
 
 def within(names: set[str], packages: set[str]) -> set[str]:
-    """The names that are one of ``packages`` or inside one."""
+    """Return the names that equal one of ``packages`` or are inside one."""
     return {name for name in names for package in packages if name == package or name.startswith(package + ".")}
 
 
 def violations(path: Path) -> set[str]:
-    """The imports of a file that the rules forbid."""
+    """Return the imports of a file that the rules forbid."""
     room = path.relative_to(PACKAGE).parts[0]
     names = imports(path)
     forbidden = set()
@@ -68,7 +68,7 @@ def violations(path: Path) -> set[str]:
 
 
 def is_family(path: Path) -> bool:
-    """Whether a module of models/ defines a family: a subclass of `GenerativeModel` or `TrainedModel`."""
+    """Return whether a module in models/ defines a family, a subclass of `GenerativeModel` or `TrainedModel`."""
     bases = {"GenerativeModel", "TrainedModel"}
     tree = ast.parse(path.read_text())
     return any(
@@ -78,7 +78,7 @@ def is_family(path: Path) -> bool:
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """For each module of a package, the modules of the package that it imports anywhere."""
+    """Map each module of a package to the modules of the package that it imports anywhere."""
     modules = {}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -87,7 +87,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of an import cycle; empty if there is none.
+    """Return the modules of an import cycle, or an empty list if there is none.
 
     A package counts as a module, but importing one of its modules does not count as importing the package.
     """

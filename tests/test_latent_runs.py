@@ -1,4 +1,4 @@
-"""Latent diffusion from the command line: the autoencoder is trained first, once, by the same command."""
+"""Latent diffusion from the command line: the same command first trains the autoencoder, and only once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LDM = ["model=ldm", *QUICK, *SMALL, *STAGE]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which ``model=ldm`` was trained, as ``ldm``, with its autoencoder under ``runs``."""
+    """Train ``model=ldm`` as ``ldm`` in a folder, with its autoencoder under ``runs``, and return the folder."""
     folder = tmp_path_factory.mktemp("latent")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -106,7 +106,7 @@ def test_runs_with_equal_settings_share_an_autoencoder(
     assert cli("model=flow", "model/latent=autoencoder", vq, *LDM[1:], none, "hydra.run.dir=vq") == 0
     (second,) = set(stages(runs)) - {stage}
     assert "vqvae" in second.name and record(second)["family"] == "vqvae"
-    # A given autoencoder run is used as it is, with its own settings.
+    # A given autoencoder run is used unchanged, with its own settings.
     own = [word for word in LDM if not word.startswith("model.latent.autoencoder")]
     assert cli(*own, none, f"model.latent.autoencoder_run={second}", "hydra.run.dir=given") == 0
     assert record(runs / "given")["model"]["autoencoder"]["run"] == second.name
@@ -132,7 +132,7 @@ def test_an_autoencoder_is_a_run_like_any_other(runs: Path, cli: Cli) -> None:
 
 
 def name(*words: str) -> str:
-    """Name of the folder in which the autoencoder would be trained."""
+    """Return the name of the folder where the autoencoder would be trained."""
     cfg = compose(*LDM, *words)
     OmegaConf.set_struct(cfg, False)
     cfg.choices = {"data": "digits", "debug": None, AUTOENCODER_GROUP: "autoencoder"}
@@ -220,7 +220,7 @@ def test_a_trained_model_keeps_its_autoencoder(
 ) -> None:
     before = (runs / "ldm" / "record.json").read_text()
     assert cli(*how.split(), word) == 1
-    assert "was trained with another model.latent" in capsys.readouterr().err
+    assert "was trained with a different model.latent" in capsys.readouterr().err
     assert (runs / "ldm" / "record.json").read_text() == before
 
 
@@ -230,7 +230,8 @@ def test_an_autoencoder_of_other_data_raises_an_error(
     (stage,) = stages(runs)
     words = [f"model.latent.autoencoder_run={stage}", "data=mnist", f"paths.data={data_root}"]
     assert cli(*LDM, *words, "hydra.run.dir=refused") == 1
-    assert "was trained on data 'digits' of 1x8x8, not on 'mnist' of 1x32x32" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "was trained on 'digits' data of shape 1x8x8, not on 'mnist' data of shape 1x32x32" in error
 
 
 def test_the_autoencoder_name_depends_on_the_content_of_perceptual_weights(tmp_path: Path) -> None:
@@ -297,5 +298,5 @@ def test_an_autoencoder_is_used_with_its_images_at_any_location(
     capsys.readouterr()
     assert cli(*second, "data.root=others/scans", "hydra.run.dir=refused") == 1
     error = capsys.readouterr().err
-    assert "trained on data 'image_folder_scans' of 1x16x16, not on these images of the same name" in error
+    assert "trained on 'image_folder_scans' data of shape 1x16x16, not on these images of the same name" in error
     assert not Path("refused/record.json").exists()

@@ -1,4 +1,4 @@
-"""Parallel jobs of a sweep: each has its share of the machine and a run folder.
+"""Parallel jobs of a sweep, each with a part of the machine and a separate run folder.
 
 test_processes.py tests that each job has one W&B run, since the threads of W&B do not survive a fork.
 """
@@ -56,7 +56,7 @@ def test_hidden_devices_stay_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Jobs are forks of this process; each stores the number of other jobs that ran when it started."""
+    """Make jobs forks of this process; each stores the number of other jobs that ran when it started."""
     jobs: list[Any] = []
 
     def start(command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> Forked:
@@ -73,7 +73,7 @@ def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.timeout(280)
 def test_parallel_jobs_of_two_processes_each(cli: Cli, tmp_path: Path, forked: list[Any], capsys: Any) -> None:
-    """Two jobs at a time, with two processes each. One fails; the same command runs only that one again."""
+    """Two jobs run at a time, with two processes each. One job fails, and the same command runs only that job again."""
     overrides = [
         *LAUNCHED, "model=vae", "model.beta=-1,1,2", *QUICK, "budget.steps=2",
         "callbacks.evaluation.num_evaluations=0", "evaluation.checkpoints=[]", "trainer=ddp", "trainer.accelerator=cpu",
@@ -118,7 +118,8 @@ def test_a_job_with_the_same_training_as_a_running_job_evaluates_it_later(
 def test_a_job_that_a_process_of_an_earlier_command_started_is_skipped(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the sweep was killed while its job was starting: the job of the next command fails to lock the folder."""
+    """As if the sweep had been killed while its job was starting, the job of the next command fails to lock the
+    folder."""
     folder = tmp_path / "sweep" / "0_digits_gaussian"
 
     def run_jobs(configs: Any, *_: Any) -> Any:

@@ -54,7 +54,7 @@ class Even(VariancePreserving):
 
 
 class Straight(RectifiedFlow):
-    """The same end, and more noise at the start."""
+    """Rectified flow with the same end, but more noise at the start."""
 
     t_min = 1e-3
 
@@ -71,7 +71,7 @@ def wide(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, broadcasting with (n, 3)."""
+    """Return alpha and sigma, broadcasting with (n, 3)."""
     log_alpha = schedule.log_alpha(t)
     alpha, sigma = log_alpha.exp(), (log_alpha - schedule.log_snr(t) / 2).exp()
     return (alpha[:, None], sigma[:, None]) if t.ndim else (alpha, sigma)
@@ -118,7 +118,8 @@ def bits(nats: Tensor) -> Tensor:
 
 
 def flow_density(schedule: NoiseSchedule, x: Tensor) -> Tensor:
-    """The density that the exact flow maps N(0, prior_std^2) to: on Gaussian data it scales each axis."""
+    """Return the log density of x under the exact flow from N(0, prior_std^2), which scales each axis of Gaussian
+    data."""
     (a, s), (a_end, s_end) = (scales(schedule, torch.tensor(t)) for t in (schedule.t_min, schedule.t_max))
     stretch = ((a_end**2 * V + s_end**2) / (a**2 * V + s**2)).sqrt()  # of x_t
     std = torch.as_tensor(schedule.prior_std)
@@ -151,7 +152,7 @@ def test_ode_bits_of_a_mixture_are_exact(wide: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("schedule", [Even(), Straight()], ids=str)
 def test_hutchinsons_estimate_is_unbiased(schedule: NoiseSchedule) -> None:
-    """One point, 300 random vectors: the mean equals the exact result within the Monte Carlo error."""
+    """For one point and 300 random vectors, the mean equals the exact result within the Monte Carlo error."""
     truth, n = ExactDenoiser(schedule, *TWO), 300
     x = truth.draw(1)
     exact = ODELikelihood(1e-4, 1e-4, exact_trace=True)(truth, x, {}, PIXELS, generator("cpu", 0))
@@ -184,7 +185,7 @@ def test_deliberate_bugs_make_the_density_wrong(bug: str, monkeypatch: pytest.Mo
 
 
 def test_dequantised_bits_are_those_of_the_bins() -> None:
-    """With 256 bins the density is nearly constant over a bin: bits are -log2 of the bin's probability."""
+    """With 256 bins the density is nearly constant over a bin, so the bits are -log2 of the bin's probability."""
     truth, levels, n = ExactDenoiser(Even(15.0, -15.0)), 256, 20
     x = ((truth.draw(1) + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
     found = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
@@ -192,7 +193,7 @@ def test_dequantised_bits_are_those_of_the_bins() -> None:
     )
     mass = -bits(truth.log_density(x) + 3 * math.log(2 / 255))
     assert abs(float(found.mean() - mass)) < 4 * float(found.std()) / math.sqrt(n) + 1e-3
-    # Two of the three values are padding: the same nats, divided by one value.
+    # Two of the three values are padding, so the same nats are divided by one value.
     padded = ODELikelihood(1e-4, 1e-4, exact_trace=True)(
         truth, x, {}, DataLikelihood(levels, torch.tensor([[[1.0, 0, 0]]]), 1), generator("cpu", 3)
     )
@@ -209,7 +210,7 @@ def test_failure_of_the_ode_solver_is_reported() -> None:
             prediction = super().__call__(x_t, t, cond)
             return prediction._replace(eps=prediction.eps * torch.nan)
 
-    with pytest.raises(UserError, match="solver of the probability-flow ODE failed"):
+    with pytest.raises(UserError, match="probability-flow ODE solver failed"):
         ODELikelihood()(Broken(Even()), torch.zeros(2, *SHAPE), {}, PIXELS, generator("cpu", 0))
 
 
@@ -217,14 +218,14 @@ def test_failure_of_the_ode_solver_is_reported() -> None:
 
 
 def gap(method: VLBLikelihood, truth: DenoiserProtocol, x: Tensor, log_density: Tensor) -> tuple[float, float]:
-    """Mean and standard error of bound minus exact value, bits/dim."""
+    """Return the mean and standard error of the bound minus the exact value, in bits/dim."""
     off = method(truth, x, {}, PIXELS, generator("cpu", 7)) + bits(log_density)
     return float(off.mean()), float(off.std()) / math.sqrt(len(x))
 
 
 @pytest.mark.parametrize("name", [*options("model/schedule"), *WIDE])
 def test_bound_is_never_better_than_the_exact_value(name: str) -> None:
-    """On average over the data, within two standard errors, which are small if the bound is tight."""
+    """The bound holds on average over the data, within two standard errors, which are small if it is tight."""
     small = {"num_features": 8} if name == "learned" else {}  # inverted by bisection
     schedule = WIDE[name]() if name in WIDE else part("schedule", name, **small)
     truth = ExactDenoiser(schedule, *TWO)
@@ -252,7 +253,7 @@ def test_continuous_bound_of_the_exact_denoiser_is_tight() -> None:
 
 
 def test_each_term_has_its_closed_form() -> None:
-    """Data of variance V and T = 4 steps: the mean of each term, computed by hand.
+    """For data with variance V and T = 4 steps, the mean of each term is computed by hand.
 
     The exact denoiser has a mean squared error of a^2 V / (a^2 V + s^2) in eps and V s^2 / (a^2 V + s^2) in x_0.
     """
@@ -277,7 +278,7 @@ def test_each_term_has_its_closed_form() -> None:
 
 
 def test_learned_variance_counts_in_the_bound() -> None:
-    """KL divergences of Gaussians with the learned variance (Nichol and Dhariwal 2021, eq. 15)."""
+    """The terms are KL divergences of Gaussians with the learned variance (Nichol and Dhariwal 2021, eq. 15)."""
 
     @dataclass(frozen=True)
     class WithVariance(ExactDenoiser):
@@ -354,7 +355,8 @@ def test_padding_is_not_reconstructed() -> None:
 
 
 def test_bound_on_discrete_data_is_close_to_their_entropy() -> None:
-    """A Gaussian rounded to 17 values, with an approximate denoiser, so that the bound is slightly above."""
+    """The data are a Gaussian rounded to 17 values, with an approximate denoiser, so the bound is slightly above the
+    entropy."""
     levels, n = 17, 4000
     x = (ExactDenoiser(Even()).draw(n, seed=8) * 0.35).clamp(-1, 1)
     step = 2 / (levels - 1)
@@ -437,7 +439,7 @@ def test_model_passes_the_data_likelihood_to_its_objective() -> None:
 
 
 def test_incompatible_parameterisation_is_rejected_before_training() -> None:
-    with pytest.raises(UserError, match="continuous time"):
+    with pytest.raises(UserError, match="continuous-time schedule"):
         Diffusion(
             DataSpec(name="points", shape=(2, 1, 1)), network=partial(DenoisingMLP, width=8, depth=1),
             schedule=Even(), parameterization=part("parameterization", "posterior_mean"),

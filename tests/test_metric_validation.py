@@ -1,4 +1,4 @@
-"""Metric validation: its image sets, and its conclusions from known values."""
+"""Metric validation: its image sets, and the conclusions that it draws from known values."""
 
 from __future__ import annotations
 

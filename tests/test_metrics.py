@@ -38,7 +38,7 @@ DISTANCES: dict[str, Any] = {
 
 
 def test_frechet_distance_tends_to_the_closed_form() -> None:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)) with scipy's matrix root."""
+    """The closed form |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)) uses scipy's matrix root."""
     mix = [normal(4, 4, seed=1).numpy(), normal(4, 4, seed=2).numpy()]
     means = [np.zeros(4), np.array([1.0, -0.5, 0.0, 0.25])]
     covariances = [m @ m.T for m in mix]
@@ -53,7 +53,8 @@ def test_frechet_distance_tends_to_the_closed_form() -> None:
 
 
 def test_frechet_bias_is_proportional_to_one_over_n() -> None:
-    """For two sets of n from one distribution it is about c / n: 16 times the images give about a sixteenth."""
+    """For two sets of n images from one distribution, the distance is about c / n, so 16 times the images give about a
+    sixteenth."""
     few, many = (
         np.mean([frechet_distance(normal(n, 8, seed=10 + i), normal(n, 8, seed=50 + i)) for i in range(10)])
         for n in (200, 3_200)
@@ -90,7 +91,7 @@ KERNELS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_distance_is_the_unbiased_mmd(name: str) -> None:
-    """Against the double sums over pairs."""
+    """The value equals the double sums over pairs."""
     a, b = normal(30, 5).double(), normal(40, 5, seed=1).double() + 0.5
     kernel, exact = KERNELS[name]
     expected = 0.0
@@ -115,13 +116,13 @@ def test_kernel_distance_does_not_depend_on_blocks(kernel: Any, monkeypatch: pyt
 
 
 def gaussian_kernel_mean(variance: float, gap: float, bandwidth: float, dim: int) -> float:
-    """E exp(-|D|^2 / (2 b^2)) for D ~ N(gap 1, variance I) in dim dimensions."""
+    """Return E exp(-|D|^2 / (2 b^2)) for D ~ N(gap 1, variance I) in ``dim`` dimensions."""
     s = bandwidth**2 + variance
     return (bandwidth**2 / s) ** (dim / 2) * math.exp(-dim * gap**2 / (2 * s))
 
 
 def test_gaussian_kernel_distance_has_the_mean_of_the_closed_form() -> None:
-    """Of N(0.3, 1.3^2 I) from N(0, I): unbiased even at n = 20, over samples and references."""
+    """The distance of N(0.3, 1.3^2 I) from N(0, I) is unbiased even at n = 20, over samples and references."""
     d, b = 4, 1.5
     expected = gaussian_kernel_mean(2 * 1.69, 0, b, d) + gaussian_kernel_mean(2, 0, b, d)
     expected -= 2 * gaussian_kernel_mean(1 + 1.69, 0.3, b, d)
@@ -143,7 +144,7 @@ def test_the_bandwidth_is_the_median_distance_of_the_reference() -> None:
     wide = KernelReference.from_features(real, GaussianKernel(median_factor=2.0)).kernel
     assert isinstance(wide, GaussianKernel) and wide.bandwidth == pytest.approx(2 * kernel.bandwidth)
     far = kernel_distance(real[:200] + 1e4, real + 1e4).value
-    assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "translation invariant"
+    assert far == pytest.approx(kernel_distance(real[:200], real).value, abs=1e-4), "it is translation invariant"
 
 
 def test_kid_agrees_with_torch_fidelity() -> None:
@@ -157,7 +158,7 @@ def test_kid_agrees_with_torch_fidelity() -> None:
 
 
 def test_kid_of_few_samples_has_the_spread_of_fresh_samples() -> None:
-    """Each subset holds all samples, so their own spread would be 0."""
+    """Each subset contains all samples, so the subsets' own spread would be 0."""
     real = normal(200, 8)
     found = [kid(1.1 * normal(200, 8, seed=1 + k), real) for k in range(100)]
     spread = np.std([value for value, _ in found], ddof=1)
@@ -177,7 +178,7 @@ def test_precision_detects_outliers_and_recall_lost_modes() -> None:
 
 
 def test_frechet_distance_of_singular_covariances() -> None:
-    """A constant feature, and fewer images than features: against scipy's matrix root."""
+    """With a constant feature, and with fewer images than features, it agrees with scipy's matrix root."""
     for n in (200, 6):
         a, b = normal(n, 8), normal(n, 8, seed=1) * 1.5 + 0.2
         a[:, 2], b[:, 2] = 0.5, 0.7
@@ -189,7 +190,7 @@ def test_frechet_distance_of_singular_covariances() -> None:
 
 
 def test_distance_at_infinity_is_unbiased_in_n() -> None:
-    """For samples of the reference distribution it is 0, with an error below the removed bias."""
+    """For samples from the reference distribution the distance is 0, with an error below the removed bias."""
     statistics = Statistics(torch.zeros(8).double(), torch.eye(8).double())
     jackknives = [Jackknife(normal(400, 8, seed=k), statistics) for k in range(40)]
     plain, limits = (np.array([getattr(j, name) for j in jackknives]) for name in ("value", "value_at_infinity"))
@@ -199,7 +200,7 @@ def test_distance_at_infinity_is_unbiased_in_n() -> None:
 
 
 def test_delete_one_distances_are_those_of_the_remaining_images() -> None:
-    """With a decaying spectrum, a constant feature and an outlier."""
+    """The data have a decaying spectrum, a constant feature and an outlier."""
     x = normal(40, 6) * torch.logspace(0, -2, 6)
     x[:, 2], x[7] = 0.5, x[7] * 30
     reference = normal(300, 6, seed=1)
@@ -219,7 +220,7 @@ def narrowed_gaussians(n: int, seed: int) -> Tensor:
 
 
 def skewed_mixture(n: int, seed: int, modes: int = 9) -> Tensor:
-    """Nine of ten modes, with heavy tails along a decaying spectrum, and a ReLU."""
+    """Draw from nine of ten modes, with heavy tails along a decaying spectrum, and a ReLU."""
     g = torch.Generator().manual_seed(seed)
     centres = 2 * normal(10, 64, seed=99)[torch.randint(modes, (n,), generator=g)]
     tails = torch.empty(n, 1).exponential_(generator=g)
@@ -227,7 +228,7 @@ def skewed_mixture(n: int, seed: int, modes: int = 9) -> Tensor:
 
 
 def heavy_tailed(n: int, seed: int, scale: float = 1.2) -> Tensor:
-    """Multivariate t with 5 degrees of freedom."""
+    """Draw from a multivariate t distribution with 5 degrees of freedom."""
     g = torch.Generator().manual_seed(seed)
     chi2 = torch.randn(n, 5, generator=g).square().sum(1, keepdim=True)
     return scale * torch.randn(n, 64, generator=g) * (5 / chi2).sqrt()
@@ -243,7 +244,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_intervals_cover_the_expectation(name: str) -> None:
-    """At n = 500 in 88 to 100 of 100 repetitions, and no wider than they need to be."""
+    """At n = 500, at least 88 of 100 intervals cover it, and they are at most 1.6 times as wide as needed."""
     draw, real = CASES[name]
     statistics, kernel = (
         Statistics.from_features(real()),
@@ -275,7 +276,7 @@ def test_a_note_names_an_image_that_dominates_a_distance() -> None:
 
 
 def test_a_bootstrap_overestimates_the_frechet_distance() -> None:
-    """With images drawn with replacement, the whole interval lies above the expectation."""
+    """If images are drawn with replacement, the whole interval lies above the expectation."""
     reference = Statistics.from_features(normal(10_000, 64, seed=5))
     expected = np.mean([frechet_distance(shifted_gaussians(2000, 1000 + k), reference) for k in range(50)])
     g = torch.Generator().manual_seed(0)
@@ -310,7 +311,7 @@ def test_features_that_are_not_finite_are_refused(name: str, value: float) -> No
 
 
 def test_repeated_images_have_balls_of_radius_zero() -> None:
-    """10 images four times each among 100: balls of 3 neighbours collapse, balls of 5 do not."""
+    """If 10 of 60 images occur five times each, balls of 3 neighbours collapse and balls of 5 do not."""
     a, b = 5 + normal(100, 16), 5 + normal(100, 16, seed=1)
     assert (compute_prdc(a, b).zero_radii, compute_prdc(a, b).zero_radii_reference) == (0, 0)
     repeated = torch.cat([a[:60], a[:10].repeat(4, 1)])
@@ -323,7 +324,7 @@ def test_repeated_images_have_balls_of_radius_zero() -> None:
 
 
 def test_frechet_distance_rises_with_blur_and_dropped_classes() -> None:
-    """On real digits with their own classifier."""
+    """The distance is measured on real digits with their own classifier."""
     data = Digits()
     extractor = shipped_classifier(data.spec)
     train, test = data.split("train"), data.split("test")
@@ -343,7 +344,7 @@ def test_frechet_distance_rises_with_blur_and_dropped_classes() -> None:
 
 
 def test_the_classifier_score_of_known_predictions() -> None:
-    """Certain predictions of four classes: exp(KL) = 4. The same prediction for all images: 1."""
+    """Certain predictions of four classes give exp(KL) = 4, and the same prediction for all images gives 1."""
     sure = 100.0 * torch.eye(4).repeat(100, 1)
     assert classifier_score(sure)[0] == pytest.approx(4, rel=0.05)
     assert classifier_score(torch.zeros(400, 4))[0] == pytest.approx(1)
@@ -372,7 +373,7 @@ def test_nearest_finds_copies_at_zero() -> None:
 
 @pytest.mark.parametrize("sizes", [(1000, 1000, 300), (8000, 500, 500)])
 def test_memorization_is_one_minus_the_share_of_copies(sizes: tuple[int, ...]) -> None:
-    """For any sizes of the sets; so 1 for fresh samples."""
+    """This holds for any set sizes, so the ratio is 1 for fresh samples."""
     train, test, val = (normal(n, 12, seed=k) for k, n in enumerate(sizes))
     fresh = normal(500, 12, seed=9)
     assert memorization_ratio(fresh, train, test, val) == pytest.approx(1, abs=0.03)
@@ -401,7 +402,7 @@ def test_memorization_of_held_out_images_is_undefined() -> None:
 
 
 def test_real_images_are_unchanged_by_the_model_range() -> None:
-    """Each level becomes the same byte, whether it comes from the data or from a model."""
+    """Each pixel value becomes the same byte, whether it comes from the data or from a model."""
     for levels in (2, 17, 256):
         spec = DataSpec(name="x", shape=(1, 1, levels), num_bins=levels)
         stored = torch.arange(levels, dtype=torch.uint8).view(1, 1, 1, levels)
@@ -454,7 +455,7 @@ def test_a_small_overshoot_is_clamped() -> None:
 
 
 def test_flops_of_a_matrix_product() -> None:
-    """2 m n k forward; a linear layer costs as much again for each of its two gradients."""
+    """The product takes 2 m n k FLOPs forward, and a linear layer takes as many again for each of its two gradients."""
     layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
     with torch.no_grad():
         assert flops_per_image(lambda: layer(x), 10) == 2 * 30 * 7
@@ -462,6 +463,6 @@ def test_flops_of_a_matrix_product() -> None:
 
 
 def test_flops_of_a_gradient_with_respect_to_an_input() -> None:
-    """As in classifier guidance: forward, and one of the two gradients of the layer."""
+    """As in classifier guidance, it takes the forward pass and one of the layer's two gradients."""
     layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
     assert flops_per_image(lambda: torch.autograd.grad(layer(x).sum(), x), 10) == 2 * 2 * 30 * 7

@@ -1,4 +1,4 @@
-"""Records and configs of earlier versions open with the current names."""
+"""Records and configs from earlier versions open under the current names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gencompare.migrations import migrate_config
 from gencompare.records import SCHEMA, RunRecord
 
 SCHEMA_1 = Path(__file__).parent / "schema_1"
-"""The record and the config of a run of schema 1."""
+"""The record and the config of a schema 1 run."""
 
 
 def test_a_record_of_schema_1_opens_with_the_current_fields() -> None:
@@ -90,7 +90,7 @@ def test_a_damaged_record_of_schema_1_raises(tmp_path: Path) -> None:
 
 
 def nodes(value: Any) -> Iterator[dict[str, Any]]:
-    """All dicts in nested data."""
+    """Yield all dicts in nested data."""
     if isinstance(value, dict):
         yield value
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

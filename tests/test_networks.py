@@ -1,4 +1,4 @@
-"""Denoising networks: the contract of every option of conf/model/network, published sizes, formulas of the layers."""
+"""Denoising networks: the contract of every option of conf/model/network, published sizes, and layer formulas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NETWORKS = options("model/network")
 
 
 def tiny(option: str, shape: tuple[int, ...] = (1, 8, 8), num_classes: int = 0, seed: int = 0, **changes: Any) -> Any:
-    """A network with the option's structure but small width and depth."""
+    """Build a network with the option's structure but a small width and depth."""
     cfg = OmegaConf.load(next(p for root in roots() if (p := root / "model/network" / f"{option}.yaml").is_file()))
     small = {name: size for name, size in SMALL.items() if name in cfg}
     torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def tiny(option: str, shape: tuple[int, ...] = (1, 8, 8), num_classes: int = 0, 
 
 
 def randomized(net: nn.Module) -> Any:
-    """The same network with random weights, so that nothing is zero as at initialisation."""
+    """Give the network random weights, because some are zero at initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -80,14 +80,14 @@ def test_every_parameter_has_a_gradient(option: str) -> None:
     cond = {"label": torch.arange(4), "low_res": torch.randn(4, 1, 4, 4), "embedding": torch.randn(4, 5)}
     net(x, t, cond).square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert net.conditions.label.weight.grad.abs().sum(1).gt(0).all(), "each label has its own row"
+    assert net.conditions.label.weight.grad.abs().sum(1).gt(0).all(), "each label has its own embedding"
 
 
 @pytest.mark.parametrize("option", NETWORKS)
 def test_noise_level_and_conditions_affect_only_their_own_image(option: str) -> None:
     net = randomized(tiny(option, num_classes=3, low_res_channels=2, embedding_dim=5))
     x, t = inputs(3, (1, 8, 8))
-    levels = getattr(net, "num_noise_levels", None)  # index of the level; 1: ignored
+    levels = getattr(net, "num_noise_levels", None)  # index of the noise level; 1: ignored
     t, step = (t, 50.0) if levels is None else (torch.zeros(3), 1.0)
     cond = {"label": torch.tensor([0, 1, 2]), "low_res": torch.randn(3, 2, 4, 4), "embedding": torch.randn(3, 5)}
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_adm_has_the_published_parameter_count() -> None:
     # Dhariwal and Nichol (2021), table 4: 296 M for ImageNet at 64x64, which has 1000 classes.
     count = parameters("unet_adm_imagenet64", (3, 64, 64), 3, 1000)
     assert round(count / 1e6) == 296
-    assert count == 295_899_267 + 4 * 192  # NVlabs/edm's DhariwalUNet, plus the row for "no label"
+    assert count == 295_899_267 + 4 * 192  # NVlabs/edm's DhariwalUNet, plus the embedding for "no label"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_low_resolution_image_is_resized_and_concatenated() -> None:
 
 
 def test_training_learns_the_conditions() -> None:
-    # The target is the low-resolution image times the sign of the embedding, so both are needed.
+    # The target is the low-resolution image times the sign of the embedding, so the network needs both.
     torch.manual_seed(0)
     net = UNet(
         (1, 4, 4), 1, channels=8, channel_mult=(1,), num_groups=4, num_blocks=1, dropout=0.0, low_res_channels=1,
@@ -592,7 +592,7 @@ def test_dit_block_formula_and_identity_at_initialisation() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 3}, r"patch_size=3 cannot divide images of 8x8.*: use model\.network\.patch_size=1"),
+        ({"patch_size": 3}, r"patch_size=3 cannot divide 8x8 images.*: use model\.network\.patch_size=1"),
         ({"patch_size": 16}, r"patch_size=16.*patch_size=8"),
         ({"hidden_size": 18}, r"hidden_size=18 must be a multiple of 4"),
         ({"num_heads": 3}, r"num_heads=3"),

@@ -1,5 +1,4 @@
-"""The classifier of noisy images: what it is asked, what it is logits, and what its loss is when it knows the
-answer."""
+"""The classifier of noisy images: its inputs, the meaning of its logits, and the loss of a perfect classifier."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Exploding(NoiseSchedule):
-    """alpha = 1 and sigma from 0.01 to 100: x_t grows, so its scaling matters."""
+    """alpha = 1 and sigma from 0.01 to 100, so x_t grows and its scaling matters."""
 
     t_min = 0.0
 
@@ -50,8 +49,8 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 class Posterior(nn.Module):
-    """log p(x_t, y) of two equal Gaussians, from the network inputs: x_t / sqrt(alpha^2 + sigma^2), with a signal
-    fraction of SNR / (1 + SNR), and the log-SNR in DDPM's range, 500 + 25 log-SNR."""
+    """log p(x_t, y) of two equally frequent Gaussians, from the network inputs: x_t / sqrt(alpha^2 + sigma^2), with a
+    signal fraction of SNR / (1 + SNR), and the log-SNR in DDPM's range, 500 + 25 log-SNR."""
 
     def __init__(self, shape: Any, num_classes: int, off: float = 0.0) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ def classifier(schedule: NoiseSchedule, network: Callable[..., nn.Module] = Post
 
 
 def in_range(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """Times with a log-SNR within +-20, the range of the network input."""
+    """Return the times with a log-SNR within +-20, the range of the network input."""
     return t[schedule.log_snr(t).abs() < 20]
 
 
@@ -106,7 +105,7 @@ def test_a_perfect_network_gives_the_bayes_posterior(schedule: NoiseSchedule) ->
 
 
 def test_the_loss_of_a_perfect_network_is_the_class_entropy() -> None:
-    """E[-log p(y | x_t)] over data, times and noise; any other network has a higher loss."""
+    """The loss is E[-log p(y | x_t)] over data, times and noise; any other network has a higher loss."""
     schedule, n = part("schedule", "cosine"), 40_000
     source = generator("cpu", 1)
     label = torch.arange(n) % 2
@@ -126,7 +125,7 @@ def test_the_loss_of_a_perfect_network_is_the_class_entropy() -> None:
     d = alpha * (MEANS[0] - MEANS[1]).norm() / (alpha**2 * STD**2 + sigma2).sqrt()
     z = torch.linspace(-6, 6, 2001)
     density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
-    # At distance z from the mean of its own class, the log odds of that class are d^2 / 2 + d z.
+    # At distance z from the mean of its class, the log odds of the class are d^2 / 2 + d z.
     entropy = (density * nn.functional.softplus(-(d[:, None] ** 2 / 2 + d[:, None] * z))).sum(1).mean()
     assert loss(Posterior) == pytest.approx(float(entropy), abs=0.01)
     for off in (-3.0, 3.0):

@@ -1,4 +1,4 @@
-"""Objectives beyond the weighted squared error: which part of a model each one trains, and couplings."""
+"""Objectives beyond the weighted squared error, the part of a model that each one trains, and couplings."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def normal_kl(mean: np.ndarray, var: np.ndarray, other_mean: np.ndarray, other_v
 
 @pytest.mark.parametrize("variance_fraction", [None, 0.0, 0.6, 1.0])
 def test_discrete_terms_are_kl_divergences_of_gaussians(variance_fraction: float | None) -> None:
-    """Ho et al. (2020), eq. 5 to 7, written out for each step; variances as in Nichol and Dhariwal (2021), eq. 15."""
+    """The terms are those of Ho et al. (2020), eq. 5 to 7, written out for each step, with variances as in Nichol and
+    Dhariwal (2021), eq. 15."""
     n, schedule, network = 40, BetaTable(BETA.tolist()), Scaled(1 if variance_fraction is None else 2)
     if variance_fraction is not None:
         network.b.data.fill_(2 * variance_fraction - 1)
@@ -135,7 +136,7 @@ def test_discrete_terms_are_kl_divergences_of_gaussians(variance_fraction: float
 
 
 class Bent(VariancePreserving):
-    """lambda falls from ``top`` to ``bottom`` like t^bend; endpoints and bend can be trained."""
+    """A log-SNR that falls from ``top`` to ``bottom`` like t^bend, with trainable endpoints and bend."""
 
     t_min = 0.0
 
@@ -149,10 +150,10 @@ class Bent(VariancePreserving):
 
 
 def test_continuous_bound_does_not_depend_on_the_interior_of_the_schedule() -> None:
-    """Kingma et al. (2021), section 5.1; it does depend on the endpoints."""
+    """As in Kingma et al. (2021), section 5.1, the bound depends only on the endpoints."""
 
     def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> LearnedSchedule:
-        """With one sigmoid larger by ``height``, and all of them shifted by ``bias``."""
+        """Return a schedule with one sigmoid larger by ``height``, and all of them shifted by ``bias``."""
         schedule = LearnedSchedule(gamma_min=gamma_min, gamma_max=4.0, num_features=8).requires_grad_(False)
         schedule.height[2] += height
         schedule.bias += bias
@@ -173,11 +174,12 @@ def test_continuous_bound_does_not_depend_on_the_interior_of_the_schedule() -> N
 
 
 def test_bound_trains_the_endpoints_and_variance_trains_the_interior() -> None:
-    """The endpoints have the gradient of E[L], the interior that of E[D^2] (Kingma et al. 2021, appendix I.2)."""
+    """The gradient of the endpoints is that of E[L], and of the interior that of E[D^2] (Kingma et al. 2021, appendix
+    I.2)."""
     n, h = 64, 1e-5
 
     def metrics(**moved: float) -> dict[str, Tensor]:
-        """Metrics under a fixed schedule."""
+        """Compute metrics under a fixed schedule."""
         denoiser = Denoiser(network, Bent(**({"bend": 2.0} | moved)), Eps())
         return ContinuousVLB(likelihood=PIXELS)(denoiser, images(n), {}, rng(n))
 

@@ -1,4 +1,4 @@
-"""Parameterisations, the denoiser and the objectives: a change of parameterisation never changes the model."""
+"""Parameterisations, the denoiser and objectives: changing the parameterisation never changes the model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parameterization(request: pytest.FixtureRequest) -> Parameterization:
 
 @pytest.fixture
 def pair(schedule: NoiseSchedule, parameterization: Parameterization) -> tuple[NoiseSchedule, Parameterization]:
-    """A schedule and a parameterisation; one that needs discrete steps gets a table instead of the schedule."""
+    """Return a schedule and a parameterisation; if it needs discrete steps, the schedule is replaced by a table."""
     try:
         parameterization.check(schedule)
     except UserError:
@@ -67,12 +67,12 @@ def pair(schedule: NoiseSchedule, parameterization: Parameterization) -> tuple[N
 
 
 def as_output(parameterization: Parameterization, out: Tensor) -> Tensor:
-    """``out`` as network output, with zeros in all further channels."""
+    """Return ``out`` as a network output, with zeros in all further channels."""
     return torch.cat([out, *[torch.zeros_like(out)] * (parameterization.output_multiplier - 1)], 1)
 
 
 def noisy_batch(schedule: NoiseSchedule, n: int = 40) -> tuple[Tensor, ...]:
-    """Times over the whole range, with x0, eps and x_t in float64."""
+    """Return times over the whole range, with x0, eps and x_t in float64."""
     t = torch.linspace(schedule.t_min, schedule.t_max, n)
     source = generator("cpu", 1)
     x0 = torch.rand(n, 2, 3, 3, generator=source) * 2 - 1
@@ -99,7 +99,7 @@ def test_round_trip(pair: Pair) -> None:
     out = as_output(parameterization, parameterization.target(x0, eps, at))
     assert torch.equal(parameterization.target_channels(out), parameterization.target(x0, eps, at))
     found = parameterization.to_prediction(out, x_t, at)
-    recoverable = at.log_snr.flatten() > -15  # beyond, x_t contains too little of x0 for float64
+    recoverable = at.log_snr.flatten() > -15  # at higher noise, x_t contains too little of x0 for float64
     torch.testing.assert_close(found.x0[recoverable], x0[recoverable], rtol=0, atol=1e-10)
     torch.testing.assert_close(found.eps, eps, rtol=0, atol=1e-10)
 
@@ -135,13 +135,13 @@ def test_targets_of_eps_x0_and_v() -> None:
 
 
 def scales(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, (n, 1, 1, 1)."""
+    """Return alpha and sigma, (n, 1, 1, 1)."""
     log_alpha = schedule.log_alpha(t)
     return tuple(v.exp()[:, None, None, None] for v in (log_alpha, log_alpha - schedule.log_snr(t) / 2))  # type: ignore[return-value]
 
 
 def test_score_is_the_gradient_of_the_log_density(schedule: NoiseSchedule) -> None:
-    """Given x_0, p(x_t) = N(alpha x_0, sigma^2): its score is (alpha x_0 - x_t) / sigma^2."""
+    """Given x_0, p(x_t) = N(alpha x_0, sigma^2), whose score is (alpha x_0 - x_t) / sigma^2."""
     t, x0, eps, x_t = noisy_batch(schedule)
     alpha, sigma = scales(schedule, t)
     said = part("parameterization", "score").target(x0, eps, schedule.at(t, x_t))
@@ -187,7 +187,7 @@ def test_edm_preconditioning_works_on_x_over_alpha(schedule: NoiseSchedule) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_posterior_mean_is_that_of_ddpm(dtype: torch.dtype) -> None:
-    """Ho et al. (2020), eq. 7; at their t = 1 it is the image."""
+    """The posterior mean is that of Ho et al. (2020), eq. 7; at their t = 1 it is the image."""
     beta = torch.linspace(1e-4, 0.02, 1000)
     bar = torch.cumprod(1 - beta, 0)
     before = torch.cat([torch.ones(1), bar[:-1]])
@@ -203,15 +203,15 @@ def test_posterior_mean_is_that_of_ddpm(dtype: torch.dtype) -> None:
 
 
 def test_posterior_mean_needs_a_discrete_schedule() -> None:
-    with pytest.raises(UserError, match="VE runs in continuous time"):
+    with pytest.raises(UserError, match="VE is a continuous-time schedule"):
         PosteriorMean().check(VE())
-    with pytest.raises(UserError, match="VE runs in continuous time"):
+    with pytest.raises(UserError, match="VE is a continuous-time schedule"):
         LearnedVariance(inner=PosteriorMean()).check(VE())
     PosteriorMean().check(LinearBetas())
 
 
 def test_learned_variance_adds_a_fraction_to_the_inner_prediction(schedule: NoiseSchedule) -> None:
-    """Nichol and Dhariwal (2021), eq. 15: an output from -1 to 1 is a fraction from 0 to 1."""
+    """In Nichol and Dhariwal (2021), eq. 15, an output from -1 to 1 is a fraction from 0 to 1."""
     t, x0, eps, x_t = noisy_batch(schedule)
     at = schedule.at(t, x_t)
     w = torch.linspace(-1.5, 1.5, 40)[:, None, None, None].expand_as(x_t).clone().requires_grad_()
@@ -250,8 +250,8 @@ def test_level_index_counts_from_the_noisiest(dtype: torch.dtype) -> None:
         T = len(schedule.require_discrete_times())
         t = torch.arange(1, T + 1, dtype=dtype) / T
         assert torch.equal(LevelIndexConditioning()(t, schedule.at(t)), torch.arange(T - 1, -1, -1, dtype=dtype))
-        assert LevelIndexConditioning()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "between two levels, the noisier one"
-    with pytest.raises(UserError, match="continuous time"):
+        assert LevelIndexConditioning()(t[3] - 0.4 / T, schedule.at(t)) == T - 4, "the noisier of two levels is used"
+    with pytest.raises(UserError, match="continuous-time schedule"):
         Eps(noise_conditioning=LevelIndexConditioning()).check(RectifiedFlow())
 
 
@@ -289,7 +289,7 @@ def test_network_receives_x_noise_condition_and_conditions() -> None:
 
 
 class Half(Recorder):
-    """Outputs bfloat16, as a network under autocast does."""
+    """Outputs bfloat16, like a network under autocast."""
 
     def forward(self, x: Tensor, noise: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return x.bfloat16().repeat(1, self.outputs, 1, 1) * 0.3
@@ -329,7 +329,7 @@ class Fixed(TimeDistribution):
 
 
 class Guess(nn.Module):
-    """A wrong prediction x0 = 0.4 x_t, expressed in a parameterisation."""
+    """Outputs the wrong prediction x0 = 0.4 x_t, expressed in a parameterisation."""
 
     def __init__(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         super().__init__()
@@ -374,7 +374,8 @@ def test_loss_is_that_of_the_paper_for_every_parameterization(
 
 
 def test_uniform_velocity_weighting_is_the_mse_of_the_velocity(schedule: NoiseSchedule) -> None:
-    """Whatever the network predicts. On a straight line this is flow matching: w = (1 + sigma / alpha)^2."""
+    """The weighting is the same whatever the network predicts. On a straight line it is flow matching: w = (1 + sigma /
+    alpha)^2."""
     weighting, x0 = UniformVelocityWeighting(), noisy_batch(schedule)[1]
     losses = []
     for parameterization in (Velocity(), V()):
@@ -398,7 +399,7 @@ def test_uniform_velocity_weighting_is_the_mse_of_the_velocity(schedule: NoiseSc
 
 
 def test_likelihood_weighting_is_g2_over_sigma2(schedule: NoiseSchedule) -> None:
-    """Song et al. (2021), "Maximum Likelihood Training", eq. 7: g^2 on the error of the score."""
+    """The error of the score has the weight g^2 (Song et al. 2021, "Maximum Likelihood Training", eq. 7)."""
     t = torch.linspace(schedule.t_min, schedule.t_max, 50)
     g2, sigma = schedule.sde(t)[1], scales(schedule, t)[1].flatten()
     torch.testing.assert_close(LikelihoodWeighting()(schedule.at(t)), g2 / sigma**2, rtol=1e-9, atol=0)
@@ -423,7 +424,7 @@ def test_uniform_v_weighting_is_the_mse_of_v() -> None:
 
 
 def test_simple_loss_of_a_zero_network_is_one() -> None:
-    """||eps - 0||^2 per value has mean 1."""
+    """The mean of ||eps - 0||^2 per value is 1."""
     x0 = torch.zeros(4000, 1, 4, 4)
     denoiser = Denoiser(Recorder(), LinearBetas(), Eps())
     loss = WeightedMSE()(denoiser, x0, {}, RandomSource.for_batch(generator("cpu", 2), 4000))["loss"]

@@ -27,7 +27,7 @@ from random_inception import save_random_inception  # type: ignore[import-not-fo
 
 SPEC = DataSpec(name="photos", shape=(3, 32, 32))
 IMAGES = 24
-"""In each folder. Few, since each costs Inception 11 GFLOP, for every metric."""
+"""Number of images in each folder. It is small, because each image costs Inception 11 GFLOP for every metric."""
 
 
 def correlated(n: int, d: int, seed: int) -> Tensor:
@@ -72,7 +72,8 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two folders of PNG files: smooth random images, with finer structure and more contrast in the second."""
+    """Write two folders of PNG files with smooth random images, which have finer structure and more contrast in the
+    second."""
     places = []
     for k, (scale, side) in enumerate(((30, 4), (90, 16))):
         folder = tmp_path_factory.mktemp(f"images{k}")
@@ -99,7 +100,7 @@ def own_features(folders: list[Path], random_weights: Path) -> list[Features]:
 def test_metrics_of_folders_equal_torch_fidelity(
     folders: list[Path], random_weights: Path, own_features: list[Features]
 ) -> None:
-    """FID, IS, KID, precision and recall of two folders of images, through the same network."""
+    """FID, IS, KID, precision and recall of two image folders agree for the same network."""
     from torch_fidelity import calculate_metrics
 
     theirs = calculate_metrics(

@@ -1,18 +1,18 @@
-"""Samplers compared with diffusers: same network, noise and times, same trajectory to 1e-4.
+"""Samplers compared with diffusers: the same network, noise and times give the same trajectory to 1e-4.
 
-Differences of convention:
+Differences in convention:
 
-- Time. A timestep k = 0, ..., 999 of diffusers is the index of a beta; here it is t = (k + 1) / 1000, and clean data
-  have their own time, `CLEAN`, where diffusers has sigma 0 or alpha bar 1 after the last timestep.
-- State. Euler and Heun of diffusers store x / alpha, with noise sigma / alpha, and scale it for the network; here the
-  state is x_t, the input of the network. The tests therefore compare the inputs of the network, and the image.
+- Time. A timestep k = 0, ..., 999 of diffusers is the index of a beta. Here it is t = (k + 1) / 1000, and clean data
+  have a separate time, `CLEAN`, where diffusers has sigma 0 or alpha bar 1 after the last timestep.
+- State. Euler and Heun in diffusers store x / alpha, with noise sigma / alpha, and scale it for the network. Here the
+  state is x_t, the network input. The tests therefore compare the network inputs and the final image.
 - Names. Euler for diffusion models in diffusers steps in sigma / alpha, which is `DDIM` with eta 0. `Euler` here steps
   in t, like Euler for flow matching in diffusers, whose sigma is the time of `RectifiedFlow`. There the network
   predicts the velocity, and the tests pass our times, because time ends at 1 - 1e-4 here.
-- UniPC. diffusers corrects x_s at the start of the next step, here before x_s is yielded: the calls are the same. Its
-  bh1 gives NaN in the step to sigma 0, where the image is not compared.
-- Heun. Here a step in which sigma / alpha falls more than 100-fold is an Euler step; the cosine table starts with one,
-  so Heun is compared on other tables. No step of these grids is long enough for the multistep solvers to fall back.
+- UniPC. diffusers corrects x_s at the start of the next step, and this project before x_s is yielded, with the same
+  calls. The bh1 variant of diffusers gives NaN in the step to sigma 0, where the image is not compared.
+- Heun. Here a step where sigma / alpha falls more than 100-fold is an Euler step. The cosine table starts with such a
+  step, so Heun is compared on other tables. No step of these grids is so long that the multistep solvers fall back.
 - Clipping is switched off in diffusers; here it is a wrapper of the denoiser.
 """
 
@@ -37,7 +37,7 @@ from gencompare.rng import generator
 
 
 def network(x: Tensor, k: float) -> Tensor:
-    """A nonlinear eps network that depends on the timestep."""
+    """Return the output of a nonlinear eps network that depends on the timestep."""
     return 0.8 * x + 0.3 * torch.sin(2 * x + x.roll(1, -1) + k / 100)
 
 
@@ -63,7 +63,7 @@ TABLES = {
 
 
 def run_scheduler(scheduler: Any, steps: int) -> tuple[list[Tensor], Tensor]:
-    """The network inputs of a diffusers scheduler with their times, and the final image."""
+    """Return the network inputs of a diffusers scheduler with their times, and the final image."""
     scheduler.set_timesteps(steps)
     # From N(0, 1) noise: some schedulers store x / alpha.
     x = START * scheduler.init_noise_sigma
@@ -113,7 +113,7 @@ def test_trajectory_equals_diffusers(
 
 @dataclass(frozen=True)
 class Flows:
-    """`network` as a velocity: x_t = (1 - t) x_0 + t eps moves by eps - x_0."""
+    """`network` as a velocity network: x_t = (1 - t) x_0 + t eps moves by eps - x_0."""
 
     schedule: RectifiedFlow
     seen: list[Tensor] = field(default_factory=list)

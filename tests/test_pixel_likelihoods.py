@@ -36,7 +36,7 @@ def levels_of(levels: int) -> Tensor:
 
 
 def logistic_at(levels: int, location: float, log_scale: float) -> tuple[PixelLikelihood, Tensor, Any]:
-    """The likelihood of one pixel, the decoder output with these parameters, and the continuous distribution."""
+    """Return the likelihood of one pixel, the decoder output with these parameters, and the continuous distribution."""
     lowest = math.log(2 / (levels - 1)) - 2.15
     kept = max(log_scale, lowest + 0.01)
     raw = lowest + math.log(math.expm1(kept - lowest))
@@ -107,7 +107,7 @@ def test_a_gaussian_on_continuous_data_is_a_density() -> None:
 
 
 class Mixture:
-    """K components for one pixel with random parameters, and their probabilities from scipy."""
+    """A mixture of K components for one pixel, with random parameters and probabilities from scipy."""
 
     def __init__(self, levels: int, channels: int, components: int, seed: int, *, spread: float = 0.6) -> None:
         rng = np.random.default_rng(seed)
@@ -122,7 +122,7 @@ class Mixture:
         return DiscretizedLogisticMixture(spec, num_components=len(self.logits))
 
     def h(self) -> Tensor:
-        """The decoder output with these parameters, (1, channels, 1, 1)."""
+        """Return the decoder output with these parameters, (1, channels, 1, 1)."""
         k = len(self.logits)
         lowest = math.log(2 / (self.levels - 1)) - 2.15
         raw = lowest + np.log(np.expm1(np.log(self.scales) - lowest))
@@ -131,7 +131,7 @@ class Mixture:
         return torch.tensor(np.concatenate([self.logits, each.ravel()])).float().reshape(1, -1, 1, 1)
 
     def colours(self) -> tuple[np.ndarray, np.ndarray]:
-        """All colours (levels^channels, channels) and their probabilities."""
+        """Return all colours (levels^channels, channels) and their probabilities."""
         values = np.linspace(-1, 1, self.levels)
         found = np.array(list(itertools.product(values, repeat=self.channels)))
         weights, total = np.exp(self.logits) / np.exp(self.logits).sum(), np.zeros(len(found))
@@ -162,7 +162,7 @@ def test_a_mixture_factorises_over_channels_and_sums_to_one(levels: int, channel
 
 
 def test_colours_sampled_from_a_mixture_have_their_probabilities() -> None:
-    """Chi-squared test over the 125 colours of five levels; neighbouring pixels are independent."""
+    """A chi-squared test covers the 125 colours of five levels; neighbouring pixels are independent."""
     mixture, n = Mixture(5, 3, 4, seed=1), 20_000
     _, p = mixture.colours()
     h = mixture.h().expand(n, -1, 1, 2)

@@ -1,4 +1,4 @@
-"""Every model under a plain Lightning Trainer, with data modules of this project or any data loaders."""
+"""Every model under a plain Lightning Trainer, with this project's data modules or any data loaders."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_of(family: str) -> TrainedModel:
 
 
 def pairs(n: int) -> DataLoader[Any]:
-    """Batches (x, y) of floats in [-1, 1] and class indices, as from any image data set."""
+    """Return batches (x, y) of floats in [-1, 1] and class indices, like those of any image data set."""
     split = Digits().split("train")
     assert split.labels is not None
     return DataLoader(TensorDataset(Digits().normalize(split.images[:n]), split.labels[:n]), batch_size=16)
@@ -81,7 +81,7 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
 
 @pytest.mark.parametrize("family", ["ddpm", "gan"])
 def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> None:
-    """Warm-up by steps and decay by the fraction of ``max_steps``, with automatic and manual optimisation."""
+    """Warm-up depends on steps and decay on the fraction of ``max_steps``, with automatic and manual optimisation."""
     model, rates = model_of(family), []
 
     class Watch(pl.Callback):
@@ -148,7 +148,7 @@ def test_a_batch_of_another_form_raises_an_error(batch: Any, message: str) -> No
 
 
 def test_the_script_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unchanged except for fewer steps."""
+    """The script is unchanged except for fewer steps."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     script = readme.partition("### From Python")[2].partition("```python\n")[2].partition("```")[0]
     assert script and len(script.splitlines()) <= 15

@@ -1,4 +1,4 @@
-"""The plot of the noise schedules and its data."""
+"""The noise schedule plot and its data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_curve_contains_the_values_of_the_schedule(name: str) -> None:
     assert found["t"][0] == pytest.approx(schedule.t_min) and found["t"][-1] == pytest.approx(schedule.t_max)
     assert np.isfinite(list(found.values())).all() and (found["density"] > 0).all()
     np.testing.assert_allclose(found["log_snr"], 2 * np.log(found["alpha"] / found["sigma"]), atol=2e-5)
-    # The probability of the middle three fifths of uniform times, by the density of their noise levels.
+    # The probability of the middle three fifths of uniform times, from the density of their noise levels.
     density, log_snr = found["density"][800:3201], found["log_snr"][800:3201]
     mass = np.sum((density[1:] + density[:-1]) / 2 * -np.diff(log_snr))
     assert mass == pytest.approx(0.6, abs=0.01)
@@ -38,7 +38,7 @@ def test_every_panel_shows_every_schedule() -> None:
     for axes in draw_schedules(dict.fromkeys(names, numbers)).axes:
         assert [line.get_label() for line in axes.lines] == names
         looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in axes.lines}  # type: ignore[attr-defined]
-        assert len(looks) == len(names), "all lines look different"
+        assert len(looks) == len(names), "no two lines have the same style"
 
 
 def test_task_plots_the_requested_schedules(
@@ -56,6 +56,6 @@ def test_task_plots_the_requested_schedules(
     words = ["task.schedules=[cosine,ve]", "task.out=two.png", "model/schedule=ve", "model.schedule.sigma_max=7"]
     assert cli("task=plot_schedules", *words) == 0
     assert list(drawn) == ["cosine", "ve"] and (tmp_path / "two.png").is_file()
-    assert drawn["ve"]["sigma"].max() == pytest.approx(7, rel=1e-5), "the settings of the command line"
+    assert drawn["ve"]["sigma"].max() == pytest.approx(7, rel=1e-5), "settings from the command line apply"
     assert cli("task=plot_schedules", "task.schedules=[cosin]") == 1
     assert "unknown schedule cosin; choose from betas, cosine," in capsys.readouterr().err

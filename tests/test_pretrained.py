@@ -42,7 +42,7 @@ def build_model(*overrides: str) -> Diffusion:
 
 @pytest.fixture(scope="module")
 def mismatched() -> Diffusion:
-    """A model whose schedule differs from all published ones."""
+    """Build a model whose schedule differs from all published ones."""
     return build_model("model/schedule=steep", "model/parameterization=velocity")
 
 
@@ -62,7 +62,7 @@ def test_suggested_overrides_give_the_schedule_of_diffusers(
     alpha_bar = model.schedule.at(model.schedule.discrete_times).alpha ** 2
     torch.testing.assert_close(alpha_bar, theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
 
-    # The config that we export lists the betas one by one and leads to the same suggestion.
+    # Our exported config lists the betas one by one and leads to the same suggestion.
     config = tmp_path / subfolder / "scheduler_config.json"
     config.write_text(json.dumps(scheduler_config(model)))
     check_scheduler(model, weights)
@@ -72,7 +72,7 @@ def test_suggested_overrides_give_the_schedule_of_diffusers(
 
 
 def test_small_differences_of_the_schedule_are_detected(tmp_path: Path) -> None:
-    """A last beta of 0.0201, one more step, or another prediction type, one at a time."""
+    """A last beta of 0.0201, one more step and another prediction type are detected, one at a time."""
     model = build_model("model/schedule=linear")
     matching = {"beta_schedule": "linear", **DEFAULT_BETAS, "num_train_timesteps": 1000, "prediction_type": "epsilon"}
     config = tmp_path / "scheduler_config.json"

@@ -1,4 +1,4 @@
-"""The private APIs of Lightning, Hydra and torch that `gencompare.private_apis` uses still work as it expects."""
+"""The private APIs of Lightning, Hydra and torch in `gencompare.private_apis` still work as expected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_other_modules_move_with_a_module(move: str) -> None:
 
 
 def test_lightning_starts_other_ranks_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As under Hydra, whose own command the wrapper replaces."""
+    """The setting is that under Hydra, whose own command the wrapper replaces."""
     popen = Mock()
     monkeypatch.setattr(subprocess_script.subprocess, "Popen", popen)
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
@@ -59,7 +59,7 @@ def test_the_basic_sweeper_expands_overrides() -> None:
 
 
 def test_no_other_file_uses_a_private_api() -> None:
-    """Code only: strings and comments may name them."""
+    """Only code is checked; strings and comments may name private APIs."""
     for path in sorted((Path(__file__).parents[1] / "src").rglob("*.py")):
         code = ast.unparse(ast.parse(path.read_text()))
         if path.name != "private_apis.py":

@@ -30,7 +30,8 @@ SETTINGS = [
 ONCE = "evaluation.checkpoints=[last]"
 
 ROUNDING = 2e-5
-"""Gradients are summed in another order, which changes the last bits of float32; Adam amplifies that."""
+"""Tolerance for rounding: gradients are summed in another order, which changes the last bits of float32, and Adam
+amplifies the difference."""
 
 FAMILIES = ["vae", "gan"]
 
@@ -40,7 +41,8 @@ def overrides_for(*overrides: str, count: int = 2) -> list[str]:
 
 
 def processes(folder: Path, *overrides: str, count: int = 2, first: Callable[[], None] | None = None) -> None:
-    """Run ``overrides`` on ``count`` processes; ``first`` is called in the first one before it starts the others."""
+    """Run ``overrides`` on ``count`` processes; ``first`` is called in the first process before it starts the
+    others."""
     process = Forked(folder, *overrides_for(*overrides, count=count), first=first)
     assert process.wait(timeout=280) == 0, process.output()[-4000:]
 
@@ -61,7 +63,7 @@ def metrics(folder: Path) -> dict[str, float | None]:
 
 @pytest.mark.timeout(280)
 def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[..., int], tmp_path: Path) -> None:
-    """A sweep over families on two processes, started as a user does."""
+    """A sweep over families runs on two processes, started as a user would."""
     overrides = overrides_for("-m", ONCE, f"model={','.join(FAMILIES)}", "logger=default", "hydra.sweep.dir=sweep")
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *overrides], cwd=tmp_path, capture_output=True, text=True, timeout=280
@@ -96,14 +98,14 @@ def check_equal(one: Path, two: Path) -> None:
 
 
 def no_reduction() -> None:
-    """Gradients are not averaged over processes."""
+    """Disable averaging gradients over processes."""
     from gencompare.models import manual_optimization
 
     manual_optimization.average_gradients = lambda parameters: None  # type: ignore[assignment]
 
 
 def same_images() -> None:
-    """All processes train on the images of the first one."""
+    """Make all processes train on the images of the first one."""
     from gencompare.data.datamodule import TrainStream
 
     original = TrainStream.__init__
@@ -119,7 +121,7 @@ GAN_ONLY = ["model=gan", "model.lr_schedule.warmup_steps=1", "logger=csv", "eval
 
 @pytest.fixture(scope="module")
 def expected_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights that one process trains, and two processes too."""
+    """Return the weights that one process trains, after checking that two processes train the same."""
     folder = tmp_path_factory.mktemp("expected")
     one = Forked(folder, *GAN_ONLY, *SETTINGS, "trainer=cpu", "hydra.run.dir=one")
     assert one.wait(timeout=280) == 0, one.output()[-4000:]
@@ -133,13 +135,13 @@ def expected_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torc
 def test_the_comparison_with_one_process_finds_planted_faults(
     fault: Callable[[], None], expected_weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Without the reduction of gradients, or with the same images on both ranks, the weights differ."""
+    """Without gradient reduction, or with the same images on both ranks, the weights differ."""
     processes(tmp_path, *GAN_ONLY, "hydra.run.dir=wrong", first=fault)
     assert largest_difference(expected_weights, weights(tmp_path / "wrong")) > 5 * ROUNDING
 
 
 def second_fails() -> None:
-    """The second process fails to read the data before it connects to the first."""
+    """Make the second process fail to read the data before it connects to the first."""
     original = train.build_data
 
     def broken(cfg: Any) -> Any:

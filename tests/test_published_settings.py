@@ -21,7 +21,7 @@ from published import DIFFERENCES, PUBLISHED
 
 
 def build_on_meta(cfg: Any) -> Any:
-    """The model of an experiment, with its networks on the meta device."""
+    """Build the model of an experiment, with its networks on the meta device."""
 
     def on_meta(factory: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -36,10 +36,10 @@ def build_on_meta(cfg: Any) -> Any:
 
 
 def settings_of(cfg: Any, published: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an experiment, for the keys of ``published``."""
+    """Return the settings of an experiment, for the keys of ``published``."""
     model = build_on_meta(cfg)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    optimizer = model.build_optimizers()[0].param_groups[0]  # a GAN has two with equal settings
+    optimizer = model.build_optimizers()[0].param_groups[0]  # a GAN has two optimisers with equal settings
     schedule, sampler = getattr(model, "schedule", None), getattr(model, "sampler", None)
     noise_range = None
     if schedule is not None:
@@ -71,7 +71,7 @@ def settings_of(cfg: Any, published: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def agree(found: Any, published: Any, *, rel: float) -> bool:
-    """Compare floats up to a relative tolerance, and everything else exactly."""
+    """Compare floats up to a relative tolerance and everything else exactly."""
     if published is ...:
         return True
     if isinstance(published, Mapping):

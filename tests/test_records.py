@@ -1,4 +1,4 @@
-"""Records survive a round trip, damaged ones raise a one-line error, and protocols compare by their fields."""
+"""Records survive a round trip, invalid ones raise a one-line error, and protocols are compared by their fields."""
 
 from __future__ import annotations
 

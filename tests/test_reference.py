@@ -1,4 +1,4 @@
-"""References: cached features, statistics files of other programs, joined splits, resumed sampling."""
+"""References: cached features, statistics files from other programs, joined splits and resumed sampling."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of images of each batch with more than one, of the shipped classifier."""
+    """Record the size of each of the bundled classifier's batches with more than one image."""
     sizes: list[int] = []
     original = ClassifierExtractor.extract_batch
 
@@ -51,7 +51,7 @@ def test_features_are_computed_once_and_then_read_from_the_cache(tmp_path: Path,
     first = split_features(data, "train", extractor, cache=tmp_path)
     assert sum(batch_sizes) == 1147
     again = split_features(data, "train", extractor, cache=tmp_path)
-    assert sum(batch_sizes) == 1147, "from the file"
+    assert sum(batch_sizes) == 1147, "the features come from the file"
     for one, two in zip(first.parts(), again.parts(), strict=True):
         assert one is not None and two is not None and torch.equal(one, two)
 
@@ -111,7 +111,7 @@ def statistics_file(path: Path, features: Tensor, **more: Any) -> Path:
 
 
 def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> None:
-    """The layout of pytorch-fid and EDM (mu, sigma), and of ADM (with mu_s, sigma_s)."""
+    """Both the layout of pytorch-fid and EDM (mu, sigma) and that of ADM (with mu_s, sigma_s) are read."""
     data, extractor = Digits(), shipped_classifier(Digits.spec)
     train = load_reference(data, "train", extractor).features
     assert train is not None and train.spatial is not None
@@ -123,12 +123,12 @@ def test_a_statistics_file_gives_the_distance_of_its_images(tmp_path: Path) -> N
         evaluate(images, data, dataclasses.replace(classifier, reference=name)) for name in ("train", str(path))
     )
     assert (ours.primary_metric, theirs.primary_metric) == ("mmd_digits", "fd_digits"), (
-        "nothing else follows from statistics"
+        "statistics give no kernel distance"
     )
     for name in ("fd_digits", "fd_digits_infinity", "sfd_digits"):
         assert theirs.metrics[name].value == pytest.approx(ours.metrics[name].value, rel=1e-6), name
         assert theirs.metrics[name].baseline == pytest.approx(ours.metrics[name].baseline, rel=1e-6), name
-    assert "precision" not in theirs.metrics, "it needs features"
+    assert "precision" not in theirs.metrics, "precision needs features"
     assert theirs.measurement.reference == "adm.npz" and theirs.measurement.differences(ours.measurement)
 
 
@@ -153,7 +153,7 @@ def test_bad_statistics_files_are_refused(make: Any, named: str, tmp_path: Path)
 
 
 class Moments(nn.Module):
-    """Mean of each row of pixels."""
+    """Computes the mean of each pixel row."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((1, 3))
@@ -198,7 +198,7 @@ def test_sampling_resumes_from_stored_chunks(tmp_path: Path) -> None:
     first.write_bytes(first.read_bytes()[:-7])
     model.drawn = 0
     assert torch.equal(draw_samples(model, 250, chunk_size=100, chunk_dir=tmp_path).images, alone.images)
-    assert model.drawn == 100, "the damaged chunk was drawn again"
+    assert model.drawn == 100, "the corrupted chunk was drawn again"
 
 
 def test_metrics_do_not_depend_on_the_batch_size_of_the_extractor() -> None:

@@ -1,4 +1,4 @@
-"""The RefineNet of NCSN: formulas of its normalisation and blocks, and how it uses the noise level."""
+"""NCSN's RefineNet: formulas of its normalisation and blocks, and its use of the noise level."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from parts import part
 
 
 def randomized(net: nn.Module) -> Any:
-    """The same network with random weights, so that nothing is zero as at initialisation."""
+    """Give the network random weights, because some are zero at initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -161,7 +161,7 @@ def test_one_level_ignores_noise_and_has_unnormalised_refine_blocks() -> None:
 
 
 def test_each_level_has_its_own_parameters() -> None:
-    """Training on level 2 leaves the normalisation parameters of other levels unchanged."""
+    """Training on level 2 does not change the normalisation parameters of other levels."""
     several = net(num_levels=5)
     several(features(3, 1, 8, 8), torch.full((3,), 2.0).double(), {}).square().sum().backward()
     for norm in (m for m in several.modules() if isinstance(m, InstanceNormPlus)):
@@ -202,8 +202,8 @@ def model(num_levels: int, schedule: str, noise_conditioning: Any, **changes: An
 @pytest.mark.parametrize(
     ("num_levels", "schedule", "noise_conditioning", "message"),
     [
-        (10, "ve", LogSNRConditioning(), "VE runs in continuous time, and the noise conditioning is LogSNR"),
-        (10, "ncsn", LogSNRConditioning(), "GeometricSigmas has 10, and the noise conditioning is LogSNR"),
+        (10, "ve", LogSNRConditioning(), "VE is a continuous-time schedule, and the noise conditioning is LogSNR"),
+        (10, "ncsn", LogSNRConditioning(), "GeometricSigmas has 10 levels, and the noise conditioning is LogSNR"),
         (
             7,
             "ncsn",

@@ -15,7 +15,7 @@ from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
-"""Comparisons: records, and the page that shows them."""
+"""Folders with records and the page that compares them."""
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
 STUDIES = {"ncsn", "schedules", "sde_vp"}
 """Comparisons of models that are not presets."""
@@ -28,7 +28,8 @@ def records(folder: str) -> list[RunRecord]:
 
 
 def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
-    """What a preset sets apart from its budget, how bits are counted, and a bound that samplers may lack."""
+    """Return what a preset sets, except the budget, the likelihood method, and a noise bound that not all samplers
+    have."""
     model = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(model, dict)
     model.pop("likelihoods", None)

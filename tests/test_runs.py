@@ -86,7 +86,7 @@ def test_the_offline_folder_of_wandb_is_not_listed_twice(cli: Callable[..., int]
     assert cli("task=list_runs") == 0
     assert "1 runs" in capsys.readouterr().out.splitlines(), "the copy in wandb/ does not count"
     (offline,) = (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*")
-    for pattern in ("runs/run/wandb/offline-run-*", "runs/*/wandb/*"):  # the latter also matches latest-run
+    for pattern in ("runs/run/wandb/offline-run-*", "runs/*/wandb/*"):  # the second pattern also matches latest-run
         assert cli("task=list_runs", f"runs={pattern}") == 0
         out = capsys.readouterr().out
         assert "-run" in out and "/files" in out and "1 runs" in out.splitlines()
@@ -100,7 +100,7 @@ def test_a_comparison_is_logged_to_wandb_with_table_charts_and_page(cli: Callabl
         write_run(tmp_path / "runs" / name, [result(0.25 + k)], training={"flops": 1e9 * (2 - k)})
     overrides = ["task=compare", "runs=runs/*", "task.out=page"]
     assert cli(*overrides) == 0
-    assert not (tmp_path / "page" / "wandb").exists(), "only on request"
+    assert not (tmp_path / "page" / "wandb").exists(), "it is downloaded only on request"
     assert cli(*overrides, "logger=wandb") == 0
     (files,) = (tmp_path / "page" / "wandb").glob("offline-run-*/files")
     assert (files / "compare.html").read_text() == (tmp_path / "page" / "compare.html").read_text()
@@ -127,7 +127,7 @@ class RemoteFile:
 def test_finished_runs_of_a_wandb_project_are_downloaded_once(
     cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """W&B's API is simulated: there is no network and no account."""
+    """W&B's API is simulated, so neither a network nor an account is needed."""
     import wandb
 
     remote = tmp_path / "remote"
@@ -151,10 +151,10 @@ def test_finished_runs_of_a_wandb_project_are_downloaded_once(
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert cli("task=list_runs", "runs=wandb:me/it") == 0
     assert "2 runs" in capsys.readouterr().out.splitlines()
-    assert sorted(downloaded) == ["record.json"] * 2 + ["samples/grid.png"] * 2, "nothing outside the folder"
+    assert sorted(downloaded) == ["record.json"] * 2 + ["samples/grid.png"] * 2, "nothing is written outside the folder"
     downloaded.clear()
     assert cli("task=list_runs", "runs=wandb:me/it") == 0
-    assert len(downloaded) == 2, "only the unfinished run again"
+    assert len(downloaded) == 2, "only the unfinished run is downloaded again"
     for pattern, message in (("wandb:me/other", "No run"), ("wandb:me", "ENTITY/PROJECT")):
         assert cli("task=list_runs", f"runs={pattern}") == 1
         assert message in capsys.readouterr().err

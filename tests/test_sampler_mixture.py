@@ -1,7 +1,8 @@
-"""Samplers on a mixture of two Gaussians with a known denoiser: weights, means and widths of the modes are correct.
+"""Samplers on a mixture of two Gaussians with a known denoiser give the right weights, means and standard deviations of
+the modes.
 
-n = 1500 images of 16 pixels, enough for the Langevin corrector, whose step size depends on the norm of the score, and
-enough steps for convergence. The weight of a mode then has a standard error of sqrt(0.2 0.8 / n) = 0.01.
+n = 1500 images of 16 pixels suffice for the Langevin corrector, whose step size depends on the norm of the score, and
+there are enough steps for convergence. The weight of a mode then has a standard error of sqrt(0.2 0.8 / n) = 0.01.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ SCHEDULES = [VP, VE, RectifiedFlow]
 BIAS = {"ancestral": 0.02, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
     "annealed_langevin": 0.1, "predictor_corrector": 0.06
 }  # fmt: skip
-"""Relative tolerance of the width in addition to the Monte Carlo error; 0 for the other samplers.
-
-The first four are of first order, with 250 steps of about 0.1 in log-SNR. (Euler steps in time; its 0.1 is for VE.)
-Langevin steps leave more noise than that of their level: a variance larger by 1 / (1 - k / 2), and a rest of the
-previous level."""
+"""Relative tolerance of the standard deviation in addition to the Monte Carlo error; 0 for the other samplers. The
+first four are of first order, with 250 steps of about 0.1 in log-SNR. (Euler steps in time; its 0.1 is for VE.)
+Langevin steps leave more noise than that of their level: the variance is larger by 1 / (1 - k / 2), and some noise of
+the previous level remains."""
 
 
 pytestmark = pytest.mark.usefixtures("double")
 
 
 def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
-    """The fraction of images nearer to the first mode, the mean pixel of each mode, and the standard deviation."""
+    """Return the fraction of images nearer to the first mode, the mean pixel of each mode, and the standard
+    deviation."""
     first = x.flatten(1).mean(1) < 0
     low, high = x[first].mean(), x[~first].mean()
     spread = torch.cat([(x[first] - low).flatten(), (x[~first] - high).flatten()]).std()
@@ -57,7 +58,7 @@ def test_weights_means_and_widths_of_a_mixture_are_correct(name: str, make: type
 
 
 def test_wrong_weights_are_detected() -> None:
-    """The score of a mixture of equal weights."""
+    """The score is that of a mixture with equal weights."""
     schedule = VP()
     x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()
     wrong = dataclasses.replace(Mixture(schedule), weights=(0.5, 0.5))

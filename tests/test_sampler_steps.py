@@ -1,4 +1,4 @@
-"""Samplers step by step: the numbers of the papers, exactly solvable cases, and invalid input."""
+"""Samplers step by step: the papers' formulas, exactly solvable cases, and invalid input."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def score(x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-    """Score of the noisy Gaussian data: -(alpha^2 C + sigma^2)^-1 (x - alpha m)."""
+    """Return the score of the noisy Gaussian data, -(alpha^2 C + sigma^2)^-1 (x - alpha m)."""
     return -(x - alpha * MEAN) @ torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(3))
 
 
-# Single steps: alpha bar and beta as in the papers, index 0 is their t = 1
+# Single steps: alpha bar and beta as in the papers, with index 0 for their t = 1
 
 BETA = np.linspace(1e-4, 0.02, 1000)
 BAR = np.cumprod(1 - BETA)
 
 
 def image(t: float) -> float:
-    """Depends on t, so that a step with the prediction at its end gives another result."""
+    """Return an image that depends on t, so that a step with the prediction at its end gives a different result."""
     return 0.5 - 0.4 * t
 
 
@@ -76,7 +76,7 @@ def one_step(
     schedule: NoiseSchedule | None = None,
     variance_fraction: float | None = None,
 ) -> tuple[float, float]:
-    """Mean and standard deviation of one step from ``x`` with at most one random draw."""
+    """Return the mean and standard deviation of one step from ``x`` with at most one random draw."""
     start = torch.full((3, 1, 1, 1), x)
     with unit_noise() as noise:
         out = sampler.sample(
@@ -138,7 +138,7 @@ def test_ddim_step_is_that_of_the_paper(i: int, j: int, eta: float) -> None:
 
 
 def vp_numbers(t: float) -> tuple[float, float, float]:
-    """alpha, sigma and beta of the VP SDE (Song et al. 2021, appendix C)."""
+    """Return alpha, sigma and beta of the VP SDE (Song et al. 2021, appendix C)."""
     alpha = math.exp(-0.25 * t**2 * 19.9 - 0.05 * t)
     return alpha, (1 - alpha**2) ** 0.5, 0.1 + t * 19.9
 
@@ -166,7 +166,7 @@ def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
 
 
 def test_first_step_of_a_table_has_a_derivative() -> None:
-    """Also at t = 1, the end of the table, g^2 per unit of time is about 1000 beta."""
+    """At t = 1, the end of the table, g^2 per unit of time is also about 1000 beta."""
     rise = 1 - BAR[-1] / BAR[-2]
     found = one_step(EulerMaruyama(num_steps=1), [1.0, 0.9999])
     assert found[1] ** 2 == pytest.approx(0.1 * rise, rel=0.02)
@@ -182,7 +182,7 @@ def test_reverse_diffusion_step_is_that_of_ve() -> None:
 
 @pytest.mark.parametrize(("times", "a"), [([0.5, 0.499], 1 - BETA[499]), ([0.05, 0.049], 1 - BETA[49])])
 def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> None:
-    """Two Langevin steps, with a size that depends on the noise and the score of each image, then the predictor."""
+    """Two Langevin steps, whose size depends on the noise and score of each image, are followed by the predictor."""
     x = torch.randn(3, 1, 2, 8, generator=generator("cpu", 1))
     sampler = PredictorCorrector(num_steps=1, num_corrector_steps=2, snr=0.1)
     found = sampler.sample(ConstantDenoiser(LinearBetas()), x, generator=generator("cpu", 2), times=torch.tensor(times))
@@ -203,7 +203,8 @@ def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> Non
 
 @pytest.mark.parametrize("denoise", [True, False])
 def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
-    """Song and Ermon (2019), with their eps and sigma_L, on three levels; the last score denoises the image."""
+    """The steps are those of Song and Ermon (2019), with their eps and sigma_L, on three levels; the last score
+    denoises the image."""
     sigmas, eps = [0.02 * 5000**t for t in (0.5, 0.25, 0.0)], 1e-4
     step_size = eps / sigmas[-1] ** 2
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1))
@@ -222,7 +223,7 @@ def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
 
 @dataclass(frozen=True)
 class Point:
-    """The exact denoiser of data that are always 0: x is pure noise."""
+    """The exact denoiser of data that are always 0, so that x is pure noise."""
 
     schedule: NoiseSchedule
 
@@ -237,10 +238,11 @@ class Point:
 def test_annealed_langevin_lags_behind_its_levels(
     levels: int, num_langevin_steps: int, step_size: float, lag: float
 ) -> None:
-    """Ratio of the noise after the last level to that level, on levels from 2 to 0.02 (see docs/diffusion.md).
+    """The noise after the last level exceeds that level by the factor ``lag``, on levels from 2 to 0.02 (see
+    docs/diffusion.md).
 
-    With k = step_size / 2, T steps per level and levels a factor g apart, the variance over sigma^2 converges to r =
-    (1 - k)^(2 T) (g^2 r - b) + b, where b = 1 / (1 - k / 2) is the stationary variance of steps of that size.
+    With k = step_size / 2, T steps per level and levels a factor g apart, the variance over sigma^2 converges to r = (1
+    - k)^(2 T) (g^2 r - b) + b, where b = 1 / (1 - k / 2) is the stationary variance of steps of this size.
     """
     k, kept = step_size / 2, (1 - step_size / 2) ** (2 * num_langevin_steps)
     g = 100 ** (1 / (levels - 1))
@@ -283,7 +285,7 @@ def test_heun_with_churn_is_algorithm_2() -> None:
 
 
 def test_churn_preserves_the_moments(schedule: NoiseSchedule) -> None:
-    """It does not raise the noise beyond the end of the schedule."""
+    """Churn does not raise the noise beyond the end of the schedule."""
     sampler = Heun(num_steps=100, s_churn=20.0)
     mean, covariance = moments(sampler, ExactDenoiser(schedule), times_of(sampler, schedule))
     torch.testing.assert_close(mean, MEAN, rtol=0, atol=0.02)
@@ -335,7 +337,7 @@ def test_ddim_is_euler_in_x_over_alpha(schedule: NoiseSchedule) -> None:
 
 
 def test_euler_is_ddim_under_rectified_flow() -> None:
-    """alpha and sigma are linear in time."""
+    """Both are equal because alpha and sigma are linear in time."""
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     euler, ddim = (
         sampler.sample(ExactDenoiser(RectifiedFlow()), x, generator=generator("cpu", 0))
@@ -345,7 +347,7 @@ def test_euler_is_ddim_under_rectified_flow() -> None:
 
 
 def test_deterministic_samplers_follow_the_exact_path(schedule: NoiseSchedule) -> None:
-    """On Gaussian data the ODE preserves the distance to the mean in standard deviations, along each axis."""
+    """On Gaussian data the ODE preserves the distance from the mean in standard deviations, along each axis."""
     times = inner_times(schedule, 200)
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     (mean, covariance), (end_mean, end_covariance) = (true_moments(schedule, t) for t in (times[0], times[-1]))
@@ -402,7 +404,7 @@ def test_unipc_is_exact_for_a_parabola(variant: str, schedule: NoiseSchedule) ->
 
 
 def test_multistep_solvers_do_not_extrapolate_over_long_steps() -> None:
-    """A step three times as long as the previous one is a first-order step."""
+    """A step three times as long as the previous one is of first order."""
     denoiser, times, source = Parabola(VE()), torch.tensor([0.5, 0.48, 0.42]), generator("cpu", 0)
     for sampler in (DPMSolverPP2M(num_steps=1), UniPC(num_steps=1)):
         one, two = sampler.iterate(denoiser, torch.ones(1, 1, 1, 3), generator=source, times=times)
@@ -458,7 +460,7 @@ def test_times_that_do_not_run_from_noise_to_data_are_rejected(times: list[float
 
 def test_adaptive_solver_reports_a_collapsed_step_size() -> None:
     class Jumps(ExactDenoiser):
-        """Too irregular for any step size."""
+        """Predictions too irregular for any step size."""
 
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             prediction = super().__call__(x_t, t, cond)

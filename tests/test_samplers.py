@@ -1,4 +1,4 @@
-"""Properties of every sampler under every schedule, compared with exact results, and bugs that violate them."""
+"""Properties of every sampler under every schedule, compared with exact results, and bugs that break them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def calls_per_step(name: str) -> int:
-    """Network calls of one additional step."""
+    """Return the number of network calls of one additional step."""
     seen: list[Tensor] = []
 
     class Counts(ExactDenoiser):
@@ -81,7 +81,7 @@ def test_measured_order_is_the_declared_order(name: str, schedule: NoiseSchedule
 
 @pytest.mark.parametrize("name", WITH_ORDER)
 def test_moments_are_accurate_with_many_steps(name: str, schedule: NoiseSchedule) -> None:
-    """Over the whole schedule, the error is small, or still falls at first order."""
+    """Over the whole schedule, the error is small or still falls at first order."""
 
     def after(steps: int) -> float:
         sampler = part("sampler", name, num_steps=steps)
@@ -94,7 +94,8 @@ def test_moments_are_accurate_with_many_steps(name: str, schedule: NoiseSchedule
 @pytest.mark.parametrize("schedule", SENSIBLE, indirect=True)
 @pytest.mark.parametrize("name", AFFINE)
 def test_moments_are_close_with_the_usual_number_of_steps(name: str, schedule: NoiseSchedule) -> None:
-    """From pure noise, with 50 network calls: no step may be long enough to leave the path."""
+    """The samples start from pure noise and take 50 network calls, so no step may be so long that it leaves the
+    path."""
     sampler = part("sampler", name)
     sampler = part("sampler", name, num_steps=max(sampler.num_steps, 50 // calls_per_step(name)))
     # Noise levels of Langevin dynamics are not steps in time, and should be geometric.
@@ -107,7 +108,7 @@ def test_moments_are_close_with_the_usual_number_of_steps(name: str, schedule: N
 
 
 def test_steep_schedule_is_bad() -> None:
-    """With 50 ancestral steps, its error is larger than that of linear betas."""
+    """With 50 ancestral steps, the error of the steep schedule is larger than that of linear betas."""
     sampler = part("sampler", "ancestral", num_steps=50)
     steep, linear = (
         error(sampler, ExactDenoiser(schedule), times_of(sampler, schedule))
@@ -118,7 +119,7 @@ def test_steep_schedule_is_bad() -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_step_diverges(name: str, schedule: NoiseSchedule) -> None:
-    """In float32, from the prior of the schedule, with ten steps."""
+    """The samples are float32, start from the schedule's prior and take ten steps."""
     torch.set_default_dtype(torch.float32)
     schedule, sampler = schedule.float(), part("sampler", name, num_steps=10)
     x = schedule.prior((400, 1, 1, 3), generator("cpu", 1))
@@ -161,9 +162,9 @@ def test_samples_are_a_function_of_the_generator(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "rk45"])
 def test_an_image_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
-    """(The adaptive solver has one step size for the batch, whose size is fixed.)"""
+    """The adaptive solver is excluded, since it has one step size for the whole batch."""
     x = torch.randn(3, 1, 1, 3, generator=generator("cpu", 1))
-    with unit_noise():  # the same for each row, whatever the batch size
+    with unit_noise():  # the same for each image, whatever the batch size
         three = part("sampler", name, num_steps=4).sample(
             ExactDenoiser(LinearBetas()), x, generator=generator("cpu", 2)
         )
@@ -221,13 +222,15 @@ def rk45_error(denoiser: DenoiserProtocol, tolerance: float) -> float:
 
 
 def test_error_of_the_adaptive_solver_matches_its_tolerance(schedule: NoiseSchedule) -> None:
-    """The tolerance applies to each step, relative to x, which starts at 45 under VE: 22 times as much overall."""
+    """The tolerance applies to each step, relative to x, which starts at 45 under VE, so the overall error is 22 times
+    as large."""
     for tolerance in (1e-3, 1e-5, 1e-7):
         assert rk45_error(ExactDenoiser(schedule), tolerance) < 30 * tolerance
 
 
 def langevin_error(denoiser: DenoiserProtocol, finer: int) -> float:
-    """Error of annealed Langevin at ten levels, with steps shorter by ``finer`` and ``finer``^2 times as many."""
+    """Compute the error of annealed Langevin at ten levels, with steps shorter by ``finer`` and ``finer``^2 times as
+    many."""
     sampler = AnnealedLangevin(num_steps=10, num_langevin_steps=10 * finer**2, step_size=0.8 / finer)
     mean, covariance = moments(sampler, denoiser, even_levels(denoiser.schedule, 10))
     along = AXES.T @ (root(covariance) - root(COVARIANCE)) @ AXES
@@ -261,7 +264,8 @@ class ManyPixels(ExactDenoiser):
 
 
 def corrected_error(snr: float, num_corrector_steps: int, denoiser: ManyPixels) -> float:
-    """Relative error of the variance of 64 pixels of 500 images (Monte Carlo error 0.008); snr 0 means no corrector."""
+    """Return the relative error of the variance of 64 pixels of 500 images (Monte Carlo error 0.008), without corrector
+    if snr is 0."""
     schedule, steps = denoiser.schedule, 25
     sampler = (
         PredictorCorrector(num_steps=steps, snr=snr, num_corrector_steps=num_corrector_steps)
@@ -287,7 +291,7 @@ def test_corrector_reduces_the_error_of_the_predictor(schedule: NoiseSchedule) -
 
 @dataclass(frozen=True)
 class LateTime(ExactDenoiser):
-    """Bug: t is off by one. The denoiser receives the next step of the table, 1 / T too late."""
+    """Bug: t is off by one. The denoiser receives a time one step of the table, 1 / T, too late."""
 
     T: int = 1000
 
@@ -326,9 +330,9 @@ def keeps_its_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor
 
 @pytest.mark.parametrize("sampler", SOLVERS, ids=lambda sampler: sampler.describe())
 def test_late_times_and_wrong_signs_break_the_order(sampler: Sampler) -> None:
-    """On steps 150 to 50 of DDPM's 1,000, taken two by two and one by one.
+    """The order is measured on steps 150 to 50 of DDPM's 1,000, taken two by two and one by one.
 
-    (In continuous time for solvers that use derivatives, which a table has only by finite differences, off by 1 / T.)
+    Solvers that use derivatives run in continuous time, because a table has only finite differences, off by 1 / T.
     """
     schedule = VP() if sampler in SLOPED else LinearBetas()
     coarse = torch.linspace(0.15, 0.05, 51)
@@ -370,20 +374,20 @@ def test_late_times_and_wrong_signs_break_the_adaptive_solver(denoiser: type[Exa
 
 
 def test_late_times_and_wrong_signs_break_annealed_langevin() -> None:
-    """Late by one step of 25; the ten levels are more than two steps apart."""
+    """The time is late by one step of 25; the ten levels are more than two steps apart."""
     for denoiser in (LateTime(LinearBetas(), T=25), WrongSign(LinearBetas())):
         assert not falls([langevin_error(denoiser, finer) for finer in (1, 2, 4)])
 
 
 @pytest.mark.parametrize("bug", [{"late": 1 / 200}, {"sign": -1}], ids=str)
 def test_late_times_and_wrong_signs_break_the_corrector(bug: dict[str, Any]) -> None:
-    """Late by one step of 200; one of 1,000 hardly exceeds the Monte Carlo error."""
+    """The time is late by one step of 200, because one step of 1,000 hardly exceeds the Monte Carlo error."""
     assert not corrects(ManyPixels(LinearBetas(), **bug))
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_half_or_twice_the_noise_breaks_langevin_steps(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The missing factor 2: x + k score + sqrt(k) z."""
+    """A missing factor 2 gives x + k score + sqrt(k) z."""
 
     def wrong(x: Tensor, prediction: Prediction, at: ScheduleValues, k: Tensor | float, z: Tensor) -> Tensor:
         return x - k * at.sigma * prediction.eps + (2 * factor * k) ** 0.5 * at.sigma * z

@@ -1,4 +1,4 @@
-"""Sanity checks refuse or warn of impossible samples, and never refuse real images or samples of poor models."""
+"""Sanity checks reject impossible samples or warn of them, but never reject real images or samples of poor models."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ random = torch.Generator().manual_seed(0)
 class Images(NamedTuple):
     spec: DataSpec
     reference: Tensor
-    """Training images at their own levels."""
+    """Training images with the levels of the data set."""
     test: Tensor
-    """Test images as in image files, 0 to 255."""
+    """Test images as in image files, from 0 to 255."""
     labels: Tensor
 
 
 @cache
 def read_zip(path: Path, split: str, n: int) -> tuple[Tensor, Tensor]:
-    """(n images, labels), evenly spaced over the archive: decoding all of CIFAR-10 takes ten seconds."""
+    """Return (n images, labels), evenly spaced over the archive, since decoding all of CIFAR-10 takes ten seconds."""
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith(f"{split}/") and name[-4:] != ".txt")
         names = [name for name in names if name.endswith((".png", ".jpg"))]
@@ -116,7 +116,7 @@ def byte(x: Tensor) -> Tensor:
 
 
 def cast(x: Tensor) -> Tensor:
-    """To uint8 as NumPy casts most floats: truncated, modulo 256."""
+    """Cast to uint8 as NumPy does for most floats: truncated, modulo 256."""
     return (x.trunc().int() % 256).to(torch.uint8)
 
 
@@ -141,14 +141,14 @@ def jpeg(image: Image.Image) -> Image.Image:
 
 
 def shuffled(x: Tensor) -> Tensor:
-    """Quarters of each image, permuted."""
+    """Permute the quarters of each image."""
     top, bottom = x.chunk(2, 2)
     quarters = [*top.chunk(2, 3), *bottom.chunk(2, 3)]
     return torch.cat([torch.cat([quarters[2], quarters[0]], 3), torch.cat([quarters[1], quarters[3]], 3)], 2)
 
 
 def gaussian(x: Tensor) -> Tensor:
-    """Samples of a Gaussian with the mean and covariance of the pixels of ``x``."""
+    """Draw samples from a Gaussian with the mean and covariance of the pixels of ``x``."""
     rows = x.flatten(1).double()
     centred = rows - rows.mean(0)
     weights = torch.randn(len(x), len(x), generator=random, dtype=torch.float64) / len(x) ** 0.5
@@ -214,7 +214,7 @@ def test_poor_samples_on_the_right_scale_get_no_warning(images: Images, kind: st
 def test_bad_samples_of_a_model_are_never_refused(images: Images, kind: str) -> None:
     samples = POOR[kind](images.test[:60])
     warnings(samples, images)
-    if kind != "bright":  # as floats these lie in [0, 1] instead of [-1, 1]
+    if kind != "bright":  # as floats these would be in [0, 1] instead of [-1, 1]
         warnings(samples.float() / 127.5 - 1, images)
 
 
@@ -224,13 +224,13 @@ def test_bad_samples_of_a_model_are_never_refused(images: Images, kind: str) -> 
 @pytest.mark.parametrize("n", [50, 500])
 def test_values_of_0_and_1_are_refused(images: Images, n: int) -> None:
     x = images.test[:n]
-    with pytest.raises(UserError, match=r"only the levels 0 and 1 of .*use \d+ to 255: multiply by 255"):
+    with pytest.raises(UserError, match=r"only the levels 0 and 1 of .*span \d+ to 255: multiply by 255"):
         warnings((x > 127).byte(), images)
     with pytest.raises(UserError, match=r"only the levels 0 and 1 of .*multiply by 255"):
         warnings((x / 255).byte(), images)  # a cast that keeps only 255
     black = (
         "0 and 1" if images.spec.name == "eurosat64" else r"0, 1 and 255 .*\(x \+ 1\) \* 127\.5"
-    )  # it contains no black
+    )  # the data contain no black
     with pytest.raises(UserError, match=f"only the levels {black}"):
         warnings(cast(x / 127.5 - 1), images)
 
@@ -266,7 +266,7 @@ def test_floats_on_another_scale_are_refused(images: Images) -> None:
 
 
 def test_bad_floats_in_the_unit_interval_are_warned_about(images: Images) -> None:
-    """Real images would contain values below 0; but these are not rescaled real images either."""
+    """Real images would contain values below 0, but these are not rescaled real images either."""
     shown = warnings(torch.rand(images.test[:60].shape, generator=random), images)
     assert any("[0, 1]" in warning for warning in shown)
 
@@ -279,14 +279,14 @@ def test_a_models_own_samples_are_never_refused(images: Images) -> None:
 # Warnings
 
 SCALES: dict[str, tuple[Change, str]] = {
-    "halved": (lambda x: x // 2, r"0 to 127 of 255 grey levels; images of \w+ use \d+ to 255: multiply by 2 "),
-    "to 63": (lambda x: x // 4, r"0 to 63 of 255 .*multiply by 4 "),
-    "to 31": (lambda x: x // 8, r" to 31 of 255 .*multiply by 8\.2 "),
-    "[0, 1] read as [-1, 1]": (lambda x: byte(127.5 + x / 2.0), r"1[23]\d to 255 of 255 .*2 x - 1"),
+    "halved": (lambda x: x // 2, r"0 to 127, but real \w+ images span \d+ to 255: multiply by 2 "),
+    "to 63": (lambda x: x // 4, r"0 to 63, but .*multiply by 4 "),
+    "to 31": (lambda x: x // 8, r" to 31, but .*multiply by 8\.2 "),
+    "[0, 1] read as [-1, 1]": (lambda x: byte(127.5 + x / 2.0), r"1[23]\d to 255, but .*2 x - 1"),
     "signed bytes": (lambda x: cast(x.int() - 128), r"x \+ 128 modulo 256"),
-    "inverted": (lambda x: 255 - x, "inverted: they match .* 255 - x"),
+    "inverted": (lambda x: 255 - x, "inverted: 255 - x matches "),
 }
-"""Scales that are wrong for every data set, and the warning."""
+"""Wrong scales for every data set, and their warnings."""
 
 
 @pytest.mark.parametrize("kind", SCALES)
@@ -355,16 +355,16 @@ def test_rotated_and_mirrored_images_are_warned_about(images: Images) -> None:
 
 def test_levels_blank_images_and_noise_are_warned_about(images: Images) -> None:
     x = images.test[:100]
-    assert "use 2 distinct grey levels" in " ".join(warnings((x > 127).byte() * 255, images))
+    assert "have 2 distinct pixel values" in " ".join(warnings((x > 127).byte() * 255, images))
     levels = torch.arange(100, dtype=torch.uint8)[:, None, None, None]
     assert "blank" in " ".join(warnings((levels * 2 + 40).expand(x.shape).contiguous(), images))
-    if images.spec.name != "digits":  # with so few pixels, adjacent values differ as much
+    if images.spec.name != "digits":  # in images with so few pixels, adjacent values differ as much
         assert "noise" in " ".join(warnings(byte(127.5 + 127.5 * noise(x)), images))
     assert "same image" in " ".join(warnings(x[:1].repeat(50, 1, 1, 1), images))
 
 
 def test_clipped_values_are_warned_about(cifar10: Images) -> None:
-    """Images normalised by mean and standard deviation, saved as if they were in [-1, 1]."""
+    """The images are normalised by mean and standard deviation, but saved as if they were in [-1, 1]."""
     x = (cifar10.test[:200] / 255 - 0.45) / 0.225
     assert "were clipped" in " ".join(warnings(x.clamp(-1, 1), cifar10))
 
@@ -394,7 +394,7 @@ def test_copies_in_the_reference_are_warned_about(tmp_path: Path, cifar10: Image
     copied = evaluate(cifar10.test[:100].repeat(4, 1, 1, 1), data, EvaluationProtocol(num_images=300))
     flags = " ".join(copied.details["warnings"])
     assert "of the reference images (train) have 3 or more exact copies" in flags
-    assert "of the samples are exact copies" not in flags, "real images have as many copies"
+    assert "of the samples are exact copies" not in flags, "real images contain as many copies"
 
 
 def test_copies_are_counted_exactly() -> None:
@@ -414,7 +414,7 @@ def test_a_warning_appears_in_terminal_record_and_page(
     assert cli(*words, "samples=levels.npz", "hydra.run.dir=levels") == 1
     assert "own levels" in capsys.readouterr().err and not (tmp_path / "levels" / "record.json").exists()
     assert cli(*words, "samples=half.npz", "hydra.run.dir=half") == 0
-    said = "samples use 0 to 127 of 255 grey levels"
+    said = "samples span 0 to 127, but real digits images span"
     out = " ".join(capsys.readouterr().out.split())
     assert f"Warning: half: {said}" in out
     assert out.index("warning") < out.index("infinity"), "next to the primary metric"
@@ -435,7 +435,7 @@ def test_a_warning_appears_in_terminal_record_and_page(
 
 
 class Halved:
-    """A model that uses half of the range."""
+    """A model that uses only half of the range."""
 
     def __init__(self, data: Digits) -> None:
         self.images = data.normalize(data.split("test").images)
@@ -448,7 +448,7 @@ class Halved:
 def test_a_models_samples_are_checked_too() -> None:
     data = Digits()
     result = evaluate(Halved(data), data, EvaluationProtocol(num_images=100))
-    assert any("0 to 12" in warning and "use 0 to 255" in warning for warning in result.details["warnings"])
+    assert any("0 to 12" in warning and "span 0 to 255" in warning for warning in result.details["warnings"])
 
 
 # Grey images in three channels
@@ -490,19 +490,19 @@ def test_few_samples_give_no_warning_of_missing_modes() -> None:
 
 
 def test_the_distance_has_its_exact_value() -> None:
-    """It is -k / n for the reference itself, and a squared z score for the brightness of blank images."""
+    """The distance is -k / n for the reference itself, and a squared z score for the brightness of blank images."""
     x = torch.randint(0, 256, (400, 1, 4, 4), generator=random).to(torch.uint8)
     real = RealImages(x, DataSpec("noise", (1, 4, 4)))
     k = statistics(x).shape[1]
     assert real.distance(x) == pytest.approx(-k / 400)
     blank = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None, None].repeat(100, 1, 1, 1)
     real = RealImages(blank, DataSpec("blank", (1, 1, 1)))
-    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast, and no neighbour
+    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast and no adjacent pixel
     assert real.distance(blank + 40) == pytest.approx(float(1600 / variance) - 2 / 300)
 
 
 def test_overflow_is_measured_on_the_circle() -> None:
-    """250, 5 and 100 differ by 245 and 95, on the circle by 11 and 95. Saturated values are left out."""
+    """250, 5 and 100 differ by 245 and 95, and on the circle by 11 and 95. Saturated values are ignored."""
     row = torch.tensor([250, 5, 100, 0, 255], dtype=torch.uint8)[None, None, None]
     ratio, circular = wrap_ratio(row)
     assert ratio == pytest.approx(340 / 106) and circular == 53

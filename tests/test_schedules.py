@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 def inner_times(schedule: NoiseSchedule, n: int = 400) -> torch.Tensor:
-    """Times inside the range that avoid the nodes of tables with 10, 1000 or 4000 steps."""
+    """Return times inside the range that avoid the nodes of tables with 10, 1000 or 4000 steps."""
     k = torch.linspace(schedule.t_min, schedule.t_max, n + 2)[1:-1]
     return ((k * 1000).floor() + 0.37) / 1000
 
@@ -46,7 +46,7 @@ def test_snr_falls_strictly_and_is_finite(schedule: NoiseSchedule) -> None:
 def test_t_from_log_snr_inverts_log_snr(schedule: NoiseSchedule) -> None:
     t = torch.linspace(schedule.t_min, schedule.t_max, 777)
     torch.testing.assert_close(schedule.t_from_log_snr(schedule.log_snr(t)), t, atol=1e-10, rtol=0)
-    # The bisection, which schedules without a closed form inherit.
+    # The bisection that schedules without a closed form inherit.
     torch.testing.assert_close(NoiseSchedule.t_from_log_snr(schedule, schedule.log_snr(t)), t, atol=1e-10, rtol=0)
 
 
@@ -68,7 +68,7 @@ def test_sde_keeps_the_marginals(schedule: NoiseSchedule) -> None:
 
 
 def test_derivatives_are_correct_at_the_ends(schedule: NoiseSchedule) -> None:
-    """Sampling starts at t_max and ends at t_min: drift and diffusion are continuous there."""
+    """Drift and diffusion are continuous at t_max, where sampling starts, and at t_min, where it ends."""
     ends = torch.tensor([schedule.t_min, schedule.t_max])
     h = 1e-3 * min(schedule.t_min or 1e-3, 1 - schedule.t_max or 1e-3) * torch.tensor([1.0, -1.0])
     for slope, function in (
@@ -87,7 +87,7 @@ def test_alpha_sigma_and_log_snr_are_consistent(schedule: NoiseSchedule) -> None
 
 
 def test_variance_preserving_sde_in_closed_form(schedule: NoiseSchedule) -> None:
-    """dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11): g^2 = -2 f."""
+    """The SDE dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw (Song et al. 2021, eq. 11) has g^2 = -2 f."""
     if isinstance(schedule, VariancePreserving):
         f, g2 = schedule.sde(inner_times(schedule))
         torch.testing.assert_close(g2, -2 * f, rtol=1e-10, atol=0)
@@ -113,7 +113,7 @@ def test_float32_agrees_with_float64(schedule: NoiseSchedule, request: pytest.Fi
 def test_float32_represents_the_noise_at_both_ends(schedule: NoiseSchedule) -> None:
     """Rounding x_t to float32 preserves the noise at t_min, and the image at t_max, to 1 % or better.
 
-    (An image below a thousandth of the noise does not need to be preserved.)
+    An image below a thousandth of the noise need not be preserved.
     """
     source = generator("cpu", 0)
     x0, eps = torch.rand(1000, generator=source) * 2 - 1, torch.randn(1000, generator=source)
@@ -133,7 +133,7 @@ def test_prior_is_the_noise_at_the_end(schedule: NoiseSchedule) -> None:
     assert abs(float(x.std()) / expected - 1) < 0.02
     assert abs(float(x.mean())) / expected < 0.03
     torch.testing.assert_close(x, schedule.prior((4000, 1, 2, 2), generator("cpu", 0)), rtol=0, atol=0)
-    # A grid that starts later starts from the noise of its first time.
+    # A grid that starts later starts with the noise of its first time.
     middle = torch.tensor((schedule.t_min + schedule.t_max) / 2)
     expected = 1.0 if isinstance(schedule, VariancePreserving) else float(schedule.at(middle).sigma)
     assert abs(float(schedule.prior((9000,), generator("cpu", 0), t=middle).std()) / expected - 1) < 0.03
@@ -181,7 +181,7 @@ def test_any_list_of_betas_is_a_schedule() -> None:
 
 
 def test_first_step_adds_the_first_beta() -> None:
-    """Time 1 / T is the first step, not clean data or the second step."""
+    """Time 1 / T is the first step, and neither clean data nor the second step."""
     schedule = BetaTable([0.1, 0.2, 0.3, 0.4])
     at = schedule.at(torch.tensor([0.25, 0.5, 0.75, 1.0]))
     np.testing.assert_allclose(at.sigma.numpy() ** 2, 1 - np.cumprod([0.9, 0.8, 0.7, 0.6]), rtol=1e-12)
@@ -232,7 +232,8 @@ def test_vp_and_sub_vp_in_closed_form(ends: tuple[float, float]) -> None:
 
 
 def test_vp_is_the_limit_of_linear_betas() -> None:
-    """beta_i = beta(i / T) / T (Song et al. 2021, appendix B), so ten times the steps reduce the error tenfold."""
+    """Since beta_i = beta(i / T) / T (Song et al. 2021, appendix B), ten times as many steps reduce the error
+    tenfold."""
     table, limit = LinearBetas(), VP()
     t = torch.linspace(0.1, 1, 10)
     torch.testing.assert_close(table.at(t).alpha, limit.at(t).alpha, rtol=0.06, atol=0)
@@ -257,12 +258,12 @@ def test_ve_in_closed_form() -> None:
     ],
 )
 def test_noise_in_pixel_units_is_as_published(name: str, times: np.ndarray, published: np.ndarray) -> None:
-    """Pixels p in [0, 1] are x = 2 p - 1 here; adding noise in either range gives the same image."""
+    """Pixels p in [0, 1] are x = 2 p - 1 here, and adding noise in either range gives the same image."""
     at = part("schedule", name).at(torch.tensor(times))
     p, eps = 0.3, -1.7
     x_t = at.alpha * (2 * p - 1) + at.sigma * eps
     np.testing.assert_allclose((x_t.numpy() + 1) / 2, p + published * eps, rtol=1e-12)
-    # In pixel units the noise is half as large: there the log-SNR, of an image of size 1, is 2 log 2 higher.
+    # In pixel units the noise is half as large, so the log-SNR of an image of size 1 is 2 log 2 higher.
     np.testing.assert_allclose(at.log_snr.numpy() + 2 * np.log(2), -2 * np.log(published), rtol=0, atol=1e-12)
 
 
@@ -284,7 +285,8 @@ def test_even_times_of_edm_schedule_are_its_grid(rho: float) -> None:
 
 
 def test_rectified_flow_is_straight() -> None:
-    """x_t = (1 - t) x_0 + t eps: velocity eps - x_0 at all times, f = -1 / (1 - t), g^2 = 2 t / (1 - t)."""
+    """For x_t = (1 - t) x_0 + t eps, the velocity is eps - x_0 at all times, f = -1 / (1 - t) and g^2 = 2 t / (1 -
+    t)."""
     schedule = part("schedule", "rectified")
     at, (f, g2) = schedule.at(T[:-1]), schedule.sde(T[:-1])
     exactly(at.alpha, 1 - t[:-1])
@@ -297,7 +299,7 @@ def test_rectified_flow_is_straight() -> None:
 
 
 def shaken(seed: int, size: float = 4.0) -> LearnedSchedule:
-    """With large random weights, few enough that they do not average out."""
+    """Return a learned schedule with large random weights, few enough that they do not average out."""
     schedule, source = LearnedSchedule(num_features=5), generator("cpu", seed)
     with torch.no_grad():
         for parameter in schedule.interior_parameters():
@@ -313,7 +315,7 @@ def test_learned_schedule_falls_for_any_weights_between_its_endpoints(seed: int)
     assert (found.diff() < 0).all()
     assert found[0] == 13.3 and found[-1] == -5
     assert (found - LearnedSchedule().log_snr(torch.linspace(0, 1, 2001)).detach()).abs().max() > 0.05, (
-        "it has another shape"
+        "the schedule has a different shape"
     )
 
 
@@ -387,12 +389,12 @@ def test_collapsed_learned_schedule_is_rejected(parameter: str, value: float, na
     schedule.check()
     with torch.no_grad():
         getattr(schedule, parameter).fill_(value)
-    with pytest.raises(UserError, match=f"Schedule Learned.*{named}"):
+    with pytest.raises(UserError, match=f"LearnedSchedule.*{named}"):
         schedule.check()
 
 
 def test_learned_schedule_that_is_a_step_is_rejected() -> None:
-    """The log-SNR falls at a single time, and no time is left for intermediate noise levels."""
+    """If the log-SNR falls at a single time, no time is left for intermediate noise levels."""
     torch.set_default_dtype(torch.float32)
     schedule = LearnedSchedule()
     with torch.no_grad():

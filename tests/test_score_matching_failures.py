@@ -1,6 +1,6 @@
-"""Failures of plain score matching (Song and Ermon 2019, sections 3.1 and 3.2), and how many noise levels fix them.
+"""Failures of plain score matching (Song and Ermon 2019, sections 3.1 and 3.2), and how several noise levels fix them.
 
-The claims of docs/score_matching.md, with the training of its figure (`toy_scores`) in fewer steps.
+These are the claims of docs/score_matching.md, with the training of its figure (`toy_scores`) in fewer steps.
 test_sampler_mixture.py checks the weights of a mixture for every sampler and schedule.
 """
 
@@ -46,17 +46,19 @@ def many() -> Denoiser:
 
 
 def test_score_matching_is_unbounded_on_a_line_and_bounded_with_noise() -> None:
-    """With noise n along and across a line of N(0, l^2): -(1 / (l^2 + n^2) + 1 / n^2) / 2, l = 0.5."""
+    """With noise n along and perpendicular to a line of N(0, l^2), the minimum is -(1 / (l^2 + n^2) + 1 / n^2) / 2, l =
+    0.5."""
     _, bare = toy.train_by_score_matching(0.0, steps=150)
     _, noisy = toy.train_by_score_matching(0.1, steps=150)
     least = -0.5 * (1 / (0.25 + 0.01) + 1 / 0.01)
     assert sum(noisy[-50:]) / 50 == pytest.approx(least, rel=0.1)
     late = [sum(bare[k - 50 : k]) / 50 for k in (50, 100, 150)]
-    assert late[2] < 1.5 * late[1] < 2 * late[0] and late[2] < 4 * least, "it falls faster and faster"
+    assert late[2] < 1.5 * late[1] < 2 * late[0] and late[2] < 4 * least, "the loss falls faster and faster"
 
 
 def test_score_is_unbounded_off_a_line_but_not_at_noisy_points() -> None:
-    """N(0, s^2) across the line: the score at distance d is -d / s^2, and s times the score has a mean square of 1."""
+    """Noise N(0, s^2) perpendicular to the line has the score -d / s^2 at distance d, and s times the score has a mean
+    square of 1."""
     learned = toy.train_at_many_levels(toy.line, steps=300, features=64, depth=2)
     source = generator("cpu", 3)
     for sigma in (0.05, 0.1, 0.2, 0.5, 1.0):
@@ -72,7 +74,8 @@ def test_score_is_unbounded_off_a_line_but_not_at_noisy_points() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LineDenoiser:
-    """N(0, 1/4) along x_1 = x_2 and 0 across it: E[x_0 | x_t] is the component along the line / (1 + 4 sigma^2)."""
+    """The exact denoiser of N(0, 1/4) on the line x_1 = x_2: E[x_0 | x_t] is the component along the line / (1 + 4
+    sigma^2)."""
 
     schedule: NoiseSchedule = toy.SCHEDULE
 
@@ -83,7 +86,8 @@ class LineDenoiser:
 
 
 def test_steps_short_enough_to_stay_on_a_line_mix_slowly_along_it() -> None:
-    """The score across is -d / s^2, so steps have size s^2, and 1000 of them hardly move along the line."""
+    """The score perpendicular to the line is -d / s^2, so steps have size s^2, and 1000 of them hardly move along the
+    line."""
     start = torch.ones(2000, 2, 1, 1)
     ends = []
     for steps, times in ((1, torch.stack([toy.time_of(SMALL), torch.tensor(CLEAN)])), (20, None)):
@@ -104,7 +108,8 @@ def test_steps_short_enough_to_stay_on_a_line_mix_slowly_along_it() -> None:
 
 
 def error(denoiser: Denoiser, x: Tensor, sigma: float) -> float:
-    """sqrt(E||s - exact s||^2 / E||exact s||^2) for the two Gaussians with noise, by Bayes' rule."""
+    """Return sqrt(E||s - exact s||^2 / E||exact s||^2) for the two Gaussians with noise, where the exact score follows
+    from Bayes' rule."""
     variance = 0.1**2 + sigma**2
     flat, mean = x.flatten(1).double(), torch.tensor([0.5, 0.5], dtype=torch.float64)
     log_odds = math.log(0.8 / 0.2) + 2 * flat @ mean / variance
@@ -131,14 +136,15 @@ def test_many_levels_learn_the_score_everywhere_at_high_noise(many: Denoiser) ->
         assert error(many, toy.square(2000, source), sigma) < 0.15
     for sigma in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0):
         assert error(many, toy.add_noise(toy.two_gaussians, 2000, sigma, source), sigma) < 0.2
-    assert error(many, toy.square(2000, source), SMALL) > 0.4, "no training points there at low noise"
+    assert error(many, toy.square(2000, source), SMALL) > 0.4, "there are no training points at low noise"
 
 
 # Weights of modes.
 
 
 def test_langevin_at_one_small_level_ignores_the_weights() -> None:
-    """With the exact score and the same random numbers, nearly every point ends in the same place for other weights."""
+    """With the exact score and the same random numbers, nearly every point ends in the same place for different
+    weights."""
     ends = [
         toy.langevin_at_one_level(dataclasses.replace(EXACT, weights=weights), SMALL, 1000)
         for weights in ((0.2, 0.8), (0.5, 0.5), (0.8, 0.2))
@@ -148,7 +154,7 @@ def test_langevin_at_one_small_level_ignores_the_weights() -> None:
         assert toy.mode_std(x) == pytest.approx(0.1, rel=0.1)
     same = (ends[0] - ends[2]).flatten(1).norm(dim=1) < 0.05
     assert same.float().mean() > 0.95
-    # The same number of steps at 20 levels: as many points change sides as the weights differ by.
+    # With the same number of steps at 20 levels, as many points change modes as the weights differ by.
     annealed = [toy.small_mode_weight(toy.draw_samples(toy.ANNEALED, dataclasses.replace(EXACT, weights=w), 1000))
                 for w in ((0.2, 0.8), (0.8, 0.2))]  # fmt: skip
     assert annealed[1] - annealed[0] == pytest.approx(0.6, abs=0.08)

@@ -36,13 +36,13 @@ SEARCH = ["-m", "+search=optuna", "model=vae", *TINY, "hydra.sweeper.n_trials=2"
 
 
 def records(folder: Path) -> dict[int, Any]:
-    """Records by the number of the trial."""
+    """Return the records by trial number."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/record.json"))]
     return {record["config"]["trial"]["number"]: record for record in found}
 
 
 def outcome(record: dict[str, Any]) -> Any:
-    """The parts of a trial's record that must not depend on interruptions."""
+    """Return the parts of a trial's record that must not depend on interruptions."""
     return record["training"]["preview"], record["config"]["model"]["optimizer"]["lr"], record["training"]["steps"]
 
 
@@ -55,7 +55,7 @@ def test_an_interrupted_search_ends_like_an_uninterrupted_one(
     last = {number: record["training"]["preview"]["last"] for number, record in whole.items()}
     best = min(last, key=lambda number: last[number])
     for number, record in whole.items():
-        # Only the best trial is evaluated on test images, and it was chosen without them.
+        # Only the best trial is evaluated on test images, and it is chosen without them.
         assert bool(record["results"]) == (number == best) == record["training"]["tuning"]["best"]
         assert record["training"]["tuning"]["trials"] == 2 and record["state"] == "finished"
     costs = {
@@ -91,7 +91,7 @@ def test_an_interrupted_search_ends_like_an_uninterrupted_one(
 
 
 def test_a_search_waits_for_an_active_trial_in_a_folder_of_any_name(tmp_path: Path, capsys: Any) -> None:
-    """As after SIGKILL of ``hydra/launcher=parallel``: the process of the trial finishes it while the search waits."""
+    """As after SIGKILL of ``hydra/launcher=parallel``, the trial's process finishes it while the search waits."""
     folder = tmp_path / "it's a u? 50%" / "0_digits vae"
     folder.parent.mkdir()
     study = search.Study(
@@ -111,13 +111,13 @@ def test_a_search_waits_for_an_active_trial_in_a_folder_of_any_name(tmp_path: Pa
     with ExitStack() as stack:
         study.run(launch)
     assert "[0_digits vae] waiting for the process" in capsys.readouterr().out
-    assert len(launched) == 2 and launched[1]["resume"] == str(folder), "then it is evaluated"
+    assert len(launched) == 2 and launched[1]["resume"] == str(folder), "the trial is then evaluated"
     assert launched[1]["hydra.sweep.subdir"] == "0_digits vae"
     assert (folder.parent / search.STUDY_FILE).is_file()
 
 
 def test_each_value_of_study_per_has_a_study_with_failed_trials(cli: Cli, tmp_path: Path) -> None:
-    """Two values of beta stand for two families, one of which cannot be trained."""
+    """Two values of beta represent two families, one of which cannot be trained."""
     studies = ["hydra.sweeper.study_per=model.beta", "model.beta=-1,1"]
     overrides = [*SEARCH[:-1], "hydra.sweeper.n_trials=1", *studies, "hydra.sweep.dir=two"]
     assert cli(*overrides) == 1

@@ -1,4 +1,4 @@
-"""Runs that differ in seeds alone are one row: the mean over training seeds with a valid confidence interval."""
+"""Runs that differ only in their seeds are one row: the mean over training seeds, with a valid confidence interval."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_three_seeds_are_one_row_with_their_mean(tmp_path: Path) -> None:
 
 
 def test_seeds_are_distinguished_from_settings(tmp_path: Path) -> None:
-    """A real config contains the seed several times: for the order of images and for the samples."""
+    """A real config contains the seed several times, including for the order of images and for the samples."""
 
     def run(k: int, *words: str) -> Path:
         config = OmegaConf.to_container(compose(f"seed={k}", *words))
@@ -92,7 +92,7 @@ def test_another_ema_decay_is_another_model(tmp_path: Path, further: int) -> Non
 )
 def test_callbacks_that_affect_metrics_make_another_model(tmp_path: Path, name: str, value: Any, rows: int) -> None:
     plain, changed = compose(), compose()
-    assert OmegaConf.select(plain, name, default="none") not in ("none", value), "the setting exists"
+    assert OmegaConf.select(plain, name, default="none") not in ("none", value), "the config has this setting"
     OmegaConf.update(changed, name, value)
     folders = [
         write_run(
@@ -114,7 +114,7 @@ def test_sampling_seeds_are_nested_in_training_seeds(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", [result(v, generation={"seed": k}) for k, v in enumerate([1.0, 1.2])], seed=0)
     two = write_run(tmp_path / "b", [result(v, generation={"seed": k}) for k, v in enumerate([3.0, 3.2])], seed=1)
     (row,) = ranked([one, two]).rows
-    # Two independent trainings, 1.1 and 3.1: not four values.
+    # Two independent training runs, with means 1.1 and 3.1, and not four values.
     half = 12.7062047 * (2.0 / 2**0.5) / 2**0.5
     assert row.metric.value == pytest.approx(2.1)
     assert row.metric.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)

@@ -58,7 +58,7 @@ def test_fewer_than_five_seeds_are_not_tested() -> None:
 
 
 def test_the_family_wise_error_rate_is_bounded() -> None:
-    """The best of ten equal rows is selected by the same values that are tested."""
+    """The best of ten equal rows is selected by the same values that are then tested."""
     random = np.random.default_rng(1)
     wrong = naive = 0
     for _ in range(600):
@@ -67,7 +67,7 @@ def test_the_family_wise_error_rate_is_bounded() -> None:
         with_best = stats.ttest_ind(samples[:1], samples[1:], axis=1, equal_var=False).pvalue
         naive += bool(with_best.min() * 9 <= 0.05)
     assert wrong / 600 < 0.05 + 2 * (0.05 * 0.95 / 600) ** 0.5
-    assert naive / 600 > 0.07, "correcting for the comparisons with the best row alone is not enough"
+    assert naive / 600 > 0.07, "correcting only for the comparisons with the best row is not enough"
 
 
 def test_unequal_variances_keep_the_error_rate() -> None:
@@ -146,7 +146,7 @@ def test_with_a_target_the_distance_from_it_is_tested(tmp_path: Path) -> None:
 
 
 def test_seeds_that_stopped_at_different_steps_are_one_row(tmp_path: Path) -> None:
-    """The best checkpoint, or the last one under a time limit, has another step for each seed."""
+    """The best checkpoint, or the last one under a time limit, has a different step for each seed."""
     for k, (best, last) in enumerate([(100, 900), (200, 950)]):
         steps = {"best": best, "last": last}
         results = [
@@ -160,4 +160,4 @@ def test_seeds_that_stopped_at_different_steps_are_one_row(tmp_path: Path) -> No
     ]  # fmt: skip
     early = result(9.0, generation={"seed": 2, "step": 300})
     write_run(tmp_path / "a2", [early], seed=2, with_grid=False, training={"steps": 900})
-    assert len(ranked(sorted(tmp_path.iterdir())).rows) == 3, "a result from during training has its own row"
+    assert len(ranked(sorted(tmp_path.iterdir())).rows) == 3, "a result from an earlier step has its own row"

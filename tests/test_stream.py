@@ -1,4 +1,4 @@
-"""The training stream: batches depend neither on the number of processes nor on where a run was resumed."""
+"""The training stream: batches depend neither on the number of processes nor on where training was resumed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Numbered(ImageData):
 
 
 def run(steps: int, *, start: int = 0, rank: int = 0, world_size: int = 1, seed: int = 0, flip: bool = True):
-    """(images, labels) of the batches of one process."""
+    """Return (images, labels) of the batches of one process."""
     data = Numbered(batch_size=8, random_flip=flip, seed=seed)
     stream = TrainStream(data, start_step=start, rank=rank, world_size=world_size, device=torch.device("cpu"))
     return [(x, cond["label"]) for x, cond in islice(stream, steps)]
@@ -59,7 +59,7 @@ def test_flips_affect_half_of_the_images_and_only_their_orientation() -> None:
     assert ((levels == plain).all(-1) | flipped).all(), "each image has its own label, flipped or not"
     assert abs(float(flipped.double().mean()) - 0.5) < 5 * 0.5 / (8 * steps) ** 0.5
     by_row = flipped.reshape(steps, 8).double().mean(0)
-    assert ((by_row - 0.5).abs() < 5 * 0.5 / steps**0.5).all(), "in each row of the batch too"
+    assert ((by_row - 0.5).abs() < 5 * 0.5 / steps**0.5).all(), "images at each batch position are both flipped and not"
     unflipped = torch.cat([x for x, _ in run(steps, flip=False)])
     assert torch.equal(torch.where(flipped[:, None, None, None], unflipped.flip(-1), unflipped), images)
 
@@ -69,7 +69,7 @@ def test_processes_divide_the_same_global_batch(world_size: int) -> None:
     whole = run(9)
     parts = [run(9, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, (x, label) in enumerate(whole):
-        assert torch.equal(torch.cat([part[step][0] for part in parts]), x), "images, flips included"
+        assert torch.equal(torch.cat([part[step][0] for part in parts]), x), "images, including their flips"
         assert torch.equal(torch.cat([part[step][1] for part in parts]), label)
 
 

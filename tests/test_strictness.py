@@ -1,4 +1,4 @@
-"""Unknown settings are refused in one line before training, old names still work, and added callbacks are used."""
+"""Unknown settings are rejected in one line before training, old names still work, and added callbacks are used."""
 
 from __future__ import annotations
 

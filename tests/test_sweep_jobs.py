@@ -1,4 +1,4 @@
-"""Which configs are the same job or the same training, and which folder a sweep uses."""
+"""Tests of which configs are the same job or the same training, and which folder a sweep uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAST = "evaluation=quick"
 
 
 def identity(cfg: DictConfig, **changed: Any) -> JobIdentity:
-    """The identity of a config with changed values, by key with dots as double underscores."""
+    """Return the identity of a config with changed values, given by key with double underscores for dots."""
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for key, value in changed.items():

@@ -1,4 +1,4 @@
-"""The presets of sweeps: which jobs they contain, and that these differ only in the setting under study."""
+"""Sweep presets: their jobs, which differ only in the setting under study."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hydra_plugins.gencompare_sweeps.sweepers import with_experiment
 
 
 def jobs(preset: str, *overrides: str) -> list[list[str]]:
-    """The overrides of each job of a preset."""
+    """Return the overrides of each job of a preset."""
     compose(f"+sweep={preset}", *overrides)
     hydra = HydraConfig.get()
     params = [f"{key}={value}" for key, value in hydra.sweeper.params.items()]
@@ -38,7 +38,7 @@ def jobs(preset: str, *overrides: str) -> list[list[str]]:
 
 
 def differing_keys(one: Any, two: Any, prefix: str = "") -> set[str]:
-    """The dotted keys with different values in two configs."""
+    """Return the dotted keys with different values in two configs."""
     if isinstance(one, dict) and isinstance(two, dict):
         keys = one.keys() | two.keys()
         return {k for key in keys for k in differing_keys(one.get(key), two.get(key), f"{prefix}.{key}".lstrip("."))}
@@ -68,7 +68,7 @@ def test_families_have_own_settings_but_one_budget_and_protocol(data: str, famil
 
 
 def bases(model: str) -> set[str]:
-    """The names of the base classes of a family."""
+    """Return the names of a family's base classes."""
     node: Any = OmegaConf.load(conf_dir() / "model" / f"{model}.yaml")
     while "_target_" not in node:
         node = OmegaConf.load(conf_dir() / "model" / f"{next(d for d in node.defaults if isinstance(d, str))}.yaml")
@@ -135,5 +135,5 @@ def test_each_guidance_scale_predicts_other_noise() -> None:
     with torch.no_grad():
         eps = [model.sampling_denoiser(x, t, label).eps for _ in sampling_variants(cfg, model)]
     assert all(not torch.allclose(one, two) for k, one in enumerate(eps) for two in eps[:k])
-    # Guidance is off (scale 1, as in the model itself) outside its interval of sigma / alpha, here 1 and 12.7.
+    # Guidance is off (scale 1, the model alone) outside its interval of sigma / alpha, here at 1 and 12.7.
     assert torch.allclose(eps[-1][1], eps[0][1]) and not torch.allclose(eps[-1][0], eps[0][0])

@@ -96,9 +96,9 @@ def test_a_failed_job_does_not_stop_the_others_and_is_tried_again(
     }
     assert [record["state"] for record in records.values()] == ["failed", "finished"]
     error = records["0_digits_vae"]["training"]["error"]
-    assert "beta" in error and error in (tmp_path / "sweep" / "compare.html").read_text(), "the page shows it"
+    assert "beta" in error and error in (tmp_path / "sweep" / "compare.html").read_text(), "the page shows the error"
     times = {name: (tmp_path / "sweep" / name / "record.json").stat().st_mtime_ns for name in records}
-    # Once the cause is fixed (here: in the model), the same command runs the remaining job.
+    # Once the cause is fixed (here, in the model), the same command runs the remaining job.
     monkeypatch.setattr(VAE, "__init__", with_positive_beta(VAE.__init__))
     assert cli(*overrides) == 0
     out = capsys.readouterr().out
@@ -193,7 +193,7 @@ def fail(cfg: Any) -> None:
 
 
 def test_a_sweep_waits_for_active_jobs_before_it_compares(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """As after SIGKILL of ``hydra/launcher=parallel``, whose jobs are separate processes."""
+    """As after SIGKILL of ``hydra/launcher=parallel``, the jobs are separate processes that continue."""
     overrides = [*GAUSSIAN, "seed=0", "hydra.sweep.dir=sweep"]
     assert cli(*overrides) == 0
     for final_state, code in (("finished", 0), ("running", 1)):
@@ -215,5 +215,5 @@ def test_failures_of_other_commands_are_listed_separately(cli: Cli, capsys: Any)
     out = capsys.readouterr().out
     assert "runs did not finish" not in out
     assert "1 run(s) of other commands in this folder did not finish:\n  [0_digits_vae] failed: model.beta=-1" in out
-    assert cli("-m", "model=vae", "model.beta=-1", *overrides) == 1, "the same command tries it again"
+    assert cli("-m", "model=vae", "model.beta=-1", *overrides) == 1, "the same command runs the job again"
     assert "1 of 1 runs did not finish" in capsys.readouterr().out

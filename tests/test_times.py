@@ -93,22 +93,22 @@ def test_uniform_grid_with_all_steps_is_the_discrete_times() -> None:
 
 def test_uniform_grid_is_even() -> None:
     np.testing.assert_allclose(UniformGrid()(VE(), 5)[:-1], [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
-    # Of a discrete schedule, the nearest steps: 999 k / 4 is 0, 249.75, 499.5, 749.25, 999, counted from 0.
+    # On a discrete schedule, times are the nearest steps to 999 k / 4 = 0, 249.75, 499.5, 749.25, 999, counted from 0.
     index = UniformGrid()(LinearBetas(), 5)[:-1] * 1000 - 1
     np.testing.assert_allclose(index, [999, 749, 500, 250, 0], atol=1e-9)
 
 
 def test_quadratic_grid_is_that_of_ddim() -> None:
-    """Song et al. (2021), "DDIM", appendix D.2: tau_i grows as i^2."""
+    """As in Song et al. (2021), "DDIM", appendix D.2, tau_i grows as i^2."""
     times = QuadraticGrid()(RectifiedFlow(), 21)[:-1].numpy()
     ends = math.sqrt(1e-4), math.sqrt(1 - 1e-4)
     np.testing.assert_allclose(times, np.linspace(ends[1], ends[0], 21) ** 2, rtol=1e-12)
-    # Of a discrete schedule: c i^2, rounded; duplicates move to the next free step.
+    # On a discrete schedule, times are c i^2, rounded; duplicates move to the next free step.
     steps = QuadraticGrid()(LinearBetas(), 50)[:-1].flip(0).numpy() * 1000
     rounded = np.round(np.linspace(1, math.sqrt(1000), 50) ** 2 - 1) + 1
     np.testing.assert_allclose(steps[3:], rounded[3:], atol=1e-9)
     np.testing.assert_allclose(steps[:4], [1, 3, 5, 8], atol=1e-9)
-    # 1, 1.62, 2.38, 3.29, 4.35, 5.55, 6.90, 8.39, 10: where two round to the same step, the later one moves up.
+    # 1, 1.62, 2.38, 3.29, 4.35, 5.55, 6.90, 8.39, 10: if two round to the same step, the later one moves up.
     crowded = QuadraticGrid()(BetaTable([0.1] * 10), 9)[:-1].flip(0).numpy() * 10
     np.testing.assert_allclose(crowded, [1, 2, 3, 4, 5, 6, 7, 8, 10], atol=1e-9)
 
@@ -122,7 +122,7 @@ def test_karras_grid_is_that_of_edm(rho: float) -> None:
         found = (at.sigma / at.alpha).numpy()
         high, low = found[0] ** (1 / rho), found[-1] ** (1 / rho)
         np.testing.assert_allclose(found, (high + i / (n - 1) * (low - high)) ** rho, rtol=1e-8)
-    # Under the schedule of Karras et al. itself these are their published sigmas, and even times.
+    # Under the schedule of Karras et al., these are the published sigmas at evenly spaced times.
     sigma = EDMSchedule().at(KarrasGrid()(EDMSchedule(), n)[:-1]).sigma.numpy()
     expected = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     np.testing.assert_allclose(sigma, expected, rtol=1e-10)
@@ -188,7 +188,7 @@ def test_invalid_grids_are_rejected(make) -> None:
 
 def test_sampler_description_includes_the_grid() -> None:
     described = [DDIM(num_steps=5, grid=part("sampler/grid", name)).describe() for name in GRIDS]
-    assert len(set(described)) == len(GRIDS), "rows of a comparison must differ"
+    assert len(set(described)) == len(GRIDS), "grids in a comparison must have different descriptions"
     assert DDIM(num_steps=5, grid=UniformGrid()).describe() == "DDIM, 5 steps, eta 0"
     assert (
         DDIM(num_steps=5, grid=KarrasGrid(log_snr_end=6.5)).describe()
@@ -201,7 +201,7 @@ def test_sampler_description_includes_the_grid() -> None:
 
 N = 20_000
 MOMENTS = ((1, 0, 1), (2, 1, 2**0.5), (3, 0, 15**0.5), (4, 3, 96**0.5))
-"""Moments of the standard normal: order, value, and standard deviation of the estimate from one sample."""
+"""Moments of the standard normal: order, value, and the standard deviation of the estimate from one sample."""
 
 
 def assert_standard_normal(z: torch.Tensor) -> None:
@@ -229,7 +229,7 @@ def test_training_times_are_uniform(schedule: NoiseSchedule, stratified: bool) -
     assert t.min() >= schedule.t_min - 1e-6 and t.max() <= schedule.t_max + 1e-6
     assert of_the_table(schedule, t)
     assert abs(float(t.double().mean()) - (schedule.t_max + schedule.t_min) / 2) < 0.01 * span
-    # Of T steps from end to end: span^2 (T + 1) / 12 (T - 1).
+    # For T steps from end to end, the variance is span^2 (T + 1) / 12 (T - 1).
     table = schedule.discrete_times
     variance = span**2 / 12 * (1 if table is None else (len(table) + 1) / (len(table) - 1))
     assert abs(float(t.double().var()) - variance) < 0.005 * span**2

@@ -1,4 +1,4 @@
-"""Metrics as `torchmetrics.Metric`: alone, in a collection, and equal to other implementations."""
+"""Metrics as `torchmetrics.Metric`, alone and in a collection, equal other implementations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REAL_COMPARISONS = [
 
 
 class Pooled(nn.Module):
-    """Twelve features of an image."""
+    """Extracts twelve features of an image."""
 
     num_features = 12
 

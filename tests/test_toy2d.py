@@ -25,7 +25,7 @@ def test_points_are_fixed_within_the_square_and_splits_are_disjoint(name: str) -
     data, x, labels = points(name)
     assert data.spec.name == f"toy2d_{name}" and data.spec.num_bins is None
     assert np.abs(x).max() < 1.05 and np.abs(x).max() > 0.7
-    assert np.mean(np.abs(x).max(1) > 1) < 1e-3, "almost all within [-1, 1]"
+    assert np.mean(np.abs(x).max(1) > 1) < 1e-3, "almost all points are within [-1, 1]"
     assert (labels is None) == (data.spec.num_classes == 0)
     rows = [{tuple(p) for p in data.split(s).images.flatten(1).tolist()} for s in ("train", "val", "test")]
     assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
@@ -49,7 +49,7 @@ def test_density_integrates_to_one_and_matches_the_points(name: str) -> None:
     p = log_p.exp().reshape(side, side).numpy()
     cell = (3 / side) ** 2
     assert p.sum() * cell == pytest.approx(1, abs=1e-9 if name != "checkerboard" else 1e-2)
-    # Counts of points in coarse cells agree with n p, the expected number, within 5 standard deviations.
+    # Point counts in coarse cells agree with the expected n p within 5 standard deviations.
     coarse = p.reshape(20, 40, 20, 40).sum((1, 3)) * cell
     counts, *_ = np.histogram2d(x[:, 0], x[:, 1], bins=20, range=[[-1.5, 1.5]] * 2)
     n = len(x)
@@ -66,7 +66,7 @@ def test_log_density_accepts_images_and_points() -> None:
 
 
 def test_two_gaussians_is_the_toy_example_of_ncsn() -> None:
-    """Song and Ermon 2019, section 3.2.2: 1/5 N(-5, I) + 4/5 N(5, I), here divided by 10."""
+    """The data are those of Song and Ermon (2019), section 3.2.2, 1/5 N(-5, I) + 4/5 N(5, I), divided by 10."""
     data, x, labels = points("two_gaussians")
     assert labels is not None
     assert np.mean(x.sum(1) < 0) == pytest.approx(0.2, abs=5 * 0.4 / math.sqrt(len(x)))
@@ -109,7 +109,7 @@ def test_moons_and_swiss_roll_lie_on_their_curves() -> None:
     radius = np.where(labels.numpy() == 0, np.hypot(*upper.T), np.hypot(*lower.T))
     assert np.abs(radius - 1).std() < 1.75 * 0.03 and abs(radius.mean() - 1) < 0.005
     half = np.where(labels.numpy() == 0, upper[:, 1], lower[:, 1])
-    assert half.min() > -5 * 1.75 * 0.03, "half circles only"
+    assert half.min() > -5 * 1.75 * 0.03, "the points lie on half circles"
 
     _, x, _ = points("swiss_roll", 4000)
     radius = np.hypot(*x.T) / 0.9 * 4.5 * np.pi  # the total angle of a point on the curve

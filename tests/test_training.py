@@ -1,4 +1,5 @@
-"""Laws of training: a step depends on the seed and its number, not on processes, interruptions or evaluations."""
+"""Laws of training: a step depends only on the seed and its index, and not on processes, interruptions or
+evaluations."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class Affine(GenerativeModel):
 def train(
     folder: Path, *, steps: int, until: int | None = None, resume: bool = False, evaluations: int = 0, **options: Any
 ) -> tuple[Affine, list[Any]]:
-    """Train for a budget of ``steps``, but stop after step ``until``; ``resume`` from the checkpoint in ``folder``."""
+    """Train for a budget of ``steps`` but stop after step ``until``, or ``resume`` from the checkpoint in
+    ``folder``."""
 
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -104,7 +106,7 @@ def test_a_raised_budget_adds_evaluations(tmp_path: Path) -> None:
 
 
 def test_training_time_counts_every_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of the clock excludes only evaluations and checkpoints."""
+    """The clock's time excludes only evaluations and checkpoints."""
     original = MetricLogger.on_train_batch_end
 
     def slow(self: MetricLogger, *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ def small(**changes: Any) -> UNet:
 
 
 def randomized(net: nn.Module) -> Any:
-    """The same network with random weights, so that nothing is zero as at initialisation."""
+    """Give the network random weights, because some are zero at initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -229,7 +229,7 @@ def test_training_learns_labels_and_noise_levels() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx((1 + 0.3**2) / 2)
-    # With the labels alone, the loss could not go below the variance of (1, 0.3); without them, not below its start.
+    # With labels alone, the loss cannot go below the variance of (1, 0.3); without labels, not below its start.
     assert losses[-1] < 0.1 * (0.7 / 2) ** 2
 
 
@@ -239,7 +239,7 @@ def test_every_parameter_has_a_gradient() -> None:
     net(x, t, {"label": torch.tensor([0, 1, 2])}).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
     label: Any = net.conditions.label
-    assert torch.equal(label.weight.grad[3], torch.zeros(32)), "the unused row for 'no label' has no gradient"
+    assert torch.equal(label.weight.grad[3], torch.zeros(32)), "the unused embedding for 'no label' has no gradient"
 
 
 def test_dropout_is_inactive_in_eval_mode() -> None:

@@ -32,7 +32,7 @@ from gencompare.training.lightning_plugins import AtomicCheckpointIO
 
 
 def gaussians() -> tuple[MixtureOfGaussians, torch.distributions.MixtureSameFamily]:
-    """A mixture prior in two dimensions, and the same distribution from PyTorch."""
+    """Return a mixture prior in two dimensions, and the same distribution from PyTorch."""
     torch.manual_seed(0)
     prior = MixtureOfGaussians(2, num_components=3)
     for parameter in prior.parameters():
@@ -58,7 +58,8 @@ def test_a_mixture_prior_has_the_right_density_and_moments() -> None:
 
 
 def test_the_single_sample_kl_estimate_is_unbiased() -> None:
-    """E_q[log q - log p] by numerical integration over the plane, and the closed form for a standard normal."""
+    """The mean estimate equals E_q[log q - log p], by numerical integration over the plane and by the closed form for a
+    standard normal."""
     prior, truth = gaussians()
     mean, log_var = torch.tensor([[0.3, -0.8]]), torch.tensor([[-1.0, 0.4]])
     q = torch.distributions.Independent(torch.distributions.Normal(mean[0], (0.5 * log_var[0]).exp()), 1)
@@ -77,8 +78,8 @@ def test_the_single_sample_kl_estimate_is_unbiased() -> None:
 
 
 def test_a_learned_prior_reaches_the_information_in_the_latents() -> None:
-    """For posteriors N(3, 0.5^2) and N(-3, 0.5^2), equally frequent, the best prior is their mixture, with a KL of log
-    2, the one bit in z. From N(0, 1) it is 4.8 nats."""
+    """For the equally frequent posteriors N(3, 0.5^2) and N(-3, 0.5^2), the best prior is their mixture, with a KL of
+    log 2, the one bit in z. From N(0, 1) the KL is 4.8 nats."""
     torch.manual_seed(0)
     prior = MixtureOfGaussians(1, num_components=2)
     mean = torch.tensor([3.0, -3.0]).repeat(64)[:, None]
@@ -106,7 +107,7 @@ def test_kl_from_a_standard_normal_matches_pytorch() -> None:
 
 
 class Linear(nn.Module):
-    """A linear encoder or decoder, for a VAE with a known exact likelihood."""
+    """A linear encoder or decoder, for a VAE whose exact likelihood is known."""
 
     def __init__(self, weight: Tensor, bias: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -117,7 +118,8 @@ class Linear(nn.Module):
 
 
 class Truth:
-    r"""Probabilistic PCA, x = W z + sigma eps with orthogonal columns in W: log p(x) and p(z | x) are known."""
+    r"""Probabilistic PCA, x = W z + sigma eps with orthogonal columns in W, for which log p(x) and p(z | x) are
+    known."""
 
     def __init__(self, d: int = 5, k: int = 3, sigma: float = 0.4, n: int = 6) -> None:
         torch.manual_seed(0)
@@ -130,7 +132,7 @@ class Truth:
         self.weight, self.log_var = (self.w / sigma**2 / precision).T, (1 / precision).log()
 
     def vae(self, nudge: float, **options: Any) -> tuple[VAE, Tensor]:
-        """The true decoder with a posterior perturbed by about ``nudge``, and KL(q(z|x) || p(z|x)) of each x."""
+        """Return the true decoder with a posterior perturbed by about ``nudge``, and KL(q(z|x) || p(z|x)) of each x."""
         torch.manual_seed(1)
         weight = self.weight + nudge * torch.randn(self.k, self.d)
         log_var = self.log_var + nudge * torch.randn(self.k)
@@ -151,14 +153,14 @@ class Truth:
         return model, torch.distributions.kl_divergence(q, truth).sum(1)
 
     def scored(self, model: VAE, name: str, repeats: int) -> Tensor:
-        """``likelihoods()[name]`` of each x in nats, (n, repeats), with independent noise."""
+        """Return ``likelihoods()[name]`` of each x in nats, (n, repeats), with independent noise."""
         many = self.x.repeat_interleave(repeats, 0)[:, :, None, None]
         bits = model.likelihoods()[name].bits_per_dim(many, {}, torch.Generator().manual_seed(1))
         return -(bits * self.d * math.log(2)).reshape(-1, repeats)
 
 
 def test_the_gap_of_the_bound_is_the_kl_of_the_posterior() -> None:
-    """ELBO = log p(x) - KL(q(z|x) || p(z|x)): never above log p(x), and equal to it for the true posterior."""
+    """ELBO = log p(x) - KL(q(z|x) || p(z|x)) is never above log p(x), and equals it for the true posterior."""
     truth, gaps = Truth(), []
     for nudge in (0.0, 0.2):
         model, gap = truth.vae(nudge)
@@ -177,7 +179,7 @@ def test_the_importance_weighted_bound_rises_to_the_likelihood() -> None:
         bounds.append(found.mean(1))
         errors.append(found.std(1) / math.sqrt(3_000))
         assert (bounds[-1] < truth.exact + 4 * errors[-1]).all(), "never above the exact likelihood"
-    assert torch.allclose(bounds[0], truth.exact - gap, atol=0.1), "with one sample it is the ELBO"
+    assert torch.allclose(bounds[0], truth.exact - gap, atol=0.1), "with one sample the bound is the ELBO"
     for fewer, more, error in zip(bounds, bounds[1:], errors, strict=False):
         assert (more > fewer - 4 * error).all() and more.mean() > fewer.mean() + 0.005
     assert (truth.exact - bounds[-1]).mean() < 0.1 * (truth.exact - bounds[0]).mean()
@@ -197,9 +199,9 @@ def test_the_importance_weighted_bound_is_the_log_mean_weight() -> None:
 
 
 def test_a_trained_linear_vae_reaches_probabilistic_pca() -> None:
-    """Tipping and Bishop (1999), eqs. 7 and 8: the best k-dimensional linear-Gaussian model has the leading eigenvalues
-    of the covariance, and the mean of the others as noise variance. The bound is tight at its optimum (Lucas et al.
-    2019, "Don't blame the ELBO!"), so training reaches this maximum, within 1 %."""
+    """By Tipping and Bishop (1999), eqs. 7 and 8, the best k-dimensional linear-Gaussian model has the leading
+    eigenvalues of the covariance, and the mean of the others as noise variance. The bound is tight at its optimum
+    (Lucas et al. 2019, "Don't blame the ELBO!"), so training reaches this maximum within 1 %."""
     rng = np.random.default_rng(0)
     n, d, k = 400, 5, 2
     x = rng.normal(size=(n, k)) @ rng.normal(size=(k, d)) + 0.5 * rng.normal(size=(n, d)) + rng.normal(size=d)
@@ -253,12 +255,12 @@ def test_beta_and_free_bits_change_the_loss_but_not_the_bound() -> None:
     assert torch.allclose(changed["loss"], plain["reconstruction"] + 3 * plain["kl"], atol=1e-5)
     assert torch.equal(changed["bits_per_dim"], plain["bits_per_dim"])
 
-    # More free bits than the KL of any dimension: the penalty is constant, 4 dimensions x 5 bits over 64 pixels.
+    # With more free bits than the KL of any dimension, the penalty is constant: 4 dimensions x 5 bits over 64 pixels.
     free = vae(Digits.spec, free_bits=5.0)
     losses = free.losses(x, {}, source(16))
     assert torch.allclose(losses["loss"] - plain["reconstruction"], torch.full((16,), 4 * 5 / 64), atol=1e-5)
     assert torch.equal(losses["bits_per_dim"], plain["bits_per_dim"])
-    # Fewer free bits than the KL of every dimension: no effect.
+    # Fewer free bits than the KL of every dimension have no effect.
     with torch.no_grad():
         for model in (free := vae(Digits.spec, free_bits=0.5), plain_model := vae(Digits.spec)):
             model.encoder.out.bias[:4] += 5.0  # type: ignore[union-attr,operator]
@@ -372,7 +374,7 @@ def test_kl_warmup_is_linear_and_affects_training_only(monkeypatch: pytest.Monke
 
 
 def train(folder: Path, *, until: int, resume: bool = False, **options: Any) -> VAE:
-    """A VAE of digits, trained for 8 steps or stopped after step ``until``."""
+    """Train a VAE on digits up to step ``until`` of 8, or ``resume`` it."""
 
     class StopAt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -401,7 +403,7 @@ def test_a_run_resumed_during_warmup_equals_an_uninterrupted_one(tmp_path: Path)
 
 
 def test_visualisations_show_reconstruction_interpolation_traversal() -> None:
-    """With a linear decoder with orthogonal columns, latents can be computed from the images."""
+    """With a linear decoder whose columns are orthogonal, latents can be computed from the images."""
     truth = Truth(n=5)
     model, _ = truth.vae(0.0)
     assert isinstance(model, SupportsVisualization)
@@ -454,7 +456,7 @@ def test_free_bits_with_a_mixture_prior_raise_an_error() -> None:
 
 
 def test_visualisations_of_a_conditional_model_keep_the_class() -> None:
-    """Interpolations use the class of the nearer image; traversals that of their image."""
+    """Interpolations use the class of the nearer image, and traversals the class of their image."""
     z, label = torch.randn(4, 3), torch.tensor([7, 2, 5, 9])
 
     def decode(z: Tensor, cond: Cond) -> Tensor:
@@ -466,7 +468,7 @@ def test_visualisations_of_a_conditional_model_keep_the_class() -> None:
 
 
 def test_traversals_show_constant_latent_dimensions_last() -> None:
-    """A constant dimension has a large KL if it is far from 0, but carries no information."""
+    """A constant dimension has a large KL if it is far from 0 but carries no information."""
     means = torch.stack([torch.full((6,), 5.0), torch.tensor([0.5, -0.5] * 3)], 1)
     log_var = torch.tensor([0.5, 0.1]).square().log().expand(6, 2)
     traversed = visualization.traversal(lambda z, cond: z[:, :, None, None], means, log_var, {})[..., 0, 0]

@@ -1,4 +1,4 @@
-"""gencompare: train any family of image generative model, measure all of them under one protocol, compare.
+"""Train any family of image generative models, evaluate them all under one protocol, and compare them.
 
 Names that need torch are imported on first use, so that ``import gencompare`` and ``run.py --help`` are fast.
 """

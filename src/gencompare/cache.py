@@ -34,7 +34,7 @@ def cached_array(folder: Path | None, name: str, compute: Callable[[], Tensor]) 
 
     Args:
         folder: cache folder; None disables caching.
-        name: file name without suffix; must be determined by everything that ``compute`` depends on.
+        name: file name without suffix; must identify everything that ``compute`` depends on.
         compute: returns the tensor.
     """
     if folder is None:
@@ -56,7 +56,7 @@ def cached_array(folder: Path | None, name: str, compute: Callable[[], Tensor]) 
 
 
 def load_cached(folder: Path, name: str) -> Tensor | None:
-    """The stored tensor, or None if the file is missing or corrupted."""
+    """Load the stored tensor. Return None if the file is missing or corrupted."""
     path = folder / f"{name}.npy"
     with suppress(OSError, ValueError, EOFError):
         if not _is_intact(path):
@@ -67,7 +67,7 @@ def load_cached(folder: Path, name: str) -> Tensor | None:
 
 
 def store_cached(folder: Path, name: str, tensor: Tensor) -> None:
-    """Store a tensor atomically; logs a warning if the folder is not writable."""
+    """Store a tensor atomically. Log a warning if the folder is not writable."""
     try:
         with atomic_write(folder / f"{name}.npy") as file:
             writer = _HashingWriter(file)
@@ -82,7 +82,7 @@ def _warn(folder: Path, name: str, error: Exception) -> None:
 
 
 class _HashingWriter:
-    """Passes writes on to a file and computes their SHA-256."""
+    """Forwards writes to a file and computes the SHA-256 of the content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Helpers for several processes, with results that do not depend on their number."""
+"""Helpers for multi-process runs, with results that do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(rank, world size), which is (0, 1) if torch.distributed is not initialised."""
+    """Return (rank, world size), or (0, 1) if torch.distributed is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def world_size() -> int:
-    """Number of processes; 1 if torch.distributed is not initialised."""
+    """Return the number of processes, or 1 if torch.distributed is not initialised."""
     return rank_and_world_size()[1]
 
 
 def distributed_map(function: Callable[[int], T], count: int) -> list[T]:
     """Return [function(0), ..., function(count - 1)] on all ranks; rank r of W computes every W-th item.
 
-    An exception on one rank is raised on all of them, so that none waits forever.
+    An exception on one rank is raised on all ranks, so that no rank hangs.
     """
     rank, num_ranks = rank_and_world_size()
     local_results: dict[int, T] = {}
@@ -66,7 +66,7 @@ def run_on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def all_ranks_true(flag: bool) -> bool:
-    """Whether ``flag`` is true on all ranks. Use it before a decision that all ranks must take alike."""
+    """Return whether ``flag`` is true on all ranks, for decisions that all ranks must make alike."""
     num_ranks = world_size()
     if num_ranks == 1:
         return flag
@@ -76,7 +76,7 @@ def all_ranks_true(flag: bool) -> bool:
 
 
 def _raise_first(own: Exception | None, errors: list[Exception | None]) -> None:
-    """Raise this rank's exception if there is one, otherwise the first of the other ranks."""
+    """Raise this rank's exception if there is one, otherwise the first exception from another rank, if any."""
     if own is not None:
         raise own
     for error in errors:
@@ -85,7 +85,7 @@ def _raise_first(own: Exception | None, errors: list[Exception | None]) -> None:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of ``values`` over all ranks."""
+    """Sum ``values`` over all ranks."""
     if world_size() == 1:
         return values
     total = values.clone()
@@ -94,7 +94,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows (n, ...) of all W ranks to (n W, ...), in the order of the ranks.
+    """Concatenate the rows (n, ...) of all W ranks into (n W, ...), in rank order.
 
     This is the order of the global batch in `TrainStream` and `RandomSource`.
     """

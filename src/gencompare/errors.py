@@ -13,18 +13,18 @@ class UserError(Exception):
 def check_number(name: str, value: object) -> None:
     """Raise `UserError` unless the config value ``name`` is a number.
 
-    Comparing a string (YAML parses ``.nan`` on the command line as one) with a number raises an unhelpful `TypeError`.
+    Comparing a string with a number would raise an unhelpful `TypeError`. ``.nan`` on the command line is a string.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name}={value} must be a number.")
 
 
 class TrainingStopped(UserError):
-    """Training cannot continue with any next batch.
+    """Training cannot continue with any further batch.
 
     Args:
         reason: what went wrong, without a full stop.
-        suggestion: what to try, a sentence of its own.
+        suggestion: what to try, as a separate sentence.
     """
 
     def __init__(self, reason: str, suggestion: str) -> None:

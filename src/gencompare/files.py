@@ -1,4 +1,4 @@
-"""Atomic writes, checksums and locks between processes."""
+"""Atomic writes, checksums and inter-process locks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file that replaces ``path`` when the block ends, or is discarded if the block raises.
 
     The bytes go to a temporary file in the same folder, which is synced to disk and then renamed. Readers see the old
-    file or the new one, never a partial one. Raises `UserError` if the disk is full or the folder is not writable.
+    or the new file, never a partial file. Raise `UserError` if the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = None
@@ -48,7 +48,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> UserError | None:
-    """The message for a failure to write ``path``, or None if the user cannot fix it."""
+    """Return the error for a failure to write ``path``, or None if the user cannot fix it."""
     if error.errno in DISK_FULL_ERRORS:
         return UserError(f"No space left on the disk for {path}: free some space, then start again.")
     if error.errno in PATH_ERRORS:
@@ -69,12 +69,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically. Raises `ValueError` for NaN and infinity, which JSON lacks."""
+    """Write ``value`` as indented JSON, atomically. Raise `ValueError` for NaN and infinity, which JSON lacks."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -56,7 +56,7 @@ class DataSpec:
         object.__setattr__(self, "conditions", {name: tuple(shape) for name, shape in self.conditions.items()})
 
     def mask(self, device: torch.device | str | None = None) -> Tensor:
-        """(1, H, W) float: 1 inside the image, 0 on padding."""
+        """Return a mask (1, H, W) float: 1 inside the image, 0 on padding."""
         mask = torch.ones(1, *self.shape[1:], device=device)
         if self.padding:
             p = self.padding
@@ -65,28 +65,28 @@ class DataSpec:
         return mask
 
     def crop(self, x: Tensor) -> Tensor:
-        """Images (n, C, H, W) without the padding."""
+        """Remove the padding of images (n, C, H, W)."""
         p = self.padding
         return x[..., p:-p, p:-p] if p else x
 
     @property
     def num_values(self) -> int:
-        """Number of values in one image without padding: the dimension in bits/dim."""
+        """Number of values in one image without padding, the divisor in bits/dim."""
         c, h, w = self.shape
         return c * (h - 2 * self.padding) * (w - 2 * self.padding)
 
 
 @dataclass(frozen=True)
 class LikelihoodEstimate:
-    r"""A method to compute bits/dim, :math:`-\log_2 p(x) / d` with d = ``spec.num_values``, of discrete data."""
+    r"""A method to compute the bits/dim of discrete data, :math:`-\log_2 p(x) / d` with d = ``spec.num_values``."""
 
     kind: str
     """``exact``, ``bound`` (an upper bound on the true bits/dim) or ``estimate``."""
     terms: Callable[[Tensor, Cond, torch.Generator], dict[str, Tensor]]
-    """``(x, cond, generator) -> {name: (n,)}``: the terms that bits/dim is the sum of."""
+    """``(x, cond, generator) -> {name: (n,)}``: the terms that add up to bits/dim."""
 
     def bits_per_dim(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
-        """Sum of the terms, (n,)."""
+        """Sum the terms, (n,)."""
         return torch.stack(list(self.terms(x, cond, generator).values())).sum(0)
 
 
@@ -95,23 +95,23 @@ class SupportsReconstruction(Protocol):
     """A model with an encoder and a decoder."""
 
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
-        """Encode and decode images (n, C, H, W); returns the same shape."""
+        """Encode and decode images (n, C, H, W). Return images of the same shape."""
         ...
 
 
 @runtime_checkable
 class LatentSpace(Protocol):
-    """A frozen autoencoder with whitened latents on which another model can be trained."""
+    """A frozen autoencoder whose whitened latents another model can be trained on."""
 
     latent_shape: tuple[int, int, int]
     """(c, h, w)."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (n, C, H, W) to latents (n, c, h, w)."""
+        """Encode images (n, C, H, W) to latents (n, c, h, w)."""
         ...
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (n, c, h, w) to images (n, C, H, W)."""
+        """Decode latents (n, c, h, w) to images (n, C, H, W)."""
         ...
 
 
@@ -120,11 +120,11 @@ class SupportsClassification(Protocol):
     """A classifier of images (n, C, H, W)."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """Class logits, (n, num_classes)."""
+        """Compute class logits, (n, num_classes)."""
         ...
 
     def features(self, x: Tensor) -> Tensor:
-        """Features before the logits, (n, d)."""
+        """Compute the features before the logits, (n, d)."""
         ...
 
 
@@ -133,7 +133,7 @@ class SupportsVisualization(Protocol):
     """A model that can render interpolations, reconstructions or sampling trajectories."""
 
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """Image grids by name, each (rows, columns, C, H, W); values are clipped to [-1, 1] for display.
+        """Return image grids by name, each (rows, columns, C, H, W). Values are clipped to [-1, 1] for display.
 
         Args:
             x: images (n, C, H, W) to reconstruct, interpolate or compare with.
@@ -145,10 +145,10 @@ class SupportsVisualization(Protocol):
 
 @runtime_checkable
 class SupportsNoising(Protocol):
-    """A model with a noise schedule, which comparisons plot."""
+    """A model with a noise schedule that comparisons can plot."""
 
     def noise_schedule(self) -> dict[str, list[float]]:
-        """Times ``t`` in [0, 1] and ``log_snr`` at these times."""
+        """Return times ``t`` in [0, 1] and ``log_snr`` at these times."""
         ...
 
 
@@ -158,10 +158,10 @@ def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
     Args:
         batch: one of ``x``; ``(x, y)`` with class indices y (n,); ``(x, cond)`` with a mapping of conditions; or a
             mapping with the key ``image`` and conditions by name, the class as ``label``.
-        spec: the expected data.
+        spec: specification of the expected data.
 
     Raises:
-        UserError: the batch has another form, or images or labels of another shape or dtype.
+        UserError: the batch has a different form, or its images or labels have a different shape or dtype.
     """
     cond: Any = {}
     if isinstance(batch, Mapping):
@@ -176,17 +176,18 @@ def unpack_batch(batch: Any, spec: DataSpec) -> tuple[Tensor, Cond]:
         cond = {"label": cond}
     if not (isinstance(x, Tensor) and isinstance(cond, Mapping)):
         raise UserError(
-            "A batch is images x, (x, class indices), (x, {condition: tensor}) or {'image': x, 'label': class indices};"
+            "A batch must be images x, (x, class indices), (x, {condition: tensor}) or"
+            " {'image': x, 'label': class indices};"
             f" got {type(batch).__name__}."
         )
     if x.dim() != 4 or tuple(x.shape[1:]) != spec.shape or not x.is_floating_point():
         raise UserError(
-            f"Images of '{spec.name}' are float tensors (n, {', '.join(map(str, spec.shape))}) in [-1, 1]; got"
+            f"Images of '{spec.name}' must be float tensors (n, {', '.join(map(str, spec.shape))}) in [-1, 1]; got"
             f" {x.dtype} of shape {tuple(x.shape)}."
         )
     if "label" in cond and (cond["label"].shape != (len(x),) or cond["label"].is_floating_point()):
         raise UserError(
-            f"Labels are class indices, int64 of shape ({len(x)},); got {cond['label'].dtype} of shape"
+            f"Labels must be class indices, int64 of shape ({len(x)},); got {cond['label'].dtype} of shape"
             f" {tuple(cond['label'].shape)}."
         )
     return x, cond
@@ -202,13 +203,13 @@ class TrainedModel(pl.LightningModule):
         spec: shape, number of classes and value range of the data.
         conditional: whether the model is conditioned on ``cond["label"]``.
         optimizer: a factory ``parameters -> Optimizer``.
-        lr_schedule: ``(step, progress in [0, 1]) -> factor`` by which the learning rate of the optimiser is multiplied;
-            None keeps it constant.
+        lr_schedule: ``(step, progress in [0, 1]) -> factor`` that multiplies the learning rate of the optimiser; None
+            keeps the learning rate constant.
         grad_clip: maximum global gradient norm; None disables clipping.
     """
 
     supported_conditions: ClassVar[frozenset[str]] = frozenset()
-    """Conditions other than the label on which this model can be conditioned."""
+    """Conditions other than the label that this model supports."""
 
     closed_form = False
     """Whether the first step fits the whole training split and ends training, regardless of the budget."""
@@ -227,11 +228,12 @@ class TrainedModel(pl.LightningModule):
             raise UserError(f"model.conditional={conditional} must be true or false.")
         if conditional and not spec.num_classes:
             raise UserError(
-                f"model.conditional=true needs labels, but data '{spec.name}' has none: use model.conditional=false."
+                f"model.conditional=true needs labels, but data set '{spec.name}' has none: use"
+                " model.conditional=false."
             )
         if unsupported := sorted(spec.conditions.keys() - self.supported_conditions):
             raise UserError(
-                f"{type(self).__name__} does not support the condition '{unsupported[0]}' of data.conditions: "
+                f"{type(self).__name__} does not support the condition '{unsupported[0]}' in data.conditions: "
                 + (
                     f"it supports {' and '.join(sorted(self.supported_conditions))}."
                     if self.supported_conditions
@@ -252,13 +254,16 @@ class TrainedModel(pl.LightningModule):
 
     @property
     def step_kind(self) -> str:
-        """Name of the kind of the next step, for models whose steps differ in FLOPs; a function of the state and
-        `progress`. FLOPs are counted once per kind."""
+        """Kind of the next step, for models whose steps differ in FLOPs, which are counted once per kind.
+
+        It depends only on the state of the model and on `progress`.
+        """
         return ""
 
     @property
     def possibly_collapsed(self) -> bool:
-        """Whether the last steps look like the start of a collapse; if so, no earlier checkpoint is overwritten."""
+        """Whether the last steps look like the start of a collapse. If so, no checkpoint is overwritten before the end
+        of the budget."""
         return False
 
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
@@ -286,7 +291,7 @@ class TrainedModel(pl.LightningModule):
             arguments: constructor arguments that replace those in the checkpoint.
 
         Raises:
-            UserError: the file is missing or corrupted, contains another class, or names code of other packages.
+            UserError: the file is missing or corrupted, contains a different class, or names code from other packages.
         """
         stored = read_checkpoint(checkpoint_path, map_location)
         config = dict(stored.get("hyper_parameters") or {})
@@ -307,8 +312,11 @@ class TrainedModel(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Fraction of training that is done, in [0, 1]: of the budget if `TrainingClock` sets it, else the Trainer's
-        ``global_step`` over its total number of steps; 0 outside training or if that number is infinite."""
+        """Fraction of training that is done, in [0, 1].
+
+        This is the spent fraction of the budget if `TrainingClock` sets it, otherwise the Trainer's ``global_step``
+        over its total number of steps. It is 0 outside training or if the total is infinite.
+        """
         if self._progress is not None:
             return self._progress
         if not self.has_trainer or not self.trainer.training:
@@ -337,13 +345,13 @@ class TrainedModel(pl.LightningModule):
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Run one training step on images (n, C, H, W) and return scalar metrics by name.
 
-        By default the batch means of `losses`; Lightning minimises ``loss``. A model with manual optimisation takes its
-        optimiser steps here and returns detached means.
+        By default, return the batch means of `losses`, of which Lightning minimises ``loss``. A model with manual
+        optimisation takes its optimiser steps here and returns detached means.
         """
         return {name: value.mean() for name, value in self.losses(x, cond, rng).items()}
 
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Per-sample metrics (n,) on held-out images, by name; may be empty."""
+        """Compute per-sample metrics (n,) on held-out images, by name. The result may be empty."""
         return self.losses(x, self.select_conditions(cond), rng)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -355,7 +363,7 @@ class TrainedModel(pl.LightningModule):
         self._evaluation_step(batch, batch_idx, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits of a classifier, or otherwise reconstructions of the batch."""
+        """Return the logits if the model is a classifier, or reconstructions if it has an encoder and a decoder."""
         x, cond = unpack_batch(batch, self.spec)
         if isinstance(self, SupportsClassification):
             return self.logits(x)
@@ -379,13 +387,13 @@ class TrainedModel(pl.LightningModule):
             self.log_dict(prefixed, batch_size=batch_size, sync_dist=stage != "train", logger=logger)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimisers, in the order of `fit_batch`; an empty list if the model has no optimiser factory."""
+        """Create the optimisers, in the order of `fit_batch`. Return an empty list if there is no optimiser factory."""
         if self.optimizer_factory is None:
             return []
         return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
 
     def configure_optimizers(self) -> Any:
-        """Attach the learning-rate schedule to each optimiser; it is updated after every training step."""
+        """Create the optimisers and their learning-rate schedulers, which are updated after every training step."""
         optimizers = self.build_optimizers()
         if not optimizers:
             return None
@@ -415,16 +423,16 @@ class TrainedModel(pl.LightningModule):
             nn.utils.clip_grad_norm_(params, self.grad_clip)
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters, by state-dict name, whose exponential moving average is used for sampling."""
+        """Return the parameters, by state-dict name, whose exponential moving average is used for sampling."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def autoencoder(self) -> SupportsReconstruction | None:
-        """The model itself if it reconstructs images, or the frozen autoencoder in whose latent space it works."""
+        """Return the model if it reconstructs images, or the frozen autoencoder of its latent space, or None."""
         return self if isinstance(self, SupportsReconstruction) else None
 
     @property
     def perceptual_networks(self) -> list[str]:
-        """Names and SHA-256 of pretrained networks in the loss; metrics on their features do not rank the model."""
+        """Names and SHA-256 of pretrained networks in the loss. Metrics on their features do not rank the model."""
         return []
 
     @property
@@ -437,7 +445,7 @@ class TrainedModel(pl.LightningModule):
         return {name: value for name, value in (cond or {}).items() if name in self.condition_names}
 
     def label(self, cond: Cond) -> Tensor | None:
-        """Class of each image, (n,), or None for an unconditional model.
+        """Return the class of each image, (n,), or None for an unconditional model.
 
         Raises:
             UserError: the model is conditional and ``cond`` has no label.
@@ -476,15 +484,15 @@ class GenerativeModel(TrainedModel):
         """
 
     def sampling_description(self) -> str:
-        """Sampler and settings as text for a table."""
+        """Describe the sampler and its settings, for tables."""
         return "one pass"
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        """Methods to compute bits/dim, by name; empty if the model has none."""
+        """Return the methods to compute bits/dim, by name. Empty if the model has none."""
         return {}
 
     def nfe_networks(self) -> dict[str, nn.Module]:
-        """Networks whose calls during sampling are counted (NFE), by name."""
+        """Return the networks whose calls during sampling are counted (NFE), by name."""
         return {}
 
 

@@ -36,7 +36,7 @@ class StoresArguments:
 
 
 def constructor_arguments(instance: object, frame: FrameType | None) -> dict[str, Any]:
-    """Arguments of the constructor of ``instance`` that runs in ``frame``, including those of subclass constructors."""
+    """Return the arguments of the constructor of ``instance`` that runs in ``frame``, and of subclass constructors."""
     found: dict[str, Any] = {}
     while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is instance:
         names, _, keywords, values = inspect.getargvalues(frame)
@@ -79,15 +79,15 @@ def to_config(value: Any) -> Any:
 def from_config(config: Any, name: str = "model") -> Any:
     """Build the value that `to_config` described.
 
-    Does not use Hydra: a checkpoint may come from anywhere, so only classes and functions of `TRUSTED_PACKAGES` are
-    called.
+    Hydra is not used, because a checkpoint may come from anywhere and only classes and functions from
+    `TRUSTED_PACKAGES` may be called.
 
     Args:
         config: the output of `to_config`.
         name: name of the value in error messages.
 
     Raises:
-        UserError: the config names a class or function of another package, or an object that was not stored.
+        UserError: the config names a class or function from another package, or an object that was not stored.
     """
     if isinstance(config, list):
         return [from_config(item, f"{name}[{i}]") for i, item in enumerate(config)]
@@ -117,7 +117,7 @@ def import_object(path: str, name: str = "model") -> Any:
     """
     if not str(path).startswith(TRUSTED_PACKAGES):
         raise UserError(
-            f"The checkpoint's {name} is {path}, which is not part of gencompare and is not called: pass it to"
+            f"The checkpoint's {name} is {path}, which is not part of gencompare and therefore not called: pass it to"
             f" load_from_checkpoint(path, {name.partition('.')[0]}=...)."
         )
     parts = path.split(".")
@@ -128,7 +128,7 @@ def import_object(path: str, name: str = "model") -> Any:
 
 
 def qualified_name(obj: Any) -> str:
-    """Import path of a class or function: ``package.module.name``."""
+    """Return the import path of a class or function, ``package.module.name``."""
     return f"{obj.__module__}.{obj.__qualname__}"
 
 
@@ -137,7 +137,7 @@ EMA_KEY = "ema"
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Load the content of a checkpoint: tensors and plain containers only.
+    """Load a checkpoint, which may contain only tensors and plain containers.
 
     Raises:
         UserError: the file is missing or corrupted.

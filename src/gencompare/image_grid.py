@@ -14,19 +14,19 @@ MIN_TILE = 48
 """By default, images are enlarged by the smallest integer factor that makes their longer side at least this long."""
 GAP = 2
 BACKGROUND = 128
-"""Mid-grey between images, so that the edges of black and of white images are visible."""
+"""Mid-grey between images, so that the edges of black and white images are visible."""
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int | None = None) -> Image.Image:
-    """A grid of images, in row-major order.
+    """Arrange images in a grid, in row-major order.
 
-    Images are enlarged by repeating pixels: interpolation would show detail that no model generated. Points in the
-    plane, images of two channels and one pixel, are drawn by `scatter`.
+    Images are enlarged by repeating pixels, because interpolation would show detail that no model generated. Points in
+    the plane (two-channel images of one pixel) are drawn by `scatter`.
 
     Args:
         images: (n, C, H, W) uint8 with C = 1 (greyscale) or 3 (RGB), n at least 1.
         columns: images per row; None makes the grid approximately square.
-        scale: integer factor of enlargement; None chooses it by `MIN_TILE`.
+        scale: integer enlargement factor; None chooses it according to `MIN_TILE`.
 
     Returns:
         An image of mode ``L`` or ``RGB``, ``rows (H scale + GAP) + GAP`` high and ``columns (W scale + GAP) + GAP``
@@ -50,12 +50,12 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int | None = Non
 
 
 def to_image(image: np.ndarray) -> Image.Image:
-    """One uint8 image (C, H, W), C = 1 or 3, as a PIL image."""
+    """Convert a uint8 image (C, H, W), with C = 1 or 3, to a PIL image."""
     return Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0))
 
 
 def scatter(points: np.ndarray) -> Image.Image:
-    """Points (n, 2) uint8 as black dots on white, 512 x 512 pixels; the first axis points right and the second up."""
+    """Draw points (n, 2) uint8 as black dots on 512 x 512 white pixels. The first axis points right, the second up."""
     canvas = np.full((256, 256), 255, dtype=np.uint8)
     canvas[255 - points[:, 1].astype(int), points[:, 0]] = 0
     return Image.fromarray(canvas.repeat(2, axis=0).repeat(2, axis=1))

@@ -1,7 +1,7 @@
-"""Convert configs, records and checkpoints of earlier versions to the current names.
+"""Convert configs, records and checkpoints from earlier versions to the current names.
 
-A file of an earlier schema opens as if it were written by this version: `migrate` replaces the paths of classes that
-moved, and the names of options that changed. This module does not import torch.
+A file with an earlier schema opens as if it had been written by this version, because `migrate` replaces the paths of
+classes that moved and the names of options that changed. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ MODULES = {
     "tasks.sweep": "tasks.runs.sweep",
     "training.lr": "training.learning_rate",
 }
-"""Modules that moved: the old path and the current one."""
+"""Old and current paths of modules that moved."""
 
 CLASSES = {
     "models.ramp.CosineRamp": "models.gan_penalties.CosineRamp",
@@ -188,7 +188,7 @@ CLASSES = {
     "networks.unet_blocks.Block": "networks.unet_blocks.UNetBlock",
     "training.loggers.CurveFile": "training.loggers.CurveCSVLogger",
 }
-"""Classes and functions that were renamed, or that moved to another module than the rest of their old module."""
+"""Old and current paths of classes and functions that were renamed or moved separately from their module."""
 
 OPTIONS: dict[str, str] = {
     "task.n": "task.num_images",
@@ -305,10 +305,10 @@ OPTIONS: dict[str, str] = {
     "model.bits.vlb.samples": "model.likelihoods.vlb.num_samples",
     "model.bits.vlb.steps": "model.likelihoods.vlb.num_timesteps",
 }
-"""Options of the command line and of stored configs: the old dotted key and the current one."""
+"""Old and current dotted keys of options on the command line and in stored configs."""
 
 TASKS = {"extractor": "export_extractor", "explore": "visualize", "runs": "list_runs"}
-"""Tasks: the old name and the current one."""
+"""Old and current names of tasks."""
 
 _DATA = {"limit": "train_subset_size", "flip": "random_flip"}
 _UNET = {
@@ -430,12 +430,12 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "models.diffusion.Diffusion": {"bits": "likelihoods"},
 }
-"""Constructor arguments by current class: the old name and the current one."""
+"""Old and current names of constructor arguments, by current class."""
 
 SAMPLER_ARGUMENTS = {
     old: new for name, renamed in ARGUMENTS.items() if "samplers." in name for old, new in renamed.items()
 }
-"""Arguments of all samplers, for ``evaluation.samplers``, which changes arguments of the model's sampler."""
+"""Renamed arguments of all samplers, for ``evaluation.samplers``, which overrides the model's sampler arguments."""
 
 CALLBACKS = {
     "Clock": "TrainingClock",
@@ -444,13 +444,13 @@ CALLBACKS = {
     "Looks": "EvaluationCallback",
     "ProgressLine": "TrainingProgressBar",
 }
-"""Names under which checkpoints hold the state of callbacks."""
+"""Old and current names under which checkpoints store the state of callbacks."""
 
 PACKAGE = "gencompare."
 
 
 def migrate_path(path: str) -> str:
-    """The current path of a class or function of this package."""
+    """Return the current path of a class or function in this package."""
     if not path.startswith(PACKAGE):
         return path
     name = path.removeprefix(PACKAGE)
@@ -461,7 +461,7 @@ def migrate_path(path: str) -> str:
 
 
 def migrate(value: Any) -> Any:
-    """A copy of plain data (a config, or the arguments in a checkpoint) with the current names."""
+    """Return a copy of plain data (a config, or the arguments in a checkpoint) with the current names."""
     if isinstance(value, list):
         return [migrate(each) for each in value]
     if not isinstance(value, dict):
@@ -478,7 +478,7 @@ def migrate(value: Any) -> Any:
 
 
 def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run folder or record from an earlier version, with the current names."""
+    """Convert the config of a run folder or record from an earlier version to the current names."""
     done = migrate(config)
     if "looks" in (done.get("callbacks") or {}):
         done["callbacks"] = _migrate_callbacks(done["callbacks"])
@@ -501,7 +501,7 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def rename_option(word: str) -> tuple[str, str, str] | None:
-    """An override with the current name of its option, and the old and new names; None if the name is current."""
+    """Return an override with the current option name, and the old and new names, or None if it is up to date."""
     key, equals, value = word.partition("=")
     bare = key.lstrip("+~")
     if key == "task" and value in TASKS:
@@ -518,7 +518,7 @@ def rename_option(word: str) -> tuple[str, str, str] | None:
 
 
 def _move(config: dict[str, Any], old: list[str], new: list[str]) -> None:
-    """Move a value to its new key, unless the old one is an argument of a class: `ARGUMENTS` names those."""
+    """Move a value to its new key, unless the old key is a constructor argument, which `ARGUMENTS` covers."""
     node: Any = config
     for name in old[:-1]:
         node = node.get(name) if isinstance(node, dict) else None
@@ -532,7 +532,7 @@ def _move(config: dict[str, Any], old: list[str], new: list[str]) -> None:
 
 
 def _migrate_callbacks(old: dict[str, Any]) -> dict[str, Any]:
-    """Callbacks with their classes, from settings that did not name the classes."""
+    """Convert callback settings that do not name the callback classes to configs that do."""
     looks, training = old["looks"], f"{PACKAGE}training."
     names = {
         "count": "num_evaluations",
@@ -562,7 +562,7 @@ def _migrate_callbacks(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an earlier version, with the current names of arguments and callbacks."""
+    """Convert the argument and callback names in a checkpoint from an earlier version to the current names."""
     if "hyper_parameters" in checkpoint:
         checkpoint["hyper_parameters"] = migrate(checkpoint["hyper_parameters"])
     if "callbacks" in checkpoint:
@@ -577,7 +577,7 @@ RECORD_RESULTS = {"headline": "primary_metric", "pictures": "images", "also": "s
 RECORD_DETAILS = {"flags": "warnings", "class_shares_of_floor": "class_shares_of_real_images"}
 RECORD_MEASUREMENTS = {"n": "num_images", "reference_n": "num_reference_images", "chunk": "chunk_size"}
 RECORD_METRICS = {"floor": "baseline"}
-"""Fields of records: the name in schema 1 and in schema 2."""
+"""Names of record fields in schema 1 and in schema 2."""
 
 METRIC_ORDER: dict[str | None, dict[str, Any]] = {
     "lower": {"higher_is_better": False}, "higher": {"higher_is_better": True}, "one": {"target": 1.0}, None: {},
@@ -586,7 +586,7 @@ METRIC_ORDER: dict[str | None, dict[str, Any]] = {
 
 
 def migrate_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a run record (parsed JSON) in the current schema, with the current names in its config.
+    """Return a copy of a run record (parsed JSON) in the current schema, with the current names in its config.
 
     Raises:
         KeyError, TypeError, AttributeError: the record is corrupted.
@@ -606,7 +606,7 @@ def _migrate_override(override: str) -> str:
 
 
 def _migrate_result(result: dict[str, Any]) -> dict[str, Any]:
-    """A result of schema 1, converted to schema 2."""
+    """Convert a result from schema 1 to schema 2."""
     result = _rename(result, RECORD_RESULTS)
     result["measurement"] = _rename(result["measurement"], RECORD_MEASUREMENTS)
     result["details"] = _rename(result.get("details", {}), RECORD_DETAILS)

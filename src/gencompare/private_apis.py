@@ -9,20 +9,20 @@ from typing import Any
 
 
 def basic_sweeper() -> type[Any]:
-    """Hydra's basic sweeper. The public `Sweeper` cannot expand overrides such as ``model=vae,ddpm``."""
+    """Return Hydra's basic sweeper. The public `Sweeper` cannot expand overrides such as ``model=vae,ddpm``."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     return BasicSweeper
 
 
 class MovesOtherModules:
-    """A mixin for modules: `other_modules` move with the module (``.to()``, ``.cuda()``, ``.double()``, ...).
+    """Mixin for modules that moves `other_modules` with the module (``.to()``, ``.cuda()``, ``.double()``, ...).
 
     torch has no public hook for this, except submodules, which would be trained, averaged and saved too.
     """
 
     def other_modules(self) -> Iterable[Any]:
-        """The modules that move with this one."""
+        """Return the modules that move with this one."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
@@ -33,9 +33,9 @@ class MovesOtherModules:
 
 @contextmanager
 def rank_command(command: list[str], folder: str) -> Iterator[None]:
-    """Lightning starts other ranks with ``command`` in ``folder``.
+    """Make Lightning start other ranks with ``command`` in ``folder`` during the block.
 
-    By default it repeats Hydra's command line, with which each rank of a sweep would run the whole sweep.
+    By default Lightning repeats Hydra's command line, so each rank of a sweep would run the whole sweep.
     """
     from pytorch_lightning.strategies.launchers import subprocess_script
 

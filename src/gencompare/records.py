@@ -22,7 +22,7 @@ from gencompare.migrations import migrate_record
 
 @dataclass(frozen=True)
 class Measurement:
-    """The protocol of an evaluation. Only metrics of equal protocols are ranked against each other."""
+    """The protocol of an evaluation. Only metrics with equal protocols are ranked against each other."""
 
     data: str
     """Name of the data set."""
@@ -55,7 +55,7 @@ class Measurement:
         return _short_hash(asdict(self))
 
     def differences(self, other: Measurement) -> dict[str, tuple[Any, Any]]:
-        """The fields that differ, each with the values of ``self`` and ``other``."""
+        """Return the fields that differ, each with the values of ``self`` and ``other``."""
         return {
             f.name: (getattr(self, f.name), getattr(other, f.name))
             for f in fields(self)
@@ -65,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How samples were generated. Shown with the metrics; rows of one table may differ in it."""
+    """How samples were generated. Shown with the metrics; results in the same table may differ in it."""
 
     weights: str = "unknown"
     """``ema``, ``raw`` (the online weights) or ``unknown``."""
@@ -76,7 +76,7 @@ class SampleSettings:
     images_seen: int | None = None
     """Training images up to that step."""
     sampler: str = "unknown"
-    """The sampler and its settings, as text."""
+    """Description of the sampler and its settings."""
     nfe: dict[str, float] | None = None
     """Network evaluations per sample, by name of the network."""
     guidance: str = "none"
@@ -93,7 +93,7 @@ def _short_hash(value: dict[str, Any]) -> str:
 
 
 SCHEMA = 2
-"""Version of the record format. `migrate_record` reads the earlier ones."""
+"""Version of the record format. `migrate_record` converts earlier versions."""
 RECORD_FILE = "record.json"
 
 
@@ -101,7 +101,7 @@ RECORD_FILE = "record.json"
 class Metric:
     """The value of one metric of a `Result`.
 
-    A metric with neither ``higher_is_better`` nor ``target`` is shown but does not rank.
+    A metric with neither ``higher_is_better`` nor ``target`` is shown but not used for ranking.
     """
 
     value: float | None
@@ -111,13 +111,13 @@ class Metric:
     target: float | None = None
     """The ideal value of a metric that may be too high or too low, such as 1 for a ratio."""
     baseline: float | None = None
-    """The real-data baseline: the same metric of the same number of real test images."""
+    """The real-data baseline: the same metric, computed on the same number of real test images."""
     interval: tuple[float, float] | None = None
     """95 % confidence interval."""
     unit: str = ""
     note: str = ""
     unbiased: bool = False
-    """Whether the metric of real images is 0 in expectation, so that a ratio to it is meaningless."""
+    """Whether the metric is 0 in expectation for real images, so that a ratio to the baseline is meaningless."""
 
     @property
     def unordered(self) -> bool:
@@ -126,7 +126,7 @@ class Metric:
 
     @property
     def ratio_to_baseline(self) -> float | None:
-        """The value divided by the real-data baseline; None where that is meaningless."""
+        """The value divided by the real-data baseline, or None if the ratio is missing or meaningless."""
         if self.value is None or not self.baseline or self.unbiased:
             return None
         return self.value / self.baseline
@@ -140,20 +140,20 @@ class Result:
     generation: SampleSettings
     metrics: dict[str, Metric]
     primary_metric: str
-    """Name of the metric that ranks."""
+    """Name of the metric used for ranking."""
     created: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of each part: ``sampling``, ``metrics``, ``likelihood``."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Shown but never ranked: images_per_second and flops_per_sample of sampling, class shares, warnings."""
+    """Shown but never ranked: images_per_second and flops_per_sample of sampling, class frequencies, warnings."""
     images: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
     secondary_results: list[Result] = field(default_factory=list)
-    """Results of further extractors on the same samples; `RunRecord.add_result` stores each as a result of its own."""
+    """Results of further extractors on the same samples; `RunRecord.add_result` stores each as a separate result."""
 
     @property
     def id(self) -> str:
-        """Identifies the result in a record: evaluating again with equal settings replaces it."""
+        """Identifier of the result in a record. Evaluating again with equal settings replaces the result."""
         return f"{self.measurement.id}-{self.generation.id}"
 
     def _cells(self) -> list[tuple[str, str, str, str]]:
@@ -198,7 +198,7 @@ class RunRecord:
     created: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    """Overrides of the command line."""
+    """Command-line overrides."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Package versions, git commit and whether the work tree was dirty, host, device."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -208,7 +208,7 @@ class RunRecord:
     perceptual_networks (networks that the loss uses); ``dependencies``, the runs that the model depends on
     (`gencompare.tasks.runs.dependency_costs`); ``total_cost``, the training cost including them."""
     curve: str = "curve.csv"
-    """CSV file of everything logged during training, relative to the run folder."""
+    """CSV file with everything logged during training, relative to the run folder."""
     checkpoints: dict[str, str] = field(default_factory=dict)
     """``last``, ``best``: paths relative to the run folder."""
     images: dict[str, str] = field(default_factory=dict)
@@ -232,7 +232,7 @@ class RunRecord:
         """Read the record of a run folder, or a record file.
 
         Raises:
-            UserError: the record is missing, corrupted, or of a newer version.
+            UserError: the record is missing, corrupted, or from a newer version.
         """
         path = Path(folder)
         if path.is_dir():
@@ -247,10 +247,10 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, raw: Any, path: str | os.PathLike[str] = RECORD_FILE) -> RunRecord:
-        """A record from parsed JSON of this or an earlier schema; ``path`` is for messages.
+        """Create a record from parsed JSON of this or an earlier schema. ``path`` is used in error messages.
 
         Raises:
-            UserError: the record is corrupted, or of a newer version.
+            UserError: the record is corrupted, or from a newer version.
         """
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if not isinstance(schema, int):
@@ -271,7 +271,7 @@ class RunRecord:
 
     @staticmethod
     def update(folder: str | os.PathLike[str], change: Callable[[RunRecord], None]) -> RunRecord:
-        """Read, change and write the record of ``folder`` under a lock, so that concurrent updates do not get lost."""
+        """Read, change and write the record of ``folder`` under a lock, so that concurrent updates are not lost."""
         record = RunRecord.load(folder)
         try:
             with file_lock(Path(folder) / f".{RECORD_FILE}.lock"):
@@ -284,7 +284,7 @@ class RunRecord:
 
 
 def now() -> str:
-    """The current UTC time in ISO 8601, to the second."""
+    """Return the current UTC time in ISO 8601 format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -308,9 +308,9 @@ def _result(raw: dict[str, Any]) -> Result:
 
 
 def _check(value: Any, hint: Any, name: str = "record") -> None:
-    """Raises TypeError if ``value``, or anything in it, does not have its declared type.
+    """Raise `TypeError` if ``value``, or anything in it, does not have its declared type.
 
-    None passes as a number, since that is how a number that is not finite is stored.
+    None passes as a number, since non-finite numbers are stored as None.
     """
     if hint is Any or (hint in _PLAIN and type(value) is hint):
         return
@@ -346,7 +346,7 @@ def _origin_and_args(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with None in place of every NaN and infinity, which JSON lacks."""
+    """Return ``value`` with None in place of every NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

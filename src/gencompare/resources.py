@@ -34,20 +34,20 @@ class _NoModuleTracker:
 
 
 def flops_per_image(function: Callable[[], object], num_images: int) -> float:
-    """FLOPs of ``function()`` per image; a multiply-add counts as two."""
+    """Count the FLOPs of ``function()`` per image. A multiply-add counts as two."""
     with FlopCounter() as counter:
         function()
     return counter.get_total_flops() / num_images
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak memory statistics of a GPU; does nothing on a CPU."""
+    """Reset the peak memory statistics of a GPU. Do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory allocated by PyTorch on a GPU, or the peak resident set size of the process on a CPU."""
+    """Return the peak memory allocated by PyTorch on a GPU, or the peak resident set size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed, determined by all ``parts`` (for example the seed of the run, a purpose and a step)."""
+    """Derive a 63-bit seed from all ``parts`` (for example the seed of the run, a purpose and a step)."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A new generator on ``device``, seeded with ``derive_seed(*parts)``."""
+    """Create a generator on ``device``, seeded with ``derive_seed(*parts)``."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """PyTorch's global generator of ``device``, seeded by ``torch.manual_seed`` and Lightning's ``seed_everything``."""
+    """Return the global generator of ``device``, which ``torch.manual_seed`` and ``seed_everything`` seed."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
@@ -31,15 +31,15 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 @dataclass(frozen=True)
 class RandomSource:
-    """Random numbers for this process's rows of the global batch.
+    """Random numbers for the part of the global batch that is on this process.
 
-    Each call generates numbers for all ``total`` rows and returns rows ``start`` to ``stop``, so row i of the global
-    batch gets the same numbers for any number of processes. The extra numbers cost little compared with a step.
+    Each call generates numbers for all ``total`` samples and returns those for samples ``start`` to ``stop - 1``, so
+    each sample gets the same numbers for any number of processes. The extra numbers cost little compared with a step.
 
     Args:
         generator: generator in the same state on all processes.
-        start: first row of this process.
-        stop: one past the last row of this process.
+        start: index of the first sample on this process.
+        stop: one past the index of the last sample on this process.
         total: size of the global batch.
     """
 
@@ -50,7 +50,7 @@ class RandomSource:
 
     @classmethod
     def for_batch(cls, generator: torch.Generator, batch_size: int) -> RandomSource:
-        """A source for a batch that is not divided among processes."""
+        """Create a source for a batch that is not divided among processes."""
         return cls(generator, 0, batch_size, batch_size)
 
     def __len__(self) -> int:
@@ -61,9 +61,9 @@ class RandomSource:
         return self.generator.device
 
     def strided(self, stride: int, offset: int) -> RandomSource:
-        """A source for the smaller batch made of rows ``offset``, ``offset + stride``, ... of the global batch.
+        """Create a source for a smaller batch: samples ``offset``, ``offset + stride``, ... of the global batch.
 
-        Rows are counted in the global batch, so the result is independent of the number of processes.
+        The result is independent of the number of processes, because indices refer to the global batch.
         """
         start, stop, total = (-((offset - rows) // stride) for rows in (self.start, self.stop, self.total))
         return RandomSource(self.generator, start, stop, total)
@@ -72,21 +72,21 @@ class RandomSource:
         return values[self.start : self.stop]
 
     def normal(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers, (rows, \\*shape)."""
+        """Draw standard normal numbers, (n, \\*shape) for n samples on this process."""
         return self._local(torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform numbers in [0, 1), (rows, \\*shape)."""
+        """Draw uniform numbers in [0, 1), (n, \\*shape) for n samples on this process."""
         return self._local(torch.rand(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
-        """Uniform integers in 0 to ``high - 1``, (rows, \\*shape)."""
+        """Draw uniform integers from 0 to ``high - 1``, (n, \\*shape) for n samples on this process."""
         return self._local(torch.randint(high, (self.total, *shape), generator=self.generator, device=self.device))
 
     def stratified(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        r"""Low-discrepancy uniform numbers in [0, 1), (rows,).
+        r"""Draw low-discrepancy uniform numbers in [0, 1), (n,) for n samples on this process.
 
-        Row :math:`i` gets :math:`(u + i / \mathrm{total}) \bmod 1` with one :math:`u \sim U[0, 1)` per batch. Each
+        Sample :math:`i` gets :math:`(u + i / \mathrm{total}) \bmod 1` with one :math:`u \sim U[0, 1)` per batch. Each
         number is uniform, and together they cover the interval evenly, which lowers the variance of a loss averaged
         over times (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1,
         https://arxiv.org/abs/2107.00630).
@@ -97,5 +97,5 @@ class RandomSource:
 
 
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape, dtype and device of ``x``, generated on the generator's device."""
+    """Draw standard normal numbers with the shape, dtype and device of ``x``, generated on the generator's device."""
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)

@@ -18,12 +18,12 @@ TIMEOUT = 60.0
 
 
 def find_browser() -> str | None:
-    """The path of the browser: ``$CHROMIUM``, else the first of `NAMES` on the path."""
+    """Return the path of the browser: ``$CHROMIUM``, else the first of `NAMES` on the path."""
     return os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Tab:
-    """A tab in a browser process of its own. ``events`` records all DevTools events."""
+    """A tab in a separate browser process. ``events`` records all DevTools events."""
 
     def __init__(self, browser: str, profile: Path, width: int = 1440, height: int = 1000) -> None:
         to_read, self._to = os.pipe()
@@ -69,7 +69,7 @@ class Tab:
             self._next()
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         response = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in response, response["exceptionDetails"]
         return response["result"].get("value")

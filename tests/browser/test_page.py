@@ -1,4 +1,4 @@
-"""The page in a real browser: sorting, filtering and tooltips work, without network requests or errors."""
+"""Test the page in a real browser: sorting, filtering and tooltips work, without network requests or errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tab(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
 
 
 def center(tab: Tab, element: str) -> tuple[float, float]:
-    """Where an element is seen, once it is scrolled into options."""
+    """Scroll an element into view and return its centre."""
     script = (
         f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
         " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
@@ -68,7 +68,7 @@ def test_clicking_a_heading_sorts(tab: Tab) -> None:
     assert tab.run(f"{heading}.closest('th').getAttribute('aria-sort')") == "ascending"
     tab.run(f"{heading}.focus()")
     tab.press("Enter", 13, "\r")
-    assert tab.run(families) == ["vae", "nf", "gan", "ddpm"], "by the keyboard too"
+    assert tab.run(families) == ["vae", "nf", "gan", "ddpm"], "sorting works with the keyboard too"
     tab.point(*center(tab, "document.querySelector('.ranking thead button')"), click=True)
     assert tab.run(NAMES) == before
 
@@ -88,7 +88,7 @@ def test_typing_filters_rows(tab: Tab) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 def test_the_tooltip_shows_the_name_and_value_of_a_point(tab: Tab, k: int) -> None:
-    """At the marker of a point, the tooltip shows the values of the record."""
+    """At a point's marker, the tooltip shows the values from the record."""
     lines = "document.querySelector('#costs svg.chart').querySelectorAll('g[data-name]')"
     marker = f"{lines}[{k + 1}].querySelector('use')"
     tab.point(*center(tab, marker))

@@ -21,12 +21,12 @@ from gencompare.comparison.sampler_description import without_steps
 from gencompare.comparison.svg_plots import COLORS, DASHES, Chart, PlotLine, Style, save, styles
 
 MAX_LINES = 75
-"""Lines of a chart, those of the best-ranked runs: fifteen families with five seeds each."""
+"""Largest number of lines in a chart (fifteen families with five seeds each). The best-ranked runs are drawn."""
 
 MAX_POINTS = 300
-"""Points of a learning curve; a longer one is averaged over segments."""
+"""Largest number of points in a learning curve. Longer curves are averaged over segments."""
 
-DISTANCES = ("val/fid", "val/fd_", "val/coverage")
+DISTANCES = ("val/mmd_", "val/fid", "val/fd_", "val/coverage")
 """Prefixes of the logged metrics that compare samples with validation images."""
 
 PLOTS_FOLDER = "plots"
@@ -58,13 +58,13 @@ class Charts:
 
 
 def by_rank(tables: list[RankingTable], runs: list[RunFolder]) -> list[RunFolder]:
-    """The runs by their best rank: the order of legends, images and settings."""
+    """Sort runs by their best rank, which is the order of legends, images and settings."""
     ranked = [run for table in tables for run, _ in table.results()]
     return list({run.label: run for run in [*ranked, *runs]}.values())
 
 
 def save_all(loaded: LoadedRuns, out: Path) -> list[Path]:
-    """Save each chart as PNG and SVG in the folder `PLOTS_FOLDER` of ``out``. Returns the PNG files."""
+    """Save each chart as PNG and SVG in the folder `PLOTS_FOLDER` of ``out``, and return the PNG files."""
     tables = ranking_tables(loaded)
     runs = by_rank(tables, loaded.runs)
     charts = Charts.of(tables, runs, styles(tables, runs)).all
@@ -75,7 +75,7 @@ def save_all(loaded: LoadedRuns, out: Path) -> list[Path]:
 
 
 def file_names(titles: list[str]) -> list[str]:
-    """A unique file name for each title, of lower-case letters, digits and underscores."""
+    """Convert titles to unique file names of lower-case letters, digits and underscores."""
     names: list[str] = []
     for title in titles:
         stem = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")[:80] or "chart"
@@ -91,7 +91,7 @@ def file_names(titles: list[str]) -> list[str]:
 
 
 def distance_curves(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> list[Chart]:
-    """One chart for each data set and each distance (or coverage) that was logged during training."""
+    """Create a chart for each data set and each distance (or coverage) that was logged during training."""
     lines: dict[tuple[str, str], list[PlotLine]] = defaultdict(list)
     for run in runs:
         for name in run.curve:
@@ -106,9 +106,9 @@ def distance_curves(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> li
 
 
 def loss_curves(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> list[Chart]:
-    """One chart for each data set, family and loss: losses of different families are not comparable.
+    """Create a chart for each data set, family and loss, since losses of different families are not comparable.
 
-    The validation loss of the same name, if it was logged, is a fainter line with markers.
+    The validation loss of the same name, if logged, is a fainter line with markers.
     """
     lines: dict[tuple[str, str, str], list[PlotLine]] = defaultdict(list)
     for run in runs:
@@ -127,7 +127,7 @@ def loss_curves(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> list[C
 def _curve(
     run: RunFolder, name: str, style: Mapping[str, Style], *, marker: bool = False, faint: bool = False
 ) -> list[PlotLine]:
-    """A logged metric against training images seen; empty if nothing was logged."""
+    """Draw a logged metric against training images seen. Return an empty list if nothing was logged."""
     values = run.curve.get(name)
     images = run.curve.get("images", run.curve.get("step"))
     if values is None or images is None:
@@ -140,7 +140,7 @@ def _curve(
 
 
 def subsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `MAX_POINTS` points: means over segments of equal length."""
+    """Reduce a curve to at most `MAX_POINTS` points by averaging over segments of about equal length."""
     if len(x) <= MAX_POINTS:
         return x, y
     edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)
@@ -149,7 +149,7 @@ def subsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def limit_lines(chart: Chart) -> Chart:
-    """The chart with the lines of its first names, at most `MAX_LINES`."""
+    """Keep the first lines of a chart, at most `MAX_LINES`; lines of the same name are kept or dropped together."""
     count = Counter(line.name for line in chart.lines)  # in the order of the lines
     kept = {name for name, total in zip(count, accumulate(count.values()), strict=True) if total <= MAX_LINES}
     lines = [line for line in chart.lines if line.name in kept]
@@ -160,10 +160,10 @@ def limit_lines(chart: Chart) -> Chart:
 
 
 def nfe_curves(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> list[Chart]:
-    """A chart for each table in which one trained model is sampled with several NFE (network evaluations).
+    """Create a chart for each table where one trained model is sampled with different NFE (network evaluations).
 
-    A line joins the rows of one trained model, or of one set of training seeds, that differ in the number of sampling
-    steps alone. It has the style of the best of these rows.
+    A line joins the rows of one trained model, or of one set of training seeds, that differ only in the number of
+    sampling steps. It has the style of the best of these rows.
     """
     charts = []
     for table in tables:
@@ -200,7 +200,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def noise_schedules(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> list[Chart]:
-    """One chart of the log-SNR over time of all runs that have a noise schedule."""
+    """Create one chart of the log-SNR over time for all runs with a noise schedule."""
     lines = []
     for run in runs:
         t, log_snr = (_floats(run.record.model.get("noise_schedule"), name) for name in ("t", "log_snr"))
@@ -211,7 +211,7 @@ def noise_schedules(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> li
 
 
 def _floats(schedule: object, name: str) -> np.ndarray:
-    """The list ``name`` of a record's free field as an array; empty if it is missing or corrupted."""
+    """Read the list ``name`` of an unvalidated record field as an array. It is empty if missing or corrupted."""
     values = schedule.get(name) if isinstance(schedule, dict) else None
     try:
         return np.asarray(values if isinstance(values, list) else [], dtype=float).ravel()
@@ -220,14 +220,14 @@ def _floats(schedule: object, name: str) -> np.ndarray:
 
 
 SCHEDULE_COLORS = (*COLORS, "#1d2530", "#e0b20a")
-"""More colours than rows have, since there are more schedules."""
+"""More colours than `COLORS`, since there are more schedules."""
 
 ScheduleCurve = Mapping[str, np.ndarray]
 """``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``, each of shape (points,)."""
 
 
 def draw_schedules(curves: Mapping[str, ScheduleCurve]) -> Figure:
-    """Log-SNR, alpha and sigma over time, and the density of the log-SNR at uniform times, of each named schedule."""
+    """Plot log-SNR, alpha and sigma over time, and the density of log-SNR at uniform times, for each named schedule."""
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     ((snr, alpha), (density, sigma)) = figure.subplots(2, 2)
     _panel(snr, curves, "t", "log_snr", "log-SNR", "Log-SNR: noise level")
@@ -239,7 +239,7 @@ def draw_schedules(curves: Mapping[str, ScheduleCurve]) -> Figure:
     density.set_xlabel("log-SNR (noise on the left, data on the right)")
     sigma.set_yscale("log")
     alpha.set_ylim(-0.03, 1.06)
-    # The first or last step of a discrete schedule may be so short that the density there is huge.
+    # The density may be huge where the first or last step of a discrete schedule is very short.
     density.set_ylim(0, 1.15 * max(float(np.quantile(c["density"], 0.98)) for c in curves.values()))
     figure.legend(*snr.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
@@ -247,7 +247,7 @@ def draw_schedules(curves: Mapping[str, ScheduleCurve]) -> Figure:
 
 def _panel(axes: Axes, curves: Mapping[str, ScheduleCurve], x: str, y: str, label: str, title: str) -> None:
     for k, (name, curve) in enumerate(curves.items()):
-        # Dashes keep coinciding lines visible: linear and VP are the same curve except for its start.
+        # Dashes keep overlapping lines visible, as linear and VP differ only at the start.
         dash = DASHES[(k + k // len(SCHEDULE_COLORS)) % len(DASHES)]
         linestyle = (0, tuple(map(float, dash.split()))) if dash else "-"
         color = SCHEDULE_COLORS[k % len(SCHEDULE_COLORS)]

@@ -14,20 +14,20 @@ OPTION_OF_FIELD = {
     "reference": "evaluation.protocol.reference",
     "chunk_size": "evaluation.protocol.chunk_size",
 }
-"""Config keys that set a single field of the `Measurement`."""
+"""Config key for each `Measurement` field that can be set on its own."""
 
 PRESET_FIELDS = {"extractor", "extractor_hash", "resize"}
-"""Fields of the `Measurement` that the preset ``evaluation=NAME`` sets."""
+"""`Measurement` fields that the preset ``evaluation=NAME`` sets."""
 
 FIXED_FIELDS = {"data", "conditioning", "quantization"}
-"""Fields of the `Measurement` that no evaluation setting can change."""
+"""`Measurement` fields that no evaluation setting can change."""
 
 
 def protocol_overrides(measurement: Measurement, target: Measurement, preset: str) -> list[str] | None:
-    """Overrides that evaluate under ``target`` what was evaluated under ``measurement``; None if that is impossible.
+    """Return the overrides that change the protocol ``measurement`` into ``target``, or None if that is impossible.
 
     Args:
-        preset: the evaluation preset of ``target``.
+        preset: evaluation preset of ``target``.
     """
     differing = set(measurement.differences(target))
     if differing & FIXED_FIELDS or ("reference_hash" in differing and "reference" not in differing):
@@ -43,27 +43,27 @@ def _protocol_options(target: Measurement, names: Iterable[str]) -> list[str]:
 
 
 def evaluation_preset(run: RunFolder) -> str:
-    """The evaluation preset in the config of ``run``."""
+    """Return the evaluation preset in the config of ``run``."""
     choices = run.record.config.get("choices", {})
     return (choices.get("evaluation") if isinstance(choices, dict) else None) or "default"
 
 
 def evaluation_command(run: RunFolder, result: Result, overrides: list[str]) -> str:
-    """The command that evaluates the checkpoint of ``result`` again with ``overrides``."""
+    """Return the command that evaluates the checkpoint of ``result`` again with ``overrides``."""
     checkpoint = result.generation.checkpoint
-    # Records are untrusted and users paste this into a shell: every value is quoted.
+    # Every value is quoted, since records are untrusted and users paste this into a shell.
     chosen = [f"checkpoint={checkpoint}"] if checkpoint == "best" else []
     return run_command("task=evaluate", override("run_dir", run.folder), *overrides, *chosen)
 
 
 def training_command(family: str, measurement: Measurement, run: RunFolder) -> str:
-    """The command that trains ``family`` on the data of ``run`` and evaluates it under ``measurement``.
+    """Return the command that trains ``family`` on the data of ``run`` and evaluates it under ``measurement``.
 
-    Its folder is a sibling of that of ``run``, so that repeating the comparison of these runs includes it.
+    The new run folder is next to that of ``run``, so repeating the comparison with a glob includes it.
     """
     choices = run.record.config.get("choices", {})
     data = choices.get("data") if isinstance(choices, dict) else None
-    # The data and the extractor's weights may have been set on the command line of the run.
+    # Data settings and the extractor's weights may come from the command line of the run.
     repeated = [each for each in run.record.overrides if each.startswith(("data.", "evaluation.weights="))]
     overrides = [override("model", family), override("data", data or measurement.data), *repeated]
     if evaluation_preset(run) != "default":
@@ -75,7 +75,7 @@ def training_command(family: str, measurement: Measurement, run: RunFolder) -> s
 
 
 def _unused(folder: Path) -> Path:
-    """``folder``, with a number appended if it exists."""
+    """Return ``folder``, with a number appended if it exists."""
     k, candidate = 1, folder
     while candidate.exists():
         k += 1

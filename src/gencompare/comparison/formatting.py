@@ -1,4 +1,4 @@
-"""Numbers, metric names and protocols as text, shared by the terminal, the page and the table files."""
+"""Formatting of numbers, metric names and protocols, shared by the terminal, the page and the table files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TITLES = {
     "ssim": "SSIM",
     "bpd": "bits/dim",
 }
-"""Spelling of metric names, or of their prefixes, that are abbreviations."""
+"""Display names of abbreviated metric names or prefixes."""
 
 COLUMN_ORDER = (
     "mmd", "fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "bpd", "confident", "memorization",
@@ -34,7 +34,7 @@ COLUMN_ORDER = (
 
 
 def title(name: str) -> str:
-    """The display name of a metric."""
+    """Return the display name of a metric."""
     for prefix, spelling in TITLES.items():
         if name == prefix or name.startswith((prefix + "_", prefix + "/")):
             return (spelling + name[len(prefix) :].replace("_", " ").replace("/", " ")).strip()
@@ -42,35 +42,38 @@ def title(name: str) -> str:
 
 
 def direction_arrow(metric: Metric) -> str:
-    """An arrow towards better values: ↓, ↑, or → and the target; empty for a metric without an order."""
+    """Return an arrow towards better values: ↓, ↑, or → with the target; empty for a metric without an order."""
     if metric.target is not None:
         return f"→{metric.target:g}"
     return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"
 
 
 def column_position(name: str) -> tuple[int, str]:
-    """Sort key of a metric's column."""
+    """Return the sort key of a metric's column."""
     return next((k for k, prefix in enumerate(COLUMN_ORDER) if name.startswith(prefix)), len(COLUMN_ORDER)), name
 
 
 def is_finite(value: float | None) -> bool:
-    """Whether ``value`` is there and finite."""
+    """Return whether ``value`` is finite and not None."""
     return value is not None and math.isfinite(value)
 
 
 def as_number(value: Any) -> float | None:
-    """``value`` if it is a finite number, else None: free fields of a record may contain anything."""
+    """Return ``value`` if it is a finite number, else None. (Unvalidated record fields may contain anything.)"""
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def total_nfe(nfe: dict[str, float] | None) -> float | None:
-    """Network evaluations per sample, summed over the networks; None if they were not counted."""
+    """Sum network evaluations per sample over the networks. Return None if they were not counted."""
     counted = [n for n in (nfe or {}).values() if is_finite(n)]
     return sum(counted) if counted else None
 
 
 def format_metric(value: float | None) -> str:
-    """Two decimals, or three significant digits if these are more precise."""
+    """Format a metric with two decimals, or with three significant digits below 1.
+
+    Values of at least 1000 have no decimals, and extreme values are in scientific notation.
+    """
     if value is None or not math.isfinite(value):
         return MISSING
     if value == 0:
@@ -84,21 +87,21 @@ def format_metric(value: float | None) -> str:
 
 
 def format_rate(value: float | None) -> str:
-    """A rate or a number of network evaluations: 2.5, 50, 1,169."""
+    """Format a rate or a number of network evaluations, such as 2.5, 50 or 1,169."""
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def format_ratio(value: float | None) -> str:
-    """A ratio: 1.10, 2.9, 14, 1,200."""
+    """Format a ratio, such as 1.10, 2.9, 14 or 1,200."""
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{value:.2f}" if value < 1.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def format_count(value: float | None) -> str:
-    """A count with an SI prefix: 870, 12.3 k, 1.2 M."""
+    """Format a count with an SI prefix, such as 870, 12.3 k or 1.2 M."""
     if value is None or not math.isfinite(value):
         return MISSING
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -108,7 +111,7 @@ def format_count(value: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """12 s, 3:05 min, 2:10 h."""
+    """Format a duration, such as 12 s, 3:05 min or 2:10 h."""
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 59.5:
@@ -120,37 +123,40 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_interval(metric: Metric) -> str:
-    """``[low, high]``, or an empty string without an interval."""
+    """Format the interval as ``[low, high]``. Return an empty string if there is none."""
     if metric.interval is None or not all(map(is_finite, metric.interval)):
         return ""
     return f"[{format_metric(metric.interval[0])}, {format_metric(metric.interval[1])}]"
 
 
 def format_ratio_to_baseline(metric: Metric) -> str:
-    """A distance as a multiple of its real-data baseline, ``2.5 × real data``; empty if that is meaningless."""
+    """Format a distance relative to its baseline, such as ``2.5 × real data``; empty if the ratio is undefined."""
     if metric.higher_is_better is not False or not is_finite(metric.ratio_to_baseline):
         return ""
     return f"{format_ratio(metric.ratio_to_baseline)} × real data"  # noqa: RUF001
 
 
 def note_label(metric: Metric) -> str:
-    """The note up to its first comma if that is a single word, such as ``bound`` or ``exact``."""
+    """Return the part of the note before its first comma, such as ``bound``, if it is a single short word.
+
+    Otherwise, return an empty string.
+    """
     first = metric.note.split(",")[0].strip()
     return first if first.isalpha() and len(first) <= 12 else ""
 
 
 def join_notes(*notes: str) -> str:
-    """Notes on a metric as one text."""
+    """Join the nonempty notes on a metric."""
     return " · ".join(note for note in notes if note)
 
 
 def annotation(metric: Metric, *, primary: bool, baseline: bool = True) -> str:
-    """The small print of a metric: its interval, how it compares with real data, and the label of its note.
+    """Return the small print of a metric: its interval, its comparison with real data, and the label of its note.
 
     Args:
-        primary: the metric is the primary one; only that is divided by its real-data baseline. The baseline of an
-            unbiased distance (KID) is 0 up to noise, and a ratio of fractions says little.
-        baseline: whether to show the real-data baseline of other metrics.
+        primary: whether the metric is the primary one, the only one that is shown as a multiple of its real-data
+            baseline.
+        baseline: whether to show the real-data baseline if no such multiple is shown.
     """
     compared = format_ratio_to_baseline(metric) if primary else ""
     if not compared and baseline and is_finite(metric.baseline):
@@ -159,7 +165,7 @@ def annotation(metric: Metric, *, primary: bool, baseline: bool = True) -> str:
 
 
 def describe_protocol(m: Measurement) -> str:
-    """An evaluation protocol in two sentences."""
+    """Describe an evaluation protocol in two sentences."""
     settings = ["conditional" if m.conditioning == "labels" else m.conditioning]
     settings += [f"labels as in {m.label_distribution}"] if m.label_distribution not in ("", "none") else []
     settings += [f"{m.chunk_size:,} per seed"] if m.chunk_size else []
@@ -175,7 +181,7 @@ FIELD_TITLES = {"num_images": "number of images", "num_reference_images": "numbe
 
 
 def describe_differences(differences: dict[str, tuple[Any, Any]]) -> str:
-    """The fields in which a second protocol differs from a first, with both values."""
+    """List the fields that differ between two protocols, with both values."""
     return ", ".join(
         f"{FIELD_TITLES.get(name, name.replace('_', ' '))} ({_shorten(second)} instead of {_shorten(first)})"
         for name, (first, second) in differences.items()
@@ -188,6 +194,6 @@ def _shorten(value: Any) -> str:
 
 
 def join_names(names: list[str]) -> str:
-    """``a, b and c``, with spaces in place of underscores."""
+    """Join names as ``a, b and c``, with spaces instead of underscores."""
     names = [FIELD_TITLES.get(name, name.replace("_", " ")) for name in names]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,4 +1,4 @@
-"""Find run folders and read their records; folders that cannot be read are listed with the reason."""
+"""Find run folders and read their records. Folders that cannot be read are listed with the reason."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder whose record was read."""
+    """A run folder and its record."""
 
     folder: Path
     record: RunRecord
     label: str
-    """The name of the run, with parent folders if several runs of the comparison share a name."""
+    """Name of the run, with parent folders if several runs of the comparison share a name."""
     settings: str = ""
-    """Command-line overrides, without seeds, that not all runs of the comparison have."""
+    """Command-line overrides that not all runs of the comparison have, except seeds."""
 
     @property
     def title(self) -> str:
@@ -39,12 +39,12 @@ class RunFolder:
 
     @cached_property
     def curve(self) -> dict[str, np.ndarray]:
-        """Columns of the learning curve, float64 (rows,), NaN where nothing was logged; empty without a file."""
+        """Columns of the learning curve, float64 (rows,), NaN where nothing was logged. Empty if there is no file."""
         path = self.file(self.record.curve)
         return read_curve(path) if path else {}
 
     def read_png(self, relative: str) -> bytes | None:
-        """The content of a PNG file; None if it is missing, not a PNG, or outside the run folder."""
+        """Read a PNG file. Return None if it is missing, not a PNG file, or outside the run folder."""
         path = self.file(relative)
         try:
             content = path.read_bytes() if path else b""
@@ -53,7 +53,7 @@ class RunFolder:
         return content if content.startswith(PNG_SIGNATURE) else None
 
     def file(self, relative: str) -> Path | None:
-        """A file of the run folder. Records are untrusted: None for a path that leads out of the folder."""
+        """Return the path of a file, or None if it is missing or outside the run folder (records are untrusted)."""
         folder = self.folder.resolve()
         try:
             path = (folder / relative).resolve()
@@ -75,10 +75,10 @@ class ComparisonOptions:
     """How to group and rank the runs of a comparison."""
 
     group_by: tuple[str, ...] = ()
-    """Config keys whose values define the rows (see `gencompare.comparison.statistics.group_by_seed`). If empty, runs
-    that differ only in seeds are in one row."""
+    """Config keys whose values define the table rows (see `gencompare.comparison.statistics.group_by_seed`). If
+    empty, runs that differ only in seeds share a row."""
     rank_by: str | None = None
-    """The metric that ranks; None for the primary metric of each result."""
+    """The metric to rank by; None uses the primary metric of each result."""
 
 
 @dataclass
@@ -93,9 +93,9 @@ class LoadedRuns:
 
 
 def find_run_folders(pattern: str) -> list[Path]:
-    """Run folders that match a glob, sorted; ``**`` matches any number of folders.
+    """Return the run folders that match a glob, sorted. ``**`` matches any number of nested folders.
 
-    A matching folder that is not a run but contains runs (a sweep) stands for those runs.
+    A matching folder that contains run folders but is not one itself (a sweep) is replaced by them.
 
     Raises:
         UserError: no run folder matches.
@@ -149,13 +149,13 @@ def load_runs(
 
 
 def _relative_to_cwd(folder: str | os.PathLike[str]) -> Path:
-    """Relative if below the working directory, so that a page that is shared does not show a home folder."""
+    """Make a path relative if it is below the working directory, so that a shared page does not show a home folder."""
     path = Path(folder).absolute()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
-    """The first of name, parent/name and folder that no other run has."""
+    """Label each run by the first of name, parent/name and folder that no other run has."""
     choices = [(record.name, f"{folder.parent.name}/{record.name}", str(folder)) for folder, record in runs]
     count = Counter(label for choice in choices for label in set(choice))
     return [next((label for label in choice if count[label] == 1), choice[-1]) for choice in choices]
@@ -165,11 +165,11 @@ NON_DISTINGUISHING = (
     "seed=", "model=", "sweep=", "hydra", "logger", "run=", "run_dir=", "resume=", "ckpt_path=",
     "callbacks.progress",
 )  # fmt: skip
-"""Prefixes of overrides that do not describe the model, or that have a column of their own."""
+"""Prefixes of overrides that do not describe the model, or that have a separate column."""
 
 
 def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
-    """For each run, the overrides that not all runs have."""
+    """Return, for each run, the overrides that not all runs have; for a single run, none."""
     overrides = [
         [each.lstrip("+") for each in record.overrides if not each.lstrip("+").startswith(NON_DISTINGUISHING)]
         for record in records
@@ -184,7 +184,7 @@ def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
 
 
 def read_curve(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a learning curve. Cells that are not numbers become NaN; a truncated last line is dropped."""
+    """Read the columns of a learning curve. Cells that are not numbers become NaN; truncated lines are dropped."""
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.reader(file))

@@ -1,4 +1,4 @@
-// Sorting: clicking a column heading sorts the rows of each section; empty cells come last.
+// Sorting: clicking a column heading sorts the rows within each section. Empty cells come last.
 for (const button of document.querySelectorAll("table.ranking thead button")) {
   button.addEventListener("click", () => {
     const heading = button.closest("th");
@@ -21,7 +21,7 @@ for (const button of document.querySelectorAll("table.ranking thead button")) {
   });
 }
 
-// Filtering: shows the rows that contain every word, in any column; Escape clears the filter.
+// Filtering: only rows that contain every word, in any column, are shown. Escape clears the filter.
 for (const field of document.querySelectorAll(".filter")) {
   const input = field.querySelector("input");
   const rows = [...field.nextElementSibling.querySelectorAll("tbody tr:not(.section)")];
@@ -39,7 +39,7 @@ for (const field of document.querySelectorAll(".filter")) {
   field.hidden = false;
 }
 
-// Tooltips: the name and value of the nearest point of a chart. The attribute data-axes maps coordinates to values.
+// Tooltips show the name and value of the nearest point of a chart. The attribute data-axes maps coordinates to values.
 const tooltip = document.createElement("div");
 tooltip.id = "tooltip";
 tooltip.hidden = true;

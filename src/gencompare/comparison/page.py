@@ -51,10 +51,11 @@ from gencompare.version import __version__
 HTML_FILE, CSV_FILE, MARKDOWN_FILE, LATEX_FILE = "compare.html", "compare.csv", "compare.md", "compare.tex"
 
 MAX_IMAGE_BYTES = 7_000_000
-"""Total size of the embedded images, best rank first; base64 adds a third."""
+"""Limit on the total size of embedded images, before base64 adds a third. The best-ranked images come first."""
 
 MAX_DETAILED_ROWS = 12
-"""The table of all metrics has a column per row of the ranking; for longer rankings, the CSV file has them."""
+"""The table of all metrics has a column per ranked row. For longer rankings it is omitted, and the CSV file has all
+metrics."""
 
 
 def report(
@@ -67,12 +68,12 @@ def report(
 
 
 def write_report(loaded: LoadedRuns, out: str | os.PathLike[str]) -> Path:
-    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` to ``out``. Returns the page.
+    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` to ``out``. Return the page.
 
-    A single run gets a page of its own and its tables.
+    For a single run, there is no folder ``plots``.
 
     Raises:
-        UserError: there is no readable record, or the options name a metric or a config key that no run has.
+        UserError: there is no readable record, or no run has the metric or config key in the options.
     """
     if not loaded.runs:
         reasons = [skip.reason for skip in loaded.skipped]
@@ -88,7 +89,7 @@ def write_report(loaded: LoadedRuns, out: str | os.PathLike[str]) -> Path:
 
 
 def render(loaded: LoadedRuns) -> str:
-    """The HTML of the page of one or several runs."""
+    """Return the HTML page of one or several runs."""
     tables = ranking_tables(loaded)
     runs = by_rank(tables, loaded.runs)
     style = styles(tables, runs)
@@ -166,7 +167,7 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
 
 
 def _published(tables: list[RankingTable]) -> dict[int, list[tuple[str, ...]]]:
-    """Published results as text, by the number of the last table of their data set."""
+    """Return published results as strings, by the number of the last table of their data set."""
     last = {table.measurement.data: number for number, table in enumerate(tables, 1)}
     return {
         number: [
@@ -200,12 +201,12 @@ class PageImages:
     bytes_left: int
     by_title: dict[str, list[PageImage]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    """Images in a record whose files are missing."""
+    """Images that are listed in a record but whose files are missing."""
     num_omitted: int = 0
     _added: set[tuple[str, str, bytes]] = field(default_factory=set)
 
     def add(self, run: RunFolder, title: str, path: str, caption: str) -> None:
-        """Add an image unless the same one is there, its file is missing, or it does not fit."""
+        """Add an image unless it was already added, its file is missing, or it does not fit."""
         content = run.read_png(path)
         if content is None:
             self.missing.append(f"{run.label}: {title} ({path})")
@@ -226,7 +227,7 @@ def _images(tables: list[RankingTable], runs: list[RunFolder], single: bool) -> 
     for table in tables:
         for row in table.rows:
             run, result = row.group.members[0]
-            # The metric of the run that drew these samples, not the mean of its row.
+            # Show the metric of the run that drew these samples, not the mean of its row.
             metric = result.metrics.get(table.primary_metric, Metric(None))
             value = f"{formatting.title(table.primary_metric)} {formatting.format_metric(metric.value)}"
             for title, path in result.images.items():
@@ -247,7 +248,7 @@ def _draw(charts: list[Chart], prefix: str) -> list[tuple[Chart, Markup]]:
 
 
 def _run(run: RunFolder) -> dict[str, Any]:
-    """The facts about a run, without those that are unknown, and its config."""
+    """Return the known facts about a run and its config."""
     record, training, environment = run.record, run.record.training, run.record.environment
     git, packages = _as_dict(environment.get("git")), _as_dict(environment.get("packages"))
     commit = str(git.get("commit", ""))[:12] + (" with uncommitted changes" if git.get("dirty") else "")

@@ -1,4 +1,4 @@
-"""Ranking tables: which results are comparable, their order, and which differences are significant."""
+"""Ranking tables, which show comparable results in order and test their differences for significance."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from gencompare.records import Measurement, Metric, Result
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """Metrics of one model from a paper; None if the paper does not report one, or if it was not looked up."""
+    """Metrics of one model from a paper. A metric is None if it was not reported or not looked up."""
 
     model: str
     source: str
-    """The paper, with the table if known."""
+    """The paper, with the table number if known."""
     fid: float | None = None
     """FID of 50,000 samples against the training images with the standard Inception network."""
     bpd: float | None = None
-    """Bits/dim of test images, exact or a bound as in the paper."""
+    """Bits/dim of test images, exact or a bound, as reported in the paper."""
     nfe: float | None = None
     """Network evaluations per sample."""
     images: float | None = None
@@ -53,7 +53,7 @@ class PublishedResult:
 
 
 def published_results(data: str) -> list[PublishedResult]:
-    """Published results on the data set ``data``, sorted by FID and then bits/dim; empty for most data sets."""
+    """Return published results on data set ``data``, sorted by FID, then those with bits/dim only."""
     results = [PublishedResult(**entry) for entry in _published().get(data, [])]
     return sorted(results, key=lambda r: (r.fid is None, r.fid if r.fid is not None else r.bpd))
 
@@ -79,7 +79,7 @@ UNRANKED = {
     TRAINED_WITH_EXTRACTOR: "Not ranked: trained with the network that computes the metric",
     NO_VALUE: "Not ranked: value missing or not finite",
 }
-"""Statuses of rows that are listed below the ranking, each with the heading there."""
+"""Statuses of rows that are listed below the ranking, with their headings."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class TableRow:
 
     group: SeedGroup
     rank: int | None
-    """1 is best; equal values share a rank. None for a row that is not ranked."""
+    """1 is best, and equal values share a rank. None if the row is not ranked."""
     status: str = ""
     """`BASELINE`, `NEAR_BASELINE`, a key of `UNRANKED`, or empty."""
     comparison: ComparisonToBest | None = None
-    """Test against the best row that was tested; None for a row with too few training seeds."""
+    """Comparison with the best row that was tested; None if this row was not tested."""
     sampling: str = ""
-    """The sampling settings in which the row differs from other rows of the same trained model."""
+    """Sampling settings that distinguish the row from other rows of the same trained model."""
 
     @property
     def run(self) -> RunFolder:
@@ -116,35 +116,35 @@ class TableRow:
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings of the evaluation about the samples or the extractor."""
+        """Warnings from the evaluation about the samples or the extractor."""
         return warnings_of(self.result)
 
 
 @dataclass(frozen=True)
 class RankingTable:
-    """The rows of one protocol and primary metric: ranked rows first, then those of `UNRANKED`."""
+    """The rows of one protocol and primary metric: ranked rows first, then those with a status in `UNRANKED`."""
 
     measurement: Measurement
     primary_metric: str
     rows: list[TableRow]
 
     def results(self) -> list[RunResult]:
-        """The results of all rows with their runs, one for each seed."""
+        """Return the results of all rows with their runs."""
         return [member for row in self.rows for member in row.group.members]
 
     def sections(self) -> list[tuple[str, list[TableRow]]]:
-        """(heading, rows) of each part; the ranking itself has no heading."""
+        """Return the nonempty sections as (heading, rows). The ranking itself has no heading."""
         parts = [("", [row for row in self.rows if row.status not in UNRANKED])]
         parts += [(heading, [row for row in self.rows if row.status == status]) for status, heading in UNRANKED.items()]
         return [part for part in parts if part[1]]
 
     def metrics(self) -> list[str]:
-        """Names of all metrics, the primary one first."""
+        """Return the names of all metrics, the primary metric first."""
         names = {name for row in self.rows for name in row.result.metrics}
         return [self.primary_metric, *sorted(names - {self.primary_metric}, key=formatting.column_position)]
 
     def warnings(self) -> list[str]:
-        """The warnings of the rows, each with the labels of its rows."""
+        """Return the warnings of all rows, each with the labels of its rows."""
         labels_of: dict[str, list[str]] = {}
         for row in self.rows:
             for warning in row.warnings:
@@ -153,12 +153,12 @@ class RankingTable:
         return [f"{', '.join(labels)}: {warning}" for warning, labels in labels_of.items()]
 
     def notes(self) -> list[str]:
-        """How to read the ranking: baseline, intervals and significance."""
+        """Return notes on how to read the ranking: baseline, intervals and significance."""
         return [*self._baseline_notes(), *self._seed_notes(), *self._significance_notes()]
 
     def _baseline_notes(self) -> list[str]:
         if self.measurement.conditioning not in ("unconditional", "labels"):
-            return []  # the baseline takes no other conditions
+            return []  # the baseline does not support other conditions
         if not any(row.status == BASELINE for row in self.rows):
             first_run, _ = self.rows[0].group.members[0]
             return [
@@ -169,16 +169,16 @@ class RankingTable:
         if any(row.status == NEAR_BASELINE for row in self.rows):
             return [
                 f"Rows marked '{NEAR_BASELINE}' differ from the Gaussian baseline in"
-                f" {formatting.title(self.primary_metric)} by less than the 95 % confidence interval of the difference."
-                " More samples (evaluation.num_images) narrow it."
+                f" {formatting.title(self.primary_metric)} by less than the half-width of the 95 % confidence interval"
+                " of the difference. More samples (evaluation.num_images) narrow the interval."
             ]
         return []
 
     def _seed_notes(self) -> list[str]:
         notes = [
             f"{row.run.label}: its runs differ in more than seeds ({_first_names(row.group.differing_settings)}). The"
-            " row is their mean, without a confidence interval or a test: their spread says nothing about another"
-            " training run."
+            " row is their mean, without a confidence interval or a test, since their spread does not measure the"
+            " variation between training runs."
             for row in self.rows
             if row.group.differing_settings
         ]
@@ -193,7 +193,7 @@ class RankingTable:
             note += f" Rows are ordered by the mean distance of their seeds from {target:g}."
         if any(len(row.group.seeds) < 2 for row in self.rows):
             note += (
-                " Rows with one training seed show the interval of sampling alone: other training runs may differ more."
+                " Rows with one training seed show the interval of sampling alone. Training runs may differ by more."
             )
         return [*notes, note]
 
@@ -204,13 +204,13 @@ class RankingTable:
         tested = [row for row in ranked if row.comparison is not None]
         if not tested:
             return [
-                "No difference is claimed to be significant: a test needs two rows with at least"
+                "No difference is claimed to be significant, since a test needs two rows with at least"
                 f" {MIN_SEEDS} training seeds each. Compare the intervals instead."
             ]
         best = next(row for row in tested if row.comparison is not None and row.comparison.p_value is None)
         note = (
-            f"Significance over training seeds: Welch's t test between every pair of the {len(tested)} rows with at"
-            f" least {MIN_SEEDS} training seeds, with Holm's correction over all pairs, at level"
+            f"Significance over training seeds is tested by Welch's t test between every pair of the {len(tested)} rows"
+            f" with at least {MIN_SEEDS} training seeds, with Holm's correction over all pairs, at level"
             f" {SIGNIFICANCE_LEVEL:g}. The table shows each row against #{best.rank}. A row that is not significantly"
             " different may be as good or better."
         )
@@ -220,7 +220,7 @@ class RankingTable:
 
 
 def half_width(metric: Metric) -> float:
-    """Half the width of the confidence interval; 0 without one."""
+    """Return half the width of the confidence interval, or 0 if there is none."""
     if not formatting.format_interval(metric) or metric.interval is None:
         return 0.0
     return (metric.interval[1] - metric.interval[0]) / 2
@@ -234,14 +234,14 @@ def _first_names(names: tuple[str, ...], limit: int = 6) -> str:
 
 
 def ranking_tables(loaded: LoadedRuns) -> list[RankingTable]:
-    """`rank_results` of the loaded runs, computed once for the page and all files."""
+    """Return `rank_results` of the loaded runs, computed once for the page and all files."""
     if loaded.tables is None:
         loaded.tables = rank_results(loaded.runs, loaded.options)
     return loaded.tables
 
 
 def rank_results(runs: Iterable[RunFolder], options: ComparisonOptions = ComparisonOptions()) -> list[RankingTable]:
-    """A table for each protocol and primary metric, those of the data set with the most rows first.
+    """Build a table for each protocol and primary metric. Tables of the data set with the most rows come first.
 
     Raises:
         UserError: ``options`` names a metric that no result has, or a config key that no run has.
@@ -267,7 +267,7 @@ def rank_results(runs: Iterable[RunFolder], options: ComparisonOptions = Compari
 
 
 def _position_in_record(results: list[RunResult]) -> int:
-    """The lowest position of the results in their records, which list those of the primary extractor first."""
+    """Return the lowest position of the results in their records, which list those of the primary extractor first."""
     return min(
         next((k for k, other in enumerate(run.record.results) if other.id == result.id), 0) for run, result in results
     )
@@ -313,7 +313,7 @@ def _status(row: TableRow, baselines: list[TableRow]) -> str:
         return BASELINE
     if not baselines or row.metric.unordered:
         return ""
-    # The interval of a difference between two independent estimates.
+    # Half-width of the interval of a difference between two independent estimates.
     interval = math.hypot(half_width(row.metric), fmean(half_width(other.metric) for other in baselines))
     difference = badness(row) - fmean(map(badness, baselines))
     if difference and abs(difference) < interval:
@@ -322,7 +322,7 @@ def _status(row: TableRow, baselines: list[TableRow]) -> str:
 
 
 def _with_tests(rows: list[TableRow]) -> list[TableRow]:
-    """``rows``, best first, with the tests of those that are ranked and have enough training seeds."""
+    """Add test results to those of ``rows`` (best first) that are ranked and have enough training seeds."""
     samples = [row.group.values_by_seed(row.result.primary_metric) if row.rank is not None else None for row in rows]
     samples = [sample and _badness(sample, row.metric) for sample, row in zip(samples, rows, strict=True)]
     p_values = adjusted_p_values(samples)
@@ -337,15 +337,15 @@ def _with_tests(rows: list[TableRow]) -> list[TableRow]:
 
 
 def badness(row: TableRow) -> float:
-    """The sort key of rows, lower is better: the mean over training runs of the values that are tested."""
+    """Return the sort key of a row (lower is better), the mean of `_badness` over training runs."""
     values = row.group.values_by_training(row.result.primary_metric)
     return fmean(_badness(values, row.metric)) if values else math.inf
 
 
 def _badness(values: list[float], metric: Metric) -> list[float]:
-    """Values of ``metric`` such that lower is better: with a target, the distance of each value from it.
+    """Convert values of ``metric`` so that lower is better. With a target, return the distance of each value from it.
 
-    The distance of the mean from the target would be misleading, since errors of either sign cancel in it.
+    The distance of the mean from the target would be misleading, since errors of opposite sign cancel.
     """
     if metric.target is not None:
         return [abs(value - metric.target) for value in values]
@@ -357,7 +357,7 @@ def _badness(values: list[float], metric: Metric) -> list[float]:
 
 
 def explain_separate_tables(tables: list[RankingTable]) -> str:
-    """In which fields the protocol of each table differs from that of the first table on the same data."""
+    """Describe how the protocol of each table differs from that of the first table on the same data."""
     first: dict[str, tuple[int, RankingTable]] = {}
     sentences = []
     for number, table in enumerate(tables, 1):
@@ -366,8 +366,8 @@ def explain_separate_tables(tables: list[RankingTable]) -> str:
             first[data] = (number, table)
             if number > 1:
                 names = [name for name in tables[0].measurement.differences(table.measurement) if name != "data"]
-                further = f" (which also changes {formatting.join_names(names)})" if names else ""
-                sentences.append(f"Table {number} is on other data, {data}{further}.")
+                further = f", and also differs in {formatting.join_names(names)}" if names else ""
+                sentences.append(f"Table {number} uses a different data set, {data}{further}.")
             continue
         number_of_first, other = first[data]
         differences = formatting.describe_differences(other.measurement.differences(table.measurement))
@@ -380,7 +380,7 @@ MAX_NAMED_PAIRS = 5
 
 
 def metric_disagreements(tables: list[RankingTable]) -> list[str]:
-    """For each pair of tables of the same samples, the pairs of rows that their metrics order differently."""
+    """Describe, for each pair of tables of the same samples, which pairs of rows their metrics order differently."""
     sentences = []
     for (i, a), (j, b) in combinations(enumerate(tables, 1), 2):
         if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:
@@ -407,7 +407,7 @@ def metric_disagreements(tables: list[RankingTable]) -> list[str]:
 
 
 def _rows_by_samples(table: RankingTable) -> dict[tuple[str, str], TableRow]:
-    """The ranked rows by the samples that they measure: folders of the runs, and sampling settings."""
+    """Return the ranked rows by their samples, which run folders and sampling settings identify."""
     return {
         (" ".join(sorted(str(run.folder) for run, _ in row.group.members)), row.result.generation.id): row
         for row in table.rows
@@ -420,5 +420,5 @@ def _intervals_apart(a: TableRow, b: TableRow) -> bool:
 
 
 def runs_without_results(runs: Iterable[RunFolder]) -> list[RunFolder]:
-    """The runs whose records contain no results."""
+    """Return the runs whose records contain no results."""
     return [run for run in runs if not run.record.results]

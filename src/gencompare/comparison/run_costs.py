@@ -18,7 +18,7 @@ KINDS = ("images_seen", "steps", "flops", "device_seconds")
 
 
 def own_cost(record: RunRecord) -> dict[str, float | None]:
-    """The cost of this training run alone, by kind. Device seconds are seconds times the number of devices."""
+    """Return the cost of this training run alone, by kind. Device seconds are seconds times the number of devices."""
     cost = {kind: formatting.as_number(record.training.get(kind)) for kind in KINDS}
     seconds = formatting.as_number(record.training.get("seconds"))
     if cost["device_seconds"] is None and seconds is not None:
@@ -27,10 +27,10 @@ def own_cost(record: RunRecord) -> dict[str, float | None]:
 
 
 def total_cost(record: RunRecord) -> dict[str, float | None]:
-    """The cost of this training run and of everything that the model depends on, by kind.
+    """Return the cost of this training run and of everything that the model depends on, by kind.
 
-    For a record without ``total_cost``, it is the cost of this run and of the autoencoder. If a part is unknown, so is
-    the total: an incomplete cost is reported as None.
+    For a record without ``total_cost``, this is the cost of the run and of its autoencoder. If the cost of one of them
+    is unknown, so is the total, which is then None.
     """
     recorded = record.training.get("total_cost")
     if isinstance(recorded, dict):
@@ -48,7 +48,7 @@ def total_cost(record: RunRecord) -> dict[str, float | None]:
 
 
 def describe_dependencies(record: RunRecord) -> str:
-    """The roles of the other training runs in the total cost: ``autoencoder``, ``autoencoder and 3 trials``."""
+    """Describe the other training runs in the total cost, such as ``autoencoder`` or ``autoencoder and 3 trials``."""
     listed = record.training.get("dependencies")
     roles = [str(part.get("role")) for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
     roles = roles or (["autoencoder"] if autoencoder_cost(record) else [])
@@ -57,7 +57,7 @@ def describe_dependencies(record: RunRecord) -> str:
 
 
 def autoencoder_cost(record: RunRecord) -> dict[str, Any]:
-    """The training cost of a latent model's autoencoder; empty for other models."""
+    """Return the training cost of a latent model's autoencoder. It is empty for other models."""
     cost = record.model.get("autoencoder")
     return cost if isinstance(cost, dict) else {}
 
@@ -67,7 +67,7 @@ def autoencoder_cost(record: RunRecord) -> dict[str, Any]:
 TEXT_COLOR = ""
 
 MAX_POINTS = 60
-"""Points of a chart: those of the best rows, and all of the Pareto front."""
+"""Largest number of rows in a chart. The best rows are drawn, and in addition the whole Pareto front."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ParetoChart:
 
     chart: Chart
     front: list[TableRow]
-    """The rows on the Pareto front, cheapest (and so worst) first."""
+    """The rows on the Pareto front, cheapest (and therefore worst) first."""
 
 
 COSTS: dict[str, Callable[[TableRow], float | None]] = {
@@ -88,7 +88,7 @@ COSTS: dict[str, Callable[[TableRow], float | None]] = {
 
 
 def pareto_charts(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> list[ParetoChart]:
-    """A chart for each table and each cost in which its ranked rows differ."""
+    """Create a chart for each table and each cost that differs between its ranked rows."""
     charts = []
     for table in tables:
         for name, cost in COSTS.items():
@@ -128,10 +128,10 @@ def _pareto_chart(
 
 
 def pareto_front(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
-    """Indices of the points that no other point dominates, cheapest first.
+    """Return the indices of the points that no other point dominates, cheapest first.
 
-    A point dominates another if it is no worse in both cost and loss and better in one. Equal points do not dominate
-    each other, so all of them are on the front.
+    A point dominates another if it is no worse in both cost and loss and better in at least one. Equal points do not
+    dominate each other, so they are on the front together.
     """
     order = sorted(range(len(cost)), key=lambda k: (cost[k], loss[k]))
     front: list[int] = []

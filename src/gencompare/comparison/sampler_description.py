@@ -1,4 +1,4 @@
-"""How the samples of a row were generated, as text, and what distinguishes the rows of one trained model."""
+"""Descriptions of how samples were generated, and of what distinguishes the rows of one trained model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gencompare.records import Result, SampleSettings
 
 
 def describe_weights(generation: SampleSettings) -> str:
-    """The checkpoint and its weights: ``last, EMA`` or ``last, no EMA``."""
+    """Describe the checkpoint and its weights, such as ``last, EMA`` or ``last, no EMA``."""
     names = {"ema": "EMA", "raw": "no EMA", "online": "no EMA", "unknown": ""}
     weights = names.get(generation.weights, generation.weights)
     checkpoint = "" if generation.checkpoint == "unknown" else generation.checkpoint
@@ -19,7 +19,7 @@ def describe_weights(generation: SampleSettings) -> str:
 
 
 def describe_sampling(result: Result) -> str:
-    """Weights, sampler, training step and sampling seed, if known."""
+    """Describe weights, sampler, training step and sampling seed, if known."""
     g = result.generation
     parts = [describe_weights(g), "" if g.sampler == "unknown" else g.sampler]
     parts += [f"step {g.step:,}" if g.step is not None else "", f"sampling seed {g.seed}" if g.seed is not None else ""]
@@ -32,13 +32,13 @@ DISTINGUISHING: tuple[Callable[[SampleSettings], str], ...] = (
     describe_weights,
     lambda g: "" if g.step is None else f"step {g.step:,}",
 )
-"""The settings in which rows of one trained model may differ, each as text."""
+"""Descriptions of the settings that may differ between rows of one trained model."""
 
 
 def distinguishing_settings(groups: Sequence[SeedGroup]) -> list[str]:
-    """For each group, the sampling settings in which it differs from other groups of the same trained model.
+    """Describe, for each group, the sampling settings that distinguish it from others of the same trained model.
 
-    For a sampler, these are its name and the arguments that not all groups share.
+    A sampler is described by its name and the arguments that not all of these groups share.
     """
     same_training: dict[str, list[SeedGroup]] = defaultdict(list)
     for group in groups:
@@ -62,13 +62,13 @@ def _labels(group: SeedGroup) -> set[str]:
 
 
 def _without_shared_arguments(own: str, descriptions: set[str]) -> str:
-    """The first comma-separated part of ``own``, and those that are not in all ``descriptions``."""
+    """Keep the first comma-separated part of ``own`` and the parts that not all ``descriptions`` have."""
     shared = set.intersection(*(set(text.split(", ")) for text in descriptions))
     first, *rest = own.split(", ")
     return ", ".join([first, *(part for part in rest if part not in shared)])
 
 
 def without_steps(text: str) -> str:
-    """A description of sampling without the number of steps."""
+    """Remove the number of steps from a description of sampling."""
     parts = (", ".join(filter(None, re.sub(r"\b\d+ steps\b", "", part).split(", "))) for part in text.split(" · "))
     return " · ".join(part.strip() for part in parts if part.strip())

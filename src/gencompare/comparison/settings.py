@@ -1,4 +1,4 @@
-"""The settings in which runs differ."""
+"""Settings that differ between runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NON_SETTINGS = (
     "rank_by", "n", "num_images", "checkpoint", "weights", "format", "task", "paths", "logger", "family",
     "choices.model", "data.root", "data.cache", "hydra",
 )  # fmt: skip
-"""Config keys that hold paths or options of a task: they differ between runs without changing any metric."""
+"""Config keys of paths and task options, which may differ between runs without changing any metric."""
 
 
 @dataclass(frozen=True)
 class SettingsTable:
-    """Settings of several runs: one row per run, one column per setting."""
+    """Settings of several runs, with one row per run and one column per setting."""
 
     title: str
     names: list[str]
@@ -28,9 +28,9 @@ class SettingsTable:
 
 
 def differing_settings(runs: Iterable[RunFolder]) -> list[SettingsTable]:
-    """A table of the settings outside the model that differ, and one of model settings for each family.
+    """Tabulate the settings that differ: one table of settings outside the model, and one of model settings per family.
 
-    Two families share few model settings, so a single table would be mostly empty.
+    Families share few model settings, so a single table would be mostly empty.
     """
     flat = [(run, flatten(config_settings(run.record.config))) for run in runs if run.record.config]
     shared = [(run, {k: v for k, v in settings.items() if not is_model_setting(k)}) for run, settings in flat]
@@ -46,12 +46,12 @@ def differing_settings(runs: Iterable[RunFolder]) -> list[SettingsTable]:
 
 
 def is_model_setting(name: str) -> bool:
-    """Whether a dotted config key belongs to the model."""
+    """Return whether a dotted config key belongs to the model."""
     return name.startswith(("model.", "choices.model/"))
 
 
 def config_settings(config: dict[str, Any], exclude: Container[str] = NON_SETTINGS, prefix: str = "") -> dict[str, Any]:
-    """The config without the dotted keys in ``exclude``."""
+    """Return the config without the dotted keys in ``exclude``."""
     kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in exclude}
     return {
         key: config_settings(value, exclude, f"{prefix}{key}.") if isinstance(value, dict) else value
@@ -60,7 +60,7 @@ def config_settings(config: dict[str, Any], exclude: Container[str] = NON_SETTIN
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by dotted key, with values as text."""
+    """Flatten nested settings to dotted keys and string values."""
     flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, dict) and value:

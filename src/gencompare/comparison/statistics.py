@@ -1,4 +1,4 @@
-"""Statistics over training seeds: means, confidence intervals, and significance tests between rows."""
+"""Statistics over training seeds: means, confidence intervals, and significance tests between table rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gencompare.comparison.settings import NON_SETTINGS, config_settings, flatte
 from gencompare.records import Metric, Result, RunRecord
 
 SIGNIFICANCE_LEVEL = 0.05
-"""Bound on the family-wise error rate: the probability that any difference of a table is claimed wrongly."""
+"""Bound on the family-wise error rate, the probability that any difference in a table is wrongly claimed."""
 
 CONFIDENCE_LEVEL = 0.95
 
 MIN_SEEDS = 5
 """Training seeds that a row needs to be tested. A t test of three seeds against three misses most differences of one or
-two standard deviations, and relies on a normality that so few values cannot support."""
+two standard deviations, and relies on an assumption of normality that so few values cannot support."""
 
 
 # Significance tests
@@ -32,7 +32,7 @@ two standard deviations, and relies on a normality that so few values cannot sup
 
 @dataclass(frozen=True)
 class ComparisonToBest:
-    """Test of one row against the best row that was tested."""
+    """Test of one table row against the best row that was tested."""
 
     best_rank: int
     """Rank of the best tested row."""
@@ -46,19 +46,20 @@ class ComparisonToBest:
 
 
 def adjusted_p_values(samples: Sequence[Sequence[float] | None]) -> list[float | None]:
-    """Holm-adjusted p values of each row against the best row that can be tested.
+    """Compute Holm-adjusted p values of each table row against the best row that can be tested.
 
-    The best row is chosen by the same values that are tested, and the best of many equal rows looks better than most.
-    Correcting for the comparisons with it alone would therefore exceed the error rate. So all pairs of rows are tested
-    by Welch's t test, Holm's correction covers all pairs, and the pairs with the best row are returned. This bounds the
-    family-wise error rate by `SIGNIFICANCE_LEVEL` no matter which pairs are picked, before or after seeing the data.
+    The best row is chosen by the same values that are tested, and the best of many equal rows looks better than most. A
+    correction only for the comparisons with the best row would therefore exceed the error rate. Instead, all pairs of
+    rows are tested by Welch's t test, Holm's correction covers all pairs, and the p values of pairs with the best row
+    are returned. This bounds the family-wise error rate by `SIGNIFICANCE_LEVEL`, no matter which pairs are picked,
+    before or after seeing the data.
 
     Rows are treated as independent. Rows that share training runs (two samplers of one checkpoint) or noise seeds are
     positively correlated, which makes their test conservative.
 
     Args:
-        samples: for each row, best row first, the metric of each training seed (averaged over its sampling seeds); None
-            or fewer than `MIN_SEEDS` values for a row that is not tested.
+        samples: for each row, best row first, the metric of each training seed, averaged over its sampling seeds. A row
+            with None or fewer than `MIN_SEEDS` values is not tested.
 
     Returns:
         A p value for each row; None for the best tested row and for rows that are not tested.
@@ -87,7 +88,7 @@ def welch(
     squared_error_2: np.ndarray,
     n_2: np.ndarray,
 ) -> np.ndarray:
-    r"""Two-sided p values of Welch's t test for equal means with unequal variances.
+    r"""Compute two-sided p values of Welch's t test for equal means with unequal variances.
 
     With :math:`e_i = s_i^2 / n_i`, the statistic and its degrees of freedom are
 
@@ -102,7 +103,7 @@ def welch(
     Biometrika 34.
 
     Args:
-        mean_1, mean_2: means, arrays of any common shape.
+        mean_1, mean_2: means, arrays of the same shape.
         squared_error_1, squared_error_2: squared standard errors :math:`e_i`.
         n_1, n_2: numbers of observations, each at least 2.
     """
@@ -115,7 +116,7 @@ def welch(
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    r"""Holm's step-down adjusted p values, in the order of ``p``.
+    r"""Compute Holm's step-down adjusted p values, in the order of ``p``.
 
     For sorted values :math:`p_{(1)} \le \dots \le p_{(m)}`,
 
@@ -144,9 +145,9 @@ NON_MODEL_SETTINGS = frozenset(NON_SETTINGS) | {
     "callbacks.progress_bar", "callbacks.metric_logger", "callbacks.checkpoints",
     "callbacks.evaluation.num_grid_images", "callbacks.evaluation.num_val_images",
 }  # fmt: skip
-"""Settings that do not affect the trained model. The evaluation protocol is in the `Measurement` instead; ``data.seed``
-orders the training images and follows the seed of the run. Callbacks that affect metrics are not listed: the EMA, and
-the evaluation that selects ``best`` and may stop training."""
+"""Settings that do not affect the trained model, and seeds. The evaluation protocol is in the `Measurement` instead.
+``data.seed`` determines the order of the training images and follows the seed of the run. Callbacks that affect metrics
+are not listed: the EMA, and the evaluation that selects ``best`` and may stop training."""
 
 AVERAGED_DETAILS = ("flops_per_sample",)
 """Details of a result that are averaged over seeds."""
@@ -159,12 +160,12 @@ class SeedGroup:
     """The runs of one table row: a single result, or the mean over several runs."""
 
     run: RunFolder
-    """The run, or the first of several, with a label for all of them and their mean costs."""
+    """The run. For several runs, the first run with the label of the group and mean costs."""
     result: Result
-    """The result, or the mean over the runs."""
+    """The result, or the mean over several results."""
     members: tuple[RunResult, ...]
     differing_settings: tuple[str, ...] = ()
-    """Settings other than seeds in which the runs differ."""
+    """Settings, other than seeds, that differ between the runs."""
 
     @property
     def seeds(self) -> list[int]:
@@ -172,14 +173,14 @@ class SeedGroup:
         return list(dict.fromkeys(run.record.seed for run, _ in self.members))
 
     def values_by_seed(self, name: str) -> list[float] | None:
-        """The metric ``name`` of each training seed, averaged over its sampling seeds.
+        """Return the metric ``name`` of each training seed, averaged over its sampling seeds.
 
-        None if a value is missing, or if the runs differ in more than seeds and so are not replicates.
+        Return None if a value is missing, or if the runs differ in more than seeds, so they are not replicates.
         """
         return None if self.differing_settings else self.values_by_training(name)
 
     def values_by_training(self, name: str) -> list[float] | None:
-        """Like `values_by_seed`, but also for runs that differ in more than seeds."""
+        """Return `values_by_seed`, but with one value per run if the runs differ in more than seeds."""
         values: dict[tuple[int, str], list[float]] = {}
         for run, result in self.members:
             value = result.metrics.get(name, Metric(None)).value
@@ -193,13 +194,13 @@ class SeedGroup:
 def group_by_seed(results: Iterable[RunResult], group_by: tuple[str, ...] = ()) -> list[SeedGroup]:
     """Group results of one protocol that differ only in seeds.
 
-    A second result with the same seeds is not a replicate and gets a row of its own.
+    A second result with the same seeds is not a replicate and gets a separate row.
 
     With ``group_by``, all runs with equal values of these config keys share a row if they were sampled in the same way
     (sampler, guidance, weights, checkpoint). A run with none of the keys keeps the row it has without ``group_by``. If
     the runs of a row differ only in seeds, nothing changes. If they differ in more, the row is the plain mean over
-    training runs without an interval or a test: the settings were chosen rather than sampled, so their spread says
-    nothing about another training run.
+    training runs without an interval or a test. Their settings were chosen rather than sampled, so their spread does
+    not measure the variation between training runs.
     """
     groups: dict[str, dict[tuple[str, int, int | None], RunResult]] = {}
     names: dict[str, str] = {}
@@ -226,11 +227,11 @@ def group_by_seed(results: Iterable[RunResult], group_by: tuple[str, ...] = ()) 
 
 
 def config_values(run: RunFolder, keys: tuple[str, ...]) -> dict[str, str] | None:
-    """The values that ``run`` has at ``keys``; None if it has none of them.
+    """Return the values of ``keys`` in the config of ``run``, or None if it has none of the keys.
 
     Args:
         keys: dotted config keys (``budget.images``), ``family``, or config groups (``model.schedule`` or
-            ``model/schedule``), whose value is the chosen option where one was chosen.
+            ``model/schedule``). The value of a group is the chosen option, or its settings if none was chosen.
     """
     if not keys:
         return None
@@ -250,32 +251,32 @@ def config_values(run: RunFolder, keys: tuple[str, ...]) -> dict[str, str] | Non
 
 
 def _model_key(run: RunFolder) -> str:
-    """Equal for runs that differ only in seeds and sampling; empty if the config is unknown."""
+    """Return a key that is equal for runs that differ only in seeds and sampling; empty if the config is unknown."""
     config = _model_settings(run)
     key = [run.record.family, run.record.data.get("hash"), config]
     return json.dumps(key, sort_keys=True, default=str) if config else ""
 
 
 def _replicate_key(run: RunFolder, result: Result, model_key: str) -> str:
-    """Equal for results that differ only in seeds."""
+    """Return a key that is equal for results that differ only in seeds."""
     if not model_key:
-        # Nothing is known about the training behind externally generated images.
+        # The training of externally generated images is unknown.
         return f"{run.folder} {result.id}"
     return json.dumps([model_key, _sampling_key(run, result, True)], sort_keys=True)
 
 
 def _model_settings(run: RunFolder) -> dict[str, Any]:
-    """The settings that affect the trained model, without seeds."""
+    """Return the settings that affect the trained model, without seeds."""
     return config_settings(run.record.config, NON_MODEL_SETTINGS)
 
 
 def _sampling_key(run: RunFolder, result: Result, with_step: bool) -> dict[str, Any]:
-    """The sampling settings without the seed; ``with_step`` keeps the step of a checkpoint from during training."""
+    """Return the sampling settings without the seed. ``with_step`` keeps the step of an intermediate checkpoint."""
     key = {field.name: getattr(result.generation, field.name) for field in fields(result.generation)}
     del key["seed"]
     is_final = key["checkpoint"] == "best" or key["step"] == run.record.training.get("steps")
     if is_final or not with_step:
-        # The step that validation selected, or at which a time limit stopped training, depends on the seed.
+        # The step depends on the seed if validation selected it or a time limit stopped training.
         key["step"] = key["images_seen"] = "best or end"
     # The NFE of adaptive solvers varies slightly from seed to seed.
     key["nfe"] = sorted(key["nfe"] or {})
@@ -283,7 +284,7 @@ def _sampling_key(run: RunFolder, result: Result, with_step: bool) -> dict[str, 
 
 
 def _seed_group(members: list[RunResult], replicate_keys: list[str], name: str) -> SeedGroup:
-    """The group of ``members``, replicates of each other if all ``replicate_keys`` are equal; ``name`` labels it."""
+    """Create a group, whose ``members`` are replicates if all ``replicate_keys`` are equal; ``name`` is its label."""
     if len(members) == 1:
         run, result = members[0]
         return SeedGroup(replace(run, label=f"{name} ({run.label})") if name else run, result, tuple(members))
@@ -326,7 +327,7 @@ def _seed_group(members: list[RunResult], replicate_keys: list[str], name: str) 
 
 
 def _differing_names(runs: list[RunFolder]) -> tuple[str, ...]:
-    """Names of the model settings that differ between ``runs``."""
+    """Return the names of the model settings that differ between ``runs``."""
     flat = [flatten(_model_settings(run)) | {"family": run.record.family} for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     differing = tuple(name for name in names if len({settings.get(name) for settings in flat}) > 1)
@@ -334,17 +335,18 @@ def _differing_names(runs: list[RunFolder]) -> tuple[str, ...]:
 
 
 def mean_over_seeds(metrics: list[list[Metric]]) -> Metric:
-    r"""The mean of a metric over training seeds, with its confidence interval.
+    r"""Compute the mean of a metric over training seeds, with its confidence interval.
 
-    The value of a seed is the mean over its sampling seeds. With k >= 2 seeds the interval is Student's
+    The value of a seed is the mean over its sampling seeds. With k >= 2 training seeds, the interval is Student's
 
     .. math:: \bar x \pm t_{0.975,\,k-1}\, s / \sqrt{k}
 
-    with the standard deviation s over seeds: it covers the expected value over training runs. With one training seed
-    the interval covers the mean over sampling seeds alone. If the metric is missing for one seed, it is missing.
+    where s is the standard deviation over training seeds. It covers the expected value over training runs. With one
+    training seed, the interval covers only the expected value over sampling seeds. If the metric is missing for a seed,
+    the mean is None.
 
     Args:
-        metrics: the metric for each training seed and each of its sampling seeds.
+        metrics: the metric of each training seed and each of its sampling seeds.
     """
     first = metrics[0][0]
     flat = [metric for sampling_seeds in metrics for metric in sampling_seeds]
@@ -361,9 +363,9 @@ def mean_over_seeds(metrics: list[list[Metric]]) -> Metric:
 
 
 def _mean_values(dicts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of several dicts, with numbers replaced by their mean over all dicts, recursively.
+    """Return the first of several dicts with numbers replaced by their mean over all dicts, recursively.
 
-    A number that one of them lacks becomes None.
+    A number that is missing in one of the dicts becomes None.
     """
     means = {}
     for name, value in dicts[0].items():
@@ -379,7 +381,7 @@ def _mean_values(dicts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _common_value(values: set[int | None]) -> int | None:
-    """The element of a set with one element, otherwise None."""
+    """Return the element of a one-element set, otherwise None."""
     return values.pop() if len(values) == 1 else None
 
 
@@ -389,6 +391,6 @@ def _rounded_mean(values: list[int | None]) -> int | None:
 
 
 def warnings_of(result: Result) -> list[str]:
-    """The warnings of an evaluation."""
+    """Return the warnings of an evaluation."""
     warnings = result.details.get("warnings")
     return [str(warning) for warning in warnings] if isinstance(warnings, list) else []

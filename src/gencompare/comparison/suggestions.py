@@ -1,4 +1,4 @@
-"""Suggested commands that evaluate runs of different protocols under the same one."""
+"""Suggested commands that evaluate runs under the same protocol."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from gencompare.comparison.ranking import RankingTable
 
 
 def suggested_commands(tables: list[RankingTable]) -> list[str]:
-    """Commands that evaluate each result outside the first table of its data set under the protocol of that table.
+    """Suggest commands that evaluate results under the protocol of the first table on the same data.
 
-    Results of another task and externally generated images have none.
+    There are none for externally generated images, or if the evaluation settings cannot change the protocol.
     """
     first: dict[str, RankingTable] = {}
     commands = []

@@ -1,4 +1,4 @@
-"""Charts as inline SVG that follows the colours of the page, and as image files."""
+"""Charts as image files, and as inline SVG that follows the colours of the page."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MARKERS = {
     "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"),
     "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
 }  # fmt: skip
-"""The marker of each dash pattern, since a single point shows no dashes: for matplotlib, and as an SVG path around
-(9, 4)."""
+"""The marker of each dash pattern, for matplotlib and as an SVG path around (9, 4). (A single point shows no
+dashes.)"""
 
 
 @dataclass(frozen=True)
 class Style:
-    """The line style of a row, and of all runs in it."""
+    """Line style of a table row and of all runs in it."""
 
     color: str
     dash: str
@@ -44,10 +44,10 @@ class Style:
 
 
 def styles(tables: Iterable[RankingTable], runs: Iterable[RunFolder]) -> dict[str, Style]:
-    """A style for each row by its title, and for each run by its label.
+    """Assign a style to each row title and each run label.
 
-    The runs (seeds) of a row share its style and name; a run in several rows has the style of the first. Styles repeat
-    after fifty.
+    The runs (seeds) of a row share its style and name. A run in several rows has the style of the first. Styles repeat
+    after fifty rows.
     """
     of_rows: dict[str, Style] = {}
     of_runs: dict[str, Style] = {}
@@ -66,7 +66,7 @@ def _style(k: int, name: str) -> Style:
 
 @dataclass(frozen=True)
 class PlotLine:
-    """A line, or a single point, for a run or a row."""
+    """A line, or a single point, for a run or a table row."""
 
     x: np.ndarray
     y: np.ndarray
@@ -78,7 +78,7 @@ class PlotLine:
     name: str = ""
     """Name in the tooltip; empty for a line that only joins points."""
     legend_name: str = ""
-    """Name in the legend, shared by lines of one style; ``name`` if empty."""
+    """Name in the legend, shared by lines of the same style; if empty, ``name``."""
     interval: tuple[float, float] | None = None
     """A confidence interval, drawn as an error bar at a single point."""
 
@@ -90,11 +90,11 @@ class Chart:
     x_label: str = "training images seen"
     x_log: bool = False
     num_omitted: int = 0
-    """Number of runs that are not drawn."""
+    """Number of lines or points that are not drawn."""
 
 
 def legend(charts: Iterable[Chart]) -> dict[str, PlotLine]:
-    """The entries of a shared legend: the first line of each name."""
+    """Return the entries of a shared legend, the first line of each name."""
     entries: dict[str, PlotLine] = {}
     for line in (line for chart in charts for line in chart.lines if line.name):
         entries.setdefault(line.legend_name or line.name, line)
@@ -102,20 +102,20 @@ def legend(charts: Iterable[Chart]) -> dict[str, PlotLine]:
 
 
 INK, FAINT = "#010203", "#040506"
-"""Placeholders that CSS variables of the page replace."""
+"""Placeholder colours, which are replaced by CSS variables of the page."""
 
 LOG_RANGE = 20.0
-"""Positive values that span more than this factor get a logarithmic axis."""
+"""Positive values whose ratio exceeds this factor get a logarithmic axis."""
 
 MAX_LEGEND_ENTRIES = 24
-"""Legend entries of a chart that is saved as a file."""
+"""Largest number of legend entries in a chart file."""
 
 
 def svg(chart: Chart, prefix: str) -> str:
-    """The chart as one ``<svg>`` element whose ids start with ``prefix``, to be unique within a page.
+    """Draw the chart as one ``<svg>`` element whose ids start with ``prefix``, so they are unique within a page.
 
-    Each line is a group with the attribute ``data-name``. The attribute ``data-axes`` of the element maps its
-    coordinates to values: for x and then y, ``log`` or ``linear`` and two pairs of a coordinate and its value.
+    Each line is a group with the attribute ``data-name``. The element's attribute ``data-axes`` maps coordinates to
+    values. For x and then y, it contains ``log`` or ``linear`` and two pairs of a coordinate and its value.
     """
     options: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
@@ -124,7 +124,7 @@ def svg(chart: Chart, prefix: str) -> str:
     }  # fmt: skip
     with mpl.rc_context(options):
         figure = Figure(figsize=(4.6, 2.8))
-        # Fixed margins: an automatic layout takes as long as drawing.
+        # Use fixed margins, since an automatic layout takes as long as drawing.
         axes = figure.add_axes((0.115, 0.165, 0.845, 0.81))
         _draw(axes, chart, INK)
         text = io.StringIO()
@@ -184,7 +184,7 @@ def _draw(axes: Axes, chart: Chart, ink: str) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=_log_ticks([line.x for line in chart.lines])))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    # SI prefixes, but no thousandths of a time in [0, 1].
+    # Use SI prefixes, but not milli for times in [0, 1].
     if max(float(line.x.max()) for line in chart.lines) > 1:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.spines[["top", "right"]].set_visible(False)
@@ -193,13 +193,13 @@ def _draw(axes: Axes, chart: Chart, ink: str) -> None:
 
 
 def _log_ticks(values: list[np.ndarray]) -> tuple[float, ...]:
-    """The multiples of powers of ten that get a tick on a logarithmic axis: fewer on a longer axis."""
+    """Return the multiples of powers of ten that get a tick on a logarithmic axis. A longer axis has fewer."""
     flat = np.concatenate(values)
     return (1.0, 2.0, 5.0) if flat.max() / flat.min() < 100 else (1.0,)
 
 
 def _set_y_scale(axes: Axes, values: np.ndarray, *, crop: bool) -> None:
-    """Choose the y axis; ``crop`` leaves outliers of a learning curve outside."""
+    """Choose scale and limits of the y axis. ``crop`` excludes outliers of a learning curve from the limits."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low > LOG_RANGE:
         axes.set_yscale("log")
@@ -207,14 +207,14 @@ def _set_y_scale(axes: Axes, values: np.ndarray, *, crop: bool) -> None:
         axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
-    # A few huge values at the start would flatten the rest of the curve: the axis ends above the 98th percentile.
+    # A few huge values at the start would flatten the rest of the curve, so the axis ends above the 98th percentile.
     usual = float(np.quantile(values, 0.98))
     if crop and high - low > 4 * (usual - low) > 0:
         axes.set_ylim(low - 0.05 * (usual - low), low + 1.25 * (usual - low))
 
 
 def _data_axes(figure: Figure, axes: Axes) -> str:
-    """The attribute ``data-axes`` of a drawn chart (see `svg`)."""
+    """Return the attribute ``data-axes`` of a drawn chart (see `svg`)."""
     width, height = figure.get_size_inches() * 72
     box = axes.get_position()
     left, right = axes.get_xlim()
@@ -227,7 +227,7 @@ def _data_axes(figure: Figure, axes: Axes) -> str:
 
 
 def _inline(text: str, prefix: str, data_axes: str, names: list[str]) -> str:
-    """Matplotlib's SVG document as an element of a page."""
+    """Convert Matplotlib's SVG document to an element of a page."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
@@ -238,7 +238,7 @@ def _inline(text: str, prefix: str, data_axes: str, names: list[str]) -> str:
         text,
     )
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("xlink:href", "href")
-    # Names last, so that no replacement above changes them.
+    # Insert names last, so the replacements above do not change them.
     return re.sub(
         rf'<g id="{prefix}-line(\d+)">', lambda m: f'{m[0][:-1]} data-name="{escape(names[int(m[1])])}">', text
     )

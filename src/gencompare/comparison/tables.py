@@ -1,4 +1,4 @@
-"""Columns and cells of the tables, and the tables as CSV, Markdown and LaTeX files."""
+"""Columns and cells of the ranking tables, and their output as CSV, Markdown and LaTeX files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BPD_PREFIX = "bpd_"
 """Prefix of the metrics in bits/dim, one for each estimator."""
 
 BPD_KINDS = ("exact", "bound", "estimate")
-"""Note labels of metrics in bits/dim, the most reliable first."""
+"""Note labels of metrics in bits/dim, most reliable first."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Column:
 
 
 def columns(table: RankingTable) -> list[Column]:
-    """The columns of a table that are not empty in every row."""
+    """Return the columns of a table, except those that are empty in every row."""
     names = table.metrics()
     metrics = [
         Column(metric_heading(table, name), _metric(name), metric_name=name)
@@ -79,19 +79,19 @@ def columns(table: RankingTable) -> list[Column]:
 
 
 def metric_heading(table: RankingTable, name: str) -> str:
-    """The title of a metric with an arrow towards better values."""
+    """Return the title of a metric with an arrow towards better values."""
     metric = next((row.result.metrics[name] for row in table.rows if name in row.result.metrics), None)
     arrow = formatting.direction_arrow(metric) if metric is not None else ""
     return "\u00a0".join(filter(None, [formatting.title(name), arrow]))
 
 
 def table_title(table: RankingTable) -> str:
-    """Data set and primary metric of a table."""
+    """Return the data set and primary metric of a table as its title."""
     return f"{table.measurement.data}: {metric_heading(table, table.primary_metric)}"
 
 
 def _run_annotation(row: TableRow) -> str:
-    """What distinguishes the row from other rows, its status, and the state of an unfinished run."""
+    """Describe what distinguishes the row from other rows, its status, and the state of an unfinished run."""
     state = row.run.record.state
     parts = [row.run.settings, row.sampling, row.status, state if state not in ("finished", "samples") else ""]
     return " · ".join(part for part in parts if part)
@@ -129,9 +129,9 @@ def _metric(name: str) -> Callable[[TableRow], Cell]:
 
 
 def _comparison(row: TableRow) -> Cell:
-    """The Holm-adjusted p value against the best tested row, and whether it is significant.
+    """Show the Holm-adjusted p value against the best tested row, and whether it is significant.
 
-    Sorts from the best row over those least different from it to those that differ most.
+    The best tested row sorts first, followed by the others with decreasing p value.
     """
     comparison = row.comparison
     if comparison is None:
@@ -144,9 +144,9 @@ def _comparison(row: TableRow) -> Cell:
 
 
 def _bits_per_dim(row: TableRow) -> Cell:
-    """One value in bits/dim with its estimator: the exact one, else the lowest bound, else an estimate.
+    """Show one value in bits/dim with its estimator: the exact value, else the lowest bound, else the lowest estimate.
 
-    A model may have several estimators, and two models different ones; the table of all metrics lists them.
+    A model may have several estimators, which may differ between models. The table of all metrics lists all of them.
     """
     candidates = [
         (BPD_KINDS.index(kind) if (kind := formatting.note_label(metric)) in BPD_KINDS else len(BPD_KINDS),
@@ -162,24 +162,24 @@ def _bits_per_dim(row: TableRow) -> Cell:
 
 
 def _images_seen(row: TableRow) -> Cell:
-    """Training images up to the evaluated checkpoint, including those of all dependencies."""
+    """Show the training images up to the evaluated checkpoint, including those of all dependencies."""
     return _total(row, "images_seen", formatting.format_count, row.result.generation.images_seen)
 
 
 def _device_time(row: TableRow) -> Cell:
-    """Device time of training, including that of all dependencies."""
+    """Show the device time of training, including that of all dependencies."""
     return _total(row, "device_seconds", formatting.format_duration)
 
 
 def _total(row: TableRow, kind: str, to_text: Callable[[float | None], str], own: float | None = None) -> Cell:
-    """A total training cost, annotated with the part that the dependencies cost.
+    """Show a total training cost, annotated with the cost of the dependencies.
 
     Args:
-        own: the cost of the model itself; None takes it from the record.
+        own: cost of the model itself; None takes it from the record.
     """
     record = row.run.record
     recorded, total = own_cost(record)[kind], total_cost(record)[kind]
-    if recorded is not None and total is None:  # an incomplete cost is reported as missing
+    if recorded is not None and total is None:  # an incomplete cost is shown as missing
         return Cell(formatting.MISSING)
     own = recorded if own is None else own
     further = 0.0 if recorded is None or total is None else total - recorded
@@ -204,7 +204,7 @@ def _samples_per_second(row: TableRow) -> float | None:
 
 
 def metrics_table(table: RankingTable) -> dict[str, Any]:
-    """All metrics of a table, one row per metric and one column per result, and further details of the evaluation."""
+    """Tabulate all metrics, with one row per metric and one column per table row, and details of the evaluation."""
     metric_rows = []
     for name in table.metrics():
         primary = name == table.primary_metric
@@ -236,7 +236,7 @@ def metrics_table(table: RankingTable) -> dict[str, Any]:
 
 
 def format_value(value: Any) -> str:
-    """An arbitrary value of a record as compact text."""
+    """Format an arbitrary value of a record compactly."""
     if value is None:
         return formatting.MISSING
     if formatting.as_number(value) is not None:
@@ -254,11 +254,11 @@ def format_value(value: Any) -> str:
 
 
 def csv_rows(loaded: LoadedRuns) -> list[dict[str, Any]]:
-    """All results with all metrics, protocol fields and costs: one row per result, in the order of the tables.
+    """Return all results with all metrics, protocol fields and costs, one row per result, in the order of the tables.
 
     A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results in
-    the same row of a table have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the
-    adjusted p-value against the row of rank ``best_rank``. A run without results has a row too.
+    the same table row have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the
+    adjusted p-value against the row of rank ``best_rank``. Runs without results also have a row each.
     """
     lines: list[dict[str, Any]] = []
     for table in ranking_tables(loaded):
@@ -316,7 +316,7 @@ def _run_fields(run: RunFolder) -> dict[str, Any]:
 
 
 def _csv_value(value: Any) -> Any:
-    """A CSV value. An apostrophe in front of text such as ``=A1`` keeps spreadsheets from evaluating it."""
+    """Prefix strings such as ``=A1`` with an apostrophe, so spreadsheets do not evaluate them."""
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
     return value
@@ -326,7 +326,7 @@ def _csv_value(value: Any) -> Any:
 
 
 def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """The ranking tables as Markdown."""
+    """Write the ranking tables as Markdown."""
     parts = []
     for table in ranking_tables(loaded):
         shown = columns(table)
@@ -351,7 +351,7 @@ def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
 
 
 def _markdown(text: str) -> str:
-    """Text with the special characters of Markdown and HTML escaped."""
+    """Escape the special characters of Markdown and HTML."""
     for character in "\\`*[]|#":
         text = text.replace(character, "\\" + character)
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").split())
@@ -360,7 +360,7 @@ def _markdown(text: str) -> str:
 # LaTeX
 
 LATEX_COLUMNS = 8
-"""Columns of a LaTeX table in addition to the rank; more do not fit on a page."""
+"""Largest number of columns of a LaTeX table besides the rank. More do not fit on a page."""
 
 LATEX = str.maketrans(
     {
@@ -374,7 +374,7 @@ LATEX = str.maketrans(
 
 
 def write_latex(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
-    """The ranking tables as LaTeX; needs ``\\usepackage{booktabs}`` and ``\\usepackage{textcomp}``."""
+    """Write the ranking tables as LaTeX, which needs ``\\usepackage{booktabs}`` and ``\\usepackage{textcomp}``."""
     parts = ["% \\usepackage{booktabs,textcomp}"]
     parts += [_latex_table(table) for table in ranking_tables(loaded) if table.rows]
     write_text(path, "\n\n".join(parts) + "\n")
@@ -398,7 +398,7 @@ def _latex_table(table: RankingTable) -> str:
 
 
 def _latex_row(row: TableRow, shown: list[Column], primary_metric: str) -> str:
-    """A row with the annotations of the run and the interval of the primary metric; more do not fit on a page."""
+    """Format a row with the annotation of the run and the interval of the primary metric. More do not fit on a page."""
     cells = [str(row.rank) if row.rank is not None else "--"]
     for column in shown:
         cell, annotation = column.cell(row), ""
@@ -413,5 +413,5 @@ def _latex_row(row: TableRow, shown: list[Column], primary_metric: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Text with the special characters of LaTeX escaped and control characters replaced by spaces."""
+    """Escape the special characters of LaTeX, and replace control characters by spaces."""
     return "".join(character if character.isprintable() else " " for character in text.translate(LATEX))

@@ -1,4 +1,4 @@
-"""Tables for the terminal. All names are printed as plain text, so that brackets in them are not parsed as markup."""
+"""Tables for the terminal. All names are printed as plain text, so brackets in names are not parsed as markup."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from gencompare.comparison.tables import Cell, columns, metric_heading, table_ti
 from gencompare.records import RunRecord
 
 MAX_RESULTS = 4
-"""Results in the summary of a run: the latest ones."""
+"""Number of results in the summary of a run, which shows the latest."""
 
 MAX_CELL_WIDTH = 32
-"""Longer text wraps within its cell."""
+"""Largest width of a cell. Longer text wraps."""
 
 
 def print_tables(runs: LoadedRuns | Iterable[str | os.PathLike[str]], console: Console | None = None) -> None:
-    """Print the comparison of ``runs`` (loaded, or their folders): a table per protocol, and the skipped folders."""
+    """Print the comparison of ``runs`` (loaded runs or run folders), with a table per protocol."""
     console = console or Console()
     loaded = runs if isinstance(runs, LoadedRuns) else load_runs(runs)
     tables = ranking_tables(loaded)
@@ -43,14 +43,14 @@ def print_tables(runs: LoadedRuns | Iterable[str | os.PathLike[str]], console: C
     if len(tables) > 1:
         console.print(
             Text(
-                f"{len(tables)} protocols: metrics are comparable within one table only."
+                f"{len(tables)} protocols: metrics are comparable only within a table."
                 f" {explain_separate_tables(tables)}\n"
             )
         )
         for sentence in metric_disagreements(tables):
             console.print(Text(f"{sentence}\n", style="yellow"))
         for number, command in enumerate(suggested_commands(tables)):
-            heading = "" if number else "To evaluate them under one protocol:\n"
+            heading = "" if number else "To evaluate the runs under one protocol:\n"
             console.print(Text(f"{heading}  {command}"), soft_wrap=True)
     for run in runs_without_results(loaded.runs):
         console.print(Text(f"no results: {run.label} ({run.record.state})", style="dim"))
@@ -103,7 +103,7 @@ def _lines(cell: Cell) -> list[str]:
 
 
 def describe_run(record: RunRecord) -> str:
-    """Family, data, parameters and training cost of a run in one line."""
+    """Describe the family, data, parameters and training cost of a run in one line."""
     images = formatting.as_number(record.training.get("images_seen"))
     seconds = formatting.as_number(record.training.get("seconds"))
     speed = formatting.as_number(record.training.get("images_per_second"))
@@ -120,7 +120,7 @@ def describe_run(record: RunRecord) -> str:
 
 
 def run_summary(record: RunRecord) -> RenderableType:
-    """All metrics of one run: a row per metric, a column per result, and the real-data baseline."""
+    """Tabulate all metrics of one run, with a row per metric, a column per result, and the real-data baseline."""
     results = record.results[-MAX_RESULTS:]
     shown = RunRecord(record.name, record.family, record.data, model=record.model, training=record.training)
     shown.results = results

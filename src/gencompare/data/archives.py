@@ -1,4 +1,4 @@
-"""Data set files: reading them from a folder or a zip file, locating them and downloading them."""
+"""Locate and download data set files, and read them from a folder or a zip file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gencompare.files import file_lock
 MAX_FILE_SIZE = 1 << 28
 """Size limit of one image file in bytes (256 MiB), checked before the file is read."""
 IGNORED_NAMES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-"""Files of operating systems that are ignored, like hidden files."""
+"""Operating-system files that are ignored, as are hidden files."""
 
 
 class Archive(ABC):
@@ -36,11 +36,11 @@ class Archive(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Content of a file. Raises `OSError` or `zipfile.BadZipFile` if it is corrupted."""
+        """Return the content of a file. Raise `OSError` or `zipfile.BadZipFile` if it is corrupted."""
 
     @abstractmethod
     def fingerprint(self, names: Iterable[str]) -> str:
-        """A hash of the names and contents of these files."""
+        """Return a hash of the names and contents of the given files."""
 
 
 class FolderArchive(Archive):
@@ -63,7 +63,7 @@ class FolderArchive(Archive):
         return path.read_bytes()
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        # Modification times and sizes would be faster, but files can differ while both are equal.
+        # Comparing modification times and sizes would be faster, but different files can agree in both.
         digest = hashlib.sha256()
         for name in names:
             try:
@@ -112,7 +112,7 @@ class ZipArchive(Archive):
 
 
 def open_archive(path: Path) -> Archive:
-    """Open a folder or zip file. Raises `UserError` if ``path`` is neither."""
+    """Open a folder or zip file. Raise `UserError` if ``path`` is neither."""
     if path.is_dir():
         return FolderArchive(path)
     if path.is_file():
@@ -141,7 +141,7 @@ DatasetFiles = TypeVar("DatasetFiles")
 
 
 def candidate_paths(root: Path, name: str, layouts: tuple[str, ...]) -> Iterator[Path]:
-    """Paths where a data set may be: each of ``layouts`` (relative paths) below ``root`` and below ``root/name``."""
+    """Yield paths where a data set may be: each of ``layouts`` (relative paths) below ``root`` and ``root/name``."""
     for base in (root, root / name):
         for layout in layouts:
             yield base / layout
@@ -155,7 +155,7 @@ def find_or_download(
     expected_files: str,
     torchvision_class: str | None,
 ) -> DatasetFiles:
-    """Return the result of ``find``; if that is None, download the data set and call ``find`` again.
+    """Return the result of ``find``. If it is None, download the data set and call ``find`` again.
 
     If several processes start together, one downloads and the others wait.
 
@@ -163,7 +163,7 @@ def find_or_download(
         find: returns the files, or None if they are missing.
         name: name of the data set.
         root: folder to download into.
-        expected_files: the files that the user can provide, for the error message.
+        expected_files: the files that the error message asks the user to provide.
         torchvision_class: class in ``torchvision.datasets`` that downloads the files; None disables downloads.
 
     Raises:
@@ -186,7 +186,9 @@ def find_or_download(
         except (RuntimeError, OSError) as error:  # raised by torchvision without a network or on a wrong checksum
             reason = f" and could not be downloaded ({_first_line(error)})"
     if found is None:
-        raise UserError(f"Data '{name}' is not in {root}{reason}: put {expected_files} there, or set data.root=DIR.")
+        raise UserError(
+            f"Data set '{name}' is not in {root}{reason}: put {expected_files} there, or set data.root=DIR."
+        )
     return found
 
 

@@ -30,10 +30,10 @@ CIFARSplit = tuple[Tensor, list[int], list[str]]
 class CIFAR10(ImageData):
     """CIFAR-10, with 5,000 of the training images held out for validation.
 
-    The files are looked for in ``root`` and ``root/cifar10``: the Python release in torchvision's folder
-    ``cifar-10-batches-py``, or PNG files such as ``train/airplane/aeroplane_s_000004.png`` in a folder or in
-    ``cifar10.zip``. ``root`` may also be the zip file itself. Images are sorted by class and original file name before
-    they are shuffled, so all forms give the same splits and hashes.
+    ``root`` or ``root/cifar10`` contains either the Python release in torchvision's folder ``cifar-10-batches-py``, or
+    PNG files such as ``train/airplane/aeroplane_s_000004.png`` in a folder or in ``cifar10.zip``. ``root`` may also be
+    the zip file itself. Images are sorted by class and original file name before they are shuffled, so all formats give
+    the same splits and hashes.
 
     Args:
         root: folder with the files.
@@ -64,7 +64,7 @@ class CIFAR10(ImageData):
         return {"train": train, "val": val, "test": shuffle(test, "cifar10", "test")}
 
     def _find_reader(self) -> partial[dict[str, CIFARSplit]] | None:
-        """A function that reads the files found, or None."""
+        """Return a function that reads the files, or None if there are none."""
         for folder in candidate_paths(self.root, "cifar10", ("cifar-10-batches-py", "")):
             if all((folder / name).is_file() for names in BATCH_FILES.values() for name in names):
                 return partial(_read_python_release, folder)
@@ -99,16 +99,16 @@ def _read_png_files(path: Path, cache: Path | None) -> dict[str, CIFARSplit]:
 
 
 def _sorted_split(part: CIFARSplit, name: str, root: Path) -> Split:
-    """Images sorted by class and file name. Raises `UserError` if some are missing."""
+    """Sort images by class and file name. Raise `UserError` if images are missing or not 32x32."""
     images, labels, file_names = part
     counts = Counter(labels)
     expected = dict.fromkeys(range(10), IMAGES_PER_CLASS[name])
     if not len(images) == len(labels) == len(file_names) or counts != expected:
         raise UserError(
-            f"Data 'cifar10' in {root} is incomplete: its {name} split has {len(images):,} images instead of"
+            f"Data set 'cifar10' in {root} is incomplete: its {name} split has {len(images):,} images instead of"
             f" {10 * IMAGES_PER_CLASS[name]:,} in ten equal classes. Download it again."
         )
     if images.shape[1:] != (3, 32, 32):
-        raise UserError(f"Data 'cifar10' in {root} has images that are not 32x32: download it again.")
+        raise UserError(f"Data set 'cifar10' in {root} has images that are not 32x32: download it again.")
     order = torch.tensor(sorted(range(len(labels)), key=lambda k: (labels[k], file_names[k])))
     return Split(images, torch.tensor(labels))[order]

@@ -30,23 +30,24 @@ class Condition(ABC):
 
     @abstractmethod
     def shape(self, spec: DataSpec) -> tuple[int, ...]:
-        """Shape of the condition of one image. Raises `UserError` if it is incompatible with ``spec``."""
+        """Return the condition's shape for one image. Raise `UserError` if it is incompatible with ``spec``."""
 
     def compute(self, x: Tensor) -> Tensor | None:
-        """Compute the condition of images ``x`` (n, C, H, W) in [-1, 1], on their device; None if it is stored."""
+        """Compute the condition of images ``x`` (n, C, H, W) in [-1, 1] on their device. Return None if stored."""
         return None
 
     def load(self, split: str, num_images: int) -> Tensor | None:
-        """Load the condition of a whole split, in the order of its images; None if it is computed."""
+        """Load the condition of a whole split, in the order of its images. Return None if it is computed."""
         return None
 
 
 @dataclass(frozen=True)
 class LowRes(Condition):
-    """The image itself, downsampled by ``factor``: the condition of super-resolution.
+    """The image itself, downsampled by ``factor``, as a condition for super-resolution.
 
-    Bicubic with antialiasing, as in Saharia et al. (2021), "Image super-resolution via iterative refinement", section
-    4 (https://arxiv.org/abs/2104.07636); clamped to [-1, 1] and not quantised. Downsampling commutes with flips.
+    Downsampling is bicubic with antialiasing, as in Saharia et al. (2021), "Image super-resolution via iterative
+    refinement", section 4 (https://arxiv.org/abs/2104.07636), and commutes with flips. The result is clamped to [-1, 1]
+    and not quantised.
 
     Args:
         factor: downsampling factor; must divide the height and the width of the images.
@@ -58,8 +59,8 @@ class LowRes(Condition):
         channels, height, width = spec.shape
         if self.factor < 2 or height % self.factor or width % self.factor:
             raise UserError(
-                f"data.conditions.low_res.factor={self.factor} does not divide images of {height}x{width} (data"
-                f" '{spec.name}'): choose an integer above 1 that does."
+                f"data.conditions.low_res.factor={self.factor} must be an integer above 1 that divides"
+                f" {height}x{width}, the image size of data set '{spec.name}'."
             )
         return channels, height // self.factor, width // self.factor
 
@@ -70,7 +71,7 @@ class LowRes(Condition):
 
 @dataclass(frozen=True)
 class Embedding(Condition):
-    """Precomputed embeddings: row k belongs to image k of ``data.split(name).images``.
+    """Precomputed embeddings, in the order of ``data.split(name).images``.
 
     Args:
         path: an ``.npz`` or ``.safetensors`` file with an array (num_images, dim) for each of ``train``, ``val`` and
@@ -114,7 +115,7 @@ class Embedding(Condition):
 
 
 def _read_arrays(path: str) -> dict[str, Tensor]:
-    """Arrays by split name. Never unpickles."""
+    """Read the arrays by split name, without unpickling."""
     suffix = Path(path).suffix
     if suffix not in (".npy", ".npz", ".safetensors") or (suffix == ".npy" and "{split}" not in path):
         raise UserError(

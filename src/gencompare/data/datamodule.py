@@ -20,10 +20,11 @@ from gencompare.rng import RandomSource, derive_seed, generator
 SPLITS = ("train", "val", "test")
 
 MAX_RESIDENT_FRACTION = 0.25
-"""A split moves to the GPU if it takes at most this fraction of the free GPU memory."""
+"""A split is moved to the GPU if it takes at most this fraction of the free GPU memory."""
 
 MAX_EPOCHS_PER_BATCH = 16
-"""A global batch may repeat the training images this often (``debug=overfit``); a larger one is probably a typo."""
+"""Maximum ratio of the global batch size to the number of training images. Above 1, images repeat within a batch
+(``debug=overfit``); a larger ratio is probably a typo."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Split:
         return self._map(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> Split:
-        """A copy on ``device``. Copies to a GPU are asynchronous."""
+        """Copy the split to ``device``. Copies to a GPU are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     @property
@@ -63,7 +64,7 @@ class Split:
 
 
 def shuffle(split: Split, *purpose: str) -> Split:
-    """The split in random order, so that its first n images are a fair sample even if the files are sorted by class.
+    """Shuffle a split, so that its first n images are a fair sample even if the files are sorted by class.
 
     The permutation depends only on ``purpose`` and the number of images.
     """
@@ -71,7 +72,7 @@ def shuffle(split: Split, *purpose: str) -> Split:
 
 
 def hold_out(split: Split, n: int, *purpose: str) -> tuple[Split, Split]:
-    """Partition a split at random into (the rest, ``n`` held-out images); ``purpose`` seeds the permutation."""
+    """Split off ``n`` random images, and return (the rest, the held-out images). ``purpose`` seeds the permutation."""
     shuffled = shuffle(split, *purpose)
     return shuffled[slice(n, None)], shuffled[slice(n)]
 
@@ -117,7 +118,7 @@ class ImageData(pl.LightningDataModule):
 
     @abstractmethod
     def load(self) -> dict[str, Split]:
-        """Decode all splits. Raises `UserError`, with the override that helps, for missing or corrupted files."""
+        """Decode all splits. Raise `UserError`, with a suggested override, if files are missing or corrupted."""
 
     @cached_property
     def splits(self) -> dict[str, Split]:
@@ -127,11 +128,11 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def train_subset(self) -> Split:
-        """The images to train on: the first ``train_subset_size`` of ``train``. Reference statistics use all."""
+        """Training images: the first ``train_subset_size`` of ``train``. Reference statistics use the whole split."""
         return self.split("train")[slice(self.train_subset_size)]
 
     def split(self, name: str) -> Split:
-        """A split by name. Names joined by ``+`` (``train+val``) are concatenated in that order."""
+        """Return a split by name. ``+`` concatenates splits in the given order, as in ``train+val``."""
         parts = name.split("+")
         if not set(parts) <= set(SPLITS) or len(set(parts)) < len(parts):
             raise UserError(f"There is no split '{name}': choose from {', '.join(SPLITS)}, or join several with +.")
@@ -147,7 +148,7 @@ class ImageData(pl.LightningDataModule):
         )
 
     def hash(self, name: str) -> str:
-        """SHA-256 of the shape, pixels and labels of a split."""
+        """Return the SHA-256 of the shape, data type, pixels and labels of a split."""
         if name not in self._hashes:
             split = self.split(name)
             digest = hashlib.sha256(str((tuple(split.images.shape), str(split.images.dtype))).encode())
@@ -164,7 +165,7 @@ class ImageData(pl.LightningDataModule):
     # From stored pixels to model inputs
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Stored images as float32 in [-1, 1], padded with -1 to ``spec.shape``."""
+        """Convert stored images to float32 in [-1, 1], and pad them with -1 to ``spec.shape``."""
         if self.spec.num_bins is not None:
             images = images.float().mul_(2 / (self.spec.num_bins - 1)).sub_(1)
         if self.spec.padding:
@@ -172,13 +173,13 @@ class ImageData(pl.LightningDataModule):
         return images
 
     def cond(self, x: Tensor, rows: Split) -> Cond:
-        """Conditions of a batch: ``x`` (n, C, H, W) are the normalised and possibly flipped images of ``rows``."""
+        """Return the conditions of the batch ``rows``, whose normalised and possibly flipped images are ``x``."""
         return {} if rows.labels is None else {"label": rows.labels}
 
     def batches(self, name: str, batch_size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
-        """One pass over a split in fixed order, without flips, including the last partial batch.
+        """Iterate over a split once, in fixed order, without flips, and including the last partial batch.
 
-        For ``train`` this is a pass over `train_subset`. ``batch_size`` defaults to ``eval_batch_size``.
+        ``train`` is restricted to `train_subset`. ``batch_size`` defaults to ``eval_batch_size``.
         """
         split = self.train_subset if name == "train" else self.split(name)
         batch_size = batch_size or self.eval_batch_size
@@ -211,7 +212,7 @@ class ImageData(pl.LightningDataModule):
 class TrainStream:
     """An infinite stream of training batches, starting at ``start_step``.
 
-    Every epoch visits the images in a new permutation, determined by seed and epoch. Step s takes items s B to
+    Every epoch visits the images in a new permutation, determined by the seed and the epoch. Step s takes items s B to
     (s + 1) B of the concatenated permutations, where B is the global batch size; rank r of W takes the r-th of W equal
     parts of that batch. Training is therefore independent of the number of processes and of where a run was resumed.
     """
@@ -226,15 +227,15 @@ class TrainStream:
         self.rank, self.world_size = rank, world_size
         self.split = to_device_if_small(data.train_subset, device)
         if not len(self.split):
-            raise UserError(f"Data '{data.spec.name}' has no training images.")
+            raise UserError(f"Data set '{data.spec.name}' has no training images.")
         if data.batch_size > MAX_EPOCHS_PER_BATCH * len(self.split):
             raise UserError(
                 f"trainer.global_batch_size={data.batch_size} is more than {MAX_EPOCHS_PER_BATCH} times the"
-                f" {len(self.split)} training images: choose a smaller one."
+                f" {len(self.split)} training images: choose a smaller batch size."
             )
 
     def batch_indices(self, step: int) -> Tensor:
-        """Indices of the images in the global batch of ``step``, (B,)."""
+        """Return the indices (B,) of the images in the global batch of ``step``."""
         size, batch_size = len(self.split), self.data.batch_size
         positions = torch.arange(step * batch_size, (step + 1) * batch_size)
         indices = torch.empty(batch_size, dtype=torch.int64)
@@ -272,7 +273,7 @@ class TrainStream:
 
 
 def to_device_if_small(split: Split, device: torch.device) -> Split:
-    """The split on ``device`` if that is a GPU with enough free memory, otherwise unchanged."""
+    """Move a split to ``device`` if it is a GPU with enough free memory. Otherwise return the split unchanged."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         if split.nbytes <= MAX_RESIDENT_FRACTION * free:

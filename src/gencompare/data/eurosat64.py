@@ -38,9 +38,9 @@ class EuroSAT64(ImageData):
     """5,000 training images (500 of them held out for validation) and 500 test images, at their original size.
 
     In each class, the files numbered 1 to 500 are for training and 501 to 550 for testing; the rest of the 27,000
-    images are not used. The files are looked for in ``eurosat64.zip`` (the subset), in the official
-    ``EuroSAT_RGB.zip`` or ``EuroSAT.zip``, and in folders unpacked from these, such as torchvision's ``eurosat/2750``.
-    ``root`` may also be the zip file itself. Satellite images have no preferred orientation, so they may be flipped.
+    images are not used. The files are read from ``eurosat64.zip`` (the subset), the official ``EuroSAT_RGB.zip`` or
+    ``EuroSAT.zip``, or a folder unpacked from one of these, such as torchvision's ``eurosat/2750``. ``root`` may also
+    be the zip file itself. Satellite images have no preferred orientation, so they may be flipped.
 
     Args:
         root: folder with the files.
@@ -72,12 +72,12 @@ class EuroSAT64(ImageData):
         if missing := [key for key in keys if key not in files]:
             label, number = missing[0]
             raise UserError(
-                f"Data 'eurosat64' in {path} is incomplete: {len(missing):,} of {len(keys):,} images are missing,"
+                f"Data set 'eurosat64' in {path} is incomplete: {len(missing):,} of {len(keys):,} images are missing,"
                 f" such as {CLASSES[label]}_{number}.jpg. Download it again."
             )
         images = decode_cached(archive, [files[key] for key in keys], cache=self.cache, channels=3)
         if images.shape[1:] != self.spec.shape:
-            raise UserError(f"Data 'eurosat64' in {path} has images that are not 64x64: download it again.")
+            raise UserError(f"Data set 'eurosat64' in {path} has images that are not 64x64: download it again.")
         subset = Split(images, torch.tensor([label for label, _ in keys]))
         is_test = torch.tensor([number in TEST_NUMBERS for _, number in keys])
         train, val = hold_out(subset[~is_test], VAL_SIZE, "eurosat64", "split")

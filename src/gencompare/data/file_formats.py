@@ -1,4 +1,4 @@
-"""Readers of image files, of the IDX format (MNIST) and of CIFAR's pickled batches. None executes code from a file."""
+"""Readers for image files, the IDX format (MNIST) and CIFAR's pickled batches. They never execute code from a file."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def decode_cached(
 
 
 def decode(archive: Archive, names: Sequence[str], *, size: int | None = None, channels: int | None = None) -> Tensor:
-    """Like `decode_cached`, without the cache."""
+    """Decode image files like `decode_cached`, but without a cache."""
     log.info("Decoding %s images from %s", f"{len(names):,}", archive.path)
     images: np.ndarray | None = None
     for k, name in enumerate(names):
@@ -82,7 +82,7 @@ def decode(archive: Archive, names: Sequence[str], *, size: int | None = None, c
 
 
 def _decode_file(archive: Archive, name: str, size: int | None, channels: int | None) -> np.ndarray:
-    """One image, (C, H, W) uint8."""
+    """Decode one image to (C, H, W) uint8."""
     try:
         with Image.open(io.BytesIO(archive.read(name)), formats=FORMATS) as image:
             mode = image.mode
@@ -126,7 +126,7 @@ UINT8_CODE = 8
 
 
 def decompress(path: Path) -> bytes:
-    """Content of a file, decompressed if its name ends in ``.gz``."""
+    """Read a file, and decompress it if its name ends in ``.gz``."""
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -136,7 +136,7 @@ def decompress(path: Path) -> bytes:
 
 
 def parse_idx(content: bytes, path: Path) -> Tensor:
-    """Parse an IDX file of bytes to a uint8 tensor of the shape in its header; ``path`` is for error messages."""
+    """Parse an IDX file of bytes into a uint8 tensor of the shape in its header. ``path`` is used in error messages."""
     dimensions = content[3] if content[:3] == bytes((0, 0, UINT8_CODE)) and len(content) > 3 else 0
     start = 4 + 4 * dimensions
     if not dimensions or len(content) < start:
@@ -208,7 +208,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def read_cifar_batch(path: Path) -> dict[str, Any]:
-    """The dictionary in a CIFAR batch file, with arrays as uint8 tensors. Raises `UserError` for any other file."""
+    """Read the dictionary in a CIFAR batch file, with arrays as uint8 tensors. Raise `UserError` for any other file."""
     try:
         with open(path, "rb") as file:
             batch = _RestrictedUnpickler(file, encoding="latin1").load()

@@ -18,20 +18,22 @@ from gencompare.generative_model import DataSpec
 def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tuple[Tensor, Tensor | None]:
     """Read generated images and, from an npz file, their class labels.
 
-    Images are never resized, because another size means that they were generated for other data. Greyscale images may
-    have one channel or three equal channels for any data; colour images are an error if the data are greyscale.
+    Images are never resized, because a different size means that they were generated for a different data set.
+    Greyscale images may have one channel or three equal channels. Colour images raise an error if the data set is
+    greyscale.
 
     Args:
         path: a folder or zip file of PNG or JPEG files, read in the order of their names; or an npz file with images
             ``arr_0``, uint8 (n, H, W, C) or (n, H, W), and optionally class labels ``arr_1``.
-        spec: the data that the images are compared with.
+        spec: the data set that the images are compared with.
         cache: folder for decoded images; None decodes them at every call.
 
     Returns:
         (images, labels): uint8 (n, C, H, W) at the size of ``spec``, with or without its padding; (n,) int64 or None.
 
     Raises:
-        UserError: for empty, corrupted or truncated archives, paths outside an archive, mixed sizes or a wrong shape.
+        UserError: the archive is empty, corrupted or truncated, or contains paths outside it; images have mixed sizes
+            or a wrong shape; or labels are invalid.
     """
     images, labels = _read_npz(path) if path.suffix == ".npz" else (_read_image_files(path, cache), None)
     channels, height, width = spec.shape
@@ -39,16 +41,16 @@ def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tu
     unpadded = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
     if tuple(images.shape[1:]) not in (unpadded, tuple(spec.shape)):
         raise UserError(
-            f"{path} contains images of {_describe(images.shape[1:])}, but data '{spec.name}' has"
-            f" {_describe(unpadded)}: generate them at that size; they are not resized here."
+            f"{path} contains images of size {_describe(images.shape[1:])}, but those of data set '{spec.name}' are"
+            f" {_describe(unpadded)}: generate them at that size, since they are not resized here."
         )
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{path} contains {len(images)} images and {len(labels)} labels: provide one label per image.")
     if labels is not None and not spec.num_classes:
-        raise UserError(f"{path} contains labels (arr_1), but data '{spec.name}' has none: remove arr_1.")
+        raise UserError(f"{path} contains labels (arr_1), but data set '{spec.name}' has none: remove arr_1.")
     if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) < spec.num_classes):
         raise UserError(
-            f"{path} contains labels outside 0 to {spec.num_classes - 1}, the classes of data '{spec.name}'."
+            f"{path} contains labels outside 0 to {spec.num_classes - 1}, the classes of data set '{spec.name}'."
         )
     return images, labels
 
@@ -61,8 +63,8 @@ def _match_channels(images: Tensor, channels: int, path: Path, spec: DataSpec) -
         if bool((images == images[:, :1]).all()):
             return images[:, :1].contiguous()
         raise UserError(
-            f"{path} contains images of {_describe(images.shape[1:])} that are not greyscale, but data '{spec.name}'"
-            " has 1 channel: convert them to greyscale before saving."
+            f"{path} contains images of size {_describe(images.shape[1:])} that are not greyscale, but data set"
+            f" '{spec.name}' has 1 channel: convert them to greyscale before saving."
         )
     return images
 

@@ -34,9 +34,9 @@ class Layout:
 def read_layout(names: Sequence[str], archive: Path) -> Layout:
     """Infer splits and classes from the paths of all files.
 
-    Supported are ``split/class/name``, ``split/name``, ``class/name`` and ``name``; a single folder around everything
-    is ignored. The top-level folders are splits if each has the name of a split. The folders below them, or the
-    top-level folders if there are no splits, are classes if there are at least two.
+    Supported are ``split/class/name``, ``split/name``, ``class/name`` and ``name``. A single folder that contains
+    everything is ignored. The top-level folders are splits if each is named after a split. The folders below them, or
+    the top-level folders if there are no splits, are classes if there are at least two.
 
     Args:
         names: file names, as in `Archive.names`.
@@ -88,7 +88,7 @@ class ImageFolder(ImageData):
             images as they are, which requires that all have the same size.
         channels: 1 (greyscale), 3 (RGB), or None for 1 if all files are greyscale and 3 otherwise.
         val_fraction: fraction of the training images held out for validation if there is no folder for that split.
-        test_fraction: the same for the test split.
+        test_fraction: likewise for the test split.
         common: arguments of `ImageData`.
     """
 

@@ -20,8 +20,8 @@ VAL_SIZE = 5000
 class MNIST(ImageData):
     """MNIST from its four IDX files, padded to 32x32, with 5,000 of the training images held out for validation.
 
-    The files, gzipped or not, are looked for in ``root`` and ``root/mnist``, directly or in torchvision's folder
-    ``MNIST/raw``. Other data sets use the same file names, so the uncompressed content must have the official SHA-256.
+    ``root`` or ``root/mnist`` contains the files, gzipped or not, directly or in torchvision's folder ``MNIST/raw``.
+    Other data sets use the same file names, so the uncompressed content must have the official SHA-256.
 
     Args:
         root: folder with the files.
@@ -61,7 +61,7 @@ class MNIST(ImageData):
         return {"train": train, "val": val, "test": shuffle(test, self.spec.name, "test")}
 
     def _find(self) -> list[Path] | None:
-        """The four files in the order of ``sha256``, or None if no folder contains all of them."""
+        """Return the four files in the order of ``sha256``, or None if no folder contains all of them."""
         layouts = (f"{self.torchvision_class}/raw", "raw", "")
         for folder in candidate_paths(self.root, self.spec.name, layouts):
             files = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in self.sha256]
@@ -74,15 +74,16 @@ class MNIST(ImageData):
         content = file_formats.decompress(path)
         if hashlib.sha256(content).hexdigest() != digest:
             raise UserError(
-                f"{path} is not the official file of data '{self.spec.name}': download it again, or set data.root=DIR."
+                f"{path} is not the official file of data set '{self.spec.name}': download it again, or set"
+                " data.root=DIR."
             )
         return file_formats.parse_idx(content, path)
 
 
 class FashionMNIST(MNIST):
-    """Fashion-MNIST, in the same file format and sizes as `MNIST`; torchvision's folder is ``FashionMNIST/raw``.
+    """Fashion-MNIST, with the same file format and sizes as `MNIST`; torchvision's folder is ``FashionMNIST/raw``.
 
-    Debian's package ``dataset-fashion-mnist`` installs the files in ``/usr/share/datasets/fashion-mnist``. Images are
+    The Debian package ``dataset-fashion-mnist`` installs the files in ``/usr/share/datasets/fashion-mnist``. Images are
     not flipped by default: all shoes and boots point to the left, so flipped images are out of distribution.
     """
 

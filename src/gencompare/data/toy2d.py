@@ -1,4 +1,4 @@
-"""Points in the plane as two-channel images of one pixel: toy data from known distributions."""
+"""Toy data from known distributions: points in the plane, stored as two-channel images of one pixel."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PlanarDistribution(Protocol):
         ...
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Points (n, 2) float64 and the components that they come from, (n,) int64 or None."""
+        """Draw points (n, 2) float64 and return them with their mixture components, (n,) int64 or None."""
         ...
 
     def log_density(self, x: Tensor) -> Tensor | None:
-        """Log density (n,) of points (n, 2); None without a closed form."""
+        """Compute the log density (n,) of points (n, 2). Return None if there is no closed form."""
         ...
 
 
@@ -140,7 +140,7 @@ DISTRIBUTIONS: dict[str, PlanarDistribution] = {
 
 
 class Toy2D(ImageData):
-    """Points (n, 2, 1, 1) sampled with fixed seeds; the labels are the components of a mixture.
+    """Points (n, 2, 1, 1) sampled with fixed seeds; the labels are the mixture components.
 
     Args:
         distribution: a key of `DISTRIBUTIONS`.
@@ -152,7 +152,7 @@ class Toy2D(ImageData):
         super().__init__(**common)
         if distribution not in DISTRIBUTIONS:
             raise UserError(
-                f"There is no distribution '{distribution}' in data 'toy2d':"
+                f"There is no distribution '{distribution}' in data set 'toy2d':"
                 f" set data.distribution to one of {', '.join(DISTRIBUTIONS)}."
             )
         if num_points < 1:
@@ -173,5 +173,5 @@ class Toy2D(ImageData):
         return splits
 
     def log_density(self, x: Tensor) -> Tensor | None:
-        """Log density in nats, (n,), of points (n, 2, 1, 1) or (n, 2); None without a closed form."""
+        """Compute the log density in nats (n,) of points (n, 2, 1, 1) or (n, 2). Return None without a closed form."""
         return self.distribution.log_density(x.flatten(1))

@@ -18,9 +18,9 @@ LOG2_SCALE_STD = 0.2
 LOG2_STRETCH_STD = 0.2
 """Standard deviation of the base-2 logarithm of the anisotropic stretch."""
 SHIFT_STD = 0.125
-"""Standard deviation of a translation, relative to the side of the image."""
+"""Standard deviation of a translation, as a fraction of the image width or height."""
 ROTATED_AXIS_PROB = 0.5
-"""Probability that the axis of a stretch is rotated; otherwise it is horizontal."""
+"""Probability that the stretch axis is rotated; otherwise it is horizontal."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Augmentation:
     r"""EDM's augmentation: six random transforms of training images, and a vector of their parameters for the network.
 
     Karras et al. (2022), "Elucidating the design space of diffusion-based generative models", appendix F.2 and table 6,
-    https://arxiv.org/abs/2206.00364, with the amplitudes of the published code. In this order, with a_2, a_5, a_6, a_7
-    ~ N(0, 1), a_3 and a_4 uniform over the circle, and all 0 for a transform that is switched off:
+    https://arxiv.org/abs/2206.00364, with the amplitudes of the published code. The transforms are applied in this
+    order, with a_2, a_5, a_6, a_7 ~ N(0, 1) and a_3 uniform over the circle; a_4 is uniform over the circle or, with
+    probability 1/2, 0. The parameters of a disabled transform are 0.
 
     | transform | parameters | conditioning vector |
     |---|---|---|
@@ -37,15 +38,15 @@ class Augmentation:
     | vertical flip | a_1 in {0, 1} | a_1 |
     | scaling by 2^(0.2 a_2) | a_2 | a_2 |
     | counterclockwise rotation by a_3 | a_3 | cos a_3 - 1, sin a_3 |
-    | stretch by 2^(0.2 a_5) along an axis at angle a_4, the inverse across it | a_4, a_5 | a_5 cos a_4, a_5 sin a_4 |
+    | stretch by 2^(0.2 a_5) at angle a_4, by the inverse perpendicular to it | a_4, a_5 | a_5 cos a_4, a_5 sin a_4 |
     | translation by a_6 / 8 of the width to the right, a_7 / 8 of the height down | a_6, a_7 | a_6, a_7 |
 
     The vector is 0 if and only if the image is unchanged. A network that receives 0, as in sampling and evaluation,
-    therefore models unchanged images only.
+    therefore models only unchanged images.
 
     Args:
-        p: probability of switching on each transform except the horizontal flip. (A flip that is switched on is applied
-            half of the time.)
+        p: probability of enabling each transform except the horizontal flip. (An enabled flip is applied half of the
+            time.)
         x_flip: the same for the horizontal flip; the published setting is 1. Set it to 0 if the data are already
             flipped without conditioning (``data.random_flip``).
     """
@@ -62,7 +63,7 @@ class Augmentation:
                 raise UserError(f"augmentation.{name}={probability} must be in [0, 1].")
 
     def __call__(self, x: Tensor, rng: RandomSource) -> tuple[Tensor, Tensor]:
-        """Transforms images (n, C, H, W) in [-1, 1] without padding.
+        """Augment unpadded images (n, C, H, W) in [-1, 1].
 
         Returns:
             The transformed images, and the conditioning vectors, (n, 9).
@@ -76,13 +77,13 @@ class Augmentation:
         return augment(x, params), condition_vector(params)
 
     def sample_params(self, rng: RandomSource) -> Tensor:
-        """a_0 to a_7 for each image, (n, 8)."""
+        """Sample a_0 to a_7 for each image, (n, 8)."""
         return sample_params(rng, self.p, self.x_flip)
 
 
 def sample_params(rng: RandomSource, p: float | Tensor, x_flip: float | Tensor) -> Tensor:
-    """a_0 to a_7 for each image, (n, 8), with the probabilities of `Augmentation` (numbers, or scalar tensors)."""
-    # Without copies of host values to the device, which would synchronise.
+    """Sample a_0 to a_7 for each image, (n, 8), with probabilities as in `Augmentation` (numbers or scalar tensors)."""
+    # Avoid copying host values to the device, which would synchronise.
     uniform, (scale, stretch, right, down) = rng.uniform((11,)).T, rng.normal((4,)).T
     use_scale, use_rotation, use_stretch, use_shift = uniform[:4] < p
     flips = (uniform[4:6] < 0.5) & torch.stack([uniform[6] < x_flip, uniform[7] < p])
@@ -96,7 +97,7 @@ def sample_params(rng: RandomSource, p: float | Tensor, x_flip: float | Tensor) 
 
 
 def condition_vector(params: Tensor) -> Tensor:
-    """The conditioning vectors of parameters (n, 8), (n, 9): the last column of the table of `Augmentation`."""
+    """Compute conditioning vectors (n, 9) from parameters (n, 8), as in the last column of the `Augmentation` table."""
     x_flip, y_flip, scale, angle, axis, stretch, right, down = params.T
     return torch.stack(
         [x_flip, y_flip, scale, angle.cos() - 1, angle.sin(), stretch * axis.cos(), stretch * axis.sin(), right, down],
@@ -105,23 +106,23 @@ def condition_vector(params: Tensor) -> Tensor:
 
 
 def augment(x: Tensor, params: Tensor) -> Tensor:
-    """`warp` of images in [-1, 1], clamped because cubic interpolation overshoots at edges."""
+    """Apply `warp` to images in [-1, 1], and clamp the result because cubic interpolation overshoots at edges."""
     return warp(x, params).clamp(-1, 1)
 
 
 def warp(x: Tensor, params: Tensor) -> Tensor:
-    """Images (n, C, H, W) after the transforms of ``params`` (n, 8).
+    """Apply the transforms given by ``params`` (n, 8) to images (n, C, H, W).
 
-    A row of zeros leaves its image exactly unchanged. The result is linear in x. All transforms except the flips are
-    one affine map about the centre of the image, with cubic interpolation; outside of the image, pixels are reflected
-    in the centres of the outermost pixels.
+    An image whose parameters are all 0 is returned exactly unchanged. The result is linear in x. All transforms except
+    the flips are one affine map about the image centre, with cubic interpolation; outside the image, pixels are
+    reflected about the centres of the outermost pixels.
     """
     height, width = x.shape[2:]
     x_flip, y_flip, scale, angle, axis, stretch, right, down = params.T
     x = torch.where(_per_image(x_flip > 0), x.flip(3), x)
     x = torch.where(_per_image(y_flip > 0), x.flip(2), x)
 
-    # Source position of each pixel, right and down of the centre: the inverse of shift(stretch(rotate(scale(.)))).
+    # Source position of each pixel relative to the centre, by the inverse of shift(stretch(rotate(scale(.)))).
     rows, columns = (torch.arange(side, device=x.device) - (side - 1) / 2 for side in (height, width))
     position = (
         (columns - SHIFT_STD * width * right[:, None])[:, None, :],
@@ -138,7 +139,7 @@ def warp(x: Tensor, params: Tensor) -> Tensor:
 
 
 def _rotate_clockwise(angle: Tensor, right: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets (n, H, W), rotated clockwise. (Without a matrix product, which autocast would compute in 16 bits.)"""
+    """Rotate offsets (n, H, W) clockwise. (This avoids a matrix product, which autocast would compute in 16 bits.)"""
     cos, sin = _per_pixel(angle.cos()), _per_pixel(angle.sin())
     return cos * right - sin * down, sin * right + cos * down
 
@@ -152,12 +153,12 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def resample(x: Tensor, grid: Tensor) -> Tensor:
-    """Samples images (n, C, H, W) at the positions ``grid`` (n, h, w, 2) by cubic interpolation, (n, C, h, w).
+    """Sample images (n, C, H, W) at the positions ``grid`` (n, h, w, 2) by cubic interpolation, giving (n, C, h, w).
 
     Positions are (right, down), with the centres of the outermost pixels at -1 and 1; beyond them the image is
     reflected. The result is linear in x. Derivatives of any order with respect to x are supported, but none with
-    respect to the grid. (``F.grid_sample`` supports only first derivatives, and a gradient penalty of a discriminator
-    behind an augmentation needs the second.)
+    respect to the grid. (``F.grid_sample`` supports only first derivatives, but a gradient penalty on augmented
+    discriminator inputs needs second derivatives.)
     """
     return _Resample.apply(x, grid.to(x.dtype))  # type: ignore[no-any-return]
 
@@ -167,7 +168,7 @@ def _grid_sample(x: Tensor, grid: Tensor) -> Tensor:
 
 
 class _Resample(torch.autograd.Function):
-    """y = A x with a matrix A that depends on the grid; its derivative is the transpose A'."""
+    """y = A x, where the matrix A depends on the grid; the backward pass multiplies by the transpose A'."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class _Resample(torch.autograd.Function):
 
 
 class _ResampleTransposed(torch.autograd.Function):
-    """x = A' y, whose derivative is A."""
+    """x = A' y; the backward pass multiplies by A."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, grid: Tensor, size: torch.Size) -> Tensor:

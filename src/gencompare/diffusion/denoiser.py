@@ -15,21 +15,21 @@ Cond = Mapping[str, Tensor]
 
 
 class DenoiserProtocol(Protocol):
-    """A network under a schedule, or a wrapper of one (guidance, clipping)."""
+    """Interface of a network with a schedule, or of a wrapper around one (guidance, clipping)."""
 
     @property
     def schedule(self) -> NoiseSchedule: ...
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """Predicts x_0 and eps.
+        """Predict x_0 and eps.
 
         Args:
             x_t: (n, C, H, W).
             t: time in [t_min, t_max], () or (n,).
-            cond: the conditions of the network by name, each (n, ...).
+            cond: conditions passed to the network, by name, each (n, ...).
 
         Returns:
-            The prediction, with tensors of the shape of x_t.
+            The prediction, with tensors shaped like x_t.
         """
         ...
 
@@ -47,7 +47,7 @@ class Denoiser:
     parameterization: Parameterization
 
     def output(self, x_t: Tensor, t: Tensor, at: ScheduleValues, cond: Cond) -> Tensor:
-        """The raw output of the network, cast to the type of x_t (autocast may lower its precision)."""
+        """Compute the raw network output, cast to the dtype of x_t (autocast may lower its precision)."""
         return self.network(*self.parameterization.network_input(x_t, t, at), cond).to(x_t.dtype)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
@@ -57,7 +57,7 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class ClipX0:
-    """Clips the predicted image to [low, high], the range of the data, and adjusts eps to match.
+    """A wrapper that clips the predicted image to [low, high], the range of the data, and adjusts eps to match.
 
     Without clipping, a small error in eps at high noise, divided by a small alpha, moves x_0 far out of range. Ho et
     al. (2020) clip in their sampler; wrapping the denoiser gives every sampler the same behaviour.
@@ -75,6 +75,6 @@ class ClipX0:
         prediction = self.denoiser(x_t, t, cond)
         at = self.schedule.at(t, x_t)
         x0 = prediction.x0.clamp(self.low, self.high)
-        # Shifted by the change of x_0, which is exact where nothing is clipped, however small sigma is.
+        # Shift eps by the change in x_0, which is exact where nothing is clipped, however small sigma is.
         eps = prediction.eps + at.alpha / at.sigma * (prediction.x0 - x0)
         return prediction._replace(x0=x0, eps=eps)

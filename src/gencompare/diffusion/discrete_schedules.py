@@ -1,4 +1,4 @@
-"""Noise schedules with discrete time steps, stored as a table."""
+"""Noise schedules with discrete time steps, stored as tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gencompare.errors import UserError
 
 
 class LogSNRTable(NoiseSchedule):
-    r"""A schedule of T steps with given log-SNR. Step i is time :math:`t = i / T`: t_min is 1 / T and t_max is 1.
+    r"""A schedule of T steps with given log-SNR. Step i is at time i / T, so t_min is 1 / T and t_max is 1.
 
-    The schedule is exact at the steps; between two steps the log-SNR is linear in time.
+    The schedule is exact at the steps; between steps, the log-SNR is interpolated linearly in time.
 
     Args:
-        log_snr: log-SNR of steps 1 to T, (T,), strictly decreasing; stored in torch's default type.
+        log_snr: log-SNR of steps 1 to T, (T,), strictly decreasing; stored in torch's default dtype.
     """
 
     table: Tensor
@@ -46,10 +46,10 @@ class LogSNRTable(NoiseSchedule):
 
 
 class BetaTable(LogSNRTable, VariancePreserving):
-    r"""The schedule of a DDPM: :math:`x_i = \sqrt{1 - \beta_i}\, x_{i-1} + \sqrt{\beta_i}\, z`, :math:`i = 1, ..., T`.
+    r"""The DDPM schedule :math:`x_i = \sqrt{1 - \beta_i}\, x_{i-1} + \sqrt{\beta_i}\, z`, :math:`i = 1, ..., T`.
 
-    At time i / T, :math:`\alpha^2` is :math:`\bar\alpha_i = \prod_{j \le i} (1 - \beta_j)`, exactly. Ho et al. (2020),
-    "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239.
+    At time i / T, :math:`\alpha^2` equals :math:`\bar\alpha_i = \prod_{j \le i} (1 - \beta_j)`, exactly. Ho et al.
+    (2020), "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239.
 
     Args:
         betas: beta_1 to beta_T, each in (0, 1). Sums are computed in float64.
@@ -68,13 +68,13 @@ class BetaTable(LogSNRTable, VariancePreserving):
 class LinearBetas(BetaTable):
     r""":math:`\beta_i^{1/p}` increases linearly from :math:`\beta_{start}^{1/p}` to :math:`\beta_{end}^{1/p}`.
 
-    Power p = 1 is the linear schedule of Ho et al. (2020, section 4), https://arxiv.org/abs/2006.11239; p = 2 is
-    the "scaled linear" one of Rombach et al. (2022), https://arxiv.org/abs/2112.10752.
+    Power p = 1 is the linear schedule of Ho et al. (2020, section 4), https://arxiv.org/abs/2006.11239; p = 2 is the
+    "scaled linear" schedule of Rombach et al. (2022), https://arxiv.org/abs/2112.10752.
 
     Args:
         beta_start: beta of the first step.
-        beta_end: beta of the last step. The defaults suit T = 1000; for another T, scale both by 1000 / T to end at
-            the same noise.
+        beta_end: beta of the last step. The defaults suit T = 1000; for another T, scale both by 1000 / T to end at the
+            same noise level.
         num_train_timesteps: T, the number of steps.
         power: p.
     """
@@ -114,10 +114,10 @@ class CosineBetas(BetaTable):
 
 
 class SigmoidBetas(BetaTable):
-    r""":math:`\beta_i = \beta_{start} + (\beta_{end} - \beta_{start})\, sigmoid(u_i)`, u evenly spaced from -6 to 6.
+    r""":math:`\beta_i = \beta_{start} + (\beta_{end} - \beta_{start})\, sigmoid(u_i)` for evenly spaced u from -6 to 6.
 
-    The table of GeoDiff (Xu et al. 2022, released code; https://arxiv.org/abs/2203.02923), known as "sigmoid" in later
-    libraries. In the sigmoid schedule of Jabri et al. (2022) it is alpha^2 that follows the sigmoid.
+    This is the table of GeoDiff (Xu et al. 2022, released code; https://arxiv.org/abs/2203.02923), known as "sigmoid"
+    in later libraries. In the sigmoid schedule of Jabri et al. (2022), by contrast, alpha^2 follows a sigmoid.
 
     Args:
         beta_start: lower asymptote of beta.
@@ -134,21 +134,21 @@ class SigmoidBetas(BetaTable):
 def _check_betas(name: str, beta_start: float, beta_end: float) -> None:
     if not 0 < beta_start <= beta_end < 1:
         raise UserError(
-            f"{name} betas from {beta_start} to {beta_end}: both must lie within (0, 1), and beta_start must not be"
-            " above beta_end."
+            f"{name} betas: beta_start={beta_start} and beta_end={beta_end} must satisfy"
+            " 0 < beta_start <= beta_end < 1."
         )
 
 
 class GeometricSigmas(LogSNRTable, VarianceExploding):
     r"""The noise levels of NCSN: L sigmas in geometric progression, :math:`x_t = x_0 + \sigma_i \epsilon`.
 
-    Level i, counted from the smallest, is time i / L, like step i of a table of betas; between two levels sigma is
-    interpolated geometrically. Song and Ermon (2019), "Generative Modeling by Estimating Gradients of the Data
-    Distribution", section 4.1, https://arxiv.org/abs/1907.05600.
+    Level i, counted from the smallest, is at time i / L; between levels, sigma is interpolated geometrically. Song and
+    Ermon (2019), "Generative Modeling by Estimating Gradients of the Data Distribution", section 4.1,
+    https://arxiv.org/abs/1907.05600.
 
     Args:
-        sigma_min: smallest sigma, for data in [-1, 1]: twice the published value, which is for data in [0, 1].
-        sigma_max: largest sigma; the published 0.01 and 1 are 0.02 and 2 here.
+        sigma_min: smallest sigma for data in [-1, 1], which is twice the published value for data in [0, 1].
+        sigma_max: largest sigma. (The published 0.01 and 1 become 0.02 and 2 here.)
         num_levels: L; 10 in the paper, 232 for CIFAR-10 in Song and Ermon (2020), https://arxiv.org/abs/2006.09011.
     """
 
@@ -161,18 +161,18 @@ class GeometricSigmas(LogSNRTable, VarianceExploding):
 
 
 def snap_to_integer(position: Tensor) -> Tensor:
-    """Rounds positions that differ from an integer only by floating-point error; the derivative stays 1."""
+    """Round positions that differ from an integer only by floating-point error; the derivative stays 1."""
     miss = (position - position.round()).detach()
     rounding = 2 * torch.finfo(position.dtype).eps * position.detach().abs()
     return position - torch.where(miss.abs() <= rounding, miss, 0.0)
 
 
 def _interpolate(values: Tensor, position: Tensor) -> Tensor:
-    """Linear interpolation of ``values`` (T,) at fractional indices, which are clamped to [0, T - 1]."""
-    # Clamped by a detached shift: the derivative of clamp itself is 0 at the ends.
+    """Interpolate ``values`` (T,) linearly at fractional indices, which are clamped to [0, T - 1]."""
+    # Clamp by a detached shift, since the derivative of clamp itself is 0 beyond the ends.
     detached = position.detach()
     position = position + (detached.clamp(0, len(values) - 1) - detached)
     left = position.detach().floor().long().clamp(max=len(values) - 2)
     weight = position - left
-    # This form is exact at both ends: a (1 - w) + b w is a at w = 0 and b at w = 1.
+    # This form is exact at both ends: a (1 - w) + b w equals a at w = 0 and b at w = 1.
     return values[left] * (1 - weight) + values[left + 1] * weight

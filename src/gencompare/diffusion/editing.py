@@ -17,18 +17,18 @@ from gencompare.rng import normal_like
 
 
 def encode(denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
-    r"""Encodes images to noise along the probability-flow ODE :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon`.
+    r"""Encode images to noise along the probability-flow ODE :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon`.
 
-    `Heun`'s method, run from data to noise; `decode` inverts it. Song et al. (2021), "Score-based generative modeling",
-    section 4.3, https://arxiv.org/abs/2011.13456. The derivative is undefined at clean data, so the first step is the
-    inverse of the last step of `decode`: it solves :math:`x_t = \alpha x_0 + \sigma \epsilon(x_t)` by two fixed-point
+    This is `Heun`'s method run from data to noise; `decode` inverts it. Song et al. (2021), "Score-based generative
+    modeling", section 4.3, https://arxiv.org/abs/2011.13456. The derivative is undefined at clean data, so the first
+    step inverts the last step of `decode`: it solves :math:`x_t = \alpha x_0 + \sigma \epsilon(x_t)` by two fixed-point
     iterations.
 
     Args:
         denoiser: the model.
         x: images, (n, C, H, W).
-        times: strictly increasing, within the schedule; the first may be `CLEAN`. For those of a sampler, flip
-            ``sampler.times(schedule)``.
+        times: strictly increasing times within the schedule; the first may be `CLEAN`. To use the times of a sampler,
+            flip ``sampler.times(schedule)``.
         cond: conditions passed to the denoiser.
 
     Returns:
@@ -49,19 +49,19 @@ def encode(denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond | No
 
 
 def decode(denoiser: DenoiserProtocol, noise: Tensor, times: Tensor, cond: Cond | None = None) -> Tensor:
-    """Decodes noise to images along the probability-flow ODE, at decreasing ``times``, with `Heun`'s method."""
+    """Decode noise to images along the probability-flow ODE with `Heun`'s method, at decreasing ``times``."""
     return Heun(num_steps=len(times) - 1).sample(denoiser, noise, cond, generator=torch.Generator(), times=times)
 
 
 def check_finite(x: Tensor, operation: str) -> Tensor:
-    """``x``. Raises `UserError` if it contains NaN or infinite values."""
+    """Return ``x``, or raise `UserError` if it contains NaN or infinite values."""
     if not torch.isfinite(x).all():
         raise UserError(f"{operation} gave NaN or infinite values: the network's weights or outputs are not finite.")
     return x
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    r"""Spherical interpolation from a to b, which preserves the norm of noise.
+    r"""Interpolate spherically from a to b, which preserves the norm of noise.
 
     .. math:: \frac{\sin((1 - s) \theta)}{\sin \theta} a + \frac{\sin(s \theta)}{\sin \theta} b
 
@@ -83,18 +83,19 @@ def inpaint(
     *,
     generator: torch.Generator,
 ) -> Tensor:
-    r"""Inpainting by replacement: samples that agree with ``image`` where ``known`` is true.
+    r"""Inpaint by replacement: sample images that agree with ``image`` where ``known`` is true.
 
-    After each step, known pixels are replaced by the image with the noise of that time,
-    :math:`\alpha_s x + \sigma_s z`. It works with every sampler and needs no training. The unknown pixels depend on the
-    known ones only through their noisy versions, so the samples follow the conditional distribution only approximately.
-    Song et al. (2021), "Score-based generative modeling", section 5 and appendix I.2, https://arxiv.org/abs/2011.13456.
+    After each step, the known pixels are replaced by the image, noised to the time reached,
+    :math:`\alpha_s x + \sigma_s z`. This works with every sampler and needs no training. The unknown pixels depend on
+    the known ones only through their noisy versions, so the samples follow the conditional distribution only
+    approximately. Song et al. (2021), "Score-based generative modeling", section 5 and appendix I.2,
+    https://arxiv.org/abs/2011.13456.
 
     Args:
         sampler: the sampling method.
         denoiser: the model.
         image: (n, C, H, W).
-        known: bool, of a shape that broadcasts to ``image``.
+        known: bool mask of the known pixels, which broadcasts to ``image``.
         cond: conditions passed to the denoiser.
         generator: source of all random numbers.
     """
@@ -115,14 +116,14 @@ def inpaint(
 
 
 class Trajectory(NamedTuple):
-    """Some states of a sampler between noise and image."""
+    """Selected states of a sampler between noise and image."""
 
     times: Tensor
     """(k,), decreasing."""
     states: Tensor
-    """x_t at those times, (k, n, C, H, W)."""
+    """x_t at ``times``, (k, n, C, H, W)."""
     x0: Tensor
-    """The last predicted images before each state, (k, n, C, H, W)."""
+    """The last images predicted before each state, (k, n, C, H, W)."""
 
 
 def trajectory(
@@ -134,7 +135,7 @@ def trajectory(
     count: int,
     generator: torch.Generator,
 ) -> Trajectory:
-    """``count`` evenly spaced steps of a sampler, including the last, or all steps if there are fewer."""
+    """Sample, and return ``count`` evenly spaced steps including both ends, or all steps if there are fewer."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
     check_finite(steps[-1].x, "Sampling")
     selected = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]
@@ -146,7 +147,7 @@ def trajectory(
 
 
 def normalize_states(states: Tensor, times: Tensor, schedule: NoiseSchedule) -> Tensor:
-    r""":math:`x_t / \sqrt{\alpha^2 + \sigma^2}`, which can be displayed under any schedule.
+    r"""Divide states by :math:`\sqrt{\alpha^2 + \sigma^2}`, so that they can be displayed under any schedule.
 
     Args:
         states: (k, n, C, H, W).
@@ -158,27 +159,30 @@ def normalize_states(states: Tensor, times: Tensor, schedule: NoiseSchedule) -> 
 
 
 NUM_INTERPOLATION_IMAGES = 9
-"""Images of an interpolation, including both ends."""
+"""Number of images in an interpolation, including both ends."""
 NUM_ODE_STEPS = 50
-"""Steps between image and noise; each takes two network calls."""
+"""Number of steps between image and noise; each takes at most two network calls."""
 NUM_INPAINTINGS = 6
-"""Inpaintings of each image."""
+"""Number of inpaintings of each image."""
 NUM_TRAJECTORY_TIMES = 10
-"""Times at which a trajectory is shown."""
+"""Number of times at which a trajectory is shown."""
 NUM_TRAJECTORIES = 4
-"""Trajectories shown."""
+"""Maximum number of trajectories shown."""
 
 
 def ode_times(denoiser: DenoiserProtocol, x: Tensor) -> Tensor:
-    """Decreasing times from noise to image: `NUM_ODE_STEPS` even steps, or all steps of a shorter table."""
+    """Return decreasing times from noise to image: `NUM_ODE_STEPS` even steps, or fewer for a shorter table."""
     discrete_times = denoiser.schedule.discrete_times
     num_steps = NUM_ODE_STEPS if discrete_times is None else min(NUM_ODE_STEPS, len(discrete_times))
     return UniformGrid()(denoiser.schedule, num_steps).to(x.device)
 
 
 def interpolation(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
-    """One row per pair of images, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W), with the conditions of the nearer
-    end."""
+    """Interpolate between pairs of images in noise space, with the conditions of the nearer end.
+
+    Returns:
+        One row per pair, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W).
+    """
     times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
     first = torch.arange(0, len(x) - 1, 2, device=x.device).repeat_interleave(NUM_INTERPOLATION_IMAGES)
@@ -190,7 +194,11 @@ def interpolation(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
 
 
 def round_trip(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
-    """Three rows: the images, their noise (in units of the prior), and the images decoded from it."""
+    """Encode images and decode them again.
+
+    Returns:
+        Three rows: the images, their noise (in units of the prior), and the decoded images.
+    """
     times = ode_times(denoiser, x)
     noise = encode(denoiser, x, times.flip(0), cond)
     return torch.stack([x, noise / denoiser.schedule.prior_std, decode(denoiser, noise, times, cond)])
@@ -199,7 +207,11 @@ def round_trip(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
 def inpainting(
     sampler: Sampler, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator
 ) -> Tensor:
-    """One row per image: the image, its upper half, and `NUM_INPAINTINGS` inpaintings of the lower half."""
+    """Inpaint the lower half of each image.
+
+    Returns:
+        One row per image: the image, its upper half, and `NUM_INPAINTINGS` inpaintings.
+    """
     known = torch.zeros(x.shape[1:], dtype=torch.bool, device=x.device)
     known[:, : (x.shape[2] + 1) // 2] = True
     index = torch.arange(len(x), device=x.device).repeat_interleave(NUM_INPAINTINGS)
@@ -212,7 +224,11 @@ def inpainting(
 def trajectory_rows(
     sampler: Sampler, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator
 ) -> Tensor:
-    """Two rows for each of `NUM_TRAJECTORIES` samples: the states of the sampler, and the predicted images."""
+    """Sample at most `NUM_TRAJECTORIES` images.
+
+    Returns:
+        Two rows per sample: the states of the sampler, and the predicted images.
+    """
     schedule, n = denoiser.schedule, min(NUM_TRAJECTORIES, len(x))
     noise = schedule.prior((n, *x.shape[1:]), generator, x.device, t=sampler.times(schedule)[0])
     cond = {name: value[:n] for name, value in cond.items()}
@@ -222,5 +238,5 @@ def trajectory_rows(
 
 
 def select_rows(cond: Cond, index: Tensor) -> Cond:
-    """The rows ``index`` of all conditions."""
+    """Select the entries ``index`` of every condition."""
     return {name: value[index] for name, value in cond.items()}

@@ -5,7 +5,7 @@ negative to a positive prediction,
 
 .. math:: \epsilon = \epsilon_- + w (\epsilon_+ - \epsilon_-),
 
-so that scale w = 1 is the positive model alone. As the score is :math:`-\epsilon / \sigma` and
+so scale w = 1 is the positive model alone. Since the score is :math:`-\epsilon / \sigma` and
 :math:`x_t = \alpha x_0 + \sigma \epsilon`, x_0 is extrapolated in the same way. A network whose prediction has weight 0
 is not called.
 """
@@ -32,7 +32,8 @@ class Guidance(ABC):
     """Base class of guidance. A subclass implements ``predict`` and, if it uses other models, ``guides``.
 
     Args:
-        scale: strength of the guidance; 1 is the model guided towards, larger values extrapolate beyond it.
+        scale: strength of the guidance; 1 gives the model that is guided towards, and larger values extrapolate beyond
+            it.
     """
 
     scale: float
@@ -46,21 +47,21 @@ class Guidance(ABC):
     def predict(
         self, denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond: Cond, drop_cond: Callable[[Cond], Cond]
     ) -> Prediction:
-        """The prediction of the guided denoiser.
+        """Compute the guided prediction.
 
         Args:
             denoiser: the denoiser to guide.
             x_t: (n, C, H, W).
             t: time, () or (n,).
             cond: conditions by name.
-            drop_cond: replaces class and embedding by their null values.
+            drop_cond: replaces the class and the embedding with their null values.
 
         Returns:
-            The prediction, with tensors of the shape of x_t.
+            The prediction, with tensors shaped like x_t.
         """
 
     def incompatibility(self, *, is_conditional: bool, has_null_cond: bool) -> str | None:
-        """Why a network cannot be guided in this way; None if it can.
+        """Explain why a network cannot be guided in this way; return None if it can.
 
         Args:
             is_conditional: whether the network receives a class or an embedding.
@@ -69,7 +70,7 @@ class Guidance(ABC):
         return None
 
     def guides(self) -> dict[str, nn.Module]:
-        """Other models that take part in sampling, by name: they are moved and counted with the guided model."""
+        """Return the other models used in sampling, by name. They are moved and counted with the guided model."""
         return {}
 
     @property
@@ -78,14 +79,14 @@ class Guidance(ABC):
         return False
 
     def describe(self) -> str:
-        """Name and settings for a table."""
+        """Return the name and settings, for a table."""
         guides = ", ".join(f" with {_name(guide)}" for guide in self.guides().values())
         return f"{type(self).__name__}{guides}, scale {self.scale:g}"
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A denoiser under guidance."""
+    """A denoiser with guidance."""
 
     denoiser: DenoiserProtocol
     guidance: Guidance
@@ -104,13 +105,13 @@ class ClassifierFree(Guidance):
     r"""Classifier-free guidance: :math:`\epsilon = \epsilon_u + scale\, (\epsilon_c - \epsilon_u)`.
 
     :math:`\epsilon_c` is the conditional and :math:`\epsilon_u` the unconditional prediction of the same network. Scale
-    0 is unconditional and 1 conditional, at the usual cost; other scales double the batch of the network call. Ho and
-    Salimans (2022), "Classifier-free diffusion guidance", eq. 6 (their w is scale - 1),
+    0 is unconditional and scale 1 conditional, both without extra cost; other scales double the batch of the network
+    call. Ho and Salimans (2022), "Classifier-free diffusion guidance", eq. 6 (their w is scale - 1),
     https://arxiv.org/abs/2207.12598.
 
     Args:
-        interval: lowest and highest sigma / alpha with guidance; elsewhere the scale is 1. None guides everywhere.
-            Kynkäänniemi et al. (2024), "Applying guidance in a limited interval", eq. 6,
+        interval: lowest and highest sigma / alpha with guidance; elsewhere the scale is 1. If None, guidance is always
+            applied. Kynkäänniemi et al. (2024), "Applying guidance in a limited interval", eq. 6,
             https://arxiv.org/abs/2404.07724.
     """
 
@@ -129,7 +130,7 @@ class ClassifierFree(Guidance):
         if not is_conditional:
             return (
                 "Classifier-free guidance needs a conditional model: train with model.conditional=true"
-                " model.label_dropout=0.1, or leave model/guidance out."
+                " model.label_dropout=0.1, or remove model/guidance."
             )
         if not has_null_cond and self.scale != 1:
             return (
@@ -148,11 +149,11 @@ class ClassifierFree(Guidance):
         return _extrapolate(unconditional, conditional, scale)
 
     def _scale_at(self, at: ScheduleValues) -> float | Tensor:
-        """The scale: one number or, if it differs between rows, a tensor that broadcasts with x_t."""
+        """Return the scale: one number or, if it differs within the batch, a tensor that broadcasts with x_t."""
         if self.interval is None:
             return self.scale
         low, high = self.interval
-        sigma = torch.exp(-at.log_snr / 2)  # over alpha
+        sigma = torch.exp(-at.log_snr / 2)  # relative to alpha
         inside = (sigma >= low) & (sigma <= high)
         if inside.all():
             return self.scale
@@ -173,7 +174,7 @@ class NoisyClassifier(Protocol):
     def schedule(self) -> NoiseSchedule: ...
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits (n, num_classes) of p(y | x_t), for ``x_t`` (n, C, H, W) at ``t``, () or (n,)."""
+        """Compute the logits (n, num_classes) of p(y | x_t) for ``x_t`` (n, C, H, W) at times ``t``, () or (n,)."""
         ...
 
 
@@ -181,9 +182,9 @@ class NoisyClassifier(Protocol):
 class ClassifierGuidance(Guidance):
     r"""Classifier guidance: :math:`\epsilon = \epsilon_\theta - scale\, \sigma \nabla_{x_t} \log p(y | x_t)`.
 
-    y is ``cond["label"]``. With an unconditional network, scale 1 gives the conditional score by Bayes' rule. A step
-    costs one forward and one backward pass of the classifier; scale 0 costs none. Dhariwal and Nichol (2021),
-    "Diffusion models beat GANs on image synthesis", eq. 14 and algorithm 2, https://arxiv.org/abs/2105.05233.
+    y is ``cond["label"]``. With an unconditional network, scale 1 gives the conditional score by Bayes' rule. Each
+    denoiser call adds one forward and one backward pass through the classifier, except at scale 0. Dhariwal and Nichol
+    (2021), "Diffusion models beat GANs on image synthesis", eq. 14 and algorithm 2, https://arxiv.org/abs/2105.05233.
 
     Args:
         classifier: a classifier of noisy images, trained under the schedule of the guided model.
@@ -209,7 +210,7 @@ class ClassifierGuidance(Guidance):
         return prediction._replace(x0=prediction.x0 + at.sigma / at.alpha * shift, eps=prediction.eps - shift)
 
     def _gradient(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """grad log p(label | x_t), of the shape of x_t. Enables gradients, which are off while sampling."""
+        """Compute grad log p(label | x_t), shaped like x_t, with gradients enabled, which sampling disables."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             log_p = self.classifier(x, t).to(x.dtype).log_softmax(1)
@@ -221,9 +222,9 @@ class ClassifierGuidance(Guidance):
 class AutoGuidance(Guidance):
     r"""Autoguidance: :math:`D = D_{weak} + scale\, (D_{main} - D_{weak})`.
 
-    The weak model is smaller, or trained for less time, on the same data. Scale 1 is the main model alone and 0 the
-    weak one alone. It also guides unconditional models. Karras et al. (2024), "Guiding a diffusion model with a bad
-    version of itself", eq. 3 with D_0 the weak model, https://arxiv.org/abs/2406.02507.
+    The weak model is smaller or trained for less time, on the same data. Scale 1 is the main model alone, and scale 0
+    is the weak model alone. Unconditional models can be guided, too. Karras et al. (2024), "Guiding a diffusion model
+    with a bad version of itself", eq. 3 with D_0 the weak model, https://arxiv.org/abs/2406.02507.
 
     Args:
         weak: the weak denoiser, under the same schedule; it receives the same conditions.
@@ -244,26 +245,26 @@ class AutoGuidance(Guidance):
 
 @torch.no_grad()
 def check_same_schedule(schedule: NoiseSchedule, guidance: Guidance, points: int = 9) -> None:
-    """Raises `UserError` if a guide was trained under another schedule, so that noise levels would not match."""
+    """Raise `UserError` if a guide was trained under a different schedule, since noise levels would not match."""
     for name, guide in guidance.guides().items():
         other = guide.schedule
         assert isinstance(other, NoiseSchedule)
         if not torch.allclose(_curve(schedule, points), _curve(other, points), rtol=1e-3, atol=1e-3):
             raise UserError(
-                f"model.guidance.{name} was trained under another noise schedule ({type(other).__name__}) than the"
-                f" model that it guides ({type(schedule).__name__}), or with other settings of it: train both with the"
+                f"model.guidance.{name} was trained under a different noise schedule ({type(other).__name__}) from the"
+                f" model that it guides ({type(schedule).__name__}), or with different settings: train both with the"
                 " same schedule."
             )
 
 
 def _curve(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Times from t_min to t_max, and the log-SNR and log alpha there."""
+    """Return times from t_min to t_max, with the log-SNR and log alpha at these times."""
     t = torch.linspace(schedule.t_min, schedule.t_max, points, device=schedule.device)
     return torch.stack([t, schedule.log_snr(t), schedule.log_alpha(t)]).float().cpu()
 
 
 def _extrapolate(negative: Prediction, positive: Prediction, scale: float | Tensor) -> Prediction:
-    """negative + scale (positive - negative). A learned variance is that of ``positive``."""
+    """Compute negative + scale (positive - negative). A learned variance is taken from ``positive``."""
     return positive._replace(
         x0=negative.x0 + scale * (positive.x0 - negative.x0), eps=negative.eps + scale * (positive.eps - negative.eps)
     )
@@ -272,7 +273,7 @@ def _extrapolate(negative: Prediction, positive: Prediction, scale: float | Tens
 def _predict_both(
     denoiser: DenoiserProtocol, x_t: Tensor, t: Tensor, cond_a: Cond, cond_b: Cond
 ) -> tuple[Prediction, Prediction]:
-    """Predictions under two conditions, in one call with 2n rows."""
+    """Predict under two conditions, in one call with a batch of 2n."""
     cond = {name: torch.cat([cond_a[name], cond_b[name]]) for name in cond_b}
     both = denoiser(torch.cat([x_t, x_t]), t.repeat(2) if t.ndim else t, cond)
     halves = [(None, None) if part is None else part.chunk(2) for part in both]
@@ -285,5 +286,5 @@ def _modules(**guides: object) -> dict[str, nn.Module]:
 
 
 def _name(guide: nn.Module) -> str:
-    """The run that a guide was loaded from, if the loader recorded it."""
+    """Return the run that a guide was loaded from, or its class name if the loader did not record the run."""
     return str(getattr(guide, "origin", type(guide).__name__))

@@ -21,10 +21,9 @@ class LearnedSchedule(VariancePreserving):
         h(t) = a t + \frac{1}{K} \sum_k w_k\, sigmoid(v_k (2 t - 1) + b_k), \qquad a, w_k, v_k > 0.
 
     Normalising h separates the endpoints from the shape, so that they can be trained on different losses: the endpoints
-    on the variational bound, which in continuous time depends on the schedule only through them, and the shape on the
-    variance of the loss. Kingma et al. (2021), "Variational Diffusion Models", section 4, section 5.1, and appendices H
-    and I.2, https://arxiv.org/abs/2107.00630. The initial schedule is close to a straight line and does not depend on
-    the seed.
+    on the variational bound, which in continuous time depends only on the endpoints, and the shape on the variance of
+    the loss. Kingma et al. (2021), "Variational Diffusion Models", section 4, section 5.1, and appendices H and I.2,
+    https://arxiv.org/abs/2107.00630. The initial schedule is close to a straight line and does not depend on the seed.
 
     Args:
         gamma_min: initial negative log-SNR at time 0 (-13.3 in the paper).
@@ -42,8 +41,8 @@ class LearnedSchedule(VariancePreserving):
             raise UserError(f"LearnedSchedule: num_features={num_features} must be at least 1.")
         self.gamma_min = nn.Parameter(torch.tensor(float(gamma_min)))
         self.gamma_max = nn.Parameter(torch.tensor(float(gamma_max)))
-        # Positive weights are stored before their softplus. The sigmoids are centred evenly over time: their sum is
-        # nearly straight, and all differ, so no random initialisation is needed to break the symmetry.
+        # Positive weights are stored before the softplus. The sigmoids are centred at evenly spaced times, so their sum
+        # is nearly straight. They all differ, so no random initialisation is needed to break the symmetry.
         steepness = 4.0
         centres = (torch.arange(num_features) + 0.5) / num_features * 2 - 1
         self.straight = nn.Parameter(torch.tensor(_inverse_softplus(1.0)))
@@ -52,11 +51,11 @@ class LearnedSchedule(VariancePreserving):
         self.bias = nn.Parameter(-steepness * centres)
 
     def endpoint_parameters(self) -> list[nn.Parameter]:
-        """gamma_min and gamma_max."""
+        """Return gamma_min and gamma_max."""
         return [self.gamma_min, self.gamma_max]
 
     def interior_parameters(self) -> list[nn.Parameter]:
-        """The parameters of s(t), which do not affect the endpoints."""
+        """Return the parameters of s(t), which do not affect the endpoints."""
         return [self.straight, self.height, self.steepness, self.bias]
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -66,17 +65,17 @@ class LearnedSchedule(VariancePreserving):
         return -(self.gamma_min * (1 - s) + self.gamma_max * s)  # exact at both ends
 
     def _h(self, t: Tensor) -> Tensor:
-        """h(t), without a matrix product: autocast would compute it in 16 bits."""
+        """Compute h(t) without a matrix product, which autocast would compute in 16 bits."""
         sigmoids = torch.sigmoid(softplus(self.steepness) * (2 * t[..., None] - 1) + self.bias)
         return softplus(self.straight) * t + (softplus(self.height) * sigmoids).mean(-1)
 
     @torch.no_grad()
     def check(self, points: int = 1001) -> None:
-        """`NoiseSchedule.check`; also raises `TrainingStopped` if the log-SNR spans less than 1 (it has collapsed)."""
+        """Check as in `NoiseSchedule.check`, and raise `TrainingStopped` if the log-SNR spans less than 1."""
         super().check(points)
         if self.gamma_max - self.gamma_min < 1:
             raise TrainingStopped(
-                f"Schedule LearnedSchedule has collapsed: its log-SNR only runs from {-float(self.gamma_min):.4g} to"
+                f"LearnedSchedule has collapsed: its log-SNR only ranges from {-float(self.gamma_min):.4g} to"
                 f" {-float(self.gamma_max):.4g}",
                 "Train with a lower learning rate, or start from another gamma_min and gamma_max.",
             )

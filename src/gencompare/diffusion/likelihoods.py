@@ -20,7 +20,7 @@ from gencompare.rng import normal_like
 
 
 class LikelihoodMethod(ABC):
-    """Base class of the methods that compute bits/dim of images under a denoiser."""
+    """Base class of methods that compute bits/dim of images under a denoiser."""
 
     kind: ClassVar[str]
     """``bound`` (in expectation an upper bound on the exact value) or ``estimate``."""
@@ -29,14 +29,14 @@ class LikelihoodMethod(ABC):
     def terms(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Computes the terms whose sum is bits/dim of the images.
+        """Compute the terms whose sum is bits/dim of the images.
 
         Args:
             denoiser: the model.
             x0: images, (n, C, H, W).
             cond: conditions passed to the denoiser.
             likelihood: bins and mask of the data, and p(x_0 | mean, std).
-            generator: the only source of random numbers.
+            generator: source of all random numbers.
 
         Returns:
             Terms by name, each (n,).
@@ -45,31 +45,31 @@ class LikelihoodMethod(ABC):
     def __call__(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> Tensor:
-        """Bits/dim of the images, -log2 p(x_0) per value, (n,)."""
+        """Compute bits/dim of the images, -log2 p(x_0) per value, (n,)."""
         return torch.stack(list(self.terms(denoiser, x0, cond, likelihood, generator).values())).sum(0)
 
 
 @dataclass(frozen=True)
 class ODELikelihood(LikelihoodMethod):
-    r"""Bits/dim by the change of variables along the probability-flow ODE.
+    r"""Bits/dim from the change of variables along the probability-flow ODE.
 
     Song et al. (2021), "Score-Based Generative Modeling through SDEs", appendix D.2, https://arxiv.org/abs/2011.13456.
-    Under every schedule the ODE is integrated over the log-SNR :math:`\lambda`, in
-    :math:`z = x_t / \sqrt{\alpha^2 + \sigma^2}`, whose scale changes little. With
-    :math:`a^2 = sigmoid(\lambda)` and :math:`s^2 = sigmoid(-\lambda)`,
+    Under every schedule, the ODE is integrated over the log-SNR :math:`\lambda`, for
+    :math:`z = x_t / \sqrt{\alpha^2 + \sigma^2}`, whose scale changes little. With :math:`a^2 = sigmoid(\lambda)` and
+    :math:`s^2 = sigmoid(-\lambda)`,
 
     .. math::
         \frac{dz}{d\lambda} = \frac{s^2 z - s\, \epsilon_\theta}{2}, \qquad
-        \frac{d \log p(z)}{d\lambda} = -\mathrm{tr}\left(\frac{\partial}{\partial z} \frac{dz}{d\lambda}\right),
+        \frac{d \log p(z)}{d\lambda} = -\mathrm{tr}\left(\frac{\partial}{\partial z} \frac{dz}{d\lambda}\right).
 
-    from the data, taken as :math:`x_t / \alpha` at t_min, to N(0, prior_std^2) at t_max, by the adaptive method of
-    Dormand and Prince with one step size for the whole batch. The trace is estimated with one Rademacher vector
-    (Hutchinson; unbiased), or computed exactly.
+    The integration runs from the data, taken as :math:`x_t / \alpha` at t_min, to N(0, prior_std^2) at t_max, by the
+    adaptive Dormand-Prince method with one step size for the whole batch. The trace is estimated with one Rademacher
+    vector (Hutchinson's estimator, which is unbiased) or computed exactly.
 
-    Discrete data are dequantised with uniform noise of the width of one bin, so that in expectation their probability
-    is not overestimated (Theis et al. 2016, "A note on the evaluation of generative models", section 3.1,
-    https://arxiv.org/abs/1511.01844). The result remains an estimate: it ignores the noise at t_min, has the error of
-    the solver, and includes padding.
+    Discrete data are dequantised with uniform noise as wide as one bin, so that in expectation their probability is not
+    overestimated (Theis et al. 2016, "A note on the evaluation of generative models", section 3.1,
+    https://arxiv.org/abs/1511.01844). The result remains an estimate: it ignores the noise at t_min, contains the
+    solver error, and includes padding.
 
     Args:
         rtol: relative tolerance of the solver.
@@ -91,7 +91,7 @@ class ODELikelihood(LikelihoodMethod):
     def terms(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The single term ``density`` in bits/dim, (n,)."""
+        """Compute the single term ``density`` in bits/dim, (n,)."""
         nats = x0.new_zeros(len(x0))
         num_values = x0[0].numel()
         if likelihood.num_bins is not None:
@@ -102,12 +102,12 @@ class ODELikelihood(LikelihoodMethod):
 
     @torch.no_grad()
     def log_density(self, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
-        """log p(x) in nats, (n,), of points (n, C, H, W)."""
+        """Compute log p(x) in nats, (n,), at points x (n, C, H, W)."""
         schedule, num_values = denoiser.schedule, x[0].numel()
         probe = torch.randint(2, x.shape, generator=generator, device=generator.device).to(x) * 2 - 1
 
         def derivatives(log_snr: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            """dz / d lambda and the trace of its Jacobian."""
+            """Compute dz / d lambda and the trace of its Jacobian."""
             t = schedule.t_from_log_snr(log_snr.to(x.dtype))
             at = schedule.at(t, x)
             scale = (at.alpha**2 + at.sigma**2).sqrt()
@@ -126,10 +126,10 @@ class ODELikelihood(LikelihoodMethod):
             z, integral = odeint(derivatives, start, log_snr.double(), rtol=self.rtol, atol=self.atol, method="dopri5")
         except AssertionError as error:
             raise UserError(
-                f"The solver of the probability-flow ODE failed ({error}): the outputs of the network are not finite,"
-                " or change too fast for the tolerances of model.likelihoods.ode (rtol, atol)."
+                f"The probability-flow ODE solver failed ({error}): the network outputs are not finite, or change too"
+                " fast for the tolerances of model.likelihoods.ode (rtol, atol)."
             ) from error
-        # log p of z at t_max, then of z at t_min, then of x = z / sqrt(sigmoid(lambda)).
+        # log p(z) at t_max, then log p(z) at t_min, then log p(x) for x = z / sqrt(sigmoid(lambda)).
         scale = (at_t_max.alpha**2 + at_t_max.sigma**2).sqrt()
         std = torch.as_tensor(schedule.prior_std, device=x.device, dtype=x.dtype)
         prior = normal_log_prob(scale * z[-1], torch.zeros_like(x), std).flatten(1).sum(1) + num_values * scale.log()
@@ -137,7 +137,7 @@ class ODELikelihood(LikelihoodMethod):
 
 
 def _vjp(eps: Tensor, x: Tensor, vector: Tensor) -> Tensor:
-    """vector^T d eps / dx, of the shape of x."""
+    """Compute vector^T d eps / dx, shaped like x."""
     product = torch.autograd.grad(eps, x, vector, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(x) if product is None else product
 
@@ -147,7 +147,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact_trace(eps: Tensor, x: Tensor) -> Tensor:
-    """sum_i d eps_i / d x_i, (n,)."""
+    """Compute sum_i d eps_i / d x_i, (n,)."""
     trace = x.new_zeros(len(x))
     for i in range(x[0].numel()):
         unit = torch.zeros_like(x).flatten(1)
@@ -160,17 +160,19 @@ def _exact_trace(eps: Tensor, x: Tensor) -> Tensor:
 class VLBLikelihood(LikelihoodMethod):
     r"""The bound :math:`-\log p(x_0) \le` prior + diffusion + reconstruction, in bits/dim.
 
-    For a model of T steps (Ho et al. 2020, eq. 5, https://arxiv.org/abs/2006.11239), or in continuous time (Kingma et
-    al. 2021, eq. 17, https://arxiv.org/abs/2107.00630), where the diffusion term is the integral of
+    The bound is computed for T steps (Ho et al. 2020, eq. 5, https://arxiv.org/abs/2006.11239), or in continuous time
+    (Kingma et al. 2021, eq. 17, https://arxiv.org/abs/2107.00630), where the diffusion term is the integral of
     :math:`E\|\epsilon - \epsilon_\theta\|^2 / 2` over the log-SNR. The integral, or the sum over steps, is estimated at
-    ``num_samples`` random noise levels per image, stratified over the log-SNR, where the integrand varies little: with
-    uniform times the standard error would be tens of times larger. It takes ``num_samples`` + 1 network calls.
+    ``num_samples`` random noise levels per image, stratified over the log-SNR because the integrand varies little with
+    it; with uniform times, the standard error would be tens of times larger. It takes ``num_samples`` + 1 network
+    calls.
 
-    For discrete data, which lie in [-1, 1], predicted images are clipped to that range.
+    For discrete data, which lie in [-1, 1], predicted images are clipped to this range.
 
     Args:
-        num_samples: network calls per image for the diffusion term; None takes every discrete step once.
-        num_timesteps: T; None takes the steps of a discrete schedule, or continuous time.
+        num_samples: network calls per image for the diffusion term. If None, every discrete step is evaluated once.
+        num_timesteps: T. If None, the number of steps of a discrete schedule, or continuous time for any other
+            schedule.
     """
 
     kind: ClassVar[str] = "bound"
@@ -187,7 +189,7 @@ class VLBLikelihood(LikelihoodMethod):
     def terms(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """``prior``, ``diffusion`` and ``reconstruction``, each in bits/dim, (n,)."""
+        """Compute ``prior``, ``diffusion`` and ``reconstruction``, each in bits/dim, (n,)."""
         schedule = denoiser.schedule
         if likelihood.num_bins is not None:
             denoiser = ClipX0(denoiser)
@@ -209,8 +211,8 @@ class VLBLikelihood(LikelihoodMethod):
         schedule = denoiser.schedule
         if self.num_samples is None:
             raise UserError(
-                "likelihoods.vlb.num_samples=null takes every discrete step, but this model runs in continuous time:"
-                " set num_samples or num_timesteps."
+                "likelihoods.vlb.num_samples=null evaluates every discrete step, but this model has a continuous-time"
+                " schedule: set num_samples or num_timesteps."
             )
         high, low = schedule.log_snr(x0.new_tensor([schedule.t_min, schedule.t_max]))
         nats = x0.new_zeros(len(x0))
@@ -244,6 +246,6 @@ class VLBLikelihood(LikelihoodMethod):
 
 
 def _stratified_uniform(num_samples: int, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """A list of ``num_samples`` tensors (n,): for each image, one uniform number in each of as many equal strata."""
+    """Draw one uniform number per image from each of ``num_samples`` equal strata, as a list of tensors (n,)."""
     u = torch.rand(num_samples, len(x0), generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
     return list((u + torch.arange(num_samples, device=x0.device)[:, None]) / num_samples)

@@ -1,4 +1,4 @@
-r"""Training objectives: per-sample losses of a denoiser.
+r"""Training objectives: per-sample losses for a denoiser.
 
 `WeightedMSE` is the loss of most diffusion models; its docstring states the equation and which part computes each
 factor. The variational bounds are in `variational_objectives`.
@@ -27,17 +27,17 @@ class Objective(ABC):
     """Base class of training losses."""
 
     trains_schedule: ClassVar[bool] = False
-    """Whether a learned schedule may follow the gradient of the loss. Only a bound on the likelihood allows that: other
-    losses are minimised by a degenerate schedule, with almost no noise or almost only noise."""
+    """Whether the loss may train a learned schedule. Only a bound on the likelihood can: other losses are minimised by
+    a degenerate schedule with almost no noise or almost only noise."""
     trains_variance: ClassVar[bool] = False
-    """Whether the gradient of the loss reaches a learned reverse variance. A squared error does not depend on it."""
+    """Whether the loss trains a learned reverse variance. A squared error does not depend on the variance."""
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:  # noqa: B027
-        """Raises `UserError` if the objective cannot train ``parameterization`` under ``schedule``."""
+        """Raise `UserError` if the objective cannot train ``parameterization`` under ``schedule``."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Computes per-image metrics, of which ``loss`` is minimised.
+        """Compute per-image metrics, including the ``loss`` to minimise.
 
         Args:
             denoiser: the model to train.
@@ -46,31 +46,31 @@ class Objective(ABC):
             rng: source of all random numbers.
 
         Returns:
-            Metrics by name, among them ``loss``, each (n,).
+            Metrics by name, including ``loss``, each (n,).
         """
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
-        """This objective for data with the given p(x_0 | mean, std); only bounds on the likelihood depend on it."""
+        """Return this objective for the given p(x_0 | mean, std), on which only bounds on the likelihood depend."""
         return self
 
 
 class Weighting(ABC):
-    r"""Base class of weights :math:`w(\lambda) \ge 0` of the squared error *in eps*, for any network output.
+    r"""Base class of weights :math:`w(\lambda) \ge 0` on the squared error *in eps*, for any network output.
 
-    As :math:`SNR\, \|x_0 - \hat x_0\|^2 = \|\epsilon - \hat\epsilon\|^2`, a weight of the error in x_0 is w SNR, and
-    for alpha^2 + sigma^2 = 1 a weight of the error in v is w SNR / (1 + SNR). So a change of the parameterisation alone
-    never changes the loss.
+    Since :math:`SNR\, \|x_0 - \hat x_0\|^2 = \|\epsilon - \hat\epsilon\|^2`, the weight on the error in x_0 is w SNR
+    and, if alpha^2 + sigma^2 = 1, the weight on the error in v is w SNR / (1 + SNR). Changing only the parameterisation
+    therefore never changes the loss.
     """
 
     @abstractmethod
     def __call__(self, at: ScheduleValues) -> Tensor:
-        r"""The weight :math:`w(\lambda)`.
+        r"""Compute the weight :math:`w(\lambda)`.
 
         Args:
-            at: the schedule at the times of the batch.
+            at: the schedule values at the time of each image.
 
         Returns:
-            The weight, of the shape of ``at.log_snr``.
+            The weight, shaped like ``at.log_snr``.
         """
 
 
@@ -86,7 +86,8 @@ class SimpleWeighting(Weighting):
 class UniformVWeighting(Weighting):
     r""":math:`w = 1 + 1 / SNR`: the unweighted squared error in v.
 
-    "SNR + 1" weighting of x_0 (Salimans and Ho 2022, section 4, https://arxiv.org/abs/2202.00512).
+    This is the "SNR + 1" weighting of the error in x_0 (Salimans and Ho 2022, section 4,
+    https://arxiv.org/abs/2202.00512).
     """
 
     def __call__(self, at: ScheduleValues) -> Tensor:
@@ -118,9 +119,9 @@ class MinSNRWeighting(Weighting):
 class EDMWeighting(Weighting):
     r""":math:`w = 1 + 1 / (d^2 SNR)` with d = ``sigma_data``.
 
-    For alpha = 1 the weight of the error in x_0 is :math:`(\sigma^2 + d^2) / (\sigma d)^2`: the unweighted squared
-    error of a network with EDM's preconditioning. With d = 1 it is `UniformVWeighting`. Karras et al. (2022),
-    "Elucidating the Design Space", table 1, https://arxiv.org/abs/2206.00364.
+    If alpha = 1, the weight on the error in x_0 is :math:`(\sigma^2 + d^2) / (\sigma d)^2`, which gives the unweighted
+    squared error of a network with EDM's preconditioning. With d = 1, this is `UniformVWeighting`. Karras et al.
+    (2022), "Elucidating the Design Space", table 1, https://arxiv.org/abs/2206.00364.
 
     Args:
         sigma_data: d, the standard deviation of the data.
@@ -143,7 +144,7 @@ class P2Weighting(Weighting):
     Choi et al. (2022), "Perception Prioritized Training of Diffusion Models", eq. 8, https://arxiv.org/abs/2204.00227.
 
     Args:
-        gamma: how strongly high SNRs are down-weighted; 0 is `SimpleWeighting`.
+        gamma: how strongly high SNRs are down-weighted; 0 gives `SimpleWeighting`.
         k: bounds the weight at low SNR by :math:`k^{-\gamma}`.
     """
 
@@ -164,8 +165,8 @@ class P2Weighting(Weighting):
 class UniformVelocityWeighting(Weighting):
     r""":math:`w = (\sigma \lambda' / 2)^2`: the unweighted squared error in the velocity.
 
-    The velocity is :math:`\alpha' x_0 + \sigma' \epsilon`. With rectified flow it is :math:`(1 + \sigma / \alpha)^2`.
-    Lipman et al. (2023), "Flow Matching", eq. 9, https://arxiv.org/abs/2210.02747.
+    The velocity is :math:`\alpha' x_0 + \sigma' \epsilon`. For rectified flow, the weight is
+    :math:`(1 + \sigma / \alpha)^2`. Lipman et al. (2023), "Flow Matching", eq. 9, https://arxiv.org/abs/2210.02747.
     """
 
     def __call__(self, at: ScheduleValues) -> Tensor:
@@ -174,11 +175,11 @@ class UniformVelocityWeighting(Weighting):
 
 @dataclass(frozen=True)
 class LikelihoodWeighting(Weighting):
-    r""":math:`w = g^2 / \sigma^2 = -\lambda'`: with uniform times, a bound on the likelihood.
+    r""":math:`w = g^2 / \sigma^2 = -\lambda'`: a bound on the likelihood with uniform times.
 
-    It weights the squared error of the score by g^2. The weight is large near t_min, so the loss has a higher variance
-    than with other weightings. Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion Models", eq. 7
-    and theorem 1, https://arxiv.org/abs/2101.09258.
+    This weights the squared error of the score by g^2. The weight is large near t_min, so the loss has a higher
+    variance than with other weightings. Song et al. (2021), "Maximum Likelihood Training of Score-Based Diffusion
+    Models", eq. 7 and theorem 1, https://arxiv.org/abs/2101.09258.
     """
 
     def __call__(self, at: ScheduleValues) -> Tensor:
@@ -186,11 +187,11 @@ class LikelihoodWeighting(Weighting):
 
 
 class Coupling(ABC):
-    """Base class of the pairings of a batch of images with its noise."""
+    """Base class of couplings, which pair a batch of images with noise."""
 
     @abstractmethod
     def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
-        """Permutes the rows of ``eps`` to match those of ``x0``.
+        """Permute ``eps`` to pair it with ``x0``.
 
         Args:
             x0: images, (n, C, H, W).
@@ -211,11 +212,11 @@ class IndependentCoupling(Coupling):
 
 @dataclass(frozen=True)
 class MinibatchOT(Coupling):
-    r"""Minibatch optimal transport: the pairing of the batch that minimises :math:`\sum \|x_0 - \epsilon\|^2`, exactly.
+    r"""Minibatch optimal transport: the pairing that minimises :math:`\sum \|x_0 - \epsilon\|^2`, exactly.
 
-    Paths from noise to image cross less, so that fewer sampling steps suffice. The network no longer estimates the
-    score of p(x_t): use deterministic samplers. Each rank pairs its own part of the batch, so training depends on the
-    number of ranks. O(n^3) on the CPU: about 10 ms for 256 images. Tong et al. (2023), "Improving and Generalizing
+    Paths from noise to image cross less, so fewer sampling steps suffice. The network no longer estimates the score of
+    p(x_t), so use deterministic samplers. Each rank pairs its own part of the batch, so training depends on the number
+    of ranks. The cost is O(n^3) on the CPU, about 10 ms for 256 images. Tong et al. (2023), "Improving and Generalizing
     Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2, https://arxiv.org/abs/2302.00482.
     """
 
@@ -229,7 +230,7 @@ class MinibatchOT(Coupling):
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    r""":math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` and the terms it is made of."""
+    r""":math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` and its terms."""
 
     x0: Tensor
     eps: Tensor
@@ -242,10 +243,10 @@ class NoisyBatch:
         return cls(x0, eps, t, at, at.alpha * x0 + at.sigma * eps)
 
     def squared_eps_error(self, denoiser: Denoiser, out: Tensor) -> Tensor:
-        r""":math:`(\epsilon - \epsilon_\theta)^2` elementwise, from the output of the network.
+        r"""Compute :math:`(\epsilon - \epsilon_\theta)^2` elementwise from the network output.
 
-        The error of the output is multiplied by :math:`|d\epsilon / d\,out|`, which is better conditioned than a
-        difference of two eps.
+        The error in the output is multiplied by :math:`|d\epsilon / d\,out|`, which is better conditioned than
+        subtracting two eps.
         """
         parameterization = denoiser.parameterization
         error = parameterization.target_channels(out) - parameterization.target(self.x0, self.eps, self.at)
@@ -260,7 +261,7 @@ class WeightedMSE(Objective):
         L = E_{t, x_0, \epsilon}\, w(\lambda_t)\, \|\epsilon - \epsilon_\theta(x_t, t)\|^2 / D, \qquad
         x_t = \alpha_t x_0 + \sigma_t \epsilon,
 
-    averaged over the D values of an image. Each factor has its own part:
+    averaged over the D values of an image. Each factor comes from a separate part:
 
     - :math:`t \sim` ``times``: the distribution of training times;
     - :math:`\epsilon \sim N(0, I)`, paired with :math:`x_0` by ``coupling``;
@@ -290,18 +291,20 @@ class WeightedMSE(Objective):
 
 @dataclass(frozen=True, eq=False)
 class DataLikelihood:
-    """p(x_0 | mean, std), a Gaussian for each value of the data, discretised for pixels: the last term of a bound."""
+    """p(x_0 | mean, std) in the last term of a bound: a Gaussian for each value, discretised for pixels."""
 
     num_bins: int | None
     """Number of values that a pixel can take, evenly spaced from -1 to 1; None for continuous data."""
     mask: Tensor
     """(1, H, W): 1 inside the image, 0 on padding."""
     num_values: int
-    """Values per image without padding: the divisor of bits/dim."""
+    """Number of values per image without padding, the divisor in bits/dim."""
 
     def log_prob(self, x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """log p(x_0) in nats, summed over all pixels except padding, (n,): the probability of each pixel's bin under
-        N(mean, std^2), or the density for continuous data."""
+        """Compute log p(x_0) under N(mean, std^2) in nats, summed over all pixels except padding, (n,).
+
+        p is the probability of each pixel's bin, or the density if data are continuous.
+        """
         if self.num_bins is None:
             log_p = normal_log_prob(x0, mean, std)
         else:
@@ -309,17 +312,17 @@ class DataLikelihood:
         return (log_p * self.mask.to(x0)).flatten(1).sum(1)
 
     def bits_per_dim(self, nats: Tensor) -> Tensor:
-        """Converts nats per image to bits/dim."""
+        """Convert nats per image to bits/dim."""
         return nats / (self.num_values * math.log(2))
 
 
 def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std^2), elementwise."""
+    """Compute log N(x; mean, std^2) elementwise."""
     return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
 
 
 def discretized_normal_log_prob(x: Tensor, mean: Tensor, std: Tensor, num_bins: int) -> Tensor:
-    r"""Log-probability of the bin of x under N(mean, std^2), elementwise.
+    r"""Compute the log-probability of the bin of x under N(mean, std^2), elementwise.
 
     .. math:: \log\left[\Phi\left(\frac{x + \Delta / 2 - mean}{std}\right)
         - \Phi\left(\frac{x - \Delta / 2 - mean}{std}\right)\right], \qquad \Delta = \frac{2}{num\_bins - 1}
@@ -328,7 +331,7 @@ def discretized_normal_log_prob(x: Tensor, mean: Tensor, std: Tensor, num_bins: 
     "Denoising Diffusion Probabilistic Models", eq. 13, https://arxiv.org/abs/2006.11239.
     """
     half, inverse, distance = 1 / (num_bins - 1), 1 / std, x - mean
-    # By symmetry the bin can be mirrored to the left of the mean, where the difference of the CDFs is accurate.
+    # By symmetry, the bin can be mirrored to the left of the mean, where the difference of the CDFs is accurate.
     upper = torch.special.log_ndtr(-(distance.abs() - half) * inverse)
     lower = torch.special.log_ndtr(-(distance.abs() + half) * inverse)
     inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-7)))

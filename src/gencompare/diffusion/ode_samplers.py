@@ -52,10 +52,10 @@ class Heun(Sampler):
 
     Karras et al. (2022), "Elucidating the Design Space", algorithms 1 and 2 (there alpha = 1),
     https://arxiv.org/abs/2206.00364. A step takes two denoiser calls. If sigma / alpha decreases by more than a factor
-    of `MAX_NOISE_RATIO`, the second-order correction is meaningless, and the step is an Euler step with one call: the
-    step to clean data, and the first step of schedules that end in almost pure noise.
+    of `MAX_NOISE_RATIO`, the second-order correction is meaningless, and the step is an Euler step with one call. This
+    concerns the step to clean data, and the first step under schedules that end in almost pure noise.
 
-    Churn adds noise before a step, which raises sigma / alpha by the factor :math:`1 + \gamma`,
+    Churn adds noise before a step, which raises sigma / alpha by the factor :math:`1 + \gamma` with
     :math:`\gamma = \min(s_{churn} / N, \sqrt 2 - 1)` for :math:`N` steps, but not beyond the end of the schedule.
 
     Args:
@@ -108,7 +108,7 @@ class Heun(Sampler):
         gamma: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor, ScheduleValues]:
-        """x with added noise, its new time, and the schedule there."""
+        """Add noise to x. Return the noisier x, its time, and the schedule values at this time."""
         t = schedule.t_from_log_snr((at_t.log_snr - 2 * math.log1p(gamma)).to(t.dtype)).reshape(())
         churned = schedule.at(t, x)
         ratio = churned.alpha / at_t.alpha
@@ -117,7 +117,7 @@ class Heun(Sampler):
 
 
 def euler_step(x: Tensor, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
-    r"""Euler step of :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon` from t to s."""
+    r"""Take an Euler step of :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon` from t to s."""
     return at_s.alpha / at_t.alpha * x + (at_s.sigma - at_s.alpha * at_t.sigma / at_t.alpha) * eps
 
 
@@ -134,8 +134,8 @@ class DPMSolverPP2M(Sampler):
         x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h}) \left(x_0 + \frac{h}{2 h'} (x_0 - x_0')\right),
         \qquad h = (\lambda_s - \lambda_t) / 2,
 
-    where primes mark the previous step; the first step is of first order. (In the paper lambda is half the log-SNR.)
-    Lu et al. (2022), "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2, https://arxiv.org/abs/2211.01095.
+    where primes mark the previous step. The first step is of first order. (In the paper lambda is half the log-SNR.) Lu
+    et al. (2022), "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2, https://arxiv.org/abs/2211.01095.
     """
 
     order = 2
@@ -157,12 +157,12 @@ class DPMSolverPP2M(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC(Sampler):
-    r"""UniPC-2 in data prediction: a second-order predictor and a third-order corrector, one denoiser call per step.
+    r"""UniPC-2 with data prediction: a second-order predictor and a third-order corrector, one denoiser call per step.
 
     The predictor interpolates x_0 linearly through t and the previous time; the corrector uses the parabola that also
-    passes through the prediction at s. That prediction serves the corrector and the next step. The first step has one
-    point fewer. Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
-    Models", theorem 3.1, https://arxiv.org/abs/2302.04867; their order p = 2 is that of the predictor.
+    passes through the prediction at s. The prediction at s is used by the corrector and by the next step. The first
+    step uses one point fewer. Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
+    Diffusion Models", theorem 3.1, https://arxiv.org/abs/2302.04867; their p = 2 is the order of the predictor.
 
     Args:
         variant: the function B(h): "bh1" is :math:`h`, "bh2" is :math:`e^h - 1` (:math:`1 - e^{-h}` in data
@@ -205,7 +205,7 @@ class UniPC(Sampler):
             yield Step(s, x, prediction)
 
 
-# Dormand and Prince (1980), table 2: nodes, stages, and the difference between the fifth and the fourth order.
+# Dormand and Prince (1980), table 2: nodes, stages, and the difference of the fifth- and fourth-order weights.
 _NODES = (1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 _STAGES = (
     (1 / 5,),
@@ -225,14 +225,14 @@ class RK45(Sampler):
     .. math:: \frac{dy}{d\lambda} = -\tfrac{1}{2} e^{-\lambda / 2} \epsilon, \qquad y = x / \alpha
 
     Song et al. (2021), "Score-Based Generative Modeling through SDEs", section 4.3, https://arxiv.org/abs/2011.13456,
-    solve in t; in lambda the right-hand side has no kinks where the schedule is a table of betas. A step is accepted if
+    solve in t. In lambda, the right-hand side has no kinks if the schedule is a table of betas. A step is accepted if
     the root mean square of its error over atol + rtol \|y\|, taken over all images of the batch, is at most 1; the
     error determines the next step size (Hairer et al. 1993, "Solving Ordinary Differential Equations I", section II.4).
     Each attempt takes six denoiser calls.
 
     Args:
-        num_steps: intervals of the grid. Each interval ends with a yielded state, and no step crosses its end. The last
-            interval is the step to clean data, which returns the predicted image.
+        num_steps: number of grid intervals. A state is yielded at the end of each interval, and no step crosses this
+            end. The last interval is the step to clean data, which returns the predicted image.
         rtol: relative tolerance.
         atol: absolute tolerance, in units of the data.
 
@@ -243,9 +243,9 @@ class RK45(Sampler):
     order = None
     MIN_STEP_FACTOR: ClassVar[float] = 0.2
     MAX_STEP_FACTOR: ClassVar[float] = 5.0
-    """Bounds on the ratio of neighbouring step sizes."""
+    """Bounds on the ratio of consecutive step sizes."""
     MIN_STEP: ClassVar[float] = 1e-4
-    """Smallest step in log-SNR; with shorter ones an image would take about a million denoiser calls."""
+    """Minimum step size in log-SNR. Below it, an image would take about a million denoiser calls."""
 
     rtol: float = 1e-5
     atol: float = 1e-5
@@ -265,7 +265,7 @@ class RK45(Sampler):
     ) -> Iterator[Step]:
         h = 1.0  # step size in log-SNR
         for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
-            # Evaluated at every point of the grid, because the caller may have changed x (inpainting).
+            # Evaluate at every grid point, because the caller may have changed x (inpainting).
             state = _State.evaluate(denoiser, x / at_t.alpha, t, float(at_t.log_snr), cond)
             if at_s.sigma == 0:
                 x = state.prediction.x0
@@ -277,7 +277,7 @@ class RK45(Sampler):
     def _solve(
         self, denoiser: DenoiserProtocol, state: _State, end: float, step: float, times: Tensor, cond: Cond
     ) -> tuple[_State, float]:
-        """The state at log-SNR ``end``, and the size of the next step."""
+        """Integrate to log-SNR ``end``. Return the state there, and the size of the next step."""
         while state.log_snr < end:
             left = end - state.log_snr
             h = left if 1.01 * step > left else step
@@ -298,7 +298,7 @@ class RK45(Sampler):
                 state = trial
             if math.isfinite(error):
                 factor = min(self.MAX_STEP_FACTOR, max(self.MIN_STEP_FACTOR, 0.9 * max(error, 1e-10) ** -0.2))
-                # A step cut short by the end of an interval does not reduce the next one.
+                # A step that was shortened to end with the interval does not reduce the next step size.
                 step = max(step, h * factor) if h < step and error <= 1 else h * factor
         return state, step
 

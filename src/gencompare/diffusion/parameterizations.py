@@ -15,25 +15,25 @@ from gencompare.errors import UserError
 
 
 class NoiseConditioning(ABC):
-    """Base class of the maps from a time to the number that tells the network the noise level."""
+    """Base class of noise conditioning: maps from a time to the number that encodes the noise level for the network."""
 
     @abstractmethod
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
-        """The noise condition at times ``t``.
+        """Compute the noise condition at times ``t``.
 
         Args:
             t: times, () or (n,).
-            at: the schedule at these times.
+            at: the schedule values at these times.
 
         Returns:
             One number per time, () or (n,).
         """
 
     def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027
-        """Raises `UserError` if the noise condition is undefined under ``schedule``."""
+        """Raise `UserError` if the noise condition is undefined under ``schedule``."""
 
     def num_levels(self, schedule: NoiseSchedule) -> int | None:
-        """L if the noise condition is the index of one of L noise levels, from 0 to L - 1; otherwise None."""
+        """Return L if the noise condition is the index of one of L noise levels, from 0 to L - 1; otherwise None."""
         return None
 
 
@@ -62,7 +62,7 @@ class LogSigmaConditioning(NoiseConditioning):
     r""":math:`factor \cdot \ln(\sigma / \alpha)`.
 
     Factor 1/4 is c_noise of EDM (Karras et al. 2022, table 1, https://arxiv.org/abs/2206.00364). Factor 1 is the input
-    of the Fourier features of the VE models (Song et al. 2021, appendix C, https://arxiv.org/abs/2011.13456). With
+    to the Fourier features in the VE models (Song et al. 2021, appendix C, https://arxiv.org/abs/2011.13456). With
     factor 0 the network has to infer the noise level from x (Song and Ermon 2020, technique 3,
     https://arxiv.org/abs/2006.09011).
 
@@ -78,7 +78,7 @@ class LogSigmaConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class TimestepConditioning(NoiseConditioning):
-    """The index T t - 1 of the step, from 0, as published DDPMs are trained.
+    """The step index T t - 1, counted from 0, as in published DDPMs.
 
     Args:
         num_train_timesteps: T, the number of steps of the schedule.
@@ -108,8 +108,8 @@ class TimeConditioning(NoiseConditioning):
 class LevelIndexConditioning(NoiseConditioning):
     """The index of the noise level, 0 for the noisiest, as in NCSN.
 
-    It is an integer: a time between two levels gets the index of the noisier one. Song and Ermon (2019), algorithm 1,
-    https://arxiv.org/abs/1907.05600.
+    The index is an integer: a time between two levels gets the index of the noisier level. Song and Ermon (2019),
+    algorithm 1, https://arxiv.org/abs/1907.05600.
     """
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -124,7 +124,7 @@ class LevelIndexConditioning(NoiseConditioning):
 
 
 class Prediction(NamedTuple):
-    r"""The prediction of a denoiser: :math:`x_0 = E[x_0 | x_t]` and the matching noise, each of the shape of x_t.
+    r"""The prediction of a denoiser: :math:`x_0 = E[x_0 | x_t]` and the matching noise, each shaped like x_t.
 
     :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` always holds, and the score of p(x_t) is :math:`-\epsilon /
     \sigma_t`.
@@ -133,17 +133,17 @@ class Prediction(NamedTuple):
     x0: Tensor
     eps: Tensor
     variance_fraction: Tensor | None = None
-    """Interpolates the variance of the reverse step geometrically from 0 (fixed small) to 1 (fixed large), of the shape
-    of x_t; None if the network does not learn the variance."""
+    """Geometric interpolation of the reverse variance between 0 (fixed small) and 1 (fixed large), shaped like x_t;
+    None if the network does not learn the variance."""
 
 
 @dataclass(frozen=True)
 class Parameterization(ABC):
     """Base class of parameterisations.
 
-    A subclass implements ``target``, ``to_prediction`` and ``eps_jacobian``; one that scales the input of the network
-    overrides ``network_input`` too. The argument ``at`` contains alpha, sigma and the log-SNR, shaped to broadcast with
-    the images.
+    A subclass implements ``target``, ``to_prediction`` and ``eps_jacobian``; a subclass that scales the network input
+    also overrides ``network_input``. The argument ``at`` contains alpha, sigma and the log-SNR, shaped to broadcast
+    with the images.
 
     Args:
         noise_conditioning: how the noise level is passed to the network.
@@ -152,40 +152,40 @@ class Parameterization(ABC):
     noise_conditioning: NoiseConditioning = field(default_factory=LogSNRConditioning)
 
     output_multiplier = 1
-    """Output channels of the network per image channel."""
+    """Number of network output channels per image channel."""
     learns_variance = False
     """Whether the network also predicts the variance of the reverse step."""
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
-        """The inputs of the network.
+        """Compute the inputs of the network.
 
         Args:
             x_t: noisy images, (n, C, H, W).
             t: times, () or (n,).
-            at: the schedule at these times.
+            at: the schedule values at these times.
 
         Returns:
-            x_t, scaled if the parameterisation does so, (n, C, H, W), and the noise condition, (n,).
+            x_t, (n, C, H, W), which some parameterisations scale, and the noise condition, (n,).
         """
         noise_cond = self.noise_conditioning(t, at).to(x_t.dtype)
         return x_t, noise_cond.expand(len(x_t))
 
     def check(self, schedule: NoiseSchedule) -> None:
-        """Raises `UserError` if the parameterisation is undefined under ``schedule``."""
+        """Raise `UserError` if the parameterisation is undefined under ``schedule``."""
         self.noise_conditioning.check(schedule)
 
     def target_channels(self, out: Tensor) -> Tensor:
-        """The channels of the network's output that are compared with ``target``, of the shape of x_t."""
+        """Select the channels of the network output to compare with ``target``, shaped like x_t."""
         return out
 
     @abstractmethod
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
-        """The regression target of the network.
+        """Compute the regression target of the network.
 
         Args:
             x0: images, (n, C, H, W).
             eps: noise, (n, C, H, W).
-            at: the schedule at the times of the images.
+            at: the schedule values at the time of each image.
 
         Returns:
             The target, (n, C, H, W).
@@ -193,26 +193,26 @@ class Parameterization(ABC):
 
     @abstractmethod
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        """Converts the output of the network to x_0 and eps.
+        """Convert the network output to x_0 and eps.
 
         Args:
-            out: output of the network, (n, output_multiplier C, H, W).
+            out: network output, (n, output_multiplier C, H, W).
             x_t: noisy images, (n, C, H, W).
-            at: the schedule at the times of the images.
+            at: the schedule values at the time of each image.
 
         Returns:
-            The prediction, with tensors of the shape of ``x_t``.
+            The prediction, with tensors shaped like ``x_t``.
         """
 
     @abstractmethod
     def eps_jacobian(self, at: ScheduleValues) -> Tensor:
-        r""":math:`|d\epsilon / d\,out|`, which converts an error of the network's output to an error of eps.
+        r"""Compute :math:`|d\epsilon / d\,out|`, which converts an error in the network output to an error in eps.
 
         Args:
-            at: the schedule at the times of the images.
+            at: the schedule values at the time of each image.
 
         Returns:
-            The derivative, of a shape that broadcasts with x_t.
+            The derivative, which broadcasts with x_t.
         """
 
 
@@ -266,8 +266,8 @@ class Score(Parameterization):
     r"""The network predicts the score :math:`\nabla \log p(x_t) = -E[\epsilon | x_t] / \sigma`.
 
     For networks that are the gradient of an energy, and for the first NCSN (Song and Ermon 2019, section 3.1,
-    https://arxiv.org/abs/1907.05600). The target scales as 1 / sigma, which the network must match. Later models of
-    Song et al. divide the output of the network by sigma, which is `Eps` up to the sign.
+    https://arxiv.org/abs/1907.05600). The target scales as 1 / sigma, which the network must match. Later models by
+    Song et al. divide the network output by sigma, which is `Eps` up to the sign.
     """
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
@@ -284,7 +284,7 @@ class Score(Parameterization):
 class Velocity(Parameterization):
     r"""The network predicts the velocity :math:`u = \alpha' x_0 + \sigma' \epsilon` of x_t.
 
-    With rectified flow :math:`u = \epsilon - x_0` (Liu et al. 2023, https://arxiv.org/abs/2209.03003). In general
+    For rectified flow, :math:`u = \epsilon - x_0` (Liu et al. 2023, https://arxiv.org/abs/2209.03003). In general
     :math:`u = f x_t + h \epsilon` with :math:`f = d \log \alpha / dt` and :math:`h = -\sigma \lambda' / 2`, which gives
     eps without a division by alpha. Lipman et al. (2023), "Flow Matching", theorem 3, https://arxiv.org/abs/2210.02747.
     """
@@ -305,7 +305,7 @@ def _scale(at: ScheduleValues) -> Tensor:
 
 
 def _eps_velocity(at: ScheduleValues) -> Tensor:
-    """h of `Velocity`."""
+    """Compute h of `Velocity`."""
     return -0.5 * at.sigma * at.dlog_snr_dt
 
 
@@ -364,9 +364,9 @@ class PosteriorMean(Parameterization):
         \tilde\mu = \frac{\alpha_t \sigma_s^2}{\alpha_s \sigma_t^2} x_t + \alpha_s c\, x_0, \qquad
         c = 1 - SNR_t / SNR_s
 
-    Before the first step, x_s is clean data. It needs a discrete schedule. A step changes x_t little, so a small error
-    of the network is a large error of eps: train it on the variational bound. Ho et al. (2020), "Denoising Diffusion
-    Probabilistic Models", eq. 7 and table 2, https://arxiv.org/abs/2006.11239.
+    At the first step, x_s is clean data. This parameterisation needs a discrete schedule. A step changes x_t little, so
+    a small error in the network output is a large error in eps; train with the variational bound. Ho et al. (2020),
+    "Denoising Diffusion Probabilistic Models", eq. 7 and table 2, https://arxiv.org/abs/2006.11239.
     """
 
     def check(self, schedule: NoiseSchedule) -> None:
@@ -387,7 +387,7 @@ class PosteriorMean(Parameterization):
 
 
 def _posterior_mean_coefficients(at_t: ScheduleValues) -> tuple[Tensor, Tensor]:
-    """Coefficients of x_t and x_0."""
+    """Compute the coefficients of x_t and x_0."""
     at_s = at_t.previous_step
     c = -torch.expm1(at_t.log_snr - at_s.log_snr)
     return torch.exp(at_t.log_snr - at_s.log_snr) * at_s.alpha / at_t.alpha, at_s.alpha * c
@@ -398,13 +398,14 @@ class LearnedVariance(Parameterization):
     r"""Any parameterisation, plus a learned variance of the reverse step for every value of the image.
 
     The additional output w in [-1, 1] interpolates the variance as :math:`\beta^v \tilde\beta^{1 - v}` with
-    :math:`v = (w + 1) / 2`, the ``variance_fraction``; :math:`\beta` is the variance of the forward step and
-    :math:`\tilde\beta` that of q(x_s | x_t, x_0). The network has two output channels per image channel: those of
-    ``inner``, then w. Train it with an objective that contains the variational bound. Nichol and Dhariwal (2021),
-    "Improved Denoising Diffusion Probabilistic Models", eq. 15, https://arxiv.org/abs/2102.09672.
+    :math:`v = (w + 1) / 2`, the ``variance_fraction``; :math:`\beta` is the variance of the forward step, and
+    :math:`\tilde\beta` is the variance of q(x_s | x_t, x_0). The network has two output channels per image channel:
+    first the output for ``inner``, then w. Train it with an objective that contains the variational bound. Nichol and
+    Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 15, https://arxiv.org/abs/2102.09672.
 
     Args:
-        noise_conditioning: how the noise level is passed to the network; that of ``inner`` is ignored.
+        noise_conditioning: how the noise level is passed to the network; the noise conditioning of ``inner`` is
+            ignored.
         inner: the parameterisation of x_0 and eps.
     """
 
@@ -429,7 +430,7 @@ class LearnedVariance(Parameterization):
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         out, w = out.chunk(2, dim=1)
         v = (w + 1) / 2
-        # Clamped to [0, 1] with a straight-through gradient, so that training can bring it back into range.
+        # Clamped to [0, 1] with a straight-through gradient, so that training can bring v back into range.
         v = v + (v.clamp(0, 1) - v).detach()
         return self.inner.to_prediction(out, x_t, at)._replace(variance_fraction=v)
 

@@ -1,4 +1,4 @@
-r"""The base class of samplers, and the samplers of DDPM and DDIM.
+r"""The base class of samplers, and the DDPM and DDIM samplers.
 
 Notation: a step goes from time :math:`t` to the less noisy time :math:`s < t`, where
 :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon` and :math:`\lambda_t = \log(\alpha_t^2 / \sigma_t^2)` is the log-SNR.
@@ -30,7 +30,7 @@ class Step(NamedTuple):
     t: Tensor
     """Time reached, ()."""
     x: Tensor
-    """State at that time, (n, C, H, W)."""
+    """State at time t, (n, C, H, W)."""
     prediction: Prediction
     """The last prediction of the denoiser during the step."""
 
@@ -53,15 +53,15 @@ class Sampler(ABC):
     """
 
     order: ClassVar[int | None]
-    """Order of convergence in the step size: strong for a deterministic sampler, weak (means and covariances) for a
-    stochastic one; None where it is undefined."""
+    """Order of convergence in the step size: strong for deterministic samplers, weak (means and covariances) for
+    stochastic ones. None if undefined."""
 
     num_steps: int
     grid: TimeGrid = field(default_factory=UniformGrid)
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise UserError(f"sampler.num_steps={self.num_steps} must be a whole number of at least 1.")
+            raise UserError(f"sampler.num_steps={self.num_steps} must be an integer of at least 1.")
         for setting in fields(self):
             if setting.type in ("int", "float"):  # annotations are strings here
                 check_number(f"sampler.{setting.name}", getattr(self, setting.name))
@@ -70,7 +70,7 @@ class Sampler(ABC):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        """Yields a `Step` for every pair of neighbouring times.
+        """Yield a `Step` for every pair of neighbouring times.
 
         The caller may change a yielded state in place (inpainting does): the next step must start from that tensor.
 
@@ -79,7 +79,7 @@ class Sampler(ABC):
             x: state at ``times[0]``, (n, C, H, W).
             times: strictly decreasing, (num_steps + 1,).
             cond: conditions passed to the denoiser.
-            generator: the only source of random numbers.
+            generator: source of all random numbers.
         """
 
     def iterate(
@@ -91,10 +91,10 @@ class Sampler(ABC):
         generator: torch.Generator,
         times: Tensor | None = None,
     ) -> Iterator[Step]:
-        """The steps of `trajectory`, from noise ``x`` (n, C, H, W) at ``times[0]``, with checked times.
+        """Check the times, and iterate over the steps of `trajectory` from noise ``x`` (n, C, H, W) at ``times[0]``.
 
         Args:
-            times: strictly decreasing; by default those of the grid.
+            times: strictly decreasing; by default, the grid times.
         """
         if times is None:
             times = self.times(denoiser.schedule)
@@ -110,7 +110,7 @@ class Sampler(ABC):
         generator: torch.Generator,
         times: Tensor | None = None,
     ) -> Tensor:
-        """The state after the last step, (n, C, H, W).
+        """Run all steps and return the final state, (n, C, H, W).
 
         Raises:
             UserError: if a step gives NaN or infinite values; the message names the first such step.
@@ -119,7 +119,7 @@ class Sampler(ABC):
         num_steps = 0
         for step in self.iterate(denoiser, x, cond, generator=generator, times=times):
             x, num_steps = step.x, num_steps + 1
-            # Counted on the device and read once, at the end. Clipping can hide an infinite prediction from x.
+            # Count on the device and read the count once, at the end. Clipping can hide an infinite prediction from x.
             num_finite += torch.isfinite(x).all() & torch.isfinite(step.prediction.eps).all()
         if num_finite < num_steps:
             raise UserError(
@@ -129,7 +129,7 @@ class Sampler(ABC):
         return x
 
     def times(self, schedule: NoiseSchedule) -> Tensor:
-        """The times of the grid, (num_steps + 1,).
+        """Return the grid times, (num_steps + 1,).
 
         Raises:
             UserError: if the schedule does not have that many distinct times.
@@ -137,14 +137,14 @@ class Sampler(ABC):
         return self.grid(schedule, self.num_steps)
 
     def describe(self, learned: Collection[str] = ()) -> str:
-        """Name and settings for a table. Settings in ``learned`` are replaced by the network's own values."""
+        """Return the name and settings, for a table. Settings in ``learned`` are marked as learned by the network."""
         settings = {name: _format(getattr(self, name)) for name in self.settings()}
         described = [f"learned {name}" if name in learned else f"{name} {value}" for name, value in settings.items()]
         grid = self.grid.describe()
         return ", ".join([type(self).__name__, f"{self.num_steps} steps", *([grid] if grid else []), *described])
 
     def settings(self) -> list[str]:
-        """Names of the settings that ``describe`` lists after the number of steps and the grid."""
+        """Return the names of the settings that ``describe`` lists after the number of steps and the grid."""
         return [f.name for f in fields(self) if f.name not in ("num_steps", "grid")]
 
 
@@ -155,7 +155,7 @@ def _format(value: object) -> str:
 def steps_between(
     times: Tensor, schedule: NoiseSchedule, x: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, ScheduleValues, ScheduleValues]]:
-    """Yields (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the type of x."""
+    """Yield (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the dtype of x."""
     values = schedule.at(times, x)
     at = [_ValuesAtIndex(values, i) for i in range(len(times))]
     for (t, s), (at_t, at_s) in zip(pairwise(times), pairwise(at), strict=True):
@@ -163,7 +163,7 @@ def steps_between(
 
 
 class _ValuesAtIndex(ScheduleValues):
-    """One time of several that are evaluated together, so that the schedule is evaluated once per trajectory."""
+    """Values at one of several times that are evaluated together, once per trajectory."""
 
     def __init__(self, values: ScheduleValues, index: int) -> None:
         self._values, self._index = values, index
@@ -190,15 +190,15 @@ class _ValuesAtIndex(ScheduleValues):
 
 
 def check_times(times: Tensor, schedule: NoiseSchedule) -> None:
-    """Raises `UserError` unless ``times`` strictly decrease and lie within the schedule, except a final ``CLEAN``."""
+    """Raise `UserError` unless ``times`` strictly decrease within the schedule, apart from a final ``CLEAN``."""
     inside = times[:-1] if len(times) > 1 and times[-1] == CLEAN else times
     if len(times) < 2 or not (times.diff() < 0).all():
-        raise UserError(f"The times of a sampler must be strictly decreasing (noise to data), not {times.tolist()}.")
+        raise UserError(f"Sampling times must be strictly decreasing (from noise to data), not {times.tolist()}.")
     tolerance = 1e-6
     if inside.min() < schedule.t_min - tolerance or inside.max() > schedule.t_max + tolerance:
         raise UserError(
-            f"The times of a sampler run from {float(inside.min()):.4g} to {float(inside.max()):.4g}, but schedule"
-            f" {type(schedule).__name__} runs from {schedule.t_min:.4g} to {schedule.t_max:.4g}."
+            f"Sampling times range from {float(inside.min()):.4g} to {float(inside.max()):.4g}, but"
+            f" {type(schedule).__name__} is defined from {schedule.t_min:.4g} to {schedule.t_max:.4g}."
         )
 
 
@@ -216,9 +216,9 @@ class Ancestral(Sampler):
     algorithm 2 and eq. 7, https://arxiv.org/abs/2006.11239.
 
     Args:
-        variance: :math:`v`: 0 is "fixed small" (:math:`\tilde\beta`), 1 is "fixed large" (:math:`\beta`), and values
-            in between interpolate geometrically (Nichol and Dhariwal 2021, eq. 15, https://arxiv.org/abs/2102.09672).
-            A network that learns the variance overrides it.
+        variance: :math:`v`: 0 is "fixed small" (:math:`\tilde\beta`), 1 is "fixed large" (:math:`\beta`), and values in
+            between interpolate geometrically (Nichol and Dhariwal 2021, eq. 15, https://arxiv.org/abs/2102.09672). A
+            learned variance overrides this value.
     """
 
     order = 1
@@ -243,9 +243,9 @@ class Ancestral(Sampler):
 def ancestral_step(
     at_t: ScheduleValues, at_s: ScheduleValues, variance: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step of `Ancestral` from t to s: coefficients of x_t, of x_0 and of standard normal noise."""
+    """Compute the `Ancestral` step from t to s: the coefficients of x_t, x_0 and standard normal noise."""
     c = -torch.expm1(at_t.log_snr - at_s.log_snr)
-    # alpha_t sigma_s^2 / (alpha_s sigma_t^2), written without 1 - c, which loses precision where c is close to 1.
+    # alpha_t sigma_s^2 / (alpha_s sigma_t^2), written without 1 - c, which loses precision if c is close to 1.
     coef_x_t = torch.exp(at_t.log_snr - at_s.log_snr) * at_s.alpha / at_t.alpha
     std = c.sqrt() * at_s.sigma ** (1 - variance) * at_t.sigma**variance * (at_s.sigma > 0)
     return coef_x_t, at_s.alpha * c, std

@@ -1,4 +1,4 @@
-r"""Noise schedules :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`: the base class and the schedules in closed form."""
+r"""Noise schedules :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`: the base class and closed-form schedules."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CLEAN = -1.0
 class NoiseSchedule(nn.Module, StoresArguments, ABC):
     r"""Base class of noise schedules :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`, :math:`t \in [t_{min}, t_{max}]`.
 
-    A subclass sets ``t_min`` and ``t_max`` and implements ``log_alpha`` and ``log_snr``. Both are needed: sigma by
-    subtraction, or the log-SNR from rounded alpha and sigma, cancels in float32.
+    A subclass sets ``t_min`` and ``t_max`` and implements ``log_alpha`` and ``log_snr``. Both are needed, since
+    computing sigma by subtraction, or the log-SNR from rounded alpha and sigma, loses precision in float32.
 
-    A schedule is a module so that its tables move to the device and a learned schedule is trained. Times are float
-    tensors of any shape; results have the same shape.
+    A schedule is a module so that its tables move to the device and its parameters, if any, can be trained. Times are
+    float tensors of any shape; results have the same shape.
     """
 
     t_min: float
@@ -38,24 +38,24 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
-        r""":math:`\log \alpha_t`.
+        r"""Compute :math:`\log \alpha_t`.
 
         Args:
             t: times in [t_min, t_max], of any shape.
 
         Returns:
-            A tensor of the shape of ``t``.
+            A tensor shaped like ``t``.
         """
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        r"""The log-SNR :math:`\lambda_t = \log(\alpha_t^2 / \sigma_t^2)`, strictly decreasing in t.
+        r"""Compute the log-SNR :math:`\lambda_t = \log(\alpha_t^2 / \sigma_t^2)`, which strictly decreases in t.
 
         Args:
             t: times in [t_min, t_max], of any shape.
 
         Returns:
-            A tensor of the shape of ``t``.
+            A tensor shaped like ``t``.
         """
 
     @property
@@ -64,32 +64,32 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return None
 
     def require_discrete_times(self) -> Tensor:
-        """`discrete_times` of a schedule that must have them.
+        """Return `discrete_times`, or raise if there are none.
 
         Returns:
             The times, (T,).
 
         Raises:
-            UserError: if the schedule runs in continuous time.
+            UserError: if the schedule has no discrete times.
         """
         if self.discrete_times is None:
             raise UserError(
-                f"Schedule {type(self).__name__} runs in continuous time, but a part of this model needs a schedule"
-                " with discrete steps (linear, cosine, ...)."
+                f"{type(self).__name__} is a continuous-time schedule, but a part of this model needs a schedule with"
+                " discrete steps (linear, cosine, ...)."
             )
         return self.discrete_times
 
     def discrete_index(self, t: Tensor) -> Tensor:
-        """Index of the first discrete time that is not before ``t``.
+        """Find the index of the first discrete time that is not before ``t``.
 
         Args:
             t: times, of any shape.
 
         Returns:
-            Indices from 0 to T - 1, of the shape of ``t``.
+            Indices from 0 to T - 1, shaped like ``t``.
 
         Raises:
-            UserError: if the schedule runs in continuous time.
+            UserError: if the schedule has no discrete times.
         """
         times, rounding = self.require_discrete_times().to(t), 8 * torch.finfo(t.dtype).eps
         return torch.searchsorted(times, (t * (1 - rounding)).contiguous()).clamp(max=len(times) - 1)
@@ -100,7 +100,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return self.prior_std_at(torch.tensor(self.t_max, device=self.device))
 
     def prior_std_at(self, t: Tensor) -> Tensor | float:
-        """Standard deviation of the noise from which sampling starts at time ``t``: sigma(t), as if x_0 were 0.
+        """Compute the standard deviation of the noise for a start at time ``t``: sigma(t), as if x_0 were 0.
 
         Args:
             t: the time, ().
@@ -112,34 +112,36 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @torch.no_grad()
     def prior_mismatch(self, t: Tensor) -> str | None:
-        """Why sampling cannot start from pure noise at time ``t``: x_t still contains too much of the image.
+        """Explain why sampling cannot start from pure noise at time ``t``, if x_t contains too much of the image.
 
         Args:
             t: the time, ().
 
         Returns:
-            A message for the user; None if sampling can start there.
+            A message for the user; None if sampling can start at ``t``.
         """
         if (log_snr := float(self.log_snr(t.to(self.device)))) <= MAX_START_LOG_SNR:
             return None
         return (
-            f"Sampling starts from pure noise, but under schedule {type(self).__name__} it would start at log-SNR"
-            f" {log_snr:.3g}, where a fraction {float(self.log_alpha(t.to(self.device)).exp()):.2g} of the image"
-            f" remains, which samples would lack. Lower the log-SNR to {MAX_START_LOG_SNR:g} or below: by the schedule"
-            " (for T steps, betas are 1000 / T times as large as for 1000) or by model.sampler.grid.log_snr_start."
+            f"Sampling starts from pure noise, but under {type(self).__name__} it would start at log-SNR {log_snr:.3g},"
+            f" where a fraction {float(self.log_alpha(t.to(self.device)).exp()):.2g} of the image remains, which would"
+            f" be missing from samples. Lower the log-SNR to {MAX_START_LOG_SNR:g} or below, either with the schedule"
+            " (for T steps, betas are 1000 / T times as large as for 1000) or with model.sampler.grid.log_snr_start."
         )
 
     @property
     def device(self) -> torch.device | None:
-        """Device of the tables or parameters; None for a schedule without any, which follows the times it is given."""
+        """Device of the tables or parameters; None for a schedule without any, whose values are on the device of the
+        times."""
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
-        """alpha, sigma, log-SNR and derivatives at times ``t``.
+        """Evaluate alpha, sigma, the log-SNR and their derivatives at times ``t``.
 
         Args:
             t: times, () or (n,).
-            x: tensor (n, ...); the values are shaped and cast to broadcast with it. None keeps the shape of ``t``.
+            x: tensor (n, ...); the values are shaped and cast to broadcast with x. If None, they keep the shape of
+                ``t``.
 
         Returns:
             The values, each computed on first access.
@@ -147,7 +149,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return ScheduleValues(self, t, x)
 
     def sde(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Drift f and squared diffusion g^2 of the forward SDE :math:`dx = f(t)\, x\, dt + g(t)\, dw`.
+        r"""Compute the drift f and squared diffusion g^2 of the forward SDE :math:`dx = f(t)\, x\, dt + g(t)\, dw`.
 
         .. math:: f = \frac{d \log \alpha}{dt}, \qquad g^2 = -\sigma^2 \frac{d\lambda}{dt}
 
@@ -158,20 +160,20 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
             t: times in [t_min, t_max], of any shape.
 
         Returns:
-            f and g^2, each of the shape of ``t``.
+            f and g^2, each shaped like ``t``.
         """
         sigma2 = torch.exp(2 * self.log_alpha(t) - self.log_snr(t))
         return _time_derivative(self.log_alpha, t), -sigma2 * _time_derivative(self.log_snr, t)
 
     @torch.no_grad()
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The time whose log-SNR is closest to the given one; by bisection unless overridden.
+        """Find the time whose log-SNR is closest to the given log-SNR, by bisection unless overridden.
 
         Args:
             log_snr: log-SNRs, of any shape.
 
         Returns:
-            Times in [t_min, t_max], of the shape of ``log_snr``.
+            Times in [t_min, t_max], shaped like ``log_snr``.
         """
         low = torch.full_like(log_snr, self.t_min)
         high = torch.full_like(log_snr, self.t_max)
@@ -188,13 +190,13 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         device: torch.device | str = "cpu",
         t: Tensor | None = None,
     ) -> Tensor:
-        """Noise from which sampling starts: N(0, prior_std^2), or N(0, prior_std_at(t)^2).
+        """Draw the noise that sampling starts from: N(0, prior_std_at(t)^2).
 
         Args:
             shape: shape of the noise.
             generator: source of the random numbers.
             device: device of the noise.
-            t: first time of the sampling grid, (), if that is not t_max.
+            t: first time of the sampling grid, (); None for t_max.
 
         Returns:
             The noise, float32.
@@ -204,31 +206,32 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @torch.no_grad()
     def check(self, points: int = 1001) -> None:
-        """Checks the schedule at evenly spaced times.
+        """Check the schedule at evenly spaced times.
 
         Args:
             points: number of times.
 
         Raises:
-            UserError: if the schedule is not finite, or its SNR is not strictly decreasing.
+            UserError: if the times are not within [0, 1], the schedule is not finite, or its SNR is not strictly
+                decreasing.
         """
         name = type(self).__name__
         if not 0 <= self.t_min < self.t_max <= 1:
-            raise UserError(f"Schedule {name} runs from t={self.t_min} to {self.t_max}, which is not within [0, 1].")
+            raise UserError(f"{name} is defined from t={self.t_min} to {self.t_max}, which is not within [0, 1].")
         t = torch.linspace(self.t_min, self.t_max, points, device=self.device)
         log_snr, log_alpha = self.log_snr(t), self.log_alpha(t)
         for quantity, values in (("log-SNR", log_snr), ("log alpha", log_alpha)):
             if not torch.isfinite(values).all():
                 first = float(t[~torch.isfinite(values)][0])
-                raise UserError(f"Schedule {name}: {quantity} is not finite at t={first:.4g}; change its settings.")
+                raise UserError(f"{name}: {quantity} is not finite at t={first:.4g}; change the schedule settings.")
         not_decreasing = log_snr.diff() >= 0
         if not_decreasing.any():
             first = float(t[1:][not_decreasing][0])
-            raise UserError(f"Schedule {name}: the signal-to-noise ratio is not strictly decreasing at t={first:.4g}.")
+            raise UserError(f"{name}: the signal-to-noise ratio is not strictly decreasing at t={first:.4g}.")
 
 
 class ScheduleValues:
-    r"""A schedule at given times: alpha, sigma, log-SNR and derivatives, each computed on first access.
+    r"""Values of a schedule at given times: alpha, sigma, log-SNR and their derivatives, each computed on first access.
 
     At the time ``CLEAN``, alpha = 1, sigma = 0 and the log-SNR is infinite.
     """
@@ -253,7 +256,7 @@ class ScheduleValues:
 
     @cached_property
     def previous_step(self) -> ScheduleValues:
-        """The schedule one discrete step earlier, ``CLEAN`` before the first. `UserError` in continuous time."""
+        """Values one discrete step earlier, or at ``CLEAN`` for the first step; needs a discrete schedule."""
         index = self.schedule.discrete_index(self._valid_t)
         times = self.schedule.require_discrete_times().to(self._t)
         previous = torch.where(index > 0, times[index - 1], CLEAN)
@@ -290,7 +293,7 @@ class VariancePreserving(NoiseSchedule):
         return logsigmoid(self.log_snr(t)) / 2
 
     def prior_std_at(self, t: Tensor) -> float:
-        """1, since data of unit variance have unit variance at all times."""
+        """Return 1, since data of unit variance have unit variance at all times."""
         return 1.0
 
 
@@ -301,10 +304,10 @@ class VarianceExploding(NoiseSchedule):
         return torch.zeros_like(t)
 
     def prior_mismatch(self, t: Tensor) -> None:
-        """None: the image is not scaled down, and sampling starts from noise of sigma(t) at any time.
+        """Return None: the image is not scaled down, and sampling can start from noise of std sigma(t) at any time.
 
-        Whether that noise hides the image depends on the largest sigma. (NCSN's is 2; its Langevin steps forget their
-        starting point.)
+        Whether this noise hides the image depends on the largest sigma. (In NCSN it is only 2, but the Langevin steps
+        forget their starting point.)
         """
 
 
@@ -315,14 +318,14 @@ def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 @cache
 def _suppress_jvp_warning() -> None:
-    """Makes the first call to torch.func.jvp with warnings suppressed, since torch then warns about its own code."""
+    """Make the first call to torch.func.jvp with warnings suppressed, since torch then warns about its own code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 class _LinearBeta(NoiseSchedule):
-    r"""Base class of :math:`\alpha_t = \exp(-B(t) / 2)` with the linear :math:`\beta(t)` of Song et al. (2021).
+    r"""Base class of schedules with :math:`\alpha_t = \exp(-B(t) / 2)` and linear :math:`\beta(t)`.
 
     .. math:: B(t) = \int_0^t \beta(s)\, ds, \qquad \beta(s) = \beta_{min} + s\, (\beta_{max} - \beta_{min})
 
@@ -339,14 +342,14 @@ class _LinearBeta(NoiseSchedule):
         self.beta_min, self.beta_max, self.t_min = beta_min, beta_max, t_min
 
     def beta_integral(self, t: Tensor) -> Tensor:
-        r""":math:`B(t) = t \beta_{min} + t^2 (\beta_{max} - \beta_{min}) / 2`."""
+        r"""Compute :math:`B(t) = t \beta_{min} + t^2 (\beta_{max} - \beta_{min}) / 2`."""
         return t * (self.beta_min + t * (0.5 * (self.beta_max - self.beta_min)))
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return -0.5 * self.beta_integral(t)
 
     def _t_from_beta_integral(self, integral: Tensor) -> Tensor:
-        """The time in [t_min, t_max] at which B is closest to the given value."""
+        """Find the time in [t_min, t_max] whose B is closest to the given value."""
         slope = self.beta_max - self.beta_min
         b_at_1 = self.beta_min + 0.5 * slope
         b = integral.clamp(max=b_at_1)  # the integral may be infinite
@@ -357,13 +360,13 @@ class _LinearBeta(NoiseSchedule):
 class VP(_LinearBeta, VariancePreserving):
     r"""The variance-preserving SDE: :math:`\sigma^2 = 1 - e^{-B}`, :math:`f = -\beta / 2`, :math:`g^2 = \beta`.
 
-    The limit of DDPM's linear table for many steps, whose :math:`\beta_i T` is :math:`\beta` here. Song et al. (2021),
-    "Score-Based Generative Modeling through SDEs", eq. 11 and 29, https://arxiv.org/abs/2011.13456.
+    This is the limit of DDPM's linear table for many steps, whose :math:`\beta_i T` is :math:`\beta` here. Song et al.
+    (2021), "Score-Based Generative Modeling through SDEs", eq. 11 and 29, https://arxiv.org/abs/2011.13456.
 
     Args:
         beta_min: beta at time 0.
         beta_max: beta at time 1.
-        t_min: start of time; published models are trained and evaluated with 1e-5, where sigma is 0.001.
+        t_min: smallest time; published models are trained and evaluated with 1e-5, where sigma is 0.001.
     """
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -384,7 +387,7 @@ class SubVP(_LinearBeta):
     Args:
         beta_min: beta at time 0.
         beta_max: beta at time 1.
-        t_min: start of time. Published models are trained and evaluated with 1e-5, where sigma is 1e-6, about ten times
+        t_min: smallest time. Published models are trained and evaluated with 1e-5, where sigma is 1e-6, about ten times
             the float32 rounding error of x_t. The default 1e-3, where published samplers end, keeps sigma at 1e-4.
     """
 
@@ -408,8 +411,8 @@ class VE(VarianceExploding):
     appendix C, https://arxiv.org/abs/2011.13456.
 
     Args:
-        sigma_min: sigma at time 0, for data in [-1, 1]: twice the published value, which is for data in [0, 1].
-        sigma_max: sigma at time 1; the published 0.01 and 50 are 0.02 and 100 here.
+        sigma_min: sigma at time 0 for data in [-1, 1], which is twice the published value for data in [0, 1].
+        sigma_max: sigma at time 1. (The published 0.01 and 50 become 0.02 and 100 here.)
     """
 
     t_min = 0.0
@@ -428,9 +431,9 @@ class VE(VarianceExploding):
 
 
 def check_sigmas(name: str, sigma_min: float, sigma_max: float) -> None:
-    """Raises `UserError` unless 0 < sigma_min < sigma_max, both finite."""
+    """Raise `UserError` unless 0 < sigma_min < sigma_max, both finite."""
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise UserError(f"{name}: sigma_min={sigma_min} must be positive and below sigma_max={sigma_max}.")
+        raise UserError(f"{name}: sigma_min={sigma_min} must be positive and below a finite sigma_max={sigma_max}.")
 
 
 class RectifiedFlow(NoiseSchedule):
@@ -461,14 +464,15 @@ class RectifiedFlow(NoiseSchedule):
 class EDMSchedule(VarianceExploding):
     r"""The schedule of EDM: :math:`\sigma(t) = (a + t\, (b - a))^\rho`, :math:`\alpha = 1`.
 
-    :math:`a = \sigma_{min}^{1 / \rho}` and :math:`b = \sigma_{max}^{1 / \rho}`. Evenly spaced times are the noise
-    levels of their sampling grid. Karras et al. (2022), "Elucidating the Design Space", eq. 5 with time reversed,
+    :math:`a = \sigma_{min}^{1 / \rho}` and :math:`b = \sigma_{max}^{1 / \rho}`. Evenly spaced times give the noise
+    levels of EDM's sampling grid. Karras et al. (2022), "Elucidating the Design Space", eq. 5 with time reversed,
     https://arxiv.org/abs/2206.00364. Their sigmas are for data in [-1, 1], as here.
 
     Args:
         sigma_min: sigma at time 0.
         sigma_max: sigma at time 1.
-        rho: how much time is spent at low noise: sigma increases linearly for 1, geometrically as rho grows.
+        rho: controls how much time is spent at low noise. sigma increases linearly if rho is 1, and geometrically in
+            the limit of large rho.
     """
 
     t_min = 0.0
@@ -492,10 +496,12 @@ class EDMSchedule(VarianceExploding):
 
 @torch.no_grad()
 def schedule_curve(schedule: NoiseSchedule, points: int = 101) -> dict[str, np.ndarray]:
-    """``t`` (evenly spaced from t_min to t_max), ``log_snr``, ``alpha``, ``sigma`` and ``density``, (points,), float64.
+    """Evaluate a schedule at evenly spaced times from t_min to t_max.
+
+    The values are ``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``, each (points,) in float64.
 
     ``density`` is the density of the log-SNR for uniform times, 1 / ((t_max - t_min) |d lambda / dt|): it shows which
-    noise levels training, or a uniform sampling grid, spends its effort on.
+    noise levels training with uniform times, or sampling on a uniform grid, concentrates on.
     """
     t = torch.linspace(schedule.t_min, schedule.t_max, points, dtype=torch.float64, device=schedule.device)
     at = schedule.at(t)

@@ -16,13 +16,13 @@ from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
 MAX_LOG_SNR_STEP = 1.0
-"""Largest increase of the log-SNR in one step of an SDE solver. Longer steps are `Ancestral` steps, whose noise has the
+"""Largest increase of the log-SNR in one step of an SDE solver. Larger steps are `Ancestral` steps, whose noise has the
 exact variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EulerMaruyama(Sampler):
-    r"""Euler-Maruyama on the reverse SDE, with :math:`h = t - s` and f, g at t. Weak order 1.
+    r"""Euler-Maruyama on the reverse SDE, with :math:`h = t - s` and f, g evaluated at t. Weak order 1.
 
     .. math:: x_s = x_t - h (f x_t - g^2 \nabla \log p(x_t)) + g \sqrt{h}\, z
 
@@ -51,10 +51,10 @@ class EulerMaruyama(Sampler):
 class ReverseDiffusion(Sampler):
     r"""The reverse diffusion sampler: :math:`x_s = (2 - a) x_t + b^2 \nabla \log p(x_t) + b z`. Weak order 1.
 
-    It discretises the reverse SDE like the forward process :math:`x_t = a x_s + b z`, with :math:`a = \alpha_t /
-    \alpha_s` and :math:`b^2 = \sigma_t^2 - a^2 \sigma_s^2`. Song et al. (2021), "Score-Based Generative Modeling
-    through SDEs", appendix E, eq. 46, and appendix F (there a = sqrt(1 - beta) for VP and 1 for VE),
-    https://arxiv.org/abs/2011.13456.
+    The reverse SDE is discretised like the forward process :math:`x_t = a x_s + b z`, with
+    :math:`a = \alpha_t / \alpha_s` and :math:`b^2 = \sigma_t^2 - a^2 \sigma_s^2`. Song et al. (2021), "Score-Based
+    Generative Modeling through SDEs", appendix E, eq. 46, and appendix F (there a = sqrt(1 - beta) for VP and 1 for
+    VE), https://arxiv.org/abs/2011.13456.
     """
 
     order = 1
@@ -71,7 +71,7 @@ class ReverseDiffusion(Sampler):
 def reverse_diffusion_step(
     x: Tensor, prediction: Prediction, at_t: ScheduleValues, at_s: ScheduleValues, generator: torch.Generator
 ) -> Tensor:
-    """One step of `ReverseDiffusion` from t to s."""
+    """Take one `ReverseDiffusion` step from t to s."""
     r = at_s.log_snr - at_t.log_snr
     c = -torch.expm1(-r)  # b^2 / sigma_t^2
     reverse_diffusion = 2 - at_t.alpha / at_s.alpha - c, c * at_t.alpha, c.sqrt() * at_t.sigma
@@ -82,13 +82,13 @@ def reverse_diffusion_step(
 def _apply_step(
     x: Tensor, prediction: Prediction, coefficients: tuple[Tensor, ...], generator: torch.Generator
 ) -> Tensor:
-    """coef_x_t x + coef_x0 x_0 + std z. (The score is written in x and x_0 by sigma eps = x - alpha x_0.)"""
+    """Compute coef_x_t x + coef_x0 x_0 + std z. (The score is written in x and x_0, as sigma eps = x - alpha x_0.)"""
     coef_x_t, coef_x0, std = coefficients
     return coef_x_t * x + coef_x0 * prediction.x0 + std * normal_like(x, generator)
 
 
 def _where(condition: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # Selected on the device, without synchronising with the host.
+    # Select on the device, to avoid synchronising with the host.
     return tuple(torch.where(condition, x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -101,13 +101,13 @@ class PredictorCorrector(Sampler):
     1 for VE and 1 - beta for VP. Song et al. (2021), "Score-Based Generative Modeling through SDEs", algorithms 2 to 5,
     https://arxiv.org/abs/2011.13456.
 
-    Two choices differ from the paper: k is computed for each image instead of the batch average, so that an image does
+    Two choices differ from the paper: k is computed for each image and not as a batch average, so that an image does
     not depend on the rest of the batch; and k is at most 1, because the score vanishes near a mode. As in the paper's
-    code, the corrector comes first: it corrects the prior, but not the final image.
+    code, the corrector comes first, so it corrects the prior but not the final image.
 
     Args:
-        num_steps: predictor steps.
-        num_corrector_steps: Langevin steps per predictor step.
+        num_steps: number of predictor steps.
+        num_corrector_steps: number of Langevin steps per predictor step.
         snr: ratio of the norms of the score term and the noise term of a Langevin step.
     """
 
@@ -119,8 +119,8 @@ class PredictorCorrector(Sampler):
         super().__post_init__()
         if self.num_corrector_steps < 1:
             raise UserError(
-                f"sampler.num_corrector_steps={self.num_corrector_steps} must be at least 1; for no corrector, use"
-                " ReverseDiffusion."
+                f"sampler.num_corrector_steps={self.num_corrector_steps} must be at least 1; use ReverseDiffusion to"
+                " sample without a corrector."
             )
         if not self.snr > 0:
             raise UserError(f"sampler.snr={self.snr} must be positive.")
@@ -147,8 +147,8 @@ class AnnealedLangevin(Sampler):
     A Langevin step is :math:`x + \tfrac{\delta}{2} \sigma^2 \nabla \log p(x) + \sqrt{\delta}\, \sigma z` with
     :math:`\delta` = ``step_size``; the paper's :math:`\alpha_i = \epsilon \sigma_i^2 / \sigma_L^2` is
     :math:`\delta \sigma_i^2`. Song and Ermon (2019), "Generative Modeling by Estimating Gradients of the Data
-    Distribution", algorithm 1, https://arxiv.org/abs/1907.05600. Where alpha < 1 the levels are those of p(x_t): from
-    one level to the next, the weight of the predicted image increases by :math:`\alpha_s - \alpha_t`, and the noise is
+    Distribution", algorithm 1, https://arxiv.org/abs/1907.05600. If alpha < 1, the levels are those of p(x_t): from one
+    level to the next, the weight of the predicted image increases by :math:`\alpha_s - \alpha_t`, and the noise is
     unchanged.
 
     The noise in x lags behind the levels: with :math:`k = \delta / 2`, M Langevin steps per level and levels a factor g
@@ -160,11 +160,11 @@ class AnnealedLangevin(Sampler):
     trained at sigma therefore sees noise of standard deviation :math:`\sqrt r\, \sigma`.
 
     Args:
-        num_steps: noise levels.
-        num_langevin_steps: M, Langevin steps per level.
-        step_size: :math:`\epsilon / \sigma_L^2`, below 4, where Langevin steps start to diverge. The paper's
-            2e-5 / 0.01^2 is 0.2.
-        denoise: return the predicted image, for one more network call, instead of a sample with the noise of the last
+        num_steps: number of noise levels.
+        num_langevin_steps: M, the number of Langevin steps per level.
+        step_size: :math:`\epsilon / \sigma_L^2`, which must be below 4, or Langevin steps diverge. The paper's 2e-5 /
+            0.01^2 is 0.2.
+        denoise: use one more network call to return the predicted image instead of a sample with the noise of the last
             level (Jolicoeur-Martineau et al. 2021, "Adversarial score matching", section 3.1,
             https://arxiv.org/abs/2009.05475).
     """
@@ -199,13 +199,13 @@ class AnnealedLangevin(Sampler):
 
 
 def langevin_step(x: Tensor, prediction: Prediction, at: ScheduleValues, k: Tensor | float, z: Tensor) -> Tensor:
-    r""":math:`x + k \sigma^2 \nabla \log p(x) + \sqrt{2 k}\, \sigma z`, with the score :math:`-\epsilon / \sigma`.
+    r"""Compute :math:`x + k \sigma^2 \nabla \log p(x) + \sqrt{2 k}\, \sigma z`.
 
-    For small k it leaves p(x_t) invariant.
+    The score is :math:`-\epsilon / \sigma`. For small k, the step leaves p(x_t) invariant.
     """
     return x - k * at.sigma * prediction.eps + (2 * k) ** 0.5 * at.sigma * z
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Norm of each image, (n, 1, ..., 1)."""
+    """Compute the norm of each image, (n, 1, ..., 1)."""
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -1,4 +1,4 @@
-"""Times: the grids that samplers follow, and the distributions that training draws from."""
+"""Time grids for sampling, and time distributions for training."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from gencompare.rng import RandomSource
 
 @dataclass(frozen=True)
 class TimeGrid(ABC):
-    """Base class of the time grids of samplers."""
+    """Base class of time grids for sampling."""
 
     @abstractmethod
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
-        """``num_steps`` strictly decreasing times, followed by ``CLEAN``.
+        """Return ``num_steps`` strictly decreasing times, followed by ``CLEAN``.
 
         The first time is t_max and the last before ``CLEAN`` is t_min, unless the grid sets other ends; a single step
         starts at t_max.
@@ -31,14 +31,14 @@ class TimeGrid(ABC):
             num_steps: number of sampling steps.
 
         Returns:
-            (num_steps + 1,), on the CPU.
+            The times, (num_steps + 1,), on the CPU.
 
         Raises:
             UserError: if the schedule does not have that many distinct times.
         """
 
     def describe(self) -> str:
-        """Name and settings for a table; empty for the default grid."""
+        """Return the name and settings, for a table; empty for the default grid."""
         settings = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
         return " ".join([type(self).__name__, *[f"{name} {value:g}" for name, value in settings]])
 
@@ -64,7 +64,7 @@ class _PowerGrid(TimeGrid):
         return times
 
     def _indices(self, T: int, num_steps: int) -> Tensor:
-        """Indices, from 0, of the nearest of steps 1 to T. Duplicates move up to the next free step."""
+        """Return the indices, from 0, of the nearest of steps 1 to T. Duplicates move up to the next free step."""
         if num_steps > T:
             raise UserError(
                 f"sampler.num_steps={num_steps}: the schedule has no more than {T} steps. Use fewer, or a grid that"
@@ -91,8 +91,8 @@ class QuadraticGrid(_PowerGrid):
     r"""Times evenly spaced in :math:`\sqrt t`, with short steps near the data: :math:`\tau_i = c i^2`.
 
     Song et al. (2021), "Denoising Diffusion Implicit Models", appendix D.2, https://arxiv.org/abs/2010.02502. For a
-    discrete schedule, the nearest steps; where two round to the same step, the later one moves up to the next free
-    step. (The published code starts at 0.8 T; this grid starts at t_max, where the prior is.)
+    discrete schedule, times are rounded to the nearest steps; if two round to the same step, one moves up to the next
+    free step. (The published code starts at 0.8 T, but this grid starts at t_max, the time of the prior.)
     """
 
     power = 2.0
@@ -100,7 +100,7 @@ class QuadraticGrid(_PowerGrid):
 
 @dataclass(frozen=True)
 class _LogSNRRangeGrid(TimeGrid):
-    """Base class of grids that are defined on the log-SNR, with optional ends."""
+    """Base class of grids on the log-SNR, with optional start and end."""
 
     log_snr_start: float | None = None
     log_snr_end: float | None = None
@@ -114,7 +114,7 @@ class _LogSNRRangeGrid(TimeGrid):
 
     @abstractmethod
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
-        """Log-SNRs at fractions ``u`` of the way, (n,): ``start`` at 0 and ``end`` at 1."""
+        """Compute log-SNRs at fractions ``u`` of the way, (n,): ``start`` at 0 and ``end`` at 1."""
 
     @torch.no_grad()
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
@@ -124,7 +124,7 @@ class _LogSNRRangeGrid(TimeGrid):
         end = high if self.log_snr_end is None else _check_end("log_snr_end", self.log_snr_end, low, high)
         u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
         times = schedule.t_from_log_snr(self.interpolate(u, start, end).to(ends)).cpu()
-        # The ends of the schedule exactly, without rounding.
+        # Set the ends of the schedule exactly, without rounding.
         if self.log_snr_start is None:
             times[0] = schedule.t_max
         if self.log_snr_end is None and num_steps > 1:
@@ -140,10 +140,10 @@ class LogSNRGrid(_LogSNRRangeGrid):
     (2022), "DPM-Solver", section 3.3, https://arxiv.org/abs/2206.00927.
 
     Args:
-        log_snr_start: log-SNR at the start of sampling, within the range of the schedule; None is the schedule's own
-            end.
-        log_snr_end: log-SNR before the step into clean data, within the range of the schedule; None is the schedule's
-            own end.
+        log_snr_start: log-SNR at the start of sampling, within the range of the schedule. If None, the log-SNR at
+            t_max.
+        log_snr_end: log-SNR before the step into clean data, within the range of the schedule. If None, the log-SNR at
+            t_min.
     """
 
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
@@ -159,7 +159,7 @@ class KarrasGrid(_LogSNRRangeGrid):
     Args:
         log_snr_start: see `LogSNRGrid`.
         log_snr_end: see `LogSNRGrid`.
-        rho: how much shorter steps are at low noise: 7 in the paper, 1 is even spacing in sigma / alpha.
+        rho: larger values make steps shorter at low noise (7 in the paper); 1 is even spacing in sigma / alpha.
     """
 
     rho: float = 7.0
@@ -175,7 +175,7 @@ class KarrasGrid(_LogSNRRangeGrid):
 
 
 def _check_end(name: str, log_snr: float, low: float, high: float) -> float:
-    """``log_snr``. Raises `UserError` if it is outside of [low, high]."""
+    """Return ``log_snr``, or raise `UserError` if it is outside [low, high]."""
     tolerance = 1e-4  # for values copied from a printed message or rounded to float32
     if not low - tolerance <= log_snr <= high + tolerance:
         raise UserError(
@@ -186,21 +186,21 @@ def _check_end(name: str, log_snr: float, low: float, high: float) -> float:
 
 
 def _append_clean(times: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The times, followed by ``CLEAN``. Raises `UserError` unless the times are strictly decreasing."""
+    """Append ``CLEAN`` to the times. Raise `UserError` unless the times are strictly decreasing."""
     if not (times.diff() < 0).all():
         raise UserError(
-            f"sampler.num_steps={len(times)}: under schedule {type(schedule).__name__}, this many steps give duplicate"
-            " times; use fewer steps, or another model/sampler/grid."
+            f"sampler.num_steps={len(times)}: under {type(schedule).__name__}, this many steps give duplicate times;"
+            " use fewer steps, or another model/sampler/grid."
         )
     return torch.cat([times, times.new_tensor([CLEAN])])
 
 
 class TimeDistribution(ABC):
-    """Base class of the distributions of training times."""
+    """Base class of distributions of training times."""
 
     @abstractmethod
     def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
-        """Draws one time per image; for a discrete schedule, one of its steps.
+        """Draw one time per image; for a discrete schedule, one of its steps.
 
         Args:
             schedule: the noise schedule.
@@ -213,12 +213,12 @@ class TimeDistribution(ABC):
 
 @dataclass(frozen=True)
 class UniformTimes(TimeDistribution):
-    """Uniform over the steps of a discrete schedule, or over [t_min, t_max].
+    """Uniform over the steps of a discrete schedule, or over [t_min, t_max] in continuous time.
 
     Args:
         stratified: spread the times of a batch evenly, which lowers the variance of the loss (Kingma et al. 2021,
-            appendix I.1, https://arxiv.org/abs/2107.00630); False draws them independently (Ho et al. 2020, algorithm
-            1, https://arxiv.org/abs/2006.11239).
+            appendix I.1, https://arxiv.org/abs/2107.00630); if False, draw them independently (Ho et al. 2020,
+            algorithm 1, https://arxiv.org/abs/2006.11239).
     """
 
     stratified: bool = True
@@ -236,7 +236,7 @@ class UniformTimes(TimeDistribution):
 class LogNormalTimes(TimeDistribution):
     r""":math:`\ln(\sigma / \alpha) \sim N(mean, std^2)`, independently for each image.
 
-    It defines noise levels rather than times. A level outside of the schedule's range becomes its nearest end. No
+    It defines noise levels rather than times. Levels outside the range of the schedule are moved to its nearest end. No
     gradient reaches a learned schedule through these times. Karras et al. (2022), "Elucidating the Design Space", table
     1, for data in [-1, 1] as here, https://arxiv.org/abs/2206.00364.
 
@@ -281,7 +281,7 @@ class LogitNormalTimes(TimeDistribution):
 
 
 def _nearest_discrete_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """The nearest steps of a discrete schedule; ``t`` itself in continuous time."""
+    """Round ``t`` to the nearest steps of a discrete schedule; return it unchanged in continuous time."""
     discrete_times = schedule.discrete_times
     if discrete_times is None:
         return t

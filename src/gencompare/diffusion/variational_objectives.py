@@ -20,14 +20,14 @@ from gencompare.rng import RandomSource
 
 
 def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    r""":math:`KL(N(\alpha x_0, \sigma^2) \| N(0, prior\_std^2))` at t_max, in nats, (n,)."""
+    r"""Compute :math:`KL(N(\alpha x_0, \sigma^2) \| N(0, prior\_std^2))` at t_max, in nats, (n,)."""
     at, std = schedule.at(x0.new_full((), schedule.t_max), x0), schedule.prior_std
     ratio = (at.sigma / std) ** 2
     return 0.5 * ((at.alpha * x0 / std).square() + ratio - 1 - ratio.log()).flatten(1).sum(1)
 
 
 def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
-    r""":math:`KL(q(x_s | x_t, x_0) \| p(x_s | x_t))` in nats, (n,), for s < t.
+    r"""Compute :math:`KL(q(x_s | x_t, x_0) \| p(x_s | x_t))` in nats, (n,), for s < t.
 
     The means differ by :math:`\alpha_s c\, (x_0 - \hat x_0)` with :math:`c = 1 - SNR_t / SNR_s`, and q has variance
     :math:`c \sigma_s^2`. If p has the same variance, the divergence is
@@ -35,7 +35,8 @@ def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: Sch
     .. math:: E / 2, \qquad E = (SNR_s / SNR_t - 1)\, \|\epsilon - \epsilon_\theta\|^2.
 
     If the variance of p is larger by the factor :math:`R^v`, with :math:`R = \sigma_t^2 / \sigma_s^2` and v the
-    ``variance_fraction``, it is :math:`(v \log R + R^{-v} (1 + E) - 1) / 2`, summed over the values of an image.
+    ``variance_fraction``, the divergence is :math:`(v \log R + R^{-v} (1 + E) - 1) / 2`, summed over the values of an
+    image.
     """
     kl = torch.expm1(at_s.log_snr - at_t.log_snr) * (eps - prediction.eps).square()
     if prediction.variance_fraction is not None:
@@ -45,7 +46,7 @@ def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: Sch
 
 
 def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, likelihood: DataLikelihood) -> Tensor:
-    r""":math:`-\log p(x_0 | x_t)` at the first time, in nats, (n,), with :math:`p = N(\hat x_0, \sigma_t^2)`.
+    r"""Compute :math:`-\log p(x_0 | x_t)` at the first time, in nats, (n,), with :math:`p = N(\hat x_0, \sigma_t^2)`.
 
     Ho et al. (2020), section 3.3, https://arxiv.org/abs/2006.11239.
     """
@@ -53,7 +54,7 @@ def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, l
 
 
 def chain_times(schedule: NoiseSchedule, num_timesteps: int | None) -> Tensor:
-    """The increasing times of a model of ``num_timesteps`` steps, (T,); None is all steps of a discrete schedule."""
+    """Return the increasing times of ``num_timesteps`` steps, (T,); if None, all times of a discrete schedule."""
     if num_timesteps is None:
         return schedule.require_discrete_times()
     return UniformGrid()(schedule, num_timesteps)[:-1].flip(0)
@@ -87,7 +88,7 @@ class ContinuousVLB(Objective):
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         if any(True for _ in schedule.parameters()) and not isinstance(schedule, VariancePreserving):
             raise UserError(
-                f"Schedule {type(schedule).__name__} cannot be learned by the bound: it must preserve variance."
+                f"{type(schedule).__name__} cannot be learned with the bound, since it does not preserve variance."
             )
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
@@ -108,7 +109,7 @@ class ContinuousVLB(Objective):
             at.train_shape_on_square_of(diffusion)
 
         at_t_min = schedule.at(x0.new_full((), schedule.t_min), x0)
-        # x_1 / alpha = x_0 + (sigma / alpha) eps, from which x_0 is decoded.
+        # x_0 is decoded from x_1 / alpha = x_0 + (sigma / alpha) eps.
         std = at_t_min.sigma / at_t_min.alpha
         mean = x0 + std * rng.normal(x0.shape[1:]).to(x0.dtype)
         reconstruction = likelihood.bits_per_dim(-likelihood.log_prob(x0, mean, std))
@@ -118,10 +119,10 @@ class ContinuousVLB(Objective):
 
 
 class LearnedScheduleGradients(ScheduleValues):
-    r"""A learned schedule at given times, with separate gradients of its endpoints and its shape.
+    r"""Values of a learned schedule at given times, with separate gradients for its endpoints and its shape.
 
-    It is written as :math:`\lambda_t = \lambda_0 + (\lambda_1 - \lambda_0)\, s(t)`: s does not depend on the endpoints,
-    nor the endpoints on s. The schedule must preserve variance.
+    The log-SNR is written as :math:`\lambda_t = \lambda_0 + (\lambda_1 - \lambda_0)\, s(t)`, where s does not depend on
+    the endpoints, nor the endpoints on s. The schedule must preserve variance.
     """
 
     def __init__(self, schedule: NoiseSchedule, t: Tensor, x: Tensor) -> None:
@@ -133,7 +134,7 @@ class LearnedScheduleGradients(ScheduleValues):
         self._ds_dt = at.dlog_snr_dt / self._log_snr_range
 
     def train_shape_on_square_of(self, loss: Tensor) -> None:
-        """Makes the gradient of ``loss`` (n,) with respect to the shape s that of ``loss``^2; the rest is unchanged."""
+        """Train the shape s on ``loss``^2 instead of ``loss`` (n,); other gradients are unchanged."""
         for shape in (self._s, self._ds_dt):
             if shape.requires_grad:
                 shape.register_hook(lambda gradient: (2 * loss.detach() * gradient).to(gradient))
@@ -161,10 +162,11 @@ class DiscreteVLB(Objective):
         L_i = KL(q(x_{i-1} | x_i, x_0) \| p(x_{i-1} | x_i)), \quad L_1 = -\log p(x_0 | x_1),
 
     with one random step i per image. Ho et al. (2020), eq. 5, https://arxiv.org/abs/2006.11239; with `LearnedVariance`,
-    L_vlb of Nichol and Dhariwal (2021), eq. 4, https://arxiv.org/abs/2102.09672. Otherwise p has the variance of q.
+    this is L_vlb of Nichol and Dhariwal (2021), eq. 4, https://arxiv.org/abs/2102.09672. Otherwise, p has the variance
+    of q.
 
     Args:
-        num_timesteps: T; None takes all steps of a discrete schedule.
+        num_timesteps: T. If None, the number of steps of a discrete schedule.
         likelihood: p(x_0 | x_1); set by `with_likelihood`.
     """
 
@@ -182,8 +184,8 @@ class DiscreteVLB(Objective):
         discrete_times = schedule.discrete_times
         if self.num_timesteps is None and discrete_times is None:
             raise UserError(
-                f"The objective DiscreteVLB needs discrete steps, but schedule {type(schedule).__name__} runs in"
-                " continuous time: set their number (model.objective.num_timesteps=50), or use model/objective=vlb."
+                f"The DiscreteVLB objective needs discrete steps, but {type(schedule).__name__} is a continuous-time"
+                " schedule: set the number of steps (model.objective.num_timesteps=50), or use model/objective=vlb."
             )
         if self.num_timesteps is not None and discrete_times is not None and self.num_timesteps > len(discrete_times):
             raise UserError(
@@ -206,7 +208,7 @@ class DiscreteVLB(Objective):
 
 
 def sample_step(schedule: NoiseSchedule, times: Tensor, x0: Tensor, rng: RandomSource) -> tuple[Tensor, NoisyBatch]:
-    """A uniformly random index into ``times`` for each image, (n,), and the images with the noise of that time."""
+    """Draw a uniformly random index into ``times`` for each image, (n,), and noise the images to these times."""
     step = (rng.stratified() * len(times)).long().clamp(max=len(times) - 1)
     t = times[step]
     return step, NoisyBatch.make(x0, rng.normal(x0.shape[1:]).to(x0.dtype), t, schedule.at(t, x0))
@@ -220,8 +222,8 @@ def vlb_term(
     schedule: NoiseSchedule,
     likelihood: DataLikelihood,
 ) -> Tensor:
-    """The term of each image's step, in nats, (n,): the reconstruction for the first step, else the divergence."""
-    # Step 0 has no earlier step, and its divergence is discarded: a step from 0 to 0 keeps it finite.
+    """Compute the term of each image's step in nats, (n,): the reconstruction at the first step, else the KL."""
+    # Step 0 has no earlier step, so its divergence is discarded; a step from 0 to 0 keeps it finite.
     at_s = schedule.at(times[(step - 1).clamp(min=0)], batch.x0)
     kl = step_kl(prediction, batch.eps, batch.at, at_s)
     return torch.where(step == 0, reconstruction_nll(prediction, batch.x0, batch.at, likelihood), kl)
@@ -229,10 +231,10 @@ def vlb_term(
 
 @dataclass(frozen=True)
 class Hybrid(Objective):
-    r""":math:`L_{simple} + w_{vlb} L_{vlb}`, in which L_vlb trains only the variance of the reverse steps.
+    r""":math:`L_{simple} + w_{vlb} L_{vlb}`, where L_vlb trains only the variance of the reverse steps.
 
-    L_vlb is in bits/dim and sums all T terms (the prior has no gradient); the mean in it is detached. Nichol and
-    Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 16, https://arxiv.org/abs/2102.09672.
+    L_vlb is in bits/dim, sums all T terms without the prior, which has no gradient, and uses a detached mean. Nichol
+    and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 16, https://arxiv.org/abs/2102.09672.
 
     Args:
         vlb_weight: weight of the bound.
@@ -249,19 +251,20 @@ class Hybrid(Objective):
     def __post_init__(self) -> None:
         if self.vlb_weight <= 0:
             raise UserError(
-                f"objective.vlb_weight={self.vlb_weight} must be positive; for no bound, use model/objective=simple."
+                f"objective.vlb_weight={self.vlb_weight} must be positive; use model/objective=simple to train without"
+                " the bound."
             )
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         if not parameterization.learns_variance:
             raise UserError(
-                "The objective Hybrid trains the variance of the reverse steps, which this model does not learn: use"
+                "The Hybrid objective trains the variance of the reverse steps, which this model does not learn: use"
                 " model/parameterization=eps_learned_variance, or model/objective=simple."
             )
         if schedule.discrete_times is None:
             raise UserError(
-                f"The objective Hybrid needs discrete steps, but schedule {type(schedule).__name__} runs in continuous"
-                " time: use a discrete schedule (model/schedule=cosine), or a fixed variance"
+                f"The Hybrid objective needs discrete steps, but {type(schedule).__name__} is a continuous-time"
+                " schedule: use a discrete schedule (model/schedule=cosine), or a fixed variance"
                 " (model/parameterization=eps model/objective=simple)."
             )
 

@@ -1,4 +1,4 @@
-"""Acceptance criteria of the digits demonstration. Sets of images with known faults must fail them."""
+"""Acceptance criteria of the digits demonstration. Image sets with known faults must fail them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gencompare.records import Metric, Result
 
 MAX_DISTANCE = 29.0
-"""MMD on EfficientNet-Lite0: half the value of samples of the class-wise Gaussian baseline (58)."""
+"""Largest MMD on EfficientNet-Lite0 features: half that of the class-wise Gaussian baseline (58)."""
 MIN_CONFIDENT = 0.8
 CLASS_SHARES = (0.05, 0.15)
 MIN_MEMORIZATION = 0.9
@@ -15,7 +15,7 @@ MIN_MEMORIZATION = 0.9
 
 @dataclass(frozen=True)
 class Criterion:
-    """One condition on a result."""
+    """A condition that a result must meet."""
 
     name: str
     value: float | None
@@ -24,11 +24,11 @@ class Criterion:
 
 
 def criteria(result: Result) -> list[Criterion]:
-    """The criteria for a result of the default protocol, on data with ten classes of about equal size.
+    """Check a result of the default protocol on data with ten classes of about equal size.
 
-    The primary distance is at most `MAX_DISTANCE`. The data's classifier (in ``result.secondary_results``) predicts a
-    class with probability .7 or more for at least 80 % of the samples, and each class for 5 to 15 % of them. The
-    memorisation ratio is at least .9. A missing metric meets no criterion.
+    The primary distance must be at most `MAX_DISTANCE`. The data set's classifier (in ``result.secondary_results``)
+    must predict a class with probability .7 or more for at least 80 % of the samples, and each class for 5 to 15 % of
+    them. The memorisation ratio must be at least .9. A missing metric fails its criterion.
     """
     metrics = {name: metric for each in (*result.secondary_results, result) for name, metric in each.metrics.items()}
     low, high = CLASS_SHARES
@@ -42,7 +42,7 @@ def criteria(result: Result) -> list[Criterion]:
 
 
 def accepted(result: Result) -> bool:
-    """Whether ``result`` meets all criteria."""
+    """Return whether ``result`` meets all criteria."""
     return all(criterion.met for criterion in criteria(result))
 
 

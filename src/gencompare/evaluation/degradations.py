@@ -1,4 +1,4 @@
-"""Degradations of known kind and strength, which a metric of image quality must detect."""
+"""Degradations of known kind and strength, which an image quality metric must detect."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Degradation:
     """The strengths in increasing order, in ``unit``."""
     apply: Degrade
     channels: tuple[int, ...] = (1, 3)
-    """Numbers of channels for which it is defined."""
+    """Supported numbers of channels."""
 
     def __call__(self, images: Tensor, strength: float, seed: int = 0) -> Tensor:
-        """The degraded images. Random numbers depend on seed and kind only, so all strengths use the same ones."""
+        """Degrade images. Random numbers depend only on seed and kind, so all strengths use the same ones."""
         return self.apply(images, strength, generator("cpu", seed, "degradation", self.name))
 
 
 def _to_uint8(x: Tensor) -> Tensor:
-    """Grey levels rounded and clamped to 0 to 255, uint8."""
+    """Round pixel values, clamp them to [0, 255] and convert them to uint8."""
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
 def blur(images: Tensor, sigma: float, source: torch.Generator) -> Tensor:
-    """Gaussian blur with a standard deviation of ``sigma`` pixels."""
+    """Apply a Gaussian blur with a standard deviation of ``sigma`` pixels."""
     size = 2 * max(1, round(3 * sigma)) + 1
     x = images.float()
     # Reflection padding must be narrower than the image, so tiny images get a smaller kernel.
@@ -50,17 +50,17 @@ def blur(images: Tensor, sigma: float, source: torch.Generator) -> Tensor:
 
 
 def noise(images: Tensor, std: float, source: torch.Generator) -> Tensor:
-    """Gaussian noise with a standard deviation of ``std`` grey levels."""
+    """Add Gaussian noise with standard deviation ``std``, for pixel values in [0, 255]."""
     return _to_uint8(images + std * torch.randn(images.shape, generator=source))
 
 
 def jpeg(images: Tensor, compression: float, source: torch.Generator) -> Tensor:
-    """JPEG compression at quality 100 - ``compression``."""
+    """Compress as JPEG at quality 100 - ``compression``."""
     return torch.stack([tv.jpeg(image, quality=round(100 - compression)) for image in images])
 
 
 def downscale(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
-    """Downscaled with antialiasing and upscaled again, both bicubic."""
+    """Downscale with antialiasing and upscale again, both bicubic."""
     height, width = images.shape[2:]
     small = (max(1, round(height / factor)), max(1, round(width / factor)))
     x = F.interpolate(images.float(), small, mode="bicubic", antialias=True)
@@ -68,27 +68,27 @@ def downscale(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
 
 
 def pixelate(images: Tensor, factor: float, source: torch.Generator) -> Tensor:
-    """Means over blocks, upscaled to flat squares."""
+    """Replace blocks of pixels by their mean."""
     height, width = images.shape[2:]
     small = (max(1, round(height / factor)), max(1, round(width / factor)))
     return _to_uint8(F.interpolate(F.adaptive_avg_pool2d(images.float(), small), (height, width), mode="nearest"))
 
 
 def colour_cast(images: Tensor, levels: float, source: torch.Generator) -> Tensor:
-    """Each image shifted by ``levels`` in a random direction of colour space."""
+    """Shift each image by ``levels`` (root mean square over channels) in a random direction of colour space."""
     direction = torch.randn(len(images), images.shape[1], 1, 1, generator=source)
     direction = direction / direction.square().mean(1, keepdim=True).sqrt()
     return _to_uint8(images + levels * direction)
 
 
 def contrast_loss(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """Each pixel interpolated towards the mean of its image by a fraction ``share``."""
+    """Interpolate each pixel towards the mean of its image by a fraction ``share``."""
     x = images.float()
     return _to_uint8(x.lerp(x.mean((1, 2, 3), keepdim=True).expand_as(x), share))
 
 
 def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Tensor:
-    """A random permutation of ``grid`` x ``grid`` patches in each image. Pixels that do not fill a patch stay."""
+    """Permute ``grid`` x ``grid`` patches of each image at random. Pixels that do not fill a patch stay in place."""
     n, channels, height, width = images.shape
     k = round(grid)
     h, w = height // k, width // k
@@ -97,7 +97,7 @@ def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Ten
     part = images[:, :, : h * k, : w * k]
     patches = part.reshape(n, channels, k, h, k, w).permute(0, 2, 4, 1, 3, 5).reshape(n, k * k, channels, h, w)
     order = torch.rand(n, k * k, generator=source).argsort(1)
-    # With few patches a random permutation may be the identity: roll it by one then.
+    # With few patches a random permutation may be the identity; if so, roll it by one.
     identity = (order == torch.arange(k * k)).all(1)
     order[identity] = order[identity].roll(1, 1)
     patches = patches[torch.arange(n)[:, None], order]
@@ -109,7 +109,7 @@ def shuffle_patches(images: Tensor, grid: float, source: torch.Generator) -> Ten
 
 
 def warp(images: Tensor, flow: Tensor) -> Tensor:
-    """Images resampled at positions displaced by ``flow`` (n, 2, H, W) in pixels, bilinear, with repeated borders."""
+    """Resample images at positions displaced by ``flow`` (n, 2, H, W), in pixels; bilinear, with border padding."""
     height, width = images.shape[2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x, y = x + flow[:, 0], y + flow[:, 1]
@@ -118,7 +118,7 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
 
 
 def smooth_field(n: int, height: int, width: int, cells: int, source: torch.Generator) -> Tensor:
-    """Random displacements (n, 2, H, W) of unit standard deviation, smooth at the scale of 1 / ``cells`` of the
+    """Draw random displacements (n, 2, H, W) with unit standard deviation that vary smoothly over 1 / ``cells`` of the
     image."""
     coarse = torch.randn(n, 2, cells + 1, cells + 1, generator=source)
     field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
@@ -126,32 +126,32 @@ def smooth_field(n: int, height: int, width: int, cells: int, source: torch.Gene
 
 
 def elastic(images: Tensor, std: float, source: torch.Generator) -> Tensor:
-    """Smooth random displacements with a standard deviation of ``std`` percent of the width."""
+    """Apply smooth random displacements with a standard deviation of ``std`` percent of the image width."""
     n, _, height, width = images.shape
     return warp(images, std / 100 * width * smooth_field(n, height, width, 4, source))
 
 
 def jitter(images: Tensor, std: float, source: torch.Generator) -> Tensor:
-    """Local translation: each pixel is displaced independently, with a standard deviation of ``std`` pixels."""
+    """Displace each pixel independently, with a standard deviation of ``std`` pixels."""
     n, _, height, width = images.shape
     return warp(images, std * torch.randn(n, 2, height, width, generator=source))
 
 
 def mix(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """Each image blended with another image of the set, which has weight ``share``."""
+    """Blend each image with a random image of the set, which has weight ``share``."""
     other = torch.randperm(len(images), generator=source).roll(1)
     return _to_uint8(images.float().lerp(images[other].float(), share))
 
 
 def checkerboard(images: Tensor, amplitude: float, source: torch.Generator) -> Tensor:
-    """Adjacent pixels alternately brightened and darkened: the artefact of transposed convolutions and of dithering."""
+    """Alternately brighten and darken adjacent pixels, an artefact of transposed convolutions and dithering."""
     height, width = images.shape[2:]
     sign = 1 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
     return _to_uint8(images + amplitude * sign)
 
 
 def permute_channels(images: Tensor, share: float, source: torch.Generator) -> Tensor:
-    """The channels of a fraction ``share`` of the images, cyclically permuted."""
+    """Cyclically permute the channels of about a fraction ``share`` of the images."""
     out = images.clone()
     rows = torch.rand(len(images), generator=source) < share
     out[rows] = images[rows].roll(1, 1)
@@ -174,18 +174,18 @@ DEGRADATIONS = (
     Degradation("checkerboard", "amplitude, grey levels", (2, 5, 10, 20, 40), checkerboard),
     Degradation("permuted channels", "fraction of images", (0.1, 0.25, 0.5, 0.75, 1), permute_channels, channels=(3,)),
 )
-"""Degradations of single images. The mildest is a 2 x 2 patch shuffle, whose patches keep most of the image."""
+"""Degradations that keep the number of images. Among patch shuffles, 2 x 2 is the mildest: each quadrant is intact."""
 
 
 def dropped_classes(labels: Tensor, count: float, source: torch.Generator) -> Tensor:
-    """Indices of a subset without ``count`` of the classes."""
+    """Return the indices of all images except those of ``count`` random classes."""
     classes = labels.unique()
     kept = classes[torch.randperm(len(classes), generator=source)][round(count) :]
     return torch.isin(labels, kept).nonzero()[:, 0]
 
 
 def unequal_classes(labels: Tensor, ratio: float, source: torch.Generator) -> Tensor:
-    """Indices of a random subset that keeps 1 to 1 / ``ratio`` of each class, in a geometric sequence."""
+    """Return the indices of a random subset whose class fractions decrease geometrically from 1 to 1 / ``ratio``."""
     classes = labels.unique()
     order = torch.randperm(len(classes), generator=source)
     share = torch.zeros(int(labels.max()) + 1)
@@ -194,6 +194,6 @@ def unequal_classes(labels: Tensor, ratio: float, source: torch.Generator) -> Te
 
 
 def repeated(n: int, times: float, source: torch.Generator) -> Tensor:
-    """n indices, each of which occurs about ``times`` times."""
+    """Return n indices, each of which occurs about ``times`` times."""
     distinct = torch.randperm(n, generator=source)[: max(1, round(n / times))]
     return distinct[torch.arange(n) % len(distinct)]

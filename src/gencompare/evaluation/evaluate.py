@@ -1,4 +1,4 @@
-"""`evaluate` measures a model, or a set of images, under one protocol."""
+"""Measure a model, or a set of images, under one protocol."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from gencompare.records import Measurement, Metric, Result, SampleSettings, now
 
 DEFAULT_MAX_IMAGES = 2_000
 """Upper limit of the default number of samples. At this size the primary metric resolves the differences that a person
-sees (docs/evaluation.md)."""
+can see (docs/evaluation.md)."""
 FRECHET_MAX_IMAGES = 10_000
 """The same limit if the primary metric is a Frechet distance."""
 FRECHET_IMAGES_PER_FEATURE = 4
@@ -57,8 +57,8 @@ FRECHET_IMAGES_PER_FEATURE = 4
 MIN_IMAGES = 20
 
 NEIGHBOR_QUERIES, NEIGHBORS_PER_QUERY = 8, 3
-"""The result lists the nearest training images of the first samples, for display. The first ones are not cherry-picked,
-and come from the same noise for every model."""
+"""The result lists the nearest training images of the first samples, for display. The first samples are not
+cherry-picked, and all models draw them with the same random seed."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the stage, the number of finished items, and their total."""
@@ -66,22 +66,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How samples are measured. All that affects a metric is set here, or hashed into the result's `Measurement`.
+    """How samples are measured. Everything that affects a metric is set here or hashed into the result's `Measurement`.
 
     Args:
-        extractors: factories ``spec -> Extractor``. All of them measure the same samples; the primary metric of the
-            first one ranks. None selects the defaults for the data (`default_extractors`).
-        weights: weights file for the first extractor; None uses the published or bundled weights.
+        extractors: factories ``spec -> Extractor``. All of them measure the same samples; runs are ranked by the
+            primary metric of the first. None selects the defaults for the data (`default_extractors`).
+        weights: weights file of the first extractor; None uses the published or bundled weights.
         num_images: number of samples. None draws as many as there are test images, at most 2,000 (10,000 if the primary
             metric is a Frechet distance).
         reference: what samples are compared with: a split (``train``, ``train+val``, ``test``), or an ``.npz`` file
             of published statistics (`read_statistics`).
-        condition_split: split whose images provide the conditions of samples, for models with conditions other than
+        condition_split: split whose images provide the conditions of the samples, for models with conditions other than
             the class. Must not contain ``train``.
         chunk_size: samples drawn from one random seed.
-        num_likelihood_images: test images that are scored in bits/dim and reconstructed. Some families need a thousand
-            network evaluations for each.
-        seed: seed of sampling.
+        num_likelihood_images: number of test images that are scored in bits/dim and reconstructed. Some families need
+            a thousand network evaluations per image.
+        seed: sampling seed.
         metrics: extra metrics by name, functions ``(sample features, reference features) -> float``. An attribute
             ``higher_is_better``, or ``target`` (the ideal value), says how to rank the metric.
         cache: folder that caches the features of real images; None caches them in memory only.
@@ -99,14 +99,14 @@ class EvaluationProtocol:
     cache: str | Path | None = None
 
     def build_extractors(self, spec: DataSpec) -> list[Extractor]:
-        """Build the extractors for data of ``spec``; the first one ranks."""
+        """Build the extractors for the data described by ``spec``; runs are ranked by the first."""
         return build_extractors(self.extractors, spec, self.weights)
 
     def check(self, data: EvaluationData) -> list[Extractor]:
         r"""Build the extractors and check that this protocol can measure ``data``.
 
         With :math:`n \le d` images the :math:`d \times d` covariance is singular, and a Frechet distance depends more
-        on :math:`n` than on the model. Such a protocol is refused.
+        on :math:`n` than on the model, so such a protocol is rejected.
 
         Raises:
             UserError: weights are missing, an option is invalid, or there are too few images for the primary metric.
@@ -130,23 +130,23 @@ class EvaluationProtocol:
                 f"{extractor.name}: use more than {dim} (evaluation.num_images={FRECHET_IMAGES_PER_FEATURE * dim})."
             )
         if is_statistics_file(self.reference):
-            # The statistics belong to the features of one network, so the other extractors have no reference.
+            # The statistics are of the features of a single network, so the other extractors have no reference.
             load_reference(data, self.reference, extractor)
             return extractors[:1]
         if frechet and (size := len(data.split(self.reference))) <= dim:
             raise UserError(
-                f"The {size} images of the split '{self.reference}' of data '{data.spec.name}' are too few for a "
-                f"Frechet distance on the {dim} features of {extractor.name}: it needs more than {dim}"
+                f"The '{self.reference}' split of data set '{data.spec.name}' has {size} images, too few for a Frechet "
+                f"distance on the {dim} features of {extractor.name}, which needs more than {dim}"
                 + (". Use evaluation=default." if dim > 64 else ".")
             )
         return extractors
 
     def ranks_by_frechet(self, extractor: Extractor) -> bool:
-        """Whether the Frechet distance is the primary metric: with a statistics file, no other can be computed."""
+        """Return whether the Frechet distance is the primary metric, as it always is with a statistics file."""
         return extractor.primary == extractor.frechet_name or is_statistics_file(self.reference)
 
     def resolve_num_images(self, data: EvaluationData, extractor: Extractor) -> int:
-        """The number of samples, with the default filled in."""
+        """Return ``num_images``, or its default for the data and the extractor."""
         if self.num_images is not None:
             return self.num_images
         if not self.ranks_by_frechet(extractor):
@@ -155,7 +155,7 @@ class EvaluationProtocol:
 
     @property
     def cache_dir(self) -> Path | None:
-        """``cache`` as a path."""
+        """``cache`` as a path, or None."""
         return None if self.cache is None else Path(self.cache)
 
 
@@ -172,31 +172,31 @@ def evaluate(
 ) -> Result:
     """Measure a model, or a set of images, against ``data``.
 
-    Under torch.distributed all ranks must call this function. They share the work, and all get the same result.
+    Under torch.distributed, all ranks must call this function. They split the work, and all return the same result.
 
     Args:
         model_or_images: anything with ``sample(n, cond, *, generator)``, or images (n, C, H, W), with or without the
-            data's padding: uint8 in 0 to 255 as in an image file (for any number of levels of the data), or float in
-            [-1, 1]. For images of a split, which have the data's own levels, pass ``data.normalize(images)``.
+            data's padding: uint8 in [0, 255] as in an image file, even if the data have fewer levels, or float in
+            [-1, 1]. Images of a split have the data set's own levels, so pass ``data.normalize(images)``.
         data: a datamodule of this package, or any object with the same interface (`EvaluationData`).
         protocol: how to measure; None uses the default `EvaluationProtocol`.
-        generation: known facts about how the samples were generated. Network evaluations, sampler and seed are filled
-            in for a model.
-        labels: (n,), for images: the class that each one was generated for. A model's labels are chosen here.
-        progress: called after each unit of work, see `Progress`.
+        generation: known facts about how the samples were generated. For a model, network evaluations, sampler and
+            seed are filled in.
+        labels: (n,) the class that each given image was generated for. For a model, labels are chosen here.
+        progress: called after each unit of work (see `Progress`).
         on_samples: called on rank zero with the images as they are measured.
-        chunk_dir: folder of this model's own in which finished chunks of samples are stored. An interrupted evaluation
-            resumes from them.
+        chunk_dir: folder where finished chunks of samples are stored, used by this model alone. An interrupted
+            evaluation resumes from them.
 
     Returns:
         The `Result` of the first extractor: the metrics of `compute_metrics` and `memorization_metrics`, each distance
         with its real-data baseline; ``bpd_<name>``, ``psnr``, ``ssim`` and the Frechet distance of reconstructions for
-        models that support them; the metrics of `super_resolution` for a super-resolution model. The results of the
-        other extractors on the same samples are its ``secondary_results``.
+        models that support them; and the metrics of `super_resolution` for a super-resolution model. The results of
+        the other extractors on the same samples are its ``secondary_results``.
 
     Raises:
         UserError: there are too few samples; samples are not finite, outside [-1, 1] or of the wrong shape; or given
-            images cannot be samples of these data (`check_images`; milder doubts go to ``details["warnings"]``).
+            images cannot be samples of this data set (`check_images`). Milder problems go to ``details["warnings"]``.
     """
     protocol = protocol or EvaluationProtocol()
     generation = generation or SampleSettings()
@@ -221,15 +221,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _MeasuredSamples:
-    """The samples of one evaluation, and where they come from."""
+    """The samples of one evaluation and their origin."""
 
     images: Tensor
-    """The samples as `quantize_images` returns them."""
+    """The samples, as returned by `quantize_images`."""
     labels: Tensor | None
     condition_source: ConditionSource | None
     generation: SampleSettings
     warnings: list[str]
-    """Warnings of the sanity checks."""
+    """Warnings from the sanity checks."""
     model: Any = None
     """None for given images."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -237,7 +237,7 @@ class _MeasuredSamples:
     details: dict[str, Any] = field(default_factory=dict)
 
     def conditioning(self, reference: Reference) -> dict[str, str]:
-        """The fields ``conditioning`` and ``label_distribution`` of a `Measurement`."""
+        """Return the fields ``conditioning`` and ``label_distribution`` of a `Measurement`."""
         if self.condition_source is not None:
             names = self.model.condition_names
             return {
@@ -258,7 +258,7 @@ def _from_images(
     extractor: Extractor,
     generation: SampleSettings,
 ) -> _MeasuredSamples:
-    """The first ``protocol.num_images`` of given images; all of them if the protocol leaves the number open."""
+    """Take the first ``protocol.num_images`` images. If None, take the default number, or all if there are fewer."""
     n = protocol.resolve_num_images(data, extractor)
     if len(images) < n:
         if protocol.num_images is not None:
@@ -271,7 +271,7 @@ def _from_images(
                 f"{extractor.name}: more than {extractor.dim} are needed."
             )
     if labels is not None and len(labels) != len(images):
-        raise UserError(f"{len(images)} images have {len(labels)} labels: there must be one for each image.")
+        raise UserError(f"{len(images)} images have {len(labels)} labels: each image needs one label.")
     images, labels = images[:n], None if labels is None else labels[:n]
     warnings = sanity_warnings(images, data, protocol, refuse=True)
     return _MeasuredSamples(quantize_images(images, data.spec), labels, None, generation, warnings)
@@ -286,7 +286,7 @@ def _from_model(
     progress: Progress | None,
     chunk_dir: Path | None,
 ) -> _MeasuredSamples:
-    """Samples of ``model``, with their cost."""
+    """Draw samples from ``model`` and record their cost."""
     n = protocol.resolve_num_images(data, extractor)
     samples = sample_for_protocol(model, n, data, protocol, _of_stage(progress, "sampling"), chunk_dir)
     details = {
@@ -319,8 +319,8 @@ def sample_for_protocol(
 ) -> Samples:
     """Draw ``n`` samples for measurement.
 
-    A class-conditional model gets labels in the proportions of the reference. A model with further conditions gets
-    those of held-out images.
+    A class-conditional model gets labels in the same proportions as the reference. A model with other conditions gets
+    the conditions of held-out images.
     """
     labels = None
     source = choose_conditions(model, data, n, seed=protocol.seed, split=protocol.condition_split)
@@ -328,7 +328,7 @@ def sample_for_protocol(
         split = "train" if is_statistics_file(protocol.reference) else protocol.reference
         reference_labels = data.split(split).labels
         if reference_labels is None:
-            raise UserError(f"Sampling from a conditional model needs labels, but data '{data.spec.name}' has none.")
+            raise UserError(f"A conditional model needs labels for sampling, but data set '{data.spec.name}' has none.")
         labels = labels_like(reference_labels, n, protocol.seed)
     return draw_samples(
         model, n, seed=protocol.seed, chunk_size=protocol.chunk_size, labels=labels, condition_source=source,
@@ -343,7 +343,7 @@ def _model_metrics(
     extractors: Sequence[Extractor],
     progress: Progress | None,
 ) -> tuple[dict[str, Metric], dict[str, float]]:
-    """(metrics, seconds): super-resolution, likelihoods and reconstructions. Empty for given images."""
+    """Return (metrics, seconds) for super-resolution, likelihoods and reconstructions; both empty for given images."""
     metrics: dict[str, Metric] = {}
     source, model = measured.condition_source, measured.model
     if source is not None:
@@ -353,7 +353,7 @@ def _model_metrics(
     start = time.perf_counter()
     n, seed = protocol.num_likelihood_images, protocol.seed
     metrics |= bits_per_dim(model, data, n, seed, _of_stage(progress, "likelihood"))
-    # The Frechet distance of reconstructions needs more images than features: use the extractor with the fewest.
+    # The Frechet distance of reconstructions needs more images than features, so use the smallest extractor.
     smallest = min(extractors, key=lambda extractor: extractor.dim)
     metrics |= reconstruction(model, data, n, seed, smallest, measured.device)
     return metrics, {"likelihood": time.perf_counter() - start}
@@ -366,7 +366,7 @@ def _result(
     extractor: Extractor,
     progress: Progress | None,
 ) -> Result:
-    """The result of one extractor on the samples."""
+    """Return the result of one extractor on the samples."""
     start = time.perf_counter()
     metrics, details = _measure(measured, data, protocol, extractor, progress)
     seconds = {"metrics": time.perf_counter() - start}
@@ -403,7 +403,7 @@ def _measure(
     extractor: Extractor,
     progress: Progress | None,
 ) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """(metrics, details) of the samples. All ranks share feature extraction; rank zero computes the metrics."""
+    """Return (metrics, details) of the samples. All ranks extract features; rank zero computes the metrics."""
 
     def real(name: str) -> Reference:
         report = _of_stage(progress, f"features of {name}")
@@ -442,18 +442,18 @@ def _measure(
 
 @dataclass(frozen=True)
 class RealDataBaseline:
-    """Metrics of held-out real images: the values that perfect samples would reach."""
+    """Metrics of held-out real images, which are the values that perfect samples would reach."""
 
     metrics: dict[str, Metric]
     features: Features
     note: str
-    """How the number of images differs from that of the samples; empty if it does not."""
+    """Reports the number of held-out images if it differs from the number of samples; empty otherwise."""
 
 
 def real_data_baseline(
     held_out: Reference, reference: Reference, n: int, extractor: Extractor, extra_metrics: ExtraMetrics
 ) -> RealDataBaseline:
-    """Metrics of ``n`` held-out images, or of all if there are fewer, cached in memory for the next model."""
+    """Compute the metrics of ``n`` held-out images (all if there are fewer), cached in memory for the next model."""
     assert held_out.features is not None
     rows = evenly_spaced_indices(held_out.n, n)
     features = held_out.features[rows]
@@ -473,9 +473,10 @@ _BASELINES: dict[tuple[str | int, ...], dict[str, Metric]] = {}
 
 
 def sanity_warnings(images: Tensor, data: EvaluationData, protocol: EvaluationProtocol, *, refuse: bool) -> list[str]:
-    """The warnings of `check_images` and `check_reference`, computed on rank zero.
+    """Return the warnings of `check_images` and `check_reference`, computed on rank zero.
 
-    Images are compared with the protocol's reference, or with the training split if that is a statistics file.
+    Images are compared with the protocol's reference split, or with the training split if the reference is a statistics
+    file.
     """
     name = "train" if is_statistics_file(protocol.reference) else protocol.reference
     real = data.split(name).images
@@ -492,5 +493,5 @@ def _quantization(spec: DataSpec) -> str:
 
 
 def _of_stage(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
-    """``progress`` for one stage of the evaluation."""
+    """Return ``progress`` for one stage of the evaluation."""
     return None if progress is None else lambda done, total: progress(stage, done, total)

@@ -1,4 +1,4 @@
-"""Subsets of images without randomness."""
+"""Deterministic subsets of images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def evenly_spaced_indices(total: int, n: int) -> Tensor:
-    """At most ``n`` indices, evenly spaced over ``total``: they keep the proportions of a set sorted by class."""
+    """Return at most ``n`` evenly spaced indices below ``total``, which keep the class proportions of a sorted set."""
     n = min(n, total)
     return torch.arange(n) * total // n

@@ -1,4 +1,4 @@
-"""Metric validation: does a metric order degraded images as a person would?"""
+"""Test whether a metric orders degraded images as a person would."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gencompare.rng import generator
 
 REAL, BASELINE = ("real", 0.0), ("gaussian", 0.0)
 Key = tuple[str, float]
-"""Identifies a set of images: kind of degradation, and strength."""
+"""Identifies an image set: kind of degradation, and strength."""
 
 CLASS_FAULTS: tuple[tuple[str, str, tuple[float, ...], Callable[[Tensor, float, torch.Generator], Tensor]], ...] = (
     ("dropped classes", "classes", (1, 2, 4, 6, 8), dropped_classes),
@@ -37,16 +37,16 @@ PAIRS: tuple[tuple[Key, Key], ...] = (
     (REAL, ("jpeg", 50)), (REAL, ("blur", 0.6)), (REAL, ("noise", 10)), (REAL, ("patch shuffle", 2)),
     (REAL, ("mixing", 0.3)), (REAL, ("pixelate", 2)), (REAL, ("contrast", 0.4)), (REAL, ("elastic", 5)),
     (REAL, ("checkerboard", 20)), (REAL, ("local translation", 0.6)), (REAL, ("dropped classes", 4)),
-    # Two strengths of one kind.
+    # Two strengths of the same kind.
     (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)), (("noise", 10), ("noise", 25)),
     (("jpeg", 50), ("jpeg", 85)), (("patch shuffle", 2), ("patch shuffle", 4)), (("mixing", 0.1), ("mixing", 0.5)),
     (("pixelate", 2), ("pixelate", 4)), (("contrast", 0.25), ("contrast", 0.8)), (("elastic", 3), ("elastic", 12)),
-    # Two kinds: hardly visible against hardly recognisable.
+    # Two kinds: a barely visible degradation against one that leaves images barely recognisable.
     (("jpeg", 50), ("blur", 1.0)), (("blur", 0.6), ("noise", 40)), (("blur", 0.6), ("patch shuffle", 4)),
     (("noise", 5), ("blur", 2.0)), (("noise", 10), ("blur", 3.0)), (("jpeg", 10), ("patch shuffle", 4)),
     (("checkerboard", 2), ("blur", 1.5)), (("checkerboard", 2), ("noise", 25)), (("contrast", 0.1), ("noise", 25)),
     (("blur", 0.6), ("patch shuffle", 14)), (("mixing", 0.1), ("blur", 2.0)), (("elastic", 1.5), ("patch shuffle", 7)),
-    # Degraded photographs against shapeless colours.
+    # Degraded images against samples of the Gaussian baseline.
     (("jpeg", 50), BASELINE), (("blur", 0.6), BASELINE), (("blur", 1.0), BASELINE), (("noise", 10), BASELINE),
     (("patch shuffle", 2), BASELINE), (("mixing", 0.5), BASELINE), (("contrast", 0.4), BASELINE),
     (("dropped classes", 4), BASELINE), (("checkerboard", 2), BASELINE), (("elastic", 3), BASELINE),
@@ -57,8 +57,11 @@ PAIRS: tuple[tuple[Key, Key], ...] = (
 def image_sets(
     data: EvaluationData, n: int, baseline: SupportsSampling, seed: int = 0, split: str = "test"
 ) -> Iterator[tuple[Key, Tensor]]:
-    """The image sets of the study, as (key, images): up to ``n`` real images of ``split``, their degraded versions,
-    mixtures with training images, and samples of the ``baseline``; uint8 at the data's own grey levels."""
+    """Yield the image sets to compare as (key, images), uint8 at the data set's own levels.
+
+    They are up to ``n`` real images of ``split``, samples of ``baseline``, degraded real images, subsets with missing,
+    unequal or repeated content, and mixtures with training images.
+    """
     spec, part, train = data.spec, data.split(split), data.split("train")
     part = part[evenly_spaced_indices(len(part), n)]
     real = quantize_split(part.images, spec)
@@ -86,55 +89,54 @@ def image_sets(
 
 
 def strengths(name: str, levels: Sequence[float], side: int) -> list[float]:
-    """The strengths that are possible for images of ``side`` pixels: every patch needs at least one."""
+    """Return the strengths that images of ``side`` x ``side`` pixels allow: each patch needs at least one pixel."""
     return [level for level in levels if name != "patch shuffle" or level <= side]
 
 
 @dataclass
 class Candidate:
-    """One layer of an extractor, and metrics that are computed together from its features."""
+    """One layer of an extractor, and the metrics that are computed from its features."""
 
     name: str
     columns: slice
     metrics: Callable[[Tensor], dict[str, float]]
-    """Maps features of samples (n, d) to metrics by name, for each of which lower is better."""
+    """Maps sample features (n, d) to metrics by name. Lower is better for all of them."""
     min_images: int = 2
-    """Smallest number of images."""
+    """Smallest number of images for these metrics."""
 
 
 @dataclass
 class Score:
-    """The result of one metric at one n."""
+    """The result of one metric at one sample size n."""
 
     metric: str
     n: int
     spearman: dict[str, float]
     """Spearman's rank correlation between metric and strength, by kind of degradation."""
     pairs: int
-    """Number of pairs of `PAIRS` that could be compared."""
+    """Number of `PAIRS` that could be compared."""
     right: int
     """Number of pairs in the right order."""
     wrong: list[str]
     """The pairs in the wrong order."""
     detected: dict[str, float | None]
-    """By kind, the weakest strength at which all disjoint subsets have higher values than all subsets of real
-    images."""
+    """By kind, the weakest strength that the metric detects (see `weakest_detected`)."""
     spread: float
-    """Standard deviation over disjoint subsets of real images, relative to the baseline's excess over them."""
+    """Standard deviation over disjoint subsets of real images, divided by D_baseline - D_real."""
     relative: dict[str, dict[str, float]] = field(default_factory=dict)
     """(D - D_real) / (D_baseline - D_real) by kind and strength."""
     milliseconds: float = math.nan
-    """Time of the extractor per image."""
+    """Feature extraction time per image."""
 
 
 def score(candidate: Candidate, features: Mapping[Key, Tensor], n: int, milliseconds: float = math.nan) -> list[Score]:
-    """The scores of the metrics of ``candidate`` with at most ``n`` images per set, over disjoint subsets."""
+    """Score the metrics of ``candidate`` on disjoint subsets of at most ``n`` images of each set."""
     total = len(features[REAL])
     num_subsets = max(1, min(4, total // n))
     values: dict[Key, list[dict[str, float]]] = {}
     for key, rows in features.items():
         rows = rows[:, candidate.columns]
-        # A subset is every k-th image, which keeps the proportions of a set sorted by class.
+        # Strided subsets keep the class proportions of a sorted set.
         subsets = [rows[k::num_subsets][:n] for k in range(num_subsets)]
         values[key] = [candidate.metrics(subset) for subset in subsets if len(subset) >= candidate.min_images]
     scores = []
@@ -145,7 +147,7 @@ def score(candidate: Candidate, features: Mapping[Key, Tensor], n: int, millisec
 
 
 def score_values(metric: str, values: Mapping[Key, Sequence[float]], n: int, milliseconds: float) -> Score:
-    """The score of one metric from its ``values`` on the subsets of each set."""
+    """Score one metric from its ``values`` on the subsets of each set."""
     mean = {key: fmean(subsets) if subsets else math.nan for key, subsets in values.items()}
     base, scale = mean[REAL], mean[BASELINE] - mean[REAL]
     kinds: dict[str, list[float]] = {}
@@ -171,7 +173,7 @@ def rank_correlation(levels: Sequence[float], values: Sequence[float]) -> float:
 
 
 def weakest_detected(kind: str, levels: Sequence[float], values: Mapping[Key, Sequence[float]]) -> float | None:
-    """The weakest strength at and above which all subsets have higher values than all subsets of real images."""
+    """Return the weakest strength at and above which all subsets have higher values than all subsets of real images."""
     weakest = None
     for level in reversed(levels):
         if not values[kind, level] or min(values[kind, level]) <= max(values[REAL]):
@@ -190,7 +192,7 @@ def extract(
     device: torch.device | str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[Key, Tensor]:
-    """The features of each set."""
+    """Extract the features of each set."""
     features: dict[Key, Tensor] = {}
     for k, (key, images) in enumerate(sets.items()):
         features[key] = extractor(images, device).features
@@ -200,7 +202,7 @@ def extract(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """A Markdown table: a row for each metric and n, sorted by the number of pairs in the right order."""
+    """Format a Markdown table with a row for each metric and n: largest n first, then most pairs in the right order."""
     kinds = list(dict.fromkeys(kind for s in scores for kind in s.spearman))
     head = ["metric", "n", "pairs right", "mean Spearman", "spread / Gaussian", "ms an image", *kinds]
     lines = [head, ["---"] * len(head)]
@@ -215,7 +217,7 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def as_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The scores as JSON data, with null for undefined values."""
+    """Return the scores as JSON data, with null for undefined values."""
     return [_defined(asdict(s)) for s in scores]
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a model on real images: bits/dim, reconstruction, super-resolution."""
+"""Metrics that compare a model with individual real images: bits/dim, reconstruction, super-resolution."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from gencompare.records import Metric
 from gencompare.rng import generator
 
 SSIM_WINDOW = 11
-"""Side of the window of structural similarity, in pixels."""
+"""Width and height of the structural similarity window, in pixels."""
 BATCH_SIZE = 100
-"""Images that use one random generator. Part of the protocol, so that values do not depend on the number of ranks."""
+"""Images per random generator. The size is fixed, so values do not depend on the number of ranks."""
 SUPER_RESOLUTION_BATCH_SIZE = 500
 
 
 def bits_per_dim(
     model: Any, data: EvaluationData, n: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Metric]:
-    """``bpd_<name>`` for each entry of ``model.likelihoods()``: the mean over ``n`` test images.
+    """Compute ``bpd_<name>`` for each entry of ``model.likelihoods()``, as the mean over ``n`` test images.
 
     The note contains the kind (exact, bound or estimate) and the mean of each term.
     """
@@ -66,11 +66,11 @@ def bits_per_dim(
 def reconstruction(
     model: Any, data: EvaluationData, n: int, seed: int, extractor: Extractor, device: torch.device
 ) -> dict[str, Metric]:
-    """How well a model with an encoder reconstructs test images; empty for any other model.
+    """Measure how well a model with an encoder reconstructs test images. For any other model, return an empty dict.
 
     Metrics are ``psnr`` and ``ssim`` (`reconstruction_similarity`) and ``r<frechet>``, the Frechet distance between
-    reconstructions and originals. That needs more images than the extractor has features: if ``n`` are too few, all
-    test images are used, and if these are too few, it is None.
+    reconstructions and originals. The distance needs more images than the extractor has features. If ``n`` is too
+    small, all test images are used instead. If there are still too few, the distance is None.
     """
     autoencoder = model.autoencoder() if isinstance(model, TrainedModel) else model
     if not isinstance(autoencoder, SupportsReconstruction) or data.spec.num_bins is None:
@@ -96,12 +96,12 @@ def reconstruction(
 
 
 def reconstruction_similarity(originals: Tensor, reconstructions: Tensor, note: str = "") -> dict[str, Metric]:
-    r"""``psnr`` and, if images have at least 11 pixels on each side, ``ssim`` of uint8 images (n, C, H, W).
+    r"""Compute ``psnr``, and ``ssim`` if height and width are at least 11 pixels, of uint8 images (n, C, H, W).
 
     .. math:: \mathrm{PSNR} = 10 \log_{10} \frac{255^2}{\mathrm{MSE}}
 
-    with the mean squared error over all images. SSIM is the structural similarity of Wang et al. (2004), "Image Quality
-    Assessment: From Error Visibility to Structural Similarity", averaged over images.
+    where MSE is the mean squared error over all images. SSIM is the structural similarity of Wang et al. (2004), "Image
+    Quality Assessment: From Error Visibility to Structural Similarity", averaged over images.
     """
     target, preds, metrics = originals.float(), reconstructions.float(), {}
     psnr = float(peak_signal_noise_ratio(preds, target, data_range=255.0))
@@ -114,15 +114,15 @@ def reconstruction_similarity(originals: Tensor, reconstructions: Tensor, note: 
 
 
 def super_resolution(images: Tensor, source: ConditionSource) -> dict[str, Metric]:
-    """How well samples agree with their low-resolution images; empty if ``source`` provides none.
+    """Measure how well samples agree with their low-resolution images; return an empty dict if ``source`` has none.
 
     ``consistency`` is the mean squared difference between the low-resolution image and the downscaled sample, for
     pixels in [0, 1] (Saharia et al. 2021, "Image Super-Resolution via Iterative Refinement", section 4,
-    https://arxiv.org/abs/2104.07636). ``psnr`` and ``ssim`` compare sample and original. Both favour a blurred average
-    of all plausible originals, so the note contains their values for bicubic upscaling.
+    https://arxiv.org/abs/2104.07636). ``psnr`` and ``ssim`` compare each sample with its original. Both favour a
+    blurred average of all plausible originals, so the note contains their values for bicubic upscaling.
 
     Args:
-        images: samples as `quantize_images` returns them.
+        images: samples, as returned by `quantize_images`.
         source: the images that provided the conditions.
     """
     data, spec = source.data, source.data.spec
@@ -153,8 +153,10 @@ def super_resolution(images: Tensor, source: ConditionSource) -> dict[str, Metri
 
 
 def with_low_res(images: Tensor, source: ConditionSource | None) -> tuple[Tensor, int | None]:
-    """(uint8 images, number of columns) for a grid that shows each sample between its low-resolution image and its
-    original. Samples without low-resolution images are returned unchanged, with None columns (a square grid)."""
+    """Return (uint8 images, number of columns) for a grid of low-resolution image, sample and original.
+
+    Samples without low-resolution images are returned unchanged, with None columns (a square grid).
+    """
     if source is None or "low_res" not in source.data.spec.conditions or source.data.spec.num_bins is None:
         return images, None
     x, cond = source.batch(slice(len(images)))
@@ -173,7 +175,7 @@ def _num_batches(rows: Tensor) -> int:
 
 
 def _test_batch(model: Any, data: EvaluationData, rows: Tensor) -> tuple[Tensor, Cond]:
-    """Test images as the model sees them, and the conditions that it uses."""
+    """Return test images as the model sees them, and the conditions that it uses."""
     x, cond = split_batch(data, "test", rows, torch.device(getattr(model, "device", "cpu")))
     return x, model.select_conditions(cond) if hasattr(model, "select_conditions") else cond
 

@@ -1,4 +1,4 @@
-"""The reference: features of real images of one split, or published statistics; and how images are quantised."""
+"""The reference (real-image features of a split, or published statistics), and the quantisation of images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gencompare.generative_model import Cond, DataSpec
 
 
 class DataSplit(Protocol):
-    """One split: unpadded images at the data's own levels, labels (or None), and stored conditions."""
+    """One split: unpadded images at the data set's own levels, labels (or None), and stored conditions."""
 
     @property
     def images(self) -> Tensor: ...
@@ -42,25 +42,25 @@ class DataSplit(Protocol):
 
 
 class EvaluationData(Protocol):
-    """The part of a datamodule that evaluation uses."""
+    """The part of the datamodule interface that evaluation uses."""
 
     @property
     def spec(self) -> DataSpec: ...
 
     def split(self, name: str) -> Any:
-        """The `DataSplit` called ``name``: ``train``, ``val``, ``test``, or a union such as ``train+val``."""
+        """Return the `DataSplit` called ``name``: ``train``, ``val``, ``test``, or a union such as ``train+val``."""
         ...
 
     def hash(self, name: str) -> str:
-        """A hash of the pixels of a split."""
+        """Return a hash of the pixels of a split."""
         ...
 
     def normalize(self, images: Tensor, /) -> Tensor:
-        """Images of a split as models see them: float in [-1, 1], padded."""
+        """Convert images of a split to the input of a model: float in [-1, 1], padded."""
         ...
 
     def cond(self, x: Tensor, part: Any, /) -> Cond:
-        """All conditions of the normalised images ``x`` of the `DataSplit` ``part``."""
+        """Return all conditions of ``x``, the normalised images of the `DataSplit` ``part``."""
         ...
 
 
@@ -68,7 +68,7 @@ class EvaluationData(Protocol):
 class SupportsSampling(Protocol):
     """Anything that draws images: a `GenerativeModel`, or any object with this one method.
 
-    Used where available: ``conditional``, ``condition_names``, ``device``, ``nfe_networks()``, ``likelihoods()``,
+    Optional members: ``conditional``, ``condition_names``, ``device``, ``nfe_networks()``, ``likelihoods()``,
     ``reconstruct()``, ``sampling_description()``.
     """
 
@@ -78,7 +78,7 @@ class SupportsSampling(Protocol):
 def split_batch(
     data: EvaluationData, split: str, rows: Tensor, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Cond]:
-    """Images of a split as models see them, (n, C, H, W), and all their conditions, on ``device``."""
+    """Return normalised images (n, C, H, W) of a split and all their conditions, on ``device``."""
     part = data.split(split)[rows]
     x = data.normalize(part.images.to(device))
     return x, {name: value.to(device) for name, value in data.cond(x, part).items()}
@@ -87,21 +87,21 @@ def split_batch(
 # Quantisation
 
 OVERSHOOT = 0.05
-"""Values outside [-1, 1] by at most this much (rounding errors) are clamped; larger ones are refused."""
+"""Values that exceed [-1, 1] by at most this much (rounding errors) are clamped; larger ones are rejected."""
 
 
 def to_uint8(x: Tensor, spec: DataSpec) -> Tensor:
-    r"""Images in [-1, 1], (n, C, H, W), as uint8 in 0 to 255 on the CPU, padding cropped.
+    r"""Convert images (n, C, H, W) in [-1, 1] to uint8 in [0, 255] on the CPU, and crop the padding.
 
-    Values are first rounded to the data's own :math:`L` levels (``spec.num_bins``; 256 for continuous data):
+    Values are first rounded to the data set's own :math:`L` levels (``spec.num_bins``; 256 for continuous data):
 
     .. math:: l = \mathrm{round}\left(\tfrac{x + 1}{2} (L - 1)\right), \qquad
         b = \mathrm{round}\left(\tfrac{255\, l}{L - 1}\right)
 
-    Digits, for example, have 17 levels, and no image of that data set contains any others.
+    Digits images, for example, have only 17 levels.
 
     Raises:
-        UserError: values are not finite, or outside [-1, 1] by more than `OVERSHOOT`.
+        UserError: values are not finite, or exceed [-1, 1] by more than `OVERSHOOT`.
     """
     x = crop_padding(x, spec)
     _check_finite(x)
@@ -114,9 +114,9 @@ def to_uint8(x: Tensor, spec: DataSpec) -> Tensor:
 
 
 def quantize_images(x: Tensor, spec: DataSpec) -> Tensor:
-    """Images as extractors take them: `to_uint8`, or float32 without rounding for continuous data.
+    """Convert images to the input of an extractor: `to_uint8`, or float32 without rounding for continuous data.
 
-    uint8 images (0 to 255, as in an image file) are rounded to the data's own levels too.
+    uint8 images (0 to 255, as in an image file) are also rounded to the data set's own levels.
     """
     if spec.num_bins is None:
         x = crop_padding(x, spec).float()
@@ -131,23 +131,23 @@ def quantize_images(x: Tensor, spec: DataSpec) -> Tensor:
 
 
 def quantize_split(images: Tensor, spec: DataSpec) -> Tensor:
-    """The images of a split (levels 0 to ``num_bins`` - 1, unpadded) as `quantize_images` returns them."""
+    """Convert unpadded images of a split, with levels 0 to ``num_bins`` - 1, to the input of an extractor."""
     return images if spec.num_bins is None else _levels_to_uint8(images.float(), spec.num_bins - 1)
 
 
 def to_levels(images: Tensor, spec: DataSpec) -> Tensor:
-    """The inverse of `quantize_split`: uint8 images in 0 to 255 as levels 0 to ``num_bins`` - 1."""
+    """Invert `quantize_split`: convert uint8 images in [0, 255] to levels 0 to ``num_bins`` - 1."""
     assert spec.num_bins is not None
     return images.float().mul((spec.num_bins - 1) / 255).round()
 
 
 def _levels_to_uint8(levels: Tensor, top: int) -> Tensor:
-    """Levels 0 to ``top`` as uint8 in 0 to 255 on the CPU."""
+    """Convert levels 0 to ``top`` to uint8 in [0, 255] on the CPU."""
     return levels.mul(255 / top).round().to(torch.uint8).cpu()
 
 
 def crop_padding(x: Tensor, spec: DataSpec) -> Tensor:
-    """Images without the padding of ``spec.shape``; images that have none are returned unchanged."""
+    """Crop images to ``spec.shape`` without its padding. Unpadded images are returned unchanged."""
     channels, height, width = spec.shape
     unpadded = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
     shape = tuple(x.shape[1:])
@@ -155,7 +155,7 @@ def crop_padding(x: Tensor, spec: DataSpec) -> Tensor:
         return x
     if x.ndim == 4 and shape == tuple(spec.shape):
         return spec.crop(x)
-    raise UserError(f"Data '{spec.name}' has images of shape {unpadded} (channels, height, width), not {shape}.")
+    raise UserError(f"Data set '{spec.name}' has images of shape {unpadded} (channels, height, width), not {shape}.")
 
 
 def _check_finite(x: Tensor) -> None:
@@ -170,21 +170,21 @@ def _check_finite(x: Tensor) -> None:
 # Features of real images
 
 CACHE_VERSION = "1"
-"""Part of the cache key: increase it if the same images get other features."""
+"""Part of the cache key; increase it when the features of the same images change."""
 MAX_REFERENCES_IN_MEMORY = 8
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The real side of every distance."""
+    """What samples are compared with: real-image features of a split, or published statistics."""
 
     name: str
-    """The split (``train``, ``train+val``), or the file name."""
+    """The split (such as ``train`` or ``train+val``), or the file name."""
     hash: str
     n: int
-    """Number of images; 0 for a file, which does not contain it."""
+    """Number of images; 0 for a statistics file, which does not contain it."""
     features: Features | None = None
-    """None for a statistics file: metrics that need more than mean and covariance are left out."""
+    """None for a statistics file; metrics that need more than mean and covariance are then skipped."""
     labels: Tensor | None = None
     file_statistics: Statistics | None = None
     file_spatial_statistics: Statistics | None = None
@@ -199,7 +199,7 @@ class Reference:
 
     @cached_property
     def spatial_statistics(self) -> Statistics | None:
-        """Mean and covariance of spatial features, if there are any."""
+        """Mean and covariance of the spatial features, or None if there are none."""
         if self.file_spatial_statistics is not None or self.features is None or self.features.spatial is None:
             return self.file_spatial_statistics
         return Statistics.from_features(self.features.spatial)
@@ -212,13 +212,13 @@ class Reference:
 
     @cached_property
     def cubic_kernel(self) -> KernelReference:
-        """The reference for the kernel distance of KID."""
+        """The reference for the kernel distance with the cubic kernel of KID."""
         assert self.features is not None
         return KernelReference.from_features(self.features.features, CubicKernel())
 
 
 def is_statistics_file(reference: str) -> bool:
-    """Whether a protocol's reference is a statistics file rather than a split."""
+    """Return whether a protocol's reference is a statistics file rather than a split."""
     return reference.endswith(".npz")
 
 
@@ -230,11 +230,11 @@ def load_reference(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """The reference ``name``, a split of ``data`` or a statistics file. The last 8 are cached in memory."""
+    """Load the reference ``name``, a split of ``data`` or a statistics file. The last 8 splits are cached in memory."""
     if is_statistics_file(name):
         return read_statistics(Path(name), extractor)
     key = (data.hash(name), extractor.hash, extractor.resize)
-    # In a sweep, rank zero may have it from an earlier job while the other ranks have just started.
+    # In a sweep, rank zero may have cached it in an earlier job, while the other ranks have just started.
     if not all_ranks_true(key in _REFERENCES):
         split = data.split(name)
         features = split_features(data, name, extractor, device, cache, progress)
@@ -256,11 +256,11 @@ def split_features(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Features:
-    """Features of a split, read from the folder ``cache`` if possible; otherwise computed and stored there.
+    """Load the features of a split from the folder ``cache``, or compute and store them there.
 
-    The file name contains the hashes of the pixels and of the extractor's weights, and how images are resized, so
-    changed data never get stale features. All ranks of a job must call this function. If several jobs need the same
-    features at once, one of them computes these.
+    The file name contains the resizing method and the hashes of the pixels and the extractor's weights, so changed data
+    never get stale features. All ranks of a job must call this function. If several single-process jobs need the same
+    features at the same time, only one job computes them.
     """
     split = data.split(name)
 
@@ -290,8 +290,8 @@ def split_features(
 def read_statistics(path: Path, extractor: Extractor) -> Reference:
     """Read statistics of pytorch-fid, EDM or ADM: ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) in an npz file.
 
-    Nothing in the file is executed. It does not name the network of its features: they are assumed to be the
-    extractor's, and only their size is checked.
+    No code in the file is executed. The file does not say which network computed its features. They are assumed to be
+    the extractor's, and only their size is checked.
 
     Raises:
         UserError: the file is missing or corrupted, or does not fit the extractor.
@@ -301,16 +301,16 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
             stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in file.files
                       if name in ("mu", "sigma", "mu_s", "sigma_s")}  # fmt: skip
     except FileNotFoundError as error:
-        raise UserError(f"There is no statistics file {path}, which evaluation.protocol.reference names.") from error
+        raise UserError(f"There is no statistics file {path} (evaluation.protocol.reference).") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is corrupted, or not an npz file of statistics ({type(error).__name__}).") from error
     if not {"mu", "sigma"} <= set(stored):
-        raise UserError(f"{path} has no 'mu' and 'sigma': it is not a statistics file of pytorch-fid, EDM or ADM.")
+        raise UserError(f"{path} has no 'mu' and 'sigma', so it is not a statistics file of pytorch-fid, EDM or ADM.")
     statistics = Statistics(stored["mu"], stored["sigma"])
     if statistics.mean.shape != (extractor.dim,) or statistics.cov.shape != (extractor.dim,) * 2:
         raise UserError(
-            f"{path} has statistics of {statistics.mean.numel()} features; {extractor.name} has {extractor.dim}. "
-            "Files of published FIDs need evaluation=inception."
+            f"{path} has statistics of {statistics.mean.numel()} features, but {extractor.name} has {extractor.dim}. "
+            "Statistics files of published FIDs need evaluation=inception."
         )
     if not (torch.isfinite(statistics.mean).all() and torch.isfinite(statistics.cov).all()):
         raise UserError(f"{path} contains values that are not finite.")

@@ -1,4 +1,4 @@
-"""Sampling in chunks, each from its own seed: the images do not depend on the number of processes."""
+"""Sampling in chunks, each with its own seed, so the images do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CHUNK_SIZE = 250
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """The held-out images that provide conditions: sample k gets those of image ``rows[k]`` of ``split``."""
+    """The held-out images that provide conditions. Sample k gets the conditions of image ``rows[k]`` of ``split``."""
 
     data: EvaluationData
     split: str
     rows: Tensor
 
     def batch(self, samples: slice, device: torch.device | str = "cpu") -> tuple[Tensor, Cond]:
-        """The images (n, C, H, W) in [-1, 1] behind these samples, and all their conditions."""
+        """Return the images (n, C, H, W) in [-1, 1] that these samples are conditioned on, and all their conditions."""
         return split_batch(self.data, self.split, self.rows[samples], device)
 
     @property
@@ -49,7 +49,7 @@ class ConditionSource:
         return None if labels is None else labels[self.rows]
 
     def describe(self, condition_names: tuple[str, ...]) -> str:
-        """The conditions that a model uses, as text for a `Measurement`: names, shapes and split.
+        """Describe the conditions that a model uses, for a `Measurement`: names, shapes and split.
 
         Conditions that are read from a file are identified by the first digits of their SHA-256.
         """
@@ -63,12 +63,12 @@ class ConditionSource:
 
 
 def choose_conditions(model: Any, data: EvaluationData, n: int, *, seed: int, split: str) -> ConditionSource | None:
-    """Choose the images whose conditions ``n`` samples get.
+    """Choose the images that provide the conditions of ``n`` samples.
 
-    None for a model that is unconditional or uses only the class.
+    Return None for a model that is unconditional or uses only the class.
 
-    Sample k gets the conditions of image k of a random permutation of ``split``, which depends on ``seed`` only and
-    repeats after the last image. So they depend on neither n, the number of processes nor the chunk size.
+    Sample k gets the conditions of image k of a random permutation of ``split``, which depends only on ``seed`` and
+    repeats after the last image. The conditions do not depend on n, the number of processes or the chunk size.
     """
     if not set(getattr(model, "condition_names", ())) - {"label"}:
         return None
@@ -78,7 +78,7 @@ def choose_conditions(model: Any, data: EvaluationData, n: int, *, seed: int, sp
 
 
 def labels_like(reference: Tensor, n: int, seed: int) -> Tensor:
-    """``n`` labels in the proportions of the labels ``reference``, shuffled; each count is exact to within one."""
+    """Return ``n`` shuffled labels in the same proportions as ``reference``; each count is exact to within one."""
     ranked = reference.cpu().sort().values
     places = (torch.arange(n) * 2 + 1) * len(ranked) // (2 * n)
     return ranked[places][torch.randperm(n, generator=generator("cpu", seed, "labels"))]
@@ -86,16 +86,16 @@ def labels_like(reference: Tensor, n: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Samples:
-    """Generated images and what they cost."""
+    """Generated images and their cost."""
 
     images: Tensor
-    """(n, C, H, W) on the CPU, padding cropped: uint8 in 0 to 255 with the default ``postprocess``."""
+    """(n, C, H, W) on the CPU without padding; uint8 in [0, 255] with the default ``postprocess``."""
     labels: Tensor | None
     """(n,) the classes that the model was given, or None."""
     condition_source: ConditionSource | None
     """The images whose conditions the model was given, if it uses more than the class."""
     nfe: dict[str, float]
-    """Network evaluations per sample, by name of the network. Guidance with two rows per sample counts as two."""
+    """Network evaluations per sample, by network name. Guidance with two batch entries per sample counts as two."""
     seconds: float
     """Sampling time summed over all chunks, divided by the number of processes."""
     peak_memory_bytes: int
@@ -126,21 +126,21 @@ def draw_samples(
 ) -> Samples:
     """Draw ``n`` images.
 
-    Chunk k contains the images from k ``chunk_size`` to (k + 1) ``chunk_size`` and uses the random generator of
-    (seed, "sample", k), so the images depend on seed and chunk size only. Under torch.distributed the ranks share the
-    chunks, and all of them get all images. The model is in eval mode while sampling; its mode is restored afterwards.
+    Chunk k contains images k ``chunk_size`` to (k + 1) ``chunk_size`` - 1 and uses the random generator of
+    (seed, "sample", k), so the images depend only on seed and chunk size. Under torch.distributed, the chunks are split
+    between the ranks, and all ranks return all images. The model is in eval mode while sampling; its mode is restored
+    afterwards.
 
     Args:
         labels: (n,) the class of each image. None cycles through the classes for a conditional model.
         condition_source: images that provide the conditions, and the labels in place of ``labels``.
-        postprocess: applied to each chunk, returns images on the CPU.
+        postprocess: maps each chunk to images on the CPU.
         spec: shape and value range of the images; None uses those of the model.
         progress: called with (images done, n) after each chunk.
-        chunk_dir: folder in which chunks are stored, and from which stored ones are read. It must belong to this model
-            and these settings alone.
+        chunk_dir: folder where chunks are stored and read back. Use a separate folder for each model and its settings.
 
     Raises:
-        UserError: an argument is invalid, the images are not finite or outside [-1, 1], or the network evaluations
+        UserError: an argument is invalid, the images are not finite or exceed [-1, 1], or the network evaluations
             cannot be counted.
     """
     if n < 1 or chunk_size < 1:
@@ -191,7 +191,7 @@ def draw_samples(
 
 
 def flops_per_sample(model: SupportsSampling, samples: Samples, *, seed: int = 0) -> float:
-    """FLOPs of drawing one sample. Drawn separately, because counting takes time."""
+    """Count the FLOPs per sample on one extra sample, since counting slows sampling down."""
     device = _device_of(model)
     cond = _conditions(slice(0, 1), samples.labels, samples.condition_source, device)
     with eval_mode(model), torch.no_grad():
@@ -203,7 +203,7 @@ def _device_of(model: object) -> torch.device:
 
 
 def _conditions(samples: slice, labels: Tensor | None, source: ConditionSource | None, device: torch.device) -> Cond:
-    """The conditions of these samples."""
+    """Return the conditions of these samples."""
     if source is not None:
         return source.batch(samples, device)[1]
     return {} if labels is None else {"label": labels[samples].to(device)}
@@ -211,7 +211,7 @@ def _conditions(samples: slice, labels: Tensor | None, source: ConditionSource |
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Images of one seed, the rows that passed through each network, and the time in seconds."""
+    """Images drawn with one seed, the number of inputs evaluated by each network, and the time in seconds."""
 
     images: Tensor
     rows: dict[str, int]
@@ -227,7 +227,7 @@ def _write_chunk(path: Path, chunk: _Chunk) -> None:
 
 
 def _read_chunk(path: Path) -> _Chunk | None:
-    """A stored chunk; None if it is missing or corrupted."""
+    """Read a stored chunk. Return None if it is missing or corrupted."""
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["chunk"])
@@ -238,13 +238,13 @@ def _read_chunk(path: Path) -> _Chunk | None:
 
 
 def tensor_sha256(values: Tensor) -> str:
-    """SHA-256 of the values of a tensor."""
+    """Return the SHA-256 of the values of a tensor."""
     return hashlib.sha256(values.contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Put every module of ``model`` into eval mode, and restore each one's mode at the end."""
+    """Put every module of ``model`` into eval mode, and restore the mode of each at the end."""
     if not isinstance(model, nn.Module):
         yield
         return
@@ -259,17 +259,17 @@ def eval_mode(model: Any) -> Iterator[None]:
 
 @contextmanager
 def count_rows(networks: Mapping[str, nn.Module]) -> Iterator[Counter[str]]:
-    """Count the rows that pass through each network inside the block."""
+    """Count the batch entries that each network evaluates inside the block."""
     rows = Counter[str]()
 
     def hook(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            # A network whose input has no rows (but, for example, a number of images) may return rows.
+            # A network whose inputs are not batched (such as a number of images) may return a batch.
             tensors = [v for v in (*args, *kwargs.values(), output) if isinstance(v, Tensor) and v.ndim]
             if not tensors:
                 raise UserError(
                     f"Evaluations of the network '{name}' cannot be counted: neither its inputs nor its output is a"
-                    " batched tensor. Leave it out of nfe_networks()."
+                    " batched tensor. Remove it from nfe_networks()."
                 )
             rows[name] += len(tensors[0])
 

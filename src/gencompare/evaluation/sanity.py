@@ -1,8 +1,8 @@
-"""Sanity checks: could these samples be images of the data set at all?
+"""Sanity checks of whether samples can be images of the data set at all.
 
-Metrics turn any array into a number. Images that are wrongly scaled, inverted, or have their channels reordered get the
-values of a poor model. These checks compare samples with real images and warn of the likely cause. They use pixels
-only, so they do not depend on the extractor.
+Metrics turn any array into a number. Images that are wrongly scaled, inverted, or have their channels reordered score
+like those of a poor model. These checks compare samples with real images and warn of the likely cause. They use only
+pixels, so they do not depend on the extractor.
 """
 
 from __future__ import annotations
@@ -23,54 +23,54 @@ from gencompare.evaluation.reference import OVERSHOOT, crop_padding, quantize_im
 from gencompare.generative_model import DataSpec
 
 MAX_IMAGES = 1_000
-"""Number of evenly spaced samples, and of real images, that are compared. Duplicates are counted among all images."""
+"""Number of evenly spaced samples, and of real images, that are compared. Duplicates are counted in all samples."""
 MAX_CONVERTED = 250
-"""Number of evenly spaced images on which conversions are tried."""
+"""Number of evenly spaced images that conversions are tried on."""
 RARE = 0.05
-"""A range is too narrow if at most this fraction of individual real images stay within it ..."""
+"""A range is too narrow if at most this fraction of the real images stay within it on their own ..."""
 NARROW = 0.6
 """... and it covers at most this fraction of the range of all real images."""
 FEW_LEVELS = 0.55
-"""Samples have too few levels if they use at most this fraction of the levels that the same number of real images use
+"""Samples have too few levels if they have at most this fraction of the levels that the same number of real images have
 in the same range."""
 EXTREME_EXCESS = 0.25
-"""The fraction of values that are 0 or 255 may exceed that of real images by this much."""
+"""The fraction of values that are 0 or 255 may exceed that in real images by this much."""
 BACKGROUND = 0.2
 """A level is a background if at least this fraction of all real values have it."""
 WRAPPED = 0.05
 """The excess of `wrap_ratio` over 1 may be twice that of real images plus this much."""
 UNRELATED = 60.0
-"""Mean absolute difference of adjacent values, in grey levels, above which they are unrelated: independent uniform
-values differ by 85, and by 64 on the circle."""
+"""Mean absolute difference of adjacent values above which they are unrelated. Independent uniform values differ by 85,
+and by 64 on the circle."""
 REPEATED = 0.05
 """The fraction of blank images, and of exact copies, may exceed that among real images by this much."""
 CLOSE, MUCH_CLOSER = 0.25, 0.1
-"""A conversion explains the samples if `RealImages.distance` is above the first value as they are and, once it is
-undone, at most the first value and at most the second one times the distance before (`RealImages.explains` treats few
-samples)."""
+"""A conversion explains the samples if their `RealImages.distance` is above the first value, and undoing the conversion
+reduces it to at most the first value and at most the second value times the original distance. For few samples, see
+`RealImages.explains`."""
 TOLERANCE = 4.0
-"""Standard deviation, in grey levels, added to that of every statistic, to tolerate differences of a few levels."""
+"""Standard deviation added (in quadrature) to that of every statistic, to tolerate differences of a few levels."""
 GRID = 4
-"""Cells along each side of an image whose means are compared."""
+"""Means are compared in `GRID` x `GRID` cells of an image."""
 CONSTANT = 0.25
-"""Fraction of features that may be constant over samples but not over real images."""
+"""Fraction of features that may be constant over samples but vary over real images."""
 BATCH_SIZE = 50
-"""Images in one pass. Larger temporary tensors are slower."""
+"""Number of images that are processed at a time. Larger temporary tensors are slower."""
 
 
 def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: bool = True) -> list[str]:
-    """Warnings about ``images`` as samples of a data set, one sentence each; empty if nothing is wrong.
+    """Check ``images`` as samples of a data set, and return warnings of one sentence each (empty if nothing is wrong).
 
-    Images are refused only if no model of these data, however poor, can generate them: the data set's own levels
-    instead of 0 to 255 (digits: 0 to 16), images whose only levels are 0 and 1 (and 255, after a cast from [-1, 1]),
-    floats outside [-1, 1], and floats in [0, 1] that have the statistics of real images once they are rescaled to
-    [-1, 1]. Everything else is a warning.
+    Images are rejected only if no model of this data set, however poor, could have generated them. These are the data
+    set's own levels instead of 0 to 255 (digits: 0 to 16), images whose only levels are 0 and 1 (and 255, after a cast
+    from [-1, 1]), integers other than uint8, floats outside [-1, 1], and floats in [0, 1] that match the statistics of
+    real images if rescaled to [-1, 1]. Everything else is a warning.
 
     Args:
-        images: (n, C, H, W) as `evaluate` takes them, or a model's samples as `quantize_images` returns them.
+        images: (n, C, H, W) as accepted by `evaluate`, or a model's samples as returned by `quantize_images`.
         reference: (m, C, H, W) images of a split: levels 0 to ``spec.num_bins`` - 1, unpadded.
         spec: shape and value range of the data.
-        refuse: raise an error in the cases above. Not needed for a model's own samples, whose scale is known.
+        refuse: raise an error in the cases above. A model's own samples do not need this, since their scale is known.
 
     Returns:
         The warnings.
@@ -82,7 +82,7 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
         return [_identical(len(images))] if len(images) > 1 and bool((images == images[0]).all()) else []
     pixels = crop_padding(images, spec)
     if len(pixels) < 2 or (pixels.is_floating_point() and not bool(torch.isfinite(pixels).all())):
-        return []  # refused by `quantize_images`
+        return []  # rejected by `quantize_images`
     subset = reference[evenly_spaced_indices(len(reference), MAX_IMAGES)].split(BATCH_SIZE)
     real = RealImages(torch.cat([quantize_split(batch, spec) for batch in subset]), spec)
     rows = evenly_spaced_indices(len(pixels), MAX_IMAGES)
@@ -100,8 +100,8 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
     elif pixels.is_floating_point() and in_unit_interval(pixels):
         low, high = float(pixels.min()), float(pixels.max())
         warnings.append(
-            f"samples use {low:.2g} to {high:.2g}, but images of {spec.name} use [-1, 1]: if they are in [0, 1], pass"
-            " 2 * images - 1"
+            f"samples are in [{low:.2g}, {high:.2g}], but {spec.name} images are in [-1, 1]: if the samples were scaled"
+            " to [0, 1], pass 2 * images - 1"
         )
     else:
         warnings += _check_range(compared, real) or _check_levels(compared, real)
@@ -110,10 +110,10 @@ def check_images(images: Tensor, reference: Tensor, spec: DataSpec, *, refuse: b
 
 
 def check_features(features: Tensor, real: Tensor) -> list[str]:
-    """Warnings about degenerate features: those (n, d) that are constant over samples but vary over ``real`` (m, d).
+    """Warn of degenerate ``features`` (n, d), which are constant over samples but vary over ``real`` images (m, d).
 
-    Features that are constant over real images too do not count, since a ReLU leaves some at 0 for a whole data set.
-    A fraction of up to `CONSTANT` may be rare features that these samples happen not to have.
+    Features that are also constant over real images do not count, since some are 0 after a ReLU for a whole data set.
+    A fraction of up to `CONSTANT` is accepted, since samples may happen to lack some rare features.
     """
     varies = (real != real[0]).any(0)
     constant = int((features[:, varies] == features[0, varies]).all(0).sum())
@@ -125,7 +125,7 @@ def check_features(features: Tensor, real: Tensor) -> list[str]:
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
-    """A warning if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
+    """Warn if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
     share = share_of_copies(reference, PRECISION_K)
     if share <= REPEATED:
         return []
@@ -138,7 +138,7 @@ def check_reference(reference: Tensor, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class RealImages:
-    """The real images (m, C, H, W), uint8 in 0 to 255, that samples are compared with."""
+    """The real images (m, C, H, W), uint8 in [0, 255], that samples are compared with."""
 
     images: Tensor
     spec: DataSpec
@@ -149,9 +149,9 @@ class RealImages:
 
     @property
     def describe_range(self) -> str:
-        """The data set and its range, as part of a sentence."""
+        """A clause that states the range of the data set."""
         low, high = self.range
-        return f"images of {self.spec.name} use {low} to {high}"
+        return f"real {self.spec.name} images span {low} to {high}"
 
     @cached_property
     def histogram(self) -> Tensor:
@@ -165,13 +165,13 @@ class RealImages:
         return values.mean(0), torch.linalg.cholesky(covariance)
 
     def distance(self, images: Tensor) -> float:
-        r"""Distance of the mean statistics of ``images`` (n, C, H, W) from those of real images:
+        r"""Compute the distance of the mean statistics of ``images`` (n, C, H, W) from those of real images:
 
         .. math:: (\bar s - \mu)^\top \Sigma^{-1} (\bar s - \mu) - k / n
 
-        with the mean :math:`\mu` and covariance :math:`\Sigma` of the k `statistics` of individual real images. This is
-        Hotelling's one-sample :math:`T^2`, divided by n, minus its expected value. It is about 0 for real images at any
-        n; 1 means that the average sample is one standard deviation of individual real images away.
+        where :math:`\mu` and :math:`\Sigma` are the mean and covariance of the k `statistics` over single real images.
+        This is Hotelling's one-sample :math:`T^2`, divided by n, minus its expected value. For real images it is about
+        0 at any n. A value of 1 means that the mean sample is one standard deviation of single real images away.
         """
         mean, factor = self._whitened
         values = statistics(images)
@@ -179,20 +179,21 @@ class RealImages:
         return float(whitened.square().sum()) - len(mean) / len(values)
 
     def explains(self, before: float, after: float, n: int) -> bool:
-        r"""Whether a conversion explains ``n`` samples, given their `distance` before and after it is undone.
+        r"""Return whether a conversion explains ``n`` samples, given their `distance` before and after it is undone.
 
-        The distance of n real images has standard deviation :math:`\sqrt{2 k} / n`, which widens both limits.
+        The limits are widened according to the standard deviation of the distance of n real images,
+        :math:`\sqrt{2 k} / n`.
         """
         noise = (2 * len(self._whitened[0])) ** 0.5 / n
         return before > CLOSE + 4 * noise and after <= min(CLOSE + 2 * noise, MUCH_CLOSER * before + noise)
 
 
 def statistics(images: Tensor) -> Tensor:
-    """Coarse statistics of each image (n, C, H, W) in 0 to 255: (n, k) float64, in grey levels.
+    """Compute coarse statistics (n, k), float64, of images (n, C, H, W) in [0, 255].
 
-    They are: means over up to 4 x 4 cells, of the mean over channels and of the differences between each channel and
-    the first; the standard deviation of each channel; mean absolute differences of vertical and of horizontal
-    neighbours.
+    The statistics are the means over up to 4 x 4 cells of the mean over channels and of the difference between each
+    channel and the first; the standard deviation of each channel; and the mean absolute difference of vertical and of
+    horizontal neighbours.
     """
     return torch.cat([_statistics(batch.float()) for batch in images.split(BATCH_SIZE)])
 
@@ -207,17 +208,17 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 def histogram(images: Tensor) -> Tensor:
-    """Fraction of the values of uint8 images at each level, (256,)."""
+    """Return the fraction of values at each level of uint8 images, (256,)."""
     return torch.bincount(images.flatten(), minlength=256).double() / images.numel()
 
 
 def wrap_ratio(images: Tensor) -> tuple[float, float]:
-    """(ratio, circular): mean absolute difference d of horizontal neighbours divided by the mean circular difference
-    min(d, 256 - d), and that mean, over pairs of values strictly between 0 and 255.
+    """Return (ratio, circular) over pairs of horizontal neighbours with values strictly between 0 and 255.
 
-    An overflowing value leaves the range at one end and returns at the other: a jump of almost 256 in a smooth region,
-    but no jump on the circle. Real images have ratios near 1. Saturated values are left out, because edges from 0 to
-    255 are common.
+    ``circular`` is the mean circular difference min(d, 256 - d), where d is the absolute difference, and ``ratio`` is
+    the mean of d divided by ``circular``. A value that overflows leaves the range at one end and returns at the other,
+    which is a jump of almost 256 in a smooth region, but no jump on the circle. Real images have ratios near 1.
+    Saturated values are excluded, because edges from 0 to 255 are common.
     """
     linear = circular = pairs = 0.0
     for batch in images.split(BATCH_SIZE):
@@ -231,7 +232,7 @@ def wrap_ratio(images: Tensor) -> tuple[float, float]:
 
 
 def share_of_copies(images: Tensor, at_least: int = 1) -> float:
-    """Fraction of images with at least that many exact copies among the other images."""
+    """Return the fraction of images with at least ``at_least`` exact copies among the other images."""
     keys = [hash(row.tobytes()) for row in images.cpu().contiguous().numpy()]
     counts = Counter(keys)
     return sum(counts[key] > at_least for key in keys) / len(keys)
@@ -241,7 +242,7 @@ def share_of_copies(images: Tensor, at_least: int = 1) -> float:
 
 
 def _check_integers(pixels: Tensor, real: RealImages) -> None:
-    """Refuse integers that cannot be levels of 0 to 255."""
+    """Raise `UserError` for integers that cannot be pixel values in [0, 255]."""
     if pixels.is_floating_point():
         return
     spec, high = real.spec, int(pixels.max())
@@ -251,13 +252,13 @@ def _check_integers(pixels: Tensor, real: RealImages) -> None:
         of_real, of_samples = real.histogram[steps], histogram(pixels.to(torch.uint8))[: own + 1]
         if float((of_real - of_samples).abs().sum()) / 2 < 0.5:  # total variation distance
             raise UserError(
-                f"Samples reach {own} of 255 grey levels, which are the data set's own levels; {real.describe_range}:"
+                f"Samples have values of at most {own}, which are the data set's own levels, but {real.describe_range}:"
                 f" pass data.normalize(images), or multiply by 255 / {own} before saving."
             )
     if pixels.dtype != torch.uint8:
         raise UserError(
             f"Images must be uint8 in 0 to 255 or float in [-1, 1], not {pixels.dtype}: pass data.normalize(images) for"
-            f" the images of a split of {spec.name}, or images.to(torch.uint8) where they use 0 to 255."
+            f" images of a split of {spec.name}, or images.to(torch.uint8) for images in [0, 255]."
         )
     used = histogram(pixels).nonzero().flatten().tolist() if high in (1, 255) else []
     if used in ([0, 1], [0, 1, 255]) and int((real.histogram > 0).sum()) > 3:
@@ -270,16 +271,16 @@ def _check_integers(pixels: Tensor, real: RealImages) -> None:
 
 
 def _check_floats(pixels: Tensor, real: RealImages) -> None:
-    """Refuse floats that are not in [-1, 1]."""
+    """Raise `UserError` for floats above 1, and for floats in [0, 1] that match real images if rescaled to [-1, 1]."""
     if not pixels.is_floating_point():
         return
     low, high = float(pixels.min()), float(pixels.max())
     levels = (real.spec.num_bins or 256) - 1
     if low >= 0 and high > 1 + OVERSHOOT:
         cause = (
-            f"the data set's own levels are 0 to {levels}: pass data.normalize(images)"
+            f"if they are the data set's own levels (0 to {levels}), pass data.normalize(images)"
             if high <= levels < 255
-            else "if they use 0 to 255, pass images.round().to(torch.uint8)"
+            else "if they are in [0, 255], pass images.round().to(torch.uint8)"
         )
         raise UserError(f"Samples must lie in [-1, 1], but these reach {high:.4g}: {cause}.")
     if in_unit_interval(pixels):
@@ -287,12 +288,12 @@ def _check_floats(pixels: Tensor, real: RealImages) -> None:
         read, rescaled = (quantize_images(x, real.spec) for x in (some.clamp(-1, 1), (2 * some - 1).clamp(-1, 1)))
         if real.explains(real.distance(read), real.distance(rescaled), len(some)):
             raise UserError(
-                f"Samples lie in [0, 1] ({low:.3g} to {high:.3g}), but floats are read as [-1, 1]: pass 2 * images - 1."
+                f"Samples lie in [0, 1] ({low:.3g} to {high:.3g}), but floats must be in [-1, 1]: pass 2 * images - 1."
             )
 
 
 def in_unit_interval(pixels: Tensor) -> bool:
-    """Whether floats lie in [0, 1] up to rounding, and are not all equal."""
+    """Return whether floats lie in [0, 1] up to rounding, and are not all equal."""
     return -OVERSHOOT / 2 <= float(pixels.min()) < float(pixels.max()) <= 1 + OVERSHOOT
 
 
@@ -308,7 +309,7 @@ def _listed(levels: list[int]) -> str:
 
 
 def _check_padding(images: Tensor, spec: DataSpec) -> list[str]:
-    """A warning for images of the padded size whose padding is not black."""
+    """Warn if images have the padded size, but their padding is not black."""
     if not spec.padding or images.shape[2:] != spec.shape[1:]:
         return []
     black = 0 if images.dtype == torch.uint8 else -1
@@ -319,13 +320,13 @@ def _check_padding(images: Tensor, spec: DataSpec) -> list[str]:
         return []
     height, width = (side - 2 * spec.padding for side in spec.shape[1:])
     return [
-        f"the padding around the {height}x{width} pixels of {spec.name} is not black (mean level {mean:.0f}) and is cut"
-        f" off: if the samples were resized to {spec.shape[1]}x{spec.shape[2]}, resize them to {height}x{width}"
+        f"the padding around the {height}x{width} pixels of {spec.name} images is not black (mean level {mean:.0f}) and"
+        f" is cropped: if the samples were resized to {spec.shape[1]}x{spec.shape[2]}, resize them to {height}x{width}"
     ]
 
 
 def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]]:
-    """Pairs of (a likely mistake and its fix, the images with it undone), for uint8 images (n, C, H, W)."""
+    """Yield pairs (description of a likely mistake and its fix, ``images`` with the mistake undone)."""
     n, channels, height, width = images.shape
     low, high = int(images.min()), int(images.max())
     name = real.spec.name
@@ -339,47 +340,46 @@ def conversions(images: Tensor, real: RealImages) -> Iterator[tuple[str, Tensor]
             if low in (127, 128)
             else f"stretch them to {bottom} to {top} before saving"
         )
-        yield f"samples use {low} to {high} of 255 grey levels; {real.describe_range}: {scale}", stretched
-    yield f"samples look inverted: they match images of {name} as 255 - x", 255 - images
-    # uint8 arithmetic overflows, and the zero of a signed byte is 128 in an unsigned one.
+        yield f"samples span {low} to {high}, but {real.describe_range}: {scale}", stretched
+    yield f"samples look inverted: 255 - x matches {name} images", 255 - images
+    # Values overflow in uint8 arithmetic, and signed bytes that are read as unsigned are shifted by 128.
     yield (
-        f"samples overflowed: they match images of {name} as -x modulo 256; convert to float before scaling",
+        f"samples overflowed: -x modulo 256 matches {name} images; convert to float before scaling",
         (256 - images.int()) % 256,
     )
     yield (
-        f"samples are shifted by half of the range: they match images of {name} as x + 128 modulo 256; save unsigned"
-        " bytes",
+        f"samples are shifted by half the range: x + 128 modulo 256 matches {name} images; save unsigned bytes",
         (images.int() + 128) % 256,
     )
     if channels == 3:
-        yield f"channels look reversed: samples match images of {name} as BGR; save them as RGB", images.flip(1)
+        yield f"channels look reversed: samples match {name} images as BGR; save them as RGB", images.flip(1)
     if channels > 1:
         shape = f"({channels}, {height}, {width})"
         yield (
-            f"samples look scrambled: they match images of {name} if their memory is read as {shape}; transpose images"
+            f"samples look scrambled: they match {name} images if their memory is read as {shape}; transpose images"
             " instead of reshaping them",
             images.permute(0, 2, 3, 1).reshape(n, channels, height, width),
         )
         yield (
-            f"samples look scrambled: they match images of {name} if their memory is read as ({height}, {width},"
+            f"samples look scrambled: they match {name} images if their memory is read as ({height}, {width},"
             f" {channels}); transpose images instead of reshaping them",
             images.reshape(n, height, width, channels).permute(0, 3, 1, 2),
         )
     if height == width:
-        yield f"rows and columns look swapped: samples match images of {name} when transposed", images.mT
+        yield f"rows and columns look swapped: samples match {name} images when transposed", images.mT
         for degrees, turned in ((90, images.mT.flip(2)), (-90, images.mT.flip(3))):
-            yield f"samples look rotated: they match images of {name} when turned by {degrees} degrees", turned
-    yield f"samples look upside down: they match images of {name} with their rows reversed", images.flip(2)
-    yield f"samples look mirrored: they match images of {name} with their columns reversed", images.flip(3)
-    yield f"samples look rotated: they match images of {name} when turned by 180 degrees", images.flip(2, 3)
+            yield f"samples look rotated: they match {name} images when turned by {degrees} degrees", turned
+    yield f"samples look upside down: they match {name} images with their rows reversed", images.flip(2)
+    yield f"samples look mirrored: they match {name} images with their columns reversed", images.flip(3)
+    yield f"samples look rotated: they match {name} images when turned by 180 degrees", images.flip(2, 3)
     yield (
-        f"samples look too dark: they match images of {name} after gamma correction, (x / 255) ** (1 / 2.2)",
+        f"samples look too dark: they match {name} images after gamma correction, (x / 255) ** (1 / 2.2)",
         255 * (images / 255) ** (1 / 2.2),
     )
 
 
 def _find_conversion(images: Tensor, real: RealImages) -> str | None:
-    """The conversion after which samples match real images; None if they already match, or if there is none."""
+    """Return the conversion that makes samples match real images, or None if they match already or if none does."""
     subset = images[evenly_spaced_indices(len(images), MAX_CONVERTED)]
     distance = real.distance(subset)
     if not real.explains(distance, 0.0, len(subset)):
@@ -388,12 +388,12 @@ def _find_conversion(images: Tensor, real: RealImages) -> str | None:
     smallest = min(candidates.values())
     if not real.explains(distance, smallest, len(subset)):
         return None
-    # If several are equally good (symmetric images can be rotated or mirrored), the first is the simplest.
+    # If several are equally good (as for symmetric images), choose the first, which is the simplest.
     return next(cause for cause, reached in candidates.items() if reached <= smallest + MUCH_CLOSER * CLOSE)
 
 
 def _check_range(images: Tensor, real: RealImages) -> list[str]:
-    """A warning for samples that together cover a smaller range than individual real images."""
+    """Warn if all samples together cover a smaller range than nearly every single real image."""
     low, high = int(images.min()), int(images.max())
     bottom, top = real.range
     flat = real.images.flatten(1)
@@ -407,20 +407,20 @@ def _check_range(images: Tensor, real: RealImages) -> list[str]:
         if bright and low >= 127
         else f"check the scale (times {255 / max(high, 1):.2g}?), or the model generates dark images"
         if dark and low <= bottom + TOLERANCE
-        else "check the scale, or the model generates images of low contrast"
+        else "check the scale, or the model generates low-contrast images"
     )
-    return [f"samples use {low} to {high} of 255 grey levels; {real.describe_range}: {cause}"]
+    return [f"samples span {low} to {high}, but {real.describe_range}: {cause}"]
 
 
 def _check_levels(images: Tensor, real: RealImages) -> list[str]:
-    """Warnings about the background level, the number of distinct levels, and clipping."""
+    """Warn of a wrong background level, too few distinct levels, and clipping."""
     found, expected, name = histogram(images), real.histogram, real.spec.name
     warnings = []
     background, other = int(expected.argmax()), int(found.argmax())
     share = float(expected[background])
     if share >= BACKGROUND and float(found[background]) < share / 10 and float(found[other]) >= share / 2:
         warnings.append(
-            f"the background of the samples has level {other}, but that of images of {name} has level {background}:"
+            f"the background of the samples has level {other}, but that of {name} images has level {background}:"
             " check the scale, and whether the images are inverted"
         )
     as_many = histogram(real.images[evenly_spaced_indices(len(real.images), len(images))])
@@ -428,20 +428,20 @@ def _check_levels(images: Tensor, real: RealImages) -> list[str]:
     used, usual = (int((levels[within] > 0).sum()) for levels in (found, as_many))
     if used <= FEW_LEVELS * usual:
         warnings.append(
-            f"samples use {used} distinct grey levels, but images of {name} use {usual}: values were thresholded, or"
+            f"samples have {used} distinct pixel values, but {name} images have {usual}: values were thresholded, or"
             " rounded before they were scaled"
         )
     extreme, usual = (float(shares[0] + shares[255]) for shares in (found, expected))
     if extreme - usual > EXTREME_EXCESS:
         warnings.append(
-            f"{extreme:.0%} of all values are 0 or 255, but only {usual:.0%} in images of {name}: values were clipped;"
+            f"{extreme:.0%} of all values are 0 or 255, but only {usual:.0%} in {name} images: values were clipped;"
             " check the scale before clipping"
         )
     return warnings
 
 
 def _check_structure(images: Tensor, real: RealImages) -> list[str]:
-    """Warnings about blank images, noise, overflow, and missing colour."""
+    """Warn of blank images, noise, overflow, and missing colour."""
     name = real.spec.name
     some, as_many = (x[evenly_spaced_indices(len(x), MAX_CONVERTED)] for x in (images, real.images))
     warnings = []
@@ -454,7 +454,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
     (ratio, circular), (of_real, _) = wrap_ratio(some), wrap_ratio(as_many)
     if rough > max(UNRELATED, 2 * usual) and images.shape[3] > GRID:
         warnings.append(
-            f"adjacent values differ by {rough:.0f} on average, but by {usual:.0f} in images of {name}: samples are"
+            f"adjacent values differ by {rough:.0f} on average, but by {usual:.0f} in {name} images: samples are"
             " noise, or their pixels are in the wrong order"
         )
     elif ratio - 1 > 2 * (of_real - 1) + WRAPPED and circular < UNRELATED:
@@ -465,7 +465,7 @@ def _check_structure(images: Tensor, real: RealImages) -> list[str]:
     if images.shape[1] > 1:
         grey, usual = (bool((x == x[:, :1]).all()) for x in (images, real.images))
         if grey and not usual:
-            warnings.append(f"all samples are greyscale, but images of {name} have colour: save all channels")
+            warnings.append(f"all samples are greyscale, but {name} images have colour: save all channels")
     return warnings
 
 
@@ -475,5 +475,5 @@ def _check_duplicates(images: Tensor, real: RealImages) -> list[str]:
         return []
     return [
         f"{share:.0%} of the samples are exact copies of others, so neighbour radii may be 0: do not rely on precision,"
-        " recall, density and coverage. The images were repeated, or the model has collapsed to few images"
+        " recall, density and coverage. The images were repeated, or the model has collapsed to a few images"
     ]

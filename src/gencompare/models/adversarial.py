@@ -14,7 +14,7 @@ class AdversarialLoss(ABC):
     """Base class of pairs of a discriminator loss and a generator loss; each network minimises the mean of its own.
 
     Arguments ``real`` and ``fake`` are discriminator scores :math:`D(x_i)` of real images and :math:`D(G(z_i))` of the
-    same number of fakes, (n,), or (n, patches) for losses without pairs. Losses have the same shape.
+    same number of fakes, (n,), or (n, patches) if the loss does not pair them. Losses have the same shape.
     """
 
     needs_real_scores: ClassVar[bool] = False
@@ -22,30 +22,30 @@ class AdversarialLoss(ABC):
 
     @abstractmethod
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The loss :math:`L_D` of each pair of scores.
+        """Compute the loss :math:`L_D` of each pair of scores.
 
         Args:
             real: scores of real images.
             fake: scores of fakes, of the same shape.
 
         Returns:
-            The loss, of the shape of the scores.
+            The loss, shaped like the scores.
         """
 
     @abstractmethod
     def generator_loss(self, real: Tensor | None, fake: Tensor) -> Tensor:
-        """The loss :math:`L_G` of each fake.
+        """Compute the loss :math:`L_G` of each fake.
 
         Args:
             real: scores of real images; None unless `needs_real_scores`.
             fake: scores of fakes.
 
         Returns:
-            The loss, of the shape of the scores.
+            The loss, shaped like the scores.
         """
 
     def margin(self, real: Tensor, fake: Tensor) -> Tensor:
-        """How confidently the discriminator classifies real images as real, (n,); positive if it is right."""
+        """Compute how confidently the discriminator classifies real images as real, (n,); positive if correct."""
         return real
 
 
@@ -53,7 +53,7 @@ class AdversarialLoss(ABC):
 class NonSaturating(AdversarialLoss):
     r"""The non-saturating loss of Goodfellow et al. (2014), "Generative adversarial nets".
 
-    :math:`L_D = -\log S(D(x)) - \log(1 - S(D(G(z))))` and :math:`L_G = -\log S(D(G(z)))`, S the logistic function
+    :math:`L_D = -\log S(D(x)) - \log(1 - S(D(G(z))))` and :math:`L_G = -\log S(D(G(z)))` with the logistic function S
     (https://arxiv.org/abs/1406.2661).
     """
 
@@ -85,7 +85,7 @@ class Wasserstein(AdversarialLoss):
 
     :math:`L_D = D(G(z)) - D(x)` and :math:`L_G = -D(G(z))`. :math:`-L_D` estimates a distance if D is 1-Lipschitz,
     which a penalty (``wgan_gp``) or spectral normalisation enforces. Adding a constant to D changes nothing, so the
-    sign of a score means nothing: `margin` is the difference of scores.
+    sign of a score means nothing, and `margin` is the difference of scores.
     """
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -21,11 +21,11 @@ from gencompare.networks.perceptual import PerceptualNetwork
 from gencompare.rng import RandomSource
 
 VGG16_FILE = "hub/checkpoints/vgg16-397923af.pth"
-"""Weights of VGG-16, relative to TORCH_HOME (by default ~/.cache/torch)."""
+"""Path of the VGG-16 weights, relative to TORCH_HOME (by default ~/.cache/torch)."""
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity on VGG-16, by torchmetrics; frozen.
+    """Learned perceptual image patch similarity on VGG-16, from torchmetrics, with frozen weights.
 
     Zhang et al. (2018), "The unreasonable effectiveness of deep features as a perceptual metric",
     https://arxiv.org/abs/1801.03924. Maps two batches of images (n, 3, H, W) in [-1, 1] to distances (n,).
@@ -50,7 +50,7 @@ class LPIPS(nn.Module):
         self.sha256 = digest.hexdigest()
 
     def train(self, mode: bool = True) -> LPIPS:
-        """Keeps eval mode, because the network is frozen."""
+        """Stay in eval mode, because the network is frozen."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def lpips(channels: int) -> LPIPS:
     """Build `LPIPS`.
 
     Raises:
-        UserError: the images do not have three channels.
+        UserError: if the images do not have three channels.
     """
     if channels != 3:
         raise UserError(f"LPIPS needs images with 3 channels, but these have {channels}: use model/perceptual=trained.")
@@ -78,25 +78,26 @@ class Autoencoder(TrainedModel):
 
     .. math:: |x - y|_1 + w_{perc} d(x, y) + L_{reg} - w_{adv} \lambda D(y),
 
-    with reconstruction y, the norm a mean over all pixels except padding, d a perceptual distance
-    (`networks.perceptual`), and :math:`L_{reg}` the penalty of the bottleneck (KL or commitment). A patch discriminator
-    with hinge loss is trained once a fraction ``adversarial_start`` of the budget is spent; before that, the last term
-    is absent. The adaptive weight
+    where y is the reconstruction, the norm is a mean over all pixels except padding, d is a perceptual distance
+    (`networks.perceptual`), and :math:`L_{reg}` is the penalty of the bottleneck (KL or commitment). A patch
+    discriminator with hinge loss is trained once a fraction ``adversarial_start`` of the budget is spent; before that,
+    the last term is absent. The adaptive weight
 
     .. math:: \lambda = |\nabla L_{rec}| / |\nabla D|,
 
-    with gradients of the first three terms and of mean D(y) at the weight of the last decoder layer, balances the two
-    (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022, appendix G).
+    with the gradients of the first three terms and of the mean D(y) with respect to the weight of the last decoder
+    layer, balances the two (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022, appendix G).
 
     Args:
         spec: shape and value range of the data.
         encoder: a factory ``(shape, out_channels) -> module(x)``.
         decoder: a factory ``(in_channels, shape) -> module(z)``, whose last layer is ``out``.
         bottleneck: `GaussianPosterior` (KL) or `VectorQuantizer` (VQ).
-        perceptual: a factory ``channels -> module(x, y)``, images to distances (n,), with ``name`` and ``sha256``; None
-            disables the term.
+        perceptual: a factory ``channels -> module(x, y)``, which maps images to distances (n,) and has ``name`` and
+            ``sha256``; None disables the term.
         perceptual_weight: :math:`w_{perc}`.
-        discriminator: a factory ``shape -> module(x)``, images to scores (n, patches); None disables the term.
+        discriminator: a factory ``shape -> module(x)``, which maps images to scores (n, patches); None disables the
+            term.
         adversarial_weight: :math:`w_{adv}`.
         adversarial_start: fraction of the budget after which the discriminator starts.
         kwargs: see `TrainedModel`.
@@ -122,8 +123,8 @@ class Autoencoder(TrainedModel):
         if perceptual_weight < 0 or adversarial_weight < 0 or not 0 <= adversarial_start <= 1:
             raise UserError(
                 f"model.perceptual_weight={perceptual_weight}, model.adversarial_weight={adversarial_weight},"
-                f" model.adversarial_start={adversarial_start}: the weights must be at least 0, and the start, a"
-                " fraction of the budget, in [0, 1]."
+                f" model.adversarial_start={adversarial_start}: the weights must be at least 0, and the start"
+                " must be a fraction of the budget in [0, 1]."
             )
         self.automatic_optimization = False
         self.coder = AutoencoderCore(spec, encoder=encoder, decoder=decoder, bottleneck=bottleneck)
@@ -154,7 +155,7 @@ class Autoencoder(TrainedModel):
         return {name: value.detach().mean() for name, value in metrics.items()}
 
     def _reconstruction_metrics(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Distances between images and reconstructions, (n,) each; ``loss`` is their weighted sum."""
+        """Compute the distances between images and reconstructions, (n,) each; ``loss`` is their weighted sum."""
         l1 = (x - y).abs().flatten(1).sum(1) / self.spec.num_values
         metrics = {"loss": l1, "l1": l1}
         if self.perceptual is not None:
@@ -163,7 +164,8 @@ class Autoencoder(TrainedModel):
         return metrics
 
     def _adaptive_weight(self, loss: Tensor, generator_loss: Tensor) -> Tensor:
-        r"""Adaptive weight :math:`\lambda`: ratio of gradient norms at the last layer, over the global batch."""
+        r"""Compute the adaptive weight :math:`\lambda`: the ratio of gradient norms at the last layer, over the global
+        batch."""
         weight: Tensor = self.coder.decoder.out.weight  # type: ignore[union-attr,assignment]
         gradients = torch.stack(
             [torch.autograd.grad(term, weight, retain_graph=True)[0] for term in (loss, generator_loss)]
@@ -180,7 +182,7 @@ class Autoencoder(TrainedModel):
 
     @torch.no_grad()
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Reconstruction metrics without noise on the latents; ``psnr`` in dB for the range [-1, 1]."""
+        """Compute reconstruction metrics without noise on the latents; ``psnr`` is in dB for the range [-1, 1]."""
         self.coder.bottleneck.check_collapse()
         y = self.reconstruct(x, cond, generator=rng.generator)
         mse = (x - y).square().flatten(1).sum(1) / self.spec.num_values
@@ -188,7 +190,7 @@ class Autoencoder(TrainedModel):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
-        """Decode the latents of images; deterministic."""
+        """Encode and decode images; deterministic."""
         return self.coder.decode(self.coder.encode(x)).clamp(-1, 1)
 
     @property
@@ -203,11 +205,11 @@ class Autoencoder(TrainedModel):
         return [] if self.perceptual is None else [self.perceptual.name, self.perceptual.sha256]
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimisers of the autoencoder core and of the discriminator, if any."""
+        """Create the optimisers for the autoencoder core and, if there is one, the discriminator."""
         assert self.optimizer_factory is not None
         networks = [self.coder, *([] if self.discriminator is None else [self.discriminator])]
         return [self.optimizer_factory(network.parameters()) for network in networks]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the autoencoder core, the only part used after training."""
+        """Return the parameters of the autoencoder core, the only part used after training."""
         return {name: p for name, p in self.named_parameters() if name.startswith("coder.")}

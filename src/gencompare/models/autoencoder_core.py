@@ -19,7 +19,8 @@ class AutoencoderCore(nn.Module):
     Args:
         spec: shape of the images (C, H, W).
         encoder: a factory ``(shape, out_channels) -> module(x)``.
-        decoder: a factory ``(in_channels, shape) -> module(z)``, which upsamples by the factor of the encoder.
+        decoder: a factory ``(in_channels, shape) -> module(z)``, which upsamples by the downsampling factor of the
+            encoder.
         bottleneck: regularises the latents.
     """
 
@@ -42,22 +43,22 @@ class AutoencoderCore(nn.Module):
             decoded = self.decoder(torch.zeros(1, bottleneck.channels, *encoded.shape[2:]))
         if decoded.shape[1:] != spec.shape:
             raise UserError(
-                f"The decoder returns images of shape {tuple(decoded.shape[1:])}, but the data have {spec.shape}: use"
-                " the same channel_mult for encoder and decoder."
+                f"The decoder returns images of shape {tuple(decoded.shape[1:])}, but the data have shape"
+                f" {spec.shape}: use the same channel_mult for encoder and decoder."
             )
         self.latent_shape: tuple[int, int, int] = (bottleneck.channels, encoded.shape[2], encoded.shape[3])
 
     def forward(self, x: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstructed images (n, C, H, W), and the metrics of the bottleneck."""
+        """Reconstruct images (n, C, H, W). Return the reconstructions and the bottleneck metrics."""
         z, metrics = self.bottleneck(self.encoder(x), rng)
         return self._decode(z), metrics
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents (n, c, h, w) of images; deterministic."""
+        """Encode images to latents (n, c, h, w); deterministic."""
         return self.bottleneck.mode(self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (n, C, H, W) of latents, with black padding; values may slightly exceed [-1, 1]."""
+        """Decode latents to images (n, C, H, W), with black padding; values may slightly exceed [-1, 1]."""
         return self._decode(self.bottleneck.quantize(z))
 
     def _decode(self, z: Tensor) -> Tensor:

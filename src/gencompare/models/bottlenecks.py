@@ -33,7 +33,7 @@ class Bottleneck(nn.Module, ABC):
 
     @property
     def encoded_channels(self) -> int:
-        """Number of channels of the encoder output."""
+        """Number of channels in the encoder output."""
         return self.channels
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module, ABC):
 
     @abstractmethod
     def mode(self, h: Tensor) -> Tensor:
-        """Deterministic latents (n, c, h, w) of the encoder output."""
+        """Return deterministic latents (n, c, h, w) for the encoder output."""
 
     def quantize(self, z: Tensor) -> Tensor:
         """Map generated latents (n, c, h, w) to decoder input."""
@@ -68,10 +68,10 @@ class Bottleneck(nn.Module, ABC):
 class GaussianPosterior(Bottleneck):
     r"""A diagonal Gaussian posterior with a small KL penalty: :math:`z = \mu + \sigma \epsilon`.
 
-    The penalty is ``weight`` :math:`KL(q(z | x) \| N(0, I))`, in nats per latent value: "KL-reg" of Rombach et al.
-    (2022), "High-resolution image synthesis with latent diffusion models", appendix G,
-    https://arxiv.org/abs/2112.10752. The weight is so small that latents keep their information; it only bounds their
-    scale.
+    The penalty is ``weight`` :math:`KL(q(z | x) \| N(0, I))`, in nats per latent value. This is "KL-reg" of Rombach et
+    al. (2022), "High-resolution image synthesis with latent diffusion models", appendix G,
+    https://arxiv.org/abs/2112.10752. The weight is small enough for latents to keep their information; the penalty only
+    bounds their scale.
 
     Args:
         channels: number of latent channels c.
@@ -117,14 +117,14 @@ class VectorQuantizer(Bottleneck):
         N_k \leftarrow \gamma N_k + (1 - \gamma) n_k, \quad
         m_k \leftarrow \gamma m_k + (1 - \gamma) \sum_i h_i, \quad e_k = m_k / N_k.
 
-    A code with :math:`N_k` below ``revival_threshold``, as a fraction of the mean usage, is reset to a random vector of
-    the batch. The metric ``perplexity``, exp of the entropy of code usage in the batch (1 to K), measures how many
-    codes are in use. All statistics are of the global batch.
+    A code whose :math:`N_k` falls below ``revival_threshold``, as a fraction of the mean usage, is reset to a random
+    vector of the batch. The metric ``perplexity``, the exponential of the entropy of code usage in the batch (1 to K),
+    measures how many codes are in use. All statistics are computed over the global batch.
 
-    The codebook has collapsed if nearly all vectors used only a few codes for as long as it takes to revive the others
-    plus `PATIENCE` steps; `check_collapse` then stops training. "A few" means 1/50 of the codes (or of the vectors of
-    the batch, if these are fewer), but at least two, or one if the codebook has fewer than ten. Before that, the model
-    is `possibly_collapsed`.
+    The codebook counts as collapsed if nearly all vectors have used only a few codes for as long as it takes to revive
+    the others, plus `PATIENCE` steps; `check_collapse` then stops training. "A few" means 1/50 of the codes (or of the
+    vectors of the batch, if these are fewer), but at least two, or one if the codebook has fewer than ten. Before that,
+    the model is `possibly_collapsed`.
 
     Args:
         channels: number of latent channels c.
@@ -135,16 +135,17 @@ class VectorQuantizer(Bottleneck):
     """
 
     PATIENCE = 200
-    """Training steps."""
+    """Number of training steps, beyond the time to revive unused codes, before training stops."""
     COLLAPSE_FRACTION = 0.98
-    """Fraction of vectors on a few codes that counts as collapse; not 1, since revived codes get some vectors."""
+    """Fraction of vectors assigned to a few codes that counts as a collapse; below 1, since revived codes get some
+    vectors."""
 
     codebook: Tensor
     counts: Tensor
     sums: Tensor
     started: Tensor
     alone: Tensor
-    """Consecutive steps in which a few codes had nearly all vectors."""
+    """Number of consecutive steps so far where a few codes had nearly all vectors."""
 
     def __init__(
         self,
@@ -188,7 +189,7 @@ class VectorQuantizer(Bottleneck):
         return h + (quantized - h).detach(), metrics
 
     def mode(self, h: Tensor) -> Tensor:
-        """The vectors before quantisation; `quantize` maps generated vectors to codes."""
+        """Return the vectors before quantisation; `quantize` maps generated vectors to codes."""
         return h.float()
 
     def quantize(self, z: Tensor) -> Tensor:
@@ -196,12 +197,12 @@ class VectorQuantizer(Bottleneck):
         return self._codes(self.nearest(z.movedim(1, -1).flatten(0, -2)), z)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Index of the nearest code, (m,), of each vector (m, c)."""
+        """Find the index of the nearest code, (m,), for each vector (m, c)."""
         with torch.no_grad():
             return torch.cdist(vectors, self.codebook).argmin(1)
 
     def _codes(self, indices: Tensor, like: Tensor) -> Tensor:
-        """Codes of all positions, of the shape (n, c, h, w) of ``like``."""
+        """Look up the codes of all positions, shaped like ``like`` (n, c, h, w)."""
         return self.codebook[indices].view(like.movedim(1, -1).shape).movedim(-1, 1)
 
     def check_collapse(self) -> None:
@@ -218,8 +219,8 @@ class VectorQuantizer(Bottleneck):
 
     @property
     def _max_steps_alone(self) -> float:
-        """Consecutive steps on a few codes that count as a collapse."""
-        # Steps in which a count decreases from 1 to the revival threshold.
+        """Number of consecutive steps with only a few codes in use that counts as a collapse."""
+        # Number of steps until a count decays from 1 to the revival threshold.
         threshold = self.revival_threshold
         steps_to_revival = math.log(threshold) / math.log(self.decay) if threshold and self.decay else 0.0
         return steps_to_revival + self.PATIENCE
@@ -235,7 +236,7 @@ class VectorQuantizer(Bottleneck):
     def _update(self, vectors: Tensor, indices: Tensor, usage: Tensor, rng: RandomSource) -> None:
         """Update the moving averages, reset unused codes, and detect collapse."""
         sums = all_reduce_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors))
-        # In units of the mean usage, so that `revival_threshold` does not depend on batch size and number of codes.
+        # In units of the mean usage, so that `revival_threshold` does not depend on batch size or number of codes.
         mean_usage = usage.sum() / self.num_codes
         self.counts.lerp_(usage / mean_usage, 1 - self.decay)
         self.sums.lerp_(sums / mean_usage, 1 - self.decay)
@@ -249,7 +250,7 @@ class VectorQuantizer(Bottleneck):
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
     def _random_vectors(self, vectors: Tensor, rng: RandomSource) -> Tensor:
-        """Random vectors of the global batch, one per code, (K, c); equal on all processes."""
+        """Draw random vectors from the global batch, one per code, (K, c); the same on all processes."""
         per_code = RandomSource.for_batch(rng.generator, self.num_codes)
         per_image = len(vectors) // len(rng)
         indices = per_code.integers(per_image * rng.total).to(vectors.device) - per_image * rng.start
@@ -259,5 +260,5 @@ class VectorQuantizer(Bottleneck):
 
 
 def perplexity(usage: Tensor) -> Tensor:
-    r"""Perplexity :math:`\exp(-\sum_k p_k \log p_k)` of counts: the effective number of codes in use."""
+    r"""Compute the perplexity :math:`\exp(-\sum_k p_k \log p_k)` of counts: the effective number of codes in use."""
     return torch.special.entr(usage / usage.sum()).sum().exp()

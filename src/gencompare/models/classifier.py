@@ -17,7 +17,7 @@ from gencompare.generative_model import Cond, DataSpec, TrainedModel, unpack_bat
 from gencompare.rng import RandomSource
 
 NUM_WHITENING_IMAGES = 5000
-"""Training images from which the whitening of the first layer is computed."""
+"""Number of training images used to compute the whitening of the first layer."""
 
 
 class Classifier(TrainedModel):
@@ -51,13 +51,13 @@ class Classifier(TrainedModel):
         **kwargs: Any,
     ) -> None:
         if not spec.num_classes:
-            raise UserError(f"model=classifier needs labels, but data '{spec.name}' has none.")
+            raise UserError(f"model=classifier needs labels, but data set '{spec.name}' has none.")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"model.label_smoothing={label_smoothing} must be in [0, 1).")
         if shift < 0 or cutout < 0:
             raise UserError(f"model.shift={shift} and model.cutout={cutout} must be at least 0 (0 disables them).")
         if rotate and spec.shape[1] != spec.shape[2]:
-            raise UserError(f"model.rotate=true needs square images, but data '{spec.name}' has {spec.shape[1:]}.")
+            raise UserError(f"model.rotate=true needs square images, but those of '{spec.name}' are {spec.shape[1:]}.")
         super().__init__(spec, **kwargs)
         self.net: Any = network(channels=spec.shape[0], num_classes=spec.num_classes)
         self.label_smoothing, self.rotate, self.shift, self.cutout = label_smoothing, rotate, shift, cutout
@@ -68,7 +68,7 @@ class Classifier(TrainedModel):
             self.net.whiten(self._first_images(NUM_WHITENING_IMAGES).to(self.device))
 
     def _first_images(self, n: int) -> Tensor:
-        """At least ``n`` training images, (N, C, H, W), or all if there are fewer."""
+        """Return at least ``n`` training images, (N, C, H, W), or all if there are fewer."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "train_subset"):
             return data.normalize(data.train_subset[slice(n)].images)
@@ -101,7 +101,7 @@ class Classifier(TrainedModel):
         return cond or {}
 
     def features(self, x: Tensor) -> Tensor:
-        """Features before the logits, (n, d)."""
+        """Compute the features before the logits, (n, d)."""
         return self.net.features(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def random_shift(x: Tensor, max_shift: int, rng: RandomSource) -> Tensor:
 
 
 def random_cutout(x: Tensor, side: int, rng: RandomSource) -> Tensor:
-    """Cover a grey (0) square of ``side`` pixels around a random pixel of each image; part of it may lie outside.
+    """Cover each image with a grey (0) square of ``side`` pixels around a random pixel; part of it may lie outside.
 
     DeVries and Taylor (2017), "Improved regularization of convolutional neural networks with cutout",
     https://arxiv.org/abs/1708.04552.
@@ -149,9 +149,9 @@ class NoisyClassifier(TrainedModel):
     r"""A classifier :math:`p(y | x_t)` at all noise levels of a schedule, for classifier guidance.
 
     Minimises :math:`E[-\log p(y | \alpha_t x_0 + \sigma_t \epsilon)]`: Dhariwal and Nichol (2021), "Diffusion models
-    beat GANs on image synthesis", section 4.1, https://arxiv.org/abs/2105.05233. It guides diffusion models with the
-    same schedule. The network input is :math:`x_t / \sqrt{\alpha_t^2 + \sigma_t^2}`, which has about unit scale at
-    every noise level.
+    beat GANs on image synthesis", section 4.1, https://arxiv.org/abs/2105.05233. The classifier guides diffusion models
+    with the same schedule. The network input is :math:`x_t / \sqrt{\alpha_t^2 + \sigma_t^2}`, which has about unit
+    scale at every noise level.
 
     Args:
         spec: shape and classes of the data, which must have labels.
@@ -173,25 +173,25 @@ class NoisyClassifier(TrainedModel):
         **kwargs: Any,
     ) -> None:
         if not spec.num_classes:
-            raise UserError(f"model=noisy_classifier needs labels, but data '{spec.name}' has none.")
+            raise UserError(f"model=noisy_classifier needs labels, but data set '{spec.name}' has none.")
         super().__init__(spec, **kwargs)
         schedule.check()
         if any(True for _ in schedule.parameters()):
             raise UserError(
-                "A noisy classifier cannot learn its schedule: choose a fixed one, such as model/schedule=cosine."
+                "A noisy classifier cannot learn its schedule: choose a fixed schedule, such as model/schedule=cosine."
             )
         self.schedule, self.times = schedule, times
         self.noise_conditioning = noise_conditioning or LogSNRConditioning()
         self.network = network(shape=spec.shape, num_classes=spec.num_classes)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits (n, num_classes) of p(y | x_t), for ``x_t`` (n, C, H, W) at times ``t``, () or (n,)."""
+        """Compute logits (n, num_classes) of p(y | x_t) for ``x_t`` (n, C, H, W) at times ``t``, () or (n,)."""
         at = self.schedule.at(t, x_t)
         noise_cond = self.noise_conditioning(t, at).to(x_t.dtype).expand(len(x_t))
         return self.network(x_t / (at.alpha**2 + at.sigma**2).sqrt(), noise_cond)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits (n, num_classes) of clean images."""
+        """Compute logits (n, num_classes) of clean images."""
         x, _ = unpack_batch(batch, self.spec)
         return self(x, x.new_tensor(self.schedule.t_min))
 

@@ -1,4 +1,4 @@
-"""Diffusion models: one composition of schedule, parameterisation, objective, sampler and network for all of them."""
+"""Diffusion models, composed of a schedule, a parameterisation, an objective, a sampler and a network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gencompare.private_apis import MovesOtherModules
 from gencompare.rng import RandomSource
 
 CONDITION_SIZE_ARGS = {"low_res": "low_res_channels", "embedding": "embedding_dim"}
-"""The argument of a network factory that gives the size (the first dimension) of a condition."""
+"""Argument of the network factory for the size (the first dimension) of each condition."""
 CONDITION_NAMES = {"label": "a class", "low_res": "a low-resolution image", "embedding": "an embedding"}
 
 
@@ -39,21 +39,22 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     Args:
         network: a factory ``(shape, out_channels, num_classes) -> module(x, noise_cond, cond)``; ``num_classes`` is 0
-            for an unconditional model. For data with more conditions it also receives ``low_res``, the channels of the
-            low-resolution image, and ``embedding_dim``; with an augmentation, ``augment_dim``.
-        schedule: alpha and sigma over time. A learned schedule is trained if the objective is a bound, and otherwise
+            for an unconditional model. For data with more conditions, the factory also receives ``low_res_channels``
+            and ``embedding_dim``; with an augmentation, ``augment_dim``.
+        schedule: alpha and sigma over time. A learned schedule is trained if the objective is a bound; otherwise it
             keeps its initial values.
-        parameterization: inputs of the network, and the meaning of its output.
+        parameterization: defines the network inputs and the meaning of the network output.
         objective: the training loss.
         sampler: the sampling method.
         latent: a factory ``spec -> Latents``. The model then works on the whitened latents of a frozen autoencoder, and
-            every other part works on latents instead of images, except the augmentation. None works on pixels.
+            every other part works on latents instead of images, except the augmentation. If None, the model works on
+            pixels.
         clip_x0: clip predicted images to [-1, 1] while sampling; has no effect on latents, which are unbounded.
-        guidance: guidance of the denoiser while sampling; None samples without guidance.
+        guidance: guidance of the denoiser while sampling; None disables guidance.
         label_dropout: probability of dropping label and embedding (both together) of a training image, for
             classifier-free guidance. A low-resolution image is never dropped.
         augmentation: transforms training images and conditions the network on the transform; None disables it.
-        likelihoods: methods that compute bits/dim, by name; used for discrete data.
+        likelihoods: methods that compute bits/dim, by name; used only for models of discrete pixels.
     """
 
     supported_conditions = frozenset({"low_res", "embedding"})
@@ -102,7 +103,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @property
     def sampling_denoiser(self) -> DenoiserProtocol:
-        """The denoiser with guidance and clipping, which the sampler calls."""
+        """The denoiser that the sampler calls, with guidance and clipping."""
         guided = self.denoiser if self.guidance is None else Guided(self.denoiser, self.guidance, self.drop_cond)
         return self._clip(guided)
 
@@ -121,7 +122,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return DataLikelihood(None, self.space.mask, math.prod(self.space.latent_shape))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """The prediction of the denoiser, so that a trained model can guide another."""
+        """Predict x_0 and eps, so that a trained model can guide another."""
         return self.denoiser(x_t, t, cond)
 
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
@@ -135,12 +136,12 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return self.objective.with_likelihood(self.data_likelihood)(self.denoiser, x0, cond, rng)
 
     def drop_cond(self, cond: Cond) -> Cond:
-        """The conditions with null class and embedding: every label is ``num_classes`` and every embedding 0."""
+        """Replace classes and embeddings with their null values: ``num_classes`` for labels, and 0 for embeddings."""
         null = {"label": self.spec.num_classes, "embedding": 0}
         return {name: torch.full_like(value, null[name]) if name in null else value for name, value in cond.items()}
 
     def _dropout(self, cond: Cond, drop: Tensor) -> Cond:
-        """The conditions, with null class and embedding in the rows with ``drop`` (n,)."""
+        """Replace classes and embeddings with their null values where ``drop`` (n,) is true."""
         dropped = self.drop_cond(cond)
         return {
             name: torch.where(drop.view(-1, *[1] * (value.ndim - 1)), dropped[name], value)
@@ -157,10 +158,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @torch.no_grad()
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """Interpolations, inpaintings, round trips through the noise, and sampling trajectories.
+        """Create interpolations, inpaintings, round trips through the noise, and sampling trajectories.
 
-        Encoding and decoding do not use guidance, which would amplify their differences. Inpaintings and trajectories
-        use the sampler and the guidance of the model.
+        Encoding and decoding do not use guidance, which would amplify the difference between the two. Inpaintings and
+        trajectories use the sampler and the guidance of the model.
         """
         cond, x = self._sampling_conditions(cond), self.space.encode(x)
         unguided = self._clip(self.denoiser)
@@ -173,19 +174,20 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return {name: self.space.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for name, z in images.items()}
 
     def _sampling_conditions(self, cond: Cond | None) -> Cond:
-        """The conditions of this model. Raises `UserError` if one is missing or the model cannot sample."""
+        """Select the conditions of this model. Raise `UserError` if a condition is missing or the model cannot
+        sample."""
         cond = self.select_conditions(cond)
         for name in self.condition_names:
             if name not in cond:
                 raise UserError(
-                    f"This diffusion model is conditional: it needs {CONDITION_NAMES[name]} for each image,"
+                    f"This conditional diffusion model needs {CONDITION_NAMES[name]} for each image, passed as"
                     f" cond['{name}']."
                 )
         self._recheck()
         return cond
 
     def _recheck(self) -> None:
-        """Repeats the checks of parts that may have changed: a learned schedule, a replaced sampler, and guides."""
+        """Repeat the checks of parts that may have changed: a learned schedule, a replaced sampler, and guides."""
         if self._has_learned_schedule or self._checked != (self.schedule, self.sampler):
             self.schedule.check()
             check_sampling_start(self.schedule, self.sampler)
@@ -237,21 +239,22 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return {"network": self.network, **decoder, **self._guides()}
 
     def _guides(self) -> dict[str, nn.Module]:
-        """Other models that take part in sampling. They are not submodules: they are not trained, averaged or saved."""
+        """Return the other models used in sampling. They are not submodules, so they are not trained, averaged or
+        saved."""
         return {} if self.guidance is None else self.guidance.guides()
 
     def other_modules(self) -> Iterable[nn.Module]:
-        """Guides move to this model's device."""
+        """Return the guides, which move to the device of this model."""
         return self._guides().values()
 
 
 def check_composition(model: Diffusion) -> None:
-    """Checks that the parts of a new model fit together.
+    """Check that the parts of a new model fit together.
 
-    A learned part that the objective does not train is frozen, with a warning.
+    A learned schedule or variance that the objective does not train causes a warning; such a schedule is frozen.
 
     Raises:
-        UserError: if two parts do not fit; the message names an alternative.
+        UserError: if two parts are incompatible; the message suggests an alternative.
     """
     _check_training(model.schedule, model.parameterization, model.objective)
     check_sampling_start(model.schedule, model.sampler)
@@ -289,10 +292,10 @@ def _check_training(schedule: NoiseSchedule, parameterization: Parameterization,
 
 
 def check_sampling_start(schedule: NoiseSchedule, sampler: Sampler) -> None:
-    """Raises `UserError` if the sampler would not start from pure noise.
+    """Raise `UserError` if the sampler would not start from pure noise.
 
-    A warning is enough for a schedule in training: its end may still move, and the bound accounts for the remaining
-    image.
+    A schedule that is being trained only causes a warning, since its end may still move and the bound accounts for the
+    remaining image.
     """
     mismatch = schedule.prior_mismatch(sampler.times(schedule)[0])
     if mismatch is None:
@@ -314,16 +317,17 @@ def _check_latents(model: Diffusion) -> None:
         )
     if "low_res" in model.spec.conditions:
         raise UserError(
-            "A low-resolution image is a condition for pixels, but this model works on latents: use model/latent=null."
+            "Low-resolution images can only condition models of pixels, but this model works on latents: use"
+            " model/latent=null."
         )
 
 
 def _check_noise_levels(network: nn.Module, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
-    """A network with separate parameters for each of its ``num_noise_levels`` needs the index of the level."""
+    """Check that a network with separate parameters for each noise level receives the index of the level."""
     num_levels = getattr(network, "num_noise_levels", 1)
     if num_levels > 1 and parameterization.noise_conditioning.num_levels(schedule) != num_levels:
         times = schedule.discrete_times
-        schedule_levels = "runs in continuous time" if times is None else f"has {len(times)}"
+        schedule_levels = "is a continuous-time schedule" if times is None else f"has {len(times)} levels"
         raise UserError(
             f"{type(network).__name__} has parameters for {num_levels} noise levels and needs their index: use a"
             f" schedule of {num_levels} levels and the noise conditioning LevelIndexConditioning, as in model=ncsn."
@@ -349,8 +353,8 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
         shape = spec.shape if guide_space is None else guide_space.latent_shape
         if shape != space.latent_shape or isinstance(guide_space, Latents) != isinstance(space, Latents):
             raise UserError(
-                f"model.guidance.{name} and this model must both work on pixels, or both on latents, of one shape; they"
-                f" have {shape} and {space.latent_shape}."
+                f"model.guidance.{name} and this model must both work on pixels or both on latents, of the same shape;"
+                f" their shapes are {shape} and {space.latent_shape}."
             )
     incompatibility = guidance.incompatibility(
         is_conditional=model.has_droppable_cond, has_null_cond=model.label_dropout > 0
@@ -358,13 +362,13 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
     if incompatibility is not None:
         raise UserError(incompatibility)
     if guidance.needs_label and not spec.num_classes:
-        raise UserError(f"{type(guidance).__name__} needs labels, but data '{spec.name}' has none.")
+        raise UserError(f"{type(guidance).__name__} needs labels, but data set '{spec.name}' has none.")
     for name, guide in guidance.guides().items():
         guide_spec = getattr(guide, "spec", spec)
         if (guide_spec.shape, guide_spec.num_classes) != (spec.shape, spec.num_classes):
             raise UserError(
-                f"model.guidance.{name} was trained on data '{guide_spec.name}', which has other images or classes than"
-                f" '{spec.name}'."
+                f"model.guidance.{name} was trained on data set '{guide_spec.name}', whose image shape or number of"
+                f" classes differs from that of '{spec.name}'."
             )
         if getattr(guide, "conditional", False) and not (model.conditional or guidance.needs_label):
             raise UserError(
@@ -373,17 +377,17 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
             )
         if missing := sorted(getattr(guide_spec, "conditions", {}).keys() - spec.conditions.keys()):
             raise UserError(
-                f"model.guidance.{name} was trained with the condition '{missing[0]}', which the data of this model"
-                f" lack: add +data/condition={missing[0]}."
+                f"model.guidance.{name} was trained with the condition '{missing[0]}', which the data of this model do"
+                f" not have: add +data/condition={missing[0]}."
             )
     if not any(True for _ in model.schedule.parameters()):  # a learned schedule is known once its weights are loaded
         check_same_schedule(model.schedule, guidance)
 
 
 def check_same_latents(space: Latents | PixelSpace, guidance: Guidance) -> None:
-    """Raises `UserError` if a guide works on the latents of another autoencoder.
+    """Raise `UserError` if a guide works on the latents of another autoencoder.
 
-    This is known only once weights are loaded: two autoencoders with the same latent shape have different latents.
+    This is known only once weights are loaded, since autoencoders with the same latent shape have different latents.
     """
     for name, guide in guidance.guides().items():
         guide_space = getattr(guide, "space", None)

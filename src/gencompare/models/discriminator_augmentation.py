@@ -19,7 +19,7 @@ from gencompare.rng import RandomSource
 BRIGHTNESS_STD = 0.2
 """Standard deviation of the brightness offset, for pixels in [-1, 1]."""
 LOG2_CONTRAST_STD, LOG2_SATURATION_STD = 0.5, 1.0
-"""Standard deviations of the base-2 logarithms of the factors."""
+"""Standard deviations of the base-2 logarithms of the contrast and saturation factors."""
 
 
 def sample_color_params(rng: RandomSource, p: float | Tensor) -> Tensor:
@@ -61,23 +61,23 @@ def color_transform(x: Tensor, params: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    r"""Projection :math:`v v^T x` on the grey axis: the mean over channels."""
+    r"""Project onto the grey axis, :math:`v v^T x`, by taking the mean over channels."""
     return x.mean(1, keepdim=True)
 
 
 def _rotate_hue(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotate about the grey axis v by Rodrigues' formula, in a form in which angle 0 is exactly the identity."""
+    """Rotate about the grey axis v by Rodrigues' formula, in a form where angle 0 is exactly the identity."""
     red, green, blue = x.chunk(3, dim=1)
     cross = torch.cat([blue - green, red - blue, green - red], dim=1) / math.sqrt(3)  # v x RGB
     return x + angle.sin() * cross - (1 - angle.cos()) * (x - _luma(x))
 
 
 CUTOUT_SIZE = 0.5
-"""Side of the cutout square, as a fraction of the image side."""
+"""Side length of the cutout square, as a fraction of the image size."""
 
 
 class DiscriminatorAugmentation(nn.Module, ABC):
-    """Base class: random transforms of real images and fakes before the discriminator.
+    """Base class of random transforms of real images and fakes before the discriminator.
 
     Karras et al. (2020), "Training generative adversarial networks with limited data", section 2 and appendix B,
     https://arxiv.org/abs/2006.06676. Each transform is applied with probability ``strength``. As long as this
@@ -85,15 +85,15 @@ class DiscriminatorAugmentation(nn.Module, ABC):
     all transforms of the paper).
 
     The geometric transforms are those of `diffusion.augmentation`: flip, scaling, rotation, anisotropic scaling and
-    translation. Unlike the paper, there are no separate rotations by 90 degrees and integer translations, and less
-    filtering. Padding stays black: transforms act within the image. All transforms are twice differentiable in the
-    image, as gradient penalties require.
+    translation. Unlike in the paper, there are no separate rotations by 90 degrees or integer translations, and there
+    is less filtering. Padding stays black: transforms act within the image. All transforms are twice differentiable in
+    the image, as gradient penalties require.
 
     Args:
         spec: shape of the data.
-        color_multiplier: probability multiplier of colour transforms; 0 disables them.
-        cutout_multiplier: probability multiplier of a grey square of half the image side, which is not in the final
-            set of transforms of the paper.
+        color_multiplier: probability multiplier for colour transforms; 0 disables them.
+        cutout_multiplier: probability multiplier for covering a grey square of half the image size, which is not among
+            the final transforms of the paper.
     """
 
     strength: Tensor
@@ -105,8 +105,8 @@ class DiscriminatorAugmentation(nn.Module, ABC):
                 raise UserError(f"model.discriminator_augmentation.{name}={value} must be in [0, 1].")
         if min(spec.shape[1:]) - 2 * spec.padding < 2:
             raise UserError(
-                f"Augmentation needs images of at least 2x2 pixels, but those of data '{spec.name}' are smaller: use"
-                " model/discriminator_augmentation=null."
+                f"Augmentation needs images of at least 2x2 pixels, but those of data set '{spec.name}' are smaller:"
+                " use model/discriminator_augmentation=null."
             )
         if color_multiplier and spec.shape[0] not in (1, 3):
             raise UserError(
@@ -127,7 +127,7 @@ class DiscriminatorAugmentation(nn.Module, ABC):
         return F.pad(real, (self.spec.padding,) * 4, value=-1.0)
 
     def _cutout_mask(self, x: Tensor, rng: RandomSource) -> Tensor:
-        """Mask (n, 1, H, W): 0 in the cutout square of an image, 1 elsewhere."""
+        """Create a mask (n, 1, H, W): 0 in the cutout square of an image, 1 elsewhere."""
         u = rng.uniform((3,)).to(x.device)
         down, right = (
             ((torch.arange(side, device=x.device) + 0.5) / side - u[:, k, None]).abs() < CUTOUT_SIZE / 2
@@ -141,7 +141,7 @@ class DiscriminatorAugmentation(nn.Module, ABC):
         """Set ``strength`` after a discriminator step.
 
         Args:
-            margin: `AdversarialLoss.margin` of the images of this process.
+            margin: `AdversarialLoss.margin` of this process's images.
             batch_size: size of the global batch.
             seen: number of training images so far.
         """
@@ -152,15 +152,15 @@ class ADA(DiscriminatorAugmentation):
 
     The overfitting heuristic :math:`r_t = E[\mathrm{sign}\, D(x)]` over real training images (eq. 1) is 0 for an
     uninformed discriminator and 1 for one that is always right. Every ``interval`` steps, the strength is raised if
-    :math:`r_t` is above ``target`` and lowered if below, at a rate of 1 per ``adjustment_images`` images, and clamped
-    to [0, 1]. For losses whose scores have no natural zero, the sign is that of D(x) - D(G(z)); see
+    :math:`r_t` is above ``target`` and lowered if it is below, at a rate of 1 per ``adjustment_images`` images, and
+    clamped to [0, 1]. For losses whose scores have no natural zero, the sign is that of D(x) - D(G(z)); see
     `AdversarialLoss.margin`.
 
     Args:
         spec: shape of the data.
         target: target of :math:`r_t`.
         interval: discriminator steps between adjustments.
-        adjustment_images: images over which the strength can change from 0 to 1.
+        adjustment_images: number of images over which the strength can change from 0 to 1.
         kwargs: see `DiscriminatorAugmentation`.
     """
 

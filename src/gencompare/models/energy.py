@@ -27,22 +27,22 @@ class EBM(GenerativeModel):
     .. math:: E_{data}[\nabla E(x)] - E_p[\nabla E(x)]
 
     (Hinton 2002, "Training products of experts by minimizing contrastive divergence"). The second mean is over chains
-    of ``num_langevin_steps`` Langevin steps. They continue chains of a replay buffer or, with probability
-    ``reinit_prob``, start from uniform noise in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling with
-    energy-based models", algorithm 1, https://arxiv.org/abs/1903.08689; reinit_prob = 1 is Nijkamp et al. 2019,
-    "Learning non-convergent non-persistent short-run MCMC toward energy-based model",
-    https://arxiv.org/abs/1904.09770). Gradients do not flow through the chains. The loss is
+    of ``num_langevin_steps`` Langevin steps. Chains continue from a replay buffer or, with probability ``reinit_prob``,
+    start from uniform noise in [-1, 1] (Du and Mordatch 2019, "Implicit generation and modeling with energy-based
+    models", algorithm 1, https://arxiv.org/abs/1903.08689; reinit_prob = 1 is Nijkamp et al. 2019, "Learning
+    non-convergent non-persistent short-run MCMC toward energy-based model", https://arxiv.org/abs/1904.09770).
+    Gradients do not flow through the chains. The loss is
 
     .. math:: \bar E(x) - \bar E(\tilde x) + \lambda (\overline{E(x)^2} + \overline{E(\tilde x)^2}),
 
     where bars are batch means, :math:`\tilde x` the chains and :math:`\lambda` = ``energy_l2``. Gaussian noise of
     standard deviation ``data_noise`` is added to x, which smooths the density of discrete images (Nijkamp et al. 2019,
-    algorithm 1). The last term (Du and Mordatch 2019, algorithm 1) keeps energies near 0; the difference leaves their
-    offset free.
+    algorithm 1). The last term (Du and Mordatch 2019, algorithm 1) keeps energies near 0, since the difference does not
+    determine their offset.
 
     T = noise_std^2 / (2 step_size) is the temperature of the `Langevin` steps. If chains are far from converged (short
-    runs, clipped gradients), the density is unreliable: it separates images from other inputs, but its ratios are too
-    large. Images are clamped to [-1, 1] after each step, with black padding; continuous data are not clamped.
+    runs, clipped gradients), the density is unreliable: it separates images from other inputs, but density ratios are
+    too large. Images are clamped to [-1, 1] after each step, with black padding; continuous data are not clamped.
 
     A step diverges if its energies, before or after the update, are not finite or their means differ by more than
     ``divergence_threshold``. The last `Snapshot` is then restored, and the step logs only ``rollbacks``, the number of
@@ -50,17 +50,18 @@ class EBM(GenerativeModel):
 
     Args:
         spec: shape, number of classes and value range of the data.
-        energy: a factory ``shape -> trunk``, (n, C, H, W) -> (n, trunk.num_features), followed by a linear head.
-        langevin: the Langevin steps, in training and sampling.
+        energy: a factory ``shape -> trunk``. The trunk maps (n, C, H, W) to (n, trunk.num_features), and a linear head
+            follows.
+        langevin: settings of the Langevin steps in training and sampling.
         num_langevin_steps: Langevin steps per training batch.
-        num_sampling_steps: Langevin steps from noise to a sample. A chain of the buffer has
-            num_langevin_steps / reinit_prob steps on average when it is reinitialised.
-        buffer_size: chains in the replay buffer. In a run, each is used (images seen) / buffer_size times, so short
-            runs need a small buffer.
+        num_sampling_steps: Langevin steps from noise to a sample. On average, a chain of the buffer takes
+            num_langevin_steps / reinit_prob steps before it is reinitialised.
+        buffer_size: number of chains in the replay buffer. In a run, each chain is used (images seen) / buffer_size
+            times, so short runs need a small buffer.
         reinit_prob: probability that a chain starts from noise.
         energy_l2: weight of the squared energies.
         data_noise: standard deviation of the noise on training images.
-        spectral_norm: whether to normalise the trunk weights spectrally.
+        spectral_norm: whether to apply spectral normalisation to the trunk weights.
         divergence_threshold: maximum difference of the mean energies of images and chains.
         snapshot_every_n_steps: see `Snapshot`.
         max_rollbacks: see `Snapshot`.
@@ -112,16 +113,18 @@ class EBM(GenerativeModel):
     # Energies and densities
 
     def energy(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Energy E(x), or E(x, y) of a conditional model, of images (n, C, H, W): (n,) in float32."""
+        """Compute the energy E(x), or E(x, y) for a conditional model, of images (n, C, H, W): (n,) in float32."""
         return self.network(x, self.label(self.select_conditions(cond))).float()
 
     def unnormalized_log_density(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        r""":math:`\log p(x) + \log Z = -E(x) / T` in nats, (n,); :math:`\log p(x | y) + \log Z_y` of a conditional
-        model."""
+        r"""Compute :math:`\log p(x) + \log Z = -E(x) / T` in nats, (n,).
+
+        For a conditional model, this is :math:`\log p(x | y) + \log Z_y`.
+        """
         return -self.energy(x, cond) / self.langevin.temperature
 
     def log_density_ratio(self, x: Tensor, y: Tensor, cond: Cond | None = None) -> Tensor:
-        """Log density ratio log p(x) - log p(y) in nats, (n,), of images (n, C, H, W) under the same conditions."""
+        """Compute log p(x) - log p(y) in nats, (n,), for images (n, C, H, W) under the same conditions."""
         return (self.energy(y, cond) - self.energy(x, cond)) / self.langevin.temperature
 
     # Training
@@ -153,7 +156,8 @@ class EBM(GenerativeModel):
         }
 
     def _run_chains(self, label: Tensor | None, rng: RandomSource) -> Tensor:
-        """Take chains from the buffer, run Langevin steps and put them back; returns (n, C, H, W) without gradient."""
+        """Run Langevin steps on chains of the buffer and put them back. Return their states (n, C, H, W) without
+        gradient."""
         shape = self.spec.shape
         indices = self.replay.sample_indices(label, rng)
         x, started = self.replay.get(indices[rng.start : rng.stop], rng.uniform(shape).to(self.device))
@@ -168,22 +172,23 @@ class EBM(GenerativeModel):
         return x
 
     def _energies(self, real: Tensor, chains: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Energies of images and of chains, (n,) each."""
+        """Compute the energies of images and of chains, (n,) each."""
         labels = None if label is None else torch.cat([label, label])
         real_energy, chain_energy = self.network(torch.cat([real, chains]), labels).float().chunk(2)
         return real_energy, chain_energy
 
     @torch.no_grad()
     def _energy_gap(self, real_energy: Tensor, chain_energy: Tensor) -> float:
-        """Absolute difference of mean energies over the global batch, or NaN if an energy is not finite.
+        """Compute the absolute difference of mean energies over the global batch.
 
-        This synchronises with the device, which is cheap next to the network calls of the chains.
+        The difference is not finite if an energy is not. This synchronises with the device, which is cheap compared
+        with the network calls of the chains.
         """
         return abs(float(all_gather_rows(real_energy).mean() - all_gather_rows(chain_energy).mean()))
 
     def _rollback(self, gap: float) -> dict[str, Tensor]:
         """Restore the snapshot. Only the rollback count is reported for a rolled-back step."""
-        self.snapshot.rollback(self, f"The energies of images and chains diverged, to {gap:.3g} apart")
+        self.snapshot.rollback(self, f"The mean energies of images and chains diverged (difference {gap:.3g})")
         return {"rollbacks": self.mask.new_tensor(float(self.snapshot.num_rollbacks))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,8 +198,10 @@ class EBM(GenerativeModel):
         self.snapshot.load_state_dict(checkpoint["last_good"])
 
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Energies of held-out images (with noise, like training images) and of uniform noise. If held-out images have
-        far higher energies than training images (``energy_data``), the model overfits."""
+        """Compute the energies of held-out images (with noise, like training images) and of uniform noise.
+
+        The model overfits if held-out images have far higher energies than training images (``energy_data``).
+        """
         cond = self.select_conditions(cond)
         real = self._clamp(x + self.data_noise * rng.normal(x.shape[1:]).to(x))
         noise = self._clamp(rng.uniform(x.shape[1:]).to(x) * 2 - 1)
@@ -208,13 +215,13 @@ class EBM(GenerativeModel):
         return self.langevin.trajectory(lambda x: self.network(x, label).float(), x, num_steps, normal, self._clamp)
 
     def _clamp(self, x: Tensor) -> Tensor:
-        """Clamp images to [-1, 1] and make padding black; returns continuous data unchanged."""
+        """Clamp images to [-1, 1] and make padding black; return continuous data unchanged."""
         if self.spec.num_bins is None:
             return x
         return x.clamp(-1, 1) * self.mask - (1 - self.mask)
 
     def sampling_trajectory(self, n: int, cond: Cond | None, generator: torch.Generator) -> Iterator[Tensor]:
-        """States of ``n`` chains, each (n, C, H, W): uniform noise, then the state after each sampling step."""
+        """Yield states of ``n`` chains, each (n, C, H, W): uniform noise, then the state after each sampling step."""
         shape, label = (n, *self.spec.shape), self.label(self.select_conditions(cond))
         noise = torch.rand(shape, generator=generator, device=generator.device).to(self.device)
         yield (x := self._clamp(noise * 2 - 1))
@@ -224,13 +231,13 @@ class EBM(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        """Final states of chains from noise. The replay buffer is used in training only."""
+        """Run chains from noise and return their final states. The replay buffer is used only in training."""
         with parametrize.cached():
             return last_state(self.sampling_trajectory(n, cond, generator)).clamp(-1, 1)
 
     @torch.no_grad()
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """Images and corrupted images ordered by energy, and chains from noise over time."""
+        """Order images and corrupted images by energy, and show chains from noise over time."""
         cond = self.select_conditions(cond)
         return {
             **visualization.energy_ranking(self.energy, x, cond, self._clamp, generator),

@@ -28,20 +28,20 @@ class GAN(GenerativeModel):
 
     .. math:: \operatorname{mean}_i L_D(D(x_i), D(G(z_i))) + \sum_p w_p \operatorname{mean}_i p_i,
 
-    with fresh fakes and the penalties p; then the generator takes one step on :math:`\operatorname{mean}_i L_G` of the
-    first part. Fakes have the labels of the real images. No layer uses batch statistics, so results do not depend on
-    the number of processes that share a batch.
+    with fresh fakes and the penalties p; then the generator takes one step on :math:`\operatorname{mean}_i L_G` over
+    the first part. Fakes have the labels of the real images. No layer uses batch statistics, so results do not depend
+    on the number of processes that share a batch.
 
     Args:
         spec: shape, number of classes and value range of the data.
-        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)``, images (n, *shape).
-        discriminator: a factory ``(shape, num_classes) -> module(x, label)``, scores (n,).
+        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)``, which returns images (n, *shape).
+        discriminator: a factory ``(shape, num_classes) -> module(x, label)``, which returns scores (n,).
         adversarial: the losses :math:`L_D` and :math:`L_G`.
-        penalty: penalties on the discriminator gradient, by the name under which they are logged.
+        penalty: penalties on the discriminator gradient, by their name in the logs.
         discriminator_augmentation: a factory ``spec -> DiscriminatorAugmentation``; None disables augmentation.
         latent_dim: dimension of :math:`z \sim N(0, I)`.
-        spectral_norm: whether to normalise the discriminator weights spectrally.
-        d_steps: discriminator steps per training step.
+        spectral_norm: whether to apply spectral normalisation to the discriminator weights.
+        d_steps: number of discriminator steps per training step.
         kwargs: see `TrainedModel`.
     """
 
@@ -82,7 +82,7 @@ class GAN(GenerativeModel):
         return self.generator(z, self.label(cond)).float() * self.mask - (1 - self.mask)
 
     def score(self, x: Tensor, cond: Cond, rng: RandomSource) -> Tensor:
-        """Discriminator logits of augmented images, (n,) in float32."""
+        """Compute discriminator logits of augmented images, (n,) in float32."""
         augmented = x if self.augmentation is None else self.augmentation(x, rng)
         return self.discriminator(augmented, self.label(cond)).float()
 
@@ -137,19 +137,21 @@ class GAN(GenerativeModel):
 
     @torch.no_grad()
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Scores of held-out images and of fakes. If held-out images score far below training images (``d_real``), the
-        discriminator overfits."""
+        """Compute the scores of held-out images and of fakes.
+
+        The discriminator overfits if held-out images score far below training images (``d_real``).
+        """
         cond = self.select_conditions(cond)
         fake = self.generate(rng.normal((self.latent_dim,)), cond)
         return {"d_held_out": self.score(x, cond, rng), "d_fake": self.score(fake, cond, rng)}
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Create the optimisers of the discriminator and of the generator."""
+        """Create the optimisers for the discriminator and the generator."""
         assert self.optimizer_factory is not None
         return [self.optimizer_factory(network.parameters()) for network in (self.discriminator, self.generator)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the generator, the only network used for sampling."""
+        """Return the parameters of the generator, the only network used for sampling."""
         return {f"generator.{name}": p for name, p in self.generator.named_parameters()}
 
     @torch.no_grad()

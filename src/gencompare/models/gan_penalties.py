@@ -21,12 +21,12 @@ class CosineRamp:
 
     .. math:: start + (end - start) (1 - \cos(\pi \min(1, s / N))) / 2
 
-    after s images, N = ``num_images``.
+    after s images, where N = ``num_images``.
 
     Args:
         start: value at the first image.
-        end: value after ``num_images`` images and later.
-        num_images: training images over which the value changes.
+        end: value from ``num_images`` images on.
+        num_images: number of training images over which the value changes.
     """
 
     start: float
@@ -38,7 +38,7 @@ class CosineRamp:
             raise UserError(f"CosineRamp: num_images={self.num_images} must be at least 1.")
 
     def __call__(self, seen: Tensor) -> Tensor:
-        """Value after ``seen`` images, a scalar tensor, so that there is no device synchronisation."""
+        """Compute the value after ``seen`` images, as a scalar tensor to avoid a device synchronisation."""
         fraction = (seen / self.num_images).clamp(max=1)
         return self.start + (self.end - self.start) * (1 - (math.pi * fraction).cos()) / 2
 
@@ -78,12 +78,12 @@ class Penalty(ABC):
             raise UserError(f"model.penalty: weight={smallest} must be finite and at least 0.")
 
     def factor(self, seen: Tensor) -> Tensor | float:
-        """``scale * weight`` after ``seen`` training images."""
+        """Compute ``scale * weight`` after ``seen`` training images."""
         return self.scale * (self.weight(seen) if isinstance(self.weight, CosineRamp) else self.weight)
 
     @abstractmethod
     def __call__(self, step: DiscriminatorStep) -> Tensor:
-        """Per-sample penalty (n,), without ``scale`` and ``weight``; differentiable in the parameters of D."""
+        """Compute the penalty per sample, (n,), without ``scale`` and ``weight``; differentiable in D's parameters."""
 
 
 class R1(Penalty):
@@ -115,22 +115,23 @@ class R2(Penalty):
 class WassersteinGP(Penalty):
     r"""Gradient penalty of WGAN-GP, :math:`w (|\nabla_x D(\hat x)| - 1)^2`.
 
-    At :math:`\hat x = u x + (1 - u) G(z)` with u uniform in [0, 1) for each pair: Gulrajani et al. (2017), "Improved
-    training of Wasserstein GANs", eq. 3 and algorithm 1 (w = 10), https://arxiv.org/abs/1704.00028.
+    The gradient is taken at :math:`\hat x = u x + (1 - u) G(z)`, with u uniform in [0, 1) for each pair. Gulrajani et
+    al. (2017), "Improved training of Wasserstein GANs", eq. 3 and algorithm 1 (w = 10),
+    https://arxiv.org/abs/1704.00028.
     """
 
     def __call__(self, step: DiscriminatorStep) -> Tensor:
         u = step.rng.uniform((1, 1, 1)).to(step.real)
         interpolated = (u * step.real + (1 - u) * step.fake).detach().requires_grad_()
-        # The derivative of the root is infinite at 0, so a constant discriminator would get NaN.
+        # The derivative of the root is infinite at 0, so a constant discriminator would get NaN gradients.
         norm = (squared_gradient(step.score(interpolated), interpolated) + 1e-12).sqrt()
         return (norm - 1).square()
 
 
 def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
-    r"""Squared gradient norms :math:`|\partial s_i / \partial x_i|^2`, (n,), differentiable.
+    r"""Compute squared gradient norms :math:`|\partial s_i / \partial x_i|^2`, (n,), differentiable.
 
-    Score i must depend on image i alone, so D may not use batch statistics.
+    Score i must depend on image i alone, so D must not use batch statistics.
     """
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
     return gradient.square().flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""The Gaussian baseline: one Gaussian per class with full covariance, fitted in closed form."""
+"""The Gaussian baseline: one Gaussian per class, fitted in closed form."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from gencompare.generative_model import Cond, DataSpec, GenerativeModel, Likelih
 from gencompare.rng import RandomSource
 
 RIDGES = (0.0, *(10.0 ** (k / 2) for k in range(-12, 1)))
-"""Candidate ridges, of which validation images select one: 0, and 1e-6 to 1 in steps of half a decade, in units of
-x^2."""
+"""Candidate ridges in units of x^2: 0, and 1e-6 to 1 in steps of half a decade. Validation images select one."""
 MIN_VARIANCE = 1e-10
-"""Minimum variance of a direction; only continuous data can have directions without variance."""
+"""Minimum variance in any direction; only continuous data can have directions without variance."""
 LOG2 = math.log(2)
 
 
 class GaussianBaseline(GenerativeModel):
     r"""One Gaussian per class, :math:`p(x) = \sum_k \pi_k N(x; m_k, S_k)`, or :math:`p(x | k)` if conditional.
 
-    Fitted to the pixels without padding by maximum likelihood in closed form, after uniform dequantisation, which adds
-    :math:`\delta^2 / 12` to each variance (:math:`\delta = 2 / (L - 1)` the distance between values), so constant
-    pixels do not make the covariance singular. A ridge common to all classes, selected by the likelihood of validation
-    images, is added as well: with fewer images than about twice the pixels, the smallest eigenvalues are far too small.
+    The model is fitted to the pixels without padding by maximum likelihood in closed form, after uniform
+    dequantisation, which adds :math:`\delta^2 / 12` to each variance (:math:`\delta = 2 / (L - 1)` the distance between
+    values), so constant pixels do not make the covariance singular. A ridge common to all classes, selected by the
+    likelihood of validation images, is added as well: with fewer images than about twice the number of pixels, the
+    smallest eigenvalues are far too small.
 
     A covariance is stored as :math:`S = W^T W + s I`. The rows of W are scaled leading eigenvectors, and s is the mean
     of the other eigenvalues: the maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999, eqs. 7 and
-    8). It is the full covariance if W has as many rows as there are pixels, which ``max_parameters`` limits (64 MB by
+    8). This is the full covariance if W has as many rows as there are pixels, which ``max_parameters`` limits (64 MB by
     default: full for ten classes of 28x28 greyscale images; 546 of 3,072 directions per class for CIFAR-10).
 
     Args:
         spec: shape, classes and value range of the data.
         conditional: whether to sample and score given the class; otherwise the class is sampled and marginalised.
-        per_class: whether to fit one Gaussian per class, if the data have labels; else one to all images.
-        max_parameters: maximum number of entries of all W together.
+        per_class: whether to fit one Gaussian per class. If False, or if the data have no labels, one is fitted to all
+            images.
+        max_parameters: maximum number of entries in all W together.
         kwargs: see `TrainedModel`.
     """
 
@@ -75,7 +76,7 @@ class GaussianBaseline(GenerativeModel):
     # Fitting
 
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """Fit the whole training split in the first step, and end training."""
+        """Fit to the whole training split in the first step, and end training."""
         self.fit(*self._train_val_batches())
         self.trainer.should_stop = True
         optimizer = self.optimizers()
@@ -84,7 +85,7 @@ class GaussianBaseline(GenerativeModel):
         return {"loss": self.bits_per_dim(x, cond).mean().float()}
 
     def _train_val_batches(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
-        """Batches of the training and validation splits, each for one pass (training batches may be infinite)."""
+        """Return batches of the training and validation splits, each for one pass (data loaders may be infinite)."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "batches"):
             return data.batches("train"), data.batches("val")
@@ -93,11 +94,11 @@ class GaussianBaseline(GenerativeModel):
         return (unpack_batch(b, self.spec) for b in train), val and (unpack_batch(b, self.spec) for b in val)
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
-        """An optimiser with learning rate 0, whose step increments the step count of the Trainer."""
+        """Create an optimiser with learning rate 0, whose step increments the Trainer's step count."""
         return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """An empty dictionary, since there is only one step."""
+        """Return an empty dictionary, since there is only one step."""
         return {}
 
     @torch.no_grad()
@@ -106,12 +107,12 @@ class GaussianBaseline(GenerativeModel):
     ) -> GaussianBaseline:
         """Fit to batches (x, cond) in one pass.
 
-        Sums are in float64. All images are kept in memory as float32. A class with fewer images than pixels uses the
-        Gram matrix of its images.
+        Sums are in float64. All images are kept in memory as float32. If a class has no more images than pixels, the
+        Gram matrix of its images is used.
 
         Args:
             train: training batches.
-            val: validation batches that select the ridge; None uses no ridge.
+            val: validation batches that select the ridge; if None, no ridge is used.
 
         Returns:
             The model itself.
@@ -119,7 +120,7 @@ class GaussianBaseline(GenerativeModel):
         x, label = self._gather(train)
         counts = torch.bincount(label, minlength=self.num_components)
         if len(x) < 2 or int(counts.min()) < 1:
-            raise UserError(f"Data '{self.spec.name}' has too few training images for one Gaussian per class.")
+            raise UserError(f"Data set '{self.spec.name}' has too few training images for one Gaussian per class.")
         spectra = [principal_axes(x[label == k].double(), self.rank) for k in range(self.num_components)]
         del x
         dequantization_variance = self.bin_width**2 / 12
@@ -137,7 +138,7 @@ class GaussianBaseline(GenerativeModel):
         return self
 
     def _gather(self, batches: Iterable[tuple[Tensor, Cond]]) -> tuple[Tensor, Tensor]:
-        """All images (n, d) in float32 and the component of each (n,), on the CPU."""
+        """Collect all images (n, d) in float32 and the component of each image (n,), on the CPU."""
         images, labels = [], []
         for x, cond in batches:
             images.append(self._flat(x).cpu())
@@ -147,7 +148,7 @@ class GaussianBaseline(GenerativeModel):
         return torch.cat(images), torch.cat(labels)
 
     def _best_ridge(self, x: Tensor, label: Tensor) -> float:
-        """Ridge that maximises the likelihood of images given their classes."""
+        """Find the ridge that maximises the likelihood of images given their classes."""
         if not len(x):
             return 0.0
         log_likelihoods = []
@@ -159,11 +160,11 @@ class GaussianBaseline(GenerativeModel):
     # Density
 
     def _flat(self, x: Tensor) -> Tensor:
-        """Pixels without padding, (n, d)."""
+        """Return the pixels without padding, (n, d)."""
         return self.spec.crop(x).flatten(1)
 
     def _log_density(self, x: Tensor, k: int, ridge: float = 0.0) -> Tensor:
-        r"""Expected log density of dequantised images under component k, in nats, float64, (n,).
+        r"""Compute the expected log density of dequantised images under component k, in nats, float64, (n,).
 
         .. math:: E_u \log N(x + u; m, S) = \log N(x; m, S) - \mathrm{tr}(S^{-1}) \delta^2 / 24,
 
@@ -173,7 +174,7 @@ class GaussianBaseline(GenerativeModel):
 
         Args:
             x: pixels without padding, (n, d).
-            k: component.
+            k: index of the component.
             ridge: added to s.
         """
         factor, s = self.factor[k].double(), self.variance[k].double().clamp_min(MIN_VARIANCE) + ridge
@@ -193,9 +194,10 @@ class GaussianBaseline(GenerativeModel):
         )
 
     def log_density(self, x: Tensor, cond: Cond) -> Tensor:
-        """Expected log density of dequantised images in nats, (n,), given the class or marginalised over classes.
+        """Compute the expected log density of dequantised images in nats, (n,).
 
-        Marginalising the expectations over u gives a lower bound, since log-sum-exp is convex.
+        A conditional model uses the given class; otherwise the density is marginalised over classes. Marginalising the
+        expectations over u gives a lower bound, since log-sum-exp is convex.
         """
         flat = self._flat(x)
         components = torch.stack([self._log_density(flat, k) for k in range(self.num_components)], 1)
@@ -205,12 +207,12 @@ class GaussianBaseline(GenerativeModel):
 
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, cond: Cond) -> Tensor:
-        r"""Bits/dim :math:`-\log_2(p(x) \delta^d) / d`, (n,)."""
+        r"""Compute bits/dim :math:`-\log_2(p(x) \delta^d) / d`, (n,)."""
         log_width = math.log(self.bin_width) if self.bin_width else 0.0
         return -(self.log_density(x, cond) / self.spec.num_values + log_width) / LOG2
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        """The density: exact for continuous data, and a bound by uniform dequantisation for discrete data.
+        """Return the density: exact for continuous data, and a bound by uniform dequantisation for discrete data.
 
         Theis et al. (2016), "A note on the evaluation of generative models", https://arxiv.org/abs/1511.01844.
         """
@@ -226,8 +228,7 @@ class GaussianBaseline(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        r"""Samples :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`, clamped to
-        :math:`[-1, 1]`."""
+        r"""Sample :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`; clamp to [-1, 1]."""
         component, device = self.label(self.select_conditions(cond)), self.mean.device
         if component is None:
             component = torch.multinomial(self.weight, n, replacement=True, generator=generator)
@@ -248,7 +249,7 @@ class GaussianBaseline(GenerativeModel):
 
 
 def principal_axes(x: Tensor, max_rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Leading eigenvectors of the maximum-likelihood covariance (divided by n) of x, (n, d).
+    """Compute the leading eigenvectors of the maximum-likelihood covariance (divided by n) of x, (n, d).
 
     Returns:
         The mean (d,), the q leading eigenvalues (q,), their eigenvectors (q, d), and the mean of the other d - q

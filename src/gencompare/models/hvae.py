@@ -37,27 +37,27 @@ class HVAE(GenerativeModel):
 
     With KL warm-up, the weight of the KL terms increases linearly to 1 over the first ``kl_warmup_steps`` training
     steps (Sonderby et al. 2016, "Ladder variational autoencoders", https://arxiv.org/abs/1602.02282; also NVAE).
-    Without it, latents cost more than they explain while p(x | z) is still wide, and collapse to the prior. The
+    Without warm-up, latents cost more than they explain while p(x | z) is still wide, and collapse to the prior. The
     reported bound is not affected.
 
-    Gradient skipping (Child 2021): a step whose gradient norm is above ``grad_skip`` or not
-    finite changes neither weights nor optimiser state. The networks have no normalisation, and occasionally the
-    posterior of a single image overflows. The thresholds of the paper apply, since its loss is in nats per value too.
-    The metric ``skipped`` is the fraction of skipped steps, the buffer ``skipped_steps`` their total number;
-    `MAX_CONSECUTIVE_SKIPS` skips in a row end the run. The decision costs one device synchronisation per step.
+    Gradient skipping (Child 2021): a step whose gradient norm is not finite or above ``grad_skip`` changes neither
+    weights nor optimiser state. The networks have no normalisation, and occasionally the posterior of a single image
+    overflows. The thresholds of the paper apply, since its loss is in nats per value too. The metric ``skipped`` is the
+    fraction of skipped steps, and the buffer ``skipped_steps`` is their total number; `MAX_CONSECUTIVE_SKIPS` skips in
+    a row end the run. The decision costs one device synchronisation per step.
 
-    Samples at temperature T draw :math:`z_l \sim N(\mu_l, (T \sigma_l)^2)` instead of the prior
+    At temperature T, :math:`z_l \sim N(\mu_l, (T \sigma_l)^2)` is sampled instead of the prior
     :math:`N(\mu_l, \sigma_l^2)`. T = 1 is the model; lower temperatures give more typical images. Samples are means of
-    p(x | z), or samples of it with ``pixel_noise``.
+    p(x | z) or, with ``pixel_noise``, samples from p(x | z).
 
     Args:
         spec: shape, number of classes and value range of the data.
         decoder: a factory ``(shape, out_channels, num_classes) -> TopDownDecoder``, which includes the encoder.
         likelihood: a factory ``spec -> PixelLikelihood``.
         kl_warmup_steps: training steps until the KL terms have full weight; 0 disables warm-up.
-        temperature: T of samples, at least 0.
-        grad_skip: maximum gradient norm, before clipping, of a step that is taken; None takes all steps.
-        pixel_noise: whether to sample p(x | z) instead of taking its mean.
+        temperature: sampling temperature T, at least 0.
+        grad_skip: gradient norm, before clipping, above which a step is skipped; None takes all steps.
+        pixel_noise: whether to sample from p(x | z) instead of taking its mean.
         kwargs: see `TrainedModel`.
     """
 
@@ -103,7 +103,7 @@ class HVAE(GenerativeModel):
     # Evidence lower bound
 
     def terms(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        r"""Terms of the negative ELBO in nats, each (n,).
+        r"""Compute the terms of the negative ELBO in nats, each (n,).
 
         Returns:
             ``reconstruction``, :math:`-\log p(x | z)`, and the KL of each resolution with latents: ``kl_1x1``,
@@ -123,8 +123,10 @@ class HVAE(GenerativeModel):
         return {"reconstruction": -self.likelihood.log_prob(h, x), **kl}
 
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """``loss`` in nats per value and the terms of the bound in bits per value; also their sum ``bits_per_dim`` if
-        the likelihood is that of the data."""
+        """Compute ``loss`` in nats per value, and the terms of the bound in bits per value.
+
+        ``bits_per_dim``, the sum of the terms, is included if the likelihood is that of the data.
+        """
         terms = self.terms(x, cond, rng)
         nats = torch.stack(list(terms.values())).sum(0)
         loss = terms["reconstruction"] + self.kl_weight * (nats - terms["reconstruction"])
@@ -175,8 +177,8 @@ class HVAE(GenerativeModel):
             self._consecutive_skips += 1
             if self._consecutive_skips == MAX_CONSECUTIVE_SKIPS:
                 raise TrainingStopped(
-                    f"{MAX_CONSECUTIVE_SKIPS} consecutive steps had a gradient norm above"
-                    f" model.grad_skip={self.grad_skip} or not finite (last norm: {norm:.4g})",
+                    f"{MAX_CONSECUTIVE_SKIPS} consecutive steps had a gradient norm that was not finite or above"
+                    f" model.grad_skip={self.grad_skip} (last norm: {norm:.4g})",
                     "Try a lower learning rate (model.optimizer.lr), or a larger model.grad_skip.",
                 )
         else:
@@ -188,9 +190,9 @@ class HVAE(GenerativeModel):
     # Latents as one vector of standardised deviations from the priors; samples
 
     def encode(self, x: Tensor, cond: Cond) -> Tensor:
-        r"""Posterior means of all layers as one vector, (n, `latent_dim`); deterministic.
+        r"""Compute the posterior means of all layers as one vector, (n, `latent_dim`); deterministic.
 
-        Each is standardised by its prior given the layers before it: :math:`u = (z - \mu) / \sigma`.
+        Each mean is standardised by its prior given the earlier layers: :math:`u = (z - \mu) / \sigma`.
         """
         features, latents = self.ladder.encode(x), []
 
@@ -203,8 +205,10 @@ class HVAE(GenerativeModel):
         return torch.cat(latents, dim=1)
 
     def decode(self, u: Tensor, cond: Cond) -> Tensor:
-        """Decoder output, the parameters of p(x | z), from latents in the form of `encode`: standard normal ``u``
-        samples the prior."""
+        """Decode latents in the form of `encode` to the decoder output, the parameters of p(x | z).
+
+        If ``u`` is standard normal, the latents are samples from the prior.
+        """
         remaining = iter(u.split([math.prod(layer.latent_shape) for layer in self.ladder.layers], dim=1))
 
         def given_latent(layer: TopDownBlock, state: Tensor, prior: DiagonalGaussian) -> Tensor:
@@ -213,7 +217,7 @@ class HVAE(GenerativeModel):
         return self.ladder(self._labels(cond, u), given_latent)
 
     def decoded_mean(self, u: Tensor, cond: Cond) -> Tensor:
-        """Mean of p(x | z), (n, C, H, W), with black padding."""
+        """Compute the mean of p(x | z), (n, C, H, W), with black padding."""
         return self.likelihood.mask_padding(self.likelihood.mean(self.decode(u, cond)))
 
     @torch.no_grad()
@@ -229,18 +233,19 @@ class HVAE(GenerativeModel):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
-        """Mean of p(x | z) at the posterior means; deterministic."""
+        """Compute the mean of p(x | z) at the posterior means; deterministic."""
         cond = self.select_conditions(cond)
         return self.decoded_mean(self.encode(x, cond), cond)
 
     @torch.no_grad()
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """Image grids of means of p(x | z).
+        """Create image grids of means of p(x | z).
 
         Returns:
-            ``kept_latents``: one row per image: the image, then decodings that keep its latents up to each resolution,
-            from the coarsest to all, and sample the finer ones at the model's temperature. ``temperatures``: one row
-            per value of `TEMPERATURES`, from the same noise. ``interpolation``: one row per pair of images.
+            ``kept_latents``: one row per image, with the image and then decodings that keep its latents up to each
+            resolution, from the coarsest to the finest, and sample the remaining latents at the model's temperature.
+            ``temperatures``: one row per value of `TEMPERATURES`, from the same noise. ``interpolation``: one row per
+            pair of images.
         """
         cond = self.select_conditions(cond)
         u, noise = self.encode(x, cond), self._noise(len(x), generator)
@@ -260,10 +265,10 @@ class HVAE(GenerativeModel):
         return {"decoder": self.ladder}
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal noise (n, `latent_dim`), drawn on the device of the generator."""
+        """Draw standard normal noise (n, `latent_dim`) on the device of the generator."""
         return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
     def _labels(self, cond: Cond, like: Tensor) -> Tensor:
-        """Class of each row of ``like``; zeros for an unconditional model."""
+        """Return the class of each entry of ``like``; zeros for an unconditional model."""
         label = self.label(cond)
         return torch.zeros(len(like), dtype=torch.int64, device=like.device) if label is None else label

@@ -35,7 +35,7 @@ class Langevin:
 
     :math:`\eta = \epsilon^2 / 2` and :math:`\tau = \epsilon` give T = 1. Du and Mordatch (2019), "Implicit generation
     and modeling with energy-based models", https://arxiv.org/abs/1903.08689, choose step 10 and noise 0.005 for images
-    u = (x + 1) / 2 in [0, 1], so T = 1.25e-6: gradient descent with little noise. Since
+    u = (x + 1) / 2 in [0, 1], so T = 1.25e-6, which is gradient descent with little noise. Since
     :math:`\nabla_u E = 2 \nabla_x E`, the same chain in x has 4 times their step (40), twice their noise (0.01), half
     their clipping (0.005), and the same T.
 
@@ -55,15 +55,15 @@ class Langevin:
             raise UserError(f"model.langevin.step_size={self.step_size} must be positive.")
         if not self.noise_std > 0:
             raise UserError(
-                f"model.langevin.noise_std={self.noise_std} must be positive; without noise, Langevin steps do not"
-                " sample."
+                f"model.langevin.noise_std={self.noise_std} must be positive; without noise, Langevin steps are"
+                " gradient descent."
             )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UserError(f"model.langevin.grad_clip={self.grad_clip} must be positive, or null.")
 
     @property
     def temperature(self) -> float:
-        r"""T = noise_std^2 / (2 step_size): the steps sample :math:`\exp(-E / T)` up to their discretisation error."""
+        r"""T = noise_std^2 / (2 step_size): the steps sample from :math:`\exp(-E / T)` up to discretisation error."""
         return self.noise_std**2 / (2 * self.step_size)
 
     def trajectory(
@@ -77,10 +77,10 @@ class Langevin:
         """Yield the state (n, ...) after each of ``num_steps`` steps from ``x``, without gradient.
 
         Args:
-            energy: (n, ...) -> (n,); energy i depends on row i alone.
+            energy: (n, ...) -> (n,); energy i depends on entry i alone.
             x: initial state, (n, ...).
             num_steps: number of steps.
-            normal: returns new standard normal noise of the shape of x at each call.
+            normal: returns new standard normal noise shaped like x at each call.
             project: applied to the state after each step; None for no constraint.
         """
         for _ in range(num_steps):
@@ -96,7 +96,7 @@ class Langevin:
 
 
 def input_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    r"""Per-row gradient :math:`\nabla_x E(x)`, of the shape of x; also works inside `torch.no_grad`."""
+    r"""Compute the gradient :math:`\nabla_x E(x)` of each entry, shaped like x; also works inside `torch.no_grad`."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
@@ -104,7 +104,7 @@ def input_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def last_state(states: Iterable[Tensor]) -> Tensor:
-    """Last state of a trajectory of at least one step."""
+    """Return the last state of a trajectory of at least one step."""
     return deque(states, maxlen=1).pop()
 
 
@@ -119,10 +119,10 @@ class ReplayBuffer(nn.Module):
     With classes, each class has an equal part of the buffer, and an image takes a chain of its own class, so the chains
     of a batch have the same classes as its images.
 
-    Every process has the whole buffer and gathers the rows of the other processes. Discrete images are stored as uint8
-    (31 MB for 10,000 images of 3x32x32, a quarter of float32) and dequantised with uniform noise when read, as in the
-    code of the authors: with rounding alone, a chain that moves by less than half a level would never move. Continuous
-    data are stored as float32.
+    Every process holds the whole buffer and gathers the chains of the other processes. Discrete images are stored as
+    uint8 (31 MB for 10,000 images of 3x32x32, a quarter of float32) and dequantised with uniform noise when read, as in
+    the authors' code. With rounding alone, a chain that moves by less than half a pixel level between reads would never
+    move. Continuous data are stored as float32.
 
     Args:
         spec: shape and value range of the data.
@@ -140,7 +140,7 @@ class ReplayBuffer(nn.Module):
             raise UserError(f"model.buffer_size={size} must be at least one chain per class ({num_classes}).")
         dtype = torch.float32 if spec.num_bins is None else torch.uint8
         self.register_buffer("images", torch.zeros(num_classes * self.size_per_class, *spec.shape, dtype=dtype))
-        # Entries that were never written: their chains start from noise.
+        # Whether each entry was ever written; chains of other entries start from noise.
         self.register_buffer("started", torch.zeros(num_classes * self.size_per_class, dtype=torch.bool))
 
     def sample_indices(self, label: Tensor | None, rng: RandomSource) -> Tensor:
@@ -155,7 +155,7 @@ class ReplayBuffer(nn.Module):
                 f"A batch of {rng.total} images needs at least that many chains per class, but there are only"
                 f" {self.size_per_class}: raise model.buffer_size or lower trainer.global_batch_size."
             )
-        # `rng` draws rows of this process; the permutation must be the same on all processes.
+        # `rng` draws only for the images of this process, but the permutation must be the same on all processes.
         order = torch.randperm(self.size_per_class, generator=rng.generator, device=rng.device)[: rng.total]
         order = order.to(self.started.device)
         return order if label is None else all_gather_rows(label) * self.size_per_class + order
@@ -164,11 +164,11 @@ class ReplayBuffer(nn.Module):
         """Read chains.
 
         Args:
-            indices: (n,).
+            indices: buffer indices, (n,).
             noise: dequantisation noise, uniform in [0, 1), (n, C, H, W).
 
         Returns:
-            States (n, C, H, W) in float32, and whether each chain was written before, (n,).
+            States (n, C, H, W) in float32, and whether each chain has been written, (n,).
         """
         images = self.images[indices]
         states = images if images.is_floating_point() else (images + (noise - 0.5)).mul_(2 / 255).sub_(1)

@@ -1,4 +1,4 @@
-"""The space in which a diffusion model works: pixels, or the whitened latents of a frozen autoencoder."""
+"""The space that a diffusion model works in: pixels, or the whitened latents of a frozen autoencoder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gencompare.models.autoencoder_core import AutoencoderCore
 
 
 class PixelSpace(nn.Module):
-    """The space of images, in which encoding and decoding are the identity."""
+    """The space of images, where encoding and decoding are the identity."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
@@ -33,19 +33,20 @@ class PixelSpace(nn.Module):
 class Latents(nn.Module):
     r"""The whitened latents of a frozen autoencoder: :math:`w = (z - m_c) / s_c` for each channel c.
 
-    :math:`m_c` and :math:`s_c` are the mean and the standard deviation over the training split, so that a noise
-    schedule has the same meaning for every autoencoder. (Rombach et al. (2022), "High-resolution image synthesis with
+    :math:`m_c` and :math:`s_c` are the mean and the standard deviation over the training split. A noise schedule
+    therefore has the same meaning for every autoencoder. (Rombach et al. (2022), "High-resolution image synthesis with
     latent diffusion models", appendix G, https://arxiv.org/abs/2112.10752, divide by one standard deviation, estimated
     on the first batch.)
 
-    Weights of the autoencoder and whitening are part of the state dict of the diffusion model, whose run folder is
-    therefore self-contained; they are not trained or averaged.
+    The autoencoder weights and the whitening are part of the diffusion model's state dict, so its run folder is
+    self-contained. They are neither trained nor averaged.
 
     Args:
         spec: shape and classes of the images.
-        autoencoder: a factory ``spec -> model with a coder``, with the settings that the autoencoder was trained with.
+        autoencoder: a factory ``spec -> model with a coder``, with the settings used to train the autoencoder.
         autoencoder_stage: ``autoencoder_run``, the folder of a trained autoencoder, and ``budget``, the training budget
-            of a new one. Only the training task uses them; it passes the trained weights to `load_autoencoder`.
+            of a new one. Only the training task uses these settings; it passes the trained weights to
+            `load_autoencoder`.
     """
 
     mean: Tensor
@@ -53,7 +54,7 @@ class Latents(nn.Module):
 
     def __init__(self, spec: DataSpec, *, autoencoder: Callable[..., Any], **autoencoder_stage: Any) -> None:
         super().__init__()
-        # Without the networks of its loss, and without advancing the global random state.
+        # Build the model without the networks of its loss, and without advancing the global random state.
         with torch.random.fork_rng(devices=[]):
             model = autoencoder(spec=replace(spec, conditions={}), perceptual=None, discriminator=None)
         coder = getattr(model, "coder", None)
@@ -62,7 +63,7 @@ class Latents(nn.Module):
         self.coder = coder
         self.latent_shape = coder.latent_shape
         self.perceptual_networks: list[str] = []
-        """The pretrained networks in the loss of the autoencoder; set with its weights."""
+        """The pretrained networks in the loss of the autoencoder; set when its weights are loaded."""
         self.register_buffer("mask", torch.ones(1, *self.latent_shape[1:]), persistent=False)
         self.mask: Tensor
         self.register_buffer("mean", torch.zeros(self.latent_shape[0], 1, 1))
@@ -70,12 +71,12 @@ class Latents(nn.Module):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Latents:
-        """Stays in eval mode, because the autoencoder is frozen."""
+        """Stay in eval mode, because the autoencoder is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        # In full precision, like the whitening.
+        # Encode in full precision, like the whitening.
         with torch.autocast(x.device.type, enabled=False):
             return (self.coder.encode(x.float()) - self.mean) / self.std
 
@@ -84,17 +85,17 @@ class Latents(nn.Module):
             return self.coder.decode(z.float() * self.std + self.mean)
 
     def has_same_whitening(self, other: Latents) -> bool:
-        """Whether mean and standard deviation are equal, which identifies the autoencoder."""
+        """Return whether mean and standard deviation are equal, which identifies the autoencoder."""
         return torch.equal(self.mean, other.mean) and torch.equal(self.std, other.std)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Any, *, generator: torch.Generator) -> Tensor:
-        """The reconstruction of the autoencoder; deterministic."""
+        """Encode and decode images; deterministic."""
         return self.decode(self.encode(x))
 
     @torch.no_grad()
     def load_autoencoder(self, coder: AutoencoderCore, batches: Iterable[Tensor]) -> None:
-        """Copies the weights of a trained autoencoder and computes the whitening.
+        """Copy the weights of a trained autoencoder and compute the whitening.
 
         Args:
             coder: the trained autoencoder.
@@ -114,7 +115,7 @@ class Latents(nn.Module):
         variance = total_squares / count - mean.square()
         if not (variance > 1e-12).all():
             raise UserError(
-                "A channel of the autoencoder's latents is the same for all images and contains no information: train"
+                "A channel of the autoencoder's latents is constant over all images and contains no information: train"
                 " the autoencoder for longer, or with fewer latent channels."
             )
         self.mean.copy_(mean[:, None, None])

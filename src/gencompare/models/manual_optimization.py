@@ -17,7 +17,7 @@ from gencompare.errors import TrainingStopped, UserError
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Context manager: parameters of ``network`` get no gradients, but gradients still flow to its input."""
+    """Freeze the parameters of ``network`` within a context; gradients still flow to its input."""
     network.requires_grad_(False)
     try:
         yield
@@ -26,7 +26,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def manual_step(model: pl.LightningModule, optimizer_idx: int, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Take one step of the optimiser ``optimizer_idx`` of the model; returns the gradient norm before clipping.
+    """Take one step of the optimiser with index ``optimizer_idx``. Return the gradient norm before clipping.
 
     Under ``trainer.precision=16-mixed`` the gradient scaler skips steps whose scaled gradients overflow; their norm is
     returned as 0.
@@ -48,8 +48,8 @@ def manual_step(model: pl.LightningModule, optimizer_idx: int, loss: Tensor, par
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average gradients over processes, in place; a no-op with a single process.
 
-    Each process has an equal part of the batch, so the result is the gradient of the whole batch. The reducer of DDP
-    does not apply: it expects one backward pass per forward pass, and a manual step has several.
+    Each process has an equal part of the batch, so the result is the gradient of the whole batch. DDP's reducer cannot
+    be used, since it expects one backward pass per forward pass, and a manual step has several.
     """
     if world_size() == 1:
         return
@@ -63,13 +63,13 @@ class Snapshot:
     """A copy of the model and optimiser state, for rollback when training diverges.
 
     The model reports the outcome of each step. A copy is made before the first step and after each ``every_n_steps``
-    successful steps without rollback. After a rollback, training continues with other images and noise, so it may pass
-    where it diverged before. After more than ``max_rollbacks`` rollbacks to the same copy, training stops.
+    successful steps without rollback. After a rollback, training continues with other images and noise, so it may get
+    past the point where it diverged. After more than ``max_rollbacks`` rollbacks to the same copy, training stops.
 
     The state is part of checkpoints (`state_dict`), so a resumed run rolls back like an uninterrupted one.
 
     Args:
-        every_n_steps: successful steps between copies.
+        every_n_steps: number of successful steps between copies.
         max_rollbacks: maximum number of rollbacks to the same copy.
     """
 
@@ -82,19 +82,19 @@ class Snapshot:
         self.every_n_steps, self.max_rollbacks = every_n_steps, max_rollbacks
         self.saved: dict[str, Any] | None = None
         self.steps_since_saved = 0
-        """Successful steps since the copy was made or restored."""
+        """Number of successful steps since the copy was made or restored."""
         self.consecutive_rollbacks = 0
-        """Rollbacks to the current copy."""
+        """Number of rollbacks to the current copy."""
         self.num_rollbacks = 0
-        """Rollbacks in the whole run."""
+        """Number of rollbacks in the whole run."""
 
     def begin_step(self, model: pl.LightningModule) -> None:
-        """Call before each step; saves the initial state before the first one."""
+        """Save the initial state before the first step. Call this before each step."""
         if self.saved is None:
             self._save(model)
 
     def step_succeeded(self, model: pl.LightningModule) -> None:
-        """Call after each successful step."""
+        """Count a successful step, and save a copy if due. Call this after each successful step."""
         self.steps_since_saved += 1
         if self.steps_since_saved >= self.every_n_steps:
             self._save(model)
@@ -103,7 +103,8 @@ class Snapshot:
         """Restore the copy.
 
         Raises:
-            TrainingStopped: there were more than ``max_rollbacks`` rollbacks to this copy. The copy is restored first.
+            TrainingStopped: if there were more than ``max_rollbacks`` rollbacks to this copy. The copy is restored
+                first.
         """
         assert self.saved is not None, "call begin_step first"
         model.load_state_dict(self.saved["model"])
@@ -144,7 +145,7 @@ class Snapshot:
 
 
 def _optimizer(model: pl.LightningModule) -> Any:
-    """The only optimiser of the model, without Lightning's wrapper."""
+    """Return the only optimiser of the model, without Lightning's wrapper."""
     return model.optimizers(use_pl_optimizer=False)
 
 

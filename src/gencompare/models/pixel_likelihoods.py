@@ -1,8 +1,9 @@
 r"""Likelihoods of pixels given a decoder output, p(x | h), independent across positions.
 
 Images are in [-1, 1]. With L = ``num_bins`` they take the values :math:`-1 + k \Delta`, :math:`\Delta = 2 / (L - 1)`,
-and a likelihood is the probability of exactly that value, so that bits/dim are those of a lossless code. With
-``num_bins`` None, data are continuous and it is a density. (`BernoulliLikelihood` on greyscale images is an exception.)
+and a likelihood is the probability of exactly that value, so that bits/dim are those of a lossless code. If
+``num_bins`` is None, data are continuous, and a likelihood is a density. (`BernoulliLikelihood` on greyscale images is
+an exception.)
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ class PixelLikelihood(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        r""":math:`\log p(x | h)` in nats, summed over all pixels except padding, (n,)."""
+        r"""Compute :math:`\log p(x | h)` in nats, summed over all pixels except padding, (n,)."""
 
     @abstractmethod
     def mean(self, h: Tensor) -> Tensor:
-        """Mean E[x | h], (n, C, H, W)."""
+        """Compute the mean E[x | h], (n, C, H, W)."""
 
     @abstractmethod
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        """Sample p(x | h), (n, C, H, W)."""
+        """Sample from p(x | h), (n, C, H, W)."""
 
     @property
     def is_data_likelihood(self) -> bool:
@@ -55,7 +56,7 @@ class PixelLikelihood(nn.Module, ABC):
         return True
 
     def mask_padding(self, x: Tensor) -> Tensor:
-        """Make padding black, where the decoder output is not trained."""
+        """Make padding black, since the decoder output is not trained there."""
         return torch.where(self.mask > 0, x, -1.0)
 
     @property
@@ -76,31 +77,32 @@ def require_num_bins(spec: DataSpec, option: str) -> int:
     """Return ``spec.num_bins``.
 
     Raises:
-        UserError: the data are continuous, and ``model/likelihood=<option>`` needs discrete data.
+        UserError: if the data are continuous, since ``model/likelihood=<option>`` needs discrete data.
     """
     if spec.num_bins is None:
         raise UserError(
-            f"model/likelihood={option} needs discrete pixels, but data '{spec.name}' is continuous: use"
+            f"model/likelihood={option} needs discrete pixels, but data set '{spec.name}' is continuous: use"
             " model/likelihood=gaussian."
         )
     return spec.num_bins
 
 
 def uniform_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1) of the shape and dtype of x, drawn on the device of the generator."""
+    """Draw uniform noise in [0, 1) with the shape and dtype of x, on the device of the generator."""
     return torch.rand(x.shape, generator=generator, device=generator.device).to(x)
 
 
 class BernoulliLikelihood(PixelLikelihood):
-    r"""Binary pixels: 1 with probability S(h) and -1 otherwise, S the logistic function.
+    r"""Binary pixels: 1 with probability S(h) and -1 otherwise, for the logistic function S.
 
     .. math:: \log p(x | h) = y \log S(h) + (1 - y) \log S(-h), \quad y = (x + 1) / 2.
 
-    This is a probability for images with two values. Grey values are treated as probabilities: the expression is then
-    the expected log probability of binary images whose pixels are 1 with probability y, as in Salakhutdinov and Murray
-    (2008), "On the quantitative analysis of deep belief networks". It is not normalised over grey values (Loaiza-Ganem
-    and Cunningham 2019, "The continuous Bernoulli", https://arxiv.org/abs/1907.06845), so `is_data_likelihood` is false
-    for more than two values. The mean :math:`2 S(h) - 1` is a greyscale image; samples are binary.
+    This is a probability for images with two values. Values in between are treated as probabilities: the expression is
+    then the expected log probability of binary images whose pixels are 1 with probability y, as in Salakhutdinov and
+    Murray (2008), "On the quantitative analysis of deep belief networks". It is not normalised over values in between
+    (Loaiza-Ganem and Cunningham 2019, "The continuous Bernoulli", https://arxiv.org/abs/1907.06845), so
+    `is_data_likelihood` is false for more than two values. The mean :math:`2 S(h) - 1` is a greyscale image; samples
+    are binary.
     """
 
     def __init__(self, spec: DataSpec) -> None:
@@ -136,8 +138,8 @@ class GaussianLikelihood(PixelLikelihood):
     """
 
     GAIN = 10.0
-    r""":math:`\log \sigma` = GAIN w: Adam changes w by about the learning rate per step, too slow for :math:`\log
-    \sigma`."""
+    r""":math:`\log \sigma` is GAIN times the weight, because Adam changes a weight by about the learning rate per step,
+    which is too slow for :math:`\log \sigma`."""
 
     def __init__(self, spec: DataSpec) -> None:
         super().__init__(spec)
@@ -163,10 +165,10 @@ class GaussianLikelihood(PixelLikelihood):
         return self._sum_pixels(discretized_normal_log_prob(x, mean, std, self.num_bins))
 
     def mean(self, h: Tensor) -> Tensor:
-        r"""Mean E[x | h].
+        r"""Compute the mean E[x | h].
 
-        For discrete data the mean of :math:`N(h, \sigma^2)` clipped to [-1, 1], exact to :math:`\Delta / 2`; for
-        continuous data h, clamped to the range [-1, 1] of images.
+        For discrete data, this is the mean of :math:`N(h, \sigma^2)` clipped to [-1, 1], exact to :math:`\Delta / 2`.
+        For continuous data, it is h clamped to the range [-1, 1] of images.
         """
         if self.num_bins is None:
             return h.float().clamp(-1, 1)
@@ -178,9 +180,10 @@ class GaussianLikelihood(PixelLikelihood):
 
 
 def clipped_normal_mean(mean: Tensor, std: Tensor) -> Tensor:
-    r"""Mean of :math:`N(\mu, \sigma^2)` clipped to [-1, 1]: :math:`-1 + \int_{-1}^{1} \Phi((\mu - t) / \sigma) dt`.
+    r"""Compute the mean of :math:`N(\mu, \sigma^2)` clipped to [-1, 1].
 
-    Uses :math:`\int \Phi = a \Phi(a) + \phi(a)`, :math:`\phi` the standard normal density.
+    The mean is :math:`-1 + \int_{-1}^{1} \Phi((\mu - t) / \sigma) dt`. The code uses
+    :math:`\int \Phi = a \Phi(a) + \phi(a)` with the standard normal density :math:`\phi`.
     """
 
     def integral(a: Tensor) -> Tensor:
@@ -191,27 +194,28 @@ def clipped_normal_mean(mean: Tensor, std: Tensor) -> Tensor:
 
 
 MIN_LOG_SCALE_OVER_BIN = -2.15
-r"""Lower bound of :math:`\log(s / \Delta)`, which is -7 of PixelCNN++ at 256 values. One bin then has up to 0.97 of the
-mass."""
+r"""Lower bound of :math:`\log(s / \Delta)`. For 256 values, it equals the bound -7 on :math:`\log s` in PixelCNN++. At
+the bound, one bin has up to 0.97 of the mass."""
 
 MAX_LOG_SCALE = 4.0
-r"""Upper bound of :math:`\log s`: all but 1 % of the mass is then outside [-1, 1], half of it on either side."""
+r"""Upper bound of :math:`\log s`. At the bound, 99 % of the mass is outside [-1, 1], about half of it on either
+side."""
 
 MAX_LOG_SCALE_SHARPNESS = 10.0
-"""Sharpness of the softplus at `MAX_LOG_SCALE`: the gradient vanishes within a few tenths above it."""
+"""Sharpness of the softplus at `MAX_LOG_SCALE`: the gradient vanishes within a few tenths above the bound."""
 
 
 def discretized_logistic_log_prob(x: Tensor, location: Tensor, log_scale: Tensor, num_bins: int) -> Tensor:
-    r"""Elementwise log probability of the bin of x under a logistic distribution.
+    r"""Compute the log probability of the bin of x under a logistic distribution, elementwise.
 
     .. math:: \log [S((x + \Delta/2 - m) / s) - S((x - \Delta/2 - m) / s)], \quad \Delta = 2 / (L - 1),
 
     with the logistic function S; the outer bins extend to infinity. Salimans et al. (2017), "PixelCNN++", section 2.1,
-    with one component, https://arxiv.org/abs/1701.05517. Computed without cancellation as
+    with one component, https://arxiv.org/abs/1701.05517. It is computed without cancellation as
     :math:`S(a) - S(b) = S(a) S(-b) (1 - e^{b - a})`.
 
     Args:
-        x: values -1 to 1 on a grid of ``num_bins`` values.
+        x: values on an even grid of ``num_bins`` values from -1 to 1.
         location: m.
         log_scale: :math:`\log s`.
         num_bins: L.
@@ -238,7 +242,7 @@ def bounded_log_scale(raw: Tensor, num_bins: int) -> Tensor:
 
 
 def clipped_logistic_mean(location: Tensor, log_scale: Tensor) -> Tensor:
-    r"""Mean of a logistic clipped to [-1, 1], :math:`-1 + \int_{-1}^{1} S((m - t) / s) dt`, in closed form.
+    r"""Compute the mean of a logistic clipped to [-1, 1], :math:`-1 + \int_{-1}^{1} S((m - t) / s) dt`, in closed form.
 
     The mean of the discretised logistic is the midpoint rule for this integral with L - 1 points, so the two differ by
     less than :math:`\Delta / 2`.
@@ -249,7 +253,7 @@ def clipped_logistic_mean(location: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def sample_logistic(location: Tensor, log_scale: Tensor, generator: torch.Generator) -> Tensor:
-    """Sample m + s logit(u), the continuous logistic."""
+    """Sample m + s logit(u) from the continuous logistic distribution."""
     return location + log_scale.exp() * torch.logit(uniform_like(location, generator), eps=1e-6)
 
 
@@ -268,7 +272,7 @@ class DiscretizedLogistic(PixelLikelihood):
         return 2 * self.channels
 
     def _location_scale(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Parameters m and :math:`\log s`, each (n, C, H, W) in float32."""
+        r"""Compute the parameters m and :math:`\log s`, each (n, C, H, W) in float32."""
         location, raw = h.float().chunk(2, dim=1)
         return location, bounded_log_scale(raw, self.num_bins)
 
@@ -276,7 +280,7 @@ class DiscretizedLogistic(PixelLikelihood):
         return self._sum_pixels(discretized_logistic_log_prob(x, *self._location_scale(h), self.num_bins))
 
     def mean(self, h: Tensor) -> Tensor:
-        r"""Mean E[x | h], exact to :math:`\Delta / 2`: `clipped_logistic_mean`."""
+        r"""Compute the mean E[x | h], exact to :math:`\Delta / 2`: `clipped_logistic_mean`."""
         return clipped_logistic_mean(*self._location_scale(h))
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
@@ -294,7 +298,7 @@ class MixtureParams(NamedTuple):
     """Coefficients a, (n, K, C (C - 1) / 2, H, W): one for channel 1, two for channel 2, and so on."""
 
     def location(self, channel: int, earlier: Tensor) -> Tensor:
-        r"""Location :math:`m_c + \sum_{d < c} a_{cd} x_d` of channel c, (n, K, H, W).
+        r"""Compute the location :math:`m_c + \sum_{d < c} a_{cd} x_d` of channel c, (n, K, H, W).
 
         Args:
             channel: c.
@@ -305,7 +309,7 @@ class MixtureParams(NamedTuple):
         return self.locations[:, :, channel] + shift
 
     def select(self, k: Tensor) -> MixtureParams:
-        """Parameters of component ``k`` (n, H, W) at each position."""
+        """Select the parameters of component ``k`` (n, H, W) at each position."""
         index = k[:, None, None]
         return MixtureParams(*(p.gather(1, index.expand(-1, 1, p.shape[2], -1, -1)) for p in self))
 
@@ -315,12 +319,12 @@ class DiscretizedLogisticMixture(PixelLikelihood):
 
     .. math:: P(x) = \sum_k \pi_k \prod_c P(x_c; m_{kc} + \sum_{d < c} a_{kcd} x_d, s_{kc}),
 
-    with P of `discretized_logistic_log_prob`. All channels of a pixel share the component, and the location of a
-    channel depends on the channels before it: for RGB, :math:`m_g + a r` and :math:`m_b + b r + c g`. Salimans et al.
-    (2017), "PixelCNN++", sections 2.1 and 2.2, https://arxiv.org/abs/1701.05517; also used by Child (2021), "Very deep
-    VAEs", https://arxiv.org/abs/2011.10650.
+    with the probability P of `discretized_logistic_log_prob`. All channels of a pixel share the component, and the
+    location of a channel depends on the channels before it: for RGB, :math:`m_g + a r` and :math:`m_b + b r + c g`.
+    Salimans et al. (2017), "PixelCNN++", sections 2.1 and 2.2, https://arxiv.org/abs/1701.05517; also used by Child
+    (2021), "Very deep VAEs", https://arxiv.org/abs/2011.10650.
 
-    The decoder output has at each position K logits of :math:`\pi`, then for each component C locations, C raw log
+    At each position, the decoder output has K logits of :math:`\pi`, then for each component C locations, C raw log
     scales (`bounded_log_scale`) and C (C - 1) / 2 raw coefficients, mapped to (-1, 1) by tanh: 100 channels for K = 10
     and RGB. Fixed offsets, evenly spaced over [-1, 1], are added to the locations, because identical components would
     stay identical if the last decoder layer is initialised to zero.
@@ -346,7 +350,7 @@ class DiscretizedLogisticMixture(PixelLikelihood):
         return self.num_components * (1 + 2 * self.channels + self.num_slopes)
 
     def _mixture(self, h: Tensor) -> tuple[Tensor, MixtureParams]:
-        r""":math:`\log \pi`, (n, K, H, W), and the parameters of the components, in float32."""
+        r"""Compute :math:`\log \pi`, (n, K, H, W), and the parameters of the components, in float32."""
         logits, rest = h.float().split([self.num_components, h.shape[1] - self.num_components], dim=1)
         locations, raw_scales, raw_slopes = rest.unflatten(1, (self.num_components, -1)).split(
             [self.channels, self.channels, self.num_slopes], dim=2
@@ -362,11 +366,10 @@ class DiscretizedLogisticMixture(PixelLikelihood):
         return self._sum_pixels(torch.logsumexp(log_weights + log_components, dim=1, keepdim=True))
 
     def mean(self, h: Tensor) -> Tensor:
-        r"""Mean :math:`\sum_k \pi_k E[x | k]`, with the location of a channel at the component means of earlier
-        channels.
+        r"""Compute :math:`\sum_k \pi_k E[x | k]`, with each channel located at the component means of earlier channels.
 
-        Exact to :math:`\Delta / 2` for one channel. With several channels it is approximate for components that reach
-        beyond [-1, 1], where clipping makes the mean of a channel nonlinear in the earlier ones.
+        The mean is exact to :math:`\Delta / 2` for one channel. With several channels, it is approximate for components
+        that reach beyond [-1, 1], where clipping makes the mean of a channel nonlinear in the earlier ones.
         """
         log_weights, mixture = self._mixture(h)
         means = mixture.locations[:, :, :0]
@@ -376,7 +379,7 @@ class DiscretizedLogisticMixture(PixelLikelihood):
         return (log_weights.exp()[:, :, None] * means).sum(1)
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        """Sample a component per position with the Gumbel-max trick, then one channel after another."""
+        """Sample a component per position with the Gumbel-max trick, then sample one channel after another."""
         log_weights, mixture = self._mixture(h)
         gumbel = -torch.log(-torch.log(uniform_like(log_weights, generator).clamp_min(1e-20)))
         mixture = mixture.select((log_weights + gumbel).argmax(1))

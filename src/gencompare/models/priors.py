@@ -22,7 +22,7 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
-        r""":math:`\log p(z)` in nats, (n,)."""
+        r"""Compute :math:`\log p(z)` in nats, (n,)."""
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -30,7 +30,7 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def kl(self, mean: Tensor, log_var: Tensor, z: Tensor) -> Tensor:
-        r"""KL divergence of the posterior :math:`N(\mu, \sigma^2)` from the prior, in nats.
+        r"""Compute the KL divergence of the posterior :math:`N(\mu, \sigma^2)` from the prior, in nats.
 
         Args:
             mean: :math:`\mu`, (n, d).
@@ -38,13 +38,13 @@ class Prior(nn.Module, ABC):
             z: a sample of the posterior, (n, d).
 
         Returns:
-            The exact divergence of each dimension, (n, d), if the prior `factorizes`; else an unbiased estimate from
-            ``z`` of the total, (n, 1).
+            The exact divergence of each dimension, (n, d), if the prior `factorizes`; otherwise an unbiased estimate of
+            the total from ``z``, (n, 1).
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """Short text for a table."""
+        """Return a short description for a table."""
 
 
 class StandardNormal(Prior):
@@ -84,8 +84,8 @@ class MixtureOfGaussians(Prior):
 
     factorizes = False
     GAIN = 10.0
-    """Each parameter is GAIN times a weight: Adam changes a weight by about the learning rate per step, which is too
-    slow for components as far apart as posteriors are."""
+    """Each parameter is GAIN times a weight, because Adam changes a weight by about the learning rate per step, which
+    is too slow for components that are as far apart as posteriors."""
 
     def __init__(self, dim: int, *, num_components: int = 100) -> None:
         super().__init__()

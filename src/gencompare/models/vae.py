@@ -41,7 +41,7 @@ class VAE(GenerativeModel):
     `likelihoods` returns the ELBO and, if ``importance_samples`` is positive, the tighter `importance_weighted_bound`.
 
     Samples are means of p(x | z) with z ~ p(z), as is usual for VAEs: the noise of a pixelwise likelihood has no
-    structure. With ``pixel_noise`` they are samples of p(x | z), the distribution that the bounds score.
+    structure. With ``pixel_noise``, they are samples from p(x | z), the distribution that the bounds evaluate.
 
     Args:
         spec: shape, number of classes and value range of the data.
@@ -55,7 +55,7 @@ class VAE(GenerativeModel):
         kl_warmup_steps: training steps over which :math:`\beta` increases from 0; 0 disables warm-up.
         free_bits: :math:`\lambda` in bits.
         importance_samples: samples of z per image for the importance-weighted bound; 0 disables it.
-        pixel_noise: whether to sample p(x | z) instead of taking its mean.
+        pixel_noise: whether to sample from p(x | z) instead of taking its mean.
         kwargs: see `TrainedModel`.
     """
 
@@ -84,7 +84,7 @@ class VAE(GenerativeModel):
         if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
                 f"model.kl_warmup_steps={kl_warmup_steps} and model.importance_samples={importance_samples} must be"
-                " integers of at least 0 (0 disables it)."
+                " integers of at least 0 (0 disables the option)."
             )
         self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
         self.importance_samples, self.pixel_noise = importance_samples, pixel_noise
@@ -100,16 +100,16 @@ class VAE(GenerativeModel):
         self.decoder = decoder(latent_dim, (self.likelihood.decoder_channels, *spec.shape[1:]), embed_dim)
 
     def posterior(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        r"""Parameters :math:`\mu` and :math:`\log \sigma^2` of q(z | x), each (n, latent_dim) in float32."""
+        r"""Compute :math:`\mu` and :math:`\log \sigma^2` of q(z | x), each (n, latent_dim) in float32."""
         mean, log_var = self.encoder(x, self._embed_label(cond)).float().chunk(2, dim=1)
         return mean, log_var
 
     def decode(self, z: Tensor, cond: Cond) -> Tensor:
-        """Decoder output (n, likelihood.decoder_channels, H, W), the parameters of p(x | z)."""
+        """Compute the decoder output (n, likelihood.decoder_channels, H, W), the parameters of p(x | z)."""
         return self.decoder(z, self._embed_label(cond))
 
     def terms(self, x: Tensor, cond: Cond, noise: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Terms of the negative ELBO in nats, with :math:`z = \mu + \sigma \epsilon`.
+        r"""Compute the terms of the negative ELBO in nats, with :math:`z = \mu + \sigma \epsilon`.
 
         Args:
             x: images (n, C, H, W).
@@ -117,8 +117,8 @@ class VAE(GenerativeModel):
             noise: :math:`\epsilon`, (n, latent_dim).
 
         Returns:
-            :math:`-\log p(x | z)`, (n,), and the KL of each latent dimension (n, latent_dim), or of all (n, 1); see
-            `Prior.kl`.
+            :math:`-\log p(x | z)`, (n,), and the KL of each latent dimension (n, latent_dim), or the total KL (n, 1);
+            see `Prior.kl`.
         """
         mean, log_var = self.posterior(x, cond)
         z = mean + (0.5 * log_var).exp() * noise
@@ -126,12 +126,14 @@ class VAE(GenerativeModel):
 
     @property
     def current_beta(self) -> float:
-        r""":math:`\beta` of the current step, after warm-up; outside training the final value."""
+        r""":math:`\beta` in the current step, including warm-up; the final value outside training."""
         return self.beta * kl_warmup(self, self.kl_warmup_steps)
 
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        """``loss``, and ``reconstruction`` and ``kl`` in bits per value; also their sum ``bits_per_dim`` if the
-        likelihood is that of the data."""
+        """Compute ``loss``, and ``reconstruction`` and ``kl`` in bits per value.
+
+        ``bits_per_dim``, the sum of the last two, is included if the likelihood is that of the data.
+        """
         reconstruction, kl = self.terms(x, cond, rng.normal((self.latent_dim,)))
         # A single-sample estimate of the KL may be negative and must not be clamped.
         penalty = (kl.clamp(min=self.free_bits * math.log(2)) if self.free_bits else kl).sum(1)
@@ -158,18 +160,18 @@ class VAE(GenerativeModel):
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
-        """Mean of p(x | z) at the posterior mean; deterministic."""
+        """Compute the mean of p(x | z) at the posterior mean; deterministic."""
         cond = self.select_conditions(cond)
         mean, _ = self.posterior(x, cond)
         return self.decoded_mean(mean, cond)
 
     def decoded_mean(self, z: Tensor, cond: Cond) -> Tensor:
-        """Mean of p(x | z), (n, C, H, W), with black padding."""
+        """Compute the mean of p(x | z), (n, C, H, W), with black padding."""
         return self.likelihood.mask_padding(self.likelihood.mean(self.decode(z, cond)))
 
     @torch.no_grad()
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
-        """Reconstructions, interpolations and latent traversals, as means of p(x | z); deterministic."""
+        """Create reconstructions, interpolations and latent traversals from means of p(x | z); deterministic."""
         cond = self.select_conditions(cond)
         mean, log_var = self.posterior(x, cond)
         return {
@@ -208,7 +210,7 @@ class VAE(GenerativeModel):
         return {"decoder": self.decoder}
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Standard normal noise (n, latent_dim), drawn on the device of the generator."""
+        """Draw standard normal noise (n, latent_dim) on the device of the generator."""
         return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
 
     def _embed_label(self, cond: Cond) -> Tensor | None:

@@ -21,7 +21,7 @@ Decode = Callable[[Tensor, Cond], Tensor]
 
 
 def interpolation(decode: Decode, z: Tensor, cond: Cond) -> Tensor:
-    """Linear interpolation between pairs of latents, with the conditions of the nearer end.
+    """Interpolate linearly between pairs of latents, with the conditions of the nearer end.
 
     Returns:
         One row per pair, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W).
@@ -34,9 +34,9 @@ def interpolation(decode: Decode, z: Tensor, cond: Cond) -> Tensor:
 
 
 def traversal(decode: Decode, z: Tensor, log_var: Tensor, cond: Cond) -> Tensor:
-    r"""Vary one latent dimension at a time over its range; the others stay as in the first latent.
+    r"""Vary one latent dimension at a time over its range; the other dimensions stay as in the first latent.
 
-    Higgins et al. (2017), "beta-VAE", figure 1. Shows the `MAX_TRAVERSED_DIMS` dimensions with the largest
+    Higgins et al. (2017), "beta-VAE", figure 1. The dimensions shown are the `MAX_TRAVERSED_DIMS` with the largest
     :math:`\frac{1}{2} \log(1 + \mathrm{Var} \mu / \overline{\sigma^2})`, the capacity of a Gaussian channel, which does
     not depend on the prior.
 
@@ -63,13 +63,14 @@ def traversal(decode: Decode, z: Tensor, log_var: Tensor, cond: Cond) -> Tensor:
 NUM_CHAINS = 8
 """Maximum number of chains shown over time."""
 NUM_FRAMES = 10
-"""Number of states shown of each chain, including the first and the last."""
+"""Number of states shown per chain, including the first and the last."""
 NOISE_STD = 0.3
-"""Standard deviation of the noise on noisy images."""
+"""Standard deviation of the noise added to noisy images."""
 
 
 def corruptions(x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Images (n, C, H, W) and corrupted versions: noisy, negative, upside down, shuffled pixels, and uniform noise."""
+    """Return images (n, C, H, W) and corrupted versions: noisy, negative, upside down, shuffled pixels, and uniform
+    noise."""
     pixels = torch.randperm(x.shape[2] * x.shape[3], generator=generator, device=generator.device).to(x.device)
     uniform = torch.rand(x.shape, generator=generator, device=generator.device).to(x)
     return {
@@ -99,8 +100,8 @@ def energy_ranking(
         generator: source of random numbers.
 
     Returns:
-        ``kinds``: one row per kind of image, each in order. ``ordered``: all images in one order, n per row; a good
-        model ranks the real images first.
+        ``kinds``: one row per kind of image, each ordered by energy. ``ordered``: all images ordered together, n per
+        row; a good model ranks the real images first.
     """
     kinds = [project(images) for images in corruptions(x, generator).values()]
     energies = torch.stack([energy(images, cond) for images in kinds])

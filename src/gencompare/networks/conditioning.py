@@ -20,8 +20,8 @@ class SinusoidalEmbedding(nn.Module):
         \omega_i = 10^{-4 i / (h - 1)}, \quad h = \mathrm{dim} / 2
 
     Vaswani et al. (2017), "Attention is all you need", section 3.5 (https://arxiv.org/abs/1706.03762), in the variant
-    of Ho et al. (2020), whose last frequency is exactly :math:`10^{-4}`. It resolves differences of about 1 over a
-    range of thousands.
+    of Ho et al. (2020), whose last frequency is exactly :math:`10^{-4}`. The embedding resolves differences of about 1
+    over a range of thousands.
 
     Args:
         dim: dimension of the embedding; even, at least 4.
@@ -32,7 +32,7 @@ class SinusoidalEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
-            raise UserError(f"A sinusoidal embedding needs an even number of at least 4 channels, not {dim}.")
+            raise UserError(f"The dimension of a sinusoidal embedding must be even and at least 4, not {dim}.")
         powers = torch.linspace(0, 1, dim // 2, dtype=torch.float64)
         frequencies = torch.exp(-math.log(10_000) * powers).float()
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -51,8 +51,8 @@ class FourierEmbedding(nn.Module):
     with one frequency per channel. Tancik et al. (2020), "Fourier features let networks learn high frequency
     functions", section 6 (https://arxiv.org/abs/2006.10739); Song et al. (2021), "Score-based generative modeling
     through stochastic differential equations", appendix H.1 (https://arxiv.org/abs/2011.13456), use a scale of 16 for
-    :math:`t = \log \sigma`. It resolves differences of about 1 / (2 pi scale), so it suits log sigma or a quarter of
-    it, but not timesteps.
+    :math:`t = \log \sigma`. The embedding resolves differences of about 1 / (2 pi scale), so it suits log sigma and
+    log(sigma) / 4, but not timesteps.
 
     Args:
         channels: number of frequencies.
@@ -92,9 +92,9 @@ class FourierFeatures(nn.Module):
 
 
 class LabelEmbedding(nn.Embedding):
-    """A learned vector per class, (n,) int64 -> (n, dim), and one for "no label", index ``num_classes``.
+    """A learned vector per class and one for "no label" (index ``num_classes``), (n,) int64 -> (n, dim).
 
-    Classifier-free guidance needs the latter, because it drops labels in training (Ho and Salimans 2022,
+    Classifier-free guidance needs the "no label" vector because it drops labels in training (Ho and Salimans 2022,
     "Classifier-free diffusion guidance", section 3.2, https://arxiv.org/abs/2207.12598).
     """
 
@@ -108,7 +108,7 @@ class LabelEmbedding(nn.Embedding):
 
 
 class ConditionEmbedding(nn.Module):
-    r"""The conditions of a network: class label, precomputed embedding, low-resolution image, augmentation.
+    r"""Embeds the conditions of a network: class label, precomputed embedding, low-resolution image, augmentation.
 
     - ``cond["label"]`` (n,) int64: a learned vector per class is added to the noise-level embedding e. Index
       ``num_classes`` means no label.
@@ -119,10 +119,10 @@ class ConditionEmbedding(nn.Module):
       probabilistic models", https://arxiv.org/abs/2102.09672; Saharia et al. 2021, "Image super-resolution via
       iterative refinement", section 2.4, https://arxiv.org/abs/2104.07636). h and w are arbitrary; zeros mean no image.
     - ``cond["augment"]`` (n, augment_dim) float: augmentation parameters a of a training image. W a is added to the
-      features from which e is computed (Karras et al. 2022, "Elucidating the design space of diffusion-based
-      generative models", appendix F.2, https://arxiv.org/abs/2206.00364). A missing entry means a = 0, no augmentation.
+      features that e is computed from (Karras et al. 2022, "Elucidating the design space of diffusion-based generative
+      models", appendix F.2, https://arxiv.org/abs/2206.00364). If missing, a = 0 (no augmentation).
 
-    Other entries of ``cond`` are ignored. A missing entry, other than ``augment``, is a `UserError`.
+    Other entries of ``cond`` are ignored. Any missing entry except ``augment`` raises `UserError`.
 
     Args:
         emb_dim: dimension of e.
@@ -130,7 +130,7 @@ class ConditionEmbedding(nn.Module):
         low_res_channels: channels of the low-resolution image, 0 for none.
         embedding_dim: dimension of the precomputed embedding, 0 for none.
         augment_dim: number of augmentation parameters, 0 for none.
-        noise_dim: dimension of the features of the noise level from which e is computed.
+        noise_dim: dimension of the noise-level features that e is computed from.
     """
 
     def __init__(
@@ -153,22 +153,23 @@ class ConditionEmbedding(nn.Module):
         self.label = LabelEmbedding(num_classes, emb_dim) if num_classes else None
         self.embedding = nn.Linear(embedding_dim, emb_dim, bias=False) if embedding_dim else None
         if self.embedding is not None:
-            # The scale of a label's vector, for embeddings of unit variance.
+            # The scale of the label vectors if the embeddings have unit variance.
             nn.init.normal_(self.embedding.weight, std=0.2 * embedding_dim**-0.5)
         self.augment = nn.Linear(augment_dim, noise_dim, bias=False) if augment_dim else None
         if self.augment is not None:
             nn.init.xavier_uniform_(self.augment.weight)
 
     def embed(self, noise_mlp: nn.Sequential, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The embedding e (n, emb_dim) of noise level and conditions.
+        """Compute the embedding e (n, emb_dim) of noise level and conditions.
 
-        The first layer of ``noise_mlp`` maps ``noise_cond`` (n,) to features (n, noise_dim), the others map these to e.
+        The first layer of ``noise_mlp`` maps ``noise_cond`` (n,) to features (n, noise_dim). The other layers map these
+        features to e.
         """
         features = self.add_augmentation(noise_mlp[0](noise_cond), cond)
         return self.add_label_and_embedding(noise_mlp[1:](features), cond)
 
     def add_augmentation(self, features: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Add the augmentation parameters, if any, to the features (n, noise_dim) of the noise level."""
+        """Add the augmentation parameters, if any, to the noise-level features (n, noise_dim)."""
         if self.augment is None or "augment" not in cond:
             return features
         return features + self.augment(cond["augment"].to(features.dtype))

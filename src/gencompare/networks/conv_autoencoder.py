@@ -12,15 +12,16 @@ from gencompare.networks.layers import ResBlock
 from gencompare.networks.unet_blocks import SelfAttention
 
 NUM_GROUPS = 8
-"""Groups of the attention's and the last GroupNorm; all widths are multiples of it."""
+"""Number of groups in the GroupNorm of the attention and the last one; divides the channels at each resolution."""
 
 
 class LatentEncoder(nn.Module):
     """Encoder from images (n, C, H, W) to latents (n, out_channels, H / f, W / f), f = 2^(len(channel_mult) - 1).
 
-    Residual blocks at each resolution, the last of which downsamples; then a block, attention and a block at the
-    coarsest resolution: the encoder of Esser et al. (2021), "Taming transformers for high-resolution image synthesis",
-    table 7 (https://arxiv.org/abs/2012.09841), with downsampling inside residual blocks.
+    Each resolution has residual blocks, and the last block of each resolution but the coarsest downsamples. A block,
+    attention and another block follow at the coarsest resolution. This is the encoder of Esser et al. (2021), "Taming
+    transformers for high-resolution image synthesis", table 7 (https://arxiv.org/abs/2012.09841), except that residual
+    blocks downsample.
 
     Args:
         shape: (C, H, W) of the images.
@@ -99,7 +100,7 @@ class LatentDecoder(nn.Module):
 
 
 def middle_blocks(width: int, attention: bool) -> list[nn.Module]:
-    """The blocks at the coarsest resolution."""
+    """Build the middle blocks, at the coarsest resolution."""
     if not attention:
         return [ResBlock(width, width)]
     return [ResBlock(width, width), SelfAttention(width, num_groups=NUM_GROUPS), ResBlock(width, width)]
@@ -108,16 +109,16 @@ def middle_blocks(width: int, attention: bool) -> list[nn.Module]:
 def checked_widths(
     shape: tuple[int, int, int], channels: int, channel_mult: Sequence[int], num_blocks: int
 ) -> list[int]:
-    """Channels at each resolution, finest first. Raises `UserError` for invalid sizes."""
+    """Return the channels at each resolution, finest first. Raise `UserError` for invalid sizes."""
     if channels < 1 or channels % NUM_GROUPS or num_blocks < 1 or not channel_mult or min(channel_mult) < 1:
         raise UserError(
-            f"An autoencoder with channels={channels}, channel_mult={list(channel_mult)}, num_blocks={num_blocks}:"
-            f" channels must be a multiple of {NUM_GROUPS}, and the others at least 1."
+            f"The autoencoder's channels={channels} must be a multiple of {NUM_GROUPS}, and"
+            f" channel_mult={list(channel_mult)} and num_blocks={num_blocks} at least 1."
         )
     factor = 2 ** (len(channel_mult) - 1)
     if shape[1] % factor or shape[2] % factor:
         raise UserError(
-            f"Images of {shape[1]}x{shape[2]} cannot be halved {len(channel_mult) - 1} times: use a shorter list"
+            f"{shape[1]}x{shape[2]} images cannot be halved {len(channel_mult) - 1} times: use a shorter list"
             " (model.encoder.channel_mult, model.decoder.channel_mult)."
         )
     return [channels * multiplier for multiplier in channel_mult]

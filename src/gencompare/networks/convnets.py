@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from gencompare.networks.layers import ResBlock, make_activation
 
 MIN_SIDE = 4
-"""Images are halved as long as both sides stay at least this long."""
+"""Images are halved as long as both height and width stay at least this large."""
 
 
 def pyramid_shapes(height: int, width: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:
-    """(channels, H, W) of each resolution, finest first: sides halve, channels double up to ``max_channels``.
+    """Return (channels, H, W) of each resolution, finest first.
 
-    8x8 has 2 resolutions, 32x32 has 4 and 64x64 has 5, so one config serves all image sizes.
+    Height and width halve, and channels double up to ``max_channels``. 8x8 images have 2 resolutions, 32x32 images have
+    4 and 64x64 images have 5, so one config serves all image sizes.
     """
     shapes = [(min(channels, max_channels), height, width)]
     while height % 2 == width % 2 == 0 and min(height, width) >= 2 * MIN_SIDE:
@@ -23,17 +24,17 @@ def pyramid_shapes(height: int, width: int, channels: int, max_channels: int) ->
 
 
 class ResNetEncoder(nn.Module):
-    """A ResNet from images (n, *shape), and an embedding (n, embed_dim), to (n, out_features).
+    """A ResNet from images (n, *shape) and an optional embedding (n, embed_dim) to (n, out_features).
 
-    ``num_blocks`` residual blocks per resolution, the last of which downsamples, except at the coarsest resolution;
-    then a linear layer on all remaining features.
+    Each resolution has ``num_blocks`` residual blocks, and the last block of each resolution but the coarsest
+    downsamples. A linear layer is applied to the flattened features.
 
     Args:
         shape: (C, H, W) of the images.
         out_features: dimension of the output.
         embed_dim: dimension of the embedding that modulates the normalisation; 0 for none.
         channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
-        max_channels: upper limit of the channels.
+        max_channels: maximum number of channels.
         num_blocks: residual blocks per resolution.
         normalize: use GroupNorm and SiLU; False uses leaky ReLUs alone, for discriminators.
     """
@@ -69,10 +70,10 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """A ResNet from latents (n, in_features), and an embedding (n, embed_dim), to images (n, *shape).
+    """A ResNet from latents (n, in_features) and an optional embedding (n, embed_dim) to images (n, *shape).
 
-    The mirror image of `ResNetEncoder`: the first of the ``num_blocks`` of each resolution upsamples, except at the
-    coarsest. The arguments are those of `ResNetEncoder`.
+    The mirror image of `ResNetEncoder`, with the same arguments. The first block of each resolution but the coarsest
+    upsamples.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Conversion of weights between diffusers' ``UNet2DModel`` and `gencompare.networks.unet.UNet`.
 
-The two are the same network if the config of the former agrees with `REQUIRED_CONFIG`, as that of published DDPMs does,
-and timesteps are integers.
+The two networks are identical if the ``UNet2DModel`` config agrees with `REQUIRED_CONFIG`, as the configs of published
+DDPMs do, and timesteps are integers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REQUIRED_CONFIG = {
     "act_fn": "silu", "mid_block_scale_factor": 1, "time_embedding_type": "positional", "center_input_sample": False,
     "resnet_time_scale_shift": "default", "add_attention": True, "downsample_type": "conv", "upsample_type": "conv",
 }  # fmt: skip
-"""Config values of a ``UNet2DModel`` that is the same network. Missing keys are assumed to have these values."""
+"""Config values that make a ``UNet2DModel`` identical to a `UNet`. Missing keys are assumed to have these values."""
 
 RESIDUAL = {
     "norm1": "norm1",
@@ -30,11 +30,11 @@ RESIDUAL = {
 }
 ATTENTION = {"norm": "group_norm", "qkv": "to_q to_k to_v", "out": "to_out.0"}
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names of attention layers in older published checkpoints, and the current ones."""
+"""Attention layer names in older published checkpoints, and their current names."""
 
 
 def name_pairs(num_levels: int, num_blocks: int) -> Iterator[tuple[str, str]]:
-    """Pairs of module names (ours, theirs). Names separated by spaces are several modules, stacked in one of ours.
+    """Yield pairs of module names (ours, theirs). If theirs has several names, our module stacks their weights.
 
     Every block is listed with a shortcut and with attention, whether or not it has them.
     """
@@ -89,7 +89,7 @@ def from_diffusers(state_dict: Mapping[str, Tensor], *, num_levels: int, num_blo
                 converted[f"{ours}.{kind}"] = torch.cat([remaining.pop(name) for name in names])
     if remaining:
         raise UserError(
-            f"These weights are not those of a UNet2DModel with {num_levels} levels of {num_blocks} blocks: unexpected"
+            f"These weights do not belong to a UNet2DModel with {num_levels} levels of {num_blocks} blocks: unexpected"
             f" keys {', '.join(sorted(remaining)[:3])}."
         )
     return converted

@@ -96,7 +96,7 @@ class DiTBlock(nn.Module):
         h &\leftarrow h + g_2 \, \mathrm{mlp}((1 + a_2) \, \mathrm{norm}(h) + b_2)
 
     :math:`a_i`, :math:`b_i` and :math:`g_i` are linear in ``emb``, to which SiLU has been applied, and zero at
-    initialisation: Peebles and Xie (2023), section 3.2 and figure 3.
+    initialisation (Peebles and Xie 2023, section 3.2 and figure 3).
 
     Shapes: h (n, tokens, hidden_size), emb (n, hidden_size) -> (n, tokens, hidden_size).
     """
@@ -117,7 +117,7 @@ class DiTBlock(nn.Module):
         return h + gate2 * self.mlp((1 + scale2) * self.norm(h) + shift2)
 
     def attention(self, h: Tensor) -> Tensor:
-        """Multi-head self-attention: Vaswani et al. (2017), "Attention is all you need", section 3.2.2."""
+        """Apply multi-head self-attention (Vaswani et al. 2017, "Attention is all you need", section 3.2.2)."""
         q, k, v = self.qkv(h).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2).chunk(3, dim=1)
         return self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -128,16 +128,17 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`, for ``grid`` = (rows, columns) of patches."""
+    """Invert `patchify`, given ``grid`` = (rows, columns) of patches."""
     return F.fold(patches.mT, (grid[0] * patch_size, grid[1] * patch_size), patch_size, stride=patch_size)
 
 
 def grid_positions(rows: int, columns: int, dim: int) -> Tensor:
-    r"""Two-dimensional sinusoidal position embeddings, (rows columns, dim).
+    r"""Compute two-dimensional sinusoidal position embeddings, (rows * columns, dim).
 
     Half of the features encode the column and half the row, each as :math:`[\sin(\omega_i p), \cos(\omega_i p)]` with
-    :math:`\omega_i = 10^{-4 i / (\mathrm{dim} / 4)}`: Vaswani et al. (2017), section 3.5, in two dimensions (discussed
-    in Dosovitskiy et al. 2021, "An image is worth 16x16 words", appendix D.4, https://arxiv.org/abs/2010.11929).
+    :math:`\omega_i = 10^{-4 i / (\mathrm{dim} / 4)}`. This extends Vaswani et al. (2017), section 3.5, to two
+    dimensions, as discussed in Dosovitskiy et al. (2021), "An image is worth 16x16 words", appendix D.4
+    (https://arxiv.org/abs/2010.11929).
     """
     quarter = dim // 4
     omega = torch.exp(-math.log(10_000) / quarter * torch.arange(quarter, dtype=torch.float64))
@@ -163,11 +164,11 @@ def _check(
         )
     if shape[1] % patch_size or shape[2] % patch_size:
         raise UserError(
-            f"A DiT with patch_size={patch_size} cannot divide images of {shape[1]}x{shape[2]} into patches: use"
+            f"A DiT with patch_size={patch_size} cannot divide {shape[1]}x{shape[2]} images into patches: use"
             f" model.network.patch_size={math.gcd(patch_size, shape[1], shape[2])}."
         )
     if hidden_size % 4 or hidden_size % num_heads:
         raise UserError(
-            f"The DiT's hidden_size={hidden_size} must be a multiple of 4 and of num_heads={num_heads}: change one of"
-            " the two."
+            f"The DiT's hidden_size={hidden_size} must be a multiple of 4 and of num_heads={num_heads}: change"
+            " either of them."
         )

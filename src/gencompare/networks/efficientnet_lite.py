@@ -19,8 +19,8 @@ STAGES = (
     (6, 5, 2, 192, 4),
     (6, 3, 1, 320, 1),
 )
-"""EfficientNet-B0 (Tan and Le 2019, table 1, https://arxiv.org/abs/1905.11946). The Lite variant has the same widths,
-ReLU6 instead of swish, and no squeeze-and-excitation."""
+"""Stages of EfficientNet-B0 (Tan and Le 2019, table 1, https://arxiv.org/abs/1905.11946). The Lite variant has the same
+stages, ReLU6 instead of swish, and no squeeze-and-excitation."""
 STEM_CHANNELS, HEAD_CHANNELS, NUM_CLASSES = 32, 1280, 1000
 
 
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expansion, depthwise convolution, linear projection (Sandler et al. 2018, "MobileNetV2", figure 4,
+    """Expansion, depthwise convolution and linear projection (Sandler et al. 2018, "MobileNetV2", figure 4,
     https://arxiv.org/abs/1801.04381)."""
 
     def __init__(self, channels_in: int, channels_out: int, expansion: int, kernel_size: int, stride: int) -> None:
@@ -85,8 +85,8 @@ class EfficientNetLite0(nn.Module):
         self.classifier = nn.Linear(HEAD_CHANNELS, NUM_CLASSES)
 
     def activations(self, x: Tensor) -> dict[str, Tensor]:
-        """Activations by layer: ``stage1`` (n, 16, H/2, W/2) to ``stage7`` (n, 320, H/32, W/32), and ``head``
-        (n, 1280, H/32, W/32). Stages end in a linear projection, the head in ReLU6."""
+        """Compute the activations by layer: ``stage1`` (n, 16, H/2, W/2) to ``stage7`` (n, 320, H/32, W/32), and
+        ``head`` (n, 1280, H/32, W/32). Stages end in a linear projection, the head in ReLU6."""
         activations = {}
         x = self.stem(x)
         for number, stage in enumerate(self.stages, 1):
@@ -98,14 +98,14 @@ class EfficientNetLite0(nn.Module):
         return self.classifier(self.activations(x)["head"].mean((2, 3)))
 
     def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load a state dict with the names of the published file. Raises `RuntimeError` if it does not match."""
+        """Load a state dict with the names of the published file. Raise an exception if names or shapes differ."""
         self.load_state_dict(convert_names(state_dict))
 
     @torch.no_grad()
     def fold(self) -> EfficientNetLite0:
         """Fold every batch norm into its convolution, in place, and use the channels-last memory format.
 
-        The network computes the same function, in evaluation mode only, with less memory traffic.
+        The folded network computes the same function with less memory traffic, but only works in eval mode.
         """
         self.eval()
         for module in self.modules():
@@ -116,7 +116,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def same_padding(x: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """Pad ``x`` so that a convolution gives ceil(size / stride) pixels. An odd pixel goes to the right and bottom."""
+    """Pad ``x`` so that a convolution gives ceil(size / stride) pixels. An odd pixel goes to the right or bottom."""
     padding = []
     for size in (x.shape[3], x.shape[2]):
         total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)

@@ -1,4 +1,4 @@
-"""Networks of energy-based models, from an image to a scalar that is smooth in the image."""
+"""Networks of energy-based models, which map an image to a scalar energy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EnergyNetwork(nn.Module):
         num_classes: number of classes, 0 for none.
         spectral_norm: divide every weight of the trunk by its largest singular value, estimated by power iteration
             (Miyato et al. 2018, "Spectral normalization for GANs", eq. 8, https://arxiv.org/abs/1802.05957). The head
-            is not normalised, as in Du and Mordatch (2019): it sets the scale of the energy.
+            is not normalised, as in Du and Mordatch (2019), because it sets the scale of the energy.
     """
 
     def __init__(self, trunk: nn.Module, num_classes: int = 0, *, spectral_norm: bool = False) -> None:
@@ -72,16 +72,16 @@ class EnergyResNet(nn.Module):
     (https://arxiv.org/abs/1903.08689), (n, C, H, W) -> (n, channels[-1]).
 
     A 3x3 convolution, then stages of ``num_blocks`` residual blocks, then sum pooling. The first block of each stage
-    halves the resolution, as long as both sides are even and stay at least 4. There is no normalisation. With channels
-    (128, 256, 512) and 3 blocks these are the layers of the authors' unconditional network for CIFAR-10,
+    halves the resolution, as long as height and width are even and stay at least 4. There is no normalisation. With
+    channels (128, 256, 512) and 3 blocks, the layers are those of the authors' unconditional network for CIFAR-10,
     ``ResNet32Large`` in github.com/openai/ebm_code_release, ``models.py``.
 
     Args:
         shape: (C, H, W) of the images.
         channels: channels of each stage.
         num_blocks: residual blocks per stage.
-        negative_slope: slope of the leaky ReLUs for negative inputs; None uses SiLU instead, whose gradient, which
-            Langevin dynamics follows, is continuous.
+        negative_slope: slope of the leaky ReLUs for negative inputs. None uses SiLU instead, which makes the gradient
+            that Langevin dynamics follows continuous.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EnergyResNet(nn.Module):
         super().__init__()
         if not channels or min(channels) < 1 or num_blocks < 1:
             raise UserError(
-                f"model.energy.channels={list(channels)} must not be empty, and its numbers and"
+                f"model.energy.channels={list(channels)} must not be empty, and its entries and"
                 f" model.energy.num_blocks={num_blocks} must be at least 1."
             )
         self.num_features = channels[-1]
@@ -122,14 +122,14 @@ class EnergyConvNet(nn.Module):
     """A plain convolutional network, (n, C, H, W) -> (n, num_features).
 
     A 3x3 convolution, then a 4x4 convolution with stride 2 for each further resolution of `pyramid_shapes`. The output
-    is flattened. Nijkamp et al. (2020), "On the anatomy of MCMC-based maximum likelihood learning of energy-based
-    models" (https://arxiv.org/abs/1903.12370): the defaults are the layers of ``VanillaNet`` in
-    github.com/point0bar1/ebm-anatomy, ``nets.py``, for 32x32 images.
+    is flattened. For 32x32 images, the defaults are the layers of ``VanillaNet`` in github.com/point0bar1/ebm-anatomy,
+    ``nets.py``, the code of Nijkamp et al. (2020), "On the anatomy of MCMC-based maximum likelihood learning of
+    energy-based models" (https://arxiv.org/abs/1903.12370).
 
     Args:
         shape: (C, H, W) of the images.
         channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
-        max_channels: upper limit of the channels.
+        max_channels: maximum number of channels.
         negative_slope: as in `EnergyResNet`.
     """
 
@@ -162,7 +162,7 @@ class EnergyConvNet(nn.Module):
 
 
 def silu_or_leaky_relu(negative_slope: float | None) -> nn.Module:
-    """A leaky ReLU with this negative slope, or SiLU for None."""
+    """Return a leaky ReLU with the given negative slope, or SiLU if the slope is None."""
     return nn.SiLU() if negative_slope is None else nn.LeakyReLU(negative_slope)
 
 

@@ -54,20 +54,20 @@ def apply_spectral_norm(network: nn.Module) -> None:
             spectral_norm(module)
 
 
-# Generators and discriminators from the decoder and encoder of a VAE
+# Generators and discriminators built from the decoder and encoder of a VAE
 
 
 class DecodingGenerator(nn.Module):
-    """A decoder followed by tanh: latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+    """A decoder followed by tanh, from latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
 
-    The latent is the decoder's input. Together with the label's embedding it is also the decoder's embedding, which
-    modulates the normalisation of a ResNet (Chen et al. 2019, "On self modulation for GANs",
+    The latent is the decoder's input. Concatenated with the label embedding, it is also the decoder's embedding e,
+    which modulates the normalisation of a ResNet (Chen et al. 2019, "On self modulation for GANs",
     https://arxiv.org/abs/1810.01365).
 
     Args:
         decoder: ``module(z, e)``, where e has ``latent_dim`` features, plus ``label_dim`` if there are classes.
         num_classes: number of classes, 0 for none.
-        label_dim: dimension of the label's embedding.
+        label_dim: dimension of the label embedding.
     """
 
     def __init__(self, decoder: nn.Module, num_classes: int, label_dim: int) -> None:
@@ -88,9 +88,9 @@ class ResNetGenerator(DecodingGenerator):
         shape: (C, H, W) of the images.
         num_classes: number of classes, 0 for none.
         channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
-        max_channels: upper limit of the channels.
+        max_channels: maximum number of channels.
         num_blocks: residual blocks per resolution.
-        label_dim: dimension of the label's embedding.
+        label_dim: dimension of the label embedding.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ResNetGenerator(DecodingGenerator):
 
 
 class MLPGenerator(DecodingGenerator):
-    """An MLP, for points and very small images."""
+    """An MLP for points and very small images."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class MLPGenerator(DecodingGenerator):
 
 
 class EncodingDiscriminator(nn.Module):
-    """An encoder, a leaky ReLU and a `ProjectionHead`: images (n, *shape) and labels (n,) to scores (n,).
+    """An encoder, a leaky ReLU and a `ProjectionHead`, from images (n, *shape) and labels (n,) to scores (n,).
 
     Args:
         trunk: the encoder, (n, *shape) -> (n, num_features).
@@ -153,7 +153,7 @@ class ResNetDiscriminator(EncodingDiscriminator):
         shape: (C, H, W) of the images.
         num_classes: number of classes, 0 for none.
         channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
-        max_channels: upper limit of the channels.
+        max_channels: maximum number of channels.
         num_blocks: residual blocks per resolution.
         num_features: dimension of the features before the head.
     """
@@ -180,7 +180,7 @@ class ResNetDiscriminator(EncodingDiscriminator):
 
 
 class MLPDiscriminator(EncodingDiscriminator):
-    """An MLP, for points and very small images."""
+    """An MLP for points and very small images."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class DCGANGenerator(nn.Module):
         shape: (C, H, W) of the images.
         num_classes: number of classes, 0 for none.
         channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
-        max_channels: upper limit of the channels.
+        max_channels: maximum number of channels.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class DCGANDiscriminator(nn.Module):
         shape: (C, H, W) of the images.
         num_classes: number of classes, 0 for none.
         channels: channels at full resolution; doubled at each halving, up to ``max_channels``.
-        max_channels: upper limit of the channels.
+        max_channels: maximum number of channels.
     """
 
     def __init__(
@@ -291,28 +291,28 @@ def dcgan_init_(network: nn.Module) -> None:
 
 
 class PatchDiscriminator(nn.Module):
-    """A score for each of the overlapping patches of an image: (n, C, H, W) to (n, patches).
+    """PatchGAN discriminator, which scores each overlapping patch of an image: (n, C, H, W) -> (n, patches).
 
-    4x4 convolutions with stride 2, and two with stride 1 that end in a map of scores: Isola et al. (2017),
-    "Image-to-image translation with conditional adversarial networks", appendix 6.1.2
-    (https://arxiv.org/abs/1611.07004). Group norm replaces batch norm, so that the score of an image does not depend on
-    the rest of the batch. ``num_layers=3`` gives the 70x70 patches of the paper.
+    4x4 convolutions with stride 2 are followed by two with stride 1, the last of which outputs a map of scores (Isola
+    et al. 2017, "Image-to-image translation with conditional adversarial networks", appendix 6.1.2,
+    https://arxiv.org/abs/1611.07004). Group norm replaces batch norm, so the score of an image does not depend on the
+    rest of the batch. ``num_layers=3`` gives the 70x70 patches of the paper.
 
     Args:
         shape: (C, H, W) of the images.
-        channels: channels of the first convolution, a multiple of 8; doubled by each further one, up to 8 times.
-        num_layers: convolutions with stride 2. Reduced for small images, so that a side of at least 4 is left.
+        channels: channels of the first convolution, a multiple of 8; doubled by each further convolution up to 8-fold.
+        num_layers: convolutions with stride 2. Reduced for small images to keep feature maps at least 4x4.
     """
 
     def __init__(self, shape: tuple[int, int, int], *, channels: int = 32, num_layers: int = 2) -> None:
         super().__init__()
         if channels < 8 or channels % 8 or num_layers < 1:
             raise UserError(
-                f"A patch discriminator with channels={channels}, num_layers={num_layers}: channels must be a multiple"
-                " of 8, and num_layers at least 1."
+                f"The patch discriminator's channels={channels} must be a multiple of 8, and num_layers={num_layers} at"
+                " least 1."
             )
         if min(shape[1:]) < 8:
-            raise UserError(f"Images of {shape[1]}x{shape[2]} are too small for patches: use model.discriminator=null.")
+            raise UserError(f"{shape[1]}x{shape[2]} images are too small for patches: use model.discriminator=null.")
         while num_layers > 1 and min(shape[1:]) < 4 * 2**num_layers:
             num_layers -= 1
         widths = [channels * min(2**k, 8) for k in range(num_layers + 1)]

@@ -15,7 +15,7 @@ from gencompare.networks.convnets import pyramid_shapes
 from gencompare.networks.layers import he_normal_
 
 OUTPUT_SCALE = 0.3
-"""Initial scale of the layers on the path of the latents: small enough that latents are used without dominating."""
+"""Initial scale of the posterior, projection and output layers, small enough that latents do not dominate."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class DiagonalGaussian:
         mean: the mean :math:`\mu`.
         raw_log_std: :math:`\log \sigma` before bounding.
         bound: if given, :math:`\log \sigma = b \tanh(\mathrm{raw} / b)`. Residual posteriors and their priors are
-            bounded: otherwise, if few images are overfitted, variances shrink until a KL divergence overflows.
+            bounded because variances could otherwise shrink until a KL divergence overflows, when a model overfits a
+            few images.
     """
 
     mean: Tensor
@@ -38,15 +39,15 @@ class DiagonalGaussian:
         return self.raw_log_std if self.bound is None else self.bound * torch.tanh(self.raw_log_std / self.bound)
 
     def reparameterize(self, u: Tensor) -> Tensor:
-        r""":math:`\mu + \sigma u`: a sample if u is standard normal, the mean if u is zero."""
+        r"""Return :math:`\mu + \sigma u`: a sample if u is standard normal, the mean if u is zero."""
         return self.mean + self.log_std.exp() * u
 
     def standardize(self, z: Tensor) -> Tensor:
-        r""":math:`(z - \mu) / \sigma`, the inverse of `reparameterize`."""
+        r"""Return :math:`(z - \mu) / \sigma`, the inverse of `reparameterize`."""
         return (z - self.mean) * (-self.log_std).exp()
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
-        r"""KL(self || other) in nats, elementwise.
+        r"""Compute KL(self || other) in nats, elementwise.
 
         .. math:: (r^2 - 1) / 2 - \log r + ((\mu - \mu') / \sigma')^2 / 2, \quad r = \sigma / \sigma'
 
@@ -59,8 +60,8 @@ class DiagonalGaussian:
 class BottleneckBlock(nn.Module):
     """1x1, k x k, k x k and 1x1 convolutions, each preceded by a GELU, without normalisation (Child 2021).
 
-    k is 3, or 1 for images with a side of at most 2. At initialisation the output has the magnitude of the input times
-    ``scale``.
+    k is 3, or 1 if ``side`` (the smaller of height and width) is at most 2. At initialisation the output has the
+    magnitude of the input times ``scale``.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class BottleneckBlock(nn.Module):
 
 
 def convolution(channels_in: int, channels_out: int, kernel_size: int, scale: float = 1.0) -> nn.Conv2d:
-    """A convolution that keeps the resolution, initialised by `he_normal_` with ``scale``."""
+    """Build a convolution that keeps the resolution, initialised by `he_normal_` with ``scale``."""
     layer = nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2)
     he_normal_(layer, scale)
     return layer
@@ -102,13 +103,13 @@ class TopDownBlock(nn.Module):
     A residual posterior is relative to the prior, :math:`q = N(\mu + \Delta\mu, (\sigma \Delta\sigma)^2)` (Vahdat and
     Kautz 2020, "NVAE", section 3.2, https://arxiv.org/abs/2007.03898), so it moves with the prior. Otherwise q has its
     own mean and variance (Child 2021, https://arxiv.org/abs/2011.10650). At initialisation the prior is N(0, 1) and the
-    posterior close to it. Log standard deviations are bounded as in NVAE if the posterior is residual.
+    posterior is close to it. Log standard deviations are bounded as in NVAE if the posterior is residual.
 
-    Weights are initialised by `he_normal_`, so that narrow and shallow networks propagate signals too; the authors'
+    Weights are initialised by `he_normal_`, so that narrow and shallow networks also propagate signals. The authors'
     code uses PyTorch's smaller default.
 
     Args:
-        level: index of the resolution, 0 is the finest.
+        level: index of the resolution; 0 is the finest.
         channels: channels of h.
         latent_shape: (C, H, W) of z.
         hidden_channels: channels inside the bottleneck blocks.
@@ -138,20 +139,20 @@ class TopDownBlock(nn.Module):
         self.block = BottleneckBlock(channels, hidden_channels, channels, side, scale=branch_scale)
 
     def prior(self, h: Tensor) -> tuple[DiagonalGaussian, Tensor]:
-        """p(z | h), and h with the prior's features added."""
+        """Return p(z | h), and h with the prior's features added."""
         z = self.latent_shape[0]
         mean, log_std, features = self.prior_block(h).split([z, z, h.shape[1]], dim=1)
         return DiagonalGaussian(mean.float(), log_std.float(), self.bound), h + features
 
     def posterior(self, h: Tensor, features: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
-        """q(z | h, features), with the encoder's features of the image."""
+        """Return q(z | h, features), where ``features`` are the encoder's features of the image."""
         mean, log_std = self.posterior_block(torch.cat([h, features], dim=1)).float().chunk(2, dim=1)
         if self.residual_posterior:
             mean, log_std = prior.mean + mean, prior.raw_log_std + log_std
         return DiagonalGaussian(mean, log_std, self.bound)
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        """The state after the latents z are added."""
+        """Add the latents z to the state h, and apply a block."""
         h = h + self.project(z)
         return h + self.block(h)
 
@@ -168,23 +169,24 @@ class TopDownDecoder(nn.Module):
 
     .. math:: p(z) = \prod_l p(z_l | z_{<l}), \quad q(z | x) = \prod_l q(z_l | z_{<l}, x)
 
-    which share the top-down state. At each resolution the state starts as a learned tensor, plus an embedding of the
-    class, plus the upsampled state of the coarser resolution.
+    Prior and posterior share the top-down state. At each resolution the state starts as the sum of a learned tensor, an
+    embedding of the class and the upsampled state of the coarser resolution.
 
-    The resolutions are those of `pyramid_shapes`, and 1x1: 8x8 images have 3 and 32x32 images have 5. Where the number
-    of channels doubles, features are padded with zero channels, and the state passes on its first channels. A
-    resolution without latents has one block in the top-down path (as in NVAE at the finest resolutions).
+    The resolutions are those of `pyramid_shapes` plus 1x1, so 8x8 images have 3 and 32x32 images have 5. Where the
+    number of channels doubles, the encoder pads features with zero channels, and the decoder keeps only the first
+    channels of the state. A resolution without latents has one block in the top-down path (as in NVAE at the finest
+    resolutions).
 
     Args:
         shape: (C, H, W) of the images.
-        out_channels: channels of the output, the parameters of the likelihood of a pixel.
+        out_channels: channels of the output, the likelihood parameters of a pixel.
         num_classes: number of classes, 0 for none.
         channels: channels at full resolution; doubled at each coarser one, up to ``max_channels``.
-        max_channels: upper limit of the channels.
-        bottleneck_ratio: channels inside a block as a fraction of those outside.
+        max_channels: maximum number of channels.
+        bottleneck_ratio: channels inside a block as a fraction of the channels outside.
         latent_channels: channels of each latent layer.
         num_encoder_blocks: encoder blocks per resolution, one number or a list, finest first. The last block of each
-            resolution but the coarsest leads to the next one; its output is not seen by the latents.
+            resolution but the coarsest leads to the next resolution, and the latents do not see its output.
         num_decoder_blocks: latent layers per resolution, one number or a list, finest first. A 0 in the list leaves a
             resolution other than the coarsest without latents.
         residual_posterior: make posteriors relative to their priors, see `TopDownBlock`.
@@ -268,7 +270,7 @@ class TopDownDecoder(nn.Module):
         return [layer for layers in reversed(list(self.latents)) for layer in layers]  # type: ignore[union-attr]
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Encoder features (n, channels, H, W) at each resolution, finest first."""
+        """Compute the encoder features (n, channels, H, W) at each resolution, finest first."""
         h, features = self.stem(x), []
         for level, level_blocks in enumerate(self.features):
             *blocks, last = level_blocks  # type: ignore[misc]
@@ -282,7 +284,7 @@ class TopDownDecoder(nn.Module):
         return features
 
     def forward(self, label: Tensor, choose_latents: ChooseLatents) -> Tensor:
-        """Decode: the parameters of the likelihood, (n, out_channels, H, W).
+        """Decode latents to the parameters of the likelihood, (n, out_channels, H, W).
 
         Args:
             label: classes (n,) int64; only its length is used if the network has no classes.
@@ -300,7 +302,7 @@ class TopDownDecoder(nn.Module):
         return self.out(h * self.gain + self.bias)
 
     def _initial_state(self, level: int, label: Tensor, coarser: Tensor | None) -> Tensor:
-        """The state (n, channels, H, W) before the first latents of a resolution."""
+        """Return the state (n, channels, H, W) before the first latents of a resolution."""
         c, height, width = self.shapes[level]
         h = self.starts[level].expand(len(label), -1, -1, -1)
         if self.labels is not None:
@@ -316,7 +318,7 @@ def pool_and_pad(h: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def pyramid_shapes_to_1x1(height: int, width: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:
-    """(channels, H, W) of each resolution, finest first: those of `pyramid_shapes`, and 1x1."""
+    """Return (channels, H, W) of each resolution, finest first: those of `pyramid_shapes` and 1x1."""
     shapes = pyramid_shapes(height, width, channels, max_channels)
     c, h, w = shapes[-1]
     return shapes if (h, w) == (1, 1) else [*shapes, (min(2 * c, max_channels), 1, 1)]
@@ -325,14 +327,14 @@ def pyramid_shapes_to_1x1(height: int, width: int, channels: int, max_channels: 
 def expand_counts(
     name: str, counts: int | Sequence[int], shapes: Sequence[tuple[int, int, int]], *, minimum: int = 1
 ) -> list[int]:
-    """One count for each resolution, finest first. Raises `UserError` for invalid counts of the argument ``name``."""
+    """Return one count per resolution, finest first. Raise `UserError` if the argument ``name`` is invalid."""
     expanded = list(counts) if isinstance(counts, Sequence) else [counts] * len(shapes)
     if len(expanded) != len(shapes) or any(
         not isinstance(k, int) or isinstance(k, bool) or k < minimum for k in expanded
     ):
         sides = ", ".join(f"{h}x{w}" for _, h, w in shapes)
         raise UserError(
-            f"model.decoder.{name}={counts} must be one integer of at least 1, or a list with one of at least"
-            f" {minimum} for each of {sides}."
+            f"model.decoder.{name}={counts} must be an integer of at least 1, or a list of integers of at least"
+            f" {minimum}, one for each of {sides}."
         )
     return expanded

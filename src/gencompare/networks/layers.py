@@ -24,8 +24,8 @@ class AdaptiveGroupNorm(nn.Module):
 
     with :math:`a` and :math:`b` linear in :math:`e` and initialised to zero (Perez et al. 2018, "FiLM", eq. 1,
     https://arxiv.org/abs/1709.07871). If :math:`e` is the latent of a generator, this is Chen et al. 2019, "On Self
-    Modulation for GANs" (https://arxiv.org/abs/1810.01365), eq. 2, with GroupNorm. No batch statistics are used, so
-    the output of an image does not depend on the rest of the batch.
+    Modulation for GANs" (https://arxiv.org/abs/1810.01365), eq. 2, with GroupNorm. No batch statistics are used, so the
+    output for an image does not depend on the rest of the batch.
 
     Shapes: x (n, channels, H, W), e (n, embed_dim) -> (n, channels, H, W).
 
@@ -56,8 +56,8 @@ class ClassConditionalGroupNorm(nn.Module):
     .. math:: y = a_c \hat x + b_c
 
     for class :math:`c` (Dumoulin et al. 2017, "A learned representation for artistic style", eq. 5,
-    https://arxiv.org/abs/1610.07629). Unlike with batch norm, the output of an image does not depend on the rest of
-    the batch. The number of parameters is that of batch norm: 2 ``channels``, per class if there are classes.
+    https://arxiv.org/abs/1610.07629). Unlike with batch norm, the output for an image does not depend on the rest of
+    the batch. As in batch norm, there are 2 ``channels`` parameters (per class, if there are classes).
 
     Shapes: x (n, channels, H, W), label (n,) -> (n, channels, H, W).
     """
@@ -98,7 +98,7 @@ class InstanceNormPlus(nn.Module):
     Args:
         channels: number of channels, at least 2.
         num_levels: length of the one-hot noise level, the first entries of c. Its weights for gamma and alpha are
-            initialised from N(1, 0.02^2), for beta to 0.
+            initialised from N(1, 0.02^2), and those for beta to 0.
         emb_dim: length of the embedding of other conditions, the remaining entries of c.
     """
 
@@ -152,7 +152,7 @@ class Activation(nn.Module):
 
 
 def make_activation(channels: int, embed_dim: int, normalize: bool) -> nn.Module:
-    """`NormActivation` if ``normalize``, otherwise `Activation`."""
+    """Return `NormActivation` if ``normalize``, otherwise `Activation`."""
     return NormActivation(channels, embed_dim) if normalize else Activation()
 
 
@@ -174,9 +174,9 @@ class ResBlock(nn.Module):
     r"""Pre-activation residual block, skip(x) + f(x), with optional resampling.
 
     f is activation, [nearest-neighbour upsampling], 3x3 convolution, activation, [2x2 average pooling], 3x3
-    convolution: the block of Miyato et al. 2018, "Spectral normalization for GANs", figure 8
-    (https://arxiv.org/abs/1802.05957), except that pooling comes before the last convolution, which makes that four
-    times cheaper.
+    convolution. This is the block of Miyato et al. 2018, "Spectral normalization for GANs", figure 8
+    (https://arxiv.org/abs/1802.05957), except that pooling comes before the last convolution, which is then four times
+    cheaper.
 
     Shapes: x (n, channels_in, H, W), e (n, embed_dim) -> (n, channels_out, H', W').
 
@@ -200,7 +200,7 @@ class ResBlock(nn.Module):
         has_projection = channels_in != channels_out
         self.skip = nn.Conv2d(channels_in, channels_out, 1, bias=False) if has_projection else nn.Identity()
         if not normalize:
-            # With PyTorch's default initialisation the signal shrinks in every layer, and nothing would rescale it.
+            # With PyTorch's default initialisation the signal would shrink in every layer.
             he_normal_(self.conv1)
             he_normal_(self.conv2, scale=0.1)
             if has_projection:
@@ -225,7 +225,7 @@ def upsample_nearest(x: Tensor) -> Tensor:
 
 
 class FIRFilter(nn.Module):
-    """Base class of resampling with the separable filter k k^T / sum(k)^2, given its taps k."""
+    """Base class for resampling with the separable filter k k^T / sum(k)^2, given its taps k."""
 
     kernel: Tensor
 
@@ -233,15 +233,15 @@ class FIRFilter(nn.Module):
         super().__init__()
         if len(taps) < 2 or len(taps) % 2 or list(taps) != list(taps)[::-1] or not sum(taps) > 0:
             raise UserError(
-                f"A resampling filter must be an even number of symmetric taps, such as [1, 1] or [1, 3, 3, 1], not"
-                f" {list(taps)}."
+                f"A resampling filter must be an even number of symmetric taps with a positive sum, such as [1, 1] or"
+                f" [1, 3, 3, 1], not {list(taps)}."
             )
         k = torch.tensor([float(tap) for tap in taps])
         self.register_buffer("kernel", (torch.outer(k, k) / k.sum() ** 2)[None, None], persistent=False)
         self.padding = len(taps) // 2 - 1
 
     def depthwise(self, channels: int) -> Tensor:
-        """The kernel of a depthwise convolution, (channels, 1, k, k)."""
+        """Return the kernel of a depthwise convolution, (channels, 1, k, k)."""
         return self.kernel.expand(channels, -1, -1, -1)
 
 

@@ -14,7 +14,7 @@ from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbed
 
 
 def mlp(in_features: int, out_features: int, width: int, depth: int) -> nn.Sequential:
-    """``depth`` hidden layers of ``width`` SiLU units, then a linear layer: (n, in_features) -> (n, out_features)."""
+    """Build an MLP, (n, in_features) -> (n, out_features), with ``depth`` hidden layers of ``width`` SiLU units."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Linear(in_features, width), nn.SiLU()]
@@ -23,12 +23,12 @@ def mlp(in_features: int, out_features: int, width: int, depth: int) -> nn.Seque
 
 
 def hstack(x: Tensor, e: Tensor | None) -> Tensor:
-    """Concatenate x (n, d) and the embedding e (n, k), if any, to (n, d + k)."""
+    """Concatenate x (n, d) and the embedding e (n, k), if any, into (n, d + k)."""
     return x if e is None else torch.cat([x, e], dim=1)
 
 
 class MLPEncoder(nn.Module):
-    """An MLP from images (n, *shape), and an embedding (n, embed_dim), to (n, out_features)."""
+    """An MLP from images (n, *shape) and an optional embedding (n, embed_dim) to (n, out_features)."""
 
     def __init__(
         self, shape: tuple[int, int, int], out_features: int, embed_dim: int = 0, *, width: int = 256, depth: int = 3
@@ -41,7 +41,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """An MLP from latents (n, in_features), and an embedding (n, embed_dim), to images (n, *shape)."""
+    """An MLP from latents (n, in_features) and an optional embedding (n, embed_dim) to images (n, *shape)."""
 
     def __init__(
         self, in_features: int, shape: tuple[int, int, int], embed_dim: int = 0, *, width: int = 256, depth: int = 3
@@ -82,7 +82,7 @@ class DenoisingMLP(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 1:
-            raise UserError(f"network.depth={depth} must be at least 1.")
+            raise UserError(f"model.network.depth={depth} must be at least 1.")
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
         self.conditions = ConditionEmbedding(width, num_classes, noise_dim=width, **condition_sizes)

@@ -17,11 +17,11 @@ from gencompare.errors import UserError
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 TRAINING_DATA = {1: "fashion_mnist", 3: "cifar10"}
-"""The training data of the bundled perceptual network, by number of image channels."""
+"""The training data of each bundled perceptual network, by number of image channels."""
 
 
 class VGG(nn.Module):
-    """A VGG classifier: stages of two 3x3 convolutions, with max pooling in between; average pooling; logits.
+    """A VGG classifier: stages of two 3x3 convolutions with max pooling in between, average pooling, and logits.
 
     Simonyan and Zisserman (2015), "Very deep convolutional networks for large-scale image recognition"
     (https://arxiv.org/abs/1409.1556), with two convolutions per stage and group norm.
@@ -43,7 +43,7 @@ class VGG(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        """The activations after each stage, finest first, of images (n, C, H, W) in [-1, 1]."""
+        """Compute the activations after each stage, finest first, for images (n, C, H, W) in [-1, 1]."""
         activations: list[Tensor] = []
         for stage in self.stages:
             x = stage(F.max_pool2d(activations[-1], 2) if activations else x)
@@ -51,11 +51,11 @@ class VGG(nn.Module):
         return activations
 
     def features(self, x: Tensor) -> Tensor:
-        """The last stage, averaged over all pixels, (n, widths[-1])."""
+        """Average the activations of the last stage over all pixels, (n, widths[-1])."""
         return self.activations(x)[-1].mean((2, 3))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits (n, num_classes) of ``features``."""
+        """Compute logits (n, num_classes) from ``features``."""
         return self.head(features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class PerceptualNetwork(nn.Module):
 
     Args:
         network: computes the activations.
-        name: name of the weights; a record lists it among the networks that a model was trained with.
-        sha256: hash of the weights, recorded likewise.
+        name: name of the weights; a run record lists it among the perceptual networks of the model.
+        sha256: hash of the weights; also in the run record.
     """
 
     def __init__(self, network: VGG, name: str, sha256: str) -> None:
@@ -89,7 +89,7 @@ class PerceptualNetwork(nn.Module):
         self.name, self.sha256 = name, sha256
 
     def train(self, mode: bool = True) -> PerceptualNetwork:
-        """Stays in eval mode, because the network is frozen."""
+        """Stay in eval mode, because the network is frozen."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class PerceptualNetwork(nn.Module):
 
 
 def unit_length(activations: Tensor) -> Tensor:
-    """Activations (n, C, H, W), normalised to length 1 over C at each pixel; zero stays zero."""
+    """Normalise activations (n, C, H, W) to length 1 over C at each pixel; zero stays zero."""
     return F.normalize(activations, dim=1, eps=1e-6)
 
 
@@ -110,10 +110,11 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
 
     Args:
         channels: channels of the images.
-        weights: path of the file; None loads the bundled one for this number of channels.
+        weights: path of the file; None loads the bundled network for this number of channels.
 
     Raises:
-        UserError: for a missing or corrupted file, or one for another number of channels.
+        UserError: the file is missing, corrupted, or for a different number of channels; or there is no bundled network
+            for this number of channels.
     """
     if weights is None and channels not in TRAINING_DATA:
         raise UserError(
@@ -132,11 +133,11 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
         network = VGG(channels_in, num_classes, widths=options["widths"])
         network.load_state_dict(state_dict)
     except FileNotFoundError as error:
-        raise UserError(f"There is no perceptual network {path}.") from error
+        raise UserError(f"There is no perceptual network at {path}.") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"{path} is corrupted or not a perceptual network ({type(error).__name__}): create one by task=export of a"
-            " run such as experiment=cifar10_perceptual."
+            f"{path} is corrupted or not a perceptual network ({type(error).__name__}): create one with task=export"
+            " from a run such as experiment=cifar10_perceptual."
         ) from error
     if channels_in != channels:
         raise UserError(f"{path} needs images with {channels_in} channels, but these have {channels}.")

@@ -1,8 +1,8 @@
 """The networks of R3GAN: residual blocks of grouped convolutions without normalisation.
 
 Huang et al. (2024), "The GAN is dead; long live the GAN! A modern GAN baseline", section 4 and appendix
-(https://arxiv.org/abs/2501.05441). Sizes and initialisation follow the published code (github.com/brownvc/R3GAN),
-whose generator has no final tanh either.
+(https://arxiv.org/abs/2501.05441). Sizes and initialisation follow the published code (github.com/brownvc/R3GAN), whose
+generator has no final tanh.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ GAIN = math.sqrt(2 / (1 + NEGATIVE_SLOPE**2))
 
 
 class R3GANGenerator(nn.Module):
-    """Latents (n, latent_dim) and labels (n,) to images (n, *shape), which may exceed [-1, 1].
+    """Generator from latents (n, latent_dim) and labels (n,) to images (n, *shape), which may exceed [-1, 1].
 
-    A learned basis of 4x4 feature maps is scaled by a linear function of the latent and the label's embedding; then
+    A learned basis of 4x4 feature maps is scaled by a linear function of the latent and the label embedding; then
     ``num_blocks`` residual blocks per resolution, with filtered upsampling in between; then a 1x1 convolution.
 
     Args:
@@ -38,7 +38,7 @@ class R3GANGenerator(nn.Module):
         num_blocks: residual blocks per resolution.
         expansion: channels inside a block as a multiple of ``channels``.
         group_width: channels per group of the grouped 3x3 convolutions.
-        label_dim: dimension of the label's embedding.
+        label_dim: dimension of the label embedding.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class R3GANGenerator(nn.Module):
         self.up = FIRUpsample(FILTER_TAPS)
         self.out = nn.Conv2d(channels, shape[0], 1, bias=False)
         if self.labels is not None:
-            nn.init.normal_(self.labels.weight, std=num_classes**-0.5)  # as a linear layer on one-hot labels
+            nn.init.normal_(self.labels.weight, std=num_classes**-0.5)  # like a linear layer on one-hot labels
         fan_in_normal_(self.weigh)
         fan_in_normal_(self.out)
 
@@ -77,11 +77,11 @@ class R3GANGenerator(nn.Module):
 
 
 class R3GANDiscriminator(nn.Module):
-    """Images (n, *shape) and labels (n,) to scores (n,), the mirror image of `R3GANGenerator`.
+    """Discriminator from images (n, *shape) and labels (n,) to scores (n,), the mirror image of `R3GANGenerator`.
 
     At the coarsest resolution a depthwise convolution over the whole image and a linear layer follow. The linear layer
-    gives a score or, with classes, ``channels`` features, whose product with a vector per class is the score (Miyato
-    and Koyama 2018, eq. 3, without the unconditional term).
+    gives a score or, with classes, ``channels`` features, whose inner product with a learned class vector is the score
+    (Miyato and Koyama 2018, eq. 3, without the unconditional term).
 
     Args:
         shape: (C, H, W) of the images.
@@ -128,9 +128,9 @@ class R3GANDiscriminator(nn.Module):
 class R3GANBlock(nn.Module):
     """x + f(x), where f is a widening 1x1, a grouped 3x3 and a narrowing 1x1 convolution with leaky ReLUs in between.
 
-    f is zero at initialisation. Its first weights are scaled by depth^(-1 / 4), so that a training step changes all
-    ``depth`` blocks of the network together about as much as a single one (Zhang et al. 2019, "Fixup initialization",
-    section 3, for branches of three layers, https://arxiv.org/abs/1901.09321).
+    f is zero at initialisation. Its first weights are scaled by depth^(-1 / 4), so that the change in the output per
+    training step is about independent of the number ``depth`` of blocks in the network (Zhang et al. 2019, "Fixup
+    initialization", section 3, for branches of three layers, https://arxiv.org/abs/1901.09321).
     """
 
     def __init__(self, channels: int, expansion: int, group_width: int, depth: int) -> None:

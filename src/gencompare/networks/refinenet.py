@@ -153,15 +153,15 @@ class RefineNet(nn.Module):
     the receptive field with dilations 2 and 4. Four refine blocks go back from the last stage to the first; each
     receives the features of its stage and the output of the previous refine block.
 
-    With ``num_levels > 1`` this is NCSN: every normalisation has parameters for each noise level, also in the refine
-    blocks, and pooling is average pooling. ``noise_cond`` is then the index of the level, 0 to num_levels - 1 (the
-    conditioning `LevelIndexConditioning`), and the schedule must have ``num_noise_levels`` levels.
+    With ``num_levels > 1`` this is NCSN: every normalisation, including those in the refine blocks, has separate
+    parameters for each noise level, and pooling is average pooling. ``noise_cond`` is then the index of the level, 0 to
+    num_levels - 1 (`LevelIndexConditioning`), and the schedule must have ``num_levels`` levels.
 
     With ``num_levels = 1`` this is NCSNv2: the refine blocks have no normalisation, pooling is max pooling, and
     ``noise_cond`` is ignored, so any schedule works. The score is the output divided by sigma (section 3.3 of the
     paper), which is ``model/parameterization=eps`` up to the sign.
 
-    Unlike in the papers, the output is zero at initialisation, and conditions add to the parameters of every
+    Unlike in the papers, the output is zero at initialisation, and conditions shift the parameters of every
     normalisation.
 
     Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as for `ConditionEmbedding` -> (n, out_channels, H, W).
@@ -170,7 +170,7 @@ class RefineNet(nn.Module):
         shape: (C, H, W) of x; H and W must be even and at least 4.
         out_channels: channels of the output.
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
-        channels: width of the first stage; the other stages are twice as wide.
+        channels: channels of the first stage; the other stages have twice as many.
         num_levels: number of noise levels with separate normalisation parameters.
         condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
     """
@@ -193,8 +193,8 @@ class RefineNet(nn.Module):
             )
         if shape[1] % 2 or shape[2] % 2 or min(shape[1:]) < 4:
             raise UserError(
-                f"A RefineNet halves its images, which is impossible for {shape[1]}x{shape[2]}: use images of even"
-                " sides of at least 4, or model/network=dit or mlp."
+                f"A RefineNet halves its images, which is impossible for {shape[1]}x{shape[2]}: use images whose"
+                " height and width are even and at least 4, or model/network=dit or mlp."
             )
         self.num_noise_levels = num_levels
         needs_embedding = num_classes or any(condition_sizes.get(name) for name in ("embedding_dim", "augment_dim"))
@@ -249,7 +249,7 @@ class RefineNet(nn.Module):
         return self.out(F.elu(self.norm(h, c)))
 
     def condition_vector(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The one-hot noise level and the embedding of the conditions, (n, num_levels + emb_dim)."""
+        """Concatenate the one-hot noise level and the embedding of the conditions, (n, num_levels + emb_dim)."""
         level = noise_cond.round().long().clamp(0, self.num_noise_levels - 1)
         one_hot = F.one_hot(level, self.num_noise_levels).to(noise_cond.dtype)
         if not self.emb_dim:

@@ -1,4 +1,4 @@
-"""Residual classifiers of clean and of noisy images."""
+"""Residual classifiers for clean and noisy images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ClassifierBlock(nn.Module):
 
 
 class ResidualClassifier(nn.Module):
-    r"""A fast residual classifier of small images.
+    r"""A fast residual classifier for small images.
 
     A whitening layer; stages of convolution, 2x2 max pooling, batch norm, GELU and a residual block; average pooling;
     logits. It follows Jordan (2024), "94% on CIFAR-10 in 3.29 seconds on a single GPU"
@@ -91,33 +91,33 @@ class ResidualClassifier(nn.Module):
         self.whitening.bias.copy_(-filters @ mean)
 
     def activations(self, x: Tensor) -> Tensor:
-        """Activations (n, widths[-1], h, w) of the last stage for images (n, channels, H, W) in [-1, 1]."""
+        """Compute the activations (n, widths[-1], h, w) of the last stage for images (n, channels, H, W) in [-1, 1]."""
         return self.trunk(self.whitening(x.contiguous(memory_format=torch.channels_last)))
 
     def pool(self, activations: Tensor) -> Tensor:
-        """`features`, from the activations of the last stage."""
+        """Compute `features` from the activations of the last stage."""
         return activations.mean((2, 3))
 
     def features(self, x: Tensor) -> Tensor:
-        """The inputs of the output layer, (n, widths[-1])."""
+        """Compute the inputs of the output layer, (n, widths[-1])."""
         return self.pool(self.activations(x))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits (n, num_classes) of ``features``."""
+        """Compute logits (n, num_classes) from ``features``."""
         return self.head(features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, num_classes) of images (n, channels, H, W) in [-1, 1]."""
+        """Compute logits (n, num_classes) of images (n, channels, H, W) in [-1, 1]."""
         return self.classify(self.features(x))
 
 
 def convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
-    """A 3x3 convolution without bias, because batch norm follows."""
+    """Build a 3x3 convolution without bias, because batch norm follows."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
 
 
 class NoisyClassifierNet(nn.Module):
-    """A classifier of noisy images: the encoder of a U-Net with attention pooling.
+    """A classifier for noisy images: the encoder of a U-Net with attention pooling.
 
     Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", section 4.1 and appendix J
     (https://arxiv.org/abs/2105.05233). The logits are zero at initialisation.
@@ -151,12 +151,12 @@ class NoisyClassifierNet(nn.Module):
         halvings = len(channel_mult) - 1
         if halvings < 0 or shape[1] % 2**halvings or shape[2] % 2**halvings:
             raise UserError(
-                f"network.channel_mult={list(channel_mult)} halves an image {max(halvings, 0)} time(s), which is"
-                f" impossible for {shape[1]}x{shape[2]}: use a list of another length."
+                f"model.network.channel_mult={list(channel_mult)} halves an image {max(halvings, 0)} time(s), which is"
+                f" impossible for {shape[1]}x{shape[2]}: use a list of a different length."
             )
         if channels < 1 or num_blocks < 1 or channels % num_groups:
             raise UserError(
-                f"network.channels={channels} must be a multiple of num_groups={num_groups}, and"
+                f"model.network.channels={channels} must be a multiple of num_groups={num_groups}, and"
                 f" num_blocks={num_blocks} at least 1."
             )
         emb_dim = 4 * channels

@@ -1,8 +1,8 @@
 """The ResNets of SNGAN for small images.
 
-Miyato et al. 2018, "Spectral normalization for GANs", table 4 and figure 8 (https://arxiv.org/abs/1802.05957); with
-classes, Miyato and Koyama 2018, "cGANs with projection discriminator" (https://arxiv.org/abs/1802.05637).
-`ClassConditionalGroupNorm` replaces the generator's batch norm.
+Miyato et al. 2018, "Spectral normalization for GANs", table 4 and figure 8 (https://arxiv.org/abs/1802.05957). With
+classes, the networks follow Miyato and Koyama 2018, "cGANs with projection discriminator"
+(https://arxiv.org/abs/1802.05637). `ClassConditionalGroupNorm` replaces the generator's batch norm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gencompare.networks.layers import ClassConditionalGroupNorm, upsample_neare
 
 
 class SNGANGenerator(nn.Module):
-    """Latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+    """Generator from latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
 
     Table 4 (a): a linear layer to 256 x 4 x 4, three residual blocks that upsample, normalisation, ReLU and a 3x3
     convolution. Other image sizes have more or fewer blocks.
@@ -52,7 +52,7 @@ class SNGANGenerator(nn.Module):
 
 
 class SNGANDiscriminator(nn.Module):
-    """Images (n, *shape) and labels (n,) to scores (n,).
+    """Discriminator from images (n, *shape) and labels (n,) to scores (n,).
 
     Table 4 (b): two residual blocks that downsample, two that do not, all with 128 channels, ReLU, sum pooling and a
     linear layer. Intended for use with spectral norm (``model.spectral_norm=true``).
@@ -121,7 +121,7 @@ class DownBlock(nn.Module):
 
 
 class FirstBlock(nn.Module):
-    """The first block, without a ReLU on the image: convolution, ReLU, convolution, 2x2 average pooling; a shortcut."""
+    """First block, without ReLU on the image: convolution, ReLU, convolution, 2x2 average pooling; with a shortcut."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()

@@ -56,19 +56,19 @@ class UNet(nn.Module):
         dropout: dropout probability inside residual blocks.
         num_groups: groups of each GroupNorm.
         num_heads: number of attention heads.
-        head_channels: features per attention head, which overrides ``num_heads``; narrower layers have one head.
+        head_channels: features per attention head; overrides ``num_heads``. Layers with fewer features have one head.
         decoder_attention_once: put attention only after the last block of each decoder level.
         noise_embedding: factory ``channels -> module`` from noise_cond (n,) to (n, module.dim).
-        resample_filter: None downsamples by a strided convolution, and upsamples by nearest neighbour and a
-            convolution. Filter taps move resampling into residual blocks (BigGAN): [1, 1] is average pooling and
-            nearest neighbour; NCSN++ uses [1, 3, 3, 1].
+        resample_filter: None downsamples with a strided convolution, and upsamples with nearest neighbour and a
+            convolution. Filter taps move resampling into residual blocks, as in BigGAN: [1, 1] gives average pooling
+            and nearest neighbour; NCSN++ uses [1, 3, 3, 1].
         resample_proj: always put a convolution on the shortcut of a resampling block.
         scale_shift_norm: let the embedding scale and shift the features of a block instead of adding it to them.
         skip_rescale: divide each residual sum by sqrt(2).
         progressive_input: factory ``(image channels, width) -> InputPyramid`` that feeds the image into each encoder
-            level; None for none.
+            level; None disables it.
         progressive_output: factory ``(width, out_channels, num_groups) -> OutputSkip`` that makes the output a sum over
-            the decoder levels; None for none.
+            the decoder levels; None disables it.
         fourier_exponents: exponents n of the input features sin(2^n pi x) and cos(2^n pi x).
         add_input: add x to the output, which then equals x at initialisation (VDM, which predicts eps).
         condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
@@ -104,7 +104,7 @@ class UNet(nn.Module):
         _check(shape, channels, channel_mult, num_blocks, dropout, num_groups)
         if add_input and out_channels != shape[0]:
             raise UserError(
-                f"add_input=true adds the image of {shape[0]} channels to the U-Net's output, which has {out_channels}:"
+                f"add_input=true adds the input, with {shape[0]} channels, to the output, which has {out_channels}:"
                 " use a parameterisation with one output per pixel, or add_input=false."
             )
         self.num_levels, self.num_blocks, self.add_input = len(channel_mult), num_blocks, add_input
@@ -152,7 +152,7 @@ class UNet(nn.Module):
         image_channels = shape[0] + self.conditions.low_res_channels
 
         self.stem = fan_avg(nn.Conv2d(image_channels * (1 + 2 * len(fourier_exponents)), channels, 3, padding=1))
-        skip_widths = [channels]  # of the encoder outputs that the decoder receives
+        skip_widths = [channels]  # channels of the encoder outputs that the decoder receives
         self.encoder, self.inputs = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(num_blocks):
@@ -211,12 +211,12 @@ class UNet(nn.Module):
         return x + out if self.add_input else out
 
     def embedding(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """The embedding of noise level and conditions, (n, 4 channels)."""
+        """Compute the embedding of noise level and conditions, (n, 4 * channels)."""
         return self.conditions.embed(self.noise, noise_cond, cond)
 
 
 def _head_count(width: int, num_heads: int, head_channels: int | None) -> int:
-    """Number of attention heads for ``width`` features."""
+    """Return the number of attention heads for ``width`` features."""
     if head_channels is None:
         features_per_head = 0 if num_heads < 1 or width % num_heads else width // num_heads
     else:
@@ -245,7 +245,7 @@ def _check(
             f" channel_mult={list(channel_mult)}, num_blocks={num_blocks}, num_groups={num_groups}."
         )
     if not 0 <= dropout < 1:
-        raise UserError(f"The U-Net's dropout={dropout} is a probability: it must be at least 0 and below 1.")
+        raise UserError(f"The U-Net's dropout={dropout} must be at least 0 and below 1.")
     if channels % num_groups:
         raise UserError(
             f"The U-Net's channels={channels} cannot be divided into num_groups={num_groups}: make channels a multiple"
@@ -257,5 +257,5 @@ def _check(
         raise UserError(
             f"A U-Net with channel_mult={list(channel_mult)} halves its images {levels - 1} time(s), which is"
             f" impossible for {height}x{width}: use model.network.channel_mult={list(channel_mult[:possible])}, or"
-            " images of another size."
+            " images of a different size."
         )

@@ -24,8 +24,8 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 def fan_avg(layer: Layer, scale: float = 1.0) -> Layer:
     r"""Initialise weights uniformly with variance scale / mean(fan_in, fan_out), as Ho et al. do, and biases to zero.
 
-    The last layer of a residual branch and of the network have ``scale=0``, so that each block is the identity at
-    initialisation and the network's output is zero.
+    The last layer of each residual branch and of the network has ``scale=0``, so that the branches and the network's
+    output are zero at initialisation.
     """
     nn.init.xavier_uniform_(layer.weight, gain=scale**0.5)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -56,13 +56,13 @@ class ResidualBlock(nn.Module):
         dropout: dropout probability.
         num_groups: groups of each GroupNorm.
         resample: module that changes the resolution, applied on the branch before its first convolution and on the
-            shortcut before its convolution: the block of Brock et al. (2019), "Large scale GAN training for high
-            fidelity natural image synthesis" (BigGAN), appendix B (https://arxiv.org/abs/1809.11096).
+            shortcut before its convolution, as in Brock et al. (2019), "Large scale GAN training for high fidelity
+            natural image synthesis" (BigGAN), appendix B (https://arxiv.org/abs/1809.11096).
         resample_proj: put a convolution on the shortcut of a resampling block even if the number of channels stays
             the same, as in Song et al. (2021) but not in Dhariwal and Nichol (2021).
         scale_shift_norm: let emb scale and shift the output of the second norm, (1 + a) norm(r) + b, instead of adding
-            it before the norm: Dhariwal and Nichol (2021), "Diffusion models beat GANs on image synthesis", section 3.1
-            (https://arxiv.org/abs/2105.05233).
+            it before the norm (Dhariwal and Nichol 2021, "Diffusion models beat GANs on image synthesis", section 3.1,
+            https://arxiv.org/abs/2105.05233).
         skip_rescale: divide the sum by sqrt(2), see `rescale_sum`.
     """
 
@@ -162,9 +162,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution, fused into one operation.
 
-    Upsampling repeats each pixel, so several taps of the 3x3 kernel multiply the same one. Summing those taps first
-    turns the pair into a transposed convolution of stride 2. Its 4x4 kernel is the flipped 3x3 kernel convolved with a
-    2x2 block of ones. This takes 16 multiplications per input pixel instead of 36.
+    Upsampling repeats each pixel, so several taps of the 3x3 kernel multiply the same pixel. Summing these taps first
+    turns the two operations into one transposed convolution of stride 2, whose 4x4 kernel is the flipped 3x3 kernel
+    convolved with a 2x2 block of ones. This takes 16 multiplications per input pixel instead of 36.
     """
 
     def __init__(self, channels: int) -> None:
@@ -204,7 +204,7 @@ class InputSkip(InputPyramid):
     ) -> None:
         super().__init__()
         if combine not in ("sum", "cat"):
-            raise UserError(f"combine={combine} of an input skip: choose sum or cat.")
+            raise UserError(f"An input skip cannot have combine={combine}: choose sum or cat.")
         self.combine = combine
         self.width, self.channels = 2 * width if combine == "cat" else width, channels
         self.downsample = FIRDownsample(taps)
@@ -217,7 +217,7 @@ class InputSkip(InputPyramid):
 
 
 class ResidualInput(InputPyramid):
-    """Adds a strided convolution of the image to h; the sum is also the image of the next level.
+    """Adds a strided convolution of the image to h; the sum is also the image for the next level.
 
     Args:
         channels: channels of the image.

@@ -1,1 +1,1 @@
-"""Tasks, which build objects from the configuration: the only modules that use Hydra. No other package imports them."""
+"""Tasks, which build objects from the config. Only these modules use Hydra, and no other package imports them."""

@@ -21,12 +21,12 @@ from gencompare.tasks.runs.loading import locate_runs
 
 
 def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None) -> None:
-    """Log a comparison to W&B if the loggers include it. The same folder always updates the same W&B run.
+    """Log a comparison to W&B if ``logger`` includes it. The same folder always updates the same W&B run.
 
     Args:
-        page: the page; its folder contains the rest of the comparison.
+        page: path of the page, whose folder contains the rest of the comparison.
         logger: ``cfg.logger``.
-        group: group of the W&B run, such as the name of a sweep.
+        group: group of the W&B run, such as a sweep name.
     """
     if not logger or "wandb" not in logger:
         return
@@ -45,7 +45,7 @@ def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None
 
 
 def read_table(path: Path) -> Any:
-    """A CSV file as a `wandb.Table`."""
+    """Read a CSV file as a `wandb.Table`."""
     import wandb
 
     with path.open(newline="") as file:
@@ -55,7 +55,7 @@ def read_table(path: Path) -> Any:
 
 
 def parse_cell(cell: str) -> str | float | None:
-    """The number in a cell, its text if it is not a number, or None if it is empty."""
+    """Convert a cell to a number if possible. Return None for an empty cell."""
     try:
         return float(cell)
     except ValueError:
@@ -66,7 +66,7 @@ def compare(cfg: DictConfig) -> None:
     """Compare the runs that match ``cfg.runs``, a glob of run folders or ``wandb:ENTITY/PROJECT``.
 
     With ``group_by=KEY`` or ``group_by=[KEY,KEY]``, runs with the same values of these config keys share a row.
-    ``rank_by=NAME`` ranks by that metric. ``logger=wandb`` also logs the comparison to W&B.
+    ``rank_by=NAME`` ranks runs by the metric ``NAME``. ``logger=wandb`` also logs the comparison to W&B.
     """
     if not cfg.runs:
         raise UserError("task=compare needs runs='GLOB', for instance runs='runs/*'.")
@@ -79,7 +79,7 @@ def compare(cfg: DictConfig) -> None:
 
 
 def parse_keys(keys: Any) -> tuple[str, ...]:
-    """Config keys from a list, or from text separated by commas."""
+    """Parse config keys from a list or a comma-separated string."""
     if keys is None:
         return ()
     parts = list(keys) if OmegaConf.is_list(keys) else str(keys).split(",")
@@ -87,7 +87,7 @@ def parse_keys(keys: Any) -> tuple[str, ...]:
 
 
 def compare_folders(folders: list[Path], out: Path, options: ComparisonOptions = ComparisonOptions()) -> Path:
-    """Write the comparison of run folders to ``out`` and print its tables. Returns the path of the page."""
+    """Write the comparison of run folders to ``out``, print its tables, and return the path of the page."""
     loaded = load_runs(folders, options)
     page = write_report(loaded, out)
     print_tables(loaded)

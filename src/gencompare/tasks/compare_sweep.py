@@ -18,11 +18,11 @@ from gencompare.tasks.runs.sweep import TRAIN_TASK, unfinished_runs
 
 
 class CompareSweep(Callback):
-    """Compares all runs in the folder of a sweep and lists those that did not finish."""
+    """Compares all runs in a sweep folder and lists those that did not finish."""
 
     def __init__(self) -> None:
         self.start_ns = 0
-        """When this command started. Its jobs are the runs whose lock file was touched since then."""
+        """Start time of the command, whose jobs are the runs with a lock file that was touched since then."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.start_ns = time.time_ns()

@@ -1,4 +1,4 @@
-"""task=evaluate: evaluate a trained run again, or external samples and published weights under the same protocol."""
+"""task=evaluate: evaluate a trained run again, or external samples or published weights under the same protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SAMPLES_FOLDER = ".drawn"
 def evaluate_run(cfg: DictConfig) -> None:
     """Evaluate the checkpoint ``cfg.checkpoint`` of the run ``cfg.run_dir`` and add the result to its record.
 
-    With ``samples=PATH`` or ``pretrained=PATH``, evaluate those instead, in a run folder of their own.
+    With ``samples=PATH`` or ``pretrained=PATH``, evaluate those samples or weights instead, in a new run folder.
     """
     if cfg.samples is not None or cfg.pretrained is not None:
         evaluate_external(cfg)
@@ -56,9 +56,9 @@ def evaluate_run(cfg: DictConfig) -> None:
 
 
 def evaluate_trained_run(cfg: DictConfig) -> None:
-    """Evaluate the run ``cfg.trained_run``, whose weights are those that ``cfg`` would train, as ``cfg`` specifies.
+    """Evaluate the run ``cfg.trained_run``, which has already trained the weights of ``cfg``, as ``cfg`` specifies.
 
-    The results are added to that run's record, and ``cfg`` is stored in its folder, so that the job counts as done.
+    The results are added to that run's record, and ``cfg`` is stored in its folder to mark the job as done.
     """
     folder = Path(cfg.trained_run)
     config_path = evaluated_config_path(folder, job_identity(cfg).job)
@@ -82,7 +82,7 @@ def evaluate_on_all_ranks(
     checkpoints: list[str],
     weights: str,
 ) -> None:
-    """`evaluate_checkpoints` on all processes of ``cfg.trainer``; the other ranks read ``cfg`` from ``job``."""
+    """Run `evaluate_checkpoints` on all processes of ``cfg.trainer``. The other ranks read ``cfg`` from ``job``."""
     protocol = build_protocol(cfg)
     protocol.check(data)
     RunRecord.load(folder)
@@ -117,8 +117,9 @@ def evaluate_checkpoints(
 ) -> None:
     """Evaluate each of ``checkpoints`` with each sampler of ``cfg``, and add the results to the record of ``folder``.
 
-    All ranks take part; rank 0 writes. Checkpoints of the same step as an earlier one, and a missing ``best``, are
-    skipped. Samples are stored until their result is recorded, so that an interrupted evaluation can resume.
+    All ranks take part, and rank 0 writes. A checkpoint is skipped if its step was already evaluated, or if it is a
+    missing ``best`` among several. Samples are stored until their result is recorded, so an interrupted evaluation can
+    resume.
     """
     guides = dependency_costs.guide_dependencies(cfg)
     steps: set[int] = set()
@@ -166,7 +167,8 @@ def sampling_variants(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
     """Set the sampler and guidance of ``model`` to each variant in turn, and yield the variant's name.
 
     The first variant is the model's own, followed by those of ``evaluation.samplers`` and ``evaluation.guidance``. A
-    sampler with a ``_target_`` replaces the model's own; one without it, and guidance, changes the model's own.
+    sampler with a ``_target_`` replaces the model's own sampler. Other variants change options of the model's own
+    sampler or guidance.
     """
     samplers = cfg.evaluation.get("samplers") or {}
     guidances = cfg.evaluation.get("guidance") or {}
@@ -190,7 +192,7 @@ def sampling_variants(cfg: DictConfig, model: GenerativeModel) -> Iterator[str]:
 
 
 def change_guidance(guidance: Any, change: DictConfig) -> Any:
-    """A copy of ``guidance`` with another scale or interval, and the same guiding models."""
+    """Return a copy of ``guidance`` with changed options, such as its scale, but the same guiding models."""
     known = [field.name for field in fields(guidance) if field.name not in guidance.guides()]
     unknown = [str(key) for key in change if key not in known]
     if unknown:
@@ -202,7 +204,7 @@ def change_guidance(guidance: Any, change: DictConfig) -> Any:
 
 
 def merge_options(options: DictConfig, change: DictConfig) -> DictConfig:
-    """``options`` updated recursively with ``change``; a node with a ``_target_`` replaces the old node."""
+    """Update ``options`` recursively with ``change``. A node with a ``_target_`` replaces the old node."""
     if "_target_" in change:
         return change
     merged = {key: value for key, value in options.items() if key not in change}
@@ -221,7 +223,7 @@ def samples_key(
     weights: str,
     variant: str,
 ) -> str:
-    """A hash of everything that the samples of an evaluation depend on."""
+    """Return a hash of everything that the samples of an evaluation depend on."""
     conditions = data.split(protocol.condition_split).extra_conditions
     settings = {
         "sampler": [variant, str(cfg.evaluation.get("samplers")), str(cfg.evaluation.get("guidance"))],
@@ -239,7 +241,7 @@ def samples_key(
 def evaluate_external(cfg: DictConfig) -> None:
     """Evaluate the images ``cfg.samples``, or the model of ``cfg.model`` with the published weights ``cfg.pretrained``.
 
-    The result gets a record in ``cfg.out``, so that ``task=compare`` finds it.
+    The result is recorded in ``cfg.out``, where ``task=compare`` can find it.
     """
     sources = [source for source in (cfg.samples, cfg.pretrained) if source is not None]
     if len(sources) > 1:
@@ -271,7 +273,7 @@ def evaluate_external(cfg: DictConfig) -> None:
 
 
 def external_record(cfg: DictConfig, data: ImageData, path: Path, model: dict[str, object]) -> RunRecord:
-    """The record of samples or weights that were not made by this program."""
+    """Create the record of samples or weights from outside this program."""
     name = cfg.name or path.stem
     return RunRecord(
         name=name, family=name if cfg.samples else cfg.family, data=describe_data(data), seed=cfg.seed,

@@ -1,4 +1,4 @@
-"""task=export: write a run's weights as safetensors, which cannot contain code, or as a diffusers pipeline."""
+"""task=export: write the weights of a run as a safetensors file, which cannot contain code, or a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = ("safetensors", "diffusers")
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the weights of a run to one file, or with ``format=diffusers`` to a folder for ``DDPMPipeline``."""
+    """Write the weights of a run to one file, or, with ``format=diffusers``, to a folder for ``DDPMPipeline``."""
     folder = run_folder(cfg)
     if cfg.format not in FORMATS:
         raise UserError(f"format={cfg.format}: choose {' or '.join(FORMATS)}.")
@@ -45,7 +45,7 @@ UNET2D_OPTIONS = {
     "scale_shift_norm": False, "skip_rescale": False, "progressive_input": None, "progressive_output": None,
     "fourier_exponents": (), "add_input": False,
 }  # fmt: skip
-"""Options of `UNet`, and the values for which it equals the ``UNet2DModel`` of diffusers."""
+"""`UNet` options with the values for which it is equivalent to ``UNet2DModel`` from diffusers."""
 
 
 def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
@@ -54,7 +54,7 @@ def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -
 
 
 def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
-    """Write a folder for ``diffusers.DDPMPipeline.from_pretrained``: U-Net, scheduler, and the index of both.
+    """Write a folder for ``diffusers.DDPMPipeline.from_pretrained``, with U-Net, scheduler and index.
 
     Raises:
         UserError: diffusers cannot represent the model, because of its network, schedule or noise conditioning.
@@ -63,14 +63,14 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
     scheduler = diffusers_scheduler.scheduler_config(model)
     if not isinstance(network, UNet) or scheduler is None:
         raise UserError(
-            "format=diffusers needs a DDPM: a U-Net conditioned on the timestep, a schedule with as many betas, and"
-            " parameterisation eps, x0 or v. Leave format out to write one file of weights."
+            "format=diffusers needs a DDPM: a U-Net conditioned on the timestep, a schedule with a beta per timestep,"
+            " and parameterisation eps, x0 or v. Omit format to write one file of weights."
         )
     if model.autoencoder() is not None:
-        raise UserError("format=diffusers does not support latent diffusion: leave format out.")
+        raise UserError("format=diffusers does not support latent diffusion: omit format.")
     changed = [name for name, value in UNET2D_OPTIONS.items() if cfg.model.network.get(name, value) != value]
     if changed:
-        raise UserError(f"format=diffusers: UNet2DModel does not support model.network.{changed[0]} of this run.")
+        raise UserError(f"format=diffusers: UNet2DModel does not support this run's model.network.{changed[0]}.")
     state = to_diffusers(network.state_dict(), num_levels=network.num_levels, num_blocks=network.num_blocks)
     write_tensors(state, out / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     write_json(out / "unet" / "config.json", unet_config(cfg.model.network, model))
@@ -80,7 +80,7 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
 
 
 def unet_config(network: DictConfig, model: TrainedModel) -> dict[str, Any]:
-    """The arguments of the equivalent ``UNet2DModel``."""
+    """Return the arguments of the equivalent ``UNet2DModel``."""
     channels, height, width = model.spec.shape
     heights = [height >> level for level in range(len(network.channel_mult))]
     attention = ["Attn" * (h in network.attention_resolutions) for h in heights]

@@ -38,7 +38,7 @@ def export_extractor(cfg: DictConfig) -> None:
             f"task=export_extractor needs a run of model=classifier; {folder} is a run of {type(model).__name__}."
         )
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
-    # The accuracy is that of the stored weights, which are float16.
+    # The weights are stored as float16, so measure their accuracy after rounding.
     network.load_state_dict({name: to_float16(value) for name, value in network.state_dict().items()})
     settings = OmegaConf.to_container(cfg.model.network, resolve=True)
     assert isinstance(settings, dict)
@@ -56,7 +56,7 @@ def export_extractor(cfg: DictConfig) -> None:
 
 @torch.inference_mode()
 def accuracy(model: TrainedModel, data: ImageData) -> float:
-    """The fraction of test images that the model classifies correctly."""
+    """Return the fraction of test images that the model classifies correctly."""
     assert isinstance(model, SupportsClassification)
     model.eval()
     correct = sum(int((model.logits(x).argmax(1) == cond["label"]).sum()) for x, cond in data.batches("test"))

@@ -1,4 +1,4 @@
-"""task=list_runs: a table of runs with state, primary metric and folder."""
+"""task=list_runs: print a table of runs with state, primary metric and folder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gencompare.tasks.runs.run_folder import is_active
 COLUMNS = ("created", "state", "family", "data", "seed", "metric", "n", "folder")
 RIGHT_ALIGNED = ("seed", "metric", "n")
 PIPE_WIDTH = 240
-"""Width of the table if the output is not a terminal, so that lines are not wrapped."""
+"""Width of the table if the output is not a terminal, to avoid wrapped lines."""
 
 
 def list_runs(cfg: DictConfig) -> None:
-    """Print the runs that match ``cfg.runs``, oldest first, and the folders that cannot be read, with the reason."""
+    """Print the runs that match ``cfg.runs``, oldest first, and skipped folders with the reason."""
     folders = locate_runs(cfg.runs or f"{cfg.paths.runs}/**", Path(cfg.paths.cache))
     console = Console()
     print_runs(folders, console if console.is_terminal else Console(width=PIPE_WIDTH))
 
 
 def print_runs(folders: list[Path], console: Console) -> None:
-    """Print one row per run."""
+    """Print a table with one row per run, and the skipped folders."""
     loaded = load_runs(folders)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in COLUMNS:
@@ -45,7 +45,7 @@ def print_runs(folders: list[Path], console: Console) -> None:
 
 
 def row(run: RunFolder) -> tuple[str, ...]:
-    """The cells of a run, in the order of `COLUMNS`; the metric is the primary metric of the latest result."""
+    """Return the cells of a run, in the order of `COLUMNS`. The metric is the primary metric of the latest result."""
     record = run.record
     value, n = formatting.MISSING, formatting.MISSING
     if record.results:
@@ -62,10 +62,10 @@ def row(run: RunFolder) -> tuple[str, ...]:
 
 
 def format_time(created: str) -> str:
-    """The day and minute of an ISO time."""
+    """Format an ISO time as day, hour and minute."""
     return created[:16].replace("T", " ") or formatting.MISSING
 
 
 def state(folder: Path, record: RunRecord) -> str:
-    """The state of a run; "died" if its record says running and its process is gone."""
+    """Return the state of a run, or "died" if the record says "running" but no process uses the folder."""
     return "died" if record.state == "running" and not is_active(folder) else record.state

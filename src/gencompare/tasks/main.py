@@ -21,9 +21,9 @@ from gencompare.tasks.runs.sweep import prepare_job, record_failure
 
 
 def main() -> None:
-    """Run one task, or with ``-m`` one task per combination of overrides.
+    """Run one task, or, with ``-m``, one task per combination of overrides.
 
-    The exit code is 0, 1 (failure), 2 (usage error), or 128 plus the number of a signal.
+    The exit code is 0 (success), 1 (failure), 2 (usage error), or 128 plus a signal number.
     """
     enable_hydra_tracebacks()
     failed_job_codes.clear()
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _run_job(cfg: DictConfig) -> None:
-    """Run the task of a composed config. In a sweep, record a failure and let the next job run."""
+    """Run the task of a composed config. In a sweep, record failures and let the next job run."""
     hydra_config = HydraConfig.get()
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
@@ -69,12 +69,12 @@ def call_task(cfg: DictConfig) -> None:
 
 
 def _delete_null_groups(argv: list[str]) -> list[str]:
-    """``~model/guidance`` for ``model/guidance=null``, which Hydra accepts only in YAML files."""
+    """Replace ``model/guidance=null``, which Hydra accepts only in YAML files, by ``~model/guidance``, and so on."""
     return [f"~{arg.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", arg) else arg for arg in argv]
 
 
 def _with_extra_conf(argv: list[str]) -> list[str]:
-    """Add ``GENCOMPARE_CONF``, a folder with the layout of conf/, to the config search path."""
+    """Add the folder ``GENCOMPARE_CONF``, which has the layout of conf/, to the config search path."""
     extra = os.environ.get("GENCOMPARE_CONF")
     if not extra or any(arg.startswith(("--config-dir", "-cd")) for arg in argv):
         return argv

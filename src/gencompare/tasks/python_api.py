@@ -1,4 +1,4 @@
-"""The Python API: compose configs, build data and models, train, sample and compare, as the command line does."""
+"""The Python API: compose configs, build data and models, train, sample and compare, like the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -31,11 +32,11 @@ from gencompare.tasks.runs.run_config import complete_config
 
 
 def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> DictConfig:
-    """The resolved config of ``python run.py`` with ``overrides``.
+    """Compose the resolved config of ``python run.py`` with ``overrides``.
 
     Args:
         overrides: Hydra overrides, such as ``"model=ddpm"`` and ``"model.optimizer.lr=1e-3"``.
-        folder: the run folder; None uses one under ``paths.runs`` that is named by date and time.
+        folder: the run folder; None uses a folder in ``paths.runs`` named by date and time.
 
     Raises:
         hydra.errors.HydraException: an override is invalid.
@@ -56,13 +57,13 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
 
 
 def build(cfg: DictConfig) -> tuple[ImageData, TrainedModel]:
-    """The datamodule and the untrained model of a config. The initial weights are a function of ``cfg.seed``."""
+    """Build the datamodule and the untrained model of a config. The initial weights depend only on ``cfg.seed``."""
     data = build_data(cfg)
     return data, build_model(cfg, data)
 
 
 def train(cfg: DictConfig) -> LoadedRun:
-    """Train and evaluate the model of a config from `compose`, as ``python run.py`` does. Returns the finished run."""
+    """Train and evaluate the model of a config from `compose`, like ``python run.py``, and return the finished run."""
     try:
         tasks_train.train(cfg)
     finally:
@@ -118,13 +119,13 @@ def compare(
         UserError: no run folder matches, or a key or metric is unknown.
     """
     options = ComparisonOptions(tuple(group_by), rank_by)
-    if isinstance(runs, Mapping):
-        records = [
-            RunRecord(name, family="", data={"name": result.measurement.data}, state="samples")
-            for name, result in runs.items()
-        ]
-        for record, result in zip(records, runs.values(), strict=True):
-            record.add_result(result)
-        return Comparison(LoadedRuns([RunFolder(Path(), each, each.name) for each in records], options=options))
-    folders = find_run_folders(runs) if isinstance(runs, str) else runs
-    return Comparison(load_runs([run.folder if isinstance(run, LoadedRun) else run for run in folders], options))
+    if isinstance(runs, str):
+        return Comparison(load_runs(find_run_folders(runs), options))
+    if not isinstance(runs, Mapping):
+        return Comparison(load_runs([run.folder if isinstance(run, LoadedRun) else run for run in runs], options))
+    loaded = LoadedRuns(options=options)
+    for name, result in cast("Mapping[str, Result]", runs).items():
+        record = RunRecord(name, family="", data={"name": result.measurement.data}, state="samples")
+        record.add_result(result)
+        loaded.runs.append(RunFolder(Path(), record, name))
+    return Comparison(loaded)

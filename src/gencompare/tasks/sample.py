@@ -19,7 +19,7 @@ from gencompare.tasks.runs.run_folder import run_folder
 
 
 def sample(cfg: DictConfig) -> None:
-    """Draw ``cfg.num_images`` images and write a grid, and PNG files or an npz file (``arr_0``: uint8 (n, H, W, C))."""
+    """Draw ``cfg.num_images`` images, and write a grid and PNG files or an npz file (``arr_0``: uint8 (n, H, W, C))."""
     if cfg.num_images < 1:
         raise UserError(f"num_images={cfg.num_images} must be at least 1.")
     if cfg.task.format not in ("png", "npz"):
@@ -44,7 +44,7 @@ def sample(cfg: DictConfig) -> None:
             file.write(buffer.getvalue())
     elif data.spec.num_values > 2:
         for old in out.glob("[0-9]" * 6 + ".png"):
-            old.unlink()  # of an earlier command
+            old.unlink()  # from an earlier command
         for k, image in enumerate(images):
             save_png(to_image(image), out / f"{k:06d}.png")
     print(f"{cfg.num_images} images from {folder}: {out}")

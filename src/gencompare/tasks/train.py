@@ -51,10 +51,10 @@ from gencompare.training.loggers import abandon_loggers, finish_loggers
 
 
 def train(cfg: DictConfig) -> None:
-    """Train the model of ``cfg`` in the folder ``cfg.out``, or continue the run ``cfg.resume``; then evaluate it.
+    """Train the model of ``cfg`` in the folder ``cfg.out``, or continue the run ``cfg.resume``, then evaluate it.
 
-    With ``cfg.trained_run``, another job of the sweep has trained these weights, and they are only evaluated. Invalid
-    settings are reported before anything is written or trained.
+    If ``cfg.trained_run`` is set, another job of the sweep has trained the same weights, and they are only evaluated.
+    Invalid settings are reported before anything is written or trained.
     """
     if "out" not in cfg:
         raise UserError('This config has no run folder: create it with gencompare.compose("model=ddpm", ...).')
@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> None:
     trainer = build_trainer(cfg, model, callbacks, [], folder)
     known: list[dict[str, Any]] = []
     if checkpoint is None:
-        # Before the images are encoded, check that the autoencoder leaves some budget.
+        # Check that the autoencoder leaves some budget before encoding the images.
         dependency_costs.remaining_budget(build_budget(cfg), dependency_costs.dependencies(cfg))
         cfg = autoencoder_stage.load_autoencoder(cfg, model, data, trainer.world_size)
     else:
@@ -104,7 +104,7 @@ def train(cfg: DictConfig) -> None:
         try:
             trainer.loggers = loggers
             if clock and (model.closed_form or budget.progress(**clock) >= 1):
-                print_on_rank_zero("The budget is already spent, so no training is left.")
+                print_on_rank_zero("The budget is already spent, so there is nothing left to train.")
             else:
                 fit(trainer, model, data, callbacks, folder, checkpoint_path if clock else None)
             if protocol is not None:
@@ -124,7 +124,7 @@ def train(cfg: DictConfig) -> None:
 
 @contextmanager
 def record_failures(folder: Path) -> Iterator[None]:
-    """If the block raises outside of training, set the record's state to interrupted or failed."""
+    """Set the record's state to interrupted or failed if the block raises outside of training."""
     try:
         with sigterm_exits():
             yield
@@ -138,7 +138,7 @@ def record_failures(folder: Path) -> Iterator[None]:
             record.state = "interrupted" if interrupted else "failed"
             record.training["error"] = reason
 
-        # `fit` has recorded and reported what happened during training.
+        # Failures and interruptions during training were recorded and reported by `fit`.
         if rank_zero_only.rank == 0 and (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "running":
             RunRecord.update(folder, update)
             if interrupted:
@@ -150,7 +150,7 @@ def record_failures(folder: Path) -> Iterator[None]:
 
 
 def check_optimizer(model: TrainedModel) -> None:
-    """Raise `UserError` if the optimiser refuses its settings."""
+    """Raise `UserError` if the optimiser rejects its settings."""
     try:
         model.build_optimizers()
     except (TypeError, ValueError) as error:
@@ -158,7 +158,7 @@ def check_optimizer(model: TrainedModel) -> None:
 
 
 def check_checkpoint_choice(checkpoints: Any) -> None:
-    """Raise `UserError` unless ``evaluation.checkpoints`` is a list of last, best, both or neither."""
+    """Raise `UserError` unless ``evaluation.checkpoints`` is a list with only ``last`` and ``best``, or empty."""
     if not OmegaConf.is_list(checkpoints) or not {*checkpoints} <= {"last", "best"}:
         raise UserError(f"evaluation.checkpoints={checkpoints} must be a list of last, best or both.")
 
@@ -204,7 +204,7 @@ def write_initial_record(
 
 
 def update_resumed_record(record: RunRecord, cfg: DictConfig, dependencies: list[dict[str, Any]]) -> None:
-    """Set the state, the config with the overrides of the resuming command, and the dependencies."""
+    """Update a record with the state, the config of the resuming command, and the dependencies."""
     record.state = "running"
     record.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     record.training["dependencies"] = dependencies
@@ -218,7 +218,7 @@ def fit(
     folder: Path,
     checkpoint: Path | None,
 ) -> None:
-    """Train, and record the cost and the state of the run even if training fails or is stopped."""
+    """Train, and record the cost and state of the run even if training fails or is stopped."""
     try:
         with ranks_run(folder / JOB_FILE):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
@@ -233,7 +233,7 @@ def fit(
     if received:
         step, checkpoints = callbacks["clock"].step, callbacks.get("checkpoints")  # type: ignore[attr-defined]
         saved = checkpoints.saved if isinstance(checkpoints, Checkpoints) else None
-        detail = "which is saved" if saved == step else f"which may have collapsed: the last checkpoint is step {saved}"
+        detail = "which is saved" if saved == step else f"which may have collapsed; the last checkpoint is step {saved}"
         print_on_rank_zero(
             f"Stopped after step {step}, {detail}. Continue with: python run.py {shell_override('resume', folder)}"
         )
@@ -244,7 +244,7 @@ def fit(
 def record_training(
     trainer: pl.Trainer, callbacks: dict[str, pl.Callback], folder: Path, *, state: str, error: str = ""
 ) -> None:
-    """Write the cost and the state of training into the record."""
+    """Write the cost and state of training to the record."""
     clock = callbacks["clock"]
     assert isinstance(clock, TrainingClock)
     evaluation = callbacks.get("evaluation")
@@ -272,7 +272,7 @@ def record_training(
     def update(record: RunRecord) -> None:
         record.state = state
         record.environment |= environment(device)
-        # A resumed latent model has its autoencoder's weights from its checkpoint, without the perceptual networks.
+        # A resumed latent model loads its autoencoder from its checkpoint, without the list of perceptual networks.
         training["perceptual_networks"] = training["perceptual_networks"] or record.training.get(
             "perceptual_networks", []
         )

@@ -1,4 +1,4 @@
-"""task=validate_metrics: check how each metric ranks test images that were degraded to known degrees."""
+"""task=validate_metrics: check how each metric ranks test images with degradations of known strength."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ LOCATION_PREFIXES = ("hydra.", "paths.", "trainer", "logger")
 def validate_metrics(cfg: DictConfig) -> None:
     """Score every metric on every layer of every extractor of ``cfg.evaluation``, for each of ``cfg.task.num_images``.
 
-    Writes ``metrics.json`` (all values), ``metrics.md`` (a table) and ``metrics.png`` into ``cfg.out``.
+    Write ``metrics.json`` (all values), ``metrics.md`` (a table) and ``metrics.png`` to ``cfg.out``.
     """
     folder = Path(cfg.out)
     refuse_existing_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = build_data(cfg)
     if data.spec.num_bins is None:
-        raise UserError(f"task=validate_metrics needs images, but data '{data.spec.name}' has points.")
+        raise UserError(f"task=validate_metrics needs images, but data set '{data.spec.name}' has points.")
     sizes = sorted(int(n) for n in cfg.task.num_images)
     baseline = instantiate(cfg.task.baseline, _partial_=True)(spec=data.spec)
     baseline.fit(data.batches("train"), data.batches("val"))
@@ -85,7 +85,7 @@ def validate_metrics(cfg: DictConfig) -> None:
 
 
 def milliseconds_per_image(extractor: Extractor, images: Tensor, device: torch.device) -> float:
-    """The time of an extractor per image, after a warm-up."""
+    """Measure the time of an extractor per image, after a warm-up."""
     extractor(images, device)
     start = time.perf_counter()
     extractor(images, device)
@@ -93,7 +93,7 @@ def milliseconds_per_image(extractor: Extractor, images: Tensor, device: torch.d
 
 
 def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
-    """Every layer of ``extractor`` with every metric, compared with the features ``reference`` (m, d)."""
+    """Combine every layer of ``extractor`` with every metric, against the features ``reference`` (m, d)."""
     kernels: dict[str, Kernel] = {
         "cubic kernel": CubicKernel(),
         **{f"MMD, b = {factor:g} x median": GaussianKernel(median_factor=factor) for factor in (0.5, 1.0, 2.0)},
@@ -125,7 +125,7 @@ def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
 
 
 def short_resize(resize: str) -> str:
-    """The size in a description of resizing, as ``96 px``; empty if there is none."""
+    """Extract the size from a description of resizing, such as ``96 px``. Return an empty string if there is none."""
     sizes = [
         word.split("x")[0] for word in resize.replace(",", " ").split() if word.count("x") == 1 and word[0].isdigit()
     ]
@@ -133,7 +133,7 @@ def short_resize(resize: str) -> str:
 
 
 def plotted_scores(scores: list[Score]) -> list[Score]:
-    """The distances of the layer with the best MMD, and the Frechet distances of the other layers; at most ten."""
+    """Select the distances of the layer with the best MMD, and the Frechet distances of other layers; at most ten."""
     mmd = [s for s in scores if s.metric.endswith(": MMD, b = 1 x median")]
     first = min(mmd, key=lambda s: (-s.right / max(1, s.pairs), s.metric)).metric.split(":")[0]
     own = [s for s in scores if s.metric.split(":")[0] == first and " - " not in s.metric]
@@ -141,7 +141,7 @@ def plotted_scores(scores: list[Score]) -> list[Score]:
 
 
 def plot_scores(scores: list[Score], data: str) -> Figure:
-    """A panel per kind of degradation: its strength and each metric, relative to that of the Gaussian baseline."""
+    """Plot each metric, relative to the Gaussian baseline, against strength, with a panel per kind of degradation."""
     largest = max(s.n for s in scores)
     shown = [s for s in scores if s.n == largest]
     best = plotted_scores(shown)

@@ -1,4 +1,4 @@
-"""task=visualize: interpolations, reconstructions and sampling trajectories of a trained model."""
+"""task=visualize: draw interpolations, reconstructions and sampling trajectories of a trained model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gencompare.tasks.runs.run_folder import run_folder
 
 
 def visualize(cfg: DictConfig) -> None:
-    """Write visualisations of some test images by a run's model to ``visualize/`` in the run folder."""
+    """Visualise some test images with the model of a run, and write the result to ``visualize/`` in the run folder."""
     if not isinstance(cfg.task.num_images, int) or cfg.task.num_images < 2:
         raise UserError(f"task.num_images={cfg.task.num_images} must be a whole number of at least 2.")
     folder = run_folder(cfg)

@@ -9,10 +9,10 @@ from gencompare.errors import UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of training, which ends when the first of them is reached.
+    """Limits on training, which ends when the first of them is reached.
 
-    With limits on images, steps or FLOPs, training ends at the same step on any number of processes. With a limit on
-    time, it depends on the machine.
+    With limits on images, steps or FLOPs, training ends at the same step on any number of processes. With a time limit,
+    the last step depends on the machine.
 
     Args:
         images: training images seen, including repetitions.
@@ -44,13 +44,13 @@ class Budget:
 
     @property
     def by_time(self) -> bool:
-        """Whether there is a limit on time."""
+        """Whether there is a time limit."""
         return self.minutes is not None or self.device_minutes is not None
 
     def progress(
         self, *, images: int, step: int, seconds: float, flops: float = 0.0, device_seconds: float = 0.0
     ) -> float:
-        """The fraction of the budget that is spent, in [0, 1]."""
+        """Return the fraction of the budget that is spent, in [0, 1]."""
         spent = (
             (images, self.images), (step, self.steps), (seconds / 60, self.minutes), (flops, self.flops),
             (device_seconds / 60, self.device_minutes),
@@ -58,14 +58,14 @@ class Budget:
         return min(1.0, max(done / limit for done, limit in spent if limit is not None))
 
     def after(self, *, flops: float, device_seconds: float, spender: str) -> Budget:
-        """The budget that is left after the training of the models that this one depends on.
+        """Return the budget that is left after training the models that this one depends on.
 
         Only the limits on FLOPs and device time decrease; images and steps of other models do not count.
 
         Args:
             flops: FLOPs spent by those models.
             device_seconds: device time spent by those models.
-            spender: their description in the error message.
+            spender: description of those models in the error message.
 
         Raises:
             UserError: no budget is left.

@@ -21,8 +21,8 @@ class Checkpoints(Callback):
     The best evaluation has the lowest distance to the validation images. A `possibly_collapsed` model is saved only at
     the end of the budget, or when training stops before any checkpoint exists.
 
-    Lightning's `ModelCheckpoint` is not used because it saves the weights in any state: here, non-finite weights never
-    replace a good checkpoint, and the time of saving does not count as training time.
+    Lightning's `ModelCheckpoint` is not used because it saves the weights in any state. Here, non-finite weights never
+    replace a good checkpoint, and the time spent on saving does not count as training time.
 
     Args:
         dirpath: where the checkpoints are saved.
@@ -33,7 +33,7 @@ class Checkpoints(Callback):
     """After all other callbacks."""
 
     CHECK_STEPS = 20
-    """Steps between checks of the time, each of which synchronises the ranks."""
+    """Steps between checks of the elapsed time, each of which synchronises the ranks."""
 
     def __init__(self, dirpath: Path, every_minutes: float = 2.0) -> None:
         if every_minutes < 0:
@@ -53,7 +53,7 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_time = time.monotonic()
-        self.saved = clock_of(trainer).step or None  # of the checkpoint that training resumes from
+        self.saved = clock_of(trainer).step or None  # the step that training resumes from
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,7 +72,7 @@ class Checkpoints(Callback):
             exception.checkpoint_saved = self.last.exists()
 
     def _must_wait(self, trainer: pl.Trainer, model: pl.LightningModule) -> bool:
-        """Whether the model may have collapsed, and a later step can be saved instead."""
+        """Return whether the model may have collapsed and a later step can be saved instead."""
         assert isinstance(model, TrainedModel)
         last_chance = trainer.should_stop and self.saved is None
         return model.possibly_collapsed and not last_chance and clock_of(trainer).progress < 1

@@ -20,8 +20,8 @@ class TrainingClock(Callback):
     """Counts steps, images and time, seeds each step, and ends training when the budget is spent.
 
     Before step s, the model's ``rng`` and torch's global generator (dropout) are seeded with (seed, s). A resumed run
-    is therefore identical to an uninterrupted one, and the noise of an image of the global batch does not depend on the
-    number of processes. Dropout masks differ between ranks.
+    is therefore identical to an uninterrupted one, and the noise of each image in the global batch does not depend on
+    the number of processes. Dropout masks differ between ranks.
 
     Lightning has no budget in images, FLOPs or device time, and its `seed_everything` seeds a run once, not each step.
     Other callbacks read the clock as ``pl_module.clock``.
@@ -33,7 +33,7 @@ class TrainingClock(Callback):
     """
 
     order = 0
-    """Callbacks act on a step in ascending order."""
+    """Callbacks run in ascending order of this attribute."""
 
     def __init__(self, seed: int, global_batch_size: int, budget: Budget) -> None:
         self.seed, self.global_batch_size, self.budget = seed, global_batch_size, budget
@@ -58,7 +58,7 @@ class TrainingClock(Callback):
 
     @property
     def progress(self) -> float:
-        """The fraction of the budget that is spent, in [0, 1]."""
+        """Fraction of the budget that is spent, in [0, 1]."""
         return self.budget.progress(**self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class TrainingClock(Callback):
         assert isinstance(pl_module, TrainedModel)
         self.images_per_step = self.global_batch_size
         if self.budget.by_time and trainer.world_size > 1:
-            # Each rank measured the time of the autoencoder stage itself.
+            # Each rank timed the autoencoder stage separately.
             self.budget = trainer.strategy.broadcast(self.budget, src=0)
         if pl_module.closed_form:
             self.budget = Budget(steps=1)
@@ -108,7 +108,7 @@ class TrainingClock(Callback):
         now = time.monotonic()
         elapsed, self._last_time = now - self._last_time, now
         if self.budget.by_time and trainer.world_size > 1:
-            # All ranks must agree on when a limit on time is reached.
+            # All ranks must agree on when a time limit is reached.
             elapsed = float(trainer.strategy.broadcast(elapsed, src=0))
         self.seconds += elapsed
         self.device_seconds += elapsed * trainer.world_size
@@ -127,12 +127,12 @@ class TrainingClock(Callback):
             trainer.should_stop = True
 
     def exclude_elapsed_time(self) -> None:
-        """Do not count the time since the last step, such as that of an evaluation, as training."""
+        """Exclude the time since the last step, such as an evaluation, from training time."""
         self._last_time = time.monotonic()
 
 
 def clock_of(trainer: pl.Trainer) -> TrainingClock:
-    """The clock of a run. Raises `UserError` if the Trainer has none."""
+    """Return the clock of a run. Raise `UserError` if the Trainer has none."""
     clock = getattr(trainer.lightning_module, "clock", None)
     if not isinstance(clock, TrainingClock):
         raise UserError("This callback needs a TrainingClock among the Trainer's callbacks.")
@@ -143,7 +143,7 @@ class TrainingFlops(Callback):
     """Adds the FLOPs of every training step, forward and backward, to the clock.
 
     FLOPs are measured once for each `TrainedModel.step_kind` and assumed equal for all steps of that kind. Lightning's
-    `ThroughputMonitor` needs the FLOPs of a batch as an input.
+    `ThroughputMonitor` instead expects the FLOPs of a batch as an input.
     """
 
     order = 2

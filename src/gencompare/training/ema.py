@@ -26,7 +26,7 @@ class EMA(Callback):
     Checkpoints contain it under ``ema``, in addition to the online weights.
 
     Lightning's `EMAWeightAveraging` is not used because it has no warm-up, counts a GAN's two optimisers as two steps,
-    and swaps the online weights back before the hooks in which callbacks sample.
+    and swaps the online weights back before the hooks where callbacks sample.
 
     Args:
         decay: the maximum of d, in [0, 1).
@@ -38,7 +38,7 @@ class EMA(Callback):
         self.decay = decay
         self.average: dict[str, Tensor] = {}
         self.step = 0
-        """Updates of the average so far."""
+        """Number of updates of the average so far."""
 
     order = 3
 
@@ -63,7 +63,7 @@ class EMA(Callback):
 
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Use the average as the weights of the model during the block."""
+        """Use the averaged weights in the model during the block."""
         swap(pl_module, self.average)
         try:
             yield
@@ -82,15 +82,15 @@ class EMA(Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         stored = checkpoint.get(EMA_KEY, {})
         if set(stored) != set(self.average):
-            raise UserError("The EMA weights of the checkpoint belong to a model with another config.")
+            raise UserError("The EMA weights of the checkpoint belong to a model with a different config.")
         self.average = dict(stored)
-        # Earlier versions stored the number of steps only with the clock.
+        # Earlier versions stored the number of steps only in the state of the clock.
         self.step = checkpoint["callbacks"].get("TrainingClock", {}).get("step", 0)
 
 
 @torch.no_grad()
 def swap(model: pl.LightningModule, weights: dict[str, Tensor]) -> None:
-    """Swap, in place, the values of ``weights`` and of the parameters with the same names."""
+    """Swap, in place, the values of ``weights`` with those of the parameters of the same names."""
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         online = parameters[name].detach().clone()

@@ -32,8 +32,8 @@ from gencompare.training.loggers import check_weights, log_image, log_metrics
 class CheapMetrics:
     """Frechet distance, density and coverage of a few samples, compared with the validation split.
 
-    The distance is biased upwards, because the number of samples is small, and its reference is not that of a result:
-    use it only to compare the evaluations of one run. All ranks share the sampling.
+    The distance is biased upwards because the number of samples is small, and its reference is not the one used for
+    results, so use it only to compare evaluations of the same run. Sampling is divided among the ranks.
 
     Args:
         data: the data set.
@@ -43,7 +43,7 @@ class CheapMetrics:
 
     def __init__(self, data: ImageData, protocol: EvaluationProtocol, *, n: int) -> None:
         self.data, self.n = data, n
-        # Another seed, so that the samples of a result do not choose the checkpoint.
+        # A different seed, so that the checkpoint is not chosen on the samples that results are computed from.
         self.protocol = replace(
             protocol, seed=protocol.seed + 1_000_003, chunk_size=min(protocol.chunk_size, n), condition_split="val"
         )
@@ -51,11 +51,11 @@ class CheapMetrics:
 
     @property
     def images(self) -> int:
-        """Samples, and validation images, of density and coverage."""
+        """Number of samples, and of validation images, that density and coverage use."""
         return min(self.n, len(self.data.split("val")))
 
     def __call__(self, model: GenerativeModel) -> dict[str, float]:
-        """The metrics by name, the distance first."""
+        """Compute the metrics by name, the distance first."""
         images = sample_for_protocol(model, self.n, self.data, self.protocol).images
         return cheap_metrics(images, self.data, self.extractor)
 
@@ -64,18 +64,18 @@ class EvaluationCallback(Callback):
     """Evaluates the averaged weights ``num_evaluations`` times, evenly over the budget.
 
     Each evaluation logs the means of the model's validation metrics (with the same noise each time) and `CheapMetrics`,
-    and writes a grid of samples with a fixed seed. The cheap distance chooses ``best.ckpt`` and drives early stopping,
-    but is not a result; cheap density and coverage warn of missing modes.
+    and writes a grid of samples with a fixed seed. The cheap distance selects ``best.ckpt`` and drives early stopping,
+    but is not reported as a result. Cheap density and coverage are used to warn about missing modes.
 
-    Lightning's validation loop runs at epochs or batches. Here the unit of training is the budget, and an evaluation
-    uses the averaged weights and does not count as training time.
+    Lightning schedules its validation loop by epochs or batches. Here evaluations are scheduled by the budget, use the
+    averaged weights, and do not count as training time.
 
     Args:
         num_evaluations: evaluations per run, the last at its end; 0 for none.
         num_grid_images: samples in the grid; 0 for no grid.
-        num_val_images: validation images that metrics are averaged over.
-        num_samples: samples of `CheapMetrics`; 0 disables them.
-        patience: early stopping after this many evaluations without a lower distance; None disables it.
+        num_val_images: number of validation images that metrics are averaged over.
+        num_samples: number of samples for `CheapMetrics`; 0 disables them.
+        patience: stop early after this many evaluations without a lower distance; None disables early stopping.
         protocol: the evaluation protocol, whose first extractor computes the metrics; None disables `CheapMetrics`.
         data: the data set.
         folder: the run folder; grids go into ``samples/``.
@@ -99,7 +99,9 @@ class EvaluationCallback(Callback):
     ) -> None:
         key = "callbacks.evaluation"
         if min(num_evaluations, num_grid_images, num_val_images, num_samples) < 0:
-            raise UserError(f"{key}: numbers of evaluations, images and samples must be at least 0 (0 disables them).")
+            raise UserError(
+                f"{key}: the numbers of evaluations, images and samples must be at least 0 (0 disables them)."
+            )
         if patience is not None and (patience < 1 or not num_samples):
             raise UserError(f"{key}.patience={patience} must be null, or at least 1 with {key}.num_samples above 0.")
         self.num_evaluations, self.num_val_images = num_evaluations, num_val_images
@@ -119,9 +121,9 @@ class EvaluationCallback(Callback):
         self.best_coverage = 0.0
         """The highest coverage so far."""
         self.missing_modes: dict[int, str] = {}
-        """Warnings of missing modes, by training step."""
+        """Warnings about missing modes, by training step."""
         self.peak_memory_bytes = 0
-        """Peak memory of training, without the evaluations."""
+        """Peak memory of training, excluding evaluations."""
 
     def state_dict(self) -> dict[str, Any]:
         names = ("done", "best", "last", "since_best", "best_coverage")
@@ -139,7 +141,7 @@ class EvaluationCallback(Callback):
             raise UserError(
                 f"callbacks.evaluation.num_val_images={self.num_val_images} must be at least the number of processes."
             )
-        # If the budget was raised on resuming, there are evaluations left.
+        # If the budget was raised on resuming, more evaluations are due.
         self.done = min(self.done, int(clock_of(trainer).progress * self.num_evaluations))
 
     def on_train_batch_end(
@@ -150,7 +152,7 @@ class EvaluationCallback(Callback):
         if due <= self.done:
             return
         self.done = due
-        check_weights(pl_module, clock.step)  # else the samples are not finite either
+        check_weights(pl_module, clock.step)  # otherwise the samples would not be finite either
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
         with evaluation_mode(pl_module):
             self.evaluate(trainer, pl_module)
@@ -220,7 +222,7 @@ class EvaluationCallback(Callback):
 
 
 def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, seed: int) -> dict[str, float]:
-    """Means of the model's validation metrics over the first ``n`` validation images, with the same noise each time.
+    """Average the model's validation metrics over the first ``n`` validation images, with the same noise each time.
 
     Each rank takes a slice of every batch, so the means do not depend on the number of ranks.
     """

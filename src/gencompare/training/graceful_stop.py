@@ -1,4 +1,4 @@
-"""A callback that stops training on a signal, after the current step."""
+"""A callback that stops training on a signal, at the end of a step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pytorch_lightning import Callback
 from gencompare.training.clock import clock_of
 
 CHECK_STEPS = 10
-"""Steps between checks whether another rank received a signal."""
+"""Steps between checks for a signal on any rank, if there are several."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop(Callback):
-    """Ends training after the current step on Ctrl-C or SIGTERM, so that `Checkpoints` saves it.
+    """Ends training at the end of a step on Ctrl-C or SIGTERM, so that `Checkpoints` saves that step.
 
-    A second signal ends the process at once.
+    Training ends after the current step or, with several processes, at the next step divisible by `CHECK_STEPS`. A
+    second signal ends the process at once.
 
     Lightning's own handlers raise an exception in the middle of a step.
     """
@@ -50,7 +51,7 @@ class GracefulStop(Callback):
         elif clock_of(trainer).step % CHECK_STEPS:
             return
         else:
-            # All ranks stop after the same step. The reduction synchronises host and device, hence not every step.
+            # All ranks stop after the same step. Not at every step, because this synchronises host and device.
             stop = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
         if stop:
             self.received = self.received or signal.SIGTERM

@@ -27,8 +27,8 @@ class WarmupDecay:
         warmup_steps: 0 for no warm-up.
         decay: ``constant``, ``cosine`` or ``linear``.
         last: the factor at the end of the decay.
-        decay_steps: length of the decay, :math:`p = \min(1, s / \text{decay\_steps})`; None uses the fraction p of the
-            budget that is spent.
+        decay_steps: length of the decay, :math:`p = \min(1, s / \text{decay\_steps})`; if None, p is the spent fraction
+            of the budget.
     """
 
     warmup_steps: int = 0
@@ -41,7 +41,7 @@ class WarmupDecay:
             raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine or linear.")
         if not 0 <= self.last <= 1 or (self.decay_steps is not None and self.decay_steps < 1):
             raise UserError(
-                f"lr_schedule: last={self.last} must be in [0, 1], decay_steps={self.decay_steps} null or at least 1."
+                f"lr_schedule: last={self.last} must be in [0, 1], and decay_steps={self.decay_steps} null or positive."
             )
 
     def __call__(self, step: int, progress: float) -> float:
@@ -52,7 +52,7 @@ class WarmupDecay:
 
 
 class LearningRateScheduler(Callback):
-    """Sets the learning rate of all optimisers before each step, by ``model.lr_schedule``.
+    """Sets the learning rate of all optimisers before each step, according to ``model.lr_schedule``.
 
     Lightning steps schedulers only under automatic optimisation. This callback also serves manual optimisation, and
     decays over a budget in any unit. On resuming, the optimiser settings of the config replace those of the

@@ -14,10 +14,10 @@ from gencompare.migrations import migrate_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and migrates checkpoints of earlier versions on loading."""
+    """Writes checkpoints atomically, and migrates checkpoints from earlier versions on loading."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # Serialised in memory first: torch hides the error of a full disk.
+        # Serialised in memory first, because torch hides disk-full errors.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         with atomic_write(path) as file:
@@ -30,8 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class UnwrappedDDPStrategy(DDPStrategy):
     """DDP processes without the DDP module wrapper, for manual optimisation.
 
-    The reducer of the wrapper expects one backward pass per forward pass of the whole model. Models with several
-    optimisers have more, and average the gradients of the stepped parameters themselves (`manual_step`).
+    The wrapper's reducer expects one backward pass per forward pass of the whole model. Models with several optimisers
+    run more backward passes, and `manual_step` averages the gradients of the stepped parameters over ranks.
     """
 
     def configure_ddp(self) -> None:

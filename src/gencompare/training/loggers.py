@@ -32,8 +32,8 @@ FIRST_COLUMNS = ("step", "images", "seconds")
 class CurveCSVLogger(Logger):
     """Writes ``curve.csv`` in the run folder: a row per logging call, with empty cells for missing metrics.
 
-    A resumed run appends to the file, without the rows after the step that it resumes from. Lightning's `CSVLogger`
-    cannot resume a file, and does not write it atomically.
+    A resumed run drops the rows after the step that it resumes from, and appends to the file. Lightning's `CSVLogger`
+    cannot continue an existing file, and does not write it atomically.
 
     Args:
         folder: the run folder.
@@ -83,11 +83,11 @@ class CurveCSVLogger(Logger):
         write_text(self.path, text.getvalue())
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Not needed: the run folder contains the config."""
+        """Do nothing, because the run folder contains the config."""
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a curve file, without empty cells and without a truncated last line."""
+    """Read the rows of a curve file, without empty cells and without a truncated last line."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -116,7 +116,7 @@ def wandb_logger(
     start_step: int = 0,
     **init_options: Any,
 ) -> Logger:
-    """A W&B logger that falls back to offline logging, with a message, if there is no API key or no network.
+    """Create a W&B logger that falls back to offline logging, with a message, if there is no API key or no network.
 
     Args:
         folder: the run folder.
@@ -124,7 +124,8 @@ def wandb_logger(
         id: the id of the run; a resumed run has the same id.
         project: the W&B project.
         group: the name of the sweep.
-        mode: ``online``, ``offline`` or ``disabled``; None is online if there is an API key, else offline.
+        mode: ``online``, ``offline`` or ``disabled``; None uses the environment variable WANDB_MODE if it is set,
+            otherwise ``online`` if there is an API key, otherwise ``offline``.
         tags: labels of the run.
         start_step: unused; other loggers need it.
         init_options: other arguments of ``wandb.init``, such as ``entity`` and ``notes``.
@@ -164,7 +165,7 @@ def _open_wandb(**options: Any) -> WandbLogger:
 
 
 def has_api_key() -> bool:
-    """Whether there is a W&B API key."""
+    """Return whether there is a W&B API key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc
@@ -177,7 +178,7 @@ def has_api_key() -> bool:
 
 
 def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
-    """TensorBoard event files under ``tensorboard/`` in the run folder."""
+    """Create a logger of TensorBoard event files in ``tensorboard/`` in the run folder."""
     return TensorBoardLogger(str(folder), name="tensorboard", version="")
 
 
@@ -195,7 +196,7 @@ def log_image(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
 
 
 def abandon_loggers(loggers: list[Logger]) -> None:
-    """After a failure, close the W&B run of this job, so that the next job of a sweep starts its own."""
+    """Close the W&B run of a failed job, so that the next job of a sweep starts a new one."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
             with suppress(Exception):
@@ -203,7 +204,7 @@ def abandon_loggers(loggers: list[Logger]) -> None:
 
 
 def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
-    """Log the record of a finished run with its metrics and images to W&B, and close the W&B run.
+    """Log the record, metrics and images of a finished run to W&B, and close the W&B run.
 
     Args:
         loggers: the loggers of the run.
@@ -234,7 +235,7 @@ def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page:
 
 
 def metrics_table(record: RunRecord) -> Any:
-    """A `wandb.Table` with a row per metric of each result, with the sampling settings."""
+    """Create a `wandb.Table` with a row per metric of each result, including the sampling settings."""
     import wandb
 
     table = wandb.Table(
@@ -252,7 +253,7 @@ def metrics_table(record: RunRecord) -> Any:
 
 
 def log_result_images(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
-    """The images of a record's results by title, captioned with the sampling settings."""
+    """Return the images of a record's results by title, captioned with the sampling settings."""
     import wandb
 
     images: dict[str, list[Any]] = {}
@@ -269,9 +270,9 @@ class MetricLogger(Callback):
     """Logs the means of all metrics that ``training_step`` returned in the last ``log_every_n_steps`` steps.
 
     Lightning's ``self.log`` logs the value of a single step, or means over an epoch. The means here stay on the device
-    and are read, and averaged over ranks, only when they are logged, so that the host does not wait for the device. A
-    mean that is not finite raises `TrainingStopped`. A skipped step returns the metric ``skipped`` = 1; its other
-    metrics are ignored.
+    and are read, and averaged over ranks, only when they are logged, so the host rarely waits for the device. A mean
+    that is not finite raises `TrainingStopped`. A skipped step returns the metric ``skipped`` = 1; its other metrics
+    are ignored.
 
     Args:
         log_every_n_steps: steps between rows of the curve.
@@ -327,7 +328,7 @@ class MetricLogger(Callback):
 
 
 def not_finite_error(name: str, step: int) -> TrainingStopped:
-    """The error that stops training when a metric or a weight is not finite."""
+    """Return the error that stops training when a metric or a weight is not finite."""
     return TrainingStopped(
         f"{name} is not finite at step {step}", "Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
     )
@@ -340,7 +341,7 @@ def check_weights(model: pl.LightningModule, step: int) -> None:
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Log metrics to all loggers, with the step, images and seconds of the clock."""
+    """Log metrics to all loggers, with the step, images and seconds from the clock."""
     clock = clock_of(trainer)
     row = {**metrics, "images": clock.images, "seconds": round(clock.seconds, 3)}
     for logger in trainer.loggers:

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from gencompare.training.clock import clock_of
 
 LINE_SECONDS, BAR_SECONDS = 15, 0.5
-"""Seconds between printed lines without a terminal, and between updates of the bar."""
+"""Seconds between printed lines if there is no terminal, and between updates of the bar."""
 
 
 class TrainingProgressBar(Callback):
-    """Shows the progress of training in a terminal, or prints a line every `LINE_SECONDS`; on rank 0 only.
+    """Shows the progress of training in a terminal, or prints a line every `LINE_SECONDS` seconds; on rank 0 only.
 
     Lightning's progress bars count batches of an epoch, whereas here progress is measured by the budget.
     """
@@ -55,7 +55,7 @@ class TrainingProgressBar(Callback):
             print(f"training {clock_of(trainer).progress:4.0%}  {self.describe(trainer)}", flush=True)
 
     def describe(self, trainer: pl.Trainer) -> str:
-        """Step, losses, throughput and remaining time."""
+        """Format the step, losses, throughput and remaining time."""
         clock = clock_of(trainer)
         # Reading a metric synchronises host and device, so this is not called at every step.
         losses = [

@@ -1,1 +1,1 @@
-"""Sweepers and launchers in the namespace in which Hydra searches for plugins. They are imported without torch."""
+"""Sweepers and launchers, in the namespace where Hydra searches for plugins. They do not import torch."""

@@ -1,4 +1,4 @@
-"""hydra/launcher=parallel: several jobs of a sweep at once on this machine."""
+"""hydra/launcher=parallel, which runs several jobs of a sweep at once on this machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 Job = tuple[int, Sequence[str]]
 """The number of a job and its overrides."""
 SIGNAL_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of jobs that a signal stopped, by the state in their records."""
+"""Exit codes of jobs stopped by a signal, which are recorded as interrupted and not as failed."""
 
 
 class ParallelLauncher(Launcher):
-    """Runs each job in a process of its own, with an equal part of the GPUs and processor cores.
+    """Runs each job in a separate process, with an equal part of the GPUs and processor cores.
 
     Args:
         n_jobs: number of jobs that run at the same time.
@@ -51,19 +51,19 @@ class ParallelLauncher(Launcher):
             deferred: list[Job] = []
             for cfg, code, reason in run_jobs(self.compose_jobs(waiting, deferred), folder, self.n_jobs):
                 if code and is_active(Path(cfg.out)):
-                    continue  # a process that outlived an earlier command has started this job
+                    continue  # a process left by an earlier command is running this job
                 if code:
                     failed_job_codes.append(code)
                 if code not in (0, *SIGNAL_CODES):
                     record_failure(cfg, reason)
             waiting = deferred
-        # Records say which jobs failed. If Hydra knew, it would end the sweep.
+        # Records say which jobs failed. A failed status would make Hydra end the sweep.
         return [JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED) for overrides in job_overrides]
 
     def compose_jobs(self, jobs: Sequence[Job], deferred: list[Job]) -> Iterator[DictConfig]:
-        """Compose the config of each job that has work left, when a slot is free for it.
+        """Compose the configs of jobs that have work left, one at a time as slots become free.
 
-        Jobs with the same training as a running job are appended to ``deferred``: later, they can evaluate its weights.
+        Jobs with the same training as a running job are appended to ``deferred``, to evaluate its weights later.
         """
         from gencompare.tasks.runs.error_reports import failed_job_codes, print_error
         from gencompare.tasks.runs.run_config import complete_config

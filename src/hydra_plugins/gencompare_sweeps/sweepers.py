@@ -1,4 +1,4 @@
-"""Hydra sweepers for families and for searches, and the resolvers that name the folders of sweeps."""
+"""Hydra sweepers for model families and hyperparameter searches, and the resolvers that name sweep folders."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gencompare.errors import UserError
 from gencompare.private_apis import basic_sweeper
 
 UNSAFE = re.compile(r"[^\w.+-]+")
-"""Characters that are replaced in the names of folders."""
+"""Characters that are replaced in folder names."""
 
 
 def sweep_folder(overrides: ListConfig, timestamp: str) -> str:
-    """The name of a sweep's folder. The same sweep with more values or more seeds uses the same folder.
+    """Return the folder name of a sweep. The same sweep with more values or more seeds uses the same folder.
 
-    The name contains a hash of fixed overrides with their values and of swept overrides without. Seeds, locations and
-    loggers do not count.
+    The name contains a hash of fixed overrides with their values and of swept overrides without their values. Seeds,
+    locations and loggers do not count.
 
     Args:
         overrides: the command line, without Hydra's own keys.
@@ -53,7 +53,7 @@ def sweep_folder(overrides: ListConfig, timestamp: str) -> str:
 
 
 def limits(budget: Any) -> str:
-    """The limits of a budget, such as ``10000_images``, for folder names: each budget is a study of its own."""
+    """Format the limits of a budget, such as ``10000_images``, for folder names. Each budget is a separate study."""
     options: Any = OmegaConf.to_container(budget, resolve=True)
     values = {key: value for key, value in options.items() if value is not None and not key.startswith("_")}
     return UNSAFE.sub("-", "_".join(f"{_format(value)}_{key}" for key, value in values.items()) or "no_limit")
@@ -68,7 +68,7 @@ for resolver in (sweep_folder, limits):
 
 
 class FamiliesSweeper(basic_sweeper()):
-    """Hydra's basic sweeper. Adds ``experiment=DATA_FAMILY``, where it exists, to each job of ``model=FAMILY``."""
+    """Hydra's basic sweeper, which also adds ``experiment=DATA_FAMILY``, if it exists, to jobs of ``model=FAMILY``."""
 
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
@@ -83,7 +83,7 @@ class FamiliesSweeper(basic_sweeper()):
 
 
 def with_experiment(overrides: Sequence[str], experiments: Collection[str], data: str) -> list[str]:
-    """The overrides of a job, preceded by the experiment of its data and family, unless they name an experiment.
+    """Prepend the experiment for a job's data set and family to its overrides, if it exists and none is given.
 
     Args:
         experiments: the names of all experiments.
@@ -97,14 +97,14 @@ def with_experiment(overrides: Sequence[str], experiments: Collection[str], data
 
 
 class SearchSweeper(Sweeper):
-    """Runs a hyperparameter search, or one per value of a key: see `gencompare.tasks.runs.search`.
+    """Runs a hyperparameter search, or one per value of a key (see `gencompare.tasks.runs.search`).
 
     Args:
         n_trials: trials per study.
         n_jobs: trials that are proposed together, for launchers that run several jobs at once.
-        study_per: a config key, each of whose values gets a study of its own; None makes one study.
+        study_per: a config key with a separate study for each of its values; None runs a single study.
         seed: seed of the proposals.
-        params: the search space, as Hydra override values by config key; a single value is fixed for all trials.
+        params: the search space, as Hydra override values by config key; single values are fixed for all trials.
     """
 
     def __init__(
@@ -164,8 +164,8 @@ class SearchSweeper(Sweeper):
         return self.launcher.launch(jobs, initial_job_idx=first_job)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose each job's config: an invalid config, or one without an objective, ends the search as an error, and
-        does not count as a failed trial."""
+        """Compose each job's config, so that an invalid config, or one without an objective, ends the search with an
+        error instead of counting as a failed trial."""
         from gencompare.tasks.runs.search import NO_OBJECTIVE
 
         assert self.config is not None and self.hydra_context is not None

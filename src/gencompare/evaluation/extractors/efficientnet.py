@@ -33,30 +33,30 @@ def efficientnet_lite0(
     size: int = INPUT_SIZE,
     layers: Sequence[str] = LAYERS,
 ) -> Extractor:
-    """EfficientNet-Lite0 for data of ``spec``; see `EfficientNetLite0Extractor`."""
+    """Create an `EfficientNetLite0Extractor` for the data described by ``spec``."""
     return EfficientNetLite0Extractor(spec, weights, size, layers)
 
 
 class EfficientNetLite0Extractor(Extractor):
-    """Spatial means of activations of EfficientNet-Lite0 (Tan and Le 2019, "EfficientNet",
+    """Spatial means of EfficientNet-Lite0 activations (Tan and Le 2019, "EfficientNet",
     https://arxiv.org/abs/1905.11946; the Lite variant of TensorFlow, Apache-2.0).
 
-    Images are resized to ``size`` x ``size`` (bicubic, antialiased), greyscale ones are repeated to three channels, and
-    values are scaled to (x - 127) / 128, as in training on ImageNet. The features of ``layers`` are concatenated.
+    Images are resized to ``size`` x ``size`` (bicubic, antialiased), greyscale images are repeated to three channels,
+    and values are scaled to (x - 127) / 128, as for training on ImageNet. The features of ``layers`` are concatenated.
 
     Args:
         spec: shape and value range of the data to measure.
         weights: a copy of the published file; None uses the file of the installed package.
         size: input size in pixels, at least 32.
-        layers: any of ``stage1`` to ``stage7`` and ``head``, see `EfficientNetLite0.activations`.
+        layers: any of ``stage1`` to ``stage7`` and ``head`` (see `EfficientNetLite0.activations`).
 
     Raises:
         UserError: the data are not greyscale or RGB images; the package is not installed; or the file is missing,
-            corrupted, or contains another network.
+            corrupted, or contains a different network.
     """
 
     batch_size = 250
-    cpu_batch_size = 25  # with 100, each image takes a third longer: the activations do not fit into the cache
+    cpu_batch_size = 25  # with 100, each image takes a third longer, as activations exceed the cache
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class EfficientNetLite0Extractor(Extractor):
         if spec.num_bins is None or spec.shape[0] not in (1, 3):
             kind = "points" if spec.num_bins is None else f"images with {spec.shape[0]} channels"
             raise UserError(
-                f"EfficientNet-Lite0 needs greyscale or RGB images, but data '{spec.name}' has {kind}: "
+                f"EfficientNet-Lite0 needs greyscale or RGB images, but data set '{spec.name}' has {kind}: "
                 "use evaluation.extractors=[identity] for points, or evaluation.extractors=[classifier] with your own "
                 "weights."
             )
@@ -83,9 +83,9 @@ class EfficientNetLite0Extractor(Extractor):
         state, self.hash = read_weights(path)
         if self.hash != SHA256:
             if weights is None:
-                raise UserError(f"{path} is corrupted: its SHA-256 is not the published one. {_hint()}")
+                raise UserError(f"{path} is corrupted: its SHA-256 differs from the published one. {_hint()}")
             self.details["warnings"] = [
-                f"{path.name} is not the published EfficientNet-Lite0: its values are not comparable with others"
+                f"{path.name} is not the published EfficientNet-Lite0, so its values are not comparable with others"
             ]
         try:
             network.load_published(state)
@@ -124,7 +124,7 @@ class EfficientNetLite0Extractor(Extractor):
 
 
 def installed_weights() -> Path:
-    """The weights file of the installed package. Raises `UserError` if there is none."""
+    """Return the weights file of the installed package. Raise `UserError` if there is none."""
     package = find_spec(PACKAGE.replace("-", "_"))
     for folder in (package.submodule_search_locations or []) if package is not None else []:
         path = Path(folder) / "models" / FILE
@@ -141,7 +141,7 @@ def _hint() -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """(state dict, SHA-256) of a weights file. Only tensors are read; no code in the file is executed."""
+    """Read (state dict, SHA-256) from a weights file. No code in the file is executed."""
     try:
         payload = path.read_bytes()
     except OSError as error:

@@ -16,7 +16,7 @@ from gencompare.generative_model import DataSpec
 
 
 def check_finite(features: Tensor) -> None:
-    """Raise `UserError` for features that contain NaN or infinite values."""
+    """Raise `UserError` if features contain NaN or infinite values."""
     if not torch.isfinite(features).all():
         raise UserError(
             "Features contain NaN or infinite values: the extractor's weights or the images are not finite."
@@ -46,31 +46,31 @@ class Features:
 
     @staticmethod
     def concatenate(batches: Iterable[Features]) -> Features:
-        """The batches joined along n."""
+        """Concatenate batches along n."""
         columns = zip(*(batch.parts() for batch in batches), strict=True)
         return Features(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
     def to_cpu(self) -> Features:
-        """A copy as float32 on the CPU, usable outside of inference mode."""
+        """Return a float32 copy on the CPU that can be used outside inference mode."""
         return Features(*(None if part is None else part.float().cpu().clone() for part in self.parts()))  # type: ignore[arg-type]
 
 
 class Extractor(ABC):
     """A frozen network that maps images to features.
 
-    A subclass sets the attributes without a default and implements `extract_batch`.
+    Subclasses set the attributes that have no default, and implement `extract_batch`.
 
     Attributes:
-        name: names its metrics: ``mmd_<name>``, ``fd_<name>``.
+        name: used in metric names, such as ``mmd_<name>`` and ``fd_<name>``.
         hash: SHA-256 of its weights.
         dim: number of features.
         module: the network. It is moved to the device of each call, and back to the CPU afterwards.
         predicts_data_classes: whether its logits are over the data's own classes.
-        resize: how images are resized to its input size, as text.
-        details: facts to show with a result, such as accuracy or a warning; they never rank.
+        resize: describes how images are resized to the input size.
+        details: facts to show with a result, such as accuracy or a warning. They do not affect the ranking.
         batch_size: images in one forward pass on a GPU.
-        cpu_batch_size: the same on a CPU, whose caches are smaller.
-        layer_slices: which features come from which layer; ``{"": slice(None)}`` for a single layer.
+        cpu_batch_size: images in one forward pass on a CPU, whose caches are smaller.
+        layer_slices: the slice of the features that comes from each layer; ``{"": slice(None)}`` for a single layer.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Extractor(ABC):
 
     @property
     def primary(self) -> str:
-        """The metric that ranks: the maximum mean discrepancy, which is unbiased in the number of samples."""
+        """Name of the metric for ranking, the maximum mean discrepancy, which is unbiased for any number of samples."""
         return self.mmd_name
 
     @property
@@ -114,7 +114,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def extract_batch(self, images: Tensor) -> Features:
-        """Features of one batch of images on the network's device, as `quantize_images` returns them."""
+        """Extract features of a batch of images, as returned by `quantize_images`, on the network's device."""
 
     def __call__(
         self,
@@ -122,9 +122,10 @@ class Extractor(ABC):
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Features of images (n, C, H, W), uint8, or float32 for continuous data, without gradients.
+        """Extract features of images (n, C, H, W), uint8 or (for continuous data) float32, without gradients.
 
-        Under torch.distributed all ranks must call this. They share the batches, and all get all features.
+        Under torch.distributed, all ranks must call this. The batches are split between the ranks, and all ranks return
+        all features.
         ``progress`` is called with (images done, n).
         """
 
@@ -143,21 +144,21 @@ class Extractor(ABC):
         return Features.concatenate(batches)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (n, d), float32 on the CPU."""
+        """Extract features (n, d), float32 on the CPU."""
         return self(images).features
 
     def logits(self, images: Tensor) -> Tensor | None:
-        """Logits (n, classes); None if the network is not a classifier."""
+        """Compute logits (n, classes). Return None if the network is not a classifier."""
         return self(images).logits
 
 
 MAX_IDENTITY_VALUES = 64
-"""Values of an image for `IdentityExtractor`: distances between thousands of pixels need tens of thousands of
-images."""
+"""Largest number of values per image for `IdentityExtractor`. Metrics of thousands of pixel values would need tens of
+thousands of images."""
 
 
 class IdentityExtractor(Extractor):
-    """The flattened values of the image itself, for data with few dimensions."""
+    """The flattened pixel values themselves, for data with few dimensions."""
 
     name = "raw"  # results that were recorded under this name remain comparable
     hash = hashlib.sha256(b"identity").hexdigest()

@@ -20,7 +20,7 @@ from gencompare.generative_model import DataSpec
 def module_extractor(
     spec: DataSpec, network: nn.Module, name: str, size: int | None = None, channels: int | None = None
 ) -> Extractor:
-    """``network`` as an extractor for data of ``spec``; see `ModuleExtractor`."""
+    """Create a `ModuleExtractor` of ``network`` for the data described by ``spec``."""
     return ModuleExtractor(spec, network, name, size, channels)
 
 
@@ -33,10 +33,10 @@ class ModuleExtractor(Extractor):
 
     Args:
         spec: shape and value range of the data to measure.
-        network: any module; it does its own normalisation beyond [0, 1].
-        name: names its metrics, such as ``fd_<name>``.
+        network: any module; it must do any normalisation beyond [0, 1] itself.
+        name: used in metric names, such as ``fd_<name>``.
         size: height and width to which images are resized (bilinear, antialiased); None keeps their size.
-        channels: 3 repeats greyscale images to three channels; None keeps the channels.
+        channels: number of channels to repeat greyscale images to; None keeps the channels.
 
     Raises:
         UserError: the data are not images, or the network's output is not (n, d).
@@ -49,7 +49,7 @@ class ModuleExtractor(Extractor):
     ) -> None:
         super().__init__()
         if spec.num_bins is None:
-            raise UserError(f"Extractor '{name}' needs images, but data '{spec.name}' are continuous.")
+            raise UserError(f"Extractor '{name}' needs images, but data set '{spec.name}' is continuous.")
         self.name, self.size, self.channels = name, size, channels
         self.module = network.eval().requires_grad_(False)
         self.hash = state_hash(network)
@@ -80,10 +80,10 @@ ExtractorFactory = Callable[..., Extractor]
 
 
 def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:
-    """The extractors that a protocol uses by default; the first one ranks.
+    """Return the extractors that a protocol uses by default; runs are ranked by the first.
 
-    For images: EfficientNet-Lite0, chosen by the study in docs/evaluation.md, and the classifier bundled for the data
-    set, if there is one, for class metrics and as a second opinion. For points: the identity.
+    For images, these are EfficientNet-Lite0 (see docs/evaluation.md for the choice) and the classifier bundled for the
+    data set, if there is one, for class metrics and as a second opinion. For points, the only one is the identity.
     """
     if spec.num_bins is None:
         return [IdentityExtractor]
@@ -93,7 +93,7 @@ def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:
 def build_extractors(
     factories: Sequence[ExtractorFactory] | None, spec: DataSpec, weights: str | os.PathLike[str] | None = None
 ) -> list[Extractor]:
-    """Build the extractors of ``factories``, or the default ones, for data of ``spec``.
+    """Build the extractors of ``factories``, or the default extractors, for the data described by ``spec``.
 
     Args:
         factories: None uses `default_extractors`.
@@ -101,7 +101,7 @@ def build_extractors(
         weights: weights file for the first extractor.
 
     Raises:
-        UserError: the list is empty or contains duplicates, or an extractor refuses the data.
+        UserError: the list is empty or contains duplicates, or an extractor does not support the data.
     """
     if factories is not None and not factories:
         raise UserError("evaluation.extractors=[] is empty: name at least one extractor, or omit the option.")
@@ -111,5 +111,5 @@ def build_extractors(
     ]
     keys = [(extractor.name, extractor.hash, extractor.resize) for extractor in built]
     if len(set(keys)) < len(keys):
-        raise UserError(f"evaluation.extractors names an extractor twice: {', '.join(e.name for e in built)}.")
+        raise UserError(f"evaluation.extractors contains an extractor twice: {', '.join(e.name for e in built)}.")
     return built

@@ -24,18 +24,18 @@ from gencompare.networks.residual_classifier import ResidualClassifier
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS_DIR / "SHA256SUMS"
 MAX_SPATIAL_FEATURES = 128
-"""Limit of spatial features: their covariance needs several images for each."""
+"""Largest number of spatial features. Estimating their covariance takes several images per feature."""
 FILE_VERSION = 2
-"""Version 1 had pre-activation blocks with group norm, and a second head."""
+"""Version of the file format. Version 1 had pre-activation blocks with group norm, and a second head."""
 FALLBACK = {1: "fashion_mnist", 3: "cifar10"}
-"""The data set whose classifier measures data without a classifier of their own, by number of channels."""
+"""Data set whose classifier is used for data without their own classifier, by number of channels."""
 
 
 def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """The classifier extractor for data of ``spec``.
+    """Create the classifier extractor for the data described by ``spec``.
 
-    A data set uses the bundled classifier of its name. Without one, it uses that of Fashion-MNIST (greyscale) or
-    CIFAR-10 (RGB) on images resized to that classifier's size, without class metrics. Continuous data use the identity.
+    It is the classifier bundled for the data set. If there is none, the classifier of Fashion-MNIST (greyscale) or
+    CIFAR-10 (RGB) is used on images resized to its input size, without class metrics. Continuous data use the identity.
 
     Args:
         spec: shape and value range of the data to measure.
@@ -58,13 +58,13 @@ def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = 
 
 
 class ClassifierExtractor(Extractor):
-    """A `ResidualClassifier` from a safetensors file, whose metadata contain its architecture and accuracy.
+    """A `ResidualClassifier` from a safetensors file with its architecture and accuracy in the metadata.
 
     Args:
-        path: the file.
-        spec: shape and value range of the data to measure. If these are not the data that the classifier was trained
-            on, images are resized, and there are no logits.
-        expected: the SHA-256 that the file must have; None accepts any.
+        path: the safetensors file.
+        spec: shape and value range of the data to measure. For data that the classifier was not trained on,
+            there are no logits. Images of another size are resized.
+        expected: required SHA-256 of the file; None accepts any file.
     """
 
     def __init__(self, path: Path, spec: DataSpec, expected: str | None = None) -> None:
@@ -78,7 +78,7 @@ class ClassifierExtractor(Extractor):
         self.size = (height - 2 * self.padding, width - 2 * self.padding)
         if spec.shape[0] != channels:
             raise UserError(
-                f"{path} needs images with {channels} channels, but data '{spec.name}' has {spec.shape[0]}."
+                f"{path} needs images with {channels} channels, but data set '{spec.name}' has {spec.shape[0]}."
             )
         self.predicts_data_classes = spec.name == facts["data"] and spec.num_classes == facts["num_classes"]
         real = (spec.shape[1] - 2 * spec.padding, spec.shape[2] - 2 * spec.padding)
@@ -94,7 +94,7 @@ class ClassifierExtractor(Extractor):
         x = images.float()
         if x.shape[2:] != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
-            # Round, as an image file of this size would.
+            # Round, as if the resized image were saved to a file.
             x = x.round().clamp(0, 255)
         x = F.pad(x.div(127.5).sub(1), (self.padding,) * 4, value=-1.0)
         assert isinstance(self.module, ResidualClassifier)
@@ -105,7 +105,10 @@ class ClassifierExtractor(Extractor):
 
 
 def spatial_features(activations: Tensor) -> Tensor:
-    """The first channels of activations (n, C, H, W), flattened to (n, s) with s at most `MAX_SPATIAL_FEATURES`."""
+    """Flatten the first channels of activations (n, C, H, W) to (n, s).
+
+    As many channels are kept as fit into `MAX_SPATIAL_FEATURES`, but at least one.
+    """
     n, channels, height, width = activations.shape
     kept = max(1, min(channels, MAX_SPATIAL_FEATURES // (height * width)))
     return activations[:, :kept].reshape(n, -1)
@@ -124,11 +127,11 @@ def save_classifier(
 
     Args:
         path: path of the file.
-        state: its state dict. Floating-point values are stored as float16, which changes the logits by less than
-            training noise.
-        spec: shape and classes of its training data.
-        network: its constructor arguments other than channels and classes.
-        accuracy: on the test split, after rounding to float16.
+        state: state dict of the classifier. Floating-point values are stored as float16, which changes the logits by
+            less than training noise.
+        spec: shape and classes of the training data.
+        network: constructor arguments other than channels and classes.
+        accuracy: accuracy on the test split, after rounding to float16.
         recipe: the command that trained it.
 
     Returns:
@@ -146,12 +149,12 @@ def save_classifier(
 
 
 def to_float16(value: Tensor) -> Tensor:
-    """``value`` as float16; integers, such as the batch counter of batch norm, are unchanged."""
+    """Convert ``value`` to float16. Integers, such as the batch counter of batch norm, are unchanged."""
     return value.detach().to(torch.float16) if value.is_floating_point() else value.detach()
 
 
 def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """(state dict in float32, metadata, SHA-256) of a file of `save_classifier`. No code in it is executed."""
+    """Read (state dict in float32, metadata, SHA-256) from a file of `save_classifier`. No code in it is executed."""
     try:
         payload = path.read_bytes()
         with safe_open(path, "pt") as file:
@@ -169,7 +172,7 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]
 
 
 def shipped_sha256(path: Path) -> str:
-    """The SHA-256 of a bundled file according to ``SHA256SUMS``."""
+    """Return the SHA-256 of a bundled file according to ``SHA256SUMS``."""
     for line in CHECKSUMS.read_text().splitlines():
         digest, name = line.split()
         if name == path.name:

@@ -1,4 +1,4 @@
-"""The networks of torch-fidelity as extractors: Inception, DINOv2, CLIP and VGG16."""
+"""The torch-fidelity networks as extractors: Inception, DINOv2, CLIP and VGG16."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gencompare.generative_model import DataSpec
 
 
 def torch_fidelity_network(spec: DataSpec, name: str, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """The network called ``name`` in torch-fidelity; see `TorchFidelityExtractor`."""
+    """Create a `TorchFidelityExtractor` of the torch-fidelity network ``name``."""
     return TorchFidelityExtractor(spec, name, weights)
 
 
 class TorchFidelityExtractor(Extractor):
-    """A network of torch-fidelity's registry, with the features of torch-fidelity's Frechet distance.
+    """A network from torch-fidelity's registry, with the features that its Frechet distance uses by default.
 
-    The network resizes images itself, as TensorFlow 1 does; greyscale ones are repeated to three channels.
+    The network itself resizes images, as TensorFlow 1 does. Greyscale images are repeated to three channels.
 
     Args:
         spec: shape and value range of the data to measure.
@@ -33,18 +33,19 @@ class TorchFidelityExtractor(Extractor):
         weights: a weights file; None downloads the published one.
 
     Raises:
-        UserError: the weights are missing, corrupted or of another network, or the file contains more than weights.
+        UserError: the weights are missing, corrupted or from a different network, or the file contains more than
+            weights.
     """
 
     batch_size = 50
-    cpu_batch_size = 10  # the Inception network takes 20 % less time than with 50
+    cpu_batch_size = 10  # Inception is 20 % faster than with 50
 
     def __init__(self, spec: DataSpec, registered: str, weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self.registered = registered
         self.name = registered.replace("-", "_")
         if spec.num_bins is None or spec.shape[0] not in (1, 3):
-            raise UserError(f"{registered} needs greyscale or RGB images, but data '{spec.name}' has none.")
+            raise UserError(f"{registered} needs greyscale or RGB images, but data set '{spec.name}' has none.")
         path = None if weights is None else Path(weights)
         if path is not None:
             _check_file(path, registered)
@@ -57,11 +58,11 @@ class TorchFidelityExtractor(Extractor):
         published = _published_hash(registered, self.weights_url())
         if path is not None and published and not self.hash.startswith(published):
             self.details["warnings"] = [
-                f"the weights of {registered} are not the published ones: its values are not comparable with others"
+                f"the weights of {registered} are not the published ones, so its values are not comparable with others"
             ]
 
     def layers(self) -> list[str]:
-        """The outputs that the network returns."""
+        """Return the names of the outputs that the network returns."""
         return [_registered_class(self.registered).get_default_feature_layer_for_metric("fid")]
 
     def extract_batch(self, images: Tensor) -> Features:
@@ -70,7 +71,7 @@ class TorchFidelityExtractor(Extractor):
         return Features(features)
 
     def weights_url(self) -> str | None:
-        """URL of the published weights; None if torch-fidelity does not contain it."""
+        """Return the URL of the published weights, or None if it is unknown."""
         from torch_fidelity import feature_extractor_clip, feature_extractor_inceptionv3
         from torchvision.models import VGG16_Weights
 
@@ -81,7 +82,7 @@ class TorchFidelityExtractor(Extractor):
         return (urls | feature_extractor_clip.MODEL_URLS).get(self.registered)
 
     def build_network(self, path: Path | None) -> Any:
-        """The network with the weights in ``path``, or the published ones."""
+        """Build the network with the weights in ``path``, or with the published weights if None."""
         from torch_fidelity.utils import create_feature_extractor
 
         given = None if path is None else str(path)
@@ -94,7 +95,7 @@ class TorchFidelityExtractor(Extractor):
                 f"torch-fidelity reads {self.registered} only from torch.hub, not from a file: copy the folder and the "
                 f"checkpoint of torch.hub to {torch.hub.get_dir()}, and omit evaluation.weights."
             ) from error
-        except OSError as error:  # URLError is one
+        except OSError as error:  # includes URLError
             source = self.weights_url() or "the repository that torch.hub names"
             raise UserError(
                 f"The weights of {self.registered} cannot be downloaded here ({error}). Download {source} on another "
@@ -109,7 +110,7 @@ class TorchFidelityExtractor(Extractor):
 
 
 def _registered_class(name: str) -> Any:
-    """torch-fidelity's class of a registered network. Raises `UserError` for an unknown name."""
+    """Return torch-fidelity's class of a registered network. Raise `UserError` for an unknown name."""
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
@@ -120,17 +121,19 @@ def _registered_class(name: str) -> Any:
 
 
 def _check_file(path: Path, name: str) -> None:
-    """Refuse files with anything but tensors, because torch-fidelity executes code in them. CLIP's file is a program:
-    only the published one is accepted."""
+    """Raise `UserError` if a file contains anything but tensors, because torch-fidelity would execute code in it.
+
+    CLIP's file is a program, so only the published file is accepted.
+    """
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA
 
     if not path.is_file():
         raise UserError(
-            f"There is no file {path}: download the weights of {name}, or use evaluation=default, which needs none."
+            f"There is no file {path}: download the weights of {name}, or use evaluation=default (no download)."
         )
     if name in MODEL_METADATA:
         if sha256(path) != MODEL_METADATA[name]["hash"]:
-            raise UserError(f"{path} is not the published file of {name}: its SHA-256 differs. Download it again.")
+            raise UserError(f"{path} is not the published {name} file: its SHA-256 differs. Download it again.")
         return
     try:
         torch.load(path, map_location="cpu", weights_only=True)
@@ -139,7 +142,7 @@ def _check_file(path: Path, name: str) -> None:
 
 
 def _published_hash(name: str, url: str | None) -> str:
-    """First digits of the published file's SHA-256, from torch-fidelity or the URL; empty if unknown."""
+    """Return the first digits of the published file's SHA-256, from torch-fidelity or the URL; empty if unknown."""
     from torch_fidelity.feature_extractor_clip import MODEL_METADATA
 
     if name in MODEL_METADATA:
@@ -150,18 +153,18 @@ def _published_hash(name: str, url: str | None) -> str:
 
 
 def _checkpoint_dir() -> Path:
-    """The folder of torch for downloaded files."""
+    """Return the folder where torch stores downloaded files."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _downloaded_file(url: str | None) -> Path | None:
-    """The file that torch downloaded from ``url``, if there is one."""
+    """Return the file that torch downloaded from ``url``, or None if there is none."""
     path = _checkpoint_dir() / url.rsplit("/", 1)[1] if url else None
     return path if path is not None and path.is_file() else None
 
 
 def state_hash(module: nn.Module) -> str:
-    """SHA-256 of the names and values of a module's parameters and buffers."""
+    """Return the SHA-256 of the names and values of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -174,7 +177,7 @@ SPATIAL_CHANNELS = 7
 
 
 def inception(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """The FID network; see `InceptionExtractor`."""
+    """Create an `InceptionExtractor`, the network of FID."""
     return InceptionExtractor(spec, weights)
 
 
@@ -182,10 +185,10 @@ class InceptionExtractor(TorchFidelityExtractor):
     """2048 features of the Inception network of 2015-12-05, the network of FID (Heusel et al. 2017,
     https://arxiv.org/abs/1706.08500).
 
-    Up to rounding it computes the same as torch-fidelity's, with each batch norm fused into the preceding convolution
-    and in channels-last memory format. Logits are over 1008 ImageNet classes, without the bias, as for the Inception
-    score. Spatial features are 7 channels of the 17 x 17 activations in the middle (sFID; Nash et al. 2021,
-    https://arxiv.org/abs/2103.03841).
+    Up to rounding it computes the same as torch-fidelity's network. Each batch norm is fused into the preceding
+    convolution, and the memory format is channels-last. Logits are over 1008 ImageNet classes, without the bias, as for
+    the Inception score. Spatial features are 7 channels of the 17 x 17 intermediate activations (sFID; Nash et al.
+    2021, https://arxiv.org/abs/2103.03841).
 
     Args:
         spec: shape and value range of the data to measure.
@@ -197,7 +200,7 @@ class InceptionExtractor(TorchFidelityExtractor):
 
     @property
     def primary(self) -> str:
-        """FID, which papers report."""
+        """Name of FID, the metric that papers report."""
         return self.frechet_name
 
     @property
@@ -230,10 +233,11 @@ class InceptionExtractor(TorchFidelityExtractor):
 
 
 def _fuse_batch_norms(network: Any) -> Any:
-    r"""``network``, changed in place, with each (convolution, batch norm) pair as one convolution, channels last.
+    r"""Fuse each (convolution, batch norm) pair of ``network`` into one convolution, in place, and use channels-last.
 
-    :math:`W' = W \gamma / \sqrt{v + \epsilon}` and :math:`b' = (b - m) \gamma / \sqrt{v + \epsilon} + \beta`: the same
-    map in inference, with less memory traffic.
+    The fused weights are :math:`W' = W \gamma / \sqrt{v + \epsilon}` and
+    :math:`b' = (b - m) \gamma / \sqrt{v + \epsilon} + \beta`. In inference they compute the same map with less memory
+    traffic.
     """
     for block in network.modules():
         if isinstance(getattr(block, "conv", None), nn.Conv2d) and isinstance(

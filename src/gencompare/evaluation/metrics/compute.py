@@ -30,13 +30,13 @@ from gencompare.evaluation.reference import EvaluationData, Reference, load_refe
 from gencompare.records import Metric
 
 ExtraMetrics = Mapping[str, Callable[[Tensor, Tensor], float]]
-"""Metrics that a protocol adds, by name. A metric with a method ``estimate`` has an interval too (see
+"""Metrics that a protocol adds, by name. Metrics with a method ``estimate`` also have an interval (see
 `GaussianMMD`)."""
 
 HEAVY_TAIL_SHARE = 0.25
 """A note is added if one image contributes more than this fraction of the variance of a distance."""
 INFINITY_IMAGES_PER_FEATURE = 3
-"""With fewer samples per feature, the distance at n = infinity is too low by more than the margin of its interval."""
+"""With fewer samples per feature, the distance at n = infinity may be too low by more than its interval's margin."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ def compute_metrics(
     extra_metrics: ExtraMetrics | None = None,
     with_intervals: bool = True,
 ) -> dict[str, Metric]:
-    """Distances, neighbour metrics and class metrics of samples, by name.
+    """Compute distances, neighbour metrics and class metrics of samples, by name.
 
     Args:
         features: features of the samples.
         reference: the real images or statistics to compare with.
-        extractor: names the metrics.
+        extractor: determines the names of the metrics.
         labels: (n,) the class that each sample was generated for.
         extra_metrics: metrics that the protocol adds.
         with_intervals: compute the interval of the Frechet distance.
@@ -83,7 +83,7 @@ def compute_metrics(
 def distance_metrics(
     features: Features, reference: Reference, extractor: Extractor, *, with_intervals: bool
 ) -> dict[str, Metric]:
-    """Maximum mean discrepancy, kernel distance, and Frechet distance at n and at n = infinity."""
+    """Compute the maximum mean discrepancy, the kernel distance, and the Frechet distance at n and n = infinity."""
     frechet, n = extractor.frechet_name, len(features)
     metrics: dict[str, Metric] = {}
     if reference.features is not None and n > 2:
@@ -109,7 +109,7 @@ def distance_metrics(
 
 
 def distance_metric(estimate: Estimate, *notes: str, unbiased: bool = False) -> Metric:
-    """A distance as a `Metric`, with a note if a single image dominates value and interval."""
+    """Convert a distance to a `Metric`, with a note if a single image dominates the value and its interval."""
     share = estimate.largest_share
     heavy = f"heavy tails: one image makes up {share:.0%} of the variance" if share > HEAVY_TAIL_SHARE else ""
     note = "; ".join(filter(None, [*notes, heavy]))
@@ -117,7 +117,7 @@ def distance_metric(estimate: Estimate, *notes: str, unbiased: bool = False) -> 
 
 
 def cubic_kernel_metric(features: Tensor, reference: Reference, name: str) -> Metric:
-    """Kernel distance with the cubic kernel. ``kid`` is the mean over subsets, as published."""
+    """Compute the kernel distance with the cubic kernel. ``kid`` is the mean over subsets, as published."""
     assert reference.features is not None
     estimate = kernel_distance(features, reference.cubic_kernel)
     if name != "kid":
@@ -127,8 +127,8 @@ def cubic_kernel_metric(features: Tensor, reference: Reference, name: str) -> Me
 
 
 def spatial_frechet_metric(features: Features, reference: Reference, extractor: Extractor) -> dict[str, Metric]:
-    """Frechet distance of spatial features (sFID; Nash et al. 2021, "Generating images with sparse representations",
-    section 5, https://arxiv.org/abs/2103.03841)."""
+    """Compute the Frechet distance of spatial features (sFID; Nash et al. 2021, "Generating images with sparse
+    representations", section 5, https://arxiv.org/abs/2103.03841)."""
     statistics = reference.spatial_statistics
     if features.spatial is None or statistics is None:
         return {}
@@ -142,22 +142,22 @@ def spatial_frechet_metric(features: Features, reference: Reference, extractor: 
 def class_frechet_metric(
     features: Tensor, labels: Tensor, reference: Reference, extractor: Extractor
 ) -> dict[str, Metric]:
-    """`class_frechet_distance`, if every class has more images than there are features."""
+    """Compute `class_frechet_distance`. The value is None if a class has no more images than there are features."""
     if reference.features is None or reference.labels is None:
         return {}
     name, real = f"class_{extractor.frechet_name}", reference.features.features
     fewest = min(int((side == c).sum()) for c in reference.labels.unique() for side in (labels, reference.labels))
     if fewest <= extractor.dim:
-        note = f"only {fewest} images of a class, {extractor.dim} features"
+        note = f"a class has only {fewest} images for {extractor.dim} features"
         return {name: Metric(None, higher_is_better=False, note=note)}
     distance = class_frechet_distance(features, labels, real, reference.labels)
     return {name: Metric(distance, higher_is_better=False)}
 
 
 def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
-    """Precision, recall, density and coverage against the same number of reference images as samples.
+    """Compute precision, recall, density and coverage on equally many samples and reference images.
 
-    The sizes are equal because neighbourhoods shrink as a set grows.
+    The set sizes are equal because neighbourhoods shrink as a set grows.
     """
     n = min(len(features), len(reference))
     if n <= DENSITY_K:
@@ -172,7 +172,7 @@ def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
 
 
 def class_metrics(logits: Tensor, labels: Tensor | None, extractor: Extractor) -> dict[str, Metric]:
-    """Metrics of the extractor's predictions."""
+    """Compute metrics of the extractor's predictions."""
     score, std = classifier_score(logits)
     metrics = {extractor.score_name: Metric(score, higher_is_better=True, note=f"parts +- {std:.2g}")}
     if extractor.predicts_data_classes:
@@ -182,13 +182,13 @@ def class_metrics(logits: Tensor, labels: Tensor | None, extractor: Extractor) -
         metrics["class_share_min"] = Metric(min(shares), higher_is_better=True)
         metrics["class_share_max"] = Metric(max(shares), higher_is_better=False)
     if labels is not None:
-        note = "the classifier predicts the class that the model was given"
+        note = "fraction of samples classified as the class that the model was given"
         metrics["label_accuracy"] = Metric(label_accuracy(logits, labels), higher_is_better=True, note=note)
     return metrics
 
 
 def extra_metric(metric: Callable[[Tensor, Tensor], float], features: Tensor, reference: Tensor) -> Metric:
-    """The value of a metric that the protocol adds, with its order and, if it has one, its interval."""
+    """Compute an extra metric of the protocol, with its direction or target and, if available, its interval."""
     if hasattr(metric, "estimate"):
         estimate: Estimate = metric.estimate(features, reference)  # type: ignore[attr-defined]
     else:
@@ -202,7 +202,7 @@ def extra_metric(metric: Callable[[Tensor, Tensor], float], features: Tensor, re
 
 
 def memorization_metrics(features: Tensor, real: RealFeatures) -> dict[str, Metric]:
-    """Metrics that detect copies of training images."""
+    """Compute metrics that detect copies of training images."""
     train, test, val = real.train.features, real.test.features, real.val.features
     ratio = memorization_ratio(features, train, test, val)
     note = "nearest training against nearest held-out image; copies give 0"
@@ -221,7 +221,7 @@ def memorization_metrics(features: Tensor, real: RealFeatures) -> dict[str, Metr
 
 
 def add_baselines(metrics: dict[str, Metric], real: dict[str, Metric], note: str) -> dict[str, Metric]:
-    """``metrics`` with the same metrics of ``real`` images as baselines; ``note`` is added to those that have one."""
+    """Add the values of ``real`` images to ``metrics`` as baselines, and ``note`` to metrics that get a baseline."""
     with_baselines = {}
     for name, metric in metrics.items():
         baseline = real[name].value if name in real else None
@@ -231,19 +231,19 @@ def add_baselines(metrics: dict[str, Metric], real: dict[str, Metric], note: str
 
 
 def data_class_shares(features: Features, extractor: Extractor) -> list[float] | None:
-    """Fraction of images in each of the data's classes; None if the extractor does not predict them."""
+    """Return the fraction of images in each class of the data, or None if the extractor does not predict classes."""
     return class_shares(features.logits) if features.logits is not None and extractor.predicts_data_classes else None
 
 
 def cheap_metrics(images: Tensor, data: EvaluationData, extractor: Extractor, split: str = "val") -> dict[str, float]:
-    """The primary metric (first), density and coverage of a few images, for evaluation during training.
+    """Compute the primary metric (first), density and coverage of a few images, for evaluation during training.
 
-    ``split`` is not one that results use. A Frechet distance is biased upwards for small n, but still decreases as
-    samples improve: use it only to compare evaluations of one run at one n. Density and coverage use the same number of
-    real images as samples, at least 6 of each.
+    Images are compared with ``split``, which should not be one that results are measured on. A Frechet distance is
+    biased upwards for small n, but still decreases as samples improve, so use it only to compare evaluations of one run
+    at one n. Density and coverage need at least 6 samples and real images.
 
     Args:
-        images: (n, C, H, W), n at least 3, uint8 or float as `evaluate` takes them.
+        images: (n, C, H, W), n at least 3, uint8 or float as accepted by `evaluate`.
     """
     features = extractor(quantize_images(images, data.spec), images.device).features
     reference = load_reference(data, split, extractor, images.device)

@@ -18,7 +18,7 @@ from gencompare.evaluation.metrics.intervals import PAIR_IMAGES, Estimate, Margi
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (d,) and covariance (d, d) of features, float64, and the number of images (None: unknown)."""
+    """Mean (d,) and covariance (d, d) of features, float64, and the number of images (None if unknown)."""
 
     mean: Tensor
     cov: Tensor
@@ -26,15 +26,15 @@ class Statistics:
 
     @classmethod
     def from_features(cls, features: Tensor) -> Statistics:
-        """Statistics of features (n, d), n at least 2, with the unbiased covariance (divided by n - 1)."""
+        """Compute the statistics of features (n, d), n at least 2, with the unbiased covariance (divided by n - 1)."""
         check_finite(features)
         n, d = features.shape
         mean = features.double().mean(0)
         x = features.double() - mean
         statistics = cls(mean, x.T @ x / (n - 1), n)
         if n <= d:
-            # The centred features themselves are a root, and a narrow one. Decomposing the singular covariance would
-            # take seconds.
+            # The scaled centred features are a root with few columns. Decomposing the singular covariance would take
+            # seconds.
             statistics.__dict__["root"] = (x / math.sqrt(n - 1)).T
         return statistics
 
@@ -44,8 +44,8 @@ class Statistics:
 
     @cached_property
     def root(self) -> Tensor:
-        r""":math:`R` with :math:`R R^\top = \Sigma`: the Cholesky factor, or from eigenvectors if :math:`\Sigma` is
-        singular (a constant feature)."""
+        r""":math:`R` with :math:`R R^\top = \Sigma`, by Cholesky decomposition, or by eigendecomposition if
+        :math:`\Sigma` is singular (as with a constant feature)."""
         factor, info = torch.linalg.cholesky_ex(self.cov)
         if int(info) == 0:
             return factor
@@ -54,18 +54,18 @@ class Statistics:
 
 
 def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
-    r"""Squared Frechet distance between two Gaussians with the means and covariances of the features:
+    r"""Compute the squared Frechet distance between two Gaussians with the means and covariances of the features:
 
     .. math:: d = \lVert \mu_1 - \mu_2 \rVert^2
         + \mathrm{tr}\left(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2}\right)
 
     (Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6, https://arxiv.org/abs/1706.08500). On
-    the Inception network this is FID. The plug-in estimate is biased upwards, by about 1/n: compare distances of equal
-    n only, and read them against the real-data baseline.
+    Inception features this is FID. The plug-in estimate is biased upwards by a term of order 1/n, so compare only
+    distances of equal n, and read them against the real-data baseline.
 
     Args:
-        features: (n, d) of samples.
-        reference: (m, d) of real images, or their `Statistics`.
+        features: (n, d) features of samples.
+        reference: (m, d) features of real images, or their `Statistics`.
 
     Raises:
         UserError: features are not finite, or the dimensions differ.
@@ -74,15 +74,15 @@ def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
 
 
 def class_frechet_distance(features: Tensor, labels: Tensor, reference: Tensor, reference_labels: Tensor) -> float:
-    """Mean over the classes of the reference of the `frechet_distance` between samples and real images of one class
+    """Compute the `frechet_distance` between samples and real images of each class, averaged over reference classes
     (intra-FID; Miyato and Koyama 2018, "cGANs with Projection Discriminator", section 5,
     https://arxiv.org/abs/1802.05637).
 
     Args:
-        features: (n, d) of samples.
+        features: (n, d) features of samples.
         labels: (n,) the class that each sample was generated for.
-        reference: (m, d) of real images.
-        reference_labels: (m,) their classes.
+        reference: (m, d) features of real images.
+        reference_labels: (m,) classes of the real images.
 
     Raises:
         UserError: a class has fewer than two samples or real images, or features are not finite.
@@ -94,11 +94,11 @@ def class_frechet_distance(features: Tensor, labels: Tensor, reference: Tensor, 
 
 
 def gaussian_frechet_distance(a: Statistics, b: Statistics) -> float:
-    r"""The squared Frechet distance between two Gaussians; never negative.
+    r"""Compute the squared Frechet distance between two Gaussians.
 
     With :math:`\Sigma_2 = R R^\top`, the matrix :math:`\Sigma_1 \Sigma_2` has the eigenvalues of the symmetric
     :math:`R^\top \Sigma_1 R`, so :math:`\mathrm{tr}\, (\Sigma_1 \Sigma_2)^{1/2}` is the sum of their square roots.
-    Rounding can leave equal sets slightly below zero; that is returned as zero.
+    Rounding can make the distance of equal sets slightly negative; the result is then zero.
     """
     if a.dim != b.dim:
         raise UserError(f"Features of dimension {a.dim} cannot be compared with statistics of dimension {b.dim}.")
@@ -108,11 +108,11 @@ def gaussian_frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 class Jackknife:
-    r"""The Frechet distance and its delete-one values :math:`d_{(i)}`, exactly and in closed form.
+    r"""The Frechet distance and its delete-one values :math:`d_{(i)}`, without recomputing it for each image.
 
-    Leaving out image i shifts the mean and changes the covariance by a matrix of rank one. With
+    Deleting image i shifts the mean and changes the covariance by a matrix of rank one. Let
     :math:`z_i = x_i - \mu_1`, :math:`\Sigma_2 = R R^\top`, the eigenvalues :math:`\lambda` and eigenvectors :math:`U`
-    of :math:`R^\top \Sigma_1 R`, and :math:`w_i = U^\top R^\top z_i`:
+    of :math:`R^\top \Sigma_1 R`, and :math:`w_i = U^\top R^\top z_i`. Then
 
     .. math::
         \Sigma_{(i)} &= a (\Sigma_1 - b z_i z_i^\top), \quad a = \tfrac{n - 1}{n - 2}, \quad b = \tfrac{n}{(n - 1)^2} \\
@@ -123,8 +123,7 @@ class Jackknife:
     matrix determinant lemma. The integral is evaluated by a trapezoidal rule in :math:`\log t`, so all n distances cost
     one eigendecomposition and a few matrix products.
 
-    A bootstrap that draws images with replacement would be wrong, because repeated images alone increase a Frechet
-    distance.
+    A bootstrap that draws images with replacement would be wrong, because repeated images increase a Frechet distance.
 
     Args:
         features: (n, d), n at least 3.
@@ -155,13 +154,13 @@ class Jackknife:
         """The delete-one distances, (n,)."""
 
     def _root_traces(self, b: float) -> Tensor:
-        r""":math:`\mathrm{tr}\, (R^\top (\Sigma_1 - b z_i z_i^\top) R)^{1/2}`, (n,)."""
+        r"""Compute :math:`\mathrm{tr}\, (R^\top (\Sigma_1 - b z_i z_i^\top) R)^{1/2}`, (n,)."""
         squares = self.w.square()
         if not len(self.roots):
             return torch.zeros(len(squares), dtype=torch.float64)
         t = _log_grid(self.roots, below=7, above=7, step=0.5)
         share = (b * (squares @ (1 / (self.roots[:, None] ** 2 + t**2)))).clamp_max(1 - 1e-12)
-        # The first-order part of the logarithm has an integral in closed form, and the remainder decays as t^-4.
+        # The first-order part of the logarithm is integrated in closed form, and the remainder decays as t^-4.
         # Below the first node the integrand is constant.
         weights = 0.5 * t
         weights[0] *= 0.5 + 1 / 0.5
@@ -175,7 +174,7 @@ class Jackknife:
         return interval_margins(self.delete_one, self._second_order(rows), rows)
 
     def _second_order(self, rows: Tensor) -> Tensor:
-        r"""Second-order kernel of the distance for pairs of images, (p, p):
+        r"""Compute the second-order kernel of the distance for pairs of images, (p, p):
 
         .. math:: 2 z^\top z' + \sum_{ab} \frac{w_a w_b w'_a w'_b}{s_a s_b (s_a + s_b)}, \qquad s_a = \sqrt{\lambda_a}
 
@@ -191,17 +190,17 @@ class Jackknife:
 
     @property
     def distance(self) -> Estimate:
-        """The distance at this n, with an interval for its expectation at this n."""
+        """The distance at the given sample size n, with an interval for its expectation at that n."""
         return self._with_interval(self.value)
 
     @property
     def infinity(self) -> Estimate:
-        r"""The distance at :math:`n = \infty`: the jackknife's correction of a bias :math:`c / n`,
+        r"""The distance at :math:`n = \infty`, as the jackknife corrects it for a bias :math:`c / n`:
 
         .. math:: d_\infty = n d - (n - 1) \frac{1}{n} \sum_i d_{(i)}
 
-        (Quenouille 1956, "Notes on bias in estimation"). It uses all images at both sizes. Extrapolating a line through
-        distances at sizes between n/2 and n (Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score",
+        (Quenouille 1956, "Notes on bias in estimation"). It uses all images. Extrapolating a line through distances at
+        sizes between n/2 and n (Chong and Forsyth 2020, "Effectively Unbiased FID and Inception Score",
         section 4, https://arxiv.org/abs/1911.07023) has the same aim, but twice the standard deviation and more
         remaining bias. The bias that remains here is negative and of order :math:`(d / n)^2`: less than half of the
         interval's margin for :math:`n \ge 5 d`, and as large as the margin for :math:`n < 2 d`. The bias of the
@@ -220,7 +219,7 @@ class Jackknife:
 
 
 def _log_grid(values: Tensor, *, below: float, above: float, step: float) -> Tensor:
-    """Points evenly spaced in log t, from exp(-below) times the smallest value to exp(above) times the largest."""
+    """Return points evenly spaced in log t, from exp(-below) min(values) to about exp(above) max(values)."""
     first, last = math.log(float(values.min())) - below, math.log(float(values.max())) + above
     return torch.arange(first, last + step, step, dtype=torch.float64).exp()
 

@@ -1,6 +1,6 @@
 """95 % confidence intervals of distances between samples and a fixed reference, from their delete-one values.
 
-The target is the expectation of the statistic at this n over fresh samples from the model; the reference is fixed.
+An interval covers the expectation of the statistic over fresh sets of n samples from the model; the reference is fixed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 LEVEL = 0.95
 MIN_IMAGES = 10
-"""With fewer images there is no interval."""
+"""Smallest number of images for an interval."""
 PAIR_IMAGES = 500
 """Number of images whose pairs estimate the second-order terms."""
 TRIMMED = 0.05
-"""Fraction of these images that is left out, those with the largest second-order terms."""
+"""Fraction of these images to exclude, namely those with the largest second-order terms."""
 TAIL = 0.05
-"""Fraction of the images that the tail estimate uses, on each side."""
+"""Fraction of the images in each tail that the tail estimate uses."""
 LIGHT_TAIL, WIDENING = 0.3, 3.0
 
 
@@ -34,7 +34,7 @@ class Estimate:
     standard_error: float = math.nan
     largest_share: float = 0.0
     """Largest fraction of the variance that one image contributes. Above about a quarter, the tails are so heavy that
-    value and interval depend on few images."""
+    the value and its interval depend on a few images."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ class Margins:
     largest_share: float
 
     def around(self, value: float, low: float = -math.inf) -> Estimate:
-        """``value`` with its interval, whose lower end is at least ``low``."""
+        """Return ``value`` with its interval, whose lower end is at least ``low``."""
         interval = max(low, value - self.below), value + self.above
         return Estimate(value, interval, self.standard_error, self.largest_share)
 
 
 def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> Margins | None:
-    r"""Margins of the 95 % interval of a statistic :math:`T`; None for fewer than 10 images.
+    r"""Compute the margins of the 95 % interval of a statistic :math:`T`. Return None for fewer than 10 images.
 
-    Let :math:`T_{(i)}` leave out image i, :math:`u_i = (n - 1) (\bar{T}_{()} - T_{(i)})` be its pseudo-values up to a
-    constant, and :math:`T = \text{(a mean)} + \frac{1}{2 n^2} \sum_{ij} q(x_i, x_j)` to second order. Then
+    Let :math:`T_{(i)}` be the statistic without image i, :math:`u_i = (n - 1) (\bar{T}_{()} - T_{(i)})` the
+    pseudo-values up to a constant, and :math:`T = \text{(a mean)} + \frac{1}{2 n^2} \sum_{ij} q(x_i, x_j)` to second
+    order. Then
 
     .. math::
         V &= \mathrm{var}(u) / n - \mathbb{E}\, q^2 / (2 n^2) \\
@@ -65,19 +66,19 @@ def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> 
         \text{margin} &\leftarrow \text{margin} \cdot (1 + 3 \max(0, h - 0.3))
 
     - The first line removes the bias of the delete-one jackknife, which counts the second-order part twice (Efron and
-      Stein 1981, "The Jackknife Estimate of Variance", eq. 4.2 f.). :math:`V` is at least half of the jackknife's.
-    - The next two give a score interval for statistics whose variance grows with their value, such as squared distances
-      between mixtures, as Wilson's interval does for a proportion.
-    - The last line is empirical, with :math:`h` Hill's estimate on the largest 5 % of :math:`u - \mathrm{median}(u)` on
-      that side. With heavy tails most sets of n images contain no extreme image, so :math:`T` and its error are both
-      too small. The two constants come from simulation (benchmarks/interval_coverage.py repeats it): h is below 0.3 for
+      Stein 1981, "The Jackknife Estimate of Variance", eq. 4.2 f.). :math:`V` is at least half the jackknife estimate.
+    - The next two lines give a score interval, like Wilson's for a proportion, for statistics whose variance grows with
+      their value, such as squared distances between mixtures.
+    - The last line is empirical. On each side, :math:`h` is Hill's estimate for the largest 5 % of the deviations of u
+      from its median. With heavy tails, most sets of n images contain no extreme image, so :math:`T` and its error are
+      both too small. The two constants come from simulations (see benchmarks/interval_coverage.py): h is below 0.3 for
       Gaussian features and about 1 for a multivariate t with 5 degrees of freedom. With 4 degrees of freedom, where the
       variance of the distance is infinite, no interval of this kind keeps its level.
 
     Args:
         delete_one: :math:`T_{(i)}`, (n,), float64.
         second_order: :math:`q(x_i, x_j)` up to terms of i or j alone, (p, p); the diagonal is not used.
-        rows: (p,) the indices of these images.
+        rows: (p,) the indices of the images in ``second_order``.
     """
     n = len(delete_one)
     if n < MIN_IMAGES:
@@ -102,16 +103,16 @@ def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> 
 
 
 def estimate(value: float, delete_one: Tensor, second_order: Tensor, rows: Tensor) -> Estimate:
-    """``value`` with its interval; the arguments are those of `interval_margins`."""
+    """Return ``value`` with its interval. The other arguments are those of `interval_margins`."""
     margins = interval_margins(delete_one, second_order, rows)
     return Estimate(value, None) if margins is None else margins.around(value)
 
 
 def _second_order_moments(q: Tensor, u: Tensor) -> tuple[float, float]:
-    """E q^2 and E[u u' q] over pairs of different images, for q (p, p) after centring its rows and columns.
+    """Estimate E q^2 and E[u u' q] over pairs of different images, after centring the rows and columns of q (p, p).
 
-    The images with the largest E q^2 are left out: with heavy tails q^2 has no mean, and the subtracted term must not
-    be overestimated.
+    The images with the largest q^2 are excluded. With heavy tails q^2 has no mean, and the subtracted term must not be
+    overestimated.
     """
     q = _u_centered(q)
     size = q.square().sum(1)
@@ -122,7 +123,7 @@ def _second_order_moments(q: Tensor, u: Tensor) -> tuple[float, float]:
 
 
 def _u_centered(q: Tensor) -> Tensor:
-    """q minus its row and column means over pairs of different images (U-centring), with a zero diagonal."""
+    """Subtract row and column means over pairs of different images from q (U-centring). The diagonal becomes zero."""
     p = len(q)
     q = q - torch.diag(q.diagonal())
     row, total = q.sum(1) / (p - 2), q.sum() / ((p - 1) * (p - 2))
@@ -131,7 +132,7 @@ def _u_centered(q: Tensor) -> Tensor:
 
 
 def _widening(values: Tensor) -> float:
-    """1 + 3 max(0, h - 0.3) with Hill's estimate h = mean log(v_(k) / v_(K)) over the K largest values (Hill 1975)."""
+    """Return 1 + 3 max(0, h - 0.3), with Hill's estimate h = mean log(v_(k) / v_(K+1)) over the K largest values."""
     k = max(2, int(TAIL * len(values)))
     largest = values.topk(k + 1).values
     if largest[-1] <= 0:

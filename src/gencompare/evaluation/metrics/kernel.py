@@ -17,12 +17,12 @@ from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.intervals import PAIR_IMAGES, Estimate, estimate
 
 BLOCK_SIZE = 1000
-"""Rows of a kernel matrix that are in memory at a time."""
+"""Number of rows and columns of a kernel matrix block that is in memory at a time."""
 MAX_REFERENCE_IMAGES = 10_000
 BANDWIDTH_IMAGES = 2000
-"""Reference images from which the median bandwidth is computed."""
+"""Number of reference images that the median bandwidth is computed from."""
 MIN_EXPONENT = -80.0
-"""Smallest exponent. Below it exp() returns denormal numbers, which are a hundred times slower on a CPU."""
+"""Smallest exponent. For smaller values, exp() returns denormal numbers, which are a hundred times slower on a CPU."""
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020
 """Number, size and seed of the subsets, as in torch-fidelity."""
 MMD_SCALE = 1000
@@ -32,11 +32,11 @@ class Kernel(Protocol):
     """A positive definite kernel."""
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """k(x_i, y_j) for all pairs of rows of x (n, d) and y (m, d): (n, m), in their precision."""
+        """Compute k(x_i, y_j) for all pairs of rows of x (n, d) and y (m, d), as (n, m) in the same precision."""
         ...
 
     def fit(self, reference: Tensor) -> Kernel:
-        """The kernel with the parameters that depend on the reference features (n, d) filled in."""
+        """Return a kernel whose data-dependent parameters are fitted to the reference features (n, d)."""
         ...
 
 
@@ -45,7 +45,7 @@ class CubicKernel:
     r""":math:`k(x, y) = (x^\top y / d + 1)^3`, the kernel of KID (Binkowski et al. 2018, "Demystifying MMD GANs",
     section 4, https://arxiv.org/abs/1801.01401).
 
-    It is unbounded: for samples with few finite moments, k(x, x') has no variance, and no interval is reliable.
+    It is unbounded. For samples with few finite moments, k(x, x') has no finite variance, and no interval is reliable.
     """
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -58,18 +58,18 @@ class CubicKernel:
 
 @dataclass(frozen=True)
 class GaussianKernel:
-    r""":math:`k(x, y) = \exp(-\lVert x - y \rVert^2 / (2 b^2))`. It is bounded, so intervals hold for heavy tails too.
+    r""":math:`k(x, y) = \exp(-\lVert x - y \rVert^2 / (2 b^2))`. It is bounded, so intervals also hold for heavy tails.
 
     On CLIP features with ``normalize`` and b = 10, 1000 times the distance is CMMD (Jayasumana et al. 2024, "Rethinking
     FID", section 4, https://arxiv.org/abs/2401.09603).
 
     Args:
-        bandwidth: b, in units of the features; None uses ``median_factor`` times the median distance between reference
+        bandwidth: b, in units of the features. None uses ``median_factor`` times the median distance between reference
             images.
         median_factor: see ``bandwidth``.
         normalize: scale each image's features to unit length first.
-        center: mean of the reference, set by `fit`. It is subtracted from both sides, because computing distances from
-            scalar products loses precision far from zero.
+        center: mean of the reference features, set by `fit`. It is subtracted from all features, because distances
+            computed from scalar products lose precision far from zero.
     """
 
     bandwidth: float | None = None
@@ -106,21 +106,21 @@ class GaussianKernel:
 
 @dataclass(frozen=True)
 class KernelReference:
-    """The reference side of a kernel distance, computed once."""
+    """The terms of a kernel distance that depend only on the reference, computed once."""
 
     features: Tensor
     """(m, d)."""
     kernel: Kernel
-    """Fitted to the features."""
+    """The kernel, fitted to the features."""
     mean: float
     """Mean of k(y_i, y_j) over pairs of different reference images."""
 
     @classmethod
     def from_features(cls, features: Tensor, kernel: Kernel, limit: int = MAX_REFERENCE_IMAGES) -> KernelReference:
-        """From ``limit`` evenly spaced rows of the reference features (n, d).
+        """Use at most ``limit`` evenly spaced images of the reference features (n, d).
 
         Raises:
-            UserError: features are not finite, or fewer than 2.
+            UserError: features are not finite, or there are fewer than 2.
         """
         check_finite(features)
         if len(features) < 2:
@@ -132,7 +132,7 @@ class KernelReference:
 
 
 def kernel_distance(features: Tensor, reference: Tensor | KernelReference, kernel: Kernel | None = None) -> Estimate:
-    r"""Unbiased squared MMD between samples and a reference, zero in expectation for equal distributions:
+    r"""Compute the unbiased squared MMD between samples and a reference, zero in expectation for equal distributions:
 
     .. math:: T = \frac{1}{n(n-1)} \sum_{i \ne j} k(x_i, x_j) + \frac{1}{m(m-1)} \sum_{i \ne j} k(y_i, y_j)
         - \frac{2}{nm} \sum_{i,j} k(x_i, y_j)
@@ -145,7 +145,7 @@ def kernel_distance(features: Tensor, reference: Tensor | KernelReference, kerne
     Args:
         features: (n, d), n at least 3, float32 or float64. Sums are computed in float64.
         reference: (m, d), or its `KernelReference`.
-        kernel: the kernel, if ``reference`` is features; by default a Gaussian kernel of median bandwidth.
+        kernel: the kernel, used if ``reference`` is a tensor; None uses a Gaussian kernel of median bandwidth.
 
     Raises:
         UserError: features are not finite or too few, or the dimensions differ.
@@ -173,8 +173,8 @@ def kernel_distance(features: Tensor, reference: Tensor | KernelReference, kerne
 
 
 def mmd(features: Tensor, reference: Tensor | KernelReference, kernel: GaussianKernel | None = None) -> Estimate:
-    """1000 times `kernel_distance`, by default with the Gaussian kernel; the factor is that of CMMD (Jayasumana et al.
-    2024, "Rethinking FID", section 4, https://arxiv.org/abs/2401.09603)."""
+    """Compute 1000 times `kernel_distance`, by default with the Gaussian kernel. CMMD has the same factor (Jayasumana
+    et al. 2024, "Rethinking FID", section 4, https://arxiv.org/abs/2401.09603)."""
     found = kernel_distance(features, reference, kernel)
     interval = found.interval and (MMD_SCALE * found.interval[0], MMD_SCALE * found.interval[1])
     return replace(
@@ -188,8 +188,8 @@ class GaussianMMD:
     :math:`\exp(-\lVert x - y \rVert^2 / (2 b^2))`, as an extra metric of a protocol.
 
     On CLIP features scaled to unit length, with b = 10, this is CMMD (Jayasumana et al. 2024, "Rethinking FID",
-    section 4, https://arxiv.org/abs/2401.09603) in its unbiased form: the authors' code includes the pairs of an image
-    with itself.
+    section 4, https://arxiv.org/abs/2401.09603) in its unbiased form. The authors' code also includes the pairs of each
+    image with itself.
 
     Args:
         bandwidth: b, in units of the features; None uses the median distance between real images.
@@ -201,21 +201,22 @@ class GaussianMMD:
     higher_is_better: ClassVar[bool] = False
 
     def __call__(self, generated: Tensor, reference: Tensor) -> float:
-        """The metric of features (n, d) against (m, d)."""
+        """Compute the metric of features (n, d) against the reference (m, d)."""
         return self.estimate(generated, reference).value
 
     def estimate(self, generated: Tensor, reference: Tensor) -> Estimate:
-        """The metric with its interval."""
+        """Compute the metric with its interval."""
         return mmd(generated, reference, GaussianKernel(self.bandwidth, normalize=self.normalize))
 
 
 def kid(features: Tensor, reference: Tensor) -> tuple[float, float]:
-    """KID as published: (mean, spread) over 100 subsets of the squared MMD with the cubic kernel (Binkowski et al.
-    2018, "Demystifying MMD GANs", section 4, https://arxiv.org/abs/1801.01401).
+    """Compute KID as published: (mean, spread) over 100 subsets of the squared MMD with the cubic kernel (Binkowski et
+    al. 2018, "Demystifying MMD GANs", section 4, https://arxiv.org/abs/1801.01401).
 
-    Subsets have 1,000 images of each side, or as many as the smaller side has. They are those of torch-fidelity, and so
-    is the result. The spread is the standard deviation over subsets, not the error of the mean. If each subset contains
-    all samples, that would not measure their variation, so the spread is the standard error of the U-statistic.
+    A subset contains 1,000 samples and 1,000 real images, or fewer if one of the sets is smaller. The subsets are those
+    of torch-fidelity, so the result is too. The spread is the standard deviation over subsets, not the standard error
+    of the mean. If each subset contains all samples, the spread is the standard error of the U-statistic instead, since
+    the subsets would not show the variation of the samples.
     """
     check_finite(features)
     check_finite(reference)
@@ -237,7 +238,7 @@ def kid(features: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def _row_sums(x: Tensor, kernel: Kernel) -> Tensor:
-    """sum_{j != i} k(x_i, x_j) for all i, (n,), float64; each pair is computed once."""
+    """Compute sum_{j != i} k(x_i, x_j) for all i, (n,), float64. Blocks above the diagonal are used twice."""
     sums = torch.zeros(len(x), dtype=torch.float64)
     for i, rows in _blocks(x):
         for j, columns in _blocks(x[i:]):
@@ -255,5 +256,5 @@ def _blocks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _sum(values: Tensor, dim: int | None = None) -> Tensor:
-    """The sum in float64."""
+    """Sum in float64."""
     return values.sum(dtype=torch.float64) if dim is None else values.sum(dim, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation as `torchmetrics.Metric`, for use in any loop.
+"""The metrics of an evaluation as `torchmetrics.Metric` subclasses, for use in any loop.
 
     metric = MaximumMeanDiscrepancy()
     metric.update(real_images, real=True)          # uint8 (n, C, H, W), any number of times
@@ -7,12 +7,12 @@
 
 The interface is that of torchmetrics' ``FrechetInceptionDistance``. Images are uint8, or floats in [0, 1] with
 ``normalize=True``. ``feature`` is a module or function from uint8 images to features (n, d); the default is
-EfficientNet-Lite0, the network of `evaluate`. torchmetrics gathers the states of all processes. Use `evaluate` for a
-whole protocol, real-data baselines and intervals.
+EfficientNet-Lite0, the default network of `evaluate`. torchmetrics gathers the states of all processes. Use `evaluate`
+for a whole protocol, real-data baselines and intervals.
 
 Reconstructions are compared by torchmetrics' own ``PeakSignalNoiseRatio`` and ``StructuralSimilarityIndexMeasure``,
-which this module exports too. With ``data_range=255.0`` and images converted to float they give `evaluate`'s values.
-Bits/dim are a mean over images: use torchmetrics' ``MeanMetric`` with a model's `likelihoods`.
+which this module also exports. With ``data_range=255.0`` and images converted to float, they give the values of
+`evaluate`. Bits/dim are means over images, so use torchmetrics' ``MeanMetric`` with a model's `likelihoods`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ Feature = Callable[[Tensor], Tensor]
 
 
 class _FeatureMetric(Metric):
-    """Stores the features of each set of images that a metric compares.
+    """Base class that stores the features of the image sets that a metric compares.
 
     Args:
         feature: maps uint8 images (n, C, H, W) to features (n, d); None uses EfficientNet-Lite0.
-        normalize: images are floats in [0, 1] instead of uint8.
+        normalize: whether images are floats in [0, 1] instead of uint8.
         reset_real_features: whether `reset` also discards the real images.
-        kwargs: passed to `torchmetrics.Metric`.
+        kwargs: further arguments of `torchmetrics.Metric`.
     """
 
     is_differentiable = False
@@ -73,7 +73,7 @@ class _FeatureMetric(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def reset(self) -> None:
-        """Discard all images; real ones only with ``reset_real_features``."""
+        """Discard all images, but real images only if ``reset_real_features`` is set."""
         kept_names = [name for name in self.sets if not name.startswith("generated") and not self.reset_real_features]
         kept = {name: list(getattr(self, name)) for name in kept_names}
         super().reset()
@@ -92,7 +92,7 @@ class _FeatureMetric(Metric):
         if self.normalize:
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         if images.dtype != torch.uint8:
-            raise UserError(f"Images must be uint8, or floats in [0, 1] with normalize=True; these are {images.dtype}.")
+            raise UserError(f"Images must be uint8, or floats in [0, 1] with normalize=True, not {images.dtype}.")
         if self.feature is None:
             spec = DataSpec(name="images", shape=tuple(images.shape[1:]))  # type: ignore[arg-type]
             self.feature = self._default_feature(efficientnet_lite0(spec))
@@ -112,23 +112,23 @@ class _FeatureMetric(Metric):
 
 
 class _RealComparison(_FeatureMetric):
-    """A metric of generated images against real ones."""
+    """A metric of generated images against real images."""
 
     def update(self, images: Tensor, real: bool) -> None:
-        """Add images (n, C, H, W) to the real or to the generated ones."""
+        """Add images (n, C, H, W) to the real or generated images."""
         self._add("real" if real else "generated", images)
 
     def compute(self) -> Tensor:
-        """The metric of all images so far, a scalar."""
+        """Compute the metric of all images so far, a scalar."""
         return torch.tensor(self.compute_from_features(self._set("generated"), self._set("real")))
 
     @abstractmethod
     def compute_from_features(self, generated: Tensor, real: Tensor) -> float:
-        """The metric of features (n, d) of generated images against (m, d) of real ones."""
+        """Compute the metric of features (n, d) of generated images against features (m, d) of real images."""
 
 
 class MaximumMeanDiscrepancy(_RealComparison):
-    """1000 times the unbiased squared MMD with a Gaussian kernel of median bandwidth, see `mmd`."""
+    """1000 times the unbiased squared MMD with a Gaussian kernel of median bandwidth (see `mmd`)."""
 
     higher_is_better = False
 
@@ -137,7 +137,7 @@ class MaximumMeanDiscrepancy(_RealComparison):
 
 
 class FrechetDistance(_RealComparison):
-    """The Frechet distance, see `frechet_distance`; on the Inception network, FID (Heusel et al. 2017)."""
+    """The Frechet distance (see `frechet_distance`). On Inception features it is FID (Heusel et al. 2017)."""
 
     higher_is_better = False
 
@@ -146,7 +146,7 @@ class FrechetDistance(_RealComparison):
 
 
 class FrechetDistanceInfinity(_RealComparison):
-    """The Frechet distance extrapolated to infinitely many generated images, see `Jackknife.infinity`."""
+    """The Frechet distance extrapolated to infinitely many generated images (see `Jackknife.infinity`)."""
 
     higher_is_better = False
 
@@ -155,8 +155,10 @@ class FrechetDistanceInfinity(_RealComparison):
 
 
 class SpatialFrechetDistance(FrechetDistance):
-    """The Frechet distance of spatial features (sFID; Nash et al. 2021): ``feature`` flattens an early layer's
-    activations instead of averaging them. It takes more images than there are features."""
+    """The Frechet distance of spatial features (sFID; Nash et al. 2021).
+
+    ``feature`` flattens an early layer's activations instead of averaging them. Use more images than features.
+    """
 
     def _default_feature(self, extractor: Extractor) -> Feature:
         return partial(_spatial_features, extractor)
@@ -169,20 +171,22 @@ def _spatial_features(extractor: Extractor, images: Tensor) -> Tensor:
 
 
 class ClassFrechetDistance(_FeatureMetric):
-    """Mean over classes of the Frechet distance, see `class_frechet_distance`; on the Inception network, intra-FID
-    (Miyato and Koyama 2018)."""
+    """The Frechet distance averaged over classes (see `class_frechet_distance`).
+
+    On Inception features it is intra-FID (Miyato and Koyama 2018).
+    """
 
     higher_is_better = False
     sets = ("real", "generated", "real_labels", "generated_labels")
 
     def update(self, images: Tensor, labels: Tensor, real: bool) -> None:
-        """Add images (n, C, H, W) of the classes ``labels`` (n,) to the real or to the generated ones."""
+        """Add images (n, C, H, W) with classes ``labels`` (n,) to the real or generated images."""
         name = "real" if real else "generated"
         self._add(name, images)
         self._append(f"{name}_labels", labels)
 
     def compute(self) -> Tensor:
-        """The mean distance of all images so far, a scalar."""
+        """Compute the mean distance of all images so far, a scalar."""
         names = ("generated", "generated_labels", "real", "real_labels")
         return torch.tensor(class_frechet_distance(*(self._set(name) for name in names)))
 
@@ -207,25 +211,25 @@ class _NeighborMetric(_RealComparison):
 
 
 class Precision(_NeighborMetric):
-    """Fraction of generated images inside the ball of a real one, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of generated images inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019)."""
 
     field = "precision"
 
 
 class Recall(_NeighborMetric):
-    """Fraction of real images inside the ball of a generated one, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of real images inside the ball of a generated image, k = 3 (Kynkaanniemi et al. 2019)."""
 
     field = "recall"
 
 
 class Density(_NeighborMetric):
-    """Number of real images' balls that contain a generated image, divided by k = 5 (Naeem et al. 2020)."""
+    """Mean number of real-image balls that contain a generated image, divided by k = 5 (Naeem et al. 2020)."""
 
     field = "density"
 
 
 class Coverage(_NeighborMetric):
-    """Fraction of real images whose ball, k = 5, contains a generated one (Naeem et al. 2020)."""
+    """Fraction of real images whose ball, k = 5, contains a generated image (Naeem et al. 2020)."""
 
     field = "coverage"
 
@@ -240,8 +244,10 @@ class Authenticity(_RealComparison):
 
 
 class MemorizationRatio(_FeatureMetric):
-    """How much closer samples are to training than to held-out images, see `memorization_ratio`: about 1 without
-    memorisation, 0 for copies."""
+    """How much closer samples are to training images than to held-out images (see `memorization_ratio`).
+
+    The ratio is about 1 without memorisation and 0 for copies.
+    """
 
     higher_is_better = None
     sets = ("generated", "train", "val", "test")
@@ -253,13 +259,13 @@ class MemorizationRatio(_FeatureMetric):
         self._add(split, images)
 
     def compute(self) -> Tensor:
-        """The ratio, a scalar; NaN if a mean distance to held-out images is 0."""
+        """Compute the ratio, a scalar. It is NaN if the ratio is undefined because a mean distance is 0."""
         ratio = memorization_ratio(*(self._set(name) for name in ("generated", "train", "test", "val")))
         return torch.tensor(float("nan") if ratio is None else ratio)
 
 
 class _ClassifierMetric(_FeatureMetric):
-    """A metric of a classifier's logits (n, classes) on generated images."""
+    """A metric of a classifier's logits (n, classes) for generated images."""
 
     sets = ("generated",)
 
@@ -272,33 +278,35 @@ class _ClassifierMetric(_FeatureMetric):
 
 
 class ClassifierScore(_ClassifierMetric):
-    """exp of the mean KL(p(y | x) || p(y)), the mean over ten splits, see `classifier_score`; on the Inception network,
-    the Inception score (Salimans et al. 2016)."""
+    """exp of the mean KL(p(y | x) || p(y)), averaged over ten splits (see `classifier_score`).
+
+    With the Inception network it is the Inception score (Salimans et al. 2016).
+    """
 
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """The score of all images so far, a scalar."""
+        """Compute the score of all images so far, a scalar."""
         return torch.tensor(classifier_score(self._set("generated"))[0])
 
 
 class ConfidentShare(_ClassifierMetric):
-    """Share of generated images for which one class has a probability of at least 0.7, see `confident_share`."""
+    """Fraction of generated images for which one class has a probability of at least 0.7 (see `confident_share`)."""
 
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """The share, a scalar."""
+        """Compute the fraction for all images so far, a scalar."""
         return torch.tensor(confident_share(self._set("generated")))
 
 
 class ClassShares(_ClassifierMetric):
-    """Fraction of generated images that the classifier assigns to each class: 0 for missing classes."""
+    """Fraction of generated images that the classifier assigns to each class (0 for missing classes)."""
 
     higher_is_better = None
 
     def compute(self) -> Tensor:
-        """The fractions, (classes,)."""
+        """Compute the fractions for all images so far, (classes,)."""
         return torch.tensor(class_shares(self._set("generated")))
 
 
@@ -314,5 +322,5 @@ class LabelAccuracy(_ClassifierMetric):
         self._append("labels", labels)
 
     def compute(self) -> Tensor:
-        """The fraction, a scalar."""
+        """Compute the fraction for all images so far, a scalar."""
         return torch.tensor(label_accuracy(self._set("generated"), self._set("labels")))

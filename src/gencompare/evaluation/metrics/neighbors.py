@@ -11,35 +11,35 @@ from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import check_finite
 
 BLOCK_SIZE = 1000
-"""Rows of a distance matrix that are in memory at a time; 10,000 x 10,000 distances never are."""
+"""Number of rows of a distance matrix that are in memory at a time."""
 QUERY_BLOCK_SIZE = 2000
-"""The same limit for searches of a single nearest neighbour."""
+"""The same limit for single-nearest-neighbour searches."""
 PRECISION_K, DENSITY_K = 3, 5
-"""Neighbours that define a ball, as in the papers."""
+"""Number k of neighbours that defines a ball, for precision and recall, and for density and coverage (as published)."""
 COPY_TOLERANCE = 1e-3
 """Largest distance between copies, relative to a point's distance from the mean."""
 EXPECTED_COVERAGE = 1 - 2.0**-DENSITY_K
-"""Coverage of n real images by n other real images, for any data. Each of the k nearest neighbours of an image comes
-from either set with equal probability, and the image is covered unless all k come from its own (Naeem et al. 2020,
-https://arxiv.org/abs/2002.09797, derive the value for finite sets)."""
+"""Expected coverage of n real images by n other real images, for any data. Each of the k nearest neighbours of an image
+comes from either set with equal probability, and the image is covered unless all k come from its own set (Naeem et al.
+2020, https://arxiv.org/abs/2002.09797, derive the value for finite sets)."""
 MIN_COVERAGE_IMAGES = 100
-"""Fewest samples and real images with which density and coverage can show a mode collapse. With fewer, the ball to the
-fifth neighbour spans much of the real images, and samples far from all of them fall into a few balls. Four kinds of
-noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and CIFAR-10
-(640 sets, bundled classifiers): 25 % were called a collapse at n = 20, 28 % at 50, 0.8 % at 100, and none at 150 to
-400."""
+"""Smallest number of samples and real images for which density and coverage can show a mode collapse. With fewer, the
+ball around an image spans much of the real images, and samples far from all real images fall into a few balls. Four
+kinds of noise (uniform, normal, faint, smooth) were measured 40 times each against digits, MNIST, Fashion-MNIST and
+CIFAR-10 (640 sets, bundled classifiers). At n = 20, 25 % were wrongly reported as a collapse, 28 % at 50, 0.8 % at 100,
+and none at 150 to 400."""
 LOW_FACTOR = 0.5
-"""Coverage is low if it is below this fraction of what real images reach ..."""
+"""Coverage is low if it is below this fraction of the coverage by real images ..."""
 NEAR_DENSITY = 0.8
-"""... and density is at least this much: samples are as near to real images as other real images are ..."""
+"""... and density is at least this high, so samples are about as close to real images as other real images are ..."""
 VERY_LOW_FACTOR, HALF_DENSITY = 0.1, 0.5
-"""... or if it is below this smaller fraction, for samples of lower quality. Imperfect
-samples without a visible collapse crowd in the balls of isolated real images (docs/results/fashion_mnist)."""
+"""... or if coverage is below this smaller fraction and density is at least 0.5. Imperfect samples without a visible
+collapse crowd in the balls of isolated real images (docs/results/fashion_mnist), so they need a lower limit."""
 
 
 @dataclass(frozen=True)
 class PRDC:
-    """Precision, recall, density and coverage; each is about 1 for samples as good and as diverse as real images.
+    """Precision, recall, density and coverage. Each is about 1 for samples that are as good and diverse as real images.
 
     The ball of an image extends to its k-th nearest neighbour among the images of its own set.
     """
@@ -50,8 +50,8 @@ class PRDC:
     recall: float
     """Fraction of real images inside the ball of a sample, k = 3 (the same paper)."""
     density: float
-    """Number of real images' balls that contain a sample, divided by k = 5 (Naeem et al. 2020, "Reliable Fidelity and
-    Diversity Metrics", eq. 3, https://arxiv.org/abs/2002.09797). It may exceed 1."""
+    """Mean number of real-image balls that contain a sample, divided by k = 5 (Naeem et al. 2020, "Reliable Fidelity
+    and Diversity Metrics", eq. 3, https://arxiv.org/abs/2002.09797). It may exceed 1."""
     coverage: float
     """Fraction of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
     zero_radii: float = 0.0
@@ -61,11 +61,11 @@ class PRDC:
 
 
 def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
-    """Precision, recall, density and coverage of features (n, d) against (m, d), n and m at least 6.
+    """Compute precision, recall, density and coverage of features (n, d) against (m, d), n and m at least 6.
 
-    The two sets should have equal sizes, because balls shrink as a set grows. Distances are Euclidean, in float32, and
-    computed from scalar products of features centred about the reference mean (far from zero, small distances would
-    lose precision).
+    The two sets should have equal sizes, because balls shrink as a set grows. Euclidean distances are computed in
+    float32 from scalar products of features centred about the reference mean, since small distances would lose
+    precision far from zero.
 
     Raises:
         UserError: there are too few features, or they are not finite (their distances would still look plausible).
@@ -73,7 +73,7 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
     for side in (features, reference):
         check_finite(side)
         if len(side) <= DENSITY_K:
-            raise UserError(f"Neighbour metrics need at least {DENSITY_K + 1} images on each side.")
+            raise UserError(f"Neighbour metrics need at least {DENSITY_K + 1} samples and real images.")
     center = reference.mean(0)
     samples, real = (features - center).float(), (reference - center).float()
     real_precision_radii, real_density_radii = _radii(real, (PRECISION_K, DENSITY_K))
@@ -99,8 +99,8 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
 
 
 def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
-    """For each k, the distance of every point to its k-th nearest neighbour among the other points, (n,)."""
-    # The smallest distance is that to the point itself. The matrix is symmetric, so half of the blocks suffice.
+    """For each k, compute the distance of every point to its k-th nearest neighbour among the other points, (n,)."""
+    # The smallest distance is the one to the point itself. The matrix is symmetric, so half of the blocks suffice.
     smallest = torch.full((len(points), max(ks) + 1), torch.inf)
     for i in range(0, len(points), BLOCK_SIZE):
         for j in range(i, len(points), BLOCK_SIZE):
@@ -113,36 +113,37 @@ def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
 
 
 def _merge_smallest(smallest: Tensor, distance: Tensor) -> Tensor:
-    """The k smallest values of ``smallest`` (r, k) and ``distance`` (r, c) in each row, (r, k), unordered."""
+    """Return the k smallest values of ``smallest`` (r, k) and ``distance`` (r, c) in each row, (r, k), unordered."""
     k = smallest.shape[1]
     return torch.cat([smallest, distance], 1).topk(k, largest=False, sorted=False).values
 
 
 def _pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
-    """Euclidean distances (r, n), from scalar products."""
+    """Compute Euclidean distances (r, n) from scalar products."""
     return torch.cdist(rows, points, compute_mode="use_mm_for_euclid_dist")
 
 
 def _share_of_zeros(radius: Tensor, points: Tensor) -> float:
-    """Fraction of radii (n,) of centred points (n, d) that are zero up to rounding, about 5e-4 of a point's norm."""
+    """Return the fraction of radii (n,) of centred points (n, d) that are 0 up to rounding (5e-4 of a point's norm)."""
     return float((radius <= COPY_TOLERANCE * points.norm(dim=1)).double().mean())
 
 
 def missing_modes(
     density: float, coverage: float, best_coverage: float = 0.0, *, n: int = MIN_COVERAGE_IMAGES
 ) -> str | None:
-    """A warning if samples cover few of the real images, else None.
+    """Return a warning if samples cover few of the real images, else None.
 
-    Samples that lie near real images (density is about 1, the value of real images) but cover fewer than half of what
-    real images cover are concentrated in few places; imperfect samples, if they cover less than a tenth. The cause is a
-    mode collapse, or smooth samples: blurred images crowd around the mean of their class. Bad samples, in contrast, are
-    far from all real images. Modes were lost if coverage fell below half of ``best_coverage``, once that was high
-    enough.
+    Samples are concentrated in a few places if they lie near real images (density is at least 0.8, compared with 1 for
+    real images) but their coverage is less than half that of real images. For imperfect samples (density at least 0.5),
+    the limit is a tenth. The cause is a mode collapse, or samples that are too smooth, since blurred images crowd
+    around the mean of their class. Bad samples, in contrast, are far from all real images. Modes were lost if coverage
+    falls below half of ``best_coverage``, provided that ``best_coverage`` was at least half the coverage of real
+    images.
 
     Args:
         density: density of n samples against n real images, see `PRDC`.
-        coverage: coverage of the same images.
-        best_coverage: the highest coverage at earlier evaluations of the same model.
+        coverage: coverage of the same real images by the same samples.
+        best_coverage: the highest coverage in earlier evaluations of the same model.
         n: number of samples; fewer than `MIN_COVERAGE_IMAGES` give no warning.
     """
     if n < MIN_COVERAGE_IMAGES:
@@ -160,10 +161,10 @@ def missing_modes(
 
 
 def nearest_neighbor(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
+    """Return (distance (n,), index (n,)) of the nearest row of ``keys`` for each row of ``queries``, Euclidean.
 
     Neighbours are found with fast scalar products of centred features. Their distances are then computed from
-    differences, which are exact for small distances: a copy must be at distance 0.
+    differences, so the distance of a copy is exactly 0.
     """
     center = keys.mean(0)
     queries, keys = queries - center, keys - center
@@ -172,14 +173,14 @@ def nearest_neighbor(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_neighbors(queries: Tensor, keys: Tensor, k: int) -> Tensor:
-    """Indices (n, k) of the ``k`` nearest ``keys`` of each query, nearest first, Euclidean; for few queries."""
+    """Return the indices (n, k) of the ``k`` nearest ``keys`` of each of a few queries, nearest first, Euclidean."""
     center = keys.mean(0)
     distance = torch.cdist(queries - center, keys - center, compute_mode="donot_use_mm_for_euclid_dist")
     return distance.topk(min(k, len(keys)), largest=False).indices
 
 
 def _distance_to_nearest_other(rows: Tensor, keys: Tensor) -> Tensor:
-    """Distance (r,) from each of ``keys[rows]`` to the nearest other key."""
+    """Return the distance (r,) from each of ``keys[rows]`` to the nearest other key."""
     keys = keys - keys.mean(0)
     distances = []
     for block in rows.split(QUERY_BLOCK_SIZE):
@@ -190,16 +191,16 @@ def _distance_to_nearest_other(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor) -> float | None:
-    r"""How much closer samples are to training than to held-out images, relative to real images:
+    r"""Measure how much closer samples are to training than to held-out images, relative to real images:
 
     .. math:: r = \frac{d(\text{samples}, \text{train}) / d(\text{samples}, \text{test})}
         {d(\text{val}, \text{train}) / d(\text{val}, \text{test})}
 
-    with :math:`d(a, b)` the mean distance from images of a to their nearest neighbour in b. The denominator corrects
-    for the size of the training set: anything is closer to a larger set, and validation images are real images in
-    neither ``train`` nor ``test``. So r is about 1 without memorisation, 1 - s if a fraction s of the samples are
-    copies of training images, and 0 for copies alone. (Comparing with parts of the training set of the size of the test
-    set would miss most copies, since a copy is found in one part only.)
+    where :math:`d(a, b)` is the mean distance from images of a to their nearest neighbour in b. Any image is closer to
+    a larger set, so the denominator corrects for the size of the training set. It uses validation images, which are
+    real images in neither ``train`` nor ``test``. So r is about 1 without memorisation, about 1 - s if a fraction s of
+    the samples are copies of training images, and 0 if all are copies. (Comparing with training subsets of the size of
+    the test set would miss most copies, since each copy is found in only one subset.)
 
     Distances are between features, because in pixel space a low-contrast image is close to everything.
 
@@ -223,11 +224,11 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
 
 
 def authenticity(samples: Tensor, train: Tensor) -> float:
-    """Fraction of samples that are farther from their nearest training image than that image is from any other one.
+    """Return the fraction of samples that are farther from their nearest training image than its nearest neighbour is.
 
     Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3, https://arxiv.org/abs/2102.08921. Copies
-    give 0. Fresh images of the same distribution give one half to three quarters, not 1: compare it with the real-data
-    baseline, the value of test images.
+    give 0. Fresh images of the same distribution give one half to three quarters, not 1, so compare the value with the
+    real-data baseline, the value of test images.
     """
     distance, index = nearest_neighbor(samples, train)
     rows, place = index.unique(return_inverse=True)

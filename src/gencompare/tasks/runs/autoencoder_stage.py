@@ -29,7 +29,7 @@ from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.processes import leave_process_group
 
 AUTOENCODER_GROUP = "model@model.latent.autoencoder"
-"""The config group that chooses the autoencoder of a latent model."""
+"""Config group that selects the autoencoder of a latent model."""
 IDENTIFYING_KEYS = (
     "model", "budget", "seed", "data", "trainer.global_batch_size", "trainer.precision", "callbacks.ema",
 )  # fmt: skip
@@ -39,7 +39,7 @@ IGNORED_DATA_KEYS = ("root", "cache", "eval_batch_size")
 
 
 def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
-    """``cfg`` with the settings of the run ``model.latent.autoencoder_run``, which its weights require."""
+    """Return ``cfg`` with the autoencoder settings of the run ``model.latent.autoencoder_run``, if set."""
     run = OmegaConf.select(cfg, "model.latent.autoencoder_run")
     if run is None or cfg.resume is not None or cfg.run_dir is not None:
         return cfg
@@ -47,7 +47,7 @@ def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
     if "bottleneck" not in stored.model:
         raise UserError(
             f"{run} is a run of model={stored.family}, not an autoencoder: model.latent.autoencoder_run needs a run of"
-            " model=autoencoder or vqvae."
+            " model=autoencoder or model=vqvae."
         )
     if not is_finished(Path(run)):
         raise UserError(
@@ -61,13 +61,14 @@ def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
 
 
 def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictConfig], None]) -> DictConfig:
-    """``cfg`` with the run folder of the autoencoder as ``autoencoder_run``, if its model works on latents.
+    """Find or train the autoencoder of a latent model, and return ``cfg`` with its run folder as ``autoencoder_run``.
 
     The run is ``model.latent.autoencoder_run``, else an earlier run with the same settings and data, else a new run
-    that is trained first. Jobs that need the same autoencoder at the same time wait for the first of them.
+    that is trained first. Of the jobs that need the same autoencoder at the same time, one trains it and the others
+    wait. For other models, ``cfg`` is returned unchanged.
 
     Args:
-        train: trains the run of a config.
+        train: function that trains the run of a config.
     """
     latent = cfg.model.get("latent")
     if latent is None or cfg.get("autoencoder_run"):
@@ -103,7 +104,7 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
 
 
 def autoencoder_config(cfg: DictConfig) -> DictConfig:
-    """The config of the autoencoder run: that of the latent model with another model and budget."""
+    """Return the config of the autoencoder run, derived from that of the latent model with a new model and budget."""
     latent = cfg.model.latent
     stage = cfg.copy()
     OmegaConf.set_struct(stage, False)
@@ -111,7 +112,7 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
     stage.data.pop("conditions", None)
     if cfg.choices.get("debug") is None:
         stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
-    stage.callbacks.evaluation.patience = None  # autoencoders have no distance of samples to validation images
+    stage.callbacks.evaluation.patience = None  # autoencoders draw no samples to compare with validation images
     stage.choices = autoencoder_choices(cfg)
     stage.family = stage.choices["model"]
     stage.sweep_name = None
@@ -120,7 +121,7 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
 
 
 def autoencoder_choices(cfg: DictConfig) -> dict[str, Any]:
-    """The group choices that a separate run of the autoencoder would have."""
+    """Return the group choices that a separate run of the autoencoder would have."""
     key = AUTOENCODER_GROUP.partition("@")[2]
     own, others = {}, {}
     for group, choice in cfg.choices.items():
@@ -134,7 +135,7 @@ def autoencoder_choices(cfg: DictConfig) -> dict[str, Any]:
 
 
 def autoencoder_folder(stage: DictConfig, data: ImageData) -> Path:
-    """The run folder of the autoencoder, named by a hash of its settings and its training images."""
+    """Return the run folder of the autoencoder, named by a hash of its settings and training images."""
     masked = OmegaConf.masked_copy(stage, list({key.split(".")[0] for key in IDENTIFYING_KEYS}))
     settings: dict[str, Any] = {key: OmegaConf.select(masked, key) for key in IDENTIFYING_KEYS}
     settings["data"] = {str(key): value for key, value in stage.data.items() if key not in IGNORED_DATA_KEYS}
@@ -149,15 +150,15 @@ def autoencoder_folder(stage: DictConfig, data: ImageData) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether ``folder`` contains a finished run."""
+    """Return whether ``folder`` contains a finished run."""
     return (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "finished"
 
 
 def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:
     """Load the trained autoencoder into a latent model, and compute the whitening on the training images.
 
-    Returns ``cfg`` with the cost of the whitening as ``whitening``, an entry as `dependency_costs.cost_entry` makes it.
-    Each of the ``processes`` encodes all images; the device time is that of one process, times their number.
+    Return ``cfg`` with the cost of the whitening as ``whitening``, in the format of `dependency_costs.cost_entry`. Each
+    of the ``processes`` encodes all images, so the cost of one process is multiplied by their number.
     """
     space = getattr(model, "space", None)
     if not isinstance(space, Latents):
@@ -166,7 +167,7 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     record = RunRecord.load(folder)
     images = data.data if isinstance(data, ConditionedData) else data
     check_same_images(folder, record, images)
-    # Built on the data of this run: the same images may have been moved since the autoencoder was trained.
+    # Build it on the data of this run, since the images may have been moved after the autoencoder was trained.
     autoencoder: Any = build_model(run_config.load(folder), images)
     load_weights(autoencoder, folder, checkpoint="last", weights="ema")
     space.to(choose_device(cfg))
@@ -193,27 +194,27 @@ def check_same_images(folder: Path, record: RunRecord, data: ImageData) -> None:
     own, stored = data.spec, record.data
     if (stored["hash"], tuple(stored["shape"])) == (data.hash("train"), own.shape):
         return
-    trained_on = f"'{stored['name']}' of {format_shape(stored['shape'])}"
-    given = f"'{own.name}' of {format_shape(own.shape)}"
+    trained_on = f"'{stored['name']}' data of shape {format_shape(stored['shape'])}"
+    given = f"'{own.name}' data of shape {format_shape(own.shape)}"
     raise UserError(
-        f"The autoencoder in {folder} was trained on data {trained_on}, not on"
-        f" {given if given != trained_on else 'these images of the same name and size'}: use"
-        " model.latent.autoencoder_run=DIR of the same data, or leave it out to train one."
+        f"The autoencoder in {folder} was trained on {trained_on}, not on"
+        f" {given if given != trained_on else 'these images of the same name and size'}: set"
+        " model.latent.autoencoder_run=DIR to a run on the same data, or omit it to train an autoencoder."
     )
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """A shape as ``1x8x8``."""
+    """Format a shape, such as ``1x8x8``."""
     return "x".join(str(size) for size in shape)
 
 
 def training_images(data: ImageData) -> Iterator[Tensor]:
-    """Batches of all training images, in order."""
+    """Iterate over batches of all training images, in order."""
     return (x for x, _ in data.batches("train"))
 
 
 def autoencoder_summary(folder: Path) -> dict[str, Any]:
-    """What the record of a latent model stores about its autoencoder: the run, its size and its cost."""
+    """Return the autoencoder entry in the record of a latent model: run, number of parameters and cost."""
     record = RunRecord.load(folder)
     cost = {name: record.training.get(name) for name in ("images_seen", "seconds", "flops")}
     return {"run": folder.name, "family": record.family, "parameters": record.model.get("averaged_parameters"), **cost}

@@ -32,7 +32,7 @@ from gencompare.training.loggers import MetricLogger
 
 
 def build_data(cfg: DictConfig) -> ImageData:
-    """The data set of ``cfg.data``, with the extra conditions of ``cfg.data.conditions`` if there are any."""
+    """Build the data set of ``cfg.data``, with the extra conditions of ``cfg.data.conditions`` if there are any."""
     options = OmegaConf.masked_copy(cfg.data, [str(key) for key in cfg.data if key != "conditions"])
     data = instantiate(options, _convert_="all")
     conditions = instantiate(cfg.data.get("conditions") or {}, _convert_="all")
@@ -40,14 +40,14 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 
 def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
-    """The model of ``cfg.model`` for this data. Its initial weights are a function of the seed."""
+    """Build the model of ``cfg.model`` for ``data``. Its initial weights depend only on the seed."""
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     # Hydra would convert the data spec (a dataclass) into a config, so it is passed in a second call.
     return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=data.spec)
 
 
 def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
-    """The evaluation protocol of ``cfg.evaluation``, with its extractors."""
+    """Build the evaluation protocol of ``cfg.evaluation``, with its extractors."""
     if "extractors" not in cfg.evaluation:
         raise UserError("The evaluation settings of this run are from an earlier version: add evaluation=default.")
     protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
@@ -67,14 +67,14 @@ def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
 def build_callbacks(
     cfg: DictConfig, model: TrainedModel, data: ImageData, protocol: EvaluationProtocol | None, folder: Path
 ) -> dict[str, pl.Callback]:
-    """The callbacks of ``cfg.callbacks`` by name, sorted by their attribute ``order``.
+    """Build the callbacks of ``cfg.callbacks`` by name, sorted by their attribute ``order``.
 
-    Each is a mapping with ``_target_``, or the name of a file of conf/callbacks. Constructor arguments that the config
-    does not set come from the run: ``seed``, ``global_batch_size``, ``budget``, ``data``, ``protocol``, ``folder``,
-    ``dirpath`` (of the checkpoints).
+    Each is configured by a mapping with ``_target_``, or by the name of a file in conf/callbacks. Constructor arguments
+    that the config does not set come from the run: ``seed``, ``global_batch_size``, ``budget``, ``data``, ``protocol``,
+    ``folder``, and ``dirpath`` (of the checkpoints).
 
     Raises:
-        UserError: a class does not exist, is not a callback or refuses its arguments.
+        UserError: a class does not exist, is not a callback or rejects its arguments.
     """
     run = {
         "seed": cfg.seed, "global_batch_size": cfg.trainer.global_batch_size, "budget": build_budget(cfg), "data": data,
@@ -103,14 +103,14 @@ def build_callbacks(
 
 
 DEFAULT_ORDER = 7
-"""The order of callbacks without the attribute: after the evaluation of a step, before its checkpoint."""
+"""Order of callbacks without the attribute, between the evaluation of a step and its checkpoint."""
 
 
 def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) -> Any:
-    """Instantiate ``options``, with the arguments in ``run`` that its class takes and ``options`` does not set.
+    """Instantiate ``options``, adding those arguments in ``run`` that its class takes and ``options`` does not set.
 
     Args:
-        place: the config key, for error messages.
+        place: config key for error messages.
         options: a mapping with ``_target_``.
         run: arguments by name. Only classes of this package receive them.
     """
@@ -129,7 +129,7 @@ def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) ->
 
 
 def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any:
-    """Instantiate ``options``. Raises `UserError` if its class does not exist or refuses its arguments."""
+    """Instantiate ``options``. Raise `UserError` if its class does not exist or rejects its arguments."""
     try:
         return instantiate(options, _convert_="all", **keywords)
     except InstantiationException as error:
@@ -140,7 +140,7 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
 
 
 def callback_file(name: str, option: str) -> Path:
-    """The file of an option of the group ``callbacks``."""
+    """Return the file of an option of the config group ``callbacks``."""
     path = conf_dir() / "callbacks" / f"{option}.yaml"
     if not path.is_file():
         options = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml") if each.stem != "default"))
@@ -149,12 +149,12 @@ def callback_file(name: str, option: str) -> Path:
 
 
 def build_budget(cfg: DictConfig) -> Budget:
-    """The budget of ``cfg.budget``."""
+    """Build the budget of ``cfg.budget``."""
     return instantiate(cfg.budget)
 
 
 def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int) -> list[Logger]:
-    """The loggers of ``cfg.logger``. In W&B, each job is a run, grouped by sweep."""
+    """Build the loggers of ``cfg.logger``. In W&B, each job is a run, and runs are grouped by sweep."""
     run = {
         "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
         "start_step": start_step, "tags": list(cfg.get("tags") or []),
@@ -163,9 +163,10 @@ def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int
 
 
 def build_logger(name: str, options: DictConfig, run: dict[str, Any]) -> Logger:
-    """The logger of ``options``.
+    """Build the logger of ``options``.
 
-    Loggers of this package get the arguments in ``run``, other Lightning loggers the run folder as ``save_dir``.
+    Loggers of this package get the arguments in ``run``. Other Lightning loggers get the run folder as ``save_dir``, if
+    they have this argument and ``options`` does not set it.
     """
     place = f"logger.{name}"
     if str(options._target_).startswith("gencompare."):
@@ -179,21 +180,21 @@ def build_logger(name: str, options: DictConfig, run: dict[str, Any]) -> Logger:
 
 
 def check_trainer_settings(cfg: DictConfig) -> None:
-    """Raise `UserError` for invalid settings of ``cfg.trainer``: see `run_config.check_trainer`."""
+    """Raise `UserError` for invalid settings in ``cfg.trainer`` (see `run_config.check_trainer`)."""
     check_trainer(
         {str(key): value for key, value in cfg.trainer.items()}, [*inspect.signature(pl.Trainer).parameters, "_target_"]
     )
 
 
 def choose_device(cfg: DictConfig) -> torch.device:
-    """The device of a task that does not train: a GPU if available, unless ``trainer.accelerator`` is cpu."""
+    """Choose the device of a task that does not train: a GPU if available, unless ``trainer.accelerator`` is cpu."""
     return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
 
 
 def build_trainer(
     cfg: DictConfig, model: TrainedModel, callbacks: dict[str, pl.Callback], loggers: list[Logger], folder: Path
 ) -> pl.Trainer:
-    """The Trainer of ``cfg.trainer``, without the features that this package implements itself."""
+    """Build the Trainer of ``cfg.trainer``, without the features that this package implements itself."""
     _silence_lightning()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     del options["global_batch_size"]
@@ -224,7 +225,7 @@ def build_trainer(
     }
     logger = next((callback for callback in callbacks.values() if isinstance(callback, MetricLogger)), None)
     if logger is not None:
-        fixed["log_every_n_steps"] = logger.log_every_n_steps  # for callbacks of Lightning, such as LearningRateMonitor
+        fixed["log_every_n_steps"] = logger.log_every_n_steps  # for Lightning callbacks such as LearningRateMonitor
     try:
         return trainer_class(callbacks=list(callbacks.values()), logger=loggers or False, **(fixed | options))
     except (MisconfigurationException, ValueError, TypeError) as error:
@@ -232,7 +233,7 @@ def build_trainer(
 
 
 def build_profiler(name: str, folder: Path) -> Any:
-    """A profiler of Lightning that writes ``profile.txt`` into the run folder."""
+    """Build a Lightning profiler that writes ``profile.txt`` to the run folder."""
     from pytorch_lightning.profilers import PyTorchProfiler, SimpleProfiler
 
     profilers = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
@@ -242,7 +243,7 @@ def build_profiler(name: str, folder: Path) -> Any:
 
 
 def _silence_lightning() -> None:
-    """Hide Lightning's warnings about settings that this package chooses on purpose."""
+    """Hide Lightning warnings about settings that this package chooses on purpose."""
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (

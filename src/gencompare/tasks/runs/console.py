@@ -29,7 +29,7 @@ from gencompare.training.progress_bar import LINE_SECONDS
 
 
 class StageProgress:
-    """Shows the progress of each stage of an evaluation: implements `evaluation.evaluate.Progress`.
+    """Shows the progress of each evaluation stage. It implements `evaluation.evaluate.Progress`.
 
     Args:
         bar: the progress bar; None prints a line every `LINE_SECONDS` instead.
@@ -57,7 +57,7 @@ class StageProgress:
 
 @contextmanager
 def stage_progress(enabled: bool = True) -> Iterator[StageProgress | None]:
-    """A `StageProgress` during the block; None if ``enabled`` is false and on all ranks but 0."""
+    """Provide a `StageProgress` for the block, or None if ``enabled`` is false or the rank is not 0."""
     if not enabled or rank_zero_only.rank != 0:
         yield None
     elif not sys.stdout.isatty():
@@ -72,18 +72,18 @@ HIDDEN_KEYS = (
     "choices", "command", "out", "sweep_name", "run_dir", "resume", "runs", "group_by", "rank_by", "num_images",
     "checkpoint", "weights", "task", "trial",
 )  # fmt: skip
-"""Config keys that `print_config` leaves out."""
+"""Config keys that `print_config` does not show."""
 
 
 def print_config(cfg: DictConfig) -> None:
-    """Print the config."""
+    """Print the config without `HIDDEN_KEYS`."""
     shown = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in HIDDEN_KEYS}  # type: ignore[union-attr]
     text = OmegaConf.to_yaml(OmegaConf.create(shown))
     Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:
-    """The description of a data set in a record."""
+    """Return the description of a data set for a record."""
     spec = data.spec
     return {
         "name": spec.name,
@@ -97,7 +97,7 @@ def describe_data(data: ImageData) -> dict[str, Any]:
 
 
 def print_results(record: RunRecord, folder: Path) -> Path:
-    """Print the results and the paths of the output. Returns the path of the page."""
+    """Write the page of a run, print its results and output paths, and return the path of the page."""
     page = report([folder], folder)
     console = Console()
     if record.results:
@@ -122,14 +122,14 @@ def _relative(path: Path) -> str:
 
 
 NUM_GRID_IMAGES = 100
-"""Samples in the grid of a result."""
+"""Largest number of samples in the grid of a result."""
 
 
 def store_result(folder: Path, result: Result, images: Tensor, data: ImageData) -> None:
-    """Add a result to the record of a run, with a grid of samples and one of their nearest training images.
+    """Add a result to the record of a run, with a grid of samples and a grid of their nearest training images.
 
     Args:
-        images: the samples, as `quantize_images` returns them.
+        images: the samples, as returned by `quantize_images`.
     """
     RunRecord.update(folder, lambda record: record.add_result(result))
     spec = data.spec
@@ -152,10 +152,10 @@ def _stem(title: str) -> str:
 
 
 def with_nearest_neighbors(images: Tensor, indices: list[list[int]], data: ImageData) -> Tensor:
-    """Each of the first r samples, followed by its k nearest training images, (r (k + 1), C, H, W).
+    """Interleave each of the first r samples with its k nearest training images, (r (k + 1), C, H, W).
 
     Args:
-        indices: indices of the training images, r lists of k.
+        indices: training image indices, r lists of length k.
     """
     train = quantize_split(data.split("train")[torch.tensor(indices).flatten()].images, data.spec)
     train = train.reshape(len(indices), -1, *train.shape[1:])
@@ -163,5 +163,5 @@ def with_nearest_neighbors(images: Tensor, indices: list[list[int]], data: Image
 
 
 def displayable(images: Tensor, spec: DataSpec) -> Tensor:
-    """Quantised samples as uint8."""
+    """Convert quantised samples to uint8."""
     return images if images.dtype == torch.uint8 else to_uint8(images.clamp(-1, 1), spec)

@@ -13,13 +13,13 @@ from gencompare.records import RunRecord
 from gencompare.training.budget import Budget
 
 COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
-"""The units of cost; all are counted, whichever of them the budget limits."""
+"""Units of cost. All of them are counted, whichever the budget limits."""
 TRIAL_ROLE = "trial"
-"""The role of the other trials of a search, and of their dependencies, for the best trial."""
+"""Role of the other trials of a search, and of their dependencies, in the record of the best trial."""
 
 
 def own_training_cost(record: RunRecord) -> dict[str, float | None]:
-    """The training cost of one run, by kind; None where its record does not contain it."""
+    """Return the training cost of one run, by kind; None for kinds that are missing in its record."""
     training = record.training
     cost = {kind: training.get(kind) for kind in COST_KINDS}
     if cost["device_seconds"] is None and training.get("seconds") is not None:
@@ -28,7 +28,7 @@ def own_training_cost(record: RunRecord) -> dict[str, float | None]:
 
 
 def cost_entry(record: RunRecord, role: str) -> dict[str, Any]:
-    """The entry of a run in the ``training.dependencies`` of another run's record."""
+    """Return the entry for a run in ``training.dependencies`` of another run's record."""
     return {
         "role": role, "run": record.name, "id": record.environment.get("run_id"), "family": record.family,
         **own_training_cost(record)
@@ -36,10 +36,10 @@ def cost_entry(record: RunRecord, role: str) -> dict[str, Any]:
 
 
 def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """The models that this run depends on, directly or indirectly, as deduplicated cost entries.
+    """Return the runs that this run depends on, directly or indirectly, as deduplicated cost entries.
 
     Args:
-        known: entries of the run's own record; the folders of dependencies may be gone when it is resumed.
+        known: entries from the run's own record, since the folders of dependencies may be gone when it is resumed.
     """
     entries = list(known)
     for role, folder in _dependency_folders(cfg):
@@ -51,12 +51,12 @@ def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[
 
 
 def guide_dependencies(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The dependencies of guidance only: an evaluation may use guidance that the training run did not."""
+    """Return the dependencies of guidance only, since an evaluation may use guidance that training did not."""
     return dependencies(OmegaConf.masked_copy(cfg, ["model"]))
 
 
 def deduplicate(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first entry of each run, in order."""
+    """Keep the first entry of each run, in order."""
     unique: dict[str, dict[str, Any]] = {}
     for entry in entries:
         unique.setdefault(entry["id"] or entry["run"], entry)
@@ -64,7 +64,7 @@ def deduplicate(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
-    """Role and folder of the runs that a config names: its autoencoder and its guides."""
+    """Yield role and folder of the runs that a config refers to: its autoencoder and its guides."""
     if cfg.get("autoencoder_run"):
         yield "autoencoder", Path(cfg.autoencoder_run)
     guidance = OmegaConf.select(cfg, "model.guidance") or {}
@@ -74,7 +74,7 @@ def _dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
 
 
 def sum_costs(entries: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """The sum by kind; None where an entry is unknown."""
+    """Sum costs by kind. The sum is None if the cost of an entry is unknown."""
     entries = list(entries)
     return {
         kind: None if any(entry.get(kind) is None for entry in entries) else sum(entry[kind] for entry in entries)
@@ -83,9 +83,9 @@ def sum_costs(entries: Iterable[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def remaining_budget(budget: Budget, entries: list[dict[str, Any]]) -> Budget:
-    """The part of a budget that the dependencies of a model leave for its training.
+    """Subtract the cost of a model's dependencies from its budget.
 
-    The other trials of a search count as cost of the best one, but not against the budget of any trial.
+    The other trials of a search count towards the cost of the best trial, but not against the budget of any trial.
 
     Raises:
         UserError: the dependencies used up the budget, or their cost is unknown.
@@ -97,10 +97,10 @@ def remaining_budget(budget: Budget, entries: list[dict[str, Any]]) -> Budget:
     spender = " and ".join(f"the {entry['role']} ({entry['run']})" for entry in entries)
     for kind, limit in (("flops", budget.flops), ("device_seconds", budget.device_minutes)):
         if limit is not None and spent[kind] is None:
-            raise UserError(f"The {kind} of {spender} are missing from the record. Train it again.")
+            raise UserError(f"The record of {spender} has no {kind}. Train it again.")
     return budget.after(flops=spent["flops"] or 0.0, device_seconds=spent["device_seconds"] or 0.0, spender=spender)
 
 
 def update_total_cost(record: RunRecord) -> None:
-    """Set ``training.total_cost`` of a record to the cost of its training and its dependencies."""
+    """Set ``training.total_cost`` of a record to the cost of its training and dependencies."""
     record.training["total_cost"] = sum_costs([own_training_cost(record), *record.training.get("dependencies", [])])

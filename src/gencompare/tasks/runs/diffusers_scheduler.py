@@ -1,4 +1,4 @@
-"""The ``scheduler_config.json`` of a diffusers pipeline: write it for a model, or check a model against it."""
+"""Create the ``scheduler_config.json`` of a diffusers pipeline for a model, or check a model against it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gencompare.models.diffusion import Diffusion
 
 FILE = "scheduler_config.json"
 PREDICTION_TYPES = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
-"""The diffusers ``prediction_type`` of our parameterisations."""
+"""The diffusers ``prediction_type`` of each supported parameterisation."""
 PARAMETERIZATIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-"""The option of model/parameterization for a ``prediction_type``."""
+"""The option of model/parameterization for each ``prediction_type``."""
 SCHEDULES = {
     "linear": ("linear", LinearBetas),
     "scaled_linear": ("scaled_linear", lambda start, end, T: LinearBetas(start, end, T, power=2)),
@@ -35,14 +35,14 @@ DDPM_BETAS = (1e-4, 0.02)
 NOISE_KEY = "model.parameterization.noise_conditioning"
 TIMESTEP = f"{TimestepConditioning.__module__}.{TimestepConditioning.__qualname__}"
 LOG_SNR_TOLERANCE = 1e-3
-"""Rounding error of log-SNRs whose betas are stored in float32."""
+"""Rounding error of log-SNRs computed from float32 betas."""
 
 
 def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
-    """The config of the ``DDPMScheduler`` that samples as ``model`` does.
+    """Return the config of the ``DDPMScheduler`` that is equivalent to ``model``.
 
-    None if diffusers cannot represent the model: its schedule has no table of betas, its network is not conditioned on
-    the timestep, or its parameterisation is not eps, x_0 or v.
+    Return None if diffusers cannot represent the model, because its schedule has no table of betas, its network is not
+    conditioned on the timestep, or its parameterisation is not eps, x_0 or v.
     """
     if not isinstance(model, Diffusion) or not isinstance(model.schedule, BetaTable):
         return None
@@ -58,21 +58,21 @@ def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
 
 
 def betas(schedule: BetaTable) -> Tensor:
-    r""":math:`\beta_1, \dots, \beta_T`, (T,) float64.
+    r"""Compute :math:`\beta_1, \dots, \beta_T`, (T,) float64.
 
-    From :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`, which is the logistic function of the log-SNR.
+    They follow from :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`, the sigmoid of the log-SNR.
     """
     log_alpha_bar = logsigmoid(schedule.table.double())
     return -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1)))
 
 
 def variance_type(sampler: Sampler) -> str:
-    """The ``variance_type`` of diffusers for the variance of an `Ancestral` sampler; that of DDPM for any other."""
+    """Return the diffusers ``variance_type`` for the ``variance`` of a sampler, which is 0 if it has none."""
     variance = getattr(sampler, "variance", 0.0)
     names = {0.0: "fixed_small", 1.0: "fixed_large"}
     if variance not in names:
         raise UserError(
-            f"format=diffusers: DDPMScheduler does not support model.sampler.variance={variance}: export with 0 or 1."
+            f"format=diffusers: DDPMScheduler does not support model.sampler.variance={variance}: use 0 or 1."
         )
     return names[variance]
 
@@ -80,10 +80,11 @@ def variance_type(sampler: Sampler) -> str:
 def check_scheduler(model: Diffusion, weights: Path) -> None:
     """Check a model against the scheduler that was published with the file ``weights``, if there is one.
 
-    Compares betas and ``prediction_type``. Sampling options, such as the variance and clipping, may differ.
+    Betas, ``prediction_type`` and timestep conditioning must match. Sampling options, such as the variance and
+    clipping, may differ.
 
     Raises:
-        UserError: the scheduler is corrupted or not supported, or has another schedule or prediction type.
+        UserError: the scheduler is corrupted or not supported, or does not match the model.
     """
     folder = weights.parent
     candidates = (folder / FILE, folder / "scheduler" / FILE, folder.parent / "scheduler" / FILE)
@@ -114,14 +115,14 @@ def check_scheduler(model: Diffusion, weights: Path) -> None:
 
 
 def is_same_schedule(schedule: NoiseSchedule, published: BetaTable) -> bool:
-    """Whether two schedules have the same log-SNRs, up to rounding."""
+    """Return whether two schedules have the same log-SNRs, up to rounding."""
     if not isinstance(schedule, BetaTable) or schedule.num_train_timesteps != published.num_train_timesteps:
         return False
     return torch.allclose(schedule.table, published.table, rtol=0, atol=LOG_SNR_TOLERANCE)
 
 
 def read_schedule(config: dict[str, Any], path: Path) -> BetaTable:
-    """The schedule of a scheduler config, with the defaults of ``DDPMScheduler``."""
+    """Read the schedule of a scheduler config, with the defaults of ``DDPMScheduler``."""
     if not config.keys() & {"beta_schedule", "trained_betas"} or config.get("rescale_betas_zero_snr"):
         raise UserError(f"{path} ({config.get('_class_name')}) has no betas, or a timestep without signal.")
     if config.get("trained_betas") is not None:
@@ -133,7 +134,7 @@ def read_schedule(config: dict[str, Any], path: Path) -> BetaTable:
 
 
 def beta_range(config: dict[str, Any]) -> tuple[float, float, int]:
-    """The first beta, the last beta and their number."""
+    """Return the first beta, the last beta and the number of betas."""
     trained = config.get("trained_betas")
     if trained is not None:
         return trained[0], trained[-1], len(trained)
@@ -142,9 +143,9 @@ def beta_range(config: dict[str, Any]) -> tuple[float, float, int]:
 
 
 def schedule_overrides(config: dict[str, Any], published: BetaTable) -> str:
-    """The overrides that choose the published schedule."""
+    """Return the overrides that select the published schedule."""
     *ends, T = beta_range(config)
-    for start, end in (ends, DDPM_BETAS):  # trained betas do not tell the ends of a sigmoid
+    for start, end in (ends, DDPM_BETAS):  # the ends of a sigmoid schedule are not among its trained betas
         for option, make in SCHEDULES.values():
             if is_same_schedule(make(start, end, T), published):
                 chosen = f"model/schedule={option} model.schedule.num_train_timesteps={T}"

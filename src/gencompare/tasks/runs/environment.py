@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The description of the machine and the code in a record, without user names and paths."""
+    """Describe the machine and the code for a record, without user names and paths."""
     return {
         "gencompare": __version__,
         "python": platform.python_version(),
@@ -39,7 +39,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:
-    """The commit of this package's checkout, and whether it has uncommitted changes; None without a checkout."""
+    """Return the commit of this package's checkout, and whether it has uncommitted changes; None without a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

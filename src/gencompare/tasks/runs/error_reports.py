@@ -1,4 +1,4 @@
-"""Errors as one line for the terminal or a record, and the exit code of the command."""
+"""Error messages in one line, for the terminal or a record, and exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAILURE_CODE, USAGE_CODE, INTERRUPT_CODE = 1, 2, 130
 HYDRA_VARIABLE, USER_VARIABLE = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
 
 failed_job_codes: list[int] = []
-"""Exit codes of the failed jobs of a sweep; the other jobs still run."""
+"""Exit codes of the failed jobs of a sweep, whose other jobs still run."""
 
 
 def enable_hydra_tracebacks() -> None:
@@ -28,15 +28,15 @@ def enable_hydra_tracebacks() -> None:
 
 
 def wants_tracebacks() -> bool:
-    """Whether the user set HYDRA_FULL_ERROR=1."""
+    """Return whether the user set HYDRA_FULL_ERROR=1."""
     return os.environ.get(USER_VARIABLE, os.environ.get(HYDRA_VARIABLE)) == "1"
 
 
 def print_error(error: BaseException, job: str = "") -> int:
-    """Print one line about ``error`` on stderr, after the traceback if the user wants it. Returns the exit code.
+    """Print ``error`` in one line on stderr, after its traceback if the user wants it, and return the exit code.
 
     Args:
-        job: the name of the job in a sweep.
+        job: name of the job in a sweep.
     """
     if wants_tracebacks():
         traceback.print_exception(error)
@@ -47,7 +47,7 @@ def print_error(error: BaseException, job: str = "") -> int:
 
 
 def _describe(cause: BaseException) -> tuple[int, str]:
-    """Exit code and message of an error."""
+    """Return the exit code and message of an error."""
     if isinstance(cause, KeyboardInterrupt):
         return INTERRUPT_CODE, "Interrupted."
     if isinstance(cause, UserError):
@@ -67,13 +67,16 @@ def _describe(cause: BaseException) -> tuple[int, str]:
 
 
 def error_text(error: BaseException) -> str:
-    """What went wrong, in one line, for a record."""
+    """Return the message of an error in one line, for a record."""
     cause = _root_cause(error)
     return _one_line(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {_one_line(cause)}"
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The `UserError` or interrupt that caused ``error``, or else ``error`` itself; for Hydra's wrapper, its cause."""
+    """Return the `UserError` or interrupt that caused ``error``, if any.
+
+    Otherwise, return ``error`` itself, or its root cause if it is Hydra's wrapper.
+    """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -1,4 +1,4 @@
-"""Find run folders on this machine or in W&B, and load their models."""
+"""Find run folders locally or in W&B, and load their models."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gencompare.tasks.runs.build import build_data, build_model
 
 WANDB_PREFIX = "wandb:"
 WANDB_FILES = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
-"""Files of a W&B run that make up a run folder: `training.loggers.finish_loggers` uploads them."""
+"""Files of a W&B run that make up a run folder, uploaded by `training.loggers.finish_loggers`."""
 
 
 def locate_runs(pattern: str, cache: Path) -> list[Path]:
-    """The run folders that match ``runs=``.
+    """Return the run folders that match ``runs=``.
 
     Args:
-        pattern: a glob, which may match W&B's offline folders too, or ``wandb:ENTITY/PROJECT``.
-        cache: folder for the files of a W&B project.
+        pattern: a glob, which may also match W&B's offline folders, or ``wandb:ENTITY/PROJECT``.
+        cache: folder for downloaded W&B files.
     """
     if pattern.startswith(WANDB_PREFIX):
         return fetch_wandb_runs(pattern.removeprefix(WANDB_PREFIX), cache / "wandb")
@@ -40,7 +40,7 @@ def locate_runs(pattern: str, cache: Path) -> list[Path]:
 
 
 def drop_nested(folders: list[Path]) -> list[Path]:
-    """``folders`` without those inside another one: a run folder contains W&B's copy of its record."""
+    """Remove folders inside other ``folders``, since a run folder may contain W&B's copy of its record."""
     unique = set(folders)
     return [folder for folder in folders if not unique.intersection(folder.parents)]
 
@@ -76,7 +76,7 @@ def fetch_wandb_runs(project: str, cache: Path) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether ``folder`` contains the record of a finished run."""
+    """Return whether ``folder`` contains the record of a finished run."""
     try:
         return RunRecord.load(folder).state == "finished"
     except UserError:
@@ -84,7 +84,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def fetch_wandb_run(run: Any, folder: Path) -> None:
-    """Download the files of one W&B run, the record last: a folder with a record is complete."""
+    """Download the files of one W&B run, with the record last, so a folder with a record is complete."""
     files = [file for file in run.files() if WANDB_FILES.fullmatch(file.name)]
     for file in sorted(files, key=lambda file: file.name == RECORD_FILE):
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class LoadedRun:
 
 
 def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weights: str = "ema") -> LoadedRun:
-    """Load the model of a run folder, in eval mode. Needs only the folder and the data set.
+    """Load the model of a run folder, in eval mode. Only the folder and the data set are needed.
 
     Args:
         folder: the run folder.
@@ -122,13 +122,13 @@ def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weight
 
 
 def guide(run: str | None, checkpoint: str = "last", weights: str = "ema") -> TrainedModel:
-    """The frozen model of a run, to guide another model (``_target_: gencompare.tasks.runs.loading.guide``).
+    """Load the frozen model of a run as a guide (``_target_: gencompare.tasks.runs.loading.guide``).
 
-    The random state is restored, so that the initial weights of the guided model do not depend on its guide.
+    The random state is restored, so the initial weights of the guided model do not depend on its guide.
     """
     if run is None:
         raise UserError(
-            "Guidance needs the folder of another trained run: model.guidance.classifier.run=DIR or"
+            "Guidance needs the folder of another trained run: set model.guidance.classifier.run=DIR or"
             " model.guidance.weak.run=DIR."
         )
     if not Path(run).is_dir():
@@ -143,10 +143,10 @@ def guide(run: str | None, checkpoint: str = "last", weights: str = "ema") -> Tr
 
 
 def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights: str) -> dict[str, int]:
-    """Load the weights of a checkpoint of ``folder`` into ``model``. Returns its ``step`` and the ``images`` seen.
+    """Load the weights of a checkpoint of ``folder`` into ``model``. Return its ``step`` and number of ``images`` seen.
 
     Raises:
-        UserError: the checkpoint is missing, corrupted, or of a model of another family or size.
+        UserError: the checkpoint is missing, corrupted, or from a model of a different family or size.
     """
     if checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint={checkpoint}: choose last or best.")
@@ -164,14 +164,14 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
 
 
 def check_state_dict(model: TrainedModel, state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `UserError` unless ``state``, from the file ``path``, has the names and shapes of the model's."""
+    """Raise `UserError` unless ``state``, from the file ``path``, matches the model in names and shapes."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if expected != found:
         name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise UserError(
             f"{path} is not a checkpoint of the model in the config: '{name}' is {found.get(name, 'missing')} in the"
-            f" file and {expected.get(name, 'missing')} in the model. Use the family and sizes of that run."
+            f" file and {expected.get(name, 'missing')} in the model. Use the family and sizes of the trained run."
         )
 
 

@@ -21,24 +21,24 @@ from gencompare.tasks.runs.diffusers_scheduler import FILE, check_scheduler
 from gencompare.tasks.runs.loading import check_state_dict
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "weights.safetensors")
-"""Names of the weights in a published folder."""
+"""File names of weights in a published folder."""
 HUB_FILES = (*WEIGHT_FILES, "config.json", FILE)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIG_HINT = (
-    "pretrained= takes model and data from the rest of the command: use experiment=NAME (cifar10_ddpm is the DDPM of"
-    " Ho et al.), or model= and data= with the sizes of that network (model=ddpm model.network.channels=128 ...)."
+    "With pretrained=, the rest of the command sets model and data: use experiment=NAME (cifar10_ddpm is the DDPM of"
+    " Ho et al.), or model= and data= with the sizes of the network (model=ddpm model.network.channels=128 ...)."
 )
 
 
 def load_pretrained(model: TrainedModel, path: Path) -> None:
     """Load the weights at ``path`` into ``model``, whose config must describe the published model.
 
-    Supported are the files of ``task=export``, and the ``UNet2DModel`` of a diffusers DDPM, as a file or a published
+    The weights may be a file of ``task=export`` or the ``UNet2DModel`` of a diffusers DDPM, as a file or a published
     folder. No code in a file is executed.
 
     Raises:
-        UserError: the weights are missing, corrupted or of another model, or the published scheduler has another
-            schedule or parameterisation than the model.
+        UserError: the weights are missing, corrupted or from a different model, or the published scheduler does not
+            match the model.
     """
     file = find_weights(path)
     state = read_weights(file)
@@ -54,7 +54,7 @@ def load_pretrained(model: TrainedModel, path: Path) -> None:
 
 
 def find_pretrained(source: str) -> Path:
-    """The file or folder ``source``; if there is none, download the Hugging Face repository of that name.
+    """Return the file or folder ``source``. If there is none, download the Hugging Face repository of that name.
 
     Raises:
         UserError: the repository could not be downloaded.
@@ -67,7 +67,7 @@ def find_pretrained(source: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise UserError(
-            f"There is no file {source}. To download it from the Hugging Face hub: pip install 'gencompare[hub]'; or"
+            f"There is no file {source}. To download it from the Hugging Face hub, pip install 'gencompare[hub]', or"
             f" {advice}."
         ) from error
     try:
@@ -81,7 +81,7 @@ def find_pretrained(source: str) -> Path:
 
 
 def find_weights(path: Path) -> Path:
-    """The file of weights at ``path``, or in that folder or its subfolder ``unet``."""
+    """Return the weights file ``path``, or the weights file in the folder ``path`` or its subfolder ``unet``."""
     if path.is_file():
         return path
     for folder in (path, path / "unet"):
@@ -92,13 +92,13 @@ def find_weights(path: Path) -> Path:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name."""
+    """Read the tensors of a file by name. No code in the file is executed."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is corrupted, or not a file of weights ({type(error).__name__}).") from error
+        raise UserError(f"{file} is corrupted, or not a weights file ({type(error).__name__}).") from error
     except Exception as error:
         raise UserError(f"{file} is corrupted, or contains more than weights ({type(error).__name__}).") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
@@ -107,11 +107,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def convert_from_diffusers(model: TrainedModel, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The state dict of ``model`` with the weights of its network from ``state``, that of a ``UNet2DModel``."""
+    """Return the state dict of ``model`` with network weights from ``state``, the state dict of a ``UNet2DModel``."""
     check_published_config(file.with_name("config.json"))
     network = getattr(model, "network", None)
     if not isinstance(network, UNet):
-        raise UserError(f"{file} contains a U-Net of diffusers, but this model has no U-Net.")
+        raise UserError(f"{file} contains a diffusers U-Net, but this model has no U-Net.")
     converted = from_diffusers(state, num_levels=network.num_levels, num_blocks=network.num_blocks)
     return {
         **{name: value for name, value in model.state_dict().items() if not name.startswith("network.")},
@@ -120,7 +120,7 @@ def convert_from_diffusers(model: TrainedModel, state: dict[str, Tensor], file: 
 
 
 def check_published_config(path: Path) -> None:
-    """Raise `UserError` if the published ``config.json``, if there is one, describes another network than `UNet`."""
+    """Raise `UserError` if the published ``config.json`` exists and contradicts `REQUIRED_CONFIG`."""
     if not path.is_file():
         return
     try:
@@ -131,5 +131,5 @@ def check_published_config(path: Path) -> None:
         if config.get(name, required) != required:
             raise UserError(
                 f"{path} has {name}={config[name]}, but the U-Net here has {name}={required}: the weights would load,"
-                " and the samples would be wrong."
+                " but the samples would be wrong."
             )

@@ -22,11 +22,11 @@ from gencompare.tasks.runs import run_config
 SIGTERM_CODE = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM ended."""
 CONFIG_VARIABLE = "GENCOMPARE_JOB"
-"""Environment variable with the path of the config that a rank or a parallel job runs."""
+"""Environment variable with the config path of a rank or a parallel job."""
 JOB_FILE = ".job.yaml"
-"""File in a run folder with the config that the other ranks of the job read."""
+"""File in a run folder with the config for the other ranks of the job."""
 JOBS_FOLDER = ".jobs"
-"""Folder in a sweep's folder with the configs and the output of its parallel jobs."""
+"""Folder in a sweep folder with the configs and output of parallel jobs."""
 POLL_SECONDS = 0.2
 RANK_COMMAND = [sys.executable, "-m", "gencompare.tasks.runs.rank"]
 _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", CONFIG_VARIABLE)
@@ -34,7 +34,7 @@ _RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MAST
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """SIGTERM raises `SystemExit` in the block, as Ctrl-C raises `KeyboardInterrupt`.
+    """Make SIGTERM raise `SystemExit` in the block, as Ctrl-C raises `KeyboardInterrupt`.
 
     During training, `GracefulStop` handles the signal instead.
     """
@@ -54,19 +54,19 @@ def sigterm_exits() -> Iterator[None]:
 
 @contextmanager
 def ranks_run(job: Path) -> Iterator[None]:
-    """Lightning starts the other ranks of this job on the config file ``job``."""
+    """Make Lightning start the other ranks of this job with the config file ``job``."""
     os.environ[CONFIG_VARIABLE] = str(job)
     with rank_command(RANK_COMMAND, os.getcwd()):
         yield
 
 
 def is_multiprocess(cfg: Any) -> bool:
-    """Whether a job may start other ranks, which read its config from `JOB_FILE`."""
+    """Return whether a job may start other ranks, which read its config from a file."""
     return cfg.trainer.devices != 1 or cfg.trainer.num_nodes != 1
 
 
 def leave_process_group() -> None:
-    """Destroy the process group of a job and its rank variables, so that the next job of a sweep can make its own."""
+    """Destroy the process group of a job and its rank variables, so the next job of a sweep can create new ones."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -82,21 +82,21 @@ def wait_for_ranks(trainer: Any) -> None:
 
 @dataclass
 class ParallelJob:
-    """A job of a sweep that runs in a process of its own."""
+    """A job of a sweep that runs in a separate process."""
 
     name: str
     process: subprocess.Popen[bytes]
     slot: int
-    """Its index among the jobs that run at the same time."""
+    """Index of the job among the jobs that run at the same time."""
     log: Path
-    """The file that receives its output."""
+    """File with the output of the job."""
     start: float
 
 
 def run_jobs(configs: Iterator[DictConfig], sweep: Path, n_jobs: int) -> Iterator[tuple[DictConfig, int, str]]:
-    """Run a job per config, ``n_jobs`` at a time. Yields config, exit code and error message as each job ends.
+    """Run a job per config, ``n_jobs`` at a time. Yield config, exit code and error message as each job ends.
 
-    If the caller stops early (Ctrl-C, SIGTERM), running jobs receive SIGTERM, on which they save a checkpoint and end.
+    If the caller stops early (Ctrl-C, SIGTERM), running jobs receive SIGTERM, save a checkpoint if training, and end.
     """
     devices, running = visible_devices(), {}
     free_slots = list(range(n_jobs))
@@ -135,7 +135,7 @@ def start_job(cfg: DictConfig, sweep: Path, slot: int, n_jobs: int, devices: Seq
 
 
 def job_environment(slot: int, n_jobs: int, devices: Sequence[str], cores: int | None = None) -> dict[str, str]:
-    """Environment variables that assign a job its part of the machine.
+    """Return environment variables that assign a job its part of the machine.
 
     CUDA devices are assigned round-robin; with fewer devices than jobs, several jobs share one. Processor cores are
     divided equally, unless OMP_NUM_THREADS is set.
@@ -147,7 +147,7 @@ def job_environment(slot: int, n_jobs: int, devices: Sequence[str], cores: int |
 
 
 def visible_devices() -> list[str]:
-    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the CUDA devices that this process may use, as named in CUDA_VISIBLE_DEVICES."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is not None:
         return [device for device in names.split(",") if device]
@@ -157,7 +157,7 @@ def visible_devices() -> list[str]:
 
 
 def failure_reason(log: Path, code: int) -> str:
-    """The last error message of a failed job, in one line."""
+    """Return the last error message of a failed job, in one line."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("Error: ")]
@@ -166,7 +166,7 @@ def failure_reason(log: Path, code: int) -> str:
 
 @contextmanager
 def terminate_on_exit(running: dict[int, tuple[DictConfig, ParallelJob]]) -> Iterator[None]:
-    """When the block ends, terminate the jobs that still run and wait for them."""
+    """Terminate the jobs that still run at the end of the block, and wait for them."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The config of a run: checked for unknown keys, stored in the run folder, and restored from it."""
+"""The config of a run, which is checked for unknown keys, stored in the run folder, and restored from it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ PATH_KEYS = (
     "runs", "run_dir", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
     "paths.data", "paths.cache", "data.root",
 )  # fmt: skip
-"""Keys whose values are paths or globs, in which brackets and braces are rarely meant as lists."""
+"""Keys whose values are paths or globs, where brackets and braces are rarely meant as lists."""
 
 GROUPS_NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep")
-"""Groups whose choices are not repeated for a run folder: its config contains their values."""
+"""Groups whose choices are not inherited from a run folder, since its config contains their values."""
 APPENDED_GROUPS = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
 """Groups that are appended with ``+``, and the config key that receives their options."""
 FIXED_KEY = "model.latent"
-"""A setting that trained weights depend on and that cannot change afterwards."""
+"""Setting that trained weights depend on, so it cannot be changed afterwards."""
 
 TRAINER_EQUIVALENTS = {
     "max_epochs": "budget.images=N",
@@ -71,7 +71,7 @@ TRAINER_EQUIVALENTS = {
     "logger": "logger=wandb, or +logger.NAME._target_=CLASS",
     "default_root_dir": "hydra.run.dir=DIR",
 }
-"""Trainer arguments that this program sets itself, and the equivalent override."""
+"""Trainer arguments that this program sets itself, and their equivalent overrides."""
 TEMPLATE_EQUIVALENTS = {
     "ckpt_path": "resume=RUN_FOLDER continues a run, task=evaluate run_dir=RUN_FOLDER checkpoint=last evaluates it",
     "task_name": "a run is named after its folder: hydra.run.dir=DIR",
@@ -80,11 +80,11 @@ TEMPLATE_EQUIVALENTS = {
     "lr": "model.optimizer.lr=X",
     "batch_size": "trainer.global_batch_size=N",
 }
-"""Keys of lightning-hydra-template, and the equivalent overrides."""
+"""Keys of lightning-hydra-template, and their equivalents."""
 
 
 def rename_options(argv: list[str]) -> list[str]:
-    """The command line with the current option names. Prints one line on stderr for each old name."""
+    """Replace old option names in the command line. Print one line on stderr for each old name."""
     renamed = {arg: rename_option(arg) for arg in argv if not arg.startswith("-")}
     for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
         print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
@@ -92,9 +92,10 @@ def rename_options(argv: list[str]) -> list[str]:
 
 
 def inherit_choices(argv: list[str]) -> list[str]:
-    """With ``run_dir=DIR`` or ``resume=DIR``, add the group choices of that run that ``argv`` does not override.
+    """Add the group choices of the run ``run_dir=DIR`` or ``resume=DIR`` that ``argv`` does not override.
 
-    Then ``model.sampler.num_steps=18`` is a valid override if the run's sampler has steps, for any default model.
+    This makes ``model.sampler.num_steps=18`` a valid override whenever the run's sampler has ``num_steps``, whatever
+    the default model.
     """
     folder = _run_folder_in(argv)
     if folder is None:
@@ -109,7 +110,7 @@ def inherit_choices(argv: list[str]) -> list[str]:
     if "model" in overridden and _value_of("model", argv) != choices.get("model"):
         raise UserError(
             f"{folder} is a run of model={choices.get('model')}, not model={_value_of('model', argv)}:"
-            " leave model= out, or name another run."
+            " omit model=, or choose another run."
         )
     path = quote(str(folder))
     inherited += [f"hydra.run.dir={path}", f"hydra.sweep.dir={path}", "hydra.sweep.subdir=."]
@@ -125,7 +126,7 @@ def _run_folder_in(argv: list[str]) -> Path | None:
 
 
 def _value_of(key: str, argv: list[str]) -> str | None:
-    """The last value that ``argv`` gives a key."""
+    """Return the last value that ``argv`` gives a key, or None."""
     for arg in reversed(argv):
         name, equals, value = arg.partition("=")
         if equals and name.lstrip("+") == key:
@@ -196,7 +197,7 @@ def _refuse_unknown(prefix: str, keys: Iterable[str], known: Iterable[str], hint
 
 
 def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
-    """One line about the option that Hydra ``could not override``; None for any other error.
+    """Explain in one line why Hydra ``could not override`` an option. Return None for any other error.
 
     Args:
         argv: the command line.
@@ -234,7 +235,7 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
 
 
 def _compose_without(key: str, argv: list[str]) -> DictConfig:
-    """The config of the command line without its override of ``key``; in a sweep, with the first value of each key."""
+    """Compose the config without the override of ``key``, using the first value of each key in a sweep."""
     assignments = [arg for arg in argv if "=" in arg and not arg.startswith(("-", "hydra"))]
     overrides = []
     for override in OverridesParser.create().parse_overrides(assignments):
@@ -248,7 +249,7 @@ def _compose_without(key: str, argv: list[str]) -> DictConfig:
 
 
 def quoting_hint(error: BaseException) -> str | None:
-    """One line with the quoted override, if a path or glob has characters that Hydra parses; None for other errors."""
+    """Suggest quotes if a path or glob has characters that Hydra parses. Return None for any other error."""
     key, equals, value = str(getattr(error, "override", None) or "").partition("=")
     if not isinstance(error, OverrideParseException) or not equals or key not in PATH_KEYS or value[:1] in "'\"":
         return None
@@ -257,10 +258,10 @@ def quoting_hint(error: BaseException) -> str | None:
 
 
 def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
-    """The complete config of a job, from the config that Hydra composed.
+    """Complete the config that Hydra composed for a job.
 
-    Adds the output folder, the group choices, the name of the sweep and the command. With ``run_dir`` or ``resume``,
-    the result is the config of that run with the overrides of the command line.
+    Add the output folder, the group choices, the sweep name and the command. With ``run_dir`` or ``resume``, the result
+    is the config of that run with the overrides of the command line.
     """
     references = _references(OmegaConf.to_container(cfg, resolve=False))
     OmegaConf.resolve(cfg)
@@ -272,8 +273,8 @@ def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
         trained = (Path(folder) / "checkpoints" / "last.ckpt").exists()
         if trained and OmegaConf.select(cfg, FIXED_KEY) != OmegaConf.select(stored, FIXED_KEY):
             raise UserError(
-                f"{folder} was trained with another {FIXED_KEY}, which its weights depend on: leave {FIXED_KEY} as it"
-                " is, or train another model."
+                f"{folder} was trained with a different {FIXED_KEY}, which its weights depend on: keep {FIXED_KEY}, or"
+                " train another model."
             )
     with open_dict(cfg):
         if "choices" not in cfg:
@@ -289,7 +290,7 @@ def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
 def _override_stored(
     stored: DictConfig, composed: DictConfig, overrides: list[str], references: dict[str, str]
 ) -> DictConfig:
-    """The stored config, with the values of ``composed`` for everything that ``overrides`` change.
+    """Return the stored config with the values in ``composed`` of everything that ``overrides`` change.
 
     Args:
         references: see `_references`.
@@ -303,7 +304,7 @@ def _override_stored(
         for key in overridden
         if key not in groups or _value_of(groups[key], overrides) != stored.choices[groups[key]]
     }
-    # In the stored config, interpolations are resolved, so values that refer to a changed key change with it.
+    # Interpolations are resolved in the stored config, so values that refer to a changed key must be changed too.
     changed |= {path for path, source in references.items() if source in changed}
     for group, key in APPENDED_GROUPS.items():
         if group.replace("/", ".") in changed:
@@ -313,7 +314,7 @@ def _override_stored(
     for key in [*JOB_KEYS, *sorted(changed)]:
         OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     for key in ("data.root", "data.cache"):
-        # On another machine, the stored path may not exist.
+        # The stored path may not exist on another machine.
         path = OmegaConf.select(merged, key)
         if path is not None and key not in overridden and not Path(path).exists():
             OmegaConf.update(merged, key, OmegaConf.select(composed, key))
@@ -321,7 +322,7 @@ def _override_stored(
 
 
 def _references(node: Any, path: tuple[str, ...] = ()) -> dict[str, str]:
-    """The keys whose value is an interpolation, ``${a.b}`` or relative ``${..b}``, and the keys that these refer to."""
+    """Map keys whose value is an interpolation, ``${a.b}`` or relative ``${..b}``, to the keys that they refer to."""
     if isinstance(node, dict):
         return {key: ref for name, value in node.items() for key, ref in _references(value, (*path, str(name))).items()}
     match = re.fullmatch(r"\$\{(\.*)([\w.]+)\}", node) if isinstance(node, str) else None
@@ -336,12 +337,12 @@ def _key(override: Any) -> str:
 
 
 def _config_path(group: str) -> str:
-    """The config key that receives an option of a group: a.b for ``a/b``, c.d for ``a/b@c.d``."""
+    """Return the config key that receives an option of a group: a.b for ``a/b``, c.d for ``a/b@c.d``."""
     return group.partition("@")[2] or group.replace("/", ".")
 
 
 def load(folder: Path) -> DictConfig:
-    """The config of a run folder, with the current names."""
+    """Load the config of a run folder, with old option names replaced."""
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it contains no {FILE}.")
@@ -355,7 +356,7 @@ def load(folder: Path) -> DictConfig:
 
 
 def read_config(path: Path) -> DictConfig:
-    """A complete config that `save` wrote for another process of the same job."""
+    """Read a complete config that `save` wrote for another process of the same job."""
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
     return loaded
@@ -367,5 +368,5 @@ def save(cfg: DictConfig, path: Path) -> None:
 
 
 def without_locations(cfg: DictConfig) -> DictConfig:
-    """The config without `LOCATION_KEYS`."""
+    """Return the config without `LOCATION_KEYS`."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in LOCATION_KEYS])

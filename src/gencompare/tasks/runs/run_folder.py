@@ -1,4 +1,4 @@
-"""Run folders: claim one for this process, check whether another process uses it, and wait for that process."""
+"""Claim a run folder for this process, check whether another process uses it, and wait for that process."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gencompare.files import file_lock
 from gencompare.records import RECORD_FILE
 
 LOCK_FILE = ".lock"
-"""The process that works in a run folder holds a lock on this file."""
+"""File that is locked by the process that works in a run folder."""
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """The folder that ``run_dir=DIR`` names."""
+    """Return the folder ``run_dir=DIR``."""
     if cfg.run_dir is None:
         raise UserError(f"task={cfg.task.label} needs run_dir=DIR, the folder of a trained run.")
     return Path(cfg.run_dir)
@@ -37,12 +37,12 @@ def refuse_existing_run(folder: Path) -> None:
 
 @contextmanager
 def claim_run_folder(folder: Path, *, must_be_new: bool) -> Iterator[None]:
-    """Hold the lock of a run folder during the block. Rank 0 holds it for all ranks.
+    """Hold the lock of a run folder during the block. Rank 0 holds the lock for all ranks.
 
     Raises:
         UserError: another process holds the lock, or ``must_be_new`` is set and the folder contains a run.
     """
-    from pytorch_lightning.utilities import rank_zero_only  # slow to import, and sweeps start without it
+    from pytorch_lightning.utilities import rank_zero_only  # slow to import, and not needed to start sweeps
 
     if rank_zero_only.rank != 0:
         yield
@@ -57,7 +57,7 @@ def claim_run_folder(folder: Path, *, must_be_new: bool) -> Iterator[None]:
 
 
 def is_active(folder: Path) -> bool:
-    """Whether a process on this machine holds the lock of a run folder."""
+    """Return whether a process on this machine holds the lock of a run folder."""
     if not (folder / LOCK_FILE).exists():
         return False
     try:
@@ -66,11 +66,11 @@ def is_active(folder: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False  # a folder of another user
+        return False  # the folder belongs to another user
 
 
 def wait_until_inactive(folder: Path) -> bool:
-    """Wait until no other process uses a run folder. Returns whether one did."""
+    """Wait until no other process uses a run folder, and return whether there was such a process."""
     active = is_active(folder)
     if active:
         print(f"[{folder.name}] waiting for the process that is using it.", flush=True)
@@ -89,6 +89,6 @@ def touch_lock(folder: Path) -> None:
 
 
 def touched_since(folder: Path, time_ns: int) -> bool:
-    """Whether `touch_lock` was called for ``folder`` at ``time_ns`` or later."""
+    """Return whether `touch_lock` was called for ``folder`` at ``time_ns`` or later."""
     lock = folder / LOCK_FILE
     return lock.exists() and lock.stat().st_mtime_ns >= time_ns

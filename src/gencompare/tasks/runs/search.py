@@ -1,4 +1,4 @@
-"""Hyperparameter search with Optuna that minimises the distance of samples to validation images."""
+"""Hyperparameter search with Optuna, which minimises the distance of samples to validation images."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NO_OBJECTIVE = (
     " callbacks.evaluation.num_samples above 0, and choose a generative model."
 )
 Launch = Callable[[Sequence[Sequence[str]], int], object]
-"""Runs jobs, given the overrides of each and the number of the first, and returns when all have ended."""
+"""Runs jobs and returns when all of them have ended, given the overrides of each job and the number of the first."""
 
 
 def import_optuna() -> Any:
-    """The module `optuna`, an optional dependency."""
+    """Import `optuna`, an optional dependency."""
     try:
         optuna = import_module("optuna")
     except ImportError as error:
@@ -39,10 +39,10 @@ def import_optuna() -> Any:
 
 
 def distribution(override: Override) -> Any:
-    """The Optuna distribution of a sweep override.
+    """Return the Optuna distribution of a sweep override.
 
-    ``interval(a, b)`` is uniform, ``int(interval(a, b))`` uniform over whole numbers, and with ``tag(log, ...)`` they
-    are log-uniform. Lists, ``choice(...)`` and ``range(...)`` are categorical.
+    ``interval(a, b)`` is uniform, ``int(interval(a, b))`` is uniform over whole numbers, and ``tag(log, ...)`` makes
+    them log-uniform. Lists, ``choice(...)`` and ``range(...)`` are categorical.
     """
     optuna: Any = import_optuna()
     if not override.is_interval_sweep():
@@ -60,13 +60,13 @@ def distribution(override: Override) -> Any:
 class Study:
     """An Optuna study whose trials are run folders in ``sweep``.
 
-    An interrupted study can be resumed: unfinished trials come first, with the same values. Each proposal depends on
-    the seed and on earlier trials, not on interruptions.
+    An interrupted study can be resumed. Unfinished trials then run first, with the same values. Each proposal depends
+    on the seed and earlier trials, but not on interruptions.
 
     Args:
         name: prefix of the study's name in the database.
         space: distributions by config key.
-        fixed: overrides of all trials.
+        fixed: overrides that all trials share.
         n_trials: number of trials, including failed ones.
         n_jobs: number of trials that are proposed and launched together.
         first_job: number of the first job.
@@ -86,7 +86,7 @@ class Study:
     def __post_init__(self) -> None:
         optuna: Any = import_optuna()
         url: Any = import_module("sqlalchemy").URL  # escapes special characters of paths
-        # Other settings or another space make another study.
+        # Different settings or a different space define a new study.
         settings = "\n".join(
             [*sorted(filter(is_identifying, self.fixed)), *(f"{key}: {self.space[key]}" for key in sorted(self.space))]
         )
@@ -123,7 +123,7 @@ class Study:
         self.record_tuning(best.number)
 
     def next_batch(self) -> list[Any]:
-        """The trials to launch next, with consecutive numbers: unfinished ones first, then new ones."""
+        """Return the next trials to launch, with consecutive numbers: unfinished trials if any, else new ones."""
         running = self.trials_in(self.states.RUNNING)
         if not running:
             done = len(self.study.get_trials(deepcopy=False))
@@ -135,7 +135,7 @@ class Study:
         return batch[: self.n_jobs]
 
     def propose(self, number: int) -> Any:
-        """A new trial."""
+        """Propose a new trial."""
         num_startup = min(10, max(2, self.n_trials // 3))
         self.study.sampler = self.sampler(seed=self.seed + number, n_startup_trials=num_startup)
         return self.study.ask(self.space)
@@ -150,7 +150,7 @@ class Study:
         return [*self.fixed, *self.values(trial), f"trial={{study: {quote(self.id)}, number: {trial.number}}}"]
 
     def trial_folder(self, number: int) -> Path | None:
-        """The run folder of a trial."""
+        """Return the run folder of a trial, or None if it has none."""
         for path in sorted(self.sweep.glob(f"*/{RECORD_FILE}")):
             try:
                 if RunRecord.load(path).config.get("trial") == {"study": self.id, "number": number}:
@@ -160,7 +160,7 @@ class Study:
         return None
 
     def record_tuning(self, best: int) -> None:
-        """Write the number of trials into each trial's record, and the cost of all trials into that of the best one."""
+        """Record the number of trials in each trial's record, and the cost of the other trials in that of the best."""
         trials = self.study.get_trials(deepcopy=False)
         folders = {trial.number: self.trial_folder(trial.number) for trial in trials}
         records = {number: RunRecord.load(folder) for number, folder in folders.items() if folder is not None}
@@ -179,7 +179,7 @@ class Study:
                     "study": self.id, "trial": number, "trials": len(trials), "failed": failed, "best": number == best,
                     "space": {key: str(value) for key, value in self.space.items()},
                 }  # fmt: skip
-                # With fewer trials, another trial may have been the best.
+                # This trial may have been the best of fewer trials, so remove the cost of other trials.
                 own = [entry for entry in record.training.get("dependencies", []) if entry["role"] != TRIAL_ROLE]
                 tuning = [{**entry, "role": TRIAL_ROLE} for entry in trial_costs] if number == best else []
                 record.training["dependencies"] = dependency_costs.deduplicate([*own, *tuning])
@@ -190,7 +190,7 @@ class Study:
 
 
 def objective(folder: Path | None) -> float | None:
-    """The distance to validation images at the last evaluation of a trial; None if the trial failed."""
+    """Return the distance to validation images at the last evaluation of a trial, or None if the trial failed."""
     if folder is None:
         return None
     record = RunRecord.load(folder)

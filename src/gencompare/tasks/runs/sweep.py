@@ -1,4 +1,4 @@
-"""Jobs of a sweep: recognise jobs that are finished, were interrupted, or share their training with another job."""
+"""Recognise jobs of a sweep that are finished, were interrupted, or share their training with another job."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ NON_IDENTIFYING_KEYS = (
     *run_config.JOB_KEYS, "out", "tags", "sweep_name", "command", "trained_run", "logger", "callbacks.progress_bar",
     "data.cache",
 )  # fmt: skip
-"""Config keys of locations, the terminal and other tasks: a job with another value is the same job."""
+"""Config keys of locations, the terminal and other tasks, whose values do not change the identity of a job."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
-"""Config keys that decide how a trained model is sampled and evaluated."""
+"""Config keys that determine how a trained model is sampled and evaluated."""
 FINAL_EVALUATION_KEYS = (
     "evaluation.num_images", "evaluation.checkpoints", "evaluation.samplers", "evaluation.guidance",
     "evaluation.protocol.num_images", "evaluation.protocol.num_likelihood_images", "evaluation.protocol.reference",
     "evaluation.protocol.metrics",
 )  # fmt: skip
-"""Those of `SAMPLING_KEYS` that the evaluations during training do not use."""
+"""Keys within `SAMPLING_KEYS` that evaluations during training do not use."""
 IMAGE_FOLDER = "gencompare.data.image_folder.ImageFolder"
 TRAIN_TASK = "gencompare.tasks.train.train"
 
@@ -47,7 +47,7 @@ class JobIdentity:
 
 
 def job_identity(cfg: DictConfig) -> JobIdentity:
-    """The identity of the job of a config."""
+    """Return the identity of the job that a config defines."""
     settings = identifying_settings(cfg)
     job = _hash(settings)
     guides = {
@@ -56,12 +56,12 @@ def job_identity(cfg: DictConfig) -> JobIdentity:
         if isinstance(part, dict) and part.get("run")
     }
     _remove_keys(settings, FINAL_EVALUATION_KEYS if evaluation_affects_training(cfg) else SAMPLING_KEYS)
-    # The guides stay: their cost may count against the budget.
+    # Keep the guides, since their cost may count against the budget.
     return JobIdentity(job, _hash({**settings, "guides": guides}))
 
 
 def identity_of_run(folder: Path) -> JobIdentity:
-    """The identity of the run in ``folder``. Raises `UserError` if its config cannot be read."""
+    """Return the identity of the run in ``folder``. Raise `UserError` if its config cannot be read."""
     path = folder / run_config.FILE
     return _cached_identity(folder.absolute(), path.stat().st_mtime_ns if path.exists() else 0)
 
@@ -72,14 +72,14 @@ def _cached_identity(folder: Path, mtime_ns: int) -> JobIdentity:
 
 
 def identifying_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of a config that affect the results of its job."""
+    """Return the settings of a config that affect the results of its job."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     data = settings.get("data") or {}
-    # The folder of all data sets does not matter, but a folder of images is identified only by its path.
+    # The folder of all data sets does not matter, but an image folder is identified only by its path.
     if data.get("root") == (settings.get("paths") or {}).get("data") and data.get("_target_") != IMAGE_FOLDER:
         data.pop("root", None)
     _remove_keys(settings, NON_IDENTIFYING_KEYS)
-    # Choices only name what the config contains, except debug, which also determines the budget of an autoencoder.
+    # Choices only name settings in the config, except debug, which also determines the budget of an autoencoder.
     settings["choices"] = (settings.get("choices") or {}).get("debug")
     latent = (settings.get("model") or {}).get("latent") or {}
     if latent.get("autoencoder_run"):
@@ -88,7 +88,7 @@ def identifying_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluation_affects_training(cfg: DictConfig) -> bool:
-    """Whether samples drawn during training choose a checkpoint or end training."""
+    """Return whether samples drawn during training select a checkpoint or may end training."""
     options = OmegaConf.select(cfg, "callbacks.evaluation") or {}
     uses_best = "best" in str(OmegaConf.select(cfg, "evaluation.checkpoints"))
     return bool(
@@ -113,22 +113,22 @@ def _hash(settings: dict[str, Any]) -> str:
 
 
 def is_identifying(override: str) -> bool:
-    """Whether an override affects the results of a job, rather than locations, logging or other tasks."""
+    """Return whether an override affects the results of a job, rather than locations, logging or other tasks."""
     name = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
     return not any(name == key or name.startswith(f"{key}.") for key in NON_IDENTIFYING_KEYS)
 
 
 def evaluated_config_path(folder: Path, job: str) -> Path:
-    """Path of the config of another job that was evaluated with the weights of the run in ``folder``."""
+    """Return the path for the config of another job that was evaluated with the weights of the run in ``folder``."""
     return folder / "measured" / f"{job[:16]}.yaml"
 
 
 def prepare_job(cfg: DictConfig, sweep: Path) -> bool:
-    """Set the run folder of a sweep's job, and what it resumes, in ``cfg``. Returns whether anything is left to do.
+    """Set the run folder of a sweep's job and what it resumes in ``cfg``, and return whether anything is left to do.
 
-    A job is recognised by the hash of its settings, in any run folder of the sweep. A finished job is skipped, an
-    interrupted one resumed, and one that failed before its first checkpoint restarted. A job whose training another
-    job has finished only evaluates the weights of that run.
+    A job is recognised by the hash of its settings, in any run folder of the sweep. A finished or active job is
+    skipped, an interrupted job is resumed, and a job without a checkpoint is restarted. If another job has finished the
+    same training, only its weights are evaluated.
     """
     if cfg.task._target_ != TRAIN_TASK:
         return True
@@ -141,7 +141,7 @@ def prepare_job(cfg: DictConfig, sweep: Path) -> bool:
 
 
 def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
-    """The run folder of a job, and whether anything is left to do in it."""
+    """Return the run folder of a job, and whether anything is left to do in it."""
     identity = job_identity(cfg)
     runs = _find_runs(sweep, lambda other: other.job == identity.job)
     for folder, record in sorted(runs, key=lambda run: run[1].state != "finished")[:1]:
@@ -162,7 +162,7 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
         (folder / RECORD_FILE).unlink()
     default, number = Path(cfg.out), 1
     while (Path(cfg.out) / RECORD_FILE).exists():
-        # A job of an earlier command has this number.
+        # A job from an earlier command has this number.
         number += 1
         cfg.out = f"{default}_{number}"
     trained = _find_trained_run(sweep, identity)
@@ -178,7 +178,7 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
 
 
 def _find_trained_run(sweep: Path, identity: JobIdentity) -> Path | None:
-    """A finished run with the same training; if one is in progress, wait until it ends."""
+    """Return a finished run with the same training, or None. If such a run is in progress, wait until it ends."""
     for folder, record in _find_runs(sweep, lambda other: other.training == identity.training):
         finished = record.state == "finished" or (
             wait_until_inactive(folder) and RunRecord.load(folder).state == "finished"
@@ -189,7 +189,7 @@ def _find_trained_run(sweep: Path, identity: JobIdentity) -> Path | None:
 
 
 def _find_runs(sweep: Path, matches: Callable[[JobIdentity], bool]) -> Iterator[tuple[Path, RunRecord]]:
-    """Yield the runs in a sweep folder for whose identity ``matches`` returns true; corrupted runs are skipped."""
+    """Yield the runs in a sweep folder whose identity satisfies ``matches``, except corrupted runs."""
     for path in sorted(sweep.glob(f"*/{RECORD_FILE}")):
         try:
             if matches(identity_of_run(path.parent)):
@@ -224,7 +224,7 @@ def _set_failed(record: RunRecord, *, reason: str) -> None:
 
 
 def unfinished_runs(folders: list[Path]) -> dict[str, str]:
-    """The names of runs that did not finish, with the reasons. Corrupted runs that were repeated are left out."""
+    """Return the names of runs that did not finish, with the reasons, except corrupted runs that were repeated."""
     reasons = {}
     for folder in folders:
         try:
@@ -242,7 +242,7 @@ def unfinished_runs(folders: list[Path]) -> dict[str, str]:
 
 
 def _was_repeated(folder: Path) -> bool:
-    """Whether another run of the sweep finished the job of ``folder``, whose record cannot be read."""
+    """Return whether another run of the sweep finished the job of ``folder``, whose record cannot be read."""
     try:
         job = identity_of_run(folder).job
     except UserError:
