@@ -1,12 +1,13 @@
 # make demo          install, train on the digits data set, evaluate, and print the path of the page
 # make test          install the development extra and run all tests but the slow ones
 # make test-slow     run the tests that take minutes each
+# make test-notebooks  run all notebooks; make notebooks also stores their outputs
 # make test-browser  test the comparison page in headless Chromium, if installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-browser setup setup-dev lint format clean
+.PHONY: demo test test-slow test-notebooks notebooks test-browser setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm
@@ -16,6 +17,12 @@ test: setup-dev
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m slow -rs
+
+test-notebooks: setup-dev
+	$(BIN)/python -m pytest -m notebooks
+
+notebooks: setup-dev
+	$(BIN)/python notebooks/build.py
 
 test-browser: setup-dev
 	PYTHONPATH=tests:tests/browser $(BIN)/python -m pytest -n0 -rs tests/browser

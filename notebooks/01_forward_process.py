@@ -99,8 +99,21 @@ show_rows(
 # ## Many steps
 #
 # DDPM takes $T = 1000$ steps with betas that increase linearly from 0.0001 to 0.02. The cell
-# follows 500 chains that start at the same digit, and keeps every state of the first chain. No
-# single step is visible; together they leave nothing of the digit.
+# follows 500 chains that start at the same digit, and keeps every state of the first chain. A
+# single step changes the image little; a thousand steps leave nothing of the digit to see.
+#
+# ## The closed form
+#
+# A sum of independent Gaussian terms is Gaussian, so $t$ steps collapse into one (Ho et al. 2020,
+# eq. 4):
+#
+# $$q(x_t \mid x_0) = \mathcal N\left(\alpha_t x_0,\ \sigma_t^2 I\right), \qquad
+# \alpha_t^2 = \bar\alpha_t = \prod_{i \le t} (1 - \beta_i), \qquad \sigma_t^2 = 1 - \bar\alpha_t.$$
+#
+# `BetaTable` turns any list of betas into such a schedule. Step $i$ is time $i / T$, and `at`
+# returns alpha and sigma. The chains above have these means and standard deviations at every step:
+# in the code, `signal` is the factor that multiplies the digit in the mean of the chains, and
+# `noise` is the standard deviation about this mean.
 
 # %%
 betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -121,21 +134,6 @@ show_rows(
     "One chain of 1000 steps",
 )
 
-# %% [markdown]
-# ## The closed form
-#
-# A sum of independent Gaussian terms is Gaussian, so $t$ steps collapse into one (Ho et al. 2020,
-# eq. 4):
-#
-# $$q(x_t \mid x_0) = \mathcal N\left(\alpha_t x_0,\ \sigma_t^2 I\right), \qquad
-# \alpha_t^2 = \bar\alpha_t = \prod_{i \le t} (1 - \beta_i), \qquad \sigma_t^2 = 1 - \bar\alpha_t.$$
-#
-# `BetaTable` turns any list of betas into such a schedule. Step $i$ is time $i / T$, and `at`
-# returns alpha and sigma. The chains above have these means and standard deviations at every step:
-# in the code, `signal` is the factor that multiplies the digit in the mean of the chains, and
-# `noise` is the standard deviation about this mean.
-
-# %%
 schedule = BetaTable(betas)
 t = schedule.discrete_times
 at = schedule.at(t)
@@ -227,7 +225,8 @@ assert score_function.std() > 2 * pathwise.std()
 # [Nichol and Dhariwal (2021)](https://arxiv.org/abs/2102.09672), eq. 17, observe that the linear
 # betas destroy small images too early, and choose $\alpha_t$ to follow a cosine:
 #
-# $$\bar\alpha_t = \frac{f(t)}{f(0)}, \qquad f(t) = \cos^2\left(\frac{\pi}{2}\, \frac{t + s}{1 + s}\right), \qquad s = 0.008.$$
+# $$\bar\alpha_t = \frac{f(t)}{f(0)}, \qquad
+# f(t) = \cos^2\left(\frac{\pi}{2}\, \frac{t + s}{1 + s}\right), \qquad s = 0.008.$$
 #
 # Both rows below use the same noise, and the digit is enlarged to 32x32 pixels so that the eye can
 # average over it. At $t = 0.7$ the cosine schedule keeps almost half of the amplitude of the digit,
@@ -296,7 +295,8 @@ assert abs(area - 1) < 0.02
 #
 # Dividing $x_t$ by $\alpha_t$ loses no information, and what remains depends on the log-SNR alone:
 #
-# $$\frac{x_t}{\alpha_t} = x_0 + \frac{\sigma_t}{\alpha_t}\, \epsilon = x_0 + e^{-\lambda_t / 2}\, \epsilon.$$
+# $$\frac{x_t}{\alpha_t} = x_0 + \frac{\sigma_t}{\alpha_t}\, \epsilon
+# = x_0 + e^{-\lambda_t / 2}\, \epsilon.$$
 #
 # So at equal log-SNR, every schedule gives the same denoising problem. The cell finds the time at
 # which each of four schedules has $\lambda = -1$: the times differ, the rescaled images do not.
@@ -311,9 +311,8 @@ for each in (linear, cosine, VE(), RectifiedFlow()):
     at = each.at(t, x)
     x_t = NoisyBatch.make(x, eps, t, at).x_t
     assert torch.allclose(x_t / at.alpha, expected, atol=1e-3)
-    print(
-        f"{type(each).__name__:14s} t = {t:.3f}  alpha = {at.alpha:.3f}  sigma = {at.sigma:.3f}  std of x_t {x_t.std():.2f}"
-    )
+    print(f"{type(each).__name__:14s} t = {t:.3f}  alpha = {at.alpha:.3f}", end="  ")
+    print(f"sigma = {at.sigma:.3f}  standard deviation of x_t {x_t.std():.2f}")
 
 # %% [markdown]
 # ## The same log-SNR hides less of a larger image
@@ -342,8 +341,9 @@ at = cosine.at(t, large)
 averaged_noise = avg_pool2d(noisy["64x64"], k) - at.alpha * small
 raised = 2 * torch.log(at.alpha / averaged_noise.std())
 print(
-    f"log-SNR per pixel {at.log_snr:.2f}, of 8x8 averages {raised:.2f}, rule: {at.log_snr + 2 * math.log(k):.2f}"
+    f"log-SNR per pixel {at.log_snr:.2f}, of averages over {k} x {k} pixels {raised:.2f};", end=" "
 )
+print(f"rule {at.log_snr + 2 * math.log(k):.2f}")
 assert abs(raised - at.log_snr - 2 * math.log(k)) < 0.2
 
 # %% [markdown]
@@ -354,7 +354,8 @@ assert abs(raised - at.log_snr - 2 * math.log(k)) < 0.2
 # Stable Diffusion stops at $\alpha_T = 0.068$. The mismatch is the first term of the variational
 # bound, $\mathrm{KL}(q(x_T \mid x_0)\, \|\, p(x_T))$, which `prior_kl` computes:
 #
-# $$\mathrm{KL} = \frac12 \sum_{\text{pixels}} \left(\alpha_T^2 x_0^2 + \sigma_T^2 - 1 - \log \sigma_T^2\right).$$
+# $$\mathrm{KL} = \frac12 \sum_{\text{pixels}}
+# \left(\alpha_T^2 x_0^2 + \sigma_T^2 - 1 - \log \sigma_T^2\right).$$
 
 # %%
 scaled_linear = LinearBetas(0.00085, 0.012, power=2)
@@ -366,21 +367,28 @@ for name, each in ends.items():
         1
     )
     assert torch.allclose(kl, by_hand, atol=1e-4)
-    print(
-        f"{name:14s} log-SNR {at.log_snr:6.2f}  alpha {at.alpha:.5f}  KL per digit {kl.mean():.4f} nats"
-    )
+    print(f"{name:14s} log-SNR {at.log_snr:6.2f}  alpha {at.alpha:.5f}", end="  ")
+    print(f"KL per digit {kl.mean():.4f} nats")
 print(
     "Starting from pure noise is accepted up to a log-SNR of -4:",
     scaled_linear.prior_mismatch(torch.tensor(1.0)),
 )
 
 # %% [markdown]
-# 0.1 nats seem negligible, but they are concentrated in one direction: the mean of all pixels,
-# where averaging removes the noise. The next cell isolates it. The data are 64x64 images of a
-# single brightness $b \sim \mathcal N(0, 0.5^2)$. Their optimal denoiser only needs the mean $m$ of
-# the $D = 4096$ pixels:
+# 0.1 nats per digit seem negligible. But in a larger image what remains adds up in one direction:
+# the mean of all pixels, where averaging removes the noise. The next cell isolates it. The data are
+# 64x64 images of a single brightness $b \sim \mathcal N(0, 0.5^2)$. Their optimal denoiser only
+# needs the mean $m$ of the $D = 4096$ pixels:
 #
 # $$E[b \mid x_t] = \frac{\alpha_t\, 0.5^2\, m}{\alpha_t^2\, 0.5^2 + \sigma_t^2 / D}.$$
+#
+# The exact solution of the probability-flow ODE only rescales the mean, so the standard deviation
+# of the sampled brightness is known too:
+#
+# $$\mathrm{std} = 0.5\, \sqrt{\frac{1 / D}{\alpha_T^2\, 0.5^2 + \sigma_T^2 / D}}.$$
+#
+# Under the scaled linear schedule no sample is very dark or very bright, although the denoiser is
+# optimal: sampling starts from a distribution that no noisy training image has.
 
 
 # %%
@@ -406,17 +414,6 @@ for name, each in ends.items():
     samples = SAMPLER.sample(FlatImageDenoiser(each, STD), start, generator=generator("cpu", 1))
     brightness[name] = samples.mean((1, 2, 3))
 
-# %% [markdown]
-# The exact solution of the probability-flow ODE only rescales the mean, so the standard deviation
-# of the sampled brightness is known too:
-#
-# $$\mathrm{std} = 0.5\, \sqrt{\frac{1 / D}{\alpha_T^2\, 0.5^2 + \sigma_T^2 / D}}.$$
-#
-# Under the scaled linear schedule no sample is very dark or very bright, although the denoiser is
-# perfect. The denoiser is not at fault: sampling starts from a distribution that no noisy training
-# image has.
-
-# %%
 figure, axes = plt.subplots(1, 4, figsize=(9, 2.6), sharex=True, sharey=True)
 for ax, (name, values) in zip(axes, brightness.items()):
     ax.hist(
@@ -457,14 +454,13 @@ for name, each in {
 }.items():
     early, late = each.t_from_log_snr(ends_of_range).tolist()
     outside[name] = 1 - (late - early) / (each.t_max - each.t_min)
-    print(
-        f"{name:7s} {outside[name]:.0%} of uniform times, below 5 at t = {early:.2f}, below -5 at t = {late:.2f}"
-    )
+    print(f"{name:7s} {outside[name]:.0%} of uniform times:", end=" ")
+    print(f"lambda is above 5 before t = {early:.2f} and below -5 after t = {late:.2f}")
 assert outside["cosine"] < 0.15 < outside["linear"]
 
 # %% [markdown]
-# The cosine schedule spends 10 % of its times there, the linear one and its continuous limit VP 32
-# %. Most of that is time at almost pure noise.
+# The cosine schedule spends 10% of its times there, the linear one and its continuous limit VP 32%.
+# For the linear schedule almost all of that is time at nearly pure noise.
 #
 # ### 2. What happens with the same betas and only 100 steps?
 #
@@ -479,7 +475,7 @@ print(f"betas times 10: alpha at the end {scaled.at(torch.tensor(1.0)).alpha:.4f
 assert short.prior_mismatch(torch.tensor(1.0)) and scaled.prior_mismatch(torch.tensor(1.0)) is None
 
 # %% [markdown]
-# 60 % of the image remains at the end. With $T$ steps the betas must be $1000 / T$ times as large.
+# 60% of the image remains at the end. With $T$ steps the betas must be $1000 / T$ times as large.
 #
 # ### 3. Does rescaling the schedule correct the brightness?
 #
@@ -497,9 +493,8 @@ samples = SAMPLER.sample(FlatImageDenoiser(rescaled, STD), start, generator=gene
 corrected = samples.mean((1, 2, 3)).std()
 print(f"log-SNR at the end: {scaled_linear.at(torch.tensor(1.0)).log_snr:.2f}, rescaled", end=" ")
 print(f"{rescaled.at(torch.tensor(1.0)).log_snr:.2f}")
-print(
-    f"std of the brightness: {brightness['scaled linear'].std():.3f}, rescaled {corrected:.3f}, data {STD}"
-)
+print(f"standard deviation of the brightness: {brightness['scaled linear'].std():.3f},", end=" ")
+print(f"rescaled {corrected:.3f}, data {STD}")
 assert abs(corrected - STD) < 0.06
 
 # %% [markdown]

@@ -35,13 +35,13 @@ from gencompare.diffusion.objectives import (
     normal_log_prob,
 )
 from gencompare.diffusion.parameterizations import (
+    X0,
     EDMPreconditioning,
     Eps,
     PosteriorMean,
     Prediction,
     Score,
     V,
-    X0,
 )
 from gencompare.diffusion.samplers import ancestral_step
 from gencompare.diffusion.schedules import VE, EDMSchedule, schedule_curve
@@ -74,6 +74,11 @@ plt.rcParams.update(
 # ([Kingma and Welling 2014](https://arxiv.org/abs/1312.6114), eq. 2). Here
 # $z \sim \mathcal N(0, 1)$ and $x \mid z \sim \mathcal N(1.5 z, 0.5^2)$, so that
 # $x \sim \mathcal N(0, 1.5^2 + 0.5^2)$ is known, and so is the posterior.
+#
+# The logarithm of the mean is the same for every $q$. The mean of the logarithm is not, and it
+# reaches $\log p(x)$ only where the weights do not vary: at the posterior. Averaging $K$ weights
+# before the logarithm reduces their variance, and closes the gap ([Burda et al.
+# 2016](https://arxiv.org/abs/1509.00519), theorem 1); $K = 1$ is the ELBO.
 
 # %%
 a, s, x = 1.5, torch.tensor(0.5), torch.tensor(2.0)
@@ -100,13 +105,6 @@ for name, values in log_w.items():
     print(f"{name:9s}  log of the mean {log_mean:.3f}  mean of the log (ELBO) {values.mean():.3f}")
     assert values.mean() <= log_p + 1e-9 and abs(log_mean - log_p) < 0.03
 
-# %% [markdown]
-# The logarithm of the mean is the same for every $q$. The mean of the logarithm is not, and it
-# reaches $\log p(x)$ only where the weights do not vary: at the posterior. Averaging $K$ weights
-# before the logarithm reduces their variance, and closes the gap ([Burda et al.
-# 2016](https://arxiv.org/abs/1509.00519), theorem 1); $K = 1$ is the ELBO.
-
-# %%
 counts = [1, 2, 4, 8, 16, 32, 64]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
 for name, color in zip(("far", "near"), ("C0", "C1")):
@@ -137,7 +135,8 @@ plt.show()
 #
 # Between Gaussians both are known (Kingma and Welling 2014, appendix B):
 #
-# $$\mathrm{KL}(\mathcal N(\mu, \sigma^2)\, \|\, \mathcal N(0, 1)) = \tfrac12 (\mu^2 + \sigma^2 - 1 - \log \sigma^2).$$
+# $$\mathrm{KL}(\mathcal N(\mu, \sigma^2)\, \|\, \mathcal N(0, 1))
+# = \tfrac12 (\mu^2 + \sigma^2 - 1 - \log \sigma^2).$$
 #
 # For another second Gaussian, shift and scale both so that it becomes $\mathcal N(0, 1)$: the
 # divergence does not change.
@@ -202,6 +201,9 @@ assert torch.allclose(spread, deltas, rtol=0.03)
 # in the log-SNR. They agree with these equations at all steps, and with the rule for conditioning
 # the joint Gaussian of $(x_{t-1}, x_t)$ given $x_0$. With $a = \alpha_t / \alpha_{t-1}$, that joint
 # has covariance $a \sigma_{t-1}^2$.
+#
+# A check without algebra: draw many pairs $(x_{t-1}, x_t)$ from $x_0 = 0.5$, keep those with $x_t$
+# in a narrow interval, and look at their $x_{t-1}$.
 
 # %%
 schedule = LinearBetas(0.002, 0.4, num_train_timesteps=50)
@@ -221,11 +223,6 @@ assert torch.allclose(coef_x0, at_s.alpha - gain * at_t.alpha)
 assert torch.allclose(std**2, at_s.sigma**2 - gain * covariance)
 print(f"log-SNR from {at_s.log_snr[0]:.1f} to {at_t.log_snr[-1]:.1f}, 49 posteriors checked")
 
-# %% [markdown]
-# A check without algebra: draw many pairs $(x_{t-1}, x_t)$ from $x_0 = 0.5$, keep those with $x_t$
-# in a narrow interval, and look at their $x_{t-1}$.
-
-# %%
 k, clean = 8, 0.5
 x_s = at_s.alpha[k] * clean + at_s.sigma[k] * torch.randn(400_000)
 x_t = (1 - beta[k]).sqrt() * x_s + beta[k].sqrt() * torch.randn(400_000)
@@ -256,13 +253,18 @@ plt.show()
 # With these posteriors the negative ELBO becomes a sum of KL divergences (Ho et al. 2020, eq. 5):
 #
 # $$-\log p(x_0) \le \underbrace{\mathrm{KL}(q(x_T \mid x_0)\, \|\, p(x_T))}_{\text{prior}}
-# + \sum_{t > 1} \underbrace{E\, \mathrm{KL}(q(x_{t-1} \mid x_t, x_0)\, \|\, p(x_{t-1} \mid x_t))}_{L_t}
+# + \sum_{t > 1}
+# \underbrace{E\, \mathrm{KL}(q(x_{t-1} \mid x_t, x_0)\, \|\, p(x_{t-1} \mid x_t))}_{L_t}
 # \underbrace{- E \log p(x_0 \mid x_1)}_{\text{reconstruction}}.$$
 #
 # The data are points in the plane,
 # $0.2\, \mathcal N((-0.5, -0.5), 0.1^2 I) + 0.8\, \mathcal N((0.5, 0.5), 0.1^2 I)$. Their density
 # is known, and so is the optimal denoiser: each component $k$ has a linear one, and these are
 # averaged with the probability that $x_t$ comes from $k$.
+#
+# The schedule of this section has log-SNRs that fall linearly from 6 to -9 in $T$ steps. Its betas
+# follow from $\bar\alpha_t = \mathrm{sigmoid}(\lambda_t)$ and
+# $1 - \beta_t = \bar\alpha_t / \bar\alpha_{t-1}$.
 
 # %%
 mixture = DISTRIBUTIONS["two_gaussians"]
@@ -291,13 +293,7 @@ def draw_points(n, source):
 
 points = draw_points(2000, generator("cpu", "test"))
 
-# %% [markdown]
-# The schedule of this section has log-SNRs that fall linearly from 6 to -9 in $T$ steps. Its betas
-# follow from $\bar\alpha_t = \mathrm{sigmoid}(\lambda_t)$ and
-# $1 - \beta_t = \bar\alpha_t / \bar\alpha_{t-1}$.
 
-
-# %%
 def even_schedule(T):
     alpha_bar = torch.linspace(6, -9, T).sigmoid()
     return BetaTable(1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]))
@@ -310,6 +306,10 @@ exact = ExactDenoiser(even)
 # %% [markdown]
 # A small network is trained with the simple loss, under this schedule. `Denoiser` joins network,
 # schedule and parameterisation, so that the exact and the trained denoiser are interchangeable.
+#
+# The trained network has a larger bound than the exact denoiser, and even that one is above
+# $-\log p(x)$: the true reverse step is not Gaussian, and its variance is larger than
+# $\tilde\beta_t$. More and shorter steps reduce this gap. `step_kl` returns single terms $L_t$.
 
 # %%
 network = DenoisingMLP((2, 1, 1), 2, width=64, depth=2)
@@ -340,13 +340,7 @@ for name, denoiser in (("exact", exact), ("trained", trained)):
     print(f"sum {bound[name]:.3f}")
 assert entropy < bound["exact"] < bound["trained"]
 
-# %% [markdown]
-# The trained network has a larger bound than the exact denoiser, and even that one is above
-# $-\log p(x)$: the true reverse step is not Gaussian, and its variance is larger than
-# $\tilde\beta_t$. More and shorter steps reduce this gap. `step_kl` returns single terms $L_t$.
 
-
-# %%
 @torch.no_grad()
 def mean_term(denoiser, i):
     at_t = denoiser.schedule.at(denoiser.schedule.discrete_times[i], points)
@@ -381,7 +375,8 @@ assert all(coarse > fine > entropy for coarse, fine in zip(totals, totals[1:]))
 # The ELBO can be written down before any of this, as a ratio of each reverse step and its forward
 # step (Ho et al. 2020, eq. 3):
 #
-# $$-\log p(x_0) \le E_q\left[-\log p(x_T) - \sum_{t \ge 1} \log \frac{p(x_{t-1} \mid x_t)}{q(x_t \mid x_{t-1})}\right].$$
+# $$-\log p(x_0) \le E_q\left[-\log p(x_T)
+# - \sum_{t \ge 1} \log \frac{p(x_{t-1} \mid x_t)}{q(x_t \mid x_{t-1})}\right].$$
 #
 # It needs no posterior, only $p$ and $q$ of single steps. [Sohl-Dickstein et al.
 # (2015)](https://arxiv.org/abs/1503.03585), appendix B, rewrite it with Bayes' rule,
@@ -444,6 +439,13 @@ for name, values in (("one-step ratios", ratio_form), ("KL divergences", kl_form
 # the Gaussian KL, a short step has a KL of order $\delta^2$ and a log ratio with a spread of order
 # $\delta$. With $T$ steps, $T$ times one random KL keeps its standard deviation, and $T$ times one
 # random ratio has one that grows as $\sqrt T$.
+#
+# Over whole chains the order can be reversed. If the model is exact, the steps are short and
+# $p(x_T) = q(x_T)$, then the reversed chain is the forward chain, and the expression in brackets is
+# $-\log p(x_0)$ on every chain: like the weight of the first section with $q$ the posterior, it
+# does not vary. For this reason its spread is the smallest below. The divergences fluctuate with
+# the chain. But they do not need a chain: every term can use its own noise, as `VLBLikelihood`
+# does.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
@@ -463,6 +465,8 @@ for T in lengths:
 for color, (name, values) in zip(("C3", "C0"), single.items()):
     right.loglog(lengths, values, "o-", color=color, label=name)
     print(name, {T: round(value, 1) for T, value in zip(lengths, values)})
+for T, ratio, divergence in zip(lengths, *single.values()):
+    print(f"T = {T}: {(ratio / divergence) ** 2:.0f} times the variance")
 right.set_xticks(lengths, lengths)
 right.set_yticks([5, 10, 20, 50], [5, 10, 20, 50])
 right.minorticks_off()
@@ -473,14 +477,6 @@ plt.show()
 assert torch.all(kl.std(1) < posterior_ratio.std(1))
 assert single["one-step ratio"][-1] > 10 * single["KL"][-1]
 
-# %% [markdown]
-# Over whole chains the order can be reversed. If the model is exact, the steps are short and
-# $p(x_T) = q(x_T)$, then the reversed chain is the forward chain, and the sum of the ratios is
-# $-\log p(x_0)$ on every chain: the weight of the first section does not vary. The divergences
-# fluctuate with the chain. But they do not need a chain: every term can use noise of its own, as
-# `VLBLikelihood` does.
-
-# %%
 independent = NATS * every_step(exact, x0, {}, likelihood, generator("cpu", 3))
 figure, ax = plt.subplots(figsize=(9, 2.8))
 bins = torch.linspace(-6, 6, 121).numpy()
@@ -577,10 +573,25 @@ plt.show()
 # With $x_0$ replaced by the noise, each term is a weighted squared error (Ho et al. 2020, eq. 12;
 # `step_kl`):
 #
-# $$L_t = \frac{\beta_t^2}{2 \tilde\beta_t (1 - \beta_t)(1 - \bar\alpha_t)} \|\epsilon - \epsilon_\theta\|^2
-# = \frac12 \left(\frac{\mathrm{SNR}_{t-1}}{\mathrm{SNR}_t} - 1\right) \|\epsilon - \epsilon_\theta\|^2.$$
+# $$L_t = \frac{\beta_t^2}{2 \tilde\beta_t (1 - \beta_t)(1 - \bar\alpha_t)}
+# \|\epsilon - \epsilon_\theta\|^2
+# = \frac12 \left(\frac{\mathrm{SNR}_{t-1}}{\mathrm{SNR}_t} - 1\right)
+# \|\epsilon - \epsilon_\theta\|^2.$$
 #
 # The simple loss sets all of these weights to 1 (eq. 14).
+#
+# For short steps the weight is $-\frac12 \lambda'_t\, dt$, and the sum becomes an integral over the
+# log-SNR in which every noise level counts equally ([Kingma et al.
+# 2021](https://arxiv.org/abs/2107.00630), eq. 17):
+#
+# $$\sum_t L_t \ \to\ \tfrac12 \int E\, \|\epsilon - \epsilon_\theta\|^2\, d\lambda
+# = -\tfrac12\, (t_{max} - t_{min})\,
+# E_t\left[\lambda'_t\, \|\epsilon - \epsilon_\theta\|^2\right].$$
+#
+# So the weight $-\lambda'_t$ (`LikelihoodWeighting`) gives the bound, and the simple loss weights
+# noise levels by the density of $\lambda$ under uniform times: less weight on nearly clean images
+# than in the bound (right panel). The network works under any schedule, since its preconditioning
+# depends on $\sigma / \alpha$ only; the cell compares both losses under EDM's schedule.
 
 # %%
 at_t, at_s = schedule.at(times[1:]), schedule.at(times[:-1])
@@ -614,20 +625,6 @@ right.legend(fontsize=8)
 figure.tight_layout()
 plt.show()
 
-# %% [markdown]
-# For short steps the weight is $-\frac12 \lambda'_t\, dt$, and the sum becomes an integral over the
-# log-SNR in which every noise level counts equally ([Kingma et al.
-# 2021](https://arxiv.org/abs/2107.00630), eq. 17):
-#
-# $$\sum_t L_t \ \to\ \tfrac12 \int E\, \|\epsilon - \epsilon_\theta\|^2\, d\lambda
-# = -\tfrac12\, (t_{max} - t_{min})\, E_t\left[\lambda'_t\, \|\epsilon - \epsilon_\theta\|^2\right].$$
-#
-# So the weight $-\lambda'_t$ (`LikelihoodWeighting`) gives the bound, and the simple loss weights
-# noise levels by the density of $\lambda$ under uniform times: less weight on nearly clean images
-# than in the bound (right panel). The network works under any schedule, since its preconditioning
-# depends on $\sigma / \alpha$ only; the cell compares both losses under EDM's schedule.
-
-# %%
 test_points = draw_points(20_000, generator("cpu", "weights"))
 under_edm = Denoiser(network, EDMSchedule(0.05, 50.0), EDMPreconditioning())
 under_ve = Denoiser(network, VE(0.05, 50.0), EDMPreconditioning())
@@ -683,21 +680,8 @@ for fraction in (0.0, 0.5, 1.0):
         total += step_kl(prediction, eps, at_t, at_s).mean()
     sums[fraction] = float(total)
     print(f"fraction {fraction}: sum of the terms {sums[fraction]:.3f} nats")
+assert sums[0.5] < min(sums[0.0], sums[1.0])
 
 # %% [markdown]
-# Neither: a variance between the two gives the smallest bound here. Nichol and Dhariwal (2021), eq.
-# 15, let the network learn the fraction.
-#
-# ### 3. How many images does training with the one-step ratio need?
-#
-# For a given standard error of the loss the number of images is proportional to the variance of one
-# term.
-
-# %%
-for T, ratio, divergence in zip(lengths, *single.values()):
-    print(f"T = {T}: {(ratio / divergence) ** 2:.0f} times as many images as with the KL")
-assert (single["one-step ratio"][-1] / single["KL"][-1]) ** 2 > 100
-
-# %% [markdown]
-# The factor grows in proportion to $T$, since the standard deviation of the ratio grows as
-# $\sqrt T$.
+# Neither: a variance between the two gives the smallest bound here. [Nichol and Dhariwal
+# (2021)](https://arxiv.org/abs/2102.09672), eq. 15, let the network learn the fraction.

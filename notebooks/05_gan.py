@@ -9,14 +9,18 @@
 # %% [markdown]
 # # GAN: the two-player game
 #
-# A generative adversarial network learns a density ratio instead of a density: a discriminator estimates it, and a
-# generator follows its gradient. All examples are in the plane or on a line, where the truth is known.
+# A generative adversarial network learns a density ratio instead of a density: a discriminator
+# estimates it, and a generator follows its gradient. All examples are in the plane or on a line,
+# where the truth is known.
 #
 # - Why the non-saturating loss replaces the original one.
-# - The optimal discriminator is a log density ratio, and its loss measures the Jensen-Shannon divergence.
-# - Why alternating gradient steps circle around the solution, and how a gradient penalty (R1) stops that.
+# - The optimal discriminator is a log density ratio, and its loss measures the Jensen-Shannon
+#   divergence.
+# - Why alternating gradient steps circle around the solution, and how a gradient penalty (R1)
+#   stops that.
 # - Mode collapse, produced on purpose and counted.
-# - Memorised training points fool the discriminator. Coverage, recall and memorisation metrics tell what it cannot.
+# - Memorised training points fool the discriminator. Coverage, recall and memorisation metrics
+#   tell what it cannot.
 
 # %% tags=["install"]
 # Only needed outside of a checkout, for example in Colab.
@@ -47,14 +51,15 @@ plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white"})
 # %% [markdown]
 # ## The loss
 #
-# The discriminator outputs a score $D(x)$; $S(D(x))$, with the logistic function $S$, is its probability that $x$ is real.
-# It minimises ([Goodfellow et al. 2014](https://arxiv.org/abs/1406.2661), eq. 1)
+# The discriminator outputs a score $D(x)$; $S(D(x))$, with the logistic function $S$, is its
+# probability that $x$ is real. It minimises ([Goodfellow et al.
+# 2014](https://arxiv.org/abs/1406.2661), eq. 1)
 #
 # $$L_D = -\log S(D(x)) - \log(1 - S(D(G(z)))) .$$
 #
-# In the two-player game of the paper the generator minimises $-L_D$, of which only $\log(1 - S(D(G(z))))$ depends on it.
-# In practice it minimises $L_G = -\log S(D(G(z)))$, the *non-saturating* loss. Their derivatives with respect to the
-# score $s = D(G(z))$ are
+# In the two-player game of the paper the generator minimises $-L_D$, of which only $\log(1 -
+# S(D(G(z))))$ depends on it. In practice it minimises $L_G = -\log S(D(G(z)))$, the
+# *non-saturating* loss. Their derivatives with respect to the score $s = D(G(z))$ are
 #
 # $$\frac{d(-L_D)}{ds} = -S(s), \qquad \frac{dL_G}{ds} = -S(-s) .$$
 
@@ -87,19 +92,21 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Early in training fakes are easy to recognise, so their scores are negative (grey area). The saturating loss sends almost
-# no gradient exactly there, and the non-saturating loss sends its largest one. Both have the same sign everywhere:
-# they differ in the weight of each fake, not in the direction in which it moves.
+# Early in training fakes are easy to recognise, so their scores are negative (grey area). The
+# saturating loss sends almost no gradient exactly there, and the non-saturating loss sends its
+# largest one. Both have the same sign everywhere: they differ in the weight of each fake, not in
+# the direction in which it moves.
 #
 # ## The optimal discriminator
 #
-# For a fixed generator with density $q$ and data with density $p$, the best discriminator has the score
-# (Goodfellow et al. 2014, proposition 1, as a logit)
+# For a fixed generator with density $q$ and data with density $p$, the best discriminator has the
+# score (Goodfellow et al. 2014, proposition 1, as a logit)
 #
 # $$D^*(x) = \log \frac{p(x)}{q(x)}, \qquad E[L_D(D^*)] = 2 \log 2 - 2\, JSD(p, q),$$
 #
-# with the Jensen-Shannon divergence $JSD$. The cell trains a small network on samples of two known
-# densities with the package's loss, and with a penalty in the sections below. It receives no density.
+# with the Jensen-Shannon divergence $JSD$. The cell trains a small network on samples of two
+# known densities with the package's loss, and with a penalty in the sections below. It receives
+# no density.
 
 
 # %%
@@ -138,7 +145,7 @@ def sampler(distribution):
 
 p = GaussianMixture((0.5, 0.5), ((-0.5, 0.0), (0.5, 0.0)), 0.25)
 q = GaussianMixture((1.0,), ((0.0, 0.0),), 0.4)
-network, history = train_discriminator(sampler(p), sampler(q), 1000)
+network, history = train_discriminator(sampler(p), sampler(q), 700)
 
 axis = torch.linspace(-1.2, 1.2, 81)
 plane = torch.cartesian_prod(axis, axis)
@@ -162,7 +169,7 @@ print(
 )
 assert abs(predicted - measured) < 0.03
 
-fig, axes = plt.subplots(1, 3, figsize=(9, 2.8))
+fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 levels = torch.linspace(-4, 4, 17).tolist()
 for ax, values, title in zip(
     axes, (ratio, learned), ("$\\log p(x) / q(x)$", "discriminator $D(x)$")
@@ -171,7 +178,7 @@ for ax, values, title in zip(
         axis, axis, values.reshape(81, 81).T, levels=levels, cmap="RdBu_r", extend="both"
     )
     ax.set(title=title, xlabel="$x_1$")
-fig.colorbar(shown, ax=axes[:2].tolist(), fraction=0.03)
+fig.colorbar(shown, ax=axes[1])
 axes[2].plot(history[:, 0], lw=0.5, label="loss")
 axes[2].axhline(predicted, color="black", ls="--", label="$2 \\log 2 - 2\\, JSD$")
 axes[2].axhline(2 * math.log(2), color="grey", ls=":", label="$2 \\log 2$, $p = q$")
@@ -182,13 +189,15 @@ plt.show()
 # %% [markdown]
 # ## The game on a line
 #
-# [Mescheder et al. (2018)](https://arxiv.org/abs/1801.04406), section 2, reduce the game to two numbers: the data are
-# the point 0, the generator is the point $\theta$, and the discriminator is $D(x) = \psi x$. The equilibrium is
-# $\theta = \psi = 0$. In the two-player game ($G$ minimises $-L_D$) alternating gradient steps circle around it. R1 adds
+# [Mescheder et al. (2018)](https://arxiv.org/abs/1801.04406), section 2, reduce the game to two
+# numbers: the data are the point 0, the generator is the point $\theta$, and the discriminator is
+# $D(x) = \psi x$. The equilibrium is $\theta = \psi = 0$. In the two-player game ($G$ minimises
+# $-L_D$) alternating gradient steps circle around it. R1 adds
 #
 # $$\frac{w}{2}\, E_{p}\, \lVert \nabla_x D(x) \rVert^2 = \frac{w}{2} \psi^2 \qquad \text{(eq. 9)}$$
 #
-# to the loss of the discriminator, which pulls the slope at the data to zero and turns the circle into a spiral.
+# to the loss of the discriminator, which pulls the slope at the data to zero and turns the circle
+# into a spiral.
 
 
 # %%
@@ -212,7 +221,7 @@ def dirac_game(weight, steps=1000, lr=0.05):
     return torch.tensor(path)
 
 
-fig, ax = plt.subplots(figsize=(4.6, 3.6))
+fig, ax = plt.subplots(figsize=(6, 3.4))
 ends = {}
 for weight in (0.0, 0.1, 0.5):
     path = dirac_game(weight)
@@ -225,16 +234,18 @@ ax.plot(0, 0, "k*", label="equilibrium")
 ax.set(
     xlabel="generator $\\theta$", ylabel="discriminator $\\psi$", title="alternating gradient steps"
 )
-ax.legend()
+ax.set_aspect("equal")
+ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 plt.show()
 assert ends[0.0] > 1 and ends[0.5] < 0.01
 
 # %% [markdown]
 # ## Mode collapse on eight Gaussians
 #
-# Nothing in the generator's loss asks for diversity: a generator that produces only the points with the highest score is
-# doing well until the discriminator reacts. Momentum makes the generator run past that reaction. The two
-# models below differ in one number, $\beta_1$ of Adam: 0.9 is PyTorch's default, 0 is the package's default for GANs.
+# Nothing in the generator's loss asks for diversity: a generator that produces only the points
+# with the highest score is doing well until the discriminator reacts. Momentum makes the
+# generator run past that reaction. The two models below differ in one number, $\beta_1$ of Adam:
+# 0.9 is PyTorch's default, 0 is the package's default for GANs.
 
 # %%
 modes = torch.tensor(DISTRIBUTIONS["gaussians8"].means)
@@ -242,7 +253,8 @@ settings = (
     "model=gan", "data=toy2d", "model/generator=mlp", "model/discriminator=mlp", "trainer.global_batch_size=256",
     "model.generator.width=64", "model.generator.depth=2", "model.discriminator.width=64",
     "model.discriminator.depth=2", "model.discriminator.num_features=64", "model.latent_dim=4",
-    "model.optimizer.lr=5e-3",
+    "model.optimizer.lr=2e-3", "model.lr_schedule.decay=constant",
+    "model.lr_schedule.warmup_steps=0",
 )  # fmt: skip
 STEPS = 600
 
@@ -261,7 +273,7 @@ class Snapshots(pl.Callback):
 
 def train_gan(*overrides):
     data, model = gencompare.build(gencompare.compose(*settings, *overrides))
-    snapshots = Snapshots(STEPS // 3, STEPS // 2, 2 * STEPS // 3, STEPS)
+    snapshots = Snapshots(150, 300, 450, STEPS)
     trainer = pl.Trainer(
         max_epochs=1, limit_train_batches=STEPS, limit_val_batches=0, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[snapshots],
@@ -309,28 +321,37 @@ reports = {
     for name, samples in runs.items()
 }
 for name, (counts, prdc) in reports.items():
+    print(f"{name:16s} per mode {counts.tolist()}")
     print(
-        f"{name:16s} per mode {counts.tolist()}, coverage {prdc.coverage:.2f}, recall {prdc.recall:.2f}"
+        f"  coverage {prdc.coverage:.2f}, recall {prdc.recall:.2f}, precision {prdc.precision:.2f}"
     )
+fresh = compute_prdc(data.split("val").images.flatten(1)[:1000], real)
+print(f"real points: coverage {fresh.coverage:.2f}, precision {fresh.precision:.2f}")
 assert (
     (reports["$\\beta_1 = 0.9$"][0] >= 10).sum() < 6 <= (reports["$\\beta_1 = 0$"][0] >= 10).sum()
 )
 assert reports["$\\beta_1 = 0.9$"][1].coverage < 0.5 * reports["$\\beta_1 = 0$"][1].coverage
 
 # %% [markdown]
+# With momentum the samples are a blob that moves from one place to another: the generator runs
+# past the discriminator's reaction, and covers few modes at any time. Without momentum all eight
+# modes are covered in these runs. A small generator is a smooth map, so it also fills the gaps
+# between neighbouring modes: precision is far below that of real points.
+#
 # ## What R1 does to the landscape
 #
-# The generator follows $\nabla_x D$. If real points and fakes do not overlap, the optimal score is infinite: the loss has no
-# minimum, and the discriminator keeps getting steeper. The cell trains discriminators on the eight Gaussians against a
-# generator that produces points at the centre only, with three weights of R1.
+# The generator follows $\nabla_x D$. If real points and fakes do not overlap, the optimal score
+# is infinite: the loss has no minimum, and the discriminator keeps getting steeper. The cell
+# trains discriminators on the eight Gaussians against a generator that produces points at the
+# centre only, with three weights of R1.
 
 # %%
 eight = DISTRIBUTIONS["gaussians8"]
 centre = GaussianMixture((1.0,), ((0.0, 0.0),), eight.std)
-weights = (0.0, 0.1, 1.0)
-trained = {w: train_discriminator(sampler(eight), sampler(centre), 400, R1(w)) for w in weights}
+weights = (0.0, 0.02, 0.2)
+trained = {w: train_discriminator(sampler(eight), sampler(centre), 250, R1(w)) for w in weights}
 
-fig, axes = plt.subplots(1, 4, figsize=(12, 2.9))
+fig, axes = plt.subplots(1, 4, figsize=(12, 3), layout="constrained")
 for ax, w in zip(axes, weights):
     with torch.no_grad():
         values = trained[w][0](plane[:, :, None, None]).reshape(81, 81).T
@@ -345,7 +366,7 @@ for ax, w in zip(axes, weights):
     ax.scatter(*modes.T, s=14, facecolor="none", edgecolor="black")
     ax.scatter(0, 0, s=40, marker="x", color="black")
     ax.set(title=f"D(x), w = {w}", xlabel="$x_1$")
-fig.colorbar(shown, ax=axes[:3].tolist(), fraction=0.02)
+fig.colorbar(shown, ax=axes[2])
 for w in weights:
     axes[3].plot(trained[w][1][:, 1].sqrt(), label=f"w = {w}", lw=1)
 axes[3].set(
@@ -355,18 +376,20 @@ axes[3].legend(fontsize=8)
 plt.show()
 slopes = {w: float(trained[w][1][-50:, 1].mean().sqrt()) for w in weights}
 print({w: round(slope, 2) for w, slope in slopes.items()})
-assert slopes[0.0] > slopes[0.1] > slopes[1.0]
+assert slopes[0.0] > 10 * max(slopes[0.02], slopes[0.2])
 
 # %% [markdown]
-# Circles are the modes of the data, and the cross is the place of the fakes. Without the penalty the scores saturate the
-# colour scale. With R1 the landscape is a gentle slope from the fakes to the modes.
+# Circles are the modes of the data, and the cross is the place of the fakes. Without the penalty
+# the scores saturate the colour scale. With R1 the scores stay small, and the slope at the real
+# points is at least ten times smaller.
 #
 # ## What a discriminator cannot tell
 #
-# The best possible generator by the discriminator's judgement reproduces the *training points*: then $p = q$ for the empirical
-# distribution, and no discriminator beats the loss $2 \log 2 = 1.386$. The table compares four imitations of 400
-# training points by that loss and by the package's metrics: coverage and recall against test points,
-# the memorisation ratio (1 without memorisation, 0 for copies), and authenticity (0 for copies).
+# The best possible generator by the discriminator's judgement reproduces the *training points*:
+# then $p = q$ for the empirical distribution, and no discriminator beats the loss $2 \log 2 =
+# 1.386$. The table compares four imitations of 400 training points by that loss and by the
+# package's metrics: coverage and recall against test points, the memorisation ratio (1 without
+# memorisation, 0 for copies), and authenticity (0 for copies).
 
 # %%
 generator = torch.Generator().manual_seed(1)
@@ -384,6 +407,7 @@ def resample(points, noise):
 
 
 one = GaussianMixture((1.0,), (eight.means[0],), eight.std)
+
 candidates = {
     "fresh samples": sampler(eight),
     "memorised": resample(train, 0.001),
@@ -395,11 +419,11 @@ print(
     f"{'':14s} {'D loss':>7s} {'coverage':>9s} {'recall':>7s} {'memorisation':>13s} {'authenticity':>13s}"
 )
 for name, draw in candidates.items():
-    _, history = train_discriminator(resample(train, 0.0), draw, 600)
+    _, history = train_discriminator(resample(train, 0.0), draw, 300)
     x = draw(400, generator).float()
     prdc = compute_prdc(x, test)
     row = (
-        float(history[-200:, 0].mean()), prdc.coverage, prdc.recall,
+        float(history[-150:, 0].mean()), prdc.coverage, prdc.recall,
         memorization_ratio(x, train, test, val), authenticity(x, train),
     )  # fmt: skip
     table[name] = row
@@ -419,18 +443,20 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The discriminator gives fresh samples and copies the same verdict, the loss $2 \log 2$. Coverage cannot object to copies
-# either: it measures diversity, and copies of all training points are diverse. The memorisation ratio and authenticity do object, because they compare
-# distances to training points with distances to held-out ones. So each metric answers one question, and a GAN needs all
-# of them: its own loss answers none.
+# The discriminator gives fresh samples and copies the same verdict, the loss $2 \log 2$. Coverage
+# cannot object to copies either: it measures diversity, and copies of all training points are
+# diverse. The memorisation ratio and authenticity do object, because they compare distances to
+# training points with distances to held-out ones. Each metric answers one question, and a GAN
+# needs several: its own loss answers none of them.
 #
 # ## Questions
 #
-# **1. Is a discriminator trained to the end a good signal?** Not for the original loss. As the discriminator separates fakes
-# better, the saturating gradient that reaches a fake vanishes, and the non-saturating one grows.
+# **1. Is a discriminator trained to the end a good signal?** Not for the original loss. As the
+# discriminator separates fakes better, the saturating gradient that reaches a fake vanishes, and
+# the non-saturating one grows.
 
 # %%
-for steps in (20, 100, 400):
+for steps in (10, 40, 160):
     network, _ = train_discriminator(sampler(eight), sampler(centre), steps)
     y = sampler(centre)(500, generator).float()[:, :, None, None].requires_grad_()
     scores = network(y)
@@ -445,20 +471,21 @@ for steps in (20, 100, 400):
 assert norms["non-saturating"] > 20 * norms["saturating"]
 
 # %% [markdown]
-# **2. Does R1 change the optimal discriminator?** Yes: it flattens it, so that its score underestimates the log density ratio.
+# **2. Does R1 change the optimal discriminator?** Yes: it flattens it, so that its score
+# underestimates the log density ratio.
 
 # %%
-for w in (0.0, 1.0):
-    network, _ = train_discriminator(sampler(p), sampler(q), 400, R1(w))
+for w in (0.0, 0.2):
+    network, _ = train_discriminator(sampler(p), sampler(q), 250, R1(w))
     with torch.no_grad():
         learned = network(plane[:, :, None, None])
     slope = float((weight * learned * ratio).sum() / (weight * ratio.square()).sum())
     print(f"w = {w}: D is {slope:.2f} times the log ratio (least squares)")
-assert slope < 0.7
+assert slope < 0.5
 
 # %% [markdown]
-# **3. How many samples does it take to see a missing mode?** Few. Samples of seven modes of eight miss an eighth of the real
-# points, and coverage shows it with 100 samples.
+# **3. How many samples does it take to see a missing mode?** Few. Samples of seven modes of eight
+# miss an eighth of the real points, and coverage shows it with 100 samples.
 
 # %%
 seven = GaussianMixture((1 / 7,) * 7, eight.means[:7], eight.std)

@@ -31,7 +31,7 @@ def cosine_alpha(i: int, num_steps: int = 4000) -> float:
 
 
 def beta_integral(t: float) -> float:
-    """Return the integral of beta from 0 to t in Song et al. (2021), appendix C: beta from 0.1 to 20."""
+    """Return the integral from 0 to t of beta(t) = 0.1 + 19.9 t (Song et al. 2021, appendix C)."""
     return 0.1 * t + 19.9 * t**2 / 2
 
 

@@ -1,4 +1,4 @@
-"""A trained run samples with its EMA weights: samples match the data, unlike those of the online weights.
+"""Samples of a trained run use its EMA weights and match the data, unlike samples from the online weights.
 
 The weights of the diffusion model are the mean and variances of Gaussian data (`gaussian_truth`). It is trained with a
 constant learning rate so high that the weights keep fluctuating around the truth. The mean and covariance of its

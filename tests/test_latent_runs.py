@@ -42,7 +42,7 @@ LDM = ["model=ldm", *QUICK, *SMALL, *STAGE]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train ``model=ldm`` as ``ldm`` in a folder, with its autoencoder under ``runs``, and return the folder."""
+    """Train ``model=ldm`` in a temporary folder and return it. The run is in ``ldm``, its autoencoder in ``runs``."""
     folder = tmp_path_factory.mktemp("latent")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -162,7 +162,7 @@ def test_a_mixture_factorises_over_channels_and_sums_to_one(levels: int, channel
 
 
 def test_colours_sampled_from_a_mixture_have_their_probabilities() -> None:
-    """A chi-squared test covers the 125 colours of five levels; neighbouring pixels are independent."""
+    """A chi-squared test of all 125 colours (five levels per channel); neighbouring pixels are independent."""
     mixture, n = Mixture(5, 3, 4, seed=1), 20_000
     _, p = mixture.colours()
     h = mixture.h().expand(n, -1, 1, 2)

@@ -387,7 +387,7 @@ def test_late_times_and_wrong_signs_break_the_corrector(bug: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_half_or_twice_the_noise_breaks_langevin_steps(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing factor 2 gives x + k score + sqrt(k) z."""
+    """The noise term is sqrt(2 k) sigma z; half or twice its variance must be detected."""
 
     def wrong(x: Tensor, prediction: Prediction, at: ScheduleValues, k: Tensor | float, z: Tensor) -> Tensor:
         return x - k * at.sigma * prediction.eps + (2 * factor * k) ** 0.5 * at.sigma * z

@@ -459,3 +459,11 @@ def test_rising_or_infinite_snr_is_rejected() -> None:
 def test_invalid_settings_are_rejected(make) -> None:
     with pytest.raises(UserError):
         make()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_results_have_the_type_and_shape_of_the_times(schedule: NoiseSchedule, shape: tuple[int, ...]) -> None:
+    t = torch.full(shape, schedule.t_max, dtype=torch.float32)
+    at = schedule.float().at(t)
+    for value in (at.alpha, at.sigma, at.log_snr, at.dlog_alpha_dt, at.dlog_snr_dt):
+        assert value.dtype == torch.float32 and value.shape == shape

@@ -240,7 +240,7 @@ def test_training_times_are_uniform(schedule: NoiseSchedule, stratified: bool) -
 
 @pytest.mark.parametrize(("mean", "std"), [(-1.2, 0.7), (0.0, 0.5)])
 def test_log_sigma_is_normal(schedule: NoiseSchedule, mean: float, std: float) -> None:
-    """ln(sigma / alpha) ~ N(mean, std^2), up to the range and the steps of the schedule."""
+    """ln(sigma / alpha) ~ N(mean, std^2), except for the range and the rounding of a discrete schedule."""
     table = schedule.discrete_times
     if table is None or len(table) >= 1000:
         n = 1000 if isinstance(schedule, LearnedSchedule) else N  # bisection is slow

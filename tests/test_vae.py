@@ -153,7 +153,7 @@ class Truth:
         return model, torch.distributions.kl_divergence(q, truth).sum(1)
 
     def scored(self, model: VAE, name: str, repeats: int) -> Tensor:
-        """Return ``likelihoods()[name]`` of each x in nats, (n, repeats), with independent noise."""
+        """Return ``likelihoods()[name]`` of each x in nats for ``repeats`` independent draws of noise, (n, repeats)."""
         many = self.x.repeat_interleave(repeats, 0)[:, :, None, None]
         bits = model.likelihoods()[name].bits_per_dim(many, {}, torch.Generator().manual_seed(1))
         return -(bits * self.d * math.log(2)).reshape(-1, repeats)

@@ -76,11 +76,11 @@ class RandomSource:
         return self._local(torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw uniform numbers in [0, 1), (n, \\*shape) for n samples on this process."""
+        """Draw uniform numbers in [0, 1) of shape (n, \\*shape), where this process has n samples."""
         return self._local(torch.rand(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
-        """Draw uniform integers from 0 to ``high - 1``, (n, \\*shape) for n samples on this process."""
+        """Draw uniform integers from 0 to ``high - 1`` of shape (n, \\*shape), where this process has n samples."""
         return self._local(torch.randint(high, (self.total, *shape), generator=self.generator, device=self.device))
 
     def stratified(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -42,7 +42,7 @@ def title(name: str) -> str:
 
 
 def direction_arrow(metric: Metric) -> str:
-    """Return an arrow towards better values: ↓, ↑, or → with the target; empty for a metric without an order."""
+    """Return an arrow towards better values: ↓, ↑, → and the target, or nothing if no value is better than another."""
     if metric.target is not None:
         return f"→{metric.target:g}"
     return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"

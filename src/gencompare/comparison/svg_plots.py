@@ -227,7 +227,7 @@ def _data_axes(figure: Figure, axes: Axes) -> str:
 
 
 def _inline(text: str, prefix: str, data_axes: str, names: list[str]) -> str:
-    """Convert Matplotlib's SVG document to an element of a page."""
+    """Convert Matplotlib's SVG document to an inline ``<svg>`` element."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)

@@ -173,7 +173,7 @@ class ImageData(pl.LightningDataModule):
         return images
 
     def cond(self, x: Tensor, rows: Split) -> Cond:
-        """Return the conditions of the batch ``rows``, whose normalised and possibly flipped images are ``x``."""
+        """Return the conditions of the batch ``rows``; ``x`` contains its images, normalised and possibly flipped."""
         return {} if rows.labels is None else {"label": rows.labels}
 
     def batches(self, name: str, batch_size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:

@@ -135,7 +135,7 @@ def trajectory(
     count: int,
     generator: torch.Generator,
 ) -> Trajectory:
-    """Sample, and return ``count`` evenly spaced steps including both ends, or all steps if there are fewer."""
+    """Sample, and return ``count`` evenly spaced steps with the first and the last, or all steps if there are fewer."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
     check_finite(steps[-1].x, "Sampling")
     selected = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]

@@ -313,7 +313,7 @@ class VarianceExploding(NoiseSchedule):
 
 def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     _suppress_jvp_warning()
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1].to(t.dtype)  # float64 for float32 times ()
 
 
 @cache

@@ -142,7 +142,7 @@ class EvaluationProtocol:
         return extractors
 
     def ranks_by_frechet(self, extractor: Extractor) -> bool:
-        """Return whether the Frechet distance is the primary metric, as it always is with a statistics file."""
+        """Return whether the Frechet distance is the primary metric. With a statistics file, it always is."""
         return extractor.primary == extractor.frechet_name or is_statistics_file(self.reference)
 
     def resolve_num_images(self, data: EvaluationData, extractor: Extractor) -> int:
@@ -453,7 +453,7 @@ class RealDataBaseline:
 def real_data_baseline(
     held_out: Reference, reference: Reference, n: int, extractor: Extractor, extra_metrics: ExtraMetrics
 ) -> RealDataBaseline:
-    """Compute the metrics of ``n`` held-out images (all if there are fewer), cached in memory for the next model."""
+    """Compute the metrics of ``n`` held-out images (all if there are fewer) and cache them for later models."""
     assert held_out.features is not None
     rows = evenly_spaced_indices(held_out.n, n)
     features = held_out.features[rows]

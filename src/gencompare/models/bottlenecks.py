@@ -189,7 +189,7 @@ class VectorQuantizer(Bottleneck):
         return h + (quantized - h).detach(), metrics
 
     def mode(self, h: Tensor) -> Tensor:
-        """Return the vectors before quantisation; `quantize` maps generated vectors to codes."""
+        """Return the vectors before quantisation. `quantize` maps generated vectors to codes later."""
         return h.float()
 
     def quantize(self, z: Tensor) -> Tensor:

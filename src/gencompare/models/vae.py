@@ -84,7 +84,7 @@ class VAE(GenerativeModel):
         if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
                 f"model.kl_warmup_steps={kl_warmup_steps} and model.importance_samples={importance_samples} must be"
-                " integers of at least 0 (0 disables the option)."
+                " non-negative integers (0 disables the option)."
             )
         self.latent_dim, self.beta, self.kl_warmup_steps, self.free_bits = latent_dim, beta, kl_warmup_steps, free_bits
         self.importance_samples, self.pixel_noise = importance_samples, pixel_noise

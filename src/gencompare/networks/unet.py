@@ -224,7 +224,7 @@ def _head_count(width: int, num_heads: int, head_channels: int | None) -> int:
     if features_per_head < 1 or width % features_per_head:
         raise UserError(
             f"{width} features of the U-Net cannot be divided among the attention heads with num_heads={num_heads} and"
-            f" head_channels={head_channels}: use model.network.num_heads or head_channels that divide the widths."
+            f" head_channels={head_channels}: choose values that divide every width."
         )
     return width // features_per_head
 

@@ -217,7 +217,7 @@ class InputSkip(InputPyramid):
 
 
 class ResidualInput(InputPyramid):
-    """Adds a strided convolution of the image to h; the sum is also the image for the next level.
+    """Adds a strided convolution of the image to the features h. The next level receives the sum in place of the image.
 
     Args:
         channels: channels of the image.

@@ -109,11 +109,11 @@ def compare(
     """Compare runs, or results of `gencompare.evaluate`, as ``task=compare`` does.
 
     Args:
-        runs: a glob of run folders, several folders or loaded runs, or results by name. Results have no
+        runs: a glob of run folders, several folders or loaded runs, or a mapping of names to results. Results have no
             training cost.
         group_by: config keys, such as ``model.schedule``; runs with the same values share a row. By default, runs that
             differ only in their seed do.
-        rank_by: name of the metric that ranks; None uses the primary metric of each result.
+        rank_by: the metric to rank by; None uses the primary metric of each result.
 
     Raises:
         UserError: no run folder matches, or a key or metric is unknown.

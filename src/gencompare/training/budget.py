@@ -1,4 +1,4 @@
-"""The budget of a training run. Families are compared at equal budgets."""
+"""The training budget of a run. Model families are compared at equal budgets."""
 
 from __future__ import annotations
 

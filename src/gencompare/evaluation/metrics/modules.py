@@ -201,7 +201,7 @@ class KernelDistance(_RealComparison):
 
 
 class _NeighborMetric(_RealComparison):
-    """A field of `PRDC`."""
+    """A metric of k-nearest-neighbour balls, which reach from an image to its k-th nearest neighbour in its own set."""
 
     higher_is_better = True
     field: ClassVar[str]
@@ -211,25 +211,37 @@ class _NeighborMetric(_RealComparison):
 
 
 class Precision(_NeighborMetric):
-    """Fraction of generated images inside the ball of a real image, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of generated images in the k-nearest-neighbour ball of at least one real image.
+
+    k = 3, as in Kynkaanniemi et al. (2019), https://arxiv.org/abs/1904.06991.
+    """
 
     field = "precision"
 
 
 class Recall(_NeighborMetric):
-    """Fraction of real images inside the ball of a generated image, k = 3 (Kynkaanniemi et al. 2019)."""
+    """Fraction of real images in the k-nearest-neighbour ball of at least one generated image.
+
+    k = 3, as in Kynkaanniemi et al. (2019), https://arxiv.org/abs/1904.06991.
+    """
 
     field = "recall"
 
 
 class Density(_NeighborMetric):
-    """Mean number of real-image balls that contain a generated image, divided by k = 5 (Naeem et al. 2020)."""
+    """Mean number of real images whose k-nearest-neighbour ball contains a generated image, divided by k.
+
+    k = 5, as in Naeem et al. (2020), https://arxiv.org/abs/2002.09797.
+    """
 
     field = "density"
 
 
 class Coverage(_NeighborMetric):
-    """Fraction of real images whose ball, k = 5, contains a generated image (Naeem et al. 2020)."""
+    """Fraction of real images whose k-nearest-neighbour ball contains at least one generated image.
+
+    k = 5, as in Naeem et al. (2020), https://arxiv.org/abs/2002.09797.
+    """
 
     field = "coverage"
 

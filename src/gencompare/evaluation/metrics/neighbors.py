@@ -53,7 +53,7 @@ class PRDC:
     """Mean number of real-image balls that contain a sample, divided by k = 5 (Naeem et al. 2020, "Reliable Fidelity
     and Diversity Metrics", eq. 3, https://arxiv.org/abs/2002.09797). It may exceed 1."""
     coverage: float
-    """Fraction of real images whose ball, k = 5, contains a sample (the same paper, eq. 4)."""
+    """Fraction of real images whose ball, k = 5, contains a sample (Naeem et al. 2020, eq. 4)."""
     zero_radii: float = 0.0
     """Fraction of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
     zero_radii_reference: float = 0.0
