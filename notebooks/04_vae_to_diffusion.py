@@ -85,7 +85,7 @@ log_p = marginal.log_prob(x)
 
 
 def linear_vae(weight, beta=1.0):
-    """A VAE with the decoder weight W and the noise s of the data, both fixed, and a linear encoder."""
+    """A VAE with the true decoder, which stays fixed, and a linear encoder."""
     torch.manual_seed(0)
     model = VAE(
         DataSpec("ppca", (d, 1, 1), num_bins=None), latent_dim=k, beta=beta, likelihood=GaussianLikelihood,
@@ -168,7 +168,7 @@ plt.show()
 
 # %%
 def fit(model, steps, watch, lr=5e-2):
-    """Train the encoder on the points; returns the steps 0, 10, 20, ... and watch(model) at each."""
+    """Train the encoder; returns the steps 0, 10, 20, ... and watch(model) at each."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     generator, seen = torch.Generator().manual_seed(0), []
@@ -504,7 +504,7 @@ for name, schedule in schedules.items():
     axes[0].plot(t, schedule.log_snr(t), label=name)
 axes[0].set(xlabel="time t", ylabel="log-SNR $\\lambda(t)$", title="same ends, three shapes")
 axes[0].legend()
-for position, (name, value) in enumerate(results.items()):
+for position, value in enumerate(results.values()):
     axes[1].errorbar(
         position, float(value.mean()), float(value.std()) / 100 * 3, fmt="o", capsize=4
     )
@@ -520,8 +520,8 @@ plt.show()
 
 # %% [markdown]
 # All three shapes have the same mean loss within the error bars, and the learned one has the
-# lowest standard deviation. It is flat at high log-SNR, so it spends more time there, where the
-# noise is hardest to tell from the image and the squared error per unit of $\lambda$ is largest.
+# lowest standard deviation. It is flatter at high log-SNR, so more
+# training times fall there.
 #
 # ## Three models, one bound
 #
@@ -592,8 +592,8 @@ assert (reparameterised.std(0) < with_baseline.std(0)).all()
 
 # %% [markdown]
 # **2. Can a better bound be had without a better encoder?** Yes: the importance-weighted bound
-# with $K$ samples ([Burda et al. 2016](https://arxiv.org/abs/1509.00519), eq. 8) approaches $\log
-# p(x)$ as $K$ grows, here for the diagonal encoder.
+# with $K$ samples ([Burda et al. 2016](https://arxiv.org/abs/1509.00519), section 3) approaches
+# $\log p(x)$ as $K$ grows, here for the diagonal encoder.
 
 # %%
 for K in (1, 4, 16, 64):

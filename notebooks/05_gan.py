@@ -111,7 +111,7 @@ plt.show()
 
 # %%
 def train_discriminator(real, fake, steps, penalty=None, batch=256, lr=3e-3):
-    """A discriminator trained on points (n, 2) that are given or drawn by a function of n, and its history."""
+    """Train a discriminator; real and fake are functions (n, generator) -> points (n, 2)."""
     torch.manual_seed(0)
     network = MLPDiscriminator((2, 1, 1), width=64, depth=2, num_features=64)
     optimizer = torch.optim.Adam(network.parameters(), lr)

@@ -50,7 +50,7 @@ plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white"})
 # ## The unnormalised density
 #
 # An energy $E$ defines a density at temperature $T$ ([Du and Mordatch
-# 2019](https://arxiv.org/abs/1903.08689), eq. 1, with $T = 1$):
+# 2019](https://arxiv.org/abs/1903.08689), section 3, with $T = 1$):
 #
 # $$p(x) = \frac{e^{-E(x) / T}}{Z}, \qquad Z = \int e^{-E(x) / T}\, dx .$$
 #
@@ -153,7 +153,7 @@ assert nearest.max() < 0.02 and abs(float(sampled[:, 1].std()) - truth.std) < 0.
 # %% [markdown]
 # The histograms of $x_1$ show the difference. Without noise all chains collapse into two spikes,
 # which say where the modes are and nothing about their width. With noise the histogram follows
-# the density. Chains from both starting sides arrive at the right weights, because they can cross
+# the density. The fractions on both sides are right too, because chains can cross
 # the low barrier between these modes.
 
 # %%
@@ -368,7 +368,7 @@ assert errors["y near the data"] < 1.0 < errors["y far from the data"]
 # ## Composition: sums of energies
 #
 # A sum of energies is the energy of a product of densities, which means "both" ([Du et al.
-# 2020](https://arxiv.org/abs/2004.06030), section 3):
+# 2020](https://arxiv.org/abs/2004.06030)):
 #
 # $$E(x) = E_1(x) + E_2(x) \quad \Longleftrightarrow \quad p(x) \propto p_1(x)\, p_2(x) .$$
 #
@@ -424,8 +424,7 @@ plt.show()
 # ## Questions
 #
 # **1. What does a lower temperature do?** It sharpens the density, $p(x)^{1/T}$ up to a constant:
-# chains concentrate near the minima, and the larger of two modes gains weight. For one Gaussian
-# the variance is proportional to $T$.
+# chains concentrate near the minima. For one Gaussian the variance is proportional to $T$.
 
 # %%
 for temperature in (1.0, 0.5, 0.25):
@@ -439,7 +438,7 @@ for temperature in (1.0, 0.5, 0.25):
 
 # %% [markdown]
 # **2. Do Langevin chains find the right weights of distant modes?** No. The two Gaussians of
-# `two_gaussians`, with weights 0.2 and 0.8, are ten standard deviations apart. Chains from a
+# `two_gaussians`, with weights 0.2 and 0.8, are fourteen standard deviations apart. Chains from a
 # symmetric start are divided evenly, because a chain does not cross the barrier. (Noise levels
 # solve this: see `docs/score_matching.md`.)
 
