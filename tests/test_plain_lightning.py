@@ -150,7 +150,7 @@ def test_a_batch_of_another_form_raises_an_error(batch: Any, message: str) -> No
 def test_the_script_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script is unchanged except for fewer steps."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    script = readme.partition("### From Python")[2].partition("```python\n")[2].partition("```")[0]
+    script = readme.partition("## Use it from your own code")[2].partition("```python\n")[2].partition("```")[0]
     assert script and len(script.splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     for steps, fewer in [

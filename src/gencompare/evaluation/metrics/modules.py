@@ -201,7 +201,11 @@ class KernelDistance(_RealComparison):
 
 
 class _NeighborMetric(_RealComparison):
-    """A metric of k-nearest-neighbour balls, which reach from an image to its k-th nearest neighbour in its own set."""
+    """A k-nearest-neighbour metric. The ball of an image reaches to its k-th nearest neighbour in the same set.
+
+    Precision and recall: Kynkaanniemi et al. (2019), https://arxiv.org/abs/1904.06991. Density and coverage: Naeem et
+    al. (2020), https://arxiv.org/abs/2002.09797.
+    """
 
     higher_is_better = True
     field: ClassVar[str]
@@ -211,37 +215,25 @@ class _NeighborMetric(_RealComparison):
 
 
 class Precision(_NeighborMetric):
-    """Fraction of generated images in the k-nearest-neighbour ball of at least one real image.
-
-    k = 3, as in Kynkaanniemi et al. (2019), https://arxiv.org/abs/1904.06991.
-    """
+    """k-NN precision (k = 3): fraction of generated images in the ball of at least one real image."""
 
     field = "precision"
 
 
 class Recall(_NeighborMetric):
-    """Fraction of real images in the k-nearest-neighbour ball of at least one generated image.
-
-    k = 3, as in Kynkaanniemi et al. (2019), https://arxiv.org/abs/1904.06991.
-    """
+    """k-NN recall (k = 3): fraction of real images in the ball of at least one generated image."""
 
     field = "recall"
 
 
 class Density(_NeighborMetric):
-    """Mean number of real images whose k-nearest-neighbour ball contains a generated image, divided by k.
-
-    k = 5, as in Naeem et al. (2020), https://arxiv.org/abs/2002.09797.
-    """
+    """k-NN density (k = 5): mean number of real images whose ball contains a generated image, divided by k."""
 
     field = "density"
 
 
 class Coverage(_NeighborMetric):
-    """Fraction of real images whose k-nearest-neighbour ball contains at least one generated image.
-
-    k = 5, as in Naeem et al. (2020), https://arxiv.org/abs/2002.09797.
-    """
+    """k-NN coverage (k = 5): fraction of real images whose ball contains at least one generated image."""
 
     field = "coverage"
 

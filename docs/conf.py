@@ -1,0 +1,109 @@
+"""Sphinx configuration: python -m sphinx -W --keep-going -b html docs build/docs (or make docs)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT / "src")]
+
+import config_reference  # noqa: E402
+
+import gencompare  # noqa: E402
+
+project = "gencompare"
+copyright = "the gencompare authors"
+version = release = gencompare.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["**/.ipynb_checkpoints"]
+
+# Markdown
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"
+# The language of most blocks without one: shell commands, trees of files and tables of numbers.
+highlight_language = "text"
+
+# Docstrings
+
+default_role = "py:obj"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # docstrings give shapes and ranges; the signature would repeat the types without them
+autodoc_inherit_docstrings = False
+
+# HTML
+
+html_theme = "furo"
+html_title = f"gencompare {version}"
+html_static_path = ["_static"]
+html_css_files = ["gencompare.css"]
+html_theme_options = {"navigation_with_keys": True}
+html_copy_source = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Pages below existing ones, which stay plain Markdown without toctrees so that they read well on a forge.
+SUBPAGES = {
+    "results/README": [
+        "fashion_mnist/README",
+        "fashion_mnist/blind_ranking",
+        "fashion_mnist/compare",
+        "digits/README",
+        "digits/compare",
+        "eurosat64/compare",
+        "eurosat64/blind_ranking",
+        "ncsn/compare",
+        "sde_vp/compare",
+        "schedules/compare",
+    ],
+}
+
+
+def copy_notebooks() -> None:
+    """Copy notebooks/*.ipynb into docs/notebooks, since Sphinx reads pages from its source folder only.
+
+    The folder also gets the page that lists them. Notebooks that were not written yet are left out.
+    """
+    target = DOCS / "notebooks"
+    target.mkdir(exist_ok=True)
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    for old in set(target.glob("*.ipynb")) - {target / path.name for path in notebooks}:
+        old.unlink()
+    for path in notebooks:
+        copy = target / path.name
+        if not copy.exists() or copy.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, copy)
+    lines = ["# Notebooks", "", "The folder `notebooks/` has their sources. `make notebooks` runs them.", ""]
+    if notebooks:
+        lines += ["```{toctree}", ":maxdepth: 1", "", *(path.stem for path in notebooks), "```", ""]
+    config_reference.write(target / "index.md", "\n".join(lines))
+
+
+def add_subpages(app: Sphinx, name: str, source: list[str]) -> None:
+    """Append a hidden table of contents to the pages of `SUBPAGES`."""
+    if name in SUBPAGES:
+        source[0] += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(SUBPAGES[name]) + "\n```\n"
+
+
+def setup(app: Sphinx) -> None:
+    copy_notebooks()
+    config_reference.write(DOCS / "reference" / "config.md", config_reference.page(ROOT / "conf"))
+    app.connect("source-read", add_subpages)
