@@ -60,7 +60,7 @@ html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 
-# Pages below existing ones, which stay plain Markdown without toctrees so that they read well on a forge.
+# Existing pages are plain Markdown that also reads well on a forge. What Sphinx needs is added while it reads them.
 SUBPAGES = {
     "results/README": [
         "fashion_mnist/README",
@@ -74,7 +74,26 @@ SUBPAGES = {
         "sde_vp/compare",
         "schedules/compare",
     ],
+    "metrics/README": ["cifar10", "eurosat64", "fashion_mnist", "mnist", "digits"],
 }
+"""Pages below others in the navigation."""
+
+
+def complete(app: Sphinx, name: str, source: list[str]) -> None:
+    """Complete the text of an existing page.
+
+    The tables of a comparison, which are made for pasting, get a title above their headings; metric studies get one
+    too. Pages in `SUBPAGES` get a hidden table of contents. The changelog is a page of the site.
+    """
+    text = source[0].replace("](../CHANGELOG.md", "](/changelog.md")
+    folder, _, page = name.rpartition("/")
+    if page == "compare":
+        text = f"# Tables: {folder.removeprefix('results/')}\n\n" + re.sub("^###", "##", text, flags=re.MULTILINE)
+    if folder == "metrics" and page != "README":
+        text = f"# Metrics on {page}\n\n" + text
+    if name in SUBPAGES:
+        text += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(SUBPAGES[name]) + "\n```\n"
+    source[0] = text
 
 
 def copy_notebooks() -> None:
@@ -97,13 +116,7 @@ def copy_notebooks() -> None:
     config_reference.write(target / "index.md", "\n".join(lines))
 
 
-def add_subpages(app: Sphinx, name: str, source: list[str]) -> None:
-    """Append a hidden table of contents to the pages of `SUBPAGES`."""
-    if name in SUBPAGES:
-        source[0] += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(SUBPAGES[name]) + "\n```\n"
-
-
 def setup(app: Sphinx) -> None:
     copy_notebooks()
     config_reference.write(DOCS / "reference" / "config.md", config_reference.page(ROOT / "conf"))
-    app.connect("source-read", add_subpages)
+    app.connect("source-read", complete)

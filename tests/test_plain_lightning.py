@@ -79,9 +79,10 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("limit", ["max_steps", "max_epochs"])
 @pytest.mark.parametrize("family", ["ddpm", "gan"])
-def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> None:
-    """Warm-up depends on steps and decay on the fraction of ``max_steps``, with automatic and manual optimisation."""
+def test_the_learning_rate_follows_its_schedule(family: str, limit: str, tmp_path: Path) -> None:
+    """Warm-up depends on steps and decay on the fraction of training, with automatic and manual optimisation."""
     model, rates = model_of(family), []
 
     class Watch(pl.Callback):
@@ -91,7 +92,10 @@ def test_the_learning_rate_follows_its_schedule(family: str, tmp_path: Path) -> 
     num_optimizers = len(model.build_optimizers())
     base = model.build_optimizers()[0].param_groups[0]["lr"]
     steps = 10
-    trainer(tmp_path, Watch(), max_steps=steps * num_optimizers, limit_val_batches=0).fit(model, Digits(batch_size=16))
+    limits: dict[str, Any] = {"max_steps": steps * num_optimizers}
+    if limit == "max_epochs":
+        limits = {"max_epochs": 2, "limit_train_batches": steps // 2}
+    trainer(tmp_path, Watch(), limit_val_batches=0, **limits).fit(model, Digits(batch_size=16))
     assert model.lr_schedule is not None
     expected = [base * model.lr_schedule(s, s / steps) for s in range(len(rates) // num_optimizers)]
     assert rates[::num_optimizers] == pytest.approx(expected)

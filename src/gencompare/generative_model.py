@@ -248,6 +248,7 @@ class TrainedModel(pl.LightningModule):
         self.rng: RandomSource | None = None
         """Random numbers of the current step, set by `TrainingClock`; None uses PyTorch's default generator."""
         self._progress: float | None = None
+        self._num_epochs = 0.0
         arguments = constructor_arguments(self, inspect.currentframe())
         # Plain data, so that a checkpoint can be read without unpickling; `save_hyperparameters` would store objects.
         self.hparams.update({"_target_": qualified_name(type(self)), **to_config(arguments)})
@@ -314,14 +315,19 @@ class TrainedModel(pl.LightningModule):
     def progress(self) -> float:
         """Fraction of training that is done, in [0, 1].
 
-        This is the spent fraction of the budget if `TrainingClock` sets it, otherwise the Trainer's ``global_step``
-        over its total number of steps. It is 0 outside training or if the total is infinite.
+        This is the spent fraction of the budget if `TrainingClock` sets it, otherwise the larger of the fractions of
+        the Trainer's ``max_steps`` and ``max_epochs``. It is 0 outside training or without a limit.
         """
         if self._progress is not None:
             return self._progress
         if not self.has_trainer or not self.trainer.training:
             return 0.0
-        return min(1.0, self.trainer.global_step / self.trainer.estimated_stepping_batches)
+        trainer, done = self.trainer, 0.0
+        if trainer.max_steps > 0:  # counts the steps of all optimisers, like global_step
+            done = trainer.global_step / trainer.max_steps
+        if trainer.max_epochs and trainer.max_epochs > 0:
+            done = max(done, self._num_epochs / trainer.max_epochs)
+        return min(1.0, done)
 
     @progress.setter
     def progress(self, value: float | None) -> None:
@@ -338,6 +344,8 @@ class TrainedModel(pl.LightningModule):
         rng = self.rng or RandomSource.for_batch(default_generator(x.device), len(x))
         metrics = self.fit_batch(x, self.select_conditions(cond), rng)
         self._log(metrics, "train", len(x))
+        if self.has_trainer:
+            self._num_epochs = self.trainer.current_epoch + (batch_idx + 1) / self.trainer.num_training_batches
         if not self.automatic_optimization:
             self._step_lr_schedulers()
         return metrics

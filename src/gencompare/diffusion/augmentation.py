@@ -32,14 +32,16 @@ class Augmentation:
     order, with a_2, a_5, a_6, a_7 ~ N(0, 1) and a_3 uniform over the circle; a_4 is uniform over the circle or, with
     probability 1/2, 0. The parameters of a disabled transform are 0.
 
-    | transform | parameters | conditioning vector |
-    |---|---|---|
-    | horizontal flip | a_0 in {0, 1} | a_0 |
-    | vertical flip | a_1 in {0, 1} | a_1 |
-    | scaling by 2^(0.2 a_2) | a_2 | a_2 |
-    | counterclockwise rotation by a_3 | a_3 | cos a_3 - 1, sin a_3 |
-    | stretch by 2^(0.2 a_5) at angle a_4, by the inverse perpendicular to it | a_4, a_5 | a_5 cos a_4, a_5 sin a_4 |
-    | translation by a_6 / 8 of the width to the right, a_7 / 8 of the height down | a_6, a_7 | a_6, a_7 |
+    =======================================================================  =============  ========================
+    transform                                                                parameters     conditioning vector
+    =======================================================================  =============  ========================
+    horizontal flip                                                          a_0 in {0, 1}  a_0
+    vertical flip                                                            a_1 in {0, 1}  a_1
+    scaling by 2^(0.2 a_2)                                                   a_2            a_2
+    counterclockwise rotation by a_3                                         a_3            cos a_3 - 1, sin a_3
+    stretch by 2^(0.2 a_5) at angle a_4, by the inverse perpendicular to it  a_4, a_5       a_5 cos a_4, a_5 sin a_4
+    translation by a_6 / 8 of the width right, a_7 / 8 of the height down    a_6, a_7       a_6, a_7
+    =======================================================================  =============  ========================
 
     The vector is 0 if and only if the image is unchanged. A network that receives 0, as in sampling and evaluation,
     therefore models only unchanged images.

@@ -496,12 +496,12 @@ class EDMSchedule(VarianceExploding):
 
 @torch.no_grad()
 def schedule_curve(schedule: NoiseSchedule, points: int = 101) -> dict[str, np.ndarray]:
-    """Evaluate a schedule at evenly spaced times from t_min to t_max.
+    r"""Evaluate a schedule at evenly spaced times from t_min to t_max.
 
     The values are ``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``, each (points,) in float64.
 
-    ``density`` is the density of the log-SNR for uniform times, 1 / ((t_max - t_min) |d lambda / dt|): it shows which
-    noise levels training with uniform times, or sampling on a uniform grid, concentrates on.
+    ``density`` is the density of the log-SNR for uniform times, :math:`1 / ((t_{max} - t_{min})\, |d\lambda / dt|)`: it
+    shows which noise levels training with uniform times, or sampling on a uniform grid, concentrates on.
     """
     t = torch.linspace(schedule.t_min, schedule.t_max, points, dtype=torch.float64, device=schedule.device)
     at = schedule.at(t)

@@ -34,7 +34,7 @@ class GAN(GenerativeModel):
 
     Args:
         spec: shape, number of classes and value range of the data.
-        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)``, which returns images (n, *shape).
+        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)``, which returns images (n, C, H, W).
         discriminator: a factory ``(shape, num_classes) -> module(x, label)``, which returns scores (n,).
         adversarial: the losses :math:`L_D` and :math:`L_G`.
         penalty: penalties on the discriminator gradient, by their name in the logs.

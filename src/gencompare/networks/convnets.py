@@ -24,7 +24,7 @@ def pyramid_shapes(height: int, width: int, channels: int, max_channels: int) ->
 
 
 class ResNetEncoder(nn.Module):
-    """A ResNet from images (n, *shape) and an optional embedding (n, embed_dim) to (n, out_features).
+    """A ResNet from images ``(n, *shape)`` and an optional embedding (n, embed_dim) to (n, out_features).
 
     Each resolution has ``num_blocks`` residual blocks, and the last block of each resolution but the coarsest
     downsamples. A linear layer is applied to the flattened features.
@@ -70,7 +70,7 @@ class ResNetEncoder(nn.Module):
 
 
 class ResNetDecoder(nn.Module):
-    """A ResNet from latents (n, in_features) and an optional embedding (n, embed_dim) to images (n, *shape).
+    """A ResNet from latents (n, in_features) and an optional embedding (n, embed_dim) to images ``(n, *shape)``.
 
     The mirror image of `ResNetEncoder`, with the same arguments. The first block of each resolution but the coarsest
     upsamples.

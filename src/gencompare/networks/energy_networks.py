@@ -54,7 +54,7 @@ class EnergyNetwork(nn.Module):
 
 
 class EnergyMLP(nn.Module):
-    """An MLP of ``depth`` layers of ``width`` SiLU units, (n, *shape) -> (n, width), for points and tiny images."""
+    """An MLP of ``depth`` layers of ``width`` SiLU units, ``(n, *shape)`` -> (n, width), for points and tiny images."""
 
     def __init__(self, shape: tuple[int, int, int], *, width: int = 256, depth: int = 3) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def apply_spectral_norm(network: nn.Module) -> None:
 
 
 class DecodingGenerator(nn.Module):
-    """A decoder followed by tanh, from latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+    """A decoder followed by tanh, from latents (n, latent_dim) and labels (n,) to images ``(n, *shape)`` in (-1, 1).
 
     The latent is the decoder's input. Concatenated with the label embedding, it is also the decoder's embedding e,
     which modulates the normalisation of a ResNet (Chen et al. 2019, "On self modulation for GANs",
@@ -129,10 +129,10 @@ class MLPGenerator(DecodingGenerator):
 
 
 class EncodingDiscriminator(nn.Module):
-    """An encoder, a leaky ReLU and a `ProjectionHead`, from images (n, *shape) and labels (n,) to scores (n,).
+    """An encoder, a leaky ReLU and a `ProjectionHead`, from images ``(n, *shape)`` and labels (n,) to scores (n,).
 
     Args:
-        trunk: the encoder, (n, *shape) -> (n, num_features).
+        trunk: the encoder, ``(n, *shape)`` -> (n, num_features).
         num_features: dimension of the features.
         num_classes: number of classes, 0 for none.
     """
@@ -198,7 +198,7 @@ class MLPDiscriminator(EncodingDiscriminator):
 
 
 class DCGANGenerator(nn.Module):
-    """Transposed convolutions from latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+    """Transposed convolutions from latents (n, latent_dim) and labels (n,) to images ``(n, *shape)`` in (-1, 1).
 
     Miyato et al. 2018, "Spectral normalization for GANs", table 3 (a) (https://arxiv.org/abs/1802.05957). For 32x32
     images: a linear layer to 512 x 4 x 4; three 4x4 transposed convolutions with stride 2, to 256, 128 and 64 channels,
@@ -242,7 +242,7 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANDiscriminator(nn.Module):
-    """Strided convolutions from images (n, *shape) and labels (n,) to scores (n,).
+    """Strided convolutions from images ``(n, *shape)`` and labels (n,) to scores (n,).
 
     Miyato et al. 2018, table 3 (b): at each resolution a 3x3 convolution (64, 128, 256 and 512 channels for 32x32
     images) and, except at the last, a 4x4 convolution with stride 2 that keeps the number of channels, each followed by

@@ -28,7 +28,7 @@ def hstack(x: Tensor, e: Tensor | None) -> Tensor:
 
 
 class MLPEncoder(nn.Module):
-    """An MLP from images (n, *shape) and an optional embedding (n, embed_dim) to (n, out_features)."""
+    """An MLP from images ``(n, *shape)`` and an optional embedding (n, embed_dim) to (n, out_features)."""
 
     def __init__(
         self, shape: tuple[int, int, int], out_features: int, embed_dim: int = 0, *, width: int = 256, depth: int = 3
@@ -41,7 +41,7 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """An MLP from latents (n, in_features) and an optional embedding (n, embed_dim) to images (n, *shape)."""
+    """An MLP from latents (n, in_features) and an optional embedding (n, embed_dim) to images ``(n, *shape)``."""
 
     def __init__(
         self, in_features: int, shape: tuple[int, int, int], embed_dim: int = 0, *, width: int = 256, depth: int = 3

@@ -25,7 +25,7 @@ GAIN = math.sqrt(2 / (1 + NEGATIVE_SLOPE**2))
 
 
 class R3GANGenerator(nn.Module):
-    """Generator from latents (n, latent_dim) and labels (n,) to images (n, *shape), which may exceed [-1, 1].
+    """Generator from latents (n, latent_dim) and labels (n,) to images ``(n, *shape)``, which may exceed [-1, 1].
 
     A learned basis of 4x4 feature maps is scaled by a linear function of the latent and the label embedding; then
     ``num_blocks`` residual blocks per resolution, with filtered upsampling in between; then a 1x1 convolution.
@@ -77,7 +77,7 @@ class R3GANGenerator(nn.Module):
 
 
 class R3GANDiscriminator(nn.Module):
-    """Discriminator from images (n, *shape) and labels (n,) to scores (n,), the mirror image of `R3GANGenerator`.
+    """Discriminator from images ``(n, *shape)`` and labels (n,) to scores (n,), the mirror image of `R3GANGenerator`.
 
     At the coarsest resolution a depthwise convolution over the whole image and a linear layer follow. The linear layer
     gives a score or, with classes, ``channels`` features, whose inner product with a learned class vector is the score

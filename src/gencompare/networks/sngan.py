@@ -20,7 +20,7 @@ from gencompare.networks.layers import ClassConditionalGroupNorm, upsample_neare
 
 
 class SNGANGenerator(nn.Module):
-    """Generator from latents (n, latent_dim) and labels (n,) to images (n, *shape) in (-1, 1).
+    """Generator from latents (n, latent_dim) and labels (n,) to images ``(n, *shape)`` in (-1, 1).
 
     Table 4 (a): a linear layer to 256 x 4 x 4, three residual blocks that upsample, normalisation, ReLU and a 3x3
     convolution. Other image sizes have more or fewer blocks.
@@ -52,7 +52,7 @@ class SNGANGenerator(nn.Module):
 
 
 class SNGANDiscriminator(nn.Module):
-    """Discriminator from images (n, *shape) and labels (n,) to scores (n,).
+    """Discriminator from images ``(n, *shape)`` and labels (n,) to scores (n,).
 
     Table 4 (b): two residual blocks that downsample, two that do not, all with 128 channels, ReLU, sum pooling and a
     linear layer. Intended for use with spectral norm (``model.spectral_norm=true``).

@@ -27,6 +27,8 @@ def module_extractor(
 class ModuleExtractor(Extractor):
     """Any network that maps float images in [0, 1] to features (n, d).
 
+    ::
+
         +evaluation.available.mine={_target_: gencompare.evaluation.extractors.selection.module_extractor,
                                     _partial_: true, network: {_target_: my.Network}, name: mine, size: 224}
         evaluation.extractors=[mine]

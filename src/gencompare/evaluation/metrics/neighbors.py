@@ -227,8 +227,8 @@ def authenticity(samples: Tensor, train: Tensor) -> float:
     """Return the fraction of samples that are farther from their nearest training image than its nearest neighbour is.
 
     Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3, https://arxiv.org/abs/2102.08921. Copies
-    give 0. Fresh images of the same distribution give one half to three quarters, not 1, so compare the value with the
-    real-data baseline, the value of test images.
+    give 0. Fresh images of the same distribution give less than 1, so compare the value with the real-data baseline,
+    the value of test images.
     """
     distance, index = nearest_neighbor(samples, train)
     rows, place = index.unique(return_inverse=True)
