@@ -60,7 +60,7 @@ def test_families_have_own_settings_but_one_budget_and_protocol(data: str, famil
         cfg = composed("families", job_of[family], f"data={data}")
         assert cfg.family == family and cfg.data._target_.lower().endswith(data.replace("_", ""))
         shared.add(OmegaConf.to_yaml(OmegaConf.create({"budget": cfg.budget, "evaluation": cfg.evaluation})))
-        assert build_budget(cfg).images == 10_000 and cfg.evaluation.num_images == 500
+        assert build_budget(cfg).images == 50_000 and cfg.evaluation.num_images == 500
         if f"{data}_{family}" in options("experiment"):
             own = compose(f"experiment={data}_{family}")
             assert cfg.model == own.model and cfg.trainer == own.trainer
