@@ -625,7 +625,7 @@ def test_a_narrow_terminal_shows_fewer_columns(tmp_path: Path):
     print_tables(folders, Console(file=text, width=70, force_terminal=False))
     lines = text.getvalue().splitlines()
     assert ["1", "first", "ddpm", "1.25", "0.00210"] in [line.split()[:5] for line in lines]
-    assert any("more columns are in the page and the CSV file" in line for line in lines)
+    assert any("more columns are in compare.html and compare.csv" in line for line in lines)
     assert "…" not in text.getvalue()
 
 

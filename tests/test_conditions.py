@@ -279,7 +279,7 @@ def test_record_states_the_conditions_and_the_agreement_of_samples() -> None:
     low_again = torch.nn.functional.interpolate(upsampled, (4, 4), mode="bicubic", antialias=True).clamp(-1, 1)
     expected = float(((low_again - low) / 2).double().square().mean())
     assert blurred.metrics["consistency"].value == pytest.approx(expected, rel=1e-4) and expected > 1e-4
-    assert "resized low_res" in blurred.metrics["psnr"].note and "400 test images" in blurred.metrics["psnr"].note
+    assert "bicubic upscaling" in blurred.metrics["psnr"].note and "400 test images" in blurred.metrics["psnr"].note
     val = evaluate(Oracle(originals(data, "val")), data, replace(protocol, condition_split="val"))
     assert val.measurement.conditioning == "low_res 1x4x4 of val"
     assert set(m.differences(val.measurement)) == {"conditioning"}

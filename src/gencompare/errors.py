@@ -13,14 +13,15 @@ class UserError(Exception):
 def check_number(name: str, value: object) -> None:
     """Raise `UserError` unless the config value ``name`` is a number.
 
-    Comparing a string with a number would raise an unhelpful `TypeError`. ``.nan`` on the command line is a string.
+    Comparing a string with a number would raise an unhelpful `TypeError`. (``.nan`` on the command line is parsed as a
+    string.)
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{name}={value} must be a number.")
 
 
 class TrainingStopped(UserError):
-    """Training cannot continue with any further batch.
+    """Raised when training cannot continue.
 
     Args:
         reason: what went wrong, without a full stop.

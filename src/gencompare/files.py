@@ -69,7 +69,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically. Raise `ValueError` for NaN and infinity, which JSON lacks."""
+    """Write ``value`` as indented JSON, atomically. Raise `ValueError` for NaN and infinity (not valid JSON)."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 

@@ -40,9 +40,9 @@ class DataSpec:
 
     name: str
     shape: tuple[int, int, int]
-    """(C, H, W) of the tensors that the data module returns, including padding."""
+    """Shape (C, H, W) of the images that the data module returns, including padding."""
     num_classes: int = 0
-    """0 if the images have no labels."""
+    """Number of classes; 0 if the images have no labels."""
     num_bins: int | None = 256
     """Number of values that a pixel can take, 256 for uint8 images; None for continuous data."""
     padding: int = 0
@@ -101,10 +101,10 @@ class SupportsReconstruction(Protocol):
 
 @runtime_checkable
 class LatentSpace(Protocol):
-    """A frozen autoencoder whose whitened latents another model can be trained on."""
+    """A frozen autoencoder that provides whitened latents for training another model."""
 
     latent_shape: tuple[int, int, int]
-    """(c, h, w)."""
+    """Shape (c, h, w) of the latents."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode images (n, C, H, W) to latents (n, c, h, w)."""
@@ -440,7 +440,7 @@ class TrainedModel(pl.LightningModule):
 
     @property
     def perceptual_networks(self) -> list[str]:
-        """Names and SHA-256 of pretrained networks in the loss. Metrics on their features do not rank the model."""
+        """Names and SHA-256 of pretrained networks in the loss. Metrics of their features are not ranked."""
         return []
 
     @property

@@ -11,7 +11,8 @@ from PIL import Image
 from gencompare.files import atomic_write
 
 MIN_TILE = 48
-"""By default, images are enlarged by the smallest integer factor that makes their longer side at least this long."""
+"""By default, images are enlarged by the smallest integer factor that makes their longer side at least this many pixels
+long."""
 GAP = 2
 BACKGROUND = 128
 """Mid-grey between images, so that the edges of black and white images are visible."""

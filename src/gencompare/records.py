@@ -45,13 +45,13 @@ class Measurement:
     """``unconditional``, ``labels``, or further conditions with their shapes and the split that provides them.
     Conditional and unconditional models are not comparable."""
     label_distribution: str = "none"
-    """Where the labels of generated images come from."""
+    """Source of the labels of generated images."""
     chunk_size: int = 0
-    """Images generated from one random seed."""
+    """Number of images generated with the same random seed."""
 
     @property
     def id(self) -> str:
-        """A short hash of all fields: equal exactly when the protocols are equal."""
+        """A short hash of all fields, which is equal for equal protocols only."""
         return _short_hash(asdict(self))
 
     def differences(self, other: Measurement) -> dict[str, tuple[Any, Any]]:
@@ -65,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How samples were generated. Shown with the metrics; results in the same table may differ in it."""
+    """How samples were generated. These settings are shown with the metrics and may differ within a table."""
 
     weights: str = "unknown"
     """``ema``, ``raw`` (the online weights) or ``unknown``."""
@@ -105,7 +105,7 @@ class Metric:
     """
 
     value: float | None
-    """None if the value is not finite or there are too few images; ``note`` gives the reason."""
+    """The value, or None if it is not finite or there are too few images; ``note`` gives the reason."""
     higher_is_better: bool | None = None
     """Whether higher values are better, as in torchmetrics; None for a metric with a ``target`` or without an order."""
     target: float | None = None
@@ -145,7 +145,8 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of each part: ``sampling``, ``metrics``, ``likelihood``."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Shown but never ranked: images_per_second and flops_per_sample of sampling, class frequencies, warnings."""
+    """Shown but not used for ranking: images_per_second and flops_per_sample of sampling, class frequencies,
+    warnings."""
     images: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
     secondary_results: list[Result] = field(default_factory=list)
@@ -191,7 +192,7 @@ class RunRecord:
     name: str
     family: str
     data: dict[str, Any]
-    """name, shape, num_classes, num_bins, hash, and the size of each split."""
+    """Facts about the data set: name, shape, num_classes, num_bins, hash, and the size of each split."""
     seed: int = 0
     state: str = "running"
     """``running``, ``finished``, ``interrupted``, ``failed``, or ``samples`` for externally generated images."""
@@ -202,7 +203,7 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     """Package versions, git commit and whether the work tree was dirty, host, device."""
     model: dict[str, Any] = field(default_factory=dict)
-    """parameters (in total, and by network), conditional, noise_schedule if the model has one."""
+    """Facts about the model: parameters (in total, and by network), conditional, and noise_schedule if it has one."""
     training: dict[str, Any] = field(default_factory=dict)
     """steps, images_seen, seconds, device_seconds, images_per_second, peak_memory_bytes, flops_per_image, flops,
     perceptual_networks (networks that the loss uses); ``dependencies``, the runs that the model depends on
@@ -346,7 +347,7 @@ def _origin_and_args(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _finite(value: Any) -> Any:
-    """Return ``value`` with None in place of every NaN and infinity, which JSON lacks."""
+    """Return ``value`` with None in place of every NaN and infinity, which JSON does not support."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,1 +1,1 @@
-"""Read run records, rank their results, and write tables, charts and a page. This package does not import torch."""
+"""Read run records, rank their results, and write tables, charts and an HTML page. Does not import torch."""

@@ -21,10 +21,11 @@ from gencompare.comparison.sampler_description import without_steps
 from gencompare.comparison.svg_plots import COLORS, DASHES, Chart, PlotLine, Style, save, styles
 
 MAX_LINES = 75
-"""Largest number of lines in a chart (fifteen families with five seeds each). The best-ranked runs are drawn."""
+"""Maximum number of lines in a chart (fifteen families with five seeds each). If there are more runs, the best-ranked
+ones are drawn."""
 
 MAX_POINTS = 300
-"""Largest number of points in a learning curve. Longer curves are averaged over segments."""
+"""Maximum number of points in a learning curve. Longer curves are averaged over segments."""
 
 DISTANCES = ("val/mmd_", "val/fid", "val/fd_", "val/coverage")
 """Prefixes of the logged metrics that compare samples with validation images."""
@@ -58,7 +59,7 @@ class Charts:
 
 
 def by_rank(tables: list[RankingTable], runs: list[RunFolder]) -> list[RunFolder]:
-    """Sort runs by their best rank, which is the order of legends, images and settings."""
+    """Sort runs by their best rank. Legends, images and settings are listed in this order."""
     ranked = [run for table in tables for run, _ in table.results()]
     return list({run.label: run for run in [*ranked, *runs]}.values())
 
@@ -149,7 +150,7 @@ def subsample(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def limit_lines(chart: Chart) -> Chart:
-    """Keep the first lines of a chart, at most `MAX_LINES`; lines of the same name are kept or dropped together."""
+    """Keep at most the first `MAX_LINES` lines of a chart. Lines with the same name are kept or dropped together."""
     count = Counter(line.name for line in chart.lines)  # in the order of the lines
     kept = {name for name, total in zip(count, accumulate(count.values()), strict=True) if total <= MAX_LINES}
     lines = [line for line in chart.lines if line.name in kept]
@@ -160,7 +161,7 @@ def limit_lines(chart: Chart) -> Chart:
 
 
 def nfe_curves(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> list[Chart]:
-    """Create a chart for each table where one trained model is sampled with different NFE (network evaluations).
+    """Create a chart for each table where a trained model is sampled with several numbers of network evaluations.
 
     A line joins the rows of one trained model, or of one set of training seeds, that differ only in the number of
     sampling steps. It has the style of the best of these rows.
@@ -211,7 +212,7 @@ def noise_schedules(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> li
 
 
 def _floats(schedule: object, name: str) -> np.ndarray:
-    """Read the list ``name`` of an unvalidated record field as an array. It is empty if missing or corrupted."""
+    """Convert the list ``name`` in an unvalidated record field to an array, which is empty if the list is invalid."""
     values = schedule.get(name) if isinstance(schedule, dict) else None
     try:
         return np.asarray(values if isinstance(values, list) else [], dtype=float).ravel()
@@ -220,7 +221,7 @@ def _floats(schedule: object, name: str) -> np.ndarray:
 
 
 SCHEDULE_COLORS = (*COLORS, "#1d2530", "#e0b20a")
-"""More colours than `COLORS`, since there are more schedules."""
+"""Line colours of `draw_schedules`: `COLORS` and two more, since there are more than ten schedules."""
 
 ScheduleCurve = Mapping[str, np.ndarray]
 """``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``, each of shape (points,)."""

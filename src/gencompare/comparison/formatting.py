@@ -1,4 +1,4 @@
-"""Formatting of numbers, metric names and protocols, shared by the terminal, the page and the table files."""
+"""Format numbers, metric names and protocols for the terminal, the HTML page and the table files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def title(name: str) -> str:
 
 
 def direction_arrow(metric: Metric) -> str:
-    """Return an arrow towards better values: ↓, ↑, → and the target, or nothing if no value is better than another."""
+    """Return the direction of better values: ↓, ↑, → with the target, or an empty string if there is none."""
     if metric.target is not None:
         return f"→{metric.target:g}"
     return "" if metric.higher_is_better is None else "↑" if metric.higher_is_better else "↓"
@@ -151,12 +151,11 @@ def join_notes(*notes: str) -> str:
 
 
 def annotation(metric: Metric, *, primary: bool, baseline: bool = True) -> str:
-    """Return the small print of a metric: its interval, its comparison with real data, and the label of its note.
+    """Format the text below a metric value: confidence interval, real-data baseline, and the label of its note.
 
     Args:
-        primary: whether the metric is the primary one, the only one that is shown as a multiple of its real-data
-            baseline.
-        baseline: whether to show the real-data baseline if no such multiple is shown.
+        primary: whether this is the primary metric. Its value is also shown as a multiple of its real-data baseline.
+        baseline: whether to show the real-data baseline of a metric that is not shown as a multiple of it.
     """
     compared = format_ratio_to_baseline(metric) if primary else ""
     if not compared and baseline and is_finite(metric.baseline):

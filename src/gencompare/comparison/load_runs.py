@@ -30,11 +30,11 @@ class RunFolder:
     label: str
     """Name of the run, with parent folders if several runs of the comparison share a name."""
     settings: str = ""
-    """Command-line overrides that not all runs of the comparison have, except seeds."""
+    """Command-line overrides, other than seeds, that not all runs of the comparison share."""
 
     @property
     def title(self) -> str:
-        """The label with the settings, for legends."""
+        """Label and settings, as shown in legends."""
         return f"{self.label} ({self.settings})" if self.settings else self.label
 
     @cached_property
@@ -95,7 +95,7 @@ class LoadedRuns:
 def find_run_folders(pattern: str) -> list[Path]:
     """Return the run folders that match a glob, sorted. ``**`` matches any number of nested folders.
 
-    A matching folder that contains run folders but is not one itself (a sweep) is replaced by them.
+    A matching folder that is not a run folder but contains run folders (a sweep folder) is replaced by its run folders.
 
     Raises:
         UserError: no run folder matches.
@@ -155,7 +155,7 @@ def _relative_to_cwd(folder: str | os.PathLike[str]) -> Path:
 
 
 def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
-    """Label each run by the first of name, parent/name and folder that no other run has."""
+    """Label each run by its name, by parent/name or by its whole path, choosing the shortest label that is unique."""
     choices = [(record.name, f"{folder.parent.name}/{record.name}", str(folder)) for folder, record in runs]
     count = Counter(label for choice in choices for label in set(choice))
     return [next((label for label in choice if count[label] == 1), choice[-1]) for choice in choices]
@@ -165,11 +165,11 @@ NON_DISTINGUISHING = (
     "seed=", "model=", "sweep=", "hydra", "logger", "run=", "run_dir=", "resume=", "ckpt_path=",
     "callbacks.progress",
 )  # fmt: skip
-"""Prefixes of overrides that do not describe the model, or that have a separate column."""
+"""Prefixes of overrides that do not describe the model, or that are shown in a separate column."""
 
 
 def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
-    """Return, for each run, the overrides that not all runs have; for a single run, none."""
+    """Return, for each run, the overrides that not all runs share. For a single run, return no overrides."""
     overrides = [
         [each.lstrip("+") for each in record.overrides if not each.lstrip("+").startswith(NON_DISTINGUISHING)]
         for record in records

@@ -1,4 +1,4 @@
-"""A comparison as an object: printed as tables, displayed in a notebook, written as a page."""
+"""A comparison object, which can be printed, displayed in a notebook, and saved as an HTML page."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gencompare.comparison.tables import columns, csv_rows, table_title
 from gencompare.comparison.terminal import print_tables
 
 MAX_NOTEBOOK_COLUMNS = 8
-"""Columns of a table in a notebook; the page and `Comparison.rows` have all of them."""
+"""Maximum number of table columns in a notebook. The HTML page and `Comparison.rows` contain all columns."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Results that are ranked within each evaluation protocol, best first.
+    """Results ranked within each evaluation protocol, best first.
 
     ``print`` shows the tables of ``task=compare``, and a notebook displays them.
     """
@@ -42,7 +42,7 @@ class Comparison:
         return csv_rows(self.loaded)
 
     def save(self, out: str | os.PathLike[str]) -> Path:
-        """Write the page ``compare.html`` and the tables to the folder ``out``. Return the path of the page."""
+        """Write the page ``compare.html`` and the table files to the folder ``out``. Return the path of the page."""
         return write_report(self.loaded, out)
 
     def __str__(self) -> str:

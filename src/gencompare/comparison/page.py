@@ -51,11 +51,12 @@ from gencompare.version import __version__
 HTML_FILE, CSV_FILE, MARKDOWN_FILE, LATEX_FILE = "compare.html", "compare.csv", "compare.md", "compare.tex"
 
 MAX_IMAGE_BYTES = 7_000_000
-"""Limit on the total size of embedded images, before base64 adds a third. The best-ranked images come first."""
+"""Maximum total size of the embedded images in bytes, before base64 encoding adds a third. If they do not all fit,
+images of lower-ranked runs are omitted."""
 
 MAX_DETAILED_ROWS = 12
-"""The table of all metrics has a column per ranked row. For longer rankings it is omitted, and the CSV file has all
-metrics."""
+"""Maximum length of a ranking for which the page shows a table of all metrics, which has one column per ranked row. The
+CSV file contains all metrics of any ranking."""
 
 
 def report(
@@ -68,12 +69,12 @@ def report(
 
 
 def write_report(loaded: LoadedRuns, out: str | os.PathLike[str]) -> Path:
-    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` to ``out``. Return the page.
+    """Write ``compare.html``, ``.csv``, ``.md``, ``.tex`` and the folder ``plots`` to ``out``.
 
-    For a single run, there is no folder ``plots``.
+    Return the path of ``compare.html``. The folder ``plots`` is not written for a single run.
 
     Raises:
-        UserError: there is no readable record, or no run has the metric or config key in the options.
+        UserError: there is no readable record, or no run has the metric or the config key that the options name.
     """
     if not loaded.runs:
         reasons = [skip.reason for skip in loaded.skipped]
@@ -167,7 +168,7 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
 
 
 def _published(tables: list[RankingTable]) -> dict[int, list[tuple[str, ...]]]:
-    """Return published results as strings, by the number of the last table of their data set."""
+    """Format published results as strings. The keys are the numbers of the tables that they are shown after."""
     last = {table.measurement.data: number for number, table in enumerate(tables, 1)}
     return {
         number: [
@@ -191,12 +192,12 @@ class PageImage:
     run: RunFolder
     caption: str
     source: str
-    """A data URI."""
+    """The image as a data URI."""
 
 
 @dataclass
 class PageImages:
-    """The images of a page by title, up to a total size."""
+    """The images of a page, by title, with a limit on their total size."""
 
     bytes_left: int
     by_title: dict[str, list[PageImage]] = field(default_factory=dict)
@@ -206,7 +207,7 @@ class PageImages:
     _added: set[tuple[str, str, bytes]] = field(default_factory=set)
 
     def add(self, run: RunFolder, title: str, path: str, caption: str) -> None:
-        """Add an image unless it was already added, its file is missing, or it does not fit."""
+        """Add an image unless it was added before, its file is missing, or it would exceed the size limit."""
         content = run.read_png(path)
         if content is None:
             self.missing.append(f"{run.label}: {title} ({path})")
@@ -248,7 +249,7 @@ def _draw(charts: list[Chart], prefix: str) -> list[tuple[Chart, Markup]]:
 
 
 def _run(run: RunFolder) -> dict[str, Any]:
-    """Return the known facts about a run and its config."""
+    """Return the known facts about a run (state, data, cost, versions), and its config."""
     record, training, environment = run.record, run.record.training, run.record.environment
     git, packages = _as_dict(environment.get("git")), _as_dict(environment.get("packages"))
     commit = str(git.get("commit", ""))[:12] + (" with uncommitted changes" if git.get("dirty") else "")

@@ -53,7 +53,7 @@ class PublishedResult:
 
 
 def published_results(data: str) -> list[PublishedResult]:
-    """Return published results on data set ``data``, sorted by FID, then those with bits/dim only."""
+    """Return published results on data set ``data``, sorted by FID. Results with only bits/dim come last."""
     results = [PublishedResult(**entry) for entry in _published().get(data, [])]
     return sorted(results, key=lambda r: (r.fid is None, r.fid if r.fid is not None else r.bpd))
 
@@ -88,7 +88,7 @@ class TableRow:
 
     group: SeedGroup
     rank: int | None
-    """1 is best, and equal values share a rank. None if the row is not ranked."""
+    """Rank of the row: 1 is best, and equal values share a rank. None if the row is not ranked."""
     status: str = ""
     """`BASELINE`, `NEAR_BASELINE`, a key of `UNRANKED`, or empty."""
     comparison: ComparisonToBest | None = None
@@ -234,7 +234,7 @@ def _first_names(names: tuple[str, ...], limit: int = 6) -> str:
 
 
 def ranking_tables(loaded: LoadedRuns) -> list[RankingTable]:
-    """Return `rank_results` of the loaded runs, computed once for the page and all files."""
+    """Return `rank_results` of the loaded runs, cached for the page and all table files."""
     if loaded.tables is None:
         loaded.tables = rank_results(loaded.runs, loaded.options)
     return loaded.tables
@@ -267,7 +267,7 @@ def rank_results(runs: Iterable[RunFolder], options: ComparisonOptions = Compari
 
 
 def _position_in_record(results: list[RunResult]) -> int:
-    """Return the lowest position of the results in their records, which list those of the primary extractor first."""
+    """Return the lowest position of the results in their records, where results of the primary extractor come first."""
     return min(
         next((k for k, other in enumerate(run.record.results) if other.id == result.id), 0) for run, result in results
     )
@@ -322,7 +322,7 @@ def _status(row: TableRow, baselines: list[TableRow]) -> str:
 
 
 def _with_tests(rows: list[TableRow]) -> list[TableRow]:
-    """Add test results to those of ``rows`` (best first) that are ranked and have enough training seeds."""
+    """Add test results to the ranked rows among ``rows`` (best first) that have enough training seeds."""
     samples = [row.group.values_by_seed(row.result.primary_metric) if row.rank is not None else None for row in rows]
     samples = [sample and _badness(sample, row.metric) for sample, row in zip(samples, rows, strict=True)]
     p_values = adjusted_p_values(samples)
@@ -380,7 +380,7 @@ MAX_NAMED_PAIRS = 5
 
 
 def metric_disagreements(tables: list[RankingTable]) -> list[str]:
-    """Describe, for each pair of tables of the same samples, which pairs of rows their metrics order differently."""
+    """For each pair of tables of the same samples, describe which rows the two metrics rank in a different order."""
     sentences = []
     for (i, a), (j, b) in combinations(enumerate(tables, 1), 2):
         if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:
@@ -407,7 +407,7 @@ def metric_disagreements(tables: list[RankingTable]) -> list[str]:
 
 
 def _rows_by_samples(table: RankingTable) -> dict[tuple[str, str], TableRow]:
-    """Return the ranked rows by their samples, which run folders and sampling settings identify."""
+    """Return the ranked rows, with the samples (run folders and sampling settings) as keys."""
     return {
         (" ".join(sorted(str(run.folder) for run, _ in row.group.members)), row.result.generation.id): row
         for row in table.rows

@@ -29,8 +29,8 @@ def own_cost(record: RunRecord) -> dict[str, float | None]:
 def total_cost(record: RunRecord) -> dict[str, float | None]:
     """Return the cost of this training run and of everything that the model depends on, by kind.
 
-    For a record without ``total_cost``, this is the cost of the run and of its autoencoder. If the cost of one of them
-    is unknown, so is the total, which is then None.
+    For a record without ``total_cost``, this is the cost of the run and of its autoencoder. If one of these costs is
+    unknown, the total is None.
     """
     recorded = record.training.get("total_cost")
     if isinstance(recorded, dict):
@@ -67,12 +67,12 @@ def autoencoder_cost(record: RunRecord) -> dict[str, Any]:
 TEXT_COLOR = ""
 
 MAX_POINTS = 60
-"""Largest number of rows in a chart. The best rows are drawn, and in addition the whole Pareto front."""
+"""Maximum number of rows in a chart. If there are more, the best rows and the whole Pareto front are drawn."""
 
 
 @dataclass(frozen=True)
 class ParetoChart:
-    """The primary metric of one table against one cost."""
+    """A chart of the primary metric of one table against one kind of cost."""
 
     chart: Chart
     front: list[TableRow]

@@ -1,4 +1,4 @@
-"""Descriptions of how samples were generated, and of what distinguishes the rows of one trained model."""
+"""Describe how samples were generated, and how the table rows of the same trained model differ."""
 
 from __future__ import annotations
 

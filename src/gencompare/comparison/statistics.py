@@ -145,9 +145,9 @@ NON_MODEL_SETTINGS = frozenset(NON_SETTINGS) | {
     "callbacks.progress_bar", "callbacks.metric_logger", "callbacks.checkpoints",
     "callbacks.evaluation.num_grid_images", "callbacks.evaluation.num_val_images",
 }  # fmt: skip
-"""Settings that do not affect the trained model, and seeds. The evaluation protocol is in the `Measurement` instead.
-``data.seed`` determines the order of the training images and follows the seed of the run. Callbacks that affect metrics
-are not listed: the EMA, and the evaluation that selects ``best`` and may stop training."""
+"""Seeds, and settings that do not affect the trained model. Evaluation settings are compared by `Measurement` instead.
+``data.seed`` determines the order of the training images and equals the seed of the run by default. Callbacks that
+affect metrics are not listed: the EMA, and the evaluation that selects ``best`` and may stop training."""
 
 AVERAGED_DETAILS = ("flops_per_sample",)
 """Details of a result that are averaged over seeds."""
@@ -160,7 +160,7 @@ class SeedGroup:
     """The runs of one table row: a single result, or the mean over several runs."""
 
     run: RunFolder
-    """The run. For several runs, the first run with the label of the group and mean costs."""
+    """The run. For several runs, a copy of the first run, with the label of the group and mean costs."""
     result: Result
     """The result, or the mean over several results."""
     members: tuple[RunResult, ...]
@@ -284,7 +284,7 @@ def _sampling_key(run: RunFolder, result: Result, with_step: bool) -> dict[str, 
 
 
 def _seed_group(members: list[RunResult], replicate_keys: list[str], name: str) -> SeedGroup:
-    """Create a group, whose ``members`` are replicates if all ``replicate_keys`` are equal; ``name`` is its label."""
+    """Create a group labelled ``name``. Its ``members`` are replicates if all ``replicate_keys`` are equal."""
     if len(members) == 1:
         run, result = members[0]
         return SeedGroup(replace(run, label=f"{name} ({run.label})") if name else run, result, tuple(members))

@@ -28,8 +28,8 @@ MARKERS = {
     "2 2": ("^", "M9 .8l3.3 6h-6.6z"), "9 2 2 2": ("D", "M9 .3l3.5 3.7-3.5 3.7-3.5-3.7z"),
     "14 3": ("v", "M9 7.2l3.3-6h-6.6z"),
 }  # fmt: skip
-"""The marker of each dash pattern, for matplotlib and as an SVG path around (9, 4). (A single point shows no
-dashes.)"""
+"""The marker of each dash pattern, as a Matplotlib marker and as an SVG path centred at (9, 4). Markers distinguish the
+styles of single points, which show no dashes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PlotLine:
     x: np.ndarray
     y: np.ndarray
     color: str
-    """Empty for the text colour of the page."""
+    """Colour of the line; empty for the text colour of the page."""
     dash: str = ""
     marker: bool = False
     faint: bool = False
@@ -105,7 +105,7 @@ INK, FAINT = "#010203", "#040506"
 """Placeholder colours, which are replaced by CSS variables of the page."""
 
 LOG_RANGE = 20.0
-"""Positive values whose ratio exceeds this factor get a logarithmic axis."""
+"""An axis is logarithmic if its values are positive and the largest exceeds the smallest by more than this factor."""
 
 MAX_LEGEND_ENTRIES = 24
 """Largest number of legend entries in a chart file."""
@@ -193,7 +193,7 @@ def _draw(axes: Axes, chart: Chart, ink: str) -> None:
 
 
 def _log_ticks(values: list[np.ndarray]) -> tuple[float, ...]:
-    """Return the multiples of powers of ten that get a tick on a logarithmic axis. A longer axis has fewer."""
+    """Return the multiples of powers of ten that get a tick on a logarithmic axis, fewer for a longer axis."""
     flat = np.concatenate(values)
     return (1.0, 2.0, 5.0) if flat.max() / flat.min() < 100 else (1.0,)
 

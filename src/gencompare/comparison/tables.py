@@ -28,9 +28,9 @@ BPD_KINDS = ("exact", "bound", "estimate")
 class Cell:
     text: str
     annotation: str = ""
-    """Small print below the text."""
+    """Shown below the text, in smaller type."""
     sort_key: float | str | None = None
-    """None sorts last."""
+    """Value to sort the column by. Cells with None come last."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _metric(name: str) -> Callable[[TableRow], Cell]:
 
 
 def _comparison(row: TableRow) -> Cell:
-    """Show the Holm-adjusted p value against the best tested row, and whether it is significant.
+    """Show the Holm-adjusted p value against the best tested row, and whether the difference is significant.
 
     The best tested row sorts first, followed by the others with decreasing p value.
     """
@@ -144,9 +144,9 @@ def _comparison(row: TableRow) -> Cell:
 
 
 def _bits_per_dim(row: TableRow) -> Cell:
-    """Show one value in bits/dim with its estimator: the exact value, else the lowest bound, else the lowest estimate.
+    """Show the exact bits/dim, else the lowest bound, else the lowest estimate, with the name of the estimator.
 
-    A model may have several estimators, which may differ between models. The table of all metrics lists all of them.
+    A model may have several estimators, and they may differ between models. The table of all metrics lists all of them.
     """
     candidates = [
         (BPD_KINDS.index(kind) if (kind := formatting.note_label(metric)) in BPD_KINDS else len(BPD_KINDS),
@@ -257,8 +257,8 @@ def csv_rows(loaded: LoadedRuns) -> list[dict[str, Any]]:
     """Return all results with all metrics, protocol fields and costs, one row per result, in the order of the tables.
 
     A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results in
-    the same table row have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the
-    adjusted p-value against the row of rank ``best_rank``. Runs without results also have a row each.
+    the same table row have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the adjusted
+    p-value against the row of rank ``best_rank``. Each run without results also has a row.
     """
     lines: list[dict[str, Any]] = []
     for table in ranking_tables(loaded):
@@ -360,7 +360,7 @@ def _markdown(text: str) -> str:
 # LaTeX
 
 LATEX_COLUMNS = 8
-"""Largest number of columns of a LaTeX table besides the rank. More do not fit on a page."""
+"""Maximum number of columns of a LaTeX table, not counting the rank. More would not fit on a page."""
 
 LATEX = str.maketrans(
     {
@@ -398,7 +398,7 @@ def _latex_table(table: RankingTable) -> str:
 
 
 def _latex_row(row: TableRow, shown: list[Column], primary_metric: str) -> str:
-    """Format a row with the annotation of the run and the interval of the primary metric. More do not fit on a page."""
+    """Format a row. Its only annotations are those of the run and the interval of the primary metric, to save space."""
     cells = [str(row.rank) if row.rank is not None else "--"]
     for column in shown:
         cell, annotation = column.cell(row), ""

@@ -27,7 +27,7 @@ from gencompare.comparison.tables import Cell, columns, metric_heading, table_ti
 from gencompare.records import RunRecord
 
 MAX_RESULTS = 4
-"""Number of results in the summary of a run, which shows the latest."""
+"""Maximum number of results in the summary of a run. The latest results are shown."""
 
 MAX_CELL_WIDTH = 32
 """Largest width of a cell. Longer text wraps."""
@@ -84,7 +84,7 @@ def _ranking(ranking: RankingTable, width: int) -> RenderableType:
             table.add_row(str(row.rank or formatting.MISSING), *texts)
         table.add_section()
     num_hidden = len(all_columns) - len(shown)
-    notes = [f"{num_hidden} more columns are in the page and the CSV file."] if num_hidden else []
+    notes = [f"{num_hidden} more columns are in compare.html and compare.csv."] if num_hidden else []
     notes = [Text(note, style="dim") for note in [*notes, *ranking.notes()]]
     return Group(*_heading(ranking), table, *_warnings(ranking), *notes, "")
 
@@ -160,5 +160,5 @@ def run_summary(record: RunRecord) -> RenderableType:
         parts += [*_heading(ranking), table, *_warnings(ranking), *(Text(note, style="dim") for note in notes), ""]
     num_hidden = len(record.results) - len(results)
     if num_hidden:
-        parts.append(Text(f"{num_hidden} earlier results are in the record and on the page.", style="dim"))
+        parts.append(Text(f"{num_hidden} earlier results are listed in record.json and compare.html.", style="dim"))
     return Group(*parts)

@@ -173,7 +173,7 @@ class ImageData(pl.LightningDataModule):
         return images
 
     def cond(self, x: Tensor, rows: Split) -> Cond:
-        """Return the conditions of the batch ``rows``; ``x`` contains its images, normalised and possibly flipped."""
+        """Return the conditions of the batch ``rows``. ``x`` contains its images, normalised and possibly flipped."""
         return {} if rows.labels is None else {"label": rows.labels}
 
     def batches(self, name: str, batch_size: int | None = None) -> Iterator[tuple[Tensor, Cond]]:
@@ -213,8 +213,9 @@ class TrainStream:
     """An infinite stream of training batches, starting at ``start_step``.
 
     Every epoch visits the images in a new permutation, determined by the seed and the epoch. Step s takes items s B to
-    (s + 1) B of the concatenated permutations, where B is the global batch size; rank r of W takes the r-th of W equal
-    parts of that batch. Training is therefore independent of the number of processes and of where a run was resumed.
+    (s + 1) B - 1 of the concatenated permutations, where B is the global batch size. Rank r of W takes the r-th of W
+    equal parts of this batch. Training is therefore independent of the number of processes and of where a run was
+    resumed.
     """
 
     def __init__(self, data: ImageData, *, start_step: int, rank: int, world_size: int, device: torch.device) -> None:

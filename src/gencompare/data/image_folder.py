@@ -34,9 +34,9 @@ class Layout:
 def read_layout(names: Sequence[str], archive: Path) -> Layout:
     """Infer splits and classes from the paths of all files.
 
-    Supported are ``split/class/name``, ``split/name``, ``class/name`` and ``name``. A single folder that contains
-    everything is ignored. The top-level folders are splits if each is named after a split. The folders below them, or
-    the top-level folders if there are no splits, are classes if there are at least two.
+    The supported layouts are ``split/class/name``, ``split/name``, ``class/name`` and ``name``. A single folder that
+    contains everything is ignored. The top-level folders are splits if each is named after a split. The folders below
+    them, or the top-level folders if there are no splits, are classes if there are at least two.
 
     Args:
         names: file names, as in `Archive.names`.

@@ -173,5 +173,5 @@ class Toy2D(ImageData):
         return splits
 
     def log_density(self, x: Tensor) -> Tensor | None:
-        """Compute the log density in nats (n,) of points (n, 2, 1, 1) or (n, 2). Return None without a closed form."""
+        """Compute the log density in nats, (n,), of points (n, 2, 1, 1) or (n, 2); None if there is no closed form."""
         return self.distribution.log_density(x.flatten(1))

@@ -42,7 +42,7 @@ class Denoiser:
     """
 
     network: nn.Module
-    """(x (n, C, H, W), noise_cond (n,), cond) -> (n, output_multiplier C, H, W)."""
+    """Maps (x (n, C, H, W), noise_cond (n,), cond) to (n, output_multiplier C, H, W)."""
     schedule: NoiseSchedule
     parameterization: Parameterization
 

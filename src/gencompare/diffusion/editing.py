@@ -119,11 +119,11 @@ class Trajectory(NamedTuple):
     """Selected states of a sampler between noise and image."""
 
     times: Tensor
-    """(k,), decreasing."""
+    """Times of the selected states, (k,), decreasing."""
     states: Tensor
     """x_t at ``times``, (k, n, C, H, W)."""
     x0: Tensor
-    """The last images predicted before each state, (k, n, C, H, W)."""
+    """The image that was predicted last before each state, (k, n, C, H, W)."""
 
 
 def trajectory(
@@ -135,7 +135,7 @@ def trajectory(
     count: int,
     generator: torch.Generator,
 ) -> Trajectory:
-    """Sample, and return ``count`` evenly spaced steps with the first and the last, or all steps if there are fewer."""
+    """Sample, and return ``count`` evenly spaced steps, including first and last. If there are fewer, return all."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
     check_finite(steps[-1].x, "Sampling")
     selected = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]
@@ -161,7 +161,7 @@ def normalize_states(states: Tensor, times: Tensor, schedule: NoiseSchedule) -> 
 NUM_INTERPOLATION_IMAGES = 9
 """Number of images in an interpolation, including both ends."""
 NUM_ODE_STEPS = 50
-"""Number of steps between image and noise; each takes at most two network calls."""
+"""Number of steps between image and noise, each of which takes at most two network calls."""
 NUM_INPAINTINGS = 6
 """Number of inpaintings of each image."""
 NUM_TRAJECTORY_TIMES = 10
@@ -171,7 +171,7 @@ NUM_TRAJECTORIES = 4
 
 
 def ode_times(denoiser: DenoiserProtocol, x: Tensor) -> Tensor:
-    """Return decreasing times from noise to image: `NUM_ODE_STEPS` even steps, or fewer for a shorter table."""
+    """Return `NUM_ODE_STEPS` evenly spaced times from noise to image, or all discrete times if there are fewer."""
     discrete_times = denoiser.schedule.discrete_times
     num_steps = NUM_ODE_STEPS if discrete_times is None else min(NUM_ODE_STEPS, len(discrete_times))
     return UniformGrid()(denoiser.schedule, num_steps).to(x.device)

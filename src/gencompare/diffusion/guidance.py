@@ -32,8 +32,8 @@ class Guidance(ABC):
     """Base class of guidance. A subclass implements ``predict`` and, if it uses other models, ``guides``.
 
     Args:
-        scale: strength of the guidance; 1 gives the model that is guided towards, and larger values extrapolate beyond
-            it.
+        scale: strength of the guidance. 1 samples from the target of the guidance (such as the conditional model), and
+            larger values extrapolate beyond it.
     """
 
     scale: float
@@ -70,7 +70,7 @@ class Guidance(ABC):
         return None
 
     def guides(self) -> dict[str, nn.Module]:
-        """Return the other models used in sampling, by name. They are moved and counted with the guided model."""
+        """Return the guiding models by name. They move to the device of the guided model, and their NFE are counted."""
         return {}
 
     @property
@@ -222,9 +222,9 @@ class ClassifierGuidance(Guidance):
 class AutoGuidance(Guidance):
     r"""Autoguidance: :math:`D = D_{weak} + scale\, (D_{main} - D_{weak})`.
 
-    The weak model is smaller or trained for less time, on the same data. Scale 1 is the main model alone, and scale 0
-    is the weak model alone. Unconditional models can be guided, too. Karras et al. (2024), "Guiding a diffusion model
-    with a bad version of itself", eq. 3 with D_0 the weak model, https://arxiv.org/abs/2406.02507.
+    The weak model is smaller or was trained for less time, on the same data. Scale 1 is the main model alone, and scale
+    0 is the weak model alone. Unconditional models can be guided, too. Karras et al. (2024), "Guiding a diffusion model
+    with a bad version of itself", eq. 3 (D_0 is the weak model), https://arxiv.org/abs/2406.02507.
 
     Args:
         weak: the weak denoiser, under the same schedule; it receives the same conditions.
@@ -245,7 +245,7 @@ class AutoGuidance(Guidance):
 
 @torch.no_grad()
 def check_same_schedule(schedule: NoiseSchedule, guidance: Guidance, points: int = 9) -> None:
-    """Raise `UserError` if a guide was trained under a different schedule, since noise levels would not match."""
+    """Raise `UserError` if a guiding model has a different noise schedule, since noise levels would not match."""
     for name, guide in guidance.guides().items():
         other = guide.schedule
         assert isinstance(other, NoiseSchedule)
@@ -286,5 +286,5 @@ def _modules(**guides: object) -> dict[str, nn.Module]:
 
 
 def _name(guide: nn.Module) -> str:
-    """Return the run that a guide was loaded from, or its class name if the loader did not record the run."""
+    """Return the run that a guiding model was loaded from, or its class name if the run was not recorded."""
     return str(getattr(guide, "origin", type(guide).__name__))

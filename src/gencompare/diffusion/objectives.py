@@ -27,8 +27,8 @@ class Objective(ABC):
     """Base class of training losses."""
 
     trains_schedule: ClassVar[bool] = False
-    """Whether the loss may train a learned schedule. Only a bound on the likelihood can: other losses are minimised by
-    a degenerate schedule with almost no noise or almost only noise."""
+    """Whether the loss may train a learned schedule. Only bounds on the likelihood can do so: other losses are
+    minimised by a degenerate schedule with almost no noise or almost only noise."""
     trains_variance: ClassVar[bool] = False
     """Whether the loss trains a learned reverse variance. A squared error does not depend on the variance."""
 
@@ -50,7 +50,7 @@ class Objective(ABC):
         """
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
-        """Return this objective for the given p(x_0 | mean, std), on which only bounds on the likelihood depend."""
+        """Return this objective with p(x_0 | mean, std) set, which only bounds on the likelihood use."""
         return self
 
 
@@ -296,7 +296,7 @@ class DataLikelihood:
     num_bins: int | None
     """Number of values that a pixel can take, evenly spaced from -1 to 1; None for continuous data."""
     mask: Tensor
-    """(1, H, W): 1 inside the image, 0 on padding."""
+    """Mask (1, H, W): 1 inside the image, 0 on padding."""
     num_values: int
     """Number of values per image without padding, the divisor in bits/dim."""
 

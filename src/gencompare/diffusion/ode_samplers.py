@@ -226,13 +226,13 @@ class RK45(Sampler):
 
     Song et al. (2021), "Score-Based Generative Modeling through SDEs", section 4.3, https://arxiv.org/abs/2011.13456,
     solve in t. In lambda, the right-hand side has no kinks if the schedule is a table of betas. A step is accepted if
-    the root mean square of its error over atol + rtol \|y\|, taken over all images of the batch, is at most 1; the
-    error determines the next step size (Hairer et al. 1993, "Solving Ordinary Differential Equations I", section II.4).
+    the ratio of its error to atol + rtol \|y\| has a root mean square of at most 1 over all images of the batch. This
+    value determines the next step size (Hairer et al. 1993, "Solving Ordinary Differential Equations I", section II.4).
     Each attempt takes six denoiser calls.
 
     Args:
-        num_steps: number of grid intervals. A state is yielded at the end of each interval, and no step crosses this
-            end. The last interval is the step to clean data, which returns the predicted image.
+        num_steps: number of grid intervals. A state is yielded at the end of each interval, and no step extends beyond
+            it. The last interval is the step to clean data, which returns the predicted image.
         rtol: relative tolerance.
         atol: absolute tolerance, in units of the data.
 
@@ -306,9 +306,9 @@ class RK45(Sampler):
 class _State(NamedTuple):
     log_snr: float
     y: Tensor
-    """x / alpha."""
+    """The integrated state y = x / alpha."""
     slope: Tensor
-    """dy / d lambda."""
+    """The derivative dy / d lambda."""
     prediction: Prediction
 
     @classmethod

@@ -15,7 +15,7 @@ from gencompare.errors import UserError
 
 
 class NoiseConditioning(ABC):
-    """Base class of noise conditioning: maps from a time to the number that encodes the noise level for the network."""
+    """Base class of noise conditioning, which maps a time to the number that tells the network the noise level."""
 
     @abstractmethod
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
@@ -395,7 +395,7 @@ def _posterior_mean_coefficients(at_t: ScheduleValues) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LearnedVariance(Parameterization):
-    r"""Any parameterisation, plus a learned variance of the reverse step for every value of the image.
+    r"""A wrapper that adds a learned variance of the reverse step, for every value of the image, to a parameterisation.
 
     The additional output w in [-1, 1] interpolates the variance as :math:`\beta^v \tilde\beta^{1 - v}` with
     :math:`v = (w + 1) / 2`, the ``variance_fraction``; :math:`\beta` is the variance of the forward step, and

@@ -163,7 +163,7 @@ def steps_between(
 
 
 class _ValuesAtIndex(ScheduleValues):
-    """Values at one of several times that are evaluated together, once per trajectory."""
+    """Schedule values at one time of a trajectory. The values at all times are computed together, once."""
 
     def __init__(self, values: ScheduleValues, index: int) -> None:
         self._values, self._index = values, index

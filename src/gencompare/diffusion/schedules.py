@@ -64,7 +64,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return None
 
     def require_discrete_times(self) -> Tensor:
-        """Return `discrete_times`, or raise if there are none.
+        """Return `discrete_times`. Raise `UserError` if there are none.
 
         Returns:
             The times, (T,).
@@ -112,7 +112,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @torch.no_grad()
     def prior_mismatch(self, t: Tensor) -> str | None:
-        """Explain why sampling cannot start from pure noise at time ``t``, if x_t contains too much of the image.
+        """Return a message if x_t contains too much of the image for sampling to start from pure noise at time ``t``.
 
         Args:
             t: the time, ().
@@ -131,8 +131,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """Device of the tables or parameters; None for a schedule without any, whose values are on the device of the
-        times."""
+        """Device of the tables or parameters. It is None without either; values are then on the device of the times."""
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
@@ -277,12 +276,12 @@ class ScheduleValues:
 
     @cached_property
     def dlog_alpha_dt(self) -> Tensor:
-        """d log alpha / dt, the drift f of the SDE; meaningless at ``CLEAN``."""
+        """The derivative d log alpha / dt, which is the drift f of the SDE; undefined at ``CLEAN``."""
         return self._broadcast(_time_derivative(self.schedule.log_alpha, self._valid_t))
 
     @cached_property
     def dlog_snr_dt(self) -> Tensor:
-        """d lambda / dt < 0; meaningless at ``CLEAN``."""
+        """The derivative d lambda / dt of the log-SNR, which is negative; undefined at ``CLEAN``."""
         return self._broadcast(_time_derivative(self.schedule.log_snr, self._valid_t))
 
 
@@ -318,7 +317,7 @@ def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
 @cache
 def _suppress_jvp_warning() -> None:
-    """Make the first call to torch.func.jvp with warnings suppressed, since torch then warns about its own code."""
+    """Call torch.func.jvp once with warnings suppressed, since the first call warns about code in torch itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
@@ -501,7 +500,7 @@ def schedule_curve(schedule: NoiseSchedule, points: int = 101) -> dict[str, np.n
     The values are ``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``, each (points,) in float64.
 
     ``density`` is the density of the log-SNR for uniform times, :math:`1 / ((t_{max} - t_{min})\, |d\lambda / dt|)`: it
-    shows which noise levels training with uniform times, or sampling on a uniform grid, concentrates on.
+    shows the noise levels that training with uniform times, or sampling on a uniform grid, concentrates on.
     """
     t = torch.linspace(schedule.t_min, schedule.t_max, points, dtype=torch.float64, device=schedule.device)
     at = schedule.at(t)

@@ -64,7 +64,7 @@ class _PowerGrid(TimeGrid):
         return times
 
     def _indices(self, T: int, num_steps: int) -> Tensor:
-        """Return the indices, from 0, of the nearest of steps 1 to T. Duplicates move up to the next free step."""
+        """Return the zero-based indices of the nearest discrete steps. Duplicates move up to the next free step."""
         if num_steps > T:
             raise UserError(
                 f"sampler.num_steps={num_steps}: the schedule has no more than {T} steps. Use fewer, or a grid that"
@@ -114,7 +114,7 @@ class _LogSNRRangeGrid(TimeGrid):
 
     @abstractmethod
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
-        """Compute log-SNRs at fractions ``u`` of the way, (n,): ``start`` at 0 and ``end`` at 1."""
+        """Interpolate the log-SNR from ``start`` (u = 0) to ``end`` (u = 1), at fractions ``u``, (n,)."""
 
     @torch.no_grad()
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
@@ -136,7 +136,7 @@ class _LogSNRRangeGrid(TimeGrid):
 class LogSNRGrid(_LogSNRRangeGrid):
     r"""Times evenly spaced in log-SNR.
 
-    With both ends given, models trained under different schedules are sampled at the same noise levels. Lu et al.
+    If both ends are given, models trained under different schedules are sampled at the same noise levels. Lu et al.
     (2022), "DPM-Solver", section 3.3, https://arxiv.org/abs/2206.00927.
 
     Args:
@@ -154,7 +154,7 @@ class LogSNRGrid(_LogSNRRangeGrid):
 class KarrasGrid(_LogSNRRangeGrid):
     r"""Times evenly spaced in :math:`(\sigma / \alpha)^{1 / \rho}`.
 
-    Karras et al. (2022), "Elucidating the Design Space", eq. 5, https://arxiv.org/abs/2206.00364; there alpha = 1.
+    Karras et al. (2022), "Elucidating the Design Space", eq. 5, https://arxiv.org/abs/2206.00364 (where alpha = 1).
 
     Args:
         log_snr_start: see `LogSNRGrid`.

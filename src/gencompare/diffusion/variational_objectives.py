@@ -54,7 +54,7 @@ def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, l
 
 
 def chain_times(schedule: NoiseSchedule, num_timesteps: int | None) -> Tensor:
-    """Return the increasing times of ``num_timesteps`` steps, (T,); if None, all times of a discrete schedule."""
+    """Return the times of ``num_timesteps`` steps, increasing, (T,); if None, all times of a discrete schedule."""
     if num_timesteps is None:
         return schedule.require_discrete_times()
     return UniformGrid()(schedule, num_timesteps)[:-1].flip(0)
@@ -233,8 +233,9 @@ def vlb_term(
 class Hybrid(Objective):
     r""":math:`L_{simple} + w_{vlb} L_{vlb}`, where L_vlb trains only the variance of the reverse steps.
 
-    L_vlb is in bits/dim, sums all T terms without the prior, which has no gradient, and uses a detached mean. Nichol
-    and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 16, https://arxiv.org/abs/2102.09672.
+    L_vlb is in bits/dim and uses a detached mean. It is the sum of all T terms without the prior, which has no
+    gradient. Nichol and Dhariwal (2021), "Improved Denoising Diffusion Probabilistic Models", eq. 16,
+    https://arxiv.org/abs/2102.09672.
 
     Args:
         vlb_weight: weight of the bound.

@@ -48,10 +48,10 @@ from gencompare.generative_model import DataSpec
 from gencompare.records import Measurement, Metric, Result, SampleSettings, now
 
 DEFAULT_MAX_IMAGES = 2_000
-"""Upper limit of the default number of samples. At this size the primary metric resolves the differences that a person
+"""Upper limit of the default number of samples. At this size, the primary metric detects the differences that a person
 can see (docs/evaluation.md)."""
 FRECHET_MAX_IMAGES = 10_000
-"""The same limit if the primary metric is a Frechet distance."""
+"""Upper limit of the default number of samples if the primary metric is a Frechet distance."""
 FRECHET_IMAGES_PER_FEATURE = 4
 """Default number of samples per feature if the primary metric is a Frechet distance."""
 MIN_IMAGES = 20
@@ -78,12 +78,12 @@ class EvaluationProtocol:
             of published statistics (`read_statistics`).
         condition_split: split whose images provide the conditions of the samples, for models with conditions other than
             the class. Must not contain ``train``.
-        chunk_size: samples drawn from one random seed.
+        chunk_size: number of samples drawn with the same random seed.
         num_likelihood_images: number of test images that are scored in bits/dim and reconstructed. Some families need
             a thousand network evaluations per image.
         seed: sampling seed.
         metrics: extra metrics by name, functions ``(sample features, reference features) -> float``. An attribute
-            ``higher_is_better``, or ``target`` (the ideal value), says how to rank the metric.
+            ``higher_is_better``, or ``target`` (the ideal value), determines how the metric is ranked.
         cache: folder that caches the features of real images; None caches them in memory only.
     """
 
@@ -180,8 +180,8 @@ def evaluate(
             [-1, 1]. Images of a split have the data set's own levels, so pass ``data.normalize(images)``.
         data: a datamodule of this package, or any object with the same interface (`EvaluationData`).
         protocol: how to measure; None uses the default `EvaluationProtocol`.
-        generation: known facts about how the samples were generated. For a model, network evaluations, sampler and
-            seed are filled in.
+        generation: known facts about how the samples were generated. For a model, network evaluations, sampler and seed
+            are added here.
         labels: (n,) the class that each given image was generated for. For a model, labels are chosen here.
         progress: called after each unit of work (see `Progress`).
         on_samples: called on rank zero with the images as they are measured.
@@ -231,7 +231,7 @@ class _MeasuredSamples:
     warnings: list[str]
     """Warnings from the sanity checks."""
     model: Any = None
-    """None for given images."""
+    """The model that drew the samples; None if images were given."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
@@ -442,12 +442,12 @@ def _measure(
 
 @dataclass(frozen=True)
 class RealDataBaseline:
-    """Metrics of held-out real images, which are the values that perfect samples would reach."""
+    """Metrics of held-out real images, the values that perfect samples would have."""
 
     metrics: dict[str, Metric]
     features: Features
     note: str
-    """Reports the number of held-out images if it differs from the number of samples; empty otherwise."""
+    """States the number of held-out images if it differs from the number of samples; otherwise empty."""
 
 
 def real_data_baseline(

@@ -143,11 +143,11 @@ def super_resolution(images: Tensor, source: ConditionSource) -> dict[str, Metri
     metrics = reconstruction_similarity(original, images, note)
     for name, metric in reconstruction_similarity(original, torch.cat(upscaled)).items():
         if name in metrics and metric.value is not None:
-            metrics[name] = replace(metrics[name], note=f"{note}; resized low_res: {metric.value:.4g}")
+            metrics[name] = replace(metrics[name], note=f"{note}; bicubic upscaling: {metric.value:.4g}")
     consistency = Metric(
         float(torch.cat(errors).double().mean()),
         higher_is_better=False,
-        note="squared, pixels in [0, 1]; low_res of samples",
+        note="squared, low-resolution image against downscaled sample, pixels in [0, 1]",
     )
     return {"consistency": consistency} | metrics
 
@@ -175,7 +175,7 @@ def _num_batches(rows: Tensor) -> int:
 
 
 def _test_batch(model: Any, data: EvaluationData, rows: Tensor) -> tuple[Tensor, Cond]:
-    """Return test images as the model sees them, and the conditions that it uses."""
+    """Return normalised test images and the conditions that the model uses."""
     x, cond = split_batch(data, "test", rows, torch.device(getattr(model, "device", "cpu")))
     return x, model.select_conditions(cond) if hasattr(model, "select_conditions") else cond
 

@@ -66,7 +66,7 @@ class EvaluationData(Protocol):
 
 @runtime_checkable
 class SupportsSampling(Protocol):
-    """Anything that draws images: a `GenerativeModel`, or any object with this one method.
+    """Anything that generates images: a `GenerativeModel`, or any other object with the method `sample`.
 
     Optional members: ``conditional``, ``condition_names``, ``device``, ``nfe_networks()``, ``likelihoods()``,
     ``reconstruct()``, ``sampling_description()``.
@@ -184,7 +184,7 @@ class Reference:
     n: int
     """Number of images; 0 for a statistics file, which does not contain it."""
     features: Features | None = None
-    """None for a statistics file; metrics that need more than mean and covariance are then skipped."""
+    """Features of the real images. None for a statistics file; metrics that need features are then skipped."""
     labels: Tensor | None = None
     file_statistics: Statistics | None = None
     file_spatial_statistics: Statistics | None = None

@@ -89,9 +89,9 @@ class Samples:
     """Generated images and their cost."""
 
     images: Tensor
-    """(n, C, H, W) on the CPU without padding; uint8 in [0, 255] with the default ``postprocess``."""
+    """Images (n, C, H, W) on the CPU without padding; uint8 in [0, 255] with the default ``postprocess``."""
     labels: Tensor | None
-    """(n,) the classes that the model was given, or None."""
+    """Classes that the model was given, (n,), or None."""
     condition_source: ConditionSource | None
     """The images whose conditions the model was given, if it uses more than the class."""
     nfe: dict[str, float]
@@ -191,7 +191,7 @@ def draw_samples(
 
 
 def flops_per_sample(model: SupportsSampling, samples: Samples, *, seed: int = 0) -> float:
-    """Count the FLOPs per sample on one extra sample, since counting slows sampling down."""
+    """Count the FLOPs per sample by drawing one extra sample, since counting slows down sampling."""
     device = _device_of(model)
     cond = _conditions(slice(0, 1), samples.labels, samples.condition_source, device)
     with eval_mode(model), torch.no_grad():

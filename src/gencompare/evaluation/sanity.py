@@ -27,9 +27,10 @@ MAX_IMAGES = 1_000
 MAX_CONVERTED = 250
 """Number of evenly spaced images that conversions are tried on."""
 RARE = 0.05
-"""A range is too narrow if at most this fraction of the real images stay within it on their own ..."""
+"""A range is too narrow if at most this fraction of real images lie within it individually, and it spans at most
+`NARROW` of the range of all real images."""
 NARROW = 0.6
-"""... and it covers at most this fraction of the range of all real images."""
+"""Maximum width of a narrow range, as a fraction of the range of all real images."""
 FEW_LEVELS = 0.55
 """Samples have too few levels if they have at most this fraction of the levels that the same number of real images have
 in the same range."""
@@ -40,14 +41,13 @@ BACKGROUND = 0.2
 WRAPPED = 0.05
 """The excess of `wrap_ratio` over 1 may be twice that of real images plus this much."""
 UNRELATED = 60.0
-"""Mean absolute difference of adjacent values above which they are unrelated. Independent uniform values differ by 85,
-and by 64 on the circle."""
+"""Mean absolute difference of adjacent values above which they are unrelated. Independent uniform values differ by 85
+on average, or by 64 modulo 256."""
 REPEATED = 0.05
 """The fraction of blank images, and of exact copies, may exceed that among real images by this much."""
 CLOSE, MUCH_CLOSER = 0.25, 0.1
-"""A conversion explains the samples if their `RealImages.distance` is above the first value, and undoing the conversion
-reduces it to at most the first value and at most the second value times the original distance. For few samples, see
-`RealImages.explains`."""
+"""A conversion explains the samples if undoing it reduces their `RealImages.distance` from above `CLOSE` to at most
+`CLOSE`, and to at most `MUCH_CLOSER` times the original distance. For few samples, see `RealImages.explains`."""
 TOLERANCE = 4.0
 """Standard deviation added (in quadrature) to that of every statistic, to tolerate differences of a few levels."""
 GRID = 4
@@ -149,7 +149,7 @@ class RealImages:
 
     @property
     def describe_range(self) -> str:
-        """A clause that states the range of the data set."""
+        """The range of real images, as a clause for messages."""
         low, high = self.range
         return f"real {self.spec.name} images span {low} to {high}"
 
@@ -405,9 +405,9 @@ def _check_range(images: Tensor, real: RealImages) -> list[str]:
     cause = (
         "images in [0, 1] were read as [-1, 1] (pass 2 x - 1), or the model generates bright images"
         if bright and low >= 127
-        else f"check the scale (times {255 / max(high, 1):.2g}?), or the model generates dark images"
+        else f"the scale is wrong (multiply by {255 / max(high, 1):.2g}?), or the model generates dark images"
         if dark and low <= bottom + TOLERANCE
-        else "check the scale, or the model generates low-contrast images"
+        else "the scale is wrong, or the model generates low-contrast images"
     )
     return [f"samples span {low} to {high}, but {real.describe_range}: {cause}"]
 

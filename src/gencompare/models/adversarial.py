@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class AdversarialLoss(ABC):
-    """Base class of pairs of a discriminator loss and a generator loss; each network minimises the mean of its own.
+    """Base class of adversarial losses. Discriminator and generator each minimise the mean of their own loss.
 
     Arguments ``real`` and ``fake`` are discriminator scores :math:`D(x_i)` of real images and :math:`D(G(z_i))` of the
-    same number of fakes, (n,), or (n, patches) if the loss does not pair them. Losses have the same shape.
+    same number of fakes, of shape (n,), or (n, patches) if the loss does not pair them. Losses have the same shape.
     """
 
     needs_real_scores: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """Bottlenecks of autoencoders: regularisation or quantisation of the latents.
 
-Latents are small images (n, c, h, w). A bottleneck maps the encoder output to decoder input and a penalty. `mode` gives
-the deterministic latents of an image; `quantize` maps generated latents to decoder input.
+Latents are small images (n, c, h, w). A bottleneck maps the encoder output to the decoder input and a penalty. `mode`
+gives the deterministic latents of an image; `quantize` maps generated latents to decoder input.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Bottleneck(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, h: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        """Map the encoder output to decoder input; in train mode, may update state that has no gradient.
+        """Map the encoder output to the decoder input. In train mode, this may update state that has no gradient.
 
         Args:
             h: encoder output, (n, encoded_channels, h, w).
@@ -135,7 +135,7 @@ class VectorQuantizer(Bottleneck):
     """
 
     PATIENCE = 200
-    """Number of training steps, beyond the time to revive unused codes, before training stops."""
+    """Number of steps with a collapsed codebook, beyond the time to revive unused codes, after which training stops."""
     COLLAPSE_FRACTION = 0.98
     """Fraction of vectors assigned to a few codes that counts as a collapse; below 1, since revived codes get some
     vectors."""
@@ -145,7 +145,7 @@ class VectorQuantizer(Bottleneck):
     sums: Tensor
     started: Tensor
     alone: Tensor
-    """Number of consecutive steps so far where a few codes had nearly all vectors."""
+    """Number of consecutive steps, up to now, where nearly all vectors used only a few codes."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class VectorQuantizer(Bottleneck):
         return steps_to_revival + self.PATIENCE
 
     def _initialize(self, vectors: Tensor, rng: RandomSource) -> None:
-        """Set the codes to vectors of the first batch; without branches, to avoid a device synchronisation."""
+        """Set the codes to vectors of the first batch. There are no branches, to avoid a device synchronisation."""
         fresh = self._random_vectors(vectors, rng)
         self.codebook.copy_(torch.where(self.started, self.codebook, fresh))
         self.counts.copy_(torch.where(self.started, self.counts, 1.0))
@@ -250,7 +250,7 @@ class VectorQuantizer(Bottleneck):
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
     def _random_vectors(self, vectors: Tensor, rng: RandomSource) -> Tensor:
-        """Draw random vectors from the global batch, one per code, (K, c); the same on all processes."""
+        """Draw one random vector per code from the global batch, (K, c). All processes draw the same vectors."""
         per_code = RandomSource.for_batch(rng.generator, self.num_codes)
         per_image = len(vectors) // len(rng)
         indices = per_code.integers(per_image * rng.total).to(vectors.device) - per_image * rng.start

@@ -35,7 +35,7 @@ class Classifier(TrainedModel):
         label_smoothing: :math:`\epsilon`, in [0, 1).
         rotate: whether to rotate images by random multiples of 90 degrees (square images only).
         shift: maximum random shift in pixels, in each direction; 0 disables it.
-        cutout: side of the square that is covered, in pixels; 0 disables it.
+        cutout: side length of the covered square in pixels; 0 disables it.
         kwargs: see `TrainedModel`.
     """
 

@@ -98,7 +98,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @property
     def denoiser(self) -> Denoiser:
-        """The network with its schedule and parameterisation: the denoiser that is trained."""
+        """The denoiser that is trained: the network with its schedule and parameterisation."""
         return Denoiser(self.network, self.schedule, self.parameterization)
 
     @property
@@ -116,13 +116,13 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @property
     def data_likelihood(self) -> DataLikelihood:
-        """p(x_0 | mean, std) for the pixels, or for latents, which are continuous."""
+        """p(x_0 | mean, std) for pixels, or for latents, which are continuous."""
         if isinstance(self.space, PixelSpace):
             return DataLikelihood(self.spec.num_bins, self.space.mask, self.spec.num_values)
         return DataLikelihood(None, self.space.mask, math.prod(self.space.latent_shape))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        """Predict x_0 and eps, so that a trained model can guide another."""
+        """Predict x_0 and eps. This makes a trained model usable as a guiding model."""
         return self.denoiser(x_t, t, cond)
 
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
@@ -160,8 +160,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Create interpolations, inpaintings, round trips through the noise, and sampling trajectories.
 
-        Encoding and decoding do not use guidance, which would amplify the difference between the two. Inpaintings and
-        trajectories use the sampler and the guidance of the model.
+        Encoding and decoding do not use guidance, which would amplify the difference between encoding and decoding.
+        Inpaintings and trajectories use the sampler and the guidance of the model.
         """
         cond, x = self._sampling_conditions(cond), self.space.encode(x)
         unguided = self._clip(self.denoiser)
@@ -187,7 +187,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return cond
 
     def _recheck(self) -> None:
-        """Repeat the checks of parts that may have changed: a learned schedule, a replaced sampler, and guides."""
+        """Repeat the checks of parts that may have changed: a learned schedule, a new sampler, and guiding models."""
         if self._has_learned_schedule or self._checked != (self.schedule, self.sampler):
             self.schedule.check()
             check_sampling_start(self.schedule, self.sampler)
@@ -239,12 +239,11 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return {"network": self.network, **decoder, **self._guides()}
 
     def _guides(self) -> dict[str, nn.Module]:
-        """Return the other models used in sampling. They are not submodules, so they are not trained, averaged or
-        saved."""
+        """Return the guiding models. They are not submodules, so they are not trained, averaged or saved."""
         return {} if self.guidance is None else self.guidance.guides()
 
     def other_modules(self) -> Iterable[nn.Module]:
-        """Return the guides, which move to the device of this model."""
+        """Return the guiding models, which move to the device of this model."""
         return self._guides().values()
 
 
@@ -385,7 +384,7 @@ def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
 
 
 def check_same_latents(space: Latents | PixelSpace, guidance: Guidance) -> None:
-    """Raise `UserError` if a guide works on the latents of another autoencoder.
+    """Raise `UserError` if a guiding model works on the latents of a different autoencoder.
 
     This is known only once weights are loaded, since autoencoders with the same latent shape have different latents.
     """

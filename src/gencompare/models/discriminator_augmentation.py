@@ -92,8 +92,8 @@ class DiscriminatorAugmentation(nn.Module, ABC):
     Args:
         spec: shape of the data.
         color_multiplier: probability multiplier for colour transforms; 0 disables them.
-        cutout_multiplier: probability multiplier for covering a grey square of half the image size, which is not among
-            the final transforms of the paper.
+        cutout_multiplier: probability multiplier for covering a square of half the image size with grey. The final
+            method of the paper does not use this transform.
     """
 
     strength: Tensor

@@ -48,13 +48,13 @@ class DiscriminatorStep:
     """The input of a `Penalty`: real images, the same number of fakes, and their discriminator scores."""
 
     real: Tensor
-    """(n, C, H, W), requires grad."""
+    """Real images (n, C, H, W), which require gradients."""
     fake: Tensor
-    """(n, C, H, W), requires grad."""
+    """Fakes (n, C, H, W), which require gradients."""
     real_scores: Tensor
-    """D(real), (n,), in the graph of ``real``."""
+    """Scores D(real), (n,), differentiable with respect to ``real``."""
     fake_scores: Tensor
-    """D(fake), (n,), in the graph of ``fake``."""
+    """Scores D(fake), (n,), differentiable with respect to ``fake``."""
     score: Callable[[Tensor], Tensor]
     """D with augmentation and conditions, for other images (n, C, H, W)."""
     rng: RandomSource
@@ -83,7 +83,7 @@ class Penalty(ABC):
 
     @abstractmethod
     def __call__(self, step: DiscriminatorStep) -> Tensor:
-        """Compute the penalty per sample, (n,), without ``scale`` and ``weight``; differentiable in D's parameters."""
+        """Compute the penalty per sample, (n,), without ``scale`` and ``weight``, differentiable in D's parameters."""
 
 
 class R1(Penalty):

@@ -65,7 +65,7 @@ class GaussianBaseline(GenerativeModel):
         self.factor = nn.Parameter(torch.zeros(self.num_components, self.rank, spec.num_values))
         """W, with orthogonal rows; zero beyond the rank of the data."""
         self.variance = nn.Parameter(torch.ones(self.num_components))
-        """s, the variance in directions orthogonal to W."""
+        """The variance s in directions orthogonal to W."""
         self.weight = nn.Parameter(torch.full((self.num_components,), 1 / self.num_components))
 
     @property
@@ -98,7 +98,7 @@ class GaussianBaseline(GenerativeModel):
         return [torch.optim.SGD(self.parameters(), lr=0.0)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
-        """Return an empty dictionary, since there is only one step."""
+        """Return an empty dictionary, since there are no weights to average after a single step."""
         return {}
 
     @torch.no_grad()

@@ -163,9 +163,9 @@ class HVAE(GenerativeModel):
         return {**metrics, "grad_norm": self._grad_status[0], **skipped}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient, or remove it to skip the step: optimisers ignore parameters without a gradient.
+        """Clip the gradient, or remove it to skip the step. (Optimisers ignore parameters without a gradient.)
 
-        Gradients are already averaged over processes and unscaled (16-mixed), so all processes decide the same.
+        Gradients are already averaged over processes and unscaled (16-mixed), so all processes make the same decision.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -205,7 +205,7 @@ class HVAE(GenerativeModel):
         return torch.cat(latents, dim=1)
 
     def decode(self, u: Tensor, cond: Cond) -> Tensor:
-        """Decode latents in the form of `encode` to the decoder output, the parameters of p(x | z).
+        """Decode standardised latents, as returned by `encode`, to the parameters of p(x | z).
 
         If ``u`` is standard normal, the latents are samples from the prior.
         """

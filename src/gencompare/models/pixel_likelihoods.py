@@ -1,7 +1,7 @@
 r"""Likelihoods of pixels given a decoder output, p(x | h), independent across positions.
 
 Images are in [-1, 1]. With L = ``num_bins`` they take the values :math:`-1 + k \Delta`, :math:`\Delta = 2 / (L - 1)`,
-and a likelihood is the probability of exactly that value, so that bits/dim are those of a lossless code. If
+and a likelihood is the probability of exactly that value, so bits/dim are the code length of a lossless code. If
 ``num_bins`` is None, data are continuous, and a likelihood is a density. (`BernoulliLikelihood` on greyscale images is
 an exception.)
 """

@@ -41,7 +41,7 @@ class VAE(GenerativeModel):
     `likelihoods` returns the ELBO and, if ``importance_samples`` is positive, the tighter `importance_weighted_bound`.
 
     Samples are means of p(x | z) with z ~ p(z), as is usual for VAEs: the noise of a pixelwise likelihood has no
-    structure. With ``pixel_noise``, they are samples from p(x | z), the distribution that the bounds evaluate.
+    structure. With ``pixel_noise``, they are samples from p(x | z), the distribution that the bounds refer to.
 
     Args:
         spec: shape, number of classes and value range of the data.

@@ -12,7 +12,8 @@ from gencompare.networks.layers import ResBlock
 from gencompare.networks.unet_blocks import SelfAttention
 
 NUM_GROUPS = 8
-"""Number of groups in the GroupNorm of the attention and the last one; divides the channels at each resolution."""
+"""Number of groups in the GroupNorm of the attention block and in the last GroupNorm. Must divide the channels at each
+resolution."""
 
 
 class LatentEncoder(nn.Module):

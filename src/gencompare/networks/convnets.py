@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gencompare.networks.layers import ResBlock, make_activation
 
 MIN_SIDE = 4
-"""Images are halved as long as both height and width stay at least this large."""
+"""Images are halved as long as both height and width remain at least this many pixels."""
 
 
 def pyramid_shapes(height: int, width: int, channels: int, max_channels: int) -> list[tuple[int, int, int]]:

@@ -34,9 +34,10 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj
 
 
 def name_pairs(num_levels: int, num_blocks: int) -> Iterator[tuple[str, str]]:
-    """Yield pairs of module names (ours, theirs). If theirs has several names, our module stacks their weights.
+    """Yield pairs of module names (`UNet`, ``UNet2DModel``).
 
-    Every block is listed with a shortcut and with attention, whether or not it has them.
+    If several names are given for the ``UNet2DModel``, the `UNet` module stacks their weights. Every block is listed
+    with a shortcut and with attention, even if it does not have them.
     """
 
     def block(ours: str, theirs: str, j: int) -> Iterator[tuple[str, str]]:

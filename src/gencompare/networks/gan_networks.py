@@ -81,7 +81,7 @@ class DecodingGenerator(nn.Module):
 
 
 class ResNetGenerator(DecodingGenerator):
-    """A `ResNetDecoder` whose normalisation is modulated by the latent.
+    """A `ResNetDecoder` with normalisation modulated by the latent.
 
     Args:
         latent_dim: dimension of the latent.

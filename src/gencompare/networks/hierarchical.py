@@ -186,9 +186,9 @@ class TopDownDecoder(nn.Module):
         bottleneck_ratio: channels inside a block as a fraction of the channels outside.
         latent_channels: channels of each latent layer.
         num_encoder_blocks: encoder blocks per resolution, one number or a list, finest first. The last block of each
-            resolution but the coarsest leads to the next resolution, and the latents do not see its output.
-        num_decoder_blocks: latent layers per resolution, one number or a list, finest first. A 0 in the list leaves a
-            resolution other than the coarsest without latents.
+            resolution but the coarsest leads to the next resolution, and its output is not passed to the decoder.
+        num_decoder_blocks: latent layers per resolution, one number or a list, finest first. A resolution with 0 has no
+            latents; the coarsest must have latents.
         residual_posterior: make posteriors relative to their priors, see `TopDownBlock`.
     """
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from gencompare.errors import UserError
 
 INSTANCE_NORM_EPS = 1e-5
-"""Added to the variances of `InstanceNormPlus`."""
+"""Added to the variances in `InstanceNormPlus`, to avoid division by zero."""
 
 # Normalisation
 
 
 class AdaptiveGroupNorm(nn.Module):
-    r"""GroupNorm whose scale and shift may depend on an embedding.
+    r"""GroupNorm with a scale and shift that may depend on an embedding.
 
     .. math:: y = (1 + a(e)) \hat x + b(e)
 

@@ -55,7 +55,7 @@ class MLPDecoder(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """A residual MLP on the flattened image, whose blocks are modulated by noise level and conditions.
+    """A residual MLP on the flattened image. Noise level and conditions modulate its blocks.
 
     The output is zero at initialisation.
 

@@ -21,7 +21,7 @@ from gencompare.networks.mlp import hstack
 FILTER_TAPS = (1, 3, 3, 1)
 NEGATIVE_SLOPE = 0.2
 GAIN = math.sqrt(2 / (1 + NEGATIVE_SLOPE**2))
-"""Preserves the variance through a leaky ReLU (He et al. 2015, eq. 15)."""
+"""Gain that preserves the variance through a leaky ReLU (He et al. 2015, eq. 15)."""
 
 
 class R3GANGenerator(nn.Module):

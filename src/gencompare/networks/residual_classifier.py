@@ -45,7 +45,8 @@ class ResidualClassifier(nn.Module):
         channels: channels of the image.
         num_classes: number of logits.
         widths: channels of each stage; the last is the number of features.
-        stem_stride: stride of the whitening layer; 2 halves the image before the first stage, the most expensive one.
+        stem_stride: stride of the whitening layer; 2 halves the image before the first stage, which is the most
+            expensive.
         block_depth: convolutions per residual block.
     """
 

@@ -1,4 +1,4 @@
-"""task=compare: compare runs in tables and on a page."""
+"""task=compare: compare runs in tables and on an HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def log_to_wandb(page: Path, logger: DictConfig | None, group: str | None = None
     """Log a comparison to W&B if ``logger`` includes it. The same folder always updates the same W&B run.
 
     Args:
-        page: path of the page, whose folder contains the rest of the comparison.
+        page: path of the HTML page. Its folder contains the rest of the comparison.
         logger: ``cfg.logger``.
         group: group of the W&B run, such as a sweep name.
     """

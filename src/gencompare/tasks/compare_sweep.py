@@ -22,7 +22,7 @@ class CompareSweep(Callback):
 
     def __init__(self) -> None:
         self.start_ns = 0
-        """Start time of the command, whose jobs are the runs with a lock file that was touched since then."""
+        """Start time of the command. Runs with a lock file that was touched after this time are jobs of the command."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.start_ns = time.time_ns()

@@ -40,7 +40,7 @@ SAMPLES_FOLDER = ".drawn"
 
 
 def evaluate_run(cfg: DictConfig) -> None:
-    """Evaluate the checkpoint ``cfg.checkpoint`` of the run ``cfg.run_dir`` and add the result to its record.
+    """Evaluate the checkpoint ``cfg.checkpoint`` of the run in ``cfg.run_dir``, and add the result to its record.
 
     With ``samples=PATH`` or ``pretrained=PATH``, evaluate those samples or weights instead, in a new run folder.
     """
@@ -56,7 +56,7 @@ def evaluate_run(cfg: DictConfig) -> None:
 
 
 def evaluate_trained_run(cfg: DictConfig) -> None:
-    """Evaluate the run ``cfg.trained_run``, which has already trained the weights of ``cfg``, as ``cfg`` specifies.
+    """Evaluate the finished run in ``cfg.trained_run``, which has the same training settings, as ``cfg`` specifies.
 
     The results are added to that run's record, and ``cfg`` is stored in its folder to mark the job as done.
     """
@@ -82,7 +82,7 @@ def evaluate_on_all_ranks(
     checkpoints: list[str],
     weights: str,
 ) -> None:
-    """Run `evaluate_checkpoints` on all processes of ``cfg.trainer``. The other ranks read ``cfg`` from ``job``."""
+    """Run `evaluate_checkpoints` on all ranks of ``cfg.trainer``. Other ranks read ``cfg`` from the file ``job``."""
     protocol = build_protocol(cfg)
     protocol.check(data)
     RunRecord.load(folder)
@@ -117,9 +117,9 @@ def evaluate_checkpoints(
 ) -> None:
     """Evaluate each of ``checkpoints`` with each sampler of ``cfg``, and add the results to the record of ``folder``.
 
-    All ranks take part, and rank 0 writes. A checkpoint is skipped if its step was already evaluated, or if it is a
-    missing ``best`` among several. Samples are stored until their result is recorded, so an interrupted evaluation can
-    resume.
+    All ranks take part, and rank 0 writes. A checkpoint is skipped if its step was already evaluated. A missing
+    ``best`` is skipped if there are other checkpoints. Samples are stored until their result is recorded, so an
+    interrupted evaluation can resume.
     """
     guides = dependency_costs.guide_dependencies(cfg)
     steps: set[int] = set()
@@ -239,7 +239,7 @@ def samples_key(
 
 
 def evaluate_external(cfg: DictConfig) -> None:
-    """Evaluate the images ``cfg.samples``, or the model of ``cfg.model`` with the published weights ``cfg.pretrained``.
+    """Evaluate the images in ``cfg.samples``, or the model from ``cfg.model`` with the weights in ``cfg.pretrained``.
 
     The result is recorded in ``cfg.out``, where ``task=compare`` can find it.
     """
@@ -273,7 +273,7 @@ def evaluate_external(cfg: DictConfig) -> None:
 
 
 def external_record(cfg: DictConfig, data: ImageData, path: Path, model: dict[str, object]) -> RunRecord:
-    """Create the record of samples or weights from outside this program."""
+    """Create the record of external samples or published weights."""
     name = cfg.name or path.stem
     return RunRecord(
         name=name, family=name if cfg.samples else cfg.family, data=describe_data(data), seed=cfg.seed,

@@ -23,7 +23,7 @@ FORMATS = ("safetensors", "diffusers")
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the weights of a run to one file, or, with ``format=diffusers``, to a folder for ``DDPMPipeline``."""
+    """Write the weights of a run to a file or, with ``format=diffusers``, to a folder for ``DDPMPipeline``."""
     folder = run_folder(cfg)
     if cfg.format not in FORMATS:
         raise UserError(f"format={cfg.format}: choose {' or '.join(FORMATS)}.")

@@ -28,7 +28,7 @@ LOCATION_PREFIXES = ("hydra.", "paths.", "logger", "task")
 
 
 def export_extractor(cfg: DictConfig) -> None:
-    """Write the classifier of ``run_dir=DIR``, with its accuracy on the test split, for ``evaluation.weights=FILE``."""
+    """Write the classifier of the run in ``run_dir`` and its test accuracy to a file for ``evaluation.weights``."""
     folder = run_folder(cfg)
     data = build_data(cfg)
     model = build_model(cfg, data)

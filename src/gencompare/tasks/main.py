@@ -69,12 +69,12 @@ def call_task(cfg: DictConfig) -> None:
 
 
 def _delete_null_groups(argv: list[str]) -> list[str]:
-    """Replace ``model/guidance=null``, which Hydra accepts only in YAML files, by ``~model/guidance``, and so on."""
+    """Replace ``GROUP=null``, which Hydra accepts only in YAML files, by ``~GROUP``, such as ``~model/guidance``."""
     return [f"~{arg.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", arg) else arg for arg in argv]
 
 
 def _with_extra_conf(argv: list[str]) -> list[str]:
-    """Add the folder ``GENCOMPARE_CONF``, which has the layout of conf/, to the config search path."""
+    """Add the folder in the environment variable ``GENCOMPARE_CONF``, if set, to the config search path."""
     extra = os.environ.get("GENCOMPARE_CONF")
     if not extra or any(arg.startswith(("--config-dir", "-cd")) for arg in argv):
         return argv

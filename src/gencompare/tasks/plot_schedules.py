@@ -20,7 +20,7 @@ GROUP = "model/schedule"
 def plot_schedules(cfg: DictConfig) -> None:
     """Plot every option of ``model/schedule``, or those of ``cfg.task.schedules``, in one PNG file.
 
-    The schedule chosen by ``model/schedule=`` is plotted with the overrides of the command line.
+    The schedule chosen by ``model/schedule`` is plotted with the command-line overrides.
     """
     options = GlobalHydra.instance().config_loader().get_group_options(GROUP)
     names = list(cfg.task.schedules or options)

@@ -57,7 +57,7 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
 
 
 def build(cfg: DictConfig) -> tuple[ImageData, TrainedModel]:
-    """Build the datamodule and the untrained model of a config. The initial weights depend only on ``cfg.seed``."""
+    """Build the datamodule and the untrained model from a config. The initial weights depend only on ``cfg.seed``."""
     data = build_data(cfg)
     return data, build_model(cfg, data)
 
@@ -85,7 +85,7 @@ def sample(
         model: a model of this package, or any object with ``sample(n, cond, *, generator)``.
         num_images: number of images.
         labels: (num_images,) the class of each image; None cycles through the classes for a conditional model.
-        data: provides the conditions from its test split, for a model with conditions other than the class.
+        data: data set with a test split that provides the conditions, for a model with conditions other than the class.
         seed: seed of the samples.
 
     Raises:
@@ -112,7 +112,7 @@ def compare(
         runs: a glob of run folders, several folders or loaded runs, or a mapping of names to results. Results have no
             training cost.
         group_by: config keys, such as ``model.schedule``; runs with the same values share a row. By default, runs that
-            differ only in their seed do.
+            differ only in their seeds share a row.
         rank_by: the metric to rank by; None uses the primary metric of each result.
 
     Raises:

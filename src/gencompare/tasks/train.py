@@ -51,7 +51,7 @@ from gencompare.training.loggers import abandon_loggers, finish_loggers
 
 
 def train(cfg: DictConfig) -> None:
-    """Train the model of ``cfg`` in the folder ``cfg.out``, or continue the run ``cfg.resume``, then evaluate it.
+    """Train the model from ``cfg`` in the folder ``cfg.out``, or continue the run in ``cfg.resume``, then evaluate it.
 
     If ``cfg.trained_run`` is set, another job of the sweep has trained the same weights, and they are only evaluated.
     Invalid settings are reported before anything is written or trained.

@@ -41,7 +41,7 @@ LOCATION_PREFIXES = ("hydra.", "paths.", "trainer", "logger")
 
 
 def validate_metrics(cfg: DictConfig) -> None:
-    """Score every metric on every layer of every extractor of ``cfg.evaluation``, for each of ``cfg.task.num_images``.
+    """Score every metric on every layer of every extractor, for each sample size in ``cfg.task.num_images``.
 
     Write ``metrics.json`` (all values), ``metrics.md`` (a table) and ``metrics.png`` to ``cfg.out``.
     """
@@ -93,7 +93,7 @@ def milliseconds_per_image(extractor: Extractor, images: Tensor, device: torch.d
 
 
 def candidates(extractor: Extractor, reference: Tensor) -> list[Candidate]:
-    """Combine every layer of ``extractor`` with every metric, against the features ``reference`` (m, d)."""
+    """Combine every layer of ``extractor`` with every metric. ``reference`` (m, d) are the features of real images."""
     kernels: dict[str, Kernel] = {
         "cubic kernel": CubicKernel(),
         **{f"MMD, b = {factor:g} x median": GaussianKernel(median_factor=factor) for factor in (0.5, 1.0, 2.0)},

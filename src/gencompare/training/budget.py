@@ -9,7 +9,7 @@ from gencompare.errors import UserError
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on training, which ends when the first of them is reached.
+    """Limits on training. Training ends when the first limit is reached.
 
     With limits on images, steps or FLOPs, training ends at the same step on any number of processes. With a time limit,
     the last step depends on the machine.
@@ -58,7 +58,7 @@ class Budget:
         return min(1.0, max(done / limit for done, limit in spent if limit is not None))
 
     def after(self, *, flops: float, device_seconds: float, spender: str) -> Budget:
-        """Return the budget that is left after training the models that this one depends on.
+        """Return the remaining budget after the models that this one depends on were trained.
 
         Only the limits on FLOPs and device time decrease; images and steps of other models do not count.
 

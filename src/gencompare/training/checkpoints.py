@@ -30,7 +30,7 @@ class Checkpoints(Callback):
     """
 
     order = 9
-    """After all other callbacks."""
+    """Runs after all other callbacks."""
 
     CHECK_STEPS = 20
     """Steps between checks of the elapsed time, each of which synchronises the ranks."""

@@ -30,10 +30,10 @@ from gencompare.training.loggers import check_weights, log_image, log_metrics
 
 
 class CheapMetrics:
-    """Frechet distance, density and coverage of a few samples, compared with the validation split.
+    """Primary distance, density and coverage of a few samples, compared with the validation split.
 
-    The distance is biased upwards because the number of samples is small, and its reference is not the one used for
-    results, so use it only to compare evaluations of the same run. Sampling is divided among the ranks.
+    Use the distance only to compare evaluations of the same run: its reference is not the one used for results, and a
+    Frechet distance of few samples is biased upwards. Sampling is divided among the ranks.
 
     Args:
         data: the data set.
@@ -61,7 +61,7 @@ class CheapMetrics:
 
 
 class EvaluationCallback(Callback):
-    """Evaluates the averaged weights ``num_evaluations`` times, evenly over the budget.
+    """Evaluates the averaged weights ``num_evaluations`` times, evenly spaced over the budget.
 
     Each evaluation logs the means of the model's validation metrics (with the same noise each time) and `CheapMetrics`,
     and writes a grid of samples with a fixed seed. The cheap distance selects ``best.ckpt`` and drives early stopping,
@@ -71,7 +71,7 @@ class EvaluationCallback(Callback):
     averaged weights, and do not count as training time.
 
     Args:
-        num_evaluations: evaluations per run, the last at its end; 0 for none.
+        num_evaluations: number of evaluations per run, the last of them at the end; 0 for none.
         num_grid_images: samples in the grid; 0 for no grid.
         num_val_images: number of validation images that metrics are averaged over.
         num_samples: number of samples for `CheapMetrics`; 0 disables them.

@@ -127,7 +127,7 @@ def wandb_logger(
         mode: ``online``, ``offline`` or ``disabled``; None uses the environment variable WANDB_MODE if it is set,
             otherwise ``online`` if there is an API key, otherwise ``offline``.
         tags: labels of the run.
-        start_step: unused; other loggers need it.
+        start_step: not used here; other loggers need it.
         init_options: other arguments of ``wandb.init``, such as ``entity`` and ``notes``.
     """
     import wandb
@@ -178,7 +178,7 @@ def has_api_key() -> bool:
 
 
 def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
-    """Create a logger of TensorBoard event files in ``tensorboard/`` in the run folder."""
+    """Create a logger that writes TensorBoard event files to ``tensorboard/`` in the run folder."""
     return TensorBoardLogger(str(folder), name="tensorboard", version="")
 
 

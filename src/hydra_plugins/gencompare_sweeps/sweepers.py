@@ -32,7 +32,7 @@ def sweep_folder(overrides: ListConfig, timestamp: str) -> str:
 
     Args:
         overrides: the command line, without Hydra's own keys.
-        timestamp: names the folder of tasks other than training, which start a new folder each time.
+        timestamp: name of the folder for tasks other than training, which start a new folder each time.
     """
     from gencompare.tasks.runs.sweep import is_identifying
 
@@ -83,7 +83,7 @@ class FamiliesSweeper(basic_sweeper()):
 
 
 def with_experiment(overrides: Sequence[str], experiments: Collection[str], data: str) -> list[str]:
-    """Prepend the experiment for a job's data set and family to its overrides, if it exists and none is given.
+    """Prepend the experiment for a job's data set and family to its overrides, if it exists and no experiment is given.
 
     Args:
         experiments: the names of all experiments.

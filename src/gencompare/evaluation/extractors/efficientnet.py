@@ -42,7 +42,7 @@ class EfficientNetLite0Extractor(Extractor):
     https://arxiv.org/abs/1905.11946; the Lite variant of TensorFlow, Apache-2.0).
 
     Images are resized to ``size`` x ``size`` (bicubic, antialiased), greyscale images are repeated to three channels,
-    and values are scaled to (x - 127) / 128, as for training on ImageNet. The features of ``layers`` are concatenated.
+    and values are scaled to (x - 127) / 128, as in training on ImageNet. The features of ``layers`` are concatenated.
 
     Args:
         spec: shape and value range of the data to measure.

@@ -28,11 +28,11 @@ class Features:
     """The outputs of an extractor for n images, float32 on the CPU."""
 
     features: Tensor
-    """(n, d)."""
+    """Features, (n, d)."""
     logits: Tensor | None = None
-    """(n, classes), if the network is a classifier."""
+    """Logits (n, classes), if the network is a classifier."""
     spatial: Tensor | None = None
-    """(n, s): flattened activations of an early layer, if the network provides them."""
+    """Flattened activations (n, s) of an early layer, if the network provides them."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -41,7 +41,7 @@ class Features:
         return Features(*(None if part is None else part[rows] for part in self.parts()))  # type: ignore[arg-type]
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(features, logits, spatial)."""
+        """Return the tuple (features, logits, spatial)."""
         return self.features, self.logits, self.spatial
 
     @staticmethod
@@ -69,7 +69,7 @@ class Extractor(ABC):
         resize: describes how images are resized to the input size.
         details: facts to show with a result, such as accuracy or a warning. They do not affect the ranking.
         batch_size: images in one forward pass on a GPU.
-        cpu_batch_size: images in one forward pass on a CPU, whose caches are smaller.
+        cpu_batch_size: images in one forward pass on a CPU, smaller because of its caches.
         layer_slices: the slice of the features that comes from each layer; ``{"": slice(None)}`` for a single layer.
     """
 
@@ -89,7 +89,7 @@ class Extractor(ABC):
 
     @property
     def primary(self) -> str:
-        """Name of the metric for ranking, the maximum mean discrepancy, which is unbiased for any number of samples."""
+        """Name of the metric used for ranking: the maximum mean discrepancy, which is unbiased at any sample size."""
         return self.mmd_name
 
     @property
@@ -114,7 +114,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def extract_batch(self, images: Tensor) -> Features:
-        """Extract features of a batch of images, as returned by `quantize_images`, on the network's device."""
+        """Extract the features of a batch of images, as returned by `quantize_images`, on the device of the network."""
 
     def __call__(
         self,
@@ -158,7 +158,7 @@ thousands of images."""
 
 
 class IdentityExtractor(Extractor):
-    """The flattened pixel values themselves, for data with few dimensions."""
+    """Uses the flattened pixel values as features, for data with few dimensions."""
 
     name = "raw"  # results that were recorded under this name remain comparable
     hash = hashlib.sha256(b"identity").hexdigest()

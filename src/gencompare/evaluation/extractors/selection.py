@@ -1,4 +1,4 @@
-"""Choice of extractors for a data set, and any module as an extractor."""
+"""Select extractors for a data set, and use any module as an extractor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gencompare.generative_model import DataSpec
 def module_extractor(
     spec: DataSpec, network: nn.Module, name: str, size: int | None = None, channels: int | None = None
 ) -> Extractor:
-    """Create a `ModuleExtractor` of ``network`` for the data described by ``spec``."""
+    """Create a `ModuleExtractor` from ``network`` for the data described by ``spec``."""
     return ModuleExtractor(spec, network, name, size, channels)
 
 
@@ -85,7 +85,8 @@ def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:
     """Return the extractors that a protocol uses by default; runs are ranked by the first.
 
     For images, these are EfficientNet-Lite0 (see docs/evaluation.md for the choice) and the classifier bundled for the
-    data set, if there is one, for class metrics and as a second opinion. For points, the only one is the identity.
+    data set, if there is one, for class metrics and as a second opinion. For points, only the identity extractor is
+    used.
     """
     if spec.num_bins is None:
         return [IdentityExtractor]
@@ -95,10 +96,10 @@ def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:
 def build_extractors(
     factories: Sequence[ExtractorFactory] | None, spec: DataSpec, weights: str | os.PathLike[str] | None = None
 ) -> list[Extractor]:
-    """Build the extractors of ``factories``, or the default extractors, for the data described by ``spec``.
+    """Build extractors from ``factories``, or the default extractors, for the data described by ``spec``.
 
     Args:
-        factories: None uses `default_extractors`.
+        factories: functions ``(spec, [weights]) -> Extractor``; None uses `default_extractors`.
         spec: shape and value range of the data to measure.
         weights: weights file for the first extractor.
 

@@ -1,4 +1,4 @@
-"""Small classifiers as extractors, trained by this project and bundled with it."""
+"""Use small classifiers, which this project has trained and bundles, as extractors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ MAX_SPATIAL_FEATURES = 128
 FILE_VERSION = 2
 """Version of the file format. Version 1 had pre-activation blocks with group norm, and a second head."""
 FALLBACK = {1: "fashion_mnist", 3: "cifar10"}
-"""Data set whose classifier is used for data without their own classifier, by number of channels."""
+"""Data set whose classifier is used if no classifier is bundled for the data, by number of image channels."""
 
 
 def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
     """Create the classifier extractor for the data described by ``spec``.
 
-    It is the classifier bundled for the data set. If there is none, the classifier of Fashion-MNIST (greyscale) or
-    CIFAR-10 (RGB) is used on images resized to its input size, without class metrics. Continuous data use the identity.
+    The classifier bundled for the data set is used. If there is none, the classifier of Fashion-MNIST (greyscale) or
+    CIFAR-10 (RGB) is used on images resized to its input size, without class metrics. For continuous data, an
+    `IdentityExtractor` is returned.
 
     Args:
         spec: shape and value range of the data to measure.
@@ -50,7 +51,7 @@ def shipped_classifier(spec: DataSpec, weights: str | os.PathLike[str] | None = 
         return ClassifierExtractor(own, spec, expected=shipped_sha256(own))
     if spec.shape[0] not in FALLBACK:
         raise UserError(
-            f"No bundled classifier takes images with {spec.shape[0]} channels: "
+            f"No bundled classifier supports images with {spec.shape[0]} channels: "
             "train one (model=classifier), and set evaluation.weights=FILE."
         )
     other = WEIGHTS_DIR / f"{FALLBACK[spec.shape[0]]}.safetensors"

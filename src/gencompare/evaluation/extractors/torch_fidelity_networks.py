@@ -18,7 +18,7 @@ from gencompare.generative_model import DataSpec
 
 
 def torch_fidelity_network(spec: DataSpec, name: str, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """Create a `TorchFidelityExtractor` of the torch-fidelity network ``name``."""
+    """Create a `TorchFidelityExtractor` for the torch-fidelity network ``name``."""
     return TorchFidelityExtractor(spec, name, weights)
 
 
@@ -177,18 +177,18 @@ SPATIAL_CHANNELS = 7
 
 
 def inception(spec: DataSpec, weights: str | os.PathLike[str] | None = None) -> Extractor:
-    """Create an `InceptionExtractor`, the network of FID."""
+    """Create an `InceptionExtractor`, which computes the features of FID."""
     return InceptionExtractor(spec, weights)
 
 
 class InceptionExtractor(TorchFidelityExtractor):
-    """2048 features of the Inception network of 2015-12-05, the network of FID (Heusel et al. 2017,
+    """The 2048 features of FID, from the Inception network of 2015-12-05 (Heusel et al. 2017,
     https://arxiv.org/abs/1706.08500).
 
-    Up to rounding it computes the same as torch-fidelity's network. Each batch norm is fused into the preceding
-    convolution, and the memory format is channels-last. Logits are over 1008 ImageNet classes, without the bias, as for
-    the Inception score. Spatial features are 7 channels of the 17 x 17 intermediate activations (sFID; Nash et al.
-    2021, https://arxiv.org/abs/2103.03841).
+    Up to rounding, the features equal those of torch-fidelity. Each batch norm is fused into the preceding convolution,
+    and the memory format is channels-last. Logits are over 1008 ImageNet classes, without the bias, as for the
+    Inception score. Spatial features are 7 channels of the 17 x 17 intermediate activations (sFID; Nash et al. 2021,
+    https://arxiv.org/abs/2103.03841).
 
     Args:
         spec: shape and value range of the data to measure.

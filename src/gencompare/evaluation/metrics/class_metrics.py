@@ -18,8 +18,8 @@ def classifier_score(logits: Tensor) -> tuple[float, float]:
     .. math:: \exp \mathbb{E}_x\, \mathrm{KL}\big(p(y \mid x) \,\|\, p(y)\big)
 
     (Salimans et al. 2016, "Improved Techniques for Training GANs", section 4, https://arxiv.org/abs/1606.03498). The
-    score is 1 if all predictions are equal, and at most the number of classes. The splits are those of torch-fidelity,
-    so the value is too.
+    score is 1 if all predictions are equal, and at most the number of classes. Images are split as in torch-fidelity,
+    so the value is the same.
     """
     scores = isc_features_to_metric(logits, splits=NUM_SPLITS)
     return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]

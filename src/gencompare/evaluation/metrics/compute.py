@@ -94,7 +94,7 @@ def distance_metrics(
         return metrics | {frechet: Metric(None, higher_is_better=False, note="all reference images are identical")}
     jackknife = Jackknife(features.features, statistics)
     if n <= extractor.dim:
-        note = f"{n} images, {extractor.dim} features: mostly bias"
+        note = f"{n} images for {extractor.dim} features: the value is mostly bias"
         return metrics | {frechet: distance_metric(Estimate(jackknife.value, None), note)}
     if with_intervals:
         distance, at_infinity = jackknife.distance, jackknife.infinity
@@ -117,7 +117,7 @@ def distance_metric(estimate: Estimate, *notes: str, unbiased: bool = False) -> 
 
 
 def cubic_kernel_metric(features: Tensor, reference: Reference, name: str) -> Metric:
-    """Compute the kernel distance with the cubic kernel. ``kid`` is the mean over subsets, as published."""
+    """Compute the kernel distance with the cubic kernel. ``kid`` is the mean over subsets, as in the paper."""
     assert reference.features is not None
     estimate = kernel_distance(features, reference.cubic_kernel)
     if name != "kid":
@@ -205,7 +205,7 @@ def memorization_metrics(features: Tensor, real: RealFeatures) -> dict[str, Metr
     """Compute metrics that detect copies of training images."""
     train, test, val = real.train.features, real.test.features, real.val.features
     ratio = memorization_ratio(features, train, test, val)
-    note = "nearest training against nearest held-out image; copies give 0"
+    note = "distance to the nearest training image, relative to the nearest held-out image; copies give 0"
     if ratio is None:
         note = "a mean distance to held-out images is 0"
     real_samples = test[evenly_spaced_indices(len(test), min(len(test), len(features)))]
@@ -238,9 +238,9 @@ def data_class_shares(features: Features, extractor: Extractor) -> list[float] |
 def cheap_metrics(images: Tensor, data: EvaluationData, extractor: Extractor, split: str = "val") -> dict[str, float]:
     """Compute the primary metric (first), density and coverage of a few images, for evaluation during training.
 
-    Images are compared with ``split``, which should not be one that results are measured on. A Frechet distance is
-    biased upwards for small n, but still decreases as samples improve, so use it only to compare evaluations of one run
-    at one n. Density and coverage need at least 6 samples and real images.
+    Images are compared with ``split``, which should not be used for final results. A Frechet distance is biased upwards
+    for small n, but still decreases as samples improve, so use it only to compare evaluations of the same run with the
+    same n. Density and coverage need at least 6 samples and real images.
 
     Args:
         images: (n, C, H, W), n at least 3, uint8 or float as accepted by `evaluate`.

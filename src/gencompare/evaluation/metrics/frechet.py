@@ -195,7 +195,7 @@ class Jackknife:
 
     @property
     def infinity(self) -> Estimate:
-        r"""The distance at :math:`n = \infty`, as the jackknife corrects it for a bias :math:`c / n`:
+        r"""The distance at :math:`n = \infty`, where the jackknife has removed a bias :math:`c / n`:
 
         .. math:: d_\infty = n d - (n - 1) \frac{1}{n} \sum_i d_{(i)}
 

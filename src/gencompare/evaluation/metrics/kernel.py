@@ -109,7 +109,7 @@ class KernelReference:
     """The terms of a kernel distance that depend only on the reference, computed once."""
 
     features: Tensor
-    """(m, d)."""
+    """Features of the reference images, (m, d)."""
     kernel: Kernel
     """The kernel, fitted to the features."""
     mean: float
@@ -213,10 +213,10 @@ def kid(features: Tensor, reference: Tensor) -> tuple[float, float]:
     """Compute KID as published: (mean, spread) over 100 subsets of the squared MMD with the cubic kernel (Binkowski et
     al. 2018, "Demystifying MMD GANs", section 4, https://arxiv.org/abs/1801.01401).
 
-    A subset contains 1,000 samples and 1,000 real images, or fewer if one of the sets is smaller. The subsets are those
-    of torch-fidelity, so the result is too. The spread is the standard deviation over subsets, not the standard error
-    of the mean. If each subset contains all samples, the spread is the standard error of the U-statistic instead, since
-    the subsets would not show the variation of the samples.
+    A subset contains 1,000 samples and 1,000 real images, or fewer if one of the sets is smaller. The subsets are drawn
+    as in torch-fidelity, so the result is the same. The spread is the standard deviation over subsets, not the standard
+    error of the mean. If each subset contains all samples, the spread is the standard error of the U-statistic instead,
+    since the subsets would not show the variation of the samples.
     """
     check_finite(features)
     check_finite(reference)

@@ -282,7 +282,7 @@ class _ClassifierMetric(_FeatureMetric):
 
 
 class ClassifierScore(_ClassifierMetric):
-    """exp of the mean KL(p(y | x) || p(y)), averaged over ten splits (see `classifier_score`).
+    """Exponential of the mean KL(p(y | x) || p(y)), averaged over ten splits (see `classifier_score`).
 
     With the Inception network it is the Inception score (Salimans et al. 2016).
     """

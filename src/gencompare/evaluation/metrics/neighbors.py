@@ -13,7 +13,7 @@ from gencompare.evaluation.extractors.extractor import check_finite
 BLOCK_SIZE = 1000
 """Number of rows of a distance matrix that are in memory at a time."""
 QUERY_BLOCK_SIZE = 2000
-"""The same limit for single-nearest-neighbour searches."""
+"""Number of rows in memory at a time when searching for a single nearest neighbour."""
 PRECISION_K, DENSITY_K = 3, 5
 """Number k of neighbours that defines a ball, for precision and recall, and for density and coverage (as published)."""
 COPY_TOLERANCE = 1e-3
@@ -29,12 +29,13 @@ kinds of noise (uniform, normal, faint, smooth) were measured 40 times each agai
 CIFAR-10 (640 sets, bundled classifiers). At n = 20, 25 % were wrongly reported as a collapse, 28 % at 50, 0.8 % at 100,
 and none at 150 to 400."""
 LOW_FACTOR = 0.5
-"""Coverage is low if it is below this fraction of the coverage by real images ..."""
+"""Coverage is low if it is below this fraction of the coverage by real images, and density is at least
+`NEAR_DENSITY`."""
 NEAR_DENSITY = 0.8
-"""... and density is at least this high, so samples are about as close to real images as other real images are ..."""
+"""Lowest density at which samples are about as close to real images as other real images are."""
 VERY_LOW_FACTOR, HALF_DENSITY = 0.1, 0.5
-"""... or if coverage is below this smaller fraction and density is at least 0.5. Imperfect samples without a visible
-collapse crowd in the balls of isolated real images (docs/results/fashion_mnist), so they need a lower limit."""
+"""Coverage is also low if it is below this smaller fraction and density is at least 0.5. Imperfect samples without a
+visible collapse crowd in the balls of isolated real images (docs/results/fashion_mnist), so they need a lower limit."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,12 @@ def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor
 
 
 def authenticity(samples: Tensor, train: Tensor) -> float:
-    """Return the fraction of samples that are farther from their nearest training image than its nearest neighbour is.
+    """Return the fraction of samples that are authentic, which means that they are not near copies of a training image.
 
-    Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3, https://arxiv.org/abs/2102.08921. Copies
-    give 0. Fresh images of the same distribution give less than 1, so compare the value with the real-data baseline,
-    the value of test images.
+    A sample is authentic if it is farther from its nearest training image than that image is from its own nearest
+    neighbour. Alaa et al. (2022), "How Faithful is your Synthetic Data?", section 3.3,
+    https://arxiv.org/abs/2102.08921. Copies give 0. Fresh images of the same distribution give less than 1, so compare
+    the value with the real-data baseline, the value of test images.
     """
     distance, index = nearest_neighbor(samples, train)
     rows, place = index.unique(return_inverse=True)

@@ -39,7 +39,7 @@ IGNORED_DATA_KEYS = ("root", "cache", "eval_batch_size")
 
 
 def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
-    """Return ``cfg`` with the autoencoder settings of the run ``model.latent.autoencoder_run``, if set."""
+    """Return ``cfg`` with the autoencoder settings of the run in ``model.latent.autoencoder_run``, if set."""
     run = OmegaConf.select(cfg, "model.latent.autoencoder_run")
     if run is None or cfg.resume is not None or cfg.run_dir is not None:
         return cfg
@@ -63,12 +63,12 @@ def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
 def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictConfig], None]) -> DictConfig:
     """Find or train the autoencoder of a latent model, and return ``cfg`` with its run folder as ``autoencoder_run``.
 
-    The run is ``model.latent.autoencoder_run``, else an earlier run with the same settings and data, else a new run
-    that is trained first. Of the jobs that need the same autoencoder at the same time, one trains it and the others
-    wait. For other models, ``cfg`` is returned unchanged.
+    The run is the one in ``model.latent.autoencoder_run``, else an earlier run with the same settings and data, else a
+    new run that is trained first. If several jobs need the same autoencoder at the same time, one trains it and the
+    others wait. If the model is not a latent model, ``cfg`` is returned unchanged.
 
     Args:
-        train: function that trains the run of a config.
+        train: function that trains the run defined by a config.
     """
     latent = cfg.model.get("latent")
     if latent is None or cfg.get("autoencoder_run"):
@@ -121,7 +121,7 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
 
 
 def autoencoder_choices(cfg: DictConfig) -> dict[str, Any]:
-    """Return the group choices that a separate run of the autoencoder would have."""
+    """Return the config group choices that a separate run of the autoencoder would have."""
     key = AUTOENCODER_GROUP.partition("@")[2]
     own, others = {}, {}
     for group, choice in cfg.choices.items():
@@ -158,7 +158,7 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     """Load the trained autoencoder into a latent model, and compute the whitening on the training images.
 
     Return ``cfg`` with the cost of the whitening as ``whitening``, in the format of `dependency_costs.cost_entry`. Each
-    of the ``processes`` encodes all images, so the cost of one process is multiplied by their number.
+    of the ``processes`` processes encodes all images, so the cost of one process is multiplied by their number.
     """
     space = getattr(model, "space", None)
     if not isinstance(space, Latents):

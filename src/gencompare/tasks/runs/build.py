@@ -32,7 +32,7 @@ from gencompare.training.loggers import MetricLogger
 
 
 def build_data(cfg: DictConfig) -> ImageData:
-    """Build the data set of ``cfg.data``, with the extra conditions of ``cfg.data.conditions`` if there are any."""
+    """Build the data set from ``cfg.data``, with the extra conditions in ``cfg.data.conditions``, if any."""
     options = OmegaConf.masked_copy(cfg.data, [str(key) for key in cfg.data if key != "conditions"])
     data = instantiate(options, _convert_="all")
     conditions = instantiate(cfg.data.get("conditions") or {}, _convert_="all")
@@ -40,14 +40,14 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 
 def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
-    """Build the model of ``cfg.model`` for ``data``. Its initial weights depend only on the seed."""
+    """Build the model from ``cfg.model`` for ``data``. Its initial weights depend only on the seed."""
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     # Hydra would convert the data spec (a dataclass) into a config, so it is passed in a second call.
     return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=data.spec)
 
 
 def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
-    """Build the evaluation protocol of ``cfg.evaluation``, with its extractors."""
+    """Build the evaluation protocol from ``cfg.evaluation``, with its extractors."""
     if "extractors" not in cfg.evaluation:
         raise UserError("The evaluation settings of this run are from an earlier version: add evaluation=default.")
     protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
@@ -67,7 +67,7 @@ def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
 def build_callbacks(
     cfg: DictConfig, model: TrainedModel, data: ImageData, protocol: EvaluationProtocol | None, folder: Path
 ) -> dict[str, pl.Callback]:
-    """Build the callbacks of ``cfg.callbacks`` by name, sorted by their attribute ``order``.
+    """Build the callbacks from ``cfg.callbacks``, by name, sorted by their attribute ``order``.
 
     Each is configured by a mapping with ``_target_``, or by the name of a file in conf/callbacks. Constructor arguments
     that the config does not set come from the run: ``seed``, ``global_batch_size``, ``budget``, ``data``, ``protocol``,
@@ -103,11 +103,11 @@ def build_callbacks(
 
 
 DEFAULT_ORDER = 7
-"""Order of callbacks without the attribute, between the evaluation of a step and its checkpoint."""
+"""The ``order`` of callbacks without this attribute: after the evaluation of a step, and before its checkpoint."""
 
 
 def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) -> Any:
-    """Instantiate ``options``, adding those arguments in ``run`` that its class takes and ``options`` does not set.
+    """Instantiate ``options``, with arguments from ``run`` that its class accepts and ``options`` does not set.
 
     Args:
         place: config key for error messages.
@@ -140,7 +140,7 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
 
 
 def callback_file(name: str, option: str) -> Path:
-    """Return the file of an option of the config group ``callbacks``."""
+    """Return the config file of an option of the group ``callbacks``."""
     path = conf_dir() / "callbacks" / f"{option}.yaml"
     if not path.is_file():
         options = ", ".join(sorted(each.stem for each in path.parent.glob("*.yaml") if each.stem != "default"))
@@ -149,12 +149,12 @@ def callback_file(name: str, option: str) -> Path:
 
 
 def build_budget(cfg: DictConfig) -> Budget:
-    """Build the budget of ``cfg.budget``."""
+    """Build the budget from ``cfg.budget``."""
     return instantiate(cfg.budget)
 
 
 def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int) -> list[Logger]:
-    """Build the loggers of ``cfg.logger``. In W&B, each job is a run, and runs are grouped by sweep."""
+    """Build the loggers from ``cfg.logger``. In W&B, each job is a run, and runs are grouped by sweep."""
     run = {
         "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
         "start_step": start_step, "tags": list(cfg.get("tags") or []),
@@ -163,7 +163,7 @@ def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int
 
 
 def build_logger(name: str, options: DictConfig, run: dict[str, Any]) -> Logger:
-    """Build the logger of ``options``.
+    """Build a logger from ``options``.
 
     Loggers of this package get the arguments in ``run``. Other Lightning loggers get the run folder as ``save_dir``, if
     they have this argument and ``options`` does not set it.
@@ -194,7 +194,7 @@ def choose_device(cfg: DictConfig) -> torch.device:
 def build_trainer(
     cfg: DictConfig, model: TrainedModel, callbacks: dict[str, pl.Callback], loggers: list[Logger], folder: Path
 ) -> pl.Trainer:
-    """Build the Trainer of ``cfg.trainer``, without the features that this package implements itself."""
+    """Build the Trainer from ``cfg.trainer``, without the features that this package implements itself."""
     _silence_lightning()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     del options["global_batch_size"]

@@ -97,7 +97,7 @@ def describe_data(data: ImageData) -> dict[str, Any]:
 
 
 def print_results(record: RunRecord, folder: Path) -> Path:
-    """Write the page of a run, print its results and output paths, and return the path of the page."""
+    """Write the HTML page of a run, print its results and output paths, and return the path of the page."""
     page = report([folder], folder)
     console = Console()
     if record.results:
@@ -122,7 +122,7 @@ def _relative(path: Path) -> str:
 
 
 NUM_GRID_IMAGES = 100
-"""Largest number of samples in the grid of a result."""
+"""Maximum number of samples in the grid of a result."""
 
 
 def store_result(folder: Path, result: Result, images: Tensor, data: ImageData) -> None:

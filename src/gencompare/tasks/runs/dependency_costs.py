@@ -1,4 +1,4 @@
-"""The training cost of a model, including its dependencies: autoencoder, whitening, guides, tuning."""
+"""The training cost of a model, including its dependencies: autoencoder, whitening, guiding models, tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gencompare.records import RunRecord
 from gencompare.training.budget import Budget
 
 COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
-"""Units of cost. All of them are counted, whichever the budget limits."""
+"""Kinds of training cost. All of them are counted, even if the budget limits only one."""
 TRIAL_ROLE = "trial"
 """Role of the other trials of a search, and of their dependencies, in the record of the best trial."""
 
@@ -51,7 +51,7 @@ def dependencies(cfg: DictConfig, known: Iterable[dict[str, Any]] = ()) -> list[
 
 
 def guide_dependencies(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Return the dependencies of guidance only, since an evaluation may use guidance that training did not."""
+    """Return only the dependencies of guidance, since an evaluation may use guidance that training did not use."""
     return dependencies(OmegaConf.masked_copy(cfg, ["model"]))
 
 
@@ -64,7 +64,7 @@ def deduplicate(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
-    """Yield role and folder of the runs that a config refers to: its autoencoder and its guides."""
+    """Yield role and folder of the runs that a config refers to: its autoencoder and its guiding models."""
     if cfg.get("autoencoder_run"):
         yield "autoencoder", Path(cfg.autoencoder_run)
     guidance = OmegaConf.select(cfg, "model.guidance") or {}

@@ -67,7 +67,7 @@ def betas(schedule: BetaTable) -> Tensor:
 
 
 def variance_type(sampler: Sampler) -> str:
-    """Return the diffusers ``variance_type`` for the ``variance`` of a sampler, which is 0 if it has none."""
+    """Return the diffusers ``variance_type`` for the ``variance`` of a sampler (0 if the sampler has none)."""
     variance = getattr(sampler, "variance", 0.0)
     names = {0.0: "fixed_small", 1.0: "fixed_large"}
     if variance not in names:
@@ -124,7 +124,7 @@ def is_same_schedule(schedule: NoiseSchedule, published: BetaTable) -> bool:
 def read_schedule(config: dict[str, Any], path: Path) -> BetaTable:
     """Read the schedule of a scheduler config, with the defaults of ``DDPMScheduler``."""
     if not config.keys() & {"beta_schedule", "trained_betas"} or config.get("rescale_betas_zero_snr"):
-        raise UserError(f"{path} ({config.get('_class_name')}) has no betas, or a timestep without signal.")
+        raise UserError(f"{path} ({config.get('_class_name')}) has no betas, or has a timestep without signal.")
     if config.get("trained_betas") is not None:
         return BetaTable(config["trained_betas"])
     name = config["beta_schedule"]

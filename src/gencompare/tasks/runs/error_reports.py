@@ -1,4 +1,4 @@
-"""Error messages in one line, for the terminal or a record, and exit codes."""
+"""One-line error messages for the terminal or a run record, and exit codes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ WANDB_FILES = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\
 
 
 def locate_runs(pattern: str, cache: Path) -> list[Path]:
-    """Return the run folders that match ``runs=``.
+    """Return the run folders that match the option ``runs``.
 
     Args:
         pattern: a glob, which may also match W&B's offline folders, or ``wandb:ENTITY/PROJECT``.
@@ -122,9 +122,9 @@ def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weight
 
 
 def guide(run: str | None, checkpoint: str = "last", weights: str = "ema") -> TrainedModel:
-    """Load the frozen model of a run as a guide (``_target_: gencompare.tasks.runs.loading.guide``).
+    """Load the frozen model of a run as a guiding model (``_target_: gencompare.tasks.runs.loading.guide``).
 
-    The random state is restored, so the initial weights of the guided model do not depend on its guide.
+    The random state is restored, so the initial weights of the guided model do not depend on the guiding model.
     """
     if run is None:
         raise UserError(

@@ -147,7 +147,7 @@ def job_environment(slot: int, n_jobs: int, devices: Sequence[str], cores: int |
 
 
 def visible_devices() -> list[str]:
-    """Return the CUDA devices that this process may use, as named in CUDA_VISIBLE_DEVICES."""
+    """Return the CUDA devices that this process may use, named as in CUDA_VISIBLE_DEVICES."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is not None:
         return [device for device in names.split(",") if device]
@@ -166,7 +166,7 @@ def failure_reason(log: Path, code: int) -> str:
 
 @contextmanager
 def terminate_on_exit(running: dict[int, tuple[DictConfig, ParallelJob]]) -> Iterator[None]:
-    """Terminate the jobs that still run at the end of the block, and wait for them."""
+    """Terminate the jobs that are still running at the end of the block, and wait for them."""
     try:
         yield
     finally:

@@ -92,10 +92,10 @@ def rename_options(argv: list[str]) -> list[str]:
 
 
 def inherit_choices(argv: list[str]) -> list[str]:
-    """Add the group choices of the run ``run_dir=DIR`` or ``resume=DIR`` that ``argv`` does not override.
+    """Add the config group choices of the run in ``run_dir`` or ``resume`` to ``argv``, unless it overrides them.
 
-    This makes ``model.sampler.num_steps=18`` a valid override whenever the run's sampler has ``num_steps``, whatever
-    the default model.
+    For example, ``model.sampler.num_steps=18`` is then a valid override if the run's sampler has ``num_steps``, even if
+    the default model has no such option.
     """
     folder = _run_folder_in(argv)
     if folder is None:
@@ -126,7 +126,7 @@ def _run_folder_in(argv: list[str]) -> Path | None:
 
 
 def _value_of(key: str, argv: list[str]) -> str | None:
-    """Return the last value that ``argv`` gives a key, or None."""
+    """Return the last value of a key in ``argv``, or None."""
     for arg in reversed(argv):
         name, equals, value = arg.partition("=")
         if equals and name.lstrip("+") == key:
@@ -290,7 +290,7 @@ def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
 def _override_stored(
     stored: DictConfig, composed: DictConfig, overrides: list[str], references: dict[str, str]
 ) -> DictConfig:
-    """Return the stored config with the values in ``composed`` of everything that ``overrides`` change.
+    """Return the stored config with all settings that ``overrides`` change replaced by their values in ``composed``.
 
     Args:
         references: see `_references`.

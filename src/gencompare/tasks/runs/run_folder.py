@@ -20,7 +20,7 @@ LOCK_FILE = ".lock"
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Return the folder ``run_dir=DIR``."""
+    """Return the run folder in ``cfg.run_dir``. Raise `UserError` if it is not set."""
     if cfg.run_dir is None:
         raise UserError(f"task={cfg.task.label} needs run_dir=DIR, the folder of a trained run.")
     return Path(cfg.run_dir)

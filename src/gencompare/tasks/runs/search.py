@@ -25,7 +25,7 @@ NO_OBJECTIVE = (
     " callbacks.evaluation.num_samples above 0, and choose a generative model."
 )
 Launch = Callable[[Sequence[Sequence[str]], int], object]
-"""Runs jobs and returns when all of them have ended, given the overrides of each job and the number of the first."""
+"""Function ``(overrides of each job, number of the first job)`` that runs jobs and returns when all have ended."""
 
 
 def import_optuna() -> Any:
@@ -160,7 +160,7 @@ class Study:
         return None
 
     def record_tuning(self, best: int) -> None:
-        """Record the number of trials in each trial's record, and the cost of the other trials in that of the best."""
+        """Write the number of trials to each record, and the cost of the other trials to the record of the best."""
         trials = self.study.get_trials(deepcopy=False)
         folders = {trial.number: self.trial_folder(trial.number) for trial in trials}
         records = {number: RunRecord.load(folder) for number, folder in folders.items() if folder is not None}

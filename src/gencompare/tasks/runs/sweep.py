@@ -23,7 +23,7 @@ NON_IDENTIFYING_KEYS = (
     *run_config.JOB_KEYS, "out", "tags", "sweep_name", "command", "trained_run", "logger", "callbacks.progress_bar",
     "data.cache",
 )  # fmt: skip
-"""Config keys of locations, the terminal and other tasks, whose values do not change the identity of a job."""
+"""Config keys that do not change the identity of a job: locations, terminal output and options of other tasks."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
 """Config keys that determine how a trained model is sampled and evaluated."""
 FINAL_EVALUATION_KEYS = (
@@ -119,12 +119,12 @@ def is_identifying(override: str) -> bool:
 
 
 def evaluated_config_path(folder: Path, job: str) -> Path:
-    """Return the path for the config of another job that was evaluated with the weights of the run in ``folder``."""
+    """Return where the config of a job is stored that was evaluated with the weights of the run in ``folder``."""
     return folder / "measured" / f"{job[:16]}.yaml"
 
 
 def prepare_job(cfg: DictConfig, sweep: Path) -> bool:
-    """Set the run folder of a sweep's job and what it resumes in ``cfg``, and return whether anything is left to do.
+    """Set the run folder and the run to resume in the ``cfg`` of a sweep job. Return whether anything is left to do.
 
     A job is recognised by the hash of its settings, in any run folder of the sweep. A finished or active job is
     skipped, an interrupted job is resumed, and a job without a checkpoint is restarted. If another job has finished the
