@@ -149,6 +149,11 @@ def test_interpolated_values_follow_overrides_in_a_run_folder_too(trained: Path,
     assert record["results"][-1]["measurement"]["num_images"] == 110
 
 
+def test_version_prints_the_version_of_this_package(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("--version")
+    assert capsys.readouterr().out == f"gencompare {gencompare.__version__}\n"
+
+
 def test_a_group_can_be_set_to_null_on_the_command_line(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("model=ldm", "model/latent=null", "model/guidance=null", "--cfg", "job") == 0
     assert "autoencoder" not in capsys.readouterr().out
@@ -217,6 +222,9 @@ def error_line(capsys: Any) -> str:
         (["model.guidance.scale=3"], 2, "add model/guidance=auto|classifier|classifier_free"),
         (["seed.x=3"], 2, "seed is 0"),
         (["budget.images=0"], 1, "budget.images=0"),
+        pytest.param(
+            ["trainer=gpu"], 1, "Use trainer=cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+        ),
         (["data=toy2d", "model=vae", "model.conditional=maybe"], 1, ""),
         (["evaluation.num_images=10"], 1, "evaluation.num_images=10"),
         (["model.sampler.num_steps=0"], 1, "sampler.num_steps=0"),

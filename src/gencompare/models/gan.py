@@ -34,8 +34,8 @@ class GAN(GenerativeModel):
 
     Args:
         spec: shape, number of classes and value range of the data.
-        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)``, which returns images (n, C, H, W).
-        discriminator: a factory ``(shape, num_classes) -> module(x, label)``, which returns scores (n,).
+        generator: a factory ``(latent_dim, shape, num_classes) -> module(z, label)`` that returns images (n, C, H, W).
+        discriminator: a factory ``(shape, num_classes) -> module(x, label)`` that returns scores (n,).
         adversarial: the losses :math:`L_D` and :math:`L_G`.
         penalty: penalties on the discriminator gradient, by their name in the logs.
         discriminator_augmentation: a factory ``spec -> DiscriminatorAugmentation``; None disables augmentation.

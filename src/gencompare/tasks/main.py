@@ -18,6 +18,7 @@ from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_t
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
 from gencompare.tasks.runs.run_config import check_keys, complete_config, inherit_choices, read_config, rename_options
 from gencompare.tasks.runs.sweep import prepare_job, record_failure
+from gencompare.version import __version__
 
 
 def main() -> None:
@@ -25,6 +26,9 @@ def main() -> None:
 
     The exit code is 0 (success), 1 (failure), 2 (usage error), or 128 plus a signal number.
     """
+    if sys.argv[1:] == ["--version"]:
+        print(f"gencompare {__version__}")
+        return
     enable_hydra_tracebacks()
     failed_job_codes.clear()
     try:

@@ -31,7 +31,7 @@ from gencompare.tasks.runs.build import (
     build_trainer,
     check_trainer_settings,
 )
-from gencompare.tasks.runs.console import describe_data, print_config, print_results
+from gencompare.tasks.runs.console import describe_data, print_results, print_start
 from gencompare.tasks.runs.environment import environment
 from gencompare.tasks.runs.loading import check_state_dict
 from gencompare.tasks.runs.processes import (
@@ -99,6 +99,7 @@ def train(cfg: DictConfig) -> None:
     with claim_run_folder(folder, must_be_new=not resumed), record_failures(folder):
         if rank_zero_only.rank == 0:
             write_initial_record(cfg, model, data, folder, resumed, dependencies)
+            print_start(RunRecord.load(folder), folder, trainer.strategy.root_device, vars(build_budget(cfg)))
         run_id = RunRecord.load(folder).environment["run_id"]
         loggers = build_loggers(cfg, folder, run_id=run_id, start_step=clock["step"] if clock else 0)
         try:
@@ -179,7 +180,6 @@ def write_initial_record(
         autoencoder = autoencoder_stage.autoencoder_summary(Path(cfg.autoencoder_run))
     cfg = run_config.without_locations(cfg)
     run_config.save(cfg, folder / run_config.FILE)
-    print_config(cfg)
     if resumed:
         RunRecord.update(folder, lambda record: update_resumed_record(record, cfg, dependencies))
         return

@@ -229,7 +229,8 @@ def build_trainer(
     try:
         return trainer_class(callbacks=list(callbacks.values()), logger=loggers or False, **(fixed | options))
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        advice = " Use trainer=cpu or trainer=auto." if "backend found" in str(error) else ""
+        raise UserError(f"trainer: {' '.join(str(error).split())}{advice}") from error
 
 
 def build_profiler(name: str, folder: Path) -> Any:

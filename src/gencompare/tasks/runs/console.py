@@ -1,4 +1,4 @@
-"""Terminal output of a run: config, progress, results and paths."""
+"""Terminal output of a run: start, progress, results and paths."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.syntax import Syntax
 from torch import Tensor
 
 from gencompare.comparison.page import report
-from gencompare.comparison.terminal import run_summary
+from gencompare.comparison.terminal import describe_run, run_summary
 from gencompare.data.datamodule import SPLITS, ImageData
 from gencompare.evaluation.reference import quantize_split, to_uint8
 from gencompare.generative_model import DataSpec
@@ -68,18 +66,18 @@ def stage_progress(enabled: bool = True) -> Iterator[StageProgress | None]:
             yield StageProgress(bar)
 
 
-HIDDEN_KEYS = (
-    "choices", "command", "out", "sweep_name", "run_dir", "resume", "runs", "group_by", "rank_by", "num_images",
-    "checkpoint", "weights", "task", "trial",
-)  # fmt: skip
-"""Config keys that `print_config` does not show."""
+def print_start(record: RunRecord, folder: Path, device: torch.device, budget: dict[str, Any]) -> None:
+    """Print what is trained, on which device, for how long and in which folder. ``--cfg job`` prints the config.
 
-
-def print_config(cfg: DictConfig) -> None:
-    """Print the config without `HIDDEN_KEYS`."""
-    shown = {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in HIDDEN_KEYS}  # type: ignore[union-attr]
-    text = OmegaConf.to_yaml(OmegaConf.create(shown))
-    Console().print(Syntax(text, "yaml", background_color="default", word_wrap=True))
+    Args:
+        budget: the limits of the budget by name; None for no limit.
+    """
+    limits = ", ".join(
+        f"{limit:,} {name.replace('_', ' ')}" for name, limit in budget.items() if isinstance(limit, int | float)
+    )
+    images = record.data["splits"]["train"]
+    print(f"Training {describe_run(record)}, on {device}. Budget: {limits}. Training set: {images:,} images.")
+    print(f"Run folder: {_relative(folder)}", flush=True)
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""The documentation: it builds without warnings, it lists every setting, and its links point to files."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+GENERATED = (DOCS / "notebooks", DOCS / "reference" / "config.md")
+"""Written by the build."""
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    """Marked as slow: the build takes half a minute on an idle core, most of it for the docstrings."""
+    pytest.importorskip("myst_nb", reason="the docs extra is not installed")
+    arguments = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "doctrees")]
+    command = [sys.executable, "-m", "sphinx", *arguments, str(DOCS), str(tmp_path / "html")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=290)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert (tmp_path / "html" / "index.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def config_page() -> str:
+    spec = importlib.util.spec_from_file_location("config_reference", DOCS / "config_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["config_reference"] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module.page(ROOT / "conf")
+
+
+def keys(value: object, prefix: str = "") -> list[str]:
+    """Return the dotted keys of all settings: what is not a mapping, and mappings without entries."""
+    if not isinstance(value, dict) or not value:
+        return [prefix]
+    return [key for name, item in value.items() for key in keys(item, f"{prefix}.{name}" if prefix else str(name))]
+
+
+FILES = sorted((ROOT / "conf").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "conf")))
+def test_every_setting_is_in_the_reference(path: Path, config_page: str) -> None:
+    group = "/".join(path.relative_to(ROOT / "conf").parent.parts)
+    section = config_page.split(f"\n## {group}=\n" if group else "\n## config\n")[1].split("\n## ")[0]
+    if group:
+        section = section.split(f"\n### {path.stem}\n")[1].split("\n### ")[0]
+    listed = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
+    for key in keys(yaml.safe_load(path.read_text()) or {}):
+        if key.split(".")[-1] in ("_target_", "_partial_"):
+            continue
+        # A mapping in one line is listed as a whole.
+        assert any(key == name or key.startswith(f"{name}.") for name in listed), key
+    comment = re.sub(r"\W+", " ", "".join(re.findall(r"\A(?:# @package .*\n)?((?:#.*\n)*)", path.read_text())))
+    assert comment.strip() in re.sub(r"\W+", " ", section), "the comment at the top of the file"
+
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted(page for page in DOCS.rglob("*.md") if not any(page.is_relative_to(path) for path in GENERATED)),
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page, as forges make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_point_to_files(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if any(target.is_relative_to(generated) for generated in GENERATED):
+            continue
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
