@@ -171,7 +171,12 @@ NON_DISTINGUISHING = (
 def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
     """Return, for each run, the overrides that not all runs share. For a single run, return no overrides."""
     overrides = [
-        [each.lstrip("+") for each in record.overrides if not each.lstrip("+").startswith(NON_DISTINGUISHING)]
+        [
+            each.lstrip("+")
+            for each in record.overrides
+            if not each.lstrip("+").startswith(NON_DISTINGUISHING)
+            and each != f"experiment={record.data.get('name')}_{record.family}"  # says the same as the family
+        ]
         for record in records
     ]
     common = (

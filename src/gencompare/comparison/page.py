@@ -34,6 +34,7 @@ from gencompare.comparison.statistics import MIN_SEEDS
 from gencompare.comparison.suggestions import suggested_commands
 from gencompare.comparison.svg_plots import MARKERS, Chart, legend, styles, svg
 from gencompare.comparison.tables import (
+    Column,
     columns,
     format_value,
     metrics_table,
@@ -57,6 +58,10 @@ images of lower-ranked runs are omitted."""
 MAX_DETAILED_ROWS = 12
 """Maximum length of a ranking for which the page shows a table of all metrics, which has one column per ranked row. The
 CSV file contains all metrics of any ranking."""
+
+
+MAIN_TITLES = ("run", "family", "vs. best", "bits/dim", "NFE")
+"""Columns without a metric that are always visible in a table."""
 
 
 def report(
@@ -159,12 +164,23 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
         "notes": table.notes(),
         "warnings": table.warnings(),
         "columns": shown,
+        "extra": [not _is_main(column, table) for column in shown],
         "sections": [
             (heading, [(row, [column.cell(row) for column in shown]) for row in rows])
             for heading, rows in table.sections()
         ],
         "metrics": metrics_table(table) if single or len(table.rows) <= MAX_DETAILED_ROWS else None,
     }
+
+
+def _is_main(column: Column, table: RankingTable) -> bool:
+    """Return whether a column is always visible. The page hides the others until a switch is set."""
+    name = column.metric_name or ""
+    return (
+        name in (table.primary_metric, "fid", "precision", "recall", "coverage")
+        or (name.startswith("fd_") and not name.endswith("_infinity"))
+        or (not name and column.title.startswith(MAIN_TITLES))
+    )
 
 
 def _published(tables: list[RankingTable]) -> dict[int, list[tuple[str, ...]]]:
