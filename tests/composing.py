@@ -53,7 +53,8 @@ def compose(*overrides: str) -> DictConfig:
 
 @cache
 def cached_compose(overrides: tuple[str, ...], environment: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
-    """Return a config without and with the ``hydra`` node, cached because composing takes a third of a second."""
+    """Return a config twice, without and with the ``hydra`` node. Composing takes a third of a second, so the result is
+    cached."""
     GlobalHydra.instance().clear()
     searchpath = ",".join(f"file://{root}" for root in roots()[1:])
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def double() -> Iterator[None]:
-    """Make float64 the default dtype, with ``pytestmark = pytest.mark.usefixtures("double")``."""
+    """Make float64 the default dtype. Modules use this with ``pytestmark = pytest.mark.usefixtures("double")``."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

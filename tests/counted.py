@@ -1,6 +1,6 @@
 """Parameter counts of published CIFAR-10 networks, derived by hand from a paper's tables or published code.
 
-They do not use the package, whose networks are compared with them.
+The counts do not use the package, so that its networks can be compared with them.
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ def vdm(*, emb_bias: bool = False, noise_dim: int = 129) -> int:
 
 
 def vdvae() -> int:
-    """Count the parameters of Child (2021) with the published config (openai/vdvae, hps.py): width 384, a quarter of it
-    inside a block, z of 16 channels; encoder "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3", decoder
-    "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"; 1x1 convolutions at resolution 1x1."""
+    """Count the parameters of Child (2021) with the published config (openai/vdvae, hps.py).
+
+    The width is 384, and a quarter of it inside a block. The latents z have 16 channels. The encoder is
+    "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3" and the decoder is "1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21".
+    Convolutions at resolution 1x1 have 1x1 kernels.
+    """
     width, inner, z, maps = 384, 96, 16, 100
     up, down = 11 + 1 + 6 + 1 + 6 + 1 + 3 + 1, 1 + 2 + 1 + 5 + 1 + 10 + 1 + 21
 
@@ -96,9 +99,11 @@ def vdvae() -> int:
 def igebm(*, bias: bool = False) -> int:
     """Count the parameters of ResNet32Large of Du and Mordatch (2019): openai/ebm_code_release, models.py.
 
-    A convolution from 3 to 128 channels; three blocks each of 128, 256 and 512 channels, with two convolutions per
-    block and a 3x3 shortcut where the number of channels changes; a linear layer. ``bias``: whether layers other than
-    shortcuts have a bias.
+    The layers are a convolution from 3 to 128 channels, three blocks each of 128, 256 and 512 channels, and a linear
+    layer. A block has two convolutions, and a 3x3 shortcut if the number of channels changes.
+
+    Args:
+        bias: whether layers other than shortcuts have a bias.
     """
     stages = (128, 128), (128, 256), (256, 512)
     count = conv(3, 128, bias=bias) + linear(512, 1, bias=bias)
@@ -109,8 +114,8 @@ def igebm(*, bias: bool = False) -> int:
 
 
 def dcgan() -> dict[str, int]:
-    """Count the parameters of Miyato et al. (2018), table 3 with M_g = 4. No count is published. Batch norm has two per
-    channel."""
+    """Count the parameters of Miyato et al. (2018), table 3 with M_g = 4. No count is published. Batch norm has two
+    parameters per channel."""
     ups = sum(conv(i, o, 4) + 2 * o for i, o in ((512, 256), (256, 128), (128, 64)))
     down = ((3, 64, 3), (64, 64, 4), (64, 128, 3), (128, 128, 4), (128, 256, 3), (256, 256, 4), (256, 512, 3))
     return {

@@ -1,4 +1,4 @@
-"""New processes as forks of the process that runs the tests, which saves import time.
+"""Start new processes as forks of the process that runs the tests, which saves import time.
 
 They can be killed, and several of them can train together. Other tests start ``run.py`` in a new interpreter.
 """
@@ -30,7 +30,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def in_processes(
     world: int, folder: Path, share: Callable[..., Mapping[str, Tensor]], *args: Any
 ) -> list[dict[str, Tensor]]:
-    """Return the results of ``share(rank, world, *args)`` by rank, from ``world`` processes in one gloo group."""
+    """Run ``share(rank, world, *args)`` in ``world`` processes of a gloo group. Return the results in rank order."""
     name = uuid4().hex
 
     def run(rank: int) -> None:
@@ -75,7 +75,7 @@ class Forked:
     def _run(
         self, folder: Path, overrides: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
     ) -> None:
-        """Run ``main`` in the new process, which ends afterwards."""
+        """Run ``main`` in the new process, and end the process."""
         sys.stdout = sys.stderr = output = self._output.open("a", buffering=1)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -130,8 +130,8 @@ class Forked:
 
 @contextmanager
 def active_process(folder: Path, final_state: str, **training: Any) -> Iterator[None]:
-    """Start a process that uses a run folder until another process waits for it, then sets the record's state and
-    ends."""
+    """Start a process that holds the lock of a run folder until another process waits for it. Then it sets the state in
+    the record to ``final_state`` and ends."""
     started, awaited = (get_context("fork").Event() for _ in range(2))
     original = run_folder.file_lock
 

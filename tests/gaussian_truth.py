@@ -1,8 +1,9 @@
 """Data with an exact denoiser, and the moments of samples without Monte Carlo error.
 
-On Gaussian data every sampler step is affine. One batch contains an image without noise, one image per pixel that
-starts one unit higher in that pixel, and one image per random number, where only that number is 1. The results
-determine the affine map from noise to samples, and hence the mean and covariance of the samples.
+On Gaussian data every sampler step is affine in the initial image and the random numbers. One batch contains an image
+for which all of these are 0, one image per pixel for which only that pixel starts at 1, and one image per random number
+for which only that number is 1. The results determine the affine map from noise to samples, and hence the mean and
+covariance of the samples.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ MEAN = torch.tensor([0.6, -0.3, 0.0], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 1.7, 0.04], dtype=torch.float64)
 AXES = torch.tensor([[2, -1, 2], [2, 2, -1], [-1, 2, 2]], dtype=torch.float64) / 3
 COVARIANCE = AXES * VARIANCE @ AXES.T
-"""Three Gaussian pixels, correlated by -0.5, -0.8 and 0.8. Along AXES, the columns of a rotation, they are independent
-with variances VARIANCE, none of which is 1."""
+"""Covariance of three Gaussian pixels, with correlations -0.5, -0.8 and 0.8. Along AXES, the columns of a rotation, the
+data are independent with variances VARIANCE, none of which is 1."""
 ALONE = torch.eye(3, dtype=torch.float64)
 """Replaces AXES to make the pixels independent."""
 
@@ -46,7 +47,7 @@ def schedule_named(name: str) -> NoiseSchedule:
 
 
 def times_of(sampler: Sampler, schedule: NoiseSchedule) -> Tensor:
-    """Return the sampler's times, or times evenly spaced in log-SNR for a table with fewer steps."""
+    """Return the sampler's times, or times evenly spaced in log-SNR if the schedule has fewer steps."""
     table = schedule.discrete_times
     fits = table is None or len(table) >= sampler.num_steps
     return sampler.times(schedule).double() if fits else even_levels(schedule, sampler.num_steps)
@@ -143,7 +144,7 @@ def error(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> float:
 
 
 def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False) -> Tensor:
-    """Return about ``steps`` equal steps in time that leave out a tenth of the range at both ends.
+    """Return about ``steps`` equal steps in time that exclude a tenth of the range at each end.
 
     A table with fewer steps has a kink at each of its steps. The times then include these steps, with equally many
     times between each pair, so that no step crosses a kink. With ``noise_left`` the times end at log-SNR 2.
@@ -161,7 +162,7 @@ def inner_times(schedule: NoiseSchedule, steps: int, *, noise_left: bool = False
 
 
 def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor | None = None) -> float:
-    """Return log2 of the factor by which the error falls when the steps between the times ``coarse`` are halved.
+    """Return log2 of the ratio of the errors before and after halving the steps between the times ``coarse``.
 
     Euler-Maruyama under a VE schedule stops at a higher noise level, because without noise at the end it exceeds its
     order. With s = sigma^2 and P = V + s, where V is the variance of the data along one axis, a step h has an error of

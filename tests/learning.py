@@ -67,8 +67,8 @@ def shown(model: TrainedModel, seed: int) -> Tensor:
 
 
 class UntilLearned(Callback):
-    """Ends training when the patterns are learned. Checks after ``first`` steps, then each time after half as many
-    more.
+    """Ends training when the patterns are learned. The first check is after ``first`` steps, and the number of steps
+    grows by half from check to check.
 
     Args:
         bar: the maximum distance of samples from the patterns.

@@ -43,7 +43,7 @@ def subvp_noise(t: float) -> float:
     return -math.expm1(-beta_integral(t)) / math.exp(-beta_integral(t) / 2)
 
 
-# Published settings. An ellipsis means that the source does not say.
+# Published settings. An ellipsis means that the source does not state the value.
 
 ADAM_DEFAULTS = {
     "betas": (0.9, 0.999),
@@ -105,7 +105,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "noise_range": discrete_noise_range(cosine_alpha, 4000),
         "sampler": {"class": "Ancestral", "num_steps": 4000},
         "model.network.num_heads": 4,
-        "model.objective.vlb_weight": 0.001,  # lambda in their eq. 16; the code scales one of the T terms by T / 1000
+        "model.objective.vlb_weight": 0.001,  # lambda in eq. 16; the code samples one of T terms, scaled by T / 1000
     },
     # Song and Ermon (2019), section 5; ermongroup/ncsn, configs/anneal.yml, parameter count of CondRefineNetDilated.
     # The sigmas are doubled, because theirs are for data in [0, 1]; step sizes are relative to the last sigma squared.
@@ -253,7 +253,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lr": 3e-4,
         "betas": (0.0, 0.999),
         "batch_size": 128,
-        "steps": 121_200,  # of the published weights
+        "steps": 121_200,  # training steps of the published weights
         "ema": 0.0,
         "dropout": ...,
         "random_flip": False,
@@ -291,7 +291,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.latent_dim": 128,
         "model.adversarial._target_": "gencompare.models.adversarial.Hinge",
     },
-    # Huang et al. (2024); brownvc/R3GAN, README.md and train.py, preset CIFAR10, which has no number of steps.
+    # Huang et al. (2024); brownvc/R3GAN, README.md and train.py, preset CIFAR10, which states no number of steps.
     "cifar10_r3gan": {
         **GAN,
         "parameters": counted.r3gan(),

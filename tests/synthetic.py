@@ -88,7 +88,7 @@ def write_run(
 
 def synthetic_curve(seed: int, rows: int = 60) -> dict[str, np.ndarray]:
     """Return a learning curve with training losses in every row, and a distance and a validation loss in every
-    tenth."""
+    tenth row."""
     random = np.random.default_rng(seed)
     images = np.linspace(0, 200_000, rows + 1)[1:]
     loss = 0.2 + np.exp(-images / 20_000) + 0.01 * random.standard_normal(rows)

@@ -28,7 +28,7 @@ def test_losses_match_the_papers() -> None:
     critic = Wasserstein()
     assert critic.discriminator_loss(torch.tensor([0.25, 2.0]), torch.tensor([-3.0, 0.5])).tolist() == [-3.25, -1.5]
     assert critic.generator_loss(None, torch.tensor([0.5, -2.0])).tolist() == [-0.5, 2.0]
-    # Which image of a pair is real? The two losses are symmetric.
+    # Both losses are cross-entropies for the question which image of a pair is real, so they are symmetric.
     pairs = Relativistic()
     assert torch.allclose(pairs.discriminator_loss(real, fake), entropy(real - fake, ones), atol=1e-6)
     assert torch.allclose(pairs.generator_loss(real, fake), entropy(fake - real, ones), atol=1e-6)
@@ -46,7 +46,7 @@ def test_pairwise_losses_depend_on_score_differences_only(loss: AdversarialLoss)
 
 
 def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, DiscriminatorStep]:
-    """Return D(x) = x'Ax / 2 with symmetric A, and a step between points. The gradient at x is Ax."""
+    """Return the symmetric matrix A of D(x) = x'Ax / 2, whose gradient at x is Ax, and a `DiscriminatorStep` of D."""
     a = torch.randn(dim, dim, dtype=torch.float64)
     a = (a + a.T).requires_grad_()
     real, fake = (torch.randn(n, dim, 1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -62,7 +62,7 @@ def quadratic(n: int = 7, dim: int = 5) -> tuple[Tensor, DiscriminatorStep]:
 
 @pytest.mark.parametrize(("penalty", "where"), [(R1(2.0), "real"), (R2(2.0), "fake")])
 def test_r1_and_r2_are_differentiable_squared_gradients(penalty: Any, where: str) -> None:
-    """|grad_x D|^2 = |Ax|^2, whose gradient in A is 2 A x x'; the penalty multiplies both by half the weight."""
+    """|grad_x D|^2 is |Ax|^2, whose gradient in A is 2 A x x'. The penalty multiplies both by half the weight."""
     a, step = quadratic()
     x = getattr(step, where).flatten(1)
     found = penalty(step)
@@ -75,7 +75,7 @@ def test_r1_and_r2_are_differentiable_squared_gradients(penalty: Any, where: str
 
 
 def test_the_wasserstein_penalty_is_taken_between_pairs() -> None:
-    """(|Ax| - 1)^2 at x = u x_real + (1 - u) x_fake, and its gradient in A is 2 (|Ax| - 1) / |Ax| A x x'."""
+    """The penalty is (|Ax| - 1)^2 at x = u x_real + (1 - u) x_fake. Its gradient in A is 2 (|Ax| - 1) / |Ax| A x x'."""
     a, step = quadratic()
     u = torch.rand(7, 1, generator=torch.Generator().manual_seed(3)).double()
     x = (u * step.real.flatten(1) + (1 - u) * step.fake.flatten(1)).detach()

@@ -88,7 +88,7 @@ def test_shift_by_whole_pixels_reflects_at_the_border(right: int, down: int) -> 
         ({"zoom": 5.0}, [[2, 0], [0, 2]]),
         ({"stretch": 5.0}, [[2, 0], [0, 0.5]]),
         ({"stretch": 5.0, "axis": math.pi / 2}, [[0.5, 0], [0, 2]]),
-        # Along an axis that rises to the right (rows count downwards): (r, -r) grows to (2 r, -2 r).
+        # The axis rises to the right. Rows count downwards, so the vector (r, -r) is stretched to (2 r, -2 r).
         ({"stretch": 5.0, "axis": math.pi / 4}, [[1.25, -0.75], [-0.75, 1.25]]),
         ({"turn": math.pi / 6}, [[0.75**0.5, 0.5], [-0.5, 0.75**0.5]]),
         # In this order: flip, scale, rotate, stretch, shift.
@@ -276,7 +276,7 @@ def test_losses_do_not_depend_on_the_number_of_processes() -> None:
 
 
 def test_samples_use_a_condition_vector_of_zero() -> None:
-    """Without the embedding of the vector, the same weights give the same samples and losses."""
+    """A model without the embedding of the vector, but with the same weights, gives the same samples and losses."""
     one, two = shaken(model(UNET)).eval(), model(UNET, augmentation=None).eval()
     state = one.network.state_dict()
     two.network.load_state_dict({name: value for name, value in state.items() if "augment" not in name})

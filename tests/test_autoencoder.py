@@ -107,7 +107,7 @@ def test_codes_are_moving_averages_of_their_vectors() -> None:
     bottleneck = vq(codes, decay=0.9, revival_threshold=0.0).train()
     h = torch.tensor([[-1.2, 0.3], [-0.8, 0.1], [-1.0, -0.7], [2.0, 1.0]]).reshape(4, 2, 1, 1)
     bottleneck(h, source(4))
-    # In units of the mean usage of 2 vectors per code: three vectors chose the first code, one the second.
+    # Three vectors chose the first code and one chose the second. Counts are divided by the mean, 2 vectors per code.
     count = 0.9 * 1 + 0.1 * np.array([3 / 2, 1 / 2])
     sums = 0.9 * np.array([[-1.0, 0.0], [1.0, 0.0]]) + 0.1 * np.array([[-3.0, -0.3], [2.0, 1.0]]) / 2
     assert np.allclose(bottleneck.codebook.numpy(), sums / count[:, None], atol=1e-6)
@@ -148,7 +148,7 @@ def test_a_codebook_that_collapses_despite_resets_stops_training() -> None:
 
 @pytest.mark.parametrize("num_codes, places", [(20, 2), (256, 5)])
 def test_using_few_of_many_codes_is_a_collapse(num_codes: int, places: int) -> None:
-    """Vectors at a few positions with a little noise, where reset codes are used occasionally."""
+    """The vectors are at a few positions and have a little noise, so codes that were reset are used occasionally."""
     model = autoencoder(bottleneck=VectorQuantizer(1, num_codes=num_codes, decay=0.5, revival_threshold=0.25))
     bottleneck = model.coder.bottleneck.train()
     for step in range(VectorQuantizer.PATIENCE + 2):
@@ -173,8 +173,8 @@ def test_more_codes_than_vectors_is_not_a_collapse() -> None:
 
 @pytest.mark.parametrize("num_codes", [2, 64])
 def test_a_small_codebook_or_a_common_code_is_not_a_collapse(num_codes: int) -> None:
-    """Neither two codes that are both in use, nor nine of ten vectors on one code while all others are in use, is a
-    collapse."""
+    """There is no collapse if two codes are both in use, or if nine of ten vectors use one code but all other codes are
+    in use."""
     bottleneck = VectorQuantizer(1, num_codes=num_codes, decay=0.5).train()
     for step in range(VectorQuantizer.PATIENCE + 100):
         x = torch.zeros(640, 1, 1, 1)

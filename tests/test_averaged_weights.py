@@ -32,7 +32,8 @@ from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from parts import part
 
 TOLERANCE = 0.1
-"""Tolerance for the mean and standard deviation of samples, over all pixels; training images have 0.02."""
+"""Tolerance for the error of the samples' mean and standard deviation, over all pixels. The error of the training
+images is 0.02."""
 
 
 class GaussianPixels(ImageData):

@@ -141,7 +141,7 @@ def test_evaluation_with_another_sampler_adds_a_result_without_training(
 
 
 def test_interpolated_values_follow_overrides_in_a_run_folder_too(trained: Path, cli: Cli, tmp_path: Path) -> None:
-    """evaluation.protocol.num_images refers to evaluation.num_images, and is resolved in the stored config."""
+    """evaluation.protocol.num_images refers to evaluation.num_images, but the stored config contains only its value."""
     shutil.copytree(trained / "run", tmp_path / "copy")
     overrides = ["task=evaluate", "run_dir=copy", "model/sampler=ddim", "model.sampler.num_steps=2"]
     assert cli(*overrides, "evaluation.num_images=110") == 0
@@ -200,7 +200,7 @@ def test_a_sweep_ends_with_a_comparison_despite_failed_jobs(cli: Cli, tmp_path: 
     assert (tmp_path / "sweep" / "compare.html").is_file()
 
 
-# Invalid input: one line that names the cause and the fix, before any training.
+# Invalid input is reported before any training, in one line that names the cause and the fix.
 
 
 def error_line(capsys: Any) -> str:
@@ -435,7 +435,7 @@ def test_a_published_ddpm_of_diffusers_is_evaluated(
 
 
 def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """With v prediction and the linear schedule, unlike model=ddpm, the import must not ignore the difference."""
+    """The run has v prediction and the linear schedule, unlike model=ddpm, which the import must detect."""
     overrides = [
         "model=ddpm",
         *QUICK,

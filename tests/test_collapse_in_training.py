@@ -65,7 +65,7 @@ class After(pl.Callback):
 
 
 def narrow(trainer: pl.Trainer, model: Any) -> None:
-    """Shrink the learned log-SNR range to a tenth of the minimum."""
+    """Shrink the log-SNR range of the learned schedule to a tenth of the allowed minimum."""
     with torch.no_grad():
         model.schedule.gamma_max.copy_(model.schedule.gamma_min + 0.1)
 
@@ -90,7 +90,7 @@ def test_a_collapsed_learned_schedule_ends_training_and_is_not_saved(tmp_path: P
 
 
 class Encoder(nn.Module):
-    """Encodes each image as one latent: its brightness, and after ``healthy`` calls a constant."""
+    """Encodes each image as one latent: its brightness in the first ``healthy`` calls, and a constant afterwards."""
 
     def __init__(self, shape: tuple[int, ...], out_channels: int, healthy: int) -> None:
         super().__init__()

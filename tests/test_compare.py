@@ -125,7 +125,7 @@ def test_a_row_within_the_interval_of_the_baseline_is_marked(tmp_path: Path):
     def measured(value: float, half_width: float) -> Result:
         return result(0, metrics={"fd_digits": Metric(value, False, interval=(value - half_width, value + half_width))})
 
-    # The half-width of the interval of a difference: hypot(0.3, 0.4) = 0.5.
+    # The interval of a difference has the half-width hypot(0.3, 0.4) = 0.5.
     found = {"gaussian": (2.0, 0.4), "gan": (1.6, 0.3), "ddpm": (2.4, 0.3), "vae": (2.6, 0.3), "flow": (1.4, 0.3)}
     folders = [
         write_run(tmp_path / name, [measured(*values)], family=name, with_grid=False) for name, values in found.items()
@@ -537,7 +537,7 @@ def test_images_stay_within_their_total_size(tmp_path: Path, monkeypatch):
     sizes = [(folder / "samples" / "grid.png").stat().st_size for folder in folders]
     monkeypatch.setattr(page, "MAX_IMAGE_BYTES", sum(sizes[:3]) + min(sizes) - 1)
     shown = Page(page.render(load_runs(folders)))
-    # The best-ranked come first.
+    # Images of the best-ranked runs come first.
     best = [base64.b64encode((f / "samples" / "grid.png").read_bytes()).decode() for f in folders[:3]]
     assert [image["src"] for image in shown.all("img")] == [f"data:image/png;base64,{content}" for content in best]
     assert any("2 more images" in text for text in shown.texts)

@@ -135,11 +135,12 @@ def test_losses_and_initial_weights_depend_on_the_seed_only(family: str) -> None
 
 
 BAR = 0.5
-"""Maximum distance, in units of the patterns' distance from their mean: their mean has 1, a fitted Gaussian 0.64."""
+"""Maximum distance of samples from the patterns, in units of the patterns' distance from their mean. If all samples are
+this mean, the distance is 1; for a fitted Gaussian it is 0.64."""
 
 
 STEPS = {"vae": 2000}
-"""Steps of families that may need more than 1,200, since rounding differs between processors."""
+"""Training steps of families that may need more than 1,200, since rounding differs between processors."""
 
 SMALLER = {"vae": ("model.encoder.channels=16", "model.decoder.channels=16")}
 """Overrides for families that learn equally well, and faster, with a smaller network."""

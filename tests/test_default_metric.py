@@ -36,8 +36,9 @@ VISIBLE_AT_8X8 = [
     (("real", 0), ("blur", 1.0)), (("blur", 0.6), ("blur", 1.0)), (("blur", 1.0), ("blur", 2.0)),
     (("real", 0), ("gaussian", 0)),
 ]  # fmt: skip
-"""What a person can see on digits of 8 x 8 pixels. This excludes (docs/evaluation.md) JPEG, for which the whole image
-is one block, and every comparison of a degraded digit with the Gaussian, whose samples look like digits."""
+"""(better, worse) pairs that a person can tell apart on digits of 8 x 8 pixels (docs/evaluation.md). JPEG is excluded,
+because the whole image is one block. Degraded digits are not compared with samples of the Gaussian, because these
+samples look like digits."""
 
 
 Key = tuple[str, float]

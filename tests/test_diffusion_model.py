@@ -59,7 +59,7 @@ def test_only_bounds_train_a_learned_schedule() -> None:
 
 
 def test_only_hybrid_and_discrete_bound_train_a_learned_variance() -> None:
-    """With these two losses its weights have a gradient; with other losses, a warning says that they have none."""
+    """With these two losses, the variance output has a gradient. With others it has none, and a warning says so."""
     for name in options("model/objective"):
         learned = part("parameterization", "eps_learned_variance")
         with warnings.catch_warnings(record=True) as caught:
@@ -89,7 +89,7 @@ def test_learned_variance_overrides_the_setting_of_the_sampler() -> None:
 
 
 def composed(overrides: str) -> Diffusion:
-    """Build the model of space-separated overrides; later ones replace earlier ones."""
+    """Build the model from space-separated overrides, where later overrides replace earlier ones."""
     values = dict(override.split("=", 1) for override in overrides.split())
     cfg = compose("data=toy2d", *(f"{name}={value}" for name, value in values.items()))
     network = partial(DenoisingMLP, width=8, depth=1)
@@ -100,7 +100,7 @@ def composed(overrides: str) -> Diffusion:
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
 @pytest.mark.parametrize("name", options("model/schedule"))
 def test_schedules_and_parameterizations_can_be_combined(name: str, parameterization: str) -> None:
-    """The combinations are those of the sweep in docs/diffusion.md; with the simple loss, a learned schedule keeps its
+    """The sweep in docs/diffusion.md trains the same combinations. With the simple loss, a learned schedule keeps its
     initial values."""
     model = composed(
         f"model=ddpm model/schedule={name} model/parameterization={parameterization} model.sampler.num_steps=5"
@@ -167,8 +167,8 @@ def test_sampling_must_start_from_pure_noise(
 
 
 def test_replaced_sampler_must_start_from_pure_noise_too() -> None:
-    """``evaluation.samplers`` replaces the sampler like this. If the end of the schedule is trained, there is only a
-    warning."""
+    """``evaluation.samplers`` replaces the sampler of a model in this way. If training may still change the end of the
+    schedule, there is a warning instead of an error."""
     model = diffusion()
     model.sampler = along("log_snr", -2.0)
     with pytest.raises(UserError, match="starts from pure noise"):
@@ -195,7 +195,7 @@ class ExactPointNetwork(nn.Module):
         self.register_buffer("sigma", (1 - bar).sqrt().float())
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        # The step whose noise condition 500 + 25 log-SNR is closest.
+        # Find the step whose noise condition, 500 + 25 log-SNR, is closest.
         log_snr = 2 * torch.log(self.alpha / self.sigma)  # type: ignore[operator]
         k = (500 + 25 * log_snr[None] - noise_cond[:, None]).abs().argmin(1)
         alpha, sigma = self.alpha[k, None, None, None], self.sigma[k, None, None, None]  # type: ignore[index]
@@ -215,7 +215,7 @@ def test_exact_network_has_zero_loss_and_samples_the_data() -> None:
 
 
 def test_training_learns_the_data() -> None:
-    """Two narrow modes on the diagonal: means, variances and weights are correct."""
+    """Samples have the means, variances and weights of the data, which are two narrow modes on the diagonal."""
     model = diffusion(partial(DenoisingMLP, width=48, depth=2), sampler=part("sampler", "ddim", num_steps=25))
     source = generator("cpu", 7)
 
@@ -334,7 +334,7 @@ def test_a_learned_schedule_trains_with_the_network_and_is_averaged() -> None:
 
 
 def test_other_losses_do_not_train_a_learned_schedule() -> None:
-    """Other losses would be minimal for pure noise."""
+    """Other losses would be minimised by a schedule of pure noise."""
     model = diffusion(schedule=part("schedule", "learned"))
     model.losses(torch.rand(8, 2, 1, 1), {}, RandomSource.for_batch(generator("cpu", 0), 8))["loss"].mean().backward()
     assert all(p.grad is None for p in model.schedule.parameters())

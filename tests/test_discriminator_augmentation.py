@@ -72,7 +72,7 @@ def test_images_change_stay_valid_and_are_independent(option: str, spec: DataSpe
 
 @pytest.mark.parametrize("strength", [0.1, 0.5])
 def test_the_fraction_of_unchanged_images_follows_the_strength(strength: float) -> None:
-    """Eight transforms have probability p; two flips and the luma flip p / 2."""
+    """Eight transforms have probability p. Two flips and the luma flip have probability p / 2."""
     n = 20_000
     x = images(1).expand(n, -1, -1, -1)
     got = at(strength)(x, rng(n))
@@ -166,8 +166,8 @@ def test_resampling_matches_pytorch_and_its_transpose() -> None:
 
 
 def test_a_penalty_through_the_augmentation_has_the_right_gradient() -> None:
-    """D(T x) = |T x|^2 / 2 with T linear (geometric transforms only) has the gradient T' T x, where T is built by
-    columns."""
+    """D(T x) = |T x|^2 / 2 with T linear (geometric transforms only) has the gradient T' T x, where T is built
+    column by column."""
     augmentation = at(1.0, spec=DataSpec("x", (1, 4, 4)), color_multiplier=0.0).double()
     x = images(1, DataSpec("x", (1, 4, 4)), torch.float64).requires_grad_()
     basis = torch.eye(16, dtype=torch.float64).view(16, 1, 1, 4, 4)

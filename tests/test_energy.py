@@ -190,8 +190,9 @@ def test_the_gradient_is_that_of_maximum_likelihood() -> None:
 
 
 def test_a_gaussian_is_learned() -> None:
-    """For data with mean m and variance v, the fixed point is E = a |x - m|^2 / 2 whose chains, with variance (T / a) /
-    (1 - step a / 2), have variance v: a = (1 - sqrt(1 - 2 step T / v)) / step, about T / v."""
+    """Chains on E = a |x - m|^2 / 2 have variance (T / a) / (1 - step a / 2). For data with mean m and variance v, the
+    fixed point of training is the a for which this variance is v: a = (1 - sqrt(1 - 2 step T / v)) / step, which is
+    about T / v."""
     generator = torch.Generator().manual_seed(3)
     points = torch.tensor([0.4, -0.6]) + 0.5 * torch.randn(500, 2, generator=generator)
     model = ebm(

@@ -378,7 +378,7 @@ def test_cheap_metrics_order_images_by_quality() -> None:
 
 
 class Rounds(nn.Module):
-    """Rounds each value to one of nine."""
+    """Rounds each value to one of nine levels."""
 
     def reconstruct(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> Tensor:
         return (x * 4).round() / 4

@@ -26,8 +26,8 @@ def test_an_extra_metric_ignores_order_and_separates_sets(name: str) -> None:
 
 
 def test_mmd_of_points_at_two_places() -> None:
-    """All points of a set coincide, and the two sets are r = 5 apart, so the value is 1000 (1 + 1 - 2 exp(-r^2 /
-    2b^2))."""
+    """All points of a set coincide, and the two sets are r = 5 apart, so with the bandwidth b the value is
+    1000 (1 + 1 - 2 exp(-r^2 / 2b^2))."""
     a, b = torch.zeros(3, 2), torch.tensor([[3.0, 4.0]]).repeat(4, 1)
     assert GaussianMMD(bandwidth=5)(a, b) == pytest.approx(2000 * (1 - math.exp(-0.5)))
     assert GaussianMMD(bandwidth=10, normalize=True)(2 * b, b) == pytest.approx(0, abs=1e-9)

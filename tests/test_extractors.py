@@ -237,7 +237,7 @@ def test_cutout_covers_a_square_around_any_pixel() -> None:
     rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
     assert torch.equal(covered[:, 0], rows[:, :, None] & columns[:, None, :]), "a rectangle"
     heights = rows.sum(1)
-    # The square of 4 lies inside the image around pixels 2 to 8; around 0, 1 and 9 it is cut to 2, 3 and 3.
+    # The square has 4 rows. It is inside the image if centred on rows 2 to 8; on rows 0, 1 and 9, only 2, 3 and 3 are.
     assert [float((heights == h).double().mean()) for h in (2, 3, 4)] == pytest.approx([0.1, 0.2, 0.7], abs=0.03)
     assert float((heights * columns.sum(1)).double().mean()) == pytest.approx(3.6**2, rel=0.03)
 
@@ -300,7 +300,7 @@ def test_validation_images_are_not_augmented() -> None:
 
 
 def test_label_smoothing_is_minimized_by_smoothed_probabilities() -> None:
-    """With 0.3 and 3 classes, the loss is minimal at p = (0.8, 0.1, 0.1)."""
+    """With a label smoothing of 0.3 and 3 classes, the loss is minimal at p = (0.8, 0.1, 0.1)."""
     model = small_classifier(label_smoothing=0.3).train()
     logits = torch.zeros(1, 3, requires_grad=True)
     model.logits = lambda x: logits  # type: ignore[method-assign]

@@ -86,7 +86,8 @@ def test_spectral_norm_gives_every_weight_norm_one() -> None:
         network(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
     network.eval()
     weights = [m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
-    assert len(weights) == 2 * 2 + 1 + 2 + 2  # two blocks (one with a skip), stem and linear layer, score and classes
+    # Two blocks of two convolutions, one skip, the stem and the linear layer, the score and the class embedding.
+    assert len(weights) == 2 * 2 + 1 + 2 + 2
     for weight in weights:
         assert torch.linalg.matrix_norm(weight.detach().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
@@ -184,7 +185,7 @@ def test_a_mixture_of_classes_is_learned(adversarial: Any, options: dict[str, An
 
 def test_a_ring_of_eight_modes_is_recovered() -> None:
     """Eight Gaussians of standard deviation 0.09 on a circle of radius 0.6 have 96 % of points within 2.5 standard
-    deviations of their mode. So do most samples, evenly divided among the modes."""
+    deviations of their mode. Most samples are as close to a mode, and evenly divided among the modes."""
     steps, batch, lr = 450, 256, 5e-3
     angle = torch.arange(8) * math.pi / 4
     modes = 0.6 * torch.stack([angle.cos(), angle.sin()], dim=1)

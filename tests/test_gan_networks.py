@@ -23,7 +23,7 @@ PRESETS = ("cifar10_dcgan", "cifar10_gan", "cifar10_r3gan", "cifar10_sngan", "di
 
 
 def small(group: str, option: str) -> Any:
-    """Build the option at a small size, through the size arguments that it has."""
+    """Build a small network of an option, by changing those size arguments that the option has."""
     sizes = {"channels": 16, "max_channels": 32, "width": 16, "depth": 1, "num_features": 16}
     return part(group, option, **{name: size for name, size in sizes.items() if name in loaded(group, option)})
 

@@ -23,7 +23,7 @@ PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_bins=None)
 
 
 def plane(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return points in 3-d of two classes, 3 to 1, with covariances that are not diagonal."""
+    """Return 3-d points of two classes in a ratio of 3 to 1, with non-diagonal covariances, and their labels."""
     source = generator("cpu", "plane")
     label = (torch.arange(n) % 4 == 0).long()
     mix = torch.tensor(

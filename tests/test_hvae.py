@@ -299,7 +299,7 @@ def test_keeping_all_latents_reconstructs_the_image() -> None:
     assert torch.allclose(between[:, [0, -1]].flatten(0, 1), reconstruction, atol=1e-5)
     cold = grids["temperatures"]
     assert cold.shape == (5, 4, 1, 8, 8)
-    # At temperature 0 all images are equal, at 1 they differ.
+    # At temperature 0 all images are equal; at temperature 1 they differ.
     assert torch.allclose(cold[-1], cold[-1, :1].expand(4, -1, -1, -1), atol=1e-6)
     assert not torch.allclose(cold[0, 0], cold[0, 1], atol=1e-2)
 
@@ -416,7 +416,7 @@ def test_a_step_with_a_nonfinite_loss_is_skipped_and_logged_as_skipped(tmp_path:
     assert model.skipped_steps == 3
     for name, value in weights[5].items():
         assert torch.equal(value, weights[2][name]), name
-    # Logged for steps 5 and 6, both skipped, and for 3 and 4, of which one was skipped.
+    # The last metrics of six steps are for steps 5 and 6, both skipped; those of four steps are for 3 (skipped) and 4.
     logged = model.trainer.logger.latest
     assert logged["train/skipped"] == 1 and "train/loss" not in logged
     model, _, _, metrics = fit(tmp_path / "half", steps=4, factor=math.nan)
@@ -510,7 +510,7 @@ def test_every_weight_gets_a_gradient_at_every_image_size(shape: tuple[int, int,
 
 
 def test_resolutions_without_latents_have_a_block_and_no_kl() -> None:
-    """The resolutions are 8x8, 4x4 and 1x1, with 4 latent channels in two layers of 1x1 and one of 4x4."""
+    """There are no latent layers at 8x8, one at 4x4 and two at 1x1, each with 4 channels."""
     model, (x, _) = perturbed(hvae(decoder={"num_decoder_blocks": [0, 1, 2]})), digits(3)
     assert set(model.terms(x, {}, source(3))) == {"reconstruction", "kl_1x1", "kl_4x4"}
     assert model.latent_dim == 2 * 4 + 4 * 16

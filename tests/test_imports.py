@@ -41,7 +41,7 @@ def violations(path: Path) -> set[str]:
     room = path.relative_to(PACKAGE).parts[0]
     names = imports(path)
     forbidden = set()
-    if room not in ("tasks", "private_apis.py"):  # the latter imports Hydra inside a function
+    if room not in ("tasks", "private_apis.py"):  # private_apis.py imports Hydra inside a function
         forbidden |= within(names, HYDRA)
     if room != "tasks" and path.name != "__init__.py":
         forbidden |= within(names, {"gencompare.tasks"})

@@ -118,7 +118,7 @@ def test_a_job_with_the_same_training_as_a_running_job_evaluates_it_later(
 def test_a_job_that_a_process_of_an_earlier_command_started_is_skipped(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if the sweep had been killed while its job was starting, the job of the next command fails to lock the
+    """Simulate a sweep that was killed while its job was starting: the job of the next command fails to lock the
     folder."""
     folder = tmp_path / "sweep" / "0_digits_gaussian"
 

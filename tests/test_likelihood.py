@@ -1,7 +1,7 @@
 """Bits/dim of diffusion models, compared with exact densities.
 
-Data: three correlated Gaussian values, x = m + Q sqrt(V) z with Q a rotation, or a mixture of two such; the denoiser is
-exact. Everything is in float64.
+The data are three correlated Gaussian values, x = m + Q sqrt(V) z with a rotation Q, or a mixture of two such
+Gaussians. The denoiser is exact. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Even(VariancePreserving):
-    """alpha^2 + sigma^2 = 1, with a log-SNR that is linear in time."""
+    """A schedule with alpha^2 + sigma^2 = 1 and a log-SNR that is linear in time."""
 
     t_min = 0.0
 
@@ -373,7 +373,7 @@ def test_bound_on_discrete_data_is_close_to_their_entropy() -> None:
             eps = sigma * torch.linalg.solve(inner.expand(len(x_t), 1, 3, 3), x_t.transpose(2, 3)).transpose(2, 3)
             return Prediction((x_t - sigma * eps) / alpha, eps)
 
-    # The exact probability of each image by a grid within its bin, given that no value is in an outer bin.
+    # The exact probability of each image, from a grid within its bin, given that no value is in an outer bin.
     cov = Q @ torch.diag(V * 0.35**2) @ Q.T
     normal = torch.distributions.MultivariateNormal(torch.zeros(3), cov)
     inside = x[(x.abs() < 1 - step / 4).flatten(1).all(1)]

@@ -178,7 +178,7 @@ def test_precision_detects_outliers_and_recall_lost_modes() -> None:
 
 
 def test_frechet_distance_of_singular_covariances() -> None:
-    """With a constant feature, and with fewer images than features, it agrees with scipy's matrix root."""
+    """With a constant feature, also with fewer images than features, the distance agrees with scipy's matrix root."""
     for n in (200, 6):
         a, b = normal(n, 8), normal(n, 8, seed=1) * 1.5 + 0.2
         a[:, 2], b[:, 2] = 0.5, 0.7
@@ -244,7 +244,7 @@ CASES: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_intervals_cover_the_expectation(name: str) -> None:
-    """At n = 500, at least 88 of 100 intervals cover it, and they are at most 1.6 times as wide as needed."""
+    """At n = 500, at least 88 of 100 intervals contain the expectation, and are at most 1.6 times as wide as needed."""
     draw, real = CASES[name]
     statistics, kernel = (
         Statistics.from_features(real()),
@@ -373,7 +373,7 @@ def test_nearest_finds_copies_at_zero() -> None:
 
 @pytest.mark.parametrize("sizes", [(1000, 1000, 300), (8000, 500, 500)])
 def test_memorization_is_one_minus_the_share_of_copies(sizes: tuple[int, ...]) -> None:
-    """This holds for any set sizes, so the ratio is 1 for fresh samples."""
+    """The ratio is 1 for fresh samples and 0 for copies of training images, for any sizes of the three sets."""
     train, test, val = (normal(n, 12, seed=k) for k, n in enumerate(sizes))
     fresh = normal(500, 12, seed=9)
     assert memorization_ratio(fresh, train, test, val) == pytest.approx(1, abs=0.03)
@@ -402,7 +402,7 @@ def test_memorization_of_held_out_images_is_undefined() -> None:
 
 
 def test_real_images_are_unchanged_by_the_model_range() -> None:
-    """Each pixel value becomes the same byte, whether it comes from the data or from a model."""
+    """A pixel value gives the same byte for a stored image of the data set as for a model sample in [-1, 1]."""
     for levels in (2, 17, 256):
         spec = DataSpec(name="x", shape=(1, 1, levels), num_bins=levels)
         stored = torch.arange(levels, dtype=torch.uint8).view(1, 1, 1, levels)
@@ -455,7 +455,8 @@ def test_a_small_overshoot_is_clamped() -> None:
 
 
 def test_flops_of_a_matrix_product() -> None:
-    """The product takes 2 m n k FLOPs forward, and a linear layer takes as many again for each of its two gradients."""
+    """The product of an m x k and a k x n matrix takes 2 m n k FLOPs. The backward pass of a linear layer computes two
+    gradients, each of which takes as many FLOPs as the forward pass."""
     layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
     with torch.no_grad():
         assert flops_per_image(lambda: layer(x), 10) == 2 * 30 * 7
@@ -463,6 +464,7 @@ def test_flops_of_a_matrix_product() -> None:
 
 
 def test_flops_of_a_gradient_with_respect_to_an_input() -> None:
-    """As in classifier guidance, it takes the forward pass and one of the layer's two gradients."""
+    """Classifier guidance needs such a gradient. Its cost is that of the forward pass and of one of the layer's two
+    gradients."""
     layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
     assert flops_per_image(lambda: torch.autograd.grad(layer(x).sum(), x), 10) == 2 * 2 * 30 * 7

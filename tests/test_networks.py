@@ -87,7 +87,7 @@ def test_every_parameter_has_a_gradient(option: str) -> None:
 def test_noise_level_and_conditions_affect_only_their_own_image(option: str) -> None:
     net = randomized(tiny(option, num_classes=3, low_res_channels=2, embedding_dim=5))
     x, t = inputs(3, (1, 8, 8))
-    levels = getattr(net, "num_noise_levels", None)  # index of the noise level; 1: ignored
+    levels = getattr(net, "num_noise_levels", None)  # set if the network receives a level index; 1: index ignored
     t, step = (t, 50.0) if levels is None else (torch.zeros(3), 1.0)
     cond = {"label": torch.tensor([0, 1, 2]), "low_res": torch.randn(3, 2, 4, 4), "embedding": torch.randn(3, 5)}
     with torch.no_grad():
@@ -526,7 +526,7 @@ def test_fourier_features_formula_and_separation_of_neighbouring_values() -> Non
     )
     assert np.allclose(got, expected)
     flat = got[0].flatten(1)
-    assert (flat[:, 1:] - flat[:, :-1]).norm(dim=0).min() > 1.9  # of values 2/255 apart
+    assert (flat[:, 1:] - flat[:, :-1]).norm(dim=0).min() > 1.9  # adjacent values are 2/255 apart
 
 
 # The diffusion transformer

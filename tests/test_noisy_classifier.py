@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Exploding(NoiseSchedule):
-    """alpha = 1 and sigma from 0.01 to 100, so x_t grows and its scaling matters."""
+    """A schedule with alpha = 1 and sigma from 0.01 to 100, so x_t grows and its scaling matters."""
 
     t_min = 0.0
 
@@ -49,8 +49,11 @@ def schedule(request: pytest.FixtureRequest) -> NoiseSchedule:
 
 
 class Posterior(nn.Module):
-    """log p(x_t, y) of two equally frequent Gaussians, from the network inputs: x_t / sqrt(alpha^2 + sigma^2), with a
-    signal fraction of SNR / (1 + SNR), and the log-SNR in DDPM's range, 500 + 25 log-SNR."""
+    """The exact log p(x_t, y) of two equally frequent Gaussians, up to a term without y, from the network inputs.
+
+    The inputs are x_t / sqrt(alpha^2 + sigma^2), whose signal fraction is SNR / (1 + SNR), and 500 + 25 log-SNR, the
+    log-SNR in DDPM's range.
+    """
 
     def __init__(self, shape: Any, num_classes: int, off: float = 0.0) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Scaled(nn.Module):
-    """Outputs a x_t, and b in all further channels."""
+    """Outputs a x_t in the first channels and b in all further channels, where a and b are trainable."""
 
     def __init__(self, outputs: int = 1) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_continuous_bound_does_not_depend_on_the_interior_of_the_schedule() -> N
     """As in Kingma et al. (2021), section 5.1, the bound depends only on the endpoints."""
 
     def learned(height: float = 0.0, bias: float = 0.0, gamma_min: float = -6.0) -> LearnedSchedule:
-        """Return a schedule with one sigmoid larger by ``height``, and all of them shifted by ``bias``."""
+        """Return a schedule where one sigmoid is larger by ``height`` and all sigmoids are shifted by ``bias``."""
         schedule = LearnedSchedule(gamma_min=gamma_min, gamma_max=4.0, num_features=8).requires_grad_(False)
         schedule.height[2] += height
         schedule.bias += bias
@@ -174,8 +174,8 @@ def test_continuous_bound_does_not_depend_on_the_interior_of_the_schedule() -> N
 
 
 def test_bound_trains_the_endpoints_and_variance_trains_the_interior() -> None:
-    """The gradient of the endpoints is that of E[L], and of the interior that of E[D^2] (Kingma et al. 2021, appendix
-    I.2)."""
+    """The endpoints have the gradient of the mean loss, and the interior has the gradient of the mean squared diffusion
+    term (Kingma et al. 2021, appendix I.2)."""
     n, h = 64, 1e-5
 
     def metrics(**moved: float) -> dict[str, Tensor]:

@@ -163,7 +163,7 @@ def test_velocity_of_rectified_flow_is_eps_minus_x0() -> None:
 
 
 def test_edm_preconditioning_is_that_of_the_paper() -> None:
-    """Karras et al. (2022), table 1: D = c_skip x + c_out F, where alpha = 1."""
+    """If alpha = 1, the prediction is D = c_skip x + c_out F of Karras et al. (2022), table 1."""
     t, x0, eps, x = noisy_batch(VE())
     sigma, d = 0.02 * 5000 ** t[:, None, None, None], 0.7
     c_skip, c_out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()

@@ -84,7 +84,7 @@ def test_small_differences_of_the_schedule_are_detected(tmp_path: Path) -> None:
             " model.schedule.beta_end=0.0201",
         ),
         ({"num_train_timesteps": 1001}, "++model.parameterization.noise_conditioning.num_train_timesteps=1001"),
-        ({"prediction_type": "v_prediction"}, "Add model/parameterization=v"),  # and nothing else
+        ({"prediction_type": "v_prediction"}, "Add model/parameterization=v"),  # the only override
         ({"trained_betas": [0.1, 0.2, 0.5, 0.9]}, "model.schedule.betas="),
         ({"beta_schedule": "laplace"}, "beta_schedule=laplace is not supported"),
         ({"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction is not supported"),

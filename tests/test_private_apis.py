@@ -40,7 +40,7 @@ def test_other_modules_move_with_a_module(move: str) -> None:
 
 
 def test_lightning_starts_other_ranks_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The setting is that under Hydra, whose own command the wrapper replaces."""
+    """If Hydra is initialised, Lightning would start a command of its own, which `rank_command` replaces."""
     popen = Mock()
     monkeypatch.setattr(subprocess_script.subprocess, "Popen", popen)
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)

@@ -33,7 +33,7 @@ def empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the size of each of the bundled classifier's batches with more than one image."""
+    """Record the size of every batch of more than one image that the bundled classifier processes."""
     sizes: list[int] = []
     original = ClassifierExtractor.extract_batch
 

@@ -58,7 +58,7 @@ def test_weights_means_and_widths_of_a_mixture_are_correct(name: str, make: type
 
 
 def test_wrong_weights_are_detected() -> None:
-    """The score is that of a mixture with equal weights."""
+    """With the score of a mixture with equal weights, the samples do not have the weights 0.2 and 0.8."""
     schedule = VP()
     x = schedule.prior((N, 1, 1, PIXELS), generator("cpu", 0)).double()
     wrong = dataclasses.replace(Mixture(schedule), weights=(0.5, 0.5))

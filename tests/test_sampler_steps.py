@@ -44,14 +44,14 @@ def score(x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
     return -(x - alpha * MEAN) @ torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(3))
 
 
-# Single steps: alpha bar and beta as in the papers, with index 0 for their t = 1
+# Single steps, with alpha bar and beta as in the papers; index 0 is their t = 1
 
 BETA = np.linspace(1e-4, 0.02, 1000)
 BAR = np.cumprod(1 - BETA)
 
 
 def image(t: float) -> float:
-    """Return an image that depends on t, so that a step with the prediction at its end gives a different result."""
+    """Return an image that depends on t, so a step that uses the prediction at its end gives a different result."""
     return 0.5 - 0.4 * t
 
 
@@ -92,7 +92,7 @@ def one_step(
 @pytest.mark.parametrize("i", [2, 10, 500, 1000])
 @pytest.mark.parametrize("variance", [0.0, 0.3, 1.0])
 def test_ancestral_step_is_that_of_ddpm(i: int, variance: float) -> None:
-    """Ho et al. (2020), eq. 7, section 3.2; Nichol and Dhariwal (2021), eq. 15."""
+    """The step is that of Ho et al. (2020), eq. 7 and section 3.2, and of Nichol and Dhariwal (2021), eq. 15."""
     beta, bar, before = BETA[i - 1], BAR[i - 1], BAR[i - 2]
     mean = before**0.5 * beta / (1 - bar) * image(i / 1000) + (1 - beta) ** 0.5 * (1 - before) / (1 - bar) * 0.7
     small = (1 - before) / (1 - bar) * beta
@@ -128,7 +128,7 @@ def test_variance_can_be_learned_elementwise() -> None:
 @pytest.mark.parametrize(("i", "j"), [(1000, 950), (500, 1), (20, 19)])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_step_is_that_of_the_paper(i: int, j: int, eta: float) -> None:
-    """Song et al. (2021), "Denoising Diffusion Implicit Models", eq. 12 and 16."""
+    """The step is that of Song et al. (2021), "Denoising Diffusion Implicit Models", eq. 12 and 16."""
     bar, before = BAR[i - 1], BAR[j - 1]
     eps = (0.7 - bar**0.5 * image(i / 1000)) / (1 - bar) ** 0.5
     std = eta * ((1 - before) / (1 - bar)) ** 0.5 * (1 - bar / before) ** 0.5
@@ -157,7 +157,7 @@ def test_euler_and_euler_maruyama_steps_are_those_of_the_vp_sde(t: float, s: flo
 
 @pytest.mark.parametrize("i", [10, 500, 1000])
 def test_reverse_diffusion_step_is_that_of_the_ddpm_table(i: int) -> None:
-    """Song et al. (2021), appendix E and F: x_i = (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z."""
+    """The step of Song et al. (2021), appendix E and F, is (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z."""
     beta, bar = BETA[i - 1], BAR[i - 1]
     score = -(0.7 - image(i / 1000) * bar**0.5) / (1 - bar)
     found = one_step(ReverseDiffusion(num_steps=1), [i / 1000, (i - 1) / 1000])
@@ -173,7 +173,7 @@ def test_first_step_of_a_table_has_a_derivative() -> None:
 
 
 def test_reverse_diffusion_step_is_that_of_ve() -> None:
-    """Song et al. (2021), algorithm 2: x + (sigma_t^2 - sigma_s^2) score + sqrt(sigma_t^2 - sigma_s^2) z."""
+    """The step of Song et al. (2021), algorithm 2, is x + d score + sqrt(d) z with d = sigma_t^2 - sigma_s^2."""
     high, low = 0.02 * 5000**0.5, 0.02 * 5000**0.45
     found = one_step(ReverseDiffusion(num_steps=1), [0.5, 0.45], schedule=VE())
     assert found[0] == pytest.approx(0.7 - (high**2 - low**2) * (0.7 - image(0.5)) / high**2, rel=1e-9)
@@ -259,7 +259,7 @@ def test_annealed_langevin_lags_behind_its_levels(
 
 
 def test_heun_with_churn_is_algorithm_2() -> None:
-    """Karras et al. (2022): noise of standard deviation s_noise, only between s_min and s_max."""
+    """As in Karras et al. (2022), noise of standard deviation s_noise is added only between s_min and s_max."""
     sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]
     x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)) * sigmas[0]
     sampler = Heun(num_steps=3, s_churn=0.6, s_min=0.3, s_max=2.0, s_noise=1.1)
@@ -325,7 +325,7 @@ def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSched
 
 
 def test_ddim_is_euler_in_x_over_alpha(schedule: NoiseSchedule) -> None:
-    """d(x / alpha) / d(sigma / alpha) = eps."""
+    """DDIM takes Euler steps of d(x / alpha) / d(sigma / alpha) = eps."""
     times = inner_times(schedule, 7)
     x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
     found = DDIM(num_steps=1).sample(ExactDenoiser(schedule), x, generator=generator("cpu", 0), times=times)
@@ -371,7 +371,7 @@ def test_deterministic_samplers_follow_the_exact_path(schedule: NoiseSchedule) -
 
 @dataclass(frozen=True)
 class Parabola:
-    """Predicts x_0 = 0.3 + 0.5 u - 0.2 u^2, a parabola in u, half the log-SNR, for every x."""
+    """Predicts x_0 = 0.3 + 0.5 u - 0.2 u^2 for every x, a parabola in u, which is half the log-SNR."""
 
     schedule: NoiseSchedule
 
@@ -460,7 +460,7 @@ def test_times_that_do_not_run_from_noise_to_data_are_rejected(times: list[float
 
 def test_adaptive_solver_reports_a_collapsed_step_size() -> None:
     class Jumps(ExactDenoiser):
-        """Predictions too irregular for any step size."""
+        """Predicts an eps that changes too abruptly for any step size."""
 
         def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
             prediction = super().__call__(x_t, t, cond)

@@ -229,8 +229,8 @@ def test_error_of_the_adaptive_solver_matches_its_tolerance(schedule: NoiseSched
 
 
 def langevin_error(denoiser: DenoiserProtocol, finer: int) -> float:
-    """Compute the error of annealed Langevin at ten levels, with steps shorter by ``finer`` and ``finer``^2 times as
-    many."""
+    """Compute the error of annealed Langevin at ten levels, with steps shorter by a factor of ``finer`` and ``finer``^2
+    times as many steps."""
     sampler = AnnealedLangevin(num_steps=10, num_langevin_steps=10 * finer**2, step_size=0.8 / finer)
     mean, covariance = moments(sampler, denoiser, even_levels(denoiser.schedule, 10))
     along = AXES.T @ (root(covariance) - root(COVARIANCE)) @ AXES
@@ -264,8 +264,8 @@ class ManyPixels(ExactDenoiser):
 
 
 def corrected_error(snr: float, num_corrector_steps: int, denoiser: ManyPixels) -> float:
-    """Return the relative error of the variance of 64 pixels of 500 images (Monte Carlo error 0.008), without corrector
-    if snr is 0."""
+    """Return the relative error of the variance over 64 pixels of 500 images (Monte Carlo error 0.008). If snr is 0, no
+    corrector is used."""
     schedule, steps = denoiser.schedule, 25
     sampler = (
         PredictorCorrector(num_steps=steps, snr=snr, num_corrector_steps=num_corrector_steps)
@@ -330,7 +330,7 @@ def keeps_its_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor
 
 @pytest.mark.parametrize("sampler", SOLVERS, ids=lambda sampler: sampler.describe())
 def test_late_times_and_wrong_signs_break_the_order(sampler: Sampler) -> None:
-    """The order is measured on steps 150 to 50 of DDPM's 1,000, taken two by two and one by one.
+    """The order is measured between steps 150 and 50 of DDPM's 1,000. Each sampler step spans two of them, then one.
 
     Solvers that use derivatives run in continuous time, because a table has only finite differences, off by 1 / T.
     """

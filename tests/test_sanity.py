@@ -286,7 +286,7 @@ SCALES: dict[str, tuple[Change, str]] = {
     "signed bytes": (lambda x: cast(x.int() - 128), r"x \+ 128 modulo 256"),
     "inverted": (lambda x: 255 - x, "inverted: 255 - x matches "),
 }
-"""Wrong scales for every data set, and their warnings."""
+"""Wrong scales for every data set, and the warnings that they cause."""
 
 
 @pytest.mark.parametrize("kind", SCALES)
@@ -348,7 +348,7 @@ def test_rotated_and_mirrored_images_are_warned_about(images: Images) -> None:
     x = images.test[:200]
     assert "swapped" in " ".join(warnings(x.mT.contiguous(), images))
     assert "upside down" in " ".join(warnings(x.flip(2), images))
-    if images.spec.name != "cifar10":  # mirrored images are as likely
+    if images.spec.name != "cifar10":  # its mirrored images are as plausible
         assert "mirrored" in " ".join(warnings(x.flip(3), images))
         assert "-90 degrees" in " ".join(warnings(x.rot90(1, (2, 3)), images))
 
@@ -358,7 +358,7 @@ def test_levels_blank_images_and_noise_are_warned_about(images: Images) -> None:
     assert "have 2 distinct pixel values" in " ".join(warnings((x > 127).byte() * 255, images))
     levels = torch.arange(100, dtype=torch.uint8)[:, None, None, None]
     assert "blank" in " ".join(warnings((levels * 2 + 40).expand(x.shape).contiguous(), images))
-    if images.spec.name != "digits":  # in images with so few pixels, adjacent values differ as much
+    if images.spec.name != "digits":  # adjacent values of digits differ as much as noise
         assert "noise" in " ".join(warnings(byte(127.5 + 127.5 * noise(x)), images))
     assert "same image" in " ".join(warnings(x[:1].repeat(50, 1, 1, 1), images))
 
@@ -497,7 +497,7 @@ def test_the_distance_has_its_exact_value() -> None:
     assert real.distance(x) == pytest.approx(-k / 400)
     blank = torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None, None].repeat(100, 1, 1, 1)
     real = RealImages(blank, DataSpec("blank", (1, 1, 1)))
-    variance = blank.double().var() + 16  # plus the tolerance of 4 levels; there is no contrast and no adjacent pixel
+    variance = blank.double().var() + 16  # 4 levels of tolerance, squared; one pixel has no contrast or neighbours
     assert real.distance(blank + 40) == pytest.approx(float(1600 / variance) - 2 / 300)
 
 

@@ -342,7 +342,7 @@ def test_gradients_reach_endpoints_and_interior() -> None:
     parts_of_it = [id(p) for p in [*schedule.endpoint_parameters(), *schedule.interior_parameters()]]
     assert len(parts_of_it) == len(set(parts_of_it)) and set(parts_of_it) == named
     t = torch.tensor([0.2, 0.7])
-    # A function of lambda and of its slope, as in the loss of the VDM, against finite differences.
+    # The gradient of a function of lambda and its slope, as in the VDM loss, is compared with finite differences.
     value = lambda: (schedule.at(t).dlog_snr_dt * schedule.at(t).log_snr.sigmoid()).sum()  # noqa: E731
     value().backward()
     for parameter in schedule.parameters():

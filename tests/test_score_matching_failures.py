@@ -46,8 +46,8 @@ def many() -> Denoiser:
 
 
 def test_score_matching_is_unbounded_on_a_line_and_bounded_with_noise() -> None:
-    """With noise n along and perpendicular to a line of N(0, l^2), the minimum is -(1 / (l^2 + n^2) + 1 / n^2) / 2, l =
-    0.5."""
+    """The data are N(0, l^2) along a line, with l = 0.5, and noise of standard deviation n is added in both directions.
+    The minimum of the loss is -(1 / (l^2 + n^2) + 1 / n^2) / 2."""
     _, bare = toy.train_by_score_matching(0.0, steps=150)
     _, noisy = toy.train_by_score_matching(0.1, steps=150)
     least = -0.5 * (1 / (0.25 + 0.01) + 1 / 0.01)
@@ -154,7 +154,7 @@ def test_langevin_at_one_small_level_ignores_the_weights() -> None:
         assert toy.mode_std(x) == pytest.approx(0.1, rel=0.1)
     same = (ends[0] - ends[2]).flatten(1).norm(dim=1) < 0.05
     assert same.float().mean() > 0.95
-    # With the same number of steps at 20 levels, as many points change modes as the weights differ by.
+    # With the same number of steps at 20 levels, the sampled weights differ by as much as the true ones.
     annealed = [toy.small_mode_weight(toy.draw_samples(toy.ANNEALED, dataclasses.replace(EXACT, weights=w), 1000))
                 for w in ((0.2, 0.8), (0.8, 0.2))]  # fmt: skip
     assert annealed[1] - annealed[0] == pytest.approx(0.6, abs=0.08)

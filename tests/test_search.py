@@ -91,7 +91,8 @@ def test_an_interrupted_search_ends_like_an_uninterrupted_one(
 
 
 def test_a_search_waits_for_an_active_trial_in_a_folder_of_any_name(tmp_path: Path, capsys: Any) -> None:
-    """As after SIGKILL of ``hydra/launcher=parallel``, the trial's process finishes it while the search waits."""
+    """Simulate a parallel launcher (``hydra/launcher=parallel``) killed by SIGKILL: the trial's process continues and
+    finishes the trial while the search waits."""
     folder = tmp_path / "it's a u? 50%" / "0_digits vae"
     folder.parent.mkdir()
     study = search.Study(

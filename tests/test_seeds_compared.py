@@ -114,7 +114,7 @@ def test_sampling_seeds_are_nested_in_training_seeds(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", [result(v, generation={"seed": k}) for k, v in enumerate([1.0, 1.2])], seed=0)
     two = write_run(tmp_path / "b", [result(v, generation={"seed": k}) for k, v in enumerate([3.0, 3.2])], seed=1)
     (row,) = ranked([one, two]).rows
-    # Two independent training runs, with means 1.1 and 3.1, and not four values.
+    # These are two independent training runs with means 1.1 and 3.1, not four independent values.
     half = 12.7062047 * (2.0 / 2**0.5) / 2**0.5
     assert row.metric.value == pytest.approx(2.1)
     assert row.metric.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)

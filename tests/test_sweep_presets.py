@@ -1,4 +1,4 @@
-"""Sweep presets: their jobs, which differ only in the setting under study."""
+"""The jobs of each sweep preset, which differ only in the setting under study."""
 
 from __future__ import annotations
 

@@ -193,7 +193,8 @@ def fail(cfg: Any) -> None:
 
 
 def test_a_sweep_waits_for_active_jobs_before_it_compares(cli: Cli, tmp_path: Path, capsys: Any) -> None:
-    """As after SIGKILL of ``hydra/launcher=parallel``, the jobs are separate processes that continue."""
+    """Simulate a parallel launcher (``hydra/launcher=parallel``) killed by SIGKILL: its jobs continue, since they are
+    separate processes."""
     overrides = [*GAUSSIAN, "seed=0", "hydra.sweep.dir=sweep"]
     assert cli(*overrides) == 0
     for final_state, code in (("finished", 0), ("running", 1)):

@@ -115,7 +115,7 @@ def test_quadratic_grid_is_that_of_ddim() -> None:
 
 @pytest.mark.parametrize("rho", [7.0, 2.0])
 def test_karras_grid_is_that_of_edm(rho: float) -> None:
-    """Karras et al. (2022), eq. 5, in sigma / alpha over the schedule's range."""
+    """The grid is that of Karras et al. (2022), eq. 5, in sigma / alpha over the schedule's range."""
     n, i = 18, np.arange(18)
     for schedule in (EDMSchedule(), VP(), VE(), RectifiedFlow(), LinearBetas()):
         at = schedule.at(KarrasGrid(rho=rho)(schedule, n)[:-1])

@@ -77,7 +77,7 @@ def to_config(value: Any) -> Any:
 
 
 def from_config(config: Any, name: str = "model") -> Any:
-    """Build the value that `to_config` described.
+    """Rebuild a value from the description that `to_config` returned.
 
     Hydra is not used, because a checkpoint may come from anywhere and only classes and functions from
     `TRUSTED_PACKAGES` may be called.
@@ -87,7 +87,8 @@ def from_config(config: Any, name: str = "model") -> Any:
         name: name of the value in error messages.
 
     Raises:
-        UserError: the config names a class or function from another package, or an object that was not stored.
+        UserError: the config names a class or function from another package, or an object whose arguments were not
+            stored.
     """
     if isinstance(config, list):
         return [from_config(item, f"{name}[{i}]") for i, item in enumerate(config)]

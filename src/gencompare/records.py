@@ -145,8 +145,8 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of each part: ``sampling``, ``metrics``, ``likelihood``."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Shown but not used for ranking: images_per_second and flops_per_sample of sampling, class frequencies,
-    warnings."""
+    """Details that are shown but not used for ranking: images_per_second and flops_per_sample of sampling, class
+    frequencies, and warnings."""
     images: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
     secondary_results: list[Result] = field(default_factory=list)
@@ -158,7 +158,7 @@ class Result:
         return f"{self.measurement.id}-{self.generation.id}"
 
     def _cells(self) -> list[tuple[str, str, str, str]]:
-        """Name, value, interval and real-data baseline of each metric, the primary metric first."""
+        """Return the name, value, interval and real-data baseline of each metric, with the primary metric first."""
 
         def text(value: float | None) -> str:
             return "" if value is None else f"{value:.4g}"
@@ -201,17 +201,18 @@ class RunRecord:
     overrides: list[str] = field(default_factory=list)
     """Command-line overrides."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """Package versions, git commit and whether the work tree was dirty, host, device."""
+    """Package versions, host and device, the git commit, and whether the work tree was dirty."""
     model: dict[str, Any] = field(default_factory=dict)
     """Facts about the model: parameters (in total, and by network), conditional, and noise_schedule if it has one."""
     training: dict[str, Any] = field(default_factory=dict)
-    """steps, images_seen, seconds, device_seconds, images_per_second, peak_memory_bytes, flops_per_image, flops,
-    perceptual_networks (networks that the loss uses); ``dependencies``, the runs that the model depends on
-    (`gencompare.tasks.runs.dependency_costs`); ``total_cost``, the training cost including them."""
+    """Facts about training: steps, images_seen, seconds, device_seconds, images_per_second, peak_memory_bytes,
+    flops_per_image, flops, and perceptual_networks (the networks that the loss uses). ``dependencies`` lists the runs
+    that the model depends on (`gencompare.tasks.runs.dependency_costs`), and ``total_cost`` is the training cost
+    including them."""
     curve: str = "curve.csv"
     """CSV file with everything logged during training, relative to the run folder."""
     checkpoints: dict[str, str] = field(default_factory=dict)
-    """``last``, ``best``: paths relative to the run folder."""
+    """Paths of the checkpoints ``last`` and ``best``, relative to the run folder."""
     images: dict[str, str] = field(default_factory=dict)
     """PNG files by title, relative to the run folder."""
     results: list[Result] = field(default_factory=list)

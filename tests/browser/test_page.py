@@ -88,7 +88,7 @@ def test_typing_filters_rows(tab: Tab) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 def test_the_tooltip_shows_the_name_and_value_of_a_point(tab: Tab, k: int) -> None:
-    """At a point's marker, the tooltip shows the values from the record."""
+    """Pointing at a marker shows a tooltip with the name of its row and the values from the record."""
     lines = "document.querySelector('#costs svg.chart').querySelectorAll('g[data-name]')"
     marker = f"{lines}[{k + 1}].querySelector('use')"
     tab.point(*center(tab, marker))

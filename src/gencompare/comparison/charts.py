@@ -224,7 +224,8 @@ SCHEDULE_COLORS = (*COLORS, "#1d2530", "#e0b20a")
 """Line colours of `draw_schedules`: `COLORS` and two more, since there are more than ten schedules."""
 
 ScheduleCurve = Mapping[str, np.ndarray]
-"""``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``, each of shape (points,)."""
+"""Values of a noise schedule at several times: the arrays ``t``, ``log_snr``, ``alpha``, ``sigma`` and ``density``
+(of the log-SNR at uniform times), each of shape (points,)."""
 
 
 def draw_schedules(curves: Mapping[str, ScheduleCurve]) -> Figure:

@@ -8,10 +8,10 @@ from typing import Any
 from gencompare.records import Measurement, Metric
 
 MISSING = "–"  # noqa: RUF001
-"""Shown in place of a missing value."""
+"""Text that is shown in place of a missing value."""
 
 WARNING = "warning"
-"""Shown next to the primary metric of samples with warnings."""
+"""Text that is shown next to the primary metric of samples with warnings."""
 
 TITLES = {
     "fid": "FID",
@@ -130,7 +130,8 @@ def format_interval(metric: Metric) -> str:
 
 
 def format_ratio_to_baseline(metric: Metric) -> str:
-    """Format a distance relative to its baseline, such as ``2.5 × real data``; empty if the ratio is undefined."""
+    """Format a distance relative to its baseline, such as ``2.5 × real data``. Return an empty string if the ratio is
+    undefined."""
     if metric.higher_is_better is not False or not is_finite(metric.ratio_to_baseline):
         return ""
     return f"{format_ratio(metric.ratio_to_baseline)} × real data"  # noqa: RUF001

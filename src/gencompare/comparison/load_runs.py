@@ -39,7 +39,8 @@ class RunFolder:
 
     @cached_property
     def curve(self) -> dict[str, np.ndarray]:
-        """Columns of the learning curve, float64 (rows,), NaN where nothing was logged. Empty if there is no file."""
+        """Columns of the learning curve by name, each float64 (rows,), with NaN where nothing was logged. Empty if
+        there is no file."""
         path = self.file(self.record.curve)
         return read_curve(path) if path else {}
 

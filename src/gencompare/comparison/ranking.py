@@ -133,7 +133,7 @@ class RankingTable:
         return [member for row in self.rows for member in row.group.members]
 
     def sections(self) -> list[tuple[str, list[TableRow]]]:
-        """Return the nonempty sections as (heading, rows). The ranking itself has no heading."""
+        """Return the nonempty sections of the table as (heading, rows). The heading of the ranked rows is empty."""
         parts = [("", [row for row in self.rows if row.status not in UNRANKED])]
         parts += [(heading, [row for row in self.rows if row.status == status]) for status, heading in UNRANKED.items()]
         return [part for part in parts if part[1]]
@@ -234,7 +234,7 @@ def _first_names(names: tuple[str, ...], limit: int = 6) -> str:
 
 
 def ranking_tables(loaded: LoadedRuns) -> list[RankingTable]:
-    """Return `rank_results` of the loaded runs, cached for the page and all table files."""
+    """Rank the loaded runs by `rank_results`. The result is cached, since the page and all table files need it."""
     if loaded.tables is None:
         loaded.tables = rank_results(loaded.runs, loaded.options)
     return loaded.tables

@@ -18,7 +18,8 @@ KINDS = ("images_seen", "steps", "flops", "device_seconds")
 
 
 def own_cost(record: RunRecord) -> dict[str, float | None]:
-    """Return the cost of this training run alone, by kind. Device seconds are seconds times the number of devices."""
+    """Return the training cost of a run alone, for each of `KINDS`. Device seconds are seconds times the number of
+    devices."""
     cost = {kind: formatting.as_number(record.training.get(kind)) for kind in KINDS}
     seconds = formatting.as_number(record.training.get("seconds"))
     if cost["device_seconds"] is None and seconds is not None:
@@ -27,10 +28,10 @@ def own_cost(record: RunRecord) -> dict[str, float | None]:
 
 
 def total_cost(record: RunRecord) -> dict[str, float | None]:
-    """Return the cost of this training run and of everything that the model depends on, by kind.
+    """Return the training cost of a run and of all runs that its model depends on, for each of `KINDS`.
 
-    For a record without ``total_cost``, this is the cost of the run and of its autoencoder. If one of these costs is
-    unknown, the total is None.
+    If the record has no ``total_cost``, the costs of the run and of its autoencoder are added. The total is None if one
+    of them is unknown.
     """
     recorded = record.training.get("total_cost")
     if isinstance(recorded, dict):

@@ -251,7 +251,7 @@ def config_values(run: RunFolder, keys: tuple[str, ...]) -> dict[str, str] | Non
 
 
 def _model_key(run: RunFolder) -> str:
-    """Return a key that is equal for runs that differ only in seeds and sampling; empty if the config is unknown."""
+    """Return a key that is equal for runs that differ only in seeds and sampling, or empty if the config is unknown."""
     config = _model_settings(run)
     key = [run.record.family, run.record.data.get("hash"), config]
     return json.dumps(key, sort_keys=True, default=str) if config else ""

@@ -9,7 +9,7 @@ from gencompare.comparison.ranking import RankingTable
 def suggested_commands(tables: list[RankingTable]) -> list[str]:
     """Suggest commands that evaluate results under the protocol of the first table on the same data.
 
-    There are none for externally generated images, or if the evaluation settings cannot change the protocol.
+    No command is suggested for externally generated images, or if the evaluation settings cannot change the protocol.
     """
     first: dict[str, RankingTable] = {}
     commands = []

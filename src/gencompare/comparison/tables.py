@@ -28,7 +28,7 @@ BPD_KINDS = ("exact", "bound", "estimate")
 class Cell:
     text: str
     annotation: str = ""
-    """Shown below the text, in smaller type."""
+    """Additional text that is shown below ``text`` in smaller type."""
     sort_key: float | str | None = None
     """Value to sort the column by. Cells with None come last."""
 

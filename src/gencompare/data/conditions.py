@@ -33,7 +33,7 @@ class Condition(ABC):
         """Return the condition's shape for one image. Raise `UserError` if it is incompatible with ``spec``."""
 
     def compute(self, x: Tensor) -> Tensor | None:
-        """Compute the condition of images ``x`` (n, C, H, W) in [-1, 1] on their device; None if it is stored."""
+        """Compute the condition of images ``x`` (n, C, H, W) in [-1, 1] on their device, or None if it is stored."""
         return None
 
     def load(self, split: str, num_images: int) -> Tensor | None:

@@ -23,10 +23,12 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 
 @dataclass(frozen=True)
 class Layout:
-    """Split and class index of each file; None if the folders define no splits or no classes."""
+    """The splits and classes of the files of a data set, as defined by its folders."""
 
     splits: list[str] | None
+    """Split of each file, or None if the folders define no splits."""
     labels: list[int] | None
+    """Class index of each file, or None if the folders define no classes."""
     classes: tuple[str, ...] = ()
     """Class names in alphabetical order; label k is ``classes[k]``."""
 

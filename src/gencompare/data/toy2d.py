@@ -66,7 +66,7 @@ class GaussianMixture:
 
 @dataclass(frozen=True)
 class Checkerboard:
-    """Uniform on the 8 dark squares of a 4x4 checkerboard: density 1/2 on them and 0 elsewhere."""
+    """The uniform distribution on the 8 dark squares of a 4x4 checkerboard, where the density is 1/2."""
 
     num_components: int = 8
 

@@ -123,7 +123,7 @@ class Trajectory(NamedTuple):
     states: Tensor
     """x_t at ``times``, (k, n, C, H, W)."""
     x0: Tensor
-    """The image that was predicted last before each state, (k, n, C, H, W)."""
+    """The latest predicted image before each state, (k, n, C, H, W)."""
 
 
 def trajectory(
@@ -135,7 +135,7 @@ def trajectory(
     count: int,
     generator: torch.Generator,
 ) -> Trajectory:
-    """Sample, and return ``count`` evenly spaced steps, including first and last. If there are fewer, return all."""
+    """Sample, and return ``count`` evenly spaced steps, with both ends, or all steps if there are fewer."""
     steps = list(sampler.iterate(denoiser, noise, cond, generator=generator))
     check_finite(steps[-1].x, "Sampling")
     selected = [steps[k] for k in torch.linspace(0, len(steps) - 1, min(count, len(steps))).round().long()]

@@ -182,9 +182,10 @@ class NoisyClassifier(Protocol):
 class ClassifierGuidance(Guidance):
     r"""Classifier guidance: :math:`\epsilon = \epsilon_\theta - scale\, \sigma \nabla_{x_t} \log p(y | x_t)`.
 
-    y is ``cond["label"]``. With an unconditional network, scale 1 gives the conditional score by Bayes' rule. Each
-    denoiser call adds one forward and one backward pass through the classifier, except at scale 0. Dhariwal and Nichol
-    (2021), "Diffusion models beat GANs on image synthesis", eq. 14 and algorithm 2, https://arxiv.org/abs/2105.05233.
+    Here :math:`\epsilon_\theta` is the prediction of the guided model, and y is ``cond["label"]``. With an
+    unconditional model, scale 1 gives the conditional score by Bayes' rule. Each denoiser call adds one forward and one
+    backward pass through the classifier, except at scale 0. Dhariwal and Nichol (2021), "Diffusion models beat GANs on
+    image synthesis", eq. 14 and algorithm 2, https://arxiv.org/abs/2105.05233.
 
     Args:
         classifier: a classifier of noisy images, trained under the schedule of the guided model.
@@ -210,7 +211,7 @@ class ClassifierGuidance(Guidance):
         return prediction._replace(x0=prediction.x0 + at.sigma / at.alpha * shift, eps=prediction.eps - shift)
 
     def _gradient(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Compute grad log p(label | x_t), shaped like x_t, with gradients enabled, which sampling disables."""
+        """Compute grad log p(label | x_t), shaped like x_t. This enables gradients, since sampling disables them."""
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             log_p = self.classifier(x, t).to(x.dtype).log_softmax(1)

@@ -254,7 +254,7 @@ class RK45(Sampler):
         super().__post_init__()
         if self.num_steps < 2:
             raise UserError(
-                f"sampler.num_steps={self.num_steps}: RK45 needs at least 2; the last is the step to clean data."
+                f"sampler.num_steps={self.num_steps}: RK45 needs at least 2 steps, because the last goes to clean data."
             )
         for name in ("rtol", "atol"):
             if not getattr(self, name) > 0:

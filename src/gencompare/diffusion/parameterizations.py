@@ -305,7 +305,7 @@ def _scale(at: ScheduleValues) -> Tensor:
 
 
 def _eps_velocity(at: ScheduleValues) -> Tensor:
-    """Compute h of `Velocity`."""
+    """Compute h, the coefficient of eps in the velocity (see `Velocity`)."""
     return -0.5 * at.sigma * at.dlog_snr_dt
 
 
@@ -387,7 +387,7 @@ class PosteriorMean(Parameterization):
 
 
 def _posterior_mean_coefficients(at_t: ScheduleValues) -> tuple[Tensor, Tensor]:
-    """Compute the coefficients of x_t and x_0."""
+    """Compute the coefficients of x_t and x_0 in the posterior mean (see `PosteriorMean`)."""
     at_s = at_t.previous_step
     c = -torch.expm1(at_t.log_snr - at_s.log_snr)
     return torch.exp(at_t.log_snr - at_s.log_snr) * at_s.alpha / at_t.alpha, at_s.alpha * c

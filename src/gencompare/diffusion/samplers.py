@@ -77,7 +77,7 @@ class Sampler(ABC):
         Args:
             denoiser: predicts x_0 and eps.
             x: state at ``times[0]``, (n, C, H, W).
-            times: strictly decreasing, (num_steps + 1,).
+            times: strictly decreasing times, (num_steps + 1,).
             cond: conditions passed to the denoiser.
             generator: source of all random numbers.
         """
@@ -94,7 +94,7 @@ class Sampler(ABC):
         """Check the times, and iterate over the steps of `trajectory` from noise ``x`` (n, C, H, W) at ``times[0]``.
 
         Args:
-            times: strictly decreasing; by default, the grid times.
+            times: strictly decreasing times; None uses the grid times.
         """
         if times is None:
             times = self.times(denoiser.schedule)
@@ -204,9 +204,9 @@ def check_times(times: Tensor, schedule: NoiseSchedule) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ancestral(Sampler):
-    r"""DDPM sampling: draws :math:`x_s \sim N(\mu_q(x_t, x_0), \tilde\sigma^2)` at each step.
+    r"""DDPM sampling, where each step draws :math:`x_s \sim N(\mu_q(x_t, x_0), \tilde\sigma^2)`.
 
-    With :math:`c = 1 - SNR_t / SNR_s`,
+    With :math:`SNR = \alpha^2 / \sigma^2` and :math:`c = 1 - SNR_t / SNR_s`,
 
     .. math::
         \mu_q = \frac{\alpha_t \sigma_s^2}{\alpha_s \sigma_t^2} x_t + \alpha_s c\, x_0, \qquad
@@ -216,9 +216,9 @@ class Ancestral(Sampler):
     algorithm 2 and eq. 7, https://arxiv.org/abs/2006.11239.
 
     Args:
-        variance: :math:`v`: 0 is "fixed small" (:math:`\tilde\beta`), 1 is "fixed large" (:math:`\beta`), and values in
-            between interpolate geometrically (Nichol and Dhariwal 2021, eq. 15, https://arxiv.org/abs/2102.09672). A
-            learned variance overrides this value.
+        variance: the exponent :math:`v`. 0 is "fixed small" (:math:`\tilde\beta`), 1 is "fixed large" (:math:`\beta`),
+            and values in between interpolate geometrically (Nichol and Dhariwal 2021, eq. 15,
+            https://arxiv.org/abs/2102.09672). A learned variance overrides this value.
     """
 
     order = 1

@@ -131,7 +131,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """Device of the tables or parameters. It is None without either; values are then on the device of the times."""
+        """Device of the tables or parameters. If there are none, None: values are on the device of the times."""
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
@@ -348,7 +348,7 @@ class _LinearBeta(NoiseSchedule):
         return -0.5 * self.beta_integral(t)
 
     def _t_from_beta_integral(self, integral: Tensor) -> Tensor:
-        """Find the time in [t_min, t_max] whose B is closest to the given value."""
+        """Find the time t in [t_min, t_max] for which B(t), the integral of beta, is closest to ``integral``."""
         slope = self.beta_max - self.beta_min
         b_at_1 = self.beta_min + 0.5 * slope
         b = integral.clamp(max=b_at_1)  # the integral may be infinite

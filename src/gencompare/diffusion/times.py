@@ -45,7 +45,7 @@ class TimeGrid(ABC):
 
 @dataclass(frozen=True)
 class _PowerGrid(TimeGrid):
-    """Even spacing in t^(1 / power)."""
+    """Base class of grids with even spacing in t^(1 / power)."""
 
     power: ClassVar[float]
 
@@ -213,7 +213,7 @@ class TimeDistribution(ABC):
 
 @dataclass(frozen=True)
 class UniformTimes(TimeDistribution):
-    """Uniform over the steps of a discrete schedule, or over [t_min, t_max] in continuous time.
+    """The uniform distribution over the steps of a discrete schedule, or over [t_min, t_max] in continuous time.
 
     Args:
         stratified: spread the times of a batch evenly, which lowers the variance of the loss (Kingma et al. 2021,

@@ -20,7 +20,7 @@ from gencompare.rng import RandomSource
 
 
 def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
-    r"""Compute :math:`KL(N(\alpha x_0, \sigma^2) \| N(0, prior\_std^2))` at t_max, in nats, (n,)."""
+    r"""Compute :math:`KL(N(\alpha x_0, \sigma^2) \| N(0, prior\_std^2))` at t_max in nats, (n,)."""
     at, std = schedule.at(x0.new_full((), schedule.t_max), x0), schedule.prior_std
     ratio = (at.sigma / std) ** 2
     return 0.5 * ((at.alpha * x0 / std).square() + ratio - 1 - ratio.log()).flatten(1).sum(1)
@@ -46,7 +46,9 @@ def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: Sch
 
 
 def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, likelihood: DataLikelihood) -> Tensor:
-    r"""Compute :math:`-\log p(x_0 | x_t)` at the first time, in nats, (n,), with :math:`p = N(\hat x_0, \sigma_t^2)`.
+    r"""Compute :math:`-\log p(x_0 | x_t)` in nats, (n,), where t is the first time.
+
+    The distribution p is :math:`N(\hat x_0, \sigma_t^2)` with the predicted image :math:`\hat x_0`.
 
     Ho et al. (2020), section 3.3, https://arxiv.org/abs/2006.11239.
     """
@@ -54,7 +56,8 @@ def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, l
 
 
 def chain_times(schedule: NoiseSchedule, num_timesteps: int | None) -> Tensor:
-    """Return the times of ``num_timesteps`` steps, increasing, (T,); if None, all times of a discrete schedule."""
+    """Return the times of ``num_timesteps`` steps in increasing order, (T,). If None, return all times of a discrete
+    schedule."""
     if num_timesteps is None:
         return schedule.require_discrete_times()
     return UniformGrid()(schedule, num_timesteps)[:-1].flip(0)

@@ -237,7 +237,7 @@ class _MeasuredSamples:
     details: dict[str, Any] = field(default_factory=dict)
 
     def conditioning(self, reference: Reference) -> dict[str, str]:
-        """Return the fields ``conditioning`` and ``label_distribution`` of a `Measurement`."""
+        """Return the values of the `Measurement` fields ``conditioning`` and ``label_distribution``."""
         if self.condition_source is not None:
             names = self.model.condition_names
             return {
@@ -258,7 +258,8 @@ def _from_images(
     extractor: Extractor,
     generation: SampleSettings,
 ) -> _MeasuredSamples:
-    """Take the first ``protocol.num_images`` images. If None, take the default number, or all if there are fewer."""
+    """Select the first ``protocol.num_images`` images. If this is None, select the default number, or all images if
+    there are fewer."""
     n = protocol.resolve_num_images(data, extractor)
     if len(images) < n:
         if protocol.num_images is not None:
@@ -343,7 +344,8 @@ def _model_metrics(
     extractors: Sequence[Extractor],
     progress: Progress | None,
 ) -> tuple[dict[str, Metric], dict[str, float]]:
-    """Return (metrics, seconds) for super-resolution, likelihoods and reconstructions; both empty for given images."""
+    """Return (metrics, seconds) for super-resolution, likelihoods and reconstructions. Both are empty if images were
+    evaluated instead of a model."""
     metrics: dict[str, Metric] = {}
     source, model = measured.condition_source, measured.model
     if source is not None:
@@ -447,7 +449,7 @@ class RealDataBaseline:
     metrics: dict[str, Metric]
     features: Features
     note: str
-    """States the number of held-out images if it differs from the number of samples; otherwise empty."""
+    """The number of held-out images, in words, if it differs from the number of samples; otherwise empty."""
 
 
 def real_data_baseline(

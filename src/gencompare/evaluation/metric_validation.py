@@ -120,11 +120,14 @@ class Score:
     wrong: list[str]
     """The pairs in the wrong order."""
     detected: dict[str, float | None]
-    """By kind, the weakest strength that the metric detects (see `weakest_detected`)."""
+    """Lowest strength that the metric detects, by kind of degradation; None if it detects none (see
+    `weakest_detected`)."""
     spread: float
-    """Standard deviation over disjoint subsets of real images, divided by D_baseline - D_real."""
+    """Standard deviation of the metric over disjoint subsets of real images, divided by D_baseline - D_real, the
+    difference of its mean values on samples of the Gaussian baseline and on real images."""
     relative: dict[str, dict[str, float]] = field(default_factory=dict)
-    """(D - D_real) / (D_baseline - D_real) by kind and strength."""
+    """(D - D_real) / (D_baseline - D_real) by kind of degradation and strength, where D is the mean value of the
+    metric."""
     milliseconds: float = math.nan
     """Feature extraction time per image."""
 

@@ -35,7 +35,7 @@ FEW_LEVELS = 0.55
 """Samples have too few levels if they have at most this fraction of the levels that the same number of real images have
 in the same range."""
 EXTREME_EXCESS = 0.25
-"""The fraction of values that are 0 or 255 may exceed that in real images by this much."""
+"""The fraction of values that are 0 or 255 may exceed the fraction in real images by this much."""
 BACKGROUND = 0.2
 """A level is a background if at least this fraction of all real values have it."""
 WRAPPED = 0.05

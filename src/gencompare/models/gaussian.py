@@ -164,18 +164,22 @@ class GaussianBaseline(GenerativeModel):
         return self.spec.crop(x).flatten(1)
 
     def _log_density(self, x: Tensor, k: int, ridge: float = 0.0) -> Tensor:
-        r"""Compute the expected log density of dequantised images under component k, in nats, float64, (n,).
+        r"""Compute the expected log density of dequantised images under component k.
 
-        .. math:: E_u \log N(x + u; m, S) = \log N(x; m, S) - \mathrm{tr}(S^{-1}) \delta^2 / 24,
+        .. math:: E_u \log N(x + u; m, S) = \log N(x; m, S) - \mathrm{tr}(S^{-1}) \delta^2 / 24
 
-        since u, uniform in :math:`[-\delta/2, \delta/2]`, has mean 0 and covariance :math:`\delta^2 / 12`. For
-        continuous data :math:`\delta = 0`. With :math:`w_i` the squared norms of the rows of W and :math:`v_i` their
-        orthonormal directions, :math:`S^{-1} = \sum_i v_i v_i^T / (s + w_i) + (I - \sum_i v_i v_i^T) / s`.
+        The dequantisation noise u is uniform in :math:`[-\delta/2, \delta/2]` for each pixel, so its mean is 0 and its
+        covariance is :math:`I \delta^2 / 12`. For continuous data :math:`\delta = 0`. The rows of W have squared norms
+        :math:`w_i` and orthonormal directions :math:`v_i`, so the inverse of :math:`S = W^T W + s I` is
+        :math:`S^{-1} = \sum_i v_i v_i^T / (s + w_i) + (I - \sum_i v_i v_i^T) / s`.
 
         Args:
             x: pixels without padding, (n, d).
             k: index of the component.
-            ridge: added to s.
+            ridge: number that is added to s.
+
+        Returns:
+            The expected log densities in nats, (n,), in float64.
         """
         factor, s = self.factor[k].double(), self.variance[k].double().clamp_min(MIN_VARIANCE) + ridge
         w = factor.square().sum(1)

@@ -98,7 +98,7 @@ class HVAE(GenerativeModel):
         self.skipped_steps: Tensor
         self._consecutive_skips = 0
         self._grad_status = torch.zeros(2)
-        """Gradient norm of the current step, and 1 if the step is skipped."""
+        """Gradient norm of the current step, and a flag that is 1 if the step is skipped, otherwise 0."""
 
     # Evidence lower bound
 

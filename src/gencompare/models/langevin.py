@@ -81,7 +81,7 @@ class Langevin:
             x: initial state, (n, ...).
             num_steps: number of steps.
             normal: returns new standard normal noise shaped like x at each call.
-            project: applied to the state after each step; None for no constraint.
+            project: function that is applied to the state after each step; None disables it.
         """
         for _ in range(num_steps):
             gradient = input_gradient(energy, x)
@@ -144,10 +144,10 @@ class ReplayBuffer(nn.Module):
         self.register_buffer("started", torch.zeros(num_classes * self.size_per_class, dtype=torch.bool))
 
     def sample_indices(self, label: Tensor | None, rng: RandomSource) -> Tensor:
-        """Draw distinct buffer indices for the global batch, (total,).
+        """Draw distinct buffer indices (total,), one for each image of the global batch.
 
         Args:
-            label: class of each image of this process; None without classes.
+            label: class of each image on this process, or None if the model is unconditional.
             rng: source of random numbers, in the same state on all processes.
         """
         if rng.total > self.size_per_class:

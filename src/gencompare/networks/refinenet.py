@@ -118,7 +118,7 @@ class ChainedPooling(nn.Module):
 class RefineBlock(nn.Module):
     """Merges the features of a stage with the output of the previous, coarser refine block, if any.
 
-    Two residual units on each input, fusion at the resolution of the first input, chained pooling, and
+    The layers are two residual units for each input, fusion at the resolution of the first input, chained pooling, and
     ``num_output_units`` residual units.
 
     Args:

@@ -59,7 +59,7 @@ class ResidualClassifier(nn.Module):
         if not widths or min(widths) < 1:
             raise UserError(f"The widths of a classifier must be at least 1, not {list(widths)}.")
         if block_depth < 1:
-            raise UserError(f"A residual block needs at least 1 convolution, not block_depth={block_depth}.")
+            raise UserError(f"The block_depth of a classifier must be at least 1, not {block_depth}.")
         self.whitening = nn.Conv2d(channels, 8 * channels, 2, stride=stem_stride).requires_grad_(False)
         layers: list[nn.Module] = []
         for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):

@@ -78,7 +78,8 @@ def _delete_null_groups(argv: list[str]) -> list[str]:
 
 
 def _with_extra_conf(argv: list[str]) -> list[str]:
-    """Add the folder in the environment variable ``GENCOMPARE_CONF``, if set, to the config search path."""
+    """Add ``--config-dir`` with the folder in the environment variable ``GENCOMPARE_CONF`` to ``argv``, if the variable
+    is set and ``argv`` contains no such option."""
     extra = os.environ.get("GENCOMPARE_CONF")
     if not extra or any(arg.startswith(("--config-dir", "-cd")) for arg in argv):
         return argv

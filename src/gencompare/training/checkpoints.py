@@ -30,7 +30,7 @@ class Checkpoints(Callback):
     """
 
     order = 9
-    """Runs after all other callbacks."""
+    """This callback runs after all others (see `TrainingClock.order`)."""
 
     CHECK_STEPS = 20
     """Steps between checks of the elapsed time, each of which synchronises the ranks."""

@@ -111,13 +111,13 @@ class EvaluationCallback(Callback):
             self.cheap_metrics = CheapMetrics(data, protocol, n=num_samples)
         self.folder, self.seed, self.patience = folder / "samples", seed, patience
         self.done = 0
-        """Evaluations so far."""
+        """Number of evaluations so far."""
         self.best: float | None = None
         """The lowest distance so far."""
         self.last: float | None = None
         """The distance at the last evaluation."""
         self.since_best = 0
-        """Evaluations since the best one."""
+        """Number of evaluations since the best one."""
         self.best_coverage = 0.0
         """The highest coverage so far."""
         self.missing_modes: dict[int, str] = {}

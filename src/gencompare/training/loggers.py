@@ -341,7 +341,7 @@ def check_weights(model: pl.LightningModule, step: int) -> None:
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Log metrics to all loggers, with the step, images and seconds from the clock."""
+    """Log metrics to all loggers, together with the step, the images seen and the seconds of the training clock."""
     clock = clock_of(trainer)
     row = {**metrics, "images": clock.images, "seconds": round(clock.seconds, 3)}
     for logger in trainer.loggers:

@@ -78,7 +78,7 @@ class ModuleExtractor(Extractor):
 
 
 ExtractorFactory = Callable[..., Extractor]
-"""``(spec, [weights]) -> Extractor``."""
+"""A function ``(spec, [weights]) -> Extractor``."""
 
 
 def default_extractors(spec: DataSpec) -> list[ExtractorFactory]:

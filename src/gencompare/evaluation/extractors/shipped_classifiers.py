@@ -155,7 +155,11 @@ def to_float16(value: Tensor) -> Tensor:
 
 
 def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Read (state dict in float32, metadata, SHA-256) from a file of `save_classifier`. No code in it is executed."""
+    """Read a file written by `save_classifier`, without executing code in it.
+
+    Returns:
+        The state dict in float32, the metadata, and the SHA-256 of the file.
+    """
     try:
         payload = path.read_bytes()
         with safe_open(path, "pt") as file:

@@ -30,7 +30,7 @@ class Estimate:
 
     value: float
     interval: tuple[float, float] | None
-    """None for fewer than 10 images."""
+    """The 95 % interval, or None for fewer than 10 images."""
     standard_error: float = math.nan
     largest_share: float = 0.0
     """Largest fraction of the variance that one image contributes. Above about a quarter, the tails are so heavy that

@@ -73,7 +73,7 @@ class _FeatureMetric(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def reset(self) -> None:
-        """Discard all images, but real images only if ``reset_real_features`` is set."""
+        """Discard the generated images and, if ``reset_real_features`` is set, the real images."""
         kept_names = [name for name in self.sets if not name.startswith("generated") and not self.reset_real_features]
         kept = {name: list(getattr(self, name)) for name in kept_names}
         super().reset()
@@ -115,7 +115,7 @@ class _RealComparison(_FeatureMetric):
     """A metric of generated images against real images."""
 
     def update(self, images: Tensor, real: bool) -> None:
-        """Add images (n, C, H, W) to the real or generated images."""
+        """Add images (n, C, H, W) to the real images if ``real``, otherwise to the generated images."""
         self._add("real" if real else "generated", images)
 
     def compute(self) -> Tensor:
@@ -180,7 +180,8 @@ class ClassFrechetDistance(_FeatureMetric):
     sets = ("real", "generated", "real_labels", "generated_labels")
 
     def update(self, images: Tensor, labels: Tensor, real: bool) -> None:
-        """Add images (n, C, H, W) with classes ``labels`` (n,) to the real or generated images."""
+        """Add images (n, C, H, W) with classes ``labels`` (n,) to the real images if ``real``, otherwise to the
+        generated images."""
         name = "real" if real else "generated"
         self._add(name, images)
         self._append(f"{name}_labels", labels)

@@ -58,7 +58,8 @@ class PRDC:
     zero_radii: float = 0.0
     """Fraction of samples whose ball, k = 3, has radius 0 because they are repeated. Recall is then too low."""
     zero_radii_reference: float = 0.0
-    """Fraction of real images whose ball, k = 5, has radius 0. Density and coverage are then too low, or noise."""
+    """Fraction of real images whose ball, k = 5, has radius 0. Density and coverage are then too low or
+    mostly noise."""
 
 
 def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:

@@ -104,7 +104,8 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
 
 
 def autoencoder_config(cfg: DictConfig) -> DictConfig:
-    """Return the config of the autoencoder run, derived from that of the latent model with a new model and budget."""
+    """Derive the config of the autoencoder run from that of the latent model, with the autoencoder as model and its own
+    budget."""
     latent = cfg.model.latent
     stage = cfg.copy()
     OmegaConf.set_struct(stage, False)

@@ -19,7 +19,7 @@ TRIAL_ROLE = "trial"
 
 
 def own_training_cost(record: RunRecord) -> dict[str, float | None]:
-    """Return the training cost of one run, by kind; None for kinds that are missing in its record."""
+    """Return the training cost of one run for each of `COST_KINDS`. Kinds that are missing in its record are None."""
     training = record.training
     cost = {kind: training.get(kind) for kind in COST_KINDS}
     if cost["device_seconds"] is None and training.get("seconds") is not None:

@@ -39,7 +39,8 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of this package's checkout, and whether it has uncommitted changes; None without a checkout."""
+    """Return the commit of this package's checkout, and whether it has uncommitted changes. Return None if the package
+    is not in a checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

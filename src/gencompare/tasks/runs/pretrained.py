@@ -33,8 +33,8 @@ CONFIG_HINT = (
 def load_pretrained(model: TrainedModel, path: Path) -> None:
     """Load the weights at ``path`` into ``model``, whose config must describe the published model.
 
-    The weights may be a file of ``task=export`` or the ``UNet2DModel`` of a diffusers DDPM, as a file or a published
-    folder. No code in a file is executed.
+    The weights may be a file written by ``task=export``, or the ``UNet2DModel`` of a diffusers DDPM as a file or a
+    published folder. No code in a file is executed.
 
     Raises:
         UserError: the weights are missing, corrupted or from a different model, or the published scheduler does not

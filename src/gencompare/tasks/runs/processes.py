@@ -20,7 +20,7 @@ from gencompare.private_apis import rank_command
 from gencompare.tasks.runs import run_config
 
 SIGTERM_CODE = 128 + signal.SIGTERM
-"""Exit code of a process that SIGTERM ended."""
+"""Exit code of a process that was ended by SIGTERM."""
 CONFIG_VARIABLE = "GENCOMPARE_JOB"
 """Environment variable with the config path of a rank or a parallel job."""
 JOB_FILE = ".job.yaml"

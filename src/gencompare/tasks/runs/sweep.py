@@ -119,7 +119,7 @@ def is_identifying(override: str) -> bool:
 
 
 def evaluated_config_path(folder: Path, job: str) -> Path:
-    """Return where the config of a job is stored that was evaluated with the weights of the run in ``folder``."""
+    """Return the config path of a job that reused the weights of the run in ``folder`` and was only evaluated."""
     return folder / "measured" / f"{job[:16]}.yaml"
 
 
