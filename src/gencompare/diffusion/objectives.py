@@ -96,7 +96,7 @@ class UniformVWeighting(Weighting):
 
 @dataclass(frozen=True)
 class MinSNRWeighting(Weighting):
-    r""":math:`w = \min(1, \gamma / SNR)`: the error in x_0 weighted by :math:`\min(SNR, \gamma)`.
+    r"""Min-SNR: :math:`w = \min(1, \gamma / SNR)`, which weights the error in x_0 by :math:`\min(SNR, \gamma)`.
 
     Hang et al. (2023), "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4,
     https://arxiv.org/abs/2303.09556.

@@ -78,7 +78,7 @@ class LogSigmaConditioning(NoiseConditioning):
 
 @dataclass(frozen=True)
 class TimestepConditioning(NoiseConditioning):
-    """The step index T t - 1, counted from 0, as in published DDPMs.
+    """The step index ``T * t - 1``, counted from 0, as in published DDPMs.
 
     Args:
         num_train_timesteps: T, the number of steps of the schedule.

@@ -192,8 +192,8 @@ class DiscreteVLB(Objective):
             )
         if self.num_timesteps is not None and discrete_times is not None and self.num_timesteps > len(discrete_times):
             raise UserError(
-                f"model.objective.num_timesteps={self.num_timesteps}: the schedule has no more than"
-                f" {len(discrete_times)} steps."
+                f"model.objective.num_timesteps={self.num_timesteps} must be at most {len(discrete_times)},"
+                " the number of steps of the schedule."
             )
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:

@@ -176,7 +176,10 @@ def rank_correlation(levels: Sequence[float], values: Sequence[float]) -> float:
 
 
 def weakest_detected(kind: str, levels: Sequence[float], values: Mapping[Key, Sequence[float]]) -> float | None:
-    """Return the weakest strength at and above which all subsets have higher values than all subsets of real images."""
+    """Return the lowest strength of a degradation that the metric detects, or None.
+
+    From that strength on, the metric is higher on every degraded subset than on any subset of real images.
+    """
     weakest = None
     for level in reversed(levels):
         if not values[kind, level] or min(values[kind, level]) <= max(values[REAL]):

@@ -160,8 +160,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     def visualize(self, x: Tensor, cond: Cond, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Create interpolations, inpaintings, round trips through the noise, and sampling trajectories.
 
-        Encoding and decoding do not use guidance, which would amplify the difference between encoding and decoding.
-        Inpaintings and trajectories use the sampler and the guidance of the model.
+        Interpolations and round trips map images to noise and back without guidance, which would make the round trip
+        less accurate. Inpaintings and trajectories use the sampler and the guidance of the model.
         """
         cond, x = self._sampling_conditions(cond), self.space.encode(x)
         unguided = self._clip(self.denoiser)

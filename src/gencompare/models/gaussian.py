@@ -120,7 +120,7 @@ class GaussianBaseline(GenerativeModel):
         x, label = self._gather(train)
         counts = torch.bincount(label, minlength=self.num_components)
         if len(x) < 2 or int(counts.min()) < 1:
-            raise UserError(f"Data set '{self.spec.name}' has too few training images for one Gaussian per class.")
+            raise UserError(f"Data set '{self.spec.name}' has too few training images: each class needs one.")
         spectra = [principal_axes(x[label == k].double(), self.rank) for k in range(self.num_components)]
         del x
         dequantization_variance = self.bin_width**2 / 12
@@ -211,7 +211,7 @@ class GaussianBaseline(GenerativeModel):
 
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, cond: Cond) -> Tensor:
-        r"""Compute bits/dim :math:`-\log_2(p(x) \delta^d) / d`, (n,)."""
+        r"""Compute bits/dim :math:`-\log_2(p(x) \delta^d) / d` of d values with bins of width :math:`\delta`, (n,)."""
         log_width = math.log(self.bin_width) if self.bin_width else 0.0
         return -(self.log_density(x, cond) / self.spec.num_values + log_width) / LOG2
 

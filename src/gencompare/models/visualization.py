@@ -65,7 +65,7 @@ NUM_CHAINS = 8
 NUM_FRAMES = 10
 """Number of states shown per chain, including the first and the last."""
 NOISE_STD = 0.3
-"""Standard deviation of the noise added to noisy images."""
+"""Standard deviation of the Gaussian noise in the noisy images of `corruptions`."""
 
 
 def corruptions(x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class TorchFidelityExtractor(Extractor):
         self.registered = registered
         self.name = registered.replace("-", "_")
         if spec.num_bins is None or spec.shape[0] not in (1, 3):
-            raise UserError(f"{registered} needs greyscale or RGB images, but data set '{spec.name}' has none.")
+            raise UserError(f"{registered} needs 8-bit greyscale or RGB images, but data set '{spec.name}' has none.")
         path = None if weights is None else Path(weights)
         if path is not None:
             _check_file(path, registered)

@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe the machine and the code for a record, without user names and paths."""
+    """Describe the machine and the code for a record, without user names or paths."""
     return {
         "gencompare": __version__,
         "python": platform.python_version(),
