@@ -2,12 +2,13 @@
 # make test          install the development extra and run all tests but the slow ones
 # make test-slow     run the tests that take minutes each
 # make test-notebooks  run all notebooks; make notebooks also stores their outputs
+# make docs          build the documentation in build/docs
 # make test-browser  test the comparison page in headless Chromium, if installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-notebooks notebooks test-browser setup setup-dev lint format clean
+.PHONY: demo test test-slow test-notebooks notebooks docs test-browser setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm
@@ -23,6 +24,9 @@ test-notebooks: setup-dev
 
 notebooks: setup-dev
 	$(BIN)/python notebooks/build.py
+
+docs: setup-dev
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 test-browser: setup-dev
 	PYTHONPATH=tests:tests/browser $(BIN)/python -m pytest -n0 -rs tests/browser

@@ -18,7 +18,7 @@ import config_reference  # noqa: E402
 import gencompare  # noqa: E402
 
 project = "gencompare"
-copyright = "the gencompare authors"
+copyright = "gencompare contributors"
 version = release = gencompare.__version__
 
 extensions = [
@@ -61,38 +61,31 @@ html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Existing pages are plain Markdown that also reads well on a forge. What Sphinx needs is added while it reads them.
-SUBPAGES = {
-    "results/README": [
-        "fashion_mnist/README",
-        "fashion_mnist/blind_ranking",
-        "fashion_mnist/compare",
-        "digits/README",
-        "digits/compare",
-        "eurosat64/compare",
-        "eurosat64/blind_ranking",
-        "ncsn/compare",
-        "sde_vp/compare",
-        "schedules/compare",
-    ],
-    "metrics/README": ["cifar10", "eurosat64", "fashion_mnist", "mnist", "digits"],
-}
-"""Pages below others in the navigation."""
+
+
+def subpages(folder: Path) -> list[str]:
+    """Return the pages below ``folder/README.md`` in the navigation: all others of the folder."""
+    pages = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.md")]
+    return sorted(set(pages) - {"README"})
 
 
 def complete(app: Sphinx, name: str, source: list[str]) -> None:
     """Complete the text of an existing page.
 
     The tables of a comparison, which are made for pasting, get a title above their headings; metric studies get one
-    too. Pages in `SUBPAGES` get a hidden table of contents. The changelog is a page of the site.
+    too. The pages of both folders get a hidden table of contents. The changelog is a page of the site, and links from
+    notebooks to docs/ are relative to their copies.
     """
     text = source[0].replace("](../CHANGELOG.md", "](/changelog.md")
     folder, _, page = name.rpartition("/")
+    if folder == "notebooks":
+        text = text.replace("](../docs/", "](../")
     if page == "compare":
         text = f"# Tables: {folder.removeprefix('results/')}\n\n" + re.sub("^###", "##", text, flags=re.MULTILINE)
     if folder == "metrics" and page != "README":
         text = f"# Metrics on {page}\n\n" + text
-    if name in SUBPAGES:
-        text += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(SUBPAGES[name]) + "\n```\n"
+    if name in ("results/README", "metrics/README"):
+        text += "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(subpages(DOCS / folder)) + "\n```\n"
     source[0] = text
 
 
@@ -116,7 +109,17 @@ def copy_notebooks() -> None:
     config_reference.write(target / "index.md", "\n".join(lines))
 
 
+def keep_first_sentence(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep napoleon from taking the text before a colon in an attribute's docstring as its type.
+
+    It looks for a colon in the first line only, so an empty comment goes before it.
+    """
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+
+
 def setup(app: Sphinx) -> None:
     copy_notebooks()
     config_reference.write(DOCS / "reference" / "config.md", config_reference.page(ROOT / "conf"))
     app.connect("source-read", complete)
+    app.connect("autodoc-process-docstring", keep_first_sentence, priority=400)  # before napoleon

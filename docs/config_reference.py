@@ -9,9 +9,6 @@ from pathlib import Path
 
 import yaml
 
-HIDDEN_KEYS = ("_target_", "_partial_")
-"""Keys that name the Python object of an option, which the text above its table shows."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -34,6 +31,8 @@ class Option:
     """The package of the first line, such as ``_global_``; None for the folder's own."""
     target: str | None
     """The Python object that the option creates."""
+    defaults: list[str]
+    """The options that this one is composed of."""
     rows: list[Row]
 
 
@@ -53,9 +52,10 @@ def read(path: Path) -> Option:
             break
     root = yaml.compose("\n".join(lines))
     rows = list(_rows(root, lines, "", len(header) + (package is not None))) if root else []
+    # The text above the table names the Python object of the option; `_partial_` only says how it is called.
     target = next((row.default for row in rows if row.key == "_target_"), None)
-    shown = [row for row in rows if row.key not in HIDDEN_KEYS]
-    return Option(path.stem, "\n".join(header), package, target, shown)
+    shown = [row for row in rows if row.key != "_target_" and row.key.split(".")[-1] != "_partial_"]
+    return Option(path.stem, "\n".join(header), package, target, _defaults(root), shown)
 
 
 def _rows(node: yaml.Node, lines: list[str], prefix: str, top: int) -> Iterator[Row]:
@@ -71,9 +71,7 @@ def _rows(node: yaml.Node, lines: list[str], prefix: str, top: int) -> Iterator[
             if comment or not value.value:
                 yield Row(name, "", comment)
             yield from _rows(value, lines, f"{name}.", top)
-        elif name == "defaults":
-            yield Row(name, ", ".join(_default(item) for item in value.value), " ".join(above))
-        else:
+        elif name != "defaults":
             rest = lines[value.end_mark.line][value.end_mark.column :] if value.end_mark.line < len(lines) else ""
             block = isinstance(value, yaml.SequenceNode) and not value.flow_style
             yield Row(name, _text(value, lines), (not block and _comment(rest)) or " ".join(above))
@@ -95,11 +93,14 @@ def _text(node: yaml.Node, lines: list[str]) -> str:
     return " ".join(line.strip() for line in "\n".join(lines)[start.index : end.index].splitlines())
 
 
-def _default(item: yaml.Node) -> str:
-    """Return an entry of a defaults list, as on the command line."""
-    if isinstance(item, yaml.MappingNode):
-        return ", ".join(f"{key.value}={value.value}" for key, value in item.value)
-    return str(item.value)
+def _defaults(root: yaml.Node | None) -> list[str]:
+    """Return the entries of a defaults list, as on the command line."""
+    lists = [value for key, value in (root.value if root else []) if key.value == "defaults"]
+    entries = []
+    for item in lists[0].value if lists else []:
+        pairs = item.value if isinstance(item, yaml.MappingNode) else []
+        entries += [f"{key.value}={value.value}" for key, value in pairs] or [str(item.value)]
+    return entries
 
 
 def groups(conf: Path) -> dict[str, list[Option]]:
@@ -134,7 +135,7 @@ def page(conf: Path) -> str:
 def _sections(option: Option) -> Iterator[str]:
     """Yield the text and the table of an option."""
     if option.header:
-        yield _markdown(option.header)
+        yield _header(option.header)
     details = []
     if option.target:
         details.append(f"Creates `{option.target}`.")
@@ -142,21 +143,34 @@ def _sections(option: Option) -> Iterator[str]:
         details.append("Global.")
     elif option.package:
         details.append(f"Its keys are in `{option.package}`.")
+    if option.defaults:
+        details.append("Defaults: " + ", ".join(f"`{default}`" for default in option.defaults) + ".")
     if details:
         yield " ".join(details)
     if option.rows:
         table = ["| key | default | |", "|---|---|---|"]
-        table += [f"| {_code(row.key)} | {_code(row.default)} | {_markdown(row.comment)} |" for row in option.rows]
+        table += [f"| {_code(row.key)} | {_code(row.default)} | {_escape(row.comment)} |" for row in option.rows]
         yield "\n".join(table)
+
+
+def _header(text: str) -> str:
+    """Return the comment at the top of a file, with its indented lines as a block of commands."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("  ") != inside:
+            lines.append("```" if inside else "\n```")
+            inside = not inside
+        lines.append(line.strip() if inside else _escape(line))
+    return "\n".join([*lines, "```"] if inside else lines)
 
 
 def _code(text: str) -> str:
     return f"`{text}`".replace("|", "\\|") if text else ""
 
 
-def _markdown(comment: str) -> str:
-    """Escape what Markdown would interpret in a comment, and set commands in code."""
-    return re.sub(r"([|<>*_$\[\]])", r"\\\1", comment)
+def _escape(comment: str) -> str:
+    """Escape what Markdown would interpret in a comment."""
+    return re.sub(r"([|<>*$\[\]])", r"\\\1", comment)
 
 
 def write(path: Path, text: str) -> None:

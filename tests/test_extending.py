@@ -135,7 +135,7 @@ def test_runs_use_the_extensions(extension_env: dict[str, str]) -> None:
     shared = ["debug=fast", "logger=csv", "+evaluation/metric=mean_distance"]
     parts = ["model=ddpm", "model/schedule=linear_log_snr", "model/sampler=my_euler", "data=digits"]
     folder = Path(extension_env["FOLDER"])
-    for overrides, expected in ((["model=blob", "data=stripes"], "mean_distance"), (parts, "MyEuler")):
+    for overrides, expected in ((["model=blob", "data=stripes"], "mean distance"), (parts, "MyEuler")):
         process = Forked(folder, *overrides, *shared, env=extension_env, first=lambda: sys.path.insert(0, str(folder)))
         assert process.wait(timeout=280) == 0, process.output()[-3000:]
         assert expected in process.output()

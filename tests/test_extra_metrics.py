@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hydra.utils import instantiate
 
 from composing import compose, options
+from gencompare.evaluation.metrics.compute import extra_metric
 from gencompare.evaluation.metrics.kernel import GaussianKernel, GaussianMMD, kernel_distance
 
 
@@ -39,3 +41,12 @@ def test_the_interval_of_mmd_is_scaled_too() -> None:
     plain, scaled = kernel_distance(a, b, GaussianKernel(2.0)), GaussianMMD(bandwidth=2).estimate(a, b)
     assert plain.interval is not None and scaled.value == pytest.approx(1000 * plain.value)
     assert scaled.interval == pytest.approx(tuple(1000 * end for end in plain.interval))
+
+
+def test_a_partial_function_keeps_its_direction() -> None:
+    def shift(generated: torch.Tensor, real: torch.Tensor, scale: float = 1.0) -> float:
+        return scale * float((generated.mean(0) - real.mean(0)).norm())
+
+    shift.higher_is_better = False  # type: ignore[attr-defined]
+    metric = extra_metric(partial(shift, scale=2.0), torch.ones(4, 2), torch.zeros(4, 2))
+    assert metric.higher_is_better is False and metric.value == pytest.approx(2 * 2**0.5)

@@ -433,7 +433,7 @@ def test_attention_heads_agree_with_pytorch() -> None:
 
 def test_heads_that_do_not_divide_the_width_are_errors() -> None:
     for changes in ({"num_heads": 3}, {"num_heads": 0}, {"head_channels": 3}, {"head_channels": 0}):
-        with pytest.raises(UserError, match=r"attention heads.*model\.network\.num_heads"):
+        with pytest.raises(UserError, match=r"attention heads with num_heads=.*choose values that divide"):
             UNet((1, 8, 8), 1, channels=8, channel_mult=(1,), num_groups=4, **changes)
 
 

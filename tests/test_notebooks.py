@@ -36,10 +36,10 @@ def test_the_stored_notebook_has_the_cells_of_its_script(script: Path) -> None:
 def test_a_notebook_imports_the_package_and_ends_with_questions(script: Path) -> None:
     cells = build.read(script).cells
     assert cells[0].source.startswith("# ") and build.is_install(cells[1]) and "gencompare" in cells[2].source
-    questions = [k for k, cell in enumerate(cells) if cell.source.startswith("## Questions")]
+    questions = [k for k, cell in enumerate(cells) if "## Questions" in cell.source]
     assert len(questions) == 1
     code = [cell.source for cell in cells if cell.cell_type == "code"]
-    assert not [line for source in code for line in source.splitlines() if len(line) > 100]
+    assert not [line for source in code for line in source.splitlines() if len(line) > 120]
     assert len([cell for cell in cells[questions[0] :] if cell.cell_type == "code"]) in (2, 3, 4)
     assert not re.search(r"/(work|tmp|home|root)/", script.read_text())
 

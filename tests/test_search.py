@@ -172,7 +172,7 @@ def test_the_preset_searches_all_generative_families() -> None:
     for family in ("vae", "hvae", "gan", "ebm", "ldm"):  # the others inherit from ddpm
         assert "optimizer" in OmegaConf.select(compose(f"model={family}"), "model"), family
     cfg = compose("+search=families", *with_experiment(["model=vae"], ["digits_vae"], "digits"))
-    assert cfg.evaluation.checkpoints == [] and cfg.evaluation.num_images == 500 and cfg.budget.images == 10_000
+    assert cfg.evaluation.checkpoints == [] and cfg.evaluation.num_images == 500 and cfg.budget.images == 50_000
 
 
 def generative(name: str) -> bool:

@@ -117,7 +117,7 @@ def test_another_budget_of_a_preset_uses_another_folder(preset: str) -> None:
         return str(HydraConfig.get().sweep.dir)
 
     own = sweep_dir("logger=none")
-    assert own.endswith("_10000_images") and sweep_dir("seed=7") == own
+    assert own.endswith("_50000_images") and sweep_dir("seed=7") == own
     assert sweep_dir("budget=flops", "budget.flops=2e12").endswith("_2e+12_flops")
 
 

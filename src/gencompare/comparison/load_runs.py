@@ -163,7 +163,7 @@ def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
 
 
 NON_DISTINGUISHING = (
-    "seed=", "model=", "sweep=", "hydra", "logger", "run=", "run_dir=", "resume=", "ckpt_path=",
+    "seed=", "model=", "sweep=", "hydra", "logger", "paths.", "run=", "run_dir=", "resume=", "ckpt_path=",
     "callbacks.progress",
 )  # fmt: skip
 """Prefixes of overrides that do not describe the model, or that are shown in a separate column."""

@@ -312,7 +312,8 @@ class VarianceExploding(NoiseSchedule):
 
 def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     _suppress_jvp_warning()
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1].to(t.dtype)  # float64 for float32 times ()
+    times = t.reshape(-1)  # with a tensor of shape (), jvp mixes float32 and float64
+    return torch.func.jvp(function, (times,), (torch.ones_like(times),))[1].reshape(t.shape)
 
 
 @cache

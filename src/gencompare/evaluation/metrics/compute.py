@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -193,10 +194,11 @@ def extra_metric(metric: Callable[[Tensor, Tensor], float], features: Tensor, re
         estimate: Estimate = metric.estimate(features, reference)  # type: ignore[attr-defined]
     else:
         estimate = Estimate(metric(features, reference), None)
+    described = metric.func if isinstance(metric, partial) else metric  # a partial hides attributes of its function
     return Metric(
         estimate.value,
-        higher_is_better=getattr(metric, "higher_is_better", None),
-        target=getattr(metric, "target", None),
+        higher_is_better=getattr(described, "higher_is_better", None),
+        target=getattr(described, "target", None),
         interval=estimate.interval,
     )
 
