@@ -71,6 +71,8 @@ def shrink(notebook: NotebookNode) -> None:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
+            if "text/html" in data:
+                data["text/plain"] = "<table>"
             if "image/png" in data:
                 picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB").quantize(128)
                 png = io.BytesIO()

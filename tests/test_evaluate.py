@@ -46,7 +46,7 @@ class Tiny(ImageData):
 
 
 class UniformModel(nn.Module):
-    """Draws uniform images; its network receives 2 n and then n inputs for a chunk of n."""
+    """Draws uniform images. Its network is called on 2 n inputs, then on n: three evaluations per image."""
 
     conditional = False
     spec = Tiny.spec

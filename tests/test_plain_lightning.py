@@ -95,7 +95,9 @@ def test_the_learning_rate_follows_its_schedule(family: str, limit: str, tmp_pat
     limits: dict[str, Any] = {"max_steps": steps * num_optimizers}
     if limit == "max_epochs":
         limits = {"max_epochs": 2, "limit_train_batches": steps // 2}
-    trainer(tmp_path, Watch(), limit_val_batches=0, **limits).fit(model, Digits(batch_size=16))
+    for fit in range(2):  # a second Trainer starts again
+        rates.clear()
+        trainer(tmp_path / str(fit), Watch(), limit_val_batches=0, **limits).fit(model, Digits(batch_size=16))
     assert model.lr_schedule is not None
     expected = [base * model.lr_schedule(s, s / steps) for s in range(len(rates) // num_optimizers)]
     assert rates[::num_optimizers] == pytest.approx(expected)
@@ -197,7 +199,10 @@ def test_results_samples_and_comparisons_display(tmp_path: Path, monkeypatch: py
     assert "Warning: samples" in str(results["dark"]) and "Warning: samples" in results["dark"]._repr_html_()
     compared = gencompare.compare(results, rank_by="coverage")
     assert [(row["rank"], row["run"]) for row in compared.rows[:2]] == [(1, "<a>"), (2, "dark")]
+    (tmp_path / "curve.csv").write_text("step,images,train/loss\n1,1,1\n2,2,2\n")  # belongs to another run
     page = compared.save(tmp_path / "page")
+    assert "Learning curves" not in page.read_text()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert page.is_file() and "&lt;a&gt;" in compared._repr_html_() and "<a>" in str(compared)
 
 
@@ -207,3 +212,7 @@ def test_functions_of_the_python_api_name_what_is_missing() -> None:
         gencompare.sample(model, 2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="matches no run folder"):
         gencompare.compare("no/such/*")
+    records = Path(__file__).parents[1] / "docs" / "results" / "sde_vp"
+    with pytest.raises(UserError, match=r"no\.such\.key"):
+        gencompare.compare(str(records / "*"), group_by="no.such.key")
+    assert len(gencompare.compare(records / "gaussian").tables) == 2

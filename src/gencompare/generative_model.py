@@ -248,7 +248,6 @@ class TrainedModel(pl.LightningModule):
         self.rng: RandomSource | None = None
         """Random numbers of the current step, set by `TrainingClock`; None uses PyTorch's default generator."""
         self._progress: float | None = None
-        self._num_epochs = 0.0
         arguments = constructor_arguments(self, inspect.currentframe())
         # Plain data, so that a checkpoint can be read without unpickling; `save_hyperparameters` would store objects.
         self.hparams.update({"_target_": qualified_name(type(self)), **to_config(arguments)})
@@ -325,8 +324,9 @@ class TrainedModel(pl.LightningModule):
         trainer, done = self.trainer, 0.0
         if trainer.max_steps > 0:  # counts the steps of all optimisers, like global_step
             done = trainer.global_step / trainer.max_steps
-        if trainer.max_epochs and trainer.max_epochs > 0:
-            done = max(done, self._num_epochs / trainer.max_epochs)
+        if trainer.max_epochs and trainer.max_epochs > 0 and trainer.num_training_batches:
+            batch = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            done = max(done, (trainer.current_epoch + batch / trainer.num_training_batches) / trainer.max_epochs)
         return min(1.0, done)
 
     @progress.setter
@@ -344,8 +344,6 @@ class TrainedModel(pl.LightningModule):
         rng = self.rng or RandomSource.for_batch(default_generator(x.device), len(x))
         metrics = self.fit_batch(x, self.select_conditions(cond), rng)
         self._log(metrics, "train", len(x))
-        if self.has_trainer:
-            self._num_epochs = self.trainer.current_epoch + (batch_idx + 1) / self.trainer.num_training_batches
         if not self.automatic_optimization:
             self._step_lr_schedulers()
         return metrics

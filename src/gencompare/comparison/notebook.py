@@ -14,7 +14,7 @@ from rich.console import Console
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import LoadedRuns
 from gencompare.comparison.page import write_report
-from gencompare.comparison.ranking import RankingTable, metric_disagreements, ranking_tables
+from gencompare.comparison.ranking import RankingTable, metric_disagreements, ranking_tables, runs_without_results
 from gencompare.comparison.tables import columns, csv_rows, table_title
 from gencompare.comparison.terminal import print_tables
 
@@ -22,7 +22,7 @@ MAX_NOTEBOOK_COLUMNS = 8
 """Maximum number of table columns in a notebook. The HTML page and `Comparison.rows` contain all columns."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Results ranked within each evaluation protocol, best first.
 
@@ -47,12 +47,17 @@ class Comparison:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        print_tables(self.loaded, Console(file=text, width=120))
+        print_tables(self.loaded, Console(file=text, width=120, force_jupyter=False))
         return text.getvalue()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         parts = [_html(table) for table in self.tables]
-        parts += [f"<p>{escape(sentence)}</p>" for sentence in metric_disagreements(self.tables)]
+        notes = metric_disagreements(self.tables) if len(self.tables) > 1 else []
+        notes += [f"No results: {run.label} ({run.record.state})." for run in runs_without_results(self.loaded.runs)]
+        notes += [f"Skipped {skip.folder}: {skip.reason}" for skip in self.loaded.skipped]
+        parts += [f"<p>{escape(note)}</p>" for note in notes]
         return "\n".join(parts)
 
 

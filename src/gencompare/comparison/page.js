@@ -25,7 +25,7 @@ for (const button of document.querySelectorAll("table.ranking thead button")) {
 for (const field of document.querySelectorAll(".filter")) {
   const input = field.querySelector("input");
   const rows = [...field.nextElementSibling.querySelectorAll("tbody tr:not(.section)")];
-  const texts = rows.map((row) => row.innerText.toLowerCase());
+  const texts = rows.map((row) => [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase());
   const apply = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     rows.forEach((row, k) => { row.hidden = !words.every((word) => texts[k].includes(word)); });

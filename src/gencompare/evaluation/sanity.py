@@ -51,7 +51,7 @@ CLOSE, MUCH_CLOSER = 0.25, 0.1
 TOLERANCE = 4.0
 """Standard deviation added (in quadrature) to that of every statistic, to tolerate differences of a few levels."""
 GRID = 4
-"""Means are compared in `GRID` x `GRID` cells of an image."""
+"""Images are divided into `GRID` x `GRID` cells, whose means are compared."""
 CONSTANT = 0.25
 """Fraction of features that may be constant over samples but vary over real images."""
 BATCH_SIZE = 50
@@ -125,14 +125,14 @@ def check_features(features: Tensor, real: Tensor) -> list[str]:
 
 
 def check_reference(reference: Tensor, name: str) -> list[str]:
-    """Warn if images (m, C, H, W) of the reference ``name`` have enough copies to break neighbour metrics."""
+    """Return a warning if the reference images (m, C, H, W) have so many copies that k-NN metrics are unreliable."""
     share = share_of_copies(reference, PRECISION_K)
     if share <= REPEATED:
         return []
     return [
         f"{share:.0%} of the reference images ({name}) have {PRECISION_K} or more exact copies, so their"
-        " nearest-neighbour radius is 0: do not rely on precision, recall, density and coverage, or remove the copies"
-        " from the data"
+        " nearest-neighbour radius is 0: remove the copies from the data, or ignore precision, recall, density and"
+        " coverage"
     ]
 
 

@@ -98,7 +98,7 @@ class GAN(GenerativeModel):
         single_process = len(rng) == rng.total
         if rng.total < self.d_steps or not (single_process or len(rng) % self.d_steps == 0):
             raise UserError(
-                f"model.d_steps={self.d_steps} must divide the batch of each process, which has {len(rng)} images: make"
+                f"The {len(rng)} images of each process are not divisible by model.d_steps={self.d_steps}: make"
                 " trainer.global_batch_size a multiple of d_steps times the number of processes."
             )
         for k in range(self.d_steps):

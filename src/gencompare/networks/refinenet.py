@@ -63,7 +63,7 @@ class DilatedBlock(nn.Module):
 
 
 class ResidualConvUnits(nn.Module):
-    """``num_units`` times h + conv(elu(norm(conv(elu(norm(h)))))), with convolutions without bias."""
+    """A sequence of ``num_units`` residual units h + conv(elu(norm(conv(elu(norm(h)))))), without biases."""
 
     def __init__(self, channels: int, num_units: int, norm: Norm) -> None:
         super().__init__()

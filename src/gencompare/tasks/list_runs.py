@@ -30,7 +30,7 @@ def list_runs(cfg: DictConfig) -> None:
 
 
 def print_runs(folders: list[Path], console: Console) -> None:
-    """Print a table with one row per run, and the skipped folders."""
+    """Print a table with one row per run, followed by the skipped folders with the reasons."""
     loaded = load_runs(folders)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in COLUMNS:

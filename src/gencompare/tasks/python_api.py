@@ -18,6 +18,7 @@ from torch import Tensor
 from gencompare.command_line import conf_dir
 from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder, find_run_folders, load_runs
 from gencompare.comparison.notebook import Comparison
+from gencompare.comparison.ranking import ranking_tables
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.evaluation.reference import SupportsSampling
@@ -101,16 +102,16 @@ def sample(
 
 
 def compare(
-    runs: str | Iterable[str | os.PathLike[str] | LoadedRun] | Mapping[str, Result],
+    runs: str | os.PathLike[str] | LoadedRun | Iterable[str | os.PathLike[str] | LoadedRun] | Mapping[str, Result],
     *,
-    group_by: Iterable[str] = (),
+    group_by: str | Iterable[str] = (),
     rank_by: str | None = None,
 ) -> Comparison:
     """Compare runs, or results of `gencompare.evaluate`, as ``task=compare`` does.
 
     Args:
-        runs: a glob of run folders, several folders or loaded runs, or a mapping of names to results. Results have no
-            training cost.
+        runs: a glob of run folders, one or several folders or loaded runs, or a mapping of names to results. Results
+            have no training cost.
         group_by: config keys, such as ``model.schedule``; runs with the same values share a row. By default, runs that
             differ only in their seeds share a row.
         rank_by: the metric to rank by; None uses the primary metric of each result.
@@ -118,14 +119,18 @@ def compare(
     Raises:
         UserError: no run folder matches, or a key or metric is unknown.
     """
-    options = ComparisonOptions(tuple(group_by), rank_by)
-    if isinstance(runs, str):
-        return Comparison(load_runs(find_run_folders(runs), options))
-    if not isinstance(runs, Mapping):
-        return Comparison(load_runs([run.folder if isinstance(run, LoadedRun) else run for run in runs], options))
-    loaded = LoadedRuns(options=options)
-    for name, result in cast("Mapping[str, Result]", runs).items():
-        record = RunRecord(name, family="", data={"name": result.measurement.data}, state="samples")
-        record.add_result(result)
-        loaded.runs.append(RunFolder(Path(), record, name))
+    options = ComparisonOptions((group_by,) if isinstance(group_by, str) else tuple(group_by), rank_by)
+    if isinstance(runs, Mapping):
+        loaded = LoadedRuns(options=options)
+        for name, result in cast("Mapping[str, Result]", runs).items():
+            record = RunRecord(name, family="", data={"name": result.measurement.data}, state="samples", curve="")
+            record.add_result(result)
+            for each in record.results:
+                each.images.clear()
+            loaded.runs.append(RunFolder(Path(), record, name))
+    else:
+        folders = [runs] if isinstance(runs, os.PathLike | LoadedRun) else runs
+        folders = find_run_folders(folders) if isinstance(folders, str) else folders
+        loaded = load_runs([run.folder if isinstance(run, LoadedRun) else run for run in folders], options)
+    ranking_tables(loaded)  # raises errors in the options
     return Comparison(loaded)

@@ -90,7 +90,7 @@ class EMA(Callback):
 
 @torch.no_grad()
 def swap(model: pl.LightningModule, weights: dict[str, Tensor]) -> None:
-    """Swap, in place, the values of ``weights`` with those of the parameters of the same names."""
+    """Swap the values of ``weights`` and of the model parameters with the same names in place."""
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         online = parameters[name].detach().clone()

@@ -194,11 +194,11 @@ def extra_metric(metric: Callable[[Tensor, Tensor], float], features: Tensor, re
         estimate: Estimate = metric.estimate(features, reference)  # type: ignore[attr-defined]
     else:
         estimate = Estimate(metric(features, reference), None)
-    described = metric.func if isinstance(metric, partial) else metric  # a partial hides attributes of its function
+    function = metric.func if isinstance(metric, partial) else metric  # a partial hides attributes of its function
     return Metric(
         estimate.value,
-        higher_is_better=getattr(described, "higher_is_better", None),
-        target=getattr(described, "target", None),
+        higher_is_better=getattr(metric, "higher_is_better", getattr(function, "higher_is_better", None)),
+        target=getattr(metric, "target", getattr(function, "target", None)),
         interval=estimate.interval,
     )
 

@@ -158,8 +158,8 @@ def is_finished(folder: Path) -> bool:
 def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:
     """Load the trained autoencoder into a latent model, and compute the whitening on the training images.
 
-    Return ``cfg`` with the cost of the whitening as ``whitening``, in the format of `dependency_costs.cost_entry`. Each
-    of the ``processes`` processes encodes all images, so the cost of one process is multiplied by their number.
+    Return ``cfg`` with an added entry ``whitening``, its cost in the format of `dependency_costs.cost_entry`. Every
+    process encodes all images, so the cost of one process is multiplied by ``processes``.
     """
     space = getattr(model, "space", None)
     if not isinstance(space, Latents):

@@ -15,7 +15,7 @@ from gencompare.training.budget import Budget
 COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
 """Kinds of training cost. All of them are counted, even if the budget limits only one."""
 TRIAL_ROLE = "trial"
-"""Role of the other trials of a search, and of their dependencies, in the record of the best trial."""
+"""Value of ``role`` for the other trials of a search and their dependencies, in the costs of the best trial."""
 
 
 def own_training_cost(record: RunRecord) -> dict[str, float | None]:

@@ -75,7 +75,7 @@ def error_text(error: BaseException) -> str:
 def _root_cause(error: BaseException) -> BaseException:
     """Return the `UserError` or interrupt that caused ``error``, if any.
 
-    Otherwise, return ``error`` itself, or its root cause if it is Hydra's wrapper.
+    Otherwise, return the root cause if ``error`` is a Hydra wrapper, and ``error`` itself if not.
     """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:

@@ -222,12 +222,12 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
         path, node = [*path, name], node[name]
     if not isinstance(node, DictConfig):
         return f"There is no option '{key}': {'.'.join(path)} is {node}."
+    if isinstance(node.get(last), DictConfig):  # Hydra cannot add keys to a mapping without a plus sign
+        return f"'{key}={{...}}' adds keys to a mapping, which needs plus signs: '++{key}={{...}}'."
     group = "/".join([*path, last])
     if group in cfg.hydra.runtime.choices:
         options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
         return f"There is no option '{key}', because no {last} is chosen: add {group}={'|'.join(options)}."
-    if isinstance(node.get(last), DictConfig):  # Hydra cannot add keys to a mapping without a plus sign
-        return f"'{key}={{...}}' adds keys to a mapping, which needs plus signs: '++{key}={{...}}'."
     names = [str(name) for name in node if not str(name).startswith(("_", "hydra"))]
     close = get_close_matches(last, names, 1)
     advice = f" Did you mean {'.'.join([*path, *close])}?" if close else ""
