@@ -197,7 +197,9 @@ def test_results_samples_and_comparisons_display(tmp_path: Path, monkeypatch: py
     value = f"{result.metrics[result.primary_metric].value:.4g}"
     assert value in str(result).splitlines()[1] and value in result._repr_html_()
     assert "Warning: samples" in str(results["dark"]) and "Warning: samples" in results["dark"]._repr_html_()
+    result.images["samples"] = "grid.png"
     compared = gencompare.compare(results, rank_by="coverage")
+    assert result.images == {"samples": "grid.png"} and not compared.loaded.runs[0].record.results[0].images
     assert [(row["rank"], row["run"]) for row in compared.rows[:2]] == [(1, "<a>"), (2, "dark")]
     (tmp_path / "curve.csv").write_text("step,images,train/loss\n1,1,1\n2,2,2\n")  # belongs to another run
     page = compared.save(tmp_path / "page")

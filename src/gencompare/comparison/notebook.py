@@ -54,7 +54,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         parts = [_html(table) for table in self.tables]
-        notes = metric_disagreements(self.tables) if len(self.tables) > 1 else []
+        notes = metric_disagreements(self.tables)
         notes += [f"No results: {run.label} ({run.record.state})." for run in runs_without_results(self.loaded.runs)]
         notes += [f"Skipped {skip.folder}: {skip.reason}" for skip in self.loaded.skipped]
         parts += [f"<p>{escape(note)}</p>" for note in notes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -125,8 +126,7 @@ def compare(
         for name, result in cast("Mapping[str, Result]", runs).items():
             record = RunRecord(name, family="", data={"name": result.measurement.data}, state="samples", curve="")
             record.add_result(result)
-            for each in record.results:
-                each.images.clear()
+            record.results = [replace(each, images={}) for each in record.results]  # without a folder to find them in
             loaded.runs.append(RunFolder(Path(), record, name))
     else:
         folders = [runs] if isinstance(runs, os.PathLike | LoadedRun) else runs
