@@ -33,7 +33,13 @@ def line_of(lines: list[str], name: str) -> str:
 def test_runs_are_listed_oldest_first(cli: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
     odd = "[red]c[/red]<b>"
     runs = tmp_path / "runs"
-    write_run(runs / "late", [result(1.5), result(0.25)], created="2026-03-04T05:06:07+00:00", family="vae", seed=3)
+    write_run(
+        runs / "late",
+        [result(1.5), result(0.25, generation={"sampler": "heun"})],
+        created="2026-03-04T05:06:07+00:00",
+        family="vae",
+        seed=3,
+    )
     write_run(runs / "sweep" / "early", [], created="2026-01-01T00:00:00+00:00", state="failed")
     write_run(runs / "sweep" / "deep" / odd, [], created="2026-02-01T00:00:00+00:00", state="running")
     write_run(runs / "live", [], created="2026-02-02T00:00:00+00:00", state="running")
@@ -43,7 +49,7 @@ def test_runs_are_listed_oldest_first(cli: Callable[..., int], tmp_path: Path, c
     with file_lock(runs / "live" / ".lock"):
         assert cli("task=list_runs") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert line_of(lines, "runs/late") == "2026-03-04 05:06 finished vae digits 3 FD digits 0.250 500 runs/late"
+    assert line_of(lines, "runs/late") == "2026-03-04 05:06 finished vae digits 3 FD digits 1.50 500 runs/late"
     assert line_of(lines, "early").split()[2] == "failed"
     assert line_of(lines, odd).split()[2] == "died", "no process is using it"
     assert line_of(lines, "runs/live").split()[2] == "running"

@@ -219,9 +219,16 @@ class RunRecord:
     schema: int = SCHEMA
 
     def add_result(self, result: Result) -> None:
-        """Add a result and its secondary results; each replaces an earlier result with the same `Result.id`."""
+        """Add a result and its secondary results; each takes the place of an earlier one with the same `Result.id`."""
         for each in (replace(result, secondary_results=[]), *result.secondary_results):
-            self.results = [r for r in self.results if r.id != each.id] + [each]
+            if any(r.id == each.id for r in self.results):
+                self.results = [each if r.id == each.id else r for r in self.results]
+            else:
+                self.results = [*self.results, each]
+
+    def own_result(self) -> Result | None:
+        """Return the result of the run's own sampler: the first one recorded for its newest checkpoint."""
+        return max(self.results, key=lambda result: result.generation.step or 0, default=None)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``record.json`` to ``folder`` atomically."""

@@ -121,7 +121,7 @@ def describe_run(record: RunRecord) -> str:
 
 def run_summary(record: RunRecord) -> RenderableType:
     """Tabulate all metrics of one run, with a row per metric, a column per result, and the real-data baseline."""
-    results = record.results[-MAX_RESULTS:]
+    results = sorted(record.results, key=lambda result: result.created)[-MAX_RESULTS:]
     shown = RunRecord(record.name, record.family, record.data, model=record.model, training=record.training)
     shown.results = results
     parts: list[RenderableType] = [Text(describe_run(record))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,16 +23,24 @@ from gencompare.data.generated_samples import read_samples
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.sampling import tensor_sha256
-from gencompare.files import sha256
+from gencompare.files import file_lock, sha256
 from gencompare.generative_model import GenerativeModel, SupportsNoising
 from gencompare.records import RunRecord, SampleSettings, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
-from gencompare.tasks.runs.build import build_data, build_model, build_protocol, build_trainer, choose_device
+from gencompare.tasks.runs.build import (
+    build_data,
+    build_loggers,
+    build_model,
+    build_protocol,
+    build_trainer,
+    choose_device,
+)
 from gencompare.tasks.runs.console import describe_data, print_results, stage_progress, store_result
 from gencompare.tasks.runs.environment import environment
 from gencompare.tasks.runs.loading import check_generative, load_weights
 from gencompare.tasks.runs.pretrained import find_pretrained, load_pretrained
 from gencompare.tasks.runs.processes import JOB_FILE, is_multiprocess, ranks_run, wait_for_ranks
+from gencompare.tasks.runs.result_logging import log_config, log_results
 from gencompare.tasks.runs.run_folder import refuse_existing_run, run_folder
 from gencompare.tasks.runs.sweep import evaluated_config_path, job_identity
 
@@ -94,7 +103,12 @@ def evaluate_on_all_ranks(
     model = model.to(trainer.strategy.root_device)
     evaluate_checkpoints(cfg, model, data, protocol, folder, checkpoints=checkpoints, weights=weights)
     if rank_zero_only.rank == 0:
-        print_results(RunRecord.load(folder), folder)
+        record = RunRecord.load(folder)
+        page = print_results(record, folder)
+        if run_id := record.environment.get("run_id"):
+            with file_lock(folder / ".logger.lock"):  # other jobs may evaluate the run at the same time
+                loggers = build_loggers(cfg, folder, run_id=run_id, start_step=0, finished=True)
+                log_results(loggers, record, folder, page)
     wait_for_ranks(trainer)
 
 
@@ -269,7 +283,12 @@ def evaluate_external(cfg: DictConfig) -> None:
         )
     external_record(cfg, data, Path(sources[0]), details).save(folder)
     store_result(folder, result, samples[0], data)
-    print_results(RunRecord.load(folder), folder)
+    record = RunRecord.load(folder)
+    page = print_results(record, folder)
+    if any(override.startswith("logger=") for override in cfg.command):  # only on request: nothing was trained
+        loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=0)
+        log_config(loggers, record.config)
+        log_results(loggers, record, folder, page)
 
 
 def external_record(cfg: DictConfig, data: ImageData, path: Path, model: dict[str, object]) -> RunRecord:
@@ -278,5 +297,6 @@ def external_record(cfg: DictConfig, data: ImageData, path: Path, model: dict[st
     return RunRecord(
         name=name, family=name if cfg.samples else cfg.family, data=describe_data(data), seed=cfg.seed,
         state="samples", created=now(), config={"choices": {k: cfg.choices[k] for k in ("data", "evaluation")}},
-        model=model, overrides=list(cfg.command), environment=environment(torch.device("cpu")),
+        model=model, overrides=list(cfg.command),
+        environment={"run_id": uuid.uuid4().hex[:12], **environment(torch.device("cpu"))},
     )  # fmt: skip

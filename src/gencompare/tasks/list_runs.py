@@ -45,11 +45,11 @@ def print_runs(folders: list[Path], console: Console) -> None:
 
 
 def row(run: RunFolder) -> tuple[str, ...]:
-    """Return the cells of a run, in the order of `COLUMNS`. The metric is the primary metric of the latest result."""
+    """Return the cells of a run, in the order of `COLUMNS`, with the primary metric of the run's own sampler."""
     record = run.record
     value, n = formatting.MISSING, formatting.MISSING
-    if record.results:
-        result = record.results[-1]
+    result = record.own_result()
+    if result is not None:
         metric = result.metrics.get(result.primary_metric)
         value = (
             f"{formatting.title(result.primary_metric)} {formatting.format_metric(metric.value if metric else None)}"

@@ -42,12 +42,12 @@ from gencompare.tasks.runs.processes import (
     sigterm_exits,
     wait_for_ranks,
 )
+from gencompare.tasks.runs.result_logging import abandon_loggers, log_config, log_results
 from gencompare.tasks.runs.run_folder import claim_run_folder, refuse_existing_run
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import GracefulStop
-from gencompare.training.loggers import abandon_loggers, finish_loggers
 
 
 def train(cfg: DictConfig) -> None:
@@ -100,9 +100,11 @@ def train(cfg: DictConfig) -> None:
         if rank_zero_only.rank == 0:
             write_initial_record(cfg, model, data, folder, resumed, dependencies)
             print_start(RunRecord.load(folder), folder, trainer.strategy.root_device, vars(build_budget(cfg)))
-        run_id = RunRecord.load(folder).environment["run_id"]
-        loggers = build_loggers(cfg, folder, run_id=run_id, start_step=clock["step"] if clock else 0)
+        record = RunRecord.load(folder)
+        start_step = clock["step"] if clock else 0
+        loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=start_step)
         try:
+            log_config(loggers, record.config)
             trainer.loggers = loggers
             if clock and (model.closed_form or budget.progress(**clock) >= 1):
                 print_on_rank_zero("The budget is already spent, so there is nothing left to train.")
@@ -116,7 +118,7 @@ def train(cfg: DictConfig) -> None:
                 )
             if rank_zero_only.rank == 0:
                 record = RunRecord.update(folder, lambda r: setattr(r, "state", "finished"))
-                finish_loggers(loggers, record, folder, print_results(record, folder))
+                log_results(loggers, record, folder, print_results(record, folder))
         except BaseException:
             abandon_loggers(loggers)
             raise

@@ -6,10 +6,8 @@ import csv
 import io
 import math
 import os
-import shutil
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from torchmetrics import MeanMetric
 
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.files import write_error, write_text
-from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
 
 FIRST_COLUMNS = ("step", "images", "seconds")
@@ -104,6 +101,19 @@ def _parse_number(text: str) -> float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
+class RunWandbLogger(WandbLogger):
+    """Lightning's logger of a W&B run. ``log_model`` says whether the finished run folder is uploaded as an artifact.
+
+    Lightning's own ``log_model`` uploads the files of its ``ModelCheckpoint``, which this package does not use.
+    """
+
+    def __init__(self, *, log_model: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.log_model = log_model
+        # Lightning passes a setting that is deprecated in wandb.
+        self._wandb_init.pop("anonymous", None)
+
+
 def wandb_logger(
     *,
     folder: str | Path,
@@ -113,6 +123,7 @@ def wandb_logger(
     group: str | None = None,
     mode: str | None = None,
     tags: Sequence[str] = (),
+    log_model: bool = False,
     start_step: int = 0,
     **init_options: Any,
 ) -> Logger:
@@ -127,6 +138,7 @@ def wandb_logger(
         mode: ``online``, ``offline`` or ``disabled``; None uses the environment variable WANDB_MODE if it is set,
             otherwise ``online`` if there is an API key, otherwise ``offline``.
         tags: labels of the run.
+        log_model: whether to upload the finished run folder, with its checkpoints, as an artifact.
         start_step: not used here; other loggers need it.
         init_options: other arguments of ``wandb.init``, such as ``entity`` and ``notes``.
     """
@@ -138,29 +150,22 @@ def wandb_logger(
     settings = wandb.Settings(init_timeout=30, silent=True)
     options: dict[str, Any] = {
         "name": name, "id": id, "project": project, "group": group, "save_dir": str(folder), "resume": "allow",
-        "settings": settings, "tags": list(tags), **init_options,
+        "settings": settings, "tags": list(tags), "log_model": log_model, **init_options,
     }  # fmt: skip
     if rank_zero_only.rank != 0:
-        return _open_wandb(mode="disabled", **options)
+        return RunWandbLogger(mode="disabled", **options)
     sync = f"wandb sync {folder}/wandb/offline-*"
-    logger = _open_wandb(mode=mode_used, **options)
+    logger = RunWandbLogger(mode=mode_used, **options)
     try:
         _ = logger.experiment
     except (WandbError, OSError) as error:
         print(f"W&B cannot be reached ({type(error).__name__}): logging offline. To upload the run later: {sync}")
-        logger = _open_wandb(mode="offline", **options)
+        logger = RunWandbLogger(mode="offline", **options)
         _ = logger.experiment
     else:
         if mode_used == "offline":
             reason = "is set to offline" if mode or os.environ.get("WANDB_MODE") else "has no API key here"
             print(f"W&B {reason}: logging offline. To upload the run later: {sync}")
-    return logger
-
-
-def _open_wandb(**options: Any) -> WandbLogger:
-    logger = WandbLogger(**options)
-    # Lightning passes a setting that is deprecated in wandb.
-    logger._wandb_init.pop("anonymous", None)
     return logger
 
 
@@ -179,7 +184,8 @@ def has_api_key() -> bool:
 
 def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
     """Create a logger that writes TensorBoard event files to ``tensorboard/`` in the run folder."""
-    return TensorBoardLogger(str(folder), name="tensorboard", version="")
+    # Hyperparameters are logged together with the final metrics, so no placeholder metric is needed.
+    return TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False)
 
 
 @rank_zero_only
@@ -193,77 +199,6 @@ def log_image(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
             from PIL import Image
 
             logger.experiment.add_image(title, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
-
-
-def abandon_loggers(loggers: list[Logger]) -> None:
-    """Close the W&B run of a failed job, so that the next job of a sweep starts a new one."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
-            with suppress(Exception):
-                logger.experiment.finish(exit_code=1)
-
-
-def finish_loggers(loggers: list[Logger], record: RunRecord, folder: Path, page: Path) -> None:
-    """Log the record, metrics and images of a finished run to W&B, and close the W&B run.
-
-    Args:
-        loggers: the loggers of the run.
-        record: the record of the run.
-        folder: the run folder.
-        page: the HTML page of the run.
-    """
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            run = logger.experiment
-            run.config.update(record.config, allow_val_change=True)
-            for result in record.results:
-                prefix = f"{result.generation.checkpoint}/"
-                run.summary.update({prefix + name: metric.value for name, metric in result.metrics.items()})
-            if record.results:
-                run.log({"metrics": metrics_table(record), **log_result_images(record, folder)})
-            # Files in the W&B folder are uploaded, now or by `wandb sync`. These files are enough for a comparison.
-            for file in (page, folder / record.curve):
-                if file.is_file():
-                    shutil.copy(file, run.dir)
-            samples = Path(run.dir) / "samples"
-            samples.mkdir(exist_ok=True)
-            for image in {image for result in record.results for image in result.images.values()}:
-                if (folder / image).is_file():
-                    shutil.copy(folder / image, samples)
-            shutil.copy(folder / RECORD_FILE, run.dir)
-            run.finish()
-
-
-def metrics_table(record: RunRecord) -> Any:
-    """Create a `wandb.Table` with a row per metric of each result, including the sampling settings."""
-    import wandb
-
-    table = wandb.Table(
-        columns=["metric", "value", "low", "high", "real data", "checkpoint", "weights", "sampler", "protocol", "note"]
-    )
-    for result in record.results:
-        generation = result.generation
-        for name, metric in result.metrics.items():
-            low, high = metric.interval or (None, None)
-            table.add_data(
-                name, metric.value, low, high, metric.baseline, generation.checkpoint, generation.weights,
-                generation.sampler, result.measurement.id, metric.note,
-            )  # fmt: skip
-    return table
-
-
-def log_result_images(record: RunRecord, folder: Path) -> dict[str, list[Any]]:
-    """Return the images of a record's results by title, captioned with the sampling settings."""
-    import wandb
-
-    images: dict[str, list[Any]] = {}
-    for result in record.results:
-        generation = result.generation
-        caption = ", ".join([generation.checkpoint, generation.weights, generation.sampler])
-        for title, path in result.images.items():
-            if (folder / path).is_file():
-                images.setdefault(title, []).append(wandb.Image(str(folder / path), caption=caption))
-    return images
 
 
 class MetricLogger(Callback):

@@ -153,24 +153,43 @@ def build_budget(cfg: DictConfig) -> Budget:
     return instantiate(cfg.budget)
 
 
-def build_loggers(cfg: DictConfig, folder: Path, *, run_id: str, start_step: int) -> list[Logger]:
-    """Build the loggers from ``cfg.logger``. In W&B, each job is a run, and runs are grouped by sweep."""
+APPENDING_LOGGERS = ("gencompare.training.loggers.wandb_logger", "gencompare.training.loggers.tensorboard_logger")
+"""Loggers that can add to a finished run."""
+
+
+def build_loggers(
+    cfg: DictConfig, folder: Path, *, run_id: str, start_step: int, finished: bool = False
+) -> list[Logger]:
+    """Build the loggers from ``cfg.logger``. In W&B, each job is a run, and runs are grouped by sweep.
+
+    Args:
+        cfg: the config.
+        folder: the run folder.
+        run_id: the id of the run in W&B.
+        start_step: the step that training resumes from.
+        finished: build only loggers that can add to a finished run.
+    """
     run = {
         "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
         "start_step": start_step, "tags": list(cfg.get("tags") or []),
     }  # fmt: skip
-    return [build_logger(str(name), options, run) for name, options in (cfg.logger or {}).items()]
+    return [
+        build_logger(str(name), options, run)
+        for name, options in (cfg.logger or {}).items()
+        if not finished or options._target_ in APPENDING_LOGGERS
+    ]
 
 
 def build_logger(name: str, options: DictConfig, run: dict[str, Any]) -> Logger:
     """Build a logger from ``options``.
 
-    Loggers of this package get the arguments in ``run``. Other Lightning loggers get the run folder as ``save_dir``, if
-    they have this argument and ``options`` does not set it.
+    Loggers of this package get the arguments in ``run`` that ``options`` does not set. Other Lightning loggers get the
+    run folder as ``save_dir``, if they have this argument and ``options`` does not set it.
     """
     place = f"logger.{name}"
     if str(options._target_).startswith("gencompare."):
-        return instantiate(options, _partial_=True, _convert_="all")(**run)
+        factory = instantiate_checked(place, options, _partial_=True)
+        return factory(**{key: value for key, value in run.items() if key not in options})
     factory = instantiate_checked(place, options, _partial_=True)
     needs_folder = "save_dir" in inspect.signature(factory).parameters and "save_dir" not in options
     logger = factory(**({"save_dir": run["folder"]} if needs_folder else {}))

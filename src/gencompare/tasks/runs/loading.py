@@ -24,7 +24,7 @@ from gencompare.tasks.runs.build import build_data, build_model
 
 WANDB_PREFIX = "wandb:"
 WANDB_FILES = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
-"""Files of a W&B run that make up a run folder, uploaded by `training.loggers.finish_loggers`."""
+"""Files of a W&B run that make up a run folder, uploaded by `tasks.runs.result_logging.log_results`."""
 
 
 def locate_runs(pattern: str, cache: Path) -> list[Path]:
