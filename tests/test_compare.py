@@ -36,6 +36,7 @@ from gencompare.comparison.ranking import (
     explain_separate_tables,
     metric_disagreements,
     rank_results,
+    ranking_tables,
 )
 from gencompare.comparison.settings import differing_settings
 from gencompare.comparison.suggestions import suggested_commands
@@ -297,6 +298,88 @@ def test_runs_with_the_same_name_have_different_labels(tmp_path: Path):
     folders = [write_run(tmp_path / where / "0_vae", with_grid=False) for where in ("s1", "s2")]
     other = write_run(tmp_path / "gan", with_grid=False)
     assert [run.label for run in load_runs([*folders, other]).runs] == ["s1/0_vae", "s2/0_vae", "gan"]
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "labels"),
+    [
+        (["0_digits_ddpm", "1_digits_ddpm"], [3, 4], ["ddpm, seed 3", "ddpm, seed 4"]),  # job numbers are not seeds
+        (["2_digits_ddpm", "ddpm_wide"], [0, 0], ["ddpm", "ddpm_wide"]),
+        (["2026-01-02_03-04-05_ddpm", "cosine_1"], [0, 1], ["ddpm", "cosine"]),
+        (["0_ddpm", "1_ddpm"], [0, 0], ["0_ddpm", "1_ddpm"]),  # two settings of one family
+        (["7", "12_"], [7, 0], ["7", "12_"]),
+    ],
+)
+def test_runs_are_labelled_without_job_numbers(
+    names: list[str], seeds: list[int], labels: list[str], tmp_path: Path
+) -> None:
+    folders = [write_run(tmp_path / name, with_grid=False, seed=seed) for name, seed in zip(names, seeds, strict=True)]
+    assert [run.label for run in load_runs(folders).runs] == labels
+
+
+def test_equal_names_of_different_groups_are_told_apart(tmp_path: Path) -> None:
+    """Two groups of three seeds, which differ in a setting, have different labels."""
+    folders = []
+    for k, lr in enumerate((1e-3, 1e-2)):
+        for seed in range(3):
+            folder = write_run(tmp_path / f"{3 * k + seed}_digits_ddpm", [result(1.0 + k)], seed=seed, with_grid=False)
+            record = RunRecord.load(folder)
+            record.config["model"]["optimizer"]["lr"] = lr
+            record.save(folder)
+            folders.append(folder)
+    (table,) = rank_results(load_runs(folders).runs)
+    labels = [row.run.label for row in table.rows]
+    assert len(set(labels)) == 2 and all(label.endswith("ddpm, mean of 3 seeds") for label in labels)
+
+
+def test_the_summary_says_what_can_be_claimed(tmp_path: Path) -> None:
+    def with_interval(value: float, margin: float) -> Result:
+        metric = Metric(value, higher_is_better=False, interval=(value - margin, value + margin))
+        return result(value, metrics={"fd_digits": metric})
+
+    for name, made in (("a", with_interval(1, 0.3)), ("b", with_interval(1.3, 0.3)), ("c", with_interval(3, 0.3))):
+        write_run(tmp_path / name, [made], with_grid=False, family=name)
+    (table,) = rank_results(load_runs(tmp_path.iterdir()).runs)
+    assert table.summary() == (
+        "a has the best FD digits, 1.00 [0.700, 1.30]. 1 of the 2 other rows may be as good (b), since the interval of"
+        " the difference contains 0. Intervals of rows with one training seed do not show how much training runs"
+        " differ."
+    )
+    shown = page.render(load_runs(tmp_path.iterdir()))
+    assert table.summary() in shown.split("<nav>")[0], "at the top of the page"
+    for name, level in (("a", 1.0), ("d", 0.5)):
+        for seed in range(5):
+            write_run(
+                tmp_path / "seeds" / f"{name}_{seed}", [result(level + 0.001 * seed)], seed=seed, with_grid=False,
+                family=name,
+            )  # fmt: skip
+    (tested,) = rank_results(load_runs((tmp_path / "seeds").iterdir()).runs)
+    assert tested.summary().startswith("d has the best FD digits, 0.502 [")
+    assert tested.summary().endswith("It is significantly better than 1 of the 1 rows that were tested.")
+
+
+def test_the_chart_of_intervals_shows_each_row_and_the_real_data(tmp_path: Path) -> None:
+    for k, name in enumerate(("vae", "gan", "flow")):
+        write_run(tmp_path / name, [result(1.0 + k)], family=name, with_grid=False)
+    loaded = load_runs(tmp_path.iterdir())
+    tables = ranking_tables(loaded)
+    chart = charts.interval_charts(tables, styles(tables, loaded.runs))[1]
+    assert [point.name for point in chart.points] == ["vae", "gan", "flow"] and chart.baseline == 0.5
+    drawn = page.render(loaded).split('<figure class="intervals">')[1].split("</figure>")[0]
+    assert all(name in drawn for name in ("vae", "gan", "flow", "real data, 0.500"))
+
+
+def test_a_grid_is_named_if_another_row_has_another_one(tmp_path: Path) -> None:
+    samplers = ["DDIM, 25 steps, eta 0", "DDIM, 25 steps, LogSNRGrid log_snr_start -9, eta 0"]
+    write_run(tmp_path / "a", [result(1.0 + k, generation={"sampler": s}) for k, s in enumerate(samplers)])
+    (table,) = rank_results(load_runs([tmp_path / "a"]).runs)
+    assert [row.sampling for row in table.rows] == ["DDIM, UniformGrid", "DDIM, LogSNRGrid"]
+    starts = [samplers[1], samplers[1].replace("-9", "-5")]
+    write_run(tmp_path / "b", [result(1.0 + k, generation={"sampler": s}) for k, s in enumerate(starts)])
+    (table,) = rank_results(load_runs([tmp_path / "b"]).runs)
+    assert [row.sampling for row in table.rows] == [
+        "DDIM, LogSNRGrid log_snr_start -9", "DDIM, LogSNRGrid log_snr_start -5",
+    ]  # fmt: skip
 
 
 def test_a_record_cannot_embed_files_outside_its_folder(tmp_path: Path):
@@ -594,7 +677,7 @@ def test_markdown_rows_have_one_cell_per_column_for_any_name(odd: LoadedRuns, tm
     text = (tmp_path / "compare.md").read_text()
     tables = [line for line in text.splitlines() if line.startswith("| ")]
     counts = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
-    assert len(tables) == 2 * 3 and len(counts) <= 2
+    assert len(tables) == 2 * 4 and len(counts) <= 2, "heading, rule, one run, and real data"
     assert "<" not in text and r"\*y\*" in text
 
 
@@ -635,7 +718,7 @@ def test_the_summary_of_a_run_has_all_metrics_with_baselines(tmp_path: Path):
     Console(file=text, width=140).print(run_summary(RunRecord.load(folder)))
     shown = text.getvalue()
     row = next(line for line in shown.splitlines() if line.strip().startswith("FD"))
-    assert row.split() == ["FD", "digits", "↓", "1.25", "2.5", "×", "real", "data", "–", "0.500"]  # noqa: RUF001
+    assert row.split() == ["FD", "↓", "1.25", "2.5", "×", "real", "data", "–", "0.500"]  # noqa: RUF001
     assert "2.31  bound" in shown and "last, EMA, ddim, 50 steps" in shown
     assert "bits/dim vlb: bound, 500 test images" in shown
 
@@ -681,9 +764,9 @@ def test_titles_of_metrics(name: str, title: str):
 @pytest.mark.parametrize(
     "scores, shown",
     [
-        ({"elbo": (2.5, "bound"), "iwae": (2.3, "bound")}, ("2.30", "iwae · bound")),
-        ({"elbo": (2.5, "bound"), "ode": (2.1, "estimate, 100 test images")}, ("2.50", "elbo · bound")),
-        ({"density": (3.5, "exact"), "elbo": (2.5, "bound")}, ("3.50", "density · exact")),
+        ({"elbo": (2.5, "bound"), "iwae": (2.3, "bound")}, ("2.30", "iwae, bound")),
+        ({"elbo": (2.5, "bound"), "ode": (2.1, "estimate, 100 test images")}, ("2.50", "elbo, bound")),
+        ({"density": (3.5, "exact"), "elbo": (2.5, "bound")}, ("3.50", "density, exact")),
         ({"odd": (3.5, "")}, ("3.50", "odd")),
         ({"elbo": (None, "bound")}, ("–", "")),  # noqa: RUF001
     ],
@@ -703,8 +786,8 @@ def test_bits_per_dim_is_one_column_with_the_estimator(tmp_path: Path, scores: d
     ]
     (table,) = rank_results(load_runs(folders).runs)
     found = {column.title: column.cell(table.rows[0]) for column in columns(table)}
-    assert [title for title in found if title.split("\u00a0")[0] in ("FD digits", "precision", "bits/dim", "new")] == [
-        "FD digits\u00a0↓", "precision", "bits/dim\u00a0↓", "new",
+    assert [title for title in found if title.split("\u00a0")[0] in ("FD", "precision", "bits/dim", "new")] == [
+        "FD\u00a0↓", "precision", "bits/dim\u00a0↓", "new",
     ]  # fmt: skip
     assert (found["bits/dim\u00a0↓"].text, found["bits/dim\u00a0↓"].annotation) == shown
 

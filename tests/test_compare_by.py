@@ -77,7 +77,7 @@ def test_samplers_and_runs_without_the_key_have_separate_rows(tmp_path: Path) ->
     write_run(tmp_path / "vae", [result(5.0)], family="vae", with_grid=False)
     rows = table_of(tmp_path, "model.schedule").rows
     assert shown(rows) == [
-        ("model.schedule=cosine", 1.5), ("vae", 5.0), ("model.schedule=cosine (cosine_0.003_2)", 9.0),
+        ("model.schedule=cosine", 1.5), ("vae", 5.0), ("model.schedule=cosine (cosine_0.003)", 9.0),
     ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from gencompare.tasks.runs.result_logging import log_config, log_results, result
 from gencompare.training.loggers import tensorboard_logger, wandb_logger
 from synthetic import DIGITS, result, write_run
 
+ROOT = Path(__file__).parents[1]
 OWN = result(1.5)
 OTHER_SAMPLER = result(2.5, generation={"sampler": "Heun, 9 steps, rho 7", "nfe": {"unet": 17.0}})
 OTHER_EXTRACTOR = result(3.5, replace(DIGITS, extractor="inception", extractor_hash="1" * 64, resize="bicubic"))
@@ -134,6 +135,32 @@ def test_a_run_on_wandb_and_its_later_evaluation(
     loaded = gencompare.load_run(tmp_path / "downloaded")
     assert len(gencompare.sample(loaded.model, 4).images) == 4
     assert loaded.record.results[0].metrics.keys() == record.results[0].metrics.keys()
+
+
+def test_the_sweep_file_sets_known_options_and_minimises_a_logged_metric() -> None:
+    sweep = yaml.safe_load((ROOT / "docs" / "how_to" / "wandb_sweep.yaml").read_text())
+    fixed = [argument for argument in sweep["command"] if "$" not in argument]
+    values = {
+        name: options.get("values") or [options["min"], options["max"]] for name, options in sweep["parameters"].items()
+    }
+    for k in range(max(map(len, values.values()))):
+        config = gencompare.compose(*fixed, *(f"{name}={each[k % len(each)]}" for name, each in values.items()))
+        assert config.callbacks.evaluation.num_samples > 0
+    curve = (ROOT / "docs" / "results" / "digits" / "ddpm_0" / "curve.csv").read_text()
+    assert sweep["metric"]["name"] in curve.splitlines()[0].split(",")
+
+
+def test_a_run_of_a_wandb_agent_has_the_id_that_the_agent_chose(
+    cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text("wandb_version: 1\nseed: {value: 3}\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
+    monkeypatch.setenv("WANDB_RUN_ID", "agent1")
+    assert cli(*QUICK, "evaluation.checkpoints=[]", "seed=3") == 0
+    assert RunRecord.load("run").environment["run_id"] == "agent1"
+    assert len(list(Path("run/wandb").glob("offline-run-*-agent1"))) == 1
 
 
 def test_an_evaluation_adds_nothing_to_a_csv_curve(cli: Callable[..., int]) -> None:

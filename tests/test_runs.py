@@ -15,13 +15,13 @@ from rich.console import Console
 
 from gencompare.comparison.load_runs import find_run_folders, load_runs
 from gencompare.files import file_lock
-from gencompare.tasks.list_runs import PIPE_WIDTH, print_runs
+from gencompare.tasks.list_runs import TABLE_WIDTH, print_runs
 from synthetic import result, write_run
 
 
 def printed_lines(folders: list[Path]) -> list[str]:
     text = StringIO()
-    print_runs(folders, Console(file=text, width=PIPE_WIDTH))
+    print_runs(folders, Console(file=text, width=TABLE_WIDTH))
     return text.getvalue().splitlines()
 
 
@@ -58,6 +58,7 @@ def test_runs_are_listed_oldest_first(cli: Callable[..., int], tmp_path: Path, c
     assert "4 runs, 1 skipped" in lines
     assert "corrupted" in line_of(lines, "skipped: runs")
     assert cli("task=list_runs", "runs=nowhere/*") == 1
+    assert not list(runs.glob("*_list_runs")), "a command that writes nothing leaves no folder"
     assert "matches no run folder" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,15 @@ def test_an_interrupted_search_ends_like_an_uninterrupted_one(
     assert {kind: whole[best]["training"]["total_cost"][kind] for kind in costs} == costs, (
         "the cost includes all trials"
     )
-    assert "best of 2" in capsys.readouterr().out and (tmp_path / "whole" / "compare.html").is_file()
+    out = capsys.readouterr().out
+    assert "best of 2" in out and (tmp_path / "whole" / "compare.html").is_file()
+    rows = [
+        line.split() for line in out[: out.index("best of 2")].splitlines() if re.match(r" *[01] .*_digits_vae", line)
+    ]
+    distances = {number: record["training"]["preview"]["last"] for number, record in whole.items()}
+    assert [int(row[0]) for row in rows] == sorted(distances, key=lambda number: distances[number]), "best first"
+    assert [float(row[1]) for row in rows] == [float(f"{distances[int(row[0])]:.4g}") for row in rows]
+    assert all(Path(row[-1]).is_dir() for row in rows)
 
     # Ctrl-C stops the second trial; the same command resumes it.
     original, calls = main.call_task, []

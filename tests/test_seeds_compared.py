@@ -38,8 +38,34 @@ def test_three_seeds_are_one_row_with_their_mean(tmp_path: Path) -> None:
     assert row.group.seeds == [0, 1, 2]
     # 2 +- t(0.975, 2) * 1 / sqrt(3), with Student's quantile from a table.
     assert row.metric.value == pytest.approx(2.0)
-    assert row.metric.interval == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    assert row.metric.interval == pytest.approx((0, 2 + 4.302653 / 3**0.5), rel=1e-6), "no distance is negative"
     assert "mean of 3 seeds" in row.run.label
+
+
+def test_the_page_shows_samples_of_the_first_seed(tmp_path: Path) -> None:
+    """Also if a folder of another seed comes first by name."""
+    for name, seed in (("0", 2), ("1", 0), ("2", 1)):
+        write_run(tmp_path / name, [result(1.0 + seed, generation={"seed": seed})], seed=seed)
+    (row,) = ranked(sorted(tmp_path.iterdir())).rows
+    assert [run.record.seed for run, _ in row.group.members] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "interval"),
+    [
+        ("recall", [0.9, 0.95, 1.0], (0.95 - 4.302653 * 0.05 / 3**0.5, 1.0)),
+        ("coverage", [0.0, 0.1, 0.2], (0.0, 0.1 + 4.302653 * 0.1 / 3**0.5)),
+        ("kd_digits", [0.0, 0.1, 0.2], (0.1 - 4.302653 * 0.1 / 3**0.5, 0.1 + 4.302653 * 0.1 / 3**0.5)),  # unbiased
+    ],
+)
+def test_an_interval_over_seeds_stays_in_the_possible_range(
+    name: str, values: list[float], interval: tuple[float, float], tmp_path: Path
+) -> None:
+    for seed, value in enumerate(values):
+        metric = Metric(value, higher_is_better=True)
+        write_run(tmp_path / str(seed), [result(1.0, metrics={name: metric})], seed=seed, with_grid=False)
+    (row,) = ranked(sorted(tmp_path.iterdir())).rows
+    assert row.result.metrics[name].interval == pytest.approx(interval, rel=1e-6)
 
 
 def test_seeds_are_distinguished_from_settings(tmp_path: Path) -> None:
@@ -117,7 +143,7 @@ def test_sampling_seeds_are_nested_in_training_seeds(tmp_path: Path) -> None:
     # These are two independent training runs with means 1.1 and 3.1, not four independent values.
     half = 12.7062047 * (2.0 / 2**0.5) / 2**0.5
     assert row.metric.value == pytest.approx(2.1)
-    assert row.metric.interval == pytest.approx((2.1 - half, 2.1 + half), rel=1e-6)
+    assert row.metric.interval == pytest.approx((0, 2.1 + half), rel=1e-6)
 
 
 def test_runs_that_differ_in_more_than_seeds_have_separate_rows(tmp_path: Path) -> None:

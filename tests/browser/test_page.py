@@ -60,7 +60,7 @@ def center(tab: Tab, element: str) -> tuple[float, float]:
 
 def test_clicking_a_heading_sorts(tab: Tab) -> None:
     before = tab.run(NAMES)
-    assert [name.split("_")[0] for name in before[:3]] == ["cosine", "linear", "sigmoid"] and before[3] == ODD
+    assert [name.split(",")[0] for name in before[:3]] == ["cosine", "linear", "sigmoid"] and before[3] == ODD
     heading = "[...document.querySelectorAll('.ranking thead button')].find(b => b.textContent.startsWith('family'))"
     tab.point(*center(tab, heading), click=True)
     families = f"{ROWS}.map(row => row.children[2].innerText.trim())"
@@ -73,11 +73,25 @@ def test_clicking_a_heading_sorts(tab: Tab) -> None:
     assert tab.run(NAMES) == before
 
 
+def test_a_click_enlarges_an_image_and_arrow_keys_show_the_others(tab: Tab) -> None:
+    dialog = "document.querySelector('dialog')"
+    assert not tab.run(f"{dialog}.open")
+    tab.point(*center(tab, "document.querySelector('.enlarge')"), click=True)
+    assert tab.run(f"{dialog}.open")
+    assert tab.run(f"{dialog}.querySelector('img').getBoundingClientRect().width") > 400
+    captions = [tab.run(f"{dialog}.querySelector('p').textContent")]
+    tab.press("ArrowRight", 39)
+    captions.append(tab.run(f"{dialog}.querySelector('p').textContent"))
+    assert captions[0].startswith("cosine") and captions[1].startswith("linear"), captions
+    tab.point(*center(tab, f"{dialog}.querySelector('img')"), click=True)
+    assert not tab.run(f"{dialog}.open")
+
+
 def test_typing_filters_rows(tab: Tab) -> None:
     all_names = tab.run(NAMES)
     tab.point(*center(tab, "document.querySelector('.filter input')"), click=True)
     tab.write("SEEDS vae")
-    assert [name.split("_")[0] for name in tab.run(NAMES)] == ["linear"]
+    assert [name.split(",")[0] for name in tab.run(NAMES)] == ["linear"]
     assert tab.run("document.querySelector('.filter output').textContent") == "1 of 4 rows"
     tab.write(" nothing like it")
     assert tab.run(NAMES) == []
@@ -113,7 +127,7 @@ def test_the_tooltip_of_a_learning_curve_shows_its_run(tab: Tab) -> None:
         found.add(
             tab.run("document.getElementById('tooltip').hidden ? '' : document.getElementById('tooltip').textContent")
         )
-    assert any("_" in text and " at " in text for text in found), found
+    assert any(", seed " in text and " at " in text for text in found), found
 
 
 @pytest.mark.parametrize("width", [1440, 700, 360])

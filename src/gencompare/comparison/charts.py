@@ -18,11 +18,14 @@ from gencompare.comparison.load_runs import LoadedRuns, RunFolder
 from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables
 from gencompare.comparison.run_costs import ParetoChart, pareto_charts
 from gencompare.comparison.sampler_description import without_steps
-from gencompare.comparison.svg_plots import COLORS, DASHES, Chart, PlotLine, Style, save, styles
+from gencompare.comparison.svg_plots import COLORS, DASHES, Chart, IntervalChart, PlotLine, Style, save, styles
 
 MAX_LINES = 75
 """Maximum number of lines in a chart (fifteen families with five seeds each). If there are more runs, the best-ranked
 ones are drawn."""
+
+MAX_INTERVALS = 40
+"""Maximum number of rows in a chart of intervals."""
 
 MAX_POINTS = 300
 """Maximum number of points in a learning curve. Longer curves are averaged over segments."""
@@ -37,6 +40,8 @@ PLOTS_FOLDER = "plots"
 class Charts:
     """All charts of a comparison."""
 
+    intervals: dict[int, IntervalChart]
+    """By the number of the table, from 1."""
     pareto: list[ParetoChart]
     nfe: list[Chart]
     distances: list[Chart]
@@ -46,6 +51,7 @@ class Charts:
     @classmethod
     def of(cls, tables: list[RankingTable], runs: list[RunFolder], style: Mapping[str, Style]) -> Charts:
         return cls(
+            intervals=interval_charts(tables, style),
             pareto=pareto_charts(tables, style) if len(runs) > 1 else [],
             nfe=nfe_curves(tables, style),
             distances=distance_curves(runs, style),
@@ -54,8 +60,9 @@ class Charts:
         )
 
     @property
-    def all(self) -> list[Chart]:
-        return [*(each.chart for each in self.pareto), *self.nfe, *self.distances, *self.losses, *self.schedules]
+    def all(self) -> list[Chart | IntervalChart]:
+        costs = [each.chart for each in self.pareto]
+        return [*self.intervals.values(), *costs, *self.nfe, *self.distances, *self.losses, *self.schedules]
 
 
 def by_rank(tables: list[RankingTable], runs: list[RunFolder]) -> list[RunFolder]:
@@ -86,6 +93,34 @@ def file_names(titles: list[str]) -> list[str]:
             name = f"{stem}_{k}"
         names.append(name)
     return names
+
+
+# The primary metric
+
+
+def interval_charts(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> dict[int, IntervalChart]:
+    """Create a chart of the primary metric with its intervals for each table with at least two finite values."""
+    charts = {}
+    for number, table in enumerate(tables, 1):
+        rows = [row for row in table.rows if formatting.is_finite(row.metric.value)]
+        shown = rows[:MAX_INTERVALS]
+        if len(shown) > 1:
+            title = f"{formatting.title(table.primary_metric)} on {table.measurement.data}, 95 % intervals"
+            baseline = next((row.metric.baseline for row in shown if formatting.is_finite(row.metric.baseline)), None)
+            points = [_point(row, style[row.title]) for row in shown]
+            label = formatting.title(table.primary_metric)
+            if baseline is not None:
+                label += f" (dashed: real data, {formatting.format_metric(baseline)})"
+            charts[number] = IntervalChart(title, points, label, baseline, len(rows) - len(shown))
+    return charts
+
+
+def _point(row: TableRow, style: Style) -> PlotLine:
+    metric = row.metric
+    interval = metric.interval if formatting.format_interval(metric) else None
+    return PlotLine(
+        np.array([metric.value]), np.empty(1), style.color, style.dash, marker=True, name=row.title, interval=interval
+    )
 
 
 # Learning curves

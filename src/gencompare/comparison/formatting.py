@@ -146,6 +146,11 @@ def note_label(metric: Metric) -> str:
     return first if first.isalpha() and len(first) <= 12 else ""
 
 
+def join_values(*values: str) -> str:
+    """Join the nonempty values with spaces."""
+    return " ".join(filter(None, values))
+
+
 def join_notes(*notes: str) -> str:
     """Join the nonempty notes on a metric."""
     return " · ".join(note for note in notes if note)
@@ -180,10 +185,15 @@ def describe_protocol(m: Measurement) -> str:
 FIELD_TITLES = {"num_images": "number of images", "num_reference_images": "number of reference images"}
 
 
+def field_title(name: str) -> str:
+    """Return the display name of a field of a protocol."""
+    return FIELD_TITLES.get(name, name.replace("_", " "))
+
+
 def describe_differences(differences: dict[str, tuple[Any, Any]]) -> str:
     """List the fields that differ between two protocols, with both values."""
     return ", ".join(
-        f"{FIELD_TITLES.get(name, name.replace('_', ' '))} ({_shorten(second)} instead of {_shorten(first)})"
+        f"{field_title(name)} ({_shorten(second)} instead of {_shorten(first)})"
         for name, (first, second) in differences.items()
     )
 
@@ -194,6 +204,5 @@ def _shorten(value: Any) -> str:
 
 
 def join_names(names: list[str]) -> str:
-    """Join names as ``a, b and c``, with spaces instead of underscores."""
-    names = [FIELD_TITLES.get(name, name.replace("_", " ")) for name in names]
+    """Join names as ``a, b and c``."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -6,6 +6,7 @@ import csv
 import glob
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class RunFolder:
     folder: Path
     record: RunRecord
     label: str
-    """Name of the run, with parent folders if several runs of the comparison share a name."""
+    """Unique name of the run within the comparison."""
     settings: str = ""
     """Command-line overrides, other than seeds, that not all runs of the comparison share."""
 
@@ -156,10 +157,28 @@ def _relative_to_cwd(folder: str | os.PathLike[str]) -> Path:
 
 
 def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
-    """Label each run by its name, by parent/name or by its whole path, choosing the shortest label that is unique."""
-    choices = [(record.name, f"{folder.parent.name}/{record.name}", str(folder)) for folder, record in runs]
+    """Label each run by the first of these that is unique: `base_name`, that with seed, name, parent/name, path."""
+    choices = [
+        (
+            base_name(record), f"{base_name(record)}, seed {record.seed}", record.name,
+            f"{folder.parent.name}/{record.name}", str(folder),
+        )
+        for folder, record in runs
+    ]  # fmt: skip
     count = Counter(label for choice in choices for label in set(choice))
     return [next((label for label in choice if count[label] == 1), choice[-1]) for choice in choices]
+
+
+def base_name(record: RunRecord) -> str:
+    """Return the name of a run without job number, time and seed, and without the data set if only the family is left.
+
+    A job number looks like a seed, and a table contains a single data set: ``2_digits_ddpm`` is ``ddpm``.
+    """
+    if record.state == "samples":  # named by the user
+        return record.name
+    name = re.sub(r"^(\d+|\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)_(?=.)", "", record.name)
+    name = name.removesuffix(f"_{record.seed}")
+    return record.family if name == f"{record.data.get('name')}_{record.family}" else name or record.name
 
 
 NON_DISTINGUISHING = (

@@ -39,6 +39,28 @@ for (const field of document.querySelectorAll(".filter")) {
   field.hidden = false;
 }
 
+// Images: a click enlarges one; the arrow keys show the next and the previous of the same title.
+const dialog = document.createElement("dialog");
+dialog.innerHTML = "<img alt=''><p></p>";
+document.body.append(dialog);
+let enlarged = null;
+const enlarge = (button) => {
+  enlarged = button;
+  const source = button.querySelector("img");
+  dialog.querySelector("img").src = source.src;
+  dialog.querySelector("img").alt = source.alt;
+  dialog.querySelector("p").textContent = button.closest("figure").querySelector("figcaption").innerText.replace(/\n+/g, ": ");
+  if (!dialog.open) dialog.showModal();
+};
+for (const button of document.querySelectorAll(".enlarge")) button.addEventListener("click", () => enlarge(button));
+dialog.addEventListener("click", () => dialog.close());
+dialog.addEventListener("keydown", (event) => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!step) return;
+  const group = [...enlarged.closest(".images").querySelectorAll(".enlarge")];
+  enlarge(group[(group.indexOf(enlarged) + step + group.length) % group.length]);
+});
+
 // Tooltips show the name and value of the nearest point of a chart. The attribute data-axes maps coordinates to values.
 const tooltip = document.createElement("div");
 tooltip.id = "tooltip";
@@ -82,7 +104,7 @@ const squaredDistanceToSegment = (position, end) => {
   return squaredDistance(position, { x: start.x + t * (end.x - start.x), y: start.y + t * (end.y - start.y) });
 };
 
-for (const svg of document.querySelectorAll("svg.chart")) {
+for (const svg of document.querySelectorAll("svg.chart[data-axes]")) {
   const parts = svg.dataset.axes.split(" ");
   const toX = inverseScale(parts[0], ...parts.slice(1, 5).map(Number));
   const toY = inverseScale(parts[5], ...parts.slice(6).map(Number));

@@ -38,6 +38,7 @@ from gencompare.comparison.tables import (
     columns,
     format_value,
     metrics_table,
+    real_data,
     table_title,
     write_csv,
     write_latex,
@@ -113,6 +114,7 @@ def render(loaded: LoadedRuns) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_table(number, table, single) for number, table in enumerate(tables, 1)],
+        intervals={number: (chart, Markup(svg(chart, f"i{number}"))) for number, chart in charts.intervals.items()},
         published=_published(tables),
         separate_tables=explain_separate_tables(tables) if len(tables) > 1 else "",
         disagreements=metric_disagreements(tables),
@@ -163,7 +165,9 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
         "primary_metric": table.primary_metric,
         "notes": table.notes(),
         "warnings": table.warnings(),
+        "summary": table.summary(),
         "columns": shown,
+        "real_data": [real_data(table, column) for column in shown],
         "extra": [not _is_main(column, table) for column in shown],
         "sections": [
             (heading, [(row, [column.cell(row) for column in shown]) for row in rows])
@@ -175,6 +179,8 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
 
 def _is_main(column: Column, table: RankingTable) -> bool:
     """Return whether a column is always visible. The page hides the others until a switch is set."""
+    if column.title == "family":
+        return any(row.run.record.family not in row.run.label for row in table.rows)
     name = column.metric_name or ""
     return (
         name in (table.primary_metric, "fid", "precision", "recall", "coverage")

@@ -152,6 +152,38 @@ class RankingTable:
                 labels += [row.run.label] if row.run.label not in labels else []
         return [f"{', '.join(labels)}: {warning}" for warning, labels in labels_of.items()]
 
+    def summary(self) -> str:
+        """Say in one or two sentences which row is best, and whether the others may be as good."""
+        ranked = [row for row in self.rows if row.rank is not None]
+        if len(ranked) < 2 or ranked[0].metric.unordered:
+            return ""
+        best, others = ranked[0], ranked[1:]
+        interval = formatting.format_interval(best.metric)
+        value = formatting.join_values(formatting.format_metric(best.metric.value), interval)
+        named = dict(zip(map(id, ranked), _short_names(ranked), strict=True))
+        text = f"{named[id(best)]} has the best {formatting.title(self.primary_metric)}, {value}."
+        if best.comparison is not None and best.comparison.p_value is None:
+            worse = [row for row in others if row.comparison is not None and row.comparison.significant]
+            tested = [row for row in others if row.comparison is not None]
+            return f"{text} It is significantly better than {len(worse)} of the {len(tested)} rows that were tested."
+        if not half_width(best.metric):
+            return text
+        close = [row for row in others if not _intervals_apart(best, row)]
+        if close:
+            names = formatting.join_names(
+                [named[id(row)] for row in close[:3]] + (["others"] if len(close) > 3 else [])
+            )
+            verb = "rows may be as good" if len(others) > 1 else "row may be as good"
+            text += (
+                f" {len(close)} of the {len(others)} other {verb} ({names}), since the interval of the difference"
+                " contains 0."
+            )
+        else:
+            text += " The interval of its difference from every other row excludes 0."
+        if any(len(row.group.seeds) < 2 for row in ranked):
+            text += " Intervals of rows with one training seed do not show how much training runs differ."
+        return text
+
     def notes(self) -> list[str]:
         """Return notes on how to read the ranking: baseline, intervals and significance."""
         return [*self._baseline_notes(), *self._seed_notes(), *self._significance_notes()]
@@ -220,10 +252,19 @@ class RankingTable:
 
 
 def half_width(metric: Metric) -> float:
-    """Return half the width of the confidence interval, or 0 if there is none."""
-    if not formatting.format_interval(metric) or metric.interval is None:
+    """Return how far the confidence interval extends to its wider side, or 0 if there is none.
+
+    The other side may have been cut at the smallest or largest possible value.
+    """
+    if not formatting.format_interval(metric) or metric.interval is None or metric.value is None:
         return 0.0
-    return (metric.interval[1] - metric.interval[0]) / 2
+    return max(metric.value - metric.interval[0], metric.interval[1] - metric.value)
+
+
+def _short_names(rows: list[TableRow]) -> list[str]:
+    """Name rows in a sentence: without the number of seeds, and with settings only where the names are equal."""
+    names = [f"{row.run.label.split(', mean of ')[0]}{f' ({row.sampling})' if row.sampling else ''}" for row in rows]
+    return [name if names.count(name) == 1 else row.title for name, row in zip(names, rows, strict=True)]
 
 
 def _first_names(names: tuple[str, ...], limit: int = 6) -> str:
@@ -366,7 +407,8 @@ def explain_separate_tables(tables: list[RankingTable]) -> str:
             first[data] = (number, table)
             if number > 1:
                 names = [name for name in tables[0].measurement.differences(table.measurement) if name != "data"]
-                further = f", and also differs in {formatting.join_names(names)}" if names else ""
+                titles = formatting.join_names([*map(formatting.field_title, names)])
+                further = f", and also differs in {titles}" if names else ""
                 sentences.append(f"Table {number} uses a different data set, {data}{further}.")
             continue
         number_of_first, other = first[data]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from gencompare.comparison.statistics import SeedGroup
 from gencompare.records import Result, SampleSettings
@@ -35,6 +35,10 @@ DISTINGUISHING: tuple[Callable[[SampleSettings], str], ...] = (
 """Descriptions of the settings that may differ between rows of one trained model."""
 
 
+GRID = re.compile(r"\b\w+Grid\b")
+"""Matches the time grid in the description of a sampler."""
+
+
 def distinguishing_settings(groups: Sequence[SeedGroup]) -> list[str]:
     """Describe, for each group, the sampling settings that distinguish it from others of the same trained model.
 
@@ -50,11 +54,24 @@ def distinguishing_settings(groups: Sequence[SeedGroup]) -> list[str]:
         parts = []
         for describe in DISTINGUISHING:
             own = describe(group.result.generation)
-            values = {describe(other.result.generation) for other in others}
-            if len(values) > 1:
-                parts.append(_without_shared_arguments(own, values))
+            values: Collection[str] = {describe(other.result.generation) for other in others}
+            if any(GRID.search(value) for value in values):
+                short = len({match[0] for value in values for match in GRID.finditer(value)})
+                long = len({part for value in values for part in value.split(", ") if GRID.search(part)})
+                own, *values = (_name_grid(value, shorten=short == long) for value in (own, *values))
+            if len(set(values)) > 1:
+                parts.append(_without_shared_arguments(own, set(values)))
         descriptions.append(" · ".join(part for part in parts if part))
     return descriptions
+
+
+def _name_grid(sampler: str, *, shorten: bool) -> str:
+    """Name the default grid, which the description of a sampler omits; ``shorten`` drops the arguments of a grid."""
+    name, *rest = sampler.split(", ")
+    if rest and not GRID.search(sampler):
+        return ", ".join([name, rest[0], "UniformGrid", *rest[1:]])
+    matches = [(part, GRID.search(part)) for part in sampler.split(", ")]
+    return ", ".join(match[0] if match and shorten else part for part, match in matches)
 
 
 def _labels(group: SeedGroup) -> set[str]:

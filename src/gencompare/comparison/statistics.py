@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from math import sqrt
+from math import inf, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from gencompare.comparison import formatting
-from gencompare.comparison.load_runs import RunFolder
+from gencompare.comparison.load_runs import RunFolder, base_name
 from gencompare.comparison.settings import NON_SETTINGS, config_settings, flatten
 from gencompare.records import Metric, Result, RunRecord
 
@@ -219,11 +219,24 @@ def group_by_seed(results: Iterable[RunResult], group_by: tuple[str, ...] = ()) 
             repeated.append((run, result))
         else:
             members[seeds] = (run, result)
-    unique = [
-        _seed_group(list(members.values()), [replicate for replicate, *_ in members], names[row])
-        for row, members in groups.items()
+    unique = []
+    for row, by_seeds in groups.items():
+        keys = sorted(by_seeds, key=lambda seeds: (seeds[1], seeds[2] or 0))  # the page shows samples of the first seed
+        unique.append(_seed_group([by_seeds[key] for key in keys], [replicate for replicate, *_ in keys], names[row]))
+    return _with_unique_labels(unique) + [_seed_group([each], [""], "") for each in repeated]
+
+
+def _with_unique_labels(groups: list[SeedGroup]) -> list[SeedGroup]:
+    """Use the full label of the first run in the label of each group that another group of other runs shares."""
+    runs_of: dict[str, set[str]] = {}
+    for group in groups:
+        runs_of.setdefault(group.run.label, set()).add(group.members[0][0].label)
+    return [
+        replace(group, run=replace(group.run, label=f"{group.members[0][0].label}, {group.run.label}"))
+        if len(runs_of[group.run.label]) > 1
+        else group
+        for group in groups
     ]
-    return unique + [_seed_group([each], [""], "") for each in repeated]
 
 
 def config_values(run: RunFolder, keys: tuple[str, ...]) -> dict[str, str] | None:
@@ -295,7 +308,9 @@ def _seed_group(members: list[RunResult], replicate_keys: list[str], name: str) 
     differing = () if are_replicates else _differing_names([run for run, _ in members])
     first_run, first = members[0]
     metrics = {
-        metric: mean_over_seeds([[result.metrics[metric] for result in results] for results in trainings.values()])
+        metric: mean_over_seeds(
+            [[result.metrics[metric] for result in results] for results in trainings.values()], possible_range(metric)
+        )
         for metric in first.metrics
         if all(metric in result.metrics for _, result in members)
     }
@@ -321,7 +336,7 @@ def _seed_group(members: list[RunResult], replicate_keys: list[str], name: str) 
         count = f"mean of {len(trainings)} runs"
     else:
         count = f"mean of {len(trainings)} seeds" if len(trainings) > 1 else f"mean of {len(members)} sampling seeds"
-    label = f"{name or first_run.label}, {count}"
+    label = f"{name or base_name(first_run.record)}, {count}"
     run = RunFolder(first_run.folder, record, label, "" if name else first_run.settings)
     return SeedGroup(run, mean, tuple(members), differing)
 
@@ -334,19 +349,35 @@ def _differing_names(runs: list[RunFolder]) -> tuple[str, ...]:
     return differing or ("data or training length",)
 
 
-def mean_over_seeds(metrics: list[list[Metric]]) -> Metric:
+FRACTIONS = ("precision", "recall", "coverage", "authenticity", "confident", "label_accuracy", "class_share_")
+"""Prefixes of metrics between 0 and 1."""
+
+NON_NEGATIVE = ("fid", "fd_", "rfd_", "sfd_", "density", "memorization")
+"""Prefixes of metrics that are at least 0, unless they are extrapolated. Unbiased estimates (MMD, kernel distances) may
+be negative."""
+
+
+def possible_range(name: str) -> tuple[float, float]:
+    """Return the smallest and the largest possible value of the metric ``name``."""
+    if name.startswith(FRACTIONS):
+        return 0.0, 1.0
+    return (0.0 if name.startswith(NON_NEGATIVE) and not name.endswith("_infinity") else -inf), inf
+
+
+def mean_over_seeds(metrics: list[list[Metric]], limits: tuple[float, float] = (-inf, inf)) -> Metric:
     r"""Compute the mean of a metric over training seeds, with its confidence interval.
 
     The value of a seed is the mean over its sampling seeds. With k >= 2 training seeds, the interval is Student's
 
     .. math:: \bar x \pm t_{0.975,\,k-1}\, s / \sqrt{k}
 
-    where s is the standard deviation over training seeds. It covers the expected value over training runs. With one
-    training seed, the interval covers only the expected value over sampling seeds. If the metric is missing for a seed,
-    the mean is None.
+    where s is the standard deviation over training seeds, cut at the limits of the metric. It covers the expected value
+    over training runs. With one training seed, the interval covers only the expected value over sampling seeds. If the
+    metric is missing for a seed, the mean is None.
 
     Args:
         metrics: the metric of each training seed and each of its sampling seeds.
+        limits: the smallest and the largest possible value.
     """
     first = metrics[0][0]
     flat = [metric for sampling_seeds in metrics for metric in sampling_seeds]
@@ -358,7 +389,7 @@ def mean_over_seeds(metrics: list[list[Metric]]) -> Metric:
     half_width = t * stdev(replicates) / sqrt(len(replicates))
     baselines = [metric.baseline for metric in flat if metric.baseline is not None]
     mean = fmean(values)
-    interval = (mean - half_width, mean + half_width)
+    interval = (max(mean - half_width, limits[0]), min(mean + half_width, limits[1]))
     return replace(first, value=mean, interval=interval, baseline=fmean(baselines) if baselines else None)
 
 

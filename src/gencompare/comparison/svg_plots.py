@@ -93,6 +93,19 @@ class Chart:
     """Number of lines or points that are not drawn."""
 
 
+@dataclass(frozen=True)
+class IntervalChart:
+    """Values of one metric with their intervals, one row below the other."""
+
+    title: str
+    points: list[PlotLine]
+    """A single point for each row, from top to bottom; ``x`` is the value and ``interval`` its interval."""
+    x_label: str
+    baseline: float | None = None
+    """The real-data baseline, drawn as a vertical line."""
+    num_omitted: int = 0
+
+
 def legend(charts: Iterable[Chart]) -> dict[str, PlotLine]:
     """Return the entries of a shared legend, the first line of each name."""
     entries: dict[str, PlotLine] = {}
@@ -111,11 +124,12 @@ MAX_LEGEND_ENTRIES = 24
 """Largest number of legend entries in a chart file."""
 
 
-def svg(chart: Chart, prefix: str) -> str:
+def svg(chart: Chart | IntervalChart, prefix: str) -> str:
     """Draw the chart as one ``<svg>`` element whose ids start with ``prefix``, so they are unique within a page.
 
-    Each line is a group with the attribute ``data-name``. The element's attribute ``data-axes`` maps coordinates to
-    values. For x and then y, it contains ``log`` or ``linear`` and two pairs of a coordinate and its value.
+    Each line of a `Chart` is a group with the attribute ``data-name``. The element's attribute ``data-axes`` maps
+    coordinates to values. For x and then y, it contains ``log`` or ``linear`` and two pairs of a coordinate and its
+    value.
     """
     options: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9, "text.color": INK, "axes.edgecolor": FAINT,
@@ -123,36 +137,86 @@ def svg(chart: Chart, prefix: str) -> str:
         "ytick.labelcolor": INK, "grid.color": FAINT, "text.parse_math": False,
     }  # fmt: skip
     with mpl.rc_context(options):
+        if isinstance(chart, IntervalChart):
+            figure = _interval_figure(chart, INK)
+            return _inline(_to_svg(figure, transparent=True), prefix, "", [])
         figure = Figure(figsize=(4.6, 2.8))
         # Use fixed margins, since an automatic layout takes as long as drawing.
         axes = figure.add_axes((0.115, 0.165, 0.845, 0.81))
         _draw(axes, chart, INK)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        text = _to_svg(figure, transparent=True)
         data_axes = _data_axes(figure, axes)
-    return _inline(text.getvalue(), prefix, data_axes, [line.name for line in chart.lines])
+    return _inline(text, prefix, data_axes, [line.name for line in chart.lines])
 
 
-def save(chart: Chart, folder: Path, name: str) -> None:
+def save(chart: Chart | IntervalChart, folder: Path, name: str) -> None:
     """Write the chart with its title and a legend to ``name.png`` and ``name.svg`` in ``folder``."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}):
-        entries = legend([chart])
-        figure = Figure(figsize=(8.6, 3.6))
-        axes = figure.add_axes((0.07, 0.135, 0.54 if len(entries) > 1 else 0.9, 0.78))
-        _draw(axes, chart, "#1b1f24")
-        axes.set_title(chart.title, loc="left", fontsize=10)
-        if len(entries) > 1:
-            artist = {id(line): drawn for line, drawn in zip(chart.lines, axes.lines, strict=False)}
-            labels = [_legend_label(name) for name in list(entries)[:MAX_LEGEND_ENTRIES]]
-            if len(entries) > MAX_LEGEND_ENTRIES:
-                labels[-1] += f" … {len(entries) - MAX_LEGEND_ENTRIES} more"
-            artists = [artist[id(line)] for line in list(entries.values())[:MAX_LEGEND_ENTRIES]]
-            figure.legend(artists, labels, loc="upper left", bbox_to_anchor=(0.625, 0.95), frameon=False, fontsize=7)
+        if isinstance(chart, IntervalChart):
+            figure = _interval_figure(chart, "#1b1f24", title=True)
+        else:
+            figure = _figure_with_legend(chart)
         with atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    write_text(folder / f"{name}.svg", text.getvalue())
+        text = _to_svg(figure)
+    write_text(folder / f"{name}.svg", text)
+
+
+def _to_svg(figure: Figure, *, transparent: bool = False) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def _interval_figure(chart: IntervalChart, ink: str, *, title: bool = False) -> Figure:
+    """Draw the rows of an `IntervalChart`; margins are in inches."""
+    names = [_legend_label(point.name) for point in chart.points]
+    left, bottom, top, row, width = 0.12 + 0.068 * max(map(len, names)), 0.45, 0.3 if title else 0.05, 0.2, 7.2
+    rows = row * (len(names) + 0.5)
+    height = bottom + rows + top
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((left / width, bottom / height, 1 - (left + 0.15) / width, rows / height))
+    for k, point in enumerate(chart.points):
+        value, color = float(point.x[0]), point.color or ink
+        if point.interval is not None:
+            axes.hlines(k, *point.interval, color=color, linewidth=1.6)
+        axes.plot(value, k, color=color, marker=MARKERS.get(point.dash, MARKERS[""])[0], markersize=4.5)
+    if chart.baseline is not None:
+        axes.axvline(chart.baseline, color=ink, linewidth=0.9, linestyle=(0, (4, 3)))
+    ends = [end for point in chart.points for end in (float(point.x[0]), *(point.interval or ()))]
+    ends += [] if chart.baseline is None else [chart.baseline]
+    if min(ends) > 0 and max(ends) / min(ends) > LOG_RANGE:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=_log_ticks([np.array(ends)])))
+        axes.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.25, -0.75)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(chart.x_label)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", linewidth=0.5, alpha=0.5)
+    axes.set_axisbelow(True)
+    if title:
+        axes.set_title(chart.title, loc="left", fontsize=10)
+    return figure
+
+
+def _figure_with_legend(chart: Chart) -> Figure:
+    """Draw a chart with its title and a legend beside it."""
+    entries = legend([chart])
+    figure = Figure(figsize=(8.6, 3.6))
+    axes = figure.add_axes((0.07, 0.135, 0.54 if len(entries) > 1 else 0.9, 0.78))
+    _draw(axes, chart, "#1b1f24")
+    axes.set_title(chart.title, loc="left", fontsize=10)
+    if len(entries) > 1:
+        artist = {id(line): drawn for line, drawn in zip(chart.lines, axes.lines, strict=False)}
+        labels = [_legend_label(name) for name in list(entries)[:MAX_LEGEND_ENTRIES]]
+        if len(entries) > MAX_LEGEND_ENTRIES:
+            labels[-1] += f" … {len(entries) - MAX_LEGEND_ENTRIES} more"
+        artists = [artist[id(line)] for line in list(entries.values())[:MAX_LEGEND_ENTRIES]]
+        figure.legend(artists, labels, loc="upper left", bbox_to_anchor=(0.625, 0.95), frameon=False, fontsize=7)
+    return figure
 
 
 def _legend_label(name: str) -> str:
@@ -228,13 +292,14 @@ def _data_axes(figure: Figure, axes: Axes) -> str:
 
 def _inline(text: str, prefix: str, data_axes: str, names: list[str]) -> str:
     """Convert Matplotlib's SVG document to an inline ``<svg>`` element."""
+    attribute = f' data-axes="{data_axes}"' if data_axes else ""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
     text = re.sub(
         r'^<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        rf'<svg class="chart" viewBox="\1" role="img" data-axes="{data_axes}">',
+        rf'<svg class="chart" viewBox="\1" role="img"{attribute}>',
         text,
     )
     text = text.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)").replace("xlink:href", "href")

@@ -78,16 +78,30 @@ def columns(table: RankingTable) -> list[Column]:
     return [column for column in all_columns if any(column.cell(row).sort_key not in (None, "") for row in table.rows)]
 
 
+def real_data(table: RankingTable, column: Column) -> str:
+    """Return the cell of a column in the row of the real-data baseline, which is below the other rows."""
+    if column.title == "run":
+        return "real data"
+    metrics = [row.result.metrics.get(column.metric_name or "") for row in table.rows]
+    baseline = next((m.baseline for m in metrics if m is not None and formatting.is_finite(m.baseline)), None)
+    return "" if baseline is None else formatting.format_metric(baseline)
+
+
 def metric_heading(table: RankingTable, name: str) -> str:
-    """Return the title of a metric with an arrow towards better values."""
-    metric = next((row.result.metrics[name] for row in table.rows if name in row.result.metrics), None)
-    arrow = formatting.direction_arrow(metric) if metric is not None else ""
-    return "\u00a0".join(filter(None, [formatting.title(name), arrow]))
+    """Return the title of a metric, without the table's extractor, with an arrow towards better values."""
+    return _with_arrow(table, name, formatting.title(name.replace(f"_{table.measurement.extractor}", "")))
 
 
 def table_title(table: RankingTable) -> str:
     """Return the data set and primary metric of a table as its title."""
-    return f"{table.measurement.data}: {metric_heading(table, table.primary_metric)}"
+    name = table.primary_metric
+    return f"{table.measurement.data}: {_with_arrow(table, name, formatting.title(name))}"
+
+
+def _with_arrow(table: RankingTable, name: str, title: str) -> str:
+    metric = next((row.result.metrics[name] for row in table.rows if name in row.result.metrics), None)
+    arrow = formatting.direction_arrow(metric) if metric is not None else ""
+    return "\u00a0".join(filter(None, [title, arrow]))
 
 
 def _run_annotation(row: TableRow) -> str:
@@ -122,7 +136,7 @@ def _metric(name: str) -> Callable[[TableRow], Cell]:
             return Cell(formatting.MISSING)
         primary = name == row.result.primary_metric
         warning = formatting.WARNING if primary and row.warnings else ""
-        annotation = formatting.join_notes(warning, formatting.annotation(metric, primary=primary))
+        annotation = formatting.join_notes(warning, formatting.annotation(metric, primary=primary, baseline=False))
         return Cell(formatting.format_metric(metric.value), annotation, formatting.as_number(metric.value))
 
     return cell
@@ -158,7 +172,7 @@ def _bits_per_dim(row: TableRow) -> Cell:
         return Cell(formatting.MISSING)
     kind, value, name = min(candidates)
     parts = [name.removeprefix(BPD_PREFIX), *BPD_KINDS[kind : kind + 1]]
-    return Cell(formatting.format_metric(value), " · ".join(parts), value)
+    return Cell(formatting.format_metric(value), ", ".join(parts), value)
 
 
 def _images_seen(row: TableRow) -> Cell:
@@ -338,6 +352,8 @@ def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
             cells = [column.cell(row) for column in shown]
             texts = [_markdown(f"{cell.text} ({cell.annotation})" if cell.annotation else cell.text) for cell in cells]
             lines.append(f"| {row.rank or formatting.MISSING} | " + " | ".join(texts) + " |")
+        lines.append("| | " + " | ".join(_markdown(real_data(table, column)) for column in shown) + " |")
+        lines += [f"\n{_markdown(table.summary())}"] if table.summary() else []
         warnings = [f"Warning: {warning}" for warning in table.warnings()]
         lines += [f"\n{_markdown(note)}" for note in [*warnings, *table.notes()]]
         parts.append("\n".join(lines))

@@ -15,6 +15,7 @@ from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder, load_runs
 from gencompare.comparison.ranking import (
     RankingTable,
+    TableRow,
     explain_separate_tables,
     metric_disagreements,
     rank_results,
@@ -23,7 +24,7 @@ from gencompare.comparison.ranking import (
 )
 from gencompare.comparison.sampler_description import describe_weights
 from gencompare.comparison.suggestions import suggested_commands
-from gencompare.comparison.tables import Cell, columns, metric_heading, table_title
+from gencompare.comparison.tables import Column, columns, metric_heading, real_data, table_title
 from gencompare.records import RunRecord
 
 MAX_RESULTS = 4
@@ -59,11 +60,11 @@ def print_tables(runs: LoadedRuns | Iterable[str | os.PathLike[str]], console: C
 
 
 def _ranking(ranking: RankingTable, width: int) -> RenderableType:
-    all_columns = columns(ranking)
+    all_columns = [column for column in columns(ranking) if not _repeats_run(column, ranking)]
+    baselines = [real_data(ranking, column) for column in all_columns]
     shown, used = [], 3
-    for column in all_columns:
-        cells = [column.cell(row) for row in ranking.rows]
-        lines = [line for cell in cells for line in [column.title, *_lines(cell)]]
+    for column, baseline in zip(all_columns, baselines, strict=True):
+        lines = [column.title, baseline, *(line for row in ranking.rows for line in _lines(column, row, ranking))]
         used += 3 + max(min(len(line), MAX_CELL_WIDTH) for line in lines)
         # A narrow terminal drops the rightmost columns.
         if used > width and len(shown) > 2:
@@ -78,15 +79,33 @@ def _ranking(ranking: RankingTable, width: int) -> RenderableType:
     for _, rows in ranking.sections():
         for row in rows:
             texts = [
-                Text("\n").join(Text(line, "dim" if k else "") for k, line in enumerate(_lines(column.cell(row))))
+                Text("\n").join(Text(line, "dim" if k else "") for k, line in enumerate(_lines(column, row, ranking)))
                 for column in shown
             ]
             table.add_row(str(row.rank or formatting.MISSING), *texts)
         table.add_section()
+    if any(baselines[1:]):
+        table.add_row("", *(Text(text, "dim") for text in baselines[: len(shown)]))
     num_hidden = len(all_columns) - len(shown)
     notes = [f"{num_hidden} more columns are in compare.html and compare.csv."] if num_hidden else []
-    notes = [Text(note, style="dim") for note in [*notes, *ranking.notes()]]
-    return Group(*_heading(ranking), table, *_warnings(ranking), *notes, "")
+    texts = [Text(note, style="dim") for note in [*notes, *ranking.notes()]]
+    summary = [Text(ranking.summary())] if ranking.summary() else []
+    return Group(*_heading(ranking), table, *summary, *_warnings(ranking), *texts, "")
+
+
+def _repeats_run(column: Column, ranking: RankingTable) -> bool:
+    """Return whether the column is the family and every run is named after its family."""
+    return column.title == "family" and all(row.run.record.family in row.run.label for row in ranking.rows)
+
+
+def _lines(column: Column, row: TableRow, ranking: RankingTable) -> list[str]:
+    """Return the lines of a cell: for a metric, its value and interval, and otherwise its text and annotations."""
+    cell = column.cell(row)
+    metric = row.result.metrics.get(column.metric_name or "")
+    if metric is not None:
+        warning = [formatting.WARNING] if column.metric_name == ranking.primary_metric and row.warnings else []
+        return [formatting.join_values(cell.text, formatting.format_interval(metric)), *warning]
+    return [cell.text, *cell.annotation.split(" · ")] if cell.annotation else [cell.text]
 
 
 def _heading(ranking: RankingTable) -> tuple[Text, Text]:
@@ -96,10 +115,6 @@ def _heading(ranking: RankingTable) -> tuple[Text, Text]:
 
 def _warnings(ranking: RankingTable) -> list[Text]:
     return [Text(f"Warning: {warning}", style="bold yellow") for warning in ranking.warnings()]
-
-
-def _lines(cell: Cell) -> list[str]:
-    return [cell.text, *cell.annotation.split(" · ")] if cell.annotation else [cell.text]
 
 
 def describe_run(record: RunRecord) -> str:

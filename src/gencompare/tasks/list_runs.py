@@ -18,15 +18,14 @@ from gencompare.tasks.runs.run_folder import is_active
 
 COLUMNS = ("created", "state", "family", "data", "seed", "metric", "n", "folder")
 RIGHT_ALIGNED = ("seed", "metric", "n")
-PIPE_WIDTH = 240
-"""Width of the table if the output is not a terminal, to avoid wrapped lines."""
+TABLE_WIDTH = 1000
+"""Width of the table. The terminal itself wraps longer lines, so that a folder can be copied as one word."""
 
 
 def list_runs(cfg: DictConfig) -> None:
     """Print the runs that match ``cfg.runs``, oldest first, and skipped folders with the reason."""
     folders = locate_runs(cfg.runs or f"{cfg.paths.runs}/**", Path(cfg.paths.cache))
-    console = Console()
-    print_runs(folders, console if console.is_terminal else Console(width=PIPE_WIDTH))
+    print_runs(folders, Console(width=TABLE_WIDTH))
 
 
 def print_runs(folders: list[Path], console: Console) -> None:
@@ -34,10 +33,10 @@ def print_runs(folders: list[Path], console: Console) -> None:
     loaded = load_runs(folders)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in COLUMNS:
-        table.add_column(name, justify="right" if name in RIGHT_ALIGNED else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in RIGHT_ALIGNED else "left", no_wrap=True)
     for run in sorted(loaded.runs, key=lambda run: (run.record.created, str(run.folder))):
         table.add_row(*(Text(cell) for cell in row(run)))
-    console.print(table)
+    console.print(table, soft_wrap=True)
     skipped = f", {len(loaded.skipped)} skipped" if loaded.skipped else ""
     console.print(Text(f"{len(loaded.runs)} runs{skipped}"))
     for skip in loaded.skipped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -62,6 +63,9 @@ def _run_job(cfg: DictConfig) -> None:
             record_failure(cfg, error_text(error))
     finally:
         leave_process_group()
+        # Hydra creates a folder for every command, also for one that writes nothing; rmdir keeps a folder with files.
+        with suppress(OSError):
+            Path(hydra_config.runtime.output_dir).rmdir()
 
 
 def call_task(cfg: DictConfig) -> None:

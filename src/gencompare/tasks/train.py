@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ def write_initial_record(
         created=now(),
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         overrides=list(cfg.command),
-        environment={"run_id": uuid.uuid4().hex[:12], "sweep": cfg.sweep_name},
+        environment={"run_id": new_run_id(), "sweep": cfg.sweep_name},
         model={
             "class": type(model).__name__,
             "conditional": model.conditional,
@@ -203,6 +204,12 @@ def write_initial_record(
         },
         training={"dependencies": dependencies},
     ).save(folder)
+
+
+def new_run_id() -> str:
+    """Return a random id for a W&B run or, in a W&B sweep, the id that its agent has chosen."""
+    chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    return chosen or uuid.uuid4().hex[:12]
 
 
 def update_resumed_record(record: RunRecord, cfg: DictConfig, dependencies: list[dict[str, Any]]) -> None:

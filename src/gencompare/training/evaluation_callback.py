@@ -27,6 +27,7 @@ from gencompare.resources import peak_memory_bytes, reset_peak_memory
 from gencompare.rng import RandomSource, generator
 from gencompare.training.clock import clock_of
 from gencompare.training.loggers import check_weights, log_image, log_metrics
+from gencompare.training.progress_bar import TrainingProgressBar
 
 
 class CheapMetrics:
@@ -154,6 +155,9 @@ class EvaluationCallback(Callback):
         self.done = due
         check_weights(pl_module, clock.step)  # otherwise the samples would not be finite either
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainingProgressBar):
+                callback.show_evaluation(trainer)
         with evaluation_mode(pl_module):
             self.evaluate(trainer, pl_module)
         clock.evaluated_at = clock.step

@@ -54,6 +54,15 @@ class TrainingProgressBar(Callback):
         else:
             print(f"training {clock_of(trainer).progress:4.0%}  {self.describe(trainer)}", flush=True)
 
+    def show_evaluation(self, trainer: pl.Trainer) -> None:
+        """Say that training waits for an evaluation."""
+        self._last_update = time.monotonic()
+        if self._bar is not None:
+            description = f"step {clock_of(trainer).step}  evaluating"
+            self._bar.update(self._task, completed=clock_of(trainer).progress, description=description)
+        elif trainer.is_global_zero:
+            print(f"training {clock_of(trainer).progress:4.0%}  step {clock_of(trainer).step}  evaluating", flush=True)
+
     def describe(self, trainer: pl.Trainer) -> str:
         """Format the step, losses, throughput and remaining time."""
         clock = clock_of(trainer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gencompare.command_line import quote
 from gencompare.errors import UserError
@@ -20,6 +25,8 @@ from gencompare.tasks.runs.run_folder import wait_until_inactive
 from gencompare.tasks.runs.sweep import is_identifying
 
 STUDY_FILE = "study.db"
+TABLE_WIDTH = 1000
+"""Width of the table of trials. The terminal itself wraps longer lines, so that a folder can be copied as one word."""
 NO_OBJECTIVE = (
     "A search minimises the distance to validation images during training: set callbacks.evaluation.num_evaluations and"
     " callbacks.evaluation.num_samples above 0, and choose a generative model."
@@ -116,6 +123,7 @@ class Study:
         folder = self.trial_folder(best.number)
         assert folder is not None
         wait_until_inactive(folder)
+        Console(width=TABLE_WIDTH).print(self.trial_table(), soft_wrap=True)
         print(f"[{self.name}] best of {self.n_trials}: {folder.name}, {' '.join(self.values(best))}", flush=True)
         if not RunRecord.load(folder).results:
             resume = [f"resume={quote(str(folder.absolute()))}", f"hydra.sweep.subdir={quote(folder.name)}"]
@@ -145,6 +153,24 @@ class Study:
 
     def values(self, trial: Any) -> list[str]:
         return [f"{key}={trial.params[key]}" for key in self.space]
+
+    def trial_table(self) -> Table:
+        """Tabulate the trials, best first, with their objective and their values of the searched settings."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("trial", "distance", *self.space, "folder"):
+            table.add_column(Text(heading), justify="left" if heading == "folder" else "right", no_wrap=True)
+        failed = [(math.inf, trial) for trial in self.trials_in(self.states.FAIL)]
+        completed = [(trial.value, trial) for trial in self.trials_in(self.states.COMPLETE)]
+        for value, trial in sorted([*completed, *failed], key=lambda pair: (pair[0], pair[1].number)):
+            folder = self.trial_folder(trial.number)
+            distance = f"{value:.4g}" if math.isfinite(value) else "failed"
+            settings = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in self.params(trial)]
+            cells = [str(trial.number), distance, *settings, str(folder or "")]
+            table.add_row(*map(Text, cells))
+        return table
+
+    def params(self, trial: Any) -> list[Any]:
+        return [trial.params[key] for key in self.space]
 
     def overrides(self, trial: Any) -> list[str]:
         return [*self.fixed, *self.values(trial), f"trial={{study: {quote(self.id)}, number: {trial.number}}}"]
