@@ -354,7 +354,17 @@ class TrainedModel(pl.LightningModule):
         By default, return the batch means of `losses`, of which Lightning minimises ``loss``. A model with manual
         optimisation takes its optimiser steps here and returns detached means.
         """
-        return {name: value.mean() for name, value in self.losses(x, cond, rng).items()}
+        losses = self.losses(x, cond, rng)
+        method = f"{type(self).__name__}.losses"
+        if "loss" not in losses:
+            raise UserError(f"{method} must return 'loss', which is minimised; it returned {', '.join(losses)}.")
+        for name, value in losses.items():
+            if value.shape != (len(x),):
+                raise UserError(
+                    f"{method} must return one value per image, ({len(x)},), but '{name}' has shape"
+                    f" {tuple(value.shape)}."
+                )
+        return {name: value.mean() for name, value in losses.items()}
 
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Compute per-sample metrics (n,) on held-out images, by name. The result may be empty."""

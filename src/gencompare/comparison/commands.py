@@ -23,6 +23,10 @@ FIXED_FIELDS = {"data", "conditioning", "quantization"}
 """`Measurement` fields that no evaluation setting can change."""
 
 
+METRIC_OVERRIDE = "+evaluation/metric="
+"""Prefix of overrides that add a metric to the evaluation."""
+
+
 def protocol_overrides(measurement: Measurement, target: Measurement, preset: str) -> list[str] | None:
     """Return the overrides that change the protocol ``measurement`` into ``target``, or None if that is impossible.
 
@@ -63,8 +67,10 @@ def training_command(family: str, measurement: Measurement, run: RunFolder) -> s
     """
     choices = run.record.config.get("choices", {})
     data = choices.get("data") if isinstance(choices, dict) else None
-    # Data settings and the extractor's weights may come from the command line of the run.
-    repeated = [each for each in run.record.overrides if each.startswith(("data.", "evaluation.weights="))]
+    # Data settings, the extractor's weights and further metrics may come from the command line of the run.
+    repeated = [
+        each for each in run.record.overrides if each.startswith(("data.", "evaluation.weights=", METRIC_OVERRIDE))
+    ]
     overrides = [override("model", family), override("data", data or measurement.data), *repeated]
     if evaluation_preset(run) != "default":
         overrides.append(override("evaluation", evaluation_preset(run)))

@@ -173,7 +173,7 @@ def describe_protocol(m: Measurement) -> str:
     """Describe an evaluation protocol in two sentences."""
     settings = ["conditional" if m.conditioning == "labels" else m.conditioning]
     settings += [f"labels as in {m.label_distribution}"] if m.label_distribution not in ("", "none") else []
-    settings += [f"{m.chunk_size:,} per seed"] if m.chunk_size else []
+    settings += [f"{m.chunk_size:,} per seed"] if 0 < m.chunk_size < m.num_images else []
     rounding = "not rounded" if m.quantization in ("", "none") else f"rounded to {m.quantization}"
     resizing = "not resized" if m.resize in ("", "none") else f"resized ({m.resize})"
     return (

@@ -31,7 +31,7 @@ class RunFolder:
     label: str
     """Unique name of the run within the comparison."""
     settings: str = ""
-    """Command-line overrides, other than seeds, that not all runs of the comparison share."""
+    """Command-line overrides, other than seeds, that not all runs of the family share."""
 
     @property
     def title(self) -> str:
@@ -189,7 +189,7 @@ NON_DISTINGUISHING = (
 
 
 def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
-    """Return, for each run, the overrides that not all runs share. For a single run, return no overrides."""
+    """Return, for each run, the overrides that not all runs of its family share. For a single run, return none."""
     overrides = [
         [
             each.lstrip("+")
@@ -199,12 +199,14 @@ def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
         ]
         for record in records
     ]
-    common = (
-        set(overrides[0]).intersection(*overrides[1:]) if len(overrides) > 1 else {x for own in overrides for x in own}
-    )
+    common: dict[str, set[str]] = {}
+    for record, own in zip(records, overrides, strict=True):
+        common[record.family] = common.get(record.family, set(own)).intersection(own)
     return [
-        " ".join(each.removeprefix("model.").removeprefix("model/") for each in own if each not in common)
-        for own in overrides
+        " ".join(
+            each.removeprefix("model.").removeprefix("model/") for each in own if each not in common[record.family]
+        )
+        for record, own in zip(records, overrides, strict=True)
     ]
 
 

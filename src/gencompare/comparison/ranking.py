@@ -7,13 +7,14 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from itertools import combinations
 from statistics import fmean
 
 from gencompare.comparison import formatting
-from gencompare.comparison.commands import training_command
+from gencompare.comparison.commands import METRIC_OVERRIDE, evaluation_command, training_command
 from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder
 from gencompare.comparison.sampler_description import distinguishing_settings
 from gencompare.comparison.settings import differing_settings, is_model_setting
@@ -193,6 +194,14 @@ class RankingTable:
             return []  # the baseline does not support other conditions
         if not any(row.status == BASELINE for row in self.rows):
             first_run, _ = self.rows[0].group.members[0]
+            baselines = [row for row in self.rows if row.run.record.family == BASELINE_FAMILY]
+            if baselines:
+                run, result = baselines[0].group.members[0]
+                metrics = [each for each in first_run.record.overrides if each.startswith(METRIC_OVERRIDE)]
+                return [
+                    f"The Gaussian baseline has no {formatting.title(self.primary_metric)}. Evaluate it again:"
+                    f" {evaluation_command(run, result, metrics)}"
+                ]
             return [
                 "The Gaussian baseline was not evaluated under this protocol, so the table does not show whether a"
                 " model has learned more than class-wise Gaussians. Add it:"
@@ -318,7 +327,10 @@ def _unknown_key(key: str, runs: list[RunFolder]) -> str:
     names = [name for table in differing_settings(runs) for name in table.names]
     names.sort(key=lambda name: not is_model_setting(name))
     differing = f" Settings that differ: {', '.join(names[:12])}." if names else " No settings differ."
-    return f"group_by={key}: no run has this setting.{differing}"
+    known = [*names, *(name.rsplit("._target_", 1)[0] for name in names), *(n.rsplit(".", 1)[0] for n in names)]
+    close = get_close_matches(key.replace("/", "."), known, 1)
+    advice = f" Did you mean {close[0]}?" if close else differing
+    return f"group_by={key}: no run has this setting.{advice}"
 
 
 def _build_table(results: list[RunResult], options: ComparisonOptions) -> RankingTable:
@@ -421,8 +433,13 @@ def explain_separate_tables(tables: list[RankingTable]) -> str:
 MAX_NAMED_PAIRS = 5
 
 
-def metric_disagreements(tables: list[RankingTable]) -> list[str]:
-    """For each pair of tables of the same samples, describe which rows the two metrics rank in a different order."""
+def metric_disagreements(tables: list[RankingTable], *, beyond_intervals: bool = False) -> list[str]:
+    """For each pair of tables of the same samples, describe which rows the two metrics rank in a different order.
+
+    Args:
+        tables: the tables of a comparison.
+        beyond_intervals: describe only disagreements beyond the confidence intervals of both metrics.
+    """
     sentences = []
     for (i, a), (j, b) in combinations(enumerate(tables, 1), 2):
         if set(a.measurement.differences(b.measurement)) - {"extractor", "extractor_hash", "resize"}:
@@ -437,7 +454,10 @@ def metric_disagreements(tables: list[RankingTable]) -> list[str]:
         if not swapped:
             continue
         clear = [(x, y) for x, y in swapped if all(_intervals_apart(rows[x], rows[y]) for rows in (rows_a, rows_b))]
-        named = [f"{rows_a[x].title} and {rows_a[y].title}" for x, y in (clear or swapped)[:MAX_NAMED_PAIRS]]
+        if beyond_intervals and not clear:
+            continue
+        names = dict(zip(shared, _short_names([rows_a[key] for key in shared]), strict=True))
+        named = [f"{names[x]} and {names[y]}" for x, y in (clear or swapped)[:MAX_NAMED_PAIRS]]
         num_unnamed = len(clear or swapped) - len(named)
         sentences.append(
             f"{formatting.title(a.primary_metric)} (table {i}) and {formatting.title(b.primary_metric)} (table {j})"

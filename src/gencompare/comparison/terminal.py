@@ -48,7 +48,7 @@ def print_tables(runs: LoadedRuns | Iterable[str | os.PathLike[str]], console: C
                 f" {explain_separate_tables(tables)}\n"
             )
         )
-        for sentence in metric_disagreements(tables):
+        for sentence in metric_disagreements(tables, beyond_intervals=True):
             console.print(Text(f"{sentence}\n", style="yellow"))
         for number, command in enumerate(suggested_commands(tables)):
             heading = "" if number else "To evaluate the runs under one protocol:\n"
@@ -128,6 +128,9 @@ def describe_run(record: RunRecord) -> str:
         parts.append(f"{formatting.format_count(parameters)} parameters")
     if images is not None:
         duration = f" in {formatting.format_duration(seconds)}" if seconds else ""
+        evaluations = formatting.as_number(record.training.get("evaluation_seconds"))
+        if seconds and evaluations:
+            duration += f" (and {formatting.format_duration(evaluations)} of evaluations)"
         parts.append(f"{formatting.format_count(images)} images seen{duration}")
     if speed is not None:
         parts.append(f"{speed:,.0f} images/s")

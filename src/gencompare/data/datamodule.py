@@ -77,6 +77,45 @@ def hold_out(split: Split, n: int, *purpose: str) -> tuple[Split, Split]:
     return shuffled[slice(n, None)], shuffled[slice(n)]
 
 
+def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
+    """Check what ``load`` returned: names, shapes, types, levels and labels, and that splits do not share images.
+
+    Raises:
+        UserError: the splits do not match ``spec``, or held-out images are training images.
+    """
+    name = f"Data set '{spec.name}': "
+    if set(splits) != set(SPLITS):
+        raise UserError(f"{name}load() must return the splits {', '.join(SPLITS)}, not {', '.join(sorted(splits))}.")
+    channels, height, width = spec.shape
+    shape = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
+    for key, split in splits.items():
+        images, labels = split.images, split.labels
+        if tuple(images.shape[1:]) != shape:
+            raise UserError(f"{name}'{key}' images are {tuple(images.shape)}, but spec needs {('n', *shape)}.")
+        if spec.num_bins is None and not images.is_floating_point():
+            raise UserError(f"{name}'{key}' images are {images.dtype}, but num_bins=None needs floats in [-1, 1].")
+        if spec.num_bins is not None and (images.dtype != torch.uint8 or int(images.max()) >= spec.num_bins):
+            found = f"{images.dtype}, from {float(images.min()):.3g} to {float(images.max()):.3g}"
+            raise UserError(
+                f"{name}'{key}' images are {found}, but must be uint8 from 0 to num_bins - 1 = {spec.num_bins - 1}."
+            )
+        if spec.num_classes and labels is None:
+            raise UserError(f"{name}'{key}' has no labels, but spec.num_classes={spec.num_classes}.")
+        if labels is not None and (
+            labels.shape != (len(images),)
+            or (spec.num_classes and not 0 <= int(labels.min()) <= int(labels.max()) < spec.num_classes)
+        ):
+            raise UserError(
+                f"{name}labels of '{key}' must be one class from 0 to {spec.num_classes - 1} for each of the"
+                f" {len(images)} images."
+            )
+    train = {image.numpy().tobytes() for image in splits["train"].images}
+    for key in ("val", "test"):
+        first = splits[key].images[:50]
+        if len(first) > 1 and all(image.numpy().tobytes() in train for image in first):
+            raise UserError(f"{name}the '{key}' images are training images, too: splits must be disjoint.")
+
+
 class ImageData(pl.LightningDataModule):
     """Base class of data sets.
 
@@ -123,7 +162,7 @@ class ImageData(pl.LightningDataModule):
     @cached_property
     def splits(self) -> dict[str, Split]:
         splits = self.load()
-        assert set(splits) == set(SPLITS), f"load() returned {sorted(splits)} instead of {SPLITS}"
+        check_splits(splits, self.spec)
         return splits
 
     @property

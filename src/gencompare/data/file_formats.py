@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gencompare.cache import cached_array
@@ -94,8 +94,9 @@ def _decode_file(archive: Archive, name: str, size: int | None, channels: int | 
     except (UserError, MemoryError):
         raise
     except Exception as error:  # decoders raise almost any exception on corrupted files
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         raise UserError(
-            f"{archive.path}: {name} cannot be read as PNG or JPEG ({error}): replace or remove it."
+            f"{archive.path}: {name} cannot be read as PNG or JPEG{reason}: replace or remove it."
         ) from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 

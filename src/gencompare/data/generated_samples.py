@@ -35,14 +35,16 @@ def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tu
         UserError: the archive is empty, corrupted or truncated, or contains paths outside it; images have mixed sizes
             or a wrong shape; or labels are invalid.
     """
-    images, labels = _read_npz(path) if path.suffix == ".npz" else (_read_image_files(path, cache), None)
+    if path.suffix == ".npy":
+        raise UserError(f"{path} is an npy file: save an npz file with np.savez(FILE, arr_0=images).")
+    original = images, labels = _read_npz(path) if path.suffix == ".npz" else (_read_image_files(path, cache), None)
     channels, height, width = spec.shape
     images = _match_channels(images, channels, path, spec)
     unpadded = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
     if tuple(images.shape[1:]) not in (unpadded, tuple(spec.shape)):
         raise UserError(
-            f"{path} contains images of size {_describe(images.shape[1:])}, but those of data set '{spec.name}' are"
-            f" {_describe(unpadded)}: generate them at that size, since they are not resized here."
+            f"{path} contains images of size {_describe(original[0].shape[1:])}, but those of data set"
+            f" '{spec.name}' are {_describe(unpadded)}: generate them at that size, since they are not resized here."
         )
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{path} contains {len(images)} images and {len(labels)} labels: provide one label per image.")
@@ -83,9 +85,8 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             if "arr_0" not in file.files:
-                raise UserError(
-                    f"{path} contains {', '.join(file.files) or 'nothing'}, but no array 'arr_0' of images."
-                )
+                found = f"the array {', '.join(file.files)}" if file.files else "nothing"
+                raise UserError(f"{path} contains {found}: images must be in an array with the name 'arr_0'.")
             array, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
     except FileNotFoundError as error:
         raise UserError(f"There is no {path}: set samples= to a folder, zip or npz file of images.") from error
@@ -96,6 +97,11 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
         raise UserError(
             f"{path}: arr_0 is {array.dtype} of shape {array.shape}; images must be uint8 (n, height, width, channels)."
+        )
+    if array.shape[3] not in (1, 3) and array.shape[1] in (1, 3):
+        raise UserError(
+            f"{path}: arr_0 of shape {array.shape} looks like (n, channels, height, width): transpose it to (n, height,"
+            " width, channels)."
         )
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise UserError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; labels must be integers (n,).")

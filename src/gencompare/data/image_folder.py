@@ -106,8 +106,8 @@ class ImageFolder(ImageData):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if image_size is not None and image_size < 1:
-            raise UserError(f"data.image_size={image_size} must be at least 1, or null.")
+        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+            raise UserError(f"data.image_size={image_size} must be one whole number of pixels, such as 32, or null.")
         if channels not in (None, 1, 3):
             raise UserError(f"data.channels={channels} must be 1 (greyscale), 3 (RGB) or null.")
         if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:

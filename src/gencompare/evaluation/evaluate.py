@@ -22,6 +22,7 @@ from gencompare.evaluation.metrics.compute import (
     add_baselines,
     compute_metrics,
     data_class_shares,
+    extra_metric,
     memorization_metrics,
 )
 from gencompare.evaluation.metrics.neighbors import missing_modes, nearest_neighbors
@@ -200,6 +201,11 @@ def evaluate(
     """
     protocol = protocol or EvaluationProtocol()
     generation = generation or SampleSettings()
+    for name, value, method in (("model_or_images", model_or_images, "sample"), ("data", data, "spec")):
+        if not isinstance(value, Tensor) and not hasattr(value, method):
+            hint = "; convert an array with torch.from_numpy" if type(value).__module__ == "numpy" else ""
+            expected = "a model or a tensor of images" if method == "sample" else "a data set such as Digits()"
+            raise UserError(f"{name} must be {expected}, not {type(value).__name__}{hint}.")
     extractors = protocol.check(data)
 
     if isinstance(model_or_images, Tensor):
@@ -263,7 +269,10 @@ def _from_images(
     n = protocol.resolve_num_images(data, extractor)
     if len(images) < n:
         if protocol.num_images is not None:
-            raise UserError(f"The protocol needs {n} images, but only {len(images)} were given.")
+            raise UserError(
+                f"The protocol needs {n} images, but only {len(images)} were given: add some, or set"
+                f" evaluation.num_images={len(images)}."
+            )
         if len(images) < MIN_IMAGES:
             raise UserError(f"{len(images)} samples are too few: at least {MIN_IMAGES} are needed.")
         if protocol.ranks_by_frechet(extractor) and len(images) <= extractor.dim:
@@ -466,7 +475,7 @@ def real_data_baseline(
     metrics = dict(_BASELINES[key])
     if reference.features is not None:
         for name, metric in extra_metrics.items():
-            metrics[name] = Metric(metric(features.features, reference.features.features))
+            metrics[name] = extra_metric(name, metric, features.features, reference.features.features)
     note = "" if len(features) == n else f"real-data baseline from {len(features)} {held_out.name} images"
     return RealDataBaseline(metrics, features, note)
 
@@ -478,14 +487,15 @@ def sanity_warnings(images: Tensor, data: EvaluationData, protocol: EvaluationPr
     """Return the warnings of `check_images` and `check_reference`, computed on rank zero.
 
     Images are compared with the protocol's reference split, or with the training split if the reference is a statistics
-    file.
+    file. ``refuse`` is true for external images, which are refused if they cannot be samples of the data set.
     """
     name = "train" if is_statistics_file(protocol.reference) else protocol.reference
     real = data.split(name).images
     compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbour metrics use
-    return run_on_rank_zero(
-        lambda: check_images(images, real, data.spec, refuse=refuse) + check_reference(compared, name)
-    )
+    found = run_on_rank_zero(lambda: check_images(images, real, data.spec, refuse=refuse))
+    if found and not refuse:
+        found = [*found, "a model that is hardly trained can cause these warnings, too"]
+    return found + run_on_rank_zero(lambda: check_reference(compared, name))
 
 
 def _quantization(spec: DataSpec) -> str:

@@ -14,11 +14,12 @@ from gencompare.errors import UserError
 from gencompare.records import RECORD_FILE
 from gencompare.tasks.runs.error_reports import FAILURE_CODE, failed_job_codes
 from gencompare.tasks.runs.run_folder import touched_since, wait_until_inactive
-from gencompare.tasks.runs.sweep import TRAIN_TASK, unfinished_runs
+from gencompare.tasks.runs.sweep import EVALUATE_TASK, TRAIN_TASK, unfinished_runs
 
 
 class CompareSweep(Callback):
-    """Compares all runs in a sweep folder and lists those that did not finish."""
+    """Compares all runs in a sweep folder, or all results of a run that was evaluated several times, and lists the runs
+    that did not finish."""
 
     def __init__(self) -> None:
         self.start_ns = 0
@@ -28,6 +29,10 @@ class CompareSweep(Callback):
         self.start_ns = time.time_ns()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.task._target_ == EVALUATE_TASK and config.run_dir is not None:
+            from gencompare.comparison.terminal import print_tables
+
+            print_tables([config.run_dir])
         if config.task._target_ != TRAIN_TASK:
             return
         from gencompare.tasks.compare_runs import compare_folders, log_to_wandb  # slow to import

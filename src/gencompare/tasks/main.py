@@ -87,4 +87,6 @@ def _with_extra_conf(argv: list[str]) -> list[str]:
     extra = os.environ.get("GENCOMPARE_CONF")
     if not extra or any(arg.startswith(("--config-dir", "-cd")) for arg in argv):
         return argv
+    if not Path(extra).is_dir():
+        raise UserError(f"GENCOMPARE_CONF={extra} is not a folder: set it to the folder of your config groups.")
     return ["--config-dir", extra, *argv]

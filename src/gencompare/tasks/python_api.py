@@ -43,6 +43,8 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
     Raises:
         hydra.errors.HydraException: an override is invalid.
     """
+    if not all(isinstance(each, str) for each in overrides):
+        raise UserError('Pass overrides as separate arguments: compose("model=ddpm", "data=digits").')
     GlobalHydra.instance().clear()
     extra = os.environ.get("GENCOMPARE_CONF")
     arguments = [*overrides, *([f"hydra.searchpath=[file://{Path(extra).absolute()}]"] if extra else [])]

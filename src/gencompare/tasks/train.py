@@ -100,7 +100,8 @@ def train(cfg: DictConfig) -> None:
     with claim_run_folder(folder, must_be_new=not resumed), record_failures(folder):
         if rank_zero_only.rank == 0:
             write_initial_record(cfg, model, data, folder, resumed, dependencies)
-            print_start(RunRecord.load(folder), folder, trainer.strategy.root_device, vars(build_budget(cfg)))
+            device, limits = trainer.strategy.root_device, vars(build_budget(cfg))
+            print_start(RunRecord.load(folder), folder, device, limits, trainer.world_size)
         record = RunRecord.load(folder)
         start_step = clock["step"] if clock else 0
         loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=start_step)
@@ -273,6 +274,8 @@ def record_training(
         "perceptual_networks": trainer.lightning_module.perceptual_networks,
         "missing_modes": {str(step): text for step, text in evaluation.missing_modes.items()} if evaluation else {},
     }
+    if evaluation and evaluation.done:
+        training["evaluation_seconds"] = evaluation.seconds
     if evaluation and evaluation.last is not None:
         training["preview"] = {"last": evaluation.last, "best": evaluation.best}
     if error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,8 @@ class EvaluationCallback(Callback):
         """The lowest distance so far."""
         self.last: float | None = None
         """The distance at the last evaluation."""
+        self.seconds = 0.0
+        """Wall time of all evaluations."""
         self.since_best = 0
         """Number of evaluations since the best one."""
         self.best_coverage = 0.0
@@ -127,13 +130,14 @@ class EvaluationCallback(Callback):
         """Peak memory of training, excluding evaluations."""
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("done", "best", "last", "since_best", "best_coverage")
+        names = ("done", "best", "last", "since_best", "best_coverage", "seconds")
         return {name: getattr(self, name) for name in names} | {"missing": self.missing_modes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done, self.best = state_dict["done"], state_dict["best"]
         self.last = state_dict.get("last")
         self.since_best = state_dict.get("since_best", 0)
+        self.seconds = state_dict.get("seconds", 0.0)
         self.best_coverage = state_dict.get("best_coverage", 0.0)
         self.missing_modes = dict(state_dict.get("missing", {}))
 
@@ -158,8 +162,10 @@ class EvaluationCallback(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingProgressBar):
                 callback.show_evaluation(trainer)
+        start = time.monotonic()
         with evaluation_mode(pl_module):
             self.evaluate(trainer, pl_module)
+        self.seconds += time.monotonic() - start
         clock.evaluated_at = clock.step
         reset_peak_memory(pl_module.device)
         if self.patience is not None and trainer.strategy.broadcast(self.since_best >= self.patience, src=0):

@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
+from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features
 from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.class_metrics import (
@@ -73,7 +74,7 @@ def compute_metrics(
     if reference.features is not None:
         metrics |= neighbor_metrics(features.features, reference.features.features)
         for name, metric in (extra_metrics or {}).items():
-            metrics[name] = extra_metric(metric, features.features, reference.features.features)
+            metrics[name] = extra_metric(name, metric, features.features, reference.features.features)
     if features.logits is not None:
         metrics |= class_metrics(features.logits, labels if extractor.predicts_data_classes else None, extractor)
     if labels is not None:
@@ -188,12 +189,25 @@ def class_metrics(logits: Tensor, labels: Tensor | None, extractor: Extractor) -
     return metrics
 
 
-def extra_metric(metric: Callable[[Tensor, Tensor], float], features: Tensor, reference: Tensor) -> Metric:
-    """Compute an extra metric of the protocol, with its direction or target and, if available, its interval."""
-    if hasattr(metric, "estimate"):
-        estimate: Estimate = metric.estimate(features, reference)  # type: ignore[attr-defined]
-    else:
-        estimate = Estimate(metric(features, reference), None)
+def extra_metric(name: str, metric: Callable[[Tensor, Tensor], float], features: Tensor, reference: Tensor) -> Metric:
+    """Compute an extra metric of the protocol, with its direction or target and, if available, its interval.
+
+    Raises:
+        UserError: the metric fails, or its value is not a number.
+    """
+    try:
+        if hasattr(metric, "estimate"):
+            estimate: Estimate = metric.estimate(features, reference)  # type: ignore[attr-defined]
+        else:
+            estimate = Estimate(metric(features, reference), None)
+        estimate = replace(estimate, value=float(estimate.value))
+    except UserError:
+        raise
+    except Exception as error:  # code of the user
+        raise UserError(
+            f"Metric '{name}' failed on features {tuple(features.shape)} and {tuple(reference.shape)}:"
+            f" {' '.join(str(error).split())}. It must return a number."
+        ) from error
     function = metric.func if isinstance(metric, partial) else metric  # a partial hides attributes of its function
     return Metric(
         estimate.value,

@@ -68,6 +68,11 @@ class _FeatureMetric(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if feature is not None and not callable(feature):
+            raise UserError(
+                f"feature={feature!r} must be a function from uint8 images (n, C, H, W) to features (n, d), such as"
+                " inception(spec).features; None uses EfficientNet-Lite0."
+            )
         self.feature, self.normalize, self.reset_real_features = feature, normalize, reset_real_features
         for name in self.sets:
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -89,7 +94,14 @@ class _FeatureMetric(Metric):
     def _features(self, images: Tensor) -> Tensor:
         if images.dim() != 4:
             raise UserError(f"Images must be (n, C, H, W), not {tuple(images.shape)}.")
+        if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+            raise UserError(f"Images {tuple(images.shape)} look like (n, H, W, C): pass images.permute(0, 3, 1, 2).")
         if self.normalize:
+            if not images.is_floating_point() or not 0 <= images.min() <= images.max() <= 1:
+                raise UserError(
+                    "With normalize=True, images must be floats in [0, 1]: pass (x + 1) / 2 for images in [-1, 1], or"
+                    " uint8 images without normalize."
+                )
             images = (images * 255).round().clamp(0, 255).to(torch.uint8)
         if images.dtype != torch.uint8:
             raise UserError(f"Images must be uint8, or floats in [0, 1] with normalize=True, not {images.dtype}.")
@@ -97,7 +109,10 @@ class _FeatureMetric(Metric):
             spec = DataSpec(name="images", shape=tuple(images.shape[1:]))  # type: ignore[arg-type]
             self.feature = self._default_feature(efficientnet_lite0(spec))
         with torch.no_grad():
-            return self.feature(images)
+            features = self.feature(images)
+        if features.dim() != 2 or len(features) != len(images):
+            raise UserError(f"feature must return (n, d) for n = {len(images)} images, not {tuple(features.shape)}.")
+        return features
 
     def _default_feature(self, extractor: Extractor) -> Feature:
         return extractor.features

@@ -71,7 +71,8 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
         train: function that trains the run defined by a config.
     """
     latent = cfg.model.get("latent")
-    if latent is None or cfg.get("autoencoder_run"):
+    # A family of the user may have an argument of the same name.
+    if not isinstance(latent, DictConfig) or "autoencoder_run" not in latent or cfg.get("autoencoder_run"):
         return cfg
     if latent.autoencoder_run is not None:
         folder = Path(latent.autoencoder_run)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,29 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
     """Build the model from ``cfg.model`` for ``data``. Its initial weights depend only on the seed."""
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     # Hydra would convert the data spec (a dataclass) into a config, so it is passed in a second call.
-    return instantiate(cfg.model, _partial_=True, _convert_="all")(spec=data.spec)
+    factory = instantiate_checked("model", cfg.model, _partial_=True)
+    try:
+        return factory(spec=data.spec)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in cfg.model:
+            raise
+        known = {name for cls in factory.func.__mro__ for name in inspect.signature(cls.__init__).parameters}
+        close = get_close_matches(unknown[1], known, 1)
+        advice = f" Did you mean model.{close[0]}?" if close else ""
+        raise UserError(f"{cfg.model._target_} has no argument '{unknown[1]}' (model.{unknown[1]}).{advice}") from error
 
 
 def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
     """Build the evaluation protocol from ``cfg.evaluation``, with its extractors."""
     if "extractors" not in cfg.evaluation:
         raise UserError("The evaluation settings of this run are from an earlier version: add evaluation=default.")
+    for name, options in (cfg.evaluation.protocol.get("metrics") or {}).items():
+        try:
+            instantiate_checked(f"metric {name}", options)
+        except UserError as error:
+            advice = " Add _partial_: true to its YAML file." if "positional argument" in str(error) else ""
+            raise UserError(f"{error}{advice}") from error
     protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
     names, available = cfg.evaluation.extractors, cfg.evaluation.available
     if names is None:
@@ -136,6 +154,12 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
         cause: BaseException = error
         while (deeper := cause.__cause__ or cause.__context__) is not None:
             cause = deeper
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, ModuleNotFoundError):
+            raise UserError(
+                f"{place}={options._target_}: {cause.msg}. If it is your own, set PYTHONPATH to its folder."
+            ) from error
         raise UserError(f"{place}={options._target_}: {' '.join(str(cause).split())}.") from error
 
 

@@ -66,17 +66,24 @@ def stage_progress(enabled: bool = True) -> Iterator[StageProgress | None]:
             yield StageProgress(bar)
 
 
-def print_start(record: RunRecord, folder: Path, device: torch.device, budget: dict[str, Any]) -> None:
+def print_start(
+    record: RunRecord, folder: Path, device: torch.device, budget: dict[str, Any], num_processes: int = 1
+) -> None:
     """Print what is trained, on which device, for how long and in which folder. ``--cfg job`` prints the config.
 
     Args:
+        record: the record of the run.
+        folder: the run folder.
+        device: the device of this process.
         budget: the limits of the budget by name; None for no limit.
+        num_processes: the number of processes.
     """
     limits = ", ".join(
         f"{limit:,} {name.replace('_', ' ')}" for name, limit in budget.items() if isinstance(limit, int | float)
     )
     images = record.data["splits"]["train"]
-    print(f"Training {describe_run(record)}, on {device}. Budget: {limits}. Training set: {images:,} images.")
+    where = f"{device} ({num_processes} processes)" if num_processes > 1 else str(device)
+    print(f"Training {describe_run(record)}, on {where}. Budget: {limits}. Training set: {images:,} images.")
     print(f"Run folder: {_relative(folder)}", flush=True)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
+from difflib import get_close_matches
 from pathlib import Path
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
+from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
 from gencompare.files import write_error
 from gencompare.tasks.runs.run_config import missing_option_hint, quoting_hint
@@ -42,7 +45,8 @@ def print_error(error: BaseException, job: str = "") -> int:
         traceback.print_exception(error)
     cause = _root_cause(error)
     code, message = _describe(cause)
-    print(f"[{job}] {message}" if job else message, file=sys.stderr)
+    if message:
+        print(f"[{job}] {message}" if job else message, file=sys.stderr)
     return code
 
 
@@ -50,6 +54,9 @@ def _describe(cause: BaseException) -> tuple[int, str]:
     """Return the exit code and message of an error."""
     if isinstance(cause, KeyboardInterrupt):
         return INTERRUPT_CODE, "Interrupted."
+    if isinstance(cause, BrokenPipeError):  # as in: python run.py --help | head
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
+        return FAILURE_CODE, ""
     if isinstance(cause, UserError):
         return FAILURE_CODE, f"Error: {cause}"
     if "submitit_slurm" in str(cause):
@@ -57,6 +64,13 @@ def _describe(cause: BaseException) -> tuple[int, str]:
     if isinstance(cause, HydraException | OmegaConfBaseException) and not isinstance(cause, InstantiationException):
         hint = quoting_hint(cause) or missing_option_hint(cause, sys.argv[1:])
         message = hint or _one_line(cause).split(" Config search path:")[0]
+        if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", message):
+            options = [path.stem for path in (conf_dir() / missing[1]).glob("*.yaml")]
+            close = get_close_matches(missing[2], options, 1)
+            advice = f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(sorted(options))}."
+            message = f"There is no {missing[1]}={missing[2]}. {advice}"
+        if missing and "GENCOMPARE_CONF" not in os.environ:
+            message += " For an option of your own, set GENCOMPARE_CONF to the folder of your config groups."
         return USAGE_CODE, f"Error: {message} (python run.py --help lists all options.)"
     if isinstance(cause, OSError) and (explained := write_error(cause.filename or "a file", cause)):
         return FAILURE_CODE, f"Error: {explained}"

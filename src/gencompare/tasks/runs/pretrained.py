@@ -60,8 +60,10 @@ def find_pretrained(source: str) -> Path:
         UserError: the repository could not be downloaded.
     """
     path = Path(source)
-    if path.exists() or not HUB_NAME.fullmatch(source):
+    if path.exists():
         return path
+    if not HUB_NAME.fullmatch(source):
+        raise UserError(f"There is no file or folder {source}: set pretrained= to a folder of weights.")
     advice = f"download {WEIGHT_FILES[0]} manually and pass its folder: pretrained=DIR"
     try:
         import huggingface_hub

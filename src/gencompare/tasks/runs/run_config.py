@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import sys
@@ -167,7 +168,9 @@ def check_keys(cfg: DictConfig) -> None:
                 f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
             )
     evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
-    _refuse_unknown("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"})
+    package = "The first line of a metric's YAML file must be: # @package evaluation.protocol.metrics.NAME"
+    hint = package if "metric" in (cfg.get("evaluation") or {}) else ""
+    _refuse_unknown("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"}, hint)
 
 
 def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
@@ -212,6 +215,13 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
         cfg = _compose_without(key, argv)
     except (HydraException, OmegaConfBaseException):
         return None
+    if key in APPENDED_GROUPS:
+        return f"{key} adds options, which needs a plus sign: +{key}=NAME."
+    if "/" in key:
+        parent, _, last = key.rpartition("/")
+        groups = sorted(name for name in cfg.hydra.runtime.choices if name.startswith(f"{parent}/"))
+        choice = cfg.hydra.runtime.choices.get(parent)
+        return f"{parent}={choice} has no {last}: it has {', '.join(groups) or 'no further groups'}."
     node: Any = cfg
     path: list[str] = []
     *parents, last = key.split(".")
@@ -228,10 +238,18 @@ def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
     if group in cfg.hydra.runtime.choices:
         options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
         return f"There is no option '{key}', because no {last} is chosen: add {group}={'|'.join(options)}."
+    if path == ["trainer"] and last in _trainer_arguments():
+        return f"trainer.{last} is an argument of Lightning's Trainer that the config does not set: add +{key}=VALUE."
     names = [str(name) for name in node if not str(name).startswith(("_", "hydra"))]
     close = get_close_matches(last, names, 1)
     advice = f" Did you mean {'.'.join([*path, *close])}?" if close else ""
     return f"There is no option '{key}': {'.'.join(path) or 'the config'} has {', '.join(names) or 'none'}.{advice}"
+
+
+def _trainer_arguments() -> set[str]:
+    from pytorch_lightning import Trainer  # slow to import
+
+    return set(inspect.signature(Trainer).parameters)
 
 
 def _compose_without(key: str, argv: list[str]) -> DictConfig:
@@ -254,7 +272,8 @@ def quoting_hint(error: BaseException) -> str | None:
     if not isinstance(error, OverrideParseException) or not equals or key not in PATH_KEYS or value[:1] in "'\"":
         return None
     quoted = f"{key}={quote(value)}"
-    return f"{key}={value} contains characters that Hydra parses specially. Quote it: {shlex.quote(quoted)}"
+    shell = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
+    return f"{key}={value} contains characters that Hydra parses specially. Quote it: {shell}"
 
 
 def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
@@ -309,7 +328,8 @@ def _override_stored(
     for group, key in APPENDED_GROUPS.items():
         if group.replace("/", ".") in changed:
             changed.remove(group.replace("/", "."))
-            both = OmegaConf.merge(OmegaConf.select(composed, key), OmegaConf.select(stored, key) or {})
+            added = OmegaConf.to_container(OmegaConf.select(composed, key))
+            both = OmegaConf.merge(OmegaConf.create(added), OmegaConf.select(stored, key) or {})
             OmegaConf.update(merged, key, both, merge=False, force_add=True)
     for key in [*JOB_KEYS, *sorted(changed)]:
         OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False, force_add=True)

@@ -34,6 +34,7 @@ FINAL_EVALUATION_KEYS = (
 """Keys within `SAMPLING_KEYS` that evaluations during training do not use."""
 IMAGE_FOLDER = "gencompare.data.image_folder.ImageFolder"
 TRAIN_TASK = "gencompare.tasks.train.train"
+EVALUATE_TASK = "gencompare.tasks.evaluate_run.evaluate_run"
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def identifying_settings(cfg: DictConfig) -> dict[str, Any]:
     _remove_keys(settings, NON_IDENTIFYING_KEYS)
     # Choices only name settings in the config, except debug, which also determines the budget of an autoencoder.
     settings["choices"] = (settings.get("choices") or {}).get("debug")
-    latent = (settings.get("model") or {}).get("latent") or {}
-    if latent.get("autoencoder_run"):
+    latent = (settings.get("model") or {}).get("latent")
+    if isinstance(latent, dict) and latent.get("autoencoder_run"):
         latent.pop("autoencoder")  # the config of that run replaces it
     return settings
 
