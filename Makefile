@@ -2,13 +2,14 @@
 # make test          install the development extra and run all tests but the slow ones
 # make test-slow     run the tests that take minutes each
 # make test-notebooks  run all notebooks; make notebooks also stores their outputs
+# make docs-check    run every command of README and docs at a small size
 # make docs          build the documentation in build/docs
 # make test-browser  test the comparison page in headless Chromium, if installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-notebooks notebooks docs test-browser setup setup-dev lint format clean
+.PHONY: demo test test-slow test-notebooks notebooks docs-check docs test-browser setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm
@@ -24,6 +25,9 @@ test-notebooks: setup-dev
 
 notebooks: setup-dev
 	$(BIN)/python notebooks/build.py
+
+docs-check: setup-dev
+	$(BIN)/python -m pytest -m docs
 
 docs: setup-dev
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gencompare.comparison import page
+from gencompare.comparison.load_runs import find_run_folders, load_runs
+from gencompare.comparison.tables import write_csv, write_markdown
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 GENERATED = (DOCS / "notebooks", DOCS / "reference" / "config.md")
@@ -90,3 +94,21 @@ def test_relative_links_point_to_files(page: Path) -> None:
         assert target.is_relative_to(ROOT), link
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), link
+
+
+RESULTS = sorted(path for path in (DOCS / "results").iterdir() if next(path.glob("*/record.json"), None))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_the_pages_of_results_are_current(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of all comparisons, and one whole page, are what python docs/results/build.py writes."""
+    monkeypatch.chdir(ROOT)
+    loaded = load_runs(find_run_folders(f"{folder}/*"))
+    write_csv(loaded, tmp_path / "compare.csv")
+    write_markdown(loaded, tmp_path / "compare.md")
+    for name in ("compare.csv", "compare.md"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), "run python docs/results/build.py"
+    if folder.name == "sde_vp":
+        pages = [page.render(loaded), (folder / "compare.html").read_text()]
+        new, committed = (re.sub(r"<footer>.*?</footer>", "", text) for text in pages)  # with the date
+        assert new == committed, "run python docs/results/build.py"

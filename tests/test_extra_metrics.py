@@ -48,5 +48,5 @@ def test_a_partial_function_keeps_its_direction() -> None:
         return scale * float((generated.mean(0) - real.mean(0)).norm())
 
     shift.higher_is_better = False  # type: ignore[attr-defined]
-    metric = extra_metric(partial(shift, scale=2.0), torch.ones(4, 2), torch.zeros(4, 2))
+    metric = extra_metric("name", partial(shift, scale=2.0), torch.ones(4, 2), torch.zeros(4, 2))
     assert metric.higher_is_better is False and metric.value == pytest.approx(2 * 2**0.5)

@@ -16,6 +16,7 @@ _LAZY = {
     "compare": "gencompare.tasks.python_api",
     "compose": "gencompare.tasks.python_api",
     "evaluate": "gencompare.evaluation.evaluate",
+    "from_pretrained": "gencompare.tasks.hub",
     "load_from_checkpoint": "gencompare.generative_model",
     "load_run": "gencompare.tasks.runs.loading",
     "sample": "gencompare.tasks.python_api",
@@ -28,6 +29,7 @@ __all__ = [
     "compare",
     "compose",
     "evaluate",
+    "from_pretrained",
     "load_from_checkpoint",
     "load_run",
     "sample",
@@ -37,6 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from gencompare.evaluation.evaluate import evaluate
     from gencompare.generative_model import load_from_checkpoint
+    from gencompare.tasks.hub import from_pretrained
     from gencompare.tasks.python_api import build, compare, compose, sample, train
     from gencompare.tasks.runs.loading import load_run
     from gencompare.training.ema import EMA

@@ -294,14 +294,9 @@ class TrainedModel(pl.LightningModule):
             UserError: the file is missing or corrupted, contains a different class, or names code from other packages.
         """
         stored = read_checkpoint(checkpoint_path, map_location)
-        config = dict(stored.get("hyper_parameters") or {})
-        if "_target_" not in config:
-            raise UserError(f"{checkpoint_path} does not contain the config of its model: load its run folder instead.")
-        model_class = import_object(config.pop("_target_"))
-        if not issubclass(model_class, cls):
-            raise UserError(f"{checkpoint_path} contains a {model_class.__name__}, not a {cls.__name__}.")
-        built = {name: from_config(value, name) for name, value in config.items() if name not in arguments}
-        model = model_class(**built, **arguments)
+        model = build_from_config(stored.get("hyper_parameters") or {}, str(checkpoint_path), **arguments)
+        if not isinstance(model, cls):
+            raise UserError(f"{checkpoint_path} contains a {type(model).__name__}, not a {cls.__name__}.")
         model.on_load_checkpoint(stored)
         model.load_state_dict({**stored["state_dict"], **stored.get(EMA_KEY, {})})
         return model.eval()
@@ -510,6 +505,28 @@ class GenerativeModel(TrainedModel):
     def nfe_networks(self) -> dict[str, nn.Module]:
         """Return the networks whose calls during sampling are counted (NFE), by name."""
         return {}
+
+
+def build_from_config(config: Mapping[str, Any], source: str, **arguments: Any) -> TrainedModel:
+    """Build a model from the config that `TrainedModel` stores in its ``hparams``. The weights are random.
+
+    Args:
+        config: the class as ``_target_``, and the constructor arguments as plain data.
+        source: the file or folder that the config comes from, for error messages.
+        arguments: constructor arguments that replace those in the config.
+
+    Raises:
+        UserError: there is no config, or it names code from other packages or a class that is not a model.
+    """
+    if "_target_" not in config:
+        raise UserError(f"{source} does not contain the config of its model: load its run folder instead.")
+    model_class = import_object(config["_target_"])
+    if not (isinstance(model_class, type) and issubclass(model_class, TrainedModel)):
+        raise UserError(f"{source} contains {config['_target_']}, which is not a model.")
+    built = {
+        name: from_config(value, name) for name, value in config.items() if name != "_target_" and name not in arguments
+    }
+    return model_class(**built, **arguments)
 
 
 load_from_checkpoint = TrainedModel.load_from_checkpoint

@@ -1,4 +1,4 @@
-"""task=export: write the weights of a run as a safetensors file, which cannot contain code, or a diffusers pipeline."""
+"""task=export: write the weights of a run as a safetensors file, a diffusers pipeline, or a folder for the hub."""
 
 from __future__ import annotations
 
@@ -14,24 +14,37 @@ from gencompare.files import atomic_write, write_json
 from gencompare.generative_model import TrainedModel
 from gencompare.networks.diffusers_weights import REQUIRED_CONFIG, to_diffusers
 from gencompare.networks.unet import UNet
+from gencompare.records import RunRecord
+from gencompare.tasks.hub import push_model_folder, write_model_folder
 from gencompare.tasks.runs import diffusers_scheduler
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.run_folder import run_folder
 
-FORMATS = ("safetensors", "diffusers")
+FORMATS = ("safetensors", "diffusers", "hub")
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the weights of a run to a file or, with ``format=diffusers``, to a folder for ``DDPMPipeline``."""
+    """Write the weights of a run to a file, or to a folder.
+
+    ``format=diffusers`` writes a folder for ``DDPMPipeline``, and ``format=hub`` one with a model card, which
+    ``task.push=USER/NAME`` uploads.
+    """
     folder = run_folder(cfg)
     if cfg.format not in FORMATS:
-        raise UserError(f"format={cfg.format}: choose {' or '.join(FORMATS)}.")
+        raise UserError(f"format={cfg.format}: choose from {', '.join(FORMATS)}.")
+    if cfg.task.get("push") and cfg.format != "hub":
+        raise UserError("task.push needs format=hub.")
     model = build_model(cfg, build_data(cfg))
     step = load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)["step"]
     if cfg.format == "diffusers":
         out = Path(cfg.task.out or folder / "diffusers")
         write_pipeline(cfg, model, out)
+    elif cfg.format == "hub":
+        out = Path(cfg.task.out or folder / "hub")
+        write_model_folder(model, RunRecord.load(folder), folder, out, weights=cfg.weights)
+        if cfg.task.get("push"):
+            print(f"Uploaded to {push_model_folder(out, cfg.task.push)}")
     else:
         out = Path(cfg.task.out or folder / "weights.safetensors")
         config = OmegaConf.to_container(cfg.model, resolve=True)

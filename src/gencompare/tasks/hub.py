@@ -1,0 +1,174 @@
+"""Model folders in the style of the Hugging Face hub: write, upload and load them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from gencompare.comparison import formatting
+from gencompare.errors import UserError
+from gencompare.files import atomic_write, write_json, write_text
+from gencompare.generative_model import TrainedModel, build_from_config
+from gencompare.records import Result, RunRecord
+from gencompare.version import __version__
+
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = "model.safetensors", "config.json", "README.md", "samples.png"
+
+
+def write_model_folder(model: TrainedModel, record: RunRecord, run: Path, out: Path, *, weights: str) -> None:
+    """Write weights, config, model card and samples of a run to the folder ``out``, for `from_pretrained`.
+
+    Args:
+        model: the model with its weights.
+        record: the record of the run.
+        run: the run folder.
+        out: the folder to write.
+        weights: ``ema`` or ``raw``, for the card.
+    """
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(out / WEIGHTS_FILE) as file:
+        file.write(save(tensors, {"format": "pt"}))
+    facts = {"library": f"gencompare {__version__}", "family": record.family, "data": record.data, "weights": weights}
+    write_json(out / CONFIG_FILE, _encode({**facts, "model": dict(model.hparams)}))
+    result = record.own_result()
+    grid = run / result.images["samples"] if result is not None and "samples" in result.images else None
+    if grid is not None and grid.is_file():
+        shutil.copy(grid, out / SAMPLES_FILE)
+    write_text(out / CARD_FILE, model_card(record, with_samples=grid is not None))
+
+
+def _encode(value: Any) -> Any:
+    """Replace infinite numbers, which JSON does not have, by a mapping that `_decode` converts back."""
+    if isinstance(value, dict):
+        return {name: _encode(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(each) for each in value]
+    return {"_float_": str(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decode(value: dict[str, Any]) -> Any:
+    return float(value["_float_"]) if list(value) == ["_float_"] else value
+
+
+def model_card(record: RunRecord, *, with_samples: bool) -> str:
+    """Return the model card of a run in Markdown, with the metadata that the hub reads."""
+    data, result = str(record.data.get("name")), record.own_result()
+    metadata: dict[str, Any] = {
+        "library_name": "gencompare", "pipeline_tag": "unconditional-image-generation",
+        "tags": ["gencompare", record.family, "image-generation"], "datasets": [data],
+    }  # fmt: skip
+    if result is not None:
+        metrics = [
+            {"type": name, "value": metric.value, "name": formatting.title(name)}
+            for name, metric in result.metrics.items()
+            if metric.value is not None
+        ]
+        task = {"type": "image-generation", "name": "Image generation"}
+        results = [{"task": task, "dataset": {"type": data, "name": data}, "metrics": metrics}]
+        metadata["model-index"] = [{"name": f"{record.family} on {data}", "results": results}]
+    training = record.training
+    facts = {
+        "parameters": formatting.format_count(formatting.as_number(record.model.get("parameters"))),
+        "training images seen": formatting.format_count(formatting.as_number(training.get("images_seen"))),
+        "training time": formatting.format_duration(formatting.as_number(training.get("seconds"))),
+        "training FLOPs": formatting.format_count(formatting.as_number(training.get("flops"))),
+        "command": f"`python run.py {' '.join(record.overrides)}`",
+    }
+    lines = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
+        f"# {record.family} on {data}\n",
+        f"A model of {data} ({', '.join(map(str, record.data.get('shape', [])))}), trained with gencompare.\n",
+        *(["![Samples](samples.png)\n"] if with_samples else []),
+        "```python\nimport gencompare\n\nmodel = gencompare.from_pretrained(FOLDER_OR_REPOSITORY)\n"
+        'gencompare.sample(model, 64).grid().save("samples.png")\n```\n',
+        "## Training\n\n| | |\n|---|---|",
+        *(f"| {name} | {text} |" for name, text in facts.items()),
+    ]
+    if result is not None:
+        lines += ["\n## Evaluation\n", formatting.describe_protocol(result.measurement), _sampling(result)]
+        lines += ["| metric | value | 95 % interval | real data |\n|---|---|---|---|"]
+        for name, metric in result.metrics.items():
+            heading = f"{formatting.title(name)} {formatting.direction_arrow(metric)}"
+            values = [formatting.format_metric(value) for value in (metric.value, metric.baseline)]
+            lines.append(f"| {heading} | {values[0]} | {formatting.format_interval(metric)} | {values[1]} |")
+        lines += [f"\nWarning: {warning}." for warning in result.details.get("warnings", [])]
+    return "\n".join(lines) + "\n"
+
+
+def _sampling(result: Result) -> str:
+    generation = result.generation
+    nfe = formatting.total_nfe(generation.nfe)
+    calls = f", {formatting.format_rate(nfe)} network evaluations per image" if nfe else ""
+    return f"Sampler: {generation.sampler}{calls}.\n"
+
+
+def push_model_folder(folder: Path, name: str) -> str:
+    """Upload a folder to the repository ``USER/NAME`` on the Hugging Face hub, and return its address.
+
+    Raises:
+        UserError: huggingface_hub is missing, or the upload failed.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError("task.push needs the hub extra: pip install 'gencompare[hub]'.") from error
+    try:
+        hub = huggingface_hub.HfApi()
+        repository = hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=str(folder))
+    except Exception as error:  # no network, no token, no such user, ...
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} was written, but not uploaded to {name}: {reason}") from error
+    return str(repository)
+
+
+def from_pretrained(source: str | os.PathLike[str]) -> TrainedModel:
+    """Load a model, in eval mode, from a folder of ``task=export format=hub`` or from the Hugging Face hub.
+
+    No code from the folder is executed, and it may name only classes of this package and of torch.
+
+    Args:
+        source: the folder, or the name of a repository, ``USER/NAME``, which needs the hub extra.
+
+    Raises:
+        UserError: the folder is missing or corrupted, or the download failed.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(), object_hook=_decode)["model"]
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not a folder of task=export format=hub, or it is corrupted"
+            f" ({type(error).__name__}: {' '.join(str(error).split())})."
+        ) from error
+    model = build_from_config(config, str(folder))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {folder / CONFIG_FILE}.") from error
+    return model.eval()
+
+
+def _download(name: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f"There is no folder {name}. To download it from the Hugging Face hub: pip install 'gencompare[hub]'."
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+    except Exception as error:  # no network, no such repository, a gated repository, ...
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"There is no folder {name}, and the download from the hub failed ({reason}).") from error
