@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gencompare.comparison import page
 from gencompare.comparison.load_runs import find_run_folders, load_runs
+from gencompare.comparison.page import render
 from gencompare.comparison.tables import write_csv, write_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,6 @@ def test_the_pages_of_results_are_current(folder: Path, tmp_path: Path, monkeypa
     for name in ("compare.csv", "compare.md"):
         assert (tmp_path / name).read_text() == (folder / name).read_text(), "run python docs/results/build.py"
     if folder.name == "sde_vp":
-        pages = [page.render(loaded), (folder / "compare.html").read_text()]
+        pages = [render(loaded), (folder / "compare.html").read_text()]
         new, committed = (re.sub(r"<footer>.*?</footer>", "", text) for text in pages)  # with the date
         assert new == committed, "run python docs/results/build.py"

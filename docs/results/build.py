@@ -1,4 +1,4 @@
-"""Write the pages of all comparisons in this folder again from their records: python docs/results/build.py [FOLDER ...]"""
+"""Write all pages in this folder again from the records beside them: python docs/results/build.py [FOLDER ...]"""
 
 from __future__ import annotations
 
