@@ -15,7 +15,7 @@ from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import LoadedRuns
 from gencompare.comparison.page import write_report
 from gencompare.comparison.ranking import RankingTable, metric_disagreements, ranking_tables, runs_without_results
-from gencompare.comparison.tables import columns, csv_rows, table_title
+from gencompare.comparison.tables import columns, csv_rows, real_data, table_title
 from gencompare.comparison.terminal import print_tables
 
 MAX_NOTEBOOK_COLUMNS = 8
@@ -72,9 +72,12 @@ def _html(table: RankingTable) -> str:
             for cell in cells
         ]
         body.append("".join(f"<td>{text}</td>" for text in [row.rank or formatting.MISSING, *texts]))
+    baselines = [real_data(table, column) for column in shown]
+    body.append("".join(f"<td><i>{escape(text)}</i></td>" for text in ["", *baselines]))
     notes = [*(f"Warning: {warning}" for warning in table.warnings()), *table.notes()]
     return (
         f"<b>{escape(table_title(table))}</b><br><small>{escape(formatting.describe_protocol(table.measurement))}</small>"
         f"<table><tr>{head}</tr>{''.join(f'<tr>{cells}</tr>' for cells in body)}</table>"
+        f"<p>{escape(table.summary())}</p>"
         + "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
     )
