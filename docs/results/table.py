@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 
 DEFAULT = "efficientnet_lite0"
 COLUMNS = (
@@ -24,35 +26,51 @@ COLUMNS = (
 
 
 def main(folder: str) -> None:
-    """Print one line for each row with the default primary metric, in its order; the classifier's metrics are last."""
+    """Print one line for each family, in the order of the default primary metric; the classifier's metrics are last.
+
+    Values are means over training seeds, and the interval of several seeds is that of their mean.
+    """
     with (Path(__file__).parent / folder / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
-    second = {row["run"]: row for row in rows if row["measurement.extractor"] != DEFAULT}
+    default, second = (
+        _by_family(row for row in rows if (row["measurement.extractor"] == DEFAULT) == is_default)
+        for is_default in (True, False)
+    )
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for family, seeds in default.items():
+        print("| " + " | ".join(_cells(family, seeds, second[family])) + " |")
+
+
+def _by_family(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        if row["measurement.extractor"] == DEFAULT:
-            print("| " + " | ".join(_cells(row, second[row["run"]])) + " |")
+        found.setdefault(row["family"], []).append(row)
+    return found
 
 
-def _cells(row: dict[str, str], second: dict[str, str]) -> list[str]:
-    mmd, low, high = (_digits(row[f"mmd_{DEFAULT}{key}"]) for key in ("", ".low", ".high"))
-    classifier = second["measurement.extractor"]
+def _cells(family: str, seeds: list[dict[str, str]], second: list[dict[str, str]]) -> list[str]:
+    primary = "mean" if len(seeds) > 1 else f"mmd_{DEFAULT}"
+    value, low, high = (_digits(float(seeds[0][f"{primary}{key}"])) for key in ("", ".low", ".high"))
+    classifier = second[0]["measurement.extractor"]
     return [
-        row["family"],
-        f"{mmd} [{low}, {high}]",
-        _digits(row[f"fd_{DEFAULT}"]),
-        f"{float(row['coverage']):.2f}",
-        f"{float(row['recall']):.2f}",
-        f"{float(row['nfe'] or 0):.0f}",
-        f"{float(row['total_cost.flops'] or 0):.1e}",
-        _digits(second[f"mmd_{classifier}"]),
-        _digits(second[f"fd_{classifier}"]),
+        family,
+        f"{value} [{low}, {high}]",
+        _digits(_mean(seeds, f"fd_{DEFAULT}")),
+        f"{_mean(seeds, 'coverage'):.2f}",
+        f"{_mean(seeds, 'recall'):.2f}",
+        f"{_mean(seeds, 'nfe'):.0f}",
+        f"{_mean(seeds, 'total_cost.flops'):.1e}",
+        _digits(_mean(second, f"mmd_{classifier}")),
+        _digits(_mean(second, f"fd_{classifier}")),
     ]
 
 
-def _digits(value: str) -> str:
+def _mean(rows: list[dict[str, str]], name: str) -> float:
+    return fmean(float(row[name] or 0) for row in rows)
+
+
+def _digits(number: float) -> str:
     """Three significant digits, without an exponent."""
-    number = float(value)
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
