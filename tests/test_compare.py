@@ -341,8 +341,8 @@ def test_the_summary_says_what_can_be_claimed(tmp_path: Path) -> None:
         write_run(tmp_path / name, [made], with_grid=False, family=name)
     (table,) = rank_results(load_runs(tmp_path.iterdir()).runs)
     assert table.summary() == (
-        "a has the best FD digits, 1.00 [0.700, 1.30]. 1 of the 2 other rows may be as good (b), since the interval of"
-        " the difference contains 0. Intervals of rows with one training seed do not show how much training runs"
+        "a has the best FD digits, 1.00 [0.700, 1.30]. 1 of 2 other rows may be as good (b), since the interval of the"
+        " difference contains 0. Intervals of rows with one training seed do not show how much training runs"
         " differ."
     )
     shown = page.render(load_runs(tmp_path.iterdir()))
@@ -355,7 +355,7 @@ def test_the_summary_says_what_can_be_claimed(tmp_path: Path) -> None:
             )  # fmt: skip
     (tested,) = rank_results(load_runs((tmp_path / "seeds").iterdir()).runs)
     assert tested.summary().startswith("d has the best FD digits, 0.502 [")
-    assert tested.summary().endswith("It is significantly better than 1 of the 1 rows that were tested.")
+    assert tested.summary().endswith("It is significantly better than every other row that was tested (1).")
 
 
 def test_the_chart_of_intervals_shows_each_row_and_the_real_data(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ PAGES = [
 ]  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PROGRAMS = (
-    "python", ".venv/bin/", "make", "gencompare", "wandb", "pip", "torchrun", "docker", "export", "source", "eval",
+    "python", ".venv/bin/", "make", "gencompare", "wandb", "pip", "torchrun", "docker", "export", "source", 'eval "',
     "tensorboard", "jupyter", "sbatch",
 )  # fmt: skip
 
@@ -60,6 +60,7 @@ NOT_RUN = (
     (r"\.\.\.", "an abbreviation"),
     (r"^python run\.py -sc install=fish", "needs fish"),
     (r"DATA_classifier", "a placeholder"),
+    (r"run_dir=sr ", "needs the run of another command, which takes twelve minutes"),
 )
 """Commands that are not run, with the reason."""
 

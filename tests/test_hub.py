@@ -53,7 +53,11 @@ def test_the_model_card_has_metadata_and_metrics(cli: Cli, tmp_path: Path) -> No
         name: metric.value for name, metric in result.metrics.items() if metric.value is not None
     }
     assert "![Samples](samples.png)" in body and "20 generated images" in body and "| recall ↑ |" in body
-    assert "python run.py model=vae" in body
+    assert "python run.py model=vae" in body and "hydra.run.dir" not in body and "| weights | last, averaged |" in body
+    # Weights that were not evaluated have no results in their card.
+    assert cli("task=export", "run_dir=run", "format=hub", "weights=raw", "task.out=raw") == 0
+    assert "## Evaluation" not in (tmp_path / "raw" / "README.md").read_text()
+    assert not (tmp_path / "raw" / "samples.png").exists()
     huggingface_hub = pytest.importorskip("huggingface_hub")
     parsed = huggingface_hub.ModelCard((tmp_path / "out" / "README.md").read_text())
     assert {each.metric_type for each in parsed.data.eval_results} >= {"recall", "coverage"}
@@ -76,6 +80,7 @@ def test_a_folder_is_uploaded(
     assert cli("model=vae", *QUICK, "hydra.run.dir=run", "evaluation.checkpoints=[]") == 0
     assert cli("task=export", "run_dir=run", "format=hub", "task.push=me/vae") == 0
     assert calls[0] == ("me/vae", {"exist_ok": True})
+    assert set(calls[1][1]["allow_patterns"]) == {"model.safetensors", "config.json", "README.md", "samples.png"}
     assert calls[1][1]["repo_id"] == "me/vae" and Path(calls[1][1]["folder_path"]).name == "hub"
     assert "Uploaded to https://hub.invalid/me/vae" in capsys.readouterr().out
 
@@ -94,6 +99,19 @@ def test_a_folder_is_uploaded(
         gencompare.from_pretrained("no/such")
 
 
+def test_a_foreign_record_cannot_export_other_files(cli: Cli, tmp_path: Path) -> None:
+    assert cli("model=vae", *QUICK, "hydra.run.dir=run") == 0
+    Path("secret.png").write_bytes((tmp_path / "run" / RunRecord.load("run").results[0].images["samples"]).read_bytes())
+
+    def point_outside(record: RunRecord) -> None:
+        for result in record.results:
+            result.images["samples"] = "../secret.png"
+
+    RunRecord.update("run", point_outside)
+    assert cli("task=export", "run_dir=run", "format=hub", "task.out=out") == 0
+    assert not (tmp_path / "out" / "samples.png").exists()
+
+
 def test_damaged_and_foreign_folders_are_refused(cli: Cli, tmp_path: Path) -> None:
     assert cli("model=vae", *QUICK, "hydra.run.dir=run", "evaluation.checkpoints=[]") == 0
     assert cli("task=export", "run_dir=run", "format=hub", "task.out=out") == 0
@@ -103,10 +121,18 @@ def test_damaged_and_foreign_folders_are_refused(cli: Cli, tmp_path: Path) -> No
     with pytest.raises(UserError, match="corrupted"):
         gencompare.from_pretrained(tmp_path / "out")
     weights.write_bytes(right)
-    for target in ("os.system", "torch.nn.Linear"):
-        config.write_text(json.dumps({"model": {**json.loads(text)["model"], "_target_": target}}))
-        with pytest.raises(UserError):
-            gencompare.from_pretrained(tmp_path / "out")
+    model = json.loads(text)["model"]
+    foreign = [
+        "os.system", "torch.nn.Linear", "gencompare.tasks.hub.os.system", "gencompare.models.vae.torch.load",
+        "gencompare.files.write_text", "torch.nn.modules.module.functools.partial",
+    ]  # fmt: skip
+    for target in foreign:
+        executed = {"_target_": target, "_args_": [f"touch {tmp_path}/executed"]}
+        for change in ({"_target_": target}, {"beta": executed}, {"optimizer": {"x": [executed]}}):
+            config.write_text(json.dumps({"model": {**model, **change}}))
+            with pytest.raises((UserError, TypeError)):
+                gencompare.from_pretrained(tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
     config.write_text("{")
     with pytest.raises(UserError, match="corrupted"):
         gencompare.from_pretrained(tmp_path / "out")

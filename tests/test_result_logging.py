@@ -40,6 +40,9 @@ def test_each_result_has_its_own_name() -> None:
     similar = result(1, replace(DIGITS, reference_hash="0" * 64))
     names = result_names([OWN, similar])
     assert names[0] == "last" and names[1].startswith("last") and names[1] != "last"
+    # After a run was continued, its newest result has the short name.
+    steps = [result(1, generation={"step": 100, "images_seen": 800}), result(2, generation={"step": 200})]
+    assert result_names(steps) == ["last/step 100", "last"]
     assert all(re.fullmatch(r"[\w ./-]+", name) for name in [*names, *result_names(RESULTS)])
 
 

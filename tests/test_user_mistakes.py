@@ -252,10 +252,11 @@ def images_of(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[
         (images_of(lambda x: x.long()), {}, "must be uint8 from 0 to num_bins - 1 = 255"),
         (images_of(lambda x: x), {"num_bins": 17}, "must be uint8 from 0 to num_bins - 1 = 16"),
         (images_of(lambda x: x), {"num_bins": None}, "num_bins=None needs floats in [-1, 1]"),
-        (images_of(lambda x: x.permute(0, 2, 3, 1)), {}, "(60, 8, 8, 3), but spec needs ('n', 3, 8, 8)"),
+        (images_of(lambda x: x.permute(0, 2, 3, 1)), {}, "(60, 8, 8, 3), but spec needs (n, 3, 8, 8)"),
         (lambda s: s.update(val=Split(s["val"].images)), {}, "'val' has no labels, but spec.num_classes=2"),
         (lambda s: s.update(val=Split(s["val"].images, s["val"].labels + 1)), {}, "one class from 0 to 1"),
         (lambda s: s.update(test=s["train"]), {}, "the 'test' images are training images, too"),
+        (lambda s: s.update(val=s["val"][:0]), {}, "'val' has no images"),
         (lambda s: s.pop("val"), {}, "load() must return the splits train, val, test, not test, train"),
     ],
 )  # fmt: skip
@@ -295,8 +296,9 @@ def test_mistakes_in_python() -> None:
     data, model = gencompare.build(gencompare.compose("model=gaussian", "data=digits"))
     with pytest.raises(UserError, match="must be a model or a tensor of images, not ndarray; convert"):
         gencompare.evaluate(np.zeros((4, 1, 8, 8)), data)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="data must be a data set such as Digits"):
-        gencompare.evaluate(model, "digits")  # type: ignore[arg-type]
+    for wrong in ("digits", torch.zeros(3)):
+        with pytest.raises(UserError, match="data must be a data set such as Digits"):
+            gencompare.evaluate(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="separate arguments"):
         gencompare.compose(["model=ddpm"])  # type: ignore[arg-type]
 

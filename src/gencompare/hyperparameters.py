@@ -18,8 +18,11 @@ from gencompare.errors import UserError
 from gencompare.migrations import migrate_checkpoint
 
 GET_OBJECT = "hydra.utils.get_object"
-TRUSTED_PACKAGES = ("gencompare.", "torch.optim.", "torch.nn.")
-"""Packages whose classes and functions a checkpoint may name; loading the checkpoint calls them."""
+TRUSTED_PACKAGES = (
+    "gencompare.diffusion.", "gencompare.generative_model.", "gencompare.models.", "gencompare.networks.",
+    "gencompare.training.learning_rate.", "torch.optim.", "torch.nn.",
+)  # fmt: skip
+"""Packages whose classes and functions a checkpoint may name; loading it calls them. None of them writes a file."""
 
 
 class StoresArguments:
@@ -122,10 +125,17 @@ def import_object(path: str, name: str = "model") -> Any:
             f" load_from_checkpoint(path, {name.partition('.')[0]}=...)."
         )
     parts = path.split(".")
+    found = None
     for i in range(len(parts) - 1, 0, -1):
-        with suppress(ModuleNotFoundError):
-            return reduce(getattr, parts[i:], import_module(".".join(parts[:i])))
-    raise UserError(f"The checkpoint's {name} is {path}, which this version of gencompare does not have.")
+        with suppress(ModuleNotFoundError, AttributeError):
+            found = reduce(getattr, parts[i:], import_module(".".join(parts[:i])))
+            break
+    if found is None:
+        raise UserError(f"The checkpoint's {name} is {path}, which this version of gencompare does not have.")
+    # Modules import others, so the path of a foreign function may start with the name of a trusted package.
+    if not isinstance(found, type | FunctionType) or not f"{found.__module__}.".startswith(TRUSTED_PACKAGES):
+        raise UserError(f"The checkpoint's {name} is {path}, which is not a class or function of a model.")
+    return found
 
 
 def qualified_name(obj: Any) -> str:

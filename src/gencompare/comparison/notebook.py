@@ -73,11 +73,11 @@ def _html(table: RankingTable) -> str:
         ]
         body.append("".join(f"<td>{text}</td>" for text in [row.rank or formatting.MISSING, *texts]))
     baselines = [real_data(table, column) for column in shown]
-    body.append("".join(f"<td><i>{escape(text)}</i></td>" for text in ["", *baselines]))
+    if any(baselines[1:]):
+        body.append("".join(f"<td><i>{escape(text)}</i></td>" for text in ["", *baselines]))
     notes = [*(f"Warning: {warning}" for warning in table.warnings()), *table.notes()]
     return (
         f"<b>{escape(table_title(table))}</b><br><small>{escape(formatting.describe_protocol(table.measurement))}</small>"
         f"<table><tr>{head}</tr>{''.join(f'<tr>{cells}</tr>' for cells in body)}</table>"
-        f"<p>{escape(table.summary())}</p>"
-        + "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
+        f"<p>{escape(table.summary())}</p>" + "".join(f"<p><small>{escape(note)}</small></p>" for note in notes)
     )

@@ -166,21 +166,21 @@ class RankingTable:
         if best.comparison is not None and best.comparison.p_value is None:
             worse = [row for row in others if row.comparison is not None and row.comparison.significant]
             tested = [row for row in others if row.comparison is not None]
-            return f"{text} It is significantly better than {len(worse)} of the {len(tested)} rows that were tested."
-        if not half_width(best.metric):
+            if len(worse) == len(tested):
+                return f"{text} It is significantly better than every other row that was tested ({len(tested)})."
+            return f"{text} It is significantly better than {len(worse) or 'none'} of {len(tested)} other tested rows."
+        others = [row for row in others if half_width(row.metric)]
+        if not half_width(best.metric) or not others:
             return text
         close = [row for row in others if not _intervals_apart(best, row)]
         if close:
             names = formatting.join_names(
                 [named[id(row)] for row in close[:3]] + (["others"] if len(close) > 3 else [])
             )
-            verb = "rows may be as good" if len(others) > 1 else "row may be as good"
-            text += (
-                f" {len(close)} of the {len(others)} other {verb} ({names}), since the interval of the difference"
-                " contains 0."
-            )
+            count = f"{len(close)} of {len(others)} other rows" if len(others) > 1 else "The other row"
+            text += f" {count} may be as good ({names}), since the interval of the difference contains 0."
         else:
-            text += " The interval of its difference from every other row excludes 0."
+            text += " The interval of its difference from every other row with an interval excludes 0."
         if any(len(row.group.seeds) < 2 for row in ranked):
             text += " Intervals of rows with one training seed do not show how much training runs differ."
         return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf, sqrt
@@ -232,7 +233,7 @@ def _with_unique_labels(groups: list[SeedGroup]) -> list[SeedGroup]:
     for group in groups:
         runs_of.setdefault(group.run.label, set()).add(group.members[0][0].label)
     return [
-        replace(group, run=replace(group.run, label=f"{group.members[0][0].label}, {group.run.label}"))
+        replace(group, run=replace(group.run, label=f"{group.members[0][0].record.name}, {group.run.label}"))
         if len(runs_of[group.run.label]) > 1
         else group
         for group in groups
@@ -349,19 +350,21 @@ def _differing_names(runs: list[RunFolder]) -> tuple[str, ...]:
     return differing or ("data or training length",)
 
 
-FRACTIONS = ("precision", "recall", "coverage", "authenticity", "confident", "label_accuracy", "class_share_")
-"""Prefixes of metrics between 0 and 1."""
+FRACTIONS = (
+    "precision", "recall", "coverage", "authenticity", "confident", "label_accuracy", "class_share_min",
+    "class_share_max",
+)  # fmt: skip
+"""Metrics between 0 and 1."""
 
-NON_NEGATIVE = ("fid", "fd_", "rfd_", "sfd_", "density", "memorization")
-"""Prefixes of metrics that are at least 0, unless they are extrapolated. Unbiased estimates (MMD, kernel distances) may
-be negative."""
+NON_NEGATIVE = re.compile(r"fid|density|memorization|[rs]?fd_\w+(?<!_infinity)")
+"""Matches metrics that are at least 0. Unbiased and extrapolated estimates may be negative."""
 
 
 def possible_range(name: str) -> tuple[float, float]:
     """Return the smallest and the largest possible value of the metric ``name``."""
-    if name.startswith(FRACTIONS):
+    if name in FRACTIONS:
         return 0.0, 1.0
-    return (0.0 if name.startswith(NON_NEGATIVE) and not name.endswith("_infinity") else -inf), inf
+    return (0.0 if NON_NEGATIVE.fullmatch(name) else -inf), inf
 
 
 def mean_over_seeds(metrics: list[list[Metric]], limits: tuple[float, float] = (-inf, inf)) -> Metric:

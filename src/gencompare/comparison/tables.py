@@ -352,7 +352,8 @@ def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
             cells = [column.cell(row) for column in shown]
             texts = [_markdown(f"{cell.text} ({cell.annotation})" if cell.annotation else cell.text) for cell in cells]
             lines.append(f"| {row.rank or formatting.MISSING} | " + " | ".join(texts) + " |")
-        lines.append("| | " + " | ".join(_markdown(real_data(table, column)) for column in shown) + " |")
+        baselines = [real_data(table, column) for column in shown]
+        lines += ["| | " + " | ".join(map(_markdown, baselines)) + " |"] if any(baselines[1:]) else []
         lines += [f"\n{_markdown(table.summary())}"] if table.summary() else []
         warnings = [f"Warning: {warning}" for warning in table.warnings()]
         lines += [f"\n{_markdown(note)}" for note in [*warnings, *table.notes()]]

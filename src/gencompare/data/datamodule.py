@@ -90,8 +90,12 @@ def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
     shape = (channels, height - 2 * spec.padding, width - 2 * spec.padding)
     for key, split in splits.items():
         images, labels = split.images, split.labels
+        if not len(images):
+            raise UserError(f"{name}'{key}' has no images.")
         if tuple(images.shape[1:]) != shape:
-            raise UserError(f"{name}'{key}' images are {tuple(images.shape)}, but spec needs {('n', *shape)}.")
+            raise UserError(
+                f"{name}'{key}' images are {tuple(images.shape)}, but spec needs (n, {', '.join(map(str, shape))})."
+            )
         if spec.num_bins is None and not images.is_floating_point():
             raise UserError(f"{name}'{key}' images are {images.dtype}, but num_bins=None needs floats in [-1, 1].")
         if spec.num_bins is not None and (images.dtype != torch.uint8 or int(images.max()) >= spec.num_bins):
@@ -109,11 +113,21 @@ def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
                 f"{name}labels of '{key}' must be one class from 0 to {spec.num_classes - 1} for each of the"
                 f" {len(images)} images."
             )
-    train = {image.numpy().tobytes() for image in splits["train"].images}
+    train = splits["train"].images
     for key in ("val", "test"):
         first = splits[key].images[:50]
-        if len(first) > 1 and all(image.numpy().tobytes() in train for image in first):
+        # A few patterns that every split repeats are a deliberate choice.
+        if len(first.unique(dim=0)) > 10 and all(_contains(train, image) for image in first):
             raise UserError(f"{name}the '{key}' images are training images, too: splits must be disjoint.")
+
+
+def _contains(images: Tensor, image: Tensor) -> bool:
+    """Return whether ``image`` is one of ``images``; few pixels decide for most of them, without reading all."""
+    rows = torch.arange(len(images))
+    positions = torch.linspace(0, image.numel() - 1, 8).long()
+    for channel, y, x in zip(*torch.unravel_index(positions, image.shape), strict=True):
+        rows = rows[images[rows, channel, y, x] == image[channel, y, x]]
+    return any(bool((images[row] == image).all()) for row in rows)
 
 
 class ImageData(pl.LightningDataModule):

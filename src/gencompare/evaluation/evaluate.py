@@ -202,7 +202,8 @@ def evaluate(
     protocol = protocol or EvaluationProtocol()
     generation = generation or SampleSettings()
     for name, value, method in (("model_or_images", model_or_images, "sample"), ("data", data, "spec")):
-        if not isinstance(value, Tensor) and not hasattr(value, method):
+        is_images = isinstance(value, Tensor) and method == "sample"
+        if not is_images and not hasattr(value, method):
             hint = "; convert an array with torch.from_numpy" if type(value).__module__ == "numpy" else ""
             expected = "a model or a tensor of images" if method == "sample" else "a data set such as Digits()"
             raise UserError(f"{name} must be {expected}, not {type(value).__name__}{hint}.")
@@ -493,8 +494,8 @@ def sanity_warnings(images: Tensor, data: EvaluationData, protocol: EvaluationPr
     real = data.split(name).images
     compared = real[evenly_spaced_indices(len(real), len(images))]  # the images that neighbour metrics use
     found = run_on_rank_zero(lambda: check_images(images, real, data.spec, refuse=refuse))
-    if found and not refuse:
-        found = [*found, "a model that is hardly trained can cause these warnings, too"]
+    if not refuse:
+        found = [f"{warning} (or the model is barely trained)" for warning in found]
     return found + run_on_rank_zero(lambda: check_reference(compared, name))
 
 

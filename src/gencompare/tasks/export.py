@@ -42,7 +42,7 @@ def export(cfg: DictConfig) -> None:
         write_pipeline(cfg, model, out)
     elif cfg.format == "hub":
         out = Path(cfg.task.out or folder / "hub")
-        write_model_folder(model, RunRecord.load(folder), folder, out, weights=cfg.weights)
+        write_model_folder(model, RunRecord.load(folder), folder, out, checkpoint=cfg.checkpoint, weights=cfg.weights)
         if cfg.task.get("push"):
             print(f"Uploaded to {push_model_folder(out, cfg.task.push)}")
     else:

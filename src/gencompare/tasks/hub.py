@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,25 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from gencompare.command_line import run_command
 from gencompare.comparison import formatting
+from gencompare.comparison.load_runs import RunFolder
 from gencompare.errors import UserError
 from gencompare.files import atomic_write, write_json, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
 from gencompare.records import Result, RunRecord
 from gencompare.version import __version__
 
-WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = "model.safetensors", "config.json", "README.md", "samples.png"
+FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = (
+    "model.safetensors", "config.json", "README.md", "samples.png",
+)  # fmt: skip
+LOCATIONS = ("paths.", "hydra.", "data.root=", "logger", "trainer", "run_dir=", "resume=")
+"""Prefixes of overrides that depend on the machine, and are not published."""
 
 
-def write_model_folder(model: TrainedModel, record: RunRecord, run: Path, out: Path, *, weights: str) -> None:
+def write_model_folder(
+    model: TrainedModel, record: RunRecord, run: Path, out: Path, *, checkpoint: str, weights: str
+) -> None:
     """Write weights, config, model card and samples of a run to the folder ``out``, for `from_pretrained`.
 
     Args:
@@ -31,18 +38,38 @@ def write_model_folder(model: TrainedModel, record: RunRecord, run: Path, out: P
         record: the record of the run.
         run: the run folder.
         out: the folder to write.
-        weights: ``ema`` or ``raw``, for the card.
+        checkpoint: ``last`` or ``best``, whose results the card shows.
+        weights: ``ema`` or ``raw``, likewise.
     """
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     with atomic_write(out / WEIGHTS_FILE) as file:
         file.write(save(tensors, {"format": "pt"}))
-    facts = {"library": f"gencompare {__version__}", "family": record.family, "data": record.data, "weights": weights}
+    facts = {
+        "library": f"gencompare {__version__}",
+        "family": record.family,
+        "data": record.data,
+        "checkpoint": checkpoint,
+        "weights": weights,
+    }
     write_json(out / CONFIG_FILE, _encode({**facts, "model": dict(model.hparams)}))
-    result = record.own_result()
-    grid = run / result.images["samples"] if result is not None and "samples" in result.images else None
-    if grid is not None and grid.is_file():
-        shutil.copy(grid, out / SAMPLES_FILE)
-    write_text(out / CARD_FILE, model_card(record, with_samples=grid is not None))
+    result = result_of(record, checkpoint, weights)
+    picture = RunFolder(run, record, "").read_png(result.images.get("samples", "")) if result is not None else None
+    (out / SAMPLES_FILE).unlink(missing_ok=True)
+    if picture is not None:
+        with atomic_write(out / SAMPLES_FILE) as file:
+            file.write(picture)
+    write_text(out / CARD_FILE, model_card(record, result, checkpoint, weights, with_samples=picture is not None))
+
+
+def result_of(record: RunRecord, checkpoint: str, weights: str) -> Result | None:
+    """Return the first result of these weights at their newest step, or None if they were not evaluated."""
+    weights = weights if record.model.get("averaged_parameters") else "raw"
+    matching = [
+        each
+        for each in record.results
+        if (each.generation.checkpoint, each.generation.weights) == (checkpoint, weights)
+    ]
+    return max(matching, key=lambda each: each.generation.step or 0, default=None)
 
 
 def _encode(value: Any) -> Any:
@@ -58,9 +85,17 @@ def _decode(value: dict[str, Any]) -> Any:
     return float(value["_float_"]) if list(value) == ["_float_"] else value
 
 
-def model_card(record: RunRecord, *, with_samples: bool) -> str:
-    """Return the model card of a run in Markdown, with the metadata that the hub reads."""
-    data, result = str(record.data.get("name")), record.own_result()
+def model_card(record: RunRecord, result: Result | None, checkpoint: str, weights: str, *, with_samples: bool) -> str:
+    """Return the model card of a run in Markdown, with the metadata that the hub reads.
+
+    Args:
+        record: the record of the run.
+        result: the result of the exported weights; None omits the evaluation.
+        checkpoint: the exported checkpoint.
+        weights: the exported weights.
+        with_samples: whether there is a picture of samples.
+    """
+    data = str(record.data.get("name"))
     metadata: dict[str, Any] = {
         "library_name": "gencompare", "pipeline_tag": "unconditional-image-generation",
         "tags": ["gencompare", record.family, "image-generation"], "datasets": [data],
@@ -80,8 +115,9 @@ def model_card(record: RunRecord, *, with_samples: bool) -> str:
         "training images seen": formatting.format_count(formatting.as_number(training.get("images_seen"))),
         "training time": formatting.format_duration(formatting.as_number(training.get("seconds"))),
         "training FLOPs": formatting.format_count(formatting.as_number(training.get("flops"))),
-        "command": f"`python run.py {' '.join(record.overrides)}`",
+        "weights": f"{checkpoint}, {'averaged' if weights == 'ema' else 'online'}",
     }
+    command = run_command(*(each for each in record.overrides if not each.lstrip("+").startswith(LOCATIONS)))
     lines = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
         f"# {record.family} on {data}\n",
@@ -91,6 +127,7 @@ def model_card(record: RunRecord, *, with_samples: bool) -> str:
         'gencompare.sample(model, 64).grid().save("samples.png")\n```\n',
         "## Training\n\n| | |\n|---|---|",
         *(f"| {name} | {text} |" for name, text in facts.items()),
+        f"\n```\n{command}\n```",
     ]
     if result is not None:
         lines += ["\n## Evaluation\n", formatting.describe_protocol(result.measurement), _sampling(result)]
@@ -123,7 +160,7 @@ def push_model_folder(folder: Path, name: str) -> str:
     try:
         hub = huggingface_hub.HfApi()
         repository = hub.create_repo(name, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=str(folder))
+        hub.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=[*FILES])
     except Exception as error:  # no network, no token, no such user, ...
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} was written, but not uploaded to {name}: {reason}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -195,7 +196,7 @@ def write_initial_record(
         created=now(),
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
         overrides=list(cfg.command),
-        environment={"run_id": new_run_id(), "sweep": cfg.sweep_name},
+        environment={"run_id": new_run_id(folder, cfg.sweep_name), "sweep": cfg.sweep_name},
         model={
             "class": type(model).__name__,
             "conditional": model.conditional,
@@ -207,10 +208,14 @@ def write_initial_record(
     ).save(folder)
 
 
-def new_run_id() -> str:
-    """Return a random id for a W&B run or, in a W&B sweep, the id that its agent has chosen."""
-    chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-    return chosen or uuid.uuid4().hex[:12]
+def new_run_id(folder: Path, sweep: str | None) -> str:
+    """Return a random id for a W&B run or, in a W&B sweep, the id that its agent has chosen.
+
+    That id is for the run of the command alone, not for its autoencoder stage and not for several jobs.
+    """
+    chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ and sweep is None else None
+    own = OmegaConf.select(HydraConfig.get(), "runtime.output_dir") if chosen and HydraConfig.initialized() else None
+    return chosen if chosen and own and folder.absolute() == Path(own).absolute() else uuid.uuid4().hex[:12]
 
 
 def update_resumed_record(record: RunRecord, cfg: DictConfig, dependencies: list[dict[str, Any]]) -> None:

@@ -97,7 +97,9 @@ class _FeatureMetric(Metric):
         if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
             raise UserError(f"Images {tuple(images.shape)} look like (n, H, W, C): pass images.permute(0, 3, 1, 2).")
         if self.normalize:
-            if not images.is_floating_point() or not 0 <= images.min() <= images.max() <= 1:
+            # Resizing may overshoot slightly.
+            in_range = not len(images) or -1e-3 <= images.min() <= images.max() <= 1 + 1e-3
+            if not images.is_floating_point() or not in_range:
                 raise UserError(
                     "With normalize=True, images must be floats in [0, 1]: pass (x + 1) / 2 for images in [-1, 1], or"
                     " uint8 images without normalize."

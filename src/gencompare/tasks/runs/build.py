@@ -26,6 +26,7 @@ from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.generative_model import GenerativeModel, TrainedModel
+from gencompare.records import RunRecord
 from gencompare.rng import derive_seed
 from gencompare.tasks.runs.run_config import check_trainer
 from gencompare.training.budget import Budget
@@ -50,9 +51,12 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
         return factory(spec=data.spec)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None or unknown[1] not in cfg.model:
+        if unknown is None or unknown[1] not in cfg.model or not inspect.isclass(factory.func):
             raise
         known = {name for cls in factory.func.__mro__ for name in inspect.signature(cls.__init__).parameters}
+        known -= {"self", "spec", "args", "kwargs"}
+        if unknown[1] in known:  # another class does not accept it
+            raise
         close = get_close_matches(unknown[1], known, 1)
         advice = f" Did you mean model.{close[0]}?" if close else ""
         raise UserError(f"{cfg.model._target_} has no argument '{unknown[1]}' (model.{unknown[1]}).{advice}") from error
@@ -155,7 +159,7 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
         while (deeper := cause.__cause__ or cause.__context__) is not None:
             cause = deeper
         if isinstance(cause, UserError):
-            raise cause from error
+            raise UserError(str(cause)) from error
         if isinstance(cause, ModuleNotFoundError):
             raise UserError(
                 f"{place}={options._target_}: {cause.msg}. If it is your own, set PYTHONPATH to its folder."
@@ -193,8 +197,9 @@ def build_loggers(
         start_step: the step that training resumes from.
         finished: build only loggers that can add to a finished run.
     """
+    group = RunRecord.load(folder).environment.get("sweep") if finished else cfg.get("sweep_name")
     run = {
-        "folder": str(folder), "name": folder.name, "id": run_id, "group": cfg.get("sweep_name"),
+        "folder": str(folder), "name": folder.name, "id": run_id, "group": group,
         "start_step": start_step, "tags": list(cfg.get("tags") or []),
     }  # fmt: skip
     return [

@@ -54,8 +54,7 @@ def _describe(cause: BaseException) -> tuple[int, str]:
     """Return the exit code and message of an error."""
     if isinstance(cause, KeyboardInterrupt):
         return INTERRUPT_CODE, "Interrupted."
-    if isinstance(cause, BrokenPipeError):  # as in: python run.py --help | head
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
+    if isinstance(cause, BrokenPipeError) and _stdout_is_closed():  # as in: python run.py --help | head
         return FAILURE_CODE, ""
     if isinstance(cause, UserError):
         return FAILURE_CODE, f"Error: {cause}"
@@ -65,10 +64,11 @@ def _describe(cause: BaseException) -> tuple[int, str]:
         hint = quoting_hint(cause) or missing_option_hint(cause, sys.argv[1:])
         message = hint or _one_line(cause).split(" Config search path:")[0]
         if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", message):
-            options = [path.stem for path in (conf_dir() / missing[1]).glob("*.yaml")]
+            folders = [conf_dir(), *([Path(own)] if (own := os.environ.get("GENCOMPARE_CONF")) else [])]
+            options = {path.stem for folder in folders for path in (folder / missing[1]).glob("*.yaml")}
             close = get_close_matches(missing[2], options, 1)
-            advice = f"Did you mean {close[0]}?" if close else f"Choose from {', '.join(sorted(options))}."
-            message = f"There is no {missing[1]}={missing[2]}. {advice}"
+            advice = f" Did you mean {close[0]}?" if close else f" Choose from {', '.join(sorted(options))}."
+            message = f"There is no {missing[1]}={missing[2]}.{advice if options else ''}"
         if missing and "GENCOMPARE_CONF" not in os.environ:
             message += " For an option of your own, set GENCOMPARE_CONF to the folder of your config groups."
         return USAGE_CODE, f"Error: {message} (python run.py --help lists all options.)"
@@ -78,6 +78,15 @@ def _describe(cause: BaseException) -> tuple[int, str]:
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     name, hint = type(cause).__name__, "(HYDRA_FULL_ERROR=1 shows the traceback.)"
     return FAILURE_CODE, f"Error: {name}{place}: {_one_line(cause)} {hint}"
+
+
+def _stdout_is_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
+        return True
+    return False
 
 
 def error_text(error: BaseException) -> str:

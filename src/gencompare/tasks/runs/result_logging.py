@@ -13,6 +13,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from gencompare.comparison.load_runs import RunFolder
 from gencompare.records import RECORD_FILE, Result, RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.training.loggers import CurveCSVLogger, RunWandbLogger
@@ -62,17 +63,17 @@ def log_results(loggers: Sequence[Logger], record: RunRecord, folder: Path, page
 
 
 def result_names(results: Sequence[Result]) -> list[str]:
-    """Return a short, unique name for each result: its checkpoint, and how it differs from that checkpoint's first one.
+    """Return a short, unique name for each result: its checkpoint, and how it differs from the checkpoint's own result.
 
-    Examples: ``last`` for a run's own sampler, ``last/ddim 10 steps`` for another one, ``last/digits`` for the same
-    samples with the extractor ``digits``. The names contain only letters, digits, spaces and ``_./-``, as trackers
-    require.
+    That is the first result of its newest step. Examples: ``last`` for a run's own sampler, ``last/ddim 10 steps`` for
+    another one, ``last/digits`` for the same samples with the extractor ``digits``. The names contain only letters,
+    digits, spaces and ``_./-``, as trackers require.
     """
     names: list[str] = []
-    first: dict[str, Result] = {}
     for result in results:
         checkpoint = result.generation.checkpoint
-        reference = first.setdefault(checkpoint, result)
+        same = [other for other in results if other.generation.checkpoint == checkpoint]
+        reference = max(same, key=lambda other: other.generation.step or 0)
         differences = {
             field.name: value
             for new, old in ((result.generation, reference.generation), (result.measurement, reference.measurement))
@@ -82,7 +83,8 @@ def result_names(results: Sequence[Result]) -> list[str]:
         parts = [
             value if isinstance(value, str) else f"{key.replace('_', ' ')} {value}"
             for key, value in differences.items()
-            if key not in ("nfe", "resize") and not key.endswith("_hash")  # these follow from the other fields
+            if key not in ("nfe", "resize", "images_seen")
+            and not key.endswith("_hash")  # these follow from the other fields
         ]
         name = "/".join([checkpoint, *(re.sub(r"[^\w.-]+", " ", part).strip() for part in parts)])
         names.append(name if name not in names else f"{name}/{result.id}")
@@ -100,13 +102,14 @@ def _log_to_wandb(
     if record.results:
         run.log({"metrics": wandb_table(record), **wandb_images(record, folder)})
     # Files in the W&B folder are uploaded, now or by `wandb sync`. These files are enough for a comparison.
-    for file in (page, folder / record.curve, folder / RECORD_FILE):
-        if file.is_file():
+    files = RunFolder(folder, record, "")  # refuses paths outside the folder
+    for file in (page, files.file(record.curve), files.file(RECORD_FILE)):
+        if file is not None and file.is_file():
             shutil.copy(file, run.dir)
     samples = Path(run.dir) / "samples"
     samples.mkdir(exist_ok=True)
     for image in {image for result in record.results for image in result.images.values()}:
-        if (folder / image).is_file():
+        if files.read_png(image) is not None:
             shutil.copy(folder / image, samples)
     if logger.log_model:
         artifact = wandb.Artifact(f"run-{run.id}", type="model", metadata={"family": record.family, **metrics})
@@ -140,11 +143,12 @@ def wandb_images(record: RunRecord, folder: Path) -> dict[str, Any]:
     import wandb
 
     images: dict[str, Any] = {}
+    files = RunFolder(folder, record, "")
     for name, result in zip(result_names(record.results), record.results, strict=True):
         generation = result.generation
         caption = ", ".join([generation.checkpoint, generation.weights, generation.sampler])
         for title, path in result.images.items():
-            if (folder / path).is_file():
+            if files.read_png(path) is not None:
                 images[f"{name}/{title}"] = wandb.Image(str(folder / path), caption=caption)
     return images
 
