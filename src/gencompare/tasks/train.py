@@ -214,7 +214,7 @@ def new_run_id(folder: Path, sweep: str | None) -> str:
     That id is for the run of the command alone, not for its autoencoder stage and not for several jobs.
     """
     chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ and sweep is None else None
-    own = OmegaConf.select(HydraConfig.get(), "runtime.output_dir") if chosen and HydraConfig.initialized() else None
+    own = OmegaConf.select(HydraConfig.get(), "runtime.output_dir") if chosen and HydraConfig.initialized() else None  # type: ignore[arg-type]
     return chosen if chosen and own and folder.absolute() == Path(own).absolute() else uuid.uuid4().hex[:12]
 
 
