@@ -57,7 +57,6 @@ NOT_RUN = (
     (r"^python docs/(figures|results/keep)", "write into the repository"),
     (r"^python -m pytest tests/test_(contract|score_matching_failures)\.py$", "part of make test"),
     (r"^gencompare\.", "Python, not a shell command"),
-    (r"\.\.\.", "an abbreviation"),
     (r"^python run\.py -sc install=fish", "needs fish"),
     (r"DATA_classifier", "a placeholder"),
     (r"run_dir=sr ", "needs the run of another command, which takes twelve minutes"),
@@ -167,7 +166,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Iter
 def small(command: str, run_folder: str) -> list[str]:
     """Return the arguments of ``python run.py`` for a small version of ``command``."""
     command = re.sub(r"\b(DIR|RUN_FOLDER)\b", run_folder, command).replace("docs/results/FOLDER", "docs/results/sde_vp")
-    command = re.sub(r"\b(FILE\.npz|PATH)\b", "photos.npz" if "data=cifar10" in command else "theirs.npz", command)
+    command = re.sub(
+        r"\b(FILE\.npz|PATH)\b", "photos.npz" if "data=cifar10" in command else "theirs.npz", command
+    ).replace("cifar10_samples.npz", "photos.npz")
     arguments = shlex.split(command)[2:]
     trains = not any(each.startswith("task=") or each in ("--help", "-sc") for each in arguments)
     evaluates = "task=evaluate" in arguments
