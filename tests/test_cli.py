@@ -395,7 +395,10 @@ def test_exported_weights_are_evaluated_like_their_run(trained: Path, cli: Cli, 
     )
     assert found["metrics"]["fd_digits"]["value"] == pytest.approx(expected["metrics"]["fd_digits"]["value"], rel=1e-6)
     assert found["generation"]["weights"] == "as published" and published["family"] == "ddpm"
-    for path, message in (("nowhere", "no weights at"), ("weights.safetensors", "not a checkpoint of the model")):
+    for path, message in (
+        ("nowhere", "no file or folder nowhere"),
+        ("weights.safetensors", "not a checkpoint of the model"),
+    ):
         family = "model=ddpm" if path == "nowhere" else "model=gan"
         assert cli("task=evaluate", family, *QUICK, f"pretrained={path}", "hydra.run.dir=runs/x") == 1
         assert message in error_line(capsys)
@@ -472,7 +475,7 @@ def test_a_ddpm_is_exported_to_diffusers_and_imported_again(cli: Cli, tmp_path: 
     assert cli("task=export", "run_dir=labels", "format=diffusers") == 1
     assert "no counterpart for conditions.label" in error_line(capsys)
     assert cli("task=export", "run_dir=run", "format=onnx") == 1
-    assert "choose safetensors or diffusers" in error_line(capsys)
+    assert "choose from safetensors, diffusers, hub" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,6 @@ def images_of(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[
         (images_of(lambda x: x.permute(0, 2, 3, 1)), {}, "(60, 8, 8, 3), but spec needs (n, 3, 8, 8)"),
         (lambda s: s.update(val=Split(s["val"].images)), {}, "'val' has no labels, but spec.num_classes=2"),
         (lambda s: s.update(val=Split(s["val"].images, s["val"].labels + 1)), {}, "one class from 0 to 1"),
-        (lambda s: s.update(test=s["train"]), {}, "the 'test' images are training images, too"),
         (lambda s: s.update(val=s["val"][:0]), {}, "'val' has no images"),
         (lambda s: s.pop("val"), {}, "load() must return the splits train, val, test, not test, train"),
     ],
@@ -263,6 +262,11 @@ def images_of(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[
 def test_mistakes_in_a_data_set(change: Any, spec: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         _ = Dots(change, **spec).splits
+
+
+def test_held_out_images_that_are_training_images_give_a_warning() -> None:
+    with pytest.warns(UserWarning, match="the 'test' images are training images, too"):
+        _ = Dots(lambda splits: splits.update(test=splits["train"])).splits
 
 
 def test_a_right_data_set_is_accepted() -> None:

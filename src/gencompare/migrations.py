@@ -6,6 +6,7 @@ classes that moved and the names of options that changed. This module does not i
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 MODULES = {
@@ -493,6 +494,8 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
             name: _rename(changes, SAMPLER_ARGUMENTS) if isinstance(changes, dict) else changes
             for name, changes in evaluation["samplers"].items()
         }
+    if isinstance(done.get("trainer"), dict):
+        done["trainer"].setdefault("_target_", "pytorch_lightning.Trainer")  # the only Trainer of earlier versions
     if isinstance(done.get("choices"), dict):
         done["choices"] = {OPTIONS.get(group, group): choice for group, choice in done["choices"].items()}
         task = done["choices"].get("task")
@@ -597,7 +600,22 @@ def migrate_record(record: dict[str, Any]) -> dict[str, Any]:
         record["training"] = _rename(record.get("training", {}), RECORD_TRAINING)
         record["overrides"] = [_migrate_override(override) for override in record.get("overrides", [])]
         record["results"] = [_migrate_result(result) for result in record["results"]]
-    return record | {"config": migrate_config(record.get("config", {}))}
+    results = [_rename_sampler_arguments(result) for result in record["results"]]
+    return record | {"config": migrate_config(record.get("config", {})), "results": results}
+
+
+SAMPLER_DESCRIPTIONS = {"steps_per_level": "num_langevin_steps", "corrector_steps": "num_corrector_steps"}
+"""Renamed arguments in descriptions of samplers. Results are grouped by these and by the names of networks."""
+
+
+def _rename_sampler_arguments(result: dict[str, Any]) -> dict[str, Any]:
+    generation = dict(result["generation"])
+    for old, new in SAMPLER_DESCRIPTIONS.items():
+        if isinstance(generation.get("sampler"), str):
+            generation["sampler"] = re.sub(rf"\b{old}\b", new, generation["sampler"])
+    if isinstance(generation.get("nfe"), dict):
+        generation["nfe"] = _rename(generation["nfe"], {"ladder": "decoder"})
+    return result | {"generation": generation}
 
 
 def _migrate_override(override: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -78,10 +79,12 @@ def hold_out(split: Split, n: int, *purpose: str) -> tuple[Split, Split]:
 
 
 def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
-    """Check what ``load`` returned: names, shapes, types, levels and labels, and that splits do not share images.
+    """Check what ``load`` returned: names, shapes, types, levels and labels.
+
+    Held-out images that are training images, too, give a warning.
 
     Raises:
-        UserError: the splits do not match ``spec``, or held-out images are training images.
+        UserError: the splits do not match ``spec``.
     """
     name = f"Data set '{spec.name}': "
     if set(splits) != set(SPLITS):
@@ -118,7 +121,9 @@ def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
         first = splits[key].images[:50]
         # A few patterns that every split repeats are a deliberate choice.
         if len(first.unique(dim=0)) > 10 and all(_contains(train, image) for image in first):
-            raise UserError(f"{name}the '{key}' images are training images, too: splits must be disjoint.")
+            warnings.warn(
+                f"{name}the '{key}' images are training images, too: splits should be disjoint.", stacklevel=3
+            )
 
 
 def _contains(images: Tensor, image: Tensor) -> bool:
