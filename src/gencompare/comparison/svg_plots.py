@@ -184,7 +184,7 @@ def _interval_figure(chart: IntervalChart, ink: str, *, title: bool = False) -> 
     if chart.baseline is not None:
         axes.axvline(chart.baseline, color=ink, linewidth=0.9, linestyle=(0, (4, 3)))
     ends = [end for point in chart.points for end in (float(point.x[0]), *(point.interval or ()))]
-    ends += [] if chart.baseline is None else [chart.baseline]
+    # The baseline does not count: on a logarithmic axis, a baseline near 0 would leave the rows no room.
     if min(ends) > 0 and max(ends) / min(ends) > LOG_RANGE:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=_log_ticks([np.array(ends)])))
