@@ -54,7 +54,7 @@ NOT_RUN = (
     (r"^(pip|source|export|\.venv/bin/pre-commit|\.venv/bin/python run\.py$)", "change the environment"),
     (r"^(wandb|tensorboard)", "need a server"),
     (r"^python benchmarks/", "tests/test_benchmarks.py runs the benchmarks"),
-    (r"^python docs/(figures|results/keep)", "write into the repository"),
+    (r"^python docs/(figures|results/(keep|build))", "write into the repository; tests/test_docs.py covers the pages"),
     (r"^python -m pytest tests/test_(contract|score_matching_failures)\.py$", "part of make test"),
     (r"^gencompare\.", "Python, not a shell command"),
     (r"^python run\.py -sc install=fish", "needs fish"),

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gencompare.comparison.formatting import WIDE
 from gencompare.comparison.load_runs import find_run_folders, load_runs
 from gencompare.files import file_lock
-from gencompare.tasks.list_runs import TABLE_WIDTH, print_runs
+from gencompare.tasks.list_runs import print_runs
 from synthetic import result, write_run
 
 
 def printed_lines(folders: list[Path]) -> list[str]:
     text = StringIO()
-    print_runs(folders, Console(file=text, width=TABLE_WIDTH))
+    print_runs(folders, Console(file=text, width=WIDE))
     return text.getvalue().splitlines()
 
 

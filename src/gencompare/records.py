@@ -7,7 +7,7 @@ import html
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -228,7 +228,7 @@ class RunRecord:
 
     def own_result(self) -> Result | None:
         """Return the result of the run's own sampler: the first one recorded for its newest checkpoint."""
-        return max(self.results, key=lambda result: result.generation.step or 0, default=None)
+        return newest(self.results)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``record.json`` to ``folder`` atomically."""
@@ -290,6 +290,11 @@ class RunRecord:
         except OSError as error:
             raise UserError(f"Cannot write to {folder}: {error.strerror}.") from error
         return record
+
+
+def newest(results: Iterable[Result]) -> Result | None:
+    """Return the first of the results with the highest training step, or None if there are none."""
+    return max(results, key=lambda result: result.generation.step or 0, default=None)
 
 
 def now() -> str:

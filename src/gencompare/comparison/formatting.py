@@ -13,6 +13,9 @@ MISSING = "–"  # noqa: RUF001
 WARNING = "warning"
 """Text that is shown next to the primary metric of samples with warnings."""
 
+WIDE = 1000
+"""Width of tables with folders. The terminal itself wraps longer lines, so that a folder can be copied as one word."""
+
 TITLES = {
     "fid": "FID",
     "fd": "FD",

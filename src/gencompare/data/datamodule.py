@@ -101,7 +101,9 @@ def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
             )
         if spec.num_bins is None and not images.is_floating_point():
             raise UserError(f"{name}'{key}' images are {images.dtype}, but num_bins=None needs floats in [-1, 1].")
-        if spec.num_bins is not None and (images.dtype != torch.uint8 or int(images.max()) >= spec.num_bins):
+        if spec.num_bins is not None and (
+            images.dtype != torch.uint8 or (spec.num_bins < 256 and int(images.max()) >= spec.num_bins)
+        ):
             found = f"{images.dtype}, from {float(images.min()):.3g} to {float(images.max()):.3g}"
             raise UserError(
                 f"{name}'{key}' images are {found}, but must be uint8 from 0 to num_bins - 1 = {spec.num_bins - 1}."

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save
 
 from gencompare.errors import UserError
-from gencompare.files import atomic_write, write_json
+from gencompare.files import write_json
 from gencompare.generative_model import TrainedModel
 from gencompare.networks.diffusers_weights import REQUIRED_CONFIG, to_diffusers
 from gencompare.networks.unet import UNet
 from gencompare.records import RunRecord
-from gencompare.tasks.hub import push_model_folder, write_model_folder
+from gencompare.tasks.hub import push_model_folder, write_model_folder, write_tensors
 from gencompare.tasks.runs import diffusers_scheduler
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.loading import load_weights
@@ -59,11 +58,6 @@ UNET2D_OPTIONS = {
     "fourier_exponents": (), "add_input": False,
 }  # fmt: skip
 """`UNet` options with the values for which it is equivalent to ``UNet2DModel`` from diffusers."""
-
-
-def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    with atomic_write(path) as file:
-        file.write(save({name: value.contiguous() for name, value in state.items()}, metadata))
 
 
 def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:

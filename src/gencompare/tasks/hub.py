@@ -18,7 +18,7 @@ from gencompare.comparison.load_runs import RunFolder
 from gencompare.errors import UserError
 from gencompare.files import atomic_write, write_json, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
-from gencompare.records import Result, RunRecord
+from gencompare.records import Result, RunRecord, newest
 from gencompare.version import __version__
 
 FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = (
@@ -41,9 +41,7 @@ def write_model_folder(
         checkpoint: ``last`` or ``best``, whose results the card shows.
         weights: ``ema`` or ``raw``, likewise.
     """
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with atomic_write(out / WEIGHTS_FILE) as file:
-        file.write(save(tensors, {"format": "pt"}))
+    write_tensors(model.state_dict(), out / WEIGHTS_FILE, {"format": "pt"})
     facts = {
         "library": f"gencompare {__version__}",
         "family": record.family,
@@ -61,15 +59,17 @@ def write_model_folder(
     write_text(out / CARD_FILE, model_card(record, result, checkpoint, weights, with_samples=picture is not None))
 
 
+def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to a safetensors file."""
+    with atomic_write(path) as file:
+        file.write(save({name: value.contiguous() for name, value in state.items()}, metadata))
+
+
 def result_of(record: RunRecord, checkpoint: str, weights: str) -> Result | None:
     """Return the first result of these weights at their newest step, or None if they were not evaluated."""
     weights = weights if record.model.get("averaged_parameters") else "raw"
-    matching = [
-        each
-        for each in record.results
-        if (each.generation.checkpoint, each.generation.weights) == (checkpoint, weights)
-    ]
-    return max(matching, key=lambda each: each.generation.step or 0, default=None)
+    wanted = (checkpoint, weights)
+    return newest(each for each in record.results if (each.generation.checkpoint, each.generation.weights) == wanted)
 
 
 def _encode(value: Any) -> Any:

@@ -18,14 +18,12 @@ from gencompare.tasks.runs.run_folder import is_active
 
 COLUMNS = ("created", "state", "family", "data", "seed", "metric", "n", "folder")
 RIGHT_ALIGNED = ("seed", "metric", "n")
-TABLE_WIDTH = 1000
-"""Width of the table. The terminal itself wraps longer lines, so that a folder can be copied as one word."""
 
 
 def list_runs(cfg: DictConfig) -> None:
     """Print the runs that match ``cfg.runs``, oldest first, and skipped folders with the reason."""
     folders = locate_runs(cfg.runs or f"{cfg.paths.runs}/**", Path(cfg.paths.cache))
-    print_runs(folders, Console(width=TABLE_WIDTH))
+    print_runs(folders, Console(width=formatting.WIDE))
 
 
 def print_runs(folders: list[Path], console: Console) -> None:

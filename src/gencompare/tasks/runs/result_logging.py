@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from gencompare.comparison.load_runs import RunFolder
-from gencompare.records import RECORD_FILE, Result, RunRecord
+from gencompare.records import RECORD_FILE, Result, RunRecord, newest
 from gencompare.tasks.runs import run_config
 from gencompare.training.loggers import CurveCSVLogger, RunWandbLogger
 
@@ -72,8 +72,7 @@ def result_names(results: Sequence[Result]) -> list[str]:
     names: list[str] = []
     for result in results:
         checkpoint = result.generation.checkpoint
-        same = [other for other in results if other.generation.checkpoint == checkpoint]
-        reference = max(same, key=lambda other: other.generation.step or 0)
+        reference = newest(other for other in results if other.generation.checkpoint == checkpoint) or result
         differences = {
             field.name: value
             for new, old in ((result.generation, reference.generation), (result.measurement, reference.measurement))

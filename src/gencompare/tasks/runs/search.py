@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gencompare.command_line import quote
+from gencompare.comparison import formatting
 from gencompare.errors import UserError
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import dependency_costs
@@ -25,8 +26,6 @@ from gencompare.tasks.runs.run_folder import wait_until_inactive
 from gencompare.tasks.runs.sweep import is_identifying
 
 STUDY_FILE = "study.db"
-TABLE_WIDTH = 1000
-"""Width of the table of trials. The terminal itself wraps longer lines, so that a folder can be copied as one word."""
 NO_OBJECTIVE = (
     "A search minimises the distance to validation images during training: set callbacks.evaluation.num_evaluations and"
     " callbacks.evaluation.num_samples above 0, and choose a generative model."
@@ -123,7 +122,7 @@ class Study:
         folder = self.trial_folder(best.number)
         assert folder is not None
         wait_until_inactive(folder)
-        Console(width=TABLE_WIDTH).print(self.trial_table(), soft_wrap=True)
+        Console(width=formatting.WIDE).print(self.trial_table(), soft_wrap=True)
         print(f"[{self.name}] best of {self.n_trials}: {folder.name}, {' '.join(self.values(best))}", flush=True)
         if not RunRecord.load(folder).results:
             resume = [f"resume={quote(str(folder.absolute()))}", f"hydra.sweep.subdir={quote(folder.name)}"]
