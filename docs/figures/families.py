@@ -28,6 +28,8 @@ def families() -> list[tuple[float, str, np.ndarray]]:
     found = []
     for path in RESULTS.glob("*_0/record.json"):
         record = json.loads(path.read_text())
+        if path.parent.name != f"{record['family']}_0":  # a second run of the family with another budget
+            continue
         result = next(each for each in record["results"] if each["primary_metric"] == METRIC)
         picture = np.asarray(Image.open(path.parent / result["images"]["samples"]))
         side = (picture.shape[0] - GAP) // 10  # a grid of 10 x 10 images with gaps

@@ -44,7 +44,7 @@ def main(folder: str) -> None:
 def _by_family(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
     for row in rows:
-        found.setdefault(row["family"], []).append(row)
+        found.setdefault(row["run"].partition(", seed ")[0], []).append(row)
     return found
 
 
