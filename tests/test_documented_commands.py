@@ -46,6 +46,7 @@ MESSAGES = (
     (r"paper_fid50k|,inception\]", "weights"),
     (r"trainer=gpu", "trainer=cpu"),
     (r"MLFlowLogger", "mlflow"),
+    (r"task\.push=USER", "hub"),
 )
 """Commands that fail on a machine without network, GPU or optional package, with a word of the message."""
 

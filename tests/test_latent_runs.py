@@ -249,7 +249,7 @@ def test_an_unfinished_autoencoder_raises_an_error(
 ) -> None:
     (stage, *_) = stages(runs)
     shutil.copytree(stage, tmp_path / "stage")
-    (tmp_path / "stage" / "record.json").write_text(json.dumps(record(stage) | {"state": state}))
+    (tmp_path / "stage" / "record.json").write_text(json.dumps(record(stage) | {"state": state, "sha256": None}))
     assert (
         cli("model=ldm", *QUICK, *SMALL, f"model.latent.autoencoder_run={tmp_path / 'stage'}", "hydra.run.dir=early")
         == 1
@@ -300,3 +300,28 @@ def test_an_autoencoder_is_used_with_its_images_at_any_location(
     error = capsys.readouterr().err
     assert "trained on 'image_folder_scans' data of shape 1x16x16, not on these images of the same name" in error
     assert not Path("refused/record.json").exists()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_autoencoder_with_a_corrupted_checkpoint_is_trained_again(
+    runs: Path, cli: Cli, tmp_path: Path, capsys: Any, kept: bool
+) -> None:
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    stage = stages(tmp_path)[0]
+    last = stage / "checkpoints" / "last.ckpt"
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    if kept:  # as if a checkpoint of an earlier step had been kept
+        shutil.copy(last, stage / "checkpoints" / "step_00000003.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    code = cli(*LDM, f"paths.runs={tmp_path / 'runs'}", f"hydra.run.dir={tmp_path / 'ldm'}")
+    printed = capsys.readouterr()
+    assert "last.ckpt is corrupted" in printed.out
+    if kept:
+        assert code == 0, printed.err
+        assert "resuming from step_00000003.ckpt" in printed.out
+        again = torch.load(last, weights_only=True)["state_dict"]
+        assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    else:
+        assert code == 1 and f"delete {stage}" in printed.err

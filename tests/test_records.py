@@ -75,7 +75,8 @@ def test_the_ratio_to_the_real_data_baseline():
     [
         (lambda raw: "[1, 2", "corrupted"),
         (lambda raw: "\0\0\0", "corrupted"),
-        (lambda raw: "[1, 2]", "no schema"),
+        (lambda raw: "[1, 2]", "corrupted"),
+        (lambda raw: "{}", "no schema"),
         (lambda raw: json.dumps({**raw, "schema": 99}), "schema 99"),
         (lambda raw: json.dumps({**raw, "results": None}), "corrupted"),
         (lambda raw: json.dumps({**raw, "family": ["x"]}), "family is not a str"),
@@ -91,7 +92,7 @@ def test_the_ratio_to_the_real_data_baseline():
 )
 def test_a_damaged_or_unknown_record_raises_a_one_line_error(tmp_path: Path, damage, message: str):
     path = record().save(tmp_path)
-    path.write_text(damage(json.loads(path.read_text())))
+    path.write_text(damage(json.loads(path.read_text()) | {"sha256": None}))  # as if it was edited on purpose
     with pytest.raises(UserError) as error:
         RunRecord.load(tmp_path)
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)

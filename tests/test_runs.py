@@ -65,7 +65,7 @@ def test_runs_are_listed_oldest_first(cli: Callable[..., int], tmp_path: Path, c
 
 def test_a_thousand_runs_are_listed_in_seconds(tmp_path: Path) -> None:
     write_run(tmp_path / "first", [result(1.5), result(0.25)])
-    text = (tmp_path / "first" / "record.json").read_text()
+    text = json.dumps(json.loads((tmp_path / "first" / "record.json").read_text()) | {"sha256": None})
     for k in range(1000):
         folder = tmp_path / "many" / f"run_{k:04d}"
         folder.mkdir(parents=True)

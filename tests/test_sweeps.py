@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,11 @@ def with_positive_beta(original: Any) -> Any:
     return init
 
 
-def test_a_damaged_run_is_repeated_in_another_folder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_without_record_and_checkpoints_is_repeated_in_another_folder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     overrides = ["-m", "model=gaussian", *OVERRIDES[3:], "seed=0", "hydra.sweep.dir=sweep"]
     assert cli(*overrides) == 0
     (tmp_path / "sweep" / "0_digits_gaussian" / "record.json").write_text("{")
+    shutil.rmtree(tmp_path / "sweep" / "0_digits_gaussian" / "checkpoints")
     capsys.readouterr()
     assert cli(*overrides) == 0
     assert json.loads((tmp_path / "sweep" / "0_digits_gaussian_2" / "record.json").read_text())["state"] == "finished"

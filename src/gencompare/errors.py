@@ -20,6 +20,23 @@ def check_number(name: str, value: object) -> None:
         raise UserError(f"{name}={value} must be a number.")
 
 
+class CorruptedFileError(UserError):
+    """Raised when the content of a file does not match its checksum or its format.
+
+    Args:
+        path: the file.
+        advice: what to do, as a separate sentence.
+    """
+
+    def __init__(self, path: object, advice: str = "") -> None:
+        super().__init__(path, advice)
+        self.path = path
+
+    def __str__(self) -> str:
+        path, advice = self.args
+        return f"{path} is corrupted: its content does not match its checksum or its format.{advice and ' '}{advice}"
+
+
 class TrainingStopped(UserError):
     """Raised when training cannot continue.
 

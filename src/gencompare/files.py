@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,24 +20,38 @@ DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 PATH_ERRORS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
 )  # fmt: skip
+TEMPORARY_SUFFIX = ".part"
+ORPHAN_SECONDS = 2.0
+"""Minimum age of a temporary file that is removed: a younger one may not be locked yet."""
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that replaces ``path`` when the block ends, or is discarded if the block raises.
 
-    The bytes go to a temporary file in the same folder, which is synced to disk and then renamed. Readers see the old
-    or the new file, never a partial file. Raise `UserError` if the disk is full or the folder is not writable.
+    The bytes go to a temporary file in the same folder, which is then renamed. Readers see the old or the new file,
+    never a partial file. The writer holds a lock on the temporary file, so that `remove_orphans` can tell whether its
+    process has died.
+
+    Args:
+        path: the file.
+        sync: whether to sync the temporary file to disk before the renaming, so that it also survives a power failure.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
@@ -45,6 +60,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` in ``folder`` and below whose process was killed."""
+    for temporary in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError), temporary.open("rb") as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime > ORPHAN_SECONDS:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> UserError | None:

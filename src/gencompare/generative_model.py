@@ -18,14 +18,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from gencompare.checkpoint_files import EMA_KEY, read_checkpoint
 from gencompare.errors import UserError
 from gencompare.hyperparameters import (
-    EMA_KEY,
     constructor_arguments,
     from_config,
     import_object,
     qualified_name,
-    read_checkpoint,
     to_config,
 )
 from gencompare.rng import RandomSource, default_generator, generator

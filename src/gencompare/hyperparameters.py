@@ -1,9 +1,8 @@
-"""Store constructor arguments as plain data, and read checkpoints without executing code from them."""
+"""Store constructor arguments as plain data, and rebuild objects from it."""
 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial, reduce
@@ -11,11 +10,9 @@ from importlib import import_module
 from types import FrameType, FunctionType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.migrations import migrate_checkpoint
 
 GET_OBJECT = "hydra.utils.get_object"
 TRUSTED_PACKAGES = (
@@ -141,21 +138,3 @@ def import_object(path: str, name: str = "model") -> Any:
 def qualified_name(obj: Any) -> str:
     """Return the import path of a class or function, ``package.module.name``."""
     return f"{obj.__module__}.{obj.__qualname__}"
-
-
-EMA_KEY = "ema"
-"""Key of the EMA weights in a checkpoint."""
-
-
-def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint, which may contain only tensors and plain containers.
-
-    Raises:
-        UserError: the file is missing or corrupted.
-    """
-    try:
-        return migrate_checkpoint(torch.load(path, map_location=map_location, weights_only=True))
-    except FileNotFoundError as error:
-        raise UserError(f"There is no checkpoint {path}.") from error
-    except Exception as error:
-        raise UserError(f"{path} is corrupted or not a gencompare checkpoint ({type(error).__name__}).") from error

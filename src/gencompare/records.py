@@ -15,8 +15,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from gencompare.errors import UserError
-from gencompare.files import file_lock, write_json
+from gencompare.checksums import read_checked_json, write_checked_json
+from gencompare.command_line import shell_override
+from gencompare.errors import CorruptedFileError, UserError
+from gencompare.files import file_lock
 from gencompare.migrations import migrate_record
 
 
@@ -233,7 +235,7 @@ class RunRecord:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``record.json`` to ``folder`` atomically."""
         path = Path(folder) / RECORD_FILE
-        write_json(path, _finite(asdict(self)))
+        write_checked_json(path, _finite(asdict(self)))
         return path
 
     @classmethod
@@ -241,17 +243,20 @@ class RunRecord:
         """Read the record of a run folder, or a record file.
 
         Raises:
-            UserError: the record is missing, corrupted, or from a newer version.
+            CorruptedFileError: the record is corrupted.
+            UserError: the record is missing or from a newer version.
         """
         path = Path(folder)
         if path.is_dir():
             path = path / RECORD_FILE
         try:
-            raw = json.loads(path.read_text(), parse_constant=lambda _: None)
+            raw = read_checked_json(path, parse_constant=lambda _: None)
         except FileNotFoundError as error:
             raise UserError(f"{path.parent} is not a run folder: it contains no {RECORD_FILE}.") from error
-        except (OSError, ValueError) as error:
-            raise UserError(_damaged(path, error)) from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        except CorruptedFileError as error:
+            raise CorruptedFileError(path, f"{error.args[1]} {_advice(path)}".strip()) from error
         return cls.from_json(raw, path)
 
     @classmethod
@@ -276,7 +281,7 @@ class RunRecord:
             _check(record, cls)
             return record
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(_damaged(path, error)) from error
+            raise CorruptedFileError(path, f"({' '.join(str(error).split())}) {_advice(path)}") from error
 
     @staticmethod
     def update(folder: str | os.PathLike[str], change: Callable[[RunRecord], None]) -> RunRecord:
@@ -302,8 +307,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _damaged(path: str | os.PathLike[str], error: Exception) -> str:
-    return f"{path} is corrupted ({error}): evaluate the run again to rewrite it."
+def _advice(path: str | os.PathLike[str]) -> str:
+    """Return how to rebuild the record at ``path``."""
+    folder = Path(path).parent
+    return (
+        f"To write a new record from the run's config and checkpoint: task=evaluate {shell_override('run_dir', folder)}"
+    )
 
 
 def _result(raw: dict[str, Any]) -> Result:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
+import logging
 import math
 import os
 import re
@@ -15,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from gencompare.checksums import GrowingFile
 from gencompare.errors import UserError
 from gencompare.records import RECORD_FILE, RunRecord
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,23 @@ class RunFolder:
     @cached_property
     def curve(self) -> dict[str, np.ndarray]:
         """Columns of the learning curve by name, each float64 (rows,), with NaN where nothing was logged. Empty if
-        there is no file."""
+        there is no file, or if it is corrupted."""
         path = self.file(self.record.curve)
-        return read_curve(path) if path else {}
+        return read_curve(path) if path and GrowingFile(path).is_intact() else {}
 
     def read_png(self, relative: str) -> bytes | None:
-        """Read a PNG file. Return None if it is missing, not a PNG file, or outside the run folder."""
+        """Read a PNG file. Return None if it is missing or outside the run folder, or, with a warning, if it is
+        corrupted or not a PNG file."""
         path = self.file(relative)
-        try:
-            content = path.read_bytes() if path else b""
-        except OSError:
+        if path is None:
             return None
-        return content if content.startswith(PNG_SIGNATURE) else None
+        try:
+            content = path.read_bytes()
+            Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # checks the CRC of each chunk
+        except Exception as error:  # Pillow raises many kinds
+            log.warning("%s is left out: it is corrupted, or not a PNG file (%s).", path, type(error).__name__)
+            return None
+        return content
 
     def file(self, relative: str) -> Path | None:
         """Return the path of a file, or None if it is missing or outside the run folder (records are untrusted)."""
@@ -66,7 +75,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class SkippedFolder:
-    """A run folder that is not compared, and the reason."""
+    """A run folder that is not compared, or only in part, and the reason."""
 
     folder: Path
     reason: str
@@ -131,6 +140,11 @@ def load_runs(
             records.append((folder, RunRecord.load(folder)))
         except UserError as error:
             loaded.skipped.append(SkippedFolder(folder, str(error)))
+    for folder, record in records:
+        curve = RunFolder(folder, record, "").file(record.curve)
+        if curve is not None and not GrowingFile(curve).is_intact():
+            reason = "corrupted; the run is compared without its learning curve"
+            loaded.skipped.append(SkippedFolder(folder / record.curve, reason))
     folder_of_run: dict[str, Path] = {}
     unique = []
     for folder, record in records:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from gencompare.checksums import check_safetensors
 from gencompare.errors import UserError
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -124,6 +125,7 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
     path = WEIGHTS_DIR / f"perceptual_{TRAINING_DATA[channels]}.safetensors" if weights is None else Path(weights)
     try:
         payload = path.read_bytes()
+        check_safetensors(path, payload)
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["model"])["network"]
         state_dict = {name.removeprefix("net."): value for name, value in load(payload).items()}

@@ -23,7 +23,7 @@ from gencompare.data.generated_samples import read_samples
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol, evaluate
 from gencompare.evaluation.sampling import tensor_sha256
-from gencompare.files import file_lock, sha256
+from gencompare.files import file_lock, remove_orphans, sha256
 from gencompare.generative_model import GenerativeModel, SupportsNoising
 from gencompare.records import RunRecord, SampleSettings, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
@@ -40,6 +40,7 @@ from gencompare.tasks.runs.environment import environment
 from gencompare.tasks.runs.loading import check_generative, load_weights
 from gencompare.tasks.runs.pretrained import find_pretrained, load_pretrained
 from gencompare.tasks.runs.processes import JOB_FILE, is_multiprocess, ranks_run, wait_for_ranks
+from gencompare.tasks.runs.recovery import recover_record
 from gencompare.tasks.runs.result_logging import log_config, log_results
 from gencompare.tasks.runs.run_folder import refuse_existing_run, run_folder
 from gencompare.tasks.runs.sweep import evaluated_config_path, job_identity
@@ -94,7 +95,9 @@ def evaluate_on_all_ranks(
     """Run `evaluate_checkpoints` on all ranks of ``cfg.trainer``. Other ranks read ``cfg`` from the file ``job``."""
     protocol = build_protocol(cfg)
     protocol.check(data)
-    RunRecord.load(folder)
+    if rank_zero_only.rank == 0:
+        recover_record(model, data, folder)
+        remove_orphans(folder)
     if is_multiprocess(cfg):
         run_config.save(cfg, job)
     trainer = build_trainer(cfg, model, {}, [], folder)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
+from gencompare.checksums import check_safetensors, read_checked_json, seal_safetensors, write_checked_json
 from gencompare.command_line import run_command
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder
 from gencompare.errors import UserError
-from gencompare.files import atomic_write, write_json, write_text
+from gencompare.files import atomic_write, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
 from gencompare.records import Result, RunRecord, newest
 from gencompare.version import __version__
@@ -49,7 +50,7 @@ def write_model_folder(
         "checkpoint": checkpoint,
         "weights": weights,
     }
-    write_json(out / CONFIG_FILE, _encode({**facts, "model": dict(model.hparams)}))
+    write_checked_json(out / CONFIG_FILE, _encode({**facts, "model": dict(model.hparams)}))
     result = result_of(record, checkpoint, weights)
     picture = RunFolder(run, record, "").read_png(result.images.get("samples", "")) if result is not None else None
     (out / SAMPLES_FILE).unlink(missing_ok=True)
@@ -60,9 +61,11 @@ def write_model_folder(
 
 
 def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to a safetensors file."""
+    """Write tensors and metadata to a safetensors file, with a checksum."""
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    payload = seal_safetensors(partial(save, tensors), metadata)
     with atomic_write(path) as file:
-        file.write(save({name: value.contiguous() for name, value in state.items()}, metadata))
+        file.write(payload)
 
 
 def result_of(record: RunRecord, checkpoint: str, weights: str) -> Result | None:
@@ -182,8 +185,10 @@ def from_pretrained(source: str | os.PathLike[str]) -> TrainedModel:
     if not folder.is_dir():
         folder = _download(str(source))
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(), object_hook=_decode)["model"]
-        state = load_file(folder / WEIGHTS_FILE)
+        config = read_checked_json(folder / CONFIG_FILE, object_hook=_decode)["model"]
+        payload = (folder / WEIGHTS_FILE).read_bytes()
+        check_safetensors(folder / WEIGHTS_FILE, payload)
+        state = load(payload)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a folder of task=export format=hub, or it is corrupted"

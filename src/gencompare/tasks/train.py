@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from gencompare.checkpoint_files import LAST, FoundCheckpoint, find_checkpoint
 from gencompare.command_line import shell_override
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.generative_model import GenerativeModel, TrainedModel
-from gencompare.hyperparameters import read_checkpoint
-from gencompare.records import RECORD_FILE, RunRecord, now
+from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.resources import peak_memory_bytes
 from gencompare.tasks.evaluate_run import evaluate_checkpoints, evaluate_trained_run
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
@@ -33,7 +30,7 @@ from gencompare.tasks.runs.build import (
     build_trainer,
     check_trainer_settings,
 )
-from gencompare.tasks.runs.console import describe_data, print_results, print_start
+from gencompare.tasks.runs.console import print_results, print_start
 from gencompare.tasks.runs.environment import environment
 from gencompare.tasks.runs.loading import check_state_dict
 from gencompare.tasks.runs.processes import (
@@ -44,12 +41,14 @@ from gencompare.tasks.runs.processes import (
     sigterm_exits,
     wait_for_ranks,
 )
+from gencompare.tasks.runs.recovery import initial_record, list_checkpoints, recover_record
 from gencompare.tasks.runs.result_logging import abandon_loggers, log_config, log_results
 from gencompare.tasks.runs.run_folder import claim_run_folder, refuse_existing_run
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import GracefulStop
+from gencompare.training.loggers import last_step
 
 
 def train(cfg: DictConfig) -> None:
@@ -69,21 +68,24 @@ def train(cfg: DictConfig) -> None:
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
         refuse_existing_run(folder)
-    checkpoint_path = folder / "checkpoints" / "last.ckpt"
-    checkpoint = read_checkpoint(checkpoint_path) if resumed and checkpoint_path.exists() else None
+    found = find_checkpoint(folder / "checkpoints") if resumed else None
+    checkpoint = found.content if found else None
     cfg = autoencoder_stage.use_autoencoder_settings(cfg)
     data = build_data(cfg)
     data.setup()
     model = build_model(cfg, data)
     check_optimizer(model)
-    if checkpoint is not None:
-        check_state_dict(model, checkpoint["state_dict"], checkpoint_path)
+    if found is not None:
+        check_state_dict(model, found.content["state_dict"], found.path)
     protocol = None
     if isinstance(model, GenerativeModel):
         protocol = build_protocol(cfg)
         protocol.check(data)
         check_checkpoint_choice(cfg.evaluation.checkpoints)
     callbacks = build_callbacks(cfg, model, data, protocol, folder)
+    if resumed and rank_zero_only.rank == 0:
+        recover_record(model, data, folder)
+        report_lost_steps(folder, found)
     if checkpoint is None:
         cfg = autoencoder_stage.train_autoencoder(cfg, data, train)
     trainer = build_trainer(cfg, model, callbacks, [], folder)
@@ -100,6 +102,8 @@ def train(cfg: DictConfig) -> None:
     clock = checkpoint["callbacks"][TrainingClock.__name__] if checkpoint is not None else None
     with claim_run_folder(folder, must_be_new=not resumed), record_failures(folder):
         if rank_zero_only.rank == 0:
+            if found is not None:
+                found.restore()
             write_initial_record(cfg, model, data, folder, resumed, dependencies)
             device, limits = trainer.strategy.root_device, vars(build_budget(cfg))
             print_start(RunRecord.load(folder), folder, device, limits, trainer.world_size)
@@ -112,7 +116,7 @@ def train(cfg: DictConfig) -> None:
             if clock and (model.closed_form or budget.progress(**clock) >= 1):
                 print_on_rank_zero("The budget is already spent, so there is nothing left to train.")
             else:
-                fit(trainer, model, data, callbacks, folder, checkpoint_path if clock else None)
+                fit(trainer, model, data, callbacks, folder, found.path if found else None)
             if protocol is not None:
                 assert isinstance(model, GenerativeModel)
                 model.to(trainer.strategy.root_device)
@@ -155,6 +159,29 @@ def record_failures(folder: Path) -> Iterator[None]:
         raise
 
 
+def report_lost_steps(folder: Path, found: FoundCheckpoint | None) -> None:
+    """Print which steps of a resumed run are trained again if its newest checkpoint is corrupted or missing.
+
+    Raises:
+        UserError: the run had checkpoints, and none is left.
+    """
+    record = RunRecord.load(folder)
+    recorded = max(record.training.get("steps") or 0, last_step(folder / record.curve))
+    if found is None:
+        if record.checkpoints:
+            raise UserError(
+                f"The checkpoints of {folder}, which has {recorded} recorded steps, are missing: put back"
+                f" {record.checkpoints.get('last', 'checkpoints/last.ckpt')}, or train again in another folder."
+            )
+        print(f"{folder} has no checkpoint yet: training starts again from the first step.", flush=True)
+        return
+    step = found.content["callbacks"][TrainingClock.__name__]["step"]
+    if found.path.name != LAST:
+        reason = f"{found.corrupted[0].name} is corrupted" if found.corrupted else f"{LAST} is missing"
+        lost = f"{recorded - step} of {recorded} steps are lost and" if recorded > step else "any later steps"
+        print(f"{reason}: resuming from {found.path.name}, step {step}; {lost} are trained again.", flush=True)
+
+
 def check_optimizer(model: TrainedModel) -> None:
     """Raise `UserError` if the optimiser rejects its settings."""
     try:
@@ -180,42 +207,13 @@ def write_initial_record(
     """Write the config and the first record of a run, or update those of a resumed run."""
     if is_multiprocess(cfg):
         run_config.save(cfg, folder / JOB_FILE)
-    autoencoder = None
-    if "autoencoder_run" in cfg:
-        autoencoder = autoencoder_stage.autoencoder_summary(Path(cfg.autoencoder_run))
+    record = initial_record(cfg, model, data, folder, dependencies)
     cfg = run_config.without_locations(cfg)
     run_config.save(cfg, folder / run_config.FILE)
     if resumed:
-        RunRecord.update(folder, lambda record: update_resumed_record(record, cfg, dependencies))
-        return
-    RunRecord(
-        name=folder.name,
-        family=cfg.family,
-        data=describe_data(data),
-        seed=cfg.seed,
-        created=now(),
-        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
-        overrides=list(cfg.command),
-        environment={"run_id": new_run_id(folder, cfg.sweep_name), "sweep": cfg.sweep_name},
-        model={
-            "class": type(model).__name__,
-            "conditional": model.conditional,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "averaged_parameters": sum(p.numel() for p in model.averaged_parameters().values()),
-            **({"autoencoder": autoencoder} if autoencoder else {}),
-        },
-        training={"dependencies": dependencies},
-    ).save(folder)
-
-
-def new_run_id(folder: Path, sweep: str | None) -> str:
-    """Return a random id for a W&B run or, in a W&B sweep, the id that its agent has chosen.
-
-    That id is for the run of the command alone, not for its autoencoder stage and not for several jobs.
-    """
-    chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ and sweep is None else None
-    own = OmegaConf.select(HydraConfig.get(), "runtime.output_dir") if chosen and HydraConfig.initialized() else None  # type: ignore[arg-type]
-    return chosen if chosen and own and folder.absolute() == Path(own).absolute() else uuid.uuid4().hex[:12]
+        RunRecord.update(folder, lambda stored: update_resumed_record(stored, cfg, dependencies))
+    else:
+        record.save(folder)
 
 
 def update_resumed_record(record: RunRecord, cfg: DictConfig, dependencies: list[dict[str, Any]]) -> None:
@@ -296,11 +294,7 @@ def record_training(
         training["dependencies"] = record.training.get("dependencies", [])
         record.training = training
         dependency_costs.update_total_cost(record)
-        record.checkpoints = {
-            name: f"checkpoints/{name}.ckpt"
-            for name in ("last", "best")
-            if (folder / "checkpoints" / f"{name}.ckpt").exists()
-        }
+        record.checkpoints = list_checkpoints(folder)
         grids = sorted((folder / "samples").glob("step_*.png"))
         if grids:
             record.images["samples while training"] = str(grids[-1].relative_to(folder))

@@ -9,8 +9,10 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
+from gencompare.checkpoint_files import BEST, LAST, keep_earlier
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
+from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
 from gencompare.training.loggers import check_weights
 
@@ -21,12 +23,16 @@ class Checkpoints(Callback):
     The best evaluation has the lowest distance to the validation images. A `possibly_collapsed` model is saved only at
     the end of the budget, or when training stops before any checkpoint exists.
 
+    Before ``last.ckpt`` is replaced, it becomes ``step_<number>.ckpt``, from which training resumes if ``last.ckpt`` is
+    corrupted. The run's record, if there is one, lists that there are checkpoints, so that lost ones are noticed.
+
     Lightning's `ModelCheckpoint` is not used because it saves the weights in any state. Here, non-finite weights never
     replace a good checkpoint, and the time spent on saving does not count as training time.
 
     Args:
         dirpath: where the checkpoints are saved.
         every_minutes: time between checkpoints, in addition to those at evaluations; 0 saves after every step.
+        keep_previous: number of earlier checkpoints that are kept.
     """
 
     order = 9
@@ -35,21 +41,22 @@ class Checkpoints(Callback):
     CHECK_STEPS = 20
     """Steps between checks of the elapsed time, each of which synchronises the ranks."""
 
-    def __init__(self, dirpath: Path, every_minutes: float = 2.0) -> None:
-        if every_minutes < 0:
-            raise UserError(f"callbacks.checkpoints.every_minutes={every_minutes} must be at least 0.")
-        self.dirpath, self.every_minutes = dirpath, every_minutes
+    def __init__(self, dirpath: Path, every_minutes: float = 2.0, keep_previous: int = 1) -> None:
+        for name, value in (("every_minutes", every_minutes), ("keep_previous", keep_previous)):
+            if value < 0:
+                raise UserError(f"callbacks.checkpoints.{name}={value} must be at least 0.")
+        self.dirpath, self.every_minutes, self.keep_previous = dirpath, every_minutes, keep_previous
         self._last_time = time.monotonic()
         self.saved: int | None = None
         """The step of ``last.ckpt``."""
 
     @property
     def last(self) -> Path:
-        return self.dirpath / "last.ckpt"
+        return self.dirpath / LAST
 
     @property
     def best(self) -> Path:
-        return self.dirpath / "best.ckpt"
+        return self.dirpath / BEST
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_time = time.monotonic()
@@ -63,8 +70,8 @@ class Checkpoints(Callback):
         if due and not self._must_wait(trainer, pl_module):
             if clock.best_at == clock.step:
                 self._save(trainer, pl_module, self.best)
-            self._save(trainer, pl_module, self.last)
-            self._last_time, self.saved = time.monotonic(), clock.step
+            self._save_last(trainer, pl_module)
+            self._last_time = time.monotonic()
             clock.exclude_elapsed_time()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -76,6 +83,18 @@ class Checkpoints(Callback):
         assert isinstance(model, TrainedModel)
         last_chance = trainer.should_stop and self.saved is None
         return model.possibly_collapsed and not last_chance and clock_of(trainer).progress < 1
+
+    def _save_last(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        step = clock_of(trainer).step
+        check_weights(model, step)
+        if trainer.is_global_zero and self.saved not in (None, step):
+            keep_earlier(self.dirpath, self.saved, self.keep_previous)
+        self._save(trainer, model, self.last)
+        folder = self.dirpath.parent
+        if trainer.is_global_zero and self.saved is None and (folder / RECORD_FILE).exists():
+            name = str(self.last.relative_to(folder))
+            RunRecord.update(folder, lambda record: record.checkpoints.update(last=name))
+        self.saved = step
 
     @staticmethod
     def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:

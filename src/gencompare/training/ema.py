@@ -12,9 +12,9 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gencompare.checkpoint_files import EMA_KEY
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
-from gencompare.hyperparameters import EMA_KEY
 
 
 class EMA(Callback):

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 
-from gencompare.files import atomic_write
-from gencompare.migrations import migrate_checkpoint
+from gencompare.checkpoint_files import read_checkpoint, write_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and migrates checkpoints from earlier versions on loading."""
+    """Writes checkpoints atomically and with a checksum, which is verified on loading."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # Serialised in memory first, because torch hides disk-full errors.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        with atomic_write(path) as file:
-            file.write(buffer.getbuffer())
+        write_checkpoint(path, checkpoint)
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return migrate_checkpoint(super().load_checkpoint(path, *args, **kwargs))
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path, map_location)
 
 
 class UnwrappedDDPStrategy(DDPStrategy):

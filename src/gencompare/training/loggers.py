@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torchmetrics import MeanMetric
 
+from gencompare.checksums import GrowingFile
 from gencompare.errors import TrainingStopped, UserError
-from gencompare.files import write_error, write_text
+from gencompare.files import write_error
 from gencompare.training.clock import clock_of
 
 FIRST_COLUMNS = ("step", "images", "seconds")
@@ -29,8 +30,9 @@ FIRST_COLUMNS = ("step", "images", "seconds")
 class CurveCSVLogger(Logger):
     """Writes ``curve.csv`` in the run folder: a row per logging call, with empty cells for missing metrics.
 
-    A resumed run drops the rows after the step that it resumes from, and appends to the file. Lightning's `CSVLogger`
-    cannot continue an existing file, and does not write it atomically.
+    A resumed run drops the rows after the step that it resumes from, and appends to the file. A corrupted file is kept
+    as ``curve.csv.corrupted``, and its readable rows are used. Lightning's `CSVLogger` cannot continue an existing
+    file, and does not write it atomically.
 
     Args:
         folder: the run folder.
@@ -39,16 +41,20 @@ class CurveCSVLogger(Logger):
 
     def __init__(self, folder: str | Path, start_step: int = 0, **_: Any) -> None:
         super().__init__()
-        self.path = Path(folder) / "curve.csv"
+        self._file = GrowingFile(Path(folder) / "curve.csv")
         self.columns: list[str] = list(FIRST_COLUMNS)
         if rank_zero_only.rank == 0:
-            rows = [row for row in _read_rows(self.path) if row["step"] <= start_step]
-            for row in rows:
+            self._rows = [row for row in self._read() if row["step"] <= start_step]
+            for row in self._rows:
                 self.columns += [name for name in row if name not in self.columns]
-            if rows:
-                self._rewrite(rows)
+            if self._rows:
+                self._file.rewrite(self._text(self._rows, header=True))
             else:
-                self.path.unlink(missing_ok=True)
+                self._file.remove()
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
 
     @property
     def name(self) -> str:
@@ -61,40 +67,52 @@ class CurveCSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step or 0, **metrics}
+        self._rows.append(row)
         new = [name for name in row if name not in self.columns]
-        if new or not self.path.exists():
+        if new or len(self._rows) == 1:
             self.columns += new
-            self._rewrite([*_read_rows(self.path), row])
+            self._file.rewrite(self._text(self._rows, header=True))
             return
         try:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            self._file.append(self._text([row]))
         except OSError as error:
             raise write_error(self.path, error) or error from error
 
-    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+    def _text(self, rows: list[dict[str, float]], *, header: bool = False) -> str:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
+        if header:
+            writer.writeheader()
         writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+        return text.getvalue()
+
+    def _read(self) -> list[dict[str, float]]:
+        """Read the rows of the file, without empty cells and without lines that are corrupted or truncated."""
+        if not self.path.exists():
+            return []
+        intact = self._file.is_intact()
+        text = self.path.read_bytes().decode(errors="replace")
+        complete = text[: text.rfind("\n") + 1]  # a killed process may have written half a line
+        rows = []
+        for raw in csv.DictReader(complete.replace("\0", "").splitlines()):
+            try:
+                rows.append({name: _parse_number(value) for name, value in raw.items() if name and value})
+            except (TypeError, ValueError):
+                intact = False
+        if not intact:
+            os.replace(self.path, corrupted := self.path.with_name(f"{self.path.name}.corrupted"))
+            print(f"{self.path} is corrupted: it is kept as {corrupted.name}, and the rows that can be read are used.")
+        return [row for row in rows if "step" in row]
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Do nothing, because the run folder contains the config."""
 
 
-def _read_rows(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a curve file, without empty cells and without a truncated last line."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = []
-        for raw in csv.DictReader(file):
-            try:
-                rows.append({name: _parse_number(value) for name, value in raw.items() if name and value})
-            except (TypeError, ValueError):  # a truncated line
-                continue
-        return [row for row in rows if "step" in row]
+def last_step(curve: Path) -> int:
+    """Return the last step in a ``curve.csv``, or 0 if there is none. Lines that cannot be read are ignored."""
+    text = curve.read_bytes().decode(errors="replace") if curve.exists() else ""
+    steps = [int(cell) for line in text.splitlines() if (cell := line.partition(",")[0]).isdecimal()]
+    return max(steps, default=0)
 
 
 def _parse_number(text: str) -> float:

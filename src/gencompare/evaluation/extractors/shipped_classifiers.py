@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from gencompare.checksums import check_safetensors, seal_safetensors
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features, IdentityExtractor
 from gencompare.files import atomic_write
@@ -143,7 +145,7 @@ def save_classifier(
         "network": dict(network), "accuracy": accuracy, "recipe": recipe, "version": FILE_VERSION,
     }  # fmt: skip
     half = {name: to_float16(value).cpu().contiguous() for name, value in state.items()}
-    payload = save(half, {"extractor": json.dumps(facts, sort_keys=True)})
+    payload = seal_safetensors(partial(save, half), {"extractor": json.dumps(facts, sort_keys=True)})
     with atomic_write(path) as file:
         file.write(payload)
     return hashlib.sha256(payload).hexdigest()
@@ -162,6 +164,7 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]
     """
     try:
         payload = path.read_bytes()
+        check_safetensors(path, payload)
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["extractor"])
         state = {name: value.float() if value.is_floating_point() else value for name, value in load(payload).items()}

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from gencompare.checkpoint_files import LAST, read_checkpoint
 from gencompare.command_line import shell_override
 from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
@@ -27,6 +28,7 @@ from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_model, choose_device
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.processes import leave_process_group
+from gencompare.tasks.runs.run_folder import has_checkpoint
 
 AUTOENCODER_GROUP = "model@model.latent.autoencoder"
 """Config group that selects the autoencoder of a latent model."""
@@ -84,16 +86,20 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
                 " train the autoencoder separately (model=autoencoder), then use model.latent.autoencoder_run=DIR."
             )
         with file_lock(folder.with_name(f".{folder.name}.lock")):
-            if not is_finished(folder):
+            if not is_trained(folder):
                 stage = autoencoder_config(cfg)
                 stage.out = str(folder.absolute())
-                stage.resume = stage.out if (folder / RECORD_FILE).exists() else None
+                stage.resume = stage.out if (folder / RECORD_FILE).exists() or has_checkpoint(folder) else None
                 print(f"Stage 1 of 2: training the autoencoder in {folder}.", flush=True)
                 try:
                     train(stage)
                 except (SystemExit, KeyboardInterrupt):
                     print("Stopped while training the autoencoder. Repeat the command to resume.", flush=True)
                     raise
+                except UserError as error:
+                    raise UserError(
+                        f"{error} To train this autoencoder from the start, delete {folder} and repeat the command."
+                    ) from error
                 leave_process_group()
                 print("Stage 2 of 2: training the latent model.", flush=True)
             else:
@@ -154,6 +160,18 @@ def autoencoder_folder(stage: DictConfig, data: ImageData) -> Path:
 def is_finished(folder: Path) -> bool:
     """Return whether ``folder`` contains a finished run."""
     return (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "finished"
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether ``folder`` contains a finished run whose record and last checkpoint are intact."""
+    try:
+        finished = is_finished(folder)
+        if finished:
+            read_checkpoint(folder / "checkpoints" / LAST)
+        return finished
+    except UserError as error:
+        print(error, flush=True)
+        return False
 
 
 def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:

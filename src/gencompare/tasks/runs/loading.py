@@ -13,11 +13,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from gencompare.checkpoint_files import EMA_KEY, read_checkpoint
+from gencompare.command_line import shell_override
 from gencompare.comparison.load_runs import find_run_folders
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import UserError
+from gencompare.errors import CorruptedFileError, UserError
 from gencompare.generative_model import GenerativeModel, TrainedModel
-from gencompare.hyperparameters import EMA_KEY, read_checkpoint
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_data, build_model
@@ -153,7 +154,10 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     if weights not in ("ema", "raw"):
         raise UserError(f"weights={weights}: choose ema or raw.")
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    loaded = read_checkpoint(path)
+    try:
+        loaded = read_checkpoint(path)
+    except CorruptedFileError as error:
+        raise UserError(f"{error} {corrupted_checkpoint_advice(folder, path)}") from error
     state: dict[str, Tensor] = dict(loaded["state_dict"])
     if weights == "ema":
         state.update(loaded.get(EMA_KEY, {}))
@@ -161,6 +165,17 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     model.load_state_dict(state)
     clock = loaded["callbacks"]["TrainingClock"]
     return {"step": clock["step"], "images": clock["images"]}
+
+
+def corrupted_checkpoint_advice(folder: Path, path: Path) -> str:
+    """Return what to do if the checkpoint ``path`` of a run is corrupted."""
+    others = [other for other in (folder / "checkpoints").glob("*.ckpt") if other != path]
+    if not others:
+        return "It is the only checkpoint of this run: train the run again."
+    return (
+        f"To continue from an earlier checkpoint: python run.py {shell_override('resume', folder)}. It trains the"
+        " missing steps again and evaluates."
+    )
 
 
 def check_state_dict(model: TrainedModel, state: Mapping[str, Tensor], path: Path) -> None:

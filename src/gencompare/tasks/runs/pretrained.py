@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
+from gencompare.checksums import check_safetensors, check_zip
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.models.diffusion import Diffusion
@@ -97,8 +99,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """Read the tensors of a file by name. No code in the file is executed."""
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+            payload = file.read_bytes()
+            check_safetensors(file, payload)
+            return load(payload)
+        with file.open("rb") as opened:
+            if zipfile.is_zipfile(opened):  # earlier versions of torch wrote another format
+                check_zip(file, opened)
+            opened.seek(0)
+            loaded: Any = torch.load(opened, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is corrupted, or not a weights file ({type(error).__name__}).") from error
     except Exception as error:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from gencompare.checksums import read_checked_yaml, write_checked_yaml
 from gencompare.command_line import conf_dir, quote
-from gencompare.errors import UserError
-from gencompare.files import write_text
+from gencompare.errors import CorruptedFileError, UserError
 from gencompare.migrations import migrate_config, rename_option
+from gencompare.records import RECORD_FILE, RunRecord
+from gencompare.tasks.runs.run_folder import has_checkpoint
 
 FILE = "config.yaml"
 """The config in a run folder, with every interpolation resolved."""
@@ -289,7 +292,7 @@ def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
     if folder is not None:
         stored = load(Path(folder))
         cfg = _override_stored(stored, cfg, overrides, references)
-        trained = (Path(folder) / "checkpoints" / "last.ckpt").exists()
+        trained = has_checkpoint(Path(folder))
         if trained and OmegaConf.select(cfg, FIXED_KEY) != OmegaConf.select(stored, FIXED_KEY):
             raise UserError(
                 f"{folder} was trained with a different {FIXED_KEY}, which its weights depend on: keep {FIXED_KEY}, or"
@@ -362,29 +365,48 @@ def _config_path(group: str) -> str:
 
 
 def load(folder: Path) -> DictConfig:
-    """Load the config of a run folder, with old option names replaced."""
+    """Load the config of a run folder, with old option names replaced.
+
+    If the file is corrupted, the copy of the config in the run's record is loaded, and one line says so.
+    """
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it contains no {FILE}.")
     try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:
-        raise UserError(f"{path} is corrupted: {type(error).__name__}.") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} is corrupted: it contains no config.")
+        loaded = read_config(path)
+    except CorruptedFileError as error:
+        try:
+            loaded = OmegaConf.create(RunRecord.load(folder).config)
+        except UserError:
+            raise error from None
+        _report_corrupted_config(path)
     return DictConfig(migrate_config(OmegaConf.to_container(loaded)))  # type: ignore[arg-type]
 
 
+@cache
+def _report_corrupted_config(path: Path) -> None:
+    print(f"{path} is corrupted: using the copy of the config in {RECORD_FILE}.", file=sys.stderr)
+
+
 def read_config(path: Path) -> DictConfig:
-    """Read a complete config that `save` wrote for another process of the same job."""
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
+    """Read a config that `save` wrote.
+
+    Raises:
+        CorruptedFileError: the checksum does not match, or the file contains no config.
+    """
+    text = read_checked_yaml(path)
+    try:
+        loaded = OmegaConf.create(text)
+    except Exception as error:  # of yaml and of omegaconf
+        raise CorruptedFileError(path) from error
+    if not isinstance(loaded, DictConfig):
+        raise CorruptedFileError(path)
     return loaded
 
 
 def save(cfg: DictConfig, path: Path) -> None:
-    """Write a config atomically, with every interpolation resolved."""
-    write_text(path, OmegaConf.to_yaml(cfg, resolve=True))
+    """Write a config atomically and with a checksum, with every interpolation resolved."""
+    write_checked_yaml(path, OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def without_locations(cfg: DictConfig) -> DictConfig:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from gencompare.command_line import shell_override
 from gencompare.errors import UserError
-from gencompare.files import file_lock
+from gencompare.files import file_lock, remove_orphans
 from gencompare.records import RECORD_FILE
 
 LOCK_FILE = ".lock"
@@ -35,6 +35,11 @@ def refuse_existing_run(folder: Path) -> None:
         )
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run folder contains a checkpoint, damaged or not."""
+    return any((folder / "checkpoints").glob("*.ckpt"))
+
+
 @contextmanager
 def claim_run_folder(folder: Path, *, must_be_new: bool) -> Iterator[None]:
     """Hold the lock of a run folder during the block. Rank 0 holds the lock for all ranks.
@@ -51,6 +56,7 @@ def claim_run_folder(folder: Path, *, must_be_new: bool) -> Iterator[None]:
         with file_lock(folder / LOCK_FILE, wait=False):
             if must_be_new:
                 refuse_existing_run(folder)
+            remove_orphans(folder)
             yield
     except BlockingIOError as error:
         raise UserError(f"Another process is using {folder}: wait for it, or choose another folder.") from error

@@ -13,17 +13,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gencompare.errors import UserError
+from gencompare.errors import CorruptedFileError, UserError
 from gencompare.files import file_lock
 from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.tasks.runs import run_config
-from gencompare.tasks.runs.run_folder import LOCK_FILE, is_active, touch_lock, wait_until_inactive
+from gencompare.tasks.runs.run_folder import LOCK_FILE, has_checkpoint, is_active, touch_lock, wait_until_inactive
 
 NON_IDENTIFYING_KEYS = (
     *run_config.JOB_KEYS, "out", "tags", "sweep_name", "command", "trained_run", "logger", "callbacks.progress_bar",
-    "data.cache",
+    "callbacks.checkpoints", "data.cache",
 )  # fmt: skip
-"""Config keys that do not change the identity of a job: locations, terminal output and options of other tasks."""
+"""Config keys that do not change the identity of a job: locations, output, checkpoints and options of other tasks."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
 """Config keys that determine how a trained model is sampled and evaluated."""
 FINAL_EVALUATION_KEYS = (
@@ -145,7 +145,7 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
     """Return the run folder of a job, and whether anything is left to do in it."""
     identity = job_identity(cfg)
     runs = _find_runs(sweep, lambda other: other.job == identity.job)
-    for folder, record in sorted(runs, key=lambda run: run[1].state != "finished")[:1]:
+    for folder, record in sorted(runs, key=lambda run: (run[1].state != "finished", not has_checkpoint(run[0])))[:1]:
         if record.state == "finished":
             print(f"[{folder.name}] already finished: skipped.", flush=True)
             return folder, False
@@ -154,13 +154,16 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
             return folder, False
         with open_dict(cfg):
             cfg.out = str(folder.absolute())
-        if (folder / "checkpoints" / "last.ckpt").exists():
+        if has_checkpoint(folder):
             print(f"[{folder.name}] was interrupted: resuming.", flush=True)
             with open_dict(cfg):
                 cfg.resume = cfg.out
             return folder, True
-        print(f"[{folder.name}] has no checkpoint yet: restarting.", flush=True)
-        (folder / RECORD_FILE).unlink()
+        if record.checkpoints:
+            print(f"[{folder.name}] its checkpoints are missing: training again in another folder.", flush=True)
+        else:
+            print(f"[{folder.name}] has no checkpoint yet: restarting.", flush=True)
+            (folder / RECORD_FILE).unlink()
     default, number = Path(cfg.out), 1
     while (Path(cfg.out) / RECORD_FILE).exists():
         # A job from an earlier command has this number.
@@ -184,17 +187,25 @@ def _find_trained_run(sweep: Path, identity: JobIdentity) -> Path | None:
         finished = record.state == "finished" or (
             wait_until_inactive(folder) and RunRecord.load(folder).state == "finished"
         )
-        if finished and (folder / "checkpoints" / "last.ckpt").exists():
+        if finished and has_checkpoint(folder):
             return folder
     return None
 
 
 def _find_runs(sweep: Path, matches: Callable[[JobIdentity], bool]) -> Iterator[tuple[Path, RunRecord]]:
-    """Yield the runs in a sweep folder whose identity satisfies ``matches``, except corrupted runs."""
+    """Yield the runs in a sweep folder whose identity satisfies ``matches``.
+
+    A run whose record is corrupted counts as interrupted if it has a checkpoint, from which its record can be rebuilt.
+    Other runs that cannot be read are left out.
+    """
     for path in sorted(sweep.glob(f"*/{RECORD_FILE}")):
+        folder = path.parent
         try:
-            if matches(identity_of_run(path.parent)):
-                yield path.parent, RunRecord.load(path.parent)
+            if matches(identity_of_run(folder)):
+                yield folder, RunRecord.load(folder)
+        except CorruptedFileError:
+            if has_checkpoint(folder):
+                yield folder, RunRecord(name=folder.name, family="", data={}, state="interrupted")
         except UserError:
             continue
 

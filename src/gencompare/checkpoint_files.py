@@ -1,0 +1,118 @@
+"""The checkpoint files of a run: ``last.ckpt``, ``best.ckpt``, and earlier ones for when ``last.ckpt`` is corrupted."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gencompare.checksums import check_zip, write_zip
+from gencompare.errors import UserError
+from gencompare.files import atomic_write
+from gencompare.migrations import migrate_checkpoint
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+EMA_KEY = "ema"
+"""Key of the EMA weights in a checkpoint."""
+
+
+def write_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint atomically, with a checksum."""
+    # Serialised in memory first, because torch hides disk-full errors.
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_zip(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Verify and load a checkpoint, which may contain only tensors and plain containers.
+
+    Raises:
+        CorruptedFileError: the file is corrupted.
+        UserError: the file is missing, or not a checkpoint of this package.
+    """
+    try:
+        with open(path, "rb") as file:
+            check_zip(path, file)
+            return migrate_checkpoint(torch.load(file, map_location=map_location, weights_only=True))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no checkpoint {path}.") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is corrupted or not a gencompare checkpoint ({type(error).__name__}).") from error
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """The checkpoint that training resumes from."""
+
+    path: Path
+    content: dict[str, Any]
+    corrupted: list[Path]
+    """Newer checkpoints that cannot be read."""
+
+    def restore(self) -> None:
+        """Make it ``last.ckpt``, and add ``.corrupted`` to the names of the newer ones."""
+        for path in self.corrupted:
+            path.replace(path.with_name(f"{path.name}.corrupted"))
+        if self.path.name != LAST:
+            with atomic_write(self.path.with_name(LAST)) as file:
+                file.write(self.path.read_bytes())
+
+
+def find_checkpoint(folder: Path) -> FoundCheckpoint | None:
+    """Return the newest checkpoint of ``folder`` that can be read, or None if it contains no checkpoint.
+
+    Raises:
+        UserError: no checkpoint can be read.
+    """
+    corrupted: list[Path] = []
+    message = ""
+    for path in _newest_first(folder):
+        try:
+            return FoundCheckpoint(path, read_checkpoint(path), corrupted)
+        except UserError as error:
+            corrupted, message = [*corrupted, path], message or str(error)
+    if corrupted:
+        raise UserError(f"No checkpoint in {folder} can be read, so this run cannot be continued: {message}")
+    return None
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    yield from (
+        path for path in (folder / LAST, *reversed(earlier_checkpoints(folder)), folder / BEST) if path.exists()
+    )
+
+
+def earlier_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints ``step_<number>.ckpt`` of ``folder``, by ascending step."""
+    steps = {path: match for path in folder.glob("step_*.ckpt") if (match := re.fullmatch(r"step_(\d+)", path.stem))}
+    return sorted(steps, key=lambda path: int(steps[path][1]))
+
+
+def keep_earlier(folder: Path, step: int, number: int) -> None:
+    """Keep the ``last.ckpt`` of step ``step`` under the name ``step_<number>.ckpt``, before a new one replaces it.
+
+    Args:
+        folder: folder of the checkpoints.
+        step: step of ``last.ckpt``.
+        number: how many earlier checkpoints to keep; older ones are removed.
+    """
+    last, kept = folder / LAST, folder / f"step_{step:08d}.ckpt"
+    if number > 0 and last.exists():
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(last, kept)  # so that there is a last.ckpt at any time
+        except OSError:  # a file system without hard links
+            os.replace(last, kept)
+    for path in earlier_checkpoints(folder)[: -number or None]:
+        with suppress(OSError):
+            path.unlink()
