@@ -117,7 +117,9 @@ def with_positive_beta(original: Any) -> Any:
     return init
 
 
-def test_a_run_without_record_and_checkpoints_is_repeated_in_another_folder(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+def test_a_run_without_record_and_checkpoints_is_repeated_in_another_folder(
+    cli: Cli, tmp_path: Path, capsys: Any
+) -> None:
     overrides = ["-m", "model=gaussian", *OVERRIDES[3:], "seed=0", "hydra.sweep.dir=sweep"]
     assert cli(*overrides) == 0
     (tmp_path / "sweep" / "0_digits_gaussian" / "record.json").write_text("{")

@@ -260,6 +260,11 @@ class TrainedModel(pl.LightningModule):
         return ""
 
     @property
+    def skips_bad_gradients(self) -> bool:
+        """Whether the model itself skips steps whose gradient is not finite or too large."""
+        return False
+
+    @property
     def possibly_collapsed(self) -> bool:
         """Whether the last steps look like the start of a collapse. If so, no checkpoint is overwritten before the end
         of the budget."""

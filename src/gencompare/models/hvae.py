@@ -154,6 +154,10 @@ class HVAE(GenerativeModel):
 
     # Gradient skipping
 
+    @property
+    def skips_bad_gradients(self) -> bool:
+        return self.grad_skip is not None
+
     def training_step(self, batch: tuple[Tensor, Cond], batch_idx: int) -> dict[str, Tensor]:
         metrics = super().training_step(batch, batch_idx)
         assert metrics is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ from gencompare.tasks.runs.result_logging import abandon_loggers, log_config, lo
 from gencompare.tasks.runs.run_folder import claim_run_folder, refuse_existing_run
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
+from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import GracefulStop
 from gencompare.training.loggers import last_step
@@ -242,7 +244,10 @@ def fit(
     stop = callbacks.get("graceful_stop")
     received = stop.received if isinstance(stop, GracefulStop) else None
     if trainer.is_global_zero:
-        record_training(trainer, callbacks, folder, state="interrupted" if received else "running")
+        end = reason_for_end(model, callbacks, received)
+        record_training(trainer, callbacks, folder, state="interrupted" if received else "running", end=end)
+        if end == OTHER_END:
+            print(f"Training ended before the budget was spent: {end}.", flush=True)
     if received:
         step, checkpoints = callbacks["clock"].step, callbacks.get("checkpoints")  # type: ignore[attr-defined]
         saved = checkpoints.saved if isinstance(checkpoints, Checkpoints) else None
@@ -254,10 +259,27 @@ def fit(
         raise SystemExit(128 + received)
 
 
+OTHER_END = "stopped by another callback"
+
+
+def reason_for_end(model: TrainedModel, callbacks: dict[str, pl.Callback], received: int | None) -> str:
+    """Return why training ended without an error."""
+    clock, evaluation = callbacks["clock"], callbacks.get("evaluation")
+    assert isinstance(clock, TrainingClock)
+    if received:
+        return signal.Signals(received).name
+    if model.closed_form or clock.progress >= 1:
+        return "budget spent"
+    patience = evaluation.patience if isinstance(evaluation, EvaluationCallback) else None
+    if isinstance(evaluation, EvaluationCallback) and patience is not None and evaluation.since_best >= patience:
+        return "early stopping: no better evaluation"
+    return OTHER_END
+
+
 def record_training(
-    trainer: pl.Trainer, callbacks: dict[str, pl.Callback], folder: Path, *, state: str, error: str = ""
+    trainer: pl.Trainer, callbacks: dict[str, pl.Callback], folder: Path, *, state: str, end: str = "", error: str = ""
 ) -> None:
-    """Write the cost and state of training to the record."""
+    """Write the cost and state of training, and the reason why it ended, to the record."""
     clock = callbacks["clock"]
     assert isinstance(clock, TrainingClock)
     evaluation = callbacks.get("evaluation")
@@ -277,6 +299,10 @@ def record_training(
         "perceptual_networks": trainer.lightning_module.perceptual_networks,
         "missing_modes": {str(step): text for step, text in evaluation.missing_modes.items()} if evaluation else {},
     }
+    guard = callbacks.get("divergence")
+    if isinstance(guard, DivergenceGuard):
+        training |= {"masked_gradients": guard.masked, "rollbacks": guard.rollbacks}
+    training["end"] = end or error
     if evaluation and evaluation.done:
         training["evaluation_seconds"] = evaluation.seconds
     if evaluation and evaluation.last is not None:

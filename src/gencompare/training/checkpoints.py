@@ -14,7 +14,7 @@ from gencompare.errors import TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
-from gencompare.training.loggers import check_weights
+from gencompare.training.divergence import require_finite_weights
 
 
 class Checkpoints(Callback):
@@ -68,8 +68,9 @@ class Checkpoints(Callback):
         clock = clock_of(trainer)
         due = clock.evaluated_at == clock.step or trainer.should_stop or self._interval_has_passed(trainer)
         if due and not self._must_wait(trainer, pl_module):
+            require_finite_weights(trainer, pl_module)
             if clock.best_at == clock.step:
-                self._save(trainer, pl_module, self.best)
+                trainer.save_checkpoint(self.best)
             self._save_last(trainer, pl_module)
             self._last_time = time.monotonic()
             clock.exclude_elapsed_time()
@@ -86,21 +87,14 @@ class Checkpoints(Callback):
 
     def _save_last(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         step = clock_of(trainer).step
-        check_weights(model, step)
         if trainer.is_global_zero and self.saved not in (None, step):
             keep_earlier(self.dirpath, self.saved, self.keep_previous)
-        self._save(trainer, model, self.last)
+        trainer.save_checkpoint(self.last)
         folder = self.dirpath.parent
         if trainer.is_global_zero and self.saved is None and (folder / RECORD_FILE).exists():
             name = str(self.last.relative_to(folder))
             RunRecord.update(folder, lambda record: record.checkpoints.update(last=name))
         self.saved = step
-
-    @staticmethod
-    def _save(trainer: pl.Trainer, model: pl.LightningModule, path: Path) -> None:
-        """Save, or raise `TrainingStopped` if a weight is not finite, so that the last good checkpoint stays."""
-        check_weights(model, clock_of(trainer).step)
-        trainer.save_checkpoint(path)
 
     def _interval_has_passed(self, trainer: pl.Trainer) -> bool:
         if self.every_minutes > 0 and clock_of(trainer).step % self.CHECK_STEPS:

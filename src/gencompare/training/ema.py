@@ -61,6 +61,12 @@ class EMA(Callback):
         weights = [p.detach() for p in _parameters(pl_module).values()]
         get_ema_multi_avg_fn(decay)(list(self.average.values()), weights, self.step)
 
+    def restart(self, pl_module: pl.LightningModule, average: dict[str, Tensor] | None) -> None:
+        """Continue from ``average``, or from the current weights if it is None."""
+        with torch.no_grad():
+            for name, parameter in _parameters(pl_module).items():
+                self.average[name].copy_(parameter if average is None else average[name])
+
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """Use the averaged weights in the model during the block."""

@@ -27,7 +27,8 @@ from gencompare.image_grid import grid, save_png
 from gencompare.resources import peak_memory_bytes, reset_peak_memory
 from gencompare.rng import RandomSource, generator
 from gencompare.training.clock import clock_of
-from gencompare.training.loggers import check_weights, log_image, log_metrics
+from gencompare.training.divergence import require_finite_weights
+from gencompare.training.loggers import log_image, log_metrics
 from gencompare.training.progress_bar import TrainingProgressBar
 
 
@@ -157,7 +158,7 @@ class EvaluationCallback(Callback):
         if due <= self.done:
             return
         self.done = due
-        check_weights(pl_module, clock.step)  # otherwise the samples would not be finite either
+        require_finite_weights(trainer, pl_module)  # otherwise the samples would not be finite either
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingProgressBar):

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torchmetrics import MeanMetric
 
 from gencompare.checksums import GrowingFile
-from gencompare.errors import TrainingStopped, UserError
+from gencompare.errors import UserError
 from gencompare.files import write_error
 from gencompare.training.clock import clock_of
 
@@ -223,9 +223,9 @@ class MetricLogger(Callback):
     """Logs the means of all metrics that ``training_step`` returned in the last ``log_every_n_steps`` steps.
 
     Lightning's ``self.log`` logs the value of a single step, or means over an epoch. The means here stay on the device
-    and are read, and averaged over ranks, only when they are logged, so the host rarely waits for the device. A mean
-    that is not finite raises `TrainingStopped`. A skipped step returns the metric ``skipped`` = 1; its other metrics
-    are ignored.
+    and are read, and averaged over ranks, only when they are logged, so the host rarely waits for the device. Values
+    that are not finite are left out, and a metric without a finite value is not logged. A skipped step returns the
+    metric ``skipped`` = 1; its other metrics are ignored.
 
     Args:
         log_every_n_steps: steps between rows of the curve.
@@ -252,9 +252,10 @@ class MetricLogger(Callback):
             metrics = {"skipped": metrics["skipped"]}
         for name, value in metrics.items():
             if name not in self._means:
-                # NaN must propagate to the mean, and a check of each value would wait for the device.
+                # Another strategy for NaN would wait for the device.
                 self._means[name] = MeanMetric(nan_strategy="disable").to(pl_module.device)
-            self._means[name].update(value)
+            finite = value.isfinite()
+            self._means[name].update(torch.where(finite, value, 0), weight=finite)
         clock = clock_of(trainer)
         if clock.step % self.log_every_n_steps == 0 or trainer.should_stop:
             self.log_means(trainer)
@@ -264,12 +265,10 @@ class MetricLogger(Callback):
         clock = clock_of(trainer)
         # Skipped or rolled-back steps return fewer metrics; all ranks agree on which.
         updated = {name: mean for name, mean in self._means.items() if mean.update_called}
-        metrics = {f"train/{name}": float(mean.compute()) for name, mean in updated.items()}
+        means = {f"train/{name}": float(mean.compute()) for name, mean in updated.items()}
+        metrics = {name: value for name, value in means.items() if math.isfinite(value)}
         for mean in self._means.values():
             mean.reset()
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
-            raise not_finite_error(bad[0], clock.step)
         seconds, images = self._last_log
         if clock.seconds > seconds:
             metrics["train/images_per_second"] = (clock.images - images) / (clock.seconds - seconds)
@@ -278,19 +277,6 @@ class MetricLogger(Callback):
             metrics["train/lr"] = groups[0]["lr"]
         self._last_log = (clock.seconds, clock.images)
         log_metrics(trainer, metrics)
-
-
-def not_finite_error(name: str, step: int) -> TrainingStopped:
-    """Return the error that stops training when a metric or a weight is not finite."""
-    return TrainingStopped(
-        f"{name} is not finite at step {step}", "Try a lower learning rate (model.optimizer.lr) or model.grad_clip."
-    )
-
-
-def check_weights(model: pl.LightningModule, step: int) -> None:
-    """Raise `TrainingStopped` if a weight is not finite."""
-    if not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
-        raise not_finite_error("a weight", step)
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
