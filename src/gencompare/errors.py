@@ -37,6 +37,10 @@ class CorruptedFileError(UserError):
         return f"{path} is corrupted: its content does not match its checksum or its format.{advice and ' '}{advice}"
 
 
+class DiskFullError(UserError):
+    """Raised when a file cannot be written because the disk is full or a quota is exceeded."""
+
+
 class TrainingStopped(UserError):
     """Raised when training cannot continue.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gencompare.errors import UserError
+from gencompare.errors import DiskFullError, UserError
 
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 PATH_ERRORS = (
@@ -74,7 +74,7 @@ def remove_orphans(folder: Path) -> None:
 def write_error(path: str | os.PathLike[str], error: OSError) -> UserError | None:
     """Return the error for a failure to write ``path``, or None if the user cannot fix it."""
     if error.errno in DISK_FULL_ERRORS:
-        return UserError(f"No space left on the disk for {path}: free some space, then start again.")
+        return DiskFullError(f"No space left on the disk for {path}: free some space, then start again.")
     if error.errno in PATH_ERRORS:
         return UserError(f"Cannot write {path}: {error.strerror}. Choose another folder.")
     return None

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
 from gencompare.checkpoint_files import BEST, LAST, keep_earlier
-from gencompare.errors import TrainingStopped, UserError
+from gencompare.errors import DiskFullError, TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
@@ -25,6 +25,8 @@ class Checkpoints(Callback):
 
     Before ``last.ckpt`` is replaced, it becomes ``step_<number>.ckpt``, from which training resumes if ``last.ckpt`` is
     corrupted. The run's record, if there is one, lists that there are checkpoints, so that lost ones are noticed.
+
+    If the disk is full, training goes on, and only a checkpoint at the end of training raises an error.
 
     Lightning's `ModelCheckpoint` is not used because it saves the weights in any state. Here, non-finite weights never
     replace a good checkpoint, and the time spent on saving does not count as training time.
@@ -69,9 +71,14 @@ class Checkpoints(Callback):
         due = clock.evaluated_at == clock.step or trainer.should_stop or self._interval_has_passed(trainer)
         if due and not self._must_wait(trainer, pl_module):
             require_finite_weights(trainer, pl_module)
-            if clock.best_at == clock.step:
-                trainer.save_checkpoint(self.best)
-            self._save_last(trainer, pl_module)
+            try:
+                if clock.best_at == clock.step:
+                    trainer.save_checkpoint(self.best)
+                self._save_last(trainer)
+            except DiskFullError as error:
+                if trainer.should_stop or trainer.world_size > 1:
+                    raise
+                print(f"{error} Training goes on; the next checkpoint is tried in time.", flush=True)
             self._last_time = time.monotonic()
             clock.exclude_elapsed_time()
 
@@ -85,7 +92,7 @@ class Checkpoints(Callback):
         last_chance = trainer.should_stop and self.saved is None
         return model.possibly_collapsed and not last_chance and clock_of(trainer).progress < 1
 
-    def _save_last(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    def _save_last(self, trainer: pl.Trainer) -> None:
         step = clock_of(trainer).step
         if trainer.is_global_zero and self.saved not in (None, step):
             keep_earlier(self.dirpath, self.saved, self.keep_previous)

@@ -15,7 +15,7 @@ from pytorch_lightning import Callback
 from torchmetrics import MeanMetric
 
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import UserError
+from gencompare.errors import DiskFullError, UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol, sample_for_protocol
 from gencompare.evaluation.metrics.compute import cheap_metrics
 from gencompare.evaluation.metrics.neighbors import missing_modes
@@ -228,8 +228,12 @@ class EvaluationCallback(Callback):
         """Write and log a grid of uint8 images, on rank 0."""
         if trainer.is_global_zero:
             path = self.folder / f"step_{clock_of(trainer).step:08d}.png"
-            save_png(grid(images.numpy(), columns), path)
-            log_image(trainer, title, path, clock_of(trainer).step)
+            try:
+                save_png(grid(images.numpy(), columns), path)
+            except DiskFullError as error:
+                print(f"{error} Training goes on without this grid.", flush=True)
+            else:
+                log_image(trainer, title, path, clock_of(trainer).step)
 
 
 def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, seed: int) -> dict[str, float]:

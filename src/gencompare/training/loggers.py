@@ -7,7 +7,9 @@ import io
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ from torchmetrics import MeanMetric
 
 from gencompare.checksums import GrowingFile
 from gencompare.errors import UserError
-from gencompare.files import write_error
 from gencompare.training.clock import clock_of
 
 FIRST_COLUMNS = ("step", "images", "seconds")
@@ -51,6 +52,8 @@ class CurveCSVLogger(Logger):
                 self._file.rewrite(self._text(self._rows, header=True))
             else:
                 self._file.remove()
+        self._complete = bool(rank_zero_only.rank == 0 and self._rows)
+        """Whether the file contains all rows."""
 
     @property
     def path(self) -> Path:
@@ -69,14 +72,23 @@ class CurveCSVLogger(Logger):
         row = {"step": step or 0, **metrics}
         self._rows.append(row)
         new = [name for name in row if name not in self.columns]
-        if new or len(self._rows) == 1:
-            self.columns += new
-            self._file.rewrite(self._text(self._rows, header=True))
-            return
+        self.columns += new
+        complete, self._complete = self._complete, False
         try:
-            self._file.append(self._text([row]))
-        except OSError as error:
-            raise write_error(self.path, error) or error from error
+            if new or not complete:
+                self._file.rewrite(self._text(self._rows, header=True))
+            else:
+                self._file.append(self._text([row]))
+            self._complete = True
+        except (OSError, UserError) as error:
+            if complete:
+                print(f"{self.path} cannot be written ({error}). Training goes on, and its rows are kept.", flush=True)
+
+    def finalize(self, status: str) -> None:
+        """Write the rows that could not be written when they were logged."""
+        if rank_zero_only.rank == 0 and self._rows and not self._complete:
+            self._file.rewrite(self._text(self._rows, header=True))
+            self._complete = True
 
     def _text(self, rows: list[dict[str, float]], *, header: bool = False) -> str:
         text = io.StringIO(newline="")
@@ -142,10 +154,12 @@ def wandb_logger(
     mode: str | None = None,
     tags: Sequence[str] = (),
     log_model: bool = False,
+    init_timeout: float = 3.0,
+    finish_timeout: float = 10.0,
     start_step: int = 0,
     **init_options: Any,
 ) -> Logger:
-    """Create a W&B logger that falls back to offline logging, with a message, if there is no API key or no network.
+    """Create a W&B logger that logs offline, with a message, if there is no API key or W&B does not answer in time.
 
     Args:
         folder: the run folder.
@@ -157,6 +171,9 @@ def wandb_logger(
             otherwise ``online`` if there is an API key, otherwise ``offline``.
         tags: labels of the run.
         log_model: whether to upload the finished run folder, with its checkpoints, as an artifact.
+        init_timeout: seconds to wait for W&B at the start.
+        finish_timeout: seconds to wait for uploads at the end of the run; not limited with ``log_model``. Data that are
+            not uploaded by then stay in the run folder, and ``wandb sync`` uploads them.
         start_step: not used here; other loggers need it.
         init_options: other arguments of ``wandb.init``, such as ``entity`` and ``notes``.
     """
@@ -165,7 +182,10 @@ def wandb_logger(
 
     mode_used = mode or os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
     # Silent, because the run itself prints all paths.
-    settings = wandb.Settings(init_timeout=30, silent=True)
+    settings = wandb.Settings(
+        init_timeout=init_timeout, login_timeout=init_timeout, finish_timeout=0 if log_model else finish_timeout,
+        silent=True,
+    )  # fmt: skip
     options: dict[str, Any] = {
         "name": name, "id": id, "project": project, "group": group, "save_dir": str(folder), "resume": "allow",
         "settings": settings, "tags": list(tags), "log_model": log_model, **init_options,
@@ -178,6 +198,7 @@ def wandb_logger(
         _ = logger.experiment
     except (WandbError, OSError) as error:
         print(f"W&B cannot be reached ({type(error).__name__}): logging offline. To upload the run later: {sync}")
+        wandb.teardown()  # its service would refuse the same run id
         logger = RunWandbLogger(mode="offline", **options)
         _ = logger.experiment
     else:
@@ -206,17 +227,48 @@ def tensorboard_logger(*, folder: str | Path, **_: Any) -> Logger:
     return TensorBoardLogger(str(folder), name="tensorboard", version="", default_hp_metric=False)
 
 
+@contextmanager
+def tolerate_failures(logger: Logger) -> Iterator[None]:
+    """Print the first error of ``logger`` in the block, and go on: tracking must not end training."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(logger, "has_failed", False):
+            logger.has_failed = True  # type: ignore[attr-defined]
+            reason = " ".join(str(error).split())[:200]
+            print(f"{type(logger).__name__} failed ({type(error).__name__}: {reason}). Training goes on.", flush=True)
+
+
+def fail_safe(logger: Logger) -> Logger:
+    """Let the calls of ``logger`` that Lightning and other callbacks make fail without an error."""
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with tolerate_failures(logger):
+                return method(*args, **kwargs)
+
+        return call
+
+    for name in ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "finalize"):
+        if hasattr(logger, name):
+            setattr(logger, name, guarded(getattr(logger, name)))
+    return logger
+
+
 @rank_zero_only
 def log_image(trainer: pl.Trainer, title: str, path: Path, step: int) -> None:
     """Log a PNG file to the loggers that support images."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(title, [str(path)], step=step)
-        elif isinstance(logger, TensorBoardLogger):
-            import numpy as np
-            from PIL import Image
+        with tolerate_failures(logger):
+            if isinstance(logger, WandbLogger):
+                logger.log_image(title, [str(path)], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                import numpy as np
+                from PIL import Image
 
-            logger.experiment.add_image(title, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                logger.experiment.add_image(title, pixels, step, dataformats="HWC")
 
 
 class MetricLogger(Callback):

@@ -31,7 +31,7 @@ from gencompare.rng import derive_seed
 from gencompare.tasks.runs.run_config import check_trainer
 from gencompare.training.budget import Budget
 from gencompare.training.lightning_plugins import AtomicCheckpointIO, UnwrappedDDPStrategy
-from gencompare.training.loggers import MetricLogger
+from gencompare.training.loggers import MetricLogger, fail_safe
 
 
 def build_data(cfg: DictConfig) -> ImageData:
@@ -203,7 +203,7 @@ def build_loggers(
         "start_step": start_step, "tags": list(cfg.get("tags") or []),
     }  # fmt: skip
     return [
-        build_logger(str(name), options, run)
+        fail_safe(build_logger(str(name), options, run))
         for name, options in (cfg.logger or {}).items()
         if not finished or options._target_ in APPENDING_LOGGERS
     ]

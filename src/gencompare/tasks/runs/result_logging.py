@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from gencompare.comparison.load_runs import RunFolder
 from gencompare.records import RECORD_FILE, Result, RunRecord, newest
 from gencompare.tasks.runs import run_config
-from gencompare.training.loggers import CurveCSVLogger, RunWandbLogger
+from gencompare.training.loggers import CurveCSVLogger, RunWandbLogger, tolerate_failures
 
 RUN_FILES = (RECORD_FILE, run_config.FILE, "curve.csv", "compare.html", "checkpoints/*.ckpt", "samples/*.png")
 """Files of a run folder that make up its W&B artifact; `load_run` reads a folder with these files."""
@@ -26,10 +26,11 @@ RUN_FILES = (RECORD_FILE, run_config.FILE, "curve.csv", "compare.html", "checkpo
 def log_config(loggers: Sequence[Logger], config: dict[str, Any]) -> None:
     """Log the config of a run as its hyperparameters. TensorBoard gets them with the results, which it requires."""
     for logger in loggers:
-        if isinstance(logger, RunWandbLogger):
-            logger.experiment.config.update(config, allow_val_change=True)
-        elif not isinstance(logger, CurveCSVLogger | TensorBoardLogger):
-            logger.log_hyperparams(config)
+        with tolerate_failures(logger):
+            if isinstance(logger, RunWandbLogger):
+                logger.experiment.config.update(config, allow_val_change=True)
+            elif not isinstance(logger, CurveCSVLogger | TensorBoardLogger):
+                logger.log_hyperparams(config)
 
 
 @rank_zero_only
@@ -51,15 +52,16 @@ def log_results(loggers: Sequence[Logger], record: RunRecord, folder: Path, page
         if value.value is not None
     }
     for logger in loggers:
-        if isinstance(logger, RunWandbLogger):
-            _log_to_wandb(logger, metrics, record, folder, page)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(record.config, metrics)
-            logger.finalize("success")
-        elif not isinstance(logger, CurveCSVLogger):
-            if metrics:
-                logger.log_metrics(metrics, step=record.training.get("steps"))
-            logger.save()
+        with tolerate_failures(logger):
+            if isinstance(logger, RunWandbLogger):
+                _log_to_wandb(logger, metrics, record, folder, page)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(record.config, metrics)
+                logger.finalize("success")
+            elif not isinstance(logger, CurveCSVLogger):
+                if metrics:
+                    logger.log_metrics(metrics, step=record.training.get("steps"))
+                logger.save()
 
 
 def result_names(results: Sequence[Result]) -> list[str]:
