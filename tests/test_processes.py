@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from composing import compose
 from forking import Forked
 from gencompare.errors import UserError
 from gencompare.tasks import train
+from gencompare.tasks.runs import run_config
+from test_cli import QUICK
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
@@ -172,3 +176,51 @@ def test_four_processes_evaluate_like_one(cli: Callable[..., int], tmp_path: Pat
         assert four[name] == (value if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), name
     assert grids == [path.read_bytes() for path in sorted((tmp_path / "run" / "samples").glob("result_*.png"))]
     assert grids
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_process_ends_the_run_with_one_line_and_a_record(tmp_path: Path, rank: int) -> None:
+    command = [
+        sys.executable, "-m", "gencompare.tasks.runs.rank", "model=vae", *QUICK, "trainer=ddp",
+        "trainer.accelerator=cpu", "budget.steps=100000", "callbacks.evaluation.num_evaluations=0", "callbacks.checkpoints.every_minutes=0",
+        "logger=csv", "hydra.run.dir=run",
+    ]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if rank == 0 else int(children[0]), signal.SIGKILL)
+    process.wait(timeout=60)
+    record = tmp_path / "run" / "record.json"
+    while (state := json.loads(record.read_text())["state"]) == "running" and time.monotonic() < deadline:
+        time.sleep(0.2)  # the other process writes it
+    assert state == "interrupted"
+    errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("Error")]
+    assert len(errors) == 1 and "Another process of this run ended unexpectedly" in errors[0] and "resume=" in errors[0]
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_written(
+    cli: Callable[..., int], tmp_path: Path, capsys: Any
+) -> None:
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.global_batch_size=15", "budget.steps=2"]
+    assert cli("model=vae", *QUICK, *ddp, "hydra.run.dir=run") == 1
+    assert "global_batch_size=15 is not divisible by 2 processes" in capsys.readouterr().err
+    gan = ["model=gan", "model.d_steps=3", "trainer.global_batch_size=16", "budget.steps=2"]
+    assert cli(*gan[:1], *QUICK, *gan[1:], *ddp[:2], "hydra.run.dir=run") == 1
+    assert "not divisible by model.d_steps=3" in capsys.readouterr().err
+    assert cli("model=ebm", *QUICK, "model.buffer_size=10", "budget.steps=2", "hydra.run.dir=run") == 1
+    assert "raise model.buffer_size" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_resumed_with_more_processes_keeps_its_batch_size(cli: Callable[..., int], tmp_path: Path) -> None:
+    assert cli("model=vae", *QUICK, "budget.steps=2", "trainer.global_batch_size=24", "hydra.run.dir=run") == 0
+    cfg = run_config.load(tmp_path / "run")
+    composed = compose("model=vae", "trainer=ddp", "resume=run")
+    merged = run_config._override_stored(cfg, composed, ["resume=run", "trainer=ddp"], {})
+    assert merged.trainer.global_batch_size == 24 and merged.trainer.devices == 2
+    merged = run_config._override_stored(cfg, composed, ["trainer=ddp", "trainer.global_batch_size=64"], {})
+    assert merged.trainer.global_batch_size == 64

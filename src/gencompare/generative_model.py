@@ -270,6 +270,9 @@ class TrainedModel(pl.LightningModule):
         of the budget."""
         return False
 
+    def check_batch_size(self, batch_size: int, processes: int) -> None:
+        """Raise `UserError` unless the model can train on batches of this size in total, before training starts."""
+
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Compute per-sample metrics.
 

@@ -265,6 +265,22 @@ class ImageData(pl.LightningDataModule):
     def test_dataloader(self) -> SplitLoader:
         return SplitLoader(self, "test")
 
+    def check_batch_size(self, processes: int) -> None:
+        """Raise `UserError` unless the training images can be divided into batches for ``processes`` processes."""
+        if self.batch_size % processes:
+            raise UserError(
+                f"trainer.global_batch_size={self.batch_size} is not divisible by {processes} processes:"
+                f" choose a multiple of {processes}."
+            )
+        num_images = len(self.train_subset)
+        if not num_images:
+            raise UserError(f"Data set '{self.spec.name}' has no training images.")
+        if self.batch_size > MAX_EPOCHS_PER_BATCH * num_images:
+            raise UserError(
+                f"trainer.global_batch_size={self.batch_size} is more than {MAX_EPOCHS_PER_BATCH} times the"
+                f" {num_images} training images: choose a smaller batch size."
+            )
+
     def predict_dataloader(self) -> SplitLoader:
         return SplitLoader(self, "test")
 
@@ -279,21 +295,10 @@ class TrainStream:
     """
 
     def __init__(self, data: ImageData, *, start_step: int, rank: int, world_size: int, device: torch.device) -> None:
-        if data.batch_size % world_size:
-            raise UserError(
-                f"trainer.global_batch_size={data.batch_size} is not divisible by {world_size} processes:"
-                f" choose a multiple of {world_size}."
-            )
+        data.check_batch_size(world_size)
         self.data, self.device, self.start_step = data, device, start_step
         self.rank, self.world_size = rank, world_size
         self.split = to_device_if_small(data.train_subset, device)
-        if not len(self.split):
-            raise UserError(f"Data set '{data.spec.name}' has no training images.")
-        if data.batch_size > MAX_EPOCHS_PER_BATCH * len(self.split):
-            raise UserError(
-                f"trainer.global_batch_size={data.batch_size} is more than {MAX_EPOCHS_PER_BATCH} times the"
-                f" {len(self.split)} training images: choose a smaller batch size."
-            )
 
     def batch_indices(self, step: int) -> Tensor:
         """Return the indices (B,) of the images in the global batch of ``step``."""

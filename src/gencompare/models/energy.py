@@ -129,6 +129,9 @@ class EBM(GenerativeModel):
 
     # Training
 
+    def check_batch_size(self, batch_size: int, processes: int) -> None:
+        self.replay.check_batch_size(batch_size)
+
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         label = self.label(cond)
         self.snapshot.begin_step(self)

@@ -93,14 +93,17 @@ class GAN(GenerativeModel):
             metrics = self._discriminator_step(*part)
         return metrics | self._generator_step(*parts[0])
 
-    def _split_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> Iterator[tuple[Tensor, Cond, RandomSource]]:
-        """Split the batch into ``d_steps`` parts; part k has images k, k + d_steps, ... of the global batch."""
-        single_process = len(rng) == rng.total
-        if rng.total < self.d_steps or not (single_process or len(rng) % self.d_steps == 0):
+    def check_batch_size(self, batch_size: int, processes: int) -> None:
+        local = batch_size // processes
+        if batch_size < self.d_steps or not (processes == 1 or local % self.d_steps == 0):
             raise UserError(
-                f"The {len(rng)} images of each process are not divisible by model.d_steps={self.d_steps}: make"
+                f"The {local} images of each process are not divisible by model.d_steps={self.d_steps}: make"
                 " trainer.global_batch_size a multiple of d_steps times the number of processes."
             )
+
+    def _split_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> Iterator[tuple[Tensor, Cond, RandomSource]]:
+        """Split the batch into ``d_steps`` parts; part k has images k, k + d_steps, ... of the global batch."""
+        self.check_batch_size(rng.total, rng.total // len(rng))
         for k in range(self.d_steps):
             rows = slice((k - rng.start) % self.d_steps, None, self.d_steps)
             yield x[rows], {name: value[rows] for name, value in cond.items()}, rng.strided(self.d_steps, k)

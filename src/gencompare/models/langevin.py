@@ -143,6 +143,14 @@ class ReplayBuffer(nn.Module):
         # Whether each entry was ever written; chains of other entries start from noise.
         self.register_buffer("started", torch.zeros(num_classes * self.size_per_class, dtype=torch.bool))
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise `UserError` unless each image of a batch can have a chain of its own class."""
+        if batch_size > self.size_per_class:
+            raise UserError(
+                f"A batch of {batch_size} images needs at least that many chains per class, but there are only"
+                f" {self.size_per_class}: raise model.buffer_size or lower trainer.global_batch_size."
+            )
+
     def sample_indices(self, label: Tensor | None, rng: RandomSource) -> Tensor:
         """Draw distinct buffer indices (total,), one for each image of the global batch.
 
@@ -150,11 +158,7 @@ class ReplayBuffer(nn.Module):
             label: class of each image on this process, or None if the model is unconditional.
             rng: source of random numbers, in the same state on all processes.
         """
-        if rng.total > self.size_per_class:
-            raise UserError(
-                f"A batch of {rng.total} images needs at least that many chains per class, but there are only"
-                f" {self.size_per_class}: raise model.buffer_size or lower trainer.global_batch_size."
-            )
+        self.check_batch_size(rng.total)
         # `rng` draws only for the images of this process, but the permutation must be the same on all processes.
         order = torch.randperm(self.size_per_class, generator=rng.generator, device=rng.device)[: rng.total]
         order = order.to(self.started.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +46,7 @@ from gencompare.tasks.runs.processes import (
 )
 from gencompare.tasks.runs.recovery import initial_record, list_checkpoints, recover_record
 from gencompare.tasks.runs.result_logging import abandon_loggers, log_config, log_results
-from gencompare.tasks.runs.run_folder import claim_run_folder, refuse_existing_run
+from gencompare.tasks.runs.run_folder import claim_run_folder, is_active, refuse_existing_run
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.divergence import DivergenceGuard
@@ -91,6 +93,9 @@ def train(cfg: DictConfig) -> None:
     if checkpoint is None:
         cfg = autoencoder_stage.train_autoencoder(cfg, data, train)
     trainer = build_trainer(cfg, model, callbacks, [], folder)
+    if not model.closed_form:
+        data.check_batch_size(trainer.world_size)
+        model.check_batch_size(cfg.trainer.global_batch_size, trainer.world_size)
     known: list[dict[str, Any]] = []
     if checkpoint is None:
         # Check that the autoencoder leaves some budget before encoding the images.
@@ -238,6 +243,15 @@ def fit(
         with ranks_run(folder / JOB_FILE):
             trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     except BaseException as error:
+        if is_lost_process(error) and trainer.world_size > 1:
+            message = (
+                "Another process of this run ended unexpectedly: it was killed, or ran out of memory. Continue with:"
+                f" python run.py {shell_override('resume', folder)}"
+            )
+            time.sleep(1)  # until the lock of a dead process is released
+            if trainer.is_global_zero or not is_active(folder):
+                record_training(trainer, callbacks, folder, state="interrupted", error=message)
+            raise UserError(message) from error
         if trainer.is_global_zero:
             record_training(trainer, callbacks, folder, state="failed", error=" ".join(str(error).split()))
         raise
@@ -257,6 +271,12 @@ def fit(
         )
         wait_for_ranks(trainer)
         raise SystemExit(128 + received)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether torch.distributed failed because another process is gone."""
+    text = r"Connection (closed|reset) by peer|Broken pipe|Read error|Timed out waiting|remote process exited"
+    return isinstance(error, RuntimeError) and re.search(text, str(error)) is not None
 
 
 OTHER_END = "stopped by another callback"

@@ -49,6 +49,8 @@ GROUPS_NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep"
 """Groups whose choices are not inherited from a run folder, since its config contains their values."""
 APPENDED_GROUPS = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
 """Groups that are appended with ``+``, and the config key that receives their options."""
+BATCH_KEY = "trainer.global_batch_size"
+"""Setting of the trainer that another option of its group does not change in a run folder."""
 FIXED_KEY = "model.latent"
 """Setting that trained weights depend on, so it cannot be changed afterwards."""
 
@@ -336,6 +338,8 @@ def _override_stored(
             OmegaConf.update(merged, key, both, merge=False, force_add=True)
     for key in [*JOB_KEYS, *sorted(changed)]:
         OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+    if BATCH_KEY not in overridden:  # another trainer changes the number of processes, not what is trained
+        OmegaConf.update(merged, BATCH_KEY, OmegaConf.select(stored, BATCH_KEY))
     for key in ("data.root", "data.cache"):
         # The stored path may not exist on another machine.
         path = OmegaConf.select(merged, key)
