@@ -182,8 +182,8 @@ def test_four_processes_evaluate_like_one(cli: Callable[..., int], tmp_path: Pat
 def test_a_killed_process_ends_the_run_with_one_line_and_a_record(tmp_path: Path, rank: int) -> None:
     command = [
         sys.executable, "-m", "gencompare.tasks.runs.rank", "model=vae", *QUICK, "trainer=ddp",
-        "trainer.accelerator=cpu", "budget.steps=100000", "callbacks.evaluation.num_evaluations=0", "callbacks.checkpoints.every_minutes=0",
-        "logger=csv", "hydra.run.dir=run",
+        "trainer.accelerator=cpu", "budget.steps=100000", "callbacks.evaluation.num_evaluations=0",
+        "callbacks.checkpoints.every_minutes=0", "logger=csv", "hydra.run.dir=run",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
