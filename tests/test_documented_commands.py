@@ -179,6 +179,8 @@ def small(command: str, run_folder: str) -> list[str]:
         key, _, value = argument.partition("=")
         if argument.startswith("task.out="):
             argument = "task.out=out"
+        elif key == "pretrained" and value == "theirs.npz":
+            argument = "pretrained=weights.safetensors"
         elif key == "samples" and value == "out":
             argument = "samples=theirs.npz"
         elif "-m" in arguments and re.fullmatch(r"[\w./+-]+(,[\w./+-]+)+", value):
@@ -232,6 +234,9 @@ def test_a_documented_command(
         arguments = small(
             command, workspace.run_folder(command, cli) if "DIR" in command or "FOLDER" in command else ""
         )
+        if "pretrained=weights.safetensors" in arguments:
+            run = workspace.run_folder(command, cli)
+            assert cli("task=export", f"run_dir={run}", "task.out=weights.safetensors") == 0
         message = reason(command, MESSAGES)
         if "-sc" in arguments or "--help" in arguments:
             subprocess.run([sys.executable, str(ROOT / "run.py"), *arguments], check=True, capture_output=True)

@@ -38,6 +38,8 @@ _JSON_END = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _JSON_DIGEST = re.compile(rb'"[0-9a-f]{64}"\n}\n\Z')
 """A checksum at the end whose name may be corrupted."""
 _SAFETENSORS_ENTRY = re.compile(rb'"gencompare_whole_file_sha256":"([0-9a-f]{64})"')
+_UNCOVERED_LINE = re.compile(rb"[0-9a-z.,+-]*\r?\n?")
+"""A line of numbers that was appended to a CSV file after its checksum was written."""
 _ZIP_COMMENT = re.compile(rb"sha256: ([0-9a-f]{64})\Z")
 _ZIP_END = b"PK\x05\x06"
 _ZIP_END_SIZE = 22
@@ -186,7 +188,7 @@ class GrowingFile:
     """The checksum of a text file to which lines are appended: the SHA-256 of its first bytes, and their number.
 
     It is in a hidden file next to the text, and updated after the text. If a process is killed between the two, the
-    text is longer than the part that the checksum covers, but it is not corrupted.
+    text has one more line, perhaps incomplete, than the checksum covers, but it is not corrupted.
 
     Args:
         path: the text file.
@@ -227,7 +229,7 @@ class GrowingFile:
             file.write(f"{self._size} {self._digest.hexdigest()}\n".encode())
 
     def is_intact(self) -> bool:
-        """Return whether the text begins with the bytes that the checksum covers, or has no checksum."""
+        """Return whether the text has no checksum, or has the bytes that it covers and at most one more line."""
         try:
             stored = self.checksum_path.read_bytes()
         except FileNotFoundError:
@@ -236,7 +238,8 @@ class GrowingFile:
         if match is None:
             return False
         with self.path.open("rb") as file:
-            return _sha256(file.read(int(match[1]))) == match[2].decode()
+            covered, rest = file.read(int(match[1])), file.read()
+        return _sha256(covered) == match[2].decode() and _UNCOVERED_LINE.fullmatch(rest) is not None
 
 
 def _sha256(*parts: bytes | memoryview) -> str:

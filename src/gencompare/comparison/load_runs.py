@@ -24,6 +24,7 @@ from gencompare.errors import UserError
 from gencompare.records import RECORD_FILE, RunRecord
 
 log = logging.getLogger(__name__)
+PNG_END = b"IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class RunFolder:
         try:
             content = path.read_bytes()
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()  # checks the CRC of each chunk
+            if not content.endswith(PNG_END):
+                raise ValueError("there are bytes after the image")
         except Exception as error:  # Pillow raises many kinds
             log.warning("%s is left out: it is corrupted, or not a PNG file (%s).", path, type(error).__name__)
             return None

@@ -16,7 +16,7 @@ from gencompare.checksums import check_safetensors, read_checked_json, seal_safe
 from gencompare.command_line import run_command
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder
-from gencompare.errors import UserError
+from gencompare.errors import CorruptedFileError, UserError
 from gencompare.files import atomic_write, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
 from gencompare.records import Result, RunRecord, newest
@@ -189,7 +189,9 @@ def from_pretrained(source: str | os.PathLike[str]) -> TrainedModel:
         payload = (folder / WEIGHTS_FILE).read_bytes()
         check_safetensors(folder / WEIGHTS_FILE, payload)
         state = load(payload)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise CorruptedFileError(folder / WEIGHTS_FILE) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not a folder of task=export format=hub, or it is corrupted"
             f" ({type(error).__name__}: {' '.join(str(error).split())})."
