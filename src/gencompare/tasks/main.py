@@ -15,11 +15,15 @@ from omegaconf import DictConfig
 
 from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
+from gencompare.tasks.runs.config_types import check_types
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
 from gencompare.tasks.runs.run_config import check_keys, complete_config, inherit_choices, read_config, rename_options
 from gencompare.tasks.runs.sweep import prepare_job, record_failure
 from gencompare.version import __version__
+
+READING_TASKS = ("list_runs", "compare_runs")
+"""Modules of tasks that build nothing from the config, and start without importing torch."""
 
 
 def main() -> None:
@@ -70,10 +74,10 @@ def _run_job(cfg: DictConfig) -> None:
 
 def call_task(cfg: DictConfig) -> None:
     """Import and call the function ``cfg.task._target_``. Slow imports, such as torch, happen here."""
-    for name in ("seed", "num_images"):
-        if not isinstance(cfg[name], int):
-            raise UserError(f"{name}={cfg[name]} must be a whole number.")
-    hydra.utils.get_method(cfg.task._target_)(cfg)
+    task = hydra.utils.get_method(cfg.task._target_)
+    if task.__module__.removeprefix("gencompare.tasks.") not in READING_TASKS:
+        check_types(cfg)
+    task(cfg)
 
 
 def _delete_null_groups(argv: list[str]) -> list[str]:
