@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
+from gencompare.safe_files import read_bytes
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 TRAINING_DATA = {1: "fashion_mnist", 3: "cifar10"}
@@ -123,7 +124,7 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
         )
     path = WEIGHTS_DIR / f"perceptual_{TRAINING_DATA[channels]}.safetensors" if weights is None else Path(weights)
     try:
-        payload = path.read_bytes()
+        payload = read_bytes(path)
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["model"])["network"]
         state_dict = {name.removeprefix("net."): value for name, value in load(payload).items()}

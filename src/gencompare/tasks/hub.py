@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ from gencompare.errors import UserError
 from gencompare.files import atomic_write, write_json, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
 from gencompare.records import Result, RunRecord, newest
+from gencompare.safe_files import read_json_object
 from gencompare.version import __version__
 
 FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = (
@@ -182,7 +182,7 @@ def from_pretrained(source: str | os.PathLike[str]) -> TrainedModel:
     if not folder.is_dir():
         folder = _download(str(source))
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(), object_hook=_decode)["model"]
+        config = read_json_object(folder / CONFIG_FILE, object_hook=_decode)["model"]
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(

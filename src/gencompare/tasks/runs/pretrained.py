@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.diffusers_weights import REQUIRED_CONFIG, from_diffusers
 from gencompare.networks.unet import UNet
+from gencompare.safe_files import check_torch_file, read_json_object
 from gencompare.tasks.runs.diffusers_scheduler import FILE, check_scheduler
 from gencompare.tasks.runs.loading import check_state_dict
 
@@ -98,7 +98,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        check_torch_file(file)
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is corrupted, or not a weights file ({type(error).__name__}).") from error
     except Exception as error:
@@ -126,8 +129,8 @@ def check_published_config(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = read_json_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is corrupted ({error}).") from error
     for name, required in REQUIRED_CONFIG.items():
         if config.get(name, required) != required:
