@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torchmetrics import MeanMetric
 
-from gencompare.errors import TrainingStopped, UserError
+from gencompare.errors import TrainingStopped, UserError, printable
 from gencompare.files import write_error, write_text
 from gencompare.training.clock import clock_of
 
@@ -154,7 +154,7 @@ def wandb_logger(
     }  # fmt: skip
     if rank_zero_only.rank != 0:
         return RunWandbLogger(mode="disabled", **options)
-    sync = f"wandb sync {folder}/wandb/offline-*"
+    sync = printable(f"wandb sync {folder}/wandb/offline-*")
     logger = RunWandbLogger(mode=mode_used, **options)
     try:
         _ = logger.experiment
