@@ -17,8 +17,16 @@ from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
-from gencompare.tasks.runs.run_config import check_keys, complete_config, inherit_choices, read_config, rename_options
+from gencompare.tasks.runs.run_config import (
+    check_keys,
+    complete_config,
+    inherit_choices,
+    opener,
+    read_config,
+    rename_options,
+)
 from gencompare.tasks.runs.sweep import prepare_job, record_failure
+from gencompare.trust import opened_by
 from gencompare.version import __version__
 
 
@@ -73,7 +81,8 @@ def call_task(cfg: DictConfig) -> None:
     for name in ("seed", "num_images"):
         if not isinstance(cfg[name], int):
             raise UserError(f"{name}={cfg[name]} must be a whole number.")
-    hydra.utils.get_method(cfg.task._target_)(cfg)
+    with opened_by(opener(cfg)):
+        hydra.utils.get_method(cfg.task._target_)(cfg)
 
 
 def _delete_null_groups(argv: list[str]) -> list[str]:

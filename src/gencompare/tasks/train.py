@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from gencompare.command_line import shell_override
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.hyperparameters import read_checkpoint
 from gencompare.records import RECORD_FILE, RunRecord, now
@@ -35,6 +35,7 @@ from gencompare.tasks.runs.build import (
 )
 from gencompare.tasks.runs.console import describe_data, print_results, print_start
 from gencompare.tasks.runs.environment import environment
+from gencompare.tasks.runs.interpolations import plain
 from gencompare.tasks.runs.loading import check_state_dict
 from gencompare.tasks.runs.processes import (
     JOB_FILE,
@@ -50,6 +51,7 @@ from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import GracefulStop
+from gencompare.trust import check_links
 
 
 def train(cfg: DictConfig) -> None:
@@ -69,6 +71,8 @@ def train(cfg: DictConfig) -> None:
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
         refuse_existing_run(folder)
+    if resumed and not cfg.get("trust"):
+        check_links(folder)
     checkpoint_path = folder / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(checkpoint_path) if resumed and checkpoint_path.exists() else None
     cfg = autoencoder_stage.use_autoencoder_settings(cfg)
@@ -194,7 +198,7 @@ def write_initial_record(
         data=describe_data(data),
         seed=cfg.seed,
         created=now(),
-        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+        config=plain(cfg),
         overrides=list(cfg.command),
         environment={"run_id": new_run_id(folder, cfg.sweep_name), "sweep": cfg.sweep_name},
         model={
@@ -221,7 +225,7 @@ def new_run_id(folder: Path, sweep: str | None) -> str:
 def update_resumed_record(record: RunRecord, cfg: DictConfig, dependencies: list[dict[str, Any]]) -> None:
     """Update a record with the state, the config of the resuming command, and the dependencies."""
     record.state = "running"
-    record.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    record.config = plain(cfg)
     record.training["dependencies"] = dependencies
 
 
@@ -310,4 +314,4 @@ def record_training(
 
 @rank_zero_only
 def print_on_rank_zero(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
