@@ -157,6 +157,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GENCOMPARE_CONF", str(folder / "mine" / "conf"))
         patch.setenv("PYTHONPATH", str(folder / "mine"))
+        own = "bars,coupling_flow,dpm_solver_2,mean_shift,shifted_logistic"
+        patch.setenv("GENCOMPARE_TRUSTED_PACKAGES", own)
         patch.setenv("GENCOMPARE_DATA", str(data_root))
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_DIR", str(folder))

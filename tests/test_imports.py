@@ -15,7 +15,7 @@ NOT_FOR_MODELS = {"gencompare.data", "gencompare.evaluation", "gencompare.traini
 NOT_FOR_EVALUATION = {"gencompare.models", "gencompare.diffusion", "gencompare.training", "gencompare.data"}
 WITHOUT_TORCH = (
     "checksums.py", "comparison", "command_line.py", "errors.py", "files.py", "migrations.py", "records.py",
-    "version.py",
+    "safe_files.py", "trust.py", "version.py",
 )  # fmt: skip
 """Packages and modules that load without torch, so that a comparison starts quickly on any machine."""
 
@@ -48,7 +48,7 @@ def violations(path: Path) -> set[str]:
         forbidden |= within(names, {"gencompare.tasks"})
     if room in ("networks", "diffusion"):
         own = {name for name in names if name.startswith("gencompare.")}
-        shared = {f"gencompare.{name}" for name in ("checksums", "errors", "rng", "hyperparameters")}
+        shared = {f"gencompare.{name}" for name in ("checksums", "errors", "rng", "hyperparameters", "safe_files")}
         allowed = {f"gencompare.{room}", "gencompare.generative_model.Cond"} | shared
         forbidden |= own - within(own, allowed) - {"gencompare.generative_model"}
         forbidden |= within(names, {"pytorch_lightning", "torchmetrics", "torchvision"})

@@ -175,6 +175,7 @@ def test_a_later_evaluation_adds_another_metric(
     for name in ("first", "second"):
         write_metric(tmp_path, name, "_target_: test_user_mistakes.size_metric\n_partial_: true")
     monkeypatch.setenv("GENCOMPARE_CONF", str(tmp_path / "conf"))
+    monkeypatch.setenv("GENCOMPARE_TRUSTED_PACKAGES", "test_user_mistakes")
     assert cli(*EVALUATED, "+evaluation/metric=first", "hydra.run.dir=run") == 0
     assert cli("task=evaluate", "run_dir=run", "+evaluation/metric=second") == 0
     (run,) = load_runs([tmp_path / "run"]).runs

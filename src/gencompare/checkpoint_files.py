@@ -38,12 +38,12 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         CorruptedFileError: the file is corrupted.
         UserError: the file is missing, or not a checkpoint of this package.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait
+        raise UserError(f"There is no checkpoint {path}.")
     try:
         with open(path, "rb") as file:
             check_zip(path, file)
             return migrate_checkpoint(torch.load(file, map_location=map_location, weights_only=True))
-    except FileNotFoundError as error:
-        raise UserError(f"There is no checkpoint {path}.") from error
     except UserError:
         raise
     except Exception as error:

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 from gencompare.errors import CorruptedFileError
 from gencompare.files import atomic_write, write_text
+from gencompare.safe_files import check_torch_file, parse_json, read_bytes
 
 DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
@@ -51,13 +52,14 @@ def write_checked_yaml(path: str | os.PathLike[str], text: str) -> None:
     write_text(path, f"# sha256 of the lines below: {_sha256(text.encode())}\n{text}")
 
 
-def read_checked_yaml(path: str | os.PathLike[str]) -> str:
-    """Read the text of a YAML file.
+def read_checked_yaml(path: str | os.PathLike[str], limit: int | None = None) -> str:
+    """Read the text of a YAML file of at most ``limit`` bytes.
 
     Raises:
         CorruptedFileError: the checksum does not match.
+        UserError: the file is larger.
     """
-    raw = Path(path).read_bytes()
+    raw = read_bytes(Path(path), limit)
     first, newline, rest = raw.partition(b"\n")
     if match := _YAML_LINE.fullmatch(first + newline):
         if match[1].decode() != _sha256(rest):
@@ -78,20 +80,22 @@ def write_checked_json(path: str | os.PathLike[str], value: dict[str, Any]) -> N
     write_text(path, start + end.format(_sha256((start + end.format("")).encode())))
 
 
-def read_checked_json(path: str | os.PathLike[str], **options: Any) -> dict[str, Any]:
+def read_checked_json(path: str | os.PathLike[str], limit: int | None = None, **options: Any) -> dict[str, Any]:
     """Read a JSON object, without the entry of its checksum.
 
     Args:
         path: the file.
+        limit: its maximum size in bytes.
         options: arguments of `json.loads`.
 
     Raises:
         CorruptedFileError: the checksum does not match, or the file is not a JSON object.
+        UserError: the file is larger than ``limit`` or nested too deeply.
     """
-    raw = Path(path).read_bytes()
+    raw = read_bytes(Path(path), limit)
     try:
-        value = json.loads(raw, **options)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path, raw, **options)
+    except ValueError as error:
         raise _corrupted(path) from error
     if not isinstance(value, dict):
         raise _corrupted(path)
@@ -157,6 +161,7 @@ def check_zip(path: str | os.PathLike[str], file: BinaryIO) -> None:
 
     Raises:
         CorruptedFileError: the archive is corrupted, or the file is not a zip archive.
+        UserError: it is compressed, unlike the files of torch.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _ZIP_END_SIZE - 8 - DIGITS))
@@ -174,6 +179,7 @@ def check_zip(path: str | os.PathLike[str], file: BinaryIO) -> None:
         # Without a comment the end record is the end of the file. Otherwise, the corruption is in the comment.
         if end[-_ZIP_END_SIZE:-18] != _ZIP_END:
             raise _corrupted(path)
+        check_torch_file(path)
         try:
             with zipfile.ZipFile(file) as archive:
                 intact = archive.testzip() is None

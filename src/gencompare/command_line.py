@@ -6,6 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
+from gencompare.errors import printable
+
 UNQUOTED = re.compile(r"(?!(?:null|true|false|nan|inf)$)(?:\.{0,2}/|[a-z_])[\w./-]*", re.ASCII | re.IGNORECASE)
 """Text that Hydra parses as itself without quotes. Covers common paths and names, but not all such text."""
 
@@ -32,8 +34,8 @@ def shell_override(key: str, value: object) -> str:
 
 
 def run_command(*overrides: str) -> str:
-    """Format the command ``python run.py`` with ``overrides``, quoted for a shell."""
-    return shlex.join(["python", "run.py", *overrides])
+    """Format the command ``python run.py`` with ``overrides``, quoted for a shell and printable."""
+    return printable(shlex.join(["python", "run.py", *overrides]))
 
 
 def conf_dir() -> Path:

@@ -1,6 +1,23 @@
-"""Exceptions whose messages are addressed to the user."""
+"""Exceptions whose messages are addressed to the user, and text that is safe to print."""
 
 from __future__ import annotations
+
+import re
+
+LINE_BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, which a terminal obeys; marks that reverse the direction of text; and half characters."""
+
+
+def printable(text: object) -> str:
+    """Return ``text`` in one line that no terminal obeys: names in a record or a folder may come from anywhere.
+
+    Line breaks become spaces, and every other control character a replacement character.
+    """
+    string = str(text)
+    if UNPRINTABLE.search(string) is None:
+        return string
+    return UNPRINTABLE.sub("\ufffd", LINE_BREAKS.sub(" ", string))
 
 
 class UserError(Exception):
@@ -8,6 +25,9 @@ class UserError(Exception):
 
     The command line prints only the message and exits with code 1; set ``HYDRA_FULL_ERROR=1`` for the traceback.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def check_number(name: str, value: object) -> None:
@@ -57,6 +77,6 @@ class TrainingStopped(UserError):
     def __str__(self) -> str:
         reason, suggestion = self.args
         if self.checkpoint_saved is None:
-            return f"{reason}. {suggestion}"
+            return printable(f"{reason}. {suggestion}")
         saved = "the last good checkpoint is kept" if self.checkpoint_saved else "no checkpoint had been saved yet"
-        return f"{reason}. Training was stopped; {saved}. {suggestion}"
+        return printable(f"{reason}. Training was stopped; {saved}. {suggestion}")

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import partial, reduce
-from importlib import import_module
+from functools import partial
 from types import FrameType, FunctionType
 from typing import Any, Self
 
 from torch import Tensor
 
 from gencompare.errors import UserError
+from gencompare.trust import VARIABLE, NotTrusted, import_trusted
 
 GET_OBJECT = "hydra.utils.get_object"
-TRUSTED_PACKAGES = (
-    "gencompare.diffusion.", "gencompare.generative_model.", "gencompare.models.", "gencompare.networks.",
-    "gencompare.training.learning_rate.", "torch.optim.", "torch.nn.",
-)  # fmt: skip
-"""Packages whose classes and functions a checkpoint may name; loading it calls them. None of them writes a file."""
 
 
 class StoresArguments:
@@ -79,8 +73,8 @@ def to_config(value: Any) -> Any:
 def from_config(config: Any, name: str = "model") -> Any:
     """Rebuild a value from the description that `to_config` returned.
 
-    Hydra is not used, because a checkpoint may come from anywhere and only classes and functions from
-    `TRUSTED_PACKAGES` may be called.
+    Hydra is not used, because a checkpoint may come from anywhere, and only the classes and functions that
+    `gencompare.trust` allows may be called.
 
     Args:
         config: the output of `to_config`.
@@ -114,25 +108,15 @@ def import_object(path: str, name: str = "model") -> Any:
     """Import the class or function at ``path``.
 
     Raises:
-        UserError: the path does not exist, or is not in `TRUSTED_PACKAGES`.
+        UserError: the path does not exist, or a checkpoint may not name it (see `gencompare.trust`).
     """
-    if not str(path).startswith(TRUSTED_PACKAGES):
+    try:
+        return import_trusted(path)
+    except NotTrusted as error:
         raise UserError(
-            f"The checkpoint's {name} is {path}, which is not part of gencompare and therefore not called: pass it to"
-            f" load_from_checkpoint(path, {name.partition('.')[0]}=...)."
-        )
-    parts = path.split(".")
-    found = None
-    for i in range(len(parts) - 1, 0, -1):
-        with suppress(ModuleNotFoundError, AttributeError):
-            found = reduce(getattr, parts[i:], import_module(".".join(parts[:i])))
-            break
-    if found is None:
-        raise UserError(f"The checkpoint's {name} is {path}, which this version of gencompare does not have.")
-    # Modules import others, so the path of a foreign function may start with the name of a trusted package.
-    if not isinstance(found, type | FunctionType) or not f"{found.__module__}.".startswith(TRUSTED_PACKAGES):
-        raise UserError(f"The checkpoint's {name} is {path}, which is not a class or function of a model.")
-    return found
+            f"The checkpoint's {name} is {path}, which {error} and therefore not called: pass it to"
+            f" load_from_checkpoint(path, {name.partition('.')[0]}=...), or set {VARIABLE} to your own package."
+        ) from error
 
 
 def qualified_name(obj: Any) -> str:

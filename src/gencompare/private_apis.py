@@ -1,5 +1,7 @@
-"""Every use of a private API of Lightning, Hydra or torch, with its reason. tests/test_private_apis.py fails if one
-changes."""
+"""Every use of a private API of Lightning, Hydra, OmegaConf or torch, with its reason.
+
+tests/test_private_apis.py fails if one changes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,13 @@ def basic_sweeper() -> type[Any]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     return BasicSweeper
+
+
+def yaml_loader() -> type[Any]:
+    """Return OmegaConf's YAML loader. The public `OmegaConf.load` also parses every interpolation in a file."""
+    from omegaconf._utils import get_yaml_loader
+
+    return get_yaml_loader()
 
 
 class MovesOtherModules:

@@ -17,9 +17,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gencompare.checksums import read_checked_json, write_checked_json
 from gencompare.command_line import shell_override
-from gencompare.errors import CorruptedFileError, UserError
+from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.files import file_lock
 from gencompare.migrations import migrate_record
+from gencompare.safe_files import MAX_DEPTH, depth_exceeds
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def _short_hash(value: dict[str, Any]) -> str:
 SCHEMA = 2
 """Version of the record format. `migrate_record` converts earlier versions."""
 RECORD_FILE = "record.json"
+MAX_SIZE = 1 << 25
+"""Size limit of a record in bytes (32 MiB), far above the size of a run that was evaluated a thousand times."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ class RunRecord:
         if path.is_dir():
             path = path / RECORD_FILE
         try:
-            raw = read_checked_json(path, parse_constant=lambda _: None)
+            raw = read_checked_json(path, MAX_SIZE, parse_constant=lambda _: None)
         except FileNotFoundError as error:
             raise UserError(f"{path.parent} is not a run folder: it contains no {RECORD_FILE}.") from error
         except OSError as error:
@@ -264,6 +267,8 @@ class RunRecord:
     def from_json(cls, raw: Any, path: str | os.PathLike[str] = RECORD_FILE) -> RunRecord:
         """Create a record from parsed JSON of this or an earlier schema. ``path`` is used in error messages.
 
+        Records may come from anywhere, so their text is made `printable`.
+
         Raises:
             UserError: the record is corrupted, or from a newer version.
         """
@@ -275,8 +280,10 @@ class RunRecord:
             raise UserError(
                 f"{path} has schema {schema}, but this version of gencompare reads schemas 1 to {SCHEMA}: {reason}."
             )
+        if depth_exceeds(raw, MAX_DEPTH):
+            raise UserError(f"{path} is corrupted: it is nested more than {MAX_DEPTH} levels deep.")
         try:
-            raw = migrate_record(raw)
+            raw = migrate_record(_printable(raw))
             results = [_result(each) for each in raw.pop("results")]
             record = cls(**raw | {"schema": SCHEMA}, results=results)
             _check(record, cls)
@@ -358,6 +365,15 @@ def _check(value: Any, hint: Any, name: str = "record") -> None:
             raise TypeError(f"{name} has {len(value)} elements, not {len(args)}")
         for each in value:
             _check(each, args[0], name)
+
+
+def _printable(value: Any) -> Any:
+    """Return parsed JSON with all text made `printable`, including the names in it."""
+    if isinstance(value, dict):
+        return {printable(name): _printable(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 _PLAIN = (str, int, float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def training_command(family: str, measurement: Measurement, run: RunFolder) -> s
     """
     choices = run.record.config.get("choices", {})
     data = choices.get("data") if isinstance(choices, dict) else None
-    # Data settings, the extractor's weights and further metrics may come from the command line of the run.
+    # Data settings, the extractor's weights and further metrics may come from the command line of the run. Records are
+    # untrusted, so no override is repeated that names code to call or a folder to write to.
     repeated = [
-        each for each in run.record.overrides if each.startswith(("data.", "evaluation.weights=", METRIC_OVERRIDE))
+        each
+        for each in run.record.overrides
+        if each.startswith(("data.", "evaluation.weights=", METRIC_OVERRIDE))
+        and not re.search(r"\._|^data\.(cache|download)\b|\$\{", each)
     ]
     overrides = [override("model", family), override("data", data or measurement.data), *repeated]
     if evaluation_preset(run) != "default":

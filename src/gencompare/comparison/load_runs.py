@@ -20,11 +20,13 @@ import numpy as np
 from PIL import Image
 
 from gencompare.checksums import GrowingFile
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.records import RECORD_FILE, RunRecord
 
 log = logging.getLogger(__name__)
 PNG_END = b"IEND\xaeB`\x82"
+MAX_FILE_SIZE = 1 << 26
+"""Size limit of an image or a learning curve in bytes (64 MiB). Larger files are treated as missing."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class RunFolder:
         """Read a PNG file. Return None if it is missing or outside the run folder, or, with a warning, if it is
         corrupted or not a PNG file."""
         path = self.file(relative)
-        if path is None:
+        if path is None or path.stat().st_size > MAX_FILE_SIZE:
             return None
         try:
             content = path.read_bytes()
@@ -83,6 +85,9 @@ class SkippedFolder:
     folder: Path
     reason: str
 
+    def __str__(self) -> str:
+        return printable(f"{self.folder}: {self.reason}")
+
 
 @dataclass(frozen=True)
 class ComparisonOptions:
@@ -107,7 +112,8 @@ class LoadedRuns:
 
 
 def find_run_folders(pattern: str) -> list[Path]:
-    """Return the run folders that match a glob, sorted. ``**`` matches any number of nested folders.
+    """Return the run folders that match a glob, sorted. ``**`` matches any number of nested folders. The path of an
+    existing folder is taken as it is.
 
     A matching folder that is not a run folder but contains run folders (a sweep folder) is replaced by its run folders.
 
@@ -115,7 +121,9 @@ def find_run_folders(pattern: str) -> list[Path]:
         UserError: no run folder matches.
     """
     folders: set[Path] = set()
-    for name in glob.glob(os.path.expanduser(pattern), recursive=True):
+    expanded = os.path.expanduser(pattern)
+    # A folder with this name comes first, since its name may contain brackets, which a glob would interpret.
+    for name in [expanded] if os.path.lexists(expanded) else glob.glob(expanded, recursive=True):
         path = Path(name)
         if path.name == RECORD_FILE:
             folders.add(path.parent)
@@ -178,7 +186,7 @@ def _labels(runs: list[tuple[Path, RunRecord]]) -> list[str]:
     choices = [
         (
             base_name(record), f"{base_name(record)}, seed {record.seed}", record.name,
-            f"{folder.parent.name}/{record.name}", str(folder),
+            printable(f"{folder.parent.name}/{record.name}"), printable(folder),
         )
         for folder, record in runs
     ]  # fmt: skip
@@ -200,7 +208,7 @@ def base_name(record: RunRecord) -> str:
 
 NON_DISTINGUISHING = (
     "seed=", "model=", "sweep=", "hydra", "logger", "paths.", "run=", "run_dir=", "resume=", "ckpt_path=",
-    "callbacks.progress",
+    "trust=", "callbacks.progress",
 )  # fmt: skip
 """Prefixes of overrides that do not describe the model, or that are shown in a separate column."""
 
@@ -230,6 +238,8 @@ def _distinguishing_overrides(records: list[RunRecord]) -> list[str]:
 def read_curve(path: Path) -> dict[str, np.ndarray]:
     """Read the columns of a learning curve. Cells that are not numbers become NaN; truncated lines are dropped."""
     try:
+        if path.stat().st_size > MAX_FILE_SIZE:
+            return {}
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.reader(file))
     except (OSError, csv.Error):
@@ -238,7 +248,7 @@ def read_curve(path: Path) -> dict[str, np.ndarray]:
         return {}
     names, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
     columns = zip(*body, strict=True) if body else ((),) * len(names)
-    return {name: _parse_floats(cells) for name, cells in zip(names, columns, strict=True)}
+    return {printable(name): _parse_floats(cells) for name, cells in zip(names, columns, strict=True)}
 
 
 def _parse_floats(cells: tuple[str, ...]) -> np.ndarray:

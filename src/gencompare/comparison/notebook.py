@@ -56,7 +56,7 @@ class Comparison:
         parts = [_html(table) for table in self.tables]
         notes = metric_disagreements(self.tables)
         notes += [f"No results: {run.label} ({run.record.state})." for run in runs_without_results(self.loaded.runs)]
-        notes += [f"Skipped {skip.folder}: {skip.reason}" for skip in self.loaded.skipped]
+        notes += [f"Skipped {skip}" for skip in self.loaded.skipped]
         parts += [f"<p>{escape(note)}</p>" for note in notes]
         return "\n".join(parts)
 

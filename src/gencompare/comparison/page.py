@@ -45,7 +45,7 @@ from gencompare.comparison.tables import (
     write_markdown,
 )
 from gencompare.comparison.terminal import describe_run
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.files import write_text
 from gencompare.records import Metric
 from gencompare.version import __version__
@@ -278,7 +278,7 @@ def _run(run: RunFolder) -> dict[str, Any]:
     facts = {
         "state": record.state,
         "error": str(training.get("error") or ""),
-        "folder": str(run.folder),
+        "folder": printable(run.folder),
         "created": record.created,
         "command": " ".join(["python run.py", *record.overrides]) if record.overrides else "",
         "data": f"{record.data.get('name', '')} {format_value(record.data.get('splits') or {})}",

@@ -15,6 +15,7 @@ from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables
 from gencompare.comparison.run_costs import autoencoder_cost, describe_dependencies, own_cost, total_cost
 from gencompare.comparison.sampler_description import describe_sampling, describe_weights
 from gencompare.comparison.statistics import warnings_of
+from gencompare.errors import printable
 from gencompare.files import write_text
 
 BPD_PREFIX = "bpd_"
@@ -321,7 +322,7 @@ def _run_fields(run: RunFolder) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,
-        "state": record.state, "folder": str(run.folder),
+        "state": record.state, "folder": printable(run.folder),
         "parameters": formatting.as_number(record.model.get("parameters")),
         **{f"training.{name}": formatting.as_number(record.training.get(name)) for name in costs},
         **{f"total_cost.{kind}": cost for kind, cost in total_cost(record).items()},
@@ -361,7 +362,7 @@ def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
     missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in runs_without_results(loaded.runs)]
     if missing:
         parts.append("Runs without results:\n\n" + "\n".join(missing))
-    skipped = [f"- {_markdown(str(skip.folder))}: {_markdown(skip.reason)}" for skip in loaded.skipped]
+    skipped = [f"- {_markdown(str(skip))}" for skip in loaded.skipped]
     if skipped:
         parts.append("Skipped folders:\n\n" + "\n".join(skipped))
     write_text(path, "\n\n".join(parts) + "\n")

@@ -56,7 +56,7 @@ def print_tables(runs: LoadedRuns | Iterable[str | os.PathLike[str]], console: C
     for run in runs_without_results(loaded.runs):
         console.print(Text(f"no results: {run.label} ({run.record.state})", style="dim"))
     for skip in loaded.skipped:
-        console.print(Text(f"skipped: {skip.folder}: {skip.reason}", style="yellow"))
+        console.print(Text(f"skipped: {skip}", style="yellow"))
 
 
 def _ranking(ranking: RankingTable, width: int) -> RenderableType:

@@ -16,6 +16,8 @@ from gencompare.files import file_lock
 
 MAX_FILE_SIZE = 1 << 28
 """Size limit of one image file in bytes (256 MiB), checked before the file is read."""
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Compressions of zip files that can be unpacked up to a limit."""
 IGNORED_NAMES = {"__MACOSX", "Thumbs.db", "desktop.ini"}
 """Operating-system files that are ignored, as are hidden files."""
 
@@ -99,7 +101,10 @@ class ZipArchive(Archive):
     def read(self, name: str) -> bytes:
         member = self._members[name]
         _check_size(self.path, name, member.file_size)
-        return self._zip.read(member)
+        if member.compress_type not in COMPRESSIONS:
+            raise UserError(f"{self.path}: {name} is not compressed with deflate: create the zip file again.")
+        with self._zip.open(member) as file:  # `ZipFile.read` would unpack what is there, which may be far more
+            return file.read(member.file_size)
 
     def fingerprint(self, names: Iterable[str]) -> str:
         # The central directory lists the length and CRC-32 of each file, and `read` verifies them. Hashing these

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -19,6 +17,7 @@ from torch import Tensor
 from gencompare.data.datamodule import SPLITS, ImageData, Split
 from gencompare.errors import UserError
 from gencompare.generative_model import Cond, DataSpec
+from gencompare.safe_files import read_npy, read_npz
 
 
 class Condition(ABC):
@@ -127,16 +126,15 @@ def _read_arrays(path: str) -> dict[str, Tensor]:
         if suffix == ".safetensors":
             return load_file(path)
         if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: torch.from_numpy(file[name]) for name in file.files if name in SPLITS}
+            return {name: torch.from_numpy(array) for name, array in read_npz(Path(path), SPLITS).items()}
         arrays = {}
         for split in SPLITS:
             current = path.replace("{split}", split)
-            arrays[split] = torch.from_numpy(np.load(current, allow_pickle=False))
+            arrays[split] = torch.from_numpy(read_npy(Path(current)))
         return arrays
     except FileNotFoundError as error:
         raise UserError(f"There is no file {current}: check data.conditions.embedding.path.") from error
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{current} is corrupted or not a valid {suffix} file of numbers ({type(error).__name__})."
         ) from error

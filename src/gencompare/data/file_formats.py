@@ -8,6 +8,7 @@ import logging
 import math
 import pickle
 import re
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from gencompare.cache import cached_array
 from gencompare.data.archives import Archive
 from gencompare.errors import UserError
+from gencompare.safe_files import MAX_RATIO, SMALL, check_claim
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ DECODER_VERSION = "1"
 """Part of the cache key. Increment it when a change here decodes the same files to different pixels."""
 FORMATS = ("PNG", "JPEG")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+MAX_PIXELS = 1 << 26
+"""Size limit of an image (67 million pixels, as 8192x8192), which is checked before it is decoded."""
 GREY_MODES = {"1", "L", "LA"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
@@ -84,8 +88,16 @@ def decode(archive: Archive, names: Sequence[str], *, size: int | None = None, c
 def _decode_file(archive: Archive, name: str, size: int | None, channels: int | None) -> np.ndarray:
     """Decode one image to (C, H, W) uint8."""
     try:
-        with Image.open(io.BytesIO(archive.read(name)), formats=FORMATS) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            opened = Image.open(io.BytesIO(archive.read(name)), formats=FORMATS)
+        with opened as image:
             mode = image.mode
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"{archive.path}: {name} claims {image.width}x{image.height} pixels, more than {MAX_PIXELS >> 20}"
+                    " million: make it smaller or remove it."
+                )
             if mode not in GREY_MODES | COLOUR_MODES:
                 raise UserError(
                     f"{archive.path}: {name} has pixel format '{mode}' instead of 8 bits per channel: convert it."
@@ -129,7 +141,14 @@ UINT8_CODE = 8
 def decompress(path: Path) -> bytes:
     """Read a file, and decompress it if its name ends in ``.gz``."""
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        stored = path.stat().st_size
+        limit = max(SMALL, MAX_RATIO * stored)
+        with gzip.open(path) as file:
+            content = file.read(limit + 1)
+        check_claim(path, len(content), stored)
+        return content
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is corrupted ({error}): remove it and download it again.") from error
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -13,6 +12,7 @@ from gencompare.data.archives import open_archive
 from gencompare.data.file_formats import IMAGE_SUFFIXES, decode_cached
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
+from gencompare.safe_files import npz_names, read_npz
 
 
 def read_samples(path: Path, spec: DataSpec, *, cache: Path | None = None) -> tuple[Tensor, Tensor | None]:
@@ -83,14 +83,15 @@ def _read_image_files(path: Path, cache: Path | None) -> Tensor:
 
 def _read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file.files:
-                found = f"the array {', '.join(file.files)}" if file.files else "nothing"
-                raise UserError(f"{path} contains {found}: images must be in an array with the name 'arr_0'.")
-            array, labels = file["arr_0"], file["arr_1"] if "arr_1" in file.files else None
+        arrays = read_npz(path, ("arr_0", "arr_1"))
+        if "arr_0" not in arrays:
+            names = npz_names(path)
+            found = f"the array {', '.join(names)}" if names else "nothing"
+            raise UserError(f"{path} contains {found}: images must be in an array with the name 'arr_0'.")
+        array, labels = arrays["arr_0"], arrays.get("arr_1")
     except FileNotFoundError as error:
         raise UserError(f"There is no {path}: set samples= to a folder, zip or npz file of images.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is corrupted or not an npz file of images ({type(error).__name__}).") from error
     if array.ndim == 3:
         array = array[..., None]

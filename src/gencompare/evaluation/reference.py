@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from gencompare.evaluation.metrics.frechet import Statistics
 from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, KernelReference
 from gencompare.files import sha256
 from gencompare.generative_model import Cond, DataSpec
+from gencompare.safe_files import read_npz
 
 
 class DataSplit(Protocol):
@@ -297,12 +297,11 @@ def read_statistics(path: Path, extractor: Extractor) -> Reference:
         UserError: the file is missing or corrupted, or does not fit the extractor.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in file.files
-                      if name in ("mu", "sigma", "mu_s", "sigma_s")}  # fmt: skip
+        arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s"))
+        stored = {name: torch.from_numpy(np.asarray(array, dtype=np.float64)) for name, array in arrays.items()}
     except FileNotFoundError as error:
         raise UserError(f"There is no statistics file {path} (evaluation.protocol.reference).") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is corrupted, or not an npz file of statistics ({type(error).__name__}).") from error
     if not {"mu", "sigma"} <= set(stored):
         raise UserError(f"{path} has no 'mu' and 'sigma', so it is not a statistics file of pytorch-fid, EDM or ADM.")

@@ -232,7 +232,7 @@ def _read_chunk(path: Path) -> _Chunk | None:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["chunk"])
             images = file.get_tensor("images")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return _Chunk(images, facts["rows"], facts["seconds"]) if facts["sha256"] == tensor_sha256(images) else None
 

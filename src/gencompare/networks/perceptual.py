@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gencompare.checksums import check_safetensors
 from gencompare.errors import UserError
+from gencompare.safe_files import read_bytes
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 TRAINING_DATA = {1: "fashion_mnist", 3: "cifar10"}
@@ -124,7 +125,7 @@ def perceptual_network(channels: int, weights: str | os.PathLike[str] | None = N
         )
     path = WEIGHTS_DIR / f"perceptual_{TRAINING_DATA[channels]}.safetensors" if weights is None else Path(weights)
     try:
-        payload = path.read_bytes()
+        payload = read_bytes(path)
         check_safetensors(path, payload)
         with safe_open(path, "pt") as file:
             options = json.loads(file.metadata()["model"])["network"]

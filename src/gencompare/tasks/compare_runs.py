@@ -16,7 +16,7 @@ from gencompare.comparison.charts import PLOTS_FOLDER
 from gencompare.comparison.load_runs import ComparisonOptions, load_runs
 from gencompare.comparison.page import CSV_FILE, write_report
 from gencompare.comparison.terminal import print_tables
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.tasks.runs.loading import locate_runs
 
 
@@ -91,5 +91,5 @@ def compare_folders(folders: list[Path], out: Path, options: ComparisonOptions =
     loaded = load_runs(folders, options)
     page = write_report(loaded, out)
     print_tables(loaded)
-    print(f"Comparison: {page}")
+    print(printable(f"Comparison: {page}"))
     return page

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.records import RECORD_FILE
 from gencompare.tasks.runs.error_reports import FAILURE_CODE, failed_job_codes
 from gencompare.tasks.runs.run_folder import touched_since, wait_until_inactive
@@ -62,5 +62,5 @@ class CompareSweep(Callback):
 
 def _print_reasons(reasons: dict[str, str]) -> None:
     for name, reason in reasons.items():
-        print(f"  [{name}] {reason}")
+        print(printable(f"  [{name}] {reason}"))
     sys.stdout.flush()

@@ -44,6 +44,7 @@ from gencompare.tasks.runs.recovery import recover_record
 from gencompare.tasks.runs.result_logging import log_config, log_results
 from gencompare.tasks.runs.run_folder import refuse_existing_run, run_folder
 from gencompare.tasks.runs.sweep import evaluated_config_path, job_identity
+from gencompare.trust import check_links
 
 SAMPLES_FOLDER = ".drawn"
 """Folder in a run folder for the samples of an unfinished evaluation."""
@@ -71,6 +72,8 @@ def evaluate_trained_run(cfg: DictConfig) -> None:
     The results are added to that run's record, and ``cfg`` is stored in its folder to mark the job as done.
     """
     folder = Path(cfg.trained_run)
+    if not cfg.get("trust"):
+        check_links(folder)
     config_path = evaluated_config_path(folder, job_identity(cfg).job)
     cfg = autoencoder_stage.use_autoencoder_settings(cfg)
     data = build_data(cfg)

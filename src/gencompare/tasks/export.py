@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.files import write_json
 from gencompare.generative_model import TrainedModel
 from gencompare.networks.diffusers_weights import REQUIRED_CONFIG, to_diffusers
@@ -17,6 +17,7 @@ from gencompare.records import RunRecord
 from gencompare.tasks.hub import push_model_folder, write_model_folder, write_tensors
 from gencompare.tasks.runs import diffusers_scheduler
 from gencompare.tasks.runs.build import build_data, build_model
+from gencompare.tasks.runs.interpolations import plain
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.run_folder import run_folder
 
@@ -46,10 +47,10 @@ def export(cfg: DictConfig) -> None:
             print(f"Uploaded to {push_model_folder(out, cfg.task.push)}")
     else:
         out = Path(cfg.task.out or folder / "weights.safetensors")
-        config = OmegaConf.to_container(cfg.model, resolve=True)
+        config = plain(cfg)["model"]
         metadata = {"model": json.dumps(config), "data": cfg.data._target_, "step": str(step), "weights": cfg.weights}
         write_tensors(model.state_dict(), out, metadata)
-    print(f"Weights of {folder} at step {step}: {out}")
+    print(printable(f"Weights of {folder} at step {step}: {out}"))
 
 
 UNET2D_OPTIONS = {

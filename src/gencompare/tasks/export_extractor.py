@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.evaluation.extractors.shipped_classifiers import (
     WEIGHTS_DIR,
     save_classifier,
@@ -51,7 +51,8 @@ def export_extractor(cfg: DictConfig) -> None:
     )  # fmt: skip
     if out.resolve().parent == WEIGHTS_DIR.resolve():
         write_checksums()
-    print(f"{out}: accuracy {score:.4f} on {len(data.split('test'))} test images, SHA-256 {digest}")
+    num_images = len(data.split("test"))
+    print(printable(f"{out}: accuracy {score:.4f} on {num_images} test images, SHA-256 {digest}"))
 
 
 @torch.inference_mode()

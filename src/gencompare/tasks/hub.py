@@ -20,6 +20,7 @@ from gencompare.errors import CorruptedFileError, UserError
 from gencompare.files import atomic_write, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
 from gencompare.records import Result, RunRecord, newest
+from gencompare.safe_files import read_bytes
 from gencompare.version import __version__
 
 FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = (
@@ -186,7 +187,7 @@ def from_pretrained(source: str | os.PathLike[str]) -> TrainedModel:
         folder = _download(str(source))
     try:
         config = read_checked_json(folder / CONFIG_FILE, object_hook=_decode)["model"]
-        payload = (folder / WEIGHTS_FILE).read_bytes()
+        payload = read_bytes(folder / WEIGHTS_FILE)
         check_safetensors(folder / WEIGHTS_FILE, payload)
         state = load(payload)
     except SafetensorError as error:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder, load_runs
+from gencompare.errors import printable
 from gencompare.records import RunRecord
 from gencompare.tasks.runs.loading import locate_runs
 from gencompare.tasks.runs.run_folder import is_active
@@ -33,12 +34,12 @@ def print_runs(folders: list[Path], console: Console) -> None:
     for name in COLUMNS:
         table.add_column(name, justify="right" if name in RIGHT_ALIGNED else "left", no_wrap=True)
     for run in sorted(loaded.runs, key=lambda run: (run.record.created, str(run.folder))):
-        table.add_row(*(Text(cell) for cell in row(run)))
+        table.add_row(*(Text(printable(cell)) for cell in row(run)))
     console.print(table, soft_wrap=True)
     skipped = f", {len(loaded.skipped)} skipped" if loaded.skipped else ""
     console.print(Text(f"{len(loaded.runs)} runs{skipped}"))
     for skip in loaded.skipped:
-        console.print(Text(f"skipped: {skip.folder}: {skip.reason}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"skipped: {skip}", style="yellow"), soft_wrap=True)
 
 
 def row(run: RunFolder) -> tuple[str, ...]:

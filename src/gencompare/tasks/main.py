@@ -18,8 +18,16 @@ from gencompare.errors import UserError
 from gencompare.tasks.runs.config_types import check_types
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
-from gencompare.tasks.runs.run_config import check_keys, complete_config, inherit_choices, read_config, rename_options
+from gencompare.tasks.runs.run_config import (
+    check_keys,
+    complete_config,
+    inherit_choices,
+    opener,
+    read_config,
+    rename_options,
+)
 from gencompare.tasks.runs.sweep import prepare_job, record_failure
+from gencompare.trust import opened_by
 from gencompare.version import __version__
 
 READING_TASKS = ("list_runs", "compare_runs")
@@ -77,7 +85,8 @@ def call_task(cfg: DictConfig) -> None:
     task = hydra.utils.get_method(cfg.task._target_)
     if task.__module__.removeprefix("gencompare.tasks.") not in READING_TASKS:
         check_types(cfg)
-    task(cfg)
+    with opened_by(opener(cfg)):
+        task(cfg)
 
 
 def _delete_null_groups(argv: list[str]) -> list[str]:

@@ -30,7 +30,8 @@ from gencompare.tasks import train as tasks_train
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.loading import LoadedRun, load_run
 from gencompare.tasks.runs.processes import leave_process_group
-from gencompare.tasks.runs.run_config import complete_config
+from gencompare.tasks.runs.run_config import complete_config, opener
+from gencompare.trust import opened_by
 
 
 def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> DictConfig:
@@ -62,17 +63,19 @@ def compose(*overrides: str, folder: str | os.PathLike[str] | None = None) -> Di
 
 def build(cfg: DictConfig) -> tuple[ImageData, TrainedModel]:
     """Build the datamodule and the untrained model from a config. The initial weights depend only on ``cfg.seed``."""
-    data = build_data(cfg)
-    return data, build_model(cfg, data)
+    with opened_by(opener(cfg)):
+        data = build_data(cfg)
+        return data, build_model(cfg, data)
 
 
 def train(cfg: DictConfig) -> LoadedRun:
     """Train and evaluate the model of a config from `compose`, like ``python run.py``, and return the finished run."""
     try:
-        tasks_train.train(cfg)
+        with opened_by(opener(cfg)):
+            tasks_train.train(cfg)
     finally:
         leave_process_group()
-    return load_run(cfg.out)
+    return load_run(cfg.out, trust=True)  # the config is the user's own
 
 
 def sample(

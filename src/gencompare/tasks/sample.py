@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.evaluation.model_metrics import with_low_res
 from gencompare.evaluation.sampling import choose_conditions, draw_samples
 from gencompare.files import atomic_write
@@ -47,4 +47,4 @@ def sample(cfg: DictConfig) -> None:
             old.unlink()  # from an earlier command
         for k, image in enumerate(images):
             save_png(to_image(image), out / f"{k:06d}.png")
-    print(f"{cfg.num_images} images from {folder}: {out}")
+    print(printable(f"{cfg.num_images} images from {folder}: {out}"))

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from gencompare.checkpoint_files import LAST, FoundCheckpoint, find_checkpoint
 from gencompare.command_line import shell_override
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.resources import peak_memory_bytes
@@ -35,6 +35,7 @@ from gencompare.tasks.runs.build import (
 )
 from gencompare.tasks.runs.console import print_results, print_start
 from gencompare.tasks.runs.environment import environment
+from gencompare.tasks.runs.interpolations import plain
 from gencompare.tasks.runs.loading import check_state_dict
 from gencompare.tasks.runs.processes import (
     JOB_FILE,
@@ -53,6 +54,7 @@ from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import GracefulStop
 from gencompare.training.loggers import last_step
+from gencompare.trust import check_links
 
 
 def train(cfg: DictConfig) -> None:
@@ -72,6 +74,8 @@ def train(cfg: DictConfig) -> None:
     resumed = cfg.resume is not None
     if not resumed and rank_zero_only.rank == 0:
         refuse_existing_run(folder)
+    if resumed and not cfg.get("trust"):
+        check_links(folder)
     found = find_checkpoint(folder / "checkpoints") if resumed else None
     checkpoint = found.content if found else None
     cfg = autoencoder_stage.use_autoencoder_settings(cfg)
@@ -226,7 +230,7 @@ def write_initial_record(
 def update_resumed_record(record: RunRecord, cfg: DictConfig, dependencies: list[dict[str, Any]]) -> None:
     """Update a record with the state, the config of the resuming command, and the dependencies."""
     record.state = "running"
-    record.config = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    record.config = plain(cfg)
     record.training["dependencies"] = dependencies
 
 
@@ -350,4 +354,4 @@ def record_training(
 
 @rank_zero_only
 def print_on_rank_zero(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from omegaconf import DictConfig
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.evaluation.reference import to_uint8
 from gencompare.generative_model import SupportsVisualization
 from gencompare.image_grid import grid, save_png
@@ -35,4 +35,4 @@ def visualize(cfg: DictConfig) -> None:
         path = folder / "visualize" / f"{name}.png"
         shown = to_uint8(images.flatten(0, 1).clamp(-1, 1), data.spec)
         save_png(grid(shown.numpy(), columns=images.shape[1]), path)
-        print(f"{name}: {path}")
+        print(printable(f"{name}: {path}"))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from gencompare.checksums import GrowingFile
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.training.clock import clock_of
 
 FIRST_COLUMNS = ("step", "images", "seconds")
@@ -192,7 +192,7 @@ def wandb_logger(
     }  # fmt: skip
     if rank_zero_only.rank != 0:
         return RunWandbLogger(mode="disabled", **options)
-    sync = f"wandb sync {folder}/wandb/offline-*"
+    sync = printable(f"wandb sync {folder}/wandb/offline-*")
     logger = RunWandbLogger(mode=mode_used, **options)
     try:
         _ = logger.experiment

@@ -36,8 +36,9 @@ class TrainingProgressBar(Callback):
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
         self._bar = Progress(
-            TextColumn("[bold]training"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
-            TimeElapsedColumn(), console=Console(), refresh_per_second=4,
+            TextColumn("[bold]training"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
+            console=Console(), refresh_per_second=4,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=1.0)
         self._bar.start()

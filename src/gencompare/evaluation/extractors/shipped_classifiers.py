@@ -22,6 +22,7 @@ from gencompare.evaluation.extractors.extractor import Extractor, Features, Iden
 from gencompare.files import atomic_write
 from gencompare.generative_model import DataSpec
 from gencompare.networks.residual_classifier import ResidualClassifier
+from gencompare.safe_files import read_bytes
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS_DIR / "SHA256SUMS"
@@ -163,7 +164,7 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]
         The state dict in float32, the metadata, and the SHA-256 of the file.
     """
     try:
-        payload = path.read_bytes()
+        payload = read_bytes(path)
         check_safetensors(path, payload)
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["extractor"])
@@ -174,7 +175,7 @@ def read_classifier(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]
             )
     except FileNotFoundError as error:
         raise UserError(f"There is no extractor file {path}.") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is corrupted, or not an extractor of gencompare ({type(error).__name__}).") from error
     return state, facts, hashlib.sha256(payload).hexdigest()
 

@@ -15,6 +15,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features
 from gencompare.files import sha256
 from gencompare.generative_model import DataSpec
+from gencompare.safe_files import check_torch_file
 
 
 def torch_fidelity_network(spec: DataSpec, name: str, weights: str | os.PathLike[str] | None = None) -> Extractor:
@@ -135,6 +136,7 @@ def _check_file(path: Path, name: str) -> None:
         if sha256(path) != MODEL_METADATA[name]["hash"]:
             raise UserError(f"{path} is not the published {name} file: its SHA-256 differs. Download it again.")
         return
+    check_torch_file(path)
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

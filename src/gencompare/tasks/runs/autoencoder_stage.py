@@ -18,7 +18,7 @@ from gencompare.checkpoint_files import LAST, read_checkpoint
 from gencompare.command_line import shell_override
 from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.files import file_lock, sha256
 from gencompare.generative_model import TrainedModel
 from gencompare.models.latents import Latents
@@ -26,6 +26,7 @@ from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.resources import FlopCounter
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_model, choose_device
+from gencompare.tasks.runs.interpolations import plain
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.processes import leave_process_group
 from gencompare.tasks.runs.run_folder import has_checkpoint
@@ -45,7 +46,7 @@ def use_autoencoder_settings(cfg: DictConfig) -> DictConfig:
     run = OmegaConf.select(cfg, "model.latent.autoencoder_run")
     if run is None or cfg.resume is not None or cfg.run_dir is not None:
         return cfg
-    stored = run_config.load(Path(run))
+    stored = run_config.load_checked(Path(run))
     if "bottleneck" not in stored.model:
         raise UserError(
             f"{run} is a run of model={stored.family}, not an autoencoder: model.latent.autoencoder_run needs a run of"
@@ -90,7 +91,7 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
                 stage = autoencoder_config(cfg)
                 stage.out = str(folder.absolute())
                 stage.resume = stage.out if (folder / RECORD_FILE).exists() or has_checkpoint(folder) else None
-                print(f"Stage 1 of 2: training the autoencoder in {folder}.", flush=True)
+                print(printable(f"Stage 1 of 2: training the autoencoder in {folder}."), flush=True)
                 try:
                     train(stage)
                 except (SystemExit, KeyboardInterrupt):
@@ -103,7 +104,7 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
                 leave_process_group()
                 print("Stage 2 of 2: training the latent model.", flush=True)
             else:
-                print(f"The autoencoder is already trained: {folder}", flush=True)
+                print(printable(f"The autoencoder is already trained: {folder}"), flush=True)
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.autoencoder_run = str(folder.absolute())
@@ -188,7 +189,7 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     images = data.data if isinstance(data, ConditionedData) else data
     check_same_images(folder, record, images)
     # Build it on the data of this run, since the images may have been moved after the autoencoder was trained.
-    autoencoder: Any = build_model(run_config.load(folder), images)
+    autoencoder: Any = build_model(stored_autoencoder(cfg, folder), images)
     load_weights(autoencoder, folder, checkpoint="last", weights="ema")
     space.to(choose_device(cfg))
     with FlopCounter() as counter:
@@ -207,6 +208,16 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
             "device_seconds": seconds * processes,
         }  # fmt: skip
     return cfg
+
+
+def stored_autoencoder(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Load the config of the autoencoder's run. It is checked, unless its model is the one in ``cfg``."""
+    stored, latent = run_config.load(folder), cfg.model.latent
+    own = OmegaConf.masked_copy(latent.autoencoder, [str(key) for key in latent.autoencoder if key != "_partial_"])
+    if plain(OmegaConf.create({"model": own})) != plain(OmegaConf.create({"model": stored.get("model")})):
+        return run_config.load_checked(folder)
+    stored.model = own
+    return stored
 
 
 def check_same_images(folder: Path, record: RunRecord, data: ImageData) -> None:

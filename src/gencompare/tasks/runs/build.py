@@ -26,9 +26,9 @@ from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
 from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.generative_model import GenerativeModel, TrainedModel
-from gencompare.records import RunRecord
+from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.rng import derive_seed
-from gencompare.tasks.runs.run_config import check_trainer
+from gencompare.tasks.runs.run_config import callback_without_class, check_trainer
 from gencompare.training.budget import Budget
 from gencompare.training.lightning_plugins import AtomicCheckpointIO, UnwrappedDDPStrategy
 from gencompare.training.loggers import MetricLogger, fail_safe
@@ -110,6 +110,8 @@ def build_callbacks(
         name = str(key)
         options = OmegaConf.load(callback_file(name, value)) if isinstance(value, str) else value
         assert isinstance(options, DictConfig)
+        if "_target_" not in options:
+            raise callback_without_class(name)
         callback = instantiate_for_run(f"callbacks.{name}", options, run)
         if not isinstance(callback, pl.Callback):
             raise UserError(f"callbacks.{name}: {options._target_} is not a Lightning callback.")
@@ -197,6 +199,8 @@ def build_loggers(
         start_step: the step that training resumes from.
         finished: build only loggers that can add to a finished run.
     """
+    if not re.fullmatch(r"\w[\w.-]*", str(run_id)):  # W&B makes it part of a path
+        raise UserError(f"{folder / RECORD_FILE} is corrupted: its run_id is {run_id}.")
     group = RunRecord.load(folder).environment.get("sweep") if finished else cfg.get("sweep_name")
     run = {
         "folder": str(folder), "name": folder.name, "id": run_id, "group": group,

@@ -14,11 +14,14 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
+from gencompare.comparison.load_runs import RunFolder
 from gencompare.comparison.page import report
 from gencompare.comparison.terminal import describe_run, run_summary
 from gencompare.data.datamodule import SPLITS, ImageData
+from gencompare.errors import printable
 from gencompare.evaluation.reference import quantize_split, to_uint8
 from gencompare.generative_model import DataSpec
 from gencompare.image_grid import grid, save_png
@@ -61,7 +64,8 @@ def stage_progress(enabled: bool = True) -> Iterator[StageProgress | None]:
     elif not sys.stdout.isatty():
         yield StageProgress(None)
     else:
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        name = TextColumn("{task.description}", style="bold", markup=False)
+        columns = (name, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(), transient=True) as bar:
             yield StageProgress(bar)
 
@@ -111,19 +115,16 @@ def print_results(record: RunRecord, folder: Path) -> Path:
         "page with images": page,
         "record": folder / "record.json",
         "checkpoints": folder / "checkpoints",
-        "learning curve": folder / record.curve,
+        "learning curve": RunFolder(folder, record, "").file(record.curve),  # None if it is outside the folder
     }
     for title, path in paths.items():
-        if path.exists():
-            console.print(f"{title:>24}  {_relative(path)}", highlight=False, soft_wrap=True)
+        if path is not None and path.exists():
+            console.print(Text(f"{title:>24}  {_relative(path)}"), soft_wrap=True)  # not markup: a path may contain [b]
     return page
 
 
 def _relative(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return printable(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 NUM_GRID_IMAGES = 100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.models.diffusion import Diffusion
+from gencompare.safe_files import read_json_object
 
 FILE = "scheduler_config.json"
 PREDICTION_TYPES = {Eps: "epsilon", X0: "sample", V: "v_prediction"}
@@ -92,8 +92,8 @@ def check_scheduler(model: Diffusion, weights: Path) -> None:
     if path is None:
         return
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = read_json_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is corrupted ({error}).") from error
     published, prediction_type = read_schedule(config, path), config.get("prediction_type", "epsilon")
     if prediction_type not in PARAMETERIZATIONS:

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from gencompare.command_line import conf_dir
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.files import write_error
 from gencompare.tasks.runs.run_config import missing_option_hint, quoting_hint
 
@@ -42,11 +42,12 @@ def print_error(error: BaseException, job: str = "") -> int:
         job: name of the job in a sweep.
     """
     if wants_tracebacks():
-        traceback.print_exception(error)
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        print(*map(printable, lines), sep="\n", file=sys.stderr)
     cause = _root_cause(error)
     code, message = _describe(cause)
     if message:
-        print(f"[{job}] {message}" if job else message, file=sys.stderr)
+        print(printable(f"[{job}] {message}" if job else message), file=sys.stderr)
     return code
 
 
@@ -110,4 +111,4 @@ def _root_cause(error: BaseException) -> BaseException:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return printable(" ".join(str(error).split()))

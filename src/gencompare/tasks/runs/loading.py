@@ -106,16 +106,23 @@ class LoadedRun:
         return RunRecord.load(self.folder)
 
 
-def load_run(folder: str | os.PathLike[str], *, checkpoint: str = "last", weights: str = "ema") -> LoadedRun:
+def load_run(
+    folder: str | os.PathLike[str], *, checkpoint: str = "last", weights: str = "ema", trust: bool = False
+) -> LoadedRun:
     """Load the model of a run folder, in eval mode. Only the folder and the data set are needed.
 
     Args:
         folder: the run folder.
         checkpoint: ``last`` or ``best``.
         weights: ``ema`` for the averaged weights or ``raw`` for the online weights.
+        trust: whether the folder may name code of other packages, which is then called. Packages in the environment
+            variable ``GENCOMPARE_TRUSTED_PACKAGES`` need no trust.
+
+    Raises:
+        UserError: the folder is missing or corrupted, or names code that it may not name (see `gencompare.trust`).
     """
     folder = Path(folder)
-    config = run_config.load(folder)
+    config = run_config.load_checked(folder, trust=trust)
     data = build_data(config)
     model = build_model(config, data)
     load_weights(model, folder, checkpoint=checkpoint, weights=weights)

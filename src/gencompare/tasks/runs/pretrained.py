@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.diffusers_weights import REQUIRED_CONFIG, from_diffusers
 from gencompare.networks.unet import UNet
+from gencompare.safe_files import check_torch_file, read_bytes, read_json_object
 from gencompare.tasks.runs.diffusers_scheduler import FILE, check_scheduler
 from gencompare.tasks.runs.loading import check_state_dict
 
@@ -99,9 +99,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """Read the tensors of a file by name. No code in the file is executed."""
     try:
         if file.suffix == ".safetensors":
-            payload = file.read_bytes()
+            payload = read_bytes(file)
             check_safetensors(file, payload)
             return load(payload)
+        check_torch_file(file)
         with file.open("rb") as opened:
             if zipfile.is_zipfile(opened):  # earlier versions of torch wrote another format
                 check_zip(file, opened)
@@ -136,8 +137,8 @@ def check_published_config(path: Path) -> None:
     if not path.is_file():
         return
     try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
+        config = read_json_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is corrupted ({error}).") from error
     for name, required in REQUIRED_CONFIG.items():
         if config.get(name, required) != required:

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from gencompare.errors import printable
 from gencompare.private_apis import rank_command
 from gencompare.tasks.runs import run_config
 
@@ -106,7 +107,7 @@ def run_jobs(configs: Iterator[DictConfig], sweep: Path, n_jobs: int) -> Iterato
             while free_slots and (cfg := next(remaining, None)) is not None:
                 job = start_job(cfg, sweep, free_slots.pop(0), n_jobs, devices)
                 running[job.process.pid] = (cfg, job)
-                print(f"[{job.name}] started, with its output in {job.log}", flush=True)
+                print(printable(f"[{job.name}] started, with its output in {job.log}"), flush=True)
             if not running:
                 return
             ended = [pid for pid, (_, job) in running.items() if job.process.poll() is not None]
@@ -115,7 +116,7 @@ def run_jobs(configs: Iterator[DictConfig], sweep: Path, n_jobs: int) -> Iterato
                 free_slots.append(job.slot)
                 code, minutes = job.process.returncode, (time.monotonic() - job.start) / 60
                 reason = "" if code == 0 else failure_reason(job.log, code)
-                print(f"[{job.name}] {reason or 'finished'} after {minutes:.1f} min", flush=True)
+                print(printable(f"[{job.name}] {reason or 'finished'} after {minutes:.1f} min"), flush=True)
                 yield cfg, code, reason
             if not ended:
                 time.sleep(POLL_SECONDS)

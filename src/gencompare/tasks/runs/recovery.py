@@ -12,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from gencompare.checkpoint_files import find_checkpoint
 from gencompare.data.datamodule import ImageData
-from gencompare.errors import CorruptedFileError, UserError
+from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.generative_model import TrainedModel
 from gencompare.models.latents import Latents
 from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
 from gencompare.tasks.runs.build import build_budget
 from gencompare.tasks.runs.console import describe_data
+from gencompare.tasks.runs.interpolations import plain
 from gencompare.training.clock import TrainingClock
 
 
@@ -36,7 +37,7 @@ def initial_record(
         data=describe_data(data),
         seed=cfg.seed,
         created=now(),
-        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+        config=plain(cfg),
         overrides=list(cfg.get("command") or []),
         environment={"run_id": new_run_id(folder, cfg.get("sweep_name")), "sweep": cfg.get("sweep_name")},
         model={
@@ -106,4 +107,4 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
     if path.exists():
         path.replace(path.with_name(f"{RECORD_FILE}.corrupted"))
     record.save(folder)
-    print(f"{path} is {state}: a new record is written, without the earlier results.", flush=True)
+    print(printable(f"{path} is {state}: a new record is written, without the earlier results."), flush=True)

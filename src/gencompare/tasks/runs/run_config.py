@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,23 +24,41 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gencompare.checksums import read_checked_yaml, write_checked_yaml
 from gencompare.command_line import conf_dir, quote
-from gencompare.errors import CorruptedFileError, UserError
+from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.migrations import migrate_config, rename_option
+from gencompare.private_apis import yaml_loader
 from gencompare.records import RECORD_FILE, RunRecord
+from gencompare.safe_files import parse_yaml
+from gencompare.tasks.runs.interpolations import (
+    at,
+    escape,
+    find_interpolations,
+    is_interpolation,
+    map_strings,
+    put,
+    resolve,
+    strings,
+    unescape,
+)
 from gencompare.tasks.runs.run_folder import has_checkpoint
+from gencompare.trust import PACKAGES, Opener, check_choices, check_config, current_opener
 
 FILE = "config.yaml"
-"""The config in a run folder, with every interpolation resolved."""
+"""The config in a run folder, with every interpolation resolved, except those that read the environment."""
+MAX_SIZE, MAX_INTERPOLATIONS = 1 << 18, 1000
+"""Limits of a stored config: its size in bytes, and how often it may contain ``${``."""
 
 JOB_KEYS = (
     "task", "run_dir", "resume", "runs", "group_by", "rank_by", "samples", "pretrained", "name", "num_images",
-    "checkpoint", "weights", "format", "paths", "evaluation.protocol.cache",
+    "checkpoint", "weights", "format", "paths", "evaluation.protocol.cache", "trust",
 )  # fmt: skip
 """Keys that each job sets for itself, never taken from the config of a run folder."""
 INTERNAL_KEYS = {"choices", "out", "sweep_name", "command", "trained_run", "autoencoder_run", "whitening", "hydra"}
 """Top-level keys that this program adds to a composed config."""
 LOCATION_KEYS = ("out", "resume", "autoencoder_run", "whitening", "trained_run")
-"""Keys that are not stored, since a run folder may be moved."""
+"""Keys that are neither stored nor read from a stored config, since a run folder may be moved."""
+TASKS_WITH_LOGGERS = ("gencompare.tasks.train.train", "gencompare.tasks.evaluate_run.evaluate_run")
+"""Tasks that use the callbacks and loggers in a stored config."""
 PATH_KEYS = (
     "runs", "run_dir", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
     "paths.data", "paths.cache", "data.root",
@@ -101,18 +121,20 @@ def inherit_choices(argv: list[str]) -> list[str]:
     """Add the config group choices of the run in ``run_dir`` or ``resume`` to ``argv``, unless it overrides them.
 
     For example, ``model.sampler.num_steps=18`` is then a valid override if the run's sampler has ``num_steps``, even if
-    the default model has no such option.
+    the default model has no such option. Choices in groups that do not exist here are left out: the stored config
+    contains their settings.
     """
     folder = _run_folder_in(argv)
     if folder is None:
         return argv
-    choices = load(folder).get("choices", {})
+    choices = read(folder).get("choices") or {}
     overridden = {arg.lstrip("+~").split("=")[0] for arg in argv}
     inherited = [
-        f"{'+' if group in APPENDED_GROUPS else ''}{group}={choice}"
+        f"{'+' if group in APPENDED_GROUPS else ''}{group}={_choice_text(choice)}"
         for group, choice in choices.items()
         if choice is not None and group not in overridden and group.split("/")[0] not in GROUPS_NOT_INHERITED
-    ]
+        and _is_group(group.partition("@")[0], argv)
+    ]  # fmt: skip
     if "model" in overridden and _value_of("model", argv) != choices.get("model"):
         raise UserError(
             f"{folder} is a run of model={choices.get('model')}, not model={_value_of('model', argv)}:"
@@ -121,6 +143,22 @@ def inherit_choices(argv: list[str]) -> list[str]:
     path = quote(str(folder))
     inherited += [f"hydra.run.dir={path}", f"hydra.sweep.dir={path}", "hydra.sweep.subdir=."]
     return [*argv, *[arg for arg in inherited if arg.lstrip("+").split("=")[0] not in overridden]]
+
+
+def _choice_text(choice: str | list[str]) -> str:
+    return choice if isinstance(choice, str) else f"[{','.join(choice)}]"
+
+
+def _is_group(group: str, argv: list[str]) -> bool:
+    """Return whether there is a folder of a config group in ``conf/`` or in the user's folders of groups."""
+    folders = [str(conf_dir())]
+    for k, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folders.append(value if equals else argv[k + 1] if k + 1 < len(argv) else "")
+        elif flag.lstrip("+") == "hydra.searchpath":
+            folders += re.findall(r"file://([^,\]'\"]+)", value)
+    return any((Path(folder) / group).is_dir() for folder in folders if folder)
 
 
 def _run_folder_in(argv: list[str]) -> Path | None:
@@ -159,6 +197,20 @@ def check_keys(cfg: DictConfig) -> None:
         if key in TEMPLATE_EQUIVALENTS and key not in known:
             raise UserError(_template_equivalent(str(key)))
     _refuse_unknown("", cfg, known, "Use tags=[...] to label a run.")
+    check_callbacks(cfg, complete=not (cfg.get("run_dir") or cfg.get("resume")))
+    evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
+    package = "The first line of a metric's YAML file must be: # @package evaluation.protocol.metrics.NAME"
+    hint = package if "metric" in (cfg.get("evaluation") or {}) else ""
+    _refuse_unknown("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"}, hint)
+
+
+def check_callbacks(cfg: DictConfig, *, complete: bool) -> None:
+    """Raise `UserError` if ``cfg.callbacks`` contains something other than callbacks, or an unknown argument of one.
+
+    Args:
+        cfg: the config.
+        complete: whether each callback must have a class, which a stored config may contain otherwise.
+    """
     default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
     for name, options in (cfg.get("callbacks") or {}).items():
         if (not options and options != "") or isinstance(options, str):
@@ -167,15 +219,16 @@ def check_keys(cfg: DictConfig) -> None:
             raise UserError(f"callbacks.{name}={options} must be null, or a mapping with _target_.")
         if name in default and options.get("_target_") == default[name]._target_:
             _refuse_unknown(f"callbacks.{name}.", options, map(str, default[name]))
-        elif "_target_" not in options:
-            raise UserError(
-                f"callbacks.{name} needs a class, +callbacks.{name}._target_=CLASS, or the name of an option:"
-                f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
-            )
-    evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
-    package = "The first line of a metric's YAML file must be: # @package evaluation.protocol.metrics.NAME"
-    hint = package if "metric" in (cfg.get("evaluation") or {}) else ""
-    _refuse_unknown("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"}, hint)
+        elif complete and "_target_" not in options:
+            raise callback_without_class(str(name))
+
+
+def callback_without_class(name: str) -> UserError:
+    """Return the error for a callback that is neither a mapping with a class nor the name of an option."""
+    return UserError(
+        f"callbacks.{name} needs a class, +callbacks.{name}._target_=CLASS, or the name of an option:"
+        f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
+    )
 
 
 def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
@@ -288,14 +341,15 @@ def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
     is the config of that run with the overrides of the command line.
     """
     references = _references(OmegaConf.to_container(cfg, resolve=False))
-    OmegaConf.resolve(cfg)
-    overrides = list(hydra_config.overrides.task)
+    cfg = resolve(cfg)
+    # Not resolved, since the command is stored.
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     folder = cfg.run_dir or cfg.resume
     if folder is not None:
-        stored = load(Path(folder))
-        cfg = _override_stored(stored, cfg, overrides, references)
+        stored = read(Path(folder))
+        cfg = _override_stored(stored, cfg, overrides, references, Path(folder))
         trained = has_checkpoint(Path(folder))
-        if trained and OmegaConf.select(cfg, FIXED_KEY) != OmegaConf.select(stored, FIXED_KEY):
+        if trained and _raw(cfg, FIXED_KEY) != at(stored, tuple(FIXED_KEY.split("."))):
             raise UserError(
                 f"{folder} was trained with a different {FIXED_KEY}, which its weights depend on: keep {FIXED_KEY}, or"
                 " train another model."
@@ -304,21 +358,43 @@ def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
         if "choices" not in cfg:
             choices = dict(hydra_config.runtime.choices)
             cfg.choices = {g: c for g, c in choices.items() if not g.startswith("hydra/")}
-        cfg.out = str(Path(hydra_config.runtime.output_dir).absolute())
-        cfg.sweep_name = Path(hydra_config.sweep.dir).name if hydra_config.mode is RunMode.MULTIRUN else None
+        cfg.out = escape(str(Path(hydra_config.runtime.output_dir).absolute()))
+        cfg.sweep_name = None
+        if hydra_config.mode is RunMode.MULTIRUN:
+            cfg.sweep_name = escape(Path(hydra_config.sweep.dir).name)
         if cfg.get("command") is None:
-            cfg.command = overrides
+            cfg.command = [escape(override) for override in overrides]
     return cfg
 
 
+def trusts_folders(cfg: DictConfig) -> bool:
+    """Return ``cfg.trust``. Raise `UserError` if it is not true or false."""
+    trust = cfg.get("trust", False)
+    if not isinstance(trust, bool):
+        raise UserError(f"trust={trust} must be true or false.")
+    return trust
+
+
+def opener(cfg: DictConfig) -> Opener:
+    """Return what the user of a composed config has chosen for all run folders that he opens."""
+    paths = OmegaConf.to_container(cfg.paths, resolve=True) if "paths" in cfg else {}
+    return Opener(trusts_folders(cfg), {str(key): str(value) for key, value in dict(paths).items()})  # type: ignore[arg-type]
+
+
 def _override_stored(
-    stored: DictConfig, composed: DictConfig, overrides: list[str], references: dict[str, str]
+    raw: dict[str, Any], composed: DictConfig, overrides: list[str], references: dict[str, str], folder: Path
 ) -> DictConfig:
     """Return the stored config with all settings that ``overrides`` change replaced by their values in ``composed``.
 
     Args:
+        raw: the stored config, from `read`.
         references: see `_references`.
+        folder: the run folder.
+
+    Raises:
+        UserError: the rest of the stored config names code, or places to write to, that it may not choose.
     """
+    stored = as_text(raw)
     merged = stored.copy()
     OmegaConf.set_struct(merged, False)
     overridden = {_config_path(_key(o)) for o in OverridesParser.create().parse_overrides(overrides)}
@@ -330,22 +406,74 @@ def _override_stored(
     }
     # Interpolations are resolved in the stored config, so values that refer to a changed key must be changed too.
     changed |= {path for path, source in references.items() if source in changed}
+    added_keys = set[str]()
     for group, key in APPENDED_GROUPS.items():
         if group.replace("/", ".") in changed:
             changed.remove(group.replace("/", "."))
-            added = OmegaConf.to_container(OmegaConf.select(composed, key))
-            both = OmegaConf.merge(OmegaConf.create(added), OmegaConf.select(stored, key) or {})
+            added: Any = _raw(composed, key)
+            before: Any = _raw(stored, key) or {}
+            both = OmegaConf.merge(OmegaConf.create(added), OmegaConf.create(before))
             OmegaConf.update(merged, key, both, merge=False, force_add=True)
+            added_keys |= {f"{key}.{name}" for name in added if name not in before}
     for key in [*JOB_KEYS, *sorted(changed)]:
-        OmegaConf.update(merged, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+        OmegaConf.update(merged, key, _raw(composed, key), merge=False, force_add=True)
     if BATCH_KEY not in overridden:  # another trainer changes the number of processes, not what is trained
-        OmegaConf.update(merged, BATCH_KEY, OmegaConf.select(stored, BATCH_KEY))
-    for key in ("data.root", "data.cache"):
-        # The stored path may not exist on another machine.
-        path = OmegaConf.select(merged, key)
-        if path is not None and key not in overridden and not Path(path).exists():
-            OmegaConf.update(merged, key, OmegaConf.select(composed, key))
-    return merged
+        OmegaConf.update(merged, BATCH_KEY, _raw(stored, BATCH_KEY))
+    own = {*JOB_KEYS, *changed, *added_keys, *use_own_folders(merged, composed, changed)}
+    settings: Any = OmegaConf.to_container(merged, resolve=False)
+    keys = {tuple(key.split(".")) for key in own}
+    trusting, environment = trusts_folders(composed), OmegaConf.to_container(composed, resolve=False)
+    unused = {"callbacks", "logger"} if composed.task._target_ not in TASKS_WITH_LOGGERS else set[str]()
+    for path, text in find_interpolations(raw):
+        names = tuple(map(str, path))
+        if path[0] not in {*PACKAGES} - unused or any(names[:k] in keys for k in range(1, len(names) + 1)):
+            continue
+        if at(environment, path) != text and not trusting:
+            key = ".".join(names)
+            raise UserError(
+                f"{folder / FILE} takes {key} from {text}, which only your own config may do: repeat it,"
+                f" {shlex.quote(f'++{key}={text}')}, or set another value."
+            )
+        put(settings, path, text)
+        keys.add(names)
+    if not trusting:
+        check_config(settings, folder / FILE, keys)
+    return DictConfig(settings)
+
+
+def _raw(cfg: DictConfig, key: str) -> Any:
+    """Return the value at a dotted key as plain data, without resolving interpolations."""
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if not OmegaConf.is_config(node):
+        return None
+    is_index = OmegaConf.is_list(node) and last.isdigit()
+    return at(OmegaConf.to_container(node, resolve=False), (int(last) if is_index else last,))
+
+
+def use_own_folders(stored: DictConfig, composed: DictConfig, changed: Collection[str] = ()) -> set[str]:
+    """Replace the folders in a stored config that data are written to by the user's own. Return the replaced keys.
+
+    The stored ``data.root`` is kept if it exists, but nothing is downloaded into it.
+
+    Args:
+        stored: the stored config, which is changed.
+        composed: the user's own config, which has at least the section ``paths``.
+        changed: keys that the user has set.
+    """
+    data, own = stored.get("data"), set[str]()
+    if not OmegaConf.is_dict(data) or "data" in changed:
+        return own
+    if data.get("cache") is not None and "data.cache" not in changed:
+        data.cache = _raw(composed, "data.cache") or _raw(composed, "paths.cache")
+        own.add("data.cache")
+    if data.get("root") is not None and "data.root" not in changed:
+        own_root = _raw(composed, "data.root") or _raw(composed, "paths.data")
+        if not isinstance(data.root, str) or not os.path.exists(data.root):
+            data.root = own_root  # the stored path may not exist on another machine
+        elif data.get("download") and "data.download" not in changed:
+            data.download = os.path.realpath(data.root) == os.path.realpath(unescape(str(own_root)))
+    return own
 
 
 def _references(node: Any, path: tuple[str, ...] = ()) -> dict[str, str]:
@@ -368,28 +496,114 @@ def _config_path(group: str) -> str:
     return group.partition("@")[2] or group.replace("/", ".")
 
 
-def load(folder: Path) -> DictConfig:
-    """Load the config of a run folder, with old option names replaced.
+def read(folder: Path) -> dict[str, Any]:
+    """Read the config of a run folder as plain data, with old option names replaced.
 
-    If the file is corrupted, the copy of the config in the run's record is loaded, and one line says so.
+    Nothing in it is resolved or executed. Strings are those of the file: `as_text` turns them into values.
     """
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it contains no {FILE}.")
     try:
-        loaded = read_config(path)
-    except CorruptedFileError as error:
+        loaded = _parse(path, folder)
+        if sum(text.count("${") for text in strings(loaded)) > MAX_INTERPOLATIONS:  # OmegaConf parses each slowly
+            raise UserError(f"{path} is corrupted: it contains more than {MAX_INTERPOLATIONS} interpolations.")
+        config = migrate_config(_plain_types(loaded))
+        if config.get("choices") is not None:
+            check_choices(config["choices"], path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is corrupted: {type(error).__name__}.") from error
+    return {key: value for key, value in config.items() if key not in (*LOCATION_KEYS, "hydra")}
+
+
+def _parse(path: Path, folder: Path) -> dict[str, Any]:
+    """Parse a stored config or, if the file is corrupted, the copy of the config in the run's record."""
+    try:
+        loaded = parse_yaml(path, read_checked_yaml(path, MAX_SIZE), yaml_loader())
+        if not isinstance(loaded, dict):
+            raise CorruptedFileError(path)
+        return loaded
+    except (CorruptedFileError, yaml.YAMLError) as error:
         try:
-            loaded = OmegaConf.create(RunRecord.load(folder).config)
+            config = RunRecord.load(folder).config
         except UserError:
-            raise error from None
+            raise CorruptedFileError(path) from error
         _report_corrupted_config(path)
-    return DictConfig(migrate_config(OmegaConf.to_container(loaded)))  # type: ignore[arg-type]
+        return config
 
 
 @cache
 def _report_corrupted_config(path: Path) -> None:
-    print(f"{path} is corrupted: using the copy of the config in {RECORD_FILE}.", file=sys.stderr)
+    print(printable(f"{path} is corrupted: using the copy of the config in {RECORD_FILE}."), file=sys.stderr)
+
+
+def _plain_types(value: Any) -> Any:
+    """Return parsed YAML with paths as strings. Raise `TypeError` for other types that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain_types(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain_types(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} in a config")
+
+
+def as_text(raw: dict[str, Any]) -> DictConfig:
+    """Return a stored config in which no interpolation is resolved: each is the text that it consists of."""
+    config = map_strings(raw, lambda text: escape(text) if is_interpolation(text) else text)
+    if isinstance(config.get("command"), list):  # a command is text in any case
+        config["command"] = [escape(unescape(each)) if isinstance(each, str) else each for each in config["command"]]
+    return DictConfig(config)
+
+
+def load(folder: Path) -> DictConfig:
+    """Load the config of a run folder, in order to compare or to show it. Nothing must be built from it: see
+    `load_checked`."""
+    return as_text(read(folder))
+
+
+def load_checked(folder: Path, *, trust: bool = False) -> DictConfig:
+    """Load the config of a run folder in order to build its data and its model, without a command line.
+
+    Args:
+        folder: the run folder.
+        trust: whether the folder may name anything. It is also trusted if the user of the current job has set
+            ``trust=true``.
+
+    Raises:
+        UserError: the config names code, or places to write to, that it may not choose.
+    """
+    raw = read(folder)
+    trust = trust or current_opener().trusting
+    config = DictConfig(raw) if trust else as_text(raw)
+    own = use_own_folders(config, OmegaConf.create({"paths": own_paths()}))
+    if OmegaConf.select(config, "evaluation.protocol.cache") is not None:
+        config.evaluation.protocol.cache = own_paths()["cache"]
+        own.add("evaluation.protocol.cache")
+    if not trust:
+        check_config(raw, folder / FILE, {tuple(key.split(".")) for key in own})
+        for path, text in find_interpolations(raw):
+            if path[0] in ("data", "model"):
+                raise UserError(
+                    f"{folder / FILE} takes {'.'.join(map(str, path))} from {text}, which is not read for a folder from"
+                    " elsewhere: pass trust=True if you trust whoever made it."
+                )
+    return config
+
+
+def own_paths() -> dict[str, str]:
+    """Return the section ``paths`` of the current user's config."""
+    if current_opener().paths:
+        return {key: escape(value) for key, value in current_opener().paths.items()}
+    files = [conf_dir() / "config.yaml", conf_dir() / "local" / "default.yaml"]
+    configs: list[Any] = [OmegaConf.load(file) for file in files if file.is_file()]
+    sections = [OmegaConf.create({"paths": config.get("paths") or {}}) for config in configs]
+    paths: Any = OmegaConf.to_container(OmegaConf.merge(*sections), resolve=True)
+    return {str(key): escape(str(value)) for key, value in paths["paths"].items()}
 
 
 def read_config(path: Path) -> DictConfig:
@@ -409,8 +623,8 @@ def read_config(path: Path) -> DictConfig:
 
 
 def save(cfg: DictConfig, path: Path) -> None:
-    """Write a config atomically and with a checksum, with every interpolation resolved."""
-    write_checked_yaml(path, OmegaConf.to_yaml(cfg, resolve=True))
+    """Write a config atomically and with a checksum, with interpolations resolved, except those of the environment."""
+    write_checked_yaml(path, OmegaConf.to_yaml(resolve(cfg)))
 
 
 def without_locations(cfg: DictConfig) -> DictConfig:

@@ -11,19 +11,23 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from gencompare.command_line import shell_override
-from gencompare.errors import UserError
+from gencompare.errors import UserError, printable
 from gencompare.files import file_lock, remove_orphans
 from gencompare.records import RECORD_FILE
+from gencompare.trust import check_links
 
 LOCK_FILE = ".lock"
 """File that is locked by the process that works in a run folder."""
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Return the run folder in ``cfg.run_dir``. Raise `UserError` if it is not set."""
+    """Return the run folder in ``cfg.run_dir``. Raise `UserError` if it is not set, or if a link leads out of it."""
     if cfg.run_dir is None:
         raise UserError(f"task={cfg.task.label} needs run_dir=DIR, the folder of a trained run.")
-    return Path(cfg.run_dir)
+    folder = Path(cfg.run_dir)
+    if not cfg.get("trust"):
+        check_links(folder)
+    return folder
 
 
 def refuse_existing_run(folder: Path) -> None:
@@ -79,7 +83,7 @@ def wait_until_inactive(folder: Path) -> bool:
     """Wait until no other process uses a run folder, and return whether there was such a process."""
     active = is_active(folder)
     if active:
-        print(f"[{folder.name}] waiting for the process that is using it.", flush=True)
+        print(printable(f"[{folder.name}] waiting for the process that is using it."), flush=True)
         with file_lock(folder / LOCK_FILE):
             pass
     return active

@@ -13,15 +13,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gencompare.errors import CorruptedFileError, UserError
+from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.files import file_lock
 from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.tasks.runs import run_config
+from gencompare.tasks.runs.interpolations import escape, map_strings, plain
 from gencompare.tasks.runs.run_folder import LOCK_FILE, has_checkpoint, is_active, touch_lock, wait_until_inactive
 
 NON_IDENTIFYING_KEYS = (
     *run_config.JOB_KEYS, "out", "tags", "sweep_name", "command", "trained_run", "logger", "callbacks.progress_bar",
-    "callbacks.checkpoints", "data.cache",
+    "callbacks.checkpoints", "data.cache", "data.download",
 )  # fmt: skip
 """Config keys that do not change the identity of a job: locations, output, checkpoints and options of other tasks."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
@@ -74,7 +75,7 @@ def _cached_identity(folder: Path, mtime_ns: int) -> JobIdentity:
 
 def identifying_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings of a config that affect the results of its job."""
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings: Any = plain(cfg)
     data = settings.get("data") or {}
     # The folder of all data sets does not matter, but an image folder is identified only by its path.
     if data.get("root") == (settings.get("paths") or {}).get("data") and data.get("_target_") != IMAGE_FOLDER:
@@ -110,7 +111,8 @@ def _remove_keys(settings: dict[str, Any], keys: Iterable[str]) -> None:
 
 
 def _hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(settings), sort_keys=True).encode()).hexdigest()
+    config = OmegaConf.create(map_strings(settings, escape))
+    return hashlib.sha256(OmegaConf.to_yaml(config, sort_keys=True).encode()).hexdigest()
 
 
 def is_identifying(override: str) -> bool:
@@ -147,22 +149,23 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
     runs = _find_runs(sweep, lambda other: other.job == identity.job)
     for folder, record in sorted(runs, key=lambda run: (run[1].state != "finished", not has_checkpoint(run[0])))[:1]:
         if record.state == "finished":
-            print(f"[{folder.name}] already finished: skipped.", flush=True)
+            print(printable(f"[{folder.name}] already finished: skipped."), flush=True)
             return folder, False
         if is_active(folder):
-            print(f"[{folder.name}] another process is working on it: skipped.", flush=True)
+            print(printable(f"[{folder.name}] another process is working on it: skipped."), flush=True)
             return folder, False
         with open_dict(cfg):
             cfg.out = str(folder.absolute())
         if has_checkpoint(folder):
-            print(f"[{folder.name}] was interrupted: resuming.", flush=True)
+            print(printable(f"[{folder.name}] was interrupted: resuming."), flush=True)
             with open_dict(cfg):
                 cfg.resume = cfg.out
             return folder, True
         if record.checkpoints:
-            print(f"[{folder.name}] its checkpoints are missing: training again in another folder.", flush=True)
+            lost = "its checkpoints are missing: training again in another folder"
+            print(printable(f"[{folder.name}] {lost}."), flush=True)
         else:
-            print(f"[{folder.name}] has no checkpoint yet: restarting.", flush=True)
+            print(printable(f"[{folder.name}] has no checkpoint yet: restarting."), flush=True)
             (folder / RECORD_FILE).unlink()
     default, number = Path(cfg.out), 1
     while (Path(cfg.out) / RECORD_FILE).exists():
@@ -173,9 +176,9 @@ def _resolve_job(cfg: DictConfig, sweep: Path) -> tuple[Path, bool]:
     if trained is None:
         return Path(cfg.out), True
     if evaluated_config_path(trained, identity.job).exists():
-        print(f"[{default.name}] already evaluated in {trained.name}: skipped.", flush=True)
+        print(printable(f"[{default.name}] already evaluated in {trained.name}: skipped."), flush=True)
         return trained, False
-    print(f"[{default.name}] already trained in {trained.name}: evaluating those weights.", flush=True)
+    print(printable(f"[{default.name}] already trained in {trained.name}: evaluating those weights."), flush=True)
     with open_dict(cfg):
         cfg.trained_run = str(trained.absolute())
     return trained, True
@@ -224,7 +227,7 @@ def record_failure(cfg: DictConfig, reason: str) -> None:
         run_config.save(cfg, folder / run_config.FILE)
         RunRecord(
             name=folder.name, family=cfg.family, data={"name": cfg.choices.data}, seed=cfg.seed, state="failed",
-            created=now(), config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            created=now(), config=plain(cfg),
             overrides=list(cfg.command), environment={"run_id": uuid.uuid4().hex[:12], "sweep": cfg.sweep_name},
             training={"error": reason},
         ).save(folder)  # fmt: skip
