@@ -306,23 +306,27 @@ MODELS = (
 )  # fmt: skip
 UNTOUCHED = (
     "hydra", "task", "paths", "runs", "run_dir", "resume", "choices", "samples", "pretrained", "num_images", "budget",
-    "data.root", "data.cache", "evaluation.available",
+    "data.root", "data.cache", "evaluation.available", "out", "sweep_name", "command",
 )  # fmt: skip
 """Keys that would make a run long, or write elsewhere."""
+MAX_SECONDS = 5.0
+"""Processor time after the imports within which invalid settings must be explained."""
 
 
 def random_overrides(rng: random.Random) -> list[str]:
-    """Return a model with one to three random settings: values of any type, or options of config groups."""
+    """Return a model with one to three random settings: values of any type, or options of its config groups."""
     model = rng.choice(MODELS)
     with redirect_stdout(StringIO()):
-        cfg = gencompare.compose(f"model={model}", "data=digits")
+        cfg = gencompare.compose(f"model={model}", "data=digits", "logger=csv")
     leaves = [key for key in _leaves(cfg) if not key.startswith(UNTOUCHED) and "_target_" not in key]
-    groups = [path for path in (conf_dir() / "model").iterdir() if path.is_dir()]
-    found = [f"model={model}"]
+    groups = [str(group) for group in cfg.choices if str(group).startswith("model/") and "@" not in str(group)]
+    found = [f"model={model}", *(LATENT if model == "ldm" else [])]
     for _ in range(rng.choice([1, 1, 2, 3])):
-        if rng.random() < 0.25:
+        if groups and rng.random() < 0.25:
             group = rng.choice(groups)
-            found.append(f"model/{group.name}={rng.choice(sorted(group.glob('*.yaml'))).stem}")
+            options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+            # Networks for images of 32x32 and more take minutes.
+            found.append(f"{group}={rng.choice([each for each in options if not re.search('cifar10|dit_', each)])}")
         else:
             found.append(f"{rng.choice(leaves)}={rng.choice(VALUES)}")
     return found
@@ -347,49 +351,50 @@ def overrides(number: int, seed: int, folder: Path, seconds: float = 60.0) -> Co
         keys = {each.split("=")[0] for each in chosen}
         rest = [each for each in quick if each.split("=")[0] not in keys]
         pid = fork(trial, [*chosen, *rest, "budget.steps=2", "evaluation.num_images=20", "hydra.run.dir=run"])
-        code = _wait_for(pid, seconds)
-        outcome = judge(code, (trial / "output.txt").read_text())
-        if outcome not in ("trained", "explained"):
-            print(f"{k}: {' '.join(chosen)}: {outcome}", flush=True)
-        counts[outcome if outcome in ("trained", "explained") else outcome.partition(":")[0]] += 1
+        code, cpu_seconds = _wait_for(pid, seconds)
+        outcome, detail = judge(code, (trial / "output.txt").read_text(), cpu_seconds)
+        if outcome in VIOLATIONS:
+            print(f"{k}: {' '.join(chosen)}: {outcome}: {detail}", flush=True)
+        counts[outcome] += 1
         shutil.rmtree(trial)
     return counts
 
 
-def _wait_for(pid: int, seconds: float) -> int | None:
-    """Wait for a process at most ``seconds``, then kill it and return None."""
+def _wait_for(pid: int, seconds: float) -> tuple[int | None, float]:
+    """Wait for a process at most ``seconds``, then kill it. Return its exit code and its processor time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
+        done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         time.sleep(0.05)
     os.kill(pid, signal.SIGKILL)
     wait(pid)
-    return None
+    return None, seconds
 
 
-def judge(code: int | None, output: str) -> str:
-    """Return ``trained``, ``explained`` or the violation: anything but one line that starts with "Error:"."""
+def judge(code: int | None, output: str, seconds: float) -> tuple[str, str]:
+    """Return ``trained``, ``explained`` by one line that starts with "Error:", or the violation, and a detail."""
+    end = " ".join(output[-250:].split())
     if code is None:
-        return "too slow: " + output[-200:].replace("\n", " ")
+        return "too slow", end
     if "Traceback" in output:
-        return "raw error: " + output[-300:].replace("\n", " ")
+        return "raw error", end
     if code == 0:
-        return "trained"
+        return "trained", ""
     errors = [line for line in output.splitlines() if line.startswith("Error: ")]
     if len(errors) != 1:
-        return f"raw error: {len(errors)} lines of error, exit code {code}: " + output[-200:].replace("\n", " ")
+        return "raw error", f"{len(errors)} lines of error, exit code {code}: {end}"
     # An error of another kind than `UserError` names its type and place.
     if re.match(r"Error: \w+ at \w+\.py:\d+", errors[0]):
-        return "raw error: " + errors[0]
-    return "explained"
+        return "raw error", errors[0]
+    return ("explained", "") if seconds < MAX_SECONDS else ("late", errors[0])
 
 
 EXPERIMENTS: dict[str, Callable[[int, int, Path], Counter[str]]] = {
     "kills": kills, "damages": damages, "overrides": overrides,
 }  # fmt: skip
-VIOLATIONS = ("different", "used", "raw error", "too slow")
+VIOLATIONS = ("different", "used", "raw error", "too slow", "late")
 
 
 @contextmanager

@@ -31,6 +31,10 @@ TOP_LEVEL: dict[str, Any] = {
     "name": str | None,
 }
 """Types of keys outside of the sections."""
+INSTANTIATION: dict[str, Any] = {
+    "_target_": str, "_partial_": bool, "_recursive_": bool, "_args_": list, "_convert_": str
+}  # fmt: skip
+"""Types of the keys that tell Hydra how to build an object."""
 
 
 def check_types(cfg: DictConfig) -> None:
@@ -56,7 +60,7 @@ def _check(node: Any, path: str) -> None:
     if not isinstance(node, dict):
         return
     target = node.get("_target_")
-    hints = argument_types(target) if isinstance(target, str) else {}
+    hints = (argument_types(target) if isinstance(target, str) else {}) | INSTANTIATION
     for key, value in node.items():
         if key in hints and not _is_object(value) and not matches(value, hints[key]):
             raise UserError(f"{path}.{key}={value} must be {describe(hints[key])}.")
@@ -85,6 +89,8 @@ def argument_types(target: str) -> dict[str, Any]:
 def matches(value: Any, hint: Any) -> bool:
     """Return whether a value of a config can be passed to an argument with the annotation ``hint``."""
     origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:  # a class since Python 3.11
+        return True
     if origin in (Union, UnionType):
         return any(matches(value, arg) for arg in args)
     if origin is Literal:
