@@ -35,6 +35,7 @@ import torch
 from omegaconf import DictConfig
 
 import gencompare
+from gencompare import files
 from gencompare.checkpoint_files import read_checkpoint
 from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
@@ -88,8 +89,10 @@ def fork(folder: Path, overrides: list[str]) -> int:
         torch.set_num_threads(1)
         os.chdir(folder)
         output = os.open(folder / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(output, number)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))  # another one may have been set by a test
+        files.ORPHAN_SECONDS = 0.0  # no other process writes in this folder
         code = invoke(overrides)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -171,7 +174,6 @@ def kills(number: int, seed: int, folder: Path) -> Counter[str]:
             if "hydra.run.dir=run" in command and (trial / "run" / "record.json").exists():
                 again = ["resume=run"]
         counts["while a file was written"] += bool(list(trial.rglob("*.part")))
-        time.sleep(2.1)  # temporary files of dead processes are removed from this age on
         code = wait(fork(trial, again))
         text = (trial / "output.txt").read_text()
         differences = [f"exit code {code}: {text[-300:]}"] if code else Outcome.of(trial).differences(expected)
