@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gencompare.distributed import distributed_map, rank_and_world_size
 from gencompare.errors import UserError
+from gencompare.evaluation.memory import split_when_out_of_memory
 from gencompare.evaluation.reference import EvaluationData, SupportsSampling, split_batch, to_uint8
 from gencompare.files import atomic_write
 from gencompare.generative_model import Cond, DataSpec
@@ -163,7 +164,7 @@ def draw_samples(
             return stored
         start = time.perf_counter()
         cond = _conditions(slice(k * chunk_size, k * chunk_size + size), labels, condition_source, device)
-        with count_rows(networks) as rows, torch.no_grad():
+        with count_rows(networks) as rows, split_when_out_of_memory(networks.values()), torch.no_grad():
             x = model.sample(size, cond, generator=generator(device, seed, "sample", k))
         if len(x) != size:
             raise UserError(f"{type(model).__name__}.sample({size}) returned {len(x)} images.")

@@ -20,6 +20,11 @@ from gencompare.tasks.runs.run_config import missing_option_hint, quoting_hint
 FAILURE_CODE, USAGE_CODE, INTERRUPT_CODE = 1, 2, 130
 HYDRA_VARIABLE, USER_VARIABLE = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
 
+OUT_OF_MEMORY = (
+    "Out of memory. In training, lower trainer.global_batch_size, use more processes (trainer=ddp trainer.devices=N) or"
+    " trainer.precision=bf16-mixed; in evaluation, lower evaluation.protocol.chunk_size."
+)
+
 failed_job_codes: list[int] = []
 """Exit codes of the failed jobs of a sweep, whose other jobs still run."""
 
@@ -73,6 +78,8 @@ def _describe(cause: BaseException) -> tuple[int, str]:
         if missing and "GENCOMPARE_CONF" not in os.environ:
             message += " For an option of your own, set GENCOMPARE_CONF to the folder of your config groups."
         return USAGE_CODE, f"Error: {message} (python run.py --help lists all options.)"
+    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":  # torch may not be imported
+        return FAILURE_CODE, f"Error: {OUT_OF_MEMORY}"
     if isinstance(cause, OSError) and (explained := write_error(cause.filename or "a file", cause)):
         return FAILURE_CODE, f"Error: {explained}"
     frames = traceback.extract_tb(cause.__traceback__)

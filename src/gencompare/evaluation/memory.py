@@ -1,0 +1,100 @@
+"""Split the network calls of a sampler when the device is out of memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def split_when_out_of_memory(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Split calls of ``networks`` in two, four, ... parts along the batch in the block, when they run out of memory.
+
+    The samples of a chunk share their random numbers, so the chunk itself must not be split; its network calls may be,
+    since a network maps each sample on its own. Values change only by rounding. The number of parts stays for later
+    calls of the same network.
+    """
+    own = {network: network.__dict__.get("forward") for network in networks}
+    for network in own:
+        network.forward = _splitting(network.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for network, forward in own.items():
+            if forward is None:
+                del network.forward  # uncovers the method of the class
+            else:
+                network.forward = forward  # type: ignore[method-assign]
+
+
+def _splitting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    parts = 1
+
+    @wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal parts
+        n = _batch_size((args, kwargs))
+        while True:
+            try:
+                return _in_parts(forward, args, kwargs, n, parts)
+            except torch.OutOfMemoryError:
+                if parts >= n:
+                    raise
+            # Outside of the handler, whose traceback keeps the tensors of the failed call alive.
+            gc.collect()
+            torch.cuda.empty_cache()
+            parts *= 2
+            log.warning("Out of memory: the network is called on %d samples at a time, not %d.", -(-n // parts), n)
+
+    return call
+
+
+def _in_parts(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], n: int, parts: int) -> Any:
+    if parts == 1:
+        return forward(*args, **kwargs)
+    size = -(-n // parts)
+    outputs = []
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        outputs.append(forward(*_take(args, rows, n), **_take(kwargs, rows, n)))
+    return _join(outputs)
+
+
+def _batch_size(value: Any) -> int:
+    """Return the length of the longest tensor in nested arguments, or 1 if there is none."""
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() else 1
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return max((_batch_size(part) for part in parts), default=1)
+
+
+def _take(value: Any, rows: slice, n: int) -> Any:
+    """Take rows of all tensors of length ``n`` in nested arguments."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and len(value) == n else value
+    if isinstance(value, Mapping):
+        return {key: _take(each, rows, n) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_take(each, rows, n) for each in value)
+    return value
+
+
+def _join(outputs: list[Any]) -> Any:
+    """Concatenate the outputs of the parts: tensors, or tuples, lists and dictionaries of tensors."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, Mapping):
+        return {key: _join([output[key] for output in outputs]) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_join(list(each)) for each in zip(*outputs, strict=True))
+    return first
