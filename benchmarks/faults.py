@@ -3,6 +3,7 @@
     python benchmarks/faults.py kills --number 100
     python benchmarks/faults.py damages --number 1000
     python benchmarks/faults.py overrides --number 200
+    python benchmarks/faults.py sweep --number 20
 
 A killed run, started again with the same command, must end with the same weights, curve and metrics as an undisturbed
 one, bit for bit. A damaged file must be named in one line, and never be used. A run with random overrides must train,
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import json
 import os
 import random
@@ -80,8 +82,14 @@ def invoke(overrides: list[str]) -> int:
     return 0
 
 
-def fork(folder: Path, overrides: list[str]) -> int:
-    """Start the command in a fork of this process, which saves the imports. Return the process id."""
+def fork(folder: Path, overrides: list[str], before: Callable[[], None] = lambda: None) -> int:
+    """Start the command in a fork of this process, which saves the imports. Return the process id.
+
+    Args:
+        folder: the working directory.
+        overrides: the command.
+        before: called first in the new process.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -93,6 +101,7 @@ def fork(folder: Path, overrides: list[str]) -> int:
             os.dup2(output, number)
             setattr(sys, name, os.fdopen(number, "w", closefd=False))  # another one may have been set by a test
         files.ORPHAN_SECONDS = 0.0  # no other process writes in this folder
+        before()
         code = invoke(overrides)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -121,7 +130,7 @@ class Outcome:
     @classmethod
     def of(cls, folder: Path) -> Outcome:
         weights, curves, metrics = {}, {}, {}
-        for path in sorted(folder.rglob("record.json")):
+        for path in sorted(path for path in folder.rglob("record.json") if "wandb" not in path.parts):
             name = str(path.parent.relative_to(folder))
             checkpoint = read_checkpoint(path.parent / "checkpoints" / "last.ckpt")
             weights[name] = {**checkpoint["state_dict"], **{f"ema {k}": v for k, v in checkpoint["ema"].items()}}
@@ -296,6 +305,60 @@ def prepare_files(folder: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
     }
 
 
+# A sweep in a bad night
+
+
+def sweep(number: int, seed: int, folder: Path) -> Counter[str]:
+    """Run a sweep of ``number`` jobs without a network, with a disk that is full for a while, a clock that is set back
+    by an hour, and a SIGKILL; start it again once, and compare it with an undisturbed sweep."""
+    rng = random.Random(seed)
+    seeds = f"seed={','.join(map(str, range(number)))}"
+    command = ["-m", "model=vae", seeds, *SMALL, "budget.steps=6", "hydra.sweep.dir=run"]
+    undisturbed, trial = folder / "undisturbed", folder / "trial"
+    for each in (undisturbed, trial):
+        each.mkdir()
+    begin = time.monotonic()
+    assert wait(fork(undisturbed, command)) == 0, (undisturbed / "output.txt").read_text()[-500:]
+    seconds = time.monotonic() - begin
+    # Nothing listens on port 9, so W&B is dead from the start.
+    dead = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    command = [*(each for each in command if each != "logger=csv"), "logger=[csv,wandb]"]
+
+    def faults() -> None:
+        os.environ.update(dead)
+        os.environ.pop("WANDB_MODE", None)
+        start, clock, temporary = time.monotonic(), time.time, tempfile.mkstemp
+        full = 0.25 * seconds, 0.25 * seconds + min(60.0, 0.25 * seconds)
+
+        def mkstemp(*args: Any, **kwargs: Any) -> Any:
+            if full[0] < time.monotonic() - start < full[1]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return temporary(*args, **kwargs)
+
+        files.tempfile.mkstemp = mkstemp  # all files are written through it
+        time.time = lambda: clock() - (3600.0 if time.monotonic() - start > 0.4 * seconds else 0.0)
+
+    pid = fork(trial, command, before=faults)
+    time.sleep(rng.uniform(0.7, 0.9) * seconds)
+    os.kill(pid, signal.SIGKILL)
+    counts = Counter({"killed": int(wait(pid) == -signal.SIGKILL)})
+    code = wait(fork(trial, command, before=lambda: os.environ.update(dead)))
+    output = (trial / "output.txt").read_text()
+    expected, found = Outcome.of(undisturbed), Outcome.of(trial) if code == 0 else None
+    differences = [f"exit code {code}: {output[-500:]}"] if found is None else found.differences(expected)
+    differences += ["traceback"] if "Traceback" in output else []
+    for name, text in {
+        "jobs that failed on the full disk": "No space left on the disk",
+        "jobs that logged offline": "W&B cannot be reached",
+    }.items():
+        counts[name] = len(re.findall(re.escape(text), output))
+    counts["jobs complete"] = len(found.weights) if found else 0
+    counts["different"] += bool(differences)
+    if differences:
+        print(differences[:5])
+    return counts
+
+
 # Overrides
 
 VALUES: tuple[Any, ...] = (
@@ -394,7 +457,7 @@ def judge(code: int | None, output: str, seconds: float) -> tuple[str, str]:
 
 
 EXPERIMENTS: dict[str, Callable[[int, int, Path], Counter[str]]] = {
-    "kills": kills, "damages": damages, "overrides": overrides,
+    "kills": kills, "damages": damages, "overrides": overrides, "sweep": sweep,
 }  # fmt: skip
 VIOLATIONS = ("different", "used", "raw error", "too slow", "late")
 

@@ -17,7 +17,7 @@ NUMBERS = {"kills": 5, "damages": 50, "overrides": 10}
 
 
 @needs_fork
-@pytest.mark.parametrize("experiment", faults.EXPERIMENTS)
+@pytest.mark.parametrize("experiment", NUMBERS)
 def test_faults(
     experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
