@@ -123,7 +123,7 @@ def test_guide_is_not_part_of_the_trained_model(
         (["model/guidance=classifier_free", "model.guidance.scale=.nan"], "guidance.scale=.nan must be a number"),
         (
             ["model/guidance=classifier_free", "model.guidance.interval=[low,3]"],
-            "guidance.interval=low must be a number",
+            "guidance.interval=['low', 3] must be a list of numbers",
         ),
     ],
 )

@@ -218,9 +218,8 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_written(
 
 def test_a_run_resumed_with_more_processes_keeps_its_batch_size(cli: Callable[..., int], tmp_path: Path) -> None:
     assert cli("model=vae", *QUICK, "budget.steps=2", "trainer.global_batch_size=24", "hydra.run.dir=run") == 0
-    cfg = run_config.load(tmp_path / "run")
-    composed = compose("model=vae", "trainer=ddp", "resume=run")
-    merged = run_config._override_stored(cfg, composed, ["resume=run", "trainer=ddp"], {})
-    assert merged.trainer.global_batch_size == 24 and merged.trainer.devices == 2
-    merged = run_config._override_stored(cfg, composed, ["trainer=ddp", "trainer.global_batch_size=64"], {})
-    assert merged.trainer.global_batch_size == 64
+    stored, composed = run_config.read(tmp_path / "run"), compose("model=vae", "trainer=ddp", "resume=run")
+    for batch_size, overrides in {24: [], 64: ["trainer.global_batch_size=64"]}.items():
+        words = ["resume=run", "trainer=ddp", *overrides]
+        merged = run_config._override_stored(stored, composed, words, {}, tmp_path / "run")
+        assert merged.trainer.global_batch_size == batch_size and merged.trainer.devices == 2

@@ -87,7 +87,7 @@ def test_a_family_may_have_an_argument_called_latent(
         (["model=vae", "model/schedule=cosine"], "model=vae has no schedule: it has model/decoder"),
         (["model=vae", "evaluation/metric=mmd"], "needs a plus sign: +evaluation/metric=NAME"),
         (["model=vae", "trainer.benchmark=true"], "add +trainer.benchmark=VALUE"),
-        (["data=image_folder", "data.root=.", "data.image_size=32x32"], "32x32 must be one whole number"),
+        (["data=image_folder", "data.root=.", "data.image_size=32x32"], "32x32 must be a whole number"),
         (["data=image_folder", "data.root=~/photos"], "Quote it: \"data.root='~/photos'\""),
         (["task=evaluate", "pretrained=no/such/file"], "There is no file or folder no/such/file"),
     ],
