@@ -394,7 +394,7 @@ def test_every_image_size_is_supported(shape: tuple[int, int, int]) -> None:
         ),
         (lambda: autoencoder(encoder=partial(LatentEncoder, channels=9)), "multiple of 8"),
         (lambda: GaussianPosterior(channels=0), "channels=0 must be at least 1"),
-        (lambda: GaussianPosterior(weight=-1.0), "weight=-1.0 must be at least 0"),
+        (lambda: GaussianPosterior(weight=-1.0), "weight=-1.0 must be a number of at least 0"),
         (lambda: VectorQuantizer(num_codes=1), "at least 2 codes"),
         (lambda: autoencoder(adversarial_start=1.5), "adversarial_start"),
         (lambda: Latents(Digits.spec, autoencoder=lambda spec, **_: nn.Identity()), "Identity is not an autoencoder"),

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_non_negative, check_positive
 from gencompare.hyperparameters import (
     EMA_KEY,
     constructor_arguments,
@@ -240,6 +240,7 @@ class TrainedModel(pl.LightningModule):
                     else "use a diffusion model."
                 )
             )
+        check_positive("model.grad_clip", grad_clip, null="no clipping")
         self.spec = spec
         self.conditional = conditional
         self.optimizer_factory = optimizer
@@ -403,11 +404,25 @@ class TrainedModel(pl.LightningModule):
             return []
         return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
 
+    def check_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Raise `UserError` for settings that torch accepts although they reverse or disable learning."""
+        if self.closed_form:
+            return
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            check_positive("model.optimizer.lr", float(group["lr"]))
+            check_non_negative("model.optimizer.weight_decay", group.get("weight_decay", 0))
+            for name in ("momentum", "dampening"):
+                if not 0 <= group.get(name, 0) < 1:
+                    raise UserError(f"model.optimizer.{name}={group[name]} must be in [0, 1).")
+            if group.get("maximize"):
+                raise UserError("model.optimizer.maximize=true would maximise the loss: use maximize=false.")
+
     def configure_optimizers(self) -> Any:
         """Create the optimisers and their learning-rate schedulers, which are updated after every training step."""
         optimizers = self.build_optimizers()
         if not optimizers:
             return None
+        self.check_optimizers(optimizers)
         lr_schedule = self.lr_schedule
         if lr_schedule is None:
             return optimizers if len(optimizers) > 1 else optimizers[0]

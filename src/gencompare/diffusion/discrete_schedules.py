@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gencompare.diffusion.schedules import NoiseSchedule, VarianceExploding, VariancePreserving, check_sigmas
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts, check_non_negative, check_positive
 
 
 class LogSNRTable(NoiseSchedule):
@@ -87,8 +87,8 @@ class LinearBetas(BetaTable):
         power: float = 1.0,
     ) -> None:
         _check_betas("Linear", beta_start, beta_end)
-        if power <= 0:
-            raise UserError(f"schedule.power={power} must be positive.")
+        check_counts("schedule", minimum=2, num_train_timesteps=num_train_timesteps)
+        check_positive("schedule.power", power)
         ends = beta_start ** (1 / power), beta_end ** (1 / power)
         super().__init__(torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** power)
 
@@ -106,8 +106,10 @@ class CosineBetas(BetaTable):
     """
 
     def __init__(self, s: float = 0.008, num_train_timesteps: int = 1000, beta_max: float = 0.999) -> None:
-        if s < 0:
-            raise UserError(f"schedule.s={s} must be at least 0.")
+        check_counts("schedule", minimum=2, num_train_timesteps=num_train_timesteps)
+        check_non_negative("schedule.s", s)
+        if not 0 < beta_max < 1:
+            raise UserError(f"schedule.beta_max={beta_max} must lie between 0 and 1.")
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos(torch.pi / 2 * (t + s) / (1 + s)) ** 2
         super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
@@ -127,6 +129,7 @@ class SigmoidBetas(BetaTable):
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000) -> None:
         _check_betas("Sigmoid", beta_start, beta_end)
+        check_counts("schedule", minimum=2, num_train_timesteps=num_train_timesteps)
         u = torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float64)
         super().__init__(beta_start + (beta_end - beta_start) * torch.sigmoid(u))
 

@@ -84,7 +84,7 @@ class ODELikelihood(LikelihoodMethod):
     exact_trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.rtol <= 0 or self.atol <= 0:
+        if not (self.rtol > 0 and self.atol > 0):
             raise UserError(f"likelihoods.ode: rtol={self.rtol} and atol={self.atol} must be positive.")
 
     @torch.no_grad()

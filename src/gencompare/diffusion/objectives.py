@@ -19,7 +19,7 @@ from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.parameterizations import Parameterization
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
 from gencompare.diffusion.times import TimeDistribution, UniformTimes
-from gencompare.errors import UserError
+from gencompare.errors import check_non_negative, check_positive
 from gencompare.rng import RandomSource
 
 
@@ -108,8 +108,7 @@ class MinSNRWeighting(Weighting):
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise UserError(f"weighting.gamma={self.gamma} must be positive.")
+        check_positive("weighting.gamma", self.gamma)
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return (self.gamma * torch.exp(-at.log_snr)).clamp(max=1.0)
@@ -130,8 +129,7 @@ class EDMWeighting(Weighting):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise UserError(f"weighting.sigma_data={self.sigma_data} must be positive.")
+        check_positive("weighting.sigma_data", self.sigma_data)
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return 1 + torch.exp(-at.log_snr) / self.sigma_data**2
@@ -152,10 +150,8 @@ class P2Weighting(Weighting):
     k: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.gamma < 0 or self.k <= 0:
-            raise UserError(
-                f"weighting.gamma={self.gamma}, weighting.k={self.k}: gamma must be at least 0, and k positive."
-            )
+        check_non_negative("weighting.gamma", self.gamma)
+        check_positive("weighting.k", self.k)
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return (self.k + torch.exp(at.log_snr)) ** -self.gamma

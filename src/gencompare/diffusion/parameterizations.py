@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gencompare.diffusion.discrete_schedules import snap_to_integer
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
-from gencompare.errors import UserError
+from gencompare.errors import check_positive
 
 
 class NoiseConditioning(ABC):
@@ -50,8 +50,7 @@ class LogSNRConditioning(NoiseConditioning):
     limit: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.limit <= 0:
-            raise UserError(f"noise_conditioning.limit={self.limit} must be positive.")
+        check_positive("noise_conditioning.limit", self.limit)
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
         return (at.log_snr.flatten().clamp(-self.limit, self.limit) + self.limit) * (500 / self.limit)
@@ -333,8 +332,7 @@ class EDMPreconditioning(Parameterization):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise UserError(f"parameterization.sigma_data={self.sigma_data} must be positive.")
+        check_positive("parameterization.sigma_data", self.sigma_data)
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
         x_t, noise_cond = super().network_input(x_t, t, at)

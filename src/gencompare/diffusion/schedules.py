@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_positive
 from gencompare.hyperparameters import StoresArguments
 
 MAX_START_LOG_SNR = -4.0
@@ -480,8 +480,7 @@ class EDMSchedule(VarianceExploding):
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__()
         check_sigmas(type(self).__name__, sigma_min, sigma_max)
-        if rho <= 0:
-            raise UserError(f"EDMSchedule: rho={rho} must be positive.")
+        check_positive("schedule.rho", rho)
         self.rho = rho
         self.root_min = sigma_min ** (1 / rho)
         self.root_range = sigma_max ** (1 / rho) - self.root_min

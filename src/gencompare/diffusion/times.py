@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_positive
 from gencompare.rng import RandomSource
 
 
@@ -166,8 +166,7 @@ class KarrasGrid(_LogSNRRangeGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rho <= 0:
-            raise UserError(f"sampler.grid.rho={self.rho} must be positive.")
+        check_positive("sampler.grid.rho", self.rho)
 
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
         root_start, root_end = (math.exp(-0.5 * log_snr / self.rho) for log_snr in (start, end))
@@ -249,7 +248,7 @@ class LogNormalTimes(TimeDistribution):
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        _check_std("LogNormalTimes", self.std)
+        check_positive("LogNormalTimes.std", self.std)
 
     def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
         log_sigma = self.mean + self.std * rng.normal()
@@ -273,7 +272,7 @@ class LogitNormalTimes(TimeDistribution):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_std("LogitNormalTimes", self.std)
+        check_positive("LogitNormalTimes.std", self.std)
 
     def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
         u = torch.sigmoid(self.mean + self.std * rng.normal())
@@ -286,8 +285,3 @@ def _nearest_discrete_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     if discrete_times is None:
         return t
     return discrete_times[torch.bucketize(t, (discrete_times[1:] + discrete_times[:-1]).to(t.dtype) / 2)]
-
-
-def _check_std(name: str, std: float) -> None:
-    if std <= 0:
-        raise UserError(f"{name}: std={std} must be positive.")

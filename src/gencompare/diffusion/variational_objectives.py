@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -253,7 +254,7 @@ class Hybrid(Objective):
     likelihood: DataLikelihood | None = None
 
     def __post_init__(self) -> None:
-        if self.vlb_weight <= 0:
+        if not 0 < self.vlb_weight < math.inf:
             raise UserError(
                 f"objective.vlb_weight={self.vlb_weight} must be positive; use model/objective=simple to train without"
                 " the bound."

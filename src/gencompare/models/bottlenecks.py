@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.distributed import all_reduce_sum
-from gencompare.errors import TrainingStopped, UserError
+from gencompare.errors import TrainingStopped, UserError, check_non_negative
 from gencompare.rng import RandomSource
 
 
@@ -83,8 +83,7 @@ class GaussianPosterior(Bottleneck):
 
     def __init__(self, channels: int = 4, weight: float = 1e-3) -> None:
         super().__init__(channels)
-        if weight < 0:
-            raise UserError(f"model.bottleneck.weight={weight} must be at least 0.")
+        check_non_negative("model.bottleneck.weight", weight)
         self.weight = weight
 
     @property
@@ -156,7 +155,7 @@ class VectorQuantizer(Bottleneck):
         revival_threshold: float = 0.03,
     ) -> None:
         super().__init__(channels)
-        if num_codes < 2 or commitment < 0 or not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
+        if num_codes < 2 or not commitment >= 0 or not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
             raise UserError(
                 f"model.bottleneck with num_codes={num_codes}, commitment={commitment}, decay={decay},"
                 f" revival_threshold={revival_threshold} needs at least 2 codes, a commitment of at least 0, and decay"

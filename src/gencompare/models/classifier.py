@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gencompare.diffusion.parameterizations import LogSNRConditioning, NoiseConditioning
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, TrainedModel, unpack_batch
 from gencompare.rng import RandomSource
 
@@ -54,8 +54,7 @@ class Classifier(TrainedModel):
             raise UserError(f"model=classifier needs labels, but data set '{spec.name}' has none.")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"model.label_smoothing={label_smoothing} must be in [0, 1).")
-        if shift < 0 or cutout < 0:
-            raise UserError(f"model.shift={shift} and model.cutout={cutout} must be at least 0 (0 disables them).")
+        check_counts("model", minimum=0, shift=shift, cutout=cutout)
         if rotate and spec.shape[1] != spec.shape[2]:
             raise UserError(f"model.rotate=true needs square images, but those of '{spec.name}' are {spec.shape[1:]}.")
         super().__init__(spec, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gencompare.distributed import all_gather_rows
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_non_negative
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel
 from gencompare.models import visualization
 from gencompare.models.langevin import Langevin, ReplayBuffer, last_state
@@ -94,9 +94,9 @@ class EBM(GenerativeModel):
             )
         if not 0 <= reinit_prob <= 1:
             raise UserError(f"model.reinit_prob={reinit_prob} must be in [0, 1].")
-        if not (energy_l2 >= 0 and data_noise >= 0):
-            raise UserError(f"model.energy_l2={energy_l2} and model.data_noise={data_noise} must be at least 0.")
-        if not divergence_threshold > 0:
+        check_non_negative("model.energy_l2", energy_l2)
+        check_non_negative("model.data_noise", data_noise)
+        if not divergence_threshold > 0:  # infinity disables rollbacks
             raise UserError(f"model.divergence_threshold={divergence_threshold} must be positive.")
         self.automatic_optimization = False
         self.langevin = langevin

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel
 from gencompare.models.adversarial import AdversarialLoss
 from gencompare.models.discriminator_augmentation import DiscriminatorAugmentation
@@ -60,8 +60,7 @@ class GAN(GenerativeModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(spec, **kwargs)
-        if latent_dim < 1 or d_steps < 1:
-            raise UserError(f"model.latent_dim={latent_dim} and model.d_steps={d_steps} must be at least 1.")
+        check_counts("model", latent_dim=latent_dim, d_steps=d_steps)
         self.automatic_optimization = False
         self.adversarial, self.penalty = adversarial, dict(penalty or {})
         self.latent_dim, self.d_steps = latent_dim, d_steps

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, unpack_batch
 from gencompare.rng import RandomSource
 
@@ -57,6 +57,7 @@ class GaussianBaseline(GenerativeModel):
         super().__init__(spec, conditional=conditional, **kwargs)
         if conditional and not per_class:
             raise UserError("model.conditional=true needs model.per_class=true: a single Gaussian has no classes.")
+        check_counts("model", max_parameters=max_parameters)
         # The first training step fits everything in closed form.
         self.automatic_optimization = False
         self.num_components = spec.num_classes if per_class and spec.num_classes else 1

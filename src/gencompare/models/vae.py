@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts, check_non_negative
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate
 from gencompare.models import visualization
 from gencompare.models.elbo import importance_weighted_bound, kl_warmup
@@ -77,10 +77,9 @@ class VAE(GenerativeModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(spec, **kwargs)
-        if latent_dim < 1 or label_dim < 1:
-            raise UserError(f"model.latent_dim={latent_dim} and model.label_dim={label_dim} must be at least 1.")
-        if not (beta >= 0 and free_bits >= 0):
-            raise UserError(f"model.beta={beta} and model.free_bits={free_bits} must be at least 0.")
+        check_counts("model", latent_dim=latent_dim, label_dim=label_dim)
+        check_non_negative("model.beta", beta)
+        check_non_negative("model.free_bits", free_bits)
         if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
                 f"model.kl_warmup_steps={kl_warmup_steps} and model.importance_samples={importance_samples} must be"

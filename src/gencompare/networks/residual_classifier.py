@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.conditioning import SinusoidalEmbedding
 from gencompare.networks.unet_blocks import (
     GROUP_NORM_EPS,
@@ -58,8 +58,7 @@ class ResidualClassifier(nn.Module):
             raise UserError("A classifier needs labelled data.")
         if not widths or min(widths) < 1:
             raise UserError(f"The widths of a classifier must be at least 1, not {list(widths)}.")
-        if block_depth < 1:
-            raise UserError(f"The block_depth of a classifier must be at least 1, not {block_depth}.")
+        check_counts("model.network", stem_stride=stem_stride, block_depth=block_depth)
         self.whitening = nn.Conv2d(channels, 8 * channels, 2, stride=stem_stride).requires_grad_(False)
         layers: list[nn.Module] = []
         for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):
@@ -155,11 +154,14 @@ class NoisyClassifierNet(nn.Module):
                 f"model.network.channel_mult={list(channel_mult)} halves an image {max(halvings, 0)} time(s), which is"
                 f" impossible for {shape[1]}x{shape[2]}: use a list of a different length."
             )
-        if channels < 1 or num_blocks < 1 or channels % num_groups:
+        check_counts("model.network", channels=channels, num_blocks=num_blocks, num_groups=num_groups)
+        if channels % num_groups or min(channel_mult) < 1:
             raise UserError(
-                f"model.network.channels={channels} must be a multiple of num_groups={num_groups}, and"
-                f" num_blocks={num_blocks} at least 1."
+                f"model.network.channels={channels} must be a multiple of num_groups={num_groups}, and the entries of"
+                f" channel_mult={list(channel_mult)} at least 1."
             )
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.network.dropout={dropout} must be in [0, 1).")
         emb_dim = 4 * channels
         self.noise = nn.Sequential(
             SinusoidalEmbedding(channels),

@@ -156,9 +156,9 @@ def record_failures(folder: Path) -> Iterator[None]:
 
 
 def check_optimizer(model: TrainedModel) -> None:
-    """Raise `UserError` if the optimiser rejects its settings."""
+    """Raise `UserError` if the optimiser rejects its settings, or if nothing can be learned with them."""
     try:
-        model.build_optimizers()
+        model.check_optimizers(model.build_optimizers())
     except (TypeError, ValueError) as error:
         raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import TrainedModel
 from gencompare.training.clock import clock_of
 
@@ -39,6 +39,7 @@ class WarmupDecay:
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "cosine", "linear"):
             raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine or linear.")
+        check_counts("lr_schedule", minimum=0, warmup_steps=self.warmup_steps)
         if not 0 <= self.last <= 1 or (self.decay_steps is not None and self.decay_steps < 1):
             raise UserError(
                 f"lr_schedule: last={self.last} must be in [0, 1], and decay_steps={self.decay_steps} null or positive."

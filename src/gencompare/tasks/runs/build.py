@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,7 +39,7 @@ from gencompare.training.loggers import MetricLogger
 def build_data(cfg: DictConfig) -> ImageData:
     """Build the data set from ``cfg.data``, with the extra conditions in ``cfg.data.conditions``, if any."""
     options = OmegaConf.masked_copy(cfg.data, [str(key) for key in cfg.data if key != "conditions"])
-    data = instantiate(options, _convert_="all")
+    data = instantiate_checked("data", options)
     conditions = instantiate(cfg.data.get("conditions") or {}, _convert_="all")
     return ConditionedData(data, conditions) if conditions else data
 
@@ -72,7 +74,7 @@ def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
         except UserError as error:
             advice = " Add _partial_: true to its YAML file." if "positional argument" in str(error) else ""
             raise UserError(f"{error}{advice}") from error
-    protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
+    protocol = instantiate_checked("evaluation.protocol", cfg.evaluation.protocol)
     names, available = cfg.evaluation.extractors, cfg.evaluation.available
     if names is None:
         return protocol
@@ -151,7 +153,13 @@ def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) ->
 
 
 def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any:
-    """Instantiate ``options``. Raise `UserError` if its class does not exist or rejects its arguments."""
+    """Instantiate ``options``.
+
+    Raises:
+        UserError: its class does not exist or rejects its arguments, or a setting is not a number (NaN).
+    """
+    for key in _nan_keys(OmegaConf.to_container(options, resolve=True)):
+        raise UserError(f"{place}.{key}=nan is not a number: set it to one.")
     try:
         return instantiate(options, _convert_="all", **keywords)
     except InstantiationException as error:
@@ -167,6 +175,15 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
         raise UserError(f"{place}={options._target_}: {' '.join(str(cause).split())}.") from error
 
 
+def _nan_keys(node: Any, path: str = "") -> Iterator[str]:
+    """Yield the keys whose value is NaN, which passes comparisons such as ``value < 0``."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _nan_keys(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, float) and math.isnan(node):
+        yield path
+
+
 def callback_file(name: str, option: str) -> Path:
     """Return the config file of an option of the group ``callbacks``."""
     path = conf_dir() / "callbacks" / f"{option}.yaml"
@@ -178,7 +195,7 @@ def callback_file(name: str, option: str) -> Path:
 
 def build_budget(cfg: DictConfig) -> Budget:
     """Build the budget from ``cfg.budget``."""
-    return instantiate(cfg.budget)
+    return instantiate_checked("budget", cfg.budget)
 
 
 APPENDING_LOGGERS = ("gencompare.training.loggers.wandb_logger", "gencompare.training.loggers.tensorboard_logger")
