@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
 from pytorch_lightning.loggers import Logger
 
 from gencompare.command_line import conf_dir
@@ -115,17 +115,21 @@ def build_callbacks(
         callback = instantiate_for_run(f"callbacks.{name}", options, run)
         if not isinstance(callback, pl.Callback):
             raise UserError(f"callbacks.{name}: {options._target_} is not a Lightning callback.")
-        if isinstance(callback, EarlyStopping):
-            raise UserError(
-                f"callbacks.{name}: EarlyStopping needs validation epochs, which do not exist here. Use"
-                " callbacks.evaluation.patience=N."
-            )
+        for refused, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise UserError(f"callbacks.{name}: {refused.__name__} {reason}.")
         callbacks[name] = callback
     if "clock" not in callbacks:
         raise UserError("callbacks.clock=null is not allowed: without the clock, training would never end.")
     return dict(sorted(callbacks.items(), key=lambda item: getattr(item[1], "order", DEFAULT_ORDER)))
 
 
+REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
+    EarlyStopping: "needs validation epochs, which do not exist here. Use callbacks.evaluation.patience=N",
+    GradientAccumulationScheduler: "would go unseen by the budget and the record. Use trainer.global_batch_size=N",
+    Timer: "ends training before the budget is spent. Use budget=device_minutes budget.device_minutes=N",
+}
+"""Lightning callbacks that act like arguments in `run_config.TRAINER_EQUIVALENTS`, and what is wrong with them."""
 DEFAULT_ORDER = 7
 """The ``order`` of callbacks without this attribute: after the evaluation of a step, and before its checkpoint."""
 
