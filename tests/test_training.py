@@ -195,7 +195,7 @@ def test_noise_does_not_depend_on_the_number_of_processes(world: int) -> None:
 
 
 def test_stratified_numbers_have_one_in_each_stratum() -> None:
-    u = RandomSource.for_batch(torch.Generator().manual_seed(0), 64).stratified(torch.float64)
+    u = RandomSource(torch.Generator().manual_seed(0), 0, 64, 64, torch.float64).stratified()
     assert sorted((u * 64).floor().long().tolist()) == list(range(64))
 
 

@@ -254,6 +254,11 @@ class TrainedModel(pl.LightningModule):
         self.hparams.update({"_target_": qualified_name(type(self)), **to_config(arguments)})
 
     @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Type of the weights: float32, or float64 under ``trainer.precision=64-true``."""
+        return super().dtype  # type: ignore[return-value]
+
+    @property
     def step_kind(self) -> str:
         """Kind of the next step, for models whose steps differ in FLOPs, which are counted once per kind.
 
@@ -467,8 +472,11 @@ class TrainedModel(pl.LightningModule):
         return (*(["label"] if self.conditional else []), *self.spec.conditions)
 
     def select_conditions(self, cond: Cond | None) -> Cond:
-        """Restrict conditions to those that the model uses."""
-        return {name: value for name, value in (cond or {}).items() if name in self.condition_names}
+        """Restrict conditions to those that the model uses, and cast float64 models' conditions to float64."""
+        used = {name: value for name, value in (cond or {}).items() if name in self.condition_names}
+        if self.dtype != torch.float64:
+            return used
+        return {name: value.double() if value.is_floating_point() else value for name, value in used.items()}
 
     def label(self, cond: Cond) -> Tensor | None:
         """Return the class of each image, (n,), or None for an unconditional model.

@@ -16,7 +16,7 @@ from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
 from gencompare.diffusion.objectives import DataLikelihood, normal_log_prob
 from gencompare.diffusion.variational_objectives import chain_times, prior_kl, reconstruction_nll, step_kl
 from gencompare.errors import UserError
-from gencompare.rng import normal_like
+from gencompare.rng import draw_uniform, normal_like, uniform_like
 
 
 class LikelihoodMethod(ABC):
@@ -96,8 +96,7 @@ class ODELikelihood(LikelihoodMethod):
         num_values = x0[0].numel()
         if likelihood.num_bins is not None:
             width = 2 / (likelihood.num_bins - 1)
-            noise = torch.rand(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
-            x0, nats = x0 + width * (noise - 0.5), nats - num_values * math.log(width)
+            x0, nats = x0 + width * (uniform_like(x0, generator) - 0.5), nats - num_values * math.log(width)
         return {"density": likelihood.bits_per_dim(nats - self.log_density(denoiser, x0, cond, generator))}
 
     @torch.no_grad()
@@ -247,5 +246,5 @@ class VLBLikelihood(LikelihoodMethod):
 
 def _stratified_uniform(num_samples: int, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Draw one uniform number per image from each of ``num_samples`` equal strata, as a list of tensors (n,)."""
-    u = torch.rand(num_samples, len(x0), generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
+    u = draw_uniform((num_samples, len(x0)), generator, x0.device, x0.dtype)
     return list((u + torch.arange(num_samples, device=x0.device)[:, None]) / num_samples)

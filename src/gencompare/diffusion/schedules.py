@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from gencompare.errors import UserError, check_positive
 from gencompare.hyperparameters import StoresArguments
+from gencompare.rng import draw_normal, full_precision
 
 MAX_START_LOG_SNR = -4.0
 """Highest log-SNR at which sampling may start from pure noise: the remaining fraction alpha = 0.13 of the image is
@@ -134,6 +135,11 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         """Device of the tables or parameters. If there are none, None: values are on the device of the times."""
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tables or parameters; torch's default type if there are none."""
+        return next((tensor.dtype for tensor in [*self.parameters(), *self.buffers()]), torch.get_default_dtype())
+
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
         """Evaluate alpha, sigma, the log-SNR and their derivatives at times ``t``.
 
@@ -198,9 +204,10 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
             t: first time of the sampling grid, (); None for t_max.
 
         Returns:
-            The noise, float32.
+            The noise, in the dtype of ``t``, or the default dtype without it.
         """
-        noise = torch.randn(*shape, generator=generator, device=generator.device).to(device)
+        dtype = torch.get_default_dtype() if t is None else full_precision(t.dtype)
+        noise = draw_normal(shape, generator, device, dtype)
         return noise * (self.prior_std if t is None else self.prior_std_at(t.to(device)))
 
     @torch.no_grad()

@@ -52,7 +52,7 @@ class _PowerGrid(TimeGrid):
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         discrete_times = schedule.discrete_times
         if discrete_times is None:
-            times = self._spaced(schedule.t_max, schedule.t_min, num_steps).to(torch.get_default_dtype())
+            times = self._spaced(schedule.t_max, schedule.t_min, num_steps).to(schedule.dtype)
         else:
             times = discrete_times.cpu()[self._indices(len(discrete_times), num_steps)]
         return _append_clean(times, schedule)
@@ -118,7 +118,7 @@ class _LogSNRRangeGrid(TimeGrid):
 
     @torch.no_grad()
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
-        ends = torch.tensor([schedule.t_max, schedule.t_min], device=schedule.device)
+        ends = torch.tensor([schedule.t_max, schedule.t_min], device=schedule.device, dtype=schedule.dtype)
         low, high = schedule.log_snr(ends).tolist()
         start = low if self.log_snr_start is None else _check_end("log_snr_start", self.log_snr_start, low, high)
         end = high if self.log_snr_end is None else _check_end("log_snr_end", self.log_snr_end, low, high)

@@ -102,7 +102,7 @@ class ContinuousVLB(Objective):
         assert self.likelihood is not None, "call with_likelihood() first"
         schedule, likelihood = denoiser.schedule, self.likelihood
         time_range = schedule.t_max - schedule.t_min
-        t = schedule.t_min + time_range * rng.stratified(x0.dtype)
+        t = schedule.t_min + time_range * rng.stratified()
         learned = any(p.requires_grad for p in schedule.parameters())
         at = LearnedScheduleGradients(schedule, t, x0) if learned else schedule.at(t, x0)
         batch = NoisyBatch.make(x0, rng.normal(x0.shape[1:]).to(x0.dtype), t, at)

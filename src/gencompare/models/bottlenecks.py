@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gencompare.distributed import all_reduce_sum
 from gencompare.errors import TrainingStopped, UserError, check_non_negative
+from gencompare.networks.layers import at_least_float32
 from gencompare.rng import RandomSource
 
 
@@ -100,7 +101,7 @@ class GaussianPosterior(Bottleneck):
         return self._moments(h)[0]
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_var = h.float().chunk(2, dim=1)
+        mean, log_var = at_least_float32(h).chunk(2, dim=1)
         return mean, log_var.clamp(*self.LOG_VAR_RANGE)
 
 
@@ -171,7 +172,7 @@ class VectorQuantizer(Bottleneck):
         self.few = max(2, num_codes // 50) if num_codes >= 10 else 1
 
     def forward(self, h: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        h = h.float()
+        h = at_least_float32(h)
         vectors = h.movedim(1, -1).flatten(0, -2)
         if self.training:
             with torch.no_grad():
@@ -189,10 +190,10 @@ class VectorQuantizer(Bottleneck):
 
     def mode(self, h: Tensor) -> Tensor:
         """Return the vectors before quantisation. `quantize` maps generated vectors to codes later."""
-        return h.float()
+        return at_least_float32(h)
 
     def quantize(self, z: Tensor) -> Tensor:
-        z = z.float()
+        z = at_least_float32(z)
         return self._codes(self.nearest(z.movedim(1, -1).flatten(0, -2)), z)
 
     def nearest(self, vectors: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
 from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, TrainedModel, unpack_batch
+from gencompare.networks.layers import at_least_float32
 from gencompare.rng import RandomSource
 
 NUM_WHITENING_IMAGES = 5000
@@ -82,7 +83,7 @@ class Classifier(TrainedModel):
         label = cond["label"]
         if self.training:
             x = self.augment(x, rng)
-        logits = self.logits(x).float()
+        logits = at_least_float32(self.logits(x))
         smoothing = self.label_smoothing if self.training else 0.0
         return {
             "loss": F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, unpack_batch
-from gencompare.rng import RandomSource
+from gencompare.rng import RandomSource, draw_normal
 
 RIDGES = (0.0, *(10.0 ** (k / 2) for k in range(-12, 1)))
 """Candidate ridges in units of x^2: 0, and 1e-6 to 1 in steps of half a decade. Validation images select one."""
@@ -83,7 +83,7 @@ class GaussianBaseline(GenerativeModel):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
-        return {"loss": self.bits_per_dim(x, cond).mean().float()}
+        return {"loss": self.bits_per_dim(x, cond).mean().to(x.dtype)}
 
     def _train_val_batches(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
         """Return batches of the training and validation splits, each for one pass (data loaders may be infinite)."""
@@ -227,18 +227,18 @@ class GaussianBaseline(GenerativeModel):
         return {"density": self.bits_per_dim(x, cond)}
 
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        return {"bits_per_dim": self.bits_per_dim(x, self.select_conditions(cond)).float()}
+        return {"bits_per_dim": self.bits_per_dim(x, self.select_conditions(cond)).to(x.dtype)}
 
     # Sampling
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         r"""Sample :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`; clamp to [-1, 1]."""
-        component, device = self.label(self.select_conditions(cond)), self.mean.device
+        component, like = self.label(self.select_conditions(cond)), self.mean
         if component is None:
             component = torch.multinomial(self.weight, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.rank, generator=generator, device=device)
-        eps = torch.randn(n, self.spec.num_values, generator=generator, device=device)
+        z = draw_normal((n, self.rank), generator, like.device, like.dtype)
+        eps = draw_normal((n, self.spec.num_values), generator, like.device, like.dtype)
         x = eps * self.variance[component].sqrt()[:, None]
         x += self.mean[component]
         for k in range(self.num_components):

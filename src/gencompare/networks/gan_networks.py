@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from gencompare.errors import UserError, check_counts
 from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder, pyramid_shapes
-from gencompare.networks.layers import ClassConditionalGroupNorm, he_normal_
+from gencompare.networks.layers import ClassConditionalGroupNorm, at_least_float32, he_normal_
 from gencompare.networks.mlp import MLPDecoder, MLPEncoder, hstack
 
 
@@ -78,7 +78,7 @@ class DecodingGenerator(nn.Module):
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         style = z if self.labels is None else hstack(z, self.labels(label))
-        return torch.tanh(self.decoder(z, style).float())
+        return torch.tanh(at_least_float32(self.decoder(z, style)))
 
 
 class ResNetGenerator(DecodingGenerator):
@@ -242,7 +242,7 @@ class DCGANGenerator(nn.Module):
         h = self.root(z).unflatten(1, self.start_shape)
         for up, norm in zip(self.ups, self.norms, strict=True):
             h = F.relu(norm(up(h), label))
-        return torch.tanh(self.out(h).float())
+        return torch.tanh(at_least_float32(self.out(h)))
 
 
 class DCGANDiscriminator(nn.Module):

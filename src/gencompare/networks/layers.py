@@ -14,6 +14,12 @@ from gencompare.errors import UserError
 INSTANCE_NORM_EPS = 1e-5
 """Added to the variances in `InstanceNormPlus`, to avoid division by zero."""
 
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast 16-bit activations, as under autocast, to float32. float32 and float64 stay unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # Normalisation
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gencompare.errors import UserError, check_counts
 from gencompare.networks.convnets import pyramid_shapes
 from gencompare.networks.gan_networks import ProjectionHead
-from gencompare.networks.layers import ClassConditionalGroupNorm, upsample_nearest
+from gencompare.networks.layers import ClassConditionalGroupNorm, at_least_float32, upsample_nearest
 
 
 class SNGANGenerator(nn.Module):
@@ -49,7 +49,7 @@ class SNGANGenerator(nn.Module):
         h = self.root(z).unflatten(1, self.start_shape)
         for block in self.blocks:
             h = block(h, label)
-        return torch.tanh(self.out(F.relu(self.norm(h))).float())
+        return torch.tanh(at_least_float32(self.out(F.relu(self.norm(h)))))
 
 
 class SNGANDiscriminator(nn.Module):

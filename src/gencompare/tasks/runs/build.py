@@ -45,12 +45,16 @@ def build_data(cfg: DictConfig) -> ImageData:
 
 
 def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
-    """Build the model from ``cfg.model`` for ``data``. Its initial weights depend only on the seed."""
+    """Build the model from ``cfg.model`` for ``data``, in the precision of ``cfg.trainer``.
+
+    Its initial weights depend only on the seed: in float64, they are the weights of float32.
+    """
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     # Hydra would convert the data spec (a dataclass) into a config, so it is passed in a second call.
     factory = instantiate_checked("model", cfg.model, _partial_=True)
     try:
-        return factory(spec=data.spec)
+        model = factory(spec=data.spec)
+        return model.double() if is_float64(cfg) else model
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in cfg.model or not inspect.isclass(factory.func):
@@ -62,6 +66,11 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
         close = get_close_matches(unknown[1], known, 1)
         advice = f" Did you mean model.{close[0]}?" if close else ""
         raise UserError(f"{cfg.model._target_} has no argument '{unknown[1]}' (model.{unknown[1]}).{advice}") from error
+
+
+def is_float64(cfg: DictConfig) -> bool:
+    """Return whether the model computes in float64 (``trainer.precision=64-true``)."""
+    return str(cfg.trainer.get("precision")) in ("64", "64-true")
 
 
 def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
