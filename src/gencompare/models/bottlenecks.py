@@ -118,8 +118,9 @@ class VectorQuantizer(Bottleneck):
         m_k \leftarrow \gamma m_k + (1 - \gamma) \sum_i h_i, \quad e_k = m_k / N_k.
 
     A code whose :math:`N_k` falls below ``revival_threshold``, as a fraction of the mean usage, is reset to a random
-    vector of the batch. The metric ``perplexity``, the exponential of the entropy of code usage in the batch (1 to K),
-    measures how many codes are in use. All statistics are computed over the global batch.
+    vector of the batch, with a little noise (`NOISE`). The metric ``perplexity``, the exponential of the entropy of
+    code usage in the batch (1 to K), measures how many codes are in use. All statistics are computed over the global
+    batch.
 
     The codebook counts as collapsed if nearly all vectors have used only a few codes for as long as it takes to revive
     the others, plus `PATIENCE` steps; `check_collapse` then stops training. "A few" means 1/50 of the codes (or of the
@@ -139,6 +140,12 @@ class VectorQuantizer(Bottleneck):
     COLLAPSE_FRACTION = 0.98
     """Fraction of vectors assigned to a few codes that counts as a collapse; below 1, since revived codes get some
     vectors."""
+
+    NOISE = 0.01
+    """Standard deviation of the noise on a reset code, relative to that of the vectors. Without noise, codes that are
+    reset to equal vectors would differ by rounding only, and rounding, which depends on the number of processes, would
+    decide which of them is nearest. Dhariwal et al. (2020), "Jukebox", add noise of this size in their released code
+    (https://arxiv.org/abs/2005.00341)."""
 
     codebook: Tensor
     counts: Tensor
@@ -199,7 +206,8 @@ class VectorQuantizer(Bottleneck):
     def nearest(self, vectors: Tensor) -> Tensor:
         """Find the index of the nearest code, (m,), for each vector (m, c)."""
         with torch.no_grad():
-            return torch.cdist(vectors, self.codebook).argmin(1)
+            # Not |h|^2 - 2 h^T e + |e|^2, whose rounding error may exceed the difference of two distances.
+            return torch.cdist(vectors, self.codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
     def _codes(self, indices: Tensor, like: Tensor) -> Tensor:
         """Look up the codes of all positions, shaped like ``like`` (n, c, h, w)."""
@@ -250,13 +258,17 @@ class VectorQuantizer(Bottleneck):
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
     def _random_vectors(self, vectors: Tensor, rng: RandomSource) -> Tensor:
-        """Draw one random vector per code from the global batch, (K, c). All processes draw the same vectors."""
+        """Draw one random vector per code from the global batch, (K, c), and add noise to it.
+
+        All processes draw the same vectors.
+        """
         per_code = RandomSource.for_batch(rng.generator, self.num_codes)
         per_image = len(vectors) // len(rng)
         indices = per_code.integers(per_image * rng.total).to(vectors.device) - per_image * rng.start
         local = (indices >= 0) & (indices < len(vectors))
         found = torch.where(local[:, None], vectors[indices.clamp(0, len(vectors) - 1)], 0.0)
-        return all_reduce_sum(found)
+        drawn = all_reduce_sum(found)
+        return drawn + self.NOISE * drawn.std(0) * per_code.normal((self.channels,)).to(drawn)
 
 
 def perplexity(usage: Tensor) -> Tensor:
