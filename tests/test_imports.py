@@ -47,7 +47,7 @@ def violations(path: Path) -> set[str]:
         forbidden |= within(names, {"gencompare.tasks"})
     if room in ("networks", "diffusion"):
         own = {name for name in names if name.startswith("gencompare.")}
-        shared = {"gencompare.errors", "gencompare.rng", "gencompare.hyperparameters"}
+        shared = {f"gencompare.{name}" for name in ("distributed", "errors", "hyperparameters", "rng")}
         allowed = {f"gencompare.{room}", "gencompare.generative_model.Cond"} | shared
         forbidden |= own - within(own, allowed) - {"gencompare.generative_model"}
         forbidden |= within(names, {"pytorch_lightning", "torchmetrics", "torchvision"})

@@ -103,3 +103,17 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def gather_global_batch(rows: Tensor, start: int, total: int) -> Tensor:
+    """Return the global batch (total, ...) on all ranks, of which this rank has ``rows`` from index ``start`` on.
+
+    Unlike in `all_gather_rows`, ranks may have different numbers of rows. A batch that is not divided among the ranks
+    is returned as it is.
+    """
+    if len(rows) == total:
+        return rows
+    assert world_size() > 1, "a part of a batch needs the other processes"
+    whole = rows.new_zeros(total, *rows.shape[1:])
+    whole[start : start + len(rows)] = rows
+    return all_reduce_sum(whole)

@@ -62,6 +62,10 @@ class RandomSource:
     def device(self) -> torch.device:
         return self.generator.device
 
+    def whole_batch(self) -> RandomSource:
+        """Create a source for all samples of the global batch, which draws the same on all processes."""
+        return replace(self, start=0, stop=self.total)
+
     def strided(self, stride: int, offset: int) -> RandomSource:
         """Create a source for a smaller batch: samples ``offset``, ``offset + stride``, ... of the global batch.
 

@@ -19,6 +19,7 @@ from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.parameterizations import Parameterization
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
 from gencompare.diffusion.times import TimeDistribution, UniformTimes
+from gencompare.distributed import gather_global_batch
 from gencompare.errors import check_non_negative, check_positive
 from gencompare.rng import RandomSource
 
@@ -197,6 +198,17 @@ class Coupling(ABC):
             The permuted noise, (n, C, H, W).
         """
 
+    @torch.no_grad()
+    def draw(self, x0: Tensor, rng: RandomSource) -> Tensor:
+        """Draw the noise of the images ``x0`` (n, C, H, W) on this process, paired over the global batch.
+
+        All processes pair the same global batch, and each keeps its rows. If ``rng`` is not divided among processes, as
+        under a plain Trainer, each process pairs its own batch.
+        """
+        eps = rng.whole_batch().normal(x0.shape[1:]).to(x0.dtype)
+        paired = self(gather_global_batch(x0, rng.start, rng.total), eps)
+        return paired[rng.start : rng.stop]
+
 
 @dataclass(frozen=True)
 class IndependentCoupling(Coupling):
@@ -205,15 +217,19 @@ class IndependentCoupling(Coupling):
     def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
         return eps
 
+    def draw(self, x0: Tensor, rng: RandomSource) -> Tensor:
+        return rng.normal(x0.shape[1:]).to(x0.dtype)
+
 
 @dataclass(frozen=True)
 class MinibatchOT(Coupling):
     r"""Minibatch optimal transport: the pairing that minimises :math:`\sum \|x_0 - \epsilon\|^2`, exactly.
 
     Paths from noise to image cross less, so fewer sampling steps suffice. The network no longer estimates the score of
-    p(x_t), so use deterministic samplers. Each rank pairs its own part of the batch, so training depends on the number
-    of ranks. The cost is O(n^3) on the CPU, about 10 ms for 256 images. Tong et al. (2023), "Improving and Generalizing
-    Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2, https://arxiv.org/abs/2302.00482.
+    p(x_t), so use deterministic samplers. The global batch is paired, on every process, so training does not depend on
+    the number of processes. The cost is O(n^3) on the CPU, about 10 ms for 256 images. Tong et al. (2023), "Improving
+    and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2,
+    https://arxiv.org/abs/2302.00482.
     """
 
     @torch.no_grad()
@@ -278,7 +294,7 @@ class WeightedMSE(Objective):
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         t = self.times(denoiser.schedule, rng)
-        eps = self.coupling(x0, rng.normal(x0.shape[1:]).to(x0.dtype))
+        eps = self.coupling.draw(x0, rng)
         batch = NoisyBatch.make(x0, eps, t, denoiser.schedule.at(t, x0))
         out = denoiser.output(batch.x_t, t, batch.at, cond)
         eps_mse = batch.squared_eps_error(denoiser, out).flatten(1).mean(1)

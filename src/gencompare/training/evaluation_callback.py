@@ -249,6 +249,8 @@ def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, s
             x, cond = x[: n - done], {name: value[: n - done] for name, value in cond.items()}
             done += len(x)
             start, stop = rank * len(x) // world, (rank + 1) * len(x) // world
+            if len(x) < world:  # a model that exchanges data with other ranks needs all of them, or none
+                start, stop = (0, len(x)) if rank == 0 else (0, 0)
             if start == stop:
                 continue
             local_x = x[start:stop].to(model.device, dtype)
