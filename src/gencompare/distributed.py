@@ -93,6 +93,23 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return total
 
 
+class _DifferentiableSum(torch.autograd.Function):
+    """The sum over all ranks. Its gradient is the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return all_reduce_sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(gradient)
+
+
+def differentiable_sum(values: Tensor) -> Tensor:
+    """Sum ``values`` over all ranks. The gradient is that of the sum of the losses of all ranks."""
+    return _DifferentiableSum.apply(values)  # type: ignore[return-value]
+
+
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows (n, ...) of all W ranks into (n W, ...), in rank order.
 

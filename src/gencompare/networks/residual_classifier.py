@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError, check_counts
 from gencompare.networks.conditioning import SinusoidalEmbedding
+from gencompare.networks.layers import GlobalBatchNorm2d
 from gencompare.networks.unet_blocks import (
     GROUP_NORM_EPS,
     Downsample,
@@ -25,7 +26,7 @@ class ClassifierBlock(nn.Module):
 
     def __init__(self, width: int, depth: int = 1) -> None:
         super().__init__()
-        layers = [(convolution(width, width), nn.BatchNorm2d(width), nn.GELU()) for _ in range(depth)]
+        layers = [(convolution(width, width), GlobalBatchNorm2d(width), nn.GELU()) for _ in range(depth)]
         self.body = nn.Sequential(*(layer for each in layers for layer in each))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class ResidualClassifier(nn.Module):
         layers: list[nn.Module] = []
         for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):
             # Pooling before batch norm leaves a quarter of the values to normalise.
-            layers += [convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+            layers += [convolution(before, width), nn.MaxPool2d(2), GlobalBatchNorm2d(width), nn.GELU()]
             layers.append(ClassifierBlock(width, block_depth))
         self.trunk = nn.Sequential(nn.GELU(), *layers)
         self.head = nn.Linear(widths[-1], num_classes)
