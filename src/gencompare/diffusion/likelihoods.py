@@ -232,6 +232,8 @@ class VLBLikelihood(LikelihoodMethod):
         else:
             # Importance sampling: the probability of a step is the fraction of the log-SNR range that it spans.
             log_snr = schedule.log_snr(times).to(x0.dtype)
+            if schedule.ends_in_pure_noise:  # whose span says nothing about the size of its term
+                log_snr[-1] = log_snr[-2] - 1
             cdf = (log_snr[0] - log_snr[1:]) / (log_snr[0] - log_snr[-1])
             probability = cdf.diff(prepend=cdf.new_zeros(1))
             uniform = _stratified_uniform(self.num_samples, x0, generator)
@@ -240,7 +242,7 @@ class VLBLikelihood(LikelihoodMethod):
         for i, weight in steps:
             at_t, at_s, eps = schedule.at(times[i], x0), schedule.at(times[i - 1], x0), normal_like(x0, generator)
             prediction = denoiser(at_t.alpha * x0 + at_t.sigma * eps, times[i], cond)
-            nats += weight * step_kl(prediction, eps, at_t, at_s)
+            nats += weight * step_kl(prediction, eps, at_t, at_s, x0)
         return nats
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.parameterizations import Parameterization
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
-from gencompare.diffusion.times import TimeDistribution, UniformTimes
+from gencompare.diffusion.times import LogNormalTimes, TimeDistribution, UniformTimes
 from gencompare.distributed import gather_global_batch
-from gencompare.errors import check_non_negative, check_positive
+from gencompare.errors import UserError, check_non_negative, check_positive
 from gencompare.rng import RandomSource
 
 
@@ -183,6 +183,22 @@ class LikelihoodWeighting(Weighting):
         return -at.dlog_snr_dt
 
 
+def check_trains_last_step(weighting: Weighting, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+    """Raise `UserError` if ``weighting`` gives no weight to the network output at a last step of pure noise.
+
+    Sampling starts from this step. Its error in eps is 0 whatever the network predicts, so only a weighting that grows
+    like 1 / SNR trains it.
+    """
+    if not schedule.ends_in_pure_noise:
+        return
+    at = schedule.at(torch.tensor(schedule.t_max, device=schedule.device, dtype=schedule.dtype))
+    if not float(weighting(at) * parameterization.eps_jacobian(at).square()) > 1e-6:
+        raise UserError(
+            f"{type(schedule).__name__} ends in pure noise (zero terminal SNR), where {type(weighting).__name__} has no"
+            " weight, so the step that sampling starts with would never be trained: use model/objective=uniform_v."
+        )
+
+
 class Coupling(ABC):
     """Base class of couplings, which pair a batch of images with noise."""
 
@@ -291,6 +307,14 @@ class WeightedMSE(Objective):
     weighting: Weighting = field(default_factory=SimpleWeighting)
     times: TimeDistribution = field(default_factory=UniformTimes)
     coupling: Coupling = field(default_factory=IndependentCoupling)
+
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+        check_trains_last_step(self.weighting, schedule, parameterization)
+        if schedule.ends_in_pure_noise and isinstance(self.times, LogNormalTimes):
+            raise UserError(
+                f"{type(schedule).__name__} ends in pure noise (zero terminal SNR), which LogNormalTimes never draws:"
+                " use model/objective=uniform_v."
+            )
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         t = self.times(denoiser.schedule, rng)

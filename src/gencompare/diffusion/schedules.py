@@ -20,6 +20,11 @@ from gencompare.rng import draw_normal, full_precision
 MAX_START_LOG_SNR = -4.0
 """Highest log-SNR at which sampling may start from pure noise: the remaining fraction alpha = 0.13 of the image is
 considered negligible. Published schedules end lower, between -5 (VDM) and -20."""
+ZERO_SNR = -60.0
+"""The log-SNR that stands for a signal-to-noise ratio of 0. There alpha is 1e-13, so that alpha x_0 is lost in the
+rounding of x_t, while ratios of alphas and their squares are finite in float32."""
+NO_SIGNAL = -50.0
+"""Below this log-SNR, x_t is pure noise: eps is x_t itself and does not determine x_0."""
 CLEAN = -1.0
 """The time that stands for clean data. It is not 0, because a schedule may still have noise at time 0."""
 
@@ -139,6 +144,12 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
     def dtype(self) -> torch.dtype:
         """Type of the tables or parameters; torch's default type if there are none."""
         return next((tensor.dtype for tensor in [*self.parameters(), *self.buffers()]), torch.get_default_dtype())
+
+    @property
+    @torch.no_grad()
+    def ends_in_pure_noise(self) -> bool:
+        """Whether no signal is left at t_max (zero terminal SNR, Lin et al. 2023, https://arxiv.org/abs/2305.08891)."""
+        return bool(self.log_snr(torch.tensor(self.t_max, device=self.device, dtype=self.dtype)) < NO_SIGNAL)
 
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
         """Evaluate alpha, sigma, the log-SNR and their derivatives at times ``t``.

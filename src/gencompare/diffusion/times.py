@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
+from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, NoiseSchedule
 from gencompare.errors import UserError, check_positive
 from gencompare.rng import RandomSource
 
@@ -120,6 +120,12 @@ class _LogSNRRangeGrid(TimeGrid):
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         ends = torch.tensor([schedule.t_max, schedule.t_min], device=schedule.device, dtype=schedule.dtype)
         low, high = schedule.log_snr(ends).tolist()
+        table = schedule.discrete_times
+        if low < NO_SIGNAL and self.log_snr_start is None and num_steps > 1 and table is not None:
+            # The first step leaves pure noise. The others are spaced from the step before it.
+            low = float(schedule.log_snr(table[-2]))
+            others = replace(self, log_snr_start=low)(schedule, num_steps - 1)
+            return torch.cat([others.new_tensor([schedule.t_max]), others])
         start = low if self.log_snr_start is None else _check_end("log_snr_start", self.log_snr_start, low, high)
         end = high if self.log_snr_end is None else _check_end("log_snr_end", self.log_snr_end, low, high)
         u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
