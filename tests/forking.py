@@ -28,7 +28,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def in_processes(
-    world: int, folder: Path, share: Callable[..., Mapping[str, Tensor]], *args: Any
+    world: int, folder: Path, share: Callable[..., Mapping[str, Tensor]], *args: Any, timeout: float = 120
 ) -> list[dict[str, Tensor]]:
     """Run ``share(rank, world, *args)`` in ``world`` processes of a gloo group. Return the results in rank order."""
     name = uuid4().hex
@@ -45,7 +45,7 @@ def in_processes(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=timeout)
         assert process.exitcode == 0
     return [torch.load(folder / f"{name}_{rank}.pt") for rank in range(world)]
 

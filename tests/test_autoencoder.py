@@ -132,6 +132,26 @@ def test_codes_are_initialised_from_the_first_batch() -> None:
     assert bottleneck.codebook.min() > 40
 
 
+@pytest.mark.parametrize("num_codes", [16, 64, 512])
+def test_rounding_does_not_decide_which_code_is_nearest(num_codes: int) -> None:
+    """Assignments are the same in float32 and float64, although half of all vectors are equal (an empty background)
+    and far from the origin, and codes are reset to some of them."""
+    h = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0)) + 30
+    h[:, :, 2:] = torch.tensor([30.1, 30.2, 30.3, 30.4])[:, None, None]
+    drift = 1e-3 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
+    drift[:, :, 2:] = drift[:1, :, 2:3, :1]
+    assigned = []
+    for dtype in (torch.float32, torch.float64):
+        bottleneck = VectorQuantizer(4, num_codes=num_codes, decay=0.9).to(dtype).train()
+        steps = []
+        for step in range(6):
+            x = (h.double() + step * drift.double()).to(dtype)
+            bottleneck(x, source(8, step))
+            steps.append(bottleneck.nearest(x.movedim(1, -1).flatten(0, -2)))
+        assigned.append(torch.stack(steps))
+    assert torch.equal(*assigned)
+
+
 def test_a_codebook_that_collapses_despite_resets_stops_training() -> None:
     model = autoencoder(bottleneck=vq(torch.tensor([[0.0], [1.0]]), decay=0.5, revival_threshold=0.25))
     same, bottleneck = torch.zeros(4, 1, 1, 1), model.coder.bottleneck.train()
@@ -394,7 +414,7 @@ def test_every_image_size_is_supported(shape: tuple[int, int, int]) -> None:
         ),
         (lambda: autoencoder(encoder=partial(LatentEncoder, channels=9)), "multiple of 8"),
         (lambda: GaussianPosterior(channels=0), "channels=0 must be at least 1"),
-        (lambda: GaussianPosterior(weight=-1.0), "weight=-1.0 must be at least 0"),
+        (lambda: GaussianPosterior(weight=-1.0), "weight=-1.0 must be a number of at least 0"),
         (lambda: VectorQuantizer(num_codes=1), "at least 2 codes"),
         (lambda: autoencoder(adversarial_start=1.5), "adversarial_start"),
         (lambda: Latents(Digits.spec, autoencoder=lambda spec, **_: nn.Identity()), "Identity is not an autoencoder"),

@@ -64,7 +64,7 @@ class Narrowing(GenerativeModel):
     """Draws real points from all modes, and after half of the budget from a single mode."""
 
     def __init__(self) -> None:
-        super().__init__(RING.spec, optimizer=partial(torch.optim.SGD, lr=0.0))
+        super().__init__(RING.spec, optimizer=partial(torch.optim.SGD, lr=1e-30))
         self.weight = nn.Parameter(torch.zeros(()))
         self.steps = 0
 

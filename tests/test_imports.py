@@ -48,7 +48,10 @@ def violations(path: Path) -> set[str]:
         forbidden |= within(names, {"gencompare.tasks"})
     if room in ("networks", "diffusion"):
         own = {name for name in names if name.startswith("gencompare.")}
-        shared = {f"gencompare.{name}" for name in ("checksums", "errors", "rng", "hyperparameters", "safe_files")}
+        shared = {
+            f"gencompare.{name}"
+            for name in ("checksums", "distributed", "errors", "hyperparameters", "rng", "safe_files")
+        }
         allowed = {f"gencompare.{room}", "gencompare.generative_model.Cond"} | shared
         forbidden |= own - within(own, allowed) - {"gencompare.generative_model"}
         forbidden |= within(names, {"pytorch_lightning", "torchmetrics", "torchvision"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from composing import options
+from forking import in_processes, needs_fork
 from gencompare.diffusion import variational_objectives
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
@@ -313,3 +315,28 @@ def test_coupling_permutes_only_the_noise() -> None:
         torch.testing.assert_close(x_t, at.alpha * x0 + at.sigma * noise, rtol=0, atol=1e-6)
         assert torch.equal(labels, label)
     assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def pair_part(rank: int, world: int, starts: list[int]) -> dict[str, Tensor]:
+    """Return the noise that one of several processes draws for its images, of a global batch and of its own batch."""
+    rows = slice(starts[rank], starts[rank + 1])
+    x0 = images(12)[rows]
+    divided = RandomSource(generator("cpu", 3), rows.start, rows.stop, 12)
+    return {
+        "global": MinibatchOT().draw(x0, divided),
+        "own": MinibatchOT().draw(x0, RandomSource.for_batch(generator("cpu", 4), len(x0))),
+    }
+
+
+@needs_fork
+@pytest.mark.parametrize("starts", [[0, 6, 12], [0, 5, 12], [0, 4, 8, 12]])
+def test_optimal_transport_pairs_the_global_batch_on_any_number_of_processes(starts: list[int], tmp_path: Path) -> None:
+    """Each process pairs its own batch if the batch is not divided, as under a plain Trainer."""
+    whole = pair_part(0, 1, [0, 12])["global"]
+    parts = in_processes(len(starts) - 1, tmp_path, pair_part, starts)
+    assert torch.equal(torch.cat([each["global"] for each in parts]), whole)
+    noise = RandomSource.for_batch(generator("cpu", 3), 12).normal(SHAPE).double()
+    assert torch.equal(whole, MinibatchOT()(images(12), noise))
+    for each, (start, stop) in zip(parts, itertools.pairwise(starts), strict=True):
+        own = RandomSource.for_batch(generator("cpu", 4), stop - start).normal(SHAPE).double()
+        assert torch.equal(each["own"], MinibatchOT()(images(12)[start:stop], own))

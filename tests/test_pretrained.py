@@ -29,11 +29,20 @@ PUBLISHED: list[dict[str, Any]] = [
     {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "prediction_type": "v_prediction"},
     {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
     {"beta_schedule": "sigmoid", **DEFAULT_BETAS},
+    {
+        "beta_schedule": "linear",
+        **DEFAULT_BETAS,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    },
 ]
 
 
 def build_model(*overrides: str) -> Diffusion:
-    cfg = compose("model=ddpm", "data=toy2d", *overrides)
+    # The loss that trains a last step of pure noise also trains every other schedule.
+    v = any("parameterization=v" in override for override in overrides)
+    cfg = compose("model=ddpm", "data=toy2d", *overrides, *(["model/objective=uniform_v"] if v else []))
     network = partial(DenoisingMLP, width=8, depth=1)
     return instantiate(cfg.model, _partial_=True, _convert_="all")(
         spec=DataSpec(name="x", shape=(2, 1, 1)), network=network
@@ -88,7 +97,7 @@ def test_small_differences_of_the_schedule_are_detected(tmp_path: Path) -> None:
         ({"trained_betas": [0.1, 0.2, 0.5, 0.9]}, "model.schedule.betas="),
         ({"beta_schedule": "laplace"}, "beta_schedule=laplace is not supported"),
         ({"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction is not supported"),
-        ({"rescale_betas_zero_snr": True}, "a timestep without signal"),
+        ({"rescale_betas_zero_snr": True}, "+model.schedule.zero_terminal_snr=true"),
     ):
         config.write_text(json.dumps(matching | change))
         if suggestion is None:

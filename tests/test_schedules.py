@@ -432,7 +432,9 @@ def test_rising_or_infinite_snr_is_rejected() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: BetaTable([0.1, 1.0]),
+        lambda: BetaTable([1.0, 0.1]),
+        lambda: BetaTable([0.1, 1.1]),
+        lambda: BetaTable([*[1 - 1e-15] * 3, 1.0]),
         lambda: BetaTable([0.1, -0.1]),
         lambda: BetaTable([0.1]),
         lambda: LinearBetas(beta_start=0.02, beta_end=1e-4),

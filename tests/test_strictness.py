@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from composing import compose
 from gencompare.command_line import conf_dir
+from gencompare.errors import UserError
 from gencompare.records import RunRecord
 from gencompare.tasks.runs import run_config
 
@@ -45,6 +47,12 @@ QUICK = [
             "+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/loss}",
             "Use callbacks.evaluation.patience=N.",
         ),
+        (
+            "+callbacks.accumulate={_target_: pytorch_lightning.callbacks.GradientAccumulationScheduler, scheduling:"
+            " {0: 2}}",
+            "Use trainer.global_batch_size=N.",
+        ),
+        ("+callbacks.time={_target_: pytorch_lightning.callbacks.Timer, duration: '00:00:00:01'}", "Use budget=device"),
         ("+evaluation.nonsense=1", "There is no setting 'evaluation.nonsense'"),
         ("+evaluation.protocol.nonsense=1", "nonsense"),
         ("+model.nonsense=1", "nonsense"),
@@ -66,6 +74,52 @@ def test_an_invalid_setting_is_refused_before_training(
     record = tmp_path / "run" / "record.json"
     assert not record.exists() or json.loads(record.read_text())["state"] == "failed"
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+LIMITS = {
+    "accumulate_grad_batches": "2", "max_steps": "1", "max_time": "'00:00:00:01'", "fast_dev_run": "true",
+    "limit_train_batches": "1",
+}  # fmt: skip
+"""Trainer arguments that would change how much is trained without the budget, the record and the schedules knowing."""
+
+
+def test_limits_of_the_trainer_are_refused_in_new_resumed_and_stored_runs(
+    cli: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are refused before the run folder is created or changed."""
+    run = tmp_path / "run"
+
+    def refused(name: str, *overrides: str) -> None:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert cli(*overrides) == 1
+        error = capsys.readouterr().err.strip()
+        expected = f"trainer.{name} is set by this program. Use {run_config.TRAINER_EQUIVALENTS[name]}."
+        assert expected in error and len(error.splitlines()) == 1, error
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    for name, value in LIMITS.items():
+        refused(name, *QUICK, f"+trainer.{name}={value}")
+        assert not run.exists()
+    assert cli(*QUICK) == 0
+    stored = (run / run_config.FILE).read_text()
+    for name, value in LIMITS.items():
+        refused(name, "resume=run", "budget.steps=5", f"+trainer.{name}={value}")
+        cfg = OmegaConf.create(stored)
+        OmegaConf.update(cfg, f"trainer.{name}", value.strip("'"), force_add=True)
+        OmegaConf.save(cfg, run / run_config.FILE)
+        refused(name, "resume=run", "budget.steps=5")
+        (run / run_config.FILE).write_text(stored)
+    assert RunRecord.load(run).training["steps"] == 3
+    assert cli("resume=run", "budget.steps=5") == 0
+    assert RunRecord.load(run).training["steps"] == 5
+
+
+def test_every_argument_of_the_trainer_with_an_equivalent_is_refused() -> None:
+    for name, equivalent in run_config.TRAINER_EQUIVALENTS.items():
+        assert name in run_config._trainer_arguments()
+        with pytest.raises(UserError, match=re.escape(f"trainer.{name} is set by this program. Use {equivalent}.")):
+            run_config.check_trainer({name: None}, run_config._trainer_arguments())
 
 
 class StepCounter(Callback):

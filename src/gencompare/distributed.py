@@ -93,6 +93,23 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return total
 
 
+class _DifferentiableSum(torch.autograd.Function):
+    """The sum over all ranks. Its gradient is the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return all_reduce_sum(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(gradient)
+
+
+def differentiable_sum(values: Tensor) -> Tensor:
+    """Sum ``values`` over all ranks. The gradient is that of the sum of the losses of all ranks."""
+    return _DifferentiableSum.apply(values)  # type: ignore[return-value]
+
+
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows (n, ...) of all W ranks into (n W, ...), in rank order.
 
@@ -103,3 +120,17 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def gather_global_batch(rows: Tensor, start: int, total: int) -> Tensor:
+    """Return the global batch (total, ...) on all ranks, of which this rank has ``rows`` from index ``start`` on.
+
+    Unlike in `all_gather_rows`, ranks may have different numbers of rows. A batch that is not divided among the ranks
+    is returned as it is.
+    """
+    if len(rows) == total:
+        return rows
+    assert world_size() > 1, "a part of a batch needs the other processes"
+    whole = rows.new_zeros(total, *rows.shape[1:])
+    whole[start : start + len(rows)] = rows
+    return all_reduce_sum(whole)

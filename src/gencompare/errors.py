@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 
 LINE_BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -59,6 +61,37 @@ class CorruptedFileError(UserError):
 
 class DiskFullError(UserError):
     """Raised when a file cannot be written because the disk is full or a quota is exceeded."""
+
+
+def check_positive(name: str, value: object, *, null: str | None = None) -> None:
+    """Raise `UserError` unless the config value ``name`` is a positive, finite number.
+
+    Args:
+        name: full name of the setting, such as ``model.grad_clip``.
+        value: its value.
+        null: what None means, if None is allowed.
+    """
+    if null is None or value is not None:
+        _check_range(name, value, "a positive number", null, lambda number: 0 < number < math.inf)
+
+
+def check_non_negative(name: str, value: object, *, zero: str | None = None) -> None:
+    """Raise `UserError` unless the config value ``name`` is a finite number of at least 0; ``zero`` says what 0
+    means."""
+    kind = "a number of at least 0" + (f" (0 {zero})" if zero else "")
+    _check_range(name, value, kind, None, lambda number: 0 <= number < math.inf)
+
+
+def check_counts(place: str, minimum: int = 1, **values: object) -> None:
+    """Raise `UserError` unless each of the config values ``place.name`` is a whole number of at least ``minimum``."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise UserError(f"{place}.{name}={value} must be a whole number of at least {minimum}.")
+
+
+def _check_range(name: str, value: object, kind: str, null: str | None, inside: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not inside(value):
+        raise UserError(f"{name}={value} must be {kind}{f', or null for {null}' if null else ''}.")
 
 
 class TrainingStopped(UserError):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gencompare.checkpoint_files import EMA_KEY, read_checkpoint
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_non_negative, check_positive
 from gencompare.hyperparameters import (
     constructor_arguments,
     from_config,
@@ -239,6 +239,7 @@ class TrainedModel(pl.LightningModule):
                     else "use a diffusion model."
                 )
             )
+        check_positive("model.grad_clip", grad_clip, null="no clipping")
         self.spec = spec
         self.conditional = conditional
         self.optimizer_factory = optimizer
@@ -250,6 +251,11 @@ class TrainedModel(pl.LightningModule):
         arguments = constructor_arguments(self, inspect.currentframe())
         # Plain data, so that a checkpoint can be read without unpickling; `save_hyperparameters` would store objects.
         self.hparams.update({"_target_": qualified_name(type(self)), **to_config(arguments)})
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Type of the weights: float32, or float64 under ``trainer.precision=64-true``."""
+        return super().dtype  # type: ignore[return-value]
 
     @property
     def step_kind(self) -> str:
@@ -410,11 +416,25 @@ class TrainedModel(pl.LightningModule):
             return []
         return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
 
+    def check_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Raise `UserError` for settings that torch accepts although they reverse or disable learning."""
+        if self.closed_form:
+            return
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            check_positive("model.optimizer.lr", float(group["lr"]))
+            check_non_negative("model.optimizer.weight_decay", group.get("weight_decay", 0))
+            for name in ("momentum", "dampening"):
+                if not 0 <= group.get(name, 0) < 1:
+                    raise UserError(f"model.optimizer.{name}={group[name]} must be in [0, 1).")
+            if group.get("maximize"):
+                raise UserError("model.optimizer.maximize=true would maximise the loss: use maximize=false.")
+
     def configure_optimizers(self) -> Any:
         """Create the optimisers and their learning-rate schedulers, which are updated after every training step."""
         optimizers = self.build_optimizers()
         if not optimizers:
             return None
+        self.check_optimizers(optimizers)
         lr_schedule = self.lr_schedule
         if lr_schedule is None:
             return optimizers if len(optimizers) > 1 else optimizers[0]
@@ -459,8 +479,11 @@ class TrainedModel(pl.LightningModule):
         return (*(["label"] if self.conditional else []), *self.spec.conditions)
 
     def select_conditions(self, cond: Cond | None) -> Cond:
-        """Restrict conditions to those that the model uses."""
-        return {name: value for name, value in (cond or {}).items() if name in self.condition_names}
+        """Restrict conditions to those that the model uses, and cast float64 models' conditions to float64."""
+        used = {name: value for name, value in (cond or {}).items() if name in self.condition_names}
+        if self.dtype != torch.float64:
+            return used
+        return {name: value.double() if value.is_floating_point() else value for name, value in used.items()}
 
     def label(self, cond: Cond) -> Tensor | None:
         """Return the class of each image, (n,), or None for an unconditional model.

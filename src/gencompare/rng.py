@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,12 +41,14 @@ class RandomSource:
         start: index of the first sample on this process.
         stop: one past the index of the last sample on this process.
         total: size of the global batch.
+        dtype: float32 or float64, the type of the numbers. The draws are the same in both.
     """
 
     generator: torch.Generator
     start: int
     stop: int
     total: int
+    dtype: torch.dtype = field(default_factory=lambda: full_precision(torch.get_default_dtype()))
 
     @classmethod
     def for_batch(cls, generator: torch.Generator, batch_size: int) -> RandomSource:
@@ -60,30 +62,34 @@ class RandomSource:
     def device(self) -> torch.device:
         return self.generator.device
 
+    def whole_batch(self) -> RandomSource:
+        """Create a source for all samples of the global batch, which draws the same on all processes."""
+        return replace(self, start=0, stop=self.total)
+
     def strided(self, stride: int, offset: int) -> RandomSource:
         """Create a source for a smaller batch: samples ``offset``, ``offset + stride``, ... of the global batch.
 
         The result is independent of the number of processes, because indices refer to the global batch.
         """
         start, stop, total = (-((offset - rows) // stride) for rows in (self.start, self.stop, self.total))
-        return RandomSource(self.generator, start, stop, total)
+        return replace(self, start=start, stop=stop, total=total)
 
     def _local(self, values: Tensor) -> Tensor:
         return values[self.start : self.stop]
 
-    def normal(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(self, shape: Sequence[int] = ()) -> Tensor:
         """Draw standard normal numbers, (n, \\*shape) for n samples on this process."""
-        return self._local(torch.randn(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
+        return self._local(draw_normal((self.total, *shape), self.generator, dtype=self.dtype))
 
-    def uniform(self, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+    def uniform(self, shape: Sequence[int] = ()) -> Tensor:
         """Draw uniform numbers in [0, 1) of shape (n, \\*shape), where this process has n samples."""
-        return self._local(torch.rand(self.total, *shape, generator=self.generator, device=self.device, dtype=dtype))
+        return self._local(draw_uniform((self.total, *shape), self.generator, dtype=self.dtype))
 
     def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
         """Draw uniform integers from 0 to ``high - 1`` of shape (n, \\*shape), where this process has n samples."""
         return self._local(torch.randint(high, (self.total, *shape), generator=self.generator, device=self.device))
 
-    def stratified(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def stratified(self) -> Tensor:
         r"""Draw low-discrepancy uniform numbers in [0, 1), (n,) for n samples on this process.
 
         Sample :math:`i` gets :math:`(u + i / \mathrm{total}) \bmod 1` with one :math:`u \sim U[0, 1)` per batch. Each
@@ -91,11 +97,54 @@ class RandomSource:
         over times (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1,
         https://arxiv.org/abs/2107.00630).
         """
-        offset = torch.rand((), generator=self.generator, device=self.device, dtype=dtype)
-        rows = torch.arange(self.start, self.stop, device=self.device, dtype=dtype)
+        offset = draw_uniform((), self.generator, dtype=self.dtype)
+        rows = torch.arange(self.start, self.stop, device=self.device, dtype=self.dtype)
         return (offset + rows / self.total) % 1.0
 
 
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, and float32 for any other floating-point type."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def draw_normal(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw standard normal numbers, generated on the generator's device.
+
+    float64 numbers are cast from float32 draws, so a model gets the same random numbers in both precisions.
+
+    Args:
+        shape: shape of the result.
+        generator: source of the numbers.
+        device: device of the result; None for the generator's.
+        dtype: type of the result.
+    """
+    drawn = torch.float32 if dtype == torch.float64 else dtype
+    noise = torch.randn(*shape, generator=generator, device=generator.device, dtype=drawn)
+    return noise.to(device or generator.device, dtype)
+
+
+def draw_uniform(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw uniform numbers in [0, 1); see `draw_normal`."""
+    drawn = torch.float32 if dtype == torch.float64 else dtype
+    noise = torch.rand(tuple(shape), generator=generator, device=generator.device, dtype=drawn)
+    return noise.to(device or generator.device, dtype)
+
+
 def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw standard normal numbers with the shape, dtype and device of ``x``, generated on the generator's device."""
-    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
+    """Draw standard normal numbers with the shape, dtype and device of ``x``; see `draw_normal`."""
+    return draw_normal(x.shape, generator, x.device, x.dtype)
+
+
+def uniform_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw uniform numbers in [0, 1) with the shape, dtype and device of ``x``; see `draw_normal`."""
+    return draw_uniform(x.shape, generator, x.device, x.dtype)

@@ -235,6 +235,10 @@ def _columns(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]
 # Noise schedules
 
 
+LOWEST_LOG_SNR = -25.0
+"""Lowest log-SNR that charts show. Published schedules end above it, except those without any signal at their end."""
+
+
 def noise_schedules(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> list[Chart]:
     """Create one chart of the log-SNR over time for all runs with a noise schedule."""
     lines = []
@@ -242,6 +246,7 @@ def noise_schedules(runs: Iterable[RunFolder], style: Mapping[str, Style]) -> li
         t, log_snr = (_floats(run.record.model.get("noise_schedule"), name) for name in ("t", "log_snr"))
         if len(t) and t.shape == log_snr.shape and np.isfinite([t, log_snr]).all():
             own = style[run.label]
+            log_snr = np.maximum(log_snr, LOWEST_LOG_SNR)
             lines.append(PlotLine(t, log_snr, own.color, own.dash, name=run.title, legend_name=own.name))
     return [limit_lines(Chart("Log-SNR", lines, "time (0: data, 1: noise)"))] if lines else []
 
@@ -276,6 +281,9 @@ def draw_schedules(curves: Mapping[str, ScheduleCurve]) -> Figure:
     density.set_xlabel("log-SNR (noise on the left, data on the right)")
     sigma.set_yscale("log")
     alpha.set_ylim(-0.03, 1.06)
+    if min(float(c["log_snr"].min()) for c in curves.values()) < LOWEST_LOG_SNR:
+        snr.set_ylim(bottom=LOWEST_LOG_SNR)
+        density.set_xlim(left=LOWEST_LOG_SNR)
     # The density may be huge where the first or last step of a discrete schedule is very short.
     density.set_ylim(0, 1.15 * max(float(np.quantile(c["density"], 0.98)) for c in curves.values()))
     figure.legend(*snr.get_legend_handles_labels(), loc="outside right center", frameon=False)

@@ -8,8 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gencompare.diffusion.schedules import NoiseSchedule, VarianceExploding, VariancePreserving, check_sigmas
-from gencompare.errors import UserError
+from gencompare.diffusion.schedules import (
+    ZERO_SNR,
+    NoiseSchedule,
+    VarianceExploding,
+    VariancePreserving,
+    check_sigmas,
+)
+from gencompare.errors import UserError, check_counts, check_non_negative, check_positive
 
 
 class LogSNRTable(NoiseSchedule):
@@ -51,18 +57,44 @@ class BetaTable(LogSNRTable, VariancePreserving):
     At time i / T, :math:`\alpha^2` equals :math:`\bar\alpha_i = \prod_{j \le i} (1 - \beta_j)`, exactly. Ho et al.
     (2020), "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239.
 
+    With :math:`\beta_T = 1`, :math:`x_T` is pure noise and sampling starts from exactly what the model was trained on
+    (zero terminal SNR, Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps Are Flawed",
+    https://arxiv.org/abs/2305.08891). The log-SNR of this step is stored as `ZERO_SNR`. It needs a parameterisation
+    that predicts the image there, such as `V` or `X0`, and a loss that trains it.
+
     Args:
-        betas: beta_1 to beta_T, each in (0, 1). Sums are computed in float64.
+        betas: beta_1 to beta_T, each in (0, 1); the last may be 1. Sums are computed in float64.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         beta = torch.as_tensor(betas, dtype=torch.float64)
         if beta.ndim != 1 or len(beta) < 2:
             raise UserError(f"A table of betas needs at least 2 steps, not {beta.numel()}.")
-        if not ((beta > 0) & (beta < 1)).all():
-            raise UserError("Every beta of a noise schedule must lie strictly between 0 and 1.")
+        if not ((beta > 0) & (beta < 1))[:-1].all() or not 0 < beta[-1] <= 1:
+            raise UserError("Every beta of a noise schedule must lie strictly between 0 and 1; only the last may be 1.")
         log_alpha_bar = torch.log1p(-beta).cumsum(0)
-        super().__init__(log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
+        log_snr = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+        if beta[-1] == 1:
+            if log_snr[-2] <= ZERO_SNR:
+                raise UserError(
+                    f"The log-SNR before a last beta of 1 must be above {ZERO_SNR:g}: lower the other betas."
+                )
+            log_snr[-1] = ZERO_SNR
+        super().__init__(log_snr)
+
+
+def rescale_to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    r"""Rescale betas (T,) so that no signal is left at step T, and the first step is unchanged.
+
+    .. math:: \sqrt{\bar\alpha_i} \leftarrow \sqrt{\bar\alpha_1}\,
+        \frac{\sqrt{\bar\alpha_i} - \sqrt{\bar\alpha_T}}{\sqrt{\bar\alpha_1} - \sqrt{\bar\alpha_T}}
+
+    Lin et al. (2023), "Common Diffusion Noise Schedules and Sample Steps Are Flawed", algorithm 1,
+    https://arxiv.org/abs/2305.08891.
+    """
+    alpha = torch.exp(torch.log1p(-betas.double()).cumsum(0) / 2)
+    alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])).square()
+    return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
 
 class LinearBetas(BetaTable):
@@ -77,6 +109,7 @@ class LinearBetas(BetaTable):
             same noise level.
         num_train_timesteps: T, the number of steps.
         power: p.
+        zero_terminal_snr: rescale the betas so that the last is 1: `rescale_to_zero_terminal_snr`.
     """
 
     def __init__(
@@ -85,12 +118,14 @@ class LinearBetas(BetaTable):
         beta_end: float = 0.02,
         num_train_timesteps: int = 1000,
         power: float = 1.0,
+        zero_terminal_snr: bool = False,
     ) -> None:
         _check_betas("Linear", beta_start, beta_end)
-        if power <= 0:
-            raise UserError(f"schedule.power={power} must be positive.")
+        check_counts("schedule", minimum=2, num_train_timesteps=num_train_timesteps)
+        check_positive("schedule.power", power)
         ends = beta_start ** (1 / power), beta_end ** (1 / power)
-        super().__init__(torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** power)
+        betas = torch.linspace(*ends, num_train_timesteps, dtype=torch.float64) ** power
+        super().__init__(rescale_to_zero_terminal_snr(betas) if zero_terminal_snr else betas)
 
 
 class CosineBetas(BetaTable):
@@ -102,12 +137,14 @@ class CosineBetas(BetaTable):
     Args:
         s: offset that keeps beta from being too small near t = 0.
         num_train_timesteps: T, the number of steps.
-        beta_max: upper bound on every beta.
+        beta_max: upper bound on every beta; with 1, the last beta is 1 (zero terminal SNR).
     """
 
     def __init__(self, s: float = 0.008, num_train_timesteps: int = 1000, beta_max: float = 0.999) -> None:
-        if s < 0:
-            raise UserError(f"schedule.s={s} must be at least 0.")
+        check_counts("schedule", minimum=2, num_train_timesteps=num_train_timesteps)
+        check_non_negative("schedule.s", s)
+        if not 0 < beta_max <= 1:
+            raise UserError(f"schedule.beta_max={beta_max} must be in (0, 1]; with 1, the last step is pure noise.")
         t = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos(torch.pi / 2 * (t + s) / (1 + s)) ** 2
         super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
@@ -127,6 +164,7 @@ class SigmoidBetas(BetaTable):
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, num_train_timesteps: int = 1000) -> None:
         _check_betas("Sigmoid", beta_start, beta_end)
+        check_counts("schedule", minimum=2, num_train_timesteps=num_train_timesteps)
         u = torch.linspace(-6, 6, num_train_timesteps, dtype=torch.float64)
         super().__init__(beta_start + (beta_end - beta_start) * torch.sigmoid(u))
 

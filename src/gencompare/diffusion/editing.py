@@ -102,13 +102,13 @@ def inpaint(
     if known.dtype != torch.bool:
         raise UserError("inpaint: `known` must be a bool tensor that marks the known pixels.")
     schedule = denoiser.schedule
-    times = sampler.times(schedule)
+    times = sampler.times(schedule).to(image.dtype)
 
     def replace_known(x: Tensor, t: Tensor) -> Tensor:
         at = schedule.at(t.to(x.device), x)
         return torch.where(known, at.alpha * image + at.sigma * normal_like(image, generator), x)
 
-    x = replace_known(schedule.prior(image.shape, generator, image.device, t=times[0]).to(image.dtype), times[0])
+    x = replace_known(schedule.prior(image.shape, generator, image.device, t=times[0]), times[0])
     for step in sampler.iterate(denoiser, x, cond, generator=generator, times=times):
         # In place: the sampler continues from the tensor that it yields.
         x = step.x.copy_(replace_known(step.x, step.t))
@@ -174,7 +174,7 @@ def ode_times(denoiser: DenoiserProtocol, x: Tensor) -> Tensor:
     """Return `NUM_ODE_STEPS` evenly spaced times from noise to image, or all discrete times if there are fewer."""
     discrete_times = denoiser.schedule.discrete_times
     num_steps = NUM_ODE_STEPS if discrete_times is None else min(NUM_ODE_STEPS, len(discrete_times))
-    return UniformGrid()(denoiser.schedule, num_steps).to(x.device)
+    return UniformGrid()(denoiser.schedule, num_steps).to(x)
 
 
 def interpolation(denoiser: DenoiserProtocol, x: Tensor, cond: Cond) -> Tensor:
@@ -230,7 +230,7 @@ def trajectory_rows(
         Two rows per sample: the states of the sampler, and the predicted images.
     """
     schedule, n = denoiser.schedule, min(NUM_TRAJECTORIES, len(x))
-    noise = schedule.prior((n, *x.shape[1:]), generator, x.device, t=sampler.times(schedule)[0])
+    noise = schedule.prior((n, *x.shape[1:]), generator, x.device, t=sampler.times(schedule)[0].to(x.dtype))
     cond = {name: value[:n] for name, value in cond.items()}
     path = trajectory(sampler, denoiser, noise, cond, count=NUM_TRAJECTORY_TIMES, generator=generator)
     states = normalize_states(path.states, path.times, schedule)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
+from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError, check_number
 
 
@@ -208,6 +208,7 @@ class ClassifierGuidance(Guidance):
             return prediction
         at = denoiser.schedule.at(t, x_t)
         shift = self.scale * at.sigma * self._gradient(x_t, t, cond["label"])
+        shift = torch.where(at.log_snr < NO_SIGNAL, 0.0, shift)  # pure noise says nothing about the class
         return prediction._replace(x0=prediction.x0 + at.sigma / at.alpha * shift, eps=prediction.eps - shift)
 
     def _gradient(self, x_t: Tensor, t: Tensor, label: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
 from gencompare.diffusion.objectives import DataLikelihood, normal_log_prob
 from gencompare.diffusion.variational_objectives import chain_times, prior_kl, reconstruction_nll, step_kl
 from gencompare.errors import UserError
-from gencompare.rng import normal_like
+from gencompare.rng import draw_uniform, normal_like, uniform_like
 
 
 class LikelihoodMethod(ABC):
@@ -84,7 +84,7 @@ class ODELikelihood(LikelihoodMethod):
     exact_trace: bool = False
 
     def __post_init__(self) -> None:
-        if self.rtol <= 0 or self.atol <= 0:
+        if not (self.rtol > 0 and self.atol > 0):
             raise UserError(f"likelihoods.ode: rtol={self.rtol} and atol={self.atol} must be positive.")
 
     @torch.no_grad()
@@ -96,8 +96,7 @@ class ODELikelihood(LikelihoodMethod):
         num_values = x0[0].numel()
         if likelihood.num_bins is not None:
             width = 2 / (likelihood.num_bins - 1)
-            noise = torch.rand(x0.shape, generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
-            x0, nats = x0 + width * (noise - 0.5), nats - num_values * math.log(width)
+            x0, nats = x0 + width * (uniform_like(x0, generator) - 0.5), nats - num_values * math.log(width)
         return {"density": likelihood.bits_per_dim(nats - self.log_density(denoiser, x0, cond, generator))}
 
     @torch.no_grad()
@@ -233,6 +232,8 @@ class VLBLikelihood(LikelihoodMethod):
         else:
             # Importance sampling: the probability of a step is the fraction of the log-SNR range that it spans.
             log_snr = schedule.log_snr(times).to(x0.dtype)
+            if schedule.ends_in_pure_noise:  # whose span says nothing about the size of its term
+                log_snr[-1] = log_snr[-2] - 1
             cdf = (log_snr[0] - log_snr[1:]) / (log_snr[0] - log_snr[-1])
             probability = cdf.diff(prepend=cdf.new_zeros(1))
             uniform = _stratified_uniform(self.num_samples, x0, generator)
@@ -241,11 +242,11 @@ class VLBLikelihood(LikelihoodMethod):
         for i, weight in steps:
             at_t, at_s, eps = schedule.at(times[i], x0), schedule.at(times[i - 1], x0), normal_like(x0, generator)
             prediction = denoiser(at_t.alpha * x0 + at_t.sigma * eps, times[i], cond)
-            nats += weight * step_kl(prediction, eps, at_t, at_s)
+            nats += weight * step_kl(prediction, eps, at_t, at_s, x0)
         return nats
 
 
 def _stratified_uniform(num_samples: int, x0: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Draw one uniform number per image from each of ``num_samples`` equal strata, as a list of tensors (n,)."""
-    u = torch.rand(num_samples, len(x0), generator=generator, device=generator.device, dtype=x0.dtype).to(x0.device)
+    u = draw_uniform((num_samples, len(x0)), generator, x0.device, x0.dtype)
     return list((u + torch.arange(num_samples, device=x0.device)[:, None]) / num_samples)

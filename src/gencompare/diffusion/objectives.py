@@ -18,8 +18,9 @@ from torch import Tensor
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.parameterizations import Parameterization
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
-from gencompare.diffusion.times import TimeDistribution, UniformTimes
-from gencompare.errors import UserError
+from gencompare.diffusion.times import LogNormalTimes, TimeDistribution, UniformTimes
+from gencompare.distributed import gather_global_batch
+from gencompare.errors import UserError, check_non_negative, check_positive
 from gencompare.rng import RandomSource
 
 
@@ -108,8 +109,7 @@ class MinSNRWeighting(Weighting):
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.gamma <= 0:
-            raise UserError(f"weighting.gamma={self.gamma} must be positive.")
+        check_positive("weighting.gamma", self.gamma)
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return (self.gamma * torch.exp(-at.log_snr)).clamp(max=1.0)
@@ -130,8 +130,7 @@ class EDMWeighting(Weighting):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise UserError(f"weighting.sigma_data={self.sigma_data} must be positive.")
+        check_positive("weighting.sigma_data", self.sigma_data)
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return 1 + torch.exp(-at.log_snr) / self.sigma_data**2
@@ -152,10 +151,8 @@ class P2Weighting(Weighting):
     k: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.gamma < 0 or self.k <= 0:
-            raise UserError(
-                f"weighting.gamma={self.gamma}, weighting.k={self.k}: gamma must be at least 0, and k positive."
-            )
+        check_non_negative("weighting.gamma", self.gamma)
+        check_positive("weighting.k", self.k)
 
     def __call__(self, at: ScheduleValues) -> Tensor:
         return (self.k + torch.exp(at.log_snr)) ** -self.gamma
@@ -186,6 +183,22 @@ class LikelihoodWeighting(Weighting):
         return -at.dlog_snr_dt
 
 
+def check_trains_last_step(weighting: Weighting, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+    """Raise `UserError` if ``weighting`` gives no weight to the network output at a last step of pure noise.
+
+    Sampling starts from this step. Its error in eps is 0 whatever the network predicts, so only a weighting that grows
+    like 1 / SNR trains it.
+    """
+    if not schedule.ends_in_pure_noise:
+        return
+    at = schedule.at(torch.tensor(schedule.t_max, device=schedule.device, dtype=schedule.dtype))
+    if not float(weighting(at) * parameterization.eps_jacobian(at).square()) > 1e-6:
+        raise UserError(
+            f"{type(schedule).__name__} ends in pure noise (zero terminal SNR), where {type(weighting).__name__} has no"
+            " weight, so the step that sampling starts with would never be trained: use model/objective=uniform_v."
+        )
+
+
 class Coupling(ABC):
     """Base class of couplings, which pair a batch of images with noise."""
 
@@ -201,6 +214,17 @@ class Coupling(ABC):
             The permuted noise, (n, C, H, W).
         """
 
+    @torch.no_grad()
+    def draw(self, x0: Tensor, rng: RandomSource) -> Tensor:
+        """Draw the noise of the images ``x0`` (n, C, H, W) on this process, paired over the global batch.
+
+        All processes pair the same global batch, and each keeps its rows. If ``rng`` is not divided among processes, as
+        under a plain Trainer, each process pairs its own batch.
+        """
+        eps = rng.whole_batch().normal(x0.shape[1:]).to(x0.dtype)
+        paired = self(gather_global_batch(x0, rng.start, rng.total), eps)
+        return paired[rng.start : rng.stop]
+
 
 @dataclass(frozen=True)
 class IndependentCoupling(Coupling):
@@ -209,15 +233,19 @@ class IndependentCoupling(Coupling):
     def __call__(self, x0: Tensor, eps: Tensor) -> Tensor:
         return eps
 
+    def draw(self, x0: Tensor, rng: RandomSource) -> Tensor:
+        return rng.normal(x0.shape[1:]).to(x0.dtype)
+
 
 @dataclass(frozen=True)
 class MinibatchOT(Coupling):
     r"""Minibatch optimal transport: the pairing that minimises :math:`\sum \|x_0 - \epsilon\|^2`, exactly.
 
     Paths from noise to image cross less, so fewer sampling steps suffice. The network no longer estimates the score of
-    p(x_t), so use deterministic samplers. Each rank pairs its own part of the batch, so training depends on the number
-    of ranks. The cost is O(n^3) on the CPU, about 10 ms for 256 images. Tong et al. (2023), "Improving and Generalizing
-    Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2, https://arxiv.org/abs/2302.00482.
+    p(x_t), so use deterministic samplers. The global batch is paired, on every process, so training does not depend on
+    the number of processes. The cost is O(n^3) on the CPU, about 10 ms for 256 images. Tong et al. (2023), "Improving
+    and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2,
+    https://arxiv.org/abs/2302.00482.
     """
 
     @torch.no_grad()
@@ -280,9 +308,17 @@ class WeightedMSE(Objective):
     times: TimeDistribution = field(default_factory=UniformTimes)
     coupling: Coupling = field(default_factory=IndependentCoupling)
 
+    def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
+        check_trains_last_step(self.weighting, schedule, parameterization)
+        if schedule.ends_in_pure_noise and isinstance(self.times, LogNormalTimes):
+            raise UserError(
+                f"{type(schedule).__name__} ends in pure noise (zero terminal SNR), which LogNormalTimes never draws:"
+                " use model/objective=uniform_v."
+            )
+
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         t = self.times(denoiser.schedule, rng)
-        eps = self.coupling(x0, rng.normal(x0.shape[1:]).to(x0.dtype))
+        eps = self.coupling.draw(x0, rng)
         batch = NoisyBatch.make(x0, eps, t, denoiser.schedule.at(t, x0))
         out = denoiser.output(batch.x_t, t, batch.at, cond)
         eps_mse = batch.squared_eps_error(denoiser, out).flatten(1).mean(1)

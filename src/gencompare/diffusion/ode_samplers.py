@@ -13,7 +13,7 @@ from torch import Tensor
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import Sampler, Step, steps_between
-from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
+from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
@@ -27,7 +27,7 @@ class Euler(Sampler):
     Song et al. (2021), "Score-Based Generative Modeling through SDEs", eq. 13, https://arxiv.org/abs/2011.13456. Under
     rectified flow this is :math:`x_t + (s - t)(\epsilon - x_0)` (Liu et al. 2022, "Flow Straight and Fast", eq. 1,
     https://arxiv.org/abs/2209.03003) and equals `DDIM`, because alpha and sigma are linear in time. The step into clean
-    data, and a step that would make sigma negative, are DDIM steps.
+    data, a step out of pure noise, and a step that would make sigma negative are DDIM steps.
     """
 
     order = 1
@@ -42,7 +42,8 @@ class Euler(Sampler):
             delta_sigma = h * at_t.sigma * (at_t.dlog_alpha_dt - at_t.dlog_snr_dt / 2)
             euler = x + delta_alpha * prediction.x0 + delta_sigma * prediction.eps
             ddim = at_s.alpha * prediction.x0 + at_s.sigma * prediction.eps
-            x = torch.where((at_t.sigma + delta_sigma < 0) | (at_s.sigma == 0), ddim, euler)
+            use_ddim = (at_t.sigma + delta_sigma < 0) | (at_s.sigma == 0) | (at_t.log_snr < NO_SIGNAL)
+            x = torch.where(use_ddim, ddim, euler)
             yield Step(s, x, prediction)
 
 
@@ -93,7 +94,9 @@ class Heun(Sampler):
                 x, t, at_t = self._churn(denoiser.schedule, x, t, at_t, gamma, generator)
             prediction = denoiser(x, t, cond)
             x_t, eps_t = x, prediction.eps
-            x = euler_step(x_t, eps_t, at_t, at_s)
+            ddim = at_s.alpha * prediction.x0 + at_s.sigma * prediction.eps
+            # The same, but eps does not determine x_0 where x_t is pure noise.
+            x = torch.where(at_t.log_snr < NO_SIGNAL, ddim, euler_step(x_t, eps_t, at_t, at_s))
             if at_s.sigma / at_s.alpha * self.MAX_NOISE_RATIO >= at_t.sigma / at_t.alpha:
                 prediction = denoiser(x, s, cond)
                 x = euler_step(x_t, (eps_t + prediction.eps) / 2, at_t, at_s)
@@ -197,7 +200,7 @@ class UniPC(Sampler):
                     moment2 = 1 - 2 * moment1 / h
                     slope_weight = (moment1 - moment2) / (1 + previous[0] / h)
                     correction_weight = moment1 - slope_weight
-                elif previous:
+                elif previous or at_t.log_snr < NO_SIGNAL:
                     correction_weight = 0.0
                 prediction = denoiser(x + at_s.alpha * b * h / 2 * slope, s, cond)
                 x = x + at_s.alpha * (slope_weight * h * slope + correction_weight * (prediction.x0 - x0))
@@ -247,6 +250,9 @@ class RK45(Sampler):
     MIN_STEP: ClassVar[float] = 1e-4
     """Minimum step size in log-SNR. Below it, an image would take about a million denoiser calls."""
 
+    FIRST_LOG_SNR: ClassVar[float] = -12.0
+    """Log-SNR at which the integration starts after pure noise. The step to it has an error of the order of its SNR."""
+
     rtol: float = 1e-5
     atol: float = 1e-5
 
@@ -265,6 +271,15 @@ class RK45(Sampler):
     ) -> Iterator[Step]:
         h = 1.0  # step size in log-SNR
         for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+            if at_t.log_snr < NO_SIGNAL:
+                # y = x / alpha is not finite: take a DDIM step to where the image first shows.
+                prediction = denoiser(x, t, cond)
+                t = denoiser.schedule.t_from_log_snr(times.new_tensor(self.FIRST_LOG_SNR)).maximum(s)
+                at_t = denoiser.schedule.at(t, x)
+                x = at_t.alpha * prediction.x0 + at_t.sigma * prediction.eps
+                if t == s:
+                    yield Step(s, x, prediction)
+                    continue
             # Evaluate at every grid point, because the caller may have changed x (inpainting).
             state = _State.evaluate(denoiser, x / at_t.alpha, t, float(at_t.log_snr), cond)
             if at_s.sigma == 0:

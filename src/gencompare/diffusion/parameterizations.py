@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gencompare.diffusion.discrete_schedules import snap_to_integer
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_positive
 
 
 class NoiseConditioning(ABC):
@@ -50,8 +50,7 @@ class LogSNRConditioning(NoiseConditioning):
     limit: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.limit <= 0:
-            raise UserError(f"noise_conditioning.limit={self.limit} must be positive.")
+        check_positive("noise_conditioning.limit", self.limit)
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
         return (at.log_snr.flatten().clamp(-self.limit, self.limit) + self.limit) * (500 / self.limit)
@@ -155,6 +154,8 @@ class Parameterization(ABC):
     """Number of network output channels per image channel."""
     learns_variance = False
     """Whether the network also predicts the variance of the reverse step."""
+    predicts_x0_of_noise = False
+    """Whether the network output determines x_0 also where x_t is pure noise (alpha = 0)."""
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
         """Compute the inputs of the network.
@@ -173,6 +174,11 @@ class Parameterization(ABC):
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise `UserError` if the parameterisation is undefined under ``schedule``."""
         self.noise_conditioning.check(schedule)
+        if schedule.ends_in_pure_noise and not self.predicts_x0_of_noise:
+            raise UserError(
+                f"{type(schedule).__name__} ends in pure noise (zero terminal SNR), where {type(self).__name__} does"
+                " not determine the image: use model/parameterization=v or x0, or a last beta below 1."
+            )
 
     def target_channels(self, out: Tensor) -> Tensor:
         """Select the channels of the network output to compare with ``target``, shaped like x_t."""
@@ -232,6 +238,8 @@ class Eps(Parameterization):
 class X0(Parameterization):
     r"""The network predicts the image :math:`x_0`."""
 
+    predicts_x0_of_noise = True
+
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         return x0
 
@@ -248,6 +256,8 @@ class V(Parameterization):
     v has the same scale at every noise level. Salimans and Ho (2022), "Progressive Distillation", appendix D,
     https://arxiv.org/abs/2202.00512, for alpha^2 + sigma^2 = 1; the square root extends v to other schedules.
     """
+
+    predicts_x0_of_noise = True
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         return (at.alpha * eps - at.sigma * x0) / _scale(at)
@@ -329,12 +339,13 @@ class EDMPreconditioning(Parameterization):
         sigma_data: d, the standard deviation of the data.
     """
 
+    predicts_x0_of_noise = True
+
     noise_conditioning: NoiseConditioning = field(default_factory=LogSigmaConditioning)
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.sigma_data <= 0:
-            raise UserError(f"parameterization.sigma_data={self.sigma_data} must be positive.")
+        check_positive("parameterization.sigma_data", self.sigma_data)
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
         x_t, noise_cond = super().network_input(x_t, t, at)
@@ -368,6 +379,8 @@ class PosteriorMean(Parameterization):
     a small error in the network output is a large error in eps; train with the variational bound. Ho et al. (2020),
     "Denoising Diffusion Probabilistic Models", eq. 7 and table 2, https://arxiv.org/abs/2006.11239.
     """
+
+    predicts_x0_of_noise = True
 
     def check(self, schedule: NoiseSchedule) -> None:
         super().check(schedule)
@@ -415,7 +428,7 @@ class LearnedVariance(Parameterization):
     learns_variance = True
 
     def check(self, schedule: NoiseSchedule) -> None:
-        super().check(schedule)
+        self.noise_conditioning.check(schedule)
         self.inner.check(schedule)
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:

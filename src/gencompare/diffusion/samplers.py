@@ -99,7 +99,8 @@ class Sampler(ABC):
         if times is None:
             times = self.times(denoiser.schedule)
         check_times(times, denoiser.schedule)
-        return self.trajectory(denoiser, x, times.to(x.device), cond or {}, generator)
+        times = times.to(x.device, torch.promote_types(times.dtype, x.dtype))
+        return self.trajectory(denoiser, x, times, cond or {}, generator)
 
     def sample(
         self,

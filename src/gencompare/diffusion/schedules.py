@@ -13,12 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_positive
 from gencompare.hyperparameters import StoresArguments
+from gencompare.rng import draw_normal, full_precision
 
 MAX_START_LOG_SNR = -4.0
 """Highest log-SNR at which sampling may start from pure noise: the remaining fraction alpha = 0.13 of the image is
 considered negligible. Published schedules end lower, between -5 (VDM) and -20."""
+ZERO_SNR = -60.0
+"""The log-SNR that stands for a signal-to-noise ratio of 0. There alpha is 1e-13, so that alpha x_0 is lost in the
+rounding of x_t, while ratios of alphas and their squares are finite in float32."""
+NO_SIGNAL = -50.0
+"""Below this log-SNR, x_t is pure noise: eps is x_t itself and does not determine x_0."""
 CLEAN = -1.0
 """The time that stands for clean data. It is not 0, because a schedule may still have noise at time 0."""
 
@@ -134,6 +140,17 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         """Device of the tables or parameters. If there are none, None: values are on the device of the times."""
         return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tables or parameters; torch's default type if there are none."""
+        return next((tensor.dtype for tensor in [*self.parameters(), *self.buffers()]), torch.get_default_dtype())
+
+    @property
+    @torch.no_grad()
+    def ends_in_pure_noise(self) -> bool:
+        """Whether no signal is left at t_max (zero terminal SNR, Lin et al. 2023, https://arxiv.org/abs/2305.08891)."""
+        return bool(self.log_snr(torch.tensor(self.t_max, device=self.device, dtype=self.dtype)) < NO_SIGNAL)
+
     def at(self, t: Tensor, x: Tensor | None = None) -> ScheduleValues:
         """Evaluate alpha, sigma, the log-SNR and their derivatives at times ``t``.
 
@@ -198,9 +215,10 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
             t: first time of the sampling grid, (); None for t_max.
 
         Returns:
-            The noise, float32.
+            The noise, in the dtype of ``t``, or the default dtype without it.
         """
-        noise = torch.randn(*shape, generator=generator, device=generator.device).to(device)
+        dtype = torch.get_default_dtype() if t is None else full_precision(t.dtype)
+        noise = draw_normal(shape, generator, device, dtype)
         return noise * (self.prior_std if t is None else self.prior_std_at(t.to(device)))
 
     @torch.no_grad()
@@ -480,8 +498,7 @@ class EDMSchedule(VarianceExploding):
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__()
         check_sigmas(type(self).__name__, sigma_min, sigma_max)
-        if rho <= 0:
-            raise UserError(f"EDMSchedule: rho={rho} must be positive.")
+        check_positive("schedule.rho", rho)
         self.rho = rho
         self.root_min = sigma_min ** (1 / rho)
         self.root_range = sigma_max ** (1 / rho) - self.root_min

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gencompare.diffusion.schedules import CLEAN, NoiseSchedule
-from gencompare.errors import UserError
+from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, NoiseSchedule
+from gencompare.errors import UserError, check_positive
 from gencompare.rng import RandomSource
 
 
@@ -52,7 +52,7 @@ class _PowerGrid(TimeGrid):
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         discrete_times = schedule.discrete_times
         if discrete_times is None:
-            times = self._spaced(schedule.t_max, schedule.t_min, num_steps).to(torch.get_default_dtype())
+            times = self._spaced(schedule.t_max, schedule.t_min, num_steps).to(schedule.dtype)
         else:
             times = discrete_times.cpu()[self._indices(len(discrete_times), num_steps)]
         return _append_clean(times, schedule)
@@ -118,8 +118,14 @@ class _LogSNRRangeGrid(TimeGrid):
 
     @torch.no_grad()
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
-        ends = torch.tensor([schedule.t_max, schedule.t_min], device=schedule.device)
+        ends = torch.tensor([schedule.t_max, schedule.t_min], device=schedule.device, dtype=schedule.dtype)
         low, high = schedule.log_snr(ends).tolist()
+        table = schedule.discrete_times
+        if low < NO_SIGNAL and self.log_snr_start is None and num_steps > 1 and table is not None:
+            # The first step leaves pure noise. The others are spaced from the step before it.
+            low = float(schedule.log_snr(table[-2]))
+            others = replace(self, log_snr_start=low)(schedule, num_steps - 1)
+            return torch.cat([others.new_tensor([schedule.t_max]), others])
         start = low if self.log_snr_start is None else _check_end("log_snr_start", self.log_snr_start, low, high)
         end = high if self.log_snr_end is None else _check_end("log_snr_end", self.log_snr_end, low, high)
         u = torch.linspace(0, 1, num_steps, dtype=torch.float64)
@@ -166,8 +172,7 @@ class KarrasGrid(_LogSNRRangeGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rho <= 0:
-            raise UserError(f"sampler.grid.rho={self.rho} must be positive.")
+        check_positive("sampler.grid.rho", self.rho)
 
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
         root_start, root_end = (math.exp(-0.5 * log_snr / self.rho) for log_snr in (start, end))
@@ -249,7 +254,7 @@ class LogNormalTimes(TimeDistribution):
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        _check_std("LogNormalTimes", self.std)
+        check_positive("LogNormalTimes.std", self.std)
 
     def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
         log_sigma = self.mean + self.std * rng.normal()
@@ -273,7 +278,7 @@ class LogitNormalTimes(TimeDistribution):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_std("LogitNormalTimes", self.std)
+        check_positive("LogitNormalTimes.std", self.std)
 
     def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
         u = torch.sigmoid(self.mean + self.std * rng.normal())
@@ -286,8 +291,3 @@ def _nearest_discrete_time(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     if discrete_times is None:
         return t
     return discrete_times[torch.bucketize(t, (discrete_times[1:] + discrete_times[:-1]).to(t.dtype) / 2)]
-
-
-def _check_std(name: str, std: float) -> None:
-    if std <= 0:
-        raise UserError(f"{name}: std={std} must be positive.")

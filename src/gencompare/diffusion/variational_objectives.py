@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -11,9 +12,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from gencompare.diffusion.denoiser import Cond, Denoiser
-from gencompare.diffusion.objectives import DataLikelihood, NoisyBatch, Objective, SimpleWeighting, Weighting
+from gencompare.diffusion.objectives import (
+    DataLikelihood,
+    NoisyBatch,
+    Objective,
+    SimpleWeighting,
+    Weighting,
+    check_trains_last_step,
+)
 from gencompare.diffusion.parameterizations import Parameterization, Prediction
-from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues, VariancePreserving
+from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues, VariancePreserving
 from gencompare.diffusion.times import UniformGrid
 from gencompare.errors import UserError
 from gencompare.rng import RandomSource
@@ -26,7 +34,7 @@ def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     return 0.5 * ((at.alpha * x0 / std).square() + ratio - 1 - ratio.log()).flatten(1).sum(1)
 
 
-def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
+def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues, x0: Tensor) -> Tensor:
     r"""Compute :math:`KL(q(x_s | x_t, x_0) \| p(x_s | x_t))` in nats, (n,), for s < t.
 
     The means differ by :math:`\alpha_s c\, (x_0 - \hat x_0)` with :math:`c = 1 - SNR_t / SNR_s`, and q has variance
@@ -36,9 +44,11 @@ def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: Sch
 
     If the variance of p is larger by the factor :math:`R^v`, with :math:`R = \sigma_t^2 / \sigma_s^2` and v the
     ``variance_fraction``, the divergence is :math:`(v \log R + R^{-v} (1 + E) - 1) / 2`, summed over the values of an
-    image.
+    image. If :math:`x_t` is pure noise, :math:`E = (SNR_s - SNR_t)\, \|x_0 - \hat x_0\|^2` is used instead.
     """
     kl = torch.expm1(at_s.log_snr - at_t.log_snr) * (eps - prediction.eps).square()
+    from_x0 = (at_s.log_snr.exp() - at_t.log_snr.exp()) * (x0 - prediction.x0).square()
+    kl = torch.where(at_t.log_snr < NO_SIGNAL, from_x0, kl)
     if prediction.variance_fraction is not None:
         log_ratio = prediction.variance_fraction * 2 * torch.log(at_t.sigma / at_s.sigma)  # v log R
         kl = log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * kl
@@ -101,7 +111,7 @@ class ContinuousVLB(Objective):
         assert self.likelihood is not None, "call with_likelihood() first"
         schedule, likelihood = denoiser.schedule, self.likelihood
         time_range = schedule.t_max - schedule.t_min
-        t = schedule.t_min + time_range * rng.stratified(x0.dtype)
+        t = schedule.t_min + time_range * rng.stratified()
         learned = any(p.requires_grad for p in schedule.parameters())
         at = LearnedScheduleGradients(schedule, t, x0) if learned else schedule.at(t, x0)
         batch = NoisyBatch.make(x0, rng.normal(x0.shape[1:]).to(x0.dtype), t, at)
@@ -228,7 +238,7 @@ def vlb_term(
     """Compute the term of each image's step in nats, (n,): the reconstruction at the first step, else the KL."""
     # Step 0 has no earlier step, so its divergence is discarded; a step from 0 to 0 keeps it finite.
     at_s = schedule.at(times[(step - 1).clamp(min=0)], batch.x0)
-    kl = step_kl(prediction, batch.eps, batch.at, at_s)
+    kl = step_kl(prediction, batch.eps, batch.at, at_s, batch.x0)
     return torch.where(step == 0, reconstruction_nll(prediction, batch.x0, batch.at, likelihood), kl)
 
 
@@ -253,7 +263,7 @@ class Hybrid(Objective):
     likelihood: DataLikelihood | None = None
 
     def __post_init__(self) -> None:
-        if self.vlb_weight <= 0:
+        if not 0 < self.vlb_weight < math.inf:
             raise UserError(
                 f"objective.vlb_weight={self.vlb_weight} must be positive; use model/objective=simple to train without"
                 " the bound."
@@ -271,6 +281,7 @@ class Hybrid(Objective):
                 " schedule: use a discrete schedule (model/schedule=cosine), or a fixed variance"
                 " (model/parameterization=eps model/objective=simple)."
             )
+        check_trains_last_step(self.weighting, schedule, parameterization)
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         return replace(self, likelihood=likelihood)

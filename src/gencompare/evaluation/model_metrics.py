@@ -177,6 +177,7 @@ def _num_batches(rows: Tensor) -> int:
 def _test_batch(model: Any, data: EvaluationData, rows: Tensor) -> tuple[Tensor, Cond]:
     """Return normalised test images and the conditions that the model uses."""
     x, cond = split_batch(data, "test", rows, torch.device(getattr(model, "device", "cpu")))
+    x = x.double() if getattr(model, "dtype", None) == torch.float64 else x
     return x, model.select_conditions(cond) if hasattr(model, "select_conditions") else cond
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from gencompare.distributed import all_reduce_sum, world_size
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_non_negative
 from gencompare.generative_model import Cond, DataSpec, TrainedModel
 from gencompare.models.adversarial import Hinge
 from gencompare.models.autoencoder_core import AutoencoderCore
@@ -120,12 +120,10 @@ class Autoencoder(TrainedModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(spec, **kwargs)
-        if perceptual_weight < 0 or adversarial_weight < 0 or not 0 <= adversarial_start <= 1:
-            raise UserError(
-                f"model.perceptual_weight={perceptual_weight}, model.adversarial_weight={adversarial_weight},"
-                f" model.adversarial_start={adversarial_start}: the weights must be at least 0, and the start"
-                " must be a fraction of the budget in [0, 1]."
-            )
+        check_non_negative("model.perceptual_weight", perceptual_weight)
+        check_non_negative("model.adversarial_weight", adversarial_weight)
+        if not 0 <= adversarial_start <= 1:
+            raise UserError(f"model.adversarial_start={adversarial_start} must be a fraction of the budget in [0, 1].")
         self.automatic_optimization = False
         self.coder = AutoencoderCore(spec, encoder=encoder, decoder=decoder, bottleneck=bottleneck)
         self.perceptual = None if perceptual is None else perceptual(channels=spec.shape[0])

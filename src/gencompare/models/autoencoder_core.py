@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.models.bottlenecks import Bottleneck
+from gencompare.networks.layers import at_least_float32
 from gencompare.rng import RandomSource
 
 
@@ -62,4 +63,4 @@ class AutoencoderCore(nn.Module):
         return self._decode(self.bottleneck.quantize(z))
 
     def _decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z).float() * self.mask - (1 - self.mask)
+        return at_least_float32(self.decoder(z)) * self.mask - (1 - self.mask)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.distributed import all_reduce_sum
-from gencompare.errors import TrainingStopped, UserError
+from gencompare.errors import TrainingStopped, UserError, check_non_negative
+from gencompare.networks.layers import at_least_float32
 from gencompare.rng import RandomSource
 
 
@@ -83,8 +84,7 @@ class GaussianPosterior(Bottleneck):
 
     def __init__(self, channels: int = 4, weight: float = 1e-3) -> None:
         super().__init__(channels)
-        if weight < 0:
-            raise UserError(f"model.bottleneck.weight={weight} must be at least 0.")
+        check_non_negative("model.bottleneck.weight", weight)
         self.weight = weight
 
     @property
@@ -101,7 +101,7 @@ class GaussianPosterior(Bottleneck):
         return self._moments(h)[0]
 
     def _moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_var = h.float().chunk(2, dim=1)
+        mean, log_var = at_least_float32(h).chunk(2, dim=1)
         return mean, log_var.clamp(*self.LOG_VAR_RANGE)
 
 
@@ -118,8 +118,9 @@ class VectorQuantizer(Bottleneck):
         m_k \leftarrow \gamma m_k + (1 - \gamma) \sum_i h_i, \quad e_k = m_k / N_k.
 
     A code whose :math:`N_k` falls below ``revival_threshold``, as a fraction of the mean usage, is reset to a random
-    vector of the batch. The metric ``perplexity``, the exponential of the entropy of code usage in the batch (1 to K),
-    measures how many codes are in use. All statistics are computed over the global batch.
+    vector of the batch, with a little noise (`NOISE`). The metric ``perplexity``, the exponential of the entropy of
+    code usage in the batch (1 to K), measures how many codes are in use. All statistics are computed over the global
+    batch.
 
     The codebook counts as collapsed if nearly all vectors have used only a few codes for as long as it takes to revive
     the others, plus `PATIENCE` steps; `check_collapse` then stops training. "A few" means 1/50 of the codes (or of the
@@ -140,6 +141,12 @@ class VectorQuantizer(Bottleneck):
     """Fraction of vectors assigned to a few codes that counts as a collapse; below 1, since revived codes get some
     vectors."""
 
+    NOISE = 0.01
+    """Standard deviation of the noise on a reset code, relative to that of the vectors. Without noise, codes that are
+    reset to equal vectors would differ by rounding only, and rounding, which depends on the number of processes, would
+    decide which of them is nearest. Dhariwal et al. (2020), "Jukebox", add noise of this size in their released code
+    (https://arxiv.org/abs/2005.00341)."""
+
     codebook: Tensor
     counts: Tensor
     sums: Tensor
@@ -156,7 +163,7 @@ class VectorQuantizer(Bottleneck):
         revival_threshold: float = 0.03,
     ) -> None:
         super().__init__(channels)
-        if num_codes < 2 or commitment < 0 or not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
+        if num_codes < 2 or not commitment >= 0 or not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
             raise UserError(
                 f"model.bottleneck with num_codes={num_codes}, commitment={commitment}, decay={decay},"
                 f" revival_threshold={revival_threshold} needs at least 2 codes, a commitment of at least 0, and decay"
@@ -172,7 +179,7 @@ class VectorQuantizer(Bottleneck):
         self.few = max(2, num_codes // 50) if num_codes >= 10 else 1
 
     def forward(self, h: Tensor, rng: RandomSource) -> tuple[Tensor, dict[str, Tensor]]:
-        h = h.float()
+        h = at_least_float32(h)
         vectors = h.movedim(1, -1).flatten(0, -2)
         if self.training:
             with torch.no_grad():
@@ -190,16 +197,17 @@ class VectorQuantizer(Bottleneck):
 
     def mode(self, h: Tensor) -> Tensor:
         """Return the vectors before quantisation. `quantize` maps generated vectors to codes later."""
-        return h.float()
+        return at_least_float32(h)
 
     def quantize(self, z: Tensor) -> Tensor:
-        z = z.float()
+        z = at_least_float32(z)
         return self._codes(self.nearest(z.movedim(1, -1).flatten(0, -2)), z)
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Find the index of the nearest code, (m,), for each vector (m, c)."""
         with torch.no_grad():
-            return torch.cdist(vectors, self.codebook).argmin(1)
+            # Not |h|^2 - 2 h^T e + |e|^2, whose rounding error may exceed the difference of two distances.
+            return torch.cdist(vectors, self.codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
 
     def _codes(self, indices: Tensor, like: Tensor) -> Tensor:
         """Look up the codes of all positions, shaped like ``like`` (n, c, h, w)."""
@@ -250,13 +258,17 @@ class VectorQuantizer(Bottleneck):
         self.alone.copy_(torch.where(collapsed, self.alone + 1, 0))
 
     def _random_vectors(self, vectors: Tensor, rng: RandomSource) -> Tensor:
-        """Draw one random vector per code from the global batch, (K, c). All processes draw the same vectors."""
+        """Draw one random vector per code from the global batch, (K, c), and add noise to it.
+
+        All processes draw the same vectors.
+        """
         per_code = RandomSource.for_batch(rng.generator, self.num_codes)
         per_image = len(vectors) // len(rng)
         indices = per_code.integers(per_image * rng.total).to(vectors.device) - per_image * rng.start
         local = (indices >= 0) & (indices < len(vectors))
         found = torch.where(local[:, None], vectors[indices.clamp(0, len(vectors) - 1)], 0.0)
-        return all_reduce_sum(found)
+        drawn = all_reduce_sum(found)
+        return drawn + self.NOISE * drawn.std(0) * per_code.normal((self.channels,)).to(drawn)
 
 
 def perplexity(usage: Tensor) -> Tensor:

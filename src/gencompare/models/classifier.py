@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from gencompare.diffusion.parameterizations import LogSNRConditioning, NoiseConditioning
 from gencompare.diffusion.schedules import NoiseSchedule
 from gencompare.diffusion.times import TimeDistribution
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, TrainedModel, unpack_batch
+from gencompare.networks.layers import at_least_float32
 from gencompare.rng import RandomSource
 
 NUM_WHITENING_IMAGES = 5000
@@ -54,8 +55,7 @@ class Classifier(TrainedModel):
             raise UserError(f"model=classifier needs labels, but data set '{spec.name}' has none.")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"model.label_smoothing={label_smoothing} must be in [0, 1).")
-        if shift < 0 or cutout < 0:
-            raise UserError(f"model.shift={shift} and model.cutout={cutout} must be at least 0 (0 disables them).")
+        check_counts("model", minimum=0, shift=shift, cutout=cutout)
         if rotate and spec.shape[1] != spec.shape[2]:
             raise UserError(f"model.rotate=true needs square images, but those of '{spec.name}' are {spec.shape[1:]}.")
         super().__init__(spec, **kwargs)
@@ -83,7 +83,7 @@ class Classifier(TrainedModel):
         label = cond["label"]
         if self.training:
             x = self.augment(x, rng)
-        logits = self.logits(x).float()
+        logits = at_least_float32(self.logits(x))
         smoothing = self.label_smoothing if self.training else 0.0
         return {
             "loss": F.cross_entropy(logits, label, reduction="none", label_smoothing=smoothing),

@@ -25,7 +25,7 @@ from gencompare.errors import UserError, check_number
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, SupportsReconstruction
 from gencompare.models.latents import Latents, PixelSpace
 from gencompare.private_apis import MovesOtherModules
-from gencompare.rng import RandomSource
+from gencompare.rng import RandomSource, full_precision
 
 CONDITION_SIZE_ARGS = {"low_res": "low_res_channels", "embedding": "embedding_dim"}
 """Argument of the network factory for the size (the first dimension) of each condition."""
@@ -151,7 +151,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         cond = self._sampling_conditions(cond)
-        times = self.sampler.times(self.schedule)
+        times = self.sampler.times(self.schedule).to(full_precision(self.dtype))
         noise = self.schedule.prior((n, *self.space.latent_shape), generator, self.device, t=times[0])
         x = self.sampler.sample(self.sampling_denoiser, noise, cond, generator=generator, times=times)
         return self.space.decode(x).clamp(-1, 1)

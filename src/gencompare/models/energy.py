@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gencompare.distributed import all_gather_rows
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_non_negative
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel
 from gencompare.models import visualization
 from gencompare.models.langevin import Langevin, ReplayBuffer, last_state
 from gencompare.models.manual_optimization import Snapshot, manual_step
 from gencompare.networks.energy_networks import EnergyNetwork
-from gencompare.rng import RandomSource
+from gencompare.networks.layers import at_least_float32
+from gencompare.rng import RandomSource, draw_normal, draw_uniform
 
 
 class EBM(GenerativeModel):
@@ -94,9 +95,9 @@ class EBM(GenerativeModel):
             )
         if not 0 <= reinit_prob <= 1:
             raise UserError(f"model.reinit_prob={reinit_prob} must be in [0, 1].")
-        if not (energy_l2 >= 0 and data_noise >= 0):
-            raise UserError(f"model.energy_l2={energy_l2} and model.data_noise={data_noise} must be at least 0.")
-        if not divergence_threshold > 0:
+        check_non_negative("model.energy_l2", energy_l2)
+        check_non_negative("model.data_noise", data_noise)
+        if not divergence_threshold > 0:  # infinity disables rollbacks
             raise UserError(f"model.divergence_threshold={divergence_threshold} must be positive.")
         self.automatic_optimization = False
         self.langevin = langevin
@@ -113,8 +114,8 @@ class EBM(GenerativeModel):
     # Energies and densities
 
     def energy(self, x: Tensor, cond: Cond | None = None) -> Tensor:
-        """Compute the energy E(x), or E(x, y) for a conditional model, of images (n, C, H, W): (n,) in float32."""
-        return self.network(x, self.label(self.select_conditions(cond))).float()
+        """Compute the energy E(x), or E(x, y) for a conditional model, of images (n, C, H, W): (n,), not in 16 bits."""
+        return at_least_float32(self.network(x, self.label(self.select_conditions(cond))))
 
     def unnormalized_log_density(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         r"""Compute :math:`\log p(x) + \log Z = -E(x) / T` in nats, (n,).
@@ -177,7 +178,7 @@ class EBM(GenerativeModel):
     def _energies(self, real: Tensor, chains: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the energies of images and of chains, (n,) each."""
         labels = None if label is None else torch.cat([label, label])
-        real_energy, chain_energy = self.network(torch.cat([real, chains]), labels).float().chunk(2)
+        real_energy, chain_energy = at_least_float32(self.network(torch.cat([real, chains]), labels)).chunk(2)
         return real_energy, chain_energy
 
     @torch.no_grad()
@@ -215,7 +216,10 @@ class EBM(GenerativeModel):
     def _trajectory(
         self, x: Tensor, label: Tensor | None, num_steps: int, normal: Callable[[], Tensor]
     ) -> Iterator[Tensor]:
-        return self.langevin.trajectory(lambda x: self.network(x, label).float(), x, num_steps, normal, self._clamp)
+        def energy(x: Tensor) -> Tensor:
+            return at_least_float32(self.network(x, label))
+
+        return self.langevin.trajectory(energy, x, num_steps, normal, self._clamp)
 
     def _clamp(self, x: Tensor) -> Tensor:
         """Clamp images to [-1, 1] and make padding black; return continuous data unchanged."""
@@ -226,11 +230,9 @@ class EBM(GenerativeModel):
     def sampling_trajectory(self, n: int, cond: Cond | None, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield states of ``n`` chains, each (n, C, H, W): uniform noise, then the state after each sampling step."""
         shape, label = (n, *self.spec.shape), self.label(self.select_conditions(cond))
-        noise = torch.rand(shape, generator=generator, device=generator.device).to(self.device)
+        noise = draw_uniform(shape, generator, self.device, self.dtype)
         yield (x := self._clamp(noise * 2 - 1))
-        yield from self._trajectory(
-            x, label, self.num_sampling_steps, lambda: torch.randn(shape, generator=generator, device=generator.device)
-        )
+        yield from self._trajectory(x, label, self.num_sampling_steps, lambda: draw_normal(shape, generator))
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel
 from gencompare.models.adversarial import AdversarialLoss
 from gencompare.models.discriminator_augmentation import DiscriminatorAugmentation
 from gencompare.models.gan_penalties import DiscriminatorStep, Penalty
 from gencompare.models.manual_optimization import frozen, manual_step
 from gencompare.networks.gan_networks import apply_spectral_norm
-from gencompare.rng import RandomSource
+from gencompare.networks.layers import at_least_float32
+from gencompare.rng import RandomSource, draw_normal
 
 
 class GAN(GenerativeModel):
@@ -60,8 +61,7 @@ class GAN(GenerativeModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(spec, **kwargs)
-        if latent_dim < 1 or d_steps < 1:
-            raise UserError(f"model.latent_dim={latent_dim} and model.d_steps={d_steps} must be at least 1.")
+        check_counts("model", latent_dim=latent_dim, d_steps=d_steps)
         self.automatic_optimization = False
         self.adversarial, self.penalty = adversarial, dict(penalty or {})
         self.latent_dim, self.d_steps = latent_dim, d_steps
@@ -79,12 +79,12 @@ class GAN(GenerativeModel):
 
     def generate(self, z: Tensor, cond: Cond) -> Tensor:
         """Generate images (n, C, H, W), with black padding, from latents (n, latent_dim)."""
-        return self.generator(z, self.label(cond)).float() * self.mask - (1 - self.mask)
+        return at_least_float32(self.generator(z, self.label(cond))) * self.mask - (1 - self.mask)
 
     def score(self, x: Tensor, cond: Cond, rng: RandomSource) -> Tensor:
-        """Compute discriminator logits of augmented images, (n,) in float32."""
+        """Compute discriminator logits of augmented images, (n,) in full precision."""
         augmented = x if self.augmentation is None else self.augmentation(x, rng)
-        return self.discriminator(augmented, self.label(cond)).float()
+        return at_least_float32(self.discriminator(augmented, self.label(cond)))
 
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         parts = list(self._split_batch(x, cond, rng))
@@ -159,8 +159,8 @@ class GAN(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        z = torch.randn(n, self.latent_dim, generator=generator, device=generator.device)
-        return self.generate(z.to(self.device), self.select_conditions(cond)).clamp(-1, 1)
+        z = draw_normal((n, self.latent_dim), generator, self.device, self.dtype)
+        return self.generate(z, self.select_conditions(cond)).clamp(-1, 1)
 
     def sampling_description(self) -> str:
         return "one pass, z ~ N(0, I)"

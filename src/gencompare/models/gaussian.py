@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, unpack_batch
-from gencompare.rng import RandomSource
+from gencompare.rng import RandomSource, draw_normal
 
 RIDGES = (0.0, *(10.0 ** (k / 2) for k in range(-12, 1)))
 """Candidate ridges in units of x^2: 0, and 1e-6 to 1 in steps of half a decade. Validation images select one."""
@@ -57,6 +57,7 @@ class GaussianBaseline(GenerativeModel):
         super().__init__(spec, conditional=conditional, **kwargs)
         if conditional and not per_class:
             raise UserError("model.conditional=true needs model.per_class=true: a single Gaussian has no classes.")
+        check_counts("model", max_parameters=max_parameters)
         # The first training step fits everything in closed form.
         self.automatic_optimization = False
         self.num_components = spec.num_classes if per_class and spec.num_classes else 1
@@ -82,7 +83,7 @@ class GaussianBaseline(GenerativeModel):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
-        return {"loss": self.bits_per_dim(x, cond).mean().float()}
+        return {"loss": self.bits_per_dim(x, cond).mean().to(x.dtype)}
 
     def _train_val_batches(self) -> tuple[Iterable[tuple[Tensor, Cond]], Iterable[tuple[Tensor, Cond]] | None]:
         """Return batches of the training and validation splits, each for one pass (data loaders may be infinite)."""
@@ -226,18 +227,18 @@ class GaussianBaseline(GenerativeModel):
         return {"density": self.bits_per_dim(x, cond)}
 
     def validation_metrics(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
-        return {"bits_per_dim": self.bits_per_dim(x, self.select_conditions(cond)).float()}
+        return {"bits_per_dim": self.bits_per_dim(x, self.select_conditions(cond)).to(x.dtype)}
 
     # Sampling
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         r"""Sample :math:`m + z W + \sqrt{s} \epsilon` with standard normal z and :math:`\epsilon`; clamp to [-1, 1]."""
-        component, device = self.label(self.select_conditions(cond)), self.mean.device
+        component, like = self.label(self.select_conditions(cond)), self.mean
         if component is None:
             component = torch.multinomial(self.weight, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.rank, generator=generator, device=device)
-        eps = torch.randn(n, self.spec.num_values, generator=generator, device=device)
+        z = draw_normal((n, self.rank), generator, like.device, like.dtype)
+        eps = draw_normal((n, self.spec.num_values), generator, like.device, like.dtype)
         x = eps * self.variance[component].sqrt()[:, None]
         x += self.mean[component]
         for k in range(self.num_components):

@@ -16,7 +16,7 @@ from gencompare.models import visualization
 from gencompare.models.elbo import kl_warmup
 from gencompare.models.pixel_likelihoods import PixelLikelihood
 from gencompare.networks.hierarchical import DiagonalGaussian, TopDownBlock, TopDownDecoder
-from gencompare.rng import RandomSource
+from gencompare.rng import RandomSource, draw_normal
 
 TEMPERATURES = (1.0, 0.85, 0.7, 0.5, 0.0)
 """Sampling temperatures that ``task=visualize`` shows."""
@@ -269,8 +269,8 @@ class HVAE(GenerativeModel):
         return {"decoder": self.ladder}
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw standard normal noise (n, `latent_dim`) on the device of the generator."""
-        return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
+        """Draw standard normal noise (n, `latent_dim`), generated on the device of the generator."""
+        return draw_normal((n, self.latent_dim), generator, self.device, self.dtype)
 
     def _labels(self, cond: Cond, like: Tensor) -> Tensor:
         """Return the class of each entry of ``like``; zeros for an unconditional model."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.models.autoencoder_core import AutoencoderCore
+from gencompare.networks.layers import at_least_float32
 
 
 class PixelSpace(nn.Module):
@@ -78,11 +79,11 @@ class Latents(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         # Encode in full precision, like the whitening.
         with torch.autocast(x.device.type, enabled=False):
-            return (self.coder.encode(x.float()) - self.mean) / self.std
+            return (self.coder.encode(at_least_float32(x)) - self.mean) / self.std
 
     def decode(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            return self.coder.decode(z.float() * self.std + self.mean)
+            return self.coder.decode(at_least_float32(z) * self.std + self.mean)
 
     def has_same_whitening(self, other: Latents) -> bool:
         """Return whether mean and standard deviation are equal, which identifies the autoencoder."""
@@ -107,7 +108,7 @@ class Latents(nn.Module):
         self.coder.load_state_dict(coder.state_dict())
         count, total, total_squares = 0, torch.zeros(()), torch.zeros(())
         for x in batches:
-            z = self.coder.encode(x.to(self.mean.device)).double()
+            z = self.coder.encode(x.to(self.mean)).double()
             count += z[:, 0].numel()
             total = total.to(z) + z.sum((0, 2, 3))
             total_squares = total_squares.to(z) + z.square().sum((0, 2, 3))

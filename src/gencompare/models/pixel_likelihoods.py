@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gencompare.diffusion.objectives import discretized_normal_log_prob, normal_log_prob
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
-from gencompare.rng import normal_like
+from gencompare.networks.layers import at_least_float32
+from gencompare.rng import normal_like, uniform_like
 
 
 class PixelLikelihood(nn.Module, ABC):
@@ -87,11 +88,6 @@ def require_num_bins(spec: DataSpec, option: str) -> int:
     return spec.num_bins
 
 
-def uniform_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw uniform noise in [0, 1) with the shape and dtype of x, on the device of the generator."""
-    return torch.rand(x.shape, generator=generator, device=generator.device).to(x)
-
-
 class BernoulliLikelihood(PixelLikelihood):
     r"""Binary pixels: 1 with probability S(h) and -1 otherwise, for the logistic function S.
 
@@ -118,13 +114,13 @@ class BernoulliLikelihood(PixelLikelihood):
         return self.num_bins == 2
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        return -self._sum_pixels(F.binary_cross_entropy_with_logits(h.float(), (x + 1) / 2, reduction="none"))
+        return -self._sum_pixels(F.binary_cross_entropy_with_logits(at_least_float32(h), (x + 1) / 2, reduction="none"))
 
     def mean(self, h: Tensor) -> Tensor:
-        return 2 * torch.sigmoid(h.float()) - 1
+        return 2 * torch.sigmoid(at_least_float32(h)) - 1
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        probability = torch.sigmoid(h.float())
+        probability = torch.sigmoid(at_least_float32(h))
         return 2.0 * (uniform_like(probability, generator) < probability) - 1
 
 
@@ -159,7 +155,7 @@ class GaussianLikelihood(PixelLikelihood):
         return self.channels
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        mean, std = h.float(), self.log_scale.exp()
+        mean, std = at_least_float32(h), self.log_scale.exp()
         if self.num_bins is None:
             return self._sum_pixels(normal_log_prob(x, mean, std))
         return self._sum_pixels(discretized_normal_log_prob(x, mean, std, self.num_bins))
@@ -171,11 +167,12 @@ class GaussianLikelihood(PixelLikelihood):
         For continuous data, it is h clamped to the range [-1, 1] of images.
         """
         if self.num_bins is None:
-            return h.float().clamp(-1, 1)
-        return clipped_normal_mean(h.float(), self.log_scale.exp())
+            return at_least_float32(h).clamp(-1, 1)
+        return clipped_normal_mean(at_least_float32(h), self.log_scale.exp())
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        x = h.float() + self.log_scale.exp() * normal_like(h.float(), generator)
+        mean = at_least_float32(h)
+        x = mean + self.log_scale.exp() * normal_like(mean, generator)
         return x.clamp(-1, 1) if self.num_bins is None else self._round_to_bins(x)
 
 
@@ -272,8 +269,8 @@ class DiscretizedLogistic(PixelLikelihood):
         return 2 * self.channels
 
     def _location_scale(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Compute the parameters m and :math:`\log s`, each (n, C, H, W) in float32."""
-        location, raw = h.float().chunk(2, dim=1)
+        r"""Compute the parameters m and :math:`\log s`, each (n, C, H, W) in full precision."""
+        location, raw = at_least_float32(h).chunk(2, dim=1)
         return location, bounded_log_scale(raw, self.num_bins)
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
@@ -350,8 +347,8 @@ class DiscretizedLogisticMixture(PixelLikelihood):
         return self.num_components * (1 + 2 * self.channels + self.num_slopes)
 
     def _mixture(self, h: Tensor) -> tuple[Tensor, MixtureParams]:
-        r"""Compute :math:`\log \pi`, (n, K, H, W), and the parameters of the components, in float32."""
-        logits, rest = h.float().split([self.num_components, h.shape[1] - self.num_components], dim=1)
+        r"""Compute :math:`\log \pi`, (n, K, H, W), and the parameters of the components, in full precision."""
+        logits, rest = at_least_float32(h).split([self.num_components, h.shape[1] - self.num_components], dim=1)
         locations, raw_scales, raw_slopes = rest.unflatten(1, (self.num_components, -1)).split(
             [self.channels, self.channels, self.num_slopes], dim=2
         )

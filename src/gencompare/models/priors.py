@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gencompare.diffusion.objectives import normal_log_prob
 from gencompare.errors import UserError
 from gencompare.models.elbo import kl_from_standard_normal
+from gencompare.rng import draw_normal
 
 
 class Prior(nn.Module, ABC):
@@ -60,7 +61,7 @@ class StandardNormal(Prior):
         return -0.5 * (z.square() + math.log(2 * math.pi)).sum(1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(n, self.dim, generator=generator, device=generator.device)
+        return draw_normal((n, self.dim), generator)
 
     def kl(self, mean: Tensor, log_var: Tensor, z: Tensor) -> Tensor:
         return kl_from_standard_normal(mean, log_var)
@@ -115,9 +116,9 @@ class MixtureOfGaussians(Prior):
         return torch.logsumexp(F.log_softmax(self.logits, dim=0) + log_components, dim=1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        device = generator.device
+        device, dtype = generator.device, self.weights.dtype
         k = torch.multinomial(self.logits.to(device).softmax(0), n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, device=device)
+        noise = draw_normal((n, self.means.shape[1]), generator, dtype=dtype)
         return self.means.to(device)[k] + self.log_stds.to(device)[k].exp() * noise
 
     def kl(self, mean: Tensor, log_var: Tensor, z: Tensor) -> Tensor:

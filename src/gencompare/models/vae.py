@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts, check_non_negative
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate
 from gencompare.models import visualization
 from gencompare.models.elbo import importance_weighted_bound, kl_warmup
 from gencompare.models.pixel_likelihoods import PixelLikelihood
 from gencompare.models.priors import Prior, StandardNormal
-from gencompare.rng import RandomSource
+from gencompare.networks.layers import at_least_float32
+from gencompare.rng import RandomSource, draw_normal
 
 
 class VAE(GenerativeModel):
@@ -77,10 +78,9 @@ class VAE(GenerativeModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(spec, **kwargs)
-        if latent_dim < 1 or label_dim < 1:
-            raise UserError(f"model.latent_dim={latent_dim} and model.label_dim={label_dim} must be at least 1.")
-        if not (beta >= 0 and free_bits >= 0):
-            raise UserError(f"model.beta={beta} and model.free_bits={free_bits} must be at least 0.")
+        check_counts("model", latent_dim=latent_dim, label_dim=label_dim)
+        check_non_negative("model.beta", beta)
+        check_non_negative("model.free_bits", free_bits)
         if not all(isinstance(n, int) and n >= 0 for n in (kl_warmup_steps, importance_samples)):
             raise UserError(
                 f"model.kl_warmup_steps={kl_warmup_steps} and model.importance_samples={importance_samples} must be"
@@ -100,8 +100,8 @@ class VAE(GenerativeModel):
         self.decoder = decoder(latent_dim, (self.likelihood.decoder_channels, *spec.shape[1:]), embed_dim)
 
     def posterior(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        r"""Compute :math:`\mu` and :math:`\log \sigma^2` of q(z | x), each (n, latent_dim) in float32."""
-        mean, log_var = self.encoder(x, self._embed_label(cond)).float().chunk(2, dim=1)
+        r"""Compute :math:`\mu` and :math:`\log \sigma^2` of q(z | x), each (n, latent_dim) in full precision."""
+        mean, log_var = at_least_float32(self.encoder(x, self._embed_label(cond))).chunk(2, dim=1)
         return mean, log_var
 
     def decode(self, z: Tensor, cond: Cond) -> Tensor:
@@ -149,7 +149,7 @@ class VAE(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        z = self.prior.sample(n, generator).to(self.device)
+        z = self.prior.sample(n, generator).to(self.device, self.dtype)
         h = self.decode(z, self.select_conditions(cond))
         return self.likelihood.mask_padding(
             self.likelihood.sample(h, generator) if self.pixel_noise else self.likelihood.mean(h)
@@ -210,8 +210,8 @@ class VAE(GenerativeModel):
         return {"decoder": self.decoder}
 
     def _noise(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw standard normal noise (n, latent_dim) on the device of the generator."""
-        return torch.randn(n, self.latent_dim, generator=generator, device=generator.device).to(self.device)
+        """Draw standard normal noise (n, latent_dim), generated on the device of the generator."""
+        return draw_normal((n, self.latent_dim), generator, self.device, self.dtype)
 
     def _embed_label(self, cond: Cond) -> Tensor | None:
         label = self.label(cond)

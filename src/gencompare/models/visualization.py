@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gencompare.diffusion.editing import NUM_INTERPOLATION_IMAGES, select_rows
 from gencompare.generative_model import Cond
-from gencompare.rng import normal_like
+from gencompare.rng import normal_like, uniform_like
 
 TRAVERSAL_RANGE = 3.0
 """Range of a traversal on either side of the mean, in standard deviations of the images' latents."""
@@ -27,7 +27,7 @@ def interpolation(decode: Decode, z: Tensor, cond: Cond) -> Tensor:
         One row per pair, (n // 2, `NUM_INTERPOLATION_IMAGES`, C, H, W).
     """
     first = torch.arange(0, len(z) - 1, 2, device=z.device).repeat_interleave(NUM_INTERPOLATION_IMAGES)
-    weight = torch.linspace(0, 1, NUM_INTERPOLATION_IMAGES, device=z.device).repeat(len(z) // 2)
+    weight = torch.linspace(0, 1, NUM_INTERPOLATION_IMAGES, device=z.device, dtype=z.dtype).repeat(len(z) // 2)
     interpolated = torch.lerp(z[first], z[first + 1], weight[:, None])
     nearer = torch.where(weight < 0.5, first, first + 1)
     return decode(interpolated, select_rows(cond, nearer)).unflatten(0, (-1, NUM_INTERPOLATION_IMAGES))
@@ -54,8 +54,9 @@ def traversal(decode: Decode, z: Tensor, log_var: Tensor, cond: Cond) -> Tensor:
     information = torch.log1p(variance / posterior_variance)
     std = (variance + posterior_variance).sqrt()
     dims = information.argsort(descending=True)[:MAX_TRAVERSED_DIMS].repeat_interleave(NUM_INTERPOLATION_IMAGES)
-    offsets = torch.linspace(-TRAVERSAL_RANGE, TRAVERSAL_RANGE, NUM_INTERPOLATION_IMAGES, device=z.device)
-    values = mean[dims] + offsets.repeat(len(dims) // NUM_INTERPOLATION_IMAGES) * std[dims]
+    ends, steps = (-TRAVERSAL_RANGE, TRAVERSAL_RANGE), NUM_INTERPOLATION_IMAGES
+    offsets = torch.linspace(*ends, steps, device=z.device, dtype=z.dtype)
+    values = mean[dims] + offsets.repeat(len(dims) // steps) * std[dims]
     traversed = z[:1].repeat(len(dims), 1).scatter(1, dims[:, None], values[:, None])
     return decode(traversed, select_rows(cond, torch.zeros_like(dims))).unflatten(0, (-1, NUM_INTERPOLATION_IMAGES))
 
@@ -72,7 +73,7 @@ def corruptions(x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Return images (n, C, H, W) and corrupted versions: noisy, negative, upside down, shuffled pixels, and uniform
     noise."""
     pixels = torch.randperm(x.shape[2] * x.shape[3], generator=generator, device=generator.device).to(x.device)
-    uniform = torch.rand(x.shape, generator=generator, device=generator.device).to(x)
+    uniform = uniform_like(x, generator)
     return {
         "real": x,
         "noisy": x + NOISE_STD * normal_like(x, generator),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gencompare.errors import check_counts
 from gencompare.networks.layers import ResBlock, make_activation
 
 MIN_SIDE = 4
@@ -51,6 +52,7 @@ class ResNetEncoder(nn.Module):
         normalize: bool = True,
     ) -> None:
         super().__init__()
+        check_counts(type(self).__name__, channels=channels, max_channels=max_channels, num_blocks=num_blocks)
         shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)
         self.stem = nn.Conv2d(shape[0], shapes[0][0], 3, padding=1)
         self.blocks = nn.ModuleList()
@@ -87,6 +89,7 @@ class ResNetDecoder(nn.Module):
         num_blocks: int = 2,
     ) -> None:
         super().__init__()
+        check_counts(type(self).__name__, channels=channels, max_channels=max_channels, num_blocks=num_blocks)
         shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)[::-1]
         self.start_shape = shapes[0]
         c, h, w = shapes[0]

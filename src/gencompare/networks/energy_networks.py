@@ -163,6 +163,8 @@ class EnergyConvNet(nn.Module):
 
 def silu_or_leaky_relu(negative_slope: float | None) -> nn.Module:
     """Return a leaky ReLU with the given negative slope, or SiLU if the slope is None."""
+    if negative_slope is not None and not 0 <= negative_slope < 1:
+        raise UserError(f"model.energy.negative_slope={negative_slope} must be in [0, 1), or null for SiLU.")
     return nn.SiLU() if negative_slope is None else nn.LeakyReLU(negative_slope)
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.convnets import ResNetDecoder, ResNetEncoder, pyramid_shapes
-from gencompare.networks.layers import ClassConditionalGroupNorm, he_normal_
+from gencompare.networks.layers import ClassConditionalGroupNorm, at_least_float32, he_normal_
 from gencompare.networks.mlp import MLPDecoder, MLPEncoder, hstack
 
 
@@ -72,12 +72,13 @@ class DecodingGenerator(nn.Module):
 
     def __init__(self, decoder: nn.Module, num_classes: int, label_dim: int) -> None:
         super().__init__()
+        check_counts(type(self).__name__, label_dim=label_dim)
         self.decoder = decoder
         self.labels = nn.Embedding(num_classes, label_dim) if num_classes else None
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         style = z if self.labels is None else hstack(z, self.labels(label))
-        return torch.tanh(self.decoder(z, style).float())
+        return torch.tanh(at_least_float32(self.decoder(z, style)))
 
 
 class ResNetGenerator(DecodingGenerator):
@@ -168,6 +169,7 @@ class ResNetDiscriminator(EncodingDiscriminator):
         num_blocks: int = 1,
         num_features: int = 128,
     ) -> None:
+        check_counts(type(self).__name__, num_features=num_features)
         encoder = ResNetEncoder(
             shape,
             num_features,
@@ -191,6 +193,7 @@ class MLPDiscriminator(EncodingDiscriminator):
         depth: int = 3,
         num_features: int = 128,
     ) -> None:
+        check_counts(type(self).__name__, num_features=num_features)
         super().__init__(MLPEncoder(shape, num_features, width=width, depth=depth), num_features, num_classes)
 
 
@@ -223,6 +226,7 @@ class DCGANGenerator(nn.Module):
         max_channels: int = 512,
     ) -> None:
         super().__init__()
+        check_counts(type(self).__name__, channels=channels, max_channels=max_channels)
         shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)[::-1]
         self.start_shape = shapes[0]
         widths = [width for width, _, _ in shapes]
@@ -238,7 +242,7 @@ class DCGANGenerator(nn.Module):
         h = self.root(z).unflatten(1, self.start_shape)
         for up, norm in zip(self.ups, self.norms, strict=True):
             h = F.relu(norm(up(h), label))
-        return torch.tanh(self.out(h).float())
+        return torch.tanh(at_least_float32(self.out(h)))
 
 
 class DCGANDiscriminator(nn.Module):
@@ -259,6 +263,7 @@ class DCGANDiscriminator(nn.Module):
         self, shape: tuple[int, int, int], num_classes: int = 0, *, channels: int = 64, max_channels: int = 512
     ) -> None:
         super().__init__()
+        check_counts(type(self).__name__, channels=channels, max_channels=max_channels)
         self.convs = nn.ModuleList()
         previous_width = shape[0]
         shapes = pyramid_shapes(shape[1], shape[2], channels, max_channels)

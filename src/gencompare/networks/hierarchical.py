@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 from gencompare.networks.convnets import pyramid_shapes
-from gencompare.networks.layers import he_normal_
+from gencompare.networks.layers import at_least_float32, he_normal_
 
 OUTPUT_SCALE = 0.3
 """Initial scale of the posterior, projection and output layers, small enough that latents do not dominate."""
@@ -142,11 +142,11 @@ class TopDownBlock(nn.Module):
         """Return p(z | h), and h with the prior's features added."""
         z = self.latent_shape[0]
         mean, log_std, features = self.prior_block(h).split([z, z, h.shape[1]], dim=1)
-        return DiagonalGaussian(mean.float(), log_std.float(), self.bound), h + features
+        return DiagonalGaussian(at_least_float32(mean), at_least_float32(log_std), self.bound), h + features
 
     def posterior(self, h: Tensor, features: Tensor, prior: DiagonalGaussian) -> DiagonalGaussian:
         """Return q(z | h, features), where ``features`` are the encoder's features of the image."""
-        mean, log_std = self.posterior_block(torch.cat([h, features], dim=1)).float().chunk(2, dim=1)
+        mean, log_std = at_least_float32(self.posterior_block(torch.cat([h, features], dim=1))).chunk(2, dim=1)
         if self.residual_posterior:
             mean, log_std = prior.mean + mean, prior.raw_log_std + log_std
         return DiagonalGaussian(mean, log_std, self.bound)

@@ -9,12 +9,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gencompare.distributed import all_reduce_sum, differentiable_sum, world_size
 from gencompare.errors import UserError
 
 INSTANCE_NORM_EPS = 1e-5
 """Added to the variances in `InstanceNormPlus`, to avoid division by zero."""
 
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast 16-bit activations, as under autocast, to float32. float32 and float64 stay unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # Normalisation
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with the statistics of the global batch in training.
+
+    So training does not depend on the number of processes. (`torch.nn.SyncBatchNorm` needs GPUs.) Weights, buffers and,
+    with a single process, results are those of `torch.nn.BatchNorm2d`.
+
+    Shapes: (n, channels, H, W) -> (n, channels, H, W).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        h = at_least_float32(x)
+        count = all_reduce_sum(h.new_tensor(float(h.numel() // h.shape[1])))
+        mean = differentiable_sum(h.sum((0, 2, 3))) / count
+        centred = h - mean[:, None, None]
+        variance = differentiable_sum(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class AdaptiveGroupNorm(nn.Module):

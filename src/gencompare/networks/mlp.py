@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import check_counts
 from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
 
 
 def mlp(in_features: int, out_features: int, width: int, depth: int) -> nn.Sequential:
     """Build an MLP, (n, in_features) -> (n, out_features), with ``depth`` hidden layers of ``width`` SiLU units."""
+    check_counts("mlp", width=width)
+    check_counts("mlp", minimum=0, depth=depth)
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Linear(in_features, width), nn.SiLU()]
@@ -81,8 +83,7 @@ class DenoisingMLP(nn.Module):
         **condition_sizes: int,
     ) -> None:
         super().__init__()
-        if depth < 1:
-            raise UserError(f"model.network.depth={depth} must be at least 1.")
+        check_counts("model.network", depth=depth)
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
         self.conditions = ConditionEmbedding(width, num_classes, noise_dim=width, **condition_sizes)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.convnets import pyramid_shapes
 from gencompare.networks.layers import FIRDownsample, FIRUpsample
 from gencompare.networks.mlp import hstack
@@ -54,6 +54,8 @@ class R3GANGenerator(nn.Module):
         label_dim: int = 64,
     ) -> None:
         super().__init__()
+        check_r3gan_sizes(self, channels, num_blocks, expansion, group_width)
+        check_counts(type(self).__name__, label_dim=label_dim)
         shapes = pyramid_shapes(shape[1], shape[2], channels, channels)
         self.labels = nn.Embedding(num_classes, label_dim) if num_classes else None
         self.weigh = nn.Linear(latent_dim + (label_dim if num_classes else 0), channels, bias=False)
@@ -103,6 +105,7 @@ class R3GANDiscriminator(nn.Module):
         group_width: int = 16,
     ) -> None:
         super().__init__()
+        check_r3gan_sizes(self, channels, num_blocks, expansion, group_width)
         shapes = pyramid_shapes(shape[1], shape[2], channels, channels)
         self.stem = nn.Conv2d(shape[0], channels, 1, bias=False)
         self.stages = nn.ModuleList(
@@ -123,6 +126,13 @@ class R3GANDiscriminator(nn.Module):
             h = stage(self.down(h) if k else h)
         features = self.out(self.basis(h).flatten(1))
         return features.squeeze(1) if self.classes is None else (features * self.classes(label)).sum(1)
+
+
+def check_r3gan_sizes(network: nn.Module, channels: int, num_blocks: int, expansion: int, group_width: int) -> None:
+    """Raise `UserError` unless all sizes are positive whole numbers."""
+    check_counts(
+        type(network).__name__, channels=channels, num_blocks=num_blocks, expansion=expansion, group_width=group_width
+    )
 
 
 class R3GANBlock(nn.Module):

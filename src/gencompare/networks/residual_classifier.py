@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.conditioning import SinusoidalEmbedding
+from gencompare.networks.layers import GlobalBatchNorm2d
 from gencompare.networks.unet_blocks import (
     GROUP_NORM_EPS,
     Downsample,
@@ -25,7 +26,7 @@ class ClassifierBlock(nn.Module):
 
     def __init__(self, width: int, depth: int = 1) -> None:
         super().__init__()
-        layers = [(convolution(width, width), nn.BatchNorm2d(width), nn.GELU()) for _ in range(depth)]
+        layers = [(convolution(width, width), GlobalBatchNorm2d(width), nn.GELU()) for _ in range(depth)]
         self.body = nn.Sequential(*(layer for each in layers for layer in each))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,13 +59,12 @@ class ResidualClassifier(nn.Module):
             raise UserError("A classifier needs labelled data.")
         if not widths or min(widths) < 1:
             raise UserError(f"The widths of a classifier must be at least 1, not {list(widths)}.")
-        if block_depth < 1:
-            raise UserError(f"The block_depth of a classifier must be at least 1, not {block_depth}.")
+        check_counts("model.network", stem_stride=stem_stride, block_depth=block_depth)
         self.whitening = nn.Conv2d(channels, 8 * channels, 2, stride=stem_stride).requires_grad_(False)
         layers: list[nn.Module] = []
         for before, width in zip([8 * channels, *widths[:-1]], widths, strict=True):
             # Pooling before batch norm leaves a quarter of the values to normalise.
-            layers += [convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+            layers += [convolution(before, width), nn.MaxPool2d(2), GlobalBatchNorm2d(width), nn.GELU()]
             layers.append(ClassifierBlock(width, block_depth))
         self.trunk = nn.Sequential(nn.GELU(), *layers)
         self.head = nn.Linear(widths[-1], num_classes)
@@ -155,11 +155,14 @@ class NoisyClassifierNet(nn.Module):
                 f"model.network.channel_mult={list(channel_mult)} halves an image {max(halvings, 0)} time(s), which is"
                 f" impossible for {shape[1]}x{shape[2]}: use a list of a different length."
             )
-        if channels < 1 or num_blocks < 1 or channels % num_groups:
+        check_counts("model.network", channels=channels, num_blocks=num_blocks, num_groups=num_groups)
+        if channels % num_groups or min(channel_mult) < 1:
             raise UserError(
-                f"model.network.channels={channels} must be a multiple of num_groups={num_groups}, and"
-                f" num_blocks={num_blocks} at least 1."
+                f"model.network.channels={channels} must be a multiple of num_groups={num_groups}, and the entries of"
+                f" channel_mult={list(channel_mult)} at least 1."
             )
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.network.dropout={dropout} must be in [0, 1).")
         emb_dim = 4 * channels
         self.noise = nn.Sequential(
             SinusoidalEmbedding(channels),

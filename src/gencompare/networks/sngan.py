@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.convnets import pyramid_shapes
 from gencompare.networks.gan_networks import ProjectionHead
-from gencompare.networks.layers import ClassConditionalGroupNorm, upsample_nearest
+from gencompare.networks.layers import ClassConditionalGroupNorm, at_least_float32, upsample_nearest
 
 
 class SNGANGenerator(nn.Module):
@@ -36,6 +36,7 @@ class SNGANGenerator(nn.Module):
         self, latent_dim: int, shape: tuple[int, int, int], num_classes: int = 0, *, channels: int = 256
     ) -> None:
         super().__init__()
+        check_counts(type(self).__name__, channels=channels)
         shapes = pyramid_shapes(shape[1], shape[2], channels, channels)
         self.start_shape = shapes[-1]
         self.root = nn.Linear(latent_dim, math.prod(self.start_shape))
@@ -48,7 +49,7 @@ class SNGANGenerator(nn.Module):
         h = self.root(z).unflatten(1, self.start_shape)
         for block in self.blocks:
             h = block(h, label)
-        return torch.tanh(self.out(F.relu(self.norm(h))).float())
+        return torch.tanh(at_least_float32(self.out(F.relu(self.norm(h)))))
 
 
 class SNGANDiscriminator(nn.Module):
@@ -65,6 +66,7 @@ class SNGANDiscriminator(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int = 0, *, channels: int = 128) -> None:
         super().__init__()
+        check_counts(type(self).__name__, channels=channels)
         if shape[1] % 4 or shape[2] % 4:
             raise UserError(
                 f"SNGAN's discriminator halves its images twice, which is impossible for {shape[1]}x{shape[2]}: use"

@@ -48,11 +48,13 @@ from gencompare.tasks.runs.processes import (
 from gencompare.tasks.runs.recovery import initial_record, list_checkpoints, recover_record
 from gencompare.tasks.runs.result_logging import abandon_loggers, log_config, log_results
 from gencompare.tasks.runs.run_folder import claim_run_folder, is_active, refuse_existing_run
+from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import GracefulStop
+from gencompare.training.learning_rate import LearningRateScheduler, describe_resumed_schedule
 from gencompare.training.loggers import last_step
 from gencompare.trust import check_links
 
@@ -111,6 +113,7 @@ def train(cfg: DictConfig) -> None:
     budget = dependency_costs.remaining_budget(build_budget(cfg), dependencies)
     callbacks["clock"].budget = budget  # type: ignore[attr-defined]
     clock = checkpoint["callbacks"][TrainingClock.__name__] if checkpoint is not None else None
+    notice = resume_learning_rate(callbacks, model, checkpoint, folder, budget, dependencies)
     with claim_run_folder(folder, must_be_new=not resumed), record_failures(folder):
         if rank_zero_only.rank == 0:
             if found is not None:
@@ -118,6 +121,8 @@ def train(cfg: DictConfig) -> None:
             write_initial_record(cfg, model, data, folder, resumed, dependencies)
             device, limits = trainer.strategy.root_device, vars(build_budget(cfg))
             print_start(RunRecord.load(folder), folder, device, limits, trainer.world_size)
+            if notice is not None:
+                print_on_rank_zero(notice)
         record = RunRecord.load(folder)
         start_step = clock["step"] if clock else 0
         loggers = build_loggers(cfg, folder, run_id=record.environment["run_id"], start_step=start_step)
@@ -141,6 +146,33 @@ def train(cfg: DictConfig) -> None:
             abandon_loggers(loggers)
             raise
     wait_for_ranks(trainer)
+
+
+def resume_learning_rate(
+    callbacks: dict[str, pl.Callback],
+    model: TrainedModel,
+    checkpoint: dict[str, Any] | None,
+    folder: Path,
+    budget: Budget,
+    dependencies: list[dict[str, Any]],
+) -> str | None:
+    """Tell the learning-rate callback over which budget the decay of a resumed run was laid out.
+
+    Return a line for the user if the budget has changed. It is read from the checkpoint or, for a checkpoint of an
+    earlier version, from the stored config.
+    """
+    scheduler = callbacks.get("learning_rate")
+    if checkpoint is None or not isinstance(scheduler, LearningRateScheduler):
+        return None
+    state = checkpoint["callbacks"].get(LearningRateScheduler.__name__)
+    if state is not None:
+        scheduler.load_state_dict(state)
+    else:
+        stored = build_budget(run_config.load(folder))
+        scheduler.budget = dependency_costs.remaining_budget(stored, dependencies)
+    assert scheduler.budget is not None
+    counts = checkpoint["callbacks"][TrainingClock.__name__]
+    return describe_resumed_schedule(model, counts, scheduler.budget, budget)
 
 
 @contextmanager
@@ -194,9 +226,9 @@ def report_lost_steps(folder: Path, found: FoundCheckpoint | None) -> None:
 
 
 def check_optimizer(model: TrainedModel) -> None:
-    """Raise `UserError` if the optimiser rejects its settings."""
+    """Raise `UserError` if the optimiser rejects its settings, or if nothing can be learned with them."""
     try:
-        model.build_optimizers()
+        model.check_optimizers(model.build_optimizers())
     except (TypeError, ValueError) as error:
         raise UserError(f"model.optimizer: {' '.join(str(error).split())}") from error
 

@@ -9,7 +9,7 @@ from gencompare.errors import UserError, printable
 from gencompare.evaluation.reference import to_uint8
 from gencompare.generative_model import SupportsVisualization
 from gencompare.image_grid import grid, save_png
-from gencompare.rng import generator
+from gencompare.rng import full_precision, generator
 from gencompare.tasks.runs.build import build_data, build_model, choose_device
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.run_folder import run_folder
@@ -30,7 +30,8 @@ def visualize(cfg: DictConfig) -> None:
     x, cond = next(iter(data.batches("test", cfg.task.num_images)))
     cond = {name: value.to(device) for name, value in cond.items()}
     with torch.no_grad():
-        visualizations = model.visualize(x.to(device), cond, generator=generator(device, cfg.seed, "explore"))
+        x = x.to(device, full_precision(model.dtype))
+        visualizations = model.visualize(x, cond, generator=generator(device, cfg.seed, "explore"))
     for name, images in visualizations.items():
         path = folder / "visualize" / f"{name}.png"
         shown = to_uint8(images.flatten(0, 1).clamp(-1, 1), data.spec)

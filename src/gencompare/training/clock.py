@@ -12,7 +12,7 @@ from pytorch_lightning import Callback
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.resources import FlopCounter
-from gencompare.rng import RandomSource, derive_seed
+from gencompare.rng import RandomSource, derive_seed, full_precision
 from gencompare.training.budget import Budget
 
 
@@ -96,7 +96,8 @@ class TrainingClock(Callback):
         self._generator.manual_seed(derive_seed(self.seed, "step", self.step))
         local_batch_size = self.global_batch_size // trainer.world_size
         start = trainer.global_rank * local_batch_size
-        pl_module.rng = RandomSource(self._generator, start, start + local_batch_size, self.global_batch_size)
+        dtype = full_precision(pl_module.dtype)
+        pl_module.rng = RandomSource(self._generator, start, start + local_batch_size, self.global_batch_size, dtype)
         pl_module.progress = self.progress
         torch.manual_seed(derive_seed(self.seed, "dropout", self.step, trainer.global_rank))
 

@@ -47,8 +47,8 @@ class EMA(Callback):
         self.average = {name: p.detach().clone() for name, p in _parameters(pl_module).items()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning has moved the model to its device.
-        self.average = {name: self.average[name].to(p.device) for name, p in _parameters(pl_module).items()}
+        # Lightning has moved the model to its device, and cast it to its precision.
+        self.average = {name: self.average[name].to(p) for name, p in _parameters(pl_module).items()}
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -25,7 +25,7 @@ from gencompare.evaluation.sampling import choose_conditions, draw_samples, eval
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.image_grid import grid, save_png
 from gencompare.resources import peak_memory_bytes, reset_peak_memory
-from gencompare.rng import RandomSource, generator
+from gencompare.rng import RandomSource, full_precision, generator
 from gencompare.training.clock import clock_of
 from gencompare.training.divergence import require_finite_weights
 from gencompare.training.loggers import log_image, log_metrics
@@ -220,7 +220,8 @@ class EvaluationCallback(Callback):
         if not self.num_grid_images or autoencoder is None:
             return
         x, cond = next(iter(trainer.datamodule.batches("val", max(1, self.num_grid_images // 2))))  # type: ignore[attr-defined]
-        reconstructed = autoencoder.reconstruct(x.to(model.device), cond, generator=generator(model.device, self.seed))
+        local_x = x.to(model.device, full_precision(model.dtype))
+        reconstructed = autoencoder.reconstruct(local_x, cond, generator=generator(model.device, self.seed))
         pairs = torch.stack([x, reconstructed.cpu()], dim=1).flatten(0, 1).clamp(-1, 1)
         self.save_grid(trainer, "reconstructions", to_uint8(pairs, model.spec), 8)
 
@@ -244,6 +245,7 @@ def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, s
     assert isinstance(model, TrainedModel)
     means: dict[str, MeanMetric] = {}
     rank, world = trainer.global_rank, trainer.world_size
+    dtype = full_precision(model.dtype)
     with torch.no_grad():
         done = 0
         for k, (x, cond) in enumerate(trainer.datamodule.batches("val")):  # type: ignore[attr-defined]
@@ -252,10 +254,12 @@ def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, s
             x, cond = x[: n - done], {name: value[: n - done] for name, value in cond.items()}
             done += len(x)
             start, stop = rank * len(x) // world, (rank + 1) * len(x) // world
+            if len(x) < world:  # a model that exchanges data with other ranks needs all of them, or none
+                start, stop = (0, len(x)) if rank == 0 else (0, 0)
             if start == stop:
                 continue
-            rng = RandomSource(generator(model.device, seed, "validation", k), start, stop, len(x))
-            local_x = x[start:stop].to(model.device)
+            local_x = x[start:stop].to(model.device, dtype)
+            rng = RandomSource(generator(model.device, seed, "validation", k), start, stop, len(x), local_x.dtype)
             local_cond = {name: value[start:stop].to(model.device) for name, value in cond.items()}
             for name, value in model.validation_metrics(local_x, local_cond, rng).items():
                 if name not in means:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
 from pytorch_lightning.loggers import Logger
 
 from gencompare.command_line import conf_dir
@@ -37,18 +39,22 @@ from gencompare.training.loggers import MetricLogger, fail_safe
 def build_data(cfg: DictConfig) -> ImageData:
     """Build the data set from ``cfg.data``, with the extra conditions in ``cfg.data.conditions``, if any."""
     options = OmegaConf.masked_copy(cfg.data, [str(key) for key in cfg.data if key != "conditions"])
-    data = instantiate(options, _convert_="all")
+    data = instantiate_checked("data", options)
     conditions = instantiate(cfg.data.get("conditions") or {}, _convert_="all")
     return ConditionedData(data, conditions) if conditions else data
 
 
 def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
-    """Build the model from ``cfg.model`` for ``data``. Its initial weights depend only on the seed."""
+    """Build the model from ``cfg.model`` for ``data``, in the precision of ``cfg.trainer``.
+
+    Its initial weights depend only on the seed: in float64, they are the weights of float32.
+    """
     torch.manual_seed(derive_seed(cfg.seed, "weights"))
     # Hydra would convert the data spec (a dataclass) into a config, so it is passed in a second call.
     factory = instantiate_checked("model", cfg.model, _partial_=True)
     try:
-        return factory(spec=data.spec)
+        model = factory(spec=data.spec)
+        return model.double() if is_float64(cfg) else model
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in cfg.model or not inspect.isclass(factory.func):
@@ -62,6 +68,11 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
         raise UserError(f"{cfg.model._target_} has no argument '{unknown[1]}' (model.{unknown[1]}).{advice}") from error
 
 
+def is_float64(cfg: DictConfig) -> bool:
+    """Return whether the model computes in float64 (``trainer.precision=64-true``)."""
+    return str(cfg.trainer.get("precision")) in ("64", "64-true")
+
+
 def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
     """Build the evaluation protocol from ``cfg.evaluation``, with its extractors."""
     if "extractors" not in cfg.evaluation:
@@ -72,7 +83,7 @@ def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
         except UserError as error:
             advice = " Add _partial_: true to its YAML file." if "positional argument" in str(error) else ""
             raise UserError(f"{error}{advice}") from error
-    protocol = instantiate(cfg.evaluation.protocol, _convert_="all")
+    protocol = instantiate_checked("evaluation.protocol", cfg.evaluation.protocol)
     names, available = cfg.evaluation.extractors, cfg.evaluation.available
     if names is None:
         return protocol
@@ -115,17 +126,21 @@ def build_callbacks(
         callback = instantiate_for_run(f"callbacks.{name}", options, run)
         if not isinstance(callback, pl.Callback):
             raise UserError(f"callbacks.{name}: {options._target_} is not a Lightning callback.")
-        if isinstance(callback, EarlyStopping):
-            raise UserError(
-                f"callbacks.{name}: EarlyStopping needs validation epochs, which do not exist here. Use"
-                " callbacks.evaluation.patience=N."
-            )
+        for refused, reason in REFUSED_CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise UserError(f"callbacks.{name}: {refused.__name__} {reason}.")
         callbacks[name] = callback
     if "clock" not in callbacks:
         raise UserError("callbacks.clock=null is not allowed: without the clock, training would never end.")
     return dict(sorted(callbacks.items(), key=lambda item: getattr(item[1], "order", DEFAULT_ORDER)))
 
 
+REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
+    EarlyStopping: "needs validation epochs, which do not exist here. Use callbacks.evaluation.patience=N",
+    GradientAccumulationScheduler: "would go unseen by the budget and the record. Use trainer.global_batch_size=N",
+    Timer: "ends training before the budget is spent. Use budget=device_minutes budget.device_minutes=N",
+}
+"""Lightning callbacks that act like arguments in `run_config.TRAINER_EQUIVALENTS`, and what is wrong with them."""
 DEFAULT_ORDER = 7
 """The ``order`` of callbacks without this attribute: after the evaluation of a step, and before its checkpoint."""
 
@@ -153,7 +168,13 @@ def instantiate_for_run(place: str, options: DictConfig, run: dict[str, Any]) ->
 
 
 def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any:
-    """Instantiate ``options``. Raise `UserError` if its class does not exist or rejects its arguments."""
+    """Instantiate ``options``.
+
+    Raises:
+        UserError: its class does not exist or rejects its arguments, or a setting is not a number (NaN).
+    """
+    for key in _nan_keys(OmegaConf.to_container(options, resolve=True)):
+        raise UserError(f"{place}.{key}=nan is not a number: set it to one.")
     try:
         return instantiate(options, _convert_="all", **keywords)
     except InstantiationException as error:
@@ -169,6 +190,15 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
         raise UserError(f"{place}={options._target_}: {' '.join(str(cause).split())}.") from error
 
 
+def _nan_keys(node: Any, path: str = "") -> Iterator[str]:
+    """Yield the keys whose value is NaN, which passes comparisons such as ``value < 0``."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _nan_keys(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, float) and math.isnan(node):
+        yield path
+
+
 def callback_file(name: str, option: str) -> Path:
     """Return the config file of an option of the group ``callbacks``."""
     path = conf_dir() / "callbacks" / f"{option}.yaml"
@@ -180,7 +210,7 @@ def callback_file(name: str, option: str) -> Path:
 
 def build_budget(cfg: DictConfig) -> Budget:
     """Build the budget from ``cfg.budget``."""
-    return instantiate(cfg.budget)
+    return instantiate_checked("budget", cfg.budget)
 
 
 APPENDING_LOGGERS = ("gencompare.training.loggers.wandb_logger", "gencompare.training.loggers.tensorboard_logger")

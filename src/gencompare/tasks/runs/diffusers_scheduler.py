@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, LinearBetas, SigmoidBetas
+from gencompare.diffusion.discrete_schedules import (
+    BetaTable,
+    CosineBetas,
+    LinearBetas,
+    SigmoidBetas,
+    rescale_to_zero_terminal_snr,
+)
 from gencompare.diffusion.parameterizations import X0, Eps, TimestepConditioning, V
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import NoiseSchedule
@@ -54,6 +60,7 @@ def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
         "_class_name": "DDPMScheduler", "num_train_timesteps": T, "trained_betas": betas(model.schedule).tolist(),
         "prediction_type": prediction_type, "clip_sample": model.clip_x0,
         "variance_type": variance_type(model.sampler),
+        **({"timestep_spacing": "trailing"} if model.schedule.ends_in_pure_noise else {}),
     }  # fmt: skip
 
 
@@ -123,14 +130,20 @@ def is_same_schedule(schedule: NoiseSchedule, published: BetaTable) -> bool:
 
 def read_schedule(config: dict[str, Any], path: Path) -> BetaTable:
     """Read the schedule of a scheduler config, with the defaults of ``DDPMScheduler``."""
-    if not config.keys() & {"beta_schedule", "trained_betas"} or config.get("rescale_betas_zero_snr"):
-        raise UserError(f"{path} ({config.get('_class_name')}) has no betas, or has a timestep without signal.")
+    if not config.keys() & {"beta_schedule", "trained_betas"}:
+        raise UserError(f"{path} ({config.get('_class_name')}) has no betas.")
     if config.get("trained_betas") is not None:
-        return BetaTable(config["trained_betas"])
-    name = config["beta_schedule"]
-    if name not in SCHEDULES:
+        schedule = BetaTable(config["trained_betas"])
+    elif (name := config["beta_schedule"]) in SCHEDULES:
+        schedule = SCHEDULES[name][1](*beta_range(config))
+    else:
         raise UserError(f"{path}: beta_schedule={name} is not supported.")
-    return SCHEDULES[name][1](*beta_range(config))
+    return with_zero_terminal_snr(schedule) if config.get("rescale_betas_zero_snr") else schedule
+
+
+def with_zero_terminal_snr(schedule: BetaTable) -> BetaTable:
+    """Rescale a schedule as ``rescale_betas_zero_snr`` of diffusers does."""
+    return BetaTable(rescale_to_zero_terminal_snr(betas(schedule)))
 
 
 def beta_range(config: dict[str, Any]) -> tuple[float, float, int]:
@@ -146,9 +159,12 @@ def schedule_overrides(config: dict[str, Any], published: BetaTable) -> str:
     """Return the overrides that select the published schedule."""
     *ends, T = beta_range(config)
     for start, end in (ends, DDPM_BETAS):  # the ends of a sigmoid schedule are not among its trained betas
-        for option, make in SCHEDULES.values():
-            if is_same_schedule(make(start, end, T), published):
-                chosen = f"model/schedule={option} model.schedule.num_train_timesteps={T}"
+        for option, make in SCHEDULES.values() if end < 1 else ():
+            schedule, rescale = make(start, end, T), ""
+            if published.ends_in_pure_noise and isinstance(schedule, LinearBetas):
+                schedule, rescale = with_zero_terminal_snr(schedule), " +model.schedule.zero_terminal_snr=true"
+            if is_same_schedule(schedule, published):
+                chosen = f"model/schedule={option} model.schedule.num_train_timesteps={T}{rescale}"
                 if option == "cosine":
                     return chosen
                 return f"{chosen} model.schedule.beta_start={start:.4g} model.schedule.beta_end={end:.4g}"
