@@ -21,7 +21,7 @@ N, PIXELS = 1500, 16
 STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
 CHANGES = {"annealed_langevin": {"num_langevin_steps": 25}, "predictor_corrector": {"num_corrector_steps": 3}}
 SCHEDULES = [VP, VE, RectifiedFlow]
-BIAS = {"ancestral": 0.02, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
+BIAS = {"ancestral": 0.03, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
     "annealed_langevin": 0.1, "predictor_corrector": 0.06
 }  # fmt: skip
 """Relative tolerance of the standard deviation in addition to the Monte Carlo error; 0 for the other samplers. The

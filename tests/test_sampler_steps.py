@@ -34,7 +34,7 @@ from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
 from gencompare.diffusion.schedules import CLEAN, VE, VP, NoiseSchedule, RectifiedFlow
 from gencompare.diffusion.sde_samplers import AnnealedLangevin, EulerMaruyama, PredictorCorrector, ReverseDiffusion
 from gencompare.errors import UserError
-from gencompare.rng import generator
+from gencompare.rng import generator, normal_like
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -192,11 +192,11 @@ def test_predictor_corrector_is_algorithm_5(times: list[float], a: float) -> Non
         return -(x - image(times[0]) * bar**0.5) / (1 - bar)
 
     for _ in range(2):
-        z, g = torch.randn(x.shape, generator=source), score(x)
+        z, g = normal_like(x, source), score(x)
         size = 2 * a * (0.1 * z.flatten(1).norm(dim=1) / g.flatten(1).norm(dim=1)) ** 2
         size = size[:, None, None, None]
         x = x + size * g + (2 * size) ** 0.5 * z
-    z = torch.randn(x.shape, generator=source)
+    z = normal_like(x, source)
     x = (2 - a**0.5) * x + (1 - a) * score(x) + (1 - a) ** 0.5 * z
     torch.testing.assert_close(found, x, rtol=1e-7, atol=1e-9)
 
@@ -215,7 +215,7 @@ def test_annealed_langevin_is_algorithm_1(denoise: bool) -> None:
     for sigma in sigmas:
         for _ in range(4):
             size = eps * sigma**2 / sigmas[-1] ** 2
-            x = x + size / 2 * score(x, 1.0, sigma) + size**0.5 * torch.randn(x.shape, generator=source)
+            x = x + size / 2 * score(x, 1.0, sigma) + size**0.5 * normal_like(x, source)
     if denoise:
         x = x + sigmas[-1] ** 2 * score(x, 1.0, sigmas[-1])
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
@@ -275,7 +275,7 @@ def test_heun_with_churn_is_algorithm_2() -> None:
         gamma = min(0.6 / 3, 2**0.5 - 1) if 0.3 <= sigma <= 2.0 else 0.0
         hat = sigma * (1 + gamma)
         if gamma:
-            x = x + (hat**2 - sigma**2) ** 0.5 * 1.1 * torch.randn(x.shape, generator=source)
+            x = x + (hat**2 - sigma**2) ** 0.5 * 1.1 * normal_like(x, source)
             churned += 1
         d = slope(x, hat)
         euler = x + (next_sigma - hat) * d

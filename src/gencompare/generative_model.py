@@ -422,9 +422,9 @@ class TrainedModel(pl.LightningModule):
             return
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             check_positive("model.optimizer.lr", float(group["lr"]))
-            check_non_negative("model.optimizer.weight_decay", group.get("weight_decay", 0))
+            check_non_negative("model.optimizer.weight_decay", group.get("weight_decay") or 0)
             for name in ("momentum", "dampening"):
-                if not 0 <= group.get(name, 0) < 1:
+                if not 0 <= (group.get(name) or 0) < 1:
                     raise UserError(f"model.optimizer.{name}={group[name]} must be in [0, 1).")
             if group.get("maximize"):
                 raise UserError("model.optimizer.maximize=true would maximise the loss: use maximize=false.")

@@ -38,7 +38,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         h = at_least_float32(x)
-        count = all_reduce_sum(h.new_tensor(float(h.numel() // h.shape[1])))
+        count = all_reduce_sum(h.new_full((), h.numel() // h.shape[1]))
         mean = differentiable_sum(h.sum((0, 2, 3))) / count
         centred = h - mean[:, None, None]
         variance = differentiable_sum(centred.square().sum((0, 2, 3))) / count

@@ -32,8 +32,8 @@ class WarmupDecay:
         last: the factor at the end of the decay.
         decay_steps: length of the decay, :math:`p = \min(1, s / \text{decay\_steps})`; if None, p is the spent fraction
             of the budget.
-        resumed_budget: what happens if a run is resumed with another budget. ``restart`` lays the decay out over the
-            new budget, so after a larger one the factor rises again. ``constant`` keeps the decay of the first budget,
+        resumed_budget: what happens if a run is resumed with another budget. ``restart`` decays over the new
+            budget, so after a larger one the factor rises again. ``constant`` keeps the decay of the first budget,
             and then stays at ``last``, which must not be 0.
     """
 
@@ -66,15 +66,15 @@ class LearningRateScheduler(Callback):
 
     Lightning steps schedulers only under automatic optimisation. This callback also serves manual optimisation, and
     decays over a budget in any unit. On resuming, the optimiser settings of the config replace those of the
-    checkpoint, so that ``resume=DIR model.optimizer.lr=...`` takes effect. Checkpoints contain the budget that the
-    decay is laid out over, for a schedule that keeps it (`WarmupDecay.resumed_budget`).
+    checkpoint, so that ``resume=DIR model.optimizer.lr=...`` takes effect. Checkpoints contain the budget over
+    which the learning rate decays, for a schedule that keeps it (`WarmupDecay.resumed_budget`).
     """
 
     order = 1
 
     def __init__(self) -> None:
         self.budget: Budget | None = None
-        """The budget that the decay is laid out over."""
+        """The budget over which the learning rate decays."""
         self._factor = 1.0
         """The factor of the current step."""
 
@@ -129,7 +129,7 @@ def describe_resumed_schedule(
     Args:
         model: the model.
         counts: the state of the `TrainingClock` in the checkpoint.
-        first: the budget that the decay was laid out over.
+        first: the budget over which the learning rate has decayed so far.
         budget: the new budget.
 
     Returns:
