@@ -275,7 +275,7 @@ def prepare_files(folder: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
     picture = next(iter(RunRecord.load(run).results[0].images.values()))
 
     def config() -> None:
-        run_config._report_corrupted_config.cache_clear()
+        run_config._report_copy.cache_clear()
         assert run_config.load(run) == cfg
 
     def curve() -> None:

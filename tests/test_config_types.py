@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,8 @@ from test_cli import QUICK, Cli, error_line
         (tuple[int, ...], [[], [1, 2]], [[1, "2"], 1]),
         (Mapping[str, int], [{}, {"a": 1}], [[], 1, "a"]),
         (Literal["a", "b"], ["a"], ["c", 1]),
-        (Callable[[int], int], [{"_target_": "x"}, None], [1, "x", [1]]),
+        (Callable[[int], int], [{"_target_": "x"}, None, "x"], [1, [1]]),
+        (Iterable[int], [[1, 2]], [[1.5], 3]),
         (object, [1, "a", None, []], []),
         (Any, [1, "a", None, []], []),
     ],
@@ -61,12 +62,12 @@ def test_all_shipped_configs_have_the_right_types() -> None:
         ("data.batch_size=/nowhere", "data.batch_size=/nowhere must be a whole number."),
         ("data.train_subset_size=1e30", "data.train_subset_size=1e+30 must be a whole number or null."),
         ("evaluation.protocol.chunk_size=.inf", "evaluation.protocol.chunk_size=.inf must be a whole number."),
-        ("evaluation.extractors=7", "evaluation.extractors=7 must be a list of texts or null."),
-        ("callbacks.checkpoints.every_minutes=null", "callbacks.checkpoints.every_minutes=None must be a number."),
+        ("evaluation.extractors=7", "evaluation.extractors=7 must be a list of strings or null."),
+        ("callbacks.checkpoints.every_minutes=null", "callbacks.checkpoints.every_minutes=null must be a number."),
         ("trainer.precision=[]", "trainer.precision=[] must be"),
-        ("tags=1", "tags=1 must be a list of texts or null."),
+        ("tags=1", "tags=1 must be a list of strings or null."),
         ("seed=0.5", "seed=0.5 must be a whole number."),
-        ("family=1e5", "family=100000.0 must be a text."),
+        ("family=1e5", "family=100000.0 must be a string. Quote it"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(

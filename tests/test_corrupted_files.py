@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 import gencompare
 from checkpoints import assert_same_training, checkpoint
-from gencompare.checkpoint_files import earlier_checkpoints, read_checkpoint, write_checkpoint
+from gencompare.checkpoint_files import earlier_checkpoints, find_checkpoint, read_checkpoint, write_checkpoint
 from gencompare.checksums import (
     GrowingFile,
     check_safetensors,
@@ -316,12 +316,47 @@ def test_a_corrupted_config_is_replaced_by_the_copy_in_the_record(run: Path, cli
     err = capsys.readouterr().err
     assert err.count("config.yaml is corrupted: using the copy of the config in record.json") == 1
     assert cli("resume=run") == 0
-    assert (run / "config.yaml").read_bytes().partition(b"\n")[2] != b""
-    assert RunRecord.load(run).config["model"] == RunRecord.load(run).config["model"]
-    flip(run / "config.yaml")
+    assert (run / "config.yaml").read_bytes().startswith(b"# sha256"), "a resumed run writes its config"
     flip(run / "record.json")
+    (run / "config.yaml").write_bytes(whole_config[: len(whole_config) // 2])
     assert cli("task=sample", "run_dir=run", "num_images=2") == 1
     assert "config.yaml is corrupted" in error_line(capsys)
+
+
+def test_an_edited_config_is_not_replaced_silently(run: Path, cli: Cli, capsys: Any) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("global_batch_size: 16", "global_batch_size: 32"))
+    before = path.read_bytes()
+    assert cli("resume=run") == 1
+    assert "If you edited it, delete its first line. Otherwise, delete the file" in error_line(capsys)
+    assert path.read_bytes() == before
+    path.unlink()
+    assert cli("task=sample", "run_dir=run", "num_images=2") == 0
+    assert "config.yaml is missing: using the copy" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_read_for_another_reason_is_not_replaced(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("gencompare.checkpoint_files.check_zip", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        find_checkpoint(run / "checkpoints")
+    monkeypatch.undo()
+    found = find_checkpoint(run / "checkpoints")
+    assert found is not None and found.path.name == "last.ckpt" and found.step == 6
+    earlier = find_checkpoint(run / "checkpoints", before=6)
+    assert earlier is not None and earlier.step == 5
+
+
+def test_a_folder_with_checkpoints_but_no_record_is_not_used_for_a_new_run(run: Path, cli: Cli, capsys: Any) -> None:
+    (run / "record.json").unlink()
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    assert cli(*RUN, "budget.steps=2", "hydra.run.dir=run") == 1
+    assert "already contains a run" in error_line(capsys)
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [lambda raw: raw.replace(b"1", b"7", 1), lambda raw: raw[:-20], lambda raw: b"\xff"])

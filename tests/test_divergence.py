@@ -55,6 +55,44 @@ def test_a_gradient_that_is_not_finite_is_masked(
     assert all(value.isfinite().all() for value in checkpoint(tmp_path / "run")["state_dict"].values())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_a_first_gradient_that_is_bad_or_zero_does_not_mask_the_others(
+    value: float, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under trainer.precision=16-mixed, the first gradients usually overflow."""
+    original = DivergenceGuard.on_before_optimizer_step
+
+    def hook(self: DivergenceGuard, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for p in pl_module.parameters():
+            if p.grad is not None and pl_module.clock.step < 2:
+                p.grad.fill_(value)
+        original(self, trainer, pl_module, optimizer)
+
+    monkeypatch.setattr(DivergenceGuard, "on_before_optimizer_step", hook)
+    assert cli("model=ddpm", *RUN, "hydra.run.dir=run") == 0
+    training = RunRecord.load(tmp_path / "run").training
+    assert training["masked_gradients"] == (0 if value == 0 else 2) and training["rollbacks"] == []
+
+
+def test_a_running_statistic_that_is_not_finite_is_divergence(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The codebook of a VQ-VAE is a running mean, which no gradient reaches."""
+    original = DivergenceGuard.on_train_batch_end
+
+    def hook(self: DivergenceGuard, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.clock.step == 7:
+            next(b for b in pl_module.buffers() if b.is_floating_point() and b.dim() == 2).view(-1)[0] = math.nan
+        original(self, trainer, pl_module, *args)
+
+    monkeypatch.setattr(DivergenceGuard, "on_train_batch_end", hook)
+    assert cli("model=vqvae", *RUN, "hydra.run.dir=run") == 0
+    (rollback,) = RunRecord.load(tmp_path / "run").training["rollbacks"]
+    assert rollback["reason"] == "a weight is not finite" and rollback["to"] == 6
+    values = checkpoint(tmp_path / "run")["state_dict"].values()
+    assert all(value.isfinite().all() for value in values)
+
+
 def test_the_guard_does_not_change_training_that_goes_well(cli: Cli, tmp_path: Path) -> None:
     for name, options in {"with": [], "without": ["callbacks.divergence=null"]}.items():
         overrides = [each for each in RUN if not (options and each.startswith("callbacks.divergence."))]

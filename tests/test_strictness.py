@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 
@@ -106,7 +107,7 @@ def test_limits_of_the_trainer_are_refused_in_new_resumed_and_stored_runs(
     for name, value in LIMITS.items():
         refused(name, "resume=run", "budget.steps=5", f"+trainer.{name}={value}")
         cfg = OmegaConf.create(stored)
-        OmegaConf.update(cfg, f"trainer.{name}", value.strip("'"), force_add=True)
+        OmegaConf.update(cfg, f"trainer.{name}", yaml.safe_load(value), force_add=True)
         OmegaConf.save(cfg, run / run_config.FILE)
         refused(name, "resume=run", "budget.steps=5")
         (run / run_config.FILE).write_text(stored)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gencompare.checksums import check_zip, write_zip
-from gencompare.errors import UserError
+from gencompare.errors import CorruptedFileError, UserError
 from gencompare.files import atomic_write
 from gencompare.migrations import migrate_checkpoint
 
@@ -44,10 +43,10 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         with open(path, "rb") as file:
             check_zip(path, file)
             return migrate_checkpoint(torch.load(file, map_location=map_location, weights_only=True))
-    except UserError:
+    except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"{path} is corrupted or not a gencompare checkpoint ({type(error).__name__}).") from error
+        raise CorruptedFileError(path, f"Or it is not a gencompare checkpoint ({type(error).__name__}).") from error
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,14 @@ class FoundCheckpoint:
     path: Path
     content: dict[str, Any]
     corrupted: list[Path]
-    """Newer checkpoints that cannot be read."""
+    """Checkpoints that are corrupted."""
+
+    @property
+    def step(self) -> int:
+        return self.content.get("callbacks", {}).get("TrainingClock", {}).get("step", 0)
 
     def restore(self) -> None:
-        """Make it ``last.ckpt``, and add ``.corrupted`` to the names of the newer ones."""
+        """Make it ``last.ckpt``, and add ``.corrupted`` to the names of the corrupted ones."""
         for path in self.corrupted:
             path.replace(path.with_name(f"{path.name}.corrupted"))
         if self.path.name != LAST:
@@ -68,28 +71,41 @@ class FoundCheckpoint:
                 file.write(self.path.read_bytes())
 
 
-def find_checkpoint(folder: Path) -> FoundCheckpoint | None:
-    """Return the newest checkpoint of ``folder`` that can be read, or None if it contains no checkpoint.
+def find_checkpoint(folder: Path, before: int | None = None) -> FoundCheckpoint | None:
+    """Return the newest checkpoint of ``folder`` that is intact, or None if there is none.
+
+    Args:
+        folder: folder of the checkpoints.
+        before: consider only checkpoints of earlier steps.
 
     Raises:
-        UserError: no checkpoint can be read.
+        UserError: all checkpoints are corrupted.
+        OSError: a checkpoint cannot be read for another reason.
     """
     corrupted: list[Path] = []
     message = ""
-    for path in _newest_first(folder):
+    found: FoundCheckpoint | None = None
+    for path in checkpoint_paths(folder):
         try:
-            return FoundCheckpoint(path, read_checkpoint(path), corrupted)
-        except UserError as error:
+            candidate = FoundCheckpoint(path, read_checkpoint(path), corrupted)
+        except CorruptedFileError as error:
             corrupted, message = [*corrupted, path], message or str(error)
-    if corrupted:
+            continue
+        if (before is None or candidate.step < before) and (found is None or candidate.step > found.step):
+            found = candidate
+        if path.name == LAST and before is None:  # the newest, if it is intact
+            break
+    if found is not None:
+        return replace(found, corrupted=corrupted)
+    if corrupted and before is None:
         raise UserError(f"No checkpoint in {folder} can be read, so this run cannot be continued: {message}")
     return None
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    yield from (
-        path for path in (folder / LAST, *reversed(earlier_checkpoints(folder)), folder / BEST) if path.exists()
-    )
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return the checkpoints of ``folder``, corrupted or not, beginning with ``last.ckpt``."""
+    paths = (folder / LAST, *reversed(earlier_checkpoints(folder)), folder / BEST)
+    return [path for path in paths if path.exists()]
 
 
 def earlier_checkpoints(folder: Path) -> list[Path]:
@@ -98,21 +114,19 @@ def earlier_checkpoints(folder: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(steps[path][1]))
 
 
-def keep_earlier(folder: Path, step: int, number: int) -> None:
-    """Keep the ``last.ckpt`` of step ``step`` under the name ``step_<number>.ckpt``, before a new one replaces it.
-
-    Args:
-        folder: folder of the checkpoints.
-        step: step of ``last.ckpt``.
-        number: how many earlier checkpoints to keep; older ones are removed.
-    """
+def keep_earlier(folder: Path, step: int) -> None:
+    """Keep the ``last.ckpt`` of step ``step`` under the name ``step_<number>.ckpt``, before a new one replaces it."""
     last, kept = folder / LAST, folder / f"step_{step:08d}.ckpt"
-    if number > 0 and last.exists():
+    if last.exists():
         kept.unlink(missing_ok=True)
         try:
             os.link(last, kept)  # so that there is a last.ckpt at any time
         except OSError:  # a file system without hard links
             os.replace(last, kept)
+
+
+def remove_earlier(folder: Path, number: int) -> None:
+    """Remove all but the newest ``number`` earlier checkpoints."""
     for path in earlier_checkpoints(folder)[: -number or None]:
         with suppress(OSError):
             path.unlink()

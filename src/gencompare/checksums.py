@@ -39,8 +39,10 @@ _JSON_END = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 _JSON_DIGEST = re.compile(rb'"[0-9a-f]{64}"\n}\n\Z')
 """A checksum at the end whose name may be corrupted."""
 _SAFETENSORS_ENTRY = re.compile(rb'"gencompare_whole_file_sha256":"([0-9a-f]{64})"')
-_UNCOVERED_LINE = re.compile(rb"[0-9a-z.,+-]*\r?\n?")
-"""A line of numbers that was appended to a CSV file after its checksum was written."""
+_UNCOVERED_LINE = re.compile(rb"(?:[0-9a-z.,+-]*\r?\n){0,2}[0-9a-z.,+-]*")
+"""Lines of numbers that were appended to a CSV file after its checksum was read, the last perhaps incomplete."""
+MAX_GROWING_SIZE = 1 << 30
+"""Size limit of a CSV file that grows, in bytes (1 GiB)."""
 _ZIP_COMMENT = re.compile(rb"sha256: ([0-9a-f]{64})\Z")
 _ZIP_END = b"PK\x05\x06"
 _ZIP_END_SIZE = 22
@@ -194,7 +196,8 @@ class GrowingFile:
     """The checksum of a text file to which lines are appended: the SHA-256 of its first bytes, and their number.
 
     It is in a hidden file next to the text, and updated after the text. If a process is killed between the two, the
-    text has one more line, perhaps incomplete, than the checksum covers, but it is not corrupted.
+    text has one more line, perhaps incomplete, than the checksum covers, but it is not corrupted. (It has two more if
+    it grows while it is read.)
 
     Args:
         path: the text file.
@@ -235,16 +238,16 @@ class GrowingFile:
             file.write(f"{self._size} {self._digest.hexdigest()}\n".encode())
 
     def is_intact(self) -> bool:
-        """Return whether the text has no checksum, or has the bytes that it covers and at most one more line."""
+        """Return whether the text has no checksum, or has the bytes that it covers and few more lines."""
         try:
-            stored = self.checksum_path.read_bytes()
+            stored = read_bytes(self.checksum_path, 100)
         except FileNotFoundError:
             return True
         match = re.fullmatch(rb"(\d{1,15}) ([0-9a-f]{64})\n", stored)
         if match is None:
             return False
-        with self.path.open("rb") as file:
-            covered, rest = file.read(int(match[1])), file.read()
+        content = read_bytes(self.path, MAX_GROWING_SIZE)
+        covered, rest = content[: int(match[1])], content[int(match[1]) :]
         return _sha256(covered) == match[2].decode() and _UNCOVERED_LINE.fullmatch(rest) is not None
 
 

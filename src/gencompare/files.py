@@ -74,7 +74,7 @@ def remove_orphans(folder: Path) -> None:
 def write_error(path: str | os.PathLike[str], error: OSError) -> UserError | None:
     """Return the error for a failure to write ``path``, or None if the user cannot fix it."""
     if error.errno in DISK_FULL_ERRORS:
-        return DiskFullError(f"No space left on the disk for {path}: free some space, then start again.")
+        return DiskFullError(f"No space left on the disk for {path}: free some space.")
     if error.errno in PATH_ERRORS:
         return UserError(f"Cannot write {path}: {error.strerror}. Choose another folder.")
     return None

@@ -289,7 +289,9 @@ class RunRecord:
             _check(record, cls)
             return record
         except (KeyError, TypeError, AttributeError) as error:
-            raise CorruptedFileError(path, f"({' '.join(str(error).split())}) {_advice(path)}") from error
+            raise UserError(
+                f"{path} is corrupted, or from another version of gencompare ({' '.join(str(error).split())})."
+            ) from error
 
     @staticmethod
     def update(folder: str | os.PathLike[str], change: Callable[[RunRecord], None]) -> RunRecord:

@@ -59,7 +59,21 @@ LOCATION_KEY = re.compile(
 """Arguments of callbacks and loggers that say where to write or to send."""
 OWN_LOGGERS = "gencompare.training.loggers."
 OWN_LOGGER_KEYS = frozenset(
-    ("_target_", "_partial_", "project", "entity", "group", "job_type", "mode", "name", "notes", "tags", "log_model")
+    (
+        "_target_",
+        "_partial_",
+        "project",
+        "entity",
+        "group",
+        "job_type",
+        "mode",
+        "name",
+        "notes",
+        "tags",
+        "log_model",
+        "init_timeout",
+        "finish_timeout",
+    )
 )
 """Arguments of this package's loggers that a stored config may set. They choose no file or address."""
 

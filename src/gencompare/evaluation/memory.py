@@ -20,8 +20,8 @@ def split_when_out_of_memory(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Split calls of ``networks`` in two, four, ... parts along the batch in the block, when they run out of memory.
 
     The samples of a chunk share their random numbers, so the chunk itself must not be split; its network calls may be,
-    since a network maps each sample on its own. Values change only by rounding. The number of parts stays for later
-    calls of the same network.
+    since a network maps each sample on its own. (A network that gets a function, which may have a state, is not split.)
+    Values change only by rounding. The number of parts stays for later calls of the same network.
     """
     own = {network: network.__dict__.get("forward") for network in networks}
     for network in own:
@@ -42,7 +42,7 @@ def _splitting(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal parts
-        n = _batch_size((args, kwargs))
+        n = 1 if any(map(callable, (*args, *kwargs.values()))) else _batch_size((args, kwargs))
         while True:
             try:
                 return _in_parts(forward, args, kwargs, n, parts)
@@ -97,4 +97,4 @@ def _join(outputs: list[Any]) -> Any:
         return {key: _join([output[key] for output in outputs]) for key in first}
     if isinstance(first, list | tuple):
         return type(first)(_join(list(each)) for each in zip(*outputs, strict=True))
-    return first
+    raise TypeError(f"cannot join outputs of type {type(first).__name__}")

@@ -25,6 +25,7 @@ from gencompare.tasks.runs.run_config import (
     opener,
     read_config,
     rename_options,
+    resolve_auto_resume,
 )
 from gencompare.tasks.runs.sweep import prepare_job, record_failure
 from gencompare.trust import opened_by
@@ -48,7 +49,7 @@ def main() -> None:
         if CONFIG_VARIABLE in os.environ:
             call_task(read_config(Path(os.environ[CONFIG_VARIABLE])))
             return
-        argv = _with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:])))
+        argv = resolve_auto_resume(_with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:]))))
         sys.argv[1:] = inherit_choices(argv)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
         if failed_job_codes:

@@ -32,6 +32,7 @@ from gencompare.tasks.runs.build import (
     build_protocol,
     build_trainer,
     check_trainer_settings,
+    stored_budget,
 )
 from gencompare.tasks.runs.console import print_results, print_start
 from gencompare.tasks.runs.environment import environment
@@ -53,7 +54,7 @@ from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.evaluation_callback import EvaluationCallback
-from gencompare.training.graceful_stop import GracefulStop
+from gencompare.training.graceful_stop import REQUEUE_SIGNALS, GracefulStop
 from gencompare.training.learning_rate import LearningRateScheduler, describe_resumed_schedule
 from gencompare.training.loggers import last_step
 from gencompare.trust import check_links
@@ -156,10 +157,10 @@ def resume_learning_rate(
     budget: Budget,
     dependencies: list[dict[str, Any]],
 ) -> str | None:
-    """Tell the learning-rate callback over which budget the decay of a resumed run was laid out.
+    """Tell the learning-rate callback over which budget the learning rate of a resumed run has decayed so far.
 
-    Return a line for the user if the budget has changed. It is read from the checkpoint or, for a checkpoint of an
-    earlier version, from the stored config.
+    That budget is in the checkpoint or, if an earlier version wrote it, in the stored config. Return a line for the
+    user if the budget has changed.
     """
     scheduler = callbacks.get("learning_rate")
     if checkpoint is None or not isinstance(scheduler, LearningRateScheduler):
@@ -168,7 +169,7 @@ def resume_learning_rate(
     if state is not None:
         scheduler.load_state_dict(state)
     else:
-        stored = build_budget(run_config.load(folder))
+        stored = stored_budget(run_config.load(folder))
         scheduler.budget = dependency_costs.remaining_budget(stored, dependencies)
     assert scheduler.budget is not None
     counts = checkpoint["callbacks"][TrainingClock.__name__]
@@ -285,7 +286,9 @@ def fit(
                 f" python run.py {shell_override('resume', folder)}"
             )
             time.sleep(1)  # until the lock of a dead process is released
-            if trainer.is_global_zero or not is_active(folder):
+            # A record that the first process wrote before it ended says more.
+            orphaned = not is_active(folder) and RunRecord.load(folder).state == "running"
+            if trainer.is_global_zero or orphaned:
                 record_training(trainer, callbacks, folder, state="interrupted", error=message)
             raise UserError(message) from error
         if trainer.is_global_zero:
@@ -306,6 +309,8 @@ def fit(
             f"Stopped after step {step}, {detail}. Continue with: python run.py {shell_override('resume', folder)}"
         )
         wait_for_ranks(trainer)
+        if received in REQUEUE_SIGNALS and callable(signal.getsignal(received)):
+            signal.raise_signal(received)  # submitit requeues the job, now that it is saved
         raise SystemExit(128 + received)
 
 

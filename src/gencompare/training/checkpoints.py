@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
 
-from gencompare.checkpoint_files import BEST, LAST, keep_earlier
+from gencompare.checkpoint_files import BEST, LAST, keep_earlier, remove_earlier
 from gencompare.errors import DiskFullError, TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
@@ -78,7 +78,7 @@ class Checkpoints(Callback):
             except DiskFullError as error:
                 if trainer.should_stop or trainer.world_size > 1:
                     raise
-                print(f"{error} Training goes on; the next checkpoint is tried in time.", flush=True)
+                print(f"{error} Training continues without this checkpoint.", flush=True)
             self._last_time = time.monotonic()
             clock.exclude_elapsed_time()
 
@@ -94,9 +94,11 @@ class Checkpoints(Callback):
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         step = clock_of(trainer).step
-        if trainer.is_global_zero and self.saved not in (None, step):
-            keep_earlier(self.dirpath, self.saved, self.keep_previous)
+        if trainer.is_global_zero and self.keep_previous and self.saved not in (None, step):
+            keep_earlier(self.dirpath, self.saved)
         trainer.save_checkpoint(self.last)
+        if trainer.is_global_zero:
+            remove_earlier(self.dirpath, self.keep_previous)
         folder = self.dirpath.parent
         if trainer.is_global_zero and self.saved is None and (folder / RECORD_FILE).exists():
             name = str(self.last.relative_to(folder))

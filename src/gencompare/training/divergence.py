@@ -26,18 +26,18 @@ class DivergenceGuard(Callback):
     A gradient is bad if its norm is not finite, or exceeds ``max_gradient_growth`` times its running mean. It is set to
     zero on the device, without synchronisation, and counted. (A model that skips such steps itself is left alone.)
 
-    Every ``check_every_n_steps`` steps, and before an evaluation or a checkpoint, training counts as diverged if one of
-    these holds:
+    A masked step still applies the momentum of the optimiser. Every ``check_every_n_steps`` steps, and before an
+    evaluation or a checkpoint for the steps since the last check, training counts as diverged if one of these holds:
 
     - all gradients of the last ``check_every_n_steps`` steps were bad, or all losses not finite;
     - the magnitude of the mean loss exceeds ``max_loss_growth`` times
       :math:`\max(1, |\text{loss of the first step}|)`;
-    - a weight is not finite.
+    - a weight or a running statistic is not finite.
 
-    The weights, their average and the optimisers then return to the last checkpoint, or to the initial state if there
-    is none, and the learning rate is multiplied by ``lr_factor``. Steps, images and random numbers go on, so that the
-    cost of the lost steps counts. After ``max_rollbacks`` rollbacks, or at the end of the budget, training stops with
-    an error instead.
+    The weights, their average and the optimisers then return to the last checkpoint (the next older one if that did
+    not help), or to the initial state if there is none, and the learning rate is multiplied by ``lr_factor``. Steps,
+    images and random numbers go on, so that the cost of the lost steps counts. After ``max_rollbacks`` rollbacks, or at
+    the end of the budget, training stops with an error instead.
 
     Lightning's ``detect_anomaly`` and `EarlyStopping(check_finite=True)` can only end a run.
 
@@ -132,14 +132,13 @@ class DivergenceGuard(Callback):
             return
         index = next(i for i, each in enumerate(trainer.optimizers) if each is optimizer)
         norm = get_total_norm(gradients)
-        mean = self._norms.get(index, norm)
-        bad = ~(norm <= self.max_gradient_growth * mean)  # true if one of them is NaN
-        bad |= norm.isinf()
+        mean = self._norms.get(index, torch.zeros_like(norm))
+        # Before the first usable gradient the mean is 0, and only gradients that are not finite are bad.
+        bad = ~norm.isfinite() | ((mean > 0) & (norm > self.max_gradient_growth * mean))
         for gradient in gradients:
             gradient.masked_fill_(bad, 0.0)
-        # A first gradient that is bad leaves no usable mean.
-        usable = torch.where(mean.isfinite(), mean, norm.nan_to_num(0.0, posinf=0.0))
-        self._norms[index] = torch.where(bad, usable, self.DECAY * usable + (1 - self.DECAY) * norm)
+        updated = torch.where(mean > 0, self.DECAY * mean + (1 - self.DECAY) * norm, norm)
+        self._norms[index] = torch.where(bad, mean, updated)
         self._counts[0] += bad
         self._counts[1] += 1
 
@@ -173,10 +172,11 @@ class DivergenceGuard(Callback):
     def _reason(self, trainer: pl.Trainer, model: pl.LightningModule) -> str:
         """Return why training counts as diverged, or an empty string."""
         first_loss = torch.zeros((), device=model.device) if self._first_loss is None else self._first_loss
-        local = torch.cat([self._counts, first_loss[None]])
-        bad, gradients, losses, total, first = (all_reduce_sum(local) / trainer.world_size).tolist()
+        broken = (~is_finite(model)).float()
+        local = torch.cat([self._counts, torch.stack([first_loss, broken])])
+        bad, gradients, losses, total, first, broken_ranks = (all_reduce_sum(local) / trainer.world_size).tolist()
         limit = self.max_loss_growth * max(1.0, abs(first) if math.isfinite(first) else 1.0)
-        if not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
+        if broken_ranks:
             return "a weight is not finite"
         if losses and abs(total / losses) > limit:
             return f"the mean loss is {total / losses:.3g}, {first:.3g} in the first step"
@@ -208,7 +208,9 @@ class DivergenceGuard(Callback):
 
     def _restore(self, trainer: pl.Trainer, model: pl.LightningModule) -> int:
         """Restore weights, average and optimisers from the last checkpoint or the start. Return the step."""
-        found = find_checkpoint(self.dirpath)
+        # If a rollback did not help, an earlier checkpoint may be better.
+        previous = self.rollbacks[-1]["to"] if self.rollbacks else None
+        found = find_checkpoint(self.dirpath, before=previous) or find_checkpoint(self.dirpath)
         states: list[dict[str, Any]] = [{} for _ in trainer.optimizers]
         average: dict[str, Tensor] | None = None
         if found is not None:
@@ -230,6 +232,13 @@ class DivergenceGuard(Callback):
         return step
 
 
+@torch.no_grad()
+def is_finite(model: pl.LightningModule) -> Tensor:
+    """Return whether all weights and running statistics of a model are finite, as a scalar on its device."""
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return get_total_norm(values).isfinite() if values else torch.ones((), dtype=torch.bool, device=model.device)
+
+
 def require_finite_weights(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     """Let the `DivergenceGuard` of a Trainer check the model, which is about to be saved or evaluated.
 
@@ -239,7 +248,7 @@ def require_finite_weights(trainer: pl.Trainer, model: pl.LightningModule) -> No
     guards = [each for each in trainer.callbacks if isinstance(each, DivergenceGuard)]  # type: ignore[attr-defined]
     for guard in guards:
         guard.check(trainer, model)
-    if not guards and not get_total_norm([p.detach() for p in model.parameters()]).isfinite():
+    if not guards and not is_finite(model):
         raise TrainingStopped(
             f"A weight is not finite at step {clock_of(trainer).step}",
             "Try a lower learning rate (model.optimizer.lr) or model.grad_clip.",

@@ -232,7 +232,7 @@ class EvaluationCallback(Callback):
             try:
                 save_png(grid(images.numpy(), columns), path)
             except DiskFullError as error:
-                print(f"{error} Training goes on without this grid.", flush=True)
+                print(f"{error} Training continues without this grid.", flush=True)
             else:
                 log_image(trainer, title, path, clock_of(trainer).step)
 

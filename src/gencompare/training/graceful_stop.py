@@ -13,11 +13,13 @@ from gencompare.training.clock import clock_of
 
 CHECK_STEPS = 10
 """Steps between checks for a signal on any rank, if there are several."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which SLURM announces the end of a job (``#SBATCH --signal``); submitit uses the second one."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *REQUEUE_SIGNALS)
 
 
 class GracefulStop(Callback):
-    """Ends training at the end of a step on Ctrl-C or SIGTERM, so that `Checkpoints` saves that step.
+    """Ends training at the end of a step on Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, so that `Checkpoints` saves that step.
 
     Training ends after the current step or, with several processes, at the next step divisible by `CHECK_STEPS`. A
     second signal ends the process at once.

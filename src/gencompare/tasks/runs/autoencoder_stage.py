@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from gencompare.checkpoint_files import LAST, read_checkpoint
+from gencompare.checkpoint_files import LAST, find_checkpoint, read_checkpoint
 from gencompare.command_line import shell_override
 from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
@@ -98,6 +98,8 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
                     print("Stopped while training the autoencoder. Repeat the command to resume.", flush=True)
                     raise
                 except UserError as error:
+                    if not is_unreadable(folder):
+                        raise
                     raise UserError(
                         f"{error} To train this autoencoder from the start, delete {folder} and repeat the command."
                     ) from error
@@ -161,6 +163,15 @@ def autoencoder_folder(stage: DictConfig, data: ImageData) -> Path:
 def is_finished(folder: Path) -> bool:
     """Return whether ``folder`` contains a finished run."""
     return (folder / RECORD_FILE).exists() and RunRecord.load(folder).state == "finished"
+
+
+def is_unreadable(folder: Path) -> bool:
+    """Return whether all checkpoints in ``folder`` are corrupted."""
+    try:
+        find_checkpoint(folder / "checkpoints")
+        return False
+    except UserError:
+        return True
 
 
 def is_trained(folder: Path) -> bool:

@@ -213,6 +213,11 @@ def build_budget(cfg: DictConfig) -> Budget:
     return instantiate_checked("budget", cfg.budget)
 
 
+def stored_budget(cfg: DictConfig) -> Budget:
+    """Return the budget in an unchecked config of a run folder, without building what it names."""
+    return Budget(**{name: cfg.budget.get(name) for name in Budget.__dataclass_fields__})
+
+
 APPENDING_LOGGERS = ("gencompare.training.loggers.wandb_logger", "gencompare.training.loggers.tensorboard_logger")
 """Loggers that can add to a finished run."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,7 +19,7 @@ NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     Path: "a path",
     NoneType: "null",
 }
@@ -45,12 +45,13 @@ def check_types(cfg: DictConfig) -> None:
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     for key, hint in TOP_LEVEL.items():
         if key in values and not matches(values[key], hint):
-            raise UserError(f"{key}={values[key]} must be {describe(hint)}.")
+            quotes = f" Quote it: \"{key}='{values[key]}'\"." if str in (hint, *get_args(hint)) else ""
+            raise UserError(f"{key}={values[key]} must be {describe(hint)}.{quotes}")
     for section in SECTIONS:
         _check(values.get(section), section)
-    samplers = values.get("evaluation", {}).get("extractors")
-    if not matches(samplers, list[str] | None):
-        raise UserError(f"evaluation.extractors={samplers} must be {describe(list[str] | None)}.")
+    extractors = (values.get("evaluation") or {}).get("extractors")
+    if not matches(extractors, list[str] | None):
+        raise UserError(f"evaluation.extractors={extractors} must be {describe(list[str] | None)}.")
 
 
 def _check(node: Any, path: str) -> None:
@@ -63,7 +64,9 @@ def _check(node: Any, path: str) -> None:
     hints = (argument_types(target) if isinstance(target, str) else {}) | INSTANTIATION
     for key, value in node.items():
         if key in hints and not _is_object(value) and not matches(value, hints[key]):
-            raise UserError(f"{path}.{key}={value} must be {describe(hints[key])}.")
+            shown = "null" if value is None else value
+            quotes = f" Quote it: \"{path}.{key}='{value}'\"." if str in (hints[key], *get_args(hints[key])) else ""
+            raise UserError(f"{path}.{key}={shown} must be {describe(hints[key])}.{quotes}")
         _check(value, f"{path}.{key}")
 
 
@@ -110,10 +113,10 @@ def matches(value: Any, hint: Any) -> bool:
         return True
     if issubclass(kind, Mapping):
         return isinstance(value, dict)
-    if issubclass(kind, Collection) and kind is not str:
+    if kind is Iterable or issubclass(kind, Collection):
         return isinstance(value, list) and _elements_match(value, kind, args)
-    # An object, or a function that creates one.
-    return isinstance(value, dict) or kind is object or not isinstance(value, str | int | float | list)
+    # An object, or a function that creates one. Python converts strings to some, such as torch.dtype.
+    return kind is object or not isinstance(value, int | float | list)
 
 
 def _elements_match(values: list[Any], kind: type, args: tuple[Any, ...]) -> bool:
@@ -136,6 +139,6 @@ def describe(hint: Any) -> str:
     if inspect.isclass(kind) and issubclass(kind, Mapping):
         return "a mapping"
     if inspect.isclass(kind) and issubclass(kind, Collection):
-        plural = {int: " of whole numbers", float: " of numbers", str: " of texts"}
+        plural = {int: " of whole numbers", float: " of numbers", str: " of strings"}
         return "a list" + (plural.get(args[0], "") if args else "")
     return "a mapping with _target_"

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from gencompare.checkpoint_files import EMA_KEY, read_checkpoint
+from gencompare.checkpoint_files import EMA_KEY, LAST, read_checkpoint
 from gencompare.command_line import shell_override
 from gencompare.comparison.load_runs import find_run_folders
 from gencompare.data.datamodule import ImageData
@@ -22,6 +22,7 @@ from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_data, build_model
+from gencompare.tasks.runs.run_folder import checkpoint_names
 
 WANDB_PREFIX = "wandb:"
 WANDB_FILES = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
@@ -176,9 +177,11 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
 
 def corrupted_checkpoint_advice(folder: Path, path: Path) -> str:
     """Return what to do if the checkpoint ``path`` of a run is corrupted."""
-    others = [other for other in (folder / "checkpoints").glob("*.ckpt") if other != path]
+    others = [name for name in checkpoint_names(folder) if name != path.name]
     if not others:
         return "It is the only checkpoint of this run: train the run again."
+    if path.name != LAST and LAST in others:
+        return "Use checkpoint=last, or evaluation.checkpoints=[last] at the end of training."
     return (
         f"To continue from an earlier checkpoint: python run.py {shell_override('resume', folder)}. It trains the"
         " missing steps again and evaluates."

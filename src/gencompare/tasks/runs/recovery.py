@@ -17,7 +17,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.models.latents import Latents
 from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
-from gencompare.tasks.runs.build import build_budget
+from gencompare.tasks.runs.build import stored_budget
 from gencompare.tasks.runs.console import describe_data
 from gencompare.tasks.runs.interpolations import plain
 from gencompare.training.clock import TrainingClock
@@ -103,7 +103,7 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
     }  # fmt: skip
     dependency_costs.update_total_cost(record)
     record.checkpoints = list_checkpoints(folder)
-    record.state = "finished" if build_budget(cfg).progress(**clock) >= 1 or model.closed_form else "interrupted"
+    record.state = "finished" if stored_budget(cfg).progress(**clock) >= 1 or model.closed_form else "interrupted"
     if path.exists():
         path.replace(path.with_name(f"{RECORD_FILE}.corrupted"))
     record.save(folder)

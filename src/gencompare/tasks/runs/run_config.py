@@ -28,7 +28,7 @@ from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.migrations import migrate_config, rename_option
 from gencompare.private_apis import yaml_loader
 from gencompare.records import RECORD_FILE, RunRecord
-from gencompare.safe_files import parse_yaml
+from gencompare.safe_files import parse_yaml, read_text
 from gencompare.tasks.runs.interpolations import (
     at,
     escape,
@@ -115,6 +115,22 @@ def rename_options(argv: list[str]) -> list[str]:
     for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
         print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
     return [found[0] if (found := renamed.get(arg)) else arg for arg in argv]
+
+
+def resolve_auto_resume(argv: list[str]) -> list[str]:
+    """Replace ``resume=auto`` by the run in ``hydra.run.dir``, or remove it if there is no run yet.
+
+    So the command of a job that a scheduler may start again is the same each time.
+    """
+    if _value_of("resume", argv) != "auto":
+        return argv
+    folder = _value_of("hydra.run.dir", argv)
+    if folder is None:
+        raise UserError("resume=auto continues the run in hydra.run.dir, if there is one: set hydra.run.dir=DIR.")
+    rest = [arg for arg in argv if arg != "resume=auto"]
+    path = Path(_unquote(folder))
+    exists = (path / RECORD_FILE).exists() or has_checkpoint(path)
+    return [*rest, f"resume={quote(str(path))}"] if exists else rest
 
 
 def inherit_choices(argv: list[str]) -> list[str]:
@@ -502,8 +518,6 @@ def read(folder: Path) -> dict[str, Any]:
     Nothing in it is resolved or executed. Strings are those of the file: `as_text` turns them into values.
     """
     path = folder / FILE
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it contains no {FILE}.")
     try:
         loaded = _parse(path, folder)
         if sum(text.count("${") for text in strings(loaded)) > MAX_INTERPOLATIONS:  # OmegaConf parses each slowly
@@ -519,24 +533,46 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _parse(path: Path, folder: Path) -> dict[str, Any]:
-    """Parse a stored config or, if the file is corrupted, the copy of the config in the run's record."""
+    """Parse a stored config or, if the file is corrupted, the copy of the config in the run's record.
+
+    Raises:
+        CorruptedFileError: there is no copy either, or the file looks as if it was edited: it is a config, but does not
+            match its checksum.
+    """
     try:
         loaded = parse_yaml(path, read_checked_yaml(path, MAX_SIZE), yaml_loader())
         if not isinstance(loaded, dict):
             raise CorruptedFileError(path)
         return loaded
-    except (CorruptedFileError, yaml.YAMLError) as error:
+    except (CorruptedFileError, FileNotFoundError, yaml.YAMLError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        if not missing and _is_config(path):
+            advice = f"If you edited it, delete its first line. Otherwise, delete the file: {RECORD_FILE} has a copy."
+            raise CorruptedFileError(path, advice) from error
         try:
             config = RunRecord.load(folder).config
         except UserError:
+            config = {}
+        if "model" not in config:
+            if missing:
+                raise UserError(f"{folder} is not a run folder: it contains no {FILE}.") from error
             raise CorruptedFileError(path) from error
-        _report_corrupted_config(path)
+        _report_copy(path, "missing" if missing else "corrupted")
         return config
 
 
+def _is_config(path: Path) -> bool:
+    """Return whether a file is a complete config, whatever its checksum says."""
+    try:
+        loaded = parse_yaml(path, read_text(path, MAX_SIZE), yaml_loader())
+        return isinstance(loaded, dict) and {"model", "data", "trainer", "callbacks", "evaluation"} <= loaded.keys()
+    except (UserError, ValueError, yaml.YAMLError):
+        return False
+
+
 @cache
-def _report_corrupted_config(path: Path) -> None:
-    print(printable(f"{path} is corrupted: using the copy of the config in {RECORD_FILE}."), file=sys.stderr)
+def _report_copy(path: Path, state: str) -> None:
+    print(printable(f"{path} is {state}: using the copy of the config in {RECORD_FILE}."), file=sys.stderr)
 
 
 def _plain_types(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,16 +33,22 @@ def run_folder(cfg: DictConfig) -> Path:
 
 def refuse_existing_run(folder: Path) -> None:
     """Raise `UserError` if ``folder`` already contains a run."""
-    if (folder / RECORD_FILE).exists():
+    if (folder / RECORD_FILE).exists() or has_checkpoint(folder):
         raise UserError(
             f"{folder} already contains a run: continue it with {shell_override('resume', folder)}, or choose another"
             " hydra.run.dir."
         )
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """Return the names of the checkpoints in a run folder, corrupted or not."""
+    names = re.compile(r"(last|best|step_\d+)\.ckpt")
+    return sorted(path.name for path in (folder / "checkpoints").glob("*.ckpt") if names.fullmatch(path.name))
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Return whether a run folder contains a checkpoint, damaged or not."""
-    return any((folder / "checkpoints").glob("*.ckpt"))
+    return bool(checkpoint_names(folder))
 
 
 @contextmanager

@@ -204,8 +204,12 @@ def _find_runs(sweep: Path, matches: Callable[[JobIdentity], bool]) -> Iterator[
     for path in sorted(sweep.glob(f"*/{RECORD_FILE}")):
         folder = path.parent
         try:
-            if matches(identity_of_run(folder)):
-                yield folder, RunRecord.load(folder)
+            if not matches(identity_of_run(folder)):
+                continue
+        except UserError:
+            continue
+        try:
+            yield folder, RunRecord.load(folder)
         except CorruptedFileError:
             if has_checkpoint(folder):
                 yield folder, RunRecord(name=folder.name, family="", data={}, state="interrupted")
