@@ -289,7 +289,7 @@ def test_a_corrupted_checkpoint_is_not_evaluated(run: Path, cli: Cli, capsys: An
 def test_a_corrupted_record_is_rebuilt_from_config_and_checkpoint(run: Path, cli: Cli, capsys: Any) -> None:
     before = RunRecord.load(run)
     (run / "record.json").write_bytes((run / "record.json").read_bytes()[:500])
-    with pytest.raises(UserError, match="task=evaluate run_dir="):
+    with pytest.raises(UserError, match="resume="):
         RunRecord.load(run)
     assert cli("task=evaluate", "run_dir=run") == 0
     assert "record.json is corrupted and kept as record.json.corrupted" in capsys.readouterr().out

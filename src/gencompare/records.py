@@ -319,10 +319,8 @@ def now() -> str:
 
 def _advice(path: str | os.PathLike[str]) -> str:
     """Return how to rebuild the record at ``path``."""
-    folder = Path(path).parent
-    return (
-        f"To write a new record from the run's config and checkpoint: task=evaluate {shell_override('run_dir', folder)}"
-    )
+    command = f"python run.py {shell_override('resume', Path(path).parent)}"
+    return f"To write a new record, without the earlier results, from the run's config and checkpoint: {command}"
 
 
 def _result(raw: dict[str, Any]) -> Result:

@@ -53,7 +53,8 @@ GETTERS = tuple(f"hydra.utils.get_{name}" for name in ("class", "method", "objec
 WRITING_SECTIONS = ("callbacks", "logger", "trainer")
 """Sections of a config whose classes write files or send data."""
 LOCATION_KEY = re.compile(
-    r"(?:^|_)(?:paths?|folder|root|files?|location|uris?|urls?|host|endpoint|proxy|proxies|settings|registry|config)$"
+    r"(?:^|_)(?:paths?|folder|root|files?|location|uris?|urls?|host|endpoint|proxy|proxies|settings|registry|config"
+    r"|key|token|workspace)$"
     r"|dir$|directory$|dirpath$"
 )
 """Arguments of callbacks and loggers that say where to write or to send."""

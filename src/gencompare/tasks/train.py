@@ -362,7 +362,7 @@ def record_training(
     }
     guard = callbacks.get("divergence")
     if isinstance(guard, DivergenceGuard):
-        training |= {"masked_gradients": guard.masked, "rollbacks": guard.rollbacks}
+        training |= {"masked_gradients": guard.num_masked, "rollbacks": guard.rollbacks}
     training["end"] = end or error
     if evaluation and evaluation.done:
         training["evaluation_seconds"] = evaluation.seconds

@@ -14,7 +14,7 @@ from gencompare.errors import DiskFullError, TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
-from gencompare.training.divergence import require_finite_weights
+from gencompare.training.divergence import check_divergence
 
 
 class Checkpoints(Callback):
@@ -70,7 +70,7 @@ class Checkpoints(Callback):
         clock = clock_of(trainer)
         due = clock.evaluated_at == clock.step or trainer.should_stop or self._interval_has_passed(trainer)
         if due and not self._must_wait(trainer, pl_module):
-            require_finite_weights(trainer, pl_module)
+            check_divergence(trainer, pl_module)
             try:
                 if clock.best_at == clock.step:
                     trainer.save_checkpoint(self.best)

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from gencompare.checkpoint_files import EMA_KEY, find_checkpoint
+from gencompare.checkpoint_files import EMA_KEY, checkpoint_paths, find_checkpoint
 from gencompare.distributed import all_reduce_sum
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
@@ -109,12 +109,15 @@ class DivergenceGuard(Callback):
         self._counts = self._counts.to(device)
         self._norms = {index: norm.to(device) for index, norm in self._norms.items()}
         self._first_loss = None if self._first_loss is None else self._first_loss.to(device)
-        if not any(self.dirpath.glob("*.ckpt")):
+        if not self.checkpoint_exists():
             self._initial = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
         self._lower_learning_rate(trainer, times=len(self.rollbacks))  # `LearningRateScheduler` has set the original
+        if self.rollbacks and trainer.is_global_zero:
+            factor = self.lr_factor ** len(self.rollbacks)
+            print(f"The learning rate is multiplied by {factor:g}, after {len(self.rollbacks)} rollbacks.", flush=True)
 
     def _lower_learning_rate(self, trainer: pl.Trainer, times: int = 1) -> None:
         for optimizer in trainer.optimizers:
@@ -162,12 +165,22 @@ class DivergenceGuard(Callback):
             TrainingStopped: there were ``max_rollbacks`` rollbacks before.
         """
         reason = self._reason(trainer, model)
+        if self.checkpoint_exists():
+            self._initial = None
         if self._steps >= self.check_every_n_steps or reason:
             self.masked += int(self._counts[0])
             self._counts.zero_()
             self._steps = 0
         if reason:
             self._roll_back(trainer, model, reason)
+
+    def checkpoint_exists(self) -> bool:
+        return bool(checkpoint_paths(self.dirpath))
+
+    @property
+    def num_masked(self) -> int:
+        """Gradients that were masked so far. Reading it synchronises with the device."""
+        return self.masked + int(self._counts[0])
 
     def _reason(self, trainer: pl.Trainer, model: pl.LightningModule) -> str:
         """Return why training counts as diverged, or an empty string."""
@@ -191,7 +204,7 @@ class DivergenceGuard(Callback):
     def _roll_back(self, trainer: pl.Trainer, model: pl.LightningModule, reason: str) -> None:
         step = clock_of(trainer).step
         if len(self.rollbacks) >= self.max_rollbacks or trainer.should_stop:  # there would be no step after a rollback
-            rate = f". {len(self.rollbacks)} rollbacks with lower learning rates did not help" if self.rollbacks else ""
+            rate = f", after {len(self.rollbacks)} rollbacks with lower learning rates" if self.rollbacks else ""
             raise TrainingStopped(
                 f"Training diverged at step {step}: {reason}{rate}",
                 "Try a lower learning rate (model.optimizer.lr) or model.grad_clip.",
@@ -239,7 +252,7 @@ def is_finite(model: pl.LightningModule) -> Tensor:
     return get_total_norm(values).isfinite() if values else torch.ones((), dtype=torch.bool, device=model.device)
 
 
-def require_finite_weights(trainer: pl.Trainer, model: pl.LightningModule) -> None:
+def check_divergence(trainer: pl.Trainer, model: pl.LightningModule) -> None:
     """Let the `DivergenceGuard` of a Trainer check the model, which is about to be saved or evaluated.
 
     Raises:

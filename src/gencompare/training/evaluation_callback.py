@@ -27,7 +27,7 @@ from gencompare.image_grid import grid, save_png
 from gencompare.resources import peak_memory_bytes, reset_peak_memory
 from gencompare.rng import RandomSource, full_precision, generator
 from gencompare.training.clock import clock_of
-from gencompare.training.divergence import require_finite_weights
+from gencompare.training.divergence import check_divergence
 from gencompare.training.loggers import log_image, log_metrics
 from gencompare.training.progress_bar import TrainingProgressBar
 
@@ -158,7 +158,7 @@ class EvaluationCallback(Callback):
         if due <= self.done:
             return
         self.done = due
-        require_finite_weights(trainer, pl_module)  # otherwise the samples would not be finite either
+        check_divergence(trainer, pl_module)  # otherwise the samples would not be finite either
         self.peak_memory_bytes = max(self.peak_memory_bytes, peak_memory_bytes(pl_module.device))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingProgressBar):

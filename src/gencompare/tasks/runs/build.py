@@ -174,7 +174,7 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
         UserError: its class does not exist or rejects its arguments, or a setting is not a number (NaN).
     """
     for key in _nan_keys(OmegaConf.to_container(options, resolve=True)):
-        raise UserError(f"{place}.{key}=nan is not a number: set it to one.")
+        raise UserError(f"{place}.{key}=nan is not a number: set it to a number.")
     try:
         return instantiate(options, _convert_="all", **keywords)
     except InstantiationException as error:
