@@ -385,7 +385,7 @@ def random_overrides(rng: random.Random) -> list[str]:
         cfg = gencompare.compose(f"model={model}", "data=digits", "logger=csv")
     leaves = [key for key in _leaves(cfg) if not key.startswith(UNTOUCHED) and "_target_" not in key]
     groups = [str(group) for group in cfg.choices if str(group).startswith("model/") and "@" not in str(group)]
-    found = [f"model={model}", *(LATENT if model == "ldm" else [])]
+    found = [f"model={model}"]
     for _ in range(rng.choice([1, 1, 2, 3])):
         if groups and rng.random() < 0.25:
             group = rng.choice(groups)
@@ -394,7 +394,8 @@ def random_overrides(rng: random.Random) -> list[str]:
             found.append(f"{group}={rng.choice([each for each in options if not re.search('cifar10|dit_', each)])}")
         else:
             found.append(f"{rng.choice(leaves)}={rng.choice(VALUES)}")
-    return found
+    latent = model == "ldm" or "model/latent=autoencoder" in found
+    return [*found, *(LATENT if latent else [])]  # the first stage has its own budget
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[str]:
