@@ -99,7 +99,8 @@ def fork(folder: Path, overrides: list[str], before: Callable[[], None] = lambda
         output = os.open(folder / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(output, number)
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))  # another one may have been set by a test
+            # A test may have set another one.
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))
         files.ORPHAN_SECONDS = 0.0  # no other process writes in this folder
         before()
         code = invoke(overrides)
