@@ -34,7 +34,9 @@ def prior_kl(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
     return 0.5 * ((at.alpha * x0 / std).square() + ratio - 1 - ratio.log()).flatten(1).sum(1)
 
 
-def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues, x0: Tensor) -> Tensor:
+def step_kl(
+    prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues, x0: Tensor | None = None
+) -> Tensor:
     r"""Compute :math:`KL(q(x_s | x_t, x_0) \| p(x_s | x_t))` in nats, (n,), for s < t.
 
     The means differ by :math:`\alpha_s c\, (x_0 - \hat x_0)` with :math:`c = 1 - SNR_t / SNR_s`, and q has variance
@@ -44,11 +46,13 @@ def step_kl(prediction: Prediction, eps: Tensor, at_t: ScheduleValues, at_s: Sch
 
     If the variance of p is larger by the factor :math:`R^v`, with :math:`R = \sigma_t^2 / \sigma_s^2` and v the
     ``variance_fraction``, the divergence is :math:`(v \log R + R^{-v} (1 + E) - 1) / 2`, summed over the values of an
-    image. If :math:`x_t` is pure noise, :math:`E = (SNR_s - SNR_t)\, \|x_0 - \hat x_0\|^2` is used instead.
+    image. If :math:`x_t` is pure noise, :math:`E = (SNR_s - SNR_t)\, \|x_0 - \hat x_0\|^2` is used instead, which needs
+    the images ``x0``.
     """
     kl = torch.expm1(at_s.log_snr - at_t.log_snr) * (eps - prediction.eps).square()
-    from_x0 = (at_s.log_snr.exp() - at_t.log_snr.exp()) * (x0 - prediction.x0).square()
-    kl = torch.where(at_t.log_snr < NO_SIGNAL, from_x0, kl)
+    if x0 is not None:
+        from_x0 = (at_s.log_snr.exp() - at_t.log_snr.exp()) * (x0 - prediction.x0).square()
+        kl = torch.where(at_t.log_snr < NO_SIGNAL, from_x0, kl)
     if prediction.variance_fraction is not None:
         log_ratio = prediction.variance_fraction * 2 * torch.log(at_t.sigma / at_s.sigma)  # v log R
         kl = log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * kl
