@@ -394,7 +394,7 @@ def test_corrupted_exports_are_refused(run: Path, cli: Cli, capsys: Any, positio
             gencompare.from_pretrained(f"copy_{name}")
 
 
-def test_a_sweep_resumes_a_job_with_a_corrupted_record_and_repeats_one_without_checkpoints(
+def test_a_sweep_mends_a_record_and_repeats_a_job_without_checkpoints(
     whole: Path, cli: Cli, tmp_path: Path, capsys: Any
 ) -> None:
     sweep = ["-m", *RUN, "budget.steps=2", "seed=0,1", "hydra.sweep.dir=sweep"]

@@ -45,13 +45,12 @@ def check_types(cfg: DictConfig) -> None:
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     for key, hint in TOP_LEVEL.items():
         if key in values and not matches(values[key], hint):
-            quotes = f" Quote it: \"{key}='{values[key]}'\"." if str in (hint, *get_args(hint)) else ""
-            raise UserError(f"{key}={values[key]} must be {describe(hint)}.{quotes}")
+            raise _wrong_type(key, values[key], hint)
     for section in SECTIONS:
         _check(values.get(section), section)
     extractors = (values.get("evaluation") or {}).get("extractors")
     if not matches(extractors, list[str] | None):
-        raise UserError(f"evaluation.extractors={extractors} must be {describe(list[str] | None)}.")
+        raise _wrong_type("evaluation.extractors", extractors, list[str] | None)
 
 
 def _check(node: Any, path: str) -> None:
@@ -64,10 +63,16 @@ def _check(node: Any, path: str) -> None:
     hints = (argument_types(target) if isinstance(target, str) else {}) | INSTANTIATION
     for key, value in node.items():
         if key in hints and not _is_object(value) and not matches(value, hints[key]):
-            shown = "null" if value is None else value
-            quotes = f" Quote it: \"{path}.{key}='{value}'\"." if str in (hints[key], *get_args(hints[key])) else ""
-            raise UserError(f"{path}.{key}={shown} must be {describe(hints[key])}.{quotes}")
+            raise _wrong_type(f"{path}.{key}", value, hints[key])
         _check(value, f"{path}.{key}")
+
+
+def _wrong_type(key: str, value: Any, hint: Any) -> UserError:
+    """Return the error for a value of the wrong type."""
+    shown = "null" if value is None else value
+    takes_text = str in (hint, *get_args(hint)) and isinstance(value, int | float)
+    quotes = f" Quote it: \"{key}='{value}'\"." if takes_text else ""
+    return UserError(f"{key}={shown} must be {describe(hint)}.{quotes}")
 
 
 def _is_object(value: Any) -> bool:
