@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -14,6 +18,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies.launchers import subprocess_script
 from torch import nn
 
+from gencompare import private_apis
 from gencompare.private_apis import MovesOtherModules, basic_sweeper, rank_command
 
 PRIVATE = re.compile(
@@ -51,6 +56,22 @@ def test_lightning_starts_other_ranks_with_the_command(monkeypatch: pytest.Monke
         launcher._call_children_scripts()
     (call,) = popen.call_args_list
     assert call.args == (["python", "job"],) and call.kwargs["cwd"] == str(tmp_path)
+
+
+def test_the_first_process_has_time_to_end_after_a_rank_died(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    events: list[Any] = []
+    rank = Mock(returncode=1)
+    rank.send_signal.side_effect = lambda number: events.append("rank")
+    monkeypatch.setattr(private_apis, "GRACE_SECONDS", 7.0)
+    monkeypatch.setattr(private_apis.time, "sleep", events.append)
+    monkeypatch.setattr(private_apis.os, "kill", lambda pid, number: events.append((pid, number)))
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: thread.run())
+    launcher = subprocess_script._SubprocessScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    monkeypatch.setattr(launcher, "_call_children_scripts", lambda: launcher.procs.append(rank))
+    with rank_command(["python", "job"], str(tmp_path)):
+        launcher.launch(lambda: None, trainer=None)
+    poll, *ending = events
+    assert poll == 5 and ending == [7.0, "rank", (os.getpid(), signal.SIGKILL)]
 
 
 def test_the_basic_sweeper_expands_overrides() -> None:

@@ -5,6 +5,8 @@ tests/test_private_apis.py fails if one changes.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,15 +44,38 @@ class MovesOtherModules:
 
 @contextmanager
 def rank_command(command: list[str], folder: str) -> Iterator[None]:
-    """Make Lightning start other ranks with ``command`` in ``folder`` during the block.
+    """Make Lightning start other ranks with ``command`` in ``folder`` during the block, and end with them gracefully.
 
-    By default Lightning repeats Hydra's command line, so each rank of a sweep would run the whole sweep.
+    By default Lightning repeats Hydra's command line, so each rank of a sweep would run the whole sweep. When a rank
+    dies, Lightning kills the first process within 5 s, which may be before that process records what happened.
     """
     from pytorch_lightning.strategies.launchers import subprocess_script
 
-    original = subprocess_script._hydra_subprocess_cmd  # type: ignore[attr-defined]
-    subprocess_script._hydra_subprocess_cmd = lambda local_rank: (command, folder)  # type: ignore[attr-defined]
+    replaced = {
+        "_hydra_subprocess_cmd": lambda local_rank: (command, folder),
+        "_launch_process_observer": observe_ranks,
+    }
+    original = {name: getattr(subprocess_script, name) for name in replaced}
+    for name, function in replaced.items():
+        setattr(subprocess_script, name, function)
     try:
         yield
     finally:
-        subprocess_script._hydra_subprocess_cmd = original  # type: ignore[attr-defined]
+        for name, function in original.items():
+            setattr(subprocess_script, name, function)
+
+
+GRACE_SECONDS = 10.0
+"""How long the first process may take to end by itself after another rank died, before Lightning kills it."""
+
+
+def observe_ranks(processes: list[Any]) -> None:
+    """Start Lightning's thread that kills this process if one of ``processes`` dies, `GRACE_SECONDS` later."""
+    from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    class PatientObserver(_ChildProcessObserver):
+        def _terminate_all(self) -> None:
+            time.sleep(GRACE_SECONDS)
+            super()._terminate_all()
+
+    PatientObserver(main_pid=os.getpid(), child_processes=processes).start()
