@@ -123,6 +123,8 @@ def launch_ranks(trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
     if strategy.launcher is not None:
         strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+    elif trainer.world_size > 1:  # torchrun or srun has started them
+        strategy.setup_environment()
 
 
 def evaluate_checkpoints(

@@ -17,6 +17,7 @@ from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
 from gencompare.tasks.runs.config_types import check_types
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
+from gencompare.tasks.runs.launched_ranks import check_no_sweep, end_jobs, launched_ranks, run_handed_out_jobs
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
 from gencompare.tasks.runs.run_config import (
     check_keys,
@@ -49,6 +50,10 @@ def main() -> None:
         if CONFIG_VARIABLE in os.environ:
             call_task(read_config(Path(os.environ[CONFIG_VARIABLE])))
             return
+        if launched_ranks()[0] > 0:
+            run_handed_out_jobs(_run_rank)
+            return
+        check_no_sweep(sys.argv[1:])
         argv = resolve_auto_resume(_with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:]))))
         sys.argv[1:] = inherit_choices(argv)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
@@ -56,10 +61,15 @@ def main() -> None:
             sys.exit(max(failed_job_codes))
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(print_error(error))
+    finally:
+        end_jobs()
 
 
 def _run_job(cfg: DictConfig) -> None:
     """Run the task of a composed config. In a sweep, record failures and let the next job run."""
+    if launched_ranks()[0] > 0:  # a job of the launcher of SLURM, with several tasks
+        run_handed_out_jobs(_run_rank)
+        return
     hydra_config = HydraConfig.get()
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
@@ -75,6 +85,7 @@ def _run_job(cfg: DictConfig) -> None:
         if "out" in cfg:
             record_failure(cfg, error_text(error))
     finally:
+        end_jobs()
         leave_process_group()
         # Hydra creates a folder for every command, also for one that writes nothing; rmdir keeps a folder with files.
         with suppress(OSError):
@@ -88,6 +99,14 @@ def call_task(cfg: DictConfig) -> None:
         check_types(cfg)
     with opened_by(opener(cfg)):
         task(cfg)
+
+
+def _run_rank(cfg: DictConfig) -> None:
+    """Run a job on another rank than the first."""
+    try:
+        call_task(cfg)
+    finally:
+        leave_process_group()
 
 
 def _delete_null_groups(argv: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -81,11 +80,6 @@ def train_autoencoder(cfg: DictConfig, data: ImageData, train: Callable[[DictCon
         folder = Path(latent.autoencoder_run)
     else:
         folder = autoencoder_folder(autoencoder_config(cfg), data)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 or cfg.trainer.num_nodes > 1:
-            raise UserError(
-                "The autoencoder stage cannot run on several nodes or under an external launcher (WORLD_SIZE > 1):"
-                " train the autoencoder separately (model=autoencoder), then use model.latent.autoencoder_run=DIR."
-            )
         with file_lock(folder.with_name(f".{folder.name}.lock")):
             if not is_trained(folder):
                 stage = autoencoder_config(cfg)

@@ -30,6 +30,7 @@ from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.rng import derive_seed
+from gencompare.tasks.runs.launched_ranks import check_devices
 from gencompare.tasks.runs.run_config import callback_without_class, check_trainer
 from gencompare.training.budget import Budget
 from gencompare.training.lightning_plugins import AtomicCheckpointIO, UnwrappedDDPStrategy
@@ -291,6 +292,7 @@ def build_trainer(
             f"trainer.precision={options['precision']} would round noise schedules and EMA weights to 16 bits: use"
             f" {str(options['precision']).replace('true', 'mixed')}."
         )
+    check_devices(options["devices"], options["num_nodes"])
     multiprocess = options["strategy"] == "ddp" or (
         options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1)
     )

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from gencompare.errors import printable
 from gencompare.private_apis import rank_command
 from gencompare.tasks.runs import run_config
+from gencompare.tasks.runs.launched_ranks import hand_out, launched_ranks
 
 SIGTERM_CODE = 128 + signal.SIGTERM
 """Exit code of a process that was ended by SIGTERM."""
@@ -55,7 +56,8 @@ def sigterm_exits() -> Iterator[None]:
 
 @contextmanager
 def ranks_run(job: Path) -> Iterator[None]:
-    """Make Lightning start the other ranks of this job with the config file ``job``."""
+    """Make the other ranks run the job in the config file ``job``: those of an external launcher, or Lightning's."""
+    hand_out(job)
     os.environ[CONFIG_VARIABLE] = str(job)
     with rank_command(RANK_COMMAND, os.getcwd()):
         yield
@@ -67,10 +69,15 @@ def is_multiprocess(cfg: Any) -> bool:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group of a job and its rank variables, so the next job of a sweep can create new ones."""
+    """Destroy the process group of a job and its rank variables, so the next job can create new ones.
+
+    The ranks of an external launcher keep their variables: the next job has the same ranks.
+    """
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if launched_ranks()[1] > 1:
+        return
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
 

@@ -1,0 +1,98 @@
+"""Runs whose processes torchrun or srun starts: one run folder, restarts after a killed rank, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoints import assert_same_training
+from forking import Forked
+from gencompare.errors import UserError
+from gencompare.tasks.runs.launched_ranks import check_devices, check_no_sweep
+from test_cli import QUICK
+
+ROOT = Path(__file__).parents[1]
+DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
+RUN = [
+    *QUICK, *DDP, "callbacks.evaluation.num_evaluations=0", "callbacks.checkpoints.every_minutes=0",
+    "evaluation.checkpoints=[]", "logger=csv", "hydra.run.dir=run",
+]  # fmt: skip
+
+
+@pytest.mark.timeout(200)
+def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path) -> None:
+    """The restarted processes resume from the last checkpoint and end with the same weights, bit for bit."""
+    overrides = ["model=vae", "budget.steps=60", *RUN]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1",
+        str(ROOT / "run.py"), *overrides, "resume=auto",
+    ]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    last, deadline = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 100
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    started = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks}
+    (second,) = (pid for pid, environment in started.items() if b"\0RANK=1\0" in environment)
+    os.kill(int(second), signal.SIGKILL)
+    assert process.wait(timeout=150) == 0, (tmp_path / "log").read_text()
+    log_text = (tmp_path / "log").read_text()
+    assert log_text.count("Run folder: run") == 2 and "starts again from" not in log_text, log_text[-4000:]
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "finished"
+    unbroken = Forked(tmp_path, *overrides[:-1], "hydra.run.dir=unbroken")
+    assert unbroken.wait(timeout=100) == 0, unbroken.output()[-4000:]
+    assert_same_training(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.timeout(200)
+def test_tasks_of_srun_train_both_stages_of_a_latent_model(tmp_path: Path) -> None:
+    """Two processes in the environment of two tasks of srun. Only the first composes the config and writes the run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tasks = {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "job",
+        "SLURM_JOB_ID": "1", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [
+        sys.executable, str(ROOT / "run.py"), "model=ldm", *RUN, "budget.steps=2", "model.latent.budget.steps=2",
+        "model.latent.budget.images=null", "paths.runs=.",
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | tasks | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    texts = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert "Stage 1 of 2" in texts[0] and "Stage 2 of 2" in texts[0] and "Stage" not in texts[1]
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/record.json")]
+    assert [(record["state"], record["training"]["processes"]) for record in records] == [("finished", 2)] * 2
+
+
+def test_what_external_launchers_cannot_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    check_no_sweep(["-m", "seed=0,1"])
+    check_devices("auto", 1)
+    with pytest.raises(UserError, match=r"trainer.num_nodes=2 needs a launcher"):
+        check_devices(2, 2)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    check_devices(4, 2)
+    for devices, nodes in ((1, 1), ("auto", 2), (8, 2)):
+        with pytest.raises(UserError, match=r"add trainer=ddp trainer.devices=4 trainer.num_nodes=2\."):
+            check_devices(devices, nodes)
+    with pytest.raises(UserError, match=r"A sweep \(-m\) starts the processes of its jobs itself"):
+        check_no_sweep(["--multirun", "seed=0,1"])
