@@ -32,8 +32,8 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path) -> None:
     """The restarted processes resume from the last checkpoint and end with the same weights, bit for bit."""
     overrides = ["model=vae", "budget.steps=60", *RUN]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1",
-        str(ROOT / "run.py"), *overrides, "resume=auto",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        "--monitor-interval=0.1",        str(ROOT / "run.py"), *overrides, "resume=auto",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)

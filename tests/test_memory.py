@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gencompare.evaluation.memory import split_when_out_of_memory
+from gencompare.batch_splitting import split_when_out_of_memory
 from gencompare.evaluation.sampling import draw_samples
 from gencompare.generative_model import DataSpec
 from gencompare.tasks.runs.error_reports import print_error
@@ -77,4 +77,4 @@ def test_a_single_sample_that_does_not_fit_is_an_error() -> None:
 def test_out_of_memory_is_explained_in_one_line(error: BaseException, capsys: Any) -> None:
     assert print_error(error) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Error: Out of memory.") and "trainer.global_batch_size" in line and "chunk_size" in line
+    assert line.startswith("Error: Out of memory.") and "trainer.num_micro_batches=2" in line and "chunk_size" in line

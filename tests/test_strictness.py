@@ -36,7 +36,7 @@ QUICK = [
         ("+trainer.max_steps=1", "Use budget=steps budget.steps=N"),
         ("+trainer.max_epochs=2", "Use budget.images=N"),
         ("+trainer.check_val_every_n_epoch=1", "Use callbacks.evaluation.num_evaluations=N"),
-        ("+trainer.accumulate_grad_batches=4", "Use trainer.global_batch_size=N"),
+        ("+trainer.accumulate_grad_batches=4", "Use trainer.global_batch_size=N and trainer.num_micro_batches=M"),
         ("+callbacks.x._target_=no.such.Callback", "no.such.Callback"),
         ("+callbacks.x._target_=gencompare.errors.UserError", "callbacks.x"),
         ("+callbacks.x=no_such_option", "Choose from device_stats_monitor, learning_rate_monitor"),
@@ -51,7 +51,7 @@ QUICK = [
         (
             "+callbacks.accumulate={_target_: pytorch_lightning.callbacks.GradientAccumulationScheduler, scheduling:"
             " {0: 2}}",
-            "Use trainer.global_batch_size=N.",
+            "Use trainer.global_batch_size=N and trainer.num_micro_batches=M.",
         ),
         ("+callbacks.time={_target_: pytorch_lightning.callbacks.Timer, duration: '00:00:00:01'}", "Use budget=device"),
         ("+evaluation.nonsense=1", "There is no setting 'evaluation.nonsense'"),

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from gencompare.batch_splitting import micro_batches
 from gencompare.checkpoint_files import EMA_KEY, read_checkpoint
 from gencompare.errors import UserError, check_non_negative, check_positive
 from gencompare.hyperparameters import (
@@ -247,6 +248,8 @@ class TrainedModel(pl.LightningModule):
         self.grad_clip = grad_clip
         self.rng: RandomSource | None = None
         """Random numbers of the current step, set by `TrainingClock`; None uses PyTorch's default generator."""
+        self.num_micro_batches = 1
+        """Number of parts in which `micro_batched_networks` process a batch in training."""
         self._progress: float | None = None
         arguments = constructor_arguments(self, inspect.currentframe())
         # Plain data, so that a checkpoint can be read without unpickling; `save_hyperparameters` would store objects.
@@ -350,7 +353,8 @@ class TrainedModel(pl.LightningModule):
         """Call `fit_batch` and log each of its metrics as ``train/<name>``."""
         x, cond = unpack_batch(batch, self.spec)
         rng = self.rng or RandomSource.for_batch(default_generator(x.device), len(x))
-        metrics = self.fit_batch(x, self.select_conditions(cond), rng)
+        with micro_batches(self.micro_batched_networks(), self.num_micro_batches):
+            metrics = self.fit_batch(x, self.select_conditions(cond), rng)
         self._log(metrics, "train", len(x))
         if not self.automatic_optimization:
             self._step_lr_schedulers()
@@ -459,6 +463,14 @@ class TrainedModel(pl.LightningModule):
         if self.grad_clip is not None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(params, self.grad_clip)
+
+    def micro_batched_networks(self) -> list[nn.Module]:
+        """Return the networks whose calls in training may be split along the batch, to save memory.
+
+        They map each sample on its own: without batch normalisation, and not in functions of the caller. Empty if the
+        model has no such networks.
+        """
+        return []
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters, by state-dict name, whose exponential moving average is used for sampling."""

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from gencompare.batch_splitting import split_when_out_of_memory
 from gencompare.distributed import distributed_map, rank_and_world_size
 from gencompare.errors import UserError
-from gencompare.evaluation.memory import split_when_out_of_memory
 from gencompare.evaluation.reference import EvaluationData, SupportsSampling, split_batch, to_uint8
 from gencompare.files import atomic_write
 from gencompare.generative_model import Cond, DataSpec

@@ -135,6 +135,9 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             cond = self._dropout(cond, rng.uniform().to(x.device) < self.label_dropout)
         return self.objective.with_likelihood(self.data_likelihood)(self.denoiser, x0, cond, rng)
 
+    def micro_batched_networks(self) -> list[nn.Module]:
+        return [self.network]
+
     def drop_cond(self, cond: Cond) -> Cond:
         """Replace classes and embeddings with their null values: ``num_classes`` for labels, and 0 for embeddings."""
         null = {"label": self.spec.num_classes, "embedding": 0}

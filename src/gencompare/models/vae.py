@@ -129,6 +129,9 @@ class VAE(GenerativeModel):
         r""":math:`\beta` in the current step, including warm-up; the final value outside training."""
         return self.beta * kl_warmup(self, self.kl_warmup_steps)
 
+    def micro_batched_networks(self) -> list[nn.Module]:
+        return [self.encoder, self.decoder]
+
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Compute ``loss``, and ``reconstruction`` and ``kl`` in bits per value.
 

@@ -138,7 +138,8 @@ def build_callbacks(
 
 REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
     EarlyStopping: "needs validation epochs, which do not exist here. Use callbacks.evaluation.patience=N",
-    GradientAccumulationScheduler: "would go unseen by the budget and the record. Use trainer.global_batch_size=N",
+    GradientAccumulationScheduler: "would go unseen by the budget and the record. Use trainer.global_batch_size=N"
+    " and trainer.num_micro_batches=M",
     Timer: "ends training before the budget is spent. Use budget=device_minutes budget.device_minutes=N",
 }
 """Lightning callbacks that act like arguments in `run_config.TRAINER_EQUIVALENTS`, and what is wrong with them."""
@@ -286,6 +287,7 @@ def build_trainer(
     _silence_lightning()
     options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
     del options["global_batch_size"]
+    model.num_micro_batches = check_micro_batches(model, options.pop("num_micro_batches", 1))
     trainer_class = get_class(options.pop("_target_", "pytorch_lightning.Trainer"))
     if str(options.get("precision")) in ("16-true", "bf16-true"):
         raise UserError(
@@ -320,6 +322,18 @@ def build_trainer(
     except (MisconfigurationException, ValueError, TypeError) as error:
         advice = " Use trainer=cpu or trainer=auto." if "backend found" in str(error) else ""
         raise UserError(f"trainer: {' '.join(str(error).split())}{advice}") from error
+
+
+def check_micro_batches(model: TrainedModel, count: int) -> int:
+    """Return ``trainer.num_micro_batches``, or raise `UserError` if the model cannot use it."""
+    if count < 1:
+        raise UserError(f"trainer.num_micro_batches={count} must be at least 1.")
+    if count > 1 and not model.micro_batched_networks():
+        raise UserError(
+            f"trainer.num_micro_batches={count}: {type(model).__name__} has no networks that map each sample on its own"
+            " in training. Lower trainer.global_batch_size instead."
+        )
+    return count
 
 
 def build_profiler(name: str, folder: Path) -> Any:

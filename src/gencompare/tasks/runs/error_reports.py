@@ -21,8 +21,9 @@ FAILURE_CODE, USAGE_CODE, INTERRUPT_CODE = 1, 2, 130
 HYDRA_VARIABLE, USER_VARIABLE = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"
 
 OUT_OF_MEMORY = (
-    "Out of memory. In training, lower trainer.global_batch_size, use more processes (trainer=ddp trainer.devices=N) or"
-    " trainer.precision=bf16-mixed; in evaluation, lower evaluation.protocol.chunk_size."
+    "Out of memory. In training, use trainer.num_micro_batches=2 or more, which trains the same in less memory, or"
+    " trainer.precision=bf16-mixed, or more processes (trainer=ddp trainer.devices=N); in evaluation, lower"
+    " evaluation.protocol.chunk_size."
 )
 
 failed_job_codes: list[int] = []

@@ -83,7 +83,7 @@ TRAINER_EQUIVALENTS = {
     "limit_train_batches": "budget.images=N",
     "overfit_batches": "debug=overfit",
     "fast_dev_run": "debug=fast",
-    "accumulate_grad_batches": "trainer.global_batch_size=N",
+    "accumulate_grad_batches": "trainer.global_batch_size=N and trainer.num_micro_batches=M",
     "gradient_clip_val": "model.grad_clip=X",
     "gradient_clip_algorithm": "model.grad_clip=X",
     "check_val_every_n_epoch": "callbacks.evaluation.num_evaluations=N",
@@ -254,7 +254,7 @@ def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
         options: the ``trainer`` part of a config.
         known: the arguments of Lightning's Trainer.
     """
-    _refuse_unknown("trainer.", options, {*known, "global_batch_size"})
+    _refuse_unknown("trainer.", options, {*known, "global_batch_size", "num_micro_batches"})
     for name in options:
         if name in TRAINER_EQUIVALENTS:
             raise UserError(f"trainer.{name} is set by this program. Use {TRAINER_EQUIVALENTS[name]}.")

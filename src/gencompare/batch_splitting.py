@@ -1,4 +1,4 @@
-"""Split the network calls of a sampler when the device is out of memory."""
+"""Split network calls along the batch, to save memory in training and sampling."""
 
 from __future__ import annotations
 
@@ -11,8 +11,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def micro_batches(networks: Iterable[nn.Module], count: int) -> Iterator[None]:
+    """Split calls of ``networks`` in ``count`` parts along the batch in the block, to save memory in the backward pass.
+
+    The activations of all parts but the last are discarded, and computed again in the backward pass, so memory holds
+    those of one part at a time; this costs (count - 1) / count of the forward pass. Random numbers, losses and
+    gradients are those of the whole batch up to rounding, unlike with ``accumulate_grad_batches`` of Lightning's
+    Trainer, which makes a batch of several. The networks must map each sample on its own.
+    """
+    if count == 1:
+        yield
+        return
+
+    def split(forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            n = _batch_size((args, kwargs))
+            parts = list(_parts(args, kwargs, n, count))
+            outputs = [checkpoint(forward, *a, use_reentrant=False, **k) for a, k in parts[:-1]]  # type: ignore[misc]
+            args_of_last, kwargs_of_last = parts[-1]
+            return _join([*outputs, forward(*args_of_last, **kwargs_of_last)])
+
+        return call
+
+    with _replaced_forward(networks, split):
+        yield
 
 
 @contextmanager
@@ -23,9 +52,18 @@ def split_when_out_of_memory(networks: Iterable[nn.Module]) -> Iterator[None]:
     since a network maps each sample on its own. (A network that gets a function, which may have a state, is not split.)
     Values change only by rounding. The number of parts stays for later calls of the same network.
     """
+    with _replaced_forward(networks, _splitting):
+        yield
+
+
+@contextmanager
+def _replaced_forward(
+    networks: Iterable[nn.Module], replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Replace the method ``forward`` of ``networks`` in the block."""
     own = {network: network.__dict__.get("forward") for network in networks}
     for network in own:
-        network.forward = _splitting(network.forward)  # type: ignore[method-assign]
+        network.forward = replace(network.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -61,12 +99,15 @@ def _splitting(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _in_parts(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], n: int, parts: int) -> Any:
     if parts == 1:
         return forward(*args, **kwargs)
-    size = -(-n // parts)
-    outputs = []
+    return _join([forward(*a, **k) for a, k in _parts(args, kwargs, n, parts)])
+
+
+def _parts(args: Any, kwargs: Any, n: int, count: int) -> Iterator[tuple[Any, Any]]:
+    """Divide the arguments of a call on ``n`` samples into those of at most ``count`` calls."""
+    size = -(-n // count)
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        outputs.append(forward(*_take(args, rows, n), **_take(kwargs, rows, n)))
-    return _join(outputs)
+        yield _take(args, rows, n), _take(kwargs, rows, n)
 
 
 def _batch_size(value: Any) -> int:
