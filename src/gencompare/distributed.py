@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gencompare.errors import UserError
 
@@ -134,3 +134,16 @@ def gather_global_batch(rows: Tensor, start: int, total: int) -> Tensor:
     whole = rows.new_zeros(total, *rows.shape[1:])
     whole[start : start + len(rows)] = rows
     return all_reduce_sum(whole)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over processes, in place; a no-op with a single process.
+
+    Each process has an equal part of the batch, so the result is the gradient of the whole batch.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in gradients])) / world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

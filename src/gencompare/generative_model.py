@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gencompare.batch_splitting import micro_batches
 from gencompare.checkpoint_files import EMA_KEY, read_checkpoint
+from gencompare.distributed import average_gradients
 from gencompare.errors import UserError, check_non_negative, check_positive
 from gencompare.hyperparameters import (
     constructor_arguments,
@@ -29,6 +30,7 @@ from gencompare.hyperparameters import (
     to_config,
 )
 from gencompare.rng import RandomSource, default_generator, generator
+from gencompare.sharding import is_sharded, local_tensor, shard, total_norm
 
 Cond = Mapping[str, Tensor]
 """Conditions of a batch by name, each (n, ...): ``label`` (n,) int64, and others that the data module provides."""
@@ -461,8 +463,33 @@ class TrainedModel(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.grad_clip is not None:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(params, self.grad_clip)
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            factor = (self.grad_clip / (total_norm(gradients) + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                local_tensor(gradient).mul_(factor.to(gradient.device))
+
+    def configure_model(self) -> None:
+        """Divide the weights of `sharded_network` among the processes, under ``trainer=fsdp``."""
+        network = self.sharded_network()
+        if self._device_mesh is not None and network is not None and not self.is_sharded:
+            shard(network, self._device_mesh["data_parallel"])
+
+    def on_after_backward(self) -> None:
+        if self.is_sharded:
+            average_gradients(p for p in self.parameters() if not is_sharded(p))
+
+    def sharded_network(self) -> nn.Module | None:
+        """Return the network whose weights ``trainer=fsdp`` divides among processes, or None.
+
+        It computes everything in ``forward``, and lists the parts that do most of the work as ``blocks``.
+        """
+        return None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are divided among processes."""
+        network = self.sharded_network()
+        return network is not None and is_sharded(network)
 
     def micro_batched_networks(self) -> list[nn.Module]:
         """Return the networks whose calls in training may be split along the batch, to save memory.

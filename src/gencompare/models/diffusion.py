@@ -138,6 +138,9 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     def micro_batched_networks(self) -> list[nn.Module]:
         return [self.network]
 
+    def sharded_network(self) -> nn.Module | None:
+        return self.network if hasattr(self.network, "blocks") else None
+
     def drop_cond(self, cond: Cond) -> Cond:
         """Replace classes and embeddings with their null values: ``num_classes`` for labels, and 0 for embeddings."""
         null = {"label": self.spec.num_classes, "embedding": 0}

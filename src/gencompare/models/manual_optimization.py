@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from gencompare.distributed import all_reduce_sum, world_size
+from gencompare.distributed import average_gradients
 from gencompare.errors import TrainingStopped, UserError
 
 
@@ -35,6 +34,7 @@ def manual_step(model: pl.LightningModule, optimizer_idx: int, loss: Tensor, par
     optimizer = optimizers[optimizer_idx] if isinstance(optimizers, list) else optimizers
     optimizer.zero_grad()
     model.manual_backward(loss)
+    # DDP's reducer expects one backward pass per forward pass, and a manual step has several.
     average_gradients(parameters)
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     # The step itself unscales the gradients. (The property `trainer` raises without a Trainer.)
@@ -43,20 +43,6 @@ def manual_step(model: pl.LightningModule, optimizer_idx: int, loss: Tensor, par
         norm = (norm / scaler.get_scale()).nan_to_num(0.0, posinf=0.0)
     optimizer.step()
     return norm
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over processes, in place; a no-op with a single process.
-
-    Each process has an equal part of the batch, so the result is the gradient of the whole batch. DDP's reducer cannot
-    be used, since it expects one backward pass per forward pass, and a manual step has several.
-    """
-    if world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in gradients])) / world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 class Snapshot:

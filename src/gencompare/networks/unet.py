@@ -210,6 +210,11 @@ class UNet(nn.Module):
             out = out + coarse_output
         return x + out if self.add_input else out
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all levels in the order of computation."""
+        return [*self.encoder, *self.middle, *self.decoder]
+
     def embedding(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Compute the embedding of noise level and conditions, (n, 4 * channels)."""
         return self.conditions.embed(self.noise, noise_cond, cond)

@@ -135,6 +135,8 @@ def train(cfg: DictConfig) -> None:
             else:
                 fit(trainer, model, data, callbacks, folder, found.path if found else None)
             if protocol is not None:
+                if model.is_sharded:  # evaluation needs the whole model on every process
+                    model = build_model(cfg, data)
                 assert isinstance(model, GenerativeModel)
                 model.to(trainer.strategy.root_device)
                 evaluate_checkpoints(

@@ -72,11 +72,15 @@ class TrainingClock(Callback):
         self.device_seconds = state_dict.get("device_seconds", self.seconds)
         self.flops = state_dict["flops"]
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        # Under FSDP, Lightning restores callbacks after `on_fit_start`.
+        trainer.datamodule.start_step = checkpoint["callbacks"][self.state_key]["step"]  # type: ignore[attr-defined]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.clock = self  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning restores callbacks before this hook, and requests the training dataloader after it.
+        # Lightning usually restores callbacks before this hook, and requests the training dataloader after it.
         trainer.datamodule.start_step = self.step  # type: ignore[attr-defined]
         assert isinstance(pl_module, TrainedModel)
         self.images_per_step = self.global_batch_size

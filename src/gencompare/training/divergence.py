@@ -10,12 +10,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from gencompare.checkpoint_files import EMA_KEY, checkpoint_paths, find_checkpoint
 from gencompare.distributed import all_reduce_sum
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
+from gencompare.sharding import local_tensor, total_norm
 from gencompare.training.clock import clock_of
 from gencompare.training.ema import EMA
 
@@ -37,7 +37,7 @@ class DivergenceGuard(Callback):
     The weights, their average and the optimisers then return to the last checkpoint (the next older one if that did
     not help), or to the initial state if there is none, and the learning rate is multiplied by ``lr_factor``. Steps,
     images and random numbers go on, so that the cost of the lost steps counts. After ``max_rollbacks`` rollbacks, or at
-    the end of the budget, training stops with an error instead.
+    the end of the budget, or under ``trainer=fsdp``, training stops with an error instead.
 
     Lightning's ``detect_anomaly`` and `EarlyStopping(check_finite=True)` can only end a run.
 
@@ -105,11 +105,12 @@ class DivergenceGuard(Callback):
         self._counts, self._steps = state_dict["counts"], state_dict["steps"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainedModel)
         device = pl_module.device
         self._counts = self._counts.to(device)
         self._norms = {index: norm.to(device) for index, norm in self._norms.items()}
         self._first_loss = None if self._first_loss is None else self._first_loss.to(device)
-        if not self.checkpoint_exists():
+        if not self.checkpoint_exists() and not pl_module.is_sharded:
             self._initial = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -134,12 +135,12 @@ class DivergenceGuard(Callback):
         if not gradients or pl_module.skips_bad_gradients:
             return
         index = next(i for i, each in enumerate(trainer.optimizers) if each is optimizer)
-        norm = get_total_norm(gradients)
+        norm = total_norm(gradients)
         mean = self._norms.get(index, torch.zeros_like(norm))
         # Before the first usable gradient the mean is 0, and only gradients that are not finite are bad.
         bad = ~norm.isfinite() | ((mean > 0) & (norm > self.max_gradient_growth * mean))
         for gradient in gradients:
-            gradient.masked_fill_(bad, 0.0)
+            local_tensor(gradient).masked_fill_(bad, 0.0)
         updated = torch.where(mean > 0, self.DECAY * mean + (1 - self.DECAY) * norm, norm)
         self._norms[index] = torch.where(bad, mean, updated)
         self._counts[0] += bad
@@ -203,7 +204,9 @@ class DivergenceGuard(Callback):
 
     def _roll_back(self, trainer: pl.Trainer, model: pl.LightningModule, reason: str) -> None:
         step = clock_of(trainer).step
-        if len(self.rollbacks) >= self.max_rollbacks or trainer.should_stop:  # there would be no step after a rollback
+        assert isinstance(model, TrainedModel)
+        # In its last step, training would end with the state before; sharded weights cannot be restored here.
+        if len(self.rollbacks) >= self.max_rollbacks or trainer.should_stop or model.is_sharded:
             rate = f", after {len(self.rollbacks)} rollbacks with lower learning rates" if self.rollbacks else ""
             raise TrainingStopped(
                 f"Training diverged at step {step}: {reason}{rate}",
@@ -249,7 +252,7 @@ class DivergenceGuard(Callback):
 def is_finite(model: pl.LightningModule) -> Tensor:
     """Return whether all weights and running statistics of a model are finite, as a scalar on its device."""
     values = [value for value in model.state_dict().values() if value.is_floating_point()]
-    return get_total_norm(values).isfinite() if values else torch.ones((), dtype=torch.bool, device=model.device)
+    return total_norm(values).isfinite() if values else torch.ones((), dtype=torch.bool, device=model.device)
 
 
 def check_divergence(trainer: pl.Trainer, model: pl.LightningModule) -> None:

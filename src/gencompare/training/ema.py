@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from gencompare.checkpoint_files import EMA_KEY
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
+from gencompare.sharding import full_tensor, is_sharded, shard_like
 
 
 class EMA(Callback):
@@ -48,7 +49,7 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning has moved the model to its device, and cast it to its precision.
-        self.average = {name: self.average[name].to(p) for name, p in _parameters(pl_module).items()}
+        self.average = {name: shard_like(self.average[name].to(p), p) for name, p in _parameters(pl_module).items()}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -58,8 +59,12 @@ class EMA(Callback):
             return
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        weights = [p.detach() for p in _parameters(pl_module).values()]
-        get_ema_multi_avg_fn(decay)(list(self.average.values()), weights, self.step)
+        weights = {name: p.detach() for name, p in _parameters(pl_module).items()}
+        for sharded in (False, True):  # torch cannot average sharded and other tensors together
+            names = [name for name, weight in weights.items() if is_sharded(weight) == sharded]
+            if names:
+                average, current = [self.average[name] for name in names], [weights[name] for name in names]
+                get_ema_multi_avg_fn(decay)(average, current, self.step)
 
     def restart(self, pl_module: pl.LightningModule, average: dict[str, Tensor] | None) -> None:
         """Continue from ``average``, or from the current weights if it is None."""
@@ -83,13 +88,14 @@ class EMA(Callback):
         self.step = state_dict["step"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint[EMA_KEY] = self.average
+        checkpoint[EMA_KEY] = {name: full_tensor(value) for name, value in self.average.items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         stored = checkpoint.get(EMA_KEY, {})
         if set(stored) != set(self.average):
             raise UserError("The EMA weights of the checkpoint belong to a model with a different config.")
-        self.average = dict(stored)
+        parameters = _parameters(pl_module)
+        self.average = {name: shard_like(value, parameters[name]) for name, value in stored.items()}
         # Earlier versions stored the number of steps only in the state of the clock.
         self.step = checkpoint["callbacks"].get("TrainingClock", {}).get("step", 0)
 

@@ -26,6 +26,7 @@ from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.image_grid import grid, save_png
 from gencompare.resources import peak_memory_bytes, reset_peak_memory
 from gencompare.rng import RandomSource, full_precision, generator
+from gencompare.sharding import gathered_weights
 from gencompare.training.clock import clock_of
 from gencompare.training.divergence import check_divergence
 from gencompare.training.loggers import log_image, log_metrics
@@ -272,5 +273,6 @@ def validation_metrics(trainer: pl.Trainer, model: pl.LightningModule, n: int, s
 def evaluation_mode(model: pl.LightningModule) -> Iterator[None]:
     """Put the model in eval mode with its averaged weights during the block."""
     ema = getattr(model, "ema", None)
-    with eval_mode(model), ema.averaged(model) if ema is not None else contextlib.nullcontext():
+    averaged = ema.averaged(model) if ema is not None else contextlib.nullcontext()
+    with eval_mode(model), averaged, gathered_weights(model):
         yield

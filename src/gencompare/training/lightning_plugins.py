@@ -1,4 +1,4 @@
-"""Lightning plugins: atomic checkpoint files, and DDP for manual optimisation."""
+"""Lightning plugins: atomic checkpoint files, DDP for manual optimisation, and sharded weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
 from gencompare.checkpoint_files import read_checkpoint, write_checkpoint
 
@@ -34,3 +34,20 @@ class UnwrappedDDPStrategy(DDPStrategy):
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             torch.distributed.broadcast(tensor, src=0)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP: the weights, their average and the optimiser state are divided among all processes.
+
+    Checkpoints are the same files as with one process: each contains the whole model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
+        return super().load_checkpoint(checkpoint_path, weights_only=True)

@@ -33,7 +33,7 @@ from gencompare.rng import derive_seed
 from gencompare.tasks.runs.launched_ranks import check_devices
 from gencompare.tasks.runs.run_config import callback_without_class, check_trainer
 from gencompare.training.budget import Budget
-from gencompare.training.lightning_plugins import AtomicCheckpointIO, UnwrappedDDPStrategy
+from gencompare.training.lightning_plugins import AtomicCheckpointIO, ShardedStrategy, UnwrappedDDPStrategy
 from gencompare.training.loggers import MetricLogger, fail_safe
 
 
@@ -298,6 +298,13 @@ def build_trainer(
     multiprocess = options["strategy"] == "ddp" or (
         options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1)
     )
+    if options["strategy"] == "fsdp":
+        if model.sharded_network() is None:
+            raise UserError(
+                f"trainer.strategy=fsdp divides the weights of diffusion models with a UNet, a DiT or an MLP, not those of this"
+                f" {type(model).__name__}: use trainer=ddp."
+            )
+        options["strategy"] = ShardedStrategy()
     if multiprocess and not model.automatic_optimization:
         options["strategy"] = UnwrappedDDPStrategy()
     if options["profiler"] is not None:
