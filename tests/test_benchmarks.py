@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paired  # type: ignore[import-not-found]
+import scaling  # type: ignore[import-not-found]
 import train_step  # type: ignore[import-not-found]
 
 
@@ -66,3 +68,26 @@ def test_each_lap_of_the_trainer_is_one_step(monkeypatch: pytest.MonkeyPatch) ->
     assert "".join(events).startswith("[p]()[p](t)[p](t)[p](t)")
     assert [row["rounds"] for row in rows.values()] == [6, 6]
     assert "".join(events).count("(t)") >= 6
+
+
+def test_a_network_has_the_counted_size_and_the_documented_numbers() -> None:
+    counted = scaling.model_part("dit_s", (4, 32, 32))
+    stored = json.loads(scaling.RESULT.read_text())
+    assert counted == pytest.approx({name: stored["models"]["dit_s"][name] for name in counted}, rel=1e-3)
+    # Peebles and Xie (2023), table 1: DiT-S/2 has 33 M parameters and 6.06 G multiply-adds.
+    assert counted["training_gflops_per_image"] == pytest.approx(3 * 2 * 6.06, rel=0.03)
+    page = (scaling.RESULT.parents[2] / "docs" / "scaling.md").read_text()
+    for name, model in stored["models"].items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        numbers = [float(text.replace(",", "").split()[0]) for text in row.strip("| ").split(" | ")[2:]]
+        gflops = model["training_gflops_per_image"]
+        expected = [model["parameters"] / 1e6, gflops, model["state_mib"] / 1024, 1e5 / gflops]
+        assert numbers == pytest.approx(expected, rel=0.01), name
+    for count, row in stored["micro_batches"].items():
+        slower = row["step_seconds"] / stored["micro_batches"]["1 parts"]["step_seconds"]
+        assert f"| {count.split()[0]} | {row['added_mib']:,.0f} | {round(slower, 2):g} |" in page
+    for strategy in ("ddp", "fsdp"):
+        assert f"{stored['sharding'][strategy]['state_mib'][0]:.1f}" in page
+    evaluation = stored["evaluation"]
+    one, two = (evaluation[f"{count} processes"]["samples_per_second"] for count in (1, 2))
+    assert f"| {one:.1f} | {two:.1f} | {evaluation['speedup']['sampling_seconds']:.2f} |" in page

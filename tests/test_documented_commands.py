@@ -54,6 +54,7 @@ NOT_RUN = (
     (r"^make (demo|setup|test|docs|lint)", "make targets that install, and that continuous integration runs"),
     (r"^(pip|source|export|\.venv/bin/pre-commit|\.venv/bin/python run\.py$)", "change the environment"),
     (r"^(wandb|tensorboard)", "need a server"),
+    (r"^torchrun", "tests/test_launched_ranks.py runs torchrun"),
     (r"^python benchmarks/", "tests/test_benchmarks.py runs the benchmarks"),
     (r"^python docs/(figures|results/(keep|build))", "write into the repository; tests/test_docs.py covers the pages"),
     (r"^python -m pytest tests/test_(contract|score_matching_failures)\.py$", "part of make test"),

@@ -301,8 +301,8 @@ def build_trainer(
     if options["strategy"] == "fsdp":
         if model.sharded_network() is None:
             raise UserError(
-                f"trainer.strategy=fsdp divides the weights of diffusion models with a UNet, a DiT or an MLP, not those of this"
-                f" {type(model).__name__}: use trainer=ddp."
+                f"trainer.strategy=fsdp divides the weights of diffusion models with a UNet, a DiT or an MLP, not"
+                f" those of this {type(model).__name__}: use trainer=ddp."
             )
         options["strategy"] = ShardedStrategy()
     if multiprocess and not model.automatic_optimization:
