@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaussian_truth import (
     AXES,
@@ -29,11 +32,11 @@ from gaussian_truth import (
 )
 from gencompare.diffusion import samplers as sampler_module
 from gencompare.diffusion import sde_samplers
-from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
+from gencompare.diffusion.denoiser import ClipX0, Cond, Denoiser, DenoiserProtocol
 from gencompare.diffusion.discrete_schedules import LinearBetas
 from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2M, Euler, Heun, UniPC
-from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
+from gencompare.diffusion.parameterizations import Prediction, V
+from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler, steps_between
 from gencompare.diffusion.schedules import CLEAN, VP, NoiseSchedule, ScheduleValues
 from gencompare.diffusion.sde_samplers import AnnealedLangevin, EulerMaruyama, PredictorCorrector, ReverseDiffusion
 from gencompare.errors import UserError
@@ -363,8 +366,8 @@ def test_half_or_twice_the_variance_of_the_noise_breaks_the_order(
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_half_or_twice_g2_breaks_the_order(sampler: Sampler, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """g^2 is -sigma^2 times the derivative of the log-SNR."""
-    slope = property(lambda self: factor * self._values.dlog_snr_dt[self._index])
-    monkeypatch.setattr(sampler_module._ValuesAtIndex, "dlog_snr_dt", slope)
+    slope = property(lambda self: factor * ScheduleValues.dlog_snr_dt.func(self))
+    monkeypatch.setattr(sampler_module.GridValues, "dlog_snr_dt", slope)
     assert not keeps_its_order(sampler, ExactDenoiser(LinearBetas()))
 
 
@@ -395,3 +398,57 @@ def test_half_or_twice_the_noise_breaks_langevin_steps(factor: float, monkeypatc
     monkeypatch.setattr(sde_samplers, "langevin_step", wrong)
     assert not falls([langevin_error(ExactDenoiser(LinearBetas()), finer) for finer in (1, 2, 4)])
     assert corrected_error(0.16, 20, ManyPixels(LinearBetas())) > 0.1
+
+
+# Cost of a step beyond the network
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host reads a number from a tensor, which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(sampler: Sampler) -> int:
+    denoiser = ClipX0(Denoiser(ZeroNetwork(), LinearBetas(), V()))
+    with HostReads() as reads:
+        sampler.sample(denoiser, torch.randn(2, 1, 4, 4), generator=torch.Generator())
+    return reads.count
+
+
+class ZeroNetwork(nn.Module):
+    def forward(self, x: Tensor, noise_cond: Tensor, cond: Cond) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Ancestral, partial(DDIM, eta=0.5), Euler, Heun, DPMSolverPP2M, UniPC, EulerMaruyama, ReverseDiffusion,
+        PredictorCorrector, partial(AnnealedLangevin, num_langevin_steps=2),
+    ],
+    ids=lambda each: getattr(each, "func", each).__name__,
+)  # fmt: skip
+def test_no_step_waits_for_the_device(sampler: Callable[..., Sampler]) -> None:
+    few, many = (host_reads(sampler(num_steps=n)) for n in (4, 12))
+    assert 0 < few == many
+
+
+def test_values_of_a_running_sampler_are_looked_up() -> None:
+    schedule, x = LinearBetas(), torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    times = DDIM(num_steps=5).times(schedule)
+    for t, s, at_t, at_s in steps_between(times, schedule, x):
+        assert schedule.at(t, x) is at_t and schedule.at(s, x) is at_s
+        for time, at in ((t.clone(), at_t), (s.clone(), at_s)):
+            computed = schedule.at(time, x)
+            assert computed is not at
+            for name in ("alpha", "sigma", "log_snr", "dlog_alpha_dt", "dlog_snr_dt"):
+                assert torch.equal(getattr(at, name), getattr(computed, name)), name
+                assert getattr(at, name).dtype == x.dtype and getattr(at, name).shape == ()
+            assert at.derive(lambda at: at.alpha * at.sigma) == computed.alpha * computed.sigma
+        assert schedule.at(t, x.float()) is not at_t, "of another dtype"
+    assert not schedule._tabulated, "nothing is kept"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from gencompare.diffusion.parameterizations import Parameterization, Prediction
@@ -76,5 +77,9 @@ class ClipX0:
         at = self.schedule.at(t, x_t)
         x0 = prediction.x0.clamp(self.low, self.high)
         # Shift eps by the change in x_0, which is exact where nothing is clipped, however small sigma is.
-        eps = prediction.eps + at.alpha / at.sigma * (prediction.x0 - x0)
+        eps = torch.addcmul(prediction.eps, at.derive(_alpha_over_sigma), prediction.x0 - x0)
         return prediction._replace(x0=x0, eps=eps)
+
+
+def _alpha_over_sigma(at: ScheduleValues) -> Tensor:
+    return at.alpha / at.sigma

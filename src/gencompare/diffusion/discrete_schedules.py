@@ -212,5 +212,4 @@ def _interpolate(values: Tensor, position: Tensor) -> Tensor:
     position = position + (detached.clamp(0, len(values) - 1) - detached)
     left = position.detach().floor().long().clamp(max=len(values) - 2)
     weight = position - left
-    # This form is exact at both ends: a (1 - w) + b w equals a at w = 0 and b at w = 1.
-    return values[left] * (1 - weight) + values[left + 1] * weight
+    return torch.lerp(values[left], values[left + 1], weight)  # exact at both ends

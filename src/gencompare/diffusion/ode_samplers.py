@@ -12,7 +12,15 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.samplers import Sampler, Step, steps_between
+from gencompare.diffusion.samplers import (
+    Sampler,
+    Step,
+    linear_combination,
+    read_on_host,
+    step_coefficients,
+    steps_between,
+    where,
+)
 from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
@@ -35,16 +43,20 @@ class Euler(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
+        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
-            h = (s - t).to(x.dtype)
-            delta_alpha = h * at_t.alpha * at_t.dlog_alpha_dt
-            delta_sigma = h * at_t.sigma * (at_t.dlog_alpha_dt - at_t.dlog_snr_dt / 2)
-            euler = x + delta_alpha * prediction.x0 + delta_sigma * prediction.eps
-            ddim = at_s.alpha * prediction.x0 + at_s.sigma * prediction.eps
-            use_ddim = (at_t.sigma + delta_sigma < 0) | (at_s.sigma == 0) | (at_t.log_snr < NO_SIGNAL)
-            x = torch.where(use_ddim, ddim, euler)
+            x = linear_combination(*zip(coefficients[k], (x, prediction.x0, prediction.eps), strict=True))
             yield Step(s, x, prediction)
+
+    @staticmethod
+    def _coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
+        """Compute the coefficients of x_t, x_0 and eps."""
+        h = (at_s.t - at_t.t).to(at_t.alpha.dtype)
+        delta_alpha = h * at_t.alpha * at_t.dlog_alpha_dt
+        delta_sigma = h * at_t.sigma * (at_t.dlog_alpha_dt - at_t.dlog_snr_dt / 2)
+        use_ddim = (at_t.sigma + delta_sigma < 0) | (at_s.sigma == 0) | (at_t.log_snr < NO_SIGNAL)
+        return where(use_ddim, (0.0 * h, at_s.alpha, at_s.sigma), (torch.ones_like(h), delta_alpha, delta_sigma))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +101,24 @@ class Heun(Sampler):
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
         gamma = min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
-            if gamma > 0 and self.s_min <= at_t.sigma / at_t.alpha <= self.s_max:
+        coefficients = step_coefficients(_euler_coefficients, times, denoiser.schedule, x)
+        noise, signal = read_on_host(denoiser.schedule, times, x)
+        for k, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
+            coef_x, coef_eps = coefficients[k]
+            noise_t = noise[k]
+            if gamma > 0 and self.s_min <= noise_t <= self.s_max:
                 x, t, at_t = self._churn(denoiser.schedule, x, t, at_t, gamma, generator)
+                coef_x, coef_eps = _euler_coefficients(at_t, at_s)
+                noise_t = float(at_t.sigma / at_t.alpha)
             prediction = denoiser(x, t, cond)
             x_t, eps_t = x, prediction.eps
-            ddim = at_s.alpha * prediction.x0 + at_s.sigma * prediction.eps
-            # The same, but eps does not determine x_0 where x_t is pure noise.
-            x = torch.where(at_t.log_snr < NO_SIGNAL, ddim, euler_step(x_t, eps_t, at_t, at_s))
-            if at_s.sigma / at_s.alpha * self.MAX_NOISE_RATIO >= at_t.sigma / at_t.alpha:
+            if signal[k]:
+                x = linear_combination((coef_x, x_t), (coef_eps, eps_t))
+            else:  # The same, but eps does not determine x_0 where x_t is pure noise.
+                x = linear_combination((at_s.alpha, prediction.x0), (at_s.sigma, prediction.eps))
+            if noise[k + 1] * self.MAX_NOISE_RATIO >= noise_t:
                 prediction = denoiser(x, s, cond)
-                x = euler_step(x_t, (eps_t + prediction.eps) / 2, at_t, at_s)
+                x = linear_combination((coef_x, x_t), (coef_eps / 2, eps_t + prediction.eps))
             yield Step(s, x, prediction)
 
     def _churn(
@@ -121,7 +140,13 @@ class Heun(Sampler):
 
 def euler_step(x: Tensor, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
     r"""Take an Euler step of :math:`d(x / \alpha) / d(\sigma / \alpha) = \epsilon` from t to s."""
-    return at_s.alpha / at_t.alpha * x + (at_s.sigma - at_s.alpha * at_t.sigma / at_t.alpha) * eps
+    coef_x, coef_eps = _euler_coefficients(at_t, at_s)
+    return linear_combination((coef_x, x), (coef_eps, eps))
+
+
+def _euler_coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, Tensor]:
+    """Compute the coefficients of x and eps in `euler_step`."""
+    return at_s.alpha / at_t.alpha, at_s.sigma - at_s.alpha * at_t.sigma / at_t.alpha
 
 
 MAX_STEP_GROWTH = 2.0
@@ -146,16 +171,23 @@ class DPMSolverPP2M(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        previous: tuple[Tensor, Tensor] | None = None  # h and x0 of the previous step
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
+        previous = x  # x_0 of the previous step, with weight 0 in the first step
+        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
-            x0, h = prediction.x0, (at_s.log_snr - at_t.log_snr) / 2
-            extrapolated = x0
-            if previous and h <= MAX_STEP_GROWTH * previous[0]:
-                extrapolated = x0 + h / (2 * previous[0]) * (x0 - previous[1])
-            previous = h, x0
-            x = at_s.sigma / at_t.sigma * x - at_s.alpha * torch.expm1(-h) * extrapolated
+            coef_x, coef_x0, coef_previous = coefficients[k]
+            x = linear_combination((coef_x, x), (coef_x0, prediction.x0), (coef_previous, previous))
+            previous = prediction.x0
             yield Step(s, x, prediction)
+
+    @staticmethod
+    def _coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
+        """Compute the coefficients of x_t, x_0 and the previous x_0."""
+        h = (at_s.log_snr - at_t.log_snr) / 2
+        previous_h = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+        ratio = torch.where(h <= MAX_STEP_GROWTH * previous_h, h / (2 * previous_h), 0.0)
+        coef_x0 = -at_s.alpha * torch.expm1(-h)
+        return at_s.sigma / at_t.sigma, coef_x0 * (1 + ratio), -coef_x0 * ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,28 +216,43 @@ class UniPC(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        previous: tuple[Tensor, Tensor] | None = None  # h and x0 of the previous step
+        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
+        noise, _ = read_on_host(denoiser.schedule, times, x)
+        previous = x  # x_0 of the previous step, with weight 0 in the first step
         prediction = denoiser(x, times[0], cond)
-        for _, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
-            x0, h = prediction.x0, (at_s.log_snr - at_t.log_snr) / 2
-            c = -torch.expm1(-h)
-            x = at_s.sigma / at_t.sigma * x + at_s.alpha * c * x0
-            if at_s.sigma > 0:
-                b = c if self.variant == "bh2" else h
-                slope, slope_weight, correction_weight = torch.zeros_like(x0), 0.0, b / 2
-                if previous and h <= MAX_STEP_GROWTH * previous[0]:
-                    slope = (x0 - previous[1]) / previous[0]
-                    # Integrals of (u / h)^k e^(u - h) over [0, h] for k = 1, 2, and the weights of the parabola.
-                    moment1 = 1 - c / h
-                    moment2 = 1 - 2 * moment1 / h
-                    slope_weight = (moment1 - moment2) / (1 + previous[0] / h)
-                    correction_weight = moment1 - slope_weight
-                elif previous or at_t.log_snr < NO_SIGNAL:
-                    correction_weight = 0.0
-                prediction = denoiser(x + at_s.alpha * b * h / 2 * slope, s, cond)
-                x = x + at_s.alpha * (slope_weight * h * slope + correction_weight * (prediction.x0 - x0))
-            previous = h, x0
+        for k, (_, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+            x0 = prediction.x0
+            coef_x, coef_x0, predictor, corrector, correction = coefficients[k]
+            x = linear_combination((coef_x, x), (coef_x0, x0))
+            if noise[k + 1] > 0:
+                difference = x0 - previous
+                prediction = denoiser(torch.addcmul(x, predictor, difference), s, cond)
+                change = (corrector, difference), (correction, prediction.x0 - x0)
+                x = x + linear_combination(*change)
+            previous = x0
             yield Step(s, x, prediction)
+
+    def _coefficients(self, at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
+        """Compute the coefficients of x_t, x_0, of its change since the previous step in the predictor and in the
+        corrector, and of the correction of x_0."""
+        h = (at_s.log_snr - at_t.log_snr) / 2
+        c = -torch.expm1(-h)
+        b = c if self.variant == "bh2" else h
+        previous_h = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+        extrapolates = h <= MAX_STEP_GROWTH * previous_h
+        # Integrals of (u / h)^k e^(u - h) over [0, h] for k = 1, 2, and the weights of the parabola.
+        moment1 = 1 - c / h
+        moment2 = 1 - 2 * moment1 / h
+        slope_weight = (moment1 - moment2) / (1 + previous_h / h)
+        first = (torch.arange(len(h), device=h.device) == 0) & (at_t.log_snr >= NO_SIGNAL)
+        alone = torch.where(first, b / 2, 0.0)  # the correction without a slope
+        predictor, corrector, correction = where(
+            extrapolates,
+            (b * h / (2 * previous_h), slope_weight * h / previous_h, moment1 - slope_weight),
+            (0.0 * h, 0.0 * h, alone),
+        )
+        alpha = at_s.alpha
+        return at_s.sigma / at_t.sigma, alpha * c, alpha * predictor, alpha * corrector, alpha * correction
 
 
 # Dormand and Prince (1980), table 2: nodes, stages, and the difference of the fifth- and fourth-order weights.

@@ -168,8 +168,11 @@ class Parameterization(ABC):
         Returns:
             x_t, (n, C, H, W), which some parameterisations scale, and the noise condition, (n,).
         """
-        noise_cond = self.noise_conditioning(t, at).to(x_t.dtype)
+        noise_cond = at.derive(self._noise_condition).to(x_t.dtype)
         return x_t, noise_cond.expand(len(x_t))
+
+    def _noise_condition(self, at: ScheduleValues) -> Tensor:
+        return self.noise_conditioning(at.t, at)
 
     def check(self, schedule: NoiseSchedule) -> None:
         """Raise `UserError` if the parameterisation is undefined under ``schedule``."""
@@ -229,7 +232,7 @@ class Eps(Parameterization):
         return eps
 
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        return Prediction(x0=(x_t - at.sigma * out) / at.alpha, eps=out)
+        return Prediction(x0=torch.addcmul(x_t, at.sigma, out, value=-1) / at.alpha, eps=out)
 
     def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.alpha.new_ones(at.alpha.shape)
@@ -264,9 +267,9 @@ class V(Parameterization):
 
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
         # (x_t, r v) is (x_0, eps) rotated and scaled by r: rotate back.
-        r = _scale(at)
-        cos, sin = at.alpha / r, at.sigma / r
-        return Prediction(x0=cos * x_t / r - sin * out, eps=sin * x_t / r + cos * out)
+        r, cos, sin = at.derive(_rotation)
+        x = x_t / r
+        return Prediction(x0=torch.addcmul(cos * x, sin, out, value=-1), eps=torch.addcmul(sin * x, cos, out))
 
     def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.alpha / _scale(at)
@@ -303,8 +306,8 @@ class Velocity(Parameterization):
         return at.dlog_alpha_dt * (at.alpha * x0 + at.sigma * eps) + _eps_velocity(at) * eps
 
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        eps = (out - at.dlog_alpha_dt * x_t) / _eps_velocity(at)
-        return Prediction(x0=(x_t - at.sigma * eps) / at.alpha, eps=eps)
+        eps = torch.addcmul(out, at.dlog_alpha_dt, x_t, value=-1) / at.derive(_eps_velocity)
+        return Prediction(x0=torch.addcmul(x_t, at.sigma, eps, value=-1) / at.alpha, eps=eps)
 
     def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return 1 / _eps_velocity(at)
@@ -312,6 +315,12 @@ class Velocity(Parameterization):
 
 def _scale(at: ScheduleValues) -> Tensor:
     return (at.alpha**2 + at.sigma**2).sqrt()
+
+
+def _rotation(at: ScheduleValues) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the length r of (alpha, sigma), and its cosine and sine."""
+    r = _scale(at)
+    return r, at.alpha / r, at.sigma / r
 
 
 def _eps_velocity(at: ScheduleValues) -> Tensor:
@@ -349,17 +358,22 @@ class EDMPreconditioning(Parameterization):
 
     def network_input(self, x_t: Tensor, t: Tensor, at: ScheduleValues) -> tuple[Tensor, Tensor]:
         x_t, noise_cond = super().network_input(x_t, t, at)
-        return x_t / self._r(at), noise_cond
+        return x_t / at.derive(self._r), noise_cond
 
     def target(self, x0: Tensor, eps: Tensor, at: ScheduleValues) -> Tensor:
         # (x_0 - c_skip y) / c_out
         return (at.sigma / self.sigma_data * x0 - at.alpha * self.sigma_data * eps) / self._r(at)
 
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
+        skip_x0, out_x0, skip_eps, out_eps = at.derive(self._coefficients)
+        x = x_t / at.derive(self._r)
+        x0 = torch.addcmul(skip_x0 * x, out_x0, out)
+        return Prediction(x0=x0, eps=torch.addcmul(skip_eps * x, out_eps, out))
+
+    def _coefficients(self, at: ScheduleValues) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute the coefficients of x_t / r and of the output in x_0, and in eps."""
         r, d = self._r(at), self.sigma_data
-        x0 = at.alpha * d * d / r * (x_t / r) + at.sigma * d / r * out
-        eps = at.sigma / r * (x_t / r) - at.alpha * d / r * out
-        return Prediction(x0=x0, eps=eps)
+        return at.alpha * d * d / r, at.sigma * d / r, at.sigma / r, -at.alpha * d / r
 
     def eps_jacobian(self, at: ScheduleValues) -> Tensor:
         return at.alpha * self.sigma_data / self._r(at)
@@ -391,7 +405,7 @@ class PosteriorMean(Parameterization):
         return coef_x_t * (at.alpha * x0 + at.sigma * eps) + coef_x0 * x0
 
     def to_prediction(self, out: Tensor, x_t: Tensor, at: ScheduleValues) -> Prediction:
-        coef_x_t, coef_x0 = _posterior_mean_coefficients(at)
+        coef_x_t, coef_x0 = at.derive(_posterior_mean_coefficients)
         x0 = (out - coef_x_t * x_t) / coef_x0
         return Prediction(x0=x0, eps=(x_t - at.alpha * x0) / at.sigma)
 

@@ -7,9 +7,9 @@ Notation: a step goes from time :math:`t` to the less noisy time :math:`s < t`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.schedules import CLEAN, NoiseSchedule, ScheduleValues
+from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues, unbind
 from gencompare.diffusion.times import TimeGrid, UniformGrid
 from gencompare.errors import UserError, check_number
 from gencompare.rng import normal_like
@@ -116,16 +116,17 @@ class Sampler(ABC):
         Raises:
             UserError: if a step gives NaN or infinite values; the message names the first such step.
         """
-        num_finite = torch.zeros((), device=x.device)
-        num_steps = 0
+        sums: list[Tensor] = []
         for step in self.iterate(denoiser, x, cond, generator=generator, times=times):
-            x, num_steps = step.x, num_steps + 1
-            # Count on the device and read the count once, at the end. Clipping can hide an infinite prediction from x.
-            num_finite += torch.isfinite(x).all() & torch.isfinite(step.prediction.eps).all()
-        if num_finite < num_steps:
+            x = step.x
+            # A sum is finite if all values are. It stays on the device until the end. Clipping can hide an infinite
+            # prediction from x.
+            sums += [x.sum(), step.prediction.eps.sum()]
+        finite = torch.stack(sums).isfinite().view(-1, 2).all(1).tolist()
+        if not all(finite):
             raise UserError(
-                f"Sampling failed: step {int(num_finite) + 1} of {num_steps} gave NaN or infinite values. The weights"
-                " or outputs of the network are not finite, or it is not trained enough for these settings."
+                f"Sampling failed: step {finite.index(False) + 1} of {len(finite)} gave NaN or infinite values. The"
+                " weights or outputs of the network are not finite, or it is not trained enough for these settings."
             )
         return x
 
@@ -156,38 +157,49 @@ def _format(value: object) -> str:
 def steps_between(
     times: Tensor, schedule: NoiseSchedule, x: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, ScheduleValues, ScheduleValues]]:
-    """Yield (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the dtype of x."""
-    values = schedule.at(times, x)
-    at = [_ValuesAtIndex(values, i) for i in range(len(times))]
-    for (t, s), (at_t, at_s) in zip(pairwise(times), pairwise(at), strict=True):
-        yield t, s, at_t, at_s
+    """Yield (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the dtype of x.
+
+    The values at all times are computed together, once; the denoiser looks them up if it gets these times.
+    """
+    with schedule.tabulate(times, x) as grid:
+        for (t, s), (at_t, at_s) in zip(pairwise(grid.times), pairwise(grid), strict=True):
+            yield t, s, at_t, at_s
 
 
-class _ValuesAtIndex(ScheduleValues):
-    """Schedule values at one time of a trajectory. The values at all times are computed together, once."""
+def step_coefficients(
+    function: Callable[[ScheduleValues, ScheduleValues], tuple[Tensor, ...]],
+    times: Tensor,
+    schedule: NoiseSchedule,
+    x: Tensor,
+) -> list[tuple[Tensor, ...]]:
+    """Return the coefficients of every step, each () in the dtype of x, from one call for all steps.
 
-    def __init__(self, values: ScheduleValues, index: int) -> None:
-        self._values, self._index = values, index
+    Args:
+        function: computes them from the values at the beginnings and ends of the steps, each (num_steps,).
+    """
+    coefficients = function(GridValues(schedule, times[:-1], x), GridValues(schedule, times[1:], x))
+    return unbind(torch.broadcast_tensors(*coefficients))
 
-    @cached_property
-    def log_snr(self) -> Tensor:
-        return self._values.log_snr[self._index]
 
-    @cached_property
-    def alpha(self) -> Tensor:
-        return self._values.alpha[self._index]
+def read_on_host(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> tuple[list[float], list[bool]]:
+    """Return sigma / alpha at all times, and whether the image shows there, so that no step has to wait for the device
+    to decide what to do."""
+    at = GridValues(schedule, times, x)
+    return (at.sigma / at.alpha).tolist(), (at.log_snr >= NO_SIGNAL).tolist()
 
-    @cached_property
-    def sigma(self) -> Tensor:
-        return self._values.sigma[self._index]
 
-    @cached_property
-    def dlog_alpha_dt(self) -> Tensor:
-        return self._values.dlog_alpha_dt[self._index]
+def where(condition: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Select coefficients of steps, on the device."""
+    return tuple(torch.where(condition, x, y) for x, y in zip(a, b, strict=True))
 
-    @cached_property
-    def dlog_snr_dt(self) -> Tensor:
-        return self._values.dlog_snr_dt[self._index]
+
+def linear_combination(*terms: tuple[Tensor, Tensor]) -> Tensor:
+    """Compute the sum of coefficient * tensor, with one operation per term."""
+    (coefficient, tensor), *others = terms
+    total = coefficient * tensor
+    for coefficient, tensor in others:
+        total = torch.addcmul(total, coefficient, tensor)
+    return total
 
 
 def check_times(times: Tensor, schedule: NoiseSchedule) -> None:
@@ -233,11 +245,14 @@ class Ancestral(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        fixed = partial(ancestral_step, variance=self.variance)
+        coefficients = step_coefficients(fixed, times, denoiser.schedule, x)
+        for k, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
-            v = self.variance if prediction.variance_fraction is None else prediction.variance_fraction
-            coef_x_t, coef_x0, std = ancestral_step(at_t, at_s, v)
-            x = coef_x_t * x + coef_x0 * prediction.x0 + std * normal_like(x, generator)
+            coef_x_t, coef_x0, std = coefficients[k]
+            if prediction.variance_fraction is not None:
+                coef_x_t, coef_x0, std = ancestral_step(at_t, at_s, prediction.variance_fraction)
+            x = linear_combination((coef_x_t, x), (coef_x0, prediction.x0), (std, normal_like(x, generator)))
             yield Step(s, x, prediction)
 
 
@@ -276,11 +291,16 @@ class DDIM(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
+        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
-            alpha_s, sigma_s = at_s.alpha, at_s.sigma
-            tau2 = self.eta**2 * -torch.expm1(at_t.log_snr - at_s.log_snr)  # in units of sigma_s^2
-            x = alpha_s * prediction.x0 + sigma_s * (1 - tau2).sqrt() * prediction.eps
+            coef_x0, coef_eps, std = coefficients[k]
+            x = linear_combination((coef_x0, prediction.x0), (coef_eps, prediction.eps))
             if self.eta > 0:
-                x = x + sigma_s * tau2.sqrt() * normal_like(x, generator)
+                x = torch.addcmul(x, std, normal_like(x, generator))
             yield Step(s, x, prediction)
+
+    def _coefficients(self, at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
+        """Compute the coefficients of x_0, eps and z."""
+        tau2 = self.eta**2 * -torch.expm1(at_t.log_snr - at_s.log_snr)  # in units of sigma_s^2
+        return at_s.alpha, at_s.sigma * (1 - tau2).sqrt(), at_s.sigma * tau2.sqrt()

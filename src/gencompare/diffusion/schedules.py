@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from torch.nn.functional import logsigmoid
 from gencompare.errors import UserError, check_positive
 from gencompare.hyperparameters import StoresArguments
 from gencompare.rng import draw_normal, full_precision
+
+T = TypeVar("T")
 
 MAX_START_LOG_SNR = -4.0
 """Highest log-SNR at which sampling may start from pure noise: the remaining fraction alpha = 0.13 of the image is
@@ -41,6 +46,11 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
 
     t_min: float
     t_max: float = 1.0
+
+    @cached_property
+    def _tabulated(self) -> dict[int, tuple[GridValues, int]]:
+        """Values at the times of running samplers, by the identity of the time."""
+        return {}
 
     @abstractmethod
     def log_alpha(self, t: Tensor) -> Tensor:
@@ -160,9 +170,30 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
                 ``t``.
 
         Returns:
-            The values, each computed on first access.
+            The values, each computed on first access. If ``t`` is one of the times of a running sampler, they are
+            looked up.
         """
+        grid, index = self._tabulated.get(id(t), (None, 0))
+        if grid is not None and x is not None and x.dtype == grid.dtype:
+            return grid[index]
         return ScheduleValues(self, t, x)
+
+    @contextmanager
+    def tabulate(self, times: Tensor, x: Tensor) -> Iterator[GridValues]:
+        """Compute the values at all times of a trajectory together. In the block, `at` looks them up.
+
+        Args:
+            times: (k,). The lookup is by identity: pass the elements of `GridValues.times` to the denoiser.
+            x: the values are cast to its dtype.
+        """
+        grid = GridValues(self, times, x)
+        keys = {id(t): (grid, index) for index, t in enumerate(grid.times)}
+        self._tabulated |= keys
+        try:
+            yield grid
+        finally:
+            for key in keys:
+                del self._tabulated[key]
 
     def sde(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Compute the drift f and squared diffusion g^2 of the forward SDE :math:`dx = f(t)\, x\, dt + g(t)\, dw`.
@@ -179,7 +210,8 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
             f and g^2, each shaped like ``t``.
         """
         sigma2 = torch.exp(2 * self.log_alpha(t) - self.log_snr(t))
-        return _time_derivative(self.log_alpha, t), -sigma2 * _time_derivative(self.log_snr, t)
+        drift, slope = _time_derivatives(lambda t: (self.log_alpha(t), self.log_snr(t)), t)
+        return drift, -sigma2 * slope
 
     @torch.no_grad()
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
@@ -254,7 +286,8 @@ class ScheduleValues:
     """
 
     def __init__(self, schedule: NoiseSchedule, t: Tensor, x: Tensor | None = None) -> None:
-        self.schedule, self._t, self._x = schedule, t, x
+        self.schedule, self.t, self._x = schedule, t, x
+        self._derived: dict[Callable[[ScheduleValues], Any], Any] = {}
         self._is_clean = t == CLEAN
         self._valid_t = torch.where(self._is_clean, schedule.t_min, t)
 
@@ -264,6 +297,15 @@ class ScheduleValues:
         if values.ndim:
             values = values.reshape(-1, *[1] * (self._x.ndim - 1))
         return values.to(self._x.dtype)
+
+    def derive(self, function: Callable[[ScheduleValues], T]) -> T:
+        """Return ``function(self)``, a tensor or a tuple of tensors that depend on these values only.
+
+        It is computed once for these values, and once for all times of a running sampler.
+        """
+        if function not in self._derived:
+            self._derived[function] = function(self)
+        return self._derived[function]
 
     @cached_property
     def _logs(self) -> tuple[Tensor, Tensor]:
@@ -275,7 +317,7 @@ class ScheduleValues:
     def previous_step(self) -> ScheduleValues:
         """Values one discrete step earlier, or at ``CLEAN`` for the first step; needs a discrete schedule."""
         index = self.schedule.discrete_index(self._valid_t)
-        times = self.schedule.require_discrete_times().to(self._t)
+        times = self.schedule.require_discrete_times().to(self.t)
         previous = torch.where(index > 0, times[index - 1], CLEAN)
         return ScheduleValues(self.schedule, previous, self._x)
 
@@ -295,12 +337,73 @@ class ScheduleValues:
     @cached_property
     def dlog_alpha_dt(self) -> Tensor:
         """The derivative d log alpha / dt, which is the drift f of the SDE; undefined at ``CLEAN``."""
-        return self._broadcast(_time_derivative(self.schedule.log_alpha, self._valid_t))
+        return self._broadcast(self._slopes[0])
 
     @cached_property
     def dlog_snr_dt(self) -> Tensor:
         """The derivative d lambda / dt of the log-SNR, which is negative; undefined at ``CLEAN``."""
-        return self._broadcast(_time_derivative(self.schedule.log_snr, self._valid_t))
+        return self._broadcast(self._slopes[1])
+
+    @cached_property
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        schedule = self.schedule
+        return _time_derivatives(lambda t: (schedule.log_alpha(t), schedule.log_snr(t)), self._valid_t)
+
+
+class GridValues(ScheduleValues):
+    """Values at the times of a trajectory, (k,), computed together. An index gives those at one time, ()."""
+
+    def __init__(self, schedule: NoiseSchedule, times: Tensor, x: Tensor) -> None:
+        super().__init__(schedule, times)
+        self.dtype, self.times = x.dtype, times.unbind()
+        self._at = [_ValuesAtIndex(self, index) for index in range(len(times))]
+        self._per_time: dict[Callable[[ScheduleValues], Any], Any] = {}
+
+    def __getitem__(self, index: int) -> ScheduleValues:
+        return self._at[index]
+
+    def __iter__(self) -> Iterator[ScheduleValues]:
+        return iter(self._at)
+
+    def _broadcast(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
+
+    def derive_at(self, function: Callable[[ScheduleValues], Any], index: int) -> Any:
+        """Return the elements with this index of what ``function`` computes for all times."""
+        if function not in self._per_time:
+            self._per_time[function] = unbind(self.derive(function))
+        return self._per_time[function][index]
+
+
+class _ValuesAtIndex(ScheduleValues):
+    """Values at one time of a trajectory."""
+
+    def __init__(self, grid: GridValues, index: int) -> None:
+        self._grid, self._index, self.schedule = grid, index, grid.schedule
+
+    def derive(self, function: Callable[[ScheduleValues], T]) -> T:
+        return self._grid.derive_at(function, self._index)
+
+    t = property(lambda self: self._grid.times[self._index])  # type: ignore[assignment]
+    log_snr = property(lambda self: self.derive(_LOG_SNR))  # type: ignore[assignment]
+    alpha = property(lambda self: self.derive(_ALPHA))  # type: ignore[assignment]
+    sigma = property(lambda self: self.derive(_SIGMA))  # type: ignore[assignment]
+    dlog_alpha_dt = property(lambda self: self.derive(_DLOG_ALPHA_DT))  # type: ignore[assignment]
+    dlog_snr_dt = property(lambda self: self.derive(_DLOG_SNR_DT))  # type: ignore[assignment]
+
+    @cached_property
+    def previous_step(self) -> ScheduleValues:
+        return ScheduleValues(self.schedule, self.t, self._grid.log_snr).previous_step
+
+
+_LOG_SNR, _ALPHA, _SIGMA, _DLOG_ALPHA_DT, _DLOG_SNR_DT = map(
+    attrgetter, ("log_snr", "alpha", "sigma", "dlog_alpha_dt", "dlog_snr_dt")
+)
+
+
+def unbind(values: Tensor | tuple[Tensor, ...]) -> list[Any]:
+    """Split tensors (k,) into k entries: tensors (), or a tuple of them for a tuple of tensors."""
+    return list(values.unbind() if isinstance(values, Tensor) else zip(*(v.unbind() for v in values), strict=True))
 
 
 class VariancePreserving(NoiseSchedule):
@@ -328,10 +431,11 @@ class VarianceExploding(NoiseSchedule):
         """
 
 
-def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+def _time_derivatives(function: Callable[[Tensor], tuple[Tensor, Tensor]], t: Tensor) -> tuple[Tensor, Tensor]:
     _suppress_jvp_warning()
     times = t.reshape(-1)  # with a tensor of shape (), jvp mixes float32 and float64
-    return torch.func.jvp(function, (times,), (torch.ones_like(times),))[1].reshape(t.shape)
+    first, second = torch.func.jvp(function, (times,), (torch.ones_like(times),))[1]
+    return first.reshape(t.shape), second.reshape(t.shape)
 
 
 @cache

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.samplers import Sampler, Step, ancestral_step, steps_between
+from gencompare.diffusion.samplers import (
+    Sampler,
+    Step,
+    ancestral_step,
+    linear_combination,
+    read_on_host,
+    step_coefficients,
+    steps_between,
+    where,
+)
 from gencompare.diffusion.schedules import ScheduleValues
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
@@ -35,16 +44,21 @@ class EulerMaruyama(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
+        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
-            h = (t - s).to(x.dtype)
-            r = -h * at_t.dlog_snr_dt
-            coef_x_t = 1 - h * at_t.dlog_alpha_dt - r
-            euler_maruyama = coef_x_t, r * at_t.alpha, r.sqrt() * at_t.sigma
-            use_ancestral = (r > MAX_LOG_SNR_STEP) | (at_s.sigma == 0)
-            coefficients = _where(use_ancestral, ancestral_step(at_t, at_s), euler_maruyama)
-            x = _apply_step(x, prediction, coefficients, generator)
+            x = _apply_step(x, prediction, coefficients[k], generator)
             yield Step(s, x, prediction)
+
+    @staticmethod
+    def _coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
+        """Compute the coefficients of x_t, x_0 and z."""
+        h = (at_t.t - at_s.t).to(at_t.alpha.dtype)
+        r = -h * at_t.dlog_snr_dt
+        coef_x_t = 1 - h * at_t.dlog_alpha_dt - r
+        euler_maruyama = coef_x_t, r * at_t.alpha, r.sqrt() * at_t.sigma
+        use_ancestral = (r > MAX_LOG_SNR_STEP) | (at_s.sigma == 0)
+        return where(use_ancestral, ancestral_step(at_t, at_s), euler_maruyama)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,34 +76,27 @@ class ReverseDiffusion(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        coefficients = step_coefficients(reverse_diffusion_step, times, denoiser.schedule, x)
+        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
-            x = reverse_diffusion_step(x, prediction, at_t, at_s, generator)
+            x = _apply_step(x, prediction, coefficients[k], generator)
             yield Step(s, x, prediction)
 
 
-def reverse_diffusion_step(
-    x: Tensor, prediction: Prediction, at_t: ScheduleValues, at_s: ScheduleValues, generator: torch.Generator
-) -> Tensor:
-    """Take one `ReverseDiffusion` step from t to s."""
+def reverse_diffusion_step(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
+    """Compute a `ReverseDiffusion` step from t to s: the coefficients of x_t, x_0 and standard normal noise."""
     r = at_s.log_snr - at_t.log_snr
     c = -torch.expm1(-r)  # b^2 / sigma_t^2
     reverse_diffusion = 2 - at_t.alpha / at_s.alpha - c, c * at_t.alpha, c.sqrt() * at_t.sigma
-    coefficients = _where(r > MAX_LOG_SNR_STEP, ancestral_step(at_t, at_s), reverse_diffusion)
-    return _apply_step(x, prediction, coefficients, generator)
+    return where(r > MAX_LOG_SNR_STEP, ancestral_step(at_t, at_s), reverse_diffusion)
 
 
 def _apply_step(
     x: Tensor, prediction: Prediction, coefficients: tuple[Tensor, ...], generator: torch.Generator
 ) -> Tensor:
     """Compute coef_x_t x + coef_x0 x_0 + std z. (The score is written in x and x_0, as sigma eps = x - alpha x_0.)"""
-    coef_x_t, coef_x0, std = coefficients
-    return coef_x_t * x + coef_x0 * prediction.x0 + std * normal_like(x, generator)
-
-
-def _where(condition: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # Select on the device, to avoid synchronising with the host.
-    return tuple(torch.where(condition, x, y) for x, y in zip(a, b, strict=True))
+    tensors = x, prediction.x0, normal_like(x, generator)
+    return linear_combination(*zip(coefficients, tensors, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +135,8 @@ class PredictorCorrector(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        coefficients = step_coefficients(reverse_diffusion_step, times, denoiser.schedule, x)
+        for j, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
             for _ in range(self.num_corrector_steps):
                 prediction, z = denoiser(x, t, cond), normal_like(x, generator)
                 # ||score|| = ||eps|| / sigma
@@ -136,7 +144,7 @@ class PredictorCorrector(Sampler):
                 k = 2 * (at_t.alpha / at_s.alpha * self.snr * ratio) ** 2
                 x = langevin_step(x, prediction, at_t, k.clamp(max=1.0), z)
             prediction = denoiser(x, t, cond)
-            x = reverse_diffusion_step(x, prediction, at_t, at_s, generator)
+            x = _apply_step(x, prediction, coefficients[j], generator)
             yield Step(s, x, prediction)
 
 
@@ -184,13 +192,14 @@ class AnnealedLangevin(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        for t, s, at_t, at_s in steps_between(times, denoiser.schedule, x):
+        noise, _ = read_on_host(denoiser.schedule, times, x)
+        for k, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
             prediction = denoiser(x, t, cond)
             for i in range(self.num_langevin_steps):
                 if i:
                     prediction = denoiser(x, t, cond)
                 x = langevin_step(x, prediction, at_t, self.step_size / 2, normal_like(x, generator))
-            if self.denoise and at_s.sigma == 0:
+            if self.denoise and noise[k + 1] == 0:
                 prediction = denoiser(x, t, cond)
                 x = prediction.x0
             else:
