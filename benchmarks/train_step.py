@@ -72,12 +72,13 @@ class PlainLoop:
 # Network
 
 
-def compare_networks(rounds: int) -> dict[str, Any]:
+def same_networks(channels: int) -> tuple[UNet, Any]:
+    """Return our U-Net and that of diffusers with the same shape."""
     from diffusers import UNet2DModel  # type: ignore[attr-defined]
 
     theirs = UNet2DModel(
         sample_size=32,
-        block_out_channels=(32, 64, 64, 64),
+        block_out_channels=(channels, 2 * channels, 2 * channels, 2 * channels),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -87,8 +88,13 @@ def compare_networks(rounds: int) -> dict[str, Any]:
         freq_shift=1,
         norm_eps=1e-6,
     )
-    ours = UNet(SHAPE, SHAPE[0], channels=32, dropout=0.0)
+    ours = UNet(SHAPE, SHAPE[0], channels=channels, dropout=0.0)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    return ours, theirs
+
+
+def compare_networks(rounds: int) -> dict[str, Any]:
+    ours, theirs = same_networks(32)
     x, noise = torch.randn(2, BATCH, *SHAPE)
     t = torch.randint(1000, (BATCH,))
     loops = {

@@ -43,6 +43,12 @@ class LogSNRTable(NoiseSchedule):
     def log_snr(self, t: Tensor) -> Tensor:
         return _interpolate(self.table, snap_to_integer(t * self.num_train_timesteps) - 1)
 
+    def log_snr_slope(self, t: Tensor) -> Tensor:
+        """Compute the derivative of the log-SNR: the slope of the interval that starts at ``t``, or of the last one."""
+        position = snap_to_integer(t.detach() * self.num_train_timesteps) - 1
+        left = position.clamp(0, len(self.table) - 2).floor().long()
+        return (self.table[left + 1] - self.table[left]) * self.num_train_timesteps * torch.ones_like(t)
+
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         T = self.num_train_timesteps
         increasing = self.table.flip(0).to(log_snr.dtype)
@@ -212,4 +218,5 @@ def _interpolate(values: Tensor, position: Tensor) -> Tensor:
     position = position + (detached.clamp(0, len(values) - 1) - detached)
     left = position.detach().floor().long().clamp(max=len(values) - 2)
     weight = position - left
-    return torch.lerp(values[left], values[left + 1], weight)  # exact at both ends
+    # This form is exact at both ends: a (1 - w) + b w equals a at w = 0 and b at w = 1.
+    return values[left] * (1 - weight) + values[left + 1] * weight

@@ -17,11 +17,10 @@ from gencompare.diffusion.samplers import (
     Step,
     linear_combination,
     read_on_host,
-    step_coefficients,
     steps_between,
     where,
 )
-from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues
+from gencompare.diffusion.schedules import NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
@@ -43,8 +42,9 @@ class Euler(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
-        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(self._coefficients)
+        for k, (t, s, _, _) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             x = linear_combination(*zip(coefficients[k], (x, prediction.x0, prediction.eps), strict=True))
             yield Step(s, x, prediction)
@@ -101,9 +101,10 @@ class Heun(Sampler):
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
         gamma = min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
-        coefficients = step_coefficients(_euler_coefficients, times, denoiser.schedule, x)
-        noise, signal = read_on_host(denoiser.schedule, times, x)
-        for k, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(_euler_coefficients)
+        noise, signal = read_on_host(grid)
+        for k, (t, s, at_t, at_s) in enumerate(grid.steps()):
             coef_x, coef_eps = coefficients[k]
             noise_t = noise[k]
             if gamma > 0 and self.s_min <= noise_t <= self.s_max:
@@ -171,9 +172,10 @@ class DPMSolverPP2M(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(self._coefficients)
         previous = x  # x_0 of the previous step, with weight 0 in the first step
-        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+        for k, (t, s, _, _) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             coef_x, coef_x0, coef_previous = coefficients[k]
             x = linear_combination((coef_x, x), (coef_x0, prediction.x0), (coef_previous, previous))
@@ -216,11 +218,12 @@ class UniPC(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
-        noise, _ = read_on_host(denoiser.schedule, times, x)
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(self._coefficients)
+        noise, _ = read_on_host(grid)
         previous = x  # x_0 of the previous step, with weight 0 in the first step
         prediction = denoiser(x, times[0], cond)
-        for k, (_, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+        for k, (_, s, _, _) in enumerate(grid.steps()):
             x0 = prediction.x0
             coef_x, coef_x0, predictor, corrector, correction = coefficients[k]
             x = linear_combination((coef_x, x), (coef_x0, x0))

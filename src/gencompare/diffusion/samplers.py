@@ -7,10 +7,9 @@ Notation: a step goes from time :math:`t` to the less noisy time :math:`s < t`, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues, unbind
+from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues
 from gencompare.diffusion.times import TimeGrid, UniformGrid
 from gencompare.errors import UserError, check_number
 from gencompare.rng import normal_like
@@ -157,35 +156,14 @@ def _format(value: object) -> str:
 def steps_between(
     times: Tensor, schedule: NoiseSchedule, x: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, ScheduleValues, ScheduleValues]]:
-    """Yield (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the dtype of x.
-
-    The values at all times are computed together, once; the denoiser looks them up if it gets these times.
-    """
-    with schedule.tabulate(times, x) as grid:
-        for (t, s), (at_t, at_s) in zip(pairwise(grid.times), pairwise(grid), strict=True):
-            yield t, s, at_t, at_s
+    """Yield (t, s, schedule at t, schedule at s) for each pair of neighbouring times, with values in the dtype of x."""
+    return GridValues(schedule, times, x).steps()
 
 
-def step_coefficients(
-    function: Callable[[ScheduleValues, ScheduleValues], tuple[Tensor, ...]],
-    times: Tensor,
-    schedule: NoiseSchedule,
-    x: Tensor,
-) -> list[tuple[Tensor, ...]]:
-    """Return the coefficients of every step, each () in the dtype of x, from one call for all steps.
-
-    Args:
-        function: computes them from the values at the beginnings and ends of the steps, each (num_steps,).
-    """
-    coefficients = function(GridValues(schedule, times[:-1], x), GridValues(schedule, times[1:], x))
-    return unbind(torch.broadcast_tensors(*coefficients))
-
-
-def read_on_host(schedule: NoiseSchedule, times: Tensor, x: Tensor) -> tuple[list[float], list[bool]]:
+def read_on_host(grid: GridValues) -> tuple[list[float], list[bool]]:
     """Return sigma / alpha at all times, and whether the image shows there, so that no step has to wait for the device
     to decide what to do."""
-    at = GridValues(schedule, times, x)
-    return (at.sigma / at.alpha).tolist(), (at.log_snr >= NO_SIGNAL).tolist()
+    return (grid.sigma / grid.alpha).tolist(), (grid.log_snr >= NO_SIGNAL).tolist()
 
 
 def where(condition: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -246,8 +224,9 @@ class Ancestral(Sampler):
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
         fixed = partial(ancestral_step, variance=self.variance)
-        coefficients = step_coefficients(fixed, times, denoiser.schedule, x)
-        for k, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(fixed)
+        for k, (t, s, at_t, at_s) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             coef_x_t, coef_x0, std = coefficients[k]
             if prediction.variance_fraction is not None:
@@ -291,8 +270,9 @@ class DDIM(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
-        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(self._coefficients)
+        for k, (t, s, _, _) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             coef_x0, coef_eps, std = coefficients[k]
             x = linear_combination((coef_x0, prediction.x0), (coef_eps, prediction.eps))

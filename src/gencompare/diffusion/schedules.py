@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -179,21 +180,40 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         return ScheduleValues(self, t, x)
 
     @contextmanager
-    def tabulate(self, times: Tensor, x: Tensor) -> Iterator[GridValues]:
-        """Compute the values at all times of a trajectory together. In the block, `at` looks them up.
+    def tabulated(self, grid: GridValues) -> Iterator[None]:
+        """Let `at` look up the values of a grid in the block.
 
-        Args:
-            times: (k,). The lookup is by identity: pass the elements of `GridValues.times` to the denoiser.
-            x: the values are cast to its dtype.
+        Times are looked up by identity: pass the elements of `GridValues.times` to the denoiser.
         """
-        grid = GridValues(self, times, x)
         keys = {id(t): (grid, index) for index, t in enumerate(grid.times)}
         self._tabulated |= keys
         try:
-            yield grid
+            yield
         finally:
             for key in keys:
                 del self._tabulated[key]
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Compute the derivatives :math:`d \log \alpha / dt` and :math:`d \lambda / dt`.
+
+        Args:
+            t: times in [t_min, t_max], of any shape.
+
+        Returns:
+            The derivatives, each shaped like ``t``.
+        """
+        return _time_derivative(self.log_alpha, t), self.log_snr_slope(t)
+
+    def log_snr_slope(self, t: Tensor) -> Tensor:
+        r"""Compute :math:`d \lambda / dt`, by forward-mode differentiation unless overridden.
+
+        Args:
+            t: times in [t_min, t_max], of any shape.
+
+        Returns:
+            A tensor shaped like ``t``.
+        """
+        return _time_derivative(self.log_snr, t)
 
     def sde(self, t: Tensor) -> tuple[Tensor, Tensor]:
         r"""Compute the drift f and squared diffusion g^2 of the forward SDE :math:`dx = f(t)\, x\, dt + g(t)\, dw`.
@@ -201,7 +221,7 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
         .. math:: f = \frac{d \log \alpha}{dt}, \qquad g^2 = -\sigma^2 \frac{d\lambda}{dt}
 
         Kingma et al. (2021), "Variational Diffusion Models", eq. 10 and the text around it,
-        https://arxiv.org/abs/2107.00630. The derivatives are taken by forward-mode differentiation.
+        https://arxiv.org/abs/2107.00630.
 
         Args:
             t: times in [t_min, t_max], of any shape.
@@ -210,8 +230,8 @@ class NoiseSchedule(nn.Module, StoresArguments, ABC):
             f and g^2, each shaped like ``t``.
         """
         sigma2 = torch.exp(2 * self.log_alpha(t) - self.log_snr(t))
-        drift, slope = _time_derivatives(lambda t: (self.log_alpha(t), self.log_snr(t)), t)
-        return drift, -sigma2 * slope
+        drift, log_snr_slope = self.slopes(t)
+        return drift, -sigma2 * log_snr_slope
 
     @torch.no_grad()
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
@@ -346,8 +366,7 @@ class ScheduleValues:
 
     @cached_property
     def _slopes(self) -> tuple[Tensor, Tensor]:
-        schedule = self.schedule
-        return _time_derivatives(lambda t: (schedule.log_alpha(t), schedule.log_snr(t)), self._valid_t)
+        return self.schedule.slopes(self._valid_t)
 
 
 class GridValues(ScheduleValues):
@@ -356,7 +375,7 @@ class GridValues(ScheduleValues):
     def __init__(self, schedule: NoiseSchedule, times: Tensor, x: Tensor) -> None:
         super().__init__(schedule, times)
         self.dtype, self.times = x.dtype, times.unbind()
-        self._at = [_ValuesAtIndex(self, index) for index in range(len(times))]
+        self._at = [_PartOfGrid(self, index) for index in range(len(times))]
         self._per_time: dict[Callable[[ScheduleValues], Any], Any] = {}
 
     def __getitem__(self, index: int) -> ScheduleValues:
@@ -365,26 +384,47 @@ class GridValues(ScheduleValues):
     def __iter__(self) -> Iterator[ScheduleValues]:
         return iter(self._at)
 
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, ScheduleValues, ScheduleValues]]:
+        """Yield (t, s, values at t, values at s) for each pair of neighbouring times. Meanwhile, `NoiseSchedule.at`
+        looks these values up."""
+        with self.schedule.tabulated(self):
+            for (t, s), (at_t, at_s) in zip(pairwise(self.times), pairwise(self), strict=True):
+                yield t, s, at_t, at_s
+
+    def coefficients(
+        self, function: Callable[[ScheduleValues, ScheduleValues], tuple[Tensor, ...]]
+    ) -> list[tuple[Tensor, ...]]:
+        """Return the coefficients of every step, each (), from one call for all steps.
+
+        Args:
+            function: computes them from the values at the beginnings and ends of the steps, each (k - 1,).
+        """
+        values = function(_PartOfGrid(self, slice(None, -1)), _PartOfGrid(self, slice(1, None)))
+        return _unbind(torch.broadcast_tensors(*values))
+
     def _broadcast(self, values: Tensor) -> Tensor:
         return values.to(self.dtype)
 
     def derive_at(self, function: Callable[[ScheduleValues], Any], index: int) -> Any:
         """Return the elements with this index of what ``function`` computes for all times."""
         if function not in self._per_time:
-            self._per_time[function] = unbind(self.derive(function))
+            self._per_time[function] = _unbind(self.derive(function))
         return self._per_time[function][index]
 
 
-class _ValuesAtIndex(ScheduleValues):
-    """Values at one time of a trajectory."""
+class _PartOfGrid(ScheduleValues):
+    """Values at one time of a trajectory, or at a slice of its times."""
 
-    def __init__(self, grid: GridValues, index: int) -> None:
+    def __init__(self, grid: GridValues, index: int | slice) -> None:
         self._grid, self._index, self.schedule = grid, index, grid.schedule
 
-    def derive(self, function: Callable[[ScheduleValues], T]) -> T:
-        return self._grid.derive_at(function, self._index)
+    def derive(self, function: Callable[[ScheduleValues], Any]) -> Any:
+        if isinstance(self._index, int):
+            return self._grid.derive_at(function, self._index)
+        whole = self._grid.derive(function)
+        return whole[self._index] if isinstance(whole, Tensor) else tuple(part[self._index] for part in whole)
 
-    t = property(lambda self: self._grid.times[self._index])  # type: ignore[assignment]
+    t = property(lambda self: self.derive(_TIME))  # type: ignore[assignment]
     log_snr = property(lambda self: self.derive(_LOG_SNR))  # type: ignore[assignment]
     alpha = property(lambda self: self.derive(_ALPHA))  # type: ignore[assignment]
     sigma = property(lambda self: self.derive(_SIGMA))  # type: ignore[assignment]
@@ -396,12 +436,12 @@ class _ValuesAtIndex(ScheduleValues):
         return ScheduleValues(self.schedule, self.t, self._grid.log_snr).previous_step
 
 
-_LOG_SNR, _ALPHA, _SIGMA, _DLOG_ALPHA_DT, _DLOG_SNR_DT = map(
-    attrgetter, ("log_snr", "alpha", "sigma", "dlog_alpha_dt", "dlog_snr_dt")
+_TIME, _LOG_SNR, _ALPHA, _SIGMA, _DLOG_ALPHA_DT, _DLOG_SNR_DT = map(
+    attrgetter, ("t", "log_snr", "alpha", "sigma", "dlog_alpha_dt", "dlog_snr_dt")
 )
 
 
-def unbind(values: Tensor | tuple[Tensor, ...]) -> list[Any]:
+def _unbind(values: Tensor | tuple[Tensor, ...]) -> list[Any]:
     """Split tensors (k,) into k entries: tensors (), or a tuple of them for a tuple of tensors."""
     return list(values.unbind() if isinstance(values, Tensor) else zip(*(v.unbind() for v in values), strict=True))
 
@@ -411,6 +451,10 @@ class VariancePreserving(NoiseSchedule):
 
     def log_alpha(self, t: Tensor) -> Tensor:
         return logsigmoid(self.log_snr(t)) / 2
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr_slope = self.log_snr_slope(t)
+        return torch.sigmoid(-self.log_snr(t)) / 2 * log_snr_slope, log_snr_slope
 
     def prior_std_at(self, t: Tensor) -> float:
         """Return 1, since data of unit variance have unit variance at all times."""
@@ -423,6 +467,9 @@ class VarianceExploding(NoiseSchedule):
     def log_alpha(self, t: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), self.log_snr_slope(t)
+
     def prior_mismatch(self, t: Tensor) -> None:
         """Return None: the image is not scaled down, and sampling can start from noise of std sigma(t) at any time.
 
@@ -431,11 +478,10 @@ class VarianceExploding(NoiseSchedule):
         """
 
 
-def _time_derivatives(function: Callable[[Tensor], tuple[Tensor, Tensor]], t: Tensor) -> tuple[Tensor, Tensor]:
+def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     _suppress_jvp_warning()
     times = t.reshape(-1)  # with a tensor of shape (), jvp mixes float32 and float64
-    first, second = torch.func.jvp(function, (times,), (torch.ones_like(times),))[1]
-    return first.reshape(t.shape), second.reshape(t.shape)
+    return torch.func.jvp(function, (times,), (torch.ones_like(times),))[1].reshape(t.shape)
 
 
 @cache

@@ -16,11 +16,9 @@ from gencompare.diffusion.samplers import (
     ancestral_step,
     linear_combination,
     read_on_host,
-    step_coefficients,
-    steps_between,
     where,
 )
-from gencompare.diffusion.schedules import ScheduleValues
+from gencompare.diffusion.schedules import GridValues, ScheduleValues
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
@@ -44,8 +42,9 @@ class EulerMaruyama(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(self._coefficients, times, denoiser.schedule, x)
-        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(self._coefficients)
+        for k, (t, s, _, _) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             x = _apply_step(x, prediction, coefficients[k], generator)
             yield Step(s, x, prediction)
@@ -76,8 +75,9 @@ class ReverseDiffusion(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(reverse_diffusion_step, times, denoiser.schedule, x)
-        for k, (t, s, _, _) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(reverse_diffusion_step)
+        for k, (t, s, _, _) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             x = _apply_step(x, prediction, coefficients[k], generator)
             yield Step(s, x, prediction)
@@ -135,8 +135,9 @@ class PredictorCorrector(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        coefficients = step_coefficients(reverse_diffusion_step, times, denoiser.schedule, x)
-        for j, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        coefficients = grid.coefficients(reverse_diffusion_step)
+        for j, (t, s, at_t, at_s) in enumerate(grid.steps()):
             for _ in range(self.num_corrector_steps):
                 prediction, z = denoiser(x, t, cond), normal_like(x, generator)
                 # ||score|| = ||eps|| / sigma
@@ -192,8 +193,9 @@ class AnnealedLangevin(Sampler):
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        noise, _ = read_on_host(denoiser.schedule, times, x)
-        for k, (t, s, at_t, at_s) in enumerate(steps_between(times, denoiser.schedule, x)):
+        grid = GridValues(denoiser.schedule, times, x)
+        noise, _ = read_on_host(grid)
+        for k, (t, s, at_t, at_s) in enumerate(grid.steps()):
             prediction = denoiser(x, t, cond)
             for i in range(self.num_langevin_steps):
                 if i:
