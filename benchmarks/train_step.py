@@ -2,10 +2,10 @@
 
     python benchmarks/train_step.py
 
-Two comparisons, in float32 on the CPU:
+Two comparisons on the CPU:
 
-- network: our U-Net and the `UNet2DModel` of diffusers with the same shape, at 3x32x32, batch 64, 32 base channels,
-  both in the same plain loop of forward, backward, AdamW and EMA;
+- network: our U-Net and the `UNet2DModel` of diffusers with the same shape, at 3x32x32, batch 64, 32 and 64 base
+  channels, both in the same plain loop of forward, backward, AdamW and EMA, in float32 and under bfloat16 autocast;
 - trainer: the DDPM with the default callbacks of this project, and the same model in the plain loop. Metrics are logged
   at *every* step, fifty times as often as by default. There are no evaluations during training. Steps on the digits are
   short, so they show the overhead of the Trainer.
@@ -93,16 +93,35 @@ def same_networks(channels: int) -> tuple[UNet, Any]:
     return ours, theirs
 
 
-def compare_networks(rounds: int) -> dict[str, Any]:
-    ours, theirs = same_networks(32)
+def compare_networks(channels: int, rounds: int) -> dict[str, Any]:
+    ours, theirs = same_networks(channels)
     x, noise = torch.randn(2, BATCH, *SHAPE)
     t = torch.randint(1000, (BATCH,))
+
+    def loop(network: nn.Module, predict: Callable[[nn.Module], Tensor], autocast: bool) -> PlainLoop:
+        network = deepcopy(network)
+
+        def loss() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                predicted = predict(network)
+            return F.mse_loss(predicted.float(), noise)
+
+        return PlainLoop(network, loss)
+
+    def by_ours(network: nn.Module) -> Tensor:
+        return network(x, t.float(), {})
+
+    def by_theirs(network: nn.Module) -> Tensor:
+        return network(x, t).sample
+
     loops = {
-        "diffusers UNet2DModel": PlainLoop(theirs, lambda: F.mse_loss(theirs(x, t).sample, noise)),
-        "gencompare UNet": PlainLoop(ours, lambda: F.mse_loss(ours(x, t.float(), {}), noise)),
+        "diffusers": loop(theirs, by_theirs, False),
+        "gencompare": loop(ours, by_ours, False),
+        "diffusers, bf16": loop(theirs, by_theirs, True),
+        "gencompare, bf16": loop(ours, by_ours, True),
     }
     laps = take_turns({name: loop.step for name, loop in loops.items()}, rounds, WARM_UP)
-    return compare(laps, base="diffusers UNet2DModel")
+    return compare(laps, base="diffusers")
 
 
 # Trainer
@@ -205,7 +224,9 @@ def main() -> None:
 
     if find_spec("diffusers"):
         result["environment"]["packages"]["diffusers"] = metadata.version("diffusers")
-        report("network", "3x32x32, batch 64, 32 channels", compare_networks(options.rounds))
+        for channels in (32, 64):
+            setting = f"3x32x32, batch 64, {channels} channels"
+            report(f"network_{channels}", setting, compare_networks(channels, options.rounds // (channels // 32)))
     else:
         print("The network is compared with that of diffusers: pip install 'gencompare[dev]'")
     report(

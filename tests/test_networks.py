@@ -17,7 +17,7 @@ from composing import options, roots
 from gencompare.errors import UserError
 from gencompare.networks.conditioning import FourierEmbedding, FourierFeatures
 from gencompare.networks.dit import DiT, DiTBlock, grid_positions, patchify, unpatchify
-from gencompare.networks.layers import FIRConvDownsample, FIRDownsample, FIRUpsample
+from gencompare.networks.layers import MAX_EXPLICIT_TOKENS, FIRConvDownsample, FIRDownsample, FIRUpsample, attention
 from gencompare.networks.mlp import DenoisingMLP
 from gencompare.networks.refinenet import RefineNet
 from gencompare.networks.unet import UNet
@@ -603,3 +603,22 @@ def test_dit_block_formula_and_identity_at_initialisation() -> None:
 def test_invalid_dit_sizes_are_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DiT((1, 8, 8), 1, **{"hidden_size": 16, "depth": 1, "num_heads": 2, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [5, 64, MAX_EXPLICIT_TOKENS])
+def test_attention_is_a_softmax_over_the_keys(dtype: torch.dtype, tokens: int) -> None:
+    """Values, gradients and the type of the result, with and without autocast, against float64."""
+    exact = torch.randn(3, 2, 2, tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    reference = exact.to(torch.float64, copy=True).requires_grad_()
+    q, k, v = reference
+    expected = torch.einsum("bhqk,bhkd->bhqd", (torch.einsum("bhqd,bhkd->bhqk", q, k) / 8**0.5).softmax(-1), v)
+    expected.square().sum().backward()
+    inputs = exact.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        attended = attention(*inputs)
+    attended.square().sum().backward()
+    assert attended.dtype == dtype and inputs.grad is not None and reference.grad is not None
+    tolerance = torch.finfo(dtype).eps * (8 if exact.element_size() == 2 else 32)
+    for value, exactly in ((attended, expected), (inputs.grad, reference.grad)):
+        torch.testing.assert_close(value.double(), exactly, rtol=0, atol=tolerance)

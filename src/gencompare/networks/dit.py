@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gencompare.errors import UserError
 from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
+from gencompare.networks.layers import attention
 
 NOISE_FEATURES = 256
 """Dimension of the sinusoidal embedding of the noise level."""
@@ -119,7 +120,7 @@ class DiTBlock(nn.Module):
     def attention(self, h: Tensor) -> Tensor:
         """Apply multi-head self-attention (Vaswani et al. 2017, "Attention is all you need", section 3.2.2)."""
         q, k, v = self.qkv(h).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2).chunk(3, dim=1)
-        return self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.mix(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:

@@ -21,6 +21,27 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# Attention
+
+MAX_EXPLICIT_TOKENS = 1024
+"""Number of tokens from which on torch's attention kernel is as fast in 16 bits on a CPU as explicit products."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    r"""Compute :math:`\mathrm{softmax}(q k^T / \sqrt d)\, v` (Vaswani et al. 2017, "Attention is all you need", eq. 1,
+    https://arxiv.org/abs/1706.03762).
+
+    In 16 bits on a CPU these are explicit products, since the kernel of torch computes them in 32 bits there.
+
+    Shapes: q, k, v (n, heads, tokens, d) -> (n, heads, tokens, d).
+    """
+    explicit = q.device.type == "cpu" and q.element_size() == 2 and k.shape[2] < MAX_EXPLICIT_TOKENS
+    if not explicit:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
+
+
 # Normalisation
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.errors import UserError
-from gencompare.networks.layers import FIRConvDownsample, FIRDownsample, FIRUpsample
+from gencompare.networks.layers import FIRConvDownsample, FIRDownsample, FIRUpsample, attention
 
 GROUP_NORM_EPS = 1e-6
 """Added to the variance in every GroupNorm (PyTorch's default is 1e-5)."""
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         pixels = self.norm(h).flatten(2).mT  # (n, HW, C)
         qkv = self.qkv(pixels).unflatten(2, (3 * self.num_heads, -1)).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=1)  # (n, num_heads, HW, d) each
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
         return rescale_sum(h + self.out(attended).mT.unflatten(2, h.shape[2:]), self.skip_rescale)
 
 
