@@ -4,12 +4,13 @@
 # make test-notebooks  run all notebooks; make notebooks also stores their outputs
 # make docs-check    run every command of README and docs at a small size
 # make docs          build the documentation in build/docs
+# make bench         run the benchmarks and write the tables of docs/performance.md
 # make test-browser  test the comparison page in headless Chromium, if installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-notebooks notebooks docs-check docs test-browser setup setup-dev lint format clean
+.PHONY: demo bench test test-slow test-notebooks notebooks docs-check docs test-browser setup setup-dev lint format clean
 
 demo: setup
 	$(BIN)/python run.py model=ddpm
@@ -28,6 +29,10 @@ notebooks: setup-dev
 
 docs-check: setup-dev
 	$(BIN)/python -m pytest -m docs
+
+bench: setup-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	for part in train_step sampling evaluation scaling report; do $(BIN)/python benchmarks/$$part.py || exit 1; done
 
 docs: setup-dev
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs

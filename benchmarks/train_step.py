@@ -124,6 +124,29 @@ def compare_networks(channels: int, rounds: int) -> dict[str, Any]:
     return compare(laps, base="diffusers")
 
 
+def print_profile() -> None:
+    """Print the operations of a step of our network with 32 channels, in float32 and under bfloat16 autocast."""
+    from torch.profiler import ProfilerActivity, profile
+
+    network, _ = same_networks(32)
+    x, noise = torch.randn(2, BATCH, *SHAPE)
+    t = torch.randint(1000, (BATCH,)).float()
+    for autocast in (False, True):
+
+        def loss(autocast: bool = autocast) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                predicted = network(x, t, {})
+            return F.mse_loss(predicted.float(), noise)
+
+        loop = PlainLoop(network, loss)
+        for _ in range(WARM_UP):
+            loop.step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            loop.step()
+        print("bfloat16 autocast" if autocast else "float32")
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
+
+
 # Trainer
 
 
@@ -207,9 +230,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--logger", default="csv", help="an option of conf/logger")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.profile:
+        print_profile()
+        return
 
     result: dict[str, Any] = {
         "created": now(),

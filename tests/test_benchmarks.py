@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import paired  # type: ignore[import-not-found]
+import report  # type: ignore[import-not-found]
 import scaling  # type: ignore[import-not-found]
 import train_step  # type: ignore[import-not-found]
 
@@ -91,3 +92,7 @@ def test_a_network_has_the_counted_size_and_the_documented_numbers() -> None:
     evaluation = stored["evaluation"]
     one, two = (evaluation[f"{count} processes"]["samples_per_second"] for count in (1, 2))
     assert f"| {one:.1f} | {two:.1f} | {evaluation['speedup']['sampling_seconds']:.2f} |" in page
+
+
+def test_the_tables_of_the_page_are_those_of_the_results() -> None:
+    assert report.fill(report.PAGE.read_text()) == report.PAGE.read_text()

@@ -51,7 +51,7 @@ MESSAGES = (
 """Commands that fail on a machine without network, GPU or optional package, with a word of the message."""
 
 NOT_RUN = (
-    (r"^make (demo|setup|test|docs|lint)", "make targets that install, and that continuous integration runs"),
+    (r"^make (bench|demo|setup|test|docs|lint)", "make targets that install, and that continuous integration runs"),
     (r"^(pip|source|export|\.venv/bin/pre-commit|\.venv/bin/python run\.py$)", "change the environment"),
     (r"^(wandb|tensorboard)", "need a server"),
     (r"^torchrun", "tests/test_launched_ranks.py runs torchrun"),
