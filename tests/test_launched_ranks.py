@@ -15,8 +15,11 @@ import pytest
 
 from checkpoints import assert_same_training
 from forking import Forked
+from gencompare import private_apis
 from gencompare.errors import UserError
-from gencompare.tasks.runs.launched_ranks import check_devices, check_no_sweep
+from gencompare.private_apis import end_ranks, observe_ranks
+from gencompare.tasks.runs.launched_ranks import check_devices, check_no_sweep, end_jobs
+from gencompare.tasks.runs.processes import leave_process_group
 from test_cli import QUICK
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +63,8 @@ def test_tasks_of_srun_train_both_stages_of_a_latent_model(tmp_path: Path) -> No
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tasks = {
-        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "job",
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0", "SLURM_JOB_NAME": "job",
         "SLURM_JOB_ID": "1", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     command = [
@@ -82,7 +86,7 @@ def test_tasks_of_srun_train_both_stages_of_a_latent_model(tmp_path: Path) -> No
 
 
 def test_what_external_launchers_cannot_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+    for name in ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     check_no_sweep(["-m", "seed=0,1"])
     check_devices("auto", 1)
@@ -96,3 +100,21 @@ def test_what_external_launchers_cannot_start_is_refused(monkeypatch: pytest.Mon
             check_devices(devices, nodes)
     with pytest.raises(UserError, match=r"A sweep \(-m\) starts the processes of its jobs itself"):
         check_no_sweep(["--multirun", "seed=0,1"])
+
+
+def test_one_process_of_torchrun_keeps_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    leave_process_group()
+    end_jobs()
+    assert os.environ["WORLD_SIZE"] == "1"
+
+
+def test_ranks_of_a_job_that_ended_do_not_end_the_next_one() -> None:
+    """The thread of Lightning finds a dead rank after its job has ended. It leaves this process alone."""
+    dead, waiting = (subprocess.Popen([sys.executable, "-c", code]) for code in ("exit(1)", "input()"))
+    dead.wait()
+    observe_ranks([dead, waiting])
+    end_ranks()
+    assert waiting.wait(timeout=10) == -signal.SIGKILL
+    assert not private_apis._started

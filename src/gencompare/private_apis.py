@@ -6,7 +6,7 @@ tests/test_private_apis.py fails if one changes.
 from __future__ import annotations
 
 import os
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,10 +44,10 @@ class MovesOtherModules:
 
 @contextmanager
 def rank_command(command: list[str], folder: str) -> Iterator[None]:
-    """Make Lightning start other ranks with ``command`` in ``folder`` during the block, and end with them gracefully.
+    """Make Lightning start other ranks with ``command`` in ``folder`` during the block.
 
     By default Lightning repeats Hydra's command line, so each rank of a sweep would run the whole sweep. When a rank
-    dies, Lightning kills the first process within 5 s, which may be before that process records what happened.
+    dies, Lightning kills the first process within 5 s, which may be too soon to record what happened (`observe_ranks`).
     """
     from pytorch_lightning.strategies.launchers import subprocess_script
 
@@ -66,16 +66,32 @@ def rank_command(command: list[str], folder: str) -> Iterator[None]:
 
 
 GRACE_SECONDS = 10.0
-"""How long the first process may take to end by itself after another rank died, before Lightning kills it."""
+"""How long the first process may take to exit after another rank died, before Lightning kills it."""
+_started: list[tuple[list[Any], threading.Event]] = []
+"""The processes of the current job that Lightning has started, and whether the job has ended."""
 
 
 def observe_ranks(processes: list[Any]) -> None:
-    """Start Lightning's thread that kills this process if one of ``processes`` dies, `GRACE_SECONDS` later."""
+    """Start Lightning's thread that kills this process if one of ``processes`` dies, unless the job ends within
+    `GRACE_SECONDS`."""
     from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    job_ended = threading.Event()
+    _started.append((processes, job_ended))
 
     class PatientObserver(_ChildProcessObserver):
         def _terminate_all(self) -> None:
-            time.sleep(GRACE_SECONDS)
-            super()._terminate_all()
+            if not job_ended.wait(GRACE_SECONDS):
+                super()._terminate_all()
 
     PatientObserver(main_pid=os.getpid(), child_processes=processes).start()
+
+
+def end_ranks() -> None:
+    """Note that the current job has ended. If one of its processes died, kill the others, which may wait for it."""
+    for processes, job_ended in _started:
+        job_ended.set()
+        if any(process.poll() for process in processes):
+            for process in processes:
+                process.kill()
+    _started.clear()

@@ -17,7 +17,13 @@ from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
 from gencompare.tasks.runs.config_types import check_types
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
-from gencompare.tasks.runs.launched_ranks import check_no_sweep, end_jobs, launched_ranks, run_handed_out_jobs
+from gencompare.tasks.runs.launched_ranks import (
+    check_no_sweep,
+    end_jobs,
+    expect_ranks,
+    launched_ranks,
+    run_handed_out_jobs,
+)
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
 from gencompare.tasks.runs.run_config import (
     check_keys,
@@ -54,6 +60,7 @@ def main() -> None:
             run_handed_out_jobs(_run_rank)
             return
         check_no_sweep(sys.argv[1:])
+        expect_ranks()
         argv = resolve_auto_resume(_with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:]))))
         sys.argv[1:] = inherit_choices(argv)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
@@ -70,6 +77,7 @@ def _run_job(cfg: DictConfig) -> None:
     if launched_ranks()[0] > 0:  # a job of the launcher of SLURM, with several tasks
         run_handed_out_jobs(_run_rank)
         return
+    expect_ranks()
     hydra_config = HydraConfig.get()
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     try:
@@ -85,8 +93,8 @@ def _run_job(cfg: DictConfig) -> None:
         if "out" in cfg:
             record_failure(cfg, error_text(error))
     finally:
-        end_jobs()
         leave_process_group()
+        end_jobs()
         # Hydra creates a folder for every command, also for one that writes nothing; rmdir keeps a folder with files.
         with suppress(OSError):
             Path(hydra_config.runtime.output_dir).rmdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -21,20 +22,34 @@ from omegaconf import DictConfig, OmegaConf
 from gencompare.errors import UserError
 
 _FOREVER = timedelta(days=30)
+_ADDRESS = "gencompare"
+"""Key of the agent's store of torchrun with the address of rank 0's store."""
 _END = ""
-"""Handed out instead of a config when rank 0 has ended."""
+"""Handed out instead of a config when rank 0 exits."""
 _handed_out = 0
+
+
+def is_launched() -> bool:
+    """Return whether torchrun or srun has started this process."""
+    # Like Lightning's `SLURMEnvironment`, which treats a shell on a node as no part of a job. The number of tasks of
+    # the step is only set by srun, unlike that of the job.
+    env = os.environ
+    by_srun = "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return "TORCHELASTIC_RUN_ID" in env or by_srun
 
 
 def launched_ranks() -> tuple[int, int]:
     """Return (rank, world size) of a process that torchrun or srun has started, or else (0, 1)."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"])
-    # Like Lightning's `SLURMEnvironment`, which treats a shell on a node as no part of a job.
-    if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        return int(env["SLURM_PROCID"]), int(env.get("SLURM_NTASKS", "1"))
-    return 0, 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return (int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])) if is_launched() else (0, 1)
+
+
+def expect_ranks() -> None:
+    """Open the store for the other ranks, if torchrun or srun has started them and this is rank 0."""
+    rank, world_size = launched_ranks()
+    if rank == 0 and world_size > 1:
+        _store()
 
 
 def check_no_sweep(argv: Iterable[str]) -> None:
@@ -69,38 +84,41 @@ def hand_out(job: Path) -> None:
     rank, world_size = launched_ranks()
     if rank > 0 or world_size == 1:
         return
-    store = _store()
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    _connect_at(port)
-    store.set(f"job {_handed_out}", json.dumps({"config": job.read_text(), "port": port}))
+    _connect_at(_own_host(), port)
+    message = {"config": job.read_text(), "host": _own_host(), "port": port}
+    _store().set(f"job {_handed_out}", json.dumps(message))
     _handed_out += 1
 
 
-def _connect_at(port: int) -> None:
-    """Let the ranks of the next job connect at ``port`` of rank 0.
+def _connect_at(host: str, port: int) -> None:
+    """Let the ranks of the next job connect at a new port of rank 0.
 
     The store of torchrun outlives a restart with the addresses of the killed processes, which gloo would then call.
     """
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def end_jobs() -> None:
-    """Let the other ranks end, after those of the jobs that were handed out."""
+    """Let the other ranks exit, after the jobs that were handed out."""
     rank, world_size = launched_ranks()
     if world_size == 1 or rank > 0:
         return
-    with suppress(RuntimeError):  # the launcher, which keeps the store, is gone
-        _store().set(f"job {_handed_out}", _END)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # this process keeps the store
-            _store().wait([f"ended {other}" for other in range(1, world_size)], timedelta(minutes=5))
+    store = _store()
+    store.set(f"job {_handed_out}", _END)
+    with suppress(RuntimeError):  # a rank was killed
+        # The store ends with this process: ranks that are still starting must find it.
+        store.wait([f"connected {other}" for other in range(1, world_size)], timedelta(minutes=1))
+        store.wait([f"exited {other}" for other in range(1, world_size)], timedelta(seconds=5))
 
 
 def run_handed_out_jobs(run: Callable[[DictConfig], Any]) -> None:
-    """Call ``run`` with the config of each job that rank 0 hands out, until rank 0 ends."""
-    number = 0
+    """Call ``run`` with the config of each job that rank 0 hands out, until rank 0 exits."""
+    number, rank = 0, launched_ranks()[0]
     store = _store()
+    store.set(f"connected {rank}", "")
     try:
         while True:
             store.wait([f"job {number}"], _FOREVER)
@@ -108,25 +126,53 @@ def run_handed_out_jobs(run: Callable[[DictConfig], Any]) -> None:
             if text == _END:
                 return
             job = json.loads(text)
-            _connect_at(job["port"])
+            _connect_at(job["host"], job["port"])
             run(cast(DictConfig, OmegaConf.create(job["config"])))
             number += 1
     finally:
-        with suppress(RuntimeError):
-            store.set(f"ended {launched_ranks()[0]}", "")
+        with suppress(RuntimeError):  # rank 0 is gone
+            store.set(f"exited {rank}", "")
+
+
+@lru_cache
+def _own_host() -> str:
+    """Return the name at which other ranks reach this process."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE") or not _by_torchrun()
+    return os.environ.get("MASTER_ADDR", "127.0.0.1") if local else socket.getfqdn()
+
+
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @lru_cache
 def _store() -> Any:
-    """Return the store of torchrun, or one that rank 0 of srun keeps beside that of torch.distributed."""
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    """Return the store through which rank 0, which keeps it, hands out jobs.
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        address, port, is_master = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False
+    Under torchrun, its address is in the agent's store, which outlives restarts: other ranks try until a live process
+    answers. Under srun, it is one port above that of torch.distributed.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    rank = launched_ranks()[0]
+    agent: Any = None
+    if _by_torchrun():
+        agent = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_FOREVER)
+        address = _own_host(), 0
     else:
         from pytorch_lightning.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
 
         environment = SLURMEnvironment()
-        address, port, is_master = environment.main_address, environment.main_port + 1, launched_ranks()[0] == 0
-    store = TCPStore(address, port, is_master=is_master, wait_for_workers=False)
-    return PrefixStore(f"gencompare {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        address = environment.main_address, environment.main_port + 1
+    if rank == 0:
+        store = TCPStore(*address, is_master=True, wait_for_workers=False)
+        if agent is not None:
+            agent.set(_ADDRESS, f"{address[0]} {store.port}")
+        return store
+    while True:
+        if agent is not None:
+            host, port = agent.get(_ADDRESS).decode().split()
+            address = host, int(port)
+        with suppress(RuntimeError):
+            return TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
+        time.sleep(1)

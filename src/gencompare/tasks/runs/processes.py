@@ -17,9 +17,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gencompare.errors import printable
-from gencompare.private_apis import rank_command
+from gencompare.private_apis import end_ranks, rank_command
 from gencompare.tasks.runs import run_config
-from gencompare.tasks.runs.launched_ranks import hand_out, launched_ranks
+from gencompare.tasks.runs.launched_ranks import hand_out, is_launched
 
 SIGTERM_CODE = 128 + signal.SIGTERM
 """Exit code of a process that was ended by SIGTERM."""
@@ -76,7 +76,8 @@ def leave_process_group() -> None:
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if launched_ranks()[1] > 1:
+    end_ranks()
+    if is_launched():
         return
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
