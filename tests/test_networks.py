@@ -17,7 +17,13 @@ from composing import options, roots
 from gencompare.errors import UserError
 from gencompare.networks.conditioning import FourierEmbedding, FourierFeatures
 from gencompare.networks.dit import DiT, DiTBlock, grid_positions, patchify, unpatchify
-from gencompare.networks.layers import MAX_EXPLICIT_TOKENS, FIRConvDownsample, FIRDownsample, FIRUpsample, attention
+from gencompare.networks.layers import (
+    FUSED_ATTENTION_MIN_TOKENS,
+    FIRConvDownsample,
+    FIRDownsample,
+    FIRUpsample,
+    attention,
+)
 from gencompare.networks.mlp import DenoisingMLP
 from gencompare.networks.refinenet import RefineNet
 from gencompare.networks.unet import UNet
@@ -606,7 +612,7 @@ def test_invalid_dit_sizes_are_errors(changes: dict[str, Any], message: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [5, 64, MAX_EXPLICIT_TOKENS])
+@pytest.mark.parametrize("tokens", [5, 64, FUSED_ATTENTION_MIN_TOKENS])
 def test_attention_is_a_softmax_over_the_keys(dtype: torch.dtype, tokens: int) -> None:
     """Values, gradients and the type of the result, with and without autocast, against float64."""
     exact = torch.randn(3, 2, 2, tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)

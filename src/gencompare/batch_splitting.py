@@ -22,8 +22,8 @@ def micro_batches(networks: Iterable[nn.Module], count: int) -> Iterator[None]:
 
     The activations of all parts but the last are discarded, and computed again in the backward pass, so memory holds
     those of one part at a time; this costs (count - 1) / count of the forward pass. Random numbers, losses and
-    gradients are those of the whole batch up to rounding, unlike with ``accumulate_grad_batches`` of Lightning's
-    Trainer, which makes a batch of several. The networks must map each sample on its own.
+    gradients are those of the whole batch up to rounding and the masks of dropout. (``accumulate_grad_batches`` of
+    Lightning's Trainer makes a batch of several instead.) The networks must map each sample on its own.
     """
     if count == 1:
         yield

@@ -471,8 +471,8 @@ class TrainedModel(pl.LightningModule):
     def configure_model(self) -> None:
         """Divide the weights of `sharded_network` among the processes, under ``trainer=fsdp``."""
         network = self.sharded_network()
-        if self._device_mesh is not None and network is not None and not self.is_sharded:
-            shard(network, self._device_mesh["data_parallel"])
+        if self.device_mesh is not None and network is not None and not self.is_sharded:
+            shard(network, self.device_mesh["data_parallel"])
 
     def on_after_backward(self) -> None:
         if self.is_sharded:

@@ -55,8 +55,10 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for each in sharded:
-            each.set_reshard_after_forward(True, recurse=False)
+        for index, each in enumerate(sharded):
+            each.set_reshard_after_forward(
+                index > 0, recurse=False
+            )  # the root is first, and stays gathered until backward
             each.reshard()
 
 

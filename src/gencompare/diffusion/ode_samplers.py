@@ -17,8 +17,8 @@ from gencompare.diffusion.samplers import (
     Step,
     linear_combination,
     read_on_host,
+    select,
     steps_between,
-    where,
 )
 from gencompare.diffusion.schedules import NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError
@@ -56,7 +56,7 @@ class Euler(Sampler):
         delta_alpha = h * at_t.alpha * at_t.dlog_alpha_dt
         delta_sigma = h * at_t.sigma * (at_t.dlog_alpha_dt - at_t.dlog_snr_dt / 2)
         use_ddim = (at_t.sigma + delta_sigma < 0) | (at_s.sigma == 0) | (at_t.log_snr < NO_SIGNAL)
-        return where(use_ddim, (0.0 * h, at_s.alpha, at_s.sigma), (torch.ones_like(h), delta_alpha, delta_sigma))
+        return select(use_ddim, (0.0 * h, at_s.alpha, at_s.sigma), (torch.ones_like(h), delta_alpha, delta_sigma))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +249,7 @@ class UniPC(Sampler):
         slope_weight = (moment1 - moment2) / (1 + previous_h / h)
         first = (torch.arange(len(h), device=h.device) == 0) & (at_t.log_snr >= NO_SIGNAL)
         alone = torch.where(first, b / 2, 0.0)  # the correction without a slope
-        predictor, corrector, correction = where(
+        predictor, corrector, correction = select(
             extrapolates,
             (b * h / (2 * previous_h), slope_weight * h / previous_h, moment1 - slope_weight),
             (0.0 * h, 0.0 * h, alone),

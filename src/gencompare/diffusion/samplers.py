@@ -118,8 +118,8 @@ class Sampler(ABC):
         sums: list[Tensor] = []
         for step in self.iterate(denoiser, x, cond, generator=generator, times=times):
             x = step.x
-            # A sum is finite if all values are. It stays on the device until the end. Clipping can hide an infinite
-            # prediction from x.
+            # NaN and infinite values make a sum NaN or infinite. It stays on the device until the end. Clipping can
+            # hide an infinite prediction from x.
             sums += [x.sum(), step.prediction.eps.sum()]
         finite = torch.stack(sums).isfinite().view(-1, 2).all(1).tolist()
         if not all(finite):
@@ -161,12 +161,12 @@ def steps_between(
 
 
 def read_on_host(grid: GridValues) -> tuple[list[float], list[bool]]:
-    """Return sigma / alpha at all times, and whether the image shows there, so that no step has to wait for the device
-    to decide what to do."""
+    """Return sigma / alpha at all times, and whether x_t contains any signal there, so that no step waits for the
+    device to decide what to do."""
     return (grid.sigma / grid.alpha).tolist(), (grid.log_snr >= NO_SIGNAL).tolist()
 
 
-def where(condition: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def select(condition: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Select coefficients of steps, on the device."""
     return tuple(torch.where(condition, x, y) for x, y in zip(a, b, strict=True))
 

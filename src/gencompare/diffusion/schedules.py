@@ -319,7 +319,7 @@ class ScheduleValues:
         return values.to(self._x.dtype)
 
     def derive(self, function: Callable[[ScheduleValues], T]) -> T:
-        """Return ``function(self)``, a tensor or a tuple of tensors that depend on these values only.
+        """Return ``function(self)``, a tensor or a tuple of tensors, each element of which depends on one time only.
 
         It is computed once for these values, and once for all times of a running sampler.
         """
@@ -405,6 +405,10 @@ class GridValues(ScheduleValues):
     def _broadcast(self, values: Tensor) -> Tensor:
         return values.to(self.dtype)
 
+    @cached_property
+    def previous_step(self) -> ScheduleValues:
+        return GridValues(self.schedule, super().previous_step.t, self.log_snr)
+
     def derive_at(self, function: Callable[[ScheduleValues], Any], index: int) -> Any:
         """Return the elements with this index of what ``function`` computes for all times."""
         if function not in self._per_time:
@@ -430,10 +434,6 @@ class _PartOfGrid(ScheduleValues):
     sigma = property(lambda self: self.derive(_SIGMA))  # type: ignore[assignment]
     dlog_alpha_dt = property(lambda self: self.derive(_DLOG_ALPHA_DT))  # type: ignore[assignment]
     dlog_snr_dt = property(lambda self: self.derive(_DLOG_SNR_DT))  # type: ignore[assignment]
-
-    @cached_property
-    def previous_step(self) -> ScheduleValues:
-        return ScheduleValues(self.schedule, self.t, self._grid.log_snr).previous_step
 
 
 _TIME, _LOG_SNR, _ALPHA, _SIGMA, _DLOG_ALPHA_DT, _DLOG_SNR_DT = map(

@@ -16,7 +16,7 @@ from gencompare.diffusion.samplers import (
     ancestral_step,
     linear_combination,
     read_on_host,
-    where,
+    select,
 )
 from gencompare.diffusion.schedules import GridValues, ScheduleValues
 from gencompare.errors import UserError
@@ -57,7 +57,7 @@ class EulerMaruyama(Sampler):
         coef_x_t = 1 - h * at_t.dlog_alpha_dt - r
         euler_maruyama = coef_x_t, r * at_t.alpha, r.sqrt() * at_t.sigma
         use_ancestral = (r > MAX_LOG_SNR_STEP) | (at_s.sigma == 0)
-        return where(use_ancestral, ancestral_step(at_t, at_s), euler_maruyama)
+        return select(use_ancestral, ancestral_step(at_t, at_s), euler_maruyama)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def reverse_diffusion_step(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[
     r = at_s.log_snr - at_t.log_snr
     c = -torch.expm1(-r)  # b^2 / sigma_t^2
     reverse_diffusion = 2 - at_t.alpha / at_s.alpha - c, c * at_t.alpha, c.sqrt() * at_t.sigma
-    return where(r > MAX_LOG_SNR_STEP, ancestral_step(at_t, at_s), reverse_diffusion)
+    return select(r > MAX_LOG_SNR_STEP, ancestral_step(at_t, at_s), reverse_diffusion)
 
 
 def _apply_step(

@@ -23,8 +23,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 # Attention
 
-MAX_EXPLICIT_TOKENS = 1024
-"""Number of tokens from which on torch's attention kernel is as fast in 16 bits on a CPU as explicit products."""
+FUSED_ATTENTION_MIN_TOKENS = 1024
+"""From this many tokens, torch's kernel is as fast in 16 bits on a CPU as explicit products."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Shapes: q, k, v (n, heads, tokens, d) -> (n, heads, tokens, d).
     """
-    explicit = q.device.type == "cpu" and q.element_size() == 2 and k.shape[2] < MAX_EXPLICIT_TOKENS
+    explicit = q.device.type == "cpu" and q.element_size() == 2 and k.shape[2] < FUSED_ATTENTION_MIN_TOKENS
     if not explicit:
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):

@@ -166,7 +166,8 @@ class TrainingFlops(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
         assert isinstance(pl_module, TrainedModel)
-        self._kind = pl_module.step_kind
+        parts = pl_module.num_micro_batches  # all but one compute their activations twice
+        self._kind = pl_module.step_kind if parts == 1 else f"{pl_module.step_kind} in {parts} parts"
         if self._kind not in self.per_image:
             self._counter = FlopCounter()
             self._counter.__enter__()

@@ -42,12 +42,8 @@ class ShardedStrategy(ModelParallelStrategy):
     Checkpoints are the same files as with one process: each contains the whole model.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
-
-    def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+    def __init__(self, num_processes: int) -> None:
+        super().__init__(data_parallel_size=num_processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
         return super().load_checkpoint(checkpoint_path, weights_only=True)

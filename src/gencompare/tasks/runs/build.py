@@ -304,7 +304,9 @@ def build_trainer(
                 f"trainer.strategy=fsdp divides the weights of diffusion models with a UNet, a DiT or an MLP, not"
                 f" those of this {type(model).__name__}: use trainer=ddp."
             )
-        options["strategy"] = ShardedStrategy()
+        if not isinstance(options["devices"], int):
+            raise UserError("trainer=fsdp needs the number of processes on each node: trainer.devices=N.")
+        options["strategy"] = ShardedStrategy(options["devices"] * options["num_nodes"])
     if multiprocess and not model.automatic_optimization:
         options["strategy"] = UnwrappedDDPStrategy()
     if options["profiler"] is not None:
