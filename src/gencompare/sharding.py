@@ -56,9 +56,8 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for index, each in enumerate(sharded):
-            each.set_reshard_after_forward(
-                index > 0, recurse=False
-            )  # the root is first, and stays gathered until backward
+            is_root = index == 0  # which backward needs at once
+            each.set_reshard_after_forward(not is_root, recurse=False)
             each.reshard()
 
 

@@ -150,6 +150,11 @@ def _euler_coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Ten
     return at_s.alpha / at_t.alpha, at_s.sigma - at_s.alpha * at_t.sigma / at_t.alpha
 
 
+def _of_previous_step(values: Tensor) -> Tensor:
+    """Return the value of the step before each step, and 0 for the first one."""
+    return torch.cat([torch.zeros_like(values[:1]), values[:-1]])
+
+
 MAX_STEP_GROWTH = 2.0
 """Multistep solvers extrapolate linearly from the previous step only up to this ratio of step sizes in log-SNR; beyond
 it they fall back to a first-order step."""
@@ -186,7 +191,7 @@ class DPMSolverPP2M(Sampler):
     def _coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
         """Compute the coefficients of x_t, x_0 and the previous x_0."""
         h = (at_s.log_snr - at_t.log_snr) / 2
-        previous_h = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+        previous_h = _of_previous_step(h)
         ratio = torch.where(h <= MAX_STEP_GROWTH * previous_h, h / (2 * previous_h), 0.0)
         coef_x0 = -at_s.alpha * torch.expm1(-h)
         return at_s.sigma / at_t.sigma, coef_x0 * (1 + ratio), -coef_x0 * ratio
@@ -241,7 +246,7 @@ class UniPC(Sampler):
         h = (at_s.log_snr - at_t.log_snr) / 2
         c = -torch.expm1(-h)
         b = c if self.variant == "bh2" else h
-        previous_h = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
+        previous_h = _of_previous_step(h)
         extrapolates = h <= MAX_STEP_GROWTH * previous_h
         # Integrals of (u / h)^k e^(u - h) over [0, h] for k = 1, 2, and the weights of the parabola.
         moment1 = 1 - c / h
