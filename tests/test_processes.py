@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import checkpoint
 from composing import compose
 from forking import Forked
-from gencompare.errors import UserError
+from gencompare.errors import DiskFullError, UserError
 from gencompare.tasks import train
 from gencompare.tasks.runs import run_config
+from gencompare.training import lightning_plugins
 from test_cli import QUICK
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +145,27 @@ def test_the_comparison_with_one_process_finds_planted_faults(
     """Without gradient reduction, or with the same images on both ranks, the weights differ."""
     processes(tmp_path, *GAN_ONLY, "hydra.run.dir=wrong", first=fault)
     assert largest_difference(expected_weights, weights(tmp_path / "wrong")) > 5 * ROUNDING
+
+
+def disk_is_full_for_a_while() -> None:
+    """Make the second and third checkpoint of rank 0 fail, as on a full disk."""
+    original, calls = lightning_plugins.write_checkpoint, itertools.count()
+
+    def write(path: Any, checkpoint: dict[str, Any]) -> None:
+        if 1 <= next(calls) <= 2:
+            raise DiskFullError(f"No space left on the disk: {path}.")
+        original(path, checkpoint)
+
+    lightning_plugins.write_checkpoint = write  # type: ignore[assignment]
+
+
+@pytest.mark.timeout(120)
+def test_a_full_disk_does_not_end_training_on_several_processes(tmp_path: Path) -> None:
+    overrides = ["model=vae", "logger=csv", "callbacks.checkpoints.every_minutes=0", "evaluation.checkpoints=[]"]
+    process = Forked(tmp_path, *overrides_for(*overrides, "hydra.run.dir=run"), first=disk_is_full_for_a_while)
+    assert process.wait(timeout=100) == 0, process.output()[-4000:]
+    assert process.output().count("Training continues without this checkpoint") == 2
+    assert checkpoint(tmp_path / "run")["callbacks"]["TrainingClock"]["step"] == 4
 
 
 def second_fails() -> None:

@@ -15,6 +15,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.training.clock import clock_of
 from gencompare.training.divergence import check_divergence
+from gencompare.training.lightning_plugins import AtomicCheckpointIO
 
 
 class Checkpoints(Callback):
@@ -73,12 +74,13 @@ class Checkpoints(Callback):
             check_divergence(trainer, pl_module)
             try:
                 if clock.best_at == clock.step:
-                    trainer.save_checkpoint(self.best)
+                    save_checkpoint(trainer, self.best)
                 self._save_last(trainer)
             except DiskFullError as error:
-                if trainer.should_stop or trainer.world_size > 1:
+                if trainer.should_stop:
                     raise
-                print(f"{error} Training continues without this checkpoint.", flush=True)
+                if trainer.is_global_zero:
+                    print(f"{error} Training continues without this checkpoint.", flush=True)
             self._last_time = time.monotonic()
             clock.exclude_elapsed_time()
 
@@ -96,7 +98,7 @@ class Checkpoints(Callback):
         step = clock_of(trainer).step
         if trainer.is_global_zero and self.keep_previous and self.saved not in (None, step):
             keep_earlier(self.dirpath, self.saved)
-        trainer.save_checkpoint(self.last)
+        save_checkpoint(trainer, self.last)
         if trainer.is_global_zero:
             remove_earlier(self.dirpath, self.keep_previous)
         folder = self.dirpath.parent
@@ -110,3 +112,18 @@ class Checkpoints(Callback):
             return False
         due = time.monotonic() - self._last_time >= 60 * self.every_minutes
         return bool(trainer.strategy.broadcast(due, src=0)) if trainer.world_size > 1 else due
+
+
+def save_checkpoint(trainer: pl.Trainer, path: Path) -> None:
+    """Save a checkpoint. If the disk is full, raise `DiskFullError` on all ranks."""
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if not isinstance(checkpoint_io, AtomicCheckpointIO):
+        trainer.save_checkpoint(path)
+        return
+    with checkpoint_io.errors_deferred():
+        trainer.save_checkpoint(path)
+    failure = str(checkpoint_io.deferred or "")
+    if trainer.world_size > 1:
+        failure = trainer.strategy.broadcast(failure, src=0)
+    if failure:
+        raise DiskFullError(failure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,13 +11,38 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
 from gencompare.checkpoint_files import read_checkpoint, write_checkpoint
+from gencompare.errors import DiskFullError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically and with a checksum, which is verified on loading."""
 
+    deferred: DiskFullError | None = None
+    """The last error of the block `errors_deferred`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._defers = False
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_checkpoint(path, checkpoint)
+        try:
+            write_checkpoint(path, checkpoint)
+        except DiskFullError as error:
+            if not self._defers:
+                raise
+            self.deferred = error
+
+    @contextmanager
+    def errors_deferred(self) -> Iterator[None]:
+        """Store a `DiskFullError` of the block in `deferred` instead of raising it.
+
+        Lightning waits for all ranks after rank 0 has written, so rank 0 must get there.
+        """
+        self.deferred, self._defers = None, True
+        try:
+            yield
+        finally:
+            self._defers = False
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
