@@ -65,7 +65,7 @@ def rank_command(command: list[str], folder: str) -> Iterator[None]:
             setattr(subprocess_script, name, function)
 
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 """How long the first process may take to exit after another rank died, before Lightning kills it."""
 _started: list[tuple[list[Any], threading.Event]] = []
 """The processes of the current job that Lightning has started, and whether the job has ended."""

@@ -111,7 +111,7 @@ def end_jobs() -> None:
     with suppress(RuntimeError):  # a rank was killed
         # The store ends with this process: ranks that are still starting must find it.
         store.wait([f"connected {other}" for other in range(1, world_size)], timedelta(minutes=1))
-        store.wait([f"exited {other}" for other in range(1, world_size)], timedelta(seconds=5))
+        store.wait([f"exited {other}" for other in range(1, world_size)], timedelta(seconds=2))
 
 
 def run_handed_out_jobs(run: Callable[[DictConfig], Any]) -> None:
