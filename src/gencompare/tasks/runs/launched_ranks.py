@@ -106,12 +106,17 @@ def end_jobs() -> None:
     rank, world_size = launched_ranks()
     if world_size == 1 or rank > 0:
         return
-    store = _store()
-    store.set(f"job {_handed_out}", _END)
-    with suppress(RuntimeError):  # a rank was killed
-        # The store ends with this process: ranks that are still starting must find it.
-        store.wait([f"connected {other}" for other in range(1, world_size)], timedelta(minutes=1))
-        store.wait([f"exited {other}" for other in range(1, world_size)], timedelta(seconds=2))
+    _store().set(f"job {_handed_out}", _END)
+    # The store ends with this process: ranks that are still starting must find it.
+    _poll([f"connected {other}" for other in range(1, world_size)], seconds=60)
+    _poll([f"exited {other}" for other in range(1, world_size)], seconds=2)
+
+
+def _poll(keys: list[str], seconds: float) -> None:
+    """Wait until the store has all keys, or until the time is over, as when a rank was killed."""
+    deadline = time.monotonic() + seconds
+    while not _store().check(keys) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def run_handed_out_jobs(run: Callable[[DictConfig], Any]) -> None:
@@ -173,6 +178,7 @@ def _store() -> Any:
         if agent is not None:
             host, port = agent.get(_ADDRESS).decode().split()
             address = host, int(port)
-        with suppress(RuntimeError):
+        with suppress(OSError, RuntimeError):
+            socket.create_connection(address, timeout=10).close()  # the store would print each failure
             return TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
-        time.sleep(1)
+        time.sleep(0.2)
