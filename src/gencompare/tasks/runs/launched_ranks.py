@@ -29,18 +29,22 @@ _END = ""
 _handed_out = 0
 
 
+def _by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_launched() -> bool:
     """Return whether torchrun or srun has started this process."""
     # Like Lightning's `SLURMEnvironment`, which treats a shell on a node as no part of a job. The number of tasks of
     # the step is only set by srun, unlike that of the job.
     env = os.environ
     by_srun = "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    return "TORCHELASTIC_RUN_ID" in env or by_srun
+    return _by_torchrun() or by_srun
 
 
 def launched_ranks() -> tuple[int, int]:
     """Return (rank, world size) of a process that torchrun or srun has started, or else (0, 1)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if _by_torchrun():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return (int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])) if is_launched() else (0, 1)
 
@@ -67,7 +71,7 @@ def check_devices(devices: Any, num_nodes: Any) -> None:
     if world_size == 1 and num_nodes != 1:
         raise UserError(
             f"trainer.num_nodes={num_nodes} needs a launcher that starts processes on all nodes: torchrun, or srun"
-            " (see docs/how_to/several_gpus.md)."
+            " (see docs/scaling.md)."
         )
     if world_size > 1 and not (isinstance(devices, int) and devices * num_nodes == world_size):
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size)
@@ -144,10 +148,6 @@ def _own_host() -> str:
     """Return the name at which other ranks reach this process."""
     local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE") or not _by_torchrun()
     return os.environ.get("MASTER_ADDR", "127.0.0.1") if local else socket.getfqdn()
-
-
-def _by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @lru_cache
