@@ -112,9 +112,8 @@ def test_one_process_of_torchrun_keeps_its_variables(monkeypatch: pytest.MonkeyP
 
 def test_ranks_of_a_job_that_ended_do_not_end_the_next_one() -> None:
     """The thread of Lightning finds a dead rank after its job has ended. It leaves this process alone."""
-    dead, waiting = (
-        subprocess.Popen([sys.executable, "-c", code]) for code in ("exit(1)", "import time; time.sleep(60)")
-    )
+    programs = ("exit(1)", "import time; time.sleep(60)")
+    dead, waiting = (subprocess.Popen([sys.executable, "-c", program]) for program in programs)
     dead.wait()
     observe_ranks([dead, waiting])
     end_ranks()
