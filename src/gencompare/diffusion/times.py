@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, NoiseSchedule
-from gencompare.errors import UserError, check_positive
+from gencompare.errors import UserError, check_number, check_positive
 from gencompare.rng import RandomSource
 
 
@@ -177,6 +178,44 @@ class KarrasGrid(_LogSNRRangeGrid):
     def interpolate(self, u: Tensor, start: float, end: float) -> Tensor:
         root_start, root_end = (math.exp(-0.5 * log_snr / self.rho) for log_snr in (start, end))
         return -2 * self.rho * torch.log(root_start + (root_end - root_start) * u)
+
+
+@dataclass(frozen=True)
+class TabulatedGrid(TimeGrid):
+    """Given times, such as those that ``task=optimize_sampler`` finds.
+
+    Args:
+        times: the times of all steps, strictly decreasing and within the schedule, without ``CLEAN``.
+    """
+
+    times: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not self.times:
+            raise UserError("sampler.grid.times must be set to one time per step; task=optimize_sampler finds some.")
+        for time in self.times:
+            check_number("sampler.grid.times", time)
+
+    def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+        if num_steps != len(self.times):
+            raise UserError(
+                f"sampler.num_steps={num_steps}, but sampler.grid.times has {len(self.times)} times: they belong"
+                " together."
+            )
+        times = torch.tensor([float(time) for time in self.times], dtype=torch.float64)
+        rounding = 1e-6  # of printed times
+        if float(times.min()) < schedule.t_min - rounding or float(times.max()) > schedule.t_max + rounding:
+            raise UserError(
+                f"sampler.grid.times range from {float(times.min()):.4g} to {float(times.max()):.4g}, but"
+                f" {type(schedule).__name__} is defined from {schedule.t_min:.4g} to {schedule.t_max:.4g}: they"
+                " belong to another schedule."
+            )
+        if not (times.diff() < 0).all():
+            raise UserError(f"sampler.grid.times={list(self.times)} must be strictly decreasing.")
+        return _append_clean(times.clamp(schedule.t_min, schedule.t_max).to(schedule.dtype), schedule)
+
+    def describe(self) -> str:
+        return "times " + " ".join(f"{time:.2g}" for time in self.times)
 
 
 def _check_end(name: str, log_snr: float, low: float, high: float) -> float:

@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common)
             self._optimizers.append(muon)
         if others:
-            self._optimizers.append(torch.optim.AdamW(others, betas=tuple(betas), eps=eps, **common))
+            self._optimizers.append(torch.optim.AdamW(others, betas=(betas[0], betas[1]), eps=eps, **common))
         groups = [{**optimizer.param_groups[0]} for optimizer in self._optimizers]
         if hidden:
             groups[0]["params"] = hidden
