@@ -112,7 +112,13 @@ def test_the_task_finds_evaluates_and_describes_samplers(cli: Cli, tmp_path: Pat
         "budget.images=null", "budget.steps=3", "callbacks.evaluation.num_evaluations=0", "evaluation.checkpoints=[]",
     ]  # fmt: skip
     assert cli(*train, *quick, "hydra.run.dir=run") == 0
-    search = ["task.num_calls=[2,3]", "task.num_images=8", "task.max_iterations=2", "task.target_steps=10"]
+    search = [
+        "task.num_calls=[2,3]",
+        "task.num_images=8",
+        "task.num_val_images=8",
+        "task.max_iterations=2",
+        "task.target_steps=10",
+    ]
     assert cli("task=optimize_sampler", "run_dir=run", "evaluation.checkpoints=[last]", *quick, *search) == 0
     record = RunRecord.load(tmp_path / "run")
     said = sorted(result.generation.sampler.split(" 0.")[0] for result in record.results)

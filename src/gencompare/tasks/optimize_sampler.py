@@ -46,7 +46,8 @@ def optimize_sampler(cfg: DictConfig) -> None:
     ``cfg.evaluation``, and the result is added to the record of the run. The settings of all samplers are written to
     ``cfg.task.out``, with overrides for other tasks.
     """
-    check_counts("task", num_images=cfg.task.num_images, max_iterations=cfg.task.max_iterations)
+    counts = ("num_images", "num_val_images", "max_iterations", "target_steps")
+    check_counts("task", **{name: cfg.task[name] for name in counts})
     folder = run_folder(cfg)
     samplers = build_samplers(cfg)
     data = build_data(cfg)
@@ -55,7 +56,8 @@ def optimize_sampler(cfg: DictConfig) -> None:
         raise UserError(f"task=optimize_sampler needs a diffusion model, not a {type(model).__name__}.")
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     model = model.eval().to(choose_device(cfg))
-    train, validation = (build_problem(cfg, model, data, part) for part in ("train", "validation"))
+    train = build_problem(cfg, model, data, "train", cfg.task.num_images)
+    validation = build_problem(cfg, model, data, "val", cfg.task.num_val_images)
     chosen: dict[int, tuple[str, OptimizedSampler]] = {}
     described: dict[str, Any] = {}
     for num_calls in cfg.task.num_calls:
@@ -109,9 +111,8 @@ def build_samplers(cfg: DictConfig) -> dict[int, dict[str, Sampler]]:
 
 
 @torch.no_grad()
-def build_problem(cfg: DictConfig, model: Diffusion, data: ImageData, part: str) -> Problem:
-    """Draw noise and solve the probability-flow ODE from it. ``part`` seeds the noise."""
-    n = cfg.task.num_images
+def build_problem(cfg: DictConfig, model: Diffusion, data: ImageData, part: str, n: int) -> Problem:
+    """Draw noise for ``n`` images, seeded with ``part``, and solve the probability-flow ODE from it."""
     shape = (n, *model.space.latent_shape)
     noise = draw_normal(
         shape, generator(model.device, cfg.seed, "optimize_sampler", part), model.device, full_precision(model.dtype)
