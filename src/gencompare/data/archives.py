@@ -56,8 +56,10 @@ class FolderArchive(Archive):
                 subfolders.clear()
                 continue
             seen.add(real_path)
+            inside = Path(folder).relative_to(self.path)  # once for each folder, since there may be millions of files
+            prefix = "" if inside == Path() else f"{inside.as_posix()}/"
             for file in files:
-                yield (Path(folder) / file).relative_to(self.path).as_posix()
+                yield prefix + file
 
     def read(self, name: str) -> bytes:
         path = self.path / name

@@ -1,4 +1,4 @@
-"""Base class of all data sets: each split is one tensor in memory, and batches are made by indexing it."""
+"""Base class of all data sets: each split is one tensor or a memory-mapped array, and batches are made by indexing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from gencompare.data.mapped_images import MappedImages, blocks, concatenate
 from gencompare.errors import UserError
 from gencompare.generative_model import Cond, DataSpec
 from gencompare.rng import RandomSource, derive_seed, generator
@@ -28,35 +30,44 @@ MAX_EPOCHS_PER_BATCH = 16
 (``debug=overfit``); a larger ratio is probably a typo."""
 
 
+Images = TypeVar("Images", bound=Tensor | MappedImages)
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[Images]):
     """Images of one split, with their labels and other conditions. Padding is not stored.
 
     Args:
-        images: (n, C, H, W), uint8 in 0 to ``spec.num_bins - 1``, or float32 in [-1, 1] for continuous data.
+        images: (n, C, H, W), uint8 in 0 to ``spec.num_bins - 1``, or float32 in [-1, 1] for continuous data. Images
+            that do not fit in memory are `MappedImages`.
         labels: class indices (n,) int64, or None.
         extra_conditions: stored conditions other than the label, by name, each (n, ...).
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor | None = None
     extra_conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, rows: Tensor | slice) -> Split:
-        return self._map(lambda tensor: tensor[rows])
+    def __getitem__(self, rows: Tensor | slice) -> Split[Tensor]:
+        """Return the rows, with their images in memory."""
+        return self._map(lambda values: values[rows])
 
-    def to(self, device: torch.device) -> Split:
+    def select(self, rows: Tensor | slice) -> Split[Images]:
+        """Return the rows in this order, without reading their images if they are memory-mapped."""
+        return self._map(lambda values: values.select(rows) if isinstance(values, MappedImages) else values[rows])
+
+    def to(self, device: torch.device) -> Split[Tensor]:
         """Copy the split to ``device``. Copies to a GPU are asynchronous."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda values: values.to(device, non_blocking=True))
 
     @property
     def nbytes(self) -> int:
         return self.images.nbytes + sum(values.nbytes for values in self.extra_conditions.values())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Split:
+    def _map(self, function: Callable[[Any], Any]) -> Split[Any]:
         return Split(
             function(self.images),
             None if self.labels is None else function(self.labels),
@@ -69,13 +80,13 @@ def shuffle(split: Split, *purpose: str) -> Split:
 
     The permutation depends only on ``purpose`` and the number of images.
     """
-    return split[torch.randperm(len(split), generator=generator("cpu", *purpose))]
+    return split.select(torch.randperm(len(split), generator=generator("cpu", *purpose)))
 
 
 def hold_out(split: Split, n: int, *purpose: str) -> tuple[Split, Split]:
     """Split off ``n`` random images, and return (the rest, the held-out images). ``purpose`` seeds the permutation."""
     shuffled = shuffle(split, *purpose)
-    return shuffled[slice(n, None)], shuffled[slice(n)]
+    return shuffled.select(slice(n, None)), shuffled.select(slice(n))
 
 
 def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
@@ -102,9 +113,9 @@ def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
         if spec.num_bins is None and not images.is_floating_point():
             raise UserError(f"{name}'{key}' images are {images.dtype}, but num_bins=None needs floats in [-1, 1].")
         if spec.num_bins is not None and (
-            images.dtype != torch.uint8 or (spec.num_bins < 256 and int(images.max()) >= spec.num_bins)
+            images.dtype != torch.uint8 or (spec.num_bins < 256 and _range(images)[1] >= spec.num_bins)
         ):
-            found = f"{images.dtype}, from {float(images.min()):.3g} to {float(images.max()):.3g}"
+            found = "{}, from {:.3g} to {:.3g}".format(images.dtype, *_range(images))
             raise UserError(
                 f"{name}'{key}' images are {found}, but must be uint8 from 0 to num_bins - 1 = {spec.num_bins - 1}."
             )
@@ -128,13 +139,21 @@ def check_splits(splits: dict[str, Split], spec: DataSpec) -> None:
             )
 
 
-def _contains(images: Tensor, image: Tensor) -> bool:
-    """Return whether ``image`` is one of ``images``; few pixels decide for most of them, without reading all."""
-    rows = torch.arange(len(images))
-    positions = torch.linspace(0, image.numel() - 1, 8).long()
-    for channel, y, x in zip(*torch.unravel_index(positions, image.shape), strict=True):
-        rows = rows[images[rows, channel, y, x] == image[channel, y, x]]
-    return any(bool((images[row] == image).all()) for row in rows)
+def _range(images: Tensor | MappedImages) -> tuple[float, float]:
+    bounds = [block.aminmax() for block in blocks(images)]
+    return min(float(low) for low, _ in bounds), max(float(high) for _, high in bounds)
+
+
+def _contains(images: Tensor | MappedImages, image: Tensor) -> bool:
+    """Return whether ``image`` is one of ``images``; few pixels decide for most of them, without comparing all."""
+    positions = torch.unravel_index(torch.linspace(0, image.numel() - 1, 8).long(), image.shape)
+    for block in blocks(images):
+        rows = torch.arange(len(block))
+        for channel, y, x in zip(*positions, strict=True):
+            rows = rows[block[rows, channel, y, x] == image[channel, y, x]]
+        if any(bool((block[row] == image).all()) for row in rows):
+            return True
+    return False
 
 
 class ImageData(pl.LightningDataModule):
@@ -189,7 +208,7 @@ class ImageData(pl.LightningDataModule):
     @property
     def train_subset(self) -> Split:
         """Training images: the first ``train_subset_size`` of ``train``. Reference statistics use the whole split."""
-        return self.split("train")[slice(self.train_subset_size)]
+        return self.split("train").select(slice(self.train_subset_size))
 
     def split(self, name: str) -> Split:
         """Return a split by name. ``+`` concatenates splits in the given order, as in ``train+val``."""
@@ -202,7 +221,7 @@ class ImageData(pl.LightningDataModule):
         labels = [split.labels for split in found if split.labels is not None]
         extra = found[0].extra_conditions
         return Split(
-            torch.cat([split.images for split in found]),
+            concatenate([split.images for split in found]),
             torch.cat(labels) if len(labels) == len(found) else None,
             {key: torch.cat([split.extra_conditions[key] for split in found]) for key in extra},
         )
@@ -213,8 +232,8 @@ class ImageData(pl.LightningDataModule):
             split = self.split(name)
             digest = hashlib.sha256(str((tuple(split.images.shape), str(split.images.dtype))).encode())
             for tensor in (split.images, split.labels):
-                if tensor is not None:
-                    digest.update(tensor.contiguous().cpu().numpy().data)
+                for block in () if tensor is None else blocks(tensor):
+                    digest.update(block.contiguous().cpu().numpy().data)
             self._hashes[name] = digest.hexdigest()
         return self._hashes[name]
 
@@ -325,7 +344,7 @@ class TrainStream:
         step = self.start_step
         while True:
             indices = self.batch_indices(step)[start:stop]
-            if self.split.images.is_cuda:
+            if self.split.images.device.type == "cuda":
                 # A copy from pinned memory does not wait for work already queued on the GPU.
                 indices = indices.pin_memory().to(self.split.images.device, non_blocking=True)
             rows = self.split[indices].to(self.device)

@@ -6,11 +6,16 @@ import gzip
 import io
 import logging
 import math
+import os
 import pickle
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from gencompare.cache import cached_array
+from gencompare.cache import cached_array, cached_shards
 from gencompare.data.archives import Archive
+from gencompare.data.mapped_images import MappedImages
 from gencompare.errors import UserError
 from gencompare.safe_files import MAX_RATIO, SMALL, check_claim
 
@@ -32,6 +38,12 @@ FORMATS = ("PNG", "JPEG")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 MAX_PIXELS = 1 << 26
 """Size limit of an image (67 million pixels, as 8192x8192), which is checked before it is decoded."""
+MAX_IN_MEMORY_BYTES = 2 << 30
+"""Decoded images of more than this size (2 GiB, as three channels) are memory-mapped instead of kept in memory."""
+SHARD_BYTES, MAX_SHARDS = 1 << 27, 512
+"""Size of the files of memory-mapped images (128 MiB), unless that makes too many of them to keep open."""
+NUM_THREADS, FILES_PER_TASK = min(8, os.cpu_count() or 1), 16
+"""Threads that decode files, and files that each decodes at a time. Pillow decodes and resizes in parallel."""
 GREY_MODES = {"1", "L", "LA"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
@@ -58,40 +70,95 @@ def decode_cached(
             are; they must then all have the same size.
         channels: 1 (greyscale) or 3 (RGB); None gives 1 if all files are greyscale, otherwise 3.
     """
-    stem = re.sub(r"\W+", "_", archive.path.stem)[:40]
-    fingerprint = archive.fingerprint(names)[:32]
-    key = f"{stem}-{size or 'asis'}x{channels or 'asis'}-{DECODER_VERSION}-{fingerprint}"
+    key = _cache_key(archive, names, size, channels)
     return cached_array(cache, key, lambda: decode(archive, names, size=size, channels=channels))
 
 
-def decode(archive: Archive, names: Sequence[str], *, size: int | None = None, channels: int | None = None) -> Tensor:
-    """Decode image files like `decode_cached`, but without a cache."""
-    log.info("Decoding %s images from %s", f"{len(names):,}", archive.path)
-    images: np.ndarray | None = None
-    for k, name in enumerate(names):
-        pixels = _decode_file(archive, name, size, channels)
-        if images is None:
-            images = np.empty((len(names), *pixels.shape), dtype=np.uint8)
-        if pixels.shape[1:] != images.shape[2:]:
-            raise UserError(
-                f"{archive.path}: {name} has {_resolution(pixels)} pixels, but {names[0]} has {_resolution(images[0])}:"
-                " set data.image_size=N to resize all images."
-            )
-        if len(pixels) > images.shape[1]:  # the first colour image after greyscale ones
-            images = np.repeat(images, 3, axis=1)
-        images[k] = pixels  # broadcasts a greyscale image to three channels
-    if images is None:
+def decode_or_map(
+    archive: Archive,
+    names: Sequence[str],
+    *,
+    cache: Path | None,
+    size: int | None = None,
+    channels: int | None = None,
+) -> Tensor | MappedImages:
+    """Decode image files like `decode_cached`, but memory-map them if they take more than `MAX_IN_MEMORY_BYTES`.
+
+    They are then decoded in parts, one of which at a time is in memory; an interrupted call is continued by the next
+    one. If ``cache`` is None, the images are kept in memory regardless of their size.
+
+    Raises:
+        UserError: a file cannot be decoded, or ``cache`` is not writable or full.
+    """
+    with _no_size_warning():
+        image_bytes = (channels or 3) * _decode_file(archive, names[0], size, channels)[0].nbytes
+    if cache is None or len(names) * image_bytes <= MAX_IN_MEMORY_BYTES:
+        return decode_cached(archive, names, cache=cache, size=size, channels=channels)
+    num_shards = min(-(-len(names) * image_bytes // SHARD_BYTES), MAX_SHARDS, len(names))
+    ends = [len(names) * k // num_shards for k in range(num_shards + 1)]
+    compute = [
+        partial(decode, archive, names[start:end], size=size, channels=channels, like=names[0])
+        for start, end in pairwise(ends)
+    ]
+    return MappedImages(cached_shards(cache, _cache_key(archive, names, size, channels), compute))
+
+
+def _cache_key(archive: Archive, names: Sequence[str], size: int | None, channels: int | None) -> str:
+    stem = re.sub(r"\W+", "_", archive.path.stem)[:40]
+    fingerprint = archive.fingerprint(names)[:32]
+    return f"{stem}-{size or 'asis'}x{channels or 'asis'}-{DECODER_VERSION}-{fingerprint}"
+
+
+def decode(
+    archive: Archive,
+    names: Sequence[str],
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    like: str | None = None,
+) -> Tensor:
+    """Decode image files like `decode_cached`, but without a cache.
+
+    All must have the height and width of the file ``like``, which defaults to the first.
+    """
+    if not names:
         raise UserError(f"{archive.path} contains no images.")
+    log.info("Decoding %s images from %s", f"{len(names):,}", archive.path)
+    like = like or names[0]
+
+    def decode_files(part: Sequence[str]) -> list[np.ndarray]:
+        decoded = [_decode_file(archive, name, size, channels) for name in part]
+        for name, pixels in zip(part, decoded, strict=True):
+            if pixels.shape[1:] != first.shape[1:]:
+                raise UserError(
+                    f"{archive.path}: {name} has {_resolution(pixels)} pixels, but {like} has {_resolution(first)}:"
+                    " set data.image_size=N to resize all images."
+                )
+        return decoded
+
+    parts = [names[k : k + FILES_PER_TASK] for k in range(0, len(names), FILES_PER_TASK)]
+    with _no_size_warning(), ThreadPoolExecutor(NUM_THREADS) as pool:
+        first = _decode_file(archive, like, size, channels)
+        images: np.ndarray = np.empty((len(names), *first.shape), dtype=np.uint8)
+        for k, pixels in enumerate(chain.from_iterable(pool.map(decode_files, parts))):
+            if len(pixels) > images.shape[1]:  # the first colour image after greyscale ones
+                images = np.repeat(images, 3, axis=1)
+            images[k] = pixels  # broadcasts a greyscale image to three channels
     return torch.from_numpy(images)
+
+
+@contextmanager
+def _no_size_warning() -> Iterator[None]:
+    """Ignore Pillow's warning of large images, whose size `_decode_file` checks. Filters are shared by all threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _decode_file(archive: Archive, name: str, size: int | None, channels: int | None) -> np.ndarray:
     """Decode one image to (C, H, W) uint8."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
-            opened = Image.open(io.BytesIO(archive.read(name)), formats=FORMATS)
-        with opened as image:
+        with Image.open(io.BytesIO(archive.read(name)), formats=FORMATS) as image:
             mode = image.mode
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(

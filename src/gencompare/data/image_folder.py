@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gencompare.data.archives import open_archive
 from gencompare.data.datamodule import SPLITS, ImageData, Split, hold_out, shuffle
-from gencompare.data.file_formats import IMAGE_SUFFIXES, decode_cached
+from gencompare.data.file_formats import IMAGE_SUFFIXES, decode_or_map
+from gencompare.data.mapped_images import MappedImages
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 
@@ -69,7 +70,8 @@ def read_layout(names: Sequence[str], archive: Path) -> Layout:
         )
     if len(classes) < 2:
         return Layout(splits, None)
-    return Layout(splits, [classes.index(str(folder)) for folder in folders], classes)
+    class_index = {name: k for k, name in enumerate(classes)}
+    return Layout(splits, [class_index[str(folder)] for folder in folders], classes)
 
 
 def _all_in_folders(paths: Sequence[tuple[str, ...]]) -> bool:
@@ -81,11 +83,13 @@ class ImageFolder(ImageData):
 
     Splits without a folder are held out from the training images by a fixed permutation of the sorted file names.
     Class folders, if there are at least two, are numbered in alphabetical order. Transparent pixels become white, and
-    the EXIF orientation is applied.
+    the EXIF orientation is applied. Images that take more than `file_formats.MAX_IN_MEMORY_BYTES` when decoded are read
+    from the cache on disk when they are needed.
 
     Args:
         root: the folder or the zip file.
-        cache: folder for the decoded images; None decodes them at every start.
+        cache: folder for the decoded images; None decodes them at every start, and keeps them in memory even if they
+            are large.
         image_size: centre-crop and resize each image to this height and width (bicubic, antialiased); None keeps the
             images as they are, which requires that all have the same size.
         channels: 1 (greyscale), 3 (RGB), or None for 1 if all files are greyscale and 3 otherwise.
@@ -128,7 +132,7 @@ class ImageFolder(ImageData):
         return DataSpec(f"image_folder_{stem}", (channels, height, width), num_classes=len(layout.classes))
 
     @cached_property
-    def _images_and_layout(self) -> tuple[Tensor, Layout]:
+    def _images_and_layout(self) -> tuple[Tensor | MappedImages, Layout]:
         """All images in the order of their names, with their splits and labels."""
         archive = open_archive(self.root)
         if not archive.names:
@@ -139,7 +143,7 @@ class ImageFolder(ImageData):
             if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
                 raise UserError(f"{self.root} contains {name}, which is neither PNG nor JPEG: convert or remove it.")
         layout = read_layout(archive.names, self.root)  # before decoding, so that errors appear early
-        images = decode_cached(archive, archive.names, cache=self.cache, size=self.image_size, channels=self.channels)
+        images = decode_or_map(archive, archive.names, cache=self.cache, size=self.image_size, channels=self.channels)
         return images, layout
 
     def load(self) -> dict[str, Split]:
@@ -150,7 +154,7 @@ class ImageFolder(ImageData):
         for name in SPLITS:
             rows = [k for k, split in enumerate(split_of) if split == name]
             if rows:
-                splits[name] = shuffle(everything[torch.tensor(rows)], "image_folder", name)
+                splits[name] = shuffle(everything.select(torch.tensor(rows)), "image_folder", name)
         n = len(splits["train"])
         missing = {name: max(1, round(f * n)) for name, f in self.fractions.items() if name not in splits}
         if sum(missing.values()) >= n:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gencompare.cache import cached_array, load_cached, store_cached
 from gencompare.distributed import all_ranks_true, rank_and_world_size, run_on_rank_zero
 from gencompare.errors import UserError
-from gencompare.evaluation.extractors.extractor import Extractor, Features
+from gencompare.evaluation.extractors.extractor import Extractor, Features, ImageSequence
 from gencompare.evaluation.metrics.frechet import Statistics
 from gencompare.evaluation.metrics.kernel import CubicKernel, GaussianKernel, KernelReference
 from gencompare.files import sha256
@@ -25,10 +25,14 @@ from gencompare.safe_files import read_npz
 
 
 class DataSplit(Protocol):
-    """One split: unpadded images at the data set's own levels, labels (or None), and stored conditions."""
+    """One split: unpadded images at the data set's own levels, labels (or None), and stored conditions.
+
+    ``images`` is a tensor, or, if the images do not fit in memory, an object that reads them when it is indexed.
+    Indexing the split gives images in memory.
+    """
 
     @property
-    def images(self) -> Tensor: ...
+    def images(self) -> Any: ...
 
     @property
     def labels(self) -> Tensor | None: ...
@@ -133,6 +137,20 @@ def quantize_images(x: Tensor, spec: DataSpec) -> Tensor:
 def quantize_split(images: Tensor, spec: DataSpec) -> Tensor:
     """Convert unpadded images of a split, with levels 0 to ``num_bins`` - 1, to the input of an extractor."""
     return images if spec.num_bins is None else _levels_to_uint8(images.float(), spec.num_bins - 1)
+
+
+@dataclass(frozen=True)
+class QuantizedImages:
+    """Images of a split that `quantize_split` converts when they are sliced, so that not all are in memory."""
+
+    images: ImageSequence
+    spec: DataSpec
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return quantize_split(self.images[rows], self.spec)
 
 
 def to_levels(images: Tensor, spec: DataSpec) -> Tensor:
@@ -265,7 +283,7 @@ def split_features(
     split = data.split(name)
 
     def compute() -> Tensor:
-        images = quantize_split(split.images, data.spec)
+        images = QuantizedImages(split.images, data.spec)
         return torch.cat([part for part in extractor(images, device, progress).parts() if part is not None], dim=1)
 
     resize = "".join(c if c.isalnum() else "_" for c in extractor.resize)[:40]

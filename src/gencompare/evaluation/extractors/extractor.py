@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ def check_finite(features: Tensor) -> None:
         raise UserError(
             "Features contain NaN or infinite values: the extractor's weights or the images are not finite."
         )
+
+
+class ImageSequence(Protocol):
+    """Images (n, C, H, W): a tensor, or an object that reads or converts them when it is sliced."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Extractor(ABC):
 
     def __call__(
         self,
-        images: Tensor,
+        images: ImageSequence,
         device: torch.device | str = "cpu",
         progress: Callable[[int, int], None] | None = None,
     ) -> Features:
