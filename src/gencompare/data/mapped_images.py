@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 1 << 26
-"""Size of the parts in which `blocks` reads images (64 MiB)."""
+BLOCK_BYTES = 1 << 24
+"""Size of the parts in which `blocks` reads images (16 MiB)."""
 
 
 class MappedImages:
