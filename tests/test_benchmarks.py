@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import loading  # type: ignore[import-not-found]
 import paired  # type: ignore[import-not-found]
 import report  # type: ignore[import-not-found]
 import scaling  # type: ignore[import-not-found]
@@ -35,6 +36,12 @@ def test_ratios_are_taken_round_by_round() -> None:
     rows = paired.compare(laps, base="a")
     assert rows["b"]["wall"]["ratio"] == [1.2, 1.2, 1.2] and rows["b"]["cpu"]["ratio"] == [0.5, 0.5, 0.5]
     assert rows["b"]["wall"]["ms"] == 1.2 * 2500 and rows["a"]["wall"]["added_ms"] == [0, 0, 0]
+
+
+def test_growth_is_the_exponent_of_a_power_law() -> None:
+    sizes = [5e3, 15e3, 50e3]
+    assert loading.power_law(sizes, [2 * n**1.3 for n in sizes]) == pytest.approx((2, 1.3))
+    assert loading.power_law(sizes, [7.0] * 3) == pytest.approx((7, 0))
 
 
 def test_variants_take_turns() -> None:
