@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gencompare.cache import cached_array
+from gencompare.cache import cached_array, cached_shards
 from gencompare.data import file_formats
 from gencompare.data.image_folder import ImageFolder, read_layout
 from gencompare.errors import UserError
@@ -306,20 +306,22 @@ def test_errors_of_the_computation_pass_through_the_cache(tmp_path: Path) -> Non
     assert cached_array(tmp_path, "x", lambda: torch.zeros(2)).tolist() == [0, 0], "nothing was stored"
 
 
-def _load_or_compute(folder: Path, results: multiprocessing.Queue) -> None:
+def _load_or_compute(folder: Path, results: multiprocessing.Queue, sharded: bool) -> None:
     def compute() -> torch.Tensor:
         with open(folder / "computed", "a") as file:
             file.write("x")
         time.sleep(0.3)
         return torch.arange(5)
 
-    results.put(cached_array(folder, "x", compute).tolist())
+    stored = cached_shards(folder, "x", [compute])[0] if sharded else cached_array(folder, "x", compute)
+    results.put(stored.tolist())
 
 
-def test_concurrent_processes_compute_an_array_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["in memory", "in shards"])
+def test_concurrent_processes_compute_an_array_once(sharded: bool, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    processes = [context.Process(target=_load_or_compute, args=(tmp_path, results)) for _ in range(3)]
+    processes = [context.Process(target=_load_or_compute, args=(tmp_path, results, sharded)) for _ in range(3)]
     for process in processes:
         process.start()
     assert [results.get(timeout=30) for _ in processes] == [[0, 1, 2, 3, 4]] * 3
