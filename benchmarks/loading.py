@@ -1,11 +1,11 @@
 """Compare the training stream with torchvision and DataLoader, and measure how a folder of images costs with its size.
 
-    GENCOMPARE_DATA=DIR python benchmarks/loading.py [--rounds 12] [--repeats 3] [--parts batches folders]
+    GENCOMPARE_DATA=DIR python benchmarks/loading.py [--threads 2] [--rounds 60] [--repeats 3] [--parts batches folders]
 
 - batches: batches of 64 of the training images of CIFAR-10, float32 in [-1, 1], with their labels, from the training
   stream with images in memory and memory-mapped, and from torchvision's data set (ToTensor, Normalize) through a
-  DataLoader with 0 and 2 workers; and a training step of the U-Net with 32 channels on such a batch. The variants take
-  turns.
+  DataLoader with 0 and 2 workers, which take turns; then our two and a training step of the U-Net with 32 channels on
+  such a batch. The processor time of workers is not counted.
 - folders: 5,000, 15,000 and 50,000 JPEG files of 32x32, which are memory-mapped regardless of their size, in shards of
   8 MiB instead of 128 MiB, so that even the smallest folder has several: seconds until the files are listed and
   hashed, decoded, and opened again; and the memory of the process while it decodes and while it reads one epoch. Each
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
 PARTS = ["batches", "folders"]
-BATCH, BATCHES_PER_LAP, CHANNELS = 64, 20, 32
+BATCH, BATCHES_PER_LAP, CHANNELS, STEPS = 64, 20, 32, 8
 SHARD_IMAGES = 8192
 SIZES, SIDE, SHARD_BYTES = (5_000, 15_000, 50_000), 32, 1 << 23
 PREDICTED = 1_000_000
@@ -100,7 +101,7 @@ def mapped_copy(split: Split, folder: Path, name: str) -> Split:
 
 
 def compare_batches(root: str, cache: str | None, rounds: int) -> dict[str, Any]:
-    """Return the times of laps of 20 batches and of one training step, and how many batches a step takes."""
+    """Return the times of laps of 20 batches, and how many batches are read in the time of a training step."""
     data = CIFAR10(root, cache=cache, batch_size=BATCH)
     with tempfile.TemporaryDirectory() as name:
         mapped = Given(data.spec, {key: mapped_copy(split, Path(name), key) for key, split in data.splits.items()})
@@ -125,26 +126,30 @@ def compare_batches(root: str, cache: str | None, rounds: int) -> dict[str, Any]
                 pass
 
         variants = {key: lambda batches=batches: lap(batches) for key, batches in streams.items()}
-        laps = take_turns({**variants, "training step": lambda: step.step(x, noise)}, rounds)
+        laps = take_turns(variants, rounds)
+        ours = {key: variants[key] for key in ("in memory", "memory-mapped")}
+        of_step = take_turns({**ours, "training step": lambda: step.step(x, noise)}, STEPS)
     return {
-        "setting": f"{BATCHES_PER_LAP} batches of {BATCH} images 3x32x32; a step of the U-Net with {CHANNELS} channels",
-        "variants": compare({key: laps[key] for key in variants}, base="torchvision, 0 workers"),
-        "batches_per_second": {key: rate(laps[key]) for key in variants},
-        "training_step_ms": round(1e3 * median_interval(laps["training step"].wall)[0], 2),
-        "batches_per_training_step": {
-            key: [
-                round(value, 1)
-                for value in median_interval(
-                    [BATCHES_PER_LAP * a / b for a, b in zip(laps["training step"].wall, laps[key].wall, strict=True)]
-                )
-            ]
-            for key in variants
+        "setting": f"{BATCHES_PER_LAP} batches of {BATCH} images 3x32x32",
+        "variants": compare(laps, base="torchvision, 0 workers"),
+        "batches_per_second": {
+            key: round(BATCHES_PER_LAP / statistics.median(lap.wall), 1) for key, lap in laps.items()
+        },
+        "step": {
+            "setting": f"{BATCHES_PER_LAP} batches, and a step of the U-Net with {CHANNELS} channels",
+            "variants": compare(of_step, base="training step"),
+            "batches_per_step": {key: batches_per_step(of_step[key], of_step["training step"]) for key in ours},
         },
     }
 
 
-def rate(laps: Laps) -> float:
-    return round(BATCHES_PER_LAP / median_interval(laps.wall)[0], 1)
+def batches_per_step(loader: Laps, step: Laps) -> dict[str, list[float]]:
+    """Return how many batches are read in the time of a training step: median and interval, wall and processor time."""
+    pairs = {"wall": zip(step.wall, loader.wall, strict=True), "cpu": zip(step.cpu, loader.cpu, strict=True)}
+    return {
+        key: [round(value, 1) for value in median_interval([BATCHES_PER_LAP * a / b for a, b in found])]
+        for key, found in pairs.items()
+    }
 
 
 def check_same_work(data: ImageData, train: Split, streams: Mapping[str, Iterator[tuple[Tensor, Any]]]) -> None:
@@ -301,7 +306,8 @@ def measure_folders(repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the loading of images.")
-    parser.add_argument("--rounds", type=int, default=12, help="laps of each variant")
+    parser.add_argument("--rounds", type=int, default=60, help="laps of each variant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=3, help="runs of each folder size")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -311,6 +317,7 @@ def main() -> None:
         print(json.dumps(measure_folder(*options.measure)))
         return
     torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     result |= {
         "created": now(),
@@ -322,7 +329,8 @@ def main() -> None:
         root = os.environ.get("GENCOMPARE_DATA", "data")
         part = result["batches"] = compare_batches(root, os.environ.get("GENCOMPARE_CACHE"), options.rounds)
         print(table(part["setting"], part["variants"]), flush=True)
-        for name, (median, low, high) in part["batches_per_training_step"].items():
+        for name, ratios in part["step"]["batches_per_step"].items():
+            median, low, high = ratios["wall"]
             print(f"  {name:24}{median:9,.0f} [{low:,.0f}, {high:,.0f}] batches in the time of a training step")
     if "folders" in options.parts:
         part = result["folders"] = measure_folders(options.repeats)
