@@ -10,7 +10,7 @@
   8 MiB instead of 128 MiB, so that even the smallest folder has several: seconds until the files are listed and
   hashed, decoded, and opened again; and the memory of the process while it decodes and while it reads one epoch. Each
   run is a new process. Pages of the memory-mapped files are counted separately, since the system frees them when other
-  programs need the memory.
+  programs need the memory. TMPDIR=/dev/shm keeps the files in memory, if deleting them from the disk takes long.
 """
 
 from __future__ import annotations
@@ -196,8 +196,10 @@ class Memory:
     def read() -> tuple[float, float]:
         with open("/proc/self/status") as file:
             status = dict(line.split(":", 1) for line in file)
-        anonymous, mapped = (int(status[key].split()[0]) / 1024 for key in ("RssAnon", "RssFile"))
-        return anonymous, mapped
+        anonymous, mapped, in_memory = (
+            int(status[f"Rss{kind}"].split()[0]) / 1024 for kind in ("Anon", "File", "Shmem")
+        )
+        return anonymous, mapped + in_memory  # files of a temporary folder in memory count as shared memory
 
     def update(self) -> None:
         anonymous, mapped = self.read()
@@ -279,7 +281,8 @@ def measure_folders(repeats: int) -> dict[str, Any]:
         for _ in range(repeats):
             for size, folder in folders.items():
                 with tempfile.TemporaryDirectory() as cache:
-                    command = [sys.executable, __file__, "--measure", str(folder), cache]
+                    threads = ["--threads", str(torch.get_num_threads())]
+                    command = [sys.executable, __file__, "--measure", str(folder), cache, *threads]
                     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 runs[size].append(json.loads(output.splitlines()[-1]))
     best = {size: {key: min(run[key] for run in found) for key in found[0]} for size, found in runs.items()}
@@ -313,11 +316,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.measure:
         print(json.dumps(measure_folder(*options.measure)))
         return
     torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     result |= {
         "created": now(),
