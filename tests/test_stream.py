@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ class Numbered(ImageData):
         return {"train": split, "val": split, "test": split}
 
 
-def run(steps: int, *, start: int = 0, rank: int = 0, world_size: int = 1, seed: int = 0, flip: bool = True):
+def run(steps: int, *, start: int = 0, rank: int = 0, world_size: int = 1, seed: int = 0, flip: Any = True):
     """Return (images, labels) of the batches of one process."""
     data = Numbered(batch_size=8, random_flip=flip, seed=seed)
     stream = TrainStream(data, start_step=start, rank=rank, world_size=world_size, device=torch.device("cpu"))
@@ -64,18 +65,43 @@ def test_flips_affect_half_of_the_images_and_only_their_orientation() -> None:
     assert torch.equal(torch.where(flipped[:, None, None, None], unflipped.flip(-1), unflipped), images)
 
 
+def orientations(epochs: int, seed: int = 0) -> torch.Tensor:
+    """Return whether alternating flips flip each image in each epoch, (epochs, SIZE)."""
+    batches = run(epochs * SIZE // 8, flip="alternating", seed=seed)
+    images, labels = (torch.cat(values) for values in zip(*batches, strict=True))
+    flipped = images[:, 0, 0, 0] > images[:, 0, 0, 1]
+    epoch_of = torch.arange(len(labels)) // SIZE
+    found = torch.zeros(epochs, SIZE, dtype=torch.bool)
+    found[epoch_of, labels] = flipped
+    return found
+
+
+def test_two_consecutive_epochs_of_alternating_flips_show_each_image_once_in_each_orientation() -> None:
+    found = orientations(epochs=8)
+    assert (found[1:] != found[:-1]).all()
+    assert 0 < int(found[0].sum()) < SIZE, "each epoch has images of both orientations"
+    assert not torch.equal(found[0], orientations(epochs=4, seed=1)[0]), "the first orientation is random"
+
+
+def test_unknown_flips_are_an_error() -> None:
+    with pytest.raises(UserError, match=r"data\.random_flip=always must be true, false or alternating"):
+        run(1, flip="always")
+
+
+@pytest.mark.parametrize("flip", [True, "alternating"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_divide_the_same_global_batch(world_size: int) -> None:
-    whole = run(9)
-    parts = [run(9, rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_processes_divide_the_same_global_batch(world_size: int, flip: Any) -> None:
+    whole = run(9, flip=flip)
+    parts = [run(9, rank=rank, world_size=world_size, flip=flip) for rank in range(world_size)]
     for step, (x, label) in enumerate(whole):
         assert torch.equal(torch.cat([part[step][0] for part in parts]), x), "images, including their flips"
         assert torch.equal(torch.cat([part[step][1] for part in parts]), label)
 
 
+@pytest.mark.parametrize("flip", [True, "alternating"])
 @pytest.mark.parametrize("start", [1, 2, 3, 7])
-def test_a_stream_started_later_gives_the_same_batches(start: int) -> None:
-    for (x, label), (y, other) in zip(run(10)[start:], run(10 - start, start=start), strict=True):
+def test_a_stream_started_later_gives_the_same_batches(start: int, flip: Any) -> None:
+    for (x, label), (y, other) in zip(run(10, flip=flip)[start:], run(10 - start, start=start, flip=flip), strict=True):
         assert torch.equal(x, y) and torch.equal(label, other)
 
 
