@@ -260,10 +260,10 @@ def test_low_resolution_image_is_resized_and_concatenated() -> None:
     conditions = NETS["unet"](low_res_channels=2).conditions
     x = torch.randn(2, 1, 8, 8)
     same = torch.randn(2, 2, 8, 8)
-    assert torch.equal(conditions.concat_low_res(x, {"low_res": same}), torch.cat([x, same], dim=1))
+    assert torch.equal(conditions.concat_images(x, {"low_res": same}), torch.cat([x, same], dim=1))
     # A linear ramp stays linear: the pixel centres of the small image are at 1.5 and 5.5 in the large one.
     small = torch.tensor([1.5, 5.5]).expand(2, 2, 2, 2)
-    large = conditions.concat_low_res(x, {"low_res": small})[:, 1:]
+    large = conditions.concat_images(x, {"low_res": small})[:, 1:]
     assert torch.allclose(large[..., 2:6], torch.arange(2.0, 6.0).expand(2, 2, 8, 4), atol=1e-6)
 
 

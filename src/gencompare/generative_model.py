@@ -266,7 +266,7 @@ class TrainedModel(pl.LightningModule):
     def step_kind(self) -> str:
         """Kind of the next step, for models whose steps differ in FLOPs, which are counted once per kind.
 
-        It depends only on the state of the model and on `progress`.
+        It depends only on the state of the model, on `progress` and on `rng`.
         """
         return ""
 

@@ -89,6 +89,14 @@ class RandomSource:
         """Draw uniform integers from 0 to ``high - 1`` of shape (n, \\*shape), where this process has n samples."""
         return self._local(torch.randint(high, (self.total, *shape), generator=self.generator, device=self.device))
 
+    def shared_uniform(self, purpose: str) -> float:
+        """Return a uniform number in [0, 1), the same on all processes, without advancing the generator.
+
+        It is a function of ``purpose`` and of the state of the generator, which is on the host even for a GPU, so that
+        reading it does not wait for the GPU.
+        """
+        return derive_seed(purpose, self.generator.get_state().numpy().tobytes().hex()) / 2**63
+
     def stratified(self) -> Tensor:
         r"""Draw low-discrepancy uniform numbers in [0, 1), (n,) for n samples on this process.
 

@@ -36,6 +36,13 @@ class Objective(ABC):
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:  # noqa: B027
         """Raise `UserError` if the objective cannot train ``parameterization`` under ``schedule``."""
 
+    def check_patches(self) -> None:
+        """Raise `UserError` unless the loss of a crop is an estimate of the loss of these pixels in a whole image."""
+        raise UserError(
+            f"model.patches trains on crops, but {type(self).__name__} is a loss of whole images: use"
+            " model/objective=simple, or model/patches=null."
+        )
+
     @abstractmethod
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         """Compute per-image metrics, including the ``loss`` to minimise.
@@ -314,6 +321,14 @@ class WeightedMSE(Objective):
             raise UserError(
                 f"{type(schedule).__name__} ends in pure noise (zero terminal SNR), which LogNormalTimes never draws:"
                 " use model/objective=uniform_v."
+            )
+
+    def check_patches(self) -> None:
+        # The noise that is paired with crops at one position would not be that of these pixels in a whole image.
+        if not isinstance(self.coupling, IndependentCoupling):
+            raise UserError(
+                f"model.patches trains on crops, but {type(self.coupling).__name__} pairs whole images with noise: use"
+                " model/objective=flow, or model/patches=null."
             )
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:

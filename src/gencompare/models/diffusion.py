@@ -19,11 +19,13 @@ from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
 from gencompare.diffusion.likelihoods import LikelihoodMethod
 from gencompare.diffusion.objectives import DataLikelihood, Objective
 from gencompare.diffusion.parameterizations import Parameterization, Prediction
+from gencompare.diffusion.patches import RandomPatches
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import NoiseSchedule, schedule_curve
 from gencompare.errors import UserError, check_number
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, SupportsReconstruction
 from gencompare.models.latents import Latents, PixelSpace
+from gencompare.networks.conditioning import pixel_coordinates
 from gencompare.private_apis import MovesOtherModules
 from gencompare.rng import RandomSource, full_precision
 
@@ -40,7 +42,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     Args:
         network: a factory ``(shape, out_channels, num_classes) -> module(x, noise_cond, cond)``; ``num_classes`` is 0
             for an unconditional model. For data with more conditions, the factory also receives ``low_res_channels``
-            and ``embedding_dim``; with an augmentation, ``augment_dim``.
+            and ``embedding_dim``; with an augmentation, ``augment_dim``; with patches, ``coordinate_channels``.
         schedule: alpha and sigma over time. A learned schedule is trained if the objective is a bound; otherwise it
             keeps its initial values.
         parameterization: defines the network inputs and the meaning of the network output.
@@ -54,6 +56,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         label_dropout: probability of dropping label and embedding (both together) of a training image, for
             classifier-free guidance. A low-resolution image is never dropped.
         augmentation: transforms training images and conditions the network on the transform; None disables it.
+        patches: trains on random crops of images or latents, and conditions the network on the coordinates of their
+            pixels; None trains on whole images without coordinates.
         likelihoods: methods that compute bits/dim, by name; used only for models of discrete pixels.
     """
 
@@ -73,13 +77,15 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         guidance: Guidance | None = None,
         label_dropout: float = 0.0,
         augmentation: Augmentation | None = None,
+        patches: RandomPatches | None = None,
         likelihoods: Mapping[str, LikelihoodMethod] | None = None,
         **training: Any,
     ) -> None:
         super().__init__(spec, **training)
         self.schedule, self.parameterization = schedule, parameterization
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
-        self.guidance, self.label_dropout, self.augmentation = guidance, label_dropout, augmentation
+        self.guidance, self.label_dropout = guidance, label_dropout
+        self.augmentation, self.patches = augmentation, patches
         self.likelihood_methods = dict(likelihoods or {})
         self.has_droppable_cond = self.conditional or "embedding" in spec.conditions
         """Whether the network receives conditions that classifier-free guidance can drop."""
@@ -90,6 +96,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             num_classes=spec.num_classes if self.conditional else 0,
             **{CONDITION_SIZE_ARGS[name]: shape[0] for name, shape in spec.conditions.items()},
             **({} if augmentation is None else {"augment_dim": augmentation.dim}),
+            **({} if patches is None else {"coordinate_channels": 2}),
         )
         check_composition(self)
         self._checked = schedule, sampler
@@ -125,7 +132,17 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         """Predict x_0 and eps. This makes a trained model usable as a guiding model."""
         return self.denoiser(x_t, t, cond)
 
+    @property
+    def step_kind(self) -> str:
+        """Kind of the next step: the FLOPs of a step depend on the size of its crops."""
+        if self.patches is None or self.rng is None:
+            return ""
+        divisor = self.patches.draw_divisor(self.rng)
+        return "" if divisor == 1 else f"crops of 1/{divisor}"
+
     def losses(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
+        # Before anything else is drawn, since `step_kind` draws it, too.
+        divisor = 1 if self.patches is None else self.patches.draw_divisor(rng)
         if self.training and self.augmentation is not None:
             x, augment_cond = self.augmentation(self.spec.crop(x), rng)
             x = F.pad(x, (self.spec.padding,) * 4, value=-1.0)
@@ -133,6 +150,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         x0 = self.space.encode(x)
         if self.training and self.label_dropout:
             cond = self._dropout(cond, rng.uniform().to(x.device) < self.label_dropout)
+        if self.training and self.patches is not None:
+            grid = pixel_coordinates(*x0.shape[2:], like=x0).expand(len(x0), -1, -1, -1)
+            x0, coordinates = self.patches(torch.cat([x0, grid], dim=1), divisor, rng).tensor_split([-2], dim=1)
+            cond = {**cond, "coordinates": coordinates}
         return self.objective.with_likelihood(self.data_likelihood)(self.denoiser, x0, cond, rng)
 
     def micro_batched_networks(self) -> list[nn.Module]:
@@ -271,6 +292,8 @@ def check_composition(model: Diffusion) -> None:
             "model.augmentation transforms the training images, but not their low-resolution images: use"
             " model/augmentation=null."
         )
+    if model.patches is not None:
+        _check_patches(model, model.patches)
     if model.guidance is not None:
         _check_guidance(model, model.guidance)
 
@@ -349,6 +372,28 @@ def _check_label_dropout(model: Diffusion) -> None:
         raise UserError(
             f"model.label_dropout={model.label_dropout} needs labels or embeddings: add model.conditional=true."
         )
+
+
+def _check_patches(model: Diffusion, patches: RandomPatches) -> None:
+    model.objective.check_patches()
+    if "low_res" in model.spec.conditions:
+        raise UserError(
+            "model.patches crops the training images, but not their low-resolution images: use model/patches=null."
+        )
+    _, height, width = model.space.latent_shape
+    multiple = getattr(model.network, "size_multiple", None)
+    if multiple is None:
+        raise UserError(
+            f"model.patches trains on crops of {height}x{width} images, but {type(model.network).__name__} takes only"
+            " whole images: use model/network=unet, or model/patches=null."
+        )
+    for divisor in patches.divisors:
+        if height % (divisor * multiple) or width % (divisor * multiple):
+            raise UserError(
+                f"model.patches.divisors={list(patches.divisors)}: {height}x{width} images divided by {divisor} give no"
+                f" crops whose sides are multiples of {multiple}, which this network needs: use other divisors, or"
+                " a network with fewer levels."
+            )
 
 
 def _check_guidance(model: Diffusion, guidance: Guidance) -> None:

@@ -108,7 +108,7 @@ class LabelEmbedding(nn.Embedding):
 
 
 class ConditionEmbedding(nn.Module):
-    r"""Embeds the conditions of a network: class label, precomputed embedding, low-resolution image, augmentation.
+    r"""Embeds the conditions of a network: class, precomputed embedding, low-resolution image, augmentation, position.
 
     - ``cond["label"]`` (n,) int64: a learned vector per class is added to the noise-level embedding e. Index
       ``num_classes`` means no label.
@@ -121,8 +121,11 @@ class ConditionEmbedding(nn.Module):
     - ``cond["augment"]`` (n, augment_dim) float: augmentation parameters a of a training image. W a is added to the
       features that e is computed from (Karras et al. 2022, "Elucidating the design space of diffusion-based generative
       models", appendix F.2, https://arxiv.org/abs/2206.00364). If missing, a = 0 (no augmentation).
+    - ``cond["coordinates"]`` (n, 2, H, W) float: coordinates of the pixels of a crop in its image, from -1 to 1,
+      concatenated to the noisy image (Wang et al. 2023, "Patch diffusion", section 3.1,
+      https://arxiv.org/abs/2304.12526). If missing, the noisy image is a whole image.
 
-    Other entries of ``cond`` are ignored. Any missing entry except ``augment`` raises `UserError`.
+    Other entries of ``cond`` are ignored. Any missing entry except the last two raises `UserError`.
 
     Args:
         emb_dim: dimension of e.
@@ -130,6 +133,7 @@ class ConditionEmbedding(nn.Module):
         low_res_channels: channels of the low-resolution image, 0 for none.
         embedding_dim: dimension of the precomputed embedding, 0 for none.
         augment_dim: number of augmentation parameters, 0 for none.
+        coordinate_channels: 2 for the coordinates of the pixels, 0 for none.
         noise_dim: dimension of the noise-level features that e is computed from.
     """
 
@@ -141,6 +145,7 @@ class ConditionEmbedding(nn.Module):
         low_res_channels: int = 0,
         embedding_dim: int = 0,
         augment_dim: int = 0,
+        coordinate_channels: int = 0,
         noise_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -149,7 +154,10 @@ class ConditionEmbedding(nn.Module):
                 f"The network's low_res_channels={low_res_channels}, embedding_dim={embedding_dim} and"
                 f" augment_dim={augment_dim} must be at least 0 (0: not used)."
             )
+        if coordinate_channels not in (0, 2):
+            raise UserError(f"The network's coordinate_channels={coordinate_channels} must be 0 or 2.")
         self.low_res_channels, self.embedding_dim = low_res_channels, embedding_dim
+        self.coordinate_channels = coordinate_channels
         self.label = LabelEmbedding(num_classes, emb_dim) if num_classes else None
         self.embedding = nn.Linear(embedding_dim, emb_dim, bias=False) if embedding_dim else None
         if self.embedding is not None:
@@ -190,18 +198,37 @@ class ConditionEmbedding(nn.Module):
             emb = emb + self.embedding(precomputed.to(emb.dtype))
         return emb
 
-    def concat_low_res(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate the low-resolution image, if any, to the noisy image: (n, C + low_res_channels, H, W)."""
-        if not self.low_res_channels:
-            return x
+    @property
+    def image_channels(self) -> int:
+        """Number of channels that `concat_images` adds to the noisy image."""
+        return self.low_res_channels + self.coordinate_channels
+
+    def concat_images(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate the low-resolution image and the coordinates, if any, to the noisy image:
+        (n, C + image_channels, H, W)."""
+        images = [x]
+        if self.low_res_channels:
+            images.append(self._resized_low_res(x, cond))
+        if self.coordinate_channels:
+            whole_image = pixel_coordinates(*x.shape[2:], like=x).expand(len(x), -1, -1, -1)
+            images.append(cond.get("coordinates", whole_image).to(x.dtype))
+        return x if len(images) == 1 else torch.cat(images, dim=1)
+
+    def _resized_low_res(self, x: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         low_res = _required(cond, "low_res", "a low-resolution image")
         if low_res.shape[1] != self.low_res_channels:
             raise UserError(
                 f"cond['low_res'] has {low_res.shape[1]} channels, but the network was built for"
                 f" {self.low_res_channels}: use model.network.low_res_channels={low_res.shape[1]}."
             )
-        resized = F.interpolate(low_res.to(x.dtype), size=x.shape[2:], mode="bilinear", align_corners=False)
-        return torch.cat([x, resized], dim=1)
+        return F.interpolate(low_res.to(x.dtype), size=x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def pixel_coordinates(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the coordinates (right, down) of each pixel, (2, H, W), from -1 to 1 over the centres of the pixels, with
+    the type and device of ``like``."""
+    rows, columns = (torch.linspace(-1, 1, side, device=like.device, dtype=like.dtype) for side in (height, width))
+    return torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width)])
 
 
 def _required(cond: Mapping[str, Tensor], name: str, description: str, hint: str = "") -> Tensor:

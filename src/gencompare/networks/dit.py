@@ -36,7 +36,8 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: number of attention heads.
         mlp_ratio: width of the hidden layer of each MLP as a multiple of ``hidden_size``.
-        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
+            `ConditionEmbedding`.
     """
 
     positions: Tensor
@@ -64,7 +65,7 @@ class DiT(nn.Module):
             nn.Linear(hidden_size, hidden_size),
         )
         self.conditions = ConditionEmbedding(hidden_size, num_classes, noise_dim=NOISE_FEATURES, **condition_sizes)
-        self.stem = nn.Linear((shape[0] + self.conditions.low_res_channels) * patch_size**2, hidden_size)
+        self.stem = nn.Linear((shape[0] + self.conditions.image_channels) * patch_size**2, hidden_size)
         self.register_buffer("positions", grid_positions(*self.grid, hidden_size), persistent=False)
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, int(mlp_ratio * hidden_size)) for _ in range(depth)
@@ -82,7 +83,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = F.silu(self.conditions.embed(self.noise, noise_cond, cond))  # once, instead of in every block
-        h = self.stem(patchify(self.conditions.concat_low_res(x, cond), self.patch_size)) + self.positions
+        h = self.stem(patchify(self.conditions.concat_images(x, cond), self.patch_size)) + self.positions
         for block in self.blocks:
             h = block(h, emb)
         scale, shift = self.modulation(emb)[:, None].chunk(2, dim=2)

@@ -69,7 +69,8 @@ class DenoisingMLP(nn.Module):
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
         width: features of every layer; even, at least 4.
         depth: number of residual blocks, each with two layers.
-        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
+            `ConditionEmbedding`.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class DenoisingMLP(nn.Module):
         self.out_shape = (out_channels, *shape[1:])
         self.noise = nn.Sequential(SinusoidalEmbedding(width), nn.Linear(width, width), nn.SiLU())
         self.conditions = ConditionEmbedding(width, num_classes, noise_dim=width, **condition_sizes)
-        self.stem = nn.Linear((shape[0] + self.conditions.low_res_channels) * math.prod(shape[1:]), width)
+        self.stem = nn.Linear((shape[0] + self.conditions.image_channels) * math.prod(shape[1:]), width)
         self.blocks = nn.ModuleList(ModulatedMLPBlock(width) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.out.weight)
@@ -95,7 +96,7 @@ class DenoisingMLP(nn.Module):
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = self.conditions.embed(self.noise, noise_cond, cond)
-        h = self.stem(self.conditions.concat_low_res(x, cond).flatten(1))
+        h = self.stem(self.conditions.concat_images(x, cond).flatten(1))
         for block in self.blocks:
             h = block(h, emb)
         return self.out(self.norm(h)).unflatten(1, self.out_shape)

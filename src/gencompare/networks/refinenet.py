@@ -172,7 +172,8 @@ class RefineNet(nn.Module):
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
         channels: channels of the first stage; the other stages have twice as many.
         num_levels: number of noise levels with separate normalisation parameters.
-        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
+            `ConditionEmbedding`.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class RefineNet(nn.Module):
             else partial(RefineBlock, norm=lambda _: NoNorm(), pool=F.max_pool2d)
         )
 
-        self.stem = nn.Conv2d(shape[0] + self.conditions.low_res_channels, channels, 3, padding=1)
+        self.stem = nn.Conv2d(shape[0] + self.conditions.image_channels, channels, 3, padding=1)
         wide = 2 * channels
         self.stages = nn.ModuleList()
         for channels_in, width, dilation, downsample in (
@@ -237,7 +238,7 @@ class RefineNet(nn.Module):
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         c = self.condition_vector(noise_cond, cond)
-        h = self.stem(self.conditions.concat_low_res(x, cond))
+        h = self.stem(self.conditions.concat_images(x, cond))
         stage_outputs: list[Tensor] = []
         for blocks in self.stages:
             for block in blocks:  # type: ignore[attr-defined]

@@ -71,7 +71,8 @@ class UNet(nn.Module):
             the decoder levels; None disables it.
         fourier_exponents: exponents n of the input features sin(2^n pi x) and cos(2^n pi x).
         add_input: add x to the output, which then equals x at initialisation (VDM, which predicts eps).
-        condition_sizes: ``low_res_channels``, ``embedding_dim`` and ``augment_dim``, see `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
+            `ConditionEmbedding`.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class UNet(nn.Module):
         )
         self.conditions = ConditionEmbedding(emb_dim, num_classes, noise_dim=embedding.dim, **condition_sizes)
         self.features = FourierFeatures(fourier_exponents) if fourier_exponents else nn.Identity()
-        image_channels = shape[0] + self.conditions.low_res_channels
+        image_channels = shape[0] + self.conditions.image_channels
 
         self.stem = fan_avg(nn.Conv2d(image_channels * (1 + 2 * len(fourier_exponents)), channels, 3, padding=1))
         skip_widths = [channels]  # channels of the encoder outputs that the decoder receives
@@ -186,7 +187,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = F.silu(self.embedding(noise_cond, cond))  # SiLU once here, since every block would start with it
-        image = self.conditions.concat_low_res(x, cond)
+        image = self.conditions.concat_images(x, cond)
         h = self.stem(self.features(image))
         skips = [h]
         inputs: Iterator[Any] = iter(self.inputs)
@@ -209,6 +210,11 @@ class UNet(nn.Module):
         if coarse_output is not None:
             out = out + coarse_output
         return x + out if self.add_input else out
+
+    @property
+    def size_multiple(self) -> int:
+        """The network takes crops of any height and width that are multiples of this."""
+        return 2 ** (self.num_levels - 1)
 
     @property
     def blocks(self) -> list[nn.Module]:
