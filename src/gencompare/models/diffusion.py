@@ -154,6 +154,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             grid = pixel_coordinates(*x0.shape[2:], like=x0).expand(len(x0), -1, -1, -1)
             x0, coordinates = self.patches(torch.cat([x0, grid], dim=1), divisor, rng).tensor_split([-2], dim=1)
             cond = {**cond, "coordinates": coordinates}
+        if self.training and (num_scores := getattr(self.network, "num_token_scores", 0)):
+            cond = {**cond, "token_scores": rng.uniform((num_scores,)).to(x.device)}
         return self.objective.with_likelihood(self.data_likelihood)(self.denoiser, x0, cond, rng)
 
     def micro_batched_networks(self) -> list[nn.Module]:

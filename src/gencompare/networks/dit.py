@@ -25,6 +25,12 @@ class DiT(nn.Module):
     Transformer blocks, modulated by noise level and conditions, process the tokens, and each token becomes a patch of
     the output. At initialisation every block is the identity and the output is zero (adaLN-Zero, section 3.2).
 
+    With ``token_dropping``, a random part of the tokens of a training image skips the blocks in the middle, which then
+    cost less, and joins the other tokens before the last blocks; the loss is over all tokens. Krause et al. (2025),
+    "TREAD: token routing for efficient architecture-agnostic diffusion training", https://arxiv.org/abs/2501.04765.
+    ``cond["token_scores"]`` (n, tokens), uniform random numbers, selects the tokens: those with the smallest scores are
+    kept. If missing, as in sampling and evaluation, all are.
+
     Shapes: x (n, C, H, W), noise_cond (n,), ``cond`` as for `ConditionEmbedding` -> (n, out_channels, H, W).
 
     Args:
@@ -36,6 +42,8 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: number of attention heads.
         mlp_ratio: width of the hidden layer of each MLP as a multiple of ``hidden_size``.
+        token_dropping: fraction of the tokens that skip the middle blocks in training: all blocks except the first and
+            the last sixth, or the first and the last if there are fewer than 12.
         condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
             `ConditionEmbedding`.
     """
@@ -53,11 +61,18 @@ class DiT(nn.Module):
         depth: int = 12,
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
+        token_dropping: float = 0.0,
         **condition_sizes: int,
     ) -> None:
         super().__init__()
         _check(shape, patch_size, hidden_size, depth, num_heads, mlp_ratio)
+        _check_token_dropping(token_dropping, depth)
         self.patch_size, self.grid = patch_size, (shape[1] // patch_size, shape[2] // patch_size)
+        num_tokens = self.grid[0] * self.grid[1]
+        self.num_kept_tokens = max(1, round((1 - token_dropping) * num_tokens))
+        self.num_token_scores = num_tokens if self.num_kept_tokens < num_tokens else 0
+        """Random numbers per training image in ``cond["token_scores"]``; 0 if no tokens are dropped."""
+        self.num_outer_blocks = max(1, depth // 6)
         self.noise = nn.Sequential(
             SinusoidalEmbedding(NOISE_FEATURES),
             nn.Linear(NOISE_FEATURES, hidden_size),
@@ -84,10 +99,23 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = F.silu(self.conditions.embed(self.noise, noise_cond, cond))  # once, instead of in every block
         h = self.stem(patchify(self.conditions.concat_images(x, cond), self.patch_size)) + self.positions
-        for block in self.blocks:
-            h = block(h, emb)
+        blocks, outer = list(self.blocks), self.num_outer_blocks
+        if self.num_token_scores and "token_scores" in cond:
+            kept = cond["token_scores"].argsort(dim=1)[:, : self.num_kept_tokens, None].expand(-1, -1, h.shape[2])
+            h = apply_blocks(blocks[:outer], h, emb)
+            h = h.scatter(1, kept, apply_blocks(blocks[outer:-outer], h.gather(1, kept), emb))
+            h = apply_blocks(blocks[-outer:], h, emb)
+        else:
+            h = apply_blocks(blocks, h, emb)
         scale, shift = self.modulation(emb)[:, None].chunk(2, dim=2)
         return unpatchify(self.out((1 + scale) * self.norm(h) + shift), self.patch_size, self.grid)
+
+
+def apply_blocks(blocks: Sequence[nn.Module], h: Tensor, emb: Tensor) -> Tensor:
+    """Apply transformer blocks in turn to tokens h (n, tokens, hidden_size), with emb (n, hidden_size)."""
+    for block in blocks:
+        h = block(h, emb)
+    return h
 
 
 class DiTBlock(nn.Module):
@@ -173,4 +201,14 @@ def _check(
         raise UserError(
             f"The DiT's hidden_size={hidden_size} must be a multiple of 4 and of num_heads={num_heads}: change"
             " either of them."
+        )
+
+
+def _check_token_dropping(token_dropping: float, depth: int) -> None:
+    if not 0 <= token_dropping < 1:
+        raise UserError(f"The DiT's token_dropping={token_dropping} must be at least 0 and below 1.")
+    if token_dropping and depth < 3:
+        raise UserError(
+            f"The DiT's token_dropping={token_dropping} drops tokens between the first and the last block, so it needs"
+            f" a depth of at least 3, not {depth}: use model.network.token_dropping=0."
         )
