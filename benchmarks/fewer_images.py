@@ -54,7 +54,7 @@ QUIET = [
 ROUNDS = 30
 
 
-def run(folder: Path, overrides: list[str]) -> dict[str, float]:
+def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Train and evaluate a model, unless it is finished, and return what it cost and how good it is."""
     if not (folder / "record.json").is_file() or RunRecord.load(folder).state != "finished":
         gencompare.train(gencompare.compose(*overrides, *QUIET, folder=folder))
@@ -67,21 +67,23 @@ def run(folder: Path, overrides: list[str]) -> dict[str, float]:
 
 
 def compare_runs(option: str, data: str, images: int, seeds: list[int], folder: Path) -> None:
-    print(f"{option}, {data}\n{'run':36}{'images':>9}{'TFLOPs':>9}{'val loss':>10}{'MMD':>9}")
+    """Train with and without the option, and print what each run cost and how good it is."""
+    rows: dict[str, dict[str, Any]] = {}
     for seed in seeds:
-        base = [*MODELS[option][data], f"seed={seed}"]
-        place = folder / f"{option}_{data}_{images}_{seed}"
-        rows = {"plain": run(place / "plain", [*base, f"budget.images={images}"])}
-        with_option = [*base, *OPTIONS[option]]
-        rows["option, equal images"] = run(place / "equal_images", [*with_option, f"budget.images={images}"])
+        plain = [*MODELS[option][data], f"seed={seed}"]
+        with_option, place = [*plain, *OPTIONS[option]], folder / f"{option}_{data}_{images}_{seed}"
+        budget = f"budget.images={images}"
+        rows[f"plain, seed {seed}"] = reference = run(place / "plain", [*plain, budget])
+        rows[f"option, equal images, seed {seed}"] = run(place / "equal_images", [*with_option, budget])
         if option in SAVES_FLOPS:
-            flops = f"budget.flops={rows['plain']['flops']:.0f}"
-            rows["option, equal FLOPs"] = run(place / "equal_flops", [*with_option, "budget.images=null", flops])
-        for name, row in rows.items():
-            print(
-                f"{name + f', seed {seed}':36}{row['images']:9.0f}{row['flops'] / 1e12:9.3f}{row['val_loss']:10.5f}"
-                f"{row['mmd']:9.2f}"
+            budget = f"budget.flops={reference['flops']:.0f}"
+            rows[f"option, equal FLOPs, seed {seed}"] = run(
+                place / "equal_flops", [*with_option, "budget.images=null", budget]
             )
+    print(f"{option}, {data}:\n  {'':32}{'images':>9}{'TFLOPs':>9}{'val loss':>10}{'MMD':>9}")
+    for name, row in rows.items():
+        costs = f"{row['images']:9.0f}{row['flops'] / 1e12:9.3f}"
+        print(f"  {name:32}{costs}{row['val_loss']:10.5f}{row['mmd']:9.2f}")
 
 
 def compare_steps(option: str, data: str) -> None:

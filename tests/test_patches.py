@@ -17,6 +17,7 @@ from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
 from gencompare.networks.conditioning import pixel_coordinates
 from gencompare.rng import RandomSource, generator
+from gencompare.tasks.export import write_pipeline
 from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
 from parts import part
 from test_augmentation import UNET, Watches, images, rng, shaken
@@ -185,3 +186,10 @@ def test_parts_that_cannot_train_on_crops_are_refused(changes: dict[str, Any], m
             schedule=part("schedule", "rectified"), parameterization=part("parameterization", "velocity"),
             objective=part("objective", "flow"), sampler=part("sampler", "euler"),
         )  # fmt: skip
+
+
+def test_export_to_diffusers_refuses_coordinates(tmp_path: Path) -> None:
+    patches = "model/patches=random", "model.patches.divisors=[2]", "model.patches.weights=[1]"
+    cfg = compose("model=ddpm", "data=digits", *patches)
+    with pytest.raises(UserError, match=r"takes only the noisy image.*coordinates from model/patches\): omit format"):
+        write_pipeline(cfg, build_model(cfg, build_data(cfg)), tmp_path)

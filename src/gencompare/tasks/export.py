@@ -76,6 +76,11 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
         )
     if model.autoencoder() is not None:
         raise UserError("format=diffusers does not support latent diffusion: omit format.")
+    if network.conditions.image_channels:
+        raise UserError(
+            "format=diffusers: UNet2DModel takes only the noisy image, but this U-Net takes more input channels (a"
+            " low-resolution image, or coordinates from model/patches): omit format."
+        )
     changed = [name for name, value in UNET2D_OPTIONS.items() if cfg.model.network.get(name, value) != value]
     if changed:
         raise UserError(f"format=diffusers: UNet2DModel does not support this run's model.network.{changed[0]}.")
