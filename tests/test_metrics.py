@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -468,3 +469,60 @@ def test_flops_of_a_gradient_with_respect_to_an_input() -> None:
     gradients."""
     layer, x = nn.Linear(30, 7, bias=False), torch.randn(10, 30, requires_grad=True)
     assert flops_per_image(lambda: torch.autograd.grad(layer(x).sum(), x), 10) == 2 * 2 * 30 * 7
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the largest number of values in new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:  # else a view
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["statistics", "jackknife", "prdc", "memorization", "authenticity", "mmd"])
+def test_no_metric_copies_a_set_of_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("extractors.extractor", "metrics.frechet", "metrics.neighbors", "metrics.kernel"):
+        monkeypatch.setattr(f"gencompare.evaluation.{module}.BLOCK_SIZE", 100)
+    for module in ("frechet", "kernel"):
+        monkeypatch.setattr(f"gencompare.evaluation.metrics.{module}.PAIR_IMAGES", 100)
+    features, reference, val = normal(2000, 30), normal(2000, 30, seed=1), normal(100, 30, seed=2)
+    statistics = Statistics.from_features(reference)
+    metrics: dict[str, Any] = {
+        "statistics": lambda: Statistics.from_features(features),
+        "jackknife": lambda: Jackknife(features, statistics).infinity,
+        "prdc": lambda: compute_prdc(features, reference),
+        "memorization": lambda: memorization_ratio(features, reference, val, val),
+        "authenticity": lambda: authenticity(features, reference),
+        "mmd": lambda: kernel_distance(features, KernelReference.from_features(reference, GaussianKernel(), 200)),
+    }
+    with LargestResult() as largest:
+        metrics[name]()
+    assert largest.numel <= features.numel() // 2
+
+
+def test_statistics_and_jackknife_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, reference = 3 + normal(250, 8), Statistics.from_features(normal(300, 8, seed=1))
+    assert Statistics.from_features(features).cov.numpy() == pytest.approx(np.cov(features.double().T.numpy()), 1e-12)
+    whole = Jackknife(features, reference)
+    for module in ("extractors.extractor", "metrics.frechet"):
+        monkeypatch.setattr(f"gencompare.evaluation.{module}.BLOCK_SIZE", 70)
+    parts = Jackknife(features, reference)
+    torch.testing.assert_close(parts.delete_one, whole.delete_one, rtol=1e-10, atol=0)
+    assert parts.distance.interval == pytest.approx(whole.distance.interval, rel=1e-8)
+
+
+def test_nearest_neighbours_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c = (normal(n, 8, seed=n) for n in (250, 330, 50))
+    a[:20] = b[5:25]  # copies
+    expected = compute_prdc(a, b), authenticity(a, b), memorization_ratio(a, b, c, normal(60, 8, seed=9))
+    monkeypatch.setattr("gencompare.evaluation.metrics.neighbors.BLOCK_SIZE", 70)
+    assert compute_prdc(a, b) == expected[0]
+    assert authenticity(a, b) == expected[1] <= 230 / 250
+    assert memorization_ratio(a, b, c, normal(60, 8, seed=9)) == pytest.approx(expected[2], rel=1e-6)

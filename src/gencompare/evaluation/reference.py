@@ -127,8 +127,8 @@ def quantize_images(x: Tensor, spec: DataSpec) -> Tensor:
         _check_finite(x)
         return x.cpu()
     if x.dtype == torch.uint8:
-        top = spec.num_bins - 1
-        return _levels_to_uint8(crop_padding(x, spec).float().mul(top / 255).round(), top)
+        x, top = crop_padding(x, spec), spec.num_bins - 1
+        return x.cpu() if top == 255 else _levels_to_uint8(x.float().mul(top / 255).round(), top)
     if not x.is_floating_point():
         raise UserError(f"Images must be uint8 in 0 to 255 or float in [-1, 1], not {x.dtype}.")
     return to_uint8(x, spec)
@@ -136,7 +136,9 @@ def quantize_images(x: Tensor, spec: DataSpec) -> Tensor:
 
 def quantize_split(images: Tensor, spec: DataSpec) -> Tensor:
     """Convert unpadded images of a split, with levels 0 to ``num_bins`` - 1, to the input of an extractor."""
-    return images if spec.num_bins is None else _levels_to_uint8(images.float(), spec.num_bins - 1)
+    if spec.num_bins is None or (spec.num_bins == 256 and images.dtype == torch.uint8):
+        return images  # no copy: a whole split in float32 takes four times its memory
+    return _levels_to_uint8(images.float(), spec.num_bins - 1)
 
 
 @dataclass(frozen=True)

@@ -164,9 +164,8 @@ def neighbor_metrics(features: Tensor, reference: Tensor) -> dict[str, Metric]:
     n = min(len(features), len(reference))
     if n <= DENSITY_K:
         return {}
-    prdc = compute_prdc(
-        features[evenly_spaced_indices(len(features), n)], reference[evenly_spaced_indices(len(reference), n)]
-    )
+    # Indexing copies, so the smaller set is used as it is.
+    prdc = compute_prdc(*(x if len(x) == n else x[evenly_spaced_indices(len(x), n)] for x in (features, reference)))
     repeated = max(prdc.zero_radii, prdc.zero_radii_reference)
     note = f"{repeated:.0%} of the k-NN radii are 0: repeated images" if repeated >= 0.01 else ""
     names = ("precision", "recall", "density", "coverage")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gencompare.errors import UserError
-from gencompare.evaluation.extractors.extractor import check_finite
+from gencompare.evaluation.extractors.extractor import BLOCK_SIZE, check_finite
 from gencompare.evaluation.indices import evenly_spaced_indices
 from gencompare.evaluation.metrics.intervals import PAIR_IMAGES, Estimate, Margins, interval_margins
 
@@ -26,16 +27,24 @@ class Statistics:
 
     @classmethod
     def from_features(cls, features: Tensor) -> Statistics:
-        """Compute the statistics of features (n, d), n at least 2, with the unbiased covariance (divided by n - 1)."""
+        """Compute the statistics of features (n, d), n at least 2, with the unbiased covariance (divided by n - 1).
+
+        Sums are accumulated in float64 over blocks of rows.
+        """
         check_finite(features)
         n, d = features.shape
-        mean = features.double().mean(0)
-        x = features.double() - mean
-        statistics = cls(mean, x.T @ x / (n - 1), n)
+        mean = features.new_zeros(d, dtype=torch.float64)
+        for block in features.split(BLOCK_SIZE):
+            mean += block.double().sum(0)
+        mean /= n
+        cov = features.new_zeros(d, d, dtype=torch.float64)
+        for x in centered_blocks(features, mean):
+            cov.addmm_(x.T, x)
+        statistics = cls(mean, cov / (n - 1), n)
         if n <= d:
             # The scaled centred features are a root with few columns. Decomposing the singular covariance would take
             # seconds.
-            statistics.__dict__["root"] = (x / math.sqrt(n - 1)).T
+            statistics.__dict__["root"] = torch.cat(list(centered_blocks(features, mean))).T / math.sqrt(n - 1)
         return statistics
 
     @property
@@ -51,6 +60,11 @@ class Statistics:
             return factor
         values, vectors = torch.linalg.eigh(self.cov)
         return vectors * values.clamp_min(0).sqrt()
+
+
+def centered_blocks(features: Tensor, mean: Tensor) -> Iterator[Tensor]:
+    """Yield features (n, d) minus ``mean`` (d,) in float64, `BLOCK_SIZE` rows at a time."""
+    return (block.double() - mean for block in features.split(BLOCK_SIZE))
 
 
 def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
@@ -134,30 +148,35 @@ class Jackknife:
     """
 
     def __init__(self, features: Tensor, reference: Tensor | Statistics) -> None:
-        reference = _statistics_of(reference)
-        check_finite(features)
-        mean = features.double().mean(0)
-        self.z = features.double() - mean
-        n = len(self.z)
-        cov = self.z.T @ self.z / (n - 1)
+        reference, statistics = _statistics_of(reference), Statistics.from_features(features)
+        n, mean, cov = len(features), statistics.mean, statistics.cov
         eigenvalues, vectors = torch.linalg.eigh(reference.root.T @ cov @ reference.root)
         positive = eigenvalues > 1e-12 * eigenvalues[-1]
         self.roots = eigenvalues[positive].sqrt()
-        self.w = self.z @ (reference.root @ vectors[:, positive])
-        gap, norms = mean - reference.mean, self.z.square().sum(1)
+        self.projection = reference.root @ vectors[:, positive]
+        """:math:`R U`, which maps :math:`z_i` to :math:`w_i`."""
+        gap = mean - reference.mean
         traces = float(cov.trace()), float(reference.cov.trace())
         self.value = max(0.0, float(gap.square().sum()) + sum(traces) - 2 * float(self.roots.sum()))
         a = (n - 1) / (n - 2)
-        shifted_gap = gap.square().sum() - 2 / (n - 1) * (self.z @ gap) + norms / (n - 1) ** 2
-        trace = a * traces[0] - n / ((n - 1) * (n - 2)) * norms
-        self.delete_one = shifted_gap + trace + traces[1] - 2 * math.sqrt(a) * self._root_traces(n / (n - 1) ** 2)
-        """The delete-one distances, (n,)."""
 
-    def _root_traces(self, b: float) -> Tensor:
-        r"""Compute :math:`\mathrm{tr}\, (R^\top (\Sigma_1 - b z_i z_i^\top) R)^{1/2}`, (n,)."""
-        squares = self.w.square()
+        def delete_each(z: Tensor) -> Tensor:
+            norms = z.square().sum(1)
+            shifted_gap = gap.square().sum() - 2 / (n - 1) * (z @ gap) + norms / (n - 1) ** 2
+            trace = a * traces[0] - n / ((n - 1) * (n - 2)) * norms
+            return shifted_gap + trace + traces[1] - 2 * math.sqrt(a) * self._root_traces(z, n / (n - 1) ** 2)
+
+        self.delete_one = torch.cat([delete_each(z) for z in centered_blocks(features, mean)])
+        """The delete-one distances, (n,)."""
+        self.rows = evenly_spaced_indices(n, PAIR_IMAGES)
+        self.pairs = features[self.rows].double() - mean
+        """:math:`z_i` of the images in ``rows``, whose pairs give the second-order terms."""
+
+    def _root_traces(self, z: Tensor, b: float) -> Tensor:
+        r"""Compute :math:`\mathrm{tr}\, (R^\top (\Sigma_1 - b z_i z_i^\top) R)^{1/2}` for z (m, d), as (m,)."""
         if not len(self.roots):
-            return torch.zeros(len(squares), dtype=torch.float64)
+            return torch.zeros(len(z), dtype=torch.float64)
+        squares = (z @ self.projection).square()
         t = _log_grid(self.roots, below=7, above=7, step=0.5)
         share = (b * (squares @ (1 / (self.roots[:, None] ** 2 + t**2)))).clamp_max(1 - 1e-12)
         # The first-order part of the logarithm is integrated in closed form, and the remainder decays as t^-4.
@@ -170,17 +189,16 @@ class Jackknife:
     @cached_property
     def margins(self) -> Margins | None:
         """Margins of the 95 % interval; None for too few images."""
-        rows = evenly_spaced_indices(len(self.z), PAIR_IMAGES)
-        return interval_margins(self.delete_one, self._second_order(rows), rows)
+        return interval_margins(self.delete_one, self._second_order(), self.rows)
 
-    def _second_order(self, rows: Tensor) -> Tensor:
-        r"""Compute the second-order kernel of the distance for pairs of images, (p, p):
+    def _second_order(self) -> Tensor:
+        r"""Compute the second-order kernel of the distance for the pairs of ``rows``, (p, p):
 
         .. math:: 2 z^\top z' + \sum_{ab} \frac{w_a w_b w'_a w'_b}{s_a s_b (s_a + s_b)}, \qquad s_a = \sqrt{\lambda_a}
 
         With :math:`1 / (s_a + s_b) = \int_0^\infty e^{-t (s_a + s_b)} dt` the sum becomes a few squared Gram matrices.
         """
-        z, w = self.z[rows], self.w[rows]
+        z, w = self.pairs, self.pairs @ self.projection
         kernel = 2 * z @ z.T
         if not len(self.roots):
             return kernel

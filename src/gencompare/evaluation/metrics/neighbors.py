@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,7 @@ from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import check_finite
 
 BLOCK_SIZE = 1000
-"""Number of rows of a distance matrix that are in memory at a time."""
-QUERY_BLOCK_SIZE = 2000
-"""Number of rows in memory at a time when searching for a single nearest neighbour."""
+"""Number of rows, and of columns, of a distance matrix that are in memory at a time."""
 PRECISION_K, DENSITY_K = 3, 5
 """Number k of neighbours that defines a ball, for precision and recall, and for density and coverage (as published)."""
 COPY_TOLERANCE = 1e-3
@@ -77,19 +76,21 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
         if len(side) <= DENSITY_K:
             raise UserError(f"Neighbour metrics need at least {DENSITY_K + 1} samples and real images.")
     center = reference.mean(0)
-    samples, real = (features - center).float(), (reference - center).float()
+    samples, real = Centered(features, center), Centered(reference, center)
     real_precision_radii, real_density_radii = _radii(real, (PRECISION_K, DENSITY_K))
     (sample_radii,) = _radii(samples, (PRECISION_K,))
     num_precise, num_balls = 0, 0
     recalled = torch.zeros(len(real), dtype=torch.bool)
     nearest_sample = torch.full((len(real),), torch.inf)
-    for start in range(0, len(samples), BLOCK_SIZE):
-        block = slice(start, start + BLOCK_SIZE)
-        distance = _pairwise_distances(samples[block], real)
-        num_precise += int((distance <= real_precision_radii).any(1).sum())
-        num_balls += int((distance < real_density_radii).sum())
-        recalled |= (distance <= sample_radii[block, None]).any(0)
-        nearest_sample = torch.minimum(nearest_sample, distance.amin(0))
+    for rows, block in samples.blocks():
+        is_precise = torch.zeros(len(block), dtype=torch.bool)
+        for columns, others in real.blocks():
+            distance = _pairwise_distances(block, others)
+            is_precise |= (distance <= real_precision_radii[columns]).any(1)
+            num_balls += int((distance < real_density_radii[columns]).sum())
+            recalled[columns] |= (distance <= sample_radii[rows, None]).any(0)
+            nearest_sample[columns] = torch.minimum(nearest_sample[columns], distance.amin(0))
+        num_precise += int(is_precise.sum())
     return PRDC(
         precision=num_precise / len(samples),
         recall=float(recalled.double().mean()),
@@ -100,16 +101,36 @@ def compute_prdc(features: Tensor, reference: Tensor) -> PRDC:
     )
 
 
-def _radii(points: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
+@dataclass(frozen=True)
+class Centered:
+    """Points (n, d) minus ``center`` (d,) in float32. Rows are subtracted when they are read, so that no second copy of
+    all points is in memory."""
+
+    points: Tensor
+    center: Tensor
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return (self.points[rows] - self.center).float()
+
+    def blocks(self, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, points) for blocks of `BLOCK_SIZE` rows, from row ``first`` on."""
+        for start in range(first, len(self), BLOCK_SIZE):
+            rows = slice(start, start + BLOCK_SIZE)
+            yield rows, self[rows]
+
+
+def _radii(points: Centered, ks: tuple[int, ...]) -> list[Tensor]:
     """For each k, compute the distance of every point to its k-th nearest neighbour among the other points, (n,)."""
     # The smallest distance is the one to the point itself. The matrix is symmetric, so half of the blocks suffice.
     smallest = torch.full((len(points), max(ks) + 1), torch.inf)
-    for i in range(0, len(points), BLOCK_SIZE):
-        for j in range(i, len(points), BLOCK_SIZE):
-            rows, columns = slice(i, i + BLOCK_SIZE), slice(j, j + BLOCK_SIZE)
-            distance = _pairwise_distances(points[rows], points[columns])
+    for rows, block in points.blocks():
+        for columns, others in points.blocks(rows.start):
+            distance = _pairwise_distances(block, others)
             smallest[rows] = _merge_smallest(smallest[rows], distance)
-            if j > i:
+            if columns != rows:
                 smallest[columns] = _merge_smallest(smallest[columns], distance.T)
     return [smallest.sort(1).values[:, k] for k in ks]
 
@@ -125,9 +146,10 @@ def _pairwise_distances(rows: Tensor, points: Tensor) -> Tensor:
     return torch.cdist(rows, points, compute_mode="use_mm_for_euclid_dist")
 
 
-def _share_of_zeros(radius: Tensor, points: Tensor) -> float:
-    """Return the fraction of radii (n,) of centred points (n, d) that are 0 up to rounding (5e-4 of a point's norm)."""
-    return float((radius <= COPY_TOLERANCE * points.norm(dim=1)).double().mean())
+def _share_of_zeros(radius: Tensor, points: Centered) -> float:
+    """Return the fraction of radii (n,) of points that are 0 up to rounding (`COPY_TOLERANCE` of a point's norm)."""
+    norms = torch.cat([block.norm(dim=1) for _, block in points.blocks()])
+    return float((radius <= COPY_TOLERANCE * norms).double().mean())
 
 
 def missing_modes(
@@ -169,8 +191,23 @@ def nearest_neighbor(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     differences, so the distance of a copy is exactly 0.
     """
     center = keys.mean(0)
-    queries, keys = queries - center, keys - center
-    index = torch.cat([_pairwise_distances(block, keys).argmin(1) for block in queries.split(QUERY_BLOCK_SIZE)])
+    centered = Centered(keys, center)
+    found = [_nearest(block, centered) for _, block in Centered(queries, center).blocks()]
+    return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
+
+
+def _nearest(queries: Tensor, keys: Centered, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (distance (n,), index (n,)) of the nearest of ``keys`` other than ``excluded`` (n,), for a few queries."""
+    smallest = torch.full((len(queries),), torch.inf)
+    index = torch.zeros(len(queries), dtype=torch.int64)
+    for columns, others in keys.blocks():
+        distance = _pairwise_distances(queries, others)
+        if excluded is not None:
+            inside = ((excluded >= columns.start) & (excluded < columns.stop)).nonzero().flatten()
+            distance[inside, excluded[inside] - columns.start] = torch.inf
+        values, places = distance.min(1)
+        index = torch.where(values < smallest, places + columns.start, index)
+        smallest = torch.minimum(smallest, values)
     return (queries - keys[index]).norm(dim=1), index
 
 
@@ -183,13 +220,8 @@ def nearest_neighbors(queries: Tensor, keys: Tensor, k: int) -> Tensor:
 
 def _distance_to_nearest_other(rows: Tensor, keys: Tensor) -> Tensor:
     """Return the distance (r,) from each of ``keys[rows]`` to the nearest other key."""
-    keys = keys - keys.mean(0)
-    distances = []
-    for block in rows.split(QUERY_BLOCK_SIZE):
-        distance = _pairwise_distances(keys[block], keys)
-        distance[torch.arange(len(block)), block] = torch.inf
-        distances.append((keys[block] - keys[distance.argmin(1)]).norm(dim=1))
-    return torch.cat(distances)
+    centered = Centered(keys, keys.mean(0))
+    return torch.cat([_nearest(centered[block], centered, excluded=block)[0] for block in rows.split(BLOCK_SIZE)])
 
 
 def memorization_ratio(samples: Tensor, train: Tensor, test: Tensor, val: Tensor) -> float | None:
