@@ -16,8 +16,8 @@ from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 
 BLOCK_SIZE = 1000
-"""Number of rows of a set of features that are copied (to float64, or with the mean subtracted) at a time. A copy of all
-rows would take as much memory as the features or more: 50,000 Inception features are 0.4 GB in float32."""
+"""Number of rows of a set of features that are copied at a time, to float64 or with the mean subtracted. A copy of all
+rows takes as much memory as the features or more: 50,000 Inception features are 0.4 GB in float32."""
 
 
 def check_finite(features: Tensor) -> None:
