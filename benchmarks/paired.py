@@ -7,12 +7,18 @@ round k of one variant is compared with round k of the other, and the median of 
 from __future__ import annotations
 
 import math
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from gencompare.records import now
+from gencompare.tasks.runs.environment import environment
 
 
 @dataclass
@@ -33,6 +39,16 @@ class Laps:
 
     def last(self, rounds: int) -> Laps:
         return Laps(self.wall[-rounds:], self.cpu[-rounds:])
+
+
+def machine() -> dict[str, Any]:
+    """Describe the time, the machine and its load, and the versions of the packages."""
+    return {
+        "created": now(),
+        "environment": environment(torch.device("cpu")),
+        "processors": os.cpu_count(),
+        "load": os.getloadavg()[0],
+    }
 
 
 def take_turns(variants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 2) -> dict[str, Laps]:

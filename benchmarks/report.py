@@ -14,14 +14,20 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 EVALUATION = {
-    "end_to_end": "", "neighbours": "precision, recall, density and coverage of ", "distance": "Frechet distance of ",
+    "end_to_end": "", "end_to_end_cached": "", "pytorch_fid": "", "pytorch_fid_cached": "", "clean_fid": "",
+    "clean_fid_cached": "", "neighbours": "precision, recall, density and coverage of ",
+    "distance": "Frechet distance of ",
 }  # fmt: skip
 """Parts of the benchmark of an evaluation, and what they compute if their setting does not say so."""
 SAMPLERS = ["DDIM", "Euler", "Heun", "DPM-Solver++(2M)"]
+MODELS = ["ddpm", "edm", "dit", "gan", "vae"]
+"""Parts of the benchmark of a training step in one table."""
+FEW_STEPS = {"dpm_solver": "DPM-Solver++(2M), 20 steps", "edm_heun": "Heun on EDM's noise levels, 18 steps"}
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def ratio(row: Mapping[str, Any]) -> str:
@@ -34,65 +40,144 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def times(variants: Mapping[str, Any], base: str) -> list[list[str]]:
-    """Return one line per variant: time, ratio of times, and how many times as fast."""
-    return [
-        [name, f"{row['wall']['ms']:,.0f}", ratio(row) if name != base else "1", f"{1 / row['wall']['ratio'][0]:.2f}"]
+def times(variants: Mapping[str, Any], base: str) -> str:
+    """Return a table with one line per variant: time, ratio of times, and how many times as fast.
+
+    The first step of a compiled variant, which includes the compilation, has its own column.
+    """
+    compiled = any("first_step_seconds" in row for row in variants.values())
+    rows = [
+        [
+            name,
+            f"{row['wall']['ms']:,.0f}",
+            ratio(row) if name != base else "1",
+            f"{1 / row['wall']['ratio'][0]:.2f}",
+            *([f"{row['first_step_seconds']:.0f}" if "first_step_seconds" in row else ""] if compiled else []),
+        ]
         for name, row in variants.items()
     ]
+    head = ["variant", "ms", f"time / {base}", "times as fast", *(["first step, s"] if compiled else [])]
+    return markdown(head, rows)
 
 
-def tables() -> dict[str, str]:
-    """Return the tables of the page by name."""
-    train, sampling, evaluation = read("train_step"), read("sampling"), read("evaluation")
+def training_tables(results: Mapping[str, Any]) -> dict[str, str]:
     found = {}
-    for channels in (32, 64):
-        rows = times(train[f"network_{channels}"]["variants"], "diffusers")
-        found[f"network_{channels}"] = markdown(["variant", "ms", "time / diffusers", "times as fast"], rows)
-    found["trainer"] = markdown(
-        ["work", "plain loop, ms", "Trainer, ms", "ratio"],
-        [
+    for name in ("network_32", "network_64"):
+        if name in results:
+            found[name] = times(results[name]["variants"], "diffusers")
+    rows = []
+    for part in filter(results.__contains__, MODELS):
+        variants = results[part]["variants"]
+        peer = next(iter(variants))
+        for name, row in variants.items():
+            if name != peer:
+                sizes = [
+                    " / ".join(f"{variants[key][fact] * scale:.{digits}f}" for key in (name, peer))
+                    for fact, scale, digits in (("parameters", 1e-6, 2), ("gflops_per_image", 1, 2))
+                ]
+                speed = f"{1 / row['wall']['ratio'][0]:.2f}"
+                rows.append([results[part]["setting"], name, peer, *sizes, ratio(row), speed])
+    if rows:
+        head = ["work", "variant", "peer", "parameters, M / peer", "GFLOPs an image / peer", "time / peer"]
+        text = "The same loop with other networks and models (`benchmarks/peers.py` says where their shapes differ):"
+        found["models"] = f"{text}\n\n{markdown([*head, 'times as fast'], rows)}"
+    trainers = [name for name in ("trainer", "trainer_on_digits") if name in results]
+    if trainers:
+        found["trainer"] = markdown(
+            ["work", "plain loop, ms", "Trainer, ms", "ratio"],
             [
-                train[name]["setting"],
-                f"{train[name]['variants']['plain loop']['wall']['ms']:.1f}",
-                f"{train[name]['variants']['gencompare trainer']['wall']['ms']:.1f}",
-                f"{row[0]:.3f} [{row[1]:.3f}, {row[2]:.3f}]",
-            ]
-            for name in ("trainer", "trainer_on_digits")
-            for row in [train[name]["variants"]["gencompare trainer"]["wall"]["ratio"]]
-        ],
-    )
-    found["sampling"] = markdown(
-        ["variant", "ms", "time / diffusers", "times as fast"], times(sampling["network"], "diffusers")
-    )
-    peers = list(sampling["overhead"]["DDIM"])
-    found["overhead"] = markdown(
-        ["sampler", *peers],
-        [
-            [name, *(f"{sampling['overhead'][name][peer]['microseconds_per_step']:.0f}" for peer in peers)]
-            for name in SAMPLERS
-        ],
-    )
-    found["evaluation"] = markdown(
-        ["work", "peer", "time / peer"],
-        [
-            [work + evaluation[part]["setting"], peer, ratio(row)]
-            for part, work in EVALUATION.items()
-            for peer in [next(iter(evaluation[part]["variants"]))]
-            for name, row in evaluation[part]["variants"].items()
-            if name.startswith("gencompare")
-        ],
-    )
+                [
+                    results[name]["setting"],
+                    f"{results[name]['variants']['plain loop']['wall']['ms']:.1f}",
+                    f"{results[name]['variants']['gencompare trainer']['wall']['ms']:.1f}",
+                    f"{row[0]:.3f} [{row[1]:.3f}, {row[2]:.3f}]",
+                ]
+                for name in trainers
+                for row in [results[name]["variants"]["gencompare trainer"]["wall"]["ratio"]]
+            ],
+        )
     return found
 
 
+def sampling_tables(results: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    if "network" in results:
+        found["sampling"] = times(results["network"], "diffusers")
+    for part, title in FEW_STEPS.items():
+        if part in results:
+            found[part] = f"The same networks with {title}:\n\n{times(results[part], 'diffusers')}"
+    if "overhead" in results:
+        peers = list(results["overhead"]["DDIM"])
+        rows = [
+            [name, *(f"{results['overhead'][name][peer]['microseconds_per_step']:.0f}" for peer in peers)]
+            for name in SAMPLERS
+        ]
+        found["overhead"] = markdown(["sampler", *peers], rows)
+    return found
+
+
+def evaluation_tables(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = [
+        [work + results[part]["setting"], peer, ratio(row)]
+        for part, work in EVALUATION.items()
+        if part in results
+        for peer in [next(iter(results[part]["variants"]))]
+        for name, row in results[part]["variants"].items()
+        if name.startswith("gencompare")
+    ]
+    return {"evaluation": markdown(["work", "peer", "time / peer"], rows)} if rows else {}
+
+
+def growth_tables(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = []
+    for part in filter(results.__contains__, ("training", "sampling", "evaluation")):
+        for axis, row in results[part]["rows"].items():
+            ends = [f"{row['sizes'][k]:,}: {row['seconds'][k]:.2g} s, {row['added_mib'][k]:,.0f} MiB" for k in (0, -1)]
+            powers = [
+                f"{row[key]['exponent']:.2f} ± {row[key]['standard_error']:.2f}" if key in row else "-"
+                for key in ("time", "memory")
+            ]
+            further = "-"
+            if "continued" in row:
+                at = row["continued"]
+                further = f"{row['at']:,}: {at['seconds'] / 60:,.0f} min, {at['added_mib'] / 1024:,.1f} GiB"
+            rows.append([part, axis, *ends, *powers, further])
+    text = []
+    if rows:
+        head = ["work", "against", "smallest", "largest", "time ~ size^", "memory ~ size^", "continued to"]
+        text.append(
+            "Time of a step, a denoiser call or an evaluation, and the memory that it adds, with exponents of a"
+            f" least-squares line through the logarithms and their standard errors:\n\n{markdown(head, rows)}"
+        )
+    if "memory" in results:
+        row = results["memory"]["rows"]
+        text.append(
+            f"An evaluation of {row['samples']:,} samples against {row['real_images']:,} real images of 3x32x32 with"
+            f" {row['features']:,} features adds {row['added_mib']:,} MiB (limit: {row['limit_mib']:,}), images and"
+            f" features included, and takes {row['seconds'] / 60:.1f} minutes."
+        )
+    return {"growth": "\n\n".join(text)} if text else {}
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page by name; a part without results has none."""
+    return {
+        **training_tables(read("train_step")),
+        **sampling_tables(read("sampling")),
+        **evaluation_tables(read("evaluation")),
+        **growth_tables(read("growth")),
+    }
+
+
 def fill(text: str) -> str:
-    """Replace the tables of the page, each between two comments with its name."""
-    for name, table in tables().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert pattern.search(text), f"{PAGE} has no place for the table {name}"
-        text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
-    return text
+    """Replace the tables of the page, each between two comments with its name, and empty the places without one."""
+    found = tables()
+    places = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    missing = found.keys() - {match[2] for match in places.finditer(text)}
+    assert not missing, f"{PAGE} has no place for {', '.join(sorted(missing))}"
+    return places.sub(
+        lambda match: match[1] + "".join(f"{found[name]}\n" for name in [match[2]] if name in found) + match[3], text
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Benchmark sampling against diffusers and k-diffusion, on the CPU.
 
-    python benchmarks/sampling.py [network] [overhead]
+    python benchmarks/sampling.py [network] [dpm_solver] [edm_heun] [overhead]
 
 - network: 50 steps of DDIM with a U-Net of the same shape (3x32x32, 32 base channels, 4 images): ours with our U-Net,
   `DDIMScheduler` of diffusers with its `UNet2DModel`, and `sample_euler` of k-diffusion, which is DDIM, with our U-Net;
+- dpm_solver: the same with 20 steps of DPM-Solver++(2M), `DPMSolverMultistepScheduler` and `sample_dpmpp_2m`;
+- edm_heun: the same with 18 steps (35 network calls) of Heun's method on EDM's noise levels, with EDM's
+  preconditioning here and in k-diffusion; `HeunDiscreteScheduler` of diffusers has these noise levels, but predicts the
+  noise;
 - overhead: 50 steps with a network that costs nothing, one image on one core: what the sampler itself costs.
 
 The variants take turns in one process (see paired.py). k-diffusion is optional: pip install -e '.[bench]'.
@@ -21,23 +25,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from paired import compare, table, take_turns
+from paired import compare, machine, table, take_turns
+from peers import SHAPE, same_networks, void
 from torch import Tensor, nn
-from train_step import same_networks
 
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import LinearBetas
 from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, Heun
-from gencompare.diffusion.parameterizations import Eps, TimestepConditioning
+from gencompare.diffusion.parameterizations import EDMPreconditioning, Eps, TimestepConditioning
 from gencompare.diffusion.samplers import DDIM, Sampler
+from gencompare.diffusion.schedules import EDMSchedule
 from gencompare.files import write_json
-from gencompare.records import now
-from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "sampling.json"
-STEPS, IMAGES, SHAPE = 50, 4, (3, 32, 32)
-PARTS = ["network", "overhead"]
+STEPS, IMAGES = 50, 4
+SIGMA_DATA = 0.5
+
+Network = Callable[[Tensor, Tensor], Tensor]
+"""Maps images (n, C, H, W) and a noise level or time step, () or (n,), to an output of the shape of the images."""
+Loop = Callable[[], object]
 
 
 class Free(nn.Module):
@@ -67,26 +75,27 @@ def k_diffusion_sampling() -> Any | None:
     return importlib.import_module("k_diffusion.sampling")
 
 
-def ours(sampler: Sampler, network: nn.Module, x: Tensor) -> Callable[[], None]:
+def ours(sampler: Sampler, network: nn.Module, x: Tensor) -> Loop:
     denoiser = Denoiser(network, LinearBetas(), Eps(TimestepConditioning()))
-    return lambda: void(sampler.sample(denoiser, x, generator=torch.Generator()))
+    return lambda: sampler.sample(denoiser, x, generator=torch.Generator())
 
 
-def diffusers_loop(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    def sample() -> None:
-        scheduler.set_timesteps(STEPS)
+def diffusers_loop(scheduler: Any, network: Network, x: Tensor, steps: int) -> Loop:
+    def sample() -> Tensor:
+        scheduler.set_timesteps(steps)
         image = x * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             out = network(scheduler.scale_model_input(image, t), t)
             image = scheduler.step(out, t, image).prev_sample
+        return image
 
     return sample
 
 
-def k_diffusion_loop(function: Callable[..., Tensor], network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Any:
+def k_diffusion_loop(function: Callable[..., Tensor], network: Network, x: Tensor, steps: int) -> Loop:
     """Sample with a function of k-diffusion. Its state is x_t / alpha, and its denoiser returns x_0."""
     schedule = LinearBetas()
-    times = DDIM(num_steps=STEPS).times(schedule)
+    times = DDIM(num_steps=steps).times(schedule)
     at = schedule.at(times)
     sigmas = (at.sigma / at.alpha).float()
     timesteps = (1000 * times - 1).float()
@@ -96,32 +105,82 @@ def k_diffusion_loop(function: Callable[..., Tensor], network: Callable[[Tensor,
         t = timesteps[(sigmas - sigma[0]).abs().argmin()]
         return state - sigma[0] * network(state * c_in, t)
 
-    return lambda: void(function(denoise, x * sigmas[0], sigmas, disable=True))
+    return lambda: function(denoise, x * sigmas[0], sigmas, disable=True)
 
 
-def void(result: object) -> None:
-    pass
+# With a network
 
 
-def compare_networks(rounds: int) -> dict[str, Any]:
-    from diffusers import DDIMScheduler  # type: ignore[attr-defined]
+def ddim(our_net: nn.Module, their_net: Network, x: Tensor) -> dict[str, Loop]:
+    return discrete(DDIM(num_steps=50), diffusers.DDIMScheduler(), "sample_euler", our_net, their_net, x)
 
-    our_net, their_net = (network.eval() for network in same_networks(32))
-    x = torch.randn(IMAGES, *SHAPE)
-    variants = {
-        "diffusers": diffusers_loop(DDIMScheduler(), lambda image, t: their_net(image, t).sample, x),
-        "gencompare": ours(DDIM(num_steps=STEPS), our_net, x),
+
+def dpm_solver(our_net: nn.Module, their_net: Network, x: Tensor) -> dict[str, Loop]:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return discrete(DPMSolverPP2M(num_steps=20), scheduler, "sample_dpmpp_2m", our_net, their_net, x)
+
+
+def discrete(
+    sampler: Sampler, scheduler: Any, function: str, our_net: nn.Module, their_net: Network, x: Tensor
+) -> dict[str, Loop]:
+    """Return the loops of a model with the discrete schedule of DDPM."""
+    steps = sampler.num_steps
+    loops = {
+        "diffusers": diffusers_loop(scheduler, their_net, x, steps),
+        "gencompare": ours(sampler, our_net, x),
     }
     if (sampling := k_diffusion_sampling()) is not None:
-        by_k = k_diffusion_loop(sampling.sample_euler, lambda image, t: our_net(image, t.expand(len(image)), {}), x)
-        variants["k-diffusion"] = by_k
+
+        def network(image: Tensor, t: Tensor) -> Tensor:
+            return our_net(image, t.expand(len(image)), {})
+
+        loops["k-diffusion"] = k_diffusion_loop(getattr(sampling, function), network, x, steps)
+    return loops
+
+
+def edm_heun(our_net: nn.Module, their_net: Network, x: Tensor) -> dict[str, Loop]:
+    """Return the loops of a model with the noise levels of EDM (Karras et al. 2022, table 1)."""
+    steps, schedule = 18, EDMSchedule()
+    sampler = Heun(num_steps=steps)
+    denoiser = Denoiser(our_net, schedule, EDMPreconditioning(sigma_data=SIGMA_DATA))
+    scheduler = diffusers.HeunDiscreteScheduler(use_karras_sigmas=True)
+    sigmas = schedule.at(sampler.times(schedule)).sigma.float()
+    loops: dict[str, Loop] = {
+        "diffusers": diffusers_loop(scheduler, their_net, x, steps),
+        "gencompare": lambda: sampler.sample(denoiser, x * sigmas[0], generator=torch.Generator()),
+    }
+    if (sampling := k_diffusion_sampling()) is not None:
+        layers = importlib.import_module("k_diffusion.layers")
+
+        class Inner(nn.Module):
+            def forward(self, image: Tensor, c_noise: Tensor) -> Tensor:
+                return our_net(image, c_noise, {})
+
+        model = layers.Denoiser(Inner(), sigma_data=SIGMA_DATA)
+        loops["k-diffusion"] = lambda: sampling.sample_heun(model, x * sigmas[0], sigmas, disable=True)
+    return loops
+
+
+NETWORK_PARTS = {
+    "network": ("DDIM, 50 steps", ddim),
+    "dpm_solver": ("DPM-Solver++(2M), 20 steps", dpm_solver),
+    "edm_heun": ("Heun on EDM's noise levels, 18 steps", edm_heun),
+}
+PARTS = [*NETWORK_PARTS, "overhead"]
+
+
+def compare_networks(loops: Callable[..., dict[str, Loop]], rounds: int) -> dict[str, Any]:
+    our_net, their_net = (network.eval() for network in same_networks(32))
+    found = loops(our_net, lambda image, t: their_net(image, t).sample, torch.randn(IMAGES, *SHAPE))
     with torch.no_grad():
-        return compare(take_turns(variants, rounds, warm_up=1), base="diffusers")
+        laps = take_turns({name: lambda f=f: void(f()) for name, f in found.items()}, rounds, warm_up=1)
+    return compare(laps, base="diffusers")
+
+
+# Without a network
 
 
 def compare_overhead(rounds: int) -> dict[str, Any]:
-    import diffusers
-
     x, free = torch.randn(1, *SHAPE), Free()
     sampling = k_diffusion_sampling()
     samplers = {
@@ -133,15 +192,20 @@ def compare_overhead(rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+
+    def network(image: Tensor, t: Tensor) -> Tensor:
+        return free.output
+
     for name, (sampler, scheduler, function) in samplers.items():
         variants = {
-            "diffusers": diffusers_loop(getattr(diffusers, scheduler)(), lambda image, t: free.output, x),
+            "diffusers": diffusers_loop(getattr(diffusers, scheduler)(), network, x, STEPS),
             "gencompare": ours(sampler(num_steps=STEPS), free, x),
         }
         if sampling is not None:
-            variants["k-diffusion"] = k_diffusion_loop(getattr(sampling, function), lambda image, t: free.output, x)
+            variants["k-diffusion"] = k_diffusion_loop(getattr(sampling, function), network, x, STEPS)
         with torch.no_grad():
-            rows = compare(take_turns(variants, 10 * rounds, warm_up=5), base="diffusers")
+            laps = take_turns({key: lambda f=f: void(f()) for key, f in variants.items()}, 10 * rounds, warm_up=5)
+        rows = compare(laps, base="diffusers")
         for row in rows.values():
             row["microseconds_per_step"] = round(1e3 * row["cpu"]["ms"] / STEPS, 1)
         results[name] = rows
@@ -151,27 +215,31 @@ def compare_overhead(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; both by default")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     torch.manual_seed(0)
     versions = {
         name: metadata.version(name)
         for name in ("diffusers", "k-diffusion")
         if importlib.util.find_spec(name.replace("-", "_"))
     }
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    result |= {"time": now(), "environment": environment(torch.device("cpu")), "peers": versions}
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result |= machine() | {"peers": versions}
     for part in args.parts or PARTS:
-        if part == "network":
-            result[part] = compare_networks(args.rounds)
-            print(table(f"DDIM, {STEPS} steps, {IMAGES} images", result[part]))
+        if part in NETWORK_PARTS:
+            title, loops = NETWORK_PARTS[part]
+            result[part] = compare_networks(loops, args.rounds)
+            print(table(f"{title}, {IMAGES} images", result[part]), flush=True)
         else:
             result[part] = compare_overhead(args.rounds)
             for name, rows in result[part].items():
                 print(table(f"{name}, {STEPS} steps, a network that costs nothing", rows))
                 print({name: row["microseconds_per_step"] for name, row in rows.items()}, "microseconds per step")
-    write_json(RESULT, result)
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
-"""Benchmark a training step of the DDPM against the same step in a plain loop.
+"""Benchmark training steps against other libraries, and the Trainer against a plain loop.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py [PART ...] [--compile]
 
-Two comparisons on the CPU:
+All on the CPU; each part can be measured alone:
 
-- network: our U-Net and the `UNet2DModel` of diffusers with the same shape, at 3x32x32, batch 64, 32 and 64 base
-  channels, both in the same plain loop of forward, backward, AdamW and EMA, in float32 and under bfloat16 autocast;
-- trainer: the DDPM with the default callbacks of this project, and the same model in the plain loop. Metrics are logged
-  at *every* step, fifty times as often as by default. There are no evaluations during training. Steps on the digits are
-  short, so they show the overhead of the Trainer.
+- network_32, network_64, edm, dit: our network and that of diffusers with the same shape in the same plain loop of
+  forward, backward, AdamW and EMA, in float32 and under bfloat16 autocast;
+- ddpm, vae: the loss of a whole model and that of denoising-diffusion-pytorch and pythae in this loop, in float32;
+- gan: a discriminator and a generator update of SNGAN, and the same in plain PyTorch, in float32;
+- trainer, trainer_on_digits: the DDPM with the default callbacks of this project, and the same model in the plain loop.
+  Metrics are logged at *every* step, fifty times as often as by default. There are no evaluations during training.
+  Steps on the digits are short, so they show the overhead of the Trainer.
 
-The variants take turns in one process (see paired.py), which cancels drift in the machine's speed.
+peers.py says what the networks have in common. `--compile` adds variants with `torch.compile`, which needs a C++
+compiler, and reports the seconds of their first step. A peer that is not installed is left out: pip install -e
+'.[bench]'. The variants take turns in one process (see paired.py), which cancels drift in the machine's speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from importlib import metadata
@@ -26,28 +31,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
-from paired import Laps, compare, table, take_turns
+from paired import Laps, compare, machine, table, take_turns
+from peers import (
+    CONTESTS,
+    GAN_BATCH,
+    GAN_SETTING,
+    GANS,
+    SHAPE,
+    SMALL_CIFAR10,
+    Contest,
+    Contestant,
+    RandomImages,
+    config,
+    parameters,
+    predicts_noise,
+    same_networks,
+)
 from torch import Tensor, nn
 
-from gencompare.command_line import conf_dir
-from gencompare.data.datamodule import ImageData, Split
 from gencompare.files import write_json
-from gencompare.generative_model import Cond, DataSpec
+from gencompare.generative_model import Cond
 from gencompare.models.diffusion import Diffusion
-from gencompare.networks.unet import UNet
-from gencompare.records import now
+from gencompare.resources import flops_per_image
 from gencompare.rng import RandomSource
 from gencompare.tasks.runs.build import build_callbacks, build_loggers, build_model, build_trainer
-from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 WARM_UP = 3
-SHAPE, BATCH = (3, 32, 32), 64
-SMALL_CIFAR10 = ["model/network=unet_ddpm_cifar10", "model.network.channels=32", "model.network.dropout=0"]
-DIGITS_SHAPE, DIGITS_BATCH = (1, 8, 8), 128
+ROUNDS = {"network_64": 0.5, "edm": 0.5, "ddpm": 0.5, "trainer_on_digits": 10.0}
+"""Rounds of a part as a multiple of ``--rounds``, if not 1: fewer of long steps, more of short ones."""
+TRAINERS = {
+    "trainer": ("3x32x32, batch 64, 32 channels", SHAPE, 64, SMALL_CIFAR10),
+    "trainer_on_digits": ("1x8x8, batch 128, the default network", (1, 8, 8), 128, ["model=ddpm"]),
+}
+PARTS = [*CONTESTS, "gan", *TRAINERS]
+PEERS = ("diffusers", "denoising-diffusion-pytorch", "pythae")
 
 
 class PlainLoop:
@@ -69,59 +87,50 @@ class PlainLoop:
                 average.lerp_(p, 1e-3)
 
 
-# Network
+# Networks and losses
 
 
-def same_networks(channels: int) -> tuple[UNet, Any]:
-    """Return our U-Net and that of diffusers with the same shape."""
-    from diffusers import UNet2DModel  # type: ignore[attr-defined]
+def loop(contestant: Contestant, bf16: bool = False) -> PlainLoop:
+    """Return a plain loop with the loss of a contestant, in float32 or under bfloat16 autocast."""
 
-    theirs = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(channels, 2 * channels, 2 * channels, 2 * channels),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    )
-    ours = UNet(SHAPE, SHAPE[0], channels=channels, dropout=0.0)
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
-    return ours, theirs
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return contestant.loss()
+
+    return PlainLoop(contestant.network, loss)
 
 
-def compare_networks(channels: int, rounds: int) -> dict[str, Any]:
-    ours, theirs = same_networks(channels)
-    x, noise = torch.randn(2, BATCH, *SHAPE)
-    t = torch.randint(1000, (BATCH,))
+def compare_losses(contest: Contest, rounds: int, with_compiled: bool) -> dict[str, Any]:
+    loops: dict[str, PlainLoop] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for compiled in (False, True) if with_compiled else (False,):
+        for bf16 in (False, True) if contest.with_bf16 else (False,):
+            for name, make in contest.make.items():
+                torch.manual_seed(0)
+                contestant = make()
+                variant = name + (", bf16" if bf16 else "") + (", compiled" if compiled else "")
+                flops = flops_per_image(lambda c=contestant: c.loss().backward(), contest.batch)
+                facts[variant] = {"parameters": parameters(contestant.network), "gflops_per_image": flops / 1e9}
+                if compiled:
+                    contestant.network.compile()
+                loops[variant] = loop(contestant, bf16)
+                if compiled:
+                    start = time.perf_counter()
+                    loops[variant].step()
+                    facts[variant]["first_step_seconds"] = time.perf_counter() - start
+    laps = take_turns({name: each.step for name, each in loops.items()}, rounds, WARM_UP)
+    return {name: row | facts[name] for name, row in compare(laps, base=next(iter(loops))).items()}
 
-    def loop(network: nn.Module, predict: Callable[[nn.Module], Tensor], autocast: bool) -> PlainLoop:
-        network = deepcopy(network)
 
-        def loss() -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                predicted = predict(network)
-            return F.mse_loss(predicted.float(), noise)
-
-        return PlainLoop(network, loss)
-
-    def by_ours(network: nn.Module) -> Tensor:
-        return network(x, t.float(), {})
-
-    def by_theirs(network: nn.Module) -> Tensor:
-        return network(x, t).sample
-
-    loops = {
-        "diffusers": loop(theirs, by_theirs, False),
-        "gencompare": loop(ours, by_ours, False),
-        "diffusers, bf16": loop(theirs, by_theirs, True),
-        "gencompare, bf16": loop(ours, by_ours, True),
-    }
-    laps = take_turns({name: loop.step for name, loop in loops.items()}, rounds, WARM_UP)
-    return compare(laps, base="diffusers")
+def compare_gans(rounds: int) -> dict[str, Any]:
+    steps, facts = {}, {}
+    for name, make in GANS.items():
+        torch.manual_seed(0)
+        networks, steps[name] = make()
+        flops = flops_per_image(steps[name], GAN_BATCH)
+        facts[name] = {"parameters": parameters(networks), "gflops_per_image": flops / 1e9}
+    laps = take_turns(steps, rounds, WARM_UP)
+    return {name: row | facts[name] for name, row in compare(laps, base=next(iter(GANS))).items()}
 
 
 def print_profile() -> None:
@@ -129,28 +138,21 @@ def print_profile() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     network, _ = same_networks(32)
-    x, noise = torch.randn(2, BATCH, *SHAPE)
-    t = torch.randint(1000, (BATCH,)).float()
-    for autocast in (False, True):
-
-        def loss(autocast: bool = autocast) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                predicted = network(x, t, {})
-            return F.mse_loss(predicted.float(), noise)
-
-        loop = PlainLoop(network, loss)
+    contestant = predicts_noise(network, 64, lambda x, t: network(x, t.float(), {}))
+    for bf16 in (False, True):
+        plain = loop(contestant, bf16)
         for _ in range(WARM_UP):
-            loop.step()
+            plain.step()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            loop.step()
-        print("bfloat16 autocast" if autocast else "float32")
+            plain.step()
+        print("bfloat16 autocast" if bf16 else "float32")
         print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20))
 
 
 # Trainer
 
 
-class Turns(ImageData):
+class Turns(RandomImages):
     """Random images, whose training stream runs a step of a plain loop before it yields each batch.
 
     Lightning requests one batch per step, so the time from one yield to the next request is a whole step of the
@@ -158,13 +160,9 @@ class Turns(ImageData):
     """
 
     def __init__(self, shape: tuple[int, int, int], batch: int) -> None:
-        super().__init__(batch_size=batch)
-        self.spec = DataSpec(name="random", shape=shape)
+        super().__init__(shape, batch)
         self.laps = {"plain loop": Laps(), "gencompare trainer": Laps()}
         self.plain_step: Callable[[Tensor], None]
-
-    def load(self) -> dict[str, Split]:
-        return {name: Split(torch.randint(256, (512, *self.spec.shape)).byte()) for name in ("train", "val", "test")}
 
     def train_dataloader(self) -> Any:
         return Interleaved(self, super().train_dataloader())
@@ -208,65 +206,47 @@ def compare_trainer(data: Turns, overrides: list[str], rounds: int, logger: str)
     return compare({name: laps.last(rounds) for name, laps in data.laps.items()}, base="plain loop")
 
 
-def config(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose(
-            "config",
-            [
-                "model=ddpm",
-                "model.optimizer._target_=torch.optim.AdamW",
-                "trainer=cpu",
-                "budget.images=null",
-                "callbacks.evaluation.num_evaluations=0",
-                "callbacks.metric_logger.log_every_n_steps=1",
-                *overrides,
-            ],
-        )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a training step of the DDPM.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each variant; ten times as many on digits")
+    parser.add_argument("--compile", action="store_true", help="add variants with torch.compile (minutes more)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--logger", default="csv", help="an option of conf/logger")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and nothing else")
     options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.profile:
         print_profile()
         return
 
-    result: dict[str, Any] = {
-        "created": now(),
-        "environment": environment(torch.device("cpu")),
-        "processors": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-    }
-
-    def report(part: str, setting: str, variants: dict[str, Any]) -> None:
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result |= machine()
+    packages = result["environment"]["packages"]
+    packages |= {name: metadata.version(name) for name in PEERS if find_spec(name.replace("-", "_"))}
+    for part in options.parts or PARTS:
+        rounds = round(options.rounds * ROUNDS.get(part, 1))
+        if part in CONTESTS:
+            contest = CONTESTS[part]
+            if not contest.available:
+                print(f"{part}: {contest.package} is not installed, so this part is left out")
+                continue
+            setting, variants = contest.setting, compare_losses(contest, rounds, options.compile)
+        elif part == "gan":
+            setting, variants = GAN_SETTING, compare_gans(rounds)
+        else:
+            setting, shape, batch, overrides = TRAINERS[part]
+            variants = compare_trainer(Turns(shape, batch), overrides, rounds, options.logger)
         result[part] = {"setting": setting, "variants": variants}
         print(table(f"{part}, {setting}", variants), flush=True)
-
-    if find_spec("diffusers"):
-        result["environment"]["packages"]["diffusers"] = metadata.version("diffusers")
-        for channels in (32, 64):
-            setting = f"3x32x32, batch 64, {channels} channels"
-            report(f"network_{channels}", setting, compare_networks(channels, options.rounds // (channels // 32)))
-    else:
-        print("The network is compared with that of diffusers: pip install 'gencompare[dev]'")
-    report(
-        "trainer",
-        "3x32x32, batch 64, 32 channels",
-        compare_trainer(Turns(SHAPE, BATCH), SMALL_CIFAR10, options.rounds, options.logger),
-    )
-    report(
-        "trainer_on_digits",
-        "1x8x8, batch 128, the default network",
-        compare_trainer(Turns(DIGITS_SHAPE, DIGITS_BATCH), [], 10 * options.rounds, options.logger),
-    )
-    write_json(options.out, result)
+        for name, row in variants.items():
+            facts = {key: row[key] for key in ("parameters", "gflops_per_image", "first_step_seconds") if key in row}
+            print(f"  {name}: {facts}" if facts else "", end="\n" if facts else "")
+        write_json(options.out, result)  # after each part, because all parts take minutes
     print(f"Written to {options.out}.")
 
 

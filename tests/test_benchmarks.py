@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import growth  # type: ignore[import-not-found]
 import loading  # type: ignore[import-not-found]
 import paired  # type: ignore[import-not-found]
 import report  # type: ignore[import-not-found]
+import sampling  # type: ignore[import-not-found]
 import scaling  # type: ignore[import-not-found]
 import train_step  # type: ignore[import-not-found]
 
@@ -71,7 +75,9 @@ def test_each_lap_of_the_trainer_is_one_step(monkeypatch: pytest.MonkeyPatch) ->
     record(train_step.PlainLoop, "step", lambda self: "p")
     record(train_step.Diffusion, "training_step", lambda self: "t")
     tiny = ["model.network.channels=8", "model.network.channel_mult=[1]", "model.network.attention_resolutions=[]"]
-    rows = train_step.compare_trainer(data, [*tiny, "callbacks.progress_bar=null"], rounds=6, logger="csv")
+    rows = train_step.compare_trainer(
+        data, ["model=ddpm", *tiny, "callbacks.progress_bar=null"], rounds=6, logger="csv"
+    )
     # The first batch is prefetched, so the first lap is empty; the last lap ends after the stream and is not counted.
     assert "".join(events).startswith("[p]()[p](t)[p](t)[p](t)")
     assert [row["rounds"] for row in rows.values()] == [6, 6]
@@ -99,6 +105,73 @@ def test_a_network_has_the_counted_size_and_the_documented_numbers() -> None:
     evaluation = stored["evaluation"]
     one, two = (evaluation[f"{count} processes"]["samples_per_second"] for count in (1, 2))
     assert f"| {one:.1f} | {two:.1f} | {evaluation['speedup']['sampling_seconds']:.2f} |" in page
+
+
+class Small(nn.Module):
+    """A network of one convolution that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.calls = nn.Conv2d(3, 3, 3, padding=1), 0
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        self.calls += 1
+        return self.conv(x).tanh() * (1 + 0.1 * torch.tanh(t.reshape(-1, 1, 1, 1) / 100))
+
+
+@pytest.mark.parametrize(("part", "calls"), [("network", 50), ("dpm_solver", 20), ("edm_heun", 35)])
+@torch.no_grad()
+def test_samplers_that_are_compared_do_the_same_work(part: str, calls: int) -> None:
+    network = Small()
+    loops = sampling.NETWORK_PARTS[part][1](network, lambda x, t: network(x, t, {}), torch.randn(2, 3, 32, 32))
+    images = {}
+    for name, loop in loops.items():
+        network.calls = 0
+        images[name] = loop()
+        assert network.calls == calls, name
+    # k-diffusion's DPM-Solver++ also extrapolates over steps more than twice as long as the one before.
+    if "k-diffusion" in images and part != "dpm_solver":
+        difference = (images["k-diffusion"] - images["gencompare"]).norm() / images["gencompare"].norm()
+        assert difference < 1e-2
+
+
+def test_exponents_of_growth_are_those_of_power_laws() -> None:
+    sizes = [10, 100, 1000]
+    row = growth.grow(sizes, [(3e-4 * n**1.5, 5 * n) for n in sizes])
+    assert (row["time"], row["memory"]) == (
+        {"exponent": 1.5, "standard_error": 0},
+        {"exponent": 1, "standard_error": 0},
+    )
+    assert growth.continued(sizes, row["seconds"], 10_000) == pytest.approx(300)
+    # log2 of the values is 0, 2, 3, 4: the slope is 6.5 / 5, and the squared residuals sum to 0.3.
+    wavy = growth.fit([1, 2, 4, 8], [1, 4, 8, 16])
+    assert wavy == {"exponent": 1.3, "standard_error": pytest.approx(0.173, abs=1e-3)}
+
+
+def test_a_table_without_results_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.tables() == {}
+    page = "a\n<!-- models -->\n| old |\n<!-- end -->\nb"
+    assert report.fill(page) == "a\n<!-- models -->\n<!-- end -->\nb"
+
+
+def test_new_results_have_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    laps = {"peer": paired.Laps([2.0] * 6, [2.0] * 6), "gencompare": paired.Laps([1.0] * 6, [1.0] * 6)}
+    facts = {"parameters": 2_000_000, "gflops_per_image": 1.5}
+    variants = {name: row | facts for name, row in paired.compare(laps, base="peer").items()}
+    rows = {"samples": growth.grow([10, 100, 1000], [(1.0, 10), (100.0, 100), (10_000.0, 1000)])}
+    (tmp_path / "growth.json").write_text(json.dumps({"evaluation": {"rows": rows}}))
+    assert (
+        "| evaluation | samples | 10: 1 s, 10 MiB | 1,000: 1e+04 s, 1,000 MiB | 2.00 ± 0.00 | 1.00 ± 0.00 | - |"
+        in (report.tables()["growth"])
+    )
+    (tmp_path / "train_step.json").write_text(json.dumps({"ddpm": {"setting": "a DDPM", "variants": variants}}))
+    assert (
+        "| a DDPM | gencompare | peer | 2.00 / 2.00 | 1.50 / 1.50 | 0.50 [0.50, 0.50] | 2.00 |"
+        in (report.tables()["models"])
+    )
 
 
 def test_the_tables_of_the_page_are_those_of_the_results() -> None:
