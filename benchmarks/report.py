@@ -140,7 +140,7 @@ def growth_tables(results: Mapping[str, Any]) -> dict[str, str]:
             further = "-"
             if "continued" in row:
                 at = row["continued"]
-                further = f"{row['at']:,}: {at['seconds'] / 60:,.0f} min, {at['added_mib'] / 1024:,.1f} GiB"
+                further = f"{at['size']:,}: {at['seconds'] / 60:,.1f} min, {at['added_mib'] / 1024:,.1f} GiB"
             rows.append([part, axis, *ends, *powers, further])
     text = []
     if rows:
