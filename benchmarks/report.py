@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,16 @@ EVALUATION = {
 SAMPLERS = ["DDIM", "Euler", "Heun", "DPM-Solver++(2M)"]
 MODELS = ["ddpm", "edm", "dit", "gan", "vae"]
 """Parts of the benchmark of a training step in one table."""
+PRIMARY = "mmd_efficientnet_lite0"
+FEW_CALLS = {
+    "DDIM, 50 calls": r"DDIM, 50 steps\b.*", "DDIM, 10": r"DDIM, 10 steps\b.*",
+    "DPM-Solver++(2M), 10": r"DPMSolverPP2M, 10 steps(?!, times)\b.*", "optimised times, 10": r".*, 10 steps, times .*",
+}  # fmt: skip
+"""Samplers of the study of few network calls, and patterns of their descriptions."""
+FOLDER_ROWS = {
+    "index_seconds": "index, s", "decode_seconds": "decode, s", "open_seconds": "open again, s",
+    "epoch_seconds": "read an epoch, s", "train_added_mib": "memory added, MiB",
+}  # fmt: skip
 FEW_STEPS = {"dpm_solver": "DPM-Solver++(2M), 20 steps", "edm_heun": "Heun on EDM's noise levels, 18 steps"}
 
 
@@ -159,13 +170,95 @@ def growth_tables(results: Mapping[str, Any]) -> dict[str, str]:
     return {"growth": "\n\n".join(text)} if text else {}
 
 
+def loading_tables(results: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    if "batches" in results:
+        batches = results["batches"]
+        per_step = batches["step"]["batches_per_step"]
+        base = next(name for name in batches["variants"] if name.endswith("0 workers"))
+        rows = [
+            [
+                name,
+                f"{batches['batches_per_second'][name]:,.0f}",
+                ratio(row) if name != base else "1",
+                f"{per_step[name]['wall'][0]:,.0f}" if name in per_step else "-",
+            ]
+            for name, row in batches["variants"].items()
+        ]
+        head = ["loader", "batches/s", f"time / {base}", "batches read in the time of a training step"]
+        found["loading"] = markdown(head, rows)
+    if "folders" in results:
+        folders = results["folders"]
+        sizes = list(folders["sizes"])
+        rows = [
+            [
+                text,
+                *(f"{folders['sizes'][size][key]:,.3g}" for size in sizes),
+                f"{folders['growth'][key]['exponent']:.2f}",
+                f"{folders['growth'][key]['at_1000000']:,.3g}",
+            ]
+            for key, text in FOLDER_ROWS.items()
+        ]
+        head = ["JPEG files", *(f"{int(size):,}" for size in sizes), "exponent", "1,000,000, extrapolated"]
+        found["folders"] = markdown(head, rows)
+    return found
+
+
+def study(name: str) -> dict[str, dict[str, Any]]:
+    """Return the committed records of a study of docs/results, by name."""
+    found = sorted((PAGE.parent / "results" / name).glob("*/record.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def primary(record: Mapping[str, Any], described: str = "") -> Mapping[str, Any] | None:
+    """Return the primary metric of the first result whose sampler is described by this pattern."""
+    for result in record["results"]:
+        metric = result["metrics"].get(PRIMARY)
+        if metric and re.fullmatch(described or ".*", result["generation"]["sampler"]):
+            return metric
+    return None
+
+
+def few_calls_table() -> dict[str, str]:
+    rows = []
+    for name, record in study("few_calls").items():
+        found = [primary(record, pattern) for pattern in FEW_CALLS.values()]
+        cells = [
+            f"{row['value']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]" if row else "-" for row in found
+        ]
+        rows.append([name, *cells])
+    return {"few_calls": markdown(["model", *FEW_CALLS], rows)} if rows else {}
+
+
+def fewer_images_table() -> dict[str, str]:
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for record in study("fewer_images").values():
+        config = record["config"]
+        optimizer = config["model"]["optimizer"]
+        key = (
+            f"{record['training']['images_seen']:,}",
+            optimizer["_target_"].rsplit(".", 1)[-1],
+            f"{optimizer['lr']:g}",
+            str(config["trainer"]["global_batch_size"]),
+        )
+        metric = primary(record)
+        assert metric is not None
+        groups.setdefault(key, []).append(metric["value"])
+    rows = [[*key, ", ".join(f"{x:.1f}" for x in values), f"{fmean(values):.1f}"] for key, values in groups.items()]
+    head = ["training images", "optimiser", "learning rate", "batch", "MMD of each seed", "mean"]
+    return {"fewer_images": markdown(head, rows)} if rows else {}
+
+
 def tables() -> dict[str, str]:
     """Return the tables of the page by name; a part without results has none."""
     return {
+        **few_calls_table(),
+        **fewer_images_table(),
         **training_tables(read("train_step")),
         **sampling_tables(read("sampling")),
         **evaluation_tables(read("evaluation")),
         **growth_tables(read("growth")),
+        **loading_tables(read("loading")),
     }
 
 
