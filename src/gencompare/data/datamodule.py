@@ -328,7 +328,8 @@ class TrainStream:
         """Return the indices (B,) of the images in the global batch of ``step``."""
         size, positions = len(self.split), self._positions(step)
         indices = torch.empty(len(positions), dtype=torch.int64)
-        for epoch in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
+        first, last = step * self.data.batch_size, (step + 1) * self.data.batch_size - 1
+        for epoch in range(first // size, last // size + 1):
             in_epoch = positions // size == epoch
             indices[in_epoch] = self._permutation_of(epoch)[positions[in_epoch] % size]
         return indices

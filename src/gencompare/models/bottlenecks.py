@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.distributed import all_reduce_sum
@@ -189,7 +188,8 @@ class VectorQuantizer(Bottleneck):
         commitment = (h - quantized).square().flatten(1).mean(1)
         metrics = {"penalty": self.commitment * commitment, "commitment": commitment}
         with torch.no_grad():
-            usage = all_reduce_sum(F.one_hot(indices, self.num_codes).to(h).sum(0))
+            # Like F.one_hot(indices).sum(0), which reads the indices on the host.
+            usage = all_reduce_sum(h.new_zeros(self.num_codes).index_add_(0, indices, h.new_ones(len(indices))))
             metrics["perplexity"] = perplexity(usage).expand(len(h))
             if self.training:
                 self._update(vectors, indices, usage, rng)
