@@ -15,9 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
 import torch  # noqa: E402  (after the number of threads is set)
+from omegaconf import OmegaConf  # noqa: E402
 
 from gaussian_truth import SCHEDULES, schedule_named  # noqa: E402
 from gencompare.diffusion.schedules import NoiseSchedule  # noqa: E402
+from hydra_plugins.gencompare_sweeps.resolvers import cpu_precision  # noqa: E402
+
+# trainer=cpu has the same precision on all machines in tests, since many expect results that are equal bit for bit.
+OmegaConf.register_new_resolver(cpu_precision.__name__, lambda: "32-true", replace=True)
 
 
 @pytest.fixture(scope="session")
