@@ -240,10 +240,17 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_resumed_with_more_processes_keeps_its_batch_size(cli: Callable[..., int], tmp_path: Path) -> None:
-    assert cli("model=vae", *QUICK, "budget.steps=2", "trainer.global_batch_size=24", "hydra.run.dir=run") == 0
+def test_a_run_resumed_with_another_trainer_keeps_its_batch_size_and_precision(
+    cli: Callable[..., int], tmp_path: Path
+) -> None:
+    settings = ["trainer.global_batch_size=24", "trainer.precision=bf16-mixed"]
+    assert cli("model=vae", *QUICK, "budget.steps=2", *settings, "hydra.run.dir=run") == 0
     stored, composed = run_config.read(tmp_path / "run"), compose("model=vae", "trainer=ddp", "resume=run")
     for batch_size, overrides in {24: [], 64: ["trainer.global_batch_size=64"]}.items():
         words = ["resume=run", "trainer=ddp", *overrides]
         merged = run_config._override_stored(stored, composed, words, {}, tmp_path / "run")
         assert merged.trainer.global_batch_size == batch_size and merged.trainer.devices == 2
+        assert merged.trainer.precision == "bf16-mixed"
+    words = ["resume=run", "trainer=ddp", "trainer.precision=32-true"]
+    merged = run_config._override_stored(stored, composed, words, {}, tmp_path / "run")
+    assert merged.trainer.precision == "32-true"

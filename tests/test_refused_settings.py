@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,14 +11,30 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from composing import compose, options
+from gencompare.data.datamodule import ImageData
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
-from gencompare.tasks.runs.build import build_data, build_model
+from gencompare.generative_model import TrainedModel
+from gencompare.tasks.runs.build import (
+    build_data,
+    build_model,
+    build_trainer,
+    check_trainer_for_model,
+    check_trainer_settings,
+)
+from gencompare.tasks.runs.trainer_options import CHOICES, PRECISIONS
 from gencompare.tasks.train import check_optimizer
+from gencompare.training import device_settings
+from gencompare.training.budget import Budget
+from gencompare.training.clock import TrainingClock
+from gencompare.training.ema import EMA
 
+DOCS = Path(__file__).parents[1] / "docs"
 FAMILIES = options("model")
 MEANINGFUL_BELOW_ZERO = {"attention_resolutions", "gamma_max", "gamma_min", "mean"}
 """Settings for which -1 has a meaning."""
@@ -129,3 +146,94 @@ def test_the_command_line_refuses_them_before_it_writes(
     error = capsys.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1, error
     assert not [path for path in tmp_path.glob("runs/*") if path.is_dir()]
+
+
+# The table of settings that each family takes
+
+TABLE = (DOCS / "training_options.md").read_text().split("| setting | taken by | else |")[1]
+ROWS = re.findall(r"^\| (`.+?) \| (.+?) \| (.*)\|$", TABLE, flags=re.MULTILINE)
+"""Settings, the families that take them, and parts of the message to the others."""
+
+
+def takes(text: str, family: str) -> bool:
+    """Return whether a cell such as "all but `gaussian`" includes a family."""
+    named = f"`{family}`" in text
+    return text == "all" or (not named if text.startswith("all but") else named)
+
+
+def with_settings(cfg: DictConfig, settings: str) -> DictConfig:
+    """Return a copy of a config with settings of the command line."""
+    cfg = cfg.copy()
+    for setting in settings.split():
+        key, _, value = setting.lstrip("+").partition("=")
+        if key.endswith("_target_"):  # other optimisers have other arguments
+            cfg.model.optimizer = {"_partial_": True, "lr": cfg.model.optimizer.lr}
+        OmegaConf.update(cfg, key, yaml.safe_load(value), force_add=True)
+    return cfg
+
+
+def check_settings(cfg: DictConfig, data: ImageData, model: TrainedModel | None = None) -> TrainedModel:
+    """Check a config like a run does before it writes anything, with a model that differs in its optimiser only."""
+    check_trainer_settings(cfg)
+    if model is None or "Missing" in str(cfg.model.get("optimizer")):
+        model = build_model(cfg, data)
+    if "optimizer" in cfg.model:
+        model.optimizer_factory = instantiate(cfg.model.optimizer)
+    check_optimizer(model)
+    check_trainer_for_model(cfg, model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_of_the_table_is_taken_or_refused_in_one_line(family: str) -> None:
+    data, model = Digits(), None
+    cfg = compose(f"model={family}", "data=digits", "trainer=cpu")
+    cfg = OmegaConf.masked_copy(cfg, ["seed", "model", "trainer"])
+    part = cfg.copy()  # which is quicker to copy
+    part.model = OmegaConf.masked_copy(cfg.model, [name for name in ("optimizer",) if name in cfg.model])
+    for row, families, parts in ROWS:
+        settings = row.strip("`")
+        if "model.optimizer" in settings and "optimizer" not in cfg.model:
+            assert not takes(families, family)  # there is no such option
+            continue
+        try:
+            whole = model is None or "Missing" in settings
+            model = check_settings(with_settings(cfg if whole else part, settings), data, model)
+            text = None
+        except UserError as error:
+            text = str(error)
+        assert (text is None) == takes(families, family), (settings, text)
+        if text is not None:
+            assert "\n" not in text, text
+            assert all(part in text for part in re.findall("`(.+?)`", parts)), (settings, text)
+            names = [re.sub(r"^\+|=.*|\._target_", "", setting) for setting in settings.split()]
+            assert any(name in text for name in names), (settings, text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_setting_of_the_table_that_is_taken_trains(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_settings, "BACKEND", "eager")  # which traces the blocks, but generates no code
+    for settings, families, _ in ROWS:
+        if not takes(families, family) or "strategy" in settings:  # other tests train with several processes
+            continue
+        cfg = with_settings(compose(f"model={family}", "data=digits", "trainer=cpu"), settings.strip("`"))
+        cfg.data.batch_size = cfg.trainer.global_batch_size = 8
+        data = build_data(cfg)
+        model = check_settings(cfg, data)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        callbacks = {"clock": TrainingClock(0, 8, Budget(steps=2)), "ema": EMA(0.9)}
+        build_trainer(cfg, model, callbacks, [], tmp_path).fit(model, datamodule=data)
+        after = model.state_dict()
+        assert any(not torch.equal(before[name].to(value), value) for name, value in after.items()), settings
+        assert all(value.isfinite().all() for value in after.values()), settings
+
+
+def test_every_value_of_a_setting_is_in_the_table() -> None:
+    listed = [settings.strip("`") for settings, _, _ in ROWS]
+    for name, values in CHOICES.items():
+        assert f"trainer.{name}=nonsense" in listed or name == "strategy"
+        assert any(f"trainer.{name}={str(value).lower()}" in listed for value in values[1:])
+    assert {f"trainer.precision={value}" for value in PRECISIONS} < set(listed)

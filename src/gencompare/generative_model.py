@@ -252,6 +252,8 @@ class TrainedModel(pl.LightningModule):
         """Random numbers of the current step, set by `TrainingClock`; None uses PyTorch's default generator."""
         self.num_micro_batches = 1
         """Number of parts in which `micro_batched_networks` process a batch in training."""
+        self.fused_optimizer = False
+        """Whether optimisers that have a fused kernel use it, see `new_optimizer`."""
         self._progress: float | None = None
         arguments = constructor_arguments(self, inspect.currentframe())
         # Plain data, so that a checkpoint can be read without unpickling; `save_hyperparameters` would store objects.
@@ -420,12 +422,34 @@ class TrainedModel(pl.LightningModule):
         """Create the optimisers, in the order of `fit_batch`. Return an empty list if there is no optimiser factory."""
         if self.optimizer_factory is None:
             return []
-        return [self.optimizer_factory(p for p in self.parameters() if p.requires_grad)]
+        return [self.new_optimizer(p for p in self.parameters() if p.requires_grad)]
+
+    def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Create an optimiser with the optimiser factory, with its fused kernel if it has one and `fused_optimizer`."""
+        factory = self.optimizer_factory
+        assert factory is not None
+        options = getattr(factory, "keywords", {})
+        if not self.fused_optimizer or "fused" in options or options.get("foreach") or options.get("differentiable"):
+            return factory(parameters)
+        has_fused = "fused" in inspect.signature(factory).parameters
+        return factory(parameters, **({"fused": True} if has_fused else {}))
 
     def check_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Raise `UserError` for settings that torch accepts although they reverse or disable learning."""
         if self.closed_form:
             return
+        optimizers = list(optimizers)
+        for name, step in ((type(each).__name__, inspect.signature(each.step)) for each in optimizers):
+            closure = step.parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                raise UserError(
+                    f"model.optimizer: {name} evaluates the loss several times in a step, each time with other noise:"
+                    " use an optimiser that does not need a closure, such as torch.optim.Adam."
+                )
+            if name == "SparseAdam":
+                raise UserError(
+                    "model.optimizer: SparseAdam takes sparse gradients, which no model here has: use torch.optim.Adam."
+                )
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             check_positive("model.optimizer.lr", float(group["lr"]))
             check_non_negative("model.optimizer.weight_decay", group.get("weight_decay") or 0)
@@ -484,6 +508,11 @@ class TrainedModel(pl.LightningModule):
         It computes everything in ``forward``, and lists the parts that do most of the work as ``blocks``.
         """
         return None
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of `sharded_network`, which ``trainer.compile`` compiles, or an empty list."""
+        network: Any = self.sharded_network()
+        return [] if network is None else list(network.blocks)
 
     @property
     def is_sharded(self) -> bool:

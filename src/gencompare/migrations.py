@@ -447,6 +447,11 @@ CALLBACKS = {
 }
 """Old and current names under which checkpoints store the state of callbacks."""
 
+TRAINER = {
+    "_target_": "pytorch_lightning.Trainer", "num_micro_batches": 1, "matmul_precision": "highest", "compile": None,
+    "memory_format": None, "fused_optimizer": False,
+}  # fmt: skip
+"""Values of settings of the trainer in versions that did not have them yet."""
 PACKAGE = "gencompare."
 
 
@@ -495,7 +500,7 @@ def migrate_config(config: dict[str, Any]) -> dict[str, Any]:
             for name, changes in evaluation["samplers"].items()
         }
     if isinstance(done.get("trainer"), dict):
-        done["trainer"].setdefault("_target_", "pytorch_lightning.Trainer")  # the only Trainer of earlier versions
+        done["trainer"] |= {name: value for name, value in TRAINER.items() if name not in done["trainer"]}
     if isinstance(done.get("choices"), dict):
         done["choices"] = {OPTIONS.get(group, group): choice for group, choice in done["choices"].items()}
         task = done["choices"].get("task")

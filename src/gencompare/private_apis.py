@@ -42,6 +42,11 @@ class MovesOtherModules:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
+def remove_compiled_call(module: Any) -> None:
+    """Undo ``module.compile()``, for which torch has no public function."""
+    module._compiled_call_impl = None
+
+
 @contextmanager
 def rank_command(command: list[str], folder: str) -> Iterator[None]:
     """Make Lightning start other ranks with ``command`` in ``folder`` during the block.

@@ -150,8 +150,7 @@ class GAN(GenerativeModel):
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """Create the optimisers for the discriminator and the generator."""
-        assert self.optimizer_factory is not None
-        return [self.optimizer_factory(network.parameters()) for network in (self.discriminator, self.generator)]
+        return [self.new_optimizer(network.parameters()) for network in (self.discriminator, self.generator)]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the generator, the only network used for sampling."""

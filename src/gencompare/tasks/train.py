@@ -31,6 +31,7 @@ from gencompare.tasks.runs.build import (
     build_model,
     build_protocol,
     build_trainer,
+    check_trainer_for_model,
     check_trainer_settings,
     stored_budget,
 )
@@ -86,6 +87,7 @@ def train(cfg: DictConfig) -> None:
     data.setup()
     model = build_model(cfg, data)
     check_optimizer(model)
+    check_trainer_for_model(cfg, model)
     if found is not None:
         check_state_dict(model, found.content["state_dict"], found.path)
     protocol = None

@@ -164,6 +164,11 @@ class TrainingFlops(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.per_image = state_dict["per_image"]
 
+    @property
+    def is_counting(self) -> bool:
+        """Whether the FLOPs of the current step are counted."""
+        return self._counter is not None
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
         assert isinstance(pl_module, TrainedModel)
         parts = pl_module.num_micro_batches  # all but one compute their activations twice

@@ -117,6 +117,8 @@ def autoencoder_config(cfg: DictConfig) -> DictConfig:
     stage.data.pop("conditions", None)
     if cfg.choices.get("debug") is None:
         stage.budget = OmegaConf.merge(cfg.budget, latent.budget)
+    # These settings are for the denoiser.
+    stage.trainer.compile, stage.trainer.num_micro_batches = None, 1
     stage.callbacks.evaluation.patience = None  # autoencoders draw no samples to compare with validation images
     stage.choices = autoencoder_choices(cfg)
     stage.family = stage.choices["model"]

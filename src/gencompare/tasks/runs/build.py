@@ -32,7 +32,15 @@ from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.rng import derive_seed
 from gencompare.tasks.runs.launched_ranks import check_devices
 from gencompare.tasks.runs.run_config import callback_without_class, check_trainer
+from gencompare.tasks.runs.trainer_options import (
+    check_compiler,
+    check_model,
+    compiled_mode,
+    complete_options,
+    full_precision_name,
+)
 from gencompare.training.budget import Budget
+from gencompare.training.device_settings import DeviceSettings
 from gencompare.training.lightning_plugins import AtomicCheckpointIO, ShardedStrategy, UnwrappedDDPStrategy
 from gencompare.training.loggers import MetricLogger, fail_safe
 
@@ -71,7 +79,7 @@ def build_model(cfg: DictConfig, data: ImageData) -> TrainedModel:
 
 def is_float64(cfg: DictConfig) -> bool:
     """Return whether the model computes in float64 (``trainer.precision=64-true``)."""
-    return str(cfg.trainer.get("precision")) in ("64", "64-true")
+    return full_precision_name(cfg.trainer.get("precision")) == "64-true"
 
 
 def build_protocol(cfg: DictConfig) -> EvaluationProtocol:
@@ -133,7 +141,12 @@ def build_callbacks(
         callbacks[name] = callback
     if "clock" not in callbacks:
         raise UserError("callbacks.clock=null is not allowed: without the clock, training would never end.")
-    return dict(sorted(callbacks.items(), key=lambda item: getattr(item[1], "order", DEFAULT_ORDER)))
+    return dict(sorted(callbacks.items(), key=lambda item: order_of(item[1])))
+
+
+def order_of(callback: pl.Callback) -> int:
+    """Return the attribute ``order`` of a callback: callbacks run in ascending order."""
+    return getattr(callback, "order", DEFAULT_ORDER)
 
 
 REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
@@ -185,11 +198,11 @@ def instantiate_checked(place: str, options: DictConfig, **keywords: Any) -> Any
             cause = deeper
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from error
+        missing = re.search(r"Error locating target '(.+?)'.*full_key: (\S+)", str(error), flags=re.DOTALL)
+        setting = f"{missing[2]}._target_={missing[1]}" if missing else f"{place}={options._target_}"
         if isinstance(cause, ModuleNotFoundError):
-            raise UserError(
-                f"{place}={options._target_}: {cause.msg}. If it is your own, set PYTHONPATH to its folder."
-            ) from error
-        raise UserError(f"{place}={options._target_}: {' '.join(str(cause).split())}.") from error
+            raise UserError(f"{setting}: {cause.msg}. If it is your own, set PYTHONPATH to its folder.") from error
+        raise UserError(f"{setting}: {' '.join(str(cause).split())}.") from error
 
 
 def _nan_keys(node: Any, path: str = "") -> Iterator[str]:
@@ -269,10 +282,23 @@ def build_logger(name: str, options: DictConfig, run: dict[str, Any]) -> Logger:
 
 
 def check_trainer_settings(cfg: DictConfig) -> None:
-    """Raise `UserError` for invalid settings in ``cfg.trainer`` (see `run_config.check_trainer`)."""
-    check_trainer(
-        {str(key): value for key, value in cfg.trainer.items()}, [*inspect.signature(pl.Trainer).parameters, "_target_"]
-    )
+    """Raise `UserError` for settings in ``cfg.trainer`` that no model takes."""
+    options: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+    check_trainer(options, [*inspect.signature(pl.Trainer).parameters, "_target_"])
+    complete_options(options)
+
+
+def check_trainer_for_model(cfg: DictConfig, model: TrainedModel) -> None:
+    """Raise `UserError` for settings in ``cfg.trainer`` that the model, or this machine, does not take."""
+    check_compiler(_trainer_options(cfg, model))
+
+
+def _trainer_options(cfg: DictConfig, model: TrainedModel) -> dict[str, Any]:
+    """Return the complete settings of ``cfg.trainer``, checked for the model, which gets those that it needs."""
+    options = complete_options(OmegaConf.to_container(cfg.trainer, resolve=True))  # type: ignore[arg-type]
+    model.num_micro_batches, model.fused_optimizer = options["num_micro_batches"], options["fused_optimizer"]
+    check_model(options, model)
+    return options
 
 
 def choose_device(cfg: DictConfig) -> torch.device:
@@ -285,27 +311,20 @@ def build_trainer(
 ) -> pl.Trainer:
     """Build the Trainer from ``cfg.trainer``, without the features that this package implements itself."""
     _silence_lightning()
-    options: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[assignment]
-    del options["global_batch_size"]
-    model.num_micro_batches = check_micro_batches(model, options.pop("num_micro_batches", 1))
+    options = _trainer_options(cfg, model)
+    for name in ("global_batch_size", "num_micro_batches", "fused_optimizer"):
+        del options[name]
+    settings = DeviceSettings(
+        compile_mode=compiled_mode(options, model),
+        **{name: options.pop(name) for name in ("matmul_precision", "memory_format")},
+    )
+    del options["compile"]
     trainer_class = get_class(options.pop("_target_", "pytorch_lightning.Trainer"))
-    if str(options.get("precision")) in ("16-true", "bf16-true"):
-        raise UserError(
-            f"trainer.precision={options['precision']} would round noise schedules and EMA weights to 16 bits: use"
-            f" {str(options['precision']).replace('true', 'mixed')}."
-        )
     check_devices(options["devices"], options["num_nodes"])
     multiprocess = options["strategy"] == "ddp" or (
         options["strategy"] == "auto" and (options["devices"] != 1 or options["num_nodes"] != 1)
     )
     if options["strategy"] == "fsdp":
-        if model.sharded_network() is None:
-            raise UserError(
-                f"trainer.strategy=fsdp divides the weights of diffusion models with a UNet, a DiT or an MLP, not"
-                f" those of this {type(model).__name__}: use trainer=ddp."
-            )
-        if not isinstance(options["devices"], int):
-            raise UserError("trainer=fsdp needs the number of processes on each node: trainer.devices=N.")
         options["strategy"] = ShardedStrategy(options["devices"] * options["num_nodes"])
     if multiprocess and not model.automatic_optimization:
         options["strategy"] = UnwrappedDDPStrategy()
@@ -327,22 +346,14 @@ def build_trainer(
     if logger is not None:
         fixed["log_every_n_steps"] = logger.log_every_n_steps  # for Lightning callbacks such as LearningRateMonitor
     try:
-        return trainer_class(callbacks=list(callbacks.values()), logger=loggers or False, **(fixed | options))
+        return trainer_class(
+            callbacks=sorted([*callbacks.values(), settings], key=order_of),
+            logger=loggers or False,
+            **(fixed | options),
+        )
     except (MisconfigurationException, ValueError, TypeError) as error:
         advice = " Use trainer=cpu or trainer=auto." if "backend found" in str(error) else ""
         raise UserError(f"trainer: {' '.join(str(error).split())}{advice}") from error
-
-
-def check_micro_batches(model: TrainedModel, count: int) -> int:
-    """Return ``trainer.num_micro_batches``, or raise `UserError` if the model cannot use it."""
-    if count < 1:
-        raise UserError(f"trainer.num_micro_batches={count} must be at least 1.")
-    if count > 1 and not model.micro_batched_networks():
-        raise UserError(
-            f"trainer.num_micro_batches={count}: {type(model).__name__} has no networks that map each sample on its own"
-            " in training. Lower trainer.global_batch_size instead."
-        )
-    return count
 
 
 def build_profiler(name: str, folder: Path) -> Any:

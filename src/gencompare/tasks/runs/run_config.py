@@ -69,8 +69,9 @@ GROUPS_NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep"
 """Groups whose choices are not inherited from a run folder, since its config contains their values."""
 APPENDED_GROUPS = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
 """Groups that are appended with ``+``, and the config key that receives their options."""
-BATCH_KEY = "trainer.global_batch_size"
-"""Setting of the trainer that another option of its group does not change in a run folder."""
+TRAINING_KEYS = ("trainer.global_batch_size", "trainer.precision")
+"""Settings of the trainer that another option of its group does not change in a run folder, as they affect what is
+trained."""
 FIXED_KEY = "model.latent"
 """Setting that trained weights depend on, so it cannot be changed afterwards."""
 
@@ -98,6 +99,10 @@ TRAINER_EQUIVALENTS = {
     "default_root_dir": "hydra.run.dir=DIR",
 }
 """Trainer arguments that this program sets itself, and their equivalent overrides."""
+TRAINER_ADDITIONS = (
+    "global_batch_size", "num_micro_batches", "matmul_precision", "compile", "memory_format", "fused_optimizer",
+)  # fmt: skip
+"""Settings of the trainer that are not arguments of Lightning's."""
 TEMPLATE_EQUIVALENTS = {
     "ckpt_path": "resume=RUN_FOLDER continues a run, task=evaluate run_dir=RUN_FOLDER checkpoint=last evaluates it",
     "task_name": "a run is named after its folder: hydra.run.dir=DIR",
@@ -254,7 +259,7 @@ def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
         options: the ``trainer`` part of a config.
         known: the arguments of Lightning's Trainer.
     """
-    _refuse_unknown("trainer.", options, {*known, "global_batch_size", "num_micro_batches"})
+    _refuse_unknown("trainer.", options, {*known, *TRAINER_ADDITIONS})
     for name in options:
         if name in TRAINER_EQUIVALENTS:
             raise UserError(f"trainer.{name} is set by this program. Use {TRAINER_EQUIVALENTS[name]}.")
@@ -433,8 +438,9 @@ def _override_stored(
             added_keys |= {f"{key}.{name}" for name in added if name not in before}
     for key in [*JOB_KEYS, *sorted(changed)]:
         OmegaConf.update(merged, key, _raw(composed, key), merge=False, force_add=True)
-    if BATCH_KEY not in overridden:  # another trainer changes the number of processes, not what is trained
-        OmegaConf.update(merged, BATCH_KEY, _raw(stored, BATCH_KEY))
+    for key in TRAINING_KEYS:
+        if key not in overridden:
+            OmegaConf.update(merged, key, _raw(stored, key))
     own = {*JOB_KEYS, *changed, *added_keys, *use_own_folders(merged, composed, changed)}
     settings: Any = OmegaConf.to_container(merged, resolve=False)
     keys = {tuple(key.split(".")) for key in own}
