@@ -17,6 +17,7 @@ from gencompare.models.adversarial import Hinge
 from gencompare.models.autoencoder_core import AutoencoderCore
 from gencompare.models.bottlenecks import Bottleneck
 from gencompare.models.manual_optimization import frozen, manual_step
+from gencompare.networks.layers import at_least_float32
 from gencompare.networks.perceptual import PerceptualNetwork
 from gencompare.rng import RandomSource
 
@@ -144,7 +145,7 @@ class Autoencoder(TrainedModel):
             manual_step(self, 0, loss, list(self.coder.parameters()))
             return {name: value.detach().mean() for name, value in metrics.items()}
         with frozen(self.discriminator):
-            generator_loss = self.adversarial.generator_loss(None, self.discriminator(y)).mean()
+            generator_loss = self.adversarial.generator_loss(None, self._scores(y)).mean()
             adaptive_weight = self._adaptive_weight(loss, generator_loss)
             metrics |= {"balance": adaptive_weight, "fooling": generator_loss}
             total = loss + self.adversarial_weight * adaptive_weight * generator_loss
@@ -157,7 +158,7 @@ class Autoencoder(TrainedModel):
         l1 = (x - y).abs().flatten(1).sum(1) / self.spec.num_values
         metrics = {"loss": l1, "l1": l1}
         if self.perceptual is not None:
-            metrics["perceptual"] = self.perceptual(x, y)
+            metrics["perceptual"] = at_least_float32(self.perceptual(x, y))
             metrics["loss"] = l1 + self.perceptual_weight * metrics["perceptual"]
         return metrics
 
@@ -171,9 +172,14 @@ class Autoencoder(TrainedModel):
         loss_norm, generator_norm = (all_reduce_sum(gradients) / world_size()).flatten(1).norm(dim=1)
         return (loss_norm / (generator_norm + 1e-6)).clamp(max=self.MAX_ADAPTIVE_WEIGHT)
 
+    def _scores(self, x: Tensor) -> Tensor:
+        """Compute the discriminator's scores of patches, in full precision."""
+        assert self.discriminator is not None
+        return at_least_float32(self.discriminator(x))
+
     def _discriminator_step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         assert self.discriminator is not None
-        real, fake = self.discriminator(torch.cat([x, y])).chunk(2)
+        real, fake = self._scores(torch.cat([x, y])).chunk(2)
         loss = self.adversarial.discriminator_loss(real, fake).mean()
         manual_step(self, 1, loss, list(self.discriminator.parameters()))
         return {"d_loss": loss, "d_real": real, "d_fake": fake}
@@ -204,9 +210,8 @@ class Autoencoder(TrainedModel):
 
     def build_optimizers(self) -> list[torch.optim.Optimizer]:
         """Create the optimisers for the autoencoder core and, if there is one, the discriminator."""
-        assert self.optimizer_factory is not None
         networks = [self.coder, *([] if self.discriminator is None else [self.discriminator])]
-        return [self.optimizer_factory(network.parameters()) for network in networks]
+        return [self.new_optimizer(network.parameters()) for network in networks]
 
     def averaged_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of the autoencoder core, the only part used after training."""
