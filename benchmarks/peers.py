@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -34,6 +35,8 @@ from gencompare.rng import RandomSource
 from gencompare.tasks.runs.build import build_model
 
 SHAPE = (3, 32, 32)
+CHANNELS_LAST = "gencompare, channels_last"
+"""Variant of our U-Net that is timed in float32 only: with bfloat16, GroupNorm is slow in this format."""
 Step = Callable[[], None]
 
 
@@ -79,7 +82,13 @@ def noise_contest(setting: str, batch: int, networks: Callable[[], tuple[nn.Modu
         network = networks()[1]
         return predicts_noise(network, batch, lambda x, t: network(x, timestep=t, **classes).sample)
 
-    return Contest(f"3x32x32, batch {batch}, {setting}", batch, {"diffusers": theirs, "gencompare": ours})
+    def channels_last() -> Contestant:
+        network = networks()[0].to(memory_format=torch.channels_last)  # trainer.memory_format=channels_last
+        layout = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
+        return predicts_noise(network, batch, lambda x, t: network(layout(x), t.float(), {}))
+
+    make = {"diffusers": theirs, "gencompare": ours, **({} if classes else {CHANNELS_LAST: channels_last})}
+    return Contest(f"3x32x32, batch {batch}, {setting}", batch, make)
 
 
 def unet2d(widths: tuple[int, ...], **options: Any) -> Any:
