@@ -14,12 +14,13 @@ from gencompare.generative_model import TrainedModel
 from gencompare.networks.diffusers_weights import REQUIRED_CONFIG, to_diffusers
 from gencompare.networks.unet import UNet
 from gencompare.records import RunRecord
-from gencompare.tasks.hub import push_model_folder, write_model_folder, write_tensors
+from gencompare.tasks.hub import push_model_folder, write_model_folder
 from gencompare.tasks.runs import diffusers_scheduler
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.interpolations import plain
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.run_folder import run_folder
+from gencompare.tensor_files import write_tensors
 
 FORMATS = ("safetensors", "diffusers", "hub")
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from gencompare.checksums import check_safetensors, read_checked_json, seal_safetensors, write_checked_json
+from gencompare.checksums import read_checked_json, write_checked_json
 from gencompare.command_line import run_command
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder
-from gencompare.errors import CorruptedFileError, UserError
+from gencompare.errors import UserError
 from gencompare.files import atomic_write, write_text
 from gencompare.generative_model import TrainedModel, build_from_config
 from gencompare.records import Result, RunRecord, newest
-from gencompare.safe_files import read_bytes
+from gencompare.tensor_files import read_tensors, write_tensors
 from gencompare.version import __version__
 
 FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, SAMPLES_FILE = (
@@ -41,7 +38,7 @@ def write_model_folder(
         run: the run folder.
         out: the folder to write.
         checkpoint: ``last`` or ``best``, whose results the card shows.
-        weights: ``ema`` or ``raw``, likewise.
+        weights: ``ema``, ``raw`` or ``posthoc:LENGTH``, likewise.
     """
     write_tensors(model.state_dict(), out / WEIGHTS_FILE, {"format": "pt"})
     facts = {
@@ -59,14 +56,6 @@ def write_model_folder(
         with atomic_write(out / SAMPLES_FILE) as file:
             file.write(picture)
     write_text(out / CARD_FILE, model_card(record, result, checkpoint, weights, with_samples=picture is not None))
-
-
-def write_tensors(state: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to a safetensors file, with a checksum."""
-    tensors = {name: value.contiguous() for name, value in state.items()}
-    payload = seal_safetensors(partial(save, tensors), metadata)
-    with atomic_write(path) as file:
-        file.write(payload)
 
 
 def result_of(record: RunRecord, checkpoint: str, weights: str) -> Result | None:
@@ -114,12 +103,13 @@ def model_card(record: RunRecord, result: Result | None, checkpoint: str, weight
         results = [{"task": task, "dataset": {"type": data, "name": data}, "metrics": metrics}]
         metadata["model-index"] = [{"name": f"{record.family} on {data}", "results": results}]
     training = record.training
+    names = {"ema": "averaged", "raw": "online"}
     facts = {
         "parameters": formatting.format_count(formatting.as_number(record.model.get("parameters"))),
         "training images seen": formatting.format_count(formatting.as_number(training.get("images_seen"))),
         "training time": formatting.format_duration(formatting.as_number(training.get("seconds"))),
         "training FLOPs": formatting.format_count(formatting.as_number(training.get("flops"))),
-        "weights": f"{checkpoint}, {'averaged' if weights == 'ema' else 'online'}",
+        "weights": f"{checkpoint}, {names.get(weights, weights.replace('posthoc:', 'post-hoc EMA '))}",
     }
     command = run_command(*(each for each in record.overrides if not each.lstrip("+").startswith(LOCATIONS)))
     lines = [
@@ -187,11 +177,7 @@ def from_pretrained(source: str | os.PathLike[str]) -> TrainedModel:
         folder = _download(str(source))
     try:
         config = read_checked_json(folder / CONFIG_FILE, object_hook=_decode)["model"]
-        payload = read_bytes(folder / WEIGHTS_FILE)
-        check_safetensors(folder / WEIGHTS_FILE, payload)
-        state = load(payload)
-    except SafetensorError as error:
-        raise CorruptedFileError(folder / WEIGHTS_FILE) from error
+        state = read_tensors(folder / WEIGHTS_FILE)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not a folder of task=export format=hub, or it is corrupted"
