@@ -128,6 +128,7 @@ class Workspace:
         conditional = ["model=ddpm", "model.conditional=true", "model.label_dropout=0.1"]
         guided = [*conditional, "model/guidance=classifier_free"]
         settings: dict[str, list[str]] = {
+            "weights=posthoc": ["model=ddpm", "+callbacks.posthoc_ema=posthoc_ema"],
             "model.guidance.scale=1,": guided, "guidance": conditional, "temperature": ["model=hvae"],
             "pixel_noise": ["model=vae"], "num_sampling_steps": ["model=ebm"], "autoencoder_run": ["model=autoencoder"],
             "mean_shift": ["model=vae"], "": ["model=ddpm"],

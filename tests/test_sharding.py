@@ -16,10 +16,12 @@ from gencompare.evaluation.sampling import draw_samples
 from gencompare.models.diffusion import Diffusion
 from gencompare.sharding import gathered_weights, local_tensor, total_norm
 from gencompare.tasks.runs.build import build_data, build_model, build_trainer
+from gencompare.tensor_files import read_tensors
 from gencompare.training.budget import Budget
 from gencompare.training.clock import TrainingClock
 from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.ema import EMA
+from gencompare.training.posthoc_ema import PosthocEMA
 from test_cli import QUICK, Cli, error_line
 from test_same_weights import UNET
 
@@ -47,6 +49,7 @@ def fit(name: str, strategy: str, steps: int, folder: Path, resumed: Path | None
     callbacks = {
         "clock": TrainingClock(0, 8, Budget(steps=steps)),
         "ema": EMA(0.5),
+        "posthoc_ema": PosthocEMA(folder / strategy, lengths=[0.1], num_snapshots=2),
         "guard": DivergenceGuard(folder / "none"),
     }
     trainer = build_trainer(cfg, model, callbacks, [], folder)  # type: ignore[arg-type]
@@ -74,7 +77,9 @@ def states(path: Path) -> dict[str, Tensor]:
     content = torch.load(path, weights_only=True)
     (optimizer,) = content["optimizer_states"]
     moments = {f"{key}.{name}": value for key, state in optimizer["state"].items() for name, value in state.items()}
-    return {**content["state_dict"], **{f"ema.{key}": value for key, value in content["ema"].items()}, **moments}
+    averages = {"ema": content["ema"], **content["posthoc_ema"]["averages"]}
+    averages = {f"{length}.{key}": value for length, average in averages.items() for key, value in average.items()}
+    return {**content["state_dict"], **averages, **moments}
 
 
 @needs_fork
@@ -86,6 +91,12 @@ def test_sharded_weights_train_like_whole_ones(name: str, tmp_path: Path) -> Non
     assert whole.keys() == sharded.keys()
     for key, value in whole.items():
         torch.testing.assert_close(sharded[key], value, rtol=TOLERANCE, atol=TOLERANCE, msg=key)
+    whole_snapshots, sharded_snapshots = (
+        sorted((tmp_path / each / "posthoc_ema").iterdir()) for each in ("ddp", "fsdp")
+    )
+    assert [path.name for path in whole_snapshots] == [path.name for path in sharded_snapshots]
+    for one, two in zip(whole_snapshots, sharded_snapshots, strict=True):
+        torch.testing.assert_close(read_tensors(one), read_tensors(two), rtol=1e-3, atol=TOLERANCE)  # float16
     weights = sum(value.numel() for key, value in whole.items() if key.startswith("network."))
     assert int(first["local"] + second["local"]) == weights
     assert abs(int(first["local"]) - int(second["local"])) < 0.2 * weights

@@ -20,6 +20,8 @@ from gencompare.migrations import migrate_checkpoint
 LAST, BEST = "last.ckpt", "best.ckpt"
 EMA_KEY = "ema"
 """Key of the EMA weights in a checkpoint."""
+POSTHOC_EMA_KEY = "posthoc_ema"
+"""Key of the power-function averages in a checkpoint."""
 
 
 def write_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class SampleSettings:
     """How samples were generated. These settings are shown with the metrics and may differ within a table."""
 
     weights: str = "unknown"
-    """``ema``, ``raw`` (the online weights) or ``unknown``."""
+    """``ema``, ``raw`` (the online weights), ``posthoc:LENGTH`` (a post-hoc EMA) or ``unknown``."""
     checkpoint: str = "unknown"
     """How the checkpoint was chosen: ``last``, or ``best`` (on validation data only)."""
     step: int | None = None

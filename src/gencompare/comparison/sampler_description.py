@@ -11,9 +11,9 @@ from gencompare.records import Result, SampleSettings
 
 
 def describe_weights(generation: SampleSettings) -> str:
-    """Describe the checkpoint and its weights, such as ``last, EMA`` or ``last, no EMA``."""
+    """Describe the checkpoint and its weights: ``last, EMA``, ``last, no EMA`` or ``last, post-hoc EMA 0.1``."""
     names = {"ema": "EMA", "raw": "no EMA", "online": "no EMA", "unknown": ""}
-    weights = names.get(generation.weights, generation.weights)
+    weights = names.get(generation.weights, generation.weights.replace("posthoc:", "post-hoc EMA "))
     checkpoint = "" if generation.checkpoint == "unknown" else generation.checkpoint
     return ", ".join(part for part in (checkpoint, weights) if part)
 

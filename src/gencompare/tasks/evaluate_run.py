@@ -44,6 +44,7 @@ from gencompare.tasks.runs.recovery import recover_record
 from gencompare.tasks.runs.result_logging import log_config, log_results
 from gencompare.tasks.runs.run_folder import refuse_existing_run, run_folder
 from gencompare.tasks.runs.sweep import evaluated_config_path, job_identity
+from gencompare.training.posthoc_ema import SNAPSHOT_FOLDER, posthoc_length
 from gencompare.trust import check_links
 
 SAMPLES_FOLDER = ".drawn"
@@ -247,10 +248,13 @@ def samples_key(
 ) -> str:
     """Return a hash of everything that the samples of an evaluation depend on."""
     conditions = data.split(protocol.condition_split).extra_conditions
+    weight_files = [folder / "checkpoints" / f"{checkpoint}.ckpt"]
+    if posthoc_length(weights) is not None:
+        weight_files += sorted((folder / SNAPSHOT_FOLDER).glob("*.safetensors"))
     settings = {
         "sampler": [variant, str(cfg.evaluation.get("samplers")), str(cfg.evaluation.get("guidance"))],
         "model": OmegaConf.to_container(cfg.model, resolve=True),
-        "weights": [sha256(folder / "checkpoints" / f"{checkpoint}.ckpt"), weights],
+        "weights": [sha256(path) for path in weight_files] + [weights],
         "chunks": [protocol.seed, protocol.chunk_size, protocol.num_images, protocol.reference, data.hash("train")],
         "conditions": [
             protocol.condition_split, str(cfg.data.get("conditions")),

@@ -11,13 +11,13 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor
 
-from gencompare.checkpoint_files import EMA_KEY, checkpoint_paths, find_checkpoint
+from gencompare.checkpoint_files import checkpoint_paths, find_checkpoint
 from gencompare.distributed import all_reduce_sum
 from gencompare.errors import TrainingStopped, UserError
 from gencompare.generative_model import TrainedModel
 from gencompare.sharding import local_tensor, total_norm
 from gencompare.training.clock import clock_of
-from gencompare.training.ema import EMA
+from gencompare.training.ema import WeightAverage
 
 
 class DivergenceGuard(Callback):
@@ -228,9 +228,8 @@ class DivergenceGuard(Callback):
         previous = self.rollbacks[-1]["to"] if self.rollbacks else None
         found = find_checkpoint(self.dirpath, before=previous) or find_checkpoint(self.dirpath)
         states: list[dict[str, Any]] = [{} for _ in trainer.optimizers]
-        average: dict[str, Tensor] | None = None
         if found is not None:
-            weights, average = found.content["state_dict"], found.content.get(EMA_KEY)
+            weights = found.content["state_dict"]
             states = [state["state"] for state in found.content["optimizer_states"]]
             step = found.content["callbacks"]["TrainingClock"]["step"]
             model.on_load_checkpoint(found.content)
@@ -243,8 +242,8 @@ class DivergenceGuard(Callback):
             # The current settings, such as the learning rate, stay.
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EMA):
-                callback.restart(model, average)
+            if isinstance(callback, WeightAverage):
+                callback.restart(model, None if found is None else found.content)
         return step
 
 

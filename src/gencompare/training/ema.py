@@ -18,7 +18,17 @@ from gencompare.generative_model import TrainedModel
 from gencompare.sharding import full_tensor, is_sharded, shard_like
 
 
-class EMA(Callback):
+class WeightAverage(Callback):
+    """Base class of callbacks that average the weights, and can return to the average of an earlier step."""
+
+    order = 3
+
+    def restart(self, pl_module: pl.LightningModule, checkpoint: dict[str, Any] | None) -> None:
+        """Continue from the average in ``checkpoint``, which the weights come from, or start again if it is None."""
+        raise NotImplementedError
+
+
+class EMA(WeightAverage):
     r"""Maintains an exponential moving average of ``model.averaged_parameters()``.
 
     After step s, :math:`\bar w \leftarrow d \bar w + (1 - d) w` with
@@ -41,17 +51,13 @@ class EMA(Callback):
         self.step = 0
         """Number of updates of the average so far."""
 
-    order = 3
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         pl_module.ema = self  # type: ignore[assignment]
-        self.average = {name: p.detach().clone() for name, p in _parameters(pl_module).items()}
+        self.average = {name: p.detach().clone() for name, p in averaged_parameters(pl_module).items()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Lightning has moved the model to its device, and cast it to its precision.
-        self.average = {name: shard_like(self.average[name].to(p), p) for name, p in _parameters(pl_module).items()}
+        self.average = place_like_parameters(self.average, pl_module)
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -59,18 +65,13 @@ class EMA(Callback):
             return
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        weights = {name: p.detach() for name, p in _parameters(pl_module).items()}
-        for sharded in (False, True):  # torch cannot average sharded and other tensors together
-            names = [name for name, weight in weights.items() if is_sharded(weight) == sharded]
-            if names:
-                average, current = [self.average[name] for name in names], [weights[name] for name in names]
-                get_ema_multi_avg_fn(decay)(average, current, self.step)
+        update_average(self.average, pl_module, decay)
 
-    def restart(self, pl_module: pl.LightningModule, average: dict[str, Tensor] | None) -> None:
-        """Continue from ``average``, or from the current weights if it is None."""
-        with torch.no_grad():
-            for name, parameter in _parameters(pl_module).items():
-                self.average[name].copy_(parameter if average is None else average[name])
+    @torch.no_grad()
+    def restart(self, pl_module: pl.LightningModule, checkpoint: dict[str, Any] | None) -> None:
+        average = (checkpoint or {}).get(EMA_KEY)
+        for name, parameter in averaged_parameters(pl_module).items():
+            self.average[name].copy_(parameter if average is None else average[name])
 
     @contextmanager
     def averaged(self, pl_module: pl.LightningModule) -> Iterator[None]:
@@ -94,7 +95,7 @@ class EMA(Callback):
         stored = checkpoint.get(EMA_KEY, {})
         if set(stored) != set(self.average):
             raise UserError("The EMA weights of the checkpoint belong to a model with a different config.")
-        parameters = _parameters(pl_module)
+        parameters = averaged_parameters(pl_module)
         self.average = {name: shard_like(value, parameters[name]) for name, value in stored.items()}
         # Earlier versions stored the number of steps only in the state of the clock.
         self.step = checkpoint["callbacks"].get("TrainingClock", {}).get("step", 0)
@@ -110,6 +111,25 @@ def swap(model: pl.LightningModule, weights: dict[str, Tensor]) -> None:
         value.copy_(online)
 
 
-def _parameters(model: pl.LightningModule) -> dict[str, torch.nn.Parameter]:
+def averaged_parameters(model: pl.LightningModule) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters to average, by state-dict name."""
     assert isinstance(model, TrainedModel)
     return model.averaged_parameters()
+
+
+def place_like_parameters(average: dict[str, Tensor], model: pl.LightningModule) -> dict[str, Tensor]:
+    """Move an average to the device and precision of the model, and shard it as the model is.
+
+    Lightning moves and casts the model after the hook `setup`.
+    """
+    return {name: shard_like(average[name].to(p), p) for name, p in averaged_parameters(model).items()}
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], model: pl.LightningModule, decay: float) -> None:
+    r"""Update an average by the weights of the model, in place: :math:`\bar w \leftarrow d \bar w + (1 - d) w`."""
+    weights = {name: p.detach() for name, p in averaged_parameters(model).items()}
+    for sharded in (False, True):  # torch cannot average sharded and other tensors together
+        names = [name for name, weight in weights.items() if is_sharded(weight) == sharded]
+        if names:
+            get_ema_multi_avg_fn(decay)([average[name] for name in names], [weights[name] for name in names], 0)

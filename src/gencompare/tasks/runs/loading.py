@@ -23,6 +23,7 @@ from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.tasks.runs.run_folder import checkpoint_names
+from gencompare.training.posthoc_ema import posthoc_length, synthesize
 
 WANDB_PREFIX = "wandb:"
 WANDB_FILES = re.compile(rf"{re.escape(RECORD_FILE)}|curve\.csv|samples/[\w.-]+\.png")
@@ -115,7 +116,8 @@ def load_run(
     Args:
         folder: the run folder.
         checkpoint: ``last`` or ``best``.
-        weights: ``ema`` for the averaged weights or ``raw`` for the online weights.
+        weights: ``ema`` for the averaged weights, ``raw`` for the online weights, or ``posthoc:LENGTH`` for a post-hoc
+            EMA (`gencompare.training.posthoc_ema`).
         trust: whether the folder may name code of other packages, which is then called. Packages in the environment
             variable ``GENCOMPARE_TRUSTED_PACKAGES`` need no trust.
 
@@ -155,12 +157,14 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     """Load the weights of a checkpoint of ``folder`` into ``model``. Return its ``step`` and number of ``images`` seen.
 
     Raises:
-        UserError: the checkpoint is missing, corrupted, or from a model of a different family or size.
+        UserError: the checkpoint or a snapshot is missing, corrupted, or from a model of a different family or size, or
+            the snapshots cannot express the length of a post-hoc EMA.
     """
     if checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint={checkpoint}: choose last or best.")
-    if weights not in ("ema", "raw"):
-        raise UserError(f"weights={weights}: choose ema or raw.")
+    length = posthoc_length(weights)
+    if weights not in ("ema", "raw") and length is None:
+        raise UserError(f"weights={weights}: choose ema, raw or posthoc:LENGTH, such as posthoc:0.1.")
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
     try:
         loaded = read_checkpoint(path)
@@ -169,6 +173,8 @@ def load_weights(model: TrainedModel, folder: Path, *, checkpoint: str, weights:
     state: dict[str, Tensor] = dict(loaded["state_dict"])
     if weights == "ema":
         state.update(loaded.get(EMA_KEY, {}))
+    elif length is not None:
+        state.update(synthesize(folder, loaded, length))
     check_state_dict(model, state, path)
     model.load_state_dict(state)
     clock = loaded["callbacks"]["TrainingClock"]
