@@ -422,10 +422,28 @@ class TrainedModel(pl.LightningModule):
         """Create the optimisers, in the order of `fit_batch`. Return an empty list if there is no optimiser factory."""
         if self.optimizer_factory is None:
             return []
-        return [self.new_optimizer(p for p in self.parameters() if p.requires_grad)]
+        factors = self.lr_factors()
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if not factors:
+            return [self.new_optimizer(parameters.values())]
+        check_adam(self.optimizer_factory)
+        values = sorted({1.0, *factors.values()}, reverse=True)
+        groups = [[p for name, p in parameters.items() if factors.get(name, 1.0) == value] for value in values]
+        optimizer = self.new_optimizer([{"params": group} for group in groups])
+        for group, value in zip(optimizer.param_groups, values, strict=True):
+            group["lr"] *= value
+        return [optimizer]
 
-    def new_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Create an optimiser with the optimiser factory, with its fused kernel if it has one and `fused_optimizer`."""
+    def lr_factors(self) -> dict[str, float]:
+        """Return a factor of the learning rate by name of the parameter, where it is not 1."""
+        return {}
+
+    def new_optimizer(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """Create an optimiser with the optimiser factory, with its fused kernel if it has one and `fused_optimizer`.
+
+        Args:
+            parameters: parameters, or groups of them.
+        """
         factory = self.optimizer_factory
         assert factory is not None
         options = getattr(factory, "keywords", {})
@@ -603,6 +621,16 @@ class GenerativeModel(TrainedModel):
     def nfe_networks(self) -> dict[str, nn.Module]:
         """Return the networks whose calls during sampling are counted (NFE), by name."""
         return {}
+
+
+def check_adam(factory: Callable[..., torch.optim.Optimizer]) -> None:
+    """Raise `UserError` unless ``factory`` creates Adam or AdamW, for which learning rates scale with the width."""
+    target = getattr(factory, "func", factory)
+    if target not in (torch.optim.Adam, torch.optim.AdamW):
+        raise UserError(
+            f"model.network.base_width scales learning rates for Adam: use model.optimizer._target_=torch.optim.Adam or"
+            f" AdamW, not {getattr(target, '__name__', target)}, or model.network.base_width=null."
+        )
 
 
 def build_from_config(config: Mapping[str, Any], source: str, **arguments: Any) -> TrainedModel:

@@ -161,6 +161,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     def micro_batched_networks(self) -> list[nn.Module]:
         return [self.network]
 
+    def lr_factors(self) -> dict[str, float]:
+        own = self.network.lr_factors() if hasattr(self.network, "lr_factors") else {}
+        return {f"network.{name}": factor for name, factor in own.items()}
+
     def sharded_network(self) -> nn.Module | None:
         return self.network if hasattr(self.network, "blocks") else None
 

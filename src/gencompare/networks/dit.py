@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
 from gencompare.networks.layers import attention
+from gencompare.networks.mup import lr_factors, rescale_inputs
 
 NOISE_FEATURES = 256
 """Dimension of the sinusoidal embedding of the noise level."""
@@ -44,6 +45,8 @@ class DiT(nn.Module):
         mlp_ratio: width of the hidden layer of each MLP as a multiple of ``hidden_size``.
         token_dropping: fraction of the tokens that skip the middle blocks in training: all blocks except the first and
             the last sixth, or the first and the last if there are fewer than 12.
+        base_width: the ``hidden_size`` at which the learning rate was found, for muP (`gencompare.networks.mup`); a
+            multiple of the size of a head, which stays the same. None for the standard parametrisation.
         condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
             `ConditionEmbedding`.
     """
@@ -62,6 +65,7 @@ class DiT(nn.Module):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         token_dropping: float = 0.0,
+        base_width: int | None = None,
         **condition_sizes: int,
     ) -> None:
         super().__init__()
@@ -92,6 +96,12 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.base_width = base_width
+        if base_width is not None:
+            _check_base_width(base_width, hidden_size, num_heads)
+            noise_layer = self.noise[1]
+            assert isinstance(noise_layer, nn.Linear)
+            rescale_inputs([self.stem, noise_layer], hidden_size, base_width)
         for last in (self.modulation, self.out, *(block.modulation for block in self.blocks)):
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
@@ -109,6 +119,13 @@ class DiT(nn.Module):
             h = apply_blocks(blocks, h, emb)
         scale, shift = self.modulation(emb)[:, None].chunk(2, dim=2)
         return unpatchify(self.out((1 + scale) * self.norm(h) + shift), self.patch_size, self.grid)
+
+    def lr_factors(self) -> dict[str, float]:
+        """Return the factor of the learning rate by name of the parameter, where it is not 1."""
+        if self.base_width is None:
+            return {}
+        inputs = [self.stem, self.noise[1], *self.conditions.children()]
+        return lr_factors(self, inputs, self.base_width / self.stem.out_features)
 
 
 def apply_blocks(blocks: Sequence[nn.Module], h: Tensor, emb: Tensor) -> Tensor:
@@ -211,4 +228,14 @@ def _check_token_dropping(token_dropping: float, depth: int) -> None:
         raise UserError(
             f"The DiT's token_dropping={token_dropping} drops tokens between the first and the last block, so it needs"
             f" a depth of at least 3, not {depth}: use model.network.token_dropping=0."
+        )
+
+
+def _check_base_width(base_width: int, hidden_size: int, num_heads: int) -> None:
+    """Raise `UserError` unless a DiT of the base width can have heads of the same size."""
+    check_counts("model.network", base_width=base_width)
+    if base_width % (hidden_size // num_heads):
+        raise UserError(
+            f"model.network.base_width={base_width} must be a multiple of the size of a head,"
+            f" hidden_size / num_heads = {hidden_size // num_heads}: change num_heads in proportion to hidden_size."
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gencompare.errors import check_counts
 from gencompare.networks.conditioning import ConditionEmbedding, SinusoidalEmbedding
+from gencompare.networks.mup import lr_factors, rescale_inputs
 
 
 def mlp(in_features: int, out_features: int, width: int, depth: int) -> nn.Sequential:
@@ -69,6 +70,8 @@ class DenoisingMLP(nn.Module):
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
         width: features of every layer; even, at least 4.
         depth: number of residual blocks, each with two layers.
+        base_width: the ``width`` at which the learning rate was found, for muP (`gencompare.networks.mup`); None for
+            the standard parametrisation.
         condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
             `ConditionEmbedding`.
     """
@@ -81,6 +84,7 @@ class DenoisingMLP(nn.Module):
         *,
         width: int = 128,
         depth: int = 3,
+        base_width: int | None = None,
         **condition_sizes: int,
     ) -> None:
         super().__init__()
@@ -93,6 +97,10 @@ class DenoisingMLP(nn.Module):
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, math.prod(self.out_shape))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.base_width = base_width
+        if base_width is not None:
+            check_counts("model.network", base_width=base_width)
+            rescale_inputs([each for each in [self.conditions.augment] if each is not None], width, base_width)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = self.conditions.embed(self.noise, noise_cond, cond)
@@ -100,6 +108,12 @@ class DenoisingMLP(nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         return self.out(self.norm(h)).unflatten(1, self.out_shape)
+
+    def lr_factors(self) -> dict[str, float]:
+        """Return the factor of the learning rate by name of the parameter, where it is not 1."""
+        if self.base_width is None:
+            return {}
+        return lr_factors(self, [self.stem, *self.conditions.children()], self.base_width / self.stem.out_features)
 
 
 class ModulatedMLPBlock(nn.Module):
