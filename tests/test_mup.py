@@ -75,10 +75,10 @@ def growth(by_width: list[dict[str, float]], name: str) -> float:
 @pytest.mark.parametrize("network", [dit, mlp])
 def test_updates_do_not_grow_with_the_width(network: Network) -> None:
     """The coordinate check of Yang et al. (2022), appendix D.1: without muP, updates grow with the width."""
-    for base_width, exponent in ((BASE, 0.0), (None, 0.8)):
-        by_width = [changes(network(width, base_width)) for width in WIDTHS]
-        for name in ("hidden", "output"):
-            assert growth(by_width, name) == pytest.approx(exponent, abs=0.2), (base_width, name)
+    by_width, without = ([changes(network(width, base)) for width in WIDTHS] for base in (BASE, None))
+    for name in ("hidden", "output"):
+        assert abs(growth(by_width, name)) < 0.2, name
+        assert growth(without, name) > 0.5, name
 
 
 @pytest.mark.parametrize("network", [dit, mlp])

@@ -162,7 +162,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return [self.network]
 
     def lr_factors(self) -> dict[str, float]:
-        own = self.network.lr_factors() if hasattr(self.network, "lr_factors") else {}
+        own = self.network.lr_factors() if hasattr(self.network, "lr_factors") else {}  # type: ignore[operator]
         return {f"network.{name}": factor for name, factor in own.items()}
 
     def sharded_network(self) -> nn.Module | None:
