@@ -187,7 +187,7 @@ def small(command: str, run_folder: str) -> list[str]:
             argument = "pretrained=weights.safetensors"
         elif key == "samples" and value == "out":
             argument = "samples=theirs.npz"
-        elif "-m" in arguments and re.fullmatch(r"[\w./+-]+(,[\w./+-]+)+", value):
+        elif "-m" in arguments and re.fullmatch(r"[\w./:+-]+(,[\w./:+-]+)+", value):
             lists += 1
             argument = f"{key}={','.join(value.split(',')[: 2 if lists == 1 else 1])}"
         own = key.lstrip("+") in QUICK or key.startswith(("budget", "debug"))
