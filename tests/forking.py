@@ -50,6 +50,24 @@ def in_processes(
     return [torch.load(folder / f"{name}_{rank}.pt") for rank in range(world)]
 
 
+def run_main(folder: Path, *overrides: str) -> None:
+    """Run the command line in this process, a new one. The other ranks that it starts are forks, too."""
+    from lightning_fabric.utilities.rank_zero import _get_rank
+    from lightning_utilities.core.rank_zero import rank_zero_only
+    from pytorch_lightning.strategies.launchers import subprocess_script
+
+    from gencompare.tasks.main import main
+
+    def start_rank(command: list[str], *, env: Mapping[str, str], cwd: str | None) -> Forked:
+        assert command[1:] == ["-m", "gencompare.tasks.runs.rank"]
+        return Forked(folder, env=env)
+
+    rank_zero_only.rank = _get_rank() or 0  # otherwise read only once, on import
+    subprocess_script.subprocess = SimpleNamespace(Popen=start_rank)  # type: ignore[assignment]
+    sys.argv = ["run.py", *overrides]
+    main()
+
+
 class Forked:
     """``python run.py OVERRIDES`` in ``folder``, with the part of `subprocess.Popen`'s interface that Lightning and
     tests use.
@@ -58,6 +76,7 @@ class Forked:
         env: the environment; if None, that of this process.
         first: called first in the new process, so it also affects the processes that this one starts.
         output: the file for its output.
+        run: runs the command, given ``folder`` and ``overrides``.
     """
 
     def __init__(
@@ -67,15 +86,21 @@ class Forked:
         env: Mapping[str, str] | None = None,
         first: Callable[[], Any] | None = None,
         output: Path | None = None,
+        run: Callable[..., Any] = run_main,
     ) -> None:
         self._output = output or folder / "output.txt"
-        self._process = get_context("fork").Process(target=self._run, args=(folder, overrides, env, first))
+        self._process = get_context("fork").Process(target=self._run, args=(folder, overrides, env, first, run))
         self._process.start()
 
     def _run(
-        self, folder: Path, overrides: tuple[str, ...], env: Mapping[str, str] | None, first: Callable[[], Any] | None
+        self,
+        folder: Path,
+        overrides: tuple[str, ...],
+        env: Mapping[str, str] | None,
+        first: Callable[[], Any] | None,
+        run: Callable[..., Any],
     ) -> None:
-        """Run ``main`` in the new process, and end the process."""
+        """Run the command in the new process, and end the process."""
         sys.stdout = sys.stderr = output = self._output.open("a", buffering=1)
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -85,20 +110,7 @@ class Forked:
             os.environ.update(env)
         if first is not None:
             first()
-        sys.argv = ["run.py", *overrides]
-
-        from lightning_utilities.core.rank_zero import rank_zero_only
-        from pytorch_lightning.strategies.launchers import subprocess_script
-
-        from gencompare.tasks.main import main
-
-        def start_rank(command: list[str], *, env: Mapping[str, str], cwd: str | None) -> Forked:
-            assert command[1:] == ["-m", "gencompare.tasks.runs.rank"]
-            return Forked(folder, env=env)
-
-        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # otherwise read only once, on import
-        subprocess_script.subprocess = SimpleNamespace(Popen=start_rank)  # type: ignore[assignment]
-        main()
+        run(folder, *overrides)
 
     @property
     def pid(self) -> int | None:

@@ -8,21 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from checkpoints import assert_same_training
-from forking import Forked
+from forking import Forked, needs_fork, run_main
 from gencompare import private_apis
 from gencompare.errors import UserError
 from gencompare.private_apis import end_ranks, observe_ranks
 from gencompare.tasks.runs.launched_ranks import check_devices, check_no_sweep, end_jobs
 from gencompare.tasks.runs.processes import leave_process_group
+from gencompare.training.clock import TrainingClock
 from test_cli import QUICK
 
-ROOT = Path(__file__).parents[1]
 DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
 RUN = [
     *QUICK, *DDP, "callbacks.evaluation.num_evaluations=0", "callbacks.checkpoints.every_minutes=0",
@@ -30,32 +33,43 @@ RUN = [
 ]  # fmt: skip
 
 
+def kill_second_rank() -> None:
+    """Kill rank 1 in the third step, before the first restart."""
+    original = TrainingClock.on_train_batch_start
+
+    def start(self: TrainingClock, *args: Any) -> None:
+        original(self, *args)
+        if self.step == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TrainingClock.on_train_batch_start = start  # type: ignore[method-assign]
+
+
+def torchrun(folder: Path, *overrides: str) -> None:
+    """Do what ``torchrun --standalone --nproc-per-node=2 --max-restarts=1 run.py OVERRIDES`` does, with ranks that are
+    forks of this process."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, start_method="fork",
+        run_id=uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    elastic_launch(config, run_main)(folder, *overrides)
+
+
+@needs_fork
 @pytest.mark.timeout(200)
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path) -> None:
     """The restarted processes resume from the last checkpoint and end with the same weights, bit for bit."""
-    overrides = ["model=vae", "budget.steps=60", *RUN]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-        "--monitor-interval=0.1",        str(ROOT / "run.py"), *overrides, "resume=auto",
-    ]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
-    last, deadline = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 100
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    started = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks}
-    (second,) = (pid for pid, environment in started.items() if b"\0RANK=1\0" in environment)
-    os.kill(int(second), signal.SIGKILL)
-    assert process.wait(timeout=150) == 0, (tmp_path / "log").read_text()
-    log_text = (tmp_path / "log").read_text()
-    assert log_text.count("Run folder: run") == 2 and "starts again from" not in log_text, log_text[-4000:]
+    overrides = ["model=vae", "budget.steps=6", *RUN]
+    agent = Forked(tmp_path, *overrides, "resume=auto", first=kill_second_rank, run=torchrun)
+    assert agent.wait(timeout=150) == 0, agent.output()
+    assert agent.output().count("Run folder: run") == 2 and "starts again from" not in agent.output(), agent.output()
     assert json.loads((tmp_path / "run" / "record.json").read_text())["state"] == "finished"
     unbroken = Forked(tmp_path, *overrides[:-1], "hydra.run.dir=unbroken")
     assert unbroken.wait(timeout=100) == 0, unbroken.output()[-4000:]
     assert_same_training(tmp_path / "run", tmp_path / "unbroken")
 
 
+@needs_fork
 @pytest.mark.timeout(200)
 def test_tasks_of_srun_train_both_stages_of_a_latent_model(tmp_path: Path) -> None:
     """Two processes in the environment of two tasks of srun. Only the first composes the config and writes the run."""
@@ -67,19 +81,20 @@ def test_tasks_of_srun_train_both_stages_of_a_latent_model(tmp_path: Path) -> No
         "SLURM_NODEID": "0", "SLURM_JOB_NAME": "job",
         "SLURM_JOB_ID": "1", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    command = [
-        sys.executable, str(ROOT / "run.py"), "model=ldm", *RUN, "budget.steps=2", "model.latent.budget.steps=2",
-        "model.latent.budget.images=null", "paths.runs=.",
+    overrides = [
+        "model=ldm", *RUN, "budget.steps=2", "model.latent.budget.steps=2", "model.latent.budget.images=null",
+        "paths.runs=.",
     ]  # fmt: skip
     processes = [
-        subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        Forked(
+            tmp_path, *overrides, output=tmp_path / f"output_{rank}",
             env=os.environ | tasks | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
-    texts = [process.communicate(timeout=150)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    codes = [process.wait(timeout=150) for process in processes]
+    texts = [process.output() for process in processes]
+    assert codes == [0, 0], texts
     assert "Stage 1 of 2" in texts[0] and "Stage 2 of 2" in texts[0] and "Stage" not in texts[1]
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*/record.json")]
     assert [(record["state"], record["training"]["processes"]) for record in records] == [("finished", 2)] * 2
