@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from composing import compose
+from gencompare import resources
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
 from gencompare.generative_model import Cond, GenerativeModel
@@ -22,11 +25,13 @@ from gencompare.resources import flops_per_image
 from gencompare.rng import RandomSource
 from gencompare.tasks.runs import dependency_costs
 from gencompare.tasks.runs.loading import load_run
+from gencompare.tasks.train import flops_utilization
 from gencompare.training import clock as clocks
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock, TrainingFlops
 from gencompare.training.lightning_plugins import AtomicCheckpointIO
+from gencompare.training.progress_bar import TrainingProgressBar
 
 Cli = Callable[..., int]
 BATCH = 32
@@ -134,6 +139,60 @@ def test_device_minutes_are_wall_time_times_processes(
         clock.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
     assert clock.step == steps and clock.device_seconds == steps * world and clock.seconds == steps
     assert len(broadcasts) == (steps if world > 1 else 0), "the first process decides for all processes"
+
+
+@pytest.mark.parametrize(("world", "precision"), [(1, "32-true"), (2, "bf16-mixed")])
+def test_mfu_is_flops_over_what_matrix_products_reach_in_that_time(
+    world: int, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take a second each, also those after a resumption, and a matrix product could do twice as much per second
+    on each device, in the precision of training."""
+    monkeypatch.setattr(clocks, "time", Ticking())
+    train(tmp_path, Budget(steps=5), until=2)
+    clock = train(tmp_path, Budget(steps=5), resume=True)
+    assert clock.flops == 5 * STEP_FLOPS and clock.seconds == 5
+    clock.device_seconds *= world
+    measured = []
+
+    def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+        measured.append(dtype)
+        return 2.0 * STEP_FLOPS / world
+
+    monkeypatch.setattr("gencompare.tasks.train.matmul_flops_per_second", ceiling)
+    trainer = pl.Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)  # type: ignore[arg-type]
+    assert flops_utilization(clock, trainer) == 0.5
+    assert measured == [torch.float32 if precision == "32-true" else torch.bfloat16]
+    clock.flops = 0.0
+    assert flops_utilization(clock, trainer) is None
+
+
+def test_the_fastest_matrix_product_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading of the clock takes a hundredth of a second, and so does each product: larger ones would be slow."""
+    readings = itertools.count()
+    monkeypatch.setattr(resources.time, "perf_counter", lambda: next(readings) / 100)
+    resources._measured_matmul.cache_clear()
+    cpu = torch.device("cpu")
+    assert resources.matmul_flops_per_second(cpu, torch.float32) == pytest.approx(2 * 256**3 * 100)
+    count = next(readings)
+    assert resources.matmul_flops_per_second(cpu, torch.float32) > 0 and next(readings) == count + 1
+    resources._measured_matmul.cache_clear()
+
+
+def test_the_progress_line_shows_the_speed_of_this_process() -> None:
+    """Steps before a resumption do not count."""
+    clock = TrainingClock(0, BATCH, Budget(steps=100))
+    clock.load_state_dict({"step": 10, "images": 320, "seconds": 500.0, "flops": 7e12})
+    bar, model = TrainingProgressBar(), SimpleNamespace(clock=clock)
+    trainer: Any = SimpleNamespace(
+        lightning_module=model, callback_metrics={"train/loss": 0.25}, is_global_zero=True, should_stop=False
+    )
+    bar.on_train_start(trainer, model)  # type: ignore[arg-type]
+    clock.load_state_dict({"step": 20, "images": 640, "seconds": 504.0, "flops": 7e12 + 180e9})
+    assert bar.describe(trainer).startswith("step 20  loss 0.25  80 images/s  45 GFLOP/s  ")
+    clock.flops = 7e12 + 1e9
+    assert "  80 images/s  0.25 GFLOP/s  " in bar.describe(trainer)
+    clock.flops = 7e12
+    assert "GFLOP/s" not in bar.describe(trainer)
 
 
 def test_a_model_without_countable_flops_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

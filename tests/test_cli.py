@@ -111,6 +111,8 @@ def test_the_record_contains_all_that_a_comparison_needs(trained: Path) -> None:
     record = json.loads((trained / "run" / "record.json").read_text())
     assert record["state"] == "finished" and record["family"] == "ddpm"
     assert record["training"]["images_seen"] == 48 and record["training"]["flops_per_image"] > 1e6
+    assert record["training"]["flops_per_second"] == record["training"]["flops"] / record["training"]["seconds"]
+    assert 0 < record["training"]["mfu"] < 1.2
     assert record["environment"]["packages"]["torch"] and record["data"]["hash"]
     (result,) = record["results"]
     assert result["measurement"]["extractor_hash"] and result["measurement"]["reference_hash"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gencompare.comparison import charts, page, svg_plots
+from gencompare.comparison import charts, formatting, page, svg_plots
 from gencompare.comparison.load_runs import load_runs
 from gencompare.comparison.ranking import rank_results
 from gencompare.comparison.run_costs import pareto_charts, pareto_front
@@ -104,6 +104,17 @@ def test_total_costs_are_those_of_the_records(tmp_path: Path) -> None:
         ("x0", "1000000000000.0", "2000000000000.0", "110.0"), ("x1", "3000000000000.0", "4000000000000.0", "130.0"),
         ("y", "500000000000.0", "500000000000.0", "10.0"),
     ]  # fmt: skip
+
+
+def test_mfu_is_a_column_if_a_record_has_it(tmp_path: Path) -> None:
+    training = {"images_per_second": 70.0}
+    for name, value, more in (("old", 1.0, {}), ("low", 2.0, {"mfu": 0.042}), ("high", 3.0, {"mfu": 0.31})):
+        write_run(tmp_path / name, [result(value)], training={**training, **more}, with_grid=False)
+    (table,) = rank_results(load_runs([tmp_path / "old"]).runs)
+    assert "MFU" not in [column.title for column in columns(table)]
+    (table,) = rank_results(load_runs(sorted(tmp_path.iterdir())).runs)
+    (mfu,) = (column for column in columns(table) if column.title == "MFU")
+    assert [mfu.cell(row).text for row in table.rows] == [formatting.MISSING, "4.2 %", "31 %"]
 
 
 def test_rows_with_several_seeds_have_an_interval_and_mean_cost(tmp_path: Path) -> None:

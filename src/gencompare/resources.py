@@ -1,10 +1,12 @@
-"""FLOPs and peak memory."""
+"""FLOPs, FLOP/s and peak memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +40,43 @@ def flops_per_image(function: Callable[[], object], num_images: int) -> float:
     with FlopCounter() as counter:
         function()
     return counter.get_total_flops() / num_images
+
+
+CEILING_SECONDS = 0.15
+"""Time for measuring the speed of matrix products."""
+MAX_MATRIX_SIZE = 4096
+"""Larger matrices are not faster, and would take memory that the run may need."""
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the FLOP/s of matrix products, once per process, device and precision.
+
+    Matrices of growing size are multiplied for `CEILING_SECONDS`, and the fastest product counts. TF32 is used if
+    torch's settings allow it.
+    """
+    return _measured_matmul(device, dtype, torch.get_float32_matmul_precision())
+
+
+@cache
+def _measured_matmul(device: torch.device, dtype: torch.dtype, float32_precision: str) -> float:
+    begin, fastest, size = time.perf_counter(), 0.0, 256
+    a = torch.rand(size, size, device=device).to(dtype)
+    torch.mm(a, a)  # the first product also loads libraries
+    while time.perf_counter() - begin < CEILING_SECONDS:
+        _wait_for(device)
+        start = time.perf_counter()
+        torch.mm(a, a)
+        _wait_for(device)
+        fastest = max(fastest, 2 * size**3 / (time.perf_counter() - start))
+        if size < MAX_MATRIX_SIZE and 2 * (2 * size) ** 3 / fastest < CEILING_SECONDS / 5:
+            size *= 2
+            a = torch.rand(size, size, device=device).to(dtype)
+    return fastest
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

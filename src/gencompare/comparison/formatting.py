@@ -103,6 +103,13 @@ def format_ratio(value: float | None) -> str:
     return f"{value:.2f}" if value < 1.995 else f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
+def format_percent(value: float | None) -> str:
+    """Format a share, such as 31 % or 4.2 %."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
+
+
 def format_count(value: float | None) -> str:
     """Format a count with an SI prefix, such as 870, 12.3 k or 1.2 M."""
     if value is None or not math.isfinite(value):

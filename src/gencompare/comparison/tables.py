@@ -70,6 +70,7 @@ def columns(table: RankingTable) -> list[Column]:
             "train images/s",
             _number(lambda row: row.run.record.training.get("images_per_second"), formatting.format_rate),
         ),
+        Column("MFU", _number(lambda row: row.run.record.training.get("mfu"), formatting.format_percent)),
         Column("samples/s", _number(_samples_per_second, formatting.format_rate)),
         Column("weights", lambda row: _text(describe_weights(row.result.generation)), numeric=False),
         Column("sampler", lambda row: _known_text(row.result.generation.sampler), numeric=False),
@@ -318,7 +319,8 @@ def write_csv(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
 def _run_fields(run: RunFolder) -> dict[str, Any]:
     record = run.record
     costs = (
-        "steps", "images_seen", "seconds", "device_seconds", "images_per_second", "flops", "peak_memory_bytes"
+        "steps", "images_seen", "seconds", "device_seconds", "images_per_second", "flops", "flops_per_second", "mfu",
+        "peak_memory_bytes",
     )  # fmt: skip
     return {
         "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,

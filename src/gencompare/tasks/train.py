@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -20,7 +21,7 @@ from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError, printable
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
-from gencompare.resources import peak_memory_bytes
+from gencompare.resources import matmul_flops_per_second, peak_memory_bytes
 from gencompare.tasks.evaluate_run import evaluate_checkpoints, evaluate_trained_run
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
 from gencompare.tasks.runs.build import (
@@ -358,12 +359,15 @@ def record_training(
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
         "flops_per_image": clock.flops / clock.images if clock.images else None,
         "flops": clock.flops if clock.images else None,
+        "flops_per_second": clock.flops / clock.seconds if clock.seconds else None,
         "peak_memory_bytes": max(evaluation.peak_memory_bytes if evaluation else 0, peak_memory_bytes(device)),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "perceptual_networks": trainer.lightning_module.perceptual_networks,
         "missing_modes": {str(step): text for step, text in evaluation.missing_modes.items()} if evaluation else {},
     }
+    # After an error the device may be unusable.
+    training["mfu"] = None if error else flops_utilization(clock, trainer)
     guard = callbacks.get("divergence")
     if isinstance(guard, DivergenceGuard):
         training |= {"masked_gradients": guard.num_masked, "rollbacks": guard.rollbacks}
@@ -391,6 +395,22 @@ def record_training(
             record.images["samples while training"] = str(grids[-1].relative_to(folder))
 
     RunRecord.update(folder, update)
+
+
+def flops_utilization(clock: TrainingClock, trainer: pl.Trainer) -> float | None:
+    """Return the model FLOPs utilisation (MFU) of all training so far, or None if there are no FLOPs to count.
+
+    MFU = FLOPs / (device seconds x FLOP/s of a matrix product on one device, in the precision of training).
+    The term is from Chowdhery et al., PaLM, 2022 (appendix B, https://arxiv.org/abs/2204.02311); they divide by the
+    manufacturer's number, here it is measured.
+    """
+    if not clock.flops or not clock.device_seconds:
+        return None
+    device = trainer.strategy.root_device
+    with trainer.precision_plugin.forward_context():
+        one = torch.ones(1, 1, device=device)
+        dtype = torch.mm(one, one).dtype  # autocast may change it
+    return clock.flops / clock.device_seconds / matmul_flops_per_second(device, dtype)
 
 
 @rank_zero_only

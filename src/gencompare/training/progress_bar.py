@@ -32,7 +32,7 @@ class TrainingProgressBar(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_update = time.monotonic()
         clock = clock_of(trainer)
-        self._start = (time.monotonic(), clock.progress, clock.images, clock.seconds)
+        self._start = (time.monotonic(), clock.progress, clock.images, clock.seconds, clock.flops)
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
         self._bar = Progress(
@@ -73,13 +73,15 @@ class TrainingProgressBar(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("train/") and "loss" in name
         ]
-        start, progress, images, seconds = self._start
-        speed = (clock.images - images) / (clock.seconds - seconds) if clock.seconds > seconds else None
+        start, progress, images, seconds, flops = self._start
+        elapsed = max(clock.seconds - seconds, 1e-9)
+        speed, gflops = (clock.images - images) / elapsed, (clock.flops - flops) / elapsed / 1e9
         remaining = (time.monotonic() - start) / max(clock.progress - progress, 1e-9) * (1 - clock.progress)
         parts = [
             f"step {clock.step}",
             *losses,
             f"{speed:,.0f} images/s" if speed else "",
+            f"{gflops:,.{0 if gflops >= 10 else 2}f} GFLOP/s" if gflops else "",
             f"{_format_time(remaining)} left",
         ]
         return "  ".join(part for part in parts if part)

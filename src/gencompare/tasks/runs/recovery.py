@@ -100,6 +100,7 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
         "device_seconds": clock.get("device_seconds"), "flops": clock["flops"],
         "images_per_second": clock["images"] / clock["seconds"] if clock["seconds"] else None,
         "flops_per_image": clock["flops"] / clock["images"] if clock["images"] else None,
+        "flops_per_second": clock["flops"] / clock["seconds"] if clock["seconds"] else None,
     }  # fmt: skip
     dependency_costs.update_total_cost(record)
     record.checkpoints = list_checkpoints(folder)
