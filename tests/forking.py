@@ -135,6 +135,9 @@ class Forked:
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
     def output(self) -> str:
         """Return the output of the process and of its child processes."""
         return self._output.read_text()

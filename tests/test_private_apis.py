@@ -72,7 +72,7 @@ def test_the_first_process_has_time_to_end_after_a_rank_died(monkeypatch: pytest
     with rank_command(["python", "job"], str(tmp_path)):
         launcher.launch(lambda: None, trainer=None)
     poll, *ending = events
-    assert poll == 5 and ending == [7.0, "rank", (os.getpid(), signal.SIGKILL)]
+    assert poll == 1 and ending == [7.0, "rank", (os.getpid(), signal.SIGKILL)]
 
 
 def test_the_basic_sweeper_expands_overrides() -> None:

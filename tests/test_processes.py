@@ -19,6 +19,7 @@ import torch
 from checkpoints import checkpoint
 from composing import compose
 from forking import Forked
+from gencompare import private_apis
 from gencompare.errors import DiskFullError, UserError
 from gencompare.tasks import train
 from gencompare.tasks.runs import run_config
@@ -169,7 +170,8 @@ def test_a_full_disk_does_not_end_training_on_several_processes(tmp_path: Path) 
 
 
 def second_fails() -> None:
-    """Make the second process fail to read the data before it connects to the first."""
+    """Make the second process fail to read the data before it connects to the first, which is soon killed."""
+    private_apis.GRACE_SECONDS = 0.2
     original = train.build_data
 
     def broken(cfg: Any) -> Any:
@@ -204,25 +206,23 @@ def test_four_processes_evaluate_like_one(cli: Callable[..., int], tmp_path: Pat
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_run_with_one_line_and_a_record(tmp_path: Path, rank: int) -> None:
-    command = [
-        sys.executable, "-m", "gencompare.tasks.runs.rank", "model=vae", *QUICK, "trainer=ddp",
-        "trainer.accelerator=cpu", "budget.steps=100000", "callbacks.evaluation.num_evaluations=0",
-        "callbacks.checkpoints.every_minutes=0", "logger=csv", "hydra.run.dir=run",
-    ]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    process = Forked(
+        tmp_path, "model=vae", *QUICK, "trainer=ddp", "trainer.accelerator=cpu", "budget.steps=100000",
+        "callbacks.evaluation.num_evaluations=0", "callbacks.checkpoints.every_minutes=0", "logger=csv",
+        "hydra.run.dir=run",
+    )  # fmt: skip
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid if rank == 0 else int(children[0]), signal.SIGKILL)
+    os.kill([process.pid, *map(int, children)][rank], signal.SIGKILL)
     process.wait(timeout=60)
     record = tmp_path / "run" / "record.json"
     while (state := json.loads(record.read_text())["state"]) == "running" and time.monotonic() < deadline:
-        time.sleep(0.2)  # the other process writes it
+        time.sleep(0.05)  # the other process writes it
     assert state == "interrupted"
-    errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("Error")]
+    errors = [line for line in process.output().splitlines() if line.startswith("Error")]
     assert len(errors) == 1 and "Another process of this run ended unexpectedly" in errors[0] and "resume=" in errors[0]
 
 

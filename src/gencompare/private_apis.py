@@ -78,7 +78,7 @@ _started: list[tuple[list[Any], threading.Event]] = []
 
 def observe_ranks(processes: list[Any]) -> None:
     """Start Lightning's thread that kills this process if one of ``processes`` dies, unless the job ends within
-    `GRACE_SECONDS`."""
+    `GRACE_SECONDS`. It looks every second."""
     from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
     job_ended = threading.Event()
@@ -89,7 +89,7 @@ def observe_ranks(processes: list[Any]) -> None:
             if not job_ended.wait(GRACE_SECONDS):
                 super()._terminate_all()
 
-    PatientObserver(main_pid=os.getpid(), child_processes=processes).start()
+    PatientObserver(main_pid=os.getpid(), child_processes=processes, sleep_period=1).start()
 
 
 def end_ranks() -> None:
