@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -67,19 +68,25 @@ FAMILIES: dict[str, list[str]] = {
     "noisy_classifier": ["model=noisy_classifier", "model.network.channels=8", "model.network.dropout=0"],
 }  # fmt: skip
 """Overrides that make each family small. A latent model works on the latents of the autoencoder before it."""
-FEW_STEPS = 4
-"""Number of steps in which a fault must show."""
+STEPS = 10
+"""Steps of ``make test``, in which a fault must show; ``make test-slow`` trains for 50."""
 TOLERANCE = 1e-8
 """Relative difference between the weights of one and two processes that rounding may cause."""
 
 
 @cache
 def config(name: str, world: int) -> DictConfig:
-    ddp = ["trainer=ddp", f"trainer.devices={world}"] if world > 1 else ["trainer=cpu"]
-    return compose(
-        *FAMILIES[name], *ddp, "data=digits", "trainer.accelerator=cpu", "trainer.precision=64-true",
-        f"trainer.global_batch_size={BATCH}", "model.lr_schedule.warmup_steps=2",
-    )  # fmt: skip
+    shared = [
+        "data=digits",
+        "trainer.accelerator=cpu",
+        "trainer.precision=64-true",
+        f"trainer.global_batch_size={BATCH}",
+    ]
+    if world == 1:
+        return compose(*FAMILIES[name], "trainer=cpu", "model.lr_schedule.warmup_steps=2", *shared)
+    cfg = copy.deepcopy(config(name, 1))
+    cfg.trainer = compose("trainer=ddp", f"trainer.devices={world}", *shared).trainer
+    return cfg
 
 
 def fit(name: str, world: int, steps: int, folder: Path, trained: Mapping[str, TrainedModel]) -> TrainedModel:
@@ -149,20 +156,29 @@ def trained(world: int, steps: int, folder: Path, fault: Callable[[], None] | No
     return in_processes(world, folder, train_families, steps, folder, fault, timeout=900)
 
 
+@pytest.fixture(scope="module")
+def weights_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return trained(1, STEPS, tmp_path_factory.mktemp("one"))[0]
+
+
 @needs_fork
+def test_two_processes_train_the_same_weights_as_one(weights_of_one_process: dict[str, Tensor], tmp_path: Path) -> None:
+    check_equal(weights_of_one_process, *trained(2, STEPS, tmp_path))
+
+
+@needs_fork
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_train_the_same_weights_as_one(tmp_path: Path) -> None:
-    (one,) = trained(1, 50, tmp_path)
-    first, second = trained(2, 50, tmp_path)
+def test_two_processes_train_the_same_weights_as_one_for_50_steps(tmp_path: Path) -> None:
+    check_equal(*trained(1, 50, tmp_path), *trained(2, 50, tmp_path))
+
+
+def check_equal(one: dict[str, Tensor], first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Check that two processes end with the weights ``first`` and ``second``, equal to those of one process."""
     between_ranks = differences(first, second)
     assert not any(between_ranks.values()), between_ranks
     from_one = differences(one, first)
     assert all(difference < TOLERANCE for difference in from_one.values()), from_one
-
-
-@pytest.fixture(scope="module")
-def weights_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return trained(1, FEW_STEPS, tmp_path_factory.mktemp("one"))[0]
 
 
 @needs_fork
@@ -170,5 +186,5 @@ def weights_of_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def test_the_comparison_finds_a_fault_in_every_family(
     fault: Callable[[], None], weights_of_one_process: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    wrong = differences(weights_of_one_process, trained(2, FEW_STEPS, tmp_path, fault)[0])
+    wrong = differences(weights_of_one_process, trained(2, STEPS, tmp_path, fault)[0])
     assert all(difference > 100 * TOLERANCE for difference in wrong.values()), wrong

@@ -19,7 +19,7 @@ from forking import Forked, needs_fork
 from test_cli import QUICK, Cli, error_line, in_step_3
 
 pytest.importorskip("submitit", reason="needs the extra slurm")
-from submitit.core.submission import submitit_main  # noqa: E402
+from submitit.core.submission import submitit_main
 
 SBATCH = """#!{python}
 import os, sys
@@ -64,8 +64,8 @@ def submitit_job(folder: Path, job: str) -> None:
 
 def run_submitted_jobs(cluster: Path, sweep: Forked) -> None:
     """Start each job that is submitted, as a fork of this process, until the sweep has ended."""
-    variables = {name: "1" for name in ("SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")}
-    variables |= {name: "0" for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")}
+    variables = dict.fromkeys(("SLURM_NTASKS", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), "1")
+    variables |= dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0")
     variables |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "100"}
     variables["SUBMITIT_EXECUTOR"] = "slurm"  # exported by the submitted script
     queue, jobs, deadline = cluster / "queue", list[Forked](), time.monotonic() + 100
