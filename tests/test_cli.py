@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -528,20 +526,6 @@ def test_a_folder_that_cannot_be_written_is_named(cli: Cli, tmp_path: Path, caps
     (tmp_path / "file").write_text("")
     assert cli("model=vae", *QUICK, "hydra.run.dir=file/run") == 1
     assert "file" in error_line(capsys)
-
-
-def test_help_imports_no_slow_modules() -> None:
-    code = (
-        "import sys; sys.argv = ['run.py', '--help']\n"
-        "from gencompare.tasks.main import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print('HEAVY', sorted({'torch', 'pytorch_lightning', 'wandb', 'matplotlib'} & set(sys.modules)))"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout
-    assert "HEAVY []" in shown
-    for text in ("task=evaluate", "model: ", "data: ", "ddpm", "Examples"):
-        assert text in shown
 
 
 def _make_folder(folder: Path) -> Path:

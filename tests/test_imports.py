@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +21,12 @@ WITHOUT_TORCH = (
     "safe_files.py", "trust.py", "version.py",
 )  # fmt: skip
 """Packages and modules that load without torch, so that a comparison starts quickly on any machine."""
+NOT_FOR_HELP = {*HEAVY, "lightning_fabric", "wandb", "matplotlib", "scipy", "sklearn", "jinja2", "PIL"}
+NOT_BEFORE_TRAINING = {
+    "wandb", "matplotlib", "scipy", "sklearn", "torchvision", "torchmetrics", "torch_fidelity", "torchdiffeq", "jinja2",
+}  # fmt: skip
+"""Packages of which training loads no module before the first step, beyond those that Lightning itself imports through
+torchmetrics: scipy.signal, matplotlib, torchvision.models and others. torch's optimisers import torch._dynamo."""
 
 
 def imports(path: Path) -> set[str]:
@@ -110,6 +119,47 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_follow_the_import_rules(path: Path) -> None:
     assert not violations(path), f"{path.name} may not import {sorted(violations(path))}"
+
+
+def loaded_modules(folder: Path, *overrides: str, before: str = "") -> tuple[str, set[str]]:
+    """Run the command line in a new interpreter until it ends or the first training step begins.
+
+    Args:
+        before: a module that is imported first.
+
+    Returns:
+        The output, and the modules that were loaded, except those that ``before`` imports.
+    """
+    code = f"""
+import atexit, sys
+{f"import {before}" if before else ""}
+at_start = {{*sys.modules}} if {bool(before)} else set()
+atexit.register(lambda: print("LOADED", *({{*sys.modules}} - at_start)))
+from gencompare.tasks.main import main
+if {bool(before)}:
+    from gencompare.training.clock import TrainingClock
+    TrainingClock.on_train_batch_start = lambda *_: sys.exit("first step")
+sys.argv = ["run.py", *{overrides}]
+main()
+"""
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    output, _, modules = ran.stdout.rpartition("LOADED ")
+    return output + ran.stderr, {*modules.split()}
+
+
+def test_help_imports_no_slow_modules(tmp_path: Path) -> None:
+    shown, modules = loaded_modules(tmp_path, "--help")
+    for text in ("task=evaluate", "model: ", "data: ", "ddpm", "Examples"):
+        assert text in shown
+    assert not within(modules, NOT_FOR_HELP) and len(modules) < 550
+
+
+def test_training_starts_without_modules_that_it_may_not_need(tmp_path: Path) -> None:
+    overrides = ["model=ddpm", "data=digits", "trainer=cpu", "logger=csv", "budget=steps", "hydra.run.dir=run"]
+    output, modules = loaded_modules(tmp_path, *overrides, before="pytorch_lightning")
+    assert "gencompare.models.diffusion" in modules, output
+    assert not within(modules, NOT_BEFORE_TRAINING) and len(modules) < 400
 
 
 def test_there_is_no_import_cycle() -> None:

@@ -206,11 +206,18 @@ def test_four_processes_evaluate_like_one(cli: Callable[..., int], tmp_path: Pat
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_run_with_one_line_and_a_record(tmp_path: Path, rank: int) -> None:
-    process = Forked(
-        tmp_path, "model=vae", *QUICK, "trainer=ddp", "trainer.accelerator=cpu", "budget.steps=100000",
+    overrides = [
+        "model=vae", *QUICK, "trainer=ddp", "trainer.accelerator=cpu", "budget.steps=100000",
         "callbacks.evaluation.num_evaluations=0", "callbacks.checkpoints.every_minutes=0", "logger=csv",
         "hydra.run.dir=run",
-    )  # fmt: skip
+    ]  # fmt: skip
+    process: Any
+    if rank == 0:  # a fork of the killed process would still hold its lock of the run folder
+        command = [sys.executable, "-m", "gencompare.tasks.runs.rank", *overrides]
+        with (tmp_path / "output.txt").open("w") as log:
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    else:
+        process = Forked(tmp_path, *overrides)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and time.monotonic() < deadline:
@@ -222,7 +229,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_a_record(tmp_path: Path
     while (state := json.loads(record.read_text())["state"]) == "running" and time.monotonic() < deadline:
         time.sleep(0.05)  # the other process writes it
     assert state == "interrupted"
-    errors = [line for line in process.output().splitlines() if line.startswith("Error")]
+    errors = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("Error")]
     assert len(errors) == 1 and "Another process of this run ended unexpectedly" in errors[0] and "resume=" in errors[0]
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from gencompare.data.datamodule import ImageData, Split
@@ -20,11 +24,12 @@ class Digits(ImageData):
     spec = DataSpec(name="digits", shape=(1, 8, 8), num_classes=10, num_bins=17)
 
     def load(self) -> dict[str, Split]:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        images = torch.tensor(bunch.images, dtype=torch.uint8)[:, None]  # type: ignore[attr-defined]
-        labels = torch.tensor(bunch.target, dtype=torch.int64)  # type: ignore[attr-defined]
+        # Reads the file of `sklearn.datasets.load_digits`, since importing scikit-learn takes longer than the rest.
+        package = find_spec("sklearn")
+        assert package is not None and package.origin is not None
+        table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        images = torch.tensor(table[:, :-1], dtype=torch.uint8).reshape(-1, *self.spec.shape)
+        labels = torch.tensor(table[:, -1], dtype=torch.int64)
         order = torch.randperm(len(images), generator=generator("cpu", "digits", "split"))
         shuffled = Split(images[order], labels[order])
         return {

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torchdiffeq import odeint
 
 from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
 from gencompare.diffusion.objectives import DataLikelihood, normal_log_prob
@@ -102,6 +101,8 @@ class ODELikelihood(LikelihoodMethod):
     @torch.no_grad()
     def log_density(self, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         """Compute log p(x) in nats, (n,), at points x (n, C, H, W)."""
+        from torchdiffeq import odeint  # imported on use, since few models need it
+
         schedule, num_values = denoiser.schedule, x[0].numel()
         probe = torch.randint(2, x.shape, generator=generator, device=generator.device).to(x) * 2 - 1
 

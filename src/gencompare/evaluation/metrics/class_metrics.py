@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
 CONFIDENCE = 0.7
 """Threshold of `confident_share`. It is below 0.82, the probability that the bundled classifiers were trained to
@@ -21,6 +20,9 @@ def classifier_score(logits: Tensor) -> tuple[float, float]:
     score is 1 if all predictions are equal, and at most the number of classes. Images are split as in torch-fidelity,
     so the value is the same.
     """
+    # Imported on use, since training may never need it.
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
     scores = isc_features_to_metric(logits, splits=NUM_SPLITS)
     return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
 

@@ -18,7 +18,6 @@ from rich.text import Text
 from torch import Tensor
 
 from gencompare.comparison.load_runs import RunFolder
-from gencompare.comparison.page import report
 from gencompare.comparison.terminal import describe_run, run_summary
 from gencompare.data.datamodule import SPLITS, ImageData
 from gencompare.errors import printable
@@ -107,6 +106,8 @@ def describe_data(data: ImageData) -> dict[str, Any]:
 
 def print_results(record: RunRecord, folder: Path) -> Path:
     """Write the HTML page of a run, print its results and output paths, and return the path of the page."""
+    from gencompare.comparison.page import report  # imports jinja2 and matplotlib, which training does not need
+
     page = report([folder], folder)
     console = Console()
     if record.results:
