@@ -195,7 +195,8 @@ class ImageData(pl.LightningDataModule):
         if not (isinstance(random_flip, bool) or random_flip == "alternating"):
             raise UserError(f"data.random_flip={random_flip} must be true, false or alternating.")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.random_flip, self.seed = random_flip, seed
+        self.random_flip: bool | Literal["alternating"] = random_flip  # type: ignore[assignment]
+        self.seed = seed
         self.train_subset_size = train_subset_size
         self.start_step = 0
         """First step of the training stream; set when a run is resumed."""
