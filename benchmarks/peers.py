@@ -178,6 +178,7 @@ def config(*overrides: str) -> DictConfig:
             [
                 "model.optimizer._target_=torch.optim.AdamW",
                 "trainer=cpu",
+                "trainer.precision=32-true",
                 "budget.images=null",
                 "callbacks.evaluation.num_evaluations=0",
                 "callbacks.metric_logger.log_every_n_steps=1",

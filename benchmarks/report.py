@@ -92,7 +92,7 @@ def training_tables(results: Mapping[str, Any]) -> dict[str, str]:
         head = ["work", "variant", "peer", "parameters, M / peer", "GFLOPs an image / peer", "time / peer"]
         text = "The same loop with other networks and models (`benchmarks/peers.py` says where their shapes differ):"
         found["models"] = f"{text}\n\n{markdown([*head, 'times as fast'], rows)}"
-    trainers = [name for name in ("trainer", "trainer_on_digits") if name in results]
+    trainers = [name for name in results if name.startswith("trainer")]
     if trainers:
         found["trainer"] = markdown(
             ["work", "plain loop, ms", "Trainer, ms", "ratio"],

@@ -9,8 +9,8 @@ All on the CPU; each part can be measured alone:
 - ddpm, vae: the loss of a whole model and that of denoising-diffusion-pytorch and pythae in this loop, in float32;
 - gan: a discriminator and a generator update of SNGAN, and the same in plain PyTorch, in float32;
 - trainer, trainer_on_digits: the DDPM with the default callbacks of this project, and the same model in the plain loop.
-  Metrics are logged at *every* step, fifty times as often as by default. There are no evaluations during training.
-  Steps on the digits are short, so they show the overhead of the Trainer.
+  Metrics are logged at *every* step; in trainer_default and trainer_on_digits_default, every 50 steps as by default.
+  There are no evaluations during training. Steps on the digits are short, so they show the overhead of the Trainer.
 
 peers.py says what the networks have in common. `--compile` adds variants with `torch.compile`, which needs a C++
 compiler, and reports the seconds of their first step. A peer that is not installed is left out: pip install -e
@@ -59,11 +59,16 @@ from gencompare.tasks.runs.build import build_callbacks, build_loggers, build_mo
 
 RESULT = Path(__file__).parent / "results" / "train_step.json"
 WARM_UP = 3
-ROUNDS = {"network_64": 0.5, "edm": 0.5, "ddpm": 0.5, "trainer_on_digits": 10.0}
+ROUNDS = {"network_64": 0.5, "edm": 0.5, "ddpm": 0.5, "trainer_on_digits": 5.0, "trainer_on_digits_default": 5.0}
 """Rounds of a part as a multiple of ``--rounds``, if not 1: fewer of long steps, more of short ones."""
+INTERVAL = "callbacks.metric_logger.log_every_n_steps"
 TRAINERS = {
     "trainer": ("3x32x32, batch 64, 32 channels", SHAPE, 64, SMALL_CIFAR10),
     "trainer_on_digits": ("1x8x8, batch 128, the default network", (1, 8, 8), 128, ["model=ddpm"]),
+}
+TRAINERS |= {
+    f"{name}_default": (f"{setting}, logging every 50 steps", shape, batch, [*overrides, f"{INTERVAL}=50"])
+    for name, (setting, shape, batch, overrides) in TRAINERS.items()
 }
 PARTS = [*CONTESTS, "gan", *TRAINERS]
 PEERS = ("diffusers", "denoising-diffusion-pytorch", "pythae")
@@ -212,7 +217,7 @@ def compare_trainer(data: Turns, overrides: list[str], rounds: int, logger: str)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each variant; ten times as many on digits")
+    parser.add_argument("--rounds", type=int, default=40, help="steps of each variant; five times as many on digits")
     parser.add_argument("--compile", action="store_true", help="add variants with torch.compile (minutes more)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--logger", default="csv", help="an option of conf/logger")
