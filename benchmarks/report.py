@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+RESULTS, STUDIES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "performance.md"
 EVALUATION = {
     "end_to_end": "", "end_to_end_cached": "", "pytorch_fid": "", "pytorch_fid_cached": "", "clean_fid": "",
     "clean_fid_cached": "", "neighbours": "precision, recall, density and coverage of ",
@@ -206,7 +207,7 @@ def loading_tables(results: Mapping[str, Any]) -> dict[str, str]:
 
 def study(name: str) -> dict[str, dict[str, Any]]:
     """Return the committed records of a study of docs/results, by name."""
-    found = sorted((PAGE.parent / "results" / name).glob("*/record.json"))
+    found = sorted((STUDIES / name).glob("*/record.json"))
     return {path.parent.name: json.loads(path.read_text()) for path in found}
 
 

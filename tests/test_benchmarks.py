@@ -151,6 +151,7 @@ def test_exponents_of_growth_are_those_of_power_laws() -> None:
 
 def test_a_table_without_results_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "STUDIES", tmp_path)
     assert report.tables() == {}
     page = "a\n<!-- models -->\n| old |\n<!-- end -->\nb"
     assert report.fill(page) == "a\n<!-- models -->\n<!-- end -->\nb"
