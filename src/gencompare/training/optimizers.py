@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise UserError(
-                f"model.optimizer: Muon needs torch 2.9 or later, not {torch.__version__}: upgrade torch, or use"
+                f"model.optimizer: Muon needs torch 2.9 or later, not {version('torch')}: upgrade torch, or use"
                 " torch.optim.AdamW."
             )
         parameters = list(params)
