@@ -28,7 +28,8 @@ from gencompare.errors import UserError
 from gencompare.rng import RandomSource, generator
 from parts import part
 
-GRIDS = options("model/sampler/grid")
+GRIDS = [name for name in options("model/sampler/grid") if name != "tabulated"]
+"""Grids that are defined for every schedule and number of steps, which given times are not."""
 IN_TIME = ("uniform", "quadratic")
 DISTRIBUTIONS = [UniformTimes(), UniformTimes(stratified=False), LogNormalTimes(), LogitNormalTimes()]
 
