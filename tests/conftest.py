@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 
 import torch  # noqa: E402  (after the number of threads is set)
+from hydra.core.plugins import Plugins  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 from gaussian_truth import SCHEDULES, schedule_named  # noqa: E402
@@ -22,6 +23,7 @@ from gencompare.diffusion.schedules import NoiseSchedule  # noqa: E402
 from hydra_plugins.gencompare_sweeps.resolvers import cpu_precision  # noqa: E402
 
 # trainer=cpu has the same precision on all machines in tests, since many expect results that are equal bit for bit.
+Plugins.instance()  # Hydra runs the module of the resolver again when it looks for plugins, which it does once
 OmegaConf.register_new_resolver(cpu_precision.__name__, lambda: "32-true", replace=True)
 
 
