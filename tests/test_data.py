@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from composing import options, roots
 from gencompare.data import archives
 from gencompare.data.cifar10 import CIFAR10, CLASSES
 from gencompare.data.datamodule import ImageData, Split, hold_out
+from gencompare.data.digits import read_digits
 from gencompare.data.eurosat64 import EuroSAT64
 from gencompare.data.mnist import MNIST, FashionMNIST
 from gencompare.errors import UserError
@@ -415,3 +418,12 @@ def test_download_happens_once(tmp_path: Path, data_root: Path, monkeypatch: pyt
     for _ in range(2):
         assert len(FashionMNIST(tmp_path, download=True).split("test")) == 10_000
     assert downloaded == ["FashionMNIST"]
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    """The file is read directly; without it, scikit-learn reads it."""
+    digits: Any = load_digits()
+    expected = np.column_stack([digits.data, digits.target])
+    np.testing.assert_array_equal(read_digits(), expected)
+    with mock.patch("gencompare.data.digits.find_spec", return_value=None):
+        np.testing.assert_array_equal(read_digits(), expected)

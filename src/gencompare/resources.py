@@ -48,12 +48,15 @@ MAX_MATRIX_SIZE = 4096
 """Larger matrices are not faster, and would take memory that the run may need."""
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of matrix products, once per process, device and precision.
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Measure the FLOP/s of matrix products, once per process, device and precision. None on other devices than CPUs
+    and CUDA GPUs, which this module cannot wait for.
 
     Matrices of growing size are multiplied for `CEILING_SECONDS`, and the fastest product counts. TF32 is used if
     torch's settings allow it.
     """
+    if device.type not in ("cpu", "cuda"):
+        return None
     return _measured_matmul(device, dtype, torch.get_float32_matmul_precision())
 
 

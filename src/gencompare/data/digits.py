@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +25,7 @@ class Digits(ImageData):
     spec = DataSpec(name="digits", shape=(1, 8, 8), num_classes=10, num_bins=17)
 
     def load(self) -> dict[str, Split]:
-        # Reads the file of `sklearn.datasets.load_digits`, since importing scikit-learn takes longer than the rest.
-        package = find_spec("sklearn")
-        assert package is not None and package.origin is not None
-        table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        table = read_digits()
         images = torch.tensor(table[:, :-1], dtype=torch.uint8).reshape(-1, *self.spec.shape)
         labels = torch.tensor(table[:, -1], dtype=torch.int64)
         order = torch.randperm(len(images), generator=generator("cpu", "digits", "split"))
@@ -37,3 +35,18 @@ class Digits(ImageData):
             "val": shuffled[slice(TEST_SIZE, TEST_SIZE + VAL_SIZE)],
             "test": shuffled[slice(TEST_SIZE)],
         }
+
+
+def read_digits() -> np.ndarray:
+    """Return the pixels and the class of each image of `sklearn.datasets.load_digits`, (1797, 65).
+
+    Its file is read directly, if it is where it was so far: importing scikit-learn takes longer than all the rest.
+    """
+    package = find_spec("sklearn")
+    path = Path(str(package.origin if package else "")).parent / "datasets" / "data" / "digits.csv.gz"
+    if path.is_file():
+        return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    return np.column_stack([digits.data, digits.target])

@@ -16,9 +16,9 @@ from gencompare.diffusion.samplers import DDIM, Sampler
 from gencompare.diffusion.times import KarrasGrid, LogSNRGrid, TabulatedGrid, TimeGrid, UniformGrid
 from gencompare.errors import UserError
 
-STARTS: tuple[TimeGrid, ...] = (UniformGrid(), LogSNRGrid(), KarrasGrid())
+INITIAL_GRIDS: tuple[TimeGrid, ...] = (UniformGrid(), LogSNRGrid(), KarrasGrid())
 """Grids that the search improves on. It starts from the best of them."""
-DIFFERENCE = 1e-2
+FINITE_DIFFERENCE_STEP = 1e-2
 """Relative change of a step size in the finite differences. Rounding in float32 hides much smaller ones."""
 
 
@@ -78,10 +78,10 @@ def optimize_times(sampler: Sampler, train: Problem, validation: Problem, *, max
 
     .. math:: t_k - t_{k+1} = (t_{max} - t_{min}) \frac{d_k e^{\theta_k}}{\sum_j d_j e^{\theta_j}},
 
-    where :math:`d_k` are the step sizes of the best grid among `STARTS`, and the last step, to t_min, is replaced by a
-    step to clean data. L-BFGS minimises the logarithm of the error over :math:`\theta` with finite differences, since
-    the coefficients of the solvers have no gradients at clean data. The result is the best on the validation noise of
-    the times found and the grids.
+    where :math:`d_k` are the step sizes of the best grid among `INITIAL_GRIDS`, and the last step, to t_min, is
+    replaced by a step to clean data. L-BFGS minimises the logarithm of the error over :math:`\theta` with finite
+    differences, since the coefficients of the solvers have no gradients at clean data. The result is the best on the
+    validation noise of the times found and the grids.
 
     This is the objective of Tong et al. (2025), "Learning to discretize denoising diffusion ODEs", section 4,
     https://arxiv.org/abs/2405.15506, in pixels and without changing the noise.
@@ -99,7 +99,7 @@ def optimize_times(sampler: Sampler, train: Problem, validation: Problem, *, max
         return replace(sampler, grid=TabulatedGrid(times.tolist()))
 
     plain, starts = {}, []
-    for grid in STARTS:
+    for grid in INITIAL_GRIDS:
         with suppress(UserError):  # the schedule has too few steps
             plain[type(grid).__name__] = with_times(grid(schedule, sampler.num_steps)[:-1])
             starts.append(grid(schedule, sampler.num_steps + 1)[:-2].double())
@@ -116,16 +116,17 @@ def optimize_times(sampler: Sampler, train: Problem, validation: Problem, *, max
 
     def objective(theta: list[float]) -> float:
         error = train.error(with_times(times_at(theta)))
-        return math.log(error) if 0 < error < math.inf else 1e3 * (error > 0)
+        return math.log(max(error, 1e-12)) if error < math.inf else 1e3
 
     found = minimize(
         objective,
         [0.0] * len(steps),
         method="L-BFGS-B",
         bounds=[(-3, 3)] * len(steps),
-        options={"maxiter": max_iterations, "eps": DIFFERENCE},
+        options={"maxiter": max_iterations, "eps": FINITE_DIFFERENCE_STEP},
     )
     optimized = with_times(times_at(found.x.tolist()))
-    errors = {name: validation.error(candidate) for name, candidate in plain.items()}
-    best = min([optimized, *plain.values()], key=validation.error)
-    return OptimizedSampler(best, validation.error(best), errors)
+    grid_errors = {name: validation.error(candidate) for name, candidate in plain.items()}
+    errors = [(validation.error(optimized), optimized), *zip(grid_errors.values(), plain.values(), strict=True)]
+    error, best = min(errors, key=lambda pair: pair[0])
+    return OptimizedSampler(best, error, grid_errors)

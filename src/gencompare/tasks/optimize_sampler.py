@@ -28,7 +28,7 @@ from gencompare.errors import UserError, check_counts
 from gencompare.evaluation.sampling import choose_conditions
 from gencompare.files import atomic_write
 from gencompare.models.diffusion import Diffusion
-from gencompare.rng import draw_normal, full_precision, generator
+from gencompare.rng import derive_seed, draw_normal, full_precision, generator
 from gencompare.tasks.evaluate_run import evaluate_on_all_ranks
 from gencompare.tasks.runs.build import build_data, build_model, choose_device
 from gencompare.tasks.runs.loading import load_weights
@@ -117,7 +117,7 @@ def build_problem(cfg: DictConfig, model: Diffusion, data: ImageData, part: str,
     noise = draw_normal(
         shape, generator(model.device, cfg.seed, "optimize_sampler", part), model.device, full_precision(model.dtype)
     )
-    conditions = choose_conditions(model, data, n, seed=cfg.seed, split="val")
+    conditions = choose_conditions(model, data, n, seed=derive_seed(cfg.seed, part), split="val")
     if conditions is not None:
         cond = conditions.batch(slice(0, n), model.device)[1]
     else:

@@ -54,6 +54,7 @@ from gencompare.tasks.runs.run_folder import claim_run_folder, is_active, refuse
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
+from gencompare.training.device_settings import DeviceSettings
 from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import REQUEUE_SIGNALS, GracefulStop
@@ -406,11 +407,15 @@ def flops_utilization(clock: TrainingClock, trainer: pl.Trainer) -> float | None
     """
     if not clock.flops or not clock.device_seconds:
         return None
-    device = trainer.strategy.root_device
+    device, default = trainer.strategy.root_device, torch.get_float32_matmul_precision()
     with trainer.precision_plugin.forward_context():
         one = torch.ones(1, 1, device=device)
         dtype = torch.mm(one, one).dtype  # autocast may change it
-    return clock.flops / clock.device_seconds / matmul_flops_per_second(device, dtype)
+    settings = next((each for each in trainer.callbacks if isinstance(each, DeviceSettings)), None)  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision(settings.matmul_precision if settings else default)
+    ceiling = matmul_flops_per_second(device, dtype)
+    torch.set_float32_matmul_precision(default)
+    return None if ceiling is None else clock.flops / clock.device_seconds / ceiling
 
 
 @rank_zero_only

@@ -18,6 +18,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.sharding import local_tensor, total_norm
 from gencompare.training.clock import clock_of
 from gencompare.training.ema import WeightAverage
+from gencompare.training.optimizers import match_memory_format
 
 
 class DivergenceGuard(Callback):
@@ -241,6 +242,7 @@ class DivergenceGuard(Callback):
         for optimizer, state in zip(trainer.optimizers, states, strict=True):
             # The current settings, such as the learning rate, stay.
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            match_memory_format(optimizer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAverage):
                 callback.restart(model, None if found is None else found.content)

@@ -14,6 +14,7 @@ from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import TrainedModel
 from gencompare.training.budget import Budget
 from gencompare.training.clock import clock_of
+from gencompare.training.optimizers import match_memory_format
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class LearningRateScheduler(Callback):
             for group, settings in zip(optimizer.param_groups, fresh.param_groups, strict=True):
                 group.update({name: value for name, value in settings.items() if name != "params"})
                 group["initial_lr"] = settings["lr"]
+            match_memory_format(optimizer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, i: int) -> None:
         assert isinstance(pl_module, TrainedModel)

@@ -12,8 +12,8 @@ from torch import Tensor
 from gencompare.errors import UserError
 from gencompare.sharding import is_sharded
 
-MIN_FEATURES = 8
-"""Weights with fewer inputs or outputs than this read or write images, and are not hidden matrices."""
+MIN_FEATURES = 16
+"""Weights with fewer inputs or outputs than this usually read or write images, and are not treated as hidden."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -25,16 +25,16 @@ class Muon(torch.optim.Optimizer):
 
     approximated by five Newton-Schulz iterations (`torch.optim.Muon`). The factor :math:`0.2 \sqrt{\max(A, B)}` gives
     updates the root mean square that AdamW's have, so that one learning rate :math:`\eta` and one weight decay
-    :math:`\lambda` serve both. The kernel of a convolution is a matrix with a row per output channel. Biases,
-    normalisations, and layers that read or write images (with fewer than `MIN_FEATURES` inputs or outputs) are left to
-    AdamW.
+    :math:`\lambda` serve both. The kernel of a convolution is a matrix with a row per output channel (per input channel
+    if it is transposed). Biases, normalisations, and weights with fewer than `MIN_FEATURES` inputs or outputs, such as
+    those that read or write images and the embeddings of a few classes, are left to AdamW.
 
     Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural networks",
     https://kellerjordan.github.io/posts/muon; Liu et al. (2025), "Muon is scalable for LLM training", section 2.2,
     https://arxiv.org/abs/2502.16982.
 
     Args:
-        params: parameters, or groups of them with settings.
+        params: parameters, not groups of them.
         lr: learning rate of both.
         weight_decay: decoupled weight decay of both.
         momentum: of Muon, with Nesterov's correction.
@@ -42,7 +42,8 @@ class Muon(torch.optim.Optimizer):
         eps: of AdamW.
 
     Raises:
-        UserError: the installed torch has no Muon (before 2.9), or the weights are divided among processes.
+        UserError: the installed torch has no Muon (before 2.9), the weights are divided among processes, or there are
+            groups of parameters.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class Muon(torch.optim.Optimizer):
                 " torch.optim.AdamW."
             )
         parameters = list(params)
+        if any(isinstance(p, dict) for p in parameters):
+            raise UserError("model.optimizer: Muon takes no groups of parameters: use torch.optim.AdamW.")
         if any(is_sharded(p) for p in parameters):
             raise UserError(
                 "model.optimizer: Muon needs whole weight matrices, which trainer=fsdp divides among processes: use"
@@ -70,7 +73,7 @@ class Muon(torch.optim.Optimizer):
         common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         self._optimizers: list[torch.optim.Optimizer] = []
         if hidden:  # torch's optimisers accept no empty list
-            matrices = [as_matrix(p, p) for p in hidden]
+            matrices = [p.detach().flatten(1) for p in hidden]
             muon = torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **common)
             self._optimizers.append(muon)
         if others:
@@ -92,14 +95,16 @@ class Muon(torch.optim.Optimizer):
             own.update({name: value for name, value in group.items() if name != "params"})
             pairs = list(zip(group["params"], own["params"], strict=True))
             for parameter, stepped in pairs:
-                if stepped is not parameter:
-                    stepped.data = as_matrix(parameter, parameter)
-                    stepped.grad = None if parameter.grad is None else as_matrix(parameter.grad, parameter)
+                if stepped is not parameter:  # a matrix, which shares memory with a contiguous weight
+                    stepped.data = parameter.detach().flatten(1)
+                    stepped.grad = None if parameter.grad is None else parameter.grad.flatten(1)
                 if parameter in self.state:  # of the last step, or loaded from a checkpoint
                     optimizer.state[stepped] = self.state[parameter]
             optimizer.step()
             for parameter, stepped in pairs:
                 self.state[parameter] = optimizer.state[stepped]
+                if stepped.data_ptr() != parameter.data_ptr():  # in channels_last, the matrix is a copy
+                    parameter.copy_(stepped.view_as(parameter))
         return loss
 
 
@@ -108,13 +113,14 @@ def is_hidden_matrix(p: Tensor) -> bool:
     return p.ndim >= 2 and min(p.shape[0], p.shape[1]) >= MIN_FEATURES
 
 
-def as_matrix(value: Tensor, weight: Tensor) -> Tensor:
-    """Reshape a weight, or its gradient, to a matrix with one row per output, sharing memory with the weight.
+@torch.no_grad()
+def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
+    """Give the state of an optimiser the memory format of its parameters, which may differ after resuming.
 
-    The columns are in the order of the weight in memory, which may be channels_last. The order does not matter: a
-    permutation of columns permutes the columns of the nearest semi-orthogonal matrix.
+    The fused kernels of torch read parameter, gradient and state in the order of memory, and do not check it.
     """
-    value = value.detach()
-    if weight.is_contiguous():
-        return value.flatten(1)
-    return value.movedim(1, -1).flatten(1)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            same_shape = isinstance(value, Tensor) and value.shape == parameter.shape and not is_sharded(value)
+            if same_shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

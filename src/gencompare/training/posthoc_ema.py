@@ -38,8 +38,8 @@ class PosthocEMA(WeightAverage):
 
     Checkpoints contain the averages and the list of snapshots. Steps that a `DivergenceGuard` rolls back do not count.
 
-    Snapshots are stored in float16, in half the space of float32, as by Karras et al. (2024): rounding changes a weight
-    by at most 0.05 %, which is less than the error of the synthesised profile. Values beyond its range stay float32.
+    Snapshots are stored in float16, in half the space of float32, as by Karras et al. (2024). Values beyond its range
+    stay float32.
 
     Args:
         folder: the run folder; snapshots are saved in ``posthoc_ema`` in it.
@@ -134,14 +134,16 @@ class PosthocEMA(WeightAverage):
             for length, average in self.averages.items()
             for name, value in average.items()
         }
+        saved = True
         if trainer.is_global_zero and tensors:
             path = snapshot_path(self.folder, self.step)
             try:
                 write_tensors(tensors, path, {})
             except DiskFullError as error:
                 print(f"{error} Training continues without this snapshot.", flush=True)
-                return
-        self.snapshots.append(self.step)
+                saved = False
+        if trainer.strategy.broadcast(saved, src=0):  # all ranks must list the same snapshots
+            self.snapshots.append(self.step)
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
