@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from paired import Laps, compare, median_interval, table, take_turns
+from memory import peak_mib
+from paired import Laps, compare, machine, median_interval, table, take_turns
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
@@ -51,8 +52,6 @@ from gencompare.data.mapped_images import MappedImages
 from gencompare.files import write_json
 from gencompare.generative_model import DataSpec
 from gencompare.networks.unet import UNet
-from gencompare.records import now
-from gencompare.tasks.runs.environment import environment
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
 PARTS = ["batches", "folders"]
@@ -257,13 +256,7 @@ def measure_folder(root: Path, cache: Path) -> dict[str, float]:
     for kind in ("seconds", "processor_seconds"):
         result[f"decode_{kind}"] = result[f"index_and_decode_{kind}"] - result[f"index_{kind}"]
         del result[f"index_and_decode_{kind}"]
-    return {"imported_mib": anonymous, **result, "peak_mib": peak()}
-
-
-def peak() -> float:
-    """Return the peak resident memory of this process, pages of mapped files included, in MiB."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+    return {"imported_mib": anonymous, **result, "peak_mib": peak_mib()}
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -322,12 +315,7 @@ def main() -> None:
         return
     torch.manual_seed(0)
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result |= {
-        "created": now(),
-        "environment": environment(torch.device("cpu")),
-        "processors": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-    }
+    result |= machine()
     if "batches" in options.parts:
         root = os.environ.get("GENCOMPARE_DATA", "data")
         part = result["batches"] = compare_batches(root, os.environ.get("GENCOMPARE_CACHE"), options.rounds)

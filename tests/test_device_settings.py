@@ -119,7 +119,7 @@ def test_blocks_are_compiled_in_training_steps_only(
     assert printed.count("Compiling the blocks") == 1 and "which count as training time" in printed
 
 
-def test_a_resumed_run_in_channels_last_with_a_fused_optimiser_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+def test_resuming_in_channels_last_with_a_fused_optimiser_is_exact(tmp_path: Path) -> None:
     """Weights are in channels_last during training and not after it, and the result differs by rounding only."""
     settings = [*UNET, "trainer.memory_format=channels_last", "trainer.fused_optimizer=true"]
 

@@ -34,7 +34,7 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_the_update_of_a_hidden_matrix_is_semi_orthogonal_with_the_size_of_adamw() -> None:
+def test_the_update_of_a_hidden_matrix_is_semi_orthogonal() -> None:
     """The first step is the orthogonalised gradient; Newton-Schulz leaves singular values between about 0.7 and 1.2."""
     model = network()
     before = model[2].weight.detach().clone()

@@ -99,7 +99,7 @@ def test_coordinates_tell_positions_apart() -> None:
     assert not torch.allclose(net(x, t, {}), net(x, t, {"coordinates": moved}), atol=1e-3)
 
 
-def test_the_loss_per_pixel_of_crops_has_the_expectation_of_that_of_whole_images() -> None:
+def test_the_loss_per_pixel_of_crops_is_that_of_whole_images() -> None:
     """The network predicts 0, so its loss is a fixed function of image and noise. Crops have the same pixels as whole
     images, since the images are periodic with the period of the crops."""
     x = images(2, (1, 4, 4)).repeat(1000, 1, 2, 2)
