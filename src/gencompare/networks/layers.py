@@ -27,19 +27,24 @@ FUSED_ATTENTION_MIN_TOKENS = 1024
 """From this many tokens, torch's kernel is as fast in 16 bits on a CPU as explicit products."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     r"""Compute :math:`\mathrm{softmax}(q k^T / \sqrt d)\, v` (Vaswani et al. 2017, "Attention is all you need", eq. 1,
     https://arxiv.org/abs/1706.03762).
 
-    In 16 bits on a CPU these are explicit products, since the kernel of torch computes them in 32 bits there.
+    If ``causal``, query i sees keys 0 to i only. In 16 bits on a CPU these are explicit products, since the kernel of
+    torch computes them in 32 bits there.
 
     Shapes: q, k, v (n, heads, tokens, d) -> (n, heads, tokens, d).
     """
     explicit = q.device.type == "cpu" and q.element_size() == 2 and k.shape[2] < FUSED_ATTENTION_MIN_TOKENS
     if not explicit:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
-        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        return scores.softmax(-1) @ v
 
 
 # Normalisation
