@@ -25,15 +25,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from gencompare.data.toy2d import DISTRIBUTIONS
+from gencompare.diffusion.data_likelihood import DataLikelihood, normal_log_prob
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, LinearBetas
 from gencompare.diffusion.likelihoods import VLBLikelihood
-from gencompare.diffusion.objectives import (
-    DataLikelihood,
-    LikelihoodWeighting,
-    WeightedMSE,
-    normal_log_prob,
-)
+from gencompare.diffusion.objectives import LikelihoodWeighting, WeightedMSE
 from gencompare.diffusion.parameterizations import (
     X0,
     EDMPreconditioning,
@@ -404,7 +400,7 @@ def follow_chains(denoiser):
         new = a * state + (1 - a**2).sqrt() * torch.randn_like(x0)
         prediction = denoiser(new, t, {})
         if i == 0:
-            reconstruction = reconstruction_nll(prediction, x0, at_t, likelihood)
+            reconstruction = reconstruction_nll(likelihood, x0, new, prediction, at_t)
             log_p_step = -reconstruction
         else:
             coef_x_t, coef_x0, std = ancestral_step(at_t, at_s)

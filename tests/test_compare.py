@@ -41,7 +41,7 @@ from gencompare.comparison.ranking import (
 from gencompare.comparison.settings import differing_settings
 from gencompare.comparison.suggestions import suggested_commands
 from gencompare.comparison.svg_plots import styles
-from gencompare.comparison.tables import columns
+from gencompare.comparison.tables import columns, likelihood_lines
 from gencompare.comparison.terminal import print_tables, run_summary
 from gencompare.errors import UserError
 from gencompare.records import Metric, Result, RunRecord
@@ -425,11 +425,12 @@ def test_nfe_curves_join_rows_that_differ_in_steps_alone(tmp_path: Path):
     drawn = {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines}
     assert drawn == {
         "a · DDIM": ([5, 50], [9.0, 2.0]), "c0, mean of 2 seeds · Heun": ([10, 30], [9.5, 3.5]),
-    }, "one line per sampler, the mean over seeds, and no line for a single point"  # fmt: skip
+        "a · Heun, 20 steps": ([20], [3.0]), "b": ([10], [4.0]),
+    }, "one line per sampler, the mean over seeds, and points of models with one number of evaluations"  # fmt: skip
     best = {row.title: row for row in reversed(tables[0].rows)}
     assert [(line.color, line.dash) for line in chart.lines] == [
         (style[title].color, style[title].dash)
-        for title in ("a · DDIM, 50 steps", "c0, mean of 2 seeds · Heun, 30 steps")
+        for title in ("a · DDIM, 50 steps", "a · Heun, 20 steps", "c0, mean of 2 seeds · Heun, 30 steps", "b")
         if title in best
     ], "a line has the style of its best-ranked row"
     assert chart.x_log
@@ -675,9 +676,11 @@ def test_the_csv_has_all_results_and_metrics(tmp_path: Path):
 def test_markdown_rows_have_one_cell_per_column_for_any_name(odd: LoadedRuns, tmp_path: Path):
     report([run.folder for run in odd.runs], tmp_path)
     text = (tmp_path / "compare.md").read_text()
-    tables = [line for line in text.splitlines() if line.startswith("| ")]
-    counts = {len(re.findall(r"(?<!\\)\|", line)) for line in tables}
-    assert len(tables) == 2 * 4 and len(counts) <= 2, "heading, rule, one run, and real data"
+    tables = [table for table in re.split(r"^#+ ", text, flags=re.MULTILINE) if "\n| " in table]
+    for table in tables:
+        lines = [line for line in table.splitlines() if line.startswith("| ")]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert len(tables) == 2 * 2, "the ranking and the bits/dim of each data set"
     assert "<" not in text and r"\*y\*" in text
 
 
@@ -759,6 +762,34 @@ def test_numbers_as_text(to_text: Any, value: float | None, text: str):
 )  # fmt: skip
 def test_titles_of_metrics(name: str, title: str):
     assert formatting.title(name) == title
+
+
+def test_bits_per_dim_of_all_families_are_in_one_table_and_plotted_against_quality(tmp_path: Path):
+    def measured(value: float, **bits: tuple[float, str, str]) -> Any:
+        metrics = {
+            f"bpd_{name}": Metric(each, higher_is_better=False, note=note, method=method)
+            for name, (each, note, method) in bits.items()
+        }
+        return replace(result(value), metrics={"fd_digits": Metric(value, higher_is_better=False)} | metrics)
+
+    write_run(tmp_path / "a", [measured(1.0, elbo=(2.5, "bound, 100 test images; kl 1", "discrete"))])
+    estimate = "estimate, 100 test images", "uniform dequantisation"
+    write_run(tmp_path / "b", [measured(2.0, ode=(1.5, *estimate), vlb=(1.75, "bound", "softmax decoder"))])
+    write_run(tmp_path / "c", [measured(3.0)])
+    loaded = load_runs(sorted(tmp_path.iterdir()))
+    (table,) = rank_results(loaded.runs)
+    assert [(row.title, texts) for row, texts in likelihood_lines(table)] == [
+        ("b", ["1.50", "estimate", "uniform dequantisation", "ode", "100 test images"]),
+        ("b", ["1.75", "bound", "softmax decoder", "vlb", ""]),
+        ("a", ["2.50", "bound", "discrete", "elbo", "100 test images"]),
+    ]
+    (chart,) = charts.Charts.of([table], loaded.runs, styles([table], loaded.runs)).likelihoods
+    assert {line.name: (line.x.tolist(), line.y.tolist()) for line in chart.lines} == {
+        "a (bound)": ([2.5], [1.0]), "b (bound)": ([1.75], [2.0]),
+    }  # fmt: skip
+    html = page.render(loaded)
+    assert "softmax decoder" in html.split('id="likelihoods"')[1].split("</section>")[0]
+    assert 'id="likelihoods"' not in page.render(load_runs([tmp_path / "c"]))
 
 
 @pytest.mark.parametrize(

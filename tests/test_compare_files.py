@@ -73,7 +73,7 @@ def test_each_chart_is_saved_as_png_and_svg(tmp_path: Path) -> None:
     found = sorted(path.name for path in (tmp_path / "out" / "plots").iterdir())
     stems = [
         "ddpm_on_digits_loss", "fd_digits_on_digits", "fd_digits_on_digits_95_intervals",
-        "fd_digits_on_digits_against_training_flops",
+        "fd_digits_on_digits_against_bits_dim", "fd_digits_on_digits_against_training_flops",
     ]  # fmt: skip
     assert found == [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")]
     for stem in stems:

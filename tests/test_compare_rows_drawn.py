@@ -87,8 +87,8 @@ def test_the_legend_of_nfe_curves_lists_their_lines(tmp_path: Path) -> None:
     write_run(tmp_path / "b", [result(9.0)], family="vae", with_grid=False)
     loaded = load_runs(sorted(tmp_path.iterdir()))
     (chart,) = charts_of(loaded).nfe
-    assert [line.name for line in chart.lines] == ["a · DDIM, eta 0", "a · DDIM, eta 1", "a · Heun, eta 0"]
-    assert len({(line.color, line.dash) for line in chart.lines}) == 3
+    assert [line.name for line in chart.lines] == ["a · DDIM, eta 0", "a · DDIM, eta 1", "a · Heun, eta 0", "b"]
+    assert len({(line.color, line.dash) for line in chart.lines}) == 4
     section = page.render(loaded).split('id="nfe"')[1].split("</section>")[0]
     shown = section.split('class="legend"')[1].split("</div>")[0]
     assert re.findall(r"</svg>([^<]+)", shown) == [line.name for line in chart.lines], "and nothing else"

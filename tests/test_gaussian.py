@@ -87,7 +87,8 @@ def test_discrete_bits_average_over_dequantisation_and_are_a_bound() -> None:
     model = GaussianBaseline(spec).fit([(x, {})])
     step, values = 2 / 3, x.flatten().double().numpy()
     normal: Any = norm(values.mean(), math.sqrt(values.var() + step**2 / 12))
-    assert model.likelihoods()["density"].kind == "bound"
+    density = model.likelihoods()["density"]
+    assert (density.kind, density.method) == ("exact", "uniform dequantisation")
     for level in range(4):
         centre = level * step - 1
         average = quad(lambda u, c=centre: normal.logpdf(c + u), -step / 2, step / 2)[0] / step

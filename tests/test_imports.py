@@ -59,7 +59,7 @@ def violations(path: Path) -> set[str]:
         own = {name for name in names if name.startswith("gencompare.")}
         shared = {
             f"gencompare.{name}"
-            for name in ("checksums", "distributed", "errors", "hyperparameters", "rng", "safe_files")
+            for name in ("checksums", "dequantization", "distributed", "errors", "hyperparameters", "rng", "safe_files")
         }
         allowed = {f"gencompare.{room}", "gencompare.generative_model.Cond"} | shared
         forbidden |= own - within(own, allowed) - {"gencompare.generative_model"}

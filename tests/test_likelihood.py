@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +19,17 @@ from torch import Tensor, nn
 
 from composing import compose, options
 from gencompare.diffusion import likelihoods
+from gencompare.diffusion.data_likelihood import (
+    DataLikelihood,
+    Decoder,
+    GaussianDecoder,
+    PosteriorDecoder,
+    SoftmaxDecoder,
+    discretized_normal_log_prob,
+)
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas
 from gencompare.diffusion.likelihoods import ODELikelihood, VLBLikelihood
-from gencompare.diffusion.objectives import DataLikelihood
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.schedules import VE, NoiseSchedule, RectifiedFlow, VariancePreserving
 from gencompare.errors import UserError
@@ -325,7 +333,7 @@ def test_deliberate_bugs_make_the_bound_wrong(bug: str, monkeypatch: pytest.Monk
     if bug == "no prior":
         monkeypatch.setattr(likelihoods, "prior_kl", lambda schedule, x0: x0.new_zeros(len(x0)))
     if bug == "no reconstruction":
-        monkeypatch.setattr(likelihoods, "reconstruction_nll", lambda prediction, x0, *args: x0.new_zeros(len(x0)))
+        monkeypatch.setattr(likelihoods, "reconstruction_nll", lambda likelihood, x0, *args: x0.new_zeros(len(x0)))
     mean, error = gap(VLBLikelihood(num_samples=None, num_timesteps=100), truth, x, truth.log_density(x))
     assert error < 0.06
     assert (-4 * error < mean < 0.3) == (bug == "none"), mean
@@ -334,24 +342,87 @@ def test_deliberate_bugs_make_the_bound_wrong(bug: str, monkeypatch: pytest.Monk
 # Discrete pixels
 
 
+def decoder_log_prob(
+    decoder: Decoder, x0: Tensor, levels: int | None, fraction: float | None = None, log_snr: float = 2.0
+) -> Tensor:
+    """Compute log p(x_0 | x_1) for x_1 = 0.3 and a predicted image of 0.1, where the second log-SNR is lower by 1."""
+    at = [schedule.at(x0.new_tensor(t), x0) for schedule in [Even(log_snr, log_snr - 1)] for t in (0.0, 1.0)]
+    variance = None if fraction is None else torch.full_like(x0, fraction)
+    prediction = Prediction(x0=torch.full_like(x0, 0.1), eps=torch.zeros_like(x0), variance_fraction=variance)
+    return DataLikelihood(levels, torch.ones(1, 1, 1), 1, decoder).log_prob(
+        x0, torch.full_like(x0, 0.3), prediction, at[0], at[1]
+    )
+
+
+@pytest.mark.parametrize("decoder", [GaussianDecoder(), PosteriorDecoder(), SoftmaxDecoder()], ids=lambda d: d.name)
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_probabilities_of_pixel_values_sum_to_one(decoder: Decoder, levels: int) -> None:
+    x = torch.linspace(-1, 1, levels).view(-1, 1, 1, 1)
+    for log_snr in (-2.0, 5.0, 13.0):
+        assert float(decoder_log_prob(decoder, x, levels, 0.4, log_snr).exp().sum()) == pytest.approx(1, abs=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_bin_probabilities_sum_to_one(levels: int, dtype: torch.dtype) -> None:
-    x = torch.linspace(-1, 1, levels, dtype=dtype).view(-1, 1, 1, 1)
-    pixels = DataLikelihood(levels, torch.ones(1, 1, 1), 1)
+    x = torch.linspace(-1, 1, levels, dtype=dtype)
     for mean in (-1.4, -1.0, 0.031, 0.9):
         for std in (0.003, 0.05, 1.0, 7.0):
-            mass = pixels.log_prob(x, torch.tensor(mean, dtype=dtype), torch.tensor(std, dtype=dtype)).exp()
+            moments = (torch.tensor(value, dtype=dtype) for value in (mean, std))
+            mass = discretized_normal_log_prob(x, *moments, levels).exp()
             assert float(mass.sum()) == pytest.approx(1, abs=1e-10 if dtype == torch.float64 else 1e-3)
 
 
+def test_decoders_are_those_of_the_published_codes() -> None:
+    """The formulas of DDPM, improved DDPM and VDM, restated with their betas or noise levels."""
+    x = torch.tensor([-1.0, 37 / 127.5 - 1, 1.0]).view(-1, 1, 1, 1)
+    # Betas and their cumulative products, for log-SNRs of 2 and 1.
+    a2 = torch.sigmoid(torch.tensor([2.0, 1.0]))
+    beta = torch.stack([1 - a2[0], 1 - a2[1] / a2[0]])
+    posterior_variance = beta[1] * (1 - a2[0]) / (1 - a2[1])
+
+    def binned(mean: float, variance: Tensor) -> Tensor:
+        cdf = torch.distributions.Normal(mean, variance.sqrt()).cdf
+        upper, lower = cdf(x + 1 / 255), cdf(x - 1 / 255)
+        return torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower)).log().flatten()
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+    close(decoder_log_prob(GaussianDecoder(), x, 256), binned(0.1, beta[0]))
+    close(decoder_log_prob(PosteriorDecoder(), x, 256), binned(0.1, posterior_variance))
+    interpolated = torch.exp(0.3 * beta[0].log() + 0.7 * posterior_variance.log())
+    close(decoder_log_prob(PosteriorDecoder(), x, 256, fraction=0.3), binned(0.1, interpolated))
+    # VDM: log_softmax of -0.5 exp(-gamma) (z / alpha - value)^2 with gamma = -log-SNR.
+    logits = -0.5 * math.exp(2.0) * (0.3 / a2[0].sqrt() - torch.arange(256) / 127.5 + 1).square()
+    close(decoder_log_prob(SoftmaxDecoder(), x, 256), logits.log_softmax(0)[[0, 37, 255]])
+
+
+def test_the_posterior_decoder_trains_the_variance_and_the_softmax_decoder_the_schedule() -> None:
+    x = torch.linspace(-1, 1, 17).view(-1, 1, 1, 1)
+    fraction = torch.full_like(x, 0.5).requires_grad_()
+    at = [Even(5.0, 4.0).at(x.new_tensor(t), x) for t in (0.0, 1.0)]
+    prediction = Prediction(x0=0.9 * x, eps=x, variance_fraction=fraction)
+    likelihood = DataLikelihood(17, torch.ones(1, 1, 1), 1, PosteriorDecoder())
+    likelihood.log_prob(x, x, prediction, *at).sum().backward()
+    assert fraction.grad is not None and bool((fraction.grad != 0).all())
+
+    def nll(log_snr: Tensor) -> Tensor:
+        sigma2 = torch.sigmoid(-log_snr)
+        at = SimpleNamespace(alpha=(1 - sigma2).sqrt(), sigma=sigma2.sqrt())
+        soft = DataLikelihood(17, torch.ones(1, 1, 1), 1, SoftmaxDecoder())
+        return soft.log_prob(x, at.alpha * x + at.sigma * 0.7, None, cast("Any", at)).sum()
+
+    assert torch.autograd.gradcheck(nll, torch.tensor(4.0, requires_grad=True))
+
+
 def test_padding_is_not_reconstructed() -> None:
-    mask = torch.tensor([[[1.0, 0.0, 1.0]]])
-    x, mean, std = torch.tensor([[[[0.0, -1.0, 1.0]]]]), torch.full((1, 1, 1, 3), 0.2), torch.tensor(0.3)
-    found = DataLikelihood(None, mask, 2).log_prob(x, mean, std)
-    normal = torch.distributions.Normal(0.2, 0.3)
+    mask, x = torch.tensor([[[1.0, 0.0, 1.0]]]), torch.tensor([[[[0.0, -1.0, 1.0]]]])
+    at, mean = Even(2.0).at(torch.tensor(0.0), x), torch.full_like(x, 0.2)
+    found = DataLikelihood(None, mask, 2).log_prob(x, x, Prediction(mean, x), at)
+    normal = torch.distributions.Normal(0.2, at.sigma.flatten())
     expected = normal.log_prob(torch.tensor(0.0)) + normal.log_prob(torch.tensor(1.0))
-    torch.testing.assert_close(found, expected[None], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_bound_on_discrete_data_is_close_to_their_entropy() -> None:

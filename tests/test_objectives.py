@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from composing import options
 from forking import in_processes, needs_fork
 from gencompare.diffusion import variational_objectives
+from gencompare.diffusion.data_likelihood import DataLikelihood
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
 from gencompare.diffusion.learned_schedule import LearnedSchedule
-from gencompare.diffusion.objectives import DataLikelihood, IndependentCoupling, MinibatchOT, WeightedMSE
+from gencompare.diffusion.objectives import IndependentCoupling, MinibatchOT, WeightedMSE
 from gencompare.diffusion.parameterizations import Eps, LearnedVariance
 from gencompare.diffusion.schedules import NoiseSchedule, VariancePreserving
 from gencompare.diffusion.variational_objectives import ContinuousVLB, DiscreteVLB, Hybrid

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from composing import compose
 from gencompare.command_line import conf_dir
+from gencompare.diffusion.data_likelihood import GaussianDecoder
+from gencompare.hyperparameters import qualified_name
 from gencompare.records import RunRecord
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -35,6 +37,8 @@ def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
     model.pop("likelihoods", None)
     model.get("sampler", {}).pop("s_max", None)
     model.get("latent", {}).pop("budget", None)
+    if "schedule" in model:  # a diffusion model; records that are older than this option have its default
+        model.setdefault("pixel_decoder", {"_target_": qualified_name(GaussianDecoder)})
     return {"model": model, "batch": cfg.trainer.global_batch_size}
 
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from composing import options
 from gaussian_truth import COVARIANCE, MEAN, error, true_moments
 from gencompare.diffusion import editing
+from gencompare.diffusion.data_likelihood import DataLikelihood
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, LinearBetas, rescale_to_zero_terminal_snr
 from gencompare.diffusion.guidance import ClassifierGuidance
 from gencompare.diffusion.likelihoods import ODELikelihood, VLBLikelihood
-from gencompare.diffusion.objectives import DataLikelihood, UniformVWeighting, WeightedMSE
+from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
 from gencompare.diffusion.parameterizations import (
     X0,
     EDMPreconditioning,

@@ -83,9 +83,13 @@ class LikelihoodEstimate:
     r"""A method to compute the bits/dim of discrete data, :math:`-\log_2 p(x) / d` with d = ``spec.num_values``."""
 
     kind: str
-    """``exact``, ``bound`` (an upper bound on the true bits/dim) or ``estimate``."""
+    """``exact``, ``bound`` (an upper bound on the true bits/dim) or ``estimate``. The density of a model of continuous
+    variables is exact even if discrete pixels have to be dequantised (see `gencompare.dequantization`)."""
     terms: Callable[[Tensor, Cond, torch.Generator], dict[str, Tensor]]
     """``(x, cond, generator) -> {name: (n,)}``: the terms that add up to bits/dim."""
+    method: str = "discrete"
+    """How pixels are treated, in a few words: ``discrete`` if the model has probabilities of their values,
+    ``uniform dequantisation``, ``softmax decoder``, or ``continuous`` if the data are."""
 
     def bits_per_dim(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         """Sum the terms, (n,)."""

@@ -121,6 +121,8 @@ class Metric:
     """95 % confidence interval."""
     unit: str = ""
     note: str = ""
+    method: str = ""
+    """How the value was computed, in a few words, where this differs between families."""
     unbiased: bool = False
     """Whether the metric is 0 in expectation for real images, so that a ratio to the baseline is meaningless."""
 

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gencompare.comparison import formatting
+from gencompare.comparison.likelihoods import likelihood_charts
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder
 from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables
 from gencompare.comparison.run_costs import ParetoChart, pareto_charts
@@ -44,6 +45,7 @@ class Charts:
     """By the number of the table, from 1."""
     pareto: list[ParetoChart]
     nfe: list[Chart]
+    likelihoods: list[Chart]
     distances: list[Chart]
     losses: list[Chart]
     schedules: list[Chart]
@@ -54,6 +56,7 @@ class Charts:
             intervals=interval_charts(tables, style),
             pareto=pareto_charts(tables, style) if len(runs) > 1 else [],
             nfe=nfe_curves(tables, style),
+            likelihoods=likelihood_charts(tables, style) if len(runs) > 1 else [],
             distances=distance_curves(runs, style),
             losses=loss_curves(runs, style),
             schedules=noise_schedules(runs, style),
@@ -62,7 +65,8 @@ class Charts:
     @property
     def all(self) -> list[Chart | IntervalChart]:
         costs = [each.chart for each in self.pareto]
-        return [*self.intervals.values(), *costs, *self.nfe, *self.distances, *self.losses, *self.schedules]
+        others = [*self.nfe, *self.likelihoods, *self.distances, *self.losses, *self.schedules]
+        return [*self.intervals.values(), *costs, *others]
 
 
 def by_rank(tables: list[RankingTable], runs: list[RunFolder]) -> list[RunFolder]:
@@ -199,7 +203,8 @@ def nfe_curves(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> li
     """Create a chart for each table where a trained model is sampled with several numbers of network evaluations.
 
     A line joins the rows of one trained model, or of one set of training seeds, that differ only in the number of
-    sampling steps. It has the style of the best of these rows.
+    sampling steps. It has the style of the best of these rows. Models that were sampled with one number of evaluations
+    only, such as a GAN, are points in the same chart.
     """
     charts = []
     for table in tables:
@@ -216,12 +221,11 @@ def nfe_curves(tables: Iterable[RankingTable], style: Mapping[str, Style]) -> li
         lines = [
             PlotLine(
                 *_columns(sorted(found)), style[row.title].color, style[row.title].dash, marker=True,
-                name=without_steps(row.title),
+                name=without_steps(row.title) if len(found) > 1 else row.title,
             )
             for found, row in zip(points.values(), best.values(), strict=True)
-            if len({nfe for nfe, _ in found}) > 1
         ]  # fmt: skip
-        if lines:
+        if any(len(set(line.x)) > 1 for line in lines):
             title = f"{formatting.title(table.primary_metric)} on {table.measurement.data}"
             charts.append(limit_lines(Chart(title, lines, "NFE per sample", x_log=True)))
     return charts

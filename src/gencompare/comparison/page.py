@@ -34,9 +34,11 @@ from gencompare.comparison.statistics import MIN_SEEDS
 from gencompare.comparison.suggestions import suggested_commands
 from gencompare.comparison.svg_plots import MARKERS, Chart, legend, styles, svg
 from gencompare.comparison.tables import (
+    LIKELIHOOD_TITLES,
     Column,
     columns,
     format_value,
+    likelihood_lines,
     metrics_table,
     real_data,
     table_title,
@@ -123,6 +125,8 @@ def render(loaded: LoadedRuns) -> str:
         distances=_draw(charts.distances, "d"),
         losses=_draw(charts.losses, "l"),
         nfe=_draw(charts.nfe, "n"),
+        likelihoods=_draw(charts.likelihoods, "b"),
+        likelihood_titles=LIKELIHOOD_TITLES,
         costs=[(*drawn, each.front) for drawn, each in zip(pareto_svgs, charts.pareto, strict=True)],
         schedules=_draw(charts.schedules, "s"),
         runs=[_run(run) for run in runs],
@@ -173,6 +177,7 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
             (heading, [(row, [column.cell(row) for column in shown]) for row in rows])
             for heading, rows in table.sections()
         ],
+        "likelihoods": [] if single else likelihood_lines(table),
         "metrics": metrics_table(table) if single or len(table.rows) <= MAX_DETAILED_ROWS else None,
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gencompare.comparison import formatting
 from gencompare.comparison.ranking import RankingTable, TableRow, badness
-from gencompare.comparison.svg_plots import Chart, PlotLine, Style
+from gencompare.comparison.svg_plots import Chart, PlotLine, Style, row_point
 from gencompare.records import RunRecord
 
 KINDS = ("images_seen", "steps", "flops", "device_seconds")
@@ -113,17 +113,7 @@ def _pareto_chart(
     x = [cost(row) or 0.0 for row in rows]
     y = [row.metric.value or 0.0 for row in rows]
     lines = [PlotLine(np.array([x[k] for k in front]), np.array([y[k] for k in front]), TEXT_COLOR, faint=True)]
-    for row, x_row, y_row in zip(rows, x, y, strict=True):
-        own = style[row.title]
-        interval = row.metric.interval
-        if interval is not None and not all(map(formatting.is_finite, interval)):
-            interval = None
-        lines.append(
-            PlotLine(
-                np.array([x_row]), np.array([y_row]), own.color, own.dash, marker=True, name=row.title,
-                interval=interval,
-            )
-        )  # fmt: skip
+    lines += [row_point(row, x_row, style[row.title]) for row, x_row in zip(rows, x, strict=True)]
     title = f"{formatting.title(table.primary_metric)} on {table.measurement.data} against {name}"
     return ParetoChart(Chart(title, lines, name, x_log=True, num_omitted=num_omitted), [rows[k] for k in front])
 

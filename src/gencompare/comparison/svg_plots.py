@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
+from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder
-from gencompare.comparison.ranking import RankingTable
+from gencompare.comparison.ranking import RankingTable, TableRow
 from gencompare.files import atomic_write, write_text
 
 COLORS = ("#3b7dd8", "#d9792b", "#2f9e6e", "#c94a5e", "#8a63d2", "#1a9aa8", "#a8793f", "#c858a0", "#8a951f", "#7c8591")
@@ -81,6 +82,18 @@ class PlotLine:
     """Name in the legend, shared by lines of the same style; if empty, ``name``."""
     interval: tuple[float, float] | None = None
     """A confidence interval, drawn as an error bar at a single point."""
+
+
+def row_point(row: TableRow, x: float, style: Style, name: str = "") -> PlotLine:
+    """Return the point of a table row at x, with the interval of its primary metric. ``name`` is that of the row by
+    default."""
+    interval = row.metric.interval
+    if interval is not None and not all(map(formatting.is_finite, interval)):
+        interval = None
+    return PlotLine(
+        np.array([x]), np.array([row.metric.value or 0.0]), style.color, style.dash, marker=True,
+        name=name or row.title, interval=interval,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -248,8 +261,8 @@ def _draw(axes: Axes, chart: Chart, ink: str) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=_log_ticks([line.x for line in chart.lines])))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    # Use SI prefixes, but not milli for times in [0, 1].
-    if max(float(line.x.max()) for line in chart.lines) > 1:
+    # Use SI prefixes, but not milli for times and bits/dim.
+    if chart.x_log or max(float(line.x.max()) for line in chart.lines) >= 1000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gencompare.comparison import formatting
+from gencompare.comparison.likelihoods import BPD_PREFIX, best_likelihood, likelihood_rows
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder
 from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables, runs_without_results
 from gencompare.comparison.run_costs import autoencoder_cost, describe_dependencies, own_cost, total_cost
@@ -17,12 +18,6 @@ from gencompare.comparison.sampler_description import describe_sampling, describ
 from gencompare.comparison.statistics import warnings_of
 from gencompare.errors import printable
 from gencompare.files import write_text
-
-BPD_PREFIX = "bpd_"
-"""Prefix of the metrics in bits/dim, one for each estimator."""
-
-BPD_KINDS = ("exact", "bound", "estimate")
-"""Note labels of metrics in bits/dim, most reliable first."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ def columns(table: RankingTable) -> list[Column]:
     if len(metrics) < len(names):
         bpd_position = formatting.column_position(BPD_PREFIX)
         index = sum(formatting.column_position(column.metric_name or "") < bpd_position for column in metrics)
-        metrics.insert(index, Column("bits/dim\u00a0↓", _bits_per_dim))
+        metrics.insert(index, Column("bits/dim\u00a0↓", _bits_per_dim(table)))
     all_columns = [
         Column("run", lambda row: _text(row.run.label, _run_annotation(row)), numeric=False),
         Column("family", lambda row: _text(row.run.record.family), numeric=False),
@@ -159,22 +154,32 @@ def _comparison(row: TableRow) -> Cell:
     return Cell("p < 0.001" if p < 0.001 else f"p = {p:.2g}", f"{verdict} #{comparison.best_rank}", -p)
 
 
-def _bits_per_dim(row: TableRow) -> Cell:
-    """Show the exact bits/dim, else the lowest bound, else the lowest estimate, with the name of the estimator.
+def _bits_per_dim(table: RankingTable) -> Callable[[TableRow], Cell]:
+    """Show the most reliable bits/dim of a row, with the name of the estimator and its kind.
 
-    A model may have several estimators, and they may differ between models. The table of all metrics lists all of them.
+    A model may have several estimators, and they may differ between models; `likelihood_lines` lists all of them.
     """
-    candidates = [
-        (BPD_KINDS.index(kind) if (kind := formatting.note_label(metric)) in BPD_KINDS else len(BPD_KINDS),
-         metric.value, name)
-        for name, metric in row.result.metrics.items()
-        if name.startswith(BPD_PREFIX) and metric.value is not None
-    ]  # fmt: skip
-    if not candidates:
-        return Cell(formatting.MISSING)
-    kind, value, name = min(candidates)
-    parts = [name.removeprefix(BPD_PREFIX), *BPD_KINDS[kind : kind + 1]]
-    return Cell(formatting.format_metric(value), ", ".join(parts), value)
+    rows = likelihood_rows(table)
+
+    def cell(row: TableRow) -> Cell:
+        best = best_likelihood(row, rows)
+        if best is None:
+            return Cell(formatting.MISSING)
+        annotation = ", ".join(filter(None, [best.estimator, best.kind]))
+        return Cell(formatting.format_metric(best.metric.value), annotation, best.metric.value)
+
+    return cell
+
+
+LIKELIHOOD_TITLES = ("run", "bits/dim\u00a0↓", "kind", "pixels", "estimator", "images")
+
+
+def likelihood_lines(table: RankingTable) -> list[tuple[TableRow, list[str]]]:
+    """Return all bits/dim of a table as text, lowest first: the columns of `LIKELIHOOD_TITLES` after the run."""
+    return [
+        (each.row, [formatting.format_metric(each.metric.value), each.kind, each.pixels, each.estimator, each.images])
+        for each in likelihood_rows(table)
+    ]
 
 
 def _images_seen(row: TableRow) -> Cell:
@@ -272,7 +277,8 @@ def format_value(value: Any) -> str:
 def csv_rows(loaded: LoadedRuns) -> list[dict[str, Any]]:
     """Return all results with all metrics, protocol fields and costs, one row per result, in the order of the tables.
 
-    A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high`` and ``m.note``. Results in
+    A metric ``m`` has the columns ``m``, ``m.baseline`` (real data), ``m.low``, ``m.high``, ``m.note`` and
+    ``m.method``. Results in
     the same table row have the same rank, ``mean`` (with ``mean.low`` and ``mean.high``) and ``p_holm``, the adjusted
     p-value against the row of rank ``best_rank``. Each run without results also has a row.
     """
@@ -293,6 +299,7 @@ def csv_rows(loaded: LoadedRuns) -> list[dict[str, Any]]:
                     low, high = metric.interval or (None, None)
                     line |= {name: metric.value, f"{name}.baseline": metric.baseline}
                     line |= {f"{name}.low": low, f"{name}.high": high, f"{name}.note": metric.note or None}
+                    line |= {f"{name}.method": metric.method or None}
             line |= {"protocol": result.measurement.id}
             line |= {f"measurement.{name}": value for name, value in asdict(result.measurement).items()}
             line |= {f"generation.{name}": value for name, value in asdict(result.generation).items() if name != "nfe"}
@@ -360,6 +367,7 @@ def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
         lines += [f"\n{_markdown(table.summary())}"] if table.summary() else []
         warnings = [f"Warning: {warning}" for warning in table.warnings()]
         lines += [f"\n{_markdown(note)}" for note in [*warnings, *table.notes()]]
+        lines += _likelihood_markdown(table)
         parts.append("\n".join(lines))
     missing = [f"- {_markdown(run.label)} ({_markdown(run.record.state)})" for run in runs_without_results(loaded.runs)]
     if missing:
@@ -368,6 +376,15 @@ def write_markdown(loaded: LoadedRuns, path: str | os.PathLike[str]) -> None:
     if skipped:
         parts.append("Skipped folders:\n\n" + "\n".join(skipped))
     write_text(path, "\n\n".join(parts) + "\n")
+
+
+def _likelihood_markdown(table: RankingTable) -> list[str]:
+    rows = [[row.title, *texts] for row, texts in likelihood_lines(table)]
+    if not rows:
+        return []
+    heading = f"\n#### {_markdown(table.measurement.data)}: bits/dim of test images\n"
+    lines = [LIKELIHOOD_TITLES, ("---", "---:", "---", "---", "---", "---"), *(map(_markdown, texts) for texts in rows)]
+    return [heading, *(f"| {' | '.join(texts)} |" for texts in lines)]
 
 
 def _markdown(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,9 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from gencompare.dequantization import UNIFORM_DEQUANTIZATION, dequantize, log_bin_volume
+from gencompare.diffusion.data_likelihood import DataLikelihood, normal_log_prob
 from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
-from gencompare.diffusion.objectives import DataLikelihood, normal_log_prob
-from gencompare.diffusion.variational_objectives import chain_times, prior_kl, reconstruction_nll, step_kl
+from gencompare.diffusion.schedules import NoiseSchedule
+from gencompare.diffusion.variational_objectives import (
+    chain_times,
+    prior_kl,
+    reconstruction_nll,
+    second_values,
+    step_kl,
+)
 from gencompare.errors import UserError
 from gencompare.rng import draw_uniform, normal_like, uniform_like
 
@@ -41,6 +48,13 @@ class LikelihoodMethod(ABC):
             Terms by name, each (n,).
         """
 
+    def check(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:  # noqa: B027
+        """Raise `UserError` if the method cannot use the decoder of ``likelihood`` under ``schedule``."""
+
+    def method(self, likelihood: DataLikelihood) -> str:
+        """Describe the treatment of pixels in a few words, such as ``softmax decoder``."""
+        return "continuous"
+
     def __call__(
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> Tensor:
@@ -65,10 +79,8 @@ class ODELikelihood(LikelihoodMethod):
     adaptive Dormand-Prince method with one step size for the whole batch. The trace is estimated with one Rademacher
     vector (Hutchinson's estimator, which is unbiased) or computed exactly.
 
-    Discrete data are dequantised with uniform noise as wide as one bin, so that in expectation their probability is not
-    overestimated (Theis et al. 2016, "A note on the evaluation of generative models", section 3.1,
-    https://arxiv.org/abs/1511.01844). The result remains an estimate: it ignores the noise at t_min, contains the
-    solver error, and includes padding.
+    Discrete data are dequantised (`gencompare.dequantization`). The result remains an estimate: it ignores the noise at
+    t_min, contains the solver error, and includes padding.
 
     Args:
         rtol: relative tolerance of the solver.
@@ -91,12 +103,14 @@ class ODELikelihood(LikelihoodMethod):
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Compute the single term ``density`` in bits/dim, (n,)."""
-        nats = x0.new_zeros(len(x0))
-        num_values = x0[0].numel()
+        log_volume = log_bin_volume(likelihood.num_bins, x0[0].numel())
         if likelihood.num_bins is not None:
-            width = 2 / (likelihood.num_bins - 1)
-            x0, nats = x0 + width * (uniform_like(x0, generator) - 0.5), nats - num_values * math.log(width)
-        return {"density": likelihood.bits_per_dim(nats - self.log_density(denoiser, x0, cond, generator))}
+            x0 = dequantize(x0, uniform_like(x0, generator), likelihood.num_bins)
+        log_p = self.log_density(denoiser, x0, cond, generator) + log_volume
+        return {"density": likelihood.bits_per_dim(-log_p)}
+
+    def method(self, likelihood: DataLikelihood) -> str:
+        return super().method(likelihood) if likelihood.num_bins is None else UNIFORM_DEQUANTIZATION
 
     @torch.no_grad()
     def log_density(self, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
@@ -193,19 +207,29 @@ class VLBLikelihood(LikelihoodMethod):
         schedule = denoiser.schedule
         if likelihood.num_bins is not None:
             denoiser = ClipX0(denoiser)
-        if self.num_timesteps is None and schedule.discrete_times is None:
-            t_first, diffusion = x0.new_full((), schedule.t_min), self._continuous(denoiser, x0, cond, generator)
+        if self._in_continuous_time(schedule):
+            times = x0.new_full((1,), schedule.t_min)
+            diffusion = self._continuous(denoiser, x0, cond, generator)
         else:
             times = chain_times(schedule, self.num_timesteps).to(x0.device)
-            t_first, diffusion = times[0], self._discrete(denoiser, times, x0, cond, generator)
-        at = schedule.at(t_first, x0)
-        prediction = denoiser(at.alpha * x0 + at.sigma * normal_like(x0, generator), t_first, cond)
-        nats = {
-            "prior": prior_kl(schedule, x0),
-            "diffusion": diffusion,
-            "reconstruction": reconstruction_nll(prediction, x0, at, likelihood),
-        }
+            diffusion = self._discrete(denoiser, times, x0, cond, generator)
+        at = schedule.at(times[0], x0)
+        x_1 = at.alpha * x0 + at.sigma * normal_like(x0, generator)
+        prediction = denoiser(x_1, times[0], cond) if likelihood.decoder.uses_network else None
+        nll = reconstruction_nll(likelihood, x0, x_1, prediction, at, second_values(schedule, times, x0))
+        nats = {"prior": prior_kl(schedule, x0), "diffusion": diffusion, "reconstruction": nll}
         return {name: likelihood.bits_per_dim(term) for name, term in nats.items()}
+
+    def check(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:
+        continuous = self._in_continuous_time(schedule)
+        num_timesteps = None if continuous else len(chain_times(schedule, self.num_timesteps))
+        likelihood.check_steps(num_timesteps, "model.likelihoods.vlb")
+
+    def method(self, likelihood: DataLikelihood) -> str:
+        return super().method(likelihood) if likelihood.num_bins is None else f"{likelihood.decoder.name} decoder"
+
+    def _in_continuous_time(self, schedule: NoiseSchedule) -> bool:
+        return self.num_timesteps is None and schedule.discrete_times is None
 
     def _continuous(self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         schedule = denoiser.schedule

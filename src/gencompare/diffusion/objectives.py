@@ -6,7 +6,6 @@ factor. The variational bounds are in `variational_objectives`.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,6 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from gencompare.diffusion.data_likelihood import DataLikelihood
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.parameterizations import Parameterization
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
@@ -57,8 +57,11 @@ class Objective(ABC):
             Metrics by name, including ``loss``, each (n,).
         """
 
+    def check_likelihood(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:  # noqa: B027
+        """Raise `UserError` if the objective cannot train with the decoder of ``likelihood``."""
+
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
-        """Return this objective with p(x_0 | mean, std) set, which only bounds on the likelihood use."""
+        """Return this objective with the data and their decoder set, which only bounds on the likelihood use."""
         return self
 
 
@@ -338,54 +341,3 @@ class WeightedMSE(Objective):
         out = denoiser.output(batch.x_t, t, batch.at, cond)
         eps_mse = batch.squared_eps_error(denoiser, out).flatten(1).mean(1)
         return {"loss": self.weighting(batch.at).flatten() * eps_mse, "eps_mse": eps_mse.detach()}
-
-
-@dataclass(frozen=True, eq=False)
-class DataLikelihood:
-    """p(x_0 | mean, std) in the last term of a bound: a Gaussian for each value, discretised for pixels."""
-
-    num_bins: int | None
-    """Number of values that a pixel can take, evenly spaced from -1 to 1; None for continuous data."""
-    mask: Tensor
-    """Mask (1, H, W): 1 inside the image, 0 on padding."""
-    num_values: int
-    """Number of values per image without padding, the divisor in bits/dim."""
-
-    def log_prob(self, x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Compute log p(x_0) under N(mean, std^2) in nats, summed over all pixels except padding, (n,).
-
-        p is the probability of each pixel's bin, or the density if data are continuous.
-        """
-        if self.num_bins is None:
-            log_p = normal_log_prob(x0, mean, std)
-        else:
-            log_p = discretized_normal_log_prob(x0, mean, std, self.num_bins)
-        return (log_p * self.mask.to(x0)).flatten(1).sum(1)
-
-    def bits_per_dim(self, nats: Tensor) -> Tensor:
-        """Convert nats per image to bits/dim."""
-        return nats / (self.num_values * math.log(2))
-
-
-def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Compute log N(x; mean, std^2) elementwise."""
-    return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
-
-
-def discretized_normal_log_prob(x: Tensor, mean: Tensor, std: Tensor, num_bins: int) -> Tensor:
-    r"""Compute the log-probability of the bin of x under N(mean, std^2), elementwise.
-
-    .. math:: \log\left[\Phi\left(\frac{x + \Delta / 2 - mean}{std}\right)
-        - \Phi\left(\frac{x - \Delta / 2 - mean}{std}\right)\right], \qquad \Delta = \frac{2}{num\_bins - 1}
-
-    x takes ``num_bins`` values from -1 to 1; the lowest bin extends to -inf and the highest to +inf. Ho et al. (2020),
-    "Denoising Diffusion Probabilistic Models", eq. 13, https://arxiv.org/abs/2006.11239.
-    """
-    half, inverse, distance = 1 / (num_bins - 1), 1 / std, x - mean
-    # By symmetry, the bin can be mirrored to the left of the mean, where the difference of the CDFs is accurate.
-    upper = torch.special.log_ndtr(-(distance.abs() - half) * inverse)
-    lower = torch.special.log_ndtr(-(distance.abs() + half) * inverse)
-    inner = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-1e-7)))
-    lowest, highest = x < -1 + half, x > 1 - half
-    outer = torch.special.log_ndtr((half + torch.where(lowest, distance, -distance)) * inverse)
-    return torch.where(lowest | highest, outer, inner)

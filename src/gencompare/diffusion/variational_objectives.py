@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from gencompare.diffusion.data_likelihood import DataLikelihood
 from gencompare.diffusion.denoiser import Cond, Denoiser
 from gencompare.diffusion.objectives import (
-    DataLikelihood,
     NoisyBatch,
     Objective,
     SimpleWeighting,
@@ -59,14 +59,21 @@ def step_kl(
     return 0.5 * kl.flatten(1).sum(1)
 
 
-def reconstruction_nll(prediction: Prediction, x0: Tensor, at: ScheduleValues, likelihood: DataLikelihood) -> Tensor:
-    r"""Compute :math:`-\log p(x_0 | x_t)` in nats, (n,), where t is the first time.
+def reconstruction_nll(
+    likelihood: DataLikelihood,
+    x0: Tensor,
+    x_1: Tensor,
+    prediction: Prediction | None,
+    at: ScheduleValues,
+    at_second: ScheduleValues | None = None,
+) -> Tensor:
+    r"""Compute :math:`-\log p(x_0 | x_1)` in nats, (n,), where x_1 is x_t at the first time (see `DataLikelihood`)."""
+    return -likelihood.log_prob(x0, x_1, prediction, at, at_second)
 
-    The distribution p is :math:`N(\hat x_0, \sigma_t^2)` with the predicted image :math:`\hat x_0`.
 
-    Ho et al. (2020), section 3.3, https://arxiv.org/abs/2006.11239.
-    """
-    return -likelihood.log_prob(x0, prediction.x0, at.sigma)
+def second_values(schedule: NoiseSchedule, times: Tensor, x0: Tensor) -> ScheduleValues | None:
+    """Return the schedule values at the second of the times of a bound, if there is one."""
+    return schedule.at(times[1], x0) if len(times) > 1 else None
 
 
 def chain_times(schedule: NoiseSchedule, num_timesteps: int | None) -> Tensor:
@@ -87,8 +94,8 @@ class ContinuousVLB(Objective):
         + \underbrace{E[-\log p(x_0 | x_1)]}_{reconstruction}
 
     :math:`x_T` and :math:`x_1` are x_t at t_max and t_min. Times are uniform and stratified. :math:`p(x_0 | x_1)` is
-    proportional to :math:`q(x_1 | x_0)`, integrated over each pixel's bin. Kingma et al. (2021), "Variational Diffusion
-    Models", eq. 11 and 17, https://arxiv.org/abs/2107.00630.
+    the decoder of ``likelihood``, without a network call. Kingma et al. (2021), "Variational Diffusion Models", eq. 11
+    and 17, https://arxiv.org/abs/2107.00630.
 
     The bound depends only on the endpoints of lambda, not on its shape in between (section 5.1). A learned schedule is
     trained jointly: its endpoints minimise the bound, and its shape minimises the variance of the diffusion term D, by
@@ -108,6 +115,9 @@ class ContinuousVLB(Objective):
                 f"{type(schedule).__name__} cannot be learned with the bound, since it does not preserve variance."
             )
 
+    def check_likelihood(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:
+        likelihood.check_steps(None, "model.objective")
+
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         return replace(self, likelihood=likelihood)
 
@@ -126,10 +136,8 @@ class ContinuousVLB(Objective):
             at.train_shape_on_square_of(diffusion)
 
         at_t_min = schedule.at(x0.new_full((), schedule.t_min), x0)
-        # x_0 is decoded from x_1 / alpha = x_0 + (sigma / alpha) eps.
-        std = at_t_min.sigma / at_t_min.alpha
-        mean = x0 + std * rng.normal(x0.shape[1:]).to(x0.dtype)
-        reconstruction = likelihood.bits_per_dim(-likelihood.log_prob(x0, mean, std))
+        x_1 = at_t_min.alpha * x0 + at_t_min.sigma * rng.normal(x0.shape[1:]).to(x0.dtype)
+        reconstruction = likelihood.bits_per_dim(reconstruction_nll(likelihood, x0, x_1, None, at_t_min))
         prior = likelihood.bits_per_dim(prior_kl(schedule, x0))
         terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
         return {"loss": prior + diffusion + reconstruction, **{name: term.detach() for name, term in terms.items()}}
@@ -210,6 +218,9 @@ class DiscreteVLB(Objective):
                 " the number of steps of the schedule."
             )
 
+    def check_likelihood(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:
+        likelihood.check_steps(len(chain_times(schedule, self.num_timesteps)), "model.objective")
+
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         return replace(self, likelihood=likelihood)
 
@@ -243,7 +254,12 @@ def vlb_term(
     # Step 0 has no earlier step, so its divergence is discarded; a step from 0 to 0 keeps it finite.
     at_s = schedule.at(times[(step - 1).clamp(min=0)], batch.x0)
     kl = step_kl(prediction, batch.eps, batch.at, at_s, batch.x0)
-    return torch.where(step == 0, reconstruction_nll(prediction, batch.x0, batch.at, likelihood), kl)
+    # The other images are decoded as well, with perfect predictions, so that discarded gradients are finite.
+    first = (step == 0).view(-1, *[1] * (batch.x0.ndim - 1))
+    decoded = prediction._replace(x0=torch.where(first, prediction.x0, batch.x0))
+    at_1, at_2 = schedule.at(times[0], batch.x0), second_values(schedule, times, batch.x0)
+    nll = reconstruction_nll(likelihood, batch.x0, batch.x_t, decoded, at_1, at_2)
+    return torch.where(step == 0, nll, kl)
 
 
 @dataclass(frozen=True)

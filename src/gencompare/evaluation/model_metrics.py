@@ -59,7 +59,9 @@ def bits_per_dim(
             note += "; " + " + ".join(f"{term} {float(each.mean()):.3g}" for term, each in terms.items())
         if bad:
             note += f"; {bad} of them are not finite"
-        metrics[f"bpd_{name}"] = Metric(None if bad else value, higher_is_better=False, unit="bits/dim", note=note)
+        metrics[f"bpd_{name}"] = Metric(
+            None if bad else value, higher_is_better=False, unit="bits/dim", note=note, method=likelihood.method
+        )
     return metrics
 
 

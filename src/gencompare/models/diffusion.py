@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from gencompare.diffusion import editing
 from gencompare.diffusion.augmentation import Augmentation
+from gencompare.diffusion.data_likelihood import DataLikelihood, Decoder, GaussianDecoder
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, DenoiserProtocol
 from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
 from gencompare.diffusion.likelihoods import LikelihoodMethod
-from gencompare.diffusion.objectives import DataLikelihood, Objective
+from gencompare.diffusion.objectives import Objective
 from gencompare.diffusion.parameterizations import Parameterization, Prediction
 from gencompare.diffusion.patches import RandomPatches
 from gencompare.diffusion.samplers import Sampler
@@ -58,6 +59,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         augmentation: transforms training images and conditions the network on the transform; None disables it.
         patches: trains on random crops of images or latents, and conditions the network on the coordinates of their
             pixels; None trains on whole images without coordinates.
+        pixel_decoder: p(x_0 | x_1), the last term of variational bounds in training and evaluation.
         likelihoods: methods that compute bits/dim, by name; used only for models of discrete pixels.
     """
 
@@ -78,6 +80,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         label_dropout: float = 0.0,
         augmentation: Augmentation | None = None,
         patches: RandomPatches | None = None,
+        pixel_decoder: Decoder = GaussianDecoder(),
         likelihoods: Mapping[str, LikelihoodMethod] | None = None,
         **training: Any,
     ) -> None:
@@ -86,7 +89,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
         self.guidance, self.label_dropout = guidance, label_dropout
         self.augmentation, self.patches = augmentation, patches
-        self.likelihood_methods = dict(likelihoods or {})
+        self.pixel_decoder, self.likelihood_methods = pixel_decoder, dict(likelihoods or {})
         self.has_droppable_cond = self.conditional or "embedding" in spec.conditions
         """Whether the network receives conditions that classifier-free guidance can drop."""
         self.space: Latents | PixelSpace = PixelSpace(spec) if latent is None else latent(spec=spec)
@@ -123,10 +126,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
 
     @property
     def data_likelihood(self) -> DataLikelihood:
-        """p(x_0 | mean, std) for pixels, or for latents, which are continuous."""
+        """The data and their decoder in bounds: pixels, or latents, which are continuous."""
         if isinstance(self.space, PixelSpace):
-            return DataLikelihood(self.spec.num_bins, self.space.mask, self.spec.num_values)
-        return DataLikelihood(None, self.space.mask, math.prod(self.space.latent_shape))
+            return DataLikelihood(self.spec.num_bins, self.space.mask, self.spec.num_values, self.pixel_decoder)
+        return DataLikelihood(None, self.space.mask, math.prod(self.space.latent_shape), self.pixel_decoder)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
         """Predict x_0 and eps. This makes a trained model usable as a guiding model."""
@@ -245,7 +248,9 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         if self.spec.num_bins is None or not isinstance(self.space, PixelSpace):
             return {}
         return {
-            name: LikelihoodEstimate(method.kind, partial(self._likelihood_terms, method))
+            name: LikelihoodEstimate(
+                method.kind, partial(self._likelihood_terms, method), method.method(self.data_likelihood)
+            )
             for name, method in self.likelihood_methods.items()
         }
 
@@ -291,6 +296,7 @@ def check_composition(model: Diffusion) -> None:
     _check_training(model.schedule, model.parameterization, model.objective)
     check_sampling_start(model.schedule, model.sampler)
     _check_latents(model)
+    _check_decoder(model)
     _check_noise_levels(model.network, model.schedule, model.parameterization)
     _check_label_dropout(model)
     if model.augmentation is not None and "low_res" in model.spec.conditions:
@@ -354,6 +360,19 @@ def _check_latents(model: Diffusion) -> None:
             "Low-resolution images can only condition models of pixels, but this model works on latents: use"
             " model/latent=null."
         )
+
+
+def _check_decoder(model: Diffusion) -> None:
+    """Check that objective and likelihoods can use the decoder."""
+    likelihood = model.data_likelihood
+    if likelihood.decoder.needs_pixels and likelihood.num_bins is None:
+        raise UserError(
+            f"The {likelihood.decoder.name} decoder needs discrete pixels, but this model works on continuous values:"
+            " use model/pixel_decoder=gaussian."
+        )
+    model.objective.check_likelihood(likelihood, model.schedule)
+    for method in model.likelihood_methods.values():
+        method.check(likelihood, model.schedule)
 
 
 def _check_noise_levels(network: nn.Module, schedule: NoiseSchedule, parameterization: Parameterization) -> None:

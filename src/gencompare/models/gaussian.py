@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencompare.dequantization import UNIFORM_DEQUANTIZATION, bin_width, log_bin_volume
 from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, unpack_batch
 from gencompare.rng import RandomSource, draw_normal
@@ -69,11 +70,6 @@ class GaussianBaseline(GenerativeModel):
         """The variance s in directions orthogonal to W."""
         self.weight = nn.Parameter(torch.full((self.num_components,), 1 / self.num_components))
 
-    @property
-    def bin_width(self) -> float:
-        r""":math:`\delta`, the distance between neighbouring pixel values; 0 for continuous data."""
-        return 0.0 if self.spec.num_bins is None else 2 / (self.spec.num_bins - 1)
-
     # Fitting
 
     def fit_batch(self, x: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
@@ -124,7 +120,6 @@ class GaussianBaseline(GenerativeModel):
             raise UserError(f"Data set '{self.spec.name}' has too few training images: each class needs one.")
         spectra = [principal_axes(x[label == k].double(), self.rank) for k in range(self.num_components)]
         del x
-        dequantization_variance = self.bin_width**2 / 12
         for k, (mean, eigenvalues, axes, rest) in enumerate(spectra):
             self.mean[k] = mean.to(self.mean)
             self.factor[k] = 0
@@ -132,7 +127,7 @@ class GaussianBaseline(GenerativeModel):
             # Axes of eigenvalues that are zero up to rounding are not orthogonal to the others.
             excess[excess <= MIN_VARIANCE * eigenvalues.sum()] = 0
             self.factor[k, : len(axes)] = (axes * excess.sqrt()[:, None]).to(self.factor)
-            self.variance[k] = rest + dequantization_variance
+            self.variance[k] = rest + self._noise_variance
         self.weight.copy_(counts / counts.sum())
         ridge = 0.0 if val is None else self._best_ridge(*self._gather(val))
         self.variance.add_(ridge).clamp_min_(MIN_VARIANCE)
@@ -159,6 +154,11 @@ class GaussianBaseline(GenerativeModel):
         return RIDGES[int(torch.stack(log_likelihoods).argmax())]
 
     # Density
+
+    @property
+    def _noise_variance(self) -> float:
+        r""":math:`\delta^2 / 12`, the variance of the dequantisation noise; 0 for continuous data."""
+        return bin_width(self.spec.num_bins) ** 2 / 12
 
     def _flat(self, x: Tensor) -> Tensor:
         """Return the pixels without padding, (n, d)."""
@@ -194,9 +194,8 @@ class GaussianBaseline(GenerativeModel):
         quadratic = (projection.square() / (s + w)).sum(1) + residual / s
         log_det = (s + w).log().sum() + num_residual * s.log()
         trace = (1 / (s + w)).sum() + num_residual / s
-        return -0.5 * (
-            quadratic + log_det + self.spec.num_values * math.log(2 * math.pi) + trace * self.bin_width**2 / 12
-        )
+        noise = trace * self._noise_variance
+        return -0.5 * (quadratic + log_det + self.spec.num_values * math.log(2 * math.pi) + noise)
 
     def log_density(self, x: Tensor, cond: Cond) -> Tensor:
         """Compute the expected log density of dequantised images in nats, (n,).
@@ -213,15 +212,15 @@ class GaussianBaseline(GenerativeModel):
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, cond: Cond) -> Tensor:
         r"""Compute bits/dim :math:`-\log_2(p(x) \delta^d) / d` of d values with bins of width :math:`\delta`, (n,)."""
-        log_width = math.log(self.bin_width) if self.bin_width else 0.0
-        return -(self.log_density(x, cond) / self.spec.num_values + log_width) / LOG2
+        d = self.spec.num_values
+        return -(self.log_density(x, cond) + log_bin_volume(self.spec.num_bins, d)) / (d * LOG2)
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        """Return the density: exact for continuous data, and a bound by uniform dequantisation for discrete data.
-
-        Theis et al. (2016), "A note on the evaluation of generative models", https://arxiv.org/abs/1511.01844.
-        """
-        return {"density": LikelihoodEstimate("bound" if self.bin_width else "exact", self._terms)}
+        """Return the density: exact, unless classes are marginalised after dequantisation, which gives a bound."""
+        discrete = self.spec.num_bins is not None
+        marginalized = discrete and not self.conditional and self.num_components > 1
+        kind, method = "bound" if marginalized else "exact", UNIFORM_DEQUANTIZATION if discrete else "continuous"
+        return {"density": LikelihoodEstimate(kind, self._terms, method)}
 
     def _terms(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
         return {"density": self.bits_per_dim(x, cond)}

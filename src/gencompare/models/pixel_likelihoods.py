@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.diffusion.objectives import discretized_normal_log_prob, normal_log_prob
+from gencompare.diffusion.data_likelihood import discretized_normal_log_prob, normal_log_prob
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.networks.layers import at_least_float32

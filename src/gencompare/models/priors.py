@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.diffusion.objectives import normal_log_prob
+from gencompare.diffusion.data_likelihood import normal_log_prob
 from gencompare.errors import UserError
 from gencompare.models.elbo import kl_from_standard_normal
 from gencompare.rng import draw_normal
