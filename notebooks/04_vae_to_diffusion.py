@@ -40,10 +40,10 @@ import pytorch_lightning as pl
 import torch
 
 import gencompare
+from gencompare.diffusion.data_likelihood import DataLikelihood
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.learned_schedule import LearnedSchedule
 from gencompare.diffusion.likelihoods import VLBLikelihood
-from gencompare.diffusion.data_likelihood import DataLikelihood
 from gencompare.diffusion.parameterizations import Eps, LogSNRConditioning
 from gencompare.generative_model import DataSpec
 from gencompare.models.elbo import kl_from_standard_normal

@@ -14,6 +14,7 @@ from gencompare.command_line import conf_dir
 from gencompare.diffusion.data_likelihood import GaussianDecoder
 from gencompare.hyperparameters import qualified_name
 from gencompare.records import RunRecord
+from hydra_plugins.gencompare_sweeps.sweepers import families
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
@@ -83,7 +84,7 @@ def test_the_default_metric_ranks_every_page(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name in DATA_SETS])
 def test_a_page_of_families_has_all_families_with_equal_seeds(folder: str) -> None:
-    of_sweep = OmegaConf.load(conf_dir() / "sweep" / "families.yaml").hydra.sweeper.params.model.split(",")
+    of_sweep = families().split(",")
     runs = [(each.family, each.seed) for each in records(folder) if "_half_" not in each.name]
     seeds = {seed for _, seed in runs}
     assert seeds and sorted(runs) == sorted((family, seed) for family in of_sweep for seed in seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from composing import compose, options
 from gencompare.command_line import conf_dir
+from gencompare.errors import UserError
 from gencompare.tasks.evaluate_run import sampling_variants
 from gencompare.tasks.runs.build import build_budget, build_data, build_model
-from hydra_plugins.gencompare_sweeps.sweepers import with_experiment
+from hydra_plugins.gencompare_sweeps.sweepers import families, with_experiment
 
 
 def jobs(preset: str, *overrides: str) -> list[list[str]]:
@@ -49,14 +51,28 @@ def composed(preset: str, job: list[str], *overrides: str) -> DictConfig:
     return compose(f"+sweep={preset}", *overrides, *job)
 
 
-@pytest.mark.parametrize(
-    ("data", "families"), [("digits", ["gaussian", "vae", "ldm"]), ("fashion_mnist", ["gan", "ebm"])]
-)
-def test_families_have_own_settings_but_one_budget_and_protocol(data: str, families: list[str]) -> None:
+def test_families_include_those_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_in = families().split(",")
+    assert {"gaussian", "vae", "ldm"} < {*built_in} and not {"classifier", "autoencoder"} & {*built_in}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [vae, _self_]\nlatent_dim: 2\n")
+    monkeypatch.setenv("GENCOMPARE_CONF", str(tmp_path))
+    assert families().split(",") == sorted([*built_in, "mine"])
+    assert {*families("trained").split(",")} == {*built_in, "mine"} - {"gaussian"}
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: no_such_module.Model\n")
+    with pytest.raises(UserError, match=r"mine\.yaml.*no_such_module"):
+        families()
+    (tmp_path / "model" / "mine.yaml").write_text("latent_dim: 2\n")
+    with pytest.raises(UserError, match=r"mine\.yaml names no model"):
+        families()
+
+
+@pytest.mark.parametrize(("data", "names"), [("digits", ["gaussian", "vae", "ldm"]), ("fashion_mnist", ["gan", "ebm"])])
+def test_families_have_own_settings_but_one_budget_and_protocol(data: str, names: list[str]) -> None:
     job_of = {next(w for w in job if w.startswith("model="))[6:]: job for job in jobs("families", f"data={data}")}
     assert {*job_of} == {name for name in options("model") if "GenerativeModel" in bases(name)}
     shared = set()
-    for family in families:
+    for family in names:
         cfg = composed("families", job_of[family], f"data={data}")
         assert cfg.family == family and cfg.data._target_.lower().endswith(data.replace("_", ""))
         shared.add(OmegaConf.to_yaml(OmegaConf.create({"budget": cfg.budget, "evaluation": cfg.evaluation})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -43,3 +44,9 @@ def conf_dir() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parents[1] / "conf"
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"
+
+
+def config_roots() -> list[Path]:
+    """Return the folders of config groups: that of this project, and the user's own (``GENCOMPARE_CONF``)."""
+    own = os.environ.get("GENCOMPARE_CONF")
+    return [conf_dir(), *([Path(own)] if own else [])]

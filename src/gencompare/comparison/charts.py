@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gencompare.comparison import formatting
-from gencompare.comparison.likelihoods import likelihood_charts
+from gencompare.comparison.bits_per_dim import likelihood_charts
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder
 from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables
 from gencompare.comparison.run_costs import ParetoChart, pareto_charts

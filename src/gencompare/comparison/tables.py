@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gencompare.comparison import formatting
-from gencompare.comparison.likelihoods import BPD_PREFIX, best_likelihood, likelihood_rows
+from gencompare.comparison.bits_per_dim import BPD_PREFIX, best_likelihood, likelihood_rows
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder
 from gencompare.comparison.ranking import RankingTable, TableRow, ranking_tables, runs_without_results
 from gencompare.comparison.run_costs import autoencoder_cost, describe_dependencies, own_cost, total_cost

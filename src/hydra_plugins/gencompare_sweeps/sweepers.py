@@ -15,8 +15,10 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from gencompare.command_line import config_roots
 from gencompare.errors import UserError
 from gencompare.private_apis import basic_sweeper
 
@@ -63,7 +65,39 @@ def _format(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-for resolver in (sweep_folder, limits):
+def families(kind: str = "all") -> str:
+    """Return all generative models of ``conf/model`` and of the user's own config groups, separated by commas.
+
+    Args:
+        kind: ``all``, or ``trained`` without models in closed form, which have nothing to search.
+    """
+    from gencompare.generative_model import GenerativeModel
+
+    names = sorted({path.stem for root in config_roots() for path in (root / "model").glob("*.yaml")})
+    models = {name: _model_class(name) for name in names}
+    return ",".join(
+        name
+        for name, model in models.items()
+        if issubclass(model, GenerativeModel) and not (kind == "trained" and model.closed_form)
+    )
+
+
+def _model_class(name: str) -> type:
+    """Return the class of ``model=name``, which its config names or inherits from another option."""
+    path = next(path for root in config_roots() if (path := root / "model" / f"{name}.yaml").is_file())
+    cfg: Any = OmegaConf.load(path)
+    if "_target_" in cfg:
+        try:
+            return get_class(cfg._target_)
+        except ImportError as error:
+            raise UserError(f"{path}: the class {cfg._target_} cannot be imported ({error}).") from error
+    parents = [entry for entry in cfg.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    if not parents:
+        raise UserError(f"{path} names no model: add _target_.")
+    return _model_class(parents[0].rsplit("/", 1)[-1])
+
+
+for resolver in (sweep_folder, limits, families):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, use_cache=True, replace=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
-from gencompare.command_line import conf_dir
+from gencompare.command_line import config_roots
 from gencompare.errors import UserError, printable
 from gencompare.files import write_error
 from gencompare.tasks.runs.run_config import missing_option_hint, quoting_hint
@@ -71,7 +71,7 @@ def _describe(cause: BaseException) -> tuple[int, str]:
         hint = quoting_hint(cause) or missing_option_hint(cause, sys.argv[1:])
         message = hint or _one_line(cause).split(" Config search path:")[0]
         if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", message):
-            folders = [conf_dir(), *([Path(own)] if (own := os.environ.get("GENCOMPARE_CONF")) else [])]
+            folders = config_roots()
             options = {path.stem for folder in folders for path in (folder / missing[1]).glob("*.yaml")}
             close = get_close_matches(missing[2], options, 1)
             advice = f" Did you mean {close[0]}?" if close else f" Choose from {', '.join(sorted(options))}."
