@@ -166,7 +166,7 @@ def growth_tables(results: Mapping[str, Any]) -> dict[str, str]:
         text.append(
             f"An evaluation of {row['samples']:,} samples against {row['real_images']:,} real images of 3x32x32 with"
             f" {row['features']:,} features adds {row['added_mib']:,} MiB (limit: {row['limit_mib']:,}), images and"
-            f" features included, and takes {row['seconds'] / 60:.1f} minutes."
+            " features included."
         )
     return {"growth": "\n\n".join(text)} if text else {}
 
