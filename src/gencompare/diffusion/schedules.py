@@ -479,13 +479,13 @@ class VarianceExploding(NoiseSchedule):
 
 
 def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    _suppress_jvp_warning()
+    suppress_jvp_warning()
     times = t.reshape(-1)  # with a tensor of shape (), jvp mixes float32 and float64
     return torch.func.jvp(function, (times,), (torch.ones_like(times),))[1].reshape(t.shape)
 
 
 @cache
-def _suppress_jvp_warning() -> None:
+def suppress_jvp_warning() -> None:
     """Call torch.func.jvp once with warnings suppressed, since the first call warns about code in torch itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
