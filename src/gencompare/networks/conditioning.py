@@ -45,6 +45,8 @@ class SinusoidalEmbedding(nn.Module):
 
 INTERVAL_FEATURES = 64
 """Dimension of the sinusoidal embedding of a time interval."""
+INTERVAL_WEIGHT = "conditions.interval.weight"
+"""Name of the weight that only networks with a time interval have; 0 stands for a network that ignores it."""
 
 
 class FourierEmbedding(nn.Module):
