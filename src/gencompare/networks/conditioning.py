@@ -45,8 +45,9 @@ class SinusoidalEmbedding(nn.Module):
 
 INTERVAL_FEATURES = 64
 """Dimension of the sinusoidal embedding of a time interval."""
-INTERVAL_WEIGHT = "conditions.interval.weight"
-"""Name of the weight that only networks with a time interval have; 0 stands for a network that ignores it."""
+INTERVAL_WEIGHT, AUGMENT_WEIGHT = "conditions.interval.weight", "conditions.augment.weight"
+"""Weights of optional conditions of a network. With a weight of 0, it ignores the interval; without the augmentation
+parameters, it models unchanged images whether it has the other weight or not."""
 
 
 class FourierEmbedding(nn.Module):

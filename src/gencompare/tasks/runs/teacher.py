@@ -15,7 +15,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.hyperparameters import to_config
 from gencompare.models.diffusion import Diffusion
 from gencompare.models.latents import Latents
-from gencompare.networks.conditioning import INTERVAL_WEIGHT
+from gencompare.networks.conditioning import AUGMENT_WEIGHT, INTERVAL_WEIGHT
 from gencompare.records import RunRecord
 from gencompare.tasks.runs import run_config
 from gencompare.tasks.runs.build import build_model
@@ -58,7 +58,8 @@ def load_teacher(cfg: DictConfig, model: TrainedModel, data: ImageData) -> DictC
 def copy_network(teacher: TrainedModel, model: Diffusion, run: str) -> None:
     """Copy the weights of the network of ``teacher``, loaded from the folder ``run``, into ``model``.
 
-    A network that receives time intervals may start from one that does not: it ignores them at first.
+    A network that receives time intervals may start from one that does not: it ignores them at first. A network without
+    the parameters of an augmentation may start from one with them.
 
     Raises:
         UserError: the predictions of the two networks have different meanings, or different weights.
@@ -86,6 +87,8 @@ def copy_network(teacher: TrainedModel, model: Diffusion, run: str) -> None:
     weights, expected = teacher.network.state_dict(), model.network.state_dict()
     if INTERVAL_WEIGHT in expected:
         weights.setdefault(INTERVAL_WEIGHT, expected[INTERVAL_WEIGHT])
+    if AUGMENT_WEIGHT not in expected:
+        weights.pop(AUGMENT_WEIGHT, None)
     for name in sorted(weights.keys() | expected.keys()):
         shapes = [tuple(each[name].shape) if name in each else "missing" for each in (weights, expected)]
         if shapes[0] != shapes[1]:
