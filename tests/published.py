@@ -247,7 +247,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.objective.c": 0.0,
         "model.parameterization.sigma_data": 0.5,
     },
-    # Geng et al. (2025), appendix A; Gsunshine/py-meanflow, scripts/cifar10_v0.sh, train_arg_parser.py and models/unet.py:
+    # Geng et al. (2025), appendix A; Gsunshine/py-meanflow, scripts/cifar10_v0.sh, train_arg_parser.py, models/unet.py:
     # EDM's network with embeddings of two times, of 256 features each, and 6 augmentation parameters.
     "cifar10_meanflow": {
         **ADAM_DEFAULTS,

@@ -1,4 +1,4 @@
-"""MeanFlow: the average velocity of Gaussian data, derivatives, the loss against its published formula, and settings."""
+"""MeanFlow: exact average velocities, derivatives, the loss against its published formula, and settings."""
 
 from __future__ import annotations
 
