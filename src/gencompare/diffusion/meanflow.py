@@ -80,39 +80,44 @@ class MeanFlow(Objective):
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         t, r = self.times(denoiser.schedule, rng), self.times(denoiser.schedule, rng)
-        t, r = t.maximum(r), t.minimum(r)
-        has_interval = self.choose_intervals(rng)
-        r = torch.where(torch.tensor(has_interval, device=t.device), r, t)
+        has_interval, count = self.choose_intervals(rng)
+        t, r = t.maximum(r), torch.where(has_interval.to(t.device), t.minimum(r), t.maximum(r))
         eps = rng.normal(x0.shape[1:]).to(x0.dtype)
         batch, v = NoisyBatch.make(x0, eps, t, denoiser.schedule.at(t, x0)), eps - x0
 
         dropout = default_generator(x0.device)
         masks = dropout.get_state()
         u = denoiser.output(batch.x_t, t, batch.at, {**cond, "interval": t - r})
-        rows = [index for index, each in enumerate(has_interval) if each]
-        if _has_dropout(denoiser.network):
-            rows = list(range(len(x0)))
         target = v
-        if rows:
-            chosen = torch.tensor(rows, device=x0.device)
-            x_t, t_, r_, v_ = (each[chosen] for each in (batch.x_t, t, r, v))
+        if count:
+            rows = has_interval.to(x0.device).long().argsort(descending=True, stable=True)[:count]
+            if _has_dropout(denoiser.network):  # masks are those of the whole batch
+                rows = torch.arange(len(x0), device=x0.device)
+            x_t, t, r, v = (each[rows] for each in (batch.x_t, t, r, v))
             with from_state(dropout, masks):
-                du_dt = time_derivative(denoiser, x_t, t_, r_, v_, {name: each[chosen] for name, each in cond.items()})
-            interval = (t_ - r_).to(v).view(-1, *[1] * (v.ndim - 1))
-            target = v.index_copy(0, chosen, v_ - interval * du_dt)
+                du_dt = time_derivative(denoiser, x_t, t, r, v, {name: each[rows] for name, each in cond.items()})
+            interval = (t - r).to(v).view(-1, *[1] * (v.ndim - 1))
+            target = target.index_copy(0, rows, v - interval * du_dt)
         mse = (u - target).square().flatten(1).mean(1)
         weight = (mse.detach() + LOSS_EPS / x0[0].numel()) ** -self.p
         return {"loss": weight * mse, "mse": mse.detach()}
 
-    def choose_intervals(self, rng: RandomSource) -> list[bool]:
-        """Choose the images of this process with r < t: every (1 / ratio)-th of the global batch, on average, from a
-        random one on. Their number is known without waiting for the device, and the same in all steps if ratio times
-        the batch size is an integer."""
-        offset = rng.shared_uniform("interval")
-        return [
-            int((index + 1) * self.ratio + offset) > int(index * self.ratio + offset)
-            for index in range(rng.start, rng.stop)
-        ]
+    def choose_intervals(self, rng: RandomSource) -> tuple[Tensor, int]:
+        """Choose the images with r < t, evenly spaced in the global batch from a random one on.
+
+        Their number is the same in every step, so that all steps have the same FLOPs.
+
+        Returns:
+            Which images of this process are chosen, (n,), and how many, known without waiting for the device.
+        """
+        total = rng.total
+        count = max(1, round(self.ratio * total)) if self.ratio else 0
+        shift = int(rng.shared_uniform("interval") * total)
+        spacing = [k * total // count for k in range(count)]
+        local = sum(rng.start <= (shift + k) % total < rng.stop for k in spacing)
+        index = (shift + torch.arange(count, device=rng.device) * total // max(1, count)) % total
+        chosen = torch.zeros(total, dtype=torch.bool, device=rng.device).index_fill(0, index, True)
+        return chosen[rng.start : rng.stop], local
 
 
 def time_derivative(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Cond) -> Tensor:
