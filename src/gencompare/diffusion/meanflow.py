@@ -132,15 +132,16 @@ def time_derivative(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, v: Te
         cond: other conditions passed to the network.
 
     Returns:
-        The derivative without a graph, (n, C, H, W).
+        The derivative in full precision, without a graph, (n, C, H, W).
     """
     suppress_jvp_warning()
-    # Neither compiled code nor torch's fused attention has forward-mode derivatives.
+    # Compiled code, fused attention and convolutions under autocast have no forward-mode derivatives.
     with (
         torch.no_grad(),
-        forward_ad.dual_level(),
-        sdpa_kernel(SDPBackend.MATH),
+        torch.autocast(x_t.device.type, enabled=False),
         torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+        forward_ad.dual_level(),
     ):
         x, time = forward_ad.make_dual(x_t, v), forward_ad.make_dual(t, torch.ones_like(t))
         u = denoiser.output(x, time, denoiser.schedule.at(time, x), {**cond, "interval": time - r})
