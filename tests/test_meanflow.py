@@ -17,7 +17,7 @@ from gencompare.diffusion.meanflow import MeanFlow, MeanFlowSampler, time_deriva
 from gencompare.diffusion.objectives import UniformVelocityWeighting, WeightedMSE
 from gencompare.diffusion.parameterizations import TimeConditioning, Velocity
 from gencompare.diffusion.schedules import RectifiedFlow
-from gencompare.diffusion.times import TimeDistribution
+from gencompare.diffusion.times import EqualStepsGrid, TimeDistribution
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
@@ -75,7 +75,7 @@ def objective(t: Tensor = T, r: Tensor = R, *, ratio: float = 1.0, p: float = 0.
 
 @pytest.mark.parametrize("calls", [1, 2, 4])
 def test_samples_end_on_their_trajectories(calls: int) -> None:
-    network, sampler = AverageVelocity(0.3), MeanFlowSampler(num_steps=calls)
+    network, sampler = AverageVelocity(0.3), MeanFlowSampler(num_steps=calls, grid=EqualStepsGrid())
     x, t = torch.randn(5, 1, 1, 2, generator=generator("cpu", 1)), RectifiedFlow.t_max
     samples = sampler.sample(denoiser(network), x, generator=generator("cpu", 2))
     g = ((1 - t) ** 2 * 0.3 + t**2) ** 0.5
