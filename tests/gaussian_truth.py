@@ -9,7 +9,7 @@ covariance of the samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,8 @@ from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule, VarianceExploding
 from gencompare.diffusion.sde_samplers import EulerMaruyama
-from gencompare.rng import generator
+from gencompare.diffusion.times import TimeDistribution
+from gencompare.rng import RandomSource, generator
 from parts import part
 
 MEAN = torch.tensor([0.6, -0.3, 0.0], dtype=torch.float64)
@@ -205,3 +206,36 @@ class Mixture:
         which = torch.multinomial(torch.tensor(self.weights), n, replacement=True, generator=source)
         centre = torch.tensor(self.means)[which].reshape(-1, *[1] * len(shape))
         return centre + self.std * torch.randn(n, *shape, generator=source)
+
+
+@dataclass(frozen=True)
+class GivenNoise(RandomSource):
+    """Random numbers for training whose normal numbers are given, (n, C, H, W)."""
+
+    noise: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @classmethod
+    def of(cls, noise: Tensor) -> GivenNoise:
+        return cls(generator("cpu", 0), 0, len(noise), len(noise), noise=noise)
+
+    def normal(self, shape: Sequence[int] = ()) -> Tensor:
+        return self.noise
+
+
+@dataclass(frozen=True)
+class GivenTimes(TimeDistribution):
+    """The given times, (n,)."""
+
+    times: Tensor
+
+    def __call__(self, schedule: NoiseSchedule, rng: RandomSource) -> Tensor:
+        return self.times
+
+
+def cubature(mean: float, variance: float) -> tuple[Tensor, Tensor]:
+    """Return four pairs of an image of one pixel from N(mean, variance) and its noise, each (4, 1, 1, 1).
+
+    The mean over them of a polynomial of degree 3 is its expectation."""
+    points = math.sqrt(2) * torch.cat([torch.eye(2), -torch.eye(2)])
+    x0, eps = points.view(4, 2, 1, 1, 1).unbind(1)
+    return mean + variance**0.5 * x0, eps

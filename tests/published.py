@@ -224,6 +224,51 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sampler": {"class": "RK45", "rtol": 1e-5, "atol": 1e-5},
         "model.network.head_channels": 64,
     },
+    # Geng et al. (2024); locuslab/ect, run_ecm.sh, ct_train.py and training/loss.py, parameter count of EDM's network.
+    "cifar10_consistency": {
+        **ADAM_DEFAULTS,
+        "parameters": {"network": 55_733_891 - 9 * 128},  # without augmentation
+        "lr": 1e-4,
+        "batch_size": 128,
+        "steps": 25_600_000 // 128,
+        "ema": 0.9999,
+        "dropout": 0.2,
+        "random_flip": False,
+        "num_discrete_times": None,
+        "noise_range": (0.002, 80.0),
+        "sampler": {"class": "MultistepConsistency", "num_steps": 2},
+        "model.optimizer._target_": "torch.optim.RAdam",
+        "model.objective.times.mean": -1.1,
+        "model.objective.times.std": 2.0,
+        "model.objective.q": 2.0,
+        "model.objective.num_stages": 25_600 // 3_200,  # the distance is halved every 250 ticks of 12,800 images
+        "model.objective.k": 8.0,
+        "model.objective.b": 1.0,
+        "model.objective.c": 0.0,
+        "model.parameterization.sigma_data": 0.5,
+    },
+    # Geng et al. (2025), appendix A; Gsunshine/py-meanflow, scripts/cifar10_v0.sh, train_arg_parser.py, models/unet.py:
+    # EDM's network with embeddings of two times, of 256 features each, and 6 augmentation parameters.
+    "cifar10_meanflow": {
+        **ADAM_DEFAULTS,
+        "parameters": {"network": 55_733_891 - 9 * 128 + 6 * 512 + (512 - 128) * 512},
+        "lr": 6e-4,
+        "batch_size": 1024,
+        "steps": 800_000,
+        "warmup_steps": 10_000,
+        "ema": 0.99995,
+        "dropout": 0.2,
+        "random_flip": False,  # the augmentation flips images
+        "num_discrete_times": None,
+        "noise_range": (0.0, math.inf),
+        "sampler": {"class": "MeanFlowSampler", "num_steps": 1},
+        "model.objective.ratio": 0.75,
+        "model.objective.p": 0.75,
+        "model.objective.times.mean": -2.0,
+        "model.objective.times.std": 2.0,
+        "model.parameterization.noise_conditioning.factor": 1.0,
+        "model.augmentation.p": 0.12,
+    },
     # Child (2021), "39M"; openai/vdvae, hps.py and README.md (2 processes of 16 images), parameter count of its VAE.
     "cifar10_hvae": {
         **ADAM_DEFAULTS,
@@ -325,6 +370,11 @@ DIFFERENCES: dict[str, dict[str, tuple[Any, str]]] = {
         )
     },
     "cifar10_flow": {"noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "excludes 1e-4 at both ends")},
+    "cifar10_consistency": {"model.objective.c": (0.00054, "c = 0.00054, where the code has 0")},
+    "cifar10_meanflow": {
+        "noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "times exclude 1e-4 at both ends"),
+        "parameters": ({"network": 55_733_891 + 64 * 128}, "concatenates them, and has fewer parameters"),
+    },
     "cifar10_ebm": {"parameters": ({"network": counted.igebm(bias=True)}, "the last layer have biases")},
     "cifar10_sngan": {
         "parameters": (counted.sngan(last_bias=True), "the last layer of the discriminator has a bias"),

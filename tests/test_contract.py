@@ -145,7 +145,7 @@ STEPS = {"vae": 2000}
 SMALLER = {"vae": ("model.encoder.channels=16", "model.decoder.channels=16")}
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 
-SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn"}
+SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow"}
 """Families that take up to 90 seconds; others of the same class are in ``make test``."""
 
 

@@ -116,7 +116,7 @@ def test_reads_are_counted() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", ["ddpm", "edm", "flow", "vdm"])
+@pytest.mark.parametrize("family", ["consistency", "ddpm", "edm", "flow", "meanflow", "vdm"])
 def test_a_step_does_not_synchronise_a_gpu(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostReads, "__enter__", lambda self: torch.cuda.set_sync_debug_mode("error"))
     monkeypatch.setattr(HostReads, "__exit__", lambda self, *error: torch.cuda.set_sync_debug_mode("default"))

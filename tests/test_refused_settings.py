@@ -36,7 +36,7 @@ from gencompare.training.ema import EMA
 
 DOCS = Path(__file__).parents[1] / "docs"
 FAMILIES = options("model")
-MEANINGFUL_BELOW_ZERO = {"attention_resolutions", "gamma_max", "gamma_min", "mean"}
+MEANINGFUL_BELOW_ZERO = {"attention_resolutions", "gamma_max", "gamma_min", "log_snr_end", "mean"}
 """Settings for which -1 has a meaning."""
 OF_ANOTHER_RUN = {"budget", "discriminator", "optimizer"}
 """Settings in ``model.latent`` that only the run of the autoencoder uses. It checks them before it starts."""

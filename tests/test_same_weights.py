@@ -61,6 +61,8 @@ FAMILIES: dict[str, list[str]] = {
     "edm": ["model=edm", "model/augmentation=edm", *MLP],
     "flow": ["model=flow", *MLP],
     "flow with optimal transport": ["model=flow", "model/objective=ot_flow", *MLP],
+    "consistency": ["model=consistency", *MLP],
+    "meanflow": ["model=meanflow", *MLP],
     "autoencoder": ["model=autoencoder", *CODER],
     "ldm": ["model=ldm", "model.latent.autoencoder.encoder.channels=8", *MLP],
     "vqvae": ["model=vqvae", *CODER],

@@ -14,6 +14,7 @@ from gencompare.diffusion.learned_schedule import LearnedSchedule
 from gencompare.diffusion.samplers import DDIM, check_times
 from gencompare.diffusion.schedules import CLEAN, VE, VP, EDMSchedule, NoiseSchedule, RectifiedFlow
 from gencompare.diffusion.times import (
+    EqualStepsGrid,
     KarrasGrid,
     LogitNormalTimes,
     LogNormalTimes,
@@ -30,7 +31,9 @@ from parts import part
 
 GRIDS = [name for name in options("model/sampler/grid") if name != "tabulated"]
 """Grids that are defined for every schedule and number of steps, which given times are not."""
-IN_TIME = ("uniform", "quadratic")
+IN_TIME = ("uniform", "quadratic", "equal_steps")
+LONG_LAST_STEP = ("equal_steps", "consistency")
+"""Grids for few steps, whose last step starts before t_min."""
 DISTRIBUTIONS = [UniformTimes(), UniformTimes(stratified=False), LogNormalTimes(), LogitNormalTimes()]
 
 
@@ -69,7 +72,7 @@ def test_grid_runs_from_noise_to_clean_data(name: str, schedule: NoiseSchedule, 
     assert (times.diff() < 0).all()
     assert times[0] == schedule.t_max
     assert times[-1] == CLEAN
-    if steps > 1:
+    if steps > 1 and name not in LONG_LAST_STEP:
         assert times[-2] == schedule.t_min
     if name in IN_TIME:
         assert of_the_table(schedule, times[:-1])
@@ -97,6 +100,11 @@ def test_uniform_grid_is_even() -> None:
     # On a discrete schedule, times are the nearest steps to 999 k / 4 = 0, 249.75, 499.5, 749.25, 999, counted from 0.
     index = UniformGrid()(LinearBetas(), 5)[:-1] * 1000 - 1
     np.testing.assert_allclose(index, [999, 749, 500, 250, 0], atol=1e-9)
+
+
+def test_equal_steps_include_the_last_one() -> None:
+    np.testing.assert_allclose(EqualStepsGrid()(VE(), 4)[:-1], [1, 0.75, 0.5, 0.25], atol=1e-15)
+    np.testing.assert_allclose(EqualStepsGrid()(LinearBetas(), 4)[:-1] * 1000 - 1, [999, 749, 500, 250], atol=1e-9)
 
 
 def test_quadratic_grid_is_that_of_ddim() -> None:

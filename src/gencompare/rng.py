@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,6 +28,18 @@ def default_generator(device: torch.device) -> torch.Generator:
         index = torch.cuda.current_device() if device.index is None else device.index
         return torch.cuda.default_generators[index]
     return torch.default_generator
+
+
+@contextmanager
+def from_state(source: torch.Generator, state: Tensor) -> Iterator[None]:
+    """Let ``source`` repeat the numbers that it drew after it was in ``state``, in the block. Afterwards it continues
+    where it was before the block."""
+    after = source.get_state()
+    source.set_state(state)
+    try:
+        yield
+    finally:
+        source.set_state(after)
 
 
 @dataclass(frozen=True)

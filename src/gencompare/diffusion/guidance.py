@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.parameterizations import Prediction
-from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues
+from gencompare.diffusion.schedules import NO_SIGNAL, NoiseSchedule, ScheduleValues, is_same_schedule
 from gencompare.errors import UserError, check_number
 
 
@@ -245,24 +245,17 @@ class AutoGuidance(Guidance):
         return _extrapolate(self.weak(x_t, t, cond), denoiser(x_t, t, cond), self.scale)
 
 
-@torch.no_grad()
-def check_same_schedule(schedule: NoiseSchedule, guidance: Guidance, points: int = 9) -> None:
+def check_same_schedule(schedule: NoiseSchedule, guidance: Guidance) -> None:
     """Raise `UserError` if a guiding model has a different noise schedule, since noise levels would not match."""
     for name, guide in guidance.guides().items():
         other = guide.schedule
         assert isinstance(other, NoiseSchedule)
-        if not torch.allclose(_curve(schedule, points), _curve(other, points), rtol=1e-3, atol=1e-3):
+        if not is_same_schedule(schedule, other):
             raise UserError(
                 f"model.guidance.{name} was trained under a different noise schedule ({type(other).__name__}) from the"
                 f" model that it guides ({type(schedule).__name__}), or with different settings: train both with the"
                 " same schedule."
             )
-
-
-def _curve(schedule: NoiseSchedule, points: int) -> Tensor:
-    """Return times from t_min to t_max, with the log-SNR and log alpha at these times."""
-    t = torch.linspace(schedule.t_min, schedule.t_max, points, device=schedule.device)
-    return torch.stack([t, schedule.log_snr(t), schedule.log_alpha(t)]).float().cpu()
 
 
 def _extrapolate(negative: Prediction, positive: Prediction, scale: float | Tensor) -> Prediction:

@@ -32,6 +32,10 @@ class Objective(ABC):
     minimised by a degenerate schedule with almost no noise or almost only noise."""
     trains_variance: ClassVar[bool] = False
     """Whether the loss trains a learned reverse variance. A squared error does not depend on the variance."""
+    trains_denoiser: ClassVar[bool] = True
+    """Whether the prediction becomes that of a denoiser, :math:`E[x_0 | x_t]`, which gives the score of p(x_t)."""
+    needs_interval: ClassVar[bool] = False
+    """Whether the network receives a time interval, ``cond["interval"]``."""
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:  # noqa: B027
         """Raise `UserError` if the objective cannot train ``parameterization`` under ``schedule``."""
@@ -62,6 +66,10 @@ class Objective(ABC):
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         """Return this objective with the data and their decoder set, which only bounds on the likelihood use."""
+        return self
+
+    def at_progress(self, progress: float) -> Objective:
+        """Return this objective after a fraction ``progress`` of training, in [0, 1], if it changes over training."""
         return self
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gencompare.diffusion.discrete_schedules import snap_to_integer
 from gencompare.diffusion.schedules import NoiseSchedule, ScheduleValues
-from gencompare.errors import UserError, check_positive
+from gencompare.errors import UserError, check_non_negative, check_positive
 
 
 class NoiseConditioning(ABC):
@@ -98,6 +98,9 @@ class TimeConditioning(NoiseConditioning):
     """
 
     factor: float = 999.0
+
+    def __post_init__(self) -> None:
+        check_non_negative("noise_conditioning.factor", self.factor)
 
     def __call__(self, t: Tensor, at: ScheduleValues) -> Tensor:
         return self.factor * t

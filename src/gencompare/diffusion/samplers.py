@@ -54,6 +54,8 @@ class Sampler(ABC):
     order: ClassVar[int | None]
     """Order of convergence in the step size: strong for deterministic samplers, weak (means and covariances) for
     stochastic ones. None if undefined."""
+    needs_interval: ClassVar[bool] = False
+    """Whether the sampler passes ``cond["interval"]`` to a network that predicts the average velocity of a step."""
 
     num_steps: int
     grid: TimeGrid = field(default_factory=UniformGrid)

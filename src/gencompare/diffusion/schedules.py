@@ -479,13 +479,13 @@ class VarianceExploding(NoiseSchedule):
 
 
 def _time_derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    _suppress_jvp_warning()
+    suppress_jvp_warning()
     times = t.reshape(-1)  # with a tensor of shape (), jvp mixes float32 and float64
     return torch.func.jvp(function, (times,), (torch.ones_like(times),))[1].reshape(t.shape)
 
 
 @cache
-def _suppress_jvp_warning() -> None:
+def suppress_jvp_warning() -> None:
     """Call torch.func.jvp once with warnings suppressed, since the first call warns about code in torch itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -675,3 +675,15 @@ def schedule_curve(schedule: NoiseSchedule, points: int = 101) -> dict[str, np.n
     density = 1 / ((schedule.t_max - schedule.t_min) * at.dlog_snr_dt.abs())
     values = {"t": t, "log_snr": at.log_snr, "alpha": at.alpha, "sigma": at.sigma, "density": density}
     return {name: value.double().cpu().numpy() for name, value in values.items()}
+
+
+@torch.no_grad()
+def is_same_schedule(schedule: NoiseSchedule, other: NoiseSchedule, points: int = 9) -> bool:
+    """Return whether two schedules have the same noise at the same times."""
+    return torch.allclose(_curve(schedule, points), _curve(other, points), rtol=1e-3, atol=1e-3)
+
+
+def _curve(schedule: NoiseSchedule, points: int) -> Tensor:
+    """Return times from t_min to t_max, with the log-SNR and log alpha at these times."""
+    t = torch.linspace(schedule.t_min, schedule.t_max, points, device=schedule.device)
+    return torch.stack([t, schedule.log_snr(t), schedule.log_alpha(t)]).float().cpu()

@@ -88,6 +88,20 @@ class UniformGrid(_PowerGrid):
 
 
 @dataclass(frozen=True)
+class EqualStepsGrid(_PowerGrid):
+    r"""Equal steps from t_max to clean data: :math:`t_k = t_{max} - (t_{max} - t_{min})\, k / N` for N steps.
+
+    The last step, into clean data, is as long as the others. `UniformGrid` ends at t_min instead, where next to nothing
+    is left to do, so that one of a few steps is lost.
+    """
+
+    power = 1.0
+
+    def _spaced(self, high: float, low: float, num_steps: int) -> Tensor:
+        return super()._spaced(high, low, num_steps + 1)[:-1]
+
+
+@dataclass(frozen=True)
 class QuadraticGrid(_PowerGrid):
     r"""Times evenly spaced in :math:`\sqrt t`, with short steps near the data: :math:`\tau_i = c i^2`.
 

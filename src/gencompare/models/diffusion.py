@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gencompare.diffusion import editing
 from gencompare.diffusion.augmentation import Augmentation
+from gencompare.diffusion.consistency import MultistepConsistency
 from gencompare.diffusion.data_likelihood import DataLikelihood, Decoder, GaussianDecoder
 from gencompare.diffusion.denoiser import ClipX0, Denoiser, DenoiserProtocol
 from gencompare.diffusion.guidance import Guidance, Guided, check_same_schedule
@@ -43,7 +44,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     Args:
         network: a factory ``(shape, out_channels, num_classes) -> module(x, noise_cond, cond)``; ``num_classes`` is 0
             for an unconditional model. For data with more conditions, the factory also receives ``low_res_channels``
-            and ``embedding_dim``; with an augmentation, ``augment_dim``; with patches, ``coordinate_channels``.
+            and ``embedding_dim``; with an augmentation, ``augment_dim``; with patches, ``coordinate_channels``; with an
+            objective that needs time intervals, ``interval_dim``.
         schedule: alpha and sigma over time. A learned schedule is trained if the objective is a bound; otherwise it
             keeps its initial values.
         parameterization: defines the network inputs and the meaning of the network output.
@@ -61,6 +63,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             pixels; None trains on whole images without coordinates.
         pixel_decoder: p(x_0 | x_1), the last term of variational bounds in training and evaluation.
         likelihoods: methods that compute bits/dim, by name; used only for models of discrete pixels.
+        teacher: the run whose weights the network starts from: ``run``, its folder or None, ``checkpoint`` and
+            ``weights``. Only the training task uses these settings.
     """
 
     supported_conditions = frozenset({"low_res", "embedding"})
@@ -82,6 +86,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         patches: RandomPatches | None = None,
         pixel_decoder: Decoder = GaussianDecoder(),
         likelihoods: Mapping[str, LikelihoodMethod] | None = None,
+        teacher: Mapping[str, Any] | None = None,
         **training: Any,
     ) -> None:
         super().__init__(spec, **training)
@@ -100,6 +105,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             **{CONDITION_SIZE_ARGS[name]: shape[0] for name, shape in spec.conditions.items()},
             **({} if augmentation is None else {"augment_dim": augmentation.dim}),
             **({} if patches is None else {"coordinate_channels": 2}),
+            **({"interval_dim": 1} if objective.needs_interval else {}),
         )
         check_composition(self)
         self._checked = schedule, sampler
@@ -159,7 +165,9 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             cond = {**cond, "coordinates": coordinates}
         if self.training and (num_scores := getattr(self.network, "num_token_scores", 0)):
             cond = {**cond, "token_scores": rng.uniform((num_scores,)).to(x.device)}
-        return self.objective.with_likelihood(self.data_likelihood)(self.denoiser, x0, cond, rng)
+        objective = self.objective.with_likelihood(self.data_likelihood)
+        # Losses in evaluation are those of the end of training, so that they are comparable during training.
+        return objective.at_progress(self.progress if self.training else 1.0)(self.denoiser, x0, cond, rng)
 
     def micro_batched_networks(self) -> list[nn.Module]:
         return [self.network]
@@ -197,16 +205,18 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         """Create interpolations, inpaintings, round trips through the noise, and sampling trajectories.
 
         Interpolations and round trips map images to noise and back without guidance, which would make the round trip
-        less accurate. Inpaintings and trajectories use the sampler and the guidance of the model.
+        less accurate. Inpaintings and trajectories use the sampler and the guidance of the model. A consistency model
+        has no map from images to noise.
         """
         cond, x = self._sampling_conditions(cond), self.space.encode(x)
         unguided = self._clip(self.denoiser)
         images = {
-            "interpolation": editing.interpolation(unguided, x, cond),
             "inpainting": editing.inpainting(self.sampler, self.sampling_denoiser, x, cond, generator),
-            "round_trip": editing.round_trip(unguided, x, cond),
             "trajectory": editing.trajectory_rows(self.sampler, self.sampling_denoiser, x, cond, generator),
         }
+        if self.objective.trains_denoiser:
+            images["interpolation"] = editing.interpolation(unguided, x, cond)
+            images["round_trip"] = editing.round_trip(unguided, x, cond)
         return {name: self.space.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2]) for name, z in images.items()}
 
     def _sampling_conditions(self, cond: Cond | None) -> Cond:
@@ -227,6 +237,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         if self._has_learned_schedule or self._checked != (self.schedule, self.sampler):
             self.schedule.check()
             check_sampling_start(self.schedule, self.sampler)
+            check_sampler(self.objective, self.sampler)
             self._checked = self.schedule, self.sampler
         if self.guidance is not None:
             check_same_schedule(self.schedule, self.guidance)
@@ -245,7 +256,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return ", ".join([*parts, *(["x0 clipped"] if self.clips_x0 else [])])
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
-        if self.spec.num_bins is None or not isinstance(self.space, PixelSpace):
+        if self.spec.num_bins is None or not isinstance(self.space, PixelSpace) or not self.objective.trains_denoiser:
             return {}
         return {
             name: LikelihoodEstimate(
@@ -295,6 +306,7 @@ def check_composition(model: Diffusion) -> None:
     """
     _check_training(model.schedule, model.parameterization, model.objective)
     check_sampling_start(model.schedule, model.sampler)
+    check_sampler(model.objective, model.sampler)
     _check_latents(model)
     _check_decoder(model)
     _check_noise_levels(model.network, model.schedule, model.parameterization)
@@ -343,6 +355,20 @@ def check_sampling_start(schedule: NoiseSchedule, sampler: Sampler) -> None:
     if not any(parameter.requires_grad for parameter in schedule.parameters()):
         raise UserError(mismatch)
     warnings.warn(mismatch, stacklevel=4)
+
+
+def check_sampler(objective: Objective, sampler: Sampler) -> None:
+    """Raise `UserError` if the sampler does not suit what the objective trains the network to predict."""
+    if sampler.needs_interval and not objective.needs_interval:
+        raise UserError(
+            f"{type(sampler).__name__} needs a network that predicts the average velocity of a step, which"
+            f" {type(objective).__name__} does not train: use model=meanflow, or model/sampler=euler."
+        )
+    if not objective.trains_denoiser and not isinstance(sampler, MultistepConsistency):
+        raise UserError(
+            f"{type(sampler).__name__} needs a denoiser, but {type(objective).__name__} trains a consistency function,"
+            " which maps noise to an image in one step: use model/sampler=consistency."
+        )
 
 
 def _check_latents(model: Diffusion) -> None:
@@ -423,6 +449,11 @@ def _check_patches(model: Diffusion, patches: RandomPatches) -> None:
 
 def _check_guidance(model: Diffusion, guidance: Guidance) -> None:
     spec, space = model.spec, model.space
+    if not model.objective.trains_denoiser:
+        raise UserError(
+            f"{type(guidance).__name__} changes the score, which a consistency model does not predict: use"
+            " model/guidance=null."
+        )
     for name, guide in guidance.guides().items():
         guide_space = getattr(guide, "space", None)
         shape = spec.shape if guide_space is None else guide_space.latent_shape

@@ -43,6 +43,13 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+INTERVAL_FEATURES = 64
+"""Dimension of the sinusoidal embedding of a time interval."""
+INTERVAL_WEIGHT, AUGMENT_WEIGHT = "conditions.interval.weight", "conditions.augment.weight"
+"""Weights of optional conditions of a network. With a weight of 0, it ignores the interval; without the augmentation
+parameters, it models unchanged images whether it has the other weight or not."""
+
+
 class FourierEmbedding(nn.Module):
     r"""Sines and cosines at random, fixed frequencies, (n,) -> (n, 2 channels).
 
@@ -108,7 +115,8 @@ class LabelEmbedding(nn.Embedding):
 
 
 class ConditionEmbedding(nn.Module):
-    r"""Embeds the conditions of a network: class, precomputed embedding, low-resolution image, augmentation, position.
+    r"""Embeds the conditions of a network: class, precomputed embedding, low-resolution image, augmentation, position,
+    interval.
 
     - ``cond["label"]`` (n,) int64: a learned vector per class is added to the noise-level embedding e. Index
       ``num_classes`` means no label.
@@ -124,8 +132,12 @@ class ConditionEmbedding(nn.Module):
     - ``cond["coordinates"]`` (n, 2, H, W) float: coordinates of the pixels of a crop in its image, from -1 to 1,
       concatenated to the noisy image (Wang et al. 2023, "Patch diffusion", section 3.1,
       https://arxiv.org/abs/2304.12526). If missing, the noisy image is a whole image.
+    - ``cond["interval"]`` (n,) float: t - r, the time over which the network predicts the average velocity (Geng et al.
+      2025, "Mean flows for one-step generative modeling", section 4.3, https://arxiv.org/abs/2505.13447). W s is added
+      to the features that e is computed from, with the sinusoidal embedding s of t - r and W = 0 at initialisation. If
+      missing, t - r = 0: the network predicts the velocity at time t.
 
-    Other entries of ``cond`` are ignored. Any missing entry except the last two raises `UserError`.
+    Other entries of ``cond`` are ignored. Any missing entry except the last three raises `UserError`.
 
     Args:
         emb_dim: dimension of e.
@@ -134,6 +146,7 @@ class ConditionEmbedding(nn.Module):
         embedding_dim: dimension of the precomputed embedding, 0 for none.
         augment_dim: number of augmentation parameters, 0 for none.
         coordinate_channels: 2 for the coordinates of the pixels, 0 for none.
+        interval_dim: 1 for the time interval, 0 for none.
         noise_dim: dimension of the noise-level features that e is computed from.
     """
 
@@ -146,6 +159,7 @@ class ConditionEmbedding(nn.Module):
         embedding_dim: int = 0,
         augment_dim: int = 0,
         coordinate_channels: int = 0,
+        interval_dim: int = 0,
         noise_dim: int = 0,
     ) -> None:
         super().__init__()
@@ -156,6 +170,8 @@ class ConditionEmbedding(nn.Module):
             )
         if coordinate_channels not in (0, 2):
             raise UserError(f"The network's coordinate_channels={coordinate_channels} must be 0 or 2.")
+        if interval_dim not in (0, 1):
+            raise UserError(f"The network's interval_dim={interval_dim} must be 0 or 1.")
         self.low_res_channels, self.embedding_dim = low_res_channels, embedding_dim
         self.coordinate_channels = coordinate_channels
         self.label = LabelEmbedding(num_classes, emb_dim) if num_classes else None
@@ -166,6 +182,10 @@ class ConditionEmbedding(nn.Module):
         self.augment = nn.Linear(augment_dim, noise_dim, bias=False) if augment_dim else None
         if self.augment is not None:
             nn.init.xavier_uniform_(self.augment.weight)
+        self.interval_features = SinusoidalEmbedding(INTERVAL_FEATURES) if interval_dim else None
+        self.interval = nn.Linear(INTERVAL_FEATURES, noise_dim, bias=False) if interval_dim else None
+        if self.interval is not None:
+            nn.init.zeros_(self.interval.weight)
 
     def embed(self, noise_mlp: nn.Sequential, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Compute the embedding e (n, emb_dim) of noise level and conditions.
@@ -173,14 +193,17 @@ class ConditionEmbedding(nn.Module):
         The first layer of ``noise_mlp`` maps ``noise_cond`` (n,) to features (n, noise_dim). The other layers map these
         features to e.
         """
-        features = self.add_augmentation(noise_mlp[0](noise_cond), cond)
+        features = self.add_augmentation_and_interval(noise_mlp[0](noise_cond), cond)
         return self.add_label_and_embedding(noise_mlp[1:](features), cond)
 
-    def add_augmentation(self, features: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Add the augmentation parameters, if any, to the noise-level features (n, noise_dim)."""
-        if self.augment is None or "augment" not in cond:
-            return features
-        return features + self.augment(cond["augment"].to(features.dtype))
+    def add_augmentation_and_interval(self, features: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Add the augmentation parameters and the interval, if any, to the noise-level features (n, noise_dim)."""
+        if self.augment is not None and "augment" in cond:
+            features = features + self.augment(cond["augment"].to(features.dtype))
+        if self.interval is not None and self.interval_features is not None:
+            interval = cond.get("interval", features.new_zeros(len(features)))
+            features = features + self.interval(self.interval_features(interval.to(features.dtype)))
+        return features
 
     def add_label_and_embedding(self, emb: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Add the label and the precomputed embedding to the noise-level embedding (n, emb_dim)."""

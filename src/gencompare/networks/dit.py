@@ -47,8 +47,8 @@ class DiT(nn.Module):
             the last sixth, or the first and the last if there are fewer than 12.
         base_width: the ``hidden_size`` at which the learning rate was found, for muP (`gencompare.networks.mup`); a
             multiple of the size of a head, which stays the same. None for the standard parametrisation.
-        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
-            `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim``, ``coordinate_channels`` and
+            ``interval_dim``, see `ConditionEmbedding`.
     """
 
     positions: Tensor

@@ -72,8 +72,8 @@ class DenoisingMLP(nn.Module):
         depth: number of residual blocks, each with two layers.
         base_width: the ``width`` at which the learning rate was found, for muP (`gencompare.networks.mup`); None for
             the standard parametrisation.
-        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
-            `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim``, ``coordinate_channels`` and
+            ``interval_dim``, see `ConditionEmbedding`.
     """
 
     def __init__(

@@ -172,8 +172,8 @@ class RefineNet(nn.Module):
         num_classes: number of classes, 0 for none. Label ``num_classes`` means "no label".
         channels: channels of the first stage; the other stages have twice as many.
         num_levels: number of noise levels with separate normalisation parameters.
-        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
-            `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim``, ``coordinate_channels`` and
+            ``interval_dim``, see `ConditionEmbedding`.
     """
 
     def __init__(
@@ -198,7 +198,8 @@ class RefineNet(nn.Module):
                 " height and width are even and at least 4, or model/network=dit or mlp."
             )
         self.num_noise_levels = num_levels
-        needs_embedding = num_classes or any(condition_sizes.get(name) for name in ("embedding_dim", "augment_dim"))
+        vectors = ("embedding_dim", "augment_dim", "interval_dim")
+        needs_embedding = num_classes or any(condition_sizes.get(name) for name in vectors)
         self.emb_dim = 4 * channels if needs_embedding else 0
         self.conditions = ConditionEmbedding(self.emb_dim, num_classes, noise_dim=self.emb_dim, **condition_sizes)
         norm = partial(InstanceNormPlus, num_levels=num_levels, emb_dim=self.emb_dim)
@@ -256,5 +257,5 @@ class RefineNet(nn.Module):
         if not self.emb_dim:
             return one_hot
         zeros = one_hot.new_zeros(len(one_hot), self.emb_dim)
-        emb = self.conditions.add_label_and_embedding(self.conditions.add_augmentation(zeros, cond), cond)
+        emb = self.conditions.add_label_and_embedding(self.conditions.add_augmentation_and_interval(zeros, cond), cond)
         return torch.cat([one_hot, emb], dim=1)

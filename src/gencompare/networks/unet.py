@@ -71,8 +71,8 @@ class UNet(nn.Module):
             the decoder levels; None disables it.
         fourier_exponents: exponents n of the input features sin(2^n pi x) and cos(2^n pi x).
         add_input: add x to the output, which then equals x at initialisation (VDM, which predicts eps).
-        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim`` and ``coordinate_channels``, see
-            `ConditionEmbedding`.
+        condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim``, ``coordinate_channels`` and
+            ``interval_dim``, see `ConditionEmbedding`.
     """
 
     def __init__(

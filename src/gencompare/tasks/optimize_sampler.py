@@ -54,6 +54,8 @@ def optimize_sampler(cfg: DictConfig) -> None:
     model = build_model(cfg, data)
     if not isinstance(model, Diffusion):
         raise UserError(f"task=optimize_sampler needs a diffusion model, not a {type(model).__name__}.")
+    if not model.objective.trains_denoiser:
+        raise UserError("task=optimize_sampler needs a denoiser, which a consistency model is not.")
     load_weights(model, folder, checkpoint=cfg.checkpoint, weights=cfg.weights)
     model = model.eval().to(choose_device(cfg))
     train = build_problem(cfg, model, data, "train", cfg.task.num_images)

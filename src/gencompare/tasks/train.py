@@ -51,6 +51,7 @@ from gencompare.tasks.runs.processes import (
 from gencompare.tasks.runs.recovery import initial_record, list_checkpoints, recover_record
 from gencompare.tasks.runs.result_logging import abandon_loggers, log_config, log_results
 from gencompare.tasks.runs.run_folder import claim_run_folder, is_active, refuse_existing_run
+from gencompare.tasks.runs.teacher import load_teacher
 from gencompare.training.budget import Budget
 from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
@@ -112,6 +113,7 @@ def train(cfg: DictConfig) -> None:
         # Check that the autoencoder leaves some budget before encoding the images.
         dependency_costs.remaining_budget(build_budget(cfg), dependency_costs.dependencies(cfg))
         cfg = autoencoder_stage.load_autoencoder(cfg, model, data, trainer.world_size)
+        cfg = load_teacher(cfg, model, data)
     else:
         known = RunRecord.load(folder).training.get("dependencies", [])
     dependencies = dependency_costs.dependencies(cfg, known=known)

@@ -1,4 +1,4 @@
-"""The training cost of a model, including its dependencies: autoencoder, whitening, guiding models, tuning."""
+"""The training cost of a model, including its dependencies: autoencoder, whitening, teacher, guides, tuning."""
 
 from __future__ import annotations
 
@@ -64,9 +64,13 @@ def deduplicate(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _dependency_folders(cfg: DictConfig) -> Iterator[tuple[str, Path]]:
-    """Yield role and folder of the runs that a config refers to: its autoencoder and its guiding models."""
-    if cfg.get("autoencoder_run"):
-        yield "autoencoder", Path(cfg.autoencoder_run)
+    """Yield role and folder of the runs that a config refers to: its autoencoder, its teacher and its guiding models.
+
+    The weights of the first two are in the run's checkpoints, so they are named only when training starts.
+    """
+    for role in ("autoencoder", "teacher"):
+        if cfg.get(f"{role}_run"):
+            yield role, Path(cfg[f"{role}_run"])
     guidance = OmegaConf.select(cfg, "model.guidance") or {}
     for role, part in guidance.items():
         if OmegaConf.is_dict(part) and part.get("run"):

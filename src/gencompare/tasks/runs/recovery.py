@@ -71,7 +71,7 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
     """Write a new record if that of a run is corrupted or missing, from its config, data and checkpoint.
 
     The corrupted record is kept as ``record.json.corrupted``. The earlier results are lost. The cost of training is in
-    the checkpoint; that of the autoencoder of a latent model is not, so the total cost is unknown.
+    the checkpoint; that of an autoencoder or a teacher is not, so the total cost is unknown.
 
     Raises:
         UserError: there is no checkpoint that can be read.
@@ -93,6 +93,8 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
     dependencies = dependency_costs.dependencies(cfg)
     if isinstance(getattr(model, "space", None), Latents):
         dependencies.append({"role": "autoencoder", "run": "unknown", "id": None, "family": "unknown"})
+    if OmegaConf.select(cfg, "model.teacher.run"):
+        dependencies.append({"role": "teacher", "run": "unknown teacher", "id": None, "family": "unknown"})
     record = initial_record(cfg, model, data, folder, dependencies)
     clock = found.content["callbacks"][TrainingClock.__name__]
     record.training |= {

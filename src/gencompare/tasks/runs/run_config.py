@@ -53,9 +53,11 @@ JOB_KEYS = (
     "checkpoint", "weights", "format", "paths", "evaluation.protocol.cache", "trust",
 )  # fmt: skip
 """Keys that each job sets for itself, never taken from the config of a run folder."""
-INTERNAL_KEYS = {"choices", "out", "sweep_name", "command", "trained_run", "autoencoder_run", "whitening", "hydra"}
+INTERNAL_KEYS = {
+    "choices", "out", "sweep_name", "command", "trained_run", "autoencoder_run", "whitening", "teacher_run", "hydra",
+}  # fmt: skip
 """Top-level keys that this program adds to a composed config."""
-LOCATION_KEYS = ("out", "resume", "autoencoder_run", "whitening", "trained_run")
+LOCATION_KEYS = ("out", "resume", "autoencoder_run", "whitening", "teacher_run", "trained_run")
 """Keys that are neither stored nor read from a stored config, since a run folder may be moved."""
 TASKS_WITH_LOGGERS = ("gencompare.tasks.train.train", "gencompare.tasks.evaluate_run.evaluate_run")
 """Tasks that use the callbacks and loggers in a stored config."""
