@@ -1,4 +1,4 @@
-"""Image grids for visualisation: latent interpolations and traversals, completions, energy rankings, Langevin chains."""
+"""Image grids for visualisation: latent interpolations and traversals, completions, energy rankings and chains."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def completions(complete: Decode, x: Tensor, cond: Cond, first_row: int) -> Tens
     """Complete images several times.
 
     Args:
-        complete: maps images (n, C, H, W), whose rows from ``first_row`` on are black, and conditions to completed images.
+        complete: maps images (n, C, H, W), of which it uses the rows before ``first_row``, and conditions to completed
+            images.
         x: images (n, C, H, W).
         cond: conditions of the images.
         first_row: the first missing row.
@@ -80,7 +81,7 @@ def completions(complete: Decode, x: Tensor, cond: Cond, first_row: int) -> Tens
     given = x.clone()
     given[:, :, first_row:] = -1
     each = torch.arange(len(x), device=x.device).repeat_interleave(NUM_COMPLETIONS)
-    completed = complete(given[each], select_rows(cond, each)).unflatten(0, (-1, NUM_COMPLETIONS))
+    completed = complete(x[each], select_rows(cond, each)).unflatten(0, (-1, NUM_COMPLETIONS))
     return torch.cat([torch.stack([x, given], dim=1), completed.to(x)], dim=1)
 
 
