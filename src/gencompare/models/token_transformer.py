@@ -87,18 +87,32 @@ class TokenTransformer(GenerativeModel):
 
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
-        given = torch.zeros(n, 0, dtype=torch.int64, device=self.device)
-        return self._complete(given, self.label(self.select_conditions(cond)), generator)
+        label = self.label(self.select_conditions(cond))
+        return self.space.decode(self.sample_tokens(n, label, generator)).clamp(-1, 1)
 
-    def _complete(self, given: Tensor, label: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Sample the tokens after the first ones (n, k), and decode all."""
-        inputs, past = self.network.start(len(given), label), self.network.new_past(len(given))
+    @torch.no_grad()
+    def sample_tokens(
+        self, n: int, label: Tensor | None, generator: torch.Generator, *, given: Tensor | None = None
+    ) -> Tensor:
+        """Sample sequences of tokens, (n, num_tokens), int64.
+
+        Args:
+            n: number of sequences.
+            label: class of each sequence, (n,), or None.
+            generator: source of random numbers.
+            given: the first tokens of each sequence, (n, k).
+        """
+        inputs, past = self.network.start(n, label), self.network.new_past(n)
+        num_given = 0 if given is None else given.shape[1]
         tokens = []
         for position in range(self.space.num_tokens):
             logits = self.network(inputs, past, position)
-            inputs = given[:, position : position + 1] if position < given.shape[1] else self._draw(logits, generator)
+            if given is not None and position < num_given:
+                inputs = given[:, position : position + 1]
+            else:
+                inputs = self._draw(logits, generator)
             tokens.append(inputs)
-        return self.space.decode(torch.cat(tokens, dim=1)).clamp(-1, 1)
+        return torch.cat(tokens, dim=1)
 
     def _draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Draw the next token, (n, 1), given its logits (n, 1, num_codes)."""
@@ -119,7 +133,8 @@ class TokenTransformer(GenerativeModel):
         half = rows // 2
 
         def complete(x: Tensor, cond: Cond) -> Tensor:
-            return self._complete(self.space.encode(x)[:, : half * columns], self.label(cond), generator)
+            given = self.space.encode(x)[:, : half * columns]
+            return self.space.decode(self.sample_tokens(len(x), self.label(cond), generator, given=given))
 
         reconstruction = self.space.reconstruct(x, cond, generator=generator)
         return {
