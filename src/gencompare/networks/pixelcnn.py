@@ -334,7 +334,8 @@ class PixelCNN(nn.Module):
     the horizontal stream also the pixels to the left. There is no blind spot: the vertical stream feeds the horizontal
     one (van den Oord et al. 2016, section 2.2). Each stream is a U-Net whose convolutions are shifted, with shortcuts
     between layers of the same resolution. Weights are normalised; the initialisation differs from the paper's, see
-    `WeightNormConv`.
+    `WeightNormConv`. The first convolutions have their bias also where a shift leaves no input (in the published code,
+    https://github.com/openai/pixel-cnn, their output is 0 there).
 
     Shapes: x (n, C, H, W), label (n,) -> (n, out_channels, H, W).
 
