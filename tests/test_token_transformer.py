@@ -93,6 +93,13 @@ def test_steps_with_past_keys_and_values_equal_whole_sequences() -> None:
     torch.testing.assert_close(steps, net(inputs), rtol=0, atol=1e-12)
 
 
+def test_sampling_works_in_mixed_precision() -> None:
+    built = model(conditional=False).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = built.sample(3, generator=torch.Generator().manual_seed(0))
+    assert x.dtype == torch.float32 and x.isfinite().all()
+
+
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, 2)])
 def test_sampled_tokens_have_the_stated_probabilities(temperature: float, top_k: int | None) -> None:
     built, n = model(temperature=temperature, top_k=top_k), 20_000
