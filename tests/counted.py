@@ -96,6 +96,27 @@ def vdvae() -> int:
     return encoder + down * layer(3) + layer(1) + starts + 2 * width + conv(width, maps, 1)
 
 
+def pixelcnnpp() -> int:
+    """Count the parameters of Salimans et al. (2017) with the published code (openai/pixel-cnn, model.py).
+
+    There are 160 filters and 5 blocks per level. Convolutions have 2x3 kernels in the vertical stream and 2x2 kernels in
+    the horizontal one, and weights, gains and biases. An output pixel has 10 components of 10 parameters.
+    """
+    width = 160
+
+    def layer(i: int, o: int, size: int) -> int:
+        return i * o * size + 2 * o
+
+    def stream(size: int, shortcuts: int) -> int:
+        plain = layer(2 * width, width, size) + layer(2 * width, 2 * width, size)
+        down = 15 * (plain + (layer(2 * shortcuts * width, width, 1) if shortcuts else 0))
+        up = 17 * (plain + layer(2 * (shortcuts + 1) * width, width, 1))
+        return down + up + 4 * layer(width, width, size)
+
+    vertical, horizontal = layer(4, width, 2 * 3), layer(4, width, 3) + layer(4, width, 2)
+    return vertical + stream(6, 0) + horizontal + stream(4, 1) + layer(width, 100, 1)
+
+
 def igebm(*, bias: bool = False) -> int:
     """Count the parameters of ResNet32Large of Du and Mordatch (2019): openai/ebm_code_release, models.py.
 

@@ -290,6 +290,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.likelihood.num_components": 10,
         "model.temperature": 1.0,
     },
+    # Salimans et al. (2017); openai/pixel-cnn, train.py with the default of 8 GPUs, and model.py.
+    "cifar10_pixelcnnpp": {
+        **ADAM_DEFAULTS,
+        "parameters": {"network": counted.pixelcnnpp()},
+        "lr": 1e-3,
+        "betas": (0.95, 0.9995),
+        "batch_size": 8 * 16,
+        "steps": ...,  # the code has a maximum of 5,000 epochs
+        "lr_decay": "exponential",
+        "ema": 0.9995,
+        "dropout": 0.5,
+        "random_flip": False,
+        "num_discrete_times": None,
+        "noise_range": None,
+        "sampler": None,
+        "model.likelihood.num_components": 10,
+        "model.lr_schedule.last": 0.999995 ** (250_000_000 // 128),
+    },
     # Du and Mordatch (2019); openai/ebm_code_release, README.md and train.py. Noise is doubled and step sizes are
     # quadrupled relative to theirs for images in [0, 1], because gradients are half as large.
     "cifar10_ebm": {

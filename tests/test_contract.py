@@ -142,7 +142,12 @@ this mean, the distance is 1; for a fitted Gaussian it is 0.64."""
 STEPS = {"vae": 2000}
 """Training steps of families that may need more than 1,200, since rounding differs between processors."""
 
-SMALLER = {"vae": ("model.encoder.channels=16", "model.decoder.channels=16")}
+SMALLER = {
+    "vae": ("model.encoder.channels=16", "model.decoder.channels=16"),
+    "vqtransformer": (
+        "model.latent.autoencoder.encoder.channels=16", "model.network.hidden_size=32", "model.network.depth=1",
+    ),
+}  # fmt: skip
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 
 SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow"}

@@ -19,8 +19,7 @@ from forking import in_processes, needs_fork
 from gencompare.data.datamodule import TrainStream
 from gencompare.generative_model import TrainedModel
 from gencompare.models import manual_optimization
-from gencompare.models.diffusion import Diffusion
-from gencompare.models.latents import Latents
+from gencompare.models.latents import FrozenAutoencoder, Tokens
 from gencompare.tasks.runs.build import build_data, build_model, build_trainer
 from gencompare.training.budget import Budget
 from gencompare.training.clock import TrainingClock
@@ -66,6 +65,10 @@ FAMILIES: dict[str, list[str]] = {
     "autoencoder": ["model=autoencoder", *CODER],
     "ldm": ["model=ldm", "model.latent.autoencoder.encoder.channels=8", *MLP],
     "vqvae": ["model=vqvae", *CODER],
+    "vqtransformer": ["model=vqtransformer", "model.latent.autoencoder.encoder.channels=8",
+                      "model.network.hidden_size=16", "model.network.depth=1"],
+    "pixelcnnpp": ["model=pixelcnnpp", "model.network.channels=8", "model.likelihood.num_components=3",
+                   "model.conditional=true"],
     "classifier": ["model=classifier", "model.network.widths=[8,8]"],
     "noisy_classifier": ["model=noisy_classifier", "model.network.channels=8", "model.network.dropout=0"],
 }  # fmt: skip
@@ -96,9 +99,10 @@ def fit(name: str, world: int, steps: int, folder: Path, trained: Mapping[str, T
     cfg = config(name, world)
     data = build_data(cfg)
     model = build_model(cfg, data)
-    if isinstance(model, Diffusion) and isinstance(model.space, Latents):
+    if isinstance(space := getattr(model, "space", None), FrozenAutoencoder):
         images = [data.normalize(data.train_subset.images[:64])]
-        model.space.load_autoencoder(trained["autoencoder"].eval().coder, images)  # type: ignore[arg-type]
+        autoencoder = trained["vqvae" if isinstance(space, Tokens) else "autoencoder"]
+        space.load_autoencoder(autoencoder.eval().coder, images)  # type: ignore[arg-type]
     callbacks = {
         "clock": TrainingClock(0, BATCH, Budget(steps=steps)),
         "rate": LearningRateScheduler(),

@@ -169,3 +169,9 @@ def normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
 def uniform_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Draw uniform numbers in [0, 1) with the shape, dtype and device of ``x``; see `draw_normal`."""
     return draw_uniform(x.shape, generator, x.device, x.dtype)
+
+
+def draw_categorical(logits: Tensor, generator: torch.Generator, dim: int) -> Tensor:
+    """Draw indices along ``dim`` with the probabilities softmax(logits), by the Gumbel-max trick; see `draw_normal`."""
+    gumbel = -torch.log(-torch.log(uniform_like(logits, generator).clamp_min(1e-20)))
+    return (logits + gumbel).argmax(dim)

@@ -98,6 +98,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         self.has_droppable_cond = self.conditional or "embedding" in spec.conditions
         """Whether the network receives conditions that classifier-free guidance can drop."""
         self.space: Latents | PixelSpace = PixelSpace(spec) if latent is None else latent(spec=spec)
+        if not isinstance(self.space, Latents | PixelSpace):
+            raise UserError(
+                "Diffusion models work on pixels or on continuous latents, not on tokens: use model/latent=autoencoder."
+            )
         self.network = network(
             shape=self.space.latent_shape,
             out_channels=parameterization.output_multiplier * self.space.latent_shape[0],

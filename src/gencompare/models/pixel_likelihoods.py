@@ -20,7 +20,7 @@ from gencompare.diffusion.data_likelihood import discretized_normal_log_prob, no
 from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.networks.layers import at_least_float32
-from gencompare.rng import normal_like, uniform_like
+from gencompare.rng import draw_categorical, normal_like, uniform_like
 
 
 class PixelLikelihood(nn.Module, ABC):
@@ -376,10 +376,9 @@ class DiscretizedLogisticMixture(PixelLikelihood):
         return (log_weights.exp()[:, :, None] * means).sum(1)
 
     def sample(self, h: Tensor, generator: torch.Generator) -> Tensor:
-        """Sample a component per position with the Gumbel-max trick, then sample one channel after another."""
+        """Sample a component per position, then sample one channel after another."""
         log_weights, mixture = self._mixture(h)
-        gumbel = -torch.log(-torch.log(uniform_like(log_weights, generator).clamp_min(1e-20)))
-        mixture = mixture.select((log_weights + gumbel).argmax(1))
+        mixture = mixture.select(draw_categorical(log_weights, generator, dim=1))
         x = mixture.locations[:, 0, :0]
         for c in range(self.channels):
             location = mixture.location(c, x[:, None])

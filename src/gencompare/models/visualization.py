@@ -1,4 +1,4 @@
-"""Image grids for visualisation: latent interpolations and traversals, energy rankings, and Langevin chains."""
+"""Image grids for visualisation: latent interpolations and traversals, completions, energy rankings and chains."""
 
 from __future__ import annotations
 
@@ -59,6 +59,30 @@ def traversal(decode: Decode, z: Tensor, log_var: Tensor, cond: Cond) -> Tensor:
     values = mean[dims] + offsets.repeat(len(dims) // steps) * std[dims]
     traversed = z[:1].repeat(len(dims), 1).scatter(1, dims[:, None], values[:, None])
     return decode(traversed, select_rows(cond, torch.zeros_like(dims))).unflatten(0, (-1, NUM_INTERPOLATION_IMAGES))
+
+
+NUM_COMPLETIONS = 6
+"""Number of completions of an image."""
+
+
+def completions(complete: Decode, x: Tensor, cond: Cond, first_row: int) -> Tensor:
+    """Complete images several times.
+
+    Args:
+        complete: maps images (n, C, H, W), of which it uses the rows before ``first_row``, and conditions to completed
+            images.
+        x: images (n, C, H, W).
+        cond: conditions of the images.
+        first_row: the first missing row.
+
+    Returns:
+        One row per image: the image, the part that is given, and `NUM_COMPLETIONS` completions, (n, columns, C, H, W).
+    """
+    given = x.clone()
+    given[:, :, first_row:] = -1
+    each = torch.arange(len(x), device=x.device).repeat_interleave(NUM_COMPLETIONS)
+    completed = complete(x[each], select_rows(cond, each)).unflatten(0, (-1, NUM_COMPLETIONS))
+    return torch.cat([torch.stack([x, given], dim=1), completed.to(x)], dim=1)
 
 
 NUM_CHAINS = 8

@@ -108,7 +108,8 @@ class CausalBlock(nn.Module):
         """Process token ``length`` (n, 1, hidden_size), given keys and values of the tokens before, and add its own."""
         q, k, v = self._heads(self.norm1(h))
         keys[:, :, length : length + 1], values[:, :, length : length + 1] = k, v
-        return self._add_mlp(h, attention(q, keys[:, :, : length + 1], values[:, :, : length + 1]))
+        # Under autocast, q, k and v have 16 bits and the cache has 32.
+        return self._add_mlp(h, attention(q, *(each[:, :, : length + 1].to(q.dtype) for each in (keys, values))))
 
     def _heads(self, h: Tensor) -> tuple[Tensor, ...]:
         """Compute queries, keys and values, each (n, heads, tokens, d)."""

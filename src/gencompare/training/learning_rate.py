@@ -25,12 +25,13 @@ class WarmupDecay:
 
     .. math:: \min(1, (s + 1) / \text{warmup\_steps}) \, (\text{last} + (1 - \text{last}) \, d(p)),
 
-    with :math:`d(p) = 1`, :math:`(1 + \cos \pi p) / 2` or :math:`1 - p` for constant, cosine and linear decay.
+    with :math:`d(p) = 1`, :math:`(1 + \cos \pi p) / 2` or :math:`1 - p` for constant, cosine and linear decay. Under
+    exponential decay, the second factor is :math:`\text{last}^p`, a constant rate per step.
 
     Args:
         warmup_steps: 0 for no warm-up.
-        decay: ``constant``, ``cosine`` or ``linear``.
-        last: the factor at the end of the decay.
+        decay: ``constant``, ``cosine``, ``linear`` or ``exponential``.
+        last: the factor at the end of the decay; positive if it is exponential.
         decay_steps: length of the decay, :math:`p = \min(1, s / \text{decay\_steps})`; if None, p is the spent fraction
             of the budget.
         resumed_budget: what happens if a run is resumed with another budget. ``restart`` decays over the new
@@ -45,8 +46,8 @@ class WarmupDecay:
     resumed_budget: str = "restart"
 
     def __post_init__(self) -> None:
-        if self.decay not in ("constant", "cosine", "linear"):
-            raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine or linear.")
+        if self.decay not in ("constant", "cosine", "linear", "exponential"):
+            raise UserError(f"lr_schedule.decay={self.decay}: choose constant, cosine, linear or exponential.")
         if self.resumed_budget not in ("restart", "constant"):
             raise UserError(f"lr_schedule.resumed_budget={self.resumed_budget}: choose restart or constant.")
         check_counts("lr_schedule", minimum=0, warmup_steps=self.warmup_steps)
@@ -54,10 +55,14 @@ class WarmupDecay:
             raise UserError(
                 f"lr_schedule: last={self.last} must be in [0, 1], and decay_steps={self.decay_steps} null or positive."
             )
+        if self.decay == "exponential" and not self.last:
+            raise UserError(f"lr_schedule.last={self.last} must be positive for an exponential decay, such as 0.01.")
 
     def __call__(self, step: int, progress: float) -> float:
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps > 0 else 1.0
         p = progress if self.decay_steps is None else min(1.0, step / self.decay_steps)
+        if self.decay == "exponential":
+            return warmup * self.last**p
         decay = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p}
         return warmup * (self.last + (1 - self.last) * decay[self.decay])
 

@@ -20,7 +20,7 @@ from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError, printable
 from gencompare.files import file_lock, sha256
 from gencompare.generative_model import TrainedModel
-from gencompare.models.latents import Latents
+from gencompare.models.latents import FrozenAutoencoder
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.resources import FlopCounter
 from gencompare.tasks.runs import run_config
@@ -183,13 +183,14 @@ def is_trained(folder: Path) -> bool:
 
 
 def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, processes: int) -> DictConfig:
-    """Load the trained autoencoder into a latent model, and compute the whitening on the training images.
+    """Load the trained autoencoder into a latent model, with a pass over the training images (such as the whitening).
 
-    Return ``cfg`` with an added entry ``whitening``, its cost in the format of `dependency_costs.cost_entry`. Every
-    process encodes all images, so the cost of one process is multiplied by ``processes``.
+    Return ``cfg`` with an added entry ``whitening``, the cost of this pass in the format of
+    `dependency_costs.cost_entry`. Every process encodes all images, so the cost of one process is multiplied by
+    ``processes``.
     """
     space = getattr(model, "space", None)
-    if not isinstance(space, Latents):
+    if not isinstance(space, FrozenAutoencoder):
         return cfg
     folder = Path(cfg.autoencoder_run)
     record = RunRecord.load(folder)
@@ -210,7 +211,7 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.whitening = {
-            "role": "whitening", "run": record.name, "id": uuid.uuid4().hex[:12], "family": record.family,
+            "role": space.pass_over_images, "run": record.name, "id": uuid.uuid4().hex[:12], "family": record.family,
             "images_seen": 0, "steps": 0, "flops": float(counter.get_total_flops() * processes),
             "device_seconds": seconds * processes,
         }  # fmt: skip

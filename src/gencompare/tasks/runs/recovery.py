@@ -14,7 +14,7 @@ from gencompare.checkpoint_files import find_checkpoint
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.generative_model import TrainedModel
-from gencompare.models.latents import Latents
+from gencompare.models.latents import FrozenAutoencoder
 from gencompare.records import RECORD_FILE, RunRecord, now
 from gencompare.tasks.runs import autoencoder_stage, dependency_costs, run_config
 from gencompare.tasks.runs.build import stored_budget
@@ -91,7 +91,7 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
         raise UserError(f"{path} is {state.split()[0]}, and there is no checkpoint: train again in another folder.")
     cfg = run_config.load(folder)
     dependencies = dependency_costs.dependencies(cfg)
-    if isinstance(getattr(model, "space", None), Latents):
+    if isinstance(getattr(model, "space", None), FrozenAutoencoder):
         dependencies.append({"role": "autoencoder", "run": "unknown", "id": None, "family": "unknown"})
     if OmegaConf.select(cfg, "model.teacher.run"):
         dependencies.append({"role": "teacher", "run": "unknown teacher", "id": None, "family": "unknown"})
