@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from gencompare.diffusion.denoiser import ClipX0, Cond, DenoiserProtocol
-from gencompare.diffusion.objectives import DataLikelihood, normal_log_prob
+from gencompare.diffusion.objectives import DataLikelihood, dequantize, log_bin_width, normal_log_prob
 from gencompare.diffusion.variational_objectives import chain_times, prior_kl, reconstruction_nll, step_kl
 from gencompare.errors import UserError
 from gencompare.rng import draw_uniform, normal_like, uniform_like
@@ -91,12 +90,10 @@ class ODELikelihood(LikelihoodMethod):
         self, denoiser: DenoiserProtocol, x0: Tensor, cond: Cond, likelihood: DataLikelihood, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Compute the single term ``density`` in bits/dim, (n,)."""
-        nats = x0.new_zeros(len(x0))
-        num_values = x0[0].numel()
         if likelihood.num_bins is not None:
-            width = 2 / (likelihood.num_bins - 1)
-            x0, nats = x0 + width * (uniform_like(x0, generator) - 0.5), nats - num_values * math.log(width)
-        return {"density": likelihood.bits_per_dim(nats - self.log_density(denoiser, x0, cond, generator))}
+            x0 = dequantize(x0, likelihood.num_bins, uniform_like(x0, generator))
+        log_volume = x0[0].numel() * log_bin_width(likelihood.num_bins)
+        return {"density": likelihood.bits_per_dim(-log_volume - self.log_density(denoiser, x0, cond, generator))}
 
     @torch.no_grad()
     def log_density(self, denoiser: DenoiserProtocol, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:

@@ -367,6 +367,29 @@ class DataLikelihood:
         return nats / (self.num_values * math.log(2))
 
 
+def bin_width(num_bins: int | None) -> float:
+    """Return the distance of neighbouring values from -1 to 1; 0 for continuous data."""
+    return 0.0 if num_bins is None else 2 / (num_bins - 1)
+
+
+def log_bin_width(num_bins: int | None) -> float:
+    r"""Return :math:`\log \delta` of the bin width, or 0 for continuous data.
+
+    It is what the log density of a dequantised value is short of the log probability of its bin.
+    """
+    return 0.0 if num_bins is None else math.log(bin_width(num_bins))
+
+
+def dequantize(x: Tensor, num_bins: int | None, uniform: Tensor) -> Tensor:
+    r"""Add noise as wide as one bin, :math:`x + \delta (u - 1/2)`, to discrete data; return continuous data unchanged.
+
+    If u is uniform in [0, 1), the expected log density at the result, plus :math:`\log \delta` for each value, is at
+    most the log probability of x (Theis et al. 2016, "A note on the evaluation of generative models", section 3.1,
+    https://arxiv.org/abs/1511.01844).
+    """
+    return x if num_bins is None else x + bin_width(num_bins) * (uniform - 0.5)
+
+
 def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Compute log N(x; mean, std^2) elementwise."""
     return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)

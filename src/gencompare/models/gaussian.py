@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencompare.diffusion.objectives import bin_width, log_bin_width
 from gencompare.errors import UserError, check_counts
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate, unpack_batch
 from gencompare.rng import RandomSource, draw_normal
@@ -72,7 +73,7 @@ class GaussianBaseline(GenerativeModel):
     @property
     def bin_width(self) -> float:
         r""":math:`\delta`, the distance between neighbouring pixel values; 0 for continuous data."""
-        return 0.0 if self.spec.num_bins is None else 2 / (self.spec.num_bins - 1)
+        return bin_width(self.spec.num_bins)
 
     # Fitting
 
@@ -213,8 +214,7 @@ class GaussianBaseline(GenerativeModel):
     @torch.no_grad()
     def bits_per_dim(self, x: Tensor, cond: Cond) -> Tensor:
         r"""Compute bits/dim :math:`-\log_2(p(x) \delta^d) / d` of d values with bins of width :math:`\delta`, (n,)."""
-        log_width = math.log(self.bin_width) if self.bin_width else 0.0
-        return -(self.log_density(x, cond) / self.spec.num_values + log_width) / LOG2
+        return -(self.log_density(x, cond) / self.spec.num_values + log_bin_width(self.spec.num_bins)) / LOG2
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         """Return the density: exact for continuous data, and a bound by uniform dequantisation for discrete data.
@@ -246,8 +246,7 @@ class GaussianBaseline(GenerativeModel):
             x[rows] += z[rows] @ self.factor[k]
         padding = self.spec.padding
         c, h, w = self.spec.shape
-        images = x.clamp(-1, 1).view(n, c, h - 2 * padding, w - 2 * padding)
-        return nn.functional.pad(images, (padding,) * 4, value=-1.0)
+        return self.spec.pad(x.clamp(-1, 1).view(n, c, h - 2 * padding, w - 2 * padding))
 
     def sampling_description(self) -> str:
         return "closed form"
