@@ -159,7 +159,7 @@ def test_products_of_the_flow_are_exact_under_autocast() -> None:
 
 def test_tarflow_is_the_formula_of_its_paper() -> None:
     r"""Zhai et al. (2024), section 3.1: z_k = (x_k - mu_k) exp(-alpha_k), where mu_k and alpha_k depend on the tokens
-    before k, and the loss is :math:`|z|^2 / 2 + \sum \alpha`, up to a constant. Here, each prefix is computed on its own.
+    before k, and the loss is :math:`|z|^2 / 2 + \sum \alpha`, up to a constant. Each prefix is computed on its own.
     """
     spec = DataSpec("points", (2, 4, 4), num_bins=None)
     net = tiny("tarflow")
