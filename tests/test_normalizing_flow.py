@@ -47,12 +47,14 @@ def randomized(net: Bijection, std: float = 0.3) -> Any:
     return net.double().eval()
 
 
-def tiny(option: str, shape: tuple[int, ...] = (2, 4, 4), num_classes: int = 0, **changes: Any) -> Any:
+def tiny(
+    option: str, shape: tuple[int, ...] = (2, 4, 4), num_classes: int = 0, std: float = 0.3, **changes: Any
+) -> Any:
     """Build a bijection with the structure of an option, small and with random weights."""
     torch.manual_seed(0)
     factory = part("bijection", option)
     small = {name: size for name, size in SMALL.items() if name in factory.keywords}
-    return randomized(part("bijection", option, **{**small, **changes})(shape, num_classes))
+    return randomized(part("bijection", option, **{**small, **changes})(shape, num_classes), std)
 
 
 def images(n: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -212,34 +214,36 @@ def test_cached_sampling_with_guidance_equals_the_whole_sequence(scale: float) -
 POINTS = DataSpec("points", (2, 1, 1), num_bins=None)
 
 
-def points_flow(**changes: Any) -> NormalizingFlow:
+def points_flow() -> NormalizingFlow:
     torch.manual_seed(0)
     return NormalizingFlow(
-        POINTS, bijection=lambda shape, classes: Glow(shape, classes, num_levels=1, depth=6, width=24), **changes
+        POINTS, bijection=lambda shape, classes: Glow(shape, classes, num_levels=1, depth=3, width=16)
     )
 
 
 @pytest.fixture(scope="module")
 def trained_on_points() -> tuple[NormalizingFlow, Toy2D]:
     """Train a flow on points of known density, which it cannot fit exactly."""
-    data, model = Toy2D("gaussians8", num_points=20_000), points_flow()
+    data, model = Toy2D("two_gaussians"), points_flow()
     points = data.split("train").images
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(400):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, total_iters=120)
+    for step in range(120):
         rng = RandomSource.for_batch(generator("cpu", step), 256)
         rows = rng.integers(len(points))
         optimizer.zero_grad()
         model.losses(points[rows], {}, rng)["loss"].mean().backward()
         optimizer.step()
+        schedule.step()
     return model.eval(), data
 
 
 def test_a_trained_density_integrates_to_one(trained_on_points: tuple[NormalizingFlow, Toy2D]) -> None:
     model, _ = trained_on_points
-    side = torch.linspace(-2.5, 2.5, 501)
+    side = torch.linspace(-2, 2, 251)
     grid = torch.cartesian_prod(side, side).view(-1, 2, 1, 1)
     with torch.no_grad():
-        mass = model.log_prob(grid).double().exp().sum().item() * 0.01**2
+        mass = model.log_prob(grid).double().exp().sum().item() * (4 / 250) ** 2
     assert mass == pytest.approx(1, abs=0.01)
 
 
@@ -251,12 +255,13 @@ def test_bits_are_not_better_than_the_truth_and_near_it(trained_on_points: tuple
     assert truth is not None
     (estimate,) = model.likelihoods().values()
     assert estimate.kind == "exact"
-    bits = estimate.bits_per_dim(x, {}, generator("cpu", 0))
+    bits = estimate.bits_per_dim(x, {}, generator("cpu", 0)).double()
     excess = bits * 2 * math.log(2) + truth
     error = excess.std().item() / len(x) ** 0.5
-    assert -4 * error < excess.mean().item() < 0.5, (excess.mean().item(), error)
-    samples = draw_samples(model, 4000, postprocess=lambda x, spec: x).images
-    assert (samples.flatten(1).std(0) - x.flatten(1).std(0)).abs().max() < 0.05
+    assert -4 * error < excess.mean().item() < 0.6, (excess.mean().item(), error)
+    samples = draw_samples(model, 2000, postprocess=lambda x, spec: x).images.flatten(1)
+    assert (samples.mean(0) - x.flatten(1).mean(0)).abs().max() < 0.1
+    assert (samples.T.cov() - x.flatten(1).T.cov()).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("option", ["glow", "tarflow"])
@@ -326,9 +331,9 @@ def test_network_evaluations(noise: float | None, scale: float, calls: int) -> N
 def test_images_are_decoded_exactly_and_temperature_scales_latents() -> None:
     data = build_data(compose("model=glow", "data=digits"))
     x, cond = next(data.batches("val", 4))
-    model = NormalizingFlow(data.spec, bijection=lambda s, c: tiny("glow", s, c, num_levels=3)).double()
+    model = NormalizingFlow(data.spec, bijection=lambda s, c: tiny("glow", s, c, std=0.1, num_levels=3)).double()
     shown = model.visualize(x.double(), cond, generator=generator("cpu", 0))
-    assert shown["interpolation"].shape[:2] == (2, 10) and shown["temperatures"].shape[:2] == (5, 4)
+    assert shown["interpolation"].shape[:2] == (2, 9) and shown["temperatures"].shape[:2] == (5, 4)
     torch.testing.assert_close(shown["interpolation"][:, [0, -1]].flatten(0, 1), x.double(), rtol=0, atol=1e-9)
     zero = model.decode(torch.zeros(1, 64).double(), {})
     torch.testing.assert_close(shown["temperatures"][-1], zero.expand(4, -1, -1, -1))
@@ -421,7 +426,9 @@ def test_an_overflow_ends_a_run_and_keeps_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda patch: patch.setattr(glow.F, "logsigmoid", lambda a: torch.sigmoid(a)),  # not the logarithm
+        lambda patch: patch.setattr(
+            glow.AffineCoupling, "forward", lambda self, x, label: (glow_coupling(self, x, label)[0], 0)
+        ),
         lambda patch: patch.setattr(
             glow, "standardize", lambda x, m: ((x - m.chunk(2, 1)[0]) * torch.exp(-m.chunk(2, 1)[1]), 0)
         ),
@@ -429,12 +436,15 @@ def test_an_overflow_ends_a_run_and_keeps_the_last_good_checkpoint(
             InvertibleConv1x1, "forward", lambda self, x: (inverted(self, x), self.lu.diagonal().sum())  # without h w
         ),
     ],
-    ids=["log", "split", "pixels"],
+    ids=["coupling", "split", "pixels"],
 )  # fmt: skip
 def test_a_wrong_determinant_is_found(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         test_determinant_and_inverse("glow", (2, 4, 4), {}, 0)
+
+
+glow_coupling = glow.AffineCoupling.forward
 
 
 def inverted(conv: InvertibleConv1x1, x: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from gencompare.networks.bijection import Bijection, check_inverse
 from gencompare.networks.layers import at_least_float32
 
 PERMUTATIONS = ("conv1x1", "reverse")
+MIN_SCALE = 0.01
+"""Minimum scale of a coupling. The inverse divides by scales, and without a minimum, a large value can make the next
+scale so small that a few samples in 10,000 overflow."""
 
 
 class Glow(Bijection):
@@ -269,10 +272,11 @@ class ReverseChannels(nn.Module):
 class AffineCoupling(nn.Module):
     r"""Scales and shifts half of the channels, depending on the other half.
 
-    .. math:: y_1 = x_1, \quad y_2 = \sigma(a + 2) \, (x_2 + t), \quad (a, t) = \mathrm{network}(x_1)
+    .. math:: y_1 = x_1, \quad y_2 = s \, (x_2 + t), \quad s = m + (1 - m) \, \sigma(a + 2), \quad
+        (a, t) = \mathrm{network}(x_1)
 
-    with the sigmoid :math:`\sigma`, which bounds the scale (Kingma and Dhariwal 2018, table 1; the sigmoid is that of
-    the published code). The last layer of the network is zero at initialisation.
+    (Kingma and Dhariwal 2018, table 1). The sigmoid :math:`\sigma` is that of the published code, which has no minimum
+    m (`MIN_SCALE`). The last layer of the network is zero at initialisation.
 
     Shapes: (n, channels, h, w) -> (n, channels, h, w), and the log-determinant (n,).
     """
@@ -295,7 +299,7 @@ class AffineCoupling(nn.Module):
 
     def _log_scale_and_shift(self, kept: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         a, shift = at_least_float32(self.network(kept, label)).chunk(2, dim=1)
-        return F.logsigmoid(a + 2), shift
+        return torch.log(MIN_SCALE + (1 - MIN_SCALE) * torch.sigmoid(a + 2)), shift
 
 
 class CouplingNetwork(nn.Module):
