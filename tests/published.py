@@ -260,6 +260,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_discrete_times": None,
         "noise_range": None,
         "sampler": None,
+        "model.bijection.coupling_scale": "sigmoid",
         "model.noise_std": None,
         "model.temperature": 1.0,
     },

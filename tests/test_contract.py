@@ -142,7 +142,11 @@ this mean, the distance is 1; for a fitted Gaussian it is 0.64."""
 STEPS = {"vae": 2000}
 """Training steps of families that may need more than 1,200, since rounding differs between processors."""
 
-SMALLER = {"vae": ("model.encoder.channels=16", "model.decoder.channels=16")}
+SMALLER = {
+    "vae": ("model.encoder.channels=16", "model.decoder.channels=16"),
+    "glow": ("model.bijection.depth=4", "model.bijection.width=32"),
+    "tarflow": ("model.bijection.depth=1", "model.bijection.hidden_size=48", "model.optimizer.lr=3e-3"),
+}  # fmt: skip
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 
 SLOW = {"vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn"}

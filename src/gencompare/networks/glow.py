@@ -15,9 +15,7 @@ from gencompare.networks.bijection import Bijection, check_inverse
 from gencompare.networks.layers import at_least_float32
 
 PERMUTATIONS = ("conv1x1", "reverse")
-MIN_SCALE = 0.01
-"""Minimum scale of a coupling. The inverse divides by scales, and without a minimum, a large value can make the next
-scale so small that a few samples in 10,000 overflow."""
+COUPLING_SCALES = ("tanh", "sigmoid")
 
 
 class Glow(Bijection):
@@ -45,6 +43,7 @@ class Glow(Bijection):
         depth: K, steps per level.
         width: channels of the hidden layers of a coupling.
         permutation: ``conv1x1`` (an invertible 1x1 convolution) or ``reverse``.
+        coupling_scale: ``tanh`` or ``sigmoid``, see `AffineCoupling`.
     """
 
     maps_each_sample = False  # the first training step computes statistics of the batch
@@ -58,9 +57,12 @@ class Glow(Bijection):
         depth: int = 8,
         width: int = 64,
         permutation: str = "conv1x1",
+        coupling_scale: str = "tanh",
     ) -> None:
         super().__init__()
-        _check(shape, num_levels, depth, width, permutation)
+        _check(shape, num_levels, depth, width)
+        _check_choice("permutation", permutation, PERMUTATIONS)
+        _check_choice("coupling_scale", coupling_scale, COUPLING_SCALES)
         self.levels = nn.ModuleList()
         self.splits = nn.ModuleList()
         self.latent_shapes: list[tuple[int, ...]] = []
@@ -69,7 +71,8 @@ class Glow(Bijection):
         for level in range(num_levels):
             if self.squeezes:
                 channels, height, side = 4 * channels, height // 2, side // 2
-            self.levels.append(nn.ModuleList(GlowStep(channels, num_classes, width, permutation) for _ in range(depth)))
+            steps = (GlowStep(channels, num_classes, width, permutation, coupling_scale) for _ in range(depth))
+            self.levels.append(nn.ModuleList(steps))
             if level < num_levels - 1:
                 channels //= 2
                 self.splits.append(ZeroConv2d(channels, 2 * channels))
@@ -150,11 +153,11 @@ class GlowStep(nn.Module):
     Shapes: (n, channels, h, w) -> (n, channels, h, w), and the log-determinant (n,).
     """
 
-    def __init__(self, channels: int, num_classes: int, width: int, permutation: str) -> None:
+    def __init__(self, channels: int, num_classes: int, width: int, permutation: str, scale: str) -> None:
         super().__init__()
         self.norm = ActNorm(channels)
         self.mix = InvertibleConv1x1(channels) if permutation == "conv1x1" else ReverseChannels()
-        self.coupling = AffineCoupling(channels, num_classes, width)
+        self.coupling = AffineCoupling(channels, num_classes, width, scale)
 
     def forward(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         x, log_det_norm = self.norm(x)
@@ -272,18 +275,19 @@ class ReverseChannels(nn.Module):
 class AffineCoupling(nn.Module):
     r"""Scales and shifts half of the channels, depending on the other half.
 
-    .. math:: y_1 = x_1, \quad y_2 = s \, (x_2 + t), \quad s = m + (1 - m) \, \sigma(a + 2), \quad
-        (a, t) = \mathrm{network}(x_1)
+    .. math:: y_1 = x_1, \quad y_2 = s(a) \, (x_2 + t), \quad (a, t) = \mathrm{network}(x_1)
 
-    (Kingma and Dhariwal 2018, table 1). The sigmoid :math:`\sigma` is that of the published code, which has no minimum
-    m (`MIN_SCALE`). The last layer of the network is zero at initialisation.
+    (Kingma and Dhariwal 2018, table 1). The scale is :math:`s = e^{\tanh a}`, as in RealNVP (Dinh et al. 2017, section
+    4.1), or :math:`s = \sigma(a + 2)`, as in the published code of Glow. The sigmoid only contracts, and has no lower
+    bound, so `inverse`, which divides by it, overflows more easily. The last layer of the network is zero at
+    initialisation.
 
     Shapes: (n, channels, h, w) -> (n, channels, h, w), and the log-determinant (n,).
     """
 
-    def __init__(self, channels: int, num_classes: int, width: int) -> None:
+    def __init__(self, channels: int, num_classes: int, width: int, scale: str) -> None:
         super().__init__()
-        self.num_kept = channels // 2
+        self.num_kept, self.scale = channels // 2, scale
         self.network = CouplingNetwork(self.num_kept, 2 * (channels - self.num_kept), num_classes, width)
 
     def forward(self, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -299,7 +303,7 @@ class AffineCoupling(nn.Module):
 
     def _log_scale_and_shift(self, kept: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         a, shift = at_least_float32(self.network(kept, label)).chunk(2, dim=1)
-        return torch.log(MIN_SCALE + (1 - MIN_SCALE) * torch.sigmoid(a + 2)), shift
+        return torch.tanh(a) if self.scale == "tanh" else F.logsigmoid(a + 2), shift
 
 
 class CouplingNetwork(nn.Module):
@@ -340,11 +344,14 @@ class ZeroConv2d(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
-def _check(shape: Sequence[int], num_levels: int, depth: int, width: int, permutation: str) -> None:
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"model.bijection.{name}={value}: choose {' or '.join(choices)}.")
+
+
+def _check(shape: Sequence[int], num_levels: int, depth: int, width: int) -> None:
     """Raise `UserError` for invalid sizes."""
     check_counts("model.bijection", num_levels=num_levels, depth=depth, width=width)
-    if permutation not in PERMUTATIONS:
-        raise UserError(f"model.bijection.permutation={permutation}: choose {' or '.join(PERMUTATIONS)}.")
     channels, height, width_of_image = shape
     if (height, width_of_image) == (1, 1):
         if num_levels > 1 or channels < 2:
