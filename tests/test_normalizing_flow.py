@@ -38,7 +38,7 @@ CASES: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = [
 ]
 
 
-def randomized(net: Bijection, std: float = 0.3) -> Any:
+def randomized(net: Bijection, std: float = 0.2) -> Any:
     """Give the network random weights in float64, because it is close to linear at initialisation."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def randomized(net: Bijection, std: float = 0.3) -> Any:
 
 
 def tiny(
-    option: str, shape: tuple[int, ...] = (2, 4, 4), num_classes: int = 0, std: float = 0.3, **changes: Any
+    option: str, shape: tuple[int, ...] = (2, 4, 4), num_classes: int = 0, std: float = 0.2, **changes: Any
 ) -> Any:
     """Build a bijection with the structure of an option, small and with random weights."""
     torch.manual_seed(0)
