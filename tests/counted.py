@@ -166,3 +166,35 @@ def r3gan() -> dict[str, int]:
         "generator": 8 * block + 768 * 16 + (64 + 64) * 768 + 10 * 64 + 768 * 3,
         "discriminator": 8 * block + 3 * 768 + 768 * 16 + 768 * 768 + 10 * 768,
     }
+
+
+def glow(*, of_code: bool = True) -> dict[str, int]:
+    """Count the parameters of Glow for CIFAR-10 (Kingma and Dhariwal 2018; openai/glow, model.py and tfops.py, with the
+    flags of its README.md): 3 levels of 12, 24 and 48 channels, 32 steps each, width 512.
+
+    Convolutions inside couplings have the scales and biases of an actnorm in place of biases. Each split has a
+    convolution, and there is a mean and a scale for each channel of the last latents.
+
+    Args:
+        of_code: whether 3x3 convolutions have an input that marks the border, and those that are zero at initialisation
+            a scale per output, and the last latents a convolution of zeros.
+    """
+    edge, scale = (1, 1) if of_code else (0, 0)
+
+    def zeros(i: int, o: int) -> int:
+        return conv(i + edge, o) + scale * o
+
+    def step(c: int) -> int:
+        hidden = conv(c // 2 + edge, 512, bias=False) + conv(512, 512, 1, bias=False) + 2 * 2 * 512
+        return 2 * c + c * c + hidden + zeros(512, c)
+
+    last = zeros(2 * 48, 2 * 48) if of_code else 2 * 48
+    return {"bijection": sum(32 * step(c) for c in (12, 24, 48)) + zeros(6, 12) + zeros(12, 24) + last}
+
+
+def tarflow() -> int:
+    """Count the parameters of TarFlow for ImageNet 64x64 (Zhai et al. 2024: patch size 2, width 768, 8 blocks of 8
+    layers): 1024 tokens of 12 values, of which the last has no position embedding."""
+    layer = 2 * 2 * 768 + linear(768, 3 * 768) + linear(768, 768) + linear(768, 4 * 768) + linear(4 * 768, 768)
+    block = linear(12, 768) + 1023 * 768 + 8 * layer + 2 * 768 + linear(768, 2 * 12)
+    return 8 * block

@@ -308,6 +308,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.likelihood.num_components": 10,
         "model.lr_schedule.last": 0.999995 ** (250_000_000 // 128),
     },
+    # Kingma and Dhariwal (2018), appendix; openai/glow, README.md and train.py: 8 processes of 64 images, and a warm-up
+    # of 10 epochs of 50,000 images. The code trains until it is stopped.
+    "cifar10_glow": {
+        **ADAM_DEFAULTS,
+        "parameters": counted.glow(),
+        "lr": 1e-3,
+        "batch_size": 512,
+        "steps": ...,
+        "warmup_steps": 977,
+        "ema": 0.0,
+        "dropout": 0.0,
+        "random_flip": False,
+        "num_discrete_times": None,
+        "noise_range": None,
+        "sampler": None,
+        "model.bijection.coupling_scale": "sigmoid",
+        "model.noise_std": None,
+        "model.temperature": 1.0,
+    },
     # Du and Mordatch (2019); openai/ebm_code_release, README.md and train.py. Noise is doubled and step sizes are
     # quadrupled relative to theirs for images in [0, 1], because gradients are half as large.
     "cifar10_ebm": {
@@ -392,6 +411,13 @@ DIFFERENCES: dict[str, dict[str, tuple[Any, str]]] = {
     "cifar10_meanflow": {
         "noise_range": ((1e-4 / (1 - 1e-4), (1 - 1e-4) / 1e-4), "times exclude 1e-4 at both ends"),
         "parameters": ({"network": 55_733_891 + 64 * 128}, "concatenates them, and has fewer parameters"),
+    },
+    "cifar10_glow": {
+        "parameters": (
+            counted.glow(of_code=False),
+            "the last convolution of a coupling has no scale, 3x3 convolutions have no channel that marks the border,"
+            " and the last latents have one mean and scale per channel instead of a convolution of zeros",
+        )
     },
     "cifar10_ebm": {"parameters": ({"network": counted.igebm(bias=True)}, "the last layer have biases")},
     "cifar10_sngan": {

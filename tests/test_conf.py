@@ -116,6 +116,9 @@ def reduced_config(name: str, *overrides: str) -> DictConfig:
     if channels := cfg.model.get("energy", {}).get("channels"):
         cfg.model.energy.channels = 8 if isinstance(channels, int) else [8, 12]
         cfg.model.num_langevin_steps = 2
+    for name, size in (("depth", 1), ("width", 16)):
+        if name in cfg.model.get("bijection", {}):
+            cfg.model.bijection[name] = size
     if "residual_posterior" in cfg.model.get("decoder", {}):
         cfg.model.decoder.channels = cfg.model.decoder.max_channels = 16
     return cfg

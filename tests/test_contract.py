@@ -147,6 +147,8 @@ SMALLER = {
     "vqtransformer": (
         "model.latent.autoencoder.encoder.channels=16", "model.network.hidden_size=32", "model.network.depth=1",
     ),
+    "glow": ("model.bijection.depth=4", "model.bijection.width=32"),
+    "tarflow": ("model.bijection.depth=1", "model.bijection.hidden_size=48", "model.optimizer.lr=3e-3"),
 }  # fmt: skip
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 

@@ -31,7 +31,7 @@ from gencompare.training.learning_rate import LearningRateScheduler
 FAMILIES = options("model")
 CLOSE = 1e-3
 """Tolerance after three steps. Adam divides small gradients by their own size, which enlarges rounding errors."""
-CONDITIONAL = {"vae", "gan", "ebm", "hvae", "ddpm"}
+CONDITIONAL = {"vae", "gan", "ebm", "hvae", "glow", "tarflow", "ddpm"}
 
 
 def config(family: str, precision: str, *overrides: str) -> Any:

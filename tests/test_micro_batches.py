@@ -30,7 +30,7 @@ def trained_weights(name: str, parts: int, folder: Path, monkeypatch: pytest.Mon
     return test_same_weights.fit(name, 1, STEPS, folder, {}).state_dict()
 
 
-@pytest.mark.parametrize("name", ["vae", "ddpm", "vdm", "edm", "flow with optimal transport"])
+@pytest.mark.parametrize("name", ["vae", "tarflow", "ddpm", "vdm", "edm", "flow with optimal transport"])
 def test_micro_batches_train_the_same_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = (trained_weights(name, parts, tmp_path, monkeypatch) for parts in (1, 3))
     for key, value in whole.items():
@@ -88,7 +88,7 @@ def test_the_network_of_a_step_gets_parts_and_the_record_the_same_loss(cli: Cli,
     assert float(one["train/loss"]) == pytest.approx(float(two["train/loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("model", ["gan", "ebm", "hvae", "vqvae"])
+@pytest.mark.parametrize("model", ["gan", "ebm", "hvae", "glow", "vqvae"])
 def test_models_that_cannot_split_a_batch_are_refused(cli: Cli, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(*QUICK, f"model={model}", "budget.steps=2", "trainer.num_micro_batches=2", "hydra.run.dir=run") == 1
     assert "Lower trainer.global_batch_size instead" in error_line(capsys)

@@ -41,6 +41,12 @@ FAMILIES: dict[str, list[str]] = {
     "vae": ["model=vae", "model.conditional=true", "model.kl_warmup_steps=5", *RESNETS],
     "vae with a learned prior": ["model=vae", "model/prior=mixture_of_gaussians", *RESNETS],
     "hvae": ["model=hvae", "model.decoder.channels=8", "model.decoder.max_channels=8"],
+    "glow": ["model=glow", "model.conditional=true", "model.bijection.depth=2", "model.bijection.width=8"],
+    "tarflow": [
+        "model=tarflow", "model.conditional=true", "model.label_dropout=0.2", "model.noise_std=0.1",
+        "model.bijection.num_blocks=2", "model.bijection.depth=1", "model.bijection.hidden_size=8",
+        "model.bijection.num_heads=2",
+    ],
     "gan": [
         "model=gan", "model.d_steps=2", "model/discriminator_augmentation=ada", "model/generator=mlp",
         "model.discriminator.channels=8", "model.discriminator.max_channels=8", "model.generator.width=16",

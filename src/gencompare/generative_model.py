@@ -71,6 +71,10 @@ class DataSpec:
         p = self.padding
         return x[..., p:-p, p:-p] if p else x
 
+    def pad(self, x: Tensor) -> Tensor:
+        """Add the padding to images without it, the inverse of `crop`."""
+        return nn.functional.pad(x, (self.padding,) * 4, value=-1.0) if self.padding else x
+
     @property
     def num_values(self) -> int:
         """Number of values in one image without padding, the divisor in bits/dim."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.generative_model import Cond, DataSpec, GenerativeModel, LikelihoodEstimate
@@ -76,7 +75,7 @@ class AutoregressivePixels(GenerativeModel):
     @torch.no_grad()
     def sample(self, n: int, cond: Cond | None = None, *, generator: torch.Generator) -> Tensor:
         x = torch.full((n, *self.pixel_shape), -1.0, device=self.device, dtype=self.dtype)
-        return self._pad(self._complete(x, 0, self.select_conditions(cond), generator))
+        return self.spec.pad(self._complete(x, 0, self.select_conditions(cond), generator))
 
     def _complete(self, x: Tensor, first_row: int, cond: Cond, generator: torch.Generator) -> Tensor:
         """Sample the rows of images without padding from ``first_row`` on, given those above."""
@@ -84,9 +83,6 @@ class AutoregressivePixels(GenerativeModel):
         for row, column, h in self.network.raster_scan(x, self.label(cond), first_row=first_row):
             x[:, :, row, column] = self.likelihood.sample(h, generator)[:, :, 0, 0].clamp(-1, 1)
         return x
-
-    def _pad(self, x: Tensor) -> Tensor:
-        return F.pad(x, (self.spec.padding,) * 4, value=-1.0)
 
     def sampling_description(self) -> str:
         return "one pixel after another"
@@ -98,7 +94,7 @@ class AutoregressivePixels(GenerativeModel):
         cond, height = self.select_conditions(cond), self.pixel_shape[1] // 2
 
         def complete(x: Tensor, cond: Cond) -> Tensor:
-            return self._pad(self._complete(self.spec.crop(x), height, cond, generator))
+            return self.spec.pad(self._complete(self.spec.crop(x), height, cond, generator))
 
         return {"completion": visualization.completions(complete, x, cond, self.spec.padding + height)}
 

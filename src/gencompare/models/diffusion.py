@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.diffusion import editing
@@ -158,7 +157,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         divisor = 1 if self.patches is None else self.patches.draw_divisor(rng)
         if self.training and self.augmentation is not None:
             x, augment_cond = self.augmentation(self.spec.crop(x), rng)
-            x = F.pad(x, (self.spec.padding,) * 4, value=-1.0)
+            x = self.spec.pad(x)
             cond = {**cond, "augment": augment_cond}
         x0 = self.space.encode(x)
         if self.training and self.label_dropout:

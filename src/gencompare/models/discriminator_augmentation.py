@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompare.diffusion.augmentation import sample_params, warp
@@ -124,7 +123,7 @@ class DiscriminatorAugmentation(nn.Module, ABC):
             real = color_transform(real, sample_color_params(rng, self.color_multiplier * self.strength).to(x.device))
         if self.cutout_multiplier:
             real = real * self._cutout_mask(real, rng)
-        return F.pad(real, (self.spec.padding,) * 4, value=-1.0)
+        return self.spec.pad(real)
 
     def _cutout_mask(self, x: Tensor, rng: RandomSource) -> Tensor:
         """Create a mask (n, 1, H, W): 0 in the cutout square of an image, 1 elsewhere."""

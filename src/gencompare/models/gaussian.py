@@ -245,8 +245,7 @@ class GaussianBaseline(GenerativeModel):
             x[rows] += z[rows] @ self.factor[k]
         padding = self.spec.padding
         c, h, w = self.spec.shape
-        images = x.clamp(-1, 1).view(n, c, h - 2 * padding, w - 2 * padding)
-        return nn.functional.pad(images, (padding,) * 4, value=-1.0)
+        return self.spec.pad(x.clamp(-1, 1).view(n, c, h - 2 * padding, w - 2 * padding))
 
     def sampling_description(self) -> str:
         return "closed form"
