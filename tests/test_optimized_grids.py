@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from composing import compose
 from gaussian_truth import COVARIANCE, MEAN, ExactDenoiser, schedule_named
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import Euler, Heun
 from gencompare.diffusion.optimized_grids import Problem, check_optimizable, optimize_times, solve
 from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
 from gencompare.diffusion.times import LogSNRGrid, TabulatedGrid, UniformGrid

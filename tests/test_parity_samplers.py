@@ -29,7 +29,8 @@ from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, LinearBetas
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import Euler, Heun
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
 from gencompare.diffusion.schedules import CLEAN, RectifiedFlow

@@ -28,7 +28,8 @@ from gaussian_truth import (
 )
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
-from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import RK45, Euler, Heun
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
 from gencompare.diffusion.schedules import CLEAN, VE, VP, NoiseSchedule, RectifiedFlow
@@ -475,7 +476,7 @@ DESCRIBED: list[tuple[Sampler, Any]] = [
     (Ancestral(num_steps=1000, variance=1.0), "Ancestral, 1000 steps, variance 1"),
     (Heun(num_steps=18), "Heun, 18 steps"),
     (Heun(num_steps=18, s_churn=40), "Heun, 18 steps, s_churn 40, s_min 0, s_max inf, s_noise 1"),
-    (UniPC(num_steps=10), "UniPC, 10 steps, variant bh2"),
+    (UniPC(num_steps=10), "UniPC, 10 steps, solver_order 2, variant bh2"),
     (RK45(num_steps=2), "RK45, 2 steps, rtol 1e-05, atol 1e-05"),
     (AnnealedLangevin(num_steps=10), "AnnealedLangevin, 10 steps, num_langevin_steps 100, step_size 0.2, denoise True"),
 ]

@@ -34,7 +34,8 @@ from gencompare.diffusion import samplers as sampler_module
 from gencompare.diffusion import sde_samplers
 from gencompare.diffusion.denoiser import ClipX0, Cond, Denoiser, DenoiserProtocol
 from gencompare.diffusion.discrete_schedules import LinearBetas
-from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import RK45, Euler, Heun
 from gencompare.diffusion.parameterizations import Prediction, V
 from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler, steps_between
 from gencompare.diffusion.schedules import CLEAN, VP, NoiseSchedule, ScheduleValues

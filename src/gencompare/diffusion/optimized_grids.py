@@ -11,7 +11,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, UniPC
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import Euler
 from gencompare.diffusion.samplers import DDIM, Sampler
 from gencompare.diffusion.times import KarrasGrid, LogSNRGrid, TabulatedGrid, TimeGrid, UniformGrid
 from gencompare.errors import UserError
