@@ -102,28 +102,29 @@ class AdamsBashforth(Sampler):
         x_s = \frac{\alpha_s}{\alpha_t} x_t
             + \alpha_s \int_{\rho_t}^{\rho_s} P\, d\rho, \qquad \rho = \sigma / \alpha,
 
-    where P is the polynomial through the predicted noise at this time and at ``solver_order`` - 1 times before it. A step
-    takes one denoiser call. ``solver_order=1`` is `DDIM`. Zhang and Chen (2023), "Fast Sampling of Diffusion Models with
-    Exponential Integrator", eq. 14 and 15, https://arxiv.org/abs/2204.13902.
+    where P is the polynomial through the predicted noise at this time and at ``solver_order`` - 1 times before it. A
+    step takes one denoiser call. ``solver_order=1`` is `DDIM`. Zhang and Chen (2023), "Fast Sampling of Diffusion
+    Models with Exponential Integrator", eq. 14 and 15, https://arxiv.org/abs/2204.13902.
 
     The methods differ in the variable of the polynomial:
 
-    - ``t``: tAB-DEIS, which the paper recommends;
-    - ``log_rho``: DEIS in diffusers;
-    - ``rho``: rhoAB-DEIS, which is the linear multistep method (LMS) of k-diffusion;
+    - ``log_rho``: DEIS in diffusers. Its order does not depend on the schedule.
+    - ``t``: tAB-DEIS, which the paper recommends for the VP SDE. Under a table of betas, :math:`\epsilon` has a kink in
+      t at every entry, so it needs a fine table.
+    - ``rho``: rhoAB-DEIS, which is the linear multistep method (LMS) of k-diffusion.
     - ``step``: iPNDM, where P is a polynomial in the index of the step and its mean over the step stands for that over
-      :math:`\rho`: the coefficients, such as (3, -1) / 2, are constant. Liu et al. (2022), "Pseudo Numerical Methods
-      for Diffusion Models on Manifolds", eq. 12, https://arxiv.org/abs/2202.09778, in the form without Runge-Kutta
-      steps of Zhang and Chen, appendix H.3. Its order is at most 2, because the steps in :math:`\rho` are not equal.
+      :math:`\rho`, so that the coefficients, such as (3, -1) / 2, are constant. Its order is at most 2. Liu et al.
+      (2022), "Pseudo Numerical Methods for Diffusion Models on Manifolds", eq. 12, https://arxiv.org/abs/2202.09778,
+      without their Runge-Kutta steps at the start, as in Zhang and Chen, appendix H.3.
 
     Args:
         solver_order: the number of points of the polynomial, from 1 to 4.
         variable: the variable of the polynomial.
     """
 
-    VARIABLES: ClassVar[tuple[str, ...]] = ("t", "log_rho", "rho", "step")
+    VARIABLES: ClassVar[tuple[str, ...]] = ("log_rho", "t", "rho", "step")
     solver_order: int = 3
-    variable: str = "t"
+    variable: str = "log_rho"
 
     def __post_init__(self) -> None:
         super().__post_init__()
