@@ -179,7 +179,8 @@ def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor 
         better = isinstance(denoiser.schedule, VarianceExploding) and (
             isinstance(sampler, EulerMaruyama) or many_points
         )
-        coarse = inner_times(denoiser.schedule, 160 if many_points else 50, noise_left=better)
+        steps = 160 if sampler.order > 2 else 100 if many_points else 50
+        coarse = inner_times(denoiser.schedule, steps, noise_left=better)
     fine = torch.linspace(float(coarse[0]), float(coarse[-1]), 2 * len(coarse) - 1)
     grids = (slow_start(coarse), slow_start(fine)) if many_points else (coarse, fine)
     coarse_error, fine_error = (error(sampler, denoiser, times) for times in grids)

@@ -81,7 +81,10 @@ def test_a_search_that_finds_nothing_returns_the_best_grid() -> None:
     )
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(num_steps=3), Heun(num_steps=3), DDIM(num_steps=3, eta=0.5), DPMSolverPP2M(num_steps=3, eta=1.0)])
+@pytest.mark.parametrize(
+    "sampler",
+    [Ancestral(num_steps=3), Heun(num_steps=3), DDIM(num_steps=3, eta=0.5), DPMSolverPP2M(num_steps=3, eta=1.0)],
+)
 def test_samplers_that_draw_noise_or_call_twice_are_refused(sampler: Sampler) -> None:
     with pytest.raises(UserError, match="cannot be optimised"):
         check_optimizable(sampler)
