@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import LinearBetas
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, Heun
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
+from gencompare.diffusion.ode_samplers import Euler, Heun
 from gencompare.diffusion.parameterizations import EDMPreconditioning, Eps, TimestepConditioning
 from gencompare.diffusion.samplers import DDIM, Sampler
 from gencompare.diffusion.schedules import EDMSchedule

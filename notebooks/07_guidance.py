@@ -36,7 +36,7 @@ from gencompare.data.conditions import ConditionedData, Embedding, LowRes
 from gencompare.data.digits import Digits
 from gencompare.data.toy2d import DISTRIBUTIONS, GaussianMixture
 from gencompare.diffusion.guidance import ClassifierFree, ClassifierGuidance, Guided
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.schedules import VE
 from gencompare.diffusion.times import LogSNRGrid

@@ -32,7 +32,7 @@ import gencompare
 from gencompare.data.digits import Digits
 from gencompare.diffusion.discrete_schedules import CosineBetas
 from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
 from gencompare.diffusion.parameterizations import V
 from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier

@@ -39,7 +39,7 @@ import gencompare
 from gencompare.data.generated_samples import read_samples
 from gencompare.diffusion.discrete_schedules import CosineBetas
 from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
 from gencompare.diffusion.parameterizations import V
 from gencompare.diffusion.schedules import VariancePreserving, schedule_curve
 from gencompare.errors import UserError

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from composing import options
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
+from gencompare.diffusion.multistep_samplers import SASolver
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import Sampler
 from gencompare.diffusion.schedules import CLEAN, NoiseSchedule, VarianceExploding
@@ -169,12 +170,29 @@ def measured_order(sampler: Sampler, denoiser: DenoiserProtocol, coarse: Tensor 
     order. With s = sigma^2 and P = V + s, where V is the variance of the data along one axis, a step h has an error of
     h^2 (s'^2 / P - s'' / 2) in the variance, of which (V / P)^2 remains at the end. The sum is h times the integral of
     s'^2 / P^3 - s'' / (2 P^2), which is -[s' / (2 P^2)]: it vanishes where s' is small and where P is large.
+
+    Samplers that interpolate three or more points take more and shorter steps at the start, where they have fewer
+    points, and stop at the same higher noise level.
     """
+    assert sampler.order is not None
+    many_points = sampler.order > 2 or isinstance(sampler, SASolver)
     if coarse is None:
-        better = isinstance(sampler, EulerMaruyama) and isinstance(denoiser.schedule, VarianceExploding)
-        coarse = inner_times(denoiser.schedule, 160 if sampler.order == 3 else 50, noise_left=better)
+        better = isinstance(denoiser.schedule, VarianceExploding) and (
+            isinstance(sampler, EulerMaruyama) or many_points
+        )
+        steps = 160 if sampler.order > 2 else 100 if many_points else 50
+        coarse = inner_times(denoiser.schedule, steps, noise_left=better)
     fine = torch.linspace(float(coarse[0]), float(coarse[-1]), 2 * len(coarse) - 1)
-    return math.log2(error(sampler, denoiser, coarse) / error(sampler, denoiser, fine))
+    grids = (slow_start(coarse), slow_start(fine)) if many_points else (coarse, fine)
+    coarse_error, fine_error = (error(sampler, denoiser, times) for times in grids)
+    return math.log2(coarse_error / fine_error)
+
+
+def slow_start(times: Tensor) -> Tensor:
+    """Replace the first two steps by 24 steps, each 1.5 times as long as the one before it."""
+    lengths = 1.5 ** torch.arange(24.0, dtype=times.dtype)
+    inside = times[0] + (times[2] - times[0]) * (lengths.cumsum(0) / lengths.sum())[:-1]
+    return torch.cat([times[:1], inside, times[2:]])
 
 
 @dataclass(frozen=True)

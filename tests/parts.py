@@ -24,8 +24,14 @@ def loaded(group: str, option: str) -> Any:
 
 
 def samplers() -> list[str]:
-    """Return one option per sampler class, the first by name."""
+    """Return one option per sampler class: the first by name of those that do not inherit from another option."""
     by_class: dict[type, str] = {}
-    for name in options("model/sampler"):
+    for name in sorted(options("model/sampler"), key=_inherits):
         by_class.setdefault(type(part("sampler", name)), name)
     return list(by_class.values())
+
+
+def _inherits(name: str) -> bool:
+    return any(
+        "defaults" in OmegaConf.load(p) for root in roots() if (p := root / f"model/sampler/{name}.yaml").is_file()
+    )

@@ -362,3 +362,18 @@ def test_what_is_counted_and_said() -> None:
     assert len(calls) == 8
     assert model.sampling_description() == "DDIM, 8 steps, eta 0, x0 clipped"
     assert diffusion(clip_x0=False).sampling_description() == "DDIM, 8 steps, eta 0"
+    thresholded = diffusion(dynamic_threshold=0.995)
+    assert thresholded.sampling_description() == "DDIM, 8 steps, eta 0, x0 thresholded at quantile 0.995"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dynamic_threshold": 99.5}, r"dynamic_threshold=99.5 must be a quantile in \(0, 1\]"),
+        ({"dynamic_threshold": "high"}, "dynamic_threshold=high must be a number"),
+        ({"dynamic_threshold": 0.9, "clip_x0": False}, "needs a model of pixels with model.clip_x0=true"),
+    ],
+)
+def test_dynamic_thresholds_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        diffusion(**changes)

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from composing import compose
 from gaussian_truth import COVARIANCE, MEAN, ExactDenoiser, schedule_named
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.multistep_samplers import AdamsBashforth, DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import Euler, Heun
 from gencompare.diffusion.optimized_grids import Problem, check_optimizable, optimize_times, solve
 from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
 from gencompare.diffusion.times import LogSNRGrid, TabulatedGrid, UniformGrid
@@ -80,11 +81,15 @@ def test_a_search_that_finds_nothing_returns_the_best_grid() -> None:
     )
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(num_steps=3), Heun(num_steps=3), DDIM(num_steps=3, eta=0.5)])
+@pytest.mark.parametrize(
+    "sampler",
+    [Ancestral(num_steps=3), Heun(num_steps=3), DDIM(num_steps=3, eta=0.5), DPMSolverPP2M(num_steps=3, eta=1.0)],
+)
 def test_samplers_that_draw_noise_or_call_twice_are_refused(sampler: Sampler) -> None:
     with pytest.raises(UserError, match="cannot be optimised"):
         check_optimizable(sampler)
     check_optimizable(UniPC(num_steps=3))
+    check_optimizable(AdamsBashforth(num_steps=3))
 
 
 @pytest.mark.parametrize(

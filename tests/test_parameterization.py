@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from gencompare.diffusion.parameterizations import (
     LogSNRConditioning,
     Parameterization,
     PosteriorMean,
+    Prediction,
     TimeConditioning,
     TimestepConditioning,
     V,
@@ -41,7 +45,9 @@ from gencompare.diffusion.parameterizations import (
 from gencompare.diffusion.schedules import VE, NoiseSchedule, RectifiedFlow
 from gencompare.diffusion.times import TimeDistribution
 from gencompare.errors import UserError
+from gencompare.models.diffusion import Diffusion
 from gencompare.rng import RandomSource, generator
+from gencompare.tasks.runs.diffusers_scheduler import clipping
 from parts import part
 
 PARAMETERIZATIONS = options("model/parameterization")
@@ -313,6 +319,29 @@ def test_clipping_bounds_x0_and_adjusts_eps(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(at.alpha * clipped.x0 + at.sigma * clipped.eps, x_t, rtol=0, atol=1e-11)
     inside = free(x_t, t, {}).x0.abs() <= 1
     assert torch.equal(clipped.eps[inside], free(x_t, t, {}).eps[inside]), "values in range are unchanged"
+
+
+def test_dynamic_thresholding_is_that_of_diffusers() -> None:
+    """Images within [-1, 1] and images whose quantile is below 1 are clipped as without it."""
+    torch.set_default_dtype(torch.float64)
+    x0 = torch.randn(4, 3, 5, 5) * torch.tensor([0.1, 0.35, 1.0, 3.0]).view(4, 1, 1, 1)
+
+    @dataclass(frozen=True)
+    class Constant:
+        schedule: NoiseSchedule
+
+        def __call__(self, x_t: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Prediction:
+            at = self.schedule.at(t, x_t)
+            return Prediction(x0, (x_t - at.alpha * x0) / at.sigma)
+
+    x_t, t = torch.randn_like(x0), torch.tensor(0.7)
+    denoiser = Constant(LinearBetas())
+    found = ClipX0(denoiser, 0.95)(x_t, t, {})
+    scheduler = diffusers.DDPMScheduler(**clipping(cast(Diffusion, SimpleNamespace(dynamic_threshold=0.95))))
+    torch.testing.assert_close(found.x0, scheduler._threshold_sample(x0), rtol=1e-9, atol=1e-9)
+    at = denoiser.schedule.at(t, x_t)
+    torch.testing.assert_close(at.alpha * found.x0 + at.sigma * found.eps, x_t, rtol=0, atol=1e-11)
+    assert torch.equal(found.x0[:2], x0[:2].clamp(-1, 1)) and not torch.equal(found.x0[2:], x0[2:].clamp(-1, 1))
 
 
 # Objectives

@@ -18,8 +18,13 @@ from gencompare.rng import generator
 from parts import part, samplers
 
 N, PIXELS = 1500, 16
-STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "dpmpp_2m": 60, "unipc": 60, "predictor_corrector": 100}
-CHANGES = {"annealed_langevin": {"num_langevin_steps": 25}, "predictor_corrector": {"num_corrector_steps": 3}}
+STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "restart": 50, "dpmpp_2s": 50, "predictor_corrector": 100}
+STEPS |= dict.fromkeys(["dpmpp_2m", "unipc", "deis", "sa_solver", "er_sde"], 60)
+CHANGES = {
+    "annealed_langevin": {"num_langevin_steps": 25},
+    "predictor_corrector": {"num_corrector_steps": 3},
+    "restart": {"restart_steps": 10},
+}
 SCHEDULES = [VP, VE, RectifiedFlow]
 BIAS = {"ancestral": 0.03, "ddim": 0.02, "euler": 0.1, "reverse_diffusion": 0.03} | {
     "annealed_langevin": 0.1, "predictor_corrector": 0.06

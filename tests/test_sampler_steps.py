@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import Tensor
 
 from gaussian_truth import (
@@ -28,7 +30,8 @@ from gaussian_truth import (
 )
 from gencompare.diffusion.denoiser import Cond
 from gencompare.diffusion.discrete_schedules import BetaTable, LinearBetas
-from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2M, Euler, Heun, UniPC
+from gencompare.diffusion.multistep_samplers import ERSDE, AdamsBashforth, DPMSolverPP2M, SASolver, UniPC
+from gencompare.diffusion.ode_samplers import RK45, DPMSolverPP2S, Euler, Heun, Restart
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import DDIM, Ancestral, Sampler
 from gencompare.diffusion.schedules import CLEAN, VE, VP, NoiseSchedule, RectifiedFlow
@@ -284,6 +287,54 @@ def test_heun_with_churn_is_algorithm_2() -> None:
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
+def test_restart_is_algorithm_1() -> None:
+    """As in Xu et al. (2023): Heun's method to s_min, then K times noise to s_max and Heun steps back, whose sigmas are
+    evenly spaced in sigma^(1/7)."""
+    sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]
+    x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)) * sigmas[0]
+    sampler = Restart(num_steps=3, num_restarts=2, restart_steps=3, s_min=0.55, s_max=2.0)
+    times = torch.tensor([0.6, 0.5, 0.4, 0.3])
+    found = sampler.sample(ExactDenoiser(VE()), x, generator=generator("cpu", 2), times=times)
+    source = generator("cpu", 2)
+
+    def heun(x: Tensor, levels: list[float]) -> Tensor:
+        for sigma, lower in pairwise(levels):
+            d = -sigma * score(x, 1.0, sigma)
+            x = x + (lower - sigma) * (d - lower * score(x + (lower - sigma) * d, 1.0, lower)) / 2
+        return x
+
+    x = heun(x, sigmas[:3])
+    for _ in range(2):
+        x = x + (2.0**2 - sigmas[2] ** 2) ** 0.5 * normal_like(x, source)
+        x = heun(x, (np.linspace(2.0 ** (1 / 7), sigmas[2] ** (1 / 7), 4) ** 7).tolist())
+    torch.testing.assert_close(found, heun(x, sigmas[2:]), rtol=1e-9, atol=1e-9)
+
+
+def test_er_sde_is_the_formula_of_the_paper() -> None:
+    """Cui et al. (2023) for two points and alpha = 1: phi = sigma (exp(sigma^0.3) + 10), and
+
+    x_s = r x + (1 - r) x_0 + (s - t + phi_s int_s^t dsigma / phi) (x_0 - x_0') / (t - t') + (s^2 - r^2 t^2)^(1/2) z.
+    """
+
+    def phi(sigma: float) -> float:
+        return sigma * (math.exp(sigma**0.3) + 10)
+
+    times = [0.5, 0.45, 0.4]
+    sigmas = [0.02 * 5000**t for t in times]
+    x = torch.randn(2, 1, 1, 3, generator=generator("cpu", 1)) * sigmas[0]
+    sampler = ERSDE(num_steps=1, solver_order=2)
+    found = sampler.sample(ConstantDenoiser(VE()), x, generator=generator("cpu", 2), times=torch.tensor(times))
+    source, before = generator("cpu", 2), None
+    for k, (high, low) in enumerate(pairwise(sigmas)):
+        r, x0 = phi(low) / phi(high), image(times[k])
+        mean = r * x + (1 - r) * x0
+        if before is not None:
+            integral = quad(lambda sigma: 1 / phi(sigma), low, high)[0]
+            mean = mean + (low - high + phi(low) * integral) * (x0 - image(times[k - 1])) / (high - before)
+        x, before = mean + (low**2 - r**2 * high**2) ** 0.5 * normal_like(x, source), high
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
 def test_churn_preserves_the_moments(schedule: NoiseSchedule) -> None:
     """Churn does not raise the noise beyond the end of the schedule."""
     sampler = Heun(num_steps=100, s_churn=20.0)
@@ -304,8 +355,15 @@ LAST = [
     ReverseDiffusion(num_steps=1),
     Heun(num_steps=1),
     DPMSolverPP2M(num_steps=1),
+    DPMSolverPP2M(num_steps=1, eta=1.0),
+    DPMSolverPP2S(num_steps=1),
+    DPMSolverPP2S(num_steps=1, eta=1.0),
     UniPC(num_steps=1),
     UniPC(num_steps=1, variant="bh1"),
+    AdamsBashforth(num_steps=1),
+    SASolver(num_steps=1),
+    ERSDE(num_steps=1),
+    Restart(num_steps=1),
     RK45(num_steps=2),
 ]
 
@@ -322,6 +380,65 @@ def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSched
         for sampler in (DDIM(num_steps=30, eta=1.0), Ancestral(num_steps=30, variance=0.0))
     )
     torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+
+
+SASolver1 = partial(SASolver, num_steps=30, predictor_order=1, corrector_order=0)
+SASolver3 = partial(SASolver, num_steps=30, tau=0.0)
+SAME: dict[str, tuple[Sampler, Sampler]] = {
+    **{f"deis_1 {v}": (DDIM(num_steps=30), AdamsBashforth(num_steps=30, solver_order=1, variable=v))
+       for v in AdamsBashforth.VARIABLES},
+    "sa_1": (Ancestral(num_steps=30), SASolver1(tau=1.0)),
+    "sa_1 ode": (DDIM(num_steps=30), SASolver1(tau=0.0)),
+    "unipc_2": (UniPC(num_steps=30, variant="bh1"), SASolver3(predictor_order=2, corrector_order=3)),
+    "unipc_3": (UniPC(num_steps=30, variant="bh1", solver_order=3), SASolver3()),
+    "dpmpp_2m": (DPMSolverPP2M(num_steps=30), DPMSolverPP2M(num_steps=30, eta=1e-20)),
+    "dpmpp_2s": (DPMSolverPP2S(num_steps=30), DPMSolverPP2S(num_steps=30, eta=1e-20)),
+    "restart": (Heun(num_steps=30), Restart(num_steps=30, num_restarts=0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", SAME)
+@pytest.mark.parametrize("make", [VP, VE, LinearBetas])
+def test_samplers_coincide_in_special_cases(pair: str, make: type[NoiseSchedule]) -> None:
+    x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
+    one, two = (sampler.sample(ExactDenoiser(make()), x, generator=generator("cpu", 2)) for sampler in SAME[pair])
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+
+
+def test_er_sde_with_the_noise_of_the_reverse_sde_is_ancestral(monkeypatch: pytest.MonkeyPatch) -> None:
+    """phi = rho^2 is the reverse SDE, which is solved exactly if x_0 is constant."""
+    monkeypatch.setattr(ERSDE, "_log_noise", lambda self, rho: rho.log())
+    x = torch.randn(4, 1, 1, 3, generator=generator("cpu", 1))
+    times = inner_times(VP(), 9)
+    one, two = (
+        sampler.sample(ExactDenoiser(VP()), x, generator=generator("cpu", 2), times=times)
+        for sampler in (Ancestral(num_steps=1), ERSDE(num_steps=1, solver_order=1))
+    )
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        DPMSolverPP2M(num_steps=1, eta=0.3),
+        DPMSolverPP2S(num_steps=1, eta=0.3),
+        SASolver(num_steps=1, tau=1.4),
+        ERSDE(num_steps=1),
+        Restart(num_steps=1, s_min=0.5, s_max=1.0),
+    ],
+    ids=lambda sampler: sampler.describe(),
+)
+@pytest.mark.parametrize("make", [VP, VE])
+def test_noise_alone_has_the_exact_variance(sampler: Sampler, make: type[NoiseSchedule]) -> None:
+    """If all data are 0, x at time s is noise of standard deviation sigma_s, whatever the length of the steps."""
+    schedule = make()
+    times = inner_times(schedule, 4)
+    x = torch.zeros(40, 1, 1, 1)
+    x[1] = scales(schedule, times[0])[1]
+    with unit_noise() as noise:
+        out = sampler.sample(Point(schedule), x, generator=generator("cpu", 0), times=times).flatten()
+    assert 0 < noise.draws < 38
+    assert float(out.square().sum().sqrt()) == pytest.approx(float(scales(schedule, times[-1])[1]), rel=1e-9)
 
 
 def test_ddim_is_euler_in_x_over_alpha(schedule: NoiseSchedule) -> None:
@@ -382,8 +499,16 @@ class Parabola:
         return Prediction(x0, (x_t - alpha * x0) / sigma)
 
 
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-def test_unipc_is_exact_for_a_parabola(variant: str, schedule: NoiseSchedule) -> None:
+PARABOLA = [
+    UniPC(num_steps=1, variant="bh1"),
+    UniPC(num_steps=1),
+    UniPC(num_steps=1, solver_order=3),
+    SASolver(num_steps=1, tau=0.0, corrector_order=0),
+]
+
+
+@pytest.mark.parametrize("sampler", PARABOLA, ids=lambda sampler: sampler.describe())
+def test_samplers_with_three_points_are_exact_for_a_parabola(sampler: Sampler, schedule: NoiseSchedule) -> None:
     """d(x / sigma) = e^u x_0(u) du, and e^u (a + b u + c u^2) integrates to e^u (a - b + 2 c + (b - 2 c) u + c u^2)."""
     levels = even_levels(schedule, 40)[10:20]
     (first, *_, last), x = levels, torch.zeros(1, 1, 1, 1)
@@ -393,20 +518,59 @@ def test_unipc_is_exact_for_a_parabola(variant: str, schedule: NoiseSchedule) ->
         return u.exp() * (0.3 - 0.5 - 0.4 + (0.5 + 0.4) * u - 0.2 * u**2)
 
     source = generator("cpu", 0)
-    # Starts after the first step, which is of lower order.
-    steps = list(UniPC(num_steps=1, variant=variant).iterate(Parabola(schedule), x, generator=source, times=levels))
-    start = steps[0].x / scales(schedule, levels[1])[1]
-    exact = start + integral(last) - integral(levels[1])
+    # Starts after the first two steps, which are of lower order.
+    steps = list(sampler.iterate(Parabola(schedule), x, generator=source, times=levels))
+    start = steps[1].x / scales(schedule, levels[2])[1]
+    exact = start + integral(last) - integral(levels[2])
     torch.testing.assert_close(steps[-1].x / scales(schedule, last)[1], exact, rtol=1e-9, atol=1e-9)
     two = DPMSolverPP2M(num_steps=1).sample(Parabola(schedule), x, generator=source, times=levels)
     assert (two - steps[-1].x).abs().max() > 1e-5, "not every solver is exact"
     assert first > last
 
 
+@dataclass(frozen=True)
+class ParabolaEps:
+    """Predicts eps = 0.3 + 0.5 v - 0.2 v^2 for every x, a parabola in ``variable``."""
+
+    schedule: NoiseSchedule
+    variable: str
+
+    def eps(self, log_rho: float) -> float:
+        t = self.schedule.t_from_log_snr(torch.tensor(-2 * log_rho))
+        v = {"log_rho": log_rho, "rho": math.exp(log_rho), "t": float(t)}[self.variable]
+        return 0.3 + 0.5 * v - 0.2 * v**2
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+        alpha, sigma = scales(self.schedule, t)
+        eps = torch.full_like(x_t, self.eps(float(-self.schedule.log_snr(t) / 2)))
+        return Prediction((x_t - sigma * eps) / alpha, eps)
+
+
+@pytest.mark.parametrize("variable", ["log_rho", "rho", "t"])
+@pytest.mark.parametrize("make", [VP, RectifiedFlow])
+def test_adams_bashforth_is_exact_for_a_parabola(variable: str, make: type[NoiseSchedule]) -> None:
+    """x / alpha changes by the integral of eps over rho = sigma / alpha."""
+    denoiser, levels = ParabolaEps(make(), variable), even_levels(make(), 40)[10:20]
+    sampler = AdamsBashforth(num_steps=1, variable=variable)
+    x, source = torch.zeros(1, 1, 1, 1), generator("cpu", 0)
+    steps = list(sampler.iterate(denoiser, x, generator=source, times=levels))
+    start, end = (float(-denoiser.schedule.log_snr(t) / 2) for t in levels[[2, -1]])
+    change = quad(lambda w: math.exp(w) * denoiser.eps(w), start, end, epsabs=1e-12, epsrel=1e-12)[0]
+    found = (
+        steps[-1].x / scales(denoiser.schedule, levels[-1])[0] - steps[1].x / scales(denoiser.schedule, levels[2])[0]
+    )
+    assert float(found) == pytest.approx(change, rel=1e-8)
+
+
 def test_multistep_solvers_do_not_extrapolate_over_long_steps() -> None:
     """A step three times as long as the previous one is of first order."""
     denoiser, times, source = Parabola(VE()), torch.tensor([0.5, 0.48, 0.42]), generator("cpu", 0)
-    for sampler in (DPMSolverPP2M(num_steps=1), UniPC(num_steps=1)):
+    for sampler in (
+        DPMSolverPP2M(num_steps=1),
+        UniPC(num_steps=1),
+        SASolver(num_steps=1, tau=0.0),
+        AdamsBashforth(num_steps=1),
+    ):
         one, two = sampler.iterate(denoiser, torch.ones(1, 1, 1, 3), generator=source, times=times)
         ddim = DDIM(num_steps=1).sample(denoiser, one.x, generator=source, times=times[1:])
         torch.testing.assert_close(two.x, ddim, rtol=1e-12, atol=1e-12)
@@ -438,6 +602,17 @@ def test_multistep_solvers_do_not_extrapolate_over_long_steps() -> None:
         (lambda: AnnealedLangevin(num_steps=5, step_size=4.0), "step_size=4.0"),
         (lambda: AnnealedLangevin(num_steps=5, step_size=-1), "step_size=-1"),
         (lambda: UniPC(num_steps=5, variant="bh3"), "variant=bh3"),
+        (lambda: UniPC(num_steps=5, solver_order=5), "solver_order=5 must be an integer from 1 to 4"),
+        (lambda: AdamsBashforth(num_steps=5, solver_order=0), "solver_order=0"),
+        (lambda: AdamsBashforth(num_steps=5, variable="x"), "variable=x: choose from log_rho, t, rho, step"),
+        (lambda: SASolver(num_steps=5, corrector_order=1), "corrector_order=1 must be an integer from 2 to 5"),
+        (lambda: SASolver(num_steps=5, tau=-1), "tau=-1"),
+        (lambda: ERSDE(num_steps=5, solver_order=4), "solver_order=4"),
+        (lambda: DPMSolverPP2M(num_steps=5, eta=math.inf), "eta=inf"),
+        (lambda: DPMSolverPP2S(num_steps=5, eta=-0.1), "eta=-0.1"),
+        (lambda: Restart(num_steps=5, s_min=2.0, s_max=1.0), "s_min=2.0"),
+        (lambda: Restart(num_steps=5, num_restarts=-1), "num_restarts=-1"),
+        (lambda: Restart(num_steps=5, restart_steps=0), "restart_steps=0"),
         (lambda: RK45(num_steps=1), "at least 2"),
         (lambda: RK45(num_steps=0), "steps=0"),
         (lambda: RK45(num_steps=5, rtol=0), "rtol=0"),
@@ -475,7 +650,7 @@ DESCRIBED: list[tuple[Sampler, Any]] = [
     (Ancestral(num_steps=1000, variance=1.0), "Ancestral, 1000 steps, variance 1"),
     (Heun(num_steps=18), "Heun, 18 steps"),
     (Heun(num_steps=18, s_churn=40), "Heun, 18 steps, s_churn 40, s_min 0, s_max inf, s_noise 1"),
-    (UniPC(num_steps=10), "UniPC, 10 steps, variant bh2"),
+    (UniPC(num_steps=10), "UniPC, 10 steps, solver_order 2, variant bh2"),
     (RK45(num_steps=2), "RK45, 2 steps, rtol 1e-05, atol 1e-05"),
     (AnnealedLangevin(num_steps=10), "AnnealedLangevin, 10 steps, num_langevin_steps 100, step_size 0.2, denoise True"),
 ]

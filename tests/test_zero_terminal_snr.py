@@ -156,7 +156,9 @@ def test_samples_have_the_moments_of_the_data(name: str, parameterization: type[
     assert found < 1.2 * expected + (0.015 if name == "euler" else 1e-4), (found, expected)
 
 
-@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "unipc", "rk45"])
+@pytest.mark.parametrize(
+    "name", ["heun", "restart", "dpmpp_2m", "dpmpp_2s", "unipc", "deis", "sa_solver", "er_sde", "rk45"]
+)
 def test_samplers_of_higher_order_reproduce_the_data(name: str) -> None:
     sampler = sampler_named(name, T)
     assert error(sampler, exact(cosine()), sampler.times(cosine())) < 5e-3

@@ -1,4 +1,4 @@
-"""Solvers of the probability-flow ODE: single-step, multistep and adaptive."""
+"""Single-step and adaptive solvers of the probability-flow ODE, some of them with noise."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.samplers import (
     Sampler,
     Step,
+    check_noise,
     linear_combination,
     read_on_host,
     select,
     steps_between,
 )
-from gencompare.diffusion.schedules import NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues
+from gencompare.diffusion.schedules import CLEAN, NO_SIGNAL, GridValues, NoiseSchedule, ScheduleValues
 from gencompare.errors import UserError
 from gencompare.rng import normal_like
 
@@ -134,9 +135,14 @@ class Heun(Sampler):
         """Add noise to x. Return the noisier x, its time, and the schedule values at this time."""
         t = schedule.t_from_log_snr((at_t.log_snr - 2 * math.log1p(gamma)).to(t.dtype)).reshape(())
         churned = schedule.at(t, x)
-        ratio = churned.alpha / at_t.alpha
-        std = (churned.sigma**2 - (ratio * at_t.sigma) ** 2).clamp(min=0.0).sqrt()  # 0 at the end of the schedule
-        return ratio * x + self.s_noise * std * normal_like(x, generator), t, churned
+        return _add_noise(x, at_t, churned, self.s_noise * normal_like(x, generator)), t, churned
+
+
+def _add_noise(x: Tensor, at: ScheduleValues, noisier: ScheduleValues, z: Tensor) -> Tensor:
+    """Add noise to a state, as the forward process does."""
+    ratio = noisier.alpha / at.alpha
+    std = (noisier.sigma**2 - (ratio * at.sigma) ** 2).clamp(min=0.0).sqrt()  # 0 at the end of the schedule
+    return ratio * x + std * z
 
 
 def euler_step(x: Tensor, eps: Tensor, at_t: ScheduleValues, at_s: ScheduleValues) -> Tensor:
@@ -150,117 +156,140 @@ def _euler_coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Ten
     return at_s.alpha / at_t.alpha, at_s.sigma - at_s.alpha * at_t.sigma / at_t.alpha
 
 
-def _of_previous_step(values: Tensor) -> Tensor:
-    """Return the value of the step before each step, and 0 for the first one."""
-    return torch.cat([torch.zeros_like(values[:1]), values[:-1]])
-
-
-MAX_STEP_GROWTH = 2.0
-"""Multistep solvers extrapolate linearly from the previous step only up to this ratio of step sizes in log-SNR; beyond
-it they fall back to a first-order step."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class DPMSolverPP2M(Sampler):
-    r"""DPM-Solver++(2M), a second-order multistep solver with one denoiser call per step.
+class Restart(Sampler):
+    r"""Restart sampling: `Heun`, which returns to higher noise several times.
 
-    .. math::
-        x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s (1 - e^{-h}) \left(x_0 + \frac{h}{2 h'} (x_0 - x_0')\right),
-        \qquad h = (\lambda_s - \lambda_t) / 2,
-
-    where primes mark the previous step. The first step is of first order. (In the paper lambda is half the log-SNR.) Lu
-    et al. (2022), "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2, https://arxiv.org/abs/2211.01095.
-    """
-
-    order = 2
-
-    def trajectory(
-        self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
-    ) -> Iterator[Step]:
-        grid = GridValues(denoiser.schedule, times, x)
-        coefficients = grid.coefficients(self._coefficients)
-        previous = x  # x_0 of the previous step, with weight 0 in the first step
-        for k, (t, s, _, _) in enumerate(grid.steps()):
-            prediction = denoiser(x, t, cond)
-            coef_x, coef_x0, coef_previous = coefficients[k]
-            x = linear_combination((coef_x, x), (coef_x0, prediction.x0), (coef_previous, previous))
-            previous = prediction.x0
-            yield Step(s, x, prediction)
-
-    @staticmethod
-    def _coefficients(at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
-        """Compute the coefficients of x_t, x_0 and the previous x_0."""
-        h = (at_s.log_snr - at_t.log_snr) / 2
-        previous_h = _of_previous_step(h)
-        ratio = torch.where(h <= MAX_STEP_GROWTH * previous_h, h / (2 * previous_h), 0.0)
-        coef_x0 = -at_s.alpha * torch.expm1(-h)
-        return at_s.sigma / at_t.sigma, coef_x0 * (1 + ratio), -coef_x0 * ratio
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniPC(Sampler):
-    r"""UniPC-2 with data prediction: a second-order predictor and a third-order corrector, one denoiser call per step.
-
-    The predictor interpolates x_0 linearly through t and the previous time; the corrector uses the parabola that also
-    passes through the prediction at s. The prediction at s is used by the corrector and by the next step. The first
-    step uses one point fewer. Zhao et al. (2023), "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
-    Diffusion Models", theorem 3.1, https://arxiv.org/abs/2302.04867; their p = 2 is the order of the predictor.
+    At the time of the grid whose :math:`\sigma / \alpha` is nearest to ``s_min`` (in its logarithm), noise raises
+    :math:`\sigma / \alpha` to ``s_max``, and Heun steps lead back to that time; this is repeated ``num_restarts``
+    times. The noise contracts the errors that have accumulated. Xu et al. (2023), "Restart Sampling for Improving
+    Generative Processes", algorithm 1 and eq. 2, https://arxiv.org/abs/2306.14878. As there, the levels of a restart
+    are evenly spaced in :math:`\sigma^{1/7}`. If the schedule ends below ``s_max``, restarts begin at its end; if no
+    time of the grid has noise below ``s_max``, there are none.
 
     Args:
-        variant: the function B(h): "bh1" is :math:`h`, "bh2" is :math:`e^h - 1` (:math:`1 - e^{-h}` in data
-            prediction).
+        num_steps: number of steps of the grid, without those of restarts.
+        num_restarts: K, the number of restarts; 0 is `Heun`.
+        restart_steps: number of Heun steps in each restart.
+        s_min: :math:`\sigma / \alpha` at the end of restarts.
+        s_max: :math:`\sigma / \alpha` at the beginning of restarts.
     """
 
-    order = 3
-    VARIANTS: ClassVar[tuple[str, ...]] = ("bh1", "bh2")
-    variant: str = "bh2"
+    order = None
+    RHO: ClassVar[float] = 7.0
+    num_restarts: int = 2
+    restart_steps: int = 3
+    s_min: float = 0.06
+    s_max: float = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in self.VARIANTS:
-            raise UserError(f"sampler.variant={self.variant}: choose from {', '.join(self.VARIANTS)}.")
+        if self.num_restarts < 0:
+            raise UserError(f"sampler.num_restarts={self.num_restarts} must be at least 0.")
+        if self.restart_steps < 1:
+            raise UserError(f"sampler.restart_steps={self.restart_steps} must be at least 1.")
+        if not 0 < self.s_min < self.s_max < math.inf:
+            raise UserError(
+                f"sampler.s_min={self.s_min} must be positive and below sampler.s_max={self.s_max}, where restarts"
+                " begin."
+            )
 
     def trajectory(
         self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
     ) -> Iterator[Step]:
-        grid = GridValues(denoiser.schedule, times, x)
+        noise, _ = read_on_host(GridValues(denoiser.schedule, times, x))
+        below = [k for k, level in enumerate(noise) if k and 0 < level < self.s_max]
+        last = min(below, key=lambda k: abs(math.log(noise[k] / self.s_min)), default=None)
+        heun = Heun(num_steps=self.num_steps)
+        for k, step in enumerate(heun.trajectory(denoiser, x, times, cond, generator), start=1):
+            if k == last:
+                # Into the tensor that the next step of Heun's method starts from.
+                step.x.copy_(self._restart(denoiser, step.x, times[k], cond, generator))
+            yield step
+
+    def _restart(
+        self, denoiser: DenoiserProtocol, x: Tensor, s: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Tensor:
+        """Add noise to the state at time s and return to that time, ``num_restarts`` times."""
+        schedule = denoiser.schedule
+        start = schedule.t_from_log_snr(s.new_tensor(-2 * math.log(self.s_max)))
+        ends = schedule.at(torch.stack([start, s]))
+        roots = (ends.sigma / ends.alpha) ** (1 / self.RHO)
+        fractions = torch.linspace(0, 1, self.restart_steps + 1, dtype=roots.dtype, device=roots.device)
+        levels = -2 * self.RHO * torch.log(roots[0] + (roots[1] - roots[0]) * fractions)
+        times = torch.cat([start[None], schedule.t_from_log_snr(levels[1:-1]).to(s), s[None]])
+        heun = Heun(num_steps=self.restart_steps)
+        for _ in range(self.num_restarts):
+            x = _add_noise(x, schedule.at(s, x), schedule.at(start, x), normal_like(x, generator))
+            *_, step = heun.trajectory(denoiser, x, times, cond, generator)
+            x = step.x
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMSolverPP2S(Sampler):
+    r"""DPM-Solver++(2S), a second-order single-step solver with two denoiser calls per step, and DPM-Solver++ SDE.
+
+    .. math::
+        x_s = \frac{\sigma_s}{\sigma_t} e^{-\eta h} x_t + \alpha_s (1 - e^{-(1 + \eta) h})\, x_0(x_m, m)
+            + \sigma_s \sqrt{1 - e^{-2 \eta h}}\, z, \qquad h = (\lambda_s - \lambda_t) / 2,
+
+    where m is the time whose log-SNR is halfway, and :math:`x_m` is the result of a first-order step to it. The noise
+    of the whole step consists of the noise in :math:`x_m` and that of the second half. (k-diffusion draws both from one
+    Brownian motion in :math:`\sigma / \alpha` instead.) The step into clean data is of first order. Lu et al. (2022),
+    "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 1 with r = 1/2, and section 6,
+    https://arxiv.org/abs/2211.01095.
+
+    Args:
+        num_steps: number of steps, each with two denoiser calls.
+        eta: :math:`\eta`, the noise: 0 solves the probability-flow ODE (2S) and 1 the reverse SDE (``sample_dpmpp_sde``
+            of k-diffusion).
+    """
+
+    order = 2
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_noise("eta", self.eta)
+
+    def trajectory(
+        self, denoiser: DenoiserProtocol, x: Tensor, times: Tensor, cond: Cond, generator: torch.Generator
+    ) -> Iterator[Step]:
+        grid = GridValues(denoiser.schedule, self._with_middles(denoiser.schedule, times), x)
         coefficients = grid.coefficients(self._coefficients)
         noise, _ = read_on_host(grid)
-        previous = x  # x_0 of the previous step, with weight 0 in the first step
-        prediction = denoiser(x, times[0], cond)
-        for k, (_, s, _, _) in enumerate(grid.steps()):
-            x0 = prediction.x0
-            coef_x, coef_x0, predictor, corrector, correction = coefficients[k]
-            x = linear_combination((coef_x, x), (coef_x0, x0))
-            if noise[k + 1] > 0:
-                difference = x0 - previous
-                prediction = denoiser(torch.addcmul(x, predictor, difference), s, cond)
-                change = (corrector, difference), (correction, prediction.x0 - x0)
-                x = x + linear_combination(*change)
-            previous = x0
+        halves = grid.steps()
+        for k, ((t, m, _, _), (_, s, _, _)) in enumerate(zip(halves, halves, strict=True)):
+            prediction = denoiser(x, t, cond)
+            coef_x, coef_x0, std = coefficients[2 * k]
+            x = coef_x * x
+            if self.eta:
+                x = torch.addcmul(x, std, normal_like(x, generator))
+            if noise[2 * k + 1] > 0:
+                prediction = denoiser(torch.addcmul(x, coef_x0, prediction.x0), m, cond)
+            x = torch.addcmul(x, coef_x0, prediction.x0)
+            if noise[2 * k + 1] > 0:  # the second half, with the same x_0
+                coef_x, coef_x0, std = coefficients[2 * k + 1]
+                x = linear_combination((coef_x, x), (coef_x0, prediction.x0))
+                if self.eta:
+                    x = torch.addcmul(x, std, normal_like(x, generator))
             yield Step(s, x, prediction)
 
+    @staticmethod
+    def _with_middles(schedule: NoiseSchedule, times: Tensor) -> Tensor:
+        """Insert the middle of each step in log-SNR; the step into clean data has only a first half."""
+        log_snr = schedule.at(times).log_snr
+        middles = schedule.t_from_log_snr((log_snr[1:] + log_snr[:-1]) / 2).to(times)
+        middles = torch.where(times[1:] == CLEAN, CLEAN, middles)
+        return torch.cat([times[:1], torch.stack([middles, times[1:]], 1).flatten()])
+
     def _coefficients(self, at_t: ScheduleValues, at_s: ScheduleValues) -> tuple[Tensor, ...]:
-        """Compute the coefficients of x_t, x_0, of its change since the previous step in the predictor and in the
-        corrector, and of the correction of x_0."""
+        """Compute the coefficients of x_t, x_0 and z in half steps of first order."""
         h = (at_s.log_snr - at_t.log_snr) / 2
-        c = -torch.expm1(-h)
-        b = c if self.variant == "bh2" else h
-        previous_h = _of_previous_step(h)
-        extrapolates = h <= MAX_STEP_GROWTH * previous_h
-        # Integrals of (u / h)^k e^(u - h) over [0, h] for k = 1, 2, and the weights of the parabola.
-        moment1 = 1 - c / h
-        moment2 = 1 - 2 * moment1 / h
-        slope_weight = (moment1 - moment2) / (1 + previous_h / h)
-        first = (torch.arange(len(h), device=h.device) == 0) & (at_t.log_snr >= NO_SIGNAL)
-        alone = torch.where(first, b / 2, 0.0)  # the correction without a slope
-        predictor, corrector, correction = select(
-            extrapolates,
-            (b * h / (2 * previous_h), slope_weight * h / previous_h, moment1 - slope_weight),
-            (0.0 * h, 0.0 * h, alone),
-        )
-        alpha = at_s.alpha
-        return at_s.sigma / at_t.sigma, alpha * c, alpha * predictor, alpha * corrector, alpha * correction
+        coef_x = at_s.sigma / at_t.sigma * (torch.exp(-self.eta * h) if self.eta else 1.0)
+        coef_x0 = -at_s.alpha * torch.expm1(-(1 + self.eta) * h)
+        return coef_x, coef_x0, at_s.sigma * torch.sqrt(-torch.expm1(-2 * self.eta * h))
 
 
 # Dormand and Prince (1980), table 2: nodes, stages, and the difference of the fifth- and fourth-order weights.

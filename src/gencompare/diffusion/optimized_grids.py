@@ -11,7 +11,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M, Euler, UniPC
+from gencompare.diffusion.multistep_samplers import AdamsBashforth, DPMSolverPP2M, UniPC
+from gencompare.diffusion.ode_samplers import Euler
 from gencompare.diffusion.samplers import DDIM, Sampler
 from gencompare.diffusion.times import KarrasGrid, LogSNRGrid, TabulatedGrid, TimeGrid, UniformGrid
 from gencompare.errors import UserError
@@ -64,10 +65,11 @@ def solve(sampler: Sampler, denoiser: DenoiserProtocol, noise: Tensor, cond: Con
 
 def check_optimizable(sampler: Sampler) -> None:
     """Raise `UserError` unless the sampler is deterministic and calls the network once a step."""
-    if not isinstance(sampler, (DDIM, Euler, DPMSolverPP2M, UniPC)) or (isinstance(sampler, DDIM) and sampler.eta):
+    one_call = isinstance(sampler, (DDIM, Euler, DPMSolverPP2M, UniPC, AdamsBashforth))
+    if not one_call or getattr(sampler, "eta", 0):
         raise UserError(
             f"The times of {type(sampler).__name__} cannot be optimised: choose deterministic samplers with one network"
-            " call a step, task.samplers=[ddim,euler,dpmpp_2m,unipc]."
+            " call a step, task.samplers=[ddim,euler,dpmpp_2m,unipc,deis]."
         )
 
 

@@ -6,6 +6,7 @@ Notation: a step goes from time :math:`t` to the less noisy time :math:`s < t`, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
@@ -193,6 +194,12 @@ def check_times(times: Tensor, schedule: NoiseSchedule) -> None:
             f"Sampling times range from {float(inside.min()):.4g} to {float(inside.max()):.4g}, but"
             f" {type(schedule).__name__} is defined from {schedule.t_min:.4g} to {schedule.t_max:.4g}."
         )
+
+
+def check_noise(name: str, noise: float) -> None:
+    """Raise `UserError` unless a sampler's setting for the noise of the reverse SDE is valid."""
+    if not 0 <= noise < math.inf:
+        raise UserError(f"sampler.{name}={noise} must be a finite number of at least 0 (0: the ODE, 1: the SDE).")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             every other part works on latents instead of images, except the augmentation. If None, the model works on
             pixels.
         clip_x0: clip predicted images to [-1, 1] while sampling; has no effect on latents, which are unbounded.
+        dynamic_threshold: the quantile of dynamic thresholding, which replaces plain clipping (see `ClipX0`); None
+            disables it.
         guidance: guidance of the denoiser while sampling; None disables guidance.
         label_dropout: probability of dropping label and embedding (both together) of a training image, for
             classifier-free guidance. A low-resolution image is never dropped.
@@ -79,6 +81,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         sampler: Sampler,
         latent: Callable[..., Latents] | None = None,
         clip_x0: bool = True,
+        dynamic_threshold: float | None = None,
         guidance: Guidance | None = None,
         label_dropout: float = 0.0,
         augmentation: Augmentation | None = None,
@@ -90,7 +93,8 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     ) -> None:
         super().__init__(spec, **training)
         self.schedule, self.parameterization = schedule, parameterization
-        self.objective, self.sampler, self.clip_x0 = objective, sampler, clip_x0
+        self.objective, self.sampler = objective, sampler
+        self.clip_x0, self.dynamic_threshold = clip_x0, dynamic_threshold
         self.guidance, self.label_dropout = guidance, label_dropout
         self.augmentation, self.patches = augmentation, patches
         self.pixel_decoder, self.likelihood_methods = pixel_decoder, dict(likelihoods or {})
@@ -127,7 +131,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
         return self._clip(guided)
 
     def _clip(self, denoiser: DenoiserProtocol) -> DenoiserProtocol:
-        return ClipX0(denoiser) if self.clips_x0 else denoiser
+        return ClipX0(denoiser, self.dynamic_threshold) if self.clips_x0 else denoiser
 
     @property
     def clips_x0(self) -> bool:
@@ -256,7 +260,10 @@ class Diffusion(MovesOtherModules, GenerativeModel):
     def sampling_description(self) -> str:
         learned = {"variance"} if self.parameterization.learns_variance else ()
         parts = [self.sampler.describe(learned), *([] if self.guidance is None else [self.guidance.describe()])]
-        return ", ".join([*parts, *(["x0 clipped"] if self.clips_x0 else [])])
+        if self.clips_x0:
+            threshold = self.dynamic_threshold
+            parts.append("x0 clipped" if threshold is None else f"x0 thresholded at quantile {threshold:g}")
+        return ", ".join(parts)
 
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         if self.spec.num_bins is None or not isinstance(self.space, PixelSpace) or not self.objective.trains_denoiser:
@@ -314,6 +321,7 @@ def check_composition(model: Diffusion) -> None:
     _check_decoder(model)
     _check_noise_levels(model.network, model.schedule, model.parameterization)
     _check_label_dropout(model)
+    _check_dynamic_threshold(model)
     if model.augmentation is not None and "low_res" in model.spec.conditions:
         raise UserError(
             "model.augmentation transforms the training images, but not their low-resolution images: use"
@@ -425,6 +433,20 @@ def _check_label_dropout(model: Diffusion) -> None:
     if model.label_dropout and not model.has_droppable_cond:
         raise UserError(
             f"model.label_dropout={model.label_dropout} needs labels or embeddings: add model.conditional=true."
+        )
+
+
+def _check_dynamic_threshold(model: Diffusion) -> None:
+    threshold = model.dynamic_threshold
+    if threshold is None:
+        return
+    check_number("model.dynamic_threshold", threshold)
+    if not 0 < threshold <= 1:
+        raise UserError(f"model.dynamic_threshold={threshold} must be a quantile in (0, 1], such as 0.995.")
+    if not model.clips_x0:
+        raise UserError(
+            f"model.dynamic_threshold={threshold} needs a model of pixels with model.clip_x0=true: latents are not"
+            " clipped."
         )
 
 

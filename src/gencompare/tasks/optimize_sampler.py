@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gencompare.data.datamodule import ImageData
-from gencompare.diffusion.ode_samplers import DPMSolverPP2M
+from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
 from gencompare.diffusion.optimized_grids import (
     OptimizedSampler,
     Problem,

@@ -40,6 +40,8 @@ DDPM_BETAS = (1e-4, 0.02)
 """The first and last beta of DDPM."""
 NOISE_KEY = "model.parameterization.noise_conditioning"
 TIMESTEP = f"{TimestepConditioning.__module__}.{TimestepConditioning.__qualname__}"
+UNLIMITED = 1e6
+"""Stands for no upper limit of the threshold of dynamic thresholding."""
 LOG_SNR_TOLERANCE = 1e-3
 """Rounding error of log-SNRs computed from float32 betas."""
 
@@ -58,10 +60,18 @@ def scheduler_config(model: TrainedModel) -> dict[str, Any] | None:
         return None
     return {
         "_class_name": "DDPMScheduler", "num_train_timesteps": T, "trained_betas": betas(model.schedule).tolist(),
-        "prediction_type": prediction_type, "clip_sample": model.clip_x0,
+        "prediction_type": prediction_type, **clipping(model),
         "variance_type": variance_type(model.sampler),
         **({"timestep_spacing": "trailing"} if model.schedule.ends_in_pure_noise else {}),
     }  # fmt: skip
+
+
+def clipping(model: Diffusion) -> dict[str, Any]:
+    """Return the settings of clipping or dynamic thresholding."""
+    if model.dynamic_threshold is None:
+        return {"clip_sample": model.clip_x0}
+    ratio = {"dynamic_thresholding_ratio": model.dynamic_threshold}
+    return {"clip_sample": False, "thresholding": True, **ratio, "sample_max_value": UNLIMITED}
 
 
 def betas(schedule: BetaTable) -> Tensor:
