@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from composing import compose
 from gaussian_truth import (
     MEAN,
     VARIANCE,
@@ -36,6 +38,8 @@ from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.models.diffusion import Diffusion
 from gencompare.rng import RandomSource, generator
+from gencompare.tasks.export import write_pipeline
+from gencompare.tasks.runs.build import build_data, build_model
 from parts import part
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -280,6 +284,19 @@ def test_the_levels_approach_each_other_in_training_and_are_close_in_evaluation(
     level = torch.tensor(1e6)  # where n = 1
     gaps = [1 - part("objective", "consistency").at_progress(p).lower_level(level) / level for p in (0, 0.5, 1)]
     assert gaps == [0.5, 2.0**-5, 2.0**-8]
+
+
+def test_visualisation_leaves_out_what_needs_a_denoiser() -> None:
+    images = model().eval().visualize(torch.zeros(4, *SPEC.shape), {}, generator=generator("cpu", 1))
+    assert images.keys() == {"inpainting", "trajectory"}
+    assert model().likelihoods() == {}
+
+
+def test_export_to_diffusers_is_refused(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    cfg = compose("model=ddpm", "model/objective=consistency", "model/sampler=consistency", "data=digits")
+    with pytest.raises(UserError, match="format=diffusers does not support consistency models"):
+        write_pipeline(cfg, build_model(cfg, build_data(cfg)), tmp_path)
 
 
 @pytest.mark.parametrize(

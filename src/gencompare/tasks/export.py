@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from gencompare.diffusion.objectives import Objective
 from gencompare.errors import UserError, printable
 from gencompare.files import write_json
 from gencompare.generative_model import TrainedModel
@@ -77,6 +78,9 @@ def write_pipeline(cfg: DictConfig, model: TrainedModel, out: Path) -> None:
         )
     if model.autoencoder() is not None:
         raise UserError("format=diffusers does not support latent diffusion: omit format.")
+    objective = getattr(model, "objective", None)
+    if isinstance(objective, Objective) and not objective.trains_denoiser:
+        raise UserError("format=diffusers does not support consistency models: omit format.")
     if network.conditions.image_channels:
         raise UserError(
             "format=diffusers: UNet2DModel takes only the noisy image, but this U-Net takes more input channels (a"
