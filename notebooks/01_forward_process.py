@@ -27,8 +27,8 @@ from torch.nn.functional import avg_pool2d, pad
 
 from gencompare.data.digits import Digits
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas, LinearBetas
-from gencompare.diffusion.objectives import NoisyBatch
 from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
+from gencompare.diffusion.objectives import NoisyBatch
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.schedules import VE, VP, RectifiedFlow, SubVP, schedule_curve
 from gencompare.diffusion.times import LogSNRGrid

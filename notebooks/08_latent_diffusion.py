@@ -31,8 +31,8 @@ from torch import nn
 import gencompare
 from gencompare.data.digits import Digits
 from gencompare.diffusion.discrete_schedules import CosineBetas
-from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
 from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
+from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
 from gencompare.diffusion.parameterizations import V
 from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.evaluation.extractors.shipped_classifiers import shipped_classifier

@@ -38,8 +38,8 @@ from torch import nn
 import gencompare
 from gencompare.data.generated_samples import read_samples
 from gencompare.diffusion.discrete_schedules import CosineBetas
-from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
 from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
+from gencompare.diffusion.objectives import UniformVWeighting, WeightedMSE
 from gencompare.diffusion.parameterizations import V
 from gencompare.diffusion.schedules import VariancePreserving, schedule_curve
 from gencompare.errors import UserError
