@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from composing import compose, options
 from gencompare.diffusion import likelihoods
@@ -30,6 +30,7 @@ from gencompare.diffusion.data_likelihood import (
 from gencompare.diffusion.denoiser import Cond, DenoiserProtocol
 from gencompare.diffusion.discrete_schedules import BetaTable, CosineBetas
 from gencompare.diffusion.likelihoods import ODELikelihood, VLBLikelihood
+from gencompare.diffusion.objectives import WeightedMSE
 from gencompare.diffusion.parameterizations import Prediction
 from gencompare.diffusion.schedules import VE, NoiseSchedule, RectifiedFlow, VariancePreserving
 from gencompare.errors import UserError
@@ -498,13 +499,16 @@ def test_default_method_needs_few_network_calls() -> None:
 def test_model_passes_the_data_likelihood_to_its_objective() -> None:
     seen: list[DataLikelihood] = []
 
-    class Asks(nn.Module):
+    class Remembers(WeightedMSE):
         def with_likelihood(self, likelihood: DataLikelihood) -> Any:
             seen.append(likelihood)
-            return lambda denoiser, x, cond, rng: {"loss": x.flatten(1).sum(1)}
+            return self
+
+        def __call__(self, denoiser: Any, x0: Tensor, cond: Cond, rng: Any) -> dict[str, Tensor]:
+            return {"loss": x0.flatten(1).sum(1)}
 
     diffusion = model()
-    diffusion.objective = Asks()  # type: ignore[assignment]
+    diffusion.objective = Remembers()
     diffusion.losses(torch.zeros(2, 1, 4, 4), {}, None)  # type: ignore[arg-type]
     assert (seen[0].num_bins, seen[0].num_values, float(seen[0].mask.sum())) == (17, 4, 4)
 
