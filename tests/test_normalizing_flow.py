@@ -279,6 +279,24 @@ def test_probabilities_of_all_discrete_images_sum_to_at_most_one(option: str) ->
     assert (2 ** (-4 * bits)).mean(0).sum() < 1.05
 
 
+@pytest.mark.parametrize("noise_std", [None, 0.3])
+def test_noise_of_training_and_of_likelihoods(noise_std: float | None) -> None:
+    """Uniform noise as wide as a bin, 2 / 16, or Gaussian noise in training; bits/dim always take the former."""
+    spec = DataSpec("grey", (1, 8, 8), num_bins=17, padding=2)
+    model = NormalizingFlow(spec, bijection=lambda shape, classes: Scaling(1.0), noise_std=noise_std)
+    x, seen = torch.full((500, 1, 8, 8), 0.5), []
+    model.bijection.register_forward_pre_hook(lambda module, args: seen.append(args[0] - 0.5))
+    (estimate,) = model.likelihoods().values()
+    model.losses(x, {}, RandomSource.for_batch(generator("cpu", 0), 500))
+    estimate.terms(x, {}, generator("cpu", 0))
+    metrics = model.validation_metrics(x, {}, RandomSource.for_batch(generator("cpu", 0), 500))
+    torch.testing.assert_close(metrics["bits_per_dim"].mean(), estimate.bits_per_dim(x, {}, generator("cpu", 1)).mean(),
+                               rtol=0, atol=0.02)  # fmt: skip
+    assert seen[0].shape == (500, 1, 4, 4), "without padding"
+    assert seen[0].std().item() == pytest.approx(noise_std or 0.125 / 12**0.5, rel=0.03)
+    assert seen[1].std().item() == pytest.approx(0.125 / 12**0.5, rel=0.03) and seen[1].abs().max() <= 0.0625
+
+
 class Scaling(Bijection):
     """z = x / std, with a fixed standard deviation."""
 
@@ -290,7 +308,8 @@ class Scaling(Bijection):
         return (x / self.log_std.exp()).flatten(1), -self.log_std.expand(x.shape).flatten(1).sum(1)
 
     def inverse(self, z: Tensor, label: Tensor | None = None, guidance_scale: float = 1.0) -> Tensor:
-        return (z * self.log_std.exp()).unflatten(1, (1, 2, 2))
+        side = math.isqrt(z.shape[1])
+        return (z * self.log_std.exp()).unflatten(1, (1, side, side))
 
     def nfe_networks(self) -> dict[str, nn.Module]:
         return {"flow": self}
