@@ -29,3 +29,8 @@ def samplers() -> list[str]:
     for name in options("model/sampler"):
         by_class.setdefault(type(part("sampler", name)), name)
     return list(by_class.values())
+
+
+def denoiser_samplers() -> list[str]:
+    """Return `samplers` without those for networks that predict something else than a denoiser."""
+    return [name for name in samplers() if name not in ("consistency", "meanflow")]
