@@ -35,3 +35,8 @@ def _inherits(name: str) -> bool:
     return any(
         "defaults" in OmegaConf.load(p) for root in roots() if (p := root / f"model/sampler/{name}.yaml").is_file()
     )
+
+
+def denoiser_samplers() -> list[str]:
+    """Return `samplers` without those for networks that predict something else than a denoiser."""
+    return [name for name in samplers() if name not in ("consistency", "meanflow")]

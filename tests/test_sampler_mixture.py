@@ -15,7 +15,7 @@ import torch
 from gaussian_truth import Mixture, even_levels
 from gencompare.diffusion.schedules import VE, VP, NoiseSchedule, RectifiedFlow
 from gencompare.rng import generator
-from parts import part, samplers
+from parts import denoiser_samplers, part
 
 N, PIXELS = 1500, 16
 STEPS = {"annealed_langevin": 40, "rk45": 2, "heun": 50, "restart": 50, "dpmpp_2s": 50, "predictor_corrector": 100}
@@ -48,7 +48,7 @@ def share_mean_std(x: torch.Tensor) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("make", SCHEDULES)
-@pytest.mark.parametrize("name", samplers())
+@pytest.mark.parametrize("name", denoiser_samplers())
 def test_weights_means_and_widths_of_a_mixture_are_correct(name: str, make: type[NoiseSchedule]) -> None:
     schedule = make()
     sampler = part("sampler", name, num_steps=STEPS.get(name, 250), **CHANGES.get(name, {}))

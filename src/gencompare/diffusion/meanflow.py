@@ -162,6 +162,7 @@ class MeanFlowSampler(Euler):
     modeling", algorithm 2 and eq. 12, https://arxiv.org/abs/2505.13447.
     """
 
+    order: ClassVar[int | None] = None
     needs_interval: ClassVar[bool] = True
 
     def trajectory(
