@@ -109,10 +109,14 @@ def unit_noise() -> Iterator[UnitNoise]:
         yield noise
 
 
+_ROWS: dict[tuple[Sampler, int], int] = {}
+"""Number of images that `moments` needs, for stochastic samplers and their number of times."""
+
+
 def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tuple[Tensor, Tensor]:
     """Return the exact mean, (3,), and covariance, (3, 3), of samples that start from the exact marginal at
     ``times[0]``."""
-    rows = 4
+    rows = _ROWS.get((sampler, len(times)), 4)
     while True:
         x = torch.zeros(rows, 1, 1, 3)
         x[1:4, 0, 0] = torch.eye(3)
@@ -120,7 +124,8 @@ def moments(sampler: Sampler, denoiser: DenoiserProtocol, times: Tensor) -> tupl
             out = sampler.sample(denoiser, x, generator=generator("cpu", 0), times=times)[:, 0, 0].double()
         if 4 + 3 * noise.draws == rows:
             break
-        rows = 4 + 3 * noise.draws  # a stochastic sampler: repeat with one image per random number
+        # A stochastic sampler: repeat with one image per random number, and remember their number.
+        rows = _ROWS[sampler, len(times)] = 4 + 3 * noise.draws
     gains = out[1:] - out[0]
     mean, covariance = true_moments(denoiser.schedule, times[0])
     return out[0] + mean @ gains[:3], gains[:3].T @ covariance @ gains[:3] + gains[3:].T @ gains[3:]

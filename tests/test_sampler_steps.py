@@ -383,14 +383,11 @@ def test_ddim_with_eta_one_is_ancestral_with_small_variance(schedule: NoiseSched
 
 
 SASolver1 = partial(SASolver, num_steps=30, predictor_order=1, corrector_order=0)
-SASolver3 = partial(SASolver, num_steps=30, tau=0.0)
 SAME: dict[str, tuple[Sampler, Sampler]] = {
     **{f"deis_1 {v}": (DDIM(num_steps=30), AdamsBashforth(num_steps=30, solver_order=1, variable=v))
        for v in AdamsBashforth.VARIABLES},
     "sa_1": (Ancestral(num_steps=30), SASolver1(tau=1.0)),
     "sa_1 ode": (DDIM(num_steps=30), SASolver1(tau=0.0)),
-    "unipc_2": (UniPC(num_steps=30, variant="bh1"), SASolver3(predictor_order=2, corrector_order=3)),
-    "unipc_3": (UniPC(num_steps=30, variant="bh1", solver_order=3), SASolver3()),
     "dpmpp_2m": (DPMSolverPP2M(num_steps=30), DPMSolverPP2M(num_steps=30, eta=1e-20)),
     "dpmpp_2s": (DPMSolverPP2S(num_steps=30), DPMSolverPP2S(num_steps=30, eta=1e-20)),
     "restart": (Heun(num_steps=30), Restart(num_steps=30, num_restarts=0)),

@@ -381,8 +381,9 @@ class SASolver(_DataMultistep):
 
     The equation is that of the module with :math:`\eta = \tau^2`, and predictor and corrector share the noise z. Xue et
     al. (2023), "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", eq. 13 to 18 and algorithm
-    1, https://arxiv.org/abs/2309.05019. With two points, the integral of the slope is :math:`(1 + \tau^2) h / 2` as in
-    the published code. (The paper's experiments set :math:`\tau` to 0 at the lowest and highest noise.)
+    1, https://arxiv.org/abs/2309.05019. Integrals are exact, as in the paper. (With two points, its code replaces that
+    of the slope by :math:`(1 + \tau^2) h / 2`, which is too large for long steps. The paper's experiments set
+    :math:`\tau` to 0 at the lowest and highest noise.)
 
     A predictor of order 3 alone, with :math:`\tau = 1`, is DPM-Solver++(3M) SDE. (k-diffusion and the published code of
     DPM-Solver++ take half of the second derivative there, which leaves second order.)
@@ -420,9 +421,6 @@ class SASolver(_DataMultistep):
     @property
     def noise(self) -> float:
         return self.tau**2
-
-    def linear_integral(self, h: Tensor) -> Tensor:
-        return (1 + self.noise) * h / 2
 
 
 @dataclass(frozen=True, kw_only=True)
