@@ -99,7 +99,7 @@ def vdvae() -> int:
 def pixelcnnpp() -> int:
     """Count the parameters of Salimans et al. (2017) with the published code (openai/pixel-cnn, model.py).
 
-    There are 160 filters and 5 blocks per level. Convolutions have 2x3 kernels in the vertical stream and 2x2 kernels in
+    There are 160 filters and 5 blocks per level. Convolutions have 2x3 kernels in the vertical stream and 2x2 in
     the horizontal one, and weights, gains and biases. An output pixel has 10 components of 10 parameters.
     """
     width = 160
