@@ -109,7 +109,8 @@ class CausalBlock(nn.Module):
         q, k, v = self._heads(self.norm1(h))
         keys[:, :, length : length + 1], values[:, :, length : length + 1] = k, v
         # Under autocast, q, k and v have 16 bits and the cache has 32.
-        return self._add_mlp(h, attention(q, *(each[:, :, : length + 1].to(q.dtype) for each in (keys, values))))
+        keys, values = (each[:, :, : length + 1].to(q.dtype) for each in (keys, values))
+        return self._add_mlp(h, attention(q, keys, values))
 
     def _heads(self, h: Tensor) -> tuple[Tensor, ...]:
         """Compute queries, keys and values, each (n, heads, tokens, d)."""
