@@ -75,6 +75,8 @@ QUICK = {
     "evaluation.protocol.num_likelihood_images": "evaluation.protocol.num_likelihood_images=4",
 }  # fmt: skip
 """Overrides, by key, that make a run small."""
+SHORT_STAGE = ["model.latent.budget.images=null", "model.latent.budget.steps=2"]
+"""Overrides that shorten the training of an autoencoder before a model of its latents."""
 
 
 def documented_commands() -> dict[str, str]:
@@ -131,7 +133,7 @@ class Workspace:
             "weights=posthoc": ["model=ddpm", "+callbacks.posthoc_ema=posthoc_ema"],
             "model.guidance.scale=1,": guided, "guidance": conditional, "temperature": ["model=hvae"],
             "pixel_noise": ["model=vae"], "num_sampling_steps": ["model=ebm"], "autoencoder_run": ["model=autoencoder"],
-            "mean_shift": ["model=vae"], "": ["model=ddpm"],
+            "mean_shift": ["model=vae"], "top_k": ["model=vqtransformer", *SHORT_STAGE], "": ["model=ddpm"],
         }  # fmt: skip
         key = next(key for key in settings if key in command)
         name = re.sub(r"\W+", "_", " ".join(settings[key]))
@@ -201,8 +203,8 @@ def small(command: str, run_folder: str) -> list[str]:
         changed += [*quick.values()]
         if "trainer=ddp" in arguments:
             changed.append("trainer.accelerator=cpu")
-        if "model=ldm" in arguments or "model/latent=autoencoder" in arguments:
-            changed += ["model.latent.budget.images=null", "model.latent.budget.steps=2"]
+        if any(re.search("=ldm|vqtransformer|latent=autoencoder", each) for each in arguments):
+            changed += SHORT_STAGE
     elif evaluates:
         changed += [QUICK["evaluation.num_images"], QUICK["evaluation.protocol.num_likelihood_images"]]
     elif "task=visualize" in arguments or "task=sample" in arguments:

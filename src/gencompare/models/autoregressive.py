@@ -101,7 +101,8 @@ class AutoregressivePixels(GenerativeModel):
     def likelihoods(self) -> dict[str, LikelihoodEstimate]:
         if not self.likelihood.is_data_likelihood:
             return {}
-        return {"pixels": LikelihoodEstimate("exact", self._terms)}
+        method = "discrete" if self.spec.num_bins is not None else "continuous"
+        return {"pixels": LikelihoodEstimate("exact", self._terms, method)}
 
     @torch.no_grad()
     def _terms(self, x: Tensor, cond: Cond, generator: torch.Generator) -> dict[str, Tensor]:
