@@ -37,7 +37,7 @@ COMPOSED = (
     (r"experiment=(cifar10|eurosat64|fashion_mnist)|data=eurosat64", "hours of training, or weeks"),
     (r"task=validate_metrics", "an hour; tests/test_metric_validation.py runs a small one"),
     (r"launcher=slurm", "needs a SLURM cluster"),
-    (r"search=families", "a search for each of fifteen families; +search=optuna runs"),
+    (r"search=families", "a search for each family; +search=optuna runs"),
     (r"model=mine|mypackage", "placeholders"),
 )
 """Commands that are composed, but not run, with the reason."""
