@@ -17,8 +17,8 @@ Differences in convention:
   timestep is not compared.
 - UniPC-3. diffusers lowers the order of its last two steps, which are not compared. (With ``lower_order_final=False``
   it fails.) DEIS, LMS and SA-Solver end at a small sigma or extrapolate to 0: their last step is not compared.
-- SA-Solver. With two points, diffusers and the published code add a term of third order, which the paper does not have
-  and which makes long steps inaccurate. Here integrals are exact, and the tests remove the term from diffusers.
+- SA-Solver. With two points, diffusers adds a term of third order, the "rescaling" of appendix D of the paper for few
+  steps, which makes long steps inaccurate. Here integrals are exact, and the tests remove the term.
 - DPM-Solver++(2S). The scheduler of diffusers takes every second grid time as the middle of a step; here, as in the
   paper and in k-diffusion, the middle is half-way in log-SNR.
 - Clipping is switched off in diffusers; here it is a wrapper of the denoiser.
@@ -101,7 +101,7 @@ NOT_LOWER = {"lower_order_final": False}
 
 
 class ExactSASolver(diffusers.SASolverScheduler):
-    """SA-Solver with the integrals of the paper: it cancels the term that diffusers adds with two points."""
+    """SA-Solver with exact integrals: it cancels the term that diffusers adds with two points."""
 
     def get_coefficients_fn(self, order: int, start: Any, end: Any, nodes: Any, tau: Any) -> list[Tensor]:
         first, *others = super().get_coefficients_fn(order, start, end, nodes, tau)

@@ -287,7 +287,7 @@ def test_heun_with_churn_is_algorithm_2() -> None:
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
-def test_restart_is_algorithm_1() -> None:
+def test_restart_is_algorithm_2() -> None:
     """As in Xu et al. (2023): Heun's method to s_min, then K times noise to s_max and Heun steps back, whose sigmas are
     evenly spaced in sigma^(1/7)."""
     sigmas = [0.02 * 5000**t for t in (0.6, 0.5, 0.4, 0.3)]
@@ -308,6 +308,20 @@ def test_restart_is_algorithm_1() -> None:
         x = x + (2.0**2 - sigmas[2] ** 2) ** 0.5 * normal_like(x, source)
         x = heun(x, (np.linspace(2.0 ** (1 / 7), sigmas[2] ** (1 / 7), 4) ** 7).tolist())
     torch.testing.assert_close(found, heun(x, sigmas[2:]), rtol=1e-9, atol=1e-9)
+
+
+def test_restart_takes_the_denoiser_calls_of_the_paper() -> None:
+    """Table 3 of Xu et al. (2023): 18 steps and two restarts of three levels are 2 * 18 - 1 + 2 * 2 * (3 - 1) calls."""
+    calls = 0
+
+    class Counted(ConstantDenoiser):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+            nonlocal calls
+            calls += 1
+            return super().__call__(x_t, t, cond)
+
+    Restart(num_steps=18).sample(Counted(VE()), torch.randn(1, 1, 1, 3), generator=generator("cpu", 0))
+    assert calls == 43
 
 
 def test_er_sde_is_the_formula_of_the_paper() -> None:

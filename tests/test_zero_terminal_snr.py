@@ -160,7 +160,8 @@ def test_samples_have_the_moments_of_the_data(name: str, parameterization: type[
     "name", ["heun", "restart", "dpmpp_2m", "dpmpp_2s", "unipc", "deis", "sa_solver", "er_sde", "rk45"]
 )
 def test_samplers_of_higher_order_reproduce_the_data(name: str) -> None:
-    sampler = sampler_named(name, T)
+    # The error of the two steps of a restart does not depend on the grid.
+    sampler = sampler_named(name, T, **({"restart_steps": 10} if name == "restart" else {}))
     assert error(sampler, exact(cosine()), sampler.times(cosine())) < 5e-3
 
 

@@ -49,10 +49,11 @@ class ConsistencyTraining(Objective):
     where this is always so, the loss is that of a diffusion model, so that training may start from scratch or from the
     weights of a diffusion model.
 
-    Geng et al. (2024), "Consistency models made easy", sections 3.2 and 3.3, https://arxiv.org/abs/2406.14548, with
-    the constants of the published code for CIFAR-10, which has c = 0; c and the pseudo-Huber distance d are those of
-    Song and Dhariwal (2023), "Improved techniques for training consistency models", section 3.3,
-    https://arxiv.org/abs/2310.14189. Here d is divided by :math:`\sqrt D`, for the D values of an image.
+    Geng et al. (2024), "Consistency models made easy", https://arxiv.org/abs/2406.14548, with the constants of the
+    published code for CIFAR-10 (https://github.com/locuslab/ect), which has c = 0; c and the pseudo-Huber distance d
+    are those of Song and Dhariwal (2023), "Improved techniques for training consistency models", section 3.3,
+    https://arxiv.org/abs/2310.14189. Here d is divided by :math:`\sqrt D`, for the D values of an image; their c is
+    :math:`0.00054 \sqrt D`.
 
     Losses of images in evaluation are those of the end of training, a = ``num_stages``.
 

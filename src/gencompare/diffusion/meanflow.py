@@ -46,7 +46,8 @@ class MeanFlow(Objective):
     .. math:: w = (\|u_\theta - u^*\|^2 / D + 10^{-3} / D)^{-p}
 
     has no gradient; p = 0 gives the squared error. Geng et al. (2025), "Mean flows for one-step generative modeling",
-    algorithm 1, eq. 10 and 22, https://arxiv.org/abs/2505.13447 (whose loss is multiplied by :math:`D^{1 - p}`).
+    algorithm 1, eq. 9, 11 and 22, https://arxiv.org/abs/2505.13447 (whose loss is multiplied by :math:`D^{1 - p}`),
+    with the settings for ImageNet as defaults.
 
     The derivative is a forward-mode derivative in the direction (v, 0, 1) of (x, r, t), computed without a graph, only
     for the images with r < t. If the network has dropout, it is computed for all images, with the masks of

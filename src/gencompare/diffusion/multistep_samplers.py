@@ -50,18 +50,18 @@ class AdamsBashforth(Sampler):
 
     where P is the polynomial through the predicted noise at this time and at ``solver_order`` - 1 times before it. A
     step takes one denoiser call. ``solver_order=1`` is `DDIM`. Zhang and Chen (2023), "Fast Sampling of Diffusion
-    Models with Exponential Integrator", eq. 14 and 15, https://arxiv.org/abs/2204.13902.
+    Models with Exponential Integrator", https://arxiv.org/abs/2204.13902.
 
     The methods differ in the variable of the polynomial:
 
     - ``log_rho``: DEIS in diffusers. Its order does not depend on the schedule.
-    - ``t``: tAB-DEIS, which the paper recommends for the VP SDE. Under a table of betas, :math:`\epsilon` has a kink in
-      t at every entry, so it needs a fine table.
+    - ``t``: tAB-DEIS. Under a table of betas, :math:`\epsilon` has a kink in t at every entry, so it needs a fine
+      table.
     - ``rho``: rhoAB-DEIS, which is the linear multistep method (LMS) of k-diffusion.
     - ``step``: iPNDM, where P is a polynomial in the index of the step and its mean over the step stands for that over
-      :math:`\rho`, so that the coefficients, such as (3, -1) / 2, are constant. Its order is at most 2. Liu et al.
-      (2022), "Pseudo Numerical Methods for Diffusion Models on Manifolds", eq. 12, https://arxiv.org/abs/2202.09778,
-      without their Runge-Kutta steps at the start, as in Zhang and Chen, appendix H.3.
+      :math:`\rho`, so that the coefficients, such as (3, -1) / 2, are constant. Its order is at most 2. This is the
+      linear multistep method of Liu et al. (2022), "Pseudo Numerical Methods for Diffusion Models on Manifolds",
+      https://arxiv.org/abs/2202.09778, without their Runge-Kutta steps at the start, as in Zhang and Chen.
 
     Args:
         solver_order: the number of points of the polynomial, from 1 to 4.
@@ -256,7 +256,7 @@ class DPMSolverPP2M(_DataMultistep):
 
     where primes mark the previous step. The first step is of first order. (In the paper lambda is half the log-SNR.) Lu
     et al. (2022), "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2 and, for :math:`\eta = 1`,
-    SDE-DPM-Solver++(2M) of section 6, https://arxiv.org/abs/2211.01095.
+    SDE-DPM-Solver++(2M), https://arxiv.org/abs/2211.01095.
 
     Args:
         eta: :math:`\eta`, the noise: 0 solves the probability-flow ODE and 1 the reverse SDE.
@@ -326,10 +326,11 @@ class SASolver(_DataMultistep):
     r"""SA-Solver: a stochastic Adams predictor and corrector for the reverse SDE, one denoiser call per step.
 
     The equation is that of the module with :math:`\eta = \tau^2`, and predictor and corrector share the noise z. Xue et
-    al. (2023), "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", eq. 13 to 18 and algorithm
-    1, https://arxiv.org/abs/2309.05019. Integrals are exact, as in the paper. (With two points, its code replaces that
-    of the slope by :math:`(1 + \tau^2) h / 2`, which is too large for long steps. The paper's experiments set
-    :math:`\tau` to 0 at the lowest and highest noise.)
+    al. (2023), "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", SA-Predictor and
+    SA-Corrector, https://arxiv.org/abs/2309.05019. The default orders are those of the published code,
+    https://github.com/scxue/SA-Solver. Integrals are exact. (For few steps, appendix D replaces that of the slope by
+    :math:`(1 + \tau^2) h / 2` if there are two points, as diffusers does for any number of steps; it is too large for
+    long steps. The code sets :math:`\tau` to 0 at the lowest and highest noise.)
 
     A predictor of order 3 alone, with :math:`\tau = 1`, is DPM-Solver++(3M) SDE. (k-diffusion and the published code of
     DPM-Solver++ take half of the second derivative there, which leaves second order.)
@@ -371,18 +372,20 @@ class SASolver(_DataMultistep):
 
 @dataclass(frozen=True, kw_only=True)
 class ERSDE(_DataMultistep):
-    r"""ER-SDE-Solver: the extended reverse-time SDE with the noise that the paper recommends.
+    r"""ER-SDE-Solver: the extended reverse-time SDE with the noise scale function of the published code.
 
     .. math::
         \frac{x_s}{\alpha_s} = \frac{\phi_s}{\phi_t} \frac{x_t}{\alpha_t}
-            + \int_{\rho_t}^{\rho_s} \frac{\phi_s\, \phi'(\rho)}{\phi(\rho)^2} x_0(\rho)\, d\rho
+            + \int_{\rho_s}^{\rho_t} \frac{\phi_s\, \phi'(\rho)}{\phi(\rho)^2} x_0(\rho)\, d\rho
             + \sqrt{\rho_s^2 - \rho_t^2 \frac{\phi_s^2}{\phi_t^2}}\, z, \qquad
         \phi(\rho) = \rho\, (e^{\rho^{0.3}} + 10), \qquad \rho = \sigma / \alpha,
 
     where :math:`x_0` is a polynomial in :math:`\rho`. (:math:`\phi = \rho^{1 + \eta}` gives the equation of the
-    module.) Cui et al. (2023), "Elucidating the Solution Space of Extended Reverse-Time SDE for Diffusion Models", eq.
-    12 to 18 and "ER SDE 5", https://arxiv.org/abs/2309.06169. They approximate the derivatives for ``solver_order=3``
-    by differences of lower order; here the polynomial passes through all points.
+    module.) Cui et al. (2023), "Elucidating the Solution Space of Extended Reverse-Time SDE for Diffusion Models",
+    https://arxiv.org/abs/2309.06169, where this :math:`\phi` is "ER SDE 5". For ``solver_order=3``, their code
+    (https://github.com/QinpengCui/ER-SDE-Solver) expands :math:`x_0` at t with a first derivative of lower order; here
+    the polynomial passes through all points. Integrals are computed by Gauss-Legendre quadrature, there by sums of 100
+    terms.
 
     Args:
         solver_order: the number of points of the polynomial, from 1 to 3.

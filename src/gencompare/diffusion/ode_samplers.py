@@ -163,14 +163,15 @@ class Restart(Sampler):
     At the time of the grid whose :math:`\sigma / \alpha` is nearest to ``s_min`` (in its logarithm), noise raises
     :math:`\sigma / \alpha` to ``s_max``, and Heun steps lead back to that time; this is repeated ``num_restarts``
     times. The noise contracts the errors that have accumulated. Xu et al. (2023), "Restart Sampling for Improving
-    Generative Processes", algorithm 1 and eq. 2, https://arxiv.org/abs/2306.14878. As there, the levels of a restart
-    are evenly spaced in :math:`\sigma^{1/7}`. If the schedule ends below ``s_max``, restarts begin at its end; if no
-    time of the grid has noise below ``s_max``, there are none.
+    Generative Processes", algorithm 2 and eq. 3 and 4, https://arxiv.org/abs/2306.14878. As there, the levels of a
+    restart are evenly spaced in :math:`\sigma^{1/7}`. The defaults are those of 43 denoiser calls for VP on CIFAR-10
+    (table 3). If the schedule ends below ``s_max``, restarts begin at its end; if no time of the grid has noise below
+    ``s_max``, there are none.
 
     Args:
         num_steps: number of steps of the grid, without those of restarts.
         num_restarts: K, the number of restarts; 0 is `Heun`.
-        restart_steps: number of Heun steps in each restart.
+        restart_steps: number of Heun steps in each restart, :math:`N_{Restart} - 1` in the paper, which counts levels.
         s_min: :math:`\sigma / \alpha` at the end of restarts.
         s_max: :math:`\sigma / \alpha` at the beginning of restarts.
     """
@@ -178,7 +179,7 @@ class Restart(Sampler):
     order = None
     RHO: ClassVar[float] = 7.0
     num_restarts: int = 2
-    restart_steps: int = 3
+    restart_steps: int = 2
     s_min: float = 0.06
     s_max: float = 0.3
 
@@ -237,7 +238,7 @@ class DPMSolverPP2S(Sampler):
     where m is the time whose log-SNR is halfway, and :math:`x_m` is the result of a first-order step to it. The noise
     of the whole step consists of the noise in :math:`x_m` and that of the second half. (k-diffusion draws both from one
     Brownian motion in :math:`\sigma / \alpha` instead.) The step into clean data is of first order. Lu et al. (2022),
-    "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 1 with r = 1/2, and section 6,
+    "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 1 with r = 1/2, and its solvers of the SDE,
     https://arxiv.org/abs/2211.01095.
 
     Args:

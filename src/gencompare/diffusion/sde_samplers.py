@@ -174,8 +174,8 @@ class AnnealedLangevin(Sampler):
         step_size: :math:`\epsilon / \sigma_L^2`, which must be below 4, or Langevin steps diverge. The paper's 2e-5 /
             0.01^2 is 0.2.
         denoise: use one more network call to return the predicted image instead of a sample with the noise of the last
-            level (Jolicoeur-Martineau et al. 2021, "Adversarial score matching", section 3.1,
-            https://arxiv.org/abs/2009.05475).
+            level (Jolicoeur-Martineau et al. 2021, "Adversarial score matching and improved sampling for image
+            generation", https://arxiv.org/abs/2009.05475).
     """
 
     order = None

@@ -37,7 +37,7 @@ class NormalizingFlow(GenerativeModel):
     .. math:: x \leftarrow x + \sigma^2 \nabla_x \log p(x),
 
     the mean of the clean image given the noisy one if p is the density of noisy images (Tweedie's formula). Zhai et al.
-    (2024), "Normalizing flows are capable generative models", sections 3.2 and 3.3, https://arxiv.org/abs/2412.06329.
+    (2024), "Normalizing flows are capable generative models", sections 2.4 and 2.5, https://arxiv.org/abs/2412.06329.
     Denoising takes a forward and a backward pass. Bits/dim are those of the density p before denoising.
 
     Args:

@@ -40,7 +40,7 @@ class TokenTransformer(GenerativeModel):
             model.
         latent: a factory ``spec -> Tokens``.
         temperature: divides the logits while sampling; 1 samples from the model.
-        top_k: number of most probable codes that may be sampled (Esser et al. 2021, section 4.1); None for all.
+        top_k: number of most probable codes that may be sampled (Esser et al. 2021); None for all.
         kwargs: see `TrainedModel`.
     """
 

@@ -277,10 +277,10 @@ class AffineCoupling(nn.Module):
 
     .. math:: y_1 = x_1, \quad y_2 = s(a) \, (x_2 + t), \quad (a, t) = \mathrm{network}(x_1)
 
-    (Kingma and Dhariwal 2018, table 1). The scale is :math:`s = e^{\tanh a}`, as in RealNVP (Dinh et al. 2017, section
-    4.1), or :math:`s = \sigma(a + 2)`, as in the published code of Glow. The sigmoid only contracts, and has no lower
-    bound, so `inverse`, which divides by it, overflows more easily. The last layer of the network is zero at
-    initialisation.
+    (Kingma and Dhariwal 2018, table 1). The scale is :math:`s = e^{\tanh a}`, as in RealNVP (Dinh et al. 2017, whose
+    tanh has a learned factor), or :math:`s = \sigma(a + 2)`, as in the published code of Glow. The sigmoid only
+    contracts, and has no lower bound, so `inverse`, which divides by it, overflows more easily. The last layer of the
+    network is zero at initialisation.
 
     Shapes: (n, channels, h, w) -> (n, channels, h, w), and the log-determinant (n,).
     """

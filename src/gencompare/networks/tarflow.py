@@ -21,7 +21,7 @@ INIT_STD = 0.01
 
 
 class TarFlow(Bijection):
-    r"""The flow of Zhai et al. (2024), "Normalizing flows are capable generative models", section 3
+    r"""The flow of Zhai et al. (2024), "Normalizing flows are capable generative models", sections 2.2 and 2.3
     (https://arxiv.org/abs/2412.06329).
 
     The image is split into N patches, the tokens. Each of T blocks (`TarFlowBlock`) transforms every token depending on
@@ -30,7 +30,11 @@ class TarFlow(Bijection):
     the FLOPs of about one forward pass.
 
     Guidance extrapolates mean and log scale of each token from those without label,
-    :math:`u + \mathrm{scale} \, (c - u)` (section 3.4; their w is scale - 1).
+    :math:`u + \mathrm{scale} \, (c - u)` (section 2.6; their w is scale - 1).
+
+    Differences from the published code (https://github.com/apple/ml-tarflow): layer normalisation after the last
+    transformer layer of a block, an embedding of its own for "no label" instead of the mean of all classes, and
+    guidance of constant strength, which grows along the sequence in the published evaluation.
 
     Args:
         shape: (C, H, W) of x; H and W must be multiples of ``patch_size``.
@@ -104,7 +108,7 @@ class TarFlowBlock(nn.Module):
 
     .. math:: z_1 = x_1, \quad z_k = (x_k - \mu_k) \odot e^{-\alpha_k}, \quad (\mu_k, \alpha_k) = g(x_1, ..., x_{k - 1})
 
-    so :math:`\log |\det \partial z / \partial x| = -\sum_k \sum_j \alpha_{kj}` (Zhai et al. 2024, section 3.1).
+    so :math:`\log |\det \partial z / \partial x| = -\sum_k \sum_j \alpha_{kj}` (Zhai et al. 2024, section 2.2).
     Position and class embeddings are added to the tokens. The last layer of g is zero at initialisation, so the block
     is the identity.
 
