@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from composing import compose
 from gencompare.command_line import conf_dir
-from gencompare.diffusion.data_likelihood import GaussianDecoder
-from gencompare.hyperparameters import qualified_name
 from gencompare.records import RunRecord
 from hydra_plugins.gencompare_sweeps.sweepers import families
 
@@ -22,6 +21,11 @@ FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "com
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
 STUDIES = {"few_calls", "fewer_images", "ncsn", "precision", "schedules", "sde_vp"}
 """Comparisons of models that are not presets."""
+NOT_MEASURED_YET = {
+    "digits": {"glow", "tarflow"},
+    "fashion_mnist": {"consistency", "glow", "meanflow", "pixelcnnpp", "tarflow", "vqtransformer"},
+}
+"""Families that are newer than a page of families."""
 DATA_SETS = {"digits", "fashion_mnist"}
 """Comparisons of all families on one data set."""
 
@@ -38,9 +42,16 @@ def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
     model.pop("likelihoods", None)
     model.get("sampler", {}).pop("s_max", None)
     model.get("latent", {}).pop("budget", None)
-    if "schedule" in model:  # a diffusion model; records that are older than this option have its default
-        model.setdefault("pixel_decoder", {"_target_": qualified_name(GaussianDecoder)})
+    if "schedule" in model:  # a diffusion model; records that are older than these options have their defaults
+        model = defaults_of_new_options() | model
     return {"model": model, "batch": cfg.trainer.global_batch_size}
+
+
+@cache
+def defaults_of_new_options() -> dict[str, Any]:
+    default = OmegaConf.to_container(compose("model=ddpm").model, resolve=True)
+    assert isinstance(default, dict)
+    return {name: default[name] for name in ("pixel_decoder", "dynamic_threshold")}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -84,7 +95,7 @@ def test_the_default_metric_ranks_every_page(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", [name for name in FOLDERS if name in DATA_SETS])
 def test_a_page_of_families_has_all_families_with_equal_seeds(folder: str) -> None:
-    of_sweep = families().split(",")
+    of_sweep = {*families().split(",")} - NOT_MEASURED_YET.get(folder, set())
     runs = [(each.family, each.seed) for each in records(folder) if "_half_" not in each.name]
     seeds = {seed for _, seed in runs}
     assert seeds and sorted(runs) == sorted((family, seed) for family in of_sweep for seed in seeds)

@@ -234,5 +234,5 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert WarmupDecay(decay="linear", last=0.2)(7, 0.5) == pytest.approx(0.6)
     with pytest.raises(UserError, match="last=2"):
         WarmupDecay(last=2.0)
-    with pytest.raises(UserError, match="constant, cosine or linear"):
-        WarmupDecay(decay="exponential")
+    with pytest.raises(UserError, match="constant, cosine, linear or exponential"):
+        WarmupDecay(decay="polynomial")
