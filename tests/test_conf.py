@@ -111,6 +111,8 @@ def reduced_config(name: str, *overrides: str) -> DictConfig:
             cfg.model[network].channels = 32
         if isinstance(cfg.model.get(network, {}).get("num_blocks"), int):
             cfg.model[network].num_blocks = 1
+    if "hidden_size" in cfg.model.get("network", {}):
+        cfg.model.network.hidden_size, cfg.model.network.depth = 64, 1
     if cfg.model.get("latent"):
         cfg.model.latent.autoencoder.encoder.channels = cfg.model.latent.autoencoder.decoder.channels = 8
     if channels := cfg.model.get("energy", {}).get("channels"):

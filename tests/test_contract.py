@@ -153,7 +153,7 @@ SMALLER = {
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 
 SLOW = {
-    "ddpm", "vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow", "tarflow",
+    "hvae", "ddpm", "vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow", "tarflow",
 }  # fmt: skip
 """Families that take up to 90 seconds; others of the same class are in ``make test``."""
 
