@@ -153,9 +153,10 @@ SMALLER = {
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 
 SLOW = {
-    "hvae", "ddpm", "vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow", "tarflow",
+    "ddpm", "vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow", "tarflow",
+    "hvae",
 }  # fmt: skip
-"""Families that take up to 90 seconds; others of the same class are in ``make test``."""
+"""Families that take up to 90 seconds; except for ``hvae``, others of the same class are in ``make test``."""
 
 
 @pytest.mark.parametrize(
