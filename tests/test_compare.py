@@ -764,7 +764,7 @@ def test_titles_of_metrics(name: str, title: str):
     assert formatting.title(name) == title
 
 
-def test_bits_per_dim_of_all_families_are_in_one_table_and_plotted_against_quality(tmp_path: Path):
+def test_bits_per_dim_of_all_families_are_compared(tmp_path: Path):
     def measured(value: float, **bits: tuple[float, str, str]) -> Any:
         metrics = {
             f"bpd_{name}": Metric(each, higher_is_better=False, note=note, method=method)

@@ -399,7 +399,7 @@ def test_decoders_are_those_of_the_published_codes() -> None:
     close(decoder_log_prob(SoftmaxDecoder(), x, 256), logits.log_softmax(0)[[0, 37, 255]])
 
 
-def test_the_posterior_decoder_trains_the_variance_and_the_softmax_decoder_the_schedule() -> None:
+def test_decoders_train_the_variance_and_the_schedule() -> None:
     x = torch.linspace(-1, 1, 17).view(-1, 1, 1, 1)
     fraction = torch.full_like(x, 0.5).requires_grad_()
     at = [Even(5.0, 4.0).at(x.new_tensor(t), x) for t in (0.0, 1.0)]
