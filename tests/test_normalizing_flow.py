@@ -131,7 +131,7 @@ def test_actnorm_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> N
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-12)
 
 
-def test_the_1x1_convolution_is_a_convolution_with_a_rotation_at_initialisation() -> None:
+def test_the_1x1_convolution_starts_as_a_rotation() -> None:
     conv, x = InvertibleConv1x1(6).double(), images(2, (6, 3, 2))
     lower, upper = conv._factors()
     weight = conv.permutation @ lower @ upper

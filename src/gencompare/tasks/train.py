@@ -415,8 +415,10 @@ def flops_utilization(clock: TrainingClock, trainer: pl.Trainer) -> float | None
         dtype = torch.mm(one, one).dtype  # autocast may change it
     settings = next((each for each in trainer.callbacks if isinstance(each, DeviceSettings)), None)  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision(settings.matmul_precision if settings else default)
-    ceiling = matmul_flops_per_second(device, dtype)
-    torch.set_float32_matmul_precision(default)
+    try:
+        ceiling = matmul_flops_per_second(device, dtype)
+    finally:
+        torch.set_float32_matmul_precision(default)
     return None if ceiling is None else clock.flops / clock.device_seconds / ceiling
 
 
