@@ -101,7 +101,7 @@ class DiT(nn.Module):
             _check_base_width(base_width, hidden_size, num_heads)
             noise_layer = self.noise[1]
             assert isinstance(noise_layer, nn.Linear)
-            rescale_inputs([self.stem, noise_layer], hidden_size, base_width)
+            rescale_inputs([self.stem, noise_layer], base_width / hidden_size)
         for last in (self.modulation, self.out, *(block.modulation for block in self.blocks)):
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)

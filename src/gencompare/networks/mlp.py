@@ -100,7 +100,7 @@ class DenoisingMLP(nn.Module):
         self.base_width = base_width
         if base_width is not None:
             check_counts("model.network", base_width=base_width)
-            rescale_inputs([each for each in [self.conditions.augment] if each is not None], width, base_width)
+            rescale_inputs([each for each in [self.conditions.augment] if each is not None], base_width / width)
 
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = self.conditions.embed(self.noise, noise_cond, cond)

@@ -26,19 +26,28 @@ def lr_factors(network: nn.Module, inputs: Collection[nn.Module], ratio: float) 
     """Return the factor of the learning rate for each hidden and output weight, by name.
 
     Args:
-        network: a network of linear layers.
+        network: a network of linear layers and convolutions.
         inputs: those of its layers whose number of inputs does not grow with the width.
         ratio: base width / width.
     """
     hidden = {
-        name: each for name, each in network.named_modules() if isinstance(each, nn.Linear) and each not in inputs
+        name: each
+        for name, each in network.named_modules()
+        if isinstance(each, nn.Linear | nn.Conv2d) and each not in inputs
     }
     return {f"{name}.weight": ratio for name in hidden}
 
 
 @torch.no_grad()
-def rescale_inputs(inputs: Iterable[nn.Linear], width: int, base_width: int) -> None:
-    """Give the weights of input layers of ``width`` outputs the variance that `xavier_uniform_` gives them at the base
-    width: 2 / (inputs + base width)."""
+def rescale_inputs(inputs: Iterable[nn.Linear | nn.Conv2d], ratio: float) -> None:
+    r"""Give the weights of input layers the variance that `xavier_uniform_` gives them at the base width:
+    :math:`2 / (\text{fan in} + \text{ratio} \cdot \text{fan out})`.
+
+    Args:
+        inputs: layers whose number of outputs grows with the width, initialised by `xavier_uniform_`.
+        ratio: base width / width.
+    """
     for layer in inputs:
-        layer.weight *= ((layer.in_features + width) / (layer.in_features + base_width)) ** 0.5
+        taps = layer.weight[0, 0].numel()
+        fan_in, fan_out = taps * layer.weight.shape[1], taps * layer.weight.shape[0]
+        layer.weight *= ((fan_in + fan_out) / (fan_in + ratio * fan_out)) ** 0.5

@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gencompare.errors import UserError
+from gencompare.errors import UserError, check_counts
 from gencompare.networks.conditioning import ConditionEmbedding, FourierFeatures, SinusoidalEmbedding
 from gencompare.networks.layers import FIRDownsample, FIRUpsample
+from gencompare.networks.mup import lr_factors, rescale_inputs
 from gencompare.networks.unet_blocks import (
     GROUP_NORM_EPS,
     Downsample,
     InputPyramid,
+    InputSkip,
     OutputSkip,
     ResidualBlock,
+    ResidualInput,
     SelfAttention,
     UNetBlock,
     Upsample,
@@ -71,6 +74,9 @@ class UNet(nn.Module):
             the decoder levels; None disables it.
         fourier_exponents: exponents n of the input features sin(2^n pi x) and cos(2^n pi x).
         add_input: add x to the output, which then equals x at initialisation (VDM, which predicts eps).
+        base_width: the ``channels`` at which the learning rate was found, for muP (`gencompare.networks.mup`); a
+            multiple of ``head_channels``, so that the size of a head stays the same. None for the standard
+            parametrisation.
         condition_sizes: ``low_res_channels``, ``embedding_dim``, ``augment_dim``, ``coordinate_channels`` and
             ``interval_dim``, see `ConditionEmbedding`.
     """
@@ -99,6 +105,7 @@ class UNet(nn.Module):
         progressive_output: Callable[[int, int, int], OutputSkip] | None = None,
         fourier_exponents: Sequence[int] = (),
         add_input: bool = False,
+        base_width: int | None = None,
         **condition_sizes: int,
     ) -> None:
         super().__init__()
@@ -185,6 +192,14 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(num_groups, widths[0], GROUP_NORM_EPS)
         self.out = fan_avg(nn.Conv2d(widths[0], out_channels, 3, padding=1), scale=0)
 
+        self.lr_ratio = 1.0
+        if base_width is not None:
+            _check_base_width(base_width, head_channels)
+            self.lr_ratio = base_width / channels
+            # The projection of embeddings has the same variance at every width.
+            rescaled = [each for each in self._input_layers() if each is not self.conditions.embedding]
+            rescale_inputs(rescaled, self.lr_ratio)
+
     def forward(self, x: Tensor, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         emb = F.silu(self.embedding(noise_cond, cond))  # SiLU once here, since every block would start with it
         image = self.conditions.concat_images(x, cond)
@@ -221,6 +236,20 @@ class UNet(nn.Module):
         """The blocks of all levels in the order of computation."""
         return [*self.encoder, *self.middle, *self.decoder]
 
+    def lr_factors(self) -> dict[str, float]:
+        """Return the factor of the learning rate by name of the parameter, where it is not 1."""
+        return {} if self.lr_ratio == 1 else lr_factors(self, self._input_layers(), self.lr_ratio)
+
+    def _input_layers(self) -> list[nn.Linear | nn.Conv2d]:
+        """Return the layers whose number of inputs does not grow with the width."""
+        layers: list[nn.Linear | nn.Conv2d] = [self.stem]
+        for k, each in enumerate(self.inputs):
+            if isinstance(each, InputSkip):
+                layers.append(each.conv)
+            elif isinstance(each, ResidualInput) and k == 0:  # the next levels receive features
+                layers.append(each.downsample.conv)
+        return layers + [each for each in self.conditions.children() if isinstance(each, nn.Linear)]
+
     def embedding(self, noise_cond: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Compute the embedding of noise level and conditions, (n, 4 * channels)."""
         return self.conditions.embed(self.noise, noise_cond, cond)
@@ -238,6 +267,16 @@ def _head_count(width: int, num_heads: int, head_channels: int | None) -> int:
             f" head_channels={head_channels}: choose values that divide every width."
         )
     return width // features_per_head
+
+
+def _check_base_width(base_width: int, head_channels: int | None) -> None:
+    """Raise `UserError` unless a U-Net of the base width has attention heads of the same size."""
+    check_counts("model.network", base_width=base_width)
+    if head_channels is None or base_width % head_channels:
+        raise UserError(
+            f"model.network.base_width={base_width} needs attention heads of constant size: set"
+            " model.network.head_channels to a divisor of it."
+        )
 
 
 def _check(
