@@ -161,10 +161,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def network_of(option: str, *, std: float = 0.2, **changes: Any) -> Any:
+def network_of(option: str, *, std: float = 0.2, num_classes: int = 0) -> Any:
     torch.manual_seed(0)
-    net = part("network", option, **SMALL[option], **changes)(
-        shape=(1, 8, 8), out_channels=1, num_classes=0, interval_dim=1
+    net = part("network", option, **SMALL[option])(
+        shape=(1, 8, 8), out_channels=1, num_classes=num_classes, interval_dim=1
     )
     with torch.no_grad():
         for p in net.parameters():
@@ -271,6 +271,166 @@ def test_the_derivative_has_the_dropout_masks_of_the_velocity() -> None:
     torch.testing.assert_close(found["mse"], error.square().mean((1, 2, 3)))
 
 
+# Guidance in the target
+
+MEANS, STD, NULL = torch.tensor([-0.6, 0.9]), 0.4, 2
+"""Two classes of equal probability, N(MEANS[c], STD^2) in every pixel, and the label of images without a class."""
+
+
+class GuidedAverageVelocity(nn.Module):
+    """The average velocity of w v(x, t | c) + (1 - w) v(x, t), by the Runge-Kutta method along the trajectory back to
+    r, and of v(x, t) itself for images without a class."""
+
+    def __init__(self, scale: float, steps: int = 16) -> None:
+        super().__init__()
+        self.scale, self.steps = scale, steps
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        label, interval = cond["label"], cond.get("interval", torch.zeros_like(t))
+        slopes, start, h = torch.zeros_like(x), x, interval / self.steps
+        for k in range(self.steps):
+            half, s = h.view(-1, 1, 1, 1) / 2, t - k * h
+            a = self.velocity(x, s, label)
+            b = self.velocity(x - half * a, s - h / 2, label)
+            c = self.velocity(x - half * b, s - h / 2, label)
+            d = self.velocity(x - 2 * half * c, s - h, label)
+            slopes = slopes + (a + 2 * b + 2 * c + d) / 6
+            x = start - 2 * half * slopes
+        return slopes / self.steps
+
+    def velocity(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        velocities, positive = class_velocities(x, t), label.clamp(max=1)
+        distance = (x - (1 - t.view(-1, 1, 1, 1)) * MEANS.view(2, 1, 1, 1, 1)).square().flatten(2).sum(2)
+        share = (-0.5 * distance / ((1 - t) ** 2 * STD**2 + t**2)).softmax(0)
+        unconditional = (share.view(2, -1, 1, 1, 1) * velocities).sum(0)
+        conditional = torch.where(positive.view(-1, 1, 1, 1) == 0, velocities[0], velocities[1])
+        scale = torch.where(label == NULL, 0.0, self.scale).view(-1, 1, 1, 1)
+        return scale * conditional + (1 - scale) * unconditional
+
+
+def class_velocities(x: Tensor, t: Tensor) -> Tensor:
+    """Return E[eps - x_0 | x_t, c] of both classes, (2, n, C, H, W)."""
+    t, means = t.view(-1, 1, 1, 1), MEANS.view(2, 1, 1, 1, 1)
+    eps_minus_x0 = (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
+    return -means + (x - (1 - t) * means) * eps_minus_x0
+
+
+def drop_label(cond: Cond) -> Cond:
+    return {**cond, "label": torch.full_like(cond["label"], NULL)}
+
+
+def guided(scale: float, mixing: float = 0.0, **changes: Any) -> MeanFlow:
+    made = replace(objective(**changes), guidance_scale=scale, guidance_mixing=mixing)
+    return made.with_drop_cond(drop_label)
+
+
+LABELS = torch.tensor([0, 1, 1, NULL])
+
+
+def distance_from_target(network_scale: float, made: MeanFlow, labels: Tensor = LABELS) -> Tensor:
+    """Return the squared distance (n,) of the average velocity from its expected target given x_t.
+
+    The target is affine in eps - x_0, so its expectation is that of a pair whose eps - x_0 is its expectation.
+    """
+    network, x = GuidedAverageVelocity(network_scale), torch.randn(4, 1, 1, 2, generator=generator("cpu", 1))
+    v = network.velocity(x, T, labels)
+    if (labels != NULL).any():
+        v = torch.where((labels == NULL).view(-1, 1, 1, 1), v, class_velocities(x, T)[labels.clamp(max=1), range(4)])
+    time = T.view(-1, 1, 1, 1)
+    return made(denoiser(network), x - time * v, {"label": labels}, GivenNoise.of(x + (1 - time) * v))["mse"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "ratio", "mixing"), [(0.0, 1.0, 0.0), (2.5, 1.0, 0.0), (2.5, 1.0, 0.7), (2.5, 0.5, 0.7)]
+)
+def test_the_average_velocity_of_the_guided_field_is_a_fixed_point(scale: float, ratio: float, mixing: float) -> None:
+    assert distance_from_target(scale, guided(scale, mixing, ratio=ratio)).max() < 1e-9
+
+
+@pytest.mark.parametrize(("learned", "scale"), [(1.0, 2.5), (2.5, 1.0), (2.5, 2.4)])
+def test_other_scales_are_no_fixed_points(learned: float, scale: float) -> None:
+    found = distance_from_target(learned, guided(scale))
+    assert (found[:3] > 1e-5).all() and found[3] < 1e-12, "images without a class have no guidance"
+
+
+def along_the_velocity_without_guidance(
+    made: Denoiser, x: Tensor, t: Tensor, r: Tensor, v: Tensor, cond: Cond
+) -> Tensor:
+    return time_derivative(made, x, t, r, class_velocities(x, t)[cond["label"], range(len(x))], cond)
+
+
+def test_the_fixed_point_detects_a_derivative_without_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meanflow, "time_derivative", along_the_velocity_without_guidance)
+    assert distance_from_target(2.5, guided(2.5), LABELS % NULL)[[0, 1, 3]].min() > 1e-4
+
+
+def guided_algorithm(
+    network: nn.Module, x0: Tensor, eps: Tensor, labels: Tensor, omega: float, kappa: float
+) -> tuple[Tensor, Tensor]:
+    """Restated from Geng et al. (2025), algorithm 1 with eq. 18, 19 and 21, and from the code of the authors, where
+    images whose label is dropped keep the velocity of the pair. Without an adaptive weight."""
+    t, r = T.view(-1, 1, 1, 1), R.view(-1, 1, 1, 1)
+    z, v = (1 - t) * x0 + t * eps, eps - x0
+    with torch.no_grad():
+        u_null, u_class = (network(z, T, {"label": each}) for each in (torch.full_like(labels, NULL), labels))
+        v_tilde = omega * v + kappa * u_class + (1 - omega - kappa) * u_null
+        v_tilde[labels == NULL] = v[labels == NULL]
+    u, du_dt = torch.func.jvp(
+        lambda z, r, t: network(z, t, {"label": labels, "interval": t - r}),
+        (z, R, T),
+        (v_tilde, torch.zeros_like(R), torch.ones_like(T)),
+    )
+    squared = (u - (v_tilde - (t - r) * du_dt).detach()).square().sum((1, 2, 3))
+    return squared, v_tilde
+
+
+@pytest.mark.parametrize(("omega", "kappa"), [(2.0, 0.0), (1.0, 0.5), (0.2, 0.92)])  # of the paper
+def test_guided_loss_and_gradient_are_those_of_the_published_algorithm(omega: float, kappa: float) -> None:
+    net, x0, eps = network_of("mlp", num_classes=NULL), images(), images(seed=2)
+    gradients = []
+    for loss in (
+        guided(omega / (1 - kappa), kappa)(denoiser(net), x0, {"label": LABELS}, GivenNoise.of(eps))["loss"] * 64,
+        guided_algorithm(net, x0, eps, LABELS, omega, kappa)[0],
+    ):
+        net.zero_grad()
+        loss.sum().backward()
+        gradients.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-11)
+
+
+def test_at_scale_1_the_loss_is_that_without_guidance() -> None:
+    net, x0, eps = network_of("unet", num_classes=NULL), images(), images(seed=2)
+    calls: list[Tensor] = []
+    net.register_forward_hook(lambda *_: calls.append(T))
+    losses = [
+        made(denoiser(net), x0, {"label": LABELS}, GivenNoise.of(eps))["loss"]
+        for made in (objective(p=1.0), guided(1.0, p=1.0), guided(1.0, 0.5, p=1.0), guided(2.0, p=1.0))
+    ]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+    assert len(calls) == 2 + 2 + 2 + 3
+    assert (losses[0] != losses[3]).tolist() == [True, True, True, False]
+
+
+def test_guided_velocities_have_no_dropout() -> None:
+    class WithDropout(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            return self.drop(x)
+
+    net, x0, eps = WithDropout(), images(), images(seed=2)
+    torch.manual_seed(0)
+    found = guided(3.0, ratio=0.0)(denoiser(net), x0, {"label": LABELS[:1].expand(4)}, GivenNoise.of(eps))["mse"]
+    torch.manual_seed(0)
+    x_t = (1 - T.view(-1, 1, 1, 1)) * x0 + T.view(-1, 1, 1, 1) * eps
+    target = x_t + 3 * (eps - x0 - x_t)
+    torch.testing.assert_close(found, (nn.Dropout(0.5)(x_t) - target).square().mean((1, 2, 3)))
+    assert net.drop.training
+
+
 # Settings
 
 SPEC = DataSpec("points", (1, 8, 8), num_bins=None)
@@ -283,7 +443,24 @@ def model(**changes: Any) -> Diffusion:
         "parameterization": Velocity(TimeConditioning(1.0)), "objective": part("objective", "meanflow"),
         "sampler": MeanFlowSampler(num_steps=1),
     }  # fmt: skip
-    return Diffusion(SPEC, **arguments | changes)
+    return Diffusion(changes.pop("spec", SPEC), **arguments | changes)
+
+
+LABELLED = replace(SPEC, num_classes=NULL)
+
+
+@pytest.mark.parametrize(("label_dropout", "is_guided"), [(1.0, False), (1e-9, True)])
+def test_a_model_guides_the_images_whose_label_it_keeps(label_dropout: float, is_guided: bool) -> None:
+    losses = []
+    for scale in (1.0, 3.0):
+        made = model(
+            spec=LABELLED, conditional=True, label_dropout=label_dropout,
+            objective=part("objective", "meanflow", guidance_scale=scale, ratio=1.0),
+        ).train()  # fmt: skip
+        nn.init.normal_(made.network.get_parameter(list(dict(made.network.named_parameters()))[-1]))
+        source = RandomSource.for_batch(generator("cpu", 0), 4)
+        losses.append(made.losses(images(), {"label": LABELS % NULL}, source)["mse"])
+    assert (losses[0] != losses[1]).all() if is_guided else torch.equal(*losses)
 
 
 def test_other_samplers_see_the_velocity() -> None:
@@ -312,6 +489,16 @@ def test_other_samplers_see_the_velocity() -> None:
         ),
         (lambda: MeanFlow(ratio=1.5), r"objective\.ratio=1\.5"),
         (lambda: MeanFlow(p=-1.0), r"objective\.p=-1"),
+        (lambda: MeanFlow(guidance_scale=-1.0), r"objective\.guidance_scale=-1"),
+        (lambda: MeanFlow(guidance_mixing=1.0), r"objective\.guidance_mixing=1\.0 must be at least 0 and below 1"),
+        (
+            lambda: model(objective=part("objective", "meanflow", guidance_scale=2.0)),
+            r"guidance_scale=2 needs a conditional model: add model\.conditional=true model\.label_dropout=0\.1",
+        ),
+        (
+            lambda: model(objective=part("objective", "meanflow", guidance_scale=2.0), spec=LABELLED, conditional=True),
+            r"guidance_scale=2 needs training images without labels: add model\.label_dropout=0\.1",
+        ),
         (lambda: model(patches=part("patches", "random")), "MeanFlow is a loss of whole images"),
     ],
 )

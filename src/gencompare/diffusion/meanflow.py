@@ -7,8 +7,9 @@ The average velocity over [r, t] is :math:`u(x_t, r, t) = \frac{1}{t - r} \int_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -64,12 +65,19 @@ class MeanFlow(Objective):
     times: TimeDistribution = field(default_factory=lambda: LogitNormalTimes(mean=-0.4, std=1.0))
     ratio: float = 0.25
     p: float = 1.0
+    guidance_scale: float = 1.0
+    guidance_mixing: float = 0.0
+    drop_cond: Callable[[Cond], Cond] | None = None
 
     def __post_init__(self) -> None:
         check_number("objective.ratio", self.ratio)
         if not 0 <= self.ratio <= 1:
             raise UserError(f"objective.ratio={self.ratio} must be in [0, 1].")
         check_non_negative("objective.p", self.p)
+        check_non_negative("objective.guidance_scale", self.guidance_scale)
+        check_number("objective.guidance_mixing", self.guidance_mixing)
+        if not 0 <= self.guidance_mixing < 1:
+            raise UserError(f"objective.guidance_mixing={self.guidance_mixing} must be at least 0 and below 1.")
 
     def check(self, schedule: NoiseSchedule, parameterization: Parameterization) -> None:
         if not isinstance(schedule, RectifiedFlow) or not isinstance(parameterization, Velocity):
@@ -78,6 +86,23 @@ class MeanFlow(Objective):
                 f" {type(parameterization).__name__} under {type(schedule).__name__}: use model/schedule=rectified and"
                 " model/parameterization=velocity, as in model=meanflow."
             )
+
+    def check_conditions(self, *, is_conditional: bool, has_null_cond: bool) -> None:
+        if self.guidance_scale == 1:
+            return
+        if not is_conditional:
+            raise UserError(
+                f"model.objective.guidance_scale={self.guidance_scale:g} needs a conditional model: add"
+                " model.conditional=true model.label_dropout=0.1, or use model.objective.guidance_scale=1."
+            )
+        if not has_null_cond:
+            raise UserError(
+                f"model.objective.guidance_scale={self.guidance_scale:g} needs training images without labels: add"
+                " model.label_dropout=0.1, or use model.objective.guidance_scale=1."
+            )
+
+    def with_drop_cond(self, drop_cond: Callable[[Cond], Cond]) -> MeanFlow:
+        return replace(self, drop_cond=drop_cond)
 
     def __call__(self, denoiser: Denoiser, x0: Tensor, cond: Cond, rng: RandomSource) -> dict[str, Tensor]:
         t, r = self.times(denoiser.schedule, rng), self.times(denoiser.schedule, rng)
@@ -89,10 +114,13 @@ class MeanFlow(Objective):
         dropout = default_generator(x0.device)
         masks = dropout.get_state()
         u = denoiser.output(batch.x_t, t, batch.at, {**cond, "interval": t - r})
+        # After the call with a gradient, since autocast keeps the weights that it casts (see `ConsistencyTraining`).
+        if self.guidance_scale != 1:
+            v = self.guided_velocity(denoiser, batch, v, cond)
         target = v
         if count:
             rows = has_interval.to(x0.device).long().argsort(descending=True, stable=True)[:count]
-            if _has_dropout(denoiser.network):  # masks are those of the whole batch
+            if _active_dropout(denoiser.network):  # masks are those of the whole batch
                 rows = torch.arange(len(x0), device=x0.device)
             x_t, t, r, v = (each[rows] for each in (batch.x_t, t, r, v))
             with from_state(dropout, masks):
@@ -102,6 +130,19 @@ class MeanFlow(Objective):
         mse = (u - target).square().flatten(1).mean(1)
         weight = (mse.detach() + LOSS_EPS / x0[0].numel()) ** -self.p
         return {"loss": weight * mse, "mse": mse.detach()}
+
+    @torch.no_grad()
+    def guided_velocity(self, denoiser: Denoiser, batch: NoisyBatch, v: Tensor, cond: Cond) -> Tensor:
+        """Compute the velocity (n, C, H, W) that replaces ``v`` (n, C, H, W), without a graph."""
+        assert self.drop_cond is not None, "call with_drop_cond() first"
+        null, mixing = self.drop_cond(cond), self.guidance_mixing
+        is_null = torch.stack([(cond[name] == null[name]).view(len(v), -1).all(1) for name in cond]).all(0)
+        with _without_dropout(denoiser.network):
+            negative = denoiser.output(batch.x_t, batch.t, batch.at, null)
+            guided = (1 - mixing) * (negative + self.guidance_scale * (v - negative))
+            if mixing:
+                guided = guided + mixing * denoiser.output(batch.x_t, batch.t, batch.at, cond)
+        return torch.where(is_null.view(-1, *[1] * (v.ndim - 1)), v, guided)
 
     def choose_intervals(self, rng: RandomSource) -> tuple[Tensor, int]:
         """Choose the images with r < t, evenly spaced in the global batch from a random one on.
@@ -150,8 +191,21 @@ def time_derivative(denoiser: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, v: Te
         return torch.zeros_like(v) if tangent is None else tangent
 
 
-def _has_dropout(network: nn.Module) -> bool:
-    return any(isinstance(each, nn.Dropout) and each.p > 0 and each.training for each in network.modules())
+def _active_dropout(network: nn.Module) -> list[nn.Module]:
+    return [each for each in network.modules() if isinstance(each, nn.Dropout) and each.p > 0 and each.training]
+
+
+@contextmanager
+def _without_dropout(network: nn.Module) -> Iterator[None]:
+    """Switch dropout off in the block."""
+    active = _active_dropout(network)
+    for each in active:
+        each.eval()
+    try:
+        yield
+    finally:
+        for each in active:
+            each.train()
 
 
 @dataclass(frozen=True, kw_only=True)

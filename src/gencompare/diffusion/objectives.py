@@ -7,6 +7,7 @@ factor. The variational bounds are in `variational_objectives`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -63,6 +64,19 @@ class Objective(ABC):
 
     def check_likelihood(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:  # noqa: B027
         """Raise `UserError` if the objective cannot train with the decoder of ``likelihood``."""
+
+    def check_conditions(self, *, is_conditional: bool, has_null_cond: bool) -> None:  # noqa: B027
+        """Raise `UserError` if the objective needs other conditions.
+
+        Args:
+            is_conditional: whether the network receives a class or an embedding.
+            has_null_cond: whether it is also trained without them (label dropout).
+        """
+
+    def with_drop_cond(self, drop_cond: Callable[[Cond], Cond]) -> Objective:
+        """Return this objective with the function that replaces classes and embeddings with their null values, which
+        only guidance in the target uses."""
+        return self
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         """Return this objective with the data and their decoder set, which only bounds on the likelihood use."""

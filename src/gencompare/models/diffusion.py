@@ -172,7 +172,7 @@ class Diffusion(MovesOtherModules, GenerativeModel):
             cond = {**cond, "coordinates": coordinates}
         if self.training and (num_scores := getattr(self.network, "num_token_scores", 0)):
             cond = {**cond, "token_scores": rng.uniform((num_scores,)).to(x.device)}
-        objective = self.objective.with_likelihood(self.data_likelihood)
+        objective = self.objective.with_likelihood(self.data_likelihood).with_drop_cond(self.drop_cond)
         # Losses in evaluation are those of the end of training, so that they are comparable during training.
         return objective.at_progress(self.progress if self.training else 1.0)(self.denoiser, x0, cond, rng)
 
@@ -434,6 +434,7 @@ def _check_label_dropout(model: Diffusion) -> None:
         raise UserError(
             f"model.label_dropout={model.label_dropout} needs labels or embeddings: add model.conditional=true."
         )
+    model.objective.check_conditions(is_conditional=model.has_droppable_cond, has_null_cond=model.label_dropout > 0)
 
 
 def _check_dynamic_threshold(model: Diffusion) -> None:
