@@ -277,7 +277,8 @@ class MinibatchOT(Coupling):
     p(x_t), so use deterministic samplers. The global batch is paired, on every process, so training does not depend on
     the number of processes. The cost is O(n^3) on the CPU, about 10 ms for 256 images. Tong et al. (2023), "Improving
     and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport", section 3.2,
-    https://arxiv.org/abs/2302.00482.
+    https://arxiv.org/abs/2302.00482. (Their code draws pairs of the optimal plan with replacement, so that a batch
+    contains some images twice.)
     """
 
     @torch.no_grad()
