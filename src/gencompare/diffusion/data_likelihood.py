@@ -186,18 +186,19 @@ class DataLikelihood:
         """Convert nats per image to bits/dim."""
         return nats / (self.num_values * math.log(2))
 
-    def check_steps(self, num_timesteps: int | None, where: str) -> None:
+    def check_steps(self, num_timesteps: int | None, where: str, remedy: str) -> None:
         """Raise `UserError` unless the decoder suits a bound of ``num_timesteps`` steps; None means continuous time.
 
         Args:
             num_timesteps: number of steps of the bound.
             where: config key of the bound, for the message.
+            remedy: overrides that give the bound steps, for the message.
         """
         if self.decoder.needs_steps and (num_timesteps is None or num_timesteps < 2):
             steps = "is in continuous time" if num_timesteps is None else f"has {num_timesteps} step"
             raise UserError(
                 f"The {self.decoder.name} decoder needs a bound of at least two steps, but {where} {steps}: use"
-                f" model/pixel_decoder=gaussian or softmax, or {where}.num_timesteps=1000."
+                f" model/pixel_decoder=gaussian or softmax, or {remedy}."
             )
 
 

@@ -223,7 +223,8 @@ class VLBLikelihood(LikelihoodMethod):
     def check(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:
         continuous = self._in_continuous_time(schedule)
         num_timesteps = None if continuous else len(chain_times(schedule, self.num_timesteps))
-        likelihood.check_steps(num_timesteps, "model.likelihoods.vlb")
+        where = "model.likelihoods.vlb"
+        likelihood.check_steps(num_timesteps, where, f"{where}.num_timesteps=1000")
 
     def method(self, likelihood: DataLikelihood) -> str:
         return super().method(likelihood) if likelihood.num_bins is None else f"{likelihood.decoder.name} decoder"

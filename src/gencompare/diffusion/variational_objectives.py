@@ -116,7 +116,8 @@ class ContinuousVLB(Objective):
             )
 
     def check_likelihood(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:
-        likelihood.check_steps(None, "model.objective")
+        remedy = "model/objective=vlb_discrete model.objective.num_timesteps=1000"
+        likelihood.check_steps(None, "model.objective", remedy)
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         return replace(self, likelihood=likelihood)
@@ -219,7 +220,8 @@ class DiscreteVLB(Objective):
             )
 
     def check_likelihood(self, likelihood: DataLikelihood, schedule: NoiseSchedule) -> None:
-        likelihood.check_steps(len(chain_times(schedule, self.num_timesteps)), "model.objective")
+        num_timesteps = len(chain_times(schedule, self.num_timesteps))
+        likelihood.check_steps(num_timesteps, "model.objective", "model.objective.num_timesteps=1000")
 
     def with_likelihood(self, likelihood: DataLikelihood) -> Objective:
         return replace(self, likelihood=likelihood)
