@@ -13,11 +13,8 @@ from gencompare.errors import UserError, check_counts
 from gencompare.networks.bijection import Bijection, check_inverse
 from gencompare.networks.causal_transformer import CausalTransformer
 from gencompare.networks.conditioning import LabelEmbedding
-from gencompare.networks.dit import patchify, unpatchify
+from gencompare.networks.dit import grid_positions, patchify, unpatchify
 from gencompare.networks.layers import at_least_float32
-
-INIT_STD = 0.01
-"""Initial standard deviation of the position embeddings."""
 
 
 class TarFlow(Bijection):
@@ -67,7 +64,7 @@ class TarFlow(Bijection):
         self.num_tokens = self.grid[0] * self.grid[1]
         self.blocks = nn.ModuleList(
             TarFlowBlock(
-                self.num_tokens,
+                self.grid,
                 shape[0] * patch_size**2,
                 num_classes,
                 CausalTransformer(hidden_size, depth, num_heads, mlp_ratio=mlp_ratio),
@@ -115,7 +112,7 @@ class TarFlowBlock(nn.Module):
     Shapes: x (n, tokens, token_dim), label (n,) -> (n, tokens, token_dim), and the log-determinant (n,).
 
     Args:
-        num_tokens: number of tokens.
+        grid: rows and columns of tokens.
         token_dim: values per token.
         num_classes: number of classes, 0 for none.
         transformer: the causal transformer in g.
@@ -125,7 +122,7 @@ class TarFlowBlock(nn.Module):
 
     def __init__(
         self,
-        num_tokens: int,
+        grid: tuple[int, int],
         token_dim: int,
         num_classes: int,
         transformer: CausalTransformer,
@@ -136,7 +133,7 @@ class TarFlowBlock(nn.Module):
         super().__init__()
         self.reverse = reverse
         self.stem = nn.Linear(token_dim, hidden_size)
-        self.positions = nn.Parameter(INIT_STD * torch.randn(num_tokens - 1, hidden_size))
+        self.positions = nn.Parameter(grid_positions(*grid, hidden_size)[:-1])
         """One for each token but the last, on which no other depends."""
         self.label = LabelEmbedding(num_classes, hidden_size) if num_classes else None
         self.transformer = transformer
