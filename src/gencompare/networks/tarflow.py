@@ -30,8 +30,9 @@ class TarFlow(Bijection):
     :math:`u + \mathrm{scale} \, (c - u)` (section 2.6; their w is scale - 1).
 
     Differences from the published code (https://github.com/apple/ml-tarflow): layer normalisation after the last
-    transformer layer of a block, an embedding of its own for "no label" instead of the mean of all classes, and
-    guidance of constant strength, which grows along the sequence in the published evaluation.
+    transformer layer of a block, position embeddings that start as sinusoids instead of almost 0, an embedding of its
+    own for "no label" instead of the mean of all classes, and guidance of constant strength, which grows along the
+    sequence in the published evaluation.
 
     Args:
         shape: (C, H, W) of x; H and W must be multiples of ``patch_size``.
