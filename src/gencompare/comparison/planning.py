@@ -24,7 +24,7 @@ MAX_SEEDS = 30
 """Largest number of seeds in a plan."""
 MIN_IMAGES, MAX_IMAGES = 50, 50_000
 """Limits of the images of a seed in a plan. With fewer, the variance of a distance does not fall as 1 / n."""
-IMAGES_STEP = 50
+IMAGES_STEP = 10
 """Numbers of images are rounded up to a multiple of this."""
 QUADRATURE_POINTS = 12
 """Quantiles of the distribution of a row's variance over which power is averaged."""

@@ -8,10 +8,10 @@ from functools import cache
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr
 from torch import Tensor
 
-from gencompare.evaluation.metrics.intervals import LEVEL, Estimate
+from gencompare.evaluation.metrics.intervals import LEVEL, Estimate, student_estimate
 from gencompare.evaluation.metrics.kernel import KernelReference, KernelSums, scaled
 
 FIRST_LOOK = 0.25
@@ -156,10 +156,7 @@ def mean_looks(draw: Draw, num_images: int, chunk_size: int) -> Iterator[Look]:
 def mean_estimate(values: Tensor, level: float = LEVEL) -> Estimate:
     """Return the mean of ``values`` (n,) with its Student interval."""
     values = values.double()
-    error = float(values.std() / len(values) ** 0.5)
-    reach = -float(stdtrit(len(values) - 1, (1 - level) / 2)) * error
-    mean = float(values.mean())
-    return Estimate(mean, (mean - reach, mean + reach), error)
+    return student_estimate(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values), level)
 
 
 def first_look(found: Iterator[Look], is_enough: Callable[[Look], bool]) -> Look:

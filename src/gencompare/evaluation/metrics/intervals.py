@@ -109,6 +109,12 @@ def estimate(value: float, delete_one: Tensor, second_order: Tensor, rows: Tenso
     return Estimate(value, None) if margins is None else margins.around(value)
 
 
+def student_estimate(value: float, standard_error: float, n: int, level: float = LEVEL) -> Estimate:
+    """Return ``value`` with Student's interval for ``n`` images; it has none for fewer than 10."""
+    reach = float(student_t.isf((1 - level) / 2, n - 1)) * standard_error
+    return Estimate(value, (value - reach, value + reach) if n >= MIN_IMAGES else None, standard_error)
+
+
 def _second_order_moments(q: Tensor, u: Tensor) -> tuple[float, float]:
     """Estimate E q^2 and E[u u' q] over pairs of different images, after centring the rows and columns of q (p, p).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import check_finite
 from gencompare.evaluation.indices import evenly_spaced_indices
-from gencompare.evaluation.metrics.intervals import LEVEL, PAIR_IMAGES, Estimate, estimate
+from gencompare.evaluation.metrics.intervals import LEVEL, PAIR_IMAGES, Estimate, estimate, student_estimate
 
 BLOCK_SIZE = 1000
 """Number of rows and columns of a kernel matrix block that is in memory at a time."""
@@ -206,19 +206,26 @@ class KernelSums:
     def difference(self, other: KernelSums, level: float = LEVEL) -> Estimate:
         r"""Return the distance of these samples minus that of as many ``other`` samples, with its interval.
 
-        Both have the same reference, whose own term cancels. Sample i of both is left out together, so samples that are
-        drawn from the same noise, and are therefore correlated, have the narrower interval that they deserve.
+        Both have the same reference, whose own term cancels. Pair i, a sample of each, is left out together, so samples
+        that are drawn from the same noise, and are therefore correlated, have the narrower interval that they deserve:
+
+        .. math:: D \pm t\, \sqrt{\frac{n - 1}{n} \sum_i (D_{(i)} - \bar D_{()})^2}.
+
+        The delete-one jackknife counts the variance of the second-order part twice. `interval_margins` corrects this
+        and lets the variance depend on the value; for differences that are tested several times, its intervals are too
+        narrow (benchmarks/sequential.py).
 
         Raises:
             UserError: the numbers of samples differ, or there are fewer than 3.
         """
-        if len(self) != len(other):
-            raise UserError(f"A paired difference needs equally many samples, not {len(self)} and {len(other)}.")
+        n = len(self)
+        if n != len(other):
+            raise UserError(f"A paired difference needs equally many samples, not {n} and {len(other)}.")
         (value, delete_one), (other_value, other_delete_one) = (
             self._value_and_delete_one(), other._value_and_delete_one()
         )  # fmt: skip
-        (q, rows), (other_q, _) = self._second_order(), other._second_order()
-        return estimate(value - other_value, delete_one - other_delete_one, q - other_q, rows, level)
+        error = float((delete_one - other_delete_one).var()) ** 0.5 * (n - 1) / n**0.5
+        return student_estimate(value - other_value, error, n, level)
 
     def _value_and_delete_one(self) -> tuple[float, Tensor]:
         n, xx, xy = len(self), self._xx, self._xy
