@@ -4,9 +4,9 @@
 
 Each run draws a pool of samples, whose kernel matrix is stored in ``--pool``. Its samples, with replacement, stand for
 the model: their expected distance is known exactly. Each replay takes a random pair of rows, multiplies the distances
-of one so that the pair differs by a known share, draws a pilot of three seeds and 500 images a row, plans with it for this
-difference, draws the planned seeds and images, and applies the test of the comparison page. Seeds and images are drawn
-with replacement, so draws are independent.
+of one so that the pair differs by a known share, draws a pilot of three seeds and 500 images a row, plans with it for
+this difference, draws the planned seeds and images, and applies the test of the comparison page. Seeds and images are
+drawn with replacement, so draws are independent.
 """
 
 from __future__ import annotations
