@@ -73,8 +73,7 @@ def training_command(family: str, measurement: Measurement, run: RunFolder) -> s
     repeated = [
         each
         for each in run.record.overrides
-        if each.startswith(("data.", "evaluation.weights=", METRIC_OVERRIDE))
-        and not re.search(r"\._|^data\.(cache|download)\b|\$\{", each)
+        if each.startswith(("data.", "evaluation.weights=", METRIC_OVERRIDE)) and _is_plain(each)
     ]
     overrides = [override("model", family), override("data", data or measurement.data), *repeated]
     if evaluation_preset(run) != "default":
@@ -83,6 +82,21 @@ def training_command(family: str, measurement: Measurement, run: RunFolder) -> s
     if measurement.conditioning == "labels":
         overrides.append("model.conditional=true")
     return run_command(*overrides, override("hydra.run.dir", _unused(run.folder.parent / family)))
+
+
+SET_BY_SEEDS = ("seed=", "evaluation.num_images=", "hydra.", "paths.", "task", "run_dir=", "resume=", "runs=")
+"""Prefixes of overrides that `seeds_command` sets itself or that belong to one run."""
+
+
+def seeds_command(run: RunFolder, seeds: Iterable[int], num_images: int) -> str:
+    """Return the command that trains the config of ``run`` with other seeds, and evaluates ``num_images`` images."""
+    kept = [each for each in run.record.overrides if not each.startswith(SET_BY_SEEDS) and _is_plain(each)]
+    return run_command("-m", *kept, f"seed={','.join(map(str, seeds))}", f"evaluation.num_images={num_images}")
+
+
+def _is_plain(text: str) -> bool:
+    """Return whether an override of a record, which is untrusted, names no code to call and no folder to write to."""
+    return not re.search(r"\._|^data\.(cache|download)\b|\$\{", text)
 
 
 def _unused(folder: Path) -> Path:

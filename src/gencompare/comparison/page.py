@@ -20,6 +20,7 @@ from markupsafe import Markup
 from gencompare.comparison import formatting
 from gencompare.comparison.charts import Charts, by_rank, save_all
 from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder, load_runs
+from gencompare.comparison.planning import power_note
 from gencompare.comparison.ranking import (
     RankingTable,
     explain_separate_tables,
@@ -167,7 +168,7 @@ def _table(number: int, table: RankingTable, single: bool) -> dict[str, Any]:
         "protocol": formatting.describe_protocol(table.measurement),
         "id": table.measurement.id,
         "primary_metric": table.primary_metric,
-        "notes": table.notes(),
+        "notes": [*table.notes(), *filter(None, [power_note(table)])],
         "warnings": table.warnings(),
         "summary": table.summary(),
         "columns": shown,

@@ -377,7 +377,7 @@ def _status(row: TableRow, baselines: list[TableRow]) -> str:
 def _with_tests(rows: list[TableRow]) -> list[TableRow]:
     """Add test results to the ranked rows among ``rows`` (best first) that have enough training seeds."""
     samples = [row.group.values_by_seed(row.result.primary_metric) if row.rank is not None else None for row in rows]
-    samples = [sample and _badness(sample, row.metric) for sample, row in zip(samples, rows, strict=True)]
+    samples = [sample and badness_of_seeds(sample, row.metric) for sample, row in zip(samples, rows, strict=True)]
     p_values = adjusted_p_values(samples)
     if not any(p_value is not None for p_value in p_values):
         return rows
@@ -390,12 +390,12 @@ def _with_tests(rows: list[TableRow]) -> list[TableRow]:
 
 
 def badness(row: TableRow) -> float:
-    """Return the sort key of a row (lower is better), the mean of `_badness` over training runs."""
+    """Return the sort key of a row (lower is better), the mean of `badness_of_seeds` over training runs."""
     values = row.group.values_by_training(row.result.primary_metric)
-    return fmean(_badness(values, row.metric)) if values else math.inf
+    return fmean(badness_of_seeds(values, row.metric)) if values else math.inf
 
 
-def _badness(values: list[float], metric: Metric) -> list[float]:
+def badness_of_seeds(values: list[float], metric: Metric) -> list[float]:
     """Convert values of ``metric`` so that lower is better. With a target, return the distance of each value from it.
 
     The distance of the mean from the target would be misleading, since errors of opposite sign cancel.

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder, load_runs
+from gencompare.comparison.planning import Plan, power_note
 from gencompare.comparison.ranking import (
     RankingTable,
     TableRow,
@@ -88,7 +89,7 @@ def _ranking(ranking: RankingTable, width: int) -> RenderableType:
         table.add_row("", *(Text(text, "dim") for text in baselines[: len(shown)]))
     num_hidden = len(all_columns) - len(shown)
     notes = [f"{num_hidden} more columns are in compare.html and compare.csv."] if num_hidden else []
-    texts = [Text(note, style="dim") for note in [*notes, *ranking.notes()]]
+    texts = [Text(note, style="dim") for note in [*notes, *ranking.notes(), power_note(ranking)] if note]
     summary = [Text(ranking.summary())] if ranking.summary() else []
     return Group(*_heading(ranking), table, *summary, *_warnings(ranking), *texts, "")
 
@@ -115,6 +116,21 @@ def _heading(ranking: RankingTable) -> tuple[Text, Text]:
 
 def _warnings(ranking: RankingTable) -> list[Text]:
     return [Text(f"Warning: {warning}", style="bold yellow") for warning in ranking.warnings()]
+
+
+MAX_PLANS = 6
+"""Maximum number of plans in a table. The cheapest are shown."""
+
+
+def print_plans(plans: list[Plan], console: Console | None = None) -> None:
+    """Print the numbers of seeds and images, the expected power and the cost of the cheapest plans."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("seeds a row", "images a seed", "power", "device time"):
+        table.add_column(title, justify="right")
+    for plan in plans[:MAX_PLANS]:
+        cost = formatting.format_duration(plan.cost)
+        table.add_row(str(plan.num_seeds), f"{plan.num_images:,}", formatting.format_percent(plan.power), cost)
+    (console or Console()).print(table)
 
 
 def describe_run(record: RunRecord) -> str:

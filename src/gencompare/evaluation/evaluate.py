@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gencompare.distributed import run_on_rank_zero
+from gencompare.distributed import all_ranks_true, run_on_rank_zero
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features
 from gencompare.evaluation.extractors.selection import ExtractorFactory, build_extractors
@@ -45,6 +47,7 @@ from gencompare.evaluation.sampling import (
     labels_like,
 )
 from gencompare.evaluation.sanity import check_features, check_images, check_reference
+from gencompare.evaluation.sequential import Look, distance_looks, first_look
 from gencompare.generative_model import DataSpec
 from gencompare.records import Measurement, Metric, Result, SampleSettings, now
 
@@ -82,6 +85,9 @@ class EvaluationProtocol:
         chunk_size: number of samples drawn with the same random seed.
         num_likelihood_images: number of test images that are scored in bits/dim and reconstructed. Some families need
             a thousand network evaluations per image.
+        max_half_width: stop sampling once the half-width of a confidence sequence for the primary metric, a kernel
+            distance, is at most this share of its value (`gencompare.evaluation.sequential`). The result has the number
+            of samples drawn until then, which makes it another protocol. None draws all samples.
         seed: sampling seed.
         metrics: extra metrics by name, functions ``(sample features, reference features) -> float``. An attribute
             ``higher_is_better``, or ``target`` (the ideal value), determines how the metric is ranked.
@@ -95,6 +101,7 @@ class EvaluationProtocol:
     condition_split: str = "test"
     chunk_size: int = CHUNK_SIZE
     num_likelihood_images: int = 500
+    max_half_width: float | None = None
     seed: int = 0
     metrics: ExtraMetrics = field(default_factory=dict)
     cache: str | Path | None = None
@@ -120,11 +127,21 @@ class EvaluationProtocol:
         data.split(self.condition_split)
         if self.chunk_size < 1 or self.num_likelihood_images < 1:
             raise UserError("evaluation.protocol: chunk_size and num_likelihood_images must be at least 1.")
+        if self.max_half_width is not None and not 0 < self.max_half_width < math.inf:
+            raise UserError(
+                f"evaluation.protocol.max_half_width={self.max_half_width} must be positive: 0.1 stops at 10 % of the"
+                " primary metric."
+            )
         extractors = self.build_extractors(data.spec)
         extractor, n = extractors[0], self.resolve_num_images(data, extractors[0])
         if n < MIN_IMAGES:
             raise UserError(f"evaluation.num_images={n} is too few samples: use at least {MIN_IMAGES}.")
         frechet, dim = self.ranks_by_frechet(extractor), extractor.dim
+        if self.max_half_width is not None and extractor.primary != extractor.mmd_name:
+            raise UserError(
+                f"evaluation.protocol.max_half_width needs an extractor that ranks by a kernel distance, and"
+                f" {extractor.name} ranks by {extractor.primary}: use evaluation=default, or set it to null."
+            )
         if frechet and n <= dim:
             raise UserError(
                 f"evaluation.num_images={n} is too few samples for a Frechet distance on the {dim} features of "
@@ -298,9 +315,17 @@ def _from_model(
     chunk_dir: Path | None,
 ) -> _MeasuredSamples:
     """Draw samples from ``model`` and record their cost."""
-    n = protocol.resolve_num_images(data, extractor)
-    samples = sample_for_protocol(model, n, data, protocol, _of_stage(progress, "sampling"), chunk_dir)
-    details = {
+    total = protocol.resolve_num_images(data, extractor)
+    report = _of_stage(progress, "sampling")
+    details: dict[str, Any] = {}
+    if protocol.max_half_width is None:
+        samples = sample_for_protocol(model, total, data, protocol, report, chunk_dir)
+    else:
+        samples, details["stopped"] = _sample_until_precise(
+            model, total, data, protocol, extractor, report, chunk_dir, protocol.max_half_width
+        )
+    n = len(samples.images)
+    details |= {
         "images_per_second": n / samples.seconds,
         "peak_memory_bytes": samples.peak_memory_bytes,
         "flops_per_sample": flops_per_sample(model, samples, seed=protocol.seed),
@@ -320,6 +345,40 @@ def _from_model(
     )
 
 
+def _sample_until_precise(
+    model: SupportsSampling,
+    total: int,
+    data: EvaluationData,
+    protocol: EvaluationProtocol,
+    extractor: Extractor,
+    progress: Callable[[int, int], None] | None,
+    chunk_dir: Path | None,
+    max_half_width: float,
+) -> tuple[Samples, dict[str, Any]]:
+    """Draw samples until the half-width of the primary metric is at most ``max_half_width`` of its value, or ``total``.
+
+    Return the samples and where sampling stopped, with the interval of the confidence sequence.
+    """
+    device = torch.device(getattr(model, "device", "cpu"))
+    reference = load_reference(data, protocol.reference, extractor, device, protocol.cache_dir)
+    with TemporaryDirectory() as scratch:
+        folder = chunk_dir or Path(scratch)  # each look reads the chunks of the last one
+
+        def samples(first: int) -> Samples:
+            return sample_for_protocol(model, total, data, protocol, progress, folder, first=first)
+
+        def features(first: int) -> Tensor:
+            return extractor(samples(first).images, device).features
+
+        def is_precise(look: Look) -> bool:
+            return all_ranks_true(look.half_width() <= max_half_width * abs(look.estimate.value))
+
+        found = distance_looks(features, reference.gaussian_kernel, total, protocol.chunk_size)
+        look = first_look(found, is_precise)
+        stopped = {"num_images": look.num_images, "of": total, "interval": look.estimate.interval}
+        return samples(look.num_images), stopped
+
+
 def sample_for_protocol(
     model: SupportsSampling,
     n: int,
@@ -327,22 +386,25 @@ def sample_for_protocol(
     protocol: EvaluationProtocol,
     progress: Callable[[int, int], None] | None = None,
     chunk_dir: Path | None = None,
+    *,
+    first: int | None = None,
 ) -> Samples:
-    """Draw ``n`` samples for measurement.
+    """Draw ``n`` samples for measurement, or only the ``first`` of them.
 
     A class-conditional model gets labels in the same proportions as the reference. A model with other conditions gets
     the conditions of held-out images.
     """
     labels = None
-    source = choose_conditions(model, data, n, seed=protocol.seed, split=protocol.condition_split)
+    count = n if first is None else first
+    source = choose_conditions(model, data, count, seed=protocol.seed, split=protocol.condition_split)
     if source is None and getattr(model, "conditional", False):
         split = "train" if is_statistics_file(protocol.reference) else protocol.reference
         reference_labels = data.split(split).labels
         if reference_labels is None:
             raise UserError(f"A conditional model needs labels for sampling, but data set '{data.spec.name}' has none.")
-        labels = labels_like(reference_labels, n, protocol.seed)
+        labels = labels_like(reference_labels, n, protocol.seed)[:first]
     return draw_samples(
-        model, n, seed=protocol.seed, chunk_size=protocol.chunk_size, labels=labels, condition_source=source,
+        model, count, seed=protocol.seed, chunk_size=protocol.chunk_size, labels=labels, condition_source=source,
         postprocess=quantize_images, spec=data.spec, progress=progress, chunk_dir=chunk_dir,
     )  # fmt: skip
 

@@ -40,17 +40,7 @@ def bits_per_dim(
     rows = _test_rows(data, n)
     metrics = {}
     for name, likelihood in likelihoods.items():
-
-        def score(k: int, name: str = name, likelihood: Any = likelihood) -> dict[str, Tensor]:
-            x, cond = _test_batch(model, data, rows[k * BATCH_SIZE : (k + 1) * BATCH_SIZE])
-            with eval_mode(model), torch.no_grad():
-                terms = likelihood.terms(x, cond, generator(x.device, seed, "likelihood", name, k))
-            if progress is not None:
-                progress(min(len(rows), (k + 1) * BATCH_SIZE), len(rows))
-            return {term: bits.cpu() for term, bits in terms.items()}
-
-        batches = distributed_map(score, _num_batches(rows))
-        terms = {term: torch.cat([batch[term] for batch in batches]).double() for term in batches[0]}
+        terms = likelihood_terms(model, name, likelihood, data, rows, seed, progress)
         bits = torch.stack(list(terms.values())).sum(0)
         value = float(bits.mean())
         bad = int((~torch.isfinite(bits)).sum())
@@ -63,6 +53,29 @@ def bits_per_dim(
             None if bad else value, higher_is_better=False, unit="bits/dim", note=note, method=likelihood.method
         )
     return metrics
+
+
+def likelihood_terms(
+    model: Any,
+    name: str,
+    likelihood: Any,
+    data: EvaluationData,
+    rows: Tensor,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Compute the terms of the bits/dim of the test images in ``rows``, each float64 (len(rows),)."""
+
+    def score(k: int) -> dict[str, Tensor]:
+        x, cond = _test_batch(model, data, rows[k * BATCH_SIZE : (k + 1) * BATCH_SIZE])
+        with eval_mode(model), torch.no_grad():
+            terms = likelihood.terms(x, cond, generator(x.device, seed, "likelihood", name, k))
+        if progress is not None:
+            progress(min(len(rows), (k + 1) * BATCH_SIZE), len(rows))
+        return {term: bits.cpu() for term, bits in terms.items()}
+
+    batches = distributed_map(score, _num_batches(rows))
+    return {term: torch.cat([batch[term] for batch in batches]).double() for term in batches[0]}
 
 
 def reconstruction(

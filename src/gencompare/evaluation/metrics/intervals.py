@@ -52,8 +52,8 @@ class Margins:
         return Estimate(value, interval, self.standard_error, self.largest_share)
 
 
-def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> Margins | None:
-    r"""Compute the margins of the 95 % interval of a statistic :math:`T`. Return None for fewer than 10 images.
+def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor, level: float = LEVEL) -> Margins | None:
+    r"""Compute the margins of the interval of a statistic :math:`T`. Return None for fewer than 10 images.
 
     Let :math:`T_{(i)}` be the statistic without image i, :math:`u_i = (n - 1) (\bar{T}_{()} - T_{(i)})` the
     pseudo-values up to a constant, and :math:`T = \text{(a mean)} + \frac{1}{2 n^2} \sum_{ij} q(x_i, x_j)` to second
@@ -79,6 +79,7 @@ def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> 
         delete_one: :math:`T_{(i)}`, (n,), float64.
         second_order: :math:`q(x_i, x_j)` up to terms of i or j alone, (p, p); the diagonal is not used.
         rows: (p,) the indices of the images in ``second_order``.
+        level: confidence level.
     """
     n = len(delete_one)
     if n < MIN_IMAGES:
@@ -89,7 +90,7 @@ def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> 
         return Margins(0.0, 0.0, 0.0, 0.0)
     squares, products = _second_order_moments(second_order, u[rows])
     variance = max(spread / n - squares / (2 * n**2), spread / (2 * n))
-    z = float(student_t.ppf((1 + LEVEL) / 2, n - 1))
+    z = float(student_t.isf((1 - level) / 2, n - 1))
     half_slope = z**2 * products / (n * spread)
     reach = math.sqrt(half_slope**2 + z**2 * variance)
     centered = u - u.median()
@@ -102,10 +103,16 @@ def interval_margins(delete_one: Tensor, second_order: Tensor, rows: Tensor) -> 
     )
 
 
-def estimate(value: float, delete_one: Tensor, second_order: Tensor, rows: Tensor) -> Estimate:
+def estimate(value: float, delete_one: Tensor, second_order: Tensor, rows: Tensor, level: float = LEVEL) -> Estimate:
     """Return ``value`` with its interval. The other arguments are those of `interval_margins`."""
-    margins = interval_margins(delete_one, second_order, rows)
+    margins = interval_margins(delete_one, second_order, rows, level)
     return Estimate(value, None) if margins is None else margins.around(value)
+
+
+def student_estimate(value: float, standard_error: float, n: int, level: float = LEVEL) -> Estimate:
+    """Return ``value`` with Student's interval for ``n`` images; it has none for fewer than 10."""
+    reach = float(student_t.isf((1 - level) / 2, n - 1)) * standard_error
+    return Estimate(value, (value - reach, value + reach) if n >= MIN_IMAGES else None, standard_error)
 
 
 def _second_order_moments(q: Tensor, u: Tensor) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import check_finite
 from gencompare.evaluation.indices import evenly_spaced_indices
-from gencompare.evaluation.metrics.intervals import PAIR_IMAGES, Estimate, estimate
+from gencompare.evaluation.metrics.intervals import LEVEL, PAIR_IMAGES, Estimate, estimate, student_estimate
 
 BLOCK_SIZE = 1000
 """Number of rows and columns of a kernel matrix block that is in memory at a time."""
@@ -150,32 +150,106 @@ def kernel_distance(features: Tensor, reference: Tensor | KernelReference, kerne
     Raises:
         UserError: features are not finite or too few, or the dimensions differ.
     """
-    check_finite(features)
-    n = len(features)
-    if n < 3:
-        raise UserError(f"A kernel distance needs at least 3 samples, not {n}.")
     if isinstance(reference, Tensor):
         reference = KernelReference.from_features(reference, kernel or GaussianKernel())
-    if features.shape[1] != reference.features.shape[1]:
-        raise UserError(
-            f"Features of dimension {features.shape[1]} cannot be compared with a reference of dimension "
-            f"{reference.features.shape[1]}."
-        )
-    k = reference.kernel
-    xx = _row_sums(features, k)
-    xy = torch.cat([_sum(k(rows, reference.features), 1) for rows in features.split(BLOCK_SIZE)])
-    xy /= len(reference.features)
-    value = xx.sum() / (n * (n - 1)) - 2 * xy.mean() + reference.mean
-    delete_one = (xx.sum() - 2 * xx) / ((n - 1) * (n - 2))
-    delete_one += reference.mean - 2 * (xy.sum() - xy) / (n - 1)
-    rows = evenly_spaced_indices(n, PAIR_IMAGES)
-    return estimate(float(value), delete_one, 2 * k(features[rows], features[rows]).double(), rows)
+    sums = KernelSums(reference)
+    sums.add(features)
+    return sums.distance()
+
+
+class KernelSums:
+    """The sums of `kernel_distance` for samples that arrive in chunks, so that each pair is evaluated once."""
+
+    def __init__(self, reference: KernelReference) -> None:
+        self.reference = reference
+        self.features = reference.features[:0]
+        """Features of the samples, (n, d)."""
+        self._xx = torch.zeros(0, dtype=torch.float64)
+        self._xy = torch.zeros(0, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def add(self, features: Tensor) -> None:
+        """Add samples (n, d).
+
+        Raises:
+            UserError: features are not finite, or of another dimension than the reference.
+        """
+        check_finite(features)
+        if features.shape[1] != self.reference.features.shape[1]:
+            raise UserError(
+                f"Features of dimension {features.shape[1]} cannot be compared with a reference of dimension "
+                f"{self.reference.features.shape[1]}."
+            )
+        k = self.reference.kernel
+        xx = _row_sums(features, k)
+        for i, rows in _blocks(features):
+            for j, columns in _blocks(self.features):
+                block = k(rows, columns)
+                xx[i : i + len(rows)] += _sum(block, 1)
+                self._xx[j : j + len(columns)] += _sum(block, 0)
+        xy = torch.cat([_sum(k(rows, self.reference.features), 1) for rows in features.split(BLOCK_SIZE)])
+        self._xx = torch.cat([self._xx, xx])
+        self._xy = torch.cat([self._xy, xy / len(self.reference.features)])
+        self.features = torch.cat([self.features, features]) if len(self.features) else features
+
+    def distance(self, level: float = LEVEL) -> Estimate:
+        """Return the distance of all samples so far, with its interval.
+
+        Raises:
+            UserError: there are fewer than 3 samples.
+        """
+        value, delete_one = self._value_and_delete_one()
+        return estimate(value, delete_one, *self._second_order(), level)
+
+    def difference(self, other: KernelSums, level: float = LEVEL) -> Estimate:
+        r"""Return the distance of these samples minus that of as many ``other`` samples, with its interval.
+
+        Both have the same reference, whose own term cancels. Pair i, a sample of each, is left out together, so samples
+        that are drawn from the same noise, and are therefore correlated, have the narrower interval that they deserve:
+
+        .. math:: D \pm t\, \sqrt{\frac{n - 1}{n} \sum_i (D_{(i)} - \bar D_{()})^2}.
+
+        The delete-one jackknife counts the variance of the second-order part twice. `interval_margins` corrects this
+        and lets the variance depend on the value; for differences that are tested several times, its intervals are too
+        narrow (benchmarks/sequential.py).
+
+        Raises:
+            UserError: the numbers of samples differ, or there are fewer than 3.
+        """
+        n = len(self)
+        if n != len(other):
+            raise UserError(f"A paired difference needs equally many samples, not {n} and {len(other)}.")
+        (value, delete_one), (other_value, other_delete_one) = (
+            self._value_and_delete_one(), other._value_and_delete_one()
+        )  # fmt: skip
+        error = float((delete_one - other_delete_one).var()) ** 0.5 * (n - 1) / n**0.5
+        return student_estimate(value - other_value, error, n, level)
+
+    def _value_and_delete_one(self) -> tuple[float, Tensor]:
+        n, xx, xy = len(self), self._xx, self._xy
+        if n < 3:
+            raise UserError(f"A kernel distance needs at least 3 samples, not {n}.")
+        value = xx.sum() / (n * (n - 1)) - 2 * xy.mean() + self.reference.mean
+        delete_one = (xx.sum() - 2 * xx) / ((n - 1) * (n - 2))
+        delete_one += self.reference.mean - 2 * (xy.sum() - xy) / (n - 1)
+        return float(value), delete_one
+
+    def _second_order(self) -> tuple[Tensor, Tensor]:
+        """Return the second-order terms of a subset of the samples, and its indices (`interval_margins`)."""
+        rows = evenly_spaced_indices(len(self), PAIR_IMAGES)
+        return 2 * self.reference.kernel(self.features[rows], self.features[rows]).double(), rows
 
 
 def mmd(features: Tensor, reference: Tensor | KernelReference, kernel: GaussianKernel | None = None) -> Estimate:
     """Compute 1000 times `kernel_distance`, by default with the Gaussian kernel. CMMD has the same factor (Jayasumana
     et al. 2024, "Rethinking FID", section 4, https://arxiv.org/abs/2401.09603)."""
-    found = kernel_distance(features, reference, kernel)
+    return scaled(kernel_distance(features, reference, kernel))
+
+
+def scaled(found: Estimate) -> Estimate:
+    """Return 1000 times an estimate, the scale of `mmd`."""
     interval = found.interval and (MMD_SCALE * found.interval[0], MMD_SCALE * found.interval[1])
     return replace(
         found, value=MMD_SCALE * found.value, interval=interval, standard_error=MMD_SCALE * found.standard_error
