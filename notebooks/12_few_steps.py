@@ -30,10 +30,11 @@ import torch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import gencompare
+from gencompare.comparison.formatting import total_nfe
 from gencompare.diffusion.consistency import ConsistencyTraining, MultistepConsistency
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.meanflow import MeanFlowSampler
-from gencompare.diffusion.ode_samplers import Euler
+from gencompare.diffusion.ode_samplers import Euler, Heun
 from gencompare.diffusion.parameterizations import Prediction, TimeConditioning, Velocity
 from gencompare.diffusion.schedules import RectifiedFlow
 from gencompare.diffusion.times import EqualStepsGrid, LogSNRGrid
@@ -298,13 +299,14 @@ def sample_points(model, calls, n=2000):
 
 
 data, flow = train(
-    1200,
+    800,
     "model=flow",
     "model/sampler/grid=equal_steps",
     "+model.parameterization.noise_conditioning.factor=1.0",
 )
-_, meanflow = train(1200, "model=meanflow", "model.objective.ratio=0.75")
+_, meanflow = train(800, "model=meanflow", "model.objective.ratio=0.75")
 
+# %%
 centres = torch.tensor(data.distribution.means)
 real = data.split("test").images.flatten(1)
 reference = KernelReference.from_features(real[:4000], GaussianKernel(bandwidth=0.1))
@@ -357,7 +359,7 @@ assert results["flow matching", 50][0] < results["flow matching", 4][0]
 # levels. The training below has four stages; after each, samples with a single call are drawn.
 
 # %%
-STAGES, STEPS = 4, 1600
+STAGES, STEPS = 4, 1200
 
 
 class AfterEachStage(pl.Callback):
@@ -387,3 +389,94 @@ axes[0].legend(fontsize=7)
 two_calls = sample_points(consistency, 2)
 draw_points(axes[5], two_calls, "end, 2 calls")
 plt.show()
+
+# %% [markdown]
+# TEXT2
+#
+# ## Quality against network calls
+#
+# A checkout of the repository contains records of longer runs on digits: all families, each
+# with its own number of network calls, and diffusion models that were sampled with DDIM and other
+# solvers at 50 and 10 calls. Each chart is one protocol; values of different charts are not
+# comparable.
+
+# %%
+folders = [path for path in (Path("../docs/results"), Path("docs/results")) if path.is_dir()]
+if folders:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for row in gencompare.compare(f"{folders[0]}/digits/*").tables[0].rows:
+        calls = total_nfe(row.result.generation.nfe)
+        if calls:
+            few = row.run.record.family in ("meanflow", "consistency")
+            axes[0].plot(calls, row.metric.value, "o", ms=5, color="C3" if few else "C0")
+            label = {"textcoords": "offset points", "fontsize": 7}
+            axes[0].annotate(row.run.record.family, (calls, row.metric.value), (5, -2), **label)
+    lines = {}
+    for row in gencompare.compare(f"{folders[0]}/few_calls/*").tables[0].rows:
+        sampler = row.result.generation.sampler
+        if sampler.startswith("DDIM"):
+            point = total_nfe(row.result.generation.nfe), row.metric.value
+            lines.setdefault(row.run.record.family, []).append(point)
+    for name, found in lines.items():
+        axes[1].plot(*zip(*sorted(found)), "o-", ms=4, label=name)
+    print({name: [round(value, 1) for _, value in sorted(found)] for name, found in lines.items()})
+    axes[0].set(title="All families, 500 samples", ylabel="1000 x MMD$^2$ (lower is better)")
+    axes[1].set(title="DDIM, 1,000 samples")
+    axes[1].legend(fontsize=7)
+    for ax in axes:
+        ax.set(xlabel="network calls per sample", xscale="log", yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.15)
+    plt.show()
+else:
+    print("This part needs the folder docs/results of a checkout of the repository.")
+
+# %% [markdown]
+# TEXT3
+#
+# ## Questions
+#
+# ### 1. Does a second call help an exact function?
+#
+# Average velocity and consistency function are exact in one call. What do two calls do, and what
+# happens if the consistency sampler receives an ordinary denoiser?
+
+
+# %%
+class ExactDenoiser:
+    schedule = schedule
+
+    def __call__(self, x_t, t, cond):
+        v = velocity(x_t.flatten(), t).view_as(x_t)
+        return Prediction(x0=x_t - t * v, eps=x_t + (1 - t) * v)
+
+
+grid = LogSNRGrid(log_snr_end=0.394)
+spread = {}
+for name, function in (("consistency", ExactConsistency()), ("denoiser", ExactDenoiser())):
+    for calls in (1, 2, 4):
+        sampler = MultistepConsistency(num_steps=calls, grid=grid)
+        x = sampler.sample(function, noise, generator=generator("cpu", 0)).flatten()
+        spread[name, calls] = float(x.std())
+        print(f"{name:12s} {calls} calls: standard deviation {x.std():.3f}, data {truth.std():.3f}")
+assert all(abs(spread["consistency", n] / float(truth.std()) - 1) < 0.03 for n in (1, 2, 4))
+assert spread["denoiser", 1] < 0.01 and spread["denoiser", 4] < 0.95 * float(truth.std())
+
+# %% [markdown]
+# More calls leave the distribution of the exact function as it is: each call starts from
+# new noise. They help a trained network, which is not exact, since the last call begins at less
+# noise. A denoiser predicts a mean of many images, so its samples are too narrow.
+#
+# ### 2. Would a better solver do?
+#
+# Heun's method calls the network twice per step, and its error falls with the square of the step
+# length. How far does it get in the same number of calls?
+
+# %%
+for calls in (2, 4, 8, 16, 32):
+    x = Heun(num_steps=calls // 2, grid=equal).sample(exact, noise, generator=generator("cpu", 0))
+    print(f"{calls:2d} calls: Euler {error['Euler', calls]:.4f},", end=" ")
+    print(f"Heun {(x.flatten() - truth).abs().mean():.4f}")
