@@ -19,8 +19,8 @@ import nbformat  # noqa: E402
 each_notebook = pytest.mark.parametrize("script", build.scripts(), ids=lambda script: script.stem)
 
 
-def test_there_are_ten_notebooks() -> None:
-    assert [int(script.stem[:2]) for script in build.scripts()] == list(range(1, 11))
+def test_there_are_twelve_notebooks() -> None:
+    assert [int(script.stem[:2]) for script in build.scripts()] == list(range(1, 13))
 
 
 @each_notebook
