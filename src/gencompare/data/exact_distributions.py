@@ -31,7 +31,7 @@ class MonteCarlo:
         return cls(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
 
-class ExactDistribution(ABC):
+class ImageDistribution(ABC):
     """A distribution of greyscale images of ``side`` x ``side`` pixels, d in all, with ``num_bins`` levels each."""
 
     side: int
@@ -44,6 +44,14 @@ class ExactDistribution(ABC):
         """Draw points (n, d) float64 and return them with their components, (n,) int64 or None. The points are levels
         0 to ``num_bins`` - 1, before rounding if the distribution is continuous."""
 
+    def images(self, x: Tensor) -> Tensor:
+        """Convert points (n, d) to the stored images, (n, 1, side, side) uint8."""
+        return x.round().clamp(0, self.num_bins - 1).to(torch.uint8).reshape(-1, 1, self.side, self.side)
+
+
+class ExactDistribution(ImageDistribution):
+    """A distribution whose probabilities and entropy are known."""
+
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """Compute the log probability of levels (n, d) in nats, (n,)."""
@@ -51,10 +59,6 @@ class ExactDistribution(ABC):
     @abstractmethod
     def entropy(self, n: int = 512) -> MonteCarlo:
         """Compute the entropy in nats, from ``n`` draws if there is no closed form."""
-
-    def images(self, x: Tensor) -> Tensor:
-        """Convert points (n, d) to the stored images, (n, 1, side, side) uint8."""
-        return x.round().clamp(0, self.num_bins - 1).to(torch.uint8).reshape(-1, 1, self.side, self.side)
 
 
 # Gaussian mixture
