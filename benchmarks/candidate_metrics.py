@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from gencompare.evaluation.indices import evenly_spaced_indices
-from gencompare.evaluation.metrics.kernel import GaussianKernel, kernel_distance
+from gencompare.evaluation.metrics.kernel import GaussianKernel, KernelReference, kernel_distance
 
 NUM_PROJECTIONS = 128
 
@@ -49,24 +51,32 @@ def _log_vendi(x: Tensor) -> float:
 def energy_distance(features: Tensor, reference: Tensor) -> float:
     """Compute the energy distance without pairs of an image with itself (Szekely and Rizzo 2013, "Energy statistics",
     https://doi.org/10.1016/j.jspi.2013.03.018)."""
-    n, m = len(features), len(reference)
-    within = [float(torch.pdist(x).double().sum()) * 2 / (k * (k - 1)) for x, k in ((features, n), (reference, m))]
-    return 2 * float(torch.cdist(features, reference).double().mean()) - sum(within)
+    return (
+        2 * float(torch.cdist(features, reference).double().mean()) - _spread(features) - _reference_spread(reference)
+    )
+
+
+def _spread(x: Tensor) -> float:
+    return float(torch.pdist(x).double().mean())
+
+
+_reference_spread, _kernel_reference = cache(_spread), cache(KernelReference.from_features)
+"""The terms of the reference, computed once."""
 
 
 def narrow_mmd(features: Tensor, reference: Tensor) -> float:
     """Compute the squared MMD with half the median bandwidth."""
-    return 1000 * kernel_distance(features, reference, GaussianKernel(median_factor=0.5)).value
+    return 1000 * kernel_distance(features, _kernel_reference(reference, GaussianKernel(median_factor=0.5))).value
 
 
 def wide_mmd(features: Tensor, reference: Tensor) -> float:
     """Compute the squared MMD with twice the median bandwidth."""
-    return 1000 * kernel_distance(features, reference, GaussianKernel(median_factor=2.0)).value
+    return 1000 * kernel_distance(features, _kernel_reference(reference, GaussianKernel(median_factor=2.0))).value
 
 
 def normalized_mmd(features: Tensor, reference: Tensor) -> float:
     """Compute the squared MMD of features of unit length, as CMMD, with the median bandwidth."""
-    return 1000 * kernel_distance(features, reference, GaussianKernel(normalize=True)).value
+    return 1000 * kernel_distance(features, _kernel_reference(reference, GaussianKernel(normalize=True))).value
 
 
 for _metric in (sliced_wasserstein, vendi, energy_distance, narrow_mmd, wide_mmd, normalized_mmd):

@@ -56,7 +56,7 @@ def measure_metrics(cfg: DictConfig) -> None:
     known = [(fault, truth(data.distribution, fault)) for fault in data_faults(data)]
     with stage_progress(cfg.callbacks.progress_bar) as progress:
         for extractor in protocol.build_extractors(data.spec):
-            source = CachedFeatures(data, extractor, device, protocol.cache and Path(protocol.cache))
+            source = CachedFeatures(data, extractor, device, Path(protocol.cache) if protocol.cache else None)
             splits = {name: source.split(name) for name in ("train", "val", "test")}
             reference = Reference("train", data.hash("train"), len(splits["train"]), splits["train"])
             real = RealFeatures(**splits)
