@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
@@ -32,6 +34,11 @@ def test_a_metric_equal_to_the_distance_is_perfect_and_its_negative_the_worst() 
     assert (worst.tau.mean, worst.power.mean) == (-1, 0)
     (blind,) = score([study(lambda d, noise: 0.0)])
     assert (blind.tau.mean, blind.power.mean, blind.false_alarms.mean) == (0, 0, 0)
+
+
+def test_studies_survive_json() -> None:
+    whole = study(lambda d, noise: d + noise)
+    assert Study.from_json(json.loads(json.dumps(asdict(whole)))) == whole
 
 
 def test_the_interval_is_over_families() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, kendalltau
@@ -46,6 +47,16 @@ class Study:
     real: dict[int, Losses]
     """Losses of sets of real images."""
     cells: list[Cell]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Study:
+        """Create a study from the JSON of `dataclasses.asdict`, whose keys are strings."""
+
+        def by_number(losses: dict[str, Losses]) -> dict[int, Losses]:
+            return {int(n): of_n for n, of_n in losses.items()}
+
+        cells = [Cell(**{**cell, "losses": by_number(cell["losses"])}) for cell in values["cells"]]
+        return cls(values["data"], values["extractor"], by_number(values["real"]), cells)
 
     @property
     def families(self) -> dict[str, list[Cell]]:
@@ -158,15 +169,15 @@ def power(cells: Sequence[Cell], real: Sequence[float], metric: str, n: int) -> 
 
 
 def score(studies: Sequence[Study]) -> list[StudyScore]:
-    """Score every metric of every extractor at every n; the most faithful order first."""
+    """Score every metric at every n on all studies of an extractor that have both; the most faithful order first."""
     scores = []
     for extractor in dict.fromkeys(study.extractor for study in studies):
         own = [study for study in studies if study.extractor == extractor]
-        for n in sorted(set.intersection(*(set(study.real) for study in own))):
-            for metric in own[0].real[n]:
-                having = [study for study in own if metric in study.real[n]]
-                scores.append(_score(having, extractor, metric, n))
-    return sorted(scores, key=lambda s: (s.extractor, s.n, -s.tau.mean))
+        for n in sorted({n for study in own for n in study.real}):
+            with_n = [study for study in own if n in study.real]
+            for metric in set.intersection(*(set(study.real[n]) for study in with_n)):
+                scores.append(_score(with_n, extractor, metric, n))
+    return sorted(scores, key=lambda s: (s.extractor, s.n, -s.tau.mean, s.metric))
 
 
 def _score(studies: Sequence[Study], extractor: str, metric: str, n: int) -> StudyScore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +54,7 @@ def measure_metrics(cfg: DictConfig) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     device, protocol, studies = choose_device(cfg), build_protocol(cfg), []
+    seconds: dict[str, float] = {}
     known = [(fault, truth(data.distribution, fault)) for fault in data_faults(data)]
     with stage_progress(cfg.callbacks.progress_bar) as progress:
         for extractor in protocol.build_extractors(data.spec):
@@ -61,8 +63,11 @@ def measure_metrics(cfg: DictConfig) -> None:
             reference = Reference("train", data.hash("train"), len(splits["train"]), splits["train"])
             real = RealFeatures(**splits)
 
-            def losses(features: Features, numbers: list[int] = sizes) -> dict[int, Losses]:
-                return {n: measure(features, n, reference, real, extractor, protocol.metrics) for n in numbers}  # noqa: B023
+            def losses(features: Features) -> dict[int, Losses]:
+                start = time.perf_counter()
+                found = {n: measure(features, n, reference, real, extractor, protocol.metrics) for n in sizes}  # noqa: B023
+                seconds[extractor.name] = seconds.get(extractor.name, 0) + time.perf_counter() - start  # noqa: B023
+                return found
 
             of_real = losses(source.real(cfg.task.num_real_images))
             cells = []
@@ -76,6 +81,7 @@ def measure_metrics(cfg: DictConfig) -> None:
     write_json(folder / "study.json", {
         "data": data.spec.name, "hash": data.hash("train"), "bits_per_dim": asdict(data.bits_per_dim),
         "environment": environment(device), "command": [o for o in cfg.command if not o.startswith(LOCATION_PREFIXES)],
+        "metric_seconds": rounded(seconds),
         "truths": [{"family": f.family, "strength": f.strength, **truth_as_json(t)} for f, t in known],
         "studies": [rounded(asdict(study)) for study in studies],
     })  # fmt: skip
