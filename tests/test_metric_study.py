@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import CHECKOUT
 from gencompare.evaluation.metric_study import Cell, Study, disjoint_subsets, false_alarms, has_alarm, loss, score
 from gencompare.records import Metric
 
@@ -68,6 +70,19 @@ def test_lower_losses_are_better() -> None:
     assert loss(Metric(2.0, higher_is_better=True)) == -2
     assert loss(Metric(0.75, target=1.0)) == loss(Metric(1.25, target=1.0)) == 0.25
     assert loss(Metric(None, higher_is_better=True)) is None and loss(Metric(2.0)) is None
+
+
+def test_the_page_contains_the_tables_of_the_stored_studies() -> None:
+    folder = CHECKOUT / "docs" / "results" / "metrics"
+    spec = importlib.util.spec_from_file_location("ranking", folder / "ranking.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (folder / "README.md").read_text()
+    for extractor, found in module.scores().items():
+        assert module.faults(module.studies(), extractor) in page
+        assert module.ranking(found) in page and module.families(found) in page
+    assert module.checks() in page
 
 
 def test_subsets_are_disjoint() -> None:
