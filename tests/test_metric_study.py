@@ -82,6 +82,7 @@ def test_the_page_contains_the_tables_of_the_stored_studies() -> None:
     for extractor, found in module.scores().items():
         assert module.faults(module.studies(), extractor) in page
         assert module.ranking(found) in page and module.families(found) in page
+        assert module.candidates(module.studies(), extractor) in page
     assert module.checks() in page
 
 
