@@ -107,8 +107,7 @@ def table(lines: list[list[str]]) -> str:
 if __name__ == "__main__":
     kept = studies()
     for extractor, own in scores().items():
-        print(
-            f"{extractor}: {faults(kept, extractor)}\n\n{ranking(own)}\n\n{families(own)}\n\n{candidates(kept, extractor)}\n"
-        )
+        parts = [f"{extractor}: {faults(kept, extractor)}", ranking(own), families(own), candidates(kept, extractor)]
+        print("\n\n".join(parts) + "\n")
     if (HERE / "checks.json").is_file():
         print(checks())
