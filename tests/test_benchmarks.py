@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import growth  # type: ignore[import-not-found]
 import loading  # type: ignore[import-not-found]
+import metric_checks  # type: ignore[import-not-found]
 import paired  # type: ignore[import-not-found]
 import report  # type: ignore[import-not-found]
 import sampling  # type: ignore[import-not-found]
@@ -177,3 +179,37 @@ def test_new_results_have_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_tables_of_the_page_are_those_of_the_results() -> None:
     assert report.fill(report.PAGE.read_text()) == report.PAGE.read_text()
+
+
+def test_the_15_checks_of_metrics_draw_two_sets_for_each_point() -> None:
+    found = list(metric_checks.curves())
+    assert len({curve.check for curve in found}) == 15
+    for curve in found:
+        points = list(curve.sets(np.random.default_rng(0)))
+        assert len(points) >= 7 and all(real.shape[1] == samples.shape[1] for real, samples in points), curve.check
+        assert curve.shape or curve.constant, "distances are checked, too"
+    torus = metric_checks.torus(np.random.default_rng(0), 1000)
+    assert np.hypot(np.hypot(torus[:, 0], torus[:, 1]) - 1, torus[:, 2]).max() <= 0.1
+    radii = np.linalg.norm(metric_checks.ball(np.random.default_rng(0), 3, 0.8, 4000), axis=1)
+    assert (radii < 0.4).mean() == pytest.approx(1 / 8, abs=0.03), "uniform in the ball"
+
+
+def test_criteria_recognise_their_shapes() -> None:
+    x = np.linspace(-1, 1, 9)
+    shapes = {"bell": 1 - x**2, "falling": (1 - x) / 2, "rising": (1 + x) / 2, "flat": np.full(9, 0.7)}
+    criteria = {name: getattr(metric_checks, name) for name in shapes} | {"bell": metric_checks.bell(4)}
+    for name, criterion in criteria.items():
+        assert [other for other, y in shapes.items() if criterion(y)] == [name]
+    line, late = shapes["falling"], np.r_[np.ones(8), 0]
+    assert metric_checks.settles(np.r_[line[:4], shapes["flat"][:5]]) and not metric_checks.settles(line)
+    assert metric_checks.near(0, 1)(line) and metric_checks.near(-1, 0.2, 0)(line)
+    assert not metric_checks.near(0, 0)(line)
+    assert metric_checks.falling(late) and not metric_checks.falling_by(7)(late)
+
+
+def test_dropped_modes_lower_recall_and_coverage_but_not_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metric_checks, "REPEATS", 1)
+    curve = next(curve for curve in metric_checks.curves() if curve.check == "sequential mode dropping")
+    found = metric_checks.values(curve)
+    assert all(metric_checks.passes(curve, metric, found[metric]) for metric in ("mmd", "coverage"))
+    assert found["precision"].min() > 0.9 > 0.2 > found["recall"][-1]

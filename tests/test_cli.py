@@ -348,6 +348,21 @@ def test_metrics_are_validated_on_degraded_images(cli: Cli, tmp_path: Path, caps
     assert "has points" in error_line(capsys)
 
 
+def test_metrics_are_scored_on_known_faults(cli: Cli, tmp_path: Path, capsys: Any) -> None:
+    overrides = ["data=exact_ising", "data.num_images=60", "task.num_images=[20]", "task.num_real_images=60"]
+    assert cli("task=measure_metrics", "evaluation=pixels", *overrides, "hydra.run.dir=run") == 0
+    found = json.loads((tmp_path / "run" / "study.json").read_text())
+    (study,) = found["studies"]
+    assert study["extractor"] == "pixels" and len(study["cells"]) == len(found["truths"]) == 25
+    assert {"mmd", "kd", "fd", "coverage", "memorization"} <= study["real"]["20"].keys()
+    assert all(len(values) == 3 for values in study["real"]["20"].values())
+    assert "| pixels | 20 | mmd |" in (tmp_path / "run" / "scores.md").read_text()
+    capsys.readouterr()
+    for data, message in (("digits", "needs a known distribution"), ("exact_ising", "at least 3 sets")):
+        assert cli("task=measure_metrics", f"data={data}", "task.num_real_images=900", "hydra.run.dir=other") == 1
+        assert message in error_line(capsys)
+
+
 @pytest.mark.parametrize("preset", options("debug"))
 def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
     overrides = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]

@@ -35,6 +35,7 @@ PROGRAMS = (
 
 COMPOSED = (
     (r"experiment=(cifar10|eurosat64|fashion_mnist)|data=eurosat64", "hours of training, or weeks"),
+    (r"task=measure_metrics", "minutes; tests/test_cli.py runs a small one"),
     (r"task=validate_metrics", "an hour; tests/test_metric_validation.py runs a small one"),
     (r"launcher=slurm", "needs a SLURM cluster"),
     (r"search=families", "a search for each family; +search=optuna runs"),
