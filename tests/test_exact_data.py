@@ -94,7 +94,8 @@ def test_mixture_density_and_samples_agree_with_scipy() -> None:
     x, labels = mixture.sample(2000, generator("cpu", "test"))
     scaled = (x * bin_width(256) - 1).numpy()
     components = [
-        multivariate_normal(mixture.means[k].numpy(), mixture.covariance(k).numpy()).logpdf(scaled) for k in range(10)
+        multivariate_normal.logpdf(scaled, mixture.means[k].numpy(), mixture.covariance(k).numpy())  # type: ignore[arg-type]
+        for k in range(10)
     ]
     expected = np.logaddexp.reduce(np.stack(components) + mixture.weights.log().numpy()[:, None])
     np.testing.assert_allclose(mixture.log_prob(x), expected + 64 * math.log(bin_width(256)), rtol=1e-9)
@@ -109,11 +110,10 @@ def test_entropy_of_overlapping_components_is_that_of_one() -> None:
     first = LowRankGaussianMixture(
         8, torch.ones(1, dtype=torch.float64), mixture.means[:1], mixture.loadings[:1], mixture.stds[:1]
     )
-    three = LowRankGaussianMixture(
-        8, torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64), *(part[:1].expand(3, *part.shape[1:]) for part in
-        (mixture.means, mixture.loadings, mixture.stds)),
-    )  # fmt: skip
-    gaussian = multivariate_normal(mixture.means[0].numpy(), mixture.covariance(0).numpy()).entropy()
+    parts = (part[:1].expand(3, *part.shape[1:]) for part in (mixture.means, mixture.loadings, mixture.stds))
+    means, loadings, stds = parts
+    three = LowRankGaussianMixture(8, torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64), means, loadings, stds)
+    gaussian = multivariate_normal.entropy(mixture.means[0].numpy(), mixture.covariance(0).numpy())  # type: ignore[arg-type]
     for model in (first, three):
         assert model.entropy().value == pytest.approx(gaussian - 64 * math.log(bin_width(256)), rel=1e-9)
 

@@ -204,7 +204,7 @@ def test_networks_without_an_interval_predict_the_velocity(option: str) -> None:
 def published_loss(network: nn.Module, x0: Tensor, eps: Tensor, t: Tensor, r: Tensor, p: float) -> Tensor:
     """Restated from Geng et al. (2025), algorithm 1 and eq. 22, with a single Jacobian-vector product."""
     z, v = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps, eps - x0
-    u, du_dt = torch.func.jvp(
+    u, du_dt = torch.func.jvp(  # type: ignore[misc]
         lambda z, r, t: network(z, t, {"interval": t - r}), (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t))
     )
     error = u - (v - (t - r).view(-1, 1, 1, 1) * du_dt).detach()
