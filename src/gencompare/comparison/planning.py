@@ -185,7 +185,7 @@ def table_spread(table: RankingTable) -> Spread | None:
         variances = [
             variance
             for _, result in row.group.members
-            if (variance := _sampling_variance(result.metrics[table.primary_metric])) is not None
+            if (variance := sampling_variance(result.metrics[table.primary_metric])) is not None
         ]
         if variances and mean:
             per_image.append(table.measurement.num_images * fmean(variances) / mean**2)
@@ -209,7 +209,7 @@ def _values(row: TableRow) -> list[float] | None:
     return values and badness_of_seeds(values, row.metric)
 
 
-def _sampling_variance(metric: Metric) -> float | None:
+def sampling_variance(metric: Metric) -> float | None:
     """Return the squared standard error in the interval of one evaluation, or None if there is none."""
     if metric.interval is None or metric.value is None or not all(map(formatting.is_finite, metric.interval)):
         return None

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gencompare.comparison import formatting
+from gencompare.comparison.forecast import Check, Forecasts
 from gencompare.comparison.load_runs import LoadedRuns, RunFolder, load_runs
 from gencompare.comparison.planning import Plan, power_note
 from gencompare.comparison.ranking import (
@@ -131,6 +132,36 @@ def print_plans(plans: list[Plan], console: Console | None = None) -> None:
         cost = formatting.format_duration(plan.cost)
         table.add_row(str(plan.num_seeds), f"{plan.num_images:,}", formatting.format_percent(plan.power), cost)
     (console or Console()).print(table)
+
+
+def print_forecasts(forecasts: Forecasts, console: Console | None = None) -> None:
+    """Print what one more run of each family will reach."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    interval = f"{formatting.format_percent(forecasts.level)} interval"
+    for title in ("family", "FLOPs", formatting.title(forecasts.metric), interval, "runs"):
+        table.add_column(title, justify="left" if title == "family" else "right")
+    for each in forecasts.forecasts:
+        cost = f"{each.flops:.3g}{' (interpolation)' if each.interpolation else ''}"
+        cells = (cost, formatting.format_metric(each.value), _ends(each.interval), str(each.num_runs))
+        table.add_row(Text(each.family), *cells)
+    (console or Console()).print(table)
+
+
+def print_checks(checks: Iterable[Check], metric: str, console: Console | None = None) -> None:
+    """Print longer runs beside their forecasts."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("run", "FLOPs", "forecast", "interval", formatting.title(metric), "holds"):
+        table.add_column(title, justify="left" if title in ("run", "holds") else "right")
+    for check in checks:
+        each = check.forecast
+        cells = (f"{each.flops:.3g}", formatting.format_metric(each.value), _ends(each.interval))
+        answer = f"{'yes' if check.holds else 'no'}{f' ({check.note})' if check.note else ''}"
+        table.add_row(Text(check.run), *cells, formatting.format_metric(check.value), answer)
+    (console or Console()).print(table)
+
+
+def _ends(interval: tuple[float, float]) -> Text:
+    return Text(f"[{', '.join(map(formatting.format_metric, interval))}]")
 
 
 def describe_run(record: RunRecord) -> str:

@@ -38,7 +38,7 @@ from gencompare.tasks.runs.sweep import prepare_job, record_failure
 from gencompare.trust import opened_by
 from gencompare.version import __version__
 
-READING_TASKS = ("list_runs", "compare_runs", "plan")
+READING_TASKS = ("list_runs", "compare_runs", "plan", "forecast")
 """Modules of tasks that build nothing from the config, and start without importing torch."""
 
 
