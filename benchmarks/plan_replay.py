@@ -180,6 +180,7 @@ def replay(rows: dict[str, list[Pool]], replays: int, out: Path) -> None:
         hit = detected(scaled, pair, plan.num_seeds, plan.num_images, random)
         found.append({
             "pair": pair, "difference": difference, "planned": True, "detected": hit, "power": plan.power,
+            "power_of_pair": next(power for power, *names in plan.powers if set(names) == set(pair)),
             "seeds": plan.num_seeds, "images": plan.num_images,
         })  # fmt: skip
         if (k + 1) % 25 == 0 or k + 1 == replays:
@@ -193,13 +194,16 @@ def report(found: list[dict[str, Any]], truths: dict[str, float], rows: dict[str
         made = [each for each in chosen if each["planned"]]
         if not made:
             return {"replays": len(chosen), "planned": 0}
+        share = fmean(e["detected"] for e in made)
         return {
             "replays": len(chosen), "planned": len(made), "promised": round(fmean(e["power"] for e in made), 4),
-            "detected": round(fmean(e["detected"] for e in made), 4),
+            "promised_for_pair": round(fmean(e["power_of_pair"] for e in made), 4),
+            "detected": round(share, 4), "standard_error": round((share * (1 - share) / len(made)) ** 0.5, 4),
             "median_seeds": float(np.median([e["seeds"] for e in made])),
             "median_images": float(np.median([e["images"] for e in made])),
         }  # fmt: skip
 
+    baseline = {True: "with gaussian", False: "without gaussian"}
     return {
         "setting": {
             "metric": METRIC, "power": POWER, "pilot_seeds": PILOT_SEEDS, "pilot_images": PILOT_IMAGES,
@@ -210,6 +214,10 @@ def report(found: list[dict[str, Any]], truths: dict[str, float], rows: dict[str
         },
         "all": summary(found),
         "differences": {f"{d:g}": summary([each for each in found if each["difference"] == d]) for d in DIFFERENCES},
+        "pairs": {
+            name: summary([each for each in found if ("gaussian" in each["pair"]) == has])
+            for has, name in baseline.items()
+        },
         "rows_of_pairs": {name: summary([each for each in found if name in each["pair"]]) for name in rows},
     }  # fmt: skip
 

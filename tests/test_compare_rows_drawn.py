@@ -71,9 +71,9 @@ def test_guidance_scales_are_separate_rows_without_a_line(tmp_path: Path) -> Non
     assert charts.nfe == [], "no two rows differ only in the number of steps"
     (nfe,) = (each for each in charts.pareto if each.chart.x_label == "NFE per sample")
     assert [line.name for line in nfe.chart.lines if line.name] == names
-    assert [row.title for row in nfe.front] == [names[3], names[0]]
+    assert [row.title for row, _ in nfe.front] == [names[3], names[0]]
     front = page.render(loaded).split("Pareto front, cheapest first:")[1].split("</figcaption>")[0]
-    assert re.findall(r"</svg>([^<;]+)", front) == [names[3], names[0]]
+    assert re.findall(r"</svg>([^<;]+)", front) == [f"{names[3]} (100 %)", f"{names[0]} (100 %)"]
     (run,) = (column for column in columns(table) if column.title == "run")
     assert [run.cell(row).annotation for row in table.rows] == [name.split(" · ")[1] for name in names]
 

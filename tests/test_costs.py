@@ -14,7 +14,7 @@ import pytest
 from gencompare.comparison import charts, formatting, page, svg_plots
 from gencompare.comparison.load_runs import load_runs
 from gencompare.comparison.ranking import rank_results
-from gencompare.comparison.run_costs import pareto_charts, pareto_front
+from gencompare.comparison.run_costs import front_probabilities, pareto_charts, pareto_front
 from gencompare.comparison.svg_plots import Chart, PlotLine, styles
 from gencompare.comparison.tables import columns, write_csv
 from gencompare.records import Metric
@@ -46,7 +46,7 @@ def test_rows_are_drawn_against_each_cost_with_the_pareto_front(tmp_path: Path) 
         write_run(tmp_path / name, [r], training={"flops": flops, "seconds": 60.0}, with_grid=False)
     found = drawn(tmp_path)
     assert set(found) == {"training FLOPs", "NFE per sample"}, "there is no chart if all runs take equally long"
-    assert [row.run.label for row in found["training FLOPs"].front] == ["cheap", "good"]
+    assert [row.run.label for row, _ in found["training FLOPs"].front] == ["cheap", "good"]
     points = {line.name: (line.x.tolist(), line.y.tolist()) for line in found["training FLOPs"].chart.lines}
     assert points[""] == ([1e12, 9e12], [9.0, 2.0]) and points["dominated"] == ([5e12], [9.5])
     html = page.render(load_runs(sorted(tmp_path.iterdir())))
@@ -57,7 +57,46 @@ def test_the_front_follows_the_direction_of_the_metric(tmp_path: Path) -> None:
     for name, value, flops in (("a", 0.2, 1e12), ("b", 0.9, 2e12), ("c", 0.5, 3e12)):
         metrics = {"fd_digits": Metric(value, higher_is_better=True)}
         write_run(tmp_path / name, [result(0, metrics=metrics)], training={"flops": flops}, with_grid=False)
-    assert [row.run.label for row in drawn(tmp_path)["training FLOPs"].front] == ["a", "b"]
+    assert [row.run.label for row, _ in drawn(tmp_path)["training FLOPs"].front] == ["a", "b"]
+
+
+def test_the_probability_of_the_front_is_exact() -> None:
+    cost, losses = np.random.default_rng(0).integers(0, 6, (2, 40, 300))
+    cost = cost[:, 0]
+    on_front = [pareto_front(cost.tolist(), table) for table in losses.T.tolist()]
+    share = [np.mean([row in front for front in on_front]) for row in range(40)]
+    assert front_probabilities(cost, losses) == pytest.approx(share)
+
+
+def test_the_page_says_how_likely_a_row_is_on_the_front(tmp_path: Path) -> None:
+    """``best`` is cheap and better with every seed; ``a`` and ``b`` cost more and are equal, then one better."""
+
+    def front(**values: tuple[list[float], float, float]) -> dict[str, float]:
+        folder = tmp_path / "_".join(values)
+        for name, (seeds, flops, half) in values.items():
+            for seed, value in enumerate(seeds):
+                interval = (value - half, value + half) if half else None
+                metric = Metric(value, higher_is_better=False, interval=interval)
+                made = result(value, metrics={"fd_digits": metric}, generation={"seed": seed})
+                training = {"flops": flops, "seconds": 60.0}
+                write_run(folder / f"{name}_{seed}", [made], seed=seed, family=name, training=training, with_grid=False)
+        (chart,) = drawn(folder).values()
+        html = page.render(load_runs(sorted(folder.iterdir())))
+        for row, probability in [*chart.front, *chart.others]:
+            assert f"{row.title} ({formatting.format_percent(probability)})" in html
+        return {row.run.record.family: p for row, p in [*chart.front, *chart.others]}
+
+    assert front(best=([1, 2, 3], 1e12, 0), worse=([4, 5, 6], 2e12, 0)) == {"best": 1}
+    assert front(twin=([2, 2], 1e12, 0), same=([2, 2], 1e12, 0), dear=([3, 3], 2e12, 0)) == {"twin": 1, "same": 1}
+    # One seed each, with errors of 1 and a difference of 1: the dearer row is better with probability Phi(1 / sqrt 2).
+    found = front(cheap=([2.0], 1e12, 1.96), dearer=([1.0], 2e12, 1.96))
+    assert found == {"cheap": 1, "dearer": pytest.approx(0.760, abs=0.04)}
+    found = front(first=([1.0], 1e12, 1.96), second=([2.0], 2e12, 1.96))
+    assert found == {"first": 1, "second": pytest.approx(0.240, abs=0.04)}, "off the front of the point estimates"
+    # Two seeds each: 16 equally likely tables, in which equal means leave the cheaper row alone on the front.
+    found = front(low=([1, 3], 1e12, 0), high=([0, 2], 2e12, 0))
+    better = sum(c > d for c in (1, 2, 2, 3) for d in (0, 1, 1, 2)) / 16
+    assert found == {"low": 1, "high": pytest.approx(better, abs=0.04)}
 
 
 def test_the_cost_includes_the_autoencoder(tmp_path: Path) -> None:

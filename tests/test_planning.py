@@ -18,9 +18,11 @@ from gencompare.comparison.planning import (
     detectable_difference,
     expected_power,
     holm_level,
+    moderated_variances,
+    pair_powers,
     plans,
     power_note,
-    table_spread,
+    row_spreads,
     welch_power,
 )
 from gencompare.comparison.ranking import RankingTable, rank_results
@@ -68,38 +70,105 @@ def test_power_has_the_classical_limits() -> None:
     assert np.all(np.diff(shifts) > -1e-4) and shifts[-1] == pytest.approx(1), "no gaps where SciPy returns NaN"
 
 
+def known(*variances: float, per_image: float = 0.0) -> list[Spread]:
+    """Return rows whose variances at 500 images are known."""
+    return [Spread(f"f{k}", variance, inf, per_image, 500) for k, variance in enumerate(variances)]
+
+
 def test_without_variance_of_training_only_the_number_of_all_images_matters() -> None:
-    spread = Spread(total=0.01, degrees_of_freedom=inf, per_image=0.01 * 500, num_images=500)
-    assert spread.variances(2000) == pytest.approx(0.01 / 4)
-    z = [expected_power(spread, 0.03, s, n, 0.05) for s, n in ((100, 400), (200, 200), (400, 100))]
+    spreads = known(0.01, 0.01, per_image=0.01 * 500)
+    assert spreads[0].variances(2000) == pytest.approx(0.01 / 4)
+    z = [expected_power(spreads, 0.03, s, n, 0.05) for s, n in ((100, 400), (200, 200), (400, 100))]
     assert z == pytest.approx([z[0]] * 3, abs=0.01) and 0.2 < z[0] < 0.8
     # Without variance of sampling, more images change nothing.
-    only_seeds = Spread(0.01, inf, 0.0, 500)
+    only_seeds = known(0.01, 0.01)
     assert expected_power(only_seeds, 0.2, 5, 50, 0.05) == expected_power(only_seeds, 0.2, 5, 5000, 0.05)
 
 
 def test_three_seeds_that_vary_by_18_percent_detect_little() -> None:
-    spread = Spread(0.18**2, inf, 0.0, 500)
-    assert detectable_difference(spread, 3, 0.05) == pytest.approx(0.553, abs=0.001)
-    assert detectable_difference(spread, 3, 0.05 / 105) == pytest.approx(1.894, abs=0.001)
+    spreads = known(0.18**2, 0.18**2)
+    assert detectable_difference(spreads, 3, 0.05) == pytest.approx(0.553, abs=0.001)
+    assert detectable_difference(spreads, 3, 0.05 / 105) == pytest.approx(1.894, abs=0.001)
 
 
-def test_the_level_of_holms_correction_is_that_of_simulated_tables() -> None:
+@pytest.mark.parametrize(
+    ("variances", "tolerance"),
+    [
+        ([0.01] * 5, 0.04),
+        # Other pairs with medium power: the number of claims varies, which the expected number neglects.
+        ([0.01, 0.01, 0.04, 0.002, 0.02], 0.1),
+    ],
+)
+def test_the_level_of_holms_correction_is_that_of_simulated_tables(variances: list[float], tolerance: float) -> None:
     """Five rows, two of which differ little: most of the other pairs are claimed first, and raise its level."""
-    means, spread = np.array([1.0, 1.22, 1.7, 2.5, 4.0]), Spread(0.01, inf, 0.0, 500)
+    means, v = np.array([1.0, 1.22, 1.7, 2.5, 4.0]), np.array(variances)
     i, j = np.triu_indices(5, 1)
     differences = 2 * np.abs(means[i] - means[j]) / (means[i] + means[j])
-    level = holm_level(spread, differences[1:], 5, 500)
+    level = holm_level(known(*v), np.array([np.nan, *differences[1:]]), 5, 500)
     assert 0.05 / 10 < level <= 0.05
-    promised = expected_power(spread, differences[0], 5, 500, level)
+    promised = float(welch_power(differences[0], v[0], v[1], 5, level))
     random = np.random.default_rng(1)
     claimed = 0
     for _ in range(1500):
-        x = random.normal(means[:, None], 0.1 * means[:, None], (5, 5))
+        x = random.normal(means[:, None], means[:, None] * v[:, None] ** 0.5, (5, 5))
         m, e, n = x.mean(1), x.var(1, ddof=1) / 5, np.full(5, 5)
         claimed += bool(holm(welch(m[i], e[i], n[i], m[j], e[j], n[j]))[0] <= 0.05)
-    assert promised == pytest.approx(claimed / 1500, abs=0.04)
-    assert holm_level(spread, np.zeros(9), 5, 500) == pytest.approx(0.05 / 10, rel=0.01)
+    assert promised == pytest.approx(claimed / 1500, abs=tolerance)
+    assert holm_level(known(*v), np.array([np.nan] + [0.0] * 9), 5, 500) == pytest.approx(0.05 / 10, rel=0.01)
+    assert holm_level(known(*v), np.array([np.nan] + [9.0] * 9), 5, 500) == pytest.approx(0.05, rel=0.01), "all others"
+
+
+def test_each_pair_has_the_power_of_its_own_rows() -> None:
+    spreads = known(0.01, 0.01, 0.2)
+    powers = {(a, b): power for power, a, b in pair_powers(spreads, 0.3, 6, 500, 0.05)}
+    assert powers["f0", "f1"] == pytest.approx(float(welch_power(0.3, 0.01, 0.01, 6, 0.05)))
+    assert powers["f0", "f2"] == powers["f1", "f2"] == pytest.approx(float(welch_power(0.3, 0.01, 0.2, 6, 0.05)))
+    assert expected_power(spreads, 0.3, 6, 500, 0.05) == pytest.approx(np.mean([*powers.values()]))
+    # Variances that are not known exactly: the average over both distributions, by another route.
+    random = np.random.default_rng(2)
+    rows = [Spread("a", 0.01, 6.0, 2.0, 500), Spread("b", 0.03, 10.0, 8.0, 500)]
+    v = [6 * 0.01 / random.chisquare(6, 40_000), 10 * 0.03 / random.chisquare(10, 40_000)]
+    v = np.maximum(v, [[2.0 / 500], [8.0 / 500]])
+    for level in (0.05, 0.002):
+        ((power, *_),) = pair_powers(rows, 0.25, 6, 500, level)
+        assert power == pytest.approx(float(welch_power(0.25, v[0], v[1], 6, level).mean()), abs=0.01)
+    many = [Spread(str(k), 0.01 * (1 + k % 7), 8.0, 0.0, 500) for k in range(60)]
+    assert 250 < len(pair_powers(many, 0.3, 6, 500, 0.05)) <= 500, "not all 1,770 pairs"
+
+
+def test_moderated_variances_have_exact_limits() -> None:
+    # Equal rows without sampling: the prior has the variance of all, and nothing changes.
+    total, freedom = moderated_variances(np.full(9, 0.04), np.full(9, 400), np.zeros(9))
+    assert total == pytest.approx(np.full(9, 0.04), rel=5e-3) and np.all(freedom > 400)
+    # One row: its own variance. Rows without seeds get the variance of training of the others, and their own sampling.
+    total, freedom = moderated_variances(np.array([0.05, 0.0]), np.array([20, 0]), np.array([0.01, 0.03]))
+    assert total == pytest.approx([0.05, 0.07], rel=1e-6) and freedom[1] == pytest.approx(20)
+    # A table whose seeds vary less than sampling alone has no variance of training.
+    total, freedom = moderated_variances(np.full(5, 0.01), np.full(5, 10), np.full(5, 0.02))
+    assert np.all(total > 0.01) and np.all(total < 0.02)
+    # A distance in another unit: variances scale with its square.
+    squared, sampling = np.array([0.02, 0.004, 0.1]), np.array([0.01, 0.001, 0.08])
+    total, freedom = moderated_variances(squared, np.full(3, 4), sampling)
+    scaled, same = moderated_variances(9 * squared, np.full(3, 4), 9 * sampling)
+    assert scaled == pytest.approx(9 * total) and same == pytest.approx(freedom)
+
+
+def test_moderated_variances_know_their_error() -> None:
+    """In simulated tables with rows that differ in both variances, half of the true variances lie below the median of
+    their distribution, and 80 % in its middle 80 %."""
+    random = np.random.default_rng(3)
+    cases = {"equal rows": (0.0, 0.3), "other training": (0.8, 0.3), "other sampling": (0.3, 1.5)}
+    for name, (spread_of_training, spread_of_sampling) in cases.items():
+        tails = []
+        for _ in range(150):
+            sampling = 0.002 * np.exp(spread_of_sampling * random.normal(size=8))
+            true = sampling + 0.003 * np.exp(spread_of_training * random.normal(size=8))
+            squared = true * random.chisquare(3, 8) / 3
+            total, freedom = moderated_variances(squared, np.full(8, 3), sampling)
+            tails += list(stats.chi2.sf(freedom * total / true, freedom))
+        inside = np.mean([0.1 < tail < 0.9 for tail in tails])
+        assert np.median(tails) == pytest.approx(0.5, abs=0.1), name
+        assert inside == pytest.approx(0.8, abs=0.12), name
 
 
 def pilot(folder: Path, rows: int, seeds: int, sigma: float, tau: float, n: int = 500, random: int = 0) -> list[Path]:
@@ -124,13 +193,13 @@ def ranked(folders: list[Path]) -> RankingTable:
 
 
 def test_the_variances_of_a_pilot_are_recovered(tmp_path: Path) -> None:
-    spread = table_spread(ranked(pilot(tmp_path, rows=12, seeds=6, sigma=0.08, tau=1.0)))
-    assert spread is not None and spread.num_images == 500
-    assert spread.per_image == pytest.approx(1.0, rel=0.05)  # means of rows are estimated
-    assert spread.total == pytest.approx(0.08**2 + 1 / 500, rel=0.35)
-    assert spread.degrees_of_freedom > 15
-    few = table_spread(ranked(pilot(tmp_path / "few", rows=2, seeds=2, sigma=0.08, tau=1.0)))
-    assert few is not None and few.degrees_of_freedom < 6, "four runs show little of the variance"
+    spreads = row_spreads(ranked(pilot(tmp_path, rows=12, seeds=6, sigma=0.08, tau=1.0)))
+    assert len({spread.name for spread in spreads}) == 12
+    assert [spread.per_image for spread in spreads] == pytest.approx([1.0] * 12, rel=0.25)  # means are estimated
+    assert np.mean([spread.total for spread in spreads]) == pytest.approx(0.08**2 + 1 / 500, rel=0.35)
+    assert all(spread.num_images == 500 and spread.degrees_of_freedom > 15 for spread in spreads)
+    few = row_spreads(ranked(pilot(tmp_path / "few", rows=2, seeds=2, sigma=0.08, tau=1.0)))
+    assert all(spread.degrees_of_freedom < 6 for spread in few), "four runs show little of the variance"
 
 
 def test_plans_are_the_fewest_images_and_sorted_by_cost(tmp_path: Path) -> None:
@@ -138,6 +207,7 @@ def test_plans_are_the_fewest_images_and_sorted_by_cost(tmp_path: Path) -> None:
     found = plans(table, 0.2)
     costs = [plan.cost or 0 for plan in found]
     assert costs == sorted(costs) and all(plan.power >= 0.8 and plan.num_seeds >= 5 for plan in found)
+    assert all(0.8 <= np.mean([power for power, *_ in plan.powers]) == pytest.approx(plan.power) for plan in found)
     # Prices of the synthetic records, 171.2 s of training and 4.6 s for 500 images, for three rows.
     first = found[0]
     assert first.cost == pytest.approx(first.num_seeds * 3 * (171.2 + first.num_images * 4.6 / 500))
@@ -174,6 +244,7 @@ def test_the_command_prints_a_plan_and_how_to_run_it(
     assert cli("task=plan", f"runs={tmp_path}/pilot/*", "task.difference=0.2") == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "To detect a difference of 20 % between two rows with 80 % power" in output
+    assert "lowest power of a pair" in output
     assert "python run.py -m model=f0 seed=3,4" in output and "evaluation.num_images=" in output
     assert cli("task=plan") == 1 and "runs='GLOB'" in capsys.readouterr().err
     assert cli("task=plan", f"runs={tmp_path}/pilot/*", "task.power=much") == 1

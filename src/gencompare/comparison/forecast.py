@@ -11,11 +11,10 @@ from pathlib import Path
 from gencompare.checksums import read_checked_json, write_checked_json
 from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder
-from gencompare.comparison.planning import sampling_variance
 from gencompare.comparison.ranking import BASELINE_FAMILY, RankingTable
 from gencompare.comparison.run_costs import total_cost
 from gencompare.comparison.scaling_law import LEVEL, SAME_BUDGET, ScalingLaw, ShortRun
-from gencompare.comparison.statistics import config_values, possible_range
+from gencompare.comparison.statistics import config_values, possible_range, sampling_variance
 from gencompare.errors import CorruptedFileError, UserError, printable
 from gencompare.records import Measurement, Metric, Result, RunRecord, newest, now
 

@@ -128,7 +128,7 @@ def render(loaded: LoadedRuns) -> str:
         nfe=_draw(charts.nfe, "n"),
         likelihoods=_draw(charts.likelihoods, "b"),
         likelihood_titles=LIKELIHOOD_TITLES,
-        costs=[(*drawn, each.front) for drawn, each in zip(pareto_svgs, charts.pareto, strict=True)],
+        costs=[(*drawn, each.front, each.others) for drawn, each in zip(pareto_svgs, charts.pareto, strict=True)],
         schedules=_draw(charts.schedules, "s"),
         runs=[_run(run) for run in runs],
         style=style,
@@ -138,6 +138,7 @@ def render(loaded: LoadedRuns) -> str:
         without_results=runs_without_results(runs),
         skipped=loaded.skipped,
         missing=formatting.MISSING,
+        percent=formatting.format_percent,
         min_seeds=MIN_SEEDS,
     )
 

@@ -161,7 +161,7 @@ class RankingTable:
         best, others = ranked[0], ranked[1:]
         interval = formatting.format_interval(best.metric)
         value = formatting.join_values(formatting.format_metric(best.metric.value), interval)
-        named = dict(zip(map(id, ranked), _short_names(ranked), strict=True))
+        named = dict(zip(map(id, ranked), short_names(ranked), strict=True))
         text = f"{named[id(best)]} has the best {formatting.title(self.primary_metric)}, {value}."
         if best.comparison is not None and best.comparison.p_value is None:
             worse = [row for row in others if row.comparison is not None and row.comparison.significant]
@@ -270,7 +270,7 @@ def half_width(metric: Metric) -> float:
     return max(metric.value - metric.interval[0], metric.interval[1] - metric.value)
 
 
-def _short_names(rows: list[TableRow]) -> list[str]:
+def short_names(rows: list[TableRow]) -> list[str]:
     """Name rows in a sentence: without the number of seeds, and with settings only where the names are equal."""
     names = [f"{row.run.label.split(', mean of ')[0]}{f' ({row.sampling})' if row.sampling else ''}" for row in rows]
     return [name if names.count(name) == 1 else row.title for name, row in zip(names, rows, strict=True)]
@@ -456,7 +456,7 @@ def metric_disagreements(tables: list[RankingTable], *, beyond_intervals: bool =
         clear = [(x, y) for x, y in swapped if all(_intervals_apart(rows[x], rows[y]) for rows in (rows_a, rows_b))]
         if beyond_intervals and not clear:
             continue
-        names = dict(zip(shared, _short_names([rows_a[key] for key in shared]), strict=True))
+        names = dict(zip(shared, short_names([rows_a[key] for key in shared]), strict=True))
         named = [f"{names[x]} and {names[y]}" for x, y in (clear or swapped)[:MAX_NAMED_PAIRS]]
         num_unnamed = len(clear or swapped) - len(named)
         sentences.append(

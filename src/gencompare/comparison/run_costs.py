@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from gencompare.comparison import formatting
-from gencompare.comparison.ranking import RankingTable, TableRow, badness
+from gencompare.comparison.ranking import RankingTable, TableRow, badness, badness_of_seeds
+from gencompare.comparison.statistics import sampling_variance
 from gencompare.comparison.svg_plots import Chart, PlotLine, Style, row_point
 from gencompare.records import RunRecord
 
@@ -70,14 +71,22 @@ TEXT_COLOR = ""
 MAX_POINTS = 60
 """Maximum number of rows in a chart. If there are more, the best rows and the whole Pareto front are drawn."""
 
+RESAMPLES = 1000
+"""Number of tables that are resampled for the probability to be on a Pareto front."""
+
+MIN_PROBABILITY = 0.01
+"""Lowest probability of a row off the front that is listed."""
+
 
 @dataclass(frozen=True)
 class ParetoChart:
     """A chart of the primary metric of one table against one kind of cost."""
 
     chart: Chart
-    front: list[TableRow]
-    """The rows on the Pareto front, cheapest (and therefore worst) first."""
+    front: list[tuple[TableRow, float]]
+    """The rows on the Pareto front, cheapest (and therefore worst) first, and how likely each is on it."""
+    others: list[tuple[TableRow, float]]
+    """Other rows that are on the front with at least `MIN_PROBABILITY`, the most likely first."""
 
 
 COSTS: dict[str, Callable[[TableRow], float | None]] = {
@@ -92,10 +101,15 @@ def pareto_charts(tables: Iterable[RankingTable], style: Mapping[str, Style]) ->
     """Create a chart for each table and each cost that differs between its ranked rows."""
     charts = []
     for table in tables:
+        ranked = [row for row in table.rows if row.rank is not None]
+        losses = dict(zip(map(id, ranked), resampled_losses(ranked), strict=True))
         for name, cost in COSTS.items():
-            rows = [row for row in table.rows if row.rank is not None and (cost(row) or 0) > 0]
+            rows = [row for row in ranked if (cost(row) or 0) > 0]
             if len({cost(row) for row in rows}) > 1:
-                charts.append(_pareto_chart(table, name, cost, rows, style))
+                probability = front_probabilities(
+                    np.array([cost(row) for row in rows]), np.stack([losses[id(row)] for row in rows])
+                )
+                charts.append(_pareto_chart(table, name, cost, rows, probability, style))
     return charts
 
 
@@ -104,9 +118,13 @@ def _pareto_chart(
     name: str,
     cost: Callable[[TableRow], float | None],
     rows: Sequence[TableRow],
+    probability: np.ndarray,
     style: Mapping[str, Style],
 ) -> ParetoChart:
     front = pareto_front([cost(row) or 0.0 for row in rows], [badness(row) for row in rows])
+    on_front = [(rows[k], float(probability[k])) for k in front]
+    others = [(rows[k], float(p)) for k, p in enumerate(probability) if k not in front and p >= MIN_PROBABILITY]
+    others.sort(key=lambda item: -item[1])
     drawn = sorted({*range(min(MAX_POINTS, len(rows))), *front})
     num_omitted, front = len(rows) - len(drawn), [drawn.index(k) for k in front]
     rows = [rows[k] for k in drawn]
@@ -115,7 +133,7 @@ def _pareto_chart(
     lines = [PlotLine(np.array([x[k] for k in front]), np.array([y[k] for k in front]), TEXT_COLOR, faint=True)]
     lines += [row_point(row, x_row, style[row.title]) for row, x_row in zip(rows, x, strict=True)]
     title = f"{formatting.title(table.primary_metric)} on {table.measurement.data} against {name}"
-    return ParetoChart(Chart(title, lines, name, x_log=True, num_omitted=num_omitted), [rows[k] for k in front])
+    return ParetoChart(Chart(title, lines, name, x_log=True, num_omitted=num_omitted), on_front, others)
 
 
 def pareto_front(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
@@ -131,3 +149,46 @@ def pareto_front(cost: Sequence[float], loss: Sequence[float]) -> list[int]:
         if last is None or loss[k] < loss[last] or (cost[k], loss[k]) == (cost[last], loss[last]):
             front.append(k)
     return front
+
+
+def resampled_losses(rows: Sequence[TableRow]) -> np.ndarray:
+    """Resample the primary metric of each row, lower is better, (rows, RESAMPLES).
+
+    A row with several training seeds is the mean of as many values, drawn from them with replacement (Efron 1979,
+    "Bootstrap methods: another look at the jackknife", https://doi.org/10.1214/aos/1176344552). With few seeds, this is
+    narrower than their interval. A row with one seed has normal errors of the size of its sampling interval. A row
+    whose runs differ in more than seeds, or whose single value has no interval, does not vary. Rows are resampled
+    independently.
+    """
+    random = np.random.default_rng(0)
+    losses = np.empty((len(rows), RESAMPLES))
+    for k, row in enumerate(rows):
+        values = row.group.values_by_seed(row.result.primary_metric)
+        if values and len(values) > 1:
+            seeds = np.array(badness_of_seeds(values, row.metric))
+            losses[k] = random.choice(seeds, (RESAMPLES, len(seeds))).mean(1)
+        elif values and (variance := sampling_variance(row.metric)):
+            losses[k] = badness_of_seeds([*random.normal(values[0], variance**0.5, RESAMPLES)], row.metric)
+        else:
+            losses[k] = badness(row)
+    return losses
+
+
+def front_probabilities(cost: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Compute the share of tables in which each row is on the Pareto front, as in `pareto_front`.
+
+    Args:
+        cost: the cost of each row, (rows,).
+        losses: the loss of each row in each table, lower is better, (rows, tables).
+
+    Returns:
+        The share of tables in which no other row dominates a row, (rows,).
+    """
+    on_front = np.empty(losses.shape, dtype=bool)
+    cheaper = np.full(losses.shape[1], np.inf)
+    for each in np.unique(cost):
+        equal = cost == each
+        best = losses[equal].min(0)
+        on_front[equal] = (losses[equal] == best) & (best < cheaper)
+        cheaper = np.minimum(cheaper, best)
+    return on_front.mean(1)

@@ -138,6 +138,18 @@ def holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def sampling_variance(metric: Metric) -> float | None:
+    r"""Return the variance :math:`(\text{below} \cdot \text{above}) / z^2` of sampling, or None without an interval.
+
+    Both margins of the interval of one evaluation at `CONFIDENCE_LEVEL` count, and z is the normal quantile.
+    """
+    if metric.interval is None or metric.value is None or not all(map(formatting.is_finite, metric.interval)):
+        return None
+    below, above = metric.value - metric.interval[0], metric.interval[1] - metric.value
+    z = float(stdtrit(inf, (1 + CONFIDENCE_LEVEL) / 2))
+    return below * above / z**2 if below > 0 and above > 0 else None
+
+
 # Runs that differ only in seeds
 
 NON_MODEL_SETTINGS = frozenset(NON_SETTINGS) | {

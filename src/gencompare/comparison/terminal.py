@@ -124,13 +124,15 @@ MAX_PLANS = 6
 
 
 def print_plans(plans: list[Plan], console: Console | None = None) -> None:
-    """Print the numbers of seeds and images, the expected power and the cost of the cheapest plans."""
+    """Print the numbers of seeds and images, the mean and the lowest power, and the cost of the cheapest plans."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("seeds a row", "images a seed", "power", "device time"):
+    for title in ("seeds a row", "images a seed", "power", "device time", "lowest power of a pair"):
         table.add_column(title, justify="right")
     for plan in plans[:MAX_PLANS]:
         cost = formatting.format_duration(plan.cost)
-        table.add_row(str(plan.num_seeds), f"{plan.num_images:,}", formatting.format_percent(plan.power), cost)
+        power, (lowest, *pair) = formatting.format_percent(plan.power), min(plan.powers)
+        weakest = Text(f"{formatting.format_percent(lowest)}: {formatting.join_names(pair)}")
+        table.add_row(str(plan.num_seeds), f"{plan.num_images:,}", power, cost, weakest)
     (console or Console()).print(table)
 
 
