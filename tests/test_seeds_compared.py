@@ -163,6 +163,16 @@ def test_runs_that_differ_in_more_than_seeds_have_separate_rows(tmp_path: Path) 
     assert len(ranked([a, other]).rows) == 2
 
 
+def test_an_integer_and_an_equal_float_are_the_same_setting(tmp_path: Path) -> None:
+    """Hydra keeps what the user types: model.network.dropout=0 is an integer, and the default a float."""
+    folders = [
+        write_run(tmp_path / str(seed), [result(1.0, generation={"seed": seed})], seed=seed, config=config)
+        for seed, config in enumerate({"model": {"dropout": x, "betas": [x, 0.5]}} for x in (0, 0.0))
+    ]
+    (row,) = ranked(folders).rows
+    assert row.group.seeds == [0, 1]
+
+
 def test_a_repeated_seed_is_not_a_replicate(tmp_path: Path) -> None:
     again = [write_run(tmp_path / name, [result(1.0)], seed=0) for name in "ab"]
     assert [row.group.seeds for row in ranked(again).rows] == [[0], [0]]

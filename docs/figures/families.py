@@ -19,7 +19,8 @@ COLUMNS, NUM_IMAGES, GAP = 3, 8, 2
 TITLES = {
     "ebm": "energy-based model", "hvae": "hierarchical VAE", "ldm": "latent diffusion", "flow": "flow matching",
     "iddpm": "improved DDPM", "sde_vp": "VP SDE", "sde_subvp": "sub-VP SDE", "sde_ve": "VE SDE",
-    "gaussian": "Gaussian baseline",
+    "gaussian": "Gaussian baseline", "meanflow": "MeanFlow", "consistency": "consistency model",
+    "vqtransformer": "transformer over tokens", "pixelcnnpp": "PixelCNN++", "tarflow": "TarFlow", "glow": "Glow",
 }  # fmt: skip
 
 

@@ -51,12 +51,18 @@ def is_model_setting(name: str) -> bool:
 
 
 def config_settings(config: dict[str, Any], exclude: Container[str] = NON_SETTINGS, prefix: str = "") -> dict[str, Any]:
-    """Return the config without the dotted keys in ``exclude``."""
+    """Return the config without the dotted keys in ``exclude``. Integers and equal floats, 0 and 0.0, are the same."""
     kept = {key: value for key, value in config.items() if f"{prefix}{key}" not in exclude}
     return {
-        key: config_settings(value, exclude, f"{prefix}{key}.") if isinstance(value, dict) else value
+        key: config_settings(value, exclude, f"{prefix}{key}.") if isinstance(value, dict) else _canonical(value)
         for key, value in kept.items()
     }
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_canonical(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
