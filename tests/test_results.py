@@ -38,15 +38,18 @@ def model_and_batch(cfg: DictConfig) -> dict[str, Any]:
     model.get("sampler", {}).pop("s_max", None)
     model.get("latent", {}).pop("budget", None)
     if "schedule" in model:  # a diffusion model; records that are older than these options have their defaults
-        model = defaults_of_new_options() | model
+        model = defaults_of_new_options("model=ddpm", "pixel_decoder", "dynamic_threshold") | model
+    if model.get("objective", {}).get("_target_", "").endswith(".MeanFlow"):
+        new = defaults_of_new_options("model=meanflow", "objective")["objective"]
+        model["objective"] = {name: new[name] for name in ("guidance_scale", "guidance_mixing")} | model["objective"]
     return {"model": model, "batch": cfg.trainer.global_batch_size}
 
 
 @cache
-def defaults_of_new_options() -> dict[str, Any]:
-    default = OmegaConf.to_container(compose("model=ddpm").model, resolve=True)
+def defaults_of_new_options(model: str, *names: str) -> dict[str, Any]:
+    default = OmegaConf.to_container(compose(model).model, resolve=True)
     assert isinstance(default, dict)
-    return {name: default[name] for name in ("pixel_decoder", "dynamic_threshold")}
+    return {name: default[name] for name in names}
 
 
 @pytest.mark.parametrize("name", RECORDS)
