@@ -201,3 +201,12 @@ def test_data_axes_map_coordinates_to_values(log: bool) -> None:
         found = back(to(low) + (at - start) / (end - start) * (to(high) - to(low)))
         assert found == pytest.approx(values, rel=1e-3)
     assert (kinds[0], kinds[5]) == ("log" if log else "linear", "log")
+
+
+def test_evaluations_of_many_equal_networks_are_summed_up(tmp_path: Path) -> None:
+    for name, nfe in {"flow": dict.fromkeys(("b1", "b2", "b3"), 48.0), "ldm": {"network": 50.0, "decoder": 1.0}}.items():
+        write_run(tmp_path / name, [result(1.0, generation={"nfe": nfe})], with_grid=False)
+    (table,) = rank_results(load_runs(sorted(tmp_path.iterdir())).runs)
+    (nfe_column,) = (column for column in columns(table) if column.title == "NFE")
+    texts = sorted(nfe_column.cell(row).annotation for row in table.rows)
+    assert texts == ["48 in each of 3 networks", "50 network + 1 decoder"]

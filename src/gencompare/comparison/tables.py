@@ -216,6 +216,8 @@ def _nfe(row: TableRow) -> Cell:
     if total is None:
         return Cell(formatting.MISSING)
     by_network = " + ".join(f"{formatting.format_rate(n)} {name}" for name, n in nfe.items()) if len(nfe) > 1 else ""
+    if len(nfe) > 2 and len(set(nfe.values())) == 1:  # the blocks of a flow
+        by_network = f"{formatting.format_rate(next(iter(nfe.values())))} in each of {len(nfe)} networks"
     return Cell(formatting.format_rate(total), by_network, total)
 
 
