@@ -204,7 +204,8 @@ def test_data_axes_map_coordinates_to_values(log: bool) -> None:
 
 
 def test_evaluations_of_many_equal_networks_are_summed_up(tmp_path: Path) -> None:
-    for name, nfe in {"flow": dict.fromkeys(("b1", "b2", "b3"), 48.0), "ldm": {"network": 50.0, "decoder": 1.0}}.items():
+    evaluations = {"flow": dict.fromkeys(("b1", "b2", "b3"), 48.0), "ldm": {"network": 50.0, "decoder": 1.0}}
+    for name, nfe in evaluations.items():
         write_run(tmp_path / name, [result(1.0, generation={"nfe": nfe})], with_grid=False)
     (table,) = rank_results(load_runs(sorted(tmp_path.iterdir())).runs)
     (nfe_column,) = (column for column in columns(table) if column.title == "NFE")

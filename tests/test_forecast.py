@@ -72,7 +72,7 @@ def test_without_a_bend_a_single_family_is_the_classical_regression(monkeypatch:
     assert np.log([found.low, found.median, found.high]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_intervals_hold_as_often_as_promised_if_bends_are_as_large_as_the_noise() -> None:
+def test_intervals_hold_as_promised_if_bends_are_as_large_as_the_noise() -> None:
     """For other sizes they promise too little or too much, by as much as benchmarks/forecast_coverage.py measures."""
     assert 0.85 <= coverage(POPULATIONS["power laws with a bend"], trials=50)["coverage"] <= 0.95
 
