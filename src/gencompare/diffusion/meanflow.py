@@ -54,10 +54,22 @@ class MeanFlow(Objective):
     for the images with r < t. If the network has dropout, it is computed for all images, with the masks of
     :math:`u_\theta`.
 
+    With guidance, the velocity
+
+    .. math::
+        w (1 - \kappa)\, v + \kappa\, u_\theta(x_t, t, t \mid c) + (1 - w) (1 - \kappa)\, u_\theta(x_t, t, t)
+
+    replaces v in target and derivative, so that the network learns the average velocity of the field with
+    classifier-free guidance of scale w (the same paper, "Mean flows with guidance"). Images whose condition c is
+    dropped keep v.
+
     Args:
         times: distribution of t and r.
         ratio: fraction of the images with r < t.
         p: power of the adaptive weight.
+        guidance_scale: w; 1 for no guidance, which ignores :math:`\kappa`.
+        guidance_mixing: :math:`\kappa`, in [0, 1).
+        drop_cond: replaces the conditions by those without class; set by `with_drop_cond`.
     """
 
     needs_interval: ClassVar[bool] = True
