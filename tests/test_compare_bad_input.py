@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gencompare.comparison.load_runs import load_runs
 from gencompare.comparison.page import report
-from gencompare.comparison.ranking import explain_separate_tables, published_results, rank_results
+from gencompare.comparison.published import published_results
+from gencompare.comparison.ranking import explain_separate_tables, rank_results
 from gencompare.errors import UserError
 from gencompare.records import SCHEMA
 from synthetic import DIGITS, result, write_run

@@ -109,6 +109,17 @@ def test_an_explicit_experiment_is_not_replaced() -> None:
         assert with_experiment(job, experiments, "digits") == job
 
 
+def test_presets_of_another_data_set_keep_the_data_of_the_job() -> None:
+    experiments = ["digits_vae", "mnist_vae"]
+    for job, data in ((["model=vae"], "mnist"), (["data=mnist", "model=vae"], "digits")):
+        overrides = with_experiment(job, experiments, data, "digits")
+        assert overrides == ["experiment=digits_vae", "data=mnist", "model=vae"]
+    cfg = compose(*with_experiment(["data=cifar10", "model=vae"], options("experiment"), "digits", "fashion_mnist"))
+    assert cfg.data._target_.endswith("CIFAR10") and cfg.model == compose("experiment=fashion_mnist_vae").model
+    with pytest.raises(UserError, match=r"hydra\.sweeper\.presets=cats.*cats_"):
+        with_experiment(["model=vae"], experiments, "digits", "cats")
+
+
 @pytest.mark.parametrize(
     ("preset", "count", "key"),
     [

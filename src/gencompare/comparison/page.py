@@ -21,11 +21,11 @@ from gencompare.comparison import formatting
 from gencompare.comparison.charts import Charts, by_rank, save_all
 from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder, load_runs
 from gencompare.comparison.planning import power_note
+from gencompare.comparison.published import REPORTED, published_results, reproductions
 from gencompare.comparison.ranking import (
     RankingTable,
     explain_separate_tables,
     metric_disagreements,
-    published_results,
     ranking_tables,
     runs_without_results,
 )
@@ -118,7 +118,7 @@ def render(loaded: LoadedRuns) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_table(number, table, single) for number, table in enumerate(tables, 1)],
         intervals={number: (chart, Markup(svg(chart, f"i{number}"))) for number, chart in charts.intervals.items()},
-        published=_published(tables),
+        published=_published(tables, runs),
         separate_tables=explain_separate_tables(tables) if len(tables) > 1 else "",
         disagreements=metric_disagreements(tables),
         commands=suggested_commands(tables),
@@ -196,14 +196,16 @@ def _is_main(column: Column, table: RankingTable) -> bool:
     )
 
 
-def _published(tables: list[RankingTable]) -> dict[int, list[tuple[str, ...]]]:
+def _published(tables: list[RankingTable], runs: list[RunFolder]) -> dict[int, list[tuple[str, ...]]]:
     """Format published results as strings. The keys are the numbers of the tables that they are shown after."""
+    tiers = reproductions(run.record for run in runs)
     last = {table.measurement.data: number for number, table in enumerate(tables, 1)}
     return {
         number: [
             (
                 result.model, formatting.format_metric(result.fid), formatting.format_metric(result.bpd),
                 formatting.format_rate(result.nfe), formatting.format_count(result.images),
+                tiers[result.name].tier if result.name in tiers else REPORTED,
                 f"{result.source} ({result.note})" if result.note else result.source,
             )
             for result in published_results(data)

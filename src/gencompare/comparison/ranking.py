@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import cache
-from importlib import resources
 from itertools import combinations
 from statistics import fmean
 
@@ -31,39 +28,6 @@ from gencompare.comparison.statistics import (
 )
 from gencompare.errors import UserError
 from gencompare.records import Measurement, Metric, Result
-
-# Published results
-
-
-@dataclass(frozen=True)
-class PublishedResult:
-    """Metrics of one model from a paper. A metric is None if it was not reported or not looked up."""
-
-    model: str
-    source: str
-    """The paper, with the table number if known."""
-    fid: float | None = None
-    """FID of 50,000 samples against the training images with the standard Inception network."""
-    bpd: float | None = None
-    """Bits/dim of test images, exact or a bound, as reported in the paper."""
-    nfe: float | None = None
-    """Network evaluations per sample."""
-    images: float | None = None
-    """Training images seen."""
-    note: str = ""
-
-
-def published_results(data: str) -> list[PublishedResult]:
-    """Return published results on data set ``data``, sorted by FID. Results with only bits/dim come last."""
-    results = [PublishedResult(**entry) for entry in _published().get(data, [])]
-    return sorted(results, key=lambda r: (r.fid is None, r.fid if r.fid is not None else r.bpd))
-
-
-@cache
-def _published() -> dict[str, list[dict]]:
-    file = resources.files("gencompare.comparison") / "published_results.json"
-    return json.loads(file.read_text(encoding="utf-8"))
-
 
 # Tables
 

@@ -11,9 +11,9 @@ from gencompare.comparison import formatting
 from gencompare.comparison.load_runs import RunFolder
 
 NON_SETTINGS = (
-    "out", "tags", "command", "sweep_name", "run", "run_dir", "resume", "ckpt_path", "runs", "by", "group_by", "metric",
-    "rank_by", "n", "num_images", "checkpoint", "weights", "format", "trust", "task", "paths", "logger", "family",
-    "choices.model", "data.root", "data.cache", "hydra",
+    "out", "tags", "paper", "command", "sweep_name", "run", "run_dir", "resume", "ckpt_path", "runs", "by", "group_by",
+    "metric", "rank_by", "n", "num_images", "checkpoint", "weights", "format", "trust", "task", "paths", "logger",
+    "family", "choices.model", "data.root", "data.cache", "hydra",
 )  # fmt: skip
 """Config keys of paths and task options, which may differ between runs without changing any metric."""
 

@@ -26,6 +26,7 @@ from gencompare.tasks.runs.launched_ranks import (
 )
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
 from gencompare.tasks.runs.run_config import (
+    add_paper_settings,
     check_keys,
     complete_config,
     inherit_choices,
@@ -61,7 +62,8 @@ def main() -> None:
             return
         check_no_sweep(sys.argv[1:])
         expect_ranks()
-        argv = resolve_auto_resume(_with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:]))))
+        argv = _with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:])))
+        argv = resolve_auto_resume(add_paper_settings(argv))
         sys.argv[1:] = inherit_choices(argv)
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
         if failed_job_codes:

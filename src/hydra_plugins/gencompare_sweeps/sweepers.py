@@ -102,7 +102,17 @@ for resolver in (sweep_folder, limits, families):
 
 
 class FamiliesSweeper(basic_sweeper()):
-    """Hydra's basic sweeper, which also adds ``experiment=DATA_FAMILY``, if it exists, to jobs of ``model=FAMILY``."""
+    """Hydra's basic sweeper, which also adds ``experiment=DATA_FAMILY``, if it exists, to jobs of ``model=FAMILY``.
+
+    Args:
+        max_batch_size: as in Hydra's basic sweeper.
+        params: as in Hydra's basic sweeper.
+        presets: the data set whose experiments are used; None stands for each job's own.
+    """
+
+    def __init__(self, max_batch_size: int | None, params: dict[str, str] | None, presets: str | None = None) -> None:
+        super().__init__(max_batch_size, params)
+        self.presets = presets
 
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
@@ -111,23 +121,33 @@ class FamiliesSweeper(basic_sweeper()):
         experiments = self.hydra_context.config_loader.get_group_options("experiment")
         data = self.config.hydra.runtime.choices.data
         return [
-            [with_experiment(job, experiments, data) for job in batch]
+            [with_experiment(job, experiments, data, self.presets) for job in batch]
             for batch in super().split_arguments(overrides, max_batch_size)
         ]
 
 
-def with_experiment(overrides: Sequence[str], experiments: Collection[str], data: str) -> list[str]:
+def with_experiment(
+    overrides: Sequence[str], experiments: Collection[str], data: str, presets: str | None = None
+) -> list[str]:
     """Prepend the experiment for a job's data set and family to its overrides, if it exists and no experiment is given.
 
     Args:
         experiments: the names of all experiments.
         data: the data set of jobs without ``data=``.
+        presets: the data set whose experiments are used, on the job's own data; None: the job's own data set.
+
+    Raises:
+        UserError: there are no experiments of ``presets``.
     """
+    if presets is not None and not any(name.startswith(f"{presets}_") for name in experiments):
+        raise UserError(f"hydra.sweeper.presets={presets}: there is no experiment whose name starts with {presets}_.")
     values = dict(arg.split("=", 1) for arg in overrides if "=" in arg)
-    experiment = f"{values.get('data', data)}_{values.get('model')}"
+    own_data = values.get("data", data)
+    experiment = f"{presets or own_data}_{values.get('model')}"
     if "experiment" in values or experiment not in experiments:
         return list(overrides)
-    return [f"experiment={experiment}", *overrides]
+    kept = [] if presets is None or "data" in values else [f"data={own_data}"]
+    return [f"experiment={experiment}", *kept, *overrides]
 
 
 class SearchSweeper(Sweeper):

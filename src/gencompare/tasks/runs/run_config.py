@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -59,7 +59,10 @@ INTERNAL_KEYS = {
 """Top-level keys that this program adds to a composed config."""
 LOCATION_KEYS = ("out", "resume", "autoencoder_run", "whitening", "teacher_run", "trained_run")
 """Keys that are neither stored nor read from a stored config, since a run folder may be moved."""
-TASKS_WITH_LOGGERS = ("gencompare.tasks.train.train", "gencompare.tasks.evaluate_run.evaluate_run")
+TASKS_WITH_LOGGERS = (
+    "gencompare.tasks.train.train", "gencompare.tasks.evaluate_run.evaluate_run",
+    "gencompare.tasks.reproduce.reproduce",
+)  # fmt: skip
 """Tasks that use the callbacks and loggers in a stored config."""
 PATH_KEYS = (
     "runs", "run_dir", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
@@ -138,6 +141,34 @@ def resolve_auto_resume(argv: list[str]) -> list[str]:
     path = Path(_unquote(folder))
     exists = (path / RECORD_FILE).exists() or has_checkpoint(path)
     return [*rest, f"resume={quote(str(path))}"] if exists else rest
+
+
+def add_paper_settings(argv: list[str]) -> list[str]:
+    """Add the settings of ``paper=NAME`` to the command line of ``task=reproduce``, unless it overrides them.
+
+    Only those of the evaluation are added if nothing is trained (``run_dir``, ``samples``). Published weights
+    (``pretrained``) need those of the model, too.
+
+    Raises:
+        UserError: there is no such paper.
+    """
+    if _value_of("task", argv) != "reproduce":
+        return argv
+    from gencompare.comparison.published import find_published
+
+    published = find_published(_value_of("paper", argv))
+    settings: Sequence[str] = published.overrides
+    if _value_of("run_dir", argv) is not None:
+        settings = [each for each in settings if each.startswith("evaluation")]
+    elif _value_of("samples", argv) is not None:
+        settings = [f"data={published.data}", *(each for each in settings if each.startswith("evaluation"))]
+    overridden = {_name(arg) for arg in argv}
+    settings = [each for each in settings if _name(each) not in overridden]
+    return [*settings, *argv]
+
+
+def _name(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def inherit_choices(argv: list[str]) -> list[str]:

@@ -21,8 +21,8 @@ from gencompare.tasks.runs.interpolations import escape, map_strings, plain
 from gencompare.tasks.runs.run_folder import LOCK_FILE, has_checkpoint, is_active, touch_lock, wait_until_inactive
 
 NON_IDENTIFYING_KEYS = (
-    *run_config.JOB_KEYS, "out", "tags", "sweep_name", "command", "trained_run", "logger", "callbacks.progress_bar",
-    "callbacks.checkpoints", "callbacks.divergence", "data.cache", "data.download",
+    *run_config.JOB_KEYS, "out", "tags", "paper", "sweep_name", "command", "trained_run", "logger",
+    "callbacks.progress_bar", "callbacks.checkpoints", "callbacks.divergence", "data.cache", "data.download",
 )  # fmt: skip
 """Config keys that do not change the identity of a job: locations, output, safeguards and options of other tasks."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
