@@ -19,7 +19,17 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
 """Folders with records and the page that compares them."""
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
-STUDIES = {"few_calls", "few_steps", "fewer_images", "ncsn", "plan_replay", "precision", "schedules", "sde_vp"}
+STUDIES = {
+    "few_calls",
+    "few_steps",
+    "fewer_images",
+    "ncsn",
+    "plan_replay",
+    "precision",
+    "reproduced",
+    "schedules",
+    "sde_vp",
+}
 """Comparisons of models that are not presets."""
 DATA_SETS = {"digits", "fashion_mnist"}
 """Comparisons of all families on one data set."""

@@ -213,11 +213,11 @@ class RunRecord:
     """Facts about the model: parameters (in total, and by network), conditional, and noise_schedule if it has one."""
     training: dict[str, Any] = field(default_factory=dict)
     """Facts about training: steps, images_seen, seconds, device_seconds, images_per_second, peak_memory_bytes,
-    evaluation_seconds (while training), flops_per_image, flops, flops_per_second, mfu (its share of the measured speed
-    of matrix products, `gencompare.tasks.train.flops_utilization`), the reason of its ``end``, masked_gradients and
-    rollbacks (`gencompare.training.divergence`), and perceptual_networks (the networks that the loss uses).
-    ``dependencies`` lists the runs that the model depends on (`gencompare.tasks.runs.dependency_costs`), and
-    ``total_cost`` is the training cost including them."""
+    evaluation_seconds (while training), energy_joules, flops_per_image, flops, flops_per_second, mfu (its share of the
+    measured speed of matrix products, `gencompare.tasks.train.flops_utilization`), the reason of its ``end``,
+    masked_gradients and rollbacks (`gencompare.training.divergence`), and perceptual_networks (the networks that the
+    loss uses). ``dependencies`` lists the runs that the model depends on (`gencompare.tasks.runs.dependency_costs`),
+    and ``total_cost`` is the training cost including them."""
     curve: str = "curve.csv"
     """CSV file with everything logged during training, relative to the run folder."""
     checkpoints: dict[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from gencompare.comparison.statistics import sampling_variance
 from gencompare.comparison.svg_plots import Chart, PlotLine, Style, row_point
 from gencompare.records import RunRecord
 
-KINDS = ("images_seen", "steps", "flops", "device_seconds")
+KINDS = ("images_seen", "steps", "flops", "device_seconds", "energy_joules")
 """Kinds of training cost."""
 
 
@@ -92,6 +92,7 @@ class ParetoChart:
 COSTS: dict[str, Callable[[TableRow], float | None]] = {
     "training FLOPs": lambda row: total_cost(row.run.record)["flops"],
     "training device seconds": lambda row: total_cost(row.run.record)["device_seconds"],
+    "training energy in joules": lambda row: total_cost(row.run.record)["energy_joules"],
     "NFE per sample": lambda row: formatting.total_nfe(row.result.generation.nfe),
     "FLOPs per sample": lambda row: formatting.as_number(row.result.details.get("flops_per_sample")),
 }

@@ -155,7 +155,7 @@ def sampling_variance(metric: Metric) -> float | None:
 NON_MODEL_SETTINGS = frozenset(NON_SETTINGS) | {
     "seed", "data.seed", "evaluation", "choices", "name", "samples", "pretrained", "debug",
     "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler",
-    "callbacks.progress_bar", "callbacks.metric_logger", "callbacks.checkpoints",
+    "callbacks.progress_bar", "callbacks.metric_logger", "callbacks.checkpoints", "callbacks.energy",
     "callbacks.evaluation.num_grid_images", "callbacks.evaluation.num_val_images",
 }  # fmt: skip
 """Seeds, and settings that do not affect the trained model. Evaluation settings are compared by `Measurement` instead.

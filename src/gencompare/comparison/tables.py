@@ -329,7 +329,7 @@ def _run_fields(run: RunFolder) -> dict[str, Any]:
     record = run.record
     costs = (
         "steps", "images_seen", "seconds", "device_seconds", "images_per_second", "flops", "flops_per_second", "mfu",
-        "peak_memory_bytes",
+        "energy_joules", "peak_memory_bytes",
     )  # fmt: skip
     return {
         "run": run.label, "family": record.family, "data": record.data.get("name"), "seed": record.seed,

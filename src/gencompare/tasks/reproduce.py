@@ -30,4 +30,5 @@ def reproduce(cfg: DictConfig) -> None:
         return
     folder = Path(cfg.run_dir or cfg.out)
     record = RunRecord.update(folder, lambda record: record.config.update(paper=published.name))
-    print(printable(str(check_reproduction(record, published))))
+    for line in str(check_reproduction(record, published)).splitlines():
+        print(printable(line))

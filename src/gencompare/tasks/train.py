@@ -57,6 +57,7 @@ from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.device_settings import DeviceSettings
 from gencompare.training.divergence import DivergenceGuard
+from gencompare.training.energy_use import TrainingEnergy
 from gencompare.training.evaluation_callback import EvaluationCallback
 from gencompare.training.graceful_stop import REQUEUE_SIGNALS, GracefulStop
 from gencompare.training.learning_rate import LearningRateScheduler, describe_resumed_schedule
@@ -374,6 +375,8 @@ def record_training(
     guard = callbacks.get("divergence")
     if isinstance(guard, DivergenceGuard):
         training |= {"masked_gradients": guard.num_masked, "rollbacks": guard.rollbacks}
+    energy = callbacks.get("energy")
+    training["energy_joules"] = energy.joules if isinstance(energy, TrainingEnergy) and clock.step else None
     training["end"] = end or error
     if evaluation and evaluation.done:
         training["evaluation_seconds"] = evaluation.seconds

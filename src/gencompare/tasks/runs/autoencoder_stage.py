@@ -29,6 +29,7 @@ from gencompare.tasks.runs.interpolations import plain
 from gencompare.tasks.runs.loading import load_weights
 from gencompare.tasks.runs.processes import leave_process_group
 from gencompare.tasks.runs.run_folder import has_checkpoint
+from gencompare.training.energy_use import EnergyMeter
 
 AUTOENCODER_GROUP = "model@model.latent.autoencoder"
 """Config group that selects the autoencoder of a latent model."""
@@ -201,9 +202,9 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     load_weights(autoencoder, folder, checkpoint="last", weights="ema")
     space.to(choose_device(cfg))
     with FlopCounter() as counter:
-        start = time.monotonic()
+        start, meter = time.monotonic(), EnergyMeter(range(processes) if choose_device(cfg).type == "cuda" else ())
         space.load_autoencoder(autoencoder.eval().coder, training_images(data))
-        seconds = time.monotonic() - start
+        seconds, joules = time.monotonic() - start, meter.read()
     space.to("cpu")  # where the Trainer expects the model
     space.perceptual_networks = record.training.get("perceptual_networks", [])
     if cfg.get("whitening"):
@@ -213,7 +214,7 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
         cfg.whitening = {
             "role": space.pass_over_images, "run": record.name, "id": uuid.uuid4().hex[:12], "family": record.family,
             "images_seen": 0, "steps": 0, "flops": float(counter.get_total_flops() * processes),
-            "device_seconds": seconds * processes,
+            "device_seconds": seconds * processes, "energy_joules": joules,
         }  # fmt: skip
     return cfg
 

@@ -12,7 +12,7 @@ from gencompare.errors import UserError
 from gencompare.records import RunRecord
 from gencompare.training.budget import Budget
 
-COST_KINDS = ("images_seen", "steps", "flops", "device_seconds")
+COST_KINDS = ("images_seen", "steps", "flops", "device_seconds", "energy_joules")
 """Kinds of training cost. All of them are counted, even if the budget limits only one."""
 TRIAL_ROLE = "trial"
 """Value of ``role`` for the other trials of a search and their dependencies, in the costs of the best trial."""

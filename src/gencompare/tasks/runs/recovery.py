@@ -21,6 +21,7 @@ from gencompare.tasks.runs.build import stored_budget
 from gencompare.tasks.runs.console import describe_data
 from gencompare.tasks.runs.interpolations import plain
 from gencompare.training.clock import TrainingClock
+from gencompare.training.energy_use import TrainingEnergy
 
 
 def initial_record(
@@ -100,6 +101,7 @@ def recover_record(model: TrainedModel, data: ImageData, folder: Path) -> None:
     record.training |= {
         "steps": clock["step"], "images_seen": clock["images"], "seconds": clock["seconds"],
         "device_seconds": clock.get("device_seconds"), "flops": clock["flops"],
+        "energy_joules": found.content["callbacks"].get(TrainingEnergy.__name__, {}).get("joules"),
         "images_per_second": clock["images"] / clock["seconds"] if clock["seconds"] else None,
         "flops_per_image": clock["flops"] / clock["images"] if clock["images"] else None,
         "flops_per_second": clock["flops"] / clock["seconds"] if clock["seconds"] else None,

@@ -22,7 +22,8 @@ from gencompare.tasks.runs.run_folder import LOCK_FILE, has_checkpoint, is_activ
 
 NON_IDENTIFYING_KEYS = (
     *run_config.JOB_KEYS, "out", "tags", "paper", "sweep_name", "command", "trained_run", "logger",
-    "callbacks.progress_bar", "callbacks.checkpoints", "callbacks.divergence", "data.cache", "data.download",
+    "callbacks.progress_bar", "callbacks.checkpoints", "callbacks.divergence", "callbacks.energy", "data.cache",
+    "data.download",
 )  # fmt: skip
 """Config keys that do not change the identity of a job: locations, output, safeguards and options of other tasks."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
