@@ -111,6 +111,19 @@ def training_tables(results: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def bf16_table(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return how many times as fast bf16 steps are as 32-bit steps of the peer, on another processor."""
+    rows = []
+    for part in filter(results.__contains__, ("network_32", "network_64", "edm", "dit")):
+        variants = results[part]["variants"]
+        peer = next(iter(variants))
+        shown = ("gencompare", f"{peer}, bf16", "gencompare, bf16")
+        speeds = [1 / variants[name]["wall"]["ratio"][0] for name in shown]
+        rows.append([results[part]["setting"], peer, *(f"{speed:.2f}" for speed in speeds)])
+    head = ["work", "peer", "gencompare, 32-bit", "peer, bf16", "gencompare, bf16"]
+    return {"amx": markdown(head, rows)} if rows else {}
+
+
 def sampling_tables(results: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     if "network" in results:
@@ -256,6 +269,7 @@ def tables() -> dict[str, str]:
         **few_calls_table(),
         **fewer_images_table(),
         **training_tables(read("train_step")),
+        **bf16_table(read("train_step_amx")),
         **sampling_tables(read("sampling")),
         **evaluation_tables(read("evaluation")),
         **growth_tables(read("growth")),
