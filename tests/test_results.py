@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from scipy import stats
 
 from composing import compose
 from gencompare.command_line import conf_dir
@@ -16,6 +20,10 @@ from gencompare.records import RunRecord
 from hydra_plugins.gencompare_sweeps.sweepers import families
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+sys.path.insert(0, str(RESULTS))
+
+import findings  # type: ignore[import-not-found] # noqa: E402
+
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
 """Folders with records and the page that compares them."""
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
@@ -79,6 +87,32 @@ def test_a_record_matches_its_current_preset(name: str) -> None:
     known = (conf_dir() / "experiment" / f"{experiment}.yaml").is_file()
     words = [f"experiment={experiment}"] if known else [f"model={record.family}", f"data={data}"]
     assert model_and_batch(OmegaConf.create(record.config)) == model_and_batch(compose(*words))
+
+
+def test_the_findings_are_those_of_the_records() -> None:
+    for page in findings.PAGES:
+        text = page.read_text()
+        assert "<!-- findings" in text and findings.fill(text) == text
+
+
+def test_a_finding_has_the_ratio_and_the_interval_of_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paired and an unpaired comparison, against the textbook formulas of scipy."""
+    rows = {"a": [2.0, 2.2, 2.5], "b": [1.0, 1.3, 1.1]}
+
+    def logarithms(row: Any) -> dict[str, float]:
+        return {f"{row.runs if row.study == 'apart' else ''}{k}": math.log(x) for k, x in enumerate(rows[row.runs])}
+
+    monkeypatch.setattr(findings.Row, "logarithms", logarithms)
+    a, b = (np.log(values) for values in rows.values())
+    for study, test in (("apart", stats.ttest_ind(a, b, equal_var=False)), ("same", stats.ttest_rel(a, b))):
+        finding = findings.Finding("{ratio} {interval}", findings.Row(study, "a"), findings.Row(study, "b"))
+        ratio, low, high = finding.interval()
+        expected = test.confidence_interval(0.95)
+        assert ratio == pytest.approx(math.exp(a.mean() - b.mean()))
+        assert (low, high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+        assert finding.p_value() == pytest.approx(test.pvalue)
+        assert finding.sentence().startswith(f"{ratio:.2f} [{low:.2f}, ")
+    assert findings.holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.06, None, 0.03, 0.06])
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

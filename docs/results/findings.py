@@ -1,0 +1,228 @@
+"""The findings of docs/results.md and README.md, computed from the records in this folder.
+
+    python docs/results/findings.py
+
+A finding compares the primary metric of two rows of a study: training runs and, if a run was sampled in several ways,
+a sampler. The ratio is that of geometric means over training seeds. Its 95 % interval is Welch's t interval of the
+difference of mean logarithms; if both rows are the same runs, sampled in two ways, it is that of the paired
+differences. With a single seed, it is made of the intervals of sampling, which say nothing about other training seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, variance
+from typing import Any
+
+from scipy.special import stdtr, stdtrit
+
+from gencompare.comparison.planning import POWER, welch_power
+from gencompare.comparison.statistics import SIGNIFICANCE_LEVEL
+
+RESULTS = Path(__file__).parent
+PAGES = (RESULTS.parent / "results.md", RESULTS.parents[1] / "README.md")
+METRIC = "mmd_efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Training runs that differ only in seeds, and how they were sampled."""
+
+    study: str
+    runs: str
+    """Pattern of the names of the folders."""
+    sampler: str = ".*"
+    """Pattern of the sampler's description; the first result that matches counts."""
+
+    def logarithms(self) -> dict[str, float]:
+        """Return the logarithm of the metric of each run."""
+        return {name: math.log(metric["value"]) for name, metric in self.metrics().items()}
+
+    def metrics(self) -> dict[str, Mapping[str, Any]]:
+        found = {}
+        for path in sorted((RESULTS / self.study).glob("*/record.json")):
+            if re.fullmatch(self.runs, path.parent.name):
+                results = json.loads(path.read_text())["results"]
+                found[path.parent.name] = next(
+                    result["metrics"][METRIC] for result in results
+                    if METRIC in result["metrics"] and re.fullmatch(self.sampler, result["generation"]["sampler"])
+                )  # fmt: skip
+        if not found:
+            raise ValueError(f"no runs of {self}")
+        return found
+
+    def num_images(self) -> int:
+        path = next(p for p in (RESULTS / self.study).glob("*/record.json") if re.fullmatch(self.runs, p.parent.name))
+        return json.loads(path.read_text())["results"][0]["measurement"]["num_images"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A comparison of two rows in one sentence."""
+
+    text: str
+    """With ``{ratio}`` and ``{interval}``."""
+    first: Row
+    second: Row
+    in_readme: bool = False
+
+    def log_ratio(self) -> tuple[float, float, float, int]:
+        """Return the mean difference of logarithms, its standard error, its degrees of freedom, and the seeds."""
+        a, b = self.first.logarithms(), self.second.logarithms()
+        if a.keys() == b.keys() and len(a) > 1:
+            differences = [a[name] - b[name] for name in a]
+            return fmean(differences), math.sqrt(variance(differences) / len(a)), len(a) - 1, len(a)
+        mean = fmean(a.values()) - fmean(b.values())
+        if min(len(a), len(b)) == 1:
+            return mean, math.hypot(*(_sampling_error(row) for row in (self.first, self.second))), math.inf, 1
+        e = [variance(x.values()) / len(x) for x in (a, b)]
+        nu = sum(e) ** 2 / sum(each**2 / (len(x) - 1) for each, x in zip(e, (a, b), strict=True))
+        return mean, math.sqrt(sum(e)), nu, min(len(a), len(b))
+
+    def p_value(self) -> float | None:
+        mean, error, nu, seeds = self.log_ratio()
+        return float(2 * stdtr(nu, -abs(mean) / error)) if seeds > 1 else None
+
+    def interval(self) -> tuple[float, float, float]:
+        """Return the ratio and the ends of its interval."""
+        mean, error, nu, _ = self.log_ratio()
+        limit = 1.96 if math.isinf(nu) else float(stdtrit(nu, 1 - SIGNIFICANCE_LEVEL / 2))
+        return math.exp(mean), math.exp(mean - limit * error), math.exp(mean + limit * error)
+
+    def detectable(self) -> float | None:
+        """Return the smallest ratio above 1 that the test of this pair alone detects with a power of 80 %."""
+        _, error, _, seeds = self.log_ratio()
+        if seeds == 1:
+            return None
+        low, high = 0.0, 20.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            half = seeds * error**2 / 2  # the variance of one seed of each row
+            enough = welch_power(middle, half, half, seeds, SIGNIFICANCE_LEVEL) >= POWER
+            low, high = (low, middle) if enough else (middle, high)
+        return math.exp(high)
+
+    def sentence(self) -> str:
+        ratio, low, high = self.interval()
+        return self.text.format(ratio=f"{ratio:.2f}", interval=f"[{low:.2f}, {high:.2f}]")
+
+
+def _sampling_error(row: Row) -> float:
+    """Return the standard error of the logarithm that the interval of sampling stands for."""
+    errors = [
+        (math.log(metric["interval"][1]) - math.log(metric["interval"][0])) / (2 * 1.96)
+        for metric in row.metrics().values()
+    ]
+    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def holm(p_values: Iterable[float | None]) -> list[float | None]:
+    """Return Holm's adjusted p values; findings without one are left out."""
+    values = list(p_values)
+    order = sorted((p, k) for k, p in enumerate(values) if p is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for position, (p, k) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - position) * p))
+        adjusted[k] = largest
+    return adjusted
+
+
+OWN_GRID, KARRAS_GRID = r"DDIM, 25 steps, eta.*", ".*KarrasGrid.*"
+FAMILIES = "fashion_mnist"
+FINDINGS = [
+    Finding(
+        "Muon with 30,000 training images has {ratio} times {interval} the MMD of Adam with 60,000 (flow matching on"
+        " Fashion-MNIST).",
+        Row("fewer_images", r"muon_\d"), Row("fewer_images", r"adam_\d"), in_readme=True,
+    ),
+    Finding(
+        "The cosine schedule has {ratio} times {interval} the MMD of the linear one (DDPM on digits, 25 steps of DDIM"
+        " on the schedule's own grid).",
+        Row("schedules", r"cosine_\d", OWN_GRID), Row("schedules", r"linear_\d", OWN_GRID), in_readme=True,
+    ),
+    Finding(
+        "Sampled on a Karras grid instead of the schedule's own, the cosine schedule has {ratio} times {interval} the"
+        " MMD.",
+        Row("schedules", r"cosine_\d", KARRAS_GRID), Row("schedules", r"cosine_\d", OWN_GRID),
+    ),
+    Finding(
+        "The EBM has {ratio} times {interval} the MMD of the DDPM after 40,000 images of Fashion-MNIST.",
+        Row(FAMILIES, r"ebm_\d"), Row(FAMILIES, r"ddpm_\d"), in_readme=True,
+    ),
+    Finding(
+        "The EBM has {ratio} times {interval} the MMD of NCSN there.",
+        Row(FAMILIES, r"ebm_\d"), Row(FAMILIES, r"ncsn_\d"),
+    ),
+    Finding(
+        "The GPT over tokens has {ratio} times {interval} the MMD of diffusion in latents there.",
+        Row(FAMILIES, r"vqtransformer_\d"), Row(FAMILIES, r"ldm_\d"),
+    ),
+    Finding(
+        "Latent diffusion with half the images for each stage has {ratio} times {interval} the MMD.",
+        Row(FAMILIES, r"ldm_half_\d"), Row(FAMILIES, r"ldm_\d"),
+    ),
+    Finding(
+        "Learned variances and the hybrid loss (iDDPM) have {ratio} times {interval} the MMD of the plain DDPM in such"
+        " a short run.",
+        Row(FAMILIES, r"iddpm_\d"), Row(FAMILIES, r"ddpm_\d"),
+    ),
+    Finding(
+        "The VAE has {ratio} times {interval} the MMD of the GAN there.",
+        Row(FAMILIES, r"vae_\d"), Row(FAMILIES, r"gan_\d"),
+    ),
+    Finding(
+        "On EuroSAT-64, diffusion in latents has {ratio} times {interval} the MMD of diffusion of pixels at equal"
+        " device time, one seed.",
+        Row("eurosat64", "ldm_0"), Row("eurosat64", "ddpm_0"), in_readme=True,
+    ),
+    Finding(
+        "Ten calls at optimised times have {ratio} times {interval} the MMD of 50 of DDIM (flow matching on digits, one"
+        " seed).",
+        Row("few_calls", "flow", r".*, 10 steps, times .*"), Row("few_calls", "flow", r"DDIM, 50 steps\b.*"),
+    ),
+]  # fmt: skip
+
+
+def table() -> str:
+    """Return the table of docs/results.md."""
+    lines = ["| finding | detectable | p | runs |", "| --- | --- | --- | --- |"]
+    for finding, p in zip(FINDINGS, holm(f.p_value() for f in FINDINGS), strict=True):
+        ratio, seeds = finding.detectable(), finding.log_ratio()[3]
+        runs = f"{seeds} seed{'s' if seeds > 1 else ''}, {finding.first.num_images():,} images"
+        lines.append(
+            f"| {finding.sentence()} | {f'{ratio:.2f}' if ratio else '-'} | {'-' if p is None else _p(p)}"
+            f" | [{runs}](results/{finding.first.study}/compare.md) |"
+        )
+    return "\n".join(lines)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def bullets() -> str:
+    """Return the list in README.md: the findings that are marked for it."""
+    return "\n".join(f"- {finding.sentence()}" for finding in FINDINGS if finding.in_readme)
+
+
+def fill(text: str) -> str:
+    """Replace the blocks between ``<!-- findings -->`` or ``<!-- findings list -->`` and ``<!-- end -->``."""
+    for name, content in (("findings", table), ("findings list", bullets)):
+        block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
+        text = block.sub(lambda _, name=name, content=content: f"<!-- {name} -->\n{content()}\n<!-- end -->", text)
+    return text
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
