@@ -157,6 +157,7 @@ def test_version_prints_the_version_of_this_package(cli: Cli, capsys: pytest.Cap
 def test_a_group_can_be_set_to_null_on_the_command_line(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("model=ldm", "model/latent=null", "model/guidance=null", "--cfg", "job") == 0
     assert "autoencoder" not in capsys.readouterr().out
+    assert cli("experiment=null", "debug=null", "--cfg", "job") == 0
 
 
 def test_a_run_folder_can_be_moved(trained: Path, tmp_path: Path) -> None:
@@ -221,6 +222,8 @@ def error_line(capsys: Any) -> str:
         (["-m", "model=vdm,flow", "model.sampler.stpes=3"], 2, "model.sampler has num_steps"),
         (["model.guidance.scale=3"], 2, "add model/guidance=auto|classifier|classifier_free"),
         (["seed.x=3"], 2, "seed is 0"),
+        (["evaluation=null"], 1, "evaluation.checkpoints=[] trains without an evaluation at the end"),
+        (["model=vae", "trainer=null"], 1, "trainer=null: choose one of auto, cpu, ddp, fsdp, gpu."),
         (["budget.images=0"], 1, "budget.images=0"),
         pytest.param(
             ["trainer=gpu"], 1, "Use trainer=cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")

@@ -191,8 +191,8 @@ def test_one_failing_process_ends_all(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(280)
 def test_four_processes_evaluate_like_one(cli: Callable[..., int], tmp_path: Path) -> None:
-    """The same weights give the same images, also if sampling stops by itself, and metrics that agree up to the rounding
-    of features."""
+    """The same weights give the same images, also if sampling stops by itself, and metrics that agree up to the
+    rounding of features."""
     early = ["evaluation.num_images=160", "evaluation.protocol.chunk_size=10", "evaluation.protocol.max_half_width=0.9"]
     run = ["model=gaussian", ONCE, *SETTINGS, *early, "trainer=cpu", "logger=none", "hydra.run.dir=run"]
     assert cli(*run) == 0

@@ -11,9 +11,9 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from gencompare.command_line import conf_dir
+from gencompare.command_line import conf_dir, config_roots
 from gencompare.errors import UserError
 from gencompare.tasks.runs.config_types import check_types
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
@@ -68,6 +68,9 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
         if failed_job_codes:
             sys.exit(max(failed_job_codes))
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush at its exit
+        sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(print_error(error))
     finally:
@@ -119,8 +122,30 @@ def _run_rank(cfg: DictConfig) -> None:
         leave_process_group()
 
 
+NULL_OPTIONS = {
+    "callbacks": "callbacks.NAME=null removes one",
+    "evaluation": "evaluation.checkpoints=[] trains without an evaluation at the end",
+    "logger": "logger=none logs nothing",
+}
+"""What to set instead of ``GROUP=null``."""
+
+
 def _delete_null_groups(argv: list[str]) -> list[str]:
-    """Replace ``GROUP=null``, which Hydra accepts only in YAML files, by ``~GROUP``, such as ``~model/guidance``."""
+    """Replace ``GROUP=null``, which Hydra accepts only in YAML files, by ``~GROUP``, such as ``~model/guidance``.
+
+    Groups without an option by default, such as ``experiment=null``, are left out.
+
+    Raises:
+        UserError: the group is one of those that each run needs.
+    """
+    defaults = [entry for entry in OmegaConf.load(conf_dir() / "config.yaml").defaults if not isinstance(entry, str)]
+    top = {str(group): option for entry in defaults for group, option in entry.items()}
+    for group in (arg.removesuffix("=null") for arg in argv if arg.endswith("=null")):
+        if top.get(group) is not None:
+            options = sorted(path.stem for root in config_roots() for path in (root / group).glob("*.yaml"))
+            hint = f" {NULL_OPTIONS[group]}." if group in NULL_OPTIONS else ""
+            raise UserError(f"{group}=null: choose one of {', '.join(options)}.{hint}")
+    argv = [arg for arg in argv if not (arg.endswith("=null") and arg.removesuffix("=null") in top)]
     return [f"~{arg.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", arg) else arg for arg in argv]
 
 
