@@ -32,7 +32,7 @@ docs-check: setup-dev
 
 bench: setup-dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
-	for part in train_step sampling evaluation loading growth scaling report; do $(BIN)/python benchmarks/$$part.py || exit 1; done
+	$(BIN)/python run.py task=bench
 
 docs: setup-dev
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
+
+from gencompare.command_line import conf_dir
+from gencompare.errors import UserError
+from gencompare.tasks import bench
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -213,3 +218,24 @@ def test_dropped_modes_lower_recall_and_coverage_but_not_precision(monkeypatch: 
     found = metric_checks.values(curve)
     assert all(metric_checks.passes(curve, metric, found[metric]) for metric in ("mmd", "coverage"))
     assert found["precision"].min() > 0.9 > 0.2 > found["recall"][-1]
+
+
+def test_the_task_runs_the_parts_and_then_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(bench, "conf_dir", lambda: tmp_path / "conf")
+    cfg = OmegaConf.create({"task": {"parts": ["sampling"]}})
+    with pytest.raises(UserError, match="needs a checkout"):
+        bench.bench(cfg)
+    for name, code in (("sampling", 0), ("report", 0), ("broken", 3)):
+        script = f"import sys; open({str(tmp_path / 'order')!r}, 'a').write('{name} '); sys.exit({code})"
+        (tmp_path / "benchmarks" / f"{name}.py").write_text(script)
+    bench.bench(cfg)
+    assert (tmp_path / "order").read_text() == "sampling report "
+    for part, message in (("smapling", "choose from broken, report, sampling"), ("broken", "broken failed")):
+        with pytest.raises(UserError, match=message):
+            bench.bench(OmegaConf.create({"task": {"parts": [part]}}))
+
+
+def test_the_parts_of_the_task_exist() -> None:
+    for part in OmegaConf.load(conf_dir() / "task" / "bench.yaml").parts:
+        assert (Path(report.__file__).parent / f"{part}.py").is_file()

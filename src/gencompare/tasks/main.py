@@ -39,7 +39,7 @@ from gencompare.tasks.runs.sweep import prepare_job, record_failure
 from gencompare.trust import opened_by
 from gencompare.version import __version__
 
-READING_TASKS = ("list_runs", "compare_runs", "plan", "forecast")
+READING_TASKS = ("list_runs", "compare_runs", "plan", "forecast_runs", "bench")
 """Modules of tasks that build nothing from the config, and start without importing torch."""
 
 
