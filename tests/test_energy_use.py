@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gencompare.comparison.run_costs import total_cost
 from gencompare.records import RunRecord
 from gencompare.tasks.runs import dependency_costs
+from gencompare.training.budget import Budget
+from gencompare.training.clock import TrainingClock
 from gencompare.training.energy_use import EnergyMeter, TrainingEnergy
 
 SIZE = 262_143_328_850
@@ -47,6 +50,7 @@ def test_energy_is_unknown_without_readable_counters(tmp_path: Path, monkeypatch
     assert EnergyMeter(powercap=tmp_path).read() is None
     zone = counter(tmp_path, "0", 0, "package-0")
     monkeypatch.setitem(sys.modules, "pynvml", None)  # cannot be imported
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid="a"))
     assert EnergyMeter([0], tmp_path).read() is None
     meter = EnergyMeter(powercap=tmp_path)
     (zone / "energy_uj").unlink()  # as for a user who is not root
@@ -55,26 +59,31 @@ def test_energy_is_unknown_without_readable_counters(tmp_path: Path, monkeypatch
 
 def test_gpus_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter(tmp_path, "0", 0, "package-0")
-    millijoules = {1: 7_000, 3: 100}
+    millijoules = {"GPU-b": 7_000, "GPU-d": 100}
 
     class NVMLError(Exception): ...
 
     fake: Any = SimpleNamespace(
-        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda gpu: gpu, NVMLError=NVMLError,
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid, NVMLError=NVMLError,
         nvmlDeviceGetTotalEnergyConsumption=millijoules.__getitem__,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    meter = EnergyMeter([1, 3], tmp_path)
-    millijoules |= {1: 8_500, 3: 600}
+    # CUDA_VISIBLE_DEVICES=1,3: CUDA numbers them 0 and 1
+    visible = {0: SimpleNamespace(uuid="b"), 1: SimpleNamespace(uuid="d")}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", visible.__getitem__)
+    meter = EnergyMeter([0, 1], tmp_path)
+    millijoules |= {"GPU-b": 8_500, "GPU-d": 600}
     counter(tmp_path, "0", 250_000, "package-0")
     assert meter.read() == pytest.approx(1.5 + 0.5 + 0.25)
 
 
 def test_only_steps_count_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gencompare.training.energy_use.POWERCAP", tmp_path)
+    clock = TrainingClock(0, 8, Budget(steps=8))
     trainer: Any = SimpleNamespace(
-        strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu")), num_nodes=1, is_global_zero=True
-    )
+        strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu")), num_nodes=1, is_global_zero=True,
+        global_step=0, lightning_module=SimpleNamespace(clock=clock),
+    )  # fmt: skip
     module: Any = None
     used = 0
 
@@ -83,22 +92,29 @@ def test_only_steps_count_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch:
         used += joules
         counter(tmp_path, "0", used * 1_000_000, "package-0")
 
+    def step(energy: TrainingEnergy, loading: int, training: int) -> None:
+        spend(loading)
+        energy.on_train_batch_start(trainer, module, None, 0)
+        spend(training)
+        energy.on_train_batch_end(trainer, module, None, None, 0)
+
     spend(0)
     energy = TrainingEnergy()
     energy.on_train_start(trainer, module)
     for _ in range(3):
+        step(energy, loading=1, training=2)
         spend(100)  # an evaluation
-        energy.on_train_batch_start(trainer, module, None, 0)
-        spend(2)
-        energy.on_train_batch_end(trainer, module, None, None, 0)
-    assert energy.joules == pytest.approx(6)
-    resumed = TrainingEnergy()
+        clock.exclude_elapsed_time()
+    assert energy.joules == pytest.approx(3 + 2 + 2), (
+        "the first batch after an evaluation is loaded without being counted"
+    )
+    trainer.global_step = 3
+    resumed, unknown = TrainingEnergy(), TrainingEnergy()
     resumed.load_state_dict(energy.state_dict())
-    resumed.on_train_start(trainer, module)
-    resumed.on_train_batch_start(trainer, module, None, 0)
-    spend(2)
-    resumed.on_train_batch_end(trainer, module, None, None, 0)
-    assert resumed.joules == pytest.approx(8)
+    for each in (resumed, unknown):  # the latter continues a run that is older than the callback
+        each.on_train_start(trainer, module)
+        step(each, loading=1, training=2)
+    assert resumed.joules == pytest.approx(7 + 3) and unknown.joules is None
     trainer.num_nodes = 2  # this process reads one machine
     resumed.on_train_start(trainer, module)
     assert resumed.joules is None

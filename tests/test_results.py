@@ -112,7 +112,19 @@ def test_a_finding_has_the_ratio_and_the_interval_of_its_seeds(monkeypatch: pyte
         assert (low, high) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
         assert finding.p_value() == pytest.approx(test.pvalue)
         assert finding.sentence().startswith(f"{ratio:.2f} [{low:.2f}, ")
+        power = simulated_power(math.log(finding.detectable()), a, b, paired=study == "same")
+        assert power == pytest.approx(0.8, abs=0.03)
     assert findings.holm([0.04, None, 0.01, 0.03]) == pytest.approx([0.06, None, 0.03, 0.06])
+
+
+def simulated_power(difference: float, a: Any, b: Any, *, paired: bool) -> float:
+    """Return how often a test of three seeds finds a difference of logarithms, with the standard deviations of a, b."""
+    rng = np.random.default_rng(1)
+    if paired:
+        x = difference + (a - b).std(ddof=1) * rng.standard_normal((3, 20_000))
+        return float((stats.ttest_1samp(x, 0).pvalue < 0.05).mean())
+    x, y = (values.std(ddof=1) * rng.standard_normal((3, 20_000)) for values in (a, b))
+    return float((stats.ttest_ind(x + difference, y, equal_var=False).pvalue < 0.05).mean())
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

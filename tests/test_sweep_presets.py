@@ -114,8 +114,11 @@ def test_presets_of_another_data_set_keep_the_data_of_the_job() -> None:
     for job, data in ((["model=vae"], "mnist"), (["data=mnist", "model=vae"], "digits")):
         overrides = with_experiment(job, experiments, data, "digits")
         assert overrides == ["experiment=digits_vae", "data=mnist", "model=vae"]
-    cfg = compose(*with_experiment(["data=cifar10", "model=vae"], options("experiment"), "digits", "fashion_mnist"))
-    assert cfg.data._target_.endswith("CIFAR10") and cfg.model == compose("experiment=fashion_mnist_vae").model
+    for family in families("trained").split(","):
+        job = ["data=cifar10", f"model={family}"]
+        cfg = compose(*with_experiment(job, options("experiment"), "digits", "fashion_mnist"))
+        own = compose(f"experiment=fashion_mnist_{family}")
+        assert cfg.data._target_.endswith("CIFAR10") and (cfg.model, cfg.budget) == (own.model, own.budget)
     with pytest.raises(UserError, match=r"hydra\.sweeper\.presets=cats.*cats_"):
         with_experiment(["model=vae"], experiments, "digits", "cats")
 

@@ -21,7 +21,7 @@ from gencompare.comparison import formatting
 from gencompare.comparison.charts import Charts, by_rank, save_all
 from gencompare.comparison.load_runs import ComparisonOptions, LoadedRuns, RunFolder, load_runs
 from gencompare.comparison.planning import power_note
-from gencompare.comparison.published import REPORTED, published_results, reproductions
+from gencompare.comparison.published import REPORTED, published_results, tiers
 from gencompare.comparison.ranking import (
     RankingTable,
     explain_separate_tables,
@@ -198,14 +198,14 @@ def _is_main(column: Column, table: RankingTable) -> bool:
 
 def _published(tables: list[RankingTable], runs: list[RunFolder]) -> dict[int, list[tuple[str, ...]]]:
     """Format published results as strings. The keys are the numbers of the tables that they are shown after."""
-    tiers = reproductions(run.record for run in runs)
+    found = tiers(run.record for run in runs)
     last = {table.measurement.data: number for number, table in enumerate(tables, 1)}
     return {
         number: [
             (
                 result.model, formatting.format_metric(result.fid), formatting.format_metric(result.bpd),
                 formatting.format_rate(result.nfe), formatting.format_count(result.images),
-                tiers[result.name].tier if result.name in tiers else REPORTED,
+                found.get(result.name, REPORTED),
                 f"{result.source} ({result.note})" if result.note else result.source,
             )
             for result in published_results(data)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from gencompare.comparison import formatting
+from gencompare.comparison.settings import config_settings, flatten
+from gencompare.comparison.statistics import NON_MODEL_SETTINGS
 from gencompare.errors import UserError
 from gencompare.records import Metric, Result, RunRecord
 
 REPORTED, HERE, ELSEWHERE = "reported", "reproduced here", "reproduced elsewhere"
-"""Tiers of a published result: nobody measured it with this program; a run trained with its settings by this program
-has it; images or weights that another program made have it, measured by this program."""
+"""Tiers of a published result: no run agrees with it; a run that this program trained with its settings agrees; images
+or weights that another program made agree, measured by this program."""
 RELATIVE_TOLERANCE = {"fid": 0.05}
 """Differences that count as agreement, relative to the published value. FIDs of training runs that differ only in seeds
-have a coefficient of variation of 1 to 2 % ("The FID lottery", 2026), so 5 % is about twice that of a difference."""
-TOLERANCE = {"bpd": 0.015}
-"""Absolute differences that count as agreement: papers round to 0.01, and training seeds differ by as much."""
+have a coefficient of variation of 1 to 2 % ("The FID Lottery", 2026, https://arxiv.org/abs/2606.20536)."""
+TOLERANCE = {"bpd": 0.01}
+"""Absolute differences that count as agreement: one unit of the last digit that papers report."""
 FID_EXTRACTOR = "inception_v3_compat"
 FID_IMAGES = 50_000
-NEUTRAL_KEYS = ("seed", "task", "paper", "run_dir", "evaluation", "trainer", "hydra", "paths", "logger", "callbacks")
-"""Keys of overrides that do not change what a paper describes. The batch size is an exception."""
-BATCH_SIZE = "trainer.global_batch_size"
+REPRODUCTION = "reproduction"
+"""Key of `Reproduction.summary` in ``RunRecord.model``."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class PublishedResult:
     """FID of 50,000 samples against the training images with the standard Inception network."""
     bpd: float | None = None
     """Bits/dim of test images, exact or a bound, as reported in the paper."""
+    likelihood: str = ""
+    """Name of the estimator of ``bpd`` in ``GenerativeModel.likelihoods``."""
     nfe: float | None = None
     """Network evaluations per sample."""
     images: float | None = None
@@ -61,10 +65,15 @@ def find_published(name: str | None) -> PublishedResult:
     known = {result.name: result for results in _published().values() for result in results if result.name}
     if name in known:
         return known[name]
-    close = get_close_matches(str(name), known, 1)
+    choices = f"choose from {', '.join(sorted(known))}."
+    if not name:
+        raise UserError(f"task=reproduce needs paper=NAME: {choices}")
+    if "," in name:
+        raise UserError(f"paper={name}: give one name per command.")
+    close = get_close_matches(name, known, 1)
     raise UserError(
         f"There are no settings for paper={name}."
-        + (f" Did you mean paper={close[0]}?" if close else f" Choose from {', '.join(sorted(known))}.")
+        + (f" Did you mean paper={close[0]}?" if close else f" C{choices[1:]}")
     )
 
 
@@ -72,10 +81,8 @@ def find_published(name: str | None) -> PublishedResult:
 def _published() -> dict[str, list[PublishedResult]]:
     file = resources.files("gencompare.comparison") / "published_results.json"
     return {
-        data: [
-            PublishedResult(data=data, **entry | {"overrides": tuple(entry.get("overrides", ()))}) for entry in entries
-        ]
-        for data, entries in json.loads(file.read_text(encoding="utf-8")).items()
+        data: [PublishedResult(data=data, **entry | {"overrides": tuple(entry.get("overrides", ()))}) for entry in each]
+        for data, each in json.loads(file.read_text(encoding="utf-8")).items()
     }
 
 
@@ -116,7 +123,7 @@ class Reproduction:
     published: PublishedResult
     checks: tuple[MetricCheck, ...]
     changed: tuple[str, ...] = ()
-    """Overrides of the run that change the settings of the paper, or settings of the paper that it lacks."""
+    """Settings that differ from those of the paper."""
     external: bool = False
     """Whether the images or weights were made by another program."""
 
@@ -126,48 +133,78 @@ class Reproduction:
             return REPORTED
         return ELSEWHERE if self.external else HERE
 
-    def __str__(self) -> str:
+    def summary(self) -> dict[str, Any]:
+        """Return what the record of the run keeps."""
+        measured = {check.metric: check.measured for check in self.checks}
+        return {"paper": self.published.name, "tier": self.tier, "measured": measured, "changed": list(self.changed)}
+
+    def lines(self) -> list[str]:
         lines = [f"{self.published.model} ({self.published.source}): {self.tier}.", *map(str, self.checks)]
         if self.changed:
             lines.append(f"Not the settings of the paper: {', '.join(self.changed)}")
-        return "\n".join(lines)
+        return lines
 
 
-def check_reproduction(record: RunRecord, published: PublishedResult) -> Reproduction:
+def check_reproduction(
+    record: RunRecord, published: PublishedResult, changed: Iterable[str] = (), *, external: bool = False
+) -> Reproduction:
     """Compare a run's results with a published one, each measured as in the paper.
 
     A FID counts if 50,000 samples were compared with all official training images on the Inception network, bits/dim
-    if all test images were scored. Of several results the last one counts.
+    if the paper's estimator scored all test images. Only the last checkpoint counts, and of several ways to sample it
+    the first, which is the model's own.
+
+    Args:
+        record: the record of the run.
+        published: the published result.
+        changed: what `changed_settings` returns.
+        external: whether the images or weights were made by another program.
     """
+    results = [result for result in record.results if external or result.generation.checkpoint == "last"]
+    found = {"fid": map(_fid, results), "bpd": (_bits_per_dim(result, published.likelihood) for result in results)}
     checks = tuple(
-        MetricCheck(metric, value, _last(find(result) for result in record.results))
-        for metric, value, find in (("fid", published.fid, _fid), ("bpd", published.bpd, _bits_per_dim))
+        MetricCheck(metric, value, next((each for each in found[metric] if each is not None), None))
+        for metric, value in (("fid", published.fid), ("bpd", published.bpd))
         if value is not None
     )
-    external = record.state == "samples"
-    changed = () if external else tuple(_changed_settings(record.overrides, published.overrides))
-    return Reproduction(published, checks, changed, external)
+    return Reproduction(published, checks, tuple(changed), external)
 
 
-def reproductions(records: Iterable[RunRecord]) -> dict[str, Reproduction]:
-    """Return the best reproduction of each published result by runs that name it (``paper=NAME``)."""
-    found: dict[str, Reproduction] = {}
-    tiers = (REPORTED, ELSEWHERE, HERE)
+def changed_settings(config: Mapping[str, Any], paper: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a config that affect the trained model and differ from those of a paper.
+
+    Seeds, devices, precision and evaluation may differ (`check_reproduction` checks the evaluation). Of the callbacks,
+    the average of the weights counts, and stopping early.
+    """
+    own, expected = (flatten(config_settings(dict(each), NON_MODEL_SETTINGS)) for each in (config, paper))
+    return [
+        f"{key}={own.get(key, formatting.MISSING)} (paper: {expected.get(key, formatting.MISSING)})"
+        for key in sorted(own.keys() | expected.keys())
+        if own.get(key) != expected.get(key) and _affects_model(key)
+    ]
+
+
+def _affects_model(key: str) -> bool:
+    group, _, rest = key.partition(".")
+    if group == "callbacks":
+        return rest.startswith("ema.") or rest in ("ema", "evaluation.patience")
+    if group == "trainer":
+        return rest == "global_batch_size"
+    return group in ("data", "model", "budget")
+
+
+def tiers(records: Iterable[RunRecord]) -> dict[str, str]:
+    """Return the best tier of each published result among runs of ``task=reproduce``, and how many runs reach it."""
+    stated: dict[str, list[str]] = {}
     for record in records:
-        try:
-            published = find_published(record.config.get("paper"))
-        except UserError:
-            continue
-        new = check_reproduction(record, published)
-        old = found.get(published.name)
-        if old is None or tiers.index(new.tier) > tiers.index(old.tier):
-            found[published.name] = new
-    return found
-
-
-def _last(values: Iterable[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return measured[-1] if measured else None
+        summary = record.model.get(REPRODUCTION)
+        if isinstance(summary, dict) and summary.get("tier") in (REPORTED, HERE, ELSEWHERE):
+            stated.setdefault(str(summary.get("paper")), []).append(summary["tier"])
+    best = {name: next(tier for tier in (HERE, ELSEWHERE, REPORTED) if tier in found) for name, found in stated.items()}
+    return {
+        name: tier if tier == REPORTED else f"{tier} ({stated[name].count(tier)} of {len(stated[name])} runs)"
+        for name, tier in best.items()
+    }
 
 
 def _fid(result: Result) -> float | None:
@@ -181,27 +218,11 @@ def _fid(result: Result) -> float | None:
     return metric.value if metric and as_published else None
 
 
-def _bits_per_dim(result: Result) -> float | None:
-    """Return the lowest bits/dim that was scored on all test images: an exact value, or the tightest bound."""
-    scored = [
-        metric.value for name, metric in result.metrics.items()
-        if name.startswith("bpd_") and _all_test_images(metric) and formatting.is_finite(metric.value)
-    ]  # fmt: skip
-    return min((value for value in scored if value is not None), default=None)
+def _bits_per_dim(result: Result, likelihood: str) -> float | None:
+    metric = result.metrics.get(f"bpd_{likelihood}")
+    return metric.value if metric and _all_test_images(metric) and formatting.is_finite(metric.value) else None
 
 
 def _all_test_images(metric: Metric) -> bool:
     images = metric.note.split(";")[0]
     return images.endswith(" test images") and " of " not in images
-
-
-def _changed_settings(used: Iterable[str], published: Iterable[str]) -> list[str]:
-    """Return the overrides that a run has in addition to those of the paper, and those that it lacks."""
-    own, expected = [[each for each in overrides if not _is_neutral(each)] for overrides in (used, published)]
-    added = [each for each in own if each not in expected]
-    return [*added, *(f"without {each}" for each in expected if each not in own)]
-
-
-def _is_neutral(override: str) -> bool:
-    name = override.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
-    return name != BATCH_SIZE and name.split(".")[0] in NEUTRAL_KEYS

@@ -68,9 +68,6 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
         if failed_job_codes:
             sys.exit(max(failed_job_codes))
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails to flush at its exit
-        sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(print_error(error))
     finally:

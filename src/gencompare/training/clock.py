@@ -51,6 +51,8 @@ class TrainingClock(Callback):
         """FLOPs of training, counted by `TrainingFlops`."""
         self.evaluated_at = 0
         """The step of the last evaluation."""
+        self.exclusions = 0
+        """How often time was excluded since the process started."""
         self.best_at = 0
         """The step of the best evaluation so far."""
         self._generator: torch.Generator | None = None
@@ -134,6 +136,7 @@ class TrainingClock(Callback):
     def exclude_elapsed_time(self) -> None:
         """Exclude the time since the last step, such as an evaluation, from training time."""
         self._last_time = time.monotonic()
+        self.exclusions += 1
 
 
 def clock_of(trainer: pl.Trainer) -> TrainingClock:

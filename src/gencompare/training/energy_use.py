@@ -1,4 +1,4 @@
-"""The energy that training uses, where the machine can say it."""
+"""The energy that training uses, where it can be read from counters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning import Callback
+
+from gencompare.training.clock import clock_of
 
 POWERCAP = Path("/sys/class/powercap")
 """Folder of Linux with the RAPL counters of Intel's and AMD's processors, which only root may read by default."""
@@ -20,7 +23,7 @@ class EnergyMeter:
     RAPL counts whole packages, with everything else that runs on them, and without the memory outside the package.
 
     Args:
-        gpus: indices of the GPUs that count. They need ``pip install nvidia-ml-py``.
+        gpus: CUDA indices of the GPUs that count. They need ``pip install nvidia-ml-py``.
         powercap: folder of the RAPL counters; None is that of Linux.
     """
 
@@ -29,7 +32,8 @@ class EnergyMeter:
             zone for zone in sorted((powercap or POWERCAP).glob("intel-rapl:*"))
             if zone.name.count(":") == 1 and _text(zone / "name").startswith("package")
         ]  # fmt: skip
-        self.gpus = list(gpus)
+        # NVML knows nothing of CUDA_VISIBLE_DEVICES, and numbers GPUs in another order.
+        self.gpus = [f"GPU-{torch.cuda.get_device_properties(gpu).uuid}" for gpu in gpus]
         self._nvml: Any = _nvml() if self.gpus else None
         self._last = self._counters()
 
@@ -55,7 +59,7 @@ class EnergyMeter:
             return None
         for gpu in self.gpus:
             try:
-                handle = self._nvml.nvmlDeviceGetHandleByIndex(gpu)
+                handle = self._nvml.nvmlDeviceGetHandleByUUID(gpu)
                 counters.append((1000 * self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle), 2**63))
             except self._nvml.NVMLError:  # older GPUs have no counter
                 return None
@@ -81,10 +85,10 @@ def _nvml() -> Any:
 
 
 class TrainingEnergy(Callback):
-    """Adds up the energy of the training steps, without evaluations and checkpoints between them.
+    """Adds up the energy of the time that `TrainingClock` counts: steps and the loading of batches, not evaluations.
 
-    The first process of a machine counts its processors and the GPUs of all its processes. Over several machines the
-    energy is unknown. Lightning's `DeviceStatsMonitor` logs what the devices do at a moment, and no energy.
+    The first process counts the processors of its machine and the GPUs of all processes. Over several machines the
+    energy is unknown. Lightning's `DeviceStatsMonitor` logs device use, not energy.
     """
 
     order = 1
@@ -94,23 +98,29 @@ class TrainingEnergy(Callback):
         self.joules: float | None = 0.0
         """The energy so far; None if it is unknown."""
         self._meter: EnergyMeter | None = None
+        self._exclusions = 0
+        self._resumed = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"joules": self.joules}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.joules = state_dict["joules"]
+        self.joules, self._resumed = state_dict["joules"], True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        on_gpus = trainer.strategy.root_device.type == "cuda"
-        if trainer.num_nodes > 1 or trainer.strategy.root_device.type not in ("cpu", "cuda"):
+        device = trainer.strategy.root_device.type
+        continues_without_state = trainer.global_step > 0 and not self._resumed
+        if trainer.num_nodes > 1 or device not in ("cpu", "cuda") or continues_without_state:
             self.joules = None
         elif trainer.is_global_zero and self.joules is not None:
-            self._meter = EnergyMeter(trainer.device_ids if on_gpus else ())
+            self._meter = EnergyMeter(trainer.device_ids if device == "cuda" else ())
+            self._exclusions = clock_of(trainer).exclusions
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
-        if self._meter is not None:
+        clock = clock_of(trainer)
+        if self._meter is not None and clock.exclusions != self._exclusions:
             self._meter.read()
+            self._exclusions = clock.exclusions
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

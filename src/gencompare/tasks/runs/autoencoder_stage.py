@@ -202,7 +202,7 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
     load_weights(autoencoder, folder, checkpoint="last", weights="ema")
     space.to(choose_device(cfg))
     with FlopCounter() as counter:
-        start, meter = time.monotonic(), EnergyMeter(range(processes) if choose_device(cfg).type == "cuda" else ())
+        start, meter = time.monotonic(), EnergyMeter([0] if choose_device(cfg).type == "cuda" else ())
         space.load_autoencoder(autoencoder.eval().coder, training_images(data))
         seconds, joules = time.monotonic() - start, meter.read()
     space.to("cpu")  # where the Trainer expects the model
@@ -214,7 +214,8 @@ def load_autoencoder(cfg: DictConfig, model: TrainedModel, data: ImageData, proc
         cfg.whitening = {
             "role": space.pass_over_images, "run": record.name, "id": uuid.uuid4().hex[:12], "family": record.family,
             "images_seen": 0, "steps": 0, "flops": float(counter.get_total_flops() * processes),
-            "device_seconds": seconds * processes, "energy_joules": joules,
+            "device_seconds": seconds * processes,
+            "energy_joules": joules if processes == 1 else None,
         }  # fmt: skip
     return cfg
 

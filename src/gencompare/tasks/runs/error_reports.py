@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import sys
 import traceback
 from difflib import get_close_matches
@@ -92,10 +93,16 @@ def _describe(cause: BaseException) -> tuple[int, str]:
 def _stdout_is_closed() -> bool:
     try:
         sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout, 0)  # reports only that the reader is gone
+        closed = bool(poll.poll(0))
     except BrokenPipeError:
+        closed = True
+    except (OSError, AttributeError):  # no file, or no poll on this system
+        closed = False
+    if closed:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
-        return True
-    return False
+    return closed
 
 
 def error_text(error: BaseException) -> str:
