@@ -24,13 +24,17 @@ BUDGETS, SEEDS, FAMILIES, FACTORS = (1.0, 2.0, 4.0), 3, 5, (5, 10)
 
 @dataclass(frozen=True)
 class Population:
-    r"""Families with :math:`q = a (C^b + q_\infty)\, e^{c (\log C / \log 4)^2}`, with C in the smallest budget.
+    r"""Families with :math:`q = a (C^b + q_\infty)\, e^{d(\log C)}`, with C in the smallest budget.
 
     The exponents b are N(-0.8, 0.3^2), and log-normal noise between seeds has a standard deviation from 0.03 to 0.15.
     """
 
+    drift: float = 0.0
+    r"""How much the exponent drifts: d is an integrated Wiener process with this scale, relative to the noise, over
+    :math:`\log C / \log 4`."""
     bend: float = 0.0
-    r"""Standard deviation of :math:`c`, common to all families and of each, relative to the noise."""
+    r"""Standard deviation of c relative to the noise, common to all families and of each, for
+    :math:`d = c (\log C / \log 4)^2`."""
     floor: tuple[float, float] | None = None
     r"""Limits of :math:`q_\infty`, log-uniform; None for 0."""
 
@@ -38,6 +42,8 @@ class Population:
 POPULATIONS = {
     "power laws": Population(),
     "power laws with a constant": Population(floor=(0.003, 0.3)),
+    "power laws whose exponent drifts a little": Population(drift=1.0),
+    "power laws whose exponent drifts much": Population(drift=10.0),
     "power laws with a bend": Population(bend=1.0),
 }
 
@@ -70,12 +76,16 @@ class _Law:
 
     def __init__(self, population: Population, noise: float, common: float, random: np.random.Generator) -> None:
         self.scale, self.exponent, self.noise = exp(random.normal(3, 1)), random.normal(-0.8, 0.3), noise
-        self.bend = noise * population.bend * (common + random.standard_normal())
+        t = np.log([*BUDGETS, *(factor * BUDGETS[-1] for factor in FACTORS)]) / log(4)
+        first, last = np.minimum(t[:, None], t), np.maximum(t[:, None], t)
+        wiener = noise * population.drift * random.multivariate_normal(np.zeros(5), first**2 * (3 * last - first) / 6)
+        bend = noise * population.bend * (common + random.standard_normal()) * t**2
+        self.departure = dict(zip(np.exp(t * log(4)).round(6), wiener + bend, strict=True))
         low, high = population.floor or (1.0, 1.0)
         self.floor = exp(random.uniform(log(low), log(high))) if population.floor else 0.0
 
     def __call__(self, cost: float, random: np.random.Generator) -> float:
-        departure = self.bend * (log(cost) / log(4)) ** 2 + self.noise * random.standard_normal()
+        departure = self.departure[round(cost, 6)] + self.noise * random.standard_normal()
         return self.scale * (cost**self.exponent + self.floor) * exp(departure)
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from gencompare.comparison.forecast import FORECAST_FILE, Forecasts, check_forecasts, make_forecasts, verdict
 from gencompare.comparison.load_runs import load_runs
 from gencompare.comparison.ranking import rank_results
-from gencompare.comparison.scaling_law import ScalingLaw, ShortRun
+from gencompare.comparison.scaling_law import ScalingLaw, ShortRun, _covariance
 from gencompare.errors import UserError
 from gencompare.records import Metric
 from synthetic import DIGITS, result, write_run
@@ -46,8 +46,8 @@ def test_an_exact_power_law_is_extrapolated_exactly() -> None:
     law = ScalingLaw(short_runs(error, families=3))
     for family in range(3):
         found = law.predict(str(family), 4e13)
-        assert found.median == pytest.approx(error(family, 4e13), rel=1e-5)
-        assert found.high / found.low == pytest.approx(1, abs=5e-3)
+        assert found.median == pytest.approx(error(family, 4e13), rel=2e-3)
+        assert found.high / found.low == pytest.approx(1, abs=0.06)
 
 
 def test_units_change_nothing_but_the_units() -> None:
@@ -58,7 +58,7 @@ def test_units_change_nothing_but_the_units() -> None:
     assert np.array([other.low, other.median, other.high]) / 7 == pytest.approx([one.low, one.median, one.high])
 
 
-def test_without_a_bend_a_single_family_is_the_classical_regression(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_drift_a_single_family_is_the_classical_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slope that no other family informs is that of least squares, with its textbook prediction interval."""
     monkeypatch.setattr("gencompare.comparison.scaling_law.RATIOS", np.array([1e-4]))
     runs = short_runs(lambda f, c: 5 * (c / 1e12) ** -0.5, families=1, seeds=4, noise=0.2)
@@ -69,12 +69,31 @@ def test_without_a_bend_a_single_family_is_the_classical_regression(monkeypatch:
     mean = intercept + slope * new
     found = ScalingLaw(runs).predict("0", 4e13)
     expected = [mean + s * stats.t.ppf(share, 10) for share in (0.05, 0.5, 0.95)]
-    assert np.log([found.low, found.median, found.high]) == pytest.approx(expected, abs=1e-4)
+    assert np.log([found.low, found.median, found.high]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_intervals_hold_as_promised_if_bends_are_as_large_as_the_noise() -> None:
-    """For other sizes they promise too little or too much, by as much as benchmarks/forecast_coverage.py measures."""
-    assert 0.85 <= coverage(POPULATIONS["power laws with a bend"], trials=50)["coverage"] <= 0.95
+@pytest.mark.parametrize("name", ["power laws with a constant", "power laws whose exponent drifts much"])
+def test_intervals_hold_as_promised(name: str) -> None:
+    """For other laws they promise too little, by as much as benchmarks/forecast_coverage.py measures."""
+    assert 0.85 <= coverage(POPULATIONS[name], trials=40)["coverage"] <= 0.95
+
+
+def test_the_covariance_is_that_of_an_integrated_wiener_process() -> None:
+    steps = np.random.default_rng(0).standard_normal((4000, 400)) * np.sqrt(2 / 400)  # of W over [0, 2]
+    integral = np.cumsum(np.cumsum(steps, 1), 1) * (2 / 400)
+    s, t = np.array([0.5, 2.0]), np.array([1.0])
+    expected = [(integral[:, round(200 * a) - 1] * integral[:, 199]).mean() for a in s]
+    one = np.ones((1, 1, 1, 1))
+    assert _covariance(0 * one, one, s, t)[0, 0, :, 0] == pytest.approx(expected, rel=0.08)
+
+
+def test_a_curve_that_steepens_continues_with_its_last_slope() -> None:
+    """A parabola through the same points would predict an error that is smaller by a factor of 200."""
+    slopes = {1e12: 0.0, 2e12: -0.2, 4e12: -0.2 - 1.5}
+    runs = short_runs(lambda f, c: 100 * float(np.exp(np.log(2) * slopes[c])), families=4, noise=0.01)
+    found = ScalingLaw(runs).predict("0", 4e13)
+    last = runs[-1].error * 10**-1.5
+    assert 0.3 * last < found.median < 3 * last and found.low < last < found.high
 
 
 def test_a_family_with_few_runs_borrows_the_slope_of_the_others() -> None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import stdtr, stdtrit
+from scipy.special import logsumexp, ndtr, ndtri
 
 from gencompare.errors import UserError
 
 LEVEL = 0.9
 """Probability that the interval of a prediction contains the value of one new training run."""
 MIN_BUDGETS = 3
-"""Budgets that a family needs: two show no bend."""
+"""Budgets that a family needs: two show no drift of the exponent."""
 SAME_BUDGET = 0.05
 """Relative difference of FLOPs up to which two runs have the same budget."""
-RATIOS = np.geomspace(0.03, 1e3, 20)
-r"""Grid of :math:`\tau` and :math:`\kappa`. Below, a term is invisible in the noise; above, the noise in the term."""
+RATIOS = np.geomspace(0.03, 1e3, 16)
+r"""Grid of :math:`\tau`, :math:`\kappa_f` and their scale s. Below, a term is invisible in the noise; above, the noise
+in the term."""
+DRIFT = 5.0
+"""Scale of the prior of s."""
+MIN_NOISE = 1e-3
+"""Smallest estimate of the noise: runs that agree better are copies."""
+NUM_SIGMAS = 25
+"""Points of the grid of the noise."""
 
 
 @dataclass(frozen=True)
@@ -47,32 +54,36 @@ class Prediction:
 
 
 class ScalingLaw:
-    r"""A power law of the error against training FLOPs for each family, with a bend.
+    r"""A power law of the error against training FLOPs for each family, with an exponent that drifts.
 
     With the error q of a run, C its FLOPs and :math:`C_f` those of the cheapest run of its family f,
 
     .. math::
-        \log q &= a_f + b_f\, t + c_f\, t^2 + \sigma \varepsilon, \qquad t = \frac{\log(C / C_f)}{L}, \qquad
-            \varepsilon \sim N(0, 1), \\
-        b_f &\sim N(\beta, \sigma^2 \tau^2), \qquad c_f \sim N(\gamma, \sigma^2 \kappa^2), \qquad
-            \gamma \sim N(0, \sigma^2 \kappa^2),
+        \log q &= a_f + b_f\, t + \sigma \kappa_f \int_0^t W_f(u)\, du + \sigma \varepsilon, \qquad
+            t = \frac{\log(C / C_f)}{L}, \qquad \varepsilon \sim N(0, 1), \\
+        b_f &\sim N(\beta, \sigma^2 \tau^2),
 
-    where L is the logarithm of the ratio of the largest to the smallest budget (the median over families). Without the
-    bend :math:`c_f` it is the power law of Kaplan et al. (2020), "Scaling laws for neural language models", section
-    1.2, https://arxiv.org/abs/2001.08361. A constant is added, :math:`q_\infty + a C^{-b}`, by Henighan et al. (2020),
-    "Scaling laws for autoregressive generative modeling", eq. 1.1, https://arxiv.org/abs/2010.14701, and by Hoffmann et
-    al. (2022), "Training compute-optimal large language models", eq. 2, https://arxiv.org/abs/2203.15556. Three or four
-    budgets within a factor of four do not determine it: the exponent and the constant trade off. Early in training the
-    curve also bends the other way, since it steepens as models leave their initial plateau. So the departure from the
-    line is its first-order term of either sign, :math:`c_f t^2`, and its size is estimated from the bends of all
-    families together, as is the spread of the slopes. A family has its own slope and bend as far as its runs support
-    them, and otherwise those of the mean. The interval contains the noise of a new run, the errors of all estimates,
-    and a bend that the short runs do not show, which grows with the square of the distance.
+    where :math:`W_f` is a Wiener process and L the logarithm of the ratio of the largest to the smallest budget (the
+    median over families). Without the drift it is the power law of Kaplan et al. (2020), "Scaling laws for neural
+    language models", section 1.2, https://arxiv.org/abs/2001.08361. A constant is added,
+    :math:`q_\infty + a C^{-b}`, by Henighan et al. (2020), "Scaling laws for autoregressive generative modeling",
+    eq. 1.1, https://arxiv.org/abs/2010.14701, and by Hoffmann et al. (2022), "Training compute-optimal large language
+    models", eq. 2, https://arxiv.org/abs/2203.15556. Three or four budgets within a factor of four do not determine it:
+    the exponent and the constant trade off. Early in training the exponent also changes the other way, since curves
+    steepen as models leave their initial plateau. A parabola describes that and extrapolates it without end. The
+    integrated Wiener process, the prior of cubic smoothing splines (Wahba 1978, "Improper priors, spline smoothing and
+    the problem of guarding against model errors in regression", https://doi.org/10.1111/j.2517-6161.1978.tb01050.x),
+    continues with the last exponent, and the variance of its error grows with the third power of the distance.
 
-    Priors are flat for :math:`a_f`, :math:`\beta` and :math:`\log\sigma`, and half-Cauchy of scale 1 for :math:`\tau`
-    and :math:`\kappa`: over the short runs, slopes and bends differ by about as much as seeds, or by much more. Given
-    these two, the prediction is Student's t with n - F - 1 degrees of freedom for n runs of F families; it is averaged
-    over their posterior on a grid. Units of FLOPs and of the error change nothing but the units of the prediction.
+    A family has its own exponents as far as its runs support them, and otherwise the mean of the others: :math:`\beta`
+    is estimated for each family by the mean of the slopes of the F - 1 others, whose variance
+    :math:`\sigma^2 \tau^2 / (F - 1)` is added. A single family has a flat prior. Each family drifts as much as its
+    runs show and the other families suggest, so one whose curve breaks gets a wide interval, and the others do not.
+
+    Priors are flat for :math:`a_f` and :math:`\log\sigma`; half-Cauchy of scale 1 for :math:`\tau`, of scale s for
+    :math:`\kappa_f`, and of scale 5 for s. Everything is averaged over the posterior on a grid of :math:`\sigma`,
+    :math:`\tau`, s and :math:`\kappa_f`. Units of FLOPs and of the error change nothing but the units of the
+    prediction.
 
     A better run is measured less precisely. To first order, the variance of an estimated squared distance is
     proportional to the distance, so the relative variance of sampling is taken as proportional to 1 / q, and its excess
@@ -94,46 +105,54 @@ class ScalingLaw:
         self._start = {family: log(min(run.flops for run in members)) for family, members in self.runs.items()}
         spans = [log(self.range(family)[1]) - self._start[family] for family in self.runs]
         self._unit = float(np.median(spans))
-        tau, kappa = (ratio.ravel() for ratio in np.meshgrid(RATIOS, RATIOS))
-        self._tau, self._kappa = tau[:, None, None] ** 2, kappa[:, None, None] ** 2
-        self._fit(-np.log1p(tau**2) - np.log1p(kappa**2) + np.log(tau * kappa))  # the grid is even in the logarithm
+        self._fit()
 
     def range(self, family: str) -> tuple[float, float]:
         """Return the smallest and the largest cost of the runs of ``family``."""
         costs = [run.flops for run in self.runs[family]]
         return min(costs), max(costs)
 
-    def _fit(self, log_prior: np.ndarray) -> None:
-        """Estimate all parameters at each point of the grid (G,), and the weight of the point."""
-        size = len(self.runs) + 2
-        information = np.zeros((len(log_prior), size, size))
-        information[:, -1, -1] = 1 / self._kappa[:, 0, 0]
-        moments = np.zeros((len(log_prior), size))
-        log_det = np.log(self._kappa[:, 0, 0])
-        squares = np.zeros(len(log_prior))
-        cells = {}
-        for family in self.runs:
-            t, y, count, within = self._cells(family)
-            design = self._design(family, t)
-            inverse = np.linalg.inv(np.diag(1 / count) + self._covariance(t, t))
-            information += design.T @ inverse @ design
-            moments += (design.T @ inverse @ y[:, None])[..., 0]
-            log_det -= np.linalg.slogdet(inverse)[1]
-            squares += within
-            cells[family] = design, inverse, y
-        self._error = np.linalg.inv(information)
-        self._coefficients = (self._error @ moments[..., None])[..., 0]
-        squares += self._coefficients[:, -1] ** 2 / self._kappa[:, 0, 0]
-        self._weighted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for family, (design, inverse, y) in cells.items():
-            residual = (y - self._coefficients @ design.T)[..., None]
-            squares += (residual.mT @ inverse @ residual)[:, 0, 0]
-            self._weighted[family] = inverse, inverse @ residual
-        self._freedom = sum(map(len, self.runs.values())) - len(self.runs) - 1
-        squares = np.maximum(squares, 1e-26)  # the rounding errors of an exact law
-        log_weight = log_prior - (log_det - np.linalg.slogdet(self._error)[1] + self._freedom * np.log(squares)) / 2
-        weight = np.exp(log_weight - log_weight.max())
-        self._weight, self._variance = weight / weight.sum(), squares / self._freedom
+    def _fit(self) -> None:
+        """Compute the posterior of the grid: sigma (R,), tau (T,), s (S,), and kappa (K,) of each family."""
+        cells = {family: self._cells(family) for family in self.runs}
+        self._sigma = _noise_grid(self.runs, cells)
+        self._fits = {family: self._family_fit(family, cells) for family in self.runs}
+        # p(kappa | s), p(tau) and p(s) on grids that are even in the logarithm
+        drift = RATIOS[:, None] / (1 + (RATIOS[:, None] / RATIOS) ** 2)
+        self._log_drift = np.log(drift / drift.sum(0))  # (K, S)
+        log_prior = np.log(RATIOS / (1 + RATIOS**2))[:, None] + np.log(RATIOS / (1 + (RATIOS / DRIFT) ** 2))
+        df = sum(map(len, self.runs.values())) - sum(len(count) for _, _, count, _ in cells.values())
+        squares = sum(within for *_, within in cells.values())
+        within = -df * np.log(self._sigma) - squares / (2 * self._sigma**2)
+        marginal = {
+            family: logsumexp(fit.log_likelihood[:, :, None, :] + self._log_drift[:, :, None], 1)
+            for family, fit in self._fits.items()
+        }  # (T, S, R)
+        self._log_shared = log_prior[..., None] + within + sum(marginal.values())
+        self._marginal = marginal
+
+    def _family_fit(self, family: str, cells: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]) -> _Fit:
+        """Fit a family's intercept, and its slope if there is no other family, at each tau and kappa."""
+        t, y, count, _ = cells[family]
+        others = [np.polyfit(*cells[other][:2], 1)[0] for other in self.runs if other != family]
+        prior = (1 + 1 / len(others)) if others else 0.0
+        tau, kappa = (grid[..., None, None] ** 2 for grid in np.meshgrid(RATIOS, RATIOS, indexing="ij"))
+        design = np.column_stack([np.ones_like(t), *([] if others else [t])])
+        y = y - (np.mean(others) * t if others else 0.0)
+        inverse = np.linalg.inv(np.diag(1 / count) + _covariance(tau * prior, kappa, t, t))
+        error = np.linalg.inv(design.T @ inverse @ design)
+        coefficients = error @ design.T @ inverse @ y[:, None]
+        residual = y[:, None] - design @ coefficients
+        quadratic = (residual.mT @ inverse @ residual)[..., 0, 0]
+        log_det = np.linalg.slogdet(error)[1] + np.linalg.slogdet(inverse)[1]
+        freedom = len(t) - design.shape[1]
+        log_likelihood = (
+            log_det[..., None] / 2 - freedom * np.log(self._sigma) - quadratic[..., None] / (2 * self._sigma**2)
+        )
+        slope = float(np.mean(others)) if others else 0.0
+        return _Fit(
+            t, slope, tau * prior, kappa, design.shape[1], inverse, error, coefficients, residual, log_likelihood
+        )
 
     def _cells(self, family: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Return the times and mean log errors of the budgets of a family and their numbers of runs, each (m,), and the
@@ -146,16 +165,6 @@ class ScalingLaw:
 
     def _time(self, family: str, flops: np.ndarray) -> np.ndarray:
         return (np.log(flops) - self._start[family]) / self._unit
-
-    def _design(self, family: str, t: np.ndarray) -> np.ndarray:
-        """Return the factors of the intercepts of all families, the mean slope and the mean bend, (m, F + 2)."""
-        intercepts = np.repeat([[float(name == family) for name in self.runs]], len(t), axis=0)
-        return np.column_stack([intercepts, t, t**2])
-
-    def _covariance(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """Return the covariance of a family's slope and bend at the times (m,) and (n,), over sigma^2, (G, m, n)."""
-        product = s[:, None] * t[None, :]
-        return self._tau * product + self._kappa * product**2
 
     def predict(self, family: str, flops: float, level: float = LEVEL) -> Prediction:
         """Predict the error of one new run of ``family``.
@@ -170,36 +179,89 @@ class ScalingLaw:
             raise UserError(
                 f"task.flops={flops:g} is below the cheapest run of {family} ({cheapest:.3g}): a forecast goes up only."
             )
-        t = self._cells(family)[0]
+        fit = self._fits[family]
         new = np.maximum(0, self._time(family, np.array([flops])))
-        inverse, residual = self._weighted[family]
-        gain = self._covariance(new, t) @ inverse
-        design = self._design(family, new)
-        mean = (self._coefficients @ design.T)[:, 0] + (self._covariance(new, t) @ residual)[:, 0, 0]
-        left = design - gain @ self._design(family, t)
-        factor = 1 + self._covariance(new, new) - gain @ self._covariance(t, new) + left @ self._error @ left.mT
-        factor = np.maximum(1, factor[:, 0, 0])  # rounding errors where a term exceeds the noise a thousandfold
-        scale = np.sqrt(self._variance * factor + self._extra_variance(family, mean))
+        gain = _covariance(fit.tau, fit.kappa, new, fit.t) @ fit.inverse
+        design, new_design = (np.column_stack([np.ones_like(t), t])[:, : fit.size] for t in (fit.t, new))
+        mean = fit.slope * new[0] + (new_design @ fit.coefficients + gain @ fit.residual)[..., 0, 0]
+        left = new_design - gain @ design
+        known = gain @ _covariance(fit.tau, fit.kappa, fit.t, new)
+        factor = 1 + _covariance(fit.tau, fit.kappa, new, new) - known + left @ fit.error @ left.mT
+        factor = np.maximum(1, factor[..., 0, 0])  # rounding errors where a term exceeds the noise a thousandfold
+        scale = np.sqrt(self._sigma**2 * factor[..., None] + self._extra_variance(family, mean)[..., None])
+        log_weight = fit.log_likelihood + logsumexp(
+            (self._log_shared - self._marginal[family])[:, None] + self._log_drift[:, :, None], 2
+        )
+        weight = np.exp(log_weight - log_weight.max())
+        used = weight > 1e-7 * weight.max()
+        mean, scale, weight = np.broadcast_to(mean[..., None], weight.shape)[used], scale[used], weight[used]
+        weight = weight / weight.sum()
 
         def quantile(share: float) -> float:
             def excess(y: float) -> float:
-                return float(self._weight @ stdtr(self._freedom, (y - mean) / scale)) - share
+                return float(weight @ ndtr((y - mean) / scale)) - share
 
-            ends = mean + stdtrit(self._freedom, share) * scale
+            ends = mean + ndtri(share) * scale
             low, high = float(ends.min()), float(ends.max())
             if high - low < 1e-12 or excess(low) >= 0 or excess(high) <= 0:
-                return float(self._weight @ ends)
+                return float(weight @ ends)
             return brentq(excess, low, high)  # type: ignore[return-value]
 
         low, median, high = (_exp(quantile(share)) for share in ((1 - level) / 2, 0.5, (1 + level) / 2))
         return Prediction(median, low, high)
 
     def _extra_variance(self, family: str, log_error: np.ndarray) -> np.ndarray:
-        """Return how much the relative variance of sampling exceeds that of the short runs at these errors, (G,)."""
+        """Return how much the relative variance of sampling exceeds that of the short runs at these errors."""
         members = self.runs[family]
         scale = np.mean([run.sampling_variance * run.error for run in members])
         usual = np.mean([run.sampling_variance for run in members])
         return np.maximum(0, np.minimum(scale * np.exp(-log_error), 1) - usual)  # more than 100 % has no meaning
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The fit of one family at each tau and kappa, (T, K, ...)."""
+
+    t: np.ndarray
+    """Times of the budgets, (m,)."""
+    slope: float
+    """Mean slope of the other families, which the coefficients add to; 0 without others."""
+    tau: np.ndarray
+    """Variance of the slope over that of the noise."""
+    kappa: np.ndarray
+    """Variance of the drift over that of the noise."""
+    size: int
+    """Number of coefficients."""
+    inverse: np.ndarray
+    """Inverse covariance of the means of the budgets over the variance of the noise, (T, K, m, m)."""
+    error: np.ndarray
+    coefficients: np.ndarray
+    residual: np.ndarray
+    log_likelihood: np.ndarray
+    """Up to a constant, (T, K, R)."""
+
+
+def _covariance(tau: np.ndarray, kappa: np.ndarray, s: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Return the covariance of slope and drift at the times (m,) and (n,) over the variance of the noise, (T, K, m, n).
+
+    Args:
+        tau, kappa: variances of both, (T, K, 1, 1).
+    """
+    first, last = np.minimum(s[:, None], t[None, :]), np.maximum(s[:, None], t[None, :])
+    return tau * first * last + kappa * first**2 * (3 * last - first) / 6
+
+
+def _noise_grid(
+    runs: Mapping[str, Sequence[ShortRun]], cells: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]
+) -> np.ndarray:
+    """Return standard deviations of the noise around that within budgets, (R,), even in the logarithm."""
+    members = [run for family in runs.values() for run in family]
+    df = len(members) - sum(len(count) for _, _, count, _ in cells.values())
+    variance = sum(within for *_, within in cells.values()) / df if df else 0.0
+    if not df:  # one run per budget
+        variance = float(np.mean([run.sampling_variance for run in members])) or 0.01
+    width = 5 / np.sqrt(2 * max(df, 2))
+    return np.sqrt(max(variance, MIN_NOISE**2)) * np.exp(np.linspace(-width, width, NUM_SIGMAS))
 
 
 def _exp(value: float) -> float:
