@@ -128,7 +128,7 @@ class ScalingLaw:
             family: logsumexp(fit.log_likelihood[:, :, None, :] + self._log_drift[:, :, None], 1)
             for family, fit in self._fits.items()
         }  # (T, S, R)
-        self._log_shared = log_prior[..., None] + within + sum(marginal.values())
+        self._log_shared = log_prior[..., None] + within + np.sum(list(marginal.values()), 0)
         self._marginal = marginal
 
     def _family_fit(self, family: str, cells: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]) -> _Fit:
