@@ -8,7 +8,7 @@ from math import exp, inf, log
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import logsumexp, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from gencompare.errors import UserError
 
@@ -125,10 +125,10 @@ class ScalingLaw:
         squares = sum(within for *_, within in cells.values())
         within = -df * np.log(self._sigma) - squares / (2 * self._sigma**2)
         marginal = {
-            family: logsumexp(fit.log_likelihood[:, :, None, :] + self._log_drift[:, :, None], 1)
+            family: np.logaddexp.reduce(fit.log_likelihood[:, :, None, :] + self._log_drift[:, :, None], 1)
             for family, fit in self._fits.items()
         }  # (T, S, R)
-        self._log_shared = log_prior[..., None] + within + np.sum(list(marginal.values()), 0)
+        self._log_shared = log_prior[..., None] + within + sum(marginal.values())
         self._marginal = marginal
 
     def _family_fit(self, family: str, cells: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, float]]) -> _Fit:
@@ -189,7 +189,7 @@ class ScalingLaw:
         factor = 1 + _covariance(fit.tau, fit.kappa, new, new) - known + left @ fit.error @ left.mT
         factor = np.maximum(1, factor[..., 0, 0])  # rounding errors where a term exceeds the noise a thousandfold
         scale = np.sqrt(self._sigma**2 * factor[..., None] + self._extra_variance(family, mean)[..., None])
-        log_weight = fit.log_likelihood + logsumexp(
+        log_weight = fit.log_likelihood + np.logaddexp.reduce(
             (self._log_shared - self._marginal[family])[:, None] + self._log_drift[:, :, None], 2
         )
         weight = np.exp(log_weight - log_weight.max())
