@@ -169,6 +169,16 @@ def test_a_run_folder_can_be_moved(trained: Path, tmp_path: Path) -> None:
     assert x.shape == (2, 1, 8, 8) and run.record.family == "ddpm"
 
 
+def test_the_config_of_a_run_folder_is_printed(trained: Path, cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    """The options that the folder adds to the command line must not stand behind a flag."""
+    for flags in (
+        ["--cfg", "job", "task=evaluate", f"run_dir={trained / 'run'}"],
+        [f"run_dir={trained / 'run'}", "--cfg", "job"],
+    ):
+        assert cli(*flags) == 0
+        assert "family: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["png", "npz"])
 def test_samples_are_written_to_files(form: str, trained: Path, cli: Cli, tmp_path: Path) -> None:
     assert cli("task=sample", f"run_dir={trained / 'run'}", "num_images=5", f"task.format={form}", "task.out=out") == 0

@@ -152,6 +152,8 @@ def test_the_command_line_receives_the_settings_and_keeps_its_own() -> None:
     expected = ["data=cifar10", "evaluation=paper_fid50k", last, *argv, "samples=s"]
     assert add_paper_settings([*argv, "samples=s"]) == expected
     assert add_paper_settings(["model=ddpm"]) == ["model=ddpm"]
+    flags = ["--config-dir", "conf", *argv, "--cfg", "job"]
+    assert add_paper_settings(flags)[:3] == ["--config-dir", "conf", "experiment=cifar10_ddpm"]
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def add_paper_settings(argv: list[str]) -> list[str]:
         settings = [f"data={published.data}", *(each for each in settings if each.startswith("evaluation"))]
     overridden = {_name(arg) for arg in argv}
     settings = [each for each in settings if _name(each) not in overridden]
-    return [*settings, *argv]
+    return _beside(argv, ("task",), settings)
 
 
 def _name(override: str) -> str:
@@ -196,7 +196,13 @@ def inherit_choices(argv: list[str]) -> list[str]:
         )
     path = quote(str(folder))
     inherited += [f"hydra.run.dir={path}", f"hydra.sweep.dir={path}", "hydra.sweep.subdir=."]
-    return [*argv, *[arg for arg in inherited if arg.lstrip("+").split("=")[0] not in overridden]]
+    return _beside(argv, ("run_dir", "resume"), [arg for arg in inherited if _name(arg) not in overridden])
+
+
+def _beside(argv: list[str], keys: Collection[str], overrides: Iterable[str]) -> list[str]:
+    """Insert overrides before the one of a key in ``keys``: argparse wants them side by side, before or after flags."""
+    place = next(k for k, arg in enumerate(argv) if _name(arg) in keys)
+    return [*argv[:place], *overrides, *argv[place:]]
 
 
 def _choice_text(choice: str | list[str]) -> str:
