@@ -158,7 +158,8 @@ def print_checks(checks: Iterable[Check], metric: str, console: Console | None =
         each = check.forecast
         cells = (f"{each.flops:.3g}", formatting.format_metric(each.value), _ends(each.interval))
         answer = f"{'yes' if check.holds else 'no'}{f' ({check.note})' if check.note else ''}"
-        table.add_row(Text(check.run), *cells, formatting.format_metric(check.value), answer)
+        name = check.run.rsplit("/", 1)[-1]  # a sweep's folder takes the width of all numbers
+        table.add_row(Text(name), *cells, formatting.format_metric(check.value), answer)
     (console or Console()).print(table)
 
 
