@@ -161,7 +161,35 @@ def holm(p_values: Iterable[float | None]) -> list[float | None]:
 
 OWN_GRID, KARRAS_GRID = r"DDIM, 25 steps, eta.*", ".*KarrasGrid.*"
 FAMILIES = "fashion_mnist"
+MEANFLOW, FLOW, TUNED = (rf"{name}(_\d)?" for name in ("meanflow", "flow", "consistency_tuned"))
 FINDINGS = [
+    *(
+        Finding(
+            f"With {calls}, MeanFlow has {{ratio}} times {{interval}} the MMD of flow matching (Fashion-MNIST, the same"
+            " network and 40,000 images).",
+            Row("few_steps", MEANFLOW, f"MeanFlowSampler, {k} steps.*"), Row("few_steps", FLOW, f"Euler, {k} steps.*"),
+            in_readme=k == 1,
+        )
+        for k, calls in ((1, "one network call"), (2, "two calls"), (4, "four calls"))
+    ),
+    Finding(
+        "With four calls, MeanFlow has {ratio} times {interval} the MMD of flow matching with 50.",
+        Row("few_steps", MEANFLOW, "MeanFlowSampler, 4 steps.*"), Row("few_steps", FLOW, "Euler, 50 steps.*"),
+        in_readme=True,
+    ),
+    *(
+        Finding(
+            f"With {calls}, a consistency model tuned from flow matching has {{ratio}} times {{interval}} the MMD of"
+            f" its teacher with {name}.",
+            Row("few_steps", TUNED, f"MultistepConsistency, {k} steps.*"), Row("few_steps", FLOW, sampler),
+            in_readme=k == 2,
+        )
+        for k, calls, name, sampler in (
+            (1, "one call", "one step of Euler", "Euler, 1 steps.*"),
+            (2, "two calls", "two of DPM-Solver++", "DPMSolverPP2M, 2 steps.*"),
+            (4, "four calls", "four of DPM-Solver++", "DPMSolverPP2M, 4 steps.*"),
+        )
+    ),
     Finding(
         "Muon with 30,000 training images has {ratio} times {interval} the MMD of Adam with 60,000 (flow matching on"
         " Fashion-MNIST).",
