@@ -228,7 +228,7 @@ def test_a_config_with_old_names_loads_with_current_names(tmp_path: Path) -> Non
     assert cfg.model.sampler == {"_target_": "gencompare.diffusion.ode_samplers.Heun", "num_steps": 5}
     assert "likelihoods" in cfg.model and "bits" not in cfg.model
     current = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
-    del current.divergence, current.checkpoints.keep_previous  # did not exist
+    del current.divergence, current.energy, current.checkpoints.keep_previous  # did not exist
     assert {name: sorted(options) for name, options in cfg.callbacks.items()} == {
         name: sorted(options) for name, options in current.items()
     }
