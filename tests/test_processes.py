@@ -45,7 +45,9 @@ FAMILIES = ["vae", "gan"]
 
 
 def overrides_for(*overrides: str, count: int = 2) -> list[str]:
-    return [*SETTINGS, *overrides, "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}"]
+    own = {override.partition("=")[0] for override in overrides}
+    settings = [each for each in SETTINGS if each.partition("=")[0] not in own]
+    return [*overrides, *settings, "trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={count}"]
 
 
 def processes(folder: Path, *overrides: str, count: int = 2, first: Callable[[], None] | None = None) -> None:
