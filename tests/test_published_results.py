@@ -130,7 +130,7 @@ def test_only_settings_of_the_trained_model_count_as_changed(override: str, coun
         assert changed == ["model.network.channels=64 (paper: 128)"]
 
 
-def test_bits_per_dim_count_only_if_the_papers_estimator_scored_all_test_images() -> None:
+def test_bits_per_dim_need_the_papers_estimator_on_all_test_images() -> None:
     glow = find_published("cifar10_glow")
     for name, note, measured in (
         ("bpd_flow", "exact, 10000 test images", 3.35),

@@ -182,7 +182,7 @@ def inherit_choices(argv: list[str]) -> list[str]:
     if folder is None:
         return argv
     choices = read(folder).get("choices") or {}
-    overridden = {arg.lstrip("+~").split("=")[0] for arg in argv}
+    overridden = {_name(arg) for arg in argv}
     inherited = [
         f"{'+' if group in APPENDED_GROUPS else ''}{group}={_choice_text(choice)}"
         for group, choice in choices.items()
