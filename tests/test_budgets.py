@@ -241,7 +241,7 @@ def test_a_budget_option_replaces_the_limits_of_an_experiment(overrides: list[st
 
 def record(name: str, flops: float | None, seconds: float, dependencies: Any = ()) -> RunRecord:
     training = {
-        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2,
+        "images_seen": 10, "steps": 1, "flops": flops, "seconds": seconds, "processes": 2, "energy_joules": 5.0,
         "dependencies": list(dependencies),
     }  # fmt: skip
     return RunRecord(name=name, family=name, data={}, environment={"run_id": name}, training=training)
@@ -253,7 +253,8 @@ def test_the_total_cost_includes_each_dependency_once() -> None:
     guide = record("guide", 20.0, 2.0, [coder])
     model = record("model", 3.0, 4.0, [coder, dependency_costs.cost_entry(guide, "classifier")])
     dependency_costs.update_total_cost(model)
-    assert model.training["total_cost"] == {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0}
+    costs = {"images_seen": 30, "steps": 3, "flops": 123.0, "device_seconds": 14.0, "energy_joules": 15.0}
+    assert model.training["total_cost"] == costs
     # The other trials of a search are part of the cost, but do not reduce the budget.
     trial = dependency_costs.cost_entry(record("other", 1000.0, 1.0), "trial")
     assert dependency_costs.remaining_budget(Budget(flops=130.0), [coder, trial]).flops == 30.0
