@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from gencompare.command_line import quote, shell_override
-from gencompare.tasks.runs import run_config
+from gencompare.tasks.runs.overrides import inherit_choices
 
 ODD = [
     "it's a u? 50%", "a,b=[c]", "a\\b", "a\\", "a\\'b", "a\\\\", "${x}", "a\\${x}", "'q'", '"d"', "null", "True", "1e3",
@@ -40,5 +40,5 @@ def test_a_run_folder_is_found_by_its_quoted_name(name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir()
     (Path(name) / "config.yaml").write_text("choices: {data: digits}\n")
-    overrides = run_config.inherit_choices([f"run_dir={quote(name)}"])
+    overrides = inherit_choices([f"run_dir={quote(name)}"])
     assert "data=digits" in overrides and f"hydra.run.dir={quote(name)}" in overrides

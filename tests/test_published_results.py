@@ -25,7 +25,7 @@ from gencompare.errors import UserError
 from gencompare.records import Measurement, Metric, RunRecord
 from gencompare.tasks.main import main
 from gencompare.tasks.runs.interpolations import plain
-from gencompare.tasks.runs.run_config import add_paper_settings
+from gencompare.tasks.runs.overrides import add_paper_settings
 from synthetic import DIGITS, result, write_run
 
 

@@ -16,7 +16,7 @@ from composing import compose
 from gencompare.command_line import conf_dir
 from gencompare.errors import UserError
 from gencompare.records import RunRecord
-from gencompare.tasks.runs import run_config
+from gencompare.tasks.runs import config_keys, run_config
 
 QUICK = [
     "model=flow", "trainer=cpu", "budget=steps", "budget.steps=3", "trainer.global_batch_size=8",
@@ -95,7 +95,7 @@ def test_limits_of_the_trainer_are_refused_in_new_resumed_and_stored_runs(
         capsys.readouterr()
         assert cli(*overrides) == 1
         error = capsys.readouterr().err.strip()
-        expected = f"trainer.{name} is set by this program. Use {run_config.TRAINER_EQUIVALENTS[name]}."
+        expected = f"trainer.{name} is set by this program. Use {config_keys.TRAINER_EQUIVALENTS[name]}."
         assert expected in error and len(error.splitlines()) == 1, error
         assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
@@ -117,10 +117,10 @@ def test_limits_of_the_trainer_are_refused_in_new_resumed_and_stored_runs(
 
 
 def test_every_argument_of_the_trainer_with_an_equivalent_is_refused() -> None:
-    for name, equivalent in run_config.TRAINER_EQUIVALENTS.items():
-        assert name in run_config._trainer_arguments()
+    for name, equivalent in config_keys.TRAINER_EQUIVALENTS.items():
+        assert name in config_keys._trainer_arguments()
         with pytest.raises(UserError, match=re.escape(f"trainer.{name} is set by this program. Use {equivalent}.")):
-            run_config.check_trainer({name: None}, run_config._trainer_arguments())
+            config_keys.check_trainer({name: None}, config_keys._trainer_arguments())
 
 
 class StepCounter(Callback):
@@ -243,4 +243,4 @@ def test_a_config_with_old_names_loads_with_current_names(tmp_path: Path) -> Non
     }  # fmt: skip
     composed = compose()
     composed.callbacks = cfg.callbacks
-    run_config.check_keys(composed)
+    config_keys.check_keys(composed)

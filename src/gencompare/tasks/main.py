@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +10,10 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from gencompare.command_line import conf_dir, config_roots
-from gencompare.errors import UserError
+from gencompare.command_line import conf_dir
+from gencompare.tasks.runs.config_keys import check_keys
 from gencompare.tasks.runs.config_types import check_types
 from gencompare.tasks.runs.error_reports import enable_hydra_tracebacks, error_text, failed_job_codes, print_error
 from gencompare.tasks.runs.launched_ranks import (
@@ -24,17 +23,9 @@ from gencompare.tasks.runs.launched_ranks import (
     launched_ranks,
     run_handed_out_jobs,
 )
+from gencompare.tasks.runs.overrides import rewrite_overrides
 from gencompare.tasks.runs.processes import CONFIG_VARIABLE, leave_process_group
-from gencompare.tasks.runs.run_config import (
-    add_paper_settings,
-    check_keys,
-    complete_config,
-    inherit_choices,
-    opener,
-    read_config,
-    rename_options,
-    resolve_auto_resume,
-)
+from gencompare.tasks.runs.run_config import complete_config, opener, read_config
 from gencompare.tasks.runs.sweep import prepare_job, record_failure
 from gencompare.trust import opened_by
 from gencompare.version import __version__
@@ -62,9 +53,7 @@ def main() -> None:
             return
         check_no_sweep(sys.argv[1:])
         expect_ranks()
-        argv = _with_extra_conf(_delete_null_groups(rename_options(sys.argv[1:])))
-        argv = resolve_auto_resume(add_paper_settings(argv))
-        sys.argv[1:] = inherit_choices(argv)
+        sys.argv[1:] = rewrite_overrides(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(_run_job)()
         if failed_job_codes:
             sys.exit(max(failed_job_codes))
@@ -117,41 +106,3 @@ def _run_rank(cfg: DictConfig) -> None:
         call_task(cfg)
     finally:
         leave_process_group()
-
-
-NULL_OPTIONS = {
-    "callbacks": "callbacks.NAME=null removes one",
-    "evaluation": "evaluation.checkpoints=[] trains without an evaluation at the end",
-    "logger": "logger=none logs nothing",
-}
-"""What to set instead of ``GROUP=null``."""
-
-
-def _delete_null_groups(argv: list[str]) -> list[str]:
-    """Replace ``GROUP=null``, which Hydra accepts only in YAML files, by ``~GROUP``, such as ``~model/guidance``.
-
-    Groups without an option by default, such as ``experiment=null``, are left out.
-
-    Raises:
-        UserError: the group is one of those that each run needs.
-    """
-    defaults = [entry for entry in OmegaConf.load(conf_dir() / "config.yaml").defaults if not isinstance(entry, str)]
-    top = {str(group): option for entry in defaults for group, option in entry.items()}
-    for group in (arg.removesuffix("=null") for arg in argv if arg.endswith("=null")):
-        if top.get(group) is not None:
-            options = sorted(path.stem for root in config_roots() for path in (root / group).glob("*.yaml"))
-            hint = f" {NULL_OPTIONS[group]}." if group in NULL_OPTIONS else ""
-            raise UserError(f"{group}=null: choose one of {', '.join(options)}.{hint}")
-    argv = [arg for arg in argv if not (arg.endswith("=null") and arg.removesuffix("=null") in top)]
-    return [f"~{arg.removesuffix('=null')}" if re.fullmatch(r"\w+/[\w/@.]+=null", arg) else arg for arg in argv]
-
-
-def _with_extra_conf(argv: list[str]) -> list[str]:
-    """Add ``--config-dir`` with the folder in the environment variable ``GENCOMPARE_CONF`` to ``argv``, if the variable
-    is set and ``argv`` contains no such option."""
-    extra = os.environ.get("GENCOMPARE_CONF")
-    if not extra or any(arg.startswith(("--config-dir", "-cd")) for arg in argv):
-        return argv
-    if not Path(extra).is_dir():
-        raise UserError(f"GENCOMPARE_CONF={extra} is not a folder: set it to the folder of your config groups.")
-    return ["--config-dir", extra, *argv]

@@ -26,7 +26,7 @@ from gencompare.tasks.train import train
 def reproduce(cfg: DictConfig) -> None:
     """Reproduce the published result ``cfg.paper``, print how it compares, and note it in the record.
 
-    The command line already contains the settings of the paper (`gencompare.tasks.runs.run_config.add_paper_settings`).
+    The command line already contains the settings of the paper (`gencompare.tasks.runs.overrides.add_paper_settings`).
     With ``run_dir=DIR``, ``samples=PATH`` or ``pretrained=PATH``, nothing is trained: that run, those images or those
     weights are evaluated as in the paper.
     """

@@ -30,8 +30,8 @@ from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.rng import derive_seed
+from gencompare.tasks.runs.config_keys import callback_without_class, check_trainer
 from gencompare.tasks.runs.launched_ranks import check_devices
-from gencompare.tasks.runs.run_config import callback_without_class, check_trainer
 from gencompare.tasks.runs.trainer_options import (
     check_compiler,
     check_model,
@@ -155,7 +155,7 @@ REFUSED_CALLBACKS: dict[type[pl.Callback], str] = {
     " and trainer.num_micro_batches=M",
     Timer: "ends training before the budget is spent. Use budget=device_minutes budget.device_minutes=N",
 }
-"""Lightning callbacks that act like arguments in `run_config.TRAINER_EQUIVALENTS`, and what is wrong with them."""
+"""Lightning callbacks that act like arguments in `config_keys.TRAINER_EQUIVALENTS`, and what is wrong with them."""
 DEFAULT_ORDER = 7
 """The ``order`` of callbacks without this attribute: after the evaluation of a step, and before its checkpoint."""
 

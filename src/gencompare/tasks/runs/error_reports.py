@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gencompare.command_line import config_roots
 from gencompare.errors import UserError, printable
 from gencompare.files import write_error
-from gencompare.tasks.runs.run_config import missing_option_hint, quoting_hint
+from gencompare.tasks.runs.config_keys import missing_option_hint, quoting_hint
 
 FAILURE_CODE, USAGE_CODE, INTERRUPT_CODE = 1, 2, 130
 HYDRA_VARIABLE, USER_VARIABLE = "HYDRA_FULL_ERROR", "GENCOMPARE_FULL_ERROR"

@@ -1,31 +1,25 @@
-"""The config of a run, which is checked for unknown keys, stored in the run folder, and restored from it."""
+"""The config of a run, which is stored in the run folder and restored from it."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from gencompare.checksums import read_checked_yaml, write_checked_yaml
-from gencompare.command_line import conf_dir, quote
+from gencompare.command_line import conf_dir
 from gencompare.errors import CorruptedFileError, UserError, printable
-from gencompare.migrations import migrate_config, rename_option
+from gencompare.migrations import migrate_config
 from gencompare.private_apis import yaml_loader
 from gencompare.records import RECORD_FILE, RunRecord
 from gencompare.safe_files import parse_yaml, read_text
@@ -53,10 +47,6 @@ JOB_KEYS = (
     "checkpoint", "weights", "format", "paths", "evaluation.protocol.cache", "trust",
 )  # fmt: skip
 """Keys that each job sets for itself, never taken from the config of a run folder."""
-INTERNAL_KEYS = {
-    "choices", "out", "sweep_name", "command", "trained_run", "autoencoder_run", "whitening", "teacher_run", "hydra",
-}  # fmt: skip
-"""Top-level keys that this program adds to a composed config."""
 LOCATION_KEYS = ("out", "resume", "autoencoder_run", "whitening", "teacher_run", "trained_run")
 """Keys that are neither stored nor read from a stored config, since a run folder may be moved."""
 TASKS_WITH_LOGGERS = (
@@ -64,14 +54,6 @@ TASKS_WITH_LOGGERS = (
     "gencompare.tasks.reproduce.reproduce",
 )  # fmt: skip
 """Tasks that use the callbacks and loggers in a stored config."""
-PATH_KEYS = (
-    "runs", "run_dir", "resume", "samples", "pretrained", "task.out", "hydra.run.dir", "hydra.sweep.dir", "paths.runs",
-    "paths.data", "paths.cache", "data.root",
-)  # fmt: skip
-"""Keys whose values are paths or globs, where brackets and braces are rarely meant as lists."""
-
-GROUPS_NOT_INHERITED = ("experiment", "debug", "task", "hydra", "local", "sweep")
-"""Groups whose choices are not inherited from a run folder, since its config contains their values."""
 APPENDED_GROUPS = {"data/condition": "data.conditions", "evaluation/metric": "evaluation.protocol.metrics"}
 """Groups that are appended with ``+``, and the config key that receives their options."""
 TRAINING_KEYS = ("trainer.global_batch_size", "trainer.precision")
@@ -79,319 +61,6 @@ TRAINING_KEYS = ("trainer.global_batch_size", "trainer.precision")
 trained."""
 FIXED_KEY = "model.latent"
 """Setting that trained weights depend on, so it cannot be changed afterwards."""
-
-TRAINER_EQUIVALENTS = {
-    "max_epochs": "budget.images=N",
-    "min_epochs": "budget.images=N",
-    "max_steps": "budget=steps budget.steps=N",
-    "min_steps": "budget=steps budget.steps=N",
-    "max_time": "budget=device_minutes budget.device_minutes=N",
-    "limit_train_batches": "budget.images=N",
-    "overfit_batches": "debug=overfit",
-    "fast_dev_run": "debug=fast",
-    "accumulate_grad_batches": "trainer.global_batch_size=N and trainer.num_micro_batches=M",
-    "gradient_clip_val": "model.grad_clip=X",
-    "gradient_clip_algorithm": "model.grad_clip=X",
-    "check_val_every_n_epoch": "callbacks.evaluation.num_evaluations=N",
-    "val_check_interval": "callbacks.evaluation.num_evaluations=N",
-    "limit_val_batches": "callbacks.evaluation.num_val_images=N",
-    "num_sanity_val_steps": "debug=fast",
-    "log_every_n_steps": "callbacks.metric_logger.log_every_n_steps=N",
-    "enable_progress_bar": "callbacks.progress_bar=null",
-    "enable_checkpointing": "callbacks.checkpoints.every_minutes=X",
-    "callbacks": "+callbacks.NAME._target_=CLASS",
-    "logger": "logger=wandb, or +logger.NAME._target_=CLASS",
-    "default_root_dir": "hydra.run.dir=DIR",
-}
-"""Trainer arguments that this program sets itself, and their equivalent overrides."""
-TRAINER_ADDITIONS = (
-    "global_batch_size", "num_micro_batches", "matmul_precision", "compile", "memory_format", "fused_optimizer",
-)  # fmt: skip
-"""Settings of the trainer that are not arguments of Lightning's."""
-TEMPLATE_EQUIVALENTS = {
-    "ckpt_path": "resume=RUN_FOLDER continues a run, task=evaluate run_dir=RUN_FOLDER checkpoint=last evaluates it",
-    "task_name": "a run is named after its folder: hydra.run.dir=DIR",
-    "train": "task=train is the default, and task=evaluate run_dir=RUN_FOLDER only evaluates",
-    "test": "every run is evaluated at its end, unless evaluation.checkpoints=[]",
-    "lr": "model.optimizer.lr=X",
-    "batch_size": "trainer.global_batch_size=N",
-}
-"""Keys of lightning-hydra-template, and their equivalents."""
-
-
-def rename_options(argv: list[str]) -> list[str]:
-    """Replace old option names in the command line. Print one line on stderr for each old name."""
-    renamed = {arg: rename_option(arg) for arg in argv if not arg.startswith("-")}
-    for old, new in dict.fromkeys(each[1:] for each in renamed.values() if each):
-        print(f"{old} is now called {new}; the old name still works.", file=sys.stderr)
-    return [found[0] if (found := renamed.get(arg)) else arg for arg in argv]
-
-
-def resolve_auto_resume(argv: list[str]) -> list[str]:
-    """Replace ``resume=auto`` by the run in ``hydra.run.dir``, or remove it if there is no run yet.
-
-    So the command of a job that a scheduler may start again is the same each time.
-    """
-    if _value_of("resume", argv) != "auto":
-        return argv
-    folder = _value_of("hydra.run.dir", argv)
-    if folder is None:
-        raise UserError("resume=auto continues the run in hydra.run.dir, if there is one: set hydra.run.dir=DIR.")
-    rest = [arg for arg in argv if arg != "resume=auto"]
-    path = Path(_unquote(folder))
-    exists = (path / RECORD_FILE).exists() or has_checkpoint(path)
-    return [*rest, f"resume={quote(str(path))}"] if exists else rest
-
-
-def add_paper_settings(argv: list[str]) -> list[str]:
-    """Add the settings of ``paper=NAME`` to the command line of ``task=reproduce``, unless it overrides them.
-
-    Only those of the evaluation are added if nothing is trained (``run_dir``, ``samples``). Published weights
-    (``pretrained``) need those of the model, too.
-
-    Raises:
-        UserError: there is no such paper.
-    """
-    if _value_of("task", argv) != "reproduce":
-        return argv
-    from gencompare.comparison.published import find_published
-
-    published = find_published(_value_of("paper", argv))
-    settings: Sequence[str] = published.overrides
-    if _value_of("run_dir", argv) is not None:
-        settings = [each for each in settings if each.startswith("evaluation")]
-    elif _value_of("samples", argv) is not None:
-        settings = [f"data={published.data}", *(each for each in settings if each.startswith("evaluation"))]
-    overridden = {_name(arg) for arg in argv}
-    settings = [each for each in settings if _name(each) not in overridden]
-    return _beside(argv, ("task",), settings)
-
-
-def _name(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
-def inherit_choices(argv: list[str]) -> list[str]:
-    """Add the config group choices of the run in ``run_dir`` or ``resume`` to ``argv``, unless it overrides them.
-
-    For example, ``model.sampler.num_steps=18`` is then a valid override if the run's sampler has ``num_steps``, even if
-    the default model has no such option. Choices in groups that do not exist here are left out: the stored config
-    contains their settings.
-    """
-    folder = _run_folder_in(argv)
-    if folder is None:
-        return argv
-    choices = read(folder).get("choices") or {}
-    overridden = {_name(arg) for arg in argv}
-    inherited = [
-        f"{'+' if group in APPENDED_GROUPS else ''}{group}={_choice_text(choice)}"
-        for group, choice in choices.items()
-        if choice is not None and group not in overridden and group.split("/")[0] not in GROUPS_NOT_INHERITED
-        and _is_group(group.partition("@")[0], argv)
-    ]  # fmt: skip
-    if "model" in overridden and _value_of("model", argv) != choices.get("model"):
-        raise UserError(
-            f"{folder} is a run of model={choices.get('model')}, not model={_value_of('model', argv)}:"
-            " omit model=, or choose another run."
-        )
-    path = quote(str(folder))
-    inherited += [f"hydra.run.dir={path}", f"hydra.sweep.dir={path}", "hydra.sweep.subdir=."]
-    return _beside(argv, ("run_dir", "resume"), [arg for arg in inherited if _name(arg) not in overridden])
-
-
-def _beside(argv: list[str], keys: Collection[str], overrides: Iterable[str]) -> list[str]:
-    """Insert overrides before the one of a key in ``keys``: argparse wants them side by side, before or after flags."""
-    place = next(k for k, arg in enumerate(argv) if _name(arg) in keys)
-    return [*argv[:place], *overrides, *argv[place:]]
-
-
-def _choice_text(choice: str | list[str]) -> str:
-    return choice if isinstance(choice, str) else f"[{','.join(choice)}]"
-
-
-def _is_group(group: str, argv: list[str]) -> bool:
-    """Return whether there is a folder of a config group in ``conf/`` or in the user's folders of groups."""
-    folders = [str(conf_dir())]
-    for k, arg in enumerate(argv):
-        flag, equals, value = arg.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            folders.append(value if equals else argv[k + 1] if k + 1 < len(argv) else "")
-        elif flag.lstrip("+") == "hydra.searchpath":
-            folders += re.findall(r"file://([^,\]'\"]+)", value)
-    return any((Path(folder) / group).is_dir() for folder in folders if folder)
-
-
-def _run_folder_in(argv: list[str]) -> Path | None:
-    for key in ("run_dir", "resume"):
-        value = _value_of(key, argv)
-        if value not in (None, "null", ""):
-            return Path(_unquote(value))
-    return None
-
-
-def _value_of(key: str, argv: list[str]) -> str | None:
-    """Return the last value of a key in ``argv``, or None."""
-    for arg in reversed(argv):
-        name, equals, value = arg.partition("=")
-        if equals and name.lstrip("+") == key:
-            return value
-    return None
-
-
-def _unquote(value: str) -> str:
-    if value[0] not in "'\"":
-        return value
-    parsed = OverridesParser.create().parse_override(f"key={value}").value()
-    return str(OmegaConf.create({"value": str(parsed)}).value)
-
-
-def check_keys(cfg: DictConfig) -> None:
-    """Raise `UserError` if a composed config contains an unknown key."""
-    top = OmegaConf.load(conf_dir() / "config.yaml")
-    groups = {
-        str(key).removeprefix("optional ").removeprefix("override ").split("@")[0]
-        for entry in top.defaults if not isinstance(entry, str) for key in entry
-    }  # fmt: skip
-    known = ({str(key) for key in top} | groups | INTERNAL_KEYS) - {"defaults"}
-    for key in cfg:
-        if key in TEMPLATE_EQUIVALENTS and key not in known:
-            raise UserError(_template_equivalent(str(key)))
-    _refuse_unknown("", cfg, known, "Use tags=[...] to label a run.")
-    check_callbacks(cfg, complete=not (cfg.get("run_dir") or cfg.get("resume")))
-    evaluation = OmegaConf.load(conf_dir() / "evaluation" / "default.yaml")
-    package = "The first line of a metric's YAML file must be: # @package evaluation.protocol.metrics.NAME"
-    hint = package if "metric" in (cfg.get("evaluation") or {}) else ""
-    _refuse_unknown("evaluation.", cfg.get("evaluation") or {}, {*map(str, evaluation), "defaults"}, hint)
-
-
-def check_callbacks(cfg: DictConfig, *, complete: bool) -> None:
-    """Raise `UserError` if ``cfg.callbacks`` contains something other than callbacks, or an unknown argument of one.
-
-    Args:
-        cfg: the config.
-        complete: whether each callback must have a class, which a stored config may contain otherwise.
-    """
-    default = OmegaConf.load(conf_dir() / "callbacks" / "default.yaml")
-    for name, options in (cfg.get("callbacks") or {}).items():
-        if (not options and options != "") or isinstance(options, str):
-            continue
-        if not isinstance(options, Mapping | DictConfig):
-            raise UserError(f"callbacks.{name}={options} must be null, or a mapping with _target_.")
-        if name in default and options.get("_target_") == default[name]._target_:
-            _refuse_unknown(f"callbacks.{name}.", options, map(str, default[name]))
-        elif complete and "_target_" not in options:
-            raise callback_without_class(str(name))
-
-
-def callback_without_class(name: str) -> UserError:
-    """Return the error for a callback that is neither a mapping with a class nor the name of an option."""
-    return UserError(
-        f"callbacks.{name} needs a class, +callbacks.{name}._target_=CLASS, or the name of an option:"
-        f" {', '.join(sorted(p.stem for p in (conf_dir() / 'callbacks').glob('*.yaml')))}."
-    )
-
-
-def check_trainer(options: Mapping[str, object], known: Iterable[str]) -> None:
-    """Raise `UserError` for Trainer arguments that do not exist or that this program sets itself.
-
-    Args:
-        options: the ``trainer`` part of a config.
-        known: the arguments of Lightning's Trainer.
-    """
-    _refuse_unknown("trainer.", options, {*known, *TRAINER_ADDITIONS})
-    for name in options:
-        if name in TRAINER_EQUIVALENTS:
-            raise UserError(f"trainer.{name} is set by this program. Use {TRAINER_EQUIVALENTS[name]}.")
-
-
-def _template_equivalent(key: str) -> str:
-    return f"There is no option '{key}': {TEMPLATE_EQUIVALENTS[key]}."
-
-
-def _refuse_unknown(prefix: str, keys: Iterable[str], known: Iterable[str], hint: str = "") -> None:
-    known = set(known)
-    for key in map(str, keys):
-        if key not in known:
-            close = get_close_matches(key, known, 1)
-            advice = f" Did you mean {prefix}{close[0]}?" if close else f" {hint}" if hint else ""
-            raise UserError(f"There is no setting '{prefix}{key}'.{advice}")
-
-
-def missing_option_hint(error: BaseException, argv: list[str]) -> str | None:
-    """Explain in one line why Hydra ``could not override`` an option. Return None for any other error.
-
-    Args:
-        argv: the command line.
-    """
-    match = re.match(r"Could not override '([^']+)'", str(error))
-    if match is None or match[1].startswith("hydra."):
-        return None
-    key = match[1]
-    if key in TEMPLATE_EQUIVALENTS:
-        return _template_equivalent(key)
-    try:
-        cfg = _compose_without(key, argv)
-    except (HydraException, OmegaConfBaseException):
-        return None
-    if key in APPENDED_GROUPS:
-        return f"{key} adds options, which needs a plus sign: +{key}=NAME."
-    if "/" in key:
-        parent, _, last = key.rpartition("/")
-        groups = sorted(name for name in cfg.hydra.runtime.choices if name.startswith(f"{parent}/"))
-        choice = cfg.hydra.runtime.choices.get(parent)
-        return f"{parent}={choice} has no {last}: it has {', '.join(groups) or 'no further groups'}."
-    node: Any = cfg
-    path: list[str] = []
-    *parents, last = key.split(".")
-    for name in parents:
-        if not isinstance(node, DictConfig) or node.get(name) is None:
-            last = name
-            break
-        path, node = [*path, name], node[name]
-    if not isinstance(node, DictConfig):
-        return f"There is no option '{key}': {'.'.join(path)} is {node}."
-    if isinstance(node.get(last), DictConfig):  # Hydra cannot add keys to a mapping without a plus sign
-        return f"'{key}={{...}}' adds keys to a mapping, which needs plus signs: '++{key}={{...}}'."
-    group = "/".join([*path, last])
-    if group in cfg.hydra.runtime.choices:
-        options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-        return f"There is no option '{key}', because no {last} is chosen: add {group}={'|'.join(options)}."
-    if path == ["trainer"] and last in _trainer_arguments():
-        return f"trainer.{last} is an argument of Lightning's Trainer that the config does not set: add +{key}=VALUE."
-    names = [str(name) for name in node if not str(name).startswith(("_", "hydra"))]
-    close = get_close_matches(last, names, 1)
-    advice = f" Did you mean {'.'.join([*path, *close])}?" if close else ""
-    return f"There is no option '{key}': {'.'.join(path) or 'the config'} has {', '.join(names) or 'none'}.{advice}"
-
-
-def _trainer_arguments() -> set[str]:
-    from pytorch_lightning import Trainer  # slow to import
-
-    return set(inspect.signature(Trainer).parameters)
-
-
-def _compose_without(key: str, argv: list[str]) -> DictConfig:
-    """Compose the config without the override of ``key``, using the first value of each key in a sweep."""
-    assignments = [arg for arg in argv if "=" in arg and not arg.startswith(("-", "hydra"))]
-    overrides = []
-    for override in OverridesParser.create().parse_overrides(assignments):
-        if override.key_or_group == key:
-            continue
-        value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        overrides.append(f"{override.get_key_element()}={value}" if value is not None else str(override.input_line))
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=True)
-
-
-def quoting_hint(error: BaseException) -> str | None:
-    """Suggest quotes if a path or glob has characters that Hydra parses. Return None for any other error."""
-    key, equals, value = str(getattr(error, "override", None) or "").partition("=")
-    if not isinstance(error, OverrideParseException) or not equals or key not in PATH_KEYS or value[:1] in "'\"":
-        return None
-    quoted = f"{key}={quote(value)}"
-    shell = shlex.quote(quoted) if re.search(r'["$`\\!]', quoted) else f'"{quoted}"'
-    return f"{key}={value} contains characters that Hydra parses specially. Quote it: {shell}"
 
 
 def complete_config(cfg: DictConfig, hydra_config: Any) -> DictConfig:
@@ -462,7 +131,7 @@ def _override_stored(
     changed = {
         key
         for key in overridden
-        if key not in groups or _value_of(groups[key], overrides) != stored.choices[groups[key]]
+        if key not in groups or value_of(groups[key], overrides) != stored.choices[groups[key]]
     }
     # Interpolations are resolved in the stored config, so values that refer to a changed key must be changed too.
     changed |= {path for path, source in references.items() if source in changed}
@@ -500,6 +169,15 @@ def _override_stored(
     if not trusting:
         check_config(settings, folder / FILE, keys)
     return DictConfig(settings)
+
+
+def value_of(key: str, argv: list[str]) -> str | None:
+    """Return the last value of a key in ``argv``, or None."""
+    for arg in reversed(argv):
+        name, equals, value = arg.partition("=")
+        if equals and name.lstrip("+") == key:
+            return value
+    return None
 
 
 def _raw(cfg: DictConfig, key: str) -> Any:
