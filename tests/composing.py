@@ -6,6 +6,7 @@ import copy
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -26,9 +27,15 @@ def options(group: str) -> list[str]:
     return sorted({path.stem for root in roots() for path in (root / group).glob("*.yaml")})
 
 
+@cache
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file once. The result must not be changed."""
+    return OmegaConf.load(path)
+
+
 def usual_groups() -> set[str]:
     """Return the groups in the defaults list of config.yaml; other groups are appended with ``+``."""
-    defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
+    defaults = read_yaml(conf_dir() / "config.yaml").defaults
     return {str(key).removeprefix("optional ") for entry in defaults if not isinstance(entry, str) for key in entry}
 
 
@@ -37,7 +44,7 @@ def carrier_of(group: str) -> str | None:
     first, *rest = group.split("/")
     for carrier in options(first) if rest else []:
         for path in (root / first / f"{carrier}.yaml" for root in roots()):
-            defaults = OmegaConf.load(path).get("defaults", []) if path.is_file() else []
+            defaults = read_yaml(path).get("defaults", []) if path.is_file() else []
             if any("/".join(rest) in entry for entry in defaults if not isinstance(entry, str)):
                 return f"{first}={carrier}"
     return None

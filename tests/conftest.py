@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ from hydra_plugins.gencompare_sweeps.resolvers import cpu_precision  # noqa: E40
 # trainer=cpu has the same precision on all machines in tests, since many expect results that are equal bit for bit.
 Plugins.instance()  # Hydra runs the module of the resolver again when it looks for plugins, which it does once
 OmegaConf.register_new_resolver(cpu_precision.__name__, lambda: "32-true", replace=True)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the tests and all imported modules from garbage collection, which takes seconds for so many objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from composing import options, roots
+from composing import options, read_yaml, roots
+
+VARIANTS = frozenset({"iddpm", "sde_vp", "sde_subvp", "sde_ve", "vdm", "noisy_classifier"})
+"""Families that differ from others in a part which has tests of its own."""
+
+
+def slow_if(slow: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Return parameters of a test, of which those in ``slow`` belong to ``make test-slow``."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
 def part(group: str, option: str, **changes: Any) -> Any:
@@ -18,7 +28,7 @@ def part(group: str, option: str, **changes: Any) -> Any:
 def loaded(group: str, option: str) -> Any:
     """Return the config of an option of ``model/GROUP``, merged with the options in its defaults list."""
     path = next(p for root in roots() if (p := root / "model" / group / f"{option}.yaml").is_file())
-    own = OmegaConf.load(path)
+    own = read_yaml(path).copy()
     defaults = [name for name in own.pop("defaults", []) if isinstance(name, str) and name != "_self_"]
     return OmegaConf.merge(*(loaded(group, name) for name in defaults), own)
 
@@ -32,9 +42,7 @@ def samplers() -> list[str]:
 
 
 def _inherits(name: str) -> bool:
-    return any(
-        "defaults" in OmegaConf.load(p) for root in roots() if (p := root / f"model/sampler/{name}.yaml").is_file()
-    )
+    return any("defaults" in read_yaml(p) for root in roots() if (p := root / f"model/sampler/{name}.yaml").is_file())
 
 
 def denoiser_samplers() -> list[str]:

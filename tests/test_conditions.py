@@ -334,6 +334,7 @@ def metrics(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return result["metrics"], result["measurement"]
 
 
+@pytest.mark.slow
 def test_super_resolution_from_the_command_line(cli: Cli, tmp_path: Path) -> None:
     overrides = [
         "+data/condition=low_res",
@@ -360,6 +361,7 @@ def test_super_resolution_from_the_command_line(cli: Cli, tmp_path: Path) -> Non
     assert cli("task=visualize", "run_dir=sr", "task.num_images=2") == 0
 
 
+@pytest.mark.slow
 def test_embeddings_condition_the_samples(cli: Cli, tmp_path: Path, capsys: Any) -> None:
     path = one_hot(tmp_path / "classes.npz", Digits())
     overrides = [

@@ -17,6 +17,7 @@ from gencompare.data.datamodule import ImageData
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.rng import RandomSource
 from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
+from parts import slow_if
 
 IGNORED_GROUPS = ("hydra",)
 PRESETS = ("model", "experiment")
@@ -93,6 +94,12 @@ def test_the_weighting_of_edm_uses_the_sigma_data_of_its_preconditioning() -> No
 
 
 DATA: dict[str, ImageData] = {}
+REPEATED = {
+    name
+    for name in options("experiment")
+    if name.startswith("digits_") or name.replace("fashion_mnist", "cifar10") in set(options("experiment")) - {name}
+}
+"""Experiments with the family of another one."""
 
 
 def cached_data(cfg: DictConfig) -> ImageData:
@@ -126,7 +133,7 @@ def reduced_config(name: str, *overrides: str) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+@pytest.mark.parametrize("name", slow_if(REPEATED, options("experiment")))
 def test_every_experiment_takes_a_step_at_reduced_size(name: str, data_root: Path, tmp_path: Path, cache: Path) -> None:
     paths = f"paths.data={data_root}", f"paths.cache={cache}"
     cfg = reduced_config(name, *paths)

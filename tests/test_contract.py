@@ -20,7 +20,7 @@ from gencompare.tasks.runs.build import build_callbacks, build_data, build_model
 from gencompare.tasks.runs.loading import load_run, load_weights
 from gencompare.training.clock import TrainingClock, clock_of
 from learning import FourPatterns, UntilLearned, distance, members, shown
-from parts import loaded
+from parts import VARIANTS, loaded, slow_if
 
 
 def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
@@ -56,7 +56,11 @@ def conditional_options(family: str) -> list[bool]:
 
 
 FAMILIES = options("model")
-CASES = [(family, conditional) for family in FAMILIES for conditional in conditional_options(family)]
+CONDITIONAL_AS_DDPM = VARIANTS | {"edm", "flow", "meanflow", "ncsn", "consistency"}
+CASES = [
+    pytest.param(family, conditional, marks=[pytest.mark.slow] if conditional and family in CONDITIONAL_AS_DDPM else [])
+    for family in FAMILIES for conditional in conditional_options(family)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "conditional"), CASES)
@@ -101,7 +105,7 @@ class SaveMidway(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_if(VARIANTS, FAMILIES))
 def test_resumed_training_equals_uninterrupted_training(family: str, tmp_path: Path) -> None:
     """Online weights, EMA weights and all state that affects the next step are exactly equal."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -153,15 +157,13 @@ SMALLER = {
 """Overrides for families that learn equally well, and faster, with a smaller network."""
 
 SLOW = {
-    "ddpm", "vdm", "iddpm", "edm", "sde_vp", "sde_subvp", "sde_ve", "ncsn", "consistency", "meanflow", "tarflow",
-    "hvae",
+    "ddpm", "edm", "ncsn", "consistency", "meanflow", "tarflow", "hvae", "autoencoder", "vqvae", "ldm",
+    "vqtransformer", "glow", "pixelcnnpp",
 }  # fmt: skip
-"""Families that take up to 90 seconds; except for ``hvae``, others of the same class are in ``make test``."""
+"""Families that take up to 90 seconds. `learning` is also tested by the families that remain, one of each class."""
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in FAMILIES]
-)
+@pytest.mark.parametrize("family", slow_if(VARIANTS | SLOW, FAMILIES))
 def test_a_few_images_are_memorised(
     family: str, cli: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -394,6 +394,7 @@ def test_corrupted_exports_are_refused(run: Path, cli: Cli, capsys: Any, positio
             gencompare.from_pretrained(f"copy_{name}")
 
 
+@pytest.mark.slow
 def test_a_sweep_mends_a_record_and_repeats_a_job_without_checkpoints(
     whole: Path, cli: Cli, tmp_path: Path, capsys: Any
 ) -> None:

@@ -17,6 +17,7 @@ from gencompare.generative_model import TrainedModel
 from gencompare.records import RunRecord
 from gencompare.tasks import train
 from gencompare.training.divergence import DivergenceGuard
+from parts import slow_if
 from test_cli import QUICK, Cli, error_line
 
 RUN = [
@@ -43,7 +44,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, value: float, steps: range) -> None:
     monkeypatch.setattr(DivergenceGuard, "on_before_optimizer_step", hook)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_if({"vdm", "sde_ve", "edm", "flow", "classifier", "autoencoder"}, FAMILIES))
 def test_a_gradient_that_is_not_finite_is_masked(
     family: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +56,7 @@ def test_a_gradient_that_is_not_finite_is_masked(
     assert all(value.isfinite().all() for value in checkpoint(tmp_path / "run")["state_dict"].values())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow), 0.0])
 def test_a_first_gradient_that_is_bad_or_zero_does_not_mask_the_others(
     value: float, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
 from gencompare.training.evaluation_callback import validation_metrics
 from gencompare.training.learning_rate import LearningRateScheduler
+from parts import VARIANTS, slow_if
 
 FAMILIES = options("model")
 CLOSE = 1e-3
@@ -82,7 +83,7 @@ def outputs(model: TrainedModel, trainer: pl.Trainer) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_if(VARIANTS | {"ldm", "ncsn", "flow"}, FAMILIES))
 def test_a_family_in_float64_equals_itself_in_float32(family: str, tmp_path: Path) -> None:
     """Weights and all outputs are equal up to the rounding of float32, so the random numbers are equal."""
     single, double = (trained(config(family, precision), tmp_path) for precision in ("32-true", "64-true"))
@@ -100,7 +101,7 @@ def test_a_family_in_float64_equals_itself_in_float32(family: str, tmp_path: Pat
         assert difference.mean() <= 5e-3 * (1 + expected[name].abs().mean()), (name, difference.mean())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_if(VARIANTS, FAMILIES))
 def test_a_plain_trainer_in_float64(family: str, tmp_path: Path) -> None:
     model = build_model(config(family, "32-true"), Digits())
     trainer = pl.Trainer(

@@ -141,6 +141,7 @@ def test_runs_use_the_extensions(extension_env: dict[str, str]) -> None:
         assert expected in process.output()
 
 
+@pytest.mark.slow
 def test_the_interface_tests_cover_the_extensions(extension_env: dict[str, str]) -> None:
     """The tests that glob conf/ run unchanged on all five extensions."""
     args = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", "-v", "--rootdir", str(ROOT)]

@@ -1,4 +1,4 @@
-"""A twentieth of ``benchmarks/faults.py``: killed runs, damaged files and random overrides."""
+"""A small part of ``benchmarks/faults.py``: killed runs, damaged files and random overrides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import faults  # type: ignore[import-not-found]
 
-NUMBERS = {"kills": 5, "damages": 50, "overrides": 10}
+NUMBERS = {"kills": 2, "damages": 50, "overrides": 4}
 
 
 @needs_fork

@@ -27,7 +27,13 @@ QUICK = [
 LDM = ["model=ldm", "model.latent.budget.images=null", "model.latent.budget.steps=3"]
 
 
-@pytest.mark.parametrize("family", [["model=vae"], ["model=edm", "model.sampler.num_steps=3"], ["model=ebm"], LDM])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(["model=vae"], marks=pytest.mark.slow), pytest.param(["model=ebm"], marks=pytest.mark.slow),
+        ["model=edm", "model.sampler.num_steps=3"], pytest.param(LDM, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_an_exported_model_draws_the_same_samples(family: list[str], cli: Cli, tmp_path: Path) -> None:
     assert cli(*family, *QUICK, "paths.runs=runs", "hydra.run.dir=run") == 0
     assert cli("task=export", "run_dir=run", "format=hub") == 0

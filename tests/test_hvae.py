@@ -426,6 +426,7 @@ def test_a_step_with_a_nonfinite_loss_is_skipped_and_logged_as_skipped(tmp_path:
     assert logged["train/grad_norm"] == pytest.approx(metrics[2]["grad_norm"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e6, math.nan])
 def test_training_ends_after_too_many_consecutive_skips(factor: float, tmp_path: Path) -> None:
     steps = range(3, 3 + MAX_CONSECUTIVE_SKIPS)

@@ -55,6 +55,7 @@ def torchrun(folder: Path, *overrides: str) -> None:
 
 
 @needs_fork
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path) -> None:
     """The restarted processes resume from the last checkpoint and end with the same weights, bit for bit."""

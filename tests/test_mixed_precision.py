@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from composing import compose
 from gencompare.rng import RandomSource, generator
 from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
+from parts import VARIANTS, slow_if
 from test_refused_settings import FAMILIES
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero"}
@@ -83,17 +84,7 @@ def second_step(family: str, folder: Path, *overrides: str) -> tuple[pl.Lightnin
     return model, first
 
 
-SLOW = {"iddpm", "ldm", "noisy_classifier", "sde_subvp", "sde_vp", "vqvae"}
-"""Families whose parts others have too, in ``make test-slow``."""
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else [])
-        for each in FAMILIES if each != "gaussian"
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("family", slow_if(VARIANTS | {"ldm", "vqvae"}, [f for f in FAMILIES if f != "gaussian"]))
 def test_a_family_trains_in_bfloat16_without_reading_from_the_device(family: str, tmp_path: Path) -> None:
     """Its losses are finite, and all metrics in float32. (The Gaussian baseline is fitted in one step.)"""
     model, step = second_step(family, tmp_path)

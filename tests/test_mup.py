@@ -49,6 +49,9 @@ def residual_inputs(width: int, base_width: int | None) -> partial[nn.Module]:
     return unet(width, base_width, channel_mult=[1, 1, 1], progressive_input=ResidualInput)
 
 
+SLOW = (unet, pyramids, residual_inputs)
+
+
 def diffusion(network: partial[nn.Module], optimizer: Any = partial(torch.optim.Adam, lr=LEARNING_RATE)) -> Diffusion:
     torch.manual_seed(0)
     return Diffusion(
@@ -87,7 +90,7 @@ def growth(by_width: list[dict[str, float]], name: str) -> float:
     return math.log(by_width[-1][name] / by_width[0][name]) / math.log(WIDTHS[-1] / WIDTHS[0])
 
 
-@pytest.mark.parametrize("network", [dit, mlp, unet, pyramids, residual_inputs])
+@pytest.mark.parametrize("network", [dit, mlp, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_updates_do_not_grow_with_the_width(network: Network) -> None:
     """The coordinate check of Yang et al. (2022), appendix D.1: without muP, updates grow with the width."""
     by_width, without = ([changes(network(width, base)) for width in WIDTHS] for base in (BASE, None))

@@ -97,6 +97,7 @@ def own_features(folders: list[Path], random_weights: Path) -> list[Features]:
     return [extractor(loaded(folder)) for folder in folders]
 
 
+@pytest.mark.slow
 def test_metrics_of_folders_equal_torch_fidelity(
     folders: list[Path], random_weights: Path, own_features: list[Features]
 ) -> None:
@@ -119,6 +120,7 @@ def test_metrics_of_folders_equal_torch_fidelity(
     assert own.recall == pytest.approx(theirs["recall"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_fid_equals_that_of_torchmetrics_on_its_network(
     folders: list[Path], random_weights: Path, own_features: list[Features]
 ) -> None:

@@ -22,8 +22,11 @@ from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.rng import generator
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.training.ema import EMA
+from parts import VARIANTS
 
 FAMILIES = options("model")
+DIFFUSION = VARIANTS | {"edm", "flow", "meanflow", "ncsn", "consistency"}
+"""Families that take pairs as ``ddpm`` does."""
 
 
 def model_of(family: str) -> TrainedModel:
@@ -50,13 +53,20 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["datamodule", "pairs"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        pytest.param(family, own, marks=[pytest.mark.slow] if family in (VARIANTS if own else DIFFUSION) else [])
+        for family in FAMILIES for own in (True, False)
+    ],
+)  # fmt: skip
 def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: bool, tmp_path: Path) -> None:
     model = model_of(family)
-    saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=4)
     rates = LearningRateMonitor("step")
-    run = trainer(tmp_path, saved, rates, max_steps=8, limit_val_batches=1, val_check_interval=4)
+    run = trainer(
+        tmp_path, saved, rates, max_steps=8, limit_val_batches=1, limit_predict_batches=1, val_check_interval=4
+    )
     data: dict[str, Any] = {"datamodule": Digits(batch_size=16)} if own else {
         "train_dataloaders": pairs(160), "val_dataloaders": pairs(32),
     }  # fmt: skip
@@ -114,7 +124,7 @@ def test_early_stopping_and_best_checkpoint_use_a_logged_metric(tmp_path: Path) 
 
 def test_loading_a_checkpoint_gives_the_ema_weights(tmp_path: Path) -> None:
     average, model = EMA(0.9), model_of("ddpm")
-    saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    saved = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=4)
     trainer(tmp_path, average, saved, max_steps=4, limit_val_batches=0).fit(model, Digits(batch_size=16))
     loaded = TrainedModel.load_from_checkpoint(tmp_path / "last.ckpt")
     assert type(loaded) is type(model)

@@ -71,6 +71,7 @@ def metrics(folder: Path) -> dict[str, float | None]:
     return {name: metric["value"] for name, metric in result["metrics"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_each_job_of_a_sweep_on_two_processes_equals_one_process(cli: Callable[..., int], tmp_path: Path) -> None:
     """A sweep over families runs on two processes, started as a user would."""

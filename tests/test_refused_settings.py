@@ -33,6 +33,7 @@ from gencompare.training import device_settings
 from gencompare.training.budget import Budget
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
+from parts import VARIANTS, slow_if
 
 DOCS = Path(__file__).parents[1] / "docs"
 FAMILIES = options("model")
@@ -60,7 +61,7 @@ def changed(cfg: DictConfig, path: tuple[str | int, ...], value: float) -> DictC
     return copy
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_if(VARIANTS, FAMILIES))
 def test_no_number_of_a_model_may_be_negative_or_nan(family: str) -> None:
     """-1 and NaN are refused for every number in the config of every family, unless -1 has a meaning."""
     cfg = compose(f"model={family}", "data=digits", "trainer=cpu")

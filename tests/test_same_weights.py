@@ -194,6 +194,7 @@ def check_equal(one: dict[str, Tensor], first: dict[str, Tensor], second: dict[s
 
 
 @needs_fork
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [no_reduction, same_images])
 def test_the_comparison_finds_a_fault_in_every_family(
     fault: Callable[[], None], weights_of_one_process: dict[str, Tensor], tmp_path: Path

@@ -47,6 +47,7 @@ def outcome(record: dict[str, Any]) -> Any:
     return record["training"]["preview"], record["config"]["model"]["optimizer"]["lr"], record["training"]["steps"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_ends_like_an_uninterrupted_one(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -22,6 +22,7 @@ from gencompare.training.clock import TrainingClock
 from gencompare.training.divergence import DivergenceGuard
 from gencompare.training.ema import EMA
 from gencompare.training.posthoc_ema import PosthocEMA
+from parts import slow_if
 from test_cli import QUICK, Cli, error_line
 from test_same_weights import UNET
 
@@ -84,7 +85,7 @@ def states(path: Path) -> dict[str, Tensor]:
 
 @needs_fork
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_if({"unet"}, MODELS))
 def test_sharded_weights_train_like_whole_ones(name: str, tmp_path: Path) -> None:
     first, second = in_processes(2, tmp_path, train_both, name, tmp_path)
     whole, sharded = states(tmp_path / f"ddp_{STEPS}.ckpt"), states(tmp_path / f"fsdp_{STEPS}.ckpt")
