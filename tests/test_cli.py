@@ -377,7 +377,7 @@ def test_metrics_are_scored_on_known_faults(cli: Cli, tmp_path: Path, capsys: An
         assert message in error_line(capsys)
 
 
-@pytest.mark.parametrize("preset", options("debug"))
+@pytest.mark.parametrize("preset", slow_if({"profile"}, options("debug")))
 def test_every_debug_preset_runs(preset: str, cli: Cli, tmp_path: Path) -> None:
     overrides = ["model=vae", f"debug={preset}", "budget.steps=2", "trainer.accelerator=cpu", "logger=csv"]
     assert cli(*overrides, "evaluation.num_images=100", "evaluation.checkpoints=[last]", "hydra.run.dir=run") == 0

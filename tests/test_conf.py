@@ -54,7 +54,15 @@ def test_every_option_composes(overrides: list[str]) -> None:
     assert OmegaConf.missing_keys(compose(*overrides)) <= {"data.root"}, f"{overrides} leave values missing"
 
 
-@pytest.mark.parametrize("base", [f"{group}={name}" for group in PRESETS for name in options(group)])
+REPEATED = {
+    f"experiment={name}"
+    for name in options("experiment")
+    if name.startswith("digits_") or name.replace("fashion_mnist", "cifar10") in set(options("experiment")) - {name}
+}
+"""Experiments with the family of another one."""
+
+
+@pytest.mark.parametrize("base", slow_if(REPEATED, [f"{group}={name}" for group in PRESETS for name in options(group)]))
 def test_every_preset_composes_with_another_sampler(base: str) -> None:
     """Presets must not set sampler arguments that another sampler does not have."""
     try:
@@ -94,12 +102,6 @@ def test_the_weighting_of_edm_uses_the_sigma_data_of_its_preconditioning() -> No
 
 
 DATA: dict[str, ImageData] = {}
-REPEATED = {
-    name
-    for name in options("experiment")
-    if name.startswith("digits_") or name.replace("fashion_mnist", "cifar10") in set(options("experiment")) - {name}
-}
-"""Experiments with the family of another one."""
 
 
 def cached_data(cfg: DictConfig) -> ImageData:
@@ -133,8 +135,11 @@ def reduced_config(name: str, *overrides: str) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("name", slow_if(REPEATED, options("experiment")))
-def test_every_experiment_takes_a_step_at_reduced_size(name: str, data_root: Path, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("experiment", slow_if(REPEATED, [f"experiment={name}" for name in options("experiment")]))
+def test_every_experiment_takes_a_step_at_reduced_size(
+    experiment: str, data_root: Path, tmp_path: Path, cache: Path
+) -> None:
+    name = experiment.partition("=")[2]
     paths = f"paths.data={data_root}", f"paths.cache={cache}"
     cfg = reduced_config(name, *paths)
     data = cached_data(cfg)

@@ -47,6 +47,7 @@ SHIPPED = [
 ]
 
 
+@pytest.mark.slow
 def test_all_shipped_configs_have_the_right_types() -> None:
     for option in SHIPPED:
         check_types(compose(option))

@@ -158,9 +158,9 @@ SMALLER = {
 
 SLOW = {
     "ddpm", "edm", "ncsn", "consistency", "meanflow", "tarflow", "hvae", "autoencoder", "vqvae", "ldm",
-    "vqtransformer", "glow", "pixelcnnpp",
+    "vqtransformer", "glow", "pixelcnnpp", "vae",
 }  # fmt: skip
-"""Families that take up to 90 seconds. `learning` is also tested by the families that remain, one of each class."""
+"""Families that take up to 90 seconds. Of those that are trained, ``gan``, ``ebm`` and ``flow`` remain."""
 
 
 @pytest.mark.parametrize("family", slow_if(VARIANTS | SLOW, FAMILIES))

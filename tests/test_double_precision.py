@@ -30,6 +30,8 @@ from gencompare.training.learning_rate import LearningRateScheduler
 from parts import VARIANTS, slow_if
 
 FAMILIES = options("model")
+SLOW = VARIANTS | {"ldm", "ncsn", "flow", "edm", "consistency", "autoencoder"}
+"""Families that are compared in ``make test-slow``."""
 CLOSE = 1e-3
 """Tolerance after three steps. Adam divides small gradients by their own size, which enlarges rounding errors."""
 CONDITIONAL = {"vae", "gan", "ebm", "hvae", "glow", "tarflow", "ddpm"}
@@ -83,7 +85,7 @@ def outputs(model: TrainedModel, trainer: pl.Trainer) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", slow_if(VARIANTS | {"ldm", "ncsn", "flow"}, FAMILIES))
+@pytest.mark.parametrize("family", slow_if(SLOW, FAMILIES))
 def test_a_family_in_float64_equals_itself_in_float32(family: str, tmp_path: Path) -> None:
     """Weights and all outputs are equal up to the rounding of float32, so the random numbers are equal."""
     single, double = (trained(config(family, precision), tmp_path) for precision in ("32-true", "64-true"))

@@ -1,4 +1,4 @@
-"""A small part of ``benchmarks/faults.py``: killed runs, damaged files and random overrides."""
+"""A twentieth of ``benchmarks/faults.py``: killed runs, damaged files and random overrides."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 from forking import needs_fork
+from parts import slow_if
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import faults  # type: ignore[import-not-found]
 
-NUMBERS = {"kills": 2, "damages": 50, "overrides": 4}
+NUMBERS = {"kills": 5, "damages": 50, "overrides": 10}
 
 
 @needs_fork
-@pytest.mark.parametrize("experiment", NUMBERS)
+@pytest.mark.parametrize("experiment", slow_if({"kills", "overrides"}, NUMBERS))
 def test_faults(
     experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

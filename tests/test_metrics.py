@@ -24,7 +24,6 @@ from gencompare.evaluation.metrics.neighbors import authenticity, compute_prdc, 
 from gencompare.evaluation.reference import quantize_images, quantize_split, to_uint8
 from gencompare.generative_model import DataSpec
 from gencompare.resources import flops_per_image
-from parts import slow_if
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -244,7 +243,8 @@ CASES: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_if({"shifted", "narrowed", "heavy tails"}, CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_intervals_cover_the_expectation(name: str) -> None:
     """At n = 500, at least 88 of 100 intervals contain the expectation, and are at most 1.6 times as wide as needed."""
     draw, real = CASES[name]

@@ -25,8 +25,11 @@ from gencompare.training.ema import EMA
 from parts import VARIANTS
 
 FAMILIES = options("model")
-DIFFUSION = VARIANTS | {"edm", "flow", "meanflow", "ncsn", "consistency"}
-"""Families that take pairs as ``ddpm`` does."""
+SLOW = {
+    True: VARIANTS | {"flow", "consistency"},
+    False: VARIANTS | {"flow", "consistency", "edm", "meanflow", "ncsn"},
+}
+"""Families that train in ``make test-slow``: with this project's data module, and with pairs of images and labels."""
 
 
 def model_of(family: str) -> TrainedModel:
@@ -56,7 +59,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
 @pytest.mark.parametrize(
     ("family", "own"),
     [
-        pytest.param(family, own, marks=[pytest.mark.slow] if family in (VARIANTS if own else DIFFUSION) else [])
+        pytest.param(family, own, marks=[pytest.mark.slow] if family in SLOW[own] else [])
         for family in FAMILIES for own in (True, False)
     ],
 )  # fmt: skip

@@ -126,7 +126,7 @@ def test_presets_of_another_data_set_keep_the_data_of_the_job() -> None:
 @pytest.mark.parametrize(
     ("preset", "count", "key"),
     [
-        ("schedules", 12, "model.schedule"),
+        ("schedules", 27, "model.schedule"),
         ("parameterizations", 15, "model.parameterization"),
         ("samplers_nfe", 3, "seed"),
         ("guidance", 3, "seed"),
