@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 sys.path.insert(0, str(RESULTS))
 
 import findings  # type: ignore[import-not-found] # noqa: E402
+import studies  # type: ignore[import-not-found] # noqa: E402
 
 FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "compare.csv").is_file()}
 """Folders with records and the page that compares them."""
@@ -32,6 +33,7 @@ STUDIES = {
     "forecast",
     "few_steps",
     "fewer_images",
+    "guidance",
     "ncsn",
     "plan_replay",
     "precision",
@@ -94,6 +96,12 @@ def test_the_findings_are_those_of_the_records() -> None:
     for page in findings.PAGES:
         text = page.read_text()
         assert "<!-- findings" in text and findings.fill(text) == text
+
+
+@pytest.mark.parametrize("study", studies.TABLES)
+def test_the_table_of_a_study_is_that_of_its_records(study: str) -> None:
+    page, _ = studies.TABLES[study]
+    assert f"<!-- {study} -->" in page.read_text() and studies.filled(study) == page.read_text()
 
 
 def test_a_finding_has_the_ratio_and_the_interval_of_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
     python docs/results/findings.py
 
-A finding compares the primary metric of two rows of a study: training runs and, if a run was sampled in several ways,
-a sampler. The ratio is that of geometric means over training seeds. Its 95 % interval is Welch's t interval of the
-difference of mean logarithms; if both rows are the same runs, sampled in two ways, it is that of the paired
-differences. With a single seed, it is made of the intervals of sampling, which say nothing about other training seeds.
+A finding compares a metric, usually the primary one, of two rows of a study: training runs and, if a run was sampled
+in several ways, a sampler. The ratio is that of geometric means over training seeds. Its 95 % interval is Welch's t
+interval of the difference of mean logarithms; if both rows are the same runs, sampled in two ways, it is that of the
+paired differences. With a single seed, it is made of the intervals of sampling, which say nothing about other
+training seeds.
 """
 
 from __future__ import annotations
@@ -40,17 +41,23 @@ class Row:
     """Pattern of the names of the folders."""
     sampler: str = ".*"
     """Pattern of the sampler's description; the first result that matches counts."""
+    metric: str = METRIC
 
     def logarithms(self) -> dict[str, float]:
         """Return the logarithm of the metric of each run."""
-        return {name: math.log(metric["value"]) for name, metric in self.metrics().items()}
+        return {name: math.log(value) for name, value in self.values().items()}
+
+    def values(self) -> dict[str, float]:
+        """Return the value of the metric of each run."""
+        return {name: found["value"] for name, found in self.metrics().items()}
 
     def metrics(self) -> dict[str, Mapping[str, Any]]:
+        """Return the metric of each run, with its interval."""
         found = {
             record["folder"]: next(
-                result["metrics"][METRIC]
+                result["metrics"][self.metric]
                 for result in record["results"]
-                if METRIC in result["metrics"] and re.fullmatch(self.sampler, result["generation"]["sampler"])
+                if self.metric in result["metrics"] and re.fullmatch(self.sampler, result["generation"]["sampler"])
             )
             for record in self.records()
         }
@@ -160,6 +167,7 @@ def holm(p_values: Iterable[float | None]) -> list[float | None]:
 
 
 OWN_GRID, KARRAS_GRID = r"DDIM, 25 steps, eta.*", ".*KarrasGrid.*"
+GUIDED = r".*ClassifierFree, scale {}, x0 clipped"
 FAMILIES = "fashion_mnist"
 MEANFLOW, FLOW, TUNED = (rf"{name}(_\d)?" for name in ("meanflow", "flow", "consistency_tuned"))
 FINDINGS = [
@@ -204,6 +212,20 @@ FINDINGS = [
         "Sampled on a Karras grid instead of the schedule's own, the cosine schedule has {ratio} times {interval} the"
         " MMD.",
         Row("schedules", r"cosine_\d", KARRAS_GRID), Row("schedules", r"cosine_\d", OWN_GRID),
+    ),
+    Finding(
+        "Classifier-free guidance with a scale of 1.5 has {ratio} times {interval} the MMD of the conditional model"
+        " alone (DDPM on digits, 25 steps of DDIM).",
+        Row("guidance", ".*", GUIDED.format("1.5")), Row("guidance", ".*", GUIDED.format("1")),
+    ),
+    *(
+        Finding(
+            f"Classifier-free guidance with a scale of 5 has {{ratio}} times {{interval}} the {metric} of the"
+            " conditional model alone (DDPM on digits).",
+            Row("guidance", ".*", GUIDED.format("5"), metric), Row("guidance", ".*", GUIDED.format("1"), metric),
+            in_readme=metric == "recall",
+        )
+        for metric in ("precision", "recall")
     ),
     Finding(
         "The EBM has {ratio} times {interval} the MMD of the DDPM after 40,000 images of Fashion-MNIST, with {flops}"
