@@ -134,10 +134,13 @@ def describe(hint: Any) -> str:
     """Describe the values that an annotation allows, in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        names = [describe(arg) for arg in sorted(args, key=lambda arg: arg is NoneType)]
-        return " or ".join([", ".join(names[:-1]), names[-1]])
+        literals = [value for arg in args if get_origin(arg) is Literal for value in get_args(arg)]
+        names = [_one_of(literals)] if literals else []
+        others = (arg for arg in args if get_origin(arg) is not Literal)
+        names += [describe(arg) for arg in sorted(others, key=lambda arg: arg is NoneType)]
+        return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
     if origin is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return _one_of(args)
     if hint in NAMES:
         return NAMES[hint]
     kind = origin or hint
@@ -147,3 +150,7 @@ def describe(hint: Any) -> str:
         plural = {int: " of whole numbers", float: " of numbers", str: " of strings"}
         return "a list" + (plural.get(args[0], "") if args else "")
     return "a mapping with _target_"
+
+
+def _one_of(values: Iterable[object]) -> str:
+    return f"one of {', '.join(dict.fromkeys(map(str, values)))}"
