@@ -1,6 +1,7 @@
 """Train a model of another library on images of this project, in a plain loop, and write samples for task=evaluate.
 
     python benchmarks/outside.py ddpm --seed 0 --images 40000 --out runs/diffusers_0.npz
+    python benchmarks/outside.py ddpm --matched --seed 0 --images 40000 --out runs/diffusers_matched_0.npz
     python benchmarks/outside.py vae --seed 0 --images 200000 --out runs/pythae_0.npz
     python run.py task=evaluate samples=runs/diffusers_0.npz data=fashion_mnist name=diffusers seed=0
 
@@ -13,11 +14,12 @@ Optimiser, learning rates, batches, gradient clipping and EMA are those of this 
 
 - ddpm: `UNet2DModel` of diffusers with the shape of the preset's U-Net, `DDPMScheduler` with the cosine schedule,
   prediction of v, and 50 steps with the small variance, and `EMAModel`, as in diffusers' example of unconditional
-  training.
+  training. With ``--matched``, initial weights, times of a batch (stratified) and steps of sampling (including the
+  first and the last) are those of this project, too.
 - vae: pythae's `VAE` with its default networks, MLPs with one hidden layer of 512, and the cross entropy.
 
-Differences that remain: initial weights; times that are independent instead of stratified over a batch; and the loss of
-pythae includes the padding of images to 32x32.
+Differences that remain: without ``--matched``, those three; random numbers; and the loss of pythae includes the padding
+of images to 32x32.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,8 @@ from peers import unet2d
 from torch import Tensor, nn
 
 from gencompare.data.datamodule import ImageData
-from gencompare.tasks.python_api import build_data, compose
+from gencompare.networks.diffusers_weights import to_diffusers
+from gencompare.tasks.python_api import build_data, build_model, compose
 
 NUM_SAMPLES, CHUNK = 500, 250
 
@@ -73,7 +77,7 @@ def train(
             print(f"step {step} of {steps}: loss {float(value.detach()):.4f}", flush=True)
 
 
-def ddpm(data: ImageData, num_images: int, seed: int) -> Tensor:
+def ddpm(data: ImageData, num_images: int, seed: int, matched: bool) -> Tensor:
     from diffusers import DDPMScheduler  # type: ignore[attr-defined]
     from diffusers.training_utils import EMAModel
 
@@ -87,11 +91,16 @@ def ddpm(data: ImageData, num_images: int, seed: int) -> Tensor:
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", variance_type="fixed_small",
         timestep_spacing="trailing",
     )  # fmt: skip
+    if matched:
+        own = build_model(compose("experiment=fashion_mnist_ddpm", f"seed={seed}"), data).network
+        network.load_state_dict(to_diffusers(own.state_dict(), num_levels=3, num_blocks=1))
     ema = EMAModel(network.parameters(), decay=0.995)
     steps = num_images // 32
 
     def loss(x: Tensor) -> Tensor:
         noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
+        if matched:
+            t = (1000 * ((torch.rand(()) + torch.arange(len(x)) / len(x)) % 1)).long()
         target = scheduler.get_velocity(x, noise, t)  # type: ignore[arg-type]
         return (network(scheduler.add_noise(x, noise, t), t).sample - target).square().mean()  # type: ignore[arg-type]
 
@@ -101,7 +110,10 @@ def ddpm(data: ImageData, num_images: int, seed: int) -> Tensor:
     train(parameters, optimizer, loss, batches(data, 32, steps, seed), steps, lambda: ema.step(parameters))
     ema.copy_to(parameters)
     network.eval()
-    scheduler.set_timesteps(50)
+    if matched:
+        scheduler.set_timesteps(timesteps=torch.linspace(999, 0, 50).round().int().tolist())
+    else:
+        scheduler.set_timesteps(50)
     drawn = []
     with torch.no_grad():
         for _ in range(NUM_SAMPLES // CHUNK):
@@ -146,11 +158,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40_000, help="training images seen")
     parser.add_argument("--data", default="fashion_mnist", help="an option of conf/data")
     parser.add_argument("--out", type=Path, required=True, help="npz file of samples")
+    parser.add_argument(
+        "--matched", action="store_true", help="for ddpm: initial weights and times of this project"
+    )
     options = parser.parse_args()
+    if options.matched and options.model != "ddpm":
+        parser.error("--matched is an option of ddpm")
     torch.manual_seed(options.seed)
     data = build_data(compose(f"data={options.data}"))
     data.setup()
-    x = {"ddpm": ddpm, "vae": vae}[options.model](data, options.images, options.seed)
+    train_model = partial(ddpm, matched=options.matched) if options.model == "ddpm" else vae
+    x = train_model(data, options.images, options.seed)
     pixels = data.spec.crop(x).add(1).mul(127.5).round().clamp(0, 255).byte()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.out, arr_0=pixels.permute(0, 2, 3, 1).numpy())
