@@ -8,6 +8,7 @@ writes ``docs/results/FOLDER/NAME/record.json`` and ``curve.csv``, and with ``--
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ def keep(run: Path, name: str, *, samples: bool = False) -> None:
             (folder / grid).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run / grid, folder / grid)
     record.config.pop("out", None)
-    record.overrides = [each for each in record.overrides if not each.lstrip("+").startswith(MACHINE_SPECIFIC)]
-    record.config["command"] = record.overrides
-    record.config = _without_local_paths(record.config, record.config["paths"])
+    kept = (each for each in record.overrides if not each.lstrip("+").startswith(MACHINE_SPECIFIC))
+    record.overrides = [re.sub(r"^samples=.*/", "samples=runs/", each) for each in kept]
+    if "model" in record.config:  # externally generated images have no config
+        record.config["command"] = record.overrides
+        record.config = _without_local_paths(record.config, record.config["paths"])
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder)
     if (run / "curve.csv").is_file():  # externally generated images have none

@@ -33,6 +33,23 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
+def schedules() -> str:
+    """Return the table of noise schedules: trained with a schedule (rows), sampled on a grid (columns)."""
+    grids = {
+        "the schedule's own": r"DDIM, 25 steps, eta.*",
+        "even in log-SNR": r"DDIM, 25 steps, LogSNRGrid.*",
+        "Karras": r"DDIM, 25 steps, KarrasGrid.*",
+    }
+    names = {path.name.rpartition("_")[0] for path in (RESULTS / "schedules").glob("*_0")}
+    values = {
+        name: [list(Row("schedules", rf"{name}_\d", sampler).values().values()) for sampler in grids.values()]
+        for name in names
+    }
+    order = sorted(names, key=lambda name: fmean(values[name][0]))
+    rows = [[f"`{name}`", *map(cell, values[name])] for name in order]
+    return markdown(["trained with", *grids], rows)
+
+
 def guidance() -> str:
     """Return the table of scales of classifier-free guidance."""
     columns = {"MMD ↓": METRIC, "label accuracy ↑": "label_accuracy"}
@@ -52,6 +69,7 @@ def guidance() -> str:
 
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "schedules": (DOCS / "schedules.md", schedules),
     "guidance": (DOCS / "diffusion.md", guidance),
 }
 """For each study, the page and the table between ``<!-- NAME -->`` and ``<!-- end -->`` there."""
