@@ -253,6 +253,21 @@ FINDINGS = [
         "The VAE has {ratio} times {interval} the MMD of the GAN there.",
         Row(FAMILIES, r"vae_\d"), Row(FAMILIES, r"gan_\d"),
     ),
+    *(
+        Finding(
+            f"A DDPM of diffusers, {how}, has {{ratio}} times {{interval}} the MMD of this project's (Fashion-MNIST,"
+            " 40,000 images).",
+            Row("outside", rf"{runs}_\d"), Row(FAMILIES, r"ddpm_\d"), in_readme=True,
+        )
+        for runs, how in (
+            ("diffusers", "trained in a plain loop with the same settings"),
+            ("diffusers_matched", "also with the same initial weights, stratified times and steps of sampling"),
+        )
+    ),
+    Finding(
+        "A VAE of pythae has {ratio} times {interval} the MMD of this project's (Fashion-MNIST, 200,000 images).",
+        Row("outside", r"pythae_\d"), Row("outside", r"vae_mlp_\d"),
+    ),
     Finding(
         "On EuroSAT-64, diffusion in latents has {ratio} times {interval} the MMD of diffusion of pixels at equal"
         " device time, one seed.",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from findings import METRIC, RESULTS, Row
+from findings import METRIC, RESULTS, Finding, Row
 from scipy.special import stdtrit
 
 from gencompare.comparison.statistics import SIGNIFICANCE_LEVEL
@@ -68,9 +68,66 @@ def guidance() -> str:
     return markdown(["scale", *columns], rows)
 
 
+CALLS = (1, 2, 5, 10, 20, 50, 100, 250)
+SAMPLERS = {
+    "Ancestral": "ancestral", "DDIM": "ddim", "Euler": "euler", "Heun": "heun", "DPMSolverPP2M, eta 0": "dpmpp_2m",
+    "DPMSolverPP2M, eta 1": "dpmpp_2m_sde", "DPMSolverPP2S, eta 0": "dpmpp_2s", "DPMSolverPP2S, eta 1": "dpmpp_sde",
+    "AdamsBashforth, solver_order 3, variable log_rho": "deis",
+    "AdamsBashforth, solver_order 4, variable step": "ipndm",
+    "AdamsBashforth, solver_order 4, variable rho": "lms", "UniPC": "unipc", "ERSDE": "er_sde", "Restart": "restart",
+    "SASolver, predictor_order 3, corrector_order 4": "sa_solver", "EulerMaruyama": "euler_maruyama",
+    "SASolver, predictor_order 3, corrector_order 0": "dpmpp_3m_sde", "ReverseDiffusion": "reverse_diffusion",
+    "PredictorCorrector": "predictor_corrector",
+}  # fmt: skip
+"""Start of a sampler's description without its steps, and its option."""
+
+
+def sampler_values() -> dict[str, dict[int, list[float]]]:
+    """Return the MMD of each run by the option of the sampler and the number of network calls.
+
+    Calls are rounded to the nearest of `CALLS` within a fifth: methods of second order call the network twice in each
+    step but the last.
+    """
+    values: dict[str, dict[int, list[float]]] = {}
+    for record in Row("samplers", ".*").records():
+        seen = set[tuple[str, int]]()
+        for result in record["results"]:
+            description = re.sub(r", \d+ steps", "", result["generation"]["sampler"]) + ","
+            name = next(option for start, option in SAMPLERS.items() if description.startswith(f"{start},"))
+            calls = sum(result["generation"]["nfe"].values())
+            nearest = min(CALLS, key=lambda each, calls=calls: abs(math.log(each / calls)))
+            if METRIC in result["metrics"] and abs(nearest - calls) <= 0.2 * nearest and (name, nearest) not in seen:
+                seen.add((name, nearest))
+                values.setdefault(name, {}).setdefault(nearest, []).append(result["metrics"][METRIC]["value"])
+    return values
+
+
+def samplers() -> str:
+    """Return the table of samplers (rows) and network calls (columns), the best with 20 calls first."""
+    values = sampler_values()
+    order = sorted(values, key=lambda name: fmean(values[name].get(20, [math.inf])))
+    rows = [[f"`{name}`", *(cell(values[name][k]) if k in values[name] else "-" for k in CALLS)] for name in order]
+    return markdown(["`model/sampler=`", *map(str, CALLS)], rows)
+
+
+def outside() -> str:
+    """Return the table of models that this project and another library trained."""
+    ddpm, vae = Row("fashion_mnist", r"ddpm_\d"), Row("outside", r"vae_mlp_\d")
+    rows = []
+    for model, library, theirs, ours in (
+        ("DDPM", "diffusers", Row("outside", r"diffusers_\d"), ddpm),
+        ("DDPM, `--matched`", "diffusers", Row("outside", r"diffusers_matched_\d"), ddpm),
+        ("VAE", "pythae", Row("outside", r"pythae_\d"), vae),
+    ):
+        ratio = Finding("{ratio} {interval}", theirs, ours).sentence()
+        rows.append([model, library, *(cell(row.values().values()) for row in (theirs, ours)), ratio])
+    return markdown(["model", "library", "MMD, library ↓", "MMD, this project ↓", "ratio"], rows)
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "schedules": (DOCS / "schedules.md", schedules),
     "guidance": (DOCS / "diffusion.md", guidance),
+    "outside": (DOCS / "comparing.md", outside),
 }
 """For each study, the page and the table between ``<!-- NAME -->`` and ``<!-- end -->`` there."""
 
