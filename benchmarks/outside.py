@@ -158,9 +158,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40_000, help="training images seen")
     parser.add_argument("--data", default="fashion_mnist", help="an option of conf/data")
     parser.add_argument("--out", type=Path, required=True, help="npz file of samples")
-    parser.add_argument(
-        "--matched", action="store_true", help="for ddpm: initial weights and times of this project"
-    )
+    parser.add_argument("--matched", action="store_true", help="for ddpm: initial weights and times of this project")
     options = parser.parse_args()
     if options.matched and options.model != "ddpm":
         parser.error("--matched is an option of ddpm")
