@@ -17,7 +17,7 @@ from gencompare.data.datamodule import ImageData
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.rng import RandomSource
 from gencompare.tasks.runs.build import build_callbacks, build_data, build_model, build_trainer
-from parts import slow_if
+from parts import VARIANTS, slow_if
 
 IGNORED_GROUPS = ("hydra",)
 PRESETS = ("model", "experiment")
@@ -57,9 +57,11 @@ def test_every_option_composes(overrides: list[str]) -> None:
 REPEATED = {
     f"experiment={name}"
     for name in options("experiment")
-    if name.startswith("digits_") or name.replace("fashion_mnist", "cifar10") in set(options("experiment")) - {name}
+    if name.startswith("digits_")
+    or name.replace("fashion_mnist", "cifar10") in set(options("experiment")) - {name}
+    or name.partition("_")[2] in VARIANTS
 }
-"""Experiments with the family of another one."""
+"""Experiments with the family of another one, or with one of its variants."""
 
 
 @pytest.mark.parametrize("base", slow_if(REPEATED, [f"{group}={name}" for group in PRESETS for name in options(group)]))

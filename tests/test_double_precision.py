@@ -30,7 +30,7 @@ from gencompare.training.learning_rate import LearningRateScheduler
 from parts import VARIANTS, slow_if
 
 FAMILIES = options("model")
-SLOW = VARIANTS | {"ldm", "ncsn", "flow", "edm", "consistency", "autoencoder"}
+SLOW = VARIANTS | {"ldm", "ncsn", "flow", "edm", "consistency", "meanflow", "autoencoder", "classifier", "tarflow"}
 """Families that are compared in ``make test-slow``."""
 CLOSE = 1e-3
 """Tolerance after three steps. Adam divides small gradients by their own size, which enlarges rounding errors."""
