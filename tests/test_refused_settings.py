@@ -37,6 +37,8 @@ from parts import VARIANTS, slow_if
 
 DOCS = Path(__file__).parents[1] / "docs"
 FAMILIES = options("model")
+SLOW = VARIANTS | {"flow", "edm", "ncsn", "meanflow", "consistency", "ldm", "hvae"}
+"""Families whose numbers are tested in ``make test-slow``."""
 MEANINGFUL_BELOW_ZERO = {"attention_resolutions", "gamma_max", "gamma_min", "log_snr_end", "mean"}
 """Settings for which -1 has a meaning."""
 OF_ANOTHER_RUN = {"budget", "discriminator", "optimizer"}
