@@ -39,6 +39,7 @@ STUDIES = {
     "plan_replay",
     "precision",
     "reproduced",
+    "samplers",
     "schedules",
     "sde_vp",
 }

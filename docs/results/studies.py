@@ -103,10 +103,13 @@ def sampler_values() -> dict[str, dict[int, list[float]]]:
 
 
 def samplers() -> str:
-    """Return the table of samplers (rows) and network calls (columns), the best with 20 calls first."""
+    """Return the table of samplers (rows) and network calls (columns), the best with 20 calls first: means over seeds,
+    whose number is too small for an interval."""
     values = sampler_values()
     order = sorted(values, key=lambda name: fmean(values[name].get(20, [math.inf])))
-    rows = [[f"`{name}`", *(cell(values[name][k]) if k in values[name] else "-" for k in CALLS)] for name in order]
+    rows = [
+        [f"`{name}`", *(f"{fmean(values[name][k]):.1f}" if k in values[name] else "-" for k in CALLS)] for name in order
+    ]
     return markdown(["`model/sampler=`", *map(str, CALLS)], rows)
 
 
@@ -127,6 +130,7 @@ def outside() -> str:
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "schedules": (DOCS / "schedules.md", schedules),
     "guidance": (DOCS / "diffusion.md", guidance),
+    "samplers": (DOCS / "diffusion.md", samplers),
     "outside": (DOCS / "comparing.md", outside),
 }
 """For each study, the page and the table between ``<!-- NAME -->`` and ``<!-- end -->`` there."""
