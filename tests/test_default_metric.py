@@ -97,8 +97,9 @@ def test_the_default_metric_orders_degraded_images_as_a_person_does(
     assert not wrong, found
 
 
-def test_the_default_metric_orders_digits_as_a_person_does() -> None:
-    found = distances(Digits(), 300, 500, VISIBLE_AT_8X8)
+@pytest.mark.parametrize(("n", "references"), [(300, 500), pytest.param(500, 800, marks=pytest.mark.slow)])
+def test_the_default_metric_orders_digits_as_a_person_does(n: int, references: int) -> None:
+    found = distances(Digits(), n, references, VISIBLE_AT_8X8)
     wrong = [f"{a} {found[a]:.2f} >= {b} {found[b]:.2f}" for a, b in VISIBLE_AT_8X8 if not found[a] < found[b]]
     assert not wrong, found
 

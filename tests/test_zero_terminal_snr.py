@@ -228,7 +228,7 @@ def nats(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("parameterization", [V, X0])
 def test_the_bound_is_that_of_a_last_beta_slightly_below_1(name: str, parameterization: type[Parameterization]) -> None:
-    x, schedule = images(500), SCHEDULES[name]()
+    x, schedule = images(2000), SCHEDULES[name]()
 
     def terms(schedule: BetaTable, num_samples: int | None, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         denoiser = exact(schedule, parameterization, dtype)

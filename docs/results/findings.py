@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
@@ -311,9 +311,14 @@ def bullets() -> str:
 def fill(text: str) -> str:
     """Replace the blocks between ``<!-- findings -->`` or ``<!-- findings list -->`` and ``<!-- end -->``."""
     for name, content in (("findings", table), ("findings list", bullets)):
-        block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-        text = block.sub(lambda _, name=name, content=content: f"<!-- {name} -->\n{content()}\n<!-- end -->", text)
+        text = fill_block(text, name, content)
     return text
+
+
+def fill_block(text: str, name: str, content: Callable[[], str]) -> str:
+    """Replace what is between ``<!-- NAME -->`` and ``<!-- end -->``, if the text has such a block."""
+    block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
+    return block.sub(lambda _: f"<!-- {name} -->\n{content()}\n<!-- end -->", text)
 
 
 def main() -> None:

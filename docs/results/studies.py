@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from findings import METRIC, RESULTS, Finding, Row
+from findings import METRIC, RESULTS, Finding, Row, fill_block
 from scipy.special import stdtrit
 
 from gencompare.comparison.statistics import SIGNIFICANCE_LEVEL
@@ -139,8 +139,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
 def filled(name: str) -> str:
     """Return the page of a study with its current table."""
     page, table = TABLES[name]
-    block = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.DOTALL)
-    return block.sub(lambda match: f"<!-- {name} -->\n{table()}\n<!-- end -->", page.read_text())
+    return fill_block(page.read_text(), name, table)
 
 
 if __name__ == "__main__":
