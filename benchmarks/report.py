@@ -138,6 +138,19 @@ def sampling_tables(results: Mapping[str, Any]) -> dict[str, str]:
             for name in SAMPLERS
         ]
         found["overhead"] = markdown(["sampler", *peers], rows)
+    if "compiled" in results:
+        rows = [
+            [images, name, f"{row['wall']['ms']:,.0f}", ratio(row), f"{row['first_call_seconds']:.0f}"]
+            for images, variants in results["compiled"].items()
+            for name, row in variants.items()
+        ]
+        found["compiled"] = markdown(["images", "network", "ms", "time / eager", "first call, s"], rows)
+    if "chunk" in results:
+        rows = [
+            [name, f"{row['images']}", f"{row['seconds']:.2f}", "{:.2%} [{:.2%}, {:.2%}]".format(*row["share"])]
+            for name, row in results["chunk"].items()
+        ]
+        found["chunk"] = markdown(["model", "images", "time, s", "after the last step of the sampler"], rows)
     return found
 
 

@@ -1,6 +1,6 @@
 """Benchmark sampling against diffusers and k-diffusion, on the CPU.
 
-    python benchmarks/sampling.py [network] [dpm_solver] [edm_heun] [overhead]
+    python benchmarks/sampling.py [network] [dpm_solver] [edm_heun] [overhead] [compiled] [chunk]
 
 - network: 50 steps of DDIM with a U-Net of the same shape (3x32x32, 32 base channels, 4 images): ours with our U-Net,
   `DDIMScheduler` of diffusers with its `UNet2DModel`, and `sample_euler` of k-diffusion, which is DDIM, with our U-Net;
@@ -8,7 +8,10 @@
 - edm_heun: the same with 18 steps (35 network calls) of Heun's method on EDM's noise levels, with EDM's
   preconditioning here and in k-diffusion; `HeunDiscreteScheduler` of diffusers has these noise levels, but predicts the
   noise;
-- overhead: 50 steps with a network that costs nothing, one image on one core: what the sampler itself costs.
+- overhead: 50 steps with a network that costs nothing, one image on one core: what the sampler itself costs;
+- compiled: 10 steps of DDIM with our U-Net eager and compiled by torch.compile, 4 and 64 images;
+- chunk: which share of the time of a chunk of samples is spent after the sampler, in the decoder of latents and the
+  conversion to uint8. Computing this beside the next chunk could save no more.
 
 The variants take turns in one process (see paired.py). k-diffusion is optional: pip install -e '.[bench]'.
 """
@@ -18,7 +21,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import statistics
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -27,10 +32,12 @@ from typing import Any
 
 import diffusers
 import torch
-from paired import compare, machine, table, take_turns
+from paired import Laps, compare, machine, median_interval, table, take_turns
 from peers import SHAPE, same_networks, void
 from torch import Tensor, nn
 
+import gencompare
+from gencompare.compilation import compiled
 from gencompare.diffusion.denoiser import Denoiser
 from gencompare.diffusion.discrete_schedules import LinearBetas
 from gencompare.diffusion.multistep_samplers import DPMSolverPP2M
@@ -38,7 +45,13 @@ from gencompare.diffusion.ode_samplers import Euler, Heun
 from gencompare.diffusion.parameterizations import EDMPreconditioning, Eps, TimestepConditioning
 from gencompare.diffusion.samplers import DDIM, Sampler
 from gencompare.diffusion.schedules import EDMSchedule
+from gencompare.evaluation.reference import to_uint8
+from gencompare.evaluation.sampling import eval_mode
 from gencompare.files import write_json
+from gencompare.generative_model import GenerativeModel
+from gencompare.models.diffusion import Diffusion
+from gencompare.models.latents import PixelSpace
+from gencompare.rng import generator
 
 RESULT = Path(__file__).parent / "results" / "sampling.json"
 STEPS, IMAGES = 50, 4
@@ -167,7 +180,11 @@ NETWORK_PARTS = {
     "dpm_solver": ("DPM-Solver++(2M), 20 steps", dpm_solver),
     "edm_heun": ("Heun on EDM's noise levels, 18 steps", edm_heun),
 }
-PARTS = [*NETWORK_PARTS, "overhead"]
+MODELS = ["gan", "ddpm", "ldm"]
+"""Models whose chunks of samples are timed: one network call, 50 calls, and 50 calls before a decoder."""
+CHUNK_IMAGES = 64
+CHUNK_DATA = ["data=exact_mixture", "data.side=32", "data.num_images=100"]
+PARTS = [*NETWORK_PARTS, "overhead", "compiled", "chunk"]
 
 
 def compare_networks(loops: Callable[..., dict[str, Loop]], rounds: int) -> dict[str, Any]:
@@ -214,6 +231,60 @@ def compare_overhead(rounds: int) -> dict[str, Any]:
     return results
 
 
+# Compilation, and what overlap could save
+
+
+def compare_compiled(rounds: int) -> dict[str, Any]:
+    """Return for each number of images the times of 10 steps: eager, compiled, and with each block compiled on its own.
+
+    The first calls, which compile, have their own ``first_call_seconds``.
+    """
+    results: dict[str, Any] = {}
+    for images in (IMAGES, 64):
+        torch.compiler.reset()
+        networks = {name: same_networks(32)[0].eval() for name in ("eager", "compiled", "blocks compiled")}
+        x = torch.randn(images, *SHAPE)
+        loops = {name: ours(DDIM(num_steps=10), network, x) for name, network in networks.items()}
+        first = {}
+        with torch.no_grad(), compiled([networks["compiled"]]), compiled(networks["blocks compiled"].blocks):
+            for name, sample in loops.items():
+                start = time.perf_counter()
+                sample()
+                first[name] = {"first_call_seconds": round(time.perf_counter() - start, 1)}
+            laps = take_turns({name: lambda f=f: void(f()) for name, f in loops.items()}, rounds, warm_up=1)
+        results[str(images)] = {name: row | first[name] for name, row in compare(laps, base="eager").items()}
+    return results
+
+
+def time_chunks(rounds: int) -> dict[str, Any]:
+    """Return for each model the seconds of a chunk, and the share of them after the last step of the sampler."""
+    results: dict[str, Any] = {}
+    for name in MODELS:
+        data, model = gencompare.build(gencompare.compose(f"model={name}", *CHUNK_DATA))
+        assert isinstance(model, GenerativeModel)
+        space = model.space if isinstance(model, Diffusion) else PixelSpace(data.spec)
+        latents = torch.randn(CHUNK_IMAGES, *space.latent_shape)
+        whole, after = Laps(), Laps()
+        with eval_mode(model), torch.no_grad():
+            for seed in range(rounds):
+                whole.start()
+                images = model.sample(CHUNK_IMAGES, generator=generator("cpu", seed))
+                to_uint8(images, data.spec)
+                whole.stop()
+                after.start()
+                space.decode(latents)
+                to_uint8(images, data.spec)
+                after.stop()
+        shares = [part / total for part, total in zip(after.wall, whole.wall, strict=True)]
+        results[name] = {
+            "images": CHUNK_IMAGES,
+            "seconds": round(statistics.median(whole.wall), 3),
+            "share": [round(value, 4) for value in median_interval(shares)],
+        }
+        print(f"{name}, {CHUNK_IMAGES} images:", results[name], flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
@@ -235,11 +306,17 @@ def main() -> None:
             title, loops = NETWORK_PARTS[part]
             result[part] = compare_networks(loops, args.rounds)
             print(table(f"{title}, {IMAGES} images", result[part]), flush=True)
-        else:
+        elif part == "overhead":
             result[part] = compare_overhead(args.rounds)
             for name, rows in result[part].items():
                 print(table(f"{name}, {STEPS} steps, a network that costs nothing", rows))
                 print({name: row["microseconds_per_step"] for name, row in rows.items()}, "microseconds per step")
+        elif part == "compiled":
+            result[part] = compare_compiled(args.rounds)
+            for images, rows in result[part].items():
+                print(table(f"DDIM, 10 steps, {images} images", rows), flush=True)
+        else:
+            result[part] = time_chunks(args.rounds)
         write_json(args.out, result)
 
 

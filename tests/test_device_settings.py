@@ -14,14 +14,17 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from composing import compose
+from gencompare import compilation
 from gencompare.checkpoint_files import EMA_KEY
 from gencompare.errors import UserError
+from gencompare.evaluation import evaluate
+from gencompare.evaluation.evaluate import EvaluationProtocol
+from gencompare.evaluation.sampling import draw_samples
 from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.private_apis import remove_compiled_call
 from gencompare.rng import generator
 from gencompare.tasks.runs import trainer_options
 from gencompare.tasks.runs.build import build_data, build_model, build_trainer, check_trainer_for_model
-from gencompare.training import device_settings
 from gencompare.training.budget import Budget
 from gencompare.training.clock import TrainingClock, TrainingFlops
 from gencompare.training.ema import EMA
@@ -89,7 +92,7 @@ def test_blocks_are_compiled_in_training_steps_only(
 
         return call
 
-    monkeypatch.setattr(device_settings, "BACKEND", backend)
+    monkeypatch.setattr(compilation, "BACKEND", backend)
 
     def sampled(model: Any) -> tuple[int, Tensor, int]:
         before = calls
@@ -117,6 +120,32 @@ def test_blocks_are_compiled_in_training_steps_only(
     assert calls == total, "the blocks are compiled no more after training"
     printed = capsys.readouterr().out
     assert printed.count("Compiling the blocks") == 1 and "which count as training time" in printed
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["model=ddpm", *DIT, "model.sampler.num_steps=3", "model/sampler=heun"], ["model=gan"]],
+    ids=["ddpm", "gan"],
+)
+def test_compiled_networks_sample_the_same_images(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network is compiled once for all chunks of a size, its calls are counted, and nothing of it stays."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(list(graph.graph.nodes)))
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    cfg = compose("data=digits", *settings)
+    model = build_model(cfg, build_data(cfg))
+    assert isinstance(model, GenerativeModel)
+    plain = draw_samples(model, 8, chunk_size=4)
+    assert not graphs
+    sampled = draw_samples(model, 8, chunk_size=4, compile=True)
+    assert torch.equal(sampled.images, plain.images) and sampled.nfe == plain.nfe
+    assert len(graphs) == 1 and graphs[0] > 20, graphs
+    draw_samples(model, 4, chunk_size=4)
+    assert len(graphs) == 1 and "forward" not in model.nfe_networks().popitem()[1].__dict__
 
 
 def test_resuming_in_channels_last_with_a_fused_optimiser_is_exact(tmp_path: Path) -> None:
@@ -176,7 +205,10 @@ def test_auto_compiles_only_what_and_where_it_can(monkeypatch: pytest.MonkeyPatc
     assert trainer_options.compiled_mode(options, found["ddpm"]) == "default"
     assert trainer_options.compiled_mode(options, found["gan"]) is None
     assert trainer_options.compiled_mode(options | {"strategy": "fsdp"}, found["ddpm"]) is None
-    monkeypatch.setattr(trainer_options, "has_compiler", lambda: False)
+    for module in (trainer_options, evaluate):
+        monkeypatch.setattr(module, "has_compiler", lambda: False)
+    with pytest.raises(UserError, match=r"evaluation.protocol.compile=true needs a C\+\+ compiler"):
+        EvaluationProtocol(compile=True).check(build_data(cfg))
     assert trainer_options.compiled_mode(options, found["ddpm"]) is None
     cfg.trainer.compile = "default"
     with pytest.raises(UserError, match=r"trainer.compile=default needs a C\+\+ compiler"):

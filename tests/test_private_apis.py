@@ -19,7 +19,7 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 from torch import nn
 
 from gencompare import private_apis
-from gencompare.private_apis import MovesOtherModules, basic_sweeper, rank_command
+from gencompare.private_apis import MovesOtherModules, allow_compiled_variants, basic_sweeper, rank_command
 
 PRIVATE = re.compile(
     r"from (pytorch_lightning|hydra|omegaconf|torch|torchmetrics|wandb)\S*\._|torch\._|\b(pl|nn|hydra)\._"
@@ -42,6 +42,23 @@ def test_other_modules_move_with_a_module(move: str) -> None:
     getattr(module, move)(*([torch.bfloat16] if move == "to" else []))
     assert other.weight.dtype == module.layer.weight.dtype != torch.float32
     assert len(list(module.parameters())) == 2, "they are not submodules"
+
+
+def test_modules_of_a_class_are_all_compiled() -> None:
+    """More modules than `torch` compiles variants of one function by default."""
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    layers = [nn.Linear(size, 1) for size in range(2, 14)]
+    functions = [torch.compile(layer.forward, backend=backend) for layer in layers]
+    with allow_compiled_variants(len(layers)):
+        for layer, function in zip(layers, functions, strict=True):
+            function(torch.ones(1, layer.in_features))
+    assert graphs == len(layers)
 
 
 def test_lightning_starts_other_ranks_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from composing import compose, options
+from gencompare import compilation
 from gencompare.data.datamodule import ImageData
 from gencompare.data.digits import Digits
 from gencompare.errors import UserError
@@ -29,7 +30,6 @@ from gencompare.tasks.runs.build import (
 )
 from gencompare.tasks.runs.trainer_options import CHOICES, PRECISIONS
 from gencompare.tasks.train import check_optimizer
-from gencompare.training import device_settings
 from gencompare.training.budget import Budget
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
@@ -220,7 +220,7 @@ def test_every_setting_of_the_table_is_taken_or_refused_in_one_line(family: str)
 def test_every_setting_of_the_table_that_is_taken_trains(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_settings, "BACKEND", "eager")  # which traces the blocks, but generates no code
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # which traces the blocks, but generates no code
     for settings, families, _ in ROWS:
         if not takes(families, family) or "strategy" in settings:  # other tests train with several processes
             continue

@@ -40,7 +40,7 @@ def micro_batches(networks: Iterable[nn.Module], count: int) -> Iterator[None]:
 
         return call
 
-    with _replaced_forward(networks, split):
+    with replaced_forward(networks, split):
         yield
 
 
@@ -52,12 +52,12 @@ def split_when_out_of_memory(networks: Iterable[nn.Module]) -> Iterator[None]:
     since a network maps each sample on its own. (A network that gets a function, which may have a state, is not split.)
     Values change only by rounding. The number of parts stays for later calls of the same network.
     """
-    with _replaced_forward(networks, _splitting):
+    with replaced_forward(networks, _splitting):
         yield
 
 
 @contextmanager
-def _replaced_forward(
+def replaced_forward(
     networks: Iterable[nn.Module], replace: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
     """Replace the method ``forward`` of ``networks`` in the block."""

@@ -42,6 +42,20 @@ class MovesOtherModules:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
 
+@contextmanager
+def allow_compiled_variants(modules: int) -> Iterator[None]:
+    """Let ``torch.compile`` compile a function for that many modules in the block, in as many variants as for one.
+
+    The modules of a class share the code of ``forward``. After 8 variants of one function, such as blocks of different
+    widths, torch runs all others eagerly, and has no public setting for it.
+    """
+    from torch._dynamo import config
+
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    with config.patch({name: max(modules, 1) * getattr(config, name) for name in names}):
+        yield
+
+
 def remove_compiled_call(module: Any) -> None:
     """Undo ``module.compile()``, for which torch has no public function."""
     module._compiled_call_impl = None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencompare.compilation import has_compiler
 from gencompare.distributed import all_ranks_true, run_on_rank_zero
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features
@@ -83,6 +84,8 @@ class EvaluationProtocol:
         condition_split: split whose images provide the conditions of the samples, for models with conditions other than
             the class. Must not contain ``train``.
         chunk_size: number of samples drawn with the same random seed.
+        compile: compile the networks for sampling with ``torch.compile``, which changes samples only by rounding. The
+            first chunk takes longer.
         num_likelihood_images: number of test images that are scored in bits/dim and reconstructed. Some families need
             a thousand network evaluations per image.
         max_half_width: stop sampling once the half-width of a confidence sequence for the primary metric, a kernel
@@ -100,6 +103,7 @@ class EvaluationProtocol:
     reference: str = "train"
     condition_split: str = "test"
     chunk_size: int = CHUNK_SIZE
+    compile: bool = False
     num_likelihood_images: int = 500
     max_half_width: float | None = None
     seed: int = 0
@@ -127,6 +131,10 @@ class EvaluationProtocol:
         data.split(self.condition_split)
         if self.chunk_size < 1 or self.num_likelihood_images < 1:
             raise UserError("evaluation.protocol: chunk_size and num_likelihood_images must be at least 1.")
+        if self.compile and not has_compiler():
+            raise UserError(
+                "evaluation.protocol.compile=true needs a C++ compiler, such as g++: install one, or set it to false."
+            )
         if self.max_half_width is not None and not 0 < self.max_half_width < math.inf:
             raise UserError(
                 f"evaluation.protocol.max_half_width={self.max_half_width} must be positive: 0.1 stops at 10 % of the"
@@ -405,7 +413,7 @@ def sample_for_protocol(
         labels = labels_like(reference_labels, n, protocol.seed)[:first]
     return draw_samples(
         model, count, seed=protocol.seed, chunk_size=protocol.chunk_size, labels=labels, condition_source=source,
-        postprocess=quantize_images, spec=data.spec, progress=progress, chunk_dir=chunk_dir,
+        compile=protocol.compile, postprocess=quantize_images, spec=data.spec, progress=progress, chunk_dir=chunk_dir,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from gencompare.batch_splitting import split_when_out_of_memory
+from gencompare.compilation import compiled
 from gencompare.distributed import distributed_map, rank_and_world_size
 from gencompare.errors import UserError
 from gencompare.evaluation.reference import EvaluationData, SupportsSampling, split_batch, to_uint8
@@ -118,6 +119,7 @@ def draw_samples(
     *,
     seed: int = 0,
     chunk_size: int = CHUNK_SIZE,
+    compile: bool = False,
     labels: Tensor | None = None,
     condition_source: ConditionSource | None = None,
     postprocess: Callable[[Tensor, DataSpec], Tensor] = to_uint8,
@@ -133,6 +135,7 @@ def draw_samples(
     afterwards.
 
     Args:
+        compile: compile the model's ``nfe_networks()`` with ``torch.compile`` while sampling.
         labels: (n,) the class of each image. None cycles through the classes for a conditional model.
         condition_source: images that provide the conditions, and the labels in place of ``labels``.
         postprocess: maps each chunk to images on the CPU.
@@ -176,7 +179,7 @@ def draw_samples(
         return chunk
 
     reset_peak_memory(device)
-    with eval_mode(model):
+    with eval_mode(model), compiled(networks.values()) if compile else nullcontext():
         chunks = distributed_map(draw_chunk, -(-n // chunk_size))
     rows = Counter[str]()
     for chunk in chunks:

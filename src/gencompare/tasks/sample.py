@@ -33,7 +33,10 @@ def sample(cfg: DictConfig) -> None:
     conditions = choose_conditions(
         model, data, cfg.num_images, seed=cfg.seed, split=cfg.evaluation.protocol.get("condition_split", "test")
     )
-    samples = draw_samples(model.to(device), cfg.num_images, seed=cfg.seed, condition_source=conditions).images
+    samples = draw_samples(
+        model.to(device), cfg.num_images, seed=cfg.seed, compile=cfg.evaluation.protocol.get("compile", False),
+        condition_source=conditions,
+    ).images  # fmt: skip
     shown, columns = with_low_res(samples, conditions)
     save_png(grid(shown.numpy(), columns), out / "grid.png")
     images = samples.numpy()

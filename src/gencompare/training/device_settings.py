@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,12 +11,10 @@ import torch
 from pytorch_lightning import Callback
 from torch import nn
 
+from gencompare.compilation import compile_in_place
 from gencompare.generative_model import TrainedModel
-from gencompare.private_apis import remove_compiled_call
+from gencompare.private_apis import allow_compiled_variants, remove_compiled_call
 from gencompare.training.clock import TrainingFlops
-
-BACKEND = "inductor"
-"""Backend of ``torch.compile``."""
 
 
 class DeviceSettings(Callback):
@@ -42,6 +41,7 @@ class DeviceSettings(Callback):
     ) -> None:
         self.matmul_precision, self.compile_mode, self.memory_format = matmul_precision, compile_mode, memory_format
         self._blocks: list[nn.Module] = []
+        self._limits = ExitStack()
         self._start: float | None = None
         """When the first compiled step started."""
         self._compiled = False
@@ -52,8 +52,9 @@ class DeviceSettings(Callback):
             pl_module.to(memory_format=getattr(torch, self.memory_format))
         if self.compile_mode is not None:
             self._blocks, self._compiled = pl_module.blocks(), False
+            self._limits.enter_context(allow_compiled_variants(len(self._blocks)))
             for block in self._blocks:
-                block.compile(mode=self.compile_mode, backend=BACKEND)
+                compile_in_place(block, self.compile_mode)
             torch.compiler.set_stance("force_eager")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, i: int) -> None:
@@ -92,6 +93,7 @@ class DeviceSettings(Callback):
         if self._blocks:
             torch.compiler.set_stance("default")
         self._blocks = []
+        self._limits.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

@@ -49,7 +49,11 @@ class CheapMetrics:
         self.data, self.n = data, n
         # A different seed, so that the checkpoint is not chosen on the samples that results are computed from.
         self.protocol = replace(
-            protocol, seed=protocol.seed + 1_000_003, chunk_size=min(protocol.chunk_size, n), condition_split="val"
+            protocol,
+            seed=protocol.seed + 1_000_003,
+            chunk_size=min(protocol.chunk_size, n),
+            condition_split="val",
+            compile=False,
         )
         self.extractor = protocol.build_extractors(data.spec)[0]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from gencompare.compilation import has_compiler
 from gencompare.errors import UserError
 from gencompare.generative_model import TrainedModel
 
@@ -23,7 +22,6 @@ CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "fused_optimizer": (False, True),
 }
 """All values of settings that have a fixed set of them, the default first."""
-COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc", "cl")
 
 
 def complete_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,11 +104,6 @@ def check_compiler(options: Mapping[str, Any]) -> None:
             f"trainer.compile={options['compile']} needs a C++ compiler, such as g++: install one, or use"
             " trainer.compile=null."
         )
-
-
-def has_compiler() -> bool:
-    """Return whether there is a C++ compiler."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", *COMPILERS))
 
 
 def _text(value: object) -> str:
