@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from composing import options, read_yaml, roots
 
@@ -18,6 +20,13 @@ VARIANTS = frozenset({"iddpm", "sde_vp", "sde_subvp", "sde_ve", "vdm", "noisy_cl
 def slow_if(slow: Iterable[str], names: Iterable[str]) -> list[Any]:
     """Return parameters of a test, of which those in ``slow`` belong to ``make test-slow``."""
     return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    """Check that all weights and buffers of ``model`` are equal to those of ``other``."""
+    expected = other.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
 
 
 def part(group: str, option: str, **changes: Any) -> Any:

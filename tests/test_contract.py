@@ -20,7 +20,7 @@ from gencompare.tasks.runs.build import build_callbacks, build_data, build_model
 from gencompare.tasks.runs.loading import load_run, load_weights
 from gencompare.training.clock import TrainingClock, clock_of
 from learning import FourPatterns, UntilLearned, distance, members, shown
-from parts import VARIANTS, loaded, slow_if
+from parts import VARIANTS, assert_same_state, loaded, slow_if
 
 
 def built(family: str, *overrides: str) -> tuple[Any, TrainedModel, ImageData]:
@@ -58,7 +58,10 @@ def conditional_options(family: str) -> list[bool]:
 FAMILIES = options("model")
 CONDITIONAL_AS_DDPM = VARIANTS | {"edm", "flow", "meanflow", "ncsn", "consistency"}
 CASES = [
-    pytest.param(family, conditional, marks=[pytest.mark.slow] if conditional and family in CONDITIONAL_AS_DDPM else [])
+    pytest.param(
+        family, conditional,
+        marks=[pytest.mark.slow] if family in (CONDITIONAL_AS_DDPM if conditional else VARIANTS) else [],
+    )
     for family in FAMILIES for conditional in conditional_options(family)
 ]  # fmt: skip
 
@@ -73,8 +76,7 @@ def test_family(family: str, conditional: bool, tmp_path: Path) -> None:
     # A new model with the saved weights has the same weights and samples.
     _, fresh, _ = built(family, *overrides)
     load_weights(fresh, tmp_path, checkpoint="last", weights="raw")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, fresh.state_dict()[name]), name
+    assert_same_state(model, fresh)
 
     if not isinstance(model, GenerativeModel):
         return
@@ -125,8 +127,7 @@ def test_resumed_training_equals_uninterrupted_training(family: str, tmp_path: P
 def test_losses_and_initial_weights_depend_on_the_seed_only(family: str) -> None:
     _, one, data = built(family)
     _, two, _ = built(family)
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, two.state_dict()[name]), name
+    assert_same_state(one, two)
     x, cond = next(iter(data.batches("val", 16)))
     metrics = []
     for model in (one, two):

@@ -30,6 +30,7 @@ from gencompare.training.ema import EMA
 from gencompare.training.learning_rate import LearningRateScheduler
 from gencompare.training.lightning_plugins import AtomicCheckpointIO
 from gencompare.training.loggers import MetricLogger
+from parts import assert_same_state
 
 POINTS = DataSpec("points", (2, 1, 1), num_classes=3, num_bins=None)
 
@@ -521,8 +522,7 @@ def test_a_resumed_run_rolls_back_like_an_uninterrupted_one(tmp_path: Path) -> N
     run(tmp_path / "broken", until=10, **options)
     resumed, callbacks = run(tmp_path / "broken", resume=True, **options)
     assert whole.snapshot.num_rollbacks == resumed.snapshot.num_rollbacks == 1
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert_same_state(whole, resumed)
     for name, value in whole_callbacks[2].average.items():  # type: ignore[attr-defined]
         assert torch.equal(value, callbacks[2].average[name]), name  # type: ignore[attr-defined]
         assert torch.isfinite(value).all() and value.abs().max() < 10, "the EMA never includes rolled-back weights"

@@ -18,6 +18,7 @@ from gencompare.errors import UserError
 from gencompare.generative_model import DataSpec
 from gencompare.models.gaussian import GaussianBaseline
 from gencompare.rng import generator
+from parts import assert_same_state
 
 PLANE = DataSpec(name="plane", shape=(3, 1, 1), num_classes=2, num_bins=None)
 
@@ -153,8 +154,7 @@ def test_one_training_step_fits_everything(tmp_path) -> None:
     )  # fmt: skip
     trainer.fit(model, datamodule=data)
     expected = GaussianBaseline(data.spec).fit(data.batches("train"), data.batches("val"))
-    for name, value in expected.state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
+    assert_same_state(expected, model)
     assert model.closed_form and not model.averaged_parameters()
 
 

@@ -15,6 +15,7 @@ import torch
 from composing import compose
 from gencompare.tasks.main import main
 from gencompare.tasks.runs.build import build_data, build_model
+from parts import assert_same_state
 
 Cli = Callable[..., int]
 QUICK = [
@@ -156,5 +157,4 @@ def test_initial_weights_do_not_depend_on_the_guide(runs: Path) -> None:
             compose(*SMALL, *QUICK, "model/guidance=auto", f"model.guidance.weak.run={runs / 'unconditional'}"),
         )
     )
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, guided.state_dict()[name]), name
+    assert_same_state(plain, guided)

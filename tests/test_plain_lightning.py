@@ -22,14 +22,11 @@ from gencompare.generative_model import GenerativeModel, TrainedModel
 from gencompare.rng import generator
 from gencompare.tasks.runs.build import build_data, build_model
 from gencompare.training.ema import EMA
-from parts import VARIANTS
+from parts import VARIANTS, assert_same_state
 
 FAMILIES = options("model")
-SLOW = {
-    True: VARIANTS | {"flow", "consistency"},
-    False: VARIANTS | {"flow", "consistency", "edm", "meanflow", "ncsn"},
-}
-"""Families that train in ``make test-slow``: with this project's data module, and with pairs of images and labels."""
+SLOW = VARIANTS | {"flow", "consistency", "edm", "meanflow", "ncsn"}
+"""Families that train in ``make test-slow``."""
 
 
 def model_of(family: str) -> TrainedModel:
@@ -59,7 +56,7 @@ def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer
 @pytest.mark.parametrize(
     ("family", "own"),
     [
-        pytest.param(family, own, marks=[pytest.mark.slow] if family in SLOW[own] else [])
+        pytest.param(family, own, marks=[pytest.mark.slow] if family in SLOW else [])
         for family in FAMILIES for own in (True, False)
     ],
 )  # fmt: skip
@@ -84,8 +81,7 @@ def test_a_plain_trainer_trains_validates_predicts_and_saves(family: str, own: b
     assert predicted and torch.isfinite(predicted[0]).all()
     assert predicted[0].shape[1:] == ((10,) if "classifier" in family else model.spec.shape)
     loaded = type(model).load_from_checkpoint(tmp_path / "last.ckpt")
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name]), name
+    assert_same_state(model, loaded)
     if isinstance(model, GenerativeModel):
         assert isinstance(loaded, GenerativeModel)
         one, other = (each.eval().sample(4, generator=generator("cpu", 1)) for each in (model, loaded))

@@ -29,6 +29,7 @@ from gencompare.training.checkpoints import Checkpoints
 from gencompare.training.clock import TrainingClock
 from gencompare.training.ema import EMA
 from gencompare.training.lightning_plugins import AtomicCheckpointIO
+from parts import assert_same_state
 
 
 def gaussians() -> tuple[MixtureOfGaussians, torch.distributions.MixtureSameFamily]:
@@ -396,8 +397,7 @@ def test_a_run_resumed_during_warmup_equals_an_uninterrupted_one(tmp_path: Path)
     uninterrupted = train(tmp_path / "whole", until=8, kl_warmup_steps=6)
     train(tmp_path / "broken", until=3, kl_warmup_steps=6)
     resumed = train(tmp_path / "broken", until=8, resume=True, kl_warmup_steps=6)
-    for name, value in uninterrupted.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert_same_state(uninterrupted, resumed)
     plain = train(tmp_path / "plain", until=8)
     assert not torch.equal(plain.encoder.out.weight, uninterrupted.encoder.out.weight)  # type: ignore[union-attr,arg-type]
 
