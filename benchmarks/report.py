@@ -140,7 +140,12 @@ def sampling_tables(results: Mapping[str, Any]) -> dict[str, str]:
         found["overhead"] = markdown(["sampler", *peers], rows)
     if "compiled" in results:
         rows = [
-            [images, name, f"{row['wall']['ms']:,.0f}", ratio(row), f"{row['first_call_seconds']:.0f}"]
+            [
+                images,
+                name,
+                f"{row['wall']['ms']:,.0f}",
+                *((ratio(row), f"{row['first_call_seconds']:.0f}") if name != "eager" else ("1", "-")),
+            ]
             for images, variants in results["compiled"].items()
             for name, row in variants.items()
         ]
@@ -283,7 +288,7 @@ def tables() -> dict[str, str]:
         **fewer_images_table(),
         **training_tables(read("train_step")),
         **bf16_table(read("train_step_amx")),
-        **sampling_tables(read("sampling")),
+        **sampling_tables(read("sampling_amx") | read("sampling")),
         **evaluation_tables(read("evaluation")),
         **growth_tables(read("growth")),
         **loading_tables(read("loading")),
