@@ -227,6 +227,15 @@ FINDINGS = [
         )
         for metric in ("precision", "recall")
     ),
+    *(
+        Finding(
+            f"With the class of each image, {name} has {{ratio}} times {{interval}} the MMD of the unconditional model"
+            " (digits, 50,000 images).",
+            Row("conditional", rf"{model}_conditional_\d"), Row("conditional", rf"{model}_unconditional_\d"),
+            in_readme=model == "gan",
+        )
+        for model, name in (("ddpm", "the DDPM"), ("flow", "flow matching"), ("gan", "the GAN"), ("vae", "the VAE"))
+    ),
     Finding(
         "The EBM has {ratio} times {interval} the MMD of the DDPM after 40,000 images of Fashion-MNIST, with {flops}"
         " times the training FLOPs.",

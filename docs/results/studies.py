@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -113,6 +114,20 @@ def samplers() -> str:
     return markdown(["`model/sampler=`", *map(str, CALLS)], rows)
 
 
+def conditional() -> str:
+    """Return the table of families that were trained with and without the class of each image."""
+    families = sorted({path.name.partition("_")[0] for path in (RESULTS / "conditional").glob("*_0")})
+    rows = []
+    for family in families:
+        given, without = (Row("conditional", rf"{family}_{kind}_\d") for kind in ("conditional", "unconditional"))
+        accuracy = replace(given, metric="label_accuracy").values().values()
+        ratio = Finding("{ratio} {interval}", given, without).sentence()
+        rows.append([
+            f"`{family}`", *(cell(row.values().values()) for row in (given, without)), ratio, cell(accuracy, 2),
+        ])
+    return markdown(["model", "MMD, conditional ↓", "MMD, unconditional ↓", "ratio", "label accuracy ↑"], rows)
+
+
 def outside() -> str:
     """Return the table of models that this project and another library trained."""
     ddpm, vae = Row("fashion_mnist", r"ddpm_\d"), Row("outside", r"vae_mlp_\d")
@@ -131,6 +146,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "schedules": (DOCS / "schedules.md", schedules),
     "guidance": (DOCS / "diffusion.md", guidance),
     "samplers": (DOCS / "diffusion.md", samplers),
+    "conditional": (DOCS / "families.md", conditional),
     "outside": (DOCS / "comparing.md", outside),
 }
 """For each study, the page and the table between ``<!-- NAME -->`` and ``<!-- end -->`` there."""
