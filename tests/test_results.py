@@ -29,6 +29,7 @@ FOLDERS = {folder.name: folder for folder in RESULTS.iterdir() if (folder / "com
 """Folders with records and the page that compares them."""
 RECORDS = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in RESULTS.glob("*/*/record.json")}
 STUDIES = {
+    "cifar10",
     "conditional",
     "few_calls",
     "forecast",

@@ -104,13 +104,10 @@ def sampler_values() -> dict[str, dict[int, list[float]]]:
 
 
 def samplers() -> str:
-    """Return the table of samplers (rows) and network calls (columns), the best with 20 calls first: means over seeds,
-    whose number is too small for an interval."""
+    """Return the table of samplers (rows) and network calls (columns), the best with 20 calls first."""
     values = sampler_values()
     order = sorted(values, key=lambda name: fmean(values[name].get(20, [math.inf])))
-    rows = [
-        [f"`{name}`", *(f"{fmean(values[name][k]):.1f}" if k in values[name] else "-" for k in CALLS)] for name in order
-    ]
+    rows = [[f"`{name}`", *(cell(values[name][k]) if k in values[name] else "-" for k in CALLS)] for name in order]
     return markdown(["`model/sampler=`", *map(str, CALLS)], rows)
 
 
@@ -122,9 +119,14 @@ def conditional() -> str:
         given, without = (Row("conditional", rf"{family}_{kind}_\d") for kind in ("conditional", "unconditional"))
         accuracy = replace(given, metric="label_accuracy").values().values()
         ratio = Finding("{ratio} {interval}", given, without).sentence()
-        rows.append([
-            f"`{family}`", *(cell(row.values().values()) for row in (given, without)), ratio, cell(accuracy, 2),
-        ])
+        rows.append(
+            [
+                f"`{family}`",
+                *(cell(row.values().values()) for row in (given, without)),
+                ratio,
+                cell(accuracy, 2),
+            ]
+        )
     return markdown(["model", "MMD, conditional ↓", "MMD, unconditional ↓", "ratio", "label accuracy ↑"], rows)
 
 
