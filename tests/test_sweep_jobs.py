@@ -32,6 +32,15 @@ def test_paths_and_loggers_do_not_change_the_job() -> None:
     assert identity(elsewhere, data__train_subset_size=9) != identity(elsewhere)
 
 
+def test_compilation_for_sampling_does_not_change_the_job() -> None:
+    """Nor does a config that is older than the option, so a sweep does not train its finished jobs again."""
+    cfg = compose("data=digits")
+    old = cfg.copy()
+    OmegaConf.set_struct(old, False)
+    del old.evaluation.protocol.compile
+    assert identity(old) == identity(cfg) == identity(cfg, evaluation__protocol__compile=True)
+
+
 @pytest.mark.parametrize(
     "changed", [{"model__optimizer__lr": 3e-5}, {"seed": 1}, {"budget__images": 9}, {"data__random_flip": True}]
 )

@@ -23,7 +23,7 @@ from gencompare.tasks.runs.run_folder import LOCK_FILE, has_checkpoint, is_activ
 NON_IDENTIFYING_KEYS = (
     *run_config.JOB_KEYS, "out", "tags", "paper", "sweep_name", "command", "trained_run", "logger",
     "callbacks.progress_bar", "callbacks.checkpoints", "callbacks.divergence", "callbacks.energy", "data.cache",
-    "data.download",
+    "data.download", "evaluation.protocol.compile",
 )  # fmt: skip
 """Config keys that do not change the identity of a job: locations, output, safeguards and options of other tasks."""
 SAMPLING_KEYS = ("evaluation", "model.sampler", "model.guidance")
