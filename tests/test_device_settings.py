@@ -17,7 +17,6 @@ from composing import compose
 from gencompare import compilation
 from gencompare.checkpoint_files import EMA_KEY
 from gencompare.errors import UserError
-from gencompare.evaluation import evaluate
 from gencompare.evaluation.evaluate import EvaluationProtocol
 from gencompare.evaluation.sampling import draw_samples
 from gencompare.generative_model import GenerativeModel, TrainedModel
@@ -205,10 +204,12 @@ def test_auto_compiles_only_what_and_where_it_can(monkeypatch: pytest.MonkeyPatc
     assert trainer_options.compiled_mode(options, found["ddpm"]) == "default"
     assert trainer_options.compiled_mode(options, found["gan"]) is None
     assert trainer_options.compiled_mode(options | {"strategy": "fsdp"}, found["ddpm"]) is None
-    for module in (trainer_options, evaluate):
+    for module in (trainer_options, compilation):
         monkeypatch.setattr(module, "has_compiler", lambda: False)
     with pytest.raises(UserError, match=r"evaluation.protocol.compile=true needs a C\+\+ compiler"):
         EvaluationProtocol(compile=True).check(build_data(cfg))
+    with pytest.raises(UserError, match=r"evaluation.protocol.compile=true needs a C\+\+ compiler"):
+        draw_samples(found["ddpm"], 2, compile=True)
     assert trainer_options.compiled_mode(options, found["ddpm"]) is None
     cfg.trainer.compile = "default"
     with pytest.raises(UserError, match=r"trainer.compile=default needs a C\+\+ compiler"):

@@ -63,9 +63,7 @@ def changed(cfg: DictConfig, path: tuple[str | int, ...], value: float) -> DictC
     return copy
 
 
-@pytest.mark.parametrize(
-    "family", slow_if(VARIANTS | {"flow", "edm", "ncsn", "meanflow", "consistency", "ldm", "hvae"}, FAMILIES)
-)
+@pytest.mark.parametrize("family", slow_if(SLOW, FAMILIES))
 def test_no_number_of_a_model_may_be_negative_or_nan(family: str) -> None:
     """-1 and NaN are refused for every number in the config of every family, unless -1 has a meaning."""
     cfg = compose(f"model={family}", "data=digits", "trainer=cpu")

@@ -1,4 +1,4 @@
-"""torch.compile: whether it can be used, and networks that are compiled for a while."""
+"""torch.compile: whether it can be used, and networks that are compiled within a block."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gencompare.batch_splitting import replaced_forward
+from gencompare.errors import UserError
 from gencompare.private_apis import allow_compiled_variants
 
 BACKEND = "inductor"
@@ -23,6 +24,12 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", *COMPILERS))
 
 
+def check_compiler(setting: str, instead: str) -> None:
+    """Raise `UserError` if there is no C++ compiler, which ``setting`` needs."""
+    if not has_compiler():
+        raise UserError(f"{setting} needs a C++ compiler, such as g++: install one, or use {instead}.")
+
+
 def compile_in_place(module: nn.Module, mode: str) -> None:
     """Compile later calls of ``module`` in a mode of ``torch.compile``, with its hooks. Names of weights stay."""
     module.compile(mode=mode, backend=BACKEND)
@@ -32,8 +39,12 @@ def compile_in_place(module: nn.Module, mode: str) -> None:
 def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Compile the method ``forward`` of ``networks`` in the block; the first call of each takes longer.
 
-    Each network is one graph, without its hooks, which run in Python. Values change only by rounding.
+    Hooks of the networks run in Python. Outputs change only by rounding.
+
+    Raises:
+        UserError: there is no C++ compiler.
     """
+    check_compiler("evaluation.protocol.compile=true", "false")
     networks = list(networks)
     with (
         allow_compiled_variants(len(networks)),

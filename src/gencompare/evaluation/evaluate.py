@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencompare.compilation import has_compiler
+from gencompare.compilation import check_compiler
 from gencompare.distributed import all_ranks_true, run_on_rank_zero
 from gencompare.errors import UserError
 from gencompare.evaluation.extractors.extractor import Extractor, Features
@@ -131,10 +131,8 @@ class EvaluationProtocol:
         data.split(self.condition_split)
         if self.chunk_size < 1 or self.num_likelihood_images < 1:
             raise UserError("evaluation.protocol: chunk_size and num_likelihood_images must be at least 1.")
-        if self.compile and not has_compiler():
-            raise UserError(
-                "evaluation.protocol.compile=true needs a C++ compiler, such as g++: install one, or set it to false."
-            )
+        if self.compile:
+            check_compiler("evaluation.protocol.compile=true", "false")
         if self.max_half_width is not None and not 0 < self.max_half_width < math.inf:
             raise UserError(
                 f"evaluation.protocol.max_half_width={self.max_half_width} must be positive: 0.1 stops at 10 % of the"

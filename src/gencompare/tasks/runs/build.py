@@ -23,6 +23,7 @@ from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationSched
 from pytorch_lightning.loggers import Logger
 
 from gencompare.command_line import conf_dir
+from gencompare.compilation import check_compiler
 from gencompare.data.conditions import ConditionedData
 from gencompare.data.datamodule import ImageData
 from gencompare.errors import UserError
@@ -33,7 +34,6 @@ from gencompare.rng import derive_seed
 from gencompare.tasks.runs.config_keys import callback_without_class, check_trainer
 from gencompare.tasks.runs.launched_ranks import check_devices
 from gencompare.tasks.runs.trainer_options import (
-    check_compiler,
     check_model,
     compiled_mode,
     complete_options,
@@ -290,7 +290,9 @@ def check_trainer_settings(cfg: DictConfig) -> None:
 
 def check_trainer_for_model(cfg: DictConfig, model: TrainedModel) -> None:
     """Raise `UserError` for settings in ``cfg.trainer`` that the model, or this machine, does not take."""
-    check_compiler(_trainer_options(cfg, model))
+    options = _trainer_options(cfg, model)
+    if options["compile"] not in (None, "auto"):
+        check_compiler(f"trainer.compile={options['compile']}", "trainer.compile=null")
 
 
 def _trainer_options(cfg: DictConfig, model: TrainedModel) -> dict[str, Any]:

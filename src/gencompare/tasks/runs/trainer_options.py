@@ -97,14 +97,5 @@ def compiled_mode(options: Mapping[str, Any], model: TrainedModel) -> str | None
     return "default" if model.blocks() and options["strategy"] != "fsdp" and has_compiler() else None
 
 
-def check_compiler(options: Mapping[str, Any]) -> None:
-    """Raise `UserError` if ``torch.compile`` is asked for, and there is no C++ compiler, which it needs."""
-    if options["compile"] not in (None, "auto") and not has_compiler():
-        raise UserError(
-            f"trainer.compile={options['compile']} needs a C++ compiler, such as g++: install one, or use"
-            " trainer.compile=null."
-        )
-
-
 def _text(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
